@@ -1,0 +1,48 @@
+"""Errors a person can act on: what was asked, where, what exists, what to type next.
+
+The command line prints a `LockstepError` as one message without a traceback; anything else is a bug and keeps its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LockstepError(Exception):
+    """Something the user can put right."""
+
+
+class ConfigError(LockstepError):
+    """A configuration that cannot work: unknown or missing keys, wrong types, sizes that do not fit."""
+
+
+class RegistryError(LockstepError):
+    """A plugin that is unknown, registered twice or not usable."""
+
+
+class DataError(LockstepError):
+    """A row, file or data set that cannot be read as what was asked for."""
+
+
+class MissingData(DataError):
+    """A data source that has none of what the stage needs."""
+
+
+class CheckpointError(LockstepError):
+    """A checkpoint that is missing, damaged or of another architecture."""
+
+
+class RewardError(LockstepError):
+    """A reward that could not be had: never replaced by a number."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' Did you mean 'ppo'?' for the nearest known name, or an empty string."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean '{nearest[0]}'?" if nearest else ""
+
+
+def listing(names: Iterable[str]) -> str:
+    """The names, sorted, for the end of an error message."""
+    return ", ".join(sorted(names)) or "none"

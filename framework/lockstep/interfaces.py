@@ -1,0 +1,368 @@
+"""The verbs: what a plugin implements. One file, so that a plugin author reads one file.
+
+The waist is narrow on purpose. What has parameters or a vocabulary axis is a backend's (`Backend`, `Policy`,
+`ScalarModel`, `Learner`). Everything of shape [batch, time] is numpy on the host and shared: rewards, advantages, masks,
+seeds, batches. The one thing that crosses is a `Loss`: a pure function over [batch, time] arrays, written once against
+the Array API standard with the namespace ``xp`` passed in, which each backend differentiates and compiles.
+
+Shapes: B rows, P prompt columns (left-padded), T response columns (right-padded), V vocabulary. ``mask`` is True where
+a token counts. Dtypes: tokens int32, masks bool, everything else float32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+
+from lockstep.nouns import Choice, Comparison, Demonstration, Prompt
+
+if TYPE_CHECKING:
+    from lockstep.optimisation import OptimizerConfig
+    from lockstep.sequences import Sequences
+    from lockstep.tokenizer import Tokenizer
+
+Array = Any
+"""An array of some Array API namespace: numpy on the host, a backend's own inside a loss."""
+
+Metrics = dict[str, float]
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a policy sampled: ``tokens`` int32 [B, T], ``mask`` bool [B, T] (the stop token kept, all after it False),
+    ``logprobs`` float32 [B, T], the sampler's own, at the sampling temperature."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    logprobs: np.ndarray
+
+
+class Model(ABC):
+    """Parameters on a backend, and the quantities they give for each response token or each row.
+
+    ``supplies`` names them:
+
+    ========== ====== ==========================================================================================
+    logprobs   [B, T] log-probability of each response token given all before it, of logits / temperature
+    entropy    [B, T] entropy in nats of the distribution the token was drawn from, at the same temperature
+    values     [B, T] scalar head *before* the token is emitted (the state; Ziegler et al. 2019)
+    scores     [B]    scalar head at the last real token of the row
+    ========== ====== ==========================================================================================
+
+    Columns where ``sequences.mask`` is False hold finite numbers that mean nothing.
+    """
+
+    supplies: frozenset[str]
+    vocab_size: int
+    context_length: int
+
+    @abstractmethod
+    def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
+        """The named outputs as float32 numpy arrays, without gradients, by teacher forcing with the training graph."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, np.ndarray]:
+        """A float32 host copy of every parameter, under names and layouts shared by all backends: those of the
+        Hugging Face checkpoint. What parity checks compare and what a checkpoint holds."""
+
+    @abstractmethod
+    def copy(self) -> Model:
+        """An independent model with equal parameters: a reference that training cannot reach."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write a Hugging Face checkpoint (``config.json``, ``model.safetensors``) that transformers opens."""
+
+
+class Policy(Model):
+    """A causal language model. Supplies logprobs and entropy; values too once it carries a value head.
+
+    A subclass also has ``Config``, a frozen dataclass, and two ways to be made:
+    """
+
+    Config: ClassVar[type]
+
+    @classmethod
+    @abstractmethod
+    def create(cls, config: Any, backend: Backend, tokenizer: Tokenizer, seed: int) -> Policy:
+        """From configuration. Random initial weights are drawn on the host (`lockstep.randomness`), so that all
+        backends start from the same ones."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, backend: Backend) -> Policy:
+        """From a checkpoint folder that `save` wrote, on this or another backend."""
+
+    @classmethod
+    @abstractmethod
+    def load_scalar(cls, folder: Path, backend: Backend) -> ScalarModel:
+        """From a checkpoint folder that `ScalarModel.save` wrote, on this or another backend."""
+
+    @abstractmethod
+    def generate(
+        self,
+        prompt_tokens: np.ndarray,
+        prompt_mask: np.ndarray,
+        seeds: np.ndarray,
+        *,
+        temperature: float,
+        stop_ids: Sequence[int],
+        pad_id: int,
+    ) -> Generated:
+        """Sample one response per row from softmax(logits / temperature); temperature 0 takes the most likely token.
+
+        Args:
+          prompt_tokens, prompt_mask: [B, P], left-padded.
+          seeds: uint32 [B, T]. Row b, column t draws its token by the hash-Gumbel rule of `lockstep.randomness` from
+            seeds[b, t] and nothing else, so the tokens do not depend on the backend or on how rows are batched.
+          stop_ids: a row ends with the first of these; it is kept, and everything after it is ``pad_id``, masked.
+        """
+
+    @abstractmethod
+    def with_value_head(self) -> Policy:
+        """A copy that also supplies values, from a zero-initialised head on the shared trunk."""
+
+    @abstractmethod
+    def scalar_model(self, head: np.ndarray) -> ScalarModel:
+        """A copy of the trunk with the scalar head ``head`` [hidden_size] and bias 0 in place of the language head."""
+
+    hidden_size: int
+
+
+class ScalarModel(Model):
+    """A trunk with a scalar head: a learned reward model (scores) or a value network (values)."""
+
+    @abstractmethod
+    def rescale(self, gain: float, bias: float) -> None:
+        """Fold ``gain * output + bias`` into the head, in place: how a reward model is normalised."""
+
+
+# --------------------------------------------------------------------------------------------------------- learning
+
+
+class Loss(Protocol):
+    """A differentiable objective over one micro-batch: hashable, so that a backend compiles it once.
+
+    It returns *sums* of per-token quantities times weights that the host has made for the whole minibatch (a mask
+    divided by the minibatch's token count, say). Sums of micro-batches add up, so gradients and metrics are the same
+    for every micro-batch size. Masked columns must not reach the result: select with ``xp.where``, never multiply.
+    """
+
+    outputs: tuple[str, ...]
+
+    def __call__(self, xp: Any, outputs: Mapping[str, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]: ...
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of an update: a loss, the sequences to run the models on, and the arrays [B, ...] the loss reads."""
+
+    loss: Loss
+    sequences: Sequences
+    batch: Mapping[str, np.ndarray]
+    temperature: float = 1.0
+
+
+class Learner(ABC):
+    """Models under an optimizer. The backend knows gradients and devices; it does not know what is being learned."""
+
+    models: Mapping[str, Model]
+
+    @abstractmethod
+    def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
+        """One optimizer step on the summed gradients of all terms. Returns the summed metrics of the losses, ``loss``
+        and ``grad_norm/<model>`` (before clipping). A term may be a micro-batch, another objective, or both."""
+
+    @abstractmethod
+    def gradients(self, terms: Sequence[Term]) -> dict[str, np.ndarray]:
+        """The summed gradients under ``<model>.<parameter name>``, no step taken: for tests and parity reports."""
+
+    @abstractmethod
+    def averaged(self, model: str) -> Model:
+        """A copy of the named model: with its moving-average weights if ``ema_decay`` is set, else as it is."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Parameters, optimizer state, step count and averages as safetensors: all that `restore` needs to go on bit
+        for bit."""
+
+    @abstractmethod
+    def restore(self, folder: Path) -> None:
+        """Take the state that `save` wrote; the models must have been built from the same configuration."""
+
+
+class Backend(ABC):
+    """An array library on a device: makes learners, and tells what it runs on. Knows no algorithm."""
+
+    Config: ClassVar[type]
+    name: ClassVar[str]
+
+    @abstractmethod
+    def __init__(self, config: Any): ...
+
+    @abstractmethod
+    def learner(self, models: Mapping[str, Model], optimizers: Mapping[str, OptimizerConfig]) -> Learner:
+        """A learner that trains the models in place, each with the optimizer of its name."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, str]:
+        """Library versions, device and precision, for the run record."""
+
+    @abstractmethod
+    def peak_memory_bytes(self) -> int | None:
+        """Most memory in use on the accelerator so far; None where the backend runs in host memory."""
+
+
+# ----------------------------------------------------------------------------------------------------- reward models
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Responses to be scored: as text for those who read text, as tokens for those who share the policy's tokenizer."""
+
+    prompts: Sequence[Prompt]
+    texts: Sequence[str]
+    sequences: Sequences
+    tokenizer: Tokenizer
+
+
+class RewardModel(ABC):
+    """Prompts and responses in, one score per response out. Learned, a function, an endpoint: one contract.
+
+    A score that could not be had is an exception or, where the configuration allows the loss of single episodes, NaN;
+    it is never a silent zero.
+    """
+
+    Config: ClassVar[type]
+
+    @abstractmethod
+    def score(self, responses: Responses) -> np.ndarray:
+        """float32 [B]. Higher is better; after normalisation 0 is the mean over demonstrations."""
+
+
+# -------------------------------------------------------------------------------------------------------- algorithms
+
+
+@dataclass
+class Setting:
+    """What an algorithm works with: everything that is not its own configuration."""
+
+    seed: int
+    backend: Backend
+    tokenizer: Tokenizer
+    data: DataSource
+    policy: Policy
+    reward_model: RewardModel | None = None
+
+
+class Algorithm(ABC):
+    """One way of training: which data it needs, what happens to it on the host, and what the loss is.
+
+    ``step`` should read like the algorithm box of the paper. All randomness comes from (seed, step), so a run that
+    resumes needs only the learner's state, `state` and the number of the next step.
+    """
+
+    Config: ClassVar[type]
+    produces: ClassVar[str]  # "policy" or "reward_model"
+    needs_reward_model: ClassVar[bool] = False
+
+    learner: Learner
+    total_steps: int
+
+    @abstractmethod
+    def __init__(self, config: Any, setting: Setting): ...
+
+    @abstractmethod
+    def step(self, step: int) -> Metrics:
+        """Iteration ``step`` of 0 .. total_steps - 1."""
+
+    @abstractmethod
+    def arithmetic(self) -> str:
+        """The resolved batch arithmetic in one line, printed before training: what one step consumes, how many."""
+
+    @abstractmethod
+    def result(self) -> Model:
+        """The trained model, to be saved as the stage's output."""
+
+    def finish(self) -> Metrics:
+        """Called once after the last step: held-out measures, normalisation."""
+        return {}
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Rows for the table of samples of the last step: text a person would read."""
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """What has to survive a restart beside the learner: JSON."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+class DataSource(ABC):
+    """Where prompts, demonstrations, comparisons and raw text come from. ``split`` is 'train' or 'heldout'; a source
+    may know more splits of its prompts ('adversarial'). A source that has none of a thing raises
+    `lockstep.errors.MissingData` with what to configure."""
+
+    Config: ClassVar[type]
+
+    @abstractmethod
+    def texts(self, split: str) -> Sequence[str]: ...
+
+    @abstractmethod
+    def demonstrations(self, split: str) -> Sequence[Demonstration]: ...
+
+    @abstractmethod
+    def comparisons(self, split: str) -> Sequence[Comparison]: ...
+
+    @abstractmethod
+    def prompts(self, split: str) -> Sequence[Prompt]: ...
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The source's own tokenizer, for policies that start from scratch."""
+        return None
+
+    def gold(self, prompt: Prompt, response: str) -> dict[str, float] | None:
+        """The true scores of a response, where the source knows them: ``gold`` and its parts. None: unknown."""
+        return None
+
+    def ability(self) -> Sequence[Choice]:
+        """The ability test; empty where there is none."""
+        return ()
+
+
+# ----------------------------------------------------------------------------------------------------------- tracking
+
+
+class Tracker(ABC):
+    """Where a stage's record goes beside the run folder (which is always written)."""
+
+    Config: ClassVar[type]
+
+    @abstractmethod
+    def start(self, *, folder: Path, run: str, stage: str, identity: str, config: Mapping[str, Any], resume: bool) -> None:
+        """A stage begins, or goes on: ``identity`` is stable over restarts."""
+
+    @abstractmethod
+    def log(self, metrics: Metrics, step: int) -> None: ...
+
+    @abstractmethod
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None: ...
+
+    @abstractmethod
+    def artifact(self, name: str, kind: str, folder: Path) -> None: ...
+
+    @abstractmethod
+    def finish(self, failed: bool = False) -> None: ...

@@ -1,0 +1,68 @@
+"""Randomness is data: every random number is a pure function of (run seed, stream, step, row), made on the host.
+
+So two backends draw the same tokens from the same weights, the tokens do not depend on how rows are batched or sharded,
+and a run that resumes needs no generator state. Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+3") is counter-based, which makes that free.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+
+def generator(seed: int, stream: str, step: int = 0) -> np.random.Generator:
+    """The generator of one stream at one step. ``stream`` names the purpose ('order', 'sampling'); streams are
+    independent of each other."""
+    key = np.array([seed & 0xFFFFFFFFFFFFFFFF, zlib.crc32(stream.encode())], dtype=np.uint64)
+    counter = np.array([0, 0, step, 0], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def token_seeds(seed: int, stream: str, step: int, rows: int, columns: int) -> np.ndarray:
+    """uint32 [rows, columns]: one seed for each token a policy may draw at this step.
+
+    Row b does not depend on ``rows``: a batch may be cut anywhere.
+    """
+    return generator(seed, stream, step).integers(0, 2**32, size=(rows, columns), dtype=np.uint32)
+
+
+def hash32(x: np.ndarray) -> np.ndarray:
+    """murmur3's 32-bit finaliser (Appleby 2011, public domain), a bijection on uint32. Elementwise, any shape."""
+    x = x.astype(np.uint32)
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
+
+
+def hash_gumbel(seeds: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Standard Gumbel noise float32 [..., vocab_size] for uint32 seeds [...]: the reference that backends reproduce.
+
+        bits = hash32(hash32(v) xor seed)      u = ((bits >> 8) + 1/2) 2^-24      g = -log(-log1p(-u))
+
+    argmax_v(logits_v / T + g_v) is a draw from softmax(logits / T) (Gumbel 1954; Maddison et al. 2014). With
+    ``log1p(-u)`` in place of ``log(u)`` the float32 resolution sits where it matters, in the upper tail.
+    """
+    words = hash32(np.arange(vocab_size, dtype=np.uint32))
+    bits = hash32(words ^ seeds[..., None])
+    u = ((bits >> np.uint32(8)).astype(np.float32) + np.float32(0.5)) * np.float32(2**-24)
+    return -np.log(-np.log1p(-u))
+
+
+def permutation(seed: int, stream: str, epoch: int, size: int) -> np.ndarray:
+    """The order of one pass over ``size`` examples: int64 [size]."""
+    return generator(seed, stream, epoch).permutation(size)
+
+
+def example_indices(seed: int, stream: str, size: int, start: int, count: int) -> np.ndarray:
+    """Indices of examples ``start`` .. ``start + count - 1`` of an endless stream of reshuffled passes: int64 [count].
+
+    A pure function of its arguments: step s of batch size B reads ``start = s * B``, today or after a restart.
+    """
+    positions = np.arange(start, start + count)
+    out = np.empty(count, np.int64)
+    for epoch in np.unique(positions // size):
+        here = positions // size == epoch
+        out[here] = permutation(seed, stream, int(epoch), size)[positions[here] % size]
+    return out

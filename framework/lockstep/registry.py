@@ -1,0 +1,154 @@
+"""Who supplies what: plugins, found by entry point, resolved by (kind, name, backend).
+
+A distribution announces one manifest per plugin package in its metadata:
+
+    [project.entry-points."lockstep.plugins"]
+    my_plugin = "my_plugin:plugin"
+
+where ``plugin`` is a `Plugin`. The manifest is import-light: components are ``module:Object`` strings and are imported
+when first asked for. Built-in plugins use this and nothing else. Code without a package adds its `Plugin` by
+`Registry.add`, or names ``module:Object`` in the configuration in place of a registered name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lockstep.errors import RegistryError, did_you_mean, listing
+
+GROUP = "lockstep.plugins"
+KINDS = ("backend", "policy", "reward_model", "algorithm", "data", "tracker")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A manifest.
+
+    Args:
+      components: {kind: {name: "module:Object"}}.
+      backend: the backend these components are written for; None where they run on any. The exact (kind, name, backend)
+        wins over the neutral (kind, name): so a fused kernel replaces an algorithm on one backend only.
+      requires: modules without which the plugin cannot run; checked without importing them.
+      install: the command that provides them, shown to the user.
+      conf: the folder of Hydra configuration that joins the search path; None for none.
+    """
+
+    components: Mapping[str, Mapping[str, str]]
+    backend: str | None = None
+    requires: Sequence[str] = ()
+    install: str = ""
+    conf: Path | None = None
+
+
+@dataclass(frozen=True)
+class Component:
+    kind: str
+    name: str
+    backend: str | None
+    target: str
+    distribution: str
+    plugin: Plugin | None
+
+    def missing(self) -> list[str]:
+        """Required modules that are not installed; none are imported to find out."""
+        return [m for m in (self.plugin.requires if self.plugin else ()) if importlib.util.find_spec(m) is None]
+
+    def load(self) -> type:
+        """The class itself.
+
+        Raises:
+          RegistryError: it cannot be imported; the message holds the reason and the command that may help.
+        """
+        where = f"{self.kind} '{self.name}' of {self.distribution}"
+        if missing := self.missing():
+            raise RegistryError(f"The {where} needs {listing(missing)}, not installed. Type: {self.plugin.install}")
+        module, _, attribute = self.target.partition(":")
+        try:
+            return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+        except Exception as error:
+            raise RegistryError(f"The {where} ({self.target}) cannot be imported: {error!r}") from error
+
+
+@dataclass
+class Registry:
+    components: dict[tuple[str, str, str | None], Component] = field(default_factory=dict)
+    conf: dict[str, Path] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+
+    def add(self, plugin: Plugin, distribution: str) -> None:
+        """Take in a manifest.
+
+        Raises:
+          RegistryError: an unknown kind, or a (kind, name, backend) that is already taken; both owners are named.
+        """
+        for kind, entries in plugin.components.items():
+            if kind not in KINDS:
+                raise RegistryError(
+                    f"{distribution} registers components of kind '{kind}'.{did_you_mean(kind, KINDS)} "
+                    f"Kinds: {', '.join(KINDS)}."
+                )
+            for name, target in entries.items():
+                key = (kind, name, plugin.backend)
+                if key in self.components:
+                    raise RegistryError(
+                        f"Both {self.components[key].distribution} and {distribution} register the {kind} '{name}' for "
+                        f"{plugin.backend or 'every backend'}. Rename one, or uninstall one."
+                    )
+                self.components[key] = Component(kind, name, plugin.backend, target, distribution, plugin)
+        if plugin.conf is not None:
+            self.conf[distribution] = plugin.conf
+
+    def resolve(self, kind: str, name: str, backend: str | None = None) -> type:
+        """The class registered for exactly this backend, else the backend-neutral one, else the one ``name`` spells
+        as ``module:Object``.
+
+        Raises:
+          RegistryError: nothing matches; the message names the nearest and all that exist.
+        """
+        return self.find(kind, name, backend).load()
+
+    def find(self, kind: str, name: str, backend: str | None = None) -> Component:
+        if ":" in name:
+            return Component(kind, name, backend, name, "the configuration", None)
+        for key in ((kind, name, backend), (kind, name, None)):
+            if key in self.components:
+                return self.components[key]
+        here = {n for k, n, b in self.components if k == kind and b in (backend, None)}
+        elsewhere = sorted(b for k, n, b in self.components if k == kind and n == name and b)
+        scope = f" for backend '{backend}'" if backend else ""
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise RegistryError(
+            f"No {kind} named '{name}'{scope}.{did_you_mean(name, here)} Registered{scope}: {listing(here)}."
+            + (f" '{name}' exists for backend {listing(elsewhere)}." if elsewhere else "")
+            + (f" {self._broken_hint()}" if self.broken else "")
+            + f" To use a class of your own, register {article} {kind} plugin or write '{kind}.name=module:Class'."
+        )
+
+    def _broken_hint(self) -> str:
+        return "Not loaded: " + "; ".join(f"{name}: {reason}" for name, reason in self.broken.items()) + "."
+
+    def __iter__(self) -> Iterator[Component]:
+        order = lambda key: (KINDS.index(key[0]), key[1], key[2] or "")  # noqa: E731
+        return (self.components[key] for key in sorted(self.components, key=order))
+
+
+@functools.cache
+def registry() -> Registry:
+    """The registry of this process, filled from the installed distributions. A manifest that cannot be imported is
+    listed with its reason and does not break the rest; a manifest that contradicts another one does."""
+    found = Registry()
+    for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name):
+        distribution = entry.dist.name if entry.dist else entry.value
+        try:
+            plugin = entry.load()
+        except Exception as error:
+            found.broken[f"{distribution} ({entry.name})"] = repr(error)
+            continue
+        found.add(plugin, f"{distribution} ({entry.name})")
+    return found

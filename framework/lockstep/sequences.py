@@ -1,0 +1,144 @@
+"""Prompts and responses as one block of tokens, and how blocks are padded, cut and put into chunks.
+
+    columns   0 ........ P-1 | P ............ P+T-1
+              pad pad a b c  | x y EOS pad pad pad
+              left-padded    | right-padded
+              prompt_mask    | response_mask          (True = a real token)
+                             | mask                   (True = counts in the loss)
+
+Response column t is column P + t. Log-probabilities, values and rewards are [B, T] arrays over the response columns.
+One layout serves generation, SFT, reward modelling and PPO; a text without a prompt has a prompt of one BOS token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Args:
+    tokens: int32 [B, P + T].
+    prompt_mask: bool [B, P]. False on the left padding.
+    response_mask: bool [B, T]. True on real tokens: a prefix of each row.
+    mask: bool [B, T]. True on the tokens that count: within response_mask.
+    """
+
+    tokens: np.ndarray
+    prompt_mask: np.ndarray
+    response_mask: np.ndarray
+    mask: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def prompt_length(self) -> int:
+        """P."""
+        return self.prompt_mask.shape[1]
+
+    @property
+    def attention_mask(self) -> np.ndarray:
+        """bool [B, P + T]."""
+        return np.concatenate([self.prompt_mask, self.response_mask], axis=1)
+
+    @property
+    def responses(self) -> np.ndarray:
+        """int32 [B, T]: the response columns."""
+        return self.tokens[:, self.prompt_length :]
+
+    @property
+    def last(self) -> np.ndarray:
+        """int32 [B]: the column in [0, P + T) of each row's last real token, where a reward model reads its score.
+
+        An empty response has its last prompt token, column P - 1.
+        """
+        return (self.prompt_length - 1 + self.response_mask.sum(axis=1)).astype(np.int32)
+
+    def take(self, rows: np.ndarray | slice) -> Sequences:
+        return Sequences(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
+
+    def pad_rows(self, rows: int) -> Sequences:
+        """The same with copies of the first row whose ``mask`` is False appended: a shape to compile for once."""
+        missing = rows - self.rows
+        if missing == 0:
+            return self
+        padded = self.take(np.concatenate([np.arange(self.rows), np.zeros(missing, np.int64)]))
+        padded.mask[self.rows :] = False
+        return padded
+
+
+def round_up(length: int, multiple: int) -> int:
+    """The next multiple, at least one: how lengths are bucketed so that few shapes are compiled."""
+    return max(multiple, -(-length // multiple) * multiple)
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 tokens and bool mask, both [B, P], with P rounded up to ``multiple``."""
+    length = round_up(max(map(len, prompts)), multiple)
+    tokens = np.full((len(prompts), length), pad_id, np.int32)
+    mask = np.zeros((len(prompts), length), bool)
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError("a prompt needs at least one token: start texts without a prompt with BOS or EOS")
+        tokens[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = True
+    return tokens, mask
+
+
+def right_pad(responses: Sequence[Sequence[int]], pad_id: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 tokens and bool mask, both [B, T], with T rounded up to ``multiple``."""
+    length = round_up(max(map(len, responses)), multiple)
+    tokens = np.full((len(responses), length), pad_id, np.int32)
+    mask = np.zeros((len(responses), length), bool)
+    for row, response in enumerate(responses):
+        tokens[row, : len(response)] = response
+        mask[row, : len(response)] = True
+    return tokens, mask
+
+
+def pack(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pad_id: int,
+    *,
+    masks: Sequence[Sequence[bool]] | None = None,
+    multiple: int = 8,
+) -> Sequences:
+    """Token lists as one block. ``masks`` says which response tokens count; without it, all do."""
+    prompt_tokens, prompt_mask = left_pad(prompts, pad_id, multiple)
+    response_tokens, response_mask = right_pad(responses, pad_id, multiple)
+    mask = response_mask.copy()
+    if masks is not None:
+        for row, counts in enumerate(masks):
+            mask[row, : len(counts)] = counts
+    return Sequences(np.concatenate([prompt_tokens, response_tokens], axis=1), prompt_mask, response_mask, mask)
+
+
+def join(prompt_tokens: np.ndarray, prompt_mask: np.ndarray, response: np.ndarray, response_mask: np.ndarray) -> Sequences:
+    """A block from generated responses: every real token counts."""
+    return Sequences(np.concatenate([prompt_tokens, response], axis=1), prompt_mask, response_mask, response_mask.copy())
+
+
+def chunks(rows: int, size: int | None) -> Iterator[slice]:
+    """Row slices of at most ``size``; all rows at once where it is None."""
+    for start in range(0, rows, size or rows):
+        yield slice(start, min(start + (size or rows), rows))
+
+
+def in_chunks(
+    evaluate: Callable[[Sequences], dict[str, np.ndarray]], sequences: Sequences, size: int | None
+) -> dict[str, np.ndarray]:
+    """``evaluate`` on chunks of equal shape (the last one padded with rows that are cut off again), results joined."""
+    if size is None or size >= sequences.rows:
+        return evaluate(sequences)
+    parts = []
+    for part in chunks(sequences.rows, size):
+        piece = sequences.take(part)
+        parts.append({name: value[: piece.rows] for name, value in evaluate(piece.pad_rows(size)).items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

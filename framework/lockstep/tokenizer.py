@@ -1,0 +1,201 @@
+"""Text to token ids and back, with the special tokens and the chat template: the ``tokenizers`` library and jinja2.
+
+transformers' own tokenizer classes would do it too, but importing them imports torch, into JAX runs as well, and takes
+seconds. The files are the same: ``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2.sandbox
+import tokenizers
+
+from lockstep import checkpoints
+from lockstep.errors import ConfigError, did_you_mean, listing
+from lockstep.nouns import Message
+
+TEMPLATES = {
+    "dialogue": (
+        "{% for m in messages %}{{ '\\n\\n' + {'user': 'Human', 'assistant': 'Assistant', 'system': 'System'}[m.role] "
+        "+ ': ' + m.content }}{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+    ),
+    "plain": "{% for m in messages %}{{ m.content }}{% endfor %}",
+}
+"""Chat templates by name, for tokenizers that bring none: the HH format, and nothing but the text."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Args:
+    path: a folder, or a Hugging Face hub id; null takes the policy's own, or else the data source's.
+    eos_token, pad_token: replace the tokenizer's own; null keeps them. A response ends with EOS; they must differ.
+    chat_template: jinja text or one of the names in `TEMPLATES`; null keeps the tokenizer's own.
+    """
+
+    path: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+
+
+class Tokenizer:
+    """Args:
+      core: the tokenizer proper.
+      eos_token: ends a response: the configured stop token.
+      pad_token: fills rows; need not be in the vocabulary (models never see it), must not be EOS.
+      chat_template: jinja; None where the tokenizer has none.
+
+    Raises:
+      ConfigError: pad and EOS are the same, or EOS is not in the vocabulary.
+    """
+
+    def __init__(self, core: tokenizers.Tokenizer, *, eos_token: str, pad_token: str | None, chat_template: str | None):
+        self.core = core
+        self.eos_token = eos_token
+        self.chat_template = chat_template
+        self.vocab_size = core.get_vocab_size(with_added_tokens=True)
+        eos_id = core.token_to_id(eos_token)
+        if eos_id is None:
+            raise ConfigError(
+                f"eos_token '{eos_token}' is not in the vocabulary.{did_you_mean(eos_token, core.get_vocab())} "
+                f"Special tokens: {self._specials()}. Set policy.tokenizer.eos_token."
+            )
+        if pad_token == eos_token:
+            raise ConfigError(
+                f"The tokenizer pads with '{pad_token}', which is also its EOS '{eos_token}': EOS would be masked as "
+                f"padding, and the policy would never learn to stop. Give it a pad token of its own, one that never "
+                f"occurs in text: policy.tokenizer.pad_token='<|pad|>' (it need not be in the vocabulary; special "
+                f"tokens here: {self._specials()})."
+            )
+        self.pad_token = pad_token or "<|pad|>"
+        self.eos_id: int = eos_id
+        pad_id = core.token_to_id(self.pad_token)
+        self.pad_id: int = self.vocab_size if pad_id is None else pad_id
+
+    def _specials(self) -> str:
+        return listing(t.content for t in self.core.get_added_tokens_decoder().values() if t.special)
+
+    @classmethod
+    def load(cls, path: str | Path, config: TokenizerConfig | None = None) -> Tokenizer:
+        """From a folder or hub id, with the replacements of ``config``."""
+        core = tokenizers.Tokenizer.from_file(str(fetch(path, "tokenizer.json")))
+        core.no_padding()
+        core.no_truncation()
+        settings = _optional_json(path, "tokenizer_config.json")
+        template = settings.get("chat_template")
+        if isinstance(template, list):  # named templates: the default one
+            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        if template is None and (file := fetch(path, "chat_template.jinja", optional=True)):
+            template = file.read_text()
+        replaced = config or TokenizerConfig(None, None, None, None)
+        eos = replaced.eos_token or _content(settings.get("eos_token"))
+        if eos is None:
+            raise ConfigError(f"The tokenizer in {path} names no EOS token. Set policy.tokenizer.eos_token.")
+        return cls(
+            core,
+            eos_token=eos,
+            pad_token=replaced.pad_token or _content(settings.get("pad_token")),
+            chat_template=named_template(replaced.chat_template) or template,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Files that transformers' AutoTokenizer opens too."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.core.save(str(folder / "tokenizer.json"))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.eos_token,
+            "pad_token": self.pad_token,
+            "chat_template": self.chat_template,
+        }
+        checkpoints.write_json(folder / "tokenizer_config.json", settings)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: special tokens only where the text spells them."""
+        return self.core.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self.core.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens left out."""
+        return self.core.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """The dialogue as the text the model reads.
+
+        Raises:
+          ConfigError: there is no chat template.
+        """
+        if self.chat_template is None:
+            raise ConfigError(
+                f"This tokenizer has no chat template. Set policy.tokenizer.chat_template to jinja text or to one of: "
+                f"{listing(TEMPLATES)}."
+            )
+        return _compiled(self.chat_template).render(
+            messages=[{"role": m.role, "content": m.content} for m in messages],
+            add_generation_prompt=add_generation_prompt,
+            eos_token=self.eos_token,
+            pad_token=self.pad_token,
+            bos_token="",
+        )
+
+
+def named_template(template: str | None) -> str | None:
+    return TEMPLATES.get(template, template) if template else None
+
+
+@functools.cache
+def _compiled(template: str) -> jinja2.Template:
+    """Sandboxed, with the two settings and the one function that chat templates on the hub rely on."""
+
+    def raise_exception(message: str) -> None:
+        raise ConfigError(f"The chat template refuses this dialogue: {message}")
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+    return environment.from_string(template)
+
+
+def _content(token: Any) -> str | None:
+    """A special token in tokenizer_config.json is a string or a record with its content."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _optional_json(path: str | Path, name: str) -> dict[str, Any]:
+    file = fetch(path, name, optional=True)
+    return checkpoints.read_json(file) if file else {}
+
+
+def fetch(path: str | Path, name: str, *, optional: bool = False) -> Path | None:
+    """A file of a checkpoint folder, or of a hub repository (downloaded into Hugging Face's cache).
+
+    Raises:
+      ConfigError: neither is there.
+    """
+    if Path(path).is_dir():
+        file = Path(path) / name
+        if file.exists():
+            return file
+        reason = "no such file"
+    else:
+        import huggingface_hub
+
+        try:
+            return Path(huggingface_hub.hf_hub_download(str(path), name))
+        except huggingface_hub.errors.EntryNotFoundError:
+            reason = "the hub repository has no such file"
+        except Exception as error:
+            if not optional:
+                raise ConfigError(f"'{path}' is neither a folder nor a hub repository that answers: {error}") from error
+            return None
+    if optional:
+        return None
+    raise ConfigError(f"{path} has no {name}: {reason}.")

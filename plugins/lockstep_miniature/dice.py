@@ -1,0 +1,83 @@
+"""Seeded randomness and the sequences made of it.
+
+Everything in the miniature is a pure function of (seed, stream, index): two processes, or two calls in another order,
+draw the same world.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar, overload
+
+import numpy as np
+
+from lockstep.randomness import generator
+
+T = TypeVar("T")
+
+_BLOCK = 64
+
+
+class Dice:
+    """Uniform draws from the Philox stream that (seed, stream, index) names.
+
+    Numbers are drawn a block at a time, since one numpy call per draw would cost more than the text that it decides.
+    """
+
+    def __init__(self, seed: int, stream: str, index: int):
+        self._generator = generator(seed, f"miniature/{stream}", index)
+        self._block: list[float] = []
+
+    def uniform(self) -> float:
+        """A number in [0, 1)."""
+        if not self._block:
+            self._block = self._generator.random(_BLOCK).tolist()
+        return self._block.pop()
+
+    def below(self, n: int) -> int:
+        """An integer in 0 .. n - 1."""
+        return int(self.uniform() * n)
+
+    def chance(self, probability: float) -> bool:
+        return self.uniform() < probability
+
+    def pick(self, options: Sequence[T]) -> T:
+        return options[self.below(len(options))]
+
+    def sample(self, options: Sequence[T], count: int) -> list[T]:
+        """``count`` different options in random order."""
+        left = list(options)
+        return [left.pop(self.below(len(left))) for _ in range(count)]
+
+    def weighted(self, weights: dict[T, float]) -> T:
+        """A key of ``weights``, in proportion to its value. The values need not add up to one."""
+        mark = self.uniform() * sum(weights.values())
+        for option, weight in weights.items():
+            mark -= weight
+            if mark < 0:
+                return option
+        return option
+
+    def gumbel(self) -> float:
+        """A standard Gumbel number: added to utilities, their order is a Plackett-Luce ranking."""
+        return float(-np.log(-np.log(1.0 - self.uniform() + 1e-300) + 1e-300))
+
+
+class Drawn(Sequence[T]):
+    """A sequence whose item at an index is computed when asked for: large corpora cost nothing until they are read."""
+
+    def __init__(self, length: int, draw: Callable[[int], T]):
+        self._length = length
+        self._draw = draw
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self._draw(i) for i in range(*index.indices(self._length))]
+        return self._draw(range(self._length)[index])
