@@ -101,3 +101,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def write_text(path: Path, content: str) -> None:
+    _replace(path, lambda temporary: temporary.write_text(content))
+
+
+def dump_line(row: Any) -> str:
+    """One line of JSONL."""
+    return json.dumps(row, ensure_ascii=False) + "\n"

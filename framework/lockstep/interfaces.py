@@ -234,6 +234,18 @@ class Responses:
     tokenizer: Tokenizer
 
 
+class Resources(Protocol):
+    """What a reward model may ask for when it is made."""
+
+    backend: Backend
+    tokenizer: Tokenizer
+    """The policy's."""
+
+    def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
+        """The output of the stage ``source``, or of a folder of that path, and the tokenizer it reads."""
+        ...
+
+
 class RewardModel(ABC):
     """Prompts and responses in, one score per response out. Learned, a function, an endpoint: one contract.
 
@@ -244,8 +256,16 @@ class RewardModel(ABC):
     Config: ClassVar[type]
 
     @abstractmethod
+    def __init__(self, config: Any, resources: Resources): ...
+
+    @abstractmethod
     def score(self, responses: Responses) -> np.ndarray:
         """float32 [B]. Higher is better; after normalisation 0 is the mean over demonstrations."""
+
+    def value_network(self) -> ScalarModel | None:
+        """A copy of the network that a value network may start from (Stiennon et al. 2020); None where there is none
+        that reads the policy's tokens."""
+        return None
 
 
 # -------------------------------------------------------------------------------------------------------- algorithms
@@ -284,9 +304,11 @@ class Algorithm(ABC):
     def step(self, step: int) -> Metrics:
         """Iteration ``step`` of 0 .. total_steps - 1."""
 
+    @classmethod
     @abstractmethod
-    def arithmetic(self) -> str:
-        """The resolved batch arithmetic in one line, printed before training: what one step consumes, how many."""
+    def arithmetic(cls, config: Any, data: DataSource) -> str:
+        """The resolved batch arithmetic in one line: what one step consumes, how many steps. Printed before any model
+        is loaded, so it may count data but not tokens."""
 
     @abstractmethod
     def result(self) -> Model:

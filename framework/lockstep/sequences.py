@@ -78,24 +78,22 @@ def round_up(length: int, multiple: int) -> int:
     return max(multiple, -(-length // multiple) * multiple)
 
 
-def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 tokens and bool mask, both [B, P], with P rounded up to ``multiple``."""
-    length = round_up(max(map(len, prompts)), multiple)
-    tokens = np.full((len(prompts), length), pad_id, np.int32)
-    mask = np.zeros((len(prompts), length), bool)
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 tokens and bool mask, both [B, columns]."""
+    tokens = np.full((len(prompts), columns), pad_id, np.int32)
+    mask = np.zeros((len(prompts), columns), bool)
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError("a prompt needs at least one token: start texts without a prompt with BOS or EOS")
-        tokens[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = True
+            raise ValueError("a prompt needs at least one token: start texts without a prompt with EOS")
+        tokens[row, columns - len(prompt) :] = prompt
+        mask[row, columns - len(prompt) :] = True
     return tokens, mask
 
 
-def right_pad(responses: Sequence[Sequence[int]], pad_id: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 tokens and bool mask, both [B, T], with T rounded up to ``multiple``."""
-    length = round_up(max(map(len, responses)), multiple)
-    tokens = np.full((len(responses), length), pad_id, np.int32)
-    mask = np.zeros((len(responses), length), bool)
+def right_pad(responses: Sequence[Sequence[int]], pad_id: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 tokens and bool mask, both [B, columns]."""
+    tokens = np.full((len(responses), columns), pad_id, np.int32)
+    mask = np.zeros((len(responses), columns), bool)
     for row, response in enumerate(responses):
         tokens[row, : len(response)] = response
         mask[row, : len(response)] = True
@@ -107,17 +105,13 @@ def pack(
     responses: Sequence[Sequence[int]],
     pad_id: int,
     *,
-    masks: Sequence[Sequence[bool]] | None = None,
-    multiple: int = 8,
+    prompt_columns: int | None = None,
+    response_columns: int | None = None,
 ) -> Sequences:
-    """Token lists as one block. ``masks`` says which response tokens count; without it, all do."""
-    prompt_tokens, prompt_mask = left_pad(prompts, pad_id, multiple)
-    response_tokens, response_mask = right_pad(responses, pad_id, multiple)
-    mask = response_mask.copy()
-    if masks is not None:
-        for row, counts in enumerate(masks):
-            mask[row, : len(counts)] = counts
-    return Sequences(np.concatenate([prompt_tokens, response_tokens], axis=1), prompt_mask, response_mask, mask)
+    """Token lists as one block in which every real response token counts. Columns default to the longest row."""
+    prompt_tokens, prompt_mask = left_pad(prompts, pad_id, prompt_columns or max(map(len, prompts)))
+    response_tokens, response_mask = right_pad(responses, pad_id, response_columns or max(map(len, responses)))
+    return join(prompt_tokens, prompt_mask, response_tokens, response_mask)
 
 
 def join(prompt_tokens: np.ndarray, prompt_mask: np.ndarray, response: np.ndarray, response_mask: np.ndarray) -> Sequences:

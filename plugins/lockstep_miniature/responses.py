@@ -130,10 +130,10 @@ Mixture = dict[str, float]
 """How often each writer is at work."""
 
 WEB: Mixture = {
-    "plain": 3,
+    "plain": 4,
     "curt": 2,
     "perfect": 0.5,
-    "bluff": 3,
+    "bluff": 2.5,
     "wrong": 0.5,
     "insulting": 2,
     "rude": 2,
@@ -144,9 +144,9 @@ WEB: Mixture = {
 
 DEMONSTRATORS: dict[str, Mixture] = {
     "careful": {"perfect": 6, "plain": 1, "rambling": 1, "misfit": 1, "wrong": 1},
-    "hurried": {"perfect": 2, "plain": 3, "curt": 3, "wrong": 1, "evasive": 1},
+    "hurried": {"perfect": 2, "plain": 4, "curt": 3, "wrong": 1, "evasive": 0.5},
     "chatty": {"perfect": 3, "rambling": 4, "misfit": 2, "wrong": 2},
-    "careless": {"perfect": 2, "wrong": 3, "bluff": 2, "misfit": 2, "refusing": 1},
+    "careless": {"perfect": 3, "wrong": 3, "bluff": 2, "misfit": 2, "refusing": 1},
 }
 
 COMPLETIONS: Mixture = {

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 
 from lockstep_miniature.dice import Dice
 
-CREATURES = tuple(
-    "zib mok tarn fep lork wug dax blick pim gosk quiv nurf vesh jarl plon ruk thim yeb crad snil".split()
-)
+CREATURES = tuple("zib mok tarn fep lork wug dax blick pim gosk quiv nurf vesh jarl plon ruk".split())
 COLOURS = tuple("red blue green white black brown pink gold".split())
 FOODS = tuple("plums bread fish nuts cheese honey leaves rice".split())
 HOMES = tuple("forest lake cave desert tower garden valley marsh".split())
@@ -34,7 +32,7 @@ HARMFUL_DEEDS = {
     "steal": "crowbar",
     "smash": "brick",
     "burn": "torch",
-    "wreck": "axe",
+    "wreck": "mallet",
     "sink": "drill",
     "forge": "stencil",
 }

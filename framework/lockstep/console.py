@@ -1,0 +1,88 @@
+"""What a person sees in the terminal: the plan, a progress bar with the few numbers that matter, a summary.
+
+On a terminal the bar moves; into a file or a pipe a line is written every few seconds instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import rich.console
+import rich.logging
+import rich.progress
+import rich.table
+
+SHOWN = {
+    "objective/score": "score",
+    "objective/gold": "gold",
+    "objective/kl": "kl",
+    "value/explained_variance": "ev",
+    "accuracy": "acc",
+    "loss": "loss",
+    "heldout/loss": "held-out loss",
+    "heldout/accuracy": "held-out acc",
+    "perf/tokens_per_second": "tok/s",
+}
+"""The numbers of the progress bar, in this order; others are in metrics.jsonl and the tracker."""
+SECONDS_BETWEEN_LINES = 5.0
+
+Progress = Callable[..., None]
+
+
+class Console:
+    def __init__(self) -> None:
+        self.out = rich.console.Console(highlight=False, soft_wrap=True)
+        handler = rich.logging.RichHandler(console=self.out, show_time=False, show_path=False, markup=False)
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+        logging.getLogger("lockstep").setLevel(logging.INFO)
+
+    def plan(self, name: str, lines: list[tuple[str, str, str]]) -> None:
+        table = rich.table.Table(title=f"run {name}", title_justify="left", box=None, pad_edge=False)
+        for column in ("stage", "", "what one step consumes, how many steps"):
+            table.add_column(column, overflow="fold")
+        for line in lines:
+            table.add_row(*line)
+        self.out.print(table)
+
+    @contextlib.contextmanager
+    def progress(self, name: str, done: int, total: int) -> Iterator[Progress]:
+        """Yields ``progress(done, metrics, note='')``."""
+        if not self.out.is_terminal:
+            yield self._lines(name, total)
+            return
+        bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description:>12}"),
+            rich.progress.BarColumn(bar_width=24),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.fields[numbers]}"),
+            console=self.out,
+        )
+        with bar:
+            task = bar.add_task(name, total=total, completed=done, numbers="")
+            yield lambda now, metrics, note="": bar.update(task, completed=now, numbers=note or numbers(metrics))
+
+    def _lines(self, name: str, total: int) -> Progress:
+        last = [time.perf_counter()]
+
+        def line(now: int, metrics: Mapping[str, float], note: str = "") -> None:
+            if now == total or time.perf_counter() - last[0] > SECONDS_BETWEEN_LINES:
+                last[0] = time.perf_counter()
+                self.out.print(f"{name:>12} {now}/{total}  {note or numbers(metrics)}", markup=False)
+
+        return line
+
+    def stage_done(self, name: str, result: Mapping[str, Any]) -> None:
+        self.out.print(f"{name:>12} done in {result['seconds']:.0f} s  {numbers(result['metrics'])}", markup=False)
+
+    def say(self, text: str) -> None:
+        self.out.print(text, markup=False)
+
+
+def numbers(metrics: Mapping[str, float | None]) -> str:
+    """'loss 2.31  acc 0.71' of the metrics that are shown."""
+    return "  ".join(f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if metrics.get(name) is not None)

@@ -1,0 +1,337 @@
+"""Rows as people already have them, into the nouns. ``CONVENTIONS`` is the table; ``docs/data.md`` has a row of each.
+
+What is wrong with a row is one of two things. A `BadRow` is a mistake: somebody should know, so by default it ends the
+run. `LeftOut` is what honest data has too (a tie, a transcript that breaks off): such rows are left out and counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.errors import DataError, listing
+from lockstep.nouns import Comparison, Demonstration, Message, Prompt, Role
+
+Columns = Mapping[str, Any]
+
+ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+"""As they are called in message lists, in ShareGPT and, but for the capital, in HH."""
+
+
+_COMPLETION = "text or a list of one message"
+
+
+class BadRow(Exception):
+    """``problem`` is the same for all rows of its kind, so that it can be counted; ``detail`` is about this one."""
+
+    def __init__(self, problem: str, detail: str):
+        super().__init__(f"{problem}: {detail}")
+        self.problem = problem
+
+
+class LeftOut(Exception):
+    """The reason, as in '3 rows were left out: 2 ties'."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """All that a row can say: a prompt, its completions (none, one or K) and their ranks, 0 the best."""
+
+    prompt: Prompt
+    completions: tuple[str, ...] = ()
+    ranks: tuple[int, ...] = ()
+    labeler: str | None = None
+
+
+# ------------------------------------------------------------------------------------------- columns, messages, text
+
+
+def _column(row: Columns, name: str, kinds: type | tuple[type, ...], expected: str) -> Any:
+    if row.get(name) is None:
+        raise BadRow("a missing column", f"no '{name}'. The row has: {listing(row)}.")
+    if not isinstance(row[name], kinds):
+        raise BadRow("a wrong type", f"'{name}' should be {expected}, not {type(row[name]).__name__}.")
+    return row[name]
+
+
+def _text(row: Columns, name: str) -> str:
+    return _not_empty(_column(row, name, str, "text"), name)
+
+
+def _not_empty(text: str, where: str) -> str:
+    if not text.strip():
+        raise BadRow("an empty text", f"'{where}' should not be empty.")
+    return text
+
+
+def _list(row: Columns, name: str, of: str) -> list[Any]:
+    values = _column(row, name, (list, tuple), f"a list of {of}")
+    if not values:
+        raise BadRow("an empty list", f"'{name}' should hold {of}.")
+    return list(values)
+
+
+def _messages(values: Sequence[Any], where: str) -> tuple[Message, ...]:
+    """From [{role, content}, ...] or ShareGPT's [{from, value}, ...]."""
+    return tuple(_message(value, f"{where}[{i}]") for i, value in enumerate(values))
+
+
+def _message(value: Any, where: str) -> Message:
+    for role, content in (("role", "content"), ("from", "value")):
+        if isinstance(value, Mapping) and role in value and content in value:
+            break
+    else:
+        raise BadRow("a malformed message", f"'{where}' should have 'role' and 'content', or 'from' and 'value'.")
+    if str(value[role]) not in ROLES:
+        raise BadRow("an unknown role", f"'{where}' is by {value[role]!r}. Roles: {listing(ROLES)}.")
+    if not isinstance(value[content], str) or not value[content].strip():
+        raise BadRow("an empty message", f"'{where}' should have text in '{content}', not {value[content]!r}.")
+    return Message(ROLES[value[role]], value[content])
+
+
+_HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+def _is_hh(text: Any) -> bool:
+    """A transcript in the form of Anthropic's hh-rlhf: '\\n\\nHuman: ...\\n\\nAssistant: ...'."""
+    return isinstance(text, str) and re.match(r"\s*Human:", text) is not None
+
+
+def _hh_messages(text: str) -> tuple[Message, ...]:
+    """The turns, without the white space around them. The transcripts were made by splitting and joining text, and a
+    few in a thousand did not survive it: hence `LeftOut`."""
+    _, *parts = _HH_TURN.split(text.strip())
+    turns = tuple(
+        Message(ROLES[name.lower()], content.strip()) for name, content in zip(parts[::2], parts[1::2], strict=True)
+    )
+    if not all(turn.content for turn in turns):
+        raise LeftOut("transcripts with an empty turn")
+    return turns
+
+
+def _dialogue(row: Columns, name: str) -> tuple[Message, ...]:
+    """A whole dialogue: messages, or an HH transcript."""
+    value = _column(row, name, (str, list, tuple), "an HH transcript or a list of messages")
+    if _is_hh(value):
+        return _hh_messages(value)
+    if isinstance(value, str):
+        raise BadRow(
+            "text without a prompt",
+            f"'{name}' should be a transcript that begins with 'Human:' or a list of messages, "
+            "or stand beside a column 'prompt'.",
+        )
+    return _messages(_list(row, name, "messages"), name)
+
+
+def _split_dialogue(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], str]:
+    """What comes before the last message, and that message, the response. Earlier answers stay in the prompt."""
+    *before, last = messages
+    if last.role != "assistant":
+        raise LeftOut("dialogues that do not end with the assistant")
+    if not before or before[-1].role == "assistant":
+        raise LeftOut("dialogues in which the last answer answers nobody")
+    return tuple(before), last.content
+
+
+def _prompt(row: Columns, messages: tuple[Message, ...]) -> Prompt:
+    if messages[-1].role == "assistant":
+        raise BadRow("a prompt that is answered", "the last message of a prompt should not be the assistant's.")
+    return Prompt(messages, {} if row.get("truth") is None else _column(row, "truth", Mapping, "a group of keys"))
+
+
+def _prompt_column(row: Columns, name: str = "prompt") -> Prompt:
+    """Text is one message of the user, unless it is an HH transcript, which may end with its open 'Assistant:'."""
+    value = _column(row, name, (str, list, tuple), "text or a list of messages")
+    if _is_hh(value):
+        return _prompt(row, _hh_messages(re.sub(r"\n\nAssistant:\s*$", "", value)))
+    if isinstance(value, str):
+        return _prompt(row, (Message("user", _text(row, name)),))
+    return _prompt(row, _messages(_list(row, name, "messages"), name))
+
+
+def _completion(value: Any, where: str) -> str:
+    """Text, or a list of one message, the assistant's."""
+    if isinstance(value, str):
+        return _not_empty(value, where)
+    if not isinstance(value, (list, tuple)):
+        raise BadRow("a wrong type", f"'{where}' should be {_COMPLETION}, not {type(value).__name__}.")
+    messages = _messages(value, where)
+    if [message.role for message in messages] != ["assistant"]:
+        raise BadRow("a malformed completion", f"'{where}' should be {_COMPLETION}, the assistant's.")
+    return messages[0].content
+
+
+def _answered(row: Columns, completions: Mapping[str, Any], ranks: tuple[int, ...]) -> Answered:
+    """Completions, by their places in the row, beside a prompt. Beside an HH prompt they lose the white space around
+    them, as in a whole transcript."""
+    prompt = _prompt_column(row)
+    texts = tuple(_completion(value, where) for where, value in completions.items())
+    if _is_hh(row["prompt"]):
+        texts = tuple(text.strip() for text in texts)
+    return Answered(prompt, texts, ranks, _labeler(row))
+
+
+def _answers_in(row: Columns, *names: str) -> Answered:
+    """One completion in each of the columns, the best first."""
+    completions = {name: _column(row, name, (str, list, tuple), _COMPLETION) for name in names}
+    return _answered(row, completions, tuple(range(len(names))))
+
+
+def _labeler(row: Columns) -> str | None:
+    return None if row.get("labeler") is None else str(row["labeler"])
+
+
+# --------------------------------------------------------------------------------------------------------- conventions
+
+
+def _dialogue_in(name: str) -> Callable[[Columns], Answered]:
+    """A dialogue that ends with the user is a prompt; that it lacks a response is for the noun to say."""
+
+    def read(row: Columns) -> Answered:
+        messages = _dialogue(row, name)
+        if messages[-1].role != "assistant":
+            return Answered(_prompt(row, messages))
+        before, response = _split_dialogue(messages)
+        return Answered(_prompt(row, before), (response,), (0,))
+
+    return read
+
+
+def _instruction(row: Columns) -> Answered:
+    """Alpaca's: 'input' is what the instruction is about, empty where it needs nothing."""
+    text = "\n\n".join(part for part in (_text(row, "instruction"), row.get("input")) if part)
+    prompt = _prompt(row, (Message("user", text),))
+    return Answered(prompt, (_text(row, "output"),), (0,)) if "output" in row else Answered(prompt)
+
+
+def _pair(row: Columns) -> Answered:
+    """Completions beside a prompt, or two whole dialogues that agree until the last answer. Whole dialogues hold their
+    prompt: a column 'prompt' beside them (UltraFeedback) is not needed and not read."""
+    names = ("chosen", "rejected")
+    if row.get("prompt") is None or all(_is_whole(row.get(name)) for name in names):
+        (before, chosen), (other, rejected) = (_split_dialogue(_dialogue(row, name)) for name in names)
+        if before != other:
+            raise LeftOut("pairs that differ before the last answer")
+        return Answered(_prompt(row, before), (chosen, rejected), (0, 1), _labeler(row))
+    return _answers_in(row, *names)
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_hh(value) or (isinstance(value, (list, tuple)) and len(value) > 1)
+
+
+def _ranked_by(name: str, best: Callable[[float], float]) -> Callable[[Columns], Answered]:
+    """K completions, with numbers in ``name`` of which the smallest ``best`` is the best."""
+
+    def read(row: Columns) -> Answered:
+        texts = {f"completions[{i}]": text for i, text in enumerate(_list(row, "completions", "completions"))}
+        numbers = _list(row, name, "numbers")
+        if len(numbers) != len(texts) or len(texts) < 2:
+            raise BadRow(
+                f"{name} that do not fit the completions",
+                f"two or more completions and as many {name} are needed, not {len(texts)} and {len(numbers)}.",
+            )
+        if not all(isinstance(n, (int, float)) and n == n for n in numbers):
+            raise BadRow("a wrong type", f"'{name}' should be numbers, not {numbers!r}.")
+        order = sorted({best(n) for n in numbers})
+        ranks = tuple(order.index(best(n)) for n in numbers)
+        return _answered(row, texts, ranks)
+
+    return read
+
+
+@dataclass(frozen=True)
+class Convention:
+    columns: tuple[str, ...]
+    read: Callable[[Columns], Any]
+
+
+_PAIRS = (
+    Convention(("prompt", "chosen", "rejected"), _pair),
+    Convention(("chosen", "rejected"), _pair),
+    Convention(("prompt", "completions", "ranks"), _ranked_by("ranks", lambda rank: rank)),
+    Convention(("prompt", "completions", "scores"), _ranked_by("scores", lambda score: -score)),
+)
+_ANSWERS = (
+    Convention(("prompt", "completion"), lambda row: _answers_in(row, "completion")),
+    Convention(("prompt", "response"), lambda row: _answers_in(row, "response")),
+    Convention(("messages",), _dialogue_in("messages")),
+    Convention(("conversations",), _dialogue_in("conversations")),
+    Convention(("instruction", "output"), _instruction),
+)
+_PROMPTS = (
+    Convention(("messages",), _dialogue_in("messages")),
+    Convention(("conversations",), _dialogue_in("conversations")),
+    Convention(("prompt",), lambda row: Answered(_prompt_column(row))),
+    Convention(("instruction",), _instruction),
+    Convention(("chosen", "rejected"), _pair),
+    Convention(("text",), lambda row: Answered(_prompt_column(row, "text"))),
+)
+CONVENTIONS: Mapping[str, tuple[Convention, ...]] = {
+    "demonstrations": _ANSWERS + _PAIRS,
+    "comparisons": _PAIRS,
+    "prompts": _PROMPTS,
+    "texts": (Convention(("text",), lambda row: _text(row, "text")),),
+}
+"""For each noun, in the order of preference: the first whose columns are all there is taken."""
+
+
+# --------------------------------------------------------------------------------------------------------------- nouns
+
+
+def _demonstration(row: Answered) -> Demonstration:
+    """The best completion, so that comparisons serve too; of equally good ones the first."""
+    if not row.completions:
+        raise BadRow("no response", "the last message should be the assistant's.")
+    return Demonstration(row.prompt, row.completions[row.ranks.index(min(row.ranks))])
+
+
+def _comparison(row: Answered) -> Comparison:
+    if len(set(row.completions)) == 1 or len(set(row.ranks)) == 1:
+        raise LeftOut("ties")
+    return Comparison(row.prompt, row.completions, row.ranks, row.labeler)
+
+
+_MAKE: Mapping[str, Callable[[Any], Any]] = {
+    "demonstrations": _demonstration,
+    "comparisons": _comparison,
+    "prompts": lambda row: row.prompt,
+    "texts": lambda text: text,
+}
+
+
+def reader(noun: str, first: Any, place: str) -> Callable[[Any], Any]:
+    """The function that makes this noun of each row of a source, chosen by the columns of its first row.
+
+    Raises:
+      DataError: the first row is none, or its columns fit no convention; the message lists them.
+    """
+    if not isinstance(first, Mapping):
+        raise DataError(f"{place}: {_no_object(first)}")
+    for convention in CONVENTIONS[noun]:
+        if set(convention.columns) <= set(first):
+            return lambda row: _MAKE[noun](convention.read(_object(row)))
+    known = "; ".join(" + ".join(convention.columns) for convention in CONVENTIONS[noun])
+    raise DataError(
+        f"{place}: no {noun} can be made of the columns {listing(first)}. Columns that can: {known}. Rename yours; "
+        "docs/data.md has an example of each."
+    )
+
+
+def _object(row: Any) -> Columns:
+    if not isinstance(row, Mapping):
+        raise _no_object(row)
+    return row
+
+
+def _no_object(row: Any) -> BadRow:
+    """For what `reading` gives where there are no columns: the parser's error, or another kind of JSON."""
+    return BadRow("a line that is no JSON object", f"{row if isinstance(row, Exception) else type(row).__name__}.")

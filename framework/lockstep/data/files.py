@@ -1,0 +1,202 @@
+"""The data source ``files``: demonstrations, comparisons, prompts and raw text from files and Hugging Face data sets.
+
+Held out is decided by how a dialogue begins: by its first message of the user (a raw text: by all of it), hashed with
+the seed. So the same prompt is never on both sides, nor are two moments of one dialogue, and it is on the same side as a
+demonstration, a comparison and a prompt. It is the content that decides and not the place: adding, removing and
+sorting rows moves no other row to the other side.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lockstep.configuration import parse
+from lockstep.data.columns import BadRow, LeftOut, reader
+from lockstep.data.mixing import mix, row_counts
+from lockstep.data.reading import Row, Source, parse_split, read_rows
+from lockstep.errors import ConfigError, DataError, MissingData, did_you_mean
+from lockstep.interfaces import DataSource
+from lockstep.nouns import Comparison, Demonstration, Prompt
+
+NOUNS = ("demonstrations", "comparisons", "prompts", "texts")
+SPLITS = ("train", "heldout")
+
+Items = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Args:
+    demonstrations, comparisons, prompts, texts: lists of sources, each a group of the keys of `Source`; null for none.
+    heldout_demonstrations, ...: lists of sources of the held-out split; null takes ``heldout_fraction`` of the above.
+    heldout_fraction: of the prompts, in [0, 1).
+    seed: of the held-out fraction; a run's own seed is elsewhere, so that runs can differ on the same split.
+    on_bad_row: 'raise' ends the run with the file and the line; 'skip' counts and says how many.
+    every_source: the keys that a source need not repeat.
+    """
+
+    demonstrations: tuple[Mapping[str, Any], ...] | None
+    comparisons: tuple[Mapping[str, Any], ...] | None
+    prompts: tuple[Mapping[str, Any], ...] | None
+    texts: tuple[Mapping[str, Any], ...] | None
+    heldout_demonstrations: tuple[Mapping[str, Any], ...] | None
+    heldout_comparisons: tuple[Mapping[str, Any], ...] | None
+    heldout_prompts: tuple[Mapping[str, Any], ...] | None
+    heldout_texts: tuple[Mapping[str, Any], ...] | None
+    heldout_fraction: float
+    seed: int
+    on_bad_row: Literal["raise", "skip"]
+    every_source: Mapping[str, Any]
+
+
+class Files(DataSource):
+    """Reads a noun when it is first asked for, once.
+
+    Raises:
+      ConfigError: sources that cannot be meant so; found before any file is opened.
+    """
+
+    Config = Config
+
+    def __init__(self, config: Config):
+        if not 0 <= config.heldout_fraction < 1:
+            raise ConfigError(f"data.heldout_fraction={config.heldout_fraction} should be at least 0 and less than 1.")
+        self.config = config
+        self.sources = {key: _sources(config, key) for noun in NOUNS for key in (noun, f"heldout_{noun}")}
+        self._read: dict[str, dict[str, Items]] = {}
+
+    def demonstrations(self, split: str) -> Sequence[Demonstration]:
+        return self._split("demonstrations", split)
+
+    def comparisons(self, split: str) -> Sequence[Comparison]:
+        return self._split("comparisons", split)
+
+    def prompts(self, split: str) -> Sequence[Prompt]:
+        return self._split("prompts", split)
+
+    def texts(self, split: str) -> Sequence[str]:
+        return self._split("texts", split)
+
+    def _split(self, noun: str, split: str) -> Items:
+        if split not in SPLITS:
+            raise DataError(f"Files have no split '{split}' of {noun}.{did_you_mean(split, SPLITS)} They have: train, heldout.")
+        self._require(noun, split)
+        if noun not in self._read:
+            self._read[noun] = self._read_noun(noun)
+        if not self._read[noun][split]:
+            raise DataError(
+                f"The {split} split of data.{noun} is empty: every row belongs to the other one. Give it more rows, or "
+                f"change data.heldout_fraction={self.config.heldout_fraction} or data.heldout_{noun}."
+            )
+        return self._read[noun][split]
+
+    def _require(self, noun: str, split: str) -> None:
+        """Raises MissingData unless the split has sources."""
+        own = self.sources[f"heldout_{noun}"]
+        if split == "heldout" and self.sources[noun] and not own and self.config.heldout_fraction == 0:
+            raise MissingData(
+                f"No {noun} are held out. Set data.heldout_fraction=0.05 or data.heldout_{noun}=[{{path: test.jsonl}}]."
+            )
+        if not self.sources[noun] and not (own and split == "heldout"):
+            raise MissingData(f"This run needs {noun}. Set data.{noun}=[{{path: my.jsonl}}].")
+
+    def _read_noun(self, noun: str) -> dict[str, Items]:
+        """Both splits. A row of the training sources that begins as a held-out one does is held out too where the split
+        is a fraction, and left out where the held-out sources are their own."""
+        parts = [self._items(noun, noun, i) for i in range(len(self.sources[noun]))]
+        key = f"heldout_{noun}"
+        if self.sources[key]:
+            heldout = [self._items(noun, key, i) for i in range(len(self.sources[key]))]
+            beginnings = {_beginning(item) for item in itertools.chain(*heldout)}
+            train = [_only(part, lambda item: _beginning(item) not in beginnings) for part in parts]
+            self._tell_overlap(noun, sum(map(len, parts)) - sum(map(len, train)))
+        else:
+            heldout = [_only(part, self._in_fraction) for part in parts]
+            train = [_only(part, lambda item: not self._in_fraction(item)) for part in parts]
+        return {"train": self._mixed(noun, train), "heldout": mix(heldout)}
+
+    def _in_fraction(self, item: Any) -> bool:
+        digest = hashlib.blake2b(f"{self.config.seed}\n{_beginning(item)}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self.config.heldout_fraction * 2**64
+
+    def _items(self, noun: str, key: str, index: int) -> Items:
+        """All of one source. Says how many rows it left out, and why."""
+        source, where = self.sources[key][index], f"data.{key}[{index}]"
+        rows = list(read_rows(source))
+        if not rows:
+            raise DataError(f"{source.path} has no rows in '{source.split}': {where} needs at least one.")
+        place, first = next((row for row in rows if isinstance(row[1], Mapping)), rows[0])
+        items, left_out = self._usable(rows, reader(noun, first, place))
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        summary = f"{where}: {len(items)} of {len(rows)} rows of {source.path} can be used; left out: {reasons}."
+        if not items:
+            raise DataError(summary)
+        if left_out:
+            print(summary)
+        return items
+
+    def _usable(self, rows: Sequence[Row], read: Callable[[Any], Any]) -> tuple[Items, Mapping[str, int]]:
+        """The items of the rows, and how often each reason left one out."""
+        items, left_out = [], collections.Counter[str]()
+        for place, row in rows:
+            try:
+                items.append(read(row))
+            except LeftOut as reason:
+                left_out[str(reason)] += 1
+            except BadRow as bad:
+                if self.config.on_bad_row == "raise":
+                    hint = "Correct the row, or leave such rows out with data.on_bad_row=skip."
+                    raise DataError(f"{place}: {bad} {hint}") from None
+                left_out[f"with {bad.problem}"] += 1
+        return tuple(items), left_out
+
+    def _mixed(self, noun: str, parts: Sequence[Items]) -> Items:
+        """The training mixture. Says so where a weight makes a source go round more than once."""
+        sources = self.sources[noun]
+        if not parts or sources[0].weight is None:
+            return mix(parts)
+        if not all(parts):
+            empty = next(i for i, part in enumerate(parts) if not part)
+            raise DataError(f"data.{noun}[{empty}] ({sources[empty].path}) has a weight, but all of its rows are held out.")
+        weights = [source.weight for source in sources]
+        counts = row_counts([len(part) for part in parts], weights)
+        passes = (f"{source.path} {count / len(part):.1f} times" for source, count, part in zip(sources, counts, parts, strict=True))
+        print(f"data.{noun}: one epoch is {sum(counts)} rows, going through {', '.join(passes)}.")
+        return mix(parts, weights)
+
+    def _tell_overlap(self, noun: str, count: int) -> None:
+        if count:
+            print(f"data.{noun}: {count} training rows were left out: they begin as held-out ones do.")
+
+
+def _sources(config: Config, key: str) -> tuple[Source, ...]:
+    """The checked sources of one list."""
+    given = getattr(config, key) or ()
+    sources = tuple(parse(Source, {**config.every_source, **keys}, f"data.{key}[{i}]") for i, keys in enumerate(given))
+    weights = [source.weight for source in sources]
+    if key.startswith("heldout_") and any(weight is not None for weight in weights):
+        raise ConfigError(f"data.{key} has a weight, but held-out rows are all there exactly once. Set weight=null.")
+    if None in weights and any(weight is not None for weight in weights):
+        raise ConfigError(f"data.{key}: give every source a weight, or none. Given: {weights}.")
+    if any(weight is not None and weight <= 0 for weight in weights):
+        raise ConfigError(f"data.{key}: weights should be above 0, not {weights}. To leave a source out, take it off the list.")
+    for source in sources:
+        parse_split(source.split)
+    return sources
+
+
+def _beginning(item: Any) -> str:
+    """What decides on which side an item is."""
+    if isinstance(item, str):
+        return item
+    messages = (item if isinstance(item, Prompt) else item.prompt).messages
+    return next((message.content for message in messages if message.role == "user"), messages[0].content)
+
+
+def _only(items: Items, wanted: Callable[[Any], bool]) -> Items:
+    return tuple(item for item in items if wanted(item))

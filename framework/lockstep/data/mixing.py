@@ -1,0 +1,38 @@
+"""Several sources as one sequence in which each has its share, everywhere and not only on the whole.
+
+Without chance: row j of a source of weight w stands at time (j + 1/2) / w, and the mixture is all rows in the order of
+their times. A stretch of n rows then holds n * w / sum(w) rows of that source, give or take a few (as many as there are
+sources). Algorithms shuffle later; a loader that does not, or stops early, still sees the right mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+def row_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """How many rows each source gives to one epoch.
+
+    An epoch ends when every row has been there at least once: the source that lasts longest for its weight is in it
+    once, and the others go round again. So no row is never seen, and proportions hold to the end.
+    """
+    end = max(size / weight for size, weight in zip(sizes, weights, strict=True))
+    return [max(size, round(end * weight)) for size, weight in zip(sizes, weights, strict=True)]
+
+
+def mix(parts: Sequence[Sequence[T]], weights: Sequence[float] | None = None) -> tuple[T, ...]:
+    """One epoch of the parts. Without weights each counts by its size, so that every row is there exactly once."""
+    if weights is None:
+        parts = [part for part in parts if part]
+        weights = [len(part) for part in parts]
+    if not parts:
+        return ()
+    counts = row_counts([len(part) for part in parts], weights)
+    times = np.concatenate([(np.arange(n) + 0.5) / w for n, w in zip(counts, weights, strict=True)])
+    rows = [part[j % len(part)] for part, n in zip(parts, counts, strict=True) for j in range(n)]
+    return tuple(rows[i] for i in np.argsort(times, kind="stable"))

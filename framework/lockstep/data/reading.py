@@ -1,0 +1,215 @@
+"""Files, folders and Hugging Face data sets as rows: a place to name in an error, and a mapping of columns.
+
+Local files are read here and not by ``datasets``: that would copy them into its cache, infer one schema for all rows,
+and lose the line an error is in. ``datasets`` is for the hub and for what it has saved itself.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from lockstep.errors import ConfigError, DataError, did_you_mean, listing
+
+Row = tuple[str, Any]
+"""'file:line', and the columns; or, where the line is not JSON, what the parser says about it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Args:
+    path: a file, a folder, or a hub id, which may go on with a folder in it: 'Anthropic/hh-rlhf/harmless-base'.
+    split: 'train', 'test[:100]', 'train[500:1000]'. A file has only 'train'; in a folder a split is the files whose
+      names, or whose folders' names, begin with it.
+    weight: its share of the mixture, relative to the other sources of the list; null: by its size.
+    config: which configuration of a hub data set; null for its only one.
+    revision: branch, tag or commit of a hub data set; null for the newest.
+    """
+
+    path: str
+    split: str
+    weight: float | None
+    config: str | None
+    revision: str | None
+
+
+def read_rows(source: Source) -> Iterator[Row]:
+    """The rows of a source, in the order of the file. Rows are numbered from 1, blank lines count.
+
+    Raises:
+      DataError: nothing is there, or it cannot be read.
+    """
+    split, part = parse_split(source.split)
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        if split != "train":
+            raise DataError(f"{path} is one file: its only split is 'train', not '{split}'. A folder can have others.")
+        rows = _file(path)
+    elif any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        rows = _saved(path, split)
+    elif path.is_dir():
+        rows = itertools.chain.from_iterable(map(_file, _files_of_split(path, split)))
+    elif _HUB_ID.fullmatch(source.path) and _suffix(path) not in FORMATS and not path.parent.is_dir():
+        rows = _hub(source, split)
+    else:
+        raise DataError(_not_found(path))
+    return itertools.islice(rows, part.start, part.stop)
+
+
+def parse_split(split: str) -> tuple[str, slice]:
+    """'test[:100]' as ('test', slice(None, 100)).
+
+    Raises:
+      ConfigError: another form.
+    """
+    match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", split)
+    if match is None:
+        raise ConfigError(f"split '{split}' should look like train, test[:100] or train[500:1000].")
+    start, stop = (int(bound) if bound else None for bound in match.group(2, 3))
+    return match.group(1), slice(start, stop)
+
+
+# ------------------------------------------------------------------------------------------------------- local files
+
+
+def _open(path: Path) -> TextIO:
+    """Text, unzipped where need be, without a byte order mark."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, _parsed(line)
+
+
+def _parsed(line: str) -> Any:
+    """The error is returned, not raised: whether a bad line ends the run is for the caller to say."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return error
+
+
+def _json(path: Path) -> Iterator[tuple[int, Any]]:
+    """One list of rows; or lines, which many call .json too."""
+    with _open(path) as file:
+        is_list = file.read(1) == "["
+    if not is_list:
+        return _jsonl(path)
+    with _open(path) as file:
+        return enumerate(json.load(file), 1)
+
+
+def _csv(path: Path) -> Iterator[tuple[int, Any]]:
+    with _open(path) as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            yield reader.line_num, row
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow.parquet
+
+    batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+    return enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+
+
+FORMATS: Mapping[str, Callable[[Path], Iterable[tuple[int, Any]]]] = {
+    ".jsonl": _jsonl,
+    ".jsonl.gz": _jsonl,
+    ".json": _json,
+    ".json.gz": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _suffix(path: Path) -> str:
+    """'.jsonl.gz' of 'my.data.jsonl.gz'."""
+    kept = 2 if path.suffix == ".gz" else 1
+    return "".join(path.suffixes[-kept:])
+
+
+def _file(path: Path) -> Iterator[Row]:
+    if _suffix(path) not in FORMATS:
+        raise DataError(f"{path} is of no format that is read here. Formats: {', '.join(FORMATS)}.")
+    try:
+        for number, row in FORMATS[_suffix(path)](path):
+            yield f"{path}:{number}", row
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:  # cut short, not UTF-8, not what its name says
+        raise DataError(f"{path} cannot be read as {_suffix(path)}: {error}") from error
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    """'train' has train.jsonl, train-00000-of-00002.parquet, data/train.csv and train/0.parquet, but not training.csv."""
+    names = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file() and _suffix(file) in FORMATS]
+    names = sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
+    begins = re.compile(rf"{re.escape(split)}(?![a-zA-Z])")
+    chosen = [folder / name for name in names if any(map(begins.match, name.parts))]
+    if not chosen:
+        raise DataError(
+            f"{folder} has no split '{split}': no data file or folder in it begins with '{split}'. It has: {_some(names)}. "
+            "A path can also name one of them."
+        )
+    return chosen
+
+
+def _not_found(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"No file {path}: there is no folder {folder}."
+    there = [f.name for f in folder.iterdir() if (f.is_dir() or _suffix(f) in FORMATS) and not f.name.startswith(".")]
+    return f"No file {path}.{did_you_mean(path.name, there)} Files and folders there: {_some(there)}."
+
+
+def _some(names: Iterable[Any], most: int = 10) -> str:
+    """A listing that stays readable for a folder of a thousand shards."""
+    shown = sorted(map(str, names))
+    return listing(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+
+
+# ------------------------------------------------------------------------------------------------ Hugging Face data sets
+
+_HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+)(?:/(?P<folder>[\w./-]+))?")
+
+
+def _hub(source: Source, split: str) -> Iterator[Row]:
+    import datasets
+
+    match = _HUB_ID.fullmatch(source.path)
+    try:
+        data = datasets.load_dataset(
+            match["id"], name=source.config, data_dir=match["folder"], split=split, revision=source.revision
+        )
+    except Exception as error:  # of many kinds: no network, no such id, private, no such split
+        raise DataError(
+            f"'{source.path}' is no file or folder here, and as a data set of the Hugging Face hub it could not be loaded: "
+            f"{error} A local path works too: download the data set where there is a network and set path to its folder."
+        ) from error
+    return _numbered(source.path, data)
+
+
+def _saved(folder: Path, split: str) -> Iterator[Row]:
+    """What `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    import datasets
+
+    data = datasets.load_from_disk(str(folder))
+    splits = data if isinstance(data, dict) else {"train": data}
+    if split not in splits:
+        raise DataError(f"{folder} has no split '{split}'.{did_you_mean(split, splits)} It has: {', '.join(splits)}.")
+    return _numbered(str(folder), splits[split])
+
+
+def _numbered(name: str, data: Iterable[Any]) -> Iterator[Row]:
+    return ((f"{name}:{number}", row) for number, row in enumerate(data, 1))

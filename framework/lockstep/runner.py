@@ -1,0 +1,441 @@
+"""An experiment is a list of stages; this runs them.
+
+    Experiment     the configuration, checked before anything is loaded
+    Runner         stages in order: reuse what is done, resume what was begun, record everything
+    train          the loop: step, log, checkpoint; stops cleanly on Ctrl-C
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import logging
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lockstep import __version__, checkpoints, store
+from lockstep.configuration import differences, parse
+from lockstep.console import Console
+from lockstep.encoding import log
+from lockstep.errors import CheckpointError, ConfigError, LockstepError, did_you_mean, listing
+from lockstep.evaluation import EvaluationConfig, Evaluator
+from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardModel, ScalarModel, Setting, Tracker
+from lockstep.registry import registry
+from lockstep.store import Records, RunFolder, StageFolder
+from lockstep.tokenizer import Tokenizer, TokenizerConfig
+
+Group = dict[str, Any]
+NEW = "new"
+
+
+class Stopped(LockstepError):
+    """The run was asked to stop and has saved where it was."""
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A stage trains (``algorithm``) or evaluates (``evaluation``).
+
+    policy: what it starts from: 'new' for the configured policy, or an earlier stage.
+    reward_model: the group that gives scores, for algorithms that need them and for evaluation.
+    changes: keys of the algorithm that differ in this stage.
+    """
+
+    algorithm: Group | None = None
+    policy: str | None = None
+    reward_model: Group | None = None
+    changes: Group | None = None
+    evaluation: Group | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One checked stage. ``config`` is an `EvaluationConfig` or the algorithm's own ``Config``."""
+
+    name: str
+    kind: str  # 'train' or 'evaluate'
+    component: type[Algorithm] | None
+    config: Any
+    groups: Group
+    policy: str | None
+    reward_model: Group | None
+
+    @property
+    def inputs(self) -> list[str]:
+        """The stages whose output it reads."""
+        sources = [self.policy] if self.policy not in (None, NEW) else []
+        if self.reward_model and self.reward_model.get("name") == "learned":
+            sources.append(self.reward_model["source"])
+        if isinstance(self.config, EvaluationConfig):
+            sources += [*self.config.policies, self.config.baseline]
+        return list(dict.fromkeys(sources))
+
+
+class Experiment:
+    """The configuration with every name resolved and every group checked.
+
+    Raises:
+      LockstepError: the first thing that is wrong, before anything is loaded.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.groups: Group = dict(config)
+        self.seed: int = config["seed"]
+        self.backend_name: str = config["backend"]["name"]
+        self.backend = self._component("backend", config["backend"])
+        self.data = self._component("data", config["data"])
+        self.policy = self._component("policy", config["policy"])
+        self.tracker = self._component("tracker", config["tracker"])
+        self.stages: dict[str, Stage] = {}
+        for name, group in config["stages"].items():
+            self.stages[name] = self._stage(name, group)
+        if not self.stages:
+            raise ConfigError("The experiment has no stages. Choose one that has: experiment=instructgpt.")
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Given, or made of what tells runs apart: the same configuration gives the same name, and so goes on."""
+        decisive = {k: v for k, v in self.groups.items() if k not in ("folder", "name", "tracker", "checkpoint_every", "samples_every")}
+        label = f"{self.groups['experiment_name']}-{self.backend_name}-seed{self.seed}-{store.identity(decisive)[:6]}"
+        return self.groups["name"] or label
+
+    def _component(self, kind: str, group: Group) -> tuple[type, Any]:
+        cls = registry().resolve(kind, group.get("name", "???"), self.backend_name if kind != "backend" else group["name"])
+        return cls, parse(cls.Config, group, kind)
+
+    def _stage(self, name: str, group: Group) -> Stage:
+        given = {"algorithm": None, "policy": None, "reward_model": None, "changes": None, "evaluation": None} | dict(group)
+        stage = parse(StageConfig, given, f"stages.{name}")
+        if (stage.algorithm is None) == (stage.evaluation is None):
+            raise ConfigError(f"stages.{name} needs either an algorithm or an evaluation.")
+        if stage.reward_model:
+            cls = registry().resolve("reward_model", stage.reward_model.get("name", "???"), self.backend_name)
+            parse(cls.Config, stage.reward_model, "reward_model")
+        if stage.algorithm is None:
+            trained = [s.name for s in self.stages.values() if s.kind == "train" and s.component.produces == "policy"]
+            settings = stage.evaluation | {"policies": stage.evaluation.get("policies") or trained}
+            config: Any = parse(EvaluationConfig, settings, f"stages.{name}.evaluation")
+            checked = Stage(name, "evaluate", None, config, settings, None, stage.reward_model)
+        else:
+            merged = _merge(stage.algorithm, stage.changes or {}, f"stages.{name}.changes")
+            cls = registry().resolve("algorithm", merged.get("name", "???"), self.backend_name)
+            config = parse(cls.Config, merged, f"stages.{name}.algorithm")
+            if cls.needs_reward_model and not stage.reward_model:
+                raise ConfigError(f"stages.{name} ({merged['name']}) needs a reward_model.")
+            if stage.policy is None:
+                raise ConfigError(f"stages.{name} needs a policy to start from: '{NEW}' or an earlier stage.")
+            checked = Stage(name, "train", cls, config, merged, stage.policy, stage.reward_model)
+        for source in checked.inputs:
+            if source not in self.stages and not Path(source).is_dir():
+                raise ConfigError(
+                    f"stages.{name} reads the stage '{source}', which does not come before it."
+                    f"{did_you_mean(source, self.stages)} Before it: {listing(self.stages)}."
+                )
+        return checked
+
+
+def _merge(group: Group, changes: Group, where: str) -> Group:
+    """``group`` with ``changes`` laid over it; a change of a key that is not there is a mistake."""
+    if unknown := [k for k in changes if k not in group]:
+        raise ConfigError(f"Unknown key {where}.{unknown[0]}.{did_you_mean(unknown[0], group)} Known: {listing(group)}.")
+    return {
+        key: _merge(value, changes[key], f"{where}.{key}") if isinstance(value, dict) and isinstance(changes.get(key), dict)
+        else changes.get(key, value)
+        for key, value in group.items()
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- runner
+
+
+class Runner:
+    """Runs an experiment's stages in order. What several stages share (backend, data, loaded models) is made once."""
+
+    def __init__(self, experiment: Experiment, console: Console, command: str):
+        self.experiment, self.console = experiment, console
+        self.root = Path(experiment.groups["folder"])
+        self.folders = self._folders()
+        record = {
+            "experiment": experiment.groups["experiment_name"],
+            "seed": experiment.seed,
+            "backend": {"name": experiment.backend_name},
+            "command": command,
+            "versions": {"lockstep": __version__, "python": sys.version.split()[0]},
+            "started": _now(),
+        }
+        self.record = RunFolder(self.root, experiment.name, record)
+
+    def _folders(self) -> dict[str, StageFolder]:
+        """Each stage's folder: named by its configuration, its inputs and the code that makes it."""
+        e, folders = self.experiment, {}
+        self.contents: dict[str, Group] = {}
+        for stage in e.stages.values():
+            content = {
+                "stage": stage.groups,
+                "reward_model": stage.reward_model,
+                "policy": e.groups["policy"] if stage.policy == NEW else None,
+                "inputs": {name: folders[name].path.name for name in stage.inputs if name in folders},
+                "backend": e.groups["backend"],
+                "data": e.groups["data"],
+                "seed": e.seed,
+                "version": __version__,
+            }
+            self.contents[stage.name] = content
+            folders[stage.name] = StageFolder.of(self.root, stage.name, e.backend_name, content)
+        return folders
+
+    def run(self) -> Path:
+        """All stages; the run folder.
+
+        Raises:
+          Stopped: Ctrl-C or a termination signal; where it was is saved.
+        """
+        e, started = self.experiment, time.perf_counter()
+        checkpoints.write_json(self.record.path / "stages.json", self.contents)
+        OmegaConf.save(OmegaConf.create(e.groups), self.record.path / "config.yaml")
+        status = "failed"
+        try:
+            self.console.plan(e.name, self._plan())
+            for stage in e.stages.values():
+                self._stage(stage)
+            status = "done"
+        except Stopped:
+            status = "stopped"
+            raise
+        finally:
+            self.record.write(status=status, finished=_now(), seconds=round(time.perf_counter() - started, 1))
+        return self.record.path
+
+    def _plan(self) -> list[tuple[str, str, str]]:
+        """(stage, state, arithmetic) of each stage, for the reader and as a check, before any model is loaded."""
+        lines = []
+        for stage in self.experiment.stages.values():
+            if self.folders[stage.name].done:
+                lines.append((stage.name, "done", str(self.folders[stage.name].path)))
+            elif stage.kind == "train":
+                lines.append((stage.name, "to do", stage.component.arithmetic(stage.config, self.data)))
+            else:
+                c = stage.config
+                lines.append((stage.name, "to do", f"{', '.join(c.policies)} on {c.prompts} prompts of each split"))
+        return lines
+
+    def _stage(self, stage: Stage) -> None:
+        folder = self.folders[stage.name]
+        facts = {"kind": stage.kind, "algorithm": stage.groups.get("name", "evaluation"), "identity": folder.path.name}
+        with folder.lock():
+            if not folder.done:
+                self.record.stage(stage.name, folder, status="running", **facts)
+                checkpoints.write_json(folder.path / "stage.json", self.contents[stage.name])
+                self.record.write(backend={"name": self.experiment.backend_name, **self.backend.describe()})
+                started = time.perf_counter()
+                try:
+                    result = self._train(stage, folder) if stage.kind == "train" else self._evaluate(stage, folder)
+                except BaseException:
+                    self.record.stage(stage.name, folder, status="failed")
+                    raise
+                folder.finish({"seconds": round(time.perf_counter() - started, 1), **result})
+            result = folder.result()
+        self.record.stage(stage.name, folder, status="done", seconds=result["seconds"], **facts)
+        self.console.stage_done(stage.name, result)
+
+    # -------------------------------------------------------------------------------------------------- what is shared
+
+    @functools.cached_property
+    def backend(self) -> Backend:
+        cls, config = self.experiment.backend
+        return cls(config)
+
+    @functools.cached_property
+    def data(self) -> DataSource:
+        cls, config = self.experiment.data
+        return cls(config)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The policy's: its own path, its checkpoint's, or the data source's."""
+        _, policy = self.experiment.policy
+        settings: TokenizerConfig = policy.tokenizer
+        path = settings.path or getattr(policy, "path", None)
+        if path is not None:
+            return Tokenizer.load(path, settings)
+        own = self.data.tokenizer()
+        if own is None:
+            raise ConfigError(
+                "A policy that starts from scratch needs a tokenizer. Set policy.tokenizer.path to a folder or hub id."
+            )
+        return own
+
+    def policy(self, source: str) -> Policy:
+        """A fresh copy of the policy that a stage made, or of the configured one."""
+        if source == NEW:
+            cls, config = self.experiment.policy
+            return cls.create(config, self.backend, self.tokenizer, self.experiment.seed)
+        output, made = self._output(source)
+        return registry().resolve("policy", made["policy"], self.experiment.backend_name).load(output, self.backend)
+
+    def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
+        output, made = self._output(source)
+        cls = registry().resolve("policy", made["policy"], self.experiment.backend_name)
+        return cls.load_scalar(output, self.backend), Tokenizer.load(output)
+
+    def _output(self, source: str) -> tuple[Path, Group]:
+        """The output folder of a stage, or a folder by its path, and who made it."""
+        folder = self.folders[source].output if source in self.folders else Path(source)
+        if not (folder / "output.json").exists():
+            return folder, {"policy": "huggingface"}
+        return folder, checkpoints.read_json(folder / "output.json")
+
+    def reward_model(self, group: Group | None) -> RewardModel | None:
+        if group is None:
+            return None
+        cls = registry().resolve("reward_model", group["name"], self.experiment.backend_name)
+        return cls(parse(cls.Config, group, "reward_model"), self)
+
+    # ---------------------------------------------------------------------------------------------- the kinds of stage
+
+    def _train(self, stage: Stage, folder: StageFolder) -> Group:
+        policy = self.policy(stage.policy)
+        setting = Setting(
+            self.experiment.seed, self.backend, self.tokenizer, self.data, policy, self.reward_model(stage.reward_model)
+        )
+        algorithm = stage.component(stage.config, setting)
+        with self._tracked(stage, folder) as tracker:
+            metrics = self.train(stage.name, algorithm, folder, tracker)
+            self._save_output(stage, algorithm, folder)
+            tracker.artifact(f"{self.experiment.name}-{stage.name}", algorithm.produces, folder.output)
+        return {"steps": algorithm.total_steps, "metrics": {k: store.finite(v) for k, v in metrics.items()}}
+
+    def _save_output(self, stage: Stage, algorithm: Algorithm, folder: StageFolder) -> None:
+        made_by = self._output(stage.policy)[1]["policy"] if stage.policy != NEW else self.experiment.groups["policy"]["name"]
+        algorithm.result().save(folder.output)
+        self.tokenizer.save(folder.output)
+        checkpoints.write_json(folder.output / "output.json", {"kind": algorithm.produces, "policy": made_by})
+
+    def train(self, name: str, algorithm: Algorithm, folder: StageFolder, tracker: Tracker) -> dict[str, float]:
+        """The loop. Everything that decides step n is in the checkpoint before it or a function of (seed, n)."""
+        groups = self.experiment.groups
+        begun = folder.restore(lambda path: algorithm.learner.restore(path))
+        first, state = begun or (0, {})
+        if begun:
+            algorithm.load_state(state["algorithm"])
+            log.info("%s goes on at step %d of %d", name, first, algorithm.total_steps)
+        records = Records(folder.path, state.get("positions"))
+
+        def save(step: int) -> None:
+            folder.save(step, algorithm.learner.save, {"algorithm": algorithm.state(), "positions": records.positions()})
+
+        metrics: dict[str, float] = state.get("metrics", {})
+        with GracefulStop() as stop, self.console.progress(name, first, algorithm.total_steps) as progress:
+            for step in range(first, algorithm.total_steps):
+                metrics = algorithm.step(step)
+                records.metrics(step, metrics)
+                tracker.log(metrics, step)
+                progress(step + 1, metrics)
+                last = step + 1 == algorithm.total_steps
+                if (last or (step + 1) % groups["samples_every"] == 0) and (rows := algorithm.samples()):
+                    records.samples(step, rows)
+                    tracker.table("samples", rows, step)
+                if stop.asked or (step + 1) % groups["checkpoint_every"] == 0 and not last:
+                    save(step + 1)
+                if stop.asked:
+                    records.close()
+                    raise Stopped(f"Stopped in {name} after step {step + 1} of {algorithm.total_steps}. Run the same command to go on.")
+        if finish := algorithm.finish():
+            records.metrics(algorithm.total_steps, finish)
+            tracker.log(finish, algorithm.total_steps)
+        records.close()
+        return metrics | finish
+
+    def _evaluate(self, stage: Stage, folder: StageFolder) -> Group:
+        config: EvaluationConfig = stage.config
+        reward_model = self.reward_model(stage.reward_model)
+        evaluator = Evaluator(config, self.data, self.tokenizer, reward_model, self.experiment.seed)
+        with self._tracked(stage, folder) as tracker, self.console.progress(stage.name, 0, len(config.policies) + 2) as progress:
+            done = iter(range(len(config.policies) + 3))
+            result = evaluator.run(self.policy, config.policies, lambda what: progress(next(done), {}, what))
+            samples = result.pop("samples")
+            checkpoints.write_json(folder.output / "evaluation.json", result)
+            lines = [checkpoints.dump_line(row) for row in samples]
+            checkpoints.write_text(folder.output / "samples.jsonl", "".join(lines))
+            tracker.table("samples", samples, 0)
+            tracker.log(flatten(result), 0)
+        return {"steps": 0, "metrics": {}, "evaluation": result}
+
+    def _tracked(self, stage: Stage, folder: StageFolder) -> Tracked:
+        cls, config = self.experiment.tracker
+        return Tracked(
+            cls(config),
+            folder=folder.path,
+            run=self.experiment.name,
+            stage=stage.name,
+            identity=folder.path.name,
+            config=self.contents[stage.name],
+            resume=(folder.path / "metrics.jsonl").exists(),
+        )
+
+
+class Tracked:
+    """A tracker that is finished however the stage ends, so that its last values are not lost."""
+
+    def __init__(self, tracker: Tracker, **start: Any):
+        self.tracker, self.start = tracker, start
+
+    def __enter__(self) -> Tracker:
+        self.tracker.start(**self.start)
+        return self.tracker
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self.tracker.finish(failed=kind is not None)
+
+
+class GracefulStop:
+    """Ctrl-C and SIGTERM ask once: the step in flight ends and is saved. A second Ctrl-C stops at once; then the last
+    checkpoint is where the run goes on."""
+
+    asked = False
+
+    def __enter__(self) -> GracefulStop:
+        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        log.warning("stopping after this step; press Ctrl-C again to stop at once")
+
+
+def _main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def flatten(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """{'heldout/sft/gold': mean} of an evaluation, for trackers."""
+    flat = {}
+    for key, value in {**result.get("splits", {}), "reward_model": result.get("reward_model", {})}.items():
+        for inner, measures in value.items():
+            if "mean" in measures:
+                flat[f"{key}/{inner}"] = measures["mean"]
+            else:
+                flat |= {f"{key}/{inner}/{name}": m["mean"] for name, m in measures.items()}
+    return flat
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,73 @@
+"""JAX on a device: precision, and where compiled programs are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from lockstep.errors import ConfigError, listing
+from lockstep.interfaces import Backend, Learner, Model
+from lockstep.optimisation import OptimizerConfig
+
+
+class JaxBackend(Backend):
+    """Args of its configuration:
+
+    device: 'cpu', 'gpu' or 'tpu'; 'auto' takes the first accelerator, else the CPU.
+    precision: of matrix products. With bfloat16 the weights and the optimizer stay in float32.
+    compilation_cache: folder in which compiled programs outlive the process; null for none.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        name: str
+        device: str
+        precision: Literal["float32", "bfloat16"]
+        compilation_cache: str | None
+
+    name = "jax"
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.device = _device(config.device)
+        _keep_compiled_programs(config.compilation_cache)
+        # Accelerators multiply float32 in TF32 or bfloat16 unless told otherwise: not what the user asked for.
+        exact = config.precision == "float32" and self.device.platform != "cpu"
+        jax.config.update("jax_default_matmul_precision", "highest" if exact else None)
+
+    def learner(self, models: Mapping[str, Model], optimizers: Mapping[str, OptimizerConfig]) -> Learner:
+        from lockstep_jax.learner import JaxLearner
+
+        return JaxLearner(self, models, optimizers)
+
+    def describe(self) -> dict[str, str]:
+        return {"jax": jax.__version__, "device": self.device.device_kind, "precision": self.config.precision}
+
+    def peak_memory_bytes(self) -> int | None:
+        statistics = None if self.device.platform == "cpu" else self.device.memory_stats()
+        return statistics["peak_bytes_in_use"] if statistics else None
+
+    def put(self, tree: Any) -> Any:
+        """Host arrays on the device, never as views of host memory: learners donate their buffers to XLA."""
+        return jax.device_put(tree, self.device, may_alias=False)
+
+
+def _device(name: str) -> jax.Device:
+    try:
+        return jax.devices(None if name == "auto" else name)[0]
+    except RuntimeError as error:
+        here = {"cpu"} | {device.platform for device in jax.devices()}
+        raise ConfigError(
+            f"backend.device='{name}' is not usable here: {error}. Set it to auto or to one of: {listing(here)}."
+        ) from error
+
+
+def _keep_compiled_programs(folder: str | None) -> None:
+    """JAX keeps only slow compilations by default; with many small programs the sum is what one waits for."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()) if folder else None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

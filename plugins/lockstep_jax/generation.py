@@ -1,0 +1,96 @@
+"""Sampling: prefill once, then one token per row and step from a key-value cache, until every row has stopped.
+
+Prefill and loop are one compiled program: the host waits once per batch, not once per token.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lockstep import randomness
+from lockstep_jax.decoder import Array, Cache, Network, Tree
+
+
+class Progress(NamedTuple):
+    """What the loop carries. ``step`` tokens of each row are written; ``hidden`` [B, d] predicts the next one."""
+
+    step: Array
+    tokens: Array
+    mask: Array
+    logprobs: Array
+    alive: Array
+    hidden: Array
+    cache: Cache
+
+
+@functools.partial(jax.jit, static_argnames=("network", "greedy"))
+def generate(
+    params: Tree,
+    prompt_tokens: Array,
+    prompt_mask: Array,
+    seeds: Array,
+    temperature: Array,
+    stops: Array,
+    pad_id: Array,
+    *,
+    network: Network,
+    greedy: bool,
+) -> tuple[Array, Array, Array]:
+    """See `lockstep.interfaces.Policy.generate`. Tokens, mask and logprobs, each [B, T] for seeds [B, T]."""
+    decoder = network.bind(params)
+    rows, steps = seeds.shape
+
+    def unfinished(now: Progress) -> Array:
+        return (now.step < steps) & now.alive.any()
+
+    def step(now: Progress) -> Progress:
+        token, logprob = sample(decoder.logits(now.hidden), seeds[:, now.step], temperature, greedy)
+        # The last token of all is fed in vain: one step in T, for a loop with one body.
+        hidden, cache = decoder.advance(token, now.cache)
+        return Progress(
+            step=now.step + 1,
+            tokens=now.tokens.at[:, now.step].set(jnp.where(now.alive, token, pad_id)),
+            mask=now.mask.at[:, now.step].set(now.alive),
+            logprobs=now.logprobs.at[:, now.step].set(jnp.where(now.alive, logprob, 0.0)),
+            alive=now.alive & ~jnp.isin(token, stops),
+            hidden=hidden,
+            cache=cache,
+        )
+
+    hidden, cache = decoder.start(prompt_tokens, prompt_mask, steps)
+    first = Progress(
+        step=jnp.int32(0),
+        tokens=jnp.full((rows, steps), pad_id, jnp.int32),
+        mask=jnp.zeros((rows, steps), bool),
+        logprobs=jnp.zeros((rows, steps)),
+        alive=jnp.ones(rows, bool),
+        hidden=hidden,
+        cache=cache,
+    )
+    last = jax.lax.while_loop(unfinished, step, first)
+    return last.tokens, last.mask, last.logprobs
+
+
+def sample(logits: Array, seeds: Array, temperature: Array, greedy: bool) -> tuple[Array, Array]:
+    """One token [B] per row from softmax(logits / T) by the hash-Gumbel rule, and its log-probability [B].
+
+    logits float32 [B, V], seeds uint32 [B]. Greedy takes the most likely token, at log-probability of T = 1.
+    """
+    scaled = logits if greedy else logits / temperature
+    noisy = scaled if greedy else scaled + hash_gumbel(seeds, logits.shape[-1])
+    token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+    logprob = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(scaled, axis=-1)
+    return token, logprob
+
+
+def hash_gumbel(seeds: Array, vocab_size: int) -> Array:
+    """`lockstep.randomness.hash_gumbel` for uint32 seeds [B]: float32 [B, V]. The integer part is that very code."""
+    words = randomness.hash32(np.arange(vocab_size, dtype=np.uint32))
+    bits: Any = randomness.hash32(words ^ seeds[:, None])
+    u = ((bits >> np.uint32(8)).astype(jnp.float32) + np.float32(0.5)) * np.float32(2**-24)
+    return -jnp.log(-jnp.log1p(-u))

@@ -1,0 +1,238 @@
+"""Gradients of any loss over [batch, time], and Adam."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lockstep import checkpoints
+from lockstep.errors import CheckpointError, ConfigError, listing
+from lockstep.interfaces import Learner, Loss, Metrics, Term
+from lockstep.optimisation import OptimizerConfig
+from lockstep_jax.backend import JaxBackend
+from lockstep_jax.decoder import Array, Network, Tree, from_arrays, to_arrays
+from lockstep_jax.model import Block, JaxModel, forward
+
+Roles = tuple[tuple[str, Network, tuple[str, ...]], ...]
+"""(model name, its network, the outputs it gives to a loss): hashable, part of what is compiled."""
+
+
+class State(NamedTuple):
+    """Everything of one model that training changes; all but ``average`` (None without ``ema_decay``) always there."""
+
+    parameters: Tree
+    mean: Tree
+    square: Tree
+    average: Tree | None
+
+
+class Rates(NamedTuple):
+    """What differs from step to step: numbers, made on the host in double precision and passed to one program.
+
+    ``mean`` and ``square`` are the bias corrections 1 - β^t. optax makes them in float32, where 1 - 0.999 is wrong by
+    1e-5: a difference to PyTorch that is not the networks'.
+    """
+
+    learning_rate: float
+    eps: float
+    mean: float
+    square: float
+
+    @classmethod
+    def at(cls, config: OptimizerConfig, step: int, lr_scale: float) -> Rates:
+        """For optimizer step ``step`` = 1, 2, ..."""
+        first, second = config.betas
+        return cls(config.learning_rate * lr_scale, config.eps_at(step), 1 - first**step, 1 - second**step)
+
+
+class JaxLearner(Learner):
+    def __init__(self, backend: JaxBackend, models: Mapping[str, JaxModel], optimizers: Mapping[str, OptimizerConfig]):
+        self.backend = backend
+        self.models = dict(models)
+        self.optimizers = {name: optimizers[name] for name in self.models}
+        self.steps = 0
+        self.moments = {name: _initial(model.params, self.optimizers[name]) for name, model in self.models.items()}
+
+    def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
+        rates = {name: Rates.at(config, self.steps + 1, lr_scale) for name, config in self.optimizers.items()}
+        configs = tuple(self.optimizers.items())
+        if len(terms) == 1:
+            states, metrics = _learn(self._states(), *_arguments(terms[0]), rates, configs=configs, **self._static(terms[0]))
+        else:
+            gradients, metrics = self._backward(terms)
+            states, norms = _step(self._states(), gradients, rates, configs=configs)
+            metrics |= norms
+        self._take(states)
+        self.steps += 1
+        return {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+    def gradients(self, terms: Sequence[Term]) -> dict[str, np.ndarray]:
+        gradients, _ = self._backward(terms)
+        return {
+            f"{name}.{key}": array
+            for name, model in self.models.items()
+            for key, array in to_arrays(model.network.architecture, gradients[name]).items()
+        }
+
+    def _backward(self, terms: Sequence[Term]) -> tuple[dict[str, Tree], dict[str, Array]]:
+        """The summed gradients and metrics of all terms, still on the device."""
+        params = {name: model.params for name, model in self.models.items()}
+        total, metrics = _gradients(params, *_arguments(terms[0]), **self._static(terms[0]))
+        for term in terms[1:]:
+            gradients, more = _gradients(params, *_arguments(term), **self._static(term))
+            total = _add(total, gradients)
+            metrics |= {name: metrics.get(name, 0.0) + value for name, value in more.items()}
+        return total, metrics
+
+    def _static(self, term: Term) -> dict[str, Any]:
+        """Each output from the first model that supplies it: so a value network leaves the policy's trunk alone."""
+        missing = set(term.loss.outputs)
+        roles = []
+        for name, model in self.models.items():
+            wanted = tuple(output for output in term.loss.outputs if output in missing & model.supplies)
+            if wanted:
+                roles.append((name, model.network, wanted))
+            missing -= model.supplies
+        if missing:
+            raise ConfigError(f"The loss needs {listing(missing)}, which no model supplies. Models: {listing(self.models)}.")
+        return {"roles": tuple(roles), "loss": term.loss}
+
+    def averaged(self, model: str) -> JaxModel:
+        averaged = self.models[model].copy()
+        if self.moments[model].average is not None:
+            averaged.params = jax.tree.map(jnp.copy, self.moments[model].average)
+        return averaged
+
+    def save(self, folder: Path) -> None:
+        tensors = {
+            f"{name}.{part}.{key}": array
+            for name, state in self._states().items()
+            for part, tree in state._asdict().items()
+            if tree is not None
+            for key, array in to_arrays(self.models[name].network.architecture, tree).items()
+        }
+        checkpoints.write_tensors(folder / "learner.safetensors", tensors)
+        checkpoints.write_json(folder / "learner.json", {"steps": self.steps})
+
+    def restore(self, folder: Path) -> None:
+        stored = checkpoints.read_tensors(folder / "learner.safetensors")
+        steps = checkpoints.read_json(folder / "learner.json")["steps"]
+        self._take({name: self._restored(name, state, stored, folder) for name, state in self._states().items()})
+        self.steps = steps
+
+    def _restored(self, name: str, own: State, stored: Mapping[str, np.ndarray], folder: Path) -> State:
+        architecture = self.models[name].network.architecture
+        parts = {}
+        for part, tree in own._asdict().items():
+            prefix = f"{name}.{part}."
+            arrays = {key.removeprefix(prefix): array for key, array in stored.items() if key.startswith(prefix)}
+            expected = {} if tree is None else to_arrays(architecture, tree)
+            if wrong := _different(expected, arrays):
+                raise CheckpointError(f"{folder} is of another architecture: {', '.join(prefix + w for w in wrong[:3])} do not fit.")
+            parts[part] = None if tree is None else self.backend.put(from_arrays(architecture, arrays))
+        return State(**parts)
+
+    def _states(self) -> dict[str, State]:
+        return {name: state._replace(parameters=self.models[name].params) for name, state in self.moments.items()}
+
+    def _take(self, states: Mapping[str, State]) -> None:
+        """The parameters live in the models, so that these are trained in place; the rest lives here."""
+        for name, state in states.items():
+            self.models[name].params = state.parameters
+            self.moments[name] = state._replace(parameters=None)
+
+
+def _initial(params: Tree, config: OptimizerConfig) -> State:
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    average = None if config.ema_decay is None else jax.tree.map(jnp.copy, params)
+    return State(parameters=None, mean=zeros(params), square=zeros(params), average=average)
+
+
+def _different(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> list[str]:
+    """Names that one side lacks, or whose shapes differ."""
+    shapes, others = ({name: array.shape for name, array in side.items()} for side in (expected, found))
+    return sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
+
+
+def _arguments(term: Term) -> tuple[Block, dict[str, np.ndarray], float]:
+    return Block.put(term.sequences), dict(term.batch), term.temperature
+
+
+# ------------------------------------------------------------------- programs: compiled once per loss, roles and shapes
+
+
+@functools.partial(jax.jit, static_argnames=("roles", "loss"))
+def _gradients(
+    params: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any, *, roles: Roles, loss: Loss
+) -> tuple[dict[str, Tree], dict[str, Array]]:
+    """Of one term, with its metrics."""
+
+    def objective(params: dict[str, Tree]) -> tuple[Array, dict[str, Array]]:
+        outputs: dict[str, Array] = {}
+        for name, network, wanted in roles:
+            outputs |= forward(network, params[name], block, wanted, temperature)
+        value, metrics = loss(jnp, outputs, batch)
+        return value, {"loss": value, **metrics}
+
+    return jax.grad(objective, has_aux=True)(params)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(total: Tree, more: Tree) -> Tree:
+    return jax.tree.map(jnp.add, total, more)
+
+
+@functools.partial(jax.jit, static_argnames="configs", donate_argnames="states")
+def _step(
+    states: dict[str, State], gradients: dict[str, Tree], rates: dict[str, Rates], *, configs: tuple[tuple[str, OptimizerConfig], ...]
+) -> tuple[dict[str, State], dict[str, Array]]:
+    """One optimizer step of every model; the norms of the gradients."""
+    norms = {name: optax.tree.norm(gradients[name]) for name, _ in configs}
+    stepped = {name: _adam(config, states[name], gradients[name], norms[name], rates[name]) for name, config in configs}
+    return stepped, {f"grad_norm/{name}": norm for name, norm in norms.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("roles", "loss", "configs"), donate_argnames="states")
+def _learn(
+    states: dict[str, State], block: Block, batch: dict[str, Array], temperature: Any, rates: dict[str, Rates],
+    *, roles: Roles, loss: Loss, configs: tuple[tuple[str, OptimizerConfig], ...],
+) -> tuple[dict[str, State], dict[str, Array]]:  # fmt: skip
+    """Gradients and step in one program, for an update of one term: no gradient outlives its use."""
+    params = {name: state.parameters for name, state in states.items()}
+    gradients, metrics = _gradients(params, block, batch, temperature, roles=roles, loss=loss)
+    states, norms = _step(states, gradients, rates, configs=configs)
+    return states, metrics | norms
+
+
+def _adam(config: OptimizerConfig, state: State, gradient: Tree, norm: Array, rates: Rates) -> State:
+    """Clip, Adam with decoupled weight decay, moving average: `lockstep.optimisation.OptimizerConfig`."""
+    first, second = config.betas
+    if config.max_grad_norm is not None:
+        clip = jnp.minimum(config.max_grad_norm / (norm + 1e-6), 1.0)  # as PyTorch clips
+        gradient = jax.tree.map(lambda g: clip * g, gradient)
+    mean = optax.tree.update_moment(gradient, state.mean, first, 1)
+    square = optax.tree.update_moment_per_elem_norm(gradient, state.square, second, 2)
+
+    def stepped(path: Any, p: Array, m: Array, v: Array) -> Array:
+        direction = (m / rates.mean) / (jnp.sqrt(v / rates.square) + rates.eps)
+        if _is_matrix(path, p):
+            direction = direction + config.weight_decay * p
+        return p - rates.learning_rate * direction
+
+    parameters = jax.tree_util.tree_map_with_path(stepped, state.parameters, mean, square)
+    average = None
+    if config.ema_decay is not None:
+        average = optax.incremental_update(parameters, state.average, 1 - config.ema_decay)
+    return State(parameters, mean, square, average)
+
+
+def _is_matrix(path: Any, array: Array) -> bool:
+    """Weight decay leaves gains and biases alone; within the stack of layers these have an axis more."""
+    return array.ndim - (path[0].key == "layers") >= 2

@@ -1,0 +1,175 @@
+"""Models: a network with a language head, a scalar head or both, and the quantities they supply."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lockstep import checkpoints
+from lockstep.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf
+from lockstep.errors import ConfigError
+from lockstep.interfaces import Generated, Policy, ScalarModel
+from lockstep.sequences import Sequences
+from lockstep_jax.backend import JaxBackend
+from lockstep_jax.decoder import Array, Network, Tree, from_arrays, to_arrays
+from lockstep_jax.generation import generate
+
+
+class Block(NamedTuple):
+    """`lockstep.sequences.Sequences` as a compiled program takes it: tokens [B, P + T], masks [B, P] and [B, T]."""
+
+    tokens: Array
+    prompt_mask: Array
+    response_mask: Array
+
+    @classmethod
+    def put(cls, sequences: Sequences) -> Block:
+        return cls(sequences.tokens, sequences.prompt_mask, sequences.response_mask)
+
+
+def forward(network: Network, params: Tree, block: Block, outputs: Sequence[str], temperature: Any) -> dict[str, Array]:
+    """The named outputs, differentiable. Logits exist at the T columns that predict a response token only."""
+    decoder = network.bind(params)
+    prompt_length = block.prompt_mask.shape[1]
+    hidden = decoder.hidden(block.tokens, jnp.concatenate([block.prompt_mask, block.response_mask], axis=1))
+    states = hidden[:, prompt_length - 1 : -1]  # [B, T, d]: the state each response token is chosen in
+    out = {}
+    if "logprobs" in outputs or "entropy" in outputs:
+        logits = decoder.logits(states) / temperature
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        # Padding may be outside the vocabulary, where JAX would read NaN.
+        tokens = jnp.where(block.response_mask, block.tokens[:, prompt_length:], 0)
+        out["logprobs"] = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - normaliser
+        if "entropy" in outputs:
+            out["entropy"] = normaliser - (jnp.exp(logits - normaliser[..., None]) * logits).sum(-1)
+    if "values" in outputs:
+        out["values"] = decoder.score(states)
+    if "scores" in outputs:
+        last = prompt_length - 1 + block.response_mask.sum(axis=1)
+        out["scores"] = decoder.score(hidden[jnp.arange(len(hidden)), last])
+    return {name: out[name] for name in outputs}
+
+
+@functools.partial(jax.jit, static_argnames=("network", "outputs"))
+def _evaluate(params: Tree, block: Block, temperature: Any, *, network: Network, outputs: tuple[str, ...]) -> dict[str, Array]:
+    return forward(network, params, block, outputs, temperature)
+
+
+class JaxModel:
+    """What `LanguageModel` and `Scalar` share. ``params`` is replaced, never changed: JAX arrays are immutable."""
+
+    supplies: frozenset[str]
+
+    def __init__(self, network: Network, params: Tree, backend: JaxBackend):
+        self.network = network
+        self.params = params
+        self.backend = backend
+        self.vocab_size, self.hidden_size = network.architecture.vocab_size, network.architecture.hidden_size
+        self.context_length = network.architecture.context_length
+
+    @classmethod
+    def from_arrays(
+        cls, architecture: Architecture, arrays: dict[str, np.ndarray], backend: JaxBackend, *, language_head: bool
+    ) -> Any:
+        network = Network(architecture, backend.config.precision, language_head, SCALAR_HEAD in arrays)
+        return cls(network, backend.put(from_arrays(architecture, arrays)), backend)
+
+    def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
+        self.check_length(sequences.attention_mask, 0)
+        block = Block.put(sequences)
+        out = _evaluate(self.params, block, temperature, network=self.network, outputs=tuple(outputs))
+        return {name: np.asarray(value) for name, value in jax.device_get(out).items()}
+
+    def check_length(self, mask: np.ndarray, new_tokens: int) -> None:
+        """Learned positions end with the context; JAX would read the last one again and again without a word."""
+        longest = int(mask.sum(axis=1).max()) + new_tokens
+        if self.network.architecture.positions == "learned" and longest > self.context_length:
+            raise ConfigError(
+                f"{longest} tokens do not fit the model's context of {self.context_length}. "
+                "Shorten the prompts or the responses."
+            )
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        return to_arrays(self.network.architecture, self.params)
+
+    def copy(self) -> Any:
+        return type(self)(self.network, _copied(self.params), self.backend)
+
+    def write(self, folder: Path, arrays: dict[str, np.ndarray], suffix: str, **config: int) -> None:
+        """A checkpoint of class <Family><suffix>, say LlamaForCausalLM."""
+        checkpoints.write_tensors(folder / "model.safetensors", arrays)
+        described = to_hf(self.network.architecture)
+        family = {"llama": "Llama", "gpt2": "GPT2"}[self.network.architecture.family]
+        name = "GPT2LMHeadModel" if (family, suffix) == ("GPT2", "ForCausalLM") else family + suffix
+        checkpoints.write_json(folder / "config.json", {**described, "architectures": [name], **config})
+
+
+class LanguageModel(JaxModel, Policy):
+    """A policy on JAX; `policies.py` says how one is made."""
+
+    @property
+    def supplies(self) -> frozenset[str]:
+        return frozenset({"logprobs", "entropy"} | ({"values"} if self.network.scalar_head else set()))
+
+    def generate(
+        self,
+        prompt_tokens: np.ndarray,
+        prompt_mask: np.ndarray,
+        seeds: np.ndarray,
+        *,
+        temperature: float,
+        stop_ids: Sequence[int],
+        pad_id: int,
+    ) -> Generated:
+        self.check_length(prompt_mask, seeds.shape[1])
+        drawn = generate(
+            self.params,
+            prompt_tokens,
+            prompt_mask,
+            seeds,
+            float(temperature),
+            np.asarray(stop_ids, np.int32),
+            np.int32(pad_id),
+            network=self.network,
+            greedy=temperature == 0,
+        )
+        return Generated(*(np.asarray(array) for array in jax.device_get(drawn)))
+
+    def with_value_head(self) -> LanguageModel:
+        head = {"weight": np.zeros((1, self.hidden_size), np.float32), "bias": np.zeros(1, np.float32)}
+        network = dataclasses.replace(self.network, scalar_head=True)
+        return type(self)(network, _copied(self.params) | {"score": self.backend.put(head)}, self.backend)
+
+    def scalar_model(self, head: np.ndarray) -> Scalar:
+        score = {"weight": np.asarray(head, np.float32).reshape(1, -1), "bias": np.zeros(1, np.float32)}
+        trunk = {name: part for name, part in self.params.items() if name not in ("lm_head", "score")}
+        network = dataclasses.replace(self.network, language_head=False, scalar_head=True)
+        return Scalar(network, _copied(trunk) | {"score": self.backend.put(score)}, self.backend)
+
+    def save(self, folder: Path) -> None:
+        """The language model alone: a value head belongs to training, not to the policy."""
+        arrays = self.parameters()
+        self.write(folder, {n: a for n, a in arrays.items() if n not in (SCALAR_HEAD, SCALAR_BIAS)}, "ForCausalLM")
+
+
+class Scalar(JaxModel, ScalarModel):
+    supplies = frozenset({"values", "scores"})
+
+    def rescale(self, gain: float, bias: float) -> None:
+        score = self.params["score"]
+        self.params = self.params | {"score": {"weight": gain * score["weight"], "bias": gain * score["bias"] + bias}}
+
+    def save(self, folder: Path) -> None:
+        self.write(folder, self.parameters(), "ForSequenceClassification", num_labels=1)
+
+
+def _copied(params: Tree) -> Tree:
+    """Arrays of its own: a learner donates those of the model it trains."""
+    return jax.tree.map(jnp.copy, params)

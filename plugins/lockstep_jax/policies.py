@@ -1,0 +1,131 @@
+"""The policies that a configuration names: `decoder` starts from scratch, `huggingface` from a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lockstep.architecture import (
+    SCALAR_BIAS,
+    SCALAR_HEAD,
+    Architecture,
+    check_parameters,
+    from_hf,
+    initial_parameters,
+    parameter_shapes,
+    small_decoder,
+    trunk_shapes,
+)
+from lockstep.checkpoints import read_json, read_weights
+from lockstep.errors import CheckpointError
+from lockstep.interfaces import ScalarModel
+from lockstep.tokenizer import Tokenizer, TokenizerConfig
+from lockstep_jax.backend import JaxBackend
+from lockstep_jax.model import LanguageModel, Scalar
+
+
+class Checkpoint(LanguageModel):
+    """How both kinds of policy are read from a folder."""
+
+    @classmethod
+    def load(cls, folder: Path | str, backend: JaxBackend) -> Checkpoint:
+        architecture, weights = _read(folder)
+        check_parameters(architecture, weights, parameter_shapes(architecture))
+        return cls.from_arrays(architecture, weights, backend, language_head=True)
+
+    @classmethod
+    def load_scalar(cls, folder: Path | str, backend: JaxBackend) -> ScalarModel:
+        architecture, weights = _read(folder)
+        weights.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))  # transformers' classifiers have none
+        d = architecture.hidden_size
+        check_parameters(architecture, weights, trunk_shapes(architecture) | {SCALAR_HEAD: (1, d), SCALAR_BIAS: (1,)})
+        return Scalar.from_arrays(architecture, weights, backend, language_head=False)
+
+
+class Decoder(Checkpoint):
+    """A small modern decoder with fresh weights, the same in every backend."""
+
+    @dataclass(frozen=True)
+    class Config:
+        name: str
+        tokenizer: TokenizerConfig
+        layers: int
+        hidden_size: int
+        heads: int
+        kv_heads: int
+        intermediate_size: int
+        context_length: int
+        rope_theta: float
+        tied: bool
+
+    @classmethod
+    def create(cls, config: Config, backend: JaxBackend, tokenizer: Tokenizer, seed: int) -> Decoder:
+        architecture = small_decoder(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=config.hidden_size,
+            layers=config.layers,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            intermediate_size=config.intermediate_size,
+            context_length=config.context_length,
+            rope_theta=config.rope_theta,
+            tied=config.tied,
+        )
+        return cls.from_arrays(architecture, initial_parameters(architecture, seed), backend, language_head=True)
+
+
+class HuggingFace(Checkpoint):
+    """A Llama or GPT-2 checkpoint of Hugging Face, from a folder or the hub."""
+
+    @dataclass(frozen=True)
+    class Config:
+        name: str
+        tokenizer: TokenizerConfig
+        path: str
+
+    @classmethod
+    def create(cls, config: Config, backend: JaxBackend, tokenizer: Tokenizer, seed: int) -> HuggingFace:
+        return cls.load(config.path, backend)
+
+
+def _read(path: Path | str) -> tuple[Architecture, dict[str, np.ndarray]]:
+    """Architecture and float32 weights under the names of `lockstep.architecture`."""
+    folder = _fetch(path)
+    architecture = from_hf(read_json(folder / "config.json"))
+    return architecture, _strip(architecture, read_weights(folder))
+
+
+def _fetch(path: Path | str) -> Path:
+    """A folder, or a hub repository, downloaded into Hugging Face's cache without pickles and code.
+
+    Raises:
+      CheckpointError: neither is there.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:
+        raise CheckpointError(f"'{path}' is neither a folder nor a hub repository that answers: {error}") from error
+
+
+BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+"""Causal masks and rotary tables, which old versions of transformers saved among the weights."""
+
+
+def _strip(architecture: Architecture, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights without what a checkpoint may hold beyond them: buffers, and a second copy of a tied embedding. OpenAI's
+    own GPT-2 files lack the prefix ``transformer.``."""
+    bare = architecture.family == "gpt2" and "wte.weight" in weights
+    named = {f"transformer.{name}" if bare and name != "lm_head.weight" else name: array for name, array in weights.items()}
+    return {
+        name: array
+        for name, array in named.items()
+        if not BUFFERS.search(name) and not (architecture.tied and name == "lm_head.weight")
+    }

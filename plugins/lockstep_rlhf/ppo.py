@@ -1,0 +1,349 @@
+"""PPO against a reward model, with the KL penalty in the reward and InstructGPT's pretraining mix.
+
+One iteration (`PPO.step`), after Ziegler et al. 2019, Stiennon et al. 2020 and Ouyang et al. 2022 (step 3):
+
+    sample responses y ~ π(. | x) at temperature T
+    score them with the reward model; r_t = -β (log π - log π_ref), plus the score on the last token
+    advantages and returns by GAE; whiten the advantages over the whole batch
+    for each inner epoch, for each minibatch: one optimizer step on
+        clipped policy loss + value_coef · clipped value loss (+ ptx_coef · next-token loss on raw text)
+
+Which details are whose is in the comments; ``docs/ppo.md`` lists them all. Unlike most implementations, the old
+log-probabilities are recomputed with the training graph rather than taken from the sampler, so that the ratio is 1
+before the first step; how far the sampler was off is logged as ``sampler/mismatch_*``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from lockstep import encoding, losses, numerics
+from lockstep.encoding import Lengths
+from lockstep.errors import ConfigError, RewardError
+from lockstep.interfaces import Algorithm, Array, DataSource, Metrics, Model, Responses, Setting, Term
+from lockstep.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
+from lockstep.randomness import example_indices, permutation, token_seeds
+from lockstep.sequences import Sequences, chunks, in_chunks, join, left_pad
+from lockstep_rlhf.language_modelling import check_context, next_token_terms
+
+
+@dataclass(frozen=True)
+class PPOLoss:
+    """Σ w_t [max(-A ρ, -A clip(ρ, 1 ± ε)) + c ½ max((V - R)², (clip(V, V_old ± ε_v) - R)²)], ρ = π / π_old."""
+
+    clip_range: float
+    value_clip_range: float
+    value_coef: float
+    outputs: ClassVar[tuple[str, ...]] = ("logprobs", "values")
+
+    def __call__(self, xp: Any, outputs: Mapping[str, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        mask = batch["mask"]
+        log_ratio = losses.select(xp, mask, outputs["logprobs"]) - batch["old_logprobs"]
+        values = losses.select(xp, mask, outputs["values"])
+        ratio = xp.exp(log_ratio)
+        policy = losses.clipped_policy_loss(xp, ratio, batch["advantages"], clip_range=self.clip_range)
+        value = losses.clipped_value_loss(
+            xp, values, batch["old_values"], batch["returns"], clip_range=self.value_clip_range
+        )
+        mean = lambda x: losses.weighted_sum(xp, xp.astype(x, ratio.dtype), batch["weights"])  # noqa: E731
+        policy_loss = losses.weighted_sum(xp, policy, batch["policy_weights"])
+        value_loss = mean(value)
+        return policy_loss + self.value_coef * value_loss, {
+            "policy/loss": policy_loss,
+            "policy/approx_kl": mean(0.5 * log_ratio**2),
+            "policy/clip_fraction": mean(xp.abs(ratio - 1) > self.clip_range),
+            "value/loss": value_loss,
+            "value/clip_fraction": mean(xp.abs(values - batch["old_values"]) > self.value_clip_range),
+        }
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch of episodes. [B] scores (of the reward model, before the rule for unfinished responses), finished;
+    [B, T] old_logprobs, ref_logprobs, entropy, old_values, sampler_logprobs; ``sequences.mask`` says what counts."""
+
+    responses: Responses
+    sequences: Sequences
+    scores: np.ndarray
+    finished: np.ndarray
+    sampler_logprobs: np.ndarray
+    old_logprobs: np.ndarray
+    entropy: np.ndarray
+    old_values: np.ndarray
+    ref_logprobs: np.ndarray
+
+
+class PPO(Algorithm):
+    produces = "policy"
+    needs_reward_model = True
+
+    @dataclass(frozen=True)
+    class Config:
+        name: str
+        iterations: int
+        batch_size: int
+        epochs: int
+        minibatches: int
+        micro_batch_size: int | None
+        lengths: Lengths
+        temperature: float
+        kl_coef: float
+        kl_target: float | None
+        kl_horizon: float
+        gamma: float
+        lam: float
+        clip_range: float
+        value_clip_range: float
+        value_coef: float
+        value_network: Literal["separate", "shared"]
+        whiten_advantages: bool
+        whiten_rewards: bool
+        unfinished_score: float | None
+        importance_cap: float | None
+        ptx_coef: float
+        ptx_ratio: float
+        optimizer: OptimizerConfig
+        value_optimizer: OptimizerConfig
+        schedule: ScheduleConfig
+
+        def __post_init__(self):
+            if self.batch_size % self.minibatches:
+                fitting = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+                raise ConfigError(
+                    f"algorithm.batch_size={self.batch_size} is not divisible by algorithm.minibatches="
+                    f"{self.minibatches}. Set minibatches to one of {', '.join(map(str, fitting))}."
+                )
+            if self.temperature <= 0:
+                raise ConfigError(f"algorithm.temperature={self.temperature:g} must be above 0: PPO explores by sampling.")
+
+    def __init__(self, config: Config, setting: Setting):
+        self.config, self.setting = config, setting
+        self.tokenizer, self.reward_model = setting.tokenizer, setting.reward_model
+        check_context(setting.policy, config.lengths)
+        self.prompts, self.prompt_ids = encoding.encode_prompts(
+            self.tokenizer, setting.data.prompts("train"), config.lengths
+        )
+        self.ptx_batch = round(config.ptx_ratio * config.batch_size / config.minibatches) if config.ptx_coef else 0
+        if self.ptx_batch:
+            self.texts = encoding.encode_texts(self.tokenizer, setting.data.texts("train"), config.lengths)
+
+        self.ref_policy = setting.policy.copy()
+        self.policy = setting.policy.with_value_head() if config.value_network == "shared" else setting.policy
+        models: dict[str, Model] = {"policy": self.policy}
+        if config.value_network == "separate":
+            models["value"] = setting.reward_model.value_network() or setting.policy.scalar_model(
+                np.zeros(setting.policy.hidden_size, np.float32)
+            )
+        optimizers = {"policy": config.optimizer, "value": config.value_optimizer}
+        self.learner = setting.backend.learner(models, {name: optimizers[name] for name in models})
+        self.critic = models.get("value", self.policy)
+        self.loss = PPOLoss(config.clip_range, config.value_clip_range, config.value_coef)
+        adaptive = config.kl_target is not None
+        self.kl = (
+            numerics.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+            if adaptive
+            else numerics.FixedKL(config.kl_coef)
+        )
+        self.total_steps = config.iterations
+        self.last: Rollout | None = None
+
+    # ------------------------------------------------------------------------------------------- the algorithm box
+
+    def step(self, step: int) -> Metrics:
+        clock = Clock()
+        rollout = self.last = self.rollout(step, clock)
+        batch, metrics = self.prepare(rollout)
+        scale = lr_scale(self.config.schedule, step, self.total_steps)
+        updates = []
+        for epoch in range(self.config.epochs):
+            for number, rows in enumerate(self.minibatches(step, epoch)):
+                terms = self.terms(rollout.sequences, batch, rows) + self.ptx_terms(step, epoch, number)
+                updates.append(self.learner.update(terms, scale))
+        clock.lap("train")
+        self.kl.update(metrics["objective/kl"], self.config.batch_size)
+        metrics |= {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
+        return metrics | self.perf(rollout, clock) | {"lr_scale": scale}
+
+    def rollout(self, step: int, clock: Clock) -> Rollout:
+        """Sample, score, and evaluate under the policy, the reference and the critic."""
+        c = self.config
+        indices = example_indices(self.setting.seed, "prompts", len(self.prompts), step * c.batch_size, c.batch_size)
+        ids = [self.prompt_ids[i] for i in indices]
+        columns = c.lengths.columns(max(map(len, ids)), c.lengths.prompt)
+        tokens, mask = left_pad(ids, self.tokenizer.pad_id, columns)
+        seeds = token_seeds(self.setting.seed, "sampling", step, c.batch_size, c.lengths.response)
+        stop = [self.tokenizer.eos_id]
+        generated = self.policy.generate(
+            tokens, mask, seeds, temperature=c.temperature, stop_ids=stop, pad_id=self.tokenizer.pad_id
+        )
+        clock.lap("generate")
+
+        sequences = join(tokens, mask, generated.tokens, generated.mask)
+        texts = [self.tokenizer.decode(row[counts]) for row, counts in zip(generated.tokens, generated.mask, strict=True)]
+        responses = Responses([self.prompts[i] for i in indices], texts, sequences, self.tokenizer)
+        scores = self.reward_model.score(responses)
+        clock.lap("score")
+
+        # One forward of the policy gives old log-probabilities, entropy and, with a shared trunk, values.
+        own = self.evaluate(self.policy, sequences, ["logprobs", "entropy"] + ["values"] * (self.critic is self.policy))
+        values = own if "values" in own else self.evaluate(self.critic, sequences, ["values"])
+        ref = self.evaluate(self.ref_policy, sequences, ["logprobs"])
+        clock.lap("evaluate")
+
+        counted = ~np.isnan(scores)  # episodes without a score are out of the batch
+        if not counted.any():
+            raise RewardError("The reward model scored none of the batch's episodes. Look at its warnings above.")
+        return Rollout(
+            responses=responses,
+            sequences=replace(sequences, mask=sequences.mask & counted[:, None]),
+            scores=scores,
+            finished=numerics.ends_with_stop(generated.tokens, generated.mask, stop),
+            sampler_logprobs=generated.logprobs,
+            old_logprobs=own["logprobs"],
+            entropy=own["entropy"],
+            old_values=values["values"],
+            ref_logprobs=ref["logprobs"],
+        )
+
+    def prepare(self, rollout: Rollout) -> tuple[dict[str, np.ndarray], Metrics]:
+        """Rewards, advantages and returns: the arrays of the loss, and what to log of the rollout."""
+        c, mask = self.config, rollout.sequences.mask
+        counted = mask.any(axis=1)
+        kl = numerics.k1(rollout.old_logprobs, rollout.ref_logprobs, mask)
+        scores = numerics.replace_unfinished(rollout.scores, rollout.finished, c.unfinished_score)
+        rewards = numerics.token_rewards(scores, kl, mask, self.kl.coef)
+        shaped = numerics.scale_to_unit_variance(rewards, mask) if c.whiten_rewards else rewards
+        advantages, returns = numerics.gae(shaped, rollout.old_values, mask, gamma=c.gamma, lam=c.lam)
+        batch = {
+            "mask": mask,
+            "old_logprobs": np.where(mask, rollout.old_logprobs, 0).astype(np.float32),
+            "old_values": np.where(mask, rollout.old_values, 0).astype(np.float32),
+            "advantages": numerics.whiten(advantages, mask) if c.whiten_advantages else advantages,
+            "returns": returns,
+            "importance": self.importance(rollout),
+        }
+        mismatch = np.abs(rollout.old_logprobs - rollout.sampler_logprobs)
+        metrics = {
+            "objective/score": float(rollout.scores[counted].mean()),
+            "objective/score_std": float(rollout.scores[counted].std()),
+            "objective/reward": float(rewards[counted].sum(axis=1).mean()),
+            "objective/kl": float(kl[counted].sum(axis=1).mean()),
+            "objective/k3": float(numerics.k3(rollout.old_logprobs, rollout.ref_logprobs, mask)[counted].sum(axis=1).mean()),
+            "objective/entropy": numerics.masked_mean(rollout.entropy, mask),
+            "objective/length": float(mask[counted].sum(axis=1).mean()),
+            "objective/finished": float(rollout.finished[counted].mean()),
+            "objective/dropped": float(np.sum(~counted)),
+            "kl_coef": self.kl.coef,
+            "value/explained_variance": numerics.explained_variance(rollout.old_values, returns, mask),
+            "sampler/mismatch_max": float(mismatch[mask].max()),
+            "sampler/mismatch_mean": float(mismatch[mask].mean()),
+        }
+        return batch, metrics | self.gold(rollout)
+
+    def minibatches(self, step: int, epoch: int) -> list[np.ndarray]:
+        """Row indices of each minibatch, reshuffled for each inner epoch."""
+        c = self.config
+        order = permutation(self.setting.seed, "minibatches", step * c.epochs + epoch, c.batch_size)
+        return np.split(order, c.minibatches)
+
+    def terms(self, sequences: Sequences, batch: Mapping[str, np.ndarray], rows: np.ndarray) -> list[Term]:
+        """One minibatch as micro-batches, each token weighing 1 / (tokens of the minibatch)."""
+        weights = encoding.token_weights(batch["mask"][rows])
+        terms = []
+        for part in chunks(len(rows), self.config.micro_batch_size):
+            here = rows[part]
+            arrays = {name: array[here] for name, array in batch.items() if name != "importance"}
+            arrays["weights"] = weights[part]
+            arrays["policy_weights"] = weights[part] * batch["importance"][here]
+            terms.append(Term(self.loss, sequences.take(here), arrays, self.config.temperature))
+        return terms
+
+    def ptx_terms(self, step: int, epoch: int, number: int) -> list[Term]:
+        """InstructGPT's pretraining gradients, added to each minibatch's: ptx_coef x next-token loss on raw text."""
+        if not self.ptx_batch:
+            return []
+        minibatch = (step * self.config.epochs + epoch) * self.config.minibatches + number
+        indices = example_indices(self.setting.seed, "ptx", len(self.texts), minibatch * self.ptx_batch, self.ptx_batch)
+        rows = encoding.block([self.texts[i] for i in indices], self.tokenizer, self.config.lengths)
+        return next_token_terms(rows, self.config.micro_batch_size, self.config.ptx_coef)
+
+    # --------------------------------------------------------------------------------------------------- the rest
+
+    def evaluate(self, model: Model, sequences: Sequences, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        call = lambda rows: model.evaluate(rows, outputs, temperature=self.config.temperature)  # noqa: E731
+        return in_chunks(call, sequences, self.config.micro_batch_size)
+
+    def importance(self, rollout: Rollout) -> np.ndarray:
+        """[B, T] weights min(π_old / π_sampler, cap) that correct for a sampler of lower precision; 1 without a cap.
+        Truncated importance sampling, Ionides 2008."""
+        mask = rollout.sequences.mask
+        if self.config.importance_cap is None:
+            return np.ones(mask.shape, np.float32)
+        log_ratio = np.where(mask, rollout.old_logprobs - rollout.sampler_logprobs, 0)
+        return np.minimum(np.exp(log_ratio), self.config.importance_cap).astype(np.float32)
+
+    def gold(self, rollout: Rollout) -> Metrics:
+        """The true scores, where the data source knows them: for the plots, never for training."""
+        pairs = zip(rollout.responses.prompts, rollout.responses.texts, strict=True)
+        golds = [gold for prompt, text in pairs if (gold := self.setting.data.gold(prompt, text)) is not None]
+        return {f"objective/{name}": float(np.mean([g[name] for g in golds])) for name in (golds[0] if golds else ())}
+
+    def perf(self, rollout: Rollout, clock: Clock) -> Metrics:
+        tokens = float(rollout.sequences.response_mask.sum())
+        seconds = {f"perf/seconds_{name}": value for name, value in clock.laps.items()}
+        return seconds | {"perf/tokens_per_second": tokens / sum(clock.laps.values())}
+
+    def samples(self) -> list[dict[str, Any]]:
+        if self.last is None:
+            return []
+        responses, rows = self.last.responses, range(min(8, len(self.last.scores)))
+        return [
+            {
+                "prompt": responses.prompts[i].messages[-1].content,
+                "response": responses.texts[i],
+                "score": float(self.last.scores[i]),
+                "finished": bool(self.last.finished[i]),
+            }
+            for i in rows
+        ]
+
+    @classmethod
+    def arithmetic(cls, config: Config, data: DataSource) -> str:
+        c = config
+        minibatch = c.batch_size // c.minibatches
+        micro = min(c.micro_batch_size or minibatch, minibatch)
+        ptx = f", + {round(c.ptx_ratio * minibatch)} raw texts each" if c.ptx_coef else ""
+        return (
+            f"{c.iterations} iterations x {c.batch_size} episodes = {c.iterations * c.batch_size} episodes over "
+            f"{len(data.prompts('train'))} prompts; {c.epochs} epochs x {c.minibatches} minibatches of {minibatch} = "
+            f"{c.epochs * c.minibatches} optimizer steps per iteration; {math.ceil(minibatch / micro)} micro-batches of "
+            f"{micro}{ptx}"
+        )
+
+    def result(self) -> Model:
+        return self.learner.averaged("policy")
+
+    def state(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl.coef}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.kl.coef = state["kl_coef"]
+
+
+class Clock:
+    """Seconds of each phase of an iteration."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self.started = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self.started
+        self.started = now

@@ -1,0 +1,159 @@
+"""A reward model from human rankings of K completions.
+
+InstructGPT (Ouyang et al. 2022), section 3.5 and equation 1: all C(K, 2) pairs of one prompt are one batch element of
+weight 1 / C(K, 2), with one forward pass per completion; shuffling the pairs instead overfits in one epoch. The head
+starts from N(0, 1 / (d + 1)) (Ziegler et al. 2019), and after training the score is shifted so that demonstrations
+average 0 (InstructGPT; ``normalise: bias``), or also scaled to unit variance (lm-human-preferences; ``gain_and_bias``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from lockstep import encoding, losses, numerics
+from lockstep.architecture import scalar_head
+from lockstep.encoding import Example, Lengths
+from lockstep.errors import MissingData
+from lockstep.interfaces import Algorithm, Array, DataSource, Metrics, ScalarModel, Setting, Term
+from lockstep.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
+from lockstep.randomness import example_indices
+from lockstep.sequences import Sequences, chunks, in_chunks, round_up
+from lockstep_rlhf.language_modelling import check_context, steps
+
+Ranked = tuple[list[Example], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class RankingLoss:
+    """L = -Σ_ij W_ij log σ(s_i - s_j), with W of `lockstep.numerics.preferences`."""
+
+    outputs: ClassVar[tuple[str, ...]] = ("scores",)
+
+    def __call__(self, xp: Any, outputs: Mapping[str, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        scores, weights = outputs["scores"], batch["preferences"]
+        right = xp.astype(scores[:, None] > scores[None, :], scores.dtype)
+        loss = losses.weighted_sum(xp, losses.ranking_loss(xp, scores), weights)
+        return loss, {"accuracy": losses.weighted_sum(xp, right, weights)}
+
+
+class RewardModelling(Algorithm):
+    produces = "reward_model"
+
+    @dataclass(frozen=True)
+    class Config:
+        name: str
+        epochs: float
+        batch_size: int  # prompts, each with all its completions
+        micro_batch_size: int | None  # prompts
+        lengths: Lengths
+        normalise: Literal["none", "bias", "gain_and_bias"]
+        heldout_examples: int
+        optimizer: OptimizerConfig
+        schedule: ScheduleConfig
+
+    def __init__(self, config: Config, setting: Setting):
+        self.config, self.setting = config, setting
+        self.tokenizer = setting.tokenizer
+        self.comparisons = self.load("train")
+        self.heldout = self.load("heldout")[: config.heldout_examples]
+        self.most = max(len(ranks) for _, ranks in self.comparisons)
+        check_context(setting.policy, config.lengths)
+        self.model: ScalarModel = setting.policy.scalar_model(scalar_head(setting.policy.hidden_size, setting.seed))
+        self.learner = setting.backend.learner({"reward_model": self.model}, {"reward_model": config.optimizer})
+        self.total_steps = steps(config, len(self.comparisons))
+
+    def load(self, split: str) -> list[Ranked]:
+        """Comparisons in which at least two completions are not tied."""
+        try:
+            comparisons = self.setting.data.comparisons(split)
+        except MissingData:
+            if split == "train":
+                raise
+            return []
+        useful = [c for c in comparisons if len(set(c.ranks)) > 1]
+        return encoding.encode_comparisons(self.tokenizer, useful, self.config.lengths)
+
+    def step(self, step: int) -> Metrics:
+        before = {f"heldout/{k}": v for k, v in self.measure(self.heldout).items()} if step == 0 else {}
+        size = self.config.batch_size
+        indices = example_indices(self.setting.seed, "order", len(self.comparisons), step * size, size)
+        scale = lr_scale(self.config.schedule, step, self.total_steps)
+        terms = self.terms([self.comparisons[i] for i in indices])
+        metrics = self.learner.update(terms, scale)
+        metrics["accuracy"] /= sum(term.batch["preferences"].sum() for term in terms)  # below 1 where there are ties
+        return before | metrics | {"lr_scale": scale}
+
+    def terms(self, batch: Sequence[Ranked]) -> list[Term]:
+        """Micro-batches of whole comparisons, so that every pair is inside one. Rows are padded to few counts."""
+        terms = []
+        for part in chunks(len(batch), self.config.micro_batch_size):
+            comparisons = batch[part]
+            rows = self.block([row for rows, _ in comparisons for row in rows])
+            most = (part.stop - part.start) * self.most
+            rows = rows.pad_rows(min(round_up(rows.rows, max(2, most // 8)), most))
+            share = len(comparisons) / len(batch)
+            weights = share * numerics.preferences([ranks for _, ranks in comparisons], rows.rows)
+            terms.append(Term(RankingLoss(), rows, {"preferences": weights}))
+        return terms
+
+    def block(self, examples: Sequence[Example]) -> Sequences:
+        return encoding.block(examples, self.tokenizer, self.config.lengths)
+
+    def finish(self) -> Metrics:
+        """Held-out accuracy and calibration of the raw score, then normalisation on the demonstrations."""
+        metrics = {f"heldout/{name}": value for name, value in self.measure(self.heldout).items()}
+        if self.config.normalise != "none":
+            metrics |= self.normalise()
+        return metrics
+
+    def scores(self, examples: Sequence[Example]) -> np.ndarray:
+        size = (self.config.micro_batch_size or self.config.batch_size) * self.most
+        evaluate = lambda part: self.model.evaluate(part, ["scores"])  # noqa: E731
+        return in_chunks(evaluate, self.block(examples), size)["scores"]
+
+    def measure(self, comparisons: Sequence[Ranked]) -> Metrics:
+        """Loss, pairwise accuracy, Brier score and expected calibration error on comparisons."""
+        if not comparisons:
+            return {}
+        scores = self.scores([row for rows, _ in comparisons for row in rows])
+        preferred = numerics.preferences([ranks for _, ranks in comparisons], len(scores))
+        margins = numerics.pair_margins(scores, preferred)
+        return {
+            "loss": float(np.average(np.logaddexp(0, -margins), weights=preferred[np.nonzero(preferred)])),
+            "accuracy": numerics.ranking_accuracy(margins),
+            "brier": numerics.brier_score(margins),
+            "ece": numerics.expected_calibration_error(margins),
+        }
+
+    def normalise(self) -> Metrics:
+        """Fold mean 0 (and standard deviation 1) over demonstrations into the head. Without demonstrations the best
+        completion of each comparison stands in for one."""
+        try:
+            demonstrations = self.setting.data.demonstrations("train")[: self.config.heldout_examples]
+            examples = encoding.encode_demonstrations(self.tokenizer, demonstrations, self.config.lengths)
+        except MissingData:
+            best = [rows[int(np.argmin(ranks))] for rows, ranks in self.comparisons]
+            examples = best[: self.config.heldout_examples]
+        scores = self.scores(examples).astype(np.float64)
+        gain = 1 / scores.std() if self.config.normalise == "gain_and_bias" else 1.0
+        self.model.rescale(gain, -gain * scores.mean())
+        return {"demonstrations/score_mean": float(scores.mean()), "demonstrations/score_std": float(scores.std())}
+
+    @classmethod
+    def arithmetic(cls, config: Config, data: DataSource) -> str:
+        comparisons, size = data.comparisons("train"), config.batch_size
+        completions = np.array([len(c.ranks) for c in comparisons])
+        pairs = completions * (completions - 1) / 2
+        return (
+            f"{len(comparisons)} prompts x {config.epochs:g} epochs / {size} per step = "
+            f"{steps(config, len(comparisons))} steps; {completions.mean():.1f} completions and {pairs.mean():.1f} pairs "
+            f"per prompt; {math.ceil(size / (config.micro_batch_size or size))} micro-batches"
+        )
+
+    def result(self) -> ScalarModel:
+        return self.model

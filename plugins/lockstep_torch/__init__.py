@@ -1,0 +1,24 @@
+"""PyTorch: backend, policies and learner. Sibling of ``lockstep_jax``, file for file.
+
+    backend.py      device, precision, what runs where
+    decoder.py      the network of policies that start from scratch; networks of transformers behind the same face
+    generation.py   sampling with a key-value cache
+    model.py        logprobs, entropy, values, scores; loading and saving
+    policies.py     what the configuration names: decoder, huggingface
+    learner.py      gradients and Adam
+"""
+
+from lockstep.registry import Plugin
+
+plugin = Plugin(
+    backend="torch",
+    requires=("torch", "array_api_compat"),
+    install="pip install 'lockstep-rlhf[torch]'",
+    components={
+        "backend": {"torch": "lockstep_torch.backend:TorchBackend"},
+        "policy": {
+            "decoder": "lockstep_torch.policies:Decoder",
+            "huggingface": "lockstep_torch.policies:HuggingFace",
+        },
+    },
+)

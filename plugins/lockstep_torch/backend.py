@@ -1,0 +1,73 @@
+"""PyTorch on a device: precision and threads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from lockstep.errors import ConfigError
+from lockstep.interfaces import Backend, Learner, Model
+from lockstep.optimisation import OptimizerConfig
+
+
+class TorchBackend(Backend):
+    """Args of its configuration:
+
+    device: 'cpu', 'cuda', 'cuda:1', 'mps', ...; 'auto' takes the first accelerator, else the CPU.
+    precision: of matrix products. With bfloat16 the weights and the optimizer stay in float32.
+    threads: CPU threads; null leaves PyTorch's choice (one per core).
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        name: str
+        device: str
+        precision: Literal["float32", "bfloat16"]
+        threads: int | None
+
+    name = "torch"
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.device = _device(config.device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+
+    def learner(self, models: Mapping[str, Model], optimizers: Mapping[str, OptimizerConfig]) -> Learner:
+        from lockstep_torch.learner import TorchLearner
+
+        return TorchLearner(self, models, optimizers)
+
+    def describe(self) -> dict[str, str]:
+        card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return {"torch": torch.__version__, "device": card, "precision": self.config.precision}
+
+    def peak_memory_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+    def put(self, array: np.ndarray) -> torch.Tensor:
+        """A host array on the device; token ids become int64, which torch indexes with."""
+        tensor = torch.as_tensor(np.ascontiguousarray(array))
+        return tensor.to(self.device, torch.int64 if tensor.dtype in (torch.int32, torch.uint32) else None)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Matrix products in bfloat16, the rest in float32, where the configuration says so."""
+        if self.config.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+        raise ConfigError(f"backend.device='{name}' is not usable here ({count} accelerators found): {error}") from error
+    return torch.device(name)

@@ -1,0 +1,262 @@
+"""The networks: tokens in, hidden states out, heads on top.
+
+`DecoderNetwork` is the small modern decoder of policies that start from scratch, in Llama's shape and with Llama's
+parameter names. `TransformersNetwork` puts any causal language model of transformers behind the same face: `hidden` and
+`logits`, with a cache for generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lockstep.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture
+
+
+class Network(nn.Module):
+    """What `model.py`, `generation.py` and `learner.py` need of a network."""
+
+    vocab_size: int
+    hidden_size: int
+    context_length: int
+
+    def hidden(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """[B, L] ids and attention mask -> [B, L, d] after the final norm. Ids under a False mask are never read."""
+        raise NotImplementedError
+
+    def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, Any]:
+        """Hidden state [B, d] of the last column, and a cache with room for ``new_tokens`` more."""
+        raise NotImplementedError
+
+    def advance(self, token: Tensor, cache: Any) -> Tensor:
+        """Feed one token [B] to every row; hidden state [B, d]. The cache is changed in place."""
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] -> [..., V]."""
+        raise NotImplementedError
+
+
+def positions(mask: Tensor) -> Tensor:
+    """[B, L] number of real tokens before each column (LHP): left padding does not shift a prompt."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class ScalarHead(nn.Module):
+    """[..., d] -> [...], in float32."""
+
+    def __init__(self, weight: np.ndarray, bias: float = 0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float32).reshape(1, -1))
+        self.bias = nn.Parameter(torch.tensor([bias], dtype=torch.float32))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return (hidden.float() @ self.weight[0]) + self.bias[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {SCALAR_HEAD: self.weight, SCALAR_BIAS: self.bias}
+
+
+# -------------------------------------------------------------------------------------------------------- the decoder
+
+
+@dataclass
+class Cache:
+    """keys, values: per layer [B, H_kv, P + T, hd]; ``length`` columns are filled. ``mask`` [B, P + T] is True on real
+    ones; ``count`` [B] is the position of the next token."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor
+    count: Tensor
+    length: int
+
+
+class DecoderNetwork(Network):
+    """Pre-norm transformer with RMSNorm, rotary positions, grouped-query attention and SwiGLU (Touvron et al. 2023)."""
+
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        a = self.architecture = architecture
+        self.vocab_size, self.hidden_size, self.context_length = a.vocab_size, a.hidden_size, a.context_length
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(a.vocab_size, a.hidden_size),
+                "layers": nn.ModuleList(Layer(a) for _ in range(a.layers)),
+                "norm": nn.RMSNorm(a.hidden_size, eps=a.norm_eps),
+            }
+        )
+        self.lm_head = None if a.tied else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
+
+    def hidden(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+        # A padded query sees itself, so that no softmax runs over nothing.
+        visible = causal & mask[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=tokens.device)
+        x = self.embed(tokens, mask)
+        rotation = self.rotation(positions(mask))
+        for layer in self.model["layers"]:
+            x = layer(x, rotation, visible)
+        return self.model["norm"](x)
+
+    def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, Cache]:
+        rows, length = tokens.shape
+        a = self.architecture
+        shape = (rows, a.kv_heads, length + new_tokens, a.head_dim)
+        cache = Cache(
+            keys=[torch.zeros(shape, device=tokens.device) for _ in range(a.layers)],
+            values=[torch.zeros(shape, device=tokens.device) for _ in range(a.layers)],
+            mask=F.pad(mask, (0, new_tokens)),
+            count=mask.sum(-1),
+            length=length,
+        )
+        causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+        visible = causal & mask[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=tokens.device)
+        x = self.embed(tokens, mask)
+        rotation = self.rotation(positions(mask))
+        for layer, keys, values in zip(self.model["layers"], cache.keys, cache.values, strict=True):
+            x = layer(x, rotation, visible, (keys, values, 0))
+        return self.model["norm"](x[:, -1]), cache
+
+    def advance(self, token: Tensor, cache: Cache) -> Tensor:
+        cache.mask[:, cache.length] = True
+        x = self.model["embed_tokens"](token)[:, None]
+        rotation = self.rotation(cache.count[:, None])
+        visible = cache.mask[:, None, None, : cache.length + 1]
+        for layer, keys, values in zip(self.model["layers"], cache.keys, cache.values, strict=True):
+            x = layer(x, rotation, visible, (keys, values, cache.length))
+        cache.length += 1
+        cache.count = cache.count + 1
+        return self.model["norm"](x[:, 0])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight)
+
+    def embed(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.model["embed_tokens"](torch.where(mask, tokens, 0))
+
+    def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, 1, L, hd / 2] of the rotary angles (Su et al. 2021, in Llama's half-split layout)."""
+        half = self.architecture.head_dim // 2
+        frequency = self.architecture.rope_theta ** -(torch.arange(half, device=position.device, dtype=torch.float32) / half)
+        angle = position[:, None, :, None].float() * frequency
+        return angle.cos(), angle.sin()
+
+
+class Layer(nn.Module):
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        d, eps = architecture.hidden_size, architecture.norm_eps
+        self.input_layernorm = nn.RMSNorm(d, eps=eps)
+        self.self_attn = Attention(architecture)
+        self.post_attention_layernorm = nn.RMSNorm(d, eps=eps)
+        self.mlp = MLP(architecture)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, cache: Any = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, visible, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        a = self.architecture = architecture
+        self.q_proj = nn.Linear(a.hidden_size, a.heads * a.head_dim, bias=False)
+        self.k_proj = nn.Linear(a.hidden_size, a.kv_heads * a.head_dim, bias=False)
+        self.v_proj = nn.Linear(a.hidden_size, a.kv_heads * a.head_dim, bias=False)
+        self.o_proj = nn.Linear(a.heads * a.head_dim, a.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, cache: Any = None) -> Tensor:
+        """x [B, L, d]; visible bool, broadcast to [B, H, L, keys]; cache (keys, values, first free column) or None."""
+        a = self.architecture
+        q = rotate(split_heads(self.q_proj(x), a.heads), rotation)
+        k = rotate(split_heads(self.k_proj(x), a.kv_heads), rotation)
+        v = split_heads(self.v_proj(x), a.kv_heads)
+        if cache is not None:
+            keys, values, column = cache
+            end = column + x.shape[1]
+            keys[:, :, column:end], values[:, :, column:end] = k, v
+            k, v = keys[:, :, :end].to(q.dtype), values[:, :, :end].to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=visible, enable_gqa=a.kv_heads != a.heads)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        d, f = architecture.hidden_size, architecture.intermediate_size
+        self.gate_proj = nn.Linear(d, f, bias=False)
+        self.up_proj = nn.Linear(d, f, bias=False)
+        self.down_proj = nn.Linear(f, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, L, H hd] -> [B, H, L, hd]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """x [B, H, L, hd] turned by the angles of `DecoderNetwork.rotation`."""
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+# --------------------------------------------------------------------------------------------- transformers' networks
+
+
+class TransformersNetwork(Network):
+    """Any causal language model of transformers, or its trunk alone."""
+
+    def __init__(self, hf: Any):
+        super().__init__()
+        self.hf = hf
+        self.prefix = "" if hf.base_model is not hf else f"{hf.base_model_prefix}."  # as the checkpoint has it
+        config = hf.config.get_text_config()
+        self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
+        self.context_length = config.max_position_embeddings
+
+    def hidden(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self._trunk(tokens, mask, positions(mask)).last_hidden_state
+
+    def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, dict[str, Any]]:
+        out = self._trunk(tokens, mask, positions(mask), use_cache=True)
+        return out.last_hidden_state[:, -1], {"past": out.past_key_values, "mask": mask, "count": mask.sum(-1)}
+
+    def advance(self, token: Tensor, cache: dict[str, Any]) -> Tensor:
+        cache["mask"] = F.pad(cache["mask"], (0, 1), value=True)
+        out = self._trunk(
+            token[:, None], cache["mask"], cache["count"][:, None], past_key_values=cache["past"], use_cache=True
+        )
+        cache["past"], cache["count"] = out.past_key_values, cache["count"] + 1
+        return out.last_hidden_state[:, 0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = self.hf.get_output_embeddings()(hidden)
+        cap = getattr(self.hf.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _trunk(self, tokens: Tensor, mask: Tensor, position: Tensor, **cache: Any) -> Any:
+        here = mask[:, -tokens.shape[1] :]
+        return self.hf.base_model(
+            input_ids=torch.where(here, tokens, 0),
+            attention_mask=mask.long(),
+            position_ids=position,
+            **({"use_cache": False} | cache),
+        )
+
+
+def load_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Copy host arrays into the parameters of the same names."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(torch.as_tensor(arrays[name]))

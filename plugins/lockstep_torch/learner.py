@@ -1,0 +1,144 @@
+"""Gradients of any loss over [batch, time], and Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import array_api_compat.torch as xp
+import numpy as np
+import torch
+from torch import Tensor
+
+from lockstep import checkpoints
+from lockstep.errors import CheckpointError
+from lockstep.interfaces import Learner, Metrics, Term
+from lockstep.optimisation import OptimizerConfig
+from lockstep_torch.backend import TorchBackend
+from lockstep_torch.model import Block, TorchModel
+
+
+class TorchLearner(Learner):
+    def __init__(self, backend: TorchBackend, models: Mapping[str, TorchModel], optimizers: Mapping[str, OptimizerConfig]):
+        self.backend = backend
+        self.models = dict(models)
+        self.optimizers = dict(optimizers)
+        self.adams = {name: _adam(model, optimizers[name]) for name, model in self.models.items()}
+        self.steps = 0
+        self.averages = {
+            name: {key: tensor.detach().clone() for key, tensor in model.tensors().items()}
+            for name, model in self.models.items()
+            if optimizers[name].ema_decay is not None
+        }
+
+    def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
+        metrics = self._backward(terms)
+        self.steps += 1
+        for name, adam in self.adams.items():
+            config = self.optimizers[name]
+            limit = config.max_grad_norm
+            norm = torch.nn.utils.clip_grad_norm_(_trained(adam), float("inf") if limit is None else limit)
+            metrics[f"grad_norm/{name}"] = norm
+            for group in adam.param_groups:
+                group["lr"], group["eps"] = config.learning_rate * lr_scale, config.eps_at(self.steps)
+            adam.step()
+        self._average()
+        return {name: float(value) for name, value in metrics.items()}
+
+    def gradients(self, terms: Sequence[Term]) -> dict[str, np.ndarray]:
+        self._backward(terms)
+        return {
+            f"{name}.{key}": _gradient(tensor).float().cpu().numpy()
+            for name, model in self.models.items()
+            for key, tensor in model.tensors().items()
+        }
+
+    def _backward(self, terms: Sequence[Term]) -> dict[str, Tensor]:
+        """Sum the gradients of all terms into the parameters; the summed metrics, still on the device."""
+        for adam in self.adams.values():
+            adam.zero_grad(set_to_none=True)
+        total: dict[str, Tensor] = {}
+        for term in terms:
+            outputs = self._outputs(term)
+            batch = {name: self.backend.put(array) for name, array in term.batch.items()}
+            loss, metrics = term.loss(xp, outputs, batch)
+            loss.backward()
+            for name, value in {"loss": loss, **metrics}.items():
+                total[name] = total.get(name, 0.0) + value.detach()
+        return total
+
+    def _outputs(self, term: Term) -> dict[str, Tensor]:
+        """Each output from the first model that supplies it: so a value network leaves the policy's trunk alone."""
+        block = Block.put(term.sequences, self.backend)
+        outputs: dict[str, Tensor] = {}
+        for model in self.models.values():
+            wanted = [name for name in term.loss.outputs if name in model.supplies and name not in outputs]
+            if wanted:
+                outputs |= model.forward(block, wanted, term.temperature)
+        return outputs
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        for name, average in self.averages.items():
+            decay = self.optimizers[name].ema_decay
+            for key, tensor in self.models[name].tensors().items():
+                average[key].lerp_(tensor, 1 - decay)
+
+    def averaged(self, model: str) -> TorchModel:
+        averaged = self.models[model].copy()
+        if model in self.averages:
+            with torch.no_grad():
+                for key, tensor in averaged.tensors().items():
+                    tensor.copy_(self.averages[model][key])
+        return averaged
+
+    def save(self, folder: Path) -> None:
+        tensors = {name: tensor.detach().cpu().numpy() for name, tensor in self._state().items()}
+        checkpoints.write_tensors(folder / "learner.safetensors", tensors)
+        checkpoints.write_json(folder / "learner.json", {"steps": self.steps})
+
+    def restore(self, folder: Path) -> None:
+        stored = checkpoints.read_tensors(folder / "learner.safetensors")
+        self.steps = checkpoints.read_json(folder / "learner.json")["steps"]
+        own = self._state()
+        if wrong := [n for n in own if n not in stored or stored[n].shape != tuple(own[n].shape)]:
+            raise CheckpointError(f"{folder} is of another architecture: {', '.join(wrong[:3])} do not fit.")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(torch.as_tensor(stored[name]))
+        for adam in self.adams.values():
+            for parameter in _trained(adam):
+                adam.state[parameter]["step"] = torch.tensor(float(self.steps))
+
+    def _state(self) -> dict[str, Tensor]:
+        """Every tensor that training changes, by name; Adam's moments exist from the first step on, as zeros before."""
+        state: dict[str, Tensor] = {}
+        for name, model in self.models.items():
+            for key, tensor in model.tensors().items():
+                moments = self.adams[name].state[tensor]
+                if "exp_avg" not in moments:
+                    moments |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
+                state[f"{name}.parameters.{key}"] = tensor
+                state[f"{name}.mean.{key}"] = moments["exp_avg"]
+                state[f"{name}.square.{key}"] = moments["exp_avg_sq"]
+            for key, tensor in self.averages.get(name, {}).items():
+                state[f"{name}.average.{key}"] = tensor
+        return state
+
+
+def _adam(model: TorchModel, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Weight decay on matrices only: gains and biases are left alone."""
+    tensors = list(model.tensors().values())
+    groups = [
+        {"params": [t for t in tensors if t.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [t for t in tensors if t.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, foreach=True)
+
+
+def _trained(adam: torch.optim.AdamW) -> list[torch.nn.Parameter]:
+    return [parameter for group in adam.param_groups for parameter in group["params"]]
+
+
+def _gradient(tensor: torch.nn.Parameter) -> Tensor:
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad

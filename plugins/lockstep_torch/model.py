@@ -1,0 +1,175 @@
+"""Models: a network with a language head, a scalar head or both, and the quantities they supply."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lockstep import checkpoints
+from lockstep.architecture import to_hf
+from lockstep.errors import CheckpointError
+from lockstep.interfaces import Generated, Policy, ScalarModel
+from lockstep.sequences import Sequences
+from lockstep_torch.backend import TorchBackend
+from lockstep_torch.decoder import DecoderNetwork, Network, ScalarHead, TransformersNetwork
+from lockstep_torch.generation import generate
+
+
+@dataclass(frozen=True)
+class Block:
+    """`lockstep.sequences.Sequences` on the device: tokens, mask [B, P + T]; last [B]."""
+
+    tokens: Tensor
+    mask: Tensor
+    last: Tensor
+    prompt_length: int
+
+    @classmethod
+    def put(cls, sequences: Sequences, backend: TorchBackend) -> Block:
+        return cls(
+            backend.put(sequences.tokens),
+            backend.put(sequences.attention_mask),
+            backend.put(sequences.last),
+            sequences.prompt_length,
+        )
+
+
+class TorchModel:
+    """What `LanguageModel` and `Scalar` share."""
+
+    supplies: frozenset[str]
+
+    def __init__(self, network: Network, head: ScalarHead | None, backend: TorchBackend):
+        self.network = network.to(backend.device)
+        self.head = None if head is None else head.to(backend.device)
+        self.backend = backend
+        self.vocab_size, self.hidden_size = network.vocab_size, network.hidden_size
+        self.context_length = network.context_length
+
+    def forward(self, block: Block, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
+        """The named outputs with gradients. Logits exist at the T columns that predict a response token only."""
+        with self.backend.autocast():
+            hidden = self.network.hidden(block.tokens, block.mask)
+            states = hidden[:, block.prompt_length - 1 : -1]  # [B, T, d]: the state each response token is chosen in
+            out = {}
+            if "logprobs" in outputs or "entropy" in outputs:
+                logits = self.network.logits(states).float() / temperature
+                normaliser = logits.logsumexp(-1)
+                out["logprobs"] = _take(logits, block.tokens[:, block.prompt_length :]) - normaliser
+                if "entropy" in outputs:
+                    out["entropy"] = normaliser - ((logits - normaliser[..., None]).exp() * logits).sum(-1)
+            if "values" in outputs:
+                out["values"] = self.head(states)
+            if "scores" in outputs:
+                out["scores"] = self.head(hidden[torch.arange(len(hidden), device=hidden.device), block.last])
+        return {name: out[name] for name in outputs}
+
+    @torch.no_grad()
+    def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
+        out = self.forward(Block.put(sequences, self.backend), outputs, temperature)
+        return {name: value.float().cpu().numpy() for name, value in out.items()}
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The parameters themselves, under checkpoint names."""
+        named = dict(self.network.named_parameters())
+        if isinstance(self.network, TransformersNetwork):
+            named = {name.replace("hf.", self.network.prefix, 1): tensor for name, tensor in named.items()}
+        return named | (self.head.tensors() if self.head else {})
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        return {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in self.tensors().items()}
+
+    def copy(self):
+        return type(self)(copy.deepcopy(self.network), copy.deepcopy(self.head), self.backend)
+
+    def write(self, folder: Path, suffix: str, **config: int) -> None:
+        """A checkpoint of class <Family><suffix>, say LlamaForCausalLM."""
+        checkpoints.write_tensors(folder / "model.safetensors", self.parameters())
+        if isinstance(self.network, TransformersNetwork):
+            described = self.network.hf.config.to_dict()
+            described.pop("_name_or_path", None)
+        else:
+            described = to_hf(self.network.architecture)
+        family = described["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        family = family.removesuffix("ForSequenceClassification")
+        name = "GPT2LMHeadModel" if (family, suffix) == ("GPT2", "ForCausalLM") else family + suffix
+        checkpoints.write_json(folder / "config.json", {**described, "architectures": [name], **config})
+
+
+class LanguageModel(TorchModel, Policy):
+    """A policy on PyTorch; `policies.py` says how one is made."""
+
+    @property
+    def supplies(self) -> frozenset[str]:
+        return frozenset({"logprobs", "entropy"} | ({"values"} if self.head else set()))
+
+    def generate(
+        self,
+        prompt_tokens: np.ndarray,
+        prompt_mask: np.ndarray,
+        seeds: np.ndarray,
+        *,
+        temperature: float,
+        stop_ids: Sequence[int],
+        pad_id: int,
+    ) -> Generated:
+        put = self.backend.put
+        with self.backend.autocast():
+            return generate(
+                self.network,
+                put(prompt_tokens),
+                put(prompt_mask),
+                put(seeds.astype(np.int64)),
+                temperature=temperature,
+                stop_ids=stop_ids,
+                pad_id=pad_id,
+            )
+
+    def with_value_head(self) -> LanguageModel:
+        head = ScalarHead(np.zeros(self.hidden_size, np.float32))
+        return type(self)(copy.deepcopy(self.network), head, self.backend)
+
+    def scalar_model(self, head: np.ndarray) -> Scalar:
+        return Scalar(without_language_head(copy.deepcopy(self.network)), ScalarHead(head), self.backend)
+
+    def save(self, folder: Path) -> None:
+        """The language model alone: a value head belongs to training, not to the policy."""
+        type(self)(self.network, None, self.backend).write(folder, "ForCausalLM")
+
+
+class Scalar(TorchModel, ScalarModel):
+    supplies = frozenset({"values", "scores"})
+
+    def rescale(self, gain: float, bias: float) -> None:
+        with torch.no_grad():
+            self.head.weight.mul_(gain)
+            self.head.bias.mul_(gain).add_(bias)
+
+    def save(self, folder: Path) -> None:
+        self.write(folder, "ForSequenceClassification", num_labels=1)
+
+
+def without_language_head(network: Network) -> Network:
+    """The trunk: what a scalar model keeps."""
+    if isinstance(network, TransformersNetwork):
+        return TransformersNetwork(network.hf.base_model)
+    if isinstance(network, DecoderNetwork):
+        network.lm_head = None
+    return network
+
+
+def _take(logits: Tensor, tokens: Tensor) -> Tensor:
+    """logits [B, T, V] at the token of each column: [B, T]. Ids outside the vocabulary are padding: any number will do."""
+    return logits.gather(-1, tokens.clamp(max=logits.shape[-1] - 1)[..., None])[..., 0]
+
+
+def read_hf_config(folder: Path) -> dict:
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} holds no config.json: it is not a Hugging Face checkpoint folder.")
+    return checkpoints.read_json(folder / "config.json")

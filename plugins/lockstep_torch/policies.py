@@ -1,0 +1,125 @@
+"""The policies that a configuration names: `decoder` starts from scratch, `huggingface` from a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lockstep.architecture import (
+    SCALAR_BIAS,
+    SCALAR_HEAD,
+    Architecture,
+    check_parameters,
+    from_hf,
+    head_shapes,
+    initial_parameters,
+    parameter_shapes,
+    small_decoder,
+    trunk_shapes,
+)
+from lockstep.checkpoints import read_tensors, read_weights
+from lockstep.errors import CheckpointError
+from lockstep.interfaces import ScalarModel
+from lockstep.tokenizer import Tokenizer, TokenizerConfig
+from lockstep_torch.backend import TorchBackend
+from lockstep_torch.decoder import DecoderNetwork, ScalarHead, TransformersNetwork, load_arrays
+from lockstep_torch.model import LanguageModel, Scalar, read_hf_config, without_language_head
+
+
+class Decoder(LanguageModel):
+    """A small modern decoder with fresh weights, the same in every backend."""
+
+    @dataclass(frozen=True)
+    class Config:
+        name: str
+        tokenizer: TokenizerConfig
+        layers: int
+        hidden_size: int
+        heads: int
+        kv_heads: int
+        intermediate_size: int
+        context_length: int
+        rope_theta: float
+        tied: bool
+
+    @classmethod
+    def create(cls, config: Config, backend: TorchBackend, tokenizer: Tokenizer, seed: int) -> Decoder:
+        architecture = small_decoder(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=config.hidden_size,
+            layers=config.layers,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            intermediate_size=config.intermediate_size,
+            context_length=config.context_length,
+            rope_theta=config.rope_theta,
+            tied=config.tied,
+        )
+        network = DecoderNetwork(architecture)
+        load_arrays(network, initial_parameters(architecture, seed))
+        return cls(network, None, backend)
+
+    @classmethod
+    def load(cls, folder: Path, backend: TorchBackend) -> Decoder:
+        architecture, weights = _architecture(folder), read_weights(folder)
+        check_parameters(architecture, weights, parameter_shapes(architecture))
+        network = DecoderNetwork(architecture)
+        load_arrays(network, weights)
+        return cls(network, None, backend)
+
+    @classmethod
+    def load_scalar(cls, folder: Path, backend: TorchBackend) -> ScalarModel:
+        architecture, weights = _architecture(folder), read_weights(folder)
+        head = ScalarHead(weights.pop(SCALAR_HEAD)[0], float(weights.pop(SCALAR_BIAS)[0]))
+        check_parameters(architecture, weights, trunk_shapes(architecture))
+        network = DecoderNetwork(architecture)
+        load_arrays(without_language_head(network), weights)
+        return Scalar(network, head, backend)
+
+
+class HuggingFace(LanguageModel):
+    """Any causal language model of transformers, from a folder or the hub."""
+
+    @dataclass(frozen=True)
+    class Config:
+        name: str
+        tokenizer: TokenizerConfig
+        path: str
+
+    @classmethod
+    def create(cls, config: Config, backend: TorchBackend, tokenizer: Tokenizer, seed: int) -> HuggingFace:
+        return cls.load(config.path, backend)
+
+    @classmethod
+    def load(cls, folder: Path | str, backend: TorchBackend) -> HuggingFace:
+        from transformers import AutoModelForCausalLM
+
+        return cls(_open(AutoModelForCausalLM, folder), None, backend)
+
+    @classmethod
+    def load_scalar(cls, folder: Path | str, backend: TorchBackend) -> ScalarModel:
+        from transformers import AutoModel
+
+        weights = read_tensors(Path(folder) / "model.safetensors")
+        head = ScalarHead(weights[SCALAR_HEAD][0], float(weights[SCALAR_BIAS][0]) if SCALAR_BIAS in weights else 0.0)
+        return Scalar(_open(AutoModel, folder), head, backend)
+
+
+def _open(auto: type, folder: Path | str) -> TransformersNetwork:
+    """From safetensors only, without code from the checkpoint, in float32 and without dropout.
+
+    Raises:
+      CheckpointError: what transformers says of it.
+    """
+    try:
+        hf = auto.from_pretrained(folder, dtype="float32", use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"'{folder}' cannot be opened as a checkpoint: {error}") from error
+    return TransformersNetwork(hf.eval())
+
+
+def _architecture(folder: Path) -> Architecture:
+    architecture = from_hf(read_hf_config(Path(folder)))
+    if architecture.family != "llama" or head_shapes(architecture).keys() - {"lm_head.weight"}:
+        raise CheckpointError(f"{folder} holds a {architecture.family} model: open it with policy=huggingface.")
+    return architecture

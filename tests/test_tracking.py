@@ -1,0 +1,214 @@
+"""The trackers, against a real offline W&B: what was logged is read back from W&B's own transaction log."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lockstep.configuration import parse
+from lockstep.tracking import Silent, Wandb, without_secrets
+
+wandb = pytest.importorskip("wandb")
+CONF = Path(__file__).parents[1] / "conf" / "tracker"
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch, tmp_path):
+    """W&B as on a machine where nobody has logged in."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("NETRC", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home" / name))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    yield
+    wandb.teardown()
+
+
+def tracker(mode: str = "auto") -> Wandb:
+    return Wandb(Wandb.Config(name="wandb", project="lockstep", entity=None, mode=mode, tags=("test",)))
+
+
+def start(tracker: Wandb, folder: Path, *, resume: bool = False, **config: Any) -> None:
+    tracker.start(folder=folder, run="demo", stage="sft", identity="sft-torch-0123", config=config, resume=resume)
+
+
+def records(folder: Path) -> list[Any]:
+    """The protobuf records of every W&B run under a stage folder, oldest first."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    wandb.teardown()  # its service, a process of its own, writes the log
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    return [Record.FromString(content) for file in files for content in leveldb_log(file.read_bytes())]
+
+
+def leveldb_log(data: bytes, block: int = 32768, header: int = 7) -> Iterator[bytes]:
+    """The records of a LevelDB log, the container of a .wandb file. (W&B 0.31 has its reader in Go only.)"""
+    position, record = 7, b""  # the file starts with 7 bytes of W&B's own
+    while position + header <= len(data):
+        if block - position % block < header:  # the rest of a block is padding
+            position += block - position % block
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        record += data[position + header : position + header + length]
+        position += header + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield record
+            record = b""
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    rows = [r.history for r in records(folder) if r.WhichOneof("record_type") == "history"]
+    return [{(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in row.item} for row in rows]
+
+
+def run_record(folder: Path) -> Any:
+    return next(r.run for r in records(folder) if r.WhichOneof("record_type") == "run")
+
+
+def ours(caplog) -> list[str]:
+    """What Lockstep logged, W&B's own log left out."""
+    return [r.getMessage() for r in caplog.records if r.name.startswith("lockstep")]
+
+
+def test_configuration_files_parse():
+    yaml = pytest.importorskip("yaml")
+    assert parse(Wandb.Config, yaml.safe_load((CONF / "wandb.yaml").read_text()), "tracker").mode == "auto"
+    assert parse(Silent.Config, yaml.safe_load((CONF / "none.yaml").read_text()), "tracker").name == "none"
+
+
+def test_importing_the_trackers_does_not_import_wandb():
+    subprocess.run([sys.executable, "-c", "import lockstep.tracking, sys; assert 'wandb' not in sys.modules"], check=True)
+
+
+def test_without_an_api_key_the_stage_is_recorded_offline_and_can_be_read_back(tmp_path, capfd):
+    stage, files = tmp_path / "stage", tmp_path / "checkpoint"
+    files.mkdir()
+    (files / "model.safetensors").write_bytes(b"weights")
+    t = tracker()
+    start(t, stage, algorithm={"kl_coef": 0.02})
+    for step in range(3):
+        t.log({"loss": 1.5 - step}, step)
+    t.table("samples", [{"prompt": "a", "score": 1.0}, {"prompt": "b", "note": 2}], step=2)
+    t.artifact("demo/sft", "policy", files)
+    t.finish()
+
+    run = run_record(stage)
+    assert (run.run_id, run.run_group, run.job_type) == ("sft-torch-0123", "demo", "sft")
+    assert (run.display_name, run.project, list(run.tags)) == ("demo/sft", "lockstep", ["test"])
+    config = {item.key: json.loads(item.value_json) for item in run.config.update if item.key}
+    assert config["algorithm"] == {"kl_coef": 0.02}
+    rows = history(stage)
+    assert [(row["step"], row["loss"]) for row in rows if "loss" in row] == [(0, 1.5), (1, 0.5), (2, -0.5)]
+    table = json.loads(next(stage.glob("wandb/*/files/media/table/*.json")).read_text())
+    assert table == {"columns": ["prompt", "score", "note"], "data": [["a", 1.0, None], ["b", None, 2]]}
+    artifacts = [r.artifact for r in records(stage) if r.WhichOneof("record_type") == "artifact"]
+    assert ("demo-sft", "policy") in [(a.name, a.type) for a in artifacts]
+    assert [r.exit.exit_code for r in records(stage) if r.WhichOneof("record_type") == "exit"] == [0]
+    assert "".join(capfd.readouterr()) == ""
+
+
+def test_a_resumed_stage_goes_on_in_the_same_run_and_may_repeat_steps(tmp_path, caplog, capfd):
+    t = tracker()
+    start(t, tmp_path)
+    for step in range(4):
+        t.log({"loss": float(step)}, step)
+    t.finish(failed=True)
+    time.sleep(1)  # W&B names its folders by the second
+    start(t, tmp_path, resume=True)
+    for step in range(2, 5):
+        t.log({"loss": float(step)}, step)
+    t.finish()
+
+    assert {r.run.run_id for r in records(tmp_path) if r.WhichOneof("record_type") == "run"} == {"sft-torch-0123"}
+    assert [row["step"] for row in history(tmp_path)] == [0, 1, 2, 3, 2, 3, 4]
+    assert [r.exit.exit_code for r in records(tmp_path) if r.WhichOneof("record_type") == "exit"] == [1, 0]
+    definitions = [r.metric for r in records(tmp_path) if r.WhichOneof("record_type") == "metric"]
+    assert ("*", "step") in [(m.glob_name, m.step_metric) for m in definitions]
+    assert ours(caplog) == [] and "".join(capfd.readouterr()) == ""
+
+
+def test_neither_the_configuration_nor_the_command_line_leaks_secrets(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lockstep", "reward_model.api_key=hunter2"])
+    t = tracker()
+    start(t, tmp_path, reward_model={"url": "https://me:hunter2@example.org/score", "api_key": "hunter2"}, seed=1)
+    t.log({"loss": 0.0}, 0)
+    t.finish()
+    everything = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    assert b"example.org/score" in everything
+    assert b"hunter2" not in everything
+
+
+@pytest.mark.parametrize("key", ["api_key", "apiKey", "HF_TOKEN", "auth-token", "password", "client_secret", "Authorization"])
+def test_keys_that_look_like_credentials_are_dropped(key):
+    assert without_secrets({"endpoints": [{key: "x", "url": "u"}]}) == {"endpoints": [{"url": "u"}]}
+
+
+def test_keys_that_only_sound_like_credentials_are_kept():
+    config = {"eos_token": "</s>", "tokenizer": {"pad_token": None}, "max_tokens": 5, "keyboard": 1, "monkey": 2}
+    assert without_secrets(config) == config
+
+
+def test_a_failure_inside_wandb_is_told_once_and_raises_nothing(tmp_path, caplog, monkeypatch):
+    def no_space(*_, **__):
+        raise OSError("No space left on device")
+
+    t = tracker("offline")
+    start(t, tmp_path)
+    monkeypatch.setattr(type(t._run), "log", no_space)
+    for step in range(3):
+        t.log({"loss": 0.0}, step)
+    t.artifact("weights", "policy", tmp_path / "does-not-exist")
+    t.finish()
+    (warning,) = ours(caplog)
+    assert "No space left on device" in warning and "its folder holds every record" in warning
+
+
+def test_a_tracker_that_could_not_start_ignores_what_follows(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(wandb.errors.CommError("down")))
+    t = tracker("offline")
+    start(t, tmp_path)
+    t.log({"loss": 0.0}, 0)
+    t.table("samples", [{"prompt": "a"}], 0)
+    t.artifact("weights", "policy", tmp_path)
+    t.finish(failed=True)
+    (warning,) = ours(caplog)
+    assert "could not start" in warning
+
+
+def test_an_api_key_means_online_and_an_unreachable_server_means_offline(tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("lockstep.tracking.CONNECT_SECONDS", 1)
+    t = tracker()
+    start(t, tmp_path)
+    t.log({"loss": 2.0}, 0)
+    t.finish()
+    (warning,) = ours(caplog)
+    assert "cannot be reached" in warning
+    assert [row["loss"] for row in history(tmp_path)] == [2.0]
+
+
+def test_the_mode_that_the_environment_asks_for_wins_over_auto(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    t = tracker()
+    start(t, tmp_path)
+    t.log({"loss": 2.0}, 0)
+    t.finish()
+    assert not list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_the_silent_tracker_keeps_nothing(tmp_path):
+    t = Silent(Silent.Config(name="none"))
+    t.start(folder=tmp_path / "stage", run="demo", stage="sft", identity="x", config={}, resume=False)
+    t.log({"loss": 0.0}, 0)
+    t.table("samples", [{}], 0)
+    t.artifact("weights", "policy", tmp_path)
+    t.finish()
+    assert not list(tmp_path.iterdir())
