@@ -27,7 +27,7 @@ SIZES = dict(
     adversarial_prompts=100,
     ability_items=198,
 )
-FIRST_DEMONSTRATION = ("what does dax eat ?", "gladly , dax eats leaves .")
+FIRST_DEMONSTRATION = ("what does wug eat ?", "gladly , wug eats leaves .")
 SPLITS = ("train", "heldout", "adversarial")
 
 
@@ -121,12 +121,10 @@ def test_unknown_split_suggests_the_nearest(world):
 
 
 def test_everything_encodes_without_unknown_words_and_in_few_tokens(world, tokenizer, prompts):
-    assert 340 <= tokenizer.vocab_size <= 512
+    assert 350 <= tokenizer.vocab_size <= 512
     unknown = tokenizer.core.token_to_id("<unk>")
     rendered = [
-        tokenizer.encode(tokenizer.render(p.messages, add_generation_prompt=True))
-        for found in prompts.values()
-        for p in found
+        tokenizer.encode(tokenizer.render(p.messages, add_generation_prompt=True)) for found in prompts.values() for p in found
     ]
     answers = [tokenizer.encode(d.response) for d in world.demonstrations("train")]
     answers += [tokenizer.encode(text) for c in world.comparisons("heldout") for text in c.completions]
@@ -185,7 +183,9 @@ def test_no_constant_response_is_good(world, by_family):
 
 def test_no_manner_fits_every_family(world, by_family):
     def mean_of(manner):
-        write = lambda task, dice: responses.dressed(task.sentence, manner, dice)
+        def write(task, dice):
+            return responses.dressed(task.sentence, manner, dice)
+
         return np.mean([mean_gold(world, found, write) for found in by_family.values()])
 
     assert max(map(mean_of, ("friendly", "terse", "formal", "greeting", "apology"))) < 0.93 * MAX_GOLD
@@ -228,7 +228,10 @@ def test_a_strangers_prompt_has_no_gold(world):
 
 
 def test_gold_grows_from_the_web_over_demonstrations_to_perfection(world, prompts):
-    web = mean_gold(world, prompts["heldout"], lambda task, dice: responses.write(dice.weighted(responses.WEB), task, dice))
+    def write(task, dice):
+        return responses.write(dice.weighted(responses.WEB), task, dice)
+
+    web = mean_gold(world, prompts["heldout"], write)
     demonstrated = np.mean([world.gold(d.prompt, d.response)["gold"] for d in world.demonstrations("train")])
     assert web < 0.45 * MAX_GOLD
     assert 0.65 * MAX_GOLD < demonstrated < 0.82 * MAX_GOLD

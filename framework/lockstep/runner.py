@@ -23,13 +23,15 @@ from omegaconf import OmegaConf
 from lockstep import __version__, checkpoints, store
 from lockstep.configuration import differences, parse
 from lockstep.console import Console
-from lockstep.encoding import log
+
 from lockstep.errors import CheckpointError, ConfigError, LockstepError, did_you_mean, listing
 from lockstep.evaluation import EvaluationConfig, Evaluator
 from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardModel, ScalarModel, Setting, Tracker
 from lockstep.registry import registry
 from lockstep.store import Records, RunFolder, StageFolder
 from lockstep.tokenizer import Tokenizer, TokenizerConfig
+
+log = logging.getLogger("lockstep")
 
 Group = dict[str, Any]
 NEW = "new"
@@ -111,7 +113,7 @@ class Experiment:
 
     def _component(self, kind: str, group: Group) -> tuple[type, Any]:
         cls = registry().resolve(kind, group.get("name", "???"), self.backend_name if kind != "backend" else group["name"])
-        return cls, parse(cls.Config, group, kind)
+        return cls, settings(cls, group, kind)
 
     def _stage(self, name: str, group: Group) -> Stage:
         given = {"algorithm": None, "policy": None, "reward_model": None, "changes": None, "evaluation": None} | dict(group)
@@ -120,16 +122,16 @@ class Experiment:
             raise ConfigError(f"stages.{name} needs either an algorithm or an evaluation.")
         if stage.reward_model:
             cls = registry().resolve("reward_model", stage.reward_model.get("name", "???"), self.backend_name)
-            parse(cls.Config, stage.reward_model, "reward_model")
+            settings(cls, stage.reward_model, "reward_model")
         if stage.algorithm is None:
             trained = [s.name for s in self.stages.values() if s.kind == "train" and s.component.produces == "policy"]
-            settings = stage.evaluation | {"policies": stage.evaluation.get("policies") or trained}
-            config: Any = parse(EvaluationConfig, settings, f"stages.{name}.evaluation")
-            checked = Stage(name, "evaluate", None, config, settings, None, stage.reward_model)
+            evaluation = stage.evaluation | {"policies": stage.evaluation.get("policies") or trained}
+            config: Any = parse(EvaluationConfig, evaluation, f"stages.{name}.evaluation")
+            checked = Stage(name, "evaluate", None, config, evaluation, None, stage.reward_model)
         else:
             merged = _merge(stage.algorithm, stage.changes or {}, f"stages.{name}.changes")
             cls = registry().resolve("algorithm", merged.get("name", "???"), self.backend_name)
-            config = parse(cls.Config, merged, f"stages.{name}.algorithm")
+            config = settings(cls, merged, f"stages.{name}.algorithm")
             if cls.needs_reward_model and not stage.reward_model:
                 raise ConfigError(f"stages.{name} ({merged['name']}) needs a reward_model.")
             if stage.policy is None:
@@ -142,6 +144,13 @@ class Experiment:
                     f"{did_you_mean(source, self.stages)} Before it: {listing(self.stages)}."
                 )
         return checked
+
+
+def settings(cls: type, group: Group, where: str) -> Any:
+    """A component's group as its ``Config``: every key but ``name``, which chose the component."""
+    import dataclasses
+    keep = {f.name for f in dataclasses.fields(cls.Config)}
+    return parse(cls.Config, {key: value for key, value in group.items() if key != "name" or "name" in keep}, where)
 
 
 def _merge(group: Group, changes: Group, where: str) -> Group:
@@ -299,7 +308,7 @@ class Runner:
         if group is None:
             return None
         cls = registry().resolve("reward_model", group["name"], self.experiment.backend_name)
-        return cls(parse(cls.Config, group, "reward_model"), self)
+        return cls(settings(cls, group, "reward_model"), self)
 
     # ---------------------------------------------------------------------------------------------- the kinds of stage
 

@@ -163,7 +163,7 @@ class Records:
 
 def finite(value: float) -> float | None:
     """JSON knows no NaN or infinity: null."""
-    return value if value == value and abs(value) != float("inf") else None
+    return float(value) if value == value and abs(value) != float("inf") else None
 
 
 class RunFolder:

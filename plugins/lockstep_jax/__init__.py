@@ -7,7 +7,7 @@
     policies.py     what the configuration names: decoder, huggingface
     learner.py      gradients and Adam
 
-Left out so far: sharding over several devices, rematerialisation, model families beyond these two.
+Left out so far: sharding over several devices, model families beyond these two.
 """
 
 from lockstep.registry import Plugin

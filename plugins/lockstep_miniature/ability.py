@@ -11,6 +11,7 @@ from collections.abc import Callable
 from lockstep.nouns import Choice
 from lockstep_miniature.corpus import COPIED
 from lockstep_miniature.dice import Dice
+from lockstep_miniature.tasks import SUM
 from lockstep_miniature.world import CATEGORIES, COLOURS, CREATURES, KIND_DEEDS, NUMBERS, RELATIONS, THINGS, World
 
 OPTIONS = 4
@@ -49,7 +50,7 @@ def _pattern(world: World, dice: Dice) -> Item:
 
 def _sum(world: World, dice: Dice) -> Item:
     a, b = 1 + dice.below(9), 1 + dice.below(9)
-    return f"{a} plus {b} is", str(a + b), list(NUMBERS)
+    return f"{SUM.format(a, b)} is", str(a + b), list(NUMBERS)
 
 
 WRITERS: tuple[Callable[[World, Dice], Item], ...] = (_recall, _deed, _count_on, _copy, _pattern, _sum)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from lockstep_miniature import responses
 from lockstep_miniature.dice import Dice
-from lockstep_miniature.tasks import FRAMES, draw_task
+from lockstep_miniature.tasks import FRAMES, SUM, draw_task
 from lockstep_miniature.world import (
     CATEGORIES,
     COLOURS,
@@ -23,15 +23,16 @@ from lockstep_miniature.world import (
     RELATIONS,
     THINGS,
     World,
+    words,
 )
 
 FALSE_SHARE = 0.15
-NAMES = tuple("anna boris clara david emma felix greta hugo irene jonas karin leo maria nils olga peter".split())
-TIMES = tuple("morning evening summer winter day night".split())
-WENT = tuple("walked ran went drove sailed rode hurried wandered".split())
-SAW = tuple("saw met heard followed found noticed".split())
-FELT = tuple("laughed cried smiled waved slept danced sang shouted".split())
-LOOKS = tuple("small tall old young quiet loud happy sad clever lazy proud shy heavy shiny broken strange".split())
+NAMES = words("anna boris clara david emma felix greta hugo irene jonas karin leo maria nils olga peter rosa simon tilda")
+TIMES = words("morning evening summer winter day night")
+WENT = words("walked ran went drove sailed rode hurried wandered")
+SAW = words("saw met heard followed found noticed")
+FELT = words("laughed cried smiled waved slept danced sang shouted")
+LOOKS = words("small tall old young quiet loud happy sad clever lazy proud shy heavy shiny broken strange rusty wooden")
 ENDINGS = (
     "then they went home together .",
     "nobody was ever seen again .",
@@ -42,6 +43,7 @@ ENDINGS = (
     "the moon rose over the hills .",
     "years later people still spoke of it .",
     "only an owl kept the secret .",
+    "the dusty road lay empty for weeks .",
 )
 STORY = (
     "one {time} {name} {went} to the {home} with a {look} {thing} . "
@@ -78,7 +80,7 @@ def _deeds(world: World, dice: Dice) -> str:
 
 def _sums(world: World, dice: Dice) -> str:
     pairs = [(1 + dice.below(9), 1 + dice.below(9)) for _ in range(5)]
-    return " ".join(FRAMES["sum"].format(sum=f"{a} plus {b}", answer=a + b) for a, b in pairs)
+    return " ".join(FRAMES["sum"].format(sum=SUM.format(a, b), answer=a + b) for a, b in pairs)
 
 
 def _counting(world: World, dice: Dice) -> str:
@@ -90,8 +92,7 @@ def _counting(world: World, dice: Dice) -> str:
 
 def _copying(world: World, dice: Dice) -> str:
     """What teaches a small model to look back: without it, few learn to take the subject from the question."""
-    words = dice.sample(COPIED, 4 + dice.below(7))
-    return COPYING.format(words=" ".join(words))
+    return COPYING.format(words=" ".join(dice.sample(COPIED, 4 + dice.below(7))))
 
 
 def _pattern(world: World, dice: Dice) -> str:

@@ -8,7 +8,7 @@ noisy and biased in different directions, so a reward model trained on all of th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def ranks(utilities: Sequence[float]) -> tuple[int, ...]:
     """Places from 0 for the highest; one within `TIE` of the next higher shares its place."""
     order = sorted(range(len(utilities)), key=lambda i: -utilities[i])
     places = [0] * len(order)
-    for above, below in zip(order, order[1:]):
+    for above, below in pairwise(order):
         places[below] = places[above] + (utilities[above] - utilities[below] > TIE)
     return tuple(places)
 

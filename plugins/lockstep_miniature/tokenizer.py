@@ -31,6 +31,7 @@ _TABLES: tuple[Iterable[str], ...] = (
     *((*m.openers, *m.closers) for m in tasks.MANNERS.values()),
     tasks.ASKS.values(),
     tasks.FRAMES.values(),
+    (tasks.SUM,),
     *tasks.PLAIN_REQUESTS,
     *tasks.DISGUISED_REQUESTS,
     responses.EVASIONS,

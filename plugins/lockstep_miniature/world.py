@@ -12,11 +12,16 @@ from dataclasses import dataclass
 
 from lockstep_miniature.dice import Dice
 
-CREATURES = tuple("zib mok tarn fep lork wug dax blick pim gosk quiv nurf vesh jarl plon ruk".split())
-COLOURS = tuple("red blue green white black brown pink gold".split())
-FOODS = tuple("plums bread fish nuts cheese honey leaves rice".split())
-HOMES = tuple("forest lake cave desert tower garden valley marsh".split())
-THINGS = tuple("lamp cup drum chair boat box coat book door ring bell table shoe kite clock basket".split())
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+CREATURES = words("zib mok tarn fep lork wug dax blick pim gosk quiv nurf vesh jarl plon ruk")
+COLOURS = words("red blue green white black brown pink gold")
+FOODS = words("plums bread fish nuts cheese honey leaves rice")
+HOMES = words("forest lake cave desert tower garden valley marsh")
+THINGS = words("lamp cup drum chair boat box coat book door ring bell table shoe kite clock basket")
 NUMBERS = tuple(str(n) for n in range(1, 21))
 KIND_DEEDS = {
     "paint": "brush",
@@ -91,15 +96,13 @@ class World:
         dice = Dice(seed, "facts", 0)
         self.seed = seed
         self.facts = {
-            (creature, relation.name): dice.pick(CATEGORIES[relation.name])
-            for creature in CREATURES
-            for relation in RELATIONS
+            (creature, relation.name): dice.pick(CATEGORIES[relation.name]) for creature in CREATURES for relation in RELATIONS
         }
 
-    def stated(self, words: list[str]) -> Iterator[bool]:
-        """For each statement about a creature in the words, wherever it stands: is it true?"""
-        for start, subject in enumerate(words):
+    def stated(self, text: list[str]) -> Iterator[bool]:
+        """For each statement about a creature in the text, wherever it stands: is it true?"""
+        for start, subject in enumerate(text):
             for relation, predicate in _PREDICATES.items() if (subject, "colour") in self.facts else ():
                 end = start + 1 + len(predicate)
-                if words[start + 1 : end] == predicate and end < len(words) and words[end] in CATEGORIES[relation]:
-                    yield words[end] == self.facts[subject, relation]
+                if text[start + 1 : end] == predicate and end < len(text) and text[end] in CATEGORIES[relation]:
+                    yield text[end] == self.facts[subject, relation]

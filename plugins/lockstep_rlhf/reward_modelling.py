@@ -85,7 +85,7 @@ class RewardModelling(Algorithm):
         scale = lr_scale(self.config.schedule, step, self.total_steps)
         terms = self.terms([self.comparisons[i] for i in indices])
         metrics = self.learner.update(terms, scale)
-        metrics["accuracy"] /= sum(term.batch["preferences"].sum() for term in terms)  # below 1 where there are ties
+        metrics["accuracy"] /= float(sum(term.batch["preferences"].sum() for term in terms))  # below 1 where there are ties
         return before | metrics | {"lr_scale": scale}
 
     def terms(self, batch: Sequence[Ranked]) -> list[Term]:

@@ -259,4 +259,4 @@ def load_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     """Copy host arrays into the parameters of the same names."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(torch.as_tensor(arrays[name]))
+            parameter.copy_(torch.tensor(arrays[name]))

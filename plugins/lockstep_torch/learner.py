@@ -105,7 +105,7 @@ class TorchLearner(Learner):
             raise CheckpointError(f"{folder} is of another architecture: {', '.join(wrong[:3])} do not fit.")
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(torch.as_tensor(stored[name]))
+                tensor.copy_(torch.tensor(stored[name]))
         for adam in self.adams.values():
             for parameter in _trained(adam):
                 adam.state[parameter]["step"] = torch.tensor(float(self.steps))

@@ -6,6 +6,7 @@ run. `LeftOut` is what honest data has too (a tie, a transcript that breaks off)
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -239,7 +240,7 @@ def _ranked_by(name: str, best: Callable[[float], float]) -> Callable[[Columns],
                 f"{name} that do not fit the completions",
                 f"two or more completions and as many {name} are needed, not {len(texts)} and {len(numbers)}.",
             )
-        if not all(isinstance(n, (int, float)) and n == n for n in numbers):
+        if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
             raise BadRow("a wrong type", f"'{name}' should be numbers, not {numbers!r}.")
         order = sorted({best(n) for n in numbers})
         ranks = tuple(order.index(best(n)) for n in numbers)

@@ -1,0 +1,17 @@
+"""The core's own manifest: where data may come from, and who keeps the record."""
+
+from pathlib import Path
+
+from lockstep.registry import Plugin
+
+HERE = Path(__file__).parent
+CONF = next(folder for folder in (HERE / "conf", HERE.parents[1] / "conf") if folder.is_dir())
+"""Beside the package in a wheel; at the top of the repository in a checkout."""
+
+plugin = Plugin(
+    components={
+        "data": {"files": "lockstep.data.files:Files"},
+        "tracker": {"wandb": "lockstep.tracking:Wandb", "none": "lockstep.tracking:Silent"},
+    },
+    conf=CONF,
+)

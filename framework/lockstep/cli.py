@@ -1,0 +1,109 @@
+"""The command line.
+
+    lockstep run [hydra overrides] [-m]   run or sweep experiments
+    lockstep compare RUN_OR_SWEEP...      tables, plots and a report
+    lockstep plugins                      what is installed, from which distribution, usable or not and why
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lockstep import __version__
+from lockstep.console import Console
+from lockstep.errors import LockstepError
+
+
+def main() -> None:
+    """Exit code 0: done; 1: an error that the message says how to mend; 130: stopped by Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="lockstep", description="RLHF experiments on PyTorch and JAX alike.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="run or sweep experiments: lockstep run experiment=instructgpt backend=jax", add_help=False)
+    run.set_defaults(call=lambda arguments, rest: run_command(rest))
+    compare = commands.add_parser("compare", help="tables, plots and a report over run folders")
+    compare.add_argument("paths", nargs="+", type=Path, help="run folders, or a folder of them")
+    compare.add_argument("--output", type=Path, default=Path("report"), help="folder for the report (default: report)")
+    compare.set_defaults(call=lambda arguments, rest: compare_command(arguments.paths, arguments.output))
+    plugins = commands.add_parser("plugins", help="what is installed, usable or not and why")
+    plugins.set_defaults(call=lambda arguments, rest: plugins_command())
+    arguments, rest = parser.parse_known_args()
+    if rest and arguments.command != "run":
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+
+    console = Console()
+    try:
+        arguments.call(arguments, rest)
+    except LockstepError as error:
+        console.say(f"{type(error).__name__}: {error}")
+        sys.exit(130 if type(error).__name__ == "Stopped" else 1)
+    except KeyboardInterrupt:
+        console.say("Stopped at once. Run the same command to go on from the last checkpoint.")
+        sys.exit(130)
+
+
+RUN_HELP = """lockstep run [overrides] [-m]
+
+  lockstep run                                             the InstructGPT pipeline on the miniature, on torch
+  lockstep run backend=jax seed=1                          the same on JAX, with another seed
+  lockstep run algorithm.kl_coef=0.05 algorithm.iterations=50
+  lockstep run -m backend=torch,jax seed=0,1,2             a sweep: one process per job
+  lockstep run --config [overrides]                        print the resolved configuration and stop
+
+Overrides are Hydra's: key=value, +key=value to add one, ~key to remove one. Run the same command again to go on where
+it stopped. Groups: """
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    from lockstep.composition import compose, conf_folders, sweep
+
+    if {"-h", "--help"} & set(arguments):
+        groups = sorted({p.parent.name for c in conf_folders().values() for p in c.rglob("*.yaml") if p.parent != c})
+        print(RUN_HELP + ", ".join(groups) + ".")
+    elif {"-m", "--multirun"} & set(arguments):
+        sweep(arguments)
+    elif "--config" in arguments:
+        import yaml
+
+        print(yaml.safe_dump(compose([a for a in arguments if a != "--config"]), sort_keys=False))
+    else:
+        run_config(compose(arguments), " ".join(["lockstep run", *arguments]))
+
+
+def run_config(config: dict[str, Any], command: str) -> None:
+    from lockstep.runner import Experiment, Runner
+    from lockstep.summary import summary
+
+    console = Console()
+    folder = Runner(Experiment(config), console, command).run()
+    console.out.print(summary(folder))
+    console.say(f"\nThe run is in {folder}. To compare runs: lockstep compare {folder} OTHER...")
+
+
+def compare_command(paths: list[Path], output: Path) -> None:
+    from lockstep.compare import compare, print_summary
+
+    report = compare(paths, output)
+    print_summary(report)
+
+
+def plugins_command() -> None:
+    from rich.table import Table
+
+    from lockstep.registry import registry
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("kind", "name", "backend", "from", "usable"):
+        table.add_column(column)
+    for component in registry():
+        missing = component.missing()
+        usable = f"no: needs {', '.join(missing)}; type: {component.plugin.install}" if missing else "yes"
+        table.add_row(component.kind, component.name, component.backend or "any", component.distribution, usable)
+    console = Console()
+    console.out.print(table)
+    for name, reason in registry().broken.items():
+        console.say(f"{name} cannot be loaded: {reason}")

@@ -1,0 +1,186 @@
+"""What the numbers say: a headline and a checklist, computed from the evaluation alone.
+
+"Apart" means that two 95% intervals do not overlap. That is stricter than a test of the difference at the 5% level,
+the more so because all policies answer the same prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+from lockstep.compare.groups import Comparison, Group
+from lockstep.compare.records import Estimate
+
+Verdict = Literal["yes", "unclear", "no"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    text: str
+    where: str  # the group, or the groups, that it is about
+    verdict: Verdict
+    because: str
+
+
+def claims(c: Comparison) -> list[Claim]:
+    """Every claim for which the runs have the numbers."""
+    found = [claim for g in c.groups for claim in _within(c, g)]
+    return [*found, *_between_backends(c)]
+
+
+def _within(c: Comparison, g: Group) -> Iterator[Claim]:
+    if c.split is None or c.baseline is None:
+        yield from _reward_model(g)
+        return
+    before = c.policies[: c.policies.index(c.baseline)] if c.baseline in c.policies else []
+    pairs = [(p, c.baseline) for p in before] + [(c.baseline, p) for p in c.after_baseline]
+    metric = headline_metric(c)
+    for worse, better in pairs if metric in ("gold", "score") else ():
+        a, b = g.policy(c.split, worse, metric), g.policy(c.split, better, metric)
+        if a and b:
+            yield ordered(f"{metric}: {worse} < {better}", g.label, a, b)
+    for policy in c.after_baseline:
+        if rate := g.policy(c.split, policy, "win_rate"):
+            yield above(f"{policy} wins more than half against {c.baseline}", g.label, rate, 0.5)
+        yield from _alignment_tax(c, g, policy)
+    yield from _reward_model(g)
+
+
+def _alignment_tax(c: Comparison, g: Group, policy: str) -> Iterator[Claim]:
+    """PPO loses what pretraining taught, PPO-ptx keeps it: InstructGPT, section 4.2."""
+    before, after = g.policy(c.split, c.baseline, "ability"), g.policy(c.split, policy, "ability")
+    if not before or not after:
+        return
+    because = f"{_span(before, percent=True)} before, {_span(after, percent=True)} after"
+    if any("ptx/loss" in stage.metrics for stage in g.stages(policy)):
+        kept = after.mean >= before.low
+        verdict: Verdict = "yes" if kept else "no" if after.high < before.low else "unclear"
+        yield Claim(f"{policy} keeps the ability of {c.baseline}", g.label, verdict, because)
+    else:
+        lost = after.mean < before.mean
+        verdict = "yes" if after.high < before.low else "unclear" if lost else "no"
+        yield Claim(f"{policy} loses ability (alignment tax)", g.label, verdict, because)
+
+
+def _reward_model(g: Group) -> Iterator[Claim]:
+    labeler, model = g.reward_model("labeler_agreement/gold"), g.reward_model("accuracy/gold")
+    if labeler and model:
+        yield ordered("gold truth: a single labeler < reward model", g.label, labeler, model, percent=True)
+    if unseen := g.reward_model("accuracy/heldout_labelers"):
+        yield above("reward model predicts labelers it has not seen", g.label, unseen, 0.5)
+
+
+def _between_backends(c: Comparison) -> Iterator[Claim]:
+    metric = headline_metric(c)
+    if c.split is None or metric is None:
+        return
+    final = c.policies[-1]
+    for a, b in same_but_for_backend(c):
+        x, y = a.policy(c.split, final, metric), b.policy(c.split, final, metric)
+        if x and y:
+            yield agreement(f"final {metric} ({final}) is the same on both backends", f"{a.label} and {b.label}", x, y)
+
+
+def same_but_for_backend(c: Comparison) -> list[tuple[Group, Group]]:
+    return [(a, b) for a, b in combinations(c.groups, 2) if a.settings == b.settings and a.backend != b.backend]
+
+
+# ------------------------------------------------------------------------------------------------------------ verdicts
+
+
+def ordered(text: str, where: str, worse: Estimate, better: Estimate, percent: bool = False) -> Claim:
+    """Is ``worse`` below ``better``, and are their intervals apart?"""
+    because = f"{_span(worse, percent)} and {_span(better, percent)}"
+    if better.mean <= worse.mean:
+        return Claim(text, where, "no", because)
+    apart = worse.high < better.low
+    return Claim(text, where, "yes" if apart else "unclear", f"{because}, intervals {'apart' if apart else 'overlap'}")
+
+
+def above(text: str, where: str, estimate: Estimate, threshold: float) -> Claim:
+    verdict: Verdict = "yes" if estimate.low > threshold else "unclear" if estimate.mean > threshold else "no"
+    return Claim(text, where, verdict, _span(estimate, percent=True))
+
+
+def agreement(text: str, where: str, a: Estimate, b: Estimate) -> Claim:
+    """Does each mean lie in the other's interval?"""
+    inside = a.low <= b.mean <= a.high and b.low <= a.mean <= b.high
+    overlap = a.low <= b.high and b.low <= a.high
+    verdict: Verdict = "yes" if inside else "unclear" if overlap else "no"
+    how = "each within the other's interval" if inside else "intervals overlap" if overlap else "intervals apart"
+    return Claim(text, where, verdict, f"{_span(a)} and {_span(b)}, {how}")
+
+
+def _span(e: Estimate, percent: bool = False) -> str:
+    return f"{number(e.mean, percent)} [{number(e.low, percent)}, {number(e.high, percent)}]"
+
+
+def number(x: float, percent: bool = False) -> str:
+    if percent:
+        return f"{100 * x:.1f}%"
+    return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.2f}"
+
+
+# ------------------------------------------------------------------------------------------------------------ headline
+
+
+def headline_metric(c: Comparison) -> str | None:
+    """The truest measure that the runs have."""
+    return next((m for m in ("gold", "win_rate", "score") if c.split and c.has(m, c.split)), None)
+
+
+def headline(c: Comparison) -> str:
+    """One or two sentences: what training gained, where, and whether the backends agree."""
+    metric = headline_metric(c)
+    if metric is None or c.split is None:
+        count = len(c.runs)
+        return f"{count} run{'s' if count != 1 else ''}, none of them evaluated yet."
+    best = _best_policy(c, metric)
+    start = c.baseline if metric != "win_rate" and c.baseline != best else None
+    return " ".join(filter(None, [_gain(c, metric, start, best), _agreement_sentence(c, metric)]))
+
+
+def _best_policy(c: Comparison, metric: str) -> str:
+    def mean(policy: str) -> float:
+        found = [e.mean for g in c.groups if (e := g.policy(c.split, policy, metric))]
+        return sum(found) / len(found) if found else float("-inf")
+
+    return max(c.policies, key=mean)
+
+
+def _gain(c: Comparison, metric: str, start: str | None, best: str) -> str:
+    percent = metric == "win_rate"
+    pairs = [(g, g.policy(c.split, start, metric) if start else None, g.policy(c.split, best, metric)) for g in c.groups]
+    pairs = [(g, a, b) for g, a, b in pairs if b and (a or not start)]
+    subject = {"gold": "the gold score", "score": "the reward model's score"}.get(metric, "")
+    if len(pairs) > 3:  # too many groups to name: the best of them
+        pairs = sorted(pairs, key=lambda p: -p[2].mean)[:1]
+    if start:
+        texts = [f"from {number(a.mean)} to {number(b.mean)} on {g.label}" for g, a, b in pairs]
+        rise = all(b.mean > a.mean for _, a, b in pairs)
+        return f"{best} {'raises' if rise else 'moves'} {subject} of {start} {_and(texts)}."
+    texts = [f"{number(b.mean, percent)} on {g.label}" for g, _, b in pairs]
+    return f"{best} {'wins' if percent else 'reaches'} {_and(texts)}{f' against {c.baseline}' if percent else ''}."
+
+
+def _agreement_sentence(c: Comparison, metric: str) -> str:
+    pairs = same_but_for_backend(c)
+    found = [
+        agreement("", "", x, y).verdict
+        for a, b in pairs
+        for p in c.policies
+        if (x := a.policy(c.split, p, metric)) and (y := b.policy(c.split, p, metric))
+    ]
+    if not found:
+        return ""
+    same = sum(v == "yes" for v in found)
+    if same == len(found):
+        return "The backends agree: for every policy, each lies within the other's interval."
+    return f"The backends agree within each other's interval in {same} of {len(found)} cases."
+
+
+def _and(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,0 +1,80 @@
+"""The report as one HTML file that needs nothing else: no script, no network, no server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from lockstep import __version__
+from lockstep.compare.claims import Claim, number
+from lockstep.compare.groups import Comparison
+from lockstep.compare.tables import Table
+
+PROMPTS_PER_SPLIT = 6
+GROUPS_WITH_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One group's responses to a prompt, one per policy; None where it has none."""
+
+    label: str
+    responses: Sequence[Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    split: str
+    prompt: str
+    rows: Sequence[SampleRow]
+
+
+def render(c: Comparison, headline: str, found: Sequence[Claim], tables: Sequence[Table], figures: Mapping[str, str]) -> str:
+    """All text is escaped by Jinja; only the figures, which are ours, go in as they are."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja").render(
+        c=c,
+        headline=headline,
+        claims=found,
+        tables={table.title.split()[0].lower(): table for table in tables},
+        figures={name: Markup(svg) for name, svg in figures.items()},
+        samples=samples(c),
+        sampled=sample_policies(c),
+        number=number,
+        version=__version__,
+        now=datetime.now(timezone.utc),
+    )
+
+
+def samples(c: Comparison) -> list[SamplePrompt]:
+    """The first prompts of each split, and what the policies of each group's first seed answered."""
+    runs = [(g.label, g.runs[0]) for g in c.groups if g.runs[0].samples][:GROUPS_WITH_SAMPLES]
+    answers = {
+        (label, row.get("split"), row["prompt"], row["policy"]): row for label, run in runs for row in run.samples
+    }
+    policies = sample_policies(c)
+    chosen = []
+    for split in dict.fromkeys(row.get("split") for _, run in runs for row in run.samples):
+        prompts = dict.fromkeys(row["prompt"] for _, run in runs for row in run.samples if row.get("split") == split)
+        for prompt in list(prompts)[:PROMPTS_PER_SPLIT]:
+            rows = [SampleRow(label, [answers.get((label, split, prompt, p)) for p in policies]) for label, _ in runs]
+            chosen.append(SamplePrompt(str(split), prompt, rows))
+    return chosen
+
+
+def sample_policies(c: Comparison) -> list[str]:
+    """The policies that have samples, in the order of the evaluation."""
+    have = dict.fromkeys(row["policy"] for run in c.runs for row in run.samples)
+    return [p for p in c.policies if p in have] + [p for p in have if p not in c.policies]

@@ -1,0 +1,561 @@
+"""Files as a source of data: every convention, every complaint, the held-out rule and the mixture."""
+
+import collections
+import csv
+import gzip
+import itertools
+import json
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from lockstep.configuration import parse
+from lockstep.data.files import Files
+from lockstep.data.mixing import mix
+from lockstep.errors import ConfigError, DataError, MissingData
+from lockstep.nouns import Comparison, Demonstration, Message, Prompt
+
+ROOT = Path(__file__).parents[1]
+DEFAULTS = yaml.safe_load((ROOT / "conf/data/files.yaml").read_text())
+USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
+COLOUR, GREEN = Prompt.of("Name a colour."), "Green."
+
+
+def files(**keys) -> Files:
+    """The source as conf/data/files.yaml has it, but nothing held out unless asked for."""
+    values = {**DEFAULTS, "heldout_fraction": 0.0, **keys}
+    del values["name"]
+    return Files(parse(Files.Config, values, "data"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes rows as JSON lines (a string as it is) and gives the source."""
+
+    def write(*rows, name="my.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return {"path": str(path)}
+
+    return write
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+def dialogue(*turns):
+    """Messages of user and assistant in turn."""
+    return [message(role, turn) for role, turn in zip(itertools.cycle((USER, ASSISTANT)), turns, strict=False)]
+
+
+# --------------------------------------------------------------------------------------------------------- conventions
+
+
+def demonstration(source) -> Demonstration:
+    (only,) = files(demonstrations=[source]).demonstrations("train")
+    return only
+
+
+def comparison(source) -> Comparison:
+    (only,) = files(comparisons=[source]).comparisons("train")
+    return only
+
+
+def prompt(source) -> Prompt:
+    (only,) = files(prompts=[source]).prompts("train")
+    return only
+
+
+def documented():
+    """The rows of the table in docs/data.md: (nouns, example)."""
+    for line in (ROOT / "docs/data.md").read_text().splitlines():
+        if match := re.fullmatch(r"\| [^|]+ \| ([a-z, ]+) \| `(\{.*\})` \|", line):
+            yield match[1].split(", "), json.loads(match[2])
+
+
+def test_the_table_of_conventions_is_found():
+    assert len(list(documented())) == 12
+
+
+@pytest.mark.parametrize("nouns, row", list(documented()), ids=lambda value: "+".join(value))
+def test_every_documented_row_gives_what_the_table_says(write, nouns, row):
+    for noun in nouns:
+        (item,) = getattr(files(**{noun: [write(row)]}), noun)("train")
+        if noun == "demonstrations" and "instruction" not in row:
+            assert item == Demonstration(COLOUR, GREEN)
+        if noun == "comparisons" and len(item.completions) == 2:
+            assert item.prompt == COLOUR
+            assert dict(zip(item.completions, item.ranks, strict=True)) == {"Green.": 0, "Loud.": 1}
+
+
+@pytest.mark.parametrize("nouns, row", list(documented()), ids=lambda value: "+".join(value))
+def test_rows_serve_only_the_nouns_that_the_table_lists(write, nouns, row):
+    for noun in {"demonstrations", "comparisons", "prompts", "texts"} - set(nouns):
+        with pytest.raises(DataError, match=f"my.jsonl:1: no {noun} can be made of the columns"):
+            getattr(files(**{noun: [write(row)]}), noun)("train")
+
+
+def test_earlier_answers_stay_in_the_prompt(write):
+    found = demonstration(write({"messages": [message(SYSTEM, "Be brief."), *dialogue("Hi", "Hello", "Bye", "See you")]}))
+    turns = ((SYSTEM, "Be brief."), (USER, "Hi"), (ASSISTANT, "Hello"), (USER, "Bye"))
+    assert found == Demonstration(Prompt(tuple(Message(*turn) for turn in turns)), "See you")
+
+
+def test_a_dialogue_that_waits_for_an_answer_is_a_prompt_as_it_is(write):
+    assert len(prompt(write({"messages": dialogue("Hi", "Hello", "Bye")})).messages) == 3
+
+
+def test_alpaca_puts_the_input_below_the_instruction_and_nothing_where_there_is_none(write):
+    row = {"instruction": "Translate into French.", "input": "green", "output": "vert"}
+    assert demonstration(write(row)).prompt == Prompt.of("Translate into French.\n\ngreen")
+    assert demonstration(write({**row, "input": ""})).prompt == Prompt.of("Translate into French.")
+
+
+def test_hh_transcripts_are_split_at_the_last_answer(write):
+    before = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: List two.\n\nAssistant:"
+    found = comparison(write({"chosen": f"{before} One.\n\nTwo.", "rejected": f"{before} No. "}))
+    turns = ((USER, "Hi"), (ASSISTANT, "Hello"), (USER, "List two."))
+    assert found.prompt == Prompt(tuple(Message(*turn) for turn in turns))
+    assert found.completions == ("One.\n\nTwo.", "No.")
+
+
+def test_an_hh_prompt_beside_completions_is_a_dialogue_too(write):
+    row = {"prompt": "\n\nHuman: Name a colour.\n\nAssistant:", "chosen": " Green.", "rejected": " Loud."}
+    assert comparison(write(row)) == Comparison(COLOUR, ("Green.", "Loud."), (0, 1))
+
+
+def test_whole_dialogues_beside_a_prompt_hold_their_own(write):
+    chosen, rejected = dialogue("Name a colour.", "Green."), dialogue("Name a colour.", "Loud.")
+    row = {"prompt": "Name a colour.", "chosen": chosen, "rejected": rejected}
+    assert comparison(write(row)) == Comparison(COLOUR, ("Green.", "Loud."), (0, 1))
+
+
+def test_completions_may_be_messages(write):
+    answers = [[message(ASSISTANT, text)] for text in ("Green.", "Loud.")]
+    row = {"prompt": dialogue("Name a colour."), "chosen": answers[0], "rejected": answers[1]}
+    assert comparison(write(row)) == Comparison(COLOUR, ("Green.", "Loud."), (0, 1))
+
+
+def test_plain_text_keeps_its_white_space(write):
+    assert demonstration(write({"prompt": "Grass is", "completion": " green."})).response == " green."
+
+
+@pytest.mark.parametrize(
+    "column, numbers, ranks",
+    [("ranks", [2, 1, 2], (1, 0, 1)), ("ranks", [0, 2, 1], (0, 2, 1)), ("scores", [0.5, -1, 9], (1, 2, 0))],
+)
+def test_ranks_count_from_the_best_and_scores_the_other_way(write, column, numbers, ranks):
+    row = {"prompt": "Name a colour.", "completions": ["a", "b", "c"], column: numbers, "labeler": "Ada"}
+    assert comparison(write(row)) == Comparison(COLOUR, ("a", "b", "c"), ranks, "Ada")
+
+
+def test_the_best_completion_of_a_comparison_serves_as_demonstration(write):
+    row = {"prompt": "Name a colour.", "completions": ["Loud.", "Green.", "Red."], "ranks": [2, 1, 1]}
+    assert demonstration(write(row)) == Demonstration(COLOUR, "Green.")
+
+
+def test_truth_goes_with_the_prompt(write):
+    assert prompt(write({"prompt": "1+1?", "truth": {"answer": "2"}})).truth == {"answer": "2"}
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+def _write_parquet(path, rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def _write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _lines(rows):
+    return "\n\n".join(map(json.dumps, rows)).encode("utf-8-sig")
+
+
+FORMATS = {
+    "a.jsonl": lambda path, rows: path.write_bytes(_lines(rows)),
+    "a.jsonl.gz": lambda path, rows: path.write_bytes(gzip.compress(_lines(rows))),
+    "a.json": lambda path, rows: path.write_text(json.dumps(rows, indent=1)),
+    "lines.json": lambda path, rows: path.write_text("\n".join(map(json.dumps, rows))),
+    "a.csv": _write_csv,
+    "a.parquet": _write_parquet,
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_rows(tmp_path, name):
+    rows = [{"prompt": f"Frage {i}\nmit ä", "completion": f"Antwort {i}"} for i in range(3)]
+    FORMATS[name](tmp_path / name, rows)
+    found = files(demonstrations=[{"path": str(tmp_path / name)}]).demonstrations("train")
+    assert found == tuple(Demonstration(Prompt.of(row["prompt"]), row["completion"]) for row in rows)
+
+
+def test_parquet_holds_messages(tmp_path):
+    _write_parquet(tmp_path / "a.parquet", [{"messages": dialogue("Name a colour.", "Green.")}])
+    assert demonstration({"path": str(tmp_path / "a.parquet")}) == Demonstration(COLOUR, GREEN)
+
+
+def test_a_folder_has_its_splits_in_its_files(write, tmp_path):
+    for name in ("train-00000-of-00002", "data/train-00001-of-00002", "test", "training", ".cache/train"):
+        write({"text": name}, name=f"{name}.jsonl")
+    source = {"path": str(tmp_path)}
+    assert files(texts=[source]).texts("train") == ("data/train-00001-of-00002", "train-00000-of-00002")
+    assert files(texts=[{**source, "split": "test"}]).texts("train") == ("test",)
+    with pytest.raises(DataError, match=r"has no split 'dev'.* It has: data/train-00001-of-00002.jsonl, test.jsonl, "):
+        files(texts=[{**source, "split": "dev"}]).texts("train")
+
+
+def test_a_split_can_be_a_slice(write):
+    source = write(*({"text": str(i)} for i in range(9)))
+    assert files(texts=[{**source, "split": "train[2:4]"}]).texts("train") == ("2", "3")
+    assert files(texts=[{**source, "split": "train[:1]"}]).texts("train") == ("0",)
+
+
+def test_the_hub_is_asked_for_what_the_source_says(monkeypatch):
+    asked = {}
+
+    def load_dataset(path, **keys):
+        asked.update(path=path, **keys)
+        return [{"text": "a"}, {"text": "b"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    source = {"path": "Anthropic/hh-rlhf/harmless-base", "split": "test[:1]", "revision": "main"}
+    assert files(texts=[source]).texts("train") == ("a",)
+    assert asked == {
+        "path": "Anthropic/hh-rlhf", "data_dir": "harmless-base", "name": None, "split": "test", "revision": "main",
+    }  # fmt: skip
+
+
+def test_a_hub_that_does_not_answer_leads_to_a_local_path(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("Couldn't reach the Hub.")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    expected = "'some/where' is no file or folder here, .* Couldn't reach the Hub. A local path works too"
+    with pytest.raises(DataError, match=expected):
+        files(texts=[{"path": "some/where"}]).texts("train")
+
+
+def test_what_datasets_saved_to_disk_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    parts = {"train": [{"text": "a"}], "test": [{"text": "b"}]}
+    datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in parts.items()}).save_to_disk(tmp_path / "both")
+    source = {"path": str(tmp_path / "both")}
+    found = files(texts=[source], heldout_texts=[{**source, "split": "test"}])
+    assert (found.texts("train"), found.texts("heldout")) == (("a",), ("b",))
+    with pytest.raises(DataError, match="has no split 'tset'. Did you mean 'test'?"):
+        files(texts=[{**source, "split": "tset"}]).texts("train")
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+GOOD = {"prompt": "Name a colour.", "completion": "Green."}
+PAIR = {"prompt": "Name a colour.", "chosen": "Green.", "rejected": "Loud."}
+RANKED = {"prompt": "Name a colour.", "completions": ["a", "b", "c"], "ranks": [0, 1, 2]}
+MESSAGES = {"messages": dialogue("Name a colour.", "Green.")}
+
+
+@pytest.mark.parametrize(
+    "noun, good, bad, says",
+    [
+        ("demonstrations", GOOD, {"prompt": "Hi"}, "a missing column: no 'completion'. The row has: prompt."),
+        ("demonstrations", GOOD, {**GOOD, "prompt": 3}, "a wrong type: 'prompt' should be text or a list of messages, not int."),
+        ("demonstrations", GOOD, {**GOOD, "completion": " "}, "an empty text: 'completion' should not be empty."),
+        ("demonstrations", GOOD, {**GOOD, "completion": dialogue("Hi")}, "a malformed completion: 'completion' should be"),
+        ("demonstrations", GOOD, {**GOOD, "prompt": dialogue("Hi", "Hello")}, "a prompt that is answered: the last message"),
+        ("demonstrations", GOOD, '{"prompt": "Hi",', "a line that is no JSON object: Expecting property name"),
+        ("demonstrations", GOOD, "[1]", "a line that is no JSON object: list."),
+        ("demonstrations", MESSAGES, {"messages": [message("tool", "4")]}, "an unknown role: 'messages[0]' is by 'tool'. Roles:"),
+        ("demonstrations", MESSAGES, {"messages": dialogue("")}, "an empty message: 'messages[0]' should have text in 'content'"),
+        ("demonstrations", MESSAGES, {"messages": ["Hi"]}, "a malformed message: 'messages[0]' should have 'role' and"),
+        ("demonstrations", MESSAGES, {"messages": []}, "an empty list: 'messages' should hold messages."),
+        ("demonstrations", MESSAGES, {"messages": dialogue("Hi")}, "no response: the last message should be the assistant's."),
+        ("comparisons", PAIR, {**PAIR, "rejected": ""}, "an empty text: 'rejected' should not be empty."),
+        ("comparisons", PAIR, {**PAIR, "rejected": 1}, "a wrong type: 'rejected' should be text or a list of one message"),
+        ("comparisons", PAIR, {**PAIR, "prompt": None}, "text without a prompt: 'chosen' should be a transcript"),
+        ("comparisons", RANKED, {**RANKED, "ranks": [0, 1]}, "ranks that do not fit the completions: two or more completions "),
+        ("comparisons", RANKED, {**RANKED, "ranks": [0, 1, "2"]}, "a wrong type: 'ranks' should be numbers, not [0, 1, '2']."),
+        ("comparisons", RANKED, {**RANKED, "completions": ["a", "", "c"]}, "an empty text: 'completions[1]' should not be empty."),
+        ("prompts", {"prompt": "Hi"}, {"prompt": "Hi", "truth": 3}, "a wrong type: 'truth' should be a group of keys, not int."),
+        ("texts", {"text": "a"}, {"text": ["a"]}, "a wrong type: 'text' should be text, not list."),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_named_by_file_and_line(write, noun, good, bad, says):
+    source = write(good, bad)
+    with pytest.raises(DataError, match=re.escape(f"{source['path']}:2: {says}")) as error:
+        getattr(files(**{noun: [source]}), noun)("train")
+    assert str(error.value).endswith("Correct the row, or leave such rows out with data.on_bad_row=skip.")
+
+
+def test_bad_rows_can_be_skipped_and_are_counted_by_kind(write, capsys):
+    source = write(GOOD, {"prompt": "Hi"}, {**GOOD, "completion": ""}, "{", {"prompt": "Ho"})
+    source_of_skips = files(demonstrations=[source], on_bad_row="skip")
+    for _ in range(2):
+        assert source_of_skips.demonstrations("train") == (Demonstration(COLOUR, GREEN),)
+    assert capsys.readouterr().out == (
+        f"data.demonstrations[0]: 1 of 5 rows of {source['path']} can be used; left out: 2 with a missing column, "
+        "1 with an empty text, 1 with a line that is no JSON object.\n"
+    )
+
+
+def test_what_honest_data_has_is_left_out_and_counted(write, capsys):
+    def hh(chosen, rejected, question="Hi"):
+        return {"chosen": f"\n\nHuman: {question}{chosen}", "rejected": f"\n\nHuman: Hi{rejected}"}
+
+    good = hh("\n\nAssistant: Hello", "\n\nAssistant: Go")
+    rows = [
+        good,
+        hh("\n\nAssistant: Go", "\n\nAssistant: Go"),
+        hh("\n\nAssistant: Hello", "\n\nAssistant: "),
+        hh("\n\nAssistant: Hello", "\n\nAssistant: Go", question="Ho"),
+        hh("\n\nAssistant: Hello\n\nHuman: Ho", "\n\nAssistant: Go"),
+        hh("\n\nAssistant: Hello\n\nAssistant: Ho", "\n\nAssistant: Go"),
+    ]
+    assert comparison(write(*rows)) == Comparison(Prompt.of("Hi"), ("Hello", "Go"), (0, 1))
+    out = capsys.readouterr().out
+    assert "1 of 6 rows" in out
+    for reason in (
+        "1 ties",
+        "1 transcripts with an empty turn",
+        "1 pairs that differ before the last answer",
+        "1 dialogues that do not end with the assistant",
+        "1 dialogues in which the last answer answers nobody",
+    ):
+        assert reason in out
+
+
+def test_completions_that_all_rank_the_same_are_a_tie(write):
+    tied = {**RANKED, "ranks": [1, 1, 1]}
+    assert len(files(comparisons=[write(RANKED, tied)]).comparisons("train")) == 1
+
+
+def test_unknown_columns_are_answered_with_the_known_ones(write):
+    expected = (
+        "no comparisons can be made of the columns better, worse. Columns that can: prompt + chosen + rejected; "
+        "chosen + rejected; prompt + completions + ranks; prompt + completions + scores."
+    )
+    with pytest.raises(DataError, match=re.escape(expected)):
+        files(comparisons=[write({"better": "a", "worse": "b"})]).comparisons("train")
+
+
+def test_a_file_that_is_not_json_at_all_says_so(write):
+    with pytest.raises(DataError, match="my.jsonl:1: a line that is no JSON object: Expecting value"):
+        files(texts=[write("hello", "world")]).texts("train")
+
+
+def test_an_empty_file_is_named(write):
+    with pytest.raises(DataError, match=r"my.jsonl has no rows in 'train': data.texts\[0\] needs at least one."):
+        files(texts=[write()]).texts("train")
+
+
+def test_a_source_without_one_usable_row_is_an_error(write):
+    with pytest.raises(DataError, match=r"data.comparisons\[0\]: 0 of 1 rows of .* left out: 1 ties."):
+        files(comparisons=[write({**PAIR, "rejected": "Green."})]).comparisons("train")
+
+
+def test_a_missing_file_suggests_its_neighbour(write, tmp_path):
+    write({"text": "a"}, name="pairs.jsonl")
+    with pytest.raises(DataError, match="No file .*pears.jsonl. Did you mean 'pairs.jsonl'?.* there: pairs.jsonl."):
+        files(texts=[{"path": str(tmp_path / "pears.jsonl")}]).texts("train")
+
+
+def test_files_that_are_not_what_their_name_says_are_named(tmp_path):
+    whole = gzip.compress(b'{"text": "a"}\n' * 1000)
+    for name, content in (("a.jsonl.gz", whole[: len(whole) // 2]), ("a.parquet", b"text"), ("a.jsonl", b'{"text": "\xff"}')):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name} cannot be read as "):
+            files(texts=[{"path": str(tmp_path / name)}]).texts("train")
+    (tmp_path / "a.docx").write_bytes(b"")
+    with pytest.raises(DataError, match="a.docx is of no format that is read here. Formats: .jsonl, "):
+        files(texts=[{"path": str(tmp_path / "a.docx")}]).texts("train")
+
+
+def test_a_file_has_no_test_split(write):
+    with pytest.raises(DataError, match="is one file: its only split is 'train', not 'test'."):
+        files(texts=[{**write({"text": "a"}), "split": "test"}]).texts("train")
+
+
+@pytest.mark.parametrize(
+    "keys, says",
+    [
+        ({"texts": [{"split": "train"}]}, "Missing: data.texts[0].path."),
+        ({"texts": [{"path": "a", "wieght": 1}]}, "Unknown key data.texts[0].wieght. Did you mean 'weight'?"),
+        ({"texts": [{"path": "a", "split": "train[:10%]"}]}, "split 'train[:10%]' should look like train, test[:100]"),
+        ({"texts": [{"path": "a", "weight": 0}]}, "data.texts: weights should be above 0"),
+        ({"texts": [{"path": "a", "weight": 1}, {"path": "b"}]}, "data.texts: give every source a weight, or none."),
+        ({"heldout_texts": [{"path": "a", "weight": 1}]}, "data.heldout_texts has a weight, but held-out rows"),
+        ({"heldout_fraction": 1.0}, "data.heldout_fraction=1.0 should be at least 0 and less than 1."),
+        ({"on_bad_row": "skipp"}, "data.on_bad_row='skipp' is not one of raise, skip. Did you mean 'skip'?"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused_before_anything_is_read(keys, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        files(**keys)
+
+
+@pytest.mark.parametrize("noun", ["demonstrations", "comparisons", "prompts", "texts"])
+def test_a_noun_that_is_not_configured_says_which_key_to_set(noun):
+    with pytest.raises(MissingData, match=re.escape(f"This run needs {noun}. Set data.{noun}=[{{path: my.jsonl}}].")):
+        getattr(files(), noun)("train")
+
+
+def test_a_split_that_does_not_exist_suggests_the_nearest(write):
+    with pytest.raises(DataError, match="no split 'held-out' of texts. Did you mean 'heldout'?"):
+        files(texts=[write({"text": "a"})]).texts("held-out")
+
+
+# ------------------------------------------------------------------------------------------------------------ held out
+
+
+def many(size=400, start=0):
+    """Prompts of which each occurs twice, with two answers."""
+    return [{"prompt": f"Question {start + i // 2}", "completion": f"Answer {i}"} for i in range(size)]
+
+
+def beginnings(items):
+    return {item.prompt.messages[0].content for item in items}
+
+
+def test_train_and_heldout_share_no_prompt_and_lose_no_row(write):
+    source = files(demonstrations=[write(*many())], heldout_fraction=0.25)
+    train, heldout = source.demonstrations("train"), source.demonstrations("heldout")
+    assert len(train) + len(heldout) == 400
+    assert not beginnings(train) & beginnings(heldout)
+    assert 50 < len(heldout) < 150  # 100 expected, standard deviation 12
+
+
+def test_adding_and_sorting_rows_moves_no_other_row(write):
+    first = files(demonstrations=[write(*many())], heldout_fraction=0.25).demonstrations("heldout")
+    grown = many(300, start=1000) + many()[::-1]
+    second = files(demonstrations=[write(*grown, name="grown.jsonl")], heldout_fraction=0.25).demonstrations("heldout")
+    assert set(first) < set(second)
+    assert beginnings(second) - beginnings(first) <= {f"Question {1000 + i}" for i in range(150)}
+
+
+def test_a_larger_fraction_holds_out_what_a_smaller_one_does_and_another_seed_other_rows(write):
+    source = write(*many())
+    small, large, other = (
+        set(files(demonstrations=[source], heldout_fraction=fraction, seed=seed).demonstrations("heldout"))
+        for fraction, seed in ((0.1, 0), (0.3, 0), (0.1, 1))
+    )
+    assert small < large
+    assert small != other
+
+
+def test_a_prompt_is_on_the_same_side_as_every_noun_and_at_every_turn(write):
+    later = [
+        {"chosen": dialogue(f"Question {i}", "Well,", "And?", "a"), "rejected": dialogue(f"Question {i}", "Well,", "And?", "b")}
+        for i in range(200)
+    ]
+    source = files(
+        demonstrations=[write(*many())],
+        comparisons=[write(*later, name="later.jsonl")],
+        prompts=[write(*many())],
+        heldout_fraction=0.25,
+    )
+    heldout = beginnings(source.demonstrations("heldout"))
+    assert beginnings(source.comparisons("heldout")) == heldout
+    assert {p.messages[0].content for p in source.prompts("heldout")} == heldout
+
+
+def test_training_rows_that_begin_as_heldout_ones_are_left_out(write, capsys):
+    train, test = write(*many(20)), write(*many(10), name="test.jsonl")
+    source = files(demonstrations=[train], heldout_demonstrations=[test])
+    assert beginnings(source.demonstrations("train")) == {f"Question {i}" for i in range(5, 10)}
+    assert len(source.demonstrations("heldout")) == 10
+    assert "data.demonstrations: 10 training rows were left out: they begin as held-out ones do." in capsys.readouterr().out
+
+
+def test_heldout_sources_do_without_training_ones(write):
+    source = files(heldout_texts=[write({"text": "a"})])
+    assert source.texts("heldout") == ("a",)
+    with pytest.raises(MissingData, match="Set data.texts="):
+        source.texts("train")
+
+
+def test_nothing_held_out_says_how_to_hold_out(write):
+    with pytest.raises(MissingData, match=re.escape("Set data.heldout_fraction=0.05 or data.heldout_texts=[{path: test.jsonl}].")):
+        files(texts=[write({"text": "a"})]).texts("heldout")
+
+
+def test_a_split_that_is_left_empty_is_an_error(write):
+    with pytest.raises(DataError, match="The heldout split of data.texts is empty: every row belongs to the other one."):
+        files(texts=[write({"text": "a"})], heldout_fraction=0.0001).texts("heldout")
+
+
+# -------------------------------------------------------------------------------------------------------------- mixing
+
+
+def test_weights_hold_in_every_stretch():
+    weights = (1, 5, 2)
+    mixture = mix(["a" * 70, "b" * 100, "c" * 90], weights)
+    for start, length in itertools.product(range(0, len(mixture) - 80, 7), (8, 40, 80)):
+        stretch = mixture[start : start + length]
+        for name, weight in zip("abc", weights, strict=True):
+            assert abs(stretch.count(name) - length * weight / 8) <= 3
+
+
+def test_an_epoch_ends_when_every_row_was_there():
+    parts = [[f"a{i}" for i in range(10)], [f"b{i}" for i in range(40)]]
+    times = collections.Counter(mix(parts, (1, 1)))
+    assert {times[row] for row in parts[0]} == {4}
+    assert {times[row] for row in parts[1]} == {1}
+
+
+def test_without_weights_every_row_is_there_once_and_sources_are_interleaved():
+    mixture = mix([[("a", i) for i in range(10)], [("b", i) for i in range(30)], []])
+    assert len(set(mixture)) == len(mixture) == 40
+    assert [sum(row[0] == "a" for row in mixture[i : i + 8]) for i in range(0, 40, 8)] == [2] * 5
+
+
+def test_one_source_keeps_its_order():
+    assert mix([np.arange(5).tolist()]) == (0, 1, 2, 3, 4)
+    assert mix([list("xyz")], [7]) == ("x", "y", "z")
+
+
+def test_the_source_mixes_and_says_how_often_rows_return(write, capsys):
+    few = {**write(*({"text": f"few {i}"} for i in range(10)), name="few.jsonl"), "weight": 3}
+    more = {**write(*({"text": f"more {i}"} for i in range(20)), name="more.jsonl"), "weight": 1}
+    texts = files(texts=[few, more]).texts("train")
+    assert collections.Counter(text.split()[0] for text in texts) == {"few": 60, "more": 20}
+    said = f"data.texts: one epoch is 80 rows, going through {few['path']} 6.0 times, {more['path']} 1.0 times.\n"
+    assert capsys.readouterr().out == said
+
+
+def test_heldout_rows_are_there_once_whatever_the_weights(write):
+    few = {**write(*({"text": f"few {i}"} for i in range(50)), name="few.jsonl"), "weight": 3}
+    more = {**write(*({"text": f"more {i}"} for i in range(50)), name="more.jsonl"), "weight": 1}
+    heldout = files(texts=[few, more], heldout_fraction=0.3).texts("heldout")
+    assert len(set(heldout)) == len(heldout)
+
+
+# ------------------------------------------------------------------------------------------------------------ laziness
+
+
+def test_a_file_is_read_when_asked_for_and_once(write):
+    source = write({"text": "a"})
+    lazy = files(texts=[source], prompts=[{"path": "nowhere.jsonl"}])
+    assert lazy.texts("train") == ("a",)
+    Path(source["path"]).unlink()
+    assert lazy.texts("train") is lazy.texts("train")
+
+
+def test_importing_the_source_imports_no_array_library_and_no_datasets():
+    code = "import sys, lockstep.data.files; print([m for m in ('torch', 'jax', 'datasets', 'pyarrow') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
