@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-
 from lockstep.configuration import parse
 from lockstep.data.files import Files
 from lockstep.data.mixing import mix
@@ -205,6 +204,16 @@ def test_every_format_gives_the_same_rows(tmp_path, name):
     assert found == tuple(Demonstration(Prompt.of(row["prompt"]), row["completion"]) for row in rows)
 
 
+def test_a_csv_row_that_is_too_long_or_too_short_is_named_by_its_line(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\n"Two\nlines",Yes\nHi\n')
+    with pytest.raises(DataError, match="a.csv:4: a missing column: no 'completion'. The row has: prompt."):
+        files(demonstrations=[{"path": str(path)}]).demonstrations("train")
+    path.write_text("prompt\nHi,Hello\n")
+    with pytest.raises(DataError, match=r"made of the columns \(without a header\), prompt."):
+        files(demonstrations=[{"path": str(path)}]).demonstrations("train")
+
+
 def test_parquet_holds_messages(tmp_path):
     _write_parquet(tmp_path / "a.parquet", [{"messages": dialogue("Name a colour.", "Green.")}])
     assert demonstration({"path": str(tmp_path / "a.parquet")}) == Demonstration(COLOUR, GREEN)
@@ -267,6 +276,7 @@ def test_what_datasets_saved_to_disk_is_read(tmp_path):
 GOOD = {"prompt": "Name a colour.", "completion": "Green."}
 PAIR = {"prompt": "Name a colour.", "chosen": "Green.", "rejected": "Loud."}
 RANKED = {"prompt": "Name a colour.", "completions": ["a", "b", "c"], "ranks": [0, 1, 2]}
+ALPACA = {"instruction": "Translate into French.", "input": "green", "output": "vert"}
 MESSAGES = {"messages": dialogue("Name a colour.", "Green.")}
 
 
@@ -285,12 +295,13 @@ MESSAGES = {"messages": dialogue("Name a colour.", "Green.")}
         ("demonstrations", MESSAGES, {"messages": ["Hi"]}, "a malformed message: 'messages[0]' should have 'role' and"),
         ("demonstrations", MESSAGES, {"messages": []}, "an empty list: 'messages' should hold messages."),
         ("demonstrations", MESSAGES, {"messages": dialogue("Hi")}, "no response: the last message should be the assistant's."),
+        ("demonstrations", ALPACA, {**ALPACA, "input": 3}, "a wrong type: 'input' should be text, not int."),
         ("comparisons", PAIR, {**PAIR, "rejected": ""}, "an empty text: 'rejected' should not be empty."),
         ("comparisons", PAIR, {**PAIR, "rejected": 1}, "a wrong type: 'rejected' should be text or a list of one message"),
         ("comparisons", PAIR, {**PAIR, "prompt": None}, "text without a prompt: 'chosen' should be a transcript"),
         ("comparisons", RANKED, {**RANKED, "ranks": [0, 1]}, "ranks that do not fit the completions: two or more completions "),
         ("comparisons", RANKED, {**RANKED, "ranks": [0, 1, "2"]}, "a wrong type: 'ranks' should be numbers, not [0, 1, '2']."),
-        ("comparisons", RANKED, {**RANKED, "completions": ["a", "", "c"]}, "an empty text: 'completions[1]' should not be empty."),
+        ("comparisons", RANKED, {**RANKED, "completions": ["a", "", "c"]}, "an empty text: 'completions[1]' should not be"),
         ("prompts", {"prompt": "Hi"}, {"prompt": "Hi", "truth": 3}, "a wrong type: 'truth' should be a group of keys, not int."),
         ("texts", {"text": "a"}, {"text": ["a"]}, "a wrong type: 'text' should be text, not list."),
     ],
@@ -376,7 +387,11 @@ def test_a_missing_file_suggests_its_neighbour(write, tmp_path):
 
 def test_files_that_are_not_what_their_name_says_are_named(tmp_path):
     whole = gzip.compress(b'{"text": "a"}\n' * 1000)
-    for name, content in (("a.jsonl.gz", whole[: len(whole) // 2]), ("a.parquet", b"text"), ("a.jsonl", b'{"text": "\xff"}')):
+    for name, content in (
+        ("a.jsonl.gz", whole[: len(whole) // 2]),
+        ("a.parquet", b"text"),
+        ("a.jsonl", b'{"text": "\xff"}'),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=f"{name} cannot be read as "):
             files(texts=[{"path": str(tmp_path / name)}]).texts("train")
@@ -459,7 +474,10 @@ def test_a_larger_fraction_holds_out_what_a_smaller_one_does_and_another_seed_ot
 
 def test_a_prompt_is_on_the_same_side_as_every_noun_and_at_every_turn(write):
     later = [
-        {"chosen": dialogue(f"Question {i}", "Well,", "And?", "a"), "rejected": dialogue(f"Question {i}", "Well,", "And?", "b")}
+        {
+            "chosen": dialogue(f"Question {i}", "Well,", "And?", "a"),
+            "rejected": dialogue(f"Question {i}", "Well,", "And?", "b"),
+        }
         for i in range(200)
     ]
     source = files(
@@ -489,7 +507,9 @@ def test_heldout_sources_do_without_training_ones(write):
 
 
 def test_nothing_held_out_says_how_to_hold_out(write):
-    with pytest.raises(MissingData, match=re.escape("Set data.heldout_fraction=0.05 or data.heldout_texts=[{path: test.jsonl}].")):
+    with pytest.raises(
+        MissingData, match=re.escape("Set data.heldout_fraction=0.05 or data.heldout_texts=[{path: test.jsonl}].")
+    ):
         files(texts=[write({"text": "a"})]).texts("heldout")
 
 

@@ -74,7 +74,8 @@ def run_command(arguments: Sequence[str]) -> None:
         run_config(compose(arguments), " ".join(["lockstep run", *arguments]))
 
 
-def run_config(config: dict[str, Any], command: str) -> None:
+def run_config(config: dict[str, Any], command: str) -> Path:
+    """Run one experiment and print its summary; the run folder."""
     from lockstep.runner import Experiment, Runner
     from lockstep.summary import summary
 
@@ -82,6 +83,7 @@ def run_config(config: dict[str, Any], command: str) -> None:
     folder = Runner(Experiment(config), console, command).run()
     console.out.print(summary(folder))
     console.say(f"\nThe run is in {folder}. To compare runs: lockstep compare {folder} OTHER...")
+    return folder
 
 
 def compare_command(paths: list[Path], output: Path) -> None:

@@ -7,7 +7,9 @@ each other silently; that is refused.
 from __future__ import annotations
 
 import collections
-import logging
+import functools
+import os
+import queue
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,16 +28,17 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lockstep.errors import ConfigError, RegistryError
+from lockstep.errors import ConfigError, LockstepError, RegistryError
 from lockstep.registry import registry
 
-log = logging.getLogger("lockstep")
+CORE = "lockstep-rlhf (core)"
 
 
 class LockstepSearchPath(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for distribution, folder in conf_folders().items():
-            search_path.append(distribution, f"file://{folder}")
+            if distribution != CORE:  # the core's is the primary folder already
+                search_path.append(distribution, f"file://{folder}")
 
 
 def conf_folders() -> dict[str, Path]:
@@ -55,8 +58,8 @@ def conf_folders() -> dict[str, Path]:
 
 
 class ProcessLauncher(Launcher):
-    """Each job of a sweep in a process of its own, ``parallel`` at a time: no device state is shared, and a job that
-    fails does not stop the others."""
+    """Each job of a sweep in a process of its own, ``parallel`` at a time with an equal share of the CPU cores each: no
+    device state is shared, cores are not fought over, and a job that fails does not stop the others."""
 
     def __init__(self, parallel: int):
         self.parallel = parallel
@@ -67,22 +70,44 @@ class ProcessLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
         jobs = [list(filter_overrides(overrides)) for overrides in job_overrides]
+        free: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+        for share in core_shares(self.parallel):
+            free.put(share)
+
+        def run(overrides: list[str]) -> int:
+            cores = free.get()
+            try:
+                return run_job(overrides, cores)
+            finally:
+                free.put(cores)
+
         with ThreadPoolExecutor(self.parallel) as pool:
-            codes = list(pool.map(self._run, range(initial_job_idx, initial_job_idx + len(jobs)), jobs))
-        failed = [overrides for overrides, code in zip(jobs, codes, strict=True) if code]
-        if failed:
+            codes = list(pool.map(run, jobs))
+        if failed := [overrides for overrides, code in zip(jobs, codes, strict=True) if code]:
             lines = "\n".join(f"  lockstep run {' '.join(overrides)}" for overrides in failed)
-            log.error("%d of %d jobs failed; to see one again:\n%s", len(failed), len(jobs), lines)
-        return [self._returned(o, c) for o, c in zip(jobs, codes, strict=True)]
+            raise SweepFailed(f"{len(failed)} of {len(jobs)} jobs failed; to run one again:\n{lines}")
+        return [JobReturn(overrides=o, status=JobStatus.COMPLETED, _return_value=None) for o in jobs]
 
-    def _run(self, number: int, overrides: list[str]) -> int:
-        log.info("job %d: lockstep run %s", number, " ".join(overrides))
-        return subprocess.run([sys.executable, "-m", "lockstep", "run", *overrides], check=False).returncode
 
-    def _returned(self, overrides: list[str], code: int) -> JobReturn:
-        status = JobStatus.FAILED if code else JobStatus.COMPLETED
-        result: Any = ConfigError(f"lockstep run {' '.join(overrides)} ended with exit code {code}.") if code else None
-        return JobReturn(overrides=overrides, status=status, _return_value=result)
+class SweepFailed(LockstepError):
+    """Some jobs of a sweep failed; the others are done."""
+
+
+def core_shares(parallel: int) -> list[set[int]]:
+    """The CPU cores of this process, dealt out evenly; everybody gets all of them where there are too few."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [set(cores[i::parallel] or cores) for i in range(parallel)]
+
+
+def run_job(overrides: list[str], cores: set[int]) -> int:
+    """One ``lockstep run`` on these cores, its lines printed behind its overrides; the exit code."""
+    label = " ".join(overrides[-3:])
+    pin = functools.partial(os.sched_setaffinity, 0, cores) if cores else None
+    command = [sys.executable, "-m", "lockstep", "run", *overrides]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=pin) as job:
+        for line in job.stdout:
+            print(f"{label} | {line}", end="", flush=True)
+    return job.returncode
 
 
 Plugins.instance().register(LockstepSearchPath)
@@ -101,7 +126,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
       ConfigError: what Hydra or OmegaConf say is wrong.
     """
     try:
-        with hydra.initialize_config_dir(str(conf_folders()["lockstep-rlhf (core)"]), version_base="1.3"):
+        with hydra.initialize_config_dir(str(conf_folders()[CORE]), version_base="1.3"):
             config = hydra.compose("config", overrides=list(overrides))
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
@@ -111,7 +136,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
 def sweep(arguments: Sequence[str]) -> None:
     """``lockstep run -m ...``: Hydra's sweeper composes the jobs, `ProcessLauncher` (or the one you name) starts them."""
     sys.argv = ["lockstep run", *arguments]
-    main = hydra.main(config_path=str(conf_folders()["lockstep-rlhf (core)"]), config_name="config", version_base="1.3")
+    main = hydra.main(config_path=str(conf_folders()[CORE]), config_name="config", version_base="1.3")
     main(_job)()
 
 

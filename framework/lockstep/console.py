@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -35,7 +36,7 @@ Progress = Callable[..., None]
 
 class Console:
     def __init__(self) -> None:
-        self.out = rich.console.Console(highlight=False, soft_wrap=True)
+        self.out = rich.console.Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
         handler = rich.logging.RichHandler(console=self.out, show_time=False, show_path=False, markup=False)
         logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
         logging.getLogger("lockstep").setLevel(logging.INFO)

@@ -28,7 +28,7 @@ from lockstep_miniature.world import (
     World,
 )
 
-HELDOUT_SHARE = 5  # one topic in five is held out
+HELDOUT_SHARE = 5  # about one topic in five is held out
 
 
 @dataclass(frozen=True)
@@ -254,8 +254,11 @@ _adversarial = partial(_harmful, requests=DISGUISED_REQUESTS)
 
 
 def is_heldout(topic: str) -> bool:
-    """Topics are divided by a checksum: the same in every world, without a list to keep."""
-    return crc32(topic.encode()) % HELDOUT_SHARE == 0
+    """Topics are divided by a checksum: the same in every world, without a list to keep.
+
+    The prefix is chosen so that each relation has about equally many held-out facts (6, 4 and 5 of 16).
+    """
+    return crc32(f"topic {topic}".encode()) % HELDOUT_SHARE == 0
 
 
 def draw_task(world: World, dice: Dice, split: str) -> Task:

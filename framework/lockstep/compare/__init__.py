@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from lockstep.compare import claims as claiming
 from lockstep.compare import records
 from lockstep.compare.claims import Claim
 from lockstep.compare.groups import Comparison, group
-from lockstep.compare.tables import Table, tables, to_markdown, to_rich
+from lockstep.compare.tables import Table, policies_in_short, tables, to_markdown, to_rich
 
 __all__ = ["Report", "compare", "print_summary"]
 
@@ -30,7 +30,7 @@ __all__ = ["Report", "compare", "print_summary"]
 class Report:
     headline: str
     claims: Sequence[Claim]
-    tables: Sequence[Table]
+    tables: Mapping[str, Table]
     comparison: Comparison
     files: Sequence[Path]
 
@@ -63,22 +63,25 @@ def compare(paths: Sequence[Path], output: Path) -> Report:
 
 
 def print_summary(report: Report, console: Console | None = None) -> None:
-    """The report's text for a terminal."""
+    """The report's text for a terminal; of the policies only what is looked at first."""
     console = console or Console()
     console.print(report.headline + "\n", style="bold", markup=False, highlight=False)
     for problem in report.comparison.problems:
         console.print(problem, style="yellow", markup=False, highlight=False)
-    for table in report.tables:
-        console.print(to_rich(table), "")
+    shown = {**report.tables, "policies": policies_in_short(report.comparison)}
+    for table in shown.values():
+        if table.rows:
+            console.print(table.title, style="bold")
+            console.print(to_rich(table))
     for file in report.files:
         console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _markdown(c: Comparison, headline: str, built: Sequence[Table]) -> str:
+def _markdown(c: Comparison, headline: str, built: Mapping[str, Table]) -> str:
     problems = "\n".join(f"- {problem}" for problem in c.problems)
     runs = ", ".join(f"{g.label}: {len(g.runs)} seed{'s' if len(g.runs) > 1 else ''}" for g in c.groups)
     head = f"# Comparison\n\n{headline}\n\nRuns: {runs}. Means with 95% intervals."
-    return "\n\n".join(filter(None, [head, problems, *map(to_markdown, built)])) + "\n"
+    return "\n\n".join(filter(None, [head, problems, *map(to_markdown, built.values())])) + "\n"
 
 
 def _write_metrics(c: Comparison, file: Path) -> None:

@@ -6,7 +6,7 @@ the more so because all policies answer the same prompts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
@@ -15,6 +15,7 @@ from lockstep.compare.groups import Comparison, Group
 from lockstep.compare.records import Estimate
 
 Verdict = Literal["yes", "unclear", "no"]
+SCORE, PERCENT = ".2f", ".1%"  # how numbers are written
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def _alignment_tax(c: Comparison, g: Group, policy: str) -> Iterator[Claim]:
     before, after = g.policy(c.split, c.baseline, "ability"), g.policy(c.split, policy, "ability")
     if not before or not after:
         return
-    because = f"{_span(before, percent=True)} before, {_span(after, percent=True)} after"
+    because = f"{show(before, PERCENT)} before, {show(after, PERCENT)} after"
     if any("ptx/loss" in stage.metrics for stage in g.stages(policy)):
         kept = after.mean >= before.low
         verdict: Verdict = "yes" if kept else "no" if after.high < before.low else "unclear"
@@ -68,7 +69,7 @@ def _alignment_tax(c: Comparison, g: Group, policy: str) -> Iterator[Claim]:
 def _reward_model(g: Group) -> Iterator[Claim]:
     labeler, model = g.reward_model("labeler_agreement/gold"), g.reward_model("accuracy/gold")
     if labeler and model:
-        yield ordered("gold truth: a single labeler < reward model", g.label, labeler, model, percent=True)
+        yield ordered("gold truth: a single labeler < reward model", g.label, labeler, model, PERCENT)
     if unseen := g.reward_model("accuracy/heldout_labelers"):
         yield above("reward model predicts labelers it has not seen", g.label, unseen, 0.5)
 
@@ -88,12 +89,18 @@ def same_but_for_backend(c: Comparison) -> list[tuple[Group, Group]]:
     return [(a, b) for a, b in combinations(c.groups, 2) if a.settings == b.settings and a.backend != b.backend]
 
 
+def by_text(found: Sequence[Claim]) -> list[tuple[str, list[Claim]]]:
+    """The same claim in several groups, together; in the order of first appearance."""
+    texts = dict.fromkeys(claim.text for claim in found)
+    return [(text, [claim for claim in found if claim.text == text]) for text in texts]
+
+
 # ------------------------------------------------------------------------------------------------------------ verdicts
 
 
-def ordered(text: str, where: str, worse: Estimate, better: Estimate, percent: bool = False) -> Claim:
+def ordered(text: str, where: str, worse: Estimate, better: Estimate, form: str = SCORE) -> Claim:
     """Is ``worse`` below ``better``, and are their intervals apart?"""
-    because = f"{_span(worse, percent)} and {_span(better, percent)}"
+    because = f"{show(worse, form)} and {show(better, form)}"
     if better.mean <= worse.mean:
         return Claim(text, where, "no", because)
     apart = worse.high < better.low
@@ -102,7 +109,7 @@ def ordered(text: str, where: str, worse: Estimate, better: Estimate, percent: b
 
 def above(text: str, where: str, estimate: Estimate, threshold: float) -> Claim:
     verdict: Verdict = "yes" if estimate.low > threshold else "unclear" if estimate.mean > threshold else "no"
-    return Claim(text, where, verdict, _span(estimate, percent=True))
+    return Claim(text, where, verdict, show(estimate, PERCENT))
 
 
 def agreement(text: str, where: str, a: Estimate, b: Estimate) -> Claim:
@@ -111,17 +118,16 @@ def agreement(text: str, where: str, a: Estimate, b: Estimate) -> Claim:
     overlap = a.low <= b.high and b.low <= a.high
     verdict: Verdict = "yes" if inside else "unclear" if overlap else "no"
     how = "each within the other's interval" if inside else "intervals overlap" if overlap else "intervals apart"
-    return Claim(text, where, verdict, f"{_span(a)} and {_span(b)}, {how}")
+    return Claim(text, where, verdict, f"{show(a)} and {show(b)}, {how}")
 
 
-def _span(e: Estimate, percent: bool = False) -> str:
-    return f"{number(e.mean, percent)} [{number(e.low, percent)}, {number(e.high, percent)}]"
+def show(e: Estimate | None, form: str = SCORE) -> str:
+    """'1.41 [1.30, 1.52]', or nothing; no interval where there is none."""
+    if e is None:
+        return ""
+    return f"{e.mean:{form}}" if e.low == e.high else f"{e.mean:{form}} [{e.low:{form}}, {e.high:{form}}]"
 
 
-def number(x: float, percent: bool = False) -> str:
-    if percent:
-        return f"{100 * x:.1f}%"
-    return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.2f}"
 
 
 # ------------------------------------------------------------------------------------------------------------ headline
@@ -138,32 +144,34 @@ def headline(c: Comparison) -> str:
     if metric is None or c.split is None:
         count = len(c.runs)
         return f"{count} run{'s' if count != 1 else ''}, none of them evaluated yet."
-    best = _best_policy(c, metric)
+    best, groups = _best_policy(c, metric), list(c.groups)
+    if len(groups) > 3:  # too many to name: the best one
+        groups = [max(groups, key=lambda g: _mean(g.policy(c.split, best, metric)))]
     start = c.baseline if metric != "win_rate" and c.baseline != best else None
-    return " ".join(filter(None, [_gain(c, metric, start, best), _agreement_sentence(c, metric)]))
+    return " ".join(filter(None, [_gain(c, groups, metric, start, best), _agreement_sentence(c, metric)]))
 
 
 def _best_policy(c: Comparison, metric: str) -> str:
-    def mean(policy: str) -> float:
-        found = [e.mean for g in c.groups if (e := g.policy(c.split, policy, metric))]
-        return sum(found) / len(found) if found else float("-inf")
-
-    return max(c.policies, key=mean)
+    """The policy with the highest mean in any group."""
+    return max(c.policies, key=lambda policy: max(_mean(g.policy(c.split, policy, metric)) for g in c.groups))
 
 
-def _gain(c: Comparison, metric: str, start: str | None, best: str) -> str:
-    percent = metric == "win_rate"
-    pairs = [(g, g.policy(c.split, start, metric) if start else None, g.policy(c.split, best, metric)) for g in c.groups]
+def _mean(e: Estimate | None) -> float:
+    return e.mean if e else float("-inf")
+
+
+def _gain(c: Comparison, groups: Sequence[Group], metric: str, start: str | None, best: str) -> str:
+    form = PERCENT if metric == "win_rate" else SCORE
+    pairs = [(g, g.policy(c.split, start, metric) if start else None, g.policy(c.split, best, metric)) for g in groups]
     pairs = [(g, a, b) for g, a, b in pairs if b and (a or not start)]
     subject = {"gold": "the gold score", "score": "the reward model's score"}.get(metric, "")
-    if len(pairs) > 3:  # too many groups to name: the best of them
-        pairs = sorted(pairs, key=lambda p: -p[2].mean)[:1]
+    which = "" if len(groups) == len(c.groups) else f" (the best of {len(c.groups)})"
     if start:
-        texts = [f"from {number(a.mean)} to {number(b.mean)} on {g.label}" for g, a, b in pairs]
+        texts = [f"from {a.mean:{form}} to {b.mean:{form}} on {g.label}" for g, a, b in pairs]
         rise = all(b.mean > a.mean for _, a, b in pairs)
-        return f"{best} {'raises' if rise else 'moves'} {subject} of {start} {_and(texts)}."
-    texts = [f"{number(b.mean, percent)} on {g.label}" for g, _, b in pairs]
-    return f"{best} {'wins' if percent else 'reaches'} {_and(texts)}{f' against {c.baseline}' if percent else ''}."
+        return f"{best} {'raises' if rise else 'moves'} {subject} of {start} {_and(texts)}{which}."
+    texts = [f"{b.mean:{form}} on {g.label}" for g, _, b in pairs]
+    return f"Against {c.baseline}, {best} wins {_and(texts)}{which}." if metric == "win_rate" else f"{best} reaches {_and(texts)}{which}."
 
 
 def _agreement_sentence(c: Comparison, metric: str) -> str:
@@ -178,7 +186,7 @@ def _agreement_sentence(c: Comparison, metric: str) -> str:
         return ""
     same = sum(v == "yes" for v in found)
     if same == len(found):
-        return "The backends agree: for every policy, each lies within the other's interval."
+        return "The backends agree: for every policy, each mean lies within the other's interval."
     return f"The backends agree within each other's interval in {same} of {len(found)} cases."
 
 

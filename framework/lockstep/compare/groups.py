@@ -64,7 +64,7 @@ class Group:
     def stages(self, name: str) -> list[Stage]:
         return [run.stages[name] for run in self.runs if name in run.stages]
 
-    def curve(self, stage: str, metric: str, points: int = 80) -> Curve | None:
+    def curve(self, stage: str, metric: str, points: int = 60) -> Curve | None:
         """The curve over the steps that all seeds have, neighbouring steps averaged down to at most ``points``."""
         series = [s.metrics[metric] for s in self.stages(stage) if metric in s.metrics]
         if not series:
@@ -73,10 +73,11 @@ class Group:
         if not steps:
             return None
         values = np.array([s.values[np.isin(s.steps, steps)] for s in series], float)
-        bins = np.array_split(np.arange(len(steps)), min(points, len(steps)))
+        width = -(-len(steps) // points)
+        bins = [slice(start, start + width) for start in range(0, len(steps), width)]
         values = np.array([[_mean(row[b]) for b in bins] for row in values])
         return Curve(
-            steps=np.array([np.mean(np.array(steps)[b]) for b in bins]),
+            steps=np.array([np.mean(steps[b]) for b in bins]),
             mean=values.mean(axis=0),
             low=values.min(axis=0),
             high=values.max(axis=0),

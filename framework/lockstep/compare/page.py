@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from lockstep import __version__
-from lockstep.compare.claims import Claim, number
+from lockstep.compare.claims import Claim, by_text
 from lockstep.compare.groups import Comparison
 from lockstep.compare.tables import Table
 
@@ -22,7 +22,7 @@ GROUPS_WITH_SAMPLES = 3
 
 @dataclass(frozen=True)
 class SampleRow:
-    """One group's responses to a prompt, one per policy; None where it has none."""
+    """A group's responses to a prompt, one per policy (None: it has none); groups that answer alike share a row."""
 
     label: str
     responses: Sequence[Mapping[str, Any] | None]
@@ -35,7 +35,7 @@ class SamplePrompt:
     rows: Sequence[SampleRow]
 
 
-def render(c: Comparison, headline: str, found: Sequence[Claim], tables: Sequence[Table], figures: Mapping[str, str]) -> str:
+def render(c: Comparison, headline: str, found: Sequence[Claim], tables: Mapping[str, Table], figures: Mapping[str, str]) -> str:
     """All text is escaped by Jinja; only the figures, which are ours, go in as they are."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -47,12 +47,11 @@ def render(c: Comparison, headline: str, found: Sequence[Claim], tables: Sequenc
     return environment.get_template("page.html.jinja").render(
         c=c,
         headline=headline,
-        claims=found,
-        tables={table.title.split()[0].lower(): table for table in tables},
+        claims=by_text(found),
+        tables=tables,
         figures={name: Markup(svg) for name, svg in figures.items()},
         samples=samples(c),
         sampled=sample_policies(c),
-        number=number,
         version=__version__,
         now=datetime.now(timezone.utc),
     )
@@ -69,9 +68,16 @@ def samples(c: Comparison) -> list[SamplePrompt]:
     for split in dict.fromkeys(row.get("split") for _, run in runs for row in run.samples):
         prompts = dict.fromkeys(row["prompt"] for _, run in runs for row in run.samples if row.get("split") == split)
         for prompt in list(prompts)[:PROMPTS_PER_SPLIT]:
-            rows = [SampleRow(label, [answers.get((label, split, prompt, p)) for p in policies]) for label, _ in runs]
-            chosen.append(SamplePrompt(str(split), prompt, rows))
+            rows = {label: [answers.get((label, split, prompt, p)) for p in policies] for label, _ in runs}
+            chosen.append(SamplePrompt(str(split), prompt, _merge_alike(rows)))
     return chosen
+
+
+def _merge_alike(rows: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> list[SampleRow]:
+    labels: dict[tuple[str | None, ...], list[str]] = {}
+    for label, responses in rows.items():
+        labels.setdefault(tuple(r["response"] if r else None for r in responses), []).append(label)
+    return [SampleRow(", ".join(found), rows[found[0]]) for found in labels.values()]
 
 
 def sample_policies(c: Comparison) -> list[str]:

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from lockstep.compare.claims import PERCENT
 from lockstep.compare.groups import Comparison, Group
 from lockstep.compare.records import Estimate
 from lockstep.compare.tables import REWARD_MODEL_METRICS
@@ -83,10 +84,10 @@ def gold(c: Comparison) -> Figure | None:
     splits = [s for s in c.splits if metric and c.has(metric, s)]
     if not splits:
         return None
-    figure, axes = _panels(len(splits), height=0.9 + 0.42 * len(c.policies) + 0.1 * len(c.groups), sharey=True)
+    figure, axes = _panels(len(splits), height=_dots_height(c, c.policies), share=True)
     for ax, split in zip(axes, splits, strict=True):
         policy_dots(ax, c, split, metric)
-        ax.set_title(f"{'Gold score' if metric == 'gold' else 'Score'}, {split} prompts")
+        ax.set_title(f"{'Gold score' if metric == 'gold' else 'Score'}, {'held-out' if split == 'heldout' else split} prompts")
     _legend(figure, c)
     return figure
 
@@ -95,7 +96,7 @@ def parts(c: Comparison) -> Figure | None:
     found = [m for m in PARTS if c.split and c.has(m, c.split)]
     if not found:
         return None
-    figure, axes = _panels(len(found), height=0.9 + 0.36 * len(c.policies) + 0.1 * len(c.groups), sharey=True)
+    figure, axes = _panels(len(found), height=_dots_height(c, c.policies), share=True)
     for ax, metric in zip(axes, found, strict=True):
         policy_dots(ax, c, c.split, metric)
         ax.set_title(metric.capitalize())
@@ -106,23 +107,23 @@ def parts(c: Comparison) -> Figure | None:
 def ability(c: Comparison) -> Figure | None:
     if not (c.split and c.has("ability", c.split)):
         return None
-    figure, (ax,) = _panels(1, height=0.7 + 0.4 * len(c.policies) + 0.1 * len(c.groups), width=6.0)
+    figure, (ax,) = _panels(1, height=_dots_height(c, c.policies), width=6.0)
     policy_dots(ax, c, c.split, "ability", percent=True)
     _legend(figure, c)
     return figure
 
 
 def curves(c: Comparison) -> Figure | None:
-    """Learning curves of the stages that have an objective, two panels a row."""
+    """Learning curves of the stages that have an objective."""
     found = [m for m in CURVES if c.stages_with(m)]
     if not found:
         return None
-    figure, axes = _panels(len(found), height=2.5, columns=2)
+    figure, axes = _panels(len(found), height=2.4, columns=3)
     stages = list(dict.fromkeys(s for m in found for s in c.stages_with(m)))
     for ax, metric in zip(axes, found, strict=True):
         draw_curves(ax, c, metric, stages)
         ax.set_title(CURVES[metric])
-    for ax in axes[-2:]:
+    for ax in axes[-3:]:
         ax.set_xlabel("step")
     _legend(figure, c, stages)
     return figure
@@ -148,7 +149,7 @@ def losses(c: Comparison) -> Figure | None:
 
 
 def frontier(c: Comparison) -> Figure | None:
-    """Gold against the square root of KL (Gao et al. 2022): what each nat of drift buys, and when it stops paying."""
+    """Gold against the square root of KL (Gao et al. 2022): what drift buys, and when it stops paying."""
     stages = [s for s in c.stages_with("objective/gold") if s in c.stages_with("objective/kl")]
     evaluated = c.split is not None and c.has("kl", c.split) and c.has("gold", c.split)
     if not stages and not evaluated:
@@ -156,13 +157,16 @@ def frontier(c: Comparison) -> Figure | None:
     figure, (ax,) = _panels(1, height=3.6, width=6.4)
     for g, colour in _coloured(c):
         for stage, line in zip(stages, _styles(stages), strict=True):
-            kl, value = g.curve(stage, "objective/kl", points=40), g.curve(stage, "objective/gold", points=40)
+            kl, value = g.curve(stage, "objective/kl", points=25), g.curve(stage, "objective/gold", points=25)
             if kl and value and len(kl.mean) == len(value.mean):
                 ax.plot(np.sqrt(np.maximum(kl.mean, 0)), value.mean, color=colour, linestyle=line, alpha=0.75)
-        for policy in c.policies if evaluated else ():
+        for i, policy in enumerate([c.baseline, *c.after_baseline] if evaluated else []):
             drift, value = g.policy(c.split, policy, "kl"), g.policy(c.split, policy, "gold")
             if drift and value:
-                _point(ax, np.sqrt(max(drift.mean, 0)), value, colour, policy if g is c.groups[0] else None)
+                _point(ax, np.sqrt(max(drift.mean, 0)), value, colour)
+                if g is c.groups[0]:
+                    side = (6, 8) if i % 2 else (6, -14)  # neighbours are often close
+                    ax.annotate(policy, (np.sqrt(max(drift.mean, 0)), value.mean), xytext=side, textcoords="offset points")
     ax.set_xlabel("√KL to the reference, √nats")
     ax.set_ylabel("gold score")
     _legend(figure, c, stages)
@@ -171,10 +175,10 @@ def frontier(c: Comparison) -> Figure | None:
 
 def reward_model(c: Comparison) -> Figure | None:
     """Accuracies as dots, a single labeler's agreement with gold first: the bar to pass."""
-    found = [m for m, (_, percent) in REWARD_MODEL_METRICS.items() if percent and m in c.reward_model_metrics]
+    found = [m for m, (_, form) in REWARD_MODEL_METRICS.items() if form == PERCENT and m in c.reward_model_metrics]
     if not found:
         return None
-    figure, (ax,) = _panels(1, height=0.7 + 0.4 * len(found) + 0.1 * len(c.groups), width=7.2)
+    figure, (ax,) = _panels(1, height=_dots_height(c, found), width=7.2)
     titles = [REWARD_MODEL_METRICS[m][0] for m in found]
     draw_dots(ax, c, titles, lambda g, i: (g.reward_model(found[i]), []))
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -246,7 +250,8 @@ def draw_dots(
     ax: Axes, c: Comparison, labels: Sequence[str], of: Callable[[Group, int], tuple[Estimate | None, Sequence[Estimate]]]
 ) -> None:
     """One row per label, one dot with its interval per group; each seed as a small ring where there are several."""
-    offsets = np.linspace(-0.24, 0.24, len(c.groups)) if len(c.groups) > 1 else [0.0]
+    spacing = min(0.22, 0.7 / len(c.groups))
+    offsets = (np.arange(len(c.groups)) - (len(c.groups) - 1) / 2) * spacing
     for (g, colour), offset in zip(_coloured(c), offsets, strict=True):
         for i in range(len(labels)):
             estimate, seeds = of(g, i)
@@ -262,7 +267,7 @@ def draw_dots(
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
     ax.spines["left"].set_visible(False)
-    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
 def draw_curves(ax: Axes, c: Comparison, metric: str, stages: Sequence[str]) -> None:
@@ -282,11 +287,9 @@ def _draw(ax: Axes, g: Group, stage: str, metric: str, colour: str, line, marker
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
-def _point(ax: Axes, x: float, y: Estimate, colour: str, label: str | None) -> None:
+def _point(ax: Axes, x: float, y: Estimate, colour: str) -> None:
     ax.plot([x, x], [y.low, y.high], color=colour, linewidth=1)
     ax.plot(x, y.mean, "o", color=colour, markersize=6)
-    if label:
-        ax.annotate(label, (x, y.mean), xytext=(7, -3), textcoords="offset points", fontsize=8.5)
 
 
 def _bars(ax: Axes, c: Comparison, values: dict[str, list[float | None]]) -> None:
@@ -321,17 +324,21 @@ def _style(ink: dict[str, str]) -> dict[str, object]:
     return {**STYLE, **text, "grid.color": ink["faint"], "axes.edgecolor": ink["faint"], "xtick.labelcolor": ink["text"]}
 
 
-def _panels(count: int, *, height: float, width: float = 9.6, columns: int | None = None, sharey: bool = False):
+def _panels(count: int, *, height: float, width: float = 10.3, columns: int | None = None, share: bool = False):
     """A figure of ``count`` panels, each ``height`` inches high; the surplus of the last row is switched off."""
     columns = min(columns or count, count)
     rows = -(-count // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(width, height * rows + 0.35), squeeze=False, sharey=sharey, layout="constrained"
+        rows, columns, figsize=(width, height * rows + 0.35), squeeze=False, sharex=share, sharey=share, layout="constrained"
     )
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     for ax in axes.flat[count:]:
         ax.set_visible(False)
     return figure, list(axes.flat[:count])
+
+
+def _dots_height(c: Comparison, rows: Sequence[str]) -> float:
+    return 0.8 + len(rows) * max(0.4, 0.12 * len(c.groups))
 
 
 def _coloured(c: Comparison) -> list[tuple[Group, str]]:

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lockstep.compare.claims import Claim, number
+from lockstep.compare.claims import PERCENT, SCORE, Claim, by_text, show
 from lockstep.compare.groups import Comparison, Group
 from lockstep.compare.records import Estimate
 
-# metric -> (title, is it a proportion?)
+# metric -> (title, how its number is written)
 POLICY_METRICS = {
-    "gold": ("gold score", False),
-    "helpful": ("helpful", False),
-    "truthful": ("truthful", False),
-    "harmless": ("harmless", False),
-    "score": ("reward model's score", False),
-    "win_rate": ("win rate against {baseline}", True),
-    "ability": ("ability", True),
-    "kl": ("KL to {baseline}, nats per response", False),
-    "length": ("length, tokens", False),
-    "finished": ("finished", True),
+    "gold": ("gold score", SCORE),
+    "helpful": ("helpful", SCORE),
+    "truthful": ("truthful", SCORE),
+    "harmless": ("harmless", SCORE),
+    "score": ("reward model's score", SCORE),
+    "win_rate": ("win rate against {baseline}", PERCENT),
+    "ability": ("ability", PERCENT),
+    "kl": ("KL to {baseline}, nats", SCORE),
+    "length": ("length, tokens", SCORE),
+    "finished": ("finished", PERCENT),
 }
 REWARD_MODEL_METRICS = {
-    "labeler_agreement/gold": ("a single labeler, against gold", True),
-    "accuracy/gold": ("reward model, against gold", True),
-    "accuracy/training_labelers": ("reward model, against training labelers", True),
-    "accuracy/heldout_labelers": ("reward model, against held-out labelers", True),
-    "ece": ("expected calibration error", False),
-    "brier": ("Brier score", False),
+    "labeler_agreement/gold": ("a single labeler vs gold", PERCENT),
+    "accuracy/gold": ("reward model vs gold", PERCENT),
+    "accuracy/training_labelers": ("reward model vs training labelers", PERCENT),
+    "accuracy/heldout_labelers": ("reward model vs held-out labelers", PERCENT),
+    "ece": ("calibration error", ".3f"),
+    "brier": ("Brier score", ".3f"),
 }
 MOST_COLUMNS = 5  # more groups than this become rows, so that a sweep still fits a terminal
+
+Cell = Callable[[Group, str], str]
 
 
 @dataclass(frozen=True)
@@ -41,54 +44,94 @@ class Table:
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    section_starts: frozenset[int] = field(default_factory=frozenset)  # rows that begin a new block
+    headings: frozenset[int] = frozenset()  # rows that name the block below them
 
 
-def tables(c: Comparison, found: Sequence[Claim]) -> list[Table]:
+def tables(c: Comparison, found: Sequence[Claim]) -> dict[str, Table]:
     """Everything that the numbers are good for; a table without rows is left out."""
-    every = [policies(c), reward_model(c), stages(c), configuration(c), checklist(found)]
-    return [table for table in every if table.rows]
+    every = {
+        "claims": checklist(found),
+        "policies": policies(c),
+        "reward_model": reward_model(c),
+        "time": stages(c),
+        "configuration": configuration(c),
+    }
+    return {name: table for name, table in every.items() if table.rows}
 
 
 def policies(c: Comparison) -> Table:
-    """Metric by metric: policies down, groups across; the other way round for many groups."""
-    rows: list[list[str]] = []
-    starts = set()
-    across = c.policies if _wide(c) else [g.label for g in c.groups]
-    for split in c.splits:
-        for metric, (title, percent) in POLICY_METRICS.items():
-            if not c.has(metric, split):
-                continue
+    """Every metric on every split."""
+    return _policy_table(c, [(split, metric) for split in c.splits for metric in POLICY_METRICS])
 
-            def cell(g: Group, policy: str, metric=metric, percent=percent, split=split) -> str:
-                return show(g.policy(split, policy, metric), percent)
 
-            name = title.format(baseline=c.baseline) + ("" if split == c.split else f" ({split})")
-            starts.add(len(rows))
-            if _wide(c):
-                block = [[g.label, *(cell(g, p) for p in c.policies)] for g in c.groups]
-            else:
-                block = [[p, *(cell(g, p) for g in c.groups)] for p in c.policies if any(cell(g, p) != "" for g in c.groups)]
-            rows += [[name if i == 0 else "", *row] for i, row in enumerate(block)]
-    corner = "run" if _wide(c) else "policy"
-    return Table(f"Policies on {c.split} prompts", ["", corner, *across], rows, frozenset(starts))
+def policies_in_short(c: Comparison) -> Table:
+    """The few numbers for a terminal: what was gained, and at which price."""
+    score = "gold" if c.has("gold") else "score"
+    rest = [split for split in c.splits if split != c.split]
+    return _policy_table(c, [*((c.split, m) for m in (score, "win_rate", "ability", "kl")), *((s, score) for s in rest)])
+
+
+def _policy_table(c: Comparison, chosen: Sequence[tuple[str, str]]) -> Table:
+    blocks: dict[str, Cell] = {}
+    for split, metric in chosen:
+        if c.has(metric, split):
+            title, form = POLICY_METRICS[metric]
+            name = title.format(baseline=c.baseline) + ("" if split == c.split else f", {split}")
+            blocks[name] = lambda g, p, s=split, m=metric, f=form: _cell(c, g.policy(s, p, m), f)
+    return _table("Policies", c, c.policies, blocks)
 
 
 def reward_model(c: Comparison) -> Table:
-    known = [m for m in REWARD_MODEL_METRICS if m in c.reward_model_metrics]
-    rest = [m for m in c.reward_model_metrics if m not in REWARD_MODEL_METRICS]
-    lines = [(*REWARD_MODEL_METRICS.get(m, (m, False)), m) for m in [*known, *rest]]
-    return _by_group("Reward model", c, [(t, lambda g, m=m, p=p: show(g.reward_model(m), p)) for t, p, m in lines])
+    known = {title: (metric, form) for metric, (title, form) in REWARD_MODEL_METRICS.items() if metric in c.reward_model_metrics}
+    unknown = {m: (m, SCORE) for m in c.reward_model_metrics if m not in REWARD_MODEL_METRICS}
+    lines = known | unknown
+
+    def cell(g: Group, title: str) -> str:
+        metric, form = lines[title]
+        return _cell(c, g.reward_model(metric), form)
+
+    return _table("Reward model", c, list(lines), {"": cell})
 
 
 def stages(c: Comparison) -> Table:
-    """Seconds of each stage, and how fast it went."""
-    lines: list[tuple[str, Callable[[Group], str]]] = []
-    for name in c.stage_names:
-        lines.append((f"{name}, seconds", lambda g, n=name: _seconds(g, n)))
-    for name in c.stages_with("perf/tokens_per_second"):
-        lines.append((f"{name}, tokens per second", lambda g, n=name: _speed(g, n)))
-    return _by_group("Time", c, lines)
+    return _table("Time", c, c.stage_names, {"seconds": _seconds, "tokens per second": _speed})
+
+
+def _seconds(g: Group, stage: str) -> str:
+    found = g.stages(stage)
+    seconds = [s.seconds for s in found if s.seconds is not None]
+    unfinished = ", ".join(sorted({s.status for s in found} - {"done"}))
+    text = f"{sum(seconds) / len(seconds):,.0f}" if seconds else ""
+    return f"{text} ({unfinished})".strip() if unfinished else text
+
+
+def _speed(g: Group, stage: str) -> str:
+    curve = g.curve(stage, "perf/tokens_per_second", points=1)
+    return f"{curve.mean[0]:,.0f}" if curve else ""
+
+
+def _table(title: str, c: Comparison, items: Sequence[str], blocks: Mapping[str, Cell]) -> Table:
+    """Block under block: items down and groups across, or the other way round for many groups."""
+    labels = [g.label for g in c.groups]
+    rows: list[list[str]] = []
+    starts = set()
+    for name, cell in blocks.items():
+        grid = [[item, *(cell(g, item) for g in c.groups)] for item in items]
+        grid = [row for row in grid if any(row[1:])]
+        if _wide(c):
+            grid = [[label, *(cell(g, item) for item in items)] for label, g in zip(labels, c.groups, strict=True)]
+        if name and any(any(row[1:]) for row in grid):
+            starts.add(len(rows))
+            rows.append([name, *[""] * (len(grid[0]) - 1)])
+        rows += grid if any(any(row[1:]) for row in grid) else []
+    return Table(title, ["", *(items if _wide(c) else labels)], rows, frozenset(starts))
+
+
+def _cell(c: Comparison, estimate: Estimate | None, form: str) -> str:
+    """The interval in full, or its half width where there are many columns."""
+    if estimate is None or not _wide(c) or estimate.low == estimate.high:
+        return show(estimate, form)
+    return f"{estimate.mean:{form}} ±{(estimate.high - estimate.low) / 2:{form}}"
 
 
 def configuration(c: Comparison) -> Table:
@@ -100,39 +143,18 @@ def configuration(c: Comparison) -> Table:
 
 
 def checklist(found: Sequence[Claim]) -> Table:
-    return Table("Claims", ["", "claim", "run", "because"], [[f.verdict, f.text, f.where, f.because] for f in found])
-
-
-def _by_group(title: str, c: Comparison, lines: Sequence[tuple[str, Callable[[Group], str]]]) -> Table:
-    if _wide(c):
-        rows = [[g.label, *(cell(g) for _, cell in lines)] for g in c.groups]
-        return Table(title, ["run", *(name for name, _ in lines)], rows if lines else [])
-    return Table(title, ["", *(g.label for g in c.groups)], [[name, *(cell(g) for g in c.groups)] for name, cell in lines])
+    """One row per claim: its verdict, or its verdicts where the groups differ."""
+    rows = []
+    for text, members in by_text(found):
+        where = {v: ", ".join(m.where for m in members if m.verdict == v) for v in ("yes", "unclear", "no")}
+        where = {verdict: labels for verdict, labels in where.items() if labels}
+        verdict = "; ".join(f"{v}: {labels}" for v, labels in where.items()) if len(where) > 1 else next(iter(where))
+        rows.append([text, verdict])
+    return Table("Claims", ["claim", "holds"], rows)
 
 
 def _wide(c: Comparison) -> bool:
     return len(c.groups) > MOST_COLUMNS
-
-
-def _seconds(g: Group, name: str) -> str:
-    found = g.stages(name)
-    seconds = [s.seconds for s in found if s.seconds is not None]
-    unfinished = sorted({s.status for s in found} - {"done"})
-    text = number(sum(seconds) / len(seconds)) if seconds else ""
-    return f"{text} ({', '.join(unfinished)})".strip() if unfinished else text
-
-
-def _speed(g: Group, name: str) -> str:
-    speed = g.curve(name, "perf/tokens_per_second", points=1)
-    return f"{speed.mean[0]:,.0f}" if speed else ""
-
-
-def show(e: Estimate | None, percent: bool = False) -> str:
-    """'1.41 [1.30, 1.52]', or nothing; no interval where there is none."""
-    if e is None:
-        return ""
-    mean = number(e.mean, percent)
-    return mean if e.low == e.high else f"{mean} [{number(e.low, percent)}, {number(e.high, percent)}]"
 
 
 # ----------------------------------------------------------------------------------------------------------- rendering
@@ -141,13 +163,13 @@ VERDICT_STYLE = {"yes": "green", "unclear": "yellow", "no": "red"}
 
 
 def to_rich(table: Table) -> RichTable:
-    rich = RichTable(title=table.title, title_justify="left", title_style="bold", header_style="dim")
-    for i, name in enumerate(table.header):
-        rich.add_column(name, justify="left" if i < 2 or table.title == "Claims" else "right")
+    rich = RichTable(header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in table.header:
+        rich.add_column(name, no_wrap=name == table.header[0])
     for i, row in enumerate(table.rows):
-        if i in table.section_starts:
+        if i in table.headings and i > 0:
             rich.add_section()
-        rich.add_row(*map(Text, row), style=VERDICT_STYLE.get(row[0]))
+        rich.add_row(*map(Text, row), style="bold" if i in table.headings else VERDICT_STYLE.get(row[1]))
     return rich
 
 
@@ -156,4 +178,5 @@ def to_markdown(table: Table) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
     rule = "|" + "---|" * len(table.header)
-    return "\n".join([f"## {table.title}", "", line(table.header), rule, *map(line, table.rows)])
+    rows = [[f"**{row[0]}**", *row[1:]] if i in table.headings else row for i, row in enumerate(table.rows)]
+    return "\n".join([f"## {table.title}", "", line(table.header), rule, *map(line, rows)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ class Answered:
 
 def _column(row: Columns, name: str, kinds: type | tuple[type, ...], expected: str) -> Any:
     if row.get(name) is None:
-        raise BadRow("a missing column", f"no '{name}'. The row has: {listing(row)}.")
+        raise BadRow("a missing column", f"no '{name}'. The row has: {listing(key for key in row if row[key] is not None)}.")
     if not isinstance(row[name], kinds):
         raise BadRow("a wrong type", f"'{name}' should be {expected}, not {type(row[name]).__name__}.")
     return row[name]
@@ -94,7 +95,7 @@ def _message(value: Any, where: str) -> Message:
     if str(value[role]) not in ROLES:
         raise BadRow("an unknown role", f"'{where}' is by {value[role]!r}. Roles: {listing(ROLES)}.")
     if not isinstance(value[content], str) or not value[content].strip():
-        raise BadRow("an empty message", f"'{where}' should have text in '{content}', not {value[content]!r}.")
+        raise BadRow("an empty message", f"'{where}' should have text in '{content}', not {reprlib.repr(value[content])}.")
     return Message(ROLES[value[role]], value[content])
 
 
@@ -110,9 +111,7 @@ def _hh_messages(text: str) -> tuple[Message, ...]:
     """The turns, without the white space around them. The transcripts were made by splitting and joining text, and a
     few in a thousand did not survive it: hence `LeftOut`."""
     _, *parts = _HH_TURN.split(text.strip())
-    turns = tuple(
-        Message(ROLES[name.lower()], content.strip()) for name, content in zip(parts[::2], parts[1::2], strict=True)
-    )
+    turns = tuple(Message(ROLES[name.lower()], content.strip()) for name, content in zip(parts[::2], parts[1::2], strict=True))
     if not all(turn.content for turn in turns):
         raise LeftOut("transcripts with an empty turn")
     return turns
@@ -208,7 +207,8 @@ def _dialogue_in(name: str) -> Callable[[Columns], Answered]:
 
 def _instruction(row: Columns) -> Answered:
     """Alpaca's: 'input' is what the instruction is about, empty where it needs nothing."""
-    text = "\n\n".join(part for part in (_text(row, "instruction"), row.get("input")) if part)
+    about = [_column(row, "input", str, "text")] if row.get("input") else []
+    text = "\n\n".join([_text(row, "instruction"), *about])
     prompt = _prompt(row, (Message("user", text),))
     return Answered(prompt, (_text(row, "output"),), (0,)) if "output" in row else Answered(prompt)
 
@@ -241,7 +241,7 @@ def _ranked_by(name: str, best: Callable[[float], float]) -> Callable[[Columns],
                 f"two or more completions and as many {name} are needed, not {len(texts)} and {len(numbers)}.",
             )
         if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
-            raise BadRow("a wrong type", f"'{name}' should be numbers, not {numbers!r}.")
+            raise BadRow("a wrong type", f"'{name}' should be numbers, not {reprlib.repr(numbers)}.")
         order = sorted({best(n) for n in numbers})
         ranks = tuple(order.index(best(n)) for n in numbers)
         return _answered(row, texts, ranks)

@@ -165,7 +165,9 @@ class Files(DataSource):
             raise DataError(f"data.{noun}[{empty}] ({sources[empty].path}) has a weight, but all of its rows are held out.")
         weights = [source.weight for source in sources]
         counts = row_counts([len(part) for part in parts], weights)
-        passes = (f"{source.path} {count / len(part):.1f} times" for source, count, part in zip(sources, counts, parts, strict=True))
+        passes = (
+            f"{source.path} {count / len(part):.1f} times" for source, count, part in zip(sources, counts, parts, strict=True)
+        )
         print(f"data.{noun}: one epoch is {sum(counts)} rows, going through {', '.join(passes)}.")
         return mix(parts, weights)
 

@@ -113,7 +113,7 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _csv(path: Path) -> Iterator[tuple[int, Any]]:
     with _open(path) as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, restkey="(without a header)")
         for row in reader:
             yield reader.line_num, row
 
@@ -141,13 +141,17 @@ def _suffix(path: Path) -> str:
     return "".join(path.suffixes[-kept:])
 
 
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error)
+"""What the formats raise for files that are cut short, not UTF-8, or not what their name says."""
+
+
 def _file(path: Path) -> Iterator[Row]:
     if _suffix(path) not in FORMATS:
         raise DataError(f"{path} is of no format that is read here. Formats: {', '.join(FORMATS)}.")
     try:
         for number, row in FORMATS[_suffix(path)](path):
             yield f"{path}:{number}", row
-    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:  # cut short, not UTF-8, not what its name says
+    except _UNREADABLE as error:
         raise DataError(f"{path} cannot be read as {_suffix(path)}: {error}") from error
 
 

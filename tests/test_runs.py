@@ -1,0 +1,277 @@
+"""Whole runs, through the same entry as the command line."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from runs import DECODER, PPO_ONLY, TINY, tiny
+
+from lockstep import checkpoints
+from lockstep.errors import CheckpointError, ConfigError
+from lockstep.runner import Experiment
+from lockstep.composition import compose
+
+
+def lines(run, stage, name="metrics"):
+    folder = run.parent / checkpoints.read_json(run / "run.json")["stages"][stage]["folder"]
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def output(run, stage):
+    return run.parent / checkpoints.read_json(run / "run.json")["stages"][stage]["folder"] / "output"
+
+
+def weights(run, stage):
+    return checkpoints.read_weights(output(run, stage))
+
+
+@pytest.fixture(scope="module", params=["torch", "jax"])
+def pipeline(request, tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("runs"), f"backend={request.param}")
+
+
+def test_pipeline_records_every_stage_in_a_folder_that_explains_itself(pipeline):
+    record = checkpoints.read_json(pipeline / "run.json")
+    assert record["status"] == "done"
+    assert list(record["stages"]) == ["pretrain", "sft", "reward", "ppo", "ppo_ptx", "evaluate"]
+    assert all(stage["status"] == "done" for stage in record["stages"].values())
+    assert (pipeline / "config.yaml").exists()
+    assert [row["step"] for row in lines(pipeline, "ppo")] == [0, 1, 2]
+    assert {"prompt", "response", "score"} <= lines(pipeline, "ppo", "samples")[0].keys()
+
+
+def test_pipeline_evaluates_every_policy_with_intervals(pipeline):
+    evaluation = checkpoints.read_json(output(pipeline, "evaluate") / "evaluation.json")
+    assert list(evaluation["splits"]["heldout"]) == ["pretrain", "sft", "ppo", "ppo_ptx"]
+    gold = evaluation["splits"]["heldout"]["ppo"]["gold"]
+    assert gold["low"] <= gold["mean"] <= gold["high"] and gold["n"] == 6
+    assert evaluation["splits"]["heldout"]["sft"]["kl"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert evaluation["splits"]["heldout"]["sft"]["win_rate"]["mean"] == 0.5
+    assert 0 <= evaluation["reward_model"]["accuracy/gold"]["mean"] <= 1
+
+
+def test_first_iteration_starts_on_policy_and_on_the_reference(pipeline):
+    first = lines(pipeline, "ppo")[0]
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert first["policy/approx_kl"] == pytest.approx(0, abs=1e-10)
+    assert first["policy/clip_fraction"] == 0
+    assert first["policy/loss"] == pytest.approx(0, abs=1e-5)
+    assert first["sampler/mismatch_max"] < 1e-4
+
+
+def test_outputs_open_in_transformers(pipeline):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    policy = AutoModelForCausalLM.from_pretrained(output(pipeline, "ppo"))
+    tokenizer = AutoTokenizer.from_pretrained(output(pipeline, "ppo"))
+    reward_model, info = AutoModelForSequenceClassification.from_pretrained(
+        output(pipeline, "reward"), output_loading_info=True
+    )
+    assert tokenizer.vocab_size <= policy.config.vocab_size
+    assert reward_model.config.num_labels == 1
+    assert not info["missing_keys"]
+
+
+def test_backends_write_checkpoints_that_the_other_continues(tmp_path, pipeline):
+    name = checkpoints.read_json(pipeline / "run.json")["backend"]["name"]
+    other = {"torch": "jax", "jax": "torch"}[name]
+    source = output(pipeline, "sft")
+    stages = ["~stages.pretrain", "~stages.reward", "~stages.ppo", "stages.sft.policy=new"]
+    run = tiny(tmp_path, f"backend={other}", *PPO_ONLY, *stages, policy=["policy=huggingface", f"policy.path={source}"])
+    assert checkpoints.read_json(run / "run.json")["status"] == "done"
+
+
+def test_the_same_command_again_trains_nothing(pipeline, capsys):
+    record = checkpoints.read_json(pipeline / "run.json")
+    before = {p: p.stat().st_mtime_ns for p in pipeline.parent.glob("stages/*/metrics.jsonl")}
+    again = tiny(pipeline.parent, f"backend={record['backend']['name']}")
+    assert again == pipeline
+    assert {p: p.stat().st_mtime_ns for p in pipeline.parent.glob("stages/*/metrics.jsonl")} == before
+
+
+def test_a_changed_kl_coefficient_shares_the_stages_before_ppo(pipeline):
+    name = checkpoints.read_json(pipeline / "run.json")["backend"]["name"]
+    changed = tiny(pipeline.parent, f"backend={name}", "algorithm.kl_coef=0.5", "~stages.ppo_ptx", "~stages.evaluate")
+    old, new = (checkpoints.read_json(run / "run.json")["stages"] for run in (pipeline, changed))
+    assert all(old[stage]["folder"] == new[stage]["folder"] for stage in ("pretrain", "sft", "reward"))
+    assert old["ppo"]["folder"] != new["ppo"]["folder"]
+
+
+# ----------------------------------------------------------------------------------------------------------- resuming
+
+
+def without_timings(rows):
+    return [{k: v for k, v in row.items() if not k.startswith("perf/") and k != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_run_stopped_by_ctrl_c_goes_on_bit_for_bit(tmp_path, backend):
+    options = [f"backend={backend}", *PPO_ONLY, "algorithm.iterations=6", "algorithm.kl_target=0.5", "algorithm.kl_horizon=100",
+               "algorithm.optimizer.ema_decay=0.9", "checkpoint_every=2", "stages.ppo.reward_model.source=reward"]  # fmt: skip
+    whole = tiny(tmp_path / "whole", *options)
+    command = [sys.executable, "-m", "lockstep", "run", *TINY, *DECODER, f"folder={tmp_path / 'cut'}", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while not (found := list((tmp_path / "cut").glob("stages/ppo-*/metrics.jsonl"))) or not found[0].read_text():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        printed = process.communicate()[0]
+    stopped = process.returncode
+    cut = tiny(tmp_path / "cut", *options)
+    if stopped == 130:  # a fast machine may have finished first
+        assert "Run the same command to go on" in printed
+    assert without_timings(lines(cut, "ppo")) == without_timings(lines(whole, "ppo"))
+    one, other = weights(cut, "ppo"), weights(whole, "ppo")
+    assert all(np.array_equal(one[name], other[name]) for name in other)
+
+
+def stop_after(monkeypatch, steps):
+    """Make the run stop, as Ctrl-C does, after so many steps of PPO."""
+    from lockstep_rlhf.ppo import PPO
+
+    step = PPO.step
+
+    def counted(self, number):
+        metrics = step(self, number)
+        if number + 1 == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return metrics
+
+    monkeypatch.setattr(PPO, "step", counted)
+
+
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(tmp_path, monkeypatch, caplog):
+    from lockstep.runner import Stopped
+
+    options = [*PPO_ONLY, "algorithm.iterations=5", "checkpoint_every=1"]
+    whole = tiny(tmp_path / "whole", *options)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Stopped, match="after step 4 of 5"):
+            tiny(tmp_path / "cut", *options)
+    newest = max((tmp_path / "cut").glob("stages/ppo-*/checkpoints/*")) / "learner.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    cut = tiny(tmp_path / "cut", *options)
+    assert "learner.safetensors changed since it was written" in caplog.text
+    assert without_timings(lines(cut, "ppo")) == without_timings(lines(whole, "ppo"))
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_it_and_says_so(tmp_path, monkeypatch):
+    options = [*PPO_ONLY, "algorithm.iterations=4", "checkpoint_every=2"]
+    real = checkpoints.save_file
+    full = {"now": False}
+
+    def save_file(tensors, path, **rest):
+        if full["now"]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, **rest)
+
+    from lockstep_rlhf.ppo import PPO
+
+    step = PPO.step
+
+    def filling(self, number):
+        full["now"] = number == 3
+        return step(self, number)
+
+    monkeypatch.setattr(checkpoints, "save_file", save_file)
+    monkeypatch.setattr(PPO, "step", filling)
+    with pytest.raises(CheckpointError, match="No space left on device.*Make room and run the same command again"):
+        tiny(tmp_path, *options)
+    assert [p.name for p in tmp_path.glob("stages/ppo-*/checkpoints/*")] == ["00000002"]
+    monkeypatch.undo()
+    assert [row["step"] for row in lines(tiny(tmp_path, *options), "ppo")] == [0, 1, 2, 3]
+
+
+# ------------------------------------------------------------------------------------------------------------ options
+
+OPTIONS = [
+    ["algorithm.value_network=shared"],
+    ["algorithm.kl_target=1.0", "algorithm.kl_horizon=100"],
+    ["algorithm.whiten_rewards=true", "algorithm.whiten_advantages=false"],
+    ["algorithm.importance_cap=2.0", "algorithm.unfinished_score=null"],
+    ["algorithm.ptx_coef=1.0", "algorithm.micro_batch_size=3"],
+    ["algorithm.minibatches=4", "algorithm.epochs=2", "algorithm.gamma=0.99", "algorithm.temperature=0.7"],
+    ["algorithm.optimizer.tf_style=true", "algorithm.optimizer.ema_decay=0.992", "algorithm.optimizer.weight_decay=0.1"],
+    ["algorithm.schedule={shape: linear, warmup_steps: 1, initial: 0.1, final: 0.0}", "algorithm.optimizer.max_grad_norm=null"],
+    ["sft.prompt_loss=true", "sft.pretrain_mix=0.25", "sft.micro_batch_size=5"],
+    ["reward.normalise=gain_and_bias", "reward.micro_batch_size=3", "reward_model.micro_batch_size=null"],
+    ["reward.normalise=none", "reward.schedule.shape=constant"],
+    ["backend.precision=bfloat16"],
+    ["policy.tied=false", "policy.kv_heads=2"],
+    ["reward_model=function", "reward_model.function=reward_functions:shortness", "~stages.reward"],
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+def test_every_option_runs_end_to_end(tmp_path, options):
+    run = tiny(tmp_path, *PPO_ONLY, *options, "algorithm.iterations=2")
+    rows = lines(run, "ppo")
+    assert len(rows) == 2
+    assert all(np.isfinite(row["loss"]) and np.isfinite(row["objective/kl"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["algorithm.value_network=shared", "algorithm.ptx_coef=1.0", "algorithm.micro_batch_size=4", "algorithm.minibatches=2"],
+        ["backend.precision=bfloat16", "policy.tied=false", "algorithm.optimizer.tf_style=true", "sft.prompt_loss=true"],
+    ],
+    ids=" ".join,
+)
+def test_options_run_end_to_end_on_jax(tmp_path, options):
+    test_every_option_runs_end_to_end(tmp_path, ["backend=jax", *options])
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+MISTAKES = {
+    "algorithm.batch_size=64 is not divisible by algorithm.minibatches=6. Set minibatches to one of 1, 2, 4, 8": [
+        "algorithm.batch_size=64", "algorithm.minibatches=6"],
+    "No algorithm named 'pppo' for backend 'torch'. Did you mean 'ppo'?": ["algorithm.name=pppo"],
+    "Could not override 'algorithm.kl_coeff'": ["algorithm.kl_coeff=0.1"],
+    "stages.ppo.algorithm.kl_coef='high' should be float, not str.": ["algorithm.kl_coef=high"],
+    "stages.sft reads the stage 'pretrian', which does not come before it. Did you mean 'pretrain'?": [
+        "stages.sft.policy=pretrian"],
+    "schedule.shape='cosin' is not one of constant, linear, cosine": ["sft.schedule.shape=cosin"],
+    "Unknown key stages.ppo_ptx.changes.ptx_coeff. Did you mean 'ptx_coef'?": ["+stages.ppo_ptx.changes.ptx_coeff=1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", MISTAKES, ids=lambda m: m[:40])
+def test_a_mistake_gives_one_clear_error_before_anything_is_written(tmp_path, message):
+    with pytest.raises(Exception) as caught:
+        Experiment(compose([*TINY, f"folder={tmp_path}", *MISTAKES[message]]))
+    assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_lengths_beyond_the_context_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"lengths.prompt \+ lengths.response = 32 \+ 24 exceeds the policy's context of 40"):
+        tiny(tmp_path, "policy.context_length=40", "pretrain.lengths.response=32")
+
+
+def test_the_command_line_prints_errors_without_a_traceback(tmp_path):
+    command = [sys.executable, "-m", "lockstep", "run", *TINY, f"folder={tmp_path}", "algorithm.name=pppo"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Did you mean 'ppo'?" in done.stdout and "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("backend", "other"), [("torch", "jax"), ("jax", "torch")])
+def test_a_run_on_one_backend_never_imports_the_other(tmp_path, backend, other):
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from pathlib import Path; from runs import tiny; "
+        f"tiny(Path({str(tmp_path)!r}), 'backend={backend}', 'algorithm.iterations=1'); "
+        f"assert '{other}' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
