@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from rich.console import Console
-
-from lockstep.compare import claims, compare, groups, print_summary, records
+from lockstep.compare import claims, compare, groups, print_summary, records, tables
 from lockstep.compare.records import Estimate
 from lockstep.errors import DataError, LockstepError
+from rich.console import Console
 
 POLICIES = ("pretrain", "sft", "ppo", "ppo_ptx")
 GOLD = {"pretrain": -1.9, "sft": 0.35, "ppo": 1.62, "ppo_ptx": 1.55}
@@ -121,7 +120,7 @@ def _evaluation(rng: np.random.Generator, gold: dict[str, float]) -> dict[str, A
         "reward_model": {
             "accuracy/gold": estimate(0.83, 0.012), "labeler_agreement/gold": estimate(0.74, 0.01),
             "accuracy/training_labelers": estimate(0.72, 0.012), "accuracy/heldout_labelers": estimate(0.69, 0.018),
-            "ece": estimate(0.04, 0.0), "brier": estimate(0.18, 0.0),
+            "ece": {"mean": 0.04, "n": 5000}, "brier": {"mean": 0.18, "n": 5000},
         },
     }  # fmt: skip
 
@@ -159,3 +158,275 @@ def page(report) -> str:
 
 def comparison_of(*folders: Path) -> groups.Comparison:
     return groups.group(records.read(folders))
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def test_a_path_without_runs_says_what_to_type(tmp_path):
+    with pytest.raises(LockstepError, match=r"No runs in .*lockstep compare runs/NAME"):
+        compare([tmp_path], tmp_path / "report")
+
+
+def test_a_mistyped_path_suggests_the_nearest_folder(tmp_path):
+    (tmp_path / "demo-torch").mkdir()
+    with pytest.raises(DataError, match=r"Did you mean '.*demo-torch'\?"):
+        records.read([tmp_path / "demo-torhc"])
+
+
+def test_a_run_folder_a_folder_of_runs_and_a_sweep_folder_are_all_understood(tmp_path):
+    a, b = write_run(tmp_path, "torch", 0), write_run(tmp_path, "torch", 1)
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    (sweep / "sweep.json").write_text(json.dumps({"runs": [f"../{b.name}"]}))
+    names = {
+        "run": [run.name for run in records.read([a]).runs],
+        "folder": [run.name for run in records.read([tmp_path]).runs],
+        "sweep": [run.name for run in records.read([sweep]).runs],
+        "twice": [run.name for run in records.read([a, tmp_path]).runs],
+    }
+    assert names == {"run": [a.name], "folder": [a.name, b.name], "sweep": [b.name], "twice": [a.name, b.name]}
+
+
+def test_unreadable_and_unfinished_runs_are_named_and_the_others_compared(tmp_path):
+    write_run(tmp_path, "torch", 0)
+    write_run(tmp_path, "torch", 1, evaluated=False, status="failed")
+    broken = write_run(tmp_path, "jax", 0)
+    (broken / "run.json").write_text('{"name": "demo')
+    c = comparison_of(tmp_path)
+    problems = " ".join(c.problems)
+    assert "demo-torch-1 is not finished (failed)" in problems
+    assert "demo-jax-0 cannot be read and is left out" in problems
+    assert [run.name for run in c.runs] == ["demo-torch-0", "demo-torch-1"]
+
+
+def test_if_no_run_can_be_read_the_error_names_them(tmp_path):
+    (write_run(tmp_path, "torch", 0) / "run.json").write_text("{}")
+    with pytest.raises(DataError, match="demo-torch-0 cannot be read and is left out: missing 'status'"):
+        records.read([tmp_path])
+
+
+def test_steps_repeated_after_a_resume_count_once_and_a_torn_line_is_skipped(tmp_path):
+    run = write_run(tmp_path, "torch", 0)
+    file = next(tmp_path.glob("stages/sft-*/metrics.jsonl"))
+    write_lines(file, [{"step": s, "loss": v} for s, v in ((0, 3.0), (1, 2.0), (2, 9.0), (1, 2.5), (2, 1.5))])
+    with open(file, "a") as stream:
+        stream.write('{"step": 3, "lo')
+    series = records.read([run]).runs[0].stages["sft"].metrics["loss"]
+    assert (series.steps.tolist(), series.values.tolist()) == ([0, 1, 2], [3.0, 2.5, 1.5])
+
+
+# ------------------------------------------------------------------------------------------------------------ grouping
+
+
+def test_runs_that_differ_only_by_seed_are_one_group(tmp_path):
+    c = comparison_of(*(write_run(tmp_path, "torch", seed) for seed in (2, 0, 1)))
+    assert [(g.label, [run.seed for run in g.runs]) for g in c.groups] == [("torch", [0, 1, 2])]
+
+
+def test_groups_are_named_by_backend_and_differing_keys(tmp_path):
+    runs = [write_run(tmp_path, b, 0, **{"ppo.kl_coef": k}) for b in ("torch", "jax") for k in (0.01, 0.05)]
+    c = comparison_of(*runs)
+    assert [g.label for g in c.groups] == ["torch, kl_coef=0.01", "torch, kl_coef=0.05", "jax, kl_coef=0.01", "jax, kl_coef=0.05"]
+    assert c.differing["ppo.kl_coef"] == ["0.01", "0.05", "0.01", "0.05"]
+
+
+def test_keys_that_follow_from_the_backend_do_not_name_groups_but_are_listed(tmp_path):
+    runs = [write_run(tmp_path, "torch", 0, **{"backend.threads": 2}), write_run(tmp_path, "jax", 0, **{"backend.threads": 4})]
+    c = comparison_of(*runs)
+    assert [g.label for g in c.groups] == ["torch", "jax"]
+    assert c.differing["backend.threads"] == ["2", "4"]
+
+
+def test_seeds_that_agree_give_the_interval_of_the_pooled_runs():
+    run = Estimate(2.0, 2.0 - 0.196, 2.0 + 0.196)  # standard error 0.1, so 0.1 / √2 for two
+    both = groups.combine([run, run])
+    assert (both.mean, both.high - both.mean) == pytest.approx((2.0, 1.96 * 0.1 / 2**0.5))
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    both = groups.combine([Estimate(1.0, 0.9, 1.1), Estimate(3.0, 2.9, 3.1)])  # s² = 2, so the mean's variance is 1
+    assert (both.mean, both.low, both.high) == pytest.approx((2.0, 0.04, 3.96))
+
+
+def test_one_run_keeps_its_own_interval_even_if_it_is_lopsided():
+    assert groups.combine([Estimate(0.98, 0.91, 0.995)]) == Estimate(0.98, 0.91, 0.995)
+    assert groups.combine([]) is None
+
+
+def test_a_curve_is_the_mean_of_the_seeds_over_their_common_steps(tmp_path):
+    runs = [write_run(tmp_path, "torch", seed) for seed in (0, 1)]
+    for seed, rows in enumerate(([(0, 1.0), (1, 2.0), (2, 7.0)], [(0, 3.0), (1, 6.0)])):
+        write_lines(next(tmp_path.glob(f"stages/sft-demo-torch-{seed}/metrics.jsonl")), [{"step": s, "loss": v} for s, v in rows])
+    curve = comparison_of(*runs).groups[0].curve("sft", "loss")
+    assert [x.tolist() for x in (curve.steps, curve.mean, curve.low, curve.high)] == [[0, 1], [2, 4], [1, 2], [3, 6]]
+
+
+def test_long_curves_are_averaged_in_equal_bins(tmp_path):
+    run = write_run(tmp_path, "torch", 0)
+    write_lines(next(tmp_path.glob("stages/sft-*/metrics.jsonl")), [{"step": s, "loss": float(s)} for s in range(6)])
+    curve = comparison_of(run).groups[0].curve("sft", "loss", points=3)
+    assert (curve.steps.tolist(), curve.mean.tolist()) == ([0.5, 2.5, 4.5], [0.5, 2.5, 4.5])
+
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+
+def verdicts(c: groups.Comparison) -> dict[tuple[str, str], str]:
+    return {(claim.text, claim.where): claim.verdict for claim in claims.find(c)}
+
+
+def test_the_checklist_of_the_instructgpt_pipeline(report):
+    found = verdicts(report.comparison)
+    for backend in ("torch", "jax"):
+        assert found["gold: pretrain < sft", backend] == "yes"
+        assert found["ppo loses ability (alignment tax)", backend] == "yes"
+        assert found["ppo_ptx keeps the ability of sft", backend] == "yes"
+        assert found["gold truth: a single labeler < reward model", backend] == "yes"
+    assert found["final gold (ppo_ptx) is the same on both backends", "jax and torch"] == "yes"
+
+
+def test_a_policy_that_got_worse_is_a_no(tmp_path):
+    c = comparison_of(write_run(tmp_path, "torch", 0, gold={**GOLD, "ppo": -1.0}))
+    assert verdicts(c)["gold: sft < ppo", "torch"] == "no"
+
+
+@pytest.mark.parametrize(
+    ("worse", "better", "verdict"),
+    [((0, -1, 1), (3, 2, 4), "yes"), ((0, -1, 1), (1, 0, 2), "unclear"), ((1, 0, 2), (0, -1, 1), "no")],
+)
+def test_an_order_holds_only_if_the_intervals_are_apart(worse, better, verdict):
+    assert claims.ordered("", "", Estimate(*worse), Estimate(*better)).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "verdict"),
+    [((0, -1, 1), (0.5, -1, 2), "yes"), ((0, -1, 1), (1.5, 0.5, 2.5), "unclear"), ((0, -1, 1), (3, 2, 4), "no")],
+)
+def test_backends_agree_if_each_mean_is_in_the_others_interval(a, b, verdict):
+    assert claims.agreement("", "", Estimate(*a), Estimate(*b)).verdict == verdict
+
+
+def test_the_headline_says_what_was_gained_on_which_backend(tmp_path):
+    for backend, ppo in (("torch", 1.6), ("jax", -0.9)):
+        write_run(tmp_path, backend, 0, gold={**GOLD, "ppo": ppo, "ppo_ptx": -1.5})
+    headline = claims.headline(comparison_of(tmp_path))
+    gained = r"ppo moves the gold score of sft from 0\.\d+ to -0\.\d+ on jax and from 0\.\d+ to 1\.\d+ on torch\."
+    assert re.match(gained, headline)
+    assert headline.endswith("in 3 of 4 cases.")  # all but ppo
+
+
+def test_runs_without_an_evaluation_are_compared_by_their_curves(tmp_path):
+    report = compare([write_run(tmp_path, "torch", 0, evaluated=False)], tmp_path / "report")
+    assert report.headline == "1 run, none of them evaluated yet."
+    assert report.claims == [] and "Learning" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_real_data_without_gold_is_judged_by_the_win_rate(tmp_path):
+    run = write_run(tmp_path, "torch", 0)
+    file = next(tmp_path.glob("stages/evaluate-*/output/evaluation.json"))
+    content = json.loads(file.read_text())
+    for policy in content["splits"]["heldout"].values():
+        for metric in ("gold", "helpful", "truthful", "harmless", "ability"):
+            del policy[metric]
+    del content["splits"]["adversarial"], content["reward_model"]
+    file.write_text(json.dumps(content))
+    report = compare([run], tmp_path / "report")
+    assert re.match(r"Against sft, ppo(_ptx)? wins 7\d\.\d% on torch\.", report.headline)
+    assert ("ppo wins more than half against sft", "torch") in verdicts(report.comparison)
+    assert "gold score" not in (tmp_path / "report" / "report.md").read_text()
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+
+
+class Elements(HTMLParser):
+    """What a page is made of, and everything in it that would load something."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loads += [v for k, v in attrs if v and k in ("src", "href", "xlink:href") and not v.startswith("#")]
+
+
+def test_the_page_needs_no_script_and_no_network(page):
+    elements = Elements(page)
+    assert elements.loads == [] and "@import" not in page and "@font-face" not in page
+    assert "script" not in elements.tags and "link" not in elements.tags
+
+
+def test_sample_text_is_escaped(page):
+    assert HOSTILE not in page
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; &#34;quotes&#34;" in page
+
+
+def test_samples_stand_side_by_side_and_backends_that_answer_alike_share_a_row(page):
+    assert page.count("It is Orvane.") == 4  # four prompts, once each: jax and torch sampled the same text
+    assert '<div class="who cell first">jax, torch</div>' in page
+
+
+def test_every_figure_is_on_the_page_and_follows_the_colour_scheme(page):
+    figures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    names = [re.search(r'aria-label="(\w+)"', svg)[1] for svg in figures]
+    assert names == ["gold", "parts", "ability", "curves", "frontier", "reward_model", "losses", "time"]
+    for svg in figures:
+        ElementTree.fromstring(svg)
+        assert "var(--ink)" in svg and "#123456" not in svg and "#abcdef" not in svg
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', page)) <= set(ids)
+
+
+def test_the_markdown_report_has_the_same_numbers(report):
+    text = next(f for f in report.files if f.name == "report.md").read_text()
+    estimate = report.comparison.groups[0].policy("heldout", "ppo", "gold")
+    assert f"{estimate.mean:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]" in text
+    assert report.headline in text and "| gold: sft < ppo | yes |" in text
+    widths = {block[0].count("|") - row.count("|") for block in map(str.splitlines, text.split("\n\n")) for row in block
+              if row.startswith("|")}  # fmt: skip
+    assert widths == {0}
+
+
+def test_the_metrics_file_is_tidy(report):
+    with open(next(f for f in report.files if f.name == "metrics.csv"), newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == ["run", "backend", "seed", "stage", "step", "metric", "value"]
+    chosen = [r for r in rows if (r["run"], r["stage"], r["metric"]) == ("demo-jax-1", "ppo", "objective/kl")]
+    assert [r["step"] for r in chosen] == [str(step) for step in range(120)]
+    evaluated = [r for r in rows if r["metric"] == "heldout/sft/gold"]
+    assert [f"{r['backend']} {r['seed']} {r['step']}" for r in evaluated] == ["jax 0 ", "jax 1 ", "torch 0 ", "torch 1 "]
+
+
+def test_the_readme_figure_is_a_png(report):
+    content = next(f for f in report.files if f.name == "report.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 20_000
+
+
+def terminal(report, width: int = 80) -> str:
+    stream = io.StringIO()
+    print_summary(report, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def test_the_terminal_shows_headline_verdicts_and_where_the_files_are(report):
+    text = terminal(report)
+    assert "ppo raises the gold score of sft" in text
+    assert re.search(r"ppo_ptx keeps the ability of sft +yes", text)
+    assert all(f"wrote {file}" in text for file in report.files)
+    assert "…" not in text  # two backends fit 80 columns
+
+
+def test_a_sweep_of_many_groups_puts_them_in_rows(tmp_path):
+    for kl in (0.0, 0.01, 0.02, 0.05, 0.1, 0.2):
+        write_run(tmp_path, "torch", 0, **{"ppo.kl_coef": kl})
+    c = comparison_of(tmp_path)
+    table = tables.policies(c)
+    assert list(table.header) == ["", *POLICIES]
+    assert table.rows[0][0] == "gold score" and table.rows[1][0] == "torch, kl_coef=0.0"
+    assert re.fullmatch(r"-1\.\d\d ±0\.16", table.rows[1][1])
+    assert "(the best of 6)" in claims.headline(c)

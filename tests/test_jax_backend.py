@@ -301,7 +301,10 @@ def test_padding_and_its_ids_do_not_matter(policy):
 def test_sampled_tokens_do_not_depend_on_the_batch(policy):
     tokens, mask = prompts()
     seeds = randomness.token_seeds(0, "sampling", 0, 4, 8)
-    sample = lambda rows: policy.generate(tokens[rows], mask[rows], seeds[rows], temperature=1.0, stop_ids=[5], pad_id=60)  # noqa: E731
+
+    def sample(rows):
+        return policy.generate(tokens[rows], mask[rows], seeds[rows], temperature=1.0, stop_ids=[5], pad_id=60)
+
     together = sample(slice(0, 4)).tokens
     np.testing.assert_array_equal(together, np.concatenate([sample(slice(0, 2)).tokens, sample(slice(2, 4)).tokens]))
 
@@ -397,10 +400,11 @@ def test_restored_learner_goes_on_bit_for_bit(folder, backend, tmp_path):
         return learn(backend, {"policy": policy, "value": policy.scalar_model(scalar_head(32, seed=0))}, ema_decay=0.9)
 
     def train(learning, steps):
+        loss = Likelihood(("logprobs", "values"))
         for step in steps:
-            learning.update([term(sequences(), Likelihood(("logprobs", "values")), scale=1.0 + step)], lr_scale=1 / (1 + step))
-        return {f"{n}.{k}": a for n in learning.models for k, a in (learning.models[n].parameters() | {
-            f"average.{k}": a for k, a in learning.averaged(n).parameters().items()}).items()}  # fmt: skip
+            learning.update([term(sequences(), loss, scale=1.0 + step)], lr_scale=1 / (1 + step))
+        models = {**learning.models, **{f"average {name}": learning.averaged(name) for name in learning.models}}
+        return {f"{name}.{key}": array for name, model in models.items() for key, array in model.parameters().items()}
 
     first = fresh()
     train(first, range(2))

@@ -113,7 +113,7 @@ def without_timings(rows):
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_a_run_stopped_by_ctrl_c_goes_on_bit_for_bit(tmp_path, backend):
     options = [f"backend={backend}", *PPO_ONLY, "algorithm.iterations=6", "algorithm.kl_target=0.5", "algorithm.kl_horizon=100",
-               "algorithm.optimizer.ema_decay=0.9", "checkpoint_every=2", "stages.ppo.reward_model.source=reward"]  # fmt: skip
+               "algorithm.optimizer.ema_decay=0.9", "checkpoint_every=2"]
     whole = tiny(tmp_path / "whole", *options)
     command = [sys.executable, "-m", "lockstep", "run", *TINY, *DECODER, f"folder={tmp_path / 'cut'}", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import huggingface_hub
-import jinja2
 import pytest
 import tokenizers
 from lockstep.errors import ConfigError
@@ -71,7 +70,7 @@ def core() -> tokenizers.Tokenizer:
 
 
 def make(core, *, eos_token=EOS, pad_token=PAD, chat_template=SMOLLM) -> Tokenizer:
-    return Tokenizer(core, eos_token=eos_token, pad_token=pad_token, chat_template=chat_template)
+    return Tokenizer(core, eos_token=eos_token, pad_token=pad_token, chat_template=chat_template, bos_token="<s>")
 
 
 def write_folder(folder, core, settings, **files):
@@ -145,14 +144,14 @@ def test_an_unknown_eos_suggests_the_nearest(core):
 def test_the_dialogue_template_writes_the_format_of_hh(core):
     tokenizer = make(core, chat_template=TEMPLATES["dialogue"])
     dialogue = (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Bye"))
-    expected = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye"
+    expected = "<s>\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye"
     assert tokenizer.render(dialogue, add_generation_prompt=False) == expected
     assert tokenizer.render(dialogue, add_generation_prompt=True) == expected + "\n\nAssistant:"
 
 
-def test_the_plain_template_writes_nothing_but_the_text(core):
+def test_the_plain_template_writes_nothing_but_bos_and_the_text(core):
     tokenizer = make(core, chat_template=TEMPLATES["plain"])
-    assert tokenizer.render((Message("user", "Grass is"),), add_generation_prompt=True) == "Grass is"
+    assert tokenizer.render((Message("user", "Grass is"),), add_generation_prompt=True) == "<s>Grass is"
 
 
 def test_without_a_template_the_error_lists_the_named_ones(core):
@@ -165,12 +164,12 @@ def test_without_a_template_the_error_lists_the_named_ones(core):
 
 def test_what_a_template_refuses_is_a_configuration_error(core):
     twice = (Message("user", "Hi"), Message("user", "Ho"))
-    with pytest.raises(ConfigError, match="The chat template refuses this dialogue: roles must alternate"):
+    with pytest.raises(ConfigError, match="The chat template fails on this dialogue: roles must alternate"):
         make(core, chat_template=STRICT).render(twice, add_generation_prompt=True)
 
 
 def test_templates_are_sandboxed(core):
-    with pytest.raises(jinja2.exceptions.SecurityError):
+    with pytest.raises(ConfigError, match="is unsafe"):
         make(core, chat_template="{{ ''.__class__.__mro__ }}").render(DIALOGUE, add_generation_prompt=True)
 
 
@@ -205,7 +204,6 @@ EXTRAS = {
 """What transformers gives to templates besides, and templates on the hub rely on."""
 
 
-@pytest.mark.xfail(strict=True, reason="lockstep.tokenizer does not offer this to templates yet")
 @pytest.mark.parametrize("template", EXTRAS.values(), ids=EXTRAS)
 def test_what_transformers_offers_to_templates_is_there(core, transformers, template):
     expected = render_as_transformers(transformers, core, template, DIALOGUE, False)
@@ -280,17 +278,15 @@ def test_a_folder_without_a_tokenizer_says_so(tmp_path):
     assert fetch(tmp_path, "chat_template.jinja", optional=True) is None
 
 
-@pytest.mark.xfail(strict=True, reason="LocalEntryNotFoundError is a kind of EntryNotFoundError, and is taken for it")
 def test_a_hub_that_does_not_answer_is_not_said_to_lack_the_file(monkeypatch):
     def download(*_):
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(ConfigError, match="'some/where' is neither a folder nor a hub repository that answers: offline"):
+    with pytest.raises(ConfigError, match="'some/where' is no folder here, and the hub does not answer: offline"):
         fetch("some/where", "tokenizer.json")
 
 
-@pytest.mark.xfail(strict=True, reason="the template in tokenizer_config.json wins; in transformers the file does")
 def test_of_two_templates_the_one_in_its_own_file_counts(core, tmp_path):
     folder = write_folder(tmp_path, core, {"eos_token": EOS, "chat_template": "settings"}, chat_template="file")
     assert Tokenizer.load(folder).chat_template == "file"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from lockstep.configuration import parse
 from lockstep.tracking import Silent, Wandb, without_secrets
 

@@ -37,9 +37,9 @@ Progress = Callable[..., None]
 class Console:
     def __init__(self) -> None:
         self.out = rich.console.Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
-        handler = rich.logging.RichHandler(console=self.out, show_time=False, show_path=False, markup=False)
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
-        logging.getLogger("lockstep").setLevel(logging.INFO)
+        logger = logging.getLogger("lockstep")
+        logger.setLevel(logging.INFO)
+        logger.handlers = [rich.logging.RichHandler(console=self.out, show_time=False, show_path=False, markup=False)]
 
     def plan(self, name: str, lines: list[tuple[str, str, str]]) -> None:
         table = rich.table.Table(title=f"run {name}", title_justify="left", box=None, pad_edge=False)

@@ -97,9 +97,9 @@ def encode_comparisons(
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], lengths: Lengths) -> list[Example]:
-    """Raw documents: EOS alone is the prompt, the document and EOS the response."""
+    """Raw documents: BOS (or EOS) alone is the prompt, the document and EOS the response."""
     encoded = tokenizer.encode_many(texts)
-    return [Example([tokenizer.eos_id], (ids + [tokenizer.eos_id])[: lengths.response]) for ids in encoded if ids]
+    return [Example([tokenizer.start_id], (ids + [tokenizer.eos_id])[: lengths.response]) for ids in encoded if ids]
 
 
 def block(examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths, *, prompt_loss: bool = False) -> Sequences:

@@ -204,12 +204,12 @@ class Evaluator:
         """Pairwise agreement with labelers and with the gold truth on held-out comparisons, and calibration."""
         try:
             comparisons = list(self.data.comparisons("heldout"))[: self.config.comparisons]
-            training = {c.labeler for c in self.data.comparisons("train")}
         except MissingData:
             return {}
         scores = self.completion_scores(comparisons)
-        seen = [c.labeler in training for c in comparisons]
-        groups = {"accuracy/training_labelers": seen, "accuracy/heldout_labelers": [not s for s in seen]}
+        training = self.training_labelers()
+        new = [c.labeler not in training for c in comparisons]
+        groups = {"accuracy/training_labelers": [not n for n in new], "accuracy/heldout_labelers": new}
         measures = {}
         for name, chosen in groups.items():
             found = [
@@ -227,6 +227,13 @@ class Evaluator:
             single = [agreement(-np.asarray(c.ranks), g) for c, g in zip(comparisons, gold, strict=True)]
             measures["labeler_agreement/gold"] = mean(present(single))
         return measures
+
+    def training_labelers(self) -> frozenset[str | None]:
+        """Who ranked the training comparisons; where nobody is named, everybody is taken to be one of them."""
+        try:
+            return frozenset({c.labeler for c in self.data.comparisons("train")} | {None})
+        except MissingData:
+            return frozenset({None})
 
     def completion_scores(self, comparisons: Sequence[Comparison]) -> list[np.ndarray]:
         """The reward model's scores of each comparison's completions."""
@@ -263,7 +270,7 @@ def present(values: Sequence[float | None]) -> np.ndarray:
 
 
 def option_example(tokenizer: Tokenizer, item: Choice, option: str) -> Example:
-    return Example([tokenizer.eos_id, *tokenizer.encode(item.context)], tokenizer.encode(option))
+    return Example([tokenizer.start_id, *tokenizer.encode(item.context)], tokenizer.encode(option))
 
 
 def mean(x: np.ndarray) -> Measure:

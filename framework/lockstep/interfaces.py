@@ -352,6 +352,12 @@ class DataSource(ABC):
     @abstractmethod
     def prompts(self, split: str) -> Sequence[Prompt]: ...
 
+    @classmethod
+    def fingerprint(cls, config: Any) -> str | None:
+        """What the configuration does not say and the data depend on, such as the content of files: part of the identity
+        of every stage. None: the configuration says it all."""
+        return None
+
     def tokenizer(self) -> Tokenizer | None:
         """The source's own tokenizer, for policies that start from scratch."""
         return None

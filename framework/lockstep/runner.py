@@ -188,6 +188,8 @@ class Runner:
         """Each stage's folder: named by its configuration, its inputs and the code that makes it."""
         e, folders = self.experiment, {}
         self.contents: dict[str, Group] = {}
+        source, settings = e.data
+        data = e.groups["data"] | {"fingerprint": source.fingerprint(settings)}
         for stage in e.stages.values():
             content = {
                 "stage": stage.groups,
@@ -195,7 +197,7 @@ class Runner:
                 "policy": e.groups["policy"] if stage.policy == NEW else None,
                 "inputs": {name: folders[name].path.name for name in stage.inputs if name in folders},
                 "backend": e.groups["backend"],
-                "data": e.groups["data"],
+                "data": data,
                 "seed": e.seed,
                 "version": __version__,
             }

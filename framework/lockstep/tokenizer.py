@@ -6,6 +6,7 @@ seconds. The files are the same: ``tokenizer.json``, ``tokenizer_config.json``, 
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
@@ -22,10 +24,10 @@ from lockstep.nouns import Message
 
 TEMPLATES = {
     "dialogue": (
-        "{% for m in messages %}{{ '\\n\\n' + {'user': 'Human', 'assistant': 'Assistant', 'system': 'System'}[m.role] "
+        "{{ bos_token }}{% for m in messages %}{{ '\\n\\n' + {'user': 'Human', 'assistant': 'Assistant', 'system': 'System'}[m.role] "
         "+ ': ' + m.content }}{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
     ),
-    "plain": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    "plain": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
 }
 """Chat templates by name, for tokenizers that bring none: the HH format, and nothing but the text."""
 
@@ -50,13 +52,23 @@ class Tokenizer:
       eos_token: ends a response: the configured stop token.
       pad_token: fills rows; need not be in the vocabulary (models never see it), must not be EOS.
       chat_template: jinja; None where the tokenizer has none.
+      bos_token: begins every text; chat templates write it themselves. None where the tokenizer has none.
 
     Raises:
       ConfigError: pad and EOS are the same, or EOS is not in the vocabulary.
     """
 
-    def __init__(self, core: tokenizers.Tokenizer, *, eos_token: str, pad_token: str | None, chat_template: str | None):
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        *,
+        eos_token: str,
+        pad_token: str | None,
+        chat_template: str | None,
+        bos_token: str | None = None,
+    ):
         self.core = core
+        self.bos_token = bos_token
         self.eos_token = eos_token
         self.chat_template = chat_template
         self.vocab_size = core.get_vocab_size(with_added_tokens=True)
@@ -77,6 +89,9 @@ class Tokenizer:
         self.eos_id: int = eos_id
         pad_id = core.token_to_id(self.pad_token)
         self.pad_id: int = self.vocab_size if pad_id is None else pad_id
+        bos_id = core.token_to_id(bos_token) if bos_token else None
+        self.start_id: int = eos_id if bos_id is None else bos_id
+        """What a raw text starts from: BOS, or EOS as the end of the text before it."""
 
     def _specials(self) -> str:
         return listing(t.content for t in self.core.get_added_tokens_decoder().values() if t.special)
@@ -91,8 +106,8 @@ class Tokenizer:
         template = settings.get("chat_template")
         if isinstance(template, list):  # named templates: the default one
             template = next((t["template"] for t in template if t["name"] == "default"), None)
-        if template is None and (file := fetch(path, "chat_template.jinja", optional=True)):
-            template = file.read_text()
+        if file := fetch(path, "chat_template.jinja", optional=True):
+            template = file.read_text(encoding="utf-8")
         replaced = config or TokenizerConfig(None, None, None, None)
         eos = replaced.eos_token or _content(settings.get("eos_token"))
         if eos is None:
@@ -102,6 +117,7 @@ class Tokenizer:
             eos_token=eos,
             pad_token=replaced.pad_token or _content(settings.get("pad_token")),
             chat_template=named_template(replaced.chat_template) or template,
+            bos_token=_content(settings.get("bos_token")),
         )
 
     def save(self, folder: Path) -> None:
@@ -110,6 +126,7 @@ class Tokenizer:
         self.core.save(str(folder / "tokenizer.json"))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.bos_token,
             "eos_token": self.eos_token,
             "pad_token": self.pad_token,
             "chat_template": self.chat_template,
@@ -131,37 +148,58 @@ class Tokenizer:
         """The dialogue as the text the model reads.
 
         Raises:
-          ConfigError: there is no chat template.
+          ConfigError: there is no chat template, or it does not accept this dialogue.
         """
         if self.chat_template is None:
             raise ConfigError(
                 f"This tokenizer has no chat template. Set policy.tokenizer.chat_template to jinja text or to one of: "
                 f"{listing(TEMPLATES)}."
             )
-        return _compiled(self.chat_template).render(
-            messages=[{"role": m.role, "content": m.content} for m in messages],
-            add_generation_prompt=add_generation_prompt,
-            eos_token=self.eos_token,
-            pad_token=self.pad_token,
-            bos_token="",
-        )
+        try:
+            return _compiled(self.chat_template).render(
+                messages=[{"role": m.role, "content": m.content} for m in messages],
+                add_generation_prompt=add_generation_prompt,
+                bos_token=self.bos_token or "",
+                eos_token=self.eos_token,
+                pad_token=self.pad_token,
+                tools=None,
+                documents=None,
+            )
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"The chat template fails on this dialogue: {error}") from error
 
 
 def named_template(template: str | None) -> str | None:
     return TEMPLATES.get(template, template) if template else None
 
 
+class Generation(jinja2.ext.Extension):
+    """``{% generation %}`` marks the assistant's turns in some templates; here it only has to be let through."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @functools.cache
 def _compiled(template: str) -> jinja2.Template:
-    """Sandboxed, with the two settings and the one function that chat templates on the hub rely on."""
+    """Sandboxed, with the settings, tags and functions that chat templates on the hub rely on."""
 
     def raise_exception(message: str) -> None:
-        raise ConfigError(f"The chat template refuses this dialogue: {message}")
+        raise jinja2.TemplateError(message)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
+    )
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
-    return environment.from_string(template)
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"The chat template is not valid jinja: {error}") from error
 
 
 def _content(token: Any) -> str | None:
@@ -190,12 +228,12 @@ def fetch(path: str | Path, name: str, *, optional: bool = False) -> Path | None
 
         try:
             return Path(huggingface_hub.hf_hub_download(str(path), name))
+        except huggingface_hub.errors.LocalEntryNotFoundError as error:
+            raise ConfigError(f"'{path}' is no folder here, and the hub does not answer: {error}") from error
         except huggingface_hub.errors.EntryNotFoundError:
             reason = "the hub repository has no such file"
         except Exception as error:
-            if not optional:
-                raise ConfigError(f"'{path}' is neither a folder nor a hub repository that answers: {error}") from error
-            return None
+            raise ConfigError(f"'{path}' is neither a folder nor a repository of the hub: {error}") from error
     if optional:
         return None
     raise ConfigError(f"{path} has no {name}: {reason}.")

@@ -23,6 +23,9 @@ from lockstep_jax.model import Block, JaxModel, forward
 Roles = tuple[tuple[str, Network, tuple[str, ...]], ...]
 """(model name, its network, the outputs it gives to a loss): hashable, part of what is compiled."""
 
+Configs = tuple[tuple[str, OptimizerConfig], ...]
+"""(model name, its optimizer): likewise."""
+
 
 class State(NamedTuple):
     """Everything of one model that training changes; all but ``average`` (None without ``ema_decay``) always there."""
@@ -135,7 +138,8 @@ class JaxLearner(Learner):
             arrays = {key.removeprefix(prefix): array for key, array in stored.items() if key.startswith(prefix)}
             expected = {} if tree is None else to_arrays(architecture, tree)
             if wrong := _different(expected, arrays):
-                raise CheckpointError(f"{folder} is of another architecture: {', '.join(prefix + w for w in wrong[:3])} do not fit.")
+                names = ", ".join(prefix + name for name in wrong[:3])
+                raise CheckpointError(f"{folder} is of another architecture: {names} do not fit.")
             parts[part] = None if tree is None else self.backend.put(from_arrays(architecture, arrays))
         return State(**parts)
 
@@ -191,7 +195,7 @@ def _add(total: Tree, more: Tree) -> Tree:
 
 @functools.partial(jax.jit, static_argnames="configs", donate_argnames="states")
 def _step(
-    states: dict[str, State], gradients: dict[str, Tree], rates: dict[str, Rates], *, configs: tuple[tuple[str, OptimizerConfig], ...]
+    states: dict[str, State], gradients: dict[str, Tree], rates: dict[str, Rates], *, configs: Configs
 ) -> tuple[dict[str, State], dict[str, Array]]:
     """One optimizer step of every model; the norms of the gradients."""
     norms = {name: optax.tree.norm(gradients[name]) for name, _ in configs}
@@ -202,7 +206,7 @@ def _step(
 @functools.partial(jax.jit, static_argnames=("roles", "loss", "configs"), donate_argnames="states")
 def _learn(
     states: dict[str, State], block: Block, batch: dict[str, Array], temperature: Any, rates: dict[str, Rates],
-    *, roles: Roles, loss: Loss, configs: tuple[tuple[str, OptimizerConfig], ...],
+    *, roles: Roles, loss: Loss, configs: Configs,
 ) -> tuple[dict[str, State], dict[str, Array]]:  # fmt: skip
     """Gradients and step in one program, for an update of one term: no gradient outlives its use."""
     params = {name: state.parameters for name, state in states.items()}

@@ -92,8 +92,7 @@ class JaxModel:
         longest = int(mask.sum(axis=1).max()) + new_tokens
         if self.network.architecture.positions == "learned" and longest > self.context_length:
             raise ConfigError(
-                f"{longest} tokens do not fit the model's context of {self.context_length}. "
-                "Shorten the prompts or the responses."
+                f"{longest} tokens do not fit the model's context of {self.context_length}. Shorten the prompts or the responses."
             )
 
     def parameters(self) -> dict[str, np.ndarray]:

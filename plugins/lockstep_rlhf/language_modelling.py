@@ -99,7 +99,6 @@ class Pretraining(LanguageModelling):
 
     @dataclass(frozen=True)
     class Config:
-        name: str
         epochs: float
         batch_size: int
         micro_batch_size: int | None
@@ -122,7 +121,6 @@ class SFT(LanguageModelling):
 
     @dataclass(frozen=True)
     class Config:
-        name: str
         epochs: float
         batch_size: int
         micro_batch_size: int | None

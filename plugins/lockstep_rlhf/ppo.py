@@ -85,7 +85,6 @@ class PPO(Algorithm):
 
     @dataclass(frozen=True)
     class Config:
-        name: str
         iterations: int
         batch_size: int
         epochs: int

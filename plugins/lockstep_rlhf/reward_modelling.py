@@ -46,7 +46,6 @@ class RewardModelling(Algorithm):
 
     @dataclass(frozen=True)
     class Config:
-        name: str
         epochs: float
         batch_size: int  # prompts, each with all its completions
         micro_batch_size: int | None  # prompts

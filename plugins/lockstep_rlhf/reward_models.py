@@ -29,7 +29,6 @@ class Learned(RewardModel):
 
     @dataclass(frozen=True)
     class Config:
-        name: str
         source: str
         micro_batch_size: int | None
 
@@ -68,7 +67,6 @@ class Function(RewardModel):
 
     @dataclass(frozen=True)
     class Config:
-        name: str
         function: str
         timeout_seconds: float
         retries: int

@@ -25,7 +25,6 @@ class TorchBackend(Backend):
 
     @dataclass(frozen=True)
     class Config:
-        name: str
         device: str
         precision: Literal["float32", "bfloat16"]
         threads: int | None

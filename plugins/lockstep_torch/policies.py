@@ -31,7 +31,6 @@ class Decoder(LanguageModel):
 
     @dataclass(frozen=True)
     class Config:
-        name: str
         tokenizer: TokenizerConfig
         layers: int
         hidden_size: int
@@ -82,7 +81,6 @@ class HuggingFace(LanguageModel):
 
     @dataclass(frozen=True)
     class Config:
-        name: str
         tokenizer: TokenizerConfig
         path: str
 

@@ -1,11 +1,11 @@
 """`lockstep compare RUN...`: what several runs show, from their folders alone.
 
-    records   run folders into plain records
-    groups    runs that differ only by seed, aggregated
-    claims    the headline and the checklist
-    tables    terminal, Markdown
-    plots     figures
-    page      the HTML report
+records   run folders into plain records
+groups    runs that differ only by seed, aggregated
+claims    the headline and the checklist
+tables    terminal, Markdown
+plots     figures
+page      the HTML report
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lockstep.compare import claims as claiming
-from lockstep.compare import records
+from lockstep.compare import claims, records
 from lockstep.compare.claims import Claim
 from lockstep.compare.groups import Comparison, group
-from lockstep.compare.tables import Table, policies_in_short, tables, to_markdown, to_rich
+from lockstep.compare.tables import Table, all_tables, policies_in_short, to_markdown, to_rich
 
 __all__ = ["Report", "compare", "print_summary"]
 
@@ -44,8 +43,8 @@ def compare(paths: Sequence[Path], output: Path) -> Report:
     from lockstep.compare import page, plots  # matplotlib takes a second to import
 
     comparison = group(records.read([Path(path) for path in paths]))
-    headline, found = claiming.headline(comparison), claiming.claims(comparison)
-    built = tables(comparison, found)
+    headline, found = claims.headline(comparison), claims.find(comparison)
+    built = all_tables(comparison, found)
     output.mkdir(parents=True, exist_ok=True)
 
     figures = plots.page_figures(comparison)

@@ -26,7 +26,7 @@ class Claim:
     because: str
 
 
-def claims(c: Comparison) -> list[Claim]:
+def find(c: Comparison) -> list[Claim]:
     """Every claim for which the runs have the numbers."""
     found = [claim for g in c.groups for claim in _within(c, g)]
     return [*found, *_between_backends(c)]
@@ -128,8 +128,6 @@ def show(e: Estimate | None, form: str = SCORE) -> str:
     return f"{e.mean:{form}}" if e.low == e.high else f"{e.mean:{form}} [{e.low:{form}}, {e.high:{form}}]"
 
 
-
-
 # ------------------------------------------------------------------------------------------------------------ headline
 
 
@@ -171,7 +169,9 @@ def _gain(c: Comparison, groups: Sequence[Group], metric: str, start: str | None
         rise = all(b.mean > a.mean for _, a, b in pairs)
         return f"{best} {'raises' if rise else 'moves'} {subject} of {start} {_and(texts)}{which}."
     texts = [f"{b.mean:{form}} on {g.label}" for g, _, b in pairs]
-    return f"Against {c.baseline}, {best} wins {_and(texts)}{which}." if metric == "win_rate" else f"{best} reaches {_and(texts)}{which}."
+    if metric == "win_rate":
+        return f"Against {c.baseline}, {best} wins {_and(texts)}{which}."
+    return f"{best} reaches {_and(texts)}{which}."
 
 
 def _agreement_sentence(c: Comparison, metric: str) -> str:

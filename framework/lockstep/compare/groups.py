@@ -12,7 +12,7 @@ import numpy as np
 from lockstep.compare.records import Estimate, Reading, Run, Stage
 
 # Keys that say which run it is or where it runs, not what it does.
-NOT_COMPARED = ("seed", "name", "run", "runs", "folder", "output", "tracker.")
+NOT_COMPARED = {"seed", "name", "folder", "tracker", "checkpoint_every", "samples_every", "experiment_name"}
 
 
 def combine(estimates: Sequence[Estimate]) -> Estimate | None:
@@ -162,9 +162,15 @@ def group(reading: Reading) -> Comparison:
 def _group(runs: list[Run], keys: Sequence[str], with_experiment: bool) -> Group:
     first = runs[0]
     settings = {key: first.config.get(key) for key in keys}
-    parts = [_backend(first), *([first.experiment] if with_experiment else [])]
-    parts += [f"{key.rpartition('.')[2]}={_text(value)}" for key, value in settings.items()]
-    return Group(label=", ".join(parts), backend=_backend(first), settings=settings, runs=sorted(runs, key=lambda r: r.seed))
+    parts = [_backend(first), *([first.experiment] if with_experiment else []), *_described(settings)]
+    return Group(", ".join(parts), _backend(first), settings, sorted(runs, key=lambda run: run.seed))
+
+
+def _described(settings: Mapping[str, Any], most: int = 3) -> list[str]:
+    """'kl_coef=0.02', once where several stages share it; names first, and the surplus only counted."""
+    names_first = sorted(settings, key=lambda key: not key.endswith("name"))
+    parts = list(dict.fromkeys(f"{key.rpartition('.')[2]}={_text(settings[key])}" for key in names_first))
+    return [*parts[:most], *([f"{len(parts) - most} more"] if len(parts) > most else [])]
 
 
 def _distinct(groups: Sequence[Group]) -> list[Group]:
@@ -180,7 +186,7 @@ def _distinct(groups: Sequence[Group]) -> list[Group]:
 
 def _keys(runs: Sequence[Run]) -> list[str]:
     keys = dict.fromkeys(key for run in runs for key in run.config)
-    return [key for key in keys if key not in NOT_COMPARED and not key.startswith("tracker.")]
+    return [key for key in keys if key.partition(".")[0] not in NOT_COMPARED]
 
 
 def _follows_from_backend(key: str, runs: Sequence[Run]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +53,14 @@ def render(c: Comparison, headline: str, found: Sequence[Claim], tables: Mapping
         samples=samples(c),
         sampled=sample_policies(c),
         version=__version__,
-        now=datetime.now(timezone.utc),
+        now=datetime.now(UTC),
     )
 
 
 def samples(c: Comparison) -> list[SamplePrompt]:
     """The first prompts of each split, and what the policies of each group's first seed answered."""
     runs = [(g.label, g.runs[0]) for g in c.groups if g.runs[0].samples][:GROUPS_WITH_SAMPLES]
-    answers = {
-        (label, row.get("split"), row["prompt"], row["policy"]): row for label, run in runs for row in run.samples
-    }
+    answers = {(label, row.get("split"), row["prompt"], row["policy"]): row for label, run in runs for row in run.samples}
     policies = sample_policies(c)
     chosen = []
     for split in dict.fromkeys(row.get("split") for _, run in runs for row in run.samples):

@@ -87,7 +87,8 @@ def gold(c: Comparison) -> Figure | None:
     figure, axes = _panels(len(splits), height=_dots_height(c, c.policies), share=True)
     for ax, split in zip(axes, splits, strict=True):
         policy_dots(ax, c, split, metric)
-        ax.set_title(f"{'Gold score' if metric == 'gold' else 'Score'}, {'held-out' if split == 'heldout' else split} prompts")
+        where = "held-out" if split == "heldout" else split
+        ax.set_title(f"{'Gold score' if metric == 'gold' else 'Score'}, {where} prompts")
     _legend(figure, c)
     return figure
 
@@ -358,7 +359,9 @@ def _legend(figure: Figure, c: Comparison, stages: Sequence[str] = (), extra: Se
         handles += [Line2D([], [], color=ink, linestyle=s, label=n) for n, s in zip(stages, _styles(stages), strict=True)]
     handles += extra
     if handles:
-        figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 6), handlelength=2.6)
+        longest = max(len(str(handle.get_label())) for handle in handles)
+        columns = int(figure.get_figwidth() / (0.55 + 0.075 * longest))  # inches of a line sample and of a letter
+        figure.legend(handles=handles, loc="outside upper left", ncols=max(1, min(columns, len(handles))), handlelength=2.6)
 
 
 def to_svg(figure: Figure, name: str) -> str:
@@ -370,8 +373,9 @@ def to_svg(figure: Figure, name: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="([\d.]+)pt"', lambda m: f'{m[1]} style="max-width: {float(m[2]) * 4 / 3:.0f}px"', svg)
-    svg = re.sub(r'(<svg[^>]*?) height="[\d.]+pt"', r"\1", svg)
+    width, _ = figure.get_size_inches() * 96
+    size = f'style="max-width: {width:.0f}px" role="img" aria-label="{name}"'
+    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', size, svg, count=1)
     svg = re.sub(r"font: ([^;\"]*?)([\d.]+)px [^;\"]*", r"font: \1\2px var(--sans)", svg)
-    svg = re.sub(r'id="((?:figure|axes|patch|text|line2d|xtick|ytick|legend|matplotlib|Fill|LineCollection)[^"]*)"', rf'id="{name}-\1"', svg)
-    return svg.replace(INK, "var(--ink)").replace(FAINT, "var(--rule)").replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)  # every figure has an 'axes_1'
+    return svg.replace(INK, "var(--ink)").replace(FAINT, "var(--rule)")

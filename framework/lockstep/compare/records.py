@@ -206,11 +206,13 @@ def _read_evaluations(folders: Any) -> Evaluation:
 
 
 def _estimates(record: Mapping[str, Any]) -> dict[str, Estimate]:
-    return {
-        metric: Estimate(float(v["mean"]), float(v["low"]), float(v["high"]), int(v.get("n") or 0))
-        for metric, v in record.items()
-        if v is not None and v.get("mean") is not None
-    }
+    return {metric: _estimate(found) for metric, found in record.items() if found and found.get("mean") is not None}
+
+
+def _estimate(found: Mapping[str, Any]) -> Estimate:
+    """A calibration error, say, has no interval: then both ends are the mean."""
+    mean = float(found["mean"])
+    return Estimate(mean, float(found.get("low", mean)), float(found.get("high", mean)), int(found.get("n") or 0))
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:

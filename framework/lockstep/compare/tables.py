@@ -22,6 +22,7 @@ POLICY_METRICS = {
     "score": ("reward model's score", SCORE),
     "win_rate": ("win rate against {baseline}", PERCENT),
     "ability": ("ability", PERCENT),
+    "text_loss": ("loss on raw text, nats per token", ".3f"),
     "kl": ("KL to {baseline}, nats", SCORE),
     "length": ("length, tokens", SCORE),
     "finished": ("finished", PERCENT),
@@ -47,7 +48,7 @@ class Table:
     headings: frozenset[int] = frozenset()  # rows that name the block below them
 
 
-def tables(c: Comparison, found: Sequence[Claim]) -> dict[str, Table]:
+def all_tables(c: Comparison, found: Sequence[Claim]) -> dict[str, Table]:
     """Everything that the numbers are good for; a table without rows is left out."""
     every = {
         "claims": checklist(found),
@@ -82,9 +83,9 @@ def _policy_table(c: Comparison, chosen: Sequence[tuple[str, str]]) -> Table:
 
 
 def reward_model(c: Comparison) -> Table:
-    known = {title: (metric, form) for metric, (title, form) in REWARD_MODEL_METRICS.items() if metric in c.reward_model_metrics}
-    unknown = {m: (m, SCORE) for m in c.reward_model_metrics if m not in REWARD_MODEL_METRICS}
-    lines = known | unknown
+    measured = c.reward_model_metrics
+    lines = {title: (metric, form) for metric, (title, form) in REWARD_MODEL_METRICS.items() if metric in measured}
+    lines |= {metric: (metric, SCORE) for metric in measured if metric not in REWARD_MODEL_METRICS}
 
     def cell(g: Group, title: str) -> str:
         metric, form = lines[title]

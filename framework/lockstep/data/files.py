@@ -18,7 +18,7 @@ from typing import Any, Literal
 from lockstep.configuration import parse
 from lockstep.data.columns import BadRow, LeftOut, reader
 from lockstep.data.mixing import mix, row_counts
-from lockstep.data.reading import Row, Source, parse_split, read_rows
+from lockstep.data.reading import Row, Source, parse_split, read_rows, source_digests
 from lockstep.errors import ConfigError, DataError, MissingData, did_you_mean
 from lockstep.interfaces import DataSource
 from lockstep.nouns import Comparison, Demonstration, Prompt
@@ -69,6 +69,13 @@ class Files(DataSource):
         self.config = config
         self.sources = {key: _sources(config, key) for noun in NOUNS for key in (noun, f"heldout_{noun}")}
         self._read: dict[str, dict[str, Items]] = {}
+
+    @classmethod
+    def fingerprint(cls, config: Config) -> str | None:
+        """A hash of the local files: a stage is not reused after one of them has changed."""
+        sources = [source for noun in NOUNS for key in (noun, f"heldout_{noun}") for source in _sources(config, key)]
+        digests = [digest for source in sources for digest in source_digests(source)]
+        return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
 
     def demonstrations(self, split: str) -> Sequence[Demonstration]:
         return self._split("demonstrations", split)

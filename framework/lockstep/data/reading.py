@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import itertools
 import json
 import re
@@ -39,6 +40,17 @@ class Source:
     weight: float | None
     config: str | None
     revision: str | None
+
+
+def source_digests(source: Source) -> list[str]:
+    """SHA-256 of each local file of the source; nothing for the hub, whose state the revision names."""
+    path = Path(source.path).expanduser()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+    digests = []
+    for file in files:
+        with open(file, "rb") as opened:
+            digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    return digests
 
 
 def read_rows(source: Source) -> Iterator[Row]:

@@ -1,0 +1,141 @@
+"""A world small enough to check by hand: 37 words, a two-layer decoder with weights as large as trained ones, data that
+is written out here, and a reward model that is a function. Nothing in it knows the array library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from omegaconf import OmegaConf
+
+from lockstep import checkpoints
+from lockstep.architecture import initial_parameters, small_decoder, to_hf
+from lockstep.builtin import CONF
+from lockstep.configuration import parse
+from lockstep.errors import MissingData
+from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardModel, ScalarModel, Setting
+from lockstep.nouns import Comparison, Demonstration, Prompt
+from lockstep.registry import registry
+from lockstep.tokenizer import Tokenizer
+
+BACKENDS = {
+    "torch": {"device": "cpu", "precision": "float32", "threads": 1},
+    "jax": {"device": "cpu", "precision": "float32", "compilation_cache": None},
+}
+WORDS = [f"w{i}" for i in range(34)]
+ARCHITECTURE = small_decoder(
+    vocab_size=37, hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=48, context_length=64,
+    rope_theta=100.0, tied=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session", params=["torch"])
+def backend(request) -> Backend:
+    pytest.importorskip(request.param)
+    cls = registry().resolve("backend", request.param, request.param)
+    return cls(parse(cls.Config, BACKENDS[request.param], "backend"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Word-level. It stops at <stop>; <eos> is a word like any other."""
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate([*WORDS, "<eos>", "<stop>", "<pad>"])}))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens(["<stop>", "<pad>"])
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return Tokenizer(core, eos_token="<stop>", pad_token="<pad>", chat_template=template)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Checkpoints of two different policies of the same shape."""
+    paths = []
+    for seed in (0, 1):
+        folder = tmp_path_factory.mktemp(f"policy{seed}")
+        parameters = initial_parameters(ARCHITECTURE, seed)
+        checkpoints.write_tensors(folder / "model.safetensors", {n: p * (10 if p.ndim > 1 else 1) for n, p in parameters.items()})
+        checkpoints.write_json(folder / "config.json", to_hf(ARCHITECTURE))
+        paths.append(folder)
+    return paths
+
+
+@pytest.fixture
+def load(backend, folders) -> Callable[..., Policy]:
+    """load(0) and load(1): fresh copies of the two policies."""
+    cls = registry().resolve("policy", "decoder", backend.name)
+    return lambda number=0: cls.load(folders[number], backend)
+
+
+class Data(DataSource):
+    """Twelve of everything, of different lengths."""
+
+    rows = 12
+
+    def texts(self, split: str) -> list[str]:
+        return [sentence(100 + i, 3 + i % 5) for i in range(self.rows)]
+
+    def demonstrations(self, split: str) -> list[Demonstration]:
+        return [Demonstration(p, sentence(200 + i, 1 + i % 6)) for i, p in enumerate(self.prompts(split))]
+
+    def comparisons(self, split: str) -> list[Comparison]:
+        ranks = [(1, 0), (0, 1, 2), (2, 0, 1, 0), (0, 1)]
+        return [
+            Comparison(p, tuple(sentence(300 + 10 * i + k, 1 + (i + k) % 6) for k in range(len(r))), r)
+            for i, (p, r) in enumerate(zip(self.prompts(split), ranks * 3, strict=True))
+        ]
+
+    def prompts(self, split: str) -> list[Prompt]:
+        return [Prompt.of(sentence(i, 2 + i % 5)) for i in range(self.rows)]
+
+
+class NoTexts(Data):
+    def texts(self, split: str) -> list[str]:
+        raise MissingData("no texts")
+
+
+def sentence(seed: int, words: int) -> str:
+    return " ".join(np.random.default_rng(seed).choice(WORDS, words))
+
+
+class Scored(RewardModel):
+    """``function(responses) -> scores``, and a network that a value network may start from."""
+
+    def __init__(self, function: Callable[..., Any] = lambda r: r.sequences.mask.sum(axis=1) - 5.0, network: ScalarModel | None = None):
+        self.function, self.network = function, network
+
+    def score(self, responses):
+        return np.asarray(self.function(responses), np.float32)
+
+    def value_network(self):
+        return None if self.network is None else self.network.copy()
+
+
+def head(seed: int = 9) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 0.3, ARCHITECTURE.hidden_size).astype(np.float32)
+
+
+def configure(name: str, **changes: Any) -> tuple[type[Algorithm], Any]:
+    """An algorithm's class and its configuration: the YAML file with ``changes``, cut to the size of this world."""
+    values = OmegaConf.to_container(OmegaConf.load(CONF / "algorithm" / f"{name}.yaml"))
+    values["lengths"] = {"prompt": 6, "response": 12, "multiple": 4}
+    for key, value in changes.items():
+        assert key in values, key
+        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    cls = registry().resolve("algorithm", values.pop("name"))
+    return cls, parse(cls.Config, values, "algorithm")
+
+
+@pytest.fixture
+def make(backend, tokenizer, load) -> Callable[..., Algorithm]:
+    """make('ppo', epochs=2, reward_model=..., data=...): an algorithm on policy 0."""
+
+    def build(name: str, *, reward_model: RewardModel | None = None, data: DataSource | None = None, policy: Policy | None = None,
+              tokenizer: Tokenizer = tokenizer, seed: int = 0, **changes: Any) -> Algorithm:  # fmt: skip
+        cls, config = configure(name, **changes)
+        policy = policy or load()
+        return cls(config, Setting(seed, backend, tokenizer, data or Data(), policy, reward_model))
+
+    return build

@@ -1,0 +1,284 @@
+"""Host numerics: numbers worked by hand, explicit loops, exact enumeration. Numbers in brackets are invariants of docs/ppo.md's
+sources: the literature's own fixtures where it has any."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from lockstep import numerics
+
+T, F = True, False
+
+
+def f32(*rows):
+    return np.array(rows, np.float32)
+
+
+def mask(*rows):
+    return np.array(rows, bool)
+
+
+# --------------------------------------------------------------------------------------------------- masked statistics
+
+
+def test_masked_mean_weighs_tokens_not_rows():
+    assert numerics.masked_mean(f32([1, 2, 3], [10, 99, 99]), mask([T, T, T], [T, F, F])) == 4.0
+    assert math.isnan(numerics.masked_mean(f32([1.0]), mask([F])))
+
+
+def test_whitening_is_worked_by_hand():
+    out = numerics.whiten(f32([1, 2], [3, np.nan]), mask([T, T], [T, F]))
+    np.testing.assert_allclose(out, [[-math.sqrt(1.5), 0], [math.sqrt(1.5), 0]], rtol=1e-6)
+    assert out.dtype == np.float32
+
+
+def test_whitened_entries_have_masked_mean_zero_and_biased_variance_one():
+    rng = np.random.default_rng(0)
+    x, counts = rng.normal(3, 7, (9, 11)).astype(np.float32), rng.random((9, 11)) < 0.6
+    x[~counts] = np.nan
+    out = numerics.whiten(x, counts)
+    picked = [float(out[i, j]) for i in range(9) for j in range(11) if counts[i, j]]
+    assert sum(picked) / len(picked) == pytest.approx(0, abs=1e-6)
+    assert sum(v * v for v in picked) / len(picked) == pytest.approx(1, abs=1e-5)
+    assert (out[~counts] == 0).all()
+
+
+def test_whitening_what_does_not_vary_gives_zero_not_nan():
+    np.testing.assert_array_equal(numerics.whiten(f32([2, 2]), mask([T, T])), [[0, 0]])
+
+
+def test_scaling_to_unit_variance_keeps_the_mean():
+    out = numerics.scale_to_unit_variance(f32([1, 2, 3, np.inf]), mask([T, T, T, F]))
+    np.testing.assert_allclose(out, [[2 - math.sqrt(1.5), 2, 2 + math.sqrt(1.5), 0]], rtol=1e-6)
+
+
+def test_explained_variance_is_one_for_the_truth_zero_for_a_constant_negative_for_worse():
+    returns, counts = f32([1, 2, 3, np.nan]), mask([T, T, T, F])
+    assert numerics.explained_variance(returns, returns, counts) == 1
+    assert numerics.explained_variance(f32([7, 7, 7, 7]), returns, counts) == 0
+    assert numerics.explained_variance(f32([3, 2, 1, 0]), returns, counts) == pytest.approx(-3)
+    assert math.isnan(numerics.explained_variance(returns, f32([5, 5, 5, 5]), counts))
+
+
+# ----------------------------------------------------------------------------------------------------------------- KL
+
+
+def test_k1_and_k3_of_one_half_against_one_quarter():
+    logprobs, reference = np.log(f32([0.5, 0.25, 1])), np.log(f32([0.25, 0.5, 1]))
+    counts = mask([T, T, T])
+    ln2 = 0.69314718
+    np.testing.assert_allclose(numerics.k1(logprobs, reference, counts), [[ln2, -ln2, 0]], rtol=1e-6)
+    np.testing.assert_allclose(numerics.k3(logprobs, reference, counts), [[ln2 - 0.5, 1 - ln2, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
+def test_kl_of_masked_tokens_is_zero_whatever_they_hold(garbage):
+    logprobs, counts = f32([-1, garbage]), mask([T, F])
+    assert numerics.k1(logprobs, f32([-2, 0]), counts).tolist() == [[1, 0]]
+    assert numerics.k3(logprobs, f32([-1, 0]), counts).tolist() == [[0, 0]]
+
+
+def test_k1_and_k3_are_unbiased_by_enumeration():
+    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.2, 0.6])
+    exact = 0.5 * math.log(2.5) + 0.3 * math.log(1.5) + 0.2 * math.log(1 / 3)
+    logp, logq, counts = np.log(p)[None], np.log(q)[None], mask([T, T, T])
+    assert (p * numerics.k1(logp, logq, counts)[0]).sum() == pytest.approx(exact, rel=1e-6)
+    assert (p * numerics.k3(logp, logq, counts)[0]).sum() == pytest.approx(exact, rel=1e-6)
+    assert numerics.k1(logp, logq, counts).min() < 0 <= numerics.k3(logp, logq, counts).min()
+
+
+def test_policy_gradient_with_k1_in_the_reward_is_the_exact_gradient_of_the_kl():
+    """Three tokens, two steps, every sequence enumerated: Σ_y π(y) Σ_t ∇log π(y_t | y_<t) A_t against finite differences."""
+    rng = np.random.default_rng(3)
+    states = [(), (0,), (1,), (2,)]
+    theta, reference = rng.normal(size=(4, 3)), rng.normal(size=(4, 3))
+    sequences = list(itertools.product(range(3), repeat=2))
+
+    def logprob(table, sequence, t):
+        row = table[states.index(sequence[:t])]
+        return row[sequence[t]] - math.log(sum(math.exp(v) for v in row))
+
+    def kl(table):
+        total = 0.0
+        for y in sequences:
+            log_pi = logprob(table, y, 0) + logprob(table, y, 1)
+            total += math.exp(log_pi) * (log_pi - logprob(reference, y, 0) - logprob(reference, y, 1))
+        return total
+
+    logprobs = np.array([[logprob(theta, y, t) for t in (0, 1)] for y in sequences])
+    ref = np.array([[logprob(reference, y, t) for t in (0, 1)] for y in sequences])
+    counts = np.ones((9, 2), bool)
+    rewards = numerics.token_rewards(np.zeros(9), numerics.k1(logprobs, ref, counts), counts, kl_coef=1.0)
+    advantages, _ = numerics.gae(rewards, np.zeros((9, 2)), counts, gamma=1.0, lam=1.0)
+    gradient = np.zeros_like(theta)
+    for y, row, advantage in zip(sequences, logprobs, advantages, strict=True):
+        for t in (0, 1):
+            state = states.index(y[:t])
+            probabilities = np.exp(theta[state]) / np.exp(theta[state]).sum()
+            gradient[state] += math.exp(row.sum()) * advantage[t] * (np.eye(3)[y[t]] - probabilities)
+    for i, j in np.ndindex(4, 3):
+        step = np.zeros_like(theta)
+        step[i, j] = 1e-5
+        assert -gradient[i, j] == pytest.approx((kl(theta + step) - kl(theta - step)) / 2e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(("kl", "coef"), [(0, 0.148464), (6, 0.15), (7.2, 0.151536), (100, 0.151536), (6.6, 0.150768)])
+def test_adaptive_kl_coefficient_of_lm_human_preferences(kl, coef):
+    controller = numerics.AdaptiveKL(0.15, target=6.0, horizon=10000.0)
+    controller.update(kl, 512)
+    assert controller.coef == pytest.approx(coef, abs=1e-9)
+
+
+def test_fixed_kl_coefficient_never_moves():
+    controller = numerics.FixedKL(0.02)
+    controller.update(1e6, 512)
+    assert controller.coef == 0.02
+
+
+# ------------------------------------------------------------------------------------------------------------ rewards
+
+
+def test_finished_means_that_the_last_counted_token_is_a_configured_stop_token():
+    responses = np.array([[5, 9, 0, 0], [9, 5, 0, 0], [5, 8, 0, 0], [5, 5, 5, 9], [9, 9, 9, 9]])
+    counts = mask([T, T, F, F], [T, T, F, F], [T, T, F, F], [T, T, T, T], [F, F, F, F])
+    assert numerics.ends_with_stop(responses, counts, [9]).tolist() == [T, F, F, T, F]
+    assert numerics.ends_with_stop(responses, counts, [8]).tolist() == [F, F, T, F, F]
+    assert numerics.ends_with_stop(responses, counts, [8, 9]).tolist() == [T, F, T, T, F]
+
+
+def test_the_score_of_an_unfinished_response_is_replaced_not_reduced():
+    scores, finished = np.array([2.0, 2.0, -5.0]), mask([T, F, F])[0]
+    assert numerics.replace_unfinished(scores, finished, -1.0).tolist() == [2, -1, -1]
+    assert numerics.replace_unfinished(scores, finished, None).tolist() == [2, 2, -5]
+
+
+def test_the_score_lands_once_on_the_last_counted_token():
+    kl = f32([1, 2, np.nan], [1, 2, 4], [1, np.nan, 3], [np.nan, np.nan, np.nan])
+    counts = mask([T, T, F], [T, T, T], [T, F, T], [F, F, F])
+    rewards = numerics.token_rewards(np.array([10.0, 20, 30, np.nan]), kl, counts, kl_coef=0.5)
+    np.testing.assert_allclose(rewards, [[-0.5, 9, 0], [-0.5, -1, 18], [-0.5, 0, 28.5], [0, 0, 0]])
+
+
+def test_a_score_of_073_survives_integer_inputs():
+    rewards = numerics.token_rewards(np.array([0.73]), np.zeros((1, 3), np.int32), mask([T, T, F]), 0.1)
+    assert rewards.dtype == np.float32
+    assert rewards.tolist() == [[0, pytest.approx(0.73), 0]]
+
+
+# ---------------------------------------------------------------------------------------------------------------- GAE
+
+
+def brute_force_advantage(rewards, values, gamma, lam):
+    """A_t = Σ_l (γλ)^l δ_{t+l} over the tokens of one response, summed forwards."""
+    n = len(rewards)
+    deltas = [rewards[t] + (gamma * values[t + 1] if t + 1 < n else 0.0) - values[t] for t in range(n)]
+    return [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
+
+
+def test_gae_is_worked_by_hand():
+    # γ = 1, λ = 1/2: δ = (0 + 2 - 1, 0 + 3 - 2, 4 - 3) = (1, 1, 1), A = (1.75, 1.5, 1), R = A + V.
+    advantages, returns = numerics.gae(f32([0, 0, 4]), f32([1, 2, 3]), mask([T, T, T]), gamma=1.0, lam=0.5)
+    assert advantages.tolist() == [[1.75, 1.5, 1]]
+    assert returns.tolist() == [[2.75, 3.5, 4]]
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1, 0.95), (0.9, 0.8), (1, 0), (0.7, 1)])
+def test_gae_is_the_brute_force_sum_over_counted_tokens(gamma, lam):
+    rng = np.random.default_rng(0)
+    rewards, values = rng.normal(size=(2, 8, 7))
+    counts = rng.random((8, 7)) < 0.6  # gaps inside rows, too
+    counts[0], counts[1], counts[2] = True, False, [T, F, F, F, F, F, F]
+    rewards[~counts] = values[~counts] = np.nan
+    advantages, returns = numerics.gae(rewards, values, counts, gamma=gamma, lam=lam)
+    for row in range(8):
+        columns = [t for t in range(7) if counts[row, t]]
+        expected = brute_force_advantage(rewards[row, columns], values[row, columns], gamma, lam)
+        np.testing.assert_allclose(advantages[row, columns], expected, atol=1e-6)
+        np.testing.assert_allclose(returns[row, columns], expected + values[row, columns], atol=1e-6)
+    assert (advantages[~counts] == 0).all() and (returns[~counts] == 0).all()
+
+
+def test_gae_with_lambda_one_gives_monte_carlo_returns_whatever_the_values():
+    values = np.random.default_rng(0).normal(size=(1, 4))
+    _, returns = numerics.gae(f32([1, 2, 4, 100]), values, mask([T, T, T, F]), gamma=1.0, lam=1.0)
+    np.testing.assert_allclose(returns, [[7, 6, 4, 0]], atol=1e-6)
+    _, discounted = numerics.gae(f32([1, 2, 4, 100]), values, mask([T, T, T, F]), gamma=0.5, lam=1.0)
+    np.testing.assert_allclose(discounted, [[3, 4, 4, 0]], atol=1e-6)
+
+
+def test_gae_with_lambda_zero_gives_the_temporal_difference():
+    advantages, _ = numerics.gae(f32([1, 2, 4]), f32([10, 20, 40]), mask([T, T, T]), gamma=0.5, lam=0.0)
+    assert advantages.tolist() == [[1, 2, -36]]
+
+
+def test_gae_of_a_single_token_is_reward_minus_value():
+    advantages, returns = numerics.gae(f32([0.73, 9]), f32([0.5, 9]), mask([T, F]), gamma=1.0, lam=0.95)
+    np.testing.assert_allclose(advantages, [[0.23, 0]], atol=1e-6)
+    np.testing.assert_allclose(returns, [[0.73, 0]], atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ ranking
+
+
+def test_a_pair_weighs_one_and_three_completions_a_third_each():
+    assert numerics.preferences([(1, 0)], 2).tolist() == [[0, 0], [1, 0]]
+    third = pytest.approx(1 / 3)
+    assert numerics.preferences([(2, 0, 1)], 3).tolist() == [[0, 0, 0], [third, 0, third], [third, 0, 0]]
+
+
+def test_prompts_weigh_alike_and_never_mix_and_padding_rows_weigh_nothing():
+    weights = numerics.preferences([(0, 1), (3, 2, 1, 0)], 8)
+    assert weights[0, 1] == 0.5
+    assert weights[2:6, 2:6].sum() == pytest.approx(0.5)
+    assert weights.sum() == pytest.approx(1)
+    assert weights[:2, 2:].sum() == weights[2:, :2].sum() == weights[6:].sum() == weights[:, 6:].sum() == 0
+
+
+def test_ties_are_dropped():
+    weights = numerics.preferences([(0, 1, 1)], 3)
+    assert weights[1, 2] == weights[2, 1] == 0
+    assert weights[0].tolist() == [0, pytest.approx(1 / 3), pytest.approx(1 / 3)]
+
+
+def test_preferences_follow_a_permutation_of_the_completions():
+    ranks, order = (2, 0, 1, 1), [3, 1, 0, 2]
+    permuted = numerics.preferences([[ranks[i] for i in order]], 4)
+    np.testing.assert_array_equal(permuted, numerics.preferences([ranks], 4)[np.ix_(order, order)])
+
+
+def test_margins_accuracy_and_brier_score_of_three_completions():
+    scores = np.array([0.0, 2.0, 2.0])
+    margins = numerics.pair_margins(scores, numerics.preferences([(2, 0, 1)], 3))  # pairs (1, 0), (1, 2), (2, 0)
+    assert margins.tolist() == [2, 0, 2]
+    assert numerics.ranking_accuracy(margins) == pytest.approx(2.5 / 3)
+    assert numerics.brier_score(np.zeros(4)) == 0.25
+    assert numerics.brier_score(np.array([math.log(3)])) == pytest.approx(1 / 16)
+
+
+def test_calibration_error_of_a_model_that_is_75_percent_sure_and_always_or_half_the_time_right():
+    sure = math.log(3)
+    assert numerics.expected_calibration_error(np.array([sure] * 4)) == pytest.approx(0.25)
+    assert numerics.expected_calibration_error(np.array([sure, -sure])) == pytest.approx(0.25)
+    assert numerics.expected_calibration_error(np.array([sure, sure, sure, -sure])) == pytest.approx(0)
+    assert numerics.expected_calibration_error(np.array([1e4, 1e4])) == pytest.approx(0)
+
+
+def test_sigmoid_is_quiet_at_the_extremes():
+    with np.errstate(all="raise"):
+        np.testing.assert_allclose(numerics.sigmoid(np.array([-1e4, 0, math.log(3), 1e4])), [0, 0.5, 0.75, 1])
+
+
+# ---------------------------------------------------------------------------------------------------------- intervals
+
+
+def test_mean_interval_is_the_textbook_one():
+    mean, low, high = numerics.mean_interval(np.array([1.0, 2, 3, 4, 5]))  # s = sqrt(2.5), s / sqrt(5) = sqrt(0.5)
+    assert (mean, low, high) == pytest.approx((3, 3 - 1.96 * math.sqrt(0.5), 3 + 1.96 * math.sqrt(0.5)))
+    assert numerics.mean_interval(np.array([7.0])) == (7, 7, 7)
+
+
+@pytest.mark.parametrize(("successes", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)])
+def test_proportion_interval_is_wilsons(successes, n, low, high):
+    assert numerics.proportion_interval(successes, n) == pytest.approx((successes / n, low, high), abs=1e-4)

@@ -1,0 +1,158 @@
+"""Blocks of tokens: where padding goes, what counts, and that cutting rows changes nothing."""
+
+import numpy as np
+import pytest
+
+from lockstep import encoding
+from lockstep.encoding import Example, Lengths
+from lockstep.errors import DataError
+from lockstep.nouns import Comparison, Demonstration, Message, Prompt
+from lockstep.sequences import chunks, in_chunks, join, left_pad, pack, right_pad, round_up
+
+PAD = 99
+T, F = True, False
+
+
+def test_prompts_are_padded_left_and_responses_right():
+    block = pack([[1], [2, 3]], [[4, 5, 6], [7]], PAD)
+    assert block.tokens.tolist() == [[PAD, 1, 4, 5, 6], [2, 3, 7, PAD, PAD]]
+    assert block.prompt_mask.tolist() == [[F, T], [T, T]]
+    assert block.response_mask.tolist() == block.mask.tolist() == [[T, T, T], [T, F, F]]
+    assert block.attention_mask.tolist() == [[F, T, T, T, T], [T, T, T, F, F]]
+    assert block.responses.tolist() == [[4, 5, 6], [7, PAD, PAD]]
+    assert block.tokens.dtype == np.int32 and block.mask.dtype == bool
+
+
+def test_last_is_the_last_real_token_not_the_last_column():
+    block = pack([[1], [2, 3], [4]], [[5, 6, 7], [8], []], PAD)
+    assert block.last.tolist() == [4, 2, 1]
+    assert block.tokens[np.arange(3), block.last].tolist() == [7, 8, 4]
+
+
+def test_last_does_not_move_when_tokens_stop_counting():
+    block = pack([[1]], [[5, 6, 7]], PAD)
+    block.mask[:] = False
+    assert block.last.tolist() == [3]
+
+
+def test_columns_can_be_wider_than_any_row():
+    block = pack([[1]], [[2]], PAD, prompt_columns=3, response_columns=2)
+    assert block.tokens.tolist() == [[PAD, PAD, 1, 2, PAD]]
+    assert block.last.tolist() == [3]
+
+
+def test_a_prompt_needs_a_token():
+    with pytest.raises(ValueError, match="start texts without a prompt with EOS"):
+        left_pad([[]], PAD, 3)
+    assert right_pad([[]], PAD, 2)[0].tolist() == [[PAD, PAD]]
+
+
+def test_generated_responses_join_with_every_real_token_counting():
+    block = join(np.array([[1]]), np.array([[T]]), np.array([[2, PAD]]), np.array([[T, F]]))
+    block.mask[:] = False
+    assert block.response_mask.tolist() == [[T, F]]
+
+
+def test_padded_rows_repeat_the_first_and_do_not_count():
+    block = pack([[1], [2]], [[3, 4], [5]], PAD)
+    padded = block.pad_rows(4)
+    assert padded.tokens[2:].tolist() == [block.tokens[0].tolist()] * 2
+    assert padded.mask.tolist() == [[T, T], [T, F], [F, F], [F, F]]
+    assert padded.response_mask[2:].tolist() == [[T, T]] * 2
+    assert block.mask.all(axis=1).tolist() == [T, F]
+    assert block.pad_rows(2) is block
+
+
+def test_chunks_cover_every_row_once():
+    assert list(chunks(5, 2)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert list(chunks(5, None)) == [slice(0, 5)]
+    assert list(chunks(4, 4)) == [slice(0, 4)]
+
+
+@pytest.mark.parametrize("size", [None, 1, 2, 3, 5, 8])
+def test_evaluation_in_chunks_has_one_shape_and_returns_the_rows_in_order(size):
+    block = pack([[1]] * 5, [[i, i] for i in range(5)], PAD)
+    shapes = set()
+
+    def evaluate(part):
+        shapes.add(part.rows)
+        return {"first": part.responses[:, 0], "both": part.responses}
+
+    out = in_chunks(evaluate, block, size)
+    assert out["first"].tolist() == [0, 1, 2, 3, 4]
+    assert out["both"].shape == (5, 2)
+    assert shapes == {min(size or 5, 5)}
+
+
+def test_lengths_are_bucketed_and_never_above_the_limit():
+    assert [round_up(n, 8) for n in (0, 1, 8, 9)] == [8, 8, 8, 16]
+    assert Lengths(20, 20, 8).columns(17, 20) == 20
+    assert Lengths(20, 20, 8).columns(3, 20) == 8
+
+
+# ----------------------------------------------------------------------------------------------------------- encoding
+
+LENGTHS = Lengths(prompt=4, response=3, multiple=1)
+
+
+def ids(tokenizer, *words):
+    return [tokenizer.encode(w)[0] for w in words]
+
+
+def test_a_response_ends_with_the_stop_token_and_a_cut_one_does_not(tokenizer):
+    assert encoding.encode_response(tokenizer, "w1 w2", 3) == [*ids(tokenizer, "w1", "w2"), tokenizer.eos_id]
+    assert encoding.encode_response(tokenizer, "w1 w2 w3", 3) == ids(tokenizer, "w1", "w2", "w3")
+    assert encoding.encode_response(tokenizer, "", 3) == [tokenizer.eos_id]
+
+
+def test_a_long_dialogue_loses_its_oldest_turns_and_starts_with_the_user(tokenizer):
+    turns = [Message("user", "w1 "), Message("assistant", "w2 "), Message("user", "w3 "), Message("assistant", "w4 "), Message("user", "w5")]
+    encode = lambda messages, limit: encoding.encode_prompt(tokenizer, Prompt(tuple(messages)), limit)  # noqa: E731
+    assert encode(turns, 5) == ids(tokenizer, "w1", "w2", "w3", "w4", "w5")
+    assert encode(turns, 4) == ids(tokenizer, "w3", "w4", "w5")
+    assert encode(turns, 2) == ids(tokenizer, "w5")
+    system = [Message("system", "w9 "), *turns]
+    assert encode(system, 4) == ids(tokenizer, "w9", "w3", "w4", "w5")
+    assert encode(system, 1) is None
+
+
+def test_prompts_that_do_not_fit_are_dropped_and_none_left_is_an_error(tokenizer, caplog):
+    short, long = Prompt.of("w1 w2"), Prompt.of("w1 w2 w3 w4 w5")
+    kept, encoded = encoding.encode_prompts(tokenizer, [long, short], LENGTHS)
+    assert kept == [short] and encoded == [ids(tokenizer, "w1", "w2")]
+    assert "dropped 1 of 2: prompts longer than 4 tokens" in caplog.text
+    with pytest.raises(DataError, match=r"All 1 examples were dropped: prompts longer than 4 tokens. Raise the limit"):
+        encoding.encode_prompts(tokenizer, [long], LENGTHS)
+
+
+def test_cut_responses_are_reported(tokenizer, caplog):
+    encoding.encode_demonstrations(tokenizer, [Demonstration(Prompt.of("w1"), "w1 w2 w3"), Demonstration(Prompt.of("w1"), "w1")], LENGTHS)
+    assert "cut 1 of 2 responses to 3 tokens" in caplog.text
+
+
+def test_comparisons_keep_completions_and_ranks_together(tokenizer):
+    comparison = Comparison(Prompt.of("w1"), ("w2", "w3 w4"), (1, 0))
+    [(rows, ranks)] = encoding.encode_comparisons(tokenizer, [comparison], LENGTHS)
+    assert [r.response[:-1] for r in rows] == [ids(tokenizer, "w2"), ids(tokenizer, "w3", "w4")]
+    assert ranks == (1, 0)
+
+
+def test_a_text_starts_from_the_stop_token_alone(tokenizer):
+    [example] = encoding.encode_texts(tokenizer, ["w1 w2", ""], LENGTHS)
+    assert example == Example([tokenizer.eos_id], [*ids(tokenizer, "w1", "w2"), tokenizer.eos_id])
+
+
+def test_with_prompt_loss_every_token_but_the_first_counts(tokenizer):
+    example = Example([1, 2, 3], [4, 5])
+    block = encoding.block([example, Example([6], [7])], tokenizer, LENGTHS, prompt_loss=True)
+    counted = [block.responses[row][block.mask[row]].tolist() for row in (0, 1)]
+    assert counted == [[2, 3, 4, 5], [7]]
+    assert block.tokens[:, 0].tolist() == [1, 6]
+    plain = encoding.block([example], tokenizer, LENGTHS)
+    assert plain.responses[plain.mask].tolist() == [4, 5]
+
+
+def test_token_weights_are_one_over_the_tokens_of_the_whole_minibatch():
+    weights = encoding.token_weights(np.array([[T, T, F], [T, T, F]]))
+    assert weights.tolist() == [[0.25, 0.25, 0], [0.25, 0.25, 0]]
+    assert encoding.token_weights(np.zeros((1, 2), bool)).tolist() == [[0, 0]]
