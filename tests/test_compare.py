@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
+
 from lockstep.compare import claims, compare, groups, print_summary, records, tables
 from lockstep.compare.records import Estimate
 from lockstep.errors import DataError, LockstepError
-from rich.console import Console
 
 POLICIES = ("pretrain", "sft", "ppo", "ppo_ptx")
 GOLD = {"pretrain": -1.9, "sft": 0.35, "ppo": 1.62, "ppo_ptx": 1.55}
@@ -63,7 +64,9 @@ def write_run(runs: Path, backend: str, seed: int, *, gold=GOLD, evaluated=True,
     folder = runs / name
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps(record))
+    stage_config = {"ppo": {"changes": None}, "ppo_ptx": {"changes": {"ptx_coef": 1.0}}}
     resolved: dict[str, Any] = {"seed": seed, "name": name, "backend": {"name": backend}, "ppo": {"kl_coef": 0.02}}
+    resolved["stages"] = {stage: {"algorithm": {"ptx_coef": 0.0}, **c} for stage, c in stage_config.items()}
     for key, value in config.items():
         section, _, leaf = key.rpartition(".")
         resolved.setdefault(section, {})[leaf] = value
@@ -95,7 +98,6 @@ def _rl_rows(stage: str, rng: np.random.Generator) -> list[dict[str, Any]]:
             "objective/gold": 0.35 + (1.3 if stage == "ppo" else 1.2) * done - 0.002 * max(0, step - 70) + rng.normal(0, 0.12),
             "objective/kl": 9 * done + rng.normal(0, 0.2), "objective/entropy": 1.6 - 0.8 * done + rng.normal(0, 0.03),
             "objective/length": 16 + 5 * done + rng.normal(0, 0.5), "perf/tokens_per_second": 5200 + rng.normal(0, 200),
-            **({"ptx/loss": 2.0} if stage == "ppo_ptx" else {}),
         })  # fmt: skip
     return rows
 
@@ -238,6 +240,18 @@ def test_keys_that_follow_from_the_backend_do_not_name_groups_but_are_listed(tmp
     assert c.differing["backend.threads"] == ["2", "4"]
 
 
+def test_a_stages_copy_of_a_shared_key_is_not_listed_again(tmp_path):
+    runs = [write_run(tmp_path, "torch", 0, **{"ppo.clip": c, "stages.ppo.clip": c}) for c in (0.1, 0.2)]
+    assert list(comparison_of(*runs).differing) == ["ppo.clip"]
+
+
+def test_different_experiments_are_named_by_experiment_alone(tmp_path):
+    runs = [write_run(tmp_path, "torch", 0, **{"ppo.clip": c}) for c in (0.1, 0.2)]
+    record = json.loads((runs[1] / "run.json").read_text())
+    (runs[1] / "run.json").write_text(json.dumps(record | {"experiment": "demo"}))
+    assert [g.label for g in comparison_of(*runs).groups] == ["torch, instructgpt", "torch, demo"]
+
+
 def test_seeds_that_agree_give_the_interval_of_the_pooled_runs():
     run = Estimate(2.0, 2.0 - 0.196, 2.0 + 0.196)  # standard error 0.1, so 0.1 / √2 for two
     both = groups.combine([run, run])
@@ -289,6 +303,11 @@ def test_the_checklist_of_the_instructgpt_pipeline(report):
 def test_a_policy_that_got_worse_is_a_no(tmp_path):
     c = comparison_of(write_run(tmp_path, "torch", 0, gold={**GOLD, "ppo": -1.0}))
     assert verdicts(c)["gold: sft < ppo", "torch"] == "no"
+
+
+def test_if_nothing_beats_the_baseline_the_headline_says_so(tmp_path):
+    c = comparison_of(write_run(tmp_path, "torch", 0, gold={**GOLD, "ppo": -1.0, "ppo_ptx": -1.0}))
+    assert re.match(r"No policy is better than sft, which reaches 0\.\d\d on torch\.", claims.headline(c))
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from lockstep_jax.policies import HuggingFace  # noqa: E402
 
 VOCAB = 61
 GARBAGE = 9999  # an id outside every vocabulary
-CPU = JaxBackend.Config(name="jax", device="cpu", precision="float32", compilation_cache=None)
+CPU = JaxBackend.Config(device="cpu", precision="float32", compilation_cache=None)
 
 
 @pytest.fixture(scope="module")

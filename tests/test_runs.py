@@ -70,9 +70,7 @@ def test_outputs_open_in_transformers(pipeline):
 
     policy = AutoModelForCausalLM.from_pretrained(output(pipeline, "ppo"))
     tokenizer = AutoTokenizer.from_pretrained(output(pipeline, "ppo"))
-    reward_model, info = AutoModelForSequenceClassification.from_pretrained(
-        output(pipeline, "reward"), output_loading_info=True
-    )
+    reward_model, info = AutoModelForSequenceClassification.from_pretrained(output(pipeline, "reward"), output_loading_info=True)
     assert tokenizer.vocab_size <= policy.config.vocab_size
     assert reward_model.config.num_labels == 1
     assert not info["missing_keys"]
@@ -112,8 +110,15 @@ def without_timings(rows):
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_a_run_stopped_by_ctrl_c_goes_on_bit_for_bit(tmp_path, backend):
-    options = [f"backend={backend}", *PPO_ONLY, "algorithm.iterations=6", "algorithm.kl_target=0.5", "algorithm.kl_horizon=100",
-               "algorithm.optimizer.ema_decay=0.9", "checkpoint_every=2"]
+    options = [
+        f"backend={backend}",
+        *PPO_ONLY,
+        "algorithm.iterations=6",
+        "algorithm.kl_target=0.5",
+        "algorithm.kl_horizon=100",
+        "algorithm.optimizer.ema_decay=0.9",
+        "checkpoint_every=2",
+    ]
     whole = tiny(tmp_path / "whole", *options)
     command = [sys.executable, "-m", "lockstep", "run", *TINY, *DECODER, f"folder={tmp_path / 'cut'}", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lockstep.configuration import parse
 from lockstep.tracking import Silent, Wandb, without_secrets
 

@@ -125,7 +125,9 @@ def _from_llama(c: Mapping[str, Any]) -> Architecture:
 def _from_gpt2(c: Mapping[str, Any]) -> Architecture:
     unsupported = [k for k in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention") if c.get(k)]
     if unsupported or not c.get("scale_attn_weights", True):
-        raise CheckpointError(f"This GPT-2 uses switches that are not supported: {listing(unsupported or ['scale_attn_weights'])}.")
+        raise CheckpointError(
+            f"This GPT-2 uses switches that are not supported: {listing(unsupported or ['scale_attn_weights'])}."
+        )
     return Architecture(
         family="gpt2",
         vocab_size=c["vocab_size"],
@@ -248,7 +250,9 @@ def _gpt2_trunk(a: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes | {"transformer.ln_f.weight": (d,), "transformer.ln_f.bias": (d,)}
 
 
-def check_parameters(architecture: Architecture, parameters: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_parameters(
+    architecture: Architecture, parameters: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     """Every expected tensor is there with its shape, and no tensor is left over.
 
     Raises:

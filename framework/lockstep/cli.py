@@ -1,8 +1,8 @@
 """The command line.
 
-    lockstep run [hydra overrides] [-m]   run or sweep experiments
-    lockstep compare RUN_OR_SWEEP...      tables, plots and a report
-    lockstep plugins                      what is installed, from which distribution, usable or not and why
+lockstep run [hydra overrides] [-m]   run or sweep experiments
+lockstep compare RUN_OR_SWEEP...      tables, plots and a report
+lockstep plugins                      what is installed, from which distribution, usable or not and why
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="lockstep", description="RLHF experiments on PyTorch and JAX alike.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="run or sweep experiments: lockstep run experiment=instructgpt backend=jax", add_help=False)
+    run = commands.add_parser(
+        "run", help="run or sweep experiments: lockstep run experiment=instructgpt backend=jax", add_help=False
+    )
     run.set_defaults(call=lambda arguments, rest: run_command(rest))
     compare = commands.add_parser("compare", help="tables, plots and a report over run folders")
     compare.add_argument("paths", nargs="+", type=Path, help="run folders, or a folder of them")

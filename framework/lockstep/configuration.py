@@ -46,7 +46,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert_union(arguments, value, where)
     if origin is Literal:
         if value not in arguments:
-            raise ConfigError(f"{where}={value!r} is not one of {', '.join(map(str, arguments))}.{did_you_mean(str(value), map(str, arguments))}")
+            raise ConfigError(
+                f"{where}={value!r} is not one of {', '.join(map(str, arguments))}.{did_you_mean(str(value), map(str, arguments))}"
+            )
         return value
     if dataclasses.is_dataclass(hint):
         return parse(hint, value, where)
@@ -59,9 +61,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {_convert(arguments[0], k, where): _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif hint in (str, bool) and isinstance(value, hint):
+    elif (
+        hint is int and isinstance(value, int) and not isinstance(value, bool) or hint in (str, bool) and isinstance(value, hint)
+    ):
         return value
     raise ConfigError(f"{where}={value!r} should be {_name(hint)}, not {type(value).__name__}.")
 

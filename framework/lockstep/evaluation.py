@@ -213,9 +213,7 @@ class Evaluator:
         measures = {}
         for name, chosen in groups.items():
             found = [
-                agreement(score, -np.asarray(c.ranks))
-                for c, score, take in zip(comparisons, scores, chosen, strict=True)
-                if take
+                agreement(score, -np.asarray(c.ranks)) for c, score, take in zip(comparisons, scores, chosen, strict=True) if take
             ]
             measures |= {name: mean(present(found))} if present(found).size else {}
         margins = np.concatenate([_margins(s, c) for c, s in zip(comparisons, scores, strict=True)])

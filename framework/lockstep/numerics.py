@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
 # ---------------------------------------------------------------------------------------------- masked statistics
 
 
@@ -117,9 +116,7 @@ def token_rewards(scores: np.ndarray, kl: np.ndarray, mask: np.ndarray, kl_coef:
     return rewards
 
 
-def gae(
-    rewards: np.ndarray, values: np.ndarray, mask: np.ndarray, *, gamma: float, lam: float
-) -> tuple[np.ndarray, np.ndarray]:
+def gae(rewards: np.ndarray, values: np.ndarray, mask: np.ndarray, *, gamma: float, lam: float) -> tuple[np.ndarray, np.ndarray]:
     """Advantages and returns, float32 [B, T], 0 where masked (Schulman et al. 2016, eq. 16).
 
         δ_t = r_t + γ V_{t+1} - V_t        A_t = δ_t + γλ A_{t+1}        R_t = A_t + V_t

@@ -90,8 +90,7 @@ class Registry:
         for kind, entries in plugin.components.items():
             if kind not in KINDS:
                 raise RegistryError(
-                    f"{distribution} registers components of kind '{kind}'.{did_you_mean(kind, KINDS)} "
-                    f"Kinds: {', '.join(KINDS)}."
+                    f"{distribution} registers components of kind '{kind}'.{did_you_mean(kind, KINDS)} Kinds: {', '.join(KINDS)}."
                 )
             for name, target in entries.items():
                 key = (kind, name, plugin.backend)

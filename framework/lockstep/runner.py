@@ -1,8 +1,8 @@
 """An experiment is a list of stages; this runs them.
 
-    Experiment     the configuration, checked before anything is loaded
-    Runner         stages in order: reuse what is done, resume what was begun, record everything
-    train          the loop: step, log, checkpoint; stops cleanly on Ctrl-C
+Experiment     the configuration, checked before anything is loaded
+Runner         stages in order: reuse what is done, resume what was begun, record everything
+train          the loop: step, log, checkpoint; stops cleanly on Ctrl-C
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lockstep import __version__, checkpoints, store
-from lockstep.configuration import differences, parse
+from lockstep.configuration import parse
 from lockstep.console import Console
-
-from lockstep.errors import CheckpointError, ConfigError, LockstepError, did_you_mean, listing
+from lockstep.errors import ConfigError, LockstepError, did_you_mean, listing
 from lockstep.evaluation import EvaluationConfig, Evaluator
 from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardModel, ScalarModel, Setting, Tracker
 from lockstep.registry import registry
@@ -107,7 +106,9 @@ class Experiment:
     @functools.cached_property
     def name(self) -> str:
         """Given, or made of what tells runs apart: the same configuration gives the same name, and so goes on."""
-        decisive = {k: v for k, v in self.groups.items() if k not in ("folder", "name", "tracker", "checkpoint_every", "samples_every")}
+        decisive = {
+            k: v for k, v in self.groups.items() if k not in ("folder", "name", "tracker", "checkpoint_every", "samples_every")
+        }
         label = f"{self.groups['experiment_name']}-{self.backend_name}-seed{self.seed}-{store.identity(decisive)[:6]}"
         return self.groups["name"] or label
 
@@ -149,6 +150,7 @@ class Experiment:
 def settings(cls: type, group: Group, where: str) -> Any:
     """A component's group as its ``Config``: every key but ``name``, which chose the component."""
     import dataclasses
+
     keep = {f.name for f in dataclasses.fields(cls.Config)}
     return parse(cls.Config, {key: value for key, value in group.items() if key != "name" or "name" in keep}, where)
 
@@ -360,7 +362,9 @@ class Runner:
                     save(step + 1)
                 if stop.asked:
                     records.close()
-                    raise Stopped(f"Stopped in {name} after step {step + 1} of {algorithm.total_steps}. Run the same command to go on.")
+                    raise Stopped(
+                        f"Stopped in {name} after step {step + 1} of {algorithm.total_steps}. Run the same command to go on."
+                    )
         if finish := algorithm.finish():
             records.metrics(algorithm.total_steps, finish)
             tracker.log(finish, algorithm.total_steps)

@@ -16,7 +16,9 @@ COLUMNS = ("gold", "helpful", "truthful", "harmless", "score", "win_rate", "kl",
 def summary(run: Path) -> Group:
     """Stages with their seconds and last numbers, then each evaluated policy with its 95% intervals."""
     record = checkpoints.read_json(run / "run.json")
-    results = {name: checkpoints.read_json(run.parent / stage["folder"] / "done.json") for name, stage in record["stages"].items()}
+    results = {
+        name: checkpoints.read_json(run.parent / stage["folder"] / "done.json") for name, stage in record["stages"].items()
+    }
     stages = Table(title="stages", title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "steps", "seconds", "at its end"):
         stages.add_column(column)

@@ -24,7 +24,6 @@ class JaxBackend(Backend):
 
     @dataclass(frozen=True)
     class Config:
-        name: str
         device: str
         precision: Literal["float32", "bfloat16"]
         compilation_cache: str | None

@@ -51,7 +51,6 @@ class Decoder(Checkpoint):
 
     @dataclass(frozen=True)
     class Config:
-        name: str
         tokenizer: TokenizerConfig
         layers: int
         hidden_size: int
@@ -83,7 +82,6 @@ class HuggingFace(Checkpoint):
 
     @dataclass(frozen=True)
     class Config:
-        name: str
         tokenizer: TokenizerConfig
         path: str
 

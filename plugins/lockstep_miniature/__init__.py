@@ -1,14 +1,14 @@
 """The miniature: a small closed world of instructions with a known truth. To RLHF what a fruit fly is to genetics.
 
-    world.py       the things, their properties, the vocabulary
-    tasks.py       families of instructions, and what a right response is
-    responses.py   how people of different skill write responses
-    gold.py        the true score of any response
-    labelers.py    simulated people who rank completions
-    corpus.py      raw text with the flaws of the web's
-    ability.py     what a model that reads the corpus can do
-    tokenizer.py   words to ids
-    source.py      all of it as a data source
+world.py       the things, their properties, the vocabulary
+tasks.py       families of instructions, and what a right response is
+responses.py   how people of different skill write responses
+gold.py        the true score of any response
+labelers.py    simulated people who rank completions
+corpus.py      raw text with the flaws of the web's
+ability.py     what a model that reads the corpus can do
+tokenizer.py   words to ids
+source.py      all of it as a data source
 """
 
 from lockstep.registry import Plugin

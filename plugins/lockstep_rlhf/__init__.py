@@ -1,9 +1,9 @@
 """The recipe, written once for every backend: pretraining, SFT, reward modelling, PPO; learned and function rewards.
 
-    language_modelling.py   pretraining on raw text, SFT on demonstrations
-    reward_modelling.py     a reward model from rankings of K completions
-    ppo.py                  PPO against it, with KL penalty and PPO-ptx
-    reward_models.py        what gives scores: a learned model, a Python function
+language_modelling.py   pretraining on raw text, SFT on demonstrations
+reward_modelling.py     a reward model from rankings of K completions
+ppo.py                  PPO against it, with KL penalty and PPO-ptx
+reward_models.py        what gives scores: a learned model, a Python function
 """
 
 from lockstep.registry import Plugin

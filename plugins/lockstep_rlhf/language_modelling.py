@@ -168,9 +168,7 @@ class SFT(LanguageModelling):
 def next_token_terms(rows: Sequences, micro_batch_size: int | None, coef: float = 1.0) -> list[Term]:
     """The minibatch's mean next-token loss times ``coef``, as one term per micro-batch."""
     weights = coef * encoding.token_weights(rows.mask)
-    return [
-        Term(NextTokenLoss(), rows.take(part), {"weights": weights[part]}) for part in chunks(rows.rows, micro_batch_size)
-    ]
+    return [Term(NextTokenLoss(), rows.take(part), {"weights": weights[part]}) for part in chunks(rows.rows, micro_batch_size)]
 
 
 def steps(config: Any, examples: int) -> int:

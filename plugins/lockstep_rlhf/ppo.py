@@ -48,9 +48,7 @@ class PPOLoss:
         values = losses.select(xp, mask, outputs["values"])
         ratio = xp.exp(log_ratio)
         policy = losses.clipped_policy_loss(xp, ratio, batch["advantages"], clip_range=self.clip_range)
-        value = losses.clipped_value_loss(
-            xp, values, batch["old_values"], batch["returns"], clip_range=self.value_clip_range
-        )
+        value = losses.clipped_value_loss(xp, values, batch["old_values"], batch["returns"], clip_range=self.value_clip_range)
         mean = lambda x: losses.weighted_sum(xp, xp.astype(x, ratio.dtype), batch["weights"])  # noqa: E731
         policy_loss = losses.weighted_sum(xp, policy, batch["policy_weights"])
         value_loss = mean(value)
@@ -125,15 +123,13 @@ class PPO(Algorithm):
         self.config, self.setting = config, setting
         self.tokenizer, self.reward_model = setting.tokenizer, setting.reward_model
         check_context(setting.policy, config.lengths)
-        self.prompts, self.prompt_ids = encoding.encode_prompts(
-            self.tokenizer, setting.data.prompts("train"), config.lengths
-        )
+        self.prompts, self.prompt_ids = encoding.encode_prompts(self.tokenizer, setting.data.prompts("train"), config.lengths)
         self.ptx_batch = round(config.ptx_ratio * config.batch_size / config.minibatches) if config.ptx_coef else 0
         if self.ptx_batch:
             self.texts = encoding.encode_texts(self.tokenizer, setting.data.texts("train"), config.lengths)
 
-        self.ref_policy = setting.policy.copy()
-        self.policy = setting.policy.with_value_head() if config.value_network == "shared" else setting.policy
+        self.ref_policy = setting.policy  # never trained: the learner gets a copy
+        self.policy = self.ref_policy.with_value_head() if config.value_network == "shared" else self.ref_policy.copy()
         models: dict[str, Model] = {"policy": self.policy}
         if config.value_network == "separate":
             models["value"] = setting.reward_model.value_network() or setting.policy.scalar_model(

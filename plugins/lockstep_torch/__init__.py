@@ -1,11 +1,11 @@
 """PyTorch: backend, policies and learner. Sibling of ``lockstep_jax``, file for file.
 
-    backend.py      device, precision, what runs where
-    decoder.py      the network of policies that start from scratch; networks of transformers behind the same face
-    generation.py   sampling with a key-value cache
-    model.py        logprobs, entropy, values, scores; loading and saving
-    policies.py     what the configuration names: decoder, huggingface
-    learner.py      gradients and Adam
+backend.py      device, precision, what runs where
+decoder.py      the network of policies that start from scratch; networks of transformers behind the same face
+generation.py   sampling with a key-value cache
+model.py        logprobs, entropy, values, scores; loading and saving
+policies.py     what the configuration names: decoder, huggingface
+learner.py      gradients and Adam
 """
 
 from lockstep.registry import Plugin

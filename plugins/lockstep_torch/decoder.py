@@ -234,9 +234,7 @@ class TransformersNetwork(Network):
 
     def advance(self, token: Tensor, cache: dict[str, Any]) -> Tensor:
         cache["mask"] = F.pad(cache["mask"], (0, 1), value=True)
-        out = self._trunk(
-            token[:, None], cache["mask"], cache["count"][:, None], past_key_values=cache["past"], use_cache=True
-        )
+        out = self._trunk(token[:, None], cache["mask"], cache["count"][:, None], past_key_values=cache["past"], use_cache=True)
         cache["past"], cache["count"] = out.past_key_values, cache["count"] + 1
         return out.last_hidden_state[:, 0]
 

@@ -48,7 +48,7 @@ class TorchLearner(Learner):
     def gradients(self, terms: Sequence[Term]) -> dict[str, np.ndarray]:
         self._backward(terms)
         return {
-            f"{name}.{key}": _gradient(tensor).float().cpu().numpy()
+            f"{name}.{key}": tensor.grad.float().cpu().numpy()
             for name, model in self.models.items()
             for key, tensor in model.tensors().items()
         }
@@ -65,6 +65,8 @@ class TorchLearner(Learner):
             loss.backward()
             for name, value in {"loss": loss, **metrics}.items():
                 total[name] = total.get(name, 0.0) + value.detach()
+        for parameter in (p for adam in self.adams.values() for p in _trained(adam) if p.grad is None):
+            parameter.grad = torch.zeros_like(parameter)  # Adam's moments decay for it too, as in every backend
         return total
 
     def _outputs(self, term: Term) -> dict[str, Tensor]:
@@ -117,7 +119,11 @@ class TorchLearner(Learner):
             for key, tensor in model.tensors().items():
                 moments = self.adams[name].state[tensor]
                 if "exp_avg" not in moments:
-                    moments |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
+                    moments |= {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(tensor),
+                        "exp_avg_sq": torch.zeros_like(tensor),
+                    }
                 state[f"{name}.parameters.{key}"] = tensor
                 state[f"{name}.mean.{key}"] = moments["exp_avg"]
                 state[f"{name}.square.{key}"] = moments["exp_avg_sq"]
@@ -138,7 +144,3 @@ def _adam(model: TorchModel, config: OptimizerConfig) -> torch.optim.AdamW:
 
 def _trained(adam: torch.optim.AdamW) -> list[torch.nn.Parameter]:
     return [parameter for group in adam.param_groups for parameter in group["params"]]
-
-
-def _gradient(tensor: torch.nn.Parameter) -> Tensor:
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad

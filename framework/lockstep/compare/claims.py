@@ -56,7 +56,7 @@ def _alignment_tax(c: Comparison, g: Group, policy: str) -> Iterator[Claim]:
     if not before or not after:
         return
     because = f"{show(before, PERCENT)} before, {show(after, PERCENT)} after"
-    if any("ptx/loss" in stage.metrics for stage in g.stages(policy)):
+    if _mixes_pretraining(g, policy):
         kept = after.mean >= before.low
         verdict: Verdict = "yes" if kept else "no" if after.high < before.low else "unclear"
         yield Claim(f"{policy} keeps the ability of {c.baseline}", g.label, verdict, because)
@@ -64,6 +64,12 @@ def _alignment_tax(c: Comparison, g: Group, policy: str) -> Iterator[Claim]:
         lost = after.mean < before.mean
         verdict = "yes" if after.high < before.low else "unclear" if lost else "no"
         yield Claim(f"{policy} loses ability (alignment tax)", g.label, verdict, because)
+
+
+def _mixes_pretraining(g: Group, stage: str) -> bool:
+    """Did the stage train with PPO-ptx? Its own ``changes`` win over the algorithm's configuration."""
+    config = g.runs[0].config
+    return bool(config.get(f"stages.{stage}.changes.ptx_coef", config.get(f"stages.{stage}.algorithm.ptx_coef")))
 
 
 def _reward_model(g: Group) -> Iterator[Claim]:
@@ -154,6 +160,15 @@ def _best_policy(c: Comparison, metric: str) -> str:
     return max(c.policies, key=lambda policy: max(_mean(g.policy(c.split, policy, metric)) for g in c.groups))
 
 
+def _beaten(c: Comparison, metric: str) -> bool:
+    """Does a policy after the baseline have a higher mean than the baseline, in any group?"""
+    return any(
+        _mean(g.policy(c.split, p, metric)) > _mean(g.policy(c.split, c.baseline, metric))
+        for g in c.groups
+        for p in c.after_baseline
+    )
+
+
 def _mean(e: Estimate | None) -> float:
     return e.mean if e else float("-inf")
 
@@ -171,6 +186,8 @@ def _gain(c: Comparison, groups: Sequence[Group], metric: str, start: str | None
     texts = [f"{b.mean:{form}} on {g.label}" for g, _, b in pairs]
     if metric == "win_rate":
         return f"Against {c.baseline}, {best} wins {_and(texts)}{which}."
+    if best == c.baseline and c.after_baseline and not _beaten(c, metric):
+        return f"No policy is better than {best}, which reaches {_and(texts)}{which}."
     return f"{best} reaches {_and(texts)}{which}."
 
 

@@ -47,7 +47,7 @@ class Group:
 
     label: str
     backend: str
-    settings: Mapping[str, Any]  # the differing keys that tell this group from others of its backend
+    settings: Mapping[str, Any]  # what tells this group from others of its backend
     runs: Sequence[Run]
 
     def policy_estimates(self, split: str, policy: str, metric: str) -> list[Estimate]:
@@ -142,16 +142,15 @@ class Comparison:
 
 
 def group(reading: Reading) -> Comparison:
-    """Group by backend and by every differing key, the seed and what follows from the backend left out."""
+    """Group by experiment, backend and every differing key, the seed and what follows from the backend left out."""
     runs = reading.runs
-    differing = [key for key in _keys(runs) if len({_text(run.config.get(key)) for run in runs}) > 1]
+    differing = _differing(runs)
     own = [key for key in differing if not _follows_from_backend(key, runs)]
     members: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         identity = (run.experiment, _backend(run), *(_text(run.config.get(key)) for key in own))
         members.setdefault(identity, []).append(run)
-    several = len({run.experiment for run in runs}) > 1
-    groups = [_group(list(found), own, several) for found in members.values()]
+    groups = [_group(found, own, runs) for found in members.values()]
     return Comparison(
         groups=_distinct(groups),
         differing={key: [_text(g.runs[0].config.get(key)) for g in groups] for key in differing},
@@ -159,11 +158,18 @@ def group(reading: Reading) -> Comparison:
     )
 
 
-def _group(runs: list[Run], keys: Sequence[str], with_experiment: bool) -> Group:
-    first = runs[0]
-    settings = {key: first.config.get(key) for key in keys}
-    parts = [_backend(first), *([first.experiment] if with_experiment else []), *_described(settings)]
-    return Group(", ".join(parts), _backend(first), settings, sorted(runs, key=lambda run: run.seed))
+def _group(members: list[Run], keys: Sequence[str], everyone: Sequence[Run]) -> Group:
+    """Labelled by as little as tells it apart: its experiment, and the keys that differ within the experiment."""
+    first = members[0]
+    relatives = [run for run in everyone if run.experiment == first.experiment]
+    within = {key: first.config.get(key) for key in keys if key in _differing(relatives)}
+    experiment = [first.experiment] if len(relatives) < len(everyone) else []
+    return Group(
+        label=", ".join([_backend(first), *experiment, *_described(within)]),
+        backend=_backend(first),
+        settings={"experiment": first.experiment, **{key: first.config.get(key) for key in keys}},
+        runs=sorted(members, key=lambda run: run.seed),
+    )
 
 
 def _described(settings: Mapping[str, Any], most: int = 3) -> list[str]:
@@ -184,9 +190,13 @@ def _distinct(groups: Sequence[Group]) -> list[Group]:
     return result
 
 
-def _keys(runs: Sequence[Run]) -> list[str]:
-    keys = dict.fromkeys(key for run in runs for key in run.config)
-    return [key for key in keys if key.partition(".")[0] not in NOT_COMPARED]
+def _differing(runs: Sequence[Run]) -> list[str]:
+    """The keys in which the runs differ. A stage's copy of a key that is also set once for all stages is left out."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if key.partition(".")[0] not in NOT_COMPARED)
+    values = {key: tuple(_text(run.config.get(key)) for run in runs) for key in keys}
+    values = {key: found for key, found in values.items() if len(set(found)) > 1}
+    shared = {(key.rpartition(".")[2], found) for key, found in values.items() if not key.startswith("stages.")}
+    return [k for k, found in values.items() if not k.startswith("stages.") or (k.rpartition(".")[2], found) not in shared]
 
 
 def _follows_from_backend(key: str, runs: Sequence[Run]) -> bool:
