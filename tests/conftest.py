@@ -103,7 +103,9 @@ def sentence(seed: int, words: int) -> str:
 class Scored(RewardModel):
     """``function(responses) -> scores``, and a network that a value network may start from."""
 
-    def __init__(self, function: Callable[..., Any] = lambda r: r.sequences.mask.sum(axis=1) - 5.0, network: ScalarModel | None = None):
+    def __init__(
+        self, function: Callable[..., Any] = lambda r: r.sequences.mask.sum(axis=1) - 5.0, network: ScalarModel | None = None
+    ):
         self.function, self.network = function, network
 
     def score(self, responses):

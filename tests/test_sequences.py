@@ -106,7 +106,8 @@ def test_a_response_ends_with_the_stop_token_and_a_cut_one_does_not(tokenizer):
 
 
 def test_a_long_dialogue_loses_its_oldest_turns_and_starts_with_the_user(tokenizer):
-    turns = [Message("user", "w1 "), Message("assistant", "w2 "), Message("user", "w3 "), Message("assistant", "w4 "), Message("user", "w5")]
+    roles = ("user", "assistant", "user", "assistant", "user")
+    turns = [Message(role, f"w{i} ") for i, role in enumerate(roles, 1)]
     encode = lambda messages, limit: encoding.encode_prompt(tokenizer, Prompt(tuple(messages)), limit)  # noqa: E731
     assert encode(turns, 5) == ids(tokenizer, "w1", "w2", "w3", "w4", "w5")
     assert encode(turns, 4) == ids(tokenizer, "w3", "w4", "w5")
@@ -126,7 +127,8 @@ def test_prompts_that_do_not_fit_are_dropped_and_none_left_is_an_error(tokenizer
 
 
 def test_cut_responses_are_reported(tokenizer, caplog):
-    encoding.encode_demonstrations(tokenizer, [Demonstration(Prompt.of("w1"), "w1 w2 w3"), Demonstration(Prompt.of("w1"), "w1")], LENGTHS)
+    demonstrations = [Demonstration(Prompt.of("w1"), response) for response in ("w1 w2 w3", "w1")]
+    encoding.encode_demonstrations(tokenizer, demonstrations, LENGTHS)
     assert "cut 1 of 2 responses to 3 tokens" in caplog.text
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lockstep.configuration import parse
+from lockstep.runner import settings
 from lockstep.tracking import Silent, Wandb, without_secrets
 
 wandb = pytest.importorskip("wandb")
@@ -32,7 +32,7 @@ def no_account(monkeypatch, tmp_path):
 
 
 def tracker(mode: str = "auto") -> Wandb:
-    return Wandb(Wandb.Config(name="wandb", project="lockstep", entity=None, mode=mode, tags=("test",)))
+    return Wandb(Wandb.Config(project="lockstep", entity=None, mode=mode, tags=("test",)))
 
 
 def start(tracker: Wandb, folder: Path, *, resume: bool = False, **config: Any) -> None:
@@ -79,8 +79,8 @@ def ours(caplog) -> list[str]:
 
 def test_configuration_files_parse():
     yaml = pytest.importorskip("yaml")
-    assert parse(Wandb.Config, yaml.safe_load((CONF / "wandb.yaml").read_text()), "tracker").mode == "auto"
-    assert parse(Silent.Config, yaml.safe_load((CONF / "none.yaml").read_text()), "tracker").name == "none"
+    assert settings(Wandb, yaml.safe_load((CONF / "wandb.yaml").read_text()), "tracker").mode == "auto"
+    assert settings(Silent, yaml.safe_load((CONF / "none.yaml").read_text()), "tracker") == Silent.Config()
 
 
 def test_importing_the_trackers_does_not_import_wandb():
@@ -205,7 +205,7 @@ def test_the_mode_that_the_environment_asks_for_wins_over_auto(tmp_path, monkeyp
 
 
 def test_the_silent_tracker_keeps_nothing(tmp_path):
-    t = Silent(Silent.Config(name="none"))
+    t = Silent(Silent.Config())
     t.start(folder=tmp_path / "stage", run="demo", stage="sft", identity="x", config={}, resume=False)
     t.log({"loss": 0.0}, 0)
     t.table("samples", [{}], 0)

@@ -149,10 +149,7 @@ class Experiment:
 
 def settings(cls: type, group: Group, where: str) -> Any:
     """A component's group as its ``Config``: every key but ``name``, which chose the component."""
-    import dataclasses
-
-    keep = {f.name for f in dataclasses.fields(cls.Config)}
-    return parse(cls.Config, {key: value for key, value in group.items() if key != "name" or "name" in keep}, where)
+    return parse(cls.Config, {key: value for key, value in group.items() if key != "name"}, where)
 
 
 def _merge(group: Group, changes: Group, where: str) -> Group:

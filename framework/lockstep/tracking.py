@@ -30,7 +30,7 @@ class Silent(Tracker):
 
     @dataclass(frozen=True)
     class Config:
-        name: str
+        pass
 
     def __init__(self, config: Config):
         pass
@@ -60,7 +60,6 @@ class Wandb(Tracker):
 
     @dataclass(frozen=True)
     class Config:
-        name: str
         project: str
         entity: str | None
         mode: Literal["auto", "online", "offline", "disabled"]

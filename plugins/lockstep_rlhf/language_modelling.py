@@ -25,12 +25,18 @@ from lockstep.sequences import Sequences, chunks, in_chunks
 
 @dataclass(frozen=True)
 class NextTokenLoss:
-    """L = -Σ w_t log π(x_t | x_<t), with w = 1 / n over the minibatch's n counted tokens."""
+    """L = -coef Σ w_t log π(x_t | x_<t), with w = 1 / n over the minibatch's n counted tokens. ``metric`` names the
+    unscaled loss in the log where it is one term of several."""
 
+    coef: float = 1.0
+    metric: str | None = None
     outputs: ClassVar[tuple[str, ...]] = ("logprobs",)
 
-    def __call__(self, xp: Any, outputs: Mapping[str, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
-        return losses.weighted_sum(xp, -outputs["logprobs"], batch["weights"]), {}
+    def __call__(
+        self, xp: Any, outputs: Mapping[str, Array], batch: Mapping[str, Array]
+    ) -> tuple[Array, dict[str, Array]]:
+        loss = losses.weighted_sum(xp, -outputs["logprobs"], batch["weights"])
+        return self.coef * loss, {self.metric: loss} if self.metric else {}
 
 
 class LanguageModelling(Algorithm):
@@ -62,7 +68,9 @@ class LanguageModelling(Algorithm):
     def step(self, step: int) -> Metrics:
         before = {"heldout/loss": self.heldout_loss()} if step == 0 else {}
         scale = lr_scale(self.config.schedule, step, self.total_steps)
-        metrics = self.learner.update(next_token_terms(self.block(self.batch(step)), self.config.micro_batch_size), scale)
+        rows = self.block(self.batch(step))
+        terms = next_token_terms(rows, self.config.micro_batch_size, NextTokenLoss())
+        metrics = self.learner.update(terms, scale)
         return before | metrics | {"perplexity": math.exp(min(metrics["loss"], 50)), "lr_scale": scale}
 
     def finish(self) -> Metrics:
@@ -165,10 +173,10 @@ class SFT(LanguageModelling):
         return encoding.block(examples, self.tokenizer, self.config.lengths, prompt_loss=self.config.prompt_loss)
 
 
-def next_token_terms(rows: Sequences, micro_batch_size: int | None, coef: float = 1.0) -> list[Term]:
-    """The minibatch's mean next-token loss times ``coef``, as one term per micro-batch."""
-    weights = coef * encoding.token_weights(rows.mask)
-    return [Term(NextTokenLoss(), rows.take(part), {"weights": weights[part]}) for part in chunks(rows.rows, micro_batch_size)]
+def next_token_terms(rows: Sequences, micro_batch_size: int | None, loss: NextTokenLoss) -> list[Term]:
+    """The minibatch's mean next-token loss, as one term per micro-batch."""
+    weights = encoding.token_weights(rows.mask)
+    return [Term(loss, rows.take(part), {"weights": weights[part]}) for part in chunks(rows.rows, micro_batch_size)]
 
 
 def steps(config: Any, examples: int) -> int:

@@ -30,7 +30,7 @@ from lockstep.interfaces import Algorithm, Array, DataSource, Metrics, Model, Re
 from lockstep.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
 from lockstep.randomness import example_indices, permutation, token_seeds
 from lockstep.sequences import Sequences, chunks, in_chunks, join, left_pad
-from lockstep_rlhf.language_modelling import check_context, next_token_terms
+from lockstep_rlhf.language_modelling import NextTokenLoss, check_context, next_token_terms
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,8 @@ class PPO(Algorithm):
         minibatch = (step * self.config.epochs + epoch) * self.config.minibatches + number
         indices = example_indices(self.setting.seed, "ptx", len(self.texts), minibatch * self.ptx_batch, self.ptx_batch)
         rows = encoding.block([self.texts[i] for i in indices], self.tokenizer, self.config.lengths)
-        return next_token_terms(rows, self.config.micro_batch_size, self.config.ptx_coef)
+        loss = NextTokenLoss(self.config.ptx_coef, "ptx/loss")
+        return next_token_terms(rows, self.config.micro_batch_size, loss)
 
     # --------------------------------------------------------------------------------------------------- the rest
 

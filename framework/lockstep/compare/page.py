@@ -74,7 +74,8 @@ def samples(c: Comparison) -> list[SamplePrompt]:
 def _merge_alike(rows: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> list[SampleRow]:
     labels: dict[tuple[str | None, ...], list[str]] = {}
     for label, responses in rows.items():
-        labels.setdefault(tuple(r["response"] if r else None for r in responses), []).append(label)
+        if any(responses):  # a prompt that the group was asked
+            labels.setdefault(tuple(r["response"] if r else None for r in responses), []).append(label)
     return [SampleRow(", ".join(found), rows[found[0]]) for found in labels.values()]
 
 

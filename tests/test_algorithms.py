@@ -1,0 +1,951 @@
+"""The algorithms on a tiny real policy: what they feed the learner, and what they leave alone.
+
+Expected values come from loops over tokens, from models evaluated one row at a time, or from numbers written here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tokenizers
+
+from conftest import Data, NoTexts, Scored, configure, head
+from lockstep import losses
+from lockstep.architecture import scalar_head
+from lockstep.errors import ConfigError, MissingData, RewardError
+from lockstep.interfaces import Generated, Responses, Term
+from lockstep.nouns import Comparison, Prompt
+from lockstep.sequences import pack
+from lockstep.tokenizer import Tokenizer
+from lockstep_rlhf.ppo import Clock
+from lockstep_rlhf.reward_models import Function, Learned
+
+LN2 = 0.69314718
+CONSTANT = {"shape": "constant", "warmup_steps": 0}
+SMALL = {"iterations": 3, "batch_size": 8, "epochs": 1, "temperature": 0.7, "schedule": CONSTANT}
+
+
+@pytest.fixture
+def ppo(make):
+    """ppo(**changes): PPO with 8 episodes, T = 0.7, one step per iteration; every response is scored by its length."""
+    return lambda reward_model=None, **changes: make("ppo", reward_model=reward_model or Scored(), **(SMALL | changes))
+
+
+def prepared(algorithm, step=0):
+    rollout = algorithm.rollout(step, Clock())
+    return rollout, *algorithm.prepare(rollout)
+
+
+def gradients(algorithm, rollout, batch):
+    return algorithm.learner.gradients(algorithm.terms(rollout.sequences, batch, np.arange(len(batch["mask"]))))
+
+
+def same(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    for name in one:
+        if tolerance:
+            np.testing.assert_allclose(one[name], other[name], err_msg=name, **tolerance)
+        else:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def relative(one, other):
+    """The largest difference between two sets of gradients, over the largest entry."""
+    return max(abs(one[n] - other[n]).max() for n in one) / max(abs(g).max() for g in one.values())
+
+
+def rows_of(rollout, rows):
+    """A rollout of some of its episodes."""
+    taken = {f.name: getattr(rollout, f.name)[rows] for f in fields(rollout) if f.name not in ("sequences", "responses")}
+    responses = replace(rollout.responses, prompts=[rollout.responses.prompts[i] for i in rows],
+                        texts=[rollout.responses.texts[i] for i in rows])  # fmt: skip
+    return replace(rollout, sequences=rollout.sequences.take(rows), responses=responses, **taken)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    outputs = ("logprobs",)
+
+    def __call__(self, xp, outputs, batch):
+        return losses.weighted_sum(xp, -outputs["logprobs"], batch["weights"]), {}
+
+
+# ------------------------------------------------------------------------------------------------ models and samplers
+
+
+def block(pad_id=36, prompt_columns=6, response_columns=6):
+    """Rows of different lengths: prompts of 5, 4, 3, 2 tokens and responses of 1, 3, 6, 2."""
+    rng = np.random.default_rng(0)
+    prompts, responses = ([rng.integers(0, 34, n).tolist() for n in lengths] for lengths in ((5, 4, 3, 2), (1, 3, 6, 2)))
+    return pack(prompts, responses, pad_id, prompt_columns=prompt_columns, response_columns=response_columns)
+
+
+def test_padding_and_what_stands_in_it_change_nothing(load):
+    policy, scalar = load(), load().scalar_model(head())
+    tight, wide = block(), block(pad_id=9999, prompt_columns=11, response_columns=9)
+    for model, names in ((policy, ("logprobs", "entropy")), (scalar, ("values", "scores"))):
+        one, other = model.evaluate(tight, names), model.evaluate(wide, names)
+        for name in names:
+            a, b = (one[name], other[name]) if name == "scores" else (one[name][tight.mask], other[name][wide.mask])
+            np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
+
+
+def test_rows_do_not_depend_on_their_neighbours(load):
+    model = load().scalar_model(head())
+    rows, order = block(), np.array([2, 0, 3, 1])
+    whole = model.evaluate(rows, ("values", "scores"))
+    permuted = model.evaluate(rows.take(order), ("values", "scores"))
+    np.testing.assert_allclose(permuted["scores"], whole["scores"][order], atol=1e-5)
+    for i in range(4):
+        alone = model.evaluate(rows.take([i]), ("values", "scores"))
+        np.testing.assert_allclose(alone["scores"][0], whole["scores"][i], atol=1e-5)
+        np.testing.assert_allclose(alone["values"][0][rows.mask[i]], whole["values"][i][rows.mask[i]], atol=1e-5)
+
+
+def test_two_forwards_agree_bit_for_bit(load):
+    policy, rows = load(), block()
+    same(policy.evaluate(rows, ("logprobs", "entropy")), policy.evaluate(rows, ("logprobs", "entropy")))
+
+
+def test_the_score_is_read_in_the_state_after_the_last_real_token(load):
+    """The value of one more token, before it is emitted, is the score of the row without it."""
+    model, rows = load().scalar_model(head()), block()
+    longer = pack([rows.tokens[i, :6][rows.prompt_mask[i]].tolist() for i in range(4)],
+                  [[*rows.responses[i][rows.mask[i]].tolist(), 7] for i in range(4)], 36)  # fmt: skip
+    values = model.evaluate(longer, ["values"])["values"]
+    np.testing.assert_allclose(model.evaluate(rows, ["scores"])["scores"], values[np.arange(4), [1, 3, 6, 2]], atol=1e-5)
+
+
+def test_logprobs_are_of_logits_over_the_temperature(load):
+    """Σ_v π(v) = 1 at every temperature, and log π_T(a) - log π_T(b) = (log π(a) - log π(b)) / T."""
+    policy = load()
+    every = pack([[1, 2, 3]] * 37, [[v] for v in range(37)], 36)
+    plain, sharp = (policy.evaluate(every, ["logprobs", "entropy"], temperature=t) for t in (1.0, 0.5))
+    logp, logs = plain["logprobs"][:, 0].astype(np.float64), sharp["logprobs"][:, 0].astype(np.float64)
+    assert np.exp(logp).sum() == pytest.approx(1, abs=1e-5) and np.exp(logs).sum() == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(logs - logs[0], 2 * (logp - logp[0]), atol=1e-4)
+    np.testing.assert_allclose(sharp["entropy"][:, 0], -(np.exp(logs) * logs).sum(), atol=1e-4)
+
+
+def test_the_samplers_logprobs_are_those_of_teacher_forcing(ppo):
+    _, _, metrics = prepared(ppo())
+    assert metrics["sampler/mismatch_max"] < 1e-4 and metrics["sampler/mismatch_mean"] < 2e-5
+
+
+class OnePrompt(Data):
+    def prompts(self, split):
+        return [Prompt.of("w1 w2 w3")]
+
+
+def test_samples_differ_between_rows_updates_and_seeds_and_repeat_with_the_seed(ppo):
+    draw = lambda step, **changes: ppo(data=OnePrompt(), **changes).rollout(step, Clock()).sequences.responses.tolist()  # noqa: E731
+    first = draw(0)
+    assert len({tuple(row) for row in first}) == 8
+    assert first == draw(0)
+    assert all(a != b for a, b in zip(first, draw(1), strict=True))
+    assert all(a != b for a, b in zip(first, draw(0, seed=1), strict=True))
+
+
+# ------------------------------------------------------------------------------------------- PPO: before the first step
+
+
+@pytest.mark.parametrize("network", ["separate", "shared"])
+def test_before_the_first_step_nothing_has_moved(ppo, network):
+    metrics = ppo(value_network=network).step(0)
+    for name in ("objective/kl", "objective/k3", "policy/clip_fraction", "value/clip_fraction"):
+        assert metrics[name] == 0, name
+    assert metrics["policy/approx_kl"] < 1e-10
+    assert metrics["policy/loss"] == pytest.approx(0, abs=1e-6)
+    assert metrics["loss"] == pytest.approx(0.1 * metrics["value/loss"], abs=1e-6) and metrics["value/loss"] > 0
+
+
+def test_old_and_reference_logprobs_are_taken_at_the_sampling_temperature(ppo, load):
+    algorithm = ppo()
+    algorithm.ref_policy = load(1)
+    rollout, _, metrics = prepared(algorithm)
+    mine, theirs = (p.evaluate(rollout.sequences, ["logprobs"], temperature=0.7)["logprobs"] for p in (load(0), load(1)))
+    mask = rollout.sequences.response_mask
+    sums = [sum(float(mine[i, t] - theirs[i, t]) for t in range(12) if mask[i, t]) for i in range(8)]
+    assert metrics["objective/kl"] == pytest.approx(sum(sums) / 8, abs=1e-4)
+    assert abs(metrics["objective/kl"]) > 0.1
+    assert {term.temperature for term in algorithm.terms(rollout.sequences, algorithm.prepare(rollout)[0], np.arange(8))} == {0.7}
+
+
+def test_entropy_and_score_are_logged_over_what_counts(ppo):
+    rollout, _, metrics = prepared(ppo())
+    counted = [float(rollout.entropy[i, t]) for i, t in np.argwhere(rollout.sequences.mask)]
+    assert metrics["objective/entropy"] == pytest.approx(sum(counted) / len(counted), rel=1e-5)
+    assert metrics["objective/length"] == len(counted) / 8
+    assert metrics["objective/score"] == pytest.approx(len(counted) / 8 - 5)
+
+
+# ------------------------------------------------------------------------------------------------------ PPO: rewards
+
+
+def test_a_constant_score_of_073_is_every_tokens_monte_carlo_return(ppo, load):
+    """KL is 0 at first; with λ = 1 each return is the sum of the rewards to come, whatever the value network says."""
+    model = Scored(lambda r: np.full(8, 0.73), load(1).scalar_model(head()))
+    rollout, batch, metrics = prepared(ppo(model, lam=1.0, unfinished_score=None))
+    mask = rollout.sequences.mask
+    np.testing.assert_allclose(batch["returns"], np.where(mask, 0.73, 0), atol=1e-5)
+    assert metrics["objective/reward"] == pytest.approx(0.73)
+    assert abs(rollout.old_values[mask]).min() > 0
+
+
+def test_rewards_sum_to_the_score_minus_beta_times_the_kl(ppo, load):
+    algorithm = ppo(lam=1.0, kl_coef=0.3, unfinished_score=None)
+    algorithm.ref_policy = load(1)
+    rollout, batch, _ = prepared(algorithm)
+    for i, counts in enumerate(rollout.sequences.mask):
+        kl = sum(float(rollout.old_logprobs[i, t] - rollout.ref_logprobs[i, t]) for t in range(12) if counts[t])
+        assert batch["returns"][i, 0] == pytest.approx(rollout.scores[i] - 0.3 * kl, abs=1e-4)
+
+
+def test_reward_whitening_scales_rewards_and_keeps_their_mean(ppo, load):
+    returns = {}
+    for on in (False, True):
+        algorithm = ppo(lam=1.0, kl_coef=0.3, whiten_rewards=on)
+        algorithm.ref_policy = load(1)
+        rollout, batch, metrics = prepared(algorithm)
+        returns[on] = batch["returns"]
+    mask = rollout.sequences.mask
+    to_come = {on: np.pad(r, ((0, 0), (0, 1)))[:, 1:] for on, r in returns.items()}
+    raw, scaled = ((returns[on] - to_come[on])[mask] for on in (False, True))
+    assert scaled.mean() == pytest.approx(raw.mean(), abs=1e-5)
+    assert scaled.std() == pytest.approx(1, abs=1e-4)
+    assert np.corrcoef(raw, scaled)[0, 1] == pytest.approx(1, abs=1e-5)
+
+
+def test_advantages_are_whitened_over_the_whole_batch_and_returns_are_not(ppo, load):
+    model = Scored(network=load(1).scalar_model(head()))
+    rollout, batch, _ = prepared(ppo(model, minibatches=4))
+    _, plain, _ = prepared(ppo(model, minibatches=4, whiten_advantages=False))
+    mask = rollout.sequences.mask
+    assert batch["advantages"][mask].mean() == pytest.approx(0, abs=1e-5)
+    assert batch["advantages"][mask].std() == pytest.approx(1, abs=1e-4)
+    np.testing.assert_allclose(batch["returns"], np.where(mask, plain["advantages"] + rollout.old_values, 0), atol=1e-5)
+
+
+def crafted(algorithm, responses, monkeypatch):
+    """Let the policy 'sample' these token lists; what `generate` was asked for is returned."""
+    asked = {}
+
+    def generate(tokens, mask, seeds, **options):
+        asked.update(options)
+        drawn = np.full(seeds.shape, algorithm.tokenizer.pad_id, np.int32)
+        for row, response in enumerate(responses):
+            drawn[row, : len(response)] = response
+        counts = np.arange(seeds.shape[1]) < np.array([[len(r)] for r in responses])
+        return Generated(drawn, counts, np.zeros(seeds.shape, np.float32))
+
+    monkeypatch.setattr(algorithm.policy, "generate", generate)
+    return asked
+
+
+def test_only_the_configured_stop_token_finishes_a_response(ppo, tokenizer, monkeypatch):
+    """<eos> is in the vocabulary, but this tokenizer stops at <stop>."""
+    stop, eos = tokenizer.eos_id, tokenizer.core.token_to_id("<eos>")
+    algorithm = ppo(Scored(lambda r: [5, 5, 5]), batch_size=3, lam=1.0)
+    asked = crafted(algorithm, [[1, 2, stop], [1, 2, *[3] * 9, eos], [*[3] * 11, stop]], monkeypatch)
+    rollout, batch, metrics = prepared(algorithm)
+    assert asked == {"temperature": 0.7, "stop_ids": [stop], "pad_id": tokenizer.pad_id}
+    assert rollout.finished.tolist() == [True, False, True]
+    np.testing.assert_allclose(batch["returns"][:, 0], [5, -1, 5], atol=1e-5)
+    assert metrics["objective/score"] == 5 and metrics["objective/finished"] == pytest.approx(2 / 3)
+
+
+def test_without_a_score_for_the_unfinished_the_reward_models_stands(ppo, monkeypatch):
+    algorithm = ppo(Scored(lambda r: [5, 5]), batch_size=2, lam=1.0, unfinished_score=None)
+    crafted(algorithm, [[1, 2], [3] * 12], monkeypatch)
+    np.testing.assert_allclose(prepared(algorithm)[1]["returns"][:, 0], 5, atol=1e-5)
+
+
+def test_the_reward_model_reads_prompts_texts_and_tokens_of_the_same_rows(ppo, tokenizer):
+    seen = []
+    rollout = ppo(Scored(lambda r: seen.append(r) or np.zeros(8))).rollout(0, Clock())
+    [responses] = seen
+    for i in range(8):
+        real = rollout.sequences.responses[i][rollout.sequences.mask[i]]
+        assert responses.texts[i] == tokenizer.decode(real)
+        prompt = rollout.sequences.tokens[i, : rollout.sequences.prompt_length][rollout.sequences.prompt_mask[i]]
+        assert tokenizer.decode(prompt) == responses.prompts[i].messages[0].content
+
+
+# --------------------------------------------------------------------------------------- PPO: which tokens get gradients
+
+
+def test_the_rollout_has_finished_and_unfinished_responses_of_different_lengths(ppo):
+    """What the tests below need to mean anything."""
+    rollout = ppo().rollout(0, Clock())
+    assert 0 < rollout.finished.sum() < 8
+    assert len(set(rollout.sequences.mask.sum(axis=1))) > 2
+
+
+def test_eos_gets_policy_gradient_and_nothing_after_it_does(ppo):
+    algorithm = ppo(value_coef=0.0)
+    rollout, batch, _ = prepared(algorithm)
+    row = int(np.argmax(rollout.finished))
+    eos = rollout.sequences.mask[row].sum() - 1
+    assert rollout.sequences.responses[row, eos] == algorithm.tokenizer.eos_id
+    only = {True: np.zeros((8, 12), np.float32), False: np.zeros((8, 12), np.float32)}
+    only[True][row, eos], only[False][row, eos + 1 :] = 1, 1e3
+    at_eos, after = (gradients(algorithm, rollout, batch | {"advantages": only[here]}) for here in (True, False))
+    assert max(abs(g).max() for g in at_eos.values()) > 1e-4
+    assert all((g == 0).all() for g in after.values())
+
+
+@pytest.mark.parametrize("network", ["separate", "shared"])
+def test_whatever_stands_after_eos_is_inert(ppo, network):
+    algorithm = ppo(value_network=network)
+    rollout, batch, metrics = prepared(algorithm)
+    garbage = ~rollout.sequences.response_mask
+    assert garbage.any()
+    tokens = rollout.sequences.tokens.copy()
+    tokens[:, rollout.sequences.prompt_length :][garbage] = 9999
+    names = ("old_logprobs", "ref_logprobs", "old_values", "entropy", "sampler_logprobs")
+    dirty = replace(rollout, sequences=replace(rollout.sequences, tokens=tokens),
+                    **{n: np.where(garbage, np.nan, getattr(rollout, n)) for n in names})  # fmt: skip
+    other, dirty_metrics = algorithm.prepare(dirty)
+    assert metrics == pytest.approx(dirty_metrics)
+    same(gradients(algorithm, rollout, batch), gradients(algorithm, dirty, other))
+
+
+@pytest.mark.parametrize("network", ["separate", "shared"])
+def test_gradients_do_not_depend_on_the_micro_batch(ppo, load, network):
+    model = Scored(network=load(1).scalar_model(head()))
+    found, metrics = {}, {}
+    for size in (None, 1, 2, 3, 4, 8):
+        algorithm = ppo(model, micro_batch_size=size, value_network=network)
+        rollout, batch, _ = prepared(algorithm)
+        terms = algorithm.terms(rollout.sequences, batch, np.arange(8))
+        assert len(terms) == math.ceil(8 / (size or 8))
+        found[size] = algorithm.learner.gradients(terms)
+        metrics[size] = {n: v for n, v in algorithm.learner.update(terms).items() if not n.startswith("grad_norm")}
+    for size in (1, 2, 3, 4, 8):
+        assert relative(found[None], found[size]) < 1e-5, size
+        assert metrics[size] == pytest.approx(metrics[None], rel=1e-4, abs=1e-6)
+
+
+def test_an_episode_without_a_score_is_out_of_the_batch(ppo, load):
+    """NaN for one episode gives the gradient of a batch that never had it; a score of 0 would not."""
+    scores = lambda r: r.sequences.mask.sum(axis=1) - 5.0  # noqa: E731
+    network = load(1).scalar_model(head())
+    lost = lambda value: Scored(lambda r: np.where(np.arange(8) == 2, value, scores(r)), network)  # noqa: E731
+    algorithm = ppo(lost(np.nan))
+    rollout, batch, metrics = prepared(algorithm)
+    without = rows_of(rollout, [0, 1, 3, 4, 5, 6, 7])
+    expected = gradients(algorithm, without, algorithm.prepare(without)[0])
+    found = gradients(algorithm, rollout, batch)
+    assert relative(expected, found) < 1e-5
+    assert metrics["objective/dropped"] == 1
+    assert metrics["objective/score"] == pytest.approx(scores(without).mean())
+    zero = ppo(lost(0.0))
+    rollout, batch, _ = prepared(zero)
+    assert relative(expected, gradients(zero, rollout, batch)) > 1e-3
+
+
+def test_a_batch_without_any_score_stops_the_run(ppo):
+    with pytest.raises(RewardError, match="scored none of the batch's episodes"):
+        ppo(Scored(lambda r: [np.nan] * 8)).step(0)
+
+
+def test_importance_weights_correct_for_the_sampler_up_to_a_cap(ppo):
+    algorithm = ppo(importance_cap=2.0)
+    rollout = algorithm.rollout(0, Clock())
+    shift = np.zeros((8, 12), np.float32)
+    shift[0], shift[1], shift[2] = math.log(3), math.log(1.5), -math.log(4)
+    weights = algorithm.importance(replace(rollout, sampler_logprobs=rollout.old_logprobs - shift))
+    for row, expected in enumerate([2, 1.5, 0.25, 1]):
+        np.testing.assert_allclose(weights[row][rollout.sequences.mask[row]], expected, rtol=1e-5)
+    batch = algorithm.prepare(rollout)[0] | {"importance": weights}
+    [term] = algorithm.terms(rollout.sequences, batch, np.arange(8))
+    np.testing.assert_allclose(term.batch["policy_weights"], term.batch["weights"] * weights)
+    assert term.batch["weights"].sum() == pytest.approx(1, abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- PPO: optimisation
+
+
+def spy(algorithm, monkeypatch):
+    """The calls of learner.update, which still happen."""
+    calls, update = [], algorithm.learner.update
+    monkeypatch.setattr(
+        algorithm.learner, "update", lambda terms, scale=1.0: calls.append((terms, scale)) or update(terms, scale)
+    )
+    return calls
+
+
+@pytest.mark.parametrize(("epochs", "minibatches", "micro"), [(1, 1, None), (3, 2, None), (2, 4, 1), (1, 8, 1)])
+def test_optimizer_steps_are_epochs_times_minibatches_and_a_pass_sees_each_episode_once(
+    ppo, monkeypatch, epochs, minibatches, micro
+):
+    algorithm = ppo(epochs=epochs, minibatches=minibatches, micro_batch_size=micro)
+    calls = spy(algorithm, monkeypatch)
+    algorithm.step(0)
+    assert len(calls) == epochs * minibatches
+    everyone = sorted(map(bytes, algorithm.last.sequences.tokens))
+    for first in range(0, len(calls), minibatches):
+        terms = [term for terms, _ in calls[first : first + minibatches] for term in terms]
+        assert sorted(bytes(row) for term in terms for row in term.sequences.tokens) == everyone
+    for terms, _ in calls:
+        assert sum(term.sequences.rows for term in terms) == 8 // minibatches
+        assert sum(float(term.batch["weights"].sum()) for term in terms) == pytest.approx(1, abs=1e-6)
+
+
+def test_minibatches_are_shuffled_anew_in_every_pass_of_every_iteration(ppo):
+    algorithm = ppo(epochs=4, minibatches=2)
+    orders = {tuple(np.concatenate(algorithm.minibatches(step, epoch))) for step in range(3) for epoch in range(4)}
+    assert len(orders) == 12
+
+
+def test_every_array_of_a_minibatch_belongs_to_its_rows(ppo):
+    algorithm = ppo(micro_batch_size=2)
+    rollout, batch, _ = prepared(algorithm)
+    batch["importance"] = np.arange(96, dtype=np.float32).reshape(8, 12)
+    terms, rows = algorithm.terms(rollout.sequences, batch, np.array([6, 1, 4])), [[6, 1], [4]]
+    n = rollout.sequences.mask[[6, 1, 4]].sum()
+    for term, here in zip(terms, rows, strict=True):
+        for name in ("old_logprobs", "old_values", "advantages", "returns", "mask"):
+            np.testing.assert_array_equal(term.batch[name], batch[name][here])
+        np.testing.assert_array_equal(term.sequences.tokens, rollout.sequences.tokens[here])
+        np.testing.assert_allclose(term.batch["weights"], rollout.sequences.mask[here] / n)
+        np.testing.assert_allclose(
+            term.batch["policy_weights"], rollout.sequences.mask[here] / n * batch["importance"][here], rtol=1e-6
+        )
+
+
+def test_the_learning_rate_follows_the_iteration(ppo, monkeypatch):
+    algorithm = ppo(iterations=4, epochs=2, schedule={"shape": "linear", "warmup_steps": 0, "final": 0.0})
+    calls = spy(algorithm, monkeypatch)
+    assert [algorithm.step(step)["lr_scale"] for step in (0, 3)] == [1, 0.25]
+    assert [scale for _, scale in calls] == [1, 1, 0.25, 0.25]
+
+
+@pytest.fixture
+def learned(load, tokenizer):
+    """A learned reward model that reads the policy's tokens."""
+    model = load(1).scalar_model(head())
+    resources = SimpleNamespace(tokenizer=tokenizer, scalar_model=lambda source: (model, tokenizer))
+    return Learned(Learned.Config(source="reward", micro_batch_size=None), resources)
+
+
+def test_training_moves_policy_and_value_network_and_leaves_reference_and_reward_model(ppo, learned, load):
+    algorithm = ppo(learned, epochs=2, minibatches=2)
+    critic = {n: p.copy() for n, p in algorithm.critic.parameters().items()}
+    same(critic, learned.model.parameters())  # the value network starts from the reward model
+    for step in range(3):
+        algorithm.step(step)
+    same(algorithm.ref_policy.parameters(), load(0).parameters())
+    same(learned.model.parameters(), load(1).scalar_model(head()).parameters())
+    assert relative(algorithm.policy.parameters(), load(0).parameters()) > 1e-4
+    assert relative(algorithm.critic.parameters(), critic) > 1e-4
+
+
+def test_the_value_loss_does_not_touch_a_policy_with_a_separate_value_network(ppo, learned):
+    algorithm = ppo(learned)
+    rollout, batch, _ = prepared(algorithm)
+    found = gradients(algorithm, rollout, batch | {"advantages": np.zeros((8, 12), np.float32)})
+    assert all((g == 0).all() for n, g in found.items() if n.startswith("policy."))
+    assert max(abs(g).max() for n, g in found.items() if n.startswith("value.")) > 0
+
+
+def test_values_start_at_zero_without_a_network_to_start_from_and_on_a_shared_trunk(ppo):
+    for network in ("separate", "shared"):
+        assert not prepared(ppo(value_network=network))[0].old_values.any()
+
+
+def test_ppo_learns_to_stop_when_length_is_punished(ppo):
+    algorithm = ppo(Scored(lambda r: -r.sequences.mask.sum(axis=1)), batch_size=64, epochs=4, unfinished_score=None,
+                    temperature=1.0, lam=1.0, optimizer={"learning_rate": 3e-3}, data=OnePrompt())  # fmt: skip
+    scores = [algorithm.step(step)["objective/score"] for step in range(12)]
+    assert scores[-1] > scores[0] + 3
+
+
+# ------------------------------------------------------------------------------------------------------------ PPO: ptx
+
+
+def test_ptx_gradient_is_ppos_plus_coef_times_the_language_models(ppo):
+    algorithm = ppo(ptx_coef=27.8, ptx_ratio=0.5)
+    rollout, batch, _ = prepared(algorithm)
+    terms, [ptx] = algorithm.terms(rollout.sequences, batch, np.arange(8)), algorithm.ptx_terms(0, 0, 0)
+    mask = ptx.sequences.mask
+    plain = Term(Likelihood(), ptx.sequences, {"weights": (mask / mask.sum()).astype(np.float32)})
+    alone, language = algorithm.learner.gradients(terms), algorithm.learner.gradients([plain])
+    both = algorithm.learner.gradients([*terms, ptx])
+    assert relative({n: alone[n] + 27.8 * language[n] for n in alone}, both) < 1e-6
+    assert ptx.temperature == 1 and ptx.sequences.rows == 4
+
+
+def test_ptx_reads_eight_texts_per_episode_and_goes_on_where_it_stopped(ppo, monkeypatch):
+    algorithm = ppo(ptx_coef=1.0, minibatches=4, epochs=2, micro_batch_size=5)
+    calls = spy(algorithm, monkeypatch)
+    algorithm.step(0)
+    texts = [[t for term in terms if "mask" not in term.batch for t in map(bytes, term.sequences.tokens)] for terms, _ in calls]
+    assert [len(t) for t in texts] == [16] * 8  # minibatches of 2 episodes
+    assert all(one != other for one, other in itertools.pairwise(texts))
+    for terms, _ in calls:
+        weight = sum(float(term.batch["weights"].sum()) for term in terms if "mask" not in term.batch)
+        assert weight == pytest.approx(1, abs=1e-5)
+
+
+def test_a_ptx_coefficient_of_zero_needs_no_texts_and_changes_nothing(ppo):
+    with pytest.raises(MissingData):
+        ppo(ptx_coef=1.0, data=NoTexts())
+    off, never = ppo(ptx_coef=0.0, ptx_ratio=8.0, data=NoTexts()), ppo(ptx_coef=0.0, ptx_ratio=0.0)
+    for algorithm in (off, never):
+        algorithm.step(0)
+    same(off.policy.parameters(), never.policy.parameters())
+
+
+# ------------------------------------------------------------------------------------------- PPO: KL controller, resume
+
+
+def test_the_adaptive_controller_is_fed_the_mean_over_episodes_of_the_sum_over_tokens(ppo, load):
+    algorithm = ppo(kl_coef=0.15, kl_target=6.0)
+    algorithm.ref_policy = load(1)
+    metrics = algorithm.step(0)
+    rollout = algorithm.last
+    kl = sum(float(rollout.old_logprobs[i, t] - rollout.ref_logprobs[i, t]) for i, t in np.argwhere(rollout.sequences.mask)) / 8
+    assert abs(kl) > 0.5
+    error = max(-0.2, min(0.2, kl / 6 - 1))
+    assert metrics["kl_coef"] == 0.15
+    assert algorithm.kl.coef == pytest.approx(0.15 * (1 + error * 8 / 10000), abs=1e-9)
+
+
+def test_the_coefficient_of_this_iteration_is_in_its_rewards(ppo, load):
+    algorithm = ppo(kl_coef=0.5, kl_target=6.0, lam=1.0, unfinished_score=None)
+    algorithm.ref_policy = load(1)
+    algorithm.load_state({"kl_coef": 2.0})
+    rollout, batch, _ = prepared(algorithm)
+    kl = float((rollout.old_logprobs - rollout.ref_logprobs)[0][rollout.sequences.mask[0]].sum())
+    assert batch["returns"][0, 0] == pytest.approx(rollout.scores[0] - 2 * kl, abs=1e-4)
+
+
+def test_a_run_that_resumes_ends_where_an_uninterrupted_one_does_and_keeps_its_reference(ppo, load, tmp_path):
+    settings = {"kl_coef": 0.15, "kl_target": 1e-3, "epochs": 2, "minibatches": 2, "ptx_coef": 1.0, "value_network": "shared",
+                "optimizer": {"ema_decay": 0.9}}  # fmt: skip
+    whole, begun = ppo(**settings), ppo(**settings)
+    for step in range(3):
+        whole.step(step)
+    for step in range(2):
+        begun.step(step)
+    begun.learner.save(tmp_path)
+    state = json.loads(json.dumps(begun.state()))
+    resumed = ppo(**settings)
+    resumed.learner.restore(tmp_path)
+    resumed.load_state(state)
+    same(resumed.ref_policy.parameters(), load(0).parameters())
+    resumed.step(2)
+    assert resumed.kl.coef == whole.kl.coef != 0.15
+    same(resumed.policy.parameters(), whole.policy.parameters())
+    same(resumed.result().parameters(), whole.result().parameters())
+
+
+# ------------------------------------------------------------------------------------------------- PPO: configuration
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"minibatches": 3}, r"batch_size=8 is not divisible by algorithm.minibatches=3. Set minibatches to one of 1, 2, 4, 8\."),
+        ({"temperature": 0.0}, "temperature=0 must be above 0: PPO explores by sampling"),
+        ({"value_network": "both"}, "value_network='both' is not one of separate, shared"),
+        ({"schedule": {"shape": "cosin"}}, "is not one of constant, linear, cosine"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_say_what_would_be_possible(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        configure("ppo", **(SMALL | changes))
+
+
+def test_a_context_that_is_too_short_is_an_error_before_anything_runs(ppo):
+    with pytest.raises(ConfigError, match=r"lengths.prompt \+ lengths.response = 60 \+ 12 exceeds the policy's context of 64"):
+        ppo(lengths={"prompt": 60})
+
+
+def test_the_batch_arithmetic_is_one_line():
+    changes = {"iterations": 10, "epochs": 2, "minibatches": 2, "micro_batch_size": 3, "ptx_coef": 1.0}
+    cls, config = configure("ppo", **(SMALL | changes))
+    assert cls.arithmetic(config, Data()) == (
+        "10 iterations x 8 episodes = 80 episodes over 12 prompts; 2 epochs x 2 minibatches of 4 = 4 optimizer steps per "
+        "iteration; 2 micro-batches of 3, + 32 raw texts each"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ reward functions
+
+
+@pytest.fixture
+def function(monkeypatch):
+    """function(f, **settings): the reward model around a Python function that is called up to three times."""
+
+    def build(f, **settings):
+        monkeypatch.setitem(sys.modules, "my_rewards", SimpleNamespace(score=f))
+        settings = {"timeout_seconds": 5.0, "retries": 2, "on_failure": "raise"} | settings
+        return Function(Function.Config(function="my_rewards:score", **settings), None)
+
+    return build
+
+
+RESPONSES = Responses([Prompt.of("w1"), Prompt.of("w2")], ["a", "bb"], None, None)
+
+
+def test_a_function_gets_dialogues_and_texts_and_gives_float32(function):
+    seen = []
+    scores = function(lambda p, r: seen.append((p, r)) or [0.73, 2]).score(RESPONSES)
+    assert seen == [([[{"role": "user", "content": "w1"}], [{"role": "user", "content": "w2"}]], ["a", "bb"])]
+    assert scores.dtype == np.float32 and scores.tolist() == [pytest.approx(0.73), 2]
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_function_that_fails_is_tried_again(function, failures, caplog):
+    calls = []
+
+    def flaky(prompts, responses):
+        calls.append(1)
+        if len(calls) <= failures:
+            raise ConnectionError("busy")
+        return [1, 2]
+
+    assert function(flaky).score(RESPONSES).tolist() == [1, 2]
+    assert len(calls) == failures + 1 and "attempt 1: it raised ConnectionError('busy')" in caplog.text
+
+
+def test_a_function_that_keeps_failing_stops_the_run_with_its_reason(function):
+    calls = []
+    with pytest.raises(RewardError, match="it raised ZeroDivisionError"):
+        function(lambda p, r: calls.append(1) or 1 / 0).score(RESPONSES)
+    assert len(calls) == 3
+
+
+def test_a_function_that_keeps_failing_can_drop_its_episodes_but_never_scores_zero(function):
+    assert np.isnan(function(lambda p, r: 1 / 0, on_failure="drop").score(RESPONSES)).all()
+
+
+def test_a_function_that_does_not_answer_in_time_has_failed(function):
+    started = time.perf_counter()
+    with pytest.raises(RewardError, match="no answer within reward_model.timeout_seconds=0.05"):
+        function(lambda p, r: time.sleep(1), timeout_seconds=0.05, retries=1).score(RESPONSES)
+    assert time.perf_counter() - started < 0.9
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [([1], r"shape \(1,\) for 2 responses"), (3.0, r"shape \(\) for 2"), (["a", "b"], "it raised ValueError")],
+)
+def test_an_answer_of_the_wrong_shape_or_kind_is_a_failure(function, answer, message):
+    with pytest.raises(RewardError, match=message):
+        function(lambda p, r: answer).score(RESPONSES)
+
+
+@pytest.mark.parametrize("hole", [None, float("nan"), float("inf"), float("-inf")])
+def test_a_single_score_that_is_not_a_number_stops_the_run_or_drops_its_episode(function, hole):
+    with pytest.raises(RewardError, match=r"for the response 'bb'. Return a finite number, or set reward_model.on_failure=drop"):
+        function(lambda p, r: [0.5, hole]).score(RESPONSES)
+    scores = function(lambda p, r: [0.5, hole], on_failure="drop").score(RESPONSES)
+    assert scores[0] == 0.5 and np.isnan(scores[1])
+
+
+@pytest.mark.parametrize("path", ["no_such_module:score", "math:no_such_function", "math"])
+def test_a_function_that_cannot_be_imported_says_how_to_write_it(path):
+    with pytest.raises(ConfigError, match=f"'{path}' cannot be imported: .* Write it as module:function"):
+        Function(Function.Config(function=path, timeout_seconds=1.0, retries=0, on_failure="raise"), None)
+
+
+@pytest.mark.xfail(strict=True, reason="concurrent.futures joins its worker threads when the interpreter exits")
+def test_a_function_that_never_returns_does_not_keep_the_process_alive(tmp_path):
+    (tmp_path / "hanging.py").write_text("import time\ndef score(prompts, responses):\n    time.sleep(4)\n")
+    code = (
+        "from lockstep_rlhf.reward_models import Function, Responses, RewardError\n"
+        "config = Function.Config(function='hanging:score', timeout_seconds=0.05, retries=0, on_failure='raise')\n"
+        "try: Function(config, None).score(Responses([], ['a'], None, None))\n"
+        "except RewardError: print('given up')\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "given up\n"
+    process.wait(timeout=2)
+
+
+# ------------------------------------------------------------------------------------------------------ learned rewards
+
+
+@pytest.fixture
+def foreign(tokenizer):
+    """A learned reward model that reads another tokenizer, and the rows it was given: they are recorded, all score 0."""
+    core = tokenizers.Tokenizer.from_str(tokenizer.core.to_str())
+    core.add_tokens(["another"])
+    other = Tokenizer(core, eos_token="<stop>", pad_token="<pad>", chat_template=tokenizer.chat_template)
+    seen = []
+    model = SimpleNamespace(context_length=16, evaluate=lambda rows, names: seen.append(rows) or {"scores": np.zeros(rows.rows)})
+    resources = SimpleNamespace(tokenizer=tokenizer, scalar_model=lambda source: (model, other))
+    return Learned(Learned.Config(source="reward", micro_batch_size=None), resources), seen
+
+
+def answers(tokenizer, prompts, responses):
+    ids = [tokenizer.encode(p) for p in prompts]
+    rows = pack(ids, responses, tokenizer.pad_id)
+    return Responses([Prompt.of(p) for p in prompts], [tokenizer.decode(r) for r in responses], rows, tokenizer)
+
+
+def test_a_reward_model_that_shares_the_policys_tokens_reads_them_as_they_are(learned, tokenizer, load):
+    responses = answers(tokenizer, ["w1 w2", "w3"], [[4, 5, tokenizer.eos_id], [6]])
+    expected = [
+        float(load(1).scalar_model(head()).evaluate(responses.sequences.take([i]), ["scores"])["scores"][0]) for i in (0, 1)
+    ]
+    assert learned.score(responses) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_reward_model_with_another_tokenizer_reads_the_text_and_gives_no_value_network(foreign, tokenizer):
+    model, seen = foreign
+    model.score(answers(tokenizer, ["w1 w2"], [[4, 5, tokenizer.eos_id]]))
+    assert seen[0].tokens[0][seen[0].attention_mask[0]].tolist() == [*tokenizer.encode("w1 w2 w4 w5"), tokenizer.eos_id]
+    assert model.value_network() is None
+
+
+@pytest.mark.xfail(strict=True, reason="encode_response adds EOS to a response that was cut off")
+def test_a_cut_response_looks_cut_to_a_reward_model_with_another_tokenizer(foreign, tokenizer):
+    model, seen = foreign
+    model.score(answers(tokenizer, ["w1 w2"], [[4, 5]]))
+    assert tokenizer.eos_id not in seen[0].tokens[0][seen[0].attention_mask[0]]
+
+
+@pytest.mark.xfail(strict=True, reason="a prompt that is too long for the reward model is replaced by EOS, silently")
+def test_a_prompt_too_long_for_the_reward_model_is_not_scored_as_an_empty_one(foreign, tokenizer):
+    model, seen = foreign
+    scores = model.score(answers(tokenizer, ["w1 " * 9], [[4, 5, tokenizer.eos_id]]))
+    assert np.isnan(scores[0])
+
+
+# ------------------------------------------------------------------------------------------------------ reward modelling
+
+
+@pytest.fixture
+def rm(make):
+    settings = {"batch_size": 4, "schedule": CONSTANT, "optimizer": {"learning_rate": 3e-3}}
+    return lambda **changes: make("reward_modelling", **(settings | changes))
+
+
+def completion_scores(algorithm, ranked):
+    """Each completion alone through the model."""
+    rows, _ = ranked
+    return [float(algorithm.model.evaluate(pack([e.prompt], [e.response], 36), ["scores"])["scores"][0]) for e in rows]
+
+
+def test_the_loss_is_the_mean_over_prompts_of_the_mean_over_pairs(rm):
+    algorithm = rm()
+    batch = algorithm.comparisons[:4]
+    assert [ranks for _, ranks in batch] == [(1, 0), (0, 1, 2), (2, 0, 1, 0), (0, 1)]
+    expected = 0.0
+    for ranked in batch:
+        scores, ranks = completion_scores(algorithm, ranked), ranked[1]
+        pairs = list(itertools.combinations(range(len(ranks)), 2))
+        for i, j in pairs:
+            if ranks[i] != ranks[j]:  # ties are dropped
+                better, worse = (i, j) if ranks[i] < ranks[j] else (j, i)
+                expected += math.log(1 + math.exp(scores[worse] - scores[better])) / len(pairs) / 4
+    assert algorithm.learner.update(algorithm.terms(batch))["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+class NoTies(Data):
+    def comparisons(self, split):
+        return [c for c in super().comparisons(split) if len(set(c.ranks)) == len(c.ranks)]
+
+
+def test_a_zero_head_knows_nothing_and_loses_ln_2(rm):
+    algorithm = rm(data=NoTies())
+    algorithm.model.rescale(0.0, 0.0)
+    assert algorithm.learner.update(algorithm.terms(algorithm.comparisons))["loss"] == pytest.approx(LN2, abs=1e-6)
+
+
+def test_a_shift_of_all_scores_changes_neither_loss_nor_accuracy(rm):
+    results = []
+    for bias in (0.0, 3.0):
+        algorithm = rm()
+        algorithm.model.rescale(1.0, bias)
+        results.append(algorithm.learner.update(algorithm.terms(algorithm.comparisons)))
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], abs=1e-6)
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+
+
+def test_a_fresh_head_has_the_scale_of_the_published_initial_loss():
+    """N(0, 1/(d+1)) on unit features: 0.902 (N+); 1/(d+1) as the standard deviation would give ln 2."""
+    features = np.random.default_rng(0).standard_normal((2, 4000, 512))
+    chosen, rejected = features @ scalar_head(512, seed=0)
+    assert np.mean(np.log1p(np.exp(rejected - chosen))) == pytest.approx(0.902, abs=0.05)
+
+
+def test_gradients_of_the_reward_model_do_not_depend_on_the_micro_batch(rm):
+    found = {}
+    for size in (None, 1, 2, 3, 6):
+        algorithm = rm(micro_batch_size=size, batch_size=6)
+        found[size] = algorithm.learner.gradients(algorithm.terms(algorithm.comparisons[:6]))
+    for size in (1, 2, 3, 6):
+        assert relative(found[None], found[size]) < 1e-5, size
+
+
+def test_one_forward_per_completion_and_a_comparison_is_never_cut(rm):
+    algorithm = rm(micro_batch_size=2, batch_size=4)
+    terms = algorithm.terms(algorithm.comparisons[:4])
+    assert [int(term.sequences.mask.any(axis=1).sum()) for term in terms] == [5, 6]
+
+
+class AllTied(Data):
+    def comparisons(self, split):
+        tied = Comparison(Prompt.of("w1"), ("w2", "w3"), (0, 0))
+        return [tied, *super().comparisons(split)[:2], tied]
+
+
+def test_comparisons_in_which_all_completions_tie_are_left_out(rm):
+    assert len(rm(data=AllTied()).comparisons) == 2
+
+
+def demonstration_scores(algorithm):
+    encode, eos = algorithm.tokenizer.encode, algorithm.tokenizer.eos_id
+    texts = [(d.prompt.messages[0].content, d.response) for d in Data().demonstrations("train")]
+    alone = [pack([encode(prompt)], [[*encode(response), eos]], 36) for prompt, response in texts]
+    return np.array([algorithm.model.evaluate(row, ["scores"])["scores"][0] for row in alone])
+
+
+@pytest.mark.parametrize("normalise", ["none", "bias", "gain_and_bias"])
+def test_after_normalisation_demonstrations_score_zero_on_average(rm, normalise):
+    algorithm = rm(normalise=normalise)
+    algorithm.model.rescale(3.0, 5.0)
+    before = demonstration_scores(algorithm)
+    metrics = algorithm.finish()
+    after = demonstration_scores(algorithm)
+    np.testing.assert_array_equal(np.argsort(before), np.argsort(after))
+    if normalise == "none":
+        return np.testing.assert_array_equal(before, after)
+    assert after.mean() == pytest.approx(0, abs=1e-4)
+    assert after.std() == pytest.approx(1 if normalise == "gain_and_bias" else before.std(), rel=1e-3)
+    assert metrics["demonstrations/score_mean"] == pytest.approx(before.mean(), abs=1e-4)
+
+
+class NoDemonstrations(Data):
+    def demonstrations(self, split):
+        raise MissingData("none")
+
+
+def test_without_demonstrations_the_best_completions_score_zero_on_average(rm):
+    algorithm = rm(data=NoDemonstrations())
+    algorithm.finish()
+    best = [completion_scores(algorithm, c)[c[1].index(0)] for c in algorithm.comparisons]
+    assert sum(best) / len(best) == pytest.approx(0, abs=1e-4)
+
+
+def test_a_reward_model_learns_its_comparisons(rm):
+    algorithm = rm(epochs=20)
+    metrics = [algorithm.step(step) for step in range(algorithm.total_steps)]
+    assert metrics[-1]["accuracy"] > 0.999 and metrics[-1]["loss"] < 0.2 < metrics[0]["loss"]
+    assert algorithm.finish()["heldout/accuracy"] == 1  # the held-out comparisons of this world are the same
+
+
+@pytest.mark.xfail(strict=True, reason="accuracy and held-out loss are divided by the weight that ties leave, the loss is not")
+def test_ties_do_not_make_the_training_loss_look_smaller(rm):
+    algorithm = rm(batch_size=12)
+    algorithm.model.rescale(0.0, 0.0)  # ln 2 for every pair
+    metrics = algorithm.step(0)
+    assert metrics["loss"] == pytest.approx(metrics["heldout/loss"])
+
+
+@pytest.mark.xfail(strict=True, reason="RewardModelling.result ignores optimizer.ema_decay")
+def test_the_moving_average_of_a_reward_model_is_its_result(rm):
+    algorithm = rm(optimizer={"ema_decay": 0.99}, normalise="none")
+    before = algorithm.model.parameters()
+    for step in range(3):
+        algorithm.step(step)
+    moved, result = algorithm.model.parameters(), algorithm.result().parameters()
+    assert relative(before, result) < 0.5 * relative(before, moved)
+
+
+# ------------------------------------------------------------------------------------------------- language modelling
+
+
+@pytest.fixture
+def sft(make):
+    return lambda **changes: make("sft", **({"batch_size": 6, "schedule": CONSTANT} | changes))
+
+
+def summed_loss(policy, examples):
+    """Σ -log π over each row's response, one row at a time, and the number of tokens."""
+    total, count = 0.0, 0
+    for prompt, response in examples:
+        logprobs = policy.evaluate(pack([prompt], [response], 36), ["logprobs"])["logprobs"][0]
+        total, count = total - sum(map(float, logprobs)), count + len(response)
+    return total, count
+
+
+def test_the_sft_loss_is_the_mean_over_response_tokens_with_eos(sft, load):
+    algorithm = sft()
+    batch = algorithm.batch(0)
+    assert all(e.response[-1] == algorithm.tokenizer.eos_id for e in batch)
+    total, count = summed_loss(load(), [(e.prompt, e.response) for e in batch])
+    assert algorithm.step(0)["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_with_prompt_loss_all_tokens_but_the_first_count(sft, load):
+    algorithm = sft(prompt_loss=True)
+    total, count = summed_loss(load(), [(e.prompt[:1], e.prompt[1:] + e.response) for e in algorithm.batch(0)])
+    assert algorithm.step(0)["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_held_out_loss_is_the_mean_over_all_held_out_tokens(sft, load):
+    algorithm = sft(micro_batch_size=5)
+    total, count = summed_loss(load(), [(e.prompt, e.response) for e in algorithm.heldout])
+    assert algorithm.heldout_loss() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_gradients_of_sft_do_not_depend_on_the_micro_batch(sft, monkeypatch):
+    found = {}
+    for size in (None, 1, 2, 4):
+        algorithm = sft(micro_batch_size=size)
+        calls = spy(algorithm, monkeypatch)
+        algorithm.step(0)
+        [(terms, _)] = calls
+        found[size] = sft().learner.gradients(terms)
+    for size in (1, 2, 4):
+        assert relative(found[None], found[size]) < 1e-5, size
+
+
+def raw(algorithm, batch):
+    return [e for e in batch if e in algorithm.texts]
+
+
+def test_the_pretraining_mix_is_its_fraction_of_every_batch(sft):
+    algorithm = sft(batch_size=8, pretrain_mix=0.25)
+    for step in range(3):
+        assert len(algorithm.batch(step)) == 8 and len(raw(algorithm, algorithm.batch(step))) == 2
+    with pytest.raises(ConfigError, match="pretrain_mix=1.0 must be a fraction of the batch"):
+        sft(pretrain_mix=1.0)
+
+
+@pytest.mark.xfail(strict=True, reason="demonstrations whose places raw text takes are skipped, not postponed")
+def test_with_a_pretraining_mix_one_epoch_still_shows_every_demonstration(sft):
+    algorithm = sft(batch_size=4, pretrain_mix=0.25, epochs=1.0)
+    seen = [e for step in range(algorithm.total_steps) for e in algorithm.batch(step)]
+    assert all(e in seen for e in algorithm.examples)
+
+
+def test_epochs_and_batch_size_give_the_number_of_steps(sft):
+    assert [sft(epochs=e, batch_size=b).total_steps for e, b in ((1, 6), (1, 5), (0.5, 6), (0.01, 6))] == [2, 3, 1, 1]
+
+
+def test_pretraining_starts_every_text_from_one_token_and_learns(make, tokenizer):
+    algorithm = make("pretrain", batch_size=12, epochs=30, lengths={"prompt": 1}, schedule=CONSTANT)
+    assert {tuple(e.prompt) for e in algorithm.examples} == {(tokenizer.eos_id,)}
+    losses = [algorithm.step(step)["loss"] for step in range(algorithm.total_steps)]
+    assert losses[-1] < 0.3 * losses[0]
+    assert algorithm.finish()["heldout/loss"] == pytest.approx(losses[-1], abs=0.3)
+
+
+def test_the_seed_decides_the_order_of_examples(sft):
+    assert sft(seed=0).batch(0) == sft(seed=0).batch(0) != sft(seed=1).batch(0)
