@@ -165,6 +165,18 @@ def test_masked_columns_of_the_ppo_loss_are_inert_and_get_exactly_no_gradient(au
 # ------------------------------------------------------------------------------------------------------- loss objects
 
 
+def test_clip_fraction_counts_where_clipping_binds(library):
+    # Moved by 2 towards the return: the clipped value is the worse one. The ratio of 1.5 at A > 0 binds, at A < 0 not.
+    batch = ppo_batch() | {"advantages": f32([2, -1, 0], [3, 0, 0]), "old_values": f32([-5, -4, 0], [-6.1, 0, 0])}
+    outputs = {"logprobs": f32([-1, -2, 77], [-3, 77, 77]), "values": f32([-2, -4, 77], [-6, 77, 77])}
+    for sign, fraction in ((1, 0.5), (-1, 0.0)):
+        arrays = batch | {"advantages": sign * batch["advantages"]}
+        out, held = ({n: library.asarray(a) for n, a in d.items()} for d in (outputs, arrays))
+        _, metrics = PPOLoss(0.2, 0.2, 0.1)(library.xp, out, held)
+        assert float(metrics["policy/clip_fraction"]) == fraction
+        assert float(metrics["value/clip_fraction"]) == 0.5
+
+
 def ppo_batch():
     """Three counted tokens that weigh 1/2, 1/4, 1/4; the policy weights differ."""
     mask = np.array([[True, True, False], [True, False, False]])
@@ -188,7 +200,7 @@ def test_ppo_loss_is_worked_by_hand(library):
     policy, value = -1.2 + 0.25 - 0.375, 2.25 + 0 + 0.125
     assert float(loss) == pytest.approx(policy + 0.1 * value, abs=1e-5)
     expected = {"policy/loss": policy, "value/loss": value, "policy/approx_kl": 0.25 * math.log(1.5) ** 2,
-                "policy/clip_fraction": 0.5, "value/clip_fraction": 0.5}  # fmt: skip
+                "policy/clip_fraction": 0.5, "value/clip_fraction": 0}  # fmt: skip
     assert {name: float(x) for name, x in metrics.items()} == pytest.approx(expected, abs=1e-5)
 
 

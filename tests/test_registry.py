@@ -133,7 +133,6 @@ def test_manifests_that_contradict_each_other_are_an_error_that_names_both(disco
     assert "Both dist-a (a) and dist-b (b) register the algorithm 'ppo'" in message(discover, *both)
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="anything that is not a Plugin ends every command in a traceback")
 def test_an_entry_point_that_is_no_manifest_is_listed_as_broken(discover):
     assert "mine (odd)" in discover(entry("odd", lambda: SimpleNamespace())).broken
 

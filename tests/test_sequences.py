@@ -155,6 +155,6 @@ def test_with_prompt_loss_every_token_but_the_first_counts(tokenizer):
 
 
 def test_token_weights_are_one_over_the_tokens_of_the_whole_minibatch():
-    weights = encoding.token_weights(np.array([[T, T, F], [T, T, F]]))
-    assert weights.tolist() == [[0.25, 0.25, 0], [0.25, 0.25, 0]]
-    assert encoding.token_weights(np.zeros((1, 2), bool)).tolist() == [[0, 0]]
+    micro_batch = np.array([[T, T, F]])  # of a minibatch with 4 tokens
+    assert encoding.token_weights(micro_batch, 4).tolist() == [[0.25, 0.25, 0]]
+    assert encoding.token_weights(np.zeros((1, 2), bool), 0).tolist() == [[0, 0]]

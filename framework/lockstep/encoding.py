@@ -97,9 +97,21 @@ def encode_comparisons(
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], lengths: Lengths) -> list[Example]:
-    """Raw documents: BOS (or EOS) alone is the prompt, the document and EOS the response."""
-    encoded = tokenizer.encode_many(texts)
-    return [Example([tokenizer.start_id], (ids + [tokenizer.eos_id])[: lengths.response]) for ids in encoded if ids]
+    """Raw documents: BOS (or EOS) alone is the prompt, the document and EOS the response, together at most as long as a
+    prompt and a response are; what is longer is cut, as in any pretraining."""
+    limit = _text_lengths(lengths).response
+    return [
+        Example([tokenizer.start_id], (ids + [tokenizer.eos_id])[:limit]) for ids in tokenizer.encode_many(texts) if ids
+    ]
+
+
+def text_block(examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths) -> Sequences:
+    """Encoded raw documents as one block."""
+    return block(examples, tokenizer, _text_lengths(lengths))
+
+
+def _text_lengths(lengths: Lengths) -> Lengths:
+    return Lengths(1, lengths.prompt + lengths.response - 1, lengths.multiple)
 
 
 def block(examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths, *, prompt_loss: bool = False) -> Sequences:
@@ -119,10 +131,10 @@ def block(examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths, *
     )
 
 
-def token_weights(mask: np.ndarray) -> np.ndarray:
-    """float32, 1 / n on each of the n counted tokens of the *whole* minibatch, 0 elsewhere: cut it into micro-batches
-    afterwards, and the gradient stays the minibatch's."""
-    return (mask / max(1, mask.sum())).astype(np.float32)
+def token_weights(mask: np.ndarray, total: int) -> np.ndarray:
+    """float32, 1 / total on each counted token, 0 elsewhere; ``total`` counts the tokens of the *whole* minibatch, so
+    that the gradient is the minibatch's however it is cut into micro-batches."""
+    return (mask / max(1, total)).astype(np.float32)
 
 
 def _report(before: int, after: int, what: str) -> None:

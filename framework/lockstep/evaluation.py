@@ -180,19 +180,16 @@ class Evaluator:
             texts = self.data.texts("heldout")[: self.config.texts]
         except MissingData:
             return {}
-        logprobs, mask = self.text_logprobs(policy, encoding.encode_texts(self.tokenizer, texts, self.config.lengths))
+        examples = encoding.encode_texts(self.tokenizer, texts, self.config.lengths)
+        logprobs, mask = self.text_logprobs(policy, examples)
         return {"text_loss": mean(-logprobs.sum(axis=1) / mask.sum(axis=1))} if len(mask) else {}
 
     def text_logprobs(self, policy: Policy, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
         """[B, T] log-probabilities, 0 on padding, and the mask; rows as long as the longest."""
-        block = encoding.block(examples, self.tokenizer, self.lengths_for_text)
+        longest = max(len(e.prompt) for e in examples), max(len(e.response) for e in examples)
+        block = encoding.block(examples, self.tokenizer, Lengths(*longest, self.config.lengths.multiple))
         logprobs = self.logprobs(policy, block, 1.0)
         return np.where(block.mask, logprobs, 0), block.mask
-
-    @property
-    def lengths_for_text(self) -> Lengths:
-        limit = self.config.lengths.prompt + self.config.lengths.response
-        return Lengths(limit, limit, self.config.lengths.multiple)
 
     def logprobs(self, model: Model, sequences: Sequences, temperature: float) -> np.ndarray:
         call = lambda part: model.evaluate(part, ["logprobs"], temperature=temperature or 1.0)  # noqa: E731
@@ -203,8 +200,12 @@ class Evaluator:
     def test_reward_model(self) -> dict[str, Measure]:
         """Pairwise agreement with labelers and with the gold truth on held-out comparisons, and calibration."""
         try:
-            comparisons = list(self.data.comparisons("heldout"))[: self.config.comparisons]
+            found = list(self.data.comparisons("heldout"))[: self.config.comparisons]
         except MissingData:
+            return {}
+        limit = self.config.lengths.prompt
+        comparisons = [c for c in found if encoding.encode_prompt(self.tokenizer, c.prompt, limit) is not None]
+        if not comparisons:
             return {}
         scores = self.completion_scores(comparisons)
         training = self.training_labelers()
@@ -237,7 +238,7 @@ class Evaluator:
         """The reward model's scores of each comparison's completions."""
         lengths, prompts, texts, examples = self.config.lengths, [], [], []
         for comparison in comparisons:
-            ids = encoding.encode_prompt(self.tokenizer, comparison.prompt, lengths.prompt) or [self.tokenizer.eos_id]
+            ids = encoding.encode_prompt(self.tokenizer, comparison.prompt, lengths.prompt)
             for text in comparison.completions:
                 prompts.append(comparison.prompt)
                 texts.append(text)

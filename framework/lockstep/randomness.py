@@ -39,14 +39,15 @@ def hash32(x: np.ndarray) -> np.ndarray:
 def hash_gumbel(seeds: np.ndarray, vocab_size: int) -> np.ndarray:
     """Standard Gumbel noise float32 [..., vocab_size] for uint32 seeds [...]: the reference that backends reproduce.
 
-        bits = hash32(hash32(v) xor seed)      u = ((bits >> 8) + 1/2) 2^-24      g = -log(-log1p(-u))
+        bits = hash32(hash32(v) xor seed)      u = ((bits >> 9) + 1/2) 2^-23      g = -log(-log1p(-u))
 
     argmax_v(logits_v / T + g_v) is a draw from softmax(logits / T) (Gumbel 1954; Maddison et al. 2014). With
-    ``log1p(-u)`` in place of ``log(u)`` the float32 resolution sits where it matters, in the upper tail.
+    ``log1p(-u)`` in place of ``log(u)`` the float32 resolution sits where it matters, in the upper tail; 23 bits, because
+    with 24 the half is not representable and u may round to 1.
     """
     words = hash32(np.arange(vocab_size, dtype=np.uint32))
     bits = hash32(words ^ seeds[..., None])
-    u = ((bits >> np.uint32(8)).astype(np.float32) + np.float32(0.5)) * np.float32(2**-24)
+    u = ((bits >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2**-23)
     return -np.log(-np.log1p(-u))
 
 

@@ -146,6 +146,8 @@ def registry() -> Registry:
         distribution = entry.dist.name if entry.dist else entry.value
         try:
             plugin = entry.load()
+            if not isinstance(plugin, Plugin):
+                raise TypeError(f"{entry.value} is a {type(plugin).__name__}, not a lockstep.registry.Plugin")
         except Exception as error:
             found.broken[f"{distribution} ({entry.name})"] = repr(error)
             continue

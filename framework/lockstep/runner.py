@@ -70,6 +70,12 @@ class Stage:
     groups: Group
     policy: str | None
     reward_model: Group | None
+    scorer: type[RewardModel] | None
+
+    @property
+    def modules(self) -> list[str]:
+        """Where the code is that makes it."""
+        return [cls.__module__ for cls in (self.component, self.scorer) if cls]
 
     @property
     def inputs(self) -> list[str]:
@@ -121,14 +127,15 @@ class Experiment:
         stage = parse(StageConfig, given, f"stages.{name}")
         if (stage.algorithm is None) == (stage.evaluation is None):
             raise ConfigError(f"stages.{name} needs either an algorithm or an evaluation.")
+        scorer = None
         if stage.reward_model:
-            cls = registry().resolve("reward_model", stage.reward_model.get("name", "???"), self.backend_name)
-            settings(cls, stage.reward_model, "reward_model")
+            scorer = registry().resolve("reward_model", stage.reward_model.get("name", "???"), self.backend_name)
+            settings(scorer, stage.reward_model, "reward_model")
         if stage.algorithm is None:
             trained = [s.name for s in self.stages.values() if s.kind == "train" and s.component.produces == "policy"]
             evaluation = stage.evaluation | {"policies": stage.evaluation.get("policies") or trained}
             config: Any = parse(EvaluationConfig, evaluation, f"stages.{name}.evaluation")
-            checked = Stage(name, "evaluate", None, config, evaluation, None, stage.reward_model)
+            checked = Stage(name, "evaluate", None, config, evaluation, None, stage.reward_model, scorer)
         else:
             merged = _merge(stage.algorithm, stage.changes or {}, f"stages.{name}.changes")
             cls = registry().resolve("algorithm", merged.get("name", "???"), self.backend_name)
@@ -137,7 +144,7 @@ class Experiment:
                 raise ConfigError(f"stages.{name} ({merged['name']}) needs a reward_model.")
             if stage.policy is None:
                 raise ConfigError(f"stages.{name} needs a policy to start from: '{NEW}' or an earlier stage.")
-            checked = Stage(name, "train", cls, config, merged, stage.policy, stage.reward_model)
+            checked = Stage(name, "train", cls, config, merged, stage.policy, stage.reward_model, scorer)
         for source in checked.inputs:
             if source not in self.stages and not Path(source).is_dir():
                 raise ConfigError(
@@ -189,6 +196,7 @@ class Runner:
         self.contents: dict[str, Group] = {}
         source, settings = e.data
         data = e.groups["data"] | {"fingerprint": source.fingerprint(settings)}
+        common = [e.backend[0].__module__, e.policy[0].__module__, source.__module__]
         for stage in e.stages.values():
             content = {
                 "stage": stage.groups,
@@ -198,7 +206,7 @@ class Runner:
                 "backend": e.groups["backend"],
                 "data": data,
                 "seed": e.seed,
-                "version": __version__,
+                "code": store.code_digest([*common, *stage.modules]),
             }
             self.contents[stage.name] = content
             folders[stage.name] = StageFolder.of(self.root, stage.name, e.backend_name, content)

@@ -20,12 +20,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,26 @@ KEPT = 2
 def identity(content: Mapping[str, Any]) -> str:
     """SHA-256 of the canonical JSON of ``content``: equal for equal content, whatever the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+PRESENTATION = ("cli.py", "compare", "console.py", "summary.py", "tracking.py")
+"""Of the core: what shows results and does not make them."""
+
+
+def code_digest(modules: Iterable[str]) -> str:
+    """SHA-256 of the source of the top-level packages of these modules, the core's among them: a stage is made anew after
+    the code that makes it has changed."""
+    digest = hashlib.sha256()
+    for package in sorted({"lockstep"} | {module.partition(".")[0] for module in modules}):
+        spec = importlib.util.find_spec(package)
+        roots = [Path(root) for root in spec.submodule_search_locations or []] or [Path(spec.origin)]
+        for root in roots:
+            files = [root] if root.is_file() else sorted(root.rglob("*.py"))
+            for file in files:
+                inside = file.relative_to(root).parts if file != root else ()
+                if package != "lockstep" or inside[0] not in PRESENTATION:
+                    digest.update(f"{package}/{'/'.join(inside)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

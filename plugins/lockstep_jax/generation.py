@@ -92,5 +92,5 @@ def hash_gumbel(seeds: Array, vocab_size: int) -> Array:
     """`lockstep.randomness.hash_gumbel` for uint32 seeds [B]: float32 [B, V]. The integer part is that very code."""
     words = randomness.hash32(np.arange(vocab_size, dtype=np.uint32))
     bits: Any = randomness.hash32(words ^ seeds[:, None])
-    u = ((bits >> np.uint32(8)).astype(jnp.float32) + np.float32(0.5)) * np.float32(2**-24)
+    u = ((bits >> np.uint32(9)).astype(jnp.float32) + np.float32(0.5)) * np.float32(2**-23)
     return -jnp.log(-jnp.log1p(-u))

@@ -51,51 +51,65 @@ class LanguageModelling(Algorithm):
         self.examples = self.load("train")
         self.heldout = self.load("heldout", config.heldout_examples)
         self.learner = setting.backend.learner({"policy": self.policy}, {"policy": config.optimizer})
-        self.total_steps = steps(config, len(self.examples))
+        self.total_steps = self.steps(config, len(self.examples))
         check_context(self.policy, config.lengths)
 
     def load(self, split: str, limit: int | None = None) -> list[Example]:
         raise NotImplementedError
 
+    def block(self, examples: Sequence[Example]) -> Sequences:
+        raise NotImplementedError
+
     def batch(self, step: int) -> list[Example]:
-        size = self.config.batch_size
+        size = self.per_step(self.config)
         indices = example_indices(self.setting.seed, "order", len(self.examples), step * size, size)
         return [self.examples[i] for i in indices]
 
-    def block(self, examples: Sequence[Example]) -> Sequences:
-        return encoding.block(examples, self.tokenizer, self.config.lengths)
+    def blocks(self, step: int) -> list[Sequences]:
+        """The rows of one optimizer step."""
+        return [self.block(self.batch(step))]
 
     def step(self, step: int) -> Metrics:
-        before = {"heldout/loss": self.heldout_loss()} if step == 0 else {}
+        before = {"heldout/loss": self.heldout_loss(self.policy)} if step == 0 else {}
         scale = lr_scale(self.config.schedule, step, self.total_steps)
-        rows = self.block(self.batch(step))
-        terms = next_token_terms(rows, self.config.micro_batch_size, NextTokenLoss())
+        terms = next_token_terms(self.blocks(step), self.config.micro_batch_size, NextTokenLoss())
         metrics = self.learner.update(terms, scale)
         return before | metrics | {"perplexity": math.exp(min(metrics["loss"], 50)), "lr_scale": scale}
 
     def finish(self) -> Metrics:
-        return {"heldout/loss": self.heldout_loss()}
+        return {"heldout/loss": self.heldout_loss(self.result())}
 
-    def heldout_loss(self) -> float:
+    def heldout_loss(self, policy: Policy) -> float:
         """Mean negative log-likelihood per counted token, in nats, over the held-out examples."""
         if not self.heldout:
             return float("nan")
         rows = self.block(self.heldout)
         size = self.config.micro_batch_size or self.config.batch_size
-        out = in_chunks(lambda part: self.policy.evaluate(part, ["logprobs"]), rows, size)
+        out = in_chunks(lambda part: policy.evaluate(part, ["logprobs"]), rows, size)
         return float(-np.mean(out["logprobs"][rows.mask], dtype=np.float64))
 
     @classmethod
     def count(cls, data: DataSource) -> int:
+        """How many examples there are to learn from."""
         raise NotImplementedError
 
     @classmethod
+    def per_step(cls, config: Any) -> int:
+        """How many of them one step consumes."""
+        return config.batch_size
+
+    @classmethod
+    def steps(cls, config: Any, examples: int) -> int:
+        return steps(config.epochs, examples, cls.per_step(config))
+
+    @classmethod
     def arithmetic(cls, config: Any, data: DataSource) -> str:
-        examples, size = cls.count(data), config.batch_size
-        micro = min(config.micro_batch_size or size, size)
+        examples, size = cls.count(data), cls.per_step(config)
+        raw = f" and {config.batch_size - size} raw texts" if size < config.batch_size else ""
+        micro = min(config.micro_batch_size or config.batch_size, config.batch_size)
         return (
-            f"{examples} examples x {config.epochs:g} epochs / {size} per step = {steps(config, examples)} steps; "
-            f"{math.ceil(size / micro)} micro-batches of {micro}"
+            f"{examples} examples x {config.epochs:g} epochs / {size}{raw} per step = {cls.steps(config, examples)} "
+            f"steps; micro-batches of {micro}"
         )
 
     def result(self) -> Policy:
@@ -123,6 +137,9 @@ class Pretraining(LanguageModelling):
         texts = self.setting.data.texts(split)
         return encoding.encode_texts(self.tokenizer, texts[:limit], self.config.lengths)
 
+    def block(self, examples: Sequence[Example]) -> Sequences:
+        return encoding.text_block(examples, self.tokenizer, self.config.lengths)
+
 
 class SFT(LanguageModelling):
     """On demonstrations, with raw text mixed in if asked for."""
@@ -140,18 +157,24 @@ class SFT(LanguageModelling):
         schedule: ScheduleConfig
 
         def __post_init__(self):
-            if not 0 <= self.pretrain_mix < 1:
-                raise ConfigError(f"pretrain_mix={self.pretrain_mix} must be a fraction of the batch, 0 <= mix < 1.")
+            if not 0 <= self.pretrain_mix < 1 or round(self.pretrain_mix * self.batch_size) >= self.batch_size:
+                raise ConfigError(
+                    f"sft.pretrain_mix={self.pretrain_mix:g} of batch_size={self.batch_size} leaves no demonstration in "
+                    "a batch. Set a fraction 0 <= pretrain_mix < 1."
+                )
 
     def __init__(self, config: Config, setting: Setting):
         super().__init__(config, setting)
-        self.mixed = round(config.pretrain_mix * config.batch_size)
-        if self.mixed:
-            self.texts = encoding.encode_texts(self.tokenizer, setting.data.texts("train"), config.lengths)
+        self.raw = config.batch_size - self.per_step(config)
+        self.texts = encoding.encode_texts(self.tokenizer, setting.data.texts("train"), config.lengths) if self.raw else []
 
     @classmethod
     def count(cls, data: DataSource) -> int:
         return len(data.demonstrations("train"))
+
+    @classmethod
+    def per_step(cls, config: Config) -> int:
+        return config.batch_size - round(config.pretrain_mix * config.batch_size)
 
     def load(self, split: str, limit: int | None = None) -> list[Example]:
         try:
@@ -162,26 +185,31 @@ class SFT(LanguageModelling):
             return []
         return encoding.encode_demonstrations(self.tokenizer, demonstrations[:limit], self.config.lengths)
 
-    def batch(self, step: int) -> list[Example]:
-        examples = super().batch(step)
-        if not self.mixed:
-            return examples
-        raw = example_indices(self.setting.seed, "mix", len(self.texts), step * self.mixed, self.mixed)
-        return examples[: len(examples) - self.mixed] + [self.texts[i] for i in raw]
-
     def block(self, examples: Sequence[Example]) -> Sequences:
         return encoding.block(examples, self.tokenizer, self.config.lengths, prompt_loss=self.config.prompt_loss)
 
+    def blocks(self, step: int) -> list[Sequences]:
+        demonstrations = super().blocks(step)
+        if not self.raw:
+            return demonstrations
+        indices = example_indices(self.setting.seed, "mix", len(self.texts), step * self.raw, self.raw)
+        texts = [self.texts[i] for i in indices]
+        return [*demonstrations, encoding.text_block(texts, self.tokenizer, self.config.lengths)]
 
-def next_token_terms(rows: Sequences, micro_batch_size: int | None, loss: NextTokenLoss) -> list[Term]:
-    """The minibatch's mean next-token loss, as one term per micro-batch."""
-    weights = encoding.token_weights(rows.mask)
-    return [Term(loss, rows.take(part), {"weights": weights[part]}) for part in chunks(rows.rows, micro_batch_size)]
+
+def next_token_terms(blocks: Sequence[Sequences], micro_batch_size: int | None, loss: NextTokenLoss) -> list[Term]:
+    """The mean next-token loss over all counted tokens of all blocks, as one term per micro-batch."""
+    total = sum(int(rows.mask.sum()) for rows in blocks)
+    return [
+        Term(loss, rows.take(part), {"weights": encoding.token_weights(rows.mask[part], total)})
+        for rows in blocks
+        for part in chunks(rows.rows, micro_batch_size)
+    ]
 
 
-def steps(config: Any, examples: int) -> int:
+def steps(epochs: float, examples: int, per_step: int) -> int:
     """Optimizer steps for ``epochs`` passes, at least one; the last batch runs into the next pass."""
-    return max(1, math.ceil(config.epochs * examples / config.batch_size))
+    return max(1, math.ceil(epochs * examples / per_step))
 
 
 def check_context(policy: Policy, lengths: Lengths) -> None:

@@ -33,6 +33,9 @@ from lockstep.sequences import Sequences, chunks, in_chunks, join, left_pad
 from lockstep_rlhf.language_modelling import NextTokenLoss, check_context, next_token_terms
 
 
+MAX_LOG_RATIO = 20.0
+
+
 @dataclass(frozen=True)
 class PPOLoss:
     """Σ w_t [max(-A ρ, -A clip(ρ, 1 ± ε)) + c ½ max((V - R)², (clip(V, V_old ± ε_v) - R)²)], ρ = π / π_old."""
@@ -45,19 +48,21 @@ class PPOLoss:
     def __call__(self, xp: Any, outputs: Mapping[str, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
         mask = batch["mask"]
         log_ratio = losses.select(xp, mask, outputs["logprobs"]) - batch["old_logprobs"]
+        log_ratio = xp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)  # e^89 is inf in float32, and its gradient NaN
         values = losses.select(xp, mask, outputs["values"])
         ratio = xp.exp(log_ratio)
-        policy = losses.clipped_policy_loss(xp, ratio, batch["advantages"], clip_range=self.clip_range)
-        value = losses.clipped_value_loss(xp, values, batch["old_values"], batch["returns"], clip_range=self.value_clip_range)
+        advantages, old_values, returns = batch["advantages"], batch["old_values"], batch["returns"]
+        policy = losses.clipped_policy_loss(xp, ratio, advantages, clip_range=self.clip_range)
+        value = losses.clipped_value_loss(xp, values, old_values, returns, clip_range=self.value_clip_range)
         mean = lambda x: losses.weighted_sum(xp, xp.astype(x, ratio.dtype), batch["weights"])  # noqa: E731
         policy_loss = losses.weighted_sum(xp, policy, batch["policy_weights"])
         value_loss = mean(value)
         return policy_loss + self.value_coef * value_loss, {
             "policy/loss": policy_loss,
             "policy/approx_kl": mean(0.5 * log_ratio**2),
-            "policy/clip_fraction": mean(xp.abs(ratio - 1) > self.clip_range),
+            "policy/clip_fraction": mean(policy > -advantages * ratio),  # where clipping binds, as LHP counts
             "value/loss": value_loss,
-            "value/clip_fraction": mean(xp.abs(values - batch["old_values"]) > self.value_clip_range),
+            "value/clip_fraction": mean(value > 0.5 * (values - returns) ** 2),
         }
 
 
@@ -109,12 +114,27 @@ class PPO(Algorithm):
         value_optimizer: OptimizerConfig
         schedule: ScheduleConfig
 
+        @property
+        def raw_texts(self) -> int:
+            """Of one minibatch."""
+            return round(self.ptx_ratio * self.batch_size / self.minibatches) if self.ptx_coef else 0
+
         def __post_init__(self):
-            if self.batch_size % self.minibatches:
+            if self.minibatches > 0 and self.batch_size % self.minibatches:
                 fitting = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
                 raise ConfigError(
                     f"algorithm.batch_size={self.batch_size} is not divisible by algorithm.minibatches="
                     f"{self.minibatches}. Set minibatches to one of {', '.join(map(str, fitting))}."
+                )
+            for key in ("iterations", "batch_size", "epochs", "minibatches"):
+                if getattr(self, key) < 1:
+                    raise ConfigError(f"algorithm.{key}={getattr(self, key)} must be at least 1.")
+            if self.kl_target is not None and self.kl_target <= 0:
+                raise ConfigError(f"algorithm.kl_target={self.kl_target:g} must be above 0 nats; null keeps beta fixed.")
+            if self.ptx_coef and not self.raw_texts:
+                raise ConfigError(
+                    f"algorithm.ptx_ratio={self.ptx_ratio:g} gives no raw text to a minibatch of "
+                    f"{self.batch_size // self.minibatches} episodes. Raise it, or set ptx_coef=0."
                 )
             if self.temperature <= 0:
                 raise ConfigError(f"algorithm.temperature={self.temperature:g} must be above 0: PPO explores by sampling.")
@@ -124,7 +144,7 @@ class PPO(Algorithm):
         self.tokenizer, self.reward_model = setting.tokenizer, setting.reward_model
         check_context(setting.policy, config.lengths)
         self.prompts, self.prompt_ids = encoding.encode_prompts(self.tokenizer, setting.data.prompts("train"), config.lengths)
-        self.ptx_batch = round(config.ptx_ratio * config.batch_size / config.minibatches) if config.ptx_coef else 0
+        self.ptx_batch = config.raw_texts
         if self.ptx_batch:
             self.texts = encoding.encode_texts(self.tokenizer, setting.data.texts("train"), config.lengths)
 
@@ -191,7 +211,7 @@ class PPO(Algorithm):
         ref = self.evaluate(self.ref_policy, sequences, ["logprobs"])
         clock.lap("evaluate")
 
-        counted = ~np.isnan(scores)  # episodes without a score are out of the batch
+        counted = np.isfinite(scores)  # episodes without a score are out of the batch
         if not counted.any():
             raise RewardError("The reward model scored none of the batch's episodes. Look at its warnings above.")
         return Rollout(
@@ -249,7 +269,8 @@ class PPO(Algorithm):
 
     def terms(self, sequences: Sequences, batch: Mapping[str, np.ndarray], rows: np.ndarray) -> list[Term]:
         """One minibatch as micro-batches, each token weighing 1 / (tokens of the minibatch)."""
-        weights = encoding.token_weights(batch["mask"][rows])
+        mask = batch["mask"][rows]
+        weights = encoding.token_weights(mask, mask.sum())
         terms = []
         for part in chunks(len(rows), self.config.micro_batch_size):
             here = rows[part]
@@ -265,9 +286,9 @@ class PPO(Algorithm):
             return []
         minibatch = (step * self.config.epochs + epoch) * self.config.minibatches + number
         indices = example_indices(self.setting.seed, "ptx", len(self.texts), minibatch * self.ptx_batch, self.ptx_batch)
-        rows = encoding.block([self.texts[i] for i in indices], self.tokenizer, self.config.lengths)
+        rows = encoding.text_block([self.texts[i] for i in indices], self.tokenizer, self.config.lengths)
         loss = NextTokenLoss(self.config.ptx_coef, "ptx/loss")
-        return next_token_terms(rows, self.config.micro_batch_size, loss)
+        return next_token_terms([rows], self.config.micro_batch_size, loss)
 
     # --------------------------------------------------------------------------------------------------- the rest
 
@@ -285,9 +306,10 @@ class PPO(Algorithm):
         return np.minimum(np.exp(log_ratio), self.config.importance_cap).astype(np.float32)
 
     def gold(self, rollout: Rollout) -> Metrics:
-        """The true scores, where the data source knows them: for the plots, never for training."""
-        pairs = zip(rollout.responses.prompts, rollout.responses.texts, strict=True)
-        golds = [gold for prompt, text in pairs if (gold := self.setting.data.gold(prompt, text)) is not None]
+        """The true scores of the counted episodes, where the data source knows them: for plots, never for training."""
+        episodes = zip(rollout.responses.prompts, rollout.responses.texts, rollout.sequences.mask.any(axis=1), strict=True)
+        found = [self.setting.data.gold(prompt, text) for prompt, text, counts in episodes if counts]
+        golds = [gold for gold in found if gold is not None]
         return {f"objective/{name}": float(np.mean([g[name] for g in golds])) for name in (golds[0] if golds else ())}
 
     def perf(self, rollout: Rollout, clock: Clock) -> Metrics:
@@ -314,7 +336,7 @@ class PPO(Algorithm):
         c = config
         minibatch = c.batch_size // c.minibatches
         micro = min(c.micro_batch_size or minibatch, minibatch)
-        ptx = f", + {round(c.ptx_ratio * minibatch)} raw texts each" if c.ptx_coef else ""
+        ptx = f", + {c.raw_texts} raw texts each" if c.ptx_coef else ""
         return (
             f"{c.iterations} iterations x {c.batch_size} episodes = {c.iterations * c.batch_size} episodes over "
             f"{len(data.prompts('train'))} prompts; {c.epochs} epochs x {c.minibatches} minibatches of {minibatch} = "

@@ -18,12 +18,15 @@ import numpy as np
 from lockstep import encoding, losses, numerics
 from lockstep.architecture import scalar_head
 from lockstep.encoding import Example, Lengths
-from lockstep.errors import MissingData
+from lockstep.errors import DataError, MissingData
 from lockstep.interfaces import Algorithm, Array, DataSource, Metrics, ScalarModel, Setting, Term
+from lockstep.nouns import Comparison
 from lockstep.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
 from lockstep.randomness import example_indices
 from lockstep.sequences import Sequences, chunks, in_chunks, round_up
 from lockstep_rlhf.language_modelling import check_context, steps
+
+NORMALISED_ON = 512  # demonstrations
 
 Ranked = tuple[list[Example], tuple[int, ...]]
 
@@ -36,7 +39,8 @@ class RankingLoss:
 
     def __call__(self, xp: Any, outputs: Mapping[str, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
         scores, weights = outputs["scores"], batch["preferences"]
-        right = xp.astype(scores[:, None] > scores[None, :], scores.dtype)
+        margins = scores[:, None] - scores[None, :]
+        right = xp.astype(margins > 0, scores.dtype) + 0.5 * xp.astype(margins == 0, scores.dtype)
         loss = losses.weighted_sum(xp, losses.ranking_loss(xp, scores), weights)
         return loss, {"accuracy": losses.weighted_sum(xp, right, weights)}
 
@@ -64,7 +68,7 @@ class RewardModelling(Algorithm):
         check_context(setting.policy, config.lengths)
         self.model: ScalarModel = setting.policy.scalar_model(scalar_head(setting.policy.hidden_size, setting.seed))
         self.learner = setting.backend.learner({"reward_model": self.model}, {"reward_model": config.optimizer})
-        self.total_steps = steps(config, len(self.comparisons))
+        self.total_steps = steps(config.epochs, len(self.comparisons), config.batch_size)
 
     def load(self, split: str) -> list[Ranked]:
         """Comparisons in which at least two completions are not tied."""
@@ -74,8 +78,7 @@ class RewardModelling(Algorithm):
             if split == "train":
                 raise
             return []
-        useful = [c for c in comparisons if len(set(c.ranks)) > 1]
-        return encoding.encode_comparisons(self.tokenizer, useful, self.config.lengths)
+        return encoding.encode_comparisons(self.tokenizer, untied(comparisons), self.config.lengths)
 
     def step(self, step: int) -> Metrics:
         before = {f"heldout/{k}": v for k, v in self.measure(self.heldout).items()} if step == 0 else {}
@@ -84,7 +87,8 @@ class RewardModelling(Algorithm):
         scale = lr_scale(self.config.schedule, step, self.total_steps)
         terms = self.terms([self.comparisons[i] for i in indices])
         metrics = self.learner.update(terms, scale)
-        metrics["accuracy"] /= float(sum(term.batch["preferences"].sum() for term in terms))  # below 1 where there are ties
+        weight = float(sum(term.batch["preferences"].sum() for term in terms))  # below 1 where there are ties
+        metrics |= {"loss": metrics["loss"] / weight, "accuracy": metrics["accuracy"] / weight}
         return before | metrics | {"lr_scale": scale}
 
     def terms(self, batch: Sequence[Ranked]) -> list[Term]:
@@ -105,6 +109,7 @@ class RewardModelling(Algorithm):
 
     def finish(self) -> Metrics:
         """Held-out accuracy and calibration of the raw score, then normalisation on the demonstrations."""
+        self.model = self.learner.averaged("reward_model")
         metrics = {f"heldout/{name}": value for name, value in self.measure(self.heldout).items()}
         if self.config.normalise != "none":
             metrics |= self.normalise()
@@ -133,26 +138,40 @@ class RewardModelling(Algorithm):
         """Fold mean 0 (and standard deviation 1) over demonstrations into the head. Without demonstrations the best
         completion of each comparison stands in for one."""
         try:
-            demonstrations = self.setting.data.demonstrations("train")[: self.config.heldout_examples]
+            demonstrations = self.setting.data.demonstrations("train")[:NORMALISED_ON]
             examples = encoding.encode_demonstrations(self.tokenizer, demonstrations, self.config.lengths)
         except MissingData:
-            best = [rows[int(np.argmin(ranks))] for rows, ranks in self.comparisons]
-            examples = best[: self.config.heldout_examples]
+            examples = [rows[int(np.argmin(ranks))] for rows, ranks in self.comparisons[:NORMALISED_ON]]
         scores = self.scores(examples).astype(np.float64)
+        if self.config.normalise == "gain_and_bias" and scores.std() == 0:
+            raise DataError(f"All {len(scores)} demonstrations score {scores[0]:g}: no gain gives them variance 1.")
         gain = 1 / scores.std() if self.config.normalise == "gain_and_bias" else 1.0
         self.model.rescale(gain, -gain * scores.mean())
         return {"demonstrations/score_mean": float(scores.mean()), "demonstrations/score_std": float(scores.std())}
 
     @classmethod
     def arithmetic(cls, config: Config, data: DataSource) -> str:
-        comparisons, size = data.comparisons("train"), config.batch_size
+        comparisons, size = untied(data.comparisons("train")), config.batch_size
         completions = np.array([len(c.ranks) for c in comparisons])
         pairs = completions * (completions - 1) / 2
         return (
             f"{len(comparisons)} prompts x {config.epochs:g} epochs / {size} per step = "
-            f"{steps(config, len(comparisons))} steps; {completions.mean():.1f} completions and {pairs.mean():.1f} pairs "
+            f"{steps(config.epochs, len(comparisons), size)} steps; {completions.mean():.1f} completions and {pairs.mean():.1f} pairs "
             f"per prompt; {math.ceil(size / (config.micro_batch_size or size))} micro-batches"
         )
 
     def result(self) -> ScalarModel:
+        """As `finish` left it: averaged if asked for, normalised."""
         return self.model
+
+
+def untied(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Those that prefer at least one completion to another.
+
+    Raises:
+      DataError: there are comparisons, but none of these.
+    """
+    useful = [c for c in comparisons if len(set(c.ranks)) > 1]
+    if comparisons and not useful:
+        raise DataError(f"All {len(comparisons)} comparisons are ties: there is nothing to learn a reward from.")
+    return useful

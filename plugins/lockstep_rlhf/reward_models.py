@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import importlib
 import logging
+import queue
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,8 @@ from lockstep import encoding
 from lockstep.encoding import Example, Lengths
 from lockstep.errors import ConfigError, RewardError
 from lockstep.interfaces import Resources, Responses, RewardModel, ScalarModel
-from lockstep.sequences import in_chunks
+from lockstep.numerics import ends_with_stop
+from lockstep.sequences import Sequences, in_chunks
 
 log = logging.getLogger("lockstep")
 
@@ -38,19 +40,33 @@ class Learned(RewardModel):
         self.shares_tokens = self.tokenizer.core.to_str() == resources.tokenizer.core.to_str()
 
     def score(self, responses: Responses) -> np.ndarray:
-        rows = responses.sequences if self.shares_tokens else self._encode(responses)
-        return in_chunks(lambda part: self.model.evaluate(part, ["scores"]), rows, self.config.micro_batch_size)["scores"]
+        if self.shares_tokens:
+            return self._score(responses.sequences)
+        examples = self._encode(responses)
+        fits = [i for i, example in enumerate(examples) if example is not None]
+        scores = np.full(len(examples), np.nan, np.float32)
+        if len(fits) < len(examples):
+            log.warning("%d prompts are too long for the reward model: not scored", len(examples) - len(fits))
+        if fits:
+            half = self.model.context_length // 2
+            scores[fits] = self._score(encoding.block([examples[i] for i in fits], self.tokenizer, Lengths(half, half, 64)))
+        return scores
 
-    def _encode(self, responses: Responses):
-        limit = self.model.context_length
-        examples = [
-            Example(
-                encoding.encode_prompt(self.tokenizer, prompt, limit // 2) or [self.tokenizer.eos_id],
-                encoding.encode_response(self.tokenizer, text, limit // 2),
-            )
-            for prompt, text in zip(responses.prompts, responses.texts, strict=True)
-        ]
-        return encoding.block(examples, self.tokenizer, Lengths(limit // 2, limit // 2, 64))
+    def _score(self, rows: Sequences) -> np.ndarray:
+        evaluate = lambda part: self.model.evaluate(part, ["scores"])  # noqa: E731
+        return in_chunks(evaluate, rows, self.config.micro_batch_size)["scores"]
+
+    def _encode(self, responses: Responses) -> list[Example | None]:
+        """In this model's tokens; EOS only where the policy wrote its own. None where the prompt does not fit."""
+        half = self.model.context_length // 2
+        rows = responses.sequences
+        finished = ends_with_stop(rows.responses, rows.response_mask, [responses.tokenizer.eos_id])
+        examples = []
+        for prompt, text, ended in zip(responses.prompts, responses.texts, finished, strict=True):
+            ids = encoding.encode_prompt(self.tokenizer, prompt, half)
+            response = (self.tokenizer.encode(text) + [self.tokenizer.eos_id] * bool(ended))[:half]
+            examples.append(None if ids is None else Example(ids, response))
+        return examples
 
     def value_network(self) -> ScalarModel | None:
         return self.model.copy() if self.shares_tokens else None
@@ -89,6 +105,8 @@ class Function(RewardModel):
             if self.config.on_failure == "raise":
                 raise failure
             return np.full(len(responses.texts), np.nan, np.float32)
+        with np.errstate(over="ignore"):
+            scores = scores.astype(np.float32)
         bad = ~np.isfinite(scores)
         if bad.any() and self.config.on_failure == "raise":
             row = int(np.argmax(bad))
@@ -96,19 +114,30 @@ class Function(RewardModel):
                 f"{self.config.function} scored {scores[row]} for the response {responses.texts[row]!r}. "
                 "Return a finite number, or set reward_model.on_failure=drop to leave such episodes out."
             )
-        return np.where(bad, np.nan, scores).astype(np.float32)
+        return np.where(bad, np.float32(np.nan), scores)
 
     def _call(self, prompts: list[list[dict[str, str]]], texts: list[str]) -> np.ndarray:
-        pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="reward")
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def call() -> None:
+            try:
+                answer.put(self.function(prompts, texts))
+            except Exception as error:
+                answer.put(error)
+
+        # A daemon: a call that never returns must not keep the process alive.
+        threading.Thread(target=call, name="reward", daemon=True).start()
         try:
-            scores = pool.submit(self.function, prompts, texts).result(self.config.timeout_seconds)
-            scores = np.asarray(scores, np.float64)
-        except concurrent.futures.TimeoutError as error:
-            raise RewardError(f"no answer within reward_model.timeout_seconds={self.config.timeout_seconds:g}") from error
-        except Exception as error:
-            raise RewardError(f"it raised {error!r}") from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            found = answer.get(timeout=self.config.timeout_seconds)
+        except queue.Empty:
+            limit = self.config.timeout_seconds
+            raise RewardError(f"no answer within reward_model.timeout_seconds={limit:g}") from None
+        if isinstance(found, Exception):
+            raise RewardError(f"it raised {found!r}") from found
+        try:
+            scores = np.asarray(found, np.float64)
+        except (TypeError, ValueError) as error:
+            raise RewardError(f"it returned something that is not a list of numbers: {error}") from error
         if scores.shape != (len(texts),):
             raise RewardError(f"it returned shape {scores.shape} for {len(texts)} responses; one number each is needed")
         return scores

@@ -63,7 +63,7 @@ def hash_gumbel(seeds: Tensor, vocab_size: int) -> Tensor:
     """`lockstep.randomness.hash_gumbel` for int64 seeds [B]: float32 [B, V]. torch has no uint32 arithmetic, so int64
     holds the words and overflow is masked away."""
     bits = _hash32(_words(vocab_size, seeds.device) ^ seeds[:, None])
-    u = ((bits >> 8).float() + 0.5) * 2**-24
+    u = ((bits >> 9).float() + 0.5) * 2**-23
     return -torch.log(-torch.log1p(-u))
 
 
