@@ -3,6 +3,7 @@ is written out here, and a reward model that is a function. Nothing in it knows 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,13 @@ from lockstep.nouns import Comparison, Demonstration, Prompt
 from lockstep.registry import registry
 from lockstep.tokenizer import Tokenizer
 
+# Programs that run for milliseconds: compiled in a tenth of the time, to code a few times slower. Read by XLA when its
+# first device is made, which importing jax does not do; inherited by the processes that tests start.
+FAST_COMPILATION = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}"
+
 BACKENDS = {
     "torch": {"device": "cpu", "precision": "float32", "threads": 1},
     "jax": {"device": "cpu", "precision": "float32", "compilation_cache": None},
@@ -32,7 +40,7 @@ ARCHITECTURE = small_decoder(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="session", params=["torch"])
+@pytest.fixture(scope="session", params=["torch", "jax"])
 def backend(request) -> Backend:
     pytest.importorskip(request.param)
     cls = registry().resolve("backend", request.param, request.param)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+
 from lockstep.configuration import parse
 from lockstep.data.files import Files
 from lockstep.data.mixing import mix

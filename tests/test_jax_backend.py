@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,13 +11,6 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-
-# Programs that run for milliseconds: compiled in a tenth of the time, to code a few times slower. Read by XLA when its
-# first device is made, which importing jax does not do.
-FAST_COMPILATION = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}"
 
 jax = pytest.importorskip("jax")
 torch = pytest.importorskip("torch")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from runs import DECODER, PPO_ONLY, TINY
 
 MODULE = '''

@@ -10,12 +10,12 @@ import time
 
 import numpy as np
 import pytest
-from runs import DECODER, PPO_ONLY, TINY, tiny
 
 from lockstep import checkpoints
+from lockstep.composition import compose
 from lockstep.errors import CheckpointError, ConfigError
 from lockstep.runner import Experiment
-from lockstep.composition import compose
+from runs import DECODER, PPO_ONLY, TINY, tiny
 
 
 def lines(run, stage, name="metrics"):
@@ -242,10 +242,12 @@ MISTAKES = {
     "algorithm.batch_size=64 is not divisible by algorithm.minibatches=6. Set minibatches to one of 1, 2, 4, 8": [
         "algorithm.batch_size=64", "algorithm.minibatches=6"],
     "No algorithm named 'pppo' for backend 'torch'. Did you mean 'ppo'?": ["algorithm.name=pppo"],
-    "Could not override 'algorithm.kl_coeff'": ["algorithm.kl_coeff=0.1"],
+    "No key 'algorithm.kl_coeff'. Did you mean 'kl_coef'?": ["algorithm.kl_coeff=0.1"],
     "stages.ppo.algorithm.kl_coef='high' should be float, not str.": ["algorithm.kl_coef=high"],
     "stages.sft reads the stage 'pretrian', which does not come before it. Did you mean 'pretrain'?": [
         "stages.sft.policy=pretrian"],
+    "No backend named 'torhc'. Did you mean 'torch'? There are: jax, torch.": ["backend=torhc"],
+    "Missing: reward_model.function. Set it on the command line": ["reward_model=function"],
     "schedule.shape='cosin' is not one of constant, linear, cosine": ["sft.schedule.shape=cosin"],
     "Unknown key stages.ppo_ptx.changes.ptx_coeff. Did you mean 'ptx_coef'?": ["+stages.ppo_ptx.changes.ptx_coeff=1"],
 }  # fmt: skip

@@ -7,10 +7,11 @@ import sys
 import huggingface_hub
 import pytest
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
 from lockstep.errors import ConfigError
 from lockstep.nouns import Message
 from lockstep.tokenizer import TEMPLATES, Tokenizer, TokenizerConfig, fetch, named_template
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 EOS, PAD, START = "<|im_end|>", "<|pad|>", "<|im_start|>"
 TEXTS = [

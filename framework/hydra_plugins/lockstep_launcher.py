@@ -15,7 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globa
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
-from lockstep.errors import LockstepError
+from lockstep import composition
 
 
 class ProcessLauncher(Launcher):
@@ -44,14 +44,9 @@ class ProcessLauncher(Launcher):
 
         with ThreadPoolExecutor(self.parallel) as pool:
             codes = list(pool.map(run, jobs))
-        if failed := [overrides for overrides, code in zip(jobs, codes, strict=True) if code]:
-            lines = "\n".join(f"  lockstep run {' '.join(overrides)}" for overrides in failed)
-            raise SweepFailed(f"{len(failed)} of {len(jobs)} jobs failed; to run one again:\n{lines}")
-        return [JobReturn(overrides=o, status=JobStatus.COMPLETED, _return_value=None) for o in jobs]
-
-
-class SweepFailed(LockstepError):
-    """Some jobs of a sweep failed; the others are done."""
+        composition.FAILED += [overrides for overrides, code in zip(jobs, codes, strict=True) if code]
+        ended = zip(jobs, codes, strict=True)
+        return [JobReturn(overrides=o, status=JobStatus.COMPLETED, _return_value=code) for o, code in ended]
 
 
 def core_shares(parallel: int) -> list[set[int]]:

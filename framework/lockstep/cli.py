@@ -15,7 +15,7 @@ from typing import Any
 
 from lockstep import __version__
 from lockstep.console import Console
-from lockstep.errors import LockstepError
+from lockstep.errors import LockstepError, Stopped
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
         arguments.call(arguments, rest)
     except LockstepError as error:
         console.say(f"{type(error).__name__}: {error}")
-        sys.exit(130 if type(error).__name__ == "Stopped" else 1)
+        sys.exit(130 if isinstance(error, Stopped) else 1)
     except KeyboardInterrupt:
         console.say("Stopped at once. Run the same command to go on from the last checkpoint.")
         sys.exit(130)

@@ -7,6 +7,8 @@ each other silently; that is refused.
 from __future__ import annotations
 
 import collections
+import contextlib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +18,12 @@ import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from lockstep.errors import ConfigError, RegistryError
+from lockstep.errors import ConfigError, LockstepError, RegistryError, did_you_mean, listing
 from lockstep.registry import registry
 
 CORE = "lockstep-rlhf (core)"
@@ -62,21 +64,60 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     """One run's configuration, resolved.
 
     Raises:
-      ConfigError: what Hydra or OmegaConf say is wrong.
+      ConfigError: what Hydra or OmegaConf say is wrong, with the nearest name that exists.
     """
     try:
-        with hydra.initialize_config_dir(str(conf_folders()[CORE]), version_base="1.3"):
-            config = hydra.compose("config", overrides=list(overrides))
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
-        raise ConfigError(_in_one_line(error)) from error
+        return OmegaConf.to_container(_compose(overrides), resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"Missing: {error.full_key}. Set it on the command line: {error.full_key}=...") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(str(error), overrides)) from error
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(conf_folders()[CORE]), version_base="1.3"):
+        return hydra.compose("config", overrides=list(overrides))
+
+
+def _explain(message: str, overrides: Sequence[str]) -> str:
+    """Hydra's message in one line, or what was probably meant."""
+    if found := re.search(r"Could not override '([^']+)'", message):
+        *path, key = found[1].split(".")
+        rest = [o for o in overrides if not re.match(rf"[+~]*{re.escape(found[1])}(=|$)", o)]
+        with contextlib.suppress(HydraException, OmegaConfBaseException):
+            group = OmegaConf.select(_compose(rest), ".".join(path)) if path else _compose(rest)
+            if isinstance(group, DictConfig):
+                where, keys = ".".join(path) or "the configuration", [str(k) for k in group]
+                return f"No key '{found[1]}'.{did_you_mean(key, keys)} Keys of {where}: {listing(keys)}."
+    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
+        group, name = found[1], found[2]
+        choices = {p.stem for folder in conf_folders().values() for p in (folder / group).glob("*.yaml")}
+        return f"No {group} named '{name}'.{did_you_mean(name, choices)} There are: {listing(choices)}."
+    lines = [line.strip() for line in message.splitlines()]
+    return " ".join(line for line in lines if line and "HYDRA_FULL_ERROR" not in line)
 
 
 def sweep(arguments: Sequence[str]) -> None:
-    """``lockstep run -m ...``: Hydra's sweeper composes the jobs, `ProcessLauncher` (or the one you name) starts them."""
+    """``lockstep run -m ...``: Hydra's sweeper composes the jobs, its launcher (`ProcessLauncher` unless you name another)
+    starts them.
+
+    Raises:
+      SweepFailed: some jobs failed, after all have had their turn.
+    """
     sys.argv = ["lockstep run", *arguments]
     main = hydra.main(config_path=str(conf_folders()[CORE]), config_name="config", version_base="1.3")
     main(_job)()
+    if FAILED:
+        lines = "\n".join(f"  lockstep run {' '.join(job)}" for job in FAILED)
+        raise SweepFailed(f"{len(FAILED)} jobs failed; to run one again:\n{lines}")
+
+
+class SweepFailed(LockstepError):
+    """Some jobs of a sweep failed; the others are done."""
+
+
+FAILED: list[list[str]] = []
+"""The overrides of jobs that failed. Hydra would print an exception of a launcher with a traceback; so it is told here."""
 
 
 def _job(config: DictConfig) -> None:
@@ -84,9 +125,3 @@ def _job(config: DictConfig) -> None:
     from lockstep.cli import run_config
 
     run_config(OmegaConf.to_container(config, resolve=True, throw_on_missing=True), "a sweep")
-
-
-def _in_one_line(error: Exception) -> str:
-    """Hydra's messages end in several lines on its own options."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
-    return " ".join(lines)

@@ -46,9 +46,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert_union(arguments, value, where)
     if origin is Literal:
         if value not in arguments:
-            raise ConfigError(
-                f"{where}={value!r} is not one of {', '.join(map(str, arguments))}.{did_you_mean(str(value), map(str, arguments))}"
-            )
+            names = [str(a) for a in arguments]
+            raise ConfigError(f"{where}={value!r} is not one of {', '.join(names)}.{did_you_mean(str(value), names)}")
         return value
     if dataclasses.is_dataclass(hint):
         return parse(hint, value, where)

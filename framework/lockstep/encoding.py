@@ -100,9 +100,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], lengths: Lengths) -
     """Raw documents: BOS (or EOS) alone is the prompt, the document and EOS the response, together at most as long as a
     prompt and a response are; what is longer is cut, as in any pretraining."""
     limit = _text_lengths(lengths).response
-    return [
-        Example([tokenizer.start_id], (ids + [tokenizer.eos_id])[:limit]) for ids in tokenizer.encode_many(texts) if ids
-    ]
+    return [Example([tokenizer.start_id], (ids + [tokenizer.eos_id])[:limit]) for ids in tokenizer.encode_many(texts) if ids]
 
 
 def text_block(examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths) -> Sequences:

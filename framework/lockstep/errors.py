@@ -33,6 +33,10 @@ class CheckpointError(LockstepError):
     """A checkpoint that is missing, damaged or of another architecture."""
 
 
+class Stopped(LockstepError):
+    """The run was asked to stop, and has saved where it was."""
+
+
 class RewardError(LockstepError):
     """A reward that could not be had: never replaced by a number."""
 

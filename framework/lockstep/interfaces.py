@@ -162,6 +162,15 @@ class Loss(Protocol):
 
 
 @dataclass(frozen=True)
+class Dropout:
+    """Residual dropout: the outputs of attention and MLP are zeroed at ``rate`` and the rest scaled up, by the bits that
+    `lockstep.randomness.dropout_bits` makes of ``seeds`` uint32 [B]: the same on every backend and for every cut."""
+
+    rate: float
+    seeds: np.ndarray
+
+
+@dataclass(frozen=True)
 class Term:
     """One summand of an update: a loss, the sequences to run the models on, and the arrays [B, ...] the loss reads."""
 
@@ -169,6 +178,7 @@ class Term:
     sequences: Sequences
     batch: Mapping[str, np.ndarray]
     temperature: float = 1.0
+    dropout: Dropout | None = None
 
 
 class Learner(ABC):

@@ -51,6 +51,19 @@ def hash_gumbel(seeds: np.ndarray, vocab_size: int) -> np.ndarray:
     return -np.log(-np.log1p(-u))
 
 
+def dropout_bits(seeds: np.ndarray, site: int, positions: np.ndarray, width: int) -> np.ndarray:
+    """24 random bits int [B, L, width] for dropout: the reference that backends reproduce.
+
+        bits = hash32(hash32(position · width + feature) xor hash32(seed xor hash32(site))) >> 8
+
+    An element is dropped where bits < rate · 2^24. ``seeds`` uint32 [B]; ``site`` counts the places in the network;
+    ``positions`` [B, L] count real tokens, so that padding changes nothing.
+    """
+    element = positions[..., None].astype(np.uint32) * np.uint32(width) + np.arange(width, dtype=np.uint32)
+    row = hash32(seeds ^ hash32(np.array([site], np.uint32)))
+    return hash32(hash32(element) ^ row[:, None, None]) >> np.uint32(8)
+
+
 def permutation(seed: int, stream: str, epoch: int, size: int) -> np.ndarray:
     """The order of one pass over ``size`` examples: int64 [size]."""
     return generator(seed, stream, epoch).permutation(size)

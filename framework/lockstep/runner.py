@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from lockstep import __version__, checkpoints, store
 from lockstep.configuration import parse
 from lockstep.console import Console
-from lockstep.errors import ConfigError, LockstepError, did_you_mean, listing
+from lockstep.errors import ConfigError, Stopped, did_you_mean, listing
 from lockstep.evaluation import EvaluationConfig, Evaluator
 from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardModel, ScalarModel, Setting, Tracker
 from lockstep.registry import registry
@@ -34,10 +34,6 @@ log = logging.getLogger("lockstep")
 
 Group = dict[str, Any]
 NEW = "new"
-
-
-class Stopped(LockstepError):
-    """The run was asked to stop and has saved where it was."""
 
 
 # ------------------------------------------------------------------------------------------------------ configuration

@@ -24,8 +24,9 @@ from lockstep.nouns import Message
 
 TEMPLATES = {
     "dialogue": (
-        "{{ bos_token }}{% for m in messages %}{{ '\\n\\n' + {'user': 'Human', 'assistant': 'Assistant', 'system': 'System'}[m.role] "
-        "+ ': ' + m.content }}{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '\\n\\n' + {'user': 'Human', 'assistant': 'Assistant', 'system': 'System'}[m.role] + ': ' + m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
     ),
     "plain": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
 }

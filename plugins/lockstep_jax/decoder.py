@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from lockstep.architecture import Architecture
+from lockstep.randomness import hash32
 
 Array = jax.Array
 Tree = Any
@@ -46,6 +47,21 @@ class Network:
 def _graph(network: Network) -> Any:
     """The structure of the modules without arrays."""
     return nnx.graphdef(nnx.eval_shape(lambda: DecoderNetwork(network, nnx.Rngs(0))))
+
+
+class Dropout(NamedTuple):
+    """`lockstep.interfaces.Dropout` in a compiled program: ``seeds`` uint32 [B]."""
+
+    rate: Any
+    seeds: Array
+
+    def __call__(self, x: Array, site: Any, position: Array) -> Array:
+        """x [B, L, d] with elements zeroed and the rest scaled up; position [B, L]."""
+        width = x.shape[-1]
+        element = position[..., None].astype(jnp.uint32) * np.uint32(width) + jnp.arange(width, dtype=jnp.uint32)
+        row = hash32(self.seeds ^ hash32(jnp.asarray(site)))
+        kept = hash32(hash32(element) ^ row[:, None, None]) >> np.uint32(8) >= self.rate * 2**24
+        return jnp.where(kept, x / (1 - self.rate), 0.0)
 
 
 def positions(mask: Array) -> Array:
@@ -93,10 +109,11 @@ class DecoderNetwork(nnx.Module):
         self.lm_head = Linear(a.hidden_size, a.vocab_size, False, self.dtype) if separate else None
         self.score = ScalarHead(a.hidden_size) if network.scalar_head else None
 
-    def hidden(self, tokens: Array, mask: Array) -> Array:
+    def hidden(self, tokens: Array, mask: Array, dropout: Dropout | None = None) -> Array:
         """[B, L] ids and attention mask -> [B, L, d] after the final norm. Ids under a False mask are never read."""
         position = positions(mask)
-        x, _ = self.run(self.embed(tokens, mask, position), self.rotation(position), causal(mask))
+        drop = dropout and (lambda y, site: dropout(y, site, position))
+        x, _ = self.run(self.embed(tokens, mask, position), self.rotation(position), causal(mask), drop=drop)
         return self.norm(x)
 
     def start(self, tokens: Array, mask: Array, new_tokens: int) -> tuple[Array, Cache]:
@@ -134,7 +151,9 @@ class DecoderNetwork(nnx.Module):
         angle = position[:, :, None, None] * frequencies(self.architecture)
         return jnp.cos(angle), jnp.sin(angle)
 
-    def run(self, x: Array, rotation: Any, visible: Array, cache: Any = None, column: Any = 0) -> tuple[Array, Any]:
+    def run(
+        self, x: Array, rotation: Any, visible: Array, cache: Any = None, column: Any = 0, drop: Any = None
+    ) -> tuple[Array, Any]:
         """All layers. The cache (keys, values) is carried from layer to layer, each writing its own slice from
         ``column`` on: as an input and output of the scan it would be copied at every step.
 
@@ -144,7 +163,7 @@ class DecoderNetwork(nnx.Module):
 
         def body(carry: Any, layer: Any) -> tuple[Any, None]:
             index, arrays = layer
-            return nnx.merge(graph, arrays)(*carry, rotation, visible, index, column), None
+            return nnx.merge(graph, arrays)(*carry, rotation, visible, index, column, drop), None
 
         again = jax.checkpoint(body, prevent_cse=False)  # within a scan nothing could be merged with the first pass
         return jax.lax.scan(again, (x, cache), (jnp.arange(self.architecture.layers), stacked))[0]
@@ -157,10 +176,13 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = norm(architecture, rngs)
         self.mlp = MLP(architecture, dtype)
 
-    def __call__(self, x: Array, cache: Any, rotation: Any, visible: Array, layer: Array, column: Any) -> tuple[Array, Any]:
+    def __call__(
+        self, x: Array, cache: Any, rotation: Any, visible: Array, layer: Array, column: Any, drop: Any
+    ) -> tuple[Array, Any]:
+        drop = drop or (lambda y, site: y)
         attended, cache = self.self_attn(self.input_layernorm(x), cache, rotation, visible, layer, column)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        x = x + drop(attended, 2 * layer)
+        return x + drop(self.mlp(self.post_attention_layernorm(x)), 2 * layer + 1), cache
 
 
 class Attention(nnx.Module):

@@ -17,7 +17,7 @@ from lockstep.errors import CheckpointError, ConfigError, listing
 from lockstep.interfaces import Learner, Loss, Metrics, Term
 from lockstep.optimisation import OptimizerConfig
 from lockstep_jax.backend import JaxBackend
-from lockstep_jax.decoder import Array, Network, Tree, from_arrays, to_arrays
+from lockstep_jax.decoder import Array, Dropout, Network, Tree, from_arrays, to_arrays
 from lockstep_jax.model import Block, JaxModel, forward
 
 Roles = tuple[tuple[str, Network, tuple[str, ...]], ...]
@@ -165,8 +165,9 @@ def _different(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarra
     return sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
 
 
-def _arguments(term: Term) -> tuple[Block, dict[str, np.ndarray], float]:
-    return Block.put(term.sequences), dict(term.batch), term.temperature
+def _arguments(term: Term) -> tuple[Block, dict[str, np.ndarray], float, Dropout | None]:
+    dropout = term.dropout and Dropout(term.dropout.rate, term.dropout.seeds)
+    return Block.put(term.sequences), dict(term.batch), term.temperature, dropout
 
 
 # ------------------------------------------------------------------- programs: compiled once per loss, roles and shapes
@@ -174,14 +175,15 @@ def _arguments(term: Term) -> tuple[Block, dict[str, np.ndarray], float]:
 
 @functools.partial(jax.jit, static_argnames=("roles", "loss"))
 def _gradients(
-    params: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any, *, roles: Roles, loss: Loss
-) -> tuple[dict[str, Tree], dict[str, Array]]:
+    params: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any, dropout: Dropout | None,
+    *, roles: Roles, loss: Loss,
+) -> tuple[dict[str, Tree], dict[str, Array]]:  # fmt: skip
     """Of one term, with its metrics."""
 
     def objective(params: dict[str, Tree]) -> tuple[Array, dict[str, Array]]:
         outputs: dict[str, Array] = {}
         for name, network, wanted in roles:
-            outputs |= forward(network, params[name], block, wanted, temperature)
+            outputs |= forward(network, params[name], block, wanted, temperature, dropout)
         value, metrics = loss(jnp, outputs, batch)
         return value, {"loss": value, **metrics}
 
@@ -205,12 +207,12 @@ def _step(
 
 @functools.partial(jax.jit, static_argnames=("roles", "loss", "configs"), donate_argnames="states")
 def _learn(
-    states: dict[str, State], block: Block, batch: dict[str, Array], temperature: Any, rates: dict[str, Rates],
-    *, roles: Roles, loss: Loss, configs: Configs,
+    states: dict[str, State], block: Block, batch: dict[str, Array], temperature: Any, dropout: Dropout | None,
+    rates: dict[str, Rates], *, roles: Roles, loss: Loss, configs: Configs,
 ) -> tuple[dict[str, State], dict[str, Array]]:  # fmt: skip
     """Gradients and step in one program, for an update of one term: no gradient outlives its use."""
     params = {name: state.parameters for name, state in states.items()}
-    gradients, metrics = _gradients(params, block, batch, temperature, roles=roles, loss=loss)
+    gradients, metrics = _gradients(params, block, batch, temperature, dropout, roles=roles, loss=loss)
     states, norms = _step(states, gradients, rates, configs=configs)
     return states, metrics | norms
 

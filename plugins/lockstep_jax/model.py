@@ -18,7 +18,7 @@ from lockstep.errors import ConfigError
 from lockstep.interfaces import Generated, Policy, ScalarModel
 from lockstep.sequences import Sequences
 from lockstep_jax.backend import JaxBackend
-from lockstep_jax.decoder import Array, Network, Tree, from_arrays, to_arrays
+from lockstep_jax.decoder import Array, Dropout, Network, Tree, from_arrays, to_arrays
 from lockstep_jax.generation import generate
 
 
@@ -34,11 +34,13 @@ class Block(NamedTuple):
         return cls(sequences.tokens, sequences.prompt_mask, sequences.response_mask)
 
 
-def forward(network: Network, params: Tree, block: Block, outputs: Sequence[str], temperature: Any) -> dict[str, Array]:
+def forward(
+    network: Network, params: Tree, block: Block, outputs: Sequence[str], temperature: Any, dropout: Dropout | None = None
+) -> dict[str, Array]:
     """The named outputs, differentiable. Logits exist at the T columns that predict a response token only."""
     decoder = network.bind(params)
     prompt_length = block.prompt_mask.shape[1]
-    hidden = decoder.hidden(block.tokens, jnp.concatenate([block.prompt_mask, block.response_mask], axis=1))
+    hidden = decoder.hidden(block.tokens, jnp.concatenate([block.prompt_mask, block.response_mask], axis=1), dropout)
     states = hidden[:, prompt_length - 1 : -1]  # [B, T, d]: the state each response token is chosen in
     out = {}
     if "logprobs" in outputs or "entropy" in outputs:

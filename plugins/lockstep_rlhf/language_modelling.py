@@ -2,14 +2,15 @@
 
 InstructGPT (Ouyang et al. 2022), step 1. The loss counts the response's tokens, its EOS included; ``prompt_loss`` counts
 the prompt's too, as "The N+ Implementation Details of RLHF with PPO" does. A fraction ``pretrain_mix`` of each SFT batch
-may be raw text (InstructGPT's PPO initialisation: 10%).
+may be raw text (InstructGPT's PPO initialisation: 10%), and ``dropout`` on the residual branches may be on in SFT
+(InstructGPT: 0.2) and nowhere else.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,9 +18,9 @@ import numpy as np
 from lockstep import encoding, losses
 from lockstep.encoding import Example, Lengths
 from lockstep.errors import ConfigError, MissingData
-from lockstep.interfaces import Algorithm, Array, DataSource, Metrics, Policy, Setting, Term
+from lockstep.interfaces import Algorithm, Array, DataSource, Dropout, Metrics, Policy, Setting, Term
 from lockstep.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
-from lockstep.randomness import example_indices
+from lockstep.randomness import example_indices, token_seeds
 from lockstep.sequences import Sequences, chunks, in_chunks
 
 
@@ -32,9 +33,7 @@ class NextTokenLoss:
     metric: str | None = None
     outputs: ClassVar[tuple[str, ...]] = ("logprobs",)
 
-    def __call__(
-        self, xp: Any, outputs: Mapping[str, Array], batch: Mapping[str, Array]
-    ) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, xp: Any, outputs: Mapping[str, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
         loss = losses.weighted_sum(xp, -outputs["logprobs"], batch["weights"])
         return self.coef * loss, {self.metric: loss} if self.metric else {}
 
@@ -72,9 +71,12 @@ class LanguageModelling(Algorithm):
     def step(self, step: int) -> Metrics:
         before = {"heldout/loss": self.heldout_loss(self.policy)} if step == 0 else {}
         scale = lr_scale(self.config.schedule, step, self.total_steps)
-        terms = next_token_terms(self.blocks(step), self.config.micro_batch_size, NextTokenLoss())
+        terms = self.terms(step)
         metrics = self.learner.update(terms, scale)
         return before | metrics | {"perplexity": math.exp(min(metrics["loss"], 50)), "lr_scale": scale}
+
+    def terms(self, step: int) -> list[Term]:
+        return next_token_terms(self.blocks(step), self.config.micro_batch_size, NextTokenLoss())
 
     def finish(self) -> Metrics:
         return {"heldout/loss": self.heldout_loss(self.result())}
@@ -152,11 +154,14 @@ class SFT(LanguageModelling):
         lengths: Lengths
         prompt_loss: bool
         pretrain_mix: float
+        dropout: float
         heldout_examples: int
         optimizer: OptimizerConfig
         schedule: ScheduleConfig
 
         def __post_init__(self):
+            if not 0 <= self.dropout < 1:
+                raise ConfigError(f"sft.dropout={self.dropout:g} should be a rate, 0 <= dropout < 1.")
             if not 0 <= self.pretrain_mix < 1 or round(self.pretrain_mix * self.batch_size) >= self.batch_size:
                 raise ConfigError(
                     f"sft.pretrain_mix={self.pretrain_mix:g} of batch_size={self.batch_size} leaves no demonstration in "
@@ -195,6 +200,15 @@ class SFT(LanguageModelling):
         indices = example_indices(self.setting.seed, "mix", len(self.texts), step * self.raw, self.raw)
         texts = [self.texts[i] for i in indices]
         return [*demonstrations, encoding.text_block(texts, self.tokenizer, self.config.lengths)]
+
+    def terms(self, step: int) -> list[Term]:
+        terms = super().terms(step)
+        if not self.config.dropout:
+            return terms
+        seeds = token_seeds(self.setting.seed, "dropout", step, sum(term.sequences.rows for term in terms), 1)[:, 0]
+        cuts = np.split(seeds, np.cumsum([term.sequences.rows for term in terms])[:-1])
+        rate = self.config.dropout
+        return [replace(term, dropout=Dropout(rate, rows)) for term, rows in zip(terms, cuts, strict=True)]
 
 
 def next_token_terms(blocks: Sequence[Sequences], micro_batch_size: int | None, loss: NextTokenLoss) -> list[Term]:

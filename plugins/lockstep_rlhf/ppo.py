@@ -32,7 +32,6 @@ from lockstep.randomness import example_indices, permutation, token_seeds
 from lockstep.sequences import Sequences, chunks, in_chunks, join, left_pad
 from lockstep_rlhf.language_modelling import NextTokenLoss, check_context, next_token_terms
 
-
 MAX_LOG_RATIO = 20.0
 
 

@@ -156,8 +156,8 @@ class RewardModelling(Algorithm):
         pairs = completions * (completions - 1) / 2
         return (
             f"{len(comparisons)} prompts x {config.epochs:g} epochs / {size} per step = "
-            f"{steps(config.epochs, len(comparisons), size)} steps; {completions.mean():.1f} completions and {pairs.mean():.1f} pairs "
-            f"per prompt; {math.ceil(size / (config.micro_batch_size or size))} micro-batches"
+            f"{steps(config.epochs, len(comparisons), size)} steps; {completions.mean():.1f} completions and "
+            f"{pairs.mean():.1f} pairs per prompt; {math.ceil(size / (config.micro_batch_size or size))} micro-batches"
         )
 
     def result(self) -> ScalarModel:

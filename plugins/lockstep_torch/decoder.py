@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lockstep import randomness
 from lockstep.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture
+from lockstep.errors import ConfigError
 
 
 class Network(nn.Module):
@@ -26,7 +28,7 @@ class Network(nn.Module):
     hidden_size: int
     context_length: int
 
-    def hidden(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None) -> Tensor:
         """[B, L] ids and attention mask -> [B, L, d] after the final norm. Ids under a False mask are never read."""
         raise NotImplementedError
 
@@ -41,6 +43,29 @@ class Network(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., V]."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """`lockstep.interfaces.Dropout` on the device: ``seeds`` int64 [B]."""
+
+    rate: float
+    seeds: Tensor
+
+    def __call__(self, x: Tensor, site: int, position: Tensor) -> Tensor:
+        """x [B, L, d] with elements zeroed and the rest scaled up; position [B, L]."""
+        width = x.shape[-1]
+        element = position[..., None] * width + torch.arange(width, device=x.device)
+        row = hash32(self.seeds ^ int(randomness.hash32(np.array([site], np.uint32))[0]))
+        kept = hash32(hash32(element) ^ row[:, None, None]) >> 8 >= self.rate * 2**24
+        return torch.where(kept, x / (1 - self.rate), 0.0)
+
+
+def hash32(x: Tensor) -> Tensor:
+    """`lockstep.randomness.hash32`. torch has no uint32 arithmetic: int64 holds the words, overflow is masked away."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -94,15 +119,16 @@ class DecoderNetwork(Network):
         )
         self.lm_head = None if a.tied else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
 
-    def hidden(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None) -> Tensor:
         length = tokens.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
         # A padded query sees itself, so that no softmax runs over nothing.
         visible = causal & mask[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=tokens.device)
-        x = self.embed(tokens, mask)
-        rotation = self.rotation(positions(mask))
-        for layer in self.model["layers"]:
-            x = layer(x, rotation, visible)
+        x, position = self.embed(tokens, mask), positions(mask)
+        rotation = self.rotation(position)
+        for number, layer in enumerate(self.model["layers"]):
+            drop = dropout and (lambda y, part, site=2 * number: dropout(y, site + part, position))
+            x = layer(x, rotation, visible, drop=drop)
         return self.model["norm"](x)
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, Cache]:
@@ -158,9 +184,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(d, eps=eps)
         self.mlp = MLP(architecture)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, cache: Any = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, visible, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, cache: Any = None, drop: Any = None) -> Tensor:
+        drop = drop or (lambda y, part: y)
+        x = x + drop(self.self_attn(self.input_layernorm(x), rotation, visible, cache), 0)
+        return x + drop(self.mlp(self.post_attention_layernorm(x)), 1)
 
 
 class Attention(nn.Module):
@@ -225,7 +252,9 @@ class TransformersNetwork(Network):
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.context_length = config.max_position_embeddings
 
-    def hidden(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None) -> Tensor:
+        if dropout is not None:
+            raise ConfigError("Networks of transformers are run without dropout. Set dropout=0, or use policy=decoder.")
         return self._trunk(tokens, mask, positions(mask)).last_hidden_state
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, dict[str, Any]]:

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from lockstep import randomness
 from lockstep.interfaces import Generated
-from lockstep_torch.decoder import Network
-
-MASK32 = 0xFFFFFFFF
+from lockstep_torch.decoder import Network, hash32
 
 
 @torch.inference_mode()
@@ -60,17 +58,10 @@ def sample(logits: Tensor, seeds: Tensor, temperature: float) -> tuple[Tensor, T
 
 
 def hash_gumbel(seeds: Tensor, vocab_size: int) -> Tensor:
-    """`lockstep.randomness.hash_gumbel` for int64 seeds [B]: float32 [B, V]. torch has no uint32 arithmetic, so int64
-    holds the words and overflow is masked away."""
-    bits = _hash32(_words(vocab_size, seeds.device) ^ seeds[:, None])
+    """`lockstep.randomness.hash_gumbel` for int64 seeds [B]: float32 [B, V]."""
+    bits = hash32(_words(vocab_size, seeds.device) ^ seeds[:, None])
     u = ((bits >> 9).float() + 0.5) * 2**-23
     return -torch.log(-torch.log1p(-u))
-
-
-def _hash32(x: Tensor) -> Tensor:
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK32
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & MASK32
-    return x ^ (x >> 16)
 
 
 @functools.lru_cache(maxsize=8)

@@ -15,6 +15,7 @@ from lockstep.errors import CheckpointError
 from lockstep.interfaces import Learner, Metrics, Term
 from lockstep.optimisation import OptimizerConfig
 from lockstep_torch.backend import TorchBackend
+from lockstep_torch.decoder import Dropout
 from lockstep_torch.model import Block, TorchModel
 
 
@@ -72,11 +73,12 @@ class TorchLearner(Learner):
     def _outputs(self, term: Term) -> dict[str, Tensor]:
         """Each output from the first model that supplies it: so a value network leaves the policy's trunk alone."""
         block = Block.put(term.sequences, self.backend)
+        dropout = term.dropout and Dropout(term.dropout.rate, self.backend.put(term.dropout.seeds.astype(np.int64)))
         outputs: dict[str, Tensor] = {}
         for model in self.models.values():
             wanted = [name for name in term.loss.outputs if name in model.supplies and name not in outputs]
             if wanted:
-                outputs |= model.forward(block, wanted, term.temperature)
+                outputs |= model.forward(block, wanted, term.temperature, dropout)
         return outputs
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from lockstep.errors import CheckpointError
 from lockstep.interfaces import Generated, Policy, ScalarModel
 from lockstep.sequences import Sequences
 from lockstep_torch.backend import TorchBackend
-from lockstep_torch.decoder import DecoderNetwork, Network, ScalarHead, TransformersNetwork
+from lockstep_torch.decoder import DecoderNetwork, Dropout, Network, ScalarHead, TransformersNetwork
 from lockstep_torch.generation import generate
 
 
@@ -52,10 +52,12 @@ class TorchModel:
         self.vocab_size, self.hidden_size = network.vocab_size, network.hidden_size
         self.context_length = network.context_length
 
-    def forward(self, block: Block, outputs: Sequence[str], temperature: float) -> dict[str, Tensor]:
+    def forward(
+        self, block: Block, outputs: Sequence[str], temperature: float, dropout: Dropout | None = None
+    ) -> dict[str, Tensor]:
         """The named outputs with gradients. Logits exist at the T columns that predict a response token only."""
         with self.backend.autocast():
-            hidden = self.network.hidden(block.tokens, block.mask)
+            hidden = self.network.hidden(block.tokens, block.mask, dropout)
             states = hidden[:, block.prompt_length - 1 : -1]  # [B, T, d]: the state each response token is chosen in
             out = {}
             if "logprobs" in outputs or "entropy" in outputs:

@@ -109,6 +109,10 @@ def _open(auto: type, folder: Path | str) -> TransformersNetwork:
     Raises:
       CheckpointError: what transformers says of it.
     """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its table of unexpected keys names a scalar head that is read elsewhere
+    logging.disable_progress_bar()
     try:
         hf = auto.from_pretrained(folder, dtype="float32", use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:

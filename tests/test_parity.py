@@ -1,0 +1,140 @@
+"""The two backends side by side: same weights, same rollout, so the same tokens, losses, gradients and steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from conftest import ARCHITECTURE, BACKENDS, head
+from lockstep import checkpoints, randomness
+from lockstep.architecture import initial_parameters, to_hf
+from lockstep.configuration import parse
+from lockstep.interfaces import Dropout, Term
+from lockstep.optimisation import OptimizerConfig
+from lockstep.registry import registry
+from lockstep.sequences import join, left_pad, pack
+from lockstep_rlhf.language_modelling import NextTokenLoss
+from lockstep_rlhf.ppo import PPOLoss
+
+ADAM = OptimizerConfig(1e-2, (0.9, 0.95), 1e-5, False, 0.1, 1.0, None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("policy")
+    parameters = initial_parameters(ARCHITECTURE, 3)
+    checkpoints.write_tensors(path / "model.safetensors", {n: p * (10 if p.ndim > 1 else 1) for n, p in parameters.items()})
+    checkpoints.write_json(path / "config.json", to_hf(ARCHITECTURE))
+    return path
+
+
+@pytest.fixture(scope="module")
+def both(folder):
+    """For each backend: itself, and a function that loads a fresh policy."""
+    found = []
+    for name, values in BACKENDS.items():
+        cls = registry().resolve("backend", name, name)
+        backend = cls(parse(cls.Config, values, "backend"))
+        policy = registry().resolve("policy", "decoder", name)
+        found.append((backend, lambda policy=policy, backend=backend: policy.load(folder, backend)))
+    return found
+
+
+def rollout(policy, rows=32, columns=12):
+    rng = np.random.default_rng(0)
+    tokens, mask = left_pad([rng.integers(0, 34, 1 + i % 7).tolist() for i in range(rows)], 36, 8)
+    seeds = randomness.token_seeds(0, "parity", 0, rows, columns)
+    out = policy.generate(tokens, mask, seeds, temperature=0.7, stop_ids=[35], pad_id=36)
+    return join(tokens, mask, out.tokens, out.mask)
+
+
+def ppo_term(sequences) -> Term:
+    rng = np.random.default_rng(1)
+    mask = sequences.mask
+    noise = lambda: np.where(mask, rng.normal(size=mask.shape), 0).astype(np.float32)  # noqa: E731
+    weights = (mask / mask.sum()).astype(np.float32)
+    batch = {"mask": mask, "old_logprobs": noise() - 3, "old_values": noise(), "advantages": noise(), "returns": noise()}
+    return Term(PPOLoss(0.2, 0.2, 0.1), sequences, batch | {"weights": weights, "policy_weights": weights}, temperature=0.7)
+
+
+def test_both_draw_the_same_tokens(both):
+    (_, one), (_, other) = both
+    first, second = rollout(one()), rollout(other())
+    assert np.array_equal(first.tokens, second.tokens) and np.array_equal(first.mask, second.mask)
+    assert 0.3 < first.mask.mean() < 1  # some rows stop early
+
+
+def test_both_evaluate_alike(both):
+    (_, one), (_, other) = both
+    sequences = rollout(one())
+    names = ["logprobs", "entropy", "values"]
+    first, second = (load().with_value_head().evaluate(sequences, names, temperature=0.7) for load in (one, other))
+    scores = [load().scalar_model(head()).evaluate(sequences, ["scores"])["scores"] for load in (one, other)]
+    assert all(np.abs(first[n] - second[n])[sequences.mask].max() < 1e-5 for n in names)
+    assert np.abs(scores[0] - scores[1]).max() < 1e-5
+
+
+def test_ppo_has_the_same_loss_gradients_and_next_parameters(both):
+    found = []
+    for backend, load in both:
+        policy, value = load(), load().scalar_model(head())
+        learner = backend.learner({"policy": policy, "value": value}, {"policy": ADAM, "value": ADAM})
+        term = ppo_term(rollout(both[0][1]()))
+        gradients = learner.gradients([term])
+        metrics = learner.update([term])
+        found.append((metrics, gradients, policy.parameters() | {f"v.{n}": p for n, p in value.parameters().items()}))
+    (metrics, gradients, parameters), (metrics2, gradients2, parameters2) = found
+    assert metrics == pytest.approx(metrics2, rel=1e-5, abs=1e-6)
+    scale = max(np.abs(g).max() for g in gradients.values())
+    assert gradients.keys() == gradients2.keys()
+    assert max(np.abs(gradients[n] - gradients2[n]).max() for n in gradients) < 1e-4 * scale
+    # Adam divides by the gradient's size: where that is near eps, rounding moves a step by a fraction of the rate.
+    assert max(np.abs(parameters[n] - parameters2[n]).max() for n in parameters) < 1e-3 * ADAM.learning_rate
+
+
+def dropout_term(rows: slice = slice(None), pad: int = 0) -> Term:
+    rng = np.random.default_rng(2)
+    responses = [rng.integers(0, 34, k).tolist() for k in (3, 9, 1, 12)]
+    sequences = pack([[5, 6]] * 4, responses, 36, prompt_columns=2 + pad)
+    weights = (sequences.mask / sequences.mask.sum()).astype(np.float32)
+    seeds = np.arange(4, dtype=np.uint32) + 7
+    return Term(NextTokenLoss(), sequences.take(rows), {"weights": weights[rows]}, dropout=Dropout(0.3, seeds[rows]))
+
+
+def gradients(backend, load, terms):
+    return backend.learner({"policy": load()}, {"policy": ADAM}).gradients(terms)
+
+
+def largest_difference(a, b):
+    return max(np.abs(a[n] - b[n]).max() for n in a)
+
+
+def test_dropout_is_the_same_on_both_and_for_every_cut_and_padding(both):
+    whole = [gradients(backend, load, [dropout_term()]) for backend, load in both]
+    without = gradients(*both[0], [replace(dropout_term(), dropout=None)])
+    assert largest_difference(*whole) < 1e-5 < 1e-2 < largest_difference(whole[0], without)
+    for (backend, load), reference in zip(both, whole, strict=True):
+        cut = gradients(backend, load, [dropout_term(slice(0, 1)), dropout_term(slice(1, 4))])
+        assert largest_difference(cut, reference) < 1e-5
+        assert largest_difference(gradients(backend, load, [dropout_term(pad=3)]), reference) < 1e-5
+
+
+def test_dropout_drops_its_rate_and_keeps_the_mean():
+    bits = randomness.dropout_bits(np.arange(50, dtype=np.uint32), 3, np.tile(np.arange(20), (50, 1)), 64)
+    kept = bits >= 0.2 * 2**24
+    assert kept.mean() == pytest.approx(0.8, abs=0.005)
+    other = randomness.dropout_bits(np.arange(50, dtype=np.uint32), 4, np.tile(np.arange(20), (50, 1)), 64) >= 0.2 * 2**24
+    assert (kept & other).mean() == pytest.approx(0.64, abs=0.005)  # another place in the network is independent
+
+
+def test_dropout_is_the_documented_bits(both):
+    """The torch module against the numpy reference; JAX agrees with torch above."""
+    from lockstep_torch.decoder import Dropout as TorchDropout
+
+    torch = pytest.importorskip("torch")
+    seeds, position = np.array([7, 8], np.uint32), np.array([[0, 1, 2], [0, 0, 1]])
+    x = TorchDropout(0.3, torch.tensor(seeds.astype(np.int64)))(torch.ones(2, 3, 16), 5, torch.tensor(position)).numpy()
+    kept = randomness.dropout_bits(seeds, 5, position, 16) >= 0.3 * 2**24
+    assert np.allclose(x, kept / 0.7)
