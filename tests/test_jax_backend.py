@@ -470,7 +470,7 @@ assert not {{"jax", "torch"}} & set(sys.modules), "the manifest is not light"
 from lockstep_jax.backend import JaxBackend
 from lockstep_jax.policies import HuggingFace
 import lockstep_jax.learner
-policy = HuggingFace.load({str(folder)!r}, JaxBackend(JaxBackend.Config("jax", "cpu", "float32", None)))
+policy = HuggingFace.load({str(folder)!r}, JaxBackend(JaxBackend.Config("cpu", "float32", None)))
 policy.generate(np.ones((1, 2), np.int32), np.ones((1, 2), bool), np.zeros((1, 2), np.uint32),
                 temperature=1.0, stop_ids=[], pad_id=0)
 assert not {{"torch", "transformers"}} & set(sys.modules), "torch was imported"

@@ -1,42 +1,24 @@
 """Plugins as strangers bring them: a package of their own, found by entry point, with configuration of its own."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from runs import DECODER, PPO_ONLY, TINY
 
-MODULE = '''
-from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
-
-from lockstep import losses
-from lockstep.registry import Plugin
-from lockstep_rlhf.ppo import PPO
-
-plugin = Plugin(components={"algorithm": {"reinforce": "stranger:Reinforce"}}, conf=Path(__file__).parent / "stranger_conf")
+GUIDE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
 
 
-@dataclass(frozen=True)
-class ReinforceLoss:
-    """-A log pi (Williams 1992)."""
-
-    outputs: ClassVar[tuple[str, ...]] = ("logprobs", "values")
-
-    def __call__(self, xp, outputs, batch):
-        logprobs = losses.select(xp, batch["mask"], outputs["logprobs"])
-        loss = losses.weighted_sum(xp, -batch["advantages"] * logprobs, batch["weights"])
-        return loss, {"stranger/loss": loss}
+def listing(language: str) -> str:
+    """The first listing of the guide in this language."""
+    return re.search(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL)[1]
 
 
-class Reinforce(PPO):
-    def __init__(self, config, setting):
-        super().__init__(config, setting)
-        self.loss = ReinforceLoss()
-'''
+MODULE = listing("python")
 
 
 @pytest.fixture
@@ -44,9 +26,7 @@ def site(tmp_path):
     """A folder as pip would leave it: a module, its configuration, its metadata."""
     (tmp_path / "stranger.py").write_text(MODULE)
     (tmp_path / "stranger_conf" / "algorithm").mkdir(parents=True)
-    (tmp_path / "stranger_conf" / "algorithm" / "reinforce.yaml").write_text(
-        "defaults: [ppo, _self_]\nname: reinforce\nvalue_network: shared\n"
-    )
+    (tmp_path / "stranger_conf" / "algorithm" / "reinforce.yaml").write_text(listing("yaml"))
     info = tmp_path / "stranger-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
@@ -72,7 +52,7 @@ def test_a_strangers_algorithm_runs_by_name_with_its_own_configuration(site, bac
     )
     assert done.returncode == 0, done.stdout + done.stderr
     metrics = next(site.glob("runs/stages/ppo-*/metrics.jsonl")).read_text()
-    assert "stranger/loss" in metrics
+    assert '"policy/loss"' in metrics and "policy/approx_kl" not in metrics
 
 
 def test_a_configuration_that_would_shadow_another_is_refused(site):

@@ -96,6 +96,7 @@ def compare_command(paths: list[Path], output: Path) -> None:
 
 
 def plugins_command() -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from lockstep.registry import registry
@@ -106,7 +107,7 @@ def plugins_command() -> None:
     for component in registry():
         missing = component.missing()
         usable = f"no: needs {', '.join(missing)}; type: {component.plugin.install}" if missing else "yes"
-        table.add_row(component.kind, component.name, component.backend or "any", component.distribution, usable)
+        table.add_row(component.kind, component.name, component.backend or "any", component.distribution, escape(usable))
     console = Console()
     console.out.print(table)
     for name, reason in registry().broken.items():

@@ -14,6 +14,7 @@ from typing import Any
 
 import rich.console
 import rich.logging
+import rich.markup
 import rich.progress
 import rich.table
 
@@ -46,7 +47,7 @@ class Console:
         for column in ("stage", "", "what one step consumes, how many steps"):
             table.add_column(column, overflow="fold")
         for line in lines:
-            table.add_row(*line)
+            table.add_row(*map(rich.markup.escape, line))
         self.out.print(table)
 
     @contextlib.contextmanager
