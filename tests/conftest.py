@@ -24,9 +24,7 @@ from lockstep.tokenizer import Tokenizer
 
 # Programs that run for milliseconds: compiled in a tenth of the time, to code a few times slower. Read by XLA when its
 # first device is made, which importing jax does not do; inherited by the processes that tests start.
-FAST_COMPILATION = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}"
 
 BACKENDS = {
