@@ -208,7 +208,7 @@ OPTIONS = [
     ["algorithm.minibatches=4", "algorithm.epochs=2", "algorithm.gamma=0.99", "algorithm.temperature=0.7"],
     ["algorithm.optimizer.tf_style=true", "algorithm.optimizer.ema_decay=0.992", "algorithm.optimizer.weight_decay=0.1"],
     ["algorithm.schedule={shape: linear, warmup_steps: 1, initial: 0.1, final: 0.0}", "algorithm.optimizer.max_grad_norm=null"],
-    ["sft.prompt_loss=true", "sft.pretrain_mix=0.25", "sft.micro_batch_size=5"],
+    ["sft.prompt_loss=true", "sft.pretrain_mix=0.25", "sft.micro_batch_size=5", "sft.dropout=0.2"],
     ["reward.normalise=gain_and_bias", "reward.micro_batch_size=3", "reward_model.micro_batch_size=null"],
     ["reward.normalise=none", "reward.schedule.shape=constant"],
     ["backend.precision=bfloat16"],
@@ -283,3 +283,28 @@ def test_a_run_on_one_backend_never_imports_the_other(tmp_path, backend, other):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_stages_are_recorded_in_weights_and_biases_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tiny(tmp_path, *PPO_ONLY, "tracker=wandb", "algorithm.iterations=1")
+    for stage in ("sft", "reward", "ppo"):
+        folder = run.parent / checkpoints.read_json(run / "run.json")["stages"][stage]["folder"]
+        assert len(list(folder.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+def test_a_sweep_runs_each_job_in_a_process_and_tells_which_failed(tmp_path):
+    command = [sys.executable, "-m", "lockstep", "run", "-m", *TINY, *DECODER, *PPO_ONLY, f"folder={tmp_path}"]
+    jobs = ["seed=0,1", "algorithm.minibatches=1,3", "hydra.launcher.parallel=2"]  # 8 episodes do not make 3 minibatches
+    done = subprocess.run([*command, *jobs], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "SweepFailed: 2 jobs failed" in done.stdout and "Set minibatches to one of 1, 2, 4, 8" in done.stdout
+    assert len(list(tmp_path.glob("instructgpt-torch-seed[01]-*/run.json"))) == 2
+    assert len(list(tmp_path.glob("stages/ppo-*/done.json"))) == 2
+
+
+def test_comparing_two_runs_writes_the_report(pipeline, tmp_path):
+    command = [sys.executable, "-m", "lockstep", "compare", str(pipeline), "--output", str(tmp_path / "report")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"report.html", "report.md", "report.png", "metrics.csv"} <= {p.name for p in (tmp_path / "report").iterdir()}
