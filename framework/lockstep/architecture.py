@@ -17,6 +17,7 @@ import numpy as np
 
 from lockstep import randomness
 from lockstep.errors import CheckpointError, listing
+from lockstep.tokenizer import TokenizerConfig
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,25 @@ def small_decoder(
         norm_eps=1e-5, positions="rope", rope_theta=rope_theta, rope_scaling=None, activation="silu", gated=True,
         attention_bias=False, output_bias=False, mlp_bias=False, tied=tied,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SmallDecoderConfig:
+    """The configuration of the policy ``decoder``, for every backend."""
+
+    tokenizer: TokenizerConfig
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    intermediate_size: int
+    context_length: int
+    rope_theta: float
+    tied: bool
+
+    def architecture(self, vocab_size: int) -> Architecture:
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tokenizer"}
+        return small_decoder(vocab_size=vocab_size, **sizes)
 
 
 # ---------------------------------------------------------------------------------- Hugging Face's config.json, both ways

@@ -67,7 +67,7 @@ def run_command(arguments: Sequence[str]) -> None:
         groups = sorted({p.parent.name for c in conf_folders().values() for p in c.rglob("*.yaml") if p.parent != c})
         print(RUN_HELP + ", ".join(groups) + ".")
     elif {"-m", "--multirun"} & set(arguments):
-        sweep(arguments)
+        sweep(arguments, lambda config: run_config(config, "a job of a sweep"))
     elif "--config" in arguments:
         import yaml
 

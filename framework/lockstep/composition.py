@@ -10,7 +10,7 @@ import collections
 import contextlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +97,21 @@ def _explain(message: str, overrides: Sequence[str]) -> str:
     return " ".join(line for line in lines if line and "HYDRA_FULL_ERROR" not in line)
 
 
-def sweep(arguments: Sequence[str]) -> None:
+def sweep(arguments: Sequence[str], run: Callable[[dict[str, Any]], object]) -> None:
     """``lockstep run -m ...``: Hydra's sweeper composes the jobs, its launcher (`ProcessLauncher` unless you name another)
-    starts them.
+    starts them; ``run`` is a job, for launchers that start it in this process.
 
     Raises:
       SweepFailed: some jobs failed, after all have had their turn.
     """
     sys.argv = ["lockstep run", *arguments]
     main = hydra.main(config_path=str(conf_folders()[CORE]), config_name="config", version_base="1.3")
-    main(_job)()
+
+    @main
+    def job(config: DictConfig) -> None:
+        run(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+
+    job()
     if FAILED:
         lines = "\n".join(f"  lockstep run {' '.join(job)}" for job in FAILED)
         raise SweepFailed(f"{len(FAILED)} jobs failed; to run one again:\n{lines}")
@@ -118,10 +123,3 @@ class SweepFailed(LockstepError):
 
 FAILED: list[list[str]] = []
 """The overrides of jobs that failed. Hydra would print an exception of a launcher with a traceback; so it is told here."""
-
-
-def _job(config: DictConfig) -> None:
-    """A job under a launcher of Hydra's that runs in this process."""
-    from lockstep.cli import run_config
-
-    run_config(OmegaConf.to_container(config, resolve=True, throw_on_missing=True), "a sweep")

@@ -13,11 +13,11 @@ from lockstep.architecture import (
     SCALAR_BIAS,
     SCALAR_HEAD,
     Architecture,
+    SmallDecoderConfig,
     check_parameters,
     from_hf,
     initial_parameters,
     parameter_shapes,
-    small_decoder,
     trunk_shapes,
 )
 from lockstep.checkpoints import read_json, read_weights
@@ -49,31 +49,11 @@ class Checkpoint(LanguageModel):
 class Decoder(Checkpoint):
     """A small modern decoder with fresh weights, the same in every backend."""
 
-    @dataclass(frozen=True)
-    class Config:
-        tokenizer: TokenizerConfig
-        layers: int
-        hidden_size: int
-        heads: int
-        kv_heads: int
-        intermediate_size: int
-        context_length: int
-        rope_theta: float
-        tied: bool
+    Config = SmallDecoderConfig
 
     @classmethod
-    def create(cls, config: Config, backend: JaxBackend, tokenizer: Tokenizer, seed: int) -> Decoder:
-        architecture = small_decoder(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=config.hidden_size,
-            layers=config.layers,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            intermediate_size=config.intermediate_size,
-            context_length=config.context_length,
-            rope_theta=config.rope_theta,
-            tied=config.tied,
-        )
+    def create(cls, config: SmallDecoderConfig, backend: JaxBackend, tokenizer: Tokenizer, seed: int) -> Decoder:
+        architecture = config.architecture(tokenizer.vocab_size)
         return cls.from_arrays(architecture, initial_parameters(architecture, seed), backend, language_head=True)
 
 

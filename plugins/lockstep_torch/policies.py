@@ -9,12 +9,12 @@ from lockstep.architecture import (
     SCALAR_BIAS,
     SCALAR_HEAD,
     Architecture,
+    SmallDecoderConfig,
     check_parameters,
     from_hf,
     head_shapes,
     initial_parameters,
     parameter_shapes,
-    small_decoder,
     trunk_shapes,
 )
 from lockstep.checkpoints import read_tensors, read_weights
@@ -29,31 +29,11 @@ from lockstep_torch.model import LanguageModel, Scalar, read_hf_config, without_
 class Decoder(LanguageModel):
     """A small modern decoder with fresh weights, the same in every backend."""
 
-    @dataclass(frozen=True)
-    class Config:
-        tokenizer: TokenizerConfig
-        layers: int
-        hidden_size: int
-        heads: int
-        kv_heads: int
-        intermediate_size: int
-        context_length: int
-        rope_theta: float
-        tied: bool
+    Config = SmallDecoderConfig
 
     @classmethod
-    def create(cls, config: Config, backend: TorchBackend, tokenizer: Tokenizer, seed: int) -> Decoder:
-        architecture = small_decoder(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=config.hidden_size,
-            layers=config.layers,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            intermediate_size=config.intermediate_size,
-            context_length=config.context_length,
-            rope_theta=config.rope_theta,
-            tied=config.tied,
-        )
+    def create(cls, config: SmallDecoderConfig, backend: TorchBackend, tokenizer: Tokenizer, seed: int) -> Decoder:
+        architecture = config.architecture(tokenizer.vocab_size)
         network = DecoderNetwork(architecture)
         load_arrays(network, initial_parameters(architecture, seed))
         return cls(network, None, backend)
