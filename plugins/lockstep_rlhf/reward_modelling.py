@@ -98,7 +98,7 @@ class RewardModelling(Algorithm):
             comparisons = batch[part]
             rows = self.block([row for rows, _ in comparisons for row in rows])
             most = (part.stop - part.start) * self.most
-            rows = rows.pad_rows(min(round_up(rows.rows, max(2, most // 8)), most))
+            rows = rows.pad_rows(min(round_up(rows.rows, max(2, most // 4)), most))
             share = len(comparisons) / len(batch)
             weights = share * numerics.preferences([ranks for _, ranks in comparisons], rows.rows)
             terms.append(Term(RankingLoss(), rows, {"preferences": weights}))
