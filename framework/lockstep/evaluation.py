@@ -222,9 +222,11 @@ class Evaluator:
         measures["brier"] = {"mean": numerics.brier_score(margins), "n": len(margins)}
         gold = [self.completion_gold(c) for c in comparisons]
         if all(g is not None for g in gold):
-            measures["accuracy/gold"] = mean(present([agreement(s, g) for s, g in zip(scores, gold, strict=True)]))
-            single = [agreement(-np.asarray(c.ranks), g) for c, g in zip(comparisons, gold, strict=True)]
-            measures["labeler_agreement/gold"] = mean(present(single))
+            ours = present([agreement(s, g) for s, g in zip(scores, gold, strict=True)])
+            labelers = present([agreement(-np.asarray(c.ranks), g) for c, g in zip(comparisons, gold, strict=True)])
+            measures["accuracy/gold"] = mean(ours)
+            measures["labeler_agreement/gold"] = mean(labelers)
+            measures["accuracy_over_labeler/gold"] = mean(ours - labelers)  # the same pairs: a narrower interval
         return measures
 
     def training_labelers(self) -> frozenset[str | None]:

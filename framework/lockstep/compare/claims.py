@@ -74,8 +74,13 @@ def _mixes_pretraining(g: Group, stage: str) -> bool:
 
 def _reward_model(g: Group) -> Iterator[Claim]:
     labeler, model = g.reward_model("labeler_agreement/gold"), g.reward_model("accuracy/gold")
-    if labeler and model:
-        yield ordered("gold truth: a single labeler < reward model", g.label, labeler, model, PERCENT)
+    text = "gold truth: a single labeler < reward model"
+    if (gain := g.reward_model("accuracy_over_labeler/gold")) and labeler and model:
+        because = f"{show(labeler, PERCENT)} and {show(model, PERCENT)}; pair by pair {show(gain, '+.1%')}"
+        verdict: Verdict = "yes" if gain.low > 0 else "unclear" if gain.mean > 0 else "no"
+        yield Claim(text, g.label, verdict, because)
+    elif labeler and model:
+        yield ordered(text, g.label, labeler, model, PERCENT)
     if unseen := g.reward_model("accuracy/heldout_labelers"):
         yield above("reward model predicts labelers it has not seen", g.label, unseen, 0.5)
 

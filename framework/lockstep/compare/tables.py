@@ -30,6 +30,7 @@ POLICY_METRICS = {
 REWARD_MODEL_METRICS = {
     "labeler_agreement/gold": ("a single labeler vs gold", PERCENT),
     "accuracy/gold": ("reward model vs gold", PERCENT),
+    "accuracy_over_labeler/gold": ("  above the labelers, pair by pair", PERCENT),
     "accuracy/training_labelers": ("reward model vs training labelers", PERCENT),
     "accuracy/heldout_labelers": ("reward model vs held-out labelers", PERCENT),
     "ece": ("calibration error", ".3f"),
