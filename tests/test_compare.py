@@ -305,6 +305,19 @@ def test_a_policy_that_got_worse_is_a_no(tmp_path):
     assert verdicts(c)["gold: sft < ppo", "torch"] == "no"
 
 
+@pytest.mark.parametrize(("gain", "verdict"), [(0.02, "yes"), (0.005, "unclear"), (-0.02, "no")])
+def test_the_reward_model_is_held_against_the_labelers_pair_by_pair(tmp_path, gain, verdict):
+    folder = write_run(tmp_path, "torch", 0)
+    file = next(tmp_path.glob("stages/evaluate*/output/evaluation.json"))
+    evaluation = json.loads(file.read_text())
+    estimate = lambda x, half: {"mean": x, "low": x - half, "high": x + half, "n": 100}  # noqa: E731
+    overlapping = {"accuracy/gold": estimate(0.75, 0.02), "labeler_agreement/gold": estimate(0.74, 0.02)}
+    evaluation["reward_model"] |= overlapping | {"accuracy_over_labeler/gold": estimate(gain, 0.01)}
+    file.write_text(json.dumps(evaluation))
+    found = {claim.text: claim for claim in claims.find(comparison_of(folder))}
+    assert found["gold truth: a single labeler < reward model"].verdict == verdict
+
+
 def test_if_nothing_beats_the_baseline_the_headline_says_so(tmp_path):
     c = comparison_of(write_run(tmp_path, "torch", 0, gold={**GOLD, "ppo": -1.0, "ppo_ptx": -1.0}))
     assert re.match(r"No policy is better than sft, which reaches 0\.\d\d on torch\.", claims.headline(c))
