@@ -3,3 +3,8 @@
 
 def shortness(prompts, responses):
     return [-0.1 * len(response.split()) for response in responses]
+
+
+def sometimes(prompts, responses):
+    """A score for every other response."""
+    return [float(i) if i % 2 else float("nan") for i in range(len(responses))]

@@ -11,10 +11,11 @@ import time
 import numpy as np
 import pytest
 
-from lockstep import checkpoints
+from lockstep import checkpoints, store
 from lockstep.composition import compose
-from lockstep.errors import CheckpointError, ConfigError
-from lockstep.runner import Experiment
+from lockstep.console import Console
+from lockstep.errors import CheckpointError, ConfigError, Stopped
+from lockstep.runner import Experiment, Runner
 from runs import DECODER, PPO_ONLY, TINY, tiny
 
 
@@ -153,8 +154,6 @@ def stop_after(monkeypatch, steps):
 
 
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(tmp_path, monkeypatch, caplog):
-    from lockstep.runner import Stopped
-
     options = [*PPO_ONLY, "algorithm.iterations=5", "checkpoint_every=1"]
     whole = tiny(tmp_path / "whole", *options)
     with monkeypatch.context() as patch:
@@ -237,6 +236,57 @@ def test_options_run_end_to_end_on_jax(tmp_path, options):
     test_every_option_runs_end_to_end(tmp_path, ["backend=jax", *options])
 
 
+# ----------------------------------------------------------------------------------------------------- what is reused
+
+
+def folders(folder, *overrides):
+    """The stage folders that a run would have, without running it."""
+    runner = Runner(Experiment(compose([*TINY, *DECODER, f"folder={folder}", *overrides])), Console(), "test")
+    return {name: stage.path.name for name, stage in runner.folders.items()}
+
+
+def test_a_stage_is_made_anew_when_a_folder_it_reads_has_changed(tmp_path):
+    source = tmp_path / "policy"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes(b"one")
+    start = [f"stages.sft.policy={source}", "~stages.pretrain", "evaluation.policies=[sft]"]
+    before = folders(tmp_path / "runs", *start)
+    assert folders(tmp_path / "runs", *start) == before
+    store.folder_digest.cache_clear()
+    (source / "model.safetensors").write_bytes(b"two")
+    after = folders(tmp_path / "runs", *start)
+    assert before["sft"] != after["sft"] and before["ppo"] != after["ppo"]
+
+
+def test_a_stage_is_made_anew_when_its_reward_function_has_changed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_reward.py").write_text("def score(prompts, responses): return [0.0] * len(responses)\n")
+    options = ["reward_model=function", "reward_model.function=my_reward:score"]
+    before = folders(tmp_path / "runs", *options)
+    (tmp_path / "my_reward.py").write_text("def score(prompts, responses): return [1.0] * len(responses)\n")
+    after = folders(tmp_path / "runs", *options)
+    assert before["sft"] == after["sft"] and before["ppo"] != after["ppo"]
+
+
+def test_a_run_stopped_in_its_last_step_keeps_its_last_metrics(tmp_path, monkeypatch):
+    options = [*PPO_ONLY, "algorithm.iterations=3"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Stopped):
+            tiny(tmp_path, *options)
+    run = tiny(tmp_path, *options)
+    done = checkpoints.read_json(output(run, "ppo").parent / "done.json")
+    assert done["metrics"]["objective/score"] == lines(run, "ppo")[-1]["objective/score"]
+
+
+def test_responses_without_a_score_are_left_out_of_the_evaluation(tmp_path):
+    options = ["reward_model=function", "reward_model.function=reward_functions:sometimes", "reward_model.on_failure=drop"]
+    run = tiny(tmp_path, "~stages.reward", "~stages.ppo_ptx", "evaluation.texts=0", *options)
+    measures = checkpoints.read_json(output(run, "evaluate") / "evaluation.json")["splits"]["heldout"]["ppo"]
+    assert np.isfinite(measures["score"]["mean"]) and 0 < measures["score"]["n"] < 6
+    assert "text_loss" not in measures
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 MISTAKES = {
@@ -249,6 +299,11 @@ MISTAKES = {
         "stages.sft.policy=pretrian"],
     "No backend named 'torhc'. Did you mean 'torch'? There are: jax, torch.": ["backend=torhc"],
     "Missing: reward_model.function. Set it on the command line": ["reward_model=function"],
+    "stages.ppo needs a reward_model from the stage 'sft', which makes a policy.": ["reward_model.source=sft"],
+    "stages.ppo needs a policy from the stage 'reward', which makes a reward_model.": ["stages.ppo.policy=reward"],
+    "checkpoint_every=0 should be a whole number of at least 1.": ["checkpoint_every=0"],
+    "seed='abc' should be a whole number of at least 0.": ["seed=abc"],
+    "evaluation.batch_size=0 must be at least 1.": ["evaluation.batch_size=0"],
     "schedule.shape='cosin' is not one of constant, linear, cosine": ["sft.schedule.shape=cosin"],
     "Unknown key stages.ppo_ptx.changes.ptx_coeff. Did you mean 'ptx_coef'?": ["+stages.ppo_ptx.changes.ptx_coeff=1"],
 }  # fmt: skip

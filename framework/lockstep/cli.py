@@ -8,6 +8,9 @@ lockstep plugins                      what is installed, from which distribution
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,12 +40,18 @@ def main() -> None:
     if rest and arguments.command != "run":
         parser.error(f"unknown arguments: {' '.join(rest)}")
 
+    sys.path.insert(0, os.getcwd())  # where module:Class of the configuration is looked for, as with python -m
     console = Console()
     try:
         arguments.call(arguments, rest)
     except LockstepError as error:
         console.say(f"{type(error).__name__}: {error}")
         sys.exit(130 if isinstance(error, Stopped) else 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        console.say(f"Could not write: {error}. Make room or choose another folder=..., then run the same command again.")
+        sys.exit(1)
     except KeyboardInterrupt:
         console.say("Stopped at once. Run the same command to go on from the last checkpoint.")
         sys.exit(130)
@@ -73,7 +82,7 @@ def run_command(arguments: Sequence[str]) -> None:
 
         print(yaml.safe_dump(compose([a for a in arguments if a != "--config"]), sort_keys=False))
     else:
-        run_config(compose(arguments), " ".join(["lockstep run", *arguments]))
+        run_config(compose(arguments), shlex.join(["lockstep", "run", *arguments]))
 
 
 def run_config(config: dict[str, Any], command: str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -113,7 +114,7 @@ def sweep(arguments: Sequence[str], run: Callable[[dict[str, Any]], object]) -> 
 
     job()
     if FAILED:
-        lines = "\n".join(f"  lockstep run {' '.join(job)}" for job in FAILED)
+        lines = "\n".join(f"  lockstep run {shlex.join(job)}" for job in FAILED)
         raise SweepFailed(f"{len(FAILED)} jobs failed; to run one again:\n{lines}")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from lockstep import encoding, numerics
 from lockstep.encoding import Example, Lengths
-from lockstep.errors import MissingData
+from lockstep.errors import ConfigError, MissingData
 from lockstep.interfaces import DataSource, Model, Policy, Responses, RewardModel
 from lockstep.nouns import Choice, Comparison, Prompt
 from lockstep.randomness import token_seeds
@@ -46,6 +46,11 @@ class EvaluationConfig:
     temperature: float
     batch_size: int
     lengths: Lengths
+
+    def __post_init__(self):
+        for key, least in (("prompts", 1), ("comparisons", 0), ("texts", 0), ("samples", 0), ("batch_size", 1)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"evaluation.{key}={getattr(self, key)} must be at least {least}.")
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class Evaluator:
         c = self.config
         prompts = {split: self.prompts(split) for split in c.splits}
         prompts = {split: found for split, found in prompts.items() if found[0]}
+        if not prompts:
+            raise MissingData(f"There are no prompts to evaluate on in any of the splits {', '.join(c.splits)}.")
         progress(c.baseline)
         baseline = load(c.baseline)
         reference = {split: self.answer(baseline, *found) for split, found in prompts.items()}
@@ -93,7 +100,7 @@ class Evaluator:
             for split, found in prompts.items():
                 answers = reference[split] if name == c.baseline else self.answer(policy, *found)
                 measures = self.measure(answers, reference[split]) | self.kl(policy, baseline, answers)
-                splits[split][name] = measures | (general if split == c.splits[0] else {})
+                splits[split][name] = measures | (general if split == next(iter(prompts)) else {})
                 samples += [{"policy": name, "split": split, **row} for row in rows(answers, c.samples)]
         result = {"baseline": c.baseline, "splits": splits, "samples": samples}
         if self.reward_model is not None:
@@ -145,9 +152,10 @@ class Evaluator:
     def measure(self, answers: Answers, reference: Answers) -> dict[str, Measure]:
         measures = {name: mean(x) for name, x in answers.gold.items()}
         if answers.scores is not None:
-            measures["score"] = mean(answers.scores)
+            measures["score"] = mean(answers.scores[np.isfinite(answers.scores)])
         if answers.preference is not None:
             difference = answers.preference - reference.preference
+            difference = difference[np.isfinite(difference)]  # a response without a score is in no comparison
             wins = float((difference > 0).sum() + 0.5 * (difference == 0).sum())
             measures["win_rate"] = proportion(wins, len(difference))
         measures["length"] = mean(answers.sequences.mask.sum(axis=1))
@@ -181,8 +189,10 @@ class Evaluator:
         except MissingData:
             return {}
         examples = encoding.encode_texts(self.tokenizer, texts, self.config.lengths)
+        if not examples:
+            return {}
         logprobs, mask = self.text_logprobs(policy, examples)
-        return {"text_loss": mean(-logprobs.sum(axis=1) / mask.sum(axis=1))} if len(mask) else {}
+        return {"text_loss": mean(-logprobs.sum(axis=1) / mask.sum(axis=1))}
 
     def text_logprobs(self, policy: Policy, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
         """[B, T] log-probabilities, 0 on padding, and the mask; rows as long as the longest."""
@@ -207,7 +217,11 @@ class Evaluator:
         comparisons = [c for c in found if encoding.encode_prompt(self.tokenizer, c.prompt, limit) is not None]
         if not comparisons:
             return {}
-        scores = self.completion_scores(comparisons)
+        scored = zip(comparisons, self.completion_scores(comparisons), strict=True)
+        scored = [(c, s) for c, s in scored if np.isfinite(s).all()]
+        if not scored:
+            return {}
+        comparisons, scores = [c for c, _ in scored], [s for _, s in scored]
         training = self.training_labelers()
         new = [c.labeler not in training for c in comparisons]
         groups = {"accuracy/training_labelers": [not n for n in new], "accuracy/heldout_labelers": new}
@@ -275,11 +289,15 @@ def option_example(tokenizer: Tokenizer, item: Choice, option: str) -> Example:
 
 
 def mean(x: np.ndarray) -> Measure:
+    if not len(x):
+        return {"mean": float("nan"), "n": 0}
     value, low, high = numerics.mean_interval(x)
     return {"mean": value, "low": low, "high": high, "n": len(x)}
 
 
 def proportion(successes: float, n: int) -> Measure:
+    if not n:
+        return {"mean": float("nan"), "n": 0}
     value, low, high = numerics.proportion_interval(successes, n)
     return {"mean": value, "low": low, "high": high, "n": n}
 

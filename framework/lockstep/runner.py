@@ -69,19 +69,26 @@ class Stage:
     scorer: type[RewardModel] | None
 
     @property
-    def modules(self) -> list[str]:
-        """Where the code is that makes it."""
-        return [cls.__module__ for cls in (self.component, self.scorer) if cls]
+    def produces(self) -> str:
+        return self.component.produces if self.component else "evaluation"
 
     @property
-    def inputs(self) -> list[str]:
-        """The stages whose output it reads."""
-        sources = [self.policy] if self.policy not in (None, NEW) else []
-        if self.reward_model and self.reward_model.get("name") == "learned":
-            sources.append(self.reward_model["source"])
+    def modules(self) -> list[str]:
+        """Where the code is that makes it: of its classes, what they inherit from, and functions named module:function."""
+        classes = [base for cls in (self.component, self.scorer) if cls for base in cls.__mro__]
+        named = [v.partition(":")[0] for v in (self.reward_model or {}).values() if isinstance(v, str) and ":" in v]
+        return [*(cls.__module__ for cls in classes), *named]
+
+    @property
+    def inputs(self) -> list[tuple[str, str]]:
+        """The stages (or folders) whose output it reads, and what that has to be."""
+        policies = [self.policy] if self.policy not in (None, NEW) else []
         if isinstance(self.config, EvaluationConfig):
-            sources += [*self.config.policies, self.config.baseline]
-        return list(dict.fromkeys(sources))
+            policies += [*self.config.policies, self.config.baseline]
+        sources = [(name, "policy") for name in policies]
+        if self.reward_model and self.reward_model.get("name") == "learned":
+            sources.append((self.reward_model["source"], "reward_model"))
+        return sources
 
 
 class Experiment:
@@ -93,6 +100,9 @@ class Experiment:
 
     def __init__(self, config: Mapping[str, Any]):
         self.groups: Group = dict(config)
+        for key, least in (("seed", 0), ("checkpoint_every", 1), ("samples_every", 1)):
+            if type(config[key]) is not int or config[key] < least:
+                raise ConfigError(f"{key}={config[key]!r} should be a whole number of at least {least}.")
         self.seed: int = config["seed"]
         self.backend_name: str = config["backend"]["name"]
         self.backend = self._component("backend", config["backend"])
@@ -128,7 +138,7 @@ class Experiment:
             scorer = registry().resolve("reward_model", stage.reward_model.get("name", "???"), self.backend_name)
             settings(scorer, stage.reward_model, "reward_model")
         if stage.algorithm is None:
-            trained = [s.name for s in self.stages.values() if s.kind == "train" and s.component.produces == "policy"]
+            trained = [s.name for s in self.stages.values() if s.produces == "policy"]
             evaluation = stage.evaluation | {"policies": stage.evaluation.get("policies") or trained}
             config: Any = parse(EvaluationConfig, evaluation, f"stages.{name}.evaluation")
             checked = Stage(name, "evaluate", None, config, evaluation, None, stage.reward_model, scorer)
@@ -141,8 +151,12 @@ class Experiment:
             if stage.policy is None:
                 raise ConfigError(f"stages.{name} needs a policy to start from: '{NEW}' or an earlier stage.")
             checked = Stage(name, "train", cls, config, merged, stage.policy, stage.reward_model, scorer)
-        for source in checked.inputs:
-            if source not in self.stages and not Path(source).is_dir():
+        for source, kind in checked.inputs:
+            if source in self.stages:
+                made = self.stages[source].produces
+                if made != kind:
+                    raise ConfigError(f"stages.{name} needs a {kind} from the stage '{source}', which makes a {made}.")
+            elif not Path(source).is_dir():
                 raise ConfigError(
                     f"stages.{name} reads the stage '{source}', which does not come before it."
                     f"{did_you_mean(source, self.stages)} Before it: {listing(self.stages)}."
@@ -192,13 +206,16 @@ class Runner:
         self.contents: dict[str, Group] = {}
         source, settings = e.data
         data = e.groups["data"] | {"fingerprint": source.fingerprint(settings)}
-        common = [e.backend[0].__module__, e.policy[0].__module__, source.__module__]
+        common = [base.__module__ for cls in (e.backend[0], e.policy[0], source) for base in cls.__mro__]
+        tokenizer = e.groups["policy"].get("tokenizer")
         for stage in e.stages.values():
             content = {
                 "stage": stage.groups,
                 "reward_model": stage.reward_model,
                 "policy": e.groups["policy"] if stage.policy == NEW else None,
-                "inputs": {name: folders[name].path.name for name in stage.inputs if name in folders},
+                "tokenizer": tokenizer,
+                "inputs": {name: folders[name].path.name for name, _ in stage.inputs if name in folders},
+                "folders": {path: store.folder_digest(path) for path in self._read_folders(stage)},
                 "backend": e.groups["backend"],
                 "data": data,
                 "seed": e.seed,
@@ -207,6 +224,12 @@ class Runner:
             self.contents[stage.name] = content
             folders[stage.name] = StageFolder.of(self.root, stage.name, e.backend_name, content)
         return folders
+
+    def _read_folders(self, stage: Stage) -> list[str]:
+        """Local folders that the stage depends on and no stage of this run made."""
+        policy = self.experiment.groups["policy"]
+        named = [*(name for name, _ in stage.inputs), policy.get("path"), (policy.get("tokenizer") or {}).get("path")]
+        return sorted({name for name in named if name and name not in self.experiment.stages and Path(name).is_dir()})
 
     def run(self) -> Path:
         """All stages; the run folder.
@@ -223,7 +246,7 @@ class Runner:
             for stage in e.stages.values():
                 self._stage(stage)
             status = "done"
-        except Stopped:
+        except (Stopped, KeyboardInterrupt):
             status = "stopped"
             raise
         finally:
@@ -254,8 +277,9 @@ class Runner:
                 started = time.perf_counter()
                 try:
                     result = self._train(stage, folder) if stage.kind == "train" else self._evaluate(stage, folder)
-                except BaseException:
-                    self.record.stage(stage.name, folder, status="failed")
+                except BaseException as error:
+                    stopped = isinstance(error, (Stopped, KeyboardInterrupt))
+                    self.record.stage(stage.name, folder, status="stopped" if stopped else "failed")
                     raise
                 folder.finish({"seconds": round(time.perf_counter() - started, 1), **result})
             result = folder.result()
@@ -346,7 +370,9 @@ class Runner:
         records = Records(folder.path, state.get("positions"))
 
         def save(step: int) -> None:
-            folder.save(step, algorithm.learner.save, {"algorithm": algorithm.state(), "positions": records.positions()})
+            last = {name: store.finite(value) for name, value in metrics.items()}
+            state = {"algorithm": algorithm.state(), "positions": records.positions(), "metrics": last}
+            folder.save(step, algorithm.learner.save, state)
 
         metrics: dict[str, float] = state.get("metrics", {})
         with GracefulStop() as stop, self.console.progress(name, first, algorithm.total_steps) as progress:

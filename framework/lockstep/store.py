@@ -19,12 +19,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +55,9 @@ def code_digest(modules: Iterable[str]) -> str:
     the code that makes it has changed."""
     digest = hashlib.sha256()
     for package in sorted({"lockstep"} | {module.partition(".")[0] for module in modules}):
-        spec = importlib.util.find_spec(package)
+        spec = None if package in sys.stdlib_module_names else importlib.util.find_spec(package)
+        if spec is None:
+            continue
         roots = [Path(root) for root in spec.submodule_search_locations or []] or [Path(spec.origin)]
         for root in roots:
             files = [root] if root.is_file() else sorted(root.rglob("*.py"))
@@ -60,6 +65,15 @@ def code_digest(modules: Iterable[str]) -> str:
                 inside = file.relative_to(root).parts if file != root else ()
                 if package != "lockstep" or inside[0] not in PRESENTATION:
                     digest.update(f"{package}/{'/'.join(inside)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def folder_digest(path: str) -> str:
+    """SHA-256 of the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in Path(path).rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path)}\0{_checksum(file)}".encode())
     return digest.hexdigest()
 
 
@@ -158,7 +172,8 @@ class Records:
         folder.mkdir(parents=True, exist_ok=True)
         self.files = {name: open(folder / f"{name}.jsonl", "ab") for name in ("metrics", "samples")}  # noqa: SIM115
         for name, file in self.files.items():
-            file.truncate((positions or {}).get(name, 0))
+            size = file.seek(0, os.SEEK_END)
+            file.truncate(min(size, (positions or {}).get(name, 0)))
             file.seek(0, os.SEEK_END)
         self.started = time.perf_counter()
 
@@ -171,6 +186,9 @@ class Records:
             self._write("samples", {"step": step, **row})
 
     def positions(self) -> dict[str, int]:
+        """Where the files end, for a checkpoint: what is before is on the disk."""
+        for file in self.files.values():
+            os.fsync(file.fileno())
         return {name: file.tell() for name, file in self.files.items()}
 
     def close(self) -> None:
@@ -182,9 +200,9 @@ class Records:
         self.files[name].flush()
 
 
-def finite(value: float) -> float | None:
+def finite(value: float | None) -> float | None:
     """JSON knows no NaN or infinity: null."""
-    return float(value) if value == value and abs(value) != float("inf") else None
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 class RunFolder:

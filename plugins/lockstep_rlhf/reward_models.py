@@ -147,5 +147,5 @@ def _import(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the user's file does when it is imported
         raise ConfigError(f"reward_model.function='{path}' cannot be imported: {error}. Write it as module:function.") from error

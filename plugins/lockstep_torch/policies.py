@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from lockstep.architecture import (
     SCALAR_BIAS,
     SCALAR_HEAD,
@@ -49,6 +51,9 @@ class Decoder(LanguageModel):
     @classmethod
     def load_scalar(cls, folder: Path, backend: TorchBackend) -> ScalarModel:
         architecture, weights = _architecture(folder), read_weights(folder)
+        if SCALAR_HEAD not in weights:
+            raise CheckpointError(f"{folder} holds no reward model: {SCALAR_HEAD} is missing.")
+        weights.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))  # transformers' classifiers have none
         head = ScalarHead(weights.pop(SCALAR_HEAD)[0], float(weights.pop(SCALAR_BIAS)[0]))
         check_parameters(architecture, weights, trunk_shapes(architecture))
         network = DecoderNetwork(architecture)
@@ -79,6 +84,8 @@ class HuggingFace(LanguageModel):
         from transformers import AutoModel
 
         weights = read_tensors(Path(folder) / "model.safetensors")
+        if SCALAR_HEAD not in weights:
+            raise CheckpointError(f"{folder} holds no reward model: {SCALAR_HEAD} is missing.")
         head = ScalarHead(weights[SCALAR_HEAD][0], float(weights[SCALAR_BIAS][0]) if SCALAR_BIAS in weights else 0.0)
         return Scalar(_open(AutoModel, folder), head, backend)
 
