@@ -18,7 +18,7 @@ from lockstep.sequences import join, left_pad, pack
 from lockstep_rlhf.language_modelling import NextTokenLoss
 from lockstep_rlhf.ppo import PPOLoss
 
-ADAM = OptimizerConfig(1e-2, (0.9, 0.95), 1e-5, False, 0.1, 1.0, None)
+ADAM = OptimizerConfig(1e-3, (0.9, 0.95), 1e-5, False, 0.1, 1.0, None)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_ppo_has_the_same_loss_gradients_and_next_parameters(both):
     assert gradients.keys() == gradients2.keys()
     assert max(np.abs(gradients[n] - gradients2[n]).max() for n in gradients) < 1e-4 * scale
     # Adam divides by the gradient's size: where that is near eps, rounding moves a step by a fraction of the rate.
-    assert max(np.abs(parameters[n] - parameters2[n]).max() for n in parameters) < 1e-3 * ADAM.learning_rate
+    assert max(np.abs(parameters[n] - parameters2[n]).max() for n in parameters) < 1e-5
 
 
 def dropout_term(rows: slice = slice(None), pad: int = 0) -> Term:
