@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lockstep import checkpoints, store
+from lockstep.cli import run_config
 from lockstep.composition import compose
 from lockstep.console import Console
 from lockstep.errors import CheckpointError, ConfigError, Stopped
@@ -100,6 +101,29 @@ def test_a_changed_kl_coefficient_shares_the_stages_before_ppo(pipeline):
     old, new = (checkpoints.read_json(run / "run.json")["stages"] for run in (pipeline, changed))
     assert all(old[stage]["folder"] == new[stage]["folder"] for stage in ("pretrain", "sft", "reward"))
     assert old["ppo"]["folder"] != new["ppo"]["folder"]
+
+
+def test_the_hh_recipe_runs_on_a_checkpoint_and_a_file_of_whole_dialogues(pipeline, tmp_path):
+    name = checkpoints.read_json(pipeline / "run.json")["backend"]["name"]
+    answers = [("zib is red .", "no ."), ("it is blue .", "go away ."), ("i am sorry .", "red red red")]
+    rows = []
+    for i in range(12):
+        start = f"\n\nHuman: what colour is zib {'please ' * i}?\n\nAssistant: "
+        chosen, rejected = answers[i % 3]
+        rows.append({"chosen": start + chosen, "rejected": start + rejected})
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [
+        "experiment=hh", f"backend={name}", "tracker=none", f"folder={tmp_path / 'runs'}",
+        f"policy.path={output(pipeline, 'sft')}", f"data.comparisons=[{{path: {tmp_path / 'hh.jsonl'}}}]",
+        "data.heldout_fraction=0.3", "lengths={prompt: 32, response: 12, multiple: 16}", "sft.batch_size=4",
+        "reward.batch_size=4", "algorithm.iterations=2", "algorithm.batch_size=8", "algorithm.minibatches=2",
+        "evaluation.prompts=4", "evaluation.batch_size=4",
+    ]  # fmt: skip
+    run = run_config(compose(overrides), "test")
+    evaluation = checkpoints.read_json(output(run, "evaluate") / "evaluation.json")
+    assert list(evaluation["splits"]["heldout"]) == ["sft", "ppo"]
+    assert "score" in evaluation["splits"]["heldout"]["ppo"] and "gold" not in evaluation["splits"]["heldout"]["ppo"]
+    assert 0 <= evaluation["reward_model"]["accuracy/training_labelers"]["mean"] <= 1
 
 
 # ----------------------------------------------------------------------------------------------------------- resuming
