@@ -133,8 +133,10 @@ def without_timings(rows):
     return [{k: v for k, v in row.items() if not k.startswith("perf/") and k != "seconds"} for row in rows]
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_a_run_stopped_by_ctrl_c_goes_on_bit_for_bit(tmp_path, backend):
+@pytest.mark.parametrize(
+    ("backend", "how"), [("torch", signal.SIGINT), ("jax", signal.SIGINT), ("torch", signal.SIGKILL), ("jax", signal.SIGKILL)]
+)
+def test_a_run_stopped_by_ctrl_c_or_kill_goes_on_bit_for_bit(tmp_path, backend, how):
     options = [
         f"backend={backend}",
         *PPO_ONLY,
@@ -151,7 +153,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_bit_for_bit(tmp_path, backend):
         while not (found := list((tmp_path / "cut").glob("stages/ppo-*/metrics.jsonl"))) or not found[0].read_text():
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(how)
         printed = process.communicate()[0]
     stopped = process.returncode
     cut = tiny(tmp_path / "cut", *options)
