@@ -16,7 +16,8 @@ from lockstep.cli import run_config
 from lockstep.composition import compose
 from lockstep.console import Console
 from lockstep.errors import CheckpointError, ConfigError, Stopped
-from lockstep.runner import Experiment, Runner
+from lockstep.experiment import Experiment
+from lockstep.runner import Runner
 from runs import DECODER, PPO_ONLY, TINY, tiny
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lockstep.runner import settings
+from lockstep.experiment import settings
 from lockstep.tracking import Silent, Wandb, without_secrets
 
 wandb = pytest.importorskip("wandb")

@@ -49,10 +49,6 @@ class Architecture:
     mlp_bias: bool
     tied: bool
 
-    @property
-    def parameter_count(self) -> int:
-        return sum(math.prod(shape) for shape in parameter_shapes(self).values())
-
 
 def small_decoder(
     *, vocab_size: int, hidden_size: int, layers: int, heads: int, kv_heads: int, intermediate_size: int,
@@ -305,7 +301,3 @@ def scalar_head(hidden_size: int, seed: int) -> np.ndarray:
     """A fresh reward head float32 [hidden_size], N(0, 1/(d + 1)): LHP and Stiennon et al. 2020."""
     rng = randomness.generator(seed, "scalar head")
     return (rng.standard_normal(hidden_size) / math.sqrt(hidden_size + 1)).astype(np.float32)
-
-
-def describe(architecture: Architecture) -> dict[str, Any]:
-    return dataclasses.asdict(architecture)

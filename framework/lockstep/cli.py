@@ -87,7 +87,8 @@ def run_command(arguments: Sequence[str]) -> None:
 
 def run_config(config: dict[str, Any], command: str) -> Path:
     """Run one experiment and print its summary; the run folder."""
-    from lockstep.runner import Experiment, Runner
+    from lockstep.experiment import Experiment
+    from lockstep.runner import Runner
     from lockstep.summary import summary
 
     console = Console()

@@ -120,10 +120,7 @@ class DecoderNetwork(Network):
         self.lm_head = None if a.tied else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
 
     def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None) -> Tensor:
-        length = tokens.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
-        # A padded query sees itself, so that no softmax runs over nothing.
-        visible = causal & mask[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=tokens.device)
+        visible = causal(mask)
         x, position = self.embed(tokens, mask), positions(mask)
         rotation = self.rotation(position)
         for number, layer in enumerate(self.model["layers"]):
@@ -142,8 +139,7 @@ class DecoderNetwork(Network):
             count=mask.sum(-1),
             length=length,
         )
-        causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
-        visible = causal & mask[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=tokens.device)
+        visible = causal(mask)
         x = self.embed(tokens, mask)
         rotation = self.rotation(positions(mask))
         for layer, keys, values in zip(self.model["layers"], cache.keys, cache.values, strict=True):
@@ -224,6 +220,14 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def causal(mask: Tensor) -> Tensor:
+    """[B, L] attention mask -> bool [B, 1, L, L]: query i sees key j where j <= i and j is real, and itself, so that no
+    softmax of a padded query runs over nothing."""
+    length = mask.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    return earlier & mask[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=mask.device)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lockstep import checkpoints
 from lockstep.architecture import to_hf
-from lockstep.errors import CheckpointError
 from lockstep.interfaces import Generated, Policy, ScalarModel
 from lockstep.sequences import Sequences
 from lockstep_torch.backend import TorchBackend
@@ -169,9 +168,3 @@ def without_language_head(network: Network) -> Network:
 def _take(logits: Tensor, tokens: Tensor) -> Tensor:
     """logits [B, T, V] at the token of each column: [B, T]. Ids outside the vocabulary are padding: any number will do."""
     return logits.gather(-1, tokens.clamp(max=logits.shape[-1] - 1)[..., None])[..., 0]
-
-
-def read_hf_config(folder: Path) -> dict:
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} holds no config.json: it is not a Hugging Face checkpoint folder.")
-    return checkpoints.read_json(folder / "config.json")

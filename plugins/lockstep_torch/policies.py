@@ -14,18 +14,17 @@ from lockstep.architecture import (
     SmallDecoderConfig,
     check_parameters,
     from_hf,
-    head_shapes,
     initial_parameters,
     parameter_shapes,
     trunk_shapes,
 )
-from lockstep.checkpoints import read_tensors, read_weights
+from lockstep.checkpoints import read_json, read_tensors, read_weights
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import ScalarModel
 from lockstep.tokenizer import Tokenizer, TokenizerConfig
 from lockstep_torch.backend import TorchBackend
 from lockstep_torch.decoder import DecoderNetwork, ScalarHead, TransformersNetwork, load_arrays
-from lockstep_torch.model import LanguageModel, Scalar, read_hf_config, without_language_head
+from lockstep_torch.model import LanguageModel, Scalar, without_language_head
 
 
 class Decoder(LanguageModel):
@@ -51,11 +50,10 @@ class Decoder(LanguageModel):
     @classmethod
     def load_scalar(cls, folder: Path, backend: TorchBackend) -> ScalarModel:
         architecture, weights = _architecture(folder), read_weights(folder)
-        if SCALAR_HEAD not in weights:
-            raise CheckpointError(f"{folder} holds no reward model: {SCALAR_HEAD} is missing.")
         weights.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))  # transformers' classifiers have none
-        head = ScalarHead(weights.pop(SCALAR_HEAD)[0], float(weights.pop(SCALAR_BIAS)[0]))
-        check_parameters(architecture, weights, trunk_shapes(architecture))
+        d = architecture.hidden_size
+        check_parameters(architecture, weights, trunk_shapes(architecture) | {SCALAR_HEAD: (1, d), SCALAR_BIAS: (1,)})
+        head = ScalarHead(weights[SCALAR_HEAD][0], float(weights[SCALAR_BIAS][0]))
         network = DecoderNetwork(architecture)
         load_arrays(without_language_head(network), weights)
         return Scalar(network, head, backend)
@@ -108,7 +106,7 @@ def _open(auto: type, folder: Path | str) -> TransformersNetwork:
 
 
 def _architecture(folder: Path) -> Architecture:
-    architecture = from_hf(read_hf_config(Path(folder)))
-    if architecture.family != "llama" or head_shapes(architecture).keys() - {"lm_head.weight"}:
+    architecture = from_hf(read_json(Path(folder) / "config.json"))
+    if architecture.family != "llama":
         raise CheckpointError(f"{folder} holds a {architecture.family} model: open it with policy=huggingface.")
     return architecture

@@ -1,0 +1,161 @@
+"""An experiment: its configuration with every name resolved and every group checked, before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lockstep import store
+from lockstep.configuration import parse
+from lockstep.errors import ConfigError, did_you_mean, listing
+from lockstep.evaluation import EvaluationConfig
+from lockstep.interfaces import Algorithm, RewardModel
+from lockstep.registry import registry
+
+Group = dict[str, Any]
+NEW = "new"
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A stage trains (``algorithm``) or evaluates (``evaluation``).
+
+    policy: what it starts from: 'new' for the configured policy, or an earlier stage.
+    reward_model: the group that gives scores, for algorithms that need them and for evaluation.
+    changes: keys of the algorithm that differ in this stage.
+    """
+
+    algorithm: Group | None
+    policy: str | None
+    reward_model: Group | None
+    changes: Group | None
+    evaluation: Group | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One checked stage. ``config`` is an `EvaluationConfig` or the algorithm's own ``Config``."""
+
+    name: str
+    kind: str  # 'train' or 'evaluate'
+    component: type[Algorithm] | None
+    config: Any
+    groups: Group
+    policy: str | None
+    reward_model: Group | None
+    scorer: type[RewardModel] | None
+
+    @property
+    def produces(self) -> str:
+        return self.component.produces if self.component else "evaluation"
+
+    @property
+    def modules(self) -> list[str]:
+        """Where the code is that makes it: of its classes, what they inherit from, and functions named module:function."""
+        classes = [base for cls in (self.component, self.scorer) if cls for base in cls.__mro__]
+        named = [v.partition(":")[0] for v in (self.reward_model or {}).values() if isinstance(v, str) and ":" in v]
+        return [*(cls.__module__ for cls in classes), *named]
+
+    @property
+    def inputs(self) -> list[tuple[str, str]]:
+        """The stages (or folders) whose output it reads, and what that has to be."""
+        policies = [self.policy] if self.policy not in (None, NEW) else []
+        if isinstance(self.config, EvaluationConfig):
+            policies += [*self.config.policies, self.config.baseline]
+        sources = [(name, "policy") for name in policies]
+        if self.reward_model and self.reward_model.get("name") == "learned":
+            sources.append((self.reward_model["source"], "reward_model"))
+        return sources
+
+
+class Experiment:
+    """The configuration with every name resolved and every group checked.
+
+    Raises:
+      LockstepError: the first thing that is wrong, before anything is loaded.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.groups: Group = dict(config)
+        for key, least in (("seed", 0), ("checkpoint_every", 1), ("samples_every", 1)):
+            if type(config[key]) is not int or config[key] < least:
+                raise ConfigError(f"{key}={config[key]!r} should be a whole number of at least {least}.")
+        self.seed: int = config["seed"]
+        self.backend_name: str = config["backend"]["name"]
+        self.backend = self._component("backend", config["backend"])
+        self.data = self._component("data", config["data"])
+        self.policy = self._component("policy", config["policy"])
+        self.tracker = self._component("tracker", config["tracker"])
+        self.stages: dict[str, Stage] = {}
+        for name, group in config["stages"].items():
+            self.stages[name] = self._stage(name, group)
+        if not self.stages:
+            raise ConfigError("The experiment has no stages. Choose one that has: experiment=instructgpt.")
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Given, or made of what tells runs apart: the same configuration gives the same name, and so goes on."""
+        decisive = {
+            k: v for k, v in self.groups.items() if k not in ("folder", "name", "tracker", "checkpoint_every", "samples_every")
+        }
+        label = f"{self.groups['experiment_name']}-{self.backend_name}-seed{self.seed}-{store.identity(decisive)[:6]}"
+        return self.groups["name"] or label
+
+    def _component(self, kind: str, group: Group) -> tuple[type, Any]:
+        cls = registry().resolve(kind, group.get("name", "???"), self.backend_name if kind != "backend" else group["name"])
+        return cls, settings(cls, group, kind)
+
+    def _stage(self, name: str, group: Group) -> Stage:
+        absent = dict.fromkeys(field.name for field in dataclasses.fields(StageConfig))
+        stage = parse(StageConfig, absent | dict(group), f"stages.{name}")
+        if (stage.algorithm is None) == (stage.evaluation is None):
+            raise ConfigError(f"stages.{name} needs either an algorithm or an evaluation.")
+        scorer = None
+        if stage.reward_model:
+            scorer = registry().resolve("reward_model", stage.reward_model.get("name", "???"), self.backend_name)
+            settings(scorer, stage.reward_model, "reward_model")
+        if stage.algorithm is None:
+            trained = [s.name for s in self.stages.values() if s.produces == "policy"]
+            evaluation = stage.evaluation | {"policies": stage.evaluation.get("policies") or trained}
+            config: Any = parse(EvaluationConfig, evaluation, f"stages.{name}.evaluation")
+            checked = Stage(name, "evaluate", None, config, evaluation, None, stage.reward_model, scorer)
+        else:
+            merged = _merge(stage.algorithm, stage.changes or {}, f"stages.{name}.changes")
+            cls = registry().resolve("algorithm", merged.get("name", "???"), self.backend_name)
+            config = settings(cls, merged, f"stages.{name}.algorithm")
+            if cls.needs_reward_model and not stage.reward_model:
+                raise ConfigError(f"stages.{name} ({merged['name']}) needs a reward_model.")
+            if stage.policy is None:
+                raise ConfigError(f"stages.{name} needs a policy to start from: '{NEW}' or an earlier stage.")
+            checked = Stage(name, "train", cls, config, merged, stage.policy, stage.reward_model, scorer)
+        for source, kind in checked.inputs:
+            if source in self.stages:
+                made = self.stages[source].produces
+                if made != kind:
+                    raise ConfigError(f"stages.{name} needs a {kind} from the stage '{source}', which makes a {made}.")
+            elif not Path(source).is_dir():
+                raise ConfigError(
+                    f"stages.{name} reads the stage '{source}', which does not come before it."
+                    f"{did_you_mean(source, self.stages)} Before it: {listing(self.stages)}."
+                )
+        return checked
+
+
+def settings(cls: type, group: Group, where: str) -> Any:
+    """A component's group as its ``Config``: every key but ``name``, which chose the component."""
+    return parse(cls.Config, {key: value for key, value in group.items() if key != "name"}, where)
+
+
+def _merge(group: Group, changes: Group, where: str) -> Group:
+    """``group`` with ``changes`` laid over it; a change of a key that is not there is a mistake."""
+    if unknown := [k for k in changes if k not in group]:
+        raise ConfigError(f"Unknown key {where}.{unknown[0]}.{did_you_mean(unknown[0], group)} Known: {listing(group)}.")
+    return {
+        key: _merge(value, changes[key], f"{where}.{key}") if isinstance(value, dict) and isinstance(changes.get(key), dict)
+        else changes.get(key, value)
+        for key, value in group.items()
+    }  # fmt: skip
