@@ -1,14 +1,9 @@
-"""An experiment is a list of stages; this runs them.
-
-Experiment     the configuration, checked before anything is loaded
-Runner         stages in order: reuse what is done, resume what was begun, record everything
-train          the loop: step, log, checkpoint; stops cleanly on Ctrl-C
-"""
+"""An experiment is a list of stages; this runs them in order: reuse what is done, resume what was begun, record everything.
+The loop is `Runner.train`: step, log, checkpoint; it stops cleanly on Ctrl-C."""
 
 from __future__ import annotations
 
 import datetime
-import functools
 import logging
 import signal
 import sys
@@ -21,25 +16,25 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lockstep import __version__, checkpoints, store
+from lockstep.assembly import Assembly
 from lockstep.console import Console
-from lockstep.errors import ConfigError, Stopped
+from lockstep.errors import Stopped
 from lockstep.evaluation import EvaluationConfig, Evaluator
-from lockstep.experiment import NEW, Experiment, Group, Stage, settings
-from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardModel, ScalarModel, Setting, Tracker
-from lockstep.registry import registry
+from lockstep.experiment import NEW, Experiment, Group, Stage
+from lockstep.interfaces import Algorithm, Tracker
 from lockstep.store import Records, RunFolder, StageFolder
-from lockstep.tokenizer import Tokenizer, TokenizerConfig
 
 log = logging.getLogger("lockstep")
 
 
 class Runner:
-    """Runs an experiment's stages in order. What several stages share (backend, data, loaded models) is made once."""
+    """Runs an experiment's stages in order, in the folders where their results live."""
 
     def __init__(self, experiment: Experiment, console: Console, command: str):
         self.experiment, self.console = experiment, console
         self.root = Path(experiment.groups["folder"])
         self.folders = self._folders()
+        self.parts = Assembly(experiment, {name: folder.output for name, folder in self.folders.items()})
         record = {
             "experiment": experiment.groups["experiment_name"],
             "seed": experiment.seed,
@@ -110,7 +105,7 @@ class Runner:
             if self.folders[stage.name].done:
                 lines.append((stage.name, "done", str(self.folders[stage.name].path)))
             elif stage.kind == "train":
-                lines.append((stage.name, "to do", stage.component.arithmetic(stage.config, self.data)))
+                lines.append((stage.name, "to do", stage.component.arithmetic(stage.config, self.parts.data)))
             else:
                 c = stage.config
                 lines.append((stage.name, "to do", f"{', '.join(c.policies)} on {c.prompts} prompts of each split"))
@@ -123,7 +118,7 @@ class Runner:
             if not folder.done:
                 self.record.stage(stage.name, folder, status="running", **facts)
                 checkpoints.write_json(folder.path / "stage.json", self.contents[stage.name])
-                self.record.write(backend={"name": self.experiment.backend_name, **self.backend.describe()})
+                self.record.write(backend={"name": self.experiment.backend_name, **self.parts.backend.describe()})
                 started = time.perf_counter()
                 try:
                     result = self._train(stage, folder) if stage.kind == "train" else self._evaluate(stage, folder)
@@ -136,78 +131,15 @@ class Runner:
         self.record.stage(stage.name, folder, status="done", seconds=result["seconds"], **facts)
         self.console.stage_done(stage.name, result)
 
-    # -------------------------------------------------------------------------------------------------- what is shared
-
-    @functools.cached_property
-    def backend(self) -> Backend:
-        cls, config = self.experiment.backend
-        return cls(config)
-
-    @functools.cached_property
-    def data(self) -> DataSource:
-        cls, config = self.experiment.data
-        return cls(config)
-
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The policy's: its own path, its checkpoint's, or the data source's."""
-        _, policy = self.experiment.policy
-        settings: TokenizerConfig = policy.tokenizer
-        path = settings.path or getattr(policy, "path", None)
-        if path is not None:
-            return Tokenizer.load(path, settings)
-        own = self.data.tokenizer()
-        if own is None:
-            raise ConfigError(
-                "A policy that starts from scratch needs a tokenizer. Set policy.tokenizer.path to a folder or hub id."
-            )
-        return own
-
-    def policy(self, source: str) -> Policy:
-        """A fresh copy of the policy that a stage made, or of the configured one."""
-        if source == NEW:
-            cls, config = self.experiment.policy
-            return cls.create(config, self.backend, self.tokenizer, self.experiment.seed)
-        output, made = self._output(source)
-        return registry().resolve("policy", made["policy"], self.experiment.backend_name).load(output, self.backend)
-
-    def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
-        output, made = self._output(source)
-        cls = registry().resolve("policy", made["policy"], self.experiment.backend_name)
-        return cls.load_scalar(output, self.backend), Tokenizer.load(output)
-
-    def _output(self, source: str) -> tuple[Path, Group]:
-        """The output folder of a stage, or a folder by its path, and who made it."""
-        folder = self.folders[source].output if source in self.folders else Path(source)
-        if not (folder / "output.json").exists():
-            return folder, {"policy": "huggingface"}
-        return folder, checkpoints.read_json(folder / "output.json")
-
-    def reward_model(self, group: Group | None) -> RewardModel | None:
-        if group is None:
-            return None
-        cls = registry().resolve("reward_model", group["name"], self.experiment.backend_name)
-        return cls(settings(cls, group, "reward_model"), self)
-
     # ---------------------------------------------------------------------------------------------- the kinds of stage
 
     def _train(self, stage: Stage, folder: StageFolder) -> Group:
-        policy = self.policy(stage.policy)
-        setting = Setting(
-            self.experiment.seed, self.backend, self.tokenizer, self.data, policy, self.reward_model(stage.reward_model)
-        )
-        algorithm = stage.component(stage.config, setting)
+        algorithm = self.parts.algorithm(stage)
         with self._tracked(stage, folder) as tracker:
             metrics = self.train(stage.name, algorithm, folder, tracker)
-            self._save_output(stage, algorithm, folder)
+            self.parts.save(stage, algorithm, folder.output)
             tracker.artifact(f"{self.experiment.name}-{stage.name}", algorithm.produces, folder.output)
         return {"steps": algorithm.total_steps, "metrics": {k: store.finite(v) for k, v in metrics.items()}}
-
-    def _save_output(self, stage: Stage, algorithm: Algorithm, folder: StageFolder) -> None:
-        made_by = self._output(stage.policy)[1]["policy"] if stage.policy != NEW else self.experiment.groups["policy"]["name"]
-        algorithm.result().save(folder.output)
-        self.tokenizer.save(folder.output)
-        checkpoints.write_json(folder.output / "output.json", {"kind": algorithm.produces, "policy": made_by})
 
     def train(self, name: str, algorithm: Algorithm, folder: StageFolder, tracker: Tracker) -> dict[str, float]:
         """The loop. Everything that decides step n is in the checkpoint before it or a function of (seed, n)."""
@@ -250,11 +182,12 @@ class Runner:
 
     def _evaluate(self, stage: Stage, folder: StageFolder) -> Group:
         config: EvaluationConfig = stage.config
-        reward_model = self.reward_model(stage.reward_model)
-        evaluator = Evaluator(config, self.data, self.tokenizer, reward_model, self.experiment.seed)
+        parts = self.parts
+        reward_model = parts.reward_model(stage.reward_model)
+        evaluator = Evaluator(config, parts.data, parts.tokenizer, reward_model, self.experiment.seed)
         with self._tracked(stage, folder) as tracker, self.console.progress(stage.name, 0, len(config.policies) + 2) as progress:
             done = iter(range(len(config.policies) + 3))
-            result = evaluator.run(self.policy, config.policies, lambda what: progress(next(done), {}, what))
+            result = evaluator.run(parts.policy, config.policies, lambda what: progress(next(done), {}, what))
             samples = result.pop("samples")
             checkpoints.write_json(folder.output / "evaluation.json", result)
             lines = [checkpoints.dump_line(row) for row in samples]

@@ -1,0 +1,85 @@
+"""An experiment's parts, made when first asked for: backend, data, tokenizer, and the models and algorithms of its stages."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+from lockstep import checkpoints
+from lockstep.errors import ConfigError
+from lockstep.experiment import NEW, Experiment, Group, Stage, settings
+from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardModel, ScalarModel, Setting
+from lockstep.registry import registry
+from lockstep.tokenizer import Tokenizer, TokenizerConfig
+
+
+class Assembly:
+    """``outputs`` says where each stage's result lies, once there is one. It is the `lockstep.interfaces.Resources` of
+    reward models."""
+
+    def __init__(self, experiment: Experiment, outputs: Mapping[str, Path]):
+        self.experiment, self.outputs = experiment, outputs
+
+    @functools.cached_property
+    def backend(self) -> Backend:
+        cls, config = self.experiment.backend
+        return cls(config)
+
+    @functools.cached_property
+    def data(self) -> DataSource:
+        cls, config = self.experiment.data
+        return cls(config)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The policy's: its own path, its checkpoint's, or the data source's."""
+        _, policy = self.experiment.policy
+        settings: TokenizerConfig = policy.tokenizer
+        path = settings.path or getattr(policy, "path", None)
+        if path is not None:
+            return Tokenizer.load(path, settings)
+        own = self.data.tokenizer()
+        if own is None:
+            raise ConfigError(
+                "A policy that starts from scratch needs a tokenizer. Set policy.tokenizer.path to a folder or hub id."
+            )
+        return own
+
+    def policy(self, source: str) -> Policy:
+        """A fresh copy of the policy that a stage made, or of the configured one."""
+        if source == NEW:
+            cls, config = self.experiment.policy
+            return cls.create(config, self.backend, self.tokenizer, self.experiment.seed)
+        output, made = self._output(source)
+        return registry().resolve("policy", made["policy"], self.experiment.backend_name).load(output, self.backend)
+
+    def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
+        output, made = self._output(source)
+        cls = registry().resolve("policy", made["policy"], self.experiment.backend_name)
+        return cls.load_scalar(output, self.backend), Tokenizer.load(output)
+
+    def reward_model(self, group: Group | None) -> RewardModel | None:
+        if group is None:
+            return None
+        cls = registry().resolve("reward_model", group["name"], self.experiment.backend_name)
+        return cls(settings(cls, group, "reward_model"), self)
+
+    def algorithm(self, stage: Stage) -> Algorithm:
+        policy, reward_model = self.policy(stage.policy), self.reward_model(stage.reward_model)
+        setting = Setting(self.experiment.seed, self.backend, self.tokenizer, self.data, policy, reward_model)
+        return stage.component(stage.config, setting)
+
+    def save(self, stage: Stage, algorithm: Algorithm, folder: Path) -> None:
+        """The stage's result: a Hugging Face folder with its tokenizer, and who can read it."""
+        made_by = self._output(stage.policy)[1]["policy"] if stage.policy != NEW else self.experiment.groups["policy"]["name"]
+        algorithm.result().save(folder)
+        self.tokenizer.save(folder)
+        checkpoints.write_json(folder / "output.json", {"kind": algorithm.produces, "policy": made_by})
+
+    def _output(self, source: str) -> tuple[Path, Group]:
+        """The output folder of a stage, or a folder by its path, and who made it."""
+        folder = self.outputs.get(source, Path(source))
+        if not (folder / "output.json").exists():
+            return folder, {"policy": "huggingface"}
+        return folder, checkpoints.read_json(folder / "output.json")
