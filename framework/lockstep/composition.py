@@ -75,6 +75,15 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(_explain(str(error), overrides)) from error
 
 
+def group(kind: str, name: str) -> dict[str, Any]:
+    """The configuration file ``kind/name.yaml`` with its defaults, wherever on the search path it is; '???' where a value
+    is missing. Empty where there is no such file."""
+    if not any((folder / kind / f"{name}.yaml").is_file() for folder in conf_folders().values()):
+        return {}
+    composed = _compose(["~experiment", f"{kind}={name}"])
+    return OmegaConf.to_container(composed[kind], resolve=True, throw_on_missing=False)
+
+
 def _compose(overrides: Sequence[str]) -> DictConfig:
     with hydra.initialize_config_dir(str(conf_folders()[CORE]), version_base="1.3"):
         return hydra.compose("config", overrides=list(overrides))
