@@ -1,4 +1,5 @@
-"""Files that survive: safetensors and JSON, written under a temporary name, flushed, then renamed.
+"""Files that survive: safetensors and JSON, written under a temporary name, flushed, then renamed; folders likewise. After
+a kill or a power failure a file or folder is there whole or not at all.
 
 No pickle anywhere. A folder of weights is Hugging Face's layout: ``config.json`` beside ``model.safetensors``, in one
 file or in shards with an index.
@@ -6,6 +7,7 @@ file or in shards with an index.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -45,6 +47,7 @@ def _replace(path: Path, write: Any) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync(path.parent)
     except Exception as error:
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
@@ -52,6 +55,36 @@ def _replace(path: Path, write: Any) -> None:
             f"Could not write {path}: {error}. {free / 1e6:.0f} MB are free there. Make room and run the same command "
             "again: it goes on from the last complete checkpoint."
         ) from error
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that flushes no folders
+            raise
+    finally:
+        os.close(number)
+
+
+def move_folder(temporary: Path, final: Path) -> None:
+    """A folder that is complete gets its name, once all its files are on the disk. What had the name goes."""
+    for path in [*sorted(temporary.rglob("*")), temporary]:
+        sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    sync(final.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What a process that was killed in the middle of writing left in ``folder``. Nobody else may be writing there."""
+    for path in folder.glob(".*.part"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:

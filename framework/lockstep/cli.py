@@ -2,7 +2,10 @@
 
 lockstep run [hydra overrides] [-m]   run or sweep experiments
 lockstep compare RUN_OR_SWEEP...      tables, plots and a report
+lockstep parity [hydra overrides]     the same experiment on two backends, step by step: where they part
 lockstep plugins                      what is installed, from which distribution, usable or not and why
+lockstep check NAME                   the conformance kit on one plugin
+lockstep new-plugin NAME              a working plugin package to start from
 """
 
 from __future__ import annotations
@@ -34,11 +37,28 @@ def main() -> None:
     compare.add_argument("paths", nargs="+", type=Path, help="run folders, or a folder of them")
     compare.add_argument("--output", type=Path, default=Path("report"), help="folder for the report (default: report)")
     compare.set_defaults(call=lambda arguments, rest: compare_command(arguments.paths, arguments.output))
+    parity = commands.add_parser("parity", help="the same experiment on two backends, step by step: where they part")
+    parity.add_argument("--same-start", action="store_true", help="each step starts from the first backend's weights")
+    parity.add_argument("--steps", type=int, help="of each stage, at most")
+    parity.add_argument("--output", type=Path, default=Path("parity"), help="folder for the report (default: parity)")
+    parity.set_defaults(call=lambda a, rest: parity_command(rest, a.same_start, a.steps, a.output))
+    check = commands.add_parser("check", help="the conformance kit on one plugin: lockstep check ppo --backend jax")
+    check.add_argument("name", help="as registered, or module:Class")
+    check.add_argument("--kind", help="backend, policy, reward_model or algorithm, where the name alone does not say")
+    check.add_argument("--backend", help="default: every one that is installed")
+    check.add_argument("--precision", choices=("float32", "bfloat16"), help="default: both, where the backend has both")
+    check.add_argument("--like", help="the configuration file to start from, where NAME has none of its own")
+    check.set_defaults(call=lambda a, rest: check_command(a.name, a.kind, a.backend, a.precision, a.like, rest))
+    new = commands.add_parser("new-plugin", help="a working plugin package to start from")
+    new.add_argument("name", help="of the component: letters, digits and underscores")
+    new.add_argument("--kind", default="algorithm", choices=("algorithm", "policy", "reward_model", "backend"))
+    new.set_defaults(call=lambda a, rest: new_plugin_command(a.name, a.kind))
     plugins = commands.add_parser("plugins", help="what is installed, usable or not and why")
     plugins.set_defaults(call=lambda arguments, rest: plugins_command())
     arguments, rest = parser.parse_known_args()
-    if rest and arguments.command != "run":
-        parser.error(f"unknown arguments: {' '.join(rest)}")
+    options = [argument for argument in rest if argument.startswith("-")]
+    if unknown := {"run": [], "parity": options, "check": options}.get(arguments.command, rest):
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
 
     sys.path.insert(0, os.getcwd())  # where module:Class of the configuration is looked for, as with python -m
     console = Console()
@@ -103,6 +123,26 @@ def compare_command(paths: list[Path], output: Path) -> None:
 
     report = compare(paths, output)
     print_summary(report)
+
+
+def parity_command(overrides: Sequence[str], same_start: bool, steps: int | None, output: Path) -> None:
+    from lockstep.parity import parity, print_summary
+
+    print_summary(parity(overrides, same_start=same_start, steps=steps, output=output))
+
+
+def check_command(
+    name: str, kind: str | None, backend: str | None, precision: str | None, like: str | None, overrides: Sequence[str]
+) -> None:
+    from lockstep.conformance.report import report
+
+    sys.exit(0 if report(name, kind, backend, precision, like, overrides) else 1)
+
+
+def new_plugin_command(name: str, kind: str) -> None:
+    from lockstep.scaffold import new_plugin
+
+    new_plugin(name, kind, Path.cwd())
 
 
 def plugins_command() -> None:

@@ -18,6 +18,8 @@ from lockstep.registry import registry
 
 Group = dict[str, Any]
 NEW = "new"
+INDECISIVE = ("folder", "name", "tracker", "checkpoint_every", "samples_every")
+"""Keys that decide where results go and how often they are written, but not what they are."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,8 @@ class Experiment:
     @functools.cached_property
     def name(self) -> str:
         """Given, or made of what tells runs apart: the same configuration gives the same name, and so goes on."""
-        decisive = {
-            k: v for k, v in self.groups.items() if k not in ("folder", "name", "tracker", "checkpoint_every", "samples_every")
-        }
-        label = f"{self.groups['experiment_name']}-{self.backend_name}-seed{self.seed}-{store.identity(decisive)[:6]}"
+        digest = store.identity(decisive(self.groups))[:6]
+        label = f"{self.groups['experiment_name']}-{self.backend_name}-seed{self.seed}-{digest}"
         return self.groups["name"] or label
 
     def _component(self, kind: str, group: Group) -> tuple[type, Any]:
@@ -143,6 +143,11 @@ class Experiment:
                     f"{did_you_mean(source, self.stages)} Before it: {listing(self.stages)}."
                 )
         return checked
+
+
+def decisive(groups: Mapping[str, Any]) -> Group:
+    """The part of a configuration that decides results."""
+    return {key: value for key, value in groups.items() if key not in INDECISIVE}
 
 
 def settings(cls: type, group: Group, where: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import signal
 import sys
 import threading
@@ -17,12 +18,14 @@ from omegaconf import OmegaConf
 
 from lockstep import __version__, checkpoints, store
 from lockstep.assembly import Assembly
+from lockstep.configuration import differences
 from lockstep.console import Console
-from lockstep.errors import Stopped
+from lockstep.errors import ConfigError, Stopped
 from lockstep.evaluation import EvaluationConfig, Evaluator
-from lockstep.experiment import NEW, Experiment, Group, Stage
+from lockstep.experiment import NEW, Experiment, Group, Stage, decisive
 from lockstep.interfaces import Algorithm, Tracker
 from lockstep.store import Records, RunFolder, StageFolder
+from lockstep.tracking import without_secrets
 
 log = logging.getLogger("lockstep")
 
@@ -33,8 +36,6 @@ class Runner:
     def __init__(self, experiment: Experiment, console: Console, command: str):
         self.experiment, self.console = experiment, console
         self.root = Path(experiment.groups["folder"])
-        self.folders = self._folders()
-        self.parts = Assembly(experiment, {name: folder.output for name, folder in self.folders.items()})
         record = {
             "experiment": experiment.groups["experiment_name"],
             "seed": experiment.seed,
@@ -44,6 +45,24 @@ class Runner:
             "started": _now(),
         }
         self.record = RunFolder(self.root, experiment.name, record)
+        self._check_same_run()
+        self.folders = self._folders()
+        self.parts = Assembly(experiment, {name: folder.output for name, folder in self.folders.items()})
+
+    def _check_same_run(self) -> None:
+        """Raises ConfigError: the run folder holds a run of another configuration."""
+        file, name = self.record.path / "config.yaml", self.experiment.name
+        if not file.exists():
+            return
+        now = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(self.experiment.groups))))
+        before = OmegaConf.to_container(OmegaConf.load(file))
+        if changes := without_copies(differences(*(without_secrets(decisive(groups)) for groups in (before, now)))):
+            lines = "\n".join(f"  {change}" for change in changes)
+            raise ConfigError(
+                f"The run '{name}' is there already, with another configuration:\n{lines}\n"
+                f"To start a run of its own, choose another name=... To go on with '{name}', give it the earlier values, "
+                f"on the left; all of them are in {file}."
+            )
 
     def _folders(self) -> dict[str, StageFolder]:
         """Each stage's folder: named by its configuration, its inputs and the code that makes it."""
@@ -82,21 +101,44 @@ class Runner:
         Raises:
           Stopped: Ctrl-C or a termination signal; where it was is saved.
         """
-        e, started = self.experiment, time.perf_counter()
-        checkpoints.write_json(self.record.path / "stages.json", self.contents)
-        OmegaConf.save(OmegaConf.create(e.groups), self.record.path / "config.yaml")
-        status = "failed"
-        try:
-            self.console.plan(e.name, self._plan())
-            for stage in e.stages.values():
-                self._stage(stage)
-            status = "done"
-        except (Stopped, KeyboardInterrupt):
-            status = "stopped"
-            raise
-        finally:
-            self.record.write(status=status, finished=_now(), seconds=round(time.perf_counter() - started, 1))
+        with self.record.lock():
+            self._check_same_run()  # again: another process may have started it since
+            started = time.perf_counter()
+            checkpoints.write_text(self.record.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.experiment.groups)))
+            self._tell_what_starts_anew()
+            checkpoints.write_json(self.record.path / "stages.json", self.contents)
+            self.record.write()
+            status = "failed"
+            try:
+                self.console.plan(self.experiment.name, self._plan())
+                for stage in self.experiment.stages.values():
+                    self._stage(stage)
+                status = "done"
+            except (Stopped, KeyboardInterrupt):
+                status = "stopped"
+                raise
+            finally:
+                self.record.write(status=status, finished=_now(), seconds=round(time.perf_counter() - started, 1))
         return self.record.path
+
+    def _tell_what_starts_anew(self) -> None:
+        """A line for stages that this run had begun, and that now get another folder because something has changed."""
+        file = self.record.path / "stages.json"
+        before: dict[str, Group] = checkpoints.read_json(file) if file.exists() else {}
+        stages: dict[str, list[str]] = {}
+        for name, content in self.contents.items():
+            old = StageFolder.of(self.root, name, self.experiment.backend_name, before.get(name, {}))
+            if old.path != self.folders[name].path and (old.path / "stage.json").exists():
+                changes = without_copies(differences(before[name], content))
+                reasons = [
+                    "the code that makes it" if change.startswith("code:") else change
+                    for change in changes
+                    if not change.startswith("inputs.") or len(changes) == 1
+                ]
+                state = "done" if old.done else "unfinished"
+                stages.setdefault("; ".join(reasons), []).append(f"{name} (its earlier folder {old.path.name} is {state})")
+        for reason, names in stages.items():
+            log.warning("Made anew: %s. Changed since: %s.", ", ".join(names), reason)
 
     def _plan(self) -> list[tuple[str, str, str]]:
         """(stage, state, arithmetic) of each stage, for the reader and as a check, before any model is loaded."""
@@ -115,7 +157,12 @@ class Runner:
         folder = self.folders[stage.name]
         facts = {"kind": stage.kind, "algorithm": stage.groups.get("name", "evaluation"), "identity": folder.path.name}
         with folder.lock():
-            if not folder.done:
+            if folder.done:
+                folder.remove_checkpoints()  # a kill may have come before this
+            else:
+                if (folder.path / "done.json").exists():
+                    log.warning("%s is made anew: it was done, but files of %s are gone or changed", stage.name, folder.output)
+                    (folder.path / "done.json").unlink()
                 self.record.stage(stage.name, folder, status="running", **facts)
                 checkpoints.write_json(folder.path / "stage.json", self.contents[stage.name])
                 self.record.write(backend={"name": self.experiment.backend_name, **self.parts.backend.describe()})
@@ -135,28 +182,39 @@ class Runner:
 
     def _train(self, stage: Stage, folder: StageFolder) -> Group:
         algorithm = self.parts.algorithm(stage)
-        with self._tracked(stage, folder) as tracker:
-            metrics = self.train(stage.name, algorithm, folder, tracker)
-            self.parts.save(stage, algorithm, folder.output)
+        first, state = folder.restore(algorithm.learner.restore) or (0, {})
+        if state:
+            algorithm.load_state(state["algorithm"])
+            log.info("%s goes on at step %d of %d", stage.name, first, algorithm.total_steps)
+            if changes := differences(state["machine"], self._machine()):
+                log.warning("not bit for bit from here on, for this has changed: %s", "; ".join(changes))
+        # Cut to the checkpoint before the tracker starts, which reads there what it has missed.
+        records = Records(folder.path, state.get("positions"), state.get("seconds", 0.0))
+        with self._tracked(stage, folder, resume=bool(state)) as tracker:
+            metrics = self.train(stage.name, algorithm, folder, tracker, records, first, state.get("metrics", {}))
+            with folder.write_output() as output:
+                self.parts.save(stage, algorithm, output)
             tracker.artifact(f"{self.experiment.name}-{stage.name}", algorithm.produces, folder.output)
         return {"steps": algorithm.total_steps, "metrics": {k: store.finite(v) for k, v in metrics.items()}}
 
-    def train(self, name: str, algorithm: Algorithm, folder: StageFolder, tracker: Tracker) -> dict[str, float]:
-        """The loop. Everything that decides step n is in the checkpoint before it or a function of (seed, n)."""
+    def train(
+        self, name: str, algorithm: Algorithm, folder: StageFolder, tracker: Tracker, records: Records, first: int,
+        metrics: dict[str, float],
+    ) -> dict[str, float]:  # fmt: skip
+        """The loop, from step ``first`` on; ``metrics`` are of the step before. Everything that decides step n is in the
+        checkpoint before it or a function of (seed, n)."""
         groups = self.experiment.groups
-        begun = folder.restore(algorithm.learner.restore)
-        first, state = begun or (0, {})
-        if begun:
-            algorithm.load_state(state["algorithm"])
-            log.info("%s goes on at step %d of %d", name, first, algorithm.total_steps)
-        records = Records(folder.path, state.get("positions"))
 
         def save(step: int) -> None:
-            last = {name: store.finite(value) for name, value in metrics.items()}
-            state = {"algorithm": algorithm.state(), "positions": records.positions(), "metrics": last}
+            state = {
+                "algorithm": algorithm.state(),
+                "positions": records.positions(),
+                "seconds": records.seconds,
+                "metrics": {name: store.finite(value) for name, value in metrics.items()},
+                "machine": self._machine(),
+            }
             folder.save(step, algorithm.learner.save, state)
 
-        metrics: dict[str, float] = state.get("metrics", {})
         with GracefulStop() as stop, self.console.progress(name, first, algorithm.total_steps) as progress:
             for step in range(first, algorithm.total_steps):
                 metrics = algorithm.step(step)
@@ -180,23 +238,31 @@ class Runner:
         records.close()
         return metrics | finish
 
+    def _machine(self) -> dict[str, str]:
+        """What bits depend on beside the configuration and the code: library versions, device, number of cores."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return {**self.parts.backend.describe(), "cores": str(cores)}
+
     def _evaluate(self, stage: Stage, folder: StageFolder) -> Group:
         config: EvaluationConfig = stage.config
         parts = self.parts
         reward_model = parts.reward_model(stage.reward_model)
         evaluator = Evaluator(config, parts.data, parts.tokenizer, reward_model, self.experiment.seed)
-        with self._tracked(stage, folder) as tracker, self.console.progress(stage.name, 0, len(config.policies) + 2) as progress:
+        with (
+            self._tracked(stage, folder, resume=False) as tracker,
+            self.console.progress(stage.name, 0, len(config.policies) + 2) as progress,
+        ):
             done = iter(range(len(config.policies) + 3))
             result = evaluator.run(parts.policy, config.policies, lambda what: progress(next(done), {}, what))
             samples = result.pop("samples")
-            checkpoints.write_json(folder.output / "evaluation.json", result)
-            lines = [checkpoints.dump_line(row) for row in samples]
-            checkpoints.write_text(folder.output / "samples.jsonl", "".join(lines))
+            with folder.write_output() as output:
+                checkpoints.write_json(output / "evaluation.json", result)
+                checkpoints.write_text(output / "samples.jsonl", "".join(map(checkpoints.dump_line, samples)))
             tracker.table("samples", samples, 0)
             tracker.log(flatten(result), 0)
         return {"steps": 0, "metrics": {}, "evaluation": result}
 
-    def _tracked(self, stage: Stage, folder: StageFolder) -> Tracked:
+    def _tracked(self, stage: Stage, folder: StageFolder, resume: bool) -> Tracked:
         cls, config = self.experiment.tracker
         return Tracked(
             cls(config),
@@ -205,7 +271,7 @@ class Runner:
             stage=stage.name,
             identity=folder.path.name,
             config=self.contents[stage.name],
-            resume=(folder.path / "metrics.jsonl").exists(),
+            resume=resume,
         )
 
 
@@ -246,6 +312,13 @@ class GracefulStop:
 
 def _main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
+
+
+def without_copies(changes: list[str]) -> list[str]:
+    """Without the changes of a stage's group that are also those of the group it was copied from."""
+    leaf = lambda change: change.partition(": ")[0].rpartition(".")[2] + change.partition(": ")[2]  # noqa: E731
+    own = {leaf(change) for change in changes if not change.startswith("stages.")}
+    return [change for change in changes if not change.startswith("stages.") or leaf(change) not in own]
 
 
 def flatten(result: Mapping[str, Any]) -> dict[str, float]:

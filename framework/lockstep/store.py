@@ -2,17 +2,21 @@
 to them.
 
     runs/
-      <run>/                     run.json, config.yaml
+      <run>/                     run.json, config.yaml, stages.json
       stages/<stage>-<backend>-<hash>/
         stage.json               what the hash is made of
         metrics.jsonl            one line per step
         samples.jsonl            text a person would read
-        checkpoints/<step>/      learner, algorithm state, checksums; the last two are kept
+        checkpoints/<step>/      learner, state.json, and sums.json with the checksums of both; the last two are kept
         output/                  the result: a Hugging Face folder with its tokenizer, or an evaluation
-        done.json                written last: the stage is complete
+        done.json                written last: the stage is complete, and its output has these files
 
 Two runs with the same stage share it: whoever comes first trains it, under a lock that the operating system gives back
-when its owner dies, however it dies.
+when its owner dies, however it dies. A process that starts a run which another is busy with waits for it likewise.
+
+Whatever moment a process dies at, each of these files and folders is there whole or not at all: it is written under the
+name ``.<name>.part``, flushed to the disk, then renamed. Only the two .jsonl files grow in place; a checkpoint knows how
+long they were.
 """
 
 from __future__ import annotations
@@ -91,30 +95,44 @@ class StageFolder:
 
     @property
     def done(self) -> bool:
-        return (self.path / "done.json").exists()
+        """The stage is complete and its result is where it was put."""
+        try:
+            result = self.result()
+        except CheckpointError:
+            return False
+        sizes = self._output_sizes()
+        return bool(sizes) and all(sizes.get(name) == size for name, size in result.get("output", {}).items())
+
+    @contextlib.contextmanager
+    def write_output(self) -> Iterator[Path]:
+        """A folder for the result, which becomes ``output`` once all that was put there is on the disk."""
+        temporary = self.path / ".output.part"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            checkpoints.move_folder(temporary, self.output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Mark the stage complete; its trainer state is no longer needed."""
-        checkpoints.write_json(self.path / "done.json", result)
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        checkpoints.write_json(self.path / "done.json", {**result, "output": self._output_sizes()})
+        self.remove_checkpoints()
 
     def result(self) -> dict[str, Any]:
         return checkpoints.read_json(self.path / "done.json")
 
+    def _output_sizes(self) -> dict[str, int]:
+        files = sorted(path for path in self.output.rglob("*") if path.is_file())
+        return {str(file.relative_to(self.output)): file.stat().st_size for file in files}
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder; wait where another process does."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "lock", "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                log.info("waiting for process %s, which works on %s", file.read().strip() or "?", self.path.name)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+        with hold(self.path):
+            checkpoints.remove_leftovers(self.path)
+            checkpoints.remove_leftovers(self.path / "checkpoints")
             yield
 
     # ------------------------------------------------------------------------------------------------- checkpoints
@@ -127,36 +145,75 @@ class StageFolder:
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
+            checkpoints.sync(self.path)  # the names of metrics.jsonl and of the folder of checkpoints itself
             write(temporary)
+            checkpoints.write_json(temporary / "state.json", {"step": step, "state": state})
             sums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
-            checkpoints.write_json(temporary / "state.json", {"step": step, "state": state, "sums": sums})
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
+            checkpoints.write_json(temporary / "sums.json", sums)
+            checkpoints.move_folder(temporary, final)
         except OSError as error:
             raise CheckpointError(f"Could not save {final}: {error}. The checkpoint before it is kept.") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         for old in self._checkpoints()[:-KEPT]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
 
     def restore(self, read: Callable[[Path], None]) -> tuple[int, dict[str, Any]] | None:
         """The step and state of the newest complete checkpoint, after ``read`` took its files in; None without one. A
-        damaged one is named and the one before it used."""
-        for folder in reversed(self._checkpoints()):
+        damaged one is named, set aside as ``<step>.damaged``, and the one before it used."""
+        found = self._checkpoints()
+        for folder in reversed(found):
             try:
-                record = checkpoints.read_json(folder / "state.json")
-                if damaged := [name for name, sum_ in record["sums"].items() if _checksum(folder / name) != sum_]:
-                    raise CheckpointError(f"{', '.join(damaged)} changed since it was written")
-            except (CheckpointError, OSError, KeyError) as error:
-                log.warning("checkpoint %s is damaged (%s): trying the one before it", folder, error)
+                _verify(folder)
+            except (CheckpointError, OSError) as error:
+                following = "trying the one before it" if folder != found[0] else "there is none before it"
+                log.warning("checkpoint %s is damaged (%s): %s", folder, error, following)
+                aside = folder.with_suffix(".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
                 continue
             read(folder)
+            record = checkpoints.read_json(folder / "state.json")
             return record["step"], record["state"]
+        if found:
+            log.warning("%s starts anew: none of its checkpoints is whole", self.path.name)
         return None
+
+    def has_checkpoint(self) -> bool:
+        return bool(self._checkpoints())
+
+    def remove_checkpoints(self) -> None:
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
     def _checkpoints(self) -> list[Path]:
         folder = self.path / "checkpoints"
-        return sorted(p for p in folder.iterdir() if not p.name.startswith(".")) if folder.exists() else []
+        return sorted(p for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Work on ``folder`` alone; wait where another process does. The operating system releases what a dead one held."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            log.info("waiting for process %s, which works on %s", file.read().strip() or "?", folder.name)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _verify(folder: Path) -> None:
+    """Raises CheckpointError or OSError: the checkpoint is not as it was written."""
+    sums = checkpoints.read_json(folder / "sums.json")
+    if not isinstance(sums, dict) or "state.json" not in sums:
+        raise CheckpointError("sums.json changed since it was written")
+    if changed := [name for name, checksum in sums.items() if _checksum(folder / name) != checksum]:
+        raise CheckpointError(f"{', '.join(changed)} changed since it was written")
 
 
 def _checksum(path: Path) -> str:
@@ -166,20 +223,25 @@ def _checksum(path: Path) -> str:
 
 class Records:
     """``metrics.jsonl`` and ``samples.jsonl`` of a stage. What was written after the checkpoint that a stage resumes
-    from is cut off, so that each step stands there once."""
+    from is cut off, so that each step stands there once. ``seconds`` were spent on the steps before it."""
 
-    def __init__(self, folder: Path, positions: Mapping[str, int] | None = None):
+    def __init__(self, folder: Path, positions: Mapping[str, int] | None = None, seconds: float = 0.0):
         folder.mkdir(parents=True, exist_ok=True)
         self.files = {name: open(folder / f"{name}.jsonl", "ab") for name in ("metrics", "samples")}  # noqa: SIM115
         for name, file in self.files.items():
-            size = file.seek(0, os.SEEK_END)
-            file.truncate(min(size, (positions or {}).get(name, 0)))
+            size, end = file.seek(0, os.SEEK_END), (positions or {}).get(name, 0)
+            if size < end:
+                log.warning("%s lost its last lines: %d bytes of %d are there", file.name, size, end)
+            file.truncate(min(size, end))
             file.seek(0, os.SEEK_END)
-        self.started = time.perf_counter()
+        self.started = time.perf_counter() - seconds
+
+    @property
+    def seconds(self) -> float:
+        return round(time.perf_counter() - self.started, 3)
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        seconds = round(time.perf_counter() - self.started, 3)
-        self._write("metrics", {"step": step, "seconds": seconds, **{k: finite(v) for k, v in metrics.items()}})
+        self._write("metrics", {"step": step, "seconds": self.seconds, **{k: finite(v) for k, v in metrics.items()}})
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
@@ -211,7 +273,13 @@ class RunFolder:
     def __init__(self, root: Path, name: str, record: Mapping[str, Any]):
         self.root, self.path = root, root / name
         self.record: dict[str, Any] = {"name": name, "status": "running", "stages": {}, **record}
-        self.write()
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run; wait where another process has started the same."""
+        with hold(self.path):
+            checkpoints.remove_leftovers(self.path)
+            yield
 
     def stage(self, stage: str, folder: StageFolder, **facts: Any) -> None:
         known = self.record["stages"].setdefault(stage, {"folder": str(folder.path.relative_to(self.root))})

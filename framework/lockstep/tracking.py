@@ -8,9 +8,12 @@ Left out: system files. W&B would store the command line and the uncommitted cha
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,8 +57,10 @@ class Silent(Tracker):
 class Wandb(Tracker):
     """One W&B run per stage: the group is the run's name, the job type the stage, the id the stage's identity.
 
-    So a stage that resumes goes on in its own W&B run. It repeats the steps since its last checkpoint, which W&B's
-    own step counter would reject; charts are therefore drawn over a metric of ours, `step`, that may go back.
+    So a stage that resumes goes on in its own W&B run, and each step stands there once: W&B's steps are the stage's.
+    What a killed process could not hand over is taken from the stage folder; steps that the server has already are not
+    sent again. Offline there is no server to ask: the new log holds everything from step 0 on and replaces the earlier
+    ones of the stage, so that one folder is left to `wandb sync`.
     """
 
     @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Wandb(Tracker):
     def __init__(self, config: Config):
         self.config = config
         self._run: Any = None  # wandb.Run while a stage is on
+        self._first = 0  # the first step that W&B does not have
         self._warned = False
 
     def start(self, *, folder: Path, run: str, stage: str, identity: str, config: Mapping[str, Any], resume: bool) -> None:
@@ -90,20 +96,35 @@ class Wandb(Tracker):
             self._run = self._open(arguments)
             self._run.define_metric("step", hidden=True)
             self._run.define_metric("*", step_metric="step")
+            self._first = self._run.step
+            if self._run.settings.mode == "offline":
+                _remove_logs(folder, identity, Path(self._run.settings.sync_dir))
+            if resume:
+                self._replay(folder)
+
+    def _replay(self, folder: Path) -> None:
+        """Log again what the stage folder holds of the steps before the checkpoint."""
+        samples = {step: list(rows) for step, rows in itertools.groupby(_rows(folder / "samples.jsonl"), lambda r: r["step"])}
+        for row in _rows(folder / "metrics.jsonl"):
+            step = row["step"]
+            values = {name: float("nan") if v is None else v for name, v in row.items() if name not in ("step", "seconds")}
+            self.log(values, step)
+            self.table("samples", [{k: v for k, v in r.items() if k != "step"} for r in samples.get(step, [])], step)
 
     def log(self, metrics: Metrics, step: int) -> None:
         with self._surviving("log metrics"):
-            if self._run:
-                self._run.log({**metrics, "step": step})
+            if self._run and step >= self._first:
+                self._run.log({**metrics, "step": step}, step=step)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         with self._surviving("log a table"):
-            if self._run and rows:
+            if self._run and rows and step >= self._first:
                 import wandb
 
                 columns = list(dict.fromkeys(key for row in rows for key in row))
                 data = [[row.get(column) for column in columns] for row in rows]
-                self._run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True), "step": step})
+                table = wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+                self._run.log({name: table, "step": step}, step=step)
 
     def artifact(self, name: str, kind: str, folder: Path) -> None:
         with self._surviving("log an artifact"):
@@ -162,6 +183,19 @@ class Wandb(Tracker):
         if not self._warned:
             logger.warning(message)
         self._warned = True
+
+
+def _remove_logs(folder: Path, identity: str, kept: Path) -> None:
+    """The offline logs of this run's earlier processes."""
+    for log in folder.glob(f"wandb/offline-run-*-{identity}"):
+        if log.resolve() != kept.resolve():
+            shutil.rmtree(log, ignore_errors=True)
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    if file.exists():
+        with open(file, encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
 
 
 # ---------------------------------------------------------------------------------------------------------- secrets

@@ -12,6 +12,7 @@ or, in a package's own tests,
 
 kit.py            what a check is, and how they are run
 world.py          a world small enough to check by hand, on any backend
+subjects.py       what is checked, set up in that world
 backends.py       gradients, Adam, micro-batches, restoring
 policies.py       probabilities, sampling, padding, heads, checkpoints
 reward_models.py  one finite score per response, whatever the batch; failures are heard
@@ -19,6 +20,6 @@ algorithms.py     from what crosses the waist: rewards, masks, steps, seeds, res
 """
 
 from lockstep.conformance.kit import CHECKS, Check, Inapplicable, Outcome, Violation, checks, conform
-from lockstep.conformance.world import World
+from lockstep.conformance.subjects import subject
 
-__all__ = ["CHECKS", "Check", "Inapplicable", "Outcome", "Violation", "World", "checks", "conform"]
+__all__ = ["CHECKS", "Check", "Inapplicable", "Outcome", "Violation", "checks", "conform", "subject"]

@@ -121,13 +121,22 @@ class World:
       backend: the registered name of the backend.
       precision: 'float32' or 'bfloat16', where its configuration has the key; None for the file's own.
       policy: the registered name of the policy; None takes 'decoder', or the backend's only one.
+      like: the backend's configuration file, where it is not that of its name.
       overrides: 'backend.device=cuda', 'policy.layers=4', ...: keys of groups that differ from their YAML files.
     """
 
-    def __init__(self, backend: str, *, precision: str | None = None, policy: str | None = None, overrides: Sequence[str] = ()):
+    def __init__(
+        self,
+        backend: str,
+        *,
+        precision: str | None = None,
+        policy: str | None = None,
+        overrides: Sequence[str] = (),
+        like: str | None = None,
+    ):
         self.name = backend
         self.overrides: dict[str, Any] = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-        cls, config = self.component("backend", backend, {} if precision is None else {"precision": precision})
+        cls, config = self.component("backend", backend, {} if precision is None else {"precision": precision}, like)
         self.backend: Backend = cls(config)
         self.precision = self.backend.describe()["precision"]
         self.tokenizer, self.data = tokenizer(), Data()
@@ -138,14 +147,15 @@ class World:
     def tolerance(self, float32: float, bfloat16: float) -> float:
         return {"float32": float32, "bfloat16": bfloat16}[self.precision]
 
-    def component(self, kind: str, name: str, changes: Mapping[str, Any]) -> tuple[type, Any]:
-        """A component's class and its configuration: its YAML file, what is given here, then the overrides.
+    def component(self, kind: str, name: str, changes: Mapping[str, Any], like: str | None = None) -> tuple[type, Any]:
+        """A component's class and its configuration: its YAML file (or that of ``like``), what is given here, then the
+        overrides.
 
         Raises:
           ConfigError: it needs a value that nobody gave.
         """
         cls = registry().resolve(kind, name, self.name)
-        group = {key: value for key, value in composition.group(kind, name).items() if key != "name"}
+        group = {key: value for key, value in composition.group(kind, like or name).items() if key != "name"}
         keys = group or {field.name for field in dataclasses.fields(cls.Config)}
         group |= {key: value for key, value in {**SMALL, **changes}.items() if key in keys}
         merged = OmegaConf.merge(group, self.overrides.get(kind, {}))

@@ -1,0 +1,1 @@
+"""What an algorithm does, seen from what crosses the waist."""

@@ -1,0 +1,1 @@
+"""One finite score per response, whatever the batch; failures are heard."""

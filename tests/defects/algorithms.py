@@ -1,0 +1,1 @@
+"""Algorithms that are wrong on purpose."""
