@@ -58,8 +58,10 @@ class Runner:
         before = OmegaConf.to_container(OmegaConf.load(file))
         if changes := without_copies(differences(*(without_secrets(decisive(groups)) for groups in (before, now)))):
             lines = "\n".join(f"  {change}" for change in changes)
+            unfinished = self.record.unfinished()
+            begun = f" (unfinished: {', '.join(unfinished)})" if unfinished else ""
             raise ConfigError(
-                f"The run '{name}' is there already, with another configuration:\n{lines}\n"
+                f"The run '{name}' is there already, with another configuration{begun}:\n{lines}\n"
                 f"To start a run of its own, choose another name=... To go on with '{name}', give it the earlier values, "
                 f"on the left; all of them are in {file}."
             )

@@ -179,9 +179,6 @@ class StageFolder:
             log.warning("%s starts anew: none of its checkpoints is whole", self.path.name)
         return None
 
-    def has_checkpoint(self) -> bool:
-        return bool(self._checkpoints())
-
     def remove_checkpoints(self) -> None:
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
@@ -280,6 +277,12 @@ class RunFolder:
         with hold(self.path):
             checkpoints.remove_leftovers(self.path)
             yield
+
+    def unfinished(self) -> list[str]:
+        """Stages that the run in this folder has begun and not ended."""
+        file = self.path / "run.json"
+        stages = checkpoints.read_json(file)["stages"] if file.exists() else {}
+        return [name for name, stage in stages.items() if stage["status"] != "done"]
 
     def stage(self, stage: str, folder: StageFolder, **facts: Any) -> None:
         known = self.record["stages"].setdefault(stage, {"folder": str(folder.path.relative_to(self.root))})
