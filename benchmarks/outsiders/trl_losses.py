@@ -12,6 +12,7 @@ It writes trl_sft.json and trl_reward.json: the data, the hyper-parameters, and 
 they are told to take the rows in the given order.
 """
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -40,37 +41,42 @@ COMMON = {
     "logging_steps": 1, "logging_strategy": "steps", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
     "num_train_epochs": 1, "train_sampling_strategy": "sequential", "gradient_checkpointing": False, "bf16": False, "fp16": False,
     "use_cpu": True, "seed": 0, "max_length": None, "optim": "adamw_torch",
-    "adam_beta1": ADAM["betas"][0], "adam_beta2": ADAM["betas"][1], "adam_epsilon": ADAM["eps"],
-    "weight_decay": ADAM["weight_decay"], "max_grad_norm": ADAM["max_grad_norm"],
 }  # fmt: skip
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    checkpoints.write_json(folder / "trl_sft.json", sft())
-    checkpoints.write_json(folder / "trl_reward.json", reward_modelling())
+    write(folder / "trl_sft.json", sft())
+    write(folder / "trl_reward.json", reward_modelling())
 
 
-def sft() -> dict:
+def sft(adam: dict = ADAM, optimizer: type | None = None) -> dict:
+    """``optimizer`` (parameters, lr) takes the place of TRL's, for the run ``whole`` alone."""
     rng = np.random.default_rng(20)
     rows = [{"prompt": sentence(rng, 1 + i % 6), "completion": sentence(rng, 1 + (i * 7) % 11)} for i in range(20)]
     settings = {"seed": 0, "steps": 12, "batch_size": 8, "learning_rate": 1e-2, "schedule": "cosine", "warmup_steps": 2}
     runs = {}
-    for name, micro, prompt_loss in [("whole", 8, False), ("accumulated", 2, False), ("prompt_loss", 8, True)]:
+    variants = [("whole", 8, False), ("accumulated", 2, False), ("prompt_loss", 8, True)]
+    for name, micro, prompt_loss in variants[: 1 if optimizer else None]:
         with tempfile.TemporaryDirectory() as temporary:
             start = initial_parameters(small_decoder(**SIZES), WEIGHTS["seed"])
             path, start = checkpoint(Path(temporary), start, to_hf(small_decoder(**SIZES)))
             args = trl.SFTConfig(
-                temporary, **COMMON, **schedule(settings, micro), completion_only_loss=not prompt_loss, shuffle_dataset=False
+                temporary,
+                **COMMON,
+                **hyper_parameters(settings, adam, micro),
+                completion_only_loss=not prompt_loss,
+                shuffle_dataset=False,
             )
             trainer = trl.SFTTrainer(
                 str(path),
                 args,
                 train_dataset=ordered([with_space(r, "completion") for r in rows], settings),
                 processing_class=transformers.AutoTokenizer.from_pretrained(path),
+                optimizer_cls_and_kwargs=optimizer and (optimizer, {"lr": settings["learning_rate"]}),
             )
             runs[name] = record(trainer, start) | {"micro_batch_size": micro, "prompt_loss": prompt_loss}
-    return described("SFTTrainer") | {"settings": settings, "adam": ADAM, "data": rows, "runs": runs}
+    return described("SFTTrainer") | {"settings": settings, "adam": adam, "data": rows, "runs": runs}
 
 
 def reward_modelling() -> dict:
@@ -95,7 +101,7 @@ def reward_modelling() -> dict:
             model = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
             trainer = trl.RewardTrainer(
                 model,
-                trl.RewardConfig(temporary, **COMMON, **schedule(settings, micro)),
+                trl.RewardConfig(temporary, **COMMON, **hyper_parameters(settings, ADAM, micro)),
                 train_dataset=ordered([with_space(r, "chosen", "rejected") for r in rows], settings),
                 processing_class=transformers.AutoTokenizer.from_pretrained(path),
             )
@@ -119,8 +125,13 @@ def ordered(rows: list[dict], settings: dict) -> datasets.Dataset:
     return datasets.Dataset.from_list([rows[i] for i in order])
 
 
-def schedule(settings: dict, micro: int) -> dict:
+def hyper_parameters(settings: dict, adam: dict, micro: int) -> dict:
     return {
+        "adam_beta1": adam["betas"][0],
+        "adam_beta2": adam["betas"][1],
+        "adam_epsilon": adam["eps"],
+        "weight_decay": adam["weight_decay"],
+        "max_grad_norm": adam["max_grad_norm"],
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": settings["batch_size"] // micro,
         "learning_rate": settings["learning_rate"],
@@ -155,6 +166,18 @@ def record(trainer: transformers.Trainer, start: dict) -> dict:
         "learning_rate": [rounded(s["learning_rate"]) for s in steps],
         "moved": {name: rounded(float(np.linalg.norm(p.astype(np.float64) - start[name]))) for name, p in end.items()},
     } | {key: [rounded(s[key]) for s in steps] for key in ("accuracy", "margin") if key in steps[0]}
+
+
+def write(path: Path, fixture: dict) -> None:
+    """JSON, one line per array and per record without an array in it."""
+
+    def lines(x, indent: str) -> str:
+        if isinstance(x, dict) and any(isinstance(value, dict | list) for value in x.values()):
+            inner = indent + " "
+            return "{\n" + ",\n".join(f"{inner}{json.dumps(k)}: {lines(v, inner)}" for k, v in x.items()) + f"\n{indent}}}"
+        return json.dumps(x)
+
+    path.write_text(lines(fixture, "") + "\n")
 
 
 def rounded(x: float) -> float:
