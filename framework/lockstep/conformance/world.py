@@ -157,8 +157,8 @@ class World:
         cls = registry().resolve(kind, name, self.name)
         group = {key: value for key, value in composition.group(kind, like or name).items() if key != "name"}
         keys = group or {field.name for field in dataclasses.fields(cls.Config)}
-        group |= {key: value for key, value in {**SMALL, **changes}.items() if key in keys}
-        merged = OmegaConf.merge(group, self.overrides.get(kind, {}))
+        given = {key: value for key, value in {**SMALL, **changes}.items() if key in keys}
+        merged = OmegaConf.merge(group, given, self.overrides.get(kind, {}))
         return cls, parse(cls.Config, OmegaConf.to_container(merged), kind)
 
     def policy(self, number: int = 0) -> Policy:
