@@ -176,7 +176,7 @@ def test_losses_metrics_and_gradients_of_ppo_are_lm_human_preferences(lhp, run, 
         "advantages": numerics.whiten(advantages, every), "weights": weights, "policy_weights": weights,
     }  # fmt: skip
     loss, metrics, gradients = differentiated(library, ppo_loss(settings), x, batch)
-    assert loss == pytest.approx(stats["loss/total"], rel=1e-5)
+    assert loss == pytest.approx(stats["loss/total"], rel=2e-6, abs=1e-6)
     assert metrics == pytest.approx(
         {
             "policy/loss": stats["loss/policy"],
@@ -185,10 +185,11 @@ def test_losses_metrics_and_gradients_of_ppo_are_lm_human_preferences(lhp, run, 
             "value/loss": stats["loss/value"],
             "value/clip_fraction": stats["val/clipfrac"],
         },
-        rel=1e-5,
+        rel=2e-6,
+        abs=1e-6,
     )
-    np.testing.assert_allclose(gradients["logprobs"], expected["gradient_of_logprobs"], rtol=1e-5, atol=1e-8)
-    np.testing.assert_allclose(gradients["values"], expected["gradient_of_values"], rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(gradients["logprobs"], expected["gradient_of_logprobs"], rtol=2e-6, atol=1e-7)
+    np.testing.assert_allclose(gradients["values"], expected["gradient_of_values"], rtol=2e-6, atol=1e-7)
 
 
 def test_the_kl_controller_is_lm_human_preferences():
@@ -288,10 +289,11 @@ def test_losses_and_gradients_of_ragged_responses_are_n_pluss_on_its_columns(n_p
         "advantages": np.array(expected["advantages"], np.float32), "returns": np.array(expected["returns"], np.float32),
     }  # fmt: skip
     _, metrics, gradients = differentiated(library, ppo_loss(n_plus.settings), x, batch)
-    assert metrics["policy/loss"] == pytest.approx(expected["policy_loss"], rel=1e-5)
-    assert metrics["value/loss"] == pytest.approx(expected["value_loss"], rel=1e-5)
-    np.testing.assert_allclose(gradients["logprobs"], expected["gradient_of_logprobs"], rtol=1e-5, atol=1e-8)
-    np.testing.assert_allclose(gradients["values"], expected["gradient_of_values"], rtol=1e-5, atol=1e-8)
+    # Terms of size 1 cancel in the policy loss, so the absolute tolerance is the one that counts.
+    assert metrics["policy/loss"] == pytest.approx(expected["policy_loss"], rel=2e-6, abs=1e-6)
+    assert metrics["value/loss"] == pytest.approx(expected["value_loss"], rel=2e-6, abs=1e-6)
+    np.testing.assert_allclose(gradients["logprobs"], expected["gradient_of_logprobs"], rtol=2e-6, atol=1e-7)
+    np.testing.assert_allclose(gradients["values"], expected["gradient_of_values"], rtol=2e-6, atol=1e-7)
     _, metrics, _ = differentiated(library, ppo_loss(n_plus.settings), x, batch | {"weights": policy_weights})
     assert metrics["policy/clip_fraction"] == pytest.approx(expected["policy_clip_fraction"], rel=1e-5)
     # N+ logs approxkl as a mean over the padding too, where it is 0.
