@@ -1,1 +1,644 @@
-"""Algorithms that are wrong on purpose."""
+"""Algorithms that are wrong on purpose, most of them the way some library has been (rlhf-correctness: "mistakes found")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from defects import defect
+from lockstep import encoding, losses, numerics, randomness
+from lockstep.interfaces import Responses
+from lockstep_rlhf import language_modelling, ppo, reward_modelling
+from lockstep_rlhf.language_modelling import NextTokenLoss
+from lockstep_rlhf.ppo import PPOLoss
+
+
+class PPO(ppo.PPO):
+    like = "ppo"
+
+
+class SFT(language_modelling.SFT):
+    like = "sft"
+
+
+class RewardModelling(reward_modelling.RewardModelling):
+    like = "reward_modelling"
+
+
+# --------------------------------------------------------------------------------------------------- steps and batches
+
+
+@defect("algorithm", caught_by="optimizer_steps_are_counted")
+class ExtraStep(SFT):
+    """One optimizer step more on the last batch of each pass."""
+
+    def step(self, step):
+        metrics = super().step(step)
+        if step % 2 == 1:
+            self.learner.update(self.terms(step))
+        return metrics
+
+
+@defect("algorithm", caught_by="optimizer_steps_are_counted")
+class MinibatchesWithoutEffect(PPO):
+    """`minibatches` is read and ignored."""
+
+    def minibatches(self, step, epoch):
+        return [np.concatenate(super().minibatches(step, epoch))]
+
+
+@defect("algorithm", caught_by="optimizer_steps_are_counted")
+class OnePassTooFew(SFT):
+    """The steps of the last pass are dropped."""
+
+    @classmethod
+    def steps(cls, config, examples):
+        return super().steps(config, examples) - examples // config.batch_size
+
+
+@defect("algorithm", caught_by="micro_batches_do_not_matter")
+class MeansOfMicroBatches(PPO):
+    """Each micro-batch is averaged over its own tokens."""
+
+    def terms(self, sequences, batch, rows):
+        terms = super().terms(sequences, batch, rows)
+        for term in terms:
+            for name in ("weights", "policy_weights"):
+                term.batch[name] = term.batch[name] / term.batch[name].sum() / len(terms)
+        return terms
+
+
+@defect("algorithm", caught_by="micro_batches_do_not_matter")
+class CriticGrows(PPO):
+    """The critic's gradient grows with the number of micro-batches."""
+
+    def terms(self, sequences, batch, rows):
+        terms = super().terms(sequences, batch, rows)
+        for term in terms:
+            term.batch["weights"] = term.batch["weights"] * len(terms)
+        return terms
+
+
+@defect("algorithm", caught_by="micro_batches_do_not_matter")
+class PairsCutApart(RewardModelling):
+    """The share of a micro-batch in its batch is forgotten."""
+
+    def terms(self, batch):
+        terms = super().terms(batch)
+        return [replace(term, batch={"preferences": term.batch["preferences"] * len(terms)}) for term in terms]
+
+
+@defect("algorithm", caught_by="the_same_seed_is_the_same_run")
+class OwnGenerator(PPO):
+    """Minibatches from a generator that is nobody's."""
+
+    generator = np.random.default_rng(5)
+
+    def minibatches(self, step, epoch):
+        return np.split(self.generator.permutation(self.config.batch_size), self.config.minibatches)
+
+
+@defect("algorithm", caught_by="the_same_seed_is_the_same_run")
+class SeedWithoutEffect(SFT):
+    """The seed of the configuration is not used."""
+
+    def __init__(self, config, setting):
+        super().__init__(config, replace(setting, seed=7))
+
+
+@defect("algorithm", caught_by="restarts_change_nothing")
+class ForgetsBeta(PPO):
+    """The adaptive KL coefficient is lost on a restart."""
+
+    def load_state(self, state):
+        pass
+
+
+@defect("algorithm", caught_by="restarts_change_nothing")
+class AnchorsAnew(PPO):
+    """A restart takes the policy of that moment as its reference."""
+
+    def load_state(self, state):
+        super().load_state(state)
+        self.ref_policy = self.policy.copy()
+
+
+@defect("algorithm", caught_by="restarts_change_nothing")
+class OrderFromMemory(SFT):
+    """The order of the data comes from a counter that a restart sets to 0."""
+
+    calls = 0
+
+    def batch(self, step):
+        self.calls += 1
+        return super().batch(self.calls - 1)
+
+
+@defect("algorithm", caught_by="reference_models_are_untouched")
+class ReferenceDrifts(PPO):
+    """The reference follows the policy."""
+
+    def step(self, step):
+        metrics = super().step(step)
+        for name, tensor in self.ref_policy.tensors().items():
+            tensor.data.lerp_(self.policy.tensors()[name].data, 0.5)
+        return metrics
+
+
+@defect("algorithm", caught_by="training_moves_the_result")
+class TrainsNothing(SFT):
+    """The learner trains a copy."""
+
+    def __init__(self, config, setting):
+        super().__init__(config, setting)
+        copy = self.policy.copy()
+        self.learner = setting.backend.learner({"policy": copy}, {"policy": config.optimizer})
+
+    def result(self):
+        return self.policy
+
+
+@defect("algorithm", caught_by="training_moves_the_result")
+class AverageWithoutEffect(PPO):
+    """ema_decay is kept and never used."""
+
+    def result(self):
+        return self.policy
+
+
+@defect("algorithm", caught_by="orders_are_fresh")
+class SameNoise(PPO):
+    """Every update samples with the same noise."""
+
+    def rollout(self, step, clock):
+        return super().rollout(0, clock)
+
+
+@defect("algorithm", caught_by="orders_are_fresh")
+class SamePermutation(PPO):
+    """A generator key that is used again: the same minibatches at every update."""
+
+    def minibatches(self, step, epoch):
+        return super().minibatches(0, 0)
+
+
+@defect("algorithm", caught_by="orders_are_fresh")
+class OneOrder(SFT):
+    """All passes go through the data in one order."""
+
+    def batch(self, step):
+        return super().batch(step % 2)
+
+
+@defect("algorithm", caught_by="orders_are_fresh")
+class SomeExamplesTwice(SFT):
+    """Batches are drawn with replacement."""
+
+    def batch(self, step):
+        draws = randomness.generator(self.setting.seed, "draws", step).integers(0, len(self.examples), self.config.batch_size)
+        return [self.examples[i] for i in draws]
+
+
+# ----------------------------------------------------------------------------------------------------------------- masks
+
+
+class OtherMask(PPO):
+    """A rollout whose mask is made by `mask`."""
+
+    def mask(self, sequences):
+        raise NotImplementedError
+
+    def rollout(self, step, clock):
+        rollout = super().rollout(step, clock)
+        return replace(rollout, sequences=replace(rollout.sequences, mask=self.mask(rollout.sequences)))
+
+
+@defect("algorithm", caught_by="nothing_after_the_stop_token_counts")
+class PadsCount(OtherMask):
+    """The mask is that of the columns."""
+
+    def mask(self, sequences):
+        return np.ones_like(sequences.mask)
+
+
+@defect("algorithm", caught_by="nothing_after_the_stop_token_counts")
+class OneTooMany(OtherMask):
+    """The token after EOS counts too."""
+
+    def mask(self, sequences):
+        return sequences.mask | np.roll(sequences.mask, 1, axis=1)
+
+
+@defect("algorithm", caught_by="the_stop_token_is_learned")
+class PadIsEos(OtherMask):
+    """Pad and EOS are one token, so that EOS falls out of the loss."""
+
+    def mask(self, sequences):
+        return sequences.mask & (sequences.responses != self.tokenizer.eos_id)
+
+
+@dataclass(frozen=True)
+class MultiplyingLoss(NextTokenLoss):
+    def __call__(self, xp, outputs, batch):
+        return -xp.sum(outputs["logprobs"] * batch["weights"]), {}
+
+
+@defect("algorithm", caught_by="masked_outputs_are_inert")
+class Multiplies(SFT):
+    """Masked columns are multiplied by 0."""
+
+    def terms(self, step):
+        return [replace(term, loss=MultiplyingLoss()) for term in super().terms(step)]
+
+
+@defect("algorithm", caught_by="every_token_weighs_the_same")
+class MeanOfRows(SFT):
+    """Each row is averaged over its own tokens first."""
+
+    def terms(self, step):
+        terms = []
+        for term in super().terms(step):
+            mask = term.sequences.mask
+            weights = mask / mask.sum(axis=1, keepdims=True) / len(mask)
+            terms.append(replace(term, batch={"weights": weights.astype(np.float32)}))
+        return terms
+
+
+@defect("algorithm", caught_by="only_the_response_counts")
+class PromptToo(SFT):
+    """The prompt is trained on as well."""
+
+    def block(self, examples):
+        return encoding.block(examples, self.tokenizer, self.config.lengths, prompt_loss=True)
+
+
+@defect("algorithm", caught_by="only_the_response_counts")
+class WithoutEos(SFT):
+    """Demonstrations end without EOS."""
+
+    def block(self, examples):
+        rows = super().block(examples)
+        return replace(rows, mask=rows.mask & (rows.responses != self.tokenizer.eos_id))
+
+
+# --------------------------------------------------------------------------------------------------------- reinforcement
+
+
+class OtherTemperature(PPO):
+    """Log-probabilities of one kind at temperature 1 instead of the rollout's."""
+
+    wrong: str
+
+    def rollout(self, step, clock):
+        rollout = super().rollout(step, clock)
+        model = self.policy if self.wrong == "old_logprobs" else self.ref_policy
+        found = model.evaluate(rollout.sequences, ["logprobs"], temperature=1.0)["logprobs"]
+        return replace(rollout, **{self.wrong: found})
+
+
+@defect("algorithm", caught_by="the_first_update_is_on_policy")
+class OldAtOne(OtherTemperature):
+    """Old log-probabilities at temperature 1, new ones at the rollout's."""
+
+    wrong = "old_logprobs"
+
+
+@defect("algorithm", caught_by="kl_is_zero_before_the_first_step")
+class ReferenceAtOne(OtherTemperature):
+    """Reference log-probabilities at temperature 1: KL is not 0 at the start."""
+
+    wrong = "ref_logprobs"
+
+
+@defect("algorithm", caught_by="kl_is_of_the_policy_from_its_start")
+class ReferenceIsPolicy(PPO):
+    """The reference is the policy that is trained: KL is 0 for ever."""
+
+    def __init__(self, config, setting):
+        super().__init__(config, setting)
+        self.ref_policy = self.policy
+
+
+@defect("algorithm", caught_by="kl_is_of_the_policy_from_its_start")
+class KLPerToken(PPO):
+    """KL is averaged over tokens instead of summed."""
+
+    def prepare(self, rollout):
+        batch, metrics = super().prepare(rollout)
+        return batch, metrics | {"objective/kl": metrics["objective/kl"] / metrics["objective/length"]}
+
+
+@defect("algorithm", caught_by="means_leave_padding_out")
+class MeanOverPadding(PPO):
+    """Entropy is averaged over all columns."""
+
+    def prepare(self, rollout):
+        batch, metrics = super().prepare(rollout)
+        return batch, metrics | {"objective/entropy": float(rollout.entropy.mean())}
+
+
+class OtherRewards(PPO):
+    """Rewards made by `rewards`; the rest of `prepare` as it should be."""
+
+    def rewards(self, scores, kl, mask):
+        raise NotImplementedError
+
+    def prepare(self, rollout):
+        right, numerics.token_rewards = numerics.token_rewards, lambda s, k, m, beta: self.rewards(s, beta * k, m)
+        try:
+            return super().prepare(rollout)
+        finally:
+            numerics.token_rewards = right
+
+
+def placed(scores, penalty, mask, column):
+    rewards = np.where(mask, -penalty, 0).astype(np.float32)
+    rewards[np.arange(len(mask)), column] += scores
+    return rewards
+
+
+@defect("algorithm", caught_by="the_reward_lands_once")
+class RewardOnPad(OtherRewards):
+    """The reward stands on the column after the last token."""
+
+    def rewards(self, scores, penalty, mask):
+        return placed(scores, penalty, mask, np.minimum(mask.sum(axis=1), mask.shape[1] - 1))
+
+
+@defect("algorithm", caught_by="the_reward_lands_once")
+class RewardOnTheFirstToken(OtherRewards):
+    """The reward stands on the first token."""
+
+    def rewards(self, scores, penalty, mask):
+        return placed(scores, penalty, mask, 0)
+
+
+@defect("algorithm", caught_by="the_reward_lands_once")
+class RewardEverywhere(OtherRewards):
+    """Every token has the reward."""
+
+    def rewards(self, scores, penalty, mask):
+        return np.where(mask, scores[:, None] - penalty, 0).astype(np.float32)
+
+
+@defect("algorithm", caught_by="the_reward_lands_once")
+class IntegerRewards(OtherRewards):
+    """Rewards in an array made like the token ids."""
+
+    def rewards(self, scores, penalty, mask):
+        return placed(scores, penalty, mask, np.maximum(mask.sum(axis=1) - 1, 0)).astype(np.int32)
+
+
+@defect("algorithm", caught_by="the_penalty_is_in_the_reward")
+class PenaltyAdded(OtherRewards):
+    """The penalty has the wrong sign."""
+
+    def rewards(self, scores, penalty, mask):
+        return placed(scores, -penalty, mask, np.maximum(mask.sum(axis=1) - 1, 0))
+
+
+@defect("algorithm", caught_by="the_penalty_is_in_the_reward")
+class PenaltyForgotten(OtherRewards):
+    """There is no penalty."""
+
+    def rewards(self, scores, penalty, mask):
+        return placed(scores, 0 * penalty, mask, np.maximum(mask.sum(axis=1) - 1, 0))
+
+
+@defect("algorithm", caught_by="unfinished_responses_are_marked_down")
+class OtherStopToken(PPO):
+    """The rule looks for <eos> while the policy stops at <stop>."""
+
+    def rollout(self, step, clock):
+        rollout = super().rollout(step, clock)
+        eos = self.tokenizer.core.token_to_id("<eos>")
+        rows = rollout.sequences
+        return replace(rollout, finished=numerics.ends_with_stop(rows.responses, rows.mask, [eos]))
+
+
+@defect("algorithm", caught_by="unfinished_responses_are_marked_down")
+class Subtracts(PPO):
+    """The score is lowered by 1 instead of replaced."""
+
+    def prepare(self, rollout):
+        lowered = replace(rollout, scores=np.where(rollout.finished, rollout.scores, rollout.scores - 1).astype(np.float32))
+        return super().prepare(replace(lowered, finished=np.ones_like(rollout.finished)))
+
+
+@defect("algorithm", caught_by="advantages_are_whitened_over_the_batch")
+class WhitensMinibatches(PPO):
+    """Whitening over each minibatch."""
+
+    def terms(self, sequences, batch, rows):
+        mask = batch["mask"][rows]
+        whitened = dict(batch) | {"advantages": batch["advantages"].copy()}
+        whitened["advantages"][rows] = numerics.whiten(batch["advantages"][rows], mask)
+        return super().terms(sequences, whitened, rows)
+
+
+@defect("algorithm", caught_by="advantages_are_whitened_over_the_batch")
+class WhitensPadding(PPO):
+    """Whitening over all columns, padding included."""
+
+    def prepare(self, rollout):
+        right, numerics.whiten = numerics.whiten, lambda x, mask: ((x - x.mean()) / x.std()).astype(np.float32)
+        try:
+            return super().prepare(rollout)
+        finally:
+            numerics.whiten = right
+
+
+@defect("algorithm", caught_by="the_first_policy_loss_is_zero")
+class ScalesOnly(PPO):
+    """Advantages are scaled to variance 1; their mean stays."""
+
+    def prepare(self, rollout):
+        right, numerics.whiten = numerics.whiten, numerics.scale_to_unit_variance
+        try:
+            return super().prepare(rollout)
+        finally:
+            numerics.whiten = right
+
+
+@dataclass(frozen=True)
+class MinimumLoss(PPOLoss):
+    """The minimum where the maximum of the losses belongs."""
+
+    def __call__(self, xp, outputs, batch):
+        logprobs = losses.select(xp, batch["mask"], outputs["logprobs"])
+        ratio, advantages = xp.exp(logprobs - batch["old_logprobs"]), batch["advantages"]
+        clipped = xp.clip(ratio, 1 - self.clip_range, 1 + self.clip_range)
+        loss = xp.minimum(-advantages * ratio, -advantages * clipped)
+        return losses.weighted_sum(xp, loss, batch["weights"]), super().__call__(xp, outputs, batch)[1]
+
+
+@defect("algorithm", caught_by="clipping_binds")
+class Minimum(PPO):
+    """Clipping binds where it should not, and does not where it should."""
+
+    def __init__(self, config, setting):
+        super().__init__(config, setting)
+        self.loss = MinimumLoss(config.clip_range, config.value_clip_range, config.value_coef)
+
+
+@defect("algorithm", caught_by="clipping_binds")
+class ClimbsDown(PPO):
+    """Advantages enter the loss with the wrong sign."""
+
+    def terms(self, sequences, batch, rows):
+        terms = super().terms(sequences, batch, rows)
+        return [replace(term, loss=Flipped(0.2, 0.2, 0.1)) for term in terms]
+
+
+@dataclass(frozen=True)
+class Flipped(PPOLoss):
+    def __call__(self, xp, outputs, batch):
+        return super().__call__(xp, outputs, dict(batch) | {"advantages": -batch["advantages"]})
+
+
+@defect("algorithm", caught_by="the_kl_controller_follows_its_rule")
+class ControllerPerToken(PPO):
+    """The controller is fed the mean over tokens."""
+
+    def step(self, step):
+        self.kl.update = lambda kl, episodes: type(self.kl).update(self.kl, kl / 8, episodes)
+        return super().step(step)
+
+
+@defect("algorithm", caught_by="the_kl_controller_follows_its_rule")
+class ControllerWithoutClip(PPO):
+    """The controller's error is not clipped."""
+
+    def step(self, step):
+        def update(kl, episodes):
+            self.kl.coef *= float(1 + (kl / self.config.kl_target - 1) * episodes / self.config.kl_horizon)
+
+        self.kl.update = update
+        return super().step(step)
+
+
+@defect("algorithm", caught_by="the_pretraining_mix_is_added")
+class MixWithoutWeight(PPO):
+    """ptx_coef switches the mix on and does not weigh it."""
+
+    def ptx_terms(self, step, epoch, number):
+        return [replace(term, loss=NextTokenLoss(1.0, "ptx/loss")) for term in super().ptx_terms(step, epoch, number)]
+
+
+@defect("algorithm", caught_by="the_pretraining_mix_is_added")
+class MixReplaces(PPO):
+    """With the mix on, the episodes weigh half."""
+
+    def terms(self, sequences, batch, rows):
+        terms = super().terms(sequences, batch, rows)
+        for term in terms:
+            term.batch["weights"] = term.batch["weights"] * (0.5 if self.ptx_batch else 1.0)
+        return terms
+
+
+# --------------------------------------------------------------------------------------------------------- reward models
+
+
+@dataclass(frozen=True)
+class OverflowingLoss(reward_modelling.RankingLoss):
+    def __call__(self, xp, outputs, batch):
+        scores = outputs["scores"]
+        loss = xp.log(1 + xp.exp(scores[None, :] - scores[:, None]))
+        return xp.sum(xp.where(batch["preferences"] > 0, loss, 0 * loss) * batch["preferences"]), {
+            "accuracy": xp.sum(batch["preferences"])
+        }
+
+
+class OtherRanking(RewardModelling):
+    def terms(self, batch):
+        return [self.other(term) for term in super().terms(batch)]
+
+
+@defect("algorithm", caught_by="equal_scores_cost_log_two")
+class Overflows(OtherRanking):
+    """log(1 + exp(x)) as it is written: infinite beyond x = 709."""
+
+    def other(self, term):
+        return replace(term, loss=OverflowingLoss())
+
+
+@dataclass(frozen=True)
+class AbsoluteLoss(reward_modelling.RankingLoss):
+    def __call__(self, xp, outputs, batch):
+        loss, metrics = super().__call__(xp, outputs, batch)
+        counts = xp.sum(batch["preferences"], axis=1) != 0
+        return loss + 0.01 * xp.sum(xp.where(counts, outputs["scores"], 0 * outputs["scores"]) ** 2), metrics
+
+
+@defect("algorithm", caught_by="equal_scores_cost_log_two")
+class SeesShifts(OtherRanking):
+    """A penalty on the size of scores: the loss sees a shift."""
+
+    def other(self, term):
+        return replace(term, loss=AbsoluteLoss())
+
+
+@defect("algorithm", caught_by="the_better_completion_is_raised")
+class WorseWins(OtherRanking):
+    """Rank 0 is taken for the worst."""
+
+    def other(self, term):
+        return replace(term, batch={"preferences": np.ascontiguousarray(term.batch["preferences"].T)})
+
+
+@defect("algorithm", caught_by="scores_are_normalised")
+class GainWithoutBias(RewardModelling):
+    """The bias is taken off before the gain instead of with it."""
+
+    def normalise(self):
+        rescale = self.model.rescale
+        self.model.rescale = lambda gain, bias: rescale(gain, bias / gain if gain != 1 else 0.9 * bias)
+        return super().normalise()
+
+
+# --------------------------------------------------------------------------------------------------------------- failures
+
+
+@defect("algorithm", caught_by="failed_rewards_are_heard")
+class SilentZero(PPO):
+    """A reward model that fails counts as 0."""
+
+    def __init__(self, config, setting):
+        super().__init__(config, setting)
+        score = self.reward_model.score
+
+        def never_fails(responses: Responses):
+            try:
+                return score(responses)
+            except Exception:
+                return np.zeros(len(responses.texts), np.float32)
+
+        self.reward_model.score = never_fails
+
+
+@defect("algorithm", caught_by="episodes_without_a_score_are_left_out")
+class NaNIsZero(PPO):
+    """A missing score counts as 0."""
+
+    def __init__(self, config, setting):
+        super().__init__(config, setting)
+        score = self.reward_model.score
+        self.reward_model.score = lambda responses: np.nan_to_num(score(responses))
+
+
+@defect("algorithm", caught_by="it_reports_in_plain_numbers")
+class ArraysInState(PPO):
+    """State that JSON does not hold."""
+
+    def state(self):
+        return super().state() | {"kl": np.float32(self.kl.coef)}
+
+
+@defect("algorithm", caught_by="it_reports_in_plain_numbers")
+class ArraysInMetrics(SFT):
+    """A metric that is an array."""
+
+    def step(self, step):
+        metrics = super().step(step)
+        return metrics | {"loss": np.array([metrics["loss"]])}

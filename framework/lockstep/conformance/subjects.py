@@ -97,19 +97,16 @@ class Trace:
     def trained(self) -> dict[str, Any]:
         return dict(self.algorithm.learner.models)
 
-    def evaluations(self, step: int) -> tuple[Evaluation, Evaluation]:
-        """The first evaluation of log-probabilities by a trained model in this step, and the first by another one.
+    def own_evaluation(self, step: int) -> Evaluation:
+        """The first evaluation of log-probabilities by a trained model in this step.
 
         Raises:
-          Inapplicable: there are not both.
+          Inapplicable: there is none.
         """
-        trained = list(self.trained().values())
-        found = [e for e in self.of(Evaluation, step) if "logprobs" in e.outputs]
-        own = [e for e in found if any(e.model is model for model in trained)]
-        other = [e for e in found if not any(e.model is model for model in trained)]
-        if not own or not other:
-            raise Inapplicable("it does not compare a trained policy with a reference")
-        return own[0], other[0]
+        for evaluation in self.of(Evaluation, step):
+            if "logprobs" in evaluation.outputs and any(evaluation.model is model for model in self.trained().values()):
+                return evaluation
+        raise Inapplicable("it does not evaluate the policy that it trains")
 
     def parameters(self) -> dict[str, np.ndarray]:
         return {f"{name}.{key}": a for name, model in self.trained().items() for key, a in model.parameters().items()}
@@ -131,7 +128,7 @@ class AlgorithmSubject:
 
     defaults = {
         "lengths": LENGTHS, "batch_size": 6, "iterations": 4, "epochs": 2, "minibatches": 2, "micro_batch_size": None,
-        "heldout_examples": 4, "temperature": 0.7, "kl_coef": 0.1,
+        "heldout_examples": 4, "temperature": 0.7, "kl_coef": 0.1, "optimizer": {"learning_rate": 3e-3},
         "schedule": {"shape": "constant", "warmup_steps": 0, "initial": 1.0, "final": 1.0},
     }  # fmt: skip
 

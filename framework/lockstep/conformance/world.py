@@ -36,7 +36,7 @@ ARCHITECTURE = small_decoder(
 )  # fmt: skip
 SMALL = {
     "layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "intermediate_size": 48, "context_length": 64,
-    "rope_theta": 100.0, "tied": False, "compilation_cache": None,
+    "rope_theta": 100.0, "tied": False, "compilation_cache": None, "threads": 1,
 }  # fmt: skip
 """Keys of policies and backends that are set where a configuration has them."""
 LENGTHS = {"prompt": 6, "response": 12, "multiple": 4}
@@ -114,6 +114,15 @@ def word_scores(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]
     return [0.73 + sum(len(word) for word in text.split()) / 7 for text in responses]
 
 
+def known(changes: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """The changes of keys that the group has, at every depth."""
+    return {
+        key: known(value, group[key]) if isinstance(value, Mapping) and isinstance(group[key], Mapping) else value
+        for key, value in changes.items()
+        if key in group
+    }
+
+
 class World:
     """One backend, a policy on it, and what a check needs around them.
 
@@ -156,8 +165,7 @@ class World:
         """
         cls = registry().resolve(kind, name, self.name)
         group = {key: value for key, value in composition.group(kind, like or name).items() if key != "name"}
-        keys = group or {field.name for field in dataclasses.fields(cls.Config)}
-        given = {key: value for key, value in {**SMALL, **changes}.items() if key in keys}
+        given = known({**SMALL, **changes}, group or {field.name: None for field in dataclasses.fields(cls.Config)})
         merged = OmegaConf.merge(group, given, self.overrides.get(kind, {}))
         return cls, parse(cls.Config, OmegaConf.to_container(merged), kind)
 
@@ -192,6 +200,11 @@ class World:
 
     def seeds(self, rows: int, columns: int, step: int = 0) -> np.ndarray:
         return randomness.token_seeds(0, "conformance", step, rows, columns)
+
+    @property
+    def from_checkpoint(self) -> bool:
+        """The policy starts from a checkpoint's weights, whatever the seed."""
+        return hasattr(self._policy[1], "path")
 
     @functools.cached_property
     def _policy(self) -> tuple[type, Any]:
