@@ -82,7 +82,8 @@ class ScalarHead(nn.Module):
         self.bias = nn.Parameter(torch.tensor([bias], dtype=torch.float32))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return (hidden.float() @ self.weight[0]) + self.bias[0]
+        with torch.autocast(hidden.device.type, enabled=False):  # which would make a bfloat16 product of it
+            return (hidden.float() @ self.weight[0]) + self.bias[0]
 
     def tensors(self) -> dict[str, Tensor]:
         return {SCALAR_HEAD: self.weight, SCALAR_BIAS: self.bias}

@@ -167,4 +167,4 @@ def without_language_head(network: Network) -> Network:
 
 def _take(logits: Tensor, tokens: Tensor) -> Tensor:
     """logits [B, T, V] at the token of each column: [B, T]. Ids outside the vocabulary are padding: any number will do."""
-    return logits.gather(-1, tokens.clamp(max=logits.shape[-1] - 1)[..., None])[..., 0]
+    return logits.gather(-1, tokens.clamp(0, logits.shape[-1] - 1)[..., None])[..., 0]
