@@ -1,0 +1,25 @@
+"""Plain numpy, differentiated by autograd: backend, policy and learner. Sibling of ``lockstep_torch``, file for file.
+
+backend.py      what runs where
+decoder.py      the network of policies that start from scratch
+generation.py   sampling with a key-value cache
+model.py        logprobs, entropy, values, scores; loading and saving
+policies.py     what the configuration names: decoder
+array_api.py    the namespace that losses are written against
+learner.py      gradients and Adam
+"""
+
+from pathlib import Path
+
+from lockstep.registry import Plugin
+
+plugin = Plugin(
+    backend="numpy",
+    requires=("autograd",),
+    install="pip install autograd",
+    conf=Path(__file__).parent / "conf",
+    components={
+        "backend": {"numpy": "lockstep_numpy.backend:NumpyBackend"},
+        "policy": {"decoder": "lockstep_numpy.policies:Decoder"},
+    },
+)

@@ -1,0 +1,39 @@
+"""Numpy on the host: there is nothing to choose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Literal
+
+from lockstep.interfaces import Backend, Learner, Model
+from lockstep.optimisation import OptimizerConfig
+
+
+class NumpyBackend(Backend):
+    """Args of its configuration:
+
+    precision: of everything. Only float32.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        precision: Literal["float32"]
+
+    name = "numpy"
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def learner(self, models: Mapping[str, Model], optimizers: Mapping[str, OptimizerConfig]) -> Learner:
+        from lockstep_numpy.learner import NumpyLearner
+
+        return NumpyLearner(models, optimizers)
+
+    def describe(self) -> dict[str, str]:
+        versions = {library: version(library) for library in ("numpy", "autograd")}
+        return {**versions, "device": "cpu", "precision": self.config.precision}
+
+    def peak_memory_bytes(self) -> int | None:
+        return None

@@ -1,0 +1,64 @@
+"""The policy that a configuration names: `decoder` starts from scratch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from lockstep.architecture import (
+    SCALAR_BIAS,
+    SCALAR_HEAD,
+    Architecture,
+    SmallDecoderConfig,
+    check_parameters,
+    from_hf,
+    initial_parameters,
+    parameter_shapes,
+    small_decoder,
+    trunk_shapes,
+)
+from lockstep.checkpoints import read_json, read_weights
+from lockstep.errors import CheckpointError
+from lockstep.interfaces import ScalarModel
+from lockstep.tokenizer import Tokenizer
+from lockstep_numpy.backend import NumpyBackend
+from lockstep_numpy.model import LanguageModel, Scalar
+
+
+class Decoder(LanguageModel):
+    """A small modern decoder with fresh weights, the same in every backend."""
+
+    Config = SmallDecoderConfig
+
+    @classmethod
+    def create(cls, config: SmallDecoderConfig, backend: NumpyBackend, tokenizer: Tokenizer, seed: int) -> Decoder:
+        architecture = config.architecture(tokenizer.vocab_size)
+        return cls(architecture, initial_parameters(architecture, seed))
+
+    @classmethod
+    def load(cls, folder: Path, backend: NumpyBackend) -> Decoder:
+        architecture, weights = _architecture(folder), read_weights(folder)
+        check_parameters(architecture, weights, parameter_shapes(architecture))
+        return cls(architecture, weights)
+
+    @classmethod
+    def load_scalar(cls, folder: Path, backend: NumpyBackend) -> ScalarModel:
+        architecture, weights = _architecture(folder), read_weights(folder)
+        weights.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))  # transformers' classifiers have none
+        heads = {SCALAR_HEAD: (1, architecture.hidden_size), SCALAR_BIAS: (1,)}
+        check_parameters(architecture, weights, trunk_shapes(architecture) | heads)
+        return Scalar(architecture, weights)
+
+
+SIZES = ("vocab_size", *(field.name for field in dataclasses.fields(SmallDecoderConfig) if field.name != "tokenizer"))
+
+
+def _architecture(folder: Path) -> Architecture:
+    """What config.json describes, where it is no more than the small decoder: other switches would be ignored here."""
+    found = from_hf(read_json(Path(folder) / "config.json"))
+    small = small_decoder(**{size: getattr(found, size) for size in SIZES})
+    if found != dataclasses.replace(small, norm_eps=found.norm_eps, head_dim=found.head_dim):
+        raise CheckpointError(f"{folder} holds a {found.family} model that is not a small decoder: backend=numpy opens no other.")
+    return found
