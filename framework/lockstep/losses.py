@@ -38,7 +38,7 @@ def clipped_policy_loss(xp: Any, ratio: Array, advantages: Array, *, clip_range:
 
 def clipped_value_loss(xp: Any, values: Array, old_values: Array, returns: Array, *, clip_range: float) -> Array:
     """L_t = ½ max((V - R)², (clip(V, V_old ± ε) - R)²). [B, T]. lm-human-preferences, `train_policy.loss`."""
-    near = old_values + xp.clip(values - old_values, -clip_range, clip_range)
+    near = xp.clip(values, old_values - clip_range, old_values + clip_range)  # V itself where clipping does not bind
     return 0.5 * xp.maximum((values - returns) ** 2, (near - returns) ** 2)
 
 
