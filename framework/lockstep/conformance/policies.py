@@ -127,7 +127,7 @@ def outputs_are_what_was_asked_for(world: World) -> None:
     require(scalar.supplies == {"values", "scores"}, f"a scalar model supplies {sorted(scalar.supplies)}, not scores and values")
     for model, names in [(policy, ["logprobs"]), (valued, ["values"]), (scalar, ["scores"])]:
         found = model.evaluate(rows, names, temperature=TEMPERATURE)
-        require(set(found) == set(names), f"asked for {names}, evaluate gave {sorted(found)}")
+        require(set(found) == set(names), f"asked for {names}, evaluate gave {len(found)}: {sorted(found)}")
         for name, array in found.items():
             shape = (rows.rows,) if name == "scores" else rows.mask.shape
             _is_array(name, array, np.float32, shape)
@@ -456,7 +456,10 @@ def checkpoints_round_trip(world: World) -> None:
     same_arrays("loaded policy's", evaluate(again, rows), evaluate(policy, rows))
     valued = _saved(world, policy.with_value_head(), "policy with a value head")
     names, expected = (set(checkpoints.read_weights(f)) for f in (valued, folder))
-    require(names == expected, f"with a value head the checkpoint of the policy also holds {sorted(names ^ expected)}")
+    require(
+        names == expected,
+        f"with a value head the checkpoint has {len(names)} tensors, not {len(expected)}: {sorted(names ^ expected)}",
+    )
     scalar = world.scalar_model(1)
     scalar.rescale(1.5, 0.25)
     again = type(policy).load_scalar(_saved(world, scalar, "scalar model"), world.backend)
