@@ -110,6 +110,7 @@ class Bench:
         if process.returncode:
             raise SystemExit((self.whole.with_suffix(".log")).read_text()[-3000:])
         self.seconds = {stage: done.get(stage, time.perf_counter()) - first[stage] for stage in STAGES}
+        self.totals = {stage: json.loads((find(self.whole, stage) / "done.json").read_text())["steps"] for stage in STAGES}
         if wrong := wandb_problems(find(self.whole, "ppo")):
             raise SystemExit(f"the reference's W&B log: {wrong}")
 
@@ -133,7 +134,7 @@ class Bench:
             # The first is seen or not; so from the second save on, at most to the last but one.
             last = max(1, len(rows(find(self.whole, target) / "metrics.jsonl")) // every - 2)
             after = f"{self.random.randint(1, last) * every:08d}"
-            self.wait(process, lambda: bool(saving(folder)) and saving(folder)[0] > f".{after}")
+            self.wait(process, lambda: any(name > f".{after}" for name in saving(folder)))
         else:
             self.wait(process, lambda: (folder / ".output.part").exists() or (folder / "output").exists())
             time.sleep(self.random.uniform(0, 0.02))
@@ -144,7 +145,7 @@ class Bench:
             os.kill(pid, signal.SIGKILL)
         process.wait()
 
-        killed = after_kill(runs)
+        killed = after_kill(runs, self.totals)
         if killed["stage"] is None:
             return self.kill(number)
         printed = self.finish(runs, every)
@@ -197,14 +198,14 @@ def children(pid: int) -> list[int]:
     return [int(child) for task in Path(f"/proc/{pid}/task").glob("*") for child in (task / "children").read_text().split()]
 
 
-def after_kill(runs: Path) -> dict[str, Any]:
+def after_kill(runs: Path, totals: dict[str, int]) -> dict[str, Any]:
     """Where the kill came: the stage that is not done, its steps, its newest checkpoint, what was being written."""
     stage = next((s for s in STAGES if (f := find(runs, s)) is None or not (f / "done.json").exists()), None)
     folder = find(runs, stage) if stage else None
     found = {"stage": stage, "steps": 0, "checkpoint": 0, "repeated": 0, "during": "between stages"}
     if folder is None:
         return found
-    steps = len({row["step"] for row in rows(folder / "metrics.jsonl")})
+    steps = min(len(rows(folder / "metrics.jsonl")), totals[stage])  # a row after the last step is of the end
     whole = [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit()]
     checkpoint = max(whole, default=0)
     during = "a step"
@@ -333,6 +334,11 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     kills: list[dict[str, Any]] = []
 
+    def write(kills: list[dict[str, Any]]) -> None:
+        kills.sort(key=lambda row: (backends.index(row["backend"]), row["kill"]))
+        lines = ",\n".join(json.dumps(kill) for kill in kills)
+        arguments.output.with_suffix(".json").write_text(f"[\n{lines}\n]\n")
+
     def run(number: int) -> None:
         name = backends[number]
         folder = Path(tempfile.mkdtemp(prefix=f"kills-{name}-"))
@@ -341,6 +347,7 @@ def main() -> None:
         for kill in range(1, arguments.kills + 1):
             row = bench.kill(kill)
             kills.append(row)
+            write(kills)  # so far, lest the record of many be lost with one
             where = f"{row['stage']} after step {row['steps']} in {row['during']}, went on at {row['checkpoint']}"
             said = "equal" if not row["problems"] else "; ".join(row["problems"])
             print(f"{name} {kill}/{arguments.kills}  {where}: {said}", flush=True)
@@ -349,9 +356,6 @@ def main() -> None:
 
     with ThreadPoolExecutor(len(backends)) as pool:
         list(pool.map(run, range(len(backends))))
-    kills.sort(key=lambda row: (backends.index(row["backend"]), row["kill"]))
-    lines = ",\n".join(json.dumps(kill) for kill in kills)
-    arguments.output.with_suffix(".json").write_text(f"[\n{lines}\n]\n")
     arguments.output.with_suffix(".md").write_text(report(kills, time.perf_counter() - started))
     print("\n".join(table(kills)))
     sys.exit(any(kill["problems"] for kill in kills))

@@ -1,12 +1,8 @@
 """Whole runs, through the same entry as the command line."""
 
-import errno
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -15,7 +11,7 @@ from lockstep import checkpoints, store
 from lockstep.cli import run_config
 from lockstep.composition import compose
 from lockstep.console import Console
-from lockstep.errors import CheckpointError, ConfigError, Stopped
+from lockstep.errors import ConfigError
 from lockstep.experiment import Experiment
 from lockstep.runner import Runner
 from runs import DECODER, PPO_ONLY, TINY, tiny
@@ -127,102 +123,6 @@ def test_the_hh_recipe_runs_on_a_checkpoint_and_a_file_of_whole_dialogues(pipeli
     assert 0 <= evaluation["reward_model"]["accuracy/training_labelers"]["mean"] <= 1
 
 
-# ----------------------------------------------------------------------------------------------------------- resuming
-
-
-def without_timings(rows):
-    return [{k: v for k, v in row.items() if not k.startswith("perf/") and k != "seconds"} for row in rows]
-
-
-@pytest.mark.parametrize(
-    ("backend", "how"), [("torch", signal.SIGINT), ("jax", signal.SIGINT), ("torch", signal.SIGKILL), ("jax", signal.SIGKILL)]
-)
-def test_a_run_stopped_by_ctrl_c_or_kill_goes_on_bit_for_bit(tmp_path, backend, how):
-    options = [
-        f"backend={backend}",
-        *PPO_ONLY,
-        "algorithm.iterations=6",
-        "algorithm.kl_target=0.5",
-        "algorithm.kl_horizon=100",
-        "algorithm.optimizer.ema_decay=0.9",
-        "checkpoint_every=2",
-        *(["backend.threads=1"] if backend == "torch" else []),  # sums depend on the number of threads; here they share
-    ]
-    whole = tiny(tmp_path / "whole", *options)
-    command = [sys.executable, "-m", "lockstep", "run", *TINY, *DECODER, f"folder={tmp_path / 'cut'}", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        while not (found := list((tmp_path / "cut").glob("stages/ppo-*/metrics.jsonl"))) or not found[0].read_text():
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.005)
-        process.send_signal(how)
-        printed = process.communicate()[0]
-    stopped = process.returncode
-    cut = tiny(tmp_path / "cut", *options)
-    if stopped == 130:  # a fast machine may have finished first
-        assert "Run the same command to go on" in printed
-    assert without_timings(lines(cut, "ppo")) == without_timings(lines(whole, "ppo"))
-    one, other = weights(cut, "ppo"), weights(whole, "ppo")
-    assert all(np.array_equal(one[name], other[name]) for name in other)
-
-
-def stop_after(monkeypatch, steps):
-    """Make the run stop, as Ctrl-C does, after so many steps of PPO."""
-    from lockstep_rlhf.ppo import PPO
-
-    step = PPO.step
-
-    def counted(self, number):
-        metrics = step(self, number)
-        if number + 1 == steps:
-            os.kill(os.getpid(), signal.SIGINT)
-        return metrics
-
-    monkeypatch.setattr(PPO, "step", counted)
-
-
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(tmp_path, monkeypatch, caplog):
-    options = [*PPO_ONLY, "algorithm.iterations=5", "checkpoint_every=1"]
-    whole = tiny(tmp_path / "whole", *options)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 4)
-        with pytest.raises(Stopped, match="after step 4 of 5"):
-            tiny(tmp_path / "cut", *options)
-    newest = max((tmp_path / "cut").glob("stages/ppo-*/checkpoints/*")) / "learner.safetensors"
-    data = bytearray(newest.read_bytes())
-    data[-1] ^= 1
-    newest.write_bytes(data)
-    cut = tiny(tmp_path / "cut", *options)
-    assert "learner.safetensors changed since it was written" in caplog.text
-    assert without_timings(lines(cut, "ppo")) == without_timings(lines(whole, "ppo"))
-
-
-def test_a_full_disk_keeps_the_checkpoint_before_it_and_says_so(tmp_path, monkeypatch):
-    options = [*PPO_ONLY, "algorithm.iterations=4", "checkpoint_every=2"]
-    real = checkpoints.save_file
-    full = {"now": False}
-
-    def save_file(tensors, path, **rest):
-        if full["now"]:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path, **rest)
-
-    from lockstep_rlhf.ppo import PPO
-
-    step = PPO.step
-
-    def filling(self, number):
-        full["now"] = number == 3
-        return step(self, number)
-
-    monkeypatch.setattr(checkpoints, "save_file", save_file)
-    monkeypatch.setattr(PPO, "step", filling)
-    with pytest.raises(CheckpointError, match="No space left on device.*Make room and run the same command again"):
-        tiny(tmp_path, *options)
-    assert [p.name for p in tmp_path.glob("stages/ppo-*/checkpoints/*")] == ["00000002"]
-    monkeypatch.undo()
-    assert [row["step"] for row in lines(tiny(tmp_path, *options), "ppo")] == [0, 1, 2, 3]
-
-
 # ------------------------------------------------------------------------------------------------------------ options
 
 OPTIONS = [
@@ -293,17 +193,6 @@ def test_a_stage_is_made_anew_when_its_reward_function_has_changed(tmp_path, mon
     (tmp_path / "my_reward.py").write_text("def score(prompts, responses): return [1.0] * len(responses)\n")
     after = folders(tmp_path / "runs", *options)
     assert before["sft"] == after["sft"] and before["ppo"] != after["ppo"]
-
-
-def test_a_run_stopped_in_its_last_step_keeps_its_last_metrics(tmp_path, monkeypatch):
-    options = [*PPO_ONLY, "algorithm.iterations=3"]
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(Stopped):
-            tiny(tmp_path, *options)
-    run = tiny(tmp_path, *options)
-    done = checkpoints.read_json(output(run, "ppo").parent / "done.json")
-    assert done["metrics"]["objective/score"] == lines(run, "ppo")[-1]["objective/score"]
 
 
 def test_responses_without_a_score_are_left_out_of_the_evaluation(tmp_path):

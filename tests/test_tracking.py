@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -114,12 +115,17 @@ def test_without_an_api_key_the_stage_is_recorded_offline_and_can_be_read_back(t
     assert "".join(capfd.readouterr()) == ""
 
 
-def test_a_resumed_stage_goes_on_in_the_same_run_and_may_repeat_steps(tmp_path, caplog, capfd):
+def test_a_resumed_stage_goes_on_in_the_same_run_with_each_step_once(tmp_path, caplog, capfd):
+    def rows(name, *rows):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
     t = tracker()
     start(t, tmp_path)
-    for step in range(4):
+    for step in (0, 2, 3):  # 1 was lost in the kill, 2 and 3 come after the checkpoint
         t.log({"loss": float(step)}, step)
     t.finish(failed=True)
+    rows("metrics", {"step": 0, "seconds": 0.1, "loss": 0.0}, {"step": 1, "seconds": 0.2, "loss": 1.0, "ratio": None})
+    rows("samples", {"step": 1, "prompt": "a"}, {"step": 1, "prompt": "b"})
     time.sleep(1)  # W&B names its folders by the second
     start(t, tmp_path, resume=True)
     for step in range(2, 5):
@@ -127,11 +133,44 @@ def test_a_resumed_stage_goes_on_in_the_same_run_and_may_repeat_steps(tmp_path, 
     t.finish()
 
     assert {r.run.run_id for r in records(tmp_path) if r.WhichOneof("record_type") == "run"} == {"sft-torch-0123"}
-    assert [row["step"] for row in history(tmp_path)] == [0, 1, 2, 3, 2, 3, 4]
-    assert [r.exit.exit_code for r in records(tmp_path) if r.WhichOneof("record_type") == "exit"] == [1, 0]
+    logged = history(tmp_path)
+    assert [(row["_step"], row["step"], row["loss"]) for row in logged] == [(n, n, float(n)) for n in range(5)]
+    assert "seconds" not in logged[0] and math.isnan(logged[1]["ratio"])
+    table = json.loads(next(tmp_path.glob("wandb/*/files/media/table/*.json")).read_text())
+    assert table == {"columns": ["prompt"], "data": [["a"], ["b"]]}
+    assert [r.exit.exit_code for r in records(tmp_path) if r.WhichOneof("record_type") == "exit"] == [0]
     definitions = [r.metric for r in records(tmp_path) if r.WhichOneof("record_type") == "metric"]
     assert ("*", "step") in [(m.glob_name, m.step_metric) for m in definitions]
     assert ours(caplog) == [] and "".join(capfd.readouterr()) == ""
+
+
+def test_steps_that_the_server_has_are_not_sent_again(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "loss": 0.0}) + "\n" for n in range(3)))
+    t = tracker("offline")
+    opened = t._open
+
+    def resumed(arguments):  # as W&B does where the server knows the run
+        run = opened(arguments)
+        run._starting_step = 4
+        return run
+
+    monkeypatch.setattr(t, "_open", resumed)
+    start(t, tmp_path, resume=True)
+    for step in range(3, 6):
+        t.log({"loss": 0.0}, step)
+        t.table("samples", [{"prompt": "a"}], step)
+    t.finish()
+    assert [row["step"] for row in history(tmp_path)] == [4, 5]
+
+
+def test_a_stage_that_starts_afresh_leaves_no_earlier_log(tmp_path):
+    t = tracker()
+    for _ in range(2):
+        start(t, tmp_path)
+        t.log({"loss": 0.0}, 0)
+        t.finish()
+        time.sleep(1)  # W&B names its folders by the second
+    assert [row["step"] for row in history(tmp_path)] == [0]
 
 
 def test_neither_the_configuration_nor_the_command_line_leaks_secrets(tmp_path, monkeypatch):

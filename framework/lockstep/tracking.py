@@ -96,7 +96,7 @@ class Wandb(Tracker):
             self._run = self._open(arguments)
             self._run.define_metric("step", hidden=True)
             self._run.define_metric("*", step_metric="step")
-            self._first = self._run.step
+            self._first = self._run.starting_step
             if self._run.settings.mode == "offline":
                 _remove_logs(folder, identity, Path(self._run.settings.sync_dir))
             if resume:
