@@ -37,6 +37,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -333,6 +334,7 @@ def main() -> None:
     backends, started = arguments.backend.split(","), time.perf_counter()
     cores = sorted(os.sched_getaffinity(0))
     kills: list[dict[str, Any]] = []
+    writing = threading.Lock()
 
     def write(kills: list[dict[str, Any]]) -> None:
         kills.sort(key=lambda row: (backends.index(row["backend"]), row["kill"]))
@@ -346,8 +348,9 @@ def main() -> None:
         bench.reference()
         for kill in range(1, arguments.kills + 1):
             row = bench.kill(kill)
-            kills.append(row)
-            write(kills)  # so far, lest the record of many be lost with one
+            with writing:
+                kills.append(row)
+                write(kills)  # so far, lest the record of many be lost with one
             where = f"{row['stage']} after step {row['steps']} in {row['during']}, went on at {row['checkpoint']}"
             said = "equal" if not row["problems"] else "; ".join(row["problems"])
             print(f"{name} {kill}/{arguments.kills}  {where}: {said}", flush=True)
