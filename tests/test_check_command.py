@@ -1,0 +1,230 @@
+"""`lockstep check`, and the same checks as a package's own tests by the pytest plugin."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lockstep.cli import main
+from lockstep.conformance.kit import Check, Outcome, checks
+from lockstep.conformance.report import PRECISIONS, Place, kind_of, known_precisions, line, places, report, summary
+from lockstep.errors import LockstepError
+from test_plugins import KIT
+
+pytest_plugins = ["pytester"]
+pytest.importorskip("torch")
+
+ROUNDED = "defects.reward_models:RoundedFunction"
+
+
+def outcome(name: str, status: str, detail: str = "") -> Outcome:
+    def holds(subject):
+        """Two and two
+        are four."""
+
+    return Outcome(Check("algorithm", name, holds, "arithmetic"), status, detail, 0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------- in the terminal
+
+
+def test_a_component_that_conforms_has_a_line_for_each_check_and_one_at_the_end(capsys):
+    assert report("function", backend="torch", overrides=["backend.threads=1"])
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    assert first == "reward_model function on torch, float32"
+    assert lines.count("  ✓ padding_is_inert") == 2 and "reward_model function on torch, bfloat16" in lines
+    assert sum(each.startswith("  ") for each in lines) == 2 * len(checks("reward_model"))
+    assert last == "function conforms on torch, float32 and bfloat16: 7 checks passed, 1 does not apply"
+
+
+def test_a_failure_has_the_property_the_numbers_and_what_it_usually_means(capsys):
+    assert not report(ROUNDED, "reward_model", "torch", "float32", like="function")
+    said = capsys.readouterr().out
+    assert "  ✗ fractions_survive\n      A score of 0.73 stays 0.73 (invariant 11).\n      found: scores: " in said
+    assert "the difference 0." in said
+    assert "      usually: scores were put into an array made like the token ids: 0.73 becomes 0\n" in said
+    assert said.splitlines()[-1] == (
+        f"{ROUNDED} does not conform on torch, float32: 1 failed (fractions_survive), 6 checks passed, 1 does not apply"
+    )
+
+
+@pytest.mark.parametrize("conforms", [True, False])
+def test_the_exit_code_says_whether_it_conforms(conforms, monkeypatch):
+    given = []
+    monkeypatch.setattr("lockstep.conformance.report.report", lambda *arguments: given.append(arguments) or conforms)
+    monkeypatch.setattr(sys, "argv", ["lockstep", "check", "ppo", "--backend", "torch", "algorithm.epochs=3"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == (0 if conforms else 1)
+    assert given == [("ppo", None, "torch", None, None, ["algorithm.epochs=3"])]
+
+
+def test_a_check_that_does_not_apply_says_why():
+    assert line(outcome("stops", "inapplicable", "it does not sample")) == "  – stops: it does not sample"
+
+
+def test_the_property_of_a_failure_is_one_line():
+    assert line(outcome("adds_up", "failed", "2 + 2 = 5")).splitlines()[1:] == [
+        "      Two and two are four.",
+        "      found: 2 + 2 = 5",
+        "      usually: arithmetic",
+    ]
+
+
+def test_a_check_counts_once_and_as_failed_if_it_failed_anywhere():
+    where = [Place(backend, precision) for backend in ("torch", "jax") for precision in PRECISIONS]
+    one = [outcome("a", "passed"), outcome("b", "passed"), outcome("c", "inapplicable")]
+    assert summary("ppo", where, one * 4) == (
+        "ppo conforms on torch and jax, float32 and bfloat16: 2 checks passed, 1 does not apply"
+    )
+    other = [outcome("a", "failed", "1 is not 2"), outcome("b", "inapplicable"), outcome("c", "inapplicable")]
+    assert summary("ppo", where[:2], one + other) == (
+        "ppo does not conform on torch, float32 and bfloat16: 1 failed (a), 1 check passed, 1 does not apply"
+    )
+    assert summary("x", [Place("numpy", None)], one[:1]) == "x conforms on numpy: 1 check passed"
+
+
+# --------------------------------------------------------------------------------------------------------- what is checked
+
+
+def test_the_kind_is_found_by_the_name():
+    assert [kind_of(name) for name in ("ppo", "function", "decoder", "torch")] == [
+        "algorithm", "reward_model", "policy", "backend",
+    ]  # fmt: skip
+
+
+def test_a_component_is_checked_wherever_it_runs():
+    assert Place("torch", "float32") in places("algorithm", "ppo") and Place("torch", "bfloat16") in places("algorithm", "ppo")
+    assert places("backend", "torch") == [Place("torch", "float32"), Place("torch", "bfloat16")]
+    assert places("policy", "decoder", ["torch"], ["bfloat16"]) == [Place("torch", "bfloat16")]
+
+
+def test_a_backend_is_asked_only_for_precisions_that_it_knows(monkeypatch):
+    from lockstep_torch.backend import TorchBackend
+
+    assert known_precisions("backend", "torch", "torch") == ["float32", "bfloat16"]
+    monkeypatch.setitem(TorchBackend.Config.__annotations__, "precision", "Literal['float32']")
+    assert places("algorithm", "ppo", ["torch"]) == [Place("torch", "float32")]
+    with pytest.raises(LockstepError, match="There is no precision bfloat16 on torch: torch has float32."):
+        places("algorithm", "ppo", ["torch"], ["bfloat16"])
+    monkeypatch.delitem(TorchBackend.Config.__annotations__, "precision")
+    assert places("algorithm", "ppo", ["torch"]) == [Place("torch", None)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pppo"], r"No component named 'pppo' to check. Did you mean 'ppo'\? There are: .*, ppo, .*Class --kind algorithm"),
+        (["miniature"], r"'miniature' is of kind data, which has no checks. Kinds that have: backend, policy, "),
+        (["ppo", "policy"], r"No policy named 'ppo' to check. 'ppo' is of kind algorithm. There are: decoder, huggingface"),
+        (["ppo", "algo"], r"There are no checks of kind 'algo'."),
+        (["my_module:PPO"], r"What is my_module:PPO\? Add --kind with one of backend, policy, reward_model, algorithm."),
+        (["ppo", None, "torhc"], r"No backend named 'torhc'. Did you mean 'torch'\? There are: .*torch."),
+        (["torch", None, "jax"], r"'torch' is a backend: leave --backend out, or type lockstep check jax"),
+        (["nowhere:PPO", "algorithm", "torch"], r"The algorithm 'nowhere:PPO' .* cannot be imported: ModuleNotFoundError"),
+        (
+            ["lockstep_rlhf.ppo:PPO", "algorithm", "torch", "float32"],
+            r"Missing: algorithm.kl_target, .* There is no configuration file algorithm/lockstep_rlhf.ppo:PPO.yaml to start "
+            r"from: add --like with one of ppo, pretrain, .*, and algorithm.key=value for what differs.",
+        ),
+        (
+            ["ppo", None, None, None, None, ["algorithms.epochs=3"]],
+            r"'algorithms.epochs=3' is not a setting of a check. Did you mean 'algorithm'\? Write group.key=value",
+        ),
+        (["ppo", None, None, None, None, ["algorithm.epochs"]], r"'algorithm.epochs' is not a setting of a check."),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_checked_is_said_with_what_to_type(arguments, message):
+    with pytest.raises(LockstepError, match=message):
+        report(*arguments)
+
+
+def test_a_name_of_two_kinds_asks_for_the_kind(monkeypatch):
+    from lockstep.registry import Component, registry
+
+    monkeypatch.setitem(
+        registry().components, ("policy", "ppo", "torch"), Component("policy", "ppo", "torch", "a:B", "mine", None)
+    )
+    with pytest.raises(LockstepError, match="'ppo' is an algorithm and a policy. Add --kind algorithm or --kind policy."):
+        kind_of("ppo")
+    assert kind_of("ppo", "policy") == "policy"
+
+
+def test_a_backend_that_is_not_installed_comes_with_the_command_that_installs_it(monkeypatch):
+    from lockstep.registry import Component, registry
+
+    for component in [c for c in registry() if c.kind == "backend"]:
+        monkeypatch.delitem(registry().components, ("backend", component.name, component.backend))
+    plugin = type("Manifest", (), {"requires": ("no_such_library",), "install": "pip install no-such-library"})
+    key = ("backend", "abacus", "abacus")
+    monkeypatch.setitem(registry().components, key, Component(*key, "a:B", "mine", plugin))
+    with pytest.raises(LockstepError, match="No backend is installed that the algorithm 'ppo' runs on. Type: pip install no"):
+        places("algorithm", "ppo")
+
+
+# ------------------------------------------------------------------------------------------------------------- with pytest
+
+
+def said(pytester, mark: str, *options: str) -> pytest.RunResult:
+    """Of pytest on a module with one test that has this mark."""
+    pytester.makepyfile(test_mine=f"import pytest\n\n{mark}\ndef test_conformance(conformance):\n    conformance()\n")
+    return pytester.runpytest_inprocess(*KIT, "--strict-markers", "-p", "no:cacheprovider", *options)
+
+
+def test_there_is_a_test_for_each_backend_precision_and_check(pytester):
+    result = said(pytester, '@pytest.mark.conformance("reward_model", "function", backends=["torch"])', "-v", "-rs")
+    result.assert_outcomes(passed=14, skipped=2)
+    result.stdout.fnmatch_lines([
+        "*::test_conformance?torch-float32-fractions_survive? PASSED*",
+        "*::test_conformance?torch-bfloat16-the_value_network_is_a_copy? SKIPPED*",
+        "SKIPPED*it has no network that a value network may start from*",
+    ])  # fmt: skip
+
+
+def test_a_failure_is_told_without_a_traceback(pytester):
+    mark = (
+        f'@pytest.mark.conformance("reward_model", "{ROUNDED}", backends=["torch"], precisions=["float32"], like="function", '
+        'overrides=["backend.threads=1"])'
+    )
+    result = said(pytester, mark)
+    result.assert_outcomes(passed=6, failed=1, skipped=1)
+    result.stdout.fnmatch_lines([
+        "A score of 0.73 stays 0.73 (invariant 11).",
+        "found: scores: * the difference 0.* is above 1e-05",
+        "usually: scores were put into an array made like the token ids: 0.73 becomes 0",
+    ])  # fmt: skip
+    result.stdout.no_fnmatch_line("*Violation*")
+
+
+def test_the_subject_is_made_once_for_all_checks_of_a_place(pytester, monkeypatch):
+    from lockstep.conformance import report as module
+
+    made, real = [], module.subject
+    monkeypatch.setattr(module, "subject", lambda *a, **k: made.append(k["precision"]) or real(*a, **k))
+    said(pytester, '@pytest.mark.conformance("reward_model", "function", backends=["torch"])')
+    assert made == ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("mark", "message"),
+    [
+        ("", '*test_conformance says not what to check. Put @pytest.mark.conformance("algorithm", "NAME") above it.'),
+        ('@pytest.mark.conformance("algorithm", "pppo")', "*No algorithm named 'pppo' to check. Did you mean 'ppo'?*"),
+        ('@pytest.mark.conformance("algorithm")', "*TypeError*missing 1 required positional argument: 'name'*"),
+    ],
+)
+def test_a_mark_that_says_not_what_to_check_is_an_error_of_one_line(pytester, mark, message):
+    result = said(pytester, mark)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([message])
+    result.stdout.no_fnmatch_line("*Traceback*")
+
+
+def test_the_plugin_loads_no_array_library():
+    script = (
+        "import sys, lockstep.conformance.pytest_plugin\n"
+        "found = {'torch', 'jax', 'flax', 'lockstep_torch', 'lockstep_jax', 'lockstep_rlhf'} & sys.modules.keys()\n"
+        "assert not found, found\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
