@@ -25,6 +25,7 @@ class Generation:
     prompt_tokens: np.ndarray
     prompt_mask: np.ndarray
     seeds: np.ndarray
+    temperature: float
     generated: Generated
 
 
@@ -111,9 +112,11 @@ class _Model(_Tapped):
 
 
 class _Policy(_Model):
-    def generate(self, prompt_tokens: np.ndarray, prompt_mask: np.ndarray, seeds: np.ndarray, **how: Any) -> Generated:
-        generated = self.behind.generate(prompt_tokens, prompt_mask, seeds, **how)
-        self.tap.crossings.append(Generation(self, prompt_tokens, prompt_mask, seeds, generated))
+    def generate(
+        self, prompt_tokens: np.ndarray, prompt_mask: np.ndarray, seeds: np.ndarray, *, temperature: float, **how: Any
+    ) -> Generated:
+        generated = self.behind.generate(prompt_tokens, prompt_mask, seeds, temperature=temperature, **how)
+        self.tap.crossings.append(Generation(self, prompt_tokens, prompt_mask, seeds, temperature, generated))
         return generated
 
     def with_value_head(self) -> Any:
