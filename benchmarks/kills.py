@@ -22,6 +22,7 @@ Each backend has a core to itself where there are enough. Writes ``benchmarks/ki
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -143,7 +144,8 @@ class Bench:
             return self.kill(number)
         os.killpg(process.pid, signal.SIGKILL)
         for pid in service:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it ends by itself soon after its owner
+                os.kill(pid, signal.SIGKILL)
         process.wait()
 
         killed = after_kill(runs, self.totals)
