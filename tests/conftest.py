@@ -4,7 +4,9 @@ is written out here, and a reward model that is a function. Nothing in it knows 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,6 +75,16 @@ def load(backend, folders) -> Callable[..., Policy]:
     """load(0) and load(1): fresh copies of the two policies."""
     cls = registry().resolve("policy", "decoder", backend.name)
     return lambda number=0: cls.load(folders[number], backend)
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs():
+    """Linux gives a process 65,530 mappings of memory; each program that XLA compiles for a CPU takes some, and JAX keeps
+    them all. Where they run out, the next compilation is a segmentation fault, as one process of this suite found."""
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        sys.modules["jax"].clear_caches()
 
 
 class Data(DataSource):
