@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lockstep.compare.plots import COLOURS, ON_WHITE, STYLE
 from lockstep.parity.differences import Step
@@ -31,7 +31,7 @@ def differing(step: Step) -> float | None:
 
 PANELS: dict[str, dict[str, Value]] = {
     "Tokens that differ, share of all": {"": differing},
-    "What the models say of the same tokens, largest |difference|": {
+    "What models say of the same tokens, |difference|": {
         name: measure(key)
         for key, name in (("logprobs", "log-probabilities"), ("entropy", "entropy"), ("values", "values"), ("scores", "scores"))
     },
@@ -55,9 +55,9 @@ def figure(stages: Sequence[StageSteps], names: tuple[str, str], same_start: boo
     }
     text = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ON_WHITE["text"])
     with plt.rc_context({**STYLE, **text, "axes.edgecolor": ON_WHITE["faint"], "grid.color": ON_WHITE["faint"]}):
-        made, axes = plt.subplots(
-            len(shown), 1, figsize=(10.3, 1.55 * len(shown) + 0.8), sharex=True, squeeze=False, layout="constrained"
-        )
+        height = 1.7 * len(shown) + 0.8  # inches
+        made, axes = plt.subplots(len(shown), 1, figsize=(10.3, height), sharex=True, squeeze=False)
+        made.subplots_adjust(left=0.075, right=0.97, top=1 - 0.65 / height, bottom=0.5 / height, hspace=0.34)
         for ax, (title, lines) in zip(axes.flat, shown.items(), strict=True):
             panel(ax, lines, steps)
             boundaries(ax, stages)
@@ -66,7 +66,9 @@ def figure(stages: Sequence[StageSteps], names: tuple[str, str], same_start: boo
         axes.flat[-1].set_xlabel("step, counted through the stages" if len(stages) > 1 else "step")
         axes.flat[-1].xaxis.set_major_locator(MaxNLocator(12, integer=True))
         mode = "each step from the same weights" if same_start else "free running from the same initial weights"
-        made.suptitle(f"{names[0]} and {names[1]}, {mode}", x=0.012, ha="left", fontsize=11, fontweight="bold")
+        made.suptitle(
+            f"{names[0]} and {names[1]}, {mode}", x=0.012, y=1 - 0.1 / height, va="top", ha="left", fontsize=11, fontweight="bold"
+        )
         files = [folder / "parity.png", folder / "parity.svg"]
         made.savefig(files[0], dpi=150, facecolor="white")
         made.savefig(files[1], facecolor="white", metadata={"Date": None})
@@ -78,6 +80,7 @@ def panel(ax: Axes, lines: dict[str, Value], steps: Sequence[Step]) -> None:
     """A line for each series that has values. Zeros, which a log axis has no place for, are rings on its lower edge."""
     ax.set_yscale("log")
     zeros: list[int] = []
+    positive = False
     colours = COLOURS
     for (label, value), colour in zip(lines.items(), colours, strict=False):
         values = [value(step) for step in steps]
@@ -85,16 +88,15 @@ def panel(ax: Axes, lines: dict[str, Value], steps: Sequence[Step]) -> None:
             continue
         marker = "o" if sum(v is not None for v in values) < 60 else None
         y = [v if v and math.isfinite(v) else math.nan for v in values]
+        positive = positive or any(v == v for v in y)
         ax.plot(range(len(y)), y, color=colour, label=label, linewidth=1.3, marker=marker, markersize=2.6)
         at = [i for i, v in enumerate(values) if v == 0]
         ax.plot(at, [0.03] * len(at), "o", transform=ax.get_xaxis_transform(), markersize=3, markerfacecolor="white",
                 markeredgecolor=colour, markeredgewidth=0.8, clip_on=False)  # fmt: skip
         zeros += at
-    if not any(line.get_ydata()[0] != 0.03 and any(v == v for v in line.get_ydata()) for line in ax.lines):
-        ax.set_yticks([])
     if zeros:
         ax.text(1.005, 0.03, "0", transform=ax.transAxes, va="center", fontsize=8)
-    ax.yaxis.set_major_locator(LogLocator(numticks=5))
+    ax.yaxis.set_major_locator(LogLocator(numticks=5) if positive else NullLocator())
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.minorticks_off()
     ax.grid(axis="x", visible=False)
