@@ -15,8 +15,8 @@ test: $(VENV)/ready lint
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 lint: $(VENV)/ready
-	$(BIN)/ruff check framework plugins tests benchmarks
-	$(BIN)/ruff format --check framework plugins tests benchmarks
+	$(BIN)/ruff check framework plugins tests benchmarks docs/examples
+	$(BIN)/ruff format --check framework plugins tests benchmarks docs/examples
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

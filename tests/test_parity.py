@@ -11,6 +11,7 @@ from conftest import ARCHITECTURE, BACKENDS, head
 from lockstep import checkpoints, randomness
 from lockstep.architecture import initial_parameters, to_hf
 from lockstep.configuration import parse
+from lockstep.errors import CheckpointError
 from lockstep.interfaces import Dropout, Term
 from lockstep.optimisation import OptimizerConfig
 from lockstep.registry import registry
@@ -138,3 +139,17 @@ def test_dropout_is_the_documented_bits(both):
     x = TorchDropout(0.3, torch.tensor(seeds.astype(np.int64)))(torch.ones(2, 3, 16), 5, torch.tensor(position)).numpy()
     kept = randomness.dropout_bits(seeds, 5, position, 16) >= 0.3 * 2**24
     assert np.allclose(x, kept / 0.7)
+
+
+@pytest.mark.parametrize(
+    "change", [{"attention_bias": True}, {"mlp_bias": True}, {"activation": "gelu_new"}, {"rope_scaling": (8.0, 1.0, 4.0, 8192)}]
+)
+def test_torch_refuses_a_checkpoint_whose_switches_its_decoder_would_ignore(change, tmp_path):
+    pytest.importorskip("torch")
+    other = replace(ARCHITECTURE, **change)
+    checkpoints.write_json(tmp_path / "config.json", to_hf(other))
+    checkpoints.write_tensors(tmp_path / "model.safetensors", initial_parameters(other, 0))
+    cls = registry().resolve("backend", "torch", "torch")
+    backend = cls(parse(cls.Config, BACKENDS["torch"], "backend"))
+    with pytest.raises(CheckpointError, match="not a small decoder: open it with policy=huggingface"):
+        registry().resolve("policy", "decoder", "torch").load(tmp_path, backend)

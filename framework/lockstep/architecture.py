@@ -63,6 +63,15 @@ def small_decoder(
     )  # fmt: skip
 
 
+def is_small_decoder(a: Architecture) -> bool:
+    """Whether it is Llama's shape and no more: no biases, no scaled rotation, SwiGLU."""
+    plain = small_decoder(
+        vocab_size=a.vocab_size, hidden_size=a.hidden_size, layers=a.layers, heads=a.heads, kv_heads=a.kv_heads,
+        intermediate_size=a.intermediate_size, context_length=a.context_length, rope_theta=a.rope_theta, tied=a.tied,
+    )  # fmt: skip
+    return a == dataclasses.replace(plain, norm_eps=a.norm_eps, head_dim=a.head_dim)
+
+
 @dataclass(frozen=True)
 class SmallDecoderConfig:
     """The configuration of the policy ``decoder``, for every backend."""

@@ -164,7 +164,11 @@ class Loss(Protocol):
 @dataclass(frozen=True)
 class Dropout:
     """Residual dropout: the outputs of attention and MLP are zeroed at ``rate`` and the rest scaled up, by the bits that
-    `lockstep.randomness.dropout_bits` makes of ``seeds`` uint32 [B]: the same on every backend and for every cut."""
+    `lockstep.randomness.dropout_bits` makes of ``seeds`` uint32 [B]: the same on every backend and for every cut.
+
+    A position counts the real tokens before it. Layer n, from 0, has the sites 2n (attention) and 2n + 1 (MLP). What stays
+    is scaled by 1 / (1 - rate).
+    """
 
     rate: float
     seeds: np.ndarray
@@ -182,7 +186,11 @@ class Term:
 
 
 class Learner(ABC):
-    """Models under an optimizer. The backend knows gradients and devices; it does not know what is being learned."""
+    """Models under an optimizer. The backend knows gradients and devices; it does not know what is being learned.
+
+    Where several models supply an output that a loss reads, it comes from the first of them. A gradient whose norm is
+    over ``max_grad_norm`` is scaled by max_grad_norm / (norm + 1e-6), each model's by itself.
+    """
 
     models: Mapping[str, Model]
 
@@ -201,8 +209,9 @@ class Learner(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Parameters, optimizer state, step count and averages as safetensors: all that `restore` needs to go on bit
-        for bit."""
+        """All that `restore` needs to go on bit for bit, on this or (but for rounding) another backend:
+        ``learner.safetensors`` with ``<model>.parameters|mean|square|average.<name>``, the last with ``ema_decay`` only;
+        ``learner.json`` with ``{"steps": n}``."""
 
     @abstractmethod
     def restore(self, folder: Path) -> None:
@@ -224,7 +233,7 @@ class Backend(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, str]:
-        """Library versions, device and precision, for the run record."""
+        """Library versions, ``device`` and ``precision`` ('float32' or 'bfloat16'), for the run record."""
 
     @abstractmethod
     def peak_memory_bytes(self) -> int | None:

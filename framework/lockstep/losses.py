@@ -1,8 +1,9 @@
 """Losses over [batch, time], written once against the Array API standard and differentiated by every backend.
 
 ``xp`` is the namespace: ``array_api_compat.torch``, ``jax.numpy``, numpy. Each function returns one number per token
-(or pair), unreduced; `weighted_sum` reduces with weights made on the host. Only functions of the standard are used, so
-softplus is spelled out.
+(or pair), unreduced; `weighted_sum` reduces with weights made on the host. Every backend has
+operators, indexing, where, zeros_like, sum, maximum, abs, exp, log1p, clip and astype, which is what the built-in losses use;
+so softplus is spelled out.
 """
 
 from __future__ import annotations

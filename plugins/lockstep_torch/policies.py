@@ -15,6 +15,7 @@ from lockstep.architecture import (
     check_parameters,
     from_hf,
     initial_parameters,
+    is_small_decoder,
     parameter_shapes,
     trunk_shapes,
 )
@@ -107,6 +108,8 @@ def _open(auto: type, folder: Path | str) -> TransformersNetwork:
 
 def _architecture(folder: Path) -> Architecture:
     architecture = from_hf(read_json(Path(folder) / "config.json"))
-    if architecture.family != "llama":
-        raise CheckpointError(f"{folder} holds a {architecture.family} model: open it with policy=huggingface.")
+    if not is_small_decoder(architecture):
+        raise CheckpointError(
+            f"{folder} holds a {architecture.family} model that is not a small decoder: open it with policy=huggingface."
+        )
     return architecture

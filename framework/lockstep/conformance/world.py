@@ -154,7 +154,8 @@ class World:
         self.folder = Path(self._folder.name)
 
     def tolerance(self, float32: float, bfloat16: float) -> float:
-        return {"float32": float32, "bfloat16": bfloat16}[self.precision]
+        """That of the backend's precision; of float32 for a higher one."""
+        return bfloat16 if self.precision == "bfloat16" else float32
 
     def component(self, kind: str, name: str, changes: Mapping[str, Any], like: str | None = None) -> tuple[type, Any]:
         """A component's class and its configuration: its YAML file (or that of ``like``), what is given here, then the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,8 @@ from lockstep.architecture import (
     check_parameters,
     from_hf,
     initial_parameters,
+    is_small_decoder,
     parameter_shapes,
-    small_decoder,
     trunk_shapes,
 )
 from lockstep.checkpoints import read_json, read_weights
@@ -52,13 +51,8 @@ class Decoder(LanguageModel):
         return Scalar(architecture, weights)
 
 
-SIZES = ("vocab_size", *(field.name for field in dataclasses.fields(SmallDecoderConfig) if field.name != "tokenizer"))
-
-
 def _architecture(folder: Path) -> Architecture:
-    """What config.json describes, where it is no more than the small decoder: other switches would be ignored here."""
     found = from_hf(read_json(Path(folder) / "config.json"))
-    small = small_decoder(**{size: getattr(found, size) for size in SIZES})
-    if found != dataclasses.replace(small, norm_eps=found.norm_eps, head_dim=found.head_dim):
+    if not is_small_decoder(found):
         raise CheckpointError(f"{folder} holds a {found.family} model that is not a small decoder: backend=numpy opens no other.")
     return found
