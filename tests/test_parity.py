@@ -142,7 +142,7 @@ def test_dropout_is_the_documented_bits(both):
 
 
 @pytest.mark.parametrize(
-    "change", [{"attention_bias": True}, {"mlp_bias": True}, {"activation": "gelu_new"}, {"rope_scaling": (8.0, 1.0, 4.0, 8192)}]
+    "change", [{"attention_bias": True}, {"mlp_bias": True}, {"activation": "gelu_tanh"}, {"rope_scaling": (8.0, 1.0, 4.0, 8192)}]
 )
 def test_torch_refuses_a_checkpoint_whose_switches_its_decoder_would_ignore(change, tmp_path):
     pytest.importorskip("torch")
