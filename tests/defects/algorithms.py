@@ -491,6 +491,55 @@ class ClimbsDown(PPO):
         return [replace(term, loss=Flipped(0.2, 0.2, 0.1)) for term in terms]
 
 
+@defect("algorithm", caught_by="value_clipping_only_raises_the_loss")
+class LowersTheValueLoss(PPO):
+    """The smaller of the two value losses: clipping rewards values that left their range."""
+
+    def __init__(self, config, setting):
+        super().__init__(config, setting)
+        self.loss = SmallerValueLoss(config.clip_range, config.value_clip_range, config.value_coef)
+
+
+@dataclass(frozen=True)
+class SmallerValueLoss(PPOLoss):
+    def __call__(self, xp, outputs, batch):
+        loss, metrics = super().__call__(xp, outputs, batch)
+        values, old, returns = outputs["values"], batch["old_values"], batch["returns"]
+        near = xp.clip(values, old - self.value_clip_range, old + self.value_clip_range)
+        smaller = 0.5 * xp.minimum((values - returns) ** 2, (near - returns) ** 2)
+        value = losses.weighted_sum(xp, smaller, batch["weights"])
+        return loss + self.value_coef * (value - metrics["value/loss"]), metrics
+
+
+@defect("algorithm", caught_by="value_clipping_only_raises_the_loss")
+class NeverClipsValues(PPO):
+    """value_clip_range is read and not used."""
+
+    def __init__(self, config, setting):
+        super().__init__(config, setting)
+        self.loss = PPOLoss(config.clip_range, 1e9, config.value_coef)
+
+
+@defect("algorithm", caught_by="advantages_are_sums_of_errors")
+class ForgetsLambda(PPO):
+    """Monte-Carlo advantages whatever lambda is."""
+
+    def __init__(self, config, setting):
+        super().__init__(replace(config, lam=1.0), setting)
+
+
+@defect("algorithm", caught_by="advantages_are_sums_of_errors")
+class LooksBehindTheEnd(PPO):
+    """The last token bootstraps from its own value, as if the episode went on."""
+
+    def prepare(self, rollout):
+        batch, metrics = super().prepare(rollout)
+        mask = rollout.sequences.mask
+        last = mask & (np.cumsum(mask, axis=1) == mask.sum(axis=1, keepdims=True))
+        beyond = np.where(last, self.config.gamma * batch["old_values"], 0).astype(np.float32)
+        return batch | {name: batch[name] + beyond for name in ("advantages", "returns")}, metrics
+
+
 @dataclass(frozen=True)
 class Flipped(PPOLoss):
     def __call__(self, xp, outputs, batch):

@@ -425,6 +425,48 @@ def clipping_binds(subject: AlgorithmSubject) -> None:
         require(bound or downhill, f"{where} {slopes[0]:+.3g}: it raises the loss where it should lower it")
 
 
+@check("algorithm", usually="the minimum instead of the maximum, or values are clipped to the returns instead of the old values")
+def value_clipping_only_raises_the_loss(subject: AlgorithmSubject) -> None:
+    """A value that left old_values +- value_clip_range towards the return has gradient 0; one that left it away from the return
+    keeps its own, so clipping never lowers the loss (invariant 19)."""
+    subject.need("value_clip_range")
+    reach = subject.config.value_clip_range
+    term = in_batch(subject.run(1), "old_values")[0]
+    outputs, mask = subject.outputs(term), term.sequences.mask
+    for target, bound in ((3.0, True), (-3.0, False)):
+        batch = dict(term.batch)
+        batch["old_values"] = np.where(mask, outputs["values"] - 2 * reach, 0)
+        batch["returns"] = np.where(mask, batch["old_values"] + target * reach, 0)
+        largest = np.abs(derivative(replace(term, batch=batch), outputs, "values")[mask]).max()
+        where = f"two clip ranges above the old value, and with the return {target:+g} from it, the derivative by values is"
+        require((largest == 0) == bound, f"{where} {largest:.3g}")
+
+
+@check("algorithm", usually="lambda without effect, an index off by one, or a value of padding behind the last token")
+def advantages_are_sums_of_errors(subject: AlgorithmSubject) -> None:
+    """A_t = sum of (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 behind the last token, and the
+    return is A_t + V_t (Schulman et al. 2016, eq. 16; invariant 8). Without KL the score is the only reward."""
+    subject.need_reward_model()
+    subject.need("gamma", "lam", "kl_coef")
+    gamma, lam = 0.9, 0.5
+    trace = subject.run(3, reward=constant, gamma=gamma, lam=lam, kl_coef=0.0, unfinished_score=None, **NO_WHITENING)
+    largest = 0.0
+    for term in in_batch(trace, "old_values", 2):
+        mask = term.sequences.mask
+        advantages, returns = np.zeros(mask.shape), np.zeros(mask.shape)
+        for row, count in enumerate(mask.sum(axis=1)):
+            values = np.append(term.batch["old_values"][row, :count].astype(np.float64), 0.0)
+            errors = np.where(np.arange(count) == count - 1, 0.73, 0.0) + gamma * values[1:] - values[:-1]
+            for t in range(count):
+                advantages[row, t] = sum((gamma * lam) ** k * error for k, error in enumerate(errors[t:]))
+            returns[row, :count] = advantages[row, :count] + values[:-1]
+            largest = max(largest, np.abs(values).max())
+        tolerance = subject.world.tolerance(1e-5, 1e-4)
+        near("advantages", np.where(mask, term.batch["advantages"], 0), advantages, tolerance)
+        near("returns", np.where(mask, term.batch["returns"], 0), returns, tolerance)
+    require(largest > 0, "after two steps all values are still 0")
+
+
 @check("algorithm", usually="the controller is fed the mean per token, or its clip of 0.2 is missing")
 def the_kl_controller_follows_its_rule(subject: AlgorithmSubject) -> None:
     """kl_coef *= 1 + clip(KL / target - 1, -0.2, 0.2) x episodes / horizon with the KL per response, after each step
