@@ -222,7 +222,7 @@ def test_a_mark_that_says_not_what_to_check_is_an_error_of_one_line(pytester, ma
 
 def test_the_plugin_loads_no_array_library():
     script = (
-        "import sys, lockstep.conformance.pytest_plugin\n"
+        "import sys, lockstep.pytest_plugin\n"
         "found = {'torch', 'jax', 'flax', 'lockstep_torch', 'lockstep_jax', 'lockstep_rlhf'} & sys.modules.keys()\n"
         "assert not found, found\n"
     )

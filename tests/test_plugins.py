@@ -16,7 +16,7 @@ GUIDE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
 FILES = {path: text for path, text in re.findall(r"`([\w./]+)`:\n\n```\w+\n(.*?)```", GUIDE, re.DOTALL)}
 """{path: text} of the listings that are whole files."""
 KIT = [] if any(e.name == "lockstep" for e in importlib.metadata.entry_points(group="pytest11")) else (
-    ["-p", "lockstep.conformance.pytest_plugin"]
+    ["-p", "lockstep.pytest_plugin"]
 )  # fmt: skip
 """What pytest needs to know the mark `conformance`: nothing, where Lockstep's metadata are those of this checkout."""
 SMALL = ["data.prompts=60", "data.texts=60", "algorithm.iterations=3", "algorithm.batch_size=8"]
