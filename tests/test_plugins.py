@@ -1,7 +1,6 @@
 """Plugins as strangers bring them: a package of their own, found by entry point, with configuration of its own. The listings
 are those of docs/plugins.md."""
 
-import importlib.metadata
 import os
 import re
 import subprocess
@@ -15,10 +14,6 @@ from runs import DECODER, PPO_ONLY, TINY
 GUIDE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
 FILES = {path: text for path, text in re.findall(r"`([\w./]+)`:\n\n```\w+\n(.*?)```", GUIDE, re.DOTALL)}
 """{path: text} of the listings that are whole files."""
-KIT = [] if any(e.name == "lockstep" for e in importlib.metadata.entry_points(group="pytest11")) else (
-    ["-p", "lockstep.pytest_plugin"]
-)  # fmt: skip
-"""What pytest needs to know the mark `conformance`: nothing, where Lockstep's metadata are those of this checkout."""
 SMALL = ["data.prompts=60", "data.texts=60", "algorithm.iterations=3", "algorithm.batch_size=8"]
 FUNCTION = ["reward_model=function", "reward_model.function=reward_functions:shortness"]
 
@@ -119,7 +114,7 @@ def test_a_strangers_algorithm_runs_by_name_with_its_own_configuration(installed
 def test_a_strangers_algorithm_conforms_by_the_test_in_the_guide(installed, tmp_path):
     write({"test_reinforce.py": FILES["test_reinforce.py"]}, tmp_path)
     only = "masked"
-    done = python(installed, "pytest", *KIT, "-q", "-p", "no:cacheprovider", "--strict-markers", "-k", only, tmp_path)
+    done = python(installed, "pytest", "-q", "-p", "no:cacheprovider", "--strict-markers", "-k", only, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
 

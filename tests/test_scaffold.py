@@ -12,7 +12,7 @@ import pytest
 
 from lockstep.errors import ConfigError
 from lockstep.scaffold import TEMPLATES, class_name, new_plugin, package
-from test_plugins import KIT, edited, install, lockstep, python, run, write
+from test_plugins import edited, install, lockstep, python, run, write
 
 ROOT = Path(__file__).parents[1]
 GENERATED = {"plain_reinforce": "algorithm", "brief": "reward_model", "unscaled": "policy", "exact": "backend"}
@@ -37,7 +37,7 @@ def site(packages, tmp_path_factory) -> Path:
 
 def own_tests(site: Path, folders: list[Path], only: str) -> str:
     """Run the packages' own tests; the last lines of what pytest says."""
-    options = [*KIT, "-p", "no:cacheprovider", "--strict-markers", "-W", "error::pytest.PytestWarning"]
+    options = ["-p", "no:cacheprovider", "--strict-markers", "-W", "error::pytest.PytestWarning"]
     done = python(site, "pytest", *options, "-k", only, *folders)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout[-300:]
