@@ -95,6 +95,23 @@ def test_ppo_has_the_same_loss_gradients_and_next_parameters(both):
     assert max(np.abs(parameters[n] - parameters2[n]).max() for n in parameters) < 1e-5
 
 
+def test_a_checkpoints_pad_token_is_learned_like_any_other(folder, tmp_path):
+    """transformers makes its embedding deaf to gradients; SmolLM2's is the token that ends a turn."""
+    config = checkpoints.read_json(folder / "config.json")
+    checkpoints.write_json(tmp_path / "config.json", config | {"pad_token_id": 35})
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    sequences = pack([[5, 35, 6]] * 2, [[7, 35], [35, 8, 35]], 36, prompt_columns=4)
+    term = Term(NextTokenLoss(), sequences, {"weights": (sequences.mask / sequences.mask.sum()).astype(np.float32)})
+    found = []
+    for name, values in BACKENDS.items():
+        cls = registry().resolve("backend", name, name)
+        backend = cls(parse(cls.Config, values, "backend"))
+        policy = registry().resolve("policy", "huggingface", name).load(tmp_path, backend)
+        found.append(gradients(backend, lambda policy=policy: policy, [term])["policy.model.embed_tokens.weight"])
+    assert np.abs(found[1][35]).max() > 1e-2
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+
+
 def dropout_term(rows: slice = slice(None), pad: int = 0) -> Term:
     rng = np.random.default_rng(2)
     responses = [rng.integers(0, 34, k).tolist() for k in (3, 9, 1, 12)]

@@ -252,6 +252,8 @@ class TransformersNetwork(Network):
     def __init__(self, hf: Any):
         super().__init__()
         self.hf = hf
+        # With pad_token_id in its config.json, often that of EOS, transformers gives the embedding of that token no gradient.
+        hf.get_input_embeddings().padding_idx = None
         self.prefix = "" if hf.base_model is not hf else f"{hf.base_model_prefix}."  # as the checkpoint has it
         config = hf.config.get_text_config()
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
