@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -153,7 +154,7 @@ def test_dropout_is_the_documented_bits(both):
 
     torch = pytest.importorskip("torch")
     seeds, position = np.array([7, 8], np.uint32), np.array([[0, 1, 2], [0, 0, 1]])
-    x = TorchDropout(0.3, torch.tensor(seeds.astype(np.int64)))(torch.ones(2, 3, 16), 5, torch.tensor(position)).numpy()
+    x = TorchDropout(0.3, torch.tensor(seeds.view(np.int32)))(torch.ones(2, 3, 16), 5, torch.tensor(position)).numpy()
     kept = randomness.dropout_bits(seeds, 5, position, 16) >= 0.3 * 2**24
     assert np.allclose(x, kept / 0.7)
 
@@ -170,3 +171,40 @@ def test_torch_refuses_a_checkpoint_whose_switches_its_decoder_would_ignore(chan
     backend = cls(parse(cls.Config, BACKENDS["torch"], "backend"))
     with pytest.raises(CheckpointError, match="not a small decoder: open it with policy=huggingface"):
         registry().resolve("policy", "decoder", "torch").load(tmp_path, backend)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_large_vocabularies_are_scored_some_positions_at_a_time(both, name, monkeypatch):
+    """The same numbers and gradients, and no array of [B, T, V] on the way."""
+    import jax
+
+    from lockstep_jax.decoder import DecoderNetwork as JaxNetwork
+    from lockstep_torch.decoder import DecoderNetwork as TorchNetwork
+
+    backend, load = both[list(BACKENDS).index(name)]
+    sequences = rollout(load())
+    term = ppo_term(sequences)
+
+    def found():
+        jax.clear_caches()  # the constant is read when a program is traced
+        policy = load().with_value_head()
+        learner = backend.learner({"policy": policy}, {"policy": ADAM})
+        return policy.evaluate(sequences, ["logprobs", "entropy"], temperature=0.7) | learner.gradients([term])
+
+    whole = found()
+    seen = []
+
+    def watched(logits):
+        return lambda self, states: seen.append(math.prod(states.shape[:-1])) or logits(self, states)
+
+    for network in (JaxNetwork, TorchNetwork):
+        monkeypatch.setattr(network, "logits", watched(network.logits))
+    for module in ("lockstep_jax.model", "lockstep_torch.model"):
+        monkeypatch.setattr(f"{module}.LOGITS_AT_ONCE", 100 * load().vocab_size)
+    pieces = found()
+    jax.clear_caches()
+    assert seen and max(seen) <= 100 < sequences.responses.size
+    assert pieces.keys() == whole.keys()
+    for key, array in pieces.items():
+        np.testing.assert_allclose(array, whole[key], rtol=2e-5, atol=2e-6, err_msg=key)
+

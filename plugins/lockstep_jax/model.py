@@ -18,8 +18,12 @@ from lockstep.errors import ConfigError
 from lockstep.interfaces import Generated, Policy, ScalarModel
 from lockstep.sequences import Sequences
 from lockstep_jax.backend import JaxBackend
-from lockstep_jax.decoder import Array, Dropout, Network, Tree, from_arrays, to_arrays
+from lockstep_jax.decoder import Array, DecoderNetwork, Dropout, Network, Tree, from_arrays, to_arrays
 from lockstep_jax.generation import generate
+
+
+LOGITS_AT_ONCE = 2**26
+"""Numbers; a quarter of a gibibyte in float32, several times that while gradients are computed."""
 
 
 class Block(NamedTuple):
@@ -44,19 +48,41 @@ def forward(
     states = hidden[:, prompt_length - 1 : -1]  # [B, T, d]: the state each response token is chosen in
     out = {}
     if "logprobs" in outputs or "entropy" in outputs:
-        logits = decoder.logits(states) / temperature
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
         # Padding may be outside the vocabulary, where JAX would read NaN.
         tokens = jnp.where(block.response_mask, block.tokens[:, prompt_length:], 0)
-        out["logprobs"] = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - normaliser
-        if "entropy" in outputs:
-            out["entropy"] = normaliser - (jnp.exp(logits - normaliser[..., None]) * logits).sum(-1)
+        out |= of_distribution(decoder, states, tokens, temperature, entropy="entropy" in outputs)
     if "values" in outputs:
         out["values"] = decoder.score(states)
     if "scores" in outputs:
         last = prompt_length - 1 + block.response_mask.sum(axis=1)
         out["scores"] = decoder.score(hidden[jnp.arange(len(hidden)), last])
     return {name: out[name] for name in outputs}
+
+
+def of_distribution(
+    decoder: DecoderNetwork, states: Array, tokens: Array, temperature: Any, *, entropy: bool
+) -> dict[str, Array]:
+    """What the logits give, [B, T] each. Where [B, T, V] is large it never exists: some positions at a time are computed,
+    and computed again for the gradient (Chen et al. 2016)."""
+
+    def some(piece: tuple[Array, Array]) -> dict[str, Array]:
+        states, tokens = piece
+        logits = decoder.logits(states) / temperature
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        out = {"logprobs": jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - normaliser}
+        if entropy:
+            out["entropy"] = normaliser - (jnp.exp(logits - normaliser[..., None]) * logits).sum(-1)
+        return out
+
+    at_once = max(1, LOGITS_AT_ONCE // decoder.architecture.vocab_size)
+    if tokens.size <= at_once:
+        return some((states, tokens))
+    pieces = -(-tokens.size // at_once)
+    at_once = -(-tokens.size // pieces)
+    pad = [(0, pieces * at_once - tokens.size)]
+    states = jnp.pad(states.reshape(-1, states.shape[-1]), [*pad, (0, 0)]).reshape(pieces, at_once, -1)
+    found = jax.lax.map(jax.checkpoint(some), (states, jnp.pad(tokens.reshape(-1), pad).reshape(pieces, at_once)))
+    return {name: part.reshape(-1)[: tokens.size].reshape(tokens.shape) for name, part in found.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("network", "outputs"))

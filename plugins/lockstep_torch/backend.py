@@ -50,9 +50,13 @@ class TorchBackend(Backend):
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     def put(self, array: np.ndarray) -> torch.Tensor:
-        """A host array on the device; token ids become int64, which torch indexes with."""
-        tensor = torch.as_tensor(np.ascontiguousarray(array))
-        return tensor.to(self.device, torch.int64 if tensor.dtype in (torch.int32, torch.uint32) else None)
+        """A host array on the device. Token ids become int64, which torch indexes with; seeds, uint32, become int32 with the
+        same bits, which torch computes with."""
+        array = np.ascontiguousarray(array)
+        if array.dtype == np.uint32:
+            return torch.as_tensor(array.view(np.int32)).to(self.device)
+        tensor = torch.as_tensor(array)
+        return tensor.to(self.device, torch.int64 if tensor.dtype == torch.int32 else None)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Matrix products in bfloat16, the rest in float32, where the configuration says so."""

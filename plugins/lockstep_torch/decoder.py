@@ -47,7 +47,7 @@ class Network(nn.Module):
 
 @dataclass(frozen=True)
 class Dropout:
-    """`lockstep.interfaces.Dropout` on the device: ``seeds`` int64 [B]."""
+    """`lockstep.interfaces.Dropout` on the device: ``seeds`` int32 [B], the words' bits."""
 
     rate: float
     seeds: Tensor
@@ -55,17 +55,22 @@ class Dropout:
     def __call__(self, x: Tensor, site: int, position: Tensor) -> Tensor:
         """x [B, L, d] with elements zeroed and the rest scaled up; position [B, L]."""
         width = x.shape[-1]
-        element = position[..., None] * width + torch.arange(width, device=x.device)
-        row = hash32(self.seeds ^ int(randomness.hash32(np.array([site], np.uint32))[0]))
-        kept = hash32(hash32(element) ^ row[:, None, None]) >> 8 >= self.rate * 2**24
+        element = position[..., None].int() * width + torch.arange(width, dtype=torch.int32, device=x.device)
+        row = hash32(self.seeds ^ int(randomness.hash32(np.array([site], np.uint32)).view(np.int32)[0]))
+        kept = high_bits(hash32(hash32(element) ^ row[:, None, None]), 24) >= self.rate * 2**24
         return torch.where(kept, x / (1 - self.rate), 0.0)
 
 
 def hash32(x: Tensor) -> Tensor:
-    """`lockstep.randomness.hash32`. torch has no uint32 arithmetic: int64 holds the words, overflow is masked away."""
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-    return x ^ (x >> 16)
+    """`lockstep.randomness.hash32`. torch has no arithmetic on uint32: int32 holds the bits and wraps as it does."""
+    x = (x ^ high_bits(x, 16)) * -0x7A143595  # 0x85EBCA6B
+    x = (x ^ high_bits(x, 19)) * -0x3D4D51CB  # 0xC2B2AE35
+    return x ^ high_bits(x, 16)
+
+
+def high_bits(x: Tensor, count: int) -> Tensor:
+    """The uint32 shift x >> (32 - count), on int32, whose own shift drags the sign along."""
+    return (x >> (32 - count)) & (2**count - 1)
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -133,9 +138,10 @@ class DecoderNetwork(Network):
         rows, length = tokens.shape
         a = self.architecture
         shape = (rows, a.kv_heads, length + new_tokens, a.head_dim)
+        dtype = attention_dtype(tokens.device)
         cache = Cache(
-            keys=[torch.zeros(shape, device=tokens.device) for _ in range(a.layers)],
-            values=[torch.zeros(shape, device=tokens.device) for _ in range(a.layers)],
+            keys=[torch.zeros(shape, dtype=dtype, device=tokens.device) for _ in range(a.layers)],
+            values=[torch.zeros(shape, dtype=dtype, device=tokens.device) for _ in range(a.layers)],
             mask=F.pad(mask, (0, new_tokens)),
             count=mask.sum(-1),
             length=length,
@@ -202,12 +208,15 @@ class Attention(nn.Module):
         q = rotate(split_heads(self.q_proj(x), a.heads), rotation)
         k = rotate(split_heads(self.k_proj(x), a.kv_heads), rotation)
         v = split_heads(self.v_proj(x), a.kv_heads)
+        dtype = attention_dtype(x.device)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if cache is not None:
             keys, values, column = cache
             end = column + x.shape[1]
             keys[:, :, column:end], values[:, :, column:end] = k, v
-            k, v = keys[:, :, :end].to(q.dtype), values[:, :, :end].to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=visible, enable_gqa=a.kv_heads != a.heads)
+            k, v = keys[:, :, :end], values[:, :, :end]
+        with torch.autocast(x.device.type, enabled=False):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=a.kv_heads != a.heads)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -221,6 +230,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def attention_dtype(device: torch.device) -> torch.dtype:
+    """What attention is computed in, and its cache kept. On the CPU float32: there the backward pass of PyTorch's bfloat16
+    kernel took eight times as long as that of its float32 one."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) and device.type != "cpu" else torch.float32
 
 
 def causal(mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lockstep import randomness
 from lockstep.interfaces import Generated
-from lockstep_torch.decoder import Network, hash32
+from lockstep_torch.decoder import Network, hash32, high_bits
 
 
 @torch.inference_mode()
@@ -25,7 +25,7 @@ def generate(
     stop_ids: Sequence[int],
     pad_id: int,
 ) -> Generated:
-    """See `lockstep.interfaces.Policy.generate`. Tensors: [B, P] ids, [B, P] mask, [B, T] seeds as int64."""
+    """See `lockstep.interfaces.Policy.generate`. Tensors: [B, P] ids, [B, P] mask, [B, T] seeds as int32."""
     rows, steps = seeds.shape
     tokens = torch.full((rows, steps), pad_id, device=seeds.device)
     mask = torch.zeros((rows, steps), dtype=torch.bool, device=seeds.device)
@@ -48,7 +48,7 @@ def generate(
 def sample(logits: Tensor, seeds: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token [B] per row from softmax(logits / T) by the hash-Gumbel rule, and its log-probability [B].
 
-    logits float32 [B, V], seeds int64 [B]. Temperature 0 takes the most likely token, at log-probability of T = 1.
+    logits float32 [B, V], seeds int32 [B]. Temperature 0 takes the most likely token, at log-probability of T = 1.
     """
     scaled = logits / temperature if temperature > 0 else logits
     noisy = scaled + hash_gumbel(seeds, logits.shape[-1]) if temperature > 0 else scaled
@@ -58,13 +58,13 @@ def sample(logits: Tensor, seeds: Tensor, temperature: float) -> tuple[Tensor, T
 
 
 def hash_gumbel(seeds: Tensor, vocab_size: int) -> Tensor:
-    """`lockstep.randomness.hash_gumbel` for int64 seeds [B]: float32 [B, V]."""
+    """`lockstep.randomness.hash_gumbel` for int32 seeds [B]: float32 [B, V]."""
     bits = hash32(_words(vocab_size, seeds.device) ^ seeds[:, None])
-    u = ((bits >> 9).float() + 0.5) * 2**-23
+    u = (high_bits(bits, 23).float() + 0.5) * 2**-23
     return -torch.log(-torch.log1p(-u))
 
 
 @functools.lru_cache(maxsize=8)
 def _words(vocab_size: int, device: torch.device) -> Tensor:
-    words = randomness.hash32(np.arange(vocab_size, dtype=np.uint32)).astype(np.int64)
+    words = randomness.hash32(np.arange(vocab_size, dtype=np.uint32)).view(np.int32)
     return torch.as_tensor(words, device=device)

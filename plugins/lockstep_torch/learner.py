@@ -73,7 +73,7 @@ class TorchLearner(Learner):
     def _outputs(self, term: Term) -> dict[str, Tensor]:
         """Each output from the first model that supplies it: so a value network leaves the policy's trunk alone."""
         block = Block.put(term.sequences, self.backend)
-        dropout = term.dropout and Dropout(term.dropout.rate, self.backend.put(term.dropout.seeds.astype(np.int64)))
+        dropout = term.dropout and Dropout(term.dropout.rate, self.backend.put(term.dropout.seeds))
         outputs: dict[str, Tensor] = {}
         for model in self.models.values():
             wanted = [name for name in term.loss.outputs if name in model.supplies and name not in outputs]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lockstep import checkpoints
 from lockstep.architecture import to_hf
@@ -18,6 +19,10 @@ from lockstep.sequences import Sequences
 from lockstep_torch.backend import TorchBackend
 from lockstep_torch.decoder import DecoderNetwork, Dropout, Network, ScalarHead, TransformersNetwork
 from lockstep_torch.generation import generate
+
+
+LOGITS_AT_ONCE = 2**26
+"""Numbers; a quarter of a gibibyte in float32, several times that while gradients are computed."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +65,33 @@ class TorchModel:
             states = hidden[:, block.prompt_length - 1 : -1]  # [B, T, d]: the state each response token is chosen in
             out = {}
             if "logprobs" in outputs or "entropy" in outputs:
-                logits = self.network.logits(states).float() / temperature
-                normaliser = logits.logsumexp(-1)
-                out["logprobs"] = _take(logits, block.tokens[:, block.prompt_length :]) - normaliser
-                if "entropy" in outputs:
-                    out["entropy"] = normaliser - ((logits - normaliser[..., None]).exp() * logits).sum(-1)
+                tokens = block.tokens[:, block.prompt_length :]
+                out |= self.of_distribution(states, tokens, temperature, entropy="entropy" in outputs)
             if "values" in outputs:
                 out["values"] = self.head(states)
             if "scores" in outputs:
                 out["scores"] = self.head(hidden[torch.arange(len(hidden), device=hidden.device), block.last])
         return {name: out[name] for name in outputs}
+
+    def of_distribution(self, states: Tensor, tokens: Tensor, temperature: float, *, entropy: bool) -> dict[str, Tensor]:
+        """What the logits give, [B, T] each. Where [B, T, V] is large it never exists: some positions at a time are computed,
+        and computed again for the gradient (Chen et al. 2016)."""
+
+        def some(states: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+            logits = self.network.logits(states).float() / temperature
+            normaliser = logits.logsumexp(-1)
+            logprobs = _take(logits, tokens) - normaliser
+            if not entropy:
+                return (logprobs,)
+            return logprobs, normaliser - ((logits - normaliser[..., None]).exp() * logits).sum(-1)
+
+        names = ("logprobs", "entropy")[: 1 + entropy]
+        at_once = max(1, LOGITS_AT_ONCE // self.vocab_size)
+        if tokens.numel() <= at_once:
+            return dict(zip(names, some(states, tokens), strict=True))
+        pieces = zip(states.flatten(0, 1).split(at_once), tokens.flatten().split(at_once), strict=True)
+        found = [checkpoint(some, *piece, use_reentrant=False) for piece in pieces]
+        return {name: torch.cat(part).view(tokens.shape) for name, part in zip(names, zip(*found, strict=True), strict=True)}
 
     @torch.no_grad()
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
@@ -126,7 +148,7 @@ class LanguageModel(TorchModel, Policy):
                 self.network,
                 put(prompt_tokens),
                 put(prompt_mask),
-                put(seeds.astype(np.int64)),
+                put(seeds),
                 temperature=temperature,
                 stop_ids=stop_ids,
                 pad_id=pad_id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from lockstep.errors import CheckpointError
 from lockstep.interfaces import ScalarModel
 from lockstep.tokenizer import Tokenizer, TokenizerConfig
 from lockstep_torch.backend import TorchBackend
-from lockstep_torch.decoder import DecoderNetwork, ScalarHead, TransformersNetwork, load_arrays
+from lockstep_torch.decoder import DecoderNetwork, Network, ScalarHead, TransformersNetwork, load_arrays
 from lockstep_torch.model import LanguageModel, Scalar, without_language_head
 
 
@@ -89,8 +90,9 @@ class HuggingFace(LanguageModel):
         return Scalar(_open(AutoModel, folder), head, backend)
 
 
-def _open(auto: type, folder: Path | str) -> TransformersNetwork:
-    """From safetensors only, without code from the checkpoint, in float32 and without dropout.
+def _open(auto: type, folder: Path | str) -> Network:
+    """From safetensors only, without code from the checkpoint, in float32 and without dropout. A model of Llama's shape is
+    run by the decoder of this package, whose loop of generation is leaner; any other by transformers' own modules.
 
     Raises:
       CheckpointError: what transformers says of it.
@@ -103,7 +105,23 @@ def _open(auto: type, folder: Path | str) -> TransformersNetwork:
         hf = auto.from_pretrained(folder, dtype="float32", use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"'{folder}' cannot be opened as a checkpoint: {error}") from error
-    return TransformersNetwork(hf.eval())
+    return _lean(hf) or TransformersNetwork(hf.eval())
+
+
+def _lean(hf: Any) -> DecoderNetwork | None:
+    """The same model as a `DecoderNetwork`, if it is one."""
+    try:
+        architecture = from_hf(hf.config.to_dict())
+    except CheckpointError:
+        return None
+    if not is_small_decoder(architecture):
+        return None
+    network = DecoderNetwork(architecture)
+    if hf.get_output_embeddings() is None:
+        without_language_head(network)
+    prefix = "model." if hf.base_model is hf else ""  # a trunk alone does not say that it is one
+    network.load_state_dict({prefix + name: tensor for name, tensor in hf.named_parameters()})
+    return network
 
 
 def _architecture(folder: Path) -> Architecture:

@@ -1,0 +1,45 @@
+"""What the machine can do at most, measured beside the contestants: the largest rate of matrix products in float32 (and in
+bfloat16, for the record) and the largest rate of reading memory."""
+
+import time
+
+import numpy as np
+import torch
+from worker import Contestant
+
+SIDE = 2048
+COPIED = 64 * 2**20  # float32 numbers: far beyond the caches
+
+
+def main() -> None:
+    contestant = Contestant()
+    torch.set_num_threads(contestant.options["threads"])
+    a, b = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
+    low = a.bfloat16(), b.bfloat16()
+    source, target = torch.ones(COPIED), torch.empty(COPIED)
+
+    def rate(call, work: float, times: int) -> float:
+        best = np.inf
+        for _ in range(times):
+            started = time.perf_counter()
+            call()
+            best = min(best, time.perf_counter() - started)
+        return work / best
+
+    def measure() -> dict[str, float]:
+        return {
+            "flops": rate(lambda: a @ b, 2.0 * SIDE**3, 5),
+            "flops_bfloat16": rate(lambda: low[0] @ low[1], 2.0 * SIDE**3, 5),
+            "copied_bytes": rate(lambda: target.copy_(source), 2.0 * 4 * COPIED, 3),
+            "read_bytes": rate(lambda: source.sum(), 4.0 * COPIED, 3),
+        }
+
+    measure()
+    contestant.ready(torch=torch.__version__)
+    while True:
+        contestant.await_turn()
+        contestant.finished(**measure())
+
+
+if __name__ == "__main__":
+    main()

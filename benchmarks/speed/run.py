@@ -1,0 +1,160 @@
+"""Lockstep beside what people would use instead, on the same work, in turns.
+
+    python benchmarks/speed/models.py models/speed --smollm2 models/smollm2
+    python benchmarks/speed/run.py models/speed --peers PEERS --output benchmarks/speed [--only ppo/tiny] [--rounds 7]
+
+PEERS holds one virtual environment per peer (`README.md` says how they are made). For each work all contestants are started,
+warm up, and then take turns: one unit of work each per round, so that a slow minute of the machine hits all alike. Beside
+every work runs the ceiling: the largest rate of float32 matrix products and of copying, measured in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from worker import WORK, Work
+
+HERE = Path(__file__).parent
+SELF = Path(sys.executable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A contestant: a script, the environment it runs in, and its options."""
+
+    name: str
+    script: str
+    environment: str | None = None  # of the peers; None: this one
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def lockstep(name: str, backend: str, precision: str = "float32", **options: Any) -> Entry:
+    return Entry(name, "with_lockstep.py", None, {"backend": backend, "precision": precision, **options})
+
+
+SAME = [lockstep("lockstep torch", "torch"), lockstep("lockstep jax", "jax")]
+BFLOAT16 = [lockstep("lockstep torch bfloat16", "torch", "bfloat16")]
+RECOMMENDED = [
+    lockstep("lockstep torch recommended", "torch", "bfloat16", value_network="shared"),
+    lockstep("lockstep jax recommended", "jax", value_network="shared"),
+]
+CEILING = Entry("ceiling", "ceiling.py")
+
+
+def trl(version: str, precision: str = "float32") -> Entry:
+    suffix = "" if precision == "float32" else f" {precision}"
+    return Entry(f"TRL {version}{suffix}", "with_trl.py", f"trl{version}", {"precision": precision})
+
+
+TRANSFORMERS = [Entry("transformers", "with_transformers.py", "trl1.16", {"precision": "float32"})]
+TUNIX = [Entry("tunix", "with_tunix.py", "tunix", {"precision": "float32"})]
+
+ENTRIES = {
+    "generate": [*SAME, *BFLOAT16, *TRANSFORMERS],
+    "sft": [*SAME, *BFLOAT16, trl("1.16"), trl("1.16", "bfloat16")],
+    "reward": [*SAME, *BFLOAT16, trl("1.16")],
+    "ppo": [*SAME, *RECOMMENDED, trl("1.12")],
+}
+
+
+def entries(name: str) -> list[Entry]:
+    return [CEILING, *ENTRIES[WORK[name].task], *(TUNIX if name == "ppo/tiny" else [])]
+
+
+class Process:
+    """A contestant at work. Its standard error goes to a file beside the results."""
+
+    def __init__(self, entry: Entry, work: Work, models: Path, peers: Path, threads: int, log: Path):
+        python = SELF if entry.environment is None else peers / entry.environment / "bin" / "python"
+        spec = {"work": dataclasses.asdict(work), "options": {"threads": threads, **entry.options}, "models": str(models)}
+        environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **os.environ}
+        self.entry, self.log = entry, log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.process = subprocess.Popen(
+            [python, HERE / entry.script, json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+            env=environment,
+        )
+        started = time.perf_counter()
+        self.versions = self.read()["ready"]
+        self.warm_up = time.perf_counter() - started
+        self.turns: list[dict[str, float]] = []
+
+    def read(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.entry.name} ended: {self.log.read_text()[-2000:]}")
+        return json.loads(line)
+
+    def turn(self) -> None:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        self.turns.append(self.read())
+
+    def close(self) -> dict[str, Any]:
+        self.process.stdin.close()
+        self.process.wait()
+        keys = self.turns[0]
+        return {"name": self.entry.name, "versions": self.versions, "warm_up_seconds": round(self.warm_up, 2)} | {
+            key: [round(turn[key], 5) for turn in self.turns] for key in keys
+        }
+
+
+def contest(name: str, chosen: list[Entry], args: argparse.Namespace) -> dict[str, Any]:
+    work, logs = WORK[name], args.logs / name.replace("/", "-")
+    processes = []
+    for entry in chosen:
+        print(f"{name}: {entry.name} warms up", flush=True)
+        log = logs / f"{entry.name.replace(' ', '-')}.log"
+        processes.append(Process(entry, work, args.models, args.peers, args.threads, log))
+    for number in range(args.rounds):
+        order = processes if number % 2 == 0 else processes[::-1]
+        for process in order:
+            process.turn()
+        print(f"{name}: round {number + 1}/{args.rounds}", *(f"{p.turns[-1]['seconds']:.3f}" for p in processes), flush=True)
+    facts = {"tokens": work.tokens, "flops": work.flops, "bytes": work.bytes}
+    return {"work": dataclasses.asdict(work) | facts, "contestants": [process.close() for process in processes]}
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return {"cpu": cpu[0], "cores": args.threads, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path)
+    parser.add_argument("--peers", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--logs", type=Path, default=Path("/tmp/lockstep-speed"))
+    parser.add_argument("--only", nargs="*", default=list(WORK))
+    parser.add_argument("--contestants", nargs="*", help="names; default: all")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    path = args.output / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for name in args.only:
+        chosen = [entry for entry in entries(name) if not args.contestants or entry.name in args.contestants]
+        result = contest(name, chosen, args) | {"machine": machine(args)}
+        for contestant in result["contestants"]:
+            print(f"{name}: {contestant['name']:28s} {statistics.median(contestant['seconds']):8.3f} s")
+        results[name] = result
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
