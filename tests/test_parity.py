@@ -207,4 +207,3 @@ def test_large_vocabularies_are_scored_some_positions_at_a_time(both, name, monk
     assert pieces.keys() == whole.keys()
     for key, array in pieces.items():
         np.testing.assert_allclose(array, whole[key], rtol=2e-5, atol=2e-6, err_msg=key)
-

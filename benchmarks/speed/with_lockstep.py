@@ -70,7 +70,8 @@ def main() -> None:
     common = {"epochs": float(STEPS), "micro_batch_size": None, "lengths": lengths, "heldout_examples": 0}
     trained = {"optimizer": ADAM, "schedule": SCHEDULE}
     if work.task == "sft":
-        algorithm = SFT(SFT.Config(batch_size=work.rows, prompt_loss=False, pretrain_mix=0, dropout=0, **common, **trained), setting)
+        config = SFT.Config(batch_size=work.rows, prompt_loss=False, pretrain_mix=0, dropout=0, **common, **trained)
+        algorithm = SFT(config, setting)
     elif work.task == "reward":
         algorithm = RewardModelling(
             RewardModelling.Config(batch_size=work.rows // 2, normalise="none", **common, **trained), setting

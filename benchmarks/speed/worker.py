@@ -7,6 +7,7 @@ have all of them take turns on the same machine.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -137,10 +138,8 @@ class Contestant:
         """Blocks until the driver asks for the next unit of work."""
         if not sys.stdin.readline():
             os._exit(0)
-        try:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        except OSError:
-            pass
         self.started = time.perf_counter()
 
     def finished(self, **facts: Any) -> None:

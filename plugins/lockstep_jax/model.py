@@ -21,7 +21,6 @@ from lockstep_jax.backend import JaxBackend
 from lockstep_jax.decoder import Array, DecoderNetwork, Dropout, Network, Tree, from_arrays, to_arrays
 from lockstep_jax.generation import generate
 
-
 LOGITS_AT_ONCE = 2**26
 """Numbers; a quarter of a gibibyte in float32, several times that while gradients are computed."""
 

@@ -235,7 +235,8 @@ class MLP(nn.Module):
 def attention_dtype(device: torch.device) -> torch.dtype:
     """What attention is computed in, and its cache kept. On the CPU float32: there the backward pass of PyTorch's bfloat16
     kernel took eight times as long as that of its float32 one."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) and device.type != "cpu" else torch.float32
+    low = torch.is_autocast_enabled(device.type) and device.type != "cpu"
+    return torch.get_autocast_dtype(device.type) if low else torch.float32
 
 
 def causal(mask: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from lockstep_torch.backend import TorchBackend
 from lockstep_torch.decoder import DecoderNetwork, Dropout, Network, ScalarHead, TransformersNetwork
 from lockstep_torch.generation import generate
 
-
 LOGITS_AT_ONCE = 2**26
 """Numbers; a quarter of a gibibyte in float32, several times that while gradients are computed."""
 

@@ -1,0 +1,149 @@
+"""results.json -> results.md and one picture per kind of work.
+
+python benchmarks/speed/report.py benchmarks/speed
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from worker import SIZES, Work
+
+TITLES = {
+    "generate": "Generation",
+    "sft": "SFT step",
+    "reward": "Reward-model step",
+    "ppo": "PPO iteration",
+}
+COLOURS = {"lockstep torch": "#d9542b", "lockstep jax": "#2b7bd9"}
+
+
+def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One per contestant: median, spread, fraction of the ceiling, and the ratio to the peer, round by round."""
+    work = Work(**{key: result["work"][key] for key in Work.__dataclass_fields__})
+    ceiling, *others = result["contestants"]
+    peer = next((c for c in others if not c["name"].startswith("lockstep") and "bfloat16" not in c["name"]), None)
+    out = []
+    for c in others:
+        seconds = c["seconds"]
+        limit = statistics.median(ceiling["flops_bfloat16" if bfloat16(c["name"]) else "flops"])
+        row = {
+            "name": c["name"],
+            "seconds": statistics.median(seconds),
+            "low": min(seconds),
+            "high": max(seconds),
+            "tokens_per_second": work.tokens / statistics.median(seconds),
+            "gflops": work.flops / statistics.median(seconds) / 1e9,
+            "of_arithmetic": work.flops / statistics.median(seconds) / limit,
+            "peak_mib": max(c["peak_mib"]),
+            "warm_up": c["warm_up_seconds"],
+            "versions": c["versions"],
+        }
+        if work.task == "generate" and not bfloat16(c["name"]):
+            row["of_memory"] = work.bytes / statistics.median(seconds) / statistics.median(ceiling["read_bytes"])
+        if peer is not None and c is not peer:
+            row["ratio"] = statistics.median(p / s for p, s in zip(peer["seconds"], seconds, strict=True))
+            row["peer"] = peer["name"]
+        out.append(row)
+    return out
+
+
+def bfloat16(name: str) -> bool:
+    return "bfloat16" in name or name == "lockstep torch recommended"
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = []
+    for key, result in results.items():
+        work = result["work"]
+        ceiling = result["contestants"][0]
+        rates = [statistics.median(ceiling[k]) / 1e9 for k in ("flops", "flops_bfloat16", "read_bytes")]
+        shape = f"{work['rows']} x ({work['prompt']} + {work['response']}) tokens"
+        if work["task"] == "ppo":
+            shape += f", {work['epochs']} epochs"
+        lines += [
+            f"### {TITLES[work['task']]}, {work['size']}: {shape}",
+            "",
+            f"{work['flops'] / 1e9:.1f} GFLOP. Ceilings measured in the same rounds: {rates[0]:.0f} GFLOP/s in float32, "
+            f"{rates[1]:.0f} in bfloat16, {rates[2]:.1f} GB/s read.",
+            "",
+            "| | seconds (min to max) | tokens/s | of the arithmetic ceiling | of the memory ceiling | peak MiB | times as fast as the peer |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in rows(result):
+            memory = f"{row['of_memory']:.0%}" if "of_memory" in row else ""
+            ratio = f"**{row['ratio']:.2f}** ({row['peer']})" if "ratio" in row and row["name"].startswith("lockstep") else ""
+            if "ratio" in row and not ratio:
+                ratio = f"{row['ratio']:.2f}"
+            lines.append(
+                f"| {row['name']} | {row['seconds']:.3f} ({row['low']:.3f} to {row['high']:.3f}) | {row['tokens_per_second']:.0f} "
+                f"| {row['of_arithmetic']:.0%} | {memory} | {row['peak_mib']:.0f} | {ratio} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def picture(results: dict[str, Any], path: Path) -> None:
+    """Bars of tokens per second, one panel per work; whiskers from the slowest to the fastest round."""
+    columns = 3
+    count = len(results)
+    figure, axes = plt.subplots(-(-count // columns), columns, figsize=(13, 2.6 * -(-count // columns)), squeeze=False)
+    for axis, (_, result) in zip(axes.flat, results.items(), strict=False):
+        work = result["work"]
+        found = rows(result)[::-1]
+        values = [row["tokens_per_second"] for row in found]
+        whiskers = [
+            [v - work["tokens"] / row["high"] for v, row in zip(values, found, strict=True)],
+            [work["tokens"] / row["low"] - v for v, row in zip(values, found, strict=True)],
+        ]
+        colours = [next((c for n, c in COLOURS.items() if row["name"].startswith(n)), "#999999") for row in found]
+        axis.barh([row["name"] for row in found], values, xerr=whiskers, color=colours, error_kw={"lw": 0.8})
+        axis.set_title(f"{TITLES[work['task']]}, {work['size']}", fontsize=10)
+        axis.set_xlabel("tokens per second", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(folder: Path) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    order = ["generate", "sft", "reward", "ppo"]
+    sizes = list(SIZES)
+    results = dict(
+        sorted(results.items(), key=lambda kv: (order.index(kv[1]["work"]["task"]), sizes.index(kv[1]["work"]["size"])))
+    )
+    machines = {json.dumps(result["machine"]) for result in results.values()}
+    versions = {
+        f"{name} {version}" for r in results.values() for c in r["contestants"] for name, version in c["versions"].items()
+    }
+    head = [
+        "# Speed",
+        "",
+        "Written by `report.py` from `results.json`. Contestants take turns; seconds are medians over the rounds, the last column",
+        "is the median of the rounds' ratios. Work is counted as the algorithm states it, so that anything computed twice (or at",
+        "positions nobody reads) lowers the fraction. What was compared and how: `README.md`.",
+        "",
+        *(
+            f"Machine: {m['cpu']}, {m['cores']} cores, Python {m['python']}, {m['date']}."
+            for m in map(json.loads, sorted(machines))
+        ),
+        f"Versions: {', '.join(sorted(v for v in versions if 'precision' not in v))}.",
+        "",
+    ]
+    (folder / "results.md").write_text("\n".join(head) + table(results))
+    picture(results, folder / "results.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
