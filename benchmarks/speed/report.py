@@ -62,7 +62,7 @@ def bfloat16(name: str) -> bool:
 
 def table(results: dict[str, Any]) -> str:
     lines = []
-    for key, result in results.items():
+    for result in results.values():
         work = result["work"]
         ceiling = result["contestants"][0]
         rates = [statistics.median(ceiling[k]) / 1e9 for k in ("flops", "flops_bfloat16", "read_bytes")]
@@ -75,7 +75,7 @@ def table(results: dict[str, Any]) -> str:
             f"{work['flops'] / 1e9:.1f} GFLOP. Ceilings measured in the same rounds: {rates[0]:.0f} GFLOP/s in float32, "
             f"{rates[1]:.0f} in bfloat16, {rates[2]:.1f} GB/s read.",
             "",
-            "| | seconds (min to max) | tokens/s | of the arithmetic ceiling | of the memory ceiling | peak MiB | times as fast as the peer |",
+            "| | seconds (min to max) | tokens/s | of arithmetic | of memory | peak MiB | times as fast as the peer |",
             "|---|---|---|---|---|---|---|",
         ]
         for row in rows(result):
@@ -83,8 +83,9 @@ def table(results: dict[str, Any]) -> str:
             ratio = f"**{row['ratio']:.2f}** ({row['peer']})" if "ratio" in row and row["name"].startswith("lockstep") else ""
             if "ratio" in row and not ratio:
                 ratio = f"{row['ratio']:.2f}"
+            seconds = f"{row['seconds']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
             lines.append(
-                f"| {row['name']} | {row['seconds']:.3f} ({row['low']:.3f} to {row['high']:.3f}) | {row['tokens_per_second']:.0f} "
+                f"| {row['name']} | {seconds} | {row['tokens_per_second']:.0f} "
                 f"| {row['of_arithmetic']:.0%} | {memory} | {row['peak_mib']:.0f} | {ratio} |"
             )
         lines.append("")
@@ -123,16 +124,16 @@ def main(folder: Path) -> None:
     results = dict(
         sorted(results.items(), key=lambda kv: (order.index(kv[1]["work"]["task"]), sizes.index(kv[1]["work"]["size"])))
     )
-    machines = {json.dumps(result["machine"]) for result in results.values()}
+    machines = [json.loads(text) for text in sorted({json.dumps(result["machine"]) for result in results.values()})]
     versions = {
         f"{name} {version}" for r in results.values() for c in r["contestants"] for name, version in c["versions"].items()
     }
     head = [
         "# Speed",
         "",
-        "Written by `report.py` from `results.json`. Contestants take turns; seconds are medians over the rounds, the last column",
-        "is the median of the rounds' ratios. Work is counted as the algorithm states it, so that anything computed twice (or at",
-        "positions nobody reads) lowers the fraction. What was compared and how: `README.md`.",
+        "Written by `report.py` from `results.json`. Contestants take turns; seconds are medians over the rounds, the last",
+        "column is the median of the rounds' ratios. Work is counted as the algorithm states it, so that anything computed twice",
+        "(or at positions nobody reads) lowers the fractions of the ceilings. `README.md` says what was compared and how.",
         "",
         *(
             f"Machine: {m['cpu']}, {m['cores']} cores, Python {m['python']}, {m['date']}."
