@@ -28,32 +28,30 @@ COLOURS = {"lockstep torch": "#d9542b", "lockstep jax": "#2b7bd9"}
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """One per contestant: median, spread, fraction of the ceiling, and the ratio to the peer, round by round."""
-    work = Work(**{key: result["work"][key] for key in Work.__dataclass_fields__})
-    ceiling, *others = result["contestants"]
-    peer = next((c for c in others if not c["name"].startswith("lockstep") and "bfloat16" not in c["name"]), None)
-    out = []
-    for c in others:
-        seconds = c["seconds"]
-        limit = statistics.median(ceiling["flops_bfloat16" if bfloat16(c["name"]) else "flops"])
-        row = {
-            "name": c["name"],
-            "seconds": statistics.median(seconds),
-            "low": min(seconds),
-            "high": max(seconds),
-            "tokens_per_second": work.tokens / statistics.median(seconds),
-            "gflops": work.flops / statistics.median(seconds) / 1e9,
-            "of_arithmetic": work.flops / statistics.median(seconds) / limit,
-            "peak_mib": max(c["peak_mib"]),
-            "warm_up": c["warm_up_seconds"],
-            "versions": c["versions"],
-        }
-        if work.task == "generate" and not bfloat16(c["name"]):
-            row["of_memory"] = work.bytes / statistics.median(seconds) / statistics.median(ceiling["read_bytes"])
-        if peer is not None and c is not peer:
-            row["ratio"] = statistics.median(p / s for p, s in zip(peer["seconds"], seconds, strict=True))
-            row["peer"] = peer["name"]
-        out.append(row)
-    return out
+    work = Work(**result["work"])
+    out: dict[str, dict[str, Any]] = {}
+    for ceiling, *others in result["groups"]:
+        peer = next((c for c in others if not c["name"].startswith("lockstep") and "bfloat16" not in c["name"]), None)
+        for c in others:
+            seconds = c["seconds"]
+            median = statistics.median(seconds)
+            limit = statistics.median(ceiling["flops_bfloat16" if bfloat16(c["name"]) else "flops"])
+            row = {
+                "name": c["name"],
+                "seconds": median,
+                "low": min(seconds),
+                "high": max(seconds),
+                "tokens_per_second": work.tokens / median,
+                "of_arithmetic": work.flops / median / limit,
+                "peak_mib": max(c["peak_mib"]),
+            }
+            if work.task == "generate" and not bfloat16(c["name"]):
+                row["of_memory"] = work.bytes / median / statistics.median(ceiling["read_bytes"])
+            if peer is not None and c is not peer:
+                row["ratio"] = statistics.median(p / s for p, s in zip(peer["seconds"], seconds, strict=True))
+                row["peer"] = peer["name"]
+            out.setdefault(c["name"], row)  # a peer that ran beside several is shown as it was beside the first
+    return list(out.values())
 
 
 def bfloat16(name: str) -> bool:
@@ -64,15 +62,15 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for result in results.values():
         work = result["work"]
-        ceiling = result["contestants"][0]
-        rates = [statistics.median(ceiling[k]) / 1e9 for k in ("flops", "flops_bfloat16", "read_bytes")]
+        ceilings = [group[0] for group in result["groups"]]
+        rates = [statistics.median(x for c in ceilings for x in c[k]) / 1e9 for k in ("flops", "flops_bfloat16", "read_bytes")]
         shape = f"{work['rows']} x ({work['prompt']} + {work['response']}) tokens"
         if work["task"] == "ppo":
             shape += f", {work['epochs']} epochs"
         lines += [
             f"### {TITLES[work['task']]}, {work['size']}: {shape}",
             "",
-            f"{work['flops'] / 1e9:.1f} GFLOP. Ceilings measured in the same rounds: {rates[0]:.0f} GFLOP/s in float32, "
+            f"{Work(**work).flops / 1e9:.1f} GFLOP. Ceilings measured in the same rounds: {rates[0]:.0f} GFLOP/s in float32, "
             f"{rates[1]:.0f} in bfloat16, {rates[2]:.1f} GB/s read.",
             "",
             "| | seconds (min to max) | tokens/s | of arithmetic | of memory | peak MiB | times as fast as the peer |",
@@ -99,11 +97,11 @@ def picture(results: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(-(-count // columns), columns, figsize=(13, 2.6 * -(-count // columns)), squeeze=False)
     for axis, (_, result) in zip(axes.flat, results.items(), strict=False):
         work = result["work"]
-        found = rows(result)[::-1]
+        found, tokens = rows(result)[::-1], Work(**work).tokens
         values = [row["tokens_per_second"] for row in found]
         whiskers = [
-            [v - work["tokens"] / row["high"] for v, row in zip(values, found, strict=True)],
-            [work["tokens"] / row["low"] - v for v, row in zip(values, found, strict=True)],
+            [v - tokens / row["high"] for v, row in zip(values, found, strict=True)],
+            [tokens / row["low"] - v for v, row in zip(values, found, strict=True)],
         ]
         colours = [next((c for n, c in COLOURS.items() if row["name"].startswith(n)), "#999999") for row in found]
         axis.barh([row["name"] for row in found], values, xerr=whiskers, color=colours, error_kw={"lw": 0.8})
@@ -126,7 +124,7 @@ def main(folder: Path) -> None:
     )
     machines = [json.loads(text) for text in sorted({json.dumps(result["machine"]) for result in results.values()})]
     versions = {
-        f"{name} {version}" for r in results.values() for c in r["contestants"] for name, version in c["versions"].items()
+        f"{name} {version}" for r in results.values() for g in r["groups"] for c in g for name, version in c["versions"].items()
     }
     head = [
         "# Speed",

@@ -67,8 +67,16 @@ ENTRIES = {
 }
 
 
-def entries(name: str) -> list[Entry]:
-    return [CEILING, *ENTRIES[WORK[name].task], *(TUNIX if name == "ppo/tiny" else [])]
+def groups(name: str, chosen: list[str] | None) -> list[list[Entry]]:
+    """Who takes turns with whom: all with all, but of SmolLM2, of which few processes fit into memory, each entry of
+    Lockstep's with the peers."""
+    entries = [*ENTRIES[WORK[name].task], *(TUNIX if name == "ppo/tiny" else [])]
+    entries = [entry for entry in entries if chosen is None or entry.name in chosen]
+    if WORK[name].size != "smollm2":
+        return [[CEILING, *entries]]
+    own = [entry for entry in entries if entry.script == "with_lockstep.py"]
+    peers = [entry for entry in entries if entry not in own]
+    return [[CEILING, entry, *peers] for entry in own]
 
 
 class Process:
@@ -113,7 +121,7 @@ class Process:
         }
 
 
-def contest(name: str, chosen: list[Entry], args: argparse.Namespace) -> dict[str, Any]:
+def contest(name: str, chosen: list[Entry], args: argparse.Namespace) -> list[dict[str, Any]]:
     work, logs = WORK[name], args.logs / name.replace("/", "-")
     processes = []
     for entry in chosen:
@@ -125,8 +133,7 @@ def contest(name: str, chosen: list[Entry], args: argparse.Namespace) -> dict[st
         for process in order:
             process.turn()
         print(f"{name}: round {number + 1}/{args.rounds}", *(f"{p.turns[-1]['seconds']:.3f}" for p in processes), flush=True)
-    facts = {"tokens": work.tokens, "flops": work.flops, "bytes": work.bytes}
-    return {"work": dataclasses.asdict(work) | facts, "contestants": [process.close() for process in processes]}
+    return [process.close() for process in processes]
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
@@ -148,12 +155,11 @@ def main() -> None:
     path = args.output / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in args.only:
-        chosen = [entry for entry in entries(name) if not args.contestants or entry.name in args.contestants]
-        result = contest(name, chosen, args) | {"machine": machine(args)}
-        for contestant in result["contestants"]:
-            print(f"{name}: {contestant['name']:28s} {statistics.median(contestant['seconds']):8.3f} s")
-        results[name] = result
+        found = [contest(name, group, args) for group in groups(name, args.contestants)]
+        results[name] = {"work": dataclasses.asdict(WORK[name]), "machine": machine(args), "groups": found}
         path.write_text(json.dumps(results, indent=1) + "\n")
+        for contestant in [contestant for group in found for contestant in group[1:]]:
+            print(f"{name}: {contestant['name']:28s} {statistics.median(contestant['seconds']):8.3f} s")
 
 
 if __name__ == "__main__":

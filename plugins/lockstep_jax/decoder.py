@@ -209,8 +209,7 @@ class Attention(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """[..., inputs] -> [..., outputs] by [rows, inputs] @ kernel: with more axes in front than one, as in flax's own
-    Linear, XLA's gradient of the kernel took twice as long on the CPU."""
+    """[..., inputs] -> [..., outputs]."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, dtype: Any):
         self.dtype = dtype
@@ -218,9 +217,29 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        out = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ self.kernel.astype(self.dtype)
+        out = product(x.reshape(-1, x.shape[-1]).astype(self.dtype), self.kernel.astype(self.dtype))
         out = out if self.bias is None else out + self.bias.astype(self.dtype)
         return out.reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def product(x: Array, kernel: Array) -> Array:
+    """[rows, inputs] @ [inputs, outputs], with gradients whose operands are transposed first and multiplied then. Left to
+    itself XLA's CPU compiler multiplies transposed operands as they lie, at half to three quarters of the speed, and slower
+    still where x has more axes in front than one."""
+    return x @ kernel
+
+
+def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _product_backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = (jax.lax.optimization_barrier(operand.T) for operand in operands)
+    return gradient @ kernel, x @ gradient
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 class MLP(nnx.Module):

@@ -28,8 +28,9 @@ class Network(nn.Module):
     hidden_size: int
     context_length: int
 
-    def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None) -> Tensor:
-        """[B, L] ids and attention mask -> [B, L, d] after the final norm. Ids under a False mask are never read."""
+    def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None, first: int = 0) -> Tensor:
+        """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
+        under a False mask are never read."""
         raise NotImplementedError
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, Any]:
@@ -125,13 +126,15 @@ class DecoderNetwork(Network):
         )
         self.lm_head = None if a.tied else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
 
-    def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None, first: int = 0) -> Tensor:
         visible = causal(mask)
         x, position = self.embed(tokens, mask), positions(mask)
         rotation = self.rotation(position)
+        last = len(self.model["layers"]) - 1
         for number, layer in enumerate(self.model["layers"]):
-            drop = dropout and (lambda y, part, site=2 * number: dropout(y, site + part, position))
-            x = layer(x, rotation, visible, drop=drop)
+            start = first if number == last else 0  # of the last layer, the columns before give keys and values only
+            drop = dropout and (lambda y, part, site=2 * number, start=start: dropout(y, site + part, position[:, start:]))
+            x = layer(x, rotation, visible, drop=drop, first=start)
         return self.model["norm"](x)
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, Cache]:
@@ -149,8 +152,9 @@ class DecoderNetwork(Network):
         visible = causal(mask)
         x = self.embed(tokens, mask)
         rotation = self.rotation(positions(mask))
-        for layer, keys, values in zip(self.model["layers"], cache.keys, cache.values, strict=True):
-            x = layer(x, rotation, visible, (keys, values, 0))
+        for number, layer in enumerate(self.model["layers"]):
+            first = length - 1 if number == a.layers - 1 else 0
+            x = layer(x, rotation, visible, (cache.keys[number], cache.values[number], 0), first=first)
         return self.model["norm"](x[:, -1]), cache
 
     def advance(self, token: Tensor, cache: Cache) -> Tensor:
@@ -187,9 +191,12 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(d, eps=eps)
         self.mlp = MLP(architecture)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, cache: Any = None, drop: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, cache: Any = None, drop: Any = None, first: int = 0
+    ) -> Tensor:
+        """[B, L, d] -> [B, L - first, d]."""
         drop = drop or (lambda y, part: y)
-        x = x + drop(self.self_attn(self.input_layernorm(x), rotation, visible, cache), 0)
+        x = x[:, first:] + drop(self.self_attn(self.input_layernorm(x), rotation, visible, cache, first), 0)
         return x + drop(self.mlp(self.post_attention_layernorm(x)), 1)
 
 
@@ -202,10 +209,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(a.hidden_size, a.kv_heads * a.head_dim, bias=False)
         self.o_proj = nn.Linear(a.heads * a.head_dim, a.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, cache: Any = None) -> Tensor:
-        """x [B, L, d]; visible bool, broadcast to [B, H, L, keys]; cache (keys, values, first free column) or None."""
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, cache: Any = None, first: int = 0) -> Tensor:
+        """x [B, L, d]; visible bool, broadcast to [B, H, L, keys]; cache (keys, values, first free column) or None. Queries
+        are the columns from ``first`` on: [B, L - first, d]."""
         a = self.architecture
-        q = rotate(split_heads(self.q_proj(x), a.heads), rotation)
+        cos, sin = rotation
+        visible = visible[:, :, first:]
+        q = rotate(split_heads(self.q_proj(x[:, first:]), a.heads), (cos[:, :, first:], sin[:, :, first:]))
         k = rotate(split_heads(self.k_proj(x), a.kv_heads), rotation)
         v = split_heads(self.v_proj(x), a.kv_heads)
         dtype = attention_dtype(x.device)
@@ -275,10 +285,10 @@ class TransformersNetwork(Network):
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.context_length = config.max_position_embeddings
 
-    def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None, first: int = 0) -> Tensor:
         if dropout is not None:
             raise ConfigError("Networks of transformers are run without dropout. Set dropout=0, or use policy=decoder.")
-        return self._trunk(tokens, mask, positions(mask)).last_hidden_state
+        return self._trunk(tokens, mask, positions(mask)).last_hidden_state[:, first:]
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, dict[str, Any]]:
         out = self._trunk(tokens, mask, positions(mask), use_cache=True)

@@ -60,8 +60,9 @@ class TorchModel:
     ) -> dict[str, Tensor]:
         """The named outputs with gradients. Logits exist at the T columns that predict a response token only."""
         with self.backend.autocast():
-            hidden = self.network.hidden(block.tokens, block.mask, dropout)
-            states = hidden[:, block.prompt_length - 1 : -1]  # [B, T, d]: the state each response token is chosen in
+            first = block.prompt_length - 1
+            hidden = self.network.hidden(block.tokens, block.mask, dropout, first)  # [B, T + 1, d]
+            states = hidden[:, :-1]  # [B, T, d]: the state each response token is chosen in
             out = {}
             if "logprobs" in outputs or "entropy" in outputs:
                 tokens = block.tokens[:, block.prompt_length :]
@@ -69,7 +70,7 @@ class TorchModel:
             if "values" in outputs:
                 out["values"] = self.head(states)
             if "scores" in outputs:
-                out["scores"] = self.head(hidden[torch.arange(len(hidden), device=hidden.device), block.last])
+                out["scores"] = self.head(hidden[torch.arange(len(hidden), device=hidden.device), block.last - first])
         return {name: out[name] for name in outputs}
 
     def of_distribution(self, states: Tensor, tokens: Tensor, temperature: float, *, entropy: bool) -> dict[str, Tensor]:
