@@ -55,7 +55,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def bfloat16(name: str) -> bool:
-    return "bfloat16" in name or name.endswith("recommended")
+    return "bfloat16" in name or name == "lockstep torch recommended"
 
 
 def table(results: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ SAME = [lockstep("lockstep torch", "torch"), lockstep("lockstep jax", "jax")]
 BFLOAT16 = [lockstep(f"lockstep {name} bfloat16", name, "bfloat16") for name in ("torch", "jax")]
 RECOMMENDED = [
     lockstep("lockstep torch recommended", "torch", "bfloat16", value_network="shared"),
-    lockstep("lockstep jax recommended", "jax", "bfloat16", value_network="shared"),
+    lockstep("lockstep jax recommended", "jax", value_network="shared"),
 ]
 CEILING = Entry("ceiling", "ceiling.py")
 
