@@ -96,10 +96,16 @@ def test_ppo_has_the_same_loss_gradients_and_next_parameters(both):
     assert max(np.abs(parameters[n] - parameters2[n]).max() for n in parameters) < 1e-5
 
 
-def test_a_checkpoints_pad_token_is_learned_like_any_other(folder, tmp_path):
-    """transformers makes its embedding deaf to gradients; SmolLM2's is the token that ends a turn."""
+SCALED = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize("modules, changes", [("DecoderNetwork", {}), ("TransformersNetwork", {"rope_parameters": SCALED})])
+def test_a_checkpoints_pad_token_is_learned_like_any_other(folder, tmp_path, modules, changes):
+    """transformers makes its embedding deaf to gradients; SmolLM2's is the token that ends a turn. With scaled rotation torch
+    runs transformers' modules."""
     config = checkpoints.read_json(folder / "config.json")
-    checkpoints.write_json(tmp_path / "config.json", config | {"pad_token_id": 35})
+    checkpoints.write_json(tmp_path / "config.json", config | {"pad_token_id": 35} | changes)
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     sequences = pack([[5, 35, 6]] * 2, [[7, 35], [35, 8, 35]], 36, prompt_columns=4)
     term = Term(NextTokenLoss(), sequences, {"weights": (sequences.mask / sequences.mask.sum()).astype(np.float32)})
@@ -109,6 +115,7 @@ def test_a_checkpoints_pad_token_is_learned_like_any_other(folder, tmp_path):
         backend = cls(parse(cls.Config, values, "backend"))
         policy = registry().resolve("policy", "huggingface", name).load(tmp_path, backend)
         found.append(gradients(backend, lambda policy=policy: policy, [term])["policy.model.embed_tokens.weight"])
+        assert name != "torch" or type(policy.network).__name__ == modules
     assert np.abs(found[1][35]).max() > 1e-2
     np.testing.assert_allclose(found[0], found[1], atol=1e-5)
 
@@ -207,3 +214,17 @@ def test_large_vocabularies_are_scored_some_positions_at_a_time(both, name, monk
     assert pieces.keys() == whole.keys()
     for key, array in pieces.items():
         np.testing.assert_allclose(array, whole[key], rtol=2e-5, atol=2e-6, err_msg=key)
+
+
+def test_a_checkpoint_keeps_what_its_configuration_says(folder, tmp_path):
+    """Torch, policy=huggingface: a model that the lean decoder runs is saved with the config.json it came with."""
+    config = checkpoints.read_json(folder / "config.json")
+    (tmp_path / "given").mkdir()
+    checkpoints.write_json(tmp_path / "given" / "config.json", config | {"eos_token_id": 35, "bos_token_id": 1})
+    (tmp_path / "given" / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    cls = registry().resolve("backend", "torch", "torch")
+    backend = cls(parse(cls.Config, BACKENDS["torch"], "backend"))
+    policy = registry().resolve("policy", "huggingface", "torch").load(tmp_path / "given", backend)
+    policy.copy().save(tmp_path / "saved")
+    saved = checkpoints.read_json(tmp_path / "saved" / "config.json")
+    assert (saved["eos_token_id"], saved["bos_token_id"], saved["architectures"]) == (35, 1, ["LlamaForCausalLM"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lockstep import randomness
-from lockstep.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture
+from lockstep.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf
 from lockstep.errors import ConfigError
 
 
@@ -27,6 +27,8 @@ class Network(nn.Module):
     vocab_size: int
     hidden_size: int
     context_length: int
+    config: dict[str, Any]
+    """What a checkpoint's ``config.json`` says of it."""
 
     def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None, first: int = 0) -> Tensor:
         """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
@@ -113,9 +115,10 @@ class Cache:
 class DecoderNetwork(Network):
     """Pre-norm transformer with RMSNorm, rotary positions, grouped-query attention and SwiGLU (Touvron et al. 2023)."""
 
-    def __init__(self, architecture: Architecture):
+    def __init__(self, architecture: Architecture, config: dict[str, Any] | None = None):
         super().__init__()
         a = self.architecture = architecture
+        self.config = to_hf(architecture) if config is None else config
         self.vocab_size, self.hidden_size, self.context_length = a.vocab_size, a.hidden_size, a.context_length
         self.model = nn.ModuleDict(
             {
@@ -280,6 +283,7 @@ class TransformersNetwork(Network):
         self.hf = hf
         # With pad_token_id in its config.json, often that of EOS, transformers gives the embedding of that token no gradient.
         hf.get_input_embeddings().padding_idx = None
+        self.config = {key: value for key, value in hf.config.to_dict().items() if key != "_name_or_path"}
         self.prefix = "" if hf.base_model is not hf else f"{hf.base_model_prefix}."  # as the checkpoint has it
         config = hf.config.get_text_config()
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size

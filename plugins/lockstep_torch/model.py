@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lockstep import checkpoints
-from lockstep.architecture import to_hf
 from lockstep.interfaces import Generated, Policy, ScalarModel
 from lockstep.sequences import Sequences
 from lockstep_torch.backend import TorchBackend
@@ -114,11 +113,7 @@ class TorchModel:
     def write(self, folder: Path, suffix: str, **config: int) -> None:
         """A checkpoint of class <Family><suffix>, say LlamaForCausalLM."""
         checkpoints.write_tensors(folder / "model.safetensors", self.parameters())
-        if isinstance(self.network, TransformersNetwork):
-            described = self.network.hf.config.to_dict()
-            described.pop("_name_or_path", None)
-        else:
-            described = to_hf(self.network.architecture)
+        described = self.network.config
         family = described["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
         family = family.removesuffix("ForSequenceClassification")
         name = "GPT2LMHeadModel" if (family, suffix) == ("GPT2", "ForCausalLM") else family + suffix

@@ -110,13 +110,14 @@ def _open(auto: type, folder: Path | str) -> Network:
 
 def _lean(hf: Any) -> DecoderNetwork | None:
     """The same model as a `DecoderNetwork`, if it is one."""
+    config = {key: value for key, value in hf.config.to_dict().items() if key != "_name_or_path"}
     try:
-        architecture = from_hf(hf.config.to_dict())
+        architecture = from_hf(config)
     except CheckpointError:
         return None
     if not is_small_decoder(architecture):
         return None
-    network = DecoderNetwork(architecture)
+    network = DecoderNetwork(architecture, config)
     if hf.get_output_embeddings() is None:
         without_language_head(network)
     prefix = "model." if hf.base_model is hf else ""  # a trunk alone does not say that it is one

@@ -172,11 +172,11 @@ class SamplesAtOne(Decoder):
 
 
 @defect("policy", caught_by="samples_follow_the_seed_rule")
-class SignedSeeds(Decoder):
-    """Seeds pass through int32: half of them become negative."""
+class PositiveSeeds(Decoder):
+    """Seeds are made to fit int32: the highest bit is dropped."""
 
     def generate(self, prompt_tokens, prompt_mask, seeds, **how):
-        return super().generate(prompt_tokens, prompt_mask, seeds.astype(np.int32), **how)
+        return super().generate(prompt_tokens, prompt_mask, seeds & np.uint32(0x7FFFFFFF), **how)
 
 
 @defect("policy", caught_by="samples_follow_the_seed_rule")
