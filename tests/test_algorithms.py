@@ -946,3 +946,29 @@ def test_pretraining_starts_every_text_from_one_token_and_learns(make, tokenizer
 
 def test_the_seed_decides_the_order_of_examples(sft):
     assert sft(seed=0).batch(0) == sft(seed=0).batch(0) != sft(seed=1).batch(0)
+
+
+# ---------------------------------------------------------------------------------------------------------- steady state
+
+
+@pytest.mark.parametrize("network", ["separate", "shared"])
+def test_after_the_first_iteration_nothing_is_compiled_again(ppo, backend, network):
+    """Prompts and responses of all lengths: the shapes are those of the limits, whatever is drawn."""
+    if backend.name != "jax":
+        pytest.skip("PyTorch runs without compiling")
+    import jax
+
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **about: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    algorithm = ppo(iterations=5, epochs=2, minibatches=2, value_network=network, clip_range=0.21)
+    lengths = set()
+    algorithm.step(0)
+    assert compiled
+    compiled.clear()
+    for step in range(1, 5):
+        algorithm.step(step)
+        lengths |= set(algorithm.last.sequences.response_mask.sum(axis=1))
+    assert not compiled
+    assert len(lengths) > 2
