@@ -133,10 +133,7 @@ def main(folder: Path) -> None:
         "column is the median of the rounds' ratios. Work is counted as the algorithm states it, so that anything computed twice",
         "(or at positions nobody reads) lowers the fractions of the ceilings. `README.md` says what was compared and how.",
         "",
-        *(
-            f"Machine: {m['cpu']}, {m['cores']} cores, Python {m['python']}, {m['date']}."
-            for m in map(json.loads, sorted(machines))
-        ),
+        *(f"Machine: {m['cpu']}, {m['cores']} cores, Python {m['python']}, {m['date']}." for m in machines),
         f"Versions: {', '.join(sorted(v for v in versions if 'precision' not in v))}.",
         "",
     ]
