@@ -951,17 +951,20 @@ def test_the_seed_decides_the_order_of_examples(sft):
 # ---------------------------------------------------------------------------------------------------------- steady state
 
 
+@pytest.mark.parametrize("backend", ["jax"], indirect=True)
 @pytest.mark.parametrize("network", ["separate", "shared"])
-def test_after_the_first_iteration_nothing_is_compiled_again(ppo, backend, network):
+def test_after_the_first_iteration_nothing_is_compiled_again(ppo, request, network):
     """Prompts and responses of all lengths: the shapes are those of the limits, whatever is drawn."""
-    if backend.name != "jax":
-        pytest.skip("PyTorch runs without compiling")
     import jax
 
     compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **about: compiled.append(event) if event.endswith("backend_compile_duration") else None
-    )
+
+    def listen(event, seconds, **about):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    request.addfinalizer(lambda: jax.monitoring.unregister_event_duration_listener(listen))
     algorithm = ppo(iterations=5, epochs=2, minibatches=2, value_network=network, clip_range=0.21)
     lengths = set()
     algorithm.step(0)

@@ -1,4 +1,4 @@
-"""results.json -> results.md and one picture per kind of work.
+"""results.json -> results.md and results.png.
 
 python benchmarks/speed/report.py benchmarks/speed
 """
@@ -78,9 +78,8 @@ def table(results: dict[str, Any]) -> str:
         ]
         for row in rows(result):
             memory = f"{row['of_memory']:.0%}" if "of_memory" in row else ""
-            ratio = f"**{row['ratio']:.2f}** ({row['peer']})" if "ratio" in row and row["name"].startswith("lockstep") else ""
-            if "ratio" in row and not ratio:
-                ratio = f"{row['ratio']:.2f}"
+            own = row["name"].startswith("lockstep")
+            ratio = "" if "ratio" not in row else f"**{row['ratio']:.2f}** ({row['peer']})" if own else f"{row['ratio']:.2f}"
             seconds = f"{row['seconds']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
             arithmetic = "" if "recommended" in row["name"] else f"{row['of_arithmetic']:.0%}"  # whose shared trunk does less
             lines.append(
@@ -96,7 +95,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
     columns = 3
     count = len(results)
     figure, axes = plt.subplots(-(-count // columns), columns, figsize=(13, 2.6 * -(-count // columns)), squeeze=False)
-    for axis, (_, result) in zip(axes.flat, results.items(), strict=False):
+    for axis, result in zip(axes.flat, results.values(), strict=False):
         work = result["work"]
         found, tokens = rows(result)[::-1], Work(**work).tokens
         values = [row["tokens_per_second"] for row in found]
@@ -135,7 +134,7 @@ def main(folder: Path) -> None:
         "(or at positions nobody reads) lowers the fractions of the ceilings. `README.md` says what was compared and how.",
         "",
         *(f"Machine: {m['cpu']}, {m['cores']} cores, Python {m['python']}, {m['date']}." for m in machines),
-        f"Versions: {', '.join(sorted(v for v in versions if 'precision' not in v))}.",
+        f"Versions: {', '.join(sorted(versions))}.",
         "",
         "",
     ]

@@ -5,7 +5,7 @@
 
 PEERS holds one virtual environment per peer (`README.md` says how they are made). For each work all contestants are started,
 warm up, and then take turns: one unit of work each per round, so that a slow minute of the machine hits all alike. Beside
-every work runs the ceiling: the largest rate of float32 matrix products and of copying, measured in the same rounds.
+every work runs the ceiling: the largest rate of float32 matrix products and of reading memory, measured in the same rounds.
 """
 
 from __future__ import annotations

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from worker import Contestant, Work, texts
 
-from lockstep.encoding import Lengths
-from lockstep.interfaces import DataSource, Setting
+from lockstep.builtin import CONF
+from lockstep.configuration import parse
+from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardModel, Setting
 from lockstep.nouns import Comparison, Demonstration, Message, Prompt
-from lockstep.optimisation import OptimizerConfig, ScheduleConfig
+from lockstep.randomness import token_seeds
 from lockstep.registry import registry
+from lockstep.sequences import left_pad
 from lockstep.tokenizer import Tokenizer, TokenizerConfig
-from lockstep_rlhf.language_modelling import SFT
-from lockstep_rlhf.ppo import PPO
-from lockstep_rlhf.reward_modelling import RewardModelling
 from lockstep_rlhf.reward_models import Learned
 
-ADAM = OptimizerConfig(1e-5, (0.9, 0.95), 1e-8, tf_style=False, weight_decay=0.0, max_grad_norm=1.0, ema_decay=None)
-SCHEDULE = ScheduleConfig("constant", 0, 1.0, 1.0)
 STEPS = 1000  # more than are ever asked for
+ALGORITHMS = {"sft": "sft", "reward": "reward_modelling", "ppo": "ppo", "generate": "ppo"}
 
 
 class Texts(DataSource):
@@ -28,7 +28,6 @@ class Texts(DataSource):
 
     def __init__(self, work: Work):
         rows = 64 * work.rows
-        self.work = work
         self.asked = [Prompt((Message("user", text),)) for text in texts(rows, work.prompt, 1)]
         self.answers = [texts(rows, work.response, seed) for seed in (2, 3)]
 
@@ -49,73 +48,52 @@ class Texts(DataSource):
 def main() -> None:
     contestant = Contestant()
     work, options = contestant.work, contestant.options
-    name = options["backend"]
-    backend = backend_named(name, options)
-    folder = contestant.models / work.size
-    tokenizer = Tokenizer.load(str(folder / "policy"), TokenizerConfig(None, None, None, None))
-    kind = registry().resolve("policy", "huggingface" if work.size == "smollm2" else "decoder", name)
-
-    class Rewards:
-        """What the reward model asks for."""
-
-        def __init__(self) -> None:
-            self.backend, self.tokenizer = backend, tokenizer
-
-        def scalar_model(self, source: str) -> Any:
-            return kind.load_scalar(folder / "reward", backend), tokenizer
-
-    lengths = Lengths(work.prompt, work.response, max(work.prompt, work.response))
-    reward_model = Learned(Learned.Config("reward", None), Rewards()) if work.task in ("ppo", "generate") else None
-    setting = Setting(0, backend, tokenizer, Texts(work), kind.load(folder / "policy", backend), reward_model)
-    common = {"epochs": float(STEPS), "micro_batch_size": None, "lengths": lengths, "heldout_examples": 0}
-    trained = {"optimizer": ADAM, "schedule": SCHEDULE}
-    if work.task == "sft":
-        config = SFT.Config(batch_size=work.rows, prompt_loss=False, pretrain_mix=0, dropout=0, **common, **trained)
-        algorithm = SFT(config, setting)
-    elif work.task == "reward":
-        algorithm = RewardModelling(
-            RewardModelling.Config(batch_size=work.rows // 2, normalise="none", **common, **trained), setting
-        )
-    else:
-        algorithm = PPO(
-            PPO.Config(
-                **trained,
-                iterations=STEPS,
-                batch_size=work.rows,
-                epochs=work.epochs,
-                minibatches=1,
-                micro_batch_size=None,
-                lengths=lengths,
-                temperature=1.0,
-                kl_coef=0.02,
-                kl_target=None,
-                kl_horizon=10000,
-                gamma=1.0,
-                lam=0.95,
-                clip_range=0.2,
-                value_clip_range=0.2,
-                value_coef=0.1,
-                value_network=options.get("value_network", "separate"),
-                whiten_advantages=True,
-                whiten_rewards=False,
-                unfinished_score=None,
-                importance_cap=None,
-                ptx_coef=0.0,
-                ptx_ratio=1.0,
-                value_optimizer=ADAM,
-            ),
-            setting,
-        )
+    backend = backend_named(options["backend"], options)
+    algorithm = algorithm_of(contestant.models / work.size, work, options, backend)
     steps = iter(range(STEPS))
     step = (lambda: generate(algorithm, work)) if work.task == "generate" else (lambda: algorithm.step(next(steps)))
-    described = {key: value for key, value in backend.describe().items() if key != "device"}
-    contestant.serve(step, **described)
+    described = backend.describe()
+    contestant.serve(step, **{options["backend"]: described[options["backend"]]})
 
 
-def generate(algorithm: PPO, work: Work) -> None:
-    from lockstep.randomness import token_seeds
-    from lockstep.sequences import left_pad
+def algorithm_of(folder: Path, work: Work, options: dict[str, Any], backend: Backend) -> Algorithm:
+    """Lockstep's defaults, but for what the work says and for what TRL does otherwise."""
+    kind = registry().resolve("policy", "huggingface" if work.size == "smollm2" else "decoder", backend.name)
+    tokenizer = Tokenizer.load(str(folder / "policy"), TokenizerConfig(None, None, None, None))
+    name = ALGORITHMS[work.task]
+    values = OmegaConf.to_container(OmegaConf.load(CONF / "algorithm" / f"{name}.yaml"))
+    cls = registry().resolve("algorithm", values.pop("name"))
+    values["lengths"] = {"prompt": work.prompt, "response": work.response, "multiple": max(work.prompt, work.response)}
+    values["schedule"] = {"shape": "constant", "warmup_steps": 0, "initial": 1.0, "final": 1.0}
+    for key in ("optimizer", "value_optimizer"):
+        if key in values:
+            values[key] |= {"learning_rate": 1e-5, "eps": 1e-8}
+    if name == "ppo":
+        values |= {"iterations": STEPS, "batch_size": work.rows, "epochs": work.epochs, "minibatches": 1}
+        values |= {"unfinished_score": None, "value_network": options.get("value_network", "separate")}
+    else:
+        rows = work.rows // 2 if name == "reward_modelling" else work.rows  # a comparison has two
+        values |= {"epochs": float(STEPS), "batch_size": rows, "heldout_examples": 0}
+    if name == "reward_modelling":
+        values |= {"normalise": "none"}
+    reward_model = reward_model_of(folder, kind, backend, tokenizer) if name == "ppo" else None
+    setting = Setting(0, backend, tokenizer, Texts(work), kind.load(folder / "policy", backend), reward_model)
+    return cls(parse(cls.Config, values, "algorithm"), setting)
 
+
+def reward_model_of(folder: Path, kind: type[Policy], backend: Backend, tokenizer: Tokenizer) -> RewardModel:
+    class Resources:
+        """What the reward model asks for."""
+
+        def scalar_model(self, source: str) -> Any:
+            return kind.load_scalar(folder / source, backend), tokenizer
+
+    resources = Resources()
+    resources.backend, resources.tokenizer = backend, tokenizer
+    return Learned(Learned.Config("reward", None), resources)
+
+
+def generate(algorithm: Any, work: Work) -> None:
     tokens, mask = left_pad(algorithm.prompt_ids[: work.rows], algorithm.tokenizer.pad_id, work.prompt)
     seeds = token_seeds(0, "sampling", 0, work.rows, work.response)
     stops, pad = [algorithm.tokenizer.eos_id], algorithm.tokenizer.pad_id
@@ -123,10 +101,10 @@ def generate(algorithm: PPO, work: Work) -> None:
     assert drawn.mask.all()
 
 
-def backend_named(name: str, options: dict[str, Any]) -> Any:
+def backend_named(name: str, options: dict[str, Any]) -> Backend:
     cls = registry().resolve("backend", name, name)
     own = {"torch": {"threads": options["threads"]}, "jax": {"compilation_cache": None}}[name]
-    return cls(cls.Config(device="auto", precision=options["precision"], **own, **options.get("backend_options", {})))
+    return cls(cls.Config(device="auto", precision=options["precision"], **own))
 
 
 if __name__ == "__main__":

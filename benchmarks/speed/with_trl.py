@@ -34,69 +34,91 @@ class Turns(TrainerCallback):
         self.contestant.await_turn()
 
 
-def main() -> None:
-    contestant = Contestant()
-    work, options = contestant.work, contestant.options
-    torch.set_num_threads(options["threads"])
-    folder = contestant.models / work.size
-    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    policy = lambda: AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)  # noqa: E731
+class Maker:
+    """Models, data and settings that the trainers share."""
 
-    def scalar() -> Any:
-        model = AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32, num_labels=1)
-        model.config.pad_token_id = tokenizer.pad_token_id
+    def __init__(self, contestant: Contestant):
+        self.work, self.precision = contestant.work, contestant.options["precision"]
+        self.folder = contestant.models / self.work.size
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder / "policy")
+
+    def policy(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.folder / "policy", dtype=torch.float32)
+
+    def scalar(self) -> Any:
+        kind = AutoModelForSequenceClassification
+        model = kind.from_pretrained(self.folder / "reward", dtype=torch.float32, num_labels=1)
+        model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
 
-    ids = lambda count, words, seed: [tokenizer(text)["input_ids"] for text in texts(count, words, seed)]  # noqa: E731
-    common = {
-        "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": work.rows,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": 1e-5,
-        "adam_beta2": 0.95,
-        "lr_scheduler_type": "constant",
-        "bf16": options["precision"] == "bfloat16",
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    turns = Turns(contestant)
-    rows = 64 * work.rows
-    if work.task == "sft":
-        data = datasets.Dataset.from_dict({"input_ids": ids(rows, work.prompt + work.response, 1)})
-        config = trl.SFTConfig(**common, max_steps=STEPS, max_length=None, logging_steps=STEPS)
-        trainer = trl.SFTTrainer(policy(), config, train_dataset=data, processing_class=tokenizer, callbacks=[turns])
-    elif work.task == "reward":
-        length = work.prompt + work.response
-        pairs = {f"{side}_ids": ids(rows // 2, length, seed) for seed, side in enumerate(("chosen", "rejected"))}
-        data = datasets.Dataset.from_dict(pairs)
-        config = trl.RewardConfig(
-            **{**common, "per_device_train_batch_size": work.rows // 2}, max_steps=STEPS, max_length=None, logging_steps=STEPS
-        )
-        trainer = trl.RewardTrainer(scalar(), config, train_dataset=data, processing_class=tokenizer, callbacks=[turns])
-    elif work.task == "ppo":
-        from trl.experimental.ppo import PPOConfig, PPOTrainer
+    def data(self, rows: int, **columns: tuple[int, int]) -> datasets.Dataset:
+        """Token ids under each name, of (words, seed)."""
+        columns = {name: texts(rows, words, seed) for name, (words, seed) in columns.items()}
+        ids = {name: [self.tokenizer(text)["input_ids"] for text in column] for name, column in columns.items()}
+        return datasets.Dataset.from_dict(ids)
 
-        data = datasets.Dataset.from_dict({"input_ids": ids(rows, work.prompt, 1)})
-        config = PPOConfig(
-            **common,
-            total_episodes=STEPS * work.rows,
-            num_ppo_epochs=work.epochs,
-            num_mini_batches=1,
-            local_rollout_forward_batch_size=work.rows,
-            response_length=work.response,
-            temperature=1.0,
-            num_sample_generations=0,
-            kl_coef=0.02,
-            stop_token_id=tokenizer.eos_token_id,
-            logging_steps=1,
-        )
-        trainer = PPOTrainer(
-            config, tokenizer, policy(), policy(), scalar(), data, scalar(), eval_dataset=data.select(range(8)), callbacks=[turns]
-        )
-    trainer.train()
+    def common(self, rows: int) -> dict[str, Any]:
+        return {
+            "output_dir": tempfile.mkdtemp(),
+            "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-5,
+            "adam_beta2": 0.95,
+            "lr_scheduler_type": "constant",
+            "bf16": self.precision == "bfloat16",
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+
+
+def sft(maker: Maker, turns: Turns) -> Any:
+    work = maker.work
+    data = maker.data(64 * work.rows, input_ids=(work.prompt + work.response, 1))
+    config = trl.SFTConfig(**maker.common(work.rows), max_steps=STEPS, max_length=None, logging_steps=STEPS)
+    return trl.SFTTrainer(maker.policy(), config, train_dataset=data, processing_class=maker.tokenizer, callbacks=[turns])
+
+
+def reward(maker: Maker, turns: Turns) -> Any:
+    pairs = maker.work.rows // 2
+    length = maker.work.prompt + maker.work.response
+    data = maker.data(64 * pairs, chosen_ids=(length, 0), rejected_ids=(length, 1))
+    config = trl.RewardConfig(**maker.common(pairs), max_steps=STEPS, max_length=None, logging_steps=STEPS)
+    return trl.RewardTrainer(maker.scalar(), config, train_dataset=data, processing_class=maker.tokenizer, callbacks=[turns])
+
+
+def ppo(maker: Maker, turns: Turns) -> Any:
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    work = maker.work
+    data = maker.data(64 * work.rows, input_ids=(work.prompt, 1))
+    config = PPOConfig(
+        **maker.common(work.rows),
+        total_episodes=STEPS * work.rows,
+        num_ppo_epochs=work.epochs,
+        num_mini_batches=1,
+        local_rollout_forward_batch_size=work.rows,
+        response_length=work.response,
+        temperature=1.0,
+        num_sample_generations=0,
+        kl_coef=0.02,
+        stop_token_id=maker.tokenizer.eos_token_id,
+        logging_steps=1,
+    )
+    policy, ref_policy, reward_model, value_model = maker.policy(), maker.policy(), maker.scalar(), maker.scalar()
+    heldout = data.select(range(8))
+    return PPOTrainer(
+        config, maker.tokenizer, policy, ref_policy, reward_model, data, value_model, eval_dataset=heldout, callbacks=[turns]
+    )
+
+
+def main() -> None:
+    contestant = Contestant()
+    torch.set_num_threads(contestant.options["threads"])
+    make = {"sft": sft, "reward": reward, "ppo": ppo}[contestant.work.task]
+    make(Maker(contestant), Turns(contestant)).train()
 
 
 if __name__ == "__main__":

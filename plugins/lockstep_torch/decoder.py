@@ -275,6 +275,11 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 # --------------------------------------------------------------------------------------------- transformers' networks
 
 
+def config_of(hf: Any) -> dict[str, Any]:
+    """``config.json`` of a model of transformers, without the folder it was read from."""
+    return {key: value for key, value in hf.config.to_dict().items() if key != "_name_or_path"}
+
+
 class TransformersNetwork(Network):
     """Any causal language model of transformers, or its trunk alone."""
 
@@ -283,7 +288,7 @@ class TransformersNetwork(Network):
         self.hf = hf
         # With pad_token_id in its config.json, often that of EOS, transformers gives the embedding of that token no gradient.
         hf.get_input_embeddings().padding_idx = None
-        self.config = {key: value for key, value in hf.config.to_dict().items() if key != "_name_or_path"}
+        self.config = config_of(hf)
         self.prefix = "" if hf.base_model is not hf else f"{hf.base_model_prefix}."  # as the checkpoint has it
         config = hf.config.get_text_config()
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size

@@ -25,7 +25,7 @@ from lockstep.errors import CheckpointError
 from lockstep.interfaces import ScalarModel
 from lockstep.tokenizer import Tokenizer, TokenizerConfig
 from lockstep_torch.backend import TorchBackend
-from lockstep_torch.decoder import DecoderNetwork, Network, ScalarHead, TransformersNetwork, load_arrays
+from lockstep_torch.decoder import DecoderNetwork, Network, ScalarHead, TransformersNetwork, config_of, load_arrays
 from lockstep_torch.model import LanguageModel, Scalar, without_language_head
 
 
@@ -110,7 +110,7 @@ def _open(auto: type, folder: Path | str) -> Network:
 
 def _lean(hf: Any) -> DecoderNetwork | None:
     """The same model as a `DecoderNetwork`, if it is one."""
-    config = {key: value for key, value in hf.config.to_dict().items() if key != "_name_or_path"}
+    config = config_of(hf)
     try:
         architecture = from_hf(config)
     except CheckpointError:
