@@ -29,7 +29,7 @@ class Texts(DataSource):
     def __init__(self, work: Work):
         rows = 64 * work.rows
         self.asked = [Prompt((Message("user", text),)) for text in texts(rows, work.prompt, 1)]
-        self.answers = [texts(rows, work.response, seed) for seed in (2, 3)]
+        self.answers = [texts(rows, work.response, seed) for seed in range(2, 2 + work.completions)]
 
     def texts(self, split: str) -> Sequence[str]:
         return ()
@@ -39,7 +39,7 @@ class Texts(DataSource):
 
     def comparisons(self, split: str) -> Sequence[Comparison]:
         rows = zip(self.asked, zip(*self.answers, strict=True), strict=True)
-        return [Comparison(prompt, answers, (0, 1)) for prompt, answers in rows] if split == "train" else []
+        return [Comparison(prompt, answers, tuple(range(len(answers)))) for prompt, answers in rows] if split == "train" else []
 
     def prompts(self, split: str) -> Sequence[Prompt]:
         return self.asked
@@ -72,7 +72,7 @@ def algorithm_of(folder: Path, work: Work, options: dict[str, Any], backend: Bac
         values |= {"iterations": STEPS, "batch_size": work.rows, "epochs": work.epochs, "minibatches": 1}
         values |= {"unfinished_score": None, "value_network": options.get("value_network", "separate")}
     else:
-        rows = work.rows // 2 if name == "reward_modelling" else work.rows  # a comparison has two
+        rows = work.rows // work.completions if name == "reward_modelling" else work.rows
         values |= {"epochs": float(STEPS), "batch_size": rows, "heldout_examples": 0}
     if name == "reward_modelling":
         values |= {"normalise": "none"}

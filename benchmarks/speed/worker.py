@@ -50,6 +50,7 @@ class Size:
 SIZES = {
     "tiny": Size(4, 128, 4, 4, 512, 512),
     "miniature": Size(4, 128, 4, 4, 384, 211),
+    **{f"width{d}": Size(4, d, d // 32, d // 32, 4 * d, 512) for d in (64, 256, 512)},  # for growth.py; tiny is 128 wide
     "smollm2": Size(30, 576, 9, 3, 1536, 49152),
 }
 
@@ -58,7 +59,8 @@ SIZES = {
 class Work:
     """One unit of work, the same for all contestants: what is done once per turn.
 
-    ``rows`` of ``prompt`` + ``response`` tokens; for PPO with ``epochs`` inner epochs of one minibatch.
+    ``rows`` of ``prompt`` + ``response`` tokens; for PPO with ``epochs`` inner epochs of one minibatch; for the
+    reward model ``completions`` of each prompt, all of them rows.
     """
 
     task: str  # generate, sft, reward or ppo
@@ -67,6 +69,7 @@ class Work:
     prompt: int
     response: int
     epochs: int = 1
+    completions: int = 2
 
     @property
     def tokens(self) -> int:
