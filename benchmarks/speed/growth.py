@@ -22,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogFormatter, NullLocator
 from run import Process, lockstep, machine
 from worker import Work
 
@@ -92,7 +93,10 @@ def picture(points: list[dict[str, Any]], path: Path) -> None:
         column[0].set_title("reward-model step" if axis == "completions" else "PPO iteration", fontsize=10)
         column[1].set_xlabel(axis)
         column[1].set_xticks(sizes, [str(size) for size in sizes])
-        column[1].minorticks_off()
+        column[1].xaxis.set_minor_locator(NullLocator())
+        for panel in column:
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axes[0, 0].set_ylabel("seconds")
     axes[1, 0].set_ylabel("peak MiB of the process")
     figure.tight_layout()
