@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardMo
 from lockstep.nouns import Comparison, Demonstration, Prompt
 from lockstep.registry import registry
 from lockstep.tokenizer import Tokenizer
+from lockstep_rlhf.reward_models import Learned
 
 # Programs that run for milliseconds: compiled in a tenth of the time, to code a few times slower. Read by XLA when its
 # first device is made, which importing jax does not do; inherited by the processes that tests start.
@@ -33,6 +35,7 @@ BACKENDS = {
     "torch": {"device": "cpu", "precision": "float32", "threads": 1},
     "jax": {"device": "cpu", "precision": "float32", "compilation_cache": None},
 }
+CONSTANT = {"shape": "constant", "warmup_steps": 0}
 WORDS = [f"w{i}" for i in range(34)]
 ARCHITECTURE = small_decoder(
     vocab_size=37, hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=48, context_length=64,
@@ -159,3 +162,38 @@ def make(backend, tokenizer, load) -> Callable[..., Algorithm]:
         return cls(config, Setting(seed, backend, tokenizer, data or Data(), policy, reward_model))
 
     return build
+
+
+@pytest.fixture
+def learned(load, tokenizer):
+    """A learned reward model that reads the policy's tokens."""
+    model = load(1).scalar_model(head())
+    resources = SimpleNamespace(tokenizer=tokenizer, scalar_model=lambda source: (model, tokenizer))
+    return Learned(Learned.Config(source="reward", micro_batch_size=None), resources)
+
+
+def spy(algorithm, monkeypatch):
+    """The calls of learner.update, which still happen."""
+    calls, update = [], algorithm.learner.update
+    monkeypatch.setattr(
+        algorithm.learner, "update", lambda terms, scale=1.0: calls.append((terms, scale)) or update(terms, scale)
+    )
+    return calls
+
+
+def gradients(algorithm, rollout, batch):
+    return algorithm.learner.gradients(algorithm.terms(rollout.sequences, batch, np.arange(len(batch["mask"]))))
+
+
+def same(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    for name in one:
+        if tolerance:
+            np.testing.assert_allclose(one[name], other[name], err_msg=name, **tolerance)
+        else:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def relative(one, other):
+    """The largest difference between two sets of gradients, over the largest entry."""
+    return max(abs(one[n] - other[n]).max() for n in one) / max(abs(g).max() for g in one.values())

@@ -1,6 +1,7 @@
 """Time and memory of Lockstep as the work grows, with slopes: growth.json, growth.md and growth.png.
 
-    python benchmarks/speed/growth.py models/speed [--turns 5]
+    python benchmarks/speed/growth.py measure models/speed [--turns 5]
+    python benchmarks/speed/growth.py report
 
 One thing grows at a time: the episodes of a PPO iteration, the length of its responses, the width of its models, and the
 completions per prompt of a reward-model step. A slope is the exponent of time against arithmetic (`worker.Work.flops`), fitted
@@ -23,6 +24,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogFormatter, NullLocator
+from report import COLOURS
 from run import Process, lockstep, machine
 from worker import Work
 
@@ -36,7 +38,7 @@ AXES = {
     "width": {d: dataclasses.replace(PPO, size=size) for d, size in WIDTHS.items()},
     "completions": {k: dataclasses.replace(REWARD, rows=16 * k, completions=k) for k in (2, 4, 8, 16)},
 }
-COLOURS = {"torch": "#d9542b", "jax": "#2b7bd9"}
+BACKENDS = ("torch", "jax")
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -44,14 +46,16 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     points = []
     for axis, works in AXES.items():
         for size, work in works.items():
-            for backend in COLOURS:
-                process = Process(lockstep(backend, backend), work, args.models, Path(), args.threads, args.logs / "growth.log")
+            for backend in BACKENDS:
+                log = args.logs / f"growth-{axis.split()[0]}-{size}-{backend}.log"
+                process = Process(lockstep(backend, backend), work, args.models, Path(), args.threads, log)
                 for _ in range(args.turns):
                     process.turn()
                 found = process.close()
                 seconds, peak = statistics.median(found["seconds"]), max(found["peak_mib"])
-                points.append({"axis": axis, "size": size, "backend": backend, "flops": work.flops, "seconds": seconds})
-                points[-1] |= {"low": min(found["seconds"]), "high": max(found["seconds"]), "peak_mib": peak}
+                spread = {"low": min(found["seconds"]), "high": max(found["seconds"])}
+                point = {"axis": axis, "size": size, "backend": backend, "flops": work.flops, "seconds": seconds}
+                points.append(point | spread | {"peak_mib": peak})
                 print(f"{axis} {size}: {backend} {seconds:.3f} s, {peak:.0f} MiB", flush=True)
     return points
 
@@ -60,14 +64,14 @@ def curve(points: list[dict[str, Any]], axis: str, backend: str) -> list[dict[st
     return [point for point in points if (point["axis"], point["backend"]) == (axis, backend)]
 
 
-def slope(points: list[dict[str, Any]], key: str) -> float:
-    return float(np.polyfit(np.log([p["flops"] for p in points]), np.log([p[key] for p in points]), 1)[0])
+def slope(points: list[dict[str, Any]]) -> float:
+    return float(np.polyfit(np.log([p["flops"] for p in points]), np.log([p["seconds"] for p in points]), 1)[0])
 
 
 def table(points: list[dict[str, Any]]) -> list[str]:
     lines = ["| what grows | | from | to | work | seconds | slope of time | last step | peak MiB |", "|" + "---|" * 9]
     for axis in AXES:
-        for backend in COLOURS:
+        for backend in BACKENDS:
             found = curve(points, axis, backend)
             first, last = found[0], found[-1]
             seconds, peak = (
@@ -75,7 +79,7 @@ def table(points: list[dict[str, Any]]) -> list[str]:
             )
             lines.append(
                 f"| {axis} | {backend} | {first['size']} | {last['size']} | x {last['flops'] / first['flops']:.0f} | {seconds} "
-                f"| {slope(found, 'seconds'):.2f} | {slope(found[-2:], 'seconds'):.2f} | {peak} |"
+                f"| {slope(found):.2f} | {slope(found[-2:]):.2f} | {peak} |"
             )
     return lines
 
@@ -83,12 +87,12 @@ def table(points: list[dict[str, Any]]) -> list[str]:
 def picture(points: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(2, len(AXES), figsize=(13, 5.5), sharex="col")
     for column, axis in zip(axes.T, AXES, strict=True):
-        for backend, colour in COLOURS.items():
+        for backend in BACKENDS:
             found = curve(points, axis, backend)
             sizes = [p["size"] for p in found]
-            label = f"{backend}, slope {slope(found, 'seconds'):.2f}"
-            column[0].loglog(sizes, [p["seconds"] for p in found], "o-", color=colour, label=label)
-            column[1].loglog(sizes, [p["peak_mib"] for p in found], "o-", color=colour)
+            label = f"{backend}, slope {slope(found):.2f}"
+            column[0].loglog(sizes, [p["seconds"] for p in found], "o-", color=COLOURS[f"lockstep {backend}"], label=label)
+            column[1].loglog(sizes, [p["peak_mib"] for p in found], "o-", color=COLOURS[f"lockstep {backend}"])
         column[0].legend(fontsize=8)
         column[0].set_title("reward-model step" if axis == "completions" else "PPO iteration", fontsize=10)
         column[1].set_xlabel(axis)
@@ -103,24 +107,34 @@ def picture(points: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--logs", type=Path, default=Path("/tmp/lockstep-speed"))
-    args = parser.parse_args()
-    points, about = measure(args), machine(args)
-    (HERE / "growth.json").write_text(json.dumps({"machine": about, "points": points}, indent=1) + "\n")
+def report(points: list[dict[str, Any]], about: dict[str, Any]) -> None:
     head = [
         "# Growth",
         "",
-        f"{about['cpu']}, {about['cores']} cores, {about['date']}; float32, medians of {args.turns} turns.",
+        f"{about['cpu']}, {about['cores']} cores, {about['date']}; float32, medians of {about['turns']} turns.",
         "Written by `growth.py`, which says what the columns mean; `last step` is the slope between the two largest points.",
         "",
     ]
     (HERE / "growth.md").write_text("\n".join(head + table(points)) + "\n")
     picture(points, HERE / "growth.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("report")
+    measuring = commands.add_parser("measure")
+    measuring.add_argument("models", type=Path)
+    measuring.add_argument("--turns", type=int, default=5)
+    measuring.add_argument("--threads", type=int, default=os.cpu_count())
+    measuring.add_argument("--logs", type=Path, default=Path("/tmp/lockstep-speed"))
+    args = parser.parse_args()
+    path = HERE / "growth.json"
+    if args.command == "measure":
+        found = {"machine": machine(args) | {"turns": args.turns}, "points": measure(args)}
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    found = json.loads(path.read_text())
+    report(found["points"], found["machine"])
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
     python benchmarks/speed/startup.py FOLDER [--times 5]
 
 The first run of each backend in FOLDER makes these stages (and JAX's compilation cache) and is not timed. Each timed run has
-a KL coefficient of its own, so that PPO starts anew, and is killed once its first row of metrics is written.
+a KL coefficient that none before it had, so that PPO starts anew, and is killed once its first row of metrics is written.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
@@ -22,14 +21,12 @@ NOTHING = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def until_first_iteration(command: list[str], stages: Path) -> float:
-    before = set(stages.glob("ppo-*"))
+    before = set(stages.glob("ppo-*/metrics.jsonl"))
+    command = [*command, f"algorithm.kl_coef={0.03 + len(before) / 10000:.4f}"]
     started = time.perf_counter()
     process = subprocess.Popen(command, **NOTHING)
     try:
-        while not any(
-            (stage / "metrics.jsonl").exists() and (stage / "metrics.jsonl").stat().st_size
-            for stage in set(stages.glob("ppo-*")) - before
-        ):
+        while not any(path.stat().st_size for path in set(stages.glob("ppo-*/metrics.jsonl")) - before):
             if process.poll() is not None:
                 raise RuntimeError(f"{' '.join(command)} ended before its first iteration")
             time.sleep(0.01)
@@ -48,11 +45,9 @@ def main() -> None:
     common = [str(LOCKSTEP), "run", f"folder={args.folder}"]
     for backend in seconds:
         subprocess.run([*common, f"backend={backend}", "algorithm.iterations=1"], check=True, **NOTHING)
-    coefficients = (f"{0.03 + number / 10000:.4f}" for number in itertools.count())
     for _ in range(args.times):
         for backend, found in seconds.items():
-            command = [*common, f"backend={backend}", f"algorithm.kl_coef={next(coefficients)}"]
-            found.append(round(until_first_iteration(command, args.folder / "stages"), 2))
+            found.append(round(until_first_iteration([*common, f"backend={backend}"], args.folder / "stages"), 2))
             print(backend, found[-1], flush=True)
     print(json.dumps({backend: {"median": statistics.median(found), "all": found} for backend, found in seconds.items()}))
 

@@ -1,4 +1,4 @@
-"""The algorithms on a tiny real policy: what they feed the learner, and what they leave alone.
+"""PPO on a tiny real policy: what it feeds the learner, and what it leaves alone.
 
 Expected values come from loops over tokens, from models evaluated one row at a time, or from numbers written here.
 """
@@ -8,29 +8,19 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import subprocess
-import sys
-import time
 from dataclasses import dataclass, fields, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tokenizers
 
-from conftest import Data, NoTexts, Scored, configure, head
+from conftest import CONSTANT, Data, NoTexts, Scored, configure, gradients, head, relative, same, spy
 from lockstep import losses
-from lockstep.architecture import scalar_head
 from lockstep.errors import ConfigError, MissingData, RewardError
-from lockstep.interfaces import Generated, Responses, Term
-from lockstep.nouns import Comparison, Prompt
+from lockstep.interfaces import Generated, Term
+from lockstep.nouns import Prompt
 from lockstep.sequences import pack
-from lockstep.tokenizer import Tokenizer
 from lockstep_rlhf.ppo import Clock
-from lockstep_rlhf.reward_models import Function, Learned
 
-LN2 = 0.69314718
-CONSTANT = {"shape": "constant", "warmup_steps": 0}
 SMALL = {"iterations": 3, "batch_size": 8, "epochs": 1, "temperature": 0.7, "schedule": CONSTANT}
 
 
@@ -43,24 +33,6 @@ def ppo(make):
 def prepared(algorithm, step=0):
     rollout = algorithm.rollout(step, Clock())
     return rollout, *algorithm.prepare(rollout)
-
-
-def gradients(algorithm, rollout, batch):
-    return algorithm.learner.gradients(algorithm.terms(rollout.sequences, batch, np.arange(len(batch["mask"]))))
-
-
-def same(one, other, **tolerance):
-    assert one.keys() == other.keys()
-    for name in one:
-        if tolerance:
-            np.testing.assert_allclose(one[name], other[name], err_msg=name, **tolerance)
-        else:
-            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-
-
-def relative(one, other):
-    """The largest difference between two sets of gradients, over the largest entry."""
-    return max(abs(one[n] - other[n]).max() for n in one) / max(abs(g).max() for g in one.values())
 
 
 def rows_of(rollout, rows):
@@ -375,15 +347,6 @@ def test_importance_weights_correct_for_the_sampler_up_to_a_cap(ppo):
 # --------------------------------------------------------------------------------------------------- PPO: optimisation
 
 
-def spy(algorithm, monkeypatch):
-    """The calls of learner.update, which still happen."""
-    calls, update = [], algorithm.learner.update
-    monkeypatch.setattr(
-        algorithm.learner, "update", lambda terms, scale=1.0: calls.append((terms, scale)) or update(terms, scale)
-    )
-    return calls
-
-
 @pytest.mark.parametrize(("epochs", "minibatches", "micro"), [(1, 1, None), (3, 2, None), (2, 4, 1), (1, 8, 1)])
 def test_optimizer_steps_are_epochs_times_minibatches_and_a_pass_sees_each_episode_once(
     ppo, monkeypatch, epochs, minibatches, micro
@@ -428,14 +391,6 @@ def test_the_learning_rate_follows_the_iteration(ppo, monkeypatch):
     calls = spy(algorithm, monkeypatch)
     assert [algorithm.step(step)["lr_scale"] for step in (0, 3)] == [1, 0.25]
     assert [scale for _, scale in calls] == [1, 1, 0.25, 0.25]
-
-
-@pytest.fixture
-def learned(load, tokenizer):
-    """A learned reward model that reads the policy's tokens."""
-    model = load(1).scalar_model(head())
-    resources = SimpleNamespace(tokenizer=tokenizer, scalar_model=lambda source: (model, tokenizer))
-    return Learned(Learned.Config(source="reward", micro_batch_size=None), resources)
 
 
 def test_training_moves_policy_and_value_network_and_leaves_reference_and_reward_model(ppo, learned, load):
@@ -579,373 +534,6 @@ def test_the_batch_arithmetic_is_one_line():
         "10 iterations x 8 episodes = 80 episodes over 12 prompts; 2 epochs x 2 minibatches of 4 = 4 optimizer steps per "
         "iteration; 2 micro-batches of 3, + 32 raw texts each"
     )
-
-
-# ------------------------------------------------------------------------------------------------------ reward functions
-
-
-@pytest.fixture
-def function(monkeypatch):
-    """function(f, **settings): the reward model around a Python function that is called up to three times."""
-
-    def build(f, **settings):
-        monkeypatch.setitem(sys.modules, "my_rewards", SimpleNamespace(score=f))
-        settings = {"timeout_seconds": 5.0, "retries": 2, "on_failure": "raise"} | settings
-        return Function(Function.Config(function="my_rewards:score", **settings), None)
-
-    return build
-
-
-RESPONSES = Responses([Prompt.of("w1"), Prompt.of("w2")], ["a", "bb"], None, None)
-
-
-def test_a_function_gets_dialogues_and_texts_and_gives_float32(function):
-    seen = []
-    scores = function(lambda p, r: seen.append((p, r)) or [0.73, 2]).score(RESPONSES)
-    assert seen == [([[{"role": "user", "content": "w1"}], [{"role": "user", "content": "w2"}]], ["a", "bb"])]
-    assert scores.dtype == np.float32 and scores.tolist() == [pytest.approx(0.73), 2]
-
-
-@pytest.mark.parametrize("failures", [1, 2])
-def test_a_function_that_fails_is_tried_again(function, failures, caplog):
-    calls = []
-
-    def flaky(prompts, responses):
-        calls.append(1)
-        if len(calls) <= failures:
-            raise ConnectionError("busy")
-        return [1, 2]
-
-    assert function(flaky).score(RESPONSES).tolist() == [1, 2]
-    assert len(calls) == failures + 1 and "attempt 1: it raised ConnectionError('busy')" in caplog.text
-
-
-def test_a_function_that_keeps_failing_stops_the_run_with_its_reason(function):
-    calls = []
-    with pytest.raises(RewardError, match="it raised ZeroDivisionError"):
-        function(lambda p, r: calls.append(1) or 1 / 0).score(RESPONSES)
-    assert len(calls) == 3
-
-
-def test_a_function_that_keeps_failing_can_drop_its_episodes_but_never_scores_zero(function):
-    assert np.isnan(function(lambda p, r: 1 / 0, on_failure="drop").score(RESPONSES)).all()
-
-
-def test_a_function_that_does_not_answer_in_time_has_failed(function):
-    started = time.perf_counter()
-    with pytest.raises(RewardError, match="no answer within reward_model.timeout_seconds=0.05"):
-        function(lambda p, r: time.sleep(1), timeout_seconds=0.05, retries=1).score(RESPONSES)
-    assert time.perf_counter() - started < 0.9
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [([1], r"shape \(1,\) for 2 responses"), (3.0, r"shape \(\) for 2"), (["a", "b"], "not a list of numbers")],
-)
-def test_an_answer_of_the_wrong_shape_or_kind_is_a_failure(function, answer, message):
-    with pytest.raises(RewardError, match=message):
-        function(lambda p, r: answer).score(RESPONSES)
-
-
-@pytest.mark.parametrize("hole", [None, float("nan"), float("inf"), float("-inf")])
-def test_a_single_score_that_is_not_a_number_stops_the_run_or_drops_its_episode(function, hole):
-    with pytest.raises(RewardError, match=r"for the response 'bb'. Return a finite number, or set reward_model.on_failure=drop"):
-        function(lambda p, r: [0.5, hole]).score(RESPONSES)
-    scores = function(lambda p, r: [0.5, hole], on_failure="drop").score(RESPONSES)
-    assert scores[0] == 0.5 and np.isnan(scores[1])
-
-
-@pytest.mark.parametrize("path", ["no_such_module:score", "math:no_such_function", "math"])
-def test_a_function_that_cannot_be_imported_says_how_to_write_it(path):
-    with pytest.raises(ConfigError, match=f"'{path}' cannot be imported: .* Write it as module:function"):
-        Function(Function.Config(function=path, timeout_seconds=1.0, retries=0, on_failure="raise"), None)
-
-
-def test_a_function_that_never_returns_does_not_keep_the_process_alive(tmp_path):
-    (tmp_path / "hanging.py").write_text("import time\ndef score(prompts, responses):\n    time.sleep(4)\n")
-    code = (
-        "from lockstep_rlhf.reward_models import Function, Responses, RewardError\n"
-        "config = Function.Config(function='hanging:score', timeout_seconds=0.05, retries=0, on_failure='raise')\n"
-        "try: Function(config, None).score(Responses([], ['a'], None, None))\n"
-        "except RewardError: print('given up')\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "given up\n"
-    process.wait(timeout=2)
-
-
-# ------------------------------------------------------------------------------------------------------ learned rewards
-
-
-@pytest.fixture
-def foreign(tokenizer):
-    """A learned reward model that reads another tokenizer, and the rows it was given: they are recorded, all score 0."""
-    core = tokenizers.Tokenizer.from_str(tokenizer.core.to_str())
-    core.add_tokens(["another"])
-    other = Tokenizer(core, eos_token="<stop>", pad_token="<pad>", chat_template=tokenizer.chat_template)
-    seen = []
-    model = SimpleNamespace(context_length=16, evaluate=lambda rows, names: seen.append(rows) or {"scores": np.zeros(rows.rows)})
-    resources = SimpleNamespace(tokenizer=tokenizer, scalar_model=lambda source: (model, other))
-    return Learned(Learned.Config(source="reward", micro_batch_size=None), resources), seen
-
-
-def answers(tokenizer, prompts, responses):
-    ids = [tokenizer.encode(p) for p in prompts]
-    rows = pack(ids, responses, tokenizer.pad_id)
-    return Responses([Prompt.of(p) for p in prompts], [tokenizer.decode(r) for r in responses], rows, tokenizer)
-
-
-def test_a_reward_model_that_shares_the_policys_tokens_reads_them_as_they_are(learned, tokenizer, load):
-    responses = answers(tokenizer, ["w1 w2", "w3"], [[4, 5, tokenizer.eos_id], [6]])
-    expected = [
-        float(load(1).scalar_model(head()).evaluate(responses.sequences.take([i]), ["scores"])["scores"][0]) for i in (0, 1)
-    ]
-    assert learned.score(responses) == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_reward_model_with_another_tokenizer_reads_the_text_and_gives_no_value_network(foreign, tokenizer):
-    model, seen = foreign
-    model.score(answers(tokenizer, ["w1 w2"], [[4, 5, tokenizer.eos_id]]))
-    assert seen[0].tokens[0][seen[0].attention_mask[0]].tolist() == [*tokenizer.encode("w1 w2 w4 w5"), tokenizer.eos_id]
-    assert model.value_network() is None
-
-
-def test_a_cut_response_looks_cut_to_a_reward_model_with_another_tokenizer(foreign, tokenizer):
-    model, seen = foreign
-    model.score(answers(tokenizer, ["w1 w2"], [[4, 5]]))
-    assert tokenizer.eos_id not in seen[0].tokens[0][seen[0].attention_mask[0]]
-
-
-def test_a_prompt_too_long_for_the_reward_model_is_not_scored_as_an_empty_one(foreign, tokenizer):
-    model, seen = foreign
-    scores = model.score(answers(tokenizer, ["w1 " * 9], [[4, 5, tokenizer.eos_id]]))
-    assert np.isnan(scores[0])
-
-
-# ------------------------------------------------------------------------------------------------------ reward modelling
-
-
-@pytest.fixture
-def rm(make):
-    settings = {"batch_size": 4, "schedule": CONSTANT, "optimizer": {"learning_rate": 3e-3}}
-    return lambda **changes: make("reward_modelling", **(settings | changes))
-
-
-def completion_scores(algorithm, ranked):
-    """Each completion alone through the model."""
-    rows, _ = ranked
-    return [float(algorithm.model.evaluate(pack([e.prompt], [e.response], 36), ["scores"])["scores"][0]) for e in rows]
-
-
-def test_the_loss_is_the_mean_over_prompts_of_the_mean_over_pairs(rm):
-    algorithm = rm()
-    batch = algorithm.comparisons[:4]
-    assert [ranks for _, ranks in batch] == [(1, 0), (0, 1, 2), (2, 0, 1, 0), (0, 1)]
-    expected = 0.0
-    for ranked in batch:
-        scores, ranks = completion_scores(algorithm, ranked), ranked[1]
-        pairs = list(itertools.combinations(range(len(ranks)), 2))
-        for i, j in pairs:
-            if ranks[i] != ranks[j]:  # ties are dropped
-                better, worse = (i, j) if ranks[i] < ranks[j] else (j, i)
-                expected += math.log(1 + math.exp(scores[worse] - scores[better])) / len(pairs) / 4
-    assert algorithm.learner.update(algorithm.terms(batch))["loss"] == pytest.approx(expected, rel=1e-5)
-
-
-class NoTies(Data):
-    def comparisons(self, split):
-        return [c for c in super().comparisons(split) if len(set(c.ranks)) == len(c.ranks)]
-
-
-def test_a_zero_head_knows_nothing_and_loses_ln_2(rm):
-    algorithm = rm(data=NoTies())
-    algorithm.model.rescale(0.0, 0.0)
-    assert algorithm.learner.update(algorithm.terms(algorithm.comparisons))["loss"] == pytest.approx(LN2, abs=1e-6)
-
-
-def test_a_shift_of_all_scores_changes_neither_loss_nor_accuracy(rm):
-    results = []
-    for bias in (0.0, 3.0):
-        algorithm = rm()
-        algorithm.model.rescale(1.0, bias)
-        results.append(algorithm.learner.update(algorithm.terms(algorithm.comparisons)))
-    assert results[0]["loss"] == pytest.approx(results[1]["loss"], abs=1e-6)
-    assert results[0]["accuracy"] == results[1]["accuracy"]
-
-
-def test_a_fresh_head_has_the_scale_of_the_published_initial_loss():
-    """N(0, 1/(d+1)) on unit features: 0.902 (N+); 1/(d+1) as the standard deviation would give ln 2."""
-    features = np.random.default_rng(0).standard_normal((2, 4000, 512))
-    chosen, rejected = features @ scalar_head(512, seed=0)
-    assert np.mean(np.log1p(np.exp(rejected - chosen))) == pytest.approx(0.902, abs=0.05)
-
-
-def test_gradients_of_the_reward_model_do_not_depend_on_the_micro_batch(rm):
-    found = {}
-    for size in (None, 1, 2, 3, 6):
-        algorithm = rm(micro_batch_size=size, batch_size=6)
-        found[size] = algorithm.learner.gradients(algorithm.terms(algorithm.comparisons[:6]))
-    for size in (1, 2, 3, 6):
-        assert relative(found[None], found[size]) < 1e-5, size
-
-
-def test_one_forward_per_completion_and_a_comparison_is_never_cut(rm):
-    algorithm = rm(micro_batch_size=2, batch_size=4)
-    terms = algorithm.terms(algorithm.comparisons[:4])
-    assert [int(term.sequences.mask.any(axis=1).sum()) for term in terms] == [5, 6]
-
-
-class AllTied(Data):
-    def comparisons(self, split):
-        tied = Comparison(Prompt.of("w1"), ("w2", "w3"), (0, 0))
-        return [tied, *super().comparisons(split)[:2], tied]
-
-
-def test_comparisons_in_which_all_completions_tie_are_left_out(rm):
-    assert len(rm(data=AllTied()).comparisons) == 2
-
-
-def demonstration_scores(algorithm):
-    encode, eos = algorithm.tokenizer.encode, algorithm.tokenizer.eos_id
-    texts = [(d.prompt.messages[0].content, d.response) for d in Data().demonstrations("train")]
-    alone = [pack([encode(prompt)], [[*encode(response), eos]], 36) for prompt, response in texts]
-    return np.array([algorithm.model.evaluate(row, ["scores"])["scores"][0] for row in alone])
-
-
-@pytest.mark.parametrize("normalise", ["none", "bias", "gain_and_bias"])
-def test_after_normalisation_demonstrations_score_zero_on_average(rm, normalise):
-    algorithm = rm(normalise=normalise)
-    algorithm.model.rescale(3.0, 5.0)
-    before = demonstration_scores(algorithm)
-    metrics = algorithm.finish()
-    after = demonstration_scores(algorithm)
-    np.testing.assert_array_equal(np.argsort(before), np.argsort(after))
-    if normalise == "none":
-        return np.testing.assert_array_equal(before, after)
-    assert after.mean() == pytest.approx(0, abs=1e-4)
-    assert after.std() == pytest.approx(1 if normalise == "gain_and_bias" else before.std(), rel=1e-3)
-    assert metrics["demonstrations/score_mean"] == pytest.approx(before.mean(), abs=1e-4)
-
-
-class NoDemonstrations(Data):
-    def demonstrations(self, split):
-        raise MissingData("none")
-
-
-def test_without_demonstrations_the_best_completions_score_zero_on_average(rm):
-    algorithm = rm(data=NoDemonstrations())
-    algorithm.finish()
-    best = [completion_scores(algorithm, c)[c[1].index(0)] for c in algorithm.comparisons]
-    assert sum(best) / len(best) == pytest.approx(0, abs=1e-4)
-
-
-def test_a_reward_model_learns_its_comparisons(rm):
-    algorithm = rm(epochs=20)
-    metrics = [algorithm.step(step) for step in range(algorithm.total_steps)]
-    assert metrics[-1]["accuracy"] > 0.999 and metrics[-1]["loss"] < 0.2 < metrics[0]["loss"]
-    assert algorithm.finish()["heldout/accuracy"] == 1  # the held-out comparisons of this world are the same
-
-
-def test_ties_do_not_make_the_training_loss_look_smaller(rm):
-    algorithm = rm(batch_size=12)
-    algorithm.model.rescale(0.0, 0.0)  # ln 2 for every pair
-    metrics = algorithm.step(0)
-    assert metrics["loss"] == pytest.approx(metrics["heldout/loss"])
-
-
-def test_the_moving_average_of_a_reward_model_is_its_result(rm):
-    algorithm = rm(optimizer={"ema_decay": 0.99}, normalise="none")
-    before = algorithm.model.parameters()
-    for step in range(3):
-        algorithm.step(step)
-    moved = algorithm.model.parameters()
-    algorithm.finish()
-    result = algorithm.result().parameters()
-    assert relative(before, result) < 0.5 * relative(before, moved)
-
-
-# ------------------------------------------------------------------------------------------------- language modelling
-
-
-@pytest.fixture
-def sft(make):
-    return lambda **changes: make("sft", **({"batch_size": 6, "schedule": CONSTANT} | changes))
-
-
-def summed_loss(policy, examples):
-    """Σ -log π over each row's response, one row at a time, and the number of tokens."""
-    total, count = 0.0, 0
-    for prompt, response in examples:
-        logprobs = policy.evaluate(pack([prompt], [response], 36), ["logprobs"])["logprobs"][0]
-        total, count = total - sum(map(float, logprobs)), count + len(response)
-    return total, count
-
-
-def test_the_sft_loss_is_the_mean_over_response_tokens_with_eos(sft, load):
-    algorithm = sft()
-    batch = algorithm.batch(0)
-    assert all(e.response[-1] == algorithm.tokenizer.eos_id for e in batch)
-    total, count = summed_loss(load(), [(e.prompt, e.response) for e in batch])
-    assert algorithm.step(0)["loss"] == pytest.approx(total / count, rel=1e-5)
-
-
-def test_with_prompt_loss_all_tokens_but_the_first_count(sft, load):
-    algorithm = sft(prompt_loss=True)
-    total, count = summed_loss(load(), [(e.prompt[:1], e.prompt[1:] + e.response) for e in algorithm.batch(0)])
-    assert algorithm.step(0)["loss"] == pytest.approx(total / count, rel=1e-5)
-
-
-def test_the_held_out_loss_is_the_mean_over_all_held_out_tokens(sft, load):
-    algorithm = sft(micro_batch_size=5)
-    total, count = summed_loss(load(), [(e.prompt, e.response) for e in algorithm.heldout])
-    assert algorithm.heldout_loss(algorithm.policy) == pytest.approx(total / count, rel=1e-5)
-
-
-def test_gradients_of_sft_do_not_depend_on_the_micro_batch(sft, monkeypatch):
-    found = {}
-    for size in (None, 1, 2, 4):
-        algorithm = sft(micro_batch_size=size)
-        calls = spy(algorithm, monkeypatch)
-        algorithm.step(0)
-        [(terms, _)] = calls
-        found[size] = sft().learner.gradients(terms)
-    for size in (1, 2, 4):
-        assert relative(found[None], found[size]) < 1e-5, size
-
-
-def raw(algorithm, batch):
-    return [e for e in batch if e in algorithm.texts]
-
-
-def test_the_pretraining_mix_is_its_fraction_of_every_batch(sft):
-    algorithm = sft(batch_size=8, pretrain_mix=0.25)
-    for step in range(3):
-        demonstrations, texts = algorithm.blocks(step)
-        assert (demonstrations.rows, texts.rows) == (6, 2)
-    with pytest.raises(ConfigError, match="pretrain_mix=1 of batch_size=6 leaves no demonstration"):
-        sft(pretrain_mix=1.0)
-
-
-def test_with_a_pretraining_mix_one_epoch_still_shows_every_demonstration(sft):
-    algorithm = sft(batch_size=4, pretrain_mix=0.25, epochs=1.0)
-    seen = [e for step in range(algorithm.total_steps) for e in algorithm.batch(step)]
-    assert all(e in seen for e in algorithm.examples)
-
-
-def test_epochs_and_batch_size_give_the_number_of_steps(sft):
-    assert [sft(epochs=e, batch_size=b).total_steps for e, b in ((1, 6), (1, 5), (0.5, 6), (0.01, 6))] == [2, 3, 1, 1]
-
-
-def test_pretraining_starts_every_text_from_one_token_and_learns(make, tokenizer):
-    algorithm = make("pretrain", batch_size=12, epochs=30, lengths={"prompt": 1}, schedule=CONSTANT)
-    assert {tuple(e.prompt) for e in algorithm.examples} == {(tokenizer.eos_id,)}
-    losses = [algorithm.step(step)["loss"] for step in range(algorithm.total_steps)]
-    assert losses[-1] < 0.3 * losses[0]
-    assert algorithm.finish()["heldout/loss"] == pytest.approx(losses[-1], abs=0.3)
-
-
-def test_the_seed_decides_the_order_of_examples(sft):
-    assert sft(seed=0).batch(0) == sft(seed=0).batch(0) != sft(seed=1).batch(0)
 
 
 # ---------------------------------------------------------------------------------------------------------- steady state
