@@ -10,8 +10,7 @@ In bfloat16, matrix products and the key-value cache are; norms, softmax, residu
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lockstep.architecture import Architecture
+from lockstep.architecture import Architecture, Rope, to_checkpoint, to_common
 from lockstep.randomness import hash32
 
 Array = jax.Array
@@ -94,8 +93,29 @@ class Cache(NamedTuple):
     length: Array
 
 
+class Kinds(NamedTuple):
+    """The kinds of rotation and of window that layers have, and which kind each layer is of: int32 [layers], or None where
+    there is one kind only."""
+
+    ropes: tuple[Rope | None, ...]
+    rope_of_layer: np.ndarray | None
+    windows: tuple[int | None, ...]
+    window_of_layer: np.ndarray | None
+
+
+@functools.cache
+def kinds_of(a: Architecture) -> Kinds:
+    return Kinds(*_distinct(a.rope(i) for i in range(a.layers)), *_distinct(a.window(i) for i in range(a.layers)))
+
+
+def _distinct(per_layer: Iterable[Any]) -> tuple[tuple[Any, ...], np.ndarray | None]:
+    per_layer = list(per_layer)
+    kinds = tuple(dict.fromkeys(per_layer))
+    return kinds, np.array([kinds.index(one) for one in per_layer], np.int32) if len(kinds) > 1 else None
+
+
 class DecoderNetwork(nnx.Module):
-    """Pre-norm transformer: Llama's (Touvron et al. 2023) or GPT-2's (Radford et al. 2019), or between."""
+    """Pre-norm transformer: Llama's (Touvron et al. 2023), GPT-2's (Radford et al. 2019), or another of their kind."""
 
     def __init__(self, network: Network, rngs: nnx.Rngs):
         a = self.architecture = network.architecture
@@ -113,7 +133,7 @@ class DecoderNetwork(nnx.Module):
         """[B, L] ids and attention mask -> [B, L, d] after the final norm. Ids under a False mask are never read."""
         position = positions(mask)
         drop = dropout and (lambda y, site: dropout(y, site, position))
-        x, _ = self.run(self.embed(tokens, mask, position), self.rotation(position), causal(mask), drop=drop)
+        x, _ = self.run(self.embed(tokens, mask, position), self.rotations(position), self.views(causal(mask)), drop=drop)
         return self.norm(x)
 
     def start(self, tokens: Array, mask: Array, new_tokens: int) -> tuple[Array, Cache]:
@@ -122,7 +142,7 @@ class DecoderNetwork(nnx.Module):
         room = jnp.zeros((a.layers, rows, length + new_tokens, a.kv_heads, a.head_dim), self.dtype)
         position = positions(mask)
         x = self.embed(tokens, mask, position)
-        x, (keys, values) = self.run(x, self.rotation(position), causal(mask), (room, room), 0)
+        x, (keys, values) = self.run(x, self.rotations(position), self.views(causal(mask)), (room, room), 0)
         cache = Cache(keys, values, jnp.pad(mask, ((0, 0), (0, new_tokens))), mask.sum(-1), jnp.int32(length))
         return self.norm(x[:, -1]), cache
 
@@ -132,29 +152,38 @@ class DecoderNetwork(nnx.Module):
         mask = mask.at[:, length].set(True)
         position = count[:, None]
         x = self.embed(token[:, None], True, position)
-        x, (keys, values) = self.run(x, self.rotation(position), mask[:, None, None, :], (keys, values), length)
+        views = self.views(mask[:, None, None, :], length)
+        x, (keys, values) = self.run(x, self.rotations(position), views, (keys, values), length)
         return self.norm(x[:, 0]), Cache(keys, values, mask, count + 1, length + 1)
 
     def logits(self, hidden: Array) -> Array:
         """[..., d] -> float32 [..., V]."""
         kernel = self.embed_tokens.embedding.T if self.lm_head is None else self.lm_head.kernel
-        return jnp.matmul(hidden.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        return softcap(logits, self.architecture.final_softcap)
 
     def embed(self, tokens: Array, mask: Array | bool, position: Array) -> Array:
         x = self.embed_tokens(jnp.where(mask, tokens, 0))
+        if self.architecture.scaled_embedding:
+            x = x * np.float32(self.architecture.hidden_size**0.5)
         return x if self.embed_positions is None else x + self.embed_positions(position)
 
-    def rotation(self, position: Array) -> tuple[Array, Array] | None:
-        """cos and sin [B, L, 1, hd / 2] of the rotary angles (Su et al. 2021, in Llama's half-split layout)."""
-        if self.architecture.positions != "rope":
-            return None
-        angle = position[:, :, None, None] * frequencies(self.architecture)
-        return jnp.cos(angle), jnp.sin(angle)
+    def rotations(self, position: Array) -> tuple[Any, ...]:
+        """What layers choose their rotation from: cos and sin [B, L, 1, dims / 2] of each kind, or None for all layers."""
+        ropes = kinds_of(self.architecture).ropes
+        return ropes if ropes == (None,) else tuple(angles(rope, ropes, position) for rope in ropes)
+
+    def views(self, visible: Array, first: Any = 0) -> tuple[Array, ...]:
+        """What layers choose their mask from, each bool [B, 1, L, columns]: queries are the columns from ``first`` on."""
+        windows = kinds_of(self.architecture).windows
+        return tuple(visible if window is None else visible & near(visible, window, first) for window in windows)
 
     def run(
-        self, x: Array, rotation: Any, visible: Array, cache: Any = None, column: Any = 0, drop: Any = None
+        self, x: Array, rotations: Any, views: Any, cache: Any = None, column: Any = 0, drop: Any = None
     ) -> tuple[Array, Any]:
-        """All layers. The cache (keys, values) is carried from layer to layer, each writing its own slice from
+        """All layers, each with its kind of rotation and of mask.
+
+        The cache (keys, values) is carried from layer to layer, each writing its own slice from
         ``column`` on: as an input and output of the scan it would be copied at every step.
 
         The backward pass computes a layer's inner activations again (Chen et al. 2016): memory for one layer instead of
@@ -162,50 +191,82 @@ class DecoderNetwork(nnx.Module):
         graph, stacked = nnx.split(self.layers)
 
         def body(carry: Any, layer: Any) -> tuple[Any, None]:
-            index, arrays = layer
-            return nnx.merge(graph, arrays)(*carry, rotation, visible, index, column, drop), None
+            index, rope, window, arrays = layer
+            chosen = pick(rotations, rope), pick(views, window)
+            return nnx.merge(graph, arrays)(*carry, *chosen, index, column, drop), None
 
         again = jax.checkpoint(body, prevent_cse=False)  # within a scan nothing could be merged with the first pass
-        return jax.lax.scan(again, (x, cache), (jnp.arange(self.architecture.layers), stacked))[0]
+        layers, kinds = jnp.arange(self.architecture.layers), kinds_of(self.architecture)
+        return jax.lax.scan(again, (x, cache), (layers, kinds.rope_of_layer, kinds.window_of_layer, stacked))[0]
 
 
 class Layer(nnx.Module):
     def __init__(self, architecture: Architecture, dtype: Any, rngs: nnx.Rngs):
-        self.input_layernorm = norm(architecture, rngs)
-        self.self_attn = Attention(architecture, dtype)
-        self.post_attention_layernorm = norm(architecture, rngs)
-        self.mlp = MLP(architecture, dtype)
+        a = self.architecture = architecture
+        self.input_layernorm = norm(a, rngs)
+        self.self_attn = Attention(a, dtype, rngs)
+        self.attention_out_norm = norm(a, rngs) if a.out_norms else None
+        self.post_attention_layernorm = norm(a, rngs)
+        self.mlp = MLP(a, dtype)
+        self.mlp_out_norm = norm(a, rngs) if a.out_norms else None
 
     def __call__(
         self, x: Array, cache: Any, rotation: Any, visible: Array, layer: Array, column: Any, drop: Any
     ) -> tuple[Array, Any]:
         drop = drop or (lambda y, site: y)
         attended, cache = self.self_attn(self.input_layernorm(x), cache, rotation, visible, layer, column)
-        x = x + drop(attended, 2 * layer)
-        return x + drop(self.mlp(self.post_attention_layernorm(x)), 2 * layer + 1), cache
+        if self.attention_out_norm is not None:
+            attended = self.attention_out_norm(attended)
+        after = x + drop(attended, 2 * layer)
+        out = self.mlp(self.post_attention_layernorm(x if self.architecture.parallel_residual else after))
+        if self.mlp_out_norm is not None:
+            out = self.mlp_out_norm(out)
+        return after + drop(out, 2 * layer + 1), cache
 
 
 class Attention(nnx.Module):
-    def __init__(self, architecture: Architecture, dtype: Any):
+    def __init__(self, architecture: Architecture, dtype: Any, rngs: nnx.Rngs):
         a = self.architecture = architecture
         self.q_proj = Linear(a.hidden_size, a.heads * a.head_dim, a.attention_bias, dtype)
         self.k_proj = Linear(a.hidden_size, a.kv_heads * a.head_dim, a.attention_bias, dtype)
         self.v_proj = Linear(a.hidden_size, a.kv_heads * a.head_dim, a.attention_bias, dtype)
         self.o_proj = Linear(a.heads * a.head_dim, a.hidden_size, a.output_bias, dtype)
+        self.q_norm = rms_norm(a, a.head_dim, rngs) if a.qk_norm else None
+        self.k_norm = rms_norm(a, a.head_dim, rngs) if a.qk_norm else None
 
     def __call__(self, x: Array, cache: Any, rotation: Any, visible: Array, layer: Array, column: Any) -> tuple[Array, Any]:
         """x [B, L, d]; visible bool, broadcast to [B, H, L, columns]; cache (keys, values) of all layers, or None."""
         a = self.architecture
-        q = rotate(split_heads(self.q_proj(x), a.heads), rotation)
-        k = rotate(split_heads(self.k_proj(x), a.kv_heads), rotation)
+        q, k = split_heads(self.q_proj(x), a.heads), split_heads(self.k_proj(x), a.kv_heads)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype)
+        q, k = rotate(q, rotation), rotate(k, rotation)
         v = split_heads(self.v_proj(x), a.kv_heads)
         if cache is not None:
             place = (layer, 0, column, 0, 0)
             cache = tuple(jax.lax.dynamic_update_slice(old, new[None], place) for old, new in zip(cache, (k, v), strict=True))
             k, v = (filled[layer, :, : visible.shape[-1]] for filled in cache)
-        # The mask is a large negative number, not -inf: a padded row that sees nothing stays finite.
-        out = jax.nn.dot_product_attention(q, k, v, mask=visible)
+        out = attend(a, q, k, v, visible)
         return self.o_proj(out.reshape(*out.shape[:2], -1)), cache
+
+
+def attend(a: Architecture, q: Array, k: Array, v: Array, visible: Array) -> Array:
+    """q [B, L, H, hd], k and v [B, columns, H_kv, hd] -> [B, L, H, hd]. The mask is a large negative number, not -inf: a
+    padded row that sees nothing stays finite."""
+    scale = None if a.query_scalar is None else a.query_scalar**-0.5
+    if a.attention_softcap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=visible, scale=scale)
+    groups = q.reshape(*q.shape[:2], a.kv_heads, -1, a.head_dim)
+    products = jnp.einsum("blhgd,bkhd->bhglk", groups, k, preferred_element_type=jnp.float32)
+    products = softcap(products * (a.head_dim**-0.5 if scale is None else scale), a.attention_softcap)
+    products = jnp.where(visible[:, :, None], products, 0.7 * jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(products, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhglk,bkhd->blhgd", weights, v).reshape(q.shape)
+
+
+def softcap(x: Array, cap: float | None) -> Array:
+    """c tanh(x / c): near x where that is small, within ±c everywhere (Gemma Team 2024, section 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class Linear(nnx.Module):
@@ -266,8 +327,22 @@ ACTIVATIONS = {
 
 def norm(a: Architecture, rngs: nnx.Rngs) -> nnx.Module:
     """In float32. Flax's fast variance E[x²] - E[x]² cancels where the mean is large: off."""
-    kind = nnx.RMSNorm if a.norm == "rms" else nnx.LayerNorm
-    return kind(a.hidden_size, epsilon=a.norm_eps, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
+    if a.norm == "rms":
+        return rms_norm(a, a.hidden_size, rngs)
+    return nnx.LayerNorm(a.hidden_size, epsilon=a.norm_eps, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
+
+
+def rms_norm(a: Architecture, size: int, rngs: nnx.Rngs) -> nnx.Module:
+    kind = OffsetRMSNorm if a.unit_offset else nnx.RMSNorm
+    return kind(size, epsilon=a.norm_eps, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
+
+
+class OffsetRMSNorm(nnx.RMSNorm):
+    """Gemma's, whose gain is 1 + weight."""
+
+    def __call__(self, x: Array) -> Array:
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon) * (1 + self.scale[...])
 
 
 def causal(mask: Array) -> Array:
@@ -276,28 +351,50 @@ def causal(mask: Array) -> Array:
     return jnp.tril(jnp.ones((length, length), bool)) & mask[:, None, None, :]
 
 
+def near(visible: Array, window: int, first: Any) -> Array:
+    """bool [L, columns] for ``visible`` [..., L, columns], whose first query is column ``first``: within the last ``window``
+    columns up to the query's own."""
+    queries, columns = visible.shape[-2:]
+    return jnp.arange(columns) > first + jnp.arange(queries)[:, None] - window
+
+
+def pick(kinds: tuple[Any, ...], kind: Array | None) -> Any:
+    return kinds[0] if kind is None else jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *kinds)
+
+
 def split_heads(x: Array, heads: int) -> Array:
     """[B, L, H hd] -> [B, L, H, hd]."""
     return x.reshape(*x.shape[:2], heads, -1)
 
 
 def rotate(x: Array, rotation: tuple[Array, Array] | None) -> Array:
-    """x [B, L, H, hd] turned by the angles of `DecoderNetwork.rotation`."""
+    """x [B, L, H, hd] turned by `angles`: the first dims of each head, in Llama's half-split layout; the others stay."""
     if rotation is None:
         return x
     cos, sin = rotation
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    dims = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :dims], 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned + [x[..., dims:]] * (dims < x.shape[-1]), axis=-1).astype(x.dtype)
 
 
-def frequencies(a: Architecture) -> np.ndarray:
-    """float32 [hd / 2]: radians per position. Llama 3 stretches long wavelengths by ``factor``, leaves short ones alone
-    and goes over smoothly in between (Dubey et al. 2024; the bounds are wavelengths per original context)."""
-    frequency = a.rope_theta ** -(np.arange(0, a.head_dim, 2) / a.head_dim)
-    if a.rope_scaling is not None:
-        factor, low, high, original = a.rope_scaling
+def angles(rope: Rope | None, kinds: tuple[Rope | None, ...], position: Array) -> tuple[Array, Array]:
+    """cos and sin [B, L, 1, dims / 2] of the rotary angles (Su et al. 2021) at position [B, L]; of no turn at all for None,
+    in the shape of the other kinds."""
+    turning = rope is not None
+    angle = position[:, :, None, None] * (turning * frequencies(rope or next(filter(None, kinds))))
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def frequencies(rope: Rope) -> np.ndarray:
+    """float32 [dims / 2]: radians per position. Linear scaling divides all by ``factor`` (Chen et al. 2023). Llama 3
+    stretches long wavelengths by it, leaves short ones alone and goes over smoothly in between (Dubey et al. 2024; the
+    bounds are wavelengths per original context)."""
+    frequency = rope.theta ** -(np.arange(0, rope.dims, 2) / rope.dims)
+    if rope.scaling is not None:
+        kind, factor, low, high, original = rope.scaling
         turns = original * frequency / (2 * np.pi)  # in the original context
-        kept = np.clip((turns - low) / (high - low), 0, 1)
+        kept = np.clip((turns - low) / (high - low), 0, 1) if kind == "llama3" else 0.0
         frequency = frequency * (kept + (1 - kept) / factor)
     return frequency.astype(np.float32)
 
@@ -307,10 +404,8 @@ def frequencies(a: Architecture) -> np.ndarray:
 
 def from_arrays(architecture: Architecture, arrays: Mapping[str, np.ndarray]) -> Tree:
     """Host arrays under checkpoint names -> the tree of parameters, on the host."""
-    if architecture.family == "gpt2":
-        arrays = _gpt2_to_llama(arrays)
     flat: dict[tuple[str, ...], Any] = {}
-    for name, array in arrays.items():
+    for name, array in to_common(architecture, arrays).items():
         *path, leaf = _path(name)
         array = array.T if leaf == "kernel" else array  # torch's [out, in] -> flax's [in, out]
         if path[0] == "layers":
@@ -336,10 +431,9 @@ def to_arrays(architecture: Architecture, params: Tree) -> dict[str, np.ndarray]
         else:
             top = "" if path[0] in ("lm_head", "score") else "model."
             arrays[f"{top}{path[0]}.{kind}"] = own(array)
-    if architecture.family == "gpt2":
-        arrays = _llama_to_gpt2(arrays)
     # On the CPU, device_get gives views of buffers that a learner will donate: hence the copies.
-    return {name: np.array(array, np.float32, order="C") for name, array in arrays.items()}
+    named = to_checkpoint(architecture, arrays)
+    return {name: np.array(array, np.float32, order="C") for name, array in named.items()}
 
 
 def _path(name: str) -> list[str]:
@@ -348,53 +442,3 @@ def _path(name: str) -> list[str]:
     if leaf == "weight" and module != "score":
         leaf = "embedding" if module.startswith("embed") else "scale" if module.endswith("norm") else "kernel"
     return [*path, module, leaf]
-
-
-GPT2_NAMES = {
-    "transformer.wte": "model.embed_tokens",
-    "transformer.wpe": "model.embed_positions",
-    "transformer.ln_f": "model.norm",
-    "transformer.h": "model.layers",
-    "ln_1": "input_layernorm",
-    "ln_2": "post_attention_layernorm",
-    "attn.c_proj": "self_attn.o_proj",
-    "mlp.c_fc": "mlp.up_proj",
-    "mlp.c_proj": "mlp.down_proj",
-}
-"""Parts of GPT-2's names and of Llama's; ``attn.c_attn`` is q, k and v side by side."""
-
-QKV = ("q_proj", "k_proj", "v_proj")
-
-
-def _gpt2_to_llama(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Conv1D [in, out] -> [out, in], and the fused projection cut in three."""
-    out = {}
-    for name, array in arrays.items():
-        array = array.T if re.search(r"\.c_\w+\.weight$", name) else array
-        llama = _rename(name, GPT2_NAMES)
-        if "attn.c_attn" in name:
-            for part, rows in zip(QKV, np.split(array, 3), strict=True):
-                out[llama.replace("attn.c_attn", f"self_attn.{part}")] = rows
-        else:
-            out[llama] = array
-    return out
-
-
-def _llama_to_gpt2(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of `_gpt2_to_llama`."""
-    back = {llama: gpt2 for gpt2, llama in GPT2_NAMES.items()}
-    out = {}
-    for name, array in arrays.items():
-        if "self_attn.q_proj" in name:
-            array = np.concatenate([arrays[name.replace("q_proj", part)] for part in QKV])
-        elif "self_attn.k_proj" in name or "self_attn.v_proj" in name:
-            continue
-        gpt2 = _rename(name, back).replace("self_attn.q_proj", "attn.c_attn")
-        out[gpt2] = array.T if re.search(r"\.c_\w+\.weight$", gpt2) else array
-    return out
-
-
-def _rename(name: str, parts: Mapping[str, str]) -> str:
-    for old, new in parts.items():
-        name = re.sub(rf"\b{re.escape(old)}\b", new, name)
-    return name

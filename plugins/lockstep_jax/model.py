@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lockstep import checkpoints
-from lockstep.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf
+from lockstep.architecture import FAMILIES, SCALAR_BIAS, SCALAR_HEAD, Architecture, Family, to_hf
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Generated, Policy, ScalarModel
 from lockstep.sequences import Sequences
@@ -128,13 +128,15 @@ class JaxModel:
     def copy(self) -> Any:
         return type(self)(self.network, _copied(self.params), self.backend)
 
-    def write(self, folder: Path, arrays: dict[str, np.ndarray], suffix: str, **config: int) -> None:
-        """A checkpoint of class <Family><suffix>, say LlamaForCausalLM."""
+    def write(self, folder: Path, arrays: dict[str, np.ndarray], name: str, **config: int) -> None:
+        """A checkpoint of transformers' class ``name``."""
         checkpoints.write_tensors(folder / "model.safetensors", arrays)
-        described = to_hf(self.network.architecture)
-        family = {"llama": "Llama", "gpt2": "GPT2"}[self.network.architecture.family]
-        name = "GPT2LMHeadModel" if (family, suffix) == ("GPT2", "ForCausalLM") else family + suffix
-        checkpoints.write_json(folder / "config.json", {**described, "architectures": [name], **config})
+        described = {**to_hf(self.network.architecture), "architectures": [name], **config}
+        checkpoints.write_json(folder / "config.json", described)
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.network.architecture.family]
 
 
 class LanguageModel(JaxModel, Policy):
@@ -182,7 +184,7 @@ class LanguageModel(JaxModel, Policy):
     def save(self, folder: Path) -> None:
         """The language model alone: a value head belongs to training, not to the policy."""
         arrays = self.parameters()
-        self.write(folder, {n: a for n, a in arrays.items() if n not in (SCALAR_HEAD, SCALAR_BIAS)}, "ForCausalLM")
+        self.write(folder, {n: a for n, a in arrays.items() if n not in (SCALAR_HEAD, SCALAR_BIAS)}, self.family.causal)
 
 
 class Scalar(JaxModel, ScalarModel):
@@ -193,7 +195,7 @@ class Scalar(JaxModel, ScalarModel):
         self.params = self.params | {"score": {"weight": gain * score["weight"], "bias": gain * score["bias"] + bias}}
 
     def save(self, folder: Path) -> None:
-        self.write(folder, self.parameters(), "ForSequenceClassification", num_labels=1)
+        self.write(folder, self.parameters(), self.family.classifier, num_labels=1)
 
 
 def _copied(params: Tree) -> Tree:

@@ -58,7 +58,7 @@ class Decoder(Checkpoint):
 
 
 class HuggingFace(Checkpoint):
-    """A Llama or GPT-2 checkpoint of Hugging Face, from a folder or the hub."""
+    """A checkpoint of Hugging Face of one of `lockstep.architecture.FAMILIES`, from a folder or the hub."""
 
     @dataclass(frozen=True)
     class Config:
@@ -93,17 +93,35 @@ def _fetch(path: Path | str) -> Path:
         raise CheckpointError(f"'{path}' is neither a folder nor a hub repository that answers: {error}") from error
 
 
-BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+BUFFERS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 """Causal masks and rotary tables, which old versions of transformers saved among the weights."""
+
+PREFIXES = {
+    "gpt2": {"wte.": "transformer.wte.", "wpe.": "transformer.wpe.", "h.": "transformer.h.", "ln_f.": "transformer.ln_f."},
+    "gpt_neox": {"lm_head.": "embed_out."},
+    "gemma3_text": {"language_model.lm_head.": "lm_head.", "language_model.model.": "model.", "model.language_model.": "model."},
+}
+"""Other names under which files hold the same tensors: OpenAI's own GPT-2, newer versions of transformers, a Gemma that also
+takes images."""
+
+OTHERS = {"gemma3_text": ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")}
+"""Parts of a larger model that are not its decoder."""
 
 
 def _strip(architecture: Architecture, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Weights without what a checkpoint may hold beyond them: buffers, and a second copy of a tied embedding. OpenAI's
-    own GPT-2 files lack the prefix ``transformer.``."""
-    bare = architecture.family == "gpt2" and "wte.weight" in weights
-    named = {f"transformer.{name}" if bare and name != "lm_head.weight" else name: array for name, array in weights.items()}
+    """Weights under their usual names, without what a checkpoint may hold beyond them: buffers, and a second copy of a tied
+    embedding."""
+    family = architecture.family
+    named = {_renamed(name, PREFIXES.get(family, {})): array for name, array in weights.items()}
     return {
         name: array
         for name, array in named.items()
-        if not BUFFERS.search(name) and not (architecture.tied and name == "lm_head.weight")
+        if not BUFFERS.search(name)
+        and not name.startswith(OTHERS.get(family, ()))
+        and not (architecture.tied and name in ("lm_head.weight", "embed_out.weight"))
     }
+
+
+def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    old = next((old for old in prefixes if name.startswith(old)), "")
+    return prefixes.get(old, "") + name.removeprefix(old)
