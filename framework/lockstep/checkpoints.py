@@ -113,6 +113,22 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
+def fetch(path: Path | str) -> Path:
+    """A folder, or a hub repository, downloaded into Hugging Face's cache without pickles and code.
+
+    Raises:
+      CheckpointError: neither is there.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:
+        raise CheckpointError(f"'{path}' is neither a folder nor a hub repository that answers: {error}") from error
+
+
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
     """The float32 weights of a Hugging Face folder, sharded or not."""
     index = folder / "model.safetensors.index.json"

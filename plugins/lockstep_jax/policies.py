@@ -20,8 +20,7 @@ from lockstep.architecture import (
     parameter_shapes,
     trunk_shapes,
 )
-from lockstep.checkpoints import read_json, read_weights
-from lockstep.errors import CheckpointError
+from lockstep.checkpoints import fetch, read_json, read_weights
 from lockstep.interfaces import ScalarModel
 from lockstep.tokenizer import Tokenizer, TokenizerConfig
 from lockstep_jax.backend import JaxBackend
@@ -72,25 +71,9 @@ class HuggingFace(Checkpoint):
 
 def _read(path: Path | str) -> tuple[Architecture, dict[str, np.ndarray]]:
     """Architecture and float32 weights under the names of `lockstep.architecture`."""
-    folder = _fetch(path)
+    folder = fetch(path)
     architecture = from_hf(read_json(folder / "config.json"))
     return architecture, _strip(architecture, read_weights(folder))
-
-
-def _fetch(path: Path | str) -> Path:
-    """A folder, or a hub repository, downloaded into Hugging Face's cache without pickles and code.
-
-    Raises:
-      CheckpointError: neither is there.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except Exception as error:
-        raise CheckpointError(f"'{path}' is neither a folder nor a hub repository that answers: {error}") from error
 
 
 BUFFERS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")

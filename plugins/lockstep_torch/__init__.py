@@ -4,7 +4,7 @@ backend.py      device, precision, what runs where
 decoder.py      the network of policies that start from scratch; networks of transformers behind the same face
 generation.py   sampling with a key-value cache
 model.py        logprobs, entropy, values, scores; loading and saving
-policies.py     what the configuration names: decoder, huggingface
+policies.py     what the configuration names: decoder, huggingface, lora
 learner.py      gradients and Adam
 """
 
@@ -19,6 +19,7 @@ plugin = Plugin(
         "policy": {
             "decoder": "lockstep_torch.policies:Decoder",
             "huggingface": "lockstep_torch.policies:HuggingFace",
+            "lora": "lockstep_torch.policies:LoRA",
         },
     },
 )

@@ -34,6 +34,8 @@ class TorchBackend(Backend):
     def __init__(self, config: Config):
         self.config = config
         self.device = _device(config.device)
+        self.trunks: dict[str, Any] = {}
+        """Frozen networks that adapters share, by the path of their checkpoint."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
 

@@ -7,6 +7,7 @@ parameter names. `TransformersNetwork` puts any causal language model of transfo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lockstep import randomness
+from lockstep.adapters import Adapter
 from lockstep.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf
 from lockstep.errors import ConfigError
 
@@ -29,6 +31,8 @@ class Network(nn.Module):
     context_length: int
     config: dict[str, Any]
     """What a checkpoint's ``config.json`` says of it."""
+    adapter: Adapter | None = None
+    """Of a network whose own weights are frozen: what is trained instead."""
 
     def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None, first: int = 0) -> Tensor:
         """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
@@ -322,6 +326,31 @@ class TransformersNetwork(Network):
             position_ids=position,
             **({"use_cache": False} | cache),
         )
+
+
+def adapted(network: Network, adapter: Adapter) -> Network:
+    """A copy with peft's adapter layers put in. The frozen weights are shared with ``network``, not copied."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    network = copy_network(network.requires_grad_(False))
+    settings = LoraConfig(
+        r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets), fan_in_fan_out=adapter.conv1d
+    )
+    network = inject_adapter_in_model(settings, network)
+    network.adapter = adapter
+    return network
+
+
+def copy_network(network: Network) -> Network:
+    """A copy with weights of its own, but for those that are frozen."""
+    return copy.deepcopy(network, {id(p): p for p in network.parameters() if not p.requires_grad})
+
+
+def linear_layers(network: Network) -> dict[str, nn.Module]:
+    """{name: layer} of what an adapter may adapt: linear layers, GPT-2's Conv1D among them, but no heads."""
+    head = network.hf.get_output_embeddings() if isinstance(network, TransformersNetwork) else network.lm_head
+    kinds = ("Linear", "Conv1D")
+    return {n: m for n, m in network.named_modules() if type(m).__name__ in kinds and m is not head}
 
 
 def load_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:

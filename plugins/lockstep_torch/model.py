@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lockstep import checkpoints
+from lockstep import adapters, checkpoints
 from lockstep.interfaces import Generated, Policy, ScalarModel
 from lockstep.sequences import Sequences
 from lockstep_torch.backend import TorchBackend
-from lockstep_torch.decoder import DecoderNetwork, Dropout, Network, ScalarHead, TransformersNetwork
+from lockstep_torch.decoder import DecoderNetwork, Dropout, Network, ScalarHead, TransformersNetwork, copy_network
 from lockstep_torch.generation import generate
 
 LOGITS_AT_ONCE = 2**26
@@ -98,20 +98,25 @@ class TorchModel:
         return {name: value.float().cpu().numpy() for name, value in out.items()}
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """The parameters themselves, under checkpoint names."""
-        named = dict(self.network.named_parameters())
+        """The parameters that are trained, under checkpoint names: all of them, or the adapter's and the head's."""
+        named = {name: tensor for name, tensor in self.network.named_parameters() if tensor.requires_grad}
         if isinstance(self.network, TransformersNetwork):
             named = {name.replace("hf.", self.network.prefix, 1): tensor for name, tensor in named.items()}
+        if self.network.adapter is not None:  # peft could hold several in one layer, by name
+            named = {name.replace(".default.", "."): tensor for name, tensor in named.items()}
         return named | (self.head.tensors() if self.head else {})
 
     def parameters(self) -> dict[str, np.ndarray]:
         return {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in self.tensors().items()}
 
     def copy(self):
-        return type(self)(copy.deepcopy(self.network), copy.deepcopy(self.head), self.backend)
+        return type(self)(copy_network(self.network), copy.deepcopy(self.head), self.backend)
 
     def write(self, folder: Path, suffix: str, **config: int) -> None:
-        """A checkpoint of class <Family><suffix>, say LlamaForCausalLM."""
+        """A checkpoint of class <Family><suffix>, say LlamaForCausalLM; of an adapted network the adapter alone."""
+        if self.network.adapter is not None:
+            adapters.write(folder, self.network.adapter, self.parameters(), scalar=self.head is not None)
+            return
         checkpoints.write_tensors(folder / "model.safetensors", self.parameters())
         described = self.network.config
         family = described["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
@@ -151,10 +156,10 @@ class LanguageModel(TorchModel, Policy):
 
     def with_value_head(self) -> LanguageModel:
         head = ScalarHead(np.zeros(self.hidden_size, np.float32))
-        return type(self)(copy.deepcopy(self.network), head, self.backend)
+        return type(self)(copy_network(self.network), head, self.backend)
 
     def scalar_model(self, head: np.ndarray) -> Scalar:
-        return Scalar(without_language_head(copy.deepcopy(self.network)), ScalarHead(head), self.backend)
+        return Scalar(without_language_head(copy_network(self.network)), ScalarHead(head), self.backend)
 
     def save(self, folder: Path) -> None:
         """The language model alone: a value head belongs to training, not to the policy."""
@@ -176,7 +181,9 @@ class Scalar(TorchModel, ScalarModel):
 def without_language_head(network: Network) -> Network:
     """The trunk: what a scalar model keeps."""
     if isinstance(network, TransformersNetwork):
-        return TransformersNetwork(network.hf.base_model)
+        trunk = TransformersNetwork(network.hf.base_model)
+        trunk.adapter = network.adapter
+        return trunk
     if isinstance(network, DecoderNetwork):
         network.lm_head = None
     return network

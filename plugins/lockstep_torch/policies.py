@@ -1,4 +1,5 @@
-"""The policies that a configuration names: `decoder` starts from scratch, `huggingface` from a checkpoint."""
+"""The policies that a configuration names: `decoder` starts from scratch, `huggingface` from a checkpoint, `lora` trains
+adapters on one."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from lockstep import adapters
+from lockstep.adapters import LoRAConfig
 from lockstep.architecture import (
     SCALAR_BIAS,
     SCALAR_HEAD,
@@ -25,7 +29,16 @@ from lockstep.errors import CheckpointError
 from lockstep.interfaces import ScalarModel
 from lockstep.tokenizer import Tokenizer, TokenizerConfig
 from lockstep_torch.backend import TorchBackend
-from lockstep_torch.decoder import DecoderNetwork, Network, ScalarHead, TransformersNetwork, config_of, load_arrays
+from lockstep_torch.decoder import (
+    DecoderNetwork,
+    Network,
+    ScalarHead,
+    TransformersNetwork,
+    adapted,
+    config_of,
+    linear_layers,
+    load_arrays,
+)
 from lockstep_torch.model import LanguageModel, Scalar, without_language_head
 
 
@@ -88,6 +101,57 @@ class HuggingFace(LanguageModel):
             raise CheckpointError(f"{folder} holds no reward model: {SCALAR_HEAD} is missing.")
         head = ScalarHead(weights[SCALAR_HEAD][0], float(weights[SCALAR_BIAS][0]) if SCALAR_BIAS in weights else 0.0)
         return Scalar(_open(AutoModel, folder), head, backend)
+
+
+class LoRA(LanguageModel):
+    """Low-rank adapters on a frozen checkpoint (Hu et al. 2021), by peft. All models of a run that adapt the same checkpoint
+    share its weights: policy, reference, value network and reward model are adapters on one trunk."""
+
+    Config = LoRAConfig
+
+    @classmethod
+    def create(cls, config: LoRAConfig, backend: TorchBackend, tokenizer: Tokenizer, seed: int) -> LoRA:
+        trunk = _trunk(config.path, backend)
+        layers = linear_layers(trunk)
+        conv1d = any(type(layer).__name__ == "Conv1D" for layer in layers.values())
+        policy = cls(adapted(trunk, config.adapter(layers, conv1d=conv1d)), None, backend)
+        shapes = {name: tuple(tensor.shape) for name, tensor in policy.tensors().items()}
+        return _with(policy, adapters.initial(shapes, seed), config.path)
+
+    @classmethod
+    def load(cls, folder: Path | str, backend: TorchBackend) -> LoRA:
+        adapter, arrays = adapters.read(folder)
+        return _with(cls(adapted(_trunk(adapter.base, backend), adapter), None, backend), arrays, folder)
+
+    @classmethod
+    def load_scalar(cls, folder: Path | str, backend: TorchBackend) -> ScalarModel:
+        adapter, arrays = adapters.read(folder)
+        network = without_language_head(adapted(_trunk(adapter.base, backend), adapter))
+        head = ScalarHead(np.zeros(network.hidden_size, np.float32))
+        return _with(Scalar(network, head, backend), {SCALAR_BIAS: np.zeros(1, np.float32)} | arrays, folder)
+
+
+def _trunk(path: str, backend: TorchBackend) -> Network:
+    """The checkpoint that adapters share; read once."""
+    from transformers import AutoModelForCausalLM
+
+    if path not in backend.trunks:
+        backend.trunks[path] = _open(AutoModelForCausalLM, path).to(backend.device)
+    return backend.trunks[path]
+
+
+def _with(model: Any, arrays: dict[str, np.ndarray], source: Path | str) -> Any:
+    """The model with these values of what is trained.
+
+    Raises:
+      CheckpointError: they are not those of its adapter.
+    """
+    tensors = model.tensors()
+    adapters.check(source, arrays, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(torch.tensor(arrays[name]))
+    return model
 
 
 def _open(auto: type, folder: Path | str) -> Network:
