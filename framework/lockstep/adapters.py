@@ -46,6 +46,12 @@ class Adapter:
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    def shapes(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """{name: shape} of its tensors, on a checkpoint with these linear layers: {name: (inputs, outputs)}."""
+        adapted = {name: sizes for name, sizes in layers.items() if self.adapts(name)}
+        low = {f"{name}.lora_A.weight": (self.rank, inputs) for name, (inputs, _) in adapted.items()}
+        return low | {f"{name}.lora_B.weight": (outputs, self.rank) for name, (_, outputs) in adapted.items()}
+
     def adapts(self, layer: str) -> bool:
         return any(layer == target or layer.endswith(f".{target}") for target in self.targets)
 
@@ -176,7 +182,8 @@ def merge(folder: Path, output: Path) -> Path:
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         layer = name.removesuffix(".lora_A.weight")
         change = adapter.scale * tensors[f"{layer}.lora_B.weight"] @ tensors[name]
-        weights[_stored(layer, weights, folder)] += change.T if adapter.conv1d else change
+        name = _stored(layer, weights, folder)
+        weights[name] = weights[name] + (change.T if adapter.conv1d else change)
     if heads := {name: tensor for name, tensor in tensors.items() if name.startswith("score.")}:
         weights = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"} | heads
         family = config["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")

@@ -4,7 +4,7 @@
     decoder.py      the network in flax.nnx: Llama's and GPT-2's shapes, its parameters to and from checkpoint names
     generation.py   sampling with a key-value cache, one compiled program
     model.py        logprobs, entropy, values, scores; loading and saving
-    policies.py     what the configuration names: decoder, huggingface
+    policies.py     what the configuration names: decoder, huggingface, lora
     learner.py      gradients and Adam
 
 Left out so far: sharding over several devices, model families beyond these two.
@@ -21,6 +21,7 @@ plugin = Plugin(
         "policy": {
             "decoder": "lockstep_jax.policies:Decoder",
             "huggingface": "lockstep_jax.policies:HuggingFace",
+            "lora": "lockstep_jax.policies:LoRA",
         },
     },
 )

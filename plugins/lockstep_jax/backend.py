@@ -33,6 +33,8 @@ class JaxBackend(Backend):
     def __init__(self, config: Config):
         self.config = config
         self.device = _device(config.device)
+        self.trunks: dict[str, Any] = {}
+        """Frozen parameters that adapters share, with their architecture, by the path of their checkpoint."""
         _keep_compiled_programs(config.compilation_cache)
         # Accelerators multiply float32 in TF32 or bfloat16 unless told otherwise: not what the user asked for.
         exact = config.precision == "float32" and self.device.platform != "cpu"

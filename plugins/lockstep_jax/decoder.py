@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lockstep.architecture import Architecture, Rope, to_checkpoint, to_common
+from lockstep.adapters import Adapter
+from lockstep.architecture import Architecture, Rope, layer_name, to_checkpoint, to_common
 from lockstep.randomness import hash32
 
 Array = jax.Array
@@ -35,11 +36,27 @@ class Network:
     precision: str
     language_head: bool
     scalar_head: bool
+    adapter: Adapter | None = None
 
-    def bind(self, params: Tree) -> DecoderNetwork:
-        """The modules with these parameters. Kernels are cast once here, not once per use in a generation loop."""
+    def bind(self, params: Tree, frozen: Tree) -> DecoderNetwork:
+        """The modules with these parameters; ``frozen`` are those that are not trained, none where there is no adapter.
+        Kernels are cast once here, not once per use in a generation loop."""
         cast = lambda path, array: array.astype(self.precision) if path[-1].key == "kernel" else array  # noqa: E731
-        return nnx.merge(_graph(self), jax.tree_util.tree_map_with_path(cast, params))
+        return nnx.merge(_graph(self), jax.tree_util.tree_map_with_path(cast, _joined(params, frozen)))
+
+    def linear(self, name: str, inputs: int, outputs: int, bias: bool) -> Linear:
+        """The linear layer ``name`` of a layer, say 'self_attn.q_proj'."""
+        theirs, first = layer_name(self.architecture, name)
+        adapter = self.adapter if self.adapter and self.adapter.adapts(theirs) else None
+        return Linear(inputs, outputs, bias, jnp.dtype(self.precision), adapter, leads=first)
+
+
+def _joined(one: Tree, other: Tree) -> Tree:
+    """Two trees of nested dicts, which have no leaf in common, as one."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        raise ValueError("the same parameter in both trees")
+    both = {key: _joined(one[key], other[key]) for key in one.keys() & other.keys()}
+    return {**one, **other, **both}
 
 
 @functools.cache
@@ -123,10 +140,10 @@ class DecoderNetwork(nnx.Module):
         self.embed_tokens = nnx.Embed(a.vocab_size, a.hidden_size, rngs=rngs)
         learned = a.positions == "learned"
         self.embed_positions = nnx.Embed(a.context_length, a.hidden_size, rngs=rngs) if learned else None
-        self.layers = Layer(a, self.dtype, rngs)
+        self.layers = Layer(network, rngs)
         self.norm = norm(a, rngs)
         separate = network.language_head and not a.tied
-        self.lm_head = Linear(a.hidden_size, a.vocab_size, False, self.dtype) if separate else None
+        self.lm_head = network.linear("lm_head", a.hidden_size, a.vocab_size, False) if separate else None
         self.score = ScalarHead(a.hidden_size) if network.scalar_head else None
 
     def hidden(self, tokens: Array, mask: Array, dropout: Dropout | None = None) -> Array:
@@ -201,13 +218,13 @@ class DecoderNetwork(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, architecture: Architecture, dtype: Any, rngs: nnx.Rngs):
-        a = self.architecture = architecture
+    def __init__(self, network: Network, rngs: nnx.Rngs):
+        a = self.architecture = network.architecture
         self.input_layernorm = norm(a, rngs)
-        self.self_attn = Attention(a, dtype, rngs)
+        self.self_attn = Attention(network, rngs)
         self.attention_out_norm = norm(a, rngs) if a.out_norms else None
         self.post_attention_layernorm = norm(a, rngs)
-        self.mlp = MLP(a, dtype)
+        self.mlp = MLP(network)
         self.mlp_out_norm = norm(a, rngs) if a.out_norms else None
 
     def __call__(
@@ -225,23 +242,23 @@ class Layer(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, architecture: Architecture, dtype: Any, rngs: nnx.Rngs):
-        a = self.architecture = architecture
-        self.q_proj = Linear(a.hidden_size, a.heads * a.head_dim, a.attention_bias, dtype)
-        self.k_proj = Linear(a.hidden_size, a.kv_heads * a.head_dim, a.attention_bias, dtype)
-        self.v_proj = Linear(a.hidden_size, a.kv_heads * a.head_dim, a.attention_bias, dtype)
-        self.o_proj = Linear(a.heads * a.head_dim, a.hidden_size, a.output_bias, dtype)
+    def __init__(self, network: Network, rngs: nnx.Rngs):
+        a = self.architecture = network.architecture
+        self.q_proj = network.linear("self_attn.q_proj", a.hidden_size, a.heads * a.head_dim, a.attention_bias)
+        self.k_proj = network.linear("self_attn.k_proj", a.hidden_size, a.kv_heads * a.head_dim, a.attention_bias)
+        self.v_proj = network.linear("self_attn.v_proj", a.hidden_size, a.kv_heads * a.head_dim, a.attention_bias)
+        self.o_proj = network.linear("self_attn.o_proj", a.heads * a.head_dim, a.hidden_size, a.output_bias)
         self.q_norm = rms_norm(a, a.head_dim, rngs) if a.qk_norm else None
         self.k_norm = rms_norm(a, a.head_dim, rngs) if a.qk_norm else None
 
     def __call__(self, x: Array, cache: Any, rotation: Any, visible: Array, layer: Array, column: Any) -> tuple[Array, Any]:
         """x [B, L, d]; visible bool, broadcast to [B, H, L, columns]; cache (keys, values) of all layers, or None."""
         a = self.architecture
-        q, k = split_heads(self.q_proj(x), a.heads), split_heads(self.k_proj(x), a.kv_heads)
+        q, k = split_heads(self.q_proj(x), a.heads), split_heads(self.k_proj(x, self.q_proj), a.kv_heads)
         if self.q_norm is not None:
             q, k = self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        v = split_heads(self.v_proj(x), a.kv_heads)
+        v = split_heads(self.v_proj(x, self.q_proj), a.kv_heads)
         if cache is not None:
             place = (layer, 0, column, 0, 0)
             cache = tuple(jax.lax.dynamic_update_slice(old, new[None], place) for old, new in zip(cache, (k, v), strict=True))
@@ -270,16 +287,24 @@ def softcap(x: Array, cap: float | None) -> Array:
 
 
 class Linear(nnx.Module):
-    """[..., inputs] -> [..., outputs]."""
+    """[..., inputs] -> [..., outputs], with an adapter (`lockstep.adapters`) beside the kernel or none. Where the checkpoint
+    fuses several layers, their adapter has one A, which is kept by the first of them."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: Any):
-        self.dtype = dtype
+    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: Any, adapter: Adapter | None, leads: bool):
+        self.dtype, self.adapter = dtype, adapter
         self.kernel = nnx.Param(jnp.zeros((inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        self.lora_A = nnx.Param(jnp.zeros((inputs, adapter.rank))) if adapter and leads else None
+        self.lora_B = nnx.Param(jnp.zeros((adapter.rank, outputs))) if adapter else None
 
-    def __call__(self, x: Array) -> Array:
-        out = product(x.reshape(-1, x.shape[-1]).astype(self.dtype), self.kernel.astype(self.dtype))
+    def __call__(self, x: Array, leader: Linear | None = None) -> Array:
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        out = product(rows, self.kernel.astype(self.dtype))
         out = out if self.bias is None else out + self.bias.astype(self.dtype)
+        if self.adapter is not None:
+            down = self.lora_A if self.lora_A is not None else leader.lora_A
+            low = product(rows, down.astype(self.dtype))
+            out = out + self.adapter.scale * product(low, self.lora_B.astype(self.dtype))
         return out.reshape(*x.shape[:-1], -1)
 
 
@@ -304,17 +329,17 @@ product.defvjp(_product_forward, _product_backward)
 
 
 class MLP(nnx.Module):
-    def __init__(self, architecture: Architecture, dtype: Any):
-        a = architecture
+    def __init__(self, network: Network):
+        a = network.architecture
         self.activation = ACTIVATIONS[a.activation]
-        self.gate_proj = Linear(a.hidden_size, a.intermediate_size, a.mlp_bias, dtype) if a.gated else None
-        self.up_proj = Linear(a.hidden_size, a.intermediate_size, a.mlp_bias, dtype)
-        self.down_proj = Linear(a.intermediate_size, a.hidden_size, a.mlp_bias, dtype)
+        self.gate_proj = network.linear("mlp.gate_proj", a.hidden_size, a.intermediate_size, a.mlp_bias) if a.gated else None
+        self.up_proj = network.linear("mlp.up_proj", a.hidden_size, a.intermediate_size, a.mlp_bias)
+        self.down_proj = network.linear("mlp.down_proj", a.intermediate_size, a.hidden_size, a.mlp_bias)
 
     def __call__(self, x: Array) -> Array:
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x, self.gate_proj))
 
 
 ACTIVATIONS = {
@@ -402,12 +427,15 @@ def frequencies(rope: Rope) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- checkpoint names, both ways
 
 
+TRANSPOSED = ("kernel", "lora_A", "lora_B")
+
+
 def from_arrays(architecture: Architecture, arrays: Mapping[str, np.ndarray]) -> Tree:
     """Host arrays under checkpoint names -> the tree of parameters, on the host."""
     flat: dict[tuple[str, ...], Any] = {}
     for name, array in to_common(architecture, arrays).items():
         *path, leaf = _path(name)
-        array = array.T if leaf == "kernel" else array  # torch's [out, in] -> flax's [in, out]
+        array = array.T if leaf in TRANSPOSED else array  # torch's [out, in] -> flax's [in, out]
         if path[0] == "layers":
             flat.setdefault((path[0], *path[2:], leaf), {})[int(path[1])] = array
         else:
@@ -424,7 +452,8 @@ def to_arrays(architecture: Architecture, params: Tree) -> dict[str, np.ndarray]
     arrays: dict[str, np.ndarray] = {}
     for (*path, leaf), array in nnx.traversals.flatten_mapping(jax.device_get(params)).items():
         kind = "bias" if leaf == "bias" else "weight"
-        own = (lambda x: x.T) if leaf == "kernel" else (lambda x: x)
+        own = (lambda x: x.T) if leaf in TRANSPOSED else (lambda x: x)
+        path = [*path, leaf] if leaf.startswith("lora") else path  # there a module of its own
         if path[0] == "layers":
             rest = ".".join(path[1:])
             arrays |= {f"model.layers.{i}.{rest}.{kind}": own(array[i]) for i in range(architecture.layers)}
@@ -439,6 +468,8 @@ def to_arrays(architecture: Architecture, params: Tree) -> dict[str, np.ndarray]
 def _path(name: str) -> list[str]:
     """'model.layers.3.mlp.up_proj.weight' -> ['layers', '3', 'mlp', 'up_proj', 'kernel']."""
     *path, module, leaf = name.removeprefix("model.").split(".")
+    if module.startswith("lora"):
+        return [*path, module]
     if leaf == "weight" and module != "score":
         leaf = "embedding" if module.startswith("embed") else "scale" if module.endswith("norm") else "kernel"
     return [*path, module, leaf]

@@ -31,6 +31,7 @@ class Progress(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("network", "greedy"))
 def generate(
     params: Tree,
+    frozen: Tree,
     prompt_tokens: Array,
     prompt_mask: Array,
     seeds: Array,
@@ -42,7 +43,7 @@ def generate(
     greedy: bool,
 ) -> tuple[Array, Array, Array]:
     """See `lockstep.interfaces.Policy.generate`. Tokens, mask and logprobs, each [B, T] for seeds [B, T]."""
-    decoder = network.bind(params)
+    decoder = network.bind(params, frozen)
     rows, steps = seeds.shape
 
     def unfinished(now: Progress) -> Array:

@@ -67,7 +67,8 @@ class JaxLearner(Learner):
         rates = {name: Rates.at(config, self.steps + 1, lr_scale) for name, config in self.optimizers.items()}
         configs = tuple(self.optimizers.items())
         if len(terms) == 1:
-            states, metrics = _learn(self._states(), *_arguments(terms[0]), rates, configs=configs, **self._static(terms[0]))
+            given = (self._states(), self._frozen(), *_arguments(terms[0]), rates)
+            states, metrics = _learn(*given, configs=configs, **self._static(terms[0]))
         else:
             gradients, metrics = self._backward(terms)
             states, norms = _step(self._states(), gradients, rates, configs=configs)
@@ -86,10 +87,10 @@ class JaxLearner(Learner):
 
     def _backward(self, terms: Sequence[Term]) -> tuple[dict[str, Tree], dict[str, Array]]:
         """The summed gradients and metrics of all terms, still on the device."""
-        params = {name: model.params for name, model in self.models.items()}
-        total, metrics = _gradients(params, *_arguments(terms[0]), **self._static(terms[0]))
+        params, frozen = {name: model.params for name, model in self.models.items()}, self._frozen()
+        total, metrics = _gradients(params, frozen, *_arguments(terms[0]), **self._static(terms[0]))
         for term in terms[1:]:
-            gradients, more = _gradients(params, *_arguments(term), **self._static(term))
+            gradients, more = _gradients(params, frozen, *_arguments(term), **self._static(term))
             total = _add(total, gradients)
             metrics |= {name: metrics.get(name, 0.0) + value for name, value in more.items()}
         return total, metrics
@@ -143,6 +144,9 @@ class JaxLearner(Learner):
             parts[part] = None if tree is None else self.backend.put(from_arrays(architecture, arrays))
         return State(**parts)
 
+    def _frozen(self) -> dict[str, Tree]:
+        return {name: model.frozen for name, model in self.models.items()}
+
     def _states(self) -> dict[str, State]:
         return {name: state._replace(parameters=self.models[name].params) for name, state in self.moments.items()}
 
@@ -175,7 +179,7 @@ def _arguments(term: Term) -> tuple[Block, dict[str, np.ndarray], float, Dropout
 
 @functools.partial(jax.jit, static_argnames=("roles", "loss"))
 def _gradients(
-    params: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any, dropout: Dropout | None,
+    params: dict[str, Tree], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any, dropout: Dropout | None,
     *, roles: Roles, loss: Loss,
 ) -> tuple[dict[str, Tree], dict[str, Array]]:  # fmt: skip
     """Of one term, with its metrics."""
@@ -183,7 +187,7 @@ def _gradients(
     def objective(params: dict[str, Tree]) -> tuple[Array, dict[str, Array]]:
         outputs: dict[str, Array] = {}
         for name, network, wanted in roles:
-            outputs |= forward(network, params[name], block, wanted, temperature, dropout)
+            outputs |= forward(network, params[name], frozen[name], block, wanted, temperature, dropout)
         value, metrics = loss(jnp, outputs, batch)
         return value, {"loss": value, **metrics}
 
@@ -207,12 +211,12 @@ def _step(
 
 @functools.partial(jax.jit, static_argnames=("roles", "loss", "configs"), donate_argnames="states")
 def _learn(
-    states: dict[str, State], block: Block, batch: dict[str, Array], temperature: Any, dropout: Dropout | None,
+    states: dict[str, State], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any, dropout: Dropout | None,
     rates: dict[str, Rates], *, roles: Roles, loss: Loss, configs: Configs,
 ) -> tuple[dict[str, State], dict[str, Array]]:  # fmt: skip
     """Gradients and step in one program, for an update of one term: no gradient outlives its use."""
     params = {name: state.parameters for name, state in states.items()}
-    gradients, metrics = _gradients(params, block, batch, temperature, dropout, roles=roles, loss=loss)
+    gradients, metrics = _gradients(params, frozen, block, batch, temperature, dropout, roles=roles, loss=loss)
     states, norms = _step(states, gradients, rates, configs=configs)
     return states, metrics | norms
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lockstep import checkpoints
+from lockstep import adapters, checkpoints
 from lockstep.architecture import FAMILIES, SCALAR_BIAS, SCALAR_HEAD, Architecture, Family, to_hf
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Generated, Policy, ScalarModel
@@ -38,10 +38,11 @@ class Block(NamedTuple):
 
 
 def forward(
-    network: Network, params: Tree, block: Block, outputs: Sequence[str], temperature: Any, dropout: Dropout | None = None
+    network: Network, params: Tree, frozen: Tree, block: Block, outputs: Sequence[str], temperature: Any,
+    dropout: Dropout | None = None,
 ) -> dict[str, Array]:
     """The named outputs, differentiable. Logits exist at the T columns that predict a response token only."""
-    decoder = network.bind(params)
+    decoder = network.bind(params, frozen)
     prompt_length = block.prompt_mask.shape[1]
     hidden = decoder.hidden(block.tokens, jnp.concatenate([block.prompt_mask, block.response_mask], axis=1), dropout)
     states = hidden[:, prompt_length - 1 : -1]  # [B, T, d]: the state each response token is chosen in
@@ -85,18 +86,22 @@ def of_distribution(
 
 
 @functools.partial(jax.jit, static_argnames=("network", "outputs"))
-def _evaluate(params: Tree, block: Block, temperature: Any, *, network: Network, outputs: tuple[str, ...]) -> dict[str, Array]:
-    return forward(network, params, block, outputs, temperature)
+def _evaluate(
+    params: Tree, frozen: Tree, block: Block, temperature: Any, *, network: Network, outputs: tuple[str, ...]
+) -> dict[str, Array]:
+    return forward(network, params, frozen, block, outputs, temperature)
 
 
 class JaxModel:
-    """What `LanguageModel` and `Scalar` share. ``params`` is replaced, never changed: JAX arrays are immutable."""
+    """What `LanguageModel` and `Scalar` share. ``params`` is what is trained: replaced, never changed, for JAX arrays are
+    immutable. ``frozen`` is the rest, which an adapter shares with every model on the same trunk; else empty."""
 
     supplies: frozenset[str]
 
-    def __init__(self, network: Network, params: Tree, backend: JaxBackend):
+    def __init__(self, network: Network, params: Tree, backend: JaxBackend, frozen: Tree | None = None):
         self.network = network
         self.params = params
+        self.frozen = frozen or {}
         self.backend = backend
         self.vocab_size, self.hidden_size = network.architecture.vocab_size, network.architecture.hidden_size
         self.context_length = network.architecture.context_length
@@ -111,7 +116,7 @@ class JaxModel:
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
         self.check_length(sequences.attention_mask, 0)
         block = Block.put(sequences)
-        out = _evaluate(self.params, block, temperature, network=self.network, outputs=tuple(outputs))
+        out = _evaluate(self.params, self.frozen, block, temperature, network=self.network, outputs=tuple(outputs))
         return {name: np.asarray(value) for name, value in jax.device_get(out).items()}
 
     def check_length(self, mask: np.ndarray, new_tokens: int) -> None:
@@ -126,10 +131,13 @@ class JaxModel:
         return to_arrays(self.network.architecture, self.params)
 
     def copy(self) -> Any:
-        return type(self)(self.network, _copied(self.params), self.backend)
+        return type(self)(self.network, _copied(self.params), self.backend, self.frozen)
 
     def write(self, folder: Path, arrays: dict[str, np.ndarray], name: str, **config: int) -> None:
-        """A checkpoint of transformers' class ``name``."""
+        """A checkpoint of transformers' class ``name``; of an adapted network the adapter alone."""
+        if self.network.adapter is not None:
+            adapters.write(folder, self.network.adapter, arrays, scalar=SCALAR_HEAD in arrays)
+            return
         checkpoints.write_tensors(folder / "model.safetensors", arrays)
         described = {**to_hf(self.network.architecture), "architectures": [name], **config}
         checkpoints.write_json(folder / "config.json", described)
@@ -159,6 +167,7 @@ class LanguageModel(JaxModel, Policy):
         self.check_length(prompt_mask, seeds.shape[1])
         drawn = generate(
             self.params,
+            self.frozen,
             prompt_tokens,
             prompt_mask,
             seeds,
@@ -173,13 +182,15 @@ class LanguageModel(JaxModel, Policy):
     def with_value_head(self) -> LanguageModel:
         head = {"weight": np.zeros((1, self.hidden_size), np.float32), "bias": np.zeros(1, np.float32)}
         network = dataclasses.replace(self.network, scalar_head=True)
-        return type(self)(network, _copied(self.params) | {"score": self.backend.put(head)}, self.backend)
+        return type(self)(network, _copied(self.params) | {"score": self.backend.put(head)}, self.backend, self.frozen)
 
     def scalar_model(self, head: np.ndarray) -> Scalar:
         score = {"weight": np.asarray(head, np.float32).reshape(1, -1), "bias": np.zeros(1, np.float32)}
-        trunk = {name: part for name, part in self.params.items() if name not in ("lm_head", "score")}
+        trunk, frozen = (
+            {name: part for name, part in tree.items() if name not in ("lm_head", "score")} for tree in (self.params, self.frozen)
+        )
         network = dataclasses.replace(self.network, language_head=False, scalar_head=True)
-        return Scalar(network, _copied(trunk) | {"score": self.backend.put(score)}, self.backend)
+        return Scalar(network, _copied(trunk) | {"score": self.backend.put(score)}, self.backend, frozen)
 
     def save(self, folder: Path) -> None:
         """The language model alone: a value head belongs to training, not to the policy."""

@@ -1,4 +1,5 @@
-"""The policies that a configuration names: `decoder` starts from scratch, `huggingface` from a checkpoint."""
+"""The policies that a configuration names: `decoder` starts from scratch, `huggingface` from a checkpoint, `lora` trains
+adapters on one."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lockstep import adapters
+from lockstep.adapters import Adapter, LoRAConfig
 from lockstep.architecture import (
     SCALAR_BIAS,
     SCALAR_HEAD,
@@ -17,6 +20,7 @@ from lockstep.architecture import (
     check_parameters,
     from_hf,
     initial_parameters,
+    linear_layers,
     parameter_shapes,
     trunk_shapes,
 )
@@ -24,6 +28,7 @@ from lockstep.checkpoints import fetch, read_json, read_weights
 from lockstep.interfaces import ScalarModel
 from lockstep.tokenizer import Tokenizer, TokenizerConfig
 from lockstep_jax.backend import JaxBackend
+from lockstep_jax.decoder import Network, Tree, from_arrays
 from lockstep_jax.model import LanguageModel, Scalar
 
 
@@ -67,6 +72,59 @@ class HuggingFace(Checkpoint):
     @classmethod
     def create(cls, config: Config, backend: JaxBackend, tokenizer: Tokenizer, seed: int) -> HuggingFace:
         return cls.load(config.path, backend)
+
+
+class LoRA(LanguageModel):
+    """Low-rank adapters on a frozen checkpoint (Hu et al. 2021). All models of a run that adapt the same checkpoint share its
+    weights: policy, reference, value network and reward model are adapters on one trunk."""
+
+    Config = LoRAConfig
+
+    @classmethod
+    def create(cls, config: LoRAConfig, backend: JaxBackend, tokenizer: Tokenizer, seed: int) -> LoRA:
+        architecture, trunk = _trunk(config.path, backend)
+        adapter = config.adapter(linear_layers(architecture), conv1d=architecture.family == "gpt2")
+        shapes = adapter.shapes(linear_layers(architecture))
+        return cls(*_adapted(architecture, trunk, adapter, adapters.initial(shapes, seed), backend, language_head=True))
+
+    @classmethod
+    def load(cls, folder: Path | str, backend: JaxBackend) -> LoRA:
+        return cls(*_load_adapter(folder, backend, {}, language_head=True))
+
+    @classmethod
+    def load_scalar(cls, folder: Path | str, backend: JaxBackend) -> ScalarModel:
+        d = _trunk(adapters.read(folder)[0].base, backend)[0].hidden_size
+        return Scalar(*_load_adapter(folder, backend, {SCALAR_HEAD: (1, d), SCALAR_BIAS: (1,)}, language_head=False))
+
+
+def _trunk(path: str, backend: JaxBackend) -> tuple[Architecture, Tree]:
+    """The checkpoint that adapters share; read once."""
+    if path not in backend.trunks:
+        architecture, weights = _read(path)
+        check_parameters(architecture, weights, parameter_shapes(architecture))
+        backend.trunks[path] = architecture, backend.put(from_arrays(architecture, weights))
+    return backend.trunks[path]
+
+
+def _load_adapter(
+    folder: Path | str, backend: JaxBackend, head: Mapping[str, tuple[int, ...]], *, language_head: bool
+) -> tuple[Network, Tree, JaxBackend, Tree]:
+    adapter, arrays = adapters.read(folder)
+    architecture, trunk = _trunk(adapter.base, backend)
+    if head:
+        arrays.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))
+    adapters.check(folder, arrays, adapter.shapes(linear_layers(architecture)) | dict(head))
+    return _adapted(architecture, trunk, adapter, arrays, backend, language_head=language_head)
+
+
+def _adapted(
+    architecture: Architecture, trunk: Tree, adapter: Adapter, arrays: dict[str, np.ndarray], backend: JaxBackend,
+    *, language_head: bool,
+) -> tuple[Network, Tree, JaxBackend, Tree]:  # fmt: skip
+    """What a model is made of: the adapter is trained, the trunk is not."""
+    network = Network(architecture, backend.config.precision, language_head, SCALAR_HEAD in arrays, adapter)
+    frozen = trunk if language_head else {name: part for name, part in trunk.items() if name != "lm_head"}
+    return network, backend.put(from_arrays(architecture, arrays)), backend, frozen
 
 
 def _read(path: Path | str) -> tuple[Architecture, dict[str, np.ndarray]]:

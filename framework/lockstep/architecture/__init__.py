@@ -11,7 +11,7 @@ and in transformers.
 """
 
 from lockstep.architecture.families import FAMILIES, Family, from_hf, to_hf
-from lockstep.architecture.naming import to_checkpoint, to_common
+from lockstep.architecture.naming import layer_name, to_checkpoint, to_common
 from lockstep.architecture.shape import (
     Architecture,
     Rope,
@@ -26,6 +26,7 @@ from lockstep.architecture.tensors import (
     check_parameters,
     head_shapes,
     initial_parameters,
+    linear_layers,
     parameter_shapes,
     scalar_head,
     trunk_shapes,
@@ -45,6 +46,8 @@ __all__ = [
     "head_shapes",
     "initial_parameters",
     "is_small_decoder",
+    "layer_name",
+    "linear_layers",
     "parameter_shapes",
     "scalar_head",
     "small_decoder",

@@ -99,6 +99,9 @@ def to_common(architecture: Architecture, arrays: Mapping[str, np.ndarray]) -> d
         ours = _rename(name, {theirs: own for own, theirs in family.names.items()})
         array = array.T if _is_transposed(family, name) else array
         for fused, parts in family.fused.items():
+            if f".{fused}.lora_A." in name:  # the adapter of a fused layer has one for all parts
+                out[ours.replace(fused, parts[0])] = array
+                break
             if f".{fused}." in name:
                 cut = _separate(array, architecture.heads) if family.by_head else np.split(array, _ends(architecture, parts))
                 out |= {ours.replace(fused, part): piece for part, piece in zip(parts, cut, strict=True)}
@@ -106,6 +109,15 @@ def to_common(architecture: Architecture, arrays: Mapping[str, np.ndarray]) -> d
         else:
             out[ours] = array
     return out
+
+
+def layer_name(architecture: Architecture, ours: str) -> tuple[str, bool]:
+    """What the family calls the linear layer ``ours`` within a layer, say 'self_attn.q_proj', and whether ours is the first
+    of those that are one layer there."""
+    for theirs, parts in naming(architecture).fused.items():
+        if ours in parts:
+            return theirs, ours == parts[0]
+    return _rename(ours, naming(architecture).names), True
 
 
 def naming(architecture: Architecture) -> Naming:
@@ -118,13 +130,14 @@ def _outward(a: Architecture, tensors: Mapping[str, Any], join: Callable[[Sequen
     fused = {parts[0]: (theirs, parts) for theirs, parts in family.fused.items()}
     followers = {part for parts in family.fused.values() for part in parts[1:]}
     for name, tensor in tensors.items():
-        module = ".".join(name.split(".")[-3:-1])
+        module = ".".join(re.sub(r"\.lora_[AB]\b", "", name).split(".")[-3:-1])
         if module in followers:
             continue
         theirs = name
         if module in fused:
             theirs, parts = name.replace(module, fused[module][0]), fused[module][1]
-            tensor = join([tensors[name.replace(module, part)] for part in parts])
+            if ".lora_A." not in name:
+                tensor = join([tensors[name.replace(module, part)] for part in parts])
         theirs = _rename(theirs, family.names)
         out[theirs] = turn(tensor) if _is_transposed(family, theirs) else tensor
     return out

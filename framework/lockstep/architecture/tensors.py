@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lockstep import randomness
-from lockstep.architecture.naming import shapes_to_checkpoint
+from lockstep.architecture.naming import naming, shapes_to_checkpoint
 from lockstep.architecture.shape import Architecture
 from lockstep.errors import CheckpointError
 
@@ -67,6 +67,13 @@ def _linear(name: str, shape: tuple[int, int], bias: bool) -> dict[str, tuple[in
 
 def _norm(a: Architecture, name: str, size: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (size,)} | ({f"{name}.bias": (size,)} if a.norm == "layer" else {})
+
+
+def linear_layers(architecture: Architecture) -> dict[str, tuple[int, int]]:
+    """{name: (inputs, outputs)} of what an adapter may adapt: the linear layers of the trunk, as the checkpoint names them."""
+    shapes = {name: shape for name, shape in trunk_shapes(architecture).items() if len(shape) == 2 and "embed" not in name}
+    step = 1 if naming(architecture).transposed else -1
+    return {n.removesuffix(".weight"): s[::step] for n, s in shapes.items() if not n.endswith(("wte.weight", "wpe.weight"))}
 
 
 def check_parameters(

@@ -1,0 +1,243 @@
+"""Adapters: against peft, against the merged checkpoint, and one backend against the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BACKENDS, relative
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from lockstep import adapters, checkpoints
+from lockstep.configuration import parse
+from lockstep.errors import CheckpointError, ConfigError
+from lockstep.interfaces import Term
+from lockstep.optimisation import OptimizerConfig
+from lockstep.registry import registry
+from lockstep.sequences import pack
+from lockstep_rlhf.language_modelling import NextTokenLoss
+
+NO_TOKENIZER = dict.fromkeys(("path", "eos_token", "pad_token", "chat_template"))
+TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj", "c_fc"]}
+ADAM = OptimizerConfig(1e-2, (0.9, 0.95), 1e-5, False, 0.0, None, None)
+ROWS = pack([[3, 4, 5], [6, 7]], [[8, 9, 10, 11], [12, 13]], 0)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints with weights as large as trained ones, so that every layer counts."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=41, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=48, max_position_embeddings=64, tie_word_embeddings=True))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=41, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    folders = {}
+    for name, model in (("llama", llama), ("gpt2", gpt2)):
+        for parameter in model.parameters():
+            parameter.data.mul_(5 if parameter.ndim > 1 else 1)
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def base(request, bases) -> Path:
+    return bases[request.param]
+
+
+def lora(backend, base: Path, **changes):
+    cls = registry().resolve("policy", "lora", backend.name)
+    values = {"tokenizer": NO_TOKENIZER, "path": str(base), "rank": 4, "alpha": 8.0, "targets": TARGETS[family(base)]}
+    return cls.create(parse(cls.Config, values | changes, "policy"), backend, None, 0)
+
+
+def family(base: Path) -> str:
+    return checkpoints.read_json(base / "config.json")["model_type"]
+
+
+def load(backend, folder, name="lora"):
+    return registry().resolve("policy", name, backend.name).load(folder, backend)
+
+
+def other(backend):
+    name = {"torch": "jax", "jax": "torch"}[backend.name]
+    cls = registry().resolve("backend", name, name)
+    return cls(parse(cls.Config, BACKENDS[cls.name], "backend"))
+
+
+def logprobs(model) -> np.ndarray:
+    return model.evaluate(ROWS, ["logprobs"])["logprobs"][ROWS.mask]
+
+
+def logprobs_of_transformers(model) -> np.ndarray:
+    tokens, mask = torch.tensor(ROWS.tokens).long(), torch.tensor(ROWS.attention_mask).long()
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        out = model.eval()(input_ids=tokens, attention_mask=mask, position_ids=position).logits.log_softmax(-1)
+    found = out[:, ROWS.prompt_length - 1 : -1].gather(-1, tokens[:, ROWS.prompt_length :, None])[..., 0]
+    return found.numpy()[ROWS.mask]
+
+
+def term() -> Term:
+    return Term(NextTokenLoss(), ROWS, {"weights": (ROWS.mask / ROWS.mask.sum()).astype(np.float32)})
+
+
+def train(backend, model, steps=3):
+    learner = backend.learner({"policy": model}, {"policy": ADAM})
+    return [learner.update([term()])["loss"] for _ in range(steps)]
+
+
+def test_a_fresh_adapter_changes_nothing(backend, base):
+    np.testing.assert_array_equal(logprobs(lora(backend, base)), logprobs(load(backend, base, "huggingface")))
+
+
+def test_backends_start_from_the_same_adapter(backend, base):
+    own, others = lora(backend, base).parameters(), lora(other(backend), base).parameters()
+    assert own.keys() == others.keys()
+    for name in own:
+        np.testing.assert_array_equal(own[name], others[name])
+    assert sorted({name.split(".")[-2] for name in own}) == ["lora_A", "lora_B"]
+
+
+def test_an_adapter_that_peft_wrote_gives_the_log_probabilities_that_peft_gives(backend, base, tmp_path):
+    torch.manual_seed(1)
+    settings = LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS[family(base)], init_lora_weights=False, task_type="CAUSAL_LM")
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
+    peft.save_pretrained(tmp_path)
+    found = logprobs(load(backend, tmp_path))
+    np.testing.assert_allclose(found, logprobs_of_transformers(peft), atol=1e-4)
+    assert abs(found - logprobs(load(backend, base, "huggingface"))).max() > 0.1  # else it would prove nothing
+
+
+def test_what_is_trained_here_opens_in_peft_and_on_the_other_backend(backend, base, tmp_path):
+    policy = lora(backend, base)
+    losses = train(backend, policy)
+    assert losses[-1] < losses[0]
+    policy.save(tmp_path)
+    own = logprobs(policy)
+    np.testing.assert_array_equal(logprobs(load(backend, tmp_path)), own)
+    np.testing.assert_allclose(logprobs(load(other(backend), tmp_path)), own, atol=1e-4)
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path)
+    np.testing.assert_allclose(logprobs_of_transformers(peft), own, atol=1e-4)
+
+
+def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule(backend, base, tmp_path):
+    """W' = W + s B A, so dL/dB = s dL/dW' Aᵀ and dL/dA = s Bᵀ dL/dW', with dL/dW' of the merged checkpoint."""
+    policy = lora(backend, base)
+    train(backend, policy)  # B is no longer zero
+    policy.save(tmp_path / "adapter")
+    merged = load(backend, adapters.merge(tmp_path / "adapter", tmp_path / "merged"), "huggingface")
+    whole = backend.learner({"policy": merged}, {"policy": ADAM}).gradients([term()])
+    found = backend.learner({"policy": policy}, {"policy": ADAM}).gradients([term()])
+    expected = {}
+    for name, a in policy.parameters().items():
+        if name.endswith("lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            weight = whole[f"policy.{layer}.weight"]
+            weight = weight.T if family(base) == "gpt2" else weight
+            b = policy.parameters()[f"{layer}.lora_B.weight"]
+            expected[f"policy.{layer}.lora_A.weight"] = 2.0 * b.T @ weight
+            expected[f"policy.{layer}.lora_B.weight"] = 2.0 * weight @ a.T
+    assert found.keys() == expected.keys()
+    assert relative(found, expected) < 1e-5
+
+
+def test_the_merged_checkpoint_is_the_adapted_model_to_transformers_too(backend, base, tmp_path):
+    policy = lora(backend, base)
+    train(backend, policy)
+    policy.save(tmp_path / "adapter")
+    merged = adapters.merge(tmp_path / "adapter", tmp_path / "merged")
+    np.testing.assert_allclose(logprobs_of_transformers(AutoModelForCausalLM.from_pretrained(merged)), logprobs(policy), atol=1e-4)
+
+
+def test_all_adapters_share_one_trunk_that_training_leaves_alone(backend, base):
+    policy = lora(backend, base)
+    ref, critic = policy, policy.scalar_model(np.ones(32, np.float32))
+    policy = policy.with_value_head()
+    before, copied = logprobs(ref), policy.copy()
+    train(backend, policy)
+    assert abs(logprobs(policy) - before).max() > 1e-3
+    for model in (ref, copied):
+        np.testing.assert_array_equal(logprobs(model), before)
+    trunks = [set(frozen(model)) for model in (ref, policy, copied, critic)]
+    assert trunks[0] == trunks[1] == trunks[2] and trunks[3] <= trunks[0] and trunks[3]
+
+
+def frozen(model) -> list[int]:
+    """Where in memory the weights lie that are not trained."""
+    if hasattr(model, "frozen"):
+        import jax
+
+        return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(model.frozen)]
+    return [tensor.data_ptr() for tensor in model.network.parameters() if not tensor.requires_grad]
+
+
+def test_a_reward_model_on_an_adapter_opens_in_peft_and_on_the_other_backend(backend, base, tmp_path):
+    policy = lora(backend, base)
+    train(backend, policy)
+    model = policy.scalar_model(np.random.default_rng(0).normal(size=32).astype(np.float32))
+    model.save(tmp_path)
+    scores = model.evaluate(ROWS, ["scores"])["scores"]
+    for backend_ in (backend, other(backend)):
+        again = registry().resolve("policy", "lora", backend_.name).load_scalar(tmp_path, backend_)
+        np.testing.assert_allclose(again.evaluate(ROWS, ["scores"])["scores"], scores, atol=1e-4)
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
+    peft = PeftModel.from_pretrained(classifier, tmp_path).eval()
+    row = ROWS.take(slice(0, 1))
+    with torch.no_grad():
+        found = peft(input_ids=torch.tensor(row.tokens[row.attention_mask]).long()[None]).logits[0, 0]
+    assert float(found) == pytest.approx(float(scores[0]), abs=1e-4)
+
+
+def test_a_learner_of_adapters_goes_on_bit_for_bit(backend, bases, tmp_path):
+    policy = lora(backend, bases["llama"])
+    learner = backend.learner({"policy": policy}, {"policy": ADAM})
+    learner.update([term()])
+    learner.save(tmp_path)
+    expected = learner.update([term()])
+    fresh = backend.learner({"policy": lora(backend, bases["llama"])}, {"policy": ADAM})
+    fresh.restore(tmp_path)
+    assert fresh.update([term()]) == expected
+    assert len(load_file(tmp_path / "learner.safetensors")) == 3 * len(policy.parameters())  # nothing of the trunk
+
+
+def test_generation_samples_from_the_adapted_model(backend, base):
+    policy = lora(backend, base)
+    train(backend, policy, 5)
+    seeds = np.arange(12, dtype=np.uint32).reshape(2, 6)
+    prompts = (ROWS.tokens[:, :3], ROWS.prompt_mask)
+    drawn = policy.generate(*prompts, seeds, temperature=1.0, stop_ids=[], pad_id=0)
+    rows = pack([[3, 4, 5], [6, 7]], drawn.tokens.tolist(), 0)
+    scored = policy.evaluate(rows, ["logprobs"])["logprobs"]
+    np.testing.assert_allclose(drawn.logprobs, scored, atol=1e-4)
+
+
+def test_a_target_that_is_no_layer_is_named_with_those_that_are(backend, bases):
+    with pytest.raises(ConfigError, match=r"targets names 'q_prj', which .* has not. Did you mean 'q_proj'\? .*down_proj, gate"):
+        lora(backend, bases["llama"], targets=["q_prj"])
+
+
+def test_a_variant_of_lora_is_refused_by_name(backend, bases, tmp_path):
+    lora(backend, bases["llama"]).save(tmp_path)
+    settings = checkpoints.read_json(tmp_path / "adapter_config.json")
+    checkpoints.write_json(tmp_path / "adapter_config.json", settings | {"use_dora": True})
+    with pytest.raises(CheckpointError, match="uses use_dora=True, which is not supported"):
+        load(backend, tmp_path)
+
+
+def test_an_adapter_of_another_shape_is_refused(backend, bases, tmp_path):
+    lora(backend, bases["llama"]).save(tmp_path)
+    settings = checkpoints.read_json(tmp_path / "adapter_config.json")
+    checkpoints.write_json(tmp_path / "adapter_config.json", settings | {"target_modules": ["q_proj", "o_proj"]})
+    with pytest.raises(CheckpointError, match="does not fit its base: .*lora_A"):
+        load(backend, tmp_path)
