@@ -19,6 +19,7 @@ BUILT_IN = [
     ("backend", None),
     ("policy", "decoder"),
     ("policy", "huggingface"),
+    ("policy", "lora"),
     ("reward_model", "learned"),
     ("reward_model", "function"),
     ("algorithm", "pretrain"),

@@ -15,8 +15,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 from lockstep import adapters, checkpoints
@@ -29,7 +33,13 @@ from lockstep.sequences import pack
 from lockstep_rlhf.language_modelling import NextTokenLoss
 
 NO_TOKENIZER = dict.fromkeys(("path", "eos_token", "pad_token", "chat_template"))
-TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj", "c_fc"]}
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "gpt_neox": ["query_key_value", "dense_h_to_4h"],
+    "phi3": ["qkv_proj", "gate_up_proj"],
+}
+"""The last three keep queries, keys and values in one matrix, each in its own way."""
 ADAM = OptimizerConfig(1e-2, (0.9, 0.95), 1e-5, False, 0.0, None, None)
 ROWS = pack([[3, 4, 5], [6, 7]], [[8, 9, 10, 11], [12, 13]], 0)
 
@@ -41,8 +51,15 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     sizes = dict(vocab_size=41, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     llama = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=48, max_position_embeddings=64, tie_word_embeddings=True))
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=41, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    neox = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=41, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+            max_position_embeddings=64,
+        )
+    )  # fmt: skip
+    phi3 = Phi3ForCausalLM(Phi3Config(**sizes, intermediate_size=48, max_position_embeddings=64, pad_token_id=0))
     folders = {}
-    for name, model in (("llama", llama), ("gpt2", gpt2)):
+    for name, model in (("llama", llama), ("gpt2", gpt2), ("gpt_neox", neox), ("phi3", phi3)):
         for parameter in model.parameters():
             parameter.data.mul_(5 if parameter.ndim > 1 else 1)
         folders[name] = tmp_path_factory.mktemp(name)
@@ -109,9 +126,13 @@ def test_backends_start_from_the_same_adapter(backend, base):
     assert sorted({name.split(".")[-2] for name in own}) == ["lora_A", "lora_B"]
 
 
-def test_an_adapter_that_peft_wrote_gives_the_log_probabilities_that_peft_gives(backend, base, tmp_path):
+@pytest.mark.parametrize("family_", TARGETS)
+def test_an_adapter_that_peft_wrote_gives_the_log_probabilities_that_peft_gives(backend, bases, family_, tmp_path):
+    base = bases[family_]
     torch.manual_seed(1)
-    settings = LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS[family(base)], init_lora_weights=False, task_type="CAUSAL_LM")
+    settings = LoraConfig(
+        r=4, lora_alpha=12, target_modules=TARGETS[family(base)], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     peft = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
     peft.save_pretrained(tmp_path)
     found = logprobs(load(backend, tmp_path))
@@ -119,7 +140,9 @@ def test_an_adapter_that_peft_wrote_gives_the_log_probabilities_that_peft_gives(
     assert abs(found - logprobs(load(backend, base, "huggingface"))).max() > 0.1  # else it would prove nothing
 
 
-def test_what_is_trained_here_opens_in_peft_and_on_the_other_backend(backend, base, tmp_path):
+@pytest.mark.parametrize("family_", TARGETS)
+def test_what_is_trained_here_opens_in_peft_and_on_the_other_backend(backend, bases, family_, tmp_path):
+    base = bases[family_]
     policy = lora(backend, base)
     losses = train(backend, policy)
     assert losses[-1] < losses[0]
@@ -157,7 +180,9 @@ def test_the_merged_checkpoint_is_the_adapted_model_to_transformers_too(backend,
     train(backend, policy)
     policy.save(tmp_path / "adapter")
     merged = adapters.merge(tmp_path / "adapter", tmp_path / "merged")
-    np.testing.assert_allclose(logprobs_of_transformers(AutoModelForCausalLM.from_pretrained(merged)), logprobs(policy), atol=1e-4)
+    np.testing.assert_allclose(
+        logprobs_of_transformers(AutoModelForCausalLM.from_pretrained(merged)), logprobs(policy), atol=1e-4
+    )
 
 
 def test_all_adapters_share_one_trunk_that_training_leaves_alone(backend, base):

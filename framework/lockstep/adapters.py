@@ -174,7 +174,9 @@ def merge(folder: Path, output: Path) -> Path:
       CheckpointError: ``folder`` holds no adapter, or its base is not there.
     """
     if not (folder / SETTINGS).exists():
-        raise CheckpointError(f"{folder} holds no adapter: {SETTINGS} is missing. Name the output folder of a stage of policy=lora.")
+        raise CheckpointError(
+            f"{folder} holds no adapter: {SETTINGS} is missing. Name the output folder of a stage of policy=lora."
+        )
     adapter, tensors = read(folder)
     base = checkpoints.fetch(adapter.base)
     weights = checkpoints.read_weights(base)

@@ -6,6 +6,7 @@ lockstep parity [hydra overrides]     the same experiment on two backends, step 
 lockstep plugins                      what is installed, from which distribution, usable or not and why
 lockstep check NAME                   the conformance kit on one plugin
 lockstep new-plugin NAME              a working plugin package to start from
+lockstep merge ADAPTER OUTPUT         an adapter and its base as one checkpoint
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ def main() -> None:
     new.add_argument("name", help="of the component: letters, digits and underscores")
     new.add_argument("--kind", default="algorithm", choices=("algorithm", "policy", "reward_model", "backend"))
     new.set_defaults(call=lambda a, rest: new_plugin_command(a.name, a.kind))
+    merge = commands.add_parser("merge", help="an adapter and its base as one checkpoint")
+    merge.add_argument("adapter", type=Path, help="output folder of a stage of policy=lora, or any folder of peft's")
+    merge.add_argument("output", type=Path, help="folder for the checkpoint")
+    merge.set_defaults(call=lambda a, rest: merge_command(a.adapter, a.output))
     plugins = commands.add_parser("plugins", help="what is installed, usable or not and why")
     plugins.set_defaults(call=lambda arguments, rest: plugins_command())
     arguments, rest = parser.parse_known_args()
@@ -143,6 +148,12 @@ def new_plugin_command(name: str, kind: str) -> None:
     from lockstep.scaffold import new_plugin
 
     new_plugin(name, kind, Path.cwd())
+
+
+def merge_command(adapter: Path, output: Path) -> None:
+    from lockstep.adapters import merge
+
+    Console().say(f"The merged checkpoint is in {merge(adapter, output)}.")
 
 
 def plugins_command() -> None:

@@ -38,7 +38,12 @@ class Block(NamedTuple):
 
 
 def forward(
-    network: Network, params: Tree, frozen: Tree, block: Block, outputs: Sequence[str], temperature: Any,
+    network: Network,
+    params: Tree,
+    frozen: Tree,
+    block: Block,
+    outputs: Sequence[str],
+    temperature: Any,
     dropout: Dropout | None = None,
 ) -> dict[str, Array]:
     """The named outputs, differentiable. Logits exist at the T columns that predict a response token only."""

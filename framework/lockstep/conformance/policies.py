@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from lockstep import checkpoints, randomness
+from lockstep import adapters, randomness
 from lockstep.conformance.backends import OUTPUTS, term
 from lockstep.conformance.kit import Inapplicable, check, near, require, same, same_arrays
-from lockstep.conformance.world import PAD, World, head
+from lockstep.conformance.world import PAD, World, head, saved_weights
 from lockstep.interfaces import Generated, Model, Policy
 from lockstep.optimisation import OptimizerConfig
 from lockstep.sequences import Sequences, in_chunks, join, left_pad
@@ -448,14 +448,14 @@ def rescale_is_folded_in(world: World) -> None:
 @check("policy", usually="a tensor is saved in half precision, under another name, or with the value head")
 def checkpoints_round_trip(world: World) -> None:
     """What `save` wrote, `load` and `load_scalar` give back bit for bit: float32 safetensors under the names of
-    `parameters`, beside a config.json; a value head is no part of a policy's checkpoint."""
+    `parameters`, beside a config.json (of an adapter, peft's files); a value head is no part of a policy's checkpoint."""
     policy, rows = world.policy(1), world.rollout()
     folder = _saved(world, policy, "policy")
     again = type(policy).load(folder, world.backend)
     same_arrays("loaded parameter", again.parameters(), policy.parameters())
     same_arrays("loaded policy's", evaluate(again, rows), evaluate(policy, rows))
     valued = _saved(world, policy.with_value_head(), "policy with a value head")
-    names, expected = (set(checkpoints.read_weights(f)) for f in (valued, folder))
+    names, expected = (set(saved_weights(f)[1]) for f in (valued, folder))
     require(
         names == expected,
         f"with a value head the checkpoint has {len(names)} tensors, not {len(expected)}: {sorted(names ^ expected)}",
@@ -472,8 +472,9 @@ def _saved(world: World, model: Model, name: str) -> Path:
     folder = world.folder / "saved" / name.replace(" ", "_")
     folder.mkdir(parents=True)
     model.save(folder)
-    require((folder / "config.json").exists(), f"{name}: save wrote {sorted(p.name for p in folder.iterdir())}, no config.json")
-    stored = {key: array for file in folder.glob("*.safetensors") for key, array in checkpoints.read_tensors(file).items()}
+    config = adapters.SETTINGS if world.adapted else "config.json"
+    require((folder / config).exists(), f"{name}: save wrote {sorted(p.name for p in folder.iterdir())}, no {config}")
+    stored = {key.removeprefix(adapters.PREFIX): array for key, array in saved_weights(folder)[1].items()}
     own = model.parameters()
     missing = stored.keys() ^ own.keys() if "value head" not in name else stored.keys() - own.keys()
     require(not missing, f"{name}: {sorted(missing)} in one of the file ({len(stored)} names) and parameters() ({len(own)})")
@@ -541,9 +542,9 @@ def the_same_seed_makes_the_same_policy(world: World) -> None:
     same_arrays("created again, parameter", again, first)
     if world.from_checkpoint:
         same_arrays("created with another seed from a checkpoint, parameter", other, first)
-        stored = checkpoints.read_weights(world.folder / "checkpoint")
+        _, stored = saved_weights(world.folder / "checkpoint")
         same_arrays("created from a checkpoint, parameter", {n: first.get(n, np.zeros(0)) for n in stored}, stored)
     else:
-        matrices = [name for name, array in first.items() if array.ndim > 1]
+        matrices = [name for name, array in first.items() if array.ndim > 1 and array.any()]  # an adapter's B is 0 at first
         equal = [name for name in matrices if (first[name] == other[name]).all()]
         require(not equal, f"with another seed {len(equal)} of {len(matrices)} matrices are the same: {', '.join(equal[:3])}")

@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 from omegaconf import OmegaConf
 
-from lockstep import checkpoints, composition, randomness
+from lockstep import adapters, checkpoints, composition, randomness
 from lockstep.architecture import Architecture, initial_parameters, small_decoder, to_hf
 from lockstep.configuration import parse
 from lockstep.errors import ConfigError
@@ -61,6 +61,12 @@ def write_checkpoint(folder: Path, seed: int, architecture: Architecture = ARCHI
 
 def enlarged(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array * (10 if array.ndim > 1 else 1) for name, array in parameters.items()}
+
+
+def saved_weights(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """The file of weights that a model wrote, whole or an adapter, and what is in it."""
+    file = next(folder.glob("*.safetensors"))
+    return file, checkpoints.read_tensors(file)
 
 
 def head(width: int, seed: int = 9) -> np.ndarray:
@@ -205,7 +211,12 @@ class World:
     @property
     def from_checkpoint(self) -> bool:
         """The policy starts from a checkpoint's weights, whatever the seed."""
-        return hasattr(self._policy[1], "path")
+        return hasattr(self._policy[1], "path") and not self.adapted
+
+    @property
+    def adapted(self) -> bool:
+        """The policy trains an adapter, whose weights are all that it saves."""
+        return isinstance(self._policy[1], adapters.LoRAConfig)
 
     @functools.cached_property
     def _policy(self) -> tuple[type, Any]:
@@ -217,12 +228,15 @@ class World:
     def _policy_folder(self, number: int) -> Path:
         folder = self.folder / f"policy{number}"
         self.created(number).save(folder)
-        weights = checkpoints.read_weights(folder)
-        if not hasattr(self._policy[1], "path"):  # a checkpoint's weights are as large as they should be
+        file, weights = saved_weights(folder)
+        if self.adapted:  # at first it adapts nothing, whatever its weights
+            rng = np.random.default_rng(number)
+            weights = {name: rng.normal(0, 0.3, array.shape).astype(np.float32) for name, array in weights.items()}
+        elif not self.from_checkpoint:  # a checkpoint's weights are as large as they should be
             weights = enlarged(weights)
         elif number:
             weights = {name: array[..., ::-1] for name, array in weights.items()}
-        checkpoints.write_tensors(folder / "model.safetensors", weights)
+        checkpoints.write_tensors(file, weights)
         return folder
 
     def _policies(self) -> str:
