@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, relative
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
 from transformers import (
@@ -23,6 +22,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
+from conftest import BACKENDS, relative
 from lockstep import adapters, checkpoints
 from lockstep.configuration import parse
 from lockstep.errors import CheckpointError, ConfigError

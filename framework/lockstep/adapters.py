@@ -140,7 +140,8 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 """The values of peft's settings that are read; and these have to be off:"""
 VARIANTS = (
     "use_dora", "use_rslora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "layers_to_transform",
-    "layer_replication", "trainable_token_indices", "target_parameters", "exclude_modules", "lora_bias", "alora_invocation_tokens",
+    "layer_replication", "trainable_token_indices", "target_parameters", "exclude_modules", "lora_bias",
+    "alora_invocation_tokens",
 )  # fmt: skip
 
 

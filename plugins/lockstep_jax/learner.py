@@ -179,8 +179,8 @@ def _arguments(term: Term) -> tuple[Block, dict[str, np.ndarray], float, Dropout
 
 @functools.partial(jax.jit, static_argnames=("roles", "loss"))
 def _gradients(
-    params: dict[str, Tree], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any, dropout: Dropout | None,
-    *, roles: Roles, loss: Loss,
+    params: dict[str, Tree], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any,
+    dropout: Dropout | None, *, roles: Roles, loss: Loss,
 ) -> tuple[dict[str, Tree], dict[str, Array]]:  # fmt: skip
     """Of one term, with its metrics."""
 
@@ -211,8 +211,8 @@ def _step(
 
 @functools.partial(jax.jit, static_argnames=("roles", "loss", "configs"), donate_argnames="states")
 def _learn(
-    states: dict[str, State], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any, dropout: Dropout | None,
-    rates: dict[str, Rates], *, roles: Roles, loss: Loss, configs: Configs,
+    states: dict[str, State], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any,
+    dropout: Dropout | None, rates: dict[str, Rates], *, roles: Roles, loss: Loss, configs: Configs,
 ) -> tuple[dict[str, State], dict[str, Array]]:  # fmt: skip
     """Gradients and step in one program, for an update of one term: no gradient outlives its use."""
     params = {name: state.parameters for name, state in states.items()}
