@@ -400,7 +400,8 @@ class Tracker(ABC):
 
     @abstractmethod
     def start(self, *, folder: Path, run: str, stage: str, identity: str, config: Mapping[str, Any], resume: bool) -> None:
-        """A stage begins, or goes on: ``identity`` is stable over restarts."""
+        """A stage begins, or goes on: ``identity`` is stable over restarts. ``config`` is all that decides the stage; its
+        ``inputs`` are {stage: identity} of the stages whose output it reads."""
 
     @abstractmethod
     def log(self, metrics: Metrics, step: int) -> None: ...
@@ -409,7 +410,12 @@ class Tracker(ABC):
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None: ...
 
     @abstractmethod
-    def artifact(self, name: str, kind: str, folder: Path) -> None: ...
+    def alert(self, title: str, text: str, step: int) -> None:
+        """Something that a person should look at."""
+
+    @abstractmethod
+    def artifact(self, kind: str, folder: Path) -> None:
+        """The stage's output, complete: 'policy', 'reward_model' or 'evaluation'."""
 
     @abstractmethod
     def finish(self, failed: bool = False) -> None: ...

@@ -23,7 +23,9 @@ from lockstep.console import Console
 from lockstep.errors import ConfigError, Stopped
 from lockstep.evaluation import EvaluationConfig, Evaluator
 from lockstep.experiment import NEW, Experiment, Group, Stage, decisive
+from lockstep.health import Health
 from lockstep.interfaces import Algorithm, Tracker
+from lockstep.provenance import code_state
 from lockstep.store import Records, RunFolder, StageFolder
 from lockstep.tracking import without_secrets
 
@@ -42,6 +44,7 @@ class Runner:
             "backend": {"name": experiment.backend_name},
             "command": command,
             "versions": {"lockstep": __version__, "python": sys.version.split()[0]},
+            "code": code_state(),
             "started": _now(),
         }
         self.record = RunFolder(self.root, experiment.name, record)
@@ -177,7 +180,7 @@ class Runner:
                     raise
                 folder.finish({"seconds": round(time.perf_counter() - started, 1), **result})
             result = folder.result()
-        self.record.stage(stage.name, folder, status="done", seconds=result["seconds"], **facts)
+        self.record.stage(stage.name, folder, status="done", seconds=result["seconds"], health=result.get("health", []), **facts)
         self.console.stage_done(stage.name, result)
 
     # ---------------------------------------------------------------------------------------------- the kinds of stage
@@ -196,8 +199,11 @@ class Runner:
             metrics = self.train(stage.name, algorithm, folder, tracker, records, first, state.get("metrics", {}))
             with folder.write_output() as output:
                 self.parts.save(stage, algorithm, output)
-            tracker.artifact(f"{self.experiment.name}-{stage.name}", algorithm.produces, folder.output)
-        return {"steps": algorithm.total_steps, "metrics": {k: store.finite(v) for k, v in metrics.items()}}
+            tracker.artifact(algorithm.produces, folder.output)
+        health = list(store.rows(folder.path / "health.jsonl"))
+        return {
+            "steps": algorithm.total_steps, "metrics": {k: store.finite(v) for k, v in metrics.items()}, "health": health
+        }  # fmt: skip
 
     def train(
         self, name: str, algorithm: Algorithm, folder: StageFolder, tracker: Tracker, records: Records, first: int,
@@ -205,7 +211,8 @@ class Runner:
     ) -> dict[str, float]:  # fmt: skip
         """The loop, from step ``first`` on; ``metrics`` are of the step before. Everything that decides step n is in the
         checkpoint before it or a function of (seed, n)."""
-        groups = self.experiment.groups
+        groups, health = self.experiment.groups, Health()
+        health.replay(store.rows(folder.path / "metrics.jsonl"))
 
         def save(step: int) -> None:
             state = {
@@ -222,6 +229,10 @@ class Runner:
                 metrics = algorithm.step(step)
                 records.metrics(step, metrics)
                 tracker.log(metrics, step)
+                for finding in health.watch(step, metrics):
+                    log.warning("%s, step %d: %s. %s", name, step, finding.name, finding.message)
+                    records.finding(step, {"name": finding.name, "message": finding.message})
+                    tracker.alert(finding.name, finding.message, step)
                 progress(step + 1, metrics)
                 last = step + 1 == algorithm.total_steps
                 if (last or (step + 1) % groups["samples_every"] == 0) and (rows := algorithm.samples()):
@@ -262,6 +273,7 @@ class Runner:
                 checkpoints.write_text(output / "samples.jsonl", "".join(map(checkpoints.dump_line, samples)))
             tracker.table("samples", samples, 0)
             tracker.log(flatten(result), 0)
+            tracker.artifact("evaluation", folder.output)
         return {"steps": 0, "metrics": {}, "evaluation": result}
 
     def _tracked(self, stage: Stage, folder: StageFolder, resume: bool) -> Tracked:
@@ -272,7 +284,7 @@ class Runner:
             run=self.experiment.name,
             stage=stage.name,
             identity=folder.path.name,
-            config=self.contents[stage.name],
+            config={**self.contents[stage.name], "code_state": code_state()},
             resume=resume,
         )
 

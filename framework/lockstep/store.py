@@ -7,6 +7,7 @@ to them.
         stage.json               what the hash is made of
         metrics.jsonl            one line per step
         samples.jsonl            text a person would read
+        health.jsonl             warnings; empty where there was nothing to warn of
         checkpoints/<step>/      learner, state.json, and sums.json with the checksums of both; the last two are kept
         output/                  the result: a Hugging Face folder with its tokenizer, or an evaluation
         done.json                written last: the stage is complete, and its output has these files
@@ -15,7 +16,7 @@ Two runs with the same stage share it: whoever comes first trains it, under a lo
 when its owner dies, however it dies. A process that starts a run which another is busy with waits for it likewise.
 
 Whatever moment a process dies at, each of these files and folders is there whole or not at all: it is written under the
-name ``.<name>.part``, flushed to the disk, then renamed. Only the two .jsonl files grow in place; a checkpoint knows how
+name ``.<name>.part``, flushed to the disk, then renamed. Only the three .jsonl files grow in place; a checkpoint knows how
 long they were.
 """
 
@@ -50,7 +51,7 @@ def identity(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-PRESENTATION = ("cli.py", "compare", "console.py", "summary.py", "tracking.py")
+PRESENTATION = ("cli.py", "compare", "console.py", "health.py", "provenance.py", "summary.py", "tracking.py")
 """Of the core: what shows results and does not make them."""
 
 
@@ -219,12 +220,12 @@ def _checksum(path: Path) -> str:
 
 
 class Records:
-    """``metrics.jsonl`` and ``samples.jsonl`` of a stage. What was written after the checkpoint that a stage resumes
-    from is cut off, so that each step stands there once. ``seconds`` were spent on the steps before it."""
+    """``metrics.jsonl``, ``samples.jsonl`` and ``health.jsonl`` of a stage. What was written after the checkpoint that a
+    stage resumes from is cut off, so that each step stands there once. ``seconds`` were spent on the steps before it."""
 
     def __init__(self, folder: Path, positions: Mapping[str, int] | None = None, seconds: float = 0.0):
         folder.mkdir(parents=True, exist_ok=True)
-        self.files = {name: open(folder / f"{name}.jsonl", "ab") for name in ("metrics", "samples")}  # noqa: SIM115
+        self.files = {name: open(folder / f"{name}.jsonl", "ab") for name in ("metrics", "samples", "health")}  # noqa: SIM115
         for name, file in self.files.items():
             size, end = file.seek(0, os.SEEK_END), (positions or {}).get(name, 0)
             if size < end:
@@ -244,6 +245,9 @@ class Records:
         for row in rows:
             self._write("samples", {"step": step, **row})
 
+    def finding(self, step: int, row: Mapping[str, Any]) -> None:
+        self._write("health", {"step": step, **row})
+
     def positions(self) -> dict[str, int]:
         """Where the files end, for a checkpoint: what is before is on the disk."""
         for file in self.files.values():
@@ -262,6 +266,13 @@ class Records:
 def finite(value: float | None) -> float | None:
     """JSON knows no NaN or infinity: null."""
     return float(value) if value is not None and math.isfinite(value) else None
+
+
+def rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of one of those files; none where there is no file."""
+    if file.exists():
+        with open(file, encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
 
 
 class RunFolder:

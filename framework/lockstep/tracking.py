@@ -3,14 +3,15 @@
 `Wandb` keeps one Weights & Biases run per stage; `Silent` keeps nothing. A tracker is a convenience: the runner writes
 the run folder itself, so a tracker that fails says so once and lets the training go on.
 
-Left out: system files. W&B would store the command line and the uncommitted changes, and both may hold secrets.
+Left out: system files. W&B would store the command line and the uncommitted changes, and both may hold secrets. Which
+commit and which plugins a stage was made with is in its configuration (`lockstep.provenance`).
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -18,14 +19,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lockstep.interfaces import Metrics, Tracker
+from lockstep.store import rows
 
 logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 30  # for wandb.init to reach the server, before the run is recorded offline
 UPLOAD_SECONDS = 300  # for wandb.finish to upload; what is left then lies in the stage folder for `wandb sync`
+
+SUMMARIES = {
+    **dict.fromkeys(("loss", "heldout/loss", "heldout/brier", "heldout/ece", "objective/entropy"), "min,last"),
+    **dict.fromkeys(("heldout/accuracy", "objective/score", "objective/gold", "objective/kl", "grad_norm/*"), "max,last"),
+    "sampler/mismatch_max": "max,last",
+    "perf/tokens_per_second": "mean,last",
+}
+"""What W&B's table of runs shows of a metric, as ``loss.min`` and ``loss.last``; of others the last value."""
 
 
 class Silent(Tracker):
@@ -47,21 +57,61 @@ class Silent(Tracker):
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         pass
 
-    def artifact(self, name: str, kind: str, folder: Path) -> None:
+    def alert(self, title: str, text: str, step: int) -> None:
+        pass
+
+    def artifact(self, kind: str, folder: Path) -> None:
         pass
 
     def finish(self, failed: bool = False) -> None:
         pass
 
 
-class Wandb(Tracker):
+class Surviving(Tracker):
+    """A tracker whose failures are told once and stop nothing."""
+
+    label: ClassVar[str]
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    @contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._warn(f"{self.label} could not {what}: {error!r}. The run goes on; its folder holds every record.")
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            logger.warning(message)
+        self._warned = True
+
+    def _replay(self, folder: Path) -> None:
+        """Record again what the stage folder holds of the steps before the checkpoint."""
+        samples, findings = by_step(folder / "samples.jsonl"), by_step(folder / "health.jsonl")
+        for row in rows(folder / "metrics.jsonl"):
+            step = row.pop("step")
+            self.log({name: math.nan if v is None else v for name, v in row.items() if name != "seconds"}, step)
+            for finding in findings.get(step, ()):
+                self.alert(finding["name"], finding["message"], step)
+            self.table("samples", samples.get(step, ()), step)
+
+
+class Wandb(Surviving):
     """One W&B run per stage: the group is the run's name, the job type the stage, the id the stage's identity.
 
     So a stage that resumes goes on in its own W&B run, and each step stands there once: W&B's steps are the stage's.
     What a killed process could not hand over is taken from the stage folder; steps that the server has already are not
     sent again. Offline there is no server to ask: the new log holds everything from step 0 on and replaces the earlier
     ones of the stage, so that one folder is left to `wandb sync`.
+
+    A stage's output is an artifact, 'sft-torch' with the hash of its identity as alias. A stage that reads it says so:
+    online W&B draws the lineage; offline it refuses `use_artifact`, and the inputs stand in the run's configuration and in
+    the metadata of the artifact only.
     """
+
+    label = "W&B"
 
     @dataclass(frozen=True)
     class Config:
@@ -71,10 +121,11 @@ class Wandb(Tracker):
         tags: tuple[str, ...]
 
     def __init__(self, config: Config):
+        super().__init__()
         self.config = config
         self._run: Any = None  # wandb.Run while a stage is on
+        self._about: dict[str, Any] = {}  # the stage, for its artifact
         self._first = 0  # the first step that W&B does not have
-        self._warned = False
 
     def start(self, *, folder: Path, run: str, stage: str, identity: str, config: Mapping[str, Any], resume: bool) -> None:
         arguments = dict(
@@ -94,22 +145,30 @@ class Wandb(Tracker):
         with self._surviving("start"):
             folder.mkdir(parents=True, exist_ok=True)  # else W&B writes to a temporary folder
             self._run = self._open(arguments)
-            self._run.define_metric("step", hidden=True)
-            self._run.define_metric("*", step_metric="step")
+            self._define_metrics()
+            self._about = {"identity": identity, "stage": stage, "run": run, "inputs": dict(config.get("inputs", {}))}
             self._first = self._run.starting_step
             if self._run.settings.mode == "offline":
                 _remove_logs(folder, identity, Path(self._run.settings.sync_dir))
+            elif self._run.settings.mode == "online":
+                self._use_inputs()
             if resume:
                 self._replay(folder)
 
-    def _replay(self, folder: Path) -> None:
-        """Log again what the stage folder holds of the steps before the checkpoint."""
-        samples = {step: list(rows) for step, rows in itertools.groupby(_rows(folder / "samples.jsonl"), lambda r: r["step"])}
-        for row in _rows(folder / "metrics.jsonl"):
-            step = row["step"]
-            values = {name: float("nan") if v is None else v for name, v in row.items() if name not in ("step", "seconds")}
-            self.log(values, step)
-            self.table("samples", [{k: v for k, v in r.items() if k != "step"} for r in samples.get(step, [])], step)
+    def _define_metrics(self) -> None:
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        for name, summary in SUMMARIES.items():
+            self._run.define_metric(name, step_metric="step", summary=summary)
+
+    def _use_inputs(self) -> None:
+        """Declare the outputs of earlier stages as inputs, where W&B has them."""
+        for identity in self._about["inputs"].values():
+            name, alias = artifact_name(identity)
+            try:
+                self._run.use_artifact(f"{name}:{alias}")
+            except Exception as error:  # W&B's own, of several kinds; made while another tracker was on, say
+                logger.info("W&B draws no line from %s: %s", identity, error)
 
     def log(self, metrics: Metrics, step: int) -> None:
         with self._surviving("log metrics"):
@@ -126,15 +185,21 @@ class Wandb(Tracker):
                 table = wandb.Table(columns=columns, data=data, allow_mixed_types=True)
                 self._run.log({name: table, "step": step}, step=step)
 
-    def artifact(self, name: str, kind: str, folder: Path) -> None:
+    def alert(self, title: str, text: str, step: int) -> None:
+        with self._surviving("send an alert"):
+            if self._run and step >= self._first:
+                self._run.alert(title=title, text=f"{self._about['stage']}, step {step}: {text}", level="WARN")
+
+    def artifact(self, kind: str, folder: Path) -> None:
         with self._surviving("log an artifact"):
             if self._run:
                 import wandb
 
-                artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), type=kind)
+                name, alias = artifact_name(self._about["identity"])
+                artifact = wandb.Artifact(name, type=kind, metadata=self._about)
                 # A finished folder does not change, so W&B need not copy gigabytes of weights to its own cache.
                 artifact.add_dir(str(folder), policy="immutable", skip_cache=True)
-                self._run.log_artifact(artifact)
+                self._run.log_artifact(artifact, aliases=["latest", alias])
 
     def finish(self, failed: bool = False) -> None:
         """Blocks until everything is written: W&B's own exit hook comes too late for the last values of a crash."""
@@ -172,17 +237,17 @@ class Wandb(Tracker):
             wandb.setup(quiet)
             return wandb.init(**arguments, mode="offline", settings=settings)
 
-    @contextmanager
-    def _surviving(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._warn(f"W&B could not {what}: {error!r}. The run goes on; its folder holds every record.")
 
-    def _warn(self, message: str) -> None:
-        if not self._warned:
-            logger.warning(message)
-        self._warned = True
+def by_step(file: Path) -> dict[int, list[dict[str, Any]]]:
+    """The rows of samples.jsonl or health.jsonl, without their step."""
+    groups = itertools.groupby(rows(file), lambda row: row.pop("step"))
+    return {step: list(group) for step, group in groups}
+
+
+def artifact_name(identity: str) -> tuple[str, str]:
+    """('sft-torch', '0123456789ab') of a stage's identity: a collection in W&B, and the alias of this one in it."""
+    name, _, digest = identity.rpartition("-")
+    return re.sub(r"[^\w.-]", "-", name), digest
 
 
 def _remove_logs(folder: Path, identity: str, kept: Path) -> None:
@@ -190,12 +255,6 @@ def _remove_logs(folder: Path, identity: str, kept: Path) -> None:
     for log in folder.glob(f"wandb/offline-run-*-{identity}"):
         if log.resolve() != kept.resolve():
             shutil.rmtree(log, ignore_errors=True)
-
-
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    if file.exists():
-        with open(file, encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
 
 
 # ---------------------------------------------------------------------------------------------------------- secrets

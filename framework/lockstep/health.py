@@ -1,0 +1,300 @@
+"""Warnings by name while a stage trains: what the metrics say is going wrong, what it usually means, what to try.
+
+`Health.watch` takes each step's metrics and returns what it finds. It depends on nothing but the metrics so far, so a
+stage that resumes replays ``metrics.jsonl`` and goes on as if nothing had happened. A rule reads only what is logged: an
+algorithm of one's own is watched as far as it uses the names of docs/metrics.md.
+
+The thresholds are meant to be silent on every run that one would keep. The rules cite who describes a failure; hardly
+anybody gives a number, so most numbers are ours, and say so. A warning never stops a run.
+
+Left out: anything that would need more than the metrics, such as reading the responses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+START, RECENT, REARM = 5, 200, 20
+"""Steps that a stage's start is the mean of; steps that are remembered; steps without its cause after which a warning
+may come again."""
+
+
+class History:
+    """The first `START` and the last `RECENT` values of every metric."""
+
+    def __init__(self) -> None:
+        self.start: dict[str, list[float]] = {}
+        self.recent: dict[str, deque[float]] = {}
+        self.now: Mapping[str, float] = {}
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        self.now = metrics
+        for name, value in metrics.items():
+            self.recent.setdefault(name, deque(maxlen=RECENT)).append(value)
+            if len(start := self.start.setdefault(name, [])) < START:
+                start.append(value)
+
+    def values(self, name: str, least: int) -> np.ndarray | None:
+        """What is remembered of a metric that this step has logged, oldest first; None where it is less than ``least``."""
+        found = self.recent.get(name, ()) if name in self.now else ()
+        return np.asarray(found) if len(found) >= least else None
+
+    def mean(self, name: str, steps: int) -> float:
+        """Over the last ``steps``; NaN, which no comparison holds for, where there are fewer."""
+        values = self.values(name, steps)
+        return float(values[-steps:].mean()) if values is not None else math.nan
+
+    def initial(self, name: str) -> float:
+        """The mean of the first `START` values; NaN where there is none."""
+        return float(np.mean(self.start.get(name, math.nan)))
+
+
+# -------------------------------------------------------------------------------------------------------------- rules
+# Each returns the evidence as a sentence, or None.
+
+DECISIVE = ("loss", "policy/loss", "value/loss", "objective/score", "objective/kl", "objective/entropy", "grad_norm/")
+
+
+def not_finite(history: History) -> str | None:
+    """A loss, score, KL, entropy or gradient norm is NaN or infinite. Held-out measures are NaN where nothing is held
+    out, and the explained variance where all returns are equal; these do not count."""
+    bad = [n for n, value in history.now.items() if n.startswith(DECISIVE) and not math.isfinite(value)]
+    return f"{', '.join(bad)} is not a finite number." if bad else None
+
+
+def loss_diverging(history: History) -> str | None:
+    """Supervised stages: the mean loss of 5 steps is over one and a half times its lowest so far, and half a nat more.
+    The numbers are ours."""
+    losses = history.values("loss", 2 * 5)
+    if losses is None or "objective/score" in history.now:
+        return None
+    means = moving_mean(losses, 5)
+    if not means[-1] > 1.5 * means.min() + 0.5:
+        return None
+    return f"loss, mean of 5 steps, has risen from {means.min():.3g} to {means[-1]:.3g}."
+
+
+def gradient_explosion(history: History) -> str | None:
+    """The median norm of 3 steps is over 10 times that of the 20 before. Medians, so that one bad batch does not count;
+    the factor is ours."""
+    for name in history.now:
+        if name.startswith("grad_norm/") and (norms := history.values(name, 23)) is not None:
+            before, now = np.median(norms[-23:-3]), np.median(norms[-3:])
+            if now > 10 * before > 0:
+                return f"{name} has risen from {before:.3g} to {now:.3g} within a few steps."
+    return None
+
+
+MOST_KL, MOST_KL_PER_TOKEN = 50.0, 1.0
+
+
+def kl_running_away(history: History) -> str | None:
+    """KL to the reference, mean of 5 steps, over 50 nats per response, or over 1 nat per token, where the policy's tokens are
+    e times as likely as under the reference. lm-human-preferences steers its KL to 6 to 10 nats, and both gain and loss of the
+    true score go with √KL (Bai et al. 2022, section 4.3; Gao et al. 2022); the bounds are ours."""
+    kl, length = history.mean("objective/kl", 5), history.mean("objective/length", 5)
+    if kl > MOST_KL or kl > MOST_KL_PER_TOKEN * length:
+        return f"objective/kl, mean of 5 steps, is {kl:.3g} nats per response of {length:.3g} tokens."
+    return None
+
+
+def entropy_collapse(history: History) -> str | None:
+    """Entropy per token, mean of 5 steps, below a fifth of where it began. That policies stop improving once their entropy
+    is spent: Cui et al. 2025, 'The entropy mechanism of reinforcement learning for reasoning language models'; the fifth
+    is ours."""
+    entropy = history.mean("objective/entropy", 5)
+    initial = history.initial("objective/entropy")
+    return f"objective/entropy has fallen from {initial:.3g} to {entropy:.3g} nats per token." if entropy < initial / 5 else None
+
+
+def score_against_gold(history: History) -> str | None:
+    """Since the best 10 steps of the gold score it has fallen, and the reward model's score has risen, each by more than
+    four standard errors of the difference of two means of 10 steps: over-optimisation (Gao et al. 2022)."""
+    score, gold = history.values("objective/score", 30), history.values("objective/gold", 30)
+    if score is None or gold is None:
+        return None
+    scores, golds = moving_mean(score, 10), moving_mean(gold, 10)
+    best = int(np.argmax(golds[:-10]))
+    if golds[best] - golds[-1] > 4 * standard_error(gold) and scores[-1] - scores[best] > 4 * standard_error(score):
+        change = lambda x: f"from {x[best]:.3g} to {x[-1]:.3g}"  # noqa: E731
+        return f"objective/score has risen {change(scores)} while objective/gold has fallen {change(golds)}."
+    return None
+
+
+def score_by_length(history: History) -> str | None:
+    """Where no gold score is known: the score has risen since the start by more than four standard errors, and responses
+    are half as long again as then, or half as long. That reward models pay for length: Singhal et al. 2023, 'A long way
+    to go'; the factors are ours."""
+    score, length = history.values("objective/score", 20), history.mean("objective/length", 10)
+    if score is None or math.isnan(length) or "objective/gold" in history.now:
+        return None
+    rise, before = score[-10:].mean() - history.initial("objective/score"), history.initial("objective/length")
+    if rise > 4 * standard_error(score) and not 0.5 < length / before < 1.5:
+        return f"objective/score has risen by {rise:.3g} while objective/length went from {before:.3g} to {length:.3g} tokens."
+    return None
+
+
+def clip_fraction_high(history: History) -> str | None:
+    """Mean of 5 steps over 0.3: what is clipped teaches nothing (Schulman et al. 2017, equation 7). The bound is ours."""
+    fraction = history.mean("policy/clip_fraction", 5)
+    return f"policy/clip_fraction, mean of 5 steps, is {fraction:.2g}." if fraction > 0.3 else None
+
+
+def values_uninformative(history: History) -> str | None:
+    """After 30 steps the explained variance, mean of 10, is below 0: the mean return would be a better guess."""
+    explained = history.values("value/explained_variance", 30)
+    if explained is None or not (mean := explained[-10:].mean()) < 0:
+        return None
+    return f"value/explained_variance, mean of 10 steps, is {mean:.2g} after {len(explained)} steps."
+
+
+def sampler_mismatch(history: History) -> str | None:
+    """The mean absolute difference of the sampler's and the trainer's log-probabilities, mean of 3 steps, is over 0.02 nats:
+    beyond what bfloat16 does (docs/metrics.md); float32 stays below 1e-4. What it does to training: Yao et al. 2025, 'Your
+    efficient RL framework secretly brings you off-policy RL training'."""
+    mismatch = history.mean("sampler/mismatch_mean", 3)
+    return f"sampler/mismatch_mean is {mismatch:.2g} nats per token." if mismatch > 0.02 else None
+
+
+def responses_cut_off(history: History) -> str | None:
+    """Less than one response in twenty ended by itself in the last 3 steps."""
+    finished = history.mean("objective/finished", 3)
+    if finished < 0.05:
+        length = history.mean("objective/length", 3)
+        return f"{1 - finished:.0%} of the responses of 3 steps have no stop token; objective/length is {length:.3g}."
+    return None
+
+
+def identical_scores(history: History) -> str | None:
+    """The scores of each of the last 3 batches were equal, up to rounding."""
+    spread = history.values("objective/score_std", 3)
+    if spread is None or not (spread[-3:] <= 1e-6 * max(1, abs(history.now["objective/score"]))).all():
+        return None
+    return f"all scores of a batch are equal ({history.now['objective/score']:.4g}), for 3 steps now."
+
+
+@dataclass(frozen=True)
+class Rule:
+    check: Callable[[History], str | None]
+    meaning: str
+    advice: str
+
+    @property
+    def name(self) -> str:
+        return self.check.__name__
+
+
+RULES = (
+    Rule(
+        not_finite,
+        "The numbers have overflowed; nothing learned from here on can be trusted.",
+        "go back to the last checkpoint with a lower learning rate, set max_grad_norm, and precision float32.",
+    ),
+    Rule(
+        loss_diverging,
+        "The learning rate is too high, or the data changes its kind.",
+        "a lower learning rate, a longer warm-up, max_grad_norm=1, another look at the data.",
+    ),
+    Rule(
+        gradient_explosion,
+        "The steps are about to leave the region in which the model works, or a batch of another kind has come.",
+        "a lower learning rate, max_grad_norm, a longer warm-up; in PPO look at objective/kl too.",
+    ),
+    Rule(
+        kl_running_away,
+        "The policy has left the text that the reward model was trained on; its scores mean little there.",
+        "a larger kl_coef, or kl_target; a lower learning rate; fewer iterations.",
+    ),
+    Rule(
+        entropy_collapse,
+        "The policy gives the same answers again and again and explores no more.",
+        "a larger kl_coef, a lower learning rate, fewer epochs per batch, temperature 1.",
+    ),
+    Rule(
+        score_against_gold,
+        "Over-optimisation: the policy exploits what the reward model gets wrong.",
+        "an earlier checkpoint, a larger kl_coef, a reward model of more data, or fresh comparisons of these responses.",
+    ),
+    Rule(
+        score_by_length,
+        "Often the reward model pays for length itself; nobody knows yet whether the responses are better.",
+        "read samples.jsonl; a larger kl_coef; comparisons in which length is balanced.",
+    ),
+    Rule(
+        clip_fraction_high,
+        "The updates of one batch go too far; the clipped tokens teach nothing.",
+        "a lower learning rate, fewer epochs or minibatches per batch, a larger batch.",
+    ),
+    Rule(
+        values_uninformative,
+        "The value function guesses worse than a constant, so it adds noise to the advantages.",
+        "a larger value_coef or value learning rate, value_network=separate, whiten_rewards where scores are large.",
+    ),
+    Rule(
+        sampler_mismatch,
+        "The sampler draws from another distribution than the one that is trained: precision, cache, mask, position or "
+        "temperature.",
+        "precision=float32 to see whether it goes; importance_cap=2 if it is precision; else `lockstep check` of the policy.",
+    ),
+    Rule(
+        responses_cut_off,
+        "The policy has not learned to stop, or the limit is too short: scores are of fragments.",
+        "a larger lengths.response, an unfinished_score below all others, demonstrations that end with the stop token.",
+    ),
+    Rule(
+        identical_scores,
+        "There is nothing to learn from: the reward is a constant, or all responses are alike.",
+        "look at samples.jsonl; if they differ, look at the reward model, else see entropy_collapse.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    step: int
+    message: str
+
+
+@dataclass
+class Health:
+    """Watches one stage. A warning comes once, and again only after its cause was gone for `REARM` steps."""
+
+    history: History = field(default_factory=History)
+    last: dict[str, int] = field(default_factory=dict)  # the step at which a rule last held
+
+    def watch(self, step: int, metrics: Mapping[str, float | None]) -> list[Finding]:
+        """What is found at this step for the first time. None stands for a number that was not finite."""
+        self.history.add({name: math.nan if value is None else value for name, value in metrics.items()})
+        findings = []
+        for rule in RULES:
+            if evidence := rule.check(self.history):
+                if step - self.last.get(rule.name, -math.inf) > REARM:
+                    findings.append(Finding(rule.name, step, f"{evidence} {rule.meaning} Try: {rule.advice}"))
+                self.last[rule.name] = step
+        return findings
+
+    def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take in the steps of ``metrics.jsonl``, whose findings were told when they came."""
+        for row in rows:
+            self.watch(row["step"], {name: value for name, value in row.items() if name not in ("step", "seconds")})
+
+
+# -------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def moving_mean(values: np.ndarray, steps: int) -> np.ndarray:
+    """[N - steps + 1]: the mean of each ``steps`` neighbours."""
+    return np.convolve(values, np.full(steps, 1 / steps), mode="valid")
+
+
+def standard_error(values: np.ndarray, steps: int = 10) -> float:
+    """Of the difference of two means of ``steps`` independent values. The noise of one value is taken from the differences of
+    neighbours, Var(x_t+1 - x_t) / 2, which a slow trend does not enter (von Neumann 1941)."""
+    return float(np.sqrt(np.mean(np.diff(values) ** 2) / 2 * 2 / steps))

@@ -1,0 +1,12 @@
+"""TensorBoard as a tracker, by its own writer, which needs neither TensorFlow nor torch.
+
+tracker.py     one event file per stage
+"""
+
+from lockstep.registry import Plugin
+
+plugin = Plugin(
+    requires=("tensorboard",),
+    install="pip install 'lockstep-rlhf[tensorboard]'",
+    components={"tracker": {"tensorboard": "lockstep_tensorboard.tracker:TensorBoard"}},
+)
