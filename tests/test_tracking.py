@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,6 +75,15 @@ def run_record(folder: Path) -> Any:
     return next(r.run for r in records(folder) if r.WhichOneof("record_type") == "run")
 
 
+def inspected(folder: Path, *options: str) -> list[Any]:
+    """The one W&B run under a stage folder as W&B's own reader prints it."""
+    wandb.teardown()
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(done.stdout)] if options else [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def ours(caplog) -> list[str]:
     """What Lockstep logged, W&B's own log left out."""
     return [r.getMessage() for r in caplog.records if r.name.startswith("lockstep")]
@@ -97,7 +108,7 @@ def test_without_an_api_key_the_stage_is_recorded_offline_and_can_be_read_back(t
     for step in range(3):
         t.log({"loss": 1.5 - step}, step)
     t.table("samples", [{"prompt": "a", "score": 1.0}, {"prompt": "b", "note": 2}], step=2)
-    t.artifact("demo/sft", "policy", files)
+    t.artifact("policy", files)
     t.finish()
 
     run = run_record(stage)
@@ -110,9 +121,88 @@ def test_without_an_api_key_the_stage_is_recorded_offline_and_can_be_read_back(t
     table = json.loads(next(stage.glob("wandb/*/files/media/table/*.json")).read_text())
     assert table == {"columns": ["prompt", "score", "note"], "data": [["a", 1.0, None], ["b", None, 2]]}
     artifacts = [r.artifact for r in records(stage) if r.WhichOneof("record_type") == "artifact"]
-    assert ("demo-sft", "policy") in [(a.name, a.type) for a in artifacts]
+    assert ("sft-torch", "policy", ["0123", "latest"]) in [(a.name, a.type, list(a.aliases)) for a in artifacts]
     assert [r.exit.exit_code for r in records(stage) if r.WhichOneof("record_type") == "exit"] == [0]
     assert "".join(capfd.readouterr()) == ""
+
+
+def test_wandbs_own_reader_finds_configuration_history_table_artifact_lineage_and_alert(tmp_path):
+    stage, output = tmp_path / "stage", tmp_path / "output"
+    output.mkdir()
+    (output / "model.safetensors").write_bytes(b"weights")
+    t = tracker()
+    start(t, stage, algorithm={"kl_coef": 0.02}, inputs={"pretrain": "pretrain-torch-4567"})
+    for step in range(3):
+        t.log({"loss": 1.5 - step, "objective/score": float(step % 2)}, step)
+    t.alert("kl_running_away", "objective/kl is 60 nats", 2)
+    t.table("samples", [{"prompt": "a", "score": 1.0}], step=2)
+    t.artifact("policy", output)
+    t.finish()
+
+    found: dict[str, list[Any]] = {}
+    for record in inspected(stage):
+        found.setdefault(record["type"], []).append(record[record["type"]])
+    assert found["run"][0]["config"]["update"]["algorithm"] == {"kl_coef": 0.02}
+    assert found["run"][0]["config"]["update"]["inputs"] == {"pretrain": "pretrain-torch-4567"}
+    assert [(row["item"]["step"], row["item"]["loss"]) for row in found["history"]] == [(0, 1.5), (1, 0.5), (2, -0.5)]
+    assert found["history"][2]["item"]["samples._type"] == "table-file" and found["history"][2]["item"]["samples.nrows"] == 1
+    (artifact,) = [a for a in found["artifact"] if a["name"] == "sft-torch"]
+    assert (artifact["type"], artifact["aliases"]) == ("policy", ["0123", "latest"])
+    assert [file["path"] for file in artifact["manifest"]["contents"]] == ["model.safetensors"]
+    metadata = json.loads(artifact["metadata"])
+    assert metadata["identity"] == "sft-torch-0123" and metadata["inputs"] == {"pretrain": "pretrain-torch-4567"}
+    (alert,) = found["alert"]
+    assert (alert["title"], alert["level"]) == ("kl_running_away", "WARN")
+    assert alert["text"] == "sft, step 2: objective/kl is 60 nats"
+
+    (state,) = inspected(stage, "--summary")
+    assert (state["state"], state["step"]) == ("finished", 2)
+    assert state["summary"]["loss"] == {"last": -0.5, "min": -0.5}
+    assert state["summary"]["objective/score"] == {"last": 0, "max": 1}
+
+
+class Online:
+    """What `use_artifact` is asked for while a server is there; of 'reward-torch' it has nothing."""
+
+    starting_step = 0
+
+    def __init__(self):
+        self.settings, self.used = SimpleNamespace(mode="online"), []
+
+    def define_metric(self, *_, **__):
+        pass
+
+    def use_artifact(self, name):
+        if name.startswith("reward"):
+            raise wandb.errors.CommError("artifact not found")
+        self.used.append(name)
+
+
+def test_online_a_stage_uses_the_artifacts_of_its_inputs_as_far_as_the_server_has_them(tmp_path, monkeypatch, caplog):
+    run, t = Online(), tracker("online")
+    monkeypatch.setattr(t, "_open", lambda arguments: run)
+    caplog.set_level("INFO")
+    start(t, tmp_path, inputs={"reward": "reward-torch-89ab", "sft": "sft-torch-4567"})
+    assert run.used == ["sft-torch:4567"]
+    assert ours(caplog) == ["W&B draws no line from reward-torch-89ab: artifact not found"]
+
+
+def test_offline_nothing_phones_home(tmp_path, monkeypatch):
+    """Every address that W&B might call leads to a port on which a call would be seen."""
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        address = f"http://127.0.0.1:{door.getsockname()[1]}"
+        for name in ("WANDB_BASE_URL", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, address)
+        t = tracker()
+        start(t, tmp_path)
+        t.log({"loss": 1.0}, 0)
+        t.alert("not_finite", "loss is not finite", 0)
+        t.artifact("policy", CONF)
+        t.finish()
+        assert [row["loss"] for row in history(tmp_path)] == [1.0]
+        door.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            door.accept()
 
 
 def test_a_resumed_stage_goes_on_in_the_same_run_with_each_step_once(tmp_path, caplog, capfd):
@@ -126,6 +216,7 @@ def test_a_resumed_stage_goes_on_in_the_same_run_with_each_step_once(tmp_path, c
     t.finish(failed=True)
     rows("metrics", {"step": 0, "seconds": 0.1, "loss": 0.0}, {"step": 1, "seconds": 0.2, "loss": 1.0, "ratio": None})
     rows("samples", {"step": 1, "prompt": "a"}, {"step": 1, "prompt": "b"})
+    rows("health", {"step": 1, "name": "not_finite", "message": "ratio is not finite"})
     time.sleep(1)  # W&B names its folders by the second
     start(t, tmp_path, resume=True)
     for step in range(2, 5):
@@ -138,6 +229,7 @@ def test_a_resumed_stage_goes_on_in_the_same_run_with_each_step_once(tmp_path, c
     assert "seconds" not in logged[0] and math.isnan(logged[1]["ratio"])
     table = json.loads(next(tmp_path.glob("wandb/*/files/media/table/*.json")).read_text())
     assert table == {"columns": ["prompt"], "data": [["a"], ["b"]]}
+    assert [r.alert.title for r in records(tmp_path) if r.WhichOneof("record_type") == "alert"] == ["not_finite"]
     assert [r.exit.exit_code for r in records(tmp_path) if r.WhichOneof("record_type") == "exit"] == [0]
     definitions = [r.metric for r in records(tmp_path) if r.WhichOneof("record_type") == "metric"]
     assert ("*", "step") in [(m.glob_name, m.step_metric) for m in definitions]
@@ -203,7 +295,7 @@ def test_a_failure_inside_wandb_is_told_once_and_raises_nothing(tmp_path, caplog
     monkeypatch.setattr(type(t._run), "log", no_space)
     for step in range(3):
         t.log({"loss": 0.0}, step)
-    t.artifact("weights", "policy", tmp_path / "does-not-exist")
+    t.artifact("policy", tmp_path / "does-not-exist")
     t.finish()
     (warning,) = ours(caplog)
     assert "No space left on device" in warning and "its folder holds every record" in warning
@@ -215,7 +307,7 @@ def test_a_tracker_that_could_not_start_ignores_what_follows(tmp_path, caplog, m
     start(t, tmp_path)
     t.log({"loss": 0.0}, 0)
     t.table("samples", [{"prompt": "a"}], 0)
-    t.artifact("weights", "policy", tmp_path)
+    t.artifact("policy", tmp_path)
     t.finish(failed=True)
     (warning,) = ours(caplog)
     assert "could not start" in warning
@@ -248,6 +340,81 @@ def test_the_silent_tracker_keeps_nothing(tmp_path):
     t.start(folder=tmp_path / "stage", run="demo", stage="sft", identity="x", config={}, resume=False)
     t.log({"loss": 0.0}, 0)
     t.table("samples", [{}], 0)
-    t.artifact("weights", "policy", tmp_path)
+    t.alert("not_finite", "loss is not finite", 0)
+    t.artifact("policy", tmp_path)
     t.finish()
     assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------------- TensorBoard
+
+
+@pytest.fixture
+def tensorboard() -> Any:
+    pytest.importorskip("tensorboard")
+    from lockstep_tensorboard.tracker import TensorBoard
+
+    yaml = pytest.importorskip("yaml")
+    return TensorBoard(settings(TensorBoard, yaml.safe_load((CONF / "tensorboard.yaml").read_text()), "tracker"))
+
+
+def seen(folder: Path) -> Any:
+    """A stage folder as TensorBoard's own reader sees it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder / "tensorboard")).Reload()
+
+
+def texts(events: Any, tag: str) -> list[tuple[int, str]]:
+    return [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors(tag)]
+
+
+def test_tensorboard_shows_metrics_samples_warnings_and_the_configuration(tensorboard, tmp_path):
+    start(tensorboard, tmp_path, algorithm={"kl_coef": 0.02}, reward_model={"api_key": "hunter2"})
+    for step in range(3):
+        tensorboard.log({"objective/kl": 0.5 * step}, step)
+    tensorboard.table("samples", [{"prompt": "a|b", "score": 1.0}, {"prompt": "c\nd"}], 2)
+    tensorboard.alert("not_finite", "loss is not finite", 2)
+    tensorboard.artifact("policy", tmp_path)
+    tensorboard.finish()
+    events = seen(tmp_path)
+    assert [(e.step, e.value) for e in events.Scalars("objective/kl")] == [(0, 0.0), (1, 0.5), (2, 1.0)]
+    table = "| prompt | score |\n| --- | --- |\n| a\\|b | 1.0 |\n| c d |  |"
+    assert texts(events, "samples") == [(2, table)]
+    assert texts(events, "health/not_finite") == [(2, "loss is not finite")]
+    ((_, configuration),) = texts(events, "configuration")
+    assert '"kl_coef": 0.02' in configuration and "hunter2" not in configuration
+
+
+def test_a_resumed_stage_stands_in_tensorboard_with_each_step_once(tensorboard, tmp_path):
+    start(tensorboard, tmp_path)
+    for step in (0, 1, 2, 3):
+        tensorboard.log({"loss": float(step)}, step)
+    tensorboard.finish(failed=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "seconds": 0.1, "loss": n}) + "\n" for n in (0, 1)))
+    start(tensorboard, tmp_path, resume=True)
+    tensorboard.log({"loss": 20.0}, 2)
+    tensorboard.finish()
+    assert [(e.step, e.value) for e in seen(tmp_path).Scalars("loss")] == [(0, 0.0), (1, 1.0), (2, 20.0)]
+    assert "seconds" not in seen(tmp_path).Tags()["scalars"]
+
+
+def test_a_tensorboard_that_cannot_write_is_told_once_and_raises_nothing(tensorboard, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    start(tensorboard, tmp_path / "file")  # a file where the folder should be
+    tensorboard.log({"loss": 1.0}, 0)
+    tensorboard.finish()
+    (warning,) = ours(caplog)
+    assert warning.startswith("TensorBoard could not start")
+
+
+def test_importing_the_tensorboard_plugin_imports_no_tensorboard_and_using_it_no_array_library():
+    pytest.importorskip("tensorboard")
+    code = (
+        "import sys, lockstep_tensorboard.tracker as t; assert 'tensorboard' not in sys.modules; from pathlib import Path; "
+        "b = t.TensorBoard(t.TensorBoard.Config(1)); import tempfile; "
+        "b.start(folder=Path(tempfile.mkdtemp()), run='', stage='', identity='', config={}, resume=False); "
+        "b.log({'loss': 1.0}, 0); b.finish(); "
+        "assert not {'torch', 'jax', 'tensorflow'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
