@@ -187,11 +187,11 @@ def test_no_kl_penalty_at_a_huge_learning_rate_runs_away(tmp_path):
 
 
 def test_a_resumed_run_has_the_warnings_of_one_that_was_not_interrupted(tmp_path, monkeypatch):
-    options = [*ALONE, "reward_model.function=reward_functions:constant", "algorithm.iterations=5", "checkpoint_every=1"]
+    options = [*ALONE, "reward_model.function=reward_functions:constant", "algorithm.iterations=7", "checkpoint_every=2"]
     whole = findings(tiny(tmp_path / "whole", *options))
 
     def dies(self: Algorithm, step: int, go_on=PPO.step):
-        if step == 4:
+        if step == 3:
             raise RuntimeError("killed")
         return go_on(self, step)
 

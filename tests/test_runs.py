@@ -256,12 +256,31 @@ def test_a_run_on_one_backend_never_imports_the_other(tmp_path, backend, other):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_stages_are_recorded_in_weights_and_biases_offline(tmp_path, monkeypatch):
+def test_stages_are_recorded_in_weights_and_biases_offline_and_name_their_inputs(tmp_path, monkeypatch):
+    """Read with W&B's own reader."""
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run = tiny(tmp_path, *PPO_ONLY, "tracker=wandb", "algorithm.iterations=1")
-    for stage in ("sft", "reward", "ppo"):
-        folder = run.parent / checkpoints.read_json(run / "run.json")["stages"][stage]["folder"]
-        assert len(list(folder.glob("wandb/offline-run-*/*.wandb"))) == 1
+    run = tiny(tmp_path, *PPO_ONLY, "tracker=wandb", "algorithm.iterations=2", "backend.threads=1")
+    stages = checkpoints.read_json(run / "run.json")["stages"]
+    for stage, kind, inputs in (
+        ("sft", "policy", ["pretrain"]),
+        ("reward", "reward_model", ["sft"]),
+        ("ppo", "policy", ["sft", "reward"]),
+    ):
+        (log,) = (run.parent / stages[stage]["folder"]).glob("wandb/offline-run-*/*.wandb")
+        inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+        read = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
+        records = [json.loads(line) for line in read.splitlines()]
+        of = lambda what, records=records: [record[what] for record in records if record["type"] == what]  # noqa: E731
+        (config,) = [run["config"]["update"] for run in of("run")]
+        assert config["inputs"] == {name: stages[name]["identity"] for name in inputs}
+        assert "lockstep-rlhf" in config["code_state"]["plugins"]
+        steps = [row["item"]["step"] for row in of("history")]
+        assert steps == sorted({row["step"] for row in lines(run, stage)})
+        (artifact,) = [a for a in of("artifact") if a["type"] == kind]
+        name, _, digest = stages[stage]["identity"].rpartition("-")
+        assert artifact["name"] == name and set(artifact["aliases"]) == {digest, "latest"}
+        assert json.loads(artifact["metadata"])["inputs"] == config["inputs"]
+    assert any("samples.path" in row["item"] for row in of("history"))
 
 
 def test_a_sweep_runs_each_job_in_a_process_and_tells_which_failed(tmp_path):

@@ -151,7 +151,7 @@ def values_uninformative(history: History) -> str | None:
     explained = history.values("value/explained_variance", 30)
     if explained is None or not (mean := explained[-10:].mean()) < 0:
         return None
-    return f"value/explained_variance, mean of 10 steps, is {mean:.2g} after {len(explained)} steps."
+    return f"value/explained_variance, mean of 10 steps, is {mean:.2g}."
 
 
 def sampler_mismatch(history: History) -> str | None:

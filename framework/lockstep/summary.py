@@ -20,10 +20,11 @@ def summary(run: Path) -> Group:
         name: checkpoints.read_json(run.parent / stage["folder"] / "done.json") for name, stage in record["stages"].items()
     }
     stages = Table(title="stages", title_justify="left", box=None, pad_edge=False)
-    for column in ("stage", "steps", "seconds", "at its end"):
+    for column in ("stage", "steps", "seconds", "at its end", "warnings"):
         stages.add_column(column)
     for name, result in results.items():
-        stages.add_row(name, str(result["steps"]), f"{result['seconds']:.0f}", numbers(result["metrics"]))
+        warnings = ", ".join(dict.fromkeys(finding["name"] for finding in result.get("health", ())))
+        stages.add_row(name, str(result["steps"]), f"{result['seconds']:.0f}", numbers(result["metrics"]), warnings)
     tables = [stages]
     for result in results.values():
         if "evaluation" in result:
