@@ -8,9 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from lockstep.experiment import settings
 from lockstep.interfaces import Tracker
 from lockstep.registry import registry
 from lockstep.tracking import Silent, Wandb, without_secrets
+from wandb_server import Server, aliases
 
 wandb = pytest.importorskip("wandb")
 CONF = Path(__file__).parents[1] / "conf" / "tracker"
@@ -84,6 +84,10 @@ def inspected(folder: Path, *options: str) -> list[Any]:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [json.loads(done.stdout)] if options else [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def write(file: Path, *rows: Mapping[str, Any]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def ours(caplog) -> list[str]:
@@ -168,30 +172,101 @@ def test_wandbs_own_reader_finds_configuration_history_table_artifact_lineage_an
     assert state["summary"]["objective/score"] == {"last": 0, "max": 1}
 
 
-class Online:
-    """What `use_artifact` is asked for while a server is there; of 'reward-torch' it has nothing."""
-
-    starting_step = 0
-
-    def __init__(self):
-        self.settings, self.used = SimpleNamespace(mode="online"), []
-
-    def define_metric(self, *_, **__):
-        pass
-
-    def use_artifact(self, name):
-        if name.startswith("reward"):
-            raise wandb.errors.CommError("artifact not found")
-        self.used.append(name)
+@pytest.fixture
+def server(monkeypatch) -> Iterator[Server]:
+    with Server() as server:
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        yield server
+        wandb.teardown()
 
 
-def test_online_a_stage_uses_the_artifacts_of_its_inputs_as_far_as_the_server_has_them(tmp_path, monkeypatch, caplog):
-    run, t = Online(), tracker("online")
-    monkeypatch.setattr(t, "_open", lambda arguments: run)
-    caplog.set_level("INFO")
-    start(t, tmp_path, inputs={"reward": "reward-torch-89ab", "sft": "sft-torch-4567"})
-    assert run.used == ["sft-torch:4567"]
-    assert ours(caplog) == ["W&B draws no line from reward-torch-89ab: artifact not found"]
+def output(folder: Path) -> Path:
+    (folder / "output").mkdir(parents=True)
+    (folder / "output" / "model.safetensors").write_bytes(b"weights")
+    return folder / "output"
+
+
+def test_online_a_server_gets_runs_history_alerts_artifacts_and_their_lineage(server, tmp_path, caplog):
+    caplog.set_level("INFO", "lockstep")
+    t = tracker()
+    start(t, tmp_path / "sft")
+    t.artifact("policy", output(tmp_path / "sft"))
+    t.finish()
+    inputs = {"sft": "sft-torch-0123", "reward": "reward-torch-89ab"}  # of the second the server has never heard
+    t.start(
+        folder=tmp_path / "ppo",
+        run="demo",
+        stage="ppo",
+        identity="ppo-torch-4567",
+        config={"inputs": inputs, "seed": 1},
+        resume=False,
+    )
+    for step in range(3):
+        t.log({"loss": 1.5 - step}, step)
+    t.alert("kl_running_away", "objective/kl is 60 nats", 2)
+    t.artifact("policy", output(tmp_path / "ppo"))
+    t.finish()
+
+    seen = server.record
+    run = seen.runs["ppo-torch-4567"]
+    assert (run["groupName"], run["jobType"], run["displayName"], run["tags"]) == ("demo", "ppo", "demo/ppo", ["test"])
+    config = json.loads(run["config"])
+    assert (config["seed"]["value"], config["inputs"]["value"]) == (1, inputs)
+    assert [(row["step"], row["loss"]) for row in seen.history["ppo-torch-4567"]] == [(0, 1.5), (1, 0.5), (2, -0.5)]
+    assert [(a["title"], a["text"]) for a in seen.alerts] == [("kl_running_away", "ppo, step 2: objective/kl is 60 nats")]
+    made = [(a["artifactCollectionName"], a["artifactTypeName"], aliases(a), a["committed"]) for a in seen.artifacts]
+    assert made == [("sft-torch", "policy", {"0123", "latest"}, True), ("ppo-torch", "policy", {"4567", "latest"}, True)]
+    assert seen.uploads["model.safetensors"] == b"weights"
+    assert seen.used == [("ppo-torch-4567", "sft-torch")]
+    (told,) = ours(caplog)
+    assert told.startswith("W&B draws no line from reward-torch-89ab: ")
+
+
+def test_wandb_sync_uploads_an_offline_stage(server, tmp_path):
+    t = tracker("offline")
+    start(t, tmp_path, inputs={"pretrain": "pretrain-torch-89ab"})
+    for step in range(3):
+        t.log({"loss": 1.5 - step}, step)
+    t.alert("not_finite", "loss is not finite", 2)
+    t.artifact("policy", output(tmp_path))
+    t.finish()
+    wandb.teardown()
+    assert server.record.runs == {}
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    subprocess.run([sys.executable, "-m", "wandb", "sync", str(folder)], check=True, capture_output=True)
+
+    seen = server.record
+    assert json.loads(seen.runs["sft-torch-0123"]["config"])["inputs"]["value"] == {"pretrain": "pretrain-torch-89ab"}
+    assert [(row["step"], row["loss"]) for row in seen.history["sft-torch-0123"]] == [(0, 1.5), (1, 0.5), (2, -0.5)]
+    ((artifact,), (alert,)) = seen.artifacts, seen.alerts
+    assert (artifact["artifactCollectionName"], aliases(artifact), artifact["committed"]) == (
+        "sft-torch",
+        {"0123", "latest"},
+        True,
+    )
+    assert json.loads(artifact["metadata"])["inputs"] == {"pretrain": "pretrain-torch-89ab"}
+    assert alert["title"] == "not_finite"
+
+
+def test_a_stage_resumed_online_sends_what_the_server_lacks_and_nothing_twice(server, tmp_path):
+    t = tracker()
+    start(t, tmp_path)
+    for step in range(3):
+        t.log({"loss": float(step)}, step)
+    t.finish(failed=True)
+    wandb.teardown()
+    del server.record.history["sft-torch-0123"][2:]  # killed before the last row was sent
+    write(tmp_path / "metrics.jsonl", *({"step": n, "seconds": 0.1, "loss": float(n)} for n in range(4)))
+    write(tmp_path / "samples.jsonl", {"step": 1, "prompt": "a"}, {"step": 3, "prompt": "b"})
+    write(tmp_path / "health.jsonl", {"step": 1, "name": "known", "message": ""}, {"step": 3, "name": "new", "message": ""})
+    start(t, tmp_path, resume=True)
+    t.log({"loss": 4.0}, 4)
+    t.finish()
+    rows = server.record.history["sft-torch-0123"]
+    assert [(row["step"], row["loss"]) for row in rows] == [(n, float(n)) for n in range(5)]
+    assert [row["step"] for row in rows if "samples" in row] == [3]
+    assert [alert["title"] for alert in server.record.alerts] == ["new"]
 
 
 def test_offline_nothing_phones_home(tmp_path, monkeypatch):
@@ -213,17 +288,18 @@ def test_offline_nothing_phones_home(tmp_path, monkeypatch):
 
 
 def test_a_resumed_stage_goes_on_in_the_same_run_with_each_step_once(tmp_path, caplog, capfd):
-    def rows(name, *rows):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
     t = tracker()
     start(t, tmp_path)
     for step in (0, 2, 3):  # 1 was lost in the kill, 2 and 3 come after the checkpoint
         t.log({"loss": float(step)}, step)
     t.finish(failed=True)
-    rows("metrics", {"step": 0, "seconds": 0.1, "loss": 0.0}, {"step": 1, "seconds": 0.2, "loss": 1.0, "ratio": None})
-    rows("samples", {"step": 1, "prompt": "a"}, {"step": 1, "prompt": "b"})
-    rows("health", {"step": 1, "name": "not_finite", "message": "ratio is not finite"})
+    write(
+        tmp_path / "metrics.jsonl",
+        {"step": 0, "seconds": 0.1, "loss": 0.0},
+        {"step": 1, "seconds": 0.2, "loss": 1.0, "ratio": None},
+    )
+    write(tmp_path / "samples.jsonl", {"step": 1, "prompt": "a"}, {"step": 1, "prompt": "b"})
+    write(tmp_path / "health.jsonl", {"step": 1, "name": "not_finite", "message": "ratio is not finite"})
     time.sleep(1)  # W&B names its folders by the second
     start(t, tmp_path, resume=True)
     for step in range(2, 5):
@@ -241,25 +317,6 @@ def test_a_resumed_stage_goes_on_in_the_same_run_with_each_step_once(tmp_path, c
     definitions = [r.metric for r in records(tmp_path) if r.WhichOneof("record_type") == "metric"]
     assert ("*", "step") in [(m.glob_name, m.step_metric) for m in definitions]
     assert ours(caplog) == [] and "".join(capfd.readouterr()) == ""
-
-
-def test_steps_that_the_server_has_are_not_sent_again(tmp_path, monkeypatch):
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "loss": 0.0}) + "\n" for n in range(3)))
-    t = tracker("offline")
-    opened = t._open
-
-    def resumed(arguments):  # as W&B does where the server knows the run
-        run = opened(arguments)
-        run._starting_step = 4
-        return run
-
-    monkeypatch.setattr(t, "_open", resumed)
-    start(t, tmp_path, resume=True)
-    for step in range(3, 6):
-        t.log({"loss": 0.0}, step)
-        t.table("samples", [{"prompt": "a"}], step)
-    t.finish()
-    assert [row["step"] for row in history(tmp_path)] == [4, 5]
 
 
 def test_a_stage_that_starts_afresh_leaves_no_earlier_log(tmp_path):
@@ -351,77 +408,3 @@ def test_the_silent_tracker_keeps_nothing(tmp_path):
     t.artifact("policy", tmp_path)
     t.finish()
     assert not list(tmp_path.iterdir())
-
-
-# -------------------------------------------------------------------------------------------------------- TensorBoard
-
-
-@pytest.fixture
-def tensorboard() -> Any:
-    pytest.importorskip("tensorboard")
-    from lockstep_tensorboard.tracker import TensorBoard
-
-    yaml = pytest.importorskip("yaml")
-    return TensorBoard(settings(TensorBoard, yaml.safe_load((CONF / "tensorboard.yaml").read_text()), "tracker"))
-
-
-def seen(folder: Path) -> Any:
-    """A stage folder as TensorBoard's own reader sees it."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    return EventAccumulator(str(folder / "tensorboard")).Reload()
-
-
-def texts(events: Any, tag: str) -> list[tuple[int, str]]:
-    return [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors(tag)]
-
-
-def test_tensorboard_shows_metrics_samples_warnings_and_the_configuration(tensorboard, tmp_path):
-    start(tensorboard, tmp_path, algorithm={"kl_coef": 0.02}, reward_model={"api_key": "hunter2"})
-    for step in range(3):
-        tensorboard.log({"objective/kl": 0.5 * step}, step)
-    tensorboard.table("samples", [{"prompt": "a|b", "score": 1.0}, {"prompt": "c\nd"}], 2)
-    tensorboard.alert("not_finite", "loss is not finite", 2)
-    tensorboard.artifact("policy", tmp_path)
-    tensorboard.finish()
-    events = seen(tmp_path)
-    assert [(e.step, e.value) for e in events.Scalars("objective/kl")] == [(0, 0.0), (1, 0.5), (2, 1.0)]
-    table = "| prompt | score |\n| --- | --- |\n| a\\|b | 1.0 |\n| c d |  |"
-    assert texts(events, "samples") == [(2, table)]
-    assert texts(events, "health/not_finite") == [(2, "loss is not finite")]
-    ((_, configuration),) = texts(events, "configuration")
-    assert '"kl_coef": 0.02' in configuration and "hunter2" not in configuration
-
-
-def test_a_resumed_stage_stands_in_tensorboard_with_each_step_once(tensorboard, tmp_path):
-    start(tensorboard, tmp_path)
-    for step in (0, 1, 2, 3):
-        tensorboard.log({"loss": float(step)}, step)
-    tensorboard.finish(failed=True)
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "seconds": 0.1, "loss": n}) + "\n" for n in (0, 1)))
-    start(tensorboard, tmp_path, resume=True)
-    tensorboard.log({"loss": 20.0}, 2)
-    tensorboard.finish()
-    assert [(e.step, e.value) for e in seen(tmp_path).Scalars("loss")] == [(0, 0.0), (1, 1.0), (2, 20.0)]
-    assert "seconds" not in seen(tmp_path).Tags()["scalars"]
-
-
-def test_a_tensorboard_that_cannot_write_is_told_once_and_raises_nothing(tensorboard, tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    start(tensorboard, tmp_path / "file")  # a file where the folder should be
-    tensorboard.log({"loss": 1.0}, 0)
-    tensorboard.finish()
-    (warning,) = ours(caplog)
-    assert warning.startswith("TensorBoard could not start")
-
-
-def test_importing_the_tensorboard_plugin_imports_no_tensorboard_and_using_it_no_array_library():
-    pytest.importorskip("tensorboard")
-    code = (
-        "import sys, lockstep_tensorboard.tracker as t; assert 'tensorboard' not in sys.modules; from pathlib import Path; "
-        "b = t.TensorBoard(t.TensorBoard.Config(1)); import tempfile; "
-        "b.start(folder=Path(tempfile.mkdtemp()), run='', stage='', identity='', config={}, resume=False); "
-        "b.log({'loss': 1.0}, 0); b.finish(); "
-        "assert not {'torch', 'jax', 'tensorflow'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
