@@ -233,7 +233,7 @@ def different(one: Path, other: Path) -> list[str]:
     files, others = ({str(p.relative_to(f)) for p in f.glob("output/**/*") if p.is_file()} for f in (one, other))
     if files != others:
         problems.append(f"files {sorted(files ^ others)}")
-    names = [*sorted(files & others), "samples.jsonl"]
+    names = [*sorted(files & others), "samples.jsonl", "health.jsonl"]
     problems += [name for name in names if (one / name).exists() and (one / name).read_bytes() != (other / name).read_bytes()]
     metrics = [[without_timings(row) for row in rows(f / "metrics.jsonl")] for f in (one, other)]
     if metrics[0] != metrics[1]:

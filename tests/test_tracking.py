@@ -144,7 +144,7 @@ def test_wandbs_own_reader_finds_configuration_history_table_artifact_lineage_an
     t = tracker()
     start(t, stage, algorithm={"kl_coef": 0.02}, inputs={"pretrain": "pretrain-torch-4567"})
     for step in range(3):
-        t.log({"loss": 1.5 - step, "objective/score": float(step % 2)}, step)
+        t.log({"loss": 1.5 - step, "objective/score": float(step % 2), "grad_norm/policy": 1.0, "kl_coef": 0.02}, step)
     t.alert("kl_running_away", "objective/kl is 60 nats", 2)
     t.table("samples", [{"prompt": "a", "score": 1.0}], step=2)
     t.artifact("policy", output)
@@ -170,6 +170,7 @@ def test_wandbs_own_reader_finds_configuration_history_table_artifact_lineage_an
     assert (state["state"], state["step"]) == ("finished", 2)
     assert state["summary"]["loss"] == {"last": -0.5, "min": -0.5}
     assert state["summary"]["objective/score"] == {"last": 0, "max": 1}
+    assert state["summary"]["grad_norm/policy"] == {"last": 1, "max": 1} and state["summary"]["kl_coef"] == 0.02
 
 
 @pytest.fixture
@@ -246,7 +247,7 @@ def test_wandb_sync_uploads_an_offline_stage(server, tmp_path):
         True,
     )
     assert json.loads(artifact["metadata"])["inputs"] == {"pretrain": "pretrain-torch-89ab"}
-    assert alert["title"] == "not_finite"
+    assert alert["title"] == "not_finite" and seen.uploads["model.safetensors"] == b"weights"
 
 
 def test_a_stage_resumed_online_sends_what_the_server_lacks_and_nothing_twice(server, tmp_path):

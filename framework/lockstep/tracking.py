@@ -31,8 +31,8 @@ UPLOAD_SECONDS = 300  # for wandb.finish to upload; what is left then lies in th
 
 SUMMARIES = {
     **dict.fromkeys(("loss", "heldout/loss", "heldout/brier", "heldout/ece", "objective/entropy"), "min,last"),
-    **dict.fromkeys(("heldout/accuracy", "objective/score", "objective/gold", "objective/kl", "grad_norm/*"), "max,last"),
-    "sampler/mismatch_max": "max,last",
+    **dict.fromkeys(("heldout/accuracy", "objective/score", "objective/gold", "objective/kl"), "max,last"),
+    **dict.fromkeys(("grad_norm/policy", "grad_norm/value", "grad_norm/reward_model", "sampler/mismatch_max"), "max,last"),
     "perf/tokens_per_second": "mean,last",
 }
 """What W&B's table of runs shows of a metric, as ``loss.min`` and ``loss.last``; of others the last value."""
