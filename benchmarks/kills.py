@@ -12,9 +12,9 @@ reference's stages before the chosen one were copied, and ends its process group
 
 In every second kill W&B's own process, which lives in a session of its own, is killed with it. The command is then started
 again and runs to its end. What must be equal, for every stage: the bytes of each output file, the rows of metrics.jsonl (all
-but timings), the bytes of samples.jsonl and health.jsonl, the results in done.json. What must hold: no more steps are repeated than
-``checkpoint_every`` allows, and W&B's offline log of the stage is one, under the stage's id, with each step once and the
-numbers of metrics.jsonl. A kill that comes after the end of the run is not counted and tried again.
+but timings), the bytes of samples.jsonl and health.jsonl, the results in done.json. What must hold: no more steps are
+repeated than ``checkpoint_every`` allows, and W&B's offline log of the stage is one, under the stage's id, with each step
+once and the numbers of metrics.jsonl. A kill that comes after the end of the run is not counted and tried again.
 
 Each backend has a core to itself where there are enough. Writes ``benchmarks/kills.json`` and ``benchmarks/kills.md``.
 """
