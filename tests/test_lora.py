@@ -217,11 +217,13 @@ def test_a_reward_model_on_an_adapter_opens_in_peft_and_on_the_other_backend(bac
         again = registry().resolve("policy", "lora", backend_.name).load_scalar(tmp_path, backend_)
         np.testing.assert_allclose(again.evaluate(ROWS, ["scores"])["scores"], scores, atol=1e-4)
     classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
-    peft = PeftModel.from_pretrained(classifier, tmp_path).eval()
+    merged = adapters.merge(tmp_path, tmp_path / "merged")
     row = ROWS.take(slice(0, 1))
-    with torch.no_grad():
-        found = peft(input_ids=torch.tensor(row.tokens[row.attention_mask]).long()[None]).logits[0, 0]
-    assert float(found) == pytest.approx(float(scores[0]), abs=1e-4)
+    for found in (PeftModel.from_pretrained(classifier, tmp_path), AutoModelForSequenceClassification.from_pretrained(merged)):
+        found.config.pad_token_id = 0
+        with torch.no_grad():
+            score = found.eval()(input_ids=torch.tensor(row.tokens[row.attention_mask]).long()[None]).logits[0, 0]
+        assert float(score) == pytest.approx(float(scores[0]), abs=1e-4)
 
 
 def test_a_learner_of_adapters_goes_on_bit_for_bit(backend, bases, tmp_path):
@@ -245,6 +247,11 @@ def test_generation_samples_from_the_adapted_model(backend, base):
     rows = pack([[3, 4, 5], [6, 7]], drawn.tokens.tolist(), 0)
     scored = policy.evaluate(rows, ["logprobs"])["logprobs"]
     np.testing.assert_allclose(drawn.logprobs, scored, atol=1e-4)
+
+
+def test_merging_a_folder_without_an_adapter_says_which_folder_to_name(bases, tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no adapter: adapter_config.json is missing. Name the output folder"):
+        adapters.merge(bases["llama"], tmp_path)
 
 
 def test_a_target_that_is_no_layer_is_named_with_those_that_are(backend, bases):
