@@ -24,7 +24,7 @@ from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardMo
 from lockstep.nouns import Comparison, Demonstration, Prompt
 from lockstep.registry import registry
 from lockstep.tokenizer import Tokenizer
-from lockstep_rlhf.reward_models import Learned
+from lockstep_rlhf.reward_models.learned import Learned
 
 # Programs that run for milliseconds: compiled in a tenth of the time, to code a few times slower. Read by XLA when its
 # first device is made, which importing jax does not do; inherited by the processes that tests start.
@@ -168,8 +168,13 @@ def make(backend, tokenizer, load) -> Callable[..., Algorithm]:
 def learned(load, tokenizer):
     """A learned reward model that reads the policy's tokens."""
     model = load(1).scalar_model(head())
-    resources = SimpleNamespace(tokenizer=tokenizer, scalar_model=lambda source: (model, tokenizer))
-    return Learned(Learned.Config(source="reward", micro_batch_size=None), resources)
+    return made_by_a_stage(model, tokenizer, tokenizer)
+
+
+def made_by_a_stage(model, own: Tokenizer, policys: Tokenizer) -> Learned:
+    """The reward model around a network and its tokenizer, for a policy with another tokenizer or the same."""
+    resources = SimpleNamespace(tokenizer=policys, kind=lambda source: "stage", scalar_model=lambda source: (model, own))
+    return Learned(Learned.Config(source="reward", micro_batch_size=None, chat_template=None), resources)
 
 
 def spy(algorithm, monkeypatch):

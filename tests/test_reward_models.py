@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import tokenizers
 
-from conftest import head
+from conftest import head, made_by_a_stage
 from lockstep.errors import ConfigError, RewardError
 from lockstep.interfaces import Responses
 from lockstep.nouns import Prompt
 from lockstep.sequences import pack
 from lockstep.tokenizer import Tokenizer
-from lockstep_rlhf.reward_models import Function, Learned
+from lockstep_rlhf.reward_models.function import Function
 
 # ------------------------------------------------------------------------------------------------------ reward functions
 
@@ -102,7 +102,9 @@ def test_a_function_that_cannot_be_imported_says_how_to_write_it(path):
 def test_a_function_that_never_returns_does_not_keep_the_process_alive(tmp_path):
     (tmp_path / "hanging.py").write_text("import time\ndef score(prompts, responses):\n    time.sleep(4)\n")
     code = (
-        "from lockstep_rlhf.reward_models import Function, Responses, RewardError\n"
+        "from lockstep.errors import RewardError\n"
+        "from lockstep.interfaces import Responses\n"
+        "from lockstep_rlhf.reward_models.function import Function\n"
         "config = Function.Config(function='hanging:score', timeout_seconds=0.05, retries=0, on_failure='raise')\n"
         "try: Function(config, None).score(Responses([], ['a'], None, None))\n"
         "except RewardError: print('given up')\n"
@@ -123,8 +125,7 @@ def foreign(tokenizer):
     other = Tokenizer(core, eos_token="<stop>", pad_token="<pad>", chat_template=tokenizer.chat_template)
     seen = []
     model = SimpleNamespace(context_length=16, evaluate=lambda rows, names: seen.append(rows) or {"scores": np.zeros(rows.rows)})
-    resources = SimpleNamespace(tokenizer=tokenizer, scalar_model=lambda source: (model, other))
-    return Learned(Learned.Config(source="reward", micro_batch_size=None), resources), seen
+    return made_by_a_stage(model, other, tokenizer), seen
 
 
 def answers(tokenizer, prompts, responses):

@@ -17,7 +17,7 @@ from lockstep.randomness import token_seeds
 from lockstep.registry import registry
 from lockstep.sequences import left_pad
 from lockstep.tokenizer import Tokenizer, TokenizerConfig
-from lockstep_rlhf.reward_models import Learned
+from lockstep_rlhf.reward_models.learned import Learned
 
 STEPS = 1000  # more than are ever asked for
 ALGORITHMS = {"sft": "sft", "reward": "reward_modelling", "ppo": "ppo", "generate": "ppo"}
@@ -85,12 +85,15 @@ def reward_model_of(folder: Path, kind: type[Policy], backend: Backend, tokenize
     class Resources:
         """What the reward model asks for."""
 
+        def kind(self, source: str) -> str:
+            return "stage"
+
         def scalar_model(self, source: str) -> Any:
             return kind.load_scalar(folder / source, backend), tokenizer
 
     resources = Resources()
     resources.backend, resources.tokenizer = backend, tokenizer
-    return Learned(Learned.Config("reward", None), resources)
+    return Learned(Learned.Config("reward", None, None), resources)
 
 
 def generate(algorithm: Any, work: Work) -> None:

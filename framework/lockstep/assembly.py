@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from lockstep import checkpoints
+from lockstep.architecture import SCALAR_HEAD
 from lockstep.errors import ConfigError
 from lockstep.experiment import NEW, Experiment, Group, Stage, settings
-from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardModel, ScalarModel, Setting
+from lockstep.interfaces import Algorithm, Backend, Classifier, DataSource, Policy, RewardModel, ScalarModel, Setting
 from lockstep.registry import registry
 from lockstep.tokenizer import Tokenizer, TokenizerConfig
 
@@ -54,10 +56,22 @@ class Assembly:
         output, made = self._output(source)
         return registry().resolve("policy", made["policy"], self.experiment.backend_name).load(output, self.backend)
 
+    def kind(self, source: str) -> Literal["stage", "decoder", "encoder"]:
+        folder = self._reward_folder(source)
+        if (folder / "output.json").exists():
+            return "stage"
+        return "decoder" if checkpoints.read_weights(folder, [SCALAR_HEAD]) else "encoder"
+
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
-        output, made = self._output(source)
-        cls = registry().resolve("policy", made["policy"], self.experiment.backend_name)
-        return cls.load_scalar(output, self.backend), Tokenizer.load(output)
+        folder = self._reward_folder(source)
+        cls = registry().resolve("policy", self._output(folder)[1]["policy"], self.experiment.backend_name)
+        # Public reward models often pad with EOS, which matters to nobody who only scores.
+        own = None if (folder / "output.json").exists() else TokenizerConfig(None, None, pad_token="<|pad|>", chat_template=None)
+        return cls.load_scalar(folder, self.backend), Tokenizer.load(folder, own)
+
+    def classifier(self, source: str) -> Classifier:
+        cls = registry().resolve("policy", "huggingface", self.experiment.backend_name)
+        return cls.load_classifier(source, self.backend)
 
     def reward_model(self, group: Group | None) -> RewardModel | None:
         if group is None:
@@ -77,7 +91,11 @@ class Assembly:
         self.tokenizer.save(folder)
         checkpoints.write_json(folder / "output.json", {"kind": algorithm.produces, "policy": made_by})
 
-    def _output(self, source: str) -> tuple[Path, Group]:
+    def _reward_folder(self, source: str) -> Path:
+        """Of a stage's output, of a folder by its path, or of a hub repository, once downloaded."""
+        return self.outputs.get(source) or checkpoints.fetch(source)
+
+    def _output(self, source: str | Path) -> tuple[Path, Group]:
         """The output folder of a stage, or a folder by its path, and who made it."""
         folder = self.outputs.get(source, Path(source))
         if not (folder / "output.json").exists():

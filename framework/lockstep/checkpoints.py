@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,8 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file; bfloat16 comes back as float32, everything else as it is.
+def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The named tensors of a safetensors file, or all; bfloat16 comes back as float32, everything else as it is.
 
     Raises:
       CheckpointError: not there, cut short or not a safetensors file.
@@ -103,6 +103,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
+        if names is not None and name not in names:
+            continue
         begin, end = entry["data_offsets"]
         if end > len(data):
             raise CheckpointError(f"{path} is cut short: '{name}' ends at byte {end} of {len(data)}.")
@@ -129,11 +131,12 @@ def fetch(path: Path | str) -> Path:
         raise CheckpointError(f"'{path}' is neither a folder nor a hub repository that answers: {error}") from error
 
 
-def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """The float32 weights of a Hugging Face folder, sharded or not."""
+def read_weights(folder: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The float32 weights of a Hugging Face folder, sharded or not: all, or those of these names that are there."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(read_json(index)["weight_map"].values()))
+        places = read_json(index)["weight_map"]
+        shards = sorted({shard for name, shard in places.items() if names is None or name in names})
     elif (folder / "model.safetensors").exists():
         shards = ["model.safetensors"]
     else:
@@ -141,7 +144,7 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
             f"{folder} has no model.safetensors. Open the checkpoint in transformers and save_pretrained() it again: "
             "pickled weights are not read."
         )
-    weights = {name: t for shard in shards for name, t in read_tensors(folder / shard).items()}
+    weights = {name: t for shard in shards for name, t in read_tensors(folder / shard, names).items()}
     return {name: np.asarray(t, np.float32) for name, t in weights.items()}
 
 

@@ -63,6 +63,7 @@ class Answers:
     finished: np.ndarray
     gold: dict[str, np.ndarray]
     scores: np.ndarray | None
+    details: Mapping[str, np.ndarray]
 
     @property
     def preference(self) -> np.ndarray | None:
@@ -143,16 +144,19 @@ class Evaluator:
         golds = [self.data.gold(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         known = bool(golds) and golds[0] is not None
         gold = {name: np.array([g[name] for g in golds]) for name in golds[0]} if known else {}
-        scores = None
+        scores, details = None, {}
         if self.reward_model is not None:
             scores = self.reward_model.score(Responses(prompts, texts, sequences, self.tokenizer))
+            details = self.reward_model.details()
         finished = numerics.ends_with_stop(out["tokens"], out["mask"], stop)
-        return Answers(prompts, texts, sequences, finished, gold, scores)
+        return Answers(prompts, texts, sequences, finished, gold, scores, details)
 
     def measure(self, answers: Answers, reference: Answers) -> dict[str, Measure]:
         measures = {name: mean(x) for name, x in answers.gold.items()}
         if answers.scores is not None:
-            measures["score"] = mean(answers.scores[np.isfinite(answers.scores)])
+            counted = np.isfinite(answers.scores)
+            measures["score"] = mean(answers.scores[counted])
+            measures |= {name: mean(values[counted]) for name, values in answers.details.items()}
         if answers.preference is not None:
             difference = answers.preference - reference.preference
             difference = difference[np.isfinite(difference)]  # a response without a score is in no comparison

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Stage:
     groups: Group
     policy: str | None
     reward_model: Group | None
-    scorer: type[RewardModel] | None
+    scorers: tuple[type[RewardModel], ...]
 
     @property
     def produces(self) -> str:
@@ -58,20 +59,20 @@ class Stage:
     @property
     def modules(self) -> list[str]:
         """Where the code is that makes it: of its classes, what they inherit from, and functions named module:function."""
-        classes = [base for cls in (self.component, self.scorer) if cls for base in cls.__mro__]
-        named = [v.partition(":")[0] for v in (self.reward_model or {}).values() if isinstance(v, str) and ":" in v]
+        classes = [base for cls in (self.component, *self.scorers) if cls for base in cls.__mro__]
+        values = [value for group in with_members(self.reward_model) for value in group.values()]
+        named = [v.partition(":")[0] for v in values if isinstance(v, str) and re.fullmatch(r"[\w.]+:\w+", v)]
         return [*(cls.__module__ for cls in classes), *named]
 
     @property
     def inputs(self) -> list[tuple[str, str]]:
-        """The stages (or folders) whose output it reads, and what that has to be."""
+        """The stages (or folders, or hub ids) whose output it reads, and what that has to be."""
         policies = [self.policy] if self.policy not in (None, NEW) else []
         if isinstance(self.config, EvaluationConfig):
             policies += [*self.config.policies, self.config.baseline]
         sources = [(name, "policy") for name in policies]
-        if self.reward_model and self.reward_model.get("name") == "learned":
-            sources.append((self.reward_model["source"], "reward_model"))
-        return sources
+        learned = [group for group in with_members(self.reward_model) if group.get("name") == "learned"]
+        return sources + [(group["source"], "reward_model") for group in learned]
 
 
 class Experiment:
@@ -114,15 +115,12 @@ class Experiment:
         stage = parse(StageConfig, absent | dict(group), f"stages.{name}")
         if (stage.algorithm is None) == (stage.evaluation is None):
             raise ConfigError(f"stages.{name} needs either an algorithm or an evaluation.")
-        scorer = None
-        if stage.reward_model:
-            scorer = registry().resolve("reward_model", stage.reward_model.get("name", "???"), self.backend_name)
-            settings(scorer, stage.reward_model, "reward_model")
+        scorers = tuple(self._component("reward_model", group)[0] for group in with_members(stage.reward_model))
         if stage.algorithm is None:
             trained = [s.name for s in self.stages.values() if s.produces == "policy"]
             evaluation = stage.evaluation | {"policies": stage.evaluation.get("policies") or trained}
             config: Any = parse(EvaluationConfig, evaluation, f"stages.{name}.evaluation")
-            checked = Stage(name, "evaluate", None, config, evaluation, None, stage.reward_model, scorer)
+            checked = Stage(name, "evaluate", None, config, evaluation, None, stage.reward_model, scorers)
         else:
             merged = _merge(stage.algorithm, stage.changes or {}, f"stages.{name}.changes")
             cls = registry().resolve("algorithm", merged.get("name", "???"), self.backend_name)
@@ -131,18 +129,32 @@ class Experiment:
                 raise ConfigError(f"stages.{name} ({merged['name']}) needs a reward_model.")
             if stage.policy is None:
                 raise ConfigError(f"stages.{name} needs a policy to start from: '{NEW}' or an earlier stage.")
-            checked = Stage(name, "train", cls, config, merged, stage.policy, stage.reward_model, scorer)
+            checked = Stage(name, "train", cls, config, merged, stage.policy, stage.reward_model, scorers)
         for source, kind in checked.inputs:
             if source in self.stages:
                 made = self.stages[source].produces
                 if made != kind:
                     raise ConfigError(f"stages.{name} needs a {kind} from the stage '{source}', which makes a {made}.")
-            elif not Path(source).is_dir():
+            elif not Path(source).is_dir() and not (kind == "reward_model" and is_hub_id(source)):
+                hub = " A public reward model is a folder or a hub id, owner/name." if kind == "reward_model" else ""
                 raise ConfigError(
                     f"stages.{name} reads the stage '{source}', which does not come before it."
-                    f"{did_you_mean(source, self.stages)} Before it: {listing(self.stages)}."
+                    f"{did_you_mean(source, self.stages)} Before it: {listing(self.stages)}.{hub}"
                 )
         return checked
+
+
+def with_members(group: Group | None) -> Iterator[Group]:
+    """A reward model's group and, of one that is made of others, the groups of its members."""
+    if group:
+        yield group
+        for member in group.get("members") or ():
+            yield from with_members(member)
+
+
+def is_hub_id(source: str) -> bool:
+    """owner/name, where ``owner`` is no folder here: then it would be a path that does not exist."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(source).parent.is_dir()
 
 
 def decisive(groups: Mapping[str, Any]) -> Group:

@@ -12,13 +12,14 @@ a token counts. Dtypes: tokens int32, masks bool, everything else float32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
+from lockstep.errors import CheckpointError
 from lockstep.nouns import Choice, Comparison, Demonstration, Prompt
 
 if TYPE_CHECKING:
@@ -104,7 +105,20 @@ class Policy(Model):
     @classmethod
     @abstractmethod
     def load_scalar(cls, folder: Path, backend: Backend) -> ScalarModel:
-        """From a checkpoint folder that `ScalarModel.save` wrote, on this or another backend."""
+        """From a checkpoint folder that `ScalarModel.save` wrote, on this or another backend; or that transformers' sequence
+        classifiers wrote for a decoder with one label.
+
+        Raises:
+          CheckpointError: it has no scalar head, or another number of labels.
+        """
+
+    @classmethod
+    def load_classifier(cls, folder: Path, backend: Backend) -> Classifier:
+        """From a checkpoint of a sequence classifier that is no decoder."""
+        raise CheckpointError(
+            f"'{folder}' holds no decoder with a scalar head ('score.weight'). If it is an encoder with a classification head "
+            "(BERT, DeBERTa, ...), backend=torch opens it."
+        )
 
     @abstractmethod
     def generate(
@@ -143,6 +157,20 @@ class ScalarModel(Model):
     @abstractmethod
     def rescale(self, gain: float, bias: float) -> None:
         """Fold ``gain * output + bias`` into the head, in place: how a reward model is normalised."""
+
+
+class Classifier(ABC):
+    """A public reward model that reads text its own way (an encoder with a classification head): scores, and no network that
+    anything can be trained from."""
+
+    @abstractmethod
+    def renderer(self, template: str | None) -> Callable[..., str] | None:
+        """How a dialogue becomes one text, called as `lockstep.tokenizer.Tokenizer.render`: by ``template``, else by the
+        model's own. None where there is neither: then it reads pairs."""
+
+    @abstractmethod
+    def score(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> np.ndarray:
+        """float32 [B] of whole texts, or of pairs of prompt and response; NaN where one is too long for the model."""
 
 
 # --------------------------------------------------------------------------------------------------------- learning
@@ -260,8 +288,21 @@ class Resources(Protocol):
     tokenizer: Tokenizer
     """The policy's."""
 
+    def kind(self, source: str) -> Literal["stage", "decoder", "encoder"]:
+        """What ``source`` is: the output of a stage, or a public checkpoint (folder or hub id) of a sequence classifier: a
+        decoder with a scalar head, or anything else."""
+        ...
+
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
-        """The output of the stage ``source``, or of a folder of that path, and the tokenizer it reads."""
+        """The output of the stage ``source``, or of a folder of that path, or a public decoder, and the tokenizer it reads."""
+        ...
+
+    def classifier(self, source: str) -> Classifier:
+        """A public checkpoint of the kind 'encoder'."""
+        ...
+
+    def reward_model(self, group: Mapping[str, Any]) -> RewardModel:
+        """The reward model of a configuration group, for those that are made of others."""
         ...
 
 
@@ -270,6 +311,9 @@ class RewardModel(ABC):
 
     A score that could not be had is an exception or, where the configuration allows the loss of single episodes, NaN;
     it is never a silent zero.
+
+    One that is made of others lists their groups under the key ``members`` of its configuration: then their stages are
+    inputs too.
     """
 
     Config: ClassVar[type]
@@ -280,6 +324,11 @@ class RewardModel(ABC):
     @abstractmethod
     def score(self, responses: Responses) -> np.ndarray:
         """float32 [B]. Higher is better; after normalisation 0 is the mean over demonstrations."""
+
+    def details(self) -> dict[str, np.ndarray]:
+        """What else the last call of `score` found out about each response: {name: float32 [B]}. Logged as
+        ``reward_model/<name>``."""
+        return {}
 
     def value_network(self) -> ScalarModel | None:
         """A copy of the network that a value network may start from (Stiennon et al. 2020); None where there is none

@@ -17,6 +17,7 @@ from lockstep.architecture import (
     SCALAR_HEAD,
     Architecture,
     SmallDecoderConfig,
+    check_labels,
     check_parameters,
     from_hf,
     initial_parameters,
@@ -45,6 +46,7 @@ class Checkpoint(LanguageModel):
     def load_scalar(cls, folder: Path | str, backend: JaxBackend) -> ScalarModel:
         architecture, weights = _read(folder)
         weights.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))  # transformers' classifiers have none
+        check_labels(folder, len(weights.get(SCALAR_HEAD, [None])))
         d = architecture.hidden_size
         check_parameters(architecture, weights, trunk_shapes(architecture) | {SCALAR_HEAD: (1, d), SCALAR_BIAS: (1,)})
         return Scalar.from_arrays(architecture, weights, backend, language_head=False)

@@ -1,9 +1,9 @@
-"""The recipe, written once for every backend: pretraining, SFT, reward modelling, PPO; learned and function rewards.
+"""The recipe, written once for every backend: pretraining, SFT, reward modelling, PPO; sources of reward.
 
 language_modelling.py   pretraining on raw text, SFT on demonstrations
 reward_modelling.py     a reward model from rankings of K completions
 ppo.py                  PPO against it, with KL penalty and PPO-ptx
-reward_models.py        what gives scores: a learned model, a Python function
+reward_models/          what gives scores: a learned model, a Python function, a server, an ensemble
 """
 
 from lockstep.registry import Plugin
@@ -17,8 +17,10 @@ plugin = Plugin(
             "ppo": "lockstep_rlhf.ppo:PPO",
         },
         "reward_model": {
-            "learned": "lockstep_rlhf.reward_models:Learned",
-            "function": "lockstep_rlhf.reward_models:Function",
+            "learned": "lockstep_rlhf.reward_models.learned:Learned",
+            "function": "lockstep_rlhf.reward_models.function:Function",
+            "endpoint": "lockstep_rlhf.reward_models.endpoint:Endpoint",
+            "ensemble": "lockstep_rlhf.reward_models.ensemble:Ensemble",
         },
     },
 )

@@ -15,6 +15,7 @@ before the first step; how far the sampler was off is logged as ``sampler/mismat
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -26,12 +27,13 @@ import numpy as np
 from lockstep import encoding, losses, numerics
 from lockstep.encoding import Lengths
 from lockstep.errors import ConfigError, RewardError
-from lockstep.interfaces import Algorithm, Array, DataSource, Metrics, Model, Responses, Setting, Term
+from lockstep.interfaces import Algorithm, Array, DataSource, Metrics, Model, Responses, ScalarModel, Setting, Term
 from lockstep.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
 from lockstep.randomness import example_indices, permutation, token_seeds
 from lockstep.sequences import Sequences, chunks, in_chunks, join, left_pad
 from lockstep_rlhf.language_modelling import NextTokenLoss, check_context, next_token_terms
 
+log = logging.getLogger("lockstep")
 MAX_LOG_RATIO = 20.0
 
 
@@ -67,12 +69,13 @@ class PPOLoss:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A batch of episodes. [B] scores (of the reward model, before the rule for unfinished responses), finished;
+    """A batch of episodes. [B] scores and details (of the reward model, before the rule for unfinished responses), finished;
     [B, T] old_logprobs, ref_logprobs, entropy, old_values, sampler_logprobs; ``sequences.mask`` says what counts."""
 
     responses: Responses
     sequences: Sequences
     scores: np.ndarray
+    details: Mapping[str, np.ndarray]
     finished: np.ndarray
     sampler_logprobs: np.ndarray
     old_logprobs: np.ndarray
@@ -151,9 +154,7 @@ class PPO(Algorithm):
         self.policy = self.ref_policy.with_value_head() if config.value_network == "shared" else self.ref_policy.copy()
         models: dict[str, Model] = {"policy": self.policy}
         if config.value_network == "separate":
-            models["value"] = setting.reward_model.value_network() or setting.policy.scalar_model(
-                np.zeros(setting.policy.hidden_size, np.float32)
-            )
+            models["value"] = setting.reward_model.value_network() or self.fresh_value_network()
         optimizers = {"policy": config.optimizer, "value": config.value_optimizer}
         self.learner = setting.backend.learner(models, {name: optimizers[name] for name in models})
         self.critic = models.get("value", self.policy)
@@ -166,6 +167,14 @@ class PPO(Algorithm):
         )
         self.total_steps = config.iterations
         self.last: Rollout | None = None
+
+    def fresh_value_network(self) -> ScalarModel:
+        """For reward models that have no network which reads the policy's tokens."""
+        log.info(
+            "the reward model has no network that reads the policy's tokens, so the value network starts from the policy with a "
+            "zero head; algorithm.value_network=shared does so at half the compute"
+        )
+        return self.setting.policy.scalar_model(np.zeros(self.setting.policy.hidden_size, np.float32))
 
     # ------------------------------------------------------------------------------------------- the algorithm box
 
@@ -217,6 +226,7 @@ class PPO(Algorithm):
             responses=responses,
             sequences=replace(sequences, mask=sequences.mask & counted[:, None]),
             scores=scores,
+            details=self.reward_model.details(),
             finished=numerics.ends_with_stop(generated.tokens, generated.mask, stop),
             sampler_logprobs=generated.logprobs,
             old_logprobs=own["logprobs"],
@@ -258,7 +268,8 @@ class PPO(Algorithm):
             "sampler/mismatch_max": float(mismatch[mask].max()),
             "sampler/mismatch_mean": float(mismatch[mask].mean()),
         }
-        return batch, metrics | self.gold(rollout)
+        details = {f"reward_model/{name}": float(values[counted].mean()) for name, values in rollout.details.items()}
+        return batch, metrics | details | self.gold(rollout)
 
     def minibatches(self, step: int, epoch: int) -> list[np.ndarray]:
         """Row indices of each minibatch, reshuffled for each inner epoch."""

@@ -17,6 +17,7 @@ from lockstep.architecture import (
     SCALAR_HEAD,
     Architecture,
     SmallDecoderConfig,
+    check_labels,
     check_parameters,
     from_hf,
     initial_parameters,
@@ -24,11 +25,12 @@ from lockstep.architecture import (
     parameter_shapes,
     trunk_shapes,
 )
-from lockstep.checkpoints import read_json, read_tensors, read_weights
+from lockstep.checkpoints import read_json, read_weights
 from lockstep.errors import CheckpointError
-from lockstep.interfaces import ScalarModel
+from lockstep.interfaces import Classifier, ScalarModel
 from lockstep.tokenizer import Tokenizer, TokenizerConfig
 from lockstep_torch.backend import TorchBackend
+from lockstep_torch.classifier import TextClassifier
 from lockstep_torch.decoder import (
     DecoderNetwork,
     Network,
@@ -96,11 +98,16 @@ class HuggingFace(LanguageModel):
     def load_scalar(cls, folder: Path | str, backend: TorchBackend) -> ScalarModel:
         from transformers import AutoModel
 
-        weights = read_tensors(Path(folder) / "model.safetensors")
+        weights = read_weights(Path(folder), [SCALAR_HEAD, SCALAR_BIAS])
         if SCALAR_HEAD not in weights:
             raise CheckpointError(f"{folder} holds no reward model: {SCALAR_HEAD} is missing.")
+        check_labels(folder, len(weights[SCALAR_HEAD]))
         head = ScalarHead(weights[SCALAR_HEAD][0], float(weights[SCALAR_BIAS][0]) if SCALAR_BIAS in weights else 0.0)
         return Scalar(_open(AutoModel, folder), head, backend)
+
+    @classmethod
+    def load_classifier(cls, folder: Path | str, backend: TorchBackend) -> Classifier:
+        return TextClassifier.load(folder, backend)
 
 
 class LoRA(LanguageModel):

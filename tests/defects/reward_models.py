@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from defects import defect
-from lockstep_rlhf.reward_models import Function, Learned
+from lockstep_rlhf.reward_models.function import Function
+from lockstep_rlhf.reward_models.learned import Learned
 
 
 class Broken(Learned):

@@ -23,6 +23,7 @@ from lockstep.architecture.shape import (
 from lockstep.architecture.tensors import (
     SCALAR_BIAS,
     SCALAR_HEAD,
+    check_labels,
     check_parameters,
     head_shapes,
     initial_parameters,
@@ -41,6 +42,7 @@ __all__ = [
     "Rope",
     "RopeScaling",
     "SmallDecoderConfig",
+    "check_labels",
     "check_parameters",
     "from_hf",
     "head_shapes",

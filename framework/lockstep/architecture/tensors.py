@@ -92,6 +92,15 @@ def check_parameters(
         raise CheckpointError(f"The tensors do not fit this {architecture.family} architecture: {'; '.join(found + other[:3])}.")
 
 
+def check_labels(source: object, count: int) -> None:
+    """Raises CheckpointError unless there is one number per response."""
+    if count != 1:
+        raise CheckpointError(
+            f"'{source}' has num_labels={count}: it sorts into {count} classes, and which of them is good is not for us to say. "
+            "A reward model has num_labels=1."
+        )
+
+
 def initial_parameters(architecture: Architecture, seed: int) -> dict[str, np.ndarray]:
     """Fresh weights, float32: N(0, 0.02²); the projections that write into the residual stream scaled by 1/sqrt(2 L)
     (Radford et al. 2019, section 2.3); norm gains 1, biases 0. Drawn on the host, so all backends start alike."""

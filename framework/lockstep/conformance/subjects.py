@@ -4,7 +4,7 @@ are built in one, in whatever way a check wants them."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,14 @@ class RewardModelSubject:
 
     def build(self) -> RewardModel:
         return self.cls(self.config, self)
+
+    def kind(self, source: str) -> str:
+        return "stage"
+
+    def reward_model(self, group: Mapping[str, Any]) -> RewardModel:
+        """A member of an ensemble: a copy of the world's model, whatever the name of its stage."""
+        cls, config = self.world.component("reward_model", group["name"], {**group, "source": "world", "function": self.function})
+        return cls(config, self)
 
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
         return self.world.scalar_model(), self.tokenizer

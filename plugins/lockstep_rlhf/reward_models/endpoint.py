@@ -1,0 +1,167 @@
+"""A reward server: JSON over HTTP. ``docs/rewards.md`` has the protocol and a server to start from."""
+
+from __future__ import annotations
+
+import datetime
+import email.utils
+import http.client
+import json
+import os
+import random
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from lockstep.errors import ConfigError
+from lockstep.interfaces import Resources, Responses
+from lockstep_rlhf.reward_models.outside import Dialogue, NoScores, Outside, within
+
+LONGEST_PAUSE = 60.0
+"""Seconds between two attempts, unless the server asks for more."""
+LONGEST_WAIT = 600.0
+"""Seconds that a server may ask for; one that asks for more is down."""
+SHOWN = 200
+"""Characters of a refusal that are repeated in the error."""
+
+
+class Endpoint(Outside):
+    """POST {"prompts": [[{"role", "content"}, ...], ...], "responses": [str, ...]} to ``url``; {"scores": [number, ...]} back.
+
+    Asked again, up to ``retries`` times: where the connection fails or breaks off, nothing comes within
+    ``timeout_seconds``, or the status is 429 or 5xx; after ``backoff_seconds``, doubled each time, with jitter, and not
+    before a Retry-After is over. Any other status, and an answer that is not one number for each response, is a failure at
+    once. null and NaN mean that the server could not score this one response. After that ``on_failure`` decides for the
+    batch, as `Outside` says.
+
+    ``token_variable`` names the environment variable that holds a bearer token: the token itself is never in a
+    configuration, a log or an error. Redirects are not followed: they would take the token elsewhere.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        url: str
+        token_variable: str | None
+        batch_size: int
+        timeout_seconds: float
+        retries: int
+        backoff_seconds: float
+        on_failure: Literal["raise", "drop"]
+
+        def __post_init__(self):
+            parts = urlsplit(self.url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ConfigError(f"reward_model.url='{self.url}' should look like http://127.0.0.1:8000/score.")
+            if parts.username or parts.password:
+                raise ConfigError(
+                    f"reward_model.url of {parts.hostname} holds credentials. Put a token into an environment variable and name "
+                    "it: reward_model.token_variable=REWARD_TOKEN."
+                )
+            if self.batch_size < 1:
+                raise ConfigError(f"reward_model.batch_size={self.batch_size} must be at least 1.")
+
+    def __init__(self, config: Config, resources: Resources):
+        self.config = config
+        parts = urlsplit(config.url)
+        self.source = f"reward server {parts.scheme}://{parts.netloc}{parts.path}"  # without the query, which may hold a key
+        self.token = _token(config.token_variable)
+        self.opener = urllib.request.build_opener(_NoRedirects)
+
+    def score(self, responses: Responses) -> np.ndarray:
+        prompts = [[{"role": m.role, "content": m.content} for m in p.messages] for p in responses.prompts]
+        texts, size = list(responses.texts), self.config.batch_size
+        parts = [self.scores_of(prompts[i : i + size], texts[i : i + size]) for i in range(0, len(texts), size)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+    def ask(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
+        question = json.dumps({"prompts": prompts, "responses": texts}).encode()
+        return scores_in(within(self.config.timeout_seconds, lambda: self._post(question)), len(texts))
+
+    def pause(self, attempt: int) -> float:
+        """With jitter, so that jobs which failed together do not come back together. The one thing here that chance
+        decides: it moves no score."""
+        return min(LONGEST_PAUSE, self.config.backoff_seconds * 2**attempt) * random.uniform(0.5, 1.0)
+
+    def _post(self, question: bytes) -> bytes:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self.token:
+            headers["Authorization"] = f"Bearer {self.token}"
+        request = urllib.request.Request(self.config.url, data=question, headers=headers, method="POST")
+        try:
+            with self.opener.open(request, timeout=self.config.timeout_seconds) as answer:
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            raise self._refusal(error) from None
+        except (OSError, http.client.HTTPException) as error:  # no connection, or one that broke off
+            raise NoScores(f"no connection: {error!r}") from None
+
+    def _refusal(self, error: urllib.error.HTTPError) -> NoScores:
+        try:
+            said = error.read(4 * SHOWN).decode(errors="replace")
+        except (OSError, http.client.HTTPException):
+            said = ""
+        said = (said.replace(self.token, "***") if self.token else said)[:SHOWN].strip()
+        wait = _retry_after(error.headers.get("Retry-After"))
+        again = (error.code == 429 or error.code >= 500) and wait <= LONGEST_WAIT
+        asked = f", to be asked again in {wait:g} seconds" if wait else ""
+        return NoScores(f"it answered {error.code} {error.reason}{asked}: {said or '(nothing more)'}", again=again, wait=wait)
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None  # then the status is an error like any other
+
+
+def scores_in(body: bytes, count: int) -> np.ndarray:
+    """float64 [count] of an answer's body; NaN for null.
+
+    Raises:
+      NoScores: it is not {"scores": [one number for each response]}.
+    """
+    try:
+        answer = json.loads(body)
+    except ValueError as error:
+        raise NoScores(f"its answer is no JSON ({error}): {body[:SHOWN]!r}", again=False) from None
+    scores = answer.get("scores") if isinstance(answer, dict) else None
+    if not isinstance(scores, list):
+        raise NoScores(f'its answer should be {{"scores": [...]}}, not {body[:SHOWN]!r}', again=False)
+    if len(scores) != count:
+        raise NoScores(f"it sent {len(scores)} scores for {count} responses; one number each is needed", again=False)
+    for score in scores:
+        if isinstance(score, bool) or not isinstance(score, (int, float, type(None))):
+            raise NoScores(f"it sent the score {score!r}, which is not a number", again=False)
+    try:
+        return np.array([np.nan if score is None else float(score) for score in scores])
+    except OverflowError as error:
+        raise NoScores(f"it sent a score that is too large: {error}", again=False) from None
+
+
+def _token(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    token = os.environ.get(variable, "").strip()
+    if not token:
+        raise ConfigError(
+            f"The environment variable {variable} is not set. Put the reward server's token there, or set "
+            "reward_model.token_variable=null."
+        )
+    if not token.isascii() or not token.isprintable():
+        raise ConfigError(f"The token in the environment variable {variable} has characters that no HTTP header can hold.")
+    return token
+
+
+def _retry_after(value: str | None) -> float:
+    """Seconds of a Retry-After header, which is a number of them or a date (RFC 9110, 10.2.3); 0 without a usable one."""
+    if not value:
+        return 0.0
+    if value.strip().isdigit():
+        return float(value)
+    try:
+        then = email.utils.parsedate_to_datetime(value)
+    except ValueError:
+        return 0.0
+    then = then if then.tzinfo else then.replace(tzinfo=datetime.UTC)
+    return max(0.0, (then - datetime.datetime.now(datetime.UTC)).total_seconds())

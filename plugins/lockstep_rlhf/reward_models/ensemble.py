@@ -1,0 +1,69 @@
+"""Several reward models as one (Coste et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization", arXiv
+2310.02743): where they disagree, the score is not to be trusted, and a policy that seeks high scores goes there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from lockstep.errors import ConfigError
+from lockstep.interfaces import Resources, Responses, RewardModel, ScalarModel
+
+
+class Ensemble(RewardModel):
+    """Of the scores r_1 .. r_K of K members, with mean μ and standard deviation σ over them (divided by K):
+
+    ===================== ==================== =======================================================================
+    mean                  μ
+    worst                 min r_k              worst-case optimisation (WCO)
+    uncertainty_weighted  μ - coef · σ²        uncertainty-weighted optimisation (UWO)
+    lower_bound           μ - coef · σ         a lower confidence bound, in the scores' own unit
+    ===================== ==================== =======================================================================
+
+    A response that one member could not score has no score. The members should be normalised alike: with
+    ``normalise: bias`` each scores demonstrations 0 on average. `details` has σ as ``disagreement``. A value network starts
+    from the first member.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        members: tuple[Mapping[str, Any], ...]
+        combine: Literal["mean", "worst", "uncertainty_weighted", "lower_bound"]
+        coef: float
+
+        def __post_init__(self):
+            if len(self.members) < 2:
+                raise ConfigError(f"reward_model.members has {len(self.members)}: an ensemble needs two or more reward models.")
+            if self.coef < 0:
+                raise ConfigError(f"reward_model.coef={self.coef:g} would reward disagreement. Set it to 0 or more.")
+
+    def __init__(self, config: Config, resources: Resources):
+        self.config = config
+        self.members = [resources.reward_model(group) for group in config.members]
+        self._details: dict[str, np.ndarray] = {}
+
+    def score(self, responses: Responses) -> np.ndarray:
+        scores = np.stack([member.score(responses) for member in self.members]).astype(np.float64)
+        self._details = {"disagreement": scores.std(axis=0).astype(np.float32)}
+        return combine(scores, self.config.combine, self.config.coef).astype(np.float32)
+
+    def details(self) -> dict[str, np.ndarray]:
+        return self._details
+
+    def value_network(self) -> ScalarModel | None:
+        return self.members[0].value_network()
+
+
+def combine(scores: np.ndarray, how: str, coef: float) -> np.ndarray:
+    """[K, B] -> [B], NaN where a member's is: section 3.2 of Coste et al. 2023, and the bound in standard deviations."""
+    mean = scores.mean(axis=0)
+    if how == "worst":
+        return scores.min(axis=0)
+    if how == "uncertainty_weighted":
+        return mean - coef * scores.var(axis=0)
+    if how == "lower_bound":
+        return mean - coef * scores.std(axis=0)
+    return mean

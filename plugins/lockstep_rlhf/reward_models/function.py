@@ -1,0 +1,58 @@
+"""Any Python function over text."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from lockstep.errors import ConfigError
+from lockstep.interfaces import Resources
+from lockstep_rlhf.reward_models.outside import Dialogue, NoScores, Outside, within
+
+
+class Function(Outside):
+    """``function(prompts, responses) -> scores``, named as ``module:function``.
+
+    prompts: a list of dialogues, each a list of {"role", "content"}; responses: a list of str; scores: as many numbers.
+    A call that takes longer than ``timeout_seconds``, raises, or returns something else is tried ``retries`` more times.
+    After that ``on_failure`` decides, as `Outside` says.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        function: str
+        timeout_seconds: float
+        retries: int
+        on_failure: Literal["raise", "drop"]
+
+    def __init__(self, config: Config, resources: Resources):
+        self.config = config
+        self.source = f"reward function {config.function}"
+        self.function = _import(config.function)
+
+    def ask(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
+        try:
+            found = within(self.config.timeout_seconds, lambda: self.function(prompts, texts))
+        except NoScores:
+            raise
+        except Exception as error:
+            raise NoScores(f"it raised {error!r}") from error
+        try:
+            scores = np.asarray(found, np.float64)
+        except (TypeError, ValueError) as error:
+            raise NoScores(f"it returned something that is not a list of numbers: {error}") from error
+        if scores.shape != (len(texts),):
+            raise NoScores(f"it returned shape {scores.shape} for {len(texts)} responses; one number each is needed")
+        return scores
+
+
+def _import(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the user's file does when it is imported
+        raise ConfigError(f"reward_model.function='{path}' cannot be imported: {error}. Write it as module:function.") from error

@@ -1,0 +1,148 @@
+"""A scalar head on a language model: what the algorithm ``reward_modelling`` made, or a public reward model as it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep import encoding
+from lockstep.encoding import Example, Lengths
+from lockstep.errors import ConfigError, listing
+from lockstep.interfaces import Classifier, Resources, Responses, RewardModel, ScalarModel
+from lockstep.nouns import Message, Prompt
+from lockstep.numerics import ends_with_stop
+from lockstep.sequences import Sequences, chunks, in_chunks
+from lockstep.tokenizer import TEMPLATES, named_template
+
+log = logging.getLogger("lockstep")
+
+
+class Learned(RewardModel):
+    """``source`` is a stage of this run, a folder that a stage wrote, or a public reward model: a folder or hub id of an
+    ``AutoModelForSequenceClassification`` checkpoint with one label. What each of them reads:
+
+    * the policy's tokens as they are, where it has the policy's tokenizer (and, if public, no other chat template);
+    * a stage's output with another tokenizer: the text, rendered and encoded its own way, as it was trained;
+    * a public decoder (``score.weight``): the whole dialogue in its own chat template;
+    * a public encoder (BERT, DeBERTa, ...; torch only): prompt and response as a pair of texts, or the whole dialogue where
+      there is a chat template.
+
+    ``chat_template`` replaces the public model's own. A response that does not fit the model is not scored (NaN), and counted.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        source: str
+        micro_batch_size: int | None
+        chat_template: str | None
+
+    def __init__(self, config: Config, resources: Resources):
+        self.config = config
+        self.model: ScalarModel | None = None
+        kind = resources.kind(config.source)
+        if kind == "encoder":
+            self.read = self._pairs_read_by(resources.classifier(config.source))
+            return
+        self.model, self.tokenizer = resources.scalar_model(config.source)
+        self.same_vocabulary = self.tokenizer.core.to_str() == resources.tokenizer.core.to_str()
+        template = named_template(config.chat_template) or self.tokenizer.chat_template
+        same_text = kind == "stage" or template in (None, resources.tokenizer.chat_template)
+        self.shares_tokens = self.same_vocabulary and same_text
+        if self.shares_tokens:
+            self.read = lambda responses: self._score(responses.sequences)
+        elif kind == "stage":
+            self.read = lambda responses: self._score_fitting(self._as_trained(responses))
+        else:
+            if template is None:
+                raise ConfigError(
+                    f"The tokenizer of the reward model '{config.source}' has no chat template. Set reward_model.chat_template "
+                    f"to jinja text or to one of: {listing(TEMPLATES)}."
+                )
+            self.tokenizer.chat_template = template
+            self.read = lambda responses: self._score_fitting(self._as_dialogues(responses))
+
+    def score(self, responses: Responses) -> np.ndarray:
+        return self.read(responses)
+
+    def value_network(self) -> ScalarModel | None:
+        return self.model.copy() if self.model is not None and self.same_vocabulary else None
+
+    # ------------------------------------------------------------------------------------------------------ decoders
+
+    def _score(self, rows: Sequences) -> np.ndarray:
+        evaluate = lambda part: self.model.evaluate(part, ["scores"])  # noqa: E731
+        return in_chunks(evaluate, rows, self.config.micro_batch_size)["scores"]
+
+    def _score_fitting(self, examples: Sequence[Example | None]) -> np.ndarray:
+        """NaN for what does not fit (None)."""
+        fits = [i for i, example in enumerate(examples) if example is not None]
+        scores = np.full(len(examples), np.nan, np.float32)
+        _report(len(examples) - len(fits))
+        if fits:
+            kept = [examples[i] for i in fits]
+            lengths = Lengths(self.model.context_length, max(len(example.response) for example in kept), 64)
+            scores[fits] = self._score(encoding.block(kept, self.tokenizer, lengths))
+        return scores
+
+    def _as_trained(self, responses: Responses) -> list[Example | None]:
+        """In this model's tokens; EOS only where the policy wrote its own. None where the prompt does not fit."""
+        half = self.model.context_length // 2
+        examples = []
+        for prompt, text, ended in zip(responses.prompts, responses.texts, finished(responses), strict=True):
+            ids = encoding.encode_prompt(self.tokenizer, prompt, half)
+            response = (self.tokenizer.encode(text) + [self.tokenizer.eos_id] * bool(ended))[:half]
+            examples.append(None if ids is None else Example(ids, response))
+        return examples
+
+    def _as_dialogues(self, responses: Responses) -> list[Example | None]:
+        """All tokens but the last stand as the prompt: a decoder's score is that of the whole, however it is cut."""
+        texts = [rendered(self.tokenizer.render, *row) for row in rows_of(responses)]
+        examples = []
+        for ids in self.tokenizer.encode_many(texts):
+            examples.append(Example(ids[:-1], ids[-1:]) if 2 <= len(ids) <= self.model.context_length else None)
+        return examples
+
+    # ------------------------------------------------------------------------------------------------------ encoders
+
+    def _pairs_read_by(self, classifier: Classifier) -> Callable[[Responses], np.ndarray]:
+        template = named_template(self.config.chat_template)
+        render = classifier.renderer(template)
+
+        def read(responses: Responses) -> np.ndarray:
+            rows = rows_of(responses)
+            texts = [rendered(render, *row) if render else pair(row[0], row[1]) for row in rows]
+            parts = [classifier.score(texts[part]) for part in chunks(len(texts), self.config.micro_batch_size)]
+            scores = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+            _report(int(np.isnan(scores).sum()))
+            return scores
+
+        return read
+
+
+def finished(responses: Responses) -> np.ndarray:
+    """bool [B]: whether the policy wrote its own EOS."""
+    rows = responses.sequences
+    return ends_with_stop(rows.responses, rows.response_mask, [responses.tokenizer.eos_id])
+
+
+def rows_of(responses: Responses) -> list[tuple[Prompt, str, bool]]:
+    return list(zip(responses.prompts, responses.texts, map(bool, finished(responses)), strict=True))
+
+
+def rendered(render: Callable[..., str], prompt: Prompt, text: str, ended: bool) -> str:
+    """The whole dialogue; the assistant's turn is closed only where the policy closed it."""
+    if ended:
+        return render([*prompt.messages, Message("assistant", text)], add_generation_prompt=False)
+    return render(list(prompt.messages), add_generation_prompt=True) + text
+
+
+def pair(prompt: Prompt, text: str) -> tuple[str, str]:
+    return "\n\n".join(message.content for message in prompt.messages), text
+
+
+def _report(count: int) -> None:
+    if count:
+        log.warning("%d responses are too long for the reward model: not scored", count)

@@ -1,0 +1,112 @@
+"""Scores from code that is not ours: asked again when that may help, and what a failure does. It is never a number."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lockstep.errors import RewardError
+from lockstep.interfaces import Responses, RewardModel
+
+log = logging.getLogger("lockstep")
+
+Dialogue = list[dict[str, str]]
+
+
+class NoScores(RewardError):
+    """Why there are no scores. ``again``: whether the same question may have an answer later, after ``wait`` seconds or more."""
+
+    def __init__(self, reason: str, *, again: bool = True, wait: float = 0.0):
+        super().__init__(reason)
+        self.again, self.wait = again, wait
+
+
+class Outside(RewardModel):
+    """A subclass says in `ask` how scores are had and in ``source`` from where; its ``Config`` has ``retries`` and
+    ``on_failure``: 'raise' stops the run with the reason; 'drop' takes the episodes out of the batch (their score is NaN)
+    and logs how many.
+    """
+
+    config: Any
+    source: str
+
+    @abstractmethod
+    def ask(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
+        """float64 [B], one for each response; not finite where that one could not be scored.
+
+        Raises:
+          NoScores: there is no such array.
+        """
+
+    def pause(self, attempt: int) -> float:
+        """Seconds between attempt 0, 1, ... and the next."""
+        return 0.0
+
+    def score(self, responses: Responses) -> np.ndarray:
+        prompts = [[{"role": m.role, "content": m.content} for m in p.messages] for p in responses.prompts]
+        return self.scores_of(prompts, list(responses.texts))
+
+    def scores_of(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
+        """float32 [B]: of one question, asked until it is answered."""
+        try:
+            scores = self._answer(prompts, texts)
+        except NoScores as failure:
+            if self.config.on_failure == "raise":
+                raise RewardError(f"{self.source}: {failure}") from failure
+            log.warning("%s: %d episodes are left out: %s", self.source, len(texts), failure)
+            return np.full(len(texts), np.nan, np.float32)
+        with np.errstate(over="ignore"):
+            scores = scores.astype(np.float32)
+        bad = ~np.isfinite(scores)
+        if bad.any() and self.config.on_failure == "raise":
+            row = int(np.argmax(bad))
+            raise RewardError(
+                f"{self.source} scored {scores[row]} for the response {texts[row]!r}. "
+                "Return a finite number, or set reward_model.on_failure=drop to leave such episodes out."
+            )
+        return np.where(bad, np.float32(np.nan), scores)
+
+    def _answer(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
+        for attempt in range(self.config.retries + 1):
+            try:
+                return self.ask(prompts, texts)
+            except NoScores as error:
+                log.warning("%s, attempt %d: %s", self.source, attempt + 1, error)
+                failure = error
+            if not failure.again:
+                break
+            if attempt < self.config.retries:
+                time.sleep(max(failure.wait, self.pause(attempt)))
+        raise failure
+
+
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """What ``call`` returns or raises.
+
+    Raises:
+      NoScores: it takes longer.
+    """
+    answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answer.put((call(), None))
+        except Exception as error:
+            answer.put((None, error))
+
+    # A daemon: a call that never returns must not keep the process alive.
+    threading.Thread(target=run, name="reward", daemon=True).start()
+    try:
+        found, error = answer.get(timeout=seconds)
+    except queue.Empty:
+        raise NoScores(f"no answer within reward_model.timeout_seconds={seconds:g}") from None
+    if error is not None:
+        raise error
+    return found
