@@ -22,6 +22,7 @@ BUILT_IN = [
     ("policy", "lora"),
     ("reward_model", "learned"),
     ("reward_model", "function"),
+    ("reward_model", "ensemble"),
     ("algorithm", "pretrain"),
     ("algorithm", "sft"),
     ("algorithm", "reward_modelling"),

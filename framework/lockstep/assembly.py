@@ -81,7 +81,7 @@ class Assembly:
 
     def algorithm(self, stage: Stage) -> Algorithm:
         policy, reward_model = self.policy(stage.policy), self.reward_model(stage.reward_model)
-        setting = Setting(self.experiment.seed, self.backend, self.tokenizer, self.data, policy, reward_model)
+        setting = Setting(stage.seed, self.backend, self.tokenizer, self.data, policy, reward_model)
         return stage.component(stage.config, setting)
 
     def save(self, stage: Stage, algorithm: Algorithm, folder: Path) -> None:

@@ -30,6 +30,7 @@ class StageConfig:
     policy: what it starts from: 'new' for the configured policy, or an earlier stage.
     reward_model: the group that gives scores, for algorithms that need them and for evaluation.
     changes: keys of the algorithm that differ in this stage.
+    seed_offset: added to the run's seed, for stages that differ in nothing else, as the members of an ensemble do.
     """
 
     algorithm: Group | None
@@ -37,6 +38,7 @@ class StageConfig:
     reward_model: Group | None
     changes: Group | None
     evaluation: Group | None
+    seed_offset: int | None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Stage:
     policy: str | None
     reward_model: Group | None
     scorers: tuple[type[RewardModel], ...]
+    seed: int
 
     @property
     def produces(self) -> str:
@@ -115,12 +118,13 @@ class Experiment:
         stage = parse(StageConfig, absent | dict(group), f"stages.{name}")
         if (stage.algorithm is None) == (stage.evaluation is None):
             raise ConfigError(f"stages.{name} needs either an algorithm or an evaluation.")
+        seed = self.seed + (stage.seed_offset or 0)
         scorers = tuple(self._component("reward_model", group)[0] for group in with_members(stage.reward_model))
         if stage.algorithm is None:
             trained = [s.name for s in self.stages.values() if s.produces == "policy"]
             evaluation = stage.evaluation | {"policies": stage.evaluation.get("policies") or trained}
             config: Any = parse(EvaluationConfig, evaluation, f"stages.{name}.evaluation")
-            checked = Stage(name, "evaluate", None, config, evaluation, None, stage.reward_model, scorers)
+            checked = Stage(name, "evaluate", None, config, evaluation, None, stage.reward_model, scorers, seed)
         else:
             merged = _merge(stage.algorithm, stage.changes or {}, f"stages.{name}.changes")
             cls = registry().resolve("algorithm", merged.get("name", "???"), self.backend_name)
@@ -129,7 +133,7 @@ class Experiment:
                 raise ConfigError(f"stages.{name} ({merged['name']}) needs a reward_model.")
             if stage.policy is None:
                 raise ConfigError(f"stages.{name} needs a policy to start from: '{NEW}' or an earlier stage.")
-            checked = Stage(name, "train", cls, config, merged, stage.policy, stage.reward_model, scorers)
+            checked = Stage(name, "train", cls, config, merged, stage.policy, stage.reward_model, scorers, seed)
         for source, kind in checked.inputs:
             if source in self.stages:
                 made = self.stages[source].produces

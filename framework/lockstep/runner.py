@@ -87,7 +87,7 @@ class Runner:
                 "folders": {path: store.folder_digest(path) for path in self._read_folders(stage)},
                 "backend": e.groups["backend"],
                 "data": data,
-                "seed": e.seed,
+                "seed": stage.seed,
                 "code": store.code_digest([*common, *stage.modules]),
             }
             self.contents[stage.name] = content
@@ -260,7 +260,7 @@ class Runner:
         config: EvaluationConfig = stage.config
         parts = self.parts
         reward_model = parts.reward_model(stage.reward_model)
-        evaluator = Evaluator(config, parts.data, parts.tokenizer, reward_model, self.experiment.seed)
+        evaluator = Evaluator(config, parts.data, parts.tokenizer, reward_model, stage.seed)
         with (
             self._tracked(stage, folder, resume=False) as tracker,
             self.console.progress(stage.name, 0, len(config.policies) + 2) as progress,

@@ -41,7 +41,7 @@ class Side(Assembly):
         self.tap = Tap(gradients=True)
         reward_model = self.reward_model(stage.reward_model)
         setting = Setting(
-            seed=self.experiment.seed,
+            seed=stage.seed,
             backend=self.tap.backend(self.backend),
             tokenizer=self.tokenizer,
             data=self.data,
