@@ -82,13 +82,15 @@ def documented():
 
 
 def test_the_table_of_conventions_is_found():
-    assert len(list(documented())) == 12
+    assert len(list(documented())) == 16
 
 
 @pytest.mark.parametrize("nouns, row", list(documented()), ids=lambda value: "+".join(value))
 def test_every_documented_row_gives_what_the_table_says(write, nouns, row):
     for noun in nouns:
         (item,) = getattr(files(**{noun: [write(row)]}), noun)("train")
+        if not {"subreddit", "info", "query"}.isdisjoint(row):
+            continue  # their prompts are written, not read: tests of their own below
         if noun == "demonstrations" and "instruction" not in row:
             assert item == Demonstration(COLOUR, GREEN)
         if noun == "comparisons" and len(item.completions) == 2:
@@ -117,6 +119,45 @@ def test_alpaca_puts_the_input_below_the_instruction_and_nothing_where_there_is_
     row = {"instruction": "Translate into French.", "input": "green", "output": "vert"}
     assert demonstration(write(row)).prompt == Prompt.of("Translate into French.\n\ngreen")
     assert demonstration(write({**row, "input": ""})).prompt == Prompt.of("Translate into French.")
+
+
+def test_posts_become_the_prompt_of_stiennon_et_al_and_summaries_keep_their_space(write):
+    """N+ set a space before a post's own summary, as the summaries of the comparisons have one."""
+    post = {"id": "t3_1", "subreddit": "colours", "title": "Grass", "post": "I looked."}
+    expected = Prompt.of("SUBREDDIT: r/colours\n\nTITLE: Grass\n\nPOST: I looked.\n\nTL;DR:")
+    assert demonstration(write({**post, "summary": "It is green."})) == Demonstration(expected, " It is green.")
+    summaries = [{"text": " Loud.", "policy": "a", "note": None}, {"text": " Green.", "policy": "b", "note": None}]
+    row = {
+        "info": {**post, "site": None, "article": None},
+        "summaries": summaries,
+        "choice": 1,
+        "worker": "Ada",
+        "split": "train",
+    }
+    assert comparison(write(row)) == Comparison(expected, (" Loud.", " Green."), (1, 0), "Ada")
+    article = {name: None for name in post} | {"article": "News."}
+    assert comparison(write({**row, "info": article, "choice": 0})).prompt == Prompt.of("Article:\nNews.\n\nTL;DR:\n")
+    with pytest.raises(DataError, match="a choice that is not there: 'choice' is 2, of 2 summaries"):
+        comparison(write({**row, "choice": 2}))
+
+
+def test_a_query_is_a_prompt_and_its_reference_ends_before_the_end_of_text(write):
+    row = {"query": "POST: x\n\nTL;DR:", "reference_response": " Green.<|endoftext|>", "query_token": [1, 2]}
+    assert demonstration(write(row)) == Demonstration(Prompt.of("POST: x\n\nTL;DR:"), " Green.")
+
+
+def test_ultrafeedback_ranks_four_completions_by_their_overall_score(write):
+    completions = [
+        {"model": name, "response": text, "overall_score": score, "annotations": {"helpfulness": {"Rating": "3"}}}
+        for name, text, score in [("a", "Loud.", 3.5), ("b", "Green.", 8), ("c", "Red.", 8.0), ("d", "Grass.", 5)]
+    ]
+    row = {"source": "evol", "instruction": "Name a colour.", "models": list("abcd"), "completions": completions}
+    assert comparison(write(row)) == Comparison(COLOUR, ("Loud.", "Green.", "Red.", "Grass."), (2, 0, 0, 1))
+    assert demonstration(write(row)) == Demonstration(COLOUR, GREEN)
+    few = files(comparisons=[write(row, {**row, "completions": completions[:1]}, name="few.jsonl")])
+    assert len(few.comparisons("train")) == 1
+    with pytest.raises(DataError, match="no 'overall_score'"):
+        comparison(write({**row, "completions": [{"response": "a"}, {"response": "b"}]}))
 
 
 def test_hh_transcripts_are_split_at_the_last_answer(write):
@@ -248,6 +289,7 @@ def test_the_hub_is_asked_for_what_the_source_says(monkeypatch):
     assert files(texts=[source]).texts("train") == ("a",)
     assert asked == {
         "path": "Anthropic/hh-rlhf", "data_dir": "harmless-base", "name": None, "split": "test", "revision": "main",
+        "streaming": False,
     }  # fmt: skip
 
 
@@ -358,8 +400,8 @@ def test_completions_that_all_rank_the_same_are_a_tie(write):
 
 def test_unknown_columns_are_answered_with_the_known_ones(write):
     expected = (
-        "no comparisons can be made of the columns better, worse. Columns that can: prompt + chosen + rejected; "
-        "chosen + rejected; prompt + completions + ranks; prompt + completions + scores."
+        "no comparisons can be made of the columns better, worse. Columns that can: info + summaries + choice; "
+        "prompt + chosen + rejected; chosen + rejected; instruction + completions; prompt + completions + ranks; prompt + completions + scores."
     )
     with pytest.raises(DataError, match=re.escape(expected)):
         files(comparisons=[write({"better": "a", "worse": "b"})]).comparisons("train")

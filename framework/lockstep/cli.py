@@ -22,7 +22,7 @@ from typing import Any
 
 from lockstep import __version__
 from lockstep.console import Console
-from lockstep.errors import LockstepError, Stopped
+from lockstep.errors import ConfigError, LockstepError, Stopped
 
 
 def main() -> None:
@@ -89,6 +89,7 @@ RUN_HELP = """lockstep run [overrides] [-m]
   lockstep run algorithm.kl_coef=0.05 algorithm.iterations=50
   lockstep run -m backend=torch,jax seed=0,1,2             a sweep: one process per job
   lockstep run --config [overrides]                        print the resolved configuration and stop
+  lockstep run --dry-run [overrides]                       check configuration, data and tokenizer, and stop
 
 Overrides are Hydra's: key=value, +key=value to add one, ~key to remove one. Run the same command again to go on where
 it stopped. Groups: """
@@ -100,6 +101,12 @@ def run_command(arguments: Sequence[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         groups = sorted({p.parent.name for c in conf_folders().values() for p in c.rglob("*.yaml") if p.parent != c})
         print(RUN_HELP + ", ".join(groups) + ".")
+    elif "--dry-run" in arguments:
+        from lockstep.dry_run import dry_run
+
+        if {"-m", "--multirun"} & set(arguments):
+            raise ConfigError("A dry run is of one run, not of a sweep: leave out -m.")
+        dry_run(compose([a for a in arguments if a != "--dry-run"]), Console())
     elif {"-m", "--multirun"} & set(arguments):
         sweep(arguments, lambda config: run_config(config, "a job of a sweep"))
     elif "--config" in arguments:

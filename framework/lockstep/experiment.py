@@ -14,7 +14,7 @@ from lockstep import store
 from lockstep.configuration import parse
 from lockstep.errors import ConfigError, did_you_mean, listing
 from lockstep.evaluation import EvaluationConfig
-from lockstep.interfaces import Algorithm, RewardModel
+from lockstep.interfaces import Algorithm, DataSource, RewardModel
 from lockstep.registry import registry
 
 Group = dict[str, Any]
@@ -58,6 +58,12 @@ class Stage:
     @property
     def produces(self) -> str:
         return self.component.produces if self.component else "evaluation"
+
+    def arithmetic(self, data: DataSource) -> str:
+        """What one step consumes and how many there are, in one line."""
+        if self.component:
+            return self.component.arithmetic(self.config, data)
+        return f"{', '.join(self.config.policies)} on {self.config.prompts} prompts of each split"
 
     @property
     def modules(self) -> list[str]:

@@ -151,11 +151,8 @@ class Runner:
         for stage in self.experiment.stages.values():
             if self.folders[stage.name].done:
                 lines.append((stage.name, "done", str(self.folders[stage.name].path)))
-            elif stage.kind == "train":
-                lines.append((stage.name, "to do", stage.component.arithmetic(stage.config, self.parts.data)))
             else:
-                c = stage.config
-                lines.append((stage.name, "to do", f"{', '.join(c.policies)} on {c.prompts} prompts of each split"))
+                lines.append((stage.name, "to do", stage.arithmetic(self.parts.data)))
         return lines
 
     def _stage(self, stage: Stage) -> None:

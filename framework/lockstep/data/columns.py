@@ -240,13 +240,72 @@ def _ranked_by(name: str, best: Callable[[float], float]) -> Callable[[Columns],
                 f"{name} that do not fit the completions",
                 f"two or more completions and as many {name} are needed, not {len(texts)} and {len(numbers)}.",
             )
-        if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
-            raise BadRow("a wrong type", f"'{name}' should be numbers, not {reprlib.repr(numbers)}.")
-        order = sorted({best(n) for n in numbers})
-        ranks = tuple(order.index(best(n)) for n in numbers)
-        return _answered(row, texts, ranks)
+        return _answered(row, texts, _ranks(numbers, best, name))
 
     return read
+
+
+def _ranks(numbers: Sequence[Any], best: Callable[[float], float], name: str) -> tuple[int, ...]:
+    """Of numbers of which the smallest ``best`` is the best; equal ones are a tie."""
+    if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+        raise BadRow("a wrong type", f"'{name}' should be numbers, not {reprlib.repr(numbers)}.")
+    order = sorted({best(n) for n in numbers})
+    return tuple(order.index(best(n)) for n in numbers)
+
+
+def _ultrafeedback(row: Columns) -> Answered:
+    """openbmb/UltraFeedback: an instruction and the completions of (mostly four) models, each with GPT-4's overall score. A
+    few instructions have fewer than two."""
+    prompt = _prompt(row, (Message("user", _text(row, "instruction")),))
+    completions = _column(row, "completions", (list, tuple), "a list of completions")
+    if len(completions) < 2:
+        raise LeftOut("instructions with fewer than two completions")
+    texts, scores = [], []
+    for i, completion in enumerate(completions):
+        if not isinstance(completion, Mapping):
+            raise BadRow("a malformed completion", f"'completions[{i}]' should have 'response' and 'overall_score'.")
+        score = _column(completion, "overall_score", (int, float), "a number")
+        texts.append(_column(completion, "response", str, "text"))
+        scores.append(score)
+    if not all(text.strip() for text in texts):
+        raise LeftOut("instructions with an empty completion")
+    return Answered(prompt, tuple(texts), _ranks(scores, lambda score: -score, "overall_score"))
+
+
+TLDR = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+CNN_DM = "Article:\n{article}\n\nTL;DR:\n"
+"""How Stiennon et al. 2020 (openai/summarize-from-feedback) ask for a summary, to the letter."""
+
+
+def _summary_prompt(row: Columns, about: Mapping[str, Any]) -> Prompt:
+    """Of a Reddit post, or of a news article."""
+    if about.get("post") is None and about.get("article") is not None:
+        text = CNN_DM.format(article=_text(about, "article"))
+    else:
+        text = TLDR.format(**{name: _column(about, name, str, "text") for name in ("subreddit", "title", "post")})
+    return _prompt(row, (Message("user", text),))
+
+
+def _reddit_summary(row: Columns) -> Answered:
+    """The filtered TL;DR posts with their authors' summaries, which a space sets off from 'TL;DR:' as the comparisons' are."""
+    return Answered(_summary_prompt(row, row), (" " + _text(row, "summary").lstrip(),), (0,))
+
+
+def _summaries(row: Columns) -> Answered:
+    """openai/summarize_from_feedback, 'comparisons': two summaries, and the place of the better one."""
+    texts = [_text(summary, "text") for summary in _list(row, "summaries", "groups with 'text'")]
+    choice = _column(row, "choice", int, "a whole number")
+    if not 0 <= choice < len(texts):
+        raise BadRow("a choice that is not there", f"'choice' is {choice}, of {len(texts)} summaries.")
+    labeler = None if row.get("worker") is None else str(row["worker"])
+    ranks = tuple(int(i != choice) for i in range(len(texts)))
+    return Answered(_summary_prompt(row, _column(row, "info", Mapping, "a group of keys")), tuple(texts), ranks, labeler)
+
+
+def _query(row: Columns) -> Answered:
+    """What N+ made of the TL;DR posts: a query, and a reference response that spells its end."""
+    response = _text(row, "reference_response").removesuffix("<|endoftext|>")
+    return Answered(_prompt_column(row, "query"), (_not_empty(response, "reference_response"),), (0,))
 
 
 @dataclass(frozen=True)
@@ -256,12 +315,16 @@ class Convention:
 
 
 _PAIRS = (
+    Convention(("info", "summaries", "choice"), _summaries),
     Convention(("prompt", "chosen", "rejected"), _pair),
     Convention(("chosen", "rejected"), _pair),
+    Convention(("instruction", "completions"), _ultrafeedback),
     Convention(("prompt", "completions", "ranks"), _ranked_by("ranks", lambda rank: rank)),
     Convention(("prompt", "completions", "scores"), _ranked_by("scores", lambda score: -score)),
 )
 _ANSWERS = (
+    Convention(("subreddit", "title", "post", "summary"), _reddit_summary),
+    Convention(("query", "reference_response"), _query),
     Convention(("prompt", "completion"), lambda row: _answers_in(row, "completion")),
     Convention(("prompt", "response"), lambda row: _answers_in(row, "response")),
     Convention(("messages",), _dialogue_in("messages")),
@@ -269,6 +332,9 @@ _ANSWERS = (
     Convention(("instruction", "output"), _instruction),
 )
 _PROMPTS = (
+    Convention(("subreddit", "title", "post", "summary"), _reddit_summary),
+    Convention(("query", "reference_response"), _query),
+    Convention(("info", "summaries", "choice"), _summaries),
     Convention(("messages",), _dialogue_in("messages")),
     Convention(("conversations",), _dialogue_in("conversations")),
     Convention(("prompt",), lambda row: Answered(_prompt_column(row))),

@@ -55,7 +55,7 @@ class Config:
 
 
 class Files(DataSource):
-    """Reads a noun when it is first asked for, once.
+    """Reads a noun when it is first asked for, once; of data sets on the hub only the ``first`` rows, if that is given.
 
     Raises:
       ConfigError: sources that cannot be meant so; found before any file is opened.
@@ -63,12 +63,14 @@ class Files(DataSource):
 
     Config = Config
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, first: int | None = None):
         if not 0 <= config.heldout_fraction < 1:
             raise ConfigError(f"data.heldout_fraction={config.heldout_fraction} should be at least 0 and less than 1.")
         self.config = config
         self.sources = {key: _sources(config, key) for noun in NOUNS for key in (noun, f"heldout_{noun}")}
+        self.first = first
         self._read: dict[str, dict[str, Items]] = {}
+        self._items: dict[tuple[str, int], Items] = {}
 
     @classmethod
     def fingerprint(cls, config: Config) -> str | None:
@@ -115,10 +117,10 @@ class Files(DataSource):
     def _read_noun(self, noun: str) -> dict[str, Items]:
         """Both splits. A row of the training sources that begins as a held-out one does is held out too where the split
         is a fraction, and left out where the held-out sources are their own."""
-        parts = [self._items(noun, noun, i) for i in range(len(self.sources[noun]))]
+        parts = [self.items(noun, i) for i in range(len(self.sources[noun]))]
         key = f"heldout_{noun}"
         if self.sources[key]:
-            heldout = [self._items(noun, key, i) for i in range(len(self.sources[key]))]
+            heldout = [self.items(key, i) for i in range(len(self.sources[key]))]
             beginnings = {_beginning(item) for item in itertools.chain(*heldout)}
             train = [_only(part, lambda item: _beginning(item) not in beginnings) for part in parts]
             self._tell_overlap(noun, sum(map(len, parts)) - sum(map(len, train)))
@@ -131,14 +133,19 @@ class Files(DataSource):
         digest = hashlib.blake2b(f"{self.config.seed}\n{_beginning(item)}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") < self.config.heldout_fraction * 2**64
 
-    def _items(self, noun: str, key: str, index: int) -> Items:
-        """All of one source. Says how many rows it left out, and why."""
+    def items(self, key: str, index: int) -> Items:
+        """All of one source of ``comparisons``, ``heldout_comparisons``, ... Says how many rows it left out, and why."""
+        if (key, index) not in self._items:
+            self._items[key, index] = self._read_source(key, index)
+        return self._items[key, index]
+
+    def _read_source(self, key: str, index: int) -> Items:
         source, where = self.sources[key][index], f"data.{key}[{index}]"
-        rows = list(read_rows(source))
+        rows = list(read_rows(source, self.first))
         if not rows:
             raise DataError(f"{source.path} has no rows in '{source.split}': {where} needs at least one.")
         place, first = next((row for row in rows if isinstance(row[1], Mapping)), rows[0])
-        items, left_out = self._usable(rows, reader(noun, first, place))
+        items, left_out = self._usable(rows, reader(key.removeprefix("heldout_"), first, place))
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         summary = f"{where}: {len(items)} of {len(rows)} rows of {source.path} can be used; left out: {reasons}."
         if not items:

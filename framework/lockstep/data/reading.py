@@ -53,8 +53,13 @@ def source_digests(source: Source) -> list[str]:
     return digests
 
 
-def read_rows(source: Source) -> Iterator[Row]:
-    """The rows of a source, in the order of the file. Rows are numbered from 1, blank lines count.
+class Unreachable(DataError):
+    """A data set of the hub that could not be loaded: it may be that only the network is missing."""
+
+
+def read_rows(source: Source, first: int | None = None) -> Iterator[Row]:
+    """The rows of a source, in the order of the file. Rows are numbered from 1, blank lines count. Of a data set on the hub
+    only the ``first``, streamed, if that is given.
 
     Raises:
       DataError: nothing is there, or it cannot be read.
@@ -70,7 +75,7 @@ def read_rows(source: Source) -> Iterator[Row]:
     elif path.is_dir():
         rows = itertools.chain.from_iterable(map(_file, _files_of_split(path, split)))
     elif _HUB_ID.fullmatch(source.path) and _suffix(path) not in FORMATS and not path.parent.is_dir():
-        rows = _hub(source, split)
+        rows = _hub(source, split, first)
     else:
         raise DataError(_not_found(path))
     return itertools.islice(rows, part.start, part.stop)
@@ -200,16 +205,18 @@ def _some(names: Iterable[Any], most: int = 10) -> str:
 _HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+)(?:/(?P<folder>[\w./-]+))?")
 
 
-def _hub(source: Source, split: str) -> Iterator[Row]:
+def _hub(source: Source, split: str, first: int | None) -> Iterator[Row]:
     import datasets
 
     match = _HUB_ID.fullmatch(source.path)
     try:
         data = datasets.load_dataset(
-            match["id"], name=source.config, data_dir=match["folder"], split=split, revision=source.revision
-        )
+            match["id"], name=source.config, data_dir=match["folder"], split=split, revision=source.revision,
+            streaming=first is not None,
+        )  # fmt: skip
+        data = data if first is None else list(itertools.islice(data, first))
     except Exception as error:  # of many kinds: no network, no such id, private, no such split
-        raise DataError(
+        raise Unreachable(
             f"'{source.path}' is no file or folder here, and as a data set of the Hugging Face hub it could not be loaded: "
             f"{error} A local path works too: download the data set where there is a network and set path to its folder."
         ) from error
