@@ -401,7 +401,8 @@ def test_completions_that_all_rank_the_same_are_a_tie(write):
 def test_unknown_columns_are_answered_with_the_known_ones(write):
     expected = (
         "no comparisons can be made of the columns better, worse. Columns that can: info + summaries + choice; "
-        "prompt + chosen + rejected; chosen + rejected; instruction + completions; prompt + completions + ranks; prompt + completions + scores."
+        "prompt + chosen + rejected; chosen + rejected; instruction + completions; "
+        "prompt + completions + ranks; prompt + completions + scores."
     )
     with pytest.raises(DataError, match=re.escape(expected)):
         files(comparisons=[write({"better": "a", "worse": "b"})]).comparisons("train")

@@ -1,4 +1,4 @@
-"""PyTorch: backend, policies and learner. Sibling of ``lockstep_jax``, file for file.
+"""PyTorch: backend, policies and learner. Sibling of ``lockstep_jax``, file for file but the last.
 
 backend.py      device, precision, what runs where
 decoder.py      the network of policies that start from scratch; networks of transformers behind the same face
@@ -6,6 +6,7 @@ generation.py   sampling with a key-value cache
 model.py        logprobs, entropy, values, scores; loading and saving
 policies.py     what the configuration names: decoder, huggingface, lora
 learner.py      gradients and Adam
+classifier.py   public reward models that are encoders; JAX has no such file
 """
 
 from lockstep.registry import Plugin

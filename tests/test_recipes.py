@@ -1,0 +1,223 @@
+"""The recipes of conf/experiment, by a dry run against local files with the columns of the public data sets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tokenizers
+
+from lockstep import dry_run
+from lockstep.cli import run_command
+from lockstep.composition import compose
+from lockstep.errors import ConfigError, DataError, LockstepError
+from lockstep.experiment import Experiment
+from lockstep.tokenizer import Tokenizer
+
+# Columns and types as the data sets' own pages list them.
+
+
+def hh(i):
+    start = f"\n\nHuman: Question {i}?\n\nAssistant:"
+    return {"chosen": f"{start} A good answer.", "rejected": f"{start} A bad answer."}
+
+
+def tldr(i):
+    return {"id": f"t3_{i}", "subreddit": "tifu", "title": f"Title {i}", "post": "It was long ago.", "summary": f"Long ago, {i}."}
+
+
+def summarize_from_feedback(i):
+    info = {
+        "id": f"t3_{i}",
+        "post": "It was long ago.",
+        "title": f"Title {i}",
+        "subreddit": "tifu",
+        "site": None,
+        "article": None,
+    }
+    summaries = [{"text": f" {text}", "policy": "sup4_ppo_rm4", "note": None} for text in ("Long ago.", "What?")]
+    extra = {"confidence": None}
+    return {
+        "info": info,
+        "summaries": summaries,
+        "choice": i % 2,
+        "worker": "w1",
+        "batch": "batch3",
+        "split": "train",
+        "extra": extra,
+    }
+
+
+def ultrafeedback(i):
+    aspect = {"Rating": "4", "Rationale": "Because."}
+    annotations = {name: aspect for name in ("instruction_following", "honesty", "truthfulness", "helpfulness")}
+    models = ["alpaca-7b", "gpt-4", "llama-2-13b-chat", "ultralm-13b"]
+    completions = [
+        {
+            "model": model, "principle": "helpfulness", "custom_system_prompt": "Be helpful.", "annotations": annotations,
+            "response": f"Answer {k}.", "critique": "Good.", "overall_score": score, "fine-grained_score": 4.0,
+        }
+        for k, (model, score) in enumerate(zip(models, [7.5, 9.0, 6.0, 2.0], strict=True))
+    ]  # fmt: skip
+    given = {"correct_answers": ["None"], "incorrect_answers": ["None"]}
+    return {"source": "evol_instruct", "instruction": f"Question {i}?", "models": models, "completions": completions, **given}
+
+
+def ultrafeedback_binarized(i):
+    chosen, rejected = (
+        [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": text}] for text in ("Good.", "Bad.")
+    )
+    row = {"prompt": f"Question {i}?", "prompt_id": "ab12", "chosen": chosen, "rejected": rejected, "messages": chosen}
+    return {**row, "score_chosen": 8.0, "score_rejected": 5.0}
+
+
+def messages(i):
+    """ultrachat_200k and no_robots."""
+    turns = [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": "Good."}]
+    return {"prompt": f"Question {i}?", "prompt_id": "ab12", "messages": turns, "category": "Open QA"}
+
+
+def wikitext(i):
+    return {"text": f" An article, line {i} . \n" if i % 3 else ""}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(layout): a folder of data with the splits of the public one, by its path; 40 rows each."""
+
+    def write(layout, splits=("train",)):
+        folder = tmp_path / layout.__name__
+        folder.mkdir()
+        for number, split in enumerate(splits):
+            rows = (layout(100 * number + i) for i in range(40))
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(folder)
+
+    return write
+
+
+@pytest.fixture
+def policy(tmp_path):
+    """A folder with a tokenizer and nothing else: no model is loaded."""
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1, "<eos>": 2}, unk_token="[UNK]"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    Tokenizer(core, eos_token="<eos>", pad_token="[PAD]", chat_template="{{ messages[0].content }}").save(tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+@pytest.fixture
+def dry(tmp_path, policy, capsys, monkeypatch):
+    """dry(experiment, override, ...): what a dry run prints, in a folder that it must leave as it is."""
+    monkeypatch.chdir(tmp_path)
+
+    def dry(*arguments):
+        before = sorted(tmp_path.rglob("*"))
+        run_command(["--dry-run", f"policy.path={policy}", "policy.tokenizer.path=null", *arguments])
+        assert sorted(tmp_path.rglob("*")) == before
+        return " ".join(capsys.readouterr().out.split())
+
+    return dry
+
+
+def source(path, **keys):
+    return "[{" + ", ".join(f"{key}: {value}" for key, value in {"path": path, **keys}.items()) + "}]"
+
+
+def test_hh(dry, write):
+    out = dry("experiment=hh", f"data.comparisons={source(write(hh))}", "data.heldout_fraction=0.25")
+    assert "40 comparisons in" in out and "2.0 completions and 1.0 pairs per prompt" in out
+    assert "200 iterations x 64 episodes = 12800 episodes" in out and "All that a dry run can check is right." in out
+
+
+def test_tldr(dry, write):
+    splits = ("train", "validation")
+    paths = {"demonstrations": write(tldr, splits), "comparisons": write(summarize_from_feedback, splits)}
+    out = dry("experiment=tldr", *(f"data.{noun}={source(path)}" for noun, path in paths.items()))
+    assert "tokens and begins 'SUBREDDIT: r/tifu\\n\\nTITLE: Title 0\\n\\nPOST" in out
+    assert "data.heldout_comparisons[0]: 40 heldout_comparisons" in out
+    assert "1953 iterations x 512 episodes = 999936 episodes over 40 prompts; 4 epochs x 1 minibatches of 512" in out
+    assert "All that a dry run can check is right." in out
+
+
+@pytest.mark.parametrize(
+    "layout, pairs", [(ultrafeedback, "4.0 completions and 6.0 pairs"), (ultrafeedback_binarized, "1.0 pairs")]
+)
+def test_ultrafeedback(dry, write, layout, pairs):
+    demonstrations = source(write(messages, ["train_sft"]), split="train_sft")
+    comparisons = source(write(layout))
+    out = dry("experiment=ultrafeedback", f"data.demonstrations={demonstrations}", f"data.comparisons={comparisons}")
+    assert pairs in out and "1 epochs x 8 minibatches of 64" in out and "All that a dry run can check is right." in out
+
+
+def test_instructgpts_own_numbers(dry, write):
+    paths = {"demonstrations": messages, "comparisons": ultrafeedback, "texts": wikitext}
+    out = dry("experiment=instructgpt_paper", *(f"data.{noun}={source(write(layout))}" for noun, layout in paths.items()))
+    assert "data.texts[0]: 26 of 40 rows" in out and "left out: 14 with an empty text" in out
+    assert "x 16 epochs / 32 per step" in out and "x 2 epochs / 29 and 3 raw texts per step" in out
+    assert "500 iterations x 512 episodes = 256000 episodes" in out and "+ 512 raw texts each" in out  # 8 x 64
+
+
+def test_the_ensemble(capsys):
+    run_command(["--dry-run", "experiment=ensemble", "data.texts=60", "data.demonstrations=60", "data.comparisons=40"])
+    assert "reward_2 would run" in " ".join(capsys.readouterr().out.split())
+
+
+# ---------------------------------------------------------------------------------------------- what a dry run finds out
+
+
+def test_wrong_columns_are_told_with_the_known_ones(dry, write):
+    with pytest.raises(DataError, match="no comparisons can be made of the columns category, messages, prompt, prompt_id"):
+        dry("experiment=hh", f"data.comparisons={source(write(messages))}")
+
+
+def test_a_tokenizer_that_pads_with_eos_is_told(dry, write):
+    with pytest.raises(ConfigError, match="pads with '<eos>', which is also its EOS"):
+        dry("experiment=hh", f"data.comparisons={source(write(hh))}", "policy.tokenizer.pad_token='<eos>'")
+
+
+def test_a_policy_that_is_not_there_is_told(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ConfigError, match="There is no folder models/smollm3, and no hub id looks like that"):
+        run_command(["--dry-run", "experiment=hh", "policy.path=models/smollm3", f"data.comparisons={source(write(hh))}"])
+
+
+def test_the_hub_is_asked_for_the_first_rows_only(dry, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(path, **how):
+        asked.append((path, how["data_dir"], how["streaming"]))
+        return iter(hh(i) for i in range(10**9))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    out = dry("experiment=hh")
+    assert set(asked) == {("Anthropic/hh-rlhf", "helpful-base", True), ("Anthropic/hh-rlhf", "harmless-base", True)}
+    assert f"{dry_run.FIRST} comparisons in Anthropic/hh-rlhf/helpful-base" in out
+
+
+def test_without_a_network_it_says_what_is_not_checked(dry, monkeypatch):
+    import datasets
+
+    def load_dataset(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    out = dry("experiment=hh", "policy.path=someone/some-model")
+    assert "it could not be loaded: no network A local path works too" in out and "tokenizer: on the hub" in out
+    assert "Not checked: data.demonstrations[0]," in out and "tokenizer, stages.sft, stages.reward, stages.ppo." in out
+
+
+def test_a_sweep_has_no_dry_run():
+    with pytest.raises(ConfigError, match="A dry run is of one run, not of a sweep: leave out -m"):
+        run_command(["--dry-run", "-m", "seed=0,1"])
+
+
+@pytest.mark.parametrize("name", ["tldr", "ultrafeedback", "instructgpt_paper", "hh", "ensemble"])
+def test_every_recipe_is_checked_without_a_file_being_opened(name):
+    config = compose([f"experiment={name}", *([] if name in ("tldr", "ensemble") else ["policy.path=owner/model"])])
+    try:
+        assert list(Experiment(config).stages)[-1] == "evaluate"
+    except LockstepError as error:
+        pytest.fail(str(error))
