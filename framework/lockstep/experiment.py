@@ -125,6 +125,8 @@ class Experiment:
         if (stage.algorithm is None) == (stage.evaluation is None):
             raise ConfigError(f"stages.{name} needs either an algorithm or an evaluation.")
         seed = self.seed + (stage.seed_offset or 0)
+        if seed < 0:
+            raise ConfigError(f"stages.{name}.seed_offset={stage.seed_offset} makes the seed {seed}. It must be at least 0.")
         scorers = tuple(self._component("reward_model", group)[0] for group in with_members(stage.reward_model))
         if stage.algorithm is None:
             trained = [s.name for s in self.stages.values() if s.produces == "policy"]

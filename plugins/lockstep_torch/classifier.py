@@ -23,7 +23,8 @@ class TextClassifier(Classifier):
 
     def __init__(self, model: Any, tokenizer: Any, backend: TorchBackend):
         self.model, self.tokenizer, self.backend = model.eval().to(backend.device), tokenizer, backend
-        self.longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        self.longest = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
 
     @classmethod
     def load(cls, source: Path | str, backend: TorchBackend) -> TextClassifier:
