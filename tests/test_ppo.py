@@ -37,7 +37,8 @@ def prepared(algorithm, step=0):
 
 def rows_of(rollout, rows):
     """A rollout of some of its episodes."""
-    taken = {f.name: getattr(rollout, f.name)[rows] for f in fields(rollout) if f.name not in ("sequences", "responses", "details")}
+    arrays = [f.name for f in fields(rollout) if f.name not in ("sequences", "responses", "details")]
+    taken = {name: getattr(rollout, name)[rows] for name in arrays}
     responses = replace(rollout.responses, prompts=[rollout.responses.prompts[i] for i in rows],
                         texts=[rollout.responses.texts[i] for i in rows])  # fmt: skip
     return replace(rollout, sequences=rollout.sequences.take(rows), responses=responses, **taken)
