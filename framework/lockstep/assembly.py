@@ -66,7 +66,7 @@ class Assembly:
         folder = self._reward_folder(source)
         cls = registry().resolve("policy", self._output(folder)[1]["policy"], self.experiment.backend_name)
         # Public reward models often pad with EOS, which matters to nobody who only scores.
-        own = None if (folder / "output.json").exists() else TokenizerConfig(None, None, pad_token="<|pad|>", chat_template=None)
+        own = None if (folder / "output.json").exists() else TokenizerConfig(None, None, "<|pad|>", None)
         return cls.load_scalar(folder, self.backend), Tokenizer.load(folder, own)
 
     def classifier(self, source: str) -> Classifier:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from lockstep.errors import ConfigError
-from lockstep.interfaces import Resources, Responses
+from lockstep.interfaces import Resources
 from lockstep_rlhf.reward_models.outside import Dialogue, NoScores, Outside, within
 
 LONGEST_PAUSE = 60.0
@@ -64,17 +64,11 @@ class Endpoint(Outside):
                 raise ConfigError(f"reward_model.batch_size={self.batch_size} must be at least 1.")
 
     def __init__(self, config: Config, resources: Resources):
-        self.config = config
+        self.config, self.batch_size = config, config.batch_size
         parts = urlsplit(config.url)
         self.source = f"reward server {parts.scheme}://{parts.netloc}{parts.path}"  # without the query, which may hold a key
         self.token = _token(config.token_variable)
         self.opener = urllib.request.build_opener(_NoRedirects)
-
-    def score(self, responses: Responses) -> np.ndarray:
-        prompts = [[{"role": m.role, "content": m.content} for m in p.messages] for p in responses.prompts]
-        texts, size = list(responses.texts), self.config.batch_size
-        parts = [self.scores_of(prompts[i : i + size], texts[i : i + size]) for i in range(0, len(texts), size)]
-        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
     def ask(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
         question = json.dumps({"prompts": prompts, "responses": texts}).encode()

@@ -14,6 +14,7 @@ import numpy as np
 
 from lockstep.errors import RewardError
 from lockstep.interfaces import Responses, RewardModel
+from lockstep.sequences import chunks
 
 log = logging.getLogger("lockstep")
 
@@ -36,6 +37,8 @@ class Outside(RewardModel):
 
     config: Any
     source: str
+    batch_size: int | None = None
+    """Responses in one question; None: all."""
 
     @abstractmethod
     def ask(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
@@ -51,9 +54,11 @@ class Outside(RewardModel):
 
     def score(self, responses: Responses) -> np.ndarray:
         prompts = [[{"role": m.role, "content": m.content} for m in p.messages] for p in responses.prompts]
-        return self.scores_of(prompts, list(responses.texts))
+        texts = list(responses.texts)
+        parts = [self._batch(prompts[part], texts[part]) for part in chunks(len(texts), self.batch_size)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
-    def scores_of(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
+    def _batch(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
         """float32 [B]: of one question, asked until it is answered."""
         try:
             scores = self._answer(prompts, texts)
