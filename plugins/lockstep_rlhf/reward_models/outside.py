@@ -55,7 +55,7 @@ class Outside(RewardModel):
     def score(self, responses: Responses) -> np.ndarray:
         prompts = [[{"role": m.role, "content": m.content} for m in p.messages] for p in responses.prompts]
         texts = list(responses.texts)
-        parts = [self._batch(prompts[part], texts[part]) for part in chunks(len(texts), self.batch_size)]
+        parts = [self._batch(prompts[part], texts[part]) for part in chunks(len(texts), self.batch_size or max(1, len(texts)))]
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
     def _batch(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
