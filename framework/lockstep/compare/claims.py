@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
-from lockstep.compare.groups import Comparison, Group
+from lockstep.compare.groups import BACKEND, Comparison, Group
 from lockstep.compare.records import Estimate
 
 Verdict = Literal["yes", "unclear", "no"]
@@ -97,7 +97,11 @@ def _between_backends(c: Comparison) -> Iterator[Claim]:
 
 
 def same_but_for_backend(c: Comparison) -> list[tuple[Group, Group]]:
-    return [(a, b) for a, b in combinations(c.groups, 2) if a.settings == b.settings and a.backend != b.backend]
+    return [(a, b) for a, b in combinations(c.groups, 2) if _but_for_backend(a) == _but_for_backend(b) and a.backend != b.backend]
+
+
+def _but_for_backend(g: Group) -> dict[str, str]:
+    return {key: value for key, value in g.settings.items() if key != BACKEND}
 
 
 def by_text(found: Sequence[Claim]) -> list[tuple[str, list[Claim]]]:
