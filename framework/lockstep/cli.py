@@ -35,9 +35,11 @@ def main() -> None:
     )
     run.set_defaults(call=lambda arguments, rest: run_command(rest))
     compare = commands.add_parser("compare", help="tables, plots and a report over run folders")
-    compare.add_argument("paths", nargs="+", type=Path, help="run folders, or a folder of them")
+    compare.add_argument("paths", nargs="+", help="run folders, folders of them, sweeps, or wandb:entity/project?group=...")
+    compare.add_argument("--by", help="keys to group by: backend,algorithm.kl_coef (default: all that differ, but the seed)")
+    compare.add_argument("--baseline", help="the group to hold the others against: backend=torch (default: the first)")
     compare.add_argument("--output", type=Path, default=Path("report"), help="folder for the report (default: report)")
-    compare.set_defaults(call=lambda arguments, rest: compare_command(arguments.paths, arguments.output))
+    compare.set_defaults(call=lambda arguments, rest: compare_command(arguments))
     parity = commands.add_parser("parity", help="the same experiment on two backends, step by step: where they part")
     parity.add_argument("--same-start", action="store_true", help="each step starts from the first backend's weights")
     parity.add_argument("--steps", type=int, help="of each stage, at most")
@@ -123,11 +125,11 @@ def run_config(config: dict[str, Any], command: str) -> Path:
     return folder
 
 
-def compare_command(paths: list[Path], output: Path) -> None:
+def compare_command(arguments: argparse.Namespace) -> None:
     from lockstep.compare import compare, print_summary
 
-    report = compare(paths, output)
-    print_summary(report)
+    by = arguments.by.split(",") if arguments.by else None
+    print_summary(compare(arguments.paths, arguments.output, by, arguments.baseline))
 
 
 def parity_command(overrides: Sequence[str], same_start: bool, steps: int | None, output: Path) -> None:
