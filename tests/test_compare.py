@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow.parquet as parquet
 import pytest
 from rich.console import Console
 
@@ -281,7 +282,7 @@ def test_samples_stand_side_by_side_and_backends_that_answer_alike_share_a_row(p
 def test_every_figure_is_on_the_page_and_follows_the_colour_scheme(page):
     figures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     names = [re.search(r'aria-label="(\w+)"', svg)[1] for svg in figures]
-    assert names == ["gold", "parts", "ability", "curves", "frontier", "reward_model", "losses", "time"]
+    assert names == ["gold", "parts", "ability", "against", "frontier", "curves", "reward_model", "losses", "cost"]
     for svg in figures:
         ElementTree.fromstring(svg)
         assert "var(--ink)" in svg and "#123456" not in svg and "#abcdef" not in svg
@@ -303,7 +304,11 @@ def test_the_markdown_report_has_the_same_numbers(report):
 def test_the_metrics_file_is_tidy(report):
     with open(next(f for f in report.files if f.name == "metrics.csv"), newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert list(rows[0]) == ["run", "backend", "seed", "stage", "step", "metric", "value"]
+    columns = ["group", "task", "run", "backend", "seed", "stage", "step", "metric", "value", "low", "high"]
+    assert list(rows[0]) == columns
+    table = parquet.read_table(next(f for f in report.files if f.name == "metrics.parquet"))
+    assert table.column_names == columns and table.num_rows == len(rows)
+    assert table["value"].to_pylist() == [float(row["value"]) for row in rows]
     chosen = [r for r in rows if (r["run"], r["stage"], r["metric"]) == ("demo-jax-1", "ppo", "objective/kl")]
     assert [r["step"] for r in chosen] == [str(step) for step in range(120)]
     evaluated = [r for r in rows if r["metric"] == "heldout/sft/gold"]
@@ -325,7 +330,8 @@ def test_the_terminal_shows_headline_verdicts_and_where_the_files_are(report):
     text = terminal(report)
     assert "ppo raises the gold score of sft" in text
     assert re.search(r"ppo_ptx keeps the ability of sft +yes", text)
-    assert all(f"wrote {file}" in text for file in report.files)
+    assert all(f"wrote {file}" in text for file in report.files if file.parent.name != "figures")
+    assert "figures (PNG and SVG)" in text
     assert "…" not in text  # two backends fit 80 columns
 
 

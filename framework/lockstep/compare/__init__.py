@@ -94,7 +94,7 @@ def what_intervals_are_over(c: Comparison) -> str:
     single = [g.label for g in c.groups if len(g.seeds) < 2]
     if len(single) == len(c.groups):
         return "Intervals are 95%, over prompts. One seed: there is no interval over seeds, for another training might differ."
-    text = "Intervals are 95%, over seeds; in the tables of policies and reward models over prompts too."
+    text = "Intervals are 95%, over seeds; those of policies and reward models over seeds and prompts together."
     if single:
         text += f" With one seed, and so over prompts only: {'; '.join(single)}."
     return text

@@ -93,7 +93,13 @@ def _between_backends(c: Comparison) -> Iterator[Claim]:
     for a, b in same_but_for_backend(c):
         x, y = a.policy(c.split, final, metric), b.policy(c.split, final, metric)
         if x and y:
-            yield agreement(f"final {metric} ({final}) is the same on both backends", f"{a.label} and {b.label}", x, y)
+            yield agreement(f"final {metric} ({final}) is the same on both backends", _both(a, b), x, y)
+
+
+def _both(a: Group, b: Group) -> str:
+    """Where: 'kl_coef=0.1', or 'jax and torch' where the backend is all there is."""
+    rest = a.label.partition(", ")[2]
+    return rest if rest and rest == b.label.partition(", ")[2] else f"{a.label} and {b.label}"
 
 
 def same_but_for_backend(c: Comparison) -> list[tuple[Group, Group]]:

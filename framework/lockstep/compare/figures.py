@@ -211,11 +211,11 @@ def against_baseline(c: Comparison, found: Sequence[Versus]) -> Figure | None:
     if not rows:
         return None
     several = len({v.policy for v in rows}) > 1
-    same = len({v.baseline.label for v in rows}) == 1
+    same = len({v.names[1] for v in rows}) == 1
     colours = {g.label: colour for g, colour in coloured(c)}
-    names = [f"{v.policy}: " * several + v.group.label + (f" against {v.baseline.label}" if not same else "") for v in rows]
+    names = [f"{v.policy}: " * several + v.group.label + (f" against {v.names[1]}" if not same else "") for v in rows]
     figure, axes = panels(2, height=0.9 + 0.26 * len(rows), sharey=True)
-    against = rows[0].baseline.label if same else "its baseline"
+    against = rows[0].names[1] if same else "its baseline"
     for ax, estimates, neutral in ((axes[0], [v.difference for v in rows], 0.0), (axes[1], [v.improvement for v in rows], 0.5)):
         draw_forest(ax, list(zip(names, estimates, [colours[v.group.label] for v in rows], strict=True)), neutral)
     axes[0].set_title(f"{metric.replace('_', ' ').capitalize()} minus that of {against}")

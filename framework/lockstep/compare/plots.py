@@ -182,7 +182,8 @@ def legend(figure: Figure, c: Comparison, stages: Sequence[str] = (), extra: Seq
     if handles:
         longest = max(len(str(handle.get_label())) for handle in handles)
         columns = int(figure.get_figwidth() / (0.55 + 0.075 * longest))  # inches of a line sample and of a letter
-        figure.legend(handles=handles, loc="outside upper left", ncols=max(1, min(columns, len(handles))), handlelength=2.6)
+        rows = -(-len(handles) // max(1, columns))
+        figure.legend(handles=handles, loc="outside upper left", ncols=-(-len(handles) // rows), handlelength=2.6)
 
 
 def to_svg(figure: Figure, name: str) -> str:

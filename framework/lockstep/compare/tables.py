@@ -102,7 +102,7 @@ def reward_model(c: Comparison) -> Table:
 
 def over_seeds(c: Comparison) -> Table:
     """Interquartile means over seeds of what was trained against a reward. None of groups with one seed each."""
-    metrics = [m for m in POLICY_METRICS if c.has(m)]
+    metrics = [m for m in ("gold", "score", "win_rate", "ability", "kl") if c.has(m)]
     rows: list[list[str]] = []
     starts = set()
     wanted = [(policy, split) for policy in c.after_baseline or c.policies[-1:] for split in c.splits]
@@ -136,9 +136,14 @@ def against_baseline(c: Comparison, found: Sequence[Versus]) -> Table:
             rows.append([f"{v.policy}: {title.format(baseline=c.baseline)}", *[""] * 4])
         difference = show(v.difference, "+" + form) or "no seed on both sides"
         seeds = ", ".join(map(str, v.seeds)) + (f" (not paired: {'; '.join(v.unpaired)})" if v.unpaired else "")
-        rows.append([v.group.label, v.baseline.label, difference, show(v.improvement, ".0%"), seeds])
+        rows.append([*v.names, difference, _always(v.improvement, v.seeds), seeds])
     header = ["", "against", "difference, seed by seed", "probability of improvement", "seeds"]
     return Table("Against the baseline", header, rows, frozenset(starts))
+
+
+def _always(e: Estimate, seeds: Sequence[int]) -> str:
+    """Where all runs of one side are better the interval has no width; that is shown, lest it look like certainty."""
+    return f"{e.mean:.0%} [{e.low:.0%}, {e.high:.0%}]" if len(seeds) > 1 else f"{e.mean:.0%}"
 
 
 def in_short(c: Comparison, against: Sequence[Versus], every: Mapping[str, Table]) -> dict[str, Table]:

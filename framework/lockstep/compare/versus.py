@@ -32,6 +32,12 @@ class Versus:
     seeds: Sequence[int]  # on both sides, in some task
     unpaired: Sequence[str]  # what only one side has
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """Of the group, and of what it is held against: where only the backends differ, that is enough."""
+        backend, _, rest = self.baseline.label.partition(", ")
+        return self.group.label, backend if self.group.label.endswith(f", {rest}") else self.baseline.label
+
 
 def over_seeds(g: Group, split: str, policy: str, metric: str) -> Estimate | None:
     """The interquartile mean over the group's runs, with its interval over seeds."""
