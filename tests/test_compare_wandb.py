@@ -109,9 +109,10 @@ def test_a_project_without_lockstep_runs_says_so(server):
         records.read(["wandb:rlhf"])
 
 
-@pytest.fixture
-def comparison(tmp_path):
-    return compare([write_run(tmp_path, "torch", 0)], tmp_path / "report")
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return compare([write_run(folder, "torch", 0)], folder / "report")
 
 
 def test_a_wandb_report_holds_the_tables_and_panels_over_the_stages_of_these_runs(comparison, monkeypatch):
