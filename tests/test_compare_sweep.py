@@ -61,6 +61,15 @@ def test_what_differs_inside_a_group_makes_its_tasks(runs):
     assert c.differing["algorithm.kl_coef"] == ["0.05, 0.15, 0.45"] * 2
 
 
+def test_a_model_that_pooled_runs_share_is_counted_once(runs, whole):
+    """Three coefficients go back to one SFT model and one reward model per seed: no more certain than one coefficient's."""
+    (jax, _), one = groups.group(records.read([runs]), ["backend"]).groups, whole.groups[0]
+    assert len(jax.policy_estimates("heldout", "sft", "gold")) == 3 and len(jax.policy_estimates("heldout", "ppo", "gold")) == 9
+    assert jax.policy("heldout", "sft", "gold") == one.policy("heldout", "sft", "gold")
+    assert jax.reward_model("accuracy/gold") == one.reward_model("accuracy/gold")
+    assert len(jax.stages("reward")) == 3
+
+
 def test_a_key_that_no_run_has_suggests_the_nearest(runs):
     with pytest.raises(
         ConfigError, match=r"No run has a key 'algorithm.kl_coeff' to group by\. Did you mean 'algorithm.kl_coef'\?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from matplotlib.ticker import PercentFormatter
 
 from lockstep.compare import cost
 from lockstep.compare.claims import PERCENT, headline_metric
-from lockstep.compare.groups import Comparison
+from lockstep.compare.groups import Comparison, Group
 from lockstep.compare.plots import (
     COLOURS,
     LINES,
@@ -63,7 +64,8 @@ def for_papers(c: Comparison, found: Sequence[Versus], output: Path) -> list[Pat
             if figure := make(c):
                 for kind, options in (("png", {}), ("svg", {"metadata": {"Date": None}})):
                     files.append(output / "figures" / f"{name}.{kind}")
-                    figure.savefig(files[-1], dpi=200, facecolor="white", bbox_inches="tight", **options)
+                    figure.savefig(files[-1], dpi=200, facecolor="white", **options)
+                    figure.set_layout_engine("none")  # done once
                 plt.close(figure)
     main = output / "report.png"
     return [*([main] if readme_figure(c, main) else []), *files]
@@ -139,11 +141,13 @@ def curves(c: Comparison) -> Figure | None:
 
 
 def losses(c: Comparison) -> Figure | None:
-    """Loss of each supervised stage, with its held-out loss where it has one."""
+    """Loss of each supervised stage, with its held-out loss where it has one; per backend where its groups share them."""
     objective = set(c.stages_with("objective/score"))
     stages = [s for s in c.stages_with("loss") if s not in objective]
     if not stages:
         return None
+    if all(_made(g, stages) == _made(b, stages) for b in cost.by_backend(c) for g in c.groups if g.backend == b.label):
+        c = dataclasses.replace(c, groups=cost.by_backend(c))
     figure, axes = panels(len(stages), height=2.4, columns=3)
     for ax, stage in zip(axes, stages, strict=True):
         for g, colour in coloured(c):
@@ -151,13 +155,15 @@ def losses(c: Comparison) -> Figure | None:
             draw_curve(ax, g, stage, "heldout/loss", colour, LINES[2], marker="o")
         ax.set_title(f"{stage}, loss")
         ax.set_xlabel("step")
-    handles = [
-        Line2D([], [], color=plt.rcParams["text.color"], linestyle=s, label=n)
-        for n, s in (("training", "-"), ("held-out", LINES[2]))
-    ]
+    ink = plt.rcParams["text.color"]
+    handles = [Line2D([], [], color=ink, linestyle=s, label=n) for n, s in (("training", "-"), ("held-out", LINES[2]))]
     held_out = any(c.stages_with("heldout/loss"))
     legend(figure, c, extra=handles if held_out else [])
     return figure
+
+
+def _made(g: Group, stages: Sequence[str]) -> set[str]:
+    return {stage.identity for name in stages for stage in g.stages(name)}
 
 
 def frontier(c: Comparison) -> Figure | None:

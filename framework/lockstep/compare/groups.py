@@ -8,7 +8,7 @@ out. Of several it is over seeds: how another training would have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -71,24 +71,34 @@ class Group:
     def scores(self, split: str, policy: str, metric: str) -> dict[str, dict[int, float]]:
         """{task: {seed: mean over prompts}} of the runs that have it."""
         found: dict[str, dict[int, float]] = {}
-        for task, run in zip(self.tasks, self.runs, strict=True):
+        for task, run in self._first_with(lambda run: _made_by(run, policy)):
             if estimate := run.evaluation.splits.get(split, {}).get(policy, {}).get(metric):
                 found.setdefault(task, {})[run.seed] = estimate.mean
         return found
 
     def policy_estimates(self, split: str, policy: str, metric: str) -> list[Estimate]:
         """What each run found, in the order of the runs."""
-        found = [run.evaluation.splits.get(split, {}).get(policy, {}).get(metric) for run in self.runs]
+        runs = [run for _, run in self._first_with(lambda run: _made_by(run, policy))]
+        found = [run.evaluation.splits.get(split, {}).get(policy, {}).get(metric) for run in runs]
         return [e for e in found if e]
 
     def policy(self, split: str, policy: str, metric: str) -> Estimate | None:
         return combine(self.policy_estimates(split, policy, metric))
 
     def reward_model(self, metric: str) -> Estimate | None:
-        return combine([e for run in self.runs if (e := run.evaluation.reward_model.get(metric))])
+        rewards = lambda run: tuple(_made_by(run, s.name) for s in run.stages.values() if s.algorithm == "reward_modelling")  # noqa: E731
+        runs = [run for _, run in self._first_with(lambda run: rewards(run) or run.name)]
+        return combine([e for run in runs if (e := run.evaluation.reward_model.get(metric))])
 
     def stages(self, name: str) -> list[Stage]:
-        return [run.stages[name] for run in self.runs if name in run.stages]
+        return [run.stages[name] for _, run in self._first_with(lambda run: _made_by(run, name)) if name in run.stages]
+
+    def _first_with(self, made_by: Callable[[Run], Hashable]) -> list[tuple[str, Run]]:
+        """(task, run), one for each thing made: runs that share a model do not make it more certain."""
+        runs: dict[Hashable, tuple[str, Run]] = {}
+        for task, run in zip(self.tasks, self.runs, strict=True):
+            runs.setdefault(made_by(run), (task, run))
+        return list(runs.values())
 
     def curve(self, stage: str, metric: str, points: int = 60) -> Curve | None:
         """Over the steps that all runs have, neighbouring steps averaged down to at most ``points``. A stage that did not
@@ -106,6 +116,11 @@ class Group:
         bins = [slice(start, start + width) for start in range(0, len(steps), width)]
         values = np.array([[_mean(row[b]) for b in bins] for row in values])
         return Curve(np.array([np.mean(steps[b]) for b in bins]), *statistics.band(values))
+
+
+def _made_by(run: Run, stage: str) -> str:
+    found = run.stages.get(stage)
+    return (found and found.identity) or run.name
 
 
 def _mean(x: np.ndarray) -> float:
