@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from lockstep.compare import claims, compare, cost, groups, records, tables, versus, what_intervals_are_over
 from lockstep.errors import ConfigError
+from lockstep.runner import peak_memory
 from run_folders import GOLD, write_run, write_sweep
 
 BY = ["backend", "algorithm.kl_coef"]
@@ -189,6 +191,11 @@ def test_cost_has_time_speed_episodes_and_memory(whole):
     assert cost.speed(torch, "ppo") == pytest.approx(5200, rel=0.01)
     assert cost.memory(torch, "ppo") == pytest.approx((900 + 60) / 1024)
     assert cost.episodes(torch, "sft") is None
+
+
+def test_memory_is_the_accelerators_or_else_the_process_own():
+    assert peak_memory(SimpleNamespace(peak_memory_bytes=lambda: 7)) == 7
+    assert 20e6 < peak_memory(SimpleNamespace(peak_memory_bytes=lambda: None)) < 64e9
 
 
 def test_the_pages_contents_are_its_sections(report):

@@ -204,8 +204,14 @@ def _read_stage(name: str, record: Mapping[str, Any], folder: Path) -> Stage:
         seconds=record.get("seconds"),
         metrics=series(read_jsonl(folder / "metrics.jsonl")),
         identity=folder.name,
-        memory=record.get("memory"),
+        memory=_read_done(folder).get("memory"),
     )
+
+
+def _read_done(folder: Path) -> dict[str, Any]:
+    """What a stage that is complete says of itself."""
+    file = folder / "done.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
