@@ -169,13 +169,22 @@ def test_a_baseline_that_is_not_there_says_what_is(whole, baseline, message):
 def test_one_seed_has_no_interval_over_seeds_and_the_report_says_so(tmp_path):
     write_run(tmp_path, "torch", 0)
     c = groups.group(records.read([tmp_path]))
-    assert "over prompts. One seed: there is no interval over seeds" in what_intervals_are_over(c)
+    assert "over prompts. No group has two seeds that were evaluated" in what_intervals_are_over(c)
     assert tables.over_seeds(c).rows == []
     write_run(tmp_path, "jax", 0)
+    c = groups.group(records.read([tmp_path]))
+    assert versus.against_baseline(c, versus.pairs(c, None)) == []
     write_run(tmp_path, "jax", 1)
     c = groups.group(records.read([tmp_path]))
-    assert what_intervals_are_over(c).endswith("With one seed, and so over prompts only: torch.")
+    assert what_intervals_are_over(c).endswith("With one seed evaluated, and so over prompts only: torch.")
     assert next(row for row in tables.over_seeds(c).rows if row[0] == "torch")[-1] == "0 (one: no interval)"
+
+
+def test_a_seed_that_was_not_evaluated_makes_no_interval_over_seeds(tmp_path):
+    write_run(tmp_path, "torch", 0)
+    write_run(tmp_path, "torch", 1, evaluated=False, status="failed")
+    c = groups.group(records.read([tmp_path]))
+    assert c.groups[0].seeds == [0, 1] and "over prompts. No group has two seeds" in what_intervals_are_over(c)
 
 
 def test_stages_that_runs_share_are_counted_once(whole):

@@ -91,12 +91,15 @@ def print_summary(report: Report, console: Console | None = None) -> None:
 
 def what_intervals_are_over(c: Comparison) -> str:
     """One or two sentences: over prompts, over seeds, or which groups have which."""
-    single = [g.label for g in c.groups if len(g.seeds) < 2]
+    single = [g.label for g in c.groups if len(g.evaluated_seeds) < 2]
     if len(single) == len(c.groups):
-        return "Intervals are 95%, over prompts. One seed: there is no interval over seeds, for another training might differ."
+        return (
+            "Intervals are 95%, over prompts. No group has two seeds that were evaluated, so there are none over seeds: "
+            "what another training would have given is not known."
+        )
     text = "Intervals are 95%, over seeds; those of policies and reward models over seeds and prompts together."
     if single:
-        text += f" With one seed, and so over prompts only: {'; '.join(single)}."
+        text += f" With one seed evaluated, and so over prompts only: {'; '.join(single)}."
     return text
 
 

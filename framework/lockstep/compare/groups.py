@@ -68,6 +68,10 @@ class Group:
     def seeds(self) -> list[int]:
         return sorted({run.seed for run in self.runs})
 
+    @property
+    def evaluated_seeds(self) -> list[int]:
+        return sorted({run.seed for run in self.runs if run.evaluation.splits})
+
     def scores(self, split: str, policy: str, metric: str) -> dict[str, dict[int, float]]:
         """{task: {seed: mean over prompts}} of the runs that have it."""
         found: dict[str, dict[int, float]] = {}

@@ -78,6 +78,7 @@ def render(
         contents=[(id, title) for id, (title, needed) in SECTIONS.items() if needed in there],
         colours=coloured(c),
         costs=cost.in_all(c),
+        seeds_evaluated=any(len(g.evaluated_seeds) > 1 for g in c.groups),
         bands=any(len(g.seeds) > 1 for g in c.groups),
         memory=any(stage.memory for run in c.runs for stage in run.stages.values()),
         claims=by_text(found),

@@ -106,7 +106,7 @@ def over_seeds(c: Comparison) -> Table:
     rows: list[list[str]] = []
     starts = set()
     wanted = [(policy, split) for policy in c.after_baseline or c.policies[-1:] for split in c.splits]
-    for policy, split in wanted if any(len(g.seeds) > 1 for g in c.groups) else ():
+    for policy, split in wanted if any(len(g.evaluated_seeds) > 1 for g in c.groups) else ():
         found = [_seeds_row(g, split, policy, metrics) for g in c.groups]
         if any(found):
             starts.add(len(rows))

@@ -46,11 +46,12 @@ def over_seeds(g: Group, split: str, policy: str, metric: str) -> Estimate | Non
 
 
 def against_baseline(c: Comparison, pairs: Sequence[tuple[Group, Group]]) -> list[Versus]:
-    """Every metric in which more is better, of every policy that was trained against a reward, on the main split."""
+    """Every metric in which more is better, of every policy that was trained against a reward, on the main split. A single
+    run against a single run is left out: which of the two is higher says next to nothing of other seeds."""
     policies = c.after_baseline or c.policies[-1:]
     wanted = [(policy, metric) for policy in policies for metric in HIGHER_IS_BETTER]
     found = [versus(g, b, c.split, policy, metric) for policy, metric in wanted for g, b in pairs if c.split]
-    return [v for v in found if v]
+    return [v for v in found if v and v.improvement.n > 2]
 
 
 def versus(g: Group, baseline: Group, split: str, policy: str, metric: str) -> Versus | None:
