@@ -197,17 +197,25 @@ def group(reading: Reading, by: Sequence[str] | None = None) -> Comparison:
     members: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         members.setdefault(tuple(setting(run, key) for key in keys), []).append(run)
-    repeated: list[str] = []
-    groups = _distinct([_group(found, keys, differing, runs, bool(by), repeated) for found in members.values()])
+    problems = list(reading.problems)
+    inside = _inside(keys, differing, runs) if by else []
+    groups = []
+    for found in members.values():
+        tasks = _tasks(found, inside, problems)
+        settings = {key: setting(found[0], key) for key in keys}
+        label = _label(settings, runs if by else [run for run in runs if run.experiment == found[0].experiment], runs)
+        groups.append(Group(label, settings, list(tasks.values()), [task for task, _ in tasks]))
+    groups = _distinct(groups)
     return Comparison(
         groups=groups,
         differing={key: [_text_of_all(g, key) for g in groups] for key in differing},
-        problems=[*reading.problems, *repeated, *_missing_seeds(groups)],
+        problems=[*problems, *_missing_seeds(groups)],
     )
 
 
 def setting(run: Run, key: str) -> str:
-    return run.experiment if key == "experiment" else _text(run.config.get(key))
+    """The key's value in a run, as text."""
+    return {"experiment": run.experiment, BACKEND: _backend(run)}.get(key) or _text(run.config.get(key))
 
 
 def _default_keys(differing: Sequence[str], runs: Sequence[Run]) -> list[str]:
@@ -225,27 +233,32 @@ def _asked(by: Sequence[str], runs: Sequence[Run]) -> list[str]:
     return keys
 
 
-def _group(
-    members: list[Run], keys: Sequence[str], differing: Sequence[str], everyone: Sequence[Run], by: bool, repeated: list[str]
-) -> Group:
-    """Labelled by as little as tells it apart; without --by, by its experiment and the keys that differ within that."""
-    first = members[0]
-    relatives = everyone if by else [run for run in everyone if run.experiment == first.experiment]
-    telling = {key: setting(first, key) for key in keys if key not in (BACKEND, "experiment")}
-    telling = {key: value for key, value in telling.items() if len({setting(run, key) for run in relatives}) > 1}
-    experiment = [first.experiment] if "experiment" in keys and len({run.experiment for run in everyone}) > 1 else []
-    backend = [_backend(first)] if BACKEND in keys else []
-    label = ", ".join([*backend, *experiment, *_described(telling)]) or "all runs"
-    inside = [k for k in differing if k not in keys and k != BACKEND and not _follows_from_backend(k, everyone)]
-    inside += [k for k in ("experiment", BACKEND) if k not in keys]
-    inside = [key for key in inside if by and len({setting(run, key) for run in members}) > 1]
+def _label(settings: Mapping[str, str], relatives: Sequence[Run], everyone: Sequence[Run]) -> str:
+    """As little as tells it apart: its backend, its experiment if there are several, and the keys in which its relatives
+    differ."""
+    telling = [key for key in settings if key not in (BACKEND, "experiment")]
+    telling = [key for key in telling if len({setting(run, key) for run in relatives}) > 1]
+    experiments = {run.experiment for run in everyone}
+    names = [settings[k] for k in (BACKEND, "experiment") if k in settings and (k == BACKEND or len(experiments) > 1)]
+    return ", ".join([*names, *_described({key: settings[key] for key in telling})]) or "all runs"
+
+
+def _inside(keys: Sequence[str], differing: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """The keys that differ and make no group: they make tasks."""
+    own = [key for key in differing if key != BACKEND and not _follows_from_backend(key, runs)]
+    return [key for key in ("experiment", BACKEND, *own) if key not in keys]
+
+
+def _tasks(members: Sequence[Run], inside: Sequence[str], problems: list[str]) -> dict[tuple[str, int], Run]:
+    """{(task, seed): run}, by seed; a run whose place is taken is named in ``problems``."""
+    inside = [key for key in inside if len({setting(run, key) for run in members}) > 1]
     runs: dict[tuple[str, int], Run] = {}
     for run in sorted(members, key=lambda run: run.seed):
         place = ", ".join(_described({key: setting(run, key) for key in inside}, most=len(inside))), run.seed
         if place in runs:
-            repeated.append(f"{run.name} is left out: {runs[place].name} has the same configuration and seed.")
+            problems.append(f"{run.name} is left out: {runs[place].name} has the same configuration and seed.")
         runs.setdefault(place, run)
-    return Group(label, {key: setting(first, key) for key in keys}, list(runs.values()), [task for task, _ in runs])
+    return runs
 
 
 def _missing_seeds(groups: Sequence[Group]) -> list[str]:
