@@ -202,6 +202,15 @@ def test_cost_has_time_speed_episodes_and_memory(whole):
     assert cost.episodes(torch, "sft") is None
 
 
+def test_warnings_while_training_are_listed_with_seed_and_first_step(tmp_path):
+    folder = write_run(tmp_path, "torch", 3)
+    record = json.loads((folder / "run.json").read_text())
+    record["stages"]["ppo"]["health"] = [{"step": s, "name": "entropy_collapse", "message": "..."} for s in (12, 60)]
+    (folder / "run.json").write_text(json.dumps(record))
+    c = groups.group(records.read([tmp_path]))
+    assert tables.warnings(c).rows == [["torch", "ppo", "entropy_collapse", "seed 3 at step 12"]]
+
+
 def test_memory_is_the_accelerators_or_else_the_process_own():
     assert peak_memory(SimpleNamespace(peak_memory_bytes=lambda: 7)) == 7
     assert 20e6 < peak_memory(SimpleNamespace(peak_memory_bytes=lambda: None)) < 64e9

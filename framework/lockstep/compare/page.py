@@ -47,6 +47,7 @@ SECTIONS = {
     "learning": ("Learning", "curves"),
     "reward-model": ("Reward model", "reward_model"),
     "losses": ("Losses", "losses"),
+    "warnings": ("Warnings", "warnings"),
     "cost": ("Cost", "cost"),
     "configuration": ("Configuration", "configuration"),
     "samples": ("Samples", "samples"),

@@ -52,6 +52,7 @@ class Stage:
     seconds: float | None
     metrics: Mapping[str, Series]
     identity: str = ""  # of its folder: runs that share a stage share it
+    health: Sequence[Mapping[str, Any]] = ()  # warnings while it trained: step, name, message
     memory: float | None = None  # bytes, at most: of the accelerator, or of the process where there is none
 
 
@@ -204,6 +205,7 @@ def _read_stage(name: str, record: Mapping[str, Any], folder: Path) -> Stage:
         seconds=record.get("seconds"),
         metrics=series(read_jsonl(folder / "metrics.jsonl")),
         identity=folder.name,
+        health=record.get("health") or (),
         memory=_read_done(folder).get("memory"),
     )
 

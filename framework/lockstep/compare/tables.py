@@ -60,6 +60,7 @@ def all_tables(c: Comparison, found: Sequence[Claim], against: Sequence[Versus])
         "seeds": over_seeds(c),
         "against": against_baseline(c, against),
         "reward_model": reward_model(c),
+        "warnings": warnings(c),
         "cost": costs(c),
         "configuration": configuration(c),
     }
@@ -151,6 +152,20 @@ def in_short(c: Comparison, against: Sequence[Versus], every: Mapping[str, Table
     few = [v for v in against if v.metric == headline_metric(c)]
     short = {"policies": policies_in_short(c), "against": against_baseline(c, few), "cost": cost_in_short(c)}
     return {name: table for name in every if name != "seeds" and (table := short.get(name, every[name])).rows}
+
+
+def warnings(c: Comparison) -> Table:
+    """What `lockstep.health` warned of while stages trained: in which of a group's runs, and at which step first."""
+    rows = []
+    for g in c.groups:
+        first: dict[tuple[str, str], dict[int, int]] = {}
+        for run in g.runs:
+            for stage in run.stages.values():
+                for found in stage.health:
+                    first.setdefault((stage.name, found["name"]), {}).setdefault(run.seed, found["step"])
+        for (stage, name), steps in first.items():
+            rows.append([g.label, stage, name, ", ".join(f"seed {seed} at step {step}" for seed, step in steps.items())])
+    return Table("Warnings while training", ["", "stage", "warning", "where"], rows)
 
 
 def cost_in_short(c: Comparison) -> Table:
