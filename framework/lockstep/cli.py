@@ -35,9 +35,12 @@ def main() -> None:
     )
     run.set_defaults(call=lambda arguments, rest: run_command(rest))
     compare = commands.add_parser("compare", help="tables, plots and a report over run folders")
-    compare.add_argument("paths", nargs="+", type=Path, help="run folders, or a folder of them")
+    compare.add_argument("paths", nargs="+", help="run folders, folders of them, sweeps, or wandb:entity/project?group=...")
+    compare.add_argument("--by", help="keys to group by: backend,algorithm.kl_coef (default: all that differ, but the seed)")
+    compare.add_argument("--baseline", help="the group to hold the others against: backend=torch (default: the first)")
     compare.add_argument("--output", type=Path, default=Path("report"), help="folder for the report (default: report)")
-    compare.set_defaults(call=lambda arguments, rest: compare_command(arguments.paths, arguments.output))
+    compare.add_argument("--wandb-report", metavar="ENTITY/PROJECT", help="save it as a report at W&B too")
+    compare.set_defaults(call=lambda arguments, rest: compare_command(arguments))
     parity = commands.add_parser("parity", help="the same experiment on two backends, step by step: where they part")
     parity.add_argument("--same-start", action="store_true", help="each step starts from the first backend's weights")
     parity.add_argument("--steps", type=int, help="of each stage, at most")
@@ -130,11 +133,14 @@ def run_config(config: dict[str, Any], command: str) -> Path:
     return folder
 
 
-def compare_command(paths: list[Path], output: Path) -> None:
-    from lockstep.compare import compare, print_summary
+def compare_command(arguments: argparse.Namespace) -> None:
+    from lockstep.compare import compare, print_summary, wandb_report
 
-    report = compare(paths, output)
+    by = arguments.by.split(",") if arguments.by else None
+    report = compare(arguments.paths, arguments.output, by, arguments.baseline)
     print_summary(report)
+    if arguments.wandb_report:
+        Console().say(f"saved {wandb_report.publish(report, arguments.wandb_report)}")
 
 
 def parity_command(overrides: Sequence[str], same_start: bool, steps: int | None, output: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -24,7 +25,7 @@ from lockstep.errors import ConfigError, Stopped
 from lockstep.evaluation import EvaluationConfig, Evaluator
 from lockstep.experiment import NEW, Experiment, Group, Stage, decisive
 from lockstep.health import Health
-from lockstep.interfaces import Algorithm, Tracker
+from lockstep.interfaces import Algorithm, Backend, Tracker
 from lockstep.provenance import code_state
 from lockstep.store import Records, RunFolder, StageFolder
 from lockstep.tracking import without_secrets
@@ -175,7 +176,8 @@ class Runner:
                     stopped = isinstance(error, (Stopped, KeyboardInterrupt))
                     self.record.stage(stage.name, folder, status="stopped" if stopped else "failed")
                     raise
-                folder.finish({"seconds": round(time.perf_counter() - started, 1), **result})
+                memory = peak_memory(self.parts.backend)
+                folder.finish({"seconds": round(time.perf_counter() - started, 1), "memory": memory, **result})
             result = folder.result()
         self.record.stage(stage.name, folder, status="done", seconds=result["seconds"], health=result.get("health", []), **facts)
         self.console.stage_done(stage.name, result)
@@ -319,6 +321,15 @@ class GracefulStop:
             raise KeyboardInterrupt
         self.asked = True
         log.warning("stopping after this step; press Ctrl-C again to stop at once")
+
+
+def peak_memory(backend: Backend) -> int:
+    """Bytes in use so far, at most: of the accelerator or, where the backend has none, of this process."""
+    accelerator = backend.peak_memory_bytes()
+    if accelerator is not None:
+        return accelerator
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux kilobytes
 
 
 def _main_thread() -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
-from lockstep.compare.groups import Comparison, Group
+from lockstep.compare.groups import BACKEND, Comparison, Group
 from lockstep.compare.records import Estimate
 
 Verdict = Literal["yes", "unclear", "no"]
@@ -93,11 +93,21 @@ def _between_backends(c: Comparison) -> Iterator[Claim]:
     for a, b in same_but_for_backend(c):
         x, y = a.policy(c.split, final, metric), b.policy(c.split, final, metric)
         if x and y:
-            yield agreement(f"final {metric} ({final}) is the same on both backends", f"{a.label} and {b.label}", x, y)
+            yield agreement(f"final {metric} ({final}) is the same on both backends", _both(a, b), x, y)
+
+
+def _both(a: Group, b: Group) -> str:
+    """Where: 'kl_coef=0.1', or 'jax and torch' where the backend is all there is."""
+    rest = a.label.partition(", ")[2]
+    return rest if rest and rest == b.label.partition(", ")[2] else f"{a.label} and {b.label}"
 
 
 def same_but_for_backend(c: Comparison) -> list[tuple[Group, Group]]:
-    return [(a, b) for a, b in combinations(c.groups, 2) if a.settings == b.settings and a.backend != b.backend]
+    return [(a, b) for a, b in combinations(c.groups, 2) if _but_for_backend(a) == _but_for_backend(b) and a.backend != b.backend]
+
+
+def _but_for_backend(g: Group) -> dict[str, str]:
+    return {key: value for key, value in g.settings.items() if key != BACKEND}
 
 
 def by_text(found: Sequence[Claim]) -> list[tuple[str, list[Claim]]]:

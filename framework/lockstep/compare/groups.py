@@ -1,18 +1,27 @@
-"""Runs grouped into what is compared: one group per backend and differing configuration, its seeds aggregated."""
+"""Runs grouped into what is compared, their seeds aggregated: one group per backend and differing configuration, or per
+value of the keys that ``--by`` names. Then what differs inside a group makes its *tasks*: the settings that it is judged
+over, as an algorithm is over games.
+
+Not every interval is over the same thing. Of one run it is over its prompts: how another set of prompts would have turned
+out. Of several it is over seeds: how another training would have.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from lockstep.compare import statistics
 from lockstep.compare.records import Estimate, Reading, Run, Stage
+from lockstep.errors import ConfigError, did_you_mean, listing
 
 # Keys that say which run it is or where it runs, not what it does.
 NOT_COMPARED = {"seed", "name", "folder", "tracker", "checkpoint_every", "samples_every", "experiment_name"}
+BACKEND = "backend.name"
 
 
 def combine(estimates: Sequence[Estimate]) -> Estimate | None:
@@ -33,7 +42,8 @@ def combine(estimates: Sequence[Estimate]) -> Estimate | None:
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric over steps: the mean over the group's seeds, with their smallest and largest value."""
+    """One metric over steps: the interquartile mean over the group's runs (their mean, for three or fewer) and its 95%
+    bootstrap interval over runs, point by point; of a single run the interval has no width."""
 
     steps: np.ndarray
     mean: np.ndarray
@@ -43,30 +53,63 @@ class Curve:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but their seed."""
+    """Runs that are compared as one: of the same settings, by seed and by task."""
 
     label: str
-    backend: str
-    settings: Mapping[str, Any]  # what tells this group from others of its backend
+    settings: Mapping[str, str]  # what tells this group from the others, as text
     runs: Sequence[Run]
+    tasks: Sequence[str] = ("",)  # of each run: what it differs in from others of the group, the seed apart
+
+    @property
+    def backend(self) -> str:
+        return ", ".join(dict.fromkeys(map(_backend, self.runs)))
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({run.seed for run in self.runs})
+
+    @property
+    def evaluated_seeds(self) -> list[int]:
+        return sorted({run.seed for run in self.runs if run.evaluation.splits})
+
+    def scores(self, split: str, policy: str, metric: str) -> dict[str, dict[int, float]]:
+        """{task: {seed: mean over prompts}} of the runs that have it."""
+        found: dict[str, dict[int, float]] = {}
+        for task, run in self._first_with(lambda run: _made_by(run, policy)):
+            if estimate := run.evaluation.splits.get(split, {}).get(policy, {}).get(metric):
+                found.setdefault(task, {})[run.seed] = estimate.mean
+        return found
 
     def policy_estimates(self, split: str, policy: str, metric: str) -> list[Estimate]:
         """What each run found, in the order of the runs."""
-        found = [run.evaluation.splits.get(split, {}).get(policy, {}).get(metric) for run in self.runs]
+        runs = [run for _, run in self._first_with(lambda run: _made_by(run, policy))]
+        found = [run.evaluation.splits.get(split, {}).get(policy, {}).get(metric) for run in runs]
         return [e for e in found if e]
 
     def policy(self, split: str, policy: str, metric: str) -> Estimate | None:
         return combine(self.policy_estimates(split, policy, metric))
 
     def reward_model(self, metric: str) -> Estimate | None:
-        return combine([e for run in self.runs if (e := run.evaluation.reward_model.get(metric))])
+        rewards = lambda run: tuple(_made_by(run, s.name) for s in run.stages.values() if s.algorithm == "reward_modelling")  # noqa: E731
+        runs = [run for _, run in self._first_with(lambda run: rewards(run) or run.name)]
+        return combine([e for run in runs if (e := run.evaluation.reward_model.get(metric))])
 
     def stages(self, name: str) -> list[Stage]:
-        return [run.stages[name] for run in self.runs if name in run.stages]
+        return [run.stages[name] for _, run in self._first_with(lambda run: _made_by(run, name)) if name in run.stages]
+
+    def _first_with(self, made_by: Callable[[Run], Hashable]) -> list[tuple[str, Run]]:
+        """(task, run), one for each thing made: runs that share a model do not make it more certain."""
+        runs: dict[Hashable, tuple[str, Run]] = {}
+        for task, run in zip(self.tasks, self.runs, strict=True):
+            runs.setdefault(made_by(run), (task, run))
+        return list(runs.values())
 
     def curve(self, stage: str, metric: str, points: int = 60) -> Curve | None:
-        """The curve over the steps that all seeds have, neighbouring steps averaged down to at most ``points``."""
-        series = [s.metrics[metric] for s in self.stages(stage) if metric in s.metrics]
+        """Over the steps that all runs have, neighbouring steps averaged down to at most ``points``. A stage that did not
+        finish is left out where others did."""
+        stages = [s for s in self.stages(stage) if metric in s.metrics]
+        stages = [s for s in stages if s.status == "done"] or stages
+        series = [s.metrics[metric] for s in stages]
         if not series:
             return None
         steps = sorted(set.intersection(*(set(s.steps.tolist()) for s in series)))
@@ -76,12 +119,12 @@ class Group:
         width = -(-len(steps) // points)
         bins = [slice(start, start + width) for start in range(0, len(steps), width)]
         values = np.array([[_mean(row[b]) for b in bins] for row in values])
-        return Curve(
-            steps=np.array([np.mean(steps[b]) for b in bins]),
-            mean=values.mean(axis=0),
-            low=values.min(axis=0),
-            high=values.max(axis=0),
-        )
+        return Curve(np.array([np.mean(steps[b]) for b in bins]), *statistics.band(values))
+
+
+def _made_by(run: Run, stage: str) -> str:
+    found = run.stages.get(stage)
+    return (found and found.identity) or run.name
 
 
 def _mean(x: np.ndarray) -> float:
@@ -141,41 +184,105 @@ class Comparison:
         return list(dict.fromkeys(m for run in self.runs for m in run.evaluation.reward_model))
 
 
-def group(reading: Reading) -> Comparison:
-    """Group by experiment, backend and every differing key, the seed and what follows from the backend left out."""
+def group(reading: Reading, by: Sequence[str] | None = None) -> Comparison:
+    """Group by ``by``, configuration keys such as 'backend' or 'algorithm.kl_coef'; by default by experiment, backend and
+    every differing key, the seed and what follows from the backend left out.
+
+    Raises:
+      ConfigError: no run has such a key.
+    """
     runs = reading.runs
     differing = _differing(runs)
-    own = [key for key in differing if not _follows_from_backend(key, runs)]
+    keys = _asked(by, runs) if by else _default_keys(differing, runs)
     members: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        identity = (run.experiment, _backend(run), *(_text(run.config.get(key)) for key in own))
-        members.setdefault(identity, []).append(run)
-    groups = [_group(found, own, runs) for found in members.values()]
+        members.setdefault(tuple(setting(run, key) for key in keys), []).append(run)
+    problems = list(reading.problems)
+    inside = _inside(keys, differing, runs) if by else []
+    groups = []
+    for found in members.values():
+        tasks = _tasks(found, inside, problems)
+        settings = {key: setting(found[0], key) for key in keys}
+        label = _label(settings, runs if by else [run for run in runs if run.experiment == found[0].experiment], runs)
+        groups.append(Group(label, settings, list(tasks.values()), [task for task, _ in tasks]))
+    groups = _distinct(groups)
     return Comparison(
-        groups=_distinct(groups),
-        differing={key: [_text(g.runs[0].config.get(key)) for g in groups] for key in differing},
-        problems=reading.problems,
+        groups=groups,
+        differing={key: [_text_of_all(g, key) for g in groups] for key in differing},
+        problems=[*problems, *_missing_seeds(groups)],
     )
 
 
-def _group(members: list[Run], keys: Sequence[str], everyone: Sequence[Run]) -> Group:
-    """Labelled by as little as tells it apart: its experiment, and the keys that differ within the experiment."""
-    first = members[0]
-    relatives = [run for run in everyone if run.experiment == first.experiment]
-    within = {key: first.config.get(key) for key in keys if key in _differing(relatives)}
-    experiment = [first.experiment] if len(relatives) < len(everyone) else []
-    return Group(
-        label=", ".join([_backend(first), *experiment, *_described(within)]),
-        backend=_backend(first),
-        settings={"experiment": first.experiment, **{key: first.config.get(key) for key in keys}},
-        runs=sorted(members, key=lambda run: run.seed),
-    )
+def setting(run: Run, key: str) -> str:
+    """The key's value in a run, as text."""
+    return {"experiment": run.experiment, BACKEND: _backend(run)}.get(key) or _text(run.config.get(key))
 
 
-def _described(settings: Mapping[str, Any], most: int = 3) -> list[str]:
+def _default_keys(differing: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    own = [key for key in differing if key != BACKEND and not _follows_from_backend(key, runs)]
+    return ["experiment", BACKEND, *own]
+
+
+def _asked(by: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    exist = {"experiment", "seed", *(key for run in runs for key in run.config)}
+    keys = [BACKEND if key == "backend" else key for key in by]
+    for key in keys:
+        if key not in exist:
+            known = sorted({key for key in exist if not key.startswith("stages.")})
+            raise ConfigError(f"No run has a key '{key}' to group by.{did_you_mean(key, known)} Keys: {listing(known)}.")
+    return keys
+
+
+def _label(settings: Mapping[str, str], relatives: Sequence[Run], everyone: Sequence[Run]) -> str:
+    """As little as tells it apart: its backend, its experiment if there are several, and the keys in which its relatives
+    differ."""
+    telling = [key for key in settings if key not in (BACKEND, "experiment")]
+    telling = [key for key in telling if len({setting(run, key) for run in relatives}) > 1]
+    experiments = {run.experiment for run in everyone}
+    names = [settings[k] for k in (BACKEND, "experiment") if k in settings and (k == BACKEND or len(experiments) > 1)]
+    return ", ".join([*names, *_described({key: settings[key] for key in telling})]) or "all runs"
+
+
+def _inside(keys: Sequence[str], differing: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """The keys that differ and make no group: they make tasks."""
+    own = [key for key in differing if key != BACKEND and not _follows_from_backend(key, runs)]
+    return [key for key in ("experiment", BACKEND, *own) if key not in keys]
+
+
+def _tasks(members: Sequence[Run], inside: Sequence[str], problems: list[str]) -> dict[tuple[str, int], Run]:
+    """{(task, seed): run}, by seed; a run whose place is taken is named in ``problems``."""
+    inside = [key for key in inside if len({setting(run, key) for run in members}) > 1]
+    runs: dict[tuple[str, int], Run] = {}
+    for run in sorted(members, key=lambda run: run.seed):
+        place = ", ".join(_described({key: setting(run, key) for key in inside}, most=len(inside))), run.seed
+        if place in runs:
+            problems.append(f"{run.name} is left out: {runs[place].name} has the same configuration and seed.")
+        runs.setdefault(place, run)
+    return runs
+
+
+def _missing_seeds(groups: Sequence[Group]) -> list[str]:
+    """A sentence for every group and task without a seed that others have."""
+    everyone = sorted({seed for g in groups for seed in g.seeds})
+    problems = []
+    for g in groups:
+        for task in dict.fromkeys(g.tasks):
+            have = {run.seed for t, run in zip(g.tasks, g.runs, strict=True) if t == task}
+            if missing := [str(seed) for seed in everyone if seed not in have]:
+                where = ", ".join(filter(None, [g.label, task]))
+                problems.append(f"{where}: no run with seed {', '.join(missing)}, which others have.")
+    return problems
+
+
+def _text_of_all(g: Group, key: str) -> str:
+    """The key's value in the group, or its values where --by pools several."""
+    return ", ".join(dict.fromkeys(setting(run, key) for run in g.runs))
+
+
+def _described(settings: Mapping[str, str], most: int = 3) -> list[str]:
     """'kl_coef=0.02', once where several stages share it; names first, and the surplus only counted."""
     names_first = sorted(settings, key=lambda key: not key.endswith("name"))
-    parts = list(dict.fromkeys(f"{key.rpartition('.')[2]}={_text(settings[key])}" for key in names_first))
+    parts = list(dict.fromkeys(f"{key.rpartition('.')[2]}={settings[key]}" for key in names_first))
     return [*parts[:most], *([f"{len(parts) - most} more"] if len(parts) > most else [])]
 
 
@@ -186,7 +293,7 @@ def _distinct(groups: Sequence[Group]) -> list[Group]:
     for g in groups:
         seen[g.label] = seen.get(g.label, 0) + 1
         label = g.label if seen[g.label] == 1 else f"{g.label} ({seen[g.label]})"
-        result.append(Group(label, g.backend, g.settings, g.runs))
+        result.append(Group(label, g.settings, g.runs, g.tasks))
     return result
 
 

@@ -12,8 +12,10 @@ import jinja2
 from markupsafe import Markup
 
 from lockstep import __version__
+from lockstep.compare import cost
 from lockstep.compare.claims import Claim, by_text
 from lockstep.compare.groups import Comparison
+from lockstep.compare.plots import coloured
 from lockstep.compare.tables import Table
 
 PROMPTS_PER_SPLIT = 6
@@ -35,7 +37,31 @@ class SamplePrompt:
     rows: Sequence[SampleRow]
 
 
-def render(c: Comparison, headline: str, found: Sequence[Claim], tables: Mapping[str, Table], figures: Mapping[str, str]) -> str:
+# the page's sections: id -> (title, what must be there for it: a table, a figure or samples)
+SECTIONS = {
+    "claims": ("Claims", "claims"),
+    "policies": ("Policies", "policies"),
+    "against": ("Against the baseline", "against"),
+    "seeds": ("Over seeds", "seeds"),
+    "frontier": ("Reward against drift", "frontier"),
+    "learning": ("Learning", "curves"),
+    "reward-model": ("Reward model", "reward_model"),
+    "losses": ("Losses", "losses"),
+    "warnings": ("Warnings", "warnings"),
+    "cost": ("Cost", "cost"),
+    "configuration": ("Configuration", "configuration"),
+    "samples": ("Samples", "samples"),
+}
+
+
+def render(
+    c: Comparison,
+    headline: str,
+    intervals: str,
+    found: Sequence[Claim],
+    tables: Mapping[str, Table],
+    figures: Mapping[str, str],
+) -> str:
     """All text is escaped by Jinja; only the figures, which are ours, go in as they are."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -44,13 +70,22 @@ def render(c: Comparison, headline: str, found: Sequence[Claim], tables: Mapping
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    shown = samples(c)
+    there = {*tables, *figures, *(["samples"] if shown else [])}
     return environment.get_template("page.html.jinja").render(
         c=c,
         headline=headline,
+        intervals=intervals,
+        contents=[(id, title) for id, (title, needed) in SECTIONS.items() if needed in there],
+        colours=coloured(c),
+        costs=cost.in_all(c),
+        seeds_evaluated=any(len(g.evaluated_seeds) > 1 for g in c.groups),
+        bands=any(len(g.seeds) > 1 for g in c.groups),
+        memory=any(stage.memory for run in c.runs for stage in run.stages.values()),
         claims=by_text(found),
         tables=tables,
         figures={name: Markup(svg) for name, svg in figures.items()},
-        samples=samples(c),
+        samples=shown,
         sampled=sample_policies(c),
         version=__version__,
         now=datetime.now(UTC),

@@ -20,7 +20,7 @@ from lockstep.errors import DataError, did_you_mean
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95% interval; ``n`` is the number of things the mean is over."""
+    """A mean with its 95% interval, of no width where there is none; ``n`` is the number of things the mean is over."""
 
     mean: float
     low: float
@@ -51,6 +51,9 @@ class Stage:
     status: str
     seconds: float | None
     metrics: Mapping[str, Series]
+    identity: str = ""  # of its folder: runs that share a stage share it
+    health: Sequence[Mapping[str, Any]] = ()  # warnings while it trained: step, name, message
+    memory: float | None = None  # bytes, at most: of the accelerator, or of the process where there is none
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,21 @@ class Reading:
     problems: list[str] = field(default_factory=list)
 
 
-def read(paths: Sequence[Path]) -> Reading:
-    """All runs under ``paths``: run folders, folders that hold run folders, sweep folders.
+def read(paths: Sequence[Path | str]) -> Reading:
+    """All runs under ``paths``: run folders, folders that hold run folders, sweep folders, ``wandb:`` filters.
 
     Raises:
       DataError: a path that holds no run, or no run that can be read.
     """
     reading = Reading()
-    folders = list(dict.fromkeys(folder.resolve() for path in paths for folder in run_folders(path)))
+    folders: dict[Path, None] = {}
+    for path in map(str, paths):
+        if path.startswith("wandb:"):
+            from lockstep.compare import wandb_runs
+
+            wandb_runs.read(path, reading)
+        else:
+            folders |= dict.fromkeys(folder.resolve() for folder in run_folders(Path(path), reading.problems))
     for folder in folders:
         try:
             reading.runs.append(_read_run(folder, reading.problems))
@@ -104,8 +114,8 @@ def read(paths: Sequence[Path]) -> Reading:
     return reading
 
 
-def run_folders(path: Path) -> list[Path]:
-    """The run folders that ``path`` stands for.
+def run_folders(path: Path, problems: list[str]) -> list[Path]:
+    """The run folders that ``path`` stands for. Jobs of a sweep that have none are named in ``problems``.
 
     Raises:
       DataError: there is none.
@@ -116,11 +126,26 @@ def run_folders(path: Path) -> list[Path]:
     if (path / "run.json").exists():
         return [path]
     if (path / "sweep.json").exists():
-        found = [path / name for name in json.loads((path / "sweep.json").read_text())["runs"]]
+        found = _sweep(path, problems)
     else:
         found = sorted(file.parent for file in path.glob("*/run.json"))
+        for sweep in sorted(path.glob("sweeps/*/sweep.json")):
+            _sweep(sweep.parent, problems)
     if not found:
         raise DataError(f"No runs in '{path}': neither it nor a folder in it has a run.json. {_ADVICE}")
+    return found
+
+
+def _sweep(path: Path, problems: list[str]) -> list[Path]:
+    """The run folders of ``FOLDER/sweeps/NAME``; its record names them from FOLDER on."""
+    found = []
+    for job in json.loads((path / "sweep.json").read_text())["jobs"]:
+        folder = path.resolve().parents[1] / (job.get("run") or "?")
+        if (folder / "run.json").exists():
+            found.append(folder)
+        else:
+            said = f": {job['error'].splitlines()[-1]}" if job.get("error") else ""
+            problems.append(f"The job {' '.join(job['overrides'])} ({job['status']}) left no run{said}")
     return found
 
 
@@ -133,7 +158,9 @@ _ADVICE = "Give the folder of a run or of a sweep: lockstep compare runs/NAME. T
 def _read_run(folder: Path, problems: list[str]) -> Run:
     record = json.loads((folder / "run.json").read_text())
     if record["status"] != "done":
-        problems.append(f"{record['name']} is not finished ({record['status']}): compared as far as it got.")
+        stuck = [name for name, stage in record["stages"].items() if stage.get("status") != "done"]
+        where = f" in {', '.join(stuck)}" if stuck else ""
+        problems.append(f"{record['name']} is not finished ({record['status']}{where}): compared as far as it got.")
     folders = {name: folder.parent / stage["folder"] for name, stage in record["stages"].items()}
     return Run(
         name=record["name"],
@@ -176,11 +203,20 @@ def _read_stage(name: str, record: Mapping[str, Any], folder: Path) -> Stage:
         algorithm=record.get("algorithm"),
         status=record.get("status", "running"),
         seconds=record.get("seconds"),
-        metrics=_series(read_jsonl(folder / "metrics.jsonl")),
+        metrics=series(read_jsonl(folder / "metrics.jsonl")),
+        identity=folder.name,
+        health=record.get("health") or (),
+        memory=_read_done(folder).get("memory"),
     )
 
 
-def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
+def _read_done(folder: Path) -> dict[str, Any]:
+    """What a stage that is complete says of itself."""
+    file = folder / "done.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     """Rows as one series per metric. A resumed stage repeats the steps since its checkpoint: the later row counts."""
     values: dict[str, dict[int, float]] = {}
     for row in rows:

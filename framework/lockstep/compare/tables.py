@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,11 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lockstep.compare.claims import PERCENT, SCORE, Claim, by_text, show
+from lockstep.compare import cost, versus
+from lockstep.compare.claims import PERCENT, SCORE, Claim, by_text, headline_metric, show
 from lockstep.compare.groups import Comparison, Group
 from lockstep.compare.records import Estimate
+from lockstep.compare.versus import Versus
 
 # metric -> (title, how its number is written)
 POLICY_METRICS = {
@@ -49,13 +52,16 @@ class Table:
     headings: frozenset[int] = frozenset()  # rows that name the block below them
 
 
-def all_tables(c: Comparison, found: Sequence[Claim]) -> dict[str, Table]:
+def all_tables(c: Comparison, found: Sequence[Claim], against: Sequence[Versus]) -> dict[str, Table]:
     """Everything that the numbers are good for; a table without rows is left out."""
     every = {
         "claims": checklist(found),
         "policies": policies(c),
+        "seeds": over_seeds(c),
+        "against": against_baseline(c, against),
         "reward_model": reward_model(c),
-        "time": stages(c),
+        "warnings": warnings(c),
+        "cost": costs(c),
         "configuration": configuration(c),
     }
     return {name: table for name, table in every.items() if table.rows}
@@ -95,21 +101,98 @@ def reward_model(c: Comparison) -> Table:
     return _table("Reward model", c, list(lines), {"": cell})
 
 
-def stages(c: Comparison) -> Table:
-    return _table("Time", c, c.stage_names, {"seconds": _seconds, "tokens per second": _speed})
+def over_seeds(c: Comparison) -> Table:
+    """Interquartile means over seeds of what was trained against a reward. None of groups with one seed each."""
+    metrics = [m for m in ("gold", "score", "win_rate", "ability", "kl") if c.has(m)]
+    rows: list[list[str]] = []
+    starts = set()
+    wanted = [(policy, split) for policy in c.after_baseline or c.policies[-1:] for split in c.splits]
+    for policy, split in wanted if any(len(g.evaluated_seeds) > 1 for g in c.groups) else ():
+        found = [_seeds_row(g, split, policy, metrics) for g in c.groups]
+        if any(found):
+            starts.add(len(rows))
+            rows += [[f"{policy}, {split}", *[""] * (len(metrics) + 1)], *filter(None, found)]
+    header = ["", *(POLICY_METRICS[m][0].format(baseline=c.baseline) for m in metrics), "seeds"]
+    return Table("Over seeds: interquartile means", header, rows, frozenset(starts))
+
+
+def _seeds_row(g: Group, split: str, policy: str, metrics: Sequence[str]) -> list[str] | None:
+    cells = [show(versus.over_seeds(g, split, policy, m), POLICY_METRICS[m][1]) for m in metrics]
+    scores = [seeds for m in metrics for seeds in g.scores(split, policy, m).values()]
+    seeds = sorted({seed for found in scores for seed in found})
+    tasks = f", each in {len(set(g.tasks))} settings" if len(set(g.tasks)) > 1 else ""
+    alone = " (one: no interval)" if len(seeds) == 1 else ""
+    return [g.label, *cells, ", ".join(map(str, seeds)) + tasks + alone] if seeds else None
+
+
+def against_baseline(c: Comparison, found: Sequence[Versus]) -> Table:
+    """Seed by seed against the baseline group. A row names the seeds that are on both sides, and those that are not."""
+    rows: list[list[str]] = []
+    starts = set()
+    block = None
+    for v in found:
+        title, form = POLICY_METRICS[v.metric]
+        if block != (block := (v.policy, v.metric)):
+            starts.add(len(rows))
+            rows.append([f"{v.policy}: {title.format(baseline=c.baseline)}", *[""] * 4])
+        difference = show(v.difference, "+" + form) or "no seed on both sides"
+        seeds = ", ".join(map(str, v.seeds)) + (f" (not paired: {'; '.join(v.unpaired)})" if v.unpaired else "")
+        rows.append([*v.names, difference, _always(v.improvement, v.seeds), seeds])
+    header = ["", "against", "difference, seed by seed", "probability of improvement", "seeds"]
+    return Table("Against the baseline", header, rows, frozenset(starts))
+
+
+def _always(e: Estimate, seeds: Sequence[int]) -> str:
+    """Where all runs of one side are better the interval has no width; that is shown, lest it look like certainty."""
+    return f"{e.mean:.0%} [{e.low:.0%}, {e.high:.0%}]" if len(seeds) > 1 else f"{e.mean:.0%}"
+
+
+def in_short(c: Comparison, against: Sequence[Versus], every: Mapping[str, Table]) -> dict[str, Table]:
+    """For a terminal: of policies, differences and cost what is looked at first."""
+    few = [v for v in against if v.metric == headline_metric(c)]
+    short = {"policies": policies_in_short(c), "against": against_baseline(c, few), "cost": cost_in_short(c)}
+    return {name: table for name in every if name != "seeds" and (table := short.get(name, every[name])).rows}
+
+
+def warnings(c: Comparison) -> Table:
+    """What `lockstep.health` warned of while stages trained: in which of a group's runs, and at which step first."""
+    rows = []
+    for g in c.groups:
+        first: dict[tuple[str, str], dict[int, int]] = {}
+        for run in g.runs:
+            for stage in run.stages.values():
+                for found in stage.health:
+                    first.setdefault((stage.name, found["name"]), {}).setdefault(run.seed, found["step"])
+        for (stage, name), steps in first.items():
+            rows.append([g.label, stage, name, ", ".join(f"seed {seed} at step {step}" for seed, step in steps.items())])
+    return Table("Warnings while training", ["", "stage", "warning", "where"], rows)
+
+
+def cost_in_short(c: Comparison) -> Table:
+    """Seconds, speed and memory, per backend."""
+    return costs(dataclasses.replace(c, groups=cost.by_backend(c)), steps=False)
+
+
+def costs(c: Comparison, steps: bool = True) -> Table:
+    blocks: dict[str, Cell] = {
+        "seconds": _seconds,
+        "tokens per second": lambda g, s: _number(cost.speed(g, s)),
+        "episodes": lambda g, s: _number(cost.episodes(g, s)),
+        "peak memory, GiB": lambda g, s: _number(cost.memory(g, s), ".2f"),
+    }
+    for name in cost.parts(c) if steps else ():
+        blocks[f"seconds per step: {name}"] = lambda g, s, n=name: _number(cost.part(g, s, n), ".2f")
+    return _table("Cost", c, c.stage_names, blocks)
 
 
 def _seconds(g: Group, stage: str) -> str:
-    found = g.stages(stage)
-    seconds = [s.seconds for s in found if s.seconds is not None]
-    unfinished = ", ".join(sorted({s.status for s in found} - {"done"}))
-    text = f"{sum(seconds) / len(seconds):,.0f}" if seconds else ""
+    unfinished = ", ".join(sorted({s.status for s in g.stages(stage)} - {"done"}))
+    text = _number(cost.seconds(g, stage))
     return f"{text} ({unfinished})".strip() if unfinished else text
 
 
-def _speed(g: Group, stage: str) -> str:
-    curve = g.curve(stage, "perf/tokens_per_second", points=1)
-    return f"{curve.mean[0]:,.0f}" if curve else ""
+def _number(value: float | None, form: str = ",.0f") -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
 def _table(title: str, c: Comparison, items: Sequence[str], blocks: Mapping[str, Cell]) -> Table:
