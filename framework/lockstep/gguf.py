@@ -77,6 +77,7 @@ def _convert(file: Path, folder: Path) -> None:
         raise CheckpointError(f"transformers cannot read {file}: {error}") from error
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     _check(file, reader, config)
+    config["architectures"] = [type(model).__name__]
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     tensors = {name: parameter.detach().float().numpy() for name, parameter in model.named_parameters()}
     checkpoints.write_tensors(temporary / "model.safetensors", tensors)
