@@ -173,7 +173,7 @@ def theirs(hf, s) -> np.ndarray:
 def ours(policy, s) -> np.ndarray:
     """The same of the decoder, one operation at a time: nothing to compile for every switch."""
     with jax.disable_jit():
-        decoder = policy.network.bind(policy.params)
+        decoder = policy.network.bind(policy.params, policy.frozen)
         return np.asarray(decoder.logits(decoder.hidden(s.tokens, s.attention_mask)))[s.attention_mask]
 
 
