@@ -6,6 +6,7 @@ activations. Tolerance is 1e-4 on logits, of a few units to some tens.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 
 import numpy as np
@@ -272,6 +273,21 @@ def test_greedy_continuations_are_those_of_transformers(pair):
     )  # fmt: skip
     np.testing.assert_array_equal(found.tokens, expected[:, tokens.shape[1] :].numpy())
     assert len(np.unique(found.tokens)) > 3
+
+
+def test_in_bfloat16_sampling_and_scoring_agree(family, pair, tmp_path):
+    """The cache is in bfloat16 too, whatever norms and rotations are computed in."""
+    half = JaxBackend(dataclasses.replace(CPU, precision="bfloat16"))
+    pair[0].save_pretrained(tmp_path)
+    policy, s = HuggingFace.load(tmp_path, half), block()
+    with jax.disable_jit():
+        decoder = policy.network.bind(policy.params, policy.frozen)
+        whole = decoder.hidden(s.tokens[:, :10], s.attention_mask[:, :10])
+        _, cache = decoder.start(s.tokens[:, :8], s.prompt_mask, 2)
+        for column in (8, 9):
+            step, cache = decoder.advance(s.tokens[:, column], cache)
+            assert abs(step - whole[:, column]).max() < 0.1 * abs(whole).max()
+    assert cache.keys.dtype == "bfloat16" and whole.dtype == "float32"
 
 
 def test_saved_models_open_in_transformers_and_again(pair, backend, tmp_path):

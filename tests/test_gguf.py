@@ -141,3 +141,9 @@ def test_a_changed_gguf_file_is_another_input(file, parameters):
     write(file, {name: 2 * array for name, array in parameters.items()})
     assert store.folder_digest(str(file)) != before[0]
     assert gguf.as_folder(file) != before[1]
+
+
+def test_what_is_not_installed_is_said_with_what_to_type(file, monkeypatch):
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None if name == "gguf" else object())
+    with pytest.raises(CheckpointError, match=r"Not installed: gguf. Type: pip install 'lockstep-rlhf\[gguf\]'"):
+        gguf.as_folder(file)

@@ -9,6 +9,7 @@ a file that asks for what would not be computed is refused.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,13 +63,14 @@ def _version(file: Path) -> str:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    try:
-        import gguf
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
+    if missing := [name for name in ("torch", "transformers", "gguf") if importlib.util.find_spec(name) is None]:
         raise CheckpointError(
-            f"{file} is a GGUF file, which transformers reads with torch: {error}. Type: pip install 'lockstep-rlhf[gguf]'"
-        ) from error
+            f"{file} is a GGUF file, which takes torch, transformers and gguf to read. Not installed: {', '.join(missing)}. "
+            "Type: pip install 'lockstep-rlhf[gguf]'"
+        )
+    import gguf
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         reader = gguf.GGUFReader(file)
