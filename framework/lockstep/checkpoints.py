@@ -116,11 +116,15 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
 
 
 def fetch(path: Path | str) -> Path:
-    """A folder, or a hub repository, downloaded into Hugging Face's cache without pickles and code.
+    """A folder, the folder made of a GGUF file, or a hub repository, downloaded into Hugging Face's cache without pickles and
+    code.
 
     Raises:
-      CheckpointError: neither is there.
+      CheckpointError: none is there.
     """
+    from lockstep import gguf  # which writes checkpoints itself
+
+    path = gguf.as_folder(path)
     if Path(path).is_dir():
         return Path(path)
     import huggingface_hub

@@ -96,10 +96,10 @@ class Runner:
         return folders
 
     def _read_folders(self, stage: Stage) -> list[str]:
-        """Local folders that the stage depends on and no stage of this run made."""
+        """Local folders, and GGUF files, that the stage depends on and no stage of this run made."""
         policy = self.experiment.groups["policy"]
         named = [*(name for name, _ in stage.inputs), policy.get("path"), (policy.get("tokenizer") or {}).get("path")]
-        return sorted({name for name in named if name and name not in self.experiment.stages and Path(name).is_dir()})
+        return sorted({name for name in named if name and name not in self.experiment.stages and Path(name).exists()})
 
     def run(self) -> Path:
         """All stages; the run folder.

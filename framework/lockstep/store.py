@@ -75,9 +75,9 @@ def code_digest(modules: Iterable[str]) -> str:
 
 @functools.cache
 def folder_digest(path: str) -> str:
-    """SHA-256 of the names and contents of a folder's files."""
+    """SHA-256 of the names and contents of a folder's files, or of one file."""
     digest = hashlib.sha256()
-    for file in sorted(p for p in Path(path).rglob("*") if p.is_file()):
+    for file in sorted(p for p in [Path(path), *Path(path).rglob("*")] if p.is_file()):
         digest.update(f"{file.relative_to(path)}\0{_checksum(file)}".encode())
     return digest.hexdigest()
 

@@ -18,7 +18,7 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
-from lockstep import checkpoints
+from lockstep import checkpoints, gguf
 from lockstep.errors import ConfigError, did_you_mean, listing
 from lockstep.nouns import Message
 
@@ -99,7 +99,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, config: TokenizerConfig | None = None) -> Tokenizer:
-        """From a folder or hub id, with the replacements of ``config``."""
+        """From a folder, a hub id or a GGUF file, with the replacements of ``config``."""
+        path = gguf.as_folder(path)
         core = tokenizers.Tokenizer.from_file(str(fetch(path, "tokenizer.json")))
         core.no_padding()
         core.no_truncation()

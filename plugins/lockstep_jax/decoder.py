@@ -200,8 +200,8 @@ class DecoderNetwork(nnx.Module):
     ) -> tuple[Array, Any]:
         """All layers, each with its kind of rotation and of mask.
 
-        The cache (keys, values) is carried from layer to layer, each writing its own slice from
-        ``column`` on: as an input and output of the scan it would be copied at every step.
+        The cache (keys, values) is carried from layer to layer, each writing its own slice from ``column`` on: as an input
+        and output of the scan it would be copied at every step.
 
         The backward pass computes a layer's inner activations again (Chen et al. 2016): memory for one layer instead of
         all, and no slower on the CPU, where moving them costs as much as the arithmetic."""

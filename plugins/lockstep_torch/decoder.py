@@ -298,6 +298,11 @@ class TransformersNetwork(Network):
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.context_length = config.max_position_embeddings
 
+    def checkpoint_name(self, name: str) -> str:
+        """Of a parameter of this module: transformers keeps GPT-NeoX's head under another name than its files."""
+        name = name.replace("hf.", self.prefix, 1)
+        return name.replace("lm_head.", "embed_out.") if self.config["model_type"] == "gpt_neox" else name
+
     def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None, first: int = 0) -> Tensor:
         if dropout is not None:
             raise ConfigError("Networks of transformers are run without dropout. Set dropout=0, or use policy=decoder.")

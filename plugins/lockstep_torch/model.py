@@ -101,7 +101,7 @@ class TorchModel:
         """The parameters that are trained, under checkpoint names: all of them, or the adapter's and the head's."""
         named = {name: tensor for name, tensor in self.network.named_parameters() if tensor.requires_grad}
         if isinstance(self.network, TransformersNetwork):
-            named = {name.replace("hf.", self.network.prefix, 1): tensor for name, tensor in named.items()}
+            named = {self.network.checkpoint_name(name): tensor for name, tensor in named.items()}
         if self.network.adapter is not None:  # peft could hold several in one layer, by name
             named = {name.replace(".default.", "."): tensor for name, tensor in named.items()}
         return named | (self.head.tensors() if self.head else {})

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lockstep import adapters
+from lockstep import adapters, gguf
 from lockstep.adapters import LoRAConfig
 from lockstep.architecture import (
     SCALAR_BIAS,
@@ -172,6 +172,7 @@ def _open(auto: type, folder: Path | str) -> Network:
 
     logging.set_verbosity_error()  # its table of unexpected keys names a scalar head that is read elsewhere
     logging.disable_progress_bar()
+    folder = gguf.as_folder(folder)
     try:
         hf = auto.from_pretrained(folder, dtype="float32", use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:

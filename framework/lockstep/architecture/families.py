@@ -175,8 +175,8 @@ def _read_smollm3(c: Settings) -> Architecture:
     layers, every = c["num_hidden_layers"], c["no_rope_layer_interval"]
     turns = [(layer + 1) % every != 0 for layer in range(layers)]
     if c.get("no_rope_layers") is not None:  # which lists, against its name, the layers that do turn
-        turns = [bool(turn) for turn in c["no_rope_layers"]]
-    if len(turns) != layers:
+        turns = [bool(turn) for turn in c["no_rope_layers"][:layers]]
+    if len(turns) < layers:
         raise CheckpointError(f"This smollm3 model has {len(turns)} entries in no_rope_layers for {layers} layers.")
     window = c["sliding_window"] if c["use_sliding_window"] else None
     return decoder(
