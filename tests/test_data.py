@@ -108,7 +108,15 @@ def test_rows_serve_only_the_nouns_that_the_table_lists(write, nouns, row):
 def test_earlier_answers_stay_in_the_prompt(write):
     found = demonstration(write({"messages": [message(SYSTEM, "Be brief."), *dialogue("Hi", "Hello", "Bye", "See you")]}))
     turns = ((SYSTEM, "Be brief."), (USER, "Hi"), (ASSISTANT, "Hello"), (USER, "Bye"))
-    assert found == Demonstration(Prompt(tuple(Message(*turn) for turn in turns)), "See you")
+    assert found == Demonstration(Prompt(tuple(Message(*turn) for turn in turns)), "See you", dialogue=True)
+
+
+def test_only_a_whole_dialogue_teaches_the_earlier_answers_too(write):
+    prompt, pair = dialogue("Hi", "Hello", "Bye"), {"chosen": dialogue("Hi", "Hello", "Bye", "See you")}
+    assert demonstration(write({"conversations": dialogue("Hi", "Hello", "Bye", "See you")})).dialogue
+    assert not demonstration(write({"prompt": prompt, "completion": "See you"})).dialogue
+    assert not demonstration(write({**pair, "rejected": dialogue("Hi", "Hello", "Bye", "No")})).dialogue
+    assert not demonstration(write({"messages": dialogue("Hi", "Hello")})).dialogue
 
 
 def test_a_dialogue_that_waits_for_an_answer_is_a_prompt_as_it_is(write):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.errors import DataError
-from lockstep.nouns import Comparison, Demonstration, Prompt
-from lockstep.sequences import Sequences, pack, round_up
+from lockstep.errors import ConfigError, DataError
+from lockstep.nouns import Comparison, Demonstration, Message, Prompt
+from lockstep.sequences import Sequences, pack, round_up, share_rows
 from lockstep.tokenizer import Tokenizer
 
 log = logging.getLogger("lockstep")
@@ -31,26 +31,90 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Example:
-    """One row: token ids of a prompt and of a response."""
+    """Token ids of a prompt and of a response. ``counted`` says which tokens of the response count; None: all.
+
+    Of a dialogue that teaches all of the assistant's turns, the prompt is what comes before the first of them.
+    """
 
     prompt: list[int]
     response: list[int]
+    counted: list[bool] | None = None
+
+    @property
+    def counts(self) -> list[bool]:
+        return [True] * len(self.response) if self.counted is None else self.counted
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, limit: int) -> list[int] | None:
     """Ids of the rendered dialogue, ready for the assistant's turn. A dialogue that is too long loses its oldest turns,
     never a part of one; None where its last turn alone is too long."""
+    pieces = _fitting(prompt, limit, lambda messages: [tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))])
+    return pieces and pieces[0]
+
+
+def _fitting(prompt: Prompt, limit: int, encode: Callable[[Sequence[Message]], list[list[int]]]) -> list[list[int]] | None:
+    """The encoded pieces of the longest end of a dialogue that fits; the system's message stays."""
     messages = list(prompt.messages)
     system = messages[:1] if messages[0].role == "system" else []
     turns = messages[len(system) :]
     while turns:
-        ids = tokenizer.encode(tokenizer.render(system + turns, add_generation_prompt=True))
-        if len(ids) <= limit:
-            return ids
+        pieces = encode(system + turns)
+        if sum(map(len, pieces)) <= limit:
+            return pieces
         turns = turns[1:]
         while turns and turns[0].role != "user":
             turns = turns[1:]
     return None
+
+
+def encode_dialogue(tokenizer: Tokenizer, demonstration: Demonstration, lengths: Lengths) -> Example | None:
+    """A demonstration in which every turn of the assistant counts, each with its EOS where the template writes one. Too long
+    a dialogue loses its oldest turns, as a prompt does; None where the last prompt alone is too long.
+
+    The dialogue is cut where the assistant's turns begin and end, and the pieces are encoded one by one: no token is half
+    the assistant's, and each turn begins after the ids that generation would start from.
+    """
+    pieces = _fitting(demonstration.prompt, lengths.prompt, lambda messages: _turns(tokenizer, messages))
+    if pieces is None:
+        return None
+    response, counted = [], []
+    for number, ids in enumerate(pieces[1:], 1):
+        assistant = number % 2 == 1
+        response += ids
+        counted += [assistant or (i == 0 and token == tokenizer.eos_id) for i, token in enumerate(ids)]
+    last = encode_response(tokenizer, demonstration.response, lengths.response)
+    return Example(pieces[0], response + last, counted + [True] * len(last))
+
+
+def _turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[list[int]]:
+    """The rendered dialogue, ready for the assistant's next turn, in an odd number of encoded pieces: others' text and
+    markup, the assistant's turn, others', the assistant's, ..., others'."""
+    text, start, pieces = tokenizer.render(messages, add_generation_prompt=True), 0, []
+    for number, message in enumerate(messages):
+        if message.role == "assistant":
+            before = tokenizer.render(messages[:number], add_generation_prompt=True)
+            begin, end = _find_turn(text, before, message.content)
+            pieces += [text[start:begin], text[begin:end]]
+            start = end
+    return tokenizer.encode_many([*pieces, text[start:]])
+
+
+def _find_turn(text: str, before: str, content: str) -> tuple[int, int]:
+    """Where the assistant's turn is in a rendered dialogue: right after what came before it. White space that the template
+    puts between, or takes off the turn, is not the assistant's.
+
+    Raises:
+      ConfigError: it is not there.
+    """
+    for form in (content, content.strip()):
+        begin = text.find(form, len(before))
+        if text.startswith(before) and begin >= 0 and not text[len(before) : begin].strip():
+            return begin, begin + len(form)
+    raise ConfigError(
+        "This chat template writes an earlier turn of the assistant differently once the dialogue goes on, so that its tokens "
+        f"cannot be told from others: after {before[-40:]!r} comes {text[len(before) :][:40]!r} where {content[:40]!r} was "
+        "expected. Set sft.assistant_turns=last, or policy.tokenizer.chat_template to a template that writes all turns alike."
+    )
 
 
 def encode_response(tokenizer: Tokenizer, response: str, limit: int) -> list[int]:
@@ -69,15 +133,23 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt], lengths: Len
     return [p for p, _ in kept], [ids for _, ids in kept]
 
 
-def encode_demonstrations(tokenizer: Tokenizer, demonstrations: Sequence[Demonstration], lengths: Lengths) -> list[Example]:
+def encode_demonstrations(
+    tokenizer: Tokenizer, demonstrations: Sequence[Demonstration], lengths: Lengths, *, every_turn: bool = False
+) -> list[Example]:
+    """With ``every_turn``, the assistant's earlier turns of whole dialogues count too."""
     examples = []
     for demonstration in demonstrations:
-        ids = encode_prompt(tokenizer, demonstration.prompt, lengths.prompt)
-        if ids is not None:
-            examples.append(Example(ids, encode_response(tokenizer, demonstration.response, lengths.response)))
+        encode = encode_dialogue if every_turn and demonstration.dialogue else _encode_last_turn
+        if example := encode(tokenizer, demonstration, lengths):
+            examples.append(example)
     _report(len(demonstrations), len(examples), f"demonstrations whose prompt is longer than {lengths.prompt} tokens")
     _report_cut(sum(e.response[-1] != tokenizer.eos_id for e in examples), len(examples), lengths)
     return examples
+
+
+def _encode_last_turn(tokenizer: Tokenizer, demonstration: Demonstration, lengths: Lengths) -> Example | None:
+    ids = encode_prompt(tokenizer, demonstration.prompt, lengths.prompt)
+    return ids and Example(ids, encode_response(tokenizer, demonstration.response, lengths.response))
 
 
 def encode_comparisons(
@@ -116,17 +188,43 @@ def block(examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths, *
     """Rows as one block, padded to few shapes. With ``prompt_loss`` every token but the first counts (as N+ trains its
     SFT): the prompt then moves into the response columns."""
     if prompt_loss:
-        examples = [Example(e.prompt[:1], e.prompt[1:] + e.response) for e in examples]
+        examples = prompts_count(examples)
         lengths = Lengths(1, lengths.prompt + lengths.response, lengths.multiple)
-    prompt_columns = lengths.columns(max(len(e.prompt) for e in examples), lengths.prompt)
-    response_columns = lengths.columns(max(len(e.response) for e in examples), lengths.response)
-    return pack(
+    longest = max(len(e.response) for e in examples)
+    limit = lengths.response if longest <= lengths.response else lengths.prompt + lengths.response  # a dialogue: all its turns
+    rows = pack(
         [e.prompt for e in examples],
         [e.response for e in examples],
         tokenizer.pad_id,
-        prompt_columns=prompt_columns,
-        response_columns=response_columns,
+        prompt_columns=lengths.columns(max(len(e.prompt) for e in examples), lengths.prompt),
+        response_columns=lengths.columns(longest, limit),
     )
+    rows.mask[rows.response_mask] = [counts for e in examples for counts in e.counts]
+    return rows
+
+
+def packed_block(
+    examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths, *, prompt_loss: bool = False, rows_multiple: int | None
+) -> Sequences:
+    """`block` with as many examples in a row as fit into lengths.prompt + lengths.response tokens. What counts is the same.
+
+    How many rows that takes differs from batch to batch, and every number of rows is a compilation on XLA. So rows that do
+    not count are added, up to a multiple of ``rows_multiple``, or where it is None of an eighth of the power of two below:
+    at most an eighth more, and batches of one size come in very few shapes.
+    """
+    examples = prompts_count(examples) if prompt_loss else examples
+    rows = share_rows(
+        [e.prompt + e.response for e in examples],
+        [[False] * len(e.prompt) + e.counts for e in examples],
+        tokenizer.pad_id,
+        lengths.prompt + lengths.response,
+    )
+    return rows.pad_rows(round_up(rows.rows, rows_multiple or max(1, 2 ** rows.rows.bit_length() // 16)))
+
+
+def prompts_count(examples: Sequence[Example]) -> list[Example]:
+    """Every token but the first counts: the prompt moves into the response."""
+    return [Example(e.prompt[:1], e.prompt[1:] + e.response) for e in examples]
 
 
 def token_weights(mask: np.ndarray, total: int) -> np.ndarray:

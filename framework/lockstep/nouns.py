@@ -38,10 +38,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What a person wrote as the response to a prompt."""
+    """What a person wrote as the response to a prompt. In a ``dialogue`` the assistant's earlier turns, which are in the
+    prompt, are demonstrations too."""
 
     prompt: Prompt
     response: str
+    dialogue: bool = False
 
 
 @dataclass(frozen=True)

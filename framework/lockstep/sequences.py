@@ -8,6 +8,12 @@
 
 Response column t is column P + t. Log-probabilities, values and rewards are [B, T] arrays over the response columns.
 One layout serves generation, SFT, reward modelling and PPO; a text without a prompt has a prompt of one BOS token.
+
+Several examples may share a row (`share_rows`); ``segments`` then says which token is whose:
+
+    tokens    a b x EOS | c y EOS | pad pad         P = 1: the first example's first token is the prompt column
+    segments  1 1 1  1  | 2 2  2  |  0   0          no token sees another example's; positions start again in each
+    mask        F T  T  | F T  T  |  F   F          prompts do not count
 """
 
 from __future__ import annotations
@@ -26,12 +32,15 @@ class Sequences:
     prompt_mask: bool [B, P]. False on the left padding.
     response_mask: bool [B, T]. True on real tokens: a prefix of each row.
     mask: bool [B, T]. True on the tokens that count: within response_mask.
+    segments: int32 [B, P + T]. Where examples share rows: the number of the example that a token belongs to, from 1 on, and
+      0 on padding. An example's tokens are neighbours. None where each row is one example.
     """
 
     tokens: np.ndarray
     prompt_mask: np.ndarray
     response_mask: np.ndarray
     mask: np.ndarray
+    segments: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
@@ -48,6 +57,19 @@ class Sequences:
         return np.concatenate([self.prompt_mask, self.response_mask], axis=1)
 
     @property
+    def attention(self) -> np.ndarray:
+        """What attention and positions go by: ``segments`` where there are some, else `attention_mask`. A token sees the
+        tokens before it under the same number; False and 0 are padding."""
+        return self.attention_mask if self.segments is None else self.segments
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        numbers = self.attention.astype(np.int64)
+        rows = np.arange(self.rows)[:, None] * (numbers.max(initial=0) + 1)
+        return int(np.bincount((numbers + rows)[numbers > 0]).max(initial=0))
+
+    @property
     def responses(self) -> np.ndarray:
         """int32 [B, T]: the response columns."""
         return self.tokens[:, self.prompt_length :]
@@ -61,7 +83,8 @@ class Sequences:
         return (self.prompt_length - 1 + self.response_mask.sum(axis=1)).astype(np.int32)
 
     def take(self, rows: np.ndarray | slice) -> Sequences:
-        return Sequences(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
+        arrays = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return Sequences(*(None if array is None else array[rows] for array in arrays))
 
     def pad_rows(self, rows: int) -> Sequences:
         """The same with copies of the first row whose ``mask`` is False appended: a shape to compile for once."""
@@ -117,6 +140,38 @@ def pack(
 def join(prompt_tokens: np.ndarray, prompt_mask: np.ndarray, response: np.ndarray, response_mask: np.ndarray) -> Sequences:
     """A block from generated responses: every real token counts."""
     return Sequences(np.concatenate([prompt_tokens, response], axis=1), prompt_mask, response_mask, response_mask.copy())
+
+
+def share_rows(examples: Sequence[Sequence[int]], counted: Sequence[Sequence[bool]], pad_id: int, columns: int) -> Sequences:
+    """Several examples in each row of ``columns`` tokens. ``counted`` says of every token whether it counts; the first of an
+    example is predicted from nothing and must not."""
+    rows = first_fit([len(example) for example in examples], columns)
+    tokens = np.full((len(rows), columns), pad_id, np.int32)
+    segments = np.zeros((len(rows), columns), np.int32)
+    mask = np.zeros((len(rows), columns), bool)
+    for row, members in enumerate(rows):
+        start = 0
+        for number, member in enumerate(members, 1):
+            place = row, slice(start, start + len(examples[member]))
+            tokens[place], segments[place], mask[place] = examples[member], number, counted[member]
+            mask[row, start] = False
+            start += len(examples[member])
+    return Sequences(tokens, segments[:, :1] > 0, segments[:, 1:] > 0, mask[:, 1:], segments)
+
+
+def first_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Which items share a bin of ``size``: the longest first, each into the first bin with room (first-fit decreasing; at
+    most 11/9 of the fewest bins and one more, Johnson 1973)."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = next((i for i, left in enumerate(room) if left >= lengths[item]), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(size)
+        bins[place].append(item)
+        room[place] -= lengths[item]
+    return bins
 
 
 def chunks(rows: int, size: int | None) -> Iterator[slice]:

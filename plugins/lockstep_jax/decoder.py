@@ -81,8 +81,13 @@ class Dropout(NamedTuple):
 
 
 def positions(mask: Array) -> Array:
-    """[B, L] number of real tokens before each column (LHP): left padding does not shift a prompt."""
-    return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
+    """[B, L] number of real tokens before each column (LHP): left padding does not shift a prompt. With segments, of real
+    tokens of the same one."""
+    count = jnp.maximum(jnp.cumsum(mask != 0, axis=-1) - 1, 0)
+    if mask.dtype == bool:
+        return count
+    begins = mask != jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
+    return count - jax.lax.cummax(jnp.where(begins, count, 0), axis=1)
 
 
 class ScalarHead(nnx.Module):
@@ -147,7 +152,8 @@ class DecoderNetwork(nnx.Module):
         self.score = ScalarHead(a.hidden_size) if network.scalar_head else None
 
     def hidden(self, tokens: Array, mask: Array, dropout: Dropout | None = None) -> Array:
-        """[B, L] ids and attention mask -> [B, L, d] after the final norm. Ids under a False mask are never read."""
+        """[B, L] ids and attention mask -> [B, L, d] after the final norm. Ids under a False mask are never read. The mask may
+        be `lockstep.sequences.Sequences.segments`, int."""
         position = positions(mask)
         drop = dropout and (lambda y, site: dropout(y, site, position))
         x, _ = self.run(self.embed(tokens, mask, position), self.rotations(position), self.views(causal(mask)), drop=drop)
@@ -371,9 +377,13 @@ class OffsetRMSNorm(nnx.RMSNorm):
 
 
 def causal(mask: Array) -> Array:
-    """[B, L] attention mask -> bool [B, 1, L, L]: query i sees key j where j <= i and j is real."""
+    """[B, L] attention mask or segments -> bool [B, 1, L, L]: query i sees key j where j <= i and j is real and of the same
+    segment."""
     length = mask.shape[1]
-    return jnp.tril(jnp.ones((length, length), bool)) & mask[:, None, None, :]
+    earlier = jnp.tril(jnp.ones((length, length), bool))
+    if mask.dtype != bool:
+        earlier = earlier & (mask[:, None, :, None] == mask[:, None, None, :])
+    return earlier & (mask != 0)[:, None, None, :]
 
 
 def near(visible: Array, window: int, first: Any) -> Array:

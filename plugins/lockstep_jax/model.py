@@ -26,15 +26,17 @@ LOGITS_AT_ONCE = 2**26
 
 
 class Block(NamedTuple):
-    """`lockstep.sequences.Sequences` as a compiled program takes it: tokens [B, P + T], masks [B, P] and [B, T]."""
+    """`lockstep.sequences.Sequences` as a compiled program takes it: tokens [B, P + T], masks [B, P] and [B, T], segments
+    [B, P + T] or None."""
 
     tokens: Array
     prompt_mask: Array
     response_mask: Array
+    segments: Array | None
 
     @classmethod
     def put(cls, sequences: Sequences) -> Block:
-        return cls(sequences.tokens, sequences.prompt_mask, sequences.response_mask)
+        return cls(sequences.tokens, sequences.prompt_mask, sequences.response_mask, sequences.segments)
 
 
 def forward(
@@ -49,7 +51,8 @@ def forward(
     """The named outputs, differentiable. Logits exist at the T columns that predict a response token only."""
     decoder = network.bind(params, frozen)
     prompt_length = block.prompt_mask.shape[1]
-    hidden = decoder.hidden(block.tokens, jnp.concatenate([block.prompt_mask, block.response_mask], axis=1), dropout)
+    mask = jnp.concatenate([block.prompt_mask, block.response_mask], axis=1) if block.segments is None else block.segments
+    hidden = decoder.hidden(block.tokens, mask, dropout)
     states = hidden[:, prompt_length - 1 : -1]  # [B, T, d]: the state each response token is chosen in
     out = {}
     if "logprobs" in outputs or "entropy" in outputs:
@@ -119,14 +122,13 @@ class JaxModel:
         return cls(network, backend.put(from_arrays(architecture, arrays)), backend)
 
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
-        self.check_length(sequences.attention_mask, 0)
+        self.check_length(sequences.longest)
         block = Block.put(sequences)
         out = _evaluate(self.params, self.frozen, block, temperature, network=self.network, outputs=tuple(outputs))
         return {name: np.asarray(value) for name, value in jax.device_get(out).items()}
 
-    def check_length(self, mask: np.ndarray, new_tokens: int) -> None:
+    def check_length(self, longest: int) -> None:
         """Learned positions end with the context; JAX would read the last one again and again without a word."""
-        longest = int(mask.sum(axis=1).max()) + new_tokens
         if self.network.architecture.positions == "learned" and longest > self.context_length:
             raise ConfigError(
                 f"{longest} tokens do not fit the model's context of {self.context_length}. Shorten the prompts or the responses."
@@ -169,7 +171,7 @@ class LanguageModel(JaxModel, Policy):
         stop_ids: Sequence[int],
         pad_id: int,
     ) -> Generated:
-        self.check_length(prompt_mask, seeds.shape[1])
+        self.check_length(int(prompt_mask.sum(axis=1).max()) + seeds.shape[1])
         drawn = generate(
             self.params,
             self.frozen,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -57,7 +57,16 @@ class LanguageModelling(Algorithm):
         raise NotImplementedError
 
     def block(self, examples: Sequence[Example]) -> Sequences:
+        """Each example in a row of its own."""
         raise NotImplementedError
+
+    def packed(self, examples: Sequence[Example]) -> Sequences:
+        """Several examples in a row."""
+        c = self.config
+        prompt_loss = getattr(c, "prompt_loss", False)
+        return encoding.packed_block(
+            examples, self.tokenizer, c.lengths, prompt_loss=prompt_loss, rows_multiple=c.micro_batch_size
+        )
 
     def batch(self, step: int) -> list[Example]:
         size = self.per_step(self.config)
@@ -66,13 +75,15 @@ class LanguageModelling(Algorithm):
 
     def blocks(self, step: int) -> list[Sequences]:
         """The rows of one optimizer step."""
-        return [self.block(self.batch(step))]
+        return [(self.packed if self.config.packing else self.block)(self.batch(step))]
 
     def step(self, step: int) -> Metrics:
         before = {"heldout/loss": self.heldout_loss(self.policy)} if step == 0 else {}
         scale = lr_scale(self.config.schedule, step, self.total_steps)
         terms = self.terms(step)
         metrics = self.learner.update(terms, scale)
+        if self.config.packing:
+            metrics["rows"] = float(sum(term.sequences.rows for term in terms))
         return before | metrics | {"perplexity": math.exp(min(metrics["loss"], 50)), "lr_scale": scale}
 
     def terms(self, step: int) -> list[Term]:
@@ -108,11 +119,11 @@ class LanguageModelling(Algorithm):
     def arithmetic(cls, config: Any, data: DataSource) -> str:
         examples, size = cls.count(data), cls.per_step(config)
         raw = f" and {config.batch_size - size} raw texts" if size < config.batch_size else ""
-        micro = min(config.micro_batch_size or config.batch_size, config.batch_size)
-        return (
-            f"{examples} examples x {config.epochs:g} epochs / {size}{raw} per step = {cls.steps(config, examples)} "
-            f"steps; micro-batches of {micro}"
-        )
+        batch = f"{examples} examples x {config.epochs:g} epochs / {size}{raw} per step = {cls.steps(config, examples)} steps"
+        if config.packing:
+            columns, micro = config.lengths.prompt + config.lengths.response, config.micro_batch_size
+            return f"{batch}, packed into rows of {columns} tokens; micro-batches of {f'{micro} rows' if micro else 'all rows'}"
+        return f"{batch}; micro-batches of {min(config.micro_batch_size or config.batch_size, config.batch_size)}"
 
     def result(self) -> Policy:
         return self.learner.averaged("policy")
@@ -127,6 +138,7 @@ class Pretraining(LanguageModelling):
         batch_size: int
         micro_batch_size: int | None
         lengths: Lengths
+        packing: bool
         heldout_examples: int
         optimizer: OptimizerConfig
         schedule: ScheduleConfig
@@ -152,6 +164,8 @@ class SFT(LanguageModelling):
         batch_size: int
         micro_batch_size: int | None
         lengths: Lengths
+        packing: bool
+        assistant_turns: Literal["all", "last"]
         prompt_loss: bool
         pretrain_mix: float
         dropout: float
@@ -166,6 +180,11 @@ class SFT(LanguageModelling):
                 raise ConfigError(
                     f"sft.pretrain_mix={self.pretrain_mix:g} of batch_size={self.batch_size} leaves no demonstration in "
                     "a batch. Set a fraction 0 <= pretrain_mix < 1."
+                )
+            if self.packing and self.dropout:
+                raise ConfigError(
+                    f"sft.packing=true does not go with sft.dropout={self.dropout:g}: dropout is drawn by row and position, so "
+                    "the examples of one row would share it. Set packing=false or dropout=0."
                 )
 
     def __init__(self, config: Config, setting: Setting):
@@ -188,18 +207,21 @@ class SFT(LanguageModelling):
             if split == "train":
                 raise
             return []
-        return encoding.encode_demonstrations(self.tokenizer, demonstrations[:limit], self.config.lengths)
+        every_turn = self.config.assistant_turns == "all"
+        demonstrations = demonstrations[:limit]
+        return encoding.encode_demonstrations(self.tokenizer, demonstrations, self.config.lengths, every_turn=every_turn)
 
     def block(self, examples: Sequence[Example]) -> Sequences:
         return encoding.block(examples, self.tokenizer, self.config.lengths, prompt_loss=self.config.prompt_loss)
 
     def blocks(self, step: int) -> list[Sequences]:
-        demonstrations = super().blocks(step)
         if not self.raw:
-            return demonstrations
+            return super().blocks(step)
         indices = example_indices(self.setting.seed, "mix", len(self.texts), step * self.raw, self.raw)
         texts = [self.texts[i] for i in indices]
-        return [*demonstrations, encoding.text_block(texts, self.tokenizer, self.config.lengths)]
+        if self.config.packing:
+            return [self.packed([*self.batch(step), *texts])]
+        return [*super().blocks(step), encoding.text_block(texts, self.tokenizer, self.config.lengths)]
 
     def terms(self, step: int) -> list[Term]:
         terms = super().terms(step)

@@ -8,6 +8,7 @@ parameter names. `TransformersNetwork` puts any causal language model of transfo
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class Network(nn.Module):
 
     def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None, first: int = 0) -> Tensor:
         """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
-        under a False mask are never read."""
+        under a False mask are never read. The mask may be `lockstep.sequences.Sequences.segments`, int."""
         raise NotImplementedError
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, Any]:
@@ -81,8 +82,13 @@ def high_bits(x: Tensor, count: int) -> Tensor:
 
 
 def positions(mask: Tensor) -> Tensor:
-    """[B, L] number of real tokens before each column (LHP): left padding does not shift a prompt."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+    """[B, L] number of real tokens before each column (LHP): left padding does not shift a prompt. With segments, of real
+    tokens of the same one."""
+    count = ((mask != 0).cumsum(-1) - 1).clamp(min=0)
+    if mask.dtype == torch.bool:
+        return count
+    begins = mask != F.pad(mask[:, :-1], (1, 0))
+    return count - torch.where(begins, count, 0).cummax(-1).values
 
 
 class ScalarHead(nn.Module):
@@ -179,7 +185,7 @@ class DecoderNetwork(Network):
         return F.linear(hidden, self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight)
 
     def embed(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        return self.model["embed_tokens"](torch.where(mask, tokens, 0))
+        return self.model["embed_tokens"](torch.where(mask != 0, tokens, 0))
 
     def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, 1, L, hd / 2] of the rotary angles (Su et al. 2021, in Llama's half-split layout)."""
@@ -257,11 +263,13 @@ def attention_dtype(device: torch.device) -> torch.dtype:
 
 
 def causal(mask: Tensor) -> Tensor:
-    """[B, L] attention mask -> bool [B, 1, L, L]: query i sees key j where j <= i and j is real, and itself, so that no
-    softmax of a padded query runs over nothing."""
+    """[B, L] attention mask or segments -> bool [B, 1, L, L]: query i sees key j where j <= i and j is real and of the same
+    segment, and itself, so that no softmax of a padded query runs over nothing."""
     length = mask.shape[1]
     earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    return earlier & mask[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=mask.device)
+    if mask.dtype != torch.bool:
+        earlier = earlier & (mask[:, None, :, None] == mask[:, None, None, :])
+    return earlier & (mask != 0)[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=mask.device)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -306,6 +314,11 @@ class TransformersNetwork(Network):
     def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None, first: int = 0) -> Tensor:
         if dropout is not None:
             raise ConfigError("Networks of transformers are run without dropout. Set dropout=0, or use policy=decoder.")
+        if mask.dtype != torch.bool and not self.can_pack:
+            raise ConfigError(
+                f"This {self.config['model_type']} cannot be trained on packed rows: run by transformers, the examples of a row "
+                "see each other. Set packing=false."
+            )
         return self._trunk(tokens, mask, positions(mask)).last_hidden_state[:, first:]
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, dict[str, Any]]:
@@ -323,11 +336,24 @@ class TransformersNetwork(Network):
         cap = getattr(self.hf.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    @functools.cached_property
+    def can_pack(self) -> bool:
+        """Whether examples in one row are apart. transformers is told by positions that start again; not every model listens,
+        so it is tried out: an example after another one against the same one alone, and after an example of other tokens."""
+        device = self.hf.get_input_embeddings().weight.device
+        first, second = (torch.arange(8, device=device)[None] * step % self.vocab_size for step in (1, 3))
+        segments = torch.tensor([[1] * 8 + [2] * 8], device=device)
+        run = lambda tokens, mask: self._trunk(tokens, mask, positions(mask)).last_hidden_state[0, -8:]  # noqa: E731
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            alone = run(second, segments[:, :8] > 0)
+            packed, other = (run(torch.cat([before, second], 1), segments) for before in (first, first.flip(1)))
+        return torch.equal(packed, other) and torch.allclose(packed, alone, atol=1e-3 * float(alone.abs().max()))
+
     def _trunk(self, tokens: Tensor, mask: Tensor, position: Tensor, **cache: Any) -> Any:
-        here = mask[:, -tokens.shape[1] :]
+        here = mask[:, -tokens.shape[1] :] != 0
         return self.hf.base_model(
             input_ids=torch.where(here, tokens, 0),
-            attention_mask=mask.long(),
+            attention_mask=mask.long() if mask.dtype == torch.bool else None,
             position_ids=position,
             **({"use_cache": False} | cache),
         )

@@ -25,7 +25,8 @@ LOGITS_AT_ONCE = 2**26
 
 @dataclass(frozen=True)
 class Block:
-    """`lockstep.sequences.Sequences` on the device: tokens, mask [B, P + T]; last [B]."""
+    """`lockstep.sequences.Sequences` on the device: tokens [B, P + T]; mask [B, P + T], bool, or int where there are
+    segments; last [B]."""
 
     tokens: Tensor
     mask: Tensor
@@ -36,7 +37,7 @@ class Block:
     def put(cls, sequences: Sequences, backend: TorchBackend) -> Block:
         return cls(
             backend.put(sequences.tokens),
-            backend.put(sequences.attention_mask),
+            backend.put(sequences.attention),
             backend.put(sequences.last),
             sequences.prompt_length,
         )

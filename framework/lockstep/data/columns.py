@@ -45,12 +45,14 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True)
 class Answered:
-    """All that a row can say: a prompt, its completions (none, one or K) and their ranks, 0 the best."""
+    """All that a row can say: a prompt, its completions (none, one or K) and their ranks, 0 the best. ``dialogue``: it
+    came as a whole, with earlier turns of the assistant."""
 
     prompt: Prompt
     completions: tuple[str, ...] = ()
     ranks: tuple[int, ...] = ()
     labeler: str | None = None
+    dialogue: bool = False
 
 
 # ------------------------------------------------------------------------------------------- columns, messages, text
@@ -200,7 +202,8 @@ def _dialogue_in(name: str) -> Callable[[Columns], Answered]:
         if messages[-1].role != "assistant":
             return Answered(_prompt(row, messages))
         before, response = _split_dialogue(messages)
-        return Answered(_prompt(row, before), (response,), (0,))
+        answered = any(message.role == "assistant" for message in before)
+        return Answered(_prompt(row, before), (response,), (0,), dialogue=answered)
 
     return read
 
@@ -358,7 +361,7 @@ def _demonstration(row: Answered) -> Demonstration:
     """The best completion, so that comparisons serve too; of equally good ones the first."""
     if not row.completions:
         raise BadRow("no response", "the last message should be the assistant's.")
-    return Demonstration(row.prompt, row.completions[row.ranks.index(min(row.ranks))])
+    return Demonstration(row.prompt, row.completions[row.ranks.index(min(row.ranks))], row.dialogue)
 
 
 def _comparison(row: Answered) -> Comparison:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import autograd.numpy as np
+import numpy
 from autograd.tracer import getval
 
 from lockstep import randomness
@@ -28,7 +29,7 @@ def hidden(
     """The last columns' tokens [B, L] and the attention mask [B, columns] of all -> [B, L, d] after the final norm.
 
     Without a cache all columns are new: L = columns. With one, the earlier columns' keys and values are read from it and
-    the new ones' added. Ids under a False mask are never read.
+    the new ones' added. Ids under a False mask are never read. The mask may be the segments of rows that examples share.
 
     Pre-norm, RMSNorm, rotary positions, grouped-query attention and SwiGLU (Touvron et al. 2023).
     """
@@ -112,15 +113,20 @@ def drop(dropout: Dropout | None, x: Array, site: int, position: Array) -> Array
 
 
 def positions(mask: Array) -> Array:
-    """[B, L] number of real tokens before each column: left padding does not shift a prompt."""
-    return np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    """[B, L] number of real tokens (of the same segment) before each column: left padding does not shift a prompt."""
+    count = np.maximum(np.cumsum(mask != 0, axis=1) - 1, 0)
+    if mask.dtype == bool:
+        return count
+    begins = mask != np.pad(mask[:, :-1], ((0, 0), (1, 0)))
+    return count - numpy.maximum.accumulate(np.where(begins, count, 0), axis=1)
 
 
 def causal(mask: Array) -> Array:
-    """[B, L] attention mask -> bool [B, L, L]: query i sees key j where j <= i and j is real, and itself, so that no
-    softmax of a padded query runs over nothing."""
+    """[B, L] attention mask or segments -> bool [B, L, L]: query i sees key j where j <= i and j is real and of the same
+    segment, and itself, so that no softmax of a padded query runs over nothing."""
     length = mask.shape[1]
-    return np.tri(length, dtype=bool) & mask[:, None, :] | np.eye(length, dtype=bool)
+    alike = (mask[:, :, None] == mask[:, None, :]) & (mask[:, None, :] != 0) if mask.dtype != bool else mask[:, None, :]
+    return np.tri(length, dtype=bool) & alike | np.eye(length, dtype=bool)
 
 
 def rotation(a: Architecture, position: Array) -> tuple[Array, Array]:

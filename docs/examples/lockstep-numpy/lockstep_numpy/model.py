@@ -26,7 +26,7 @@ def forward(
     dropout: Dropout | None = None,
 ) -> dict[str, Array]:
     """The named outputs, differentiable. Logits exist at the T columns that predict a response token only."""
-    every = hidden(architecture, weights, sequences.tokens, sequences.attention_mask, dropout)
+    every = hidden(architecture, weights, sequences.tokens, sequences.attention, dropout)
     states = every[:, sequences.prompt_length - 1 : -1]  # [B, T, d]: the state each response token is chosen in
     out = {}
     if "logprobs" in outputs or "entropy" in outputs:
