@@ -78,10 +78,10 @@ def encode_dialogue(tokenizer: Tokenizer, demonstration: Demonstration, lengths:
     if pieces is None:
         return None
     response, counted = [], []
-    for number, ids in enumerate(pieces[1:], 1):
-        assistant = number % 2 == 1
-        response += ids
-        counted += [assistant or (i == 0 and token == tokenizer.eos_id) for i, token in enumerate(ids)]
+    for turn, others in zip(pieces[1::2], pieces[2::2], strict=True):
+        closing = _closing(tokenizer, others)
+        response += turn + others
+        counted += [True] * len(turn) + [i == closing for i in range(len(others))]
     last = encode_response(tokenizer, demonstration.response, lengths.response)
     return Example(pieces[0], response + last, counted + [True] * len(last))
 
@@ -97,6 +97,12 @@ def _turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[list[int]]
             pieces += [text[start:begin], text[begin:end]]
             start = end
     return tokenizer.encode_many([*pieces, text[start:]])
+
+
+def _closing(tokenizer: Tokenizer, ids: list[int]) -> int | None:
+    """Where in the ids after a turn its EOS is, white space aside."""
+    place = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else None
+    return None if place is None or tokenizer.decode(ids[:place]).strip() else place
 
 
 def _find_turn(text: str, before: str, content: str) -> tuple[int, int]:

@@ -431,6 +431,32 @@ class Pickles(Relearned):
             torch.save({"steps": self.steps}, folder / "optimizer.pt")
 
 
+# ----------------------------------------------------------------------------------------------------------- packing
+
+
+@defect("backend", caught_by="examples_that_share_a_row_are_apart")
+class AttendsAcrossExamples(Relearned):
+    """Training takes a row for one long example."""
+
+    class Learner(Changed):
+        def term(self, term):
+            return dataclasses.replace(term, sequences=dataclasses.replace(term.sequences, segments=None))
+
+
+class Leaky(Decoder):
+    """A policy that takes a row for one long example, but only where it evaluates."""
+
+    def evaluate(self, sequences, outputs, *, temperature=1.0):
+        return super().evaluate(dataclasses.replace(sequences, segments=None), outputs, temperature=temperature)
+
+
+@defect("backend", caught_by="examples_that_share_a_row_are_apart")
+class EvaluatesAcrossExamples(TorchBackend):
+    """Segments are forgotten outside of training."""
+
+    policy = f"{__name__}:Leaky"
+
+
 # ----------------------------------------------------------------------------------------------------------- dropout
 
 
