@@ -19,6 +19,7 @@ from lockstep.interfaces import DataSource, Model, Policy, Responses, RewardMode
 from lockstep.nouns import Choice, Comparison, Prompt
 from lockstep.randomness import token_seeds
 from lockstep.sequences import Sequences, in_chunks, join, left_pad
+from lockstep.stopping import Stops
 from lockstep.tokenizer import Tokenizer
 
 Measure = dict[str, float]
@@ -46,6 +47,7 @@ class EvaluationConfig:
     temperature: float
     batch_size: int
     lengths: Lengths
+    stop_strings: tuple[str, ...]
 
     def __post_init__(self):
         for key, least in (("prompts", 1), ("comparisons", 0), ("texts", 0), ("samples", 0), ("batch_size", 1)):
@@ -120,7 +122,7 @@ class Evaluator:
 
     def answer(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> Answers:
         c, pad = self.config, self.tokenizer.pad_id
-        stop = [self.tokenizer.eos_id]
+        stops = Stops(self.tokenizer, c.stop_strings)
         seeds = token_seeds(self.seed, "evaluation", 0, len(ids), c.lengths.response)
         columns = c.lengths.columns(max(map(len, ids)), c.lengths.prompt)
         tokens, mask = left_pad(ids, pad, columns)
@@ -133,23 +135,23 @@ class Evaluator:
                 part.prompt_mask,
                 part.responses.view(np.uint32),
                 temperature=c.temperature,
-                stop_ids=stop,
+                stop_ids=stops.ids,
                 pad_id=pad,
             )
             return {"tokens": out.tokens, "mask": out.mask}
 
         out = in_chunks(generate, unanswered, c.batch_size)
-        sequences = join(tokens, mask, out["tokens"], out["mask"])
-        texts = [self.tokenizer.decode(row[real]) for row, real in zip(out["tokens"], out["mask"], strict=True)]
+        ended = stops.end(out["tokens"], out["mask"])
+        sequences, texts = join(tokens, mask, ended.tokens, ended.mask), ended.texts
         golds = [self.data.gold(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         known = bool(golds) and golds[0] is not None
         gold = {name: np.array([g[name] for g in golds]) for name in golds[0]} if known else {}
         scores, details = None, {}
         if self.reward_model is not None:
-            scores = self.reward_model.score(Responses(prompts, texts, sequences, self.tokenizer))
+            read = stops.as_read(sequences, ended)
+            scores = self.reward_model.score(Responses(prompts, texts, read, self.tokenizer))
             details = self.reward_model.details()
-        finished = numerics.ends_with_stop(out["tokens"], out["mask"], stop)
-        return Answers(prompts, texts, sequences, finished, gold, scores, details)
+        return Answers(prompts, texts, sequences, ended.finished, gold, scores, details)
 
     def measure(self, answers: Answers, reference: Answers) -> dict[str, Measure]:
         measures = {name: mean(x) for name, x in answers.gold.items()}

@@ -31,6 +31,7 @@ from lockstep.interfaces import Algorithm, Array, DataSource, Metrics, Model, Re
 from lockstep.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
 from lockstep.randomness import example_indices, permutation, token_seeds
 from lockstep.sequences import Sequences, chunks, in_chunks, join, left_pad
+from lockstep.stopping import Stops
 from lockstep_rlhf.language_modelling import NextTokenLoss, check_context, next_token_terms
 
 log = logging.getLogger("lockstep")
@@ -96,6 +97,7 @@ class PPO(Algorithm):
         minibatches: int
         micro_batch_size: int | None
         lengths: Lengths
+        stop_strings: tuple[str, ...]
         temperature: float
         kl_coef: float
         kl_target: float | None
@@ -144,6 +146,7 @@ class PPO(Algorithm):
     def __init__(self, config: Config, setting: Setting):
         self.config, self.setting = config, setting
         self.tokenizer, self.reward_model = setting.tokenizer, setting.reward_model
+        self.stops = Stops(self.tokenizer, config.stop_strings)
         check_context(setting.policy, config.lengths)
         self.prompts, self.prompt_ids = encoding.encode_prompts(self.tokenizer, setting.data.prompts("train"), config.lengths)
         self.ptx_batch = config.raw_texts
@@ -201,15 +204,15 @@ class PPO(Algorithm):
         columns = c.lengths.columns(max(map(len, ids)), c.lengths.prompt)
         tokens, mask = left_pad(ids, self.tokenizer.pad_id, columns)
         seeds = token_seeds(self.setting.seed, "sampling", step, c.batch_size, c.lengths.response)
-        stop = [self.tokenizer.eos_id]
         generated = self.policy.generate(
-            tokens, mask, seeds, temperature=c.temperature, stop_ids=stop, pad_id=self.tokenizer.pad_id
+            tokens, mask, seeds, temperature=c.temperature, stop_ids=self.stops.ids, pad_id=self.tokenizer.pad_id
         )
+        ended = self.stops.end(generated.tokens, generated.mask)
         clock.lap("generate")
 
-        sequences = join(tokens, mask, generated.tokens, generated.mask)
-        texts = [self.tokenizer.decode(row[counts]) for row, counts in zip(generated.tokens, generated.mask, strict=True)]
-        responses = Responses([self.prompts[i] for i in indices], texts, sequences, self.tokenizer)
+        sequences = join(tokens, mask, ended.tokens, ended.mask)
+        read = self.stops.as_read(sequences, ended)
+        responses = Responses([self.prompts[i] for i in indices], ended.texts, read, self.tokenizer)
         scores = self.reward_model.score(responses)
         clock.lap("score")
 
@@ -227,7 +230,7 @@ class PPO(Algorithm):
             sequences=replace(sequences, mask=sequences.mask & counted[:, None]),
             scores=scores,
             details=self.reward_model.details(),
-            finished=numerics.ends_with_stop(generated.tokens, generated.mask, stop),
+            finished=ended.finished,
             sampler_logprobs=generated.logprobs,
             old_logprobs=own["logprobs"],
             entropy=own["entropy"],

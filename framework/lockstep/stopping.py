@@ -1,0 +1,101 @@
+"""What ends a response: EOS, further stop tokens, and stop strings.
+
+Backends end a row at token ids and know no text, so the rest happens here, on the host, after generation. A row ends with
+the first token that completes a stop string, wherever the string begins: in the middle of a token, or of a character's
+bytes. From there on everything means what it means after EOS:
+
+* the policy is trained on the tokens up to and including that one, and not on those after it;
+* the response is finished: the rule for responses without EOS leaves its score alone;
+* its text ends before the stop string. A reward model that reads tokens is given that text, encoded, and EOS.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep import encoding, numerics
+from lockstep.errors import ConfigError
+from lockstep.sequences import Sequences, join, right_pad
+from lockstep.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Responses cut where they end: ``tokens`` int32 and ``mask`` bool [B, T], as the policy wrote them; ``finished`` bool [B];
+    ``by_string`` bool [B], where it was a stop string that ended them; ``texts``, without what ended them."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    finished: np.ndarray
+    by_string: np.ndarray
+    texts: list[str]
+
+
+class Stops:
+    """What ends responses of a tokenizer's. ``ids`` are for `Policy.generate`: EOS, and every token whose own text holds a
+    stop string, so that most generations end at once. A stop string may also be the name of a special token.
+
+    Raises:
+      ConfigError: a stop string that is empty, or that text never holds.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str] = ()):
+        self.tokenizer = tokenizer
+        special = {token.content for token in tokenizer.core.get_added_tokens_decoder().values() if token.special}
+        self.strings = [_checked(string, special) for string in strings if string not in special]
+        names = {i: tokenizer.core.id_to_token(i) for i in range(tokenizer.vocab_size)} if strings else {}
+        stops = [i for i, name in names.items() if name in strings or self._begin(tokenizer.decode([i])) is not None]
+        self.ids = list(dict.fromkeys([tokenizer.eos_id, *stops]))
+
+    def end(self, tokens: np.ndarray, mask: np.ndarray) -> Ended:
+        """Responses [B, T] as `Policy.generate` gives them, cut after the token that completes a stop string."""
+        tokens, mask, texts = tokens.copy(), mask.copy(), []
+        by_string = np.zeros(len(tokens), bool)
+        for row, counts in enumerate(mask):
+            ids = tokens[row][counts]
+            text = self.tokenizer.decode(ids)
+            begin = self._begin(text)
+            if begin is not None:
+                end = self._end(ids)
+                mask[row, end:], tokens[row, end:], by_string[row] = False, self.tokenizer.pad_id, True
+                text = text[:begin]
+            texts.append(text)
+        finished = by_string | numerics.ends_with_stop(tokens, mask, self.ids)
+        return Ended(tokens, mask, finished, by_string, texts)
+
+    def as_read(self, sequences: Sequences, ended: Ended) -> Sequences:
+        """For a reward model: the responses that a stop string ended as their text and EOS, the others as they are."""
+        if not ended.by_string.any():
+            return sequences
+        columns, rows = ended.tokens.shape[1], zip(ended.tokens, ended.mask, ended.by_string, ended.texts, strict=True)
+        responses = [
+            encoding.encode_response(self.tokenizer, text, columns) if replaced else tokens[counts].tolist()
+            for tokens, counts, replaced, text in rows
+        ]
+        prompts = sequences.tokens[:, : sequences.prompt_length]
+        return join(prompts, sequences.prompt_mask, *right_pad(responses, self.tokenizer.pad_id, columns))
+
+    def _begin(self, text: str) -> int | None:
+        """Where the first stop string in a text begins."""
+        return min((place for string in self.strings if (place := text.find(string)) >= 0), default=None)
+
+    def _end(self, ids: np.ndarray) -> int:
+        """How many of the ids it takes until their text holds a stop string. A character whose bytes are not all there yet is
+        decoded as U+FFFD, which no stop string holds, so more ids never take one away."""
+        found = lambda count: self._begin(self.tokenizer.decode(ids[:count])) is not None  # noqa: E731
+        return bisect.bisect_left(range(len(ids)), True, key=found)
+
+
+def _checked(string: str, special: set[str]) -> str:
+    if not string or "\ufffd" in string:
+        raise ConfigError(f"stop_strings has {string!r}. A stop string should be text of at least one character.")
+    if inside := sorted(token for token in special if token in string):
+        raise ConfigError(
+            f"stop_strings has {string!r}, which text never holds: '{inside[0]}' in it is a special token. Give '{inside[0]}' "
+            "alone: generation then ends with it."
+        )
+    return string
