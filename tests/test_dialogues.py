@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lockstep import encoding
-from lockstep.encoding import Lengths
+from lockstep.encoding import Fit, Lengths
 from lockstep.errors import ConfigError
 from lockstep.nouns import Demonstration, Message, Prompt
 from lockstep.tokenizer import TEMPLATES, Tokenizer
@@ -149,7 +149,9 @@ def test_a_long_dialogue_loses_its_oldest_turns_and_teaches_the_rest(core):
     tokenizer = make(core, *TEMPLATED["chatml"])
     long = sum(map(len, encoding._turns(tokenizer, demonstration().prompt.messages)))
     assert len(counted_texts(core, encode(tokenizer, demonstration(), (long, 40)))) == 3
-    shorter = encode(tokenizer, demonstration(), (long - 1, 40))
+    fit = Fit()
+    shorter = encode(tokenizer, demonstration(), (long - 1, 40), fit=fit)
+    assert fit.counts() == {"total": 1, "dropped": 0, "shortened": 1, "cut": 0}
     assert counted_texts(core, shorter) == [TURNS[3][1] + "<|im_end|>", LAST + "<|im_end|>"]
     assert encode(tokenizer, demonstration(), (long - 1, 2)).counts[-2:] == [True, True]
     few = encode(tokenizer, demonstration(), (30, 40))

@@ -40,6 +40,9 @@ def test_pipeline_records_every_stage_in_a_folder_that_explains_itself(pipeline)
     assert record["status"] == "done"
     assert list(record["stages"]) == ["pretrain", "sft", "reward", "ppo", "ppo_ptx", "evaluate"]
     assert all(stage["status"] == "done" for stage in record["stages"].values())
+    sft = record["stages"]["sft"]["data"]
+    assert sft["train demonstrations"] == {"total": 60, "dropped": 0, "shortened": 0, "cut": 0}
+    assert list(record["stages"]["evaluate"]["data"]) == ["heldout prompts", "adversarial prompts"]
     assert (pipeline / "config.yaml").exists()
     assert [row["step"] for row in lines(pipeline, "ppo")] == [0, 1, 2]
     assert {"prompt", "response", "score"} <= lines(pipeline, "ppo", "samples")[0].keys()
@@ -129,12 +132,13 @@ OPTIONS = [
     ["algorithm.value_network=shared"],
     ["algorithm.kl_target=1.0", "algorithm.kl_horizon=100"],
     ["algorithm.whiten_rewards=true", "algorithm.whiten_advantages=false"],
-    ["algorithm.importance_cap=2.0", "algorithm.unfinished_score=null"],
+    ["algorithm.importance_cap=2.0", "algorithm.unfinished_score=null", "algorithm.stop_strings=[is a, the]"],
     ["algorithm.ptx_coef=1.0", "algorithm.micro_batch_size=3"],
     ["algorithm.minibatches=4", "algorithm.epochs=2", "algorithm.gamma=0.99", "algorithm.temperature=0.7"],
     ["algorithm.optimizer.tf_style=true", "algorithm.optimizer.ema_decay=0.992", "algorithm.optimizer.weight_decay=0.1"],
     ["algorithm.schedule={shape: linear, warmup_steps: 1, initial: 0.1, final: 0.0}", "algorithm.optimizer.max_grad_norm=null"],
     ["sft.prompt_loss=true", "sft.pretrain_mix=0.25", "sft.micro_batch_size=5", "sft.dropout=0.2"],
+    ["sft.packing=true", "pretrain.packing=true", "sft.pretrain_mix=0.25", "sft.assistant_turns=last"],
     ["reward.normalise=gain_and_bias", "reward.micro_batch_size=3", "reward_model.micro_batch_size=null"],
     ["reward.normalise=none", "reward.schedule.shape=constant"],
     ["backend.precision=bfloat16"],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lockstep import encoding
-from lockstep.encoding import Example, Lengths
+from lockstep.encoding import Example, Fit, Lengths
 from lockstep.errors import DataError
 from lockstep.nouns import Comparison, Demonstration, Message, Prompt
 from lockstep.sequences import chunks, in_chunks, join, left_pad, pack, right_pad, round_up
@@ -119,17 +119,36 @@ def test_a_long_dialogue_loses_its_oldest_turns_and_starts_with_the_user(tokeniz
 
 def test_prompts_that_do_not_fit_are_dropped_and_none_left_is_an_error(tokenizer, caplog):
     short, long = Prompt.of("w1 w2"), Prompt.of("w1 w2 w3 w4 w5")
-    kept, encoded = encoding.encode_prompts(tokenizer, [long, short], LENGTHS)
+    kept, encoded = encoding.encode_prompts(tokenizer, [long, short], LENGTHS, Fit("train prompts"))
     assert kept == [short] and encoded == [ids(tokenizer, "w1", "w2")]
-    assert "dropped 1 of 2: prompts longer than 4 tokens" in caplog.text
-    with pytest.raises(DataError, match=r"All 1 examples were dropped: prompts longer than 4 tokens. Raise the limit"):
+    assert "train prompts: of 2, 1 dropped, whose last prompt alone is longer than 4 tokens\n" in caplog.text
+    with pytest.raises(DataError, match=r"All 1 prompts were dropped: their last prompts alone are longer than 4 tokens. Raise"):
         encoding.encode_prompts(tokenizer, [long], LENGTHS)
 
 
 def test_cut_responses_are_reported(tokenizer, caplog):
     demonstrations = [Demonstration(Prompt.of("w1"), response) for response in ("w1 w2 w3", "w1")]
     encoding.encode_demonstrations(tokenizer, demonstrations, LENGTHS)
-    assert "cut 1 of 2 responses to 3 tokens" in caplog.text
+    assert "demonstrations: of 2, 1 responses cut to the limit, without EOS\n" in caplog.text
+
+
+def test_one_line_says_what_the_limits_did_to_a_data_set_and_counts_are_kept(tokenizer, caplog):
+    turns = tuple(Message(role, f"w{i} ") for i, role in enumerate(("user", "assistant", "user", "assistant", "user"), 1))
+    prompts = [Prompt(turns), Prompt.of("w1 w2 w3 w4 w5"), Prompt.of("w1")]
+    demonstrations = [Demonstration(prompt, "w1 w2 w3") for prompt in prompts]
+    fit = Fit("train demonstrations")
+    assert len(encoding.encode_demonstrations(tokenizer, demonstrations, LENGTHS, fit)) == 2
+    assert fit.counts() == {"total": 3, "dropped": 1, "shortened": 1, "cut": 2}
+    assert [record.getMessage() for record in caplog.records] == [
+        "train demonstrations: of 3, 1 dropped, whose last prompt alone is longer than 4 tokens; 1 lost their oldest turns; "
+        "2 responses cut to the limit, without EOS"
+    ]
+    whole = Fit()
+    encoding.encode_demonstrations(tokenizer, demonstrations[2:], Lengths(9, 9, 1), whole)
+    assert whole.counts() == {"total": 1, "dropped": 0, "shortened": 0, "cut": 0} and len(caplog.records) == 1
+    texts = Fit()
+    encoding.encode_texts(tokenizer, ["w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w1", ""], LENGTHS, texts)
+    assert texts.counts() == {"total": 2, "dropped": 0, "shortened": 0, "cut": 1}
 
 
 def test_comparisons_keep_completions_and_ranks_together(tokenizer):

@@ -9,6 +9,7 @@ from typing import Literal
 
 from lockstep import checkpoints
 from lockstep.architecture import SCALAR_HEAD
+from lockstep.encoding import Fit
 from lockstep.errors import ConfigError
 from lockstep.experiment import NEW, Experiment, Group, Stage, settings
 from lockstep.interfaces import Algorithm, Backend, Classifier, DataSource, Policy, RewardModel, ScalarModel, Setting
@@ -22,6 +23,7 @@ class Assembly:
 
     def __init__(self, experiment: Experiment, outputs: Mapping[str, Path]):
         self.experiment, self.outputs = experiment, outputs
+        self.fits: dict[str, dict[str, Fit]] = {}
 
     @functools.cached_property
     def backend(self) -> Backend:
@@ -82,6 +84,7 @@ class Assembly:
     def algorithm(self, stage: Stage) -> Algorithm:
         policy, reward_model = self.policy(stage.policy), self.reward_model(stage.reward_model)
         setting = Setting(stage.seed, self.backend, self.tokenizer, self.data, policy, reward_model)
+        self.fits[stage.name] = setting.fits
         return stage.component(stage.config, setting)
 
     def save(self, stage: Stage, algorithm: Algorithm, folder: Path) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lockstep.errors import ConfigError, DataError
 from lockstep.nouns import Comparison, Demonstration, Message, Prompt
 from lockstep.sequences import Sequences, pack, round_up, share_rows
-from lockstep.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lockstep.tokenizer import Tokenizer
 
 log = logging.getLogger("lockstep")
 
@@ -45,14 +48,51 @@ class Example:
         return [True] * len(self.response) if self.counted is None else self.counted
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, limit: int) -> list[int] | None:
+@dataclass
+class Fit:
+    """What length limits did to one data set, counted while it is encoded: items ``dropped`` because their last prompt alone
+    is too long, items ``shortened`` by their oldest turns, and responses ``cut``, which then carry no EOS."""
+
+    what: str = "examples"
+    total: int = 0
+    dropped: int = 0
+    shortened: int = 0
+    cut: int = 0
+
+    def counts(self) -> dict[str, int]:
+        return {"total": self.total, "dropped": self.dropped, "shortened": self.shortened, "cut": self.cut}
+
+    def report(self, lengths: Lengths) -> None:
+        """One line, where there is something to say.
+
+        Raises:
+          DataError: nothing is left.
+        """
+        if self.total and self.dropped == self.total:
+            raise DataError(
+                f"All {self.total} {self.what} were dropped: their last prompts alone are longer than {lengths.prompt} tokens. "
+                "Raise the limit in the algorithm's `lengths`."
+            )
+        parts = {
+            f"{self.dropped} dropped, whose last prompt alone is longer than {lengths.prompt} tokens": self.dropped,
+            f"{self.shortened} lost their oldest turns": self.shortened,
+            f"{self.cut} responses cut to the limit, without EOS": self.cut,
+        }
+        if said := [part for part, count in parts.items() if count]:
+            log.warning("%s: of %d, %s", self.what, self.total, "; ".join(said))
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, limit: int, fit: Fit | None = None) -> list[int] | None:
     """Ids of the rendered dialogue, ready for the assistant's turn. A dialogue that is too long loses its oldest turns,
     never a part of one; None where its last turn alone is too long."""
-    pieces = _fitting(prompt, limit, lambda messages: [tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))])
+    encode = lambda messages: [tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))]  # noqa: E731
+    pieces = _fitting(prompt, limit, encode, fit or Fit())
     return pieces and pieces[0]
 
 
-def _fitting(prompt: Prompt, limit: int, encode: Callable[[Sequence[Message]], list[list[int]]]) -> list[list[int]] | None:
+def _fitting(
+    prompt: Prompt, limit: int, encode: Callable[[Sequence[Message]], list[list[int]]], fit: Fit
+) -> list[list[int]] | None:
     """The encoded pieces of the longest end of a dialogue that fits; the system's message stays."""
     messages = list(prompt.messages)
     system = messages[:1] if messages[0].role == "system" else []
@@ -60,21 +100,23 @@ def _fitting(prompt: Prompt, limit: int, encode: Callable[[Sequence[Message]], l
     while turns:
         pieces = encode(system + turns)
         if sum(map(len, pieces)) <= limit:
+            fit.shortened += len(system + turns) < len(messages)
             return pieces
         turns = turns[1:]
         while turns and turns[0].role != "user":
             turns = turns[1:]
+    fit.dropped += 1
     return None
 
 
-def encode_dialogue(tokenizer: Tokenizer, demonstration: Demonstration, lengths: Lengths) -> Example | None:
+def encode_dialogue(tokenizer: Tokenizer, demonstration: Demonstration, lengths: Lengths, fit: Fit) -> Example | None:
     """A demonstration in which every turn of the assistant counts, each with its EOS where the template writes one. Too long
     a dialogue loses its oldest turns, as a prompt does; None where the last prompt alone is too long.
 
     The dialogue is cut where the assistant's turns begin and end, and the pieces are encoded one by one: no token is half
     the assistant's, and each turn begins after the ids that generation would start from.
     """
-    pieces = _fitting(demonstration.prompt, lengths.prompt, lambda messages: _turns(tokenizer, messages))
+    pieces = _fitting(demonstration.prompt, lengths.prompt, lambda messages: _turns(tokenizer, messages), fit)
     if pieces is None:
         return None
     response, counted = [], []
@@ -82,7 +124,7 @@ def encode_dialogue(tokenizer: Tokenizer, demonstration: Demonstration, lengths:
         closing = _closing(tokenizer, others)
         response += turn + others
         counted += [True] * len(turn) + [i == closing for i in range(len(others))]
-    last = encode_response(tokenizer, demonstration.response, lengths.response)
+    last = encode_response(tokenizer, demonstration.response, lengths.response, fit)
     return Example(pieces[0], response + last, counted + [True] * len(last))
 
 
@@ -123,62 +165,73 @@ def _find_turn(text: str, before: str, content: str) -> tuple[int, int]:
     )
 
 
-def encode_response(tokenizer: Tokenizer, response: str, limit: int) -> list[int]:
+def encode_response(tokenizer: Tokenizer, response: str, limit: int, fit: Fit | None = None) -> list[int]:
     """Ids of the response with EOS; cut to ``limit``, then without EOS: a cut response is not a finished one."""
-    return (tokenizer.encode(response) + [tokenizer.eos_id])[:limit]
+    ids = tokenizer.encode(response) + [tokenizer.eos_id]
+    if fit is not None:
+        fit.cut += len(ids) > limit
+    return ids[:limit]
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt], lengths: Lengths) -> tuple[list[Prompt], list[list[int]]]:
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], lengths: Lengths, fit: Fit | None = None
+) -> tuple[list[Prompt], list[list[int]]]:
     """Those prompts that fit, and their ids.
 
     Raises:
       DataError: none is left.
     """
-    kept = [(p, ids) for p in prompts if (ids := encode_prompt(tokenizer, p, lengths.prompt)) is not None]
-    _report(len(prompts), len(kept), f"prompts longer than {lengths.prompt} tokens")
+    fit = fit or Fit("prompts")
+    fit.total = len(prompts)
+    kept = [(p, ids) for p in prompts if (ids := encode_prompt(tokenizer, p, lengths.prompt, fit)) is not None]
+    fit.report(lengths)
     return [p for p, _ in kept], [ids for _, ids in kept]
 
 
 def encode_demonstrations(
-    tokenizer: Tokenizer, demonstrations: Sequence[Demonstration], lengths: Lengths, *, every_turn: bool = False
-) -> list[Example]:
+    tokenizer: Tokenizer, demonstrations: Sequence[Demonstration], lengths: Lengths, fit: Fit | None = None, *,
+    every_turn: bool = False,
+) -> list[Example]:  # fmt: skip
     """With ``every_turn``, the assistant's earlier turns of whole dialogues count too."""
+    fit = fit or Fit("demonstrations")
+    fit.total = len(demonstrations)
     examples = []
     for demonstration in demonstrations:
         encode = encode_dialogue if every_turn and demonstration.dialogue else _encode_last_turn
-        if example := encode(tokenizer, demonstration, lengths):
+        if example := encode(tokenizer, demonstration, lengths, fit):
             examples.append(example)
-    _report(len(demonstrations), len(examples), f"demonstrations whose prompt is longer than {lengths.prompt} tokens")
-    _report_cut(sum(e.response[-1] != tokenizer.eos_id for e in examples), len(examples), lengths)
+    fit.report(lengths)
     return examples
 
 
-def _encode_last_turn(tokenizer: Tokenizer, demonstration: Demonstration, lengths: Lengths) -> Example | None:
-    ids = encode_prompt(tokenizer, demonstration.prompt, lengths.prompt)
-    return ids and Example(ids, encode_response(tokenizer, demonstration.response, lengths.response))
+def _encode_last_turn(tokenizer: Tokenizer, demonstration: Demonstration, lengths: Lengths, fit: Fit) -> Example | None:
+    ids = encode_prompt(tokenizer, demonstration.prompt, lengths.prompt, fit)
+    return ids and Example(ids, encode_response(tokenizer, demonstration.response, lengths.response, fit))
 
 
 def encode_comparisons(
-    tokenizer: Tokenizer, comparisons: Sequence[Comparison], lengths: Lengths
+    tokenizer: Tokenizer, comparisons: Sequence[Comparison], lengths: Lengths, fit: Fit | None = None
 ) -> list[tuple[list[Example], tuple[int, ...]]]:
     """For each comparison its completions as examples, and their ranks."""
+    fit = fit or Fit("comparisons")
+    fit.total = len(comparisons)
     encoded = []
     for comparison in comparisons:
-        ids = encode_prompt(tokenizer, comparison.prompt, lengths.prompt)
+        ids = encode_prompt(tokenizer, comparison.prompt, lengths.prompt, fit)
         if ids is not None:
-            rows = [Example(ids, encode_response(tokenizer, c, lengths.response)) for c in comparison.completions]
+            rows = [Example(ids, encode_response(tokenizer, c, lengths.response, fit)) for c in comparison.completions]
             encoded.append((rows, comparison.ranks))
-    _report(len(comparisons), len(encoded), f"comparisons whose prompt is longer than {lengths.prompt} tokens")
-    completions = [row for rows, _ in encoded for row in rows]
-    _report_cut(sum(e.response[-1] != tokenizer.eos_id for e in completions), len(completions), lengths)
+    fit.report(lengths)
     return encoded
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], lengths: Lengths) -> list[Example]:
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], lengths: Lengths, fit: Fit | None = None) -> list[Example]:
     """Raw documents: BOS (or EOS) alone is the prompt, the document and EOS the response, together at most as long as a
-    prompt and a response are; what is longer is cut, as in any pretraining."""
-    limit = _text_lengths(lengths).response
-    return [Example([tokenizer.start_id], (ids + [tokenizer.eos_id])[:limit]) for ids in tokenizer.encode_many(texts) if ids]
+    prompt and a response are; what is longer is cut, as in any pretraining: counted, and not worth a line."""
+    limit, encoded = _text_lengths(lengths).response, [ids for ids in tokenizer.encode_many(texts) if ids]
+    if fit is not None:
+        fit.total, fit.cut = len(encoded), sum(len(ids) >= limit for ids in encoded)
+    return [Example([tokenizer.start_id], (ids + [tokenizer.eos_id])[:limit]) for ids in encoded]
 
 
 def text_block(examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths) -> Sequences:
@@ -237,15 +290,3 @@ def token_weights(mask: np.ndarray, total: int) -> np.ndarray:
     """float32, 1 / total on each counted token, 0 elsewhere; ``total`` counts the tokens of the *whole* minibatch, so
     that the gradient is the minibatch's however it is cut into micro-batches."""
     return (mask / max(1, total)).astype(np.float32)
-
-
-def _report(before: int, after: int, what: str) -> None:
-    if before and not after:
-        raise DataError(f"All {before} examples were dropped: {what}. Raise the limit in the algorithm's `lengths`.")
-    if before > after:
-        log.warning("dropped %d of %d: %s", before - after, before, what)
-
-
-def _report_cut(cut: int, total: int, lengths: Lengths) -> None:
-    if cut:
-        log.warning("cut %d of %d responses to %d tokens (they carry no EOS)", cut, total, lengths.response)

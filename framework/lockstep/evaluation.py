@@ -7,13 +7,13 @@ knows them (the miniature does); win rates compare by gold score, else by the re
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from lockstep import encoding, numerics
-from lockstep.encoding import Example, Lengths
+from lockstep.encoding import Example, Fit, Lengths
 from lockstep.errors import ConfigError, MissingData
 from lockstep.interfaces import DataSource, Model, Policy, Responses, RewardModel
 from lockstep.nouns import Choice, Comparison, Prompt
@@ -84,6 +84,7 @@ class Evaluator:
     tokenizer: Tokenizer
     reward_model: RewardModel | None
     seed: int
+    fits: dict[str, Fit] = field(default_factory=dict)
 
     def run(self, load: Callable[[str], Policy], policies: Sequence[str], progress: Callable[[str], None]) -> dict[str, Any]:
         c = self.config
@@ -118,7 +119,8 @@ class Evaluator:
             found = self.data.prompts(split)[: self.config.prompts]
         except MissingData:
             return [], []
-        return encoding.encode_prompts(self.tokenizer, found, self.config.lengths)
+        fit = self.fits[f"{split} prompts"] = Fit(f"{split} prompts")
+        return encoding.encode_prompts(self.tokenizer, found, self.config.lengths, fit)
 
     def answer(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> Answers:
         c, pad = self.config, self.tokenizer.pad_id

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
+from lockstep.encoding import Fit
 from lockstep.errors import CheckpointError
 from lockstep.nouns import Choice, Comparison, Demonstration, Prompt
 
@@ -58,7 +59,9 @@ class Model(ABC):
     scores     [B]    scalar head at the last real token of the row
     ========== ====== ==========================================================================================
 
-    Columns where ``sequences.mask`` is False hold finite numbers that mean nothing.
+    Columns where ``sequences.mask`` is False hold finite numbers that mean nothing. Attention and positions go by
+    ``sequences.attention``; a model that cannot keep examples apart that share a row raises `ConfigError` for one that has
+    ``segments``.
     """
 
     supplies: frozenset[str]
@@ -194,7 +197,7 @@ class Dropout:
     """Residual dropout: the outputs of attention and MLP are zeroed at ``rate`` and the rest scaled up, by the bits that
     `lockstep.randomness.dropout_bits` makes of ``seeds`` uint32 [B]: the same on every backend and for every cut.
 
-    A position counts the real tokens before it. Layer n, from 0, has the sites 2n (attention) and 2n + 1 (MLP). What stays
+    A position counts the real tokens before it (of its own example, where several share a row). Layer n, from 0, has the sites 2n (attention) and 2n + 1 (MLP). What stays
     is scaled by 1 / (1 - rate).
     """
 
@@ -349,6 +352,12 @@ class Setting:
     data: DataSource
     policy: Policy
     reward_model: RewardModel | None = None
+    fits: dict[str, Fit] = field(default_factory=dict)
+    """What length limits did to each data set: in the record of the stage."""
+
+    def fit(self, what: str) -> Fit:
+        """For the functions of `lockstep.encoding` to count in: ``what`` names the data set, 'train demonstrations' say."""
+        return self.fits.setdefault(what, Fit(what))
 
 
 class Algorithm(ABC):

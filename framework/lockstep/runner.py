@@ -179,7 +179,8 @@ class Runner:
                 memory = peak_memory(self.parts.backend)
                 folder.finish({"seconds": round(time.perf_counter() - started, 1), "memory": memory, **result})
             result = folder.result()
-        self.record.stage(stage.name, folder, status="done", seconds=result["seconds"], health=result.get("health", []), **facts)
+        kept = {"data": result.get("data", {}), "health": result.get("health", [])}
+        self.record.stage(stage.name, folder, status="done", seconds=result["seconds"], **kept, **facts)
         self.console.stage_done(stage.name, result)
 
     # ---------------------------------------------------------------------------------------------- the kinds of stage
@@ -199,10 +200,12 @@ class Runner:
             with folder.write_output() as output:
                 self.parts.save(stage, algorithm, output)
             tracker.artifact(algorithm.produces, folder.output)
-        health = list(store.rows(folder.path / "health.jsonl"))
         return {
-            "steps": algorithm.total_steps, "metrics": {k: store.finite(v) for k, v in metrics.items()}, "health": health
-        }  # fmt: skip
+            "steps": algorithm.total_steps,
+            "data": {what: fit.counts() for what, fit in self.parts.fits[stage.name].items()},
+            "metrics": {k: store.finite(v) for k, v in metrics.items()},
+            "health": list(store.rows(folder.path / "health.jsonl")),
+        }
 
     def train(
         self, name: str, algorithm: Algorithm, folder: StageFolder, tracker: Tracker, records: Records, first: int,
@@ -266,14 +269,14 @@ class Runner:
         ):
             done = iter(range(len(config.policies) + 3))
             result = evaluator.run(parts.policy, config.policies, lambda what: progress(next(done), {}, what))
-            samples = result.pop("samples")
+            samples, data = result.pop("samples"), {what: fit.counts() for what, fit in evaluator.fits.items()}
             with folder.write_output() as output:
                 checkpoints.write_json(output / "evaluation.json", result)
                 checkpoints.write_text(output / "samples.jsonl", "".join(map(checkpoints.dump_line, samples)))
             tracker.table("samples", samples, 0)
             tracker.log(flatten(result), 0)
             tracker.artifact("evaluation", folder.output)
-        return {"steps": 0, "metrics": {}, "evaluation": result}
+        return {"steps": 0, "data": data, "metrics": {}, "evaluation": result}
 
     def _tracked(self, stage: Stage, folder: StageFolder, resume: bool) -> Tracked:
         cls, config = self.experiment.tracker

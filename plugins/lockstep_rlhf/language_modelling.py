@@ -149,7 +149,8 @@ class Pretraining(LanguageModelling):
 
     def load(self, split: str, limit: int | None = None) -> list[Example]:
         texts = self.setting.data.texts(split)
-        return encoding.encode_texts(self.tokenizer, texts[:limit], self.config.lengths)
+        fit = self.setting.fit(f"{split} texts")
+        return encoding.encode_texts(self.tokenizer, texts[:limit], self.config.lengths, fit)
 
     def block(self, examples: Sequence[Example]) -> Sequences:
         return encoding.text_block(examples, self.tokenizer, self.config.lengths)
@@ -190,7 +191,10 @@ class SFT(LanguageModelling):
     def __init__(self, config: Config, setting: Setting):
         super().__init__(config, setting)
         self.raw = config.batch_size - self.per_step(config)
-        self.texts = encoding.encode_texts(self.tokenizer, setting.data.texts("train"), config.lengths) if self.raw else []
+        self.texts: list[Example] = []
+        if self.raw:
+            texts, fit = setting.data.texts("train"), setting.fit("train texts")
+            self.texts = encoding.encode_texts(self.tokenizer, texts, config.lengths, fit)
 
     @classmethod
     def count(cls, data: DataSource) -> int:
@@ -207,9 +211,9 @@ class SFT(LanguageModelling):
             if split == "train":
                 raise
             return []
-        every_turn = self.config.assistant_turns == "all"
+        every_turn, fit = self.config.assistant_turns == "all", self.setting.fit(f"{split} demonstrations")
         demonstrations = demonstrations[:limit]
-        return encoding.encode_demonstrations(self.tokenizer, demonstrations, self.config.lengths, every_turn=every_turn)
+        return encoding.encode_demonstrations(self.tokenizer, demonstrations, self.config.lengths, fit, every_turn=every_turn)
 
     def block(self, examples: Sequence[Example]) -> Sequences:
         return encoding.block(examples, self.tokenizer, self.config.lengths, prompt_loss=self.config.prompt_loss)

@@ -148,10 +148,12 @@ class PPO(Algorithm):
         self.tokenizer, self.reward_model = setting.tokenizer, setting.reward_model
         self.stops = Stops(self.tokenizer, config.stop_strings)
         check_context(setting.policy, config.lengths)
-        self.prompts, self.prompt_ids = encoding.encode_prompts(self.tokenizer, setting.data.prompts("train"), config.lengths)
+        prompts, fit = setting.data.prompts("train"), setting.fit("train prompts")
+        self.prompts, self.prompt_ids = encoding.encode_prompts(self.tokenizer, prompts, config.lengths, fit)
         self.ptx_batch = config.raw_texts
         if self.ptx_batch:
-            self.texts = encoding.encode_texts(self.tokenizer, setting.data.texts("train"), config.lengths)
+            texts, fit = setting.data.texts("train"), setting.fit("train texts")
+            self.texts = encoding.encode_texts(self.tokenizer, texts, config.lengths, fit)
 
         self.ref_policy = setting.policy  # never trained: the learner gets a copy
         self.policy = self.ref_policy.with_value_head() if config.value_network == "shared" else self.ref_policy.copy()

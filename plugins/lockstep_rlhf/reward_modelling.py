@@ -78,7 +78,8 @@ class RewardModelling(Algorithm):
             if split == "train":
                 raise
             return []
-        return encoding.encode_comparisons(self.tokenizer, untied(comparisons), self.config.lengths)
+        fit = self.setting.fit(f"{split} comparisons")
+        return encoding.encode_comparisons(self.tokenizer, untied(comparisons), self.config.lengths, fit)
 
     def step(self, step: int) -> Metrics:
         before = {f"heldout/{k}": v for k, v in self.measure(self.heldout).items()} if step == 0 else {}
@@ -139,7 +140,8 @@ class RewardModelling(Algorithm):
         completion of each comparison stands in for one."""
         try:
             demonstrations = self.setting.data.demonstrations("train")[:NORMALISED_ON]
-            examples = encoding.encode_demonstrations(self.tokenizer, demonstrations, self.config.lengths)
+            fit = self.setting.fit("train demonstrations")
+            examples = encoding.encode_demonstrations(self.tokenizer, demonstrations, self.config.lengths, fit)
         except MissingData:
             examples = [rows[int(np.argmin(ranks))] for rows, ranks in self.comparisons[:NORMALISED_ON]]
         scores = self.scores(examples).astype(np.float64)
