@@ -189,6 +189,14 @@ def test_a_stage_is_made_anew_when_a_folder_it_reads_has_changed(tmp_path):
     assert before["sft"] != after["sft"] and before["ppo"] != after["ppo"]
 
 
+def test_a_stage_is_made_anew_when_its_chat_template_file_has_changed(tmp_path):
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    options = [f"policy.tokenizer.chat_template={tmp_path}/chat.jinja"]
+    before = folders(tmp_path / "runs", *options)
+    (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
+    assert folders(tmp_path / "runs", *options)["sft"] != before["sft"]
+
+
 def test_a_stage_is_made_anew_when_its_reward_function_has_changed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "my_reward.py").write_text("def score(prompts, responses): return [0.0] * len(responses)\n")

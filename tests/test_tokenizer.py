@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lockstep.errors import ConfigError
 from lockstep.nouns import Message
-from lockstep.tokenizer import TEMPLATES, Tokenizer, TokenizerConfig, fetch, named_template
+from lockstep.tokenizer import TEMPLATES, Tokenizer, TokenizerConfig, fetch, template_text
 
 EOS, PAD, START = "<|im_end|>", "<|pad|>", "<|im_start|>"
 TEXTS = [
@@ -159,7 +159,8 @@ def test_without_a_template_the_error_lists_the_named_ones(core):
     with pytest.raises(ConfigError) as error:
         make(core, chat_template=None).render(DIALOGUE, add_generation_prompt=True)
     assert str(error.value) == (
-        "This tokenizer has no chat template. Set policy.tokenizer.chat_template to jinja text or to one of: dialogue, plain."
+        "This tokenizer has no chat template. Set policy.tokenizer.chat_template to a .jinja file, to jinja text or to one of: "
+        "dialogue, plain."
     )
 
 
@@ -256,7 +257,37 @@ def test_the_configuration_replaces_what_the_files_say(core, tmp_path):
     tokenizer = Tokenizer.load(folder, config)
     assert (tokenizer.eos_token, tokenizer.pad_token) == (START, "<|nothing|>")
     assert tokenizer.chat_template == TEMPLATES["dialogue"]
-    assert named_template("{{ messages }}") == "{{ messages }}"
+    assert template_text("{{ messages }}") == "{{ messages }}"
+
+
+def test_a_chat_template_may_be_a_file(core, tmp_path):
+    folder = write_folder(tmp_path, core, {"eos_token": EOS, "chat_template": "own"})
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}⛺ {{ m.content }}{% endfor %}", encoding="utf-8")
+    given = str(tmp_path / "mine.jinja")
+    config = TokenizerConfig(path=None, eos_token=None, pad_token=None, chat_template=given)
+    for tokenizer in (Tokenizer.load(folder, config), make(core).replaced(config)):
+        assert tokenizer.render(DIALOGUE[1:2], add_generation_prompt=True) == "⛺ Is 1 < 2 & 'b'?"
+        assert (tokenizer.eos_token, tokenizer.vocab_size) == (EOS, make(core).vocab_size)
+    with pytest.raises(ConfigError) as error:
+        template_text(str(tmp_path / "mien.jinja"))
+    missing = f"there is no file {tmp_path}/mien.jinja. Did you mean '{tmp_path}/mine.jinja'?"
+    assert str(error.value) == f"policy.tokenizer.chat_template: {missing}"
+
+
+def test_a_chat_template_that_is_no_template_is_an_error():
+    with pytest.raises(ConfigError) as error:
+        template_text("dialog")
+    assert str(error.value) == (
+        "policy.tokenizer.chat_template='dialog' is no .jinja file, holds no jinja, and is not one of dialogue, plain. "
+        "Did you mean 'dialogue'?"
+    )
+
+
+def test_a_tokenizer_keeps_what_the_configuration_leaves_alone(core):
+    nothing = TokenizerConfig(path=None, eos_token=None, pad_token=None, chat_template=None)
+    own, same = make(core), make(core).replaced(nothing)
+    for name in ("eos_id", "pad_id", "pad_token", "bos_token", "start_id", "chat_template", "core"):
+        assert getattr(same, name) == getattr(own, name), name
 
 
 def test_the_padding_and_truncation_that_a_file_asks_for_are_off(core, tmp_path):

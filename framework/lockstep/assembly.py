@@ -48,7 +48,7 @@ class Assembly:
             raise ConfigError(
                 "A policy that starts from scratch needs a tokenizer. Set policy.tokenizer.path to a folder or hub id."
             )
-        return own
+        return own.replaced(settings)
 
     def policy(self, source: str) -> Policy:
         """A fresh copy of the policy that a stage made, or of the configured one."""

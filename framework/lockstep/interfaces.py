@@ -197,8 +197,8 @@ class Dropout:
     """Residual dropout: the outputs of attention and MLP are zeroed at ``rate`` and the rest scaled up, by the bits that
     `lockstep.randomness.dropout_bits` makes of ``seeds`` uint32 [B]: the same on every backend and for every cut.
 
-    A position counts the real tokens before it (of its own example, where several share a row). Layer n, from 0, has the sites 2n (attention) and 2n + 1 (MLP). What stays
-    is scaled by 1 / (1 - rate).
+    A position counts the real tokens before it (of its own example, where several share a row). Layer n, from 0, has the
+    sites 2n (attention) and 2n + 1 (MLP). What stays is scaled by 1 / (1 - rate).
     """
 
     rate: float

@@ -28,6 +28,7 @@ from lockstep.health import Health
 from lockstep.interfaces import Algorithm, Backend, Tracker
 from lockstep.provenance import code_state
 from lockstep.store import Records, RunFolder, StageFolder
+from lockstep.tokenizer import template_text
 from lockstep.tracking import without_secrets
 
 log = logging.getLogger("lockstep")
@@ -77,7 +78,7 @@ class Runner:
         source, settings = e.data
         data = e.groups["data"] | {"fingerprint": source.fingerprint(settings)}
         common = [base.__module__ for cls in (e.backend[0], e.policy[0], source) for base in cls.__mro__]
-        tokenizer = e.groups["policy"].get("tokenizer")
+        tokenizer = _with_template_file(e.groups["policy"].get("tokenizer"))
         for stage in e.stages.values():
             content = {
                 "stage": stage.groups,
@@ -356,6 +357,12 @@ def flatten(result: Mapping[str, Any]) -> dict[str, float]:
             else:
                 flat |= {f"{key}/{inner}/{name}": m["mean"] for name, m in measures.items()}
     return flat
+
+
+def _with_template_file(tokenizer: Group | None) -> Group | None:
+    """The text of a template file in place of its path: what a stage depends on."""
+    template = (tokenizer or {}).get("chat_template") or ""
+    return {**tokenizer, "chat_template": template_text(template)} if template.endswith(".jinja") else tokenizer
 
 
 def _now() -> str:

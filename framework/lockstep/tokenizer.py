@@ -38,7 +38,7 @@ class TokenizerConfig:
     """Args:
     path: a folder, or a Hugging Face hub id; null takes the policy's own, or else the data source's.
     eos_token, pad_token: replace the tokenizer's own; null keeps them. A response ends with EOS; they must differ.
-    chat_template: jinja text or one of the names in `TEMPLATES`; null keeps the tokenizer's own.
+    chat_template: one of the names in `TEMPLATES`, a .jinja file, or jinja text; null keeps the tokenizer's own.
     """
 
     path: str | None
@@ -118,8 +118,18 @@ class Tokenizer:
             core,
             eos_token=eos,
             pad_token=replaced.pad_token or _content(settings.get("pad_token")),
-            chat_template=named_template(replaced.chat_template) or template,
+            chat_template=template_text(replaced.chat_template) or template,
             bos_token=_content(settings.get("bos_token")),
+        )
+
+    def replaced(self, config: TokenizerConfig) -> Tokenizer:
+        """The same with the replacements of ``config``."""
+        return Tokenizer(
+            self.core,
+            eos_token=config.eos_token or self.eos_token,
+            pad_token=config.pad_token or self.pad_token,
+            chat_template=template_text(config.chat_template) or self.chat_template,
+            bos_token=self.bos_token,
         )
 
     def save(self, folder: Path) -> None:
@@ -154,8 +164,8 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ConfigError(
-                f"This tokenizer has no chat template. Set policy.tokenizer.chat_template to jinja text or to one of: "
-                f"{listing(TEMPLATES)}."
+                f"This tokenizer has no chat template. Set policy.tokenizer.chat_template to a .jinja file, to jinja "
+                f"text or to one of: {listing(TEMPLATES)}."
             )
         try:
             return _compiled(self.chat_template).render(
@@ -171,8 +181,26 @@ class Tokenizer:
             raise ConfigError(f"The chat template fails on this dialogue: {error}") from error
 
 
-def named_template(template: str | None) -> str | None:
-    return TEMPLATES.get(template, template) if template else None
+def template_text(given: str | None) -> str | None:
+    """The template that a configuration means by a name, a file or the text itself.
+
+    Raises:
+      ConfigError: it is none of them.
+    """
+    if not given or given in TEMPLATES:
+        return TEMPLATES.get(given or "")
+    if given.endswith(".jinja"):
+        file = Path(given).expanduser()
+        if not file.is_file():
+            there = [str(path) for path in file.parent.glob("*.jinja")]
+            raise ConfigError(f"policy.tokenizer.chat_template: there is no file {file}.{did_you_mean(str(file), there)}")
+        return file.read_text(encoding="utf-8")
+    if "{{" not in given and "{%" not in given:
+        raise ConfigError(
+            f"policy.tokenizer.chat_template='{given}' is no .jinja file, holds no jinja, and is not one of {listing(TEMPLATES)}."
+            f"{did_you_mean(given, TEMPLATES)}"
+        )
+    return given
 
 
 class Generation(jinja2.ext.Extension):
