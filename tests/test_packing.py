@@ -142,17 +142,15 @@ def test_a_network_of_transformers_that_cannot_pack_is_refused():
         network.hidden(torch.as_tensor(rows.tokens).long(), torch.as_tensor(rows.segments).long())
 
 
-def test_sliding_windows_of_transformers_count_within_an_example(tmp_path):
+def test_sliding_windows_count_within_an_example(backend, tmp_path):
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    backend_cls = registry().resolve("backend", "torch", "torch")
     torch.manual_seed(0)
     config = transformers.Gemma2Config(
         vocab_size=37, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         intermediate_size=48, max_position_embeddings=32, sliding_window=3,
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    backend = backend_cls(backend_cls.Config("cpu", "float32", 1))
-    check_apart(registry().resolve("policy", "huggingface", "torch").load(tmp_path, backend))
+    check_apart(registry().resolve("policy", "huggingface", backend.name).load(tmp_path, backend))
 
 
 def test_packing_and_dropout_do_not_go_together():
