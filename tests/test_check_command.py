@@ -123,7 +123,7 @@ def test_a_backend_is_asked_only_for_precisions_that_it_knows(monkeypatch):
         (["nowhere:PPO", "algorithm", "torch"], r"The algorithm 'nowhere:PPO' .* cannot be imported: ModuleNotFoundError"),
         (
             ["lockstep_rlhf.ppo:PPO", "algorithm", "torch", "float32"],
-            r"Missing: algorithm.stop_strings, algorithm.kl_target, .* There is no configuration file algorithm/lockstep_rlhf.ppo:PPO.yaml to start "
+            r"Missing: algorithm.stop_strings, .* There is no configuration file algorithm/lockstep_rlhf.ppo:PPO.yaml to start "
             r"from: add --like with one of ppo, pretrain, .*, and algorithm.key=value for what differs.",
         ),
         (

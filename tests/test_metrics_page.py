@@ -33,7 +33,13 @@ TRAINING = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("runs"), "evaluation.comparisons=12", "algorithm.iterations=1", "backend.threads=1")
+    return tiny(
+        tmp_path_factory.mktemp("runs"),
+        "evaluation.comparisons=12",
+        "algorithm.iterations=1",
+        "backend.threads=1",
+        "pretrain.packing=true",
+    )
 
 
 def stages(run):
