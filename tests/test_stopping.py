@@ -55,7 +55,7 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(bpe, string
     assert ended.mask[0].tolist() == [i < kept for i in range(len(ids) + 2)]
     assert ended.tokens[0].tolist() == ids[:kept] + [bpe.pad_id] * (len(ids) + 2 - kept)
     assert ended.texts == [TEXT[: TEXT.index(string)]]
-    assert ended.finished.tolist() == ended.by_string.tolist() == [True]
+    assert ended.finished.tolist() == ended.without_eos.tolist() == [True]
 
 
 def test_a_stop_string_may_straddle_tokens_and_characters(bpe):
@@ -77,7 +77,7 @@ def test_the_first_of_several_stop_strings_counts(bpe):
 def test_responses_without_a_stop_string_are_left_alone(bpe):
     ids = bpe.encode("Grass is green.")
     ended = end(bpe, ["\nHuman:"], ids, [*ids, bpe.eos_id], [bpe.eos_id])
-    assert ended.finished.tolist() == [False, True, True] and not ended.by_string.any()
+    assert ended.finished.tolist() == [False, True, True] and not ended.without_eos.any()
     assert ended.texts == ["Grass is green.", "Grass is green.", ""]
     assert ended.mask.sum(axis=1).tolist() == [len(ids), len(ids) + 1, 1]
 
@@ -94,7 +94,7 @@ def test_a_special_token_may_be_a_stop_string(bpe):
     turn = bpe.core.token_to_id(TURN)
     assert Stops(bpe, [TURN]).ids == [bpe.eos_id, turn]
     ended = end(bpe, [TURN], [*bpe.encode("all."), turn])
-    assert ended.texts == ["all."] and ended.finished.tolist() == [True] and ended.by_string.tolist() == [False]
+    assert ended.texts == ["all."] and ended.finished.tolist() == ended.without_eos.tolist() == [True]
 
 
 @pytest.mark.parametrize(

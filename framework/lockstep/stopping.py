@@ -26,12 +26,12 @@ from lockstep.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Ended:
     """Responses cut where they end: ``tokens`` int32 and ``mask`` bool [B, T], as the policy wrote them; ``finished`` bool [B];
-    ``by_string`` bool [B], where it was a stop string that ended them; ``texts``, without what ended them."""
+    ``without_eos`` bool [B], where something else than EOS ended them; ``texts``, without what ended them."""
 
     tokens: np.ndarray
     mask: np.ndarray
     finished: np.ndarray
-    by_string: np.ndarray
+    without_eos: np.ndarray
     texts: list[str]
 
 
@@ -54,24 +54,25 @@ class Stops:
     def end(self, tokens: np.ndarray, mask: np.ndarray) -> Ended:
         """Responses [B, T] as `Policy.generate` gives them, cut after the token that completes a stop string."""
         tokens, mask, texts = tokens.copy(), mask.copy(), []
-        by_string = np.zeros(len(tokens), bool)
+        completed = np.zeros(len(tokens), bool)
         for row, counts in enumerate(mask):
             ids = tokens[row][counts]
             text = self.tokenizer.decode(ids)
             begin = self._begin(text)
             if begin is not None:
                 end = self._end(ids)
-                mask[row, end:], tokens[row, end:], by_string[row] = False, self.tokenizer.pad_id, True
+                mask[row, end:], tokens[row, end:], completed[row] = False, self.tokenizer.pad_id, True
                 text = text[:begin]
             texts.append(text)
-        finished = by_string | numerics.ends_with_stop(tokens, mask, self.ids)
-        return Ended(tokens, mask, finished, by_string, texts)
+        finished = completed | numerics.ends_with_stop(tokens, mask, self.ids)
+        without_eos = finished & ~numerics.ends_with_stop(tokens, mask, [self.tokenizer.eos_id])
+        return Ended(tokens, mask, finished, without_eos, texts)
 
     def as_read(self, sequences: Sequences, ended: Ended) -> Sequences:
-        """For a reward model: the responses that a stop string ended as their text and EOS, the others as they are."""
-        if not ended.by_string.any():
+        """For a reward model: the responses that something else ended as their text and EOS, the others as they are."""
+        if not ended.without_eos.any():
             return sequences
-        columns, rows = ended.tokens.shape[1], zip(ended.tokens, ended.mask, ended.by_string, ended.texts, strict=True)
+        columns, rows = ended.tokens.shape[1], zip(ended.tokens, ended.mask, ended.without_eos, ended.texts, strict=True)
         responses = [
             encoding.encode_response(self.tokenizer, text, columns) if replaced else tokens[counts].tolist()
             for tokens, counts, replaced, text in rows

@@ -15,7 +15,7 @@ from lockstep.interfaces import Classifier, Resources, Responses, RewardModel, S
 from lockstep.nouns import Message, Prompt
 from lockstep.numerics import ends_with_stop
 from lockstep.sequences import Sequences, chunks, in_chunks
-from lockstep.tokenizer import TEMPLATES, named_template
+from lockstep.tokenizer import TEMPLATES, template_text
 
 log = logging.getLogger("lockstep")
 
@@ -48,7 +48,7 @@ class Learned(RewardModel):
             return
         self.model, self.tokenizer = resources.scalar_model(config.source)
         self.same_vocabulary = self.tokenizer.core.to_str() == resources.tokenizer.core.to_str()
-        template = named_template(config.chat_template) or self.tokenizer.chat_template
+        template = template_text(config.chat_template) or self.tokenizer.chat_template
         same_text = kind == "stage" or template in (None, resources.tokenizer.chat_template)
         self.shares_tokens = self.same_vocabulary and same_text
         if self.shares_tokens:
@@ -108,7 +108,7 @@ class Learned(RewardModel):
     # ------------------------------------------------------------------------------------------------------ encoders
 
     def _pairs_read_by(self, classifier: Classifier) -> Callable[[Responses], np.ndarray]:
-        template = named_template(self.config.chat_template)
+        template = template_text(self.config.chat_template)
         render = classifier.renderer(template)
 
         def read(responses: Responses) -> np.ndarray:
