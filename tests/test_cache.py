@@ -1,7 +1,9 @@
 """`lockstep cache`: what is stored, why a stage is not reused, and what is removed."""
 
+import itertools
 import os
 import shutil
+import threading
 import time
 
 import pytest
@@ -10,7 +12,10 @@ from lockstep import cache, store, summary
 from lockstep.cache import finished
 from lockstep.cli import cache_command
 from lockstep.composition import compose
+from lockstep.console import Console
 from lockstep.errors import ConfigError
+from lockstep.experiment import Experiment
+from lockstep.runner import Runner
 from runs import DECODER, TINY, tiny
 
 SFT = ["~stages.reward", "~stages.ppo", "~stages.ppo_ptx", "~stages.evaluate", "backend.threads=1"]
@@ -100,8 +105,6 @@ def test_a_stage_that_a_process_works_on_or_a_run_is_going_to_use_is_not_removed
 
 
 def test_who_waits_for_a_stage_that_is_pruned_makes_its_folder_anew(tmp_path):
-    import threading
-
     folder, held = tmp_path / "stage", threading.Event()
 
     def work():
@@ -142,6 +145,17 @@ def test_mistakes_say_what_to_type(runs):
         cache_command("prunes", [], None, False)
     with pytest.raises(ConfigError, match="--older-than '30' is not a time. Write a number and h, d or w: 12h, 30d, 4w."):
         cache_command("prune", runs[2], "30", False)
+
+
+def test_the_kl_sweep_makes_one_reward_model_per_backend_and_seed(tmp_path):
+    made = {}
+    for backend, seed, kl in itertools.product(("torch", "jax"), (0, 1), (0.05, 0.45)):
+        overrides = ["experiment=kl_sweep", f"backend={backend}", f"seed={seed}", f"algorithm.kl_coef={kl}", f"folder={tmp_path}"]
+        for stage, folder in Runner(Experiment(compose(overrides)), Console(), "").folders.items():
+            made.setdefault(stage, set()).add(folder.path)
+    assert {stage: len(folders) for stage, folders in made.items()} == {
+        "pretrain": 4, "sft": 4, "reward": 4, "ppo": 8, "evaluate": 8,
+    }  # fmt: skip
 
 
 def test_sizes_and_ages_are_rounded_to_what_a_person_reads():

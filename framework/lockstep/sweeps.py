@@ -72,6 +72,7 @@ def sweep(arguments: Sequence[str]) -> str:
     _check_installed(arguments)
     record = SweepFolder(_folder(arguments))
     record.begin(shlex.join(["lockstep", "run", *arguments]))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts: no reports to its makers
     quoted = str(record.path).replace("'", r"\'")
     sys.argv = ["lockstep run", *arguments, f"hydra.sweep.dir='{quoted}'"]
 
