@@ -131,16 +131,25 @@ def test_neither_a_sweep_nor_a_run_that_is_done_imports_torch_or_jax(grid):
 # ------------------------------------------------------------------------------------------------------ kill and restart
 
 
-def children(process):
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
-    return [int(pid) for pid in listed.split()]
-
-
 def wait(process, until):
     deadline = time.monotonic() + 120
     while not until():
         assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
         time.sleep(0.02)
+
+
+def kill_in_ppo(process, folder, count):
+    """Kill so many of the sweep's jobs, each as soon as it has a step of PPO."""
+    killed = set()
+
+    def kill():
+        for file in set(folder.glob("stages/ppo-*/metrics.jsonl")) - killed:
+            if file.stat().st_size:
+                os.kill(int((file.parent / "lock").read_text().split()[0]), signal.SIGKILL)
+                killed.add(file)
+        return len(killed) == count
+
+    wait(process, kill)
 
 
 def report(folder, runs):
@@ -157,13 +166,11 @@ def report(folder, runs):
 
 
 def test_a_sweep_with_two_jobs_killed_and_started_again_ends_as_if_nothing_had_happened(tmp_path):
-    common = [GOLD, "checkpoint_every=2", "algorithm.iterations=6"]
+    common = [GOLD, "checkpoint_every=5", "algorithm.iterations=20"]
     options = [*common, "algorithm.kl_coef=0.05,0.5", "hydra.launcher.parallel=2"]
     broken = tmp_path / "broken"
     with start(broken, *options) as process:
-        wait(process, lambda: [file.stat().st_size > 0 for file in broken.glob("stages/ppo-*/metrics.jsonl")] == [True, True])
-        for pid in children(process):
-            os.kill(pid, signal.SIGKILL)
+        kill_in_ppo(process, broken, count=2)
         printed = process.communicate()[0]
     assert process.returncode == 1 and "killed by SIGKILL; its last lines:" in printed
     assert statuses(jobs(next(broken.glob("sweeps/*")))) == ["failed", "failed"]
