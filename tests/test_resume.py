@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -383,10 +384,11 @@ def test_a_named_run_refuses_another_configuration_and_shows_the_difference(begu
 def test_a_stage_that_starts_anew_because_its_code_changed_says_so(begun, monkeypatch, caplog, torch_whole):
     options = torch_whole[1]
     stopped(monkeypatch, begun, 2, *options)
-    monkeypatch.setattr(store, "code_digest", lambda modules: "changed")
+    real = store.code_digests
+    monkeypatch.setattr(store, "code_digests", lambda modules: real(modules) | {"lockstep": "changed"})
     run = tiny(begun, *options)
     assert "Made anew: pretrain (its earlier folder pretrain-torch-" in caplog.text
-    assert "is unfinished). Changed since: the code that makes it." in caplog.text
+    assert "is unfinished). Changed since: the code of lockstep." in caplog.text
     assert "goes on at step" not in caplog.text
     assert without_timings(lines(run, "ppo")) == without_timings(lines(torch_whole[0], "ppo"))
 
@@ -422,7 +424,7 @@ def test_a_lock_is_waited_for_and_taken_over_from_a_process_that_died(tmp_path, 
         owner.kill()
         assert held.wait(10)
         thread.join()
-    assert f"waiting for process {owner.pid}, which works on {tmp_path.name}" in caplog.text
+    assert f"waiting for process {owner.pid} on {socket.gethostname()}, which works on {tmp_path.name}" in caplog.text
 
 
 def test_records_keep_what_the_checkpoint_knows_and_say_what_is_missing(tmp_path, caplog):

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import queue
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
-
-from lockstep import composition
 
 
 class ProcessLauncher(Launcher):
@@ -26,41 +22,33 @@ class ProcessLauncher(Launcher):
         self.parallel = parallel
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        self.config = config
+        self.loader, self.config = hydra_context.config_loader, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from lockstep.sweeps import run_job  # imports Hydra's configuration, which is looking for launchers just now
+
         setup_globals()
-        jobs = [list(filter_overrides(overrides)) for overrides in job_overrides]
+        configs = [self.loader.load_sweep_config(self.config, list(overrides)) for overrides in job_overrides]
         free: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
         for share in core_shares(self.parallel):
             free.put(share)
+        shared = list(self.config.hydra.overrides.task)
 
-        def run(overrides: list[str]) -> int:
+        def run(config: DictConfig) -> JobReturn:
             cores = free.get()
+            overrides = list(config.hydra.overrides.task)
+            varied = [o for o in overrides if o not in shared and o.removesuffix("=null") not in shared]
             try:
-                return run_job(overrides, cores)
+                value = run_job(overrides, config, Path(config.hydra.sweep.dir), cores, f"{' '.join(varied)} | ")
+                return JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=value)
             finally:
                 free.put(cores)
 
         with ThreadPoolExecutor(self.parallel) as pool:
-            codes = list(pool.map(run, jobs))
-        composition.FAILED += [overrides for overrides, code in zip(jobs, codes, strict=True) if code]
-        ended = zip(jobs, codes, strict=True)
-        return [JobReturn(overrides=o, status=JobStatus.COMPLETED, _return_value=code) for o, code in ended]
+            return list(pool.map(run, configs))
 
 
 def core_shares(parallel: int) -> list[set[int]]:
     """The CPU cores of this process, dealt out evenly; everybody gets all of them where there are too few."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return [set(cores[i::parallel] or cores) for i in range(parallel)]
-
-
-def run_job(overrides: list[str], cores: set[int]) -> int:
-    """One ``lockstep run`` on these cores, its lines printed behind its overrides; the exit code."""
-    label = " ".join(overrides[-3:])
-    pin = functools.partial(os.sched_setaffinity, 0, cores) if cores else None
-    command = [sys.executable, "-m", "lockstep", "run", *overrides]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=pin) as job:
-        for line in job.stdout:
-            print(f"{label} | {line}", end="", flush=True)
-    return job.returncode

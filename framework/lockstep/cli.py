@@ -1,6 +1,7 @@
 """The command line.
 
 lockstep run [hydra overrides] [-m]   run or sweep experiments
+lockstep cache [why|prune]            stored stages: list them, explain a miss, remove what no run uses
 lockstep compare RUN_OR_SWEEP...      tables, plots and a report
 lockstep parity [hydra overrides]     the same experiment on two backends, step by step: where they part
 lockstep plugins                      what is installed, from which distribution, usable or not and why
@@ -41,6 +42,11 @@ def main() -> None:
     compare.add_argument("--output", type=Path, default=Path("report"), help="folder for the report (default: report)")
     compare.add_argument("--wandb-report", metavar="ENTITY/PROJECT", help="save it as a report at W&B too")
     compare.set_defaults(call=lambda arguments, rest: compare_command(arguments))
+    cache = commands.add_parser("cache", help="stored stages: list them, explain a miss (why), remove unused ones (prune)")
+    cache.add_argument("action", nargs="?", default="list", help="list, why or prune; then overrides, as of lockstep run")
+    cache.add_argument("--older-than", help="prune only what has not changed for so long: 12h, 30d, 4w")
+    cache.add_argument("--yes", action="store_true", help="prune: remove; without it the stages are only listed")
+    cache.set_defaults(call=lambda a, rest: cache_command(a.action, rest, a.older_than, a.yes))
     parity = commands.add_parser("parity", help="the same experiment on two backends, step by step: where they part")
     parity.add_argument("--same-start", action="store_true", help="each step starts from the first backend's weights")
     parity.add_argument("--steps", type=int, help="of each stage, at most")
@@ -65,7 +71,7 @@ def main() -> None:
     plugins.set_defaults(call=lambda arguments, rest: plugins_command())
     arguments, rest = parser.parse_known_args()
     options = [argument for argument in rest if argument.startswith("-")]
-    if unknown := {"run": [], "parity": options, "check": options}.get(arguments.command, rest):
+    if unknown := {"run": [], "parity": options, "check": options, "cache": options}.get(arguments.command, rest):
         parser.error(f"unknown arguments: {' '.join(unknown)}")
 
     sys.path.insert(0, os.getcwd())  # where module:Class of the configuration is looked for, as with python -m
@@ -90,7 +96,7 @@ RUN_HELP = """lockstep run [overrides] [-m]
   lockstep run                                             the InstructGPT pipeline on the miniature, on torch
   lockstep run backend=jax seed=1                          the same on JAX, with another seed
   lockstep run algorithm.kl_coef=0.05 algorithm.iterations=50
-  lockstep run -m backend=torch,jax seed=0,1,2             a sweep: one process per job
+  lockstep run -m backend=torch,jax seed=0,1,2             a sweep: one process per job; docs/sweeps.md has searches and clusters
   lockstep run --config [overrides]                        print the resolved configuration and stop
   lockstep run --dry-run [overrides]                       check configuration, data and tokenizer, and stop
 
@@ -99,7 +105,8 @@ it stopped. Groups: """
 
 
 def run_command(arguments: Sequence[str]) -> None:
-    from lockstep.composition import compose, conf_folders, sweep
+    from lockstep.composition import compose, conf_folders
+    from lockstep.sweeps import sweep
 
     if {"-h", "--help"} & set(arguments):
         groups = sorted({p.parent.name for c in conf_folders().values() for p in c.rglob("*.yaml") if p.parent != c})
@@ -111,7 +118,7 @@ def run_command(arguments: Sequence[str]) -> None:
             raise ConfigError("A dry run is of one run, not of a sweep: leave out -m.")
         dry_run(compose([a for a in arguments if a != "--dry-run"]), Console())
     elif {"-m", "--multirun"} & set(arguments):
-        sweep(arguments, lambda config: run_config(config, "a job of a sweep"))
+        Console().say(sweep(arguments))
     elif "--config" in arguments:
         import yaml
 
@@ -122,13 +129,23 @@ def run_command(arguments: Sequence[str]) -> None:
 
 def run_config(config: dict[str, Any], command: str) -> Path:
     """Run one experiment and print its summary; the run folder."""
+    from lockstep.cache import finished
     from lockstep.experiment import Experiment
     from lockstep.runner import Runner
     from lockstep.summary import summary
+    from lockstep.sweeps import agent, objective
 
     console = Console()
-    folder = Runner(Experiment(config), console, command).run()
-    console.out.print(summary(folder))
+    with agent() as tell:
+        if folder := finished(config):
+            console.say(f"run {folder.name} is done already")
+        else:
+            folder = Runner(Experiment(config), console, command).run()
+        console.out.print(summary(folder))
+        if name := config["objective"]:
+            value = objective(folder, name)
+            console.say(f"\nobjective {name}: {value}")
+            tell(config, name, value)
     console.say(f"\nThe run is in {folder}. To compare runs: lockstep compare {folder} OTHER...")
     return folder
 
@@ -141,6 +158,32 @@ def compare_command(arguments: argparse.Namespace) -> None:
     print_summary(report)
     if arguments.wandb_report:
         Console().say(f"saved {wandb_report.publish(report, arguments.wandb_report)}")
+
+
+def cache_command(action: str, overrides: Sequence[str], older_than: str | None, yes: bool) -> None:
+    from lockstep import cache, summary
+    from lockstep.composition import compose
+    from lockstep.errors import ConfigError, did_you_mean
+
+    if "=" in action:
+        action, overrides = "list", [action, *overrides]
+    if action not in (actions := ("list", "why", "prune")):
+        raise ConfigError(f"lockstep cache {action}: no such action.{did_you_mean(action, actions)} There are: list, why, prune.")
+    config, console = compose(overrides), Console()
+    root = Path(config["folder"])
+    if action == "why":
+        console.say("\n".join(f"{stage}: {reason}" for stage, reason in cache.why(config).items()))
+        return
+    found = cache.unused(root, older_than) if action == "prune" else cache.entries(root)
+    console.out.print(summary.stored_stages(found))
+    size = summary.size(sum(entry.size for entry in found))
+    if action == "list":
+        console.say(f"\n{len(found)} stages in {root / 'stages'}, {size}.")
+    elif yes:
+        removed = [cache.remove(entry) for entry in found]
+        console.say(f"\nRemoved {sum(removed)} of {len(found)} stages that no run uses, {size}.")
+    else:
+        console.say(f"\n{len(found)} stages that no run uses, {size}. Nothing was removed; to remove them, add --yes.")
 
 
 def parity_command(overrides: Sequence[str], same_start: bool, steps: int | None, output: Path) -> None:

@@ -1,4 +1,4 @@
-"""Hydra: where configuration is found, how one run's is composed, how a sweep's jobs are started.
+"""Hydra: where configuration is found, how one run's is composed.
 
 Every manifest's ``conf`` folder is on the search path, the core's first. Two folders that hold the same file would shadow
 each other silently; that is refused.
@@ -9,9 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import re
-import shlex
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from lockstep.errors import ConfigError, LockstepError, RegistryError, did_you_mean, listing
+from lockstep.errors import ConfigError, RegistryError, did_you_mean, listing
 from lockstep.registry import registry
 
 CORE = "lockstep-rlhf (core)"
@@ -67,12 +65,25 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
       ConfigError: what Hydra or OmegaConf say is wrong, with the nearest name that exists.
     """
+    return resolved(partial(overrides))
+
+
+def partial(overrides: Sequence[str]) -> DictConfig:
+    """A configuration whose interpolations and missing values are still open; else as `compose`."""
     try:
-        return OmegaConf.to_container(_compose(overrides), resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"Missing: {error.full_key}. Set it on the command line: {error.full_key}=...") from error
+        return _compose(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(str(error), overrides)) from error
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """Raises ConfigError: a value is missing, or an interpolation leads nowhere."""
+    try:
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"Missing: {error.full_key}. Set it on the command line: {error.full_key}=...") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(str(error), [])) from error
 
 
 def group(kind: str, name: str) -> dict[str, Any]:
@@ -105,31 +116,3 @@ def _explain(message: str, overrides: Sequence[str]) -> str:
         return f"No {group} named '{name}'.{did_you_mean(name, choices)} There are: {listing(choices)}."
     lines = [line.strip() for line in message.splitlines()]
     return " ".join(line for line in lines if line and "HYDRA_FULL_ERROR" not in line)
-
-
-def sweep(arguments: Sequence[str], run: Callable[[dict[str, Any]], object]) -> None:
-    """``lockstep run -m ...``: Hydra's sweeper composes the jobs, its launcher (`ProcessLauncher` unless you name another)
-    starts them; ``run`` is a job, for launchers that start it in this process.
-
-    Raises:
-      SweepFailed: some jobs failed, after all have had their turn.
-    """
-    sys.argv = ["lockstep run", *arguments]
-    main = hydra.main(config_path=str(conf_folders()[CORE]), config_name="config", version_base="1.3")
-
-    @main
-    def job(config: DictConfig) -> None:
-        run(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-
-    job()
-    if FAILED:
-        lines = "\n".join(f"  lockstep run {shlex.join(job)}" for job in FAILED)
-        raise SweepFailed(f"{len(FAILED)} jobs failed; to run one again:\n{lines}")
-
-
-class SweepFailed(LockstepError):
-    """Some jobs of a sweep failed; the others are done."""
-
-
-FAILED: list[list[str]] = []
-"""The overrides of jobs that failed. Hydra would print an exception of a launcher with a traceback; so it is told here."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from lockstep.registry import registry
 
 Group = dict[str, Any]
 NEW = "new"
-INDECISIVE = ("folder", "name", "tracker", "checkpoint_every", "samples_every")
+INDECISIVE = ("folder", "name", "objective", "tracker", "checkpoint_every", "samples_every")
 """Keys that decide where results go and how often they are written, but not what they are."""
 
 
@@ -107,13 +106,15 @@ class Experiment:
             self.stages[name] = self._stage(name, group)
         if not self.stages:
             raise ConfigError("The experiment has no stages. Choose one that has: experiment=instructgpt.")
+        if (objective := config.get("objective")) and (stage := objective.partition("/")[0]) not in self.stages:
+            raise ConfigError(
+                f"objective={objective}: no stage '{stage}'.{did_you_mean(stage, self.stages)} It is stage/metric, as in "
+                f"evaluate/heldout/ppo/gold. Stages: {listing(self.stages)}."
+            )
 
-    @functools.cached_property
+    @property
     def name(self) -> str:
-        """Given, or made of what tells runs apart: the same configuration gives the same name, and so goes on."""
-        digest = store.identity(decisive(self.groups))[:6]
-        label = f"{self.groups['experiment_name']}-{self.backend_name}-seed{self.seed}-{digest}"
-        return self.groups["name"] or label
+        return run_name(self.groups)
 
     def _component(self, kind: str, group: Group) -> tuple[type, Any]:
         cls = registry().resolve(kind, group.get("name", "???"), self.backend_name if kind != "backend" else group["name"])
@@ -167,6 +168,13 @@ def with_members(group: Group | None) -> Iterator[Group]:
 def is_hub_id(source: str) -> bool:
     """owner/name, where ``owner`` is no folder here: then it would be a path that does not exist."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(source).parent.is_dir()
+
+
+def run_name(groups: Mapping[str, Any]) -> str:
+    """Given, or made of what tells runs apart: the same configuration gives the same name, and so goes on."""
+    digest = store.identity(decisive(groups))[:6]
+    label = f"{groups['experiment_name']}-{groups['backend']['name']}-seed{groups['seed']}-{digest}"
+    return groups["name"] or label
 
 
 def decisive(groups: Mapping[str, Any]) -> Group:

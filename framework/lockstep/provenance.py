@@ -1,7 +1,7 @@
 """Which code a run was made with: versions of the plugins, and the commit of every git checkout among them.
 
 Left out on purpose: differences, remotes and command lines, which may hold secrets. What decides whether a stage is made
-anew is not this but `lockstep.store.code_digest`, of the files themselves.
+anew is not this but `lockstep.store.code_digests`, of the files themselves.
 """
 
 from __future__ import annotations

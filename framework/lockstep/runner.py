@@ -90,7 +90,7 @@ class Runner:
                 "backend": e.groups["backend"],
                 "data": data,
                 "seed": stage.seed,
-                "code": store.code_digest([*common, *stage.modules]),
+                "code": store.code_digests([*common, *stage.modules]),
             }
             self.contents[stage.name] = content
             folders[stage.name] = StageFolder.of(self.root, stage.name, e.backend_name, content)
@@ -136,14 +136,9 @@ class Runner:
         for name, content in self.contents.items():
             old = StageFolder.of(self.root, name, self.experiment.backend_name, before.get(name, {}))
             if old.path != self.folders[name].path and (old.path / "stage.json").exists():
-                changes = without_copies(differences(before[name], content))
-                reasons = [
-                    "the code that makes it" if change.startswith("code:") else change
-                    for change in changes
-                    if not change.startswith("inputs.") or len(changes) == 1
-                ]
+                reason = "; ".join(what_changed(before[name], content))
                 state = "done" if old.done else "unfinished"
-                stages.setdefault("; ".join(reasons), []).append(f"{name} (its earlier folder {old.path.name} is {state})")
+                stages.setdefault(reason, []).append(f"{name} (its earlier folder {old.path.name} is {state})")
         for reason, names in stages.items():
             log.warning("Made anew: %s. Changed since: %s.", ", ".join(names), reason)
 
@@ -338,6 +333,16 @@ def peak_memory(backend: Backend) -> int:
 
 def _main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
+
+
+def what_changed(before: Group, now: Group) -> list[str]:
+    """Why a stage is not the one that was stored; that its inputs are others is said only where nothing else is."""
+    changes = without_copies(differences(before, now))
+    return [
+        f"the code of {change.partition(':')[0].removeprefix('code.')}" if change.startswith("code.") else change
+        for change in changes
+        if not change.startswith("inputs.") or all(c.startswith("inputs.") for c in changes)
+    ]
 
 
 def without_copies(changes: list[str]) -> list[str]:

@@ -32,12 +32,13 @@ import logging
 import math
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lockstep import checkpoints
 from lockstep.errors import CheckpointError
@@ -51,25 +52,31 @@ def identity(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-PRESENTATION = ("cli.py", "compare", "console.py", "health.py", "provenance.py", "summary.py", "tracking.py")
+PRESENTATION = (
+    "cache.py", "cli.py", "compare", "console.py", "health.py", "provenance.py", "summary.py", "sweeps.py", "tracking.py",
+)  # fmt: skip
 """Of the core: what shows results and does not make them."""
 
 
-def code_digest(modules: Iterable[str]) -> str:
-    """SHA-256 of the source of the top-level packages of these modules, the core's among them: a stage is made anew after
-    the code that makes it has changed."""
-    digest = hashlib.sha256()
+def code_digests(modules: Iterable[str]) -> dict[str, str]:
+    """{package: SHA-256 of its source} of the top-level packages of these modules, the core's among them: a stage is made
+    anew after the code that makes it has changed. Nothing is imported."""
+    digests = {}
     for package in sorted({"lockstep"} | {module.partition(".")[0] for module in modules}):
         spec = None if package in sys.stdlib_module_names else importlib.util.find_spec(package)
-        if spec is None:
-            continue
-        roots = [Path(root) for root in spec.submodule_search_locations or []] or [Path(spec.origin)]
-        for root in roots:
-            files = [root] if root.is_file() else sorted(root.rglob("*.py"))
-            for file in files:
-                inside = file.relative_to(root).parts if file != root else ()
-                if package != "lockstep" or inside[0] not in PRESENTATION:
-                    digest.update(f"{package}/{'/'.join(inside)}\0".encode() + file.read_bytes())
+        if spec is not None:
+            roots = [Path(root) for root in spec.submodule_search_locations or []] or [Path(spec.origin)]
+            digests[package] = _source_digest(package, roots)
+    return digests
+
+
+def _source_digest(package: str, roots: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for root in roots:
+        for file in [root] if root.is_file() else sorted(root.rglob("*.py")):
+            inside = file.relative_to(root).parts if file != root else ()
+            if package != "lockstep" or inside[0] not in PRESENTATION:
+                digest.update(f"{'/'.join(inside)}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
@@ -191,18 +198,42 @@ class StageFolder:
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Work on ``folder`` alone; wait where another process does. The operating system releases what a dead one held."""
+    while (file := _lock(folder)) is None:
+        pass
+    with file:
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _lock(folder: Path) -> IO[str] | None:
+    """The open lock file, held; None where the folder was removed meanwhile, as `lockstep cache prune` does."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+") as file:
+    try:
+        file = open(folder / "lock", "a+")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             log.info("waiting for process %s, which works on %s", file.read().strip() or "?", folder.name)
             fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+        return file if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)) else None
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def hold_if_free(folder: Path) -> Iterator[str | None]:
+    """Hold ``folder`` and yield None, or yield which process holds it. Nobody is waited for."""
+    with open(folder / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            yield file.read().strip() or "?"
+        else:
+            yield None
 
 
 def _verify(folder: Path) -> None:

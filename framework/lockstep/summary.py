@@ -1,14 +1,20 @@
-"""The table at the end of a run."""
+"""The table at the end of a run, and that of stored stages."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from lockstep import checkpoints
 from lockstep.console import numbers
+
+if TYPE_CHECKING:
+    from lockstep.cache import Entry
 
 COLUMNS = ("gold", "helpful", "truthful", "harmless", "score", "win_rate", "kl", "length", "ability", "text_loss")
 
@@ -56,3 +62,28 @@ def cell(measure: dict | None) -> str:
         return ""
     half = f" ± {(measure['high'] - measure['low']) / 2:.2f}" if "low" in measure else ""
     return f"{measure['mean']:.2f}{half}"
+
+
+def stored_stages(entries: Sequence[Entry]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "state", "size", "changed", "used by"):
+        table.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
+    for entry in entries:
+        more = f" and {len(entry.runs) - 2} more" if len(entry.runs) > 2 else ""
+        users = ", ".join(entry.runs[:2]) + more or "no run"
+        table.add_row(entry.path.name, escape(entry.state), size(entry.size), f"{age(entry.age)} ago", escape(users))
+    return table
+
+
+def size(count: float) -> str:
+    """'1.5 MB': powers of 1000."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.0f} B" if units[0] == "B" else f"{count:.1f} {units[0]}"
+
+
+def age(seconds: float) -> str:
+    """'3 h', the largest unit of which there is one."""
+    length, unit = next(((n, u) for n, u in ((86400, "d"), (3600, "h"), (60, "min")) if seconds >= n), (1, "s"))
+    return f"{seconds / length:.0f} {unit}"

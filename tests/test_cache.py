@@ -1,0 +1,165 @@
+"""`lockstep cache`: what is stored, why a stage is not reused, and what is removed."""
+
+import itertools
+import os
+import shutil
+import threading
+import time
+
+import pytest
+
+from lockstep import cache, store, summary
+from lockstep.cache import finished
+from lockstep.cli import cache_command
+from lockstep.composition import compose
+from lockstep.console import Console
+from lockstep.errors import ConfigError
+from lockstep.experiment import Experiment
+from lockstep.runner import Runner
+from runs import DECODER, TINY, tiny
+
+SFT = ["~stages.reward", "~stages.ppo", "~stages.ppo_ptx", "~stages.evaluate", "backend.threads=1"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Pretraining, and SFT at two learning rates."""
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, [tiny(folder, *SFT, f"sft.optimizer.learning_rate={rate}") for rate in ("1e-3", "2e-3")]
+
+
+@pytest.fixture
+def runs(made, tmp_path):
+    """A copy of them to do harm to; its folders, and the overrides of the first run."""
+    shutil.copytree(made[0], tmp_path / "runs")
+    return tmp_path / "runs", [run.name for run in made[1]], described(tmp_path / "runs", "sft.optimizer.learning_rate=1e-3")
+
+
+def described(folder, *overrides):
+    return [*TINY, *DECODER, *SFT, f"folder={folder}", *overrides]
+
+
+def said(capsys, action, overrides, older_than=None, yes=False):
+    cache_command(action, overrides, older_than, yes)
+    return capsys.readouterr().out
+
+
+def test_the_list_says_state_size_age_and_users(runs, capsys):
+    folder, (first, second), overrides = runs
+    found = {entry.path.name.split("-")[0]: entry for entry in cache.entries(folder)}
+    assert found["pretrain"].runs == sorted([first, second]) and len(found["sft"].runs) == 1
+    assert {entry.state for entry in found.values()} == {"done"}
+    files = [file.stat().st_size for file in found["pretrain"].path.rglob("*") if file.is_file() and file.name != "lock"]
+    assert found["pretrain"].size == sum(files) > 10_000
+    printed = said(capsys, "list", overrides)
+    assert "3 stages in " in printed and "pretrain-torch-" in printed and first in printed
+    assert "3 stages in " in said(capsys, overrides[0], overrides[1:])  # without a word for it
+
+
+def test_why_tells_what_is_stored_and_in_what_the_nearest_differs(runs, capsys):
+    folder, _, _ = runs
+    printed = said(capsys, "why", described(folder, "sft.optimizer.learning_rate=4e-3", "sft.batch_size=8")).splitlines()
+    assert printed[0].startswith("pretrain: stored: ")
+    assert printed[1].startswith("sft: differs in stage.batch_size: 16 -> 8; stage.optimizer.learning_rate: 0.00")
+    assert "-> 0.004 (from the nearest that is stored, sft-torch-" in printed[1]
+    printed = said(capsys, "why", described(folder, "data.seed=1")).splitlines()
+    assert all("differs in data.seed: 0 -> 1 (from" in line for line in printed)
+    printed = said(capsys, "why", described(folder / "elsewhere"))
+    assert f"pretrain: no stage of this name is stored in {folder / 'elsewhere' / 'stages'}" in printed
+
+
+def test_why_names_the_package_whose_code_has_changed(runs, capsys, monkeypatch):
+    real = store.code_digests
+    monkeypatch.setattr(store, "code_digests", lambda modules: real(modules) | {"lockstep_rlhf": "changed"})
+    assert "pretrain: differs in the code of lockstep_rlhf (from the nearest" in said(capsys, "why", runs[2])
+
+
+def test_pruning_removes_what_no_run_uses_and_only_after_yes(runs, capsys):
+    folder, (first, second), overrides = runs
+    assert "0 stages that no run uses" in said(capsys, "prune", overrides, yes=True)
+    [stage] = [entry.path for entry in cache.entries(folder) if entry.runs == [second]]
+    shutil.rmtree(folder / second)
+    printed = said(capsys, "prune", overrides)
+    assert stage.name in printed and "Nothing was removed; to remove them, add --yes." in printed and stage.exists()
+    assert "0 stages that no run uses" in said(capsys, "prune", overrides, older_than="1d", yes=True)
+    for file in stage.rglob("*"):
+        os.utime(file, (0, time.time() - 2 * 86400))
+    assert "Removed 1 of 1 stages" in said(capsys, "prune", overrides, older_than="1d", yes=True)
+    assert not stage.exists() and len(cache.entries(folder)) == 2
+    assert finished(compose(overrides))
+
+
+def test_a_stage_that_a_process_works_on_or_a_run_is_going_to_use_is_not_removed(runs):
+    folder, (first, second), _ = runs
+    shutil.copytree(folder / first, folder.parent / first)
+    shutil.rmtree(folder / first)
+    [entry] = cache.unused(folder)
+    with store.hold(entry.path):
+        assert cache.unused(folder) == [] and not cache.remove(entry)
+        assert f"process {os.getpid()} on " in next(e.state for e in cache.entries(folder) if e.path == entry.path)
+    record = folder.parent / first / "run.json"
+    record.write_text(record.read_text().replace(entry.path.name, "sft-torch-older"))  # not begun; but planned, in stages.json
+    shutil.copytree(folder.parent / first, folder / first)
+    assert cache.unused(folder) == [] and not cache.remove(entry)
+    assert entry.path.exists()
+
+
+def test_who_waits_for_a_stage_that_is_pruned_makes_its_folder_anew(tmp_path):
+    folder, held = tmp_path / "stage", threading.Event()
+
+    def work():
+        with store.hold(folder):
+            held.set()
+
+    with store.hold(folder):
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert not held.wait(0.2)
+        shutil.rmtree(folder)
+    assert held.wait(10)
+    thread.join()
+    assert (folder / "lock").exists()
+
+
+@pytest.mark.parametrize("change", ["code", "output", "run", "config"])
+def test_a_run_is_done_only_while_all_that_made_it_is_as_it_was(runs, monkeypatch, change):
+    folder, (first, _), overrides = runs
+    config = compose(overrides)
+    assert finished(config) == folder / first
+    if change == "code":
+        monkeypatch.setattr(store, "code_digests", lambda modules: dict.fromkeys(modules, "changed"))
+    elif change == "output":
+        for weights in folder.glob("stages/sft-*/output/model.safetensors"):
+            weights.unlink()
+    elif change == "run":
+        shutil.rmtree(folder / first)
+    else:
+        config = compose([*overrides, "seed=1"])
+    assert finished(config) is None
+
+
+def test_mistakes_say_what_to_type(runs):
+    with pytest.raises(
+        ConfigError, match=r"lockstep cache prunes: no such action. Did you mean 'prune'\? There are: list, why, prune."
+    ):
+        cache_command("prunes", [], None, False)
+    with pytest.raises(ConfigError, match="--older-than '30' is not a time. Write a number and h, d or w: 12h, 30d, 4w."):
+        cache_command("prune", runs[2], "30", False)
+
+
+def test_the_kl_sweep_makes_one_reward_model_per_backend_and_seed(tmp_path):
+    made = {}
+    for backend, seed, kl in itertools.product(("torch", "jax"), (0, 1), (0.05, 0.45)):
+        overrides = ["experiment=kl_sweep", f"backend={backend}", f"seed={seed}", f"algorithm.kl_coef={kl}", f"folder={tmp_path}"]
+        for stage, folder in Runner(Experiment(compose(overrides)), Console(), "").folders.items():
+            made.setdefault(stage, set()).add(folder.path)
+    assert {stage: len(folders) for stage, folders in made.items()} == {
+        "pretrain": 4, "sft": 4, "reward": 4, "ppo": 8, "evaluate": 8,
+    }  # fmt: skip
+
+
+def test_sizes_and_ages_are_rounded_to_what_a_person_reads():
+    assert [summary.size(n) for n in (0, 999, 1500, 2_500_000, 7e12, 7e15)] == [
+        "0 B", "999 B", "1.5 kB", "2.5 MB", "7.0 TB", "7000.0 TB",
+    ]  # fmt: skip
+    assert [summary.age(s) for s in (5, 90, 7200, 200_000)] == ["5 s", "2 min", "2 h", "2 d"]
