@@ -10,7 +10,7 @@ import pytest
 
 from conftest import ARCHITECTURE, BACKENDS, head
 from lockstep import checkpoints, randomness
-from lockstep.architecture import initial_parameters, to_hf
+from lockstep.architecture import RopeScaling, initial_parameters, to_hf
 from lockstep.configuration import parse
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import Dropout, Term
@@ -167,7 +167,13 @@ def test_dropout_is_the_documented_bits(both):
 
 
 @pytest.mark.parametrize(
-    "change", [{"attention_bias": True}, {"mlp_bias": True}, {"activation": "gelu_tanh"}, {"rope_scaling": (8.0, 1.0, 4.0, 8192)}]
+    "change",
+    [
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"activation": "gelu_tanh"},
+        {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)},
+    ],
 )
 def test_torch_refuses_a_checkpoint_whose_switches_its_decoder_would_ignore(change, tmp_path):
     pytest.importorskip("torch")
