@@ -42,8 +42,8 @@ def main(base: str, data: str) -> None:
             other = logprobs(component("policy", "lora", there).load(Path(folder), backend(there)), rows[1])
             peft = of_peft(base, folder, rows[1])
         print(
-            f"trained on {here}: moved by up to {abs(own - fresh).max():.3f}; on {there} within {abs(other - own).max():.1e}, in peft "
-            f"within {abs(peft - own).max():.1e}, of {len(own)} tokens"
+            f"trained on {here}: {len(own)} tokens, moved by up to {abs(own - fresh).max():.3f}; on {there} within "
+            f"{abs(other - own).max():.1e}, in peft within {abs(peft - own).max():.1e}"
         )
 
 
