@@ -188,7 +188,7 @@ def merge(folder: Path, output: Path) -> Path:
         name = _stored(layer, weights, folder)
         weights[name] = weights[name] + (change.T if adapter.conv1d else change)
     if heads := {name: tensor for name, tensor in tensors.items() if name.startswith("score.")}:
-        weights = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"} | heads
+        weights = {name: tensor for name, tensor in weights.items() if name not in LANGUAGE_HEADS} | heads
         family = config["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
         config |= {"architectures": [f"{family}ForSequenceClassification"], "num_labels": 1}
     checkpoints.write_tensors(output / "model.safetensors", weights)
@@ -196,6 +196,9 @@ def merge(folder: Path, output: Path) -> Path:
     for file in folder.glob("*token*"):
         checkpoints.write_text(output / file.name, file.read_text())
     return output
+
+
+LANGUAGE_HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def _stored(layer: str, weights: Mapping[str, np.ndarray], folder: Path) -> str:
