@@ -75,7 +75,8 @@ class Model(ABC):
     @abstractmethod
     def parameters(self) -> dict[str, np.ndarray]:
         """A float32 host copy of every parameter, under names and layouts shared by all backends: those of the
-        Hugging Face checkpoint. What parity checks compare and what a checkpoint holds."""
+        Hugging Face checkpoint. What parity checks compare and what a checkpoint holds. Of a model that is an adapter on
+        frozen weights: the adapter's and the head's (`lockstep.adapters`)."""
 
     @abstractmethod
     def copy(self) -> Model:
@@ -83,7 +84,8 @@ class Model(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face checkpoint (``config.json``, ``model.safetensors``) that transformers opens."""
+        """Write a Hugging Face checkpoint (``config.json``, ``model.safetensors``) that transformers opens; an adapter
+        writes peft's files."""
 
 
 class Policy(Model):
