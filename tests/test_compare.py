@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from lockstep.compare import claims, compare, groups, print_summary, records, tables
-from lockstep.compare.records import Estimate
+from lockstep.compare.records import Estimate, _estimates
 from lockstep.errors import DataError, LockstepError
 from run_folders import GOLD, HOSTILE, POLICIES, write_lines, write_run
 
@@ -344,3 +344,9 @@ def test_a_sweep_of_many_groups_puts_them_in_rows(tmp_path):
     assert table.rows[0][0] == "gold score" and table.rows[1][0] == "torch, kl_coef=0.0"
     assert re.fullmatch(r"-1\.\d\d ±0\.16", table.rows[1][1])
     assert "(the best of 6)" in claims.headline(c)
+
+
+def test_a_measure_of_nothing_is_left_out_instead_of_counting_as_the_best():
+    """What could not be scored has a mean of NaN, which sorting would put last."""
+    nothing, something = {"mean": float("nan"), "n": 0}, {"mean": 1.0, "low": 0.5, "high": 1.5, "n": 4}
+    assert list(_estimates({"score": nothing, "gold": something})) == ["gold"]

@@ -200,3 +200,15 @@ def test_a_resumed_run_has_the_warnings_of_one_that_was_not_interrupted(tmp_path
         with pytest.raises(RuntimeError, match="killed"):
             tiny(tmp_path / "killed", *options)
     assert whole and findings(tiny(tmp_path / "killed", *options)) == whole
+
+
+def test_an_algorithm_that_logs_a_spread_without_a_score_is_watched_as_far_as_that_goes():
+    health = Health()
+    assert [finding for step in range(4) for finding in health.watch(step, {"objective/score_std": 0.0})] == []
+
+
+def test_a_loss_that_diverges_after_one_that_was_not_finite_is_still_told():
+    losses = [2.0] * 5 + [None] + [2.0] * 14 + [29.0 + i for i in range(10)]
+    health = Health()
+    names = [finding.name for step, loss in enumerate(losses) for finding in health.watch(step, {"loss": loss})]
+    assert names == ["not_finite", "loss_diverging"]

@@ -259,12 +259,25 @@ def test_a_target_that_is_no_layer_is_named_with_those_that_are(backend, bases):
         lora(backend, bases["llama"], targets=["q_prj"])
 
 
-def test_a_variant_of_lora_is_refused_by_name(backend, bases, tmp_path):
+@pytest.mark.parametrize(("key", "value"), [("use_dora", True), ("init_lora_weights", "pissa"), ("revision", "v2")])
+def test_a_variant_of_lora_is_refused_by_name(backend, bases, tmp_path, key, value):
     lora(backend, bases["llama"]).save(tmp_path)
     settings = checkpoints.read_json(tmp_path / "adapter_config.json")
-    checkpoints.write_json(tmp_path / "adapter_config.json", settings | {"use_dora": True})
-    with pytest.raises(CheckpointError, match="uses use_dora=True, which is not supported"):
+    checkpoints.write_json(tmp_path / "adapter_config.json", settings | {key: value})
+    with pytest.raises(CheckpointError, match=f"uses {key}={value!r}, which is not supported"):
         load(backend, tmp_path)
+
+
+def test_an_adapter_is_not_opened_as_a_whole_checkpoint(backend, base, tmp_path):
+    """On torch transformers would open it, with every weight frozen: training would train nothing."""
+    lora(backend, base).save(tmp_path)
+    with pytest.raises(CheckpointError, match="holds an adapter, not a whole checkpoint.*lockstep merge"):
+        load(backend, tmp_path, "huggingface")
+
+
+def test_a_target_in_one_block_alone_is_refused(backend, bases):
+    with pytest.raises(ConfigError, match="in every block or in none"):
+        lora(backend, bases["llama"], targets=["layers.0.self_attn.q_proj"])
 
 
 def test_an_adapter_of_another_shape_is_refused(backend, bases, tmp_path):

@@ -42,6 +42,32 @@ def end(tokenizer, strings, *responses):
     return Stops(tokenizer, strings).end(tokens, mask)
 
 
+@pytest.fixture(scope="module")
+def byte_fallback() -> Tokenizer:
+    """As Llama 2's and Gemma's: words, and bytes for everything else, line breaks among it."""
+    words = ["<unk>", EOS, "a", "b", *(f"<0x{byte:02X}>" for byte in range(256))]
+    core = tokenizers.Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    core.add_special_tokens([EOS])
+    return Tokenizer(core, eos_token=EOS, pad_token="<pad>", chat_template=None)
+
+
+@pytest.mark.parametrize("after", [[0xF0, 0x9F, 0x98, 0x80], [0xF0, 0x9F], []])
+def test_a_character_that_begins_after_a_stop_string_does_not_hide_it(byte_fallback, after):
+    """The decoder shows the whole run of bytes, the line breaks too, as U+FFFD until the last character is complete."""
+    byte = lambda value: byte_fallback.core.token_to_id(f"<0x{value:02X}>")  # noqa: E731
+    a, b = (byte_fallback.core.token_to_id(word) for word in "ab")
+    ended = end(byte_fallback, ["\n\n"], [a, byte(10), byte(10), *map(byte, after), b])
+    assert ended.mask[0].sum() == 3
+    assert ended.texts == ["a"] and ended.finished.tolist() == [True]
+
+
+def test_of_overlapping_stop_strings_the_one_that_is_complete_first_cuts_the_text(bpe):
+    ended = end(bpe, ["ab\ncd", "\nc"], bpe.encode("xab") + bpe.encode("\n") + bpe.encode("c") + bpe.encode("dyz"))
+    assert ended.texts == ["xab"]
+    assert bpe.decode(ended.tokens[0][ended.mask[0]]) == "xab\nc"
+
+
 def by_hand(tokenizer, ids, string):
     """The first prefix of the ids whose text holds the string, one id at a time."""
     return next(n for n in range(1, len(ids) + 1) if string in tokenizer.decode(ids[:n]))

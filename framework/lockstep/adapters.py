@@ -11,6 +11,7 @@ rank-stabilised scaling, a rank per layer): a file that uses one is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
 from lockstep.tokenizer import TokenizerConfig
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NOT_WHOLE = (
+    "{folder} holds an adapter, not a whole checkpoint. Make it one: lockstep merge {folder} OUTPUT. To train it further, name it "
+    "as a stage's policy: stages.ppo.policy={folder}."
+)
 PREFIX = "base_model.model."
 """What peft puts before the names of the base model."""
 
@@ -76,10 +81,15 @@ class LoRAConfig:
         Raises:
           ConfigError: a target that is none of them.
         """
+        layers = list(layers)
         last = {layer.rpartition(".")[2] for layer in layers}
         adapter = Adapter(self.path, self.rank, float(self.alpha), tuple(sorted(self.targets)), conv1d)
         for target in adapter.targets:
-            if target.rpartition(".")[2] not in last:
+            if any(part.isdigit() for part in target.split(".")):
+                raise ConfigError(
+                    f"policy.targets names '{target}': layers are adapted in every block or in none. Leave the number out."
+                )
+            if not any(dataclasses.replace(adapter, targets=(target,)).adapts(layer) for layer in layers):
                 raise ConfigError(
                     f"policy.targets names '{target}', which {self.path} has not.{did_you_mean(target, last)} "
                     f"Its linear layers: {listing(last)}."
@@ -135,7 +145,8 @@ def read(folder: Path | str) -> tuple[Adapter, dict[str, np.ndarray]]:
 
 
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",), "bias": (None, "none"), "modules_to_save": (None, [], ["score"]),
+    "peft_type": ("LORA",), "bias": (None, "none"), "modules_to_save": (None, [], ["score"]), "revision": (None,),
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # others change the base's weights too
 }  # fmt: skip
 """The values of peft's settings that are read; and these have to be off:"""
 VARIANTS = (

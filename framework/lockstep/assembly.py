@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from lockstep import checkpoints
+from lockstep import adapters, checkpoints
 from lockstep.architecture import SCALAR_HEAD
 from lockstep.encoding import Fit
 from lockstep.errors import ConfigError
@@ -102,5 +102,5 @@ class Assembly:
         """The output folder of a stage, or a folder by its path, and who made it."""
         folder = self.outputs.get(source, Path(source))
         if not (folder / "output.json").exists():
-            return folder, {"policy": "huggingface"}
+            return folder, {"policy": "lora" if (folder / adapters.SETTINGS).exists() else "huggingface"}
         return folder, checkpoints.read_json(folder / "output.json")

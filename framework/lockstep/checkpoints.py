@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Collection, Mapping
@@ -164,5 +165,7 @@ def write_text(path: Path, content: str) -> None:
 
 
 def dump_line(row: Any) -> str:
-    """One line of JSONL."""
+    """One line of JSONL; JSON knows no NaN or infinity, so they become null."""
+    if isinstance(row, dict):
+        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
     return json.dumps(row, ensure_ascii=False) + "\n"

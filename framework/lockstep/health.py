@@ -74,6 +74,9 @@ def loss_diverging(history: History) -> str | None:
     losses = history.values("loss", 2 * 5)
     if losses is None or "objective/score" in history.now:
         return None
+    losses = losses[np.isfinite(losses)]
+    if len(losses) < 2 * 5:
+        return None
     means = moving_mean(losses, 5)
     if not means[-1] > 1.5 * means.min() + 0.5:
         return None
@@ -173,10 +176,10 @@ def responses_cut_off(history: History) -> str | None:
 
 def identical_scores(history: History) -> str | None:
     """The scores of each of the last 3 batches were equal, up to rounding."""
-    spread = history.values("objective/score_std", 3)
-    if spread is None or not (spread[-3:] <= 1e-6 * max(1, abs(history.now["objective/score"]))).all():
+    spread, score = history.values("objective/score_std", 3), history.now.get("objective/score")
+    if spread is None or score is None or not (spread[-3:] <= 1e-6 * max(1, abs(score))).all():
         return None
-    return f"all scores of a batch are equal ({history.now['objective/score']:.4g}), for 3 steps now."
+    return f"all scores of a batch are equal ({score:.4g}), for 3 steps now."
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ bytes. From there on everything means what it means after EOS:
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,11 +57,10 @@ class Stops:
         for row, counts in enumerate(mask):
             ids = tokens[row][counts]
             text = self.tokenizer.decode(ids)
-            begin = self._begin(text)
-            if begin is not None:
-                end = self._end(ids)
+            if (end := self._end(ids, text)) is not None:
                 mask[row, end:], tokens[row, end:], completed[row] = False, self.tokenizer.pad_id, True
-                text = text[:begin]
+                text = self.tokenizer.decode(ids[:end])
+                text = text[: self._begin(text)]
             texts.append(text)
         finished = completed | numerics.ends_with_stop(tokens, mask, self.ids)
         without_eos = finished & ~numerics.ends_with_stop(tokens, mask, [self.tokenizer.eos_id])
@@ -84,11 +82,14 @@ class Stops:
         """Where the first stop string in a text begins."""
         return min((place for string in self.strings if (place := text.find(string)) >= 0), default=None)
 
-    def _end(self, ids: np.ndarray) -> int:
-        """How many of the ids it takes until their text holds a stop string. A character whose bytes are not all there yet is
-        decoded as U+FFFD, which no stop string holds, so more ids never take one away."""
-        found = lambda count: self._begin(self.tokenizer.decode(ids[:count])) is not None  # noqa: E731
-        return bisect.bisect_left(range(len(ids)), True, key=found)
+    def _end(self, ids: np.ndarray, text: str) -> int | None:
+        """How many of the ids it takes until their text holds a stop string; None: all of them do not. Every beginning has to
+        be looked at: a tokenizer that falls back to bytes shows a whole run of them as U+FFFD as long as the last character
+        is not complete, and takes a line break before it away that was there already."""
+        if self._begin(text) is None and "\ufffd" not in text:
+            return None
+        counts = range(1, len(ids) + 1)
+        return next((count for count in counts if self._begin(self.tokenizer.decode(ids[:count])) is not None), None)
 
 
 def _checked(string: str, special: set[str]) -> str:

@@ -26,6 +26,7 @@ from lockstep.architecture import (
     trunk_shapes,
 )
 from lockstep.checkpoints import fetch, read_json, read_weights
+from lockstep.errors import CheckpointError
 from lockstep.interfaces import ScalarModel
 from lockstep.tokenizer import Tokenizer, TokenizerConfig
 from lockstep_jax.backend import JaxBackend
@@ -132,6 +133,8 @@ def _adapted(
 def _read(path: Path | str) -> tuple[Architecture, dict[str, np.ndarray]]:
     """Architecture and float32 weights under the names of `lockstep.architecture`."""
     folder = fetch(path)
+    if (folder / adapters.SETTINGS).exists() and not (folder / "config.json").exists():
+        raise CheckpointError(adapters.NOT_WHOLE.format(folder=path))
     architecture = from_hf(read_json(folder / "config.json"))
     return architecture, _strip(architecture, read_weights(folder))
 

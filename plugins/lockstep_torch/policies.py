@@ -177,6 +177,8 @@ def _open(auto: type, folder: Path | str) -> Network:
         hf = auto.from_pretrained(folder, dtype="float32", use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"'{folder}' cannot be opened as a checkpoint: {error}") from error
+    if getattr(hf, "_hf_peft_config_loaded", False):  # transformers opens adapters too, and freezes all of them
+        raise CheckpointError(adapters.NOT_WHOLE.format(folder=folder))
     return _lean(hf) or TransformersNetwork(hf.eval())
 
 

@@ -7,6 +7,7 @@ cannot is named in `Reading.problems`. Only a path without a single run is an er
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,7 +243,9 @@ def _read_evaluations(folders: Any) -> Evaluation:
 
 
 def _estimates(record: Mapping[str, Any]) -> dict[str, Estimate]:
-    return {metric: _estimate(found) for metric, found in record.items() if found and found.get("mean") is not None}
+    """Without what could not be measured: of nothing there is no mean."""
+    found = {metric: measure for metric, measure in record.items() if measure and measure.get("mean") is not None}
+    return {metric: _estimate(measure) for metric, measure in found.items() if math.isfinite(measure["mean"])}
 
 
 def _estimate(found: Mapping[str, Any]) -> Estimate:
