@@ -26,7 +26,7 @@ from lockstep.tokenizer import TokenizerConfig
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NOT_WHOLE = (
-    "{folder} holds an adapter, not a whole checkpoint. Make it one: lockstep merge {folder} OUTPUT. To train it further, name it "
+    "{folder} holds an adapter, not a whole checkpoint. Make it one: lockstep merge {folder} OUTPUT. To train it on, name it "
     "as a stage's policy: stages.ppo.policy={folder}."
 )
 PREFIX = "base_model.model."
