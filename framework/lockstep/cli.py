@@ -175,7 +175,8 @@ def cache_command(action: str, overrides: Sequence[str], older_than: str | None,
         console.say("\n".join(f"{stage}: {reason}" for stage, reason in cache.why(config).items()))
         return
     found = cache.unused(root, older_than) if action == "prune" else cache.entries(root)
-    console.out.print(summary.stored_stages(found))
+    if found:
+        console.out.print(summary.stored_stages(found))
     size = summary.size(sum(entry.size for entry in found))
     if action == "list":
         console.say(f"\n{len(found)} stages in {root / 'stages'}, {size}.")
