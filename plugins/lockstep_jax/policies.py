@@ -92,12 +92,11 @@ class LoRA(LanguageModel):
 
     @classmethod
     def load(cls, folder: Path | str, backend: JaxBackend) -> LoRA:
-        return cls(*_load_adapter(folder, backend, {}, language_head=True))
+        return cls(*_load_adapter(folder, backend, scalar=False))
 
     @classmethod
     def load_scalar(cls, folder: Path | str, backend: JaxBackend) -> ScalarModel:
-        d = _trunk(adapters.read(folder)[0].base, backend)[0].hidden_size
-        return Scalar(*_load_adapter(folder, backend, {SCALAR_HEAD: (1, d), SCALAR_BIAS: (1,)}, language_head=False))
+        return Scalar(*_load_adapter(folder, backend, scalar=True))
 
 
 def _trunk(path: str, backend: JaxBackend) -> tuple[Architecture, Tree]:
@@ -109,15 +108,15 @@ def _trunk(path: str, backend: JaxBackend) -> tuple[Architecture, Tree]:
     return backend.trunks[path]
 
 
-def _load_adapter(
-    folder: Path | str, backend: JaxBackend, head: Mapping[str, tuple[int, ...]], *, language_head: bool
-) -> tuple[Network, Tree, JaxBackend, Tree]:
+def _load_adapter(folder: Path | str, backend: JaxBackend, *, scalar: bool) -> tuple[Network, Tree, JaxBackend, Tree]:
     adapter, arrays = adapters.read(folder)
     architecture, trunk = _trunk(adapter.base, backend)
-    if head:
-        arrays.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))
-    adapters.check(folder, arrays, adapter.shapes(linear_layers(architecture)) | dict(head))
-    return _adapted(architecture, trunk, adapter, arrays, backend, language_head=language_head)
+    shapes: dict[str, tuple[int, ...]] = {**adapter.shapes(linear_layers(architecture))}
+    if scalar:
+        arrays.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))  # peft's classifiers have none
+        shapes |= {SCALAR_HEAD: (1, architecture.hidden_size), SCALAR_BIAS: (1,)}
+    adapters.check(folder, arrays, shapes)
+    return _adapted(architecture, trunk, adapter, arrays, backend, language_head=not scalar)
 
 
 def _adapted(
