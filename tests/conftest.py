@@ -32,8 +32,8 @@ FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expens
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}"
 
 BACKENDS = {
-    "torch": {"device": "cpu", "precision": "float32", "threads": 1},
-    "jax": {"device": "cpu", "precision": "float32", "compilation_cache": None},
+    "torch": {"device": "cpu", "precision": "float32", "rematerialise": False, "threads": 1},
+    "jax": {"device": "cpu", "precision": "float32", "rematerialise": True, "compilation_cache": None},
 }
 CONSTANT = {"shape": "constant", "warmup_steps": 0}
 WORDS = [f"w{i}" for i in range(34)]

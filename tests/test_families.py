@@ -27,7 +27,7 @@ from lockstep_jax.backend import JaxBackend  # noqa: E402
 from lockstep_jax.policies import HuggingFace  # noqa: E402
 
 VOCAB, TOLERANCE, MATTERS = 61, 1e-4, 1e-3
-CPU = JaxBackend.Config(device="cpu", precision="float32", compilation_cache=None)
+CPU = JaxBackend.Config(device="cpu", precision="float32", rematerialise=True, compilation_cache=None)
 
 SIZES = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,

@@ -28,7 +28,7 @@ from lockstep_jax.policies import HuggingFace  # noqa: E402
 
 VOCAB = 61
 GARBAGE = 9999  # an id outside every vocabulary
-CPU = JaxBackend.Config(device="cpu", precision="float32", compilation_cache=None)
+CPU = JaxBackend.Config(device="cpu", precision="float32", rematerialise=True, compilation_cache=None)
 
 
 @pytest.fixture(scope="module")
@@ -470,7 +470,7 @@ assert not {{"jax", "torch"}} & set(sys.modules), "the manifest is not light"
 from lockstep_jax.backend import JaxBackend
 from lockstep_jax.policies import HuggingFace
 import lockstep_jax.learner
-policy = HuggingFace.load({str(folder)!r}, JaxBackend(JaxBackend.Config("cpu", "float32", None)))
+policy = HuggingFace.load({str(folder)!r}, JaxBackend(JaxBackend.Config("cpu", "float32", True, None)))
 policy.generate(np.ones((1, 2), np.int32), np.ones((1, 2), bool), np.zeros((1, 2), np.uint32),
                 temperature=1.0, stop_ids=[], pad_id=0)
 assert not {{"torch", "transformers"}} & set(sys.modules), "torch was imported"

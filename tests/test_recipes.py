@@ -205,7 +205,8 @@ def test_without_a_network_it_says_what_is_not_checked(dry, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     out = dry("experiment=hh", "policy.path=someone/some-model")
-    assert "it could not be loaded: no network A local path works too" in out and "tokenizer: on the hub" in out
+    assert "it could not be loaded: no network. A local path works too" in out
+    assert "tokenizer: there is no someone/some-model here, so it is taken for an id of the Hugging Face hub" in out
     assert "Not checked: data.demonstrations[0]," in out and "tokenizer, stages.sft, stages.reward, stages.ppo." in out
 
 

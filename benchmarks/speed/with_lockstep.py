@@ -107,7 +107,8 @@ def generate(algorithm: Any, work: Work) -> None:
 def backend_named(name: str, options: dict[str, Any]) -> Backend:
     cls = registry().resolve("backend", name, name)
     own = {"torch": {"threads": options["threads"]}, "jax": {"compilation_cache": None}}[name]
-    return cls(cls.Config(device="auto", precision=options["precision"], **own))
+    again = options.get("rematerialise", False)
+    return cls(cls.Config(device="auto", precision=options["precision"], rematerialise=again, **own))
 
 
 if __name__ == "__main__":

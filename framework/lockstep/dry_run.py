@@ -36,7 +36,8 @@ def dry_run(config: Mapping[str, Any], console: Console) -> None:
         console.say(f"{where}: {found}")
         unknown += [where] if isinstance(found, Unreachable) else []
     tokenizer = local_tokenizer(experiment, data)
-    console.say(f"tokenizer: {_told(tokenizer, data) if tokenizer else 'on the hub'}")
+    here = f"there is no {tokenizer_path(experiment)} here, so it is taken for an id of the Hugging Face hub"
+    console.say(f"tokenizer: {_told(tokenizer, data) if tokenizer else here}")
     unknown += [] if tokenizer else ["tokenizer"]
     lines = []
     for stage in experiment.stages.values():
@@ -65,15 +66,20 @@ def columns(data: DataSource) -> Iterator[tuple[str, str | Unreachable]]:
             yield f"data.{key}[{index}]", found
 
 
+def tokenizer_path(experiment: Experiment) -> str | None:
+    """What the configuration says; None where the data source brings its own."""
+    _, policy = experiment.policy
+    return policy.tokenizer.path or getattr(policy, "path", None)
+
+
 def local_tokenizer(experiment: Experiment, data: DataSource) -> Tokenizer | None:
     """The policy's, if it is not on the hub.
 
     Raises:
       ConfigError: its folder is not there; EOS, pad token or template are not usable.
     """
-    _, policy = experiment.policy
-    path = policy.tokenizer.path or getattr(policy, "path", None)
-    if path is not None and not Path(path).is_dir():
+    path = tokenizer_path(experiment)
+    if path is not None and not Path(path).exists():
         if is_hub_id(path):
             return None
         raise ConfigError(f"There is no folder {path}, and no hub id looks like that (owner/name).")

@@ -227,6 +227,20 @@ class Learner(ABC):
 
     models: Mapping[str, Model]
 
+    def evaluate(
+        self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0, keep: bool = False
+    ) -> dict[str, np.ndarray]:
+        """As `Model.evaluate`, each output from the first model that supplies it.
+
+        ``keep`` announces that the next update has a term of these very arrays. A learner may then keep what the gradient
+        needs, and run the networks once for both; one that does not override this method does without.
+        """
+        found: dict[str, np.ndarray] = {}
+        for model in self.models.values():
+            if wanted := [name for name in outputs if name in model.supplies and name not in found]:
+                found |= model.evaluate(sequences, wanted, temperature=temperature)
+        return found
+
     @abstractmethod
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
         """One optimizer step on the summed gradients of all terms. Returns the summed metrics of the losses, ``loss``

@@ -82,6 +82,11 @@ class Sequences:
         """
         return (self.prompt_length - 1 + self.response_mask.sum(axis=1)).astype(np.int32)
 
+    def same_arrays(self, other: Sequences) -> bool:
+        """Whether a network sees the same in both: the very same arrays, but for ``mask``, which is for losses."""
+        names = ("tokens", "prompt_mask", "response_mask", "segments")
+        return all(getattr(self, name) is getattr(other, name) for name in names)
+
     def take(self, rows: np.ndarray | slice) -> Sequences:
         arrays = (getattr(self, field.name) for field in dataclasses.fields(self))
         return Sequences(*(None if array is None else array[rows] for array in arrays))

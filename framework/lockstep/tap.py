@@ -137,6 +137,8 @@ class _Learner(_Tapped):
         super().__init__(behind, tap)
         self.models = dict(models)
 
+    evaluate = Learner.evaluate  # by the tapped models, which record it
+
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
         gradients = self.behind.gradients(terms) if self.tap.gradients and not self.tap.of(Update) else None
         metrics = self.behind.update(terms, lr_scale)

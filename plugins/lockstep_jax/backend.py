@@ -19,6 +19,8 @@ class JaxBackend(Backend):
 
     device: 'cpu', 'gpu' or 'tpu'; 'auto' takes the first accelerator, else the CPU.
     precision: of matrix products. With bfloat16 the weights and the optimizer stay in float32.
+    rematerialise: compute a layer's inner activations again for the gradient instead of keeping them (Chen et al. 2016): memory
+      for one layer instead of all, at the price of a second forward pass.
     compilation_cache: folder in which compiled programs outlive the process; null for none.
     """
 
@@ -26,6 +28,7 @@ class JaxBackend(Backend):
     class Config:
         device: str
         precision: Literal["float32", "bfloat16"]
+        rematerialise: bool
         compilation_cache: str | None
 
     name = "jax"

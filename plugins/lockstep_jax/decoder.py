@@ -34,6 +34,7 @@ class Network:
 
     architecture: Architecture
     precision: str
+    rematerialise: bool
     language_head: bool
     scalar_head: bool
     adapter: Adapter | None = None
@@ -141,7 +142,7 @@ class DecoderNetwork(nnx.Module):
 
     def __init__(self, network: Network, rngs: nnx.Rngs):
         a = self.architecture = network.architecture
-        self.dtype = jnp.dtype(network.precision)
+        self.dtype, self.rematerialise = jnp.dtype(network.precision), network.rematerialise
         self.embed_tokens = nnx.Embed(a.vocab_size, a.hidden_size, rngs=rngs)
         learned = a.positions == "learned"
         self.embed_positions = nnx.Embed(a.context_length, a.hidden_size, rngs=rngs) if learned else None
@@ -209,8 +210,7 @@ class DecoderNetwork(nnx.Module):
         The cache (keys, values) is carried from layer to layer, each writing its own slice from ``column`` on: as an input
         and output of the scan it would be copied at every step.
 
-        The backward pass computes a layer's inner activations again (Chen et al. 2016): memory for one layer instead of
-        all, and no slower on the CPU, where moving them costs as much as the arithmetic."""
+        With ``rematerialise`` the backward pass computes a layer's inner activations again (Chen et al. 2016)."""
         graph, stacked = nnx.split(self.layers)
 
         def body(carry: Any, layer: Any) -> tuple[Any, None]:
@@ -218,9 +218,10 @@ class DecoderNetwork(nnx.Module):
             chosen = pick(rotations, rope), pick(views, window)
             return nnx.merge(graph, arrays)(*carry, *chosen, index, column, drop), None
 
-        again = jax.checkpoint(body, prevent_cse=False)  # within a scan nothing could be merged with the first pass
+        if self.rematerialise:  # within a scan nothing could be merged with the first pass
+            body = jax.checkpoint(body, prevent_cse=False)
         layers, kinds = jnp.arange(self.architecture.layers), kinds_of(self.architecture)
-        return jax.lax.scan(again, (x, cache), (layers, kinds.rope_of_layer, kinds.window_of_layer, stacked))[0]
+        return jax.lax.scan(body, (x, cache), (layers, kinds.rope_of_layer, kinds.window_of_layer, stacked))[0]
 
 
 class Layer(nnx.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from lockstep import checkpoints
 from lockstep.errors import CheckpointError, ConfigError, listing
 from lockstep.interfaces import Learner, Loss, Metrics, Term
 from lockstep.optimisation import OptimizerConfig
+from lockstep.sequences import Sequences
 from lockstep_jax.backend import JaxBackend
 from lockstep_jax.decoder import Array, Dropout, Network, Tree, from_arrays, to_arrays
 from lockstep_jax.model import Block, JaxModel, forward
@@ -55,18 +57,44 @@ class Rates(NamedTuple):
         return cls(config.learning_rate * lr_scale, config.eps_at(step), 1 - first**step, 1 - second**step)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass that no gradient was asked of yet: its outputs, and what turns gradients of these into gradients of the
+    parameters, which are not in it."""
+
+    sequences: Sequences
+    temperature: float
+    outputs: dict[str, Array]
+    pullback: Any
+
+    def serves(self, term: Term) -> bool:
+        same = self.sequences.same_arrays(term.sequences) and self.temperature == term.temperature and term.dropout is None
+        return same and self.outputs.keys() >= set(term.loss.outputs)
+
+
 class JaxLearner(Learner):
     def __init__(self, backend: JaxBackend, models: Mapping[str, JaxModel], optimizers: Mapping[str, OptimizerConfig]):
         self.backend = backend
         self.models = dict(models)
         self.optimizers = {name: optimizers[name] for name in self.models}
         self.steps = 0
+        self.last: Pass | None = None
         self.moments = {name: _initial(model.params, self.optimizers[name]) for name, model in self.models.items()}
+
+    def evaluate(
+        self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0, keep: bool = False
+    ) -> dict[str, np.ndarray]:
+        if not keep:
+            return super().evaluate(sequences, outputs, temperature=temperature)
+        given = self._parameters(), self._frozen(), Block.put(sequences), temperature
+        found, pullback = _pass(*given, roles=self._roles(outputs))
+        self.last = Pass(sequences, temperature, found, pullback)
+        return {name: np.asarray(value) for name, value in jax.device_get(found).items()}
 
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
         rates = {name: Rates.at(config, self.steps + 1, lr_scale) for name, config in self.optimizers.items()}
         configs = tuple(self.optimizers.items())
-        if len(terms) == 1:
+        if len(terms) == 1 and self.last is None:
             given = (self._states(), self._frozen(), *_arguments(terms[0]), rates)
             states, metrics = _learn(*given, configs=configs, **self._static(terms[0]))
         else:
@@ -87,26 +115,36 @@ class JaxLearner(Learner):
 
     def _backward(self, terms: Sequence[Term]) -> tuple[dict[str, Tree], dict[str, Array]]:
         """The summed gradients and metrics of all terms, still on the device."""
-        params, frozen = {name: model.params for name, model in self.models.items()}, self._frozen()
-        total, metrics = _gradients(params, frozen, *_arguments(terms[0]), **self._static(terms[0]))
+        total, metrics = self._of_term(terms[0])
         for term in terms[1:]:
-            gradients, more = _gradients(params, frozen, *_arguments(term), **self._static(term))
+            gradients, more = self._of_term(term)
             total = _add(total, gradients)
             metrics |= {name: metrics.get(name, 0.0) + value for name, value in more.items()}
         return total, metrics
 
+    def _of_term(self, term: Term) -> tuple[dict[str, Tree], dict[str, Array]]:
+        """By the pass that `evaluate` kept, if it is the one that this term needs. It serves one gradient."""
+        params, frozen = self._parameters(), self._frozen()
+        last, self.last = self.last, None
+        if last is not None and last.serves(term):
+            return _pulled_back(params, frozen, last.pullback, last.outputs, dict(term.batch), loss=term.loss)
+        return _gradients(params, frozen, *_arguments(term), **self._static(term))
+
     def _static(self, term: Term) -> dict[str, Any]:
+        return {"roles": self._roles(term.loss.outputs), "loss": term.loss}
+
+    def _roles(self, outputs: Sequence[str]) -> Roles:
         """Each output from the first model that supplies it: so a value network leaves the policy's trunk alone."""
-        missing = set(term.loss.outputs)
+        missing = set(outputs)
         roles = []
         for name, model in self.models.items():
-            wanted = tuple(output for output in term.loss.outputs if output in missing & model.supplies)
+            wanted = tuple(output for output in outputs if output in missing & model.supplies)
             if wanted:
                 roles.append((name, model.network, wanted))
             missing -= model.supplies
         if missing:
             raise ConfigError(f"The loss needs {listing(missing)}, which no model supplies. Models: {listing(self.models)}.")
-        return {"roles": tuple(roles), "loss": term.loss}
+        return tuple(roles)
 
     def averaged(self, model: str) -> JaxModel:
         averaged = self.models[model].copy()
@@ -126,6 +164,7 @@ class JaxLearner(Learner):
         checkpoints.write_json(folder / "learner.json", {"steps": self.steps})
 
     def restore(self, folder: Path) -> None:
+        self.last = None
         stored = checkpoints.read_tensors(folder / "learner.safetensors")
         steps = checkpoints.read_json(folder / "learner.json")["steps"]
         self._take({name: self._restored(name, state, stored, folder) for name, state in self._states().items()})
@@ -143,6 +182,9 @@ class JaxLearner(Learner):
                 raise CheckpointError(f"{folder} is of another architecture: {names} do not fit.")
             parts[part] = None if tree is None else self.backend.put(from_arrays(architecture, arrays))
         return State(**parts)
+
+    def _parameters(self) -> dict[str, Tree]:
+        return {name: model.params for name, model in self.models.items()}
 
     def _frozen(self) -> dict[str, Tree]:
         return {name: model.frozen for name, model in self.models.items()}
@@ -185,13 +227,46 @@ def _gradients(
     """Of one term, with its metrics."""
 
     def objective(params: dict[str, Tree]) -> tuple[Array, dict[str, Array]]:
-        outputs: dict[str, Array] = {}
-        for name, network, wanted in roles:
-            outputs |= forward(network, params[name], frozen[name], block, wanted, temperature, dropout)
-        value, metrics = loss(jnp, outputs, batch)
+        value, metrics = loss(jnp, _outputs(params, frozen, block, temperature, dropout, roles), batch)
         return value, {"loss": value, **metrics}
 
     return jax.grad(objective, has_aux=True)(params)
+
+
+def _outputs(
+    params: dict[str, Tree], frozen: dict[str, Tree], block: Block, temperature: Any, dropout: Dropout | None, roles: Roles
+) -> dict[str, Array]:
+    found: dict[str, Array] = {}
+    for name, network, wanted in roles:
+        found |= forward(network, params[name], frozen[name], block, wanted, temperature, dropout)
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="roles")
+def _pass(
+    params: dict[str, Tree], frozen: dict[str, Tree], block: Block, temperature: Any, *, roles: Roles
+) -> tuple[dict[str, Array], Any]:
+    """The outputs and their pullback. That is a pytree, without the parameters: `_pulled_back` has them anyway."""
+    run = lambda params, frozen: _outputs(params, frozen, block, temperature, None, roles)  # noqa: E731
+    outputs, pullback = jax.vjp(run, params, frozen)
+    pullback.args_res = []
+    return outputs, pullback
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def _pulled_back(
+    params: dict[str, Tree], frozen: dict[str, Tree], pullback: Any, outputs: dict[str, Array], batch: dict[str, Array], *,
+    loss: Loss,
+) -> tuple[dict[str, Tree], dict[str, Array]]:  # fmt: skip
+    """`_gradients` of one term, from its pass."""
+
+    def objective(outputs: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        value, metrics = loss(jnp, outputs, batch)
+        return value, {"loss": value, **metrics}
+
+    slopes, metrics = jax.grad(objective, has_aux=True)(outputs)
+    pullback.args_res = jax.tree.leaves((params, frozen))
+    return pullback(slopes)[0], metrics
 
 
 @functools.partial(jax.jit, donate_argnums=0)

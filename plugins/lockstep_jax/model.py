@@ -118,7 +118,8 @@ class JaxModel:
     def from_arrays(
         cls, architecture: Architecture, arrays: dict[str, np.ndarray], backend: JaxBackend, *, language_head: bool
     ) -> Any:
-        network = Network(architecture, backend.config.precision, language_head, SCALAR_HEAD in arrays)
+        c = backend.config
+        network = Network(architecture, c.precision, c.rematerialise, language_head, SCALAR_HEAD in arrays)
         return cls(network, backend.put(from_arrays(architecture, arrays)), backend)
 
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:

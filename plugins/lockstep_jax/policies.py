@@ -124,7 +124,8 @@ def _adapted(
     *, language_head: bool,
 ) -> tuple[Network, Tree, JaxBackend, Tree]:  # fmt: skip
     """What a model is made of: the adapter is trained, the trunk is not."""
-    network = Network(architecture, backend.config.precision, language_head, SCALAR_HEAD in arrays, adapter)
+    c = backend.config
+    network = Network(architecture, c.precision, c.rematerialise, language_head, SCALAR_HEAD in arrays, adapter)
     frozen = trunk if language_head else {name: part for name, part in trunk.items() if name != "lm_head"}
     return network, backend.put(from_arrays(architecture, arrays)), backend, frozen
 

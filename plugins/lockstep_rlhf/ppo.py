@@ -27,7 +27,7 @@ import numpy as np
 from lockstep import encoding, losses, numerics
 from lockstep.encoding import Lengths
 from lockstep.errors import ConfigError, RewardError
-from lockstep.interfaces import Algorithm, Array, DataSource, Metrics, Model, Responses, ScalarModel, Setting, Term
+from lockstep.interfaces import Algorithm, Array, DataSource, Learner, Metrics, Model, Responses, ScalarModel, Setting, Term
 from lockstep.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
 from lockstep.randomness import example_indices, permutation, token_seeds
 from lockstep.sequences import Sequences, chunks, in_chunks, join, left_pad
@@ -162,7 +162,6 @@ class PPO(Algorithm):
             models["value"] = setting.reward_model.value_network() or self.fresh_value_network()
         optimizers = {"policy": config.optimizer, "value": config.value_optimizer}
         self.learner = setting.backend.learner(models, {name: optimizers[name] for name in models})
-        self.critic = models.get("value", self.policy)
         self.loss = PPOLoss(config.clip_range, config.value_clip_range, config.value_coef)
         adaptive = config.kl_target is not None
         self.kl = (
@@ -170,6 +169,7 @@ class PPO(Algorithm):
             if adaptive
             else numerics.FixedKL(config.kl_coef)
         )
+        self.one_term = config.minibatches == 1 and (config.micro_batch_size or config.batch_size) >= config.batch_size
         self.total_steps = config.iterations
         self.last: Rollout | None = None
 
@@ -199,7 +199,7 @@ class PPO(Algorithm):
         return metrics | self.perf(rollout, clock) | {"lr_scale": scale}
 
     def rollout(self, step: int, clock: Clock) -> Rollout:
-        """Sample, score, and evaluate under the policy, the reference and the critic."""
+        """Sample, score, and evaluate under the policy, the reference and the value network."""
         c = self.config
         indices = example_indices(self.setting.seed, "prompts", len(self.prompts), step * c.batch_size, c.batch_size)
         ids = [self.prompt_ids[i] for i in indices]
@@ -218,9 +218,8 @@ class PPO(Algorithm):
         scores = self.reward_model.score(responses)
         clock.lap("score")
 
-        # One forward of the policy gives old log-probabilities, entropy and, with a shared trunk, values.
-        own = self.evaluate(self.policy, sequences, ["logprobs", "entropy"] + ["values"] * (self.critic is self.policy))
-        values = own if "values" in own else self.evaluate(self.critic, sequences, ["values"])
+        # One forward of each model. If the whole batch is one term, the first update needs no other.
+        own = self.evaluate(self.learner, sequences, ["logprobs", "entropy", "values"], keep=self.one_term)
         ref = self.evaluate(self.ref_policy, sequences, ["logprobs"])
         clock.lap("evaluate")
 
@@ -236,7 +235,7 @@ class PPO(Algorithm):
             sampler_logprobs=generated.logprobs,
             old_logprobs=own["logprobs"],
             entropy=own["entropy"],
-            old_values=values["values"],
+            old_values=own["values"],
             ref_logprobs=ref["logprobs"],
         )
 
@@ -279,6 +278,8 @@ class PPO(Algorithm):
     def minibatches(self, step: int, epoch: int) -> list[np.ndarray]:
         """Row indices of each minibatch, reshuffled for each inner epoch."""
         c = self.config
+        if c.minibatches == 1:
+            return [np.arange(c.batch_size)]
         order = permutation(self.setting.seed, "minibatches", step * c.epochs + epoch, c.batch_size)
         return np.split(order, c.minibatches)
 
@@ -292,7 +293,8 @@ class PPO(Algorithm):
             arrays = {name: array[here] for name, array in batch.items() if name != "importance"}
             arrays["weights"] = weights[part]
             arrays["policy_weights"] = weights[part] * batch["importance"][here]
-            terms.append(Term(self.loss, sequences.take(here), arrays, self.config.temperature))
+            taken = sequences if self.one_term else sequences.take(here)
+            terms.append(Term(self.loss, taken, arrays, self.config.temperature))
         return terms
 
     def ptx_terms(self, step: int, epoch: int, number: int) -> list[Term]:
@@ -307,8 +309,10 @@ class PPO(Algorithm):
 
     # --------------------------------------------------------------------------------------------------- the rest
 
-    def evaluate(self, model: Model, sequences: Sequences, outputs: Sequence[str]) -> dict[str, np.ndarray]:
-        call = lambda rows: model.evaluate(rows, outputs, temperature=self.config.temperature)  # noqa: E731
+    def evaluate(
+        self, model: Model | Learner, sequences: Sequences, outputs: Sequence[str], **how: bool
+    ) -> dict[str, np.ndarray]:
+        call = lambda rows: model.evaluate(rows, outputs, temperature=self.config.temperature, **how)  # noqa: E731
         return in_chunks(call, sequences, self.config.micro_batch_size)
 
     def importance(self, rollout: Rollout) -> np.ndarray:

@@ -20,6 +20,8 @@ class TorchBackend(Backend):
 
     device: 'cpu', 'cuda', 'cuda:1', 'mps', ...; 'auto' takes the first accelerator, else the CPU.
     precision: of matrix products. With bfloat16 the weights and the optimizer stay in float32.
+    rematerialise: compute a layer's inner activations again for the gradient instead of keeping them (Chen et al. 2016): memory
+      for one layer instead of all, at the price of a second forward pass.
     threads: CPU threads; null leaves PyTorch's choice (one per core).
     """
 
@@ -27,6 +29,7 @@ class TorchBackend(Backend):
     class Config:
         device: str
         precision: Literal["float32", "bfloat16"]
+        rematerialise: bool
         threads: int | None
 
     name = "torch"

@@ -7,9 +7,10 @@ parameter names. `TransformersNetwork` puts any causal language model of transfo
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lockstep import randomness
 from lockstep.adapters import Adapter
@@ -34,6 +36,8 @@ class Network(nn.Module):
     """What a checkpoint's ``config.json`` says of it."""
     adapter: Adapter | None = None
     """Of a network whose own weights are frozen: what is trained instead."""
+    rematerialise: bool = False
+    """Whether `hidden` computes a layer's inner activations again for the gradient."""
 
     def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None, first: int = 0) -> Tensor:
         """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
@@ -143,11 +147,12 @@ class DecoderNetwork(Network):
         visible = causal(mask)
         x, position = self.embed(tokens, mask), positions(mask)
         rotation = self.rotation(position)
-        last = len(self.model["layers"]) - 1
+        last, again = len(self.model["layers"]) - 1, self.rematerialise and torch.is_grad_enabled()
         for number, layer in enumerate(self.model["layers"]):
             start = first if number == last else 0  # of the last layer, the columns before give keys and values only
             drop = dropout and (lambda y, part, site=2 * number, start=start: dropout(y, site + part, position[:, start:]))
-            x = layer(x, rotation, visible, drop=drop, first=start)
+            call = functools.partial(layer, drop=drop, first=start)
+            x = checkpoint(call, x, rotation, visible, use_reentrant=False) if again else call(x, rotation, visible)
         return self.model["norm"](x)
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, Cache]:
@@ -319,7 +324,8 @@ class TransformersNetwork(Network):
                 f"This {self.config['model_type']} cannot be trained on packed rows: run by transformers, the examples of a row "
                 "see each other. Set packing=false."
             )
-        return self._trunk(tokens, mask, positions(mask)).last_hidden_state[:, first:]
+        with self._rematerialising():
+            return self._trunk(tokens, mask, positions(mask)).last_hidden_state[:, first:]
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, dict[str, Any]]:
         out = self._trunk(tokens, mask, positions(mask), use_cache=True)
@@ -348,6 +354,20 @@ class TransformersNetwork(Network):
             alone = run(second, segments[:, :8] > 0)
             packed, other = (run(torch.cat([before, second], 1), segments) for before in (first, first.flip(1)))
         return torch.equal(packed, other) and torch.allclose(packed, alone, atol=1e-3 * float(alone.abs().max()))
+
+    @contextlib.contextmanager
+    def _rematerialising(self) -> Iterator[None]:
+        """transformers rematerialises layers in training mode alone. So they say that they are in it, while the modules inside
+        them, and with these their dropout, are not."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        again = functools.partial(checkpoint, use_reentrant=False)
+        layers = [m for m in self.hf.modules() if isinstance(m, GradientCheckpointingLayer)] if self.rematerialise else []
+        for layer in layers:
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func, layer.training = True, again, True
+        yield
+        for layer in layers:
+            layer.training = False
 
     def _trunk(self, tokens: Tensor, mask: Tensor, position: Tensor, **cache: Any) -> Any:
         here = mask[:, -tokens.shape[1] :] != 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import array_api_compat.torch as xp
@@ -14,9 +15,23 @@ from lockstep import checkpoints
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import Learner, Metrics, Term
 from lockstep.optimisation import OptimizerConfig
+from lockstep.sequences import Sequences
 from lockstep_torch.backend import TorchBackend
 from lockstep_torch.decoder import Dropout
 from lockstep_torch.model import Block, TorchModel
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass that no gradient was asked of yet: its outputs with their graph."""
+
+    sequences: Sequences
+    temperature: float
+    outputs: dict[str, Tensor]
+
+    def serves(self, term: Term) -> bool:
+        same = self.sequences.same_arrays(term.sequences) and self.temperature == term.temperature and term.dropout is None
+        return same and self.outputs.keys() >= set(term.loss.outputs)
 
 
 class TorchLearner(Learner):
@@ -26,11 +41,20 @@ class TorchLearner(Learner):
         self.optimizers = dict(optimizers)
         self.adams = {name: _adam(model, optimizers[name]) for name, model in self.models.items()}
         self.steps = 0
+        self.last: Pass | None = None
         self.averages = {
             name: {key: tensor.detach().clone() for key, tensor in model.tensors().items()}
             for name, model in self.models.items()
             if optimizers[name].ema_decay is not None
         }
+
+    def evaluate(
+        self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0, keep: bool = False
+    ) -> dict[str, np.ndarray]:
+        if not keep:
+            return super().evaluate(sequences, outputs, temperature=temperature)
+        self.last = Pass(sequences, temperature, self._forward(sequences, outputs, temperature))
+        return {name: value.detach().float().cpu().numpy() for name, value in self.last.outputs.items()}
 
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
         metrics = self._backward(terms)
@@ -60,7 +84,8 @@ class TorchLearner(Learner):
             adam.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
         for term in terms:
-            outputs = self._outputs(term)
+            dropout = term.dropout and Dropout(term.dropout.rate, self.backend.put(term.dropout.seeds))
+            outputs = self._kept(term) or self._forward(term.sequences, term.loss.outputs, term.temperature, dropout)
             batch = {name: self.backend.put(array) for name, array in term.batch.items()}
             loss, metrics = term.loss(xp, outputs, batch)
             loss.backward()
@@ -70,16 +95,21 @@ class TorchLearner(Learner):
             parameter.grad = torch.zeros_like(parameter)  # Adam's moments decay for it too, as in every backend
         return total
 
-    def _outputs(self, term: Term) -> dict[str, Tensor]:
+    def _kept(self, term: Term) -> dict[str, Tensor] | None:
+        """The outputs of the pass that `evaluate` kept, if it is the one that this term needs. It serves one gradient."""
+        last, self.last = self.last, None
+        return last.outputs if last is not None and last.serves(term) else None
+
+    def _forward(
+        self, sequences: Sequences, outputs: Iterable[str], temperature: float, dropout: Dropout | None = None
+    ) -> dict[str, Tensor]:
         """Each output from the first model that supplies it: so a value network leaves the policy's trunk alone."""
-        block = Block.put(term.sequences, self.backend)
-        dropout = term.dropout and Dropout(term.dropout.rate, self.backend.put(term.dropout.seeds))
-        outputs: dict[str, Tensor] = {}
+        block = Block.put(sequences, self.backend)
+        found: dict[str, Tensor] = {}
         for model in self.models.values():
-            wanted = [name for name in term.loss.outputs if name in model.supplies and name not in outputs]
-            if wanted:
-                outputs |= model.forward(block, wanted, term.temperature, dropout)
-        return outputs
+            if wanted := [name for name in outputs if name in model.supplies and name not in found]:
+                found |= model.forward(block, wanted, temperature, dropout)
+        return found
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -102,6 +132,7 @@ class TorchLearner(Learner):
         checkpoints.write_json(folder / "learner.json", {"steps": self.steps})
 
     def restore(self, folder: Path) -> None:
+        self.last = None
         stored = checkpoints.read_tensors(folder / "learner.safetensors")
         self.steps = checkpoints.read_json(folder / "learner.json")["steps"]
         own = self._state()
@@ -112,7 +143,7 @@ class TorchLearner(Learner):
                 tensor.copy_(torch.tensor(stored[name]))
         for adam in self.adams.values():
             for parameter in _trained(adam):
-                adam.state[parameter]["step"] = torch.tensor(float(self.steps))
+                adam.state[parameter]["step"] = torch.tensor(float(self.steps), device=parameter.device)
 
     def _state(self) -> dict[str, Tensor]:
         """Every tensor that training changes, by name; Adam's moments exist from the first step on, as zeros before."""
@@ -122,7 +153,7 @@ class TorchLearner(Learner):
                 moments = self.adams[name].state[tensor]
                 if "exp_avg" not in moments:
                     moments |= {
-                        "step": torch.tensor(0.0),
+                        "step": torch.tensor(0.0, device=tensor.device),
                         "exp_avg": torch.zeros_like(tensor),
                         "exp_avg_sq": torch.zeros_like(tensor),
                     }
@@ -135,13 +166,14 @@ class TorchLearner(Learner):
 
 
 def _adam(model: TorchModel, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Weight decay on matrices only: gains and biases are left alone."""
+    """Weight decay on matrices only: gains and biases are left alone. Fused, since each pass over memory counts: on two cores a
+    step of 135 million parameters took a seventh of the time that ``foreach`` did."""
     tensors = list(model.tensors().values())
     groups = [
         {"params": [t for t in tensors if t.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [t for t in tensors if t.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, foreach=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
 def _trained(adam: torch.optim.AdamW) -> list[torch.nn.Parameter]:

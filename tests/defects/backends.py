@@ -169,11 +169,11 @@ class LastSupplierWins(Relearned):
     """Every model gives all it has; the last one overwrites the others."""
 
     class Learner(TorchLearner):
-        def _outputs(self, term):
+        def _forward(self, *how):
             models = self.models
             self.models = dict(reversed(models.items()))
             try:
-                return super()._outputs(term)
+                return super()._forward(*how)
             finally:
                 self.models = models
 
@@ -183,9 +183,39 @@ class MissingIsZero(Relearned):
     """An output that no model supplies counts as 0."""
 
     class Learner(TorchLearner):
-        def _outputs(self, term):
-            zeros = torch.zeros(term.sequences.mask.shape, requires_grad=True)
-            return dict.fromkeys(term.loss.outputs, zeros) | super()._outputs(term)
+        def _forward(self, sequences, outputs, *how):
+            zeros = torch.zeros(sequences.mask.shape, requires_grad=True)
+            return dict.fromkeys(outputs, zeros) | super()._forward(sequences, outputs, *how)
+
+
+@defect("backend", caught_by="a_kept_pass_serves_its_own_term")
+class KeepsForTooLong(Relearned):
+    """A pass that no gradient was asked of is still there after a step."""
+
+    class Learner(TorchLearner):
+        def _kept(self, term):
+            last, found = self.last, super()._kept(term)
+            self.last = last if found is None else None
+            return found
+
+
+@defect("backend", caught_by="a_kept_pass_serves_its_own_term")
+class ServesAnyTerm(Relearned):
+    """The pass that was kept is taken for the next term, whatever that is."""
+
+    class Learner(TorchLearner):
+        def _kept(self, term):
+            last, self.last = self.last, None
+            return last and last.outputs
+
+
+@defect("backend", caught_by="a_kept_pass_serves_its_own_term")
+class KeepsWithoutTemperature(Relearned):
+    """The pass that is kept was computed at temperature 1."""
+
+    class Learner(TorchLearner):
+        def evaluate(self, sequences, outputs, *, temperature=1.0, keep=False):
+            return super().evaluate(sequences, outputs, temperature=1.0 if keep else temperature, keep=keep)
 
 
 # --------------------------------------------------------------------------------------------------------- one update

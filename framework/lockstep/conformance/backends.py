@@ -353,6 +353,34 @@ def each_output_comes_from_the_first_that_supplies_it(world: World) -> None:
 # --------------------------------------------------------------------------------------------------------- one update
 
 
+@check("backend", usually="what was kept outlives the weights that it is of, or serves other rows or another temperature")
+def a_kept_pass_serves_its_own_term(world: World) -> None:
+    """`Learner.evaluate` gives what the models give. Announced or not, the next gradient is the same: of the term that was
+    announced, of others, of several, and after a step."""
+    models, one, other = pair(world), term(world), term(world, seed=3)
+    learner, tolerance = learning(world, models), world.tolerance(1e-5, 2e-2)
+
+    def announce() -> dict[str, np.ndarray]:
+        return learner.evaluate(one.sequences, OUTPUTS, temperature=one.temperature, keep=True)
+
+    near_arrays("outputs by the learner,", announce(), outputs_of(models, one), tolerance)
+    cases = {
+        "the announced term": [one],
+        "another term": [other],
+        "another temperature": [dataclasses.replace(one, temperature=1.0)],
+        "two terms": [other, one],
+    }
+    expected = {what: learning(world, pair(world)).gradients(terms) for what, terms in cases.items()}
+    for what, terms in cases.items():
+        announce()
+        near_arrays(f"gradients of {what} after an announcement,", learner.gradients(terms), expected[what], tolerance)
+    announce()
+    fresh = learning(world, pair(world))
+    learner.update([other])
+    fresh.update([other])
+    near_arrays("a step after an announcement, gradients", learner.gradients([one]), fresh.gradients([one]), tolerance)
+
+
 @check("backend", usually="epsilon inside the root, decay on gains, clipping by element, an extra step, or lr_scale forgotten")
 def updates_are_adam(world: World) -> None:
     """Three updates are Adam on the learner's own gradients, each model with its own optimizer: bias correction, either

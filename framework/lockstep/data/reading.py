@@ -218,7 +218,8 @@ def _hub(source: Source, split: str, first: int | None) -> Iterator[Row]:
     except Exception as error:  # of many kinds: no network, no such id, private, no such split
         raise Unreachable(
             f"'{source.path}' is no file or folder here, and as a data set of the Hugging Face hub it could not be loaded: "
-            f"{error} A local path works too: download the data set where there is a network and set path to its folder."
+            f"{str(error).rstrip('.')}. A local path works too: download the data set where there is a network and set path to "
+            "its folder."
         ) from error
     return _numbered(source.path, data)
 

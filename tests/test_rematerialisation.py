@@ -1,0 +1,80 @@
+"""``backend.rematerialise``: the same gradients, with less kept for them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from conftest import Data, configure, relative
+from lockstep.interfaces import Setting
+from lockstep.registry import registry
+
+
+def sft(backend, policy, tokenizer):
+    cls, config = configure("sft", batch_size=12, dropout=0.1 if type(policy).__name__ == "Decoder" else 0.0)
+    algorithm = cls(config, Setting(0, backend, tokenizer, Data(), policy, None))
+    return algorithm.learner, algorithm.terms(0)
+
+
+def variants(backend):
+    """The backend that keeps activations, and the one that computes them again."""
+    return [type(backend)(dataclasses.replace(backend.config, rematerialise=again)) for again in (False, True)]
+
+
+def test_gradients_are_the_same_and_less_is_kept(backend, folders, tokenizer):
+    cls = registry().resolve("policy", "decoder", backend.name)
+    found, kept = [], []
+    for variant in variants(backend):
+        learner, terms = sft(variant, cls.load(folders[0], variant), tokenizer)
+        found.append(learner.gradients(terms))
+        kept.append(kept_bytes(learner, terms))
+    assert relative(*found) < 1e-6
+    assert kept[1] < 0.6 * kept[0], kept
+
+
+def kept_bytes(learner, terms) -> int:
+    """What lies between the forward and the backward pass."""
+    if learner.backend.name == "jax":
+        from lockstep_jax.learner import _arguments, _gradients
+
+        params, frozen = {n: m.params for n, m in learner.models.items()}, learner._frozen()
+        compiled = _gradients.lower(params, frozen, *_arguments(terms[0]), **learner._static(terms[0])).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+    import torch
+
+    sizes = {}
+    record = lambda tensor: sizes.update({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()}) or tensor  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        outputs = learner._forward(terms[0].sequences, ["logprobs"], 1.0)
+    parameters = {p.untyped_storage().data_ptr() for p in learner.models["policy"].network.parameters()}
+    assert outputs
+    return sum(size for pointer, size in sizes.items() if pointer not in parameters)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_networks_of_transformers_keep_their_dropout_off(family, tokenizer, tmp_path):
+    """They rematerialise in training mode, in which their configuration's dropout would come to life."""
+    pytest.importorskip("torch")
+    import transformers
+
+    dims = {"vocab_size": 37, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "attention_dropout": 0.5}
+    gpt2 = {"vocab_size": 37, "n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}
+    more = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
+    config = transformers.AutoConfig.for_model(family, **(gpt2 if family == "gpt2" else dims | more))
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    backend = registry().resolve("backend", "torch", "torch")
+    cls = registry().resolve("policy", "huggingface", "torch")
+    found, kept = [], []
+    for again in (False, True):
+        variant = backend(backend.Config(device="cpu", precision="float32", rematerialise=again, threads=1))
+        learner, terms = sft(variant, cls.load(tmp_path, variant), tokenizer)
+        found.append(learner.gradients(terms))
+        kept.append(kept_bytes(learner, terms))
+        drawn = learner.models["policy"].generate(  # with a cache, which transformers drops where it rematerialises
+            np.array([[1, 2, 3]], np.int32), np.ones((1, 3), bool), np.zeros((1, 4), np.uint32),
+            temperature=0.0, stop_ids=[35], pad_id=36,
+        )  # fmt: skip
+        found.append({"tokens": drawn.tokens})
+    assert relative(found[0], found[2]) < 1e-6
+    np.testing.assert_array_equal(found[1]["tokens"], found[3]["tokens"])
+    assert kept[1] < 0.6 * kept[0], kept
