@@ -325,7 +325,8 @@ def test_saved_scalar_models_open_as_sequence_classifiers(pair, backend, tmp_pat
 def on_torch():
     backend = registry().resolve("backend", "torch", "torch")
     policy = registry().resolve("policy", "huggingface", "torch")
-    return policy, backend(parse(backend.Config, {"device": "cpu", "precision": "float32", "threads": 1}, "backend"))
+    values = {"device": "cpu", "precision": "float32", "rematerialise": False, "threads": 1}
+    return policy, backend(parse(backend.Config, values, "backend"))
 
 
 def evaluate(model, outputs):
