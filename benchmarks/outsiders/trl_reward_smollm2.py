@@ -22,7 +22,8 @@ import numpy as np
 import torch
 import transformers
 import trl
-from trl_losses import described, ordered, rounded
+import trl_losses
+from trl_losses import COMMON, described, ordered, rounded
 
 from lockstep import checkpoints, encoding
 from lockstep.architecture import SCALAR_HEAD, scalar_head
@@ -103,30 +104,10 @@ def number_of_steps(config: dict, rows: int) -> int:
 def hyper_parameters(config: dict, rows: int) -> dict:
     optimizer, schedule, micro = config["optimizer"], config["schedule"], config["micro_batch_size"] or config["batch_size"]
     assert schedule["shape"] == "cosine" and not schedule["warmup_steps"] and optimizer["ema_decay"] is None, schedule
-    return {
-        "adam_beta1": optimizer["betas"][0],
-        "adam_beta2": optimizer["betas"][1],
-        "adam_epsilon": optimizer["eps"],
-        "weight_decay": optimizer["weight_decay"],
-        "max_grad_norm": optimizer["max_grad_norm"],
-        "learning_rate": optimizer["learning_rate"],
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": schedule["final"]},
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": config["batch_size"] // micro,
-        "max_steps": number_of_steps(config, rows),
-        "max_length": None,
-        "train_sampling_strategy": "sequential",
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "fp16": False,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "logging_strategy": "steps",
-        "save_strategy": "no",
-        "report_to": "none",
-        "seed": 0,
-    }
+    settings = {"batch_size": config["batch_size"], "learning_rate": optimizer["learning_rate"], "warmup_steps": 0}
+    shared = trl_losses.hyper_parameters(settings | {"schedule": "cosine_with_min_lr"}, optimizer, micro)
+    own = {"lr_scheduler_kwargs": {"min_lr_rate": schedule["final"]}, "max_steps": number_of_steps(config, rows)}
+    return COMMON | shared | own | {"optim": "adamw_torch_fused"}  # 135 million parameters: TRL's default, and the faster
 
 
 def pair(rows: list[Example], ranks: tuple[int, ...]) -> dict:

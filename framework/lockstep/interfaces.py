@@ -12,7 +12,7 @@ a token counts. Dtypes: tokens int32, masks bool, everything else float32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -217,6 +217,11 @@ class Term:
     temperature: float = 1.0
     dropout: Dropout | None = None
 
+    def reads(self, sequences: Sequences, temperature: float, outputs: Collection[str]) -> bool:
+        """Whether a pass over ``sequences`` without dropout, which gave ``outputs``, is the one that this term needs."""
+        same = self.sequences.same_arrays(sequences) and self.temperature == temperature and self.dropout is None
+        return same and set(self.loss.outputs) <= set(outputs)
+
 
 class Learner(ABC):
     """Models under an optimizer. The backend knows gradients and devices; it does not know what is being learned.
@@ -236,9 +241,8 @@ class Learner(ABC):
         needs, and run the networks once for both; one that does not override this method does without.
         """
         found: dict[str, np.ndarray] = {}
-        for model in self.models.values():
-            if wanted := [name for name in outputs if name in model.supplies and name not in found]:
-                found |= model.evaluate(sequences, wanted, temperature=temperature)
+        for name, wanted in suppliers(self.models, outputs).items():
+            found |= self.models[name].evaluate(sequences, wanted, temperature=temperature)
         return found
 
     @abstractmethod
@@ -263,6 +267,14 @@ class Learner(ABC):
     @abstractmethod
     def restore(self, folder: Path) -> None:
         """Take the state that `save` wrote; the models must have been built from the same configuration."""
+
+
+def suppliers(models: Mapping[str, Model], outputs: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """{model: the outputs that come from it}: each from the first model that supplies it, so that a value network leaves the
+    policy's trunk alone. What nobody supplies is not in it."""
+    first = {output: next((name for name, model in models.items() if output in model.supplies), None) for output in outputs}
+    found = {name: tuple(output for output, supplier in first.items() if supplier == name) for name in models}
+    return {name: wanted for name, wanted in found.items() if wanted}
 
 
 class Backend(ABC):

@@ -15,7 +15,7 @@ import optax
 
 from lockstep import checkpoints
 from lockstep.errors import CheckpointError, ConfigError, listing
-from lockstep.interfaces import Learner, Loss, Metrics, Term
+from lockstep.interfaces import Learner, Loss, Metrics, Term, suppliers
 from lockstep.optimisation import OptimizerConfig
 from lockstep.sequences import Sequences
 from lockstep_jax.backend import JaxBackend
@@ -66,10 +66,6 @@ class Pass:
     temperature: float
     outputs: dict[str, Array]
     pullback: Any
-
-    def serves(self, term: Term) -> bool:
-        same = self.sequences.same_arrays(term.sequences) and self.temperature == term.temperature and term.dropout is None
-        return same and self.outputs.keys() >= set(term.loss.outputs)
 
 
 class JaxLearner(Learner):
@@ -126,7 +122,7 @@ class JaxLearner(Learner):
         """By the pass that `evaluate` kept, if it is the one that this term needs. It serves one gradient."""
         params, frozen = self._parameters(), self._frozen()
         last, self.last = self.last, None
-        if last is not None and last.serves(term):
+        if last and term.reads(last.sequences, last.temperature, last.outputs):
             return _pulled_back(params, frozen, last.pullback, last.outputs, dict(term.batch), loss=term.loss)
         return _gradients(params, frozen, *_arguments(term), **self._static(term))
 
@@ -134,17 +130,10 @@ class JaxLearner(Learner):
         return {"roles": self._roles(term.loss.outputs), "loss": term.loss}
 
     def _roles(self, outputs: Sequence[str]) -> Roles:
-        """Each output from the first model that supplies it: so a value network leaves the policy's trunk alone."""
-        missing = set(outputs)
-        roles = []
-        for name, model in self.models.items():
-            wanted = tuple(output for output in outputs if output in missing & model.supplies)
-            if wanted:
-                roles.append((name, model.network, wanted))
-            missing -= model.supplies
-        if missing:
+        found = suppliers(self.models, outputs)
+        if missing := set(outputs).difference(*found.values()):
             raise ConfigError(f"The loss needs {listing(missing)}, which no model supplies. Models: {listing(self.models)}.")
-        return tuple(roles)
+        return tuple((name, self.models[name].network, wanted) for name, wanted in found.items())
 
     def averaged(self, model: str) -> JaxModel:
         averaged = self.models[model].copy()

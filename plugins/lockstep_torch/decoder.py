@@ -365,9 +365,11 @@ class TransformersNetwork(Network):
         layers = [m for m in self.hf.modules() if isinstance(m, GradientCheckpointingLayer)] if self.rematerialise else []
         for layer in layers:
             layer.gradient_checkpointing, layer._gradient_checkpointing_func, layer.training = True, again, True
-        yield
-        for layer in layers:
-            layer.training = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     def _trunk(self, tokens: Tensor, mask: Tensor, position: Tensor, **cache: Any) -> Any:
         here = mask[:, -tokens.shape[1] :] != 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lockstep import checkpoints
 from lockstep.errors import CheckpointError
-from lockstep.interfaces import Learner, Metrics, Term
+from lockstep.interfaces import Learner, Metrics, Term, suppliers
 from lockstep.optimisation import OptimizerConfig
 from lockstep.sequences import Sequences
 from lockstep_torch.backend import TorchBackend
@@ -28,10 +28,6 @@ class Pass:
     sequences: Sequences
     temperature: float
     outputs: dict[str, Tensor]
-
-    def serves(self, term: Term) -> bool:
-        same = self.sequences.same_arrays(term.sequences) and self.temperature == term.temperature and term.dropout is None
-        return same and self.outputs.keys() >= set(term.loss.outputs)
 
 
 class TorchLearner(Learner):
@@ -98,17 +94,15 @@ class TorchLearner(Learner):
     def _kept(self, term: Term) -> dict[str, Tensor] | None:
         """The outputs of the pass that `evaluate` kept, if it is the one that this term needs. It serves one gradient."""
         last, self.last = self.last, None
-        return last.outputs if last is not None and last.serves(term) else None
+        return last.outputs if last and term.reads(last.sequences, last.temperature, last.outputs) else None
 
     def _forward(
         self, sequences: Sequences, outputs: Iterable[str], temperature: float, dropout: Dropout | None = None
     ) -> dict[str, Tensor]:
-        """Each output from the first model that supplies it: so a value network leaves the policy's trunk alone."""
         block = Block.put(sequences, self.backend)
         found: dict[str, Tensor] = {}
-        for model in self.models.values():
-            if wanted := [name for name in outputs if name in model.supplies and name not in found]:
-                found |= model.forward(block, wanted, temperature, dropout)
+        for name, wanted in suppliers(self.models, outputs).items():
+            found |= self.models[name].forward(block, wanted, temperature, dropout)
         return found
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from autograd.tracer import getval
 
 from lockstep import checkpoints
 from lockstep.errors import CheckpointError, ConfigError, listing
-from lockstep.interfaces import Learner, Metrics, Term
+from lockstep.interfaces import Learner, Metrics, Term, suppliers
 from lockstep.optimisation import OptimizerConfig
 from lockstep_numpy import array_api
 from lockstep_numpy.decoder import Weights
@@ -71,12 +71,10 @@ class NumpyLearner(Learner):
         return total, metrics
 
     def _outputs(self, term: Term, weights: Mapping[str, Weights]) -> dict[str, Any]:
-        """Each output from the first model that supplies it: so a value network leaves the policy's trunk alone."""
         outputs: dict[str, Any] = {}
-        for name, model in self.models.items():
-            wanted = [output for output in term.loss.outputs if output in model.supplies and output not in outputs]
-            if wanted:
-                outputs |= forward(model.architecture, weights[name], term.sequences, wanted, term.temperature, term.dropout)
+        for name, wanted in suppliers(self.models, term.loss.outputs).items():
+            architecture = self.models[name].architecture
+            outputs |= forward(architecture, weights[name], term.sequences, wanted, term.temperature, term.dropout)
         if missing := set(term.loss.outputs) - outputs.keys():
             raise ConfigError(f"The loss needs {listing(missing)}, which no model supplies. Models: {listing(self.models)}.")
         return outputs
