@@ -33,7 +33,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}
 
 BACKENDS = {
     "torch": {"device": "cpu", "precision": "float32", "rematerialise": False, "threads": 1},
-    "jax": {"device": "cpu", "precision": "float32", "rematerialise": True, "compilation_cache": None},
+    "jax": {"device": "cpu", "precision": "float32", "rematerialise": False, "compilation_cache": None},
 }
 CONSTANT = {"shape": "constant", "warmup_steps": 0}
 WORDS = [f"w{i}" for i in range(34)]

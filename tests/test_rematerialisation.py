@@ -35,11 +35,10 @@ def test_gradients_are_the_same_and_less_is_kept(backend, folders, tokenizer):
 def kept_bytes(learner, terms) -> int:
     """What lies between the forward and the backward pass."""
     if learner.backend.name == "jax":
-        from lockstep_jax.learner import _arguments, _gradients
+        import jax
 
-        params, frozen = {n: m.params for n, m in learner.models.items()}, learner._frozen()
-        compiled = _gradients.lower(params, frozen, *_arguments(terms[0]), **learner._static(terms[0])).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        learner.evaluate(terms[0].sequences, ["logprobs"], keep=True)
+        return sum(array.nbytes for array in jax.tree.leaves(learner.last.pullback))
     import torch
 
     sizes = {}
@@ -49,6 +48,24 @@ def kept_bytes(learner, terms) -> int:
     parameters = {p.untyped_storage().data_ptr() for p in learner.models["policy"].network.parameters()}
     assert outputs
     return sum(size for pointer, size in sizes.items() if pointer not in parameters)
+
+
+def test_jax_compiles_deep_networks_as_a_loop(folders, tokenizer, monkeypatch):
+    """Of the same layers, in a loop or one by one, gradients are the same."""
+    jax = pytest.importorskip("jax")
+    from lockstep_jax import backend, decoder, policies
+
+    cpu = backend.JaxBackend(backend.JaxBackend.Config("cpu", "float32", rematerialise=False, compilation_cache=None))
+    found, kept = [], []
+    for limit in (decoder.UNROLLED, 1):
+        monkeypatch.setattr(decoder, "UNROLLED", limit)
+        jax.clear_caches()
+        learner, terms = sft(cpu, policies.Decoder.load(folders[0], cpu), tokenizer)
+        found.append(learner.gradients(terms))
+        kept.append(kept_bytes(learner, terms))
+    jax.clear_caches()
+    assert relative(*found) < 1e-6
+    assert kept[0] != kept[1], "one program twice"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])

@@ -13,6 +13,7 @@ from lockstep.builtin import CONF
 from lockstep.configuration import parse
 from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardModel, Setting
 from lockstep.nouns import Comparison, Demonstration, Message, Prompt
+from lockstep.pages import begin_with_large_pages
 from lockstep.randomness import token_seeds
 from lockstep.registry import registry
 from lockstep.sequences import left_pad
@@ -46,6 +47,7 @@ class Texts(DataSource):
 
 
 def main() -> None:
+    begin_with_large_pages()  # as `lockstep run` does
     contestant = Contestant()
     work, options = contestant.work, contestant.options
     backend = backend_named(options["backend"], options)
@@ -105,10 +107,12 @@ def generate(algorithm: Any, work: Work) -> None:
 
 
 def backend_named(name: str, options: dict[str, Any]) -> Backend:
+    """Lockstep's defaults, but for the precision, the threads (as many as the others have) and the cache of programs."""
     cls = registry().resolve("backend", name, name)
+    values = OmegaConf.to_container(OmegaConf.load(CONF / "backend" / f"{name}.yaml")) | {"precision": options["precision"]}
     own = {"torch": {"threads": options["threads"]}, "jax": {"compilation_cache": None}}[name]
-    again = options.get("rematerialise", False)
-    return cls(cls.Config(device="auto", precision=options["precision"], rematerialise=again, **own))
+    del values["name"]
+    return cls(parse(cls.Config, values | own, "backend"))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Modules are flax.nnx and exist inside a trace only. Outside, parameters are a plain tree of float32 arrays, which costs
 no host time per step, and `Network.bind` makes modules of them. The layers are one `Layer` whose arrays have a leading
-[layers] axis, run by `jax.lax.scan`, so compile time does not grow with depth.
+[layers] axis. Deep networks are trained by `jax.lax.scan` over it, so compile time does not grow with depth.
 
 In bfloat16, matrix products and the key-value cache are; norms, softmax, residual stream and logits stay in float32.
 """
@@ -10,7 +10,8 @@ In bfloat16, matrix products and the key-value cache are; norms, softmax, residu
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -105,12 +106,16 @@ class ScalarHead(nnx.Module):
 # -------------------------------------------------------------------------------------------------------- the decoder
 
 
-class Cache(NamedTuple):
-    """keys, values: [layers, B, P + T, H_kv, hd]; ``length`` columns are filled. ``mask`` [B, P + T] is True on real
-    ones; ``count`` [B] is the position of the next token."""
+UNROLLED = 8
+"""Networks of so many layers at most are compiled layer by layer, unless they rematerialise: what a loop keeps for its gradient
+it has to move, a quarter of the time of the benchmark's four layers."""
 
-    keys: Array
-    values: Array
+
+class Cache(NamedTuple):
+    """``layers``: keys and values of each, [B, H_kv, P + T, hd]; ``length`` columns are filled. ``mask`` [B, P + T] is True
+    on real ones; ``count`` [B] is the position of the next token."""
+
+    layers: list[tuple[Array, Array]]
     mask: Array
     count: Array
     length: Array
@@ -152,33 +157,73 @@ class DecoderNetwork(nnx.Module):
         self.lm_head = network.linear("lm_head", a.hidden_size, a.vocab_size, False) if separate else None
         self.score = ScalarHead(a.hidden_size) if network.scalar_head else None
 
-    def hidden(self, tokens: Array, mask: Array, dropout: Dropout | None = None) -> Array:
-        """[B, L] ids and attention mask -> [B, L, d] after the final norm. Ids under a False mask are never read. The mask may
-        be `lockstep.sequences.Sequences.segments`, int."""
+    def hidden(self, tokens: Array, mask: Array, dropout: Dropout | None = None, first: int = 0) -> Array:
+        """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
+        under a False mask are never read. The mask may be `lockstep.sequences.Sequences.segments`, int.
+
+        For the gradient, the results of the layers' matrix products are kept and what lies between is computed again; with
+        ``rematerialise``, all but each layer's input is (Chen et al. 2016)."""
         position = positions(mask)
-        drop = dropout and (lambda y, site: dropout(y, site, position))
-        x, _ = self.run(self.embed(tokens, mask, position), self.rotations(position), self.views(causal(mask)), drop=drop)
+        x, rotations, views = self.embed(tokens, mask, position), self.rotations(position), self.views(causal(mask))
+        graph, stacked = nnx.split(self.layers)
+        kept = None if self.rematerialise else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+        def through(x: Array, layer: Any, first: int = 0) -> Array:
+            def run(x: Array, weights: Any) -> Array:
+                drop = dropout and (lambda y, part: dropout(y, 2 * number + part, position[:, -y.shape[1] :]))
+                chosen = pick(rotations, rope), pick(views, window)
+                return nnx.merge(graph, weights)(x, *chosen, drop=drop, first=first)[0]
+
+            number, rope, window, weights = layer
+            return jax.checkpoint(run, prevent_cse=False, policy=kept)(x, weights)
+
+        kinds, count = kinds_of(self.architecture), self.architecture.layers
+        layers = np.arange(count, dtype=np.int32), kinds.rope_of_layer, kinds.window_of_layer, stacked
+        if self.rematerialise or count > UNROLLED:  # a loop, in which nothing is merged with the first pass
+            x = jax.lax.scan(lambda x, layer: (through(x, layer), None), x, layers)[0][:, first:]
+        else:
+            for number in range(count):
+                start = first if number == count - 1 else 0  # of the last, the columns before give keys and values only
+                x = through(x, at(number, layers), start)
         return self.norm(x)
 
-    def start(self, tokens: Array, mask: Array, new_tokens: int) -> tuple[Array, Cache]:
+    def apart(self) -> list[Layer]:
+        """The layers one by one, for `start` and `advance`. A loop over tokens takes them from outside: it would copy all
+        weights out of the stack for each token."""
+        graph, stacked = nnx.split(self.layers)
+        return [nnx.merge(graph, at(number, stacked)) for number in range(self.architecture.layers)]
+
+    def start(self, layers: Sequence[Layer], tokens: Array, mask: Array, new_tokens: int) -> tuple[Array, Cache]:
         """Hidden state [B, d] of the last column, and a cache with room for ``new_tokens`` more."""
         a, (rows, length) = self.architecture, tokens.shape
-        room = jnp.zeros((a.layers, rows, length + new_tokens, a.kv_heads, a.head_dim), self.dtype)
+        room = jnp.zeros((rows, a.kv_heads, length + new_tokens, a.head_dim), self.dtype)
         position = positions(mask)
         x = self.embed(tokens, mask, position)
-        x, (keys, values) = self.run(x, self.rotations(position), self.views(causal(mask)), (room, room), 0)
-        cache = Cache(keys, values, jnp.pad(mask, ((0, 0), (0, new_tokens))), mask.sum(-1), jnp.int32(length))
-        return self.norm(x[:, -1]), cache
+        x, kept = self.feed(layers, x, position, causal(mask), [(room, room)] * a.layers, 0, length - 1)
+        return x, Cache(kept, jnp.pad(mask, ((0, 0), (0, new_tokens))), mask.sum(-1), jnp.int32(length))
 
-    def advance(self, token: Array, cache: Cache) -> tuple[Array, Cache]:
+    def advance(self, layers: Sequence[Layer], token: Array, cache: Cache) -> tuple[Array, Cache]:
         """Feed one token [B] to every row; hidden state [B, d] and the longer cache."""
-        keys, values, mask, count, length = cache
+        kept, mask, count, length = cache
         mask = mask.at[:, length].set(True)
         position = count[:, None]
         x = self.embed(token[:, None], True, position)
-        views = self.views(mask[:, None, None, :], length)
-        x, (keys, values) = self.run(x, self.rotations(position), views, (keys, values), length)
-        return self.norm(x[:, 0]), Cache(keys, values, mask, count + 1, length + 1)
+        x, kept = self.feed(layers, x, position, mask[:, None, None, :], kept, length)
+        return x, Cache(kept, mask, count + 1, length + 1)
+
+    def feed(
+        self, layers: Sequence[Layer], x: Array, position: Array, visible: Array, kept: Any, column: Any, first: int = 0
+    ) -> tuple[Array, Any]:
+        """x [B, L, d] through all layers, whose keys and values go to the columns from ``column`` on; hidden state [B, d] of
+        the last one, and what is kept then. Of the last layer, columns before ``first`` give keys and values only."""
+        rotations, views, kinds = self.rotations(position), self.views(visible, column), kinds_of(self.architecture)
+        filled = []
+        for number, (layer, cache) in enumerate(zip(layers, kept, strict=True)):
+            rope, window = at(number, (kinds.rope_of_layer, kinds.window_of_layer))
+            start = first if number == len(layers) - 1 else 0
+            x, cache = layer(x, pick(rotations, rope), pick(views, window), (*cache, column), first=start)
+            filled.append(cache)
+        return self.norm(x[:, -1]), filled
 
     def logits(self, hidden: Array) -> Array:
         """[..., d] -> float32 [..., V]."""
@@ -193,7 +238,7 @@ class DecoderNetwork(nnx.Module):
         return x if self.embed_positions is None else x + self.embed_positions(position)
 
     def rotations(self, position: Array) -> tuple[Any, ...]:
-        """What layers choose their rotation from: cos and sin [B, L, 1, dims / 2] of each kind, or None for all layers."""
+        """What layers choose their rotation from: cos and sin [B, 1, L, dims / 2] of each kind, or None for all layers."""
         ropes = kinds_of(self.architecture).ropes
         return ropes if ropes == (None,) else tuple(angles(rope, ropes, position) for rope in ropes)
 
@@ -201,27 +246,6 @@ class DecoderNetwork(nnx.Module):
         """What layers choose their mask from, each bool [B, 1, L, columns]: queries are the columns from ``first`` on."""
         windows = kinds_of(self.architecture).windows
         return tuple(visible if window is None else visible & near(visible, window, first) for window in windows)
-
-    def run(
-        self, x: Array, rotations: Any, views: Any, cache: Any = None, column: Any = 0, drop: Any = None
-    ) -> tuple[Array, Any]:
-        """All layers, each with its kind of rotation and of mask.
-
-        The cache (keys, values) is carried from layer to layer, each writing its own slice from ``column`` on: as an input
-        and output of the scan it would be copied at every step.
-
-        With ``rematerialise`` the backward pass computes a layer's inner activations again (Chen et al. 2016)."""
-        graph, stacked = nnx.split(self.layers)
-
-        def body(carry: Any, layer: Any) -> tuple[Any, None]:
-            index, rope, window, arrays = layer
-            chosen = pick(rotations, rope), pick(views, window)
-            return nnx.merge(graph, arrays)(*carry, *chosen, index, column, drop), None
-
-        if self.rematerialise:  # within a scan nothing could be merged with the first pass
-            body = jax.checkpoint(body, prevent_cse=False)
-        layers, kinds = jnp.arange(self.architecture.layers), kinds_of(self.architecture)
-        return jax.lax.scan(body, (x, cache), (layers, kinds.rope_of_layer, kinds.window_of_layer, stacked))[0]
 
 
 class Layer(nnx.Module):
@@ -235,17 +259,19 @@ class Layer(nnx.Module):
         self.mlp_out_norm = norm(a, rngs) if a.out_norms else None
 
     def __call__(
-        self, x: Array, cache: Any, rotation: Any, visible: Array, layer: Array, column: Any, drop: Any
+        self, x: Array, rotation: Any, visible: Array, cache: Any = None, drop: Any = None, first: int = 0
     ) -> tuple[Array, Any]:
-        drop = drop or (lambda y, site: y)
-        attended, cache = self.self_attn(self.input_layernorm(x), cache, rotation, visible, layer, column)
+        """[B, L, d] -> [B, L - first, d], and the cache."""
+        drop = drop or (lambda y, part: y)
+        attended, cache = self.self_attn(self.input_layernorm(x), rotation, visible, cache, first)
+        x = x[:, first:]
         if self.attention_out_norm is not None:
             attended = self.attention_out_norm(attended)
-        after = x + drop(attended, 2 * layer)
+        after = x + drop(attended, 0)
         out = self.mlp(self.post_attention_layernorm(x if self.architecture.parallel_residual else after))
         if self.mlp_out_norm is not None:
             out = self.mlp_out_norm(out)
-        return after + drop(out, 2 * layer + 1), cache
+        return after + drop(out, 1), cache
 
 
 class Attention(nnx.Module):
@@ -258,34 +284,34 @@ class Attention(nnx.Module):
         self.q_norm = rms_norm(a, a.head_dim, rngs) if a.qk_norm else None
         self.k_norm = rms_norm(a, a.head_dim, rngs) if a.qk_norm else None
 
-    def __call__(self, x: Array, cache: Any, rotation: Any, visible: Array, layer: Array, column: Any) -> tuple[Array, Any]:
-        """x [B, L, d]; visible bool, broadcast to [B, H, L, columns]; cache (keys, values) of all layers, or None."""
+    def __call__(self, x: Array, rotation: Any, visible: Array, cache: Any, first: int) -> tuple[Array, Any]:
+        """x [B, L, d]; visible bool, broadcast to [B, H, L, columns]; cache (keys, values, first free column) or None.
+        Queries are the columns from ``first`` on: [B, L - first, d]. With the cache's new keys and values."""
         a = self.architecture
-        q, k = split_heads(self.q_proj(x), a.heads), split_heads(self.k_proj(x, self.q_proj), a.kv_heads)
+        q, k = split_heads(self.q_proj(x[:, first:]), a.heads), split_heads(self.k_proj(x, self.q_proj), a.kv_heads)
         if self.q_norm is not None:
             q, k = self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype)
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        visible = visible[:, :, first:]
+        q, k = rotate(q, rotation and tuple(angle[:, :, first:] for angle in rotation)), rotate(k, rotation)
         v = split_heads(self.v_proj(x, self.q_proj), a.kv_heads)
         if cache is not None:
-            place = (layer, 0, column, 0, 0)
-            cache = tuple(jax.lax.dynamic_update_slice(old, new[None], place) for old, new in zip(cache, (k, v), strict=True))
-            k, v = (filled[layer, :, : visible.shape[-1]] for filled in cache)
-        out = attend(a, q, k, v, visible)
-        return self.o_proj(out.reshape(*out.shape[:2], -1)), cache
+            *cache, column = cache
+            cache = [jax.lax.dynamic_update_slice(old, new, (0, 0, column, 0)) for old, new in zip(cache, (k, v), strict=True)]
+            k, v = (filled[:, :, : visible.shape[-1]] for filled in cache)
+        return self.o_proj(attend(a, q, k, v, visible)), cache
 
 
 def attend(a: Architecture, q: Array, k: Array, v: Array, visible: Array) -> Array:
-    """q [B, L, H, hd], k and v [B, columns, H_kv, hd] -> [B, L, H, hd]. The mask is a large negative number, not -inf: a
-    padded row that sees nothing stays finite."""
-    scale = None if a.query_scalar is None else a.query_scalar**-0.5
-    if a.attention_softcap is None:
-        return jax.nn.dot_product_attention(q, k, v, mask=visible, scale=scale)
-    groups = q.reshape(*q.shape[:2], a.kv_heads, -1, a.head_dim)
-    products = jnp.einsum("blhgd,bkhd->bhglk", groups, k, preferred_element_type=jnp.float32)
-    products = softcap(products * (a.head_dim**-0.5 if scale is None else scale), a.attention_softcap)
-    products = jnp.where(visible[:, :, None], products, 0.7 * jnp.finfo(jnp.float32).min)
+    """q [B, H, L, hd], k and v [B, H_kv, columns, hd] -> [B, L, H hd]; products and softmax in float32. The mask is a large
+    negative number, not -inf: a padded row that sees nothing stays finite."""
+    rows, _, length, _ = q.shape
+    scale = (a.head_dim if a.query_scalar is None else a.query_scalar) ** -0.5
+    groups = q.reshape(rows, a.kv_heads, -1, length, a.head_dim)
+    products = jnp.einsum("bhgld,bhkd->bhglk", groups, k, preferred_element_type=jnp.float32)
+    products = jnp.where(visible[:, :, None], softcap(scale * products, a.attention_softcap), 0.7 * jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(products, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhglk,bkhd->blhgd", weights, v).reshape(q.shape)
+    out = jnp.einsum("bhglk,bhkd->bhgld", weights, v).reshape(q.shape)
+    return out.swapaxes(1, 2).reshape(rows, length, -1)
 
 
 def softcap(x: Array, cap: float | None) -> Array:
@@ -394,17 +420,21 @@ def near(visible: Array, window: int, first: Any) -> Array:
     return jnp.arange(columns) > first + jnp.arange(queries)[:, None] - window
 
 
+def at(number: int, stacked: Tree) -> Tree:
+    return jax.tree.map(operator.itemgetter(number), stacked)
+
+
 def pick(kinds: tuple[Any, ...], kind: Array | None) -> Any:
     return kinds[0] if kind is None else jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *kinds)
 
 
 def split_heads(x: Array, heads: int) -> Array:
-    """[B, L, H hd] -> [B, L, H, hd]."""
-    return x.reshape(*x.shape[:2], heads, -1)
+    """[B, L, H hd] -> [B, H, L, hd]."""
+    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
 
 
 def rotate(x: Array, rotation: tuple[Array, Array] | None) -> Array:
-    """x [B, L, H, hd] turned by `angles`: the first dims of each head, in Llama's half-split layout; the others stay."""
+    """x [B, H, L, hd] turned by `angles`: the first dims of each head, in Llama's half-split layout; the others stay."""
     if rotation is None:
         return x
     cos, sin = rotation
@@ -415,10 +445,10 @@ def rotate(x: Array, rotation: tuple[Array, Array] | None) -> Array:
 
 
 def angles(rope: Rope | None, kinds: tuple[Rope | None, ...], position: Array) -> tuple[Array, Array]:
-    """cos and sin [B, L, 1, dims / 2] of the rotary angles (Su et al. 2021) at position [B, L]; of no turn at all for None,
+    """cos and sin [B, 1, L, dims / 2] of the rotary angles (Su et al. 2021) at position [B, L]; of no turn at all for None,
     in the shape of the other kinds."""
     turning = rope is not None
-    angle = position[:, :, None, None] * (turning * frequencies(rope or next(filter(None, kinds))))
+    angle = position[:, None, :, None] * (turning * frequencies(rope or next(filter(None, kinds))))
     return jnp.cos(angle), jnp.sin(angle)
 
 

@@ -51,9 +51,10 @@ def forward(
     """The named outputs, differentiable. Logits exist at the T columns that predict a response token only."""
     decoder = network.bind(params, frozen)
     prompt_length = block.prompt_mask.shape[1]
+    first = prompt_length - 1
     mask = jnp.concatenate([block.prompt_mask, block.response_mask], axis=1) if block.segments is None else block.segments
-    hidden = decoder.hidden(block.tokens, mask, dropout)
-    states = hidden[:, prompt_length - 1 : -1]  # [B, T, d]: the state each response token is chosen in
+    hidden = decoder.hidden(block.tokens, mask, dropout, first)  # [B, T + 1, d]
+    states = hidden[:, :-1]  # [B, T, d]: the state each response token is chosen in
     out = {}
     if "logprobs" in outputs or "entropy" in outputs:
         # Padding may be outside the vocabulary, where JAX would read NaN.
@@ -62,7 +63,7 @@ def forward(
     if "values" in outputs:
         out["values"] = decoder.score(states)
     if "scores" in outputs:
-        last = prompt_length - 1 + block.response_mask.sum(axis=1)
+        last = block.response_mask.sum(axis=1)
         out["scores"] = decoder.score(hidden[jnp.arange(len(hidden)), last])
     return {name: out[name] for name in outputs}
 

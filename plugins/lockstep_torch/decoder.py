@@ -75,14 +75,14 @@ class Dropout:
 
 def hash32(x: Tensor) -> Tensor:
     """`lockstep.randomness.hash32`. torch has no arithmetic on uint32: int32 holds the bits and wraps as it does."""
-    x = (x ^ high_bits(x, 16)) * -0x7A143595  # 0x85EBCA6B
-    x = (x ^ high_bits(x, 19)) * -0x3D4D51CB  # 0xC2B2AE35
-    return x ^ high_bits(x, 16)
+    x = high_bits(x, 16).bitwise_xor_(x).mul_(-0x7A143595)  # 0x85EBCA6B
+    x = high_bits(x, 19).bitwise_xor_(x).mul_(-0x3D4D51CB)  # 0xC2B2AE35
+    return high_bits(x, 16).bitwise_xor_(x)
 
 
 def high_bits(x: Tensor, count: int) -> Tensor:
     """The uint32 shift x >> (32 - count), on int32, whose own shift drags the sign along."""
-    return (x >> (32 - count)) & (2**count - 1)
+    return (x >> (32 - count)).bitwise_and_(2**count - 1)
 
 
 def positions(mask: Tensor) -> Tensor:
