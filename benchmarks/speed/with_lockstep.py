@@ -13,7 +13,6 @@ from lockstep.builtin import CONF
 from lockstep.configuration import parse
 from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardModel, Setting
 from lockstep.nouns import Comparison, Demonstration, Message, Prompt
-from lockstep.pages import begin_with_large_pages
 from lockstep.randomness import token_seeds
 from lockstep.registry import registry
 from lockstep.sequences import left_pad
@@ -47,7 +46,6 @@ class Texts(DataSource):
 
 
 def main() -> None:
-    begin_with_large_pages()  # as `lockstep run` does
     contestant = Contestant()
     work, options = contestant.work, contestant.options
     backend = backend_named(options["backend"], options)

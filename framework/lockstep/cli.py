@@ -24,7 +24,6 @@ from typing import Any
 from lockstep import __version__
 from lockstep.console import Console
 from lockstep.errors import ConfigError, LockstepError, Stopped
-from lockstep.pages import begin_with_large_pages
 
 
 def main() -> None:
@@ -125,7 +124,6 @@ def run_command(arguments: Sequence[str]) -> None:
 
         print(yaml.safe_dump(compose([a for a in arguments if a != "--config"]), sort_keys=False))
     else:
-        begin_with_large_pages()
         run_config(compose(arguments), shlex.join(["lockstep", "run", *arguments]))
 
 
