@@ -476,3 +476,11 @@ policy.generate(np.ones((1, 2), np.int32), np.ones((1, 2), bool), np.zeros((1, 2
 assert not {{"torch", "transformers"}} & set(sys.modules), "torch was imported"
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_largest_word_is_the_first_of_equal_ones():
+    from lockstep_jax.generation import largest
+
+    x = np.random.default_rng(0).integers(0, 5, (64, 37)).astype(np.float32)  # ties in every row
+    assert (largest(x) == x.argmax(axis=1)).all()
+    assert 0 <= largest(np.full((1, 37), np.nan, np.float32))[0] < 37  # a word at least, where there is none
