@@ -108,7 +108,7 @@ class ScalarHead(nnx.Module):
 
 UNROLLED = 8
 """Networks of so many layers at most are compiled layer by layer, unless they rematerialise: what a loop keeps for its gradient
-it has to move, a quarter of the time of the benchmark's four layers."""
+it has to move, a sixth of the time of the benchmark's four layers."""
 
 
 class Cache(NamedTuple):
