@@ -17,8 +17,7 @@ from lockstep_jax.decoder import Array, Cache, Network, Tree
 
 
 class Progress(NamedTuple):
-    """What the loop carries. ``step`` tokens of each row are written; ``token`` [B] is the last, predicted by ``hidden`` [B, d]
-    and not fed yet."""
+    """What the loop carries. ``step`` tokens of each row are written; ``token`` [B] is the last, not fed yet."""
 
     step: Array
     tokens: Array
@@ -26,7 +25,6 @@ class Progress(NamedTuple):
     logprobs: Array
     alive: Array
     token: Array
-    hidden: Array
     cache: Cache
 
 
@@ -49,9 +47,9 @@ def generate(
     layers = decoder.apart()
     rows, steps = seeds.shape
 
-    def draw(now: Progress) -> Progress:
-        """The next token of every row, from ``hidden``."""
-        token, logprob = sample(decoder.logits(now.hidden), seeds[:, now.step], temperature, greedy)
+    def draw(hidden: Array, now: Progress) -> Progress:
+        """The next token of every row, which ``hidden`` [B, d] predicts."""
+        token, logprob = sample(decoder.logits(hidden), seeds[:, now.step], temperature, greedy)
         return now._replace(
             step=now.step + 1,
             tokens=now.tokens.at[:, now.step].set(jnp.where(now.alive, token, pad_id)),
@@ -66,7 +64,7 @@ def generate(
 
     def step(now: Progress) -> Progress:
         hidden, cache = decoder.advance(layers, now.token, now.cache)
-        return draw(now._replace(hidden=hidden, cache=cache))
+        return draw(hidden, now._replace(cache=cache))
 
     hidden, cache = decoder.start(layers, prompt_tokens, prompt_mask, steps)
     nothing = Progress(
@@ -76,10 +74,9 @@ def generate(
         logprobs=jnp.zeros((rows, steps)),
         alive=jnp.ones(rows, bool),
         token=jnp.zeros(rows, jnp.int32),
-        hidden=hidden,
         cache=cache,
     )
-    last = jax.lax.while_loop(unfinished, step, draw(nothing))
+    last = jax.lax.while_loop(unfinished, step, draw(hidden, nothing))
     return last.tokens, last.mask, last.logprobs
 
 
