@@ -1,6 +1,9 @@
 """``backend.rematerialise``: the same gradients, with less kept for them."""
 
 import dataclasses
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -57,8 +60,8 @@ def test_jax_compiles_deep_networks_as_a_loop(folders, tokenizer, monkeypatch):
 
     cpu = backend.JaxBackend(backend.JaxBackend.Config("cpu", "float32", rematerialise=False, compilation_cache=None))
     found, kept = [], []
-    for limit in (decoder.UNROLLED, 1):
-        monkeypatch.setattr(decoder, "UNROLLED", limit)
+    for limit in (decoder.SHALLOW, 1):
+        monkeypatch.setattr(decoder, "SHALLOW", limit)
         jax.clear_caches()
         learner, terms = sft(cpu, policies.Decoder.load(folders[0], cpu), tokenizer)
         found.append(learner.gradients(terms))
@@ -66,6 +69,45 @@ def test_jax_compiles_deep_networks_as_a_loop(folders, tokenizer, monkeypatch):
     jax.clear_caches()
     assert relative(*found) < 1e-6
     assert kept[0] != kept[1], "one program twice"
+
+
+@pytest.mark.parametrize("limit, again", [(1, True), (8, False)])
+def test_jax_computes_again_in_deep_networks_unless_told(limit, again, folders, tokenizer, monkeypatch):
+    jax = pytest.importorskip("jax")
+    from lockstep_jax import backend, decoder, policies
+
+    monkeypatch.setattr(decoder, "SHALLOW", limit)
+    kept = []
+    for chosen in (None, again, not again):
+        jax.clear_caches()
+        cpu = backend.JaxBackend(backend.JaxBackend.Config("cpu", "float32", rematerialise=chosen, compilation_cache=None))
+        kept.append(kept_bytes(*sft(cpu, policies.Decoder.load(folders[0], cpu), tokenizer)))
+    jax.clear_caches()
+    assert kept[0] == kept[1] != kept[2]
+
+
+FAULTS = """
+import ctypes, resource
+from lockstep_jax.backend import JaxBackend
+
+JaxBackend(JaxBackend.Config("cpu", "float32", rematerialise=None, compilation_cache=None))
+libc, size = ctypes.CDLL(None), 256 * 2**20
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(size)
+    ctypes.memset(block, 1, size)
+    libc.free(block)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere malloc has rules of its own")
+def test_jax_keeps_freed_memory_for_the_next_call():
+    pytest.importorskip("jax")
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    first, second = (int(line) for line in done.stdout.split())
+    assert first > 1000 > second
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])

@@ -1,7 +1,7 @@
 """Time and memory of Lockstep as the work grows, with slopes: growth.json, growth.md and growth.png.
 
-    python benchmarks/speed/growth.py measure models/speed [--turns 5]
-    python benchmarks/speed/growth.py report
+    python benchmarks/speed/growth.py measure benchmarks/speed/MACHINE models/speed [--turns 5]
+    python benchmarks/speed/growth.py report benchmarks/speed/MACHINE
 
 One thing grows at a time: the episodes of a PPO iteration, the length of its responses, the width of its models, and the
 completions per prompt of a reward-model step. A slope is the exponent of time against arithmetic (`worker.Work.flops`), fitted
@@ -28,7 +28,6 @@ from report import COLOURS
 from run import Process, lockstep, machine
 from worker import Work
 
-HERE = Path(__file__).parent
 PPO = Work("ppo", "tiny", 32, 32, 32)
 REWARD = Work("reward", "tiny", 32, 32, 32)
 WIDTHS = {64: "width64", 128: "tiny", 256: "width256", 512: "width512"}
@@ -107,7 +106,7 @@ def picture(points: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def report(points: list[dict[str, Any]], about: dict[str, Any]) -> None:
+def report(points: list[dict[str, Any]], about: dict[str, Any], folder: Path) -> None:
     head = [
         "# Growth",
         "",
@@ -115,26 +114,27 @@ def report(points: list[dict[str, Any]], about: dict[str, Any]) -> None:
         "Written by `growth.py`, which says what the columns mean; `last step` is the slope between the two largest points.",
         "",
     ]
-    (HERE / "growth.md").write_text("\n".join(head + table(points)) + "\n")
-    picture(points, HERE / "growth.png")
+    (folder / "growth.md").write_text("\n".join(head + table(points)) + "\n")
+    picture(points, folder / "growth.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("report")
-    measuring = commands.add_parser("measure")
+    reporting, measuring = commands.add_parser("report"), commands.add_parser("measure")
+    for command in (reporting, measuring):
+        command.add_argument("folder", type=Path, help="of this machine")
     measuring.add_argument("models", type=Path)
     measuring.add_argument("--turns", type=int, default=5)
     measuring.add_argument("--threads", type=int, default=os.cpu_count())
     measuring.add_argument("--logs", type=Path, default=Path("/tmp/lockstep-speed"))
     args = parser.parse_args()
-    path = HERE / "growth.json"
+    path = args.folder / "growth.json"
     if args.command == "measure":
         found = {"machine": machine(args) | {"turns": args.turns}, "points": measure(args)}
         path.write_text(json.dumps(found, indent=1) + "\n")
     found = json.loads(path.read_text())
-    report(found["points"], found["machine"])
+    report(found["points"], found["machine"], args.folder)
 
 
 if __name__ == "__main__":

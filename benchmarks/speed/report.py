@@ -1,6 +1,6 @@
 """results.json -> results.md and results.png.
 
-python benchmarks/speed/report.py benchmarks/speed
+python benchmarks/speed/report.py benchmarks/speed/MACHINE
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     work = Work(**result["work"])
     out: dict[str, dict[str, Any]] = {}
     for ceiling, *others in result["groups"]:
-        peer = next((c for c in others if not c["name"].startswith("lockstep") and "bfloat16" not in c["name"]), None)
+        peer = next((c for c in others if not c["name"].startswith("lockstep") and c["precision"] == "float32"), None)
         for c in others:
             seconds = c["seconds"]
             median = statistics.median(seconds)
-            limit = statistics.median(ceiling["flops_bfloat16" if bfloat16(c["name"]) else "flops"])
+            limit = statistics.median(ceiling["flops" if c["precision"] == "float32" else "flops_bfloat16"])
             row = {
                 "name": c["name"],
                 "seconds": median,
@@ -45,7 +45,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
                 "of_arithmetic": work.flops / median / limit,
                 "peak_mib": max(c["peak_mib"]),
             }
-            if work.task == "generate" and not bfloat16(c["name"]):
+            if work.task == "generate" and c["precision"] == "float32":
                 row["of_memory"] = work.bytes / median / statistics.median(ceiling["read_bytes"])
             if peer is not None and c is not peer:
                 row["ratio"] = statistics.median(p / s for p, s in zip(peer["seconds"], seconds, strict=True))
@@ -54,24 +54,21 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     return list(out.values())
 
 
-def bfloat16(name: str) -> bool:
-    return "bfloat16" in name or name == "lockstep torch recommended"
-
-
 def table(results: dict[str, Any]) -> str:
     lines = []
     for result in results.values():
         work = result["work"]
         ceilings = [group[0] for group in result["groups"]]
-        rates = [statistics.median(x for c in ceilings for x in c[k]) / 1e9 for k in ("flops", "flops_bfloat16", "read_bytes")]
+        rate = lambda key: statistics.median(x for c in ceilings for x in c[key]) / 1e9  # noqa: B023, E731
+        low = f"{rate('flops_bfloat16'):.0f} in bfloat16, " if "flops_bfloat16" in ceilings[0] else ""
         shape = f"{work['rows']} x ({work['prompt']} + {work['response']}) tokens"
         if work["task"] == "ppo":
             shape += f", {work['epochs']} epochs"
         lines += [
             f"### {TITLES[work['task']]}, {work['size']}: {shape}",
             "",
-            f"{Work(**work).flops / 1e9:.1f} GFLOP. Ceilings measured in the same rounds: {rates[0]:.0f} GFLOP/s in float32, "
-            f"{rates[1]:.0f} in bfloat16, {rates[2]:.1f} GB/s read.",
+            f"{Work(**work).flops / 1e9:.1f} GFLOP. Ceilings measured in the same rounds: "
+            f"{rate('flops'):.0f} GFLOP/s in float32, {low}{rate('read_bytes'):.1f} GB/s read.",
             "",
             "| | seconds (min to max) | tokens/s | of arithmetic | of memory | peak MiB | times as fast as the peer |",
             "|---|---|---|---|---|---|---|",
@@ -131,7 +128,7 @@ def main(folder: Path) -> None:
         "",
         "Written by `report.py` from `results.json`. Contestants take turns; seconds are medians over the rounds, the last",
         "column is the median of the rounds' ratios. Work is counted as the algorithm states it, so that anything computed twice",
-        "(or at positions nobody reads) lowers the fractions of the ceilings. `README.md` says what was compared and how.",
+        "(or at positions nobody reads) lowers the fractions of the ceilings. `../README.md` says what was compared and how.",
         "",
         *(f"Machine: {m['cpu']}, {m['cores']} cores, Python {m['python']}, {m['date']}." for m in machines),
         f"Versions: {', '.join(sorted(versions))}.",

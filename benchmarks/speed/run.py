@@ -1,7 +1,7 @@
 """Lockstep beside what people would use instead, on the same work, in turns.
 
     python benchmarks/speed/models.py models/speed --smollm2 models/smollm2
-    python benchmarks/speed/run.py models/speed --peers PEERS --output benchmarks/speed [--only ppo/tiny] [--rounds 7]
+    python benchmarks/speed/run.py models/speed --peers PEERS --output benchmarks/speed/MACHINE [--only ppo/tiny] [--rounds 7]
 
 PEERS holds one virtual environment per peer (`README.md` says how they are made). For each work all contestants are started,
 warm up, and then take turns: one unit of work each per round, so that a slow minute of the machine hits all alike. Beside
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from worker import WORK, Work
+from worker import WORK, Work, multiplies_bfloat16
 
 HERE = Path(__file__).parent
 SELF = Path(sys.executable)
@@ -43,9 +43,9 @@ def lockstep(name: str, backend: str, precision: str = "float32", **options: Any
 
 
 SAME = [lockstep("lockstep torch", "torch"), lockstep("lockstep jax", "jax")]
-BFLOAT16 = [lockstep(f"lockstep {name} bfloat16", name, "bfloat16") for name in ("torch", "jax")]
+BFLOAT16 = [lockstep(f"lockstep {name} bfloat16", name, "bfloat16") for name in ("torch", "jax")] if multiplies_bfloat16() else []
 RECOMMENDED = [
-    lockstep("lockstep torch recommended", "torch", "bfloat16", value_network="shared"),
+    lockstep("lockstep torch recommended", "torch", "bfloat16" if BFLOAT16 else "float32", value_network="shared"),
     lockstep("lockstep jax recommended", "jax", value_network="shared"),
 ]
 CEILING = Entry("ceiling", "ceiling.py")
@@ -61,7 +61,7 @@ TUNIX = [Entry("tunix", "with_tunix.py", "tunix", {"precision": "float32"})]
 
 ENTRIES = {
     "generate": [*SAME, *BFLOAT16, *TRANSFORMERS],
-    "sft": [*SAME, *BFLOAT16, trl("1.16"), trl("1.16", "bfloat16")],
+    "sft": [*SAME, *BFLOAT16, trl("1.16"), *([trl("1.16", "bfloat16")] if BFLOAT16 else [])],
     "reward": [*SAME, *BFLOAT16, trl("1.16")],
     "ppo": [*SAME, *RECOMMENDED, trl("1.12")],
 }
@@ -115,10 +115,9 @@ class Process:
     def close(self) -> dict[str, Any]:
         self.process.stdin.close()
         self.process.wait()
-        keys = self.turns[0]
-        return {"name": self.entry.name, "versions": self.versions, "warm_up_seconds": round(self.warm_up, 2)} | {
-            key: [round(turn[key], 5) for turn in self.turns] for key in keys
-        }
+        facts = {"name": self.entry.name, "precision": self.entry.options.get("precision", "float32"), "versions": self.versions}
+        turns = {key: [round(turn[key], 5) for turn in self.turns] for key in self.turns[0]}
+        return facts | {"warm_up_seconds": round(self.warm_up, 2)} | turns
 
 
 def contest(name: str, chosen: list[Entry], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -137,21 +136,24 @@ def contest(name: str, chosen: list[Entry], args: argparse.Namespace) -> list[di
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
-    cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return {"cpu": cpu[0], "cores": args.threads, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    pairs = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    cpu = {key.strip(): value.strip() for key, value in pairs}
+    named = f"{cpu['model name']} (family {cpu['cpu family']}, model {cpu['model']})"
+    return {"cpu": named, "cores": args.threads, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path)
     parser.add_argument("--peers", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--output", type=Path, required=True, help="a folder for this machine")
     parser.add_argument("--logs", type=Path, default=Path("/tmp/lockstep-speed"))
     parser.add_argument("--only", nargs="*", default=list(WORK))
     parser.add_argument("--contestants", nargs="*", help="names; default: all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in args.only:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ class JaxBackend(Backend):
     precision: of matrix products. With bfloat16 the weights and the optimizer stay in float32.
     rematerialise: compute a layer's inner activations again for the gradient (Chen et al. 2016): memory for one layer instead
       of all, at the price of a second forward pass. Otherwise the results of its matrix products are kept, and only what lies
-      between them is computed again.
+      between them is computed again. None: in networks of more than `lockstep_jax.decoder.SHALLOW` layers.
     compilation_cache: folder in which compiled programs outlive the process; null for none.
     """
 
@@ -29,13 +31,14 @@ class JaxBackend(Backend):
     class Config:
         device: str
         precision: Literal["float32", "bfloat16"]
-        rematerialise: bool
+        rematerialise: bool | None
         compilation_cache: str | None
 
     name = "jax"
 
     def __init__(self, config: Config):
         self.config = config
+        _keep_freed_memory()  # before the device has threads, each with a heap
         self.device = _device(config.device)
         self.trunks: dict[str, Any] = {}
         """Frozen parameters that adapters share, with their architecture, by the path of their checkpoint."""
@@ -76,3 +79,16 @@ def _keep_compiled_programs(folder: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()) if folder else None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _keep_freed_memory() -> None:
+    """XLA takes scratch space from malloc anew at each call of a program. glibc asks the system for every large block, whose
+    pages are then mapped and cleared one by one: a fifth of the time of a small network's step. Told so, it keeps what is freed
+    for the next call, in one heap for all threads, but for blocks of a GiB and more (mallopt(3); the numbers are malloc.h's)."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8
+    if mallopt(mmap_threshold, 2**30):  # glibc before 2.35 refuses
+        mallopt(trim_threshold, 2**30)
+        mallopt(arena_max, 1)

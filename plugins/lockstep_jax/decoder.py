@@ -35,7 +35,7 @@ class Network:
 
     architecture: Architecture
     precision: str
-    rematerialise: bool
+    rematerialise: bool | None
     language_head: bool
     scalar_head: bool
     adapter: Adapter | None = None
@@ -106,9 +106,9 @@ class ScalarHead(nnx.Module):
 # -------------------------------------------------------------------------------------------------------- the decoder
 
 
-UNROLLED = 8
-"""Networks of so many layers at most are compiled layer by layer, unless they rematerialise: what a loop keeps for its gradient
-it has to move, a sixth of the time of the benchmark's four layers."""
+SHALLOW = 8
+"""Networks of so many layers at most do not rematerialise, unless told to, and are compiled layer by layer then: what a loop
+keeps for its gradient it has to move, a sixth of the time of the benchmark's four layers."""
 
 
 class Cache(NamedTuple):
@@ -166,7 +166,9 @@ class DecoderNetwork(nnx.Module):
         position = positions(mask)
         x, rotations, views = self.embed(tokens, mask, position), self.rotations(position), self.views(causal(mask))
         graph, stacked = nnx.split(self.layers)
-        kept = None if self.rematerialise else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        kinds, count = kinds_of(self.architecture), self.architecture.layers
+        again = count > SHALLOW if self.rematerialise is None else self.rematerialise
+        kept = None if again else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
         def through(x: Array, layer: Any, first: int = 0) -> Array:
             def run(x: Array, weights: Any) -> Array:
@@ -177,9 +179,8 @@ class DecoderNetwork(nnx.Module):
             number, rope, window, weights = layer
             return jax.checkpoint(run, prevent_cse=False, policy=kept)(x, weights)
 
-        kinds, count = kinds_of(self.architecture), self.architecture.layers
         layers = np.arange(count, dtype=np.int32), kinds.rope_of_layer, kinds.window_of_layer, stacked
-        if self.rematerialise or count > UNROLLED:  # a loop, in which nothing is merged with the first pass
+        if again or count > SHALLOW:  # a loop, in which nothing is merged with the first pass
             x = jax.lax.scan(lambda x, layer: (through(x, layer), None), x, layers)[0][:, first:]
         else:
             for number in range(count):
