@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import numpy as np
 
 from lockstep.encoding import Fit
-from lockstep.errors import CheckpointError
+from lockstep.errors import CheckpointError, ConfigError, listing
 from lockstep.nouns import Choice, Comparison, Demonstration, Prompt
 
 if TYPE_CHECKING:
@@ -271,8 +271,10 @@ class Learner(ABC):
 
 def suppliers(models: Mapping[str, Model], outputs: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """{model: the outputs that come from it}: each from the first model that supplies it, so that a value network leaves the
-    policy's trunk alone. What nobody supplies is not in it."""
+    policy's trunk alone. ConfigError if one comes from none."""
     first = {output: next((name for name, model in models.items() if output in model.supplies), None) for output in outputs}
+    if missing := [output for output, supplier in first.items() if supplier is None]:
+        raise ConfigError(f"The loss needs {listing(missing)}, which no model supplies. Models: {listing(models)}.")
     found = {name: tuple(output for output, supplier in first.items() if supplier == name) for name in models}
     return {name: wanted for name, wanted in found.items() if wanted}
 

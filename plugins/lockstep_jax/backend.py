@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,3 +93,18 @@ def _keep_freed_memory() -> None:
     if mallopt(mmap_threshold, 2**30):  # glibc before 2.35 refuses
         mallopt(trim_threshold, 2**30)
         mallopt(arena_max, 1)
+
+
+@functools.cache
+def scheduling() -> dict[str, Any] | None:
+    """Compiler options of programs with gradients. On CPUs XLA orders operations so that more of them could run at once, at the
+    price of memory: of two networks it holds the activations of both. Their products use all cores anyway. None where this
+    version of XLA has no such option."""
+    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        jax.jit(lambda x: x, compiler_options=options)(0)
+    except jax.errors.JaxRuntimeError:
+        return None
+    return options

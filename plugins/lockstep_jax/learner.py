@@ -14,11 +14,11 @@ import numpy as np
 import optax
 
 from lockstep import checkpoints
-from lockstep.errors import CheckpointError, ConfigError, listing
+from lockstep.errors import CheckpointError
 from lockstep.interfaces import Learner, Loss, Metrics, Term, suppliers
 from lockstep.optimisation import OptimizerConfig
 from lockstep.sequences import Sequences
-from lockstep_jax.backend import JaxBackend
+from lockstep_jax.backend import JaxBackend, scheduling
 from lockstep_jax.decoder import Array, Dropout, Network, Tree, from_arrays, to_arrays
 from lockstep_jax.model import Block, JaxModel, forward
 
@@ -130,10 +130,7 @@ class JaxLearner(Learner):
         return {"roles": self._roles(term.loss.outputs), "loss": term.loss}
 
     def _roles(self, outputs: Sequence[str]) -> Roles:
-        found = suppliers(self.models, outputs)
-        if missing := set(outputs).difference(*found.values()):
-            raise ConfigError(f"The loss needs {listing(missing)}, which no model supplies. Models: {listing(self.models)}.")
-        return tuple((name, self.models[name].network, wanted) for name, wanted in found.items())
+        return tuple((name, self.models[name].network, wanted) for name, wanted in suppliers(self.models, outputs).items())
 
     def averaged(self, model: str) -> JaxModel:
         averaged = self.models[model].copy()
@@ -208,7 +205,7 @@ def _arguments(term: Term) -> tuple[Block, dict[str, np.ndarray], float, Dropout
 # ------------------------------------------------------------------- programs: compiled once per loss, roles and shapes
 
 
-@functools.partial(jax.jit, static_argnames=("roles", "loss"))
+@functools.partial(jax.jit, static_argnames=("roles", "loss"), compiler_options=scheduling())
 def _gradients(
     params: dict[str, Tree], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any,
     dropout: Dropout | None, *, roles: Roles, loss: Loss,
@@ -231,7 +228,7 @@ def _outputs(
     return found
 
 
-@functools.partial(jax.jit, static_argnames="roles")
+@functools.partial(jax.jit, static_argnames="roles", compiler_options=scheduling())
 def _pass(
     params: dict[str, Tree], frozen: dict[str, Tree], block: Block, temperature: Any, *, roles: Roles
 ) -> tuple[dict[str, Array], Any]:
@@ -242,7 +239,7 @@ def _pass(
     return outputs, pullback
 
 
-@functools.partial(jax.jit, static_argnames="loss")
+@functools.partial(jax.jit, static_argnames="loss", compiler_options=scheduling())
 def _pulled_back(
     params: dict[str, Tree], frozen: dict[str, Tree], pullback: Any, outputs: dict[str, Array], batch: dict[str, Array], *,
     loss: Loss,
@@ -273,14 +270,16 @@ def _step(
     return stepped, {f"grad_norm/{name}": norm for name, norm in norms.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("roles", "loss", "configs"), donate_argnames="states")
+@functools.partial(
+    jax.jit, static_argnames=("roles", "loss", "configs"), donate_argnames="states", compiler_options=scheduling()
+)
 def _learn(
     states: dict[str, State], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any,
     dropout: Dropout | None, rates: dict[str, Rates], *, roles: Roles, loss: Loss, configs: Configs,
 ) -> tuple[dict[str, State], dict[str, Array]]:  # fmt: skip
     """Gradients and step in one program, for an update of one term: no gradient outlives its use."""
     params = {name: state.parameters for name, state in states.items()}
-    gradients, metrics = _gradients(params, frozen, block, batch, temperature, dropout, roles=roles, loss=loss)
+    gradients, metrics = _gradients.__wrapped__(params, frozen, block, batch, temperature, dropout, roles=roles, loss=loss)
     states, norms = _step(states, gradients, rates, configs=configs)
     return states, metrics | norms
 

@@ -185,7 +185,8 @@ class MissingIsZero(Relearned):
     class Learner(TorchLearner):
         def _forward(self, sequences, outputs, *how):
             zeros = torch.zeros(sequences.mask.shape, requires_grad=True)
-            return dict.fromkeys(outputs, zeros) | super()._forward(sequences, outputs, *how)
+            supplied = [name for name in outputs if any(name in model.supplies for model in self.models.values())]
+            return dict.fromkeys(outputs, zeros) | super()._forward(sequences, supplied, *how)
 
 
 @defect("backend", caught_by="a_kept_pass_serves_its_own_term")
