@@ -88,9 +88,10 @@ def test_jax_computes_again_in_deep_networks_unless_told(limit, again, folders, 
 
 FAULTS = """
 import ctypes, resource
-from lockstep_jax.backend import JaxBackend
+from lockstep_jax.backend import JaxBackend, keep_freed_memory
 
 JaxBackend(JaxBackend.Config("cpu", "float32", rematerialise=None, compilation_cache=None))
+keep_freed_memory()
 libc, size = ctypes.CDLL(None), 256 * 2**20
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 for _ in range(2):

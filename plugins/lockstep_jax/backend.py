@@ -39,7 +39,7 @@ class JaxBackend(Backend):
 
     def __init__(self, config: Config):
         self.config = config
-        _keep_freed_memory()  # before the device has threads, each with a heap
+        _one_heap()  # before the device has threads, each with its own
         self.device = _device(config.device)
         self.trunks: dict[str, Any] = {}
         """Frozen parameters that adapters share, with their architecture, by the path of their checkpoint."""
@@ -82,17 +82,25 @@ def _keep_compiled_programs(folder: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """XLA takes scratch space from malloc anew at each call of a program. glibc asks the system for every large block, whose
     pages are then mapped and cleared one by one: a fifth of the time of a small network's step. Told so, it keeps what is freed
-    for the next call, in one heap for all threads, but for blocks of a GiB and more (mallopt(3); the numbers are malloc.h's)."""
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    trim_threshold, mmap_threshold, arena_max = -1, -3, -8
-    if mallopt(mmap_threshold, 2**30):  # glibc before 2.35 refuses
-        mallopt(trim_threshold, 2**30)
-        mallopt(arena_max, 1)
+    for the next call, but for blocks of a GiB and more (mallopt(3); glibc before 2.35 refuses)."""
+    if _mallopt(MMAP_THRESHOLD, 2**30):
+        _mallopt(TRIM_THRESHOLD, 2**30)
+
+
+def _one_heap() -> None:
+    """For all threads, so that what one freed serves the others."""
+    _mallopt(ARENA_MAX, 1)
+
+
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
+"""Of glibc's malloc.h."""
+
+
+def _mallopt(option: int, value: int) -> bool:
+    return platform.libc_ver()[0] == "glibc" and bool(ctypes.CDLL(None).mallopt(option, value))
 
 
 @functools.cache

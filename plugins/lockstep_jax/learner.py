@@ -18,7 +18,7 @@ from lockstep.errors import CheckpointError
 from lockstep.interfaces import Learner, Loss, Metrics, Term, suppliers
 from lockstep.optimisation import OptimizerConfig
 from lockstep.sequences import Sequences
-from lockstep_jax.backend import JaxBackend, scheduling
+from lockstep_jax.backend import JaxBackend, keep_freed_memory, scheduling
 from lockstep_jax.decoder import Array, Dropout, Network, Tree, from_arrays, to_arrays
 from lockstep_jax.model import Block, JaxModel, forward
 
@@ -27,6 +27,10 @@ Roles = tuple[tuple[str, Network, tuple[str, ...]], ...]
 
 Configs = tuple[tuple[str, OptimizerConfig], ...]
 """(model name, its optimizer): likewise."""
+
+
+SMALL = 2**25
+"""Parameters. From so many on, keeping freed memory costs gigabytes, and what it saves is little beside the arithmetic."""
 
 
 class State(NamedTuple):
@@ -75,6 +79,8 @@ class JaxLearner(Learner):
         self.optimizers = {name: optimizers[name] for name in self.models}
         self.steps = 0
         self.last: Pass | None = None
+        if sum(leaf.size for leaf in jax.tree.leaves(self._parameters())) < SMALL:
+            keep_freed_memory()
         self.moments = {name: _initial(model.params, self.optimizers[name]) for name, model in self.models.items()}
 
     def evaluate(
@@ -270,9 +276,7 @@ def _step(
     return stepped, {f"grad_norm/{name}": norm for name, norm in norms.items()}
 
 
-@functools.partial(
-    jax.jit, static_argnames=("roles", "loss", "configs"), donate_argnames="states", compiler_options=scheduling()
-)
+@functools.partial(jax.jit, static_argnames=("roles", "loss", "configs"), donate_argnames="states", compiler_options=scheduling())
 def _learn(
     states: dict[str, State], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any,
     dropout: Dropout | None, rates: dict[str, Rates], *, roles: Roles, loss: Loss, configs: Configs,
