@@ -51,7 +51,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
                 row["ratio"] = statistics.median(p / s for p, s in zip(peer["seconds"], seconds, strict=True))
                 row["peer"] = peer["name"]
             out.setdefault(c["name"], row)  # a peer that ran beside several is shown as it was beside the first
-    return list(out.values())
+    return sorted(out.values(), key=lambda row: not row["name"].startswith("lockstep"))
 
 
 def table(results: dict[str, Any]) -> str:
@@ -105,6 +105,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
         axis.set_title(f"{TITLES[work['task']]}, {work['size']}", fontsize=10)
         axis.set_xlabel("tokens per second", fontsize=8)
         axis.tick_params(labelsize=8)
+        axis.locator_params(axis="x", nbins=5)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[count:]:
         axis.set_visible(False)
