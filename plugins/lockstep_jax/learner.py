@@ -79,7 +79,7 @@ class JaxLearner(Learner):
         self.optimizers = {name: optimizers[name] for name in self.models}
         self.steps = 0
         self.last: Pass | None = None
-        if sum(leaf.size for leaf in jax.tree.leaves(self._parameters())) < SMALL:
+        if sum(leaf.size for leaf in jax.tree.leaves((self._parameters(), self._frozen()))) < SMALL:
             keep_freed_memory()
         self.moments = {name: _initial(model.params, self.optimizers[name]) for name, model in self.models.items()}
 
@@ -283,6 +283,7 @@ def _learn(
 ) -> tuple[dict[str, State], dict[str, Array]]:  # fmt: skip
     """Gradients and step in one program, for an update of one term: no gradient outlives its use."""
     params = {name: state.parameters for name, state in states.items()}
+    # The function, not the program: within another, a program takes no compiler options.
     gradients, metrics = _gradients.__wrapped__(params, frozen, block, batch, temperature, dropout, roles=roles, loss=loss)
     states, norms = _step(states, gradients, rates, configs=configs)
     return states, metrics | norms
