@@ -3,6 +3,7 @@ is written out here, and a reward model that is a function. Nothing in it knows 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -30,6 +31,12 @@ from lockstep_rlhf.reward_models.learned import Learned
 # first device is made, which importing jax does not do; inherited by the processes that tests start.
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}"
+
+# One heap for all threads makes programs run faster and compile slower, by a quarter; here they compile more than they run.
+with contextlib.suppress(ImportError):
+    import lockstep_jax.backend
+
+    lockstep_jax.backend._mallopt = lambda option, value: False
 
 BACKENDS = {
     "torch": {"device": "cpu", "precision": "float32", "rematerialise": False, "threads": 1},
