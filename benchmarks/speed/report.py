@@ -23,6 +23,8 @@ TITLES = {
     "reward": "Reward-model step",
     "ppo": "PPO iteration",
 }
+CEILINGS = {"flops": (0, "GFLOP/s in float32"), "flops_bfloat16": (0, "in bfloat16"), "read_bytes": (1, "GB/s read")}
+"""Digits and unit of each."""
 COLOURS = {"lockstep torch": "#d9542b", "lockstep jax": "#2b7bd9"}
 
 
@@ -59,16 +61,15 @@ def table(results: dict[str, Any]) -> str:
     for result in results.values():
         work = result["work"]
         ceilings = [group[0] for group in result["groups"]]
-        rate = lambda key: statistics.median(x for c in ceilings for x in c[key]) / 1e9  # noqa: B023, E731
-        low = f"{rate('flops_bfloat16'):.0f} in bfloat16, " if "flops_bfloat16" in ceilings[0] else ""
+        rates = {key: statistics.median(x for c in ceilings for x in c[key]) / 1e9 for key in CEILINGS if key in ceilings[0]}
+        measured = ", ".join(f"{rate:.{CEILINGS[key][0]}f} {CEILINGS[key][1]}" for key, rate in rates.items())
         shape = f"{work['rows']} x ({work['prompt']} + {work['response']}) tokens"
         if work["task"] == "ppo":
             shape += f", {work['epochs']} epochs"
         lines += [
             f"### {TITLES[work['task']]}, {work['size']}: {shape}",
             "",
-            f"{Work(**work).flops / 1e9:.1f} GFLOP. Ceilings measured in the same rounds: "
-            f"{rate('flops'):.0f} GFLOP/s in float32, {low}{rate('read_bytes'):.1f} GB/s read.",
+            f"{Work(**work).flops / 1e9:.1f} GFLOP. Ceilings measured in the same rounds: {measured}.",
             "",
             "| | seconds (min to max) | tokens/s | of arithmetic | of memory | peak MiB | times as fast as the peer |",
             "|---|---|---|---|---|---|---|",

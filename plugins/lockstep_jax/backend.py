@@ -91,7 +91,7 @@ def keep_freed_memory() -> None:
 
 
 def _one_heap() -> None:
-    """For all threads, so that what one freed serves the others."""
+    """For all threads, so that what one freed serves the others. Later is too late: a thread stays with the heap it has."""
     _mallopt(ARENA_MAX, 1)
 
 
