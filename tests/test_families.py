@@ -175,7 +175,7 @@ def ours(policy, s) -> np.ndarray:
     """The same of the decoder, one operation at a time: nothing to compile for every switch."""
     with jax.disable_jit():
         decoder = policy.network.bind(policy.params, policy.frozen)
-        return np.asarray(decoder.logits(decoder.hidden(s.tokens, s.attention_mask)))[s.attention_mask]
+        return np.asarray(decoder.logits(decoder.hidden(s.tokens, s.attention_mask), decoder.head()))[s.attention_mask]
 
 
 @pytest.fixture(scope="module")
@@ -276,8 +276,9 @@ def test_greedy_continuations_are_those_of_transformers(pair):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "smollm3"])
-def test_in_bfloat16_sampling_and_scoring_agree(family, tmp_path):
-    """The cache is in bfloat16 too, whatever norms and rotations are computed in."""
+def test_in_bfloat16_sampling_and_scoring_agree(family, tmp_path, monkeypatch):
+    """As accelerators compute: the cache is in bfloat16 too, whatever norms and rotations are in."""
+    monkeypatch.setattr("lockstep_jax.decoder.attention_dtype", lambda dtype: dtype)
     half = JaxBackend(dataclasses.replace(CPU, precision="bfloat16"))
     realistic(family).save_pretrained(tmp_path)
     policy, s = HuggingFace.load(tmp_path, half), block()

@@ -4,7 +4,8 @@ Modules are flax.nnx and exist inside a trace only. Outside, parameters are a pl
 no host time per step, and `Network.bind` makes modules of them. The layers are one `Layer` whose arrays have a leading
 [layers] axis. Deep networks are trained by `jax.lax.scan` over it, so compile time does not grow with depth.
 
-In bfloat16, matrix products and the key-value cache are; norms, softmax, residual stream and logits stay in float32.
+In bfloat16, the operands of matrix products are, and on accelerators attention and the key-value cache; sums of products,
+norms, softmax, residual stream and logits stay in float32.
 """
 
 from __future__ import annotations
@@ -41,10 +42,13 @@ class Network:
     adapter: Adapter | None = None
 
     def bind(self, params: Tree, frozen: Tree) -> DecoderNetwork:
-        """The modules with these parameters; ``frozen`` are those that are not trained, none where there is no adapter.
-        Kernels are cast once here, not once per use in a generation loop."""
+        """The modules with these parameters; ``frozen`` are those that are not trained, none where there is no adapter."""
+        return nnx.merge(_graph(self), _joined(params, frozen))
+
+    def cast(self, params: Tree) -> Tree:
+        """With kernels in the precision of their products, which a loop over tokens would otherwise cast for each of them."""
         cast = lambda path, array: array.astype(self.precision) if path[-1].key == "kernel" else array  # noqa: E731
-        return nnx.merge(_graph(self), jax.tree_util.tree_map_with_path(cast, _joined(params, frozen)))
+        return jax.tree_util.tree_map_with_path(cast, params)
 
     def linear(self, name: str, inputs: int, outputs: int, bias: bool) -> Linear:
         """The linear layer ``name`` of a layer, say 'self_attn.q_proj'."""
@@ -197,7 +201,7 @@ class DecoderNetwork(nnx.Module):
     def start(self, layers: Sequence[Layer], tokens: Array, mask: Array, new_tokens: int) -> tuple[Array, Cache]:
         """Hidden state [B, d] of the last column, and a cache with room for ``new_tokens`` more."""
         a, (rows, length) = self.architecture, tokens.shape
-        room = jnp.zeros((rows, a.kv_heads, length + new_tokens, a.head_dim), self.dtype)
+        room = jnp.zeros((rows, a.kv_heads, length + new_tokens, a.head_dim), attention_dtype(self.dtype))
         position = positions(mask)
         x = self.embed(tokens, mask, position)
         x, kept = self.feed(layers, x, position, causal(mask), [(room, room)] * a.layers, 0, length - 1)
@@ -226,11 +230,14 @@ class DecoderNetwork(nnx.Module):
             filled.append(cache)
         return self.norm(x[:, -1]), filled
 
-    def logits(self, hidden: Array) -> Array:
-        """[..., d] -> float32 [..., V]."""
-        kernel = self.embed_tokens.embedding.T if self.lm_head is None else self.lm_head.kernel
-        logits = jnp.matmul(hidden.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
-        return softcap(logits, self.architecture.final_softcap)
+    def head(self) -> Array:
+        """[d, V], for `logits`: a loop over tokens takes it from outside."""
+        return turned(self.embed_tokens.embedding[...]) if self.lm_head is None else self.lm_head.kernel[...]
+
+    def logits(self, hidden: Array, head: Array) -> Array:
+        """[..., d] -> [..., V]."""
+        logits = product(self.dtype, hidden.reshape(-1, hidden.shape[-1]), head)
+        return softcap(logits, self.architecture.final_softcap).reshape(*hidden.shape[:-1], -1)
 
     def embed(self, tokens: Array, mask: Array | bool, position: Array) -> Array:
         x = self.embed_tokens(jnp.where(mask, tokens, 0))
@@ -278,6 +285,7 @@ class Layer(nnx.Module):
 class Attention(nnx.Module):
     def __init__(self, network: Network, rngs: nnx.Rngs):
         a = self.architecture = network.architecture
+        self.dtype = jnp.dtype(network.precision)
         self.q_proj = network.linear("self_attn.q_proj", a.hidden_size, a.heads * a.head_dim, a.attention_bias)
         self.k_proj = network.linear("self_attn.k_proj", a.hidden_size, a.kv_heads * a.head_dim, a.attention_bias)
         self.v_proj = network.linear("self_attn.v_proj", a.hidden_size, a.kv_heads * a.head_dim, a.attention_bias)
@@ -291,15 +299,21 @@ class Attention(nnx.Module):
         a = self.architecture
         q, k = split_heads(self.q_proj(x[:, first:]), a.heads), split_heads(self.k_proj(x, self.q_proj), a.kv_heads)
         if self.q_norm is not None:
-            q, k = self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype)
+            q, k = self.q_norm(q), self.k_norm(k)
         visible = visible[:, :, first:]
         q, k = rotate(q, rotation and tuple(angle[:, :, first:] for angle in rotation)), rotate(k, rotation)
         v = split_heads(self.v_proj(x, self.q_proj), a.kv_heads)
+        q, k, v = (part.astype(attention_dtype(self.dtype)) for part in (q, k, v))
         if cache is not None:
             *cache, column = cache
             cache = [jax.lax.dynamic_update_slice(old, new, (0, 0, column, 0)) for old, new in zip(cache, (k, v), strict=True)]
             k, v = (filled[:, :, : visible.shape[-1]] for filled in cache)
         return self.o_proj(attend(a, q, k, v, visible)), cache
+
+
+def attention_dtype(dtype: Any) -> Any:
+    """What attention is computed in, and its cache kept: on CPUs float32, whose products in batches are the faster ones there."""
+    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else dtype
 
 
 def attend(a: Architecture, q: Array, k: Array, v: Array, visible: Array) -> Array:
@@ -332,34 +346,46 @@ class Linear(nnx.Module):
         self.lora_B = nnx.Param(jnp.zeros((adapter.rank, outputs))) if adapter else None
 
     def __call__(self, x: Array, leader: Linear | None = None) -> Array:
-        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        out = product(rows, self.kernel.astype(self.dtype))
-        out = out if self.bias is None else out + self.bias.astype(self.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        out = product(self.dtype, rows, self.kernel[...])
+        out = out if self.bias is None else out + self.bias
         if self.adapter is not None:
             down = self.lora_A if self.lora_A is not None else leader.lora_A
-            low = product(rows, down.astype(self.dtype))
-            out = out + self.adapter.scale * product(low, self.lora_B.astype(self.dtype))
+            low = product(self.dtype, rows, down[...])
+            out = out + self.adapter.scale * product(self.dtype, low, self.lora_B[...])
         return out.reshape(*x.shape[:-1], -1)
 
 
-@jax.custom_vjp
-def product(x: Array, kernel: Array) -> Array:
-    """[rows, inputs] @ [inputs, outputs], with gradients whose operands are transposed first and multiplied then. Left to
-    itself XLA's CPU compiler multiplies transposed operands as they lie, at half to three quarters of the speed, and slower
-    still where x has more axes in front than one."""
-    return x @ kernel
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(dtype: Any, x: Array, kernel: Array) -> Array:
+    """[rows, inputs] @ [inputs, outputs] -> float32: of operands rounded to ``dtype``, summed in float32. The gradients are such
+    products too; their operands are transposed first and multiplied then. Left to itself XLA's CPU compiler multiplies
+    transposed operands as they lie, at half to three quarters of the speed, and slower still where x has more axes in front
+    than one. Its fast products of bfloat16 (a quarter of float32's time where the CPU has them) are of untransposed operands
+    and sums in float32 only."""
+    return _product(dtype, x, kernel)
 
 
-def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ kernel, (x, kernel)
+def _product(dtype: Any, x: Array, y: Array) -> Array:
+    return jnp.matmul(x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def _product_backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = (jax.lax.optimization_barrier(operand.T) for operand in operands)
-    return gradient @ kernel, x @ gradient
+def _product_forward(dtype: Any, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(dtype, x, kernel), (x.astype(dtype), kernel)
+
+
+def _product_backward(dtype: Any, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = (turned(operand) for operand in operands)
+    return _product(dtype, gradient, kernel), _product(dtype, x, gradient)
 
 
 product.defvjp(_product_forward, _product_backward)
+
+
+def turned(matrix: Array) -> Array:
+    """Transposed, in memory too. Without the axis that comes and goes XLA would note the transposition as a layout, and take
+    a product of bfloat16 for one that it has to make of float32."""
+    return jax.lax.optimization_barrier(matrix.T[None])[0]
 
 
 class MLP(nnx.Module):
@@ -442,7 +468,7 @@ def rotate(x: Array, rotation: tuple[Array, Array] | None) -> Array:
     dims = 2 * cos.shape[-1]
     first, second = jnp.split(x[..., :dims], 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned + [x[..., dims:]] * (dims < x.shape[-1]), axis=-1).astype(x.dtype)
+    return jnp.concatenate(turned + [x[..., dims:]] * (dims < x.shape[-1]), axis=-1)
 
 
 def angles(rope: Rope | None, kinds: tuple[Rope | None, ...], position: Array) -> tuple[Array, Array]:

@@ -43,13 +43,13 @@ def generate(
     greedy: bool,
 ) -> tuple[Array, Array, Array]:
     """See `lockstep.interfaces.Policy.generate`. Tokens, mask and logprobs, each [B, T] for seeds [B, T]."""
-    decoder = network.bind(params, frozen)
-    layers = decoder.apart()
+    decoder = network.bind(network.cast(params), network.cast(frozen))
+    layers, head = decoder.apart(), decoder.head().astype(decoder.dtype)
     rows, steps = seeds.shape
 
     def draw(hidden: Array, now: Progress) -> Progress:
         """The next token of every row, which ``hidden`` [B, d] predicts."""
-        token, logprob = sample(decoder.logits(hidden), seeds[:, now.step], temperature, greedy)
+        token, logprob = sample(decoder.logits(hidden, head), seeds[:, now.step], temperature, greedy)
         return now._replace(
             step=now.step + 1,
             tokens=now.tokens.at[:, now.step].set(jnp.where(now.alive, token, pad_id)),

@@ -74,9 +74,11 @@ def of_distribution(
     """What the logits give, [B, T] each. Where [B, T, V] is large it never exists: some positions at a time are computed,
     and computed again for the gradient (Chen et al. 2016)."""
 
+    head = decoder.head()
+
     def some(piece: tuple[Array, Array]) -> dict[str, Array]:
         states, tokens = piece
-        logits = decoder.logits(states) / temperature
+        logits = decoder.logits(states, head) / temperature
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         out = {"logprobs": jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - normaliser}
         if entropy:
