@@ -45,8 +45,8 @@ def lockstep(name: str, backend: str, precision: str = "float32", **options: Any
 SAME = [lockstep("lockstep torch", "torch"), lockstep("lockstep jax", "jax")]
 BFLOAT16 = [lockstep(f"lockstep {name} bfloat16", name, "bfloat16") for name in ("torch", "jax")] if multiplies_bfloat16() else []
 RECOMMENDED = [
-    lockstep("lockstep torch recommended", "torch", "bfloat16" if BFLOAT16 else "float32", value_network="shared"),
-    lockstep("lockstep jax recommended", "jax", value_network="shared"),
+    lockstep(f"lockstep {name} recommended", name, "bfloat16" if BFLOAT16 else "float32", value_network="shared")
+    for name in ("torch", "jax")
 ]
 CEILING = Entry("ceiling", "ceiling.py")
 

@@ -23,8 +23,8 @@ class JaxBackend(Backend):
     device: 'cpu', 'gpu' or 'tpu'; 'auto' takes the first accelerator, else the CPU.
     precision: of matrix products. With bfloat16 the weights and the optimizer stay in float32.
     rematerialise: compute a layer's inner activations again for the gradient (Chen et al. 2016): memory for one layer instead
-      of all, at the price of a second forward pass. Otherwise the results of its matrix products are kept, and only what lies
-      between them is computed again. None: in networks of more than `lockstep_jax.decoder.SHALLOW` layers.
+      of all, at the price of a second forward pass. Otherwise operands and results of its matrix products are kept, and only
+      what lies between them is computed again. None: in networks of more than `lockstep_jax.decoder.SHALLOW` layers.
     compilation_cache: folder in which compiled programs outlive the process; null for none.
     """
 

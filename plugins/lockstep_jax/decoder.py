@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lockstep.adapters import Adapter
 from lockstep.architecture import Architecture, Rope, layer_name, to_checkpoint, to_common
@@ -115,6 +116,12 @@ SHALLOW = 8
 keeps for its gradient it has to move, a sixth of the time of the benchmark's four layers."""
 
 
+PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names("operand")
+)
+"""What is kept for the gradient of a layer that does not rematerialise: see `product`."""
+
+
 class Cache(NamedTuple):
     """``layers``: keys and values of each, [B, H_kv, P + T, hd]; ``length`` columns are filled. ``mask`` [B, P + T] is True
     on real ones; ``count`` [B] is the position of the next token."""
@@ -165,14 +172,14 @@ class DecoderNetwork(nnx.Module):
         """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
         under a False mask are never read. The mask may be `lockstep.sequences.Sequences.segments`, int.
 
-        For the gradient, the results of the layers' matrix products are kept and what lies between is computed again; with
-        ``rematerialise``, all but each layer's input is (Chen et al. 2016)."""
+        For the gradient, operands and results of the layers' matrix products are kept and what lies between is computed again;
+        with ``rematerialise``, all but each layer's input is (Chen et al. 2016)."""
         position = positions(mask)
         x, rotations, views = self.embed(tokens, mask, position), self.rotations(position), self.views(causal(mask))
         graph, stacked = nnx.split(self.layers)
         kinds, count = kinds_of(self.architecture), self.architecture.layers
         again = count > SHALLOW if self.rematerialise is None else self.rematerialise
-        kept = None if again else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        kept = None if again else PRODUCTS
 
         def through(x: Array, layer: Any, first: int = 0) -> Array:
             def run(x: Array, weights: Any) -> Array:
@@ -371,7 +378,8 @@ def _product(dtype: Any, x: Array, y: Array) -> Array:
 
 
 def _product_forward(dtype: Any, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(dtype, x, kernel), (x.astype(dtype), kernel)
+    x = checkpoint_name(x.astype(dtype), "operand")
+    return _product(dtype, x, kernel), (x, kernel)
 
 
 def _product_backward(dtype: Any, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:

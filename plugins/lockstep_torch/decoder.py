@@ -232,9 +232,9 @@ class Attention(nn.Module):
         are the columns from ``first`` on: [B, L - first, d]."""
         a = self.architecture
         cos, sin = rotation
-        visible = visible[:, :, first:]
-        q = rotate(split_heads(self.q_proj(x[:, first:]), a.heads), (cos[:, :, first:], sin[:, :, first:]))
-        k = rotate(split_heads(self.k_proj(x), a.kv_heads), rotation)
+        visible, x = visible[:, :, first:], cast(x)
+        q = rotate(split_heads(self.q_proj(x[:, first:]), a.heads).float(), (cos[:, :, first:], sin[:, :, first:]))
+        k = rotate(split_heads(self.k_proj(x), a.kv_heads).float(), rotation)
         v = split_heads(self.v_proj(x), a.kv_heads)
         dtype = attention_dtype(x.device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -257,7 +257,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(f, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = cast(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def cast(x: Tensor) -> Tensor:
+    """In the precision of matrix products, for all that read it: autocast would cast it anew for each of them."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def attention_dtype(device: torch.device) -> torch.dtype:
