@@ -239,7 +239,7 @@ class DecoderNetwork(nnx.Module):
 
     def head(self) -> Array:
         """[d, V], for `logits`: a loop over tokens takes it from outside."""
-        return turned(self.embed_tokens.embedding[...]) if self.lm_head is None else self.lm_head.kernel[...]
+        return transposed(self.embed_tokens.embedding[...]) if self.lm_head is None else self.lm_head.kernel[...]
 
     def logits(self, hidden: Array, head: Array) -> Array:
         """[..., d] -> [..., V]."""
@@ -383,14 +383,14 @@ def _product_forward(dtype: Any, x: Array, kernel: Array) -> tuple[Array, tuple[
 
 
 def _product_backward(dtype: Any, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = (turned(operand) for operand in operands)
+    x, kernel = (transposed(operand) for operand in operands)
     return _product(dtype, gradient, kernel), _product(dtype, x, gradient)
 
 
 product.defvjp(_product_forward, _product_backward)
 
 
-def turned(matrix: Array) -> Array:
+def transposed(matrix: Array) -> Array:
     """Transposed, in memory too. Without the axis that comes and goes XLA would note the transposition as a layout, and take
     a product of bfloat16 for one that it has to make of float32."""
     return jax.lax.optimization_barrier(matrix.T[None])[0]

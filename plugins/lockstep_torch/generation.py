@@ -14,7 +14,6 @@ from lockstep.interfaces import Generated
 from lockstep_torch.decoder import Network, hash32, high_bits
 
 
-@torch.inference_mode()
 def generate(
     network: Network,
     prompt_tokens: Tensor,
@@ -25,7 +24,8 @@ def generate(
     stop_ids: Sequence[int],
     pad_id: int,
 ) -> Generated:
-    """See `lockstep.interfaces.Policy.generate`. Tensors: [B, P] ids, [B, P] mask, [B, T] seeds as int32."""
+    """See `lockstep.interfaces.Policy.generate`. Tensors: [B, P] ids, [B, P] mask, [B, T] seeds as int32. The caller sees to it
+    that no gradient is recorded."""
     rows, steps = seeds.shape
     tokens = torch.full((rows, steps), pad_id, device=seeds.device)
     mask = torch.zeros((rows, steps), dtype=torch.bool, device=seeds.device)

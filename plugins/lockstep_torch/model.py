@@ -145,7 +145,9 @@ class LanguageModel(TorchModel, Policy):
         pad_id: int,
     ) -> Generated:
         put = self.backend.put
-        with self.backend.autocast():
+        # Inference mode is the fastest, but in it autocast forgets the weights it has cast, and casts them for each token.
+        unrecorded = torch.inference_mode if self.backend.config.precision == "float32" else torch.no_grad
+        with self.backend.autocast(), unrecorded():
             return generate(
                 self.network,
                 put(prompt_tokens),
