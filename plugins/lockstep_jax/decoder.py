@@ -383,7 +383,7 @@ def _product_forward(dtype: Any, x: Array, kernel: Array) -> tuple[Array, tuple[
 
 
 def _product_backward(dtype: Any, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = (transposed(operand) for operand in operands)
+    x, kernel = (transposed(operand.astype(dtype)) for operand in operands)  # rounded first: half of it to move in bfloat16
     return _product(dtype, gradient, kernel), _product(dtype, x, gradient)
 
 
