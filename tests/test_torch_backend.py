@@ -19,13 +19,15 @@ from lockstep_torch.policies import Decoder  # noqa: E402
 def test_bfloat16_is_warned_of_where_it_is_slow(precision, factor, warned, monkeypatch, caplog):
     monkeypatch.setattr(backend, "_bfloat16_takes", lambda: factor)
     with caplog.at_level(logging.WARNING):
-        backend.TorchBackend(backend.TorchBackend.Config("cpu", precision, rematerialise=False, threads=None))
+        backend.TorchBackend(backend.TorchBackend.Config("cpu", precision, rematerialise=False, cuda_graphs=False, threads=None))
     assert ("50 times as long" in caplog.text and "backend.precision=float32" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_generation_casts_each_weight_once_at_most(precision, folders):
-    policy = Decoder.load(folders[0], backend.TorchBackend(backend.TorchBackend.Config("cpu", precision, False, threads=1)))
+    policy = Decoder.load(
+        folders[0], backend.TorchBackend(backend.TorchBackend.Config("cpu", precision, False, False, threads=1))
+    )
     weights, cast = {tensor.data_ptr() for tensor in policy.tensors().values()}, collections.Counter()
 
     class Casts(TorchDispatchMode):

@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         for size, work in works.items():
             for backend in BACKENDS:
                 log = args.logs / f"growth-{axis.split()[0]}-{size}-{backend}.log"
-                process = Process(lockstep(backend, backend), work, args.models, Path(), args.threads, log)
+                process = Process(lockstep(backend, backend), work, args.models, Path(), args.device, args.threads, log)
                 for _ in range(args.turns):
                     process.turn()
                 found = process.close()
@@ -126,6 +126,7 @@ def main() -> None:
         command.add_argument("folder", type=Path, help="of this machine")
     measuring.add_argument("models", type=Path)
     measuring.add_argument("--turns", type=int, default=5)
+    measuring.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     measuring.add_argument("--threads", type=int, default=os.cpu_count())
     measuring.add_argument("--logs", type=Path, default=Path("/tmp/lockstep-speed"))
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
     python benchmarks/speed/models.py models/speed --smollm2 models/smollm2
     python benchmarks/speed/run.py models/speed --peers PEERS --output benchmarks/speed/MACHINE [--only ppo/tiny] [--rounds 7]
+                                                                                                [--device cuda]
 
 PEERS holds one virtual environment per peer (`README.md` says how they are made). For each work all contestants are started,
 warm up, and then take turns: one unit of work each per round, so that a slow minute of the machine hits all alike. Beside
@@ -42,12 +43,6 @@ def lockstep(name: str, backend: str, precision: str = "float32", **options: Any
     return Entry(name, "with_lockstep.py", None, {"backend": backend, "precision": precision, **options})
 
 
-SAME = [lockstep("lockstep torch", "torch"), lockstep("lockstep jax", "jax")]
-BFLOAT16 = [lockstep(f"lockstep {name} bfloat16", name, "bfloat16") for name in ("torch", "jax")] if multiplies_bfloat16() else []
-RECOMMENDED = [
-    lockstep(f"lockstep {name} recommended", name, "bfloat16" if BFLOAT16 else "float32", value_network="shared")
-    for name in ("torch", "jax")
-]
 CEILING = Entry("ceiling", "ceiling.py")
 
 
@@ -56,36 +51,48 @@ def trl(version: str, precision: str = "float32") -> Entry:
     return Entry(f"TRL {version}{suffix}", "with_trl.py", f"trl{version}", {"precision": precision})
 
 
-TRANSFORMERS = [Entry("transformers", "with_transformers.py", "trl1.16", {"precision": "float32"})]
-TUNIX = [Entry("tunix", "with_tunix.py", "tunix", {"precision": "float32"})]
-
-ENTRIES = {
-    "generate": [*SAME, *BFLOAT16, *TRANSFORMERS],
-    "sft": [*SAME, *BFLOAT16, trl("1.16"), *([trl("1.16", "bfloat16")] if BFLOAT16 else [])],
-    "reward": [*SAME, *BFLOAT16, trl("1.16")],
-    "ppo": [*SAME, *RECOMMENDED, trl("1.12")],
-}
+TRANSFORMERS = Entry("transformers", "with_transformers.py", "trl1.16", {"precision": "float32"})
+TUNIX = Entry("tunix", "with_tunix.py", "tunix", {"precision": "float32"})
 
 
-def groups(name: str, chosen: list[str] | None) -> list[list[Entry]]:
+def entries(name: str, device: str) -> list[Entry]:
+    """The contestants of a work."""
+    backends = {"torch": {"cuda_graphs": True} if device == "cuda" else {}, "jax": {}}
+    precisions = ["float32", "bfloat16"] if multiplies_bfloat16(device) else ["float32"]
+
+    def own(suffix: str, precision: str, **options: Any) -> list[Entry]:
+        return [lockstep(f"lockstep {name}{suffix}", name, precision, **more, **options) for name, more in backends.items()]
+
+    task = WORK[name].task
+    if task == "ppo":
+        recommended = own(" recommended", precisions[-1], value_network="shared")
+        return [*own("", "float32"), *recommended, trl("1.12"), *([TUNIX] if name == "ppo/tiny" else [])]
+    all_own = own("", "float32") + (own(" bfloat16", "bfloat16") if "bfloat16" in precisions else [])
+    peers = {"generate": [TRANSFORMERS], "sft": [trl("1.16", precision) for precision in precisions], "reward": [trl("1.16")]}
+    return all_own + peers[task]
+
+
+def groups(name: str, device: str, chosen: list[str] | None) -> list[list[Entry]]:
     """Who takes turns with whom: all with all, but of SmolLM2, of which few processes fit into memory, each entry of
     Lockstep's with the peers."""
-    entries = [*ENTRIES[WORK[name].task], *(TUNIX if name == "ppo/tiny" else [])]
-    entries = [entry for entry in entries if chosen is None or entry.name in chosen]
+    found = [entry for entry in entries(name, device) if chosen is None or entry.name in chosen]
     if WORK[name].size != "smollm2":
-        return [[CEILING, *entries]]
-    own = [entry for entry in entries if entry.script == "with_lockstep.py"]
-    peers = [entry for entry in entries if entry not in own]
+        return [[CEILING, *found]]
+    own = [entry for entry in found if entry.script == "with_lockstep.py"]
+    peers = [entry for entry in found if entry not in own]
     return [[CEILING, entry, *peers] for entry in own]
 
 
 class Process:
     """A contestant at work. Its standard error goes to a file beside the results."""
 
-    def __init__(self, entry: Entry, work: Work, models: Path, peers: Path, threads: int, log: Path):
+    def __init__(self, entry: Entry, work: Work, models: Path, peers: Path, device: str, threads: int, log: Path):
         python = SELF if entry.environment is None else peers / entry.environment / "bin" / "python"
-        spec = {"work": dataclasses.asdict(work), "options": {"threads": threads, **entry.options}, "models": str(models)}
-        environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **os.environ}
+        options = {"threads": threads, **entry.options}
+        spec = {"work": dataclasses.asdict(work), "options": options, "device": device, "models": str(models)}
+        # JAX takes most of a card's memory at once, and would leave the others none.
+        alone = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **alone, **os.environ}
         self.entry, self.log = entry, log
         log.parent.mkdir(parents=True, exist_ok=True)
         self.process = subprocess.Popen(
@@ -126,7 +133,7 @@ def contest(name: str, chosen: list[Entry], args: argparse.Namespace) -> list[di
     for entry in chosen:
         print(f"{name}: {entry.name} warms up", flush=True)
         log = logs / f"{entry.name.replace(' ', '-')}.log"
-        processes.append(Process(entry, work, args.models, args.peers, args.threads, log))
+        processes.append(Process(entry, work, args.models, args.peers, args.device, args.threads, log))
     for number in range(args.rounds):
         order = processes if number % 2 == 0 else processes[::-1]
         for process in order:
@@ -139,6 +146,9 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
     pairs = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
     cpu = {key.strip(): value.strip() for key, value in pairs}
     named = f"{cpu['model name']} (family {cpu['cpu family']}, model {cpu['model']})"
+    if args.device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        named = f"{subprocess.check_output(query, text=True).splitlines()[0]} beside {named}"
     return {"cpu": named, "cores": args.threads, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
 
 
@@ -151,13 +161,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(WORK))
     parser.add_argument("--contestants", nargs="*", help="names; default: all")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in args.only:
-        found = [contest(name, group, args) for group in groups(name, args.contestants)]
+        found = [contest(name, group, args) for group in groups(name, args.device, args.contestants)]
         results[name] = {"work": dataclasses.asdict(WORK[name]), "machine": machine(args), "groups": found}
         path.write_text(json.dumps(results, indent=1) + "\n")
         for contestant in [contestant for group in found for contestant in group[1:]]:

@@ -48,7 +48,8 @@ class Texts(DataSource):
 def main() -> None:
     contestant = Contestant()
     work, options = contestant.work, contestant.options
-    backend = backend_named(options["backend"], options)
+    backend = backend_named(options["backend"], options, contestant.device)
+    contestant.peak_bytes = backend.peak_memory_bytes
     algorithm = algorithm_of(contestant.models / work.size, work, options, backend)
     steps = iter(range(STEPS))
     step = (lambda: generate(algorithm, work)) if work.task == "generate" else (lambda: algorithm.step(next(steps)))
@@ -104,11 +105,15 @@ def generate(algorithm: Any, work: Work) -> None:
     assert drawn.mask.all()
 
 
-def backend_named(name: str, options: dict[str, Any]) -> Backend:
-    """Lockstep's defaults, but for the precision, the threads (as many as the others have) and the cache of programs."""
+def backend_named(name: str, options: dict[str, Any], device: str) -> Backend:
+    """Lockstep's defaults, but for the device, the precision, graphs, the threads (as many as the others have) and the cache of
+    programs."""
     cls = registry().resolve("backend", name, name)
     values = OmegaConf.to_container(OmegaConf.load(CONF / "backend" / f"{name}.yaml")) | {"precision": options["precision"]}
-    own = {"torch": {"threads": options["threads"]}, "jax": {"compilation_cache": None}}[name]
+    own = {
+        "torch": {"device": device, "threads": options["threads"], "cuda_graphs": options.get("cuda_graphs", False)},
+        "jax": {"device": {"cpu": "cpu", "cuda": "gpu"}[device], "compilation_cache": None},
+    }[name]
     del values["name"]
     return cls(parse(cls.Config, values | own, "backend"))
 

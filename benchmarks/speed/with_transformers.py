@@ -11,8 +11,10 @@ def main() -> None:
     work, options = contestant.work, contestant.options
     torch.set_num_threads(options["threads"])
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[options["precision"]]
-    model = AutoModelForCausalLM.from_pretrained(contestant.models / work.size / "policy", dtype=dtype).eval()
-    prompts = torch.randint(0, WORDS, (work.rows, work.prompt))
+    model = AutoModelForCausalLM.from_pretrained(contestant.models / work.size / "policy", dtype=dtype).to(contestant.device)
+    prompts = torch.randint(0, WORDS, (work.rows, work.prompt), device=contestant.device)
+    if contestant.device == "cuda":
+        contestant.wait, contestant.peak_bytes = torch.cuda.synchronize, torch.cuda.max_memory_allocated
 
     def step() -> None:
         out = model.generate(

@@ -38,7 +38,7 @@ class Maker:
     """Models, data and settings that the trainers share."""
 
     def __init__(self, contestant: Contestant):
-        self.work, self.precision = contestant.work, contestant.options["precision"]
+        self.work, self.precision, self.device = contestant.work, contestant.options["precision"], contestant.device
         self.folder = contestant.models / self.work.size
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder / "policy")
 
@@ -69,7 +69,7 @@ class Maker:
             "gradient_checkpointing": False,
             "report_to": "none",
             "save_strategy": "no",
-            "use_cpu": True,
+            "use_cpu": self.device == "cpu",
             "disable_tqdm": True,
         }
 
@@ -117,6 +117,8 @@ def ppo(maker: Maker, turns: Turns) -> Any:
 def main() -> None:
     contestant = Contestant()
     torch.set_num_threads(contestant.options["threads"])
+    if contestant.device == "cuda":
+        contestant.wait, contestant.peak_bytes = torch.cuda.synchronize, torch.cuda.max_memory_allocated
     make = {"sft": sft, "reward": reward, "ppo": ppo}[contestant.work.task]
     make(Maker(contestant), Turns(contestant)).train()
 

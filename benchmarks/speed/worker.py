@@ -134,8 +134,13 @@ class Contestant:
         spec = json.loads(sys.argv[1])
         self.work: Work = Work(**spec["work"])
         self.options: dict[str, Any] = spec["options"]
+        self.device: str = spec["device"]
         self.models = Path(spec["models"])
         self.started = 0.0
+        self.wait: Callable[[], Any] = lambda: None
+        """For the device to finish."""
+        self.peak_bytes: Callable[[], int | None] = lambda: None
+        """Of the device's memory, since the process began; None on the CPU."""
 
     def await_turn(self) -> None:
         """Blocks until the driver asks for the next unit of work."""
@@ -147,8 +152,11 @@ class Contestant:
 
     def finished(self, **facts: Any) -> None:
         """One unit of work is done."""
+        self.wait()
         seconds = time.perf_counter() - self.started
-        self.wire.write(json.dumps({"seconds": seconds, "peak_mib": peak_mib(), **facts}) + "\n")
+        peak = self.peak_bytes()
+        mib = peak_mib() if peak is None else peak / 2**20
+        self.wire.write(json.dumps({"seconds": seconds, "peak_mib": mib, **facts}) + "\n")
 
     def ready(self, **versions: str) -> None:
         self.wire.write(json.dumps({"ready": versions}) + "\n")
@@ -163,8 +171,10 @@ class Contestant:
             self.finished()
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for it; without them PyTorch's products take a hundred times as long as float32's."""
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether it has instructions for it: CPUs without them take a hundred times as long in PyTorch as for float32."""
+    if device == "cuda":
+        return True
     flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 

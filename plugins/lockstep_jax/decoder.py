@@ -366,7 +366,7 @@ class Linear(nnx.Module):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(dtype: Any, x: Array, kernel: Array) -> Array:
     """[rows, inputs] @ [inputs, outputs] -> float32: of operands rounded to ``dtype``, summed in float32. The gradients are such
-    products too; their operands are transposed first and multiplied then. Left to itself XLA's CPU compiler multiplies
+    products too; on CPUs their operands are transposed first and multiplied then. Left to itself XLA's CPU compiler multiplies
     transposed operands as they lie, at half to three quarters of the speed, and slower still where x has more axes in front
     than one. Its fast products of bfloat16 (a quarter of float32's time where the CPU has them) are of untransposed operands
     and sums in float32 only."""
@@ -391,9 +391,9 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def transposed(matrix: Array) -> Array:
-    """Transposed, in memory too. Without the axis that comes and goes XLA would note the transposition as a layout, and take
-    a product of bfloat16 for one that it has to make of float32."""
-    return jax.lax.optimization_barrier(matrix.T[None])[0]
+    """Transposed, and on CPUs in memory too. Without the axis that comes and goes XLA would note the transposition as a layout,
+    and take a product of bfloat16 for one that it has to make of float32. Accelerators multiply turned operands as they lie."""
+    return jax.lax.optimization_barrier(matrix.T[None])[0] if jax.default_backend() == "cpu" else matrix.T
 
 
 class MLP(nnx.Module):

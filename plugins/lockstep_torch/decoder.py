@@ -38,6 +38,8 @@ class Network(nn.Module):
     """Of a network whose own weights are frozen: what is trained instead."""
     rematerialise: bool = False
     """Whether `hidden` computes a layer's inner activations again for the gradient."""
+    replays: bool = False
+    """Whether `advance` is to run the same kernels on the same memory for every token, so that they can be replayed."""
 
     def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None, first: int = 0) -> Tensor:
         """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
@@ -116,14 +118,16 @@ class ScalarHead(nn.Module):
 
 @dataclass
 class Cache:
-    """keys, values: per layer [B, H_kv, P + T, hd]; ``length`` columns are filled. ``mask`` [B, P + T] is True on real
-    ones; ``count`` [B] is the position of the next token."""
+    """keys, values: per layer [B, H_kv, P + T, hd], of which ``column`` [1] is the first free one and attention reads ``read``:
+    those that are filled, or all where the network ``replays``. ``mask`` [B, P + T] is True on real ones; ``count`` [B] is the
+    position of the next token."""
 
     keys: list[Tensor]
     values: list[Tensor]
     mask: Tensor
     count: Tensor
-    length: int
+    column: Tensor
+    read: int
 
 
 class DecoderNetwork(Network):
@@ -165,25 +169,27 @@ class DecoderNetwork(Network):
             values=[torch.zeros(shape, dtype=dtype, device=tokens.device) for _ in range(a.layers)],
             mask=F.pad(mask, (0, new_tokens)),
             count=mask.sum(-1),
-            length=length,
+            column=torch.tensor([length], device=tokens.device),
+            read=length + new_tokens if self.replays else length,
         )
-        visible = causal(mask)
+        visible, prompt = causal(mask), torch.arange(length, device=tokens.device)
         x = self.embed(tokens, mask)
         rotation = self.rotation(positions(mask))
         for number, layer in enumerate(self.model["layers"]):
             first = length - 1 if number == a.layers - 1 else 0
-            x = layer(x, rotation, visible, (cache.keys[number], cache.values[number], 0), first=first)
+            x = layer(x, rotation, visible, (cache.keys[number], cache.values[number], prompt, length), first=first)
         return self.model["norm"](x[:, -1]), cache
 
     def advance(self, token: Tensor, cache: Cache) -> Tensor:
-        cache.mask[:, cache.length] = True
+        cache.mask.index_fill_(1, cache.column, True)
+        cache.read = min(cache.read + 1, cache.mask.shape[1])
         x = self.model["embed_tokens"](token)[:, None]
         rotation = self.rotation(cache.count[:, None])
-        visible = cache.mask[:, None, None, : cache.length + 1]
+        visible = cache.mask[:, None, None, : cache.read]
         for layer, keys, values in zip(self.model["layers"], cache.keys, cache.values, strict=True):
-            x = layer(x, rotation, visible, (keys, values, cache.length))
-        cache.length += 1
-        cache.count = cache.count + 1
+            x = layer(x, rotation, visible, (keys, values, cache.column, cache.read))
+        cache.column += 1
+        cache.count += 1
         return self.model["norm"](x[:, 0])
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -228,8 +234,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(a.heads * a.head_dim, a.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, cache: Any = None, first: int = 0) -> Tensor:
-        """x [B, L, d]; visible bool, broadcast to [B, H, L, keys]; cache (keys, values, first free column) or None. Queries
-        are the columns from ``first`` on: [B, L - first, d]."""
+        """x [B, L, d]; visible bool, broadcast to [B, H, L, keys]; cache (keys, values, the columns [L] of x, how many columns
+        are read) or None. Queries are the columns from ``first`` on: [B, L - first, d]."""
         a = self.architecture
         cos, sin = rotation
         visible, x = visible[:, :, first:], cast(x)
@@ -239,10 +245,8 @@ class Attention(nn.Module):
         dtype = attention_dtype(x.device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if cache is not None:
-            keys, values, column = cache
-            end = column + x.shape[1]
-            keys[:, :, column:end], values[:, :, column:end] = k, v
-            k, v = keys[:, :, :end], values[:, :, :end]
+            keys, values, columns, read = cache
+            k, v = (kept.index_copy_(2, columns, new)[:, :, :read] for kept, new in ((keys, k), (values, v)))
         with torch.autocast(x.device.type, enabled=False):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=a.kv_heads != a.heads)
         return self.o_proj(out.transpose(1, 2).flatten(2))

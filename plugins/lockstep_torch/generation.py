@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -27,22 +27,48 @@ def generate(
     """See `lockstep.interfaces.Policy.generate`. Tensors: [B, P] ids, [B, P] mask, [B, T] seeds as int32. The caller sees to it
     that no gradient is recorded."""
     rows, steps = seeds.shape
+    step = torch.zeros(1, dtype=torch.int64, device=seeds.device)
     tokens = torch.full((rows, steps), pad_id, device=seeds.device)
     mask = torch.zeros((rows, steps), dtype=torch.bool, device=seeds.device)
     logprobs = torch.zeros((rows, steps), device=seeds.device)
     alive = torch.ones(rows, dtype=torch.bool, device=seeds.device)
-    stops = torch.tensor(list(stop_ids), device=seeds.device)
+    last = torch.zeros(rows, dtype=torch.int64, device=seeds.device)
+    stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=seeds.device)
+
+    def draw(hidden: Tensor) -> None:
+        """The next token of every row, which ``hidden`` [B, d] predicts. All that lasts is changed in place, for `recorded`."""
+        token, logprob = sample(network.logits(hidden).float(), seeds.index_select(1, step)[:, 0], temperature)
+        tokens.index_copy_(1, step, torch.where(alive, token, pad_id)[:, None])
+        mask.index_copy_(1, step, alive[:, None])
+        logprobs.index_copy_(1, step, torch.where(alive, logprob, 0.0)[:, None])
+        alive.logical_and_((token[:, None] != stops).all(-1))
+        last.copy_(token)
+        step.add_(1)
+
     hidden, cache = network.start(prompt_tokens, prompt_mask, steps)
-    for t in range(steps):
-        token, logprob = sample(network.logits(hidden).float(), seeds[:, t], temperature)
-        tokens[:, t] = torch.where(alive, token, pad_id)
-        mask[:, t] = alive
-        logprobs[:, t] = torch.where(alive, logprob, 0.0)
-        alive = alive & ~torch.isin(token, stops)
-        if t + 1 == steps or not alive.any():
+    draw(hidden)
+    advance = lambda: draw(network.advance(last, cache))  # noqa: E731
+    for t in range(1, steps):
+        if not alive.any():
             break
-        hidden = network.advance(token, cache)
+        if t == WARM_UP and network.replays:
+            advance = recorded(advance)
+        advance()
     return Generated(tokens.cpu().numpy().astype(np.int32), mask.cpu().numpy(), logprobs.cpu().numpy())
+
+
+WARM_UP = 3
+"""Tokens that are drawn before a step is recorded: what libraries set up at a first call cannot be."""
+
+
+def recorded(step: Callable[[], None]) -> Callable[[], None]:
+    """``step`` as one CUDA graph: its kernels, launched together. A small network's decoding waits for their launches one by one
+    otherwise. The step is not run here. It may neither look at a number on the host nor keep anything but in place, and what
+    it reads must live as long as the graph: the weights that autocast has cast do, until generation ends."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def sample(logits: Tensor, seeds: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

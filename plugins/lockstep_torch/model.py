@@ -51,6 +51,8 @@ class TorchModel:
     def __init__(self, network: Network, head: ScalarHead | None, backend: TorchBackend):
         self.network = network.to(backend.device)
         self.network.rematerialise = backend.config.rematerialise
+        graphs = backend.config.cuda_graphs and backend.device.type == "cuda"
+        self.network.replays = graphs and isinstance(self.network, DecoderNetwork)
         self.head = None if head is None else head.to(backend.device)
         self.backend = backend
         self.vocab_size, self.hidden_size = network.vocab_size, network.hidden_size

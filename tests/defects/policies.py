@@ -159,7 +159,7 @@ class SamplerCountsPadding(Rewired):
 
     class Network(DecoderNetwork):
         def advance(self, token, cache):
-            cache.count = torch.full_like(cache.count, cache.length)
+            cache.count = torch.full_like(cache.count, cache.read)
             return super().advance(token, cache)
 
 
