@@ -23,7 +23,7 @@ from lockstep.errors import CheckpointError, ConfigError  # noqa: E402
 from lockstep.interfaces import Term  # noqa: E402
 from lockstep.optimisation import OptimizerConfig  # noqa: E402
 from lockstep.sequences import Sequences, join, pack  # noqa: E402
-from lockstep_jax import decoder, generation, learner, model  # noqa: E402
+from lockstep_jax import generation, learner, model, products  # noqa: E402
 from lockstep_jax.backend import JaxBackend  # noqa: E402
 from lockstep_jax.policies import HuggingFace  # noqa: E402
 
@@ -452,7 +452,7 @@ def test_bfloat16_is_near_float32_and_keeps_float32_weights(folder, policy):
 def test_a_product_and_its_gradients_are_sums_in_float32_of_rounded_operands(precision):
     rng = np.random.default_rng(0)
     x, kernel, gradient = (rng.normal(size=shape).astype(np.float32) for shape in ((24, 40), (40, 16), (24, 16)))
-    out, pullback = jax.vjp(lambda x, kernel: decoder.product(precision, x, kernel), x, kernel)
+    out, pullback = jax.vjp(lambda x, kernel: products.product(precision, x, kernel), x, kernel)
     a, b, g = (np.asarray(jax.numpy.asarray(array, precision)).astype(np.float64) for array in (x, kernel, gradient))
     for found, expected in zip((out, *pullback(gradient)), (a @ b, g @ b.T, a.T @ g), strict=True):
         assert found.dtype == np.float32
@@ -469,6 +469,14 @@ def test_cpus_multiply_matrices_in_bfloat16_where_they_are_told_to(family):
     products = re.findall(r" dot\(%(\S+), %(\S+?)\), lhs_contracting", hlo)  # those of attention begin with lhs_batch
     assert len(products) >= 3 * 4 * half.network.architecture.layers
     assert {types[operand] for operands in products for operand in operands} == {"bf16"}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_operands_are_turned_in_memory_on_cpus_only(platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    turned = jax.make_jaxpr(products.transposed)(np.zeros((2, 3), np.float32))
+    assert turned.out_avals[0].shape == (3, 2)
+    assert ("optimization_barrier" in str(turned)) == (platform == "cpu")
 
 
 def test_a_device_that_is_not_there_is_a_configuration_error():

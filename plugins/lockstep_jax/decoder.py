@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from lockstep.adapters import Adapter
-from lockstep.architecture import Architecture, Rope, layer_name, to_checkpoint, to_common
+from lockstep.architecture import Architecture, Rope, layer_name
 from lockstep.randomness import hash32
+from lockstep_jax.products import PRODUCTS, product, transposed
 
 Array = jax.Array
 Tree = Any
@@ -114,12 +114,6 @@ class ScalarHead(nnx.Module):
 SHALLOW = 8
 """Networks of so many layers at most do not rematerialise, unless told to, and are compiled layer by layer then: what a loop
 keeps for its gradient it has to move, a sixth of the time of the benchmark's four layers."""
-
-
-PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names("operand")
-)
-"""What is kept for the gradient of a layer that does not rematerialise: see `product`."""
 
 
 class Cache(NamedTuple):
@@ -363,39 +357,6 @@ class Linear(nnx.Module):
         return out.reshape(*x.shape[:-1], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(dtype: Any, x: Array, kernel: Array) -> Array:
-    """[rows, inputs] @ [inputs, outputs] -> float32: of operands rounded to ``dtype``, summed in float32. The gradients are such
-    products too; on CPUs their operands are transposed first and multiplied then. Left to itself XLA's CPU compiler multiplies
-    transposed operands as they lie, at half to three quarters of the speed, and slower still where x has more axes in front
-    than one. Its fast products of bfloat16 (a quarter of float32's time where the CPU has them) are of untransposed operands
-    and sums in float32 only."""
-    return _product(dtype, x, kernel)
-
-
-def _product(dtype: Any, x: Array, y: Array) -> Array:
-    return jnp.matmul(x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
-
-
-def _product_forward(dtype: Any, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    x = checkpoint_name(x.astype(dtype), "operand")
-    return _product(dtype, x, kernel), (x, kernel)
-
-
-def _product_backward(dtype: Any, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = (transposed(operand.astype(dtype)) for operand in operands)  # rounded first: half of it to move in bfloat16
-    return _product(dtype, gradient, kernel), _product(dtype, x, gradient)
-
-
-product.defvjp(_product_forward, _product_backward)
-
-
-def transposed(matrix: Array) -> Array:
-    """Transposed, and on CPUs in memory too. Without the axis that comes and goes XLA would note the transposition as a layout,
-    and take a product of bfloat16 for one that it has to make of float32. Accelerators multiply turned operands as they lie."""
-    return jax.lax.optimization_barrier(matrix.T[None])[0] if jax.default_backend() == "cpu" else matrix.T
-
-
 class MLP(nnx.Module):
     def __init__(self, network: Network):
         a = network.architecture
@@ -498,54 +459,3 @@ def frequencies(rope: Rope) -> np.ndarray:
         kept = np.clip((turns - low) / (high - low), 0, 1) if kind == "llama3" else 0.0
         frequency = frequency * (kept + (1 - kept) / factor)
     return frequency.astype(np.float32)
-
-
-# ---------------------------------------------------------------------------------------- checkpoint names, both ways
-
-
-TRANSPOSED = ("kernel", "lora_A", "lora_B")
-
-
-def from_arrays(architecture: Architecture, arrays: Mapping[str, np.ndarray]) -> Tree:
-    """Host arrays under checkpoint names -> the tree of parameters, on the host."""
-    flat: dict[tuple[str, ...], Any] = {}
-    for name, array in to_common(architecture, arrays).items():
-        *path, leaf = _path(name)
-        array = array.T if leaf in TRANSPOSED else array  # torch's [out, in] -> flax's [in, out]
-        if path[0] == "layers":
-            flat.setdefault((path[0], *path[2:], leaf), {})[int(path[1])] = array
-        else:
-            flat[*path, leaf] = array
-    stacked = {
-        path: np.stack([value[layer] for layer in range(architecture.layers)]) if path[0] == "layers" else value
-        for path, value in flat.items()
-    }
-    return nnx.traversals.unflatten_mapping(stacked)
-
-
-def to_arrays(architecture: Architecture, params: Tree) -> dict[str, np.ndarray]:
-    """The tree of parameters (or of gradients, or moments) -> float32 host copies under checkpoint names."""
-    arrays: dict[str, np.ndarray] = {}
-    for (*path, leaf), array in nnx.traversals.flatten_mapping(jax.device_get(params)).items():
-        kind = "bias" if leaf == "bias" else "weight"
-        own = (lambda x: x.T) if leaf in TRANSPOSED else (lambda x: x)
-        path = [*path, leaf] if leaf.startswith("lora") else path  # there a module of its own
-        if path[0] == "layers":
-            rest = ".".join(path[1:])
-            arrays |= {f"model.layers.{i}.{rest}.{kind}": own(array[i]) for i in range(architecture.layers)}
-        else:
-            top = "" if path[0] in ("lm_head", "score") else "model."
-            arrays[f"{top}{path[0]}.{kind}"] = own(array)
-    # On the CPU, device_get gives views of buffers that a learner will donate: hence the copies.
-    named = to_checkpoint(architecture, arrays)
-    return {name: np.array(array, np.float32, order="C") for name, array in named.items()}
-
-
-def _path(name: str) -> list[str]:
-    """'model.layers.3.mlp.up_proj.weight' -> ['layers', '3', 'mlp', 'up_proj', 'kernel']."""
-    *path, module, leaf = name.removeprefix("model.").split(".")
-    if module.startswith("lora"):
-        return [*path, module]
-    if leaf == "weight" and module != "score":
-        leaf = "embedding" if module.startswith("embed") else "scale" if module.endswith("norm") else "kernel"
-    return [*path, module, leaf]

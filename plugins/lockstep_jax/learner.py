@@ -19,8 +19,9 @@ from lockstep.interfaces import Learner, Loss, Metrics, Term, suppliers
 from lockstep.optimisation import OptimizerConfig
 from lockstep.sequences import Sequences
 from lockstep_jax.backend import JaxBackend, keep_freed_memory, scheduling
-from lockstep_jax.decoder import Array, Dropout, Network, Tree, from_arrays, to_arrays
+from lockstep_jax.decoder import Array, Dropout, Network, Tree
 from lockstep_jax.model import Block, JaxModel, forward
+from lockstep_jax.parameters import from_arrays, to_arrays
 
 Roles = tuple[tuple[str, Network, tuple[str, ...]], ...]
 """(model name, its network, the outputs it gives to a loss): hashable, part of what is compiled."""

@@ -18,8 +18,9 @@ from lockstep.errors import ConfigError
 from lockstep.interfaces import Generated, Policy, ScalarModel
 from lockstep.sequences import Sequences
 from lockstep_jax.backend import JaxBackend
-from lockstep_jax.decoder import Array, DecoderNetwork, Dropout, Network, Tree, from_arrays, to_arrays
+from lockstep_jax.decoder import Array, DecoderNetwork, Dropout, Network, Tree
 from lockstep_jax.generation import generate
+from lockstep_jax.parameters import from_arrays, to_arrays
 
 LOGITS_AT_ONCE = 2**26
 """Numbers; a quarter of a gibibyte in float32, several times that while gradients are computed."""

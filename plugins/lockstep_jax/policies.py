@@ -30,8 +30,9 @@ from lockstep.errors import CheckpointError
 from lockstep.interfaces import ScalarModel
 from lockstep.tokenizer import Tokenizer, TokenizerConfig
 from lockstep_jax.backend import JaxBackend
-from lockstep_jax.decoder import Network, Tree, from_arrays
+from lockstep_jax.decoder import Network, Tree
 from lockstep_jax.model import LanguageModel, Scalar
+from lockstep_jax.parameters import from_arrays
 
 
 class Checkpoint(LanguageModel):
