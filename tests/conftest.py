@@ -39,7 +39,7 @@ with contextlib.suppress(ImportError):
     lockstep_jax.backend._mallopt = lambda option, value: False
 
 BACKENDS = {
-    "torch": {"device": "cpu", "precision": "float32", "rematerialise": False, "threads": 1},
+    "torch": {"device": "cpu", "precision": "float32", "rematerialise": False, "cuda_graphs": False, "threads": 1},
     "jax": {"device": "cpu", "precision": "float32", "rematerialise": False, "compilation_cache": None},
 }
 CONSTANT = {"shape": "constant", "warmup_steps": 0}

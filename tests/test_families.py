@@ -327,7 +327,7 @@ def test_saved_scalar_models_open_as_sequence_classifiers(pair, backend, tmp_pat
 def on_torch():
     backend = registry().resolve("backend", "torch", "torch")
     policy = registry().resolve("policy", "huggingface", "torch")
-    values = {"device": "cpu", "precision": "float32", "rematerialise": False, "threads": 1}
+    values = {"device": "cpu", "precision": "float32", "rematerialise": False, "cuda_graphs": False, "threads": 1}
     return policy, backend(parse(backend.Config, values, "backend"))
 
 
