@@ -15,7 +15,8 @@ from lockstep_torch.policies import Decoder  # noqa: E402
 
 aten = torch.ops.aten
 ON_THE_HOST = {aten.item, aten._local_scalar_dense, aten.is_nonzero, aten.nonzero, aten._unique2, aten.lift_fresh}
-"""Operators that wait for a number, or bring one: a card refuses them while it records."""
+"""Operators that wait for a number, or bring one, which a card refuses while it records: those that one would slip into a step.
+Copies from the host are not seen on a CPU."""
 
 
 class Tape(TorchDispatchMode):
@@ -47,7 +48,8 @@ class Tape(TorchDispatchMode):
         found = operator(*arguments, **named)
         results = [tensor for tensor in torch.utils._pytree.tree_leaves(found) if isinstance(tensor, torch.Tensor)]
         outside = {id(tensor) for tensor, _ in self.before.values()}
-        self.inside += [tensor for tensor in results if id(tensor) not in outside]
+        results = [None if id(tensor) in outside else tensor for tensor in results]  # what is written in place is not kept alive
+        self.inside += [tensor for tensor in results if tensor is not None]
         self.calls.append((operator, given, results))
         return found
 
@@ -66,7 +68,7 @@ class Tape(TorchDispatchMode):
             with torch.autocast("cpu", enabled=False):  # what it would cast is cast
                 again = operator(*arguments, **named)
             for old, new in zip(results, torch.utils._pytree.tree_leaves(again), strict=True):
-                if old.data_ptr() != new.data_ptr():
+                if old is not None and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 
@@ -75,7 +77,7 @@ def tapes(monkeypatch):
     """All that are recorded in a test."""
     found = []
 
-    def recorded(step):
+    def recorded(step, device):
         found.append(Tape(step))
         return found[-1].replay
 
@@ -142,13 +144,20 @@ class Drops(decoder.DecoderNetwork):
         return super().advance(token, cache)
 
 
+class WritesAndDrops(decoder.DecoderNetwork):
+    def advance(self, token, cache):
+        hidden = super().advance(token, cache)
+        cache.count = cache.count.clone()
+        return hidden
+
+
 class StartsAgain(decoder.DecoderNetwork):
     def advance(self, token, cache):
         cache.before, cache.count = cache.count, cache.count.clone()  # what a replay reads is there, and never changed
         return super().advance(token, cache)
 
 
-@pytest.mark.parametrize("wrong, message", [(Looks, "not permitted"), (Drops, "is gone")])
+@pytest.mark.parametrize("wrong, message", [(Looks, "not permitted"), (Drops, "is gone"), (WritesAndDrops, "is gone")])
 def test_the_stand_in_refuses_what_a_card_would_and_reads_nothing_that_is_gone(folders, tapes, wrong, message):
     model = policy(folders[0])
     model.network.replays, model.network.__class__ = True, wrong

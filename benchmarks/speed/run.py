@@ -57,11 +57,10 @@ TUNIX = Entry("tunix", "with_tunix.py", "tunix", {"precision": "float32"})
 
 def entries(name: str, device: str) -> list[Entry]:
     """The contestants of a work."""
-    backends = {"torch": {"cuda_graphs": True} if device == "cuda" else {}, "jax": {}}
     precisions = ["float32", "bfloat16"] if multiplies_bfloat16(device) else ["float32"]
 
     def own(suffix: str, precision: str, **options: Any) -> list[Entry]:
-        return [lockstep(f"lockstep {name}{suffix}", name, precision, **more, **options) for name, more in backends.items()]
+        return [lockstep(f"lockstep {name}{suffix}", name, precision, **options) for name in ("torch", "jax")]
 
     task = WORK[name].task
     if task == "ppo":
@@ -90,8 +89,12 @@ class Process:
         python = SELF if entry.environment is None else peers / entry.environment / "bin" / "python"
         options = {"threads": threads, **entry.options}
         spec = {"work": dataclasses.asdict(work), "options": options, "device": device, "models": str(models)}
-        # JAX takes most of a card's memory at once, and would leave the others none.
-        alone = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        # Of several cards TRL would use all. JAX takes most of one's memory at once, and would leave the others none.
+        alone = (
+            {"CUDA_VISIBLE_DEVICES": ""}
+            if device == "cpu"
+            else {"CUDA_VISIBLE_DEVICES": "0", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        )
         environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **alone, **os.environ}
         self.entry, self.log = entry, log
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -111,7 +111,7 @@ def backend_named(name: str, options: dict[str, Any], device: str) -> Backend:
     cls = registry().resolve("backend", name, name)
     values = OmegaConf.to_container(OmegaConf.load(CONF / "backend" / f"{name}.yaml")) | {"precision": options["precision"]}
     own = {
-        "torch": {"device": device, "threads": options["threads"], "cuda_graphs": options.get("cuda_graphs", False)},
+        "torch": {"device": device, "threads": options["threads"], "cuda_graphs": device == "cuda"},
         "jax": {"device": {"cpu": "cpu", "cuda": "gpu"}[device], "compilation_cache": None},
     }[name]
     del values["name"]

@@ -52,7 +52,7 @@ def generate(
         if not alive.any():
             break
         if t == WARM_UP and network.replays:
-            advance = recorded(advance)
+            advance = recorded(advance, seeds.device)
         advance()
     return Generated(tokens.cpu().numpy().astype(np.int32), mask.cpu().numpy(), logprobs.cpu().numpy())
 
@@ -61,12 +61,14 @@ WARM_UP = 3
 """Tokens that are drawn before a step is recorded: what libraries set up at a first call cannot be."""
 
 
-def recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """``step`` as one CUDA graph: its kernels, launched together. A small network's decoding waits for their launches one by one
+def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """``step`` as one CUDA graph on ``device``: its kernels, launched together. A
+    small network's decoding waits for their launches one by one
     otherwise. The step is not run here. It may neither look at a number on the host nor keep anything but in place, and what
     it reads must live as long as the graph: the weights that autocast has cast do, until generation ends."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Of its own, since the default stream of recordings is on the first device that recorded.
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
         step()
     return graph.replay
 
