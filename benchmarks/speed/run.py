@@ -90,12 +90,8 @@ class Process:
         options = {"threads": threads, **entry.options}
         spec = {"work": dataclasses.asdict(work), "options": options, "device": device, "models": str(models)}
         # Of several cards TRL would use all. JAX takes most of one's memory at once, and would leave the others none.
-        alone = (
-            {"CUDA_VISIBLE_DEVICES": ""}
-            if device == "cpu"
-            else {"CUDA_VISIBLE_DEVICES": "0", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        )
-        environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **alone, **os.environ}
+        card = {"CUDA_VISIBLE_DEVICES": "" if device == "cpu" else "0", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **card, **os.environ}
         self.entry, self.log = entry, log
         log.parent.mkdir(parents=True, exist_ok=True)
         self.process = subprocess.Popen(

@@ -45,9 +45,11 @@ def generate(
         last.copy_(token)
         step.add_(1)
 
+    def advance() -> None:
+        draw(network.advance(last, cache))
+
     hidden, cache = network.start(prompt_tokens, prompt_mask, steps)
     draw(hidden)
-    advance = lambda: draw(network.advance(last, cache))  # noqa: E731
     for t in range(1, steps):
         if not alive.any():
             break
@@ -62,10 +64,9 @@ WARM_UP = 3
 
 
 def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """``step`` as one CUDA graph on ``device``: its kernels, launched together. A
-    small network's decoding waits for their launches one by one
-    otherwise. The step is not run here. It may neither look at a number on the host nor keep anything but in place, and what
-    it reads must live as long as the graph: the weights that autocast has cast do, until generation ends."""
+    """``step`` as one CUDA graph on ``device``: its kernels, launched together. A small network's decoding waits for their
+    launches one by one otherwise. The step is not run here. It may neither look at a number on the host nor keep anything but
+    in place, and what it reads must live as long as the graph: the weights that autocast has cast do, until generation ends."""
     graph = torch.cuda.CUDAGraph()
     # Of its own, since the default stream of recordings is on the first device that recorded.
     with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
