@@ -14,16 +14,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lockstep import encoding
-from lockstep.composition import group
-from lockstep.configuration import parse
+from lockstep.config.compose import group
+from lockstep.config.schema import parse
 from lockstep.data.files import Files
-from lockstep.encoding import Lengths
 from lockstep.interfaces import Backend, Policy
-from lockstep.optimisation import OptimizerConfig
+from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.registry import registry
-from lockstep.sequences import Sequences
-from lockstep.tokenizer import Tokenizer, TokenizerConfig
+from lockstep.text import encoding
+from lockstep.text.encoding import Lengths
+from lockstep.text.sequences import Sequences
+from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 from lockstep_rlhf.language_modelling import NextTokenLoss, next_token_terms
 
 ADAM = OptimizerConfig(2e-4, (0.9, 0.95), 1e-8, False, 0.0, 1.0, None)

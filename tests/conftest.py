@@ -16,15 +16,16 @@ import pytest
 import tokenizers
 from omegaconf import OmegaConf
 
-from lockstep import checkpoints
-from lockstep.architecture import initial_parameters, small_decoder, to_hf
 from lockstep.builtin import CONF
-from lockstep.configuration import parse
+from lockstep.config.schema import parse
 from lockstep.errors import MissingData
 from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardModel, ScalarModel, Setting
-from lockstep.nouns import Comparison, Demonstration, Prompt
+from lockstep.models.architecture import initial_parameters, small_decoder, to_hf
 from lockstep.registry import registry
-from lockstep.tokenizer import Tokenizer
+from lockstep.storage.files import write_json
+from lockstep.storage.weights import write_tensors
+from lockstep.text.tokenizer import Tokenizer
+from lockstep.types import Comparison, Demonstration, Prompt
 from lockstep_rlhf.reward_models.learned import Learned
 
 # Programs that run for milliseconds: compiled in a tenth of the time, to code a few times slower. Read by XLA when its
@@ -74,8 +75,8 @@ def folders(tmp_path_factory):
     for seed in (0, 1):
         folder = tmp_path_factory.mktemp(f"policy{seed}")
         parameters = initial_parameters(ARCHITECTURE, seed)
-        checkpoints.write_tensors(folder / "model.safetensors", {n: p * (10 if p.ndim > 1 else 1) for n, p in parameters.items()})
-        checkpoints.write_json(folder / "config.json", to_hf(ARCHITECTURE))
+        write_tensors(folder / "model.safetensors", {n: p * (10 if p.ndim > 1 else 1) for n, p in parameters.items()})
+        write_json(folder / "config.json", to_hf(ARCHITECTURE))
         paths.append(folder)
     return paths
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from lockstep.cli import run_config
-from lockstep.composition import compose
+from lockstep.commands.run import run_config
+from lockstep.config.compose import compose
 
 TINY = [
     "tracker=none",

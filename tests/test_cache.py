@@ -1,5 +1,6 @@
 """`lockstep cache`: what is stored, why a stage is not reused, and what is removed."""
 
+import argparse
 import itertools
 import os
 import shutil
@@ -8,14 +9,15 @@ import time
 
 import pytest
 
-from lockstep import cache, store, summary
-from lockstep.cache import finished
-from lockstep.cli import cache_command
-from lockstep.composition import compose
-from lockstep.console import Console
+from lockstep.commands import cache as cache_command
+from lockstep.config.compose import compose
 from lockstep.errors import ConfigError
-from lockstep.experiment import Experiment
-from lockstep.runner import Runner
+from lockstep.reporting import summary
+from lockstep.reporting.console import Console
+from lockstep.runs import cache, store
+from lockstep.runs.cache import finished
+from lockstep.runs.experiment import Experiment
+from lockstep.runs.runner import Runner
 from runs import DECODER, TINY, tiny
 
 SFT = ["~stages.reward", "~stages.ppo", "~stages.ppo_ptx", "~stages.evaluate", "backend.threads=1"]
@@ -40,7 +42,7 @@ def described(folder, *overrides):
 
 
 def said(capsys, action, overrides, older_than=None, yes=False):
-    cache_command(action, overrides, older_than, yes)
+    cache_command.run(argparse.Namespace(action=action, older_than=older_than, yes=yes), overrides)
     return capsys.readouterr().out
 
 
@@ -142,9 +144,9 @@ def test_mistakes_say_what_to_type(runs):
     with pytest.raises(
         ConfigError, match=r"lockstep cache prunes: no such action. Did you mean 'prune'\? There are: list, why, prune."
     ):
-        cache_command("prunes", [], None, False)
+        cache_command.run(argparse.Namespace(action="prunes"), [])
     with pytest.raises(ConfigError, match="--older-than '30' is not a time. Write a number and h, d or w: 12h, 30d, 4w."):
-        cache_command("prune", runs[2], "30", False)
+        cache_command.run(argparse.Namespace(action="prune", older_than="30", yes=False), runs[2])
 
 
 def test_the_kl_sweep_makes_one_reward_model_per_backend_and_seed(tmp_path):
@@ -159,7 +161,7 @@ def test_the_kl_sweep_makes_one_reward_model_per_backend_and_seed(tmp_path):
 
 
 def test_sizes_and_ages_are_rounded_to_what_a_person_reads():
-    assert [summary.size(n) for n in (0, 999, 1500, 2_500_000, 7e12, 7e15)] == [
+    assert [cache_command.size(n) for n in (0, 999, 1500, 2_500_000, 7e12, 7e15)] == [
         "0 B", "999 B", "1.5 kB", "2.5 MB", "7.0 TB", "7000.0 TB",
     ]  # fmt: skip
-    assert [summary.age(s) for s in (5, 90, 7200, 200_000)] == ["5 s", "2 min", "2 h", "2 d"]
+    assert [cache_command.age(s) for s in (5, 90, 7200, 200_000)] == ["5 s", "2 min", "2 h", "2 d"]

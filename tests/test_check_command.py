@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from lockstep.checking.conformance.kit import Check, Outcome, checks
+from lockstep.checking.conformance.report import PRECISIONS, Place, kind_of, known_precisions, line, places, report, summary
 from lockstep.cli import main
-from lockstep.conformance.kit import Check, Outcome, checks
-from lockstep.conformance.report import PRECISIONS, Place, kind_of, known_precisions, line, places, report, summary
 from lockstep.errors import LockstepError
 
 pytest_plugins = ["pytester"]
@@ -50,7 +50,7 @@ def test_a_failure_has_the_property_the_numbers_and_what_it_usually_means(capsys
 @pytest.mark.parametrize("conforms", [True, False])
 def test_the_exit_code_says_whether_it_conforms(conforms, monkeypatch):
     given = []
-    monkeypatch.setattr("lockstep.conformance.report.report", lambda *arguments: given.append(arguments) or conforms)
+    monkeypatch.setattr("lockstep.checking.conformance.report.report", lambda *arguments: given.append(arguments) or conforms)
     monkeypatch.setattr(sys, "argv", ["lockstep", "check", "ppo", "--backend", "torch", "algorithm.epochs=3"])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -196,7 +196,7 @@ def test_a_failure_is_told_without_a_traceback(pytester):
 
 
 def test_the_subject_is_made_once_for_all_checks_of_a_place(pytester, monkeypatch):
-    from lockstep.conformance import report as module
+    from lockstep.checking.conformance import report as module
 
     made, real = [], module.subject
     monkeypatch.setattr(module, "subject", lambda *a, **k: made.append(k["precision"]) or real(*a, **k))
@@ -221,8 +221,8 @@ def test_a_mark_that_says_not_what_to_check_is_an_error_of_one_line(pytester, ma
 
 def test_loading_the_plugin_loads_nothing_else():
     script = (
-        "import sys, lockstep.pytest_plugin\n"
-        "found = {'torch', 'jax', 'numpy', 'hydra', 'lockstep.conformance', 'lockstep_torch'} & sys.modules.keys()\n"
+        "import sys, lockstep.checking.pytest_plugin\n"
+        "found = {'torch', 'jax', 'numpy', 'hydra', 'lockstep.checking.conformance', 'lockstep_torch'} & sys.modules.keys()\n"
         "assert not found, found\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

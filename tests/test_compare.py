@@ -14,9 +14,9 @@ import pyarrow.parquet as parquet
 import pytest
 from rich.console import Console
 
-from lockstep.compare import claims, compare, groups, print_summary, records, tables
-from lockstep.compare.records import Estimate, _estimates
 from lockstep.errors import DataError, LockstepError
+from lockstep.reporting.compare import claims, compare, groups, print_summary, records, tables
+from lockstep.reporting.compare.records import Estimate, _estimates
 from run_folders import GOLD, HOSTILE, POLICIES, write_lines, write_run
 
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from lockstep.compare import claims, compare, cost, groups, records, tables, versus, what_intervals_are_over
 from lockstep.errors import ConfigError
-from lockstep.runner import peak_memory
+from lockstep.reporting.compare import claims, compare, cost, groups, records, tables, versus, what_intervals_are_over
+from lockstep.runs.runner import peak_memory
 from run_folders import GOLD, write_run, write_sweep
 
 BY = ["backend", "algorithm.kl_coef"]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import wandb
 
-from lockstep.compare import compare, groups, records, wandb_report, wandb_runs
 from lockstep.errors import DataError
+from lockstep.reporting.compare import compare, groups, records, wandb_report, wandb_runs
 from run_folders import write_run
 
 

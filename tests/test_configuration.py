@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lockstep.builtin import CONF
-from lockstep.configuration import differences, parse
+from lockstep.config.schema import differences, parse
 from lockstep.errors import ConfigError
 from lockstep.registry import registry
 

@@ -8,8 +8,8 @@ import pytest
 
 from conftest import BACKENDS
 from defects import DEFECTS, KINDS
-from lockstep.conformance import checks, conform, subject
-from lockstep.conformance.kit import KINDS as MODULES
+from lockstep.checking.conformance import checks, conform, subject
+from lockstep.checking.conformance.kit import KINDS as MODULES
 from lockstep.registry import Plugin, registry
 
 for _module in MODULES.values():

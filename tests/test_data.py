@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import yaml
 
-from lockstep.configuration import parse
+from lockstep.config.schema import parse
 from lockstep.data.files import Files
 from lockstep.data.mixing import mix
 from lockstep.errors import ConfigError, DataError, MissingData
-from lockstep.nouns import Comparison, Demonstration, Message, Prompt
+from lockstep.types import Comparison, Demonstration, Message, Prompt
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = yaml.safe_load((ROOT / "conf/data/files.yaml").read_text())

@@ -11,11 +11,11 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lockstep import encoding
-from lockstep.encoding import Fit, Lengths
 from lockstep.errors import ConfigError
-from lockstep.nouns import Demonstration, Message, Prompt
-from lockstep.tokenizer import TEMPLATES, Tokenizer
+from lockstep.text import encoding
+from lockstep.text.encoding import Lengths
+from lockstep.text.tokenizer import TEMPLATES, Tokenizer
+from lockstep.types import Demonstration, Fit, Message, Prompt
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"

@@ -17,12 +17,14 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from conftest import same  # noqa: E402
-from lockstep import checkpoints, randomness  # noqa: E402
-from lockstep.architecture import FAMILIES, check_parameters, from_hf, parameter_shapes, scalar_head, to_hf  # noqa: E402
-from lockstep.configuration import parse  # noqa: E402
+from lockstep.config.schema import parse  # noqa: E402
 from lockstep.errors import CheckpointError  # noqa: E402
+from lockstep.learning import randomness  # noqa: E402
+from lockstep.models.architecture import FAMILIES, check_parameters, from_hf, parameter_shapes, scalar_head, to_hf  # noqa: E402
 from lockstep.registry import registry  # noqa: E402
-from lockstep.sequences import pack  # noqa: E402
+from lockstep.storage.files import read_json, write_json  # noqa: E402
+from lockstep.storage.weights import write_tensors  # noqa: E402
+from lockstep.text.sequences import pack  # noqa: E402
 from lockstep_jax.backend import JaxBackend  # noqa: E402
 from lockstep_jax.policies import HuggingFace  # noqa: E402
 
@@ -312,7 +314,7 @@ def test_saved_scalar_models_open_as_sequence_classifiers(pair, backend, tmp_pat
     scalar.save(tmp_path)
     scores = scalar.evaluate(s, ("scores",))["scores"]
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    assert checkpoints.read_json(tmp_path / "config.json")["architectures"] == [type(classifier).__name__]
+    assert read_json(tmp_path / "config.json")["architectures"] == [type(classifier).__name__]
     for row in range(s.rows):
         with torch.no_grad():
             found = classifier(torch.tensor(s.tokens[row][s.attention_mask[row]]).long()[None]).logits.item()
@@ -378,8 +380,8 @@ def test_the_text_model_of_a_gemma_with_images_is_read(backend, tmp_path, prefix
     tensors = {n.replace("model.", prefix, 1): p.detach().numpy() for n, p in hf.named_parameters()}
     tensors["model.vision_tower.patch.weight"] = np.zeros((2, 2), np.float32)
     tensors["multi_modal_projector.weight"] = np.zeros((2, 2), np.float32)
-    checkpoints.write_tensors(tmp_path / "model.safetensors", tensors)
-    checkpoints.write_json(tmp_path / "config.json", {"model_type": "gemma3", "text_config": hf.config.to_dict()})
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    write_json(tmp_path / "config.json", {"model_type": "gemma3", "text_config": hf.config.to_dict()})
     policy = HuggingFace.load(tmp_path, backend)
     assert abs(ours(policy, block()) - theirs(hf, block())).max() < TOLERANCE
 

@@ -9,13 +9,15 @@ gguf_format = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 
 from conftest import ARCHITECTURE, BACKENDS, same  # noqa: E402
-from lockstep import checkpoints, gguf, store  # noqa: E402
-from lockstep.architecture import initial_parameters  # noqa: E402
-from lockstep.configuration import parse  # noqa: E402
+from lockstep.config.schema import parse  # noqa: E402
 from lockstep.errors import CheckpointError  # noqa: E402
+from lockstep.models.architecture import initial_parameters  # noqa: E402
 from lockstep.registry import registry  # noqa: E402
-from lockstep.sequences import pack  # noqa: E402
-from lockstep.tokenizer import Tokenizer, TokenizerConfig  # noqa: E402
+from lockstep.runs import store  # noqa: E402
+from lockstep.storage import gguf  # noqa: E402
+from lockstep.storage.files import read_json  # noqa: E402
+from lockstep.text.sequences import pack  # noqa: E402
+from lockstep.text.tokenizer import Tokenizer, TokenizerConfig  # noqa: E402
 
 A = ARCHITECTURE
 LETTERS = [chr(ord("a") + i) for i in range(26)] + ["Ġ"]
@@ -109,7 +111,7 @@ def test_a_gguf_file_is_a_policy_on_both_backends(file, parameters, cache, tmp_p
         found = policy.evaluate(pack([[1, 2, 3], [4]], [[5, 6], [7, 8]], 0), ("logprobs",))["logprobs"]
         np.testing.assert_allclose(found, expected.setdefault("logprobs", found), atol=2e-5)
         policy.save(tmp_path / name)
-        assert "quantization_config" not in checkpoints.read_json(tmp_path / name / "config.json")
+        assert "quantization_config" not in read_json(tmp_path / name / "config.json")
     assert len(list(cache.glob("lockstep/gguf/*"))) == 1  # converted once
 
 

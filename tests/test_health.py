@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lockstep import checkpoints
-from lockstep.health import REARM, RULES, Finding, Health, moving_mean, standard_error
 from lockstep.interfaces import Algorithm
+from lockstep.reporting.health import REARM, RULES, Finding, Health, moving_mean, standard_error
+from lockstep.storage.files import read_json
 from lockstep_rlhf.ppo import PPO
 from runs import PPO_ONLY, tiny
 
@@ -158,7 +158,7 @@ ALONE = [
 
 
 def findings(run: Path) -> list[dict]:
-    stage = checkpoints.read_json(run / "run.json")["stages"]["ppo"]
+    stage = read_json(run / "run.json")["stages"]["ppo"]
     rows = [json.loads(line) for line in (run.parent / stage["folder"] / "health.jsonl").read_text().splitlines()]
     assert stage["health"] == rows
     return rows

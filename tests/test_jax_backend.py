@@ -17,12 +17,12 @@ jax = pytest.importorskip("jax")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lockstep import losses, randomness  # noqa: E402
-from lockstep.architecture import scalar_head  # noqa: E402
 from lockstep.errors import CheckpointError, ConfigError  # noqa: E402
 from lockstep.interfaces import Term  # noqa: E402
-from lockstep.optimisation import OptimizerConfig  # noqa: E402
-from lockstep.sequences import Sequences, join, pack  # noqa: E402
+from lockstep.learning import losses, randomness  # noqa: E402
+from lockstep.learning.optimisation import OptimizerConfig  # noqa: E402
+from lockstep.models.architecture import scalar_head  # noqa: E402
+from lockstep.text.sequences import Sequences, join, pack  # noqa: E402
 from lockstep_jax import generation, learner, model, products  # noqa: E402
 from lockstep_jax.backend import JaxBackend  # noqa: E402
 from lockstep_jax.policies import HuggingFace  # noqa: E402

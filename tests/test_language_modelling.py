@@ -9,7 +9,7 @@ import pytest
 
 from conftest import CONSTANT, relative, spy
 from lockstep.errors import ConfigError
-from lockstep.sequences import pack
+from lockstep.text.sequences import pack
 
 
 @pytest.fixture

@@ -23,13 +23,14 @@ from transformers import (
 )
 
 from conftest import BACKENDS, relative
-from lockstep import adapters, checkpoints
-from lockstep.configuration import parse
+from lockstep.config.schema import parse
 from lockstep.errors import CheckpointError, ConfigError
 from lockstep.interfaces import Term
-from lockstep.optimisation import OptimizerConfig
+from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.models import adapters
 from lockstep.registry import registry
-from lockstep.sequences import pack
+from lockstep.storage.files import read_json, write_json
+from lockstep.text.sequences import pack
 from lockstep_rlhf.language_modelling import NextTokenLoss
 
 NO_TOKENIZER = dict.fromkeys(("path", "eos_token", "pad_token", "chat_template"))
@@ -79,7 +80,7 @@ def lora(backend, base: Path, **changes):
 
 
 def family(base: Path) -> str:
-    return checkpoints.read_json(base / "config.json")["model_type"]
+    return read_json(base / "config.json")["model_type"]
 
 
 def load(backend, folder, name="lora"):
@@ -262,8 +263,8 @@ def test_a_target_that_is_no_layer_is_named_with_those_that_are(backend, bases):
 @pytest.mark.parametrize(("key", "value"), [("use_dora", True), ("init_lora_weights", "pissa"), ("revision", "v2")])
 def test_a_variant_of_lora_is_refused_by_name(backend, bases, tmp_path, key, value):
     lora(backend, bases["llama"]).save(tmp_path)
-    settings = checkpoints.read_json(tmp_path / "adapter_config.json")
-    checkpoints.write_json(tmp_path / "adapter_config.json", settings | {key: value})
+    settings = read_json(tmp_path / "adapter_config.json")
+    write_json(tmp_path / "adapter_config.json", settings | {key: value})
     with pytest.raises(CheckpointError, match=f"uses {key}={value!r}, which is not supported"):
         load(backend, tmp_path)
 
@@ -282,7 +283,7 @@ def test_a_target_in_one_block_alone_is_refused(backend, bases):
 
 def test_an_adapter_of_another_shape_is_refused(backend, bases, tmp_path):
     lora(backend, bases["llama"]).save(tmp_path)
-    settings = checkpoints.read_json(tmp_path / "adapter_config.json")
-    checkpoints.write_json(tmp_path / "adapter_config.json", settings | {"target_modules": ["q_proj", "o_proj"]})
+    settings = read_json(tmp_path / "adapter_config.json")
+    write_json(tmp_path / "adapter_config.json", settings | {"target_modules": ["q_proj", "o_proj"]})
     with pytest.raises(CheckpointError, match="does not fit its base: .*lora_A"):
         load(backend, tmp_path)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from lockstep import losses
+from lockstep.learning import losses
 from lockstep_rlhf.language_modelling import NextTokenLoss
 from lockstep_rlhf.ppo import PPOLoss
 from lockstep_rlhf.reward_modelling import RankingLoss

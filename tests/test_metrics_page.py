@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lockstep import checkpoints
-from lockstep.health import RULES
-from lockstep.runner import flatten
+from lockstep.reporting.health import RULES
+from lockstep.runs.runner import flatten
+from lockstep.storage.files import read_json
 from runs import tiny
 
 PAGE = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -43,7 +43,7 @@ def run(tmp_path_factory):
 
 
 def stages(run):
-    return [run.parent / stage["folder"] for stage in checkpoints.read_json(run / "run.json")["stages"].values()]
+    return [run.parent / stage["folder"] for stage in read_json(run / "run.json")["stages"].values()]
 
 
 def rows(stage):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lockstep.errors import DataError
-from lockstep.nouns import Prompt
+from lockstep.types import Prompt
 from lockstep_miniature import responses
 from lockstep_miniature.dice import Dice
 from lockstep_miniature.gold import MAX_GOLD

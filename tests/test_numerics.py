@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from lockstep import numerics
+from lockstep.learning import numerics
+from lockstep.text.stopping import ends_with_stop
 
 T, F = True, False
 
@@ -142,9 +143,9 @@ def test_fixed_kl_coefficient_never_moves():
 def test_finished_means_that_the_last_counted_token_is_a_configured_stop_token():
     responses = np.array([[5, 9, 0, 0], [9, 5, 0, 0], [5, 8, 0, 0], [5, 5, 5, 9], [9, 9, 9, 9]])
     counts = mask([T, T, F, F], [T, T, F, F], [T, T, F, F], [T, T, T, T], [F, F, F, F])
-    assert numerics.ends_with_stop(responses, counts, [9]).tolist() == [T, F, F, T, F]
-    assert numerics.ends_with_stop(responses, counts, [8]).tolist() == [F, F, T, F, F]
-    assert numerics.ends_with_stop(responses, counts, [8, 9]).tolist() == [T, F, T, T, F]
+    assert ends_with_stop(responses, counts, [9]).tolist() == [T, F, F, T, F]
+    assert ends_with_stop(responses, counts, [8]).tolist() == [F, F, T, F, F]
+    assert ends_with_stop(responses, counts, [8, 9]).tolist() == [T, F, T, T, F]
 
 
 def test_the_score_of_an_unfinished_response_is_replaced_not_reduced():

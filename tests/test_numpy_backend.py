@@ -18,10 +18,11 @@ pytest.importorskip("hatchling")
 pytest.importorskip("torch")
 
 from conftest import ARCHITECTURE, BACKENDS, head
-from lockstep import checkpoints
-from lockstep.architecture import initial_parameters, to_hf
-from lockstep.configuration import parse
+from lockstep.config.schema import parse
+from lockstep.models.architecture import initial_parameters, to_hf
 from lockstep.registry import registry
+from lockstep.storage.files import read_json, write_json
+from lockstep.storage.weights import write_tensors
 from runs import DECODER, TINY, tiny
 from test_parity import ADAM, dropout_term, ppo_term, rollout
 
@@ -111,7 +112,7 @@ def test_the_pipeline_ends_with_the_evaluation_of_torch(runs):
     found = {}
     for name, stages in runs.items():
         (file,) = stages.glob("evaluate-*/output/evaluation.json")
-        found[name] = checkpoints.read_json(file)["splits"]["heldout"]
+        found[name] = read_json(file)["splits"]["heldout"]
     for policy in ("pretrain", "sft", "ppo", "ppo_ptx"):
         for measure, interval in found["torch"][policy].items():
             mean = found["numpy"][policy][measure]["mean"]
@@ -126,8 +127,8 @@ def both(site, tmp_path_factory):
     """For each backend: itself, and a function that loads a fresh policy."""
     folder = tmp_path_factory.mktemp("policy")
     parameters = initial_parameters(ARCHITECTURE, 3)
-    checkpoints.write_tensors(folder / "model.safetensors", {n: p * (10 if p.ndim > 1 else 1) for n, p in parameters.items()})
-    checkpoints.write_json(folder / "config.json", to_hf(ARCHITECTURE))
+    write_tensors(folder / "model.safetensors", {n: p * (10 if p.ndim > 1 else 1) for n, p in parameters.items()})
+    write_json(folder / "config.json", to_hf(ARCHITECTURE))
     registry()  # filled before the path is changed: other tests do not see this backend
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(site)

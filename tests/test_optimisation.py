@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from lockstep import losses
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Term
-from lockstep.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
-from lockstep.sequences import pack
+from lockstep.learning import losses
+from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
+from lockstep.text.sequences import pack
 
 ADAM = OptimizerConfig(
     learning_rate=1e-2, betas=(0.9, 0.999), eps=1e-3, tf_style=False, weight_decay=0.0, max_grad_norm=None, ema_decay=None

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from conftest import Data
-from lockstep import losses, numerics
-from lockstep.encoding import token_weights
-from lockstep.nouns import Comparison, Demonstration, Prompt
-from lockstep.optimisation import OptimizerConfig
+from lockstep.learning import losses, numerics
+from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.text.encoding import token_weights
+from lockstep.text.stopping import ends_with_stop
+from lockstep.types import Comparison, Demonstration, Prompt
 from lockstep_rlhf.ppo import PPOLoss
 
 FIXTURES = Path(__file__).parent / "fixtures" / "outsiders"
@@ -241,7 +242,7 @@ class NPlus:
         before = np.cumsum(responses == self.settings["eos"], axis=1) - (responses == self.settings["eos"])
         self.mask = before == 0
         self.one_more = self.mask | (np.cumsum(~self.mask, axis=1) == 1)
-        finished = numerics.ends_with_stop(responses, self.mask, [self.settings["eos"]])
+        finished = ends_with_stop(responses, self.mask, [self.settings["eos"]])
         self.scores = numerics.replace_unfinished(self.x["scores"], finished, self.settings["unfinished_score"])
         self.kl = numerics.k1(self.x["old_logprobs"], self.x["ref_logprobs"], self.mask)
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from conftest import CONSTANT, configure, relative, spy
-from lockstep import encoding
-from lockstep.encoding import Example, Lengths
 from lockstep.errors import ConfigError
 from lockstep.registry import registry
-from lockstep.sequences import Sequences, first_fit, pack, share_rows
+from lockstep.text import encoding
+from lockstep.text.encoding import Example, Lengths
+from lockstep.text.sequences import Sequences, first_fit, pack, share_rows
 
 PAD = 36
 EXAMPLES = [Example([5, 1], [2, 3, 35]), Example([7], [8, 35]), Example([4, 4, 9], [6, 1, 30, 35])]

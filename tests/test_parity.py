@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 
 from conftest import ARCHITECTURE, BACKENDS, head
-from lockstep import checkpoints, randomness
-from lockstep.architecture import RopeScaling, initial_parameters, to_hf
-from lockstep.configuration import parse
+from lockstep.config.schema import parse
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import Dropout, Term
-from lockstep.optimisation import OptimizerConfig
+from lockstep.learning import randomness
+from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.models.architecture import RopeScaling, initial_parameters, to_hf
 from lockstep.registry import registry
-from lockstep.sequences import join, left_pad, pack
+from lockstep.storage.files import read_json, write_json
+from lockstep.storage.weights import write_tensors
+from lockstep.text.sequences import join, left_pad, pack
 from lockstep_rlhf.language_modelling import NextTokenLoss
 from lockstep_rlhf.ppo import PPOLoss
 
@@ -27,8 +29,8 @@ ADAM = OptimizerConfig(1e-3, (0.9, 0.95), 1e-5, False, 0.1, 1.0, None)
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("policy")
     parameters = initial_parameters(ARCHITECTURE, 3)
-    checkpoints.write_tensors(path / "model.safetensors", {n: p * (10 if p.ndim > 1 else 1) for n, p in parameters.items()})
-    checkpoints.write_json(path / "config.json", to_hf(ARCHITECTURE))
+    write_tensors(path / "model.safetensors", {n: p * (10 if p.ndim > 1 else 1) for n, p in parameters.items()})
+    write_json(path / "config.json", to_hf(ARCHITECTURE))
     return path
 
 
@@ -104,8 +106,8 @@ SCALED = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_fac
 def test_a_checkpoints_pad_token_is_learned_like_any_other(folder, tmp_path, modules, changes):
     """transformers makes its embedding deaf to gradients; SmolLM2's is the token that ends a turn. With scaled rotation torch
     runs transformers' modules."""
-    config = checkpoints.read_json(folder / "config.json")
-    checkpoints.write_json(tmp_path / "config.json", config | {"pad_token_id": 35} | changes)
+    config = read_json(folder / "config.json")
+    write_json(tmp_path / "config.json", config | {"pad_token_id": 35} | changes)
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     sequences = pack([[5, 35, 6]] * 2, [[7, 35], [35, 8, 35]], 36, prompt_columns=4)
     term = Term(NextTokenLoss(), sequences, {"weights": (sequences.mask / sequences.mask.sum()).astype(np.float32)})
@@ -178,8 +180,8 @@ def test_dropout_is_the_documented_bits(both):
 def test_torch_refuses_a_checkpoint_whose_switches_its_decoder_would_ignore(change, tmp_path):
     pytest.importorskip("torch")
     other = replace(ARCHITECTURE, **change)
-    checkpoints.write_json(tmp_path / "config.json", to_hf(other))
-    checkpoints.write_tensors(tmp_path / "model.safetensors", initial_parameters(other, 0))
+    write_json(tmp_path / "config.json", to_hf(other))
+    write_tensors(tmp_path / "model.safetensors", initial_parameters(other, 0))
     cls = registry().resolve("backend", "torch", "torch")
     backend = cls(parse(cls.Config, BACKENDS["torch"], "backend"))
     with pytest.raises(CheckpointError, match="not a small decoder: open it with policy=huggingface"):
@@ -224,13 +226,13 @@ def test_large_vocabularies_are_scored_some_positions_at_a_time(both, name, monk
 
 def test_a_checkpoint_keeps_what_its_configuration_says(folder, tmp_path):
     """Torch, policy=huggingface: a model that the lean decoder runs is saved with the config.json it came with."""
-    config = checkpoints.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     (tmp_path / "given").mkdir()
-    checkpoints.write_json(tmp_path / "given" / "config.json", config | {"eos_token_id": 35, "bos_token_id": 1})
+    write_json(tmp_path / "given" / "config.json", config | {"eos_token_id": 35, "bos_token_id": 1})
     (tmp_path / "given" / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     cls = registry().resolve("backend", "torch", "torch")
     backend = cls(parse(cls.Config, BACKENDS["torch"], "backend"))
     policy = registry().resolve("policy", "huggingface", "torch").load(tmp_path / "given", backend)
     policy.copy().save(tmp_path / "saved")
-    saved = checkpoints.read_json(tmp_path / "saved" / "config.json")
+    saved = read_json(tmp_path / "saved" / "config.json")
     assert (saved["eos_token_id"], saved["bos_token_id"], saved["architectures"]) == (35, 1, ["LlamaForCausalLM"])

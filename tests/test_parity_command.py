@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 import conftest
-from lockstep import randomness
+from lockstep.checking.parity import parity, print_summary
+from lockstep.checking.parity.differences import Step, compare_crossings, distance
+from lockstep.checking.parity.march import March, split
+from lockstep.checking.tap import Evaluation, Generation
 from lockstep.cli import main
 from lockstep.errors import ConfigError, Stopped
 from lockstep.interfaces import Generated
-from lockstep.parity import parity, print_summary
-from lockstep.parity.differences import Step, compare_crossings, distance
-from lockstep.parity.march import March, split
-from lockstep.sequences import pack
-from lockstep.tap import Evaluation, Generation
+from lockstep.learning import randomness
+from lockstep.text.sequences import pack
 from runs import DECODER, PPO_ONLY, TINY
 
 SMALL = [*TINY, *DECODER, "torch.threads=1", "jax.compilation_cache=null"]
@@ -197,7 +197,7 @@ def test_no_step_is_no_comparison():
 
 def test_what_was_measured_before_ctrl_c_is_written(tmp_path, monkeypatch):
     pytest.importorskip("torch"), pytest.importorskip("jax")
-    from lockstep.parity import march
+    from lockstep.checking.parity import march
 
     original = march.compare_parameters
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from conftest import CONSTANT, Data, NoTexts, Scored, configure, gradients, head, relative, same, spy
-from lockstep import losses
 from lockstep.errors import ConfigError, MissingData, RewardError
 from lockstep.interfaces import Generated, Term
-from lockstep.nouns import Prompt
-from lockstep.sequences import pack
+from lockstep.learning import losses
+from lockstep.text.sequences import pack
+from lockstep.types import Prompt
 from lockstep_rlhf.ppo import Clock
 
 SMALL = {"iterations": 3, "batch_size": 8, "epochs": 1, "temperature": 0.7, "schedule": CONSTANT}

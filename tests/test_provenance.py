@@ -9,8 +9,8 @@ from importlib.metadata import version
 
 import pytest
 
-from lockstep import provenance
-from lockstep.provenance import code_state, git_state
+from lockstep.reporting import provenance
+from lockstep.reporting.provenance import code_state, git_state
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 IDENTITY = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]

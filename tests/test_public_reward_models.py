@@ -10,17 +10,17 @@ import pytest
 import tokenizers
 
 from conftest import BACKENDS, WORDS
-from lockstep import checkpoints
-from lockstep.assembly import Assembly
-from lockstep.cli import run_config
-from lockstep.composition import compose
-from lockstep.configuration import parse
+from lockstep.commands.run import run_config
+from lockstep.config.compose import compose
+from lockstep.config.schema import parse
 from lockstep.errors import CheckpointError, ConfigError
-from lockstep.experiment import Experiment
 from lockstep.interfaces import Responses
-from lockstep.nouns import Message, Prompt
 from lockstep.registry import registry
-from lockstep.sequences import pack
+from lockstep.runs.assembly import Assembly
+from lockstep.runs.experiment import Experiment
+from lockstep.storage.files import read_json
+from lockstep.text.sequences import pack
+from lockstep.types import Message, Prompt
 from lockstep_rlhf.reward_models.learned import Learned
 from runs import DECODER, TINY
 
@@ -274,7 +274,7 @@ def test_ppo_runs_against_a_public_reward_model_and_says_where_its_value_network
     overrides = ["~stages", f"+stages={stages}", f"reward_model.source={tmp_path / 'public'}", "algorithm.iterations=1"]
     with caplog.at_level("INFO", logger="lockstep"):
         run = run_config(compose([*TINY, *DECODER, *overrides, "backend.threads=1", f"folder={tmp_path / 'runs'}"]), "test")
-    folder = run.parent / checkpoints.read_json(run / "run.json")["stages"]["ppo"]["folder"]
+    folder = run.parent / read_json(run / "run.json")["stages"]["ppo"]["folder"]
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     assert np.isfinite(row["objective/score"]) and row["objective/dropped"] == 0
     assert "the value network starts from the policy with a zero head; algorithm.value_network=shared" in caplog.text

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lockstep import randomness
+from lockstep.learning import randomness
 
 
 def test_hash_is_the_finaliser_of_murmur3():

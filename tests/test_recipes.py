@@ -7,12 +7,12 @@ import json
 import pytest
 import tokenizers
 
-from lockstep import dry_run
-from lockstep.cli import run_command
-from lockstep.composition import compose
+from lockstep.commands import run as run_command
+from lockstep.config.compose import compose
 from lockstep.errors import ConfigError, DataError, LockstepError
-from lockstep.experiment import Experiment
-from lockstep.tokenizer import Tokenizer
+from lockstep.runs import dry_run
+from lockstep.runs.experiment import Experiment
+from lockstep.text.tokenizer import Tokenizer
 
 # Columns and types as the data sets' own pages list them.
 
@@ -112,7 +112,7 @@ def dry(tmp_path, policy, capsys, monkeypatch):
 
     def dry(*arguments):
         before = sorted(tmp_path.rglob("*"))
-        run_command(["--dry-run", f"policy.path={policy}", "policy.tokenizer.path=null", *arguments])
+        run_command.run(None, ["--dry-run", f"policy.path={policy}", "policy.tokenizer.path=null", *arguments])
         assert sorted(tmp_path.rglob("*")) == before
         return " ".join(capsys.readouterr().out.split())
 
@@ -158,7 +158,7 @@ def test_instructgpts_own_numbers(dry, write):
 
 
 def test_the_ensemble(capsys):
-    run_command(["--dry-run", "experiment=ensemble", "data.texts=60", "data.demonstrations=60", "data.comparisons=40"])
+    run_command.run(None, ["--dry-run", "experiment=ensemble", "data.texts=60", "data.demonstrations=60", "data.comparisons=40"])
     assert "reward_2 would run" in " ".join(capsys.readouterr().out.split())
 
 
@@ -179,7 +179,9 @@ def test_a_policy_that_is_not_there_is_told(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     with pytest.raises(ConfigError, match="There is no folder models/smollm3, and no hub id looks like that"):
-        run_command(["--dry-run", "experiment=hh", "policy.path=models/smollm3", f"data.comparisons={source(write(hh))}"])
+        run_command.run(
+            None, ["--dry-run", "experiment=hh", "policy.path=models/smollm3", f"data.comparisons={source(write(hh))}"]
+        )
 
 
 def test_the_hub_is_asked_for_the_first_rows_only(dry, monkeypatch):
@@ -212,7 +214,7 @@ def test_without_a_network_it_says_what_is_not_checked(dry, monkeypatch):
 
 def test_a_sweep_has_no_dry_run():
     with pytest.raises(ConfigError, match="A dry run is of one run, not of a sweep: leave out -m"):
-        run_command(["--dry-run", "-m", "seed=0,1"])
+        run_command.run(None, ["--dry-run", "-m", "seed=0,1"])
 
 
 @pytest.mark.parametrize("name", ["tldr", "ultrafeedback", "instructgpt_paper", "hh", "ensemble"])

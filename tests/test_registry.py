@@ -160,7 +160,7 @@ def test_what_is_installed_here_registers_without_conflict():
 
 def test_importing_lockstep_and_every_manifest_imports_neither_torch_nor_jax():
     code = (
-        "import sys, lockstep, lockstep.cli, lockstep.runner, lockstep.losses, lockstep.numerics\n"
+        "import sys, lockstep, lockstep.cli, lockstep.runs.runner, lockstep.learning.losses, lockstep.learning.numerics\n"
         "from lockstep.registry import registry\n"
         "assert list(registry()) and not registry().broken\n"
         "import lockstep_rlhf.ppo, lockstep_rlhf.reward_modelling\n"

@@ -22,8 +22,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lockstep import checkpoints, store
 from lockstep.errors import CheckpointError, ConfigError, Stopped
+from lockstep.runs import store
+from lockstep.storage import weights as storage_weights
+from lockstep.storage.files import read_json
+from lockstep.storage.weights import write_tensors
 from runs import DECODER, PPO_ONLY, TINY, tiny
 from test_runs import lines, output, weights
 from test_tracking import history, run_record
@@ -176,7 +179,7 @@ KILLED_BEFORE_EVERY_THIRD_RENAME = """
 
     # Once, before the forks: each is a process whose imports are done.
     import lockstep_rlhf.language_modelling, lockstep_torch.learner, lockstep_torch.policies, torch._dynamo
-    from lockstep.composition import compose
+    from lockstep.config.compose import compose
     compose([])
 
     folder, options = Path(sys.argv[1]), sys.argv[2:]
@@ -243,7 +246,7 @@ def test_two_processes_of_one_run_share_the_work(tmp_path):
     assert sum("waiting for process" in text for text in printed) <= 1
     (run,) = tmp_path.glob("instructgpt-*")
     assert [row["step"] for row in lines(run, "sft")] == list(range(9))
-    assert checkpoints.read_json(run / "run.json")["status"] == "done"
+    assert read_json(run / "run.json")["status"] == "done"
 
 
 # --------------------------------------------------------------------------------------------------------- damage
@@ -287,7 +290,7 @@ def test_any_damage_to_a_checkpoint_is_noticed(tmp_path, caplog, name, damage):
     folder = store.StageFolder(tmp_path)
     for step in (1, 2):
         tensors = {"w": np.full(5, step, np.float32)}
-        write = lambda path, tensors=tensors: checkpoints.write_tensors(path / "learner.safetensors", tensors)  # noqa: E731
+        write = lambda path, tensors=tensors: write_tensors(path / "learner.safetensors", tensors)  # noqa: E731
         folder.save(step, write, {"kl_coef": step + 0.25})
     damage(tmp_path / "checkpoints" / "00000002" / name)
     read = []
@@ -310,7 +313,7 @@ def test_a_half_written_checkpoint_does_not_count_and_is_removed(tmp_path):
 
 def test_a_full_disk_keeps_the_checkpoint_before_it_and_says_so(begun, monkeypatch, torch_whole):
     whole, options = torch_whole[0], [*torch_whole[1], "checkpoint_every=2"]
-    real = checkpoints.save_file
+    real = storage_weights.save_file
     full = {"now": False}
 
     def save_file(tensors, path, **rest):
@@ -326,7 +329,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_it_and_says_so(begun, monkeypat
         full["now"] = number == 3
         return step(self, number)
 
-    monkeypatch.setattr(checkpoints, "save_file", save_file)
+    monkeypatch.setattr(storage_weights, "save_file", save_file)
     monkeypatch.setattr(PPO, "step", filling)
     with pytest.raises(CheckpointError, match="No space left on device.*Make room and run the same command again"):
         tiny(begun, *options)
@@ -347,7 +350,7 @@ def test_a_run_stopped_in_its_last_step_trains_no_more_and_keeps_its_last_metric
     run = tiny(begun, *options)
     assert "ppo goes on at step 6 of 6" in caplog.text
     assert_same(run, whole)
-    done = checkpoints.read_json(output(run, "ppo").parent / "done.json")
+    done = read_json(output(run, "ppo").parent / "done.json")
     assert done["metrics"]["objective/score"] == lines(run, "ppo")[-1]["objective/score"]
 
 
@@ -408,7 +411,7 @@ def test_going_on_with_other_libraries_warns(begun, monkeypatch, caplog, torch_w
 
 def test_a_lock_is_waited_for_and_taken_over_from_a_process_that_died(tmp_path, caplog):
     caplog.set_level("INFO", "lockstep")
-    code = "import sys, time; from pathlib import Path; from lockstep.store import hold\nwith hold(Path(sys.argv[1])): "
+    code = "import sys, time; from pathlib import Path; from lockstep.runs.store import hold\nwith hold(Path(sys.argv[1])): "
     code += "print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout.readline() == "held\n"

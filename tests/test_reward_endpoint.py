@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lockstep.configuration import parse
+from lockstep.config.schema import parse
 from lockstep.errors import ConfigError, RewardError
 from lockstep.interfaces import Responses
-from lockstep.nouns import Message, Prompt
+from lockstep.types import Message, Prompt
 from lockstep_rlhf.reward_models import endpoint as module
 from lockstep_rlhf.reward_models.endpoint import Endpoint
 

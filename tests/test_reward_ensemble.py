@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from conftest import Scored
-from lockstep.cli import run_config
-from lockstep.composition import compose
+from lockstep.commands.run import run_config
+from lockstep.config.compose import compose
 from lockstep.errors import ConfigError
-from lockstep.experiment import Experiment
 from lockstep.interfaces import Responses
-from lockstep.nouns import Prompt
+from lockstep.runs.experiment import Experiment
+from lockstep.types import Prompt
 from lockstep_rlhf.reward_models.ensemble import Ensemble
 from runs import DECODER, TINY
 

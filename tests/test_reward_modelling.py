@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from conftest import CONSTANT, Data, relative
-from lockstep.architecture import scalar_head
 from lockstep.errors import MissingData
-from lockstep.nouns import Comparison, Prompt
-from lockstep.sequences import pack
+from lockstep.models.architecture import scalar_head
+from lockstep.text.sequences import pack
+from lockstep.types import Comparison, Prompt
 
 LN2 = 0.69314718
 

@@ -14,9 +14,9 @@ import tokenizers
 from conftest import head, made_by_a_stage
 from lockstep.errors import ConfigError, RewardError
 from lockstep.interfaces import Responses
-from lockstep.nouns import Prompt
-from lockstep.sequences import pack
-from lockstep.tokenizer import Tokenizer
+from lockstep.text.sequences import pack
+from lockstep.text.tokenizer import Tokenizer
+from lockstep.types import Prompt
 from lockstep_rlhf.reward_models.function import Function
 
 # ------------------------------------------------------------------------------------------------------ reward functions

@@ -7,27 +7,29 @@ import sys
 import numpy as np
 import pytest
 
-from lockstep import checkpoints, store
-from lockstep.cli import run_config
-from lockstep.composition import compose
-from lockstep.console import Console
+from lockstep.commands.run import run_config
+from lockstep.config.compose import compose
 from lockstep.errors import ConfigError
-from lockstep.experiment import Experiment
-from lockstep.runner import Runner
+from lockstep.reporting.console import Console
+from lockstep.runs import store
+from lockstep.runs.experiment import Experiment
+from lockstep.runs.runner import Runner
+from lockstep.storage.files import read_json
+from lockstep.storage.weights import read_weights
 from runs import DECODER, PPO_ONLY, TINY, tiny
 
 
 def lines(run, stage, name="metrics"):
-    folder = run.parent / checkpoints.read_json(run / "run.json")["stages"][stage]["folder"]
+    folder = run.parent / read_json(run / "run.json")["stages"][stage]["folder"]
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
 def output(run, stage):
-    return run.parent / checkpoints.read_json(run / "run.json")["stages"][stage]["folder"] / "output"
+    return run.parent / read_json(run / "run.json")["stages"][stage]["folder"] / "output"
 
 
 def weights(run, stage):
-    return checkpoints.read_weights(output(run, stage))
+    return read_weights(output(run, stage))
 
 
 @pytest.fixture(scope="module", params=["torch", "jax"])
@@ -36,7 +38,7 @@ def pipeline(request, tmp_path_factory):
 
 
 def test_pipeline_records_every_stage_in_a_folder_that_explains_itself(pipeline):
-    record = checkpoints.read_json(pipeline / "run.json")
+    record = read_json(pipeline / "run.json")
     assert record["status"] == "done"
     assert list(record["stages"]) == ["pretrain", "sft", "reward", "ppo", "ppo_ptx", "evaluate"]
     assert all(stage["status"] == "done" for stage in record["stages"].values())
@@ -49,7 +51,7 @@ def test_pipeline_records_every_stage_in_a_folder_that_explains_itself(pipeline)
 
 
 def test_pipeline_evaluates_every_policy_with_intervals(pipeline):
-    evaluation = checkpoints.read_json(output(pipeline, "evaluate") / "evaluation.json")
+    evaluation = read_json(output(pipeline, "evaluate") / "evaluation.json")
     assert list(evaluation["splits"]["heldout"]) == ["pretrain", "sft", "ppo", "ppo_ptx"]
     gold = evaluation["splits"]["heldout"]["ppo"]["gold"]
     assert gold["low"] <= gold["mean"] <= gold["high"] and gold["n"] == 6
@@ -79,16 +81,16 @@ def test_outputs_open_in_transformers(pipeline):
 
 
 def test_backends_write_checkpoints_that_the_other_continues(tmp_path, pipeline):
-    name = checkpoints.read_json(pipeline / "run.json")["backend"]["name"]
+    name = read_json(pipeline / "run.json")["backend"]["name"]
     other = {"torch": "jax", "jax": "torch"}[name]
     source = output(pipeline, "sft")
     stages = ["~stages.pretrain", "~stages.reward", "~stages.ppo", "stages.sft.policy=new"]
     run = tiny(tmp_path, f"backend={other}", *PPO_ONLY, *stages, policy=["policy=huggingface", f"policy.path={source}"])
-    assert checkpoints.read_json(run / "run.json")["status"] == "done"
+    assert read_json(run / "run.json")["status"] == "done"
 
 
 def test_the_same_command_again_trains_nothing(pipeline, capsys):
-    record = checkpoints.read_json(pipeline / "run.json")
+    record = read_json(pipeline / "run.json")
     before = {p: p.stat().st_mtime_ns for p in pipeline.parent.glob("stages/*/metrics.jsonl")}
     again = tiny(pipeline.parent, f"backend={record['backend']['name']}")
     assert again == pipeline
@@ -96,15 +98,15 @@ def test_the_same_command_again_trains_nothing(pipeline, capsys):
 
 
 def test_a_changed_kl_coefficient_shares_the_stages_before_ppo(pipeline):
-    name = checkpoints.read_json(pipeline / "run.json")["backend"]["name"]
+    name = read_json(pipeline / "run.json")["backend"]["name"]
     changed = tiny(pipeline.parent, f"backend={name}", "algorithm.kl_coef=0.5", "~stages.ppo_ptx", "~stages.evaluate")
-    old, new = (checkpoints.read_json(run / "run.json")["stages"] for run in (pipeline, changed))
+    old, new = (read_json(run / "run.json")["stages"] for run in (pipeline, changed))
     assert all(old[stage]["folder"] == new[stage]["folder"] for stage in ("pretrain", "sft", "reward"))
     assert old["ppo"]["folder"] != new["ppo"]["folder"]
 
 
 def test_the_hh_recipe_runs_on_a_checkpoint_and_a_file_of_whole_dialogues(pipeline, tmp_path):
-    name = checkpoints.read_json(pipeline / "run.json")["backend"]["name"]
+    name = read_json(pipeline / "run.json")["backend"]["name"]
     answers = [("zib is red .", "no ."), ("it is blue .", "go away ."), ("i am sorry .", "red red red")]
     rows = []
     for i in range(12):
@@ -120,7 +122,7 @@ def test_the_hh_recipe_runs_on_a_checkpoint_and_a_file_of_whole_dialogues(pipeli
         "evaluation.prompts=4", "evaluation.batch_size=4",
     ]  # fmt: skip
     run = run_config(compose(overrides), "test")
-    evaluation = checkpoints.read_json(output(run, "evaluate") / "evaluation.json")
+    evaluation = read_json(output(run, "evaluate") / "evaluation.json")
     assert list(evaluation["splits"]["heldout"]) == ["sft", "ppo"]
     assert "score" in evaluation["splits"]["heldout"]["ppo"] and "gold" not in evaluation["splits"]["heldout"]["ppo"]
     assert 0 <= evaluation["reward_model"]["accuracy/training_labelers"]["mean"] <= 1
@@ -210,7 +212,7 @@ def test_a_stage_is_made_anew_when_its_reward_function_has_changed(tmp_path, mon
 def test_responses_without_a_score_are_left_out_of_the_evaluation(tmp_path):
     options = ["reward_model=function", "reward_model.function=reward_functions:sometimes", "reward_model.on_failure=drop"]
     run = tiny(tmp_path, "~stages.reward", "~stages.ppo_ptx", "evaluation.texts=0", *options)
-    measures = checkpoints.read_json(output(run, "evaluate") / "evaluation.json")["splits"]["heldout"]["ppo"]
+    measures = read_json(output(run, "evaluate") / "evaluation.json")["splits"]["heldout"]["ppo"]
     assert np.isfinite(measures["score"]["mean"]) and 0 < measures["score"]["n"] < 6
     assert "text_loss" not in measures
 
@@ -272,7 +274,7 @@ def test_stages_are_recorded_in_weights_and_biases_offline_and_name_their_inputs
     """Read with W&B's own reader."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tiny(tmp_path, *PPO_ONLY, "tracker=wandb", "algorithm.iterations=2", "backend.threads=1")
-    stages = checkpoints.read_json(run / "run.json")["stages"]
+    stages = read_json(run / "run.json")["stages"]
     for stage, kind, inputs in (
         ("sft", "policy", ["pretrain"]),
         ("reward", "reward_model", ["sft"]),

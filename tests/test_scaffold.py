@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.checking.scaffold import TEMPLATES, class_name, new_plugin, package
 from lockstep.errors import ConfigError
-from lockstep.scaffold import TEMPLATES, class_name, new_plugin, package
 from test_plugins import edited, install, lockstep, python, run, write
 
 ROOT = Path(__file__).parents[1]

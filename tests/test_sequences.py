@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from lockstep import encoding
-from lockstep.encoding import Example, Fit, Lengths
 from lockstep.errors import DataError
-from lockstep.nouns import Comparison, Demonstration, Message, Prompt
-from lockstep.sequences import chunks, in_chunks, join, left_pad, pack, right_pad, round_up
+from lockstep.text import encoding
+from lockstep.text.encoding import Example, Lengths
+from lockstep.text.sequences import chunks, in_chunks, join, left_pad, pack, right_pad, round_up
+from lockstep.types import Comparison, Demonstration, Fit, Message, Prompt
 
 PAD = 99
 T, F = True, False

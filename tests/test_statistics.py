@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lockstep.compare import statistics
+from lockstep.reporting.compare import statistics
 
 RLIABLE = json.loads((Path(__file__).parent / "fixtures" / "outsiders" / "rliable.json").read_text())["cases"]
 

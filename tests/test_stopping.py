@@ -12,13 +12,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from conftest import Data, Scored
 from lockstep.builtin import CONF
-from lockstep.configuration import parse
+from lockstep.config.schema import parse
 from lockstep.errors import ConfigError
-from lockstep.evaluation import EvaluationConfig, Evaluator
 from lockstep.interfaces import Generated
-from lockstep.sequences import join, left_pad, right_pad
-from lockstep.stopping import Stops
-from lockstep.tokenizer import Tokenizer
+from lockstep.runs.evaluation import EvaluationConfig, Evaluator
+from lockstep.text.sequences import join, left_pad, right_pad
+from lockstep.text.stopping import Stops
+from lockstep.text.tokenizer import Tokenizer
 
 EOS, TURN = "</s>", "<end_of_turn>"
 TEXT = "Grass is green.\n\nHuman: Why? ⛺数\nThat is\nall."

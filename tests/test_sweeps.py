@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lockstep import checkpoints, sweeps
-from lockstep.cli import run_config
-from lockstep.composition import compose
+from lockstep.commands.run import run_config
+from lockstep.config.compose import compose
 from lockstep.errors import ConfigError
-from lockstep.sweeps import SweepFolder, last_words, objective
+from lockstep.runs import sweeps
+from lockstep.runs.sweeps import SweepFolder, last_words, objective
+from lockstep.storage.files import read_json
 from runs import DECODER, TINY, tiny
 from test_runs import lines
 
@@ -157,10 +158,10 @@ def report(folder, runs):
     timed = lambda row: {k: v for k, v in row.items() if not k.startswith("perf/") and k != "seconds"}  # noqa: E731
     content = {}
     for name in runs:
-        evaluation = checkpoints.read_json(folder / name / "run.json")["stages"]["evaluate"]["folder"]
+        evaluation = read_json(folder / name / "run.json")["stages"]["evaluate"]["folder"]
         content[name] = (
             {stage: [timed(row) for row in lines(folder / name, stage)] for stage in ("pretrain", "sft", "reward", "ppo")},
-            checkpoints.read_json(folder / evaluation / "output" / "evaluation.json"),
+            read_json(folder / evaluation / "output" / "evaluation.json"),
         )
     return content
 
@@ -377,7 +378,7 @@ def test_last_words_are_the_error_or_the_last_lines():
 
 
 def test_many_processes_write_one_record(tmp_path):
-    code = "import sys; from pathlib import Path; from lockstep.sweeps import SweepFolder\n"
+    code = "import sys; from pathlib import Path; from lockstep.runs.sweeps import SweepFolder\n"
     code += "for i in range(20): SweepFolder(Path(sys.argv[1])).note([sys.argv[2], str(i)], status='done')"
     SweepFolder(tmp_path).begin("lockstep run -m")
     started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(i)]) for i in range(3)]

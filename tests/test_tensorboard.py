@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lockstep.experiment import settings
+from lockstep.runs.experiment import settings
 from test_tracking import CONF, ours, start, write
 
 pytest.importorskip("tensorboard")

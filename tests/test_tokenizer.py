@@ -10,8 +10,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lockstep.errors import ConfigError
-from lockstep.nouns import Message
-from lockstep.tokenizer import TEMPLATES, Tokenizer, TokenizerConfig, fetch, template_text
+from lockstep.storage.sources import fetch_file
+from lockstep.text.tokenizer import TEMPLATES, Tokenizer, TokenizerConfig, template_text
+from lockstep.types import Message
 
 EOS, PAD, START = "<|im_end|>", "<|pad|>", "<|im_start|>"
 TEXTS = [
@@ -307,7 +308,7 @@ def test_files_without_an_eos_say_which_key_to_set(core, tmp_path):
 def test_a_folder_without_a_tokenizer_says_so(tmp_path):
     with pytest.raises(ConfigError, match="has no tokenizer.json: no such file."):
         Tokenizer.load(tmp_path)
-    assert fetch(tmp_path, "chat_template.jinja", optional=True) is None
+    assert fetch_file(tmp_path, "chat_template.jinja", optional=True) is None
 
 
 def test_a_hub_that_does_not_answer_is_not_said_to_lack_the_file(monkeypatch):
@@ -316,7 +317,7 @@ def test_a_hub_that_does_not_answer_is_not_said_to_lack_the_file(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(ConfigError, match="'some/where' is no folder here, and the hub does not answer: offline"):
-        fetch("some/where", "tokenizer.json")
+        fetch_file("some/where", "tokenizer.json")
 
 
 def test_of_two_templates_the_one_in_its_own_file_counts(core, tmp_path):
@@ -325,6 +326,6 @@ def test_of_two_templates_the_one_in_its_own_file_counts(core, tmp_path):
 
 
 def test_importing_the_tokenizer_imports_no_array_library():
-    code = "import sys, lockstep.tokenizer; print([m for m in ('torch', 'jax', 'transformers') if m in sys.modules])"
+    code = "import sys, lockstep.text.tokenizer; print([m for m in ('torch', 'jax', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from lockstep.experiment import settings
 from lockstep.interfaces import Tracker
 from lockstep.registry import registry
-from lockstep.tracking import Silent, Wandb, without_secrets
+from lockstep.reporting.tracking import Silent, Wandb, without_secrets
+from lockstep.runs.experiment import settings
 from wandb_server import Server, aliases
 
 wandb = pytest.importorskip("wandb")
@@ -107,7 +107,9 @@ def test_every_configuration_file_names_a_registered_tracker_and_fits_it(file):
 
 
 def test_importing_the_trackers_does_not_import_wandb():
-    subprocess.run([sys.executable, "-c", "import lockstep.tracking, sys; assert 'wandb' not in sys.modules"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import sys, lockstep.reporting.tracking as t; assert 'wandb' not in sys.modules"], check=True
+    )
 
 
 def test_without_an_api_key_the_stage_is_recorded_offline_and_can_be_read_back(tmp_path, capfd):
@@ -381,7 +383,7 @@ def test_a_tracker_that_could_not_start_ignores_what_follows(tmp_path, caplog, m
 def test_an_api_key_means_online_and_an_unreachable_server_means_offline(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr("lockstep.tracking.CONNECT_SECONDS", 1)
+    monkeypatch.setattr("lockstep.reporting.tracking.CONNECT_SECONDS", 1)
     t = tracker()
     start(t, tmp_path)
     t.log({"loss": 2.0}, 0)

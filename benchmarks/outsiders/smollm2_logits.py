@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from lockstep.configuration import parse
+from lockstep.config.schema import parse
 from lockstep.registry import registry
-from lockstep.sequences import Sequences, left_pad, pack
-from lockstep.tokenizer import Tokenizer, TokenizerConfig
+from lockstep.text.sequences import Sequences, left_pad, pack
+from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 
 TOPICS = (
     "assert",

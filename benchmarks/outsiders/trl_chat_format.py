@@ -17,9 +17,9 @@ import transformers
 import trl
 import trl_losses
 
-from lockstep.encoding import Lengths, encode_demonstrations
-from lockstep.nouns import Demonstration, Prompt
-from lockstep.tokenizer import Tokenizer, TokenizerConfig
+from lockstep.text.encoding import Lengths, encode_demonstrations
+from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
+from lockstep.types import Demonstration, Prompt
 
 TURNS = [
     ("What is the capital of France?", "The capital of France is Paris."),

@@ -25,10 +25,11 @@ import torch
 import transformers
 import trl
 
-from lockstep import checkpoints
-from lockstep.architecture import SCALAR_HEAD, initial_parameters, scalar_head, small_decoder, to_hf
-from lockstep.randomness import example_indices
-from lockstep.tokenizer import Tokenizer
+from lockstep.learning.randomness import example_indices
+from lockstep.models.architecture import SCALAR_HEAD, initial_parameters, scalar_head, small_decoder, to_hf
+from lockstep.storage.files import write_json
+from lockstep.storage.weights import write_tensors
+from lockstep.text.tokenizer import Tokenizer
 
 WORDS = [f"w{i}" for i in range(34)]
 SIZES = {
@@ -148,8 +149,8 @@ def checkpoint(folder: Path, parameters: dict, config: dict, extra: dict | None 
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens(["<stop>", "<pad>"])
     Tokenizer(core, eos_token="<stop>", pad_token="<pad>", chat_template=None).save(path)
-    checkpoints.write_tensors(path / "model.safetensors", parameters)
-    checkpoints.write_json(path / "config.json", config)
+    write_tensors(path / "model.safetensors", parameters)
+    write_json(path / "config.json", config)
     return path, parameters
 
 

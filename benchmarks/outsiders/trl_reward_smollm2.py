@@ -25,13 +25,14 @@ import trl
 import trl_losses
 from trl_losses import COMMON, described, ordered, rounded
 
-from lockstep import checkpoints, encoding
-from lockstep.architecture import SCALAR_HEAD, scalar_head
 from lockstep.data.files import Files
-from lockstep.encoding import Example, Lengths
-from lockstep.experiment import settings
-from lockstep.numerics import proportion_interval
-from lockstep.tokenizer import Tokenizer
+from lockstep.learning.numerics import proportion_interval
+from lockstep.models.architecture import SCALAR_HEAD, scalar_head
+from lockstep.runs.experiment import settings
+from lockstep.storage.files import write_json
+from lockstep.text import encoding
+from lockstep.text.encoding import Example, Lengths
+from lockstep.text.tokenizer import Tokenizer
 
 PAD = "<|endoftext|>"
 """A token of SmolLM2's vocabulary that no row has. transformers embeds padding, and finds a row's end by it."""
@@ -81,7 +82,7 @@ def main(stage: Path, sft: Path, result: Path, *others: Path) -> None:
         "margins": {name: [round(float(v), 4) for v in values] for name, values in margins.items()},
     }
     del record["weights"]
-    checkpoints.write_json(result, record)
+    write_json(result, record)
     print(json.dumps(record["accuracy"], indent=1))
 
 

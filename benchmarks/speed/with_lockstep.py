@@ -10,13 +10,13 @@ from omegaconf import OmegaConf
 from worker import Contestant, Work, texts
 
 from lockstep.builtin import CONF
-from lockstep.configuration import parse
+from lockstep.config.schema import parse
 from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardModel, Setting
-from lockstep.nouns import Comparison, Demonstration, Message, Prompt
-from lockstep.randomness import token_seeds
+from lockstep.learning.randomness import token_seeds
 from lockstep.registry import registry
-from lockstep.sequences import left_pad
-from lockstep.tokenizer import Tokenizer, TokenizerConfig
+from lockstep.text.sequences import left_pad
+from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
+from lockstep.types import Comparison, Demonstration, Message, Prompt
 from lockstep_rlhf.reward_models.learned import Learned
 
 STEPS = 1000  # more than are ever asked for

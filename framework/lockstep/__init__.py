@@ -3,4 +3,6 @@
 The core: nouns, verbs, registry, configuration, numerics and the runner. It imports neither torch nor jax.
 """
 
-__version__ = "0.1.0"
+from lockstep.version import __version__
+
+__all__ = ["__version__"]

@@ -11,7 +11,7 @@ CONF = next(folder for folder in (HERE / "conf", HERE.parents[1] / "conf") if fo
 plugin = Plugin(
     components={
         "data": {"files": "lockstep.data.files:Files"},
-        "tracker": {"wandb": "lockstep.tracking:Wandb", "none": "lockstep.tracking:Silent"},
+        "tracker": {"wandb": "lockstep.reporting.tracking:Wandb", "none": "lockstep.reporting.tracking:Silent"},
     },
     conf=CONF,
 )

@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from lockstep.encoding import Fit
 from lockstep.errors import CheckpointError, ConfigError, listing
-from lockstep.nouns import Choice, Comparison, Demonstration, Prompt
+from lockstep.types import Choice, Comparison, Demonstration, Fit, Prompt
 
 if TYPE_CHECKING:
-    from lockstep.optimisation import OptimizerConfig
-    from lockstep.sequences import Sequences
-    from lockstep.tokenizer import Tokenizer
+    from lockstep.learning.optimisation import OptimizerConfig
+    from lockstep.text.sequences import Sequences
+    from lockstep.text.tokenizer import Tokenizer
 
 Array = Any
 """An array of some Array API namespace: numpy on the host, a backend's own inside a loss."""
@@ -76,7 +75,7 @@ class Model(ABC):
     def parameters(self) -> dict[str, np.ndarray]:
         """A float32 host copy of every parameter, under names and layouts shared by all backends: those of the
         Hugging Face checkpoint. What parity checks compare and what a checkpoint holds. Of a model that is an adapter on
-        frozen weights: the adapter's and the head's (`lockstep.adapters`)."""
+        frozen weights: the adapter's and the head's (`lockstep.models.adapters`)."""
 
     @abstractmethod
     def copy(self) -> Model:
@@ -99,7 +98,7 @@ class Policy(Model):
     @classmethod
     @abstractmethod
     def create(cls, config: Any, backend: Backend, tokenizer: Tokenizer, seed: int) -> Policy:
-        """From configuration. Random initial weights are drawn on the host (`lockstep.randomness`), so that all
+        """From configuration. Random initial weights are drawn on the host (`lockstep.learning.randomness`), so that all
         backends start from the same ones."""
 
     @classmethod
@@ -140,7 +139,7 @@ class Policy(Model):
 
         Args:
           prompt_tokens, prompt_mask: [B, P], left-padded.
-          seeds: uint32 [B, T]. Row b, column t draws its token by the hash-Gumbel rule of `lockstep.randomness` from
+          seeds: uint32 [B, T]. Row b, column t draws its token by the hash-Gumbel rule of `lockstep.learning.randomness` from
             seeds[b, t] and nothing else, so the tokens do not depend on the backend or on how rows are batched.
           stop_ids: a row ends with the first of these; it is kept, and everything after it is ``pad_id``, masked.
         """
@@ -170,7 +169,7 @@ class Classifier(ABC):
 
     @abstractmethod
     def renderer(self, template: str | None) -> Callable[..., str] | None:
-        """How a dialogue becomes one text, called as `lockstep.tokenizer.Tokenizer.render`: by ``template``, else by the
+        """How a dialogue becomes one text, called as `lockstep.text.tokenizer.Tokenizer.render`: by ``template``, else by the
         model's own. None where there is neither: then it reads pairs."""
 
     @abstractmethod
@@ -197,7 +196,7 @@ class Loss(Protocol):
 @dataclass(frozen=True)
 class Dropout:
     """Residual dropout: the outputs of attention and MLP are zeroed at ``rate`` and the rest scaled up, by the bits that
-    `lockstep.randomness.dropout_bits` makes of ``seeds`` uint32 [B]: the same on every backend and for every cut.
+    `lockstep.learning.randomness.dropout_bits` makes of ``seeds`` uint32 [B]: the same on every backend and for every cut.
 
     A position counts the real tokens before it (of its own example, where several share a row). Layer n, from 0, has the
     sites 2n (attention) and 2n + 1 (MLP). What stays is scaled by 1 / (1 - rate).
@@ -386,7 +385,7 @@ class Setting:
     """What length limits did to each data set: in the record of the stage."""
 
     def fit(self, what: str) -> Fit:
-        """For the functions of `lockstep.encoding` to count in: ``what`` names the data set, 'train demonstrations' say."""
+        """For the functions of `lockstep.text.encoding` to count in: ``what`` names the data set, 'train demonstrations' say."""
         return self.fits.setdefault(what, Fit(what))
 
 

@@ -14,7 +14,7 @@ import jax
 
 from lockstep.errors import ConfigError, listing
 from lockstep.interfaces import Backend, Learner, Model
-from lockstep.optimisation import OptimizerConfig
+from lockstep.learning.optimisation import OptimizerConfig
 
 
 class JaxBackend(Backend):

@@ -1,4 +1,4 @@
-"""The network: tokens in, hidden states out, heads on top, for every `lockstep.architecture.Architecture`.
+"""The network: tokens in, hidden states out, heads on top, for every `lockstep.models.architecture.Architecture`.
 
 Modules are flax.nnx and exist inside a trace only. Outside, parameters are a plain tree of float32 arrays, which costs
 no host time per step, and `Network.bind` makes modules of them. The layers are one `Layer` whose arrays have a leading
@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lockstep.adapters import Adapter
-from lockstep.architecture import Architecture, Rope, layer_name
-from lockstep.randomness import hash32
+from lockstep.learning.randomness import hash32
+from lockstep.models.adapters import Adapter
+from lockstep.models.architecture import Architecture, Rope, layer_name
 from lockstep_jax.products import PRODUCTS, product, transposed
 
 Array = jax.Array
@@ -164,7 +164,7 @@ class DecoderNetwork(nnx.Module):
 
     def hidden(self, tokens: Array, mask: Array, dropout: Dropout | None = None, first: int = 0) -> Array:
         """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
-        under a False mask are never read. The mask may be `lockstep.sequences.Sequences.segments`, int.
+        under a False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int.
 
         For the gradient, operands and results of the layers' matrix products are kept and what lies between is computed again;
         with ``rematerialise``, all but each layer's input is (Chen et al. 2016)."""
@@ -336,8 +336,8 @@ def softcap(x: Array, cap: float | None) -> Array:
 
 
 class Linear(nnx.Module):
-    """[..., inputs] -> [..., outputs], with an adapter (`lockstep.adapters`) beside the kernel or none. Where the checkpoint
-    fuses several layers, their adapter has one A, which is kept by the first of them."""
+    """[..., inputs] -> [..., outputs], with an adapter (`lockstep.models.adapters`) beside the kernel or none. Where the
+    checkpoint fuses several layers, their adapter has one A, which is kept by the first of them."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, dtype: Any, adapter: Adapter | None, leads: bool):
         self.dtype, self.adapter = dtype, adapter

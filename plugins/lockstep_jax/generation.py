@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lockstep import randomness
+from lockstep.learning import randomness
 from lockstep_jax.decoder import Array, Cache, Network, Tree
 
 
@@ -100,7 +100,7 @@ def largest(x: Array) -> Array:
 
 
 def hash_gumbel(seeds: Array, vocab_size: int) -> Array:
-    """`lockstep.randomness.hash_gumbel` for uint32 seeds [B]: float32 [B, V]. The integer part is that very code."""
+    """`lockstep.learning.randomness.hash_gumbel` for uint32 seeds [B]: float32 [B, V]. The integer part is that very code."""
     words = randomness.hash32(np.arange(vocab_size, dtype=np.uint32))
     bits: Any = randomness.hash32(words ^ seeds[:, None])
     u = ((bits >> np.uint32(9)).astype(jnp.float32) + np.float32(0.5)) * np.float32(2**-23)

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lockstep import checkpoints
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import Learner, Loss, Metrics, Term, suppliers
-from lockstep.optimisation import OptimizerConfig
-from lockstep.sequences import Sequences
+from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.storage.files import read_json, write_json
+from lockstep.storage.weights import read_tensors, write_tensors
+from lockstep.text.sequences import Sequences
 from lockstep_jax.backend import JaxBackend, keep_freed_memory, scheduling
 from lockstep_jax.decoder import Array, Dropout, Network, Tree
 from lockstep_jax.model import Block, JaxModel, forward
@@ -153,13 +154,13 @@ class JaxLearner(Learner):
             if tree is not None
             for key, array in to_arrays(self.models[name].network.architecture, tree).items()
         }
-        checkpoints.write_tensors(folder / "learner.safetensors", tensors)
-        checkpoints.write_json(folder / "learner.json", {"steps": self.steps})
+        write_tensors(folder / "learner.safetensors", tensors)
+        write_json(folder / "learner.json", {"steps": self.steps})
 
     def restore(self, folder: Path) -> None:
         self.last = None
-        stored = checkpoints.read_tensors(folder / "learner.safetensors")
-        steps = checkpoints.read_json(folder / "learner.json")["steps"]
+        stored = read_tensors(folder / "learner.safetensors")
+        steps = read_json(folder / "learner.json")["steps"]
         self._take({name: self._restored(name, state, stored, folder) for name, state in self._states().items()})
         self.steps = steps
 
@@ -291,7 +292,7 @@ def _learn(
 
 
 def _adam(config: OptimizerConfig, state: State, gradient: Tree, norm: Array, rates: Rates) -> State:
-    """Clip, Adam with decoupled weight decay, moving average: `lockstep.optimisation.OptimizerConfig`."""
+    """Clip, Adam with decoupled weight decay, moving average: `lockstep.learning.optimisation.OptimizerConfig`."""
     first, second = config.betas
     if config.max_grad_norm is not None:
         clip = jnp.minimum(config.max_grad_norm / (norm + 1e-6), 1.0)  # as PyTorch clips

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lockstep import adapters, checkpoints
-from lockstep.architecture import FAMILIES, SCALAR_BIAS, SCALAR_HEAD, Architecture, Family, to_hf
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Generated, Policy, ScalarModel
-from lockstep.sequences import Sequences
+from lockstep.models import adapters
+from lockstep.models.architecture import FAMILIES, SCALAR_BIAS, SCALAR_HEAD, Architecture, Family, to_hf
+from lockstep.storage.files import write_json
+from lockstep.storage.weights import write_tensors
+from lockstep.text.sequences import Sequences
 from lockstep_jax.backend import JaxBackend
 from lockstep_jax.decoder import Array, DecoderNetwork, Dropout, Network, Tree
 from lockstep_jax.generation import generate
@@ -27,7 +29,7 @@ LOGITS_AT_ONCE = 2**26
 
 
 class Block(NamedTuple):
-    """`lockstep.sequences.Sequences` as a compiled program takes it: tokens [B, P + T], masks [B, P] and [B, T], segments
+    """`lockstep.text.sequences.Sequences` as a compiled program takes it: tokens [B, P + T], masks [B, P] and [B, T], segments
     [B, P + T] or None."""
 
     tokens: Array
@@ -150,9 +152,9 @@ class JaxModel:
         if self.network.adapter is not None:
             adapters.write(folder, self.network.adapter, arrays, scalar=SCALAR_HEAD in arrays)
             return
-        checkpoints.write_tensors(folder / "model.safetensors", arrays)
+        write_tensors(folder / "model.safetensors", arrays)
         described = {**to_hf(self.network.architecture), "architectures": [name], **config}
-        checkpoints.write_json(folder / "config.json", described)
+        write_json(folder / "config.json", described)
 
     @property
     def family(self) -> Family:

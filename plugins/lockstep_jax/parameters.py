@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lockstep.architecture import Architecture, to_checkpoint, to_common
+from lockstep.models.architecture import Architecture, to_checkpoint, to_common
 from lockstep_jax.decoder import Tree
 
 TRANSPOSED = ("kernel", "lora_A", "lora_B")

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lockstep import adapters
-from lockstep.adapters import Adapter, LoRAConfig
-from lockstep.architecture import (
+from lockstep.errors import CheckpointError
+from lockstep.interfaces import ScalarModel
+from lockstep.models import adapters
+from lockstep.models.adapters import Adapter, LoRAConfig
+from lockstep.models.architecture import (
     SCALAR_BIAS,
     SCALAR_HEAD,
     Architecture,
@@ -25,10 +27,10 @@ from lockstep.architecture import (
     parameter_shapes,
     trunk_shapes,
 )
-from lockstep.checkpoints import fetch, read_json, read_weights
-from lockstep.errors import CheckpointError
-from lockstep.interfaces import ScalarModel
-from lockstep.tokenizer import Tokenizer, TokenizerConfig
+from lockstep.storage.files import read_json
+from lockstep.storage.sources import fetch_folder
+from lockstep.storage.weights import read_weights
+from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 from lockstep_jax.backend import JaxBackend
 from lockstep_jax.decoder import Network, Tree
 from lockstep_jax.model import LanguageModel, Scalar
@@ -66,7 +68,7 @@ class Decoder(Checkpoint):
 
 
 class HuggingFace(Checkpoint):
-    """A checkpoint of Hugging Face of one of `lockstep.architecture.FAMILIES`, from a folder or the hub."""
+    """A checkpoint of Hugging Face of one of `lockstep.models.architecture.FAMILIES`, from a folder or the hub."""
 
     @dataclass(frozen=True)
     class Config:
@@ -132,8 +134,8 @@ def _adapted(
 
 
 def _read(path: Path | str) -> tuple[Architecture, dict[str, np.ndarray]]:
-    """Architecture and float32 weights under the names of `lockstep.architecture`."""
-    folder = fetch(path)
+    """Architecture and float32 weights under the names of `lockstep.models.architecture`."""
+    folder = fetch_folder(path)
     if (folder / adapters.SETTINGS).exists() and not (folder / "config.json").exists():
         raise CheckpointError(adapters.NOT_WHOLE.format(folder=path))
     architecture = from_hf(read_json(folder / "config.json"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lockstep.nouns import Choice
+from lockstep.types import Choice
 from lockstep_miniature.corpus import COPIED
 from lockstep_miniature.dice import Dice
 from lockstep_miniature.tasks import SUM

@@ -11,7 +11,7 @@ from typing import TypeVar, overload
 
 import numpy as np
 
-from lockstep.randomness import generator
+from lockstep.learning.randomness import generator
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from lockstep.nouns import Comparison
+from lockstep.types import Comparison
 from lockstep_miniature.dice import Dice
 from lockstep_miniature.gold import gold
 from lockstep_miniature.responses import complete

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from lockstep.errors import DataError, did_you_mean, listing
 from lockstep.interfaces import DataSource
-from lockstep.nouns import Choice, Comparison, Demonstration, Prompt
-from lockstep.tokenizer import Tokenizer
+from lockstep.text.tokenizer import Tokenizer
+from lockstep.types import Choice, Comparison, Demonstration, Prompt
 from lockstep_miniature import ability, corpus
 from lockstep_miniature.dice import Dice, Drawn
 from lockstep_miniature.gold import gold

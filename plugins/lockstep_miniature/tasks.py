@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from zlib import crc32
 
-from lockstep.nouns import Message, Prompt
+from lockstep.types import Message, Prompt
 from lockstep_miniature.dice import Dice
 from lockstep_miniature.world import (
     CATEGORIES,

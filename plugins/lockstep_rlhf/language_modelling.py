@@ -15,13 +15,14 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from lockstep import encoding, losses
-from lockstep.encoding import Example, Lengths
 from lockstep.errors import ConfigError, MissingData
 from lockstep.interfaces import Algorithm, Array, DataSource, Dropout, Metrics, Policy, Setting, Term
-from lockstep.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
-from lockstep.randomness import example_indices, token_seeds
-from lockstep.sequences import Sequences, chunks, in_chunks
+from lockstep.learning import losses
+from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
+from lockstep.learning.randomness import example_indices, token_seeds
+from lockstep.text import encoding
+from lockstep.text.encoding import Example, Lengths
+from lockstep.text.sequences import Sequences, chunks, in_chunks
 
 
 @dataclass(frozen=True)

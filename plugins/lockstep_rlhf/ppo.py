@@ -24,14 +24,15 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from lockstep import encoding, losses, numerics
-from lockstep.encoding import Lengths
 from lockstep.errors import ConfigError, RewardError
 from lockstep.interfaces import Algorithm, Array, DataSource, Learner, Metrics, Model, Responses, ScalarModel, Setting, Term
-from lockstep.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
-from lockstep.randomness import example_indices, permutation, token_seeds
-from lockstep.sequences import Sequences, chunks, in_chunks, join, left_pad
-from lockstep.stopping import Stops
+from lockstep.learning import losses, numerics
+from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
+from lockstep.learning.randomness import example_indices, permutation, token_seeds
+from lockstep.text import encoding
+from lockstep.text.encoding import Lengths
+from lockstep.text.sequences import Sequences, chunks, in_chunks, join, left_pad
+from lockstep.text.stopping import Stops
 from lockstep_rlhf.language_modelling import NextTokenLoss, check_context, next_token_terms
 
 log = logging.getLogger("lockstep")

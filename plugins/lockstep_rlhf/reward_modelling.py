@@ -15,15 +15,16 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from lockstep import encoding, losses, numerics
-from lockstep.architecture import scalar_head
-from lockstep.encoding import Example, Lengths
 from lockstep.errors import DataError, MissingData
 from lockstep.interfaces import Algorithm, Array, DataSource, Metrics, ScalarModel, Setting, Term
-from lockstep.nouns import Comparison
-from lockstep.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
-from lockstep.randomness import example_indices
-from lockstep.sequences import Sequences, chunks, in_chunks, round_up
+from lockstep.learning import losses, numerics
+from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
+from lockstep.learning.randomness import example_indices
+from lockstep.models.architecture import scalar_head
+from lockstep.text import encoding
+from lockstep.text.encoding import Example, Lengths
+from lockstep.text.sequences import Sequences, chunks, in_chunks, round_up
+from lockstep.types import Comparison
 from lockstep_rlhf.language_modelling import check_context, steps
 
 NORMALISED_ON = 512  # demonstrations
@@ -33,7 +34,7 @@ Ranked = tuple[list[Example], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class RankingLoss:
-    """L = -Σ_ij W_ij log σ(s_i - s_j), with W of `lockstep.numerics.preferences`."""
+    """L = -Σ_ij W_ij log σ(s_i - s_j), with W of `lockstep.learning.numerics.preferences`."""
 
     outputs: ClassVar[tuple[str, ...]] = ("scores",)
 

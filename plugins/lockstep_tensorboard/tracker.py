@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.interfaces import Metrics
-from lockstep.tracking import Surviving, without_secrets
+from lockstep.reporting.tracking import Surviving, without_secrets
 
 
 class TensorBoard(Surviving):

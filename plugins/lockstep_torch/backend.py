@@ -14,7 +14,7 @@ import torch
 
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Backend, Learner, Model
-from lockstep.optimisation import OptimizerConfig
+from lockstep.learning.optimisation import OptimizerConfig
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lockstep.architecture import check_labels
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import Classifier
-from lockstep.nouns import Message
+from lockstep.models.architecture import check_labels
+from lockstep.types import Message
 from lockstep_torch.backend import TorchBackend
 
 

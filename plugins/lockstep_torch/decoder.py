@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lockstep import randomness
-from lockstep.adapters import Adapter
-from lockstep.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf
 from lockstep.errors import ConfigError
+from lockstep.learning import randomness
+from lockstep.models.adapters import Adapter
+from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf
 
 
 class Network(nn.Module):
@@ -43,7 +43,7 @@ class Network(nn.Module):
 
     def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None, first: int = 0) -> Tensor:
         """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
-        under a False mask are never read. The mask may be `lockstep.sequences.Sequences.segments`, int."""
+        under a False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int."""
         raise NotImplementedError
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, Any]:
@@ -76,7 +76,7 @@ class Dropout:
 
 
 def hash32(x: Tensor) -> Tensor:
-    """`lockstep.randomness.hash32`. torch has no arithmetic on uint32: int32 holds the bits and wraps as it does."""
+    """`lockstep.learning.randomness.hash32`. torch has no arithmetic on uint32: int32 holds the bits and wraps as it does."""
     x = high_bits(x, 16).bitwise_xor_(x).mul_(-0x7A143595)  # 0x85EBCA6B
     x = high_bits(x, 19).bitwise_xor_(x).mul_(-0x3D4D51CB)  # 0xC2B2AE35
     return high_bits(x, 16).bitwise_xor_(x)

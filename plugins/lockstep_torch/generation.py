@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep import randomness
 from lockstep.interfaces import Generated
+from lockstep.learning import randomness
 from lockstep_torch.decoder import Network, hash32, high_bits
 
 
@@ -87,7 +87,7 @@ def sample(logits: Tensor, seeds: Tensor, temperature: float) -> tuple[Tensor, T
 
 
 def hash_gumbel(seeds: Tensor, vocab_size: int) -> Tensor:
-    """`lockstep.randomness.hash_gumbel` for int32 seeds [B]: float32 [B, V]."""
+    """`lockstep.learning.randomness.hash_gumbel` for int32 seeds [B]: float32 [B, V]."""
     bits = hash32(_words(vocab_size, seeds.device) ^ seeds[:, None])
     u = high_bits(bits, 23).float().add_(0.5).mul_(2**-23)
     return u.neg_().log1p_().neg_().log_().neg_()  # -log(-log1p(-u)): in place, for large vocabularies

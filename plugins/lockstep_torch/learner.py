@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep import checkpoints
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import Learner, Metrics, Term, suppliers
-from lockstep.optimisation import OptimizerConfig
-from lockstep.sequences import Sequences
+from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.storage.files import read_json, write_json
+from lockstep.storage.weights import read_tensors, write_tensors
+from lockstep.text.sequences import Sequences
 from lockstep_torch.backend import TorchBackend
 from lockstep_torch.decoder import Dropout
 from lockstep_torch.model import Block, TorchModel
@@ -122,13 +123,13 @@ class TorchLearner(Learner):
 
     def save(self, folder: Path) -> None:
         tensors = {name: tensor.detach().cpu().numpy() for name, tensor in self._state().items()}
-        checkpoints.write_tensors(folder / "learner.safetensors", tensors)
-        checkpoints.write_json(folder / "learner.json", {"steps": self.steps})
+        write_tensors(folder / "learner.safetensors", tensors)
+        write_json(folder / "learner.json", {"steps": self.steps})
 
     def restore(self, folder: Path) -> None:
         self.last = None
-        stored = checkpoints.read_tensors(folder / "learner.safetensors")
-        self.steps = checkpoints.read_json(folder / "learner.json")["steps"]
+        stored = read_tensors(folder / "learner.safetensors")
+        self.steps = read_json(folder / "learner.json")["steps"]
         own = self._state()
         if wrong := [n for n in own if n not in stored or stored[n].shape != tuple(own[n].shape)]:
             raise CheckpointError(f"{folder} is of another architecture: {', '.join(wrong[:3])} do not fit.")

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lockstep import adapters, checkpoints
 from lockstep.interfaces import Generated, Policy, ScalarModel
-from lockstep.sequences import Sequences
+from lockstep.models import adapters
+from lockstep.storage.files import write_json
+from lockstep.storage.weights import write_tensors
+from lockstep.text.sequences import Sequences
 from lockstep_torch.backend import TorchBackend
 from lockstep_torch.decoder import DecoderNetwork, Dropout, Network, ScalarHead, TransformersNetwork, copy_network
 from lockstep_torch.generation import generate
@@ -25,7 +27,7 @@ LOGITS_AT_ONCE = 2**26
 
 @dataclass(frozen=True)
 class Block:
-    """`lockstep.sequences.Sequences` on the device: tokens [B, P + T]; mask [B, P + T], bool, or int where there are
+    """`lockstep.text.sequences.Sequences` on the device: tokens [B, P + T]; mask [B, P + T], bool, or int where there are
     segments; last [B]."""
 
     tokens: Tensor
@@ -121,12 +123,12 @@ class TorchModel:
         if self.network.adapter is not None:
             adapters.write(folder, self.network.adapter, self.parameters(), scalar=self.head is not None)
             return
-        checkpoints.write_tensors(folder / "model.safetensors", self.parameters())
+        write_tensors(folder / "model.safetensors", self.parameters())
         described = self.network.config
         family = described["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
         family = family.removesuffix("ForSequenceClassification")
         name = "GPT2LMHeadModel" if (family, suffix) == ("GPT2", "ForCausalLM") else family + suffix
-        checkpoints.write_json(folder / "config.json", {**described, "architectures": [name], **config})
+        write_json(folder / "config.json", {**described, "architectures": [name], **config})
 
 
 class LanguageModel(TorchModel, Policy):

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lockstep import adapters, gguf
-from lockstep.adapters import LoRAConfig
-from lockstep.architecture import (
+from lockstep.errors import CheckpointError
+from lockstep.interfaces import Classifier, ScalarModel
+from lockstep.models import adapters
+from lockstep.models.adapters import LoRAConfig
+from lockstep.models.architecture import (
     SCALAR_BIAS,
     SCALAR_HEAD,
     Architecture,
@@ -25,10 +27,10 @@ from lockstep.architecture import (
     parameter_shapes,
     trunk_shapes,
 )
-from lockstep.checkpoints import read_json, read_weights
-from lockstep.errors import CheckpointError
-from lockstep.interfaces import Classifier, ScalarModel
-from lockstep.tokenizer import Tokenizer, TokenizerConfig
+from lockstep.storage import gguf
+from lockstep.storage.files import read_json
+from lockstep.storage.weights import read_weights
+from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 from lockstep_torch.backend import TorchBackend
 from lockstep_torch.classifier import TextClassifier
 from lockstep_torch.decoder import (

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from defects import defect
-from lockstep import encoding, losses, numerics, randomness
 from lockstep.interfaces import Responses
+from lockstep.learning import losses, numerics, randomness
+from lockstep.text import encoding
+from lockstep.text.stopping import ends_with_stop
 from lockstep_rlhf import language_modelling, ppo, reward_modelling
 from lockstep_rlhf.language_modelling import NextTokenLoss
 from lockstep_rlhf.ppo import PPOLoss
@@ -414,7 +416,7 @@ class OtherStopToken(PPO):
         rollout = super().rollout(step, clock)
         eos = self.tokenizer.core.token_to_id("<eos>")
         rows = rollout.sequences
-        return replace(rollout, finished=numerics.ends_with_stop(rows.responses, rows.mask, [eos]))
+        return replace(rollout, finished=ends_with_stop(rows.responses, rows.mask, [eos]))
 
 
 @defect("algorithm", caught_by="unfinished_responses_are_marked_down")

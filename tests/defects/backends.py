@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from defects import defect
-from lockstep import checkpoints
 from lockstep.interfaces import Dropout
+from lockstep.storage.files import write_json
 from lockstep_torch.backend import TorchBackend
 from lockstep_torch.learner import TorchLearner, _trained
 from lockstep_torch.policies import Decoder
@@ -436,7 +436,7 @@ class LosesTheStepCount(Relearned):
     class Learner(TorchLearner):
         def save(self, folder):
             super().save(folder)
-            checkpoints.write_json(folder / "learner.json", {"steps": 0})
+            write_json(folder / "learner.json", {"steps": 0})
 
 
 @defect("backend", caught_by="restoring_goes_on_bit_for_bit")

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from defects import defect
-from lockstep import checkpoints
-from lockstep.architecture import SCALAR_BIAS
 from lockstep.interfaces import Generated
+from lockstep.models.architecture import SCALAR_BIAS
+from lockstep.storage.weights import read_weights, write_tensors
 from lockstep_torch.decoder import DecoderNetwork, ScalarHead
 from lockstep_torch.model import LanguageModel, Scalar, without_language_head
 from lockstep_torch.policies import Decoder
@@ -342,8 +342,8 @@ class SavesHalf(Decoder):
 
     def save(self, folder):
         super().save(folder)
-        half = {name: array.astype(np.float16) for name, array in checkpoints.read_weights(folder).items()}
-        checkpoints.write_tensors(folder / "model.safetensors", half)
+        half = {name: array.astype(np.float16) for name, array in read_weights(folder).items()}
+        write_tensors(folder / "model.safetensors", half)
 
 
 @defect("policy", caught_by="checkpoints_round_trip")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.errors import DataError, listing
-from lockstep.nouns import Comparison, Demonstration, Message, Prompt, Role
+from lockstep.types import Comparison, Demonstration, Message, Prompt, Role
 
 Columns = Mapping[str, Any]
 

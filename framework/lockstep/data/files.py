@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lockstep.configuration import parse
+from lockstep.config.schema import parse
 from lockstep.data.columns import BadRow, LeftOut, reader
 from lockstep.data.mixing import mix, row_counts
 from lockstep.data.reading import Row, Source, parse_split, read_rows, source_digests
 from lockstep.errors import ConfigError, DataError, MissingData, did_you_mean
 from lockstep.interfaces import DataSource
-from lockstep.nouns import Comparison, Demonstration, Prompt
+from lockstep.types import Comparison, Demonstration, Prompt
 
 NOUNS = ("demonstrations", "comparisons", "prompts", "texts")
 SPLITS = ("train", "heldout")

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep import encoding
-from lockstep.encoding import Example, Lengths
 from lockstep.errors import ConfigError, listing
 from lockstep.interfaces import Classifier, Resources, Responses, RewardModel, ScalarModel
-from lockstep.nouns import Message, Prompt
-from lockstep.numerics import ends_with_stop
-from lockstep.sequences import Sequences, chunks, in_chunks
-from lockstep.tokenizer import TEMPLATES, template_text
+from lockstep.text import encoding
+from lockstep.text.encoding import Example, Lengths
+from lockstep.text.sequences import Sequences, chunks, in_chunks
+from lockstep.text.stopping import ends_with_stop
+from lockstep.text.tokenizer import TEMPLATES, template_text
+from lockstep.types import Message, Prompt
 
 log = logging.getLogger("lockstep")
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from lockstep.errors import RewardError
 from lockstep.interfaces import Responses, RewardModel
-from lockstep.sequences import chunks
+from lockstep.text.sequences import chunks
 
 log = logging.getLogger("lockstep")
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Literal
 
 from lockstep.interfaces import Backend, Learner, Model
-from lockstep.optimisation import OptimizerConfig
+from lockstep.learning.optimisation import OptimizerConfig
 
 
 class NumpyBackend(Backend):

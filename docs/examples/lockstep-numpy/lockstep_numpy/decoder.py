@@ -13,9 +13,9 @@ import autograd.numpy as np
 import numpy
 from autograd.tracer import getval
 
-from lockstep import randomness
-from lockstep.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture
 from lockstep.interfaces import Dropout
+from lockstep.learning import randomness
+from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture
 
 Array = Any
 Weights = Mapping[str, Array]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lockstep import randomness
-from lockstep.architecture import Architecture
 from lockstep.interfaces import Generated
+from lockstep.learning import randomness
+from lockstep.models.architecture import Architecture
 from lockstep_numpy.decoder import Cache, Weights, hidden, log_softmax, logits
 
 

@@ -10,10 +10,11 @@ import numpy as np
 from autograd import grad
 from autograd.tracer import getval
 
-from lockstep import checkpoints
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import Learner, Metrics, Term, suppliers
-from lockstep.optimisation import OptimizerConfig
+from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.storage.files import read_json, write_json
+from lockstep.storage.weights import read_tensors, write_tensors
 from lockstep_numpy import array_api
 from lockstep_numpy.decoder import Weights
 from lockstep_numpy.model import NumpyModel, forward
@@ -78,7 +79,7 @@ class NumpyLearner(Learner):
         return outputs
 
     def _adam(self, name: str, key: str, gradient: np.ndarray, lr_scale: float) -> None:
-        """One step of one parameter and of its average: `lockstep.optimisation.OptimizerConfig`.
+        """One step of one parameter and of its average: `lockstep.learning.optimisation.OptimizerConfig`.
 
         m ← β₁ m + (1 - β₁) g      v ← β₂ v + (1 - β₂) g²
         θ ← θ - lr [m / (1 - β₁ᵗ) / (sqrt(v / (1 - β₂ᵗ)) + ε) + λ θ]      λ on matrices only
@@ -102,12 +103,12 @@ class NumpyLearner(Learner):
         return averaged
 
     def save(self, folder: Path) -> None:
-        checkpoints.write_tensors(folder / "learner.safetensors", self._state())
-        checkpoints.write_json(folder / "learner.json", {"steps": self.steps})
+        write_tensors(folder / "learner.safetensors", self._state())
+        write_json(folder / "learner.json", {"steps": self.steps})
 
     def restore(self, folder: Path) -> None:
-        stored = checkpoints.read_tensors(folder / "learner.safetensors")
-        steps = checkpoints.read_json(folder / "learner.json")["steps"]
+        stored = read_tensors(folder / "learner.safetensors")
+        steps = read_json(folder / "learner.json")["steps"]
         shapes, own = ({name: array.shape for name, array in side.items()} for side in (stored, self._state()))
         if wrong := sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name)):
             raise CheckpointError(f"{folder} is of another architecture: {', '.join(wrong[:3])} do not fit.")

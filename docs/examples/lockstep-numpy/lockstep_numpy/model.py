@@ -9,10 +9,11 @@ from typing import Any
 import autograd.numpy as anp
 import numpy as np
 
-from lockstep import checkpoints
-from lockstep.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf, trunk_shapes
 from lockstep.interfaces import Dropout, Generated, Policy, ScalarModel
-from lockstep.sequences import Sequences
+from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf, trunk_shapes
+from lockstep.storage.files import write_json
+from lockstep.storage.weights import write_tensors
+from lockstep.text.sequences import Sequences
 from lockstep_numpy.decoder import Array, Weights, hidden, log_softmax, logits, score
 from lockstep_numpy.generation import generate
 
@@ -65,9 +66,9 @@ class NumpyModel:
 
     def write(self, folder: Path, weights: Weights, suffix: str, **config: int) -> None:
         """A checkpoint of class Llama<suffix>, say LlamaForCausalLM."""
-        checkpoints.write_tensors(folder / "model.safetensors", weights)
+        write_tensors(folder / "model.safetensors", weights)
         described = {**to_hf(self.architecture), "architectures": [f"Llama{suffix}"], **config}
-        checkpoints.write_json(folder / "config.json", described)
+        write_json(folder / "config.json", described)
 
 
 class LanguageModel(NumpyModel, Policy):

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lockstep.architecture import (
+from lockstep.errors import CheckpointError
+from lockstep.interfaces import ScalarModel
+from lockstep.models.architecture import (
     SCALAR_BIAS,
     SCALAR_HEAD,
     Architecture,
@@ -18,10 +20,9 @@ from lockstep.architecture import (
     parameter_shapes,
     trunk_shapes,
 )
-from lockstep.checkpoints import read_json, read_weights
-from lockstep.errors import CheckpointError
-from lockstep.interfaces import ScalarModel
-from lockstep.tokenizer import Tokenizer
+from lockstep.storage.files import read_json
+from lockstep.storage.weights import read_weights
+from lockstep.text.tokenizer import Tokenizer
 from lockstep_numpy.backend import NumpyBackend
 from lockstep_numpy.model import LanguageModel, Scalar
 

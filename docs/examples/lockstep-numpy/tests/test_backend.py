@@ -13,13 +13,14 @@ from lockstep_numpy import array_api, decoder
 from lockstep_numpy.backend import NumpyBackend
 from lockstep_numpy.policies import Decoder
 
-from lockstep import losses, randomness
-from lockstep.architecture import initial_parameters, small_decoder, to_hf
-from lockstep.checkpoints import write_json, write_tensors
 from lockstep.errors import CheckpointError, ConfigError
 from lockstep.interfaces import Dropout, Term
-from lockstep.optimisation import OptimizerConfig
-from lockstep.sequences import Sequences, join, left_pad, pack
+from lockstep.learning import losses, randomness
+from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.models.architecture import initial_parameters, small_decoder, to_hf
+from lockstep.storage.files import write_json
+from lockstep.storage.weights import write_tensors
+from lockstep.text.sequences import Sequences, join, left_pad, pack
 
 VOCAB = 7
 GARBAGE = 9999  # an id outside the vocabulary

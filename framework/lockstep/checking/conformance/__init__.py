@@ -1,0 +1,25 @@
+"""Is it right? The conformance kit: what must hold of every backend, policy, reward model and algorithm, as checks that
+anyone can run on their own.
+
+    lockstep check reinforce                       one plugin, on every backend that is installed
+    lockstep check decoder --backend jax --precision bfloat16
+
+or, in a package's own tests,
+
+    @pytest.mark.conformance("algorithm", "reinforce")
+    def test_conformance(conformance):
+        conformance()
+
+kit.py            what a check is, and how they are run
+world.py          a world small enough to check by hand, on any backend
+subjects.py       what is checked, set up in that world
+backends.py       gradients, Adam, micro-batches, restoring
+policies.py       probabilities, sampling, padding, heads, checkpoints
+reward_models.py  one finite score per response, whatever the batch; failures are heard
+algorithms.py     from what crosses the waist: rewards, masks, steps, seeds, resuming
+"""
+
+from lockstep.checking.conformance.kit import CHECKS, Check, Inapplicable, Outcome, Violation, checks, conform
+from lockstep.checking.conformance.subjects import subject
+
+__all__ = ["CHECKS", "Check", "Inapplicable", "Outcome", "Violation", "checks", "conform", "subject"]

@@ -1,0 +1,147 @@
+"""What a check is, and how they are run.
+
+A check is a function of a subject. It returns where the property holds, raises `Violation` with the numbers where it does
+not, and `Inapplicable` where the subject has nothing to check. Its docstring is the property, in one sentence.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+KINDS = {"backend": "backends", "policy": "policies", "reward_model": "reward_models", "algorithm": "algorithms"}
+"""What can be checked, and the module of this package that holds the checks."""
+
+
+class Violation(Exception):
+    """The property does not hold; the message holds the numbers."""
+
+
+class Inapplicable(Exception):
+    """There is nothing to check here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One property. ``usually`` is what a failure usually means."""
+
+    kind: str
+    name: str
+    run: Callable[[Any], None]
+    usually: str
+
+    @property
+    def property(self) -> str:
+        return " ".join((self.run.__doc__ or "").split())
+
+
+CHECKS: dict[str, list[Check]] = {kind: [] for kind in KINDS}
+
+
+def check(kind: str, usually: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Register a function as a check of ``kind``."""
+
+    def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        CHECKS[kind].append(Check(kind, function.__name__, function, usually))
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a check. ``detail`` has the numbers of a failure, or why it does not apply."""
+
+    check: Check
+    status: Literal["passed", "failed", "inapplicable"]
+    detail: str
+    seconds: float
+
+
+def checks(kind: str) -> list[Check]:
+    """All checks of this kind, in order."""
+    importlib.import_module(f"lockstep.checking.conformance.{KINDS[kind]}")
+    return CHECKS[kind]
+
+
+def conform(kind: str, subject: Any, only: Callable[[Check], bool] = lambda check: True) -> Iterator[Outcome]:
+    """Run the checks of this kind on a subject, one after the other; an unexpected exception is a failure."""
+    for each in filter(only, checks(kind)):
+        started = time.perf_counter()
+        status, detail = "passed", ""
+        try:
+            each.run(subject)
+        except Inapplicable as reason:
+            status, detail = "inapplicable", str(reason)
+        except Violation as violation:
+            status, detail = "failed", str(violation)
+        except Exception as error:
+            status, detail = "failed", f"it raised {type(error).__name__}: {error}"
+        yield Outcome(each, status, detail, time.perf_counter() - started)
+
+
+# --------------------------------------------------------------------------------------------------- what checks say
+
+
+def require(holds: Any, message: str) -> None:
+    """
+    Raises:
+      Violation: it does not hold.
+    """
+    if not holds:
+        raise Violation(message)
+
+
+def near(what: str, found: Any, expected: Any, tolerance: float) -> None:
+    """Equal within ``tolerance`` everywhere; NaN is equal to nothing.
+
+    Raises:
+      Violation: with the place of the largest difference and both numbers.
+    """
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    require(found.shape == expected.shape, f"{what} has shape {found.shape} where {expected.shape} was expected")
+    gap = np.abs(found - expected)
+    gap = np.where(np.isnan(gap), np.inf, gap)
+    if gap.size and gap.max() > tolerance:
+        place = tuple(int(i) for i in np.unravel_index(gap.argmax(), gap.shape))
+        where = f" at {list(place)}" if place else ""
+        raise Violation(
+            f"{what}: {found[place]:.7g} where {expected[place]:.7g} was expected{where}; the difference {gap[place]:.3g} is "
+            f"above {tolerance:.3g}"
+        )
+
+
+def same(what: str, found: Any, expected: Any) -> None:
+    """Bitwise equal.
+
+    Raises:
+      Violation: with the first place that differs and both values.
+    """
+    found, expected = np.asarray(found), np.asarray(expected)
+    require(found.shape == expected.shape, f"{what} has shape {found.shape} where {expected.shape} was expected")
+    if different := np.argwhere(~((found == expected) | ((found != found) & (expected != expected)))).tolist():
+        place = tuple(different[0])
+        raise Violation(
+            f"{what} differs in {len(different)} of {found.size} places, first {found[place]!r} where {expected[place]!r} "
+            f"was expected at {list(place)}"
+        )
+
+
+def same_arrays(what: str, found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """`same` for each array of two dictionaries with the same keys."""
+    require(found.keys() == expected.keys(), f"{what} has keys {sorted(found)} where {sorted(expected)} were expected")
+    for name in expected:
+        same(f"{what} {name}", found[name], expected[name])
+
+
+def near_arrays(what: str, found: dict[str, np.ndarray], expected: dict[str, np.ndarray], relative: float) -> None:
+    """Each array within ``relative`` times the largest number of all expected ones."""
+    require(found.keys() == expected.keys(), f"{what} has keys {sorted(found)} where {sorted(expected)} were expected")
+    scale = max((float(np.abs(array).max()) for array in expected.values() if array.size), default=0.0)
+    for name in expected:
+        near(f"{what} {name}", found[name], expected[name], relative * scale)

@@ -1,0 +1,110 @@
+"""One finite score per response, whatever the batch; failures are heard."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+
+from lockstep.checking.conformance.kit import Inapplicable, check, near, require, same
+from lockstep.checking.conformance.subjects import RewardModelSubject
+
+
+@check("reward_model", usually="scores per token or per pair, an array of objects, or a division by zero")
+def one_finite_score_per_response(subject: RewardModelSubject) -> None:
+    """`score` gives float32 [B], finite: one number per response, the response of a stop token alone among them."""
+    responses = subject.responses()
+    scores = subject.build().score(responses)
+    require(isinstance(scores, np.ndarray), f"the scores are a {type(scores).__name__}, not a numpy array")
+    require(scores.dtype == np.float32, f"the scores are {scores.dtype}, not float32")
+    require(scores.shape == (8,), f"the scores of 8 responses have shape {scores.shape}")
+    require(np.isfinite(scores).all(), f"the scores are {scores.tolist()}")
+
+
+@check("reward_model", usually="scores were put into an array made like the token ids: 0.73 becomes 0")
+def fractions_survive(subject: RewardModelSubject) -> None:
+    """A score of 0.73 stays 0.73 (invariant 11)."""
+    if not {"function", "source"} & set(vars(subject.config)):
+        raise Inapplicable("its scores come from neither the kit's function nor the kit's model, so they may be whole numbers")
+    scores = subject.build().score(subject.responses())
+    require(np.any(scores != np.round(scores)), f"all scores are whole numbers: {scores.tolist()}")
+    if "function" in vars(subject.config):
+        from lockstep.checking.conformance.world import word_scores
+
+        near("scores", scores, word_scores([], subject.responses().texts), 1e-5)
+
+
+@check("reward_model", usually="statistics of the batch take part, such as normalising by its mean, or padding does")
+def scores_do_not_depend_on_the_batch(subject: RewardModelSubject) -> None:
+    """A response has the same score alone, in another order, and beside others (invariant 5)."""
+    model = subject.build()
+    scores = model.score(subject.responses())
+    order = np.array([3, 0, 7, 1, 6, 2, 5, 4])
+    tolerance = subject.world.tolerance(1e-5, 5e-2)
+    near("scores in another order", model.score(subject.responses(order)), scores[order], tolerance)
+    near("scores one by one", np.concatenate([model.score(subject.responses([i])) for i in (1, 4)]), scores[[1, 4]], tolerance)
+
+
+@check("reward_model", usually="the score is read at the last column instead of the last real token")
+def padding_is_inert(subject: RewardModelSubject) -> None:
+    """Columns of padding on either side change no score (invariant 4)."""
+    model = subject.build()
+    wide = model.score(subject.responses(prompt_columns=10, response_columns=9))
+    near("scores under more padding", wide, model.score(subject.responses()), subject.world.tolerance(1e-5, 5e-2))
+
+
+@check("reward_model", usually="dropout that was left on, or a judge that is sampled at a temperature above 0")
+def the_same_response_has_the_same_score(subject: RewardModelSubject) -> None:
+    """Scoring twice gives bitwise the same numbers (invariant 22)."""
+    model = subject.build()
+    same("scores", model.score(subject.responses()), model.score(subject.responses()))
+
+
+class _Unreadable:
+    """Raises at every touch: what a failing endpoint or a broken row is to a reward model."""
+
+    def _fail(self, *_: object, **__: object) -> None:
+        raise ConnectionError("this cannot be read")
+
+    __len__ = __iter__ = __getitem__ = __array__ = __getattr__ = _fail
+
+
+@check("reward_model", usually="a broad `except` that answers 0: the policy is then trained towards whatever fails")
+def failures_are_heard(subject: RewardModelSubject) -> None:
+    """A score that could not be had is an exception or NaN, never a number."""
+    responses = subject.responses()
+    broken = replace(responses, prompts=_Unreadable(), texts=_Unreadable(), sequences=_Unreadable())
+    model = subject.build()
+    try:
+        scores = np.asarray(model.score(broken), np.float64)
+    except Exception:
+        return
+    require(np.isnan(scores).all(), f"responses that cannot be read were scored {scores.tolist()}")
+
+
+@check("reward_model", usually="masks or tokens are edited in place")
+def inputs_are_left_alone(subject: RewardModelSubject) -> None:
+    """Scoring changes neither tokens nor masks nor texts."""
+    responses = subject.responses()
+    before = copy.deepcopy((list(responses.texts), vars(responses.sequences)))
+    subject.build().score(responses)
+    require(list(responses.texts) == before[0], "the texts were changed")
+    for name, array in before[1].items():
+        same(name, getattr(responses.sequences, name), array)
+
+
+@check("reward_model", usually="the network itself is handed out instead of a copy, so that PPO trains the reward model")
+def the_value_network_is_a_copy(subject: RewardModelSubject) -> None:
+    """What happens to the value network changes no score, and each call gives one of its own (invariant 21)."""
+    model = subject.build()
+    network = model.value_network()
+    if network is None:
+        raise Inapplicable("it has no network that a value network may start from")
+    scores = model.score(subject.responses())
+    values = network.evaluate(subject.responses().sequences, ["values"])["values"]
+    require(values.shape == (8, 6), f"its values have shape {values.shape} where [8, 6] was expected")
+    network.rescale(3.0, 1.0)
+    same("scores after the value network was changed", model.score(subject.responses()), scores)
+    again = model.value_network().evaluate(subject.responses().sequences, ["values"])["values"]
+    same("values of the next value network", again, values)

@@ -1,0 +1,230 @@
+"""What is checked, set up in the small world: a backend or a policy is the `World` itself; a reward model and an algorithm
+are built in one, in whatever way a check wants them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lockstep.checking.conformance.kit import Inapplicable
+from lockstep.checking.conformance.world import LENGTHS, Data, Scored, World
+from lockstep.checking.tap import Crossing, Evaluation, Generation, Tap, Update
+from lockstep.interfaces import Algorithm, Metrics, Responses, RewardModel, ScalarModel, Setting, Term
+from lockstep.learning import randomness
+from lockstep.text.sequences import Sequences
+from lockstep.text.tokenizer import Tokenizer
+from lockstep.types import Prompt
+
+
+def subject(
+    kind: str, name: str, backend: str, *, precision: str | None = None, overrides: Sequence[str] = (), like: str | None = None
+) -> Any:
+    """The component ``name`` of ``kind`` on ``backend``, ready for `conform`. Arguments as in `World`; ``like`` names the
+    configuration file to start from where the component has none of its own."""
+    if kind == "backend":
+        return World(name, precision=precision, overrides=overrides, like=like)
+    if kind == "policy":
+        return World(backend, precision=precision, policy=name, overrides=overrides)
+    world = World(backend, precision=precision, overrides=overrides)
+    return (RewardModelSubject if kind == "reward_model" else AlgorithmSubject)(world, name, like)
+
+
+class RewardModelSubject:
+    """A reward model, and responses for it to score. It is the `lockstep.interfaces.Resources` of the reward model."""
+
+    function = "lockstep.checking.conformance.world:word_scores"
+
+    def __init__(self, world: World, name: str, like: str | None = None):
+        self.world, self.backend, self.tokenizer = world, world.backend, world.tokenizer
+        given = {"source": "world", "function": self.function, "micro_batch_size": None}
+        self.cls, self.config = world.component("reward_model", name, given, like)
+
+    def build(self) -> RewardModel:
+        return self.cls(self.config, self)
+
+    def kind(self, source: str) -> str:
+        return "stage"
+
+    def reward_model(self, group: Mapping[str, Any]) -> RewardModel:
+        """A member of an ensemble: a copy of the world's model, whatever the name of its stage."""
+        cls, config = self.world.component("reward_model", group["name"], {**group, "source": "world", "function": self.function})
+        return cls(config, self)
+
+    def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
+        return self.world.scalar_model(), self.tokenizer
+
+    def responses(self, rows: Any = slice(None), *, prompt_columns: int = 7, response_columns: int = 6) -> Responses:
+        """Eight ragged responses, or some of them, in a block of this many columns."""
+        wide = self.world.rollout(response_columns=6)
+        block = self.world.rollout(prompt_columns=prompt_columns, response_columns=6)
+        extra = response_columns - 6
+        tokens = np.pad(block.tokens, ((0, 0), (0, extra)), constant_values=self.tokenizer.pad_id)
+        masks = (np.pad(mask, ((0, 0), (0, extra))) for mask in (block.response_mask, block.mask))
+        block = Sequences(tokens, block.prompt_mask, *masks).take(rows)
+        texts = [self.tokenizer.decode(r[m]) for r, m in zip(wide.responses, wide.mask, strict=True)]
+        words = [self.tokenizer.decode(p[m]) for p, m in zip(wide.tokens[:, :7], wide.prompt_mask, strict=True)]
+        chosen = np.arange(len(texts))[rows]
+        return Responses([Prompt.of(words[i]) for i in chosen], [texts[i] for i in chosen], block, self.tokenizer)
+
+
+@dataclass
+class Trace:
+    """What an algorithm did: for each step its metrics and what crossed the waist."""
+
+    algorithm: Algorithm
+    tap: Tap
+    models: dict[int, dict[str, np.ndarray]]
+    """Parameters, before the first step, of every model that was there: {position in `Tap.models`: arrays}."""
+    metrics: list[Metrics]
+    steps: list[list[Crossing]]
+
+    def of(self, kind: type, step: int | None = None) -> list[Any]:
+        """The crossings of one kind, of one step or of all."""
+        found = self.steps if step is None else [self.steps[step]]
+        return [crossing for crossings in found for crossing in crossings if isinstance(crossing, kind)]
+
+    def updates(self, step: int | None = None) -> list[Update]:
+        return self.of(Update, step)
+
+    def terms(self, step: int | None = None) -> list[Term]:
+        return [term for update in self.updates(step) for term in update.terms]
+
+    def generation(self, step: int) -> Generation:
+        """
+        Raises:
+          Inapplicable: the algorithm does not sample.
+        """
+        if not (found := self.of(Generation, step)):
+            raise Inapplicable("it does not sample")
+        return found[0]
+
+    def trained(self) -> dict[str, Any]:
+        return dict(self.algorithm.learner.models)
+
+    def own_evaluation(self, step: int) -> Evaluation:
+        """The first evaluation of log-probabilities by a trained model in this step.
+
+        Raises:
+          Inapplicable: there is none.
+        """
+        for evaluation in self.of(Evaluation, step):
+            if "logprobs" in evaluation.outputs and any(evaluation.model is model for model in self.trained().values()):
+                return evaluation
+        raise Inapplicable("it does not evaluate the policy that it trains")
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        return {f"{name}.{key}": a for name, model in self.trained().items() for key, a in model.parameters().items()}
+
+
+def uneven(responses: Responses) -> np.ndarray:
+    """Scores between -1 and 1 that depend on the tokens, none of them whole numbers."""
+    rows = responses.sequences
+    return np.sin(0.3 + np.where(rows.mask, rows.responses, 0).sum(axis=1)).astype(np.float32)
+
+
+def constant(responses: Responses) -> np.ndarray:
+    """0.73: a score that no integer array holds."""
+    return np.full(len(responses.texts), 0.73, np.float32)
+
+
+class AlgorithmSubject:
+    """An algorithm, run in the small world with a tap on everything that crosses."""
+
+    defaults = {
+        "lengths": LENGTHS, "batch_size": 6, "iterations": 4, "epochs": 2, "minibatches": 2, "micro_batch_size": None,
+        "heldout_examples": 4, "temperature": 0.7, "kl_coef": 0.1, "optimizer": {"learning_rate": 3e-3},
+        "schedule": {"shape": "constant", "warmup_steps": 0, "initial": 1.0, "final": 1.0},
+    }  # fmt: skip
+
+    def __init__(self, world: World, name: str, like: str | None = None):
+        self.world, self.name, self.like = world, name, like
+        self.cls, self.config = self.configured()
+        self._traces: dict[str, Trace] = {}
+
+    def configured(self, **changes: Any) -> tuple[type[Algorithm], Any]:
+        return self.world.component("algorithm", self.name, {**self.defaults, **changes}, self.like)
+
+    def need(self, *keys: str) -> None:
+        """
+        Raises:
+          Inapplicable: the configuration lacks one of these keys.
+        """
+        if missing := [key for key in keys if not hasattr(self.config, key)]:
+            raise Inapplicable(f"its configuration has no {' and no '.join(missing)}")
+
+    def need_reward_model(self) -> None:
+        """
+        Raises:
+          Inapplicable: the algorithm uses no reward model.
+        """
+        if not self.cls.needs_reward_model:
+            raise Inapplicable("it uses no reward model")
+
+    def build(self, *, reward: Callable[[Responses], Any] = uneven, seed: int = 0, **changes: Any) -> tuple[Algorithm, Tap]:
+        """On fresh models. The reward model scores by ``reward`` and has a network that a value network starts from."""
+        world, tap = self.world, Tap(gradients=True)
+        reward_model = None
+        if self.cls.needs_reward_model:
+            network = tap.model(world.policy(1).scalar_model(np.zeros(world.policy(1).hidden_size, np.float32)))
+            reward_model = tap.reward_model(Scored(reward, network))
+        cls, config = self.configured(**changes)
+        policy = tap.model(world.policy())
+        setting = Setting(seed, tap.backend(world.backend), world.tokenizer, Data(), policy, reward_model)
+        return cls(config, setting), tap
+
+    def run(self, steps: int = 3, *, again: bool = False, reward: Callable[..., Any] = uneven, seed: int = 0, **changes) -> Trace:
+        """The first steps of a fresh run; the same arguments give the same `Trace`, unless ``again``."""
+        key = json.dumps([steps, reward.__name__, seed, changes], sort_keys=True)
+        if again or key not in self._traces:
+            algorithm, tap = self.build(reward=reward, seed=seed, **changes)
+            models = {i: model.parameters() for i, model in enumerate(tap.models)}
+            trace = Trace(algorithm, tap, models, [], [])
+            self.go_on(trace, 0, steps)
+            self._traces[key] = trace
+        return self._traces[key]
+
+    def go_on(self, trace: Trace, first: int, last: int) -> None:
+        for step in range(first, last):
+            trace.tap.clear()
+            trace.metrics.append(trace.algorithm.step(step))
+            trace.steps.append(trace.tap.crossings)
+
+    def outputs(self, term: Term) -> dict[str, np.ndarray]:
+        """Plausible outputs for a term's loss, float64: log-probabilities of the policy it started from, and small values
+        and scores."""
+        found = {}
+        policy = self.world.policy()
+        for number, name in enumerate(term.loss.outputs):
+            if name in policy.supplies:
+                found[name] = policy.evaluate(term.sequences, [name], temperature=term.temperature)[name].astype(np.float64)
+            else:
+                shape = (term.sequences.rows,) if name == "scores" else term.sequences.mask.shape
+                found[name] = randomness.generator(0, "outputs", number).normal(0, 0.05, shape)
+        return found
+
+
+def loss_of(term: Term, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray] | None = None) -> float:
+    """The term's loss in numpy, float64."""
+    arrays = {name: _wide(array) for name, array in (term.batch if batch is None else batch).items()}
+    return float(term.loss(np, {name: _wide(array) for name, array in outputs.items()}, arrays)[0])
+
+
+def derivative(term: Term, outputs: dict[str, np.ndarray], name: str, step: float = 1e-6) -> np.ndarray:
+    """∂ loss / ∂ outputs[name] by central differences."""
+    slopes = np.zeros(outputs[name].shape)
+    for place in np.ndindex(slopes.shape):
+        moved = []
+        for sign in (1, -1):
+            array = outputs[name].copy()
+            array[place] += sign * step
+            moved.append(loss_of(term, outputs | {name: array}))
+        slopes[place] = (moved[0] - moved[1]) / (2 * step)
+    return slopes
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float64) if np.issubdtype(array.dtype, np.floating) else array

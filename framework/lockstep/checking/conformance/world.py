@@ -1,0 +1,250 @@
+"""A world small enough to check by hand: 37 words, a two-layer decoder with weights as large as trained ones, data that is
+written out here, and a reward model that is a function. Nothing in it knows an array library.
+
+Fresh weights would hide mistakes: with weights of standard deviation 0.02 every logit is near 0 and every wrong mask moves
+the result by less than rounding does. So matrices are ten times that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from omegaconf import OmegaConf
+
+from lockstep.config import compose
+from lockstep.config.schema import parse
+from lockstep.errors import ConfigError
+from lockstep.interfaces import Backend, DataSource, Policy, RewardModel, ScalarModel
+from lockstep.learning import randomness
+from lockstep.models import adapters
+from lockstep.models.architecture import Architecture, initial_parameters, small_decoder, to_hf
+from lockstep.registry import registry
+from lockstep.storage.files import write_json
+from lockstep.storage.weights import read_tensors, write_tensors
+from lockstep.text.sequences import Sequences, left_pad, pack
+from lockstep.text.tokenizer import Tokenizer
+from lockstep.types import Comparison, Demonstration, Prompt
+
+WORDS = [f"w{i}" for i in range(34)]
+PAD, STOP = 36, 35
+ARCHITECTURE = small_decoder(
+    vocab_size=37, hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=48, context_length=64,
+    rope_theta=100.0, tied=False,
+)  # fmt: skip
+SMALL = {
+    "layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "intermediate_size": 48, "context_length": 64,
+    "rope_theta": 100.0, "tied": False, "compilation_cache": None, "rematerialise": False, "threads": 1,
+}  # fmt: skip
+"""Keys of policies and backends that are set where a configuration has them."""
+LENGTHS = {"prompt": 6, "response": 12, "multiple": 4}
+
+
+def tokenizer() -> Tokenizer:
+    """Word-level. It stops at <stop>; <eos> is a word like any other."""
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate([*WORDS, "<eos>", "<stop>", "<pad>"])}))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens(["<stop>", "<pad>"])
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return Tokenizer(core, eos_token="<stop>", pad_token="<pad>", chat_template=template)
+
+
+def write_checkpoint(folder: Path, seed: int, architecture: Architecture = ARCHITECTURE) -> Path:
+    """A Llama of this world as Hugging Face has it, with large weights."""
+    write_tensors(folder / "model.safetensors", enlarged(initial_parameters(architecture, seed)))
+    write_json(folder / "config.json", to_hf(architecture))
+    tokenizer().save(folder)
+    return folder
+
+
+def enlarged(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: array * (10 if array.ndim > 1 else 1) for name, array in parameters.items()}
+
+
+def saved_weights(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """The file of weights that a model wrote, whole or an adapter, and what is in it."""
+    file = next(folder.glob("*.safetensors"))
+    return file, read_tensors(file)
+
+
+def head(width: int, seed: int = 9) -> np.ndarray:
+    """A scalar head [width] that is not 0."""
+    return np.random.default_rng(seed).normal(0, 0.3, width).astype(np.float32)
+
+
+def sentence(seed: int, words: int) -> str:
+    return " ".join(np.random.default_rng(seed).choice(WORDS, words))
+
+
+class Data(DataSource):
+    """Twelve of everything, of different lengths."""
+
+    rows = 12
+
+    def texts(self, split: str) -> list[str]:
+        return [sentence(100 + i, 3 + i % 5) for i in range(self.rows)]
+
+    def demonstrations(self, split: str) -> list[Demonstration]:
+        return [Demonstration(p, sentence(200 + i, 1 + i % 6)) for i, p in enumerate(self.prompts(split))]
+
+    def comparisons(self, split: str) -> list[Comparison]:
+        ranks = [(1, 0), (0, 1, 2), (2, 0, 1, 0), (0, 1)]
+        return [
+            Comparison(p, tuple(sentence(300 + 10 * i + k, 1 + (i + k) % 6) for k in range(len(r))), r)
+            for i, (p, r) in enumerate(zip(self.prompts(split), ranks * 3, strict=True))
+        ]
+
+    def prompts(self, split: str) -> list[Prompt]:
+        return [Prompt.of(sentence(i, 2 + i % 5)) for i in range(self.rows)]
+
+
+class Scored(RewardModel):
+    """``function(responses) -> scores``, and a network that a value network may start from."""
+
+    def __init__(
+        self, function: Callable[..., Any] = lambda r: r.sequences.mask.sum(axis=1) - 5.0, network: ScalarModel | None = None
+    ):
+        self.function, self.network = function, network
+
+    def score(self, responses):
+        return np.asarray(self.function(responses), np.float32)
+
+    def value_network(self):
+        return None if self.network is None else self.network.copy()
+
+
+def word_scores(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
+    """A reward function over text: scores that are not whole numbers."""
+    return [0.73 + sum(len(word) for word in text.split()) / 7 for text in responses]
+
+
+def known(changes: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """The changes of keys that the group has, at every depth."""
+    return {
+        key: known(value, group[key]) if isinstance(value, Mapping) and isinstance(group[key], Mapping) else value
+        for key, value in changes.items()
+        if key in group
+    }
+
+
+class World:
+    """One backend, a policy on it, and what a check needs around them.
+
+    Args:
+      backend: the registered name of the backend.
+      precision: 'float32' or 'bfloat16', where its configuration has the key; None for the file's own.
+      policy: the registered name of the policy; None takes 'decoder', or the backend's only one.
+      like: the backend's configuration file, where it is not that of its name.
+      overrides: 'backend.device=cuda', 'policy.layers=4', ...: keys of groups that differ from their YAML files.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        *,
+        precision: str | None = None,
+        policy: str | None = None,
+        overrides: Sequence[str] = (),
+        like: str | None = None,
+    ):
+        self.name = backend
+        self.overrides: dict[str, Any] = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+        cls, config = self.component("backend", backend, {} if precision is None else {"precision": precision}, like)
+        self.backend: Backend = cls(config)
+        self.precision = self.backend.describe()["precision"]
+        self.tokenizer, self.data = tokenizer(), Data()
+        self.policy_name = policy or self._policies()
+        self._folder = tempfile.TemporaryDirectory(prefix="lockstep-check-")
+        self.folder = Path(self._folder.name)
+
+    def tolerance(self, float32: float, bfloat16: float) -> float:
+        """That of the backend's precision; of float32 for a higher one."""
+        return bfloat16 if self.precision == "bfloat16" else float32
+
+    def component(self, kind: str, name: str, changes: Mapping[str, Any], like: str | None = None) -> tuple[type, Any]:
+        """A component's class and its configuration: its YAML file (or that of ``like``), what is given here, then the
+        overrides.
+
+        Raises:
+          ConfigError: it needs a value that nobody gave.
+        """
+        cls = registry().resolve(kind, name, self.name)
+        group = {key: value for key, value in compose.group(kind, like or name).items() if key != "name"}
+        given = known({**SMALL, **changes}, group or {field.name: None for field in dataclasses.fields(cls.Config)})
+        merged = OmegaConf.merge(group, given, self.overrides.get(kind, {}))
+        return cls, parse(cls.Config, OmegaConf.to_container(merged), kind)
+
+    def policy(self, number: int = 0) -> Policy:
+        """A fresh copy of policy 0 or 1: the same architecture, other weights."""
+        cls, _ = self._policy
+        return cls.load(self._policy_folder(number), self.backend)
+
+    def created(self, seed: int) -> Policy:
+        """As a run would make it, with its initial weights."""
+        cls, config = self._policy
+        return cls.create(config, self.backend, self.tokenizer, seed)
+
+    def scalar_model(self, number: int = 0) -> ScalarModel:
+        """The trunk of a policy with a head that is not 0."""
+        policy = self.policy(number)
+        return policy.scalar_model(head(policy.hidden_size))
+
+    def rollout(self, rows: int = 8, prompt_columns: int = 7, response_columns: int = 6, seed: int = 0) -> Sequences:
+        """Ragged rows of random words; half of the responses end with the stop token."""
+        rng = np.random.default_rng(seed)
+        prompts = [rng.integers(0, 34, 1 + i % 5).tolist() for i in range(rows)]
+        responses = [
+            rng.integers(0, 34, 1 + (3 * i) % (response_columns - 1)).tolist() + ([STOP] if i % 2 else []) for i in range(rows)
+        ]
+        return pack(prompts, responses, PAD, prompt_columns=prompt_columns, response_columns=response_columns)
+
+    def prompts(self, rows: int = 16, columns: int = 7) -> tuple[np.ndarray, np.ndarray]:
+        """Ragged prompts, left-padded: tokens and mask [rows, columns]."""
+        rng = np.random.default_rng(1)
+        return left_pad([rng.integers(0, 34, 1 + i % 6).tolist() for i in range(rows)], PAD, columns)
+
+    def seeds(self, rows: int, columns: int, step: int = 0) -> np.ndarray:
+        return randomness.token_seeds(0, "conformance", step, rows, columns)
+
+    @property
+    def from_checkpoint(self) -> bool:
+        """The policy starts from a checkpoint's weights, whatever the seed."""
+        return hasattr(self._policy[1], "path") and not self.adapted
+
+    @property
+    def adapted(self) -> bool:
+        """The policy trains an adapter, whose weights are all that it saves."""
+        return isinstance(self._policy[1], adapters.LoRAConfig)
+
+    @functools.cached_property
+    def _policy(self) -> tuple[type, Any]:
+        checkpoint = write_checkpoint(self.folder / "checkpoint", 0)
+        tokenizer = {"path": None, "eos_token": None, "pad_token": None, "chat_template": None}
+        return self.component("policy", self.policy_name, {"path": str(checkpoint), "tokenizer": tokenizer})
+
+    @functools.cache  # noqa: B019 - a world lives as long as its checks
+    def _policy_folder(self, number: int) -> Path:
+        folder = self.folder / f"policy{number}"
+        self.created(number).save(folder)
+        file, weights = saved_weights(folder)
+        if self.adapted:  # at first it adapts nothing, whatever its weights
+            rng = np.random.default_rng(number)
+            weights = {name: rng.normal(0, 0.3, array.shape).astype(np.float32) for name, array in weights.items()}
+        elif not self.from_checkpoint:  # a checkpoint's weights are as large as they should be
+            weights = enlarged(weights)
+        elif number:
+            weights = {name: array[..., ::-1] for name, array in weights.items()}
+        write_tensors(file, weights)
+        return folder
+
+    def _policies(self) -> str:
+        names = [c.name for c in registry() if c.kind == "policy" and c.backend in (self.name, None)]
+        if not names:
+            raise ConfigError(f"No policy is registered for the backend '{self.name}', so there is nothing to check it with.")
+        return "decoder" if "decoder" in names else names[0]

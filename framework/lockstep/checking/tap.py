@@ -1,0 +1,160 @@
+"""A tap on the narrow waist: stand-ins for a backend, its models, learners and reward models that record what crosses.
+
+Everything that crosses is numpy on the host, so two backends can be compared, and an algorithm checked, crossing by
+crossing, without knowing what either does inside. Parity and the conformance kit are built on this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lockstep.interfaces import Backend, Generated, Learner, Metrics, Model, Policy, Responses, RewardModel, Term
+from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.text.sequences import Sequences
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A call of `Policy.generate`."""
+
+    model: Model
+    prompt_tokens: np.ndarray
+    prompt_mask: np.ndarray
+    seeds: np.ndarray
+    temperature: float
+    generated: Generated
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A call of `Model.evaluate`."""
+
+    model: Model
+    sequences: Sequences
+    temperature: float
+    outputs: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A call of `RewardModel.score`."""
+
+    responses: Responses
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class Update:
+    """A call of `Learner.update`. ``gradients`` are those of its terms before the step, where the tap takes them."""
+
+    terms: Sequence[Term]
+    lr_scale: float
+    gradients: Mapping[str, np.ndarray] | None
+    metrics: Metrics
+
+
+Crossing = Generation | Evaluation | Scoring | Update
+
+
+class Tap:
+    """Hands out stand-ins; ``crossings`` is what went through them, in order.
+
+    gradients: record the gradients of the first update after each `clear`, at the cost of one more backward pass.
+    """
+
+    def __init__(self, gradients: bool = False):
+        self.gradients = gradients
+        self.crossings: list[Crossing] = []
+        self.models: list[Model] = []
+        """Every model that was handed out: given, copied or made with another head."""
+
+    def clear(self) -> None:
+        self.crossings = []
+
+    def of(self, kind: type) -> list[Any]:
+        """The crossings of one kind."""
+        return [crossing for crossing in self.crossings if isinstance(crossing, kind)]
+
+    def backend(self, backend: Backend) -> Backend:
+        return _Backend(backend, self)
+
+    def model(self, model: Any) -> Any:
+        tapped = _Policy(model, self) if isinstance(model, Policy) else _Model(model, self)
+        self.models.append(tapped)
+        return tapped
+
+    def reward_model(self, reward_model: RewardModel) -> RewardModel:
+        return _RewardModel(reward_model, self)
+
+
+class _Tapped:
+    """All that is not recorded goes to the one behind."""
+
+    def __init__(self, behind: Any, tap: Tap):
+        self.behind, self.tap = behind, tap
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.behind, name)
+
+
+class _Model(_Tapped):
+    def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
+        found = self.behind.evaluate(sequences, outputs, temperature=temperature)
+        self.tap.crossings.append(Evaluation(self, sequences, temperature, found))
+        return found
+
+    def copy(self) -> Any:
+        return self.tap.model(self.behind.copy())
+
+
+class _Policy(_Model):
+    def generate(
+        self, prompt_tokens: np.ndarray, prompt_mask: np.ndarray, seeds: np.ndarray, *, temperature: float, **how: Any
+    ) -> Generated:
+        generated = self.behind.generate(prompt_tokens, prompt_mask, seeds, temperature=temperature, **how)
+        self.tap.crossings.append(Generation(self, prompt_tokens, prompt_mask, seeds, temperature, generated))
+        return generated
+
+    def with_value_head(self) -> Any:
+        return self.tap.model(self.behind.with_value_head())
+
+    def scalar_model(self, head: np.ndarray) -> Any:
+        return self.tap.model(self.behind.scalar_model(head))
+
+
+class _Backend(_Tapped):
+    def learner(self, models: Mapping[str, Any], optimizers: Mapping[str, OptimizerConfig]) -> Learner:
+        learner = self.behind.learner({name: model.behind for name, model in models.items()}, optimizers)
+        return _Learner(learner, models, self.tap)
+
+
+class _Learner(_Tapped):
+    def __init__(self, behind: Learner, models: Mapping[str, Model], tap: Tap):
+        super().__init__(behind, tap)
+        self.models = dict(models)
+
+    evaluate = Learner.evaluate  # by the tapped models, which record it
+
+    def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
+        gradients = self.behind.gradients(terms) if self.tap.gradients and not self.tap.of(Update) else None
+        metrics = self.behind.update(terms, lr_scale)
+        self.tap.crossings.append(Update(terms, lr_scale, gradients, metrics))
+        return metrics
+
+    def averaged(self, model: str) -> Any:
+        return self.tap.model(self.behind.averaged(model))
+
+
+class _RewardModel(_Tapped):
+    def score(self, responses: Responses) -> np.ndarray:
+        scores = self.behind.score(responses)
+        self.tap.crossings.append(Scoring(responses, scores))
+        return scores
+
+    def value_network(self) -> Any:
+        network = self.behind.value_network()
+        return network if network is None or isinstance(network, _Tapped) else self.tap.model(network)

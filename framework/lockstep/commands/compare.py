@@ -1,0 +1,30 @@
+"""lockstep compare RUN_OR_SWEEP...: tables, plots and a report."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from lockstep.reporting.console import Console
+
+HELP = "tables, plots and a report over run folders"
+OVERRIDES = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="+", help="run folders, folders of them, sweeps, or wandb:entity/project?group=...")
+    parser.add_argument("--by", help="keys to group by: backend,algorithm.kl_coef (default: all that differ, but the seed)")
+    parser.add_argument("--baseline", help="the group to hold the others against: backend=torch (default: the first)")
+    parser.add_argument("--output", type=Path, default=Path("report"), help="folder for the report (default: report)")
+    parser.add_argument("--wandb-report", metavar="ENTITY/PROJECT", help="save it as a report at W&B too")
+
+
+def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from lockstep.reporting.compare import compare, print_summary, wandb_report
+
+    by = arguments.by.split(",") if arguments.by else None
+    report = compare(arguments.paths, arguments.output, by, arguments.baseline)
+    print_summary(report)
+    if arguments.wandb_report:
+        Console().say(f"saved {wandb_report.publish(report, arguments.wandb_report)}")

@@ -1,0 +1,23 @@
+"""lockstep merge ADAPTER OUTPUT: an adapter and its base as one checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from lockstep.reporting.console import Console
+
+HELP = "an adapter and its base as one checkpoint"
+OVERRIDES = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", type=Path, help="output folder of a stage of policy=lora, or any folder of peft's")
+    parser.add_argument("output", type=Path, help="folder for the checkpoint")
+
+
+def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from lockstep.models.adapters import merge
+
+    Console().say(f"The merged checkpoint is in {merge(arguments.adapter, arguments.output)}.")

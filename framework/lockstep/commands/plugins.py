@@ -1,0 +1,34 @@
+"""lockstep plugins: what is installed, from which distribution, usable or not and why."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from lockstep.reporting.console import Console
+
+HELP = "what is installed, usable or not and why"
+OVERRIDES = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None."""
+
+
+def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from lockstep.registry import registry
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("kind", "name", "backend", "from", "usable"):
+        table.add_column(column)
+    for component in registry():
+        missing = component.missing()
+        usable = f"no: needs {', '.join(missing)}; type: {component.plugin.install}" if missing else "yes"
+        table.add_row(component.kind, component.name, component.backend or "any", component.distribution, escape(usable))
+    console = Console()
+    console.out.print(table)
+    for name, reason in registry().broken.items():
+        console.say(f"{name} cannot be loaded: {reason}")

@@ -1,0 +1,78 @@
+"""lockstep run [hydra overrides] [-m]: run or sweep experiments."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import ConfigError
+from lockstep.reporting.console import Console
+
+HELP = "run or sweep experiments: lockstep run experiment=instructgpt backend=jax"
+OVERRIDES = True
+
+USAGE = """lockstep run [overrides] [-m]
+
+  lockstep run                                             the InstructGPT pipeline on the miniature, on torch
+  lockstep run backend=jax seed=1                          the same on JAX, with another seed
+  lockstep run algorithm.kl_coef=0.05 algorithm.iterations=50
+  lockstep run -m backend=torch,jax seed=0,1,2             a sweep: one process per job; docs/sweeps.md has searches and clusters
+  lockstep run --config [overrides]                        print the resolved configuration and stop
+  lockstep run --dry-run [overrides]                       check configuration, data and tokenizer, and stop
+
+Overrides are Hydra's: key=value, +key=value to add one, ~key to remove one. Run the same command again to go on where
+it stopped. Groups: """
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None: Hydra reads them all."""
+
+
+def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from lockstep.config.compose import compose, conf_folders
+    from lockstep.runs.sweeps import sweep
+
+    given, many = set(overrides), {"-m", "--multirun"} & set(overrides)
+    if {"-h", "--help"} & given:
+        groups = sorted({p.parent.name for c in conf_folders().values() for p in c.rglob("*.yaml") if p.parent != c})
+        print(USAGE + ", ".join(groups) + ".")
+    elif "--dry-run" in given:
+        from lockstep.runs.dry_run import dry_run
+
+        if many:
+            raise ConfigError("A dry run is of one run, not of a sweep: leave out -m.")
+        dry_run(compose([o for o in overrides if o != "--dry-run"]), Console())
+    elif many:
+        Console().say(sweep(overrides))
+    elif "--config" in given:
+        import yaml
+
+        print(yaml.safe_dump(compose([o for o in overrides if o != "--config"]), sort_keys=False))
+    else:
+        run_config(compose(overrides), shlex.join(["lockstep", "run", *overrides]))
+
+
+def run_config(config: dict[str, Any], command: str) -> Path:
+    """Run one experiment and print its summary; the run folder."""
+    from lockstep.reporting.summary import summary
+    from lockstep.runs.cache import finished
+    from lockstep.runs.experiment import Experiment
+    from lockstep.runs.runner import Runner
+    from lockstep.runs.sweeps import agent, objective
+
+    console = Console()
+    with agent() as tell:
+        if folder := finished(config):
+            console.say(f"run {folder.name} is done already")
+        else:
+            folder = Runner(Experiment(config), console, command).run()
+        console.out.print(summary(folder))
+        if name := config["objective"]:
+            value = objective(folder, name)
+            console.say(f"\nobjective {name}: {value}")
+            tell(config, name, value)
+    console.say(f"\nThe run is in {folder}. To compare runs: lockstep compare {folder} OTHER...")
+    return folder

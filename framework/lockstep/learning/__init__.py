@@ -1,0 +1,1 @@
+"""The arithmetic of learning: randomness, numerics, losses, optimisation."""

@@ -1,0 +1,223 @@
+"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685): y = W x + (alpha / rank) B A x, where W is frozen.
+
+What an adapter is, apart from any array library: settings, initial weights, and its files. These are peft's
+(``adapter_config.json`` beside ``adapter_model.safetensors``), so an adapter of one backend opens in the other and in peft.
+In memory its tensors are named as the layers of the checkpoint they adapt: ``<layer>.lora_A.weight`` [rank, inputs],
+``<layer>.lora_B.weight`` [outputs, rank], and ``score.weight`` where there is a scalar head.
+
+Left out: dropout on the adapter's input (trained at 0 here; without effect on what is loaded), and peft's variants (DoRA,
+rank-stabilised scaling, a rank per layer): a file that uses one is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
+from lockstep.learning import randomness
+from lockstep.storage.files import read_json, write_json, write_text
+from lockstep.storage.sources import fetch_folder
+from lockstep.storage.weights import read_tensors, read_weights, write_tensors
+from lockstep.text.tokenizer import TokenizerConfig
+
+SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NOT_WHOLE = (
+    "{folder} holds an adapter, not a whole checkpoint. Make it one: lockstep merge {folder} OUTPUT. To train it on, name it "
+    "as a stage's policy: stages.ppo.policy={folder}."
+)
+PREFIX = "base_model.model."
+"""What peft puts before the names of the base model."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Args:
+    base: the folder or hub id of the frozen checkpoint.
+    targets: which linear layers are adapted: each whose name is one of these or ends in ``.`` and one of these.
+    conv1d: the base keeps the weights of these layers as [inputs, outputs], as GPT-2's do.
+    """
+
+    base: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    conv1d: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def shapes(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """{name: shape} of its tensors, on a checkpoint with these linear layers: {name: (inputs, outputs)}."""
+        adapted = {name: sizes for name, sizes in layers.items() if self.adapts(name)}
+        low = {f"{name}.lora_A.weight": (self.rank, inputs) for name, (inputs, _) in adapted.items()}
+        return low | {f"{name}.lora_B.weight": (outputs, self.rank) for name, (_, outputs) in adapted.items()}
+
+    def adapts(self, layer: str) -> bool:
+        return any(layer == target or layer.endswith(f".{target}") for target in self.targets)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """The configuration of the policy ``lora``, for every backend."""
+
+    tokenizer: TokenizerConfig
+    path: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ConfigError(f"policy.rank={self.rank} should be at least 1.")
+
+    def adapter(self, layers: Iterable[str], *, conv1d: bool) -> Adapter:
+        """For a checkpoint whose linear layers have these names.
+
+        Raises:
+          ConfigError: a target that is none of them.
+        """
+        layers = list(layers)
+        last = {layer.rpartition(".")[2] for layer in layers}
+        adapter = Adapter(self.path, self.rank, float(self.alpha), tuple(sorted(self.targets)), conv1d)
+        for target in adapter.targets:
+            if any(part.isdigit() for part in target.split(".")):
+                raise ConfigError(
+                    f"policy.targets names '{target}': layers are adapted in every block or in none. Leave the number out."
+                )
+            if not any(dataclasses.replace(adapter, targets=(target,)).adapts(layer) for layer in layers):
+                raise ConfigError(
+                    f"policy.targets names '{target}', which {self.path} has not.{did_you_mean(target, last)} "
+                    f"Its linear layers: {listing(last)}."
+                )
+        return adapter
+
+
+def initial(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    """Fresh weights, float32: A uniform in ±1 / sqrt(inputs), as peft draws it, and B zero, so that the adapted model is
+    the base at first. Drawn on the host in the order of names, so all backends start alike."""
+    rng = randomness.generator(seed, "initial adapter")
+    out = {}
+    for name in sorted(shapes):
+        rows, columns = shapes[name]
+        bound = 1 / math.sqrt(columns) if name.endswith("lora_A.weight") else 0.0
+        out[name] = rng.uniform(-bound, bound, (rows, columns)).astype(np.float32)
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def write(folder: Path, adapter: Adapter, tensors: Mapping[str, np.ndarray], *, scalar: bool) -> None:
+    """An adapter folder as peft writes it; ``scalar``: of a sequence classifier, whose head is saved whole."""
+    write_tensors(folder / WEIGHTS, {PREFIX + name: tensor for name, tensor in tensors.items()})
+    settings = {
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM", "base_model_name_or_path": adapter.base,
+        "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": 0.0, "target_modules": list(adapter.targets),
+        "fan_in_fan_out": adapter.conv1d, "bias": "none", "modules_to_save": ["score"] if scalar else None,
+        "inference_mode": True,
+    }  # fmt: skip
+    write_json(folder / SETTINGS, settings)
+
+
+def read(folder: Path | str) -> tuple[Adapter, dict[str, np.ndarray]]:
+    """The adapter in a folder that `write` or peft wrote, and its float32 tensors.
+
+    Raises:
+      CheckpointError: none is there, or it is of a kind that is not supported.
+    """
+    folder = Path(folder)
+    settings = read_json(folder / SETTINGS)
+    _refuse_variants(folder, settings)
+    adapter = Adapter(
+        base=settings["base_model_name_or_path"],
+        rank=settings["r"],
+        alpha=float(settings["lora_alpha"]),
+        targets=tuple(sorted(settings["target_modules"])),
+        conv1d=bool(settings.get("fan_in_fan_out", False)),
+    )
+    tensors = read_tensors(folder / WEIGHTS)
+    return adapter, {name.removeprefix(PREFIX): np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+
+
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "bias": (None, "none"), "modules_to_save": (None, [], ["score"]), "revision": (None,),
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # others change the base's weights too
+}  # fmt: skip
+"""The values of peft's settings that are read; and these have to be off:"""
+VARIANTS = (
+    "use_dora", "use_rslora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "layers_to_transform",
+    "layer_replication", "trainable_token_indices", "target_parameters", "exclude_modules", "lora_bias",
+    "alora_invocation_tokens",
+)  # fmt: skip
+
+
+def _refuse_variants(folder: Path, settings: Mapping[str, Any]) -> None:
+    wrong = [key for key, known in PLAIN.items() if settings.get(key) not in known]
+    wrong += [key for key in VARIANTS if settings.get(key)]
+    wrong += ["target_modules"] * (not isinstance(settings.get("target_modules"), list))
+    if wrong:
+        raise CheckpointError(
+            f"The adapter in {folder} uses {wrong[0]}={settings.get(wrong[0])!r}, which is not supported: only plain LoRA on "
+            "listed layers is. Merge it with peft (merge_and_unload) and use the result with policy=huggingface."
+        )
+
+
+def check(folder: Path | str, found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """
+    Raises:
+      CheckpointError: the tensors are not those of these names and shapes.
+    """
+    if wrong := sorted(n for n in found.keys() | shapes.keys() if n not in found or found[n].shape != shapes.get(n)):
+        raise CheckpointError(f"The adapter in {folder} does not fit its base: {', '.join(wrong[:3])}.")
+
+
+# -------------------------------------------------------------------------------------------------------------- merge
+
+
+def merge(folder: Path, output: Path) -> Path:
+    """Write the base with the adapter added to its weights, as an ordinary float32 checkpoint; the tokenizer comes along.
+
+    Raises:
+      CheckpointError: ``folder`` holds no adapter, or its base is not there.
+    """
+    if not (folder / SETTINGS).exists():
+        raise CheckpointError(
+            f"{folder} holds no adapter: {SETTINGS} is missing. Name the output folder of a stage of policy=lora."
+        )
+    adapter, tensors = read(folder)
+    base = fetch_folder(adapter.base)
+    weights = read_weights(base)
+    config = read_json(base / "config.json") | {"dtype": "float32"}
+    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+        layer = name.removesuffix(".lora_A.weight")
+        change = adapter.scale * tensors[f"{layer}.lora_B.weight"] @ tensors[name]
+        name = _stored(layer, weights, folder)
+        weights[name] = weights[name] + (change.T if adapter.conv1d else change)
+    if heads := {name: tensor for name, tensor in tensors.items() if name.startswith("score.")}:
+        weights = {name: tensor for name, tensor in weights.items() if name not in LANGUAGE_HEADS} | heads
+        family = config["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        config |= {"architectures": [f"{family}ForSequenceClassification"], "num_labels": 1}
+    write_tensors(output / "model.safetensors", weights)
+    write_json(output / "config.json", config)
+    for file in folder.glob("*token*"):
+        write_text(output / file.name, file.read_text())
+    return output
+
+
+LANGUAGE_HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+def _stored(layer: str, weights: Mapping[str, np.ndarray], folder: Path) -> str:
+    """The name of a layer's weight in the base's files, which may lack the prefix of the trunk."""
+    for name in (f"{layer}.weight", f"{layer.partition('.')[2]}.weight"):
+        if name in weights:
+            return name
+    raise CheckpointError(f"The adapter in {folder} does not fit its base: it has no {layer}.weight.")

@@ -1,0 +1,136 @@
+"""The sizes and switches of a decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lockstep.text.tokenizer import TokenizerConfig
+
+
+class RopeScaling(NamedTuple):
+    """How a context longer than the one trained on is reached. 'linear' divides every frequency by ``factor`` (Chen et al.
+    2023); 'llama3' the low ones only, by the other three numbers (Dubey et al. 2024), which are 0 for 'linear'."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    original_context: int = 0
+
+
+class Rope(NamedTuple):
+    """Rotary positions (Su et al. 2021) of one layer: the first ``dims`` numbers of each head turn, in Llama's half-split
+    layout; the others stay."""
+
+    theta: float
+    dims: int
+    scaling: RopeScaling | None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A pre-norm decoder. ``family`` is the checkpoint format; everything else is read from its ``config.json``.
+
+    ``positions`` is 'rope' or 'learned'; ``norm`` is 'rms' or 'layer'; ``gated`` is the SwiGLU shape of the MLP (Shazeer
+    2020). What follows ``tied`` is off unless a family turns it on:
+
+    rotary_dims: of each head; None for all.
+    local_rope_theta: of layers with a window, which then are not scaled either.
+    unrotated: per layer, True where queries and keys do not turn; () for nowhere.
+    windows: per layer, how many columns a token sees, itself included; None for all before it. () for None everywhere.
+    query_scalar: products of queries and keys are divided by its square root; None for head_dim.
+    attention_softcap, final_softcap: c in c tanh(x / c), of those products and of the logits.
+    qk_norm: RMS norm over each head of queries and keys, before they turn.
+    unit_offset: RMS norms multiply by 1 + weight.
+    out_norms: attention and MLP end with a norm each.
+    parallel_residual: attention and MLP read the same input.
+    scaled_embedding: embeddings are multiplied by sqrt(hidden_size).
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    context_length: int
+    norm: str
+    norm_eps: float
+    positions: str
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    activation: str
+    gated: bool
+    attention_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    tied: bool
+    rotary_dims: int | None = None
+    local_rope_theta: float | None = None
+    unrotated: tuple[bool, ...] = ()
+    windows: tuple[int | None, ...] = ()
+    query_scalar: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    qk_norm: bool = False
+    unit_offset: bool = False
+    out_norms: bool = False
+    parallel_residual: bool = False
+    scaled_embedding: bool = False
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
+
+    def rope(self, layer: int) -> Rope | None:
+        """None where nothing turns."""
+        if self.positions != "rope" or (self.unrotated and self.unrotated[layer]):
+            return None
+        dims = self.rotary_dims or self.head_dim
+        if self.local_rope_theta is not None and self.window(layer) is not None:
+            return Rope(self.local_rope_theta, dims, None)
+        return Rope(self.rope_theta, dims, self.rope_scaling)
+
+
+def small_decoder(
+    *, vocab_size: int, hidden_size: int, layers: int, heads: int, kv_heads: int, intermediate_size: int,
+    context_length: int, rope_theta: float, tied: bool,
+) -> Architecture:  # fmt: skip
+    """The policy that starts from scratch: Llama's shape."""
+    return Architecture(
+        family="llama", vocab_size=vocab_size, hidden_size=hidden_size, layers=layers, heads=heads, kv_heads=kv_heads,
+        head_dim=hidden_size // heads, intermediate_size=intermediate_size, context_length=context_length, norm="rms",
+        norm_eps=1e-5, positions="rope", rope_theta=rope_theta, rope_scaling=None, activation="silu", gated=True,
+        attention_bias=False, output_bias=False, mlp_bias=False, tied=tied,
+    )  # fmt: skip
+
+
+def is_small_decoder(a: Architecture) -> bool:
+    """Whether it is Llama's shape and no more: no biases, no scaled rotation, SwiGLU."""
+    plain = small_decoder(
+        vocab_size=a.vocab_size, hidden_size=a.hidden_size, layers=a.layers, heads=a.heads, kv_heads=a.kv_heads,
+        intermediate_size=a.intermediate_size, context_length=a.context_length, rope_theta=a.rope_theta, tied=a.tied,
+    )  # fmt: skip
+    return a == dataclasses.replace(plain, norm_eps=a.norm_eps, head_dim=a.head_dim)
+
+
+@dataclass(frozen=True)
+class SmallDecoderConfig:
+    """The configuration of the policy ``decoder``, for every backend."""
+
+    tokenizer: TokenizerConfig
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    intermediate_size: int
+    context_length: int
+    rope_theta: float
+    tied: bool
+
+    def architecture(self, vocab_size: int) -> Architecture:
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tokenizer"}
+        return small_decoder(vocab_size=vocab_size, **sizes)

@@ -1,0 +1,122 @@
+"""Which tensors a decoder has, their shapes, and their values before any training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from lockstep.errors import CheckpointError
+from lockstep.learning import randomness
+from lockstep.models.architecture.naming import naming, shapes_to_checkpoint
+from lockstep.models.architecture.shape import Architecture
+
+SCALAR_HEAD = "score.weight"
+"""[1, hidden_size]: the name that transformers' sequence classifiers give it."""
+SCALAR_BIAS = "score.bias"
+"""[1]: ours; transformers ignores it, which shifts all scores by a constant."""
+
+
+def trunk_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of everything below the heads, in the checkpoint's layout."""
+    return shapes_to_checkpoint(architecture, _trunk(architecture))
+
+
+def head_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the language head; empty where it is tied to the embedding."""
+    shape = (architecture.vocab_size, architecture.hidden_size)
+    return {} if architecture.tied else shapes_to_checkpoint(architecture, {"lm_head.weight": shape})
+
+
+def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    return trunk_shapes(architecture) | head_shapes(architecture)
+
+
+def _trunk(a: Architecture) -> dict[str, tuple[int, ...]]:
+    """Under the names that all families share: `lockstep.models.architecture.naming`."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a.vocab_size, a.hidden_size)}
+    if a.positions == "learned":
+        shapes["model.embed_positions.weight"] = (a.context_length, a.hidden_size)
+    layer = _layer(a)
+    for i in range(a.layers):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes | _norm(a, "model.norm", a.hidden_size)
+
+
+def _layer(a: Architecture) -> dict[str, tuple[int, ...]]:
+    d, q, kv, f = a.hidden_size, a.heads * a.head_dim, a.kv_heads * a.head_dim, a.intermediate_size
+    shapes = _norm(a, "input_layernorm", d)
+    for name, rows in (("q", q), ("k", kv), ("v", kv)):
+        shapes |= _linear(f"self_attn.{name}_proj", (rows, d), a.attention_bias)
+    shapes |= _linear("self_attn.o_proj", (d, q), a.output_bias)
+    if a.qk_norm:
+        shapes |= {"self_attn.q_norm.weight": (a.head_dim,), "self_attn.k_norm.weight": (a.head_dim,)}
+    if a.out_norms:
+        shapes |= _norm(a, "attention_out_norm", d) | _norm(a, "mlp_out_norm", d)
+    shapes |= _norm(a, "post_attention_layernorm", d)
+    for name, shape in (("gate", (f, d)), ("up", (f, d)), ("down", (d, f))):
+        if name != "gate" or a.gated:
+            shapes |= _linear(f"mlp.{name}_proj", shape, a.mlp_bias)
+    return shapes
+
+
+def _linear(name: str, shape: tuple[int, int], bias: bool) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": shape} | ({f"{name}.bias": shape[:1]} if bias else {})
+
+
+def _norm(a: Architecture, name: str, size: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (size,)} | ({f"{name}.bias": (size,)} if a.norm == "layer" else {})
+
+
+def linear_layers(architecture: Architecture) -> dict[str, tuple[int, int]]:
+    """{name: (inputs, outputs)} of what an adapter may adapt: the linear layers of the trunk, as the checkpoint names them."""
+    shapes = {name: shape for name, shape in trunk_shapes(architecture).items() if len(shape) == 2 and "embed" not in name}
+    step = 1 if naming(architecture).transposed else -1
+    return {n.removesuffix(".weight"): s[::step] for n, s in shapes.items() if not n.endswith(("wte.weight", "wpe.weight"))}
+
+
+def check_parameters(
+    architecture: Architecture, parameters: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Every expected tensor is there with its shape, and no tensor is left over.
+
+    Raises:
+      CheckpointError: names the first few that are missing, unused or of another shape.
+    """
+    missing = sorted(shapes.keys() - parameters.keys())
+    unused = sorted(parameters.keys() - shapes.keys())
+    other = [f"{n} is {parameters[n].shape}, not {s}" for n, s in shapes.items() if n in parameters and parameters[n].shape != s]
+    if missing or unused or other:
+        found = [f"missing: {', '.join(missing[:3])}"] * bool(missing) + [f"unused: {', '.join(unused[:3])}"] * bool(unused)
+        raise CheckpointError(f"The tensors do not fit this {architecture.family} architecture: {'; '.join(found + other[:3])}.")
+
+
+def check_labels(source: object, count: int) -> None:
+    """Raises CheckpointError unless there is one number per response."""
+    if count != 1:
+        raise CheckpointError(
+            f"'{source}' has num_labels={count}: it sorts into {count} classes, and which of them is good is not for us to say. "
+            "A reward model has num_labels=1."
+        )
+
+
+def initial_parameters(architecture: Architecture, seed: int) -> dict[str, np.ndarray]:
+    """Fresh weights, float32: N(0, 0.02²); the projections that write into the residual stream scaled by 1/sqrt(2 L)
+    (Radford et al. 2019, section 2.3); norm gains 1, biases 0. Drawn on the host, so all backends start alike."""
+    rng = randomness.generator(seed, "initial parameters")
+    residual = ("o_proj.weight", "down_proj.weight", "c_proj.weight")
+    out = {}
+    for name, shape in parameter_shapes(architecture).items():
+        if len(shape) == 1:
+            out[name] = np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32)
+        else:
+            std = 0.02 / math.sqrt(2 * architecture.layers) if name.endswith(residual) else 0.02
+            out[name] = (std * rng.standard_normal(shape, dtype=np.float32)).astype(np.float32)
+    return out
+
+
+def scalar_head(hidden_size: int, seed: int) -> np.ndarray:
+    """A fresh reward head float32 [hidden_size], N(0, 1/(d + 1)): LHP and Stiennon et al. 2020."""
+    rng = randomness.generator(seed, "scalar head")
+    return (rng.standard_normal(hidden_size) / math.sqrt(hidden_size + 1)).astype(np.float32)

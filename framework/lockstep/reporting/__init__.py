@@ -1,0 +1,1 @@
+"""What shows results and does not make them."""

@@ -1,0 +1,114 @@
+"""`lockstep compare PATH...`: what several runs show, from their folders or their W&B runs alone.
+
+records, wandb_runs   runs into plain records
+groups                runs that are compared as one, aggregated
+statistics, versus    over seeds: interquartile means, probabilities of improvement, seed by seed against a baseline
+claims                the headline and the checklist
+cost                  seconds, tokens per second, episodes, memory
+tables                terminal, Markdown
+plots, figures        how things are drawn, and what is
+page                  the HTML report
+tidy                  CSV and Parquet
+wandb_report          the report at W&B
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from lockstep.reporting.compare import claims, cost, records, versus
+from lockstep.reporting.compare.claims import Claim
+from lockstep.reporting.compare.groups import Comparison, group
+from lockstep.reporting.compare.tables import Table, all_tables, in_short, to_markdown, to_rich
+from lockstep.reporting.compare.versus import Versus
+
+__all__ = ["Report", "compare", "print_summary"]
+
+
+@dataclass(frozen=True)
+class Report:
+    headline: str
+    claims: Sequence[Claim]
+    tables: Mapping[str, Table]
+    comparison: Comparison
+    against: Sequence[Versus]
+    files: Sequence[Path]
+
+
+def compare(paths: Sequence[Path | str], output: Path, by: Sequence[str] | None = None, baseline: str | None = None) -> Report:
+    """Compare the runs under ``paths``; write the report to ``output``: report.html, .md and .png, metrics.csv and .parquet,
+    and every figure as PNG and SVG.
+
+    Args:
+      paths: run folders, folders of them, sweep folders, or W&B filters 'wandb:entity/project?group=...'.
+      by: configuration keys to group by; by default those in which the runs differ, without the seed.
+      baseline: the group that the others are held against: `versus.pairs`.
+
+    Raises:
+      DataError: a path that holds no run, or no run that can be read.
+      ConfigError: a key or a baseline that the runs do not have.
+    """
+    from lockstep.reporting.compare import figures, page, tidy  # matplotlib takes a second to import
+
+    comparison = group(records.read(paths), by)
+    against = versus.against_baseline(comparison, versus.pairs(comparison, baseline))
+    headline, found = claims.headline(comparison), claims.find(comparison)
+    built, over = all_tables(comparison, found, against), what_intervals_are_over(comparison)
+    output.mkdir(parents=True, exist_ok=True)
+
+    written = {
+        "report.html": page.render(comparison, headline, over, found, built, figures.for_page(comparison, against)),
+        "report.md": _markdown(comparison, headline, built),
+    }
+    for name, text in written.items():
+        (output / name).write_text(text)
+    files = [output / name for name in written]
+    files += tidy.write(comparison, output)
+    files += figures.for_papers(comparison, against, output)
+    return Report(headline, found, built, comparison, against, files)
+
+
+def print_summary(report: Report, console: Console | None = None) -> None:
+    """The report's text for a terminal; of the policies only what is looked at first."""
+    console = console or Console()
+    console.print(report.headline + "\n", style="bold", markup=False, highlight=False)
+    for problem in report.comparison.problems:
+        console.print(problem, style="yellow", markup=False, highlight=False)
+    for table in in_short(report.comparison, report.against, report.tables).values():
+        console.print(table.title, style="bold")
+        console.print(to_rich(table))
+    console.print(what_intervals_are_over(report.comparison), markup=False, highlight=False)
+    for file in report.files:
+        if file.parent.name != "figures":
+            console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+    if figures := next((file.parent for file in report.files if file.parent.name == "figures"), None):
+        console.print(f"wrote {figures} (PNG and SVG)", markup=False, highlight=False, soft_wrap=True)
+
+
+def what_intervals_are_over(c: Comparison) -> str:
+    """One or two sentences: over prompts, over seeds, or which groups have which."""
+    single = [g.label for g in c.groups if len(g.evaluated_seeds) < 2]
+    if len(single) == len(c.groups):
+        return (
+            "Intervals are 95%, over prompts. No group has two seeds that were evaluated, so there are none over seeds: "
+            "what another training would have given is not known."
+        )
+    text = "Intervals are 95%, over seeds; those of policies and reward models over seeds and prompts together."
+    if single:
+        text += f" With one seed evaluated, and so over prompts only: {'; '.join(single)}."
+    return text
+
+
+def _markdown(c: Comparison, headline: str, built: Mapping[str, Table]) -> str:
+    problems = "\n".join(f"- {problem}" for problem in c.problems)
+    runs = "; ".join(f"{g.label}: {len(g.runs)} run{'s' * (len(g.runs) > 1)} with seed {_seeds(g.seeds)}" for g in c.groups)
+    head = f"# Comparison\n\n{headline}\n\nRuns: {runs}. {what_intervals_are_over(c)}\n\n{cost.in_all(c)}"
+    return "\n\n".join(filter(None, [head, problems, *map(to_markdown, built.values())])) + "\n"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))

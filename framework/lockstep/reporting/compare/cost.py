@@ -1,0 +1,89 @@
+"""What runs cost: seconds, tokens per second, episodes and memory of each stage."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from lockstep.reporting.compare.groups import BACKEND, Comparison, Group
+from lockstep.reporting.compare.records import Run, Stage
+
+SPEED = "perf/tokens_per_second"
+PARTS = "perf/seconds_"
+
+
+def seconds(g: Group, stage: str) -> float | None:
+    """Mean over runs, of the stage as it was made; a run that found it made already took no time for it."""
+    return _mean([s.seconds for s in g.stages(stage)])
+
+
+def speed(g: Group, stage: str) -> float | None:
+    """Tokens per second: the median over steps, which leaves compilation out; its mean over runs."""
+    return _mean([_median(s, SPEED) for s in g.stages(stage)])
+
+
+def part(g: Group, stage: str, name: str) -> float | None:
+    """Seconds per step spent on ``name``: generate, score, evaluate or train. As `speed`."""
+    return _mean([_median(s, PARTS + name) for s in g.stages(stage)])
+
+
+def parts(c: Comparison) -> list[str]:
+    """What steps are made of, in the order in which the runs list it."""
+    metrics = (metric for run in c.runs for stage in run.stages.values() for metric in stage.metrics)
+    return list(dict.fromkeys(metric.removeprefix(PARTS) for metric in metrics if metric.startswith(PARTS)))
+
+
+def episodes(g: Group, stage: str) -> float | None:
+    """Prompts answered in training: iterations made, times the batch size. None for other stages."""
+    return _mean([_episodes(run, stage) for run in g.runs])
+
+
+def memory(g: Group, stage: str) -> float | None:
+    """GiB, the most of any run: of the accelerator's memory or, on the host, of the process up to the end of the stage."""
+    found = [s.memory for s in g.stages(stage) if s.memory]
+    return max(found) / 2**30 if found else None
+
+
+def by_backend(c: Comparison) -> list[Group]:
+    """All runs of a backend as one group: what a KL coefficient does not change."""
+    backends = dict.fromkeys(g.backend for g in c.groups)
+    members = {name: [run for g in c.groups if g.backend == name for run in g.runs] for name in backends}
+    return [Group(name, {BACKEND: name}, runs, [""] * len(runs)) for name, runs in members.items()]
+
+
+def in_all(c: Comparison) -> str:
+    """A sentence: the computing time of all stages, and what sharing them has saved."""
+    made = {s.identity or (run.name, s.name): s.seconds or 0.0 for run in c.runs for s in run.stages.values()}
+    stages = list(itertools.chain.from_iterable(run.stages.values() for run in c.runs))
+    spent, alone = sum(made.values()), sum(s.seconds or 0.0 for s in stages)
+    if not spent:
+        return ""
+    text = f"{len(made)} stages took {duration(spent)} of computing."
+    if len(made) < len(stages):
+        text += f" The runs list {len(stages)}: without sharing they would have taken {duration(alone)}."
+    return text
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else f"{seconds:.0f} s"
+
+
+def _episodes(run: Run, stage: str) -> float | None:
+    found = run.stages.get(stage)
+    series = found and found.metrics.get("objective/score")
+    key = f"stages.{stage}.algorithm.batch_size"
+    size = run.config.get(f"stages.{stage}.changes.batch_size", run.config.get(key))
+    return len(series.steps) * size if series and size else None
+
+
+def _median(stage: Stage, metric: str) -> float | None:
+    series = stage.metrics.get(metric)
+    return float(np.median(series.values)) if series else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return float(np.mean(found)) if found else None

@@ -1,0 +1,295 @@
+"""The figures of the page, of the README and for papers: what is drawn. How it is drawn: `plots`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+
+from lockstep.reporting.compare import cost
+from lockstep.reporting.compare.claims import PERCENT, headline_metric
+from lockstep.reporting.compare.groups import Comparison, Group
+from lockstep.reporting.compare.plots import (
+    COLOURS,
+    LINES,
+    ON_PAGE,
+    ON_WHITE,
+    coloured,
+    dots_height,
+    draw_bars,
+    draw_curve,
+    draw_curves,
+    draw_dots,
+    draw_forest,
+    draw_point,
+    legend,
+    panels,
+    policy_dots,
+    style,
+    styles,
+    to_svg,
+)
+from lockstep.reporting.compare.tables import REWARD_MODEL_METRICS
+from lockstep.reporting.compare.versus import Versus
+
+CURVES = {
+    "objective/score": "Reward model's score",
+    "objective/gold": "Gold score",
+    "objective/kl": "KL to the reference, nats",
+    "objective/entropy": "Entropy, nats per token",
+    "objective/length": "Length, tokens",
+}
+PARTS = ("helpful", "truthful", "harmless")
+
+
+def for_page(c: Comparison, found: Sequence[Versus]) -> dict[str, str]:
+    """SVG by name, whose ink follows the page; a figure for which there are no data is left out."""
+    with plt.rc_context(style(ON_PAGE)):
+        return {name: to_svg(figure, name) for name, make in _makers(found).items() if (figure := make(c))}
+
+
+def for_papers(c: Comparison, found: Sequence[Versus], output: Path) -> list[Path]:
+    """``report.png``, the main figure, and ``figures/NAME.png`` and ``.svg``, on white; the files that there are."""
+    files = []
+    (output / "figures").mkdir(exist_ok=True)
+    with plt.rc_context({**style(ON_WHITE), "svg.fonttype": "path", "svg.hashsalt": "lockstep"}):
+        for name, make in _makers(found).items():
+            if figure := make(c):
+                for kind, options in (("png", {}), ("svg", {"metadata": {"Date": None}})):
+                    files.append(output / "figures" / f"{name}.{kind}")
+                    figure.savefig(files[-1], dpi=200, facecolor="white", **options)
+                    figure.set_layout_engine("none")  # done once
+                plt.close(figure)
+    main = output / "report.png"
+    return [*([main] if readme_figure(c, main) else []), *files]
+
+
+def _makers(found: Sequence[Versus]) -> dict[str, Callable[[Comparison], Figure | None]]:
+    return {
+        "gold": gold,
+        "parts": parts,
+        "ability": ability,
+        "against": lambda c: against_baseline(c, found),
+        "frontier": frontier,
+        "curves": curves,
+        "reward_model": reward_model,
+        "losses": losses,
+        "cost": costs,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- the figures
+
+
+def gold(c: Comparison) -> Figure | None:
+    """The true score of each policy, one panel per split."""
+    metric = next((m for m in ("gold", "score") if c.has(m)), None)
+    splits = [s for s in c.splits if metric and c.has(metric, s)]
+    if not splits:
+        return None
+    figure, axes = panels(len(splits), height=dots_height(c, c.policies), sharex=True, sharey=True)
+    for ax, split in zip(axes, splits, strict=True):
+        policy_dots(ax, c, split, metric)
+        where = "held-out" if split == "heldout" else split
+        ax.set_title(f"{'Gold score' if metric == 'gold' else 'Score'}, {where} prompts")
+    legend(figure, c)
+    return figure
+
+
+def parts(c: Comparison) -> Figure | None:
+    found = [m for m in PARTS if c.split and c.has(m, c.split)]
+    if not found:
+        return None
+    figure, axes = panels(len(found), height=dots_height(c, c.policies), sharex=True, sharey=True)
+    for ax, metric in zip(axes, found, strict=True):
+        policy_dots(ax, c, c.split, metric)
+        ax.set_title(metric.capitalize())
+    legend(figure, c)
+    return figure
+
+
+def ability(c: Comparison) -> Figure | None:
+    if not (c.split and c.has("ability", c.split)):
+        return None
+    figure, (ax,) = panels(1, height=dots_height(c, c.policies), width=6.0)
+    policy_dots(ax, c, c.split, "ability", percent=True)
+    legend(figure, c)
+    return figure
+
+
+def curves(c: Comparison) -> Figure | None:
+    """Learning curves of the stages that have an objective."""
+    found = [m for m in CURVES if c.stages_with(m)]
+    if not found:
+        return None
+    figure, axes = panels(len(found), height=2.4, columns=3)
+    stages = list(dict.fromkeys(s for m in found for s in c.stages_with(m)))
+    for ax, metric in zip(axes, found, strict=True):
+        draw_curves(ax, c, metric, stages)
+        ax.set_title(CURVES[metric])
+    for ax in axes[-3:]:
+        ax.set_xlabel("step")
+    legend(figure, c, stages)
+    return figure
+
+
+def losses(c: Comparison) -> Figure | None:
+    """Loss of each supervised stage, with its held-out loss where it has one; per backend where its groups share them."""
+    objective = set(c.stages_with("objective/score"))
+    stages = [s for s in c.stages_with("loss") if s not in objective]
+    if not stages:
+        return None
+    if all(_made(g, stages) == _made(b, stages) for b in cost.by_backend(c) for g in c.groups if g.backend == b.label):
+        c = dataclasses.replace(c, groups=cost.by_backend(c))
+    figure, axes = panels(len(stages), height=2.4, columns=3)
+    for ax, stage in zip(axes, stages, strict=True):
+        for g, colour in coloured(c):
+            draw_curve(ax, g, stage, "loss", colour, "-")
+            draw_curve(ax, g, stage, "heldout/loss", colour, LINES[2], marker="o")
+        ax.set_title(f"{stage}, loss")
+        ax.set_xlabel("step")
+    ink = plt.rcParams["text.color"]
+    handles = [Line2D([], [], color=ink, linestyle=s, label=n) for n, s in (("training", "-"), ("held-out", LINES[2]))]
+    held_out = any(c.stages_with("heldout/loss"))
+    legend(figure, c, extra=handles if held_out else [])
+    return figure
+
+
+def _made(g: Group, stages: Sequence[str]) -> set[str]:
+    return {stage.identity for name in stages for stage in g.stages(name)}
+
+
+def frontier(c: Comparison) -> Figure | None:
+    """Proxy and gold score against the square root of KL (Gao et al. 2022): what drift buys, and when it stops paying."""
+    trained = c.stages_with("objective/kl")
+    evaluated = bool(c.split and c.has("kl", c.split))
+    panels_ = {"score": "Proxy: the reward model's score", "gold": "Gold score"}
+    found = [m for m in panels_ if (evaluated and c.has(m, c.split)) or set(c.stages_with(f"objective/{m}")) & set(trained)]
+    if not found:
+        return None
+    figure, axes = panels(len(found), height=3.4, width=10.3 if len(found) > 1 else 6.4, sharex=True)
+    for ax, metric in zip(axes, found, strict=True):
+        for g, colour in coloured(c):
+            for stage, line in zip(trained, styles(trained), strict=True):
+                kl, value = g.curve(stage, "objective/kl", points=25), g.curve(stage, f"objective/{metric}", points=25)
+                if kl and value and len(kl.mean) == len(value.mean):
+                    ax.plot(_root(kl.mean), value.mean, color=colour, linestyle=line, linewidth=1, alpha=0.55)
+        if evaluated:
+            _evaluated_points(ax, c, metric)
+        ax.set_title(panels_[metric])
+        ax.set_xlabel("√KL to the reference, √nats")
+    legend(figure, c, trained)
+    return figure
+
+
+def _evaluated_points(ax: Axes, c: Comparison, metric: str) -> None:
+    """A dot per policy and group; the last policy's are joined, backend by backend: the frontier."""
+    for i, policy in enumerate([c.baseline, *c.after_baseline]):
+        places = {}
+        for g, colour in coloured(c):
+            drift, value = g.policy(c.split, policy, "kl"), g.policy(c.split, policy, metric)
+            if drift and value:
+                x = float(_root(drift.mean))
+                draw_point(ax, x, value, colour)
+                places.setdefault(g.backend, []).append((x, value.mean))
+                if g is c.groups[0]:
+                    side = (6, 8) if i % 2 else (6, -14)  # neighbours are often close
+                    ax.annotate(policy, (x, value.mean), xytext=side, textcoords="offset points")
+        for line in places.values() if policy == c.policies[-1] else ():
+            ax.plot(*zip(*sorted(line), strict=True), color=plt.rcParams["text.color"], linewidth=0.8, alpha=0.5, zorder=1)
+
+
+def _root(kl: np.ndarray | float) -> np.ndarray:
+    return np.sqrt(np.maximum(kl, 0))  # an estimate of a small KL may be negative
+
+
+def against_baseline(c: Comparison, found: Sequence[Versus]) -> Figure | None:
+    """Difference and probability of improvement, in the truest metric, of every policy trained against a reward."""
+    metric = headline_metric(c)
+    rows = [v for v in found if v.metric == metric]
+    if not rows:
+        return None
+    several = len({v.policy for v in rows}) > 1
+    same = len({v.names[1] for v in rows}) == 1
+    colours = {g.label: colour for g, colour in coloured(c)}
+    names = [f"{v.policy}: " * several + v.group.label + (f" against {v.names[1]}" if not same else "") for v in rows]
+    figure, axes = panels(2, height=0.9 + 0.26 * len(rows), sharey=True)
+    against = rows[0].names[1] if same else "its baseline"
+    for ax, estimates, neutral in ((axes[0], [v.difference for v in rows], 0.0), (axes[1], [v.improvement for v in rows], 0.5)):
+        draw_forest(ax, list(zip(names, estimates, [colours[v.group.label] for v in rows], strict=True)), neutral)
+    axes[0].set_title(f"{metric.replace('_', ' ').capitalize()} minus that of {against}")
+    axes[1].set_title("Probability of improvement")
+    axes[1].set_xlim(-0.03, 1.03)
+    axes[1].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return figure
+
+
+def reward_model(c: Comparison) -> Figure | None:
+    """Accuracies as dots, a single labeler's agreement with gold first: the bar to pass."""
+    found = [m for m, (_, form) in REWARD_MODEL_METRICS.items() if form == PERCENT and m in c.reward_model_metrics]
+    if not found:
+        return None
+    figure, (ax,) = panels(1, height=dots_height(c, found), width=7.2)
+    titles = [REWARD_MODEL_METRICS[m][0] for m in found]
+    draw_dots(ax, c, titles, lambda g, i: (g.reward_model(found[i]), []))
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    legend(figure, c)
+    return figure
+
+
+def costs(c: Comparison) -> Figure | None:
+    """Seconds, tokens per second and peak memory of each stage, per backend."""
+    backends = cost.by_backend(c)
+    measures = {"Seconds": cost.seconds, "Tokens per second": cost.speed, "Peak memory, GiB": cost.memory}
+    found = {title: {s: [of(g, s) for g in backends] for s in c.stage_names} for title, of in measures.items()}
+    found = {title: {s: row for s, row in values.items() if any(row)} for title, values in found.items()}
+    found = {title: values for title, values in found.items() if values}
+    if not found:
+        return None
+    most = max(map(len, found.values()))
+    figure, axes = panels(len(found), height=0.9 + most * (0.2 + 0.16 * len(backends)))
+    colours = COLOURS[: len(backends)]
+    for ax, (title, values) in zip(axes, found.items(), strict=True):
+        draw_bars(ax, colours, values)
+        ax.set_title(title)
+    handles = [Line2D([], [], color=k, marker="o", markersize=5, label=g.label) for g, k in zip(backends, colours, strict=True)]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), handlelength=2.6)
+    return figure
+
+
+def readme_figure(c: Comparison, file: Path) -> bool:
+    """The main figure as PNG: gold per policy, how it was learned, what it cost. False: there was nothing to draw."""
+    metric = next((m for m in ("gold", "score") if c.split and c.has(m, c.split)), None)
+    learned = [m for m in ("objective/gold", "objective/score", "objective/kl") if c.stages_with(m)][:2]
+    tax = bool(c.split and c.has("ability", c.split))
+    count = bool(metric) + len(learned) + tax
+    if not count:
+        return False
+    with plt.rc_context(style(ON_WHITE)):
+        figure, axes = panels(count, height=2.9, columns=2)
+        rest = iter(axes)
+        if metric:
+            ax = next(rest)
+            policy_dots(ax, c, c.split, metric)
+            ax.set_title("Gold score" if metric == "gold" else "Reward model's score")
+        stages = list(dict.fromkeys(s for m in learned for s in c.stages_with(m)))
+        for name in learned:
+            ax = next(rest)
+            draw_curves(ax, c, name, stages)
+            ax.set_title(f"{CURVES[name]}, during training")
+            ax.set_xlabel("step")
+        if tax:
+            ax = next(rest)
+            policy_dots(ax, c, c.split, "ability", percent=True)
+            ax.set_title("Ability")
+        legend(figure, c, stages)
+        figure.savefig(file, dpi=160, facecolor="white", bbox_inches="tight")
+        plt.close(figure)
+    return True

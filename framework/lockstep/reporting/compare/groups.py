@@ -1,0 +1,322 @@
+"""Runs grouped into what is compared, their seeds aggregated: one group per backend and differing configuration, or per
+value of the keys that ``--by`` names. Then what differs inside a group makes its *tasks*: the settings that it is judged
+over, as an algorithm is over games.
+
+Not every interval is over the same thing. Of one run it is over its prompts: how another set of prompts would have turned
+out. Of several it is over seeds: how another training would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from lockstep.errors import ConfigError, did_you_mean, listing
+from lockstep.reporting.compare import statistics
+from lockstep.reporting.compare.records import Estimate, Reading, Run, Stage
+
+# Keys that say which run it is or where it runs, not what it does.
+NOT_COMPARED = {"seed", "name", "folder", "tracker", "checkpoint_every", "samples_every", "experiment_name"}
+BACKEND = "backend.name"
+
+
+def combine(estimates: Sequence[Estimate]) -> Estimate | None:
+    """The mean over seeds and its 95% interval.
+
+    Var(mean) = max(s², mean SE²) / R for R seeds, s² the variance between them and SE each run's own standard error:
+    the random-effects estimate of DerSimonian & Laird 1986 with equal weights. With few seeds s² is itself uncertain;
+    the page therefore shows every seed as well.
+    """
+    if len(estimates) < 2:
+        return estimates[0] if estimates else None
+    means = np.array([e.mean for e in estimates])
+    own = np.mean([e.standard_error**2 for e in estimates])
+    half = 1.96 * np.sqrt(max(means.var(ddof=1), own) / len(means))
+    mean = float(means.mean())
+    return Estimate(mean, float(mean - half), float(mean + half), sum(e.n for e in estimates))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric over steps: the interquartile mean over the group's runs (their mean, for three or fewer) and its 95%
+    bootstrap interval over runs, point by point; of a single run the interval has no width."""
+
+    steps: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that are compared as one: of the same settings, by seed and by task."""
+
+    label: str
+    settings: Mapping[str, str]  # what tells this group from the others, as text
+    runs: Sequence[Run]
+    tasks: Sequence[str] = ("",)  # of each run: what it differs in from others of the group, the seed apart
+
+    @property
+    def backend(self) -> str:
+        return ", ".join(dict.fromkeys(map(_backend, self.runs)))
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({run.seed for run in self.runs})
+
+    @property
+    def evaluated_seeds(self) -> list[int]:
+        return sorted({run.seed for run in self.runs if run.evaluation.splits})
+
+    def scores(self, split: str, policy: str, metric: str) -> dict[str, dict[int, float]]:
+        """{task: {seed: mean over prompts}} of the runs that have it."""
+        found: dict[str, dict[int, float]] = {}
+        for task, run in self._first_with(lambda run: _made_by(run, policy)):
+            if estimate := run.evaluation.splits.get(split, {}).get(policy, {}).get(metric):
+                found.setdefault(task, {})[run.seed] = estimate.mean
+        return found
+
+    def policy_estimates(self, split: str, policy: str, metric: str) -> list[Estimate]:
+        """What each run found, in the order of the runs."""
+        runs = [run for _, run in self._first_with(lambda run: _made_by(run, policy))]
+        found = [run.evaluation.splits.get(split, {}).get(policy, {}).get(metric) for run in runs]
+        return [e for e in found if e]
+
+    def policy(self, split: str, policy: str, metric: str) -> Estimate | None:
+        return combine(self.policy_estimates(split, policy, metric))
+
+    def reward_model(self, metric: str) -> Estimate | None:
+        rewards = lambda run: tuple(_made_by(run, s.name) for s in run.stages.values() if s.algorithm == "reward_modelling")  # noqa: E731
+        runs = [run for _, run in self._first_with(lambda run: rewards(run) or run.name)]
+        return combine([e for run in runs if (e := run.evaluation.reward_model.get(metric))])
+
+    def stages(self, name: str) -> list[Stage]:
+        return [run.stages[name] for _, run in self._first_with(lambda run: _made_by(run, name)) if name in run.stages]
+
+    def _first_with(self, made_by: Callable[[Run], Hashable]) -> list[tuple[str, Run]]:
+        """(task, run), one for each thing made: runs that share a model do not make it more certain."""
+        runs: dict[Hashable, tuple[str, Run]] = {}
+        for task, run in zip(self.tasks, self.runs, strict=True):
+            runs.setdefault(made_by(run), (task, run))
+        return list(runs.values())
+
+    def curve(self, stage: str, metric: str, points: int = 60) -> Curve | None:
+        """Over the steps that all runs have, neighbouring steps averaged down to at most ``points``. A stage that did not
+        finish is left out where others did."""
+        stages = [s for s in self.stages(stage) if metric in s.metrics]
+        stages = [s for s in stages if s.status == "done"] or stages
+        series = [s.metrics[metric] for s in stages]
+        if not series:
+            return None
+        steps = sorted(set.intersection(*(set(s.steps.tolist()) for s in series)))
+        if not steps:
+            return None
+        values = np.array([s.values[np.isin(s.steps, steps)] for s in series], float)
+        width = -(-len(steps) // points)
+        bins = [slice(start, start + width) for start in range(0, len(steps), width)]
+        values = np.array([[_mean(row[b]) for b in bins] for row in values])
+        return Curve(np.array([np.mean(steps[b]) for b in bins]), *statistics.band(values))
+
+
+def _made_by(run: Run, stage: str) -> str:
+    found = run.stages.get(stage)
+    return (found and found.identity) or run.name
+
+
+def _mean(x: np.ndarray) -> float:
+    finite = x[np.isfinite(x)]
+    return float(finite.mean()) if len(finite) else float("nan")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The groups of all runs, and the names that occur in them, in the order in which the runs list them."""
+
+    groups: Sequence[Group]
+    differing: Mapping[str, Sequence[str]]  # configuration key -> its value in each group, as text
+    problems: Sequence[str]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for group in self.groups for run in group.runs]
+
+    @cached_property
+    def splits(self) -> list[str]:
+        return list(dict.fromkeys(split for run in self.runs for split in run.evaluation.splits))
+
+    @cached_property
+    def split(self) -> str | None:
+        """The split that conclusions are drawn from: the held-out one."""
+        return "heldout" if "heldout" in self.splits else next(iter(self.splits), None)
+
+    @cached_property
+    def policies(self) -> list[str]:
+        evaluations = [run.evaluation for run in self.runs]
+        return list(dict.fromkeys(p for e in evaluations for split in e.splits.values() for p in split))
+
+    @cached_property
+    def baseline(self) -> str | None:
+        return next((b for run in self.runs if (b := run.evaluation.baseline)), None)
+
+    @cached_property
+    def after_baseline(self) -> list[str]:
+        """The policies that reinforcement learning made: those listed after the baseline."""
+        return self.policies[self.policies.index(self.baseline) + 1 :] if self.baseline in self.policies else []
+
+    @cached_property
+    def stage_names(self) -> list[str]:
+        return list(dict.fromkeys(name for run in self.runs for name in run.stages))
+
+    def stages_with(self, metric: str) -> list[str]:
+        return [n for n in self.stage_names if any(metric in s.metrics for g in self.groups for s in g.stages(n))]
+
+    def has(self, metric: str, split: str | None = None) -> bool:
+        """Did any policy get this metric?"""
+        splits = [split] if split else self.splits
+        return any(g.policy_estimates(s, p, metric) for g in self.groups for s in splits for p in self.policies)
+
+    @cached_property
+    def reward_model_metrics(self) -> list[str]:
+        return list(dict.fromkeys(m for run in self.runs for m in run.evaluation.reward_model))
+
+
+def group(reading: Reading, by: Sequence[str] | None = None) -> Comparison:
+    """Group by ``by``, configuration keys such as 'backend' or 'algorithm.kl_coef'; by default by experiment, backend and
+    every differing key, the seed and what follows from the backend left out.
+
+    Raises:
+      ConfigError: no run has such a key.
+    """
+    runs = reading.runs
+    differing = _differing(runs)
+    keys = _asked(by, runs) if by else _default_keys(differing, runs)
+    members: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        members.setdefault(tuple(setting(run, key) for key in keys), []).append(run)
+    problems = list(reading.problems)
+    inside = _inside(keys, differing, runs) if by else []
+    groups = []
+    for found in members.values():
+        tasks = _tasks(found, inside, problems)
+        settings = {key: setting(found[0], key) for key in keys}
+        label = _label(settings, runs if by else [run for run in runs if run.experiment == found[0].experiment], runs)
+        groups.append(Group(label, settings, list(tasks.values()), [task for task, _ in tasks]))
+    groups = _distinct(groups)
+    return Comparison(
+        groups=groups,
+        differing={key: [_text_of_all(g, key) for g in groups] for key in differing},
+        problems=[*problems, *_missing_seeds(groups)],
+    )
+
+
+def setting(run: Run, key: str) -> str:
+    """The key's value in a run, as text."""
+    return {"experiment": run.experiment, BACKEND: _backend(run)}.get(key) or _text(run.config.get(key))
+
+
+def _default_keys(differing: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    own = [key for key in differing if key != BACKEND and not _follows_from_backend(key, runs)]
+    return ["experiment", BACKEND, *own]
+
+
+def _asked(by: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    exist = {"experiment", "seed", *(key for run in runs for key in run.config)}
+    keys = [BACKEND if key == "backend" else key for key in by]
+    for key in keys:
+        if key not in exist:
+            known = sorted({key for key in exist if not key.startswith("stages.")})
+            raise ConfigError(f"No run has a key '{key}' to group by.{did_you_mean(key, known)} Keys: {listing(known)}.")
+    return keys
+
+
+def _label(settings: Mapping[str, str], relatives: Sequence[Run], everyone: Sequence[Run]) -> str:
+    """As little as tells it apart: its backend, its experiment if there are several, and the keys in which its relatives
+    differ."""
+    telling = [key for key in settings if key not in (BACKEND, "experiment")]
+    telling = [key for key in telling if len({setting(run, key) for run in relatives}) > 1]
+    experiments = {run.experiment for run in everyone}
+    names = [settings[k] for k in (BACKEND, "experiment") if k in settings and (k == BACKEND or len(experiments) > 1)]
+    return ", ".join([*names, *_described({key: settings[key] for key in telling})]) or "all runs"
+
+
+def _inside(keys: Sequence[str], differing: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """The keys that differ and make no group: they make tasks."""
+    own = [key for key in differing if key != BACKEND and not _follows_from_backend(key, runs)]
+    return [key for key in ("experiment", BACKEND, *own) if key not in keys]
+
+
+def _tasks(members: Sequence[Run], inside: Sequence[str], problems: list[str]) -> dict[tuple[str, int], Run]:
+    """{(task, seed): run}, by seed; a run whose place is taken is named in ``problems``."""
+    inside = [key for key in inside if len({setting(run, key) for run in members}) > 1]
+    runs: dict[tuple[str, int], Run] = {}
+    for run in sorted(members, key=lambda run: run.seed):
+        place = ", ".join(_described({key: setting(run, key) for key in inside}, most=len(inside))), run.seed
+        if place in runs:
+            problems.append(f"{run.name} is left out: {runs[place].name} has the same configuration and seed.")
+        runs.setdefault(place, run)
+    return runs
+
+
+def _missing_seeds(groups: Sequence[Group]) -> list[str]:
+    """A sentence for every group and task without a seed that others have."""
+    everyone = sorted({seed for g in groups for seed in g.seeds})
+    problems = []
+    for g in groups:
+        for task in dict.fromkeys(g.tasks):
+            have = {run.seed for t, run in zip(g.tasks, g.runs, strict=True) if t == task}
+            if missing := [str(seed) for seed in everyone if seed not in have]:
+                where = ", ".join(filter(None, [g.label, task]))
+                problems.append(f"{where}: no run with seed {', '.join(missing)}, which others have.")
+    return problems
+
+
+def _text_of_all(g: Group, key: str) -> str:
+    """The key's value in the group, or its values where --by pools several."""
+    return ", ".join(dict.fromkeys(setting(run, key) for run in g.runs))
+
+
+def _described(settings: Mapping[str, str], most: int = 3) -> list[str]:
+    """'kl_coef=0.02', once where several stages share it; names first, and the surplus only counted."""
+    names_first = sorted(settings, key=lambda key: not key.endswith("name"))
+    parts = list(dict.fromkeys(f"{key.rpartition('.')[2]}={settings[key]}" for key in names_first))
+    return [*parts[:most], *([f"{len(parts) - most} more"] if len(parts) > most else [])]
+
+
+def _distinct(groups: Sequence[Group]) -> list[Group]:
+    """Short labels may collide ('lr=1' of two stages); number those that do."""
+    seen: dict[str, int] = {}
+    result = []
+    for g in groups:
+        seen[g.label] = seen.get(g.label, 0) + 1
+        label = g.label if seen[g.label] == 1 else f"{g.label} ({seen[g.label]})"
+        result.append(Group(label, g.settings, g.runs, g.tasks))
+    return result
+
+
+def _differing(runs: Sequence[Run]) -> list[str]:
+    """The keys in which the runs differ. A stage's copy of a key that is also set once for all stages is left out."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if key.partition(".")[0] not in NOT_COMPARED)
+    values = {key: tuple(_text(run.config.get(key)) for run in runs) for key in keys}
+    values = {key: found for key, found in values.items() if len(set(found)) > 1}
+    shared = {(key.rpartition(".")[2], found) for key, found in values.items() if not key.startswith("stages.")}
+    return [k for k, found in values.items() if not k.startswith("stages.") or (k.rpartition(".")[2], found) not in shared]
+
+
+def _follows_from_backend(key: str, runs: Sequence[Run]) -> bool:
+    """Is the key's value the same in all runs of a backend (its name, its options), so that the name says it all?"""
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        values.setdefault(_backend(run), set()).add(_text(run.config.get(key)))
+    return len(values) > 1 and all(len(found) == 1 for found in values.values())
+
+
+def _backend(run: Run) -> str:
+    return str(run.backend.get("name", "?"))
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

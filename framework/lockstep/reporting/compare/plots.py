@@ -1,0 +1,203 @@
+"""How figures are drawn, with matplotlib and without a display.
+
+One colour per group, one line style per stage, everywhere. Of several backends with several groups each, every backend has
+a range of colours of its own. The page's figures are SVG whose ink is CSS variables, so that they follow the reader's light
+or dark scheme; those for papers are on white.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from lockstep.reporting.compare.groups import Comparison, Group
+from lockstep.reporting.compare.records import Estimate
+
+# Told apart on white and on near-black, and by the colour-blind (after Okabe and Ito 2008).
+COLOURS = ["#3b82c4", "#e07b39", "#2a9d78", "#b565a7", "#c9a227", "#5a6acf", "#c9515c", "#6b8f3c"]
+RANGES = [("#57c4a4", "#3b82c4", "#6d55cc"), ("#e3b23c", "#dd6a2f", "#a8355f"), ("#b5c648", "#45a050", "#23808a")]  # per backend
+LINES = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5))]
+INK, FAINT = "#123456", "#abcdef"  # stand-ins: `to_svg` replaces them by CSS variables
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+}
+ON_PAGE = {"text": INK, "faint": FAINT}
+ON_WHITE = {"text": "#333333", "faint": "#dddddd"}
+
+# ------------------------------------------------------------------------------------------------------- what they draw
+
+
+def policy_dots(ax: Axes, c: Comparison, split: str, metric: str, percent: bool = False) -> None:
+    def of(g: Group, i: int) -> tuple[Estimate | None, Sequence[Estimate]]:
+        return g.policy(split, c.policies[i], metric), g.policy_estimates(split, c.policies[i], metric)
+
+    draw_dots(ax, c, c.policies, of)
+    if percent:
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def draw_dots(
+    ax: Axes, c: Comparison, labels: Sequence[str], of: Callable[[Group, int], tuple[Estimate | None, Sequence[Estimate]]]
+) -> None:
+    """One row per label, one dot with its interval per group; each seed as a small ring where there are several."""
+    spacing = min(0.22, 0.7 / len(c.groups))
+    offsets = (np.arange(len(c.groups)) - (len(c.groups) - 1) / 2) * spacing
+    for (g, colour), offset in zip(coloured(c), offsets, strict=True):
+        for i in range(len(labels)):
+            estimate, seeds = of(g, i)
+            if estimate is None:
+                continue
+            ax.plot([estimate.low, estimate.high], [i + offset] * 2, color=colour, solid_capstyle="round")
+            ax.plot(estimate.mean, i + offset, "o", color=colour, markersize=5)
+            if len(seeds) > 1:
+                ring = dict(markersize=3.5, markerfacecolor="none", markeredgewidth=0.7, linestyle="none", alpha=0.8)
+                ax.plot([e.mean for e in seeds], [i + offset] * len(seeds), "o", color=colour, **ring)
+    _rows(ax, labels, 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+
+
+def draw_curves(ax: Axes, c: Comparison, metric: str, stages: Sequence[str]) -> None:
+    for g, colour in coloured(c):
+        for stage, line in zip(stages, styles(stages), strict=True):
+            draw_curve(ax, g, stage, metric, colour, line)
+
+
+def draw_curve(ax: Axes, g: Group, stage: str, metric: str, colour: str, line, marker: str | None = None) -> None:
+    """The interquartile mean over runs, with the band of its interval where there are several."""
+    curve = g.curve(stage, metric)
+    if curve is None:
+        return
+    ax.plot(curve.steps, curve.mean, color=colour, linestyle=line, marker=marker, markersize=3)
+    if len(g.runs) > 1:
+        ax.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.14, linewidth=0)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def draw_point(ax: Axes, x: float, y: Estimate, colour: str) -> None:
+    ax.plot([x, x], [y.low, y.high], color=colour, linewidth=1)
+    ax.plot(x, y.mean, "o", color=colour, markersize=6)
+
+
+def draw_bars(ax: Axes, colours: Sequence[str], values: dict[str, list[float | None]]) -> None:
+    """One row per name in ``values``, with a bar per colour."""
+    height = 0.8 / len(colours)
+    for i, colour in enumerate(colours):
+        y = np.arange(len(values)) + (i - (len(colours) - 1) / 2) * height
+        ax.barh(y, [row[i] or 0 for row in values.values()], height=height * 0.86, color=colour)
+    _rows(ax, list(values), 0.45)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.10g}")
+
+
+def draw_forest(ax: Axes, rows: Sequence[tuple[str, Estimate | None, str]], neutral: float) -> None:
+    """One (label, estimate, colour) per row, around the value that means no difference."""
+    ax.axvline(neutral, color=plt.rcParams["text.color"], linewidth=0.8, alpha=0.6)
+    for i, (_, estimate, colour) in enumerate(rows):
+        if estimate:
+            ax.plot([estimate.low, estimate.high], [i, i], color=colour, linewidth=2.2, solid_capstyle="round")
+            ax.plot(estimate.mean, i, "o", color=colour, markersize=6)
+    _rows(ax, [label for label, _, _ in rows], 0.5)
+
+
+def _rows(ax: Axes, labels: Sequence[str], margin: float) -> None:
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - margin, -margin)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="y", visible=False)
+    ax.spines["left"].set_visible(False)
+
+
+# -------------------------------------------------------------------------------------------------------------- layout
+
+
+def style(ink: dict[str, str]) -> dict[str, object]:
+    text = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink["text"])
+    return {**STYLE, **text, "grid.color": ink["faint"], "axes.edgecolor": ink["faint"], "xtick.labelcolor": ink["text"]}
+
+
+def panels(count: int, *, height: float, width: float = 10.3, columns: int | None = None, **share: bool):
+    """A figure of ``count`` panels, each ``height`` inches high; the surplus of the last row is switched off."""
+    columns = min(columns or count, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width, height * rows + 0.35), squeeze=False, **share, layout="constrained"
+    )
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    for ax in axes.flat[count:]:
+        ax.set_visible(False)
+    return figure, list(axes.flat[:count])
+
+
+def dots_height(c: Comparison, rows: Sequence[str]) -> float:
+    return 0.8 + len(rows) * max(0.4, 0.12 * len(c.groups))
+
+
+def coloured(c: Comparison) -> list[tuple[Group, str]]:
+    backends = list(dict.fromkeys(g.backend for g in c.groups))
+    if len(backends) == 1 or len(backends) == len(c.groups):
+        return [(g, COLOURS[i % len(COLOURS)]) for i, g in enumerate(c.groups)]
+    members = {backend: [g for g in c.groups if g.backend == backend] for backend in backends}
+    ranges = {b: LinearSegmentedColormap.from_list(b, RANGES[i % len(RANGES)]) for i, b in enumerate(backends)}
+    place = lambda g: members[g.backend].index(g) / max(1, len(members[g.backend]) - 1)  # noqa: E731
+    return [(g, to_hex(ranges[g.backend](place(g)))) for g in c.groups]
+
+
+def styles(stages: Sequence[str]) -> list:
+    return [LINES[i % len(LINES)] for i in range(len(stages))]
+
+
+def legend(figure: Figure, c: Comparison, stages: Sequence[str] = (), extra: Sequence[Line2D] = ()) -> None:
+    """Colours for groups, line styles for stages, above the panels; nothing where there is nothing to tell apart."""
+    handles = [Line2D([], [], color=colour, marker="o", markersize=5, label=g.label) for g, colour in coloured(c)]
+    handles = handles if len(handles) > 1 else []
+    if len(stages) > 1:
+        ink = plt.rcParams["text.color"]
+        handles += [Line2D([], [], color=ink, linestyle=s, label=n) for n, s in zip(stages, styles(stages), strict=True)]
+    handles += extra
+    if handles:
+        longest = max(len(str(handle.get_label())) for handle in handles)
+        columns = int(figure.get_figwidth() / (0.55 + 0.075 * longest))  # inches of a line sample and of a letter
+        rows = -(-len(handles) // max(1, columns))
+        figure.legend(handles=handles, loc="outside upper left", ncols=-(-len(handles) // rows), handlelength=2.6)
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """The figure for inlining: no XML header, no fixed size, no background, ids of its own, ink from CSS."""
+    buffer = io.StringIO()
+    with plt.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    width, _ = figure.get_size_inches() * 96
+    size = f'style="max-width: {width:.0f}px" role="img" aria-label="{name}"'
+    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', size, svg, count=1)
+    svg = re.sub(r"font: ([^;\"]*?)([\d.]+)px [^;\"]*", r"font: \1\2px var(--sans)", svg)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)  # every figure has an 'axes_1'
+    return svg.replace(INK, "var(--ink)").replace(FAINT, "var(--rule)")

@@ -1,0 +1,76 @@
+"""What few seeds allow to be said: interquartile means, probabilities of improvement, and their bootstrap intervals.
+
+Scores come as *tasks*: one array per task, one entry per run. A task is a setting whose runs are independent of the other
+settings' runs (a KL coefficient, a data set), as the games are in Agarwal et al. 2021, "Deep Reinforcement Learning at the
+Edge of the Statistical Precipice" (arXiv 2108.13264), whose recommendations these are. Tasks may have unequal numbers of
+runs. What the authors' own library, rliable, finds on stored scores is in tests/fixtures/outsiders/rliable.json.
+
+Everything is drawn from a fixed seed: the same runs give the same report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lockstep.reporting.compare.records import Estimate
+
+DRAWS = 10_000  # the ends of an interval then vary by about 1% of its width
+Tasks = Sequence[np.ndarray]
+
+
+def iqm(values: np.ndarray) -> np.ndarray:
+    """The mean of the middle half of the last axis: floor(n/4) values are cut at each end (Agarwal et al., section 4.3;
+    scipy's ``trim_mean``). Of three values or fewer nothing is cut: it is the mean."""
+    values = np.sort(np.asarray(values, np.float64), axis=-1)
+    cut = values.shape[-1] // 4
+    return values[..., cut : values.shape[-1] - cut].mean(axis=-1)
+
+
+def iqm_estimate(tasks: Tasks) -> Estimate:
+    """The interquartile mean over all runs of all tasks, with its stratified bootstrap interval."""
+    draws = np.concatenate(resample(tasks, _rng()), axis=-1)
+    return _estimate(float(iqm(np.concatenate(tasks))), iqm(draws), tasks)
+
+
+def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """P(X > Y): the share of all pairs of a run of ``x`` and a run of ``y`` (last axes) in which x is higher, ties
+    counting a half. The Mann-Whitney statistic over n·m; Agarwal et al., section 4.3."""
+    x, y = x[..., :, None], y[..., None, :]
+    return ((x > y) + 0.5 * (x == y)).mean(axis=(-2, -1))
+
+
+def improvement_estimate(x: Tasks, y: Tasks) -> Estimate:
+    """P(X > Y) averaged over tasks, both sides resampled, each in its own task. Task t of ``x`` is task t of ``y``."""
+    mean = np.mean([improvement(a, b) for a, b in zip(x, y, strict=True)])
+    rng = _rng()
+    pairs = zip(resample(x, rng), resample(y, rng), strict=True)
+    return _estimate(float(mean), np.mean([improvement(a, b) for a, b in pairs], axis=0), [*x, *y])
+
+
+def resample(tasks: Tasks, rng: np.random.Generator, draws: int = DRAWS) -> list[np.ndarray]:
+    """The stratified bootstrap: per task [draws, runs], its runs drawn with replacement, independently of other tasks."""
+    return [task[rng.integers(len(task), size=(draws, len(task)))] for task in map(np.asarray, tasks)]
+
+
+def band(curves: np.ndarray, draws: int = 1000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of curves [runs, points]: their interquartile mean, and the ends of its 95% bootstrap interval, point by point.
+    Whole runs are drawn, so neighbouring points move together."""
+    index = _rng().integers(len(curves), size=(draws, len(curves)))
+    drawn = iqm(np.moveaxis(curves[index], 1, -1))
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    return iqm(curves.T), low, high
+
+
+def _estimate(value: float, drawn: np.ndarray, tasks: Tasks) -> Estimate:
+    """The percentile interval (Efron 1979); none where a task has a single run, which says nothing about the spread."""
+    runs = sum(map(len, tasks))
+    if min(map(len, tasks)) < 2:
+        return Estimate(value, value, value, runs)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Estimate(value, float(low), float(high), runs)
+
+
+def _rng() -> np.random.Generator:
+    return np.random.default_rng(0)

@@ -1,0 +1,267 @@
+"""The comparison as tables: built once, written to the terminal, to Markdown and to the page."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from lockstep.reporting.compare import cost, versus
+from lockstep.reporting.compare.claims import PERCENT, SCORE, Claim, by_text, headline_metric, show
+from lockstep.reporting.compare.groups import Comparison, Group
+from lockstep.reporting.compare.records import Estimate
+from lockstep.reporting.compare.versus import Versus
+
+# metric -> (title, how its number is written)
+POLICY_METRICS = {
+    "gold": ("gold score", SCORE),
+    "helpful": ("helpful", SCORE),
+    "truthful": ("truthful", SCORE),
+    "harmless": ("harmless", SCORE),
+    "score": ("reward model's score", SCORE),
+    "win_rate": ("win rate against {baseline}", PERCENT),
+    "ability": ("ability", PERCENT),
+    "text_loss": ("loss on raw text, nats per token", ".3f"),
+    "kl": ("KL to {baseline}, nats", SCORE),
+    "length": ("length, tokens", SCORE),
+    "finished": ("finished", PERCENT),
+}
+REWARD_MODEL_METRICS = {
+    "labeler_agreement/gold": ("a single labeler vs gold", PERCENT),
+    "accuracy/gold": ("reward model vs gold", PERCENT),
+    "accuracy_over_labeler/gold": ("  above the labelers, pair by pair", PERCENT),
+    "accuracy/training_labelers": ("reward model vs training labelers", PERCENT),
+    "accuracy/heldout_labelers": ("reward model vs held-out labelers", PERCENT),
+    "ece": ("calibration error", ".3f"),
+    "brier": ("Brier score", ".3f"),
+}
+MOST_COLUMNS = 5  # more groups than this become rows, so that a sweep still fits a terminal
+
+Cell = Callable[[Group, str], str]
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    headings: frozenset[int] = frozenset()  # rows that name the block below them
+
+
+def all_tables(c: Comparison, found: Sequence[Claim], against: Sequence[Versus]) -> dict[str, Table]:
+    """Everything that the numbers are good for; a table without rows is left out."""
+    every = {
+        "claims": checklist(found),
+        "policies": policies(c),
+        "seeds": over_seeds(c),
+        "against": against_baseline(c, against),
+        "reward_model": reward_model(c),
+        "warnings": warnings(c),
+        "cost": costs(c),
+        "configuration": configuration(c),
+    }
+    return {name: table for name, table in every.items() if table.rows}
+
+
+def policies(c: Comparison) -> Table:
+    """Every metric on every split."""
+    return _policy_table(c, [(split, metric) for split in c.splits for metric in POLICY_METRICS])
+
+
+def policies_in_short(c: Comparison) -> Table:
+    """The few numbers for a terminal: what was gained, and at which price."""
+    score = "gold" if c.has("gold") else "score"
+    rest = [split for split in c.splits if split != c.split]
+    return _policy_table(c, [*((c.split, m) for m in (score, "win_rate", "ability", "kl")), *((s, score) for s in rest)])
+
+
+def _policy_table(c: Comparison, chosen: Sequence[tuple[str, str]]) -> Table:
+    blocks: dict[str, Cell] = {}
+    for split, metric in chosen:
+        if c.has(metric, split):
+            title, form = POLICY_METRICS[metric]
+            name = title.format(baseline=c.baseline) + ("" if split == c.split else f", {split}")
+            blocks[name] = lambda g, p, s=split, m=metric, f=form: _cell(c, g.policy(s, p, m), f)
+    return _table("Policies", c, c.policies, blocks)
+
+
+def reward_model(c: Comparison) -> Table:
+    measured = c.reward_model_metrics
+    lines = {title: (metric, form) for metric, (title, form) in REWARD_MODEL_METRICS.items() if metric in measured}
+    lines |= {metric: (metric, SCORE) for metric in measured if metric not in REWARD_MODEL_METRICS}
+
+    def cell(g: Group, title: str) -> str:
+        metric, form = lines[title]
+        return _cell(c, g.reward_model(metric), form)
+
+    return _table("Reward model", c, list(lines), {"": cell})
+
+
+def over_seeds(c: Comparison) -> Table:
+    """Interquartile means over seeds of what was trained against a reward. None of groups with one seed each."""
+    metrics = [m for m in ("gold", "score", "win_rate", "ability", "kl") if c.has(m)]
+    rows: list[list[str]] = []
+    starts = set()
+    wanted = [(policy, split) for policy in c.after_baseline or c.policies[-1:] for split in c.splits]
+    for policy, split in wanted if any(len(g.evaluated_seeds) > 1 for g in c.groups) else ():
+        found = [_seeds_row(g, split, policy, metrics) for g in c.groups]
+        if any(found):
+            starts.add(len(rows))
+            rows += [[f"{policy}, {split}", *[""] * (len(metrics) + 1)], *filter(None, found)]
+    header = ["", *(POLICY_METRICS[m][0].format(baseline=c.baseline) for m in metrics), "seeds"]
+    return Table("Over seeds: interquartile means", header, rows, frozenset(starts))
+
+
+def _seeds_row(g: Group, split: str, policy: str, metrics: Sequence[str]) -> list[str] | None:
+    cells = [show(versus.over_seeds(g, split, policy, m), POLICY_METRICS[m][1]) for m in metrics]
+    scores = [seeds for m in metrics for seeds in g.scores(split, policy, m).values()]
+    seeds = sorted({seed for found in scores for seed in found})
+    tasks = f", each in {len(set(g.tasks))} settings" if len(set(g.tasks)) > 1 else ""
+    alone = " (one: no interval)" if len(seeds) == 1 else ""
+    return [g.label, *cells, ", ".join(map(str, seeds)) + tasks + alone] if seeds else None
+
+
+def against_baseline(c: Comparison, found: Sequence[Versus]) -> Table:
+    """Seed by seed against the baseline group. A row names the seeds that are on both sides, and those that are not."""
+    rows: list[list[str]] = []
+    starts = set()
+    block = None
+    for v in found:
+        title, form = POLICY_METRICS[v.metric]
+        if block != (block := (v.policy, v.metric)):
+            starts.add(len(rows))
+            rows.append([f"{v.policy}: {title.format(baseline=c.baseline)}", *[""] * 4])
+        difference = show(v.difference, "+" + form) or "no seed on both sides"
+        seeds = ", ".join(map(str, v.seeds)) + (f" (not paired: {'; '.join(v.unpaired)})" if v.unpaired else "")
+        rows.append([*v.names, difference, _always(v.improvement, v.seeds), seeds])
+    header = ["", "against", "difference, seed by seed", "probability of improvement", "seeds"]
+    return Table("Against the baseline", header, rows, frozenset(starts))
+
+
+def _always(e: Estimate, seeds: Sequence[int]) -> str:
+    """Where all runs of one side are better the interval has no width; that is shown, lest it look like certainty."""
+    return f"{e.mean:.0%} [{e.low:.0%}, {e.high:.0%}]" if len(seeds) > 1 else f"{e.mean:.0%}"
+
+
+def in_short(c: Comparison, against: Sequence[Versus], every: Mapping[str, Table]) -> dict[str, Table]:
+    """For a terminal: of policies, differences and cost what is looked at first."""
+    few = [v for v in against if v.metric == headline_metric(c)]
+    short = {"policies": policies_in_short(c), "against": against_baseline(c, few), "cost": cost_in_short(c)}
+    return {name: table for name in every if name != "seeds" and (table := short.get(name, every[name])).rows}
+
+
+def warnings(c: Comparison) -> Table:
+    """What `lockstep.reporting.health` warned of while stages trained: in which of a group's runs, and at which step first."""
+    rows = []
+    for g in c.groups:
+        first: dict[tuple[str, str], dict[int, int]] = {}
+        for run in g.runs:
+            for stage in run.stages.values():
+                for found in stage.health:
+                    first.setdefault((stage.name, found["name"]), {}).setdefault(run.seed, found["step"])
+        for (stage, name), steps in first.items():
+            rows.append([g.label, stage, name, ", ".join(f"seed {seed} at step {step}" for seed, step in steps.items())])
+    return Table("Warnings while training", ["", "stage", "warning", "where"], rows)
+
+
+def cost_in_short(c: Comparison) -> Table:
+    """Seconds, speed and memory, per backend."""
+    return costs(dataclasses.replace(c, groups=cost.by_backend(c)), steps=False)
+
+
+def costs(c: Comparison, steps: bool = True) -> Table:
+    blocks: dict[str, Cell] = {
+        "seconds": _seconds,
+        "tokens per second": lambda g, s: _number(cost.speed(g, s)),
+        "episodes": lambda g, s: _number(cost.episodes(g, s)),
+        "peak memory, GiB": lambda g, s: _number(cost.memory(g, s), ".2f"),
+    }
+    for name in cost.parts(c) if steps else ():
+        blocks[f"seconds per step: {name}"] = lambda g, s, n=name: _number(cost.part(g, s, n), ".2f")
+    return _table("Cost", c, c.stage_names, blocks)
+
+
+def _seconds(g: Group, stage: str) -> str:
+    unfinished = ", ".join(sorted({s.status for s in g.stages(stage)} - {"done"}))
+    text = _number(cost.seconds(g, stage))
+    return f"{text} ({unfinished})".strip() if unfinished else text
+
+
+def _number(value: float | None, form: str = ",.0f") -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _table(title: str, c: Comparison, items: Sequence[str], blocks: Mapping[str, Cell]) -> Table:
+    """Block under block: items down and groups across, or the other way round for many groups."""
+    labels = [g.label for g in c.groups]
+    rows: list[list[str]] = []
+    starts = set()
+    for name, cell in blocks.items():
+        grid = [[item, *(cell(g, item) for g in c.groups)] for item in items]
+        grid = [row for row in grid if any(row[1:])]
+        if _wide(c):
+            grid = [[label, *(cell(g, item) for item in items)] for label, g in zip(labels, c.groups, strict=True)]
+        if name and any(any(row[1:]) for row in grid):
+            starts.add(len(rows))
+            rows.append([name, *[""] * (len(grid[0]) - 1)])
+        rows += grid if any(any(row[1:]) for row in grid) else []
+    return Table(title, ["", *(items if _wide(c) else labels)], rows, frozenset(starts))
+
+
+def _cell(c: Comparison, estimate: Estimate | None, form: str) -> str:
+    """The interval in full, or its half width where there are many columns."""
+    if estimate is None or not _wide(c) or estimate.low == estimate.high:
+        return show(estimate, form)
+    return f"{estimate.mean:{form}} ±{(estimate.high - estimate.low) / 2:{form}}"
+
+
+def configuration(c: Comparison) -> Table:
+    lines = list(c.differing.items())
+    if _wide(c):
+        rows = [[g.label, *(values[i] for _, values in lines)] for i, g in enumerate(c.groups)]
+        return Table("Where the configurations differ", ["run", *(key for key, _ in lines)], rows if lines else [])
+    return Table("Where the configurations differ", ["key", *(g.label for g in c.groups)], [[k, *v] for k, v in lines])
+
+
+def checklist(found: Sequence[Claim]) -> Table:
+    """One row per claim: its verdict, or its verdicts where the groups differ."""
+    rows = []
+    for text, members in by_text(found):
+        where = {v: ", ".join(m.where for m in members if m.verdict == v) for v in ("yes", "unclear", "no")}
+        where = {verdict: labels for verdict, labels in where.items() if labels}
+        verdict = "; ".join(f"{v}: {labels}" for v, labels in where.items()) if len(where) > 1 else next(iter(where))
+        rows.append([text, verdict])
+    return Table("Claims", ["claim", "holds"], rows)
+
+
+def _wide(c: Comparison) -> bool:
+    return len(c.groups) > MOST_COLUMNS
+
+
+# ----------------------------------------------------------------------------------------------------------- rendering
+
+VERDICT_STYLE = {"yes": "green", "unclear": "yellow", "no": "red"}
+
+
+def to_rich(table: Table) -> RichTable:
+    rich = RichTable(header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in table.header:
+        rich.add_column(name, no_wrap=name == table.header[0])
+    for i, row in enumerate(table.rows):
+        if i in table.headings and i > 0:
+            rich.add_section()
+        rich.add_row(*map(Text, row), style="bold" if i in table.headings else VERDICT_STYLE.get(row[1]))
+    return rich
+
+
+def to_markdown(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rule = "|" + "---|" * len(table.header)
+    rows = [[f"**{row[0]}**", *row[1:]] if i in table.headings else row for i, row in enumerate(table.rows)]
+    return "\n".join([f"## {table.title}", "", line(table.header), rule, *map(line, rows)])

@@ -1,0 +1,120 @@
+"""Groups against a baseline group: seeds matched, differences and probabilities of improvement, with intervals over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.errors import ConfigError, did_you_mean, listing
+from lockstep.reporting.compare import statistics
+from lockstep.reporting.compare.groups import BACKEND, Comparison, Group
+from lockstep.reporting.compare.records import Estimate
+
+HIGHER_IS_BETTER = ("gold", "score", "win_rate", "ability")
+
+
+@dataclass(frozen=True)
+class Versus:
+    """One policy's metric in a group, against the same in the baseline group.
+
+    ``difference`` is the interquartile mean of group minus baseline, seed by seed, over the seeds that both have;
+    ``improvement`` the probability that a run of the group is above one of the baseline. Both within tasks.
+    """
+
+    group: Group
+    baseline: Group
+    policy: str
+    metric: str
+    difference: Estimate | None
+    improvement: Estimate
+    seeds: Sequence[int]  # on both sides, in some task
+    unpaired: Sequence[str]  # what only one side has
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Of the group, and of what it is held against: where only the backends differ, that is enough."""
+        backend, _, rest = self.baseline.label.partition(", ")
+        return self.group.label, backend if self.group.label.endswith(f", {rest}") else self.baseline.label
+
+
+def over_seeds(g: Group, split: str, policy: str, metric: str) -> Estimate | None:
+    """The interquartile mean over the group's runs, with its interval over seeds."""
+    tasks = [np.array(list(seeds.values())) for seeds in g.scores(split, policy, metric).values()]
+    return statistics.iqm_estimate(tasks) if tasks else None
+
+
+def against_baseline(c: Comparison, pairs: Sequence[tuple[Group, Group]]) -> list[Versus]:
+    """Every metric in which more is better, of every policy that was trained against a reward, on the main split. A single
+    run against a single run is left out: which of the two is higher says next to nothing of other seeds."""
+    policies = c.after_baseline or c.policies[-1:]
+    wanted = [(policy, metric) for policy in policies for metric in HIGHER_IS_BETTER]
+    found = [versus(g, b, c.split, policy, metric) for policy, metric in wanted for g, b in pairs if c.split]
+    return [v for v in found if v and v.improvement.n > 2]
+
+
+def versus(g: Group, baseline: Group, split: str, policy: str, metric: str) -> Versus | None:
+    x, y = g.scores(split, policy, metric), baseline.scores(split, policy, metric)
+    tasks = [task for task in x if task in y]
+    if not tasks:
+        return None
+    paired = {task: [seed for seed in x[task] if seed in y[task]] for task in tasks}
+    gains = [np.array([x[t][s] - y[t][s] for s in seeds]) for t, seeds in paired.items() if seeds]
+    of = lambda scores: [np.array(list(scores[task].values())) for task in tasks]  # noqa: E731
+    return Versus(
+        g, baseline, policy, metric,
+        difference=statistics.iqm_estimate(gains) if gains else None,
+        improvement=statistics.improvement_estimate(of(x), of(y)),
+        seeds=sorted({seed for seeds in paired.values() for seed in seeds}),
+        unpaired=[*_only(x, y, g.label), *_only(y, x, baseline.label)],
+    )  # fmt: skip
+
+
+def _only(here: Mapping[str, Mapping[int, float]], there: Mapping[str, Mapping[int, float]], label: str) -> list[str]:
+    """'seed 2 of torch' for what one side has and the other has not."""
+    missing = [(task, seed) for task, seeds in here.items() for seed in seeds if seed not in there.get(task, {})]
+    return [f"seed {seed} of {', '.join(filter(None, [label, task]))}" for task, seed in missing]
+
+
+def pairs(c: Comparison, baseline: str | None) -> list[tuple[Group, Group]]:
+    """Each group with the one that it is held against: the group of its own settings with the baseline's values put in.
+
+    Args:
+      baseline: 'backend=torch', 'algorithm.kl_coef=0.1' or several with commas; a group's label; None: the first group.
+
+    Raises:
+      ConfigError: no group is like this.
+    """
+    if baseline is None or baseline in [g.label for g in c.groups]:
+        one = c.groups[0] if baseline is None else next(g for g in c.groups if g.label == baseline)
+        return [(g, one) for g in c.groups if g is not one]
+    wanted = _values(baseline, c)
+    found = [(g, other) for g in c.groups for other in c.groups if _with(g, wanted) == dict(other.settings) and g is not other]
+    if not found:
+        raise ConfigError(f"--baseline {baseline}: no other group differs from such a group in that alone. {_groups(c)}")
+    return found
+
+
+def _with(g: Group, wanted: Mapping[str, str]) -> dict[str, str]:
+    return {**g.settings, **wanted}
+
+
+def _values(baseline: str, c: Comparison) -> dict[str, str]:
+    keys = list(c.groups[0].settings)
+    wanted = {}
+    for part in baseline.split(","):
+        key, equals, value = part.strip().partition("=")
+        key = BACKEND if key == "backend" else key
+        if not equals or key not in keys:
+            nearest = did_you_mean(key, keys) if equals else did_you_mean(baseline, [g.label for g in c.groups])
+            raise ConfigError(f"--baseline {baseline}: '{part}' is no key=value of the groups.{nearest} {_groups(c)}")
+        have = list(dict.fromkeys(g.settings[key] for g in c.groups))
+        if value not in have:
+            raise ConfigError(f"--baseline {baseline}: no group has {part}. There are: {listing(have)}.")
+        wanted[key] = value
+    return wanted
+
+
+def _groups(c: Comparison) -> str:
+    return f"Keys: {listing(c.groups[0].settings)}. Groups: {'; '.join(g.label for g in c.groups)}."

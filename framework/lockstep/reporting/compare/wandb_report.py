@@ -1,0 +1,47 @@
+"""The comparison as a report at W&B, beside the runs' own panels: its text and tables, and curves that W&B draws itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lockstep.errors import DataError
+from lockstep.reporting.compare import Report
+from lockstep.reporting.compare.groups import Comparison
+
+CURVES = ("objective/score", "objective/gold", "objective/kl", "objective/entropy", "objective/length")
+
+
+def publish(comparison: Report, project: str) -> str:
+    """Save a report to ``project``, 'entity/project', and give its address.
+
+    Raises:
+      DataError: the package for it is missing, or W&B cannot be reached.
+    """
+    try:
+        import wandb_workspaces.reports.v2 as wr
+    except ImportError as error:
+        raise DataError("A W&B report needs wandb-workspaces. Type: pip install 'lockstep-rlhf[wandb-report]'") from error
+    entity, slash, name = project.partition("/")
+    if not (entity and slash and name):
+        raise DataError(f"--wandb-report {project}: give ENTITY/PROJECT, where the runs are.")
+    text = next(file for file in comparison.files if file.name == "report.md").read_text()
+    try:
+        report = wr.Report(entity=entity, project=name, title="Lockstep comparison", description=comparison.headline)
+        report.blocks = [wr.TableOfContents(), wr.MarkdownBlock(text=text), *_panels(wr, comparison.comparison, entity, name)]
+        report.save()
+        return report.url
+    except Exception as error:  # whatever W&B and the network raise
+        raise DataError(f"The report could not be saved to W&B: {error}. It takes a network and a key: wandb login") from error
+
+
+def _panels(wr: Any, c: Comparison, entity: str, project: str) -> Sequence[Any]:
+    """One grid per stage that has an objective, over the W&B runs of that stage: a curve per group of runs."""
+    grids = []
+    names = [run.name for run in c.runs]
+    for stage in c.stages_with("objective/kl"):
+        chosen = f"Group in {names!r} and JobType == {stage!r}"
+        runs = wr.Runset(entity=entity, project=project, name=stage, filters=chosen)
+        lines = [wr.LinePlot(x="step", y=[metric], title=metric) for metric in CURVES if c.stages_with(metric)]
+        grids += [wr.H2(text=f"{stage} at W&B"), wr.PanelGrid(runsets=[runs], panels=lines)]
+    return grids

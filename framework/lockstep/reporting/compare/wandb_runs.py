@@ -1,0 +1,156 @@
+"""Runs read from W&B: ``wandb:entity/project?group=NAME``, as the `wandb` tracker has recorded them.
+
+There, a stage is a W&B run whose group is the run's name; here they become one run again. What comes after the question mark
+filters W&B runs by its API's names: ``group``, ``tags``, ``state``, ``jobType``, ``config.seed`` and so on; a name given
+twice takes either value. A stage that several runs share is recorded under the one that made it, and found for the others
+by what their stages say they started from, as long as the filter lets it through.
+
+Unlike run folders: evaluations are means without their intervals over prompts; samples are not read; ``algorithm`` is the
+first stage that trains against a reward.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import DataError
+from lockstep.reporting.compare.records import Estimate, Evaluation, Reading, Run, Stage, flatten, series
+
+STATUS = {"finished": "done", "running": "running", "pending": "running"}  # all else is 'failed'
+
+
+def read(source: str, reading: Reading) -> None:
+    """The runs of ``source`` into ``reading``.
+
+    Raises:
+      DataError: W&B cannot be asked, or has no such runs.
+    """
+    path, filters = parse(source)
+    import wandb
+
+    try:
+        stages = list(wandb.Api().runs(path, filters=filters))
+        runs = _grouped(stages)
+    except Exception as error:  # whatever W&B and the network raise
+        advice = "It takes a network and a key: wandb login. Or compare the folders: lockstep compare runs/NAME"
+        raise DataError(f"W&B could not be asked for {source}: {error}. {advice}") from error
+    if not runs:
+        raise DataError(f"No runs of Lockstep in {source}: {len(stages)} W&B runs, none with a group and a job type.")
+    by_id = {stage.id: stage for stage in stages}
+    for name, members in runs.items():
+        run = _run(name, _with_shared(members, by_id), path)
+        if run.status != "done":
+            reading.problems.append(f"{name} is not finished ({run.status}): compared as far as it got.")
+        reading.runs.append(run)
+
+
+def parse(source: str) -> tuple[str, dict[str, Any]]:
+    """'wandb:me/rlhf?group=a&config.seed=0' -> ('me/rlhf', {'group': 'a', 'config.seed': 0})."""
+    path, _, query = source.removeprefix("wandb:").partition("?")
+    if not path:
+        raise DataError(f"'{source}' names no project. Type wandb:PROJECT or wandb:ENTITY/PROJECT?group=NAME")
+    filters: dict[str, Any] = {}
+    for key, values in urllib.parse.parse_qs(query).items():
+        found = [_value(value) for value in values]
+        filters[key] = found[0] if len(found) == 1 else {"$in": found}
+    return path, filters
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _grouped(stages: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """{run: {stage: W&B run}}; of a stage that was recorded twice the later one counts."""
+    runs: dict[str, dict[str, Any]] = {}
+    for stage in stages:  # the API gives the oldest first
+        if stage.group and stage.job_type:
+            runs.setdefault(stage.group, {})[stage.job_type] = stage
+    return runs
+
+
+def _with_shared(members: Mapping[str, Any], by_id: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's own stages, after those of other runs that they started from."""
+    found = dict(members)
+    queue = list(members.values())
+    while queue:
+        for name, identity in (queue.pop().config.get("inputs") or {}).items():
+            if name not in found and identity in by_id:
+                found = {name: by_id[identity], **found}
+                queue.append(by_id[identity])
+    return found
+
+
+def _run(name: str, stages: Mapping[str, Any], path: str) -> Run:
+    configs = {stage: found.config for stage, found in stages.items()}
+    anyone = next(iter(configs.values()))
+    read = {stage: _stage(stage, found) for stage, found in stages.items()}
+    unfinished = [stage.status for stage in read.values() if stage.status != "done"]
+    return Run(
+        name=name,
+        folder=Path(name),
+        experiment=path.rpartition("/")[2],
+        seed=int(anyone.get("seed", 0)),
+        backend=anyone.get("backend") or {},
+        status=unfinished[0] if unfinished else "done",
+        seconds=None,
+        command="",
+        stages=read,
+        config=_config(configs),
+        evaluation=_evaluation(stages),
+        samples=[],
+    )
+
+
+def _config(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Under the names that a run folder's configuration has."""
+    whole: dict[str, Any] = {"stages": {name: {"algorithm": c.get("stage") or {}} for name, c in configs.items()}}
+    for config in configs.values():
+        whole |= {key: config[key] for key in ("backend", "data", "seed") if key in config}
+        if config.get("reward_model") and "algorithm" not in whole and "baseline" not in (config.get("stage") or {}):
+            whole["algorithm"] = config["stage"]
+    return dict(flatten(whole))
+
+
+def _stage(name: str, found: Any) -> Stage:
+    rows = [_numbers(row) for row in found.scan_history()]
+    algorithm = (found.config.get("stage") or {}).get("name")
+    return Stage(
+        name=name,
+        kind="train" if algorithm else "evaluate",
+        algorithm=algorithm,
+        status=STATUS.get(found.state, "failed"),
+        seconds=found.summary.get("_runtime"),
+        metrics=series([row for row in rows if "step" in row]),
+        identity=found.id,
+    )
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if not key.startswith("_")}
+
+
+def _evaluation(stages: Mapping[str, Any]) -> Evaluation:
+    """'heldout/ppo/gold' and 'reward_model/accuracy/gold' of evaluation stages, which name a baseline."""
+    baseline, splits, reward_model = None, {}, {}
+    for found in stages.values():
+        if named := (found.config.get("stage") or {}).get("baseline"):
+            baseline = named
+            for key, value in dict(found.summary).items():
+                split, _, rest = key.partition("/")
+                policy, _, metric = rest.partition("/")
+                if not metric or not isinstance(value, (int, float)):
+                    continue
+                estimate = Estimate(float(value), float(value), float(value))
+                if split == "reward_model":
+                    reward_model[rest] = estimate
+                else:
+                    splits.setdefault(split, {}).setdefault(policy, {})[metric] = estimate
+    return Evaluation(baseline, splits, reward_model)

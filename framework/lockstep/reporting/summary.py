@@ -1,0 +1,56 @@
+"""The table at the end of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+
+from lockstep.reporting.console import numbers
+from lockstep.storage.files import read_json
+
+COLUMNS = ("gold", "helpful", "truthful", "harmless", "score", "win_rate", "kl", "length", "ability", "text_loss")
+
+
+def summary(run: Path) -> Group:
+    """Stages with their seconds and last numbers, then each evaluated policy with its 95% intervals."""
+    record = read_json(run / "run.json")
+    results = {name: read_json(run.parent / stage["folder"] / "done.json") for name, stage in record["stages"].items()}
+    stages = Table(title="stages", title_justify="left", box=None, pad_edge=False)
+    for column in ("stage", "steps", "seconds", "at its end", "warnings"):
+        stages.add_column(column)
+    for name, result in results.items():
+        warnings = ", ".join(dict.fromkeys(finding["name"] for finding in result.get("health", ())))
+        stages.add_row(name, str(result["steps"]), f"{result['seconds']:.0f}", numbers(result["metrics"]), warnings)
+    tables = [stages]
+    for result in results.values():
+        if "evaluation" in result:
+            tables += evaluation_tables(result["evaluation"])
+    return Group(*(item for table in tables for item in ("", table)))
+
+
+def evaluation_tables(evaluation: dict) -> list[Table]:
+    tables = []
+    for split, policies in evaluation["splits"].items():
+        shown = [c for c in COLUMNS if any(c in measures for measures in policies.values())]
+        table = Table(title=f"{split} prompts (± 95%)", title_justify="left", box=None, pad_edge=False)
+        for column in ("policy", *shown):
+            table.add_column(column)
+        for policy, measures in policies.items():
+            table.add_row(policy, *(cell(measures.get(name)) for name in shown))
+        tables.append(table)
+    if reward := evaluation.get("reward_model"):
+        table = Table(title="reward model (± 95%)", title_justify="left", box=None, pad_edge=False)
+        for name in reward:
+            table.add_column(name)
+        table.add_row(*(cell(m) for m in reward.values()))
+        tables.append(table)
+    return tables
+
+
+def cell(measure: dict | None) -> str:
+    if measure is None:
+        return ""
+    half = f" ± {(measure['high'] - measure['low']) / 2:.2f}" if "low" in measure else ""
+    return f"{measure['mean']:.2f}{half}"

@@ -1,0 +1,285 @@
+"""Trackers: where a stage's record goes beside its run folder.
+
+`Wandb` keeps one Weights & Biases run per stage; `Silent` keeps nothing. A tracker is a convenience: the runner writes
+the run folder itself, so a tracker that fails says so once and lets the training go on.
+
+Left out: system files. W&B would store the command line and the uncommitted changes, and both may hold secrets. Which
+commit and which plugins a stage was made with is in its configuration (`lockstep.reporting.provenance`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from lockstep.interfaces import Metrics, Tracker
+from lockstep.storage.files import read_lines
+
+logger = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 30  # for wandb.init to reach the server, before the run is recorded offline
+UPLOAD_SECONDS = 300  # for wandb.finish to upload; what is left then lies in the stage folder for `wandb sync`
+
+SUMMARIES = {
+    **dict.fromkeys(("loss", "heldout/loss", "heldout/brier", "heldout/ece", "objective/entropy"), "min,last"),
+    **dict.fromkeys(("heldout/accuracy", "objective/score", "objective/gold", "objective/kl"), "max,last"),
+    **dict.fromkeys(("grad_norm/policy", "grad_norm/value", "grad_norm/reward_model", "sampler/mismatch_max"), "max,last"),
+    "perf/tokens_per_second": "mean,last",
+}
+"""What W&B's table of runs shows of a metric, as ``loss.min`` and ``loss.last``; of others the last value."""
+
+
+class Silent(Tracker):
+    """Keeps nothing. Registered as `none`."""
+
+    @dataclass(frozen=True)
+    class Config:
+        pass
+
+    def __init__(self, config: Config):
+        pass
+
+    def start(self, *, folder: Path, run: str, stage: str, identity: str, config: Mapping[str, Any], resume: bool) -> None:
+        pass
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        pass
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        pass
+
+    def alert(self, title: str, text: str, step: int) -> None:
+        pass
+
+    def artifact(self, kind: str, folder: Path) -> None:
+        pass
+
+    def finish(self, failed: bool = False) -> None:
+        pass
+
+
+class Surviving(Tracker):
+    """A tracker whose failures are told once and stop nothing."""
+
+    label: ClassVar[str]
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    @contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._warn(f"{self.label} could not {what}: {error!r}. The run goes on; its folder holds every record.")
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            logger.warning(message)
+        self._warned = True
+
+    def _replay(self, folder: Path) -> None:
+        """Record again what the stage folder holds of the steps before the checkpoint."""
+        samples, findings = by_step(folder / "samples.jsonl"), by_step(folder / "health.jsonl")
+        for row in read_lines(folder / "metrics.jsonl"):
+            step = row.pop("step")
+            self.log({name: math.nan if v is None else v for name, v in row.items() if name != "seconds"}, step)
+            for finding in findings.get(step, ()):
+                self.alert(finding["name"], finding["message"], step)
+            self.table("samples", samples.get(step, ()), step)
+
+
+class Wandb(Surviving):
+    """One W&B run per stage: the group is the run's name, the job type the stage, the id the stage's identity.
+
+    So a stage that resumes goes on in its own W&B run, and each step stands there once: W&B's steps are the stage's.
+    What a killed process could not hand over is taken from the stage folder; steps that the server has already are not
+    sent again. Offline there is no server to ask: the new log holds everything from step 0 on and replaces the earlier
+    ones of the stage, so that one folder is left to `wandb sync`.
+
+    A stage's output is an artifact, 'sft-torch' with the hash of its identity as alias. A stage that reads it says so:
+    online W&B draws the lineage; offline it refuses `use_artifact`, and the inputs stand in the run's configuration and in
+    the metadata of the artifact only.
+    """
+
+    label = "W&B"
+
+    @dataclass(frozen=True)
+    class Config:
+        project: str
+        entity: str | None
+        mode: Literal["auto", "online", "offline", "disabled"]
+        tags: tuple[str, ...]
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self._run: Any = None  # wandb.Run while a stage is on
+        self._about: dict[str, Any] = {}  # the stage, for its artifact
+        self._first = 0  # the first step that W&B does not have
+
+    def start(self, *, folder: Path, run: str, stage: str, identity: str, config: Mapping[str, Any], resume: bool) -> None:
+        arguments = dict(
+            project=self.config.project,
+            entity=self.config.entity,
+            tags=self.config.tags,
+            group=run,
+            job_type=stage,
+            id=identity,
+            name=f"{run}/{stage}",
+            dir=folder,
+            config=without_secrets(config),
+            # A stage that starts afresh replaces a W&B run of its identity: same configuration, same numbers.
+            resume="allow" if resume else None,
+            reinit="create_new",
+        )
+        with self._surviving("start"):
+            folder.mkdir(parents=True, exist_ok=True)  # else W&B writes to a temporary folder
+            self._run = self._open(arguments)
+            self._define_metrics()
+            self._about = {"identity": identity, "stage": stage, "run": run, "inputs": dict(config.get("inputs", {}))}
+            self._first = self._run.starting_step
+            if self._run.settings.mode == "offline":
+                _remove_logs(folder, identity, Path(self._run.settings.sync_dir))
+            elif self._run.settings.mode == "online":
+                self._use_inputs()
+            if resume:
+                self._replay(folder)
+
+    def _define_metrics(self) -> None:
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        for name, summary in SUMMARIES.items():
+            self._run.define_metric(name, step_metric="step", summary=summary)
+
+    def _use_inputs(self) -> None:
+        """Declare the outputs of earlier stages as inputs, where W&B has them."""
+        for identity in self._about["inputs"].values():
+            name, alias = artifact_name(identity)
+            try:
+                self._run.use_artifact(f"{name}:{alias}")
+            except Exception as error:  # W&B's own, of several kinds; made while another tracker was on, say
+                logger.info("W&B draws no line from %s: %s", identity, error)
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        with self._surviving("log metrics"):
+            if self._run and step >= self._first:
+                self._run.log({**metrics, "step": step}, step=step)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        with self._surviving("log a table"):
+            if self._run and rows and step >= self._first:
+                import wandb
+
+                columns = list(dict.fromkeys(key for row in rows for key in row))
+                data = [[row.get(column) for column in columns] for row in rows]
+                table = wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+                self._run.log({name: table, "step": step}, step=step)
+
+    def alert(self, title: str, text: str, step: int) -> None:
+        with self._surviving("send an alert"):
+            if self._run and step >= self._first:
+                self._run.alert(title=title, text=f"{self._about['stage']}, step {step}: {text}", level="WARN")
+
+    def artifact(self, kind: str, folder: Path) -> None:
+        with self._surviving("log an artifact"):
+            if self._run:
+                import wandb
+
+                name, alias = artifact_name(self._about["identity"])
+                artifact = wandb.Artifact(name, type=kind, metadata=self._about)
+                # A finished folder does not change, so W&B need not copy gigabytes of weights to its own cache.
+                artifact.add_dir(str(folder), policy="immutable", skip_cache=True)
+                self._run.log_artifact(artifact, aliases=["latest", alias])
+
+    def finish(self, failed: bool = False) -> None:
+        """Blocks until everything is written: W&B's own exit hook comes too late for the last values of a crash."""
+        run, self._run = self._run, None
+        with self._surviving("finish"):
+            if run:
+                run.finish(exit_code=1 if failed else 0)
+
+    def _open(self, arguments: Mapping[str, Any]) -> Any:
+        """The W&B run: in the configured mode or, where the server cannot be had, offline."""
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read on import: no crash reports to W&B
+        import wandb  # takes 0.6 s, so only a run that uses it pays
+
+        quiet = wandb.Settings(silent=True)
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            x_disable_meta=True,
+            x_save_requirements=False,
+            init_timeout=CONNECT_SECONDS,
+            finish_timeout=UPLOAD_SECONDS,
+        )
+        default = wandb.setup(quiet).settings.mode  # WANDB_MODE and the like; 'online' if nobody said anything
+        mode = self.config.mode if self.config.mode != "auto" else default
+        try:
+            if self.config.mode == "auto" and mode == "online" and not wandb.login(prompt=False, verify=False):
+                mode = "offline"
+            return wandb.init(**arguments, mode=mode, settings=settings)
+        except Exception as error:
+            if mode != "online":
+                raise
+            self._warn(f"W&B cannot be reached, so the stage is recorded offline in {arguments['dir']}: {error}")
+            wandb.teardown()  # its service still holds the id; no other stage is on in this process
+            wandb.setup(quiet)
+            return wandb.init(**arguments, mode="offline", settings=settings)
+
+
+def by_step(file: Path) -> dict[int, list[dict[str, Any]]]:
+    """The rows of samples.jsonl or health.jsonl, without their step."""
+    groups = itertools.groupby(read_lines(file), lambda row: row.pop("step"))
+    return {step: list(group) for step, group in groups}
+
+
+def artifact_name(identity: str) -> tuple[str, str]:
+    """('sft-torch', '0123456789ab') of a stage's identity: a collection in W&B, and the alias of this one in it."""
+    name, _, digest = identity.rpartition("-")
+    return re.sub(r"[^\w.-]", "-", name), digest
+
+
+def _remove_logs(folder: Path, identity: str, kept: Path) -> None:
+    """The offline logs of this run's earlier processes."""
+    for log in folder.glob(f"wandb/offline-run-*-{identity}"):
+        if log.resolve() != kept.resolve():
+            shutil.rmtree(log, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- secrets
+
+_SECRET_WORDS = {"key", "token", "secret", "password", "passwd", "credential", "credentials", "authorization", "bearer"}
+_TEXT_TOKENS = {"eos", "pad", "bos", "unk", "stop", "sep", "cls", "mask", "special"}
+_PASSWORD_IN_URL = re.compile(r"(?<=://)[^/\s@]+@")
+
+
+def without_secrets(config: Any) -> Any:
+    """``config`` without the keys that look like credentials, and without the user part of URLs.
+
+    A key looks like a credential if its last word is 'key', 'token', 'password' and so on; `eos_token` is text.
+    """
+    if isinstance(config, Mapping):
+        return {key: without_secrets(value) for key, value in config.items() if not _is_secret(str(key))}
+    if isinstance(config, (list, tuple)):
+        return [without_secrets(value) for value in config]
+    if isinstance(config, str):
+        return _PASSWORD_IN_URL.sub("", config)
+    return config
+
+
+def _is_secret(key: str) -> bool:
+    words = re.sub(r"([a-z])([A-Z])", r"\1_\2", key).lower().replace("-", "_").split("_")
+    if words[-1].startswith("apikey"):
+        return True
+    return words[-1] in _SECRET_WORDS and not (words[-1] == "token" and words[0] in _TEXT_TOKENS)

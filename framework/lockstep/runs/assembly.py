@@ -1,0 +1,109 @@
+"""An experiment's parts, made when first asked for: backend, data, tokenizer, and the models and algorithms of its stages."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from lockstep.models import adapters
+from lockstep.storage.files import read_json, write_json
+from lockstep.storage.sources import fetch_folder
+from lockstep.storage.weights import read_weights
+from lockstep.models.architecture import SCALAR_HEAD
+from lockstep.types import Fit
+from lockstep.errors import ConfigError
+from lockstep.runs.experiment import NEW, Experiment, Group, Stage, settings
+from lockstep.interfaces import Algorithm, Backend, Classifier, DataSource, Policy, RewardModel, ScalarModel, Setting
+from lockstep.registry import registry
+from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
+
+
+class Assembly:
+    """``outputs`` says where each stage's result lies, once there is one. It is the `lockstep.interfaces.Resources` of
+    reward models."""
+
+    def __init__(self, experiment: Experiment, outputs: Mapping[str, Path]):
+        self.experiment, self.outputs = experiment, outputs
+        self.fits: dict[str, dict[str, Fit]] = {}
+
+    @functools.cached_property
+    def backend(self) -> Backend:
+        cls, config = self.experiment.backend
+        return cls(config)
+
+    @functools.cached_property
+    def data(self) -> DataSource:
+        cls, config = self.experiment.data
+        return cls(config)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The policy's: its own path, its checkpoint's, or the data source's."""
+        _, policy = self.experiment.policy
+        settings: TokenizerConfig = policy.tokenizer
+        path = settings.path or getattr(policy, "path", None)
+        if path is not None:
+            return Tokenizer.load(path, settings)
+        own = self.data.tokenizer()
+        if own is None:
+            raise ConfigError(
+                "A policy that starts from scratch needs a tokenizer. Set policy.tokenizer.path to a folder or hub id."
+            )
+        return own.replaced(settings)
+
+    def policy(self, source: str) -> Policy:
+        """A fresh copy of the policy that a stage made, or of the configured one."""
+        if source == NEW:
+            cls, config = self.experiment.policy
+            return cls.create(config, self.backend, self.tokenizer, self.experiment.seed)
+        output, made = self._output(source)
+        return registry().resolve("policy", made["policy"], self.experiment.backend_name).load(output, self.backend)
+
+    def kind(self, source: str) -> Literal["stage", "decoder", "encoder"]:
+        folder = self._reward_folder(source)
+        if (folder / "output.json").exists():
+            return "stage"
+        return "decoder" if read_weights(folder, [SCALAR_HEAD]) else "encoder"
+
+    def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
+        folder = self._reward_folder(source)
+        cls = registry().resolve("policy", self._output(folder)[1]["policy"], self.experiment.backend_name)
+        # Public reward models often pad with EOS, which matters to nobody who only scores.
+        own = None if (folder / "output.json").exists() else TokenizerConfig(None, None, "<|pad|>", None)
+        return cls.load_scalar(folder, self.backend), Tokenizer.load(folder, own)
+
+    def classifier(self, source: str) -> Classifier:
+        cls = registry().resolve("policy", "huggingface", self.experiment.backend_name)
+        return cls.load_classifier(source, self.backend)
+
+    def reward_model(self, group: Group | None) -> RewardModel | None:
+        if group is None:
+            return None
+        cls = registry().resolve("reward_model", group["name"], self.experiment.backend_name)
+        return cls(settings(cls, group, "reward_model"), self)
+
+    def algorithm(self, stage: Stage) -> Algorithm:
+        policy, reward_model = self.policy(stage.policy), self.reward_model(stage.reward_model)
+        setting = Setting(stage.seed, self.backend, self.tokenizer, self.data, policy, reward_model)
+        self.fits[stage.name] = setting.fits
+        return stage.component(stage.config, setting)
+
+    def save(self, stage: Stage, algorithm: Algorithm, folder: Path) -> None:
+        """The stage's result: a Hugging Face folder with its tokenizer, and who can read it."""
+        made_by = self._output(stage.policy)[1]["policy"] if stage.policy != NEW else self.experiment.groups["policy"]["name"]
+        algorithm.result().save(folder)
+        self.tokenizer.save(folder)
+        write_json(folder / "output.json", {"kind": algorithm.produces, "policy": made_by})
+
+    def _reward_folder(self, source: str) -> Path:
+        """Of a stage's output, of a folder by its path, or of a hub repository, once downloaded."""
+        return self.outputs.get(source) or fetch_folder(source)
+
+    def _output(self, source: str | Path) -> tuple[Path, Group]:
+        """The output folder of a stage, or a folder by its path, and who made it."""
+        folder = self.outputs.get(source, Path(source))
+        if not (folder / "output.json").exists():
+            return folder, {"policy": "lora" if (folder / adapters.SETTINGS).exists() else "huggingface"}
+        return folder, read_json(folder / "output.json")

@@ -1,0 +1,178 @@
+"""Stored stages: which runs may use what is there, why one is not reused, and what no run needs any more.
+
+lockstep cache [overrides]          the stages in the folder of these runs, with size, age and who uses them
+lockstep cache why [overrides]      of a run that these overrides describe: what is stored, and what keeps the rest from being
+lockstep cache prune [overrides]    remove stages that no run uses
+
+A stage is used by every run whose folder names it. To be rid of a run, remove its folder, then prune. Nothing here changes a
+stage that a process is working on.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lockstep.storage.files import read_json
+from lockstep.runs import store
+from lockstep.config.schema import differences
+from lockstep.errors import CheckpointError, ConfigError
+from lockstep.runs.experiment import Experiment, Group, decisive, run_name, settings
+from lockstep.registry import registry
+from lockstep.runs.runner import Runner, what_changed
+from lockstep.runs.store import StageFolder
+from lockstep.reporting.tracking import without_secrets
+
+UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+# ------------------------------------------------------------------------------------------------------- a whole run
+
+
+def finished(config: Mapping[str, Any]) -> Path | None:
+    """The folder of the run that this configuration describes, if all its stages are done and neither code nor data have
+    changed since. Neither torch nor JAX is imported to find out."""
+    root = Path(config["folder"])
+    run = root / run_name(config)
+    try:
+        record, contents = (read_json(run / name) for name in ("run.json", "stages.json"))
+        before = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    except (CheckpointError, OSError):
+        return None
+    now = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(dict(config)))))
+    if record["status"] != "done" or differences(*(without_secrets(decisive(groups)) for groups in (before, now))):
+        return None
+    fingerprint = _fingerprint(config)
+    backend = config["backend"]["name"]
+    for stage, content in contents.items():
+        if not StageFolder.of(root, stage, backend, content).done or not _up_to_date(content, fingerprint):
+            return None
+    return run
+
+
+def _fingerprint(config: Mapping[str, Any]) -> str | None:
+    source = registry().resolve("data", config["data"]["name"])
+    return source.fingerprint(settings(source, config["data"], "data"))
+
+
+def _up_to_date(content: Group, fingerprint: str | None) -> bool:
+    """Are the code, the data and the folders that went into a stage what they were?"""
+    return (
+        content["code"] == store.code_digests(content["code"])
+        and content["data"]["fingerprint"] == fingerprint
+        and all(Path(path).is_dir() and store.folder_digest(path) == digest for path, digest in content["folders"].items())
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- what is there
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stored stage. ``size`` in bytes, ``age`` in seconds since it last changed, ``runs`` that use it."""
+
+    path: Path
+    state: str
+    size: int
+    age: float
+    runs: Sequence[str]
+
+
+def entries(root: Path) -> list[Entry]:
+    """The stages under ``root``, by name."""
+    users = _users(root)
+    folders = sorted(path for path in (root / "stages").glob("[!.]*") if path.is_dir())
+    return [entry(folder, users.get(folder.name, ())) for folder in folders]
+
+
+def entry(folder: Path, runs: Sequence[str]) -> Entry:
+    files = [file.stat() for file in folder.rglob("*") if file.is_file() and file.name != "lock"]
+    changed = max((file.st_mtime for file in files), default=folder.stat().st_mtime)
+    return Entry(folder, _state(folder), sum(file.st_size for file in files), time.time() - changed, runs)
+
+
+def _state(folder: Path) -> str:
+    with store.hold_if_free(folder) as owner:
+        if owner is not None:
+            return f"process {owner} works on it"
+    if StageFolder(folder).done:
+        return "done"
+    if (folder / "done.json").exists():
+        return "damaged: files of its output are gone or changed"
+    steps = [int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()]
+    return f"unfinished, at step {max(steps)}" if steps else "unfinished, without a checkpoint"
+
+
+def _users(root: Path) -> dict[str, list[str]]:
+    """{stage folder: runs}: what a run has made or found, and what it is going to."""
+    users: dict[str, list[str]] = {}
+    for file in sorted(root.glob("*/run.json")):
+        record = read_json(file)
+        names = {Path(stage["folder"]).name for stage in record["stages"].values()}
+        planned = file.parent / "stages.json"
+        for stage, content in (read_json(planned) if planned.exists() else {}).items():
+            names.add(StageFolder.of(root, stage, record["backend"]["name"], content).path.name)
+        for name in names:
+            users.setdefault(name, []).append(record["name"])
+    return users
+
+
+# ------------------------------------------------------------------------------------------------------- why not
+
+
+def why(config: Mapping[str, Any]) -> dict[str, str]:
+    """{stage: 'stored ...' or 'differs in data.seed: 0 -> 1 from ...'} for the run of this configuration."""
+    from lockstep.reporting.console import Console
+
+    runner = Runner(Experiment(config), Console(), "")
+    return {name: _why(runner.root, folder, name, runner.contents[name]) for name, folder in runner.folders.items()}
+
+
+def _why(root: Path, folder: StageFolder, stage: str, content: Group) -> str:
+    if (folder.path / "stage.json").exists():
+        state = _state(folder.path)
+        return f"{'stored' if state == 'done' else state}: {folder.path}"
+    stored = [path.parent for path in sorted(root.glob(f"stages/{stage}-*/stage.json"))]
+    changes = {path: what_changed(read_json(path / "stage.json"), content) for path in stored}
+    if not changes:
+        return f"no stage of this name is stored in {root / 'stages'}"
+    nearest = min(changes, key=lambda path: len(changes[path]))
+    return f"differs in {'; '.join(changes[nearest])} (from the nearest that is stored, {nearest.name})"
+
+
+# ------------------------------------------------------------------------------------------------------- removal
+
+
+def unused(root: Path, older_than: str | None = None) -> list[Entry]:
+    """Stages that no run uses and no process works on, unchanged for so long ('30d', '12h', '4w').
+
+    Raises:
+      ConfigError: a time that cannot be read.
+    """
+    least = seconds(older_than) if older_than else 0.0
+    return [e for e in entries(root) if not e.runs and not e.state.startswith("process") and e.age >= least]
+
+
+def seconds(text: str) -> float:
+    if not (found := re.fullmatch(r"(\d+)([hdw])", text)):
+        raise ConfigError(f"--older-than {text!r} is not a time. Write a number and h, d or w: 12h, 30d, 4w.")
+    return int(found[1]) * UNITS[found[2]]
+
+
+def remove(stage: Entry) -> bool:
+    """Remove a stage, unless a process has begun to work on it or a run to use it since it was listed."""
+    root = stage.path.parents[1]
+    with store.hold_if_free(stage.path) as owner:
+        if owner is not None or stage.path.name in _users(root):
+            return False
+        gone = stage.path.with_name(f".{stage.path.name}.part")
+        stage.path.rename(gone)  # at once, so that nobody finds half of it
+        shutil.rmtree(gone)
+    return True

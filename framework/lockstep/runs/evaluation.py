@@ -1,0 +1,324 @@
+"""What a policy and a reward model are worth, measured on held-out prompts and comparisons, with 95% intervals.
+
+Every policy answers the same prompts from the same seeds. Gold scores and the ability test exist where the data source
+knows them (the miniature does); win rates compare by gold score, else by the reward model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lockstep.text import encoding
+from lockstep.learning import numerics
+from lockstep.text.encoding import Example, Lengths
+from lockstep.errors import ConfigError, MissingData
+from lockstep.interfaces import DataSource, Model, Policy, Responses, RewardModel
+from lockstep.types import Choice, Comparison, Fit, Prompt
+from lockstep.learning.randomness import token_seeds
+from lockstep.text.sequences import Sequences, in_chunks, join, left_pad
+from lockstep.text.stopping import Stops
+from lockstep.text.tokenizer import Tokenizer
+
+Measure = dict[str, float]
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Args:
+    policies: stages whose policies are evaluated; null takes all that train one.
+    baseline: the stage that win rate and KL refer to.
+    splits: of the data source's prompts.
+    prompts: how many of each split, at most.
+    comparisons: how many held-out comparisons the reward model is tested on, at most.
+    texts: how many held-out raw texts give ``text_loss``, at most.
+    samples: rows of the table of samples for each split.
+    """
+
+    policies: tuple[str, ...] | None
+    baseline: str
+    splits: tuple[str, ...]
+    prompts: int
+    comparisons: int
+    texts: int
+    samples: int
+    temperature: float
+    batch_size: int
+    lengths: Lengths
+    stop_strings: tuple[str, ...]
+
+    def __post_init__(self):
+        for key, least in (("prompts", 1), ("comparisons", 0), ("texts", 0), ("samples", 0), ("batch_size", 1)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"evaluation.{key}={getattr(self, key)} must be at least {least}.")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A policy's responses to the prompts of one split."""
+
+    prompts: Sequence[Prompt]
+    texts: list[str]
+    sequences: Sequences
+    finished: np.ndarray
+    gold: dict[str, np.ndarray]
+    scores: np.ndarray | None
+    details: Mapping[str, np.ndarray]
+
+    @property
+    def preference(self) -> np.ndarray | None:
+        return self.gold["gold"] if self.gold else self.scores
+
+
+@dataclass
+class Evaluator:
+    """Evaluates policies one after the other against one baseline.
+
+    ``load`` gives the policy of a stage; the baseline's stays loaded, the others are let go.
+    """
+
+    config: EvaluationConfig
+    data: DataSource
+    tokenizer: Tokenizer
+    reward_model: RewardModel | None
+    seed: int
+    fits: dict[str, Fit] = field(default_factory=dict)
+
+    def run(self, load: Callable[[str], Policy], policies: Sequence[str], progress: Callable[[str], None]) -> dict[str, Any]:
+        c = self.config
+        prompts = {split: self.prompts(split) for split in c.splits}
+        prompts = {split: found for split, found in prompts.items() if found[0]}
+        if not prompts:
+            raise MissingData(f"There are no prompts to evaluate on in any of the splits {', '.join(c.splits)}.")
+        progress(c.baseline)
+        baseline = load(c.baseline)
+        reference = {split: self.answer(baseline, *found) for split, found in prompts.items()}
+        splits: dict[str, dict[str, Any]] = {split: {} for split in prompts}
+        samples = []
+        for name in policies:
+            progress(name)
+            policy = baseline if name == c.baseline else load(name)
+            general = self.ability(policy) | self.text_loss(policy)
+            for split, found in prompts.items():
+                answers = reference[split] if name == c.baseline else self.answer(policy, *found)
+                measures = self.measure(answers, reference[split]) | self.kl(policy, baseline, answers)
+                splits[split][name] = measures | (general if split == next(iter(prompts)) else {})
+                samples += [{"policy": name, "split": split, **row} for row in rows(answers, c.samples)]
+        result = {"baseline": c.baseline, "splits": splits, "samples": samples}
+        if self.reward_model is not None:
+            progress("reward model")
+            result["reward_model"] = self.test_reward_model()
+        return result
+
+    # ------------------------------------------------------------------------------------------------------ policies
+
+    def prompts(self, split: str) -> tuple[list[Prompt], list[list[int]]]:
+        try:
+            found = self.data.prompts(split)[: self.config.prompts]
+        except MissingData:
+            return [], []
+        fit = self.fits[f"{split} prompts"] = Fit(f"{split} prompts")
+        return encoding.encode_prompts(self.tokenizer, found, self.config.lengths, fit)
+
+    def answer(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> Answers:
+        c, pad = self.config, self.tokenizer.pad_id
+        stops = Stops(self.tokenizer, c.stop_strings)
+        seeds = token_seeds(self.seed, "evaluation", 0, len(ids), c.lengths.response)
+        columns = c.lengths.columns(max(map(len, ids)), c.lengths.prompt)
+        tokens, mask = left_pad(ids, pad, columns)
+        empty = np.zeros((len(ids), c.lengths.response), bool)
+        unanswered = join(tokens, mask, seeds.view(np.int32), empty)  # seeds travel in the response columns
+
+        def generate(part: Sequences) -> dict[str, np.ndarray]:
+            out = policy.generate(
+                part.tokens[:, :columns],
+                part.prompt_mask,
+                part.responses.view(np.uint32),
+                temperature=c.temperature,
+                stop_ids=stops.ids,
+                pad_id=pad,
+            )
+            return {"tokens": out.tokens, "mask": out.mask}
+
+        out = in_chunks(generate, unanswered, c.batch_size)
+        ended = stops.end(out["tokens"], out["mask"])
+        sequences, texts = join(tokens, mask, ended.tokens, ended.mask), ended.texts
+        golds = [self.data.gold(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        known = bool(golds) and golds[0] is not None
+        gold = {name: np.array([g[name] for g in golds]) for name in golds[0]} if known else {}
+        scores, details = None, {}
+        if self.reward_model is not None:
+            read = stops.as_read(sequences, ended)
+            scores = self.reward_model.score(Responses(prompts, texts, read, self.tokenizer))
+            details = self.reward_model.details()
+        return Answers(prompts, texts, sequences, ended.finished, gold, scores, details)
+
+    def measure(self, answers: Answers, reference: Answers) -> dict[str, Measure]:
+        measures = {name: mean(x) for name, x in answers.gold.items()}
+        if answers.scores is not None:
+            counted = np.isfinite(answers.scores)
+            measures["score"] = mean(answers.scores[counted])
+            measures |= {name: mean(values[counted]) for name, values in answers.details.items()}
+        if answers.preference is not None:
+            difference = answers.preference - reference.preference
+            difference = difference[np.isfinite(difference)]  # a response without a score is in no comparison
+            wins = float((difference > 0).sum() + 0.5 * (difference == 0).sum())
+            measures["win_rate"] = proportion(wins, len(difference))
+        measures["length"] = mean(answers.sequences.mask.sum(axis=1))
+        measures["finished"] = proportion(float(answers.finished.sum()), len(answers.finished))
+        return measures
+
+    def kl(self, policy: Policy, baseline: Policy, answers: Answers) -> dict[str, Measure]:
+        """KL(policy || baseline) per response, in nats: k1 summed over the policy's own samples."""
+        here = self.logprobs(policy, answers.sequences, self.config.temperature)
+        there = self.logprobs(baseline, answers.sequences, self.config.temperature)
+        return {"kl": mean(numerics.k1(here, there, answers.sequences.mask).sum(axis=1))}
+
+    def ability(self, policy: Policy) -> dict[str, Measure]:
+        """The fraction of ability items whose right option has the highest log-probability."""
+        items = self.data.ability()
+        if not items:
+            return {}
+        examples = [option_example(self.tokenizer, item, option) for item in items for option in item.options]
+        sums = self.text_logprobs(policy, examples)[0].sum(axis=1)
+        right, start = 0, 0
+        for item in items:
+            options = sums[start : start + len(item.options)]
+            right += int(np.argmax(options) == item.answer)
+            start += len(item.options)
+        return {"ability": proportion(right, len(items))}
+
+    def text_loss(self, policy: Policy) -> dict[str, Measure]:
+        """Negative log-likelihood per token on held-out raw text, in nats: what alignment may cost."""
+        try:
+            texts = self.data.texts("heldout")[: self.config.texts]
+        except MissingData:
+            return {}
+        examples = encoding.encode_texts(self.tokenizer, texts, self.config.lengths)
+        if not examples:
+            return {}
+        logprobs, mask = self.text_logprobs(policy, examples)
+        return {"text_loss": mean(-logprobs.sum(axis=1) / mask.sum(axis=1))}
+
+    def text_logprobs(self, policy: Policy, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+        """[B, T] log-probabilities, 0 on padding, and the mask; rows as long as the longest."""
+        longest = max(len(e.prompt) for e in examples), max(len(e.response) for e in examples)
+        block = encoding.block(examples, self.tokenizer, Lengths(*longest, self.config.lengths.multiple))
+        logprobs = self.logprobs(policy, block, 1.0)
+        return np.where(block.mask, logprobs, 0), block.mask
+
+    def logprobs(self, model: Model, sequences: Sequences, temperature: float) -> np.ndarray:
+        call = lambda part: model.evaluate(part, ["logprobs"], temperature=temperature or 1.0)  # noqa: E731
+        return in_chunks(call, sequences, self.config.batch_size)["logprobs"]
+
+    # -------------------------------------------------------------------------------------------------- reward model
+
+    def test_reward_model(self) -> dict[str, Measure]:
+        """Pairwise agreement with labelers and with the gold truth on held-out comparisons, and calibration."""
+        try:
+            found = list(self.data.comparisons("heldout"))[: self.config.comparisons]
+        except MissingData:
+            return {}
+        limit = self.config.lengths.prompt
+        comparisons = [c for c in found if encoding.encode_prompt(self.tokenizer, c.prompt, limit) is not None]
+        if not comparisons:
+            return {}
+        scored = zip(comparisons, self.completion_scores(comparisons), strict=True)
+        scored = [(c, s) for c, s in scored if np.isfinite(s).all()]
+        if not scored:
+            return {}
+        comparisons, scores = [c for c, _ in scored], [s for _, s in scored]
+        training = self.training_labelers()
+        new = [c.labeler not in training for c in comparisons]
+        groups = {"accuracy/training_labelers": [not n for n in new], "accuracy/heldout_labelers": new}
+        measures = {}
+        for name, chosen in groups.items():
+            found = [
+                agreement(score, -np.asarray(c.ranks)) for c, score, take in zip(comparisons, scores, chosen, strict=True) if take
+            ]
+            measures |= {name: mean(present(found))} if present(found).size else {}
+        margins = np.concatenate([_margins(s, c) for c, s in zip(comparisons, scores, strict=True)])
+        measures["ece"] = {"mean": numerics.expected_calibration_error(margins), "n": len(margins)}
+        measures["brier"] = {"mean": numerics.brier_score(margins), "n": len(margins)}
+        gold = [self.completion_gold(c) for c in comparisons]
+        if all(g is not None for g in gold):
+            ours = present([agreement(s, g) for s, g in zip(scores, gold, strict=True)])
+            labelers = present([agreement(-np.asarray(c.ranks), g) for c, g in zip(comparisons, gold, strict=True)])
+            measures["accuracy/gold"] = mean(ours)
+            measures["labeler_agreement/gold"] = mean(labelers)
+            measures["accuracy_over_labeler/gold"] = mean(ours - labelers)  # the same pairs: a narrower interval
+        return measures
+
+    def training_labelers(self) -> frozenset[str | None]:
+        """Who ranked the training comparisons; where nobody is named, everybody is taken to be one of them."""
+        try:
+            return frozenset({c.labeler for c in self.data.comparisons("train")} | {None})
+        except MissingData:
+            return frozenset({None})
+
+    def completion_scores(self, comparisons: Sequence[Comparison]) -> list[np.ndarray]:
+        """The reward model's scores of each comparison's completions."""
+        lengths, prompts, texts, examples = self.config.lengths, [], [], []
+        for comparison in comparisons:
+            ids = encoding.encode_prompt(self.tokenizer, comparison.prompt, lengths.prompt)
+            for text in comparison.completions:
+                prompts.append(comparison.prompt)
+                texts.append(text)
+                examples.append(Example(ids, encoding.encode_response(self.tokenizer, text, lengths.response)))
+        block = encoding.block(examples, self.tokenizer, lengths)
+        scores = self.reward_model.score(Responses(prompts, texts, block, self.tokenizer))
+        return np.split(scores, np.cumsum([len(c.completions) for c in comparisons])[:-1])
+
+    def completion_gold(self, comparison: Comparison) -> np.ndarray | None:
+        golds = [self.data.gold(comparison.prompt, text) for text in comparison.completions]
+        return None if golds[0] is None else np.array([g["gold"] for g in golds])
+
+
+def agreement(ours: np.ndarray, theirs: np.ndarray) -> float | None:
+    """The fraction of pairs that both order the same way, among those ``theirs`` orders; our ties count a half."""
+    first, second = np.triu_indices(len(ours), 1)
+    sign = np.sign(theirs[first] - theirs[second])
+    product = np.sign(ours[first] - ours[second])[sign != 0] * sign[sign != 0]
+    return float(np.mean((product > 0) + 0.5 * (product == 0))) if product.size else None
+
+
+def _margins(scores: np.ndarray, comparison: Comparison) -> np.ndarray:
+    return numerics.pair_margins(scores, numerics.preferences([comparison.ranks], len(scores)))
+
+
+def present(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([v for v in values if v is not None])
+
+
+def option_example(tokenizer: Tokenizer, item: Choice, option: str) -> Example:
+    return Example([tokenizer.start_id, *tokenizer.encode(item.context)], tokenizer.encode(option))
+
+
+def mean(x: np.ndarray) -> Measure:
+    if not len(x):
+        return {"mean": float("nan"), "n": 0}
+    value, low, high = numerics.mean_interval(x)
+    return {"mean": value, "low": low, "high": high, "n": len(x)}
+
+
+def proportion(successes: float, n: int) -> Measure:
+    if not n:
+        return {"mean": float("nan"), "n": 0}
+    value, low, high = numerics.proportion_interval(successes, n)
+    return {"mean": value, "low": low, "high": high, "n": n}
+
+
+def rows(answers: Answers, count: int) -> list[Mapping[str, Any]]:
+    """The first answers as text a person would read."""
+    return [
+        {
+            "prompt": "\n".join(m.content for m in answers.prompts[i].messages),
+            "response": answers.texts[i],
+            "gold": float(answers.gold["gold"][i]) if answers.gold else None,
+            "score": None if answers.scores is None else float(answers.scores[i]),
+        }
+        for i in range(min(count, len(answers.texts)))
+    ]

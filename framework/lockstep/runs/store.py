@@ -1,0 +1,324 @@
+"""Where results live: stage folders, named by the hash of all that decides their content, and run folders that point
+to them.
+
+    runs/
+      <run>/                     run.json, config.yaml, stages.json
+      stages/<stage>-<backend>-<hash>/
+        stage.json               what the hash is made of
+        metrics.jsonl            one line per step
+        samples.jsonl            text a person would read
+        health.jsonl             warnings; empty where there was nothing to warn of
+        checkpoints/<step>/      learner, state.json, and sums.json with the checksums of both; the last two are kept
+        output/                  the result: a Hugging Face folder with its tokenizer, or an evaluation
+        done.json                written last: the stage is complete, and its output has these files
+
+Two runs with the same stage share it: whoever comes first trains it, under a lock that the operating system gives back
+when its owner dies, however it dies. A process that starts a run which another is busy with waits for it likewise.
+
+Whatever moment a process dies at, each of these files and folders is there whole or not at all: it is written under the
+name ``.<name>.part``, flushed to the disk, then renamed. Only the three .jsonl files grow in place; a checkpoint knows how
+long they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from lockstep.storage.files import finite, move_folder, read_json, remove_leftovers, sync, write_json
+from lockstep.errors import CheckpointError
+
+log = logging.getLogger("lockstep")
+KEPT = 2
+
+
+def identity(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of ``content``: equal for equal content, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+PRESENTATION = (
+    "cache.py", "cli.py", "compare", "console.py", "health.py", "provenance.py", "summary.py", "sweeps.py", "tracking.py",
+)  # fmt: skip
+"""Of the core: what shows results and does not make them."""
+
+
+def code_digests(modules: Iterable[str]) -> dict[str, str]:
+    """{package: SHA-256 of its source} of the top-level packages of these modules, the core's among them: a stage is made
+    anew after the code that makes it has changed. Nothing is imported."""
+    digests = {}
+    for package in sorted({"lockstep"} | {module.partition(".")[0] for module in modules}):
+        spec = None if package in sys.stdlib_module_names else importlib.util.find_spec(package)
+        if spec is not None:
+            roots = [Path(root) for root in spec.submodule_search_locations or []] or [Path(spec.origin)]
+            digests[package] = _source_digest(package, roots)
+    return digests
+
+
+def _source_digest(package: str, roots: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for root in roots:
+        for file in [root] if root.is_file() else sorted(root.rglob("*.py")):
+            inside = file.relative_to(root).parts if file != root else ()
+            if package != "lockstep" or inside[0] not in PRESENTATION:
+                digest.update(f"{'/'.join(inside)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def folder_digest(path: str) -> str:
+    """SHA-256 of the names and contents of a folder's files, or of one file."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in [Path(path), *Path(path).rglob("*")] if p.is_file()):
+        digest.update(f"{file.relative_to(path)}\0{_checksum(file)}".encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    path: Path
+
+    @classmethod
+    def of(cls, root: Path, stage: str, backend: str, content: Mapping[str, Any]) -> StageFolder:
+        return cls(root / "stages" / f"{stage}-{backend}-{identity(content)[:12]}")
+
+    @property
+    def output(self) -> Path:
+        return self.path / "output"
+
+    @property
+    def done(self) -> bool:
+        """The stage is complete and its result is where it was put."""
+        try:
+            result = self.result()
+        except CheckpointError:
+            return False
+        sizes = self._output_sizes()
+        return bool(sizes) and all(sizes.get(name) == size for name, size in result.get("output", {}).items())
+
+    @contextlib.contextmanager
+    def write_output(self) -> Iterator[Path]:
+        """A folder for the result, which becomes ``output`` once all that was put there is on the disk."""
+        temporary = self.path / ".output.part"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            move_folder(temporary, self.output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Mark the stage complete; its trainer state is no longer needed."""
+        write_json(self.path / "done.json", {**result, "output": self._output_sizes()})
+        self.remove_checkpoints()
+
+    def result(self) -> dict[str, Any]:
+        return read_json(self.path / "done.json")
+
+    def _output_sizes(self) -> dict[str, int]:
+        files = sorted(path for path in self.output.rglob("*") if path.is_file())
+        return {str(file.relative_to(self.output)): file.stat().st_size for file in files}
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder; wait where another process does."""
+        with hold(self.path):
+            remove_leftovers(self.path)
+            remove_leftovers(self.path / "checkpoints")
+            yield
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
+        """A checkpoint before step ``step``: ``write`` puts files into a folder, ``state`` is JSON. It appears under its
+        name only when it is complete; then the oldest beyond two goes."""
+        final = self.path / "checkpoints" / f"{step:08d}"
+        temporary = final.with_name(f".{final.name}.part")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            sync(self.path)  # the names of metrics.jsonl and of the folder of checkpoints itself
+            write(temporary)
+            write_json(temporary / "state.json", {"step": step, "state": state})
+            sums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
+            write_json(temporary / "sums.json", sums)
+            move_folder(temporary, final)
+        except OSError as error:
+            raise CheckpointError(f"Could not save {final}: {error}. The checkpoint before it is kept.") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for old in self._checkpoints()[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def restore(self, read: Callable[[Path], None]) -> tuple[int, dict[str, Any]] | None:
+        """The step and state of the newest complete checkpoint, after ``read`` took its files in; None without one. A
+        damaged one is named, set aside as ``<step>.damaged``, and the one before it used."""
+        found = self._checkpoints()
+        for folder in reversed(found):
+            try:
+                _verify(folder)
+            except (CheckpointError, OSError) as error:
+                following = "trying the one before it" if folder != found[0] else "there is none before it"
+                log.warning("checkpoint %s is damaged (%s): %s", folder, error, following)
+                aside = folder.with_suffix(".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                continue
+            read(folder)
+            record = read_json(folder / "state.json")
+            return record["step"], record["state"]
+        if found:
+            log.warning("%s starts anew: none of its checkpoints is whole", self.path.name)
+        return None
+
+    def remove_checkpoints(self) -> None:
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def _checkpoints(self) -> list[Path]:
+        folder = self.path / "checkpoints"
+        return sorted(p for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Work on ``folder`` alone; wait where another process does. The operating system releases what a dead one held."""
+    while (file := _lock(folder)) is None:
+        pass
+    with file:
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _lock(folder: Path) -> IO[str] | None:
+    """The open lock file, held; None where the folder was removed meanwhile, as `lockstep cache prune` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        file = open(folder / "lock", "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            log.info("waiting for process %s, which works on %s", file.read().strip() or "?", folder.name)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        return file if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)) else None
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def hold_if_free(folder: Path) -> Iterator[str | None]:
+    """Hold ``folder`` and yield None, or yield which process holds it. Nobody is waited for."""
+    with open(folder / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            yield file.read().strip() or "?"
+        else:
+            yield None
+
+
+def _verify(folder: Path) -> None:
+    """Raises CheckpointError or OSError: the checkpoint is not as it was written."""
+    sums = read_json(folder / "sums.json")
+    if not isinstance(sums, dict) or "state.json" not in sums:
+        raise CheckpointError("sums.json changed since it was written")
+    if changed := [name for name, checksum in sums.items() if _checksum(folder / name) != checksum]:
+        raise CheckpointError(f"{', '.join(changed)} changed since it was written")
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Records:
+    """``metrics.jsonl``, ``samples.jsonl`` and ``health.jsonl`` of a stage. What was written after the checkpoint that a
+    stage resumes from is cut off, so that each step stands there once. ``seconds`` were spent on the steps before it."""
+
+    def __init__(self, folder: Path, positions: Mapping[str, int] | None = None, seconds: float = 0.0):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.files = {name: open(folder / f"{name}.jsonl", "ab") for name in ("metrics", "samples", "health")}  # noqa: SIM115
+        for name, file in self.files.items():
+            size, end = file.seek(0, os.SEEK_END), (positions or {}).get(name, 0)
+            if size < end:
+                log.warning("%s lost its last lines: %d bytes of %d are there", file.name, size, end)
+            file.truncate(min(size, end))
+            file.seek(0, os.SEEK_END)
+        self.started = time.perf_counter() - seconds
+
+    @property
+    def seconds(self) -> float:
+        return round(time.perf_counter() - self.started, 3)
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._write("metrics", {"step": step, "seconds": self.seconds, **{k: finite(v) for k, v in metrics.items()}})
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            self._write("samples", {"step": step, **row})
+
+    def finding(self, step: int, row: Mapping[str, Any]) -> None:
+        self._write("health", {"step": step, **row})
+
+    def positions(self) -> dict[str, int]:
+        """Where the files end, for a checkpoint: what is before is on the disk."""
+        for file in self.files.values():
+            os.fsync(file.fileno())
+        return {name: file.tell() for name, file in self.files.items()}
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def _write(self, name: str, row: Mapping[str, Any]) -> None:
+        self.files[name].write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        self.files[name].flush()
+
+
+class RunFolder:
+    """``run.json``: what a run was and is, kept up to date while it goes on."""
+
+    def __init__(self, root: Path, name: str, record: Mapping[str, Any]):
+        self.root, self.path = root, root / name
+        self.record: dict[str, Any] = {"name": name, "status": "running", "stages": {}, **record}
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run; wait where another process has started the same."""
+        with hold(self.path):
+            remove_leftovers(self.path)
+            yield
+
+    def unfinished(self) -> list[str]:
+        """Stages that the run in this folder has begun and not ended."""
+        file = self.path / "run.json"
+        stages = read_json(file)["stages"] if file.exists() else {}
+        return [name for name, stage in stages.items() if stage["status"] != "done"]
+
+    def stage(self, stage: str, folder: StageFolder, **facts: Any) -> None:
+        known = self.record["stages"].setdefault(stage, {"folder": str(folder.path.relative_to(self.root))})
+        known.update(facts)
+        self.write()
+
+    def write(self, **facts: Any) -> None:
+        self.record |= facts
+        write_json(self.path / "run.json", self.record)

@@ -1,0 +1,270 @@
+"""`lockstep run -m ...`: many runs of one command, whoever starts them.
+
+Hydra's sweeper composes the jobs (a grid, Optuna) and its launcher starts them (processes here, Slurm, Ray). A job is always
+`lockstep run` in a process of its own: no device state is shared, and what crashes is that job alone. The sweep's folder is
+named by its overrides, so the same sweep started again goes on in it:
+
+    <folder>/sweeps/<hash>/sweep.json   {"command", "started", "jobs": [{"overrides", "run", "status", "error", "objective"}]}
+
+rewritten whenever a job starts or ends, wherever it runs. ``status`` is running, done, failed or stopped.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import datetime
+import fcntl
+import functools
+import importlib.util
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from lockstep.storage.files import read_json, write_json
+from lockstep.runs import store
+from lockstep.runs.cache import finished
+from lockstep.config.compose import CORE, conf_folders, partial, resolved
+from lockstep.errors import ConfigError, LockstepError, did_you_mean, listing
+from lockstep.runs.experiment import run_name
+
+NEEDS = {
+    "hydra/sweeper=optuna": "hydra_optuna_sweeper",
+    "hydra/sweeper=search": "hydra_optuna_sweeper",
+    "hydra/launcher=slurm": "hydra_submitit_launcher",
+    "hydra/launcher=slurm_local": "hydra_submitit_launcher",
+    "hydra/launcher=submitit_local": "hydra_submitit_launcher",
+    "hydra/launcher=submitit_slurm": "hydra_submitit_launcher",
+    "hydra/launcher=ray": "hydra_ray_launcher",
+    "hydra/launcher=ray_jobs": "hydra_ray_launcher",
+}
+"""Choices that come from a package of their own."""
+LAST_LINES = 5
+
+
+class SweepFailed(LockstepError):
+    """Some jobs of a sweep failed; the others are done."""
+
+
+# ------------------------------------------------------------------------------------------------------- the sweep
+
+
+def sweep(arguments: Sequence[str]) -> str:
+    """Run all jobs that are not done yet; what to say at the end.
+
+    Raises:
+      ConfigError: before any job starts: what the sweep is made of cannot work.
+      SweepFailed: some jobs failed, after all have had their turn.
+    """
+    _check_installed(arguments)
+    record = SweepFolder(_folder(arguments))
+    record.begin(shlex.join(["lockstep", "run", *arguments]))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts: no reports to its makers
+    quoted = str(record.path).replace("'", r"\'")
+    sys.argv = ["lockstep run", *arguments, f"hydra.sweep.dir='{quoted}'"]
+
+    @hydra.main(config_path=str(conf_folders()[CORE]), config_name="config", version_base="1.3")
+    def job(config: DictConfig) -> float | None:
+        return run_job(list(HydraConfig.get().overrides.task), config, Path(HydraConfig.get().sweep.dir))
+
+    try:
+        job()
+    except SystemExit:  # Hydra has said why
+        if not record.jobs("failed", "running"):
+            raise
+    return _outcome(record)
+
+
+def _check_installed(arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        module = NEEDS.get(argument)
+        if module and importlib.util.find_spec(f"hydra_plugins.{module}") is None:
+            package, extra = module.replace("_", "-"), "ray" if "ray" in module else "sweeps"
+            raise ConfigError(f"{argument} needs {package}, not installed. Type: pip install 'lockstep-rlhf[{extra}]'")
+
+
+def _folder(arguments: Sequence[str]) -> Path:
+    """Where the sweep is recorded: named by what decides its jobs, in the folder of runs that all of them share."""
+    decisive = [a for a in arguments if not re.match(r"-|hydra[/.]launcher", a)]
+    try:
+        overrides = OverridesParser.create().parse_overrides([a for a in decisive if not a.startswith("hydra")])
+    except HydraException as error:
+        raise ConfigError(str(error)) from error
+    first = partial([line for o in overrides if (line := _first(o))])
+    return Path(first.folder).absolute() / "sweeps" / store.identity({"overrides": sorted(decisive)})[:8]
+
+
+def _first(override: Override) -> str | None:
+    """The override with the first of the values that are swept; None for an interval, which has none."""
+    if not override.is_sweep_override():
+        return override.input_line
+    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}" if override.is_discrete_sweep() else None
+
+
+def _outcome(record: SweepFolder) -> str:
+    jobs = record.jobs()
+    lost = [job for job in jobs if job["status"] != "done"]
+    done = f"{len(jobs) - len(lost)} of {len(jobs)} jobs are done. The sweep is in {record.path}."
+    if lost:
+        lines = "\n".join(f"  lockstep run {shlex.join(job['overrides'])}\n{_indented(_fate(job))}" for job in lost)
+        raise SweepFailed(f"{len(lost)} jobs failed; to run one again:\n{lines}\n{done} The same command runs the rest.")
+    return f"{done} To compare them: lockstep compare {record.path}"
+
+
+def _fate(job: Mapping[str, Any]) -> str:
+    return job["error"] or "nothing was heard of it any more: its process or machine is gone"
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"      {line}" for line in text.splitlines())
+
+
+# ------------------------------------------------------------------------------------------------------- its record
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """``sweep.json``, which several processes write, one at a time."""
+
+    path: Path
+
+    def begin(self, command: str) -> None:
+        with self._changed() as record:
+            record.setdefault("command", command)
+            record.setdefault("started", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+            record.setdefault("jobs", [])
+
+    def note(self, overrides: list[str], **facts: Any) -> None:
+        """What is known of the job with these overrides now."""
+        with self._changed() as record:
+            job = next((job for job in record["jobs"] if job["overrides"] == overrides), None)
+            if job is None:
+                record["jobs"].append(job := {"overrides": overrides})
+            job.update(facts)
+
+    def jobs(self, *status: str) -> list[dict[str, Any]]:
+        """All of them, or those of these states."""
+        jobs = read_json(self.path / "sweep.json")["jobs"]
+        return [job for job in jobs if not status or job["status"] in status]
+
+    @contextlib.contextmanager
+    def _changed(self) -> Iterator[dict[str, Any]]:
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / "sweep.json"
+        with open(self.path / "lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            record = read_json(file) if file.exists() else {}
+            yield record
+            write_json(file, record)
+
+
+# ------------------------------------------------------------------------------------------------------- a job
+
+
+def run_job(
+    overrides: list[str], config: DictConfig, folder: Path, cores: set[int] | None = None, label: str = ""
+) -> float | None:
+    """One job of the sweep in ``folder``, on these cores, its lines printed after ``label``. Its objective; None where none
+    is asked for or it failed. Its errors are recorded, not raised, so that launchers and sweepers go on with the others."""
+    record, place = SweepFolder(folder), None
+    try:
+        groups = resolved(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+        run = Path(groups["folder"]) / run_name(groups)
+        place = os.path.relpath(run, folder.parents[1])
+        record.note(overrides, run=place, status="running", error=None, objective=None)
+        status, error = ("done", None) if _done_already(groups, label) else _run(overrides, cores, label)
+        value = objective(run, groups["objective"]) if status == "done" and groups["objective"] else None
+    except LockstepError as problem:
+        status, error, value = "failed", f"{type(problem).__name__}: {problem}", None
+    record.note(overrides, run=place, status=status, error=error, objective=value)
+    return value
+
+
+def _done_already(groups: Mapping[str, Any], label: str) -> bool:
+    with contextlib.suppress(LockstepError):  # the job's own process has more on its path, and says what is wrong
+        if run := finished(groups):
+            print(f"{label}run {run.name} is done already", flush=True)
+            return True
+    return False
+
+
+def _run(overrides: list[str], cores: set[int] | None, label: str) -> tuple[str, str | None]:
+    """(status, error) of a `lockstep run` in a process of its own."""
+    pin = functools.partial(os.sched_setaffinity, 0, cores) if cores else None
+    command = [sys.executable, "-m", "lockstep", "run", *overrides]
+    lines: collections.deque[str] = collections.deque(maxlen=100)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=pin) as job:
+        for line in job.stdout:
+            print(f"{label}{line}", end="", flush=True)
+            lines.append(line.rstrip())
+    if job.returncode == 0:
+        return "done", None
+    killed = f"killed by {signal.Signals(-job.returncode).name}; its last lines:\n" if job.returncode < 0 else ""
+    return "stopped" if job.returncode == 130 else "failed", killed + last_words([line for line in lines if line])
+
+
+def last_words(lines: Sequence[str]) -> str:
+    """From the last line on that begins like an error, or the last few."""
+    errors = [i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt|Stopped|Stopped at once)\b", line)]
+    return "\n".join(lines[errors[-1] :] if errors else lines[-LAST_LINES:]) or "it said nothing"
+
+
+# ------------------------------------------------------------------------------------------------------- objectives
+
+
+def objective(run: Path, name: str) -> float | None:
+    """The value of ``stage/metric`` of a run that is done; None where it is not a number.
+
+    Raises:
+      ConfigError: the run has no such stage or metric.
+    """
+    from lockstep.runs.runner import flatten
+
+    stage, _, metric = name.partition("/")
+    stages = read_json(run / "run.json")["stages"]
+    if stage not in stages:
+        raise ConfigError(f"objective={name}: no stage '{stage}'.{did_you_mean(stage, stages)} Stages: {listing(stages)}.")
+    result = read_json(run.parent / stages[stage]["folder"] / "done.json")
+    known = result["metrics"] | flatten(result.get("evaluation", {}))
+    if metric not in known:
+        raise ConfigError(
+            f"objective={name}: the stage {stage} has no '{metric}' at its end.{did_you_mean(metric, known)} "
+            f"It has: {listing(known)}."
+        )
+    return known[metric]
+
+
+AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
+"""How an agent of a W&B sweep tells its command which W&B run it is."""
+
+
+@contextlib.contextmanager
+def agent() -> Iterator[Callable[[Mapping[str, Any], str, float | None], None]]:
+    """A function that tells W&B's agent the objective, if one has started this process. Until it is called the stages do not
+    see what the agent has set: each has a W&B run of its own, where the agent's would get the steps of all."""
+    told = {name: os.environ.pop(name) for name in AGENT if name in os.environ}
+
+    def tell(config: Mapping[str, Any], name: str, value: float | None) -> None:
+        if told and value is not None:
+            os.environ.update(told)
+            import wandb
+
+            wandb.teardown()  # it reads the environment once
+            with wandb.init(group=run_name(config), job_type="objective", settings=wandb.Settings(silent=True)) as run:
+                run.log({name: value})
+
+    yield tell

@@ -1,0 +1,1 @@
+"""Files that survive, weights, and where checkpoints come from."""

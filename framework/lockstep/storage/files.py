@@ -1,0 +1,98 @@
+"""Files and folders that survive: written under a temporary name, flushed, then renamed. After a kill or a power failure a
+file or folder is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import CheckpointError
+
+
+def write_json(path: Path, content: Any) -> None:
+    replace(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+        raise CheckpointError(
+            f"Could not write {path}: {error}. {free / 1e6:.0f} MB are free there. Make room and run the same command "
+            "again: it goes on from the last complete checkpoint."
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that flushes no folders
+            raise
+    finally:
+        os.close(number)
+
+
+def move_folder(temporary: Path, final: Path) -> None:
+    """A folder that is complete gets its name, once all its files are on the disk. What had the name goes."""
+    for path in [*sorted(temporary.rglob("*")), temporary]:
+        sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    sync(final.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What a process that was killed in the middle of writing left in ``folder``. Nobody else may be writing there."""
+    for path in folder.glob(".*.part"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def write_text(path: Path, content: str) -> None:
+    replace(path, lambda temporary: temporary.write_text(content))
+
+
+def dump_line(row: Any) -> str:
+    """One line of JSONL; JSON knows no NaN or infinity, so they become null."""
+    if isinstance(row, dict):
+        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file; none where there is no file."""
+    if file.exists():
+        with open(file, encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+
+def finite(value: float | None) -> float | None:
+    """JSON knows no NaN or infinity: null."""
+    return float(value) if value is not None and math.isfinite(value) else None

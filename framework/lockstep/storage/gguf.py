@@ -1,0 +1,114 @@
+"""GGUF files (llama.cpp's, mostly quantised), opened as Hugging Face folders: read once by transformers, written in float32
+into a cache, and from there on a checkpoint like any other, for every backend. The floats are those that the quantised
+numbers stand for: training goes on from the model as it was quantised.
+
+transformers reads the sizes and some switches of such a file and passes over others in silence: those are compared here, and
+a file that asks for what would not be computed is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import CheckpointError
+from lockstep.storage.files import move_folder, write_json
+from lockstep.storage.weights import write_tensors
+
+COMPARED = {
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "rope.dimension_count": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+"""Keys of a GGUF file that transformers may pass over, and the key of its configuration they must agree with."""
+
+NEUTRAL = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0, "use_parallel_residual": False}
+"""What others must say, if they are there at all."""
+
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Llama 3.1's and Phi-3's scaled rotations, which transformers passes over."""
+
+
+def as_folder(path: Path | str) -> Path | str:
+    """The Hugging Face folder made of a GGUF file; any other path as it is.
+
+    Raises:
+      CheckpointError: no such file, one that transformers cannot read, or one whose meaning it would change.
+    """
+    if not str(path).endswith(".gguf"):
+        return path
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"There is no file {file}. Download it first: a GGUF is read from a file on this machine.")
+    folder = _cache() / f"{file.stem}-{_version(file)}"
+    if not folder.exists():
+        _convert(file, folder)
+    return folder
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lockstep" / "gguf"
+
+
+def _version(file: Path) -> str:
+    """Of this file as it is now; reading gigabytes to tell would take longer than converting some."""
+    status = file.stat()
+    return hashlib.sha256(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
+
+
+def _convert(file: Path, folder: Path) -> None:
+    if missing := [name for name in ("torch", "transformers", "gguf") if importlib.util.find_spec(name) is None]:
+        raise CheckpointError(
+            f"{file} is a GGUF file, which takes torch, transformers and gguf to read. Not installed: {', '.join(missing)}. "
+            "Type: pip install 'lockstep-rlhf[gguf]'"
+        )
+    import gguf
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        reader = gguf.GGUFReader(file)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(**where, dtype="float32"), AutoTokenizer.from_pretrained(**where)
+    except Exception as error:  # of many kinds: cut short, another architecture, no tokenizer
+        raise CheckpointError(f"transformers cannot read {file}: {error}") from error
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    _check(file, reader, config)
+    config["architectures"] = [type(model).__name__]
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    tensors = {name: parameter.detach().float().numpy() for name, parameter in model.named_parameters()}
+    write_tensors(temporary / "model.safetensors", tensors)
+    write_json(temporary / "config.json", config)
+    tokenizer.save_pretrained(temporary)
+    move_folder(temporary, folder)
+
+
+def _check(file: Path, reader: Any, config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where the file says what transformers' configuration of it does not."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    family = reader.fields["general.architecture"].contents()
+    understood = {key for key, name in GGUF_CONFIG_MAPPING.get(family, {}).items() if name is not None}
+    said = {name.removeprefix(f"{family}."): field for name, field in reader.fields.items() if name.startswith(f"{family}.")}
+    wrong = [tensor.name for tensor in reader.tensors if tensor.name in ROPE_TENSORS]
+    for key in said.keys() - understood:
+        expected = NEUTRAL[key] if key in NEUTRAL else _expected(config, key)
+        if said[key].contents() != expected:
+            wrong.append(f"{key}={said[key].contents()}")
+    if wrong:
+        raise CheckpointError(
+            f"{file} holds {', '.join(sorted(wrong))}, which transformers' reader of GGUF passes over: the model would be "
+            "another. Take its Hugging Face checkpoint."
+        )
+
+
+def _expected(config: Mapping[str, Any], key: str) -> Any:
+    if COMPARED.get(key) == "head_dim":
+        return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return config.get(COMPARED.get(key, ""))

@@ -1,0 +1,1 @@
+"""Text and tokens: tokenizer, encoding, blocks of sequences, what ends a response."""

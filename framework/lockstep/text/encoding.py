@@ -1,0 +1,278 @@
+"""Nouns to token ids: rendering, length limits, and saying what was dropped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lockstep.errors import ConfigError, DataError
+from lockstep.text.sequences import Sequences, pack, round_up, share_rows
+from lockstep.types import Comparison, Demonstration, Fit, Message, Prompt
+
+if TYPE_CHECKING:
+    from lockstep.text.tokenizer import Tokenizer
+
+log = logging.getLogger("lockstep")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Limits in tokens. Columns are padded to a multiple of ``multiple``, at most to the limit: every new shape is a
+    compilation on XLA."""
+
+    prompt: int
+    response: int
+    multiple: int
+
+    def columns(self, longest: int, limit: int) -> int:
+        return min(round_up(longest, self.multiple), limit)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a prompt and of a response. ``counted`` says which tokens of the response count; None: all.
+
+    Of a dialogue that teaches all of the assistant's turns, the prompt is what comes before the first of them.
+    """
+
+    prompt: list[int]
+    response: list[int]
+    counted: list[bool] | None = None
+
+    @property
+    def counts(self) -> list[bool]:
+        return [True] * len(self.response) if self.counted is None else self.counted
+
+
+def report(fit: Fit, lengths: Lengths) -> None:
+    """One line, where there is something to say.
+
+    Raises:
+      DataError: nothing is left.
+    """
+    if fit.total and fit.dropped == fit.total:
+        raise DataError(
+            f"All {fit.total} {fit.what} were dropped: their last prompts alone are longer than {lengths.prompt} tokens. "
+            "Raise the limit in the algorithm's `lengths`."
+        )
+    parts = {
+        f"{fit.dropped} dropped, whose last prompt alone is longer than {lengths.prompt} tokens": fit.dropped,
+        f"{fit.shortened} lost their oldest turns": fit.shortened,
+        f"{fit.cut} responses cut to the limit, without EOS": fit.cut,
+    }
+    if said := [part for part, count in parts.items() if count]:
+        log.warning("%s: of %d, %s", fit.what, fit.total, "; ".join(said))
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, limit: int, fit: Fit | None = None) -> list[int] | None:
+    """Ids of the rendered dialogue, ready for the assistant's turn. A dialogue that is too long loses its oldest turns,
+    never a part of one; None where its last turn alone is too long."""
+    encode = lambda messages: [tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))]  # noqa: E731
+    pieces = _fitting(prompt, limit, encode, fit or Fit())
+    return pieces and pieces[0]
+
+
+def _fitting(
+    prompt: Prompt, limit: int, encode: Callable[[Sequence[Message]], list[list[int]]], fit: Fit
+) -> list[list[int]] | None:
+    """The encoded pieces of the longest end of a dialogue that fits; the system's message stays."""
+    messages = list(prompt.messages)
+    system = messages[:1] if messages[0].role == "system" else []
+    turns = messages[len(system) :]
+    while turns:
+        pieces = encode(system + turns)
+        if sum(map(len, pieces)) <= limit:
+            fit.shortened += len(system + turns) < len(messages)
+            return pieces
+        turns = turns[1:]
+        while turns and turns[0].role != "user":
+            turns = turns[1:]
+    fit.dropped += 1
+    return None
+
+
+def encode_dialogue(tokenizer: Tokenizer, demonstration: Demonstration, lengths: Lengths, fit: Fit) -> Example | None:
+    """A demonstration in which every turn of the assistant counts, each with its EOS where the template writes one. Too long
+    a dialogue loses its oldest turns, as a prompt does; None where the last prompt alone is too long.
+
+    The dialogue is cut where the assistant's turns begin and end, and the pieces are encoded one by one: no token is half
+    the assistant's, and each turn begins after the ids that generation would start from.
+    """
+    pieces = _fitting(demonstration.prompt, lengths.prompt, lambda messages: _turns(tokenizer, messages), fit)
+    if pieces is None:
+        return None
+    response, counted = [], []
+    for turn, others in zip(pieces[1::2], pieces[2::2], strict=True):
+        closing = _closing(tokenizer, others)
+        response += turn + others
+        counted += [True] * len(turn) + [i == closing for i in range(len(others))]
+    last = encode_response(tokenizer, demonstration.response, lengths.response, fit)
+    return Example(pieces[0], response + last, counted + [True] * len(last))
+
+
+def _turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[list[int]]:
+    """The rendered dialogue, ready for the assistant's next turn, in an odd number of encoded pieces: others' text and
+    markup, the assistant's turn, others', the assistant's, ..., others'."""
+    text, start, pieces = tokenizer.render(messages, add_generation_prompt=True), 0, []
+    for number, message in enumerate(messages):
+        if message.role == "assistant":
+            before = tokenizer.render(messages[:number], add_generation_prompt=True)
+            begin, end = _find_turn(text, before, message.content)
+            pieces += [text[start:begin], text[begin:end]]
+            start = end
+    return tokenizer.encode_many([*pieces, text[start:]])
+
+
+def _closing(tokenizer: Tokenizer, ids: list[int]) -> int | None:
+    """Where in the ids after a turn its EOS is, white space aside."""
+    place = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else None
+    return None if place is None or tokenizer.decode(ids[:place]).strip() else place
+
+
+def _find_turn(text: str, before: str, content: str) -> tuple[int, int]:
+    """Where the assistant's turn is in a rendered dialogue: right after what came before it. White space that the template
+    puts between, or takes off the turn, is not the assistant's.
+
+    Raises:
+      ConfigError: it is not there.
+    """
+    for form in (content, content.strip()):
+        begin = text.find(form, len(before))
+        if text.startswith(before) and begin >= 0 and not text[len(before) : begin].strip():
+            return begin, begin + len(form)
+    raise ConfigError(
+        "This chat template writes an earlier turn of the assistant differently once the dialogue goes on, so that its tokens "
+        f"cannot be told from others: after {before[-40:]!r} comes {text[len(before) :][:40]!r} where {content[:40]!r} was "
+        "expected. Set sft.assistant_turns=last, or policy.tokenizer.chat_template to a template that writes all turns alike."
+    )
+
+
+def encode_response(tokenizer: Tokenizer, response: str, limit: int, fit: Fit | None = None) -> list[int]:
+    """Ids of the response with EOS; cut to ``limit``, then without EOS: a cut response is not a finished one."""
+    ids = tokenizer.encode(response) + [tokenizer.eos_id]
+    if fit is not None:
+        fit.cut += len(ids) > limit
+    return ids[:limit]
+
+
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], lengths: Lengths, fit: Fit | None = None
+) -> tuple[list[Prompt], list[list[int]]]:
+    """Those prompts that fit, and their ids.
+
+    Raises:
+      DataError: none is left.
+    """
+    fit = fit or Fit("prompts")
+    fit.total = len(prompts)
+    kept = [(p, ids) for p in prompts if (ids := encode_prompt(tokenizer, p, lengths.prompt, fit)) is not None]
+    report(fit, lengths)
+    return [p for p, _ in kept], [ids for _, ids in kept]
+
+
+def encode_demonstrations(
+    tokenizer: Tokenizer, demonstrations: Sequence[Demonstration], lengths: Lengths, fit: Fit | None = None, *,
+    every_turn: bool = False,
+) -> list[Example]:  # fmt: skip
+    """With ``every_turn``, the assistant's earlier turns of whole dialogues count too."""
+    fit = fit or Fit("demonstrations")
+    fit.total = len(demonstrations)
+    examples = []
+    for demonstration in demonstrations:
+        encode = encode_dialogue if every_turn and demonstration.dialogue else _encode_last_turn
+        if example := encode(tokenizer, demonstration, lengths, fit):
+            examples.append(example)
+    report(fit, lengths)
+    return examples
+
+
+def _encode_last_turn(tokenizer: Tokenizer, demonstration: Demonstration, lengths: Lengths, fit: Fit) -> Example | None:
+    ids = encode_prompt(tokenizer, demonstration.prompt, lengths.prompt, fit)
+    return ids and Example(ids, encode_response(tokenizer, demonstration.response, lengths.response, fit))
+
+
+def encode_comparisons(
+    tokenizer: Tokenizer, comparisons: Sequence[Comparison], lengths: Lengths, fit: Fit | None = None
+) -> list[tuple[list[Example], tuple[int, ...]]]:
+    """For each comparison its completions as examples, and their ranks."""
+    fit = fit or Fit("comparisons")
+    fit.total = len(comparisons)
+    encoded = []
+    for comparison in comparisons:
+        ids = encode_prompt(tokenizer, comparison.prompt, lengths.prompt, fit)
+        if ids is not None:
+            rows = [Example(ids, encode_response(tokenizer, c, lengths.response, fit)) for c in comparison.completions]
+            encoded.append((rows, comparison.ranks))
+    report(fit, lengths)
+    return encoded
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], lengths: Lengths, fit: Fit | None = None) -> list[Example]:
+    """Raw documents: BOS (or EOS) alone is the prompt, the document and EOS the response, together at most as long as a
+    prompt and a response are; what is longer is cut, as in any pretraining: counted, and not worth a line."""
+    limit, encoded = _text_lengths(lengths).response, [ids for ids in tokenizer.encode_many(texts) if ids]
+    if fit is not None:
+        fit.total, fit.cut = len(encoded), sum(len(ids) >= limit for ids in encoded)
+    return [Example([tokenizer.start_id], (ids + [tokenizer.eos_id])[:limit]) for ids in encoded]
+
+
+def text_block(examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths) -> Sequences:
+    """Encoded raw documents as one block."""
+    return block(examples, tokenizer, _text_lengths(lengths))
+
+
+def _text_lengths(lengths: Lengths) -> Lengths:
+    return Lengths(1, lengths.prompt + lengths.response - 1, lengths.multiple)
+
+
+def block(examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths, *, prompt_loss: bool = False) -> Sequences:
+    """Rows as one block, padded to few shapes. With ``prompt_loss`` every token but the first counts (as N+ trains its
+    SFT): the prompt then moves into the response columns."""
+    if prompt_loss:
+        examples = prompts_count(examples)
+        lengths = Lengths(1, lengths.prompt + lengths.response, lengths.multiple)
+    longest = max(len(e.response) for e in examples)
+    limit = lengths.response if longest <= lengths.response else lengths.prompt + lengths.response  # a dialogue: all its turns
+    rows = pack(
+        [e.prompt for e in examples],
+        [e.response for e in examples],
+        tokenizer.pad_id,
+        prompt_columns=lengths.columns(max(len(e.prompt) for e in examples), lengths.prompt),
+        response_columns=lengths.columns(longest, limit),
+    )
+    rows.mask[rows.response_mask] = [counts for e in examples for counts in e.counts]
+    return rows
+
+
+def packed_block(
+    examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths, *, prompt_loss: bool = False, rows_multiple: int | None
+) -> Sequences:
+    """`block` with as many examples in a row as fit into lengths.prompt + lengths.response tokens. What counts is the same.
+
+    How many rows that takes differs from batch to batch, and every number of rows is a compilation on XLA. So rows that do
+    not count are added, up to a multiple of ``rows_multiple``, or where it is None of an eighth of the power of two below:
+    at most an eighth more, and batches of one size come in very few shapes.
+    """
+    examples = prompts_count(examples) if prompt_loss else examples
+    rows = share_rows(
+        [e.prompt + e.response for e in examples],
+        [[False] * len(e.prompt) + e.counts for e in examples],
+        tokenizer.pad_id,
+        lengths.prompt + lengths.response,
+    )
+    return rows.pad_rows(round_up(rows.rows, rows_multiple or max(1, 2 ** rows.rows.bit_length() // 16)))
+
+
+def prompts_count(examples: Sequence[Example]) -> list[Example]:
+    """Every token but the first counts: the prompt moves into the response."""
+    return [Example(e.prompt[:1], e.prompt[1:] + e.response) for e in examples]
+
+
+def token_weights(mask: np.ndarray, total: int) -> np.ndarray:
+    """float32, 1 / total on each counted token, 0 elsewhere; ``total`` counts the tokens of the *whole* minibatch, so
+    that the gradient is the minibatch's however it is cut into micro-batches."""
+    return (mask / max(1, total)).astype(np.float32)

@@ -1,0 +1,109 @@
+"""What ends a response: EOS, further stop tokens, and stop strings.
+
+Backends end a row at token ids and know no text, so the rest happens here, on the host, after generation. A row ends with
+the first token that completes a stop string, wherever the string begins: in the middle of a token, or of a character's
+bytes. From there on everything means what it means after EOS:
+
+* the policy is trained on the tokens up to and including that one, and not on those after it;
+* the response is finished: the rule for responses without EOS leaves its score alone;
+* its text ends before the stop string. A reward model that reads tokens is given that text, encoded, and EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.errors import ConfigError
+from lockstep.text import encoding
+from lockstep.text.sequences import Sequences, join, right_pad
+from lockstep.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Responses cut where they end: ``tokens`` int32 and ``mask`` bool [B, T], as the policy wrote them; ``finished`` bool [B];
+    ``without_eos`` bool [B], where something else than EOS ended them; ``texts``, without what ended them."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    finished: np.ndarray
+    without_eos: np.ndarray
+    texts: list[str]
+
+
+class Stops:
+    """What ends responses of a tokenizer's. ``ids`` are for `Policy.generate`: EOS, and every token whose own text holds a
+    stop string, so that most generations end at once. A stop string may also be the name of a special token.
+
+    Raises:
+      ConfigError: a stop string that is empty, or that text never holds.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str] = ()):
+        self.tokenizer = tokenizer
+        special = {token.content for token in tokenizer.core.get_added_tokens_decoder().values() if token.special}
+        self.strings = [_checked(string, special) for string in strings if string not in special]
+        names = {i: tokenizer.core.id_to_token(i) for i in range(tokenizer.vocab_size)} if strings else {}
+        stops = [i for i, name in names.items() if name in strings or self._begin(tokenizer.decode([i])) is not None]
+        self.ids = list(dict.fromkeys([tokenizer.eos_id, *stops]))
+
+    def end(self, tokens: np.ndarray, mask: np.ndarray) -> Ended:
+        """Responses [B, T] as `Policy.generate` gives them, cut after the token that completes a stop string."""
+        tokens, mask, texts = tokens.copy(), mask.copy(), []
+        completed = np.zeros(len(tokens), bool)
+        for row, counts in enumerate(mask):
+            ids = tokens[row][counts]
+            text = self.tokenizer.decode(ids)
+            if (end := self._end(ids, text)) is not None:
+                mask[row, end:], tokens[row, end:], completed[row] = False, self.tokenizer.pad_id, True
+                text = self.tokenizer.decode(ids[:end])
+                text = text[: self._begin(text)]
+            texts.append(text)
+        finished = completed | ends_with_stop(tokens, mask, self.ids)
+        without_eos = finished & ~ends_with_stop(tokens, mask, [self.tokenizer.eos_id])
+        return Ended(tokens, mask, finished, without_eos, texts)
+
+    def as_read(self, sequences: Sequences, ended: Ended) -> Sequences:
+        """For a reward model: the responses that something else ended as their text and EOS, the others as they are."""
+        if not ended.without_eos.any():
+            return sequences
+        columns, rows = ended.tokens.shape[1], zip(ended.tokens, ended.mask, ended.without_eos, ended.texts, strict=True)
+        responses = [
+            encoding.encode_response(self.tokenizer, text, columns) if replaced else tokens[counts].tolist()
+            for tokens, counts, replaced, text in rows
+        ]
+        prompts = sequences.tokens[:, : sequences.prompt_length]
+        return join(prompts, sequences.prompt_mask, *right_pad(responses, self.tokenizer.pad_id, columns))
+
+    def _begin(self, text: str) -> int | None:
+        """Where the first stop string in a text begins."""
+        return min((place for string in self.strings if (place := text.find(string)) >= 0), default=None)
+
+    def _end(self, ids: np.ndarray, text: str) -> int | None:
+        """How many of the ids it takes until their text holds a stop string; None: all of them do not. Every beginning has to
+        be looked at: a tokenizer that falls back to bytes shows a whole run of them as U+FFFD as long as the last character
+        is not complete, and takes a line break before it away that was there already."""
+        if self._begin(text) is None and "\ufffd" not in text:
+            return None
+        counts = range(1, len(ids) + 1)
+        return next((count for count in counts if self._begin(self.tokenizer.decode(ids[:count])) is not None), None)
+
+
+def ends_with_stop(responses: np.ndarray, mask: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:
+    """bool [B]: is the last counted token of each response one of the configured stop tokens?"""
+    last = np.maximum(mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1), 0)
+    return np.isin(responses[np.arange(len(responses)), last], list(stop_ids)) & mask.any(axis=1)
+
+
+def _checked(string: str, special: set[str]) -> str:
+    if not string or "\ufffd" in string:
+        raise ConfigError(f"stop_strings has {string!r}. A stop string should be text of at least one character.")
+    if inside := sorted(token for token in special if token in string):
+        raise ConfigError(
+            f"stop_strings has {string!r}, which text never holds: '{inside[0]}' in it is a special token. Give '{inside[0]}' "
+            "alone: generation then ends with it."
+        )
+    return string

@@ -1,0 +1,87 @@
+"""The nouns of RLHF: what people write, rank and ask.
+
+Frozen and made of plain Python and numpy, so that every backend, every plugin and every process means the same by
+them. Anything tokenised is in ``sequences.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Message:
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A dialogue that waits for the assistant's next turn: its last message is not the assistant's.
+
+    ``truth`` is what a data source knows about the prompt and a model must never see (the gold answer, the family of
+    the task); gold scores read it.
+    """
+
+    messages: tuple[Message, ...]
+    truth: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, text: str, **truth: Any) -> Prompt:
+        """A prompt of one user message."""
+        return cls((Message("user", text),), truth)
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What a person wrote as the response to a prompt. In a ``dialogue`` the assistant's earlier turns, which are in the
+    prompt, are demonstrations too."""
+
+    prompt: Prompt
+    response: str
+    dialogue: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """K completions of one prompt with their ranks: 0 is best, equal ranks are a tie. A chosen/rejected pair is K=2."""
+
+    prompt: Prompt
+    completions: tuple[str, ...]
+    ranks: tuple[int, ...]
+    labeler: str | None = None
+
+    def __post_init__(self):
+        if len(self.completions) < 2 or len(self.completions) != len(self.ranks):
+            raise ValueError(
+                f"a comparison needs at least two completions and one rank for each, "
+                f"not {len(self.completions)} completions and {len(self.ranks)} ranks"
+            )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One item of an ability test: which option is the right continuation of a raw text?"""
+
+    context: str
+    options: tuple[str, ...]
+    answer: int
+
+
+@dataclass
+class Fit:
+    """What length limits did to one data set, counted while it is encoded: items ``dropped`` because their last prompt alone
+    is too long, items ``shortened`` by their oldest turns, and responses ``cut``, which then carry no EOS."""
+
+    what: str = "examples"
+    total: int = 0
+    dropped: int = 0
+    shortened: int = 0
+    cut: int = 0
+
+    def counts(self) -> dict[str, int]:
+        return {"total": self.total, "dropped": self.dropped, "shortened": self.shortened, "cut": self.cut}
