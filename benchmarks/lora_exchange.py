@@ -24,7 +24,7 @@ from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
 from lockstep.text.sequences import Sequences
 from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
-from lockstep_rlhf.language_modelling import NextTokenLoss, next_token_terms
+from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss, next_token_terms
 
 ADAM = OptimizerConfig(2e-4, (0.9, 0.95), 1e-8, False, 0.0, 1.0, None)
 LENGTHS = Lengths(96, 48, 48)

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from lockstep.builtin import CONF
 from lockstep.config.schema import parse
 from lockstep.errors import MissingData
-from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardModel, ScalarModel, Setting
+from lockstep.interfaces import Algorithm, Backend, Context, DataSource, Policy, RewardModel, ScalarModel
 from lockstep.models.architecture import initial_parameters, small_decoder, to_hf
 from lockstep.registry import registry
 from lockstep.storage.files import write_json
@@ -40,8 +40,8 @@ with contextlib.suppress(ImportError):
     lockstep_jax.backend._mallopt = lambda option, value: False
 
 BACKENDS = {
-    "torch": {"device": "cpu", "precision": "float32", "rematerialise": False, "cuda_graphs": False, "threads": 1},
-    "jax": {"device": "cpu", "precision": "float32", "rematerialise": False, "compilation_cache": None},
+    "torch": {"device": "cpu", "precision": "float32", "gradient_checkpointing": False, "cuda_graphs": False, "threads": 1},
+    "jax": {"device": "cpu", "precision": "float32", "gradient_checkpointing": False, "compilation_cache": None},
 }
 CONSTANT = {"shape": "constant", "warmup_steps": 0}
 WORDS = [f"w{i}" for i in range(34)]
@@ -167,7 +167,7 @@ def make(backend, tokenizer, load) -> Callable[..., Algorithm]:
               tokenizer: Tokenizer = tokenizer, seed: int = 0, **changes: Any) -> Algorithm:  # fmt: skip
         cls, config = configure(name, **changes)
         policy = policy or load()
-        return cls(config, Setting(seed, backend, tokenizer, data or Data(), policy, reward_model))
+        return cls(config, Context(seed, backend, tokenizer, data or Data(), policy, reward_model))
 
     return build
 

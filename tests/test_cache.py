@@ -12,7 +12,6 @@ import pytest
 from lockstep.commands import cache as cache_command
 from lockstep.config.compose import compose
 from lockstep.errors import ConfigError
-from lockstep.reporting import summary
 from lockstep.reporting.console import Console
 from lockstep.runs import cache, store
 from lockstep.runs.cache import finished

@@ -122,9 +122,10 @@ def test_a_backend_is_asked_only_for_precisions_that_it_knows(monkeypatch):
         (["torch", None, "jax"], r"'torch' is a backend: leave --backend out, or type lockstep check jax"),
         (["nowhere:PPO", "algorithm", "torch"], r"The algorithm 'nowhere:PPO' .* cannot be imported: ModuleNotFoundError"),
         (
-            ["lockstep_rlhf.ppo:PPO", "algorithm", "torch", "float32"],
-            r"Missing: algorithm.stop_strings, .* There is no configuration file algorithm/lockstep_rlhf.ppo:PPO.yaml to start "
-            r"from: add --like with one of ppo, pretrain, .*, and algorithm.key=value for what differs.",
+            ["lockstep_rlhf.algorithms.ppo:PPO", "algorithm", "torch", "float32"],
+            r"Missing: algorithm.stop_strings, .* There is no configuration file "
+            r"algorithm/lockstep_rlhf.algorithms.ppo:PPO.yaml to start from: "
+            r"add --like with one of ppo, pretrain, .*, and algorithm.key=value for what differs.",
         ),
         (
             ["ppo", None, None, None, None, ["algorithms.epochs=3"]],

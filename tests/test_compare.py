@@ -35,7 +35,7 @@ def page(report) -> str:
     return next(f for f in report.files if f.name == "report.html").read_text()
 
 
-def comparison_of(*folders: Path) -> groups.Comparison:
+def comparison_of(*folders: Path) -> groups.RunComparison:
     return groups.group(records.read(folders))
 
 
@@ -163,7 +163,7 @@ def test_long_curves_are_averaged_in_equal_bins(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- claims
 
 
-def verdicts(c: groups.Comparison) -> dict[tuple[str, str], str]:
+def verdicts(c: groups.RunComparison) -> dict[tuple[str, str], str]:
     return {(claim.text, claim.where): claim.verdict for claim in claims.find(c)}
 
 

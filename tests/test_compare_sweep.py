@@ -36,7 +36,7 @@ def report(runs):
     return compare([runs], runs / "report", BY, "backend=jax")
 
 
-def write_golds(folder, golds: dict[tuple[str, int], float]) -> groups.Comparison:
+def write_golds(folder, golds: dict[tuple[str, int], float]) -> groups.RunComparison:
     """A comparison of runs whose PPO has exactly these gold scores on held-out prompts, {(backend, seed): gold}."""
     for (backend, seed), gold in golds.items():
         run = write_run(folder, backend, seed)

@@ -29,7 +29,7 @@ from lockstep_jax.backend import JaxBackend  # noqa: E402
 from lockstep_jax.policies import HuggingFace  # noqa: E402
 
 VOCAB, TOLERANCE, MATTERS = 61, 1e-4, 1e-3
-CPU = JaxBackend.Config(device="cpu", precision="float32", rematerialise=False, compilation_cache=None)
+CPU = JaxBackend.Config(device="cpu", precision="float32", gradient_checkpointing=False, compilation_cache=None)
 
 SIZES = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -329,7 +329,7 @@ def test_saved_scalar_models_open_as_sequence_classifiers(pair, backend, tmp_pat
 def on_torch():
     backend = registry().resolve("backend", "torch", "torch")
     policy = registry().resolve("policy", "huggingface", "torch")
-    values = {"device": "cpu", "precision": "float32", "rematerialise": False, "cuda_graphs": False, "threads": 1}
+    values = {"device": "cpu", "precision": "float32", "gradient_checkpointing": False, "cuda_graphs": False, "threads": 1}
     return policy, backend(parse(backend.Config, values, "backend"))
 
 

@@ -13,7 +13,7 @@ import pytest
 from lockstep.interfaces import Algorithm
 from lockstep.reporting.health import REARM, RULES, Finding, Health, moving_mean, standard_error
 from lockstep.storage.files import read_json
-from lockstep_rlhf.ppo import PPO
+from lockstep_rlhf.algorithms.ppo import PPO
 from runs import PPO_ONLY, tiny
 
 DEMO = json.loads((Path(__file__).parent / "fixtures" / "demo_metrics.json").read_text())

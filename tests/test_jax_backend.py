@@ -29,7 +29,7 @@ from lockstep_jax.policies import HuggingFace  # noqa: E402
 
 VOCAB = 61
 GARBAGE = 9999  # an id outside every vocabulary
-CPU = JaxBackend.Config(device="cpu", precision="float32", rematerialise=False, compilation_cache=None)
+CPU = JaxBackend.Config(device="cpu", precision="float32", gradient_checkpointing=False, compilation_cache=None)
 
 
 @pytest.fixture(scope="module")

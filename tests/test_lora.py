@@ -31,7 +31,7 @@ from lockstep.models import adapters
 from lockstep.registry import registry
 from lockstep.storage.files import read_json, write_json
 from lockstep.text.sequences import pack
-from lockstep_rlhf.language_modelling import NextTokenLoss
+from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss
 
 NO_TOKENIZER = dict.fromkeys(("path", "eos_token", "pad_token", "chat_template"))
 TARGETS = {

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from lockstep.learning import losses
-from lockstep_rlhf.language_modelling import NextTokenLoss
-from lockstep_rlhf.ppo import PPOLoss
-from lockstep_rlhf.reward_modelling import RankingLoss
+from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss
+from lockstep_rlhf.algorithms.ppo import PPOLoss
+from lockstep_rlhf.algorithms.reward_modelling import RankingLoss
 
 LN2 = 0.69314718
 

@@ -15,7 +15,7 @@ from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.text.encoding import token_weights
 from lockstep.text.stopping import ends_with_stop
 from lockstep.types import Comparison, Demonstration, Prompt
-from lockstep_rlhf.ppo import PPOLoss
+from lockstep_rlhf.algorithms.ppo import PPOLoss
 
 FIXTURES = Path(__file__).parent / "fixtures" / "outsiders"
 

@@ -160,7 +160,7 @@ def test_packing_and_dropout_do_not_go_together():
 
 def test_the_arithmetic_says_what_a_packed_row_holds(make):
     algorithm = make("sft", packing=True, batch_size=6, micro_batch_size=2)
-    line = algorithm.arithmetic(algorithm.config, algorithm.setting.data)
+    line = algorithm.arithmetic(algorithm.config, algorithm.context.data)
     assert line == "12 examples x 1 epochs / 6 per step = 2 steps, packed into rows of 18 tokens; micro-batches of 2 rows"
 
 

@@ -19,8 +19,8 @@ from lockstep.registry import registry
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import write_tensors
 from lockstep.text.sequences import join, left_pad, pack
-from lockstep_rlhf.language_modelling import NextTokenLoss
-from lockstep_rlhf.ppo import PPOLoss
+from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss
+from lockstep_rlhf.algorithms.ppo import PPOLoss
 
 ADAM = OptimizerConfig(1e-3, (0.9, 0.95), 1e-5, False, 0.1, 1.0, None)
 

@@ -12,7 +12,7 @@ import conftest
 from lockstep.checking.parity import parity, print_summary
 from lockstep.checking.parity.differences import Step, compare_crossings, distance
 from lockstep.checking.parity.march import March, split
-from lockstep.checking.tap import Evaluation, Generation
+from lockstep.checking.tap import EvaluateCall, GenerateCall
 from lockstep.cli import main
 from lockstep.errors import ConfigError, Stopped
 from lockstep.interfaces import Generated
@@ -120,7 +120,7 @@ def generation(tokens, logprobs, mask, *, temperature=1.0):
     seeds = randomness.token_seeds(0, "test", 0, *shape)
     generated = Generated(np.asarray(tokens), np.asarray(mask, bool), np.asarray(logprobs, np.float32))
     prompts = np.ones((shape[0], 2), np.int64)
-    return Generation(_Model(), prompts, prompts.astype(bool), seeds, temperature, generated)
+    return GenerateCall(_Model(), prompts, prompts.astype(bool), seeds, temperature, generated)
 
 
 def test_the_first_differing_token_is_of_the_earliest_column_then_row():
@@ -146,7 +146,7 @@ def test_log_probabilities_are_compared_only_where_rows_are_the_same():
 
 def test_not_a_number_on_one_side_is_infinitely_far_and_on_both_is_agreement():
     rows = pack([[1]], [[2, 3]], 36, prompt_columns=1, response_columns=2)
-    make = lambda values: Evaluation(_Model(), rows, 1.0, {"values": np.array([[0.0, *values]], np.float32)})  # noqa: E731
+    make = lambda values: EvaluateCall(_Model(), rows, 1.0, {"values": np.array([[0.0, *values]], np.float32)})  # noqa: E731
     for one, other, expected in [
         ([np.nan, 1], [np.nan, 1.5], 0.5),
         ([np.nan, 1], [0, 1], np.inf),
@@ -161,7 +161,7 @@ def test_crossings_that_are_no_pair_end_the_comparison_and_say_so():
     one = generation([[1]], [[-1.0]], [[1]])
     step = Step("ppo", 0)
     compare_crossings(step, ("torch", "jax"), [one], [])
-    assert step.notes == ["crossing 0 is Generation on torch and nothing on jax: nothing after it is compared"]
+    assert step.notes == ["crossing 0 is GenerateCall on torch and nothing on jax: nothing after it is compared"]
 
 
 def test_distance_is_the_largest_difference_its_place_and_the_relative_length():

@@ -19,7 +19,7 @@ from lockstep.interfaces import Generated, Term
 from lockstep.learning import losses
 from lockstep.text.sequences import pack
 from lockstep.types import Prompt
-from lockstep_rlhf.ppo import Clock
+from lockstep_rlhf.algorithms.ppo import Clock
 
 SMALL = {"iterations": 3, "batch_size": 8, "epochs": 1, "temperature": 0.7, "schedule": CONSTANT}
 

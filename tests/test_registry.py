@@ -163,7 +163,7 @@ def test_importing_lockstep_and_every_manifest_imports_neither_torch_nor_jax():
         "import sys, lockstep, lockstep.cli, lockstep.runs.runner, lockstep.learning.losses, lockstep.learning.numerics\n"
         "from lockstep.registry import registry\n"
         "assert list(registry()) and not registry().broken\n"
-        "import lockstep_rlhf.ppo, lockstep_rlhf.reward_modelling\n"
+        "import lockstep_rlhf.algorithms.ppo, lockstep_rlhf.algorithms.reward_modelling\n"
         "from lockstep_rlhf.reward_models import endpoint, ensemble, function, learned\n"
         "print(sorted({'torch', 'jax', 'transformers', 'tensorflow'} & sys.modules.keys()))"
     )

@@ -48,7 +48,7 @@ def assert_same(run, other, stage="ppo"):
 
 def stop_after(monkeypatch, steps):
     """Make the run stop, as Ctrl-C does, after so many steps of PPO."""
-    from lockstep_rlhf.ppo import PPO
+    from lockstep_rlhf.algorithms.ppo import PPO
 
     step = PPO.step
 
@@ -178,7 +178,7 @@ KILLED_BEFORE_EVERY_THIRD_RENAME = """
     from runs import PPO_ONLY, tiny
 
     # Once, before the forks: each is a process whose imports are done.
-    import lockstep_rlhf.language_modelling, lockstep_torch.learner, lockstep_torch.policies, torch._dynamo
+    import lockstep_rlhf.algorithms.language_modelling, lockstep_torch.learner, lockstep_torch.policies, torch._dynamo
     from lockstep.config.compose import compose
     compose([])
 
@@ -321,7 +321,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_it_and_says_so(begun, monkeypat
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, path, **rest)
 
-    from lockstep_rlhf.ppo import PPO
+    from lockstep_rlhf.algorithms.ppo import PPO
 
     step = PPO.step
 
@@ -342,7 +342,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_it_and_says_so(begun, monkeypat
 
 
 def test_a_run_stopped_in_its_last_step_trains_no_more_and_keeps_its_last_metrics(begun, monkeypatch, caplog, torch_whole):
-    from lockstep_rlhf.ppo import PPO
+    from lockstep_rlhf.algorithms.ppo import PPO
 
     whole, options = torch_whole
     stopped(monkeypatch, begun, 6, *options)

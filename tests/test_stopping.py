@@ -222,6 +222,6 @@ def test_evaluation_cuts_responses_as_ppo_does(tokenizer):
 
 
 def clock():
-    from lockstep_rlhf.ppo import Clock
+    from lockstep_rlhf.algorithms.ppo import Clock
 
     return Clock()

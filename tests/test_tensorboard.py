@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lockstep.runs.experiment import settings
+from lockstep.runs.experiment import component_config
 from test_tracking import CONF, ours, start, write
 
 pytest.importorskip("tensorboard")
@@ -20,7 +20,7 @@ def tensorboard() -> Any:
     from lockstep_tensorboard.tracker import TensorBoard
 
     yaml = pytest.importorskip("yaml")
-    return TensorBoard(settings(TensorBoard, yaml.safe_load((CONF / "tensorboard.yaml").read_text()), "tracker"))
+    return TensorBoard(component_config(TensorBoard, yaml.safe_load((CONF / "tensorboard.yaml").read_text()), "tracker"))
 
 
 def seen(folder: Path) -> Any:

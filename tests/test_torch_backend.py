@@ -19,7 +19,9 @@ from lockstep_torch.policies import Decoder  # noqa: E402
 def test_bfloat16_is_warned_of_where_it_is_slow(precision, factor, warned, monkeypatch, caplog):
     monkeypatch.setattr(backend, "_bfloat16_takes", lambda: factor)
     with caplog.at_level(logging.WARNING):
-        backend.TorchBackend(backend.TorchBackend.Config("cpu", precision, rematerialise=False, cuda_graphs=False, threads=None))
+        backend.TorchBackend(
+            backend.TorchBackend.Config("cpu", precision, gradient_checkpointing=False, cuda_graphs=False, threads=None)
+        )
     assert ("50 times as long" in caplog.text and "backend.precision=float32" in caplog.text) == warned
 
 

@@ -17,7 +17,7 @@ import pytest
 from lockstep.interfaces import Tracker
 from lockstep.registry import registry
 from lockstep.reporting.tracking import Silent, Wandb, without_secrets
-from lockstep.runs.experiment import settings
+from lockstep.runs.experiment import component_config
 from wandb_server import Server, aliases
 
 wandb = pytest.importorskip("wandb")
@@ -103,7 +103,7 @@ def test_every_configuration_file_names_a_registered_tracker_and_fits_it(file):
     if component.missing():
         pytest.skip(f"{group['name']} is not installed")
     assert issubclass(component.load(), Tracker)
-    settings(component.load(), group, "tracker")
+    component_config(component.load(), group, "tracker")
 
 
 def test_importing_the_trackers_does_not_import_wandb():

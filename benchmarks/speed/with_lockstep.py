@@ -11,7 +11,7 @@ from worker import Contestant, Work, texts
 
 from lockstep.builtin import CONF
 from lockstep.config.schema import parse
-from lockstep.interfaces import Algorithm, Backend, DataSource, Policy, RewardModel, Setting
+from lockstep.interfaces import Algorithm, Backend, Context, DataSource, Policy, RewardModel
 from lockstep.learning.randomness import token_seeds
 from lockstep.registry import registry
 from lockstep.text.sequences import left_pad
@@ -78,8 +78,8 @@ def algorithm_of(folder: Path, work: Work, options: dict[str, Any], backend: Bac
     if name == "reward_modelling":
         values |= {"normalise": "none"}
     reward_model = reward_model_of(folder, kind, backend, tokenizer) if name == "ppo" else None
-    setting = Setting(0, backend, tokenizer, Texts(work), kind.load(folder / "policy", backend), reward_model)
-    return cls(parse(cls.Config, values, "algorithm"), setting)
+    context = Context(0, backend, tokenizer, Texts(work), kind.load(folder / "policy", backend), reward_model)
+    return cls(parse(cls.Config, values, "algorithm"), context)
 
 
 def reward_model_of(folder: Path, kind: type[Policy], backend: Backend, tokenizer: Tokenizer) -> RewardModel:

@@ -93,7 +93,7 @@ class Work:
 
     @property
     def bytes(self) -> float:
-        """Least traffic of decoding in float32: all weights once per token step, and the key-value cache as it grows."""
+        """Least traffic of decoding in float32: all weights once per token step, and the KV cache as it grows."""
         size = SIZES[self.size]
         weights = 4 * (size.layer_weights + size.head_weights) * self.response
         head = size.hidden_size // size.heads

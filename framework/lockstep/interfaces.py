@@ -372,7 +372,7 @@ class RewardModel(ABC):
 
 
 @dataclass
-class Setting:
+class Context:
     """What an algorithm works with: everything that is not its own configuration."""
 
     seed: int
@@ -404,7 +404,7 @@ class Algorithm(ABC):
     total_steps: int
 
     @abstractmethod
-    def __init__(self, config: Any, setting: Setting): ...
+    def __init__(self, config: Any, context: Context): ...
 
     @abstractmethod
     def step(self, step: int) -> Metrics:

@@ -2,7 +2,7 @@
 
     backend.py      device, precision, where compiled programs are kept
     decoder.py      the network in flax.nnx: Llama's and GPT-2's shapes, its parameters to and from checkpoint names
-    generation.py   sampling with a key-value cache, one compiled program
+    generation.py   sampling with a KV cache, one compiled program
     model.py        logprobs, entropy, values, scores; loading and saving
     policies.py     what the configuration names: decoder, huggingface, lora
     learner.py      gradients and Adam

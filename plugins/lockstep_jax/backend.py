@@ -22,9 +22,9 @@ class JaxBackend(Backend):
 
     device: 'cpu', 'gpu' or 'tpu'; 'auto' takes the first accelerator, else the CPU.
     precision: of matrix products. With bfloat16 the weights and the optimizer stay in float32.
-    rematerialise: compute a layer's inner activations again for the gradient (Chen et al. 2016): memory for one layer instead
-      of all, at the price of a second forward pass. Otherwise operands and results of its matrix products are kept, and only
-      what lies between them is computed again. None: in networks of more than `lockstep_jax.decoder.SHALLOW` layers.
+    gradient_checkpointing: recompute a layer's inner activations in the backward pass (remat; Chen et al. 2016): memory for one
+      layer instead of all, for a second forward pass. Otherwise the operands and results of matmuls are kept, and only what
+      lies between them is recomputed. None: in networks of more than `lockstep_jax.decoder.SHALLOW` layers.
     compilation_cache: folder in which compiled programs outlive the process; null for none.
     """
 
@@ -32,7 +32,7 @@ class JaxBackend(Backend):
     class Config:
         device: str
         precision: Literal["float32", "bfloat16"]
-        rematerialise: bool | None
+        gradient_checkpointing: bool | None
         compilation_cache: str | None
 
     name = "jax"

@@ -4,7 +4,7 @@ Modules are flax.nnx and exist inside a trace only. Outside, parameters are a pl
 no host time per step, and `Network.bind` makes modules of them. The layers are one `Layer` whose arrays have a leading
 [layers] axis. Deep networks are trained by `jax.lax.scan` over it, so compile time does not grow with depth.
 
-In bfloat16, the operands of matrix products are, and on accelerators attention and the key-value cache; sums of products,
+In bfloat16, the operands of matrix products are, and on accelerators attention and the KV cache; sums of products,
 norms, softmax, residual stream and logits stay in float32.
 """
 
@@ -37,7 +37,7 @@ class Network:
 
     architecture: Architecture
     precision: str
-    rematerialise: bool | None
+    gradient_checkpointing: bool | None
     language_head: bool
     scalar_head: bool
     adapter: Adapter | None = None
@@ -112,7 +112,7 @@ class ScalarHead(nnx.Module):
 
 
 SHALLOW = 8
-"""Networks of so many layers at most do not rematerialise, unless told to, and are compiled layer by layer then: what a loop
+"""Networks of at most this many layers are not checkpointed unless asked to, and are then compiled layer by layer: what a loop
 keeps for its gradient it has to move, a sixth of the time of the benchmark's four layers."""
 
 
@@ -152,7 +152,7 @@ class DecoderNetwork(nnx.Module):
 
     def __init__(self, network: Network, rngs: nnx.Rngs):
         a = self.architecture = network.architecture
-        self.dtype, self.rematerialise = jnp.dtype(network.precision), network.rematerialise
+        self.dtype, self.gradient_checkpointing = jnp.dtype(network.precision), network.gradient_checkpointing
         self.embed_tokens = nnx.Embed(a.vocab_size, a.hidden_size, rngs=rngs)
         learned = a.positions == "learned"
         self.embed_positions = nnx.Embed(a.context_length, a.hidden_size, rngs=rngs) if learned else None
@@ -167,12 +167,12 @@ class DecoderNetwork(nnx.Module):
         under a False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int.
 
         For the gradient, operands and results of the layers' matrix products are kept and what lies between is computed again;
-        with ``rematerialise``, all but each layer's input is (Chen et al. 2016)."""
+        with ``gradient_checkpointing``, all but each layer's input is (Chen et al. 2016)."""
         position = positions(mask)
         x, rotations, views = self.embed(tokens, mask, position), self.rotations(position), self.views(causal(mask))
         graph, stacked = nnx.split(self.layers)
         kinds, count = kinds_of(self.architecture), self.architecture.layers
-        again = count > SHALLOW if self.rematerialise is None else self.rematerialise
+        again = count > SHALLOW if self.gradient_checkpointing is None else self.gradient_checkpointing
         kept = None if again else PRODUCTS
 
         def through(x: Array, layer: Any, first: int = 0) -> Array:

@@ -1,4 +1,4 @@
-"""Sampling: prefill once, then one token per row and step from a key-value cache, until every row has stopped.
+"""Sampling: prefill once, then one token per row and step from a KV cache, until every row has stopped.
 
 Prefill and loop are one compiled program: the host waits once per batch, not once per token.
 """

@@ -125,7 +125,7 @@ class JaxModel:
         cls, architecture: Architecture, arrays: dict[str, np.ndarray], backend: JaxBackend, *, language_head: bool
     ) -> Any:
         c = backend.config
-        network = Network(architecture, c.precision, c.rematerialise, language_head, SCALAR_HEAD in arrays)
+        network = Network(architecture, c.precision, c.gradient_checkpointing, language_head, SCALAR_HEAD in arrays)
         return cls(network, backend.put(from_arrays(architecture, arrays)), backend)
 
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:

@@ -128,7 +128,7 @@ def _adapted(
 ) -> tuple[Network, Tree, JaxBackend, Tree]:  # fmt: skip
     """What a model is made of: the adapter is trained, the trunk is not."""
     c = backend.config
-    network = Network(architecture, c.precision, c.rematerialise, language_head, SCALAR_HEAD in arrays, adapter)
+    network = Network(architecture, c.precision, c.gradient_checkpointing, language_head, SCALAR_HEAD in arrays, adapter)
     frozen = trunk if language_head else {name: part for name, part in trunk.items() if name != "lm_head"}
     return network, backend.put(from_arrays(architecture, arrays)), backend, frozen
 
@@ -136,7 +136,7 @@ def _adapted(
 def _read(path: Path | str) -> tuple[Architecture, dict[str, np.ndarray]]:
     """Architecture and float32 weights under the names of `lockstep.models.architecture`."""
     folder = fetch_folder(path)
-    if (folder / adapters.SETTINGS).exists() and not (folder / "config.json").exists():
+    if (folder / adapters.ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
         raise CheckpointError(adapters.NOT_WHOLE.format(folder=path))
     architecture = from_hf(read_json(folder / "config.json"))
     return architecture, _strip(architecture, read_weights(folder))

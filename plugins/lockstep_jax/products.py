@@ -48,4 +48,4 @@ def transposed(matrix: Array) -> Array:
 PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names("operand")
 )
-"""What is kept for the gradient of a layer that does not rematerialise: see `product`."""
+"""What is kept for the gradient of a layer that does not gradient_checkpointing: see `product`."""

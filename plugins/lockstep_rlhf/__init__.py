@@ -1,9 +1,7 @@
 """The recipe, written once for every backend: pretraining, SFT, reward modelling, PPO; sources of reward.
 
-language_modelling.py   pretraining on raw text, SFT on demonstrations
-reward_modelling.py     a reward model from rankings of K completions
-ppo.py                  PPO against it, with KL penalty and PPO-ptx
-reward_models/          what gives scores: a learned model, a Python function, a server, an ensemble
+algorithms/      pretraining, SFT, reward modelling, PPO
+reward_models/   what gives scores: a learned model, a Python function, a server, an ensemble
 """
 
 from lockstep.registry import Plugin
@@ -11,10 +9,10 @@ from lockstep.registry import Plugin
 plugin = Plugin(
     components={
         "algorithm": {
-            "pretrain": "lockstep_rlhf.language_modelling:Pretraining",
-            "sft": "lockstep_rlhf.language_modelling:SFT",
-            "reward_modelling": "lockstep_rlhf.reward_modelling:RewardModelling",
-            "ppo": "lockstep_rlhf.ppo:PPO",
+            "pretrain": "lockstep_rlhf.algorithms.pretraining:Pretraining",
+            "sft": "lockstep_rlhf.algorithms.sft:SFT",
+            "reward_modelling": "lockstep_rlhf.algorithms.reward_modelling:RewardModelling",
+            "ppo": "lockstep_rlhf.algorithms.ppo:PPO",
         },
         "reward_model": {
             "learned": "lockstep_rlhf.reward_models.learned:Learned",

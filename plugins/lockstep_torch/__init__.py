@@ -2,7 +2,7 @@
 
 backend.py      device, precision, what runs where
 decoder.py      the network of policies that start from scratch; networks of transformers behind the same face
-generation.py   sampling with a key-value cache
+generation.py   sampling with a KV cache
 model.py        logprobs, entropy, values, scores; loading and saving
 policies.py     what the configuration names: decoder, huggingface, lora
 learner.py      gradients and Adam

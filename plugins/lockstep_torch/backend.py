@@ -24,8 +24,8 @@ class TorchBackend(Backend):
 
     device: 'cpu', 'cuda', 'cuda:1', 'mps', ...; 'auto' takes the first accelerator, else the CPU.
     precision: of matrix products. With bfloat16 the weights and the optimizer stay in float32.
-    rematerialise: compute a layer's inner activations again for the gradient instead of keeping them (Chen et al. 2016): memory
-      for one layer instead of all, at the price of a second forward pass.
+    gradient_checkpointing: recompute a layer's inner activations in the backward pass instead of keeping them (Chen et al. 2016):
+      memory for one layer instead of all, for a second forward pass.
     cuda_graphs: decode with one launch per token instead of one per kernel, in networks that run in this project's own decoder;
       of no effect on other devices. Tested as far as a CPU allows, and not yet run on a card: hence off.
     threads: CPU threads; null leaves PyTorch's choice (one per core).
@@ -35,7 +35,7 @@ class TorchBackend(Backend):
     class Config:
         device: str
         precision: Literal["float32", "bfloat16"]
-        rematerialise: bool
+        gradient_checkpointing: bool
         cuda_graphs: bool
         threads: int | None
 

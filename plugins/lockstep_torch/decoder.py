@@ -36,7 +36,7 @@ class Network(nn.Module):
     """What a checkpoint's ``config.json`` says of it."""
     adapter: Adapter | None = None
     """Of a network whose own weights are frozen: what is trained instead."""
-    rematerialise: bool = False
+    gradient_checkpointing: bool = False
     """Whether `hidden` computes a layer's inner activations again for the gradient."""
     replays: bool = False
     """Whether `advance` is to run the same kernels on the same memory for every token, so that they can be replayed."""
@@ -151,7 +151,7 @@ class DecoderNetwork(Network):
         visible = causal(mask)
         x, position = self.embed(tokens, mask), positions(mask)
         rotation = self.rotation(position)
-        last, again = len(self.model["layers"]) - 1, self.rematerialise and torch.is_grad_enabled()
+        last, again = len(self.model["layers"]) - 1, self.gradient_checkpointing and torch.is_grad_enabled()
         for number, layer in enumerate(self.model["layers"]):
             start = first if number == last else 0  # of the last layer, the columns before give keys and values only
             drop = dropout and (lambda y, part, site=2 * number, start=start: dropout(y, site + part, position[:, start:]))
@@ -335,7 +335,7 @@ class TransformersNetwork(Network):
                 f"This {self.config['model_type']} cannot be trained on packed rows: run by transformers, the examples of a row "
                 "see each other. Set packing=false."
             )
-        with self._rematerialising():
+        with self._checkpointing_layers():
             return self._trunk(tokens, mask, positions(mask)).last_hidden_state[:, first:]
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, dict[str, Any]]:
@@ -367,13 +367,14 @@ class TransformersNetwork(Network):
         return torch.equal(packed, other) and torch.allclose(packed, alone, atol=1e-3 * float(alone.abs().max()))
 
     @contextlib.contextmanager
-    def _rematerialising(self) -> Iterator[None]:
-        """transformers rematerialises layers in training mode alone. So they say that they are in it, while the modules inside
+    def _checkpointing_layers(self) -> Iterator[None]:
+        """transformers checkpoints layers in training mode only. So the layers say they are in it, while the modules inside
         them, and with these their dropout, are not."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         again = functools.partial(checkpoint, use_reentrant=False)
-        layers = [m for m in self.hf.modules() if isinstance(m, GradientCheckpointingLayer)] if self.rematerialise else []
+        on, modules = self.gradient_checkpointing, self.hf.modules()
+        layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)] if on else []
         for layer in layers:
             layer.gradient_checkpointing, layer._gradient_checkpointing_func, layer.training = True, again, True
         try:

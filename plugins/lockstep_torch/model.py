@@ -52,7 +52,7 @@ class TorchModel:
 
     def __init__(self, network: Network, head: ScalarHead | None, backend: TorchBackend):
         self.network = network.to(backend.device)
-        self.network.rematerialise = backend.config.rematerialise
+        self.network.gradient_checkpointing = backend.config.gradient_checkpointing
         graphs = backend.config.cuda_graphs and backend.device.type == "cuda"
         self.network.replays = graphs and isinstance(self.network, DecoderNetwork)
         self.head = None if head is None else head.to(backend.device)

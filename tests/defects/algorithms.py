@@ -11,16 +11,16 @@ from lockstep.interfaces import Responses
 from lockstep.learning import losses, numerics, randomness
 from lockstep.text import encoding
 from lockstep.text.stopping import ends_with_stop
-from lockstep_rlhf import language_modelling, ppo, reward_modelling
-from lockstep_rlhf.language_modelling import NextTokenLoss
-from lockstep_rlhf.ppo import PPOLoss
+from lockstep_rlhf.algorithms import ppo, reward_modelling, sft
+from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss
+from lockstep_rlhf.algorithms.ppo import PPOLoss
 
 
 class PPO(ppo.PPO):
     like = "ppo"
 
 
-class SFT(language_modelling.SFT):
+class SFT(sft.SFT):
     like = "sft"
 
 
@@ -105,8 +105,8 @@ class OwnGenerator(PPO):
 class SeedWithoutEffect(SFT):
     """The seed of the configuration is not used."""
 
-    def __init__(self, config, setting):
-        super().__init__(config, replace(setting, seed=7))
+    def __init__(self, config, context):
+        super().__init__(config, replace(context, seed=7))
 
 
 @defect("algorithm", caught_by="restarts_change_nothing")
@@ -152,10 +152,10 @@ class ReferenceDrifts(PPO):
 class TrainsNothing(SFT):
     """The learner trains a copy."""
 
-    def __init__(self, config, setting):
-        super().__init__(config, setting)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         copy = self.policy.copy()
-        self.learner = setting.backend.learner({"policy": copy}, {"policy": config.optimizer})
+        self.learner = context.backend.learner({"policy": copy}, {"policy": config.optimizer})
 
     def result(self):
         return self.policy
@@ -198,7 +198,7 @@ class SomeExamplesTwice(SFT):
     """Batches are drawn with replacement."""
 
     def batch(self, step):
-        draws = randomness.generator(self.setting.seed, "draws", step).integers(0, len(self.examples), self.config.batch_size)
+        draws = randomness.generator(self.context.seed, "draws", step).integers(0, len(self.examples), self.config.batch_size)
         return [self.examples[i] for i in draws]
 
 
@@ -317,8 +317,8 @@ class ReferenceAtOne(OtherTemperature):
 class ReferenceIsPolicy(PPO):
     """The reference is the policy that is trained: KL is 0 for ever."""
 
-    def __init__(self, config, setting):
-        super().__init__(config, setting)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         self.ref_policy = self.policy
 
 
@@ -479,8 +479,8 @@ class MinimumLoss(PPOLoss):
 class Minimum(PPO):
     """Clipping binds where it should not, and does not where it should."""
 
-    def __init__(self, config, setting):
-        super().__init__(config, setting)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         self.loss = MinimumLoss(config.clip_range, config.value_clip_range, config.value_coef)
 
 
@@ -497,8 +497,8 @@ class ClimbsDown(PPO):
 class LowersTheValueLoss(PPO):
     """The smaller of the two value losses: clipping rewards values that left their range."""
 
-    def __init__(self, config, setting):
-        super().__init__(config, setting)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         self.loss = SmallerValueLoss(config.clip_range, config.value_clip_range, config.value_coef)
 
 
@@ -517,8 +517,8 @@ class SmallerValueLoss(PPOLoss):
 class NeverClipsValues(PPO):
     """value_clip_range is read and not used."""
 
-    def __init__(self, config, setting):
-        super().__init__(config, setting)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         self.loss = PPOLoss(config.clip_range, 1e9, config.value_coef)
 
 
@@ -526,8 +526,8 @@ class NeverClipsValues(PPO):
 class ForgetsLambda(PPO):
     """Monte-Carlo advantages whatever lambda is."""
 
-    def __init__(self, config, setting):
-        super().__init__(replace(config, lam=1.0), setting)
+    def __init__(self, config, context):
+        super().__init__(replace(config, lam=1.0), context)
 
 
 @defect("algorithm", caught_by="advantages_are_sums_of_errors")
@@ -655,8 +655,8 @@ class GainWithoutBias(RewardModelling):
 class SilentZero(PPO):
     """A reward model that fails counts as 0."""
 
-    def __init__(self, config, setting):
-        super().__init__(config, setting)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         score = self.reward_model.score
 
         def never_fails(responses: Responses):
@@ -672,8 +672,8 @@ class SilentZero(PPO):
 class NaNIsZero(PPO):
     """A missing score counts as 0."""
 
-    def __init__(self, config, setting):
-        super().__init__(config, setting)
+    def __init__(self, config, context):
+        super().__init__(config, context)
         score = self.reward_model.score
         self.reward_model.score = lambda responses: np.nan_to_num(score(responses))
 

@@ -18,7 +18,7 @@ from lockstep.text.sequences import Sequences
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerateCall:
     """A call of `Policy.generate`."""
 
     model: Model
@@ -30,7 +30,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluateCall:
     """A call of `Model.evaluate`."""
 
     model: Model
@@ -40,7 +40,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Scoring:
+class ScoreCall:
     """A call of `RewardModel.score`."""
 
     responses: Responses
@@ -48,7 +48,7 @@ class Scoring:
 
 
 @dataclass(frozen=True)
-class Update:
+class UpdateCall:
     """A call of `Learner.update`. ``gradients`` are those of its terms before the step, where the tap takes them."""
 
     terms: Sequence[Term]
@@ -57,7 +57,7 @@ class Update:
     metrics: Metrics
 
 
-Crossing = Generation | Evaluation | Scoring | Update
+Crossing = GenerateCall | EvaluateCall | ScoreCall | UpdateCall
 
 
 class Tap:
@@ -104,7 +104,7 @@ class _Tapped:
 class _Model(_Tapped):
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
         found = self.behind.evaluate(sequences, outputs, temperature=temperature)
-        self.tap.crossings.append(Evaluation(self, sequences, temperature, found))
+        self.tap.crossings.append(EvaluateCall(self, sequences, temperature, found))
         return found
 
     def copy(self) -> Any:
@@ -116,7 +116,7 @@ class _Policy(_Model):
         self, prompt_tokens: np.ndarray, prompt_mask: np.ndarray, seeds: np.ndarray, *, temperature: float, **how: Any
     ) -> Generated:
         generated = self.behind.generate(prompt_tokens, prompt_mask, seeds, temperature=temperature, **how)
-        self.tap.crossings.append(Generation(self, prompt_tokens, prompt_mask, seeds, temperature, generated))
+        self.tap.crossings.append(GenerateCall(self, prompt_tokens, prompt_mask, seeds, temperature, generated))
         return generated
 
     def with_value_head(self) -> Any:
@@ -140,9 +140,9 @@ class _Learner(_Tapped):
     evaluate = Learner.evaluate  # by the tapped models, which record it
 
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
-        gradients = self.behind.gradients(terms) if self.tap.gradients and not self.tap.of(Update) else None
+        gradients = self.behind.gradients(terms) if self.tap.gradients and not self.tap.of(UpdateCall) else None
         metrics = self.behind.update(terms, lr_scale)
-        self.tap.crossings.append(Update(terms, lr_scale, gradients, metrics))
+        self.tap.crossings.append(UpdateCall(terms, lr_scale, gradients, metrics))
         return metrics
 
     def averaged(self, model: str) -> Any:
@@ -152,7 +152,7 @@ class _Learner(_Tapped):
 class _RewardModel(_Tapped):
     def score(self, responses: Responses) -> np.ndarray:
         scores = self.behind.score(responses)
-        self.tap.crossings.append(Scoring(responses, scores))
+        self.tap.crossings.append(ScoreCall(responses, scores))
         return scores
 
     def value_network(self) -> Any:

@@ -27,7 +27,7 @@ from lockstep.storage.sources import fetch_folder
 from lockstep.storage.weights import read_tensors, read_weights, write_tensors
 from lockstep.text.tokenizer import TokenizerConfig
 
-SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NOT_WHOLE = (
     "{folder} holds an adapter, not a whole checkpoint. Make it one: lockstep merge {folder} OUTPUT. To train it on, name it "
     "as a stage's policy: stages.ppo.policy={folder}."
@@ -124,7 +124,7 @@ def write(folder: Path, adapter: Adapter, tensors: Mapping[str, np.ndarray], *, 
         "fan_in_fan_out": adapter.conv1d, "bias": "none", "modules_to_save": ["score"] if scalar else None,
         "inference_mode": True,
     }  # fmt: skip
-    write_json(folder / SETTINGS, settings)
+    write_json(folder / ADAPTER_CONFIG, settings)
 
 
 def read(folder: Path | str) -> tuple[Adapter, dict[str, np.ndarray]]:
@@ -134,7 +134,7 @@ def read(folder: Path | str) -> tuple[Adapter, dict[str, np.ndarray]]:
       CheckpointError: none is there, or it is of a kind that is not supported.
     """
     folder = Path(folder)
-    settings = read_json(folder / SETTINGS)
+    settings = read_json(folder / ADAPTER_CONFIG)
     _refuse_variants(folder, settings)
     adapter = Adapter(
         base=settings["base_model_name_or_path"],
@@ -188,9 +188,9 @@ def merge(folder: Path, output: Path) -> Path:
     Raises:
       CheckpointError: ``folder`` holds no adapter, or its base is not there.
     """
-    if not (folder / SETTINGS).exists():
+    if not (folder / ADAPTER_CONFIG).exists():
         raise CheckpointError(
-            f"{folder} holds no adapter: {SETTINGS} is missing. Name the output folder of a stage of policy=lora."
+            f"{folder} holds no adapter: {ADAPTER_CONFIG} is missing. Name the output folder of a stage of policy=lora."
         )
     adapter, tensors = read(folder)
     base = fetch_folder(adapter.base)

@@ -14,8 +14,8 @@ from lockstep.storage.weights import read_weights
 from lockstep.models.architecture import SCALAR_HEAD
 from lockstep.types import Fit
 from lockstep.errors import ConfigError
-from lockstep.runs.experiment import NEW, Experiment, Group, Stage, settings
-from lockstep.interfaces import Algorithm, Backend, Classifier, DataSource, Policy, RewardModel, ScalarModel, Setting
+from lockstep.runs.experiment import NEW, Experiment, ConfigGroup, Stage, component_config
+from lockstep.interfaces import Algorithm, Backend, Classifier, DataSource, Policy, RewardModel, ScalarModel, Context
 from lockstep.registry import registry
 from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 
@@ -78,17 +78,17 @@ class Assembly:
         cls = registry().resolve("policy", "huggingface", self.experiment.backend_name)
         return cls.load_classifier(source, self.backend)
 
-    def reward_model(self, group: Group | None) -> RewardModel | None:
+    def reward_model(self, group: ConfigGroup | None) -> RewardModel | None:
         if group is None:
             return None
         cls = registry().resolve("reward_model", group["name"], self.experiment.backend_name)
-        return cls(settings(cls, group, "reward_model"), self)
+        return cls(component_config(cls, group, "reward_model"), self)
 
     def algorithm(self, stage: Stage) -> Algorithm:
         policy, reward_model = self.policy(stage.policy), self.reward_model(stage.reward_model)
-        setting = Setting(stage.seed, self.backend, self.tokenizer, self.data, policy, reward_model)
-        self.fits[stage.name] = setting.fits
-        return stage.component(stage.config, setting)
+        context = Context(stage.seed, self.backend, self.tokenizer, self.data, policy, reward_model)
+        self.fits[stage.name] = context.fits
+        return stage.component(stage.config, context)
 
     def save(self, stage: Stage, algorithm: Algorithm, folder: Path) -> None:
         """The stage's result: a Hugging Face folder with its tokenizer, and who can read it."""
@@ -101,9 +101,9 @@ class Assembly:
         """Of a stage's output, of a folder by its path, or of a hub repository, once downloaded."""
         return self.outputs.get(source) or fetch_folder(source)
 
-    def _output(self, source: str | Path) -> tuple[Path, Group]:
+    def _output(self, source: str | Path) -> tuple[Path, ConfigGroup]:
         """The output folder of a stage, or a folder by its path, and who made it."""
         folder = self.outputs.get(source, Path(source))
         if not (folder / "output.json").exists():
-            return folder, {"policy": "lora" if (folder / adapters.SETTINGS).exists() else "huggingface"}
+            return folder, {"policy": "lora" if (folder / adapters.ADAPTER_CONFIG).exists() else "huggingface"}
         return folder, read_json(folder / "output.json")

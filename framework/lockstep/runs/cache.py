@@ -24,7 +24,7 @@ from lockstep.storage.files import read_json
 from lockstep.runs import store
 from lockstep.config.schema import differences
 from lockstep.errors import CheckpointError, ConfigError
-from lockstep.runs.experiment import Experiment, Group, decisive, run_name, settings
+from lockstep.runs.experiment import Experiment, ConfigGroup, decisive, run_name, component_config
 from lockstep.registry import registry
 from lockstep.runs.runner import Runner, what_changed
 from lockstep.runs.store import StageFolder
@@ -59,10 +59,10 @@ def finished(config: Mapping[str, Any]) -> Path | None:
 
 def _fingerprint(config: Mapping[str, Any]) -> str | None:
     source = registry().resolve("data", config["data"]["name"])
-    return source.fingerprint(settings(source, config["data"], "data"))
+    return source.fingerprint(component_config(source, config["data"], "data"))
 
 
-def _up_to_date(content: Group, fingerprint: str | None) -> bool:
+def _up_to_date(content: ConfigGroup, fingerprint: str | None) -> bool:
     """Are the code, the data and the folders that went into a stage what they were?"""
     return (
         content["code"] == store.code_digests(content["code"])
@@ -135,7 +135,7 @@ def why(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: _why(runner.root, folder, name, runner.contents[name]) for name, folder in runner.folders.items()}
 
 
-def _why(root: Path, folder: StageFolder, stage: str, content: Group) -> str:
+def _why(root: Path, folder: StageFolder, stage: str, content: ConfigGroup) -> str:
     if (folder.path / "stage.json").exists():
         state = _state(folder.path)
         return f"{'stored' if state == 'done' else state}: {folder.path}"

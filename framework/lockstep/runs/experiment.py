@@ -16,7 +16,7 @@ from lockstep.runs.evaluation import EvaluationConfig
 from lockstep.interfaces import Algorithm, DataSource, RewardModel
 from lockstep.registry import registry
 
-Group = dict[str, Any]
+ConfigGroup = dict[str, Any]
 NEW = "new"
 INDECISIVE = ("folder", "name", "objective", "tracker", "checkpoint_every", "samples_every")
 """Keys that decide where results go and how often they are written, but not what they are."""
@@ -32,11 +32,11 @@ class StageConfig:
     seed_offset: added to the run's seed, for stages that differ in nothing else, as the members of an ensemble do.
     """
 
-    algorithm: Group | None
+    algorithm: ConfigGroup | None
     policy: str | None
-    reward_model: Group | None
-    changes: Group | None
-    evaluation: Group | None
+    reward_model: ConfigGroup | None
+    changes: ConfigGroup | None
+    evaluation: ConfigGroup | None
     seed_offset: int | None
 
 
@@ -48,9 +48,9 @@ class Stage:
     kind: str  # 'train' or 'evaluate'
     component: type[Algorithm] | None
     config: Any
-    groups: Group
+    groups: ConfigGroup
     policy: str | None
-    reward_model: Group | None
+    reward_model: ConfigGroup | None
     scorers: tuple[type[RewardModel], ...]
     seed: int
 
@@ -91,7 +91,7 @@ class Experiment:
     """
 
     def __init__(self, config: Mapping[str, Any]):
-        self.groups: Group = dict(config)
+        self.groups: ConfigGroup = dict(config)
         for key, least in (("seed", 0), ("checkpoint_every", 1), ("samples_every", 1)):
             if type(config[key]) is not int or config[key] < least:
                 raise ConfigError(f"{key}={config[key]!r} should be a whole number of at least {least}.")
@@ -116,11 +116,11 @@ class Experiment:
     def name(self) -> str:
         return run_name(self.groups)
 
-    def _component(self, kind: str, group: Group) -> tuple[type, Any]:
+    def _component(self, kind: str, group: ConfigGroup) -> tuple[type, Any]:
         cls = registry().resolve(kind, group.get("name", "???"), self.backend_name if kind != "backend" else group["name"])
-        return cls, settings(cls, group, kind)
+        return cls, component_config(cls, group, kind)
 
-    def _stage(self, name: str, group: Group) -> Stage:
+    def _stage(self, name: str, group: ConfigGroup) -> Stage:
         absent = dict.fromkeys(field.name for field in dataclasses.fields(StageConfig))
         stage = parse(StageConfig, absent | dict(group), f"stages.{name}")
         if (stage.algorithm is None) == (stage.evaluation is None):
@@ -137,7 +137,7 @@ class Experiment:
         else:
             merged = _merge(stage.algorithm, stage.changes or {}, f"stages.{name}.changes")
             cls = registry().resolve("algorithm", merged.get("name", "???"), self.backend_name)
-            config = settings(cls, merged, f"stages.{name}.algorithm")
+            config = component_config(cls, merged, f"stages.{name}.algorithm")
             if cls.needs_reward_model and not stage.reward_model:
                 raise ConfigError(f"stages.{name} ({merged['name']}) needs a reward_model.")
             if stage.policy is None:
@@ -157,7 +157,7 @@ class Experiment:
         return checked
 
 
-def with_members(group: Group | None) -> Iterator[Group]:
+def with_members(group: ConfigGroup | None) -> Iterator[ConfigGroup]:
     """A reward model's group and, of one that is made of others, the groups of its members."""
     if group:
         yield group
@@ -177,17 +177,17 @@ def run_name(groups: Mapping[str, Any]) -> str:
     return groups["name"] or label
 
 
-def decisive(groups: Mapping[str, Any]) -> Group:
+def decisive(groups: Mapping[str, Any]) -> ConfigGroup:
     """The part of a configuration that decides results."""
     return {key: value for key, value in groups.items() if key not in INDECISIVE}
 
 
-def settings(cls: type, group: Group, where: str) -> Any:
+def component_config(cls: type, group: ConfigGroup, where: str) -> Any:
     """A component's group as its ``Config``: every key but ``name``, which chose the component."""
     return parse(cls.Config, {key: value for key, value in group.items() if key != "name"}, where)
 
 
-def _merge(group: Group, changes: Group, where: str) -> Group:
+def _merge(group: ConfigGroup, changes: ConfigGroup, where: str) -> ConfigGroup:
     """``group`` with ``changes`` laid over it; a change of a key that is not there is a mistake."""
     if unknown := [k for k in changes if k not in group]:
         raise ConfigError(f"Unknown key {where}.{unknown[0]}.{did_you_mean(unknown[0], group)} Known: {listing(group)}.")

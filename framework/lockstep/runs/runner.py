@@ -25,7 +25,7 @@ from lockstep.config.schema import differences
 from lockstep.reporting.console import Console
 from lockstep.errors import ConfigError, Stopped
 from lockstep.runs.evaluation import EvaluationConfig, Evaluator
-from lockstep.runs.experiment import NEW, Experiment, Group, Stage, decisive
+from lockstep.runs.experiment import NEW, Experiment, ConfigGroup, Stage, decisive
 from lockstep.reporting.health import Health
 from lockstep.interfaces import Algorithm, Backend, Tracker
 from lockstep.reporting.provenance import code_state
@@ -76,7 +76,7 @@ class Runner:
     def _folders(self) -> dict[str, StageFolder]:
         """Each stage's folder: named by its configuration, its inputs and the code that makes it."""
         e, folders = self.experiment, {}
-        self.contents: dict[str, Group] = {}
+        self.contents: dict[str, ConfigGroup] = {}
         source, settings = e.data
         data = e.groups["data"] | {"fingerprint": source.fingerprint(settings)}
         common = [base.__module__ for cls in (e.backend[0], e.policy[0], source) for base in cls.__mro__]
@@ -133,7 +133,7 @@ class Runner:
     def _tell_what_starts_anew(self) -> None:
         """A line for stages that this run had begun, and that now get another folder because something has changed."""
         file = self.record.path / "stages.json"
-        before: dict[str, Group] = read_json(file) if file.exists() else {}
+        before: dict[str, ConfigGroup] = read_json(file) if file.exists() else {}
         stages: dict[str, list[str]] = {}
         for name, content in self.contents.items():
             old = StageFolder.of(self.root, name, self.experiment.backend_name, before.get(name, {}))
@@ -183,7 +183,7 @@ class Runner:
 
     # ---------------------------------------------------------------------------------------------- the kinds of stage
 
-    def _train(self, stage: Stage, folder: StageFolder) -> Group:
+    def _train(self, stage: Stage, folder: StageFolder) -> ConfigGroup:
         algorithm = self.parts.algorithm(stage)
         first, state = folder.restore(algorithm.learner.restore) or (0, {})
         if state:
@@ -256,7 +256,7 @@ class Runner:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return {**self.parts.backend.describe(), "cores": str(cores)}
 
-    def _evaluate(self, stage: Stage, folder: StageFolder) -> Group:
+    def _evaluate(self, stage: Stage, folder: StageFolder) -> ConfigGroup:
         config: EvaluationConfig = stage.config
         parts = self.parts
         reward_model = parts.reward_model(stage.reward_model)
@@ -337,7 +337,7 @@ def _main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def what_changed(before: Group, now: Group) -> list[str]:
+def what_changed(before: ConfigGroup, now: ConfigGroup) -> list[str]:
     """Why a stage is not the one that was stored; that its inputs are others is said only where nothing else is."""
     changes = without_copies(differences(before, now))
     return [
@@ -366,7 +366,7 @@ def flatten(result: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def _with_template_file(tokenizer: Group | None) -> Group | None:
+def _with_template_file(tokenizer: ConfigGroup | None) -> ConfigGroup | None:
     """The text of a template file in place of its path: what a stage depends on."""
     template = (tokenizer or {}).get("chat_template") or ""
     return {**tokenizer, "chat_template": template_text(template)} if template.endswith(".jinja") else tokenizer

@@ -2,7 +2,7 @@
 
 backend.py      what runs where
 decoder.py      the network of policies that start from scratch
-generation.py   sampling with a key-value cache
+generation.py   sampling with a KV cache
 model.py        logprobs, entropy, values, scores; loading and saving
 policies.py     what the configuration names: decoder
 array_api.py    the namespace that losses are written against

@@ -1,4 +1,4 @@
-"""Sampling: the prompt once, then one token per row and step from a key-value cache, until every row has stopped."""
+"""Sampling: the prompt once, then one token per row and step from a KV cache, until every row has stopped."""
 
 from __future__ import annotations
 

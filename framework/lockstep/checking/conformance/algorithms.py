@@ -19,7 +19,7 @@ import numpy as np
 from lockstep.checking.conformance.kit import Inapplicable, check, near, near_arrays, require, same, same_arrays
 from lockstep.checking.conformance.subjects import AlgorithmSubject, Trace, constant, derivative, loss_of, uneven
 from lockstep.checking.conformance.world import Data
-from lockstep.checking.tap import Generation, Scoring
+from lockstep.checking.tap import GenerateCall, ScoreCall
 from lockstep.errors import RewardError
 from lockstep.interfaces import Metrics, Term
 from lockstep.text import encoding
@@ -169,7 +169,7 @@ def training_moves_the_result(subject: AlgorithmSubject) -> None:
 def orders_are_fresh(subject: AlgorithmSubject) -> None:
     """Every update has seeds and an order of its own; a pass reads each example once (invariant 25, section 5)."""
     trace = subject.run(4)
-    if sampled := [generation.seeds for generation in trace.of(Generation)]:
+    if sampled := [generation.seeds for generation in trace.of(GenerateCall)]:
         seeds = np.concatenate([s.ravel() for s in sampled])
         repeated = len(seeds) - len(np.unique(seeds))
         require(repeated <= 2, f"{repeated} of {len(seeds)} sampling seeds were used before")
@@ -323,7 +323,7 @@ def means_leave_padding_out(subject: AlgorithmSubject) -> None:
     trace = subject.run(2)
     own = trace.own_evaluation(1)
     mask, metrics = own.sequences.mask, trace.metrics[1]
-    scores = [scoring.scores for scoring in trace.of(Scoring, 1)]
+    scores = [scoring.scores for scoring in trace.of(ScoreCall, 1)]
     expected = {"objective/length": mask.sum(axis=1).mean()}
     if "entropy" in own.outputs:
         expected["objective/entropy"] = own.outputs["entropy"][mask].mean()
@@ -595,7 +595,7 @@ def episodes_without_a_score_are_left_out(subject: AlgorithmSubject) -> None:
     """An episode whose score is NaN has no weight, and the others' losses and metrics stay finite."""
     subject.need_reward_model()
     trace = subject.run(1, reward=partly)
-    missing = {row.tobytes() for scoring in trace.of(Scoring, 0)
+    missing = {row.tobytes() for scoring in trace.of(ScoreCall, 0)
                for row, score in zip(np.ascontiguousarray(scoring.responses.sequences.tokens), scoring.scores, strict=True)
                if np.isnan(score)}  # fmt: skip
     for term in (term for term in trace.terms() if "logprobs" in term.loss.outputs):

@@ -354,7 +354,7 @@ def responses_end_at_the_first_stop_token(world: World) -> None:
     same(f"tokens with stop ids {stops}", drawn.tokens, np.where(expected, free.tokens, PAD))
 
 
-@check("policy", usually="the key-value cache or the table of positions is one too short")
+@check("policy", usually="the KV cache or the table of positions is one too short")
 def the_context_can_be_filled(world: World) -> None:
     """A prompt and a response that together fill `context_length` are drawn as teacher forcing has them."""
     policy = world.policy()
@@ -473,7 +473,7 @@ def _saved(world: World, model: Model, name: str) -> Path:
     folder = world.folder / "saved" / name.replace(" ", "_")
     folder.mkdir(parents=True)
     model.save(folder)
-    config = adapters.SETTINGS if world.adapted else "config.json"
+    config = adapters.ADAPTER_CONFIG if world.adapted else "config.json"
     require((folder / config).exists(), f"{name}: save wrote {sorted(p.name for p in folder.iterdir())}, no {config}")
     stored = {key.removeprefix(adapters.PREFIX): array for key, array in saved_weights(folder)[1].items()}
     own = model.parameters()

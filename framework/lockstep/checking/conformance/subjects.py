@@ -12,8 +12,8 @@ import numpy as np
 
 from lockstep.checking.conformance.kit import Inapplicable
 from lockstep.checking.conformance.world import LENGTHS, Data, Scored, World
-from lockstep.checking.tap import Crossing, Evaluation, Generation, Tap, Update
-from lockstep.interfaces import Algorithm, Metrics, Responses, RewardModel, ScalarModel, Setting, Term
+from lockstep.checking.tap import Crossing, EvaluateCall, GenerateCall, Tap, UpdateCall
+from lockstep.interfaces import Algorithm, Context, Metrics, Responses, RewardModel, ScalarModel, Term
 from lockstep.learning import randomness
 from lockstep.text.sequences import Sequences
 from lockstep.text.tokenizer import Tokenizer
@@ -87,31 +87,31 @@ class Trace:
         found = self.steps if step is None else [self.steps[step]]
         return [crossing for crossings in found for crossing in crossings if isinstance(crossing, kind)]
 
-    def updates(self, step: int | None = None) -> list[Update]:
-        return self.of(Update, step)
+    def updates(self, step: int | None = None) -> list[UpdateCall]:
+        return self.of(UpdateCall, step)
 
     def terms(self, step: int | None = None) -> list[Term]:
         return [term for update in self.updates(step) for term in update.terms]
 
-    def generation(self, step: int) -> Generation:
+    def generation(self, step: int) -> GenerateCall:
         """
         Raises:
           Inapplicable: the algorithm does not sample.
         """
-        if not (found := self.of(Generation, step)):
+        if not (found := self.of(GenerateCall, step)):
             raise Inapplicable("it does not sample")
         return found[0]
 
     def trained(self) -> dict[str, Any]:
         return dict(self.algorithm.learner.models)
 
-    def own_evaluation(self, step: int) -> Evaluation:
+    def own_evaluation(self, step: int) -> EvaluateCall:
         """The first evaluation of log-probabilities by a trained model in this step.
 
         Raises:
           Inapplicable: there is none.
         """
-        for evaluation in self.of(Evaluation, step):
+        for evaluation in self.of(EvaluateCall, step):
             if "logprobs" in evaluation.outputs and any(evaluation.model is model for model in self.trained().values()):
                 return evaluation
         raise Inapplicable("it does not evaluate the policy that it trains")
@@ -173,8 +173,8 @@ class AlgorithmSubject:
             reward_model = tap.reward_model(Scored(reward, network))
         cls, config = self.configured(**changes)
         policy = tap.model(world.policy())
-        setting = Setting(seed, tap.backend(world.backend), world.tokenizer, Data(), policy, reward_model)
-        return cls(config, setting), tap
+        context = Context(seed, tap.backend(world.backend), world.tokenizer, Data(), policy, reward_model)
+        return cls(config, context), tap
 
     def run(self, steps: int = 3, *, again: bool = False, reward: Callable[..., Any] = uneven, seed: int = 0, **changes) -> Trace:
         """The first steps of a fresh run; the same arguments give the same `Trace`, unless ``again``."""

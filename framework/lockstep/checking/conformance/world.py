@@ -40,7 +40,7 @@ ARCHITECTURE = small_decoder(
 )  # fmt: skip
 SMALL = {
     "layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "intermediate_size": 48, "context_length": 64,
-    "rope_theta": 100.0, "tied": False, "compilation_cache": None, "rematerialise": False, "threads": 1,
+    "rope_theta": 100.0, "tied": False, "compilation_cache": None, "gradient_checkpointing": False, "threads": 1,
 }  # fmt: skip
 """Keys of policies and backends that are set where a configuration has them."""
 LENGTHS = {"prompt": 6, "response": 12, "multiple": 4}

@@ -28,7 +28,7 @@ from lockstep.reporting.compare.tables import Table, to_markdown, to_rich
 from lockstep.reporting.console import Console
 from lockstep.version import __version__
 
-__all__ = ["Report", "parity", "print_summary"]
+__all__ = ["ParityReport", "parity", "print_summary"]
 
 MEASURES = {
     "sampler_logprobs": "log-probabilities, sampler",
@@ -44,7 +44,7 @@ MEASURES = {
 
 
 @dataclass(frozen=True)
-class Report:
+class ParityReport:
     names: tuple[str, str]
     same_start: bool
     stages: Sequence[StageSteps]
@@ -64,7 +64,7 @@ class Report:
         return Table(title, header, [row(stage) for stage in self.stages if stage.steps])
 
 
-def parity(overrides: Sequence[str], *, same_start: bool = False, steps: int | None = None, output: Path) -> Report:
+def parity(overrides: Sequence[str], *, same_start: bool = False, steps: int | None = None, output: Path) -> ParityReport:
     """Run it, and write report.md, parity.json, steps.csv and the figure to ``output``, whatever stopped it."""
     march = March(overrides, same_start=same_start, steps=steps)
     options = ["--same-start"] * same_start + ["--steps", str(steps)] * (steps is not None)
@@ -81,13 +81,13 @@ def parity(overrides: Sequence[str], *, same_start: bool = False, steps: int | N
             "seconds": round((datetime.datetime.now(datetime.UTC) - started).total_seconds(), 1),
             "stopped": march.stopped,
         }
-        report = Report(march.names, same_start, march.stages, facts, [], march.stopped)
+        report = ParityReport(march.names, same_start, march.stages, facts, [], march.stopped)
         if any(stage.steps for stage in march.stages):
-            report = Report(march.names, same_start, march.stages, facts, write(report, output), march.stopped)
+            report = ParityReport(march.names, same_start, march.stages, facts, write(report, output), march.stopped)
     return report
 
 
-def print_summary(report: Report, console: rich.console.Console | None = None) -> None:
+def print_summary(report: ParityReport, console: rich.console.Console | None = None) -> None:
     """The table, and a sentence per stage.
 
     Raises:
@@ -165,7 +165,7 @@ def number(value: float | None) -> str:
 # ------------------------------------------------------------------------------------------------------------ the files
 
 
-def write(report: Report, output: Path) -> list[Path]:
+def write(report: ParityReport, output: Path) -> list[Path]:
     from lockstep.checking.parity import plots  # matplotlib takes a second to import
 
     output.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def tidy(stages: Sequence[StageSteps]) -> Iterator[dict[str, Any]]:
             }
 
 
-def markdown(report: Report) -> str:
+def markdown(report: ParityReport) -> str:
     facts = report.facts
     machines = [f"- {name}: {', '.join(f'{k} {v}' for k, v in about.items())}" for name, about in facts["backends"].items()]
     head = [

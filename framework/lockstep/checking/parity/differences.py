@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.checking.tap import Crossing, Evaluation, Generation, Scoring, Update
+from lockstep.checking.tap import Crossing, EvaluateCall, GenerateCall, ScoreCall, UpdateCall
 from lockstep.interfaces import Learner, Term
 from lockstep.learning.randomness import hash_gumbel
 from lockstep.text.sequences import Sequences
@@ -65,7 +65,7 @@ def compare_crossings(step: Step, names: tuple[str, str], first: Sequence[Crossi
 # ------------------------------------------------------------------------------------------------- crossing by crossing
 
 
-def _generation(step: Step, one: Generation, other: Generation) -> None:
+def _generation(step: Step, one: GenerateCall, other: GenerateCall) -> None:
     a, b = one.generated, other.generated
     for what in ("prompt_tokens", "prompt_mask", "seeds"):
         if not np.array_equal(getattr(one, what), getattr(other, what)):
@@ -88,7 +88,7 @@ def _generation(step: Step, one: Generation, other: Generation) -> None:
         step.first = Token(row, column, tokens, abs(winners[0] - winners[1]))
 
 
-def _winner(crossing: Generation, row: int, column: int) -> float:
+def _winner(crossing: GenerateCall, row: int, column: int) -> float:
     """The largest log-probability + noise, which chose the token."""
     token, logprob = crossing.generated.tokens[row, column], float(crossing.generated.logprobs[row, column])
     if crossing.temperature == 0:
@@ -96,7 +96,7 @@ def _winner(crossing: Generation, row: int, column: int) -> float:
     return logprob + float(hash_gumbel(crossing.seeds[row, column], crossing.model.vocab_size)[token])
 
 
-def _evaluation(step: Step, one: Evaluation, other: Evaluation) -> None:
+def _evaluation(step: Step, one: EvaluateCall, other: EvaluateCall) -> None:
     same = _same_rows(step, one.sequences, other.sequences)
     for name in one.outputs.keys() & other.outputs.keys():
         step.raise_to(
@@ -104,12 +104,12 @@ def _evaluation(step: Step, one: Evaluation, other: Evaluation) -> None:
         )
 
 
-def _scoring(step: Step, one: Scoring, other: Scoring) -> None:
+def _scoring(step: Step, one: ScoreCall, other: ScoreCall) -> None:
     same = _same_rows(step, one.responses.sequences, other.responses.sequences)
     step.raise_to("scores", _largest(one.scores, other.scores, same))
 
 
-def _update(step: Step, one: Update, other: Update) -> None:
+def _update(step: Step, one: UpdateCall, other: UpdateCall) -> None:
     if len(one.terms) != len(other.terms):
         step.notes.append(f"an update has {len(one.terms)} and {len(other.terms)} terms")
     for a, b in zip(one.terms, other.terms, strict=False):
@@ -132,10 +132,10 @@ def _term(step: Step, a: Term, b: Term) -> None:
 
 
 COMPARE: dict[type, Callable[[Step, Any, Any], None]] = {
-    Generation: _generation,
-    Evaluation: _evaluation,
-    Scoring: _scoring,
-    Update: _update,
+    GenerateCall: _generation,
+    EvaluateCall: _evaluation,
+    ScoreCall: _scoring,
+    UpdateCall: _update,
 }
 
 

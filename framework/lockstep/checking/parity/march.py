@@ -13,7 +13,7 @@ from lockstep.checking.parity.differences import Step, compare_crossings, compar
 from lockstep.checking.tap import Crossing, Tap
 from lockstep.config.compose import compose
 from lockstep.errors import ConfigError
-from lockstep.interfaces import Algorithm, Setting
+from lockstep.interfaces import Algorithm, Context
 from lockstep.reporting.console import Console
 from lockstep.runs.assembly import Assembly
 from lockstep.runs.experiment import Experiment, Stage
@@ -40,7 +40,7 @@ class Side(Assembly):
     def algorithm(self, stage: Stage) -> Algorithm:
         self.tap = Tap(gradients=True)
         reward_model = self.reward_model(stage.reward_model)
-        setting = Setting(
+        context = Context(
             seed=stage.seed,
             backend=self.tap.backend(self.backend),
             tokenizer=self.tokenizer,
@@ -48,7 +48,7 @@ class Side(Assembly):
             policy=self.tap.model(self.policy(stage.policy)),
             reward_model=None if reward_model is None else self.tap.reward_model(reward_model),
         )
-        return stage.component(stage.config, setting)
+        return stage.component(stage.config, context)
 
     def crossings(self) -> list[Crossing]:
         """Those since this was last asked."""

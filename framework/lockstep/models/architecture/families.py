@@ -11,7 +11,7 @@ from typing import Any
 
 from lockstep.errors import CheckpointError, listing
 from lockstep.models.architecture.keys import (
-    Settings,
+    HFConfig,
     decoder,
     read_activation,
     read_rope,
@@ -34,9 +34,9 @@ class Family:
     causal, classifier: its classes in transformers.
     """
 
-    read: Callable[[Settings], Architecture]
+    read: Callable[[HFConfig], Architecture]
     write: Callable[[Architecture], dict[str, Any]]
-    defaults: Settings
+    defaults: HFConfig
     causal: str
     classifier: str
 
@@ -77,7 +77,7 @@ NO_TOKEN_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None
 # ------------------------------------------------------------------------------------------------------ Llama, Mistral
 
 
-def _read_llama(c: Settings) -> Architecture:
+def _read_llama(c: HFConfig) -> Architecture:
     bias = bool(c["attention_bias"])
     return decoder(c, attention_bias=bias, output_bias=bias, mlp_bias=bool(c["mlp_bias"]))
 
@@ -93,12 +93,12 @@ LLAMA = {
 }  # fmt: skip
 
 
-def _read_mistral(c: Settings) -> Architecture:
+def _read_mistral(c: HFConfig) -> Architecture:
     refuse(c, layer_types=None)
     return decoder(c, windows=_everywhere(c))
 
 
-def _everywhere(c: Settings) -> tuple[int | None, ...]:
+def _everywhere(c: HFConfig) -> tuple[int | None, ...]:
     return read_windows(c, [c["sliding_window"] is not None] * c["num_hidden_layers"], c["sliding_window"])
 
 
@@ -116,16 +116,16 @@ MISTRAL = {
 # --------------------------------------------------------------------------------------------------------- Qwen 2 and 3
 
 
-def _read_qwen2(c: Settings) -> Architecture:
+def _read_qwen2(c: HFConfig) -> Architecture:
     return decoder(c, attention_bias=True, windows=_late(c))
 
 
-def _read_qwen3(c: Settings) -> Architecture:
+def _read_qwen3(c: HFConfig) -> Architecture:
     bias = bool(c["attention_bias"])
     return decoder(c, attention_bias=bias, output_bias=bias, qk_norm=True, windows=_late(c))
 
 
-def _late(c: Settings) -> tuple[int | None, ...]:
+def _late(c: HFConfig) -> tuple[int | None, ...]:
     """Windows, if they are on at all, from a layer on."""
     window = c["sliding_window"] if c["use_sliding_window"] else None
     sliding = [window is not None and layer >= c["max_window_layers"] for layer in range(c["num_hidden_layers"])]
@@ -152,7 +152,7 @@ QWEN3 = {**QWEN2, "head_dim": 128, "attention_bias": False}
 # -------------------------------------------------------------------------------------------------------------- Phi-3
 
 
-def _read_phi3(c: Settings) -> Architecture:
+def _read_phi3(c: HFConfig) -> Architecture:
     refuse(c, layer_types=None)
     return decoder(c, windows=_everywhere(c), **read_rope(c, kinds=("default",), partial=True))
 
@@ -171,7 +171,7 @@ PHI3 = {
 # ------------------------------------------------------------------------------------------------------------ SmolLM3
 
 
-def _read_smollm3(c: Settings) -> Architecture:
+def _read_smollm3(c: HFConfig) -> Architecture:
     layers, every = c["num_hidden_layers"], c["no_rope_layer_interval"]
     turns = [(layer + 1) % every != 0 for layer in range(layers)]
     if c.get("no_rope_layers") is not None:  # which lists, against its name, the layers that do turn
@@ -206,7 +206,7 @@ SMOLLM3 = {
 # ------------------------------------------------------------------------------------------------------- Gemma 2 and 3
 
 
-def _gemma(c: Settings, **switches: Any) -> Architecture:
+def _gemma(c: HFConfig, **switches: Any) -> Architecture:
     refuse(c, use_bidirectional_attention=False)
     bias = bool(c["attention_bias"])
     return decoder(
@@ -216,13 +216,13 @@ def _gemma(c: Settings, **switches: Any) -> Architecture:
     )  # fmt: skip
 
 
-def _read_gemma2(c: Settings) -> Architecture:
+def _read_gemma2(c: HFConfig) -> Architecture:
     sliding = [layer % 2 == 0 for layer in range(c["num_hidden_layers"])]
     windows = read_windows(c, sliding, c["sliding_window"])
     return _gemma(c, attention_softcap=c["attn_logit_softcapping"], windows=windows)
 
 
-def _read_gemma3(c: Settings) -> Architecture:
+def _read_gemma3(c: HFConfig) -> Architecture:
     refuse(c, attn_logit_softcapping=None)  # transformers has the key, and does not read it
     rope = c.get("rope_parameters") or {}
     if not all(isinstance(value, Mapping) for value in rope.values() if value is not None):
@@ -276,7 +276,7 @@ GEMMA3 = {
 # --------------------------------------------------------------------------------------------------- GPT-NeoX, GPT-2
 
 
-def _read_neox(c: Settings) -> Architecture:
+def _read_neox(c: HFConfig) -> Architecture:
     refuse(c, head_dim=c["hidden_size"] // c["num_attention_heads"], num_key_value_heads=c["num_attention_heads"])
     bias = bool(c["attention_bias"])
     c = {**c, "rope_theta": c["rotary_emb_base"], "partial_rotary_factor": c["rotary_pct"]}
@@ -305,7 +305,7 @@ NEOX = {
 }  # fmt: skip
 
 
-def _read_gpt2(c: Settings) -> Architecture:
+def _read_gpt2(c: HFConfig) -> Architecture:
     refuse(c, scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False, add_cross_attention=False)
     refuse(c, scale_attn_weights=True)
     sizes = {
@@ -332,7 +332,7 @@ GPT2 = {
 }  # fmt: skip
 
 
-def _family(read: Any, write: Any, defaults: Settings, name: str, **classes: str) -> Family:
+def _family(read: Any, write: Any, defaults: HFConfig, name: str, **classes: str) -> Family:
     usual = {"causal": f"{name}ForCausalLM", "classifier": f"{name}ForSequenceClassification"}
     return Family(read, write, defaults, **{**usual, **classes})
 

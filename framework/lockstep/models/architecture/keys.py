@@ -8,7 +8,7 @@ from typing import Any
 from lockstep.errors import CheckpointError, listing
 from lockstep.models.architecture.shape import Architecture, RopeScaling
 
-Settings = Mapping[str, Any]
+HFConfig = Mapping[str, Any]
 """A ``config.json``, with defaults where it leaves a key out."""
 
 ACTIVATIONS = {
@@ -21,7 +21,7 @@ KINDS = {True: "sliding_attention", False: "full_attention"}
 """transformers' names of layers with a window and without."""
 
 
-def decoder(c: Settings, **switches: Any) -> Architecture:
+def decoder(c: HFConfig, **switches: Any) -> Architecture:
     """From Llama's keys. ``switches`` add to what they say, or replace it."""
     heads = c["num_attention_heads"]
     common = dict(
@@ -36,7 +36,7 @@ def decoder(c: Settings, **switches: Any) -> Architecture:
     return Architecture(**{**common, **activation, **rope, **switches})
 
 
-def head_dim(c: Settings) -> int:
+def head_dim(c: HFConfig) -> int:
     return c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
 
 
@@ -50,7 +50,7 @@ def write_decoder(a: Architecture) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def refuse(c: Settings, **supported: Any) -> None:
+def refuse(c: HFConfig, **supported: Any) -> None:
     """Raises CheckpointError where a key is neither as in ``supported`` nor null nor left out."""
     for key, value in supported.items():
         if c.get(key) not in (None, value):
@@ -73,7 +73,7 @@ def write_activation(activation: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ positions
 
 
-def read_rope(c: Settings, *, kinds: Sequence[str] = ("default", "linear", "llama3"), partial: bool = False) -> dict[str, Any]:
+def read_rope(c: HFConfig, *, kinds: Sequence[str] = ("default", "linear", "llama3"), partial: bool = False) -> dict[str, Any]:
     """rope_theta, rope_scaling and rotary_dims, from the keys of transformers 5 or from the older ones, which win."""
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
     if any(isinstance(value, Mapping) for value in rope.values()):
@@ -88,14 +88,14 @@ def read_rope(c: Settings, *, kinds: Sequence[str] = ("default", "linear", "llam
     }
 
 
-def _rotary_dims(c: Settings, fraction: float | None) -> int | None:
+def _rotary_dims(c: HFConfig, fraction: float | None) -> int | None:
     dims = int(head_dim(c) * (1.0 if fraction is None else fraction))
     if dims % 2:
         raise CheckpointError(f"This {c['model_type']} model turns {dims} numbers of each head: an odd number is not supported.")
     return None if dims == head_dim(c) else dims
 
 
-def read_scaling(c: Settings, rope: Settings, kinds: Sequence[str]) -> RopeScaling | None:
+def read_scaling(c: HFConfig, rope: HFConfig, kinds: Sequence[str]) -> RopeScaling | None:
     """From one record of rope parameters."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in kinds:
@@ -125,7 +125,7 @@ def write_rope(a: Architecture) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ sliding windows
 
 
-def read_windows(c: Settings, sliding: Sequence[bool], window: int | None) -> tuple[int | None, ...]:
+def read_windows(c: HFConfig, sliding: Sequence[bool], window: int | None) -> tuple[int | None, ...]:
     """Per layer; () where no layer has one. ``layer_types``, where it is there, goes before ``sliding``.
 
     Raises:

@@ -22,24 +22,26 @@ from rich.console import Console
 
 from lockstep.reporting.compare import claims, cost, records, versus
 from lockstep.reporting.compare.claims import Claim
-from lockstep.reporting.compare.groups import Comparison, group
+from lockstep.reporting.compare.groups import RunComparison, group
 from lockstep.reporting.compare.tables import Table, all_tables, in_short, to_markdown, to_rich
 from lockstep.reporting.compare.versus import Versus
 
-__all__ = ["Report", "compare", "print_summary"]
+__all__ = ["CompareReport", "compare", "print_summary"]
 
 
 @dataclass(frozen=True)
-class Report:
+class CompareReport:
     headline: str
     claims: Sequence[Claim]
     tables: Mapping[str, Table]
-    comparison: Comparison
+    comparison: RunComparison
     against: Sequence[Versus]
     files: Sequence[Path]
 
 
-def compare(paths: Sequence[Path | str], output: Path, by: Sequence[str] | None = None, baseline: str | None = None) -> Report:
+def compare(
+    paths: Sequence[Path | str], output: Path, by: Sequence[str] | None = None, baseline: str | None = None
+) -> CompareReport:
     """Compare the runs under ``paths``; write the report to ``output``: report.html, .md and .png, metrics.csv and .parquet,
     and every figure as PNG and SVG.
 
@@ -69,10 +71,10 @@ def compare(paths: Sequence[Path | str], output: Path, by: Sequence[str] | None 
     files = [output / name for name in written]
     files += tidy.write(comparison, output)
     files += figures.for_papers(comparison, against, output)
-    return Report(headline, found, built, comparison, against, files)
+    return CompareReport(headline, found, built, comparison, against, files)
 
 
-def print_summary(report: Report, console: Console | None = None) -> None:
+def print_summary(report: CompareReport, console: Console | None = None) -> None:
     """The report's text for a terminal; of the policies only what is looked at first."""
     console = console or Console()
     console.print(report.headline + "\n", style="bold", markup=False, highlight=False)
@@ -89,7 +91,7 @@ def print_summary(report: Report, console: Console | None = None) -> None:
         console.print(f"wrote {figures} (PNG and SVG)", markup=False, highlight=False, soft_wrap=True)
 
 
-def what_intervals_are_over(c: Comparison) -> str:
+def what_intervals_are_over(c: RunComparison) -> str:
     """One or two sentences: over prompts, over seeds, or which groups have which."""
     single = [g.label for g in c.groups if len(g.evaluated_seeds) < 2]
     if len(single) == len(c.groups):
@@ -103,7 +105,7 @@ def what_intervals_are_over(c: Comparison) -> str:
     return text
 
 
-def _markdown(c: Comparison, headline: str, built: Mapping[str, Table]) -> str:
+def _markdown(c: RunComparison, headline: str, built: Mapping[str, Table]) -> str:
     problems = "\n".join(f"- {problem}" for problem in c.problems)
     runs = "; ".join(f"{g.label}: {len(g.runs)} run{'s' * (len(g.runs) > 1)} with seed {_seeds(g.seeds)}" for g in c.groups)
     head = f"# Comparison\n\n{headline}\n\nRuns: {runs}. {what_intervals_are_over(c)}\n\n{cost.in_all(c)}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
-from lockstep.reporting.compare.groups import BACKEND, Comparison, Group
+from lockstep.reporting.compare.groups import BACKEND, RunComparison, RunGroup
 from lockstep.reporting.compare.records import Estimate
 
 Verdict = Literal["yes", "unclear", "no"]
@@ -26,13 +26,13 @@ class Claim:
     because: str
 
 
-def find(c: Comparison) -> list[Claim]:
+def find(c: RunComparison) -> list[Claim]:
     """Every claim for which the runs have the numbers."""
     found = [claim for g in c.groups for claim in _within(c, g)]
     return [*found, *_between_backends(c)]
 
 
-def _within(c: Comparison, g: Group) -> Iterator[Claim]:
+def _within(c: RunComparison, g: RunGroup) -> Iterator[Claim]:
     if c.split is None or c.baseline is None:
         yield from _reward_model(g)
         return
@@ -50,7 +50,7 @@ def _within(c: Comparison, g: Group) -> Iterator[Claim]:
     yield from _reward_model(g)
 
 
-def _alignment_tax(c: Comparison, g: Group, policy: str) -> Iterator[Claim]:
+def _alignment_tax(c: RunComparison, g: RunGroup, policy: str) -> Iterator[Claim]:
     """PPO loses what pretraining taught, PPO-ptx keeps it: InstructGPT, section 4.2."""
     before, after = g.policy(c.split, c.baseline, "ability"), g.policy(c.split, policy, "ability")
     if not before or not after:
@@ -66,13 +66,13 @@ def _alignment_tax(c: Comparison, g: Group, policy: str) -> Iterator[Claim]:
         yield Claim(f"{policy} loses ability (alignment tax)", g.label, verdict, because)
 
 
-def _mixes_pretraining(g: Group, stage: str) -> bool:
+def _mixes_pretraining(g: RunGroup, stage: str) -> bool:
     """Did the stage train with PPO-ptx? Its own ``changes`` win over the algorithm's configuration."""
     config = g.runs[0].config
     return bool(config.get(f"stages.{stage}.changes.ptx_coef", config.get(f"stages.{stage}.algorithm.ptx_coef")))
 
 
-def _reward_model(g: Group) -> Iterator[Claim]:
+def _reward_model(g: RunGroup) -> Iterator[Claim]:
     labeler, model = g.reward_model("labeler_agreement/gold"), g.reward_model("accuracy/gold")
     text = "gold truth: a single labeler < reward model"
     if (gain := g.reward_model("accuracy_over_labeler/gold")) and labeler and model:
@@ -85,7 +85,7 @@ def _reward_model(g: Group) -> Iterator[Claim]:
         yield above("reward model predicts labelers it has not seen", g.label, unseen, 0.5)
 
 
-def _between_backends(c: Comparison) -> Iterator[Claim]:
+def _between_backends(c: RunComparison) -> Iterator[Claim]:
     metric = headline_metric(c)
     if c.split is None or metric is None:
         return
@@ -96,17 +96,17 @@ def _between_backends(c: Comparison) -> Iterator[Claim]:
             yield agreement(f"final {metric} ({final}) is the same on both backends", _both(a, b), x, y)
 
 
-def _both(a: Group, b: Group) -> str:
+def _both(a: RunGroup, b: RunGroup) -> str:
     """Where: 'kl_coef=0.1', or 'jax and torch' where the backend is all there is."""
     rest = a.label.partition(", ")[2]
     return rest if rest and rest == b.label.partition(", ")[2] else f"{a.label} and {b.label}"
 
 
-def same_but_for_backend(c: Comparison) -> list[tuple[Group, Group]]:
+def same_but_for_backend(c: RunComparison) -> list[tuple[RunGroup, RunGroup]]:
     return [(a, b) for a, b in combinations(c.groups, 2) if _but_for_backend(a) == _but_for_backend(b) and a.backend != b.backend]
 
 
-def _but_for_backend(g: Group) -> dict[str, str]:
+def _but_for_backend(g: RunGroup) -> dict[str, str]:
     return {key: value for key, value in g.settings.items() if key != BACKEND}
 
 
@@ -152,12 +152,12 @@ def show(e: Estimate | None, form: str = SCORE) -> str:
 # ------------------------------------------------------------------------------------------------------------ headline
 
 
-def headline_metric(c: Comparison) -> str | None:
+def headline_metric(c: RunComparison) -> str | None:
     """The truest measure that the runs have."""
     return next((m for m in ("gold", "win_rate", "score") if c.split and c.has(m, c.split)), None)
 
 
-def headline(c: Comparison) -> str:
+def headline(c: RunComparison) -> str:
     """One or two sentences: what training gained, where, and whether the backends agree."""
     metric = headline_metric(c)
     if metric is None or c.split is None:
@@ -170,12 +170,12 @@ def headline(c: Comparison) -> str:
     return " ".join(filter(None, [_gain(c, groups, metric, start, best), _agreement_sentence(c, metric)]))
 
 
-def _best_policy(c: Comparison, metric: str) -> str:
+def _best_policy(c: RunComparison, metric: str) -> str:
     """The policy with the highest mean in any group."""
     return max(c.policies, key=lambda policy: max(_mean(g.policy(c.split, policy, metric)) for g in c.groups))
 
 
-def _beaten(c: Comparison, metric: str) -> bool:
+def _beaten(c: RunComparison, metric: str) -> bool:
     """Does a policy after the baseline have a higher mean than the baseline, in any group?"""
     return any(
         _mean(g.policy(c.split, p, metric)) > _mean(g.policy(c.split, c.baseline, metric))
@@ -188,7 +188,7 @@ def _mean(e: Estimate | None) -> float:
     return e.mean if e else float("-inf")
 
 
-def _gain(c: Comparison, groups: Sequence[Group], metric: str, start: str | None, best: str) -> str:
+def _gain(c: RunComparison, groups: Sequence[RunGroup], metric: str, start: str | None, best: str) -> str:
     form = PERCENT if metric == "win_rate" else SCORE
     pairs = [(g, g.policy(c.split, start, metric) if start else None, g.policy(c.split, best, metric)) for g in groups]
     pairs = [(g, a, b) for g, a, b in pairs if b and (a or not start)]
@@ -206,7 +206,7 @@ def _gain(c: Comparison, groups: Sequence[Group], metric: str, start: str | None
     return f"{best} reaches {_and(texts)}{which}."
 
 
-def _agreement_sentence(c: Comparison, metric: str) -> str:
+def _agreement_sentence(c: RunComparison, metric: str) -> str:
     pairs = same_but_for_backend(c)
     found = [
         agreement("", "", x, y).verdict

@@ -7,53 +7,53 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lockstep.reporting.compare.groups import BACKEND, Comparison, Group
-from lockstep.reporting.compare.records import Run, Stage
+from lockstep.reporting.compare.groups import BACKEND, RunComparison, RunGroup
+from lockstep.reporting.compare.records import Run, StageRecord
 
 SPEED = "perf/tokens_per_second"
 PARTS = "perf/seconds_"
 
 
-def seconds(g: Group, stage: str) -> float | None:
+def seconds(g: RunGroup, stage: str) -> float | None:
     """Mean over runs, of the stage as it was made; a run that found it made already took no time for it."""
     return _mean([s.seconds for s in g.stages(stage)])
 
 
-def speed(g: Group, stage: str) -> float | None:
+def speed(g: RunGroup, stage: str) -> float | None:
     """Tokens per second: the median over steps, which leaves compilation out; its mean over runs."""
     return _mean([_median(s, SPEED) for s in g.stages(stage)])
 
 
-def part(g: Group, stage: str, name: str) -> float | None:
+def part(g: RunGroup, stage: str, name: str) -> float | None:
     """Seconds per step spent on ``name``: generate, score, evaluate or train. As `speed`."""
     return _mean([_median(s, PARTS + name) for s in g.stages(stage)])
 
 
-def parts(c: Comparison) -> list[str]:
+def parts(c: RunComparison) -> list[str]:
     """What steps are made of, in the order in which the runs list it."""
     metrics = (metric for run in c.runs for stage in run.stages.values() for metric in stage.metrics)
     return list(dict.fromkeys(metric.removeprefix(PARTS) for metric in metrics if metric.startswith(PARTS)))
 
 
-def episodes(g: Group, stage: str) -> float | None:
+def episodes(g: RunGroup, stage: str) -> float | None:
     """Prompts answered in training: iterations made, times the batch size. None for other stages."""
     return _mean([_episodes(run, stage) for run in g.runs])
 
 
-def memory(g: Group, stage: str) -> float | None:
+def memory(g: RunGroup, stage: str) -> float | None:
     """GiB, the most of any run: of the accelerator's memory or, on the host, of the process up to the end of the stage."""
     found = [s.memory for s in g.stages(stage) if s.memory]
     return max(found) / 2**30 if found else None
 
 
-def by_backend(c: Comparison) -> list[Group]:
+def by_backend(c: RunComparison) -> list[RunGroup]:
     """All runs of a backend as one group: what a KL coefficient does not change."""
     backends = dict.fromkeys(g.backend for g in c.groups)
     members = {name: [run for g in c.groups if g.backend == name for run in g.runs] for name in backends}
-    return [Group(name, {BACKEND: name}, runs, [""] * len(runs)) for name, runs in members.items()]
+    return [RunGroup(name, {BACKEND: name}, runs, [""] * len(runs)) for name, runs in members.items()]
 
 
-def in_all(c: Comparison) -> str:
+def in_all(c: RunComparison) -> str:
     """A sentence: the computing time of all stages, and what sharing them has saved."""
     made = {s.identity or (run.name, s.name): s.seconds or 0.0 for run in c.runs for s in run.stages.values()}
     stages = list(itertools.chain.from_iterable(run.stages.values() for run in c.runs))
@@ -79,7 +79,7 @@ def _episodes(run: Run, stage: str) -> float | None:
     return len(series.steps) * size if series and size else None
 
 
-def _median(stage: Stage, metric: str) -> float | None:
+def _median(stage: StageRecord, metric: str) -> float | None:
     series = stage.metrics.get(metric)
     return float(np.median(series.values)) if series else None
 

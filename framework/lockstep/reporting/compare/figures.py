@@ -15,7 +15,7 @@ from matplotlib.ticker import PercentFormatter
 
 from lockstep.reporting.compare import cost
 from lockstep.reporting.compare.claims import PERCENT, headline_metric
-from lockstep.reporting.compare.groups import Comparison, Group
+from lockstep.reporting.compare.groups import RunComparison, RunGroup
 from lockstep.reporting.compare.plots import (
     COLOURS,
     LINES,
@@ -49,13 +49,13 @@ CURVES = {
 PARTS = ("helpful", "truthful", "harmless")
 
 
-def for_page(c: Comparison, found: Sequence[Versus]) -> dict[str, str]:
+def for_page(c: RunComparison, found: Sequence[Versus]) -> dict[str, str]:
     """SVG by name, whose ink follows the page; a figure for which there are no data is left out."""
     with plt.rc_context(style(ON_PAGE)):
         return {name: to_svg(figure, name) for name, make in _makers(found).items() if (figure := make(c))}
 
 
-def for_papers(c: Comparison, found: Sequence[Versus], output: Path) -> list[Path]:
+def for_papers(c: RunComparison, found: Sequence[Versus], output: Path) -> list[Path]:
     """``report.png``, the main figure, and ``figures/NAME.png`` and ``.svg``, on white; the files that there are."""
     files = []
     (output / "figures").mkdir(exist_ok=True)
@@ -71,7 +71,7 @@ def for_papers(c: Comparison, found: Sequence[Versus], output: Path) -> list[Pat
     return [*([main] if readme_figure(c, main) else []), *files]
 
 
-def _makers(found: Sequence[Versus]) -> dict[str, Callable[[Comparison], Figure | None]]:
+def _makers(found: Sequence[Versus]) -> dict[str, Callable[[RunComparison], Figure | None]]:
     return {
         "gold": gold,
         "parts": parts,
@@ -88,7 +88,7 @@ def _makers(found: Sequence[Versus]) -> dict[str, Callable[[Comparison], Figure 
 # --------------------------------------------------------------------------------------------------------- the figures
 
 
-def gold(c: Comparison) -> Figure | None:
+def gold(c: RunComparison) -> Figure | None:
     """The true score of each policy, one panel per split."""
     metric = next((m for m in ("gold", "score") if c.has(m)), None)
     splits = [s for s in c.splits if metric and c.has(metric, s)]
@@ -103,7 +103,7 @@ def gold(c: Comparison) -> Figure | None:
     return figure
 
 
-def parts(c: Comparison) -> Figure | None:
+def parts(c: RunComparison) -> Figure | None:
     found = [m for m in PARTS if c.split and c.has(m, c.split)]
     if not found:
         return None
@@ -115,7 +115,7 @@ def parts(c: Comparison) -> Figure | None:
     return figure
 
 
-def ability(c: Comparison) -> Figure | None:
+def ability(c: RunComparison) -> Figure | None:
     if not (c.split and c.has("ability", c.split)):
         return None
     figure, (ax,) = panels(1, height=dots_height(c, c.policies), width=6.0)
@@ -124,7 +124,7 @@ def ability(c: Comparison) -> Figure | None:
     return figure
 
 
-def curves(c: Comparison) -> Figure | None:
+def curves(c: RunComparison) -> Figure | None:
     """Learning curves of the stages that have an objective."""
     found = [m for m in CURVES if c.stages_with(m)]
     if not found:
@@ -140,7 +140,7 @@ def curves(c: Comparison) -> Figure | None:
     return figure
 
 
-def losses(c: Comparison) -> Figure | None:
+def losses(c: RunComparison) -> Figure | None:
     """Loss of each supervised stage, with its held-out loss where it has one; per backend where its groups share them."""
     objective = set(c.stages_with("objective/score"))
     stages = [s for s in c.stages_with("loss") if s not in objective]
@@ -162,11 +162,11 @@ def losses(c: Comparison) -> Figure | None:
     return figure
 
 
-def _made(g: Group, stages: Sequence[str]) -> set[str]:
+def _made(g: RunGroup, stages: Sequence[str]) -> set[str]:
     return {stage.identity for name in stages for stage in g.stages(name)}
 
 
-def frontier(c: Comparison) -> Figure | None:
+def frontier(c: RunComparison) -> Figure | None:
     """Proxy and gold score against the square root of KL (Gao et al. 2022): what drift buys, and when it stops paying."""
     trained = c.stages_with("objective/kl")
     evaluated = bool(c.split and c.has("kl", c.split))
@@ -189,7 +189,7 @@ def frontier(c: Comparison) -> Figure | None:
     return figure
 
 
-def _evaluated_points(ax: Axes, c: Comparison, metric: str) -> None:
+def _evaluated_points(ax: Axes, c: RunComparison, metric: str) -> None:
     """A dot per policy and group; the last policy's are joined, backend by backend: the frontier."""
     for i, policy in enumerate([c.baseline, *c.after_baseline]):
         places = {}
@@ -210,7 +210,7 @@ def _root(kl: np.ndarray | float) -> np.ndarray:
     return np.sqrt(np.maximum(kl, 0))  # an estimate of a small KL may be negative
 
 
-def against_baseline(c: Comparison, found: Sequence[Versus]) -> Figure | None:
+def against_baseline(c: RunComparison, found: Sequence[Versus]) -> Figure | None:
     """Difference and probability of improvement, in the truest metric, of every policy trained against a reward."""
     metric = headline_metric(c)
     rows = [v for v in found if v.metric == metric]
@@ -231,7 +231,7 @@ def against_baseline(c: Comparison, found: Sequence[Versus]) -> Figure | None:
     return figure
 
 
-def reward_model(c: Comparison) -> Figure | None:
+def reward_model(c: RunComparison) -> Figure | None:
     """Accuracies as dots, a single labeler's agreement with gold first: the bar to pass."""
     found = [m for m, (_, form) in REWARD_MODEL_METRICS.items() if form == PERCENT and m in c.reward_model_metrics]
     if not found:
@@ -244,7 +244,7 @@ def reward_model(c: Comparison) -> Figure | None:
     return figure
 
 
-def costs(c: Comparison) -> Figure | None:
+def costs(c: RunComparison) -> Figure | None:
     """Seconds, tokens per second and peak memory of each stage, per backend."""
     backends = cost.by_backend(c)
     measures = {"Seconds": cost.seconds, "Tokens per second": cost.speed, "Peak memory, GiB": cost.memory}
@@ -264,7 +264,7 @@ def costs(c: Comparison) -> Figure | None:
     return figure
 
 
-def readme_figure(c: Comparison, file: Path) -> bool:
+def readme_figure(c: RunComparison, file: Path) -> bool:
     """The main figure as PNG: gold per policy, how it was learned, what it cost. False: there was nothing to draw."""
     metric = next((m for m in ("gold", "score") if c.split and c.has(m, c.split)), None)
     learned = [m for m in ("objective/gold", "objective/score", "objective/kl") if c.stages_with(m)][:2]

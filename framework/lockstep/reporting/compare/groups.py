@@ -17,7 +17,7 @@ import numpy as np
 
 from lockstep.errors import ConfigError, did_you_mean, listing
 from lockstep.reporting.compare import statistics
-from lockstep.reporting.compare.records import Estimate, Reading, Run, Stage
+from lockstep.reporting.compare.records import Estimate, Reading, Run, StageRecord
 
 # Keys that say which run it is or where it runs, not what it does.
 NOT_COMPARED = {"seed", "name", "folder", "tracker", "checkpoint_every", "samples_every", "experiment_name"}
@@ -52,7 +52,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs that are compared as one: of the same settings, by seed and by task."""
 
     label: str
@@ -94,7 +94,7 @@ class Group:
         runs = [run for _, run in self._first_with(lambda run: rewards(run) or run.name)]
         return combine([e for run in runs if (e := run.evaluation.reward_model.get(metric))])
 
-    def stages(self, name: str) -> list[Stage]:
+    def stages(self, name: str) -> list[StageRecord]:
         return [run.stages[name] for _, run in self._first_with(lambda run: _made_by(run, name)) if name in run.stages]
 
     def _first_with(self, made_by: Callable[[Run], Hashable]) -> list[tuple[str, Run]]:
@@ -133,10 +133,10 @@ def _mean(x: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """The groups of all runs, and the names that occur in them, in the order in which the runs list them."""
 
-    groups: Sequence[Group]
+    groups: Sequence[RunGroup]
     differing: Mapping[str, Sequence[str]]  # configuration key -> its value in each group, as text
     problems: Sequence[str]
 
@@ -184,7 +184,7 @@ class Comparison:
         return list(dict.fromkeys(m for run in self.runs for m in run.evaluation.reward_model))
 
 
-def group(reading: Reading, by: Sequence[str] | None = None) -> Comparison:
+def group(reading: Reading, by: Sequence[str] | None = None) -> RunComparison:
     """Group by ``by``, configuration keys such as 'backend' or 'algorithm.kl_coef'; by default by experiment, backend and
     every differing key, the seed and what follows from the backend left out.
 
@@ -204,9 +204,9 @@ def group(reading: Reading, by: Sequence[str] | None = None) -> Comparison:
         tasks = _tasks(found, inside, problems)
         settings = {key: setting(found[0], key) for key in keys}
         label = _label(settings, runs if by else [run for run in runs if run.experiment == found[0].experiment], runs)
-        groups.append(Group(label, settings, list(tasks.values()), [task for task, _ in tasks]))
+        groups.append(RunGroup(label, settings, list(tasks.values()), [task for task, _ in tasks]))
     groups = _distinct(groups)
-    return Comparison(
+    return RunComparison(
         groups=groups,
         differing={key: [_text_of_all(g, key) for g in groups] for key in differing},
         problems=[*problems, *_missing_seeds(groups)],
@@ -261,7 +261,7 @@ def _tasks(members: Sequence[Run], inside: Sequence[str], problems: list[str]) -
     return runs
 
 
-def _missing_seeds(groups: Sequence[Group]) -> list[str]:
+def _missing_seeds(groups: Sequence[RunGroup]) -> list[str]:
     """A sentence for every group and task without a seed that others have."""
     everyone = sorted({seed for g in groups for seed in g.seeds})
     problems = []
@@ -274,7 +274,7 @@ def _missing_seeds(groups: Sequence[Group]) -> list[str]:
     return problems
 
 
-def _text_of_all(g: Group, key: str) -> str:
+def _text_of_all(g: RunGroup, key: str) -> str:
     """The key's value in the group, or its values where --by pools several."""
     return ", ".join(dict.fromkeys(setting(run, key) for run in g.runs))
 
@@ -286,14 +286,14 @@ def _described(settings: Mapping[str, str], most: int = 3) -> list[str]:
     return [*parts[:most], *([f"{len(parts) - most} more"] if len(parts) > most else [])]
 
 
-def _distinct(groups: Sequence[Group]) -> list[Group]:
+def _distinct(groups: Sequence[RunGroup]) -> list[RunGroup]:
     """Short labels may collide ('lr=1' of two stages); number those that do."""
     seen: dict[str, int] = {}
     result = []
     for g in groups:
         seen[g.label] = seen.get(g.label, 0) + 1
         label = g.label if seen[g.label] == 1 else f"{g.label} ({seen[g.label]})"
-        result.append(Group(label, g.settings, g.runs, g.tasks))
+        result.append(RunGroup(label, g.settings, g.runs, g.tasks))
     return result
 
 

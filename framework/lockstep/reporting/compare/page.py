@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from lockstep.reporting.compare import cost
 from lockstep.reporting.compare.claims import Claim, by_text
-from lockstep.reporting.compare.groups import Comparison
+from lockstep.reporting.compare.groups import RunComparison
 from lockstep.reporting.compare.plots import coloured
 from lockstep.reporting.compare.tables import Table
 from lockstep.version import __version__
@@ -55,7 +55,7 @@ SECTIONS = {
 
 
 def render(
-    c: Comparison,
+    c: RunComparison,
     headline: str,
     intervals: str,
     found: Sequence[Claim],
@@ -92,7 +92,7 @@ def render(
     )
 
 
-def samples(c: Comparison) -> list[SamplePrompt]:
+def samples(c: RunComparison) -> list[SamplePrompt]:
     """The first prompts of each split, and what the policies of each group's first seed answered."""
     runs = [(g.label, g.runs[0]) for g in c.groups if g.runs[0].samples][:GROUPS_WITH_SAMPLES]
     answers = {(label, row.get("split"), row["prompt"], row["policy"]): row for label, run in runs for row in run.samples}
@@ -114,7 +114,7 @@ def _merge_alike(rows: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> list
     return [SampleRow(", ".join(found), rows[found[0]]) for found in labels.values()]
 
 
-def sample_policies(c: Comparison) -> list[str]:
+def sample_policies(c: RunComparison) -> list[str]:
     """The policies that have samples, in the order of the evaluation."""
     have = dict.fromkeys(row["policy"] for run in c.runs for row in run.samples)
     return [p for p in c.policies if p in have] + [p for p in have if p not in c.policies]

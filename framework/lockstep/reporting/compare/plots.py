@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lockstep.reporting.compare.groups import Comparison, Group
+from lockstep.reporting.compare.groups import RunComparison, RunGroup
 from lockstep.reporting.compare.records import Estimate
 
 # Told apart on white and on near-black, and by the colour-blind (after Okabe and Ito 2008).
@@ -52,8 +52,8 @@ ON_WHITE = {"text": "#333333", "faint": "#dddddd"}
 # ------------------------------------------------------------------------------------------------------- what they draw
 
 
-def policy_dots(ax: Axes, c: Comparison, split: str, metric: str, percent: bool = False) -> None:
-    def of(g: Group, i: int) -> tuple[Estimate | None, Sequence[Estimate]]:
+def policy_dots(ax: Axes, c: RunComparison, split: str, metric: str, percent: bool = False) -> None:
+    def of(g: RunGroup, i: int) -> tuple[Estimate | None, Sequence[Estimate]]:
         return g.policy(split, c.policies[i], metric), g.policy_estimates(split, c.policies[i], metric)
 
     draw_dots(ax, c, c.policies, of)
@@ -62,7 +62,7 @@ def policy_dots(ax: Axes, c: Comparison, split: str, metric: str, percent: bool 
 
 
 def draw_dots(
-    ax: Axes, c: Comparison, labels: Sequence[str], of: Callable[[Group, int], tuple[Estimate | None, Sequence[Estimate]]]
+    ax: Axes, c: RunComparison, labels: Sequence[str], of: Callable[[RunGroup, int], tuple[Estimate | None, Sequence[Estimate]]]
 ) -> None:
     """One row per label, one dot with its interval per group; each seed as a small ring where there are several."""
     spacing = min(0.22, 0.7 / len(c.groups))
@@ -81,13 +81,13 @@ def draw_dots(
     ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
-def draw_curves(ax: Axes, c: Comparison, metric: str, stages: Sequence[str]) -> None:
+def draw_curves(ax: Axes, c: RunComparison, metric: str, stages: Sequence[str]) -> None:
     for g, colour in coloured(c):
         for stage, line in zip(stages, styles(stages), strict=True):
             draw_curve(ax, g, stage, metric, colour, line)
 
 
-def draw_curve(ax: Axes, g: Group, stage: str, metric: str, colour: str, line, marker: str | None = None) -> None:
+def draw_curve(ax: Axes, g: RunGroup, stage: str, metric: str, colour: str, line, marker: str | None = None) -> None:
     """The interquartile mean over runs, with the band of its interval where there are several."""
     curve = g.curve(stage, metric)
     if curve is None:
@@ -153,11 +153,11 @@ def panels(count: int, *, height: float, width: float = 10.3, columns: int | Non
     return figure, list(axes.flat[:count])
 
 
-def dots_height(c: Comparison, rows: Sequence[str]) -> float:
+def dots_height(c: RunComparison, rows: Sequence[str]) -> float:
     return 0.8 + len(rows) * max(0.4, 0.12 * len(c.groups))
 
 
-def coloured(c: Comparison) -> list[tuple[Group, str]]:
+def coloured(c: RunComparison) -> list[tuple[RunGroup, str]]:
     backends = list(dict.fromkeys(g.backend for g in c.groups))
     if len(backends) == 1 or len(backends) == len(c.groups):
         return [(g, COLOURS[i % len(COLOURS)]) for i, g in enumerate(c.groups)]
@@ -171,7 +171,7 @@ def styles(stages: Sequence[str]) -> list:
     return [LINES[i % len(LINES)] for i in range(len(stages))]
 
 
-def legend(figure: Figure, c: Comparison, stages: Sequence[str] = (), extra: Sequence[Line2D] = ()) -> None:
+def legend(figure: Figure, c: RunComparison, stages: Sequence[str] = (), extra: Sequence[Line2D] = ()) -> None:
     """Colours for groups, line styles for stages, above the panels; nothing where there is nothing to tell apart."""
     handles = [Line2D([], [], color=colour, marker="o", markersize=5, label=g.label) for g, colour in coloured(c)]
     handles = handles if len(handles) > 1 else []

@@ -45,7 +45,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageRecord:
     name: str
     kind: str
     algorithm: str | None
@@ -58,7 +58,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationRecord:
     """What an evaluation stage found: ``splits[split][policy][metric]`` in the order in which it was written."""
 
     baseline: str | None
@@ -76,9 +76,9 @@ class Run:
     status: str
     seconds: float | None
     command: str
-    stages: Mapping[str, Stage]
+    stages: Mapping[str, StageRecord]
     config: Mapping[str, Any]  # flat: 'algorithm.kl_coef' -> 0.02
-    evaluation: Evaluation
+    evaluation: EvaluationRecord
     samples: Sequence[Mapping[str, Any]]
 
 
@@ -197,8 +197,8 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _read_stage(name: str, record: Mapping[str, Any], folder: Path) -> Stage:
-    return Stage(
+def _read_stage(name: str, record: Mapping[str, Any], folder: Path) -> StageRecord:
+    return StageRecord(
         name=name,
         kind=record.get("kind", "train"),
         algorithm=record.get("algorithm"),
@@ -227,7 +227,7 @@ def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     return {metric: Series(*map(np.array, zip(*sorted(v.items()), strict=True))) for metric, v in values.items()}
 
 
-def _read_evaluations(folders: Any) -> Evaluation:
+def _read_evaluations(folders: Any) -> EvaluationRecord:
     """All evaluations of a run as one; where a later round evaluates again, it wins."""
     baseline: str | None = None
     splits: dict[str, dict[str, Estimates]] = {}
@@ -239,7 +239,7 @@ def _read_evaluations(folders: Any) -> Evaluation:
             reward_model |= _estimates(content.get("reward_model") or {})
             for split, policies in content.get("splits", {}).items():
                 splits.setdefault(split, {}).update({name: _estimates(found) for name, found in policies.items()})
-    return Evaluation(baseline, splits, reward_model)
+    return EvaluationRecord(baseline, splits, reward_model)
 
 
 def _estimates(record: Mapping[str, Any]) -> dict[str, Estimate]:

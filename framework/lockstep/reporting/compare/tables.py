@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lockstep.reporting.compare import cost, versus
 from lockstep.reporting.compare.claims import PERCENT, SCORE, Claim, by_text, headline_metric, show
-from lockstep.reporting.compare.groups import Comparison, Group
+from lockstep.reporting.compare.groups import RunComparison, RunGroup
 from lockstep.reporting.compare.records import Estimate
 from lockstep.reporting.compare.versus import Versus
 
@@ -41,7 +41,7 @@ REWARD_MODEL_METRICS = {
 }
 MOST_COLUMNS = 5  # more groups than this become rows, so that a sweep still fits a terminal
 
-Cell = Callable[[Group, str], str]
+Cell = Callable[[RunGroup, str], str]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Table:
     headings: frozenset[int] = frozenset()  # rows that name the block below them
 
 
-def all_tables(c: Comparison, found: Sequence[Claim], against: Sequence[Versus]) -> dict[str, Table]:
+def all_tables(c: RunComparison, found: Sequence[Claim], against: Sequence[Versus]) -> dict[str, Table]:
     """Everything that the numbers are good for; a table without rows is left out."""
     every = {
         "claims": checklist(found),
@@ -67,19 +67,19 @@ def all_tables(c: Comparison, found: Sequence[Claim], against: Sequence[Versus])
     return {name: table for name, table in every.items() if table.rows}
 
 
-def policies(c: Comparison) -> Table:
+def policies(c: RunComparison) -> Table:
     """Every metric on every split."""
     return _policy_table(c, [(split, metric) for split in c.splits for metric in POLICY_METRICS])
 
 
-def policies_in_short(c: Comparison) -> Table:
+def policies_in_short(c: RunComparison) -> Table:
     """The few numbers for a terminal: what was gained, and at which price."""
     score = "gold" if c.has("gold") else "score"
     rest = [split for split in c.splits if split != c.split]
     return _policy_table(c, [*((c.split, m) for m in (score, "win_rate", "ability", "kl")), *((s, score) for s in rest)])
 
 
-def _policy_table(c: Comparison, chosen: Sequence[tuple[str, str]]) -> Table:
+def _policy_table(c: RunComparison, chosen: Sequence[tuple[str, str]]) -> Table:
     blocks: dict[str, Cell] = {}
     for split, metric in chosen:
         if c.has(metric, split):
@@ -89,19 +89,19 @@ def _policy_table(c: Comparison, chosen: Sequence[tuple[str, str]]) -> Table:
     return _table("Policies", c, c.policies, blocks)
 
 
-def reward_model(c: Comparison) -> Table:
+def reward_model(c: RunComparison) -> Table:
     measured = c.reward_model_metrics
     lines = {title: (metric, form) for metric, (title, form) in REWARD_MODEL_METRICS.items() if metric in measured}
     lines |= {metric: (metric, SCORE) for metric in measured if metric not in REWARD_MODEL_METRICS}
 
-    def cell(g: Group, title: str) -> str:
+    def cell(g: RunGroup, title: str) -> str:
         metric, form = lines[title]
         return _cell(c, g.reward_model(metric), form)
 
     return _table("Reward model", c, list(lines), {"": cell})
 
 
-def over_seeds(c: Comparison) -> Table:
+def over_seeds(c: RunComparison) -> Table:
     """Interquartile means over seeds of what was trained against a reward. None of groups with one seed each."""
     metrics = [m for m in ("gold", "score", "win_rate", "ability", "kl") if c.has(m)]
     rows: list[list[str]] = []
@@ -116,7 +116,7 @@ def over_seeds(c: Comparison) -> Table:
     return Table("Over seeds: interquartile means", header, rows, frozenset(starts))
 
 
-def _seeds_row(g: Group, split: str, policy: str, metrics: Sequence[str]) -> list[str] | None:
+def _seeds_row(g: RunGroup, split: str, policy: str, metrics: Sequence[str]) -> list[str] | None:
     cells = [show(versus.over_seeds(g, split, policy, m), POLICY_METRICS[m][1]) for m in metrics]
     scores = [seeds for m in metrics for seeds in g.scores(split, policy, m).values()]
     seeds = sorted({seed for found in scores for seed in found})
@@ -125,7 +125,7 @@ def _seeds_row(g: Group, split: str, policy: str, metrics: Sequence[str]) -> lis
     return [g.label, *cells, ", ".join(map(str, seeds)) + tasks + alone] if seeds else None
 
 
-def against_baseline(c: Comparison, found: Sequence[Versus]) -> Table:
+def against_baseline(c: RunComparison, found: Sequence[Versus]) -> Table:
     """Seed by seed against the baseline group. A row names the seeds that are on both sides, and those that are not."""
     rows: list[list[str]] = []
     starts = set()
@@ -147,14 +147,14 @@ def _always(e: Estimate, seeds: Sequence[int]) -> str:
     return f"{e.mean:.0%} [{e.low:.0%}, {e.high:.0%}]" if len(seeds) > 1 else f"{e.mean:.0%}"
 
 
-def in_short(c: Comparison, against: Sequence[Versus], every: Mapping[str, Table]) -> dict[str, Table]:
+def in_short(c: RunComparison, against: Sequence[Versus], every: Mapping[str, Table]) -> dict[str, Table]:
     """For a terminal: of policies, differences and cost what is looked at first."""
     few = [v for v in against if v.metric == headline_metric(c)]
     short = {"policies": policies_in_short(c), "against": against_baseline(c, few), "cost": cost_in_short(c)}
     return {name: table for name in every if name != "seeds" and (table := short.get(name, every[name])).rows}
 
 
-def warnings(c: Comparison) -> Table:
+def warnings(c: RunComparison) -> Table:
     """What `lockstep.reporting.health` warned of while stages trained: in which of a group's runs, and at which step first."""
     rows = []
     for g in c.groups:
@@ -168,12 +168,12 @@ def warnings(c: Comparison) -> Table:
     return Table("Warnings while training", ["", "stage", "warning", "where"], rows)
 
 
-def cost_in_short(c: Comparison) -> Table:
+def cost_in_short(c: RunComparison) -> Table:
     """Seconds, speed and memory, per backend."""
     return costs(dataclasses.replace(c, groups=cost.by_backend(c)), steps=False)
 
 
-def costs(c: Comparison, steps: bool = True) -> Table:
+def costs(c: RunComparison, steps: bool = True) -> Table:
     blocks: dict[str, Cell] = {
         "seconds": _seconds,
         "tokens per second": lambda g, s: _number(cost.speed(g, s)),
@@ -185,7 +185,7 @@ def costs(c: Comparison, steps: bool = True) -> Table:
     return _table("Cost", c, c.stage_names, blocks)
 
 
-def _seconds(g: Group, stage: str) -> str:
+def _seconds(g: RunGroup, stage: str) -> str:
     unfinished = ", ".join(sorted({s.status for s in g.stages(stage)} - {"done"}))
     text = _number(cost.seconds(g, stage))
     return f"{text} ({unfinished})".strip() if unfinished else text
@@ -195,7 +195,7 @@ def _number(value: float | None, form: str = ",.0f") -> str:
     return "" if value is None else f"{value:{form}}"
 
 
-def _table(title: str, c: Comparison, items: Sequence[str], blocks: Mapping[str, Cell]) -> Table:
+def _table(title: str, c: RunComparison, items: Sequence[str], blocks: Mapping[str, Cell]) -> Table:
     """Block under block: items down and groups across, or the other way round for many groups."""
     labels = [g.label for g in c.groups]
     rows: list[list[str]] = []
@@ -212,14 +212,14 @@ def _table(title: str, c: Comparison, items: Sequence[str], blocks: Mapping[str,
     return Table(title, ["", *(items if _wide(c) else labels)], rows, frozenset(starts))
 
 
-def _cell(c: Comparison, estimate: Estimate | None, form: str) -> str:
+def _cell(c: RunComparison, estimate: Estimate | None, form: str) -> str:
     """The interval in full, or its half width where there are many columns."""
     if estimate is None or not _wide(c) or estimate.low == estimate.high:
         return show(estimate, form)
     return f"{estimate.mean:{form}} ±{(estimate.high - estimate.low) / 2:{form}}"
 
 
-def configuration(c: Comparison) -> Table:
+def configuration(c: RunComparison) -> Table:
     lines = list(c.differing.items())
     if _wide(c):
         rows = [[g.label, *(values[i] for _, values in lines)] for i, g in enumerate(c.groups)]
@@ -238,7 +238,7 @@ def checklist(found: Sequence[Claim]) -> Table:
     return Table("Claims", ["claim", "holds"], rows)
 
 
-def _wide(c: Comparison) -> bool:
+def _wide(c: RunComparison) -> bool:
     return len(c.groups) > MOST_COLUMNS
 
 

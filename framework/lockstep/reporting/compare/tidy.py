@@ -9,7 +9,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from lockstep.reporting.compare.groups import Comparison
+from lockstep.reporting.compare.groups import RunComparison
 from lockstep.reporting.compare.records import Estimate, Run
 
 # name -> its type in Parquet
@@ -19,7 +19,7 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def write(c: Comparison, output: Path) -> list[Path]:
+def write(c: RunComparison, output: Path) -> list[Path]:
     import pyarrow  # comes with datasets; half a second
     import pyarrow.parquet
 
@@ -35,7 +35,7 @@ def write(c: Comparison, output: Path) -> list[Path]:
     return [text, table]
 
 
-def rows(c: Comparison) -> Iterator[list[object]]:
+def rows(c: RunComparison) -> Iterator[list[object]]:
     for g in c.groups:
         for task, run in zip(g.tasks, g.runs, strict=True):
             who = [g.label, task, run.name, run.backend.get("name"), run.seed]

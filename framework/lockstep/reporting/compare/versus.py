@@ -9,7 +9,7 @@ import numpy as np
 
 from lockstep.errors import ConfigError, did_you_mean, listing
 from lockstep.reporting.compare import statistics
-from lockstep.reporting.compare.groups import BACKEND, Comparison, Group
+from lockstep.reporting.compare.groups import BACKEND, RunComparison, RunGroup
 from lockstep.reporting.compare.records import Estimate
 
 HIGHER_IS_BETTER = ("gold", "score", "win_rate", "ability")
@@ -23,8 +23,8 @@ class Versus:
     ``improvement`` the probability that a run of the group is above one of the baseline. Both within tasks.
     """
 
-    group: Group
-    baseline: Group
+    group: RunGroup
+    baseline: RunGroup
     policy: str
     metric: str
     difference: Estimate | None
@@ -39,13 +39,13 @@ class Versus:
         return self.group.label, backend if self.group.label.endswith(f", {rest}") else self.baseline.label
 
 
-def over_seeds(g: Group, split: str, policy: str, metric: str) -> Estimate | None:
+def over_seeds(g: RunGroup, split: str, policy: str, metric: str) -> Estimate | None:
     """The interquartile mean over the group's runs, with its interval over seeds."""
     tasks = [np.array(list(seeds.values())) for seeds in g.scores(split, policy, metric).values()]
     return statistics.iqm_estimate(tasks) if tasks else None
 
 
-def against_baseline(c: Comparison, pairs: Sequence[tuple[Group, Group]]) -> list[Versus]:
+def against_baseline(c: RunComparison, pairs: Sequence[tuple[RunGroup, RunGroup]]) -> list[Versus]:
     """Every metric in which more is better, of every policy that was trained against a reward, on the main split. A single
     run against a single run is left out: which of the two is higher says next to nothing of other seeds."""
     policies = c.after_baseline or c.policies[-1:]
@@ -54,7 +54,7 @@ def against_baseline(c: Comparison, pairs: Sequence[tuple[Group, Group]]) -> lis
     return [v for v in found if v and v.improvement.n > 2]
 
 
-def versus(g: Group, baseline: Group, split: str, policy: str, metric: str) -> Versus | None:
+def versus(g: RunGroup, baseline: RunGroup, split: str, policy: str, metric: str) -> Versus | None:
     x, y = g.scores(split, policy, metric), baseline.scores(split, policy, metric)
     tasks = [task for task in x if task in y]
     if not tasks:
@@ -77,7 +77,7 @@ def _only(here: Mapping[str, Mapping[int, float]], there: Mapping[str, Mapping[i
     return [f"seed {seed} of {', '.join(filter(None, [label, task]))}" for task, seed in missing]
 
 
-def pairs(c: Comparison, baseline: str | None) -> list[tuple[Group, Group]]:
+def pairs(c: RunComparison, baseline: str | None) -> list[tuple[RunGroup, RunGroup]]:
     """Each group with the one that it is held against: the group of its own settings with the baseline's values put in.
 
     Args:
@@ -96,11 +96,11 @@ def pairs(c: Comparison, baseline: str | None) -> list[tuple[Group, Group]]:
     return found
 
 
-def _with(g: Group, wanted: Mapping[str, str]) -> dict[str, str]:
+def _with(g: RunGroup, wanted: Mapping[str, str]) -> dict[str, str]:
     return {**g.settings, **wanted}
 
 
-def _values(baseline: str, c: Comparison) -> dict[str, str]:
+def _values(baseline: str, c: RunComparison) -> dict[str, str]:
     keys = list(c.groups[0].settings)
     wanted = {}
     for part in baseline.split(","):
@@ -116,5 +116,5 @@ def _values(baseline: str, c: Comparison) -> dict[str, str]:
     return wanted
 
 
-def _groups(c: Comparison) -> str:
+def _groups(c: RunComparison) -> str:
     return f"Keys: {listing(c.groups[0].settings)}. Groups: {'; '.join(g.label for g in c.groups)}."

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from lockstep.errors import DataError
-from lockstep.reporting.compare import Report
-from lockstep.reporting.compare.groups import Comparison
+from lockstep.reporting.compare import CompareReport
+from lockstep.reporting.compare.groups import RunComparison
 
 CURVES = ("objective/score", "objective/gold", "objective/kl", "objective/entropy", "objective/length")
 
 
-def publish(comparison: Report, project: str) -> str:
+def publish(comparison: CompareReport, project: str) -> str:
     """Save a report to ``project``, 'entity/project', and give its address.
 
     Raises:
@@ -35,7 +35,7 @@ def publish(comparison: Report, project: str) -> str:
         raise DataError(f"The report could not be saved to W&B: {error}. It takes a network and a key: wandb login") from error
 
 
-def _panels(wr: Any, c: Comparison, entity: str, project: str) -> Sequence[Any]:
+def _panels(wr: Any, c: RunComparison, entity: str, project: str) -> Sequence[Any]:
     """One grid per stage that has an objective, over the W&B runs of that stage: a curve per group of runs."""
     grids = []
     names = [run.name for run in c.runs]

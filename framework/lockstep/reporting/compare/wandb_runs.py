@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import DataError
-from lockstep.reporting.compare.records import Estimate, Evaluation, Reading, Run, Stage, flatten, series
+from lockstep.reporting.compare.records import Estimate, EvaluationRecord, Reading, Run, StageRecord, flatten, series
 
 STATUS = {"finished": "done", "running": "running", "pending": "running"}  # all else is 'failed'
 
@@ -119,10 +119,10 @@ def _config(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return dict(flatten(whole))
 
 
-def _stage(name: str, found: Any) -> Stage:
+def _stage(name: str, found: Any) -> StageRecord:
     rows = [_numbers(row) for row in found.scan_history()]
     algorithm = (found.config.get("stage") or {}).get("name")
-    return Stage(
+    return StageRecord(
         name=name,
         kind="train" if algorithm else "evaluate",
         algorithm=algorithm,
@@ -137,7 +137,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if not key.startswith("_")}
 
 
-def _evaluation(stages: Mapping[str, Any]) -> Evaluation:
+def _evaluation(stages: Mapping[str, Any]) -> EvaluationRecord:
     """'heldout/ppo/gold' and 'reward_model/accuracy/gold' of evaluation stages, which name a baseline."""
     baseline, splits, reward_model = None, {}, {}
     for found in stages.values():
@@ -153,4 +153,4 @@ def _evaluation(stages: Mapping[str, Any]) -> Evaluation:
                     reward_model[rest] = estimate
                 else:
                     splits.setdefault(split, {}).setdefault(policy, {})[metric] = estimate
-    return Evaluation(baseline, splits, reward_model)
+    return EvaluationRecord(baseline, splits, reward_model)

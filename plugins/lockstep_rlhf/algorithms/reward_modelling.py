@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from lockstep.errors import DataError, MissingData
-from lockstep.interfaces import Algorithm, Array, DataSource, Metrics, ScalarModel, Setting, Term
+from lockstep.interfaces import Algorithm, Array, Context, DataSource, Metrics, ScalarModel, Term
 from lockstep.learning import losses, numerics
 from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
 from lockstep.learning.randomness import example_indices
@@ -25,7 +25,7 @@ from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import Sequences, chunks, in_chunks, round_up
 from lockstep.types import Comparison
-from lockstep_rlhf.language_modelling import check_context, steps
+from lockstep_rlhf.algorithms.language_modelling import check_context, steps
 
 NORMALISED_ON = 512  # demonstrations
 
@@ -60,32 +60,32 @@ class RewardModelling(Algorithm):
         optimizer: OptimizerConfig
         schedule: ScheduleConfig
 
-    def __init__(self, config: Config, setting: Setting):
-        self.config, self.setting = config, setting
-        self.tokenizer = setting.tokenizer
+    def __init__(self, config: Config, context: Context):
+        self.config, self.context = config, context
+        self.tokenizer = context.tokenizer
         self.comparisons = self.load("train")
         self.heldout = self.load("heldout")[: config.heldout_examples]
         self.most = max(len(ranks) for _, ranks in self.comparisons)
-        check_context(setting.policy, config.lengths)
-        self.model: ScalarModel = setting.policy.scalar_model(scalar_head(setting.policy.hidden_size, setting.seed))
-        self.learner = setting.backend.learner({"reward_model": self.model}, {"reward_model": config.optimizer})
+        check_context(context.policy, config.lengths)
+        self.model: ScalarModel = context.policy.scalar_model(scalar_head(context.policy.hidden_size, context.seed))
+        self.learner = context.backend.learner({"reward_model": self.model}, {"reward_model": config.optimizer})
         self.total_steps = steps(config.epochs, len(self.comparisons), config.batch_size)
 
     def load(self, split: str) -> list[Ranked]:
         """Comparisons in which at least two completions are not tied."""
         try:
-            comparisons = self.setting.data.comparisons(split)
+            comparisons = self.context.data.comparisons(split)
         except MissingData:
             if split == "train":
                 raise
             return []
-        fit = self.setting.fit(f"{split} comparisons")
+        fit = self.context.fit(f"{split} comparisons")
         return encoding.encode_comparisons(self.tokenizer, untied(comparisons), self.config.lengths, fit)
 
     def step(self, step: int) -> Metrics:
         before = {f"heldout/{k}": v for k, v in self.measure(self.heldout).items()} if step == 0 else {}
         size = self.config.batch_size
-        indices = example_indices(self.setting.seed, "order", len(self.comparisons), step * size, size)
+        indices = example_indices(self.context.seed, "order", len(self.comparisons), step * size, size)
         scale = lr_scale(self.config.schedule, step, self.total_steps)
         terms = self.terms([self.comparisons[i] for i in indices])
         metrics = self.learner.update(terms, scale)
@@ -140,8 +140,8 @@ class RewardModelling(Algorithm):
         """Fold mean 0 (and standard deviation 1) over demonstrations into the head. Without demonstrations the best
         completion of each comparison stands in for one."""
         try:
-            demonstrations = self.setting.data.demonstrations("train")[:NORMALISED_ON]
-            fit = self.setting.fit("train demonstrations")
+            demonstrations = self.context.data.demonstrations("train")[:NORMALISED_ON]
+            fit = self.context.fit("train demonstrations")
             examples = encoding.encode_demonstrations(self.tokenizer, demonstrations, self.config.lengths, fit)
         except MissingData:
             examples = [rows[int(np.argmin(ranks))] for rows, ranks in self.comparisons[:NORMALISED_ON]]

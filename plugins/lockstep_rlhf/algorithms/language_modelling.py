@@ -1,25 +1,19 @@
-"""Next-token prediction: pretraining on raw text, and supervised fine-tuning on demonstrations.
-
-InstructGPT (Ouyang et al. 2022), step 1. The loss counts the response's tokens, its EOS included; ``prompt_loss`` counts
-the prompt's too, as "The N+ Implementation Details of RLHF with PPO" does. A fraction ``pretrain_mix`` of each SFT batch
-may be raw text (InstructGPT's PPO initialisation: 10%), and ``dropout`` on the residual branches may be on in SFT
-(InstructGPT: 0.2) and nowhere else.
-"""
+"""Next-token prediction: what pretraining and SFT have in common, and the loss that PPO mixes in."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
-from lockstep.errors import ConfigError, MissingData
-from lockstep.interfaces import Algorithm, Array, DataSource, Dropout, Metrics, Policy, Setting, Term
+from lockstep.errors import ConfigError
+from lockstep.interfaces import Algorithm, Array, Context, DataSource, Metrics, Policy, Term
 from lockstep.learning import losses
-from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
-from lockstep.learning.randomness import example_indices, token_seeds
+from lockstep.learning.optimisation import lr_scale
+from lockstep.learning.randomness import example_indices
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import Sequences, chunks, in_chunks
@@ -44,13 +38,13 @@ class LanguageModelling(Algorithm):
 
     produces = "policy"
 
-    def __init__(self, config: Any, setting: Setting):
-        self.config, self.setting = config, setting
-        self.tokenizer = setting.tokenizer
-        self.policy: Policy = setting.policy
+    def __init__(self, config: Any, context: Context):
+        self.config, self.context = config, context
+        self.tokenizer = context.tokenizer
+        self.policy: Policy = context.policy
         self.examples = self.load("train")
         self.heldout = self.load("heldout", config.heldout_examples)
-        self.learner = setting.backend.learner({"policy": self.policy}, {"policy": config.optimizer})
+        self.learner = context.backend.learner({"policy": self.policy}, {"policy": config.optimizer})
         self.total_steps = self.steps(config, len(self.examples))
         check_context(self.policy, config.lengths)
 
@@ -71,7 +65,7 @@ class LanguageModelling(Algorithm):
 
     def batch(self, step: int) -> list[Example]:
         size = self.per_step(self.config)
-        indices = example_indices(self.setting.seed, "order", len(self.examples), step * size, size)
+        indices = example_indices(self.context.seed, "order", len(self.examples), step * size, size)
         return [self.examples[i] for i in indices]
 
     def blocks(self, step: int) -> list[Sequences]:
@@ -128,114 +122,6 @@ class LanguageModelling(Algorithm):
 
     def result(self) -> Policy:
         return self.learner.averaged("policy")
-
-
-class Pretraining(LanguageModelling):
-    """On the data source's raw texts."""
-
-    @dataclass(frozen=True)
-    class Config:
-        epochs: float
-        batch_size: int
-        micro_batch_size: int | None
-        lengths: Lengths
-        packing: bool
-        heldout_examples: int
-        optimizer: OptimizerConfig
-        schedule: ScheduleConfig
-
-    @classmethod
-    def count(cls, data: DataSource) -> int:
-        return len(data.texts("train"))
-
-    def load(self, split: str, limit: int | None = None) -> list[Example]:
-        texts = self.setting.data.texts(split)
-        fit = self.setting.fit(f"{split} texts")
-        return encoding.encode_texts(self.tokenizer, texts[:limit], self.config.lengths, fit)
-
-    def block(self, examples: Sequence[Example]) -> Sequences:
-        return encoding.text_block(examples, self.tokenizer, self.config.lengths)
-
-
-class SFT(LanguageModelling):
-    """On demonstrations, with raw text mixed in if asked for."""
-
-    @dataclass(frozen=True)
-    class Config:
-        epochs: float
-        batch_size: int
-        micro_batch_size: int | None
-        lengths: Lengths
-        packing: bool
-        assistant_turns: Literal["all", "last"]
-        prompt_loss: bool
-        pretrain_mix: float
-        dropout: float
-        heldout_examples: int
-        optimizer: OptimizerConfig
-        schedule: ScheduleConfig
-
-        def __post_init__(self):
-            if not 0 <= self.dropout < 1:
-                raise ConfigError(f"sft.dropout={self.dropout:g} should be a rate, 0 <= dropout < 1.")
-            if not 0 <= self.pretrain_mix < 1 or round(self.pretrain_mix * self.batch_size) >= self.batch_size:
-                raise ConfigError(
-                    f"sft.pretrain_mix={self.pretrain_mix:g} of batch_size={self.batch_size} leaves no demonstration in "
-                    "a batch. Set a fraction 0 <= pretrain_mix < 1."
-                )
-            if self.packing and self.dropout:
-                raise ConfigError(
-                    f"sft.packing=true does not go with sft.dropout={self.dropout:g}: dropout is drawn by row and position, so "
-                    "the examples of one row would share it. Set packing=false or dropout=0."
-                )
-
-    def __init__(self, config: Config, setting: Setting):
-        super().__init__(config, setting)
-        self.raw = config.batch_size - self.per_step(config)
-        self.texts: list[Example] = []
-        if self.raw:
-            texts, fit = setting.data.texts("train"), setting.fit("train texts")
-            self.texts = encoding.encode_texts(self.tokenizer, texts, config.lengths, fit)
-
-    @classmethod
-    def count(cls, data: DataSource) -> int:
-        return len(data.demonstrations("train"))
-
-    @classmethod
-    def per_step(cls, config: Config) -> int:
-        return config.batch_size - round(config.pretrain_mix * config.batch_size)
-
-    def load(self, split: str, limit: int | None = None) -> list[Example]:
-        try:
-            demonstrations = self.setting.data.demonstrations(split)
-        except MissingData:
-            if split == "train":
-                raise
-            return []
-        every_turn, fit = self.config.assistant_turns == "all", self.setting.fit(f"{split} demonstrations")
-        demonstrations = demonstrations[:limit]
-        return encoding.encode_demonstrations(self.tokenizer, demonstrations, self.config.lengths, fit, every_turn=every_turn)
-
-    def block(self, examples: Sequence[Example]) -> Sequences:
-        return encoding.block(examples, self.tokenizer, self.config.lengths, prompt_loss=self.config.prompt_loss)
-
-    def blocks(self, step: int) -> list[Sequences]:
-        if not self.raw:
-            return super().blocks(step)
-        indices = example_indices(self.setting.seed, "mix", len(self.texts), step * self.raw, self.raw)
-        texts = [self.texts[i] for i in indices]
-        if self.config.packing:
-            return [self.packed([*self.batch(step), *texts])]
-        return [*super().blocks(step), encoding.text_block(texts, self.tokenizer, self.config.lengths)]
-
-    def terms(self, step: int) -> list[Term]:
-        terms = super().terms(step)
-        if not self.config.dropout:
-            return terms
-        seeds = token_seeds(self.setting.seed, "dropout", step, sum(term.sequences.rows for term in terms), 1)[:, 0]
-        cuts = np.split(seeds, np.cumsum([term.sequences.rows for term in terms])[:-1])
-        rate = self.config.dropout
-        return [replace(term, dropout=Dropout(rate, rows)) for term, rows in zip(terms, cuts, strict=True)]
 
 
 def next_token_terms(blocks: Sequence[Sequences], micro_batch_size: int | None, loss: NextTokenLoss) -> list[Term]:

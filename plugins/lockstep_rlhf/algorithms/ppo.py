@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from lockstep.errors import ConfigError, RewardError
-from lockstep.interfaces import Algorithm, Array, DataSource, Learner, Metrics, Model, Responses, ScalarModel, Setting, Term
+from lockstep.interfaces import Algorithm, Array, Context, DataSource, Learner, Metrics, Model, Responses, ScalarModel, Term
 from lockstep.learning import losses, numerics
 from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
 from lockstep.learning.randomness import example_indices, permutation, token_seeds
@@ -33,7 +33,7 @@ from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
 from lockstep.text.sequences import Sequences, chunks, in_chunks, join, left_pad
 from lockstep.text.stopping import Stops
-from lockstep_rlhf.language_modelling import NextTokenLoss, check_context, next_token_terms
+from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss, check_context, next_token_terms
 
 log = logging.getLogger("lockstep")
 MAX_LOG_RATIO = 20.0
@@ -144,25 +144,25 @@ class PPO(Algorithm):
             if self.temperature <= 0:
                 raise ConfigError(f"algorithm.temperature={self.temperature:g} must be above 0: PPO explores by sampling.")
 
-    def __init__(self, config: Config, setting: Setting):
-        self.config, self.setting = config, setting
-        self.tokenizer, self.reward_model = setting.tokenizer, setting.reward_model
+    def __init__(self, config: Config, context: Context):
+        self.config, self.context = config, context
+        self.tokenizer, self.reward_model = context.tokenizer, context.reward_model
         self.stops = Stops(self.tokenizer, config.stop_strings)
-        check_context(setting.policy, config.lengths)
-        prompts, fit = setting.data.prompts("train"), setting.fit("train prompts")
+        check_context(context.policy, config.lengths)
+        prompts, fit = context.data.prompts("train"), context.fit("train prompts")
         self.prompts, self.prompt_ids = encoding.encode_prompts(self.tokenizer, prompts, config.lengths, fit)
         self.ptx_batch = config.raw_texts
         if self.ptx_batch:
-            texts, fit = setting.data.texts("train"), setting.fit("train texts")
+            texts, fit = context.data.texts("train"), context.fit("train texts")
             self.texts = encoding.encode_texts(self.tokenizer, texts, config.lengths, fit)
 
-        self.ref_policy = setting.policy  # never trained: the learner gets a copy
+        self.ref_policy = context.policy  # never trained: the learner gets a copy
         self.policy = self.ref_policy.with_value_head() if config.value_network == "shared" else self.ref_policy.copy()
         models: dict[str, Model] = {"policy": self.policy}
         if config.value_network == "separate":
-            models["value"] = setting.reward_model.value_network() or self.fresh_value_network()
+            models["value"] = context.reward_model.value_network() or self.fresh_value_network()
         optimizers = {"policy": config.optimizer, "value": config.value_optimizer}
-        self.learner = setting.backend.learner(models, {name: optimizers[name] for name in models})
+        self.learner = context.backend.learner(models, {name: optimizers[name] for name in models})
         self.loss = PPOLoss(config.clip_range, config.value_clip_range, config.value_coef)
         adaptive = config.kl_target is not None
         self.kl = (
@@ -180,7 +180,7 @@ class PPO(Algorithm):
             "the reward model has no network that reads the policy's tokens, so the value network starts from the policy with a "
             "zero head; algorithm.value_network=shared does so at half the compute"
         )
-        return self.setting.policy.scalar_model(np.zeros(self.setting.policy.hidden_size, np.float32))
+        return self.context.policy.scalar_model(np.zeros(self.context.policy.hidden_size, np.float32))
 
     # ------------------------------------------------------------------------------------------- the algorithm box
 
@@ -202,11 +202,11 @@ class PPO(Algorithm):
     def rollout(self, step: int, clock: Clock) -> Rollout:
         """Sample, score, and evaluate under the policy, the reference and the value network."""
         c = self.config
-        indices = example_indices(self.setting.seed, "prompts", len(self.prompts), step * c.batch_size, c.batch_size)
+        indices = example_indices(self.context.seed, "prompts", len(self.prompts), step * c.batch_size, c.batch_size)
         ids = [self.prompt_ids[i] for i in indices]
         columns = c.lengths.columns(max(map(len, ids)), c.lengths.prompt)
         tokens, mask = left_pad(ids, self.tokenizer.pad_id, columns)
-        seeds = token_seeds(self.setting.seed, "sampling", step, c.batch_size, c.lengths.response)
+        seeds = token_seeds(self.context.seed, "sampling", step, c.batch_size, c.lengths.response)
         generated = self.policy.generate(
             tokens, mask, seeds, temperature=c.temperature, stop_ids=self.stops.ids, pad_id=self.tokenizer.pad_id
         )
@@ -281,7 +281,7 @@ class PPO(Algorithm):
         c = self.config
         if c.minibatches == 1:
             return [np.arange(c.batch_size)]
-        order = permutation(self.setting.seed, "minibatches", step * c.epochs + epoch, c.batch_size)
+        order = permutation(self.context.seed, "minibatches", step * c.epochs + epoch, c.batch_size)
         return np.split(order, c.minibatches)
 
     def terms(self, sequences: Sequences, batch: Mapping[str, np.ndarray], rows: np.ndarray) -> list[Term]:
@@ -303,7 +303,7 @@ class PPO(Algorithm):
         if not self.ptx_batch:
             return []
         minibatch = (step * self.config.epochs + epoch) * self.config.minibatches + number
-        indices = example_indices(self.setting.seed, "ptx", len(self.texts), minibatch * self.ptx_batch, self.ptx_batch)
+        indices = example_indices(self.context.seed, "ptx", len(self.texts), minibatch * self.ptx_batch, self.ptx_batch)
         rows = encoding.text_block([self.texts[i] for i in indices], self.tokenizer, self.config.lengths)
         loss = NextTokenLoss(self.config.ptx_coef, "ptx/loss")
         return next_token_terms([rows], self.config.micro_batch_size, loss)
@@ -328,7 +328,7 @@ class PPO(Algorithm):
     def gold(self, rollout: Rollout) -> Metrics:
         """The true scores of the counted episodes, where the data source knows them: for plots, never for training."""
         episodes = zip(rollout.responses.prompts, rollout.responses.texts, rollout.sequences.mask.any(axis=1), strict=True)
-        found = [self.setting.data.gold(prompt, text) for prompt, text, counts in episodes if counts]
+        found = [self.context.data.gold(prompt, text) for prompt, text, counts in episodes if counts]
         golds = [gold for gold in found if gold is not None]
         return {f"objective/{name}": float(np.mean([g[name] for g in golds])) for name in (golds[0] if golds else ())}
 

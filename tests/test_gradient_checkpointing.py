@@ -1,4 +1,4 @@
-"""``backend.rematerialise``: the same gradients, with less kept for them."""
+"""``backend.gradient_checkpointing``: the same gradients, with less kept for them."""
 
 import dataclasses
 import platform
@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 
 from conftest import Data, configure, relative
-from lockstep.interfaces import Setting
+from lockstep.interfaces import Context
 from lockstep.registry import registry
 
 
 def sft(backend, policy, tokenizer):
     cls, config = configure("sft", batch_size=12, dropout=0.1 if type(policy).__name__ == "Decoder" else 0.0)
-    algorithm = cls(config, Setting(0, backend, tokenizer, Data(), policy, None))
+    algorithm = cls(config, Context(0, backend, tokenizer, Data(), policy, None))
     return algorithm.learner, algorithm.terms(0)
 
 
 def variants(backend):
     """The backend that keeps activations, and the one that computes them again."""
-    return [type(backend)(dataclasses.replace(backend.config, rematerialise=again)) for again in (False, True)]
+    return [type(backend)(dataclasses.replace(backend.config, gradient_checkpointing=again)) for again in (False, True)]
 
 
 def test_gradients_are_the_same_and_less_is_kept(backend, folders, tokenizer):
@@ -58,7 +58,7 @@ def test_jax_compiles_deep_networks_as_a_loop(folders, tokenizer, monkeypatch):
     jax = pytest.importorskip("jax")
     from lockstep_jax import backend, decoder, policies
 
-    cpu = backend.JaxBackend(backend.JaxBackend.Config("cpu", "float32", rematerialise=False, compilation_cache=None))
+    cpu = backend.JaxBackend(backend.JaxBackend.Config("cpu", "float32", gradient_checkpointing=False, compilation_cache=None))
     found, kept = [], []
     for limit in (decoder.SHALLOW, 1):
         monkeypatch.setattr(decoder, "SHALLOW", limit)
@@ -80,7 +80,9 @@ def test_jax_computes_again_in_deep_networks_unless_told(limit, again, folders, 
     kept = []
     for chosen in (None, again, not again):
         jax.clear_caches()
-        cpu = backend.JaxBackend(backend.JaxBackend.Config("cpu", "float32", rematerialise=chosen, compilation_cache=None))
+        cpu = backend.JaxBackend(
+            backend.JaxBackend.Config("cpu", "float32", gradient_checkpointing=chosen, compilation_cache=None)
+        )
         kept.append(kept_bytes(*sft(cpu, policies.Decoder.load(folders[0], cpu), tokenizer)))
     jax.clear_caches()
     assert kept[0] == kept[1] != kept[2]
@@ -90,7 +92,7 @@ FAULTS = """
 import ctypes, resource
 from lockstep_jax.backend import JaxBackend, keep_freed_memory
 
-JaxBackend(JaxBackend.Config("cpu", "float32", rematerialise=None, compilation_cache=None))
+JaxBackend(JaxBackend.Config("cpu", "float32", gradient_checkpointing=None, compilation_cache=None))
 keep_freed_memory()
 libc, size = ctypes.CDLL(None), 256 * 2**20
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -116,7 +118,7 @@ def test_jax_keeps_freed_memory_for_the_next_call():
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_networks_of_transformers_keep_their_dropout_off(family, tokenizer, tmp_path):
-    """They rematerialise in training mode, in which their configuration's dropout would come to life."""
+    """They checkpoint layers in training mode, in which their configuration's dropout would come to life."""
     pytest.importorskip("torch")
     import transformers
 
@@ -129,11 +131,13 @@ def test_networks_of_transformers_keep_their_dropout_off(family, tokenizer, tmp_
     cls = registry().resolve("policy", "huggingface", "torch")
     found, kept = [], []
     for again in (False, True):
-        variant = backend(backend.Config(device="cpu", precision="float32", rematerialise=again, cuda_graphs=False, threads=1))
+        variant = backend(
+            backend.Config(device="cpu", precision="float32", gradient_checkpointing=again, cuda_graphs=False, threads=1)
+        )
         learner, terms = sft(variant, cls.load(tmp_path, variant), tokenizer)
         found.append(learner.gradients(terms))
         kept.append(kept_bytes(learner, terms))
-        drawn = learner.models["policy"].generate(  # with a cache, which transformers drops where it rematerialises
+        drawn = learner.models["policy"].generate(  # with a cache, which transformers drops where it checkpoints layers
             np.array([[1, 2, 3]], np.int32), np.ones((1, 3), bool), np.zeros((1, 4), np.uint32),
             temperature=0.0, stop_ids=[35], pad_id=36,
         )  # fmt: skip

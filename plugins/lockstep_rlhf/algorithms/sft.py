@@ -1,0 +1,104 @@
+"""Supervised fine-tuning on demonstrations: InstructGPT (Ouyang et al. 2022), step 1.
+
+The loss counts the response's tokens, its EOS included; ``prompt_loss`` counts the prompt's too, as "The N+ Implementation
+Details of RLHF with PPO" does. A fraction ``pretrain_mix`` of each batch may be raw text (InstructGPT's PPO initialisation:
+10%), and ``dropout`` on the residual branches may be on here (InstructGPT: 0.2) and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from lockstep.errors import ConfigError, MissingData
+from lockstep.interfaces import Context, DataSource, Dropout, Term
+from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig
+from lockstep.learning.randomness import example_indices, token_seeds
+from lockstep.text import encoding
+from lockstep.text.encoding import Example, Lengths
+from lockstep.text.sequences import Sequences
+from lockstep_rlhf.algorithms.language_modelling import LanguageModelling
+
+
+class SFT(LanguageModelling):
+    """On demonstrations, with raw text mixed in if asked for."""
+
+    @dataclass(frozen=True)
+    class Config:
+        epochs: float
+        batch_size: int
+        micro_batch_size: int | None
+        lengths: Lengths
+        packing: bool
+        assistant_turns: Literal["all", "last"]
+        prompt_loss: bool
+        pretrain_mix: float
+        dropout: float
+        heldout_examples: int
+        optimizer: OptimizerConfig
+        schedule: ScheduleConfig
+
+        def __post_init__(self):
+            if not 0 <= self.dropout < 1:
+                raise ConfigError(f"sft.dropout={self.dropout:g} should be a rate, 0 <= dropout < 1.")
+            if not 0 <= self.pretrain_mix < 1 or round(self.pretrain_mix * self.batch_size) >= self.batch_size:
+                raise ConfigError(
+                    f"sft.pretrain_mix={self.pretrain_mix:g} of batch_size={self.batch_size} leaves no demonstration in "
+                    "a batch. Set a fraction 0 <= pretrain_mix < 1."
+                )
+            if self.packing and self.dropout:
+                raise ConfigError(
+                    f"sft.packing=true does not go with sft.dropout={self.dropout:g}: dropout is drawn by row and position, so "
+                    "the examples of one row would share it. Set packing=false or dropout=0."
+                )
+
+    def __init__(self, config: Config, context: Context):
+        super().__init__(config, context)
+        self.raw = config.batch_size - self.per_step(config)
+        self.texts: list[Example] = []
+        if self.raw:
+            texts, fit = context.data.texts("train"), context.fit("train texts")
+            self.texts = encoding.encode_texts(self.tokenizer, texts, config.lengths, fit)
+
+    @classmethod
+    def count(cls, data: DataSource) -> int:
+        return len(data.demonstrations("train"))
+
+    @classmethod
+    def per_step(cls, config: Config) -> int:
+        return config.batch_size - round(config.pretrain_mix * config.batch_size)
+
+    def load(self, split: str, limit: int | None = None) -> list[Example]:
+        try:
+            demonstrations = self.context.data.demonstrations(split)
+        except MissingData:
+            if split == "train":
+                raise
+            return []
+        every_turn, fit = self.config.assistant_turns == "all", self.context.fit(f"{split} demonstrations")
+        demonstrations = demonstrations[:limit]
+        return encoding.encode_demonstrations(self.tokenizer, demonstrations, self.config.lengths, fit, every_turn=every_turn)
+
+    def block(self, examples: Sequence[Example]) -> Sequences:
+        return encoding.block(examples, self.tokenizer, self.config.lengths, prompt_loss=self.config.prompt_loss)
+
+    def blocks(self, step: int) -> list[Sequences]:
+        if not self.raw:
+            return super().blocks(step)
+        indices = example_indices(self.context.seed, "mix", len(self.texts), step * self.raw, self.raw)
+        texts = [self.texts[i] for i in indices]
+        if self.config.packing:
+            return [self.packed([*self.batch(step), *texts])]
+        return [*super().blocks(step), encoding.text_block(texts, self.tokenizer, self.config.lengths)]
+
+    def terms(self, step: int) -> list[Term]:
+        terms = super().terms(step)
+        if not self.config.dropout:
+            return terms
+        seeds = token_seeds(self.context.seed, "dropout", step, sum(term.sequences.rows for term in terms), 1)[:, 0]
+        cuts = np.split(seeds, np.cumsum([term.sequences.rows for term in terms])[:-1])
+        rate = self.config.dropout
+        return [replace(term, dropout=Dropout(rate, rows)) for term, rows in zip(terms, cuts, strict=True)]
