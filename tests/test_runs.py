@@ -10,10 +10,8 @@ import pytest
 from lockstep.commands.run import run_config
 from lockstep.config.compose import compose
 from lockstep.errors import ConfigError
-from lockstep.reporting.console import Console
-from lockstep.runs import store
+from lockstep.runs import identity
 from lockstep.runs.experiment import Experiment
-from lockstep.runs.runner import Runner
 from lockstep.storage.files import read_json
 from lockstep.storage.weights import read_weights
 from runs import DECODER, PPO_ONLY, TINY, tiny
@@ -174,8 +172,8 @@ def test_options_run_end_to_end_on_jax(tmp_path, options):
 
 def folders(folder, *overrides):
     """The stage folders that a run would have, without running it."""
-    runner = Runner(Experiment(compose([*TINY, *DECODER, f"folder={folder}", *overrides])), Console(), "test")
-    return {name: stage.path.name for name, stage in runner.folders.items()}
+    experiment = Experiment(compose([*TINY, *DECODER, f"folder={folder}", *overrides]))
+    return {name: stage.path.name for name, stage in experiment.folders.items()}
 
 
 def test_a_stage_is_made_anew_when_a_folder_it_reads_has_changed(tmp_path):
@@ -185,7 +183,7 @@ def test_a_stage_is_made_anew_when_a_folder_it_reads_has_changed(tmp_path):
     start = [f"stages.sft.policy={source}", "~stages.pretrain", "evaluation.policies=[sft]"]
     before = folders(tmp_path / "runs", *start)
     assert folders(tmp_path / "runs", *start) == before
-    store.folder_digest.cache_clear()
+    identity.folder_digest.cache_clear()
     (source / "model.safetensors").write_bytes(b"two")
     after = folders(tmp_path / "runs", *start)
     assert before["sft"] != after["sft"] and before["ppo"] != after["ppo"]

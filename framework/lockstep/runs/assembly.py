@@ -41,42 +41,38 @@ class Assembly:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The policy's: its own path, its checkpoint's, or the data source's."""
-        _, policy = self.experiment.policy
-        settings: TokenizerConfig = policy.tokenizer
-        path = settings.path or getattr(policy, "path", None)
-        if path is not None:
-            return Tokenizer.load(path, settings)
+        config = self.experiment.tokenizer
+        if config.path is not None:
+            return Tokenizer.load(config.path, config)
         own = self.data.tokenizer()
         if own is None:
             raise ConfigError(
                 "A policy that starts from scratch needs a tokenizer. Set policy.tokenizer.path to a folder or hub id."
             )
-        return own.replaced(settings)
+        return own.replaced(config)
 
     def policy(self, source: str) -> Policy:
         """A fresh copy of the policy that a stage made, or of the configured one."""
         if source == NEW:
             cls, config = self.experiment.policy
             return cls.create(config, self.backend, self.tokenizer, self.experiment.seed)
-        output, made = self._output(source)
-        return registry().resolve("policy", made["policy"], self.experiment.backend_name).load(output, self.backend)
+        folder = self.outputs.get(source, Path(source))
+        return self._policy_class(folder).load(folder, self.backend)
 
     def kind(self, source: str) -> Literal["stage", "decoder", "encoder"]:
         folder = self._reward_folder(source)
-        if (folder / "output.json").exists():
+        if (folder / MADE_BY).exists():
             return "stage"
         return "decoder" if read_weights(folder, [SCALAR_HEAD]) else "encoder"
 
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
         folder = self._reward_folder(source)
-        cls = registry().resolve("policy", self._output(folder)[1]["policy"], self.experiment.backend_name)
         # Public reward models often pad with EOS, which matters to nobody who only scores.
-        own = None if (folder / "output.json").exists() else TokenizerConfig(None, None, "<|pad|>", None)
-        return cls.load_scalar(folder, self.backend), Tokenizer.load(folder, own)
+        own = None if (folder / MADE_BY).exists() else TokenizerConfig(None, None, "<|pad|>", None)
+        return self._policy_class(folder).load_scalar(folder, self.backend), Tokenizer.load(folder, own)
 
     def classifier(self, source: str) -> Classifier:
-        cls = registry().resolve("policy", "huggingface", self.experiment.backend_name)
-        return cls.load_classifier(source, self.backend)
+        return self._policy_class(self._reward_folder(source)).load_classifier(source, self.backend)
 
     def reward_model(self, group: ConfigGroup | None) -> RewardModel | None:
         if group is None:
@@ -92,18 +88,37 @@ class Assembly:
 
     def save(self, stage: Stage, algorithm: Algorithm, folder: Path) -> None:
         """The stage's result: a Hugging Face folder with its tokenizer, and who can read it."""
-        made_by = self._output(stage.policy)[1]["policy"] if stage.policy != NEW else self.experiment.groups["policy"]["name"]
+        made_by = self.experiment.config["policy"]["name"]
+        if stage.policy != NEW:
+            made_by = opener(self.outputs.get(stage.policy, Path(stage.policy)), self.experiment.backend_name)
         algorithm.result().save(folder)
         self.tokenizer.save(folder)
-        write_json(folder / "output.json", {"kind": algorithm.produces, "policy": made_by})
+        write_json(folder / MADE_BY, {"kind": algorithm.produces, "policy": made_by})
 
     def _reward_folder(self, source: str) -> Path:
         """Of a stage's output, of a folder by its path, or of a hub repository, once downloaded."""
         return self.outputs.get(source) or fetch_folder(source)
 
-    def _output(self, source: str | Path) -> tuple[Path, ConfigGroup]:
-        """The output folder of a stage, or a folder by its path, and who made it."""
-        folder = self.outputs.get(source, Path(source))
-        if not (folder / "output.json").exists():
-            return folder, {"policy": "lora" if (folder / adapters.ADAPTER_CONFIG).exists() else "huggingface"}
-        return folder, read_json(folder / "output.json")
+    def _policy_class(self, folder: Path) -> type[Policy]:
+        backend = self.experiment.backend_name
+        return registry().resolve("policy", opener(folder, backend), backend)
+
+
+MADE_BY = "output.json"
+"""In the output of a stage: its kind, and the name of the policy that reads it."""
+
+
+def opener(folder: Path, backend: str) -> str:
+    """The name of the policy that reads this folder: as the stage that wrote it noted, else of the one that opens such
+    checkpoints (`Policy.opens`).
+
+    Raises:
+      CheckpointError: none does, or several do.
+    """
+    if (folder / MADE_BY).exists():
+        return read_json(folder / MADE_BY)["policy"]
+    found = {c.name for c in registry().components_of("policy", backend) if c.load().opens(folder)}
+    if len(found) != 1:
+        who = f"{listing(found)} all open it" if found else f"no policy for {backend} opens it"
+        raise CheckpointError(f"{folder} was not written by a stage, and {who}. It should hold a Hugging Face checkpoint.")
+    return found.pop()

@@ -322,3 +322,17 @@ def rows(answers: Answers, count: int) -> list[Mapping[str, Any]]:
         }
         for i in range(min(count, len(answers.texts)))
     ]
+
+
+def flatten(result: Mapping[str, Any]) -> dict[str, float]:
+    """{'heldout/sft/gold': mean} of an evaluation, for trackers."""
+    flat = {}
+    for key, value in {**result.get("splits", {}), "reward_model": result.get("reward_model", {})}.items():
+        for inner, measures in value.items():
+            if "mean" in measures:
+                flat[f"{key}/{inner}"] = measures["mean"]
+            else:
+                flat |= {f"{key}/{inner}/{name}": m["mean"] for name, m in measures.items()}
+    return flat
+
+
