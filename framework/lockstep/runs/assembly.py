@@ -5,19 +5,29 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lockstep.models import adapters
+from lockstep.errors import CheckpointError, ConfigError, listing
+from lockstep.interfaces import (
+    Algorithm,
+    Backend,
+    Classifier,
+    Context,
+    DataSource,
+    Inputs,
+    Policy,
+    Resources,
+    RewardModel,
+    ScalarModel,
+)
+from lockstep.models.architecture import SCALAR_HEAD
+from lockstep.registry import registry
+from lockstep.runs.experiment import NEW, Experiment, Stage, component_config
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.sources import fetch_folder
 from lockstep.storage.weights import read_weights
-from lockstep.models.architecture import SCALAR_HEAD
-from lockstep.types import Fit
-from lockstep.errors import ConfigError
-from lockstep.runs.experiment import NEW, Experiment, ConfigGroup, Stage, component_config
-from lockstep.interfaces import Algorithm, Backend, Classifier, DataSource, Policy, RewardModel, ScalarModel, Context
-from lockstep.registry import registry
 from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
+from lockstep.types import Fit
 
 
 class Assembly:
@@ -74,11 +84,12 @@ class Assembly:
     def classifier(self, source: str) -> Classifier:
         return self._policy_class(self._reward_folder(source)).load_classifier(source, self.backend)
 
-    def reward_model(self, group: ConfigGroup | None) -> RewardModel | None:
+    def reward_model(self, group: Mapping[str, Any] | None) -> RewardModel | None:
         if group is None:
             return None
         cls = registry().resolve("reward_model", group["name"], self.experiment.backend_name)
-        return cls(component_config(cls, group, "reward_model"), self)
+        config = component_config(cls, dict(group), "reward_model")
+        return cls(config, DeclaredResources(self, group["name"], cls.inputs(config)))
 
     def algorithm(self, stage: Stage) -> Algorithm:
         policy, reward_model = self.policy(stage.policy), self.reward_model(stage.reward_model)
@@ -104,6 +115,39 @@ class Assembly:
         return registry().resolve("policy", opener(folder, backend), backend)
 
 
+class DeclaredResources(Resources):
+    """Resources for one reward model. It gets only what its `inputs` declare: the rest is not part of a stage's identity, so a
+    stage trained against another version of it would be reused."""
+
+    def __init__(self, assembly: Assembly, name: str, inputs: Inputs):
+        self.assembly, self.name, self.inputs = assembly, name, inputs
+        self.tokenizer = assembly.tokenizer
+
+    @property
+    def backend(self) -> Backend:
+        return self.assembly.backend
+
+    def kind(self, source: str) -> Literal["stage", "decoder", "encoder"]:
+        return self.assembly.kind(self._declared(source))
+
+    def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
+        return self.assembly.scalar_model(self._declared(source))
+
+    def classifier(self, source: str) -> Classifier:
+        return self.assembly.classifier(self._declared(source))
+
+    def reward_model(self, group: Mapping[str, Any]) -> RewardModel:
+        if group not in self.inputs.members:
+            raise ConfigError(f"The reward model '{self.name}' is made of '{group['name']}' and does not say so. {DECLARE}")
+        return self.assembly.reward_model(group)
+
+    def _declared(self, source: str) -> str:
+        if source not in self.inputs.outputs:
+            raise ConfigError(f"The reward model '{self.name}' opens '{source}' and does not say so. {DECLARE}")
+        return source
+
+
+DECLARE = "Return it from the classmethod `inputs` of its class."
 MADE_BY = "output.json"
 """In the output of a stage: its kind, and the name of the policy that reads it."""
 

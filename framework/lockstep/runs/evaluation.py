@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.text import encoding
-from lockstep.learning import numerics
-from lockstep.text.encoding import Example, Lengths
 from lockstep.errors import ConfigError, MissingData
 from lockstep.interfaces import DataSource, Model, Policy, Responses, RewardModel
-from lockstep.types import Choice, Comparison, Fit, Prompt
+from lockstep.learning import numerics
 from lockstep.learning.randomness import token_seeds
+from lockstep.text import encoding
+from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import Sequences, in_chunks, join, left_pad
 from lockstep.text.stopping import Stops
 from lockstep.text.tokenizer import Tokenizer
+from lockstep.types import Choice, Comparison, Fit, Prompt
 
 Measure = dict[str, float]
 
@@ -334,5 +334,3 @@ def flatten(result: Mapping[str, Any]) -> dict[str, float]:
             else:
                 flat |= {f"{key}/{inner}/{name}": m["mean"] for name, m in measures.items()}
     return flat
-
-

@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +114,12 @@ class Runner:
 
     def _stage(self, stage: Stage) -> None:
         folder = self.experiment.folders[stage.name]
-        facts = {"kind": stage.kind, "algorithm": stage.group.get("name", "evaluation"), "identity": folder.path.name, "produces": stage.produces}
+        facts = {
+            "kind": stage.kind,
+            "algorithm": stage.group.get("name", "evaluation"),
+            "identity": folder.path.name,
+            "produces": stage.produces,
+        }
         with folder.lock():
             if folder.done:
                 folder.remove_checkpoints()  # a kill may have come before this
