@@ -60,7 +60,7 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def without_language_head(self) -> Network:
-        """The trunk, of the same weights: what a scalar model keeps."""
+        """This network, or another of the same weights, as a trunk: what a scalar model keeps."""
         raise NotImplementedError
 
     def checkpoint_name(self, name: str) -> str:
