@@ -35,9 +35,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}
 
 # One heap for all threads makes programs run faster and compile slower, by a quarter; here they compile more than they run.
 with contextlib.suppress(ImportError):
-    import lockstep_jax.backend
+    import lockstep_jax.device
 
-    lockstep_jax.backend._mallopt = lambda option, value: False
+    lockstep_jax.device._mallopt = lambda option, value: False
 
 BACKENDS = {
     "torch": {"device": "cpu", "precision": "float32", "gradient_checkpointing": False, "cuda_graphs": False, "threads": 1},

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import Learner, Loss, Metrics, Term, suppliers
@@ -19,12 +20,12 @@ from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import read_tensors, write_tensors
 from lockstep.text.sequences import Sequences
-from lockstep_jax.backend import JaxBackend, keep_freed_memory, scheduling
-from lockstep_jax.decoder import Array, Dropout, Network, Tree
+from lockstep_jax.decoder import DropoutMask, NetworkSpec, Tree
+from lockstep_jax.device import JaxDevice, keep_freed_memory, scheduling
 from lockstep_jax.model import Block, JaxModel, forward
 from lockstep_jax.parameters import from_arrays, to_arrays
 
-Roles = tuple[tuple[str, Network, tuple[str, ...]], ...]
+Roles = tuple[tuple[str, NetworkSpec, tuple[str, ...]], ...]
 """(model name, its network, the outputs it gives to a loss): hashable, part of what is compiled."""
 
 Configs = tuple[tuple[str, OptimizerConfig], ...]
@@ -75,7 +76,7 @@ class Pass:
 
 
 class JaxLearner(Learner):
-    def __init__(self, backend: JaxBackend, models: Mapping[str, JaxModel], optimizers: Mapping[str, OptimizerConfig]):
+    def __init__(self, backend: JaxDevice, models: Mapping[str, JaxModel], optimizers: Mapping[str, OptimizerConfig]):
         self.backend = backend
         self.models = dict(models)
         self.optimizers = {name: optimizers[name] for name in self.models}
@@ -114,7 +115,7 @@ class JaxLearner(Learner):
         return {
             f"{name}.{key}": array
             for name, model in self.models.items()
-            for key, array in to_arrays(model.network.architecture, gradients[name]).items()
+            for key, array in to_arrays(model.spec.architecture, gradients[name]).items()
         }
 
     def _backward(self, terms: Sequence[Term]) -> tuple[dict[str, Tree], dict[str, Array]]:
@@ -138,7 +139,7 @@ class JaxLearner(Learner):
         return {"roles": self._roles(term.loss.outputs), "loss": term.loss}
 
     def _roles(self, outputs: Sequence[str]) -> Roles:
-        return tuple((name, self.models[name].network, wanted) for name, wanted in suppliers(self.models, outputs).items())
+        return tuple((name, self.models[name].spec, wanted) for name, wanted in suppliers(self.models, outputs).items())
 
     def averaged(self, model: str) -> JaxModel:
         averaged = self.models[model].copy()
@@ -152,7 +153,7 @@ class JaxLearner(Learner):
             for name, state in self._states().items()
             for part, tree in state._asdict().items()
             if tree is not None
-            for key, array in to_arrays(self.models[name].network.architecture, tree).items()
+            for key, array in to_arrays(self.models[name].spec.architecture, tree).items()
         }
         write_tensors(folder / "learner.safetensors", tensors)
         write_json(folder / "learner.json", {"steps": self.steps})
@@ -165,7 +166,7 @@ class JaxLearner(Learner):
         self.steps = steps
 
     def _restored(self, name: str, own: State, stored: Mapping[str, np.ndarray], folder: Path) -> State:
-        architecture = self.models[name].network.architecture
+        architecture = self.models[name].spec.architecture
         parts = {}
         for part, tree in own._asdict().items():
             prefix = f"{name}.{part}."
@@ -205,8 +206,8 @@ def _different(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarra
     return sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
 
 
-def _arguments(term: Term) -> tuple[Block, dict[str, np.ndarray], float, Dropout | None]:
-    dropout = term.dropout and Dropout(term.dropout.rate, term.dropout.seeds)
+def _arguments(term: Term) -> tuple[Block, dict[str, np.ndarray], float, DropoutMask | None]:
+    dropout = term.dropout and DropoutMask(term.dropout.rate, term.dropout.seeds)
     return Block.put(term.sequences), dict(term.batch), term.temperature, dropout
 
 
@@ -216,7 +217,7 @@ def _arguments(term: Term) -> tuple[Block, dict[str, np.ndarray], float, Dropout
 @functools.partial(jax.jit, static_argnames=("roles", "loss"), compiler_options=scheduling())
 def _gradients(
     params: dict[str, Tree], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any,
-    dropout: Dropout | None, *, roles: Roles, loss: Loss,
+    dropout: DropoutMask | None, *, roles: Roles, loss: Loss,
 ) -> tuple[dict[str, Tree], dict[str, Array]]:  # fmt: skip
     """Of one term, with its metrics."""
 
@@ -228,11 +229,11 @@ def _gradients(
 
 
 def _outputs(
-    params: dict[str, Tree], frozen: dict[str, Tree], block: Block, temperature: Any, dropout: Dropout | None, roles: Roles
+    params: dict[str, Tree], frozen: dict[str, Tree], block: Block, temperature: Any, dropout: DropoutMask | None, roles: Roles
 ) -> dict[str, Array]:
     found: dict[str, Array] = {}
-    for name, network, wanted in roles:
-        found |= forward(network, params[name], frozen[name], block, wanted, temperature, dropout)
+    for name, spec, wanted in roles:
+        found |= forward(spec, params[name], frozen[name], block, wanted, temperature, dropout)
     return found
 
 
@@ -281,7 +282,7 @@ def _step(
 @functools.partial(jax.jit, static_argnames=("roles", "loss", "configs"), donate_argnames="states", compiler_options=scheduling())
 def _learn(
     states: dict[str, State], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any,
-    dropout: Dropout | None, rates: dict[str, Rates], *, roles: Roles, loss: Loss, configs: Configs,
+    dropout: DropoutMask | None, rates: dict[str, Rates], *, roles: Roles, loss: Loss, configs: Configs,
 ) -> tuple[dict[str, State], dict[str, Array]]:  # fmt: skip
     """Gradients and step in one program, for an update of one term: no gradient outlives its use."""
     params = {name: state.parameters for name, state in states.items()}

@@ -17,8 +17,8 @@ from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import read_tensors, write_tensors
 from lockstep.text.sequences import Sequences
-from lockstep_torch.backend import TorchBackend
-from lockstep_torch.decoder import Dropout
+from lockstep_torch.decoder import DropoutMask
+from lockstep_torch.device import TorchDevice
 from lockstep_torch.model import Block, TorchModel
 
 
@@ -32,7 +32,7 @@ class Pass:
 
 
 class TorchLearner(Learner):
-    def __init__(self, backend: TorchBackend, models: Mapping[str, TorchModel], optimizers: Mapping[str, OptimizerConfig]):
+    def __init__(self, backend: TorchDevice, models: Mapping[str, TorchModel], optimizers: Mapping[str, OptimizerConfig]):
         self.backend = backend
         self.models = dict(models)
         self.optimizers = dict(optimizers)
@@ -81,7 +81,7 @@ class TorchLearner(Learner):
             adam.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
         for term in terms:
-            dropout = term.dropout and Dropout(term.dropout.rate, self.backend.put(term.dropout.seeds))
+            dropout = term.dropout and DropoutMask(term.dropout.rate, self.backend.put(term.dropout.seeds))
             outputs = self._kept(term) or self._forward(term.sequences, term.loss.outputs, term.temperature, dropout)
             batch = {name: self.backend.put(array) for name, array in term.batch.items()}
             loss, metrics = term.loss(xp, outputs, batch)
@@ -98,7 +98,7 @@ class TorchLearner(Learner):
         return last.outputs if last and term.reads(last.sequences, last.temperature, last.outputs) else None
 
     def _forward(
-        self, sequences: Sequences, outputs: Iterable[str], temperature: float, dropout: Dropout | None = None
+        self, sequences: Sequences, outputs: Iterable[str], temperature: float, dropout: DropoutMask | None = None
     ) -> dict[str, Tensor]:
         block = Block.put(sequences, self.backend)
         found: dict[str, Tensor] = {}

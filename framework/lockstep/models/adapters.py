@@ -22,6 +22,7 @@ import numpy as np
 
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
 from lockstep.learning import randomness
+from lockstep.models.architecture import classifier_class, language_head, usual_name
 from lockstep.models.checkpoint import CheckpointConfig
 from lockstep.storage.files import read_json, write_json, write_text
 from lockstep.storage.sources import fetch_folder
@@ -205,17 +206,14 @@ def merge(folder: Path, output: Path) -> Path:
         name = _stored(layer, weights, folder)
         weights[name] = weights[name] + (change.T if adapter.conv1d else change)
     if heads := {name: tensor for name, tensor in tensors.items() if name.startswith("score.")}:
-        weights = {name: tensor for name, tensor in weights.items() if name not in LANGUAGE_HEADS} | heads
-        family = config["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-        config |= {"architectures": [f"{family}ForSequenceClassification"], "num_labels": 1}
+        family = config["model_type"]
+        weights = {n: tensor for n, tensor in weights.items() if usual_name(family, n) != language_head(family)} | heads
+        config |= {"architectures": [classifier_class(config)], "num_labels": 1}
     write_tensors(output / "model.safetensors", weights)
     write_json(output / "config.json", config)
     for file in folder.glob("*token*"):
         write_text(output / file.name, file.read_text())
     return output
-
-
-LANGUAGE_HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def _stored(layer: str, weights: Mapping[str, np.ndarray], folder: Path) -> str:

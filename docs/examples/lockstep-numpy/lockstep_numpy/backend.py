@@ -9,6 +9,7 @@ from typing import Literal
 
 from lockstep.interfaces import Backend, Learner, Model
 from lockstep.learning.optimisation import OptimizerConfig
+from lockstep_numpy.learner import NumpyLearner
 
 
 class NumpyBackend(Backend):
@@ -27,8 +28,6 @@ class NumpyBackend(Backend):
         self.config = config
 
     def learner(self, models: Mapping[str, Model], optimizers: Mapping[str, OptimizerConfig]) -> Learner:
-        from lockstep_numpy.learner import NumpyLearner
-
         return NumpyLearner(models, optimizers)
 
     def describe(self) -> dict[str, str]:
