@@ -216,8 +216,9 @@ def test_evaluation_cuts_responses_as_ppo_does(tokenizer):
     reward_model = Scored(lambda r: seen.append(r) or [1.0, 2.0])
     evaluator = Evaluator(config, Data(), tokenizer, reward_model, 0)
     answers = evaluator.answer(Writes(), Data().prompts("heldout")[:2], [[1], [2]])
-    assert answers.texts == ["w1 w2 ", "w3 w5 w6 w7"] and answers.finished.tolist() == [True, False]
-    assert answers.sequences.mask.sum(axis=1).tolist() == [4, 4]
+    samples = answers.samples
+    assert samples.responses.texts == ["w1 w2 ", "w3 w5 w6 w7"] and samples.finished.tolist() == [True, False]
+    assert samples.sequences.mask.sum(axis=1).tolist() == [4, 4]
     assert seen[0].sequences.responses[0].tolist() == [1, 2, 35, 36, 36]
 
 

@@ -19,24 +19,38 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from lockstep.errors import ConfigError, RewardError
-from lockstep.interfaces import Algorithm, Array, Context, DataSource, Learner, Metrics, Model, Responses, ScalarModel, Term
+from lockstep.errors import ConfigError
+from lockstep.interfaces import (
+    Algorithm,
+    Array,
+    Context,
+    DataSource,
+    ForwardPass,
+    Learner,
+    Metrics,
+    Model,
+    Responses,
+    ScalarModel,
+    Term,
+)
 from lockstep.learning import losses, numerics
 from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
 from lockstep.learning.randomness import example_indices, permutation, token_seeds
+from lockstep.learning.rollout import Sampler, score, scored_only
 from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
-from lockstep.text.sequences import Sequences, chunks, in_chunks, join, left_pad
+from lockstep.text.sequences import Sequences, chunks, in_chunks
 from lockstep.text.stopping import Stops
 from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss, check_context, next_token_terms
 
 log = logging.getLogger("lockstep")
 MAX_LOG_RATIO = 20.0
+OUTPUTS = ("logprobs", "entropy", "values")
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,8 @@ class PPOLoss:
 @dataclass(frozen=True)
 class Rollout:
     """A batch of episodes. [B] scores and details (of the reward model, before the rule for unfinished responses), finished;
-    [B, T] old_logprobs, ref_logprobs, entropy, old_values, sampler_logprobs; ``sequences.mask`` says what counts."""
+    [B, T] old_logprobs, ref_logprobs, entropy, old_values, sampler_logprobs; ``sequences.mask`` says what counts. ``forward`` is
+    the pass that the first update uses again, where the whole batch is one term of it."""
 
     responses: Responses
     sequences: Sequences
@@ -84,6 +99,7 @@ class Rollout:
     entropy: np.ndarray
     old_values: np.ndarray
     ref_logprobs: np.ndarray
+    forward: ForwardPass | None
 
 
 class PPO(Algorithm):
@@ -147,7 +163,7 @@ class PPO(Algorithm):
     def __init__(self, config: Config, context: Context):
         self.config, self.context = config, context
         self.tokenizer, self.reward_model = context.tokenizer, context.reward_model
-        self.stops = Stops(self.tokenizer, config.stop_strings)
+        self.sampler = Sampler(Stops(self.tokenizer, config.stop_strings), config.lengths, config.temperature)
         check_context(context.policy, config.lengths)
         prompts, fit = context.data.prompts("train"), context.fit("train prompts")
         self.prompts, self.prompt_ids = encoding.encode_prompts(self.tokenizer, prompts, config.lengths, fit)
@@ -170,7 +186,6 @@ class PPO(Algorithm):
             if adaptive
             else numerics.FixedKL(config.kl_coef)
         )
-        self.one_term = config.minibatches == 1 and (config.micro_batch_size or config.batch_size) >= config.batch_size
         self.total_steps = config.iterations
         self.last: Rollout | None = None
 
@@ -192,7 +207,8 @@ class PPO(Algorithm):
         updates = []
         for epoch in range(self.config.epochs):
             for number, rows in enumerate(self.minibatches(step, epoch)):
-                terms = self.terms(rollout.sequences, batch, rows) + self.ptx_terms(step, epoch, number)
+                forward = rollout.forward if epoch == 0 else None
+                terms = self.terms(rollout.sequences, batch, rows, forward) + self.ptx_terms(step, epoch, number)
                 updates.append(self.learner.update(terms, scale))
         clock.lap("train")
         self.kl.update(metrics["objective/kl"], self.config.batch_size)
@@ -203,41 +219,32 @@ class PPO(Algorithm):
         """Sample, score, and evaluate under the policy, the reference and the value network."""
         c = self.config
         indices = example_indices(self.context.seed, "prompts", len(self.prompts), step * c.batch_size, c.batch_size)
-        ids = [self.prompt_ids[i] for i in indices]
-        columns = c.lengths.columns(max(map(len, ids)), c.lengths.prompt)
-        tokens, mask = left_pad(ids, self.tokenizer.pad_id, columns)
+        prompts, ids = [self.prompts[i] for i in indices], [self.prompt_ids[i] for i in indices]
         seeds = token_seeds(self.context.seed, "sampling", step, c.batch_size, c.lengths.response)
-        generated = self.policy.generate(
-            tokens, mask, seeds, temperature=c.temperature, stop_ids=self.stops.ids, pad_id=self.tokenizer.pad_id
-        )
-        ended = self.stops.end(generated.tokens, generated.mask)
+        samples = self.sampler.sample(self.policy, prompts, ids, seeds)
         clock.lap("generate")
-
-        sequences = join(tokens, mask, ended.tokens, ended.mask)
-        read = self.stops.as_read(sequences, ended)
-        responses = Responses([self.prompts[i] for i in indices], ended.texts, read, self.tokenizer)
-        scores = self.reward_model.score(responses)
+        scores, details = score(self.reward_model, samples)
         clock.lap("score")
 
-        # One forward of each model. If the whole batch is one term, the first update needs no other.
-        own = self.evaluate(self.learner, sequences, ["logprobs", "entropy", "values"], keep=self.one_term)
+        # One forward pass of each model. Where the whole batch is one term, the first update differentiates the same pass.
+        sequences, forward = scored_only(samples.sequences, scores), None
+        if c.minibatches == 1 and (c.micro_batch_size or c.batch_size) >= c.batch_size:
+            forward = self.learner.forward(sequences, OUTPUTS, temperature=c.temperature)
+        own = forward.outputs if forward else self.evaluate(self.learner, sequences, OUTPUTS)
         ref = self.evaluate(self.ref_policy, sequences, ["logprobs"])
         clock.lap("evaluate")
-
-        counted = np.isfinite(scores)  # episodes without a score are out of the batch
-        if not counted.any():
-            raise RewardError("The reward model scored none of the batch's episodes. Look at its warnings above.")
         return Rollout(
-            responses=responses,
-            sequences=replace(sequences, mask=sequences.mask & counted[:, None]),
+            responses=samples.responses,
+            sequences=sequences,
             scores=scores,
-            details=self.reward_model.details(),
-            finished=ended.finished,
-            sampler_logprobs=generated.logprobs,
+            details=details,
+            finished=samples.finished,
+            sampler_logprobs=samples.logprobs,
             old_logprobs=own["logprobs"],
             entropy=own["entropy"],
             old_values=own["values"],
             ref_logprobs=ref["logprobs"],
+            forward=forward,
         )
 
     def prepare(self, rollout: Rollout) -> tuple[dict[str, np.ndarray], Metrics]:
@@ -284,8 +291,11 @@ class PPO(Algorithm):
         order = permutation(self.context.seed, "minibatches", step * c.epochs + epoch, c.batch_size)
         return np.split(order, c.minibatches)
 
-    def terms(self, sequences: Sequences, batch: Mapping[str, np.ndarray], rows: np.ndarray) -> list[Term]:
-        """One minibatch as micro-batches, each token weighing 1 / (tokens of the minibatch)."""
+    def terms(
+        self, sequences: Sequences, batch: Mapping[str, np.ndarray], rows: np.ndarray, forward: ForwardPass | None = None
+    ) -> list[Term]:
+        """One minibatch as micro-batches, each token weighing 1 / (tokens of the minibatch). ``forward``: the pass over all rows,
+        where they are one term."""
         mask = batch["mask"][rows]
         weights = encoding.token_weights(mask, mask.sum())
         terms = []
@@ -294,8 +304,7 @@ class PPO(Algorithm):
             arrays = {name: array[here] for name, array in batch.items() if name != "importance"}
             arrays["weights"] = weights[part]
             arrays["policy_weights"] = weights[part] * batch["importance"][here]
-            taken = sequences if self.one_term else sequences.take(here)
-            terms.append(Term(self.loss, taken, arrays, self.config.temperature))
+            terms.append(Term(self.loss, sequences.take(here), arrays, self.config.temperature, forward=forward))
         return terms
 
     def ptx_terms(self, step: int, epoch: int, number: int) -> list[Term]:
@@ -310,10 +319,8 @@ class PPO(Algorithm):
 
     # --------------------------------------------------------------------------------------------------- the rest
 
-    def evaluate(
-        self, model: Model | Learner, sequences: Sequences, outputs: Sequence[str], **how: bool
-    ) -> dict[str, np.ndarray]:
-        call = lambda rows: model.evaluate(rows, outputs, temperature=self.config.temperature, **how)  # noqa: E731
+    def evaluate(self, model: Model | Learner, sequences: Sequences, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        call = lambda rows: model.evaluate(rows, outputs, temperature=self.config.temperature)  # noqa: E731
         return in_chunks(call, sequences, self.config.micro_batch_size)
 
     def importance(self, rollout: Rollout) -> np.ndarray:
