@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lockstep.config.schema import REQUIRED, setting
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import ScalarModel
 from lockstep.models import adapters
@@ -72,8 +73,8 @@ class HuggingFace(Checkpoint):
 
     @dataclass(frozen=True)
     class Config:
-        tokenizer: TokenizerConfig
-        path: str
+        path: str = setting(REQUIRED, "A folder or a hub id.")
+        tokenizer: TokenizerConfig = setting(TokenizerConfig(), "Null in it: the checkpoint's own.")
 
     @classmethod
     def create(cls, config: Config, backend: JaxBackend, tokenizer: Tokenizer, seed: int) -> HuggingFace:

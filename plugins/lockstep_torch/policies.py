@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lockstep.config.schema import REQUIRED, setting
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import Classifier, ScalarModel
 from lockstep.models import adapters
@@ -83,8 +84,8 @@ class HuggingFace(LanguageModel):
 
     @dataclass(frozen=True)
     class Config:
-        tokenizer: TokenizerConfig
-        path: str
+        path: str = setting(REQUIRED, "A folder or a hub id.")
+        tokenizer: TokenizerConfig = setting(TokenizerConfig(), "Null in it: the checkpoint's own.")
 
     @classmethod
     def create(cls, config: Config, backend: TorchBackend, tokenizer: Tokenizer, seed: int) -> HuggingFace:
