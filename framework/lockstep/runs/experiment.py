@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.runs import store
-from lockstep.config.schema import parse
+from lockstep.config.root import check_root, component_config
+from lockstep.config.schema import parse, setting
 from lockstep.errors import ConfigError, did_you_mean, listing
 from lockstep.runs.evaluation import EvaluationConfig
 from lockstep.interfaces import Algorithm, DataSource, RewardModel
@@ -24,20 +24,14 @@ INDECISIVE = ("folder", "name", "objective", "tracker", "checkpoint_every", "sam
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stage trains (``algorithm``) or evaluates (``evaluation``).
+    """A stage trains (``algorithm``) or evaluates (``evaluation``)."""
 
-    policy: what it starts from: 'new' for the configured policy, or an earlier stage.
-    reward_model: the group that gives scores, for algorithms that need them and for evaluation.
-    changes: keys of the algorithm that differ in this stage.
-    seed_offset: added to the run's seed, for stages that differ in nothing else, as the members of an ensemble do.
-    """
-
-    algorithm: ConfigGroup | None
-    policy: str | None
-    reward_model: ConfigGroup | None
-    changes: ConfigGroup | None
-    evaluation: ConfigGroup | None
-    seed_offset: int | None
+    algorithm: ConfigGroup | None = setting(None, "The group of the algorithm that trains.")
+    policy: str | None = setting(None, "What it starts from: 'new' for the configured policy, or an earlier stage.")
+    reward_model: ConfigGroup | None = setting(None, "The group that scores, where the algorithm or evaluation needs one.")
+    changes: ConfigGroup | None = setting(None, "Keys of the algorithm that differ in this stage.")
+    evaluation: ConfigGroup | None = setting(None, "The group of the evaluation.")
+    seed_offset: int = setting(0, "Added to the run's seed, for stages that differ in nothing else.")
 
 
 @dataclass(frozen=True)
@@ -92,10 +86,9 @@ class Experiment:
 
     def __init__(self, config: Mapping[str, Any]):
         self.groups: ConfigGroup = dict(config)
-        for key, least in (("seed", 0), ("checkpoint_every", 1), ("samples_every", 1)):
-            if type(config[key]) is not int or config[key] < least:
-                raise ConfigError(f"{key}={config[key]!r} should be a whole number of at least {least}.")
-        self.seed: int = config["seed"]
+        self.seed: int = check_root(config).seed
+        if config.get("evaluation") is not None:
+            parse(EvaluationConfig, config["evaluation"], "evaluation")
         self.backend_name: str = config["backend"]["name"]
         self.backend = self._component("backend", config["backend"])
         self.data = self._component("data", config["data"])
@@ -121,11 +114,10 @@ class Experiment:
         return cls, component_config(cls, group, kind)
 
     def _stage(self, name: str, group: ConfigGroup) -> Stage:
-        absent = dict.fromkeys(field.name for field in dataclasses.fields(StageConfig))
-        stage = parse(StageConfig, absent | dict(group), f"stages.{name}")
+        stage = parse(StageConfig, group, f"stages.{name}")
         if (stage.algorithm is None) == (stage.evaluation is None):
             raise ConfigError(f"stages.{name} needs either an algorithm or an evaluation.")
-        seed = self.seed + (stage.seed_offset or 0)
+        seed = self.seed + stage.seed_offset
         if seed < 0:
             raise ConfigError(f"stages.{name}.seed_offset={stage.seed_offset} makes the seed {seed}. It must be at least 0.")
         scorers = tuple(self._component("reward_model", group)[0] for group in with_members(stage.reward_model))
@@ -180,11 +172,6 @@ def run_name(groups: Mapping[str, Any]) -> str:
 def decisive(groups: Mapping[str, Any]) -> ConfigGroup:
     """The part of a configuration that decides results."""
     return {key: value for key, value in groups.items() if key not in INDECISIVE}
-
-
-def component_config(cls: type, group: ConfigGroup, where: str) -> Any:
-    """A component's group as its ``Config``: every key but ``name``, which chose the component."""
-    return parse(cls.Config, {key: value for key, value in group.items() if key != "name"}, where)
 
 
 def _merge(group: ConfigGroup, changes: ConfigGroup, where: str) -> ConfigGroup:
