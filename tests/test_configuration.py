@@ -263,7 +263,8 @@ EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_is_complete_so_that_no_identity_depends_on_a_default(name):
-    config = compose([f"experiment={name}", *(["policy.path=a/b"] if name in ("hh", "instructgpt_paper", "ultrafeedback") else [])])
+    from_a_checkpoint = name in ("hh", "instructgpt_paper", "ultrafeedback")
+    config = compose([f"experiment={name}", *(["policy.path=a/b"] if from_a_checkpoint else [])])
     groups = [("evaluation", EvaluationConfig, config["evaluation"])]
     for key, kind in GROUPS.items():
         groups.append((key, registry().resolve(kind, config[key]["name"], "torch").Config, config[key]))
@@ -388,7 +389,7 @@ stages: {again: {algorithm: "${again}", policy: sft}}
 """
     experiment_file(text)
     assert Experiment(compose(["experiment=mine"])).stages["again"].config.batch_size == 16
-    assert refused("experiment=mine", "+again.epoch=1").startswith("Unknown key stages.again.algorithm.epoch. Did you mean 'epochs'?")
+    assert refused("experiment=mine", "+again.epoch=1").startswith("Unknown key stages.again.algorithm.epoch. Did you mean")
     assert refused("experiment=mine", "~stages.again").startswith("Unknown key again.")  # now nothing reads it
 
 

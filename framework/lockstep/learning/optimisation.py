@@ -19,7 +19,7 @@ class OptimizerConfig:
     """
 
     learning_rate: float = setting(3e-4, "Peak step size, which the schedule scales; each algorithm sets its own.", above=0)
-    betas: tuple[float, float] = setting((0.9, 0.95), "Decay of both moments, per step. GPT-3's, InstructGPT's.", least=0, below=1)
+    betas: tuple[float, float] = setting((0.9, 0.95), "Decay of both moments, per step (InstructGPT's).", least=0, below=1)
     eps: float = setting(1e-8, "Added to the root of the second moment (Adam's paper).", above=0)
     tf_style: bool = setting(False, "Epsilon where TensorFlow 1 has it (lm-human-preferences).")
     weight_decay: float = setting(0.0, "Decay of matrices per step, times the learning rate. PyTorch's AdamW: 0.01.", least=0)

@@ -29,15 +29,15 @@ class SFT(LanguageModelling):
 
     @dataclass(frozen=True)
     class Config:
-        epochs: float = setting(1.0, "Passes over the demonstrations (InstructGPT: 16 for the baseline, 2 for PPO's start).", above=0)
+        epochs: float = setting(1.0, "Passes over the demonstrations (InstructGPT: 16; 2 before PPO).", above=0)
         batch_size: int = setting(64, "Examples per optimizer step, raw texts among them.", least=1)
         micro_batch_size: int | None = setting(None, "Rows per forward and backward pass; null: the whole batch.", least=1)
         lengths: Lengths = setting(Lengths(), "Limits in tokens.")
         packing: bool = setting(False, "Whether several examples share a row.")
         assistant_turns: Literal["all", "last"] = setting("all", "Of a whole dialogue, the assistant's turns that count.")
         prompt_loss: bool = setting(False, "Whether the prompt's tokens count too (N+: true).")
-        pretrain_mix: float = setting(0.0, "Fraction of the batch that is raw text (InstructGPT's PPO start: 0.1).", least=0, below=1)
-        dropout: float = setting(0.0, "Rate on the residual branches (InstructGPT's SFT baselines: 0.2).", least=0, below=1)
+        pretrain_mix: float = setting(0.0, "Share of raw text in a batch (InstructGPT: 0.1 before PPO).", least=0, below=1)
+        dropout: float = setting(0.0, "Rate on the residual branches (InstructGPT: 0.2, but none before PPO).", least=0, below=1)
         heldout_examples: int = setting(256, "Demonstrations whose loss is measured before and after.", least=0)
         optimizer: OptimizerConfig = setting(OptimizerConfig(1e-3), "Adam, for the miniature.")
         schedule: ScheduleConfig = setting(ScheduleConfig("cosine", 0, 1.0, 0.1), "InstructGPT's.")

@@ -35,7 +35,7 @@ class Ensemble(RewardModel):
             tuple({"name": "learned", "source": f"reward_{i}", "micro_batch_size": 64, "chat_template": None} for i in range(3)),
             "Groups of this kind, each with its name.",
         )
-        combine: Literal["mean", "worst", "uncertainty_weighted", "lower_bound"] = setting("lower_bound", "As in the table above.")
+        combine: Literal["mean", "worst", "uncertainty_weighted", "lower_bound"] = setting("lower_bound", "As in the table.")
         coef: float = setting(1.0, "Of lower_bound and uncertainty_weighted; below 0 it would reward disagreement.", least=0)
 
         def __post_init__(self):
