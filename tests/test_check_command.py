@@ -132,8 +132,8 @@ class Needy(PPO):
         (["nowhere:PPO", "algorithm", "torch"], r"The algorithm 'nowhere:PPO' .* cannot be imported: ModuleNotFoundError"),
         (
             [f"{__name__}:Needy", "algorithm", "torch", "float32"],
-            r"Missing: algorithm.quorum. .* There is no configuration file algorithm/test_check_command:Needy.yaml to start from: "
-            r"add --like with one of ppo, pretrain, .*, and algorithm.key=value for what differs.",
+            r"Missing: algorithm.quorum. .* There is no configuration file algorithm/test_check_command:Needy.yaml to start "
+            r"from: add --like with one of ppo, pretrain, .*, and algorithm.key=value for what differs.",
         ),
         (
             ["ppo", None, None, None, None, ["algorithms.epochs=3"]],
