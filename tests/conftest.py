@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from omegaconf import OmegaConf
 
-from lockstep.builtin import CONF
 from lockstep.config.schema import parse
 from lockstep.errors import MissingData
 from lockstep.interfaces import Algorithm, Backend, Context, DataSource, Policy, RewardModel, ScalarModel
@@ -149,14 +147,9 @@ def head(seed: int = 9) -> np.ndarray:
 
 
 def configure(name: str, **changes: Any) -> tuple[type[Algorithm], Any]:
-    """An algorithm's class and its configuration: the YAML file with ``changes``, cut to the size of this world."""
-    values = OmegaConf.to_container(OmegaConf.load(CONF / "algorithm" / f"{name}.yaml"))
-    values["lengths"] = {"prompt": 6, "response": 12, "multiple": 4}
-    for key, value in changes.items():
-        assert key in values, key
-        values[key] = {**values[key], **value} if isinstance(value, dict) else value
-    cls = registry().resolve("algorithm", values.pop("name"))
-    return cls, parse(cls.Config, values, "algorithm")
+    """An algorithm's class and its configuration: the defaults with ``changes``, cut to the size of this world."""
+    cls = registry().resolve("algorithm", name)
+    return cls, parse(cls.Config, {"lengths": {"prompt": 6, "response": 12, "multiple": 4}} | changes, "algorithm")
 
 
 @pytest.fixture

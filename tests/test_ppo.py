@@ -519,7 +519,7 @@ def test_a_run_that_resumes_ends_where_an_uninterrupted_one_does_and_keeps_its_r
     ("changes", "message"),
     [
         ({"minibatches": 3}, r"batch_size=8 is not divisible by algorithm.minibatches=3. Set minibatches to one of 1, 2, 4, 8\."),
-        ({"temperature": 0.0}, "temperature=0 must be above 0: PPO explores by sampling"),
+        ({"temperature": 0.0}, "algorithm.temperature=0.0 must be above 0."),
         ({"value_network": "both"}, "value_network='both' is not one of separate, shared"),
         ({"schedule": {"shape": "cosin"}}, "is not one of constant, linear, cosine"),
     ],

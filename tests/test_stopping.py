@@ -7,11 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 import tokenizers
-from omegaconf import OmegaConf
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from conftest import Data, Scored
-from lockstep.builtin import CONF
 from lockstep.config.schema import parse
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Generated
@@ -209,8 +207,7 @@ def test_evaluation_cuts_responses_as_ppo_does(tokenizer):
             written, real = right_pad([[1, 2, 3, 4, 7], [3, 5, 6, 7]], pad_id, seeds.shape[1])
             return Generated(written, real, np.zeros(written.shape, np.float32))
 
-    settings = OmegaConf.to_container(OmegaConf.load(CONF / "evaluation" / "default.yaml"))
-    settings |= {"lengths": {"prompt": 6, "response": 5, "multiple": 1}, "stop_strings": ["w3 w4"]}
+    settings = {"lengths": {"prompt": 6, "response": 5, "multiple": 1}, "stop_strings": ["w3 w4"]}
     config = parse(EvaluationConfig, settings, "evaluation")
     seen = []
     reward_model = Scored(lambda r: seen.append(r) or [1.0, 2.0])

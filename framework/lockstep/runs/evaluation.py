@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.errors import ConfigError, MissingData
+from lockstep.config.schema import setting
+from lockstep.errors import MissingData
 from lockstep.interfaces import DataSource, Model, Policy, Responses, RewardModel
 from lockstep.learning import numerics
 from lockstep.learning.randomness import token_seeds
@@ -30,32 +31,19 @@ Measure = dict[str, float]
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Args:
-    policies: stages whose policies are evaluated; null takes all that train one.
-    baseline: the stage that win rate and KL refer to.
-    splits: of the data source's prompts.
-    prompts: how many of each split, at most.
-    comparisons: how many held-out comparisons the reward model is tested on, at most.
-    texts: how many held-out raw texts give ``text_loss``, at most.
-    samples: rows of the table of samples for each split.
-    """
+    """What an evaluation measures; how many of a split there are limits each count."""
 
-    policies: tuple[str, ...] | None
-    baseline: str
-    splits: tuple[str, ...]
-    prompts: int
-    comparisons: int
-    texts: int
-    samples: int
-    temperature: float
-    batch_size: int
-    lengths: Lengths
-    stop_strings: tuple[str, ...]
-
-    def __post_init__(self):
-        for key, least in (("prompts", 1), ("comparisons", 0), ("texts", 0), ("samples", 0), ("batch_size", 1)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"evaluation.{key}={getattr(self, key)} must be at least {least}.")
+    policies: tuple[str, ...] | None = setting(None, "Stages whose policies are evaluated; null: all that train one.")
+    baseline: str = setting("sft", "The stage that win rate and KL refer to.")
+    splits: tuple[str, ...] = setting(("heldout", "adversarial"), "Of the data source's prompts.")
+    prompts: int = setting(500, "Prompts of each split.", least=1)
+    comparisons: int = setting(300, "Held-out comparisons that the reward model is tested on.", least=0)
+    texts: int = setting(200, "Held-out raw texts for ``text_loss``.", least=0)
+    samples: int = setting(12, "Rows of the table of samples, of each split.", least=0)
+    temperature: float = setting(1.0, "Of sampling and of KL; 0 takes the most likely token, and KL is then at 1.", least=0)
+    batch_size: int = setting(100, "Responses per forward pass.", least=1)
+    lengths: Lengths = setting(Lengths(), "Limits in tokens.")
+    stop_strings: tuple[str, ...] = setting((), "Text that ends a response, as EOS does; or special tokens by name.")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
 from lockstep.interfaces import (
     Algorithm,
@@ -108,32 +109,40 @@ class PPO(Algorithm):
 
     @dataclass(frozen=True)
     class Config:
-        iterations: int
-        batch_size: int
-        epochs: int
-        minibatches: int
-        micro_batch_size: int | None
-        lengths: Lengths
-        stop_strings: tuple[str, ...]
-        temperature: float
-        kl_coef: float
-        kl_target: float | None
-        kl_horizon: float
-        gamma: float
-        lam: float
-        clip_range: float
-        value_clip_range: float
-        value_coef: float
-        value_network: Literal["separate", "shared"]
-        whiten_advantages: bool
-        whiten_rewards: bool
-        unfinished_score: float | None
-        importance_cap: float | None
-        ptx_coef: float
-        ptx_ratio: float
-        optimizer: OptimizerConfig
-        value_optimizer: OptimizerConfig
-        schedule: ScheduleConfig
+        """LHP is lm-human-preferences; docs/ppo.md compares what each paper did, detail by detail."""
+
+        iterations: int = setting(60, "Batches of episodes.", least=1)
+        batch_size: int = setting(64, "Episodes per iteration (InstructGPT: 512).", least=1)
+        epochs: int = setting(4, "Inner passes over an iteration's episodes (LHP: 4, InstructGPT: 1).", least=1)
+        minibatches: int = setting(1, "Optimizer steps per inner pass; divides batch_size.", least=1)
+        micro_batch_size: int | None = setting(None, "Rows per forward and backward pass; null: the whole minibatch.", least=1)
+        lengths: Lengths = setting(Lengths(), "Limits in tokens.")
+        stop_strings: tuple[str, ...] = setting((), "Text that ends a response, as EOS does; or special tokens by name.")
+        temperature: float = setting(
+            1.0, "Of sampling and of all log-probabilities: PPO explores by sampling (InstructGPT: 1; LHP, N+: 0.7).", above=0
+        )
+        kl_coef: float = setting(0.02, "β: reward per nat of KL, per token (InstructGPT: 0.02).", least=0)
+        kl_target: float | None = setting(None, "Nats per response to which β adapts (LHP); null: β is fixed.", above=0)
+        kl_horizon: float = setting(10000.0, "Episodes over which β adapts (LHP).", above=0)
+        gamma: float = setting(1.0, "Discount per token (LHP, InstructGPT: none).", least=0, most=1)
+        lam: float = setting(0.95, "λ of GAE per token (LHP; Schulman et al. 2016).", least=0, most=1)
+        clip_range: float = setting(0.2, "ε: the ratio of policies is clipped to 1 ± ε (InstructGPT, LHP).", above=0)
+        value_clip_range: float = setting(0.2, "Values are clipped to the old ones ± this (LHP).", above=0)
+        value_coef: float = setting(0.1, "Weight of the value loss (LHP).", least=0)
+        value_network: Literal["separate", "shared"] = setting(
+            "separate", "Of its own, started from the reward model (InstructGPT); or a zero head on the policy's trunk (LHP)."
+        )
+        whiten_advantages: bool = setting(True, "To mean 0 and variance 1 over the whole batch (LHP: per minibatch).")
+        whiten_rewards: bool = setting(False, "To variance 1 over the batch, the mean kept (LHP: true, N+: false).")
+        unfinished_score: float | None = setting(-1.0, "Replaces the score of a response without EOS (LHP); null: none does.")
+        importance_cap: float | None = setting(
+            None, "Cap on importance weights that correct for a sampler of lower precision; null: no correction.", above=0
+        )
+        ptx_coef: float = setting(0.0, "InstructGPT's γ, 27.8 there: weight of the next-token loss on raw text.", least=0)
+        ptx_ratio: float = setting(8.0, "Raw texts per episode (InstructGPT).", least=0)
+        optimizer: OptimizerConfig = setting(OptimizerConfig(eps=1e-5), "Adam of the policy; ε is LHP's.")
+        value_optimizer: OptimizerConfig = setting(OptimizerConfig(eps=1e-5), "Adam of a separate value network.")
+        schedule: ScheduleConfig = setting(ScheduleConfig("constant", 10, 0.1, 1.0), "InstructGPT's.")
 
         @property
         def raw_texts(self) -> int:
@@ -141,24 +150,17 @@ class PPO(Algorithm):
             return round(self.ptx_ratio * self.batch_size / self.minibatches) if self.ptx_coef else 0
 
         def __post_init__(self):
-            if self.minibatches > 0 and self.batch_size % self.minibatches:
+            if self.batch_size % self.minibatches:
                 fitting = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
                 raise ConfigError(
                     f"algorithm.batch_size={self.batch_size} is not divisible by algorithm.minibatches="
                     f"{self.minibatches}. Set minibatches to one of {', '.join(map(str, fitting))}."
                 )
-            for key in ("iterations", "batch_size", "epochs", "minibatches"):
-                if getattr(self, key) < 1:
-                    raise ConfigError(f"algorithm.{key}={getattr(self, key)} must be at least 1.")
-            if self.kl_target is not None and self.kl_target <= 0:
-                raise ConfigError(f"algorithm.kl_target={self.kl_target:g} must be above 0 nats; null keeps beta fixed.")
             if self.ptx_coef and not self.raw_texts:
                 raise ConfigError(
                     f"algorithm.ptx_ratio={self.ptx_ratio:g} gives no raw text to a minibatch of "
                     f"{self.batch_size // self.minibatches} episodes. Raise it, or set ptx_coef=0."
                 )
-            if self.temperature <= 0:
-                raise ConfigError(f"algorithm.temperature={self.temperature:g} must be above 0: PPO explores by sampling.")
 
     def __init__(self, config: Config, context: Context):
         self.config, self.context = config, context
