@@ -17,6 +17,7 @@ test: $(VENV)/ready lint
 lint: $(VENV)/ready
 	$(BIN)/ruff check framework plugins tests benchmarks docs/examples
 	$(BIN)/ruff format --check framework plugins tests benchmarks docs/examples
+	$(BIN)/python tests/typing_budget.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lockstep.errors import ConfigError
@@ -45,12 +46,12 @@ class ScheduleConfig:
     initial: float
     final: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise ConfigError(f"schedule.shape='{self.shape}' is not one of {', '.join(SHAPES)}.")
 
 
-SHAPES = {
+SHAPES: dict[str, Callable[[float, float], float]] = {
     "constant": lambda progress, final: 1.0,
     "linear": lambda progress, final: 1 + (final - 1) * progress,
     "cosine": lambda progress, final: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)),
