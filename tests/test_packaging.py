@@ -89,7 +89,7 @@ def test_the_wheel_holds_all_that_is_not_python(packed):
 
 def test_the_wheel_holds_every_module_and_no_other(packed):
     sources = {
-        file.relative_to((ROOT / root)).as_posix() for root in ("framework", "plugins") for file in (ROOT / root).rglob("*.py")
+        file.relative_to(ROOT / root).as_posix() for root in ("framework", "plugins") for file in (ROOT / root).rglob("*.py")
     }
     assert {name for name in packed if name.endswith(".py")} == sources
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.checking.scaffold import TEMPLATES, class_name, new_plugin, package
+from lockstep.checking.scaffold import class_name, new_plugin, package
 from lockstep.errors import ConfigError
 from test_plugins import edited, install, lockstep, python, run, write
 
