@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
@@ -126,3 +128,46 @@ def test_a_wheel_alone_runs_the_miniature_from_any_folder(site, tmp_path):
     done = elsewhere(site, tmp_path, "run", *TINY, *DECODER, *PPO_ONLY, "folder=mine", "backend.threads=1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(tmp_path.glob("mine/stages/ppo-torch-*/output/model.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------------------- dependencies
+
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OPTIONAL = SETTINGS["optional-dependencies"]
+
+
+def pins(file: str) -> dict[str, str]:
+    return dict(
+        (canonical(name), version)
+        for name, _, version in (line.partition("==") for line in (ROOT / file).read_text().splitlines() if "==" in line)
+    )
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def bounds(*extras: str) -> dict[str, str]:
+    """{distribution: its lower bound} of what Lockstep requires, with these extras."""
+    found = [re.match(r"([A-Za-z0-9._-]+)>=([0-9.]+)$", line) for line in SETTINGS["dependencies"]]
+    found += [re.match(r"([A-Za-z0-9._-]+)>=([0-9.]+)$", line) for extra in extras for line in OPTIONAL[extra]]
+    return {canonical(match[1]): match[2] for match in found if match}
+
+
+def version(text: str) -> tuple[int, ...]:
+    """Numeric parts, without zeros at the end: 3.1 is 3.1.0."""
+    parts = [int(part) for part in re.findall(r"\d+", text)]
+    return tuple(parts[: next((i for i in range(len(parts), 0, -1) if parts[i - 1]), 0)])
+
+
+def test_the_lowest_versions_that_are_tested_are_the_bounds():
+    lowest = pins("constraints-lowest.txt") | {"torch": pins("constraints.txt")["torch"]}
+    claimed = bounds("torch", "jax", "gguf", "tensorboard")
+    assert {name: version(lowest[name]) for name in claimed} == {name: version(bound) for name, bound in claimed.items()}
+
+
+def test_every_dependency_is_pinned_at_or_above_its_bound():
+    pinned = pins("constraints.txt")
+    named = re.fullmatch(r"lockstep-rlhf\[(.*)\]", OPTIONAL["all"][0])[1].split(",")
+    for name, bound in bounds(*named).items():
+        assert version(pinned[name]) >= version(bound), name
