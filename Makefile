@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST_FLAGS ?= -n 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-lowest lint docs dist clean
 
 demo: $(VENV)/ready
 	$(BIN)/lockstep run -m experiment=demo backend=torch,jax hydra.launcher.parallel=2
@@ -17,6 +17,32 @@ test: $(VENV)/ready lint
 lint: $(VENV)/ready
 	$(BIN)/ruff check framework plugins tests benchmarks docs/examples
 	$(BIN)/ruff format --check framework plugins tests benchmarks docs/examples
+	$(BIN)/python tests/typing_budget.py
+
+# A selection of the tests with the lowest versions that pyproject.toml allows; torch is the one that $(TORCH) names.
+test-lowest: .venv-lowest/ready
+	.venv-lowest/bin/python -m pytest $(PYTEST_FLAGS) $(LOWEST_TESTS)
+
+LOWEST_TESTS = $(addprefix tests/test_,$(addsuffix .py,packaging registry configuration numerics losses optimisation tokenizer data compare))
+
+.venv-lowest/ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check --no-deps $(TORCH)
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-lowest.txt
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --clean
+	@echo "Open site/index.html; for its search: $(PYTHON) -m http.server --bind 127.0.0.1 --directory site"
+
+.venv-docs/ready: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement docs/requirements.txt
+	touch $@
+
+dist: $(VENV)/ready
+	$(BIN)/python -m hatchling build --directory dist
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,4 +54,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 TORCH ?= torch==2.13.0
 
 clean:
-	rm -rf $(VENV) runs report
+	rm -rf $(VENV) .venv-docs .venv-lowest runs report site dist

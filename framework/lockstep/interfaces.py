@@ -81,12 +81,12 @@ class Model(ABC):
 
     ``supplies`` names them:
 
-    ========== ====== ==========================================================================================
-    logprobs   [B, T] log-probability of each response token given all before it, of logits / temperature
-    entropy    [B, T] entropy in nats of the distribution the token was drawn from, at the same temperature
-    values     [B, T] scalar head *before* the token is emitted (the state; Ziegler et al. 2019)
-    scores     [B]    scalar head at the last real token of the row
-    ========== ====== ==========================================================================================
+    | output | shape | |
+    |---|---|---|
+    | logprobs | [B, T] | log-probability of each response token given all before it, of logits / temperature |
+    | entropy | [B, T] | entropy in nats of the distribution the token was drawn from, at the same temperature |
+    | values | [B, T] | scalar head *before* the token is emitted (the state; Ziegler et al. 2019) |
+    | scores | [B] | scalar head at the last real token of the row |
 
     Columns where ``sequences.mask`` is False hold finite numbers that mean nothing. Attention and positions go by
     ``sequences.attention``; a model that cannot keep examples apart that share a row raises `ConfigError` for one that has

@@ -21,9 +21,7 @@ class Root:
 
     experiment_name: str = setting(REQUIRED, "Begins the run's name.")
     stages: Mapping[str, ConfigGroup] = setting(REQUIRED, "By name, in the order in which they run.")
-    backend: ConfigGroup = setting(
-        REQUIRED, "A component group: `name` and its ``Config``, as those that follow."
-    )
+    backend: ConfigGroup = setting(REQUIRED, "A component group: `name` and its ``Config``, as those that follow.")
     data: ConfigGroup = setting(REQUIRED, "Where prompts, demonstrations, comparisons and texts come from.")
     policy: ConfigGroup = setting(REQUIRED, "What a stage with ``policy: new`` starts from.")
     tracker: ConfigGroup = setting(REQUIRED, "Who keeps the record beside the run folder.")

@@ -130,7 +130,7 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
             names = [str(a) for a in arguments]
             raise ConfigError(f"{where}={value!r} is not one of {', '.join(names)}.{did_you_mean(str(value), names)}")
         return value
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return parse(hint, value, where, default if isinstance(default, hint) else None)
     if origin is tuple and isinstance(value, (list, tuple)):
         if arguments[-1] is Ellipsis:

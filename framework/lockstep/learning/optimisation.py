@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,7 +46,7 @@ class ScheduleConfig:
     final: float = setting(1.0, "Where linear and cosine end, as a fraction of the peak.", least=0, most=1)
 
 
-SHAPES = {
+SHAPES: dict[str, Callable[[float, float], float]] = {
     "constant": lambda progress, final: 1.0,
     "linear": lambda progress, final: 1 + (final - 1) * progress,
     "cosine": lambda progress, final: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)),

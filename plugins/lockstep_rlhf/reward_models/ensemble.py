@@ -17,12 +17,12 @@ from lockstep.interfaces import Inputs, Resources, Responses, RewardModel, Scala
 class Ensemble(RewardModel):
     """Of the scores r_1 .. r_K of K members, with mean μ and standard deviation σ over them (divided by K):
 
-    ===================== ==================== =======================================================================
-    mean                  μ
-    worst                 min r_k              worst-case optimisation (WCO)
-    uncertainty_weighted  μ - coef · σ²        uncertainty-weighted optimisation (UWO)
-    lower_bound           μ - coef · σ         a lower confidence bound, in the scores' own unit
-    ===================== ==================== =======================================================================
+    | | | |
+    |---|---|---|
+    | mean | μ | |
+    | worst | min r_k | worst-case optimisation (WCO) |
+    | uncertainty_weighted | μ - coef · σ² | uncertainty-weighted optimisation (UWO) |
+    | lower_bound | μ - coef · σ | a lower confidence bound, in the scores' own unit |
 
     A response that one member could not score has no score. The members should be normalised alike: with
     ``normalise: bias`` each scores demonstrations 0 on average. `details` has σ as ``disagreement``. A value network starts
