@@ -22,6 +22,7 @@ from lockstep.models.architecture import initial_parameters, small_decoder, to_h
 from lockstep.registry import registry
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_tensors
+from lockstep.text.encoding import Lengths
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Comparison, Demonstration, Prompt
 from lockstep_rlhf.reward_models.learned import Learned
@@ -149,7 +150,7 @@ def head(seed: int = 9) -> np.ndarray:
 def configure(name: str, **changes: Any) -> tuple[type[Algorithm], Any]:
     """An algorithm's class and its configuration: the defaults with ``changes``, cut to the size of this world."""
     cls = registry().resolve("algorithm", name)
-    return cls, parse(cls.Config, {"lengths": {"prompt": 6, "response": 12, "multiple": 4}} | changes, "algorithm")
+    return cls, parse(cls.Config, changes, "algorithm", cls.Config(lengths=Lengths(6, 12, 4)))
 
 
 @pytest.fixture
