@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lockstep.commands.run import run_config
+from lockstep.commands.run import run_config, sweeps
+from lockstep.commands.run.sweeps import SweepFolder, last_words, objective
 from lockstep.config.compose import compose
 from lockstep.errors import ConfigError
-from lockstep.runs import sweeps
-from lockstep.runs.sweeps import SweepFolder, last_words, objective
 from lockstep.storage.files import read_json
 from runs import DECODER, TINY, tiny
 from test_runs import lines
@@ -378,7 +377,7 @@ def test_last_words_are_the_error_or_the_last_lines():
 
 
 def test_many_processes_write_one_record(tmp_path):
-    code = "import sys; from pathlib import Path; from lockstep.runs.sweeps import SweepFolder\n"
+    code = "import sys; from pathlib import Path; from lockstep.commands.run.sweeps import SweepFolder\n"
     code += "for i in range(20): SweepFolder(Path(sys.argv[1])).note([sys.argv[2], str(i)], status='done')"
     SweepFolder(tmp_path).begin("lockstep run -m")
     started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(i)]) for i in range(3)]

@@ -3,7 +3,6 @@ adapters on one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +26,11 @@ from lockstep.models.architecture import (
     trunk_shapes,
     usual_tensors,
 )
+from lockstep.models.checkpoint import CheckpointConfig, FromCheckpoint
 from lockstep.storage.files import read_json
 from lockstep.storage.sources import fetch_folder
 from lockstep.storage.weights import read_weights
-from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
+from lockstep.text.tokenizer import Tokenizer
 from lockstep_jax.decoder import NetworkSpec, Tree
 from lockstep_jax.device import JaxDevice
 from lockstep_jax.model import LanguageModel, Scalar
@@ -67,24 +67,29 @@ class Decoder(Checkpoint):
         return cls.from_arrays(architecture, initial_parameters(architecture, seed), backend, language_head=True)
 
 
-class HuggingFace(Checkpoint):
+class HuggingFace(FromCheckpoint, Checkpoint):
     """A checkpoint of Hugging Face of one of `lockstep.models.architecture.FAMILIES`, from a folder or the hub."""
 
-    @dataclass(frozen=True)
-    class Config:
-        tokenizer: TokenizerConfig
-        path: str
+    Config = CheckpointConfig
 
     @classmethod
-    def create(cls, config: Config, backend: JaxDevice, tokenizer: Tokenizer, seed: int) -> HuggingFace:
+    def opens(cls, folder: Path) -> bool:
+        return (folder / "config.json").exists() and not adapters.is_adapter(folder)
+
+    @classmethod
+    def create(cls, config: CheckpointConfig, backend: JaxDevice, tokenizer: Tokenizer, seed: int) -> HuggingFace:
         return cls.load(config.path, backend)
 
 
-class LoRA(LanguageModel):
+class LoRA(FromCheckpoint, LanguageModel):
     """Low-rank adapters on a frozen checkpoint (Hu et al. 2021). All models of a run that adapt the same checkpoint share its
     weights: policy, reference, value network and reward model are adapters on one trunk."""
 
     Config = LoRAConfig
+
+    @classmethod
+    def opens(cls, folder: Path) -> bool:
+        return adapters.is_adapter(folder)
 
     @classmethod
     def create(cls, config: LoRAConfig, backend: JaxDevice, tokenizer: Tokenizer, seed: int) -> LoRA:

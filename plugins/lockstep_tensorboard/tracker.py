@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lockstep.config.secrets import without_secrets
 from lockstep.interfaces import Metrics
-from lockstep.reporting.tracking import Surviving, without_secrets
+from lockstep.reporting.tracking import Surviving
 
 
 class TensorBoard(Surviving):

@@ -3,7 +3,6 @@ adapters on one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,11 @@ from lockstep.models.architecture import (
     parameter_shapes,
     trunk_shapes,
 )
+from lockstep.models.checkpoint import CheckpointConfig, FromCheckpoint
 from lockstep.storage import gguf
 from lockstep.storage.files import read_json
 from lockstep.storage.weights import read_weights
-from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
+from lockstep.text.tokenizer import Tokenizer
 from lockstep_torch.classifier import TextClassifier
 from lockstep_torch.decoder import DecoderNetwork, Network, ScalarHead, load_arrays
 from lockstep_torch.device import TorchDevice
@@ -71,16 +71,17 @@ class Decoder(LanguageModel):
         return Scalar(network, head, backend)
 
 
-class HuggingFace(LanguageModel):
+class HuggingFace(FromCheckpoint, LanguageModel):
     """Any causal language model of transformers, from a folder or the hub."""
 
-    @dataclass(frozen=True)
-    class Config:
-        tokenizer: TokenizerConfig
-        path: str
+    Config = CheckpointConfig
 
     @classmethod
-    def create(cls, config: Config, backend: TorchDevice, tokenizer: Tokenizer, seed: int) -> HuggingFace:
+    def opens(cls, folder: Path) -> bool:
+        return (folder / "config.json").exists() and not adapters.is_adapter(folder)
+
+    @classmethod
+    def create(cls, config: CheckpointConfig, backend: TorchDevice, tokenizer: Tokenizer, seed: int) -> HuggingFace:
         return cls.load(config.path, backend)
 
     @classmethod
@@ -105,11 +106,15 @@ class HuggingFace(LanguageModel):
         return TextClassifier.load(folder, backend)
 
 
-class LoRA(LanguageModel):
+class LoRA(FromCheckpoint, LanguageModel):
     """Low-rank adapters on a frozen checkpoint (Hu et al. 2021), by peft. All models of a run that adapt the same checkpoint
     share its weights: policy, reference, value network and reward model are adapters on one trunk."""
 
     Config = LoRAConfig
+
+    @classmethod
+    def opens(cls, folder: Path) -> bool:
+        return adapters.is_adapter(folder)
 
     @classmethod
     def create(cls, config: LoRAConfig, backend: TorchDevice, tokenizer: Tokenizer, seed: int) -> LoRA:

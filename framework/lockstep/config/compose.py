@@ -86,6 +86,12 @@ def resolved(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(_explain(str(error), [])) from error
 
 
+def default(kind: str) -> str:
+    """The name that the core's configuration chooses of a group."""
+    choices = OmegaConf.load(conf_folders()[CORE] / "config.yaml").defaults
+    return next(choice[kind] for choice in choices if isinstance(choice, DictConfig) and kind in choice)
+
+
 def group(kind: str, name: str) -> dict[str, Any]:
     """The configuration file ``kind/name.yaml`` with its defaults, wherever on the search path it is; '???' where a value
     is missing. Empty where there is no such file."""

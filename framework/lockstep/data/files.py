@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,12 +19,14 @@ from lockstep.config.schema import parse
 from lockstep.data.columns import BadRow, LeftOut, reader
 from lockstep.data.mixing import mix, row_counts
 from lockstep.data.reading import Row, Source, parse_split, read_rows, source_digests
-from lockstep.errors import ConfigError, DataError, MissingData, did_you_mean
+from lockstep.errors import ConfigError, DataError, MissingData, Unreachable, did_you_mean
 from lockstep.interfaces import DataSource
 from lockstep.types import Comparison, Demonstration, Prompt
 
 NOUNS = ("demonstrations", "comparisons", "prompts", "texts")
 SPLITS = ("train", "heldout")
+FIRST = 100
+"""Rows of a data set on the hub that a dry run reads."""
 
 Items = tuple[Any, ...]
 
@@ -71,6 +73,19 @@ class Files(DataSource):
         self.first = first
         self._read: dict[str, dict[str, Items]] = {}
         self._items: dict[tuple[str, int], Items] = {}
+
+    @classmethod
+    def preview(cls, config: Config) -> Files:
+        return cls(config, first=FIRST)
+
+    def survey(self) -> Iterator[tuple[str, str | Unreachable]]:
+        for key, sources in self.sources.items():
+            for index, source in enumerate(sources):
+                try:
+                    found: str | Unreachable = f"{len(self.items(key, index))} {key} in {source.path}"
+                except Unreachable as error:
+                    found = error
+                yield f"data.{key}[{index}]", found
 
     @classmethod
     def fingerprint(cls, config: Config) -> str | None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lockstep.errors import ConfigError, DataError, did_you_mean, listing
+from lockstep.errors import ConfigError, DataError, Unreachable, did_you_mean, listing
 
 Row = tuple[str, Any]
 """'file:line', and the columns; or, where the line is not JSON, what the parser says about it."""
@@ -51,10 +51,6 @@ def source_digests(source: Source) -> list[str]:
         with open(file, "rb") as opened:
             digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
     return digests
-
-
-class Unreachable(DataError):
-    """A data set of the hub that could not be loaded: it may be that only the network is missing."""
 
 
 def read_rows(source: Source, first: int | None = None) -> Iterator[Row]:

@@ -23,10 +23,10 @@ import numpy as np
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
 from lockstep.learning import randomness
 from lockstep.models.architecture import classifier_class, language_head, usual_name
+from lockstep.models.checkpoint import CheckpointConfig
 from lockstep.storage.files import read_json, write_json, write_text
 from lockstep.storage.sources import fetch_folder
 from lockstep.storage.weights import read_tensors, read_weights, write_tensors
-from lockstep.text.tokenizer import TokenizerConfig
 
 ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NOT_WHOLE = (
@@ -66,11 +66,9 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(CheckpointConfig):
     """The configuration of the policy ``lora``, for every backend."""
 
-    tokenizer: TokenizerConfig
-    path: str
     rank: int
     alpha: float
     targets: tuple[str, ...]
@@ -158,6 +156,11 @@ VARIANTS = (
     "layer_replication", "trainable_token_indices", "target_parameters", "exclude_modules", "lora_bias",
     "alora_invocation_tokens",
 )  # fmt: skip
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether it holds an adapter and not a whole checkpoint."""
+    return (folder / ADAPTER_CONFIG).exists()
 
 
 def _refuse_variants(folder: Path, settings: Mapping[str, Any]) -> None:

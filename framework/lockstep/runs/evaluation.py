@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.text import encoding
-from lockstep.learning import numerics
-from lockstep.text.encoding import Example, Lengths
 from lockstep.errors import ConfigError, MissingData
 from lockstep.interfaces import DataSource, Model, Policy, Responses, RewardModel
-from lockstep.types import Choice, Comparison, Fit, Prompt
+from lockstep.learning import numerics
 from lockstep.learning.randomness import token_seeds
+from lockstep.text import encoding
+from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import Sequences, in_chunks, join, left_pad
 from lockstep.text.stopping import Stops
 from lockstep.text.tokenizer import Tokenizer
+from lockstep.types import Choice, Comparison, Fit, Prompt
 
 Measure = dict[str, float]
 
@@ -322,3 +322,15 @@ def rows(answers: Answers, count: int) -> list[Mapping[str, Any]]:
         }
         for i in range(min(count, len(answers.texts)))
     ]
+
+
+def flatten(result: Mapping[str, Any]) -> dict[str, float]:
+    """{'heldout/sft/gold': mean} of an evaluation, for trackers."""
+    flat = {}
+    for key, value in {**result.get("splits", {}), "reward_model": result.get("reward_model", {})}.items():
+        for inner, measures in value.items():
+            if "mean" in measures:
+                flat[f"{key}/{inner}"] = measures["mean"]
+            else:
+                flat |= {f"{key}/{inner}/{name}": m["mean"] for name, m in measures.items()}
+    return flat

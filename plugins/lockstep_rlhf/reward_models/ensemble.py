@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lockstep.errors import ConfigError
-from lockstep.interfaces import Resources, Responses, RewardModel, ScalarModel
+from lockstep.interfaces import Inputs, Resources, Responses, RewardModel, ScalarModel
 
 
 class Ensemble(RewardModel):
@@ -39,6 +39,10 @@ class Ensemble(RewardModel):
                 raise ConfigError(f"reward_model.members has {len(self.members)}: an ensemble needs two or more reward models.")
             if self.coef < 0:
                 raise ConfigError(f"reward_model.coef={self.coef:g} would reward disagreement. Set it to 0 or more.")
+
+    @classmethod
+    def inputs(cls, config: Config) -> Inputs:
+        return Inputs(members=config.members)
 
     def __init__(self, config: Config, resources: Resources):
         self.config = config

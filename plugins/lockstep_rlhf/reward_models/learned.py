@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.errors import ConfigError, listing
-from lockstep.interfaces import Classifier, Resources, Responses, RewardModel, ScalarModel
+from lockstep.interfaces import Classifier, Inputs, Resources, Responses, RewardModel, ScalarModel
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import Sequences, chunks, in_chunks
@@ -38,6 +38,10 @@ class Learned(RewardModel):
         source: str
         micro_batch_size: int | None
         chat_template: str | None
+
+    @classmethod
+    def inputs(cls, config: Config) -> Inputs:
+        return Inputs(outputs={config.source: "reward_model"})
 
     def __init__(self, config: Config, resources: Resources):
         self.config = config
