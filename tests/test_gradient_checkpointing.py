@@ -40,8 +40,8 @@ def kept_bytes(learner, terms) -> int:
     if learner.backend.name == "jax":
         import jax
 
-        learner.evaluate(terms[0].sequences, ["logprobs"], keep=True)
-        return sum(array.nbytes for array in jax.tree.leaves(learner.last.pullback))
+        made = learner.forward(terms[0].sequences, ["logprobs"])
+        return sum(array.nbytes for array in jax.tree.leaves(learner.kept[made].pullback))
     import torch
 
     sizes = {}

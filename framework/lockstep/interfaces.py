@@ -12,7 +12,7 @@ a token counts. Dtypes: tokens int32, masks bool, everything else float32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -81,12 +81,12 @@ class Model(ABC):
 
     ``supplies`` names them:
 
-    ========== ====== ==========================================================================================
-    logprobs   [B, T] log-probability of each response token given all before it, of logits / temperature
-    entropy    [B, T] entropy in nats of the distribution the token was drawn from, at the same temperature
-    values     [B, T] scalar head *before* the token is emitted (the state; Ziegler et al. 2019)
-    scores     [B]    scalar head at the last real token of the row
-    ========== ====== ==========================================================================================
+    | output | shape | |
+    |---|---|---|
+    | logprobs | [B, T] | log-probability of each response token given all before it, of logits / temperature |
+    | entropy | [B, T] | entropy in nats of the distribution the token was drawn from, at the same temperature |
+    | values | [B, T] | scalar head *before* the token is emitted (the state; Ziegler et al. 2019) |
+    | scores | [B] | scalar head at the last real token of the row |
 
     Columns where ``sequences.mask`` is False hold finite numbers that mean nothing. Attention and positions go by
     ``sequences.attention``; a model that cannot keep examples apart that share a row raises `ConfigError` for one that has
@@ -248,20 +248,54 @@ class Dropout:
     seeds: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class ForwardPass:
+    """The models' ``outputs`` for ``sequences``, without dropout, from `Learner.forward`.
+
+    A `Term` may carry the pass. The learner then differentiates the pass instead of running the models again. A pass serves
+    one gradient, before the parameters change; the learner refuses it after that. The learner keeps what the gradient needs,
+    and lets go of it when the pass is used or dropped.
+    """
+
+    sequences: Sequences
+    temperature: float
+    outputs: Mapping[str, np.ndarray]
+
+
 @dataclass(frozen=True)
 class Term:
-    """One summand of an update: a loss, the sequences to run the models on, and the arrays [B, ...] the loss reads."""
+    """One summand of an update: a loss, the sequences to run the models on, and the arrays [B, ...] the loss reads.
+
+    ``forward`` is the pass that has computed this term's outputs already, if there is one.
+
+    Raises:
+      ValueError: ``forward`` was made from other tokens or at another temperature, lacks an output that the loss reads, or the
+        term has dropout.
+    """
 
     loss: Loss
     sequences: Sequences
     batch: Mapping[str, np.ndarray]
     temperature: float = 1.0
     dropout: Dropout | None = None
+    forward: ForwardPass | None = None
 
-    def reads(self, sequences: Sequences, temperature: float, outputs: Collection[str]) -> bool:
-        """Whether a pass over ``sequences`` without dropout, which gave ``outputs``, is the one that this term needs."""
-        same = self.sequences.same_arrays(sequences) and self.temperature == temperature and self.dropout is None
-        return same and set(self.loss.outputs) <= set(outputs)
+    def __post_init__(self):
+        made = self.forward
+        if made is None:
+            return
+        missing = set(self.loss.outputs) - set(made.outputs)
+        reasons = {
+            "the pass read other tokens": not self.sequences.same_input(made.sequences),
+            f"the pass has temperature {made.temperature:g}, the term {self.temperature:g}": made.temperature != self.temperature,
+            "the term has dropout, and a pass has none": self.dropout is not None,
+            f"the loss reads {listing(missing)}, the pass has {listing(made.outputs)}": bool(missing),
+        }
+        if wrong := [reason for reason, holds in reasons.items() if holds]:
+            raise ValueError(
+                f"This term cannot use its forward pass: {'; '.join(wrong)}. Call Learner.forward with the term's own sequences, "
+                "temperature and outputs, or leave Term.forward out."
+            )
 
 
 class Learner(ABC):
@@ -273,18 +307,19 @@ class Learner(ABC):
 
     models: Mapping[str, Model]
 
-    def evaluate(
-        self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0, keep: bool = False
-    ) -> dict[str, np.ndarray]:
-        """As `Model.evaluate`, each output from the first model that supplies it.
-
-        ``keep`` announces that the next update has a term of these very arrays. A learner may then keep what the gradient
-        needs, and run the networks once for both; one that does not override this method does without.
-        """
+    def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
+        """As `Model.evaluate`, each output from the first model that supplies it."""
         found: dict[str, np.ndarray] = {}
         for name, wanted in suppliers(self.models, outputs).items():
             found |= self.models[name].evaluate(sequences, wanted, temperature=temperature)
         return found
+
+    def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
+        """The outputs now, and the graph for the next update: pass the result on as `Term.forward`.
+
+        A learner that does not override this method evaluates, keeps nothing, and runs the models again for the gradient.
+        """
+        return ForwardPass(sequences, temperature, self.evaluate(sequences, outputs, temperature=temperature))
 
     @abstractmethod
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
@@ -318,6 +353,20 @@ def suppliers(models: Mapping[str, Model], outputs: Iterable[str]) -> dict[str, 
         raise ConfigError(f"The loss needs {listing(missing)}, which no model supplies. Models: {listing(models)}.")
     found = {name: tuple(output for output, supplier in first.items() if supplier == name) for name in models}
     return {name: wanted for name, wanted in found.items() if wanted}
+
+
+def take_pass(kept: MutableMapping[ForwardPass, Any], forward: ForwardPass) -> Any:
+    """For learners: what is kept for the gradient of a pass, removed from ``kept``.
+
+    Raises:
+      ValueError: nothing is kept for it.
+    """
+    if forward not in kept:
+        raise ValueError(
+            "This forward pass cannot be differentiated: it has served a gradient already, the parameters have changed since, or "
+            "another learner made it. Call Learner.forward again, or leave Term.forward out."
+        )
+    return kept.pop(forward)
 
 
 class Backend(ABC, Component):

@@ -16,6 +16,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,11 +67,11 @@ class Component:
           RegistryError: it cannot be imported; the message holds the reason and the command that may help.
         """
         where = f"{self.kind} '{self.name}' of {self.distribution}"
-        if missing := self.missing():
+        if self.plugin and (missing := self.missing()):
             raise RegistryError(f"The {where} needs {listing(missing)}, not installed. Type: {self.plugin.install}")
         module, _, attribute = self.target.partition(":")
         try:
-            return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+            return operator.attrgetter(attribute)(importlib.import_module(module))
         except Exception as error:
             raise RegistryError(f"The {where} ({self.target}) cannot be imported: {error!r}") from error
 

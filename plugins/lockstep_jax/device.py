@@ -11,29 +11,25 @@ from typing import Any, Literal
 
 import jax
 
+from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, listing
 from lockstep.interfaces import Backend
 
 
 class JaxDevice(Backend):
-    """`JaxBackend` but for its learner, which imports the models, as these import this file.
-
-    Args of its configuration:
-
-    device: 'cpu', 'gpu' or 'tpu'; 'auto' takes the first accelerator, else the CPU.
-    precision: of matrix products. With bfloat16 the weights and the optimizer stay in float32.
-    gradient_checkpointing: recompute a layer's inner activations in the backward pass (remat; Chen et al. 2016): memory for one
-      layer instead of all, for a second forward pass. Otherwise the operands and results of matmuls are kept, and only what
-      lies between them is recomputed. None: in networks of more than `lockstep_jax.decoder.SHALLOW` layers.
-    compilation_cache: folder in which compiled programs outlive the process; null for none.
-    """
+    """`JaxBackend` but for its learner, which imports the models, as these import this file."""
 
     @dataclass(frozen=True)
     class Config:
-        device: str
-        precision: Literal["float32", "bfloat16"]
-        gradient_checkpointing: bool | None
-        compilation_cache: str | None
+        device: str = setting("auto", "cpu, gpu or tpu; auto: the first accelerator, else the CPU.")
+        precision: Literal["float32", "bfloat16"] = setting("float32", "Of matrix products; weights and Adam stay in float32.")
+        gradient_checkpointing: bool | None = setting(
+            None,
+            "Recompute a layer's inner activations for the gradient (remat; Chen et al. 2016): memory for a second forward "
+            "pass. Otherwise operands and results of matmuls are kept, and only what lies between them is recomputed. Null: "
+            "in networks of more than `lockstep_jax.decoder.SHALLOW` layers.",
+        )
+        compilation_cache: str | None = setting("~/.cache/lockstep/jax", "Where compiled programs are kept; null: nowhere.")
 
     name = "jax"
 

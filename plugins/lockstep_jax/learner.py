@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import optax
 from jax import Array
 
 from lockstep.errors import CheckpointError
-from lockstep.interfaces import Learner, Loss, Metrics, Term, suppliers
+from lockstep.interfaces import ForwardPass, Learner, Loss, Metrics, Term, suppliers, take_pass
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import read_tensors, write_tensors
@@ -64,13 +64,10 @@ class Rates(NamedTuple):
         return cls(config.learning_rate * lr_scale, config.eps_at(step), 1 - first**step, 1 - second**step)
 
 
-@dataclass(frozen=True)
-class Pass:
-    """A forward pass that no gradient was asked of yet: its outputs, and what turns gradients of these into gradients of the
-    parameters, which are not in it."""
+class Graph(NamedTuple):
+    """What the gradient of a pass needs: its outputs, and what turns gradients of these into gradients of the parameters, which
+    are not in it."""
 
-    sequences: Sequences
-    temperature: float
     outputs: dict[str, Array]
     pullback: Any
 
@@ -81,25 +78,23 @@ class JaxLearner(Learner):
         self.models = dict(models)
         self.optimizers = {name: optimizers[name] for name in self.models}
         self.steps = 0
-        self.last: Pass | None = None
+        self.kept: WeakKeyDictionary[ForwardPass, Graph] = WeakKeyDictionary()
         if sum(leaf.size for leaf in jax.tree.leaves((self._parameters(), self._frozen()))) < SMALL:
             keep_freed_memory()
         self.moments = {name: _initial(model.params, self.optimizers[name]) for name, model in self.models.items()}
 
-    def evaluate(
-        self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0, keep: bool = False
-    ) -> dict[str, np.ndarray]:
-        if not keep:
-            return super().evaluate(sequences, outputs, temperature=temperature)
+    def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
         given = self._parameters(), self._frozen(), Block.put(sequences), temperature
-        found, pullback = _pass(*given, roles=self._roles(outputs))
-        self.last = Pass(sequences, temperature, found, pullback)
-        return {name: np.asarray(value) for name, value in jax.device_get(found).items()}
+        graph = Graph(*_pass(*given, roles=self._roles(outputs)))
+        host = {name: np.asarray(value) for name, value in jax.device_get(graph.outputs).items()}
+        made = ForwardPass(sequences, temperature, host)
+        self.kept[made] = graph
+        return made
 
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
         rates = {name: Rates.at(config, self.steps + 1, lr_scale) for name, config in self.optimizers.items()}
         configs = tuple(self.optimizers.items())
-        if len(terms) == 1 and self.last is None:
+        if len(terms) == 1 and terms[0].forward is None:
             given = (self._states(), self._frozen(), *_arguments(terms[0]), rates)
             states, metrics = _learn(*given, configs=configs, **self._static(terms[0]))
         else:
@@ -128,11 +123,11 @@ class JaxLearner(Learner):
         return total, metrics
 
     def _of_term(self, term: Term) -> tuple[dict[str, Tree], dict[str, Array]]:
-        """By the pass that `evaluate` kept, if it is the one that this term needs. It serves one gradient."""
+        """Its gradients and metrics: from its pass where it has one."""
         params, frozen = self._parameters(), self._frozen()
-        last, self.last = self.last, None
-        if last and term.reads(last.sequences, last.temperature, last.outputs):
-            return _pulled_back(params, frozen, last.pullback, last.outputs, dict(term.batch), loss=term.loss)
+        if term.forward is not None:
+            graph = take_pass(self.kept, term.forward)
+            return _pulled_back(params, frozen, graph.pullback, graph.outputs, dict(term.batch), loss=term.loss)
         return _gradients(params, frozen, *_arguments(term), **self._static(term))
 
     def _static(self, term: Term) -> dict[str, Any]:
@@ -159,7 +154,6 @@ class JaxLearner(Learner):
         write_json(folder / "learner.json", {"steps": self.steps})
 
     def restore(self, folder: Path) -> None:
-        self.last = None
         stored = read_tensors(folder / "learner.safetensors")
         steps = read_json(folder / "learner.json")["steps"]
         self._take({name: self._restored(name, state, stored, folder) for name, state in self._states().items()})
@@ -188,7 +182,9 @@ class JaxLearner(Learner):
         return {name: state._replace(parameters=self.models[name].params) for name, state in self.moments.items()}
 
     def _take(self, states: Mapping[str, State]) -> None:
-        """The parameters live in the models, so that these are trained in place; the rest lives here."""
+        """The parameters live in the models, so that these are trained in place; the rest lives here. Passes of the parameters
+        before are of no use."""
+        self.kept.clear()
         for name, state in states.items():
             self.models[name].params = state.parameters
             self.moments[name] = state._replace(parameters=None)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Backend
 
@@ -18,26 +19,21 @@ log = logging.getLogger(__name__)
 
 
 class TorchDevice(Backend):
-    """`TorchBackend` but for its learner, which imports the models, as these import this file.
-
-    Args of its configuration:
-
-    device: 'cpu', 'cuda', 'cuda:1', 'mps', ...; 'auto' takes the first accelerator, else the CPU.
-    precision: of matrix products. With bfloat16 the weights and the optimizer stay in float32.
-    gradient_checkpointing: recompute a layer's inner activations in the backward pass instead of keeping them (Chen et al. 2016):
-      memory for one layer instead of all, for a second forward pass.
-    cuda_graphs: decode with one launch per token instead of one per kernel, in networks that run in this project's own decoder;
-      of no effect on other devices. Tested as far as a CPU allows, and not yet run on a card: hence off.
-    threads: CPU threads; null leaves PyTorch's choice (one per core).
-    """
+    """`TorchBackend` but for its learner, which imports the models, as these import this file."""
 
     @dataclass(frozen=True)
     class Config:
-        device: str
-        precision: Literal["float32", "bfloat16"]
-        gradient_checkpointing: bool
-        cuda_graphs: bool
-        threads: int | None
+        device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto: the first accelerator, else the CPU.")
+        precision: Literal["float32", "bfloat16"] = setting("float32", "Of matrix products; weights and Adam stay in float32.")
+        gradient_checkpointing: bool = setting(
+            False, "Recompute a layer's inner activations for the gradient (Chen et al. 2016): memory for a second forward pass."
+        )
+        cuda_graphs: bool = setting(
+            False,
+            "On CUDA devices, decode with one launch per token instead of one per kernel, in networks that run in this "
+            "project's own decoder. Tested as far as a CPU allows, and not yet run on a card: hence off.",
+        )
+        threads: int | None = setting(None, "CPU threads; null: one per core.", least=1)
 
     name = "torch"
 

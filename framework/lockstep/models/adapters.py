@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lockstep.config.schema import setting
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
 from lockstep.learning import randomness
 from lockstep.models.architecture import classifier_class, language_head, usual_name
@@ -69,13 +70,12 @@ class Adapter:
 class LoRAConfig(CheckpointConfig):
     """The configuration of the policy ``lora``, for every backend."""
 
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-
-    def __post_init__(self):
-        if self.rank < 1:
-            raise ConfigError(f"policy.rank={self.rank} should be at least 1.")
+    rank: int = setting(16, "Inner dimension of the adapter's two matrices.", least=1)
+    alpha: float = setting(32.0, "The adapter counts alpha / rank times (Hu et al. 2021, section 4.1).", above=0)
+    targets: tuple[str, ...] = setting(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "Linear layers, by the last part of their names: all of Llama's; GPT-2: c_attn, c_proj, c_fc.",
+    )
 
     def adapter(self, layers: Iterable[str], *, conv1d: bool) -> Adapter:
         """For a checkpoint whose linear layers have these names.

@@ -6,19 +6,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from lockstep.config.schema import REQUIRED, setting
 from lockstep.interfaces import Inputs
 from lockstep.text.tokenizer import TokenizerConfig
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Args:
-    path: of the checkpoint: a folder, a GGUF file or a hub id.
-    tokenizer: a path of None is the checkpoint's own tokenizer.
-    """
+    """The keys that they share."""
 
-    tokenizer: TokenizerConfig
-    path: str
+    path: str = setting(REQUIRED, "The checkpoint: a folder, a GGUF file or a hub id.")
+    tokenizer: TokenizerConfig = setting(TokenizerConfig(), "Null in it: the checkpoint's own.")
 
 
 class FromCheckpoint:

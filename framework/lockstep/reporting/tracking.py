@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from lockstep.config.schema import setting
 from lockstep.config.secrets import without_secrets
 from lockstep.interfaces import Metrics, Tracker
 from lockstep.storage.files import read_lines
@@ -116,10 +117,10 @@ class Wandb(Surviving):
 
     @dataclass(frozen=True)
     class Config:
-        project: str
-        entity: str | None
-        mode: Literal["auto", "online", "offline", "disabled"]
-        tags: tuple[str, ...]
+        project: str = setting("lockstep", "W&B's project.")
+        entity: str | None = setting(None, "A team or user; null: the default one of the API key.")
+        mode: Literal["auto", "online", "offline", "disabled"] = setting("auto", "auto: online where there is an API key.")
+        tags: tuple[str, ...] = setting((), "Of every W&B run.")
 
     def __init__(self, config: Config):
         super().__init__()

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.config.schema import parse
+from lockstep.config.root import ConfigGroup, check_root, component_config
+from lockstep.config.schema import parse, setting
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
 from lockstep.interfaces import Algorithm, DataSource, RewardModel
 from lockstep.registry import registry
@@ -27,26 +28,19 @@ from lockstep.runs.store import RunFolder, StageFolder, decisive
 from lockstep.storage.files import read_json
 from lockstep.text.tokenizer import TokenizerConfig, template_text
 
-ConfigGroup = dict[str, Any]
 NEW = "new"
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stage trains (``algorithm``) or evaluates (``evaluation``).
+    """A stage trains (``algorithm``) or evaluates (``evaluation``)."""
 
-    policy: what it starts from: 'new' for the configured policy, or an earlier stage.
-    reward_model: the group that gives scores, for algorithms that need them and for evaluation.
-    changes: keys of the algorithm that differ in this stage.
-    seed_offset: added to the run's seed, for stages that differ in nothing else, as the members of an ensemble do.
-    """
-
-    algorithm: ConfigGroup | None
-    policy: str | None
-    reward_model: ConfigGroup | None
-    changes: ConfigGroup | None
-    evaluation: ConfigGroup | None
-    seed_offset: int | None
+    algorithm: ConfigGroup | None = setting(None, "The group of the algorithm that trains.")
+    policy: str | None = setting(None, "What it starts from: 'new' for the configured policy, or an earlier stage.")
+    reward_model: ConfigGroup | None = setting(None, "The group that scores, where the algorithm or evaluation needs one.")
+    changes: ConfigGroup | None = setting(None, "Keys of the algorithm that differ in this stage.")
+    evaluation: ConfigGroup | None = setting(None, "The group of the evaluation.")
+    seed_offset: int = setting(0, "Added to the run's seed, for stages that differ in nothing else.")
 
 
 @dataclass(frozen=True)
@@ -124,10 +118,9 @@ class Experiment:
 
     def __init__(self, config: Mapping[str, Any]):
         self.config: ConfigGroup = dict(config)
-        for key, least in (("seed", 0), ("checkpoint_every", 1), ("samples_every", 1)):
-            if type(config[key]) is not int or config[key] < least:
-                raise ConfigError(f"{key}={config[key]!r} should be a whole number of at least {least}.")
-        self.seed: int = config["seed"]
+        self.seed: int = check_root(config).seed
+        if config.get("evaluation") is not None:
+            parse(EvaluationConfig, config["evaluation"], "evaluation")
         self.backend_name: str = config["backend"]["name"]
         self.backend = self._component("backend", config["backend"])
         self.data = self._component("data", config["data"])
@@ -211,11 +204,10 @@ class Experiment:
                 yield from self._scorers(member)
 
     def _stage(self, name: str, group: ConfigGroup) -> Stage:
-        absent = dict.fromkeys(field.name for field in dataclasses.fields(StageConfig))
-        stage = parse(StageConfig, absent | dict(group), f"stages.{name}")
+        stage = parse(StageConfig, group, f"stages.{name}")
         if (stage.algorithm is None) == (stage.evaluation is None):
             raise ConfigError(f"stages.{name} needs either an algorithm or an evaluation.")
-        seed = self.seed + (stage.seed_offset or 0)
+        seed = self.seed + stage.seed_offset
         if seed < 0:
             raise ConfigError(f"stages.{name}.seed_offset={stage.seed_offset} makes the seed {seed}. It must be at least 0.")
         scorers = tuple(self._scorers(stage.reward_model))
@@ -286,11 +278,6 @@ def _up_to_date(content: ConfigGroup, fingerprint: str | None) -> bool:
         and content["data"]["fingerprint"] == fingerprint
         and all(Path(path).exists() and identity.folder_digest(path) == digest for path, digest in content["folders"].items())
     )
-
-
-def component_config(cls: type, group: ConfigGroup, where: str) -> Any:
-    """A component's group as its ``Config``: every key but ``name``, which chose the component."""
-    return parse(cls.Config, {key: value for key, value in group.items() if key != "name"}, where)
 
 
 def _merge(group: ConfigGroup, changes: ConfigGroup, where: str) -> ConfigGroup:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, listing
 from lockstep.interfaces import Classifier, Inputs, Resources, Responses, RewardModel, ScalarModel
 from lockstep.text import encoding
@@ -35,9 +36,9 @@ class Learned(RewardModel):
 
     @dataclass(frozen=True)
     class Config:
-        source: str
-        micro_batch_size: int | None
-        chat_template: str | None
+        source: str = setting("reward", "A stage, or a folder or hub id of a public reward model.")
+        micro_batch_size: int | None = setting(64, "Rows per forward pass; null: all.", least=1)
+        chat_template: str | None = setting(None, "Of a public model: jinja text, dialogue or plain; null: its tokenizer's own.")
 
     @classmethod
     def inputs(cls, config: Config) -> Inputs:
