@@ -12,7 +12,7 @@ a token counts. Dtypes: tokens int32, masks bool, everything else float32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -143,6 +143,22 @@ class Policy(Model):
             seeds[b, t] and nothing else, so the tokens do not depend on the backend or on how rows are batched.
           stop_ids: a row ends with the first of these; it is kept, and everything after it is ``pad_id``, masked.
         """
+
+    def stream(
+        self,
+        prompt_tokens: np.ndarray,
+        prompt_mask: np.ndarray,
+        seeds: np.ndarray,
+        *,
+        temperature: float,
+        stop_ids: Sequence[int],
+        pad_id: int,
+    ) -> Iterator[np.ndarray]:
+        """The tokens of `generate`, a column int32 [B] at a time, each when it is drawn, until every row has ended. This default
+        gives them once all are drawn."""
+        how: dict[str, Any] = {"temperature": temperature, "stop_ids": stop_ids, "pad_id": pad_id}
+        drawn = self.generate(prompt_tokens, prompt_mask, seeds, **how)
+        yield from drawn.tokens[:, drawn.mask.any(axis=0)].T
 
     @abstractmethod
     def with_value_head(self) -> Policy:
