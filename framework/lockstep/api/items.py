@@ -77,6 +77,12 @@ def _plain(prompt: Any) -> Any:
     return prompt
 
 
+def prompt(item: Any) -> Prompt:
+    """One item as a prompt."""
+    (found,) = read("prompts", [item])
+    return found
+
+
 def dialogue(prompt: Prompt) -> list[dict[str, str]]:
     """What a reward function is given."""
     return [{"role": m.role, "content": m.content} for m in prompt.messages]

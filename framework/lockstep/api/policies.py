@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,10 @@ from lockstep.types import Message, Prompt
 if TYPE_CHECKING:
     import pandas
 
-Texts = str | Sequence[str]
 PAD = "<|pad|>"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ChatPolicy:
     """A policy with its tokenizer, on a backend. `load`, `new_policy` and `train` make one; training never changes it.
 
@@ -48,7 +47,10 @@ class ChatPolicy:
     tokenizer: Tokenizer
     backend: Backend
     name: str
-    metrics: pandas.DataFrame | None = field(default=None, repr=False)
+    metrics: pandas.DataFrame | None = None
+
+    def __repr__(self) -> str:
+        return f"ChatPolicy({self.name} on {self.backend.name})"
 
     def chat(
         self, prompt: Any, *, max_tokens: int | None = None, temperature: float = 1.0, stop: Sequence[str] = (), seed: int = 0
@@ -70,17 +72,21 @@ class ChatPolicy:
     ) -> list[str]:  # fmt: skip
         """As `chat`, to many prompts at once."""
         how = self._sampling(max_tokens, temperature, stop, seed)
-        return self._respond([self._encoded(prompt, how) for prompt in prompts], how)
+        return self._respond([self._encoded(prompt, how) for prompt in _listed(prompts)], how)
 
     def complete(
-        self, text: Texts, *, max_tokens: int | None = None, temperature: float = 1.0, stop: Sequence[str] = (), seed: int = 0
-    ) -> Any:
-        """What follows a raw text, without a chat template: a string for a string, a list for a list. The text starts from BOS,
-        or EOS where the tokenizer has none, as in pretraining."""
+        self,
+        texts: Sequence[str],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[str]:
+        """What follows raw texts, without a chat template. A text starts from BOS, or from EOS where the tokenizer has none,
+        as in pretraining."""
         how = self._sampling(max_tokens, temperature, stop, seed)
-        texts = [text] if isinstance(text, str) else list(text)
-        found = self._respond([self._start(one, how) for one in texts], how)
-        return found[0] if isinstance(text, str) else found
+        return self._respond([self._start(text, how) for text in _listed(texts)], how)
 
     def conversation(
         self, *, system: str | None = None, max_tokens: int | None = None, temperature: float = 1.0, stop: Sequence[str] = (),
@@ -104,8 +110,7 @@ class ChatPolicy:
 
     def _encoded(self, prompt: Any, how: Sampling) -> list[int]:
         limit = self.policy.context_length - how.max_tokens
-        (found,) = items.read("prompts", [prompt])
-        ids = encoding.encode_prompt(self.tokenizer, found, limit)
+        ids = encoding.encode_prompt(self.tokenizer, items.prompt(prompt), limit)
         if ids is None:
             raise DataError(_TOO_LONG.format(limit=limit, context=self.policy.context_length, max_tokens=how.max_tokens))
         return ids
@@ -120,6 +125,12 @@ class ChatPolicy:
     def _respond(self, prompts: Sequence[Sequence[int]], how: Sampling) -> list[str]:
         with Console().waiting(f"sampling {len(prompts)} responses"):
             return sampling.respond(self.policy, self.tokenizer, prompts, how)
+
+
+def _listed(texts: Sequence[Any]) -> Sequence[Any]:
+    if isinstance(texts, str):
+        raise DataError(f"Several texts are expected, not one. Write [{texts!r}].")
+    return texts
 
 
 _TOO_LONG = (

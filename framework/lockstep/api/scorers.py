@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ Reward = Callable[[list[list[dict[str, str]]], list[str]], Sequence[float]]
 ``{"role", "content"}``; responses are texts; scores are as many finite numbers."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Scorer:
     """A learned reward model with its tokenizer, on a backend: what `train` makes of comparisons.
 
@@ -42,7 +42,10 @@ class Scorer:
     tokenizer: Tokenizer
     backend: Backend
     name: str
-    metrics: pandas.DataFrame | None = field(default=None, repr=False)
+    metrics: pandas.DataFrame | None = None
+
+    def __repr__(self) -> str:
+        return f"Scorer({self.name} on {self.backend.name})"
 
     @classmethod
     def load(
@@ -67,7 +70,7 @@ class Scorer:
             raise DataError(f"Each response needs its prompt, not {len(prompts)} prompts for {len(responses)} responses.")
         half = self.model.context_length // 2
         examples = []
-        for number, (prompt, response) in enumerate(zip(items.read("prompts", prompts), responses, strict=True)):
+        for number, (prompt, response) in enumerate(zip(map(items.prompt, prompts), responses, strict=True)):
             ids = encoding.encode_prompt(self.tokenizer, prompt, half)
             if ids is None:
                 raise DataError(f"prompts[{number}] has more than {half} tokens, which is half the model's context.")

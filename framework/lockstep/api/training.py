@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lockstep.api import items
+from lockstep.api.interrupts import noted
 from lockstep.api.policies import ChatPolicy, laid_over
 from lockstep.api.scorers import Reward, Scorer, reward_model
 from lockstep.config.compose import group
@@ -75,7 +73,7 @@ def train(
 def _steps(name: str, trainer: Algorithm, console: Console) -> list[dict[str, float]]:
     """The metrics of each step and, where there are some, those of the end."""
     rows, health = [], Health()
-    with _interruption() as interrupted, console.progress(name, 0, trainer.total_steps) as progress:
+    with noted(_say) as interrupted, console.progress(name, 0, trainer.total_steps) as progress:
         for step in range(trainer.total_steps):
             rows.append(trainer.step(step))
             for finding in health.watch(step, rows[-1]):
@@ -88,32 +86,15 @@ def _steps(name: str, trainer: Algorithm, console: Console) -> list[dict[str, fl
     return [*rows, last] if last else rows
 
 
+def _say() -> None:
+    log.warning("stopping after this step; press Ctrl-C again to stop at once")
+
+
 def _metrics(rows: Sequence[Mapping[str, float]]) -> pandas.DataFrame:
     """A row per step, without what was never measured."""
     import pandas
 
     return pandas.DataFrame(rows, index=pandas.RangeIndex(len(rows), name="step")).dropna(axis="columns", how="all")
-
-
-@contextlib.contextmanager
-def _interruption() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed: the first is only noted, the second interrupts. Signals reach the main thread alone."""
-    asked = threading.Event()
-
-    def note(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-        log.warning("stopping after this step; press Ctrl-C again to stop at once")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class Given(DataSource):

@@ -10,9 +10,10 @@ import argparse
 import contextlib
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from lockstep.api.interrupts import noted
 from lockstep.errors import LockstepError, did_you_mean
 from lockstep.reporting.console import Console
 
@@ -79,7 +80,7 @@ def lines(terminal: bool) -> Iterator[str]:
             return
 
 
-def reply(conversation: Conversation, line: str) -> Iterator[str]:
+def reply(conversation: Conversation, line: str) -> Generator[str, None, None]:
     """What the line brings: an answer in pieces, or what a command says."""
     command, _, rest = line.strip().partition(" ")
     if not command:
@@ -98,18 +99,20 @@ def reply(conversation: Conversation, line: str) -> Iterator[str]:
         yield f"There is no {command}.{did_you_mean(command, COMMANDS)} Commands: {', '.join(COMMANDS)}."
 
 
-def write(pieces: Iterator[str]) -> None:
+def write(pieces: Generator[str, None, None]) -> None:
     """Each piece at once; Ctrl-C ends them."""
     any_piece = False
-    try:
-        for piece in pieces:
-            any_piece = True
-            print(visible(piece), end="", flush=True)
-    except KeyboardInterrupt:
-        print(" [stopped]", end="")
-    finally:
-        if any_piece:
-            print(flush=True)
+    with noted() as interrupted, contextlib.closing(pieces):
+        try:
+            for piece in pieces:
+                any_piece = True
+                print(visible(piece), end="", flush=True)
+                if interrupted():
+                    print(" [stopped]", end="")
+                    break
+        finally:
+            if any_piece:
+                print(flush=True)
 
 
 def visible(text: str) -> str:

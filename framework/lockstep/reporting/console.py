@@ -85,8 +85,8 @@ class Console:
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Says what is being waited for, if it takes longer than two seconds."""
-        timer = threading.Timer(SECONDS_BEFORE_A_WORD, self.say, [f"{what} ..."])
+        """Says what is being waited for, if it takes longer than two seconds: on the standard error, for it is no result."""
+        timer = threading.Timer(SECONDS_BEFORE_A_WORD, lambda: print(f"{what} ...", file=sys.stderr, flush=True))
         timer.daemon = True
         timer.start()
         try:
