@@ -108,7 +108,7 @@ def test_the_listings_of_the_page_run(tmp_path, monkeypatch):
     stage = names["run"].outputs("policy")["ppo"].parent  # a stage's own folder is a source too
     assert lockstep.load(stage).chat(QUESTION, seed=3) == names["run"].policy("ppo").chat(QUESTION, seed=3)
     assert list(names["run"].outputs("reward_model")) == ["reward"]
-    with pytest.raises(CheckpointError, match="no stage 'stf' that made one. Did you mean 'sft'?"):
+    with pytest.raises(CheckpointError, match="no stage 'stf' with one. Did you mean 'sft'?"):
         names["run"].policy("stf")
     with pytest.raises(CheckpointError, match="holds a reward model, not a policy"):
         lockstep.load("my-scorer")

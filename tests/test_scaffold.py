@@ -5,12 +5,11 @@ import difflib
 import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 
-from lockstep.checking.scaffold import TEMPLATES, class_name, new_plugin, package
+from lockstep.checking.scaffold import class_name, new_plugin, package
 from lockstep.errors import ConfigError
 from test_plugins import edited, install, lockstep, python, run, write
 
@@ -70,16 +69,6 @@ def test_generated_files_are_formatted_and_free_of_placeholders(kind, tmp_path):
     for command in (["check", "--select", "E,F,I,UP,B,SIM"], ["format", "--check"]):
         done = subprocess.run([sys.executable, "-m", "ruff", *command, *rules, "."], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_templates_are_in_the_wheel(tmp_path):
-    pytest.importorskip("hatchling")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", tmp_path]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as files:
-        packed = {name.partition("lockstep/scaffold/templates/")[2] for name in files.namelist()}
-    assert {file.relative_to(TEMPLATES).as_posix() for file in TEMPLATES.rglob("*.template")} <= packed
 
 
 # -------------------------------------------------------------------------------------------------------- as a person edits

@@ -16,6 +16,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,11 +67,11 @@ class Component:
           RegistryError: it cannot be imported; the message holds the reason and the command that may help.
         """
         where = f"{self.kind} '{self.name}' of {self.distribution}"
-        if missing := self.missing():
+        if self.plugin and (missing := self.missing()):
             raise RegistryError(f"The {where} needs {listing(missing)}, not installed. Type: {self.plugin.install}")
         module, _, attribute = self.target.partition(":")
         try:
-            return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+            return operator.attrgetter(attribute)(importlib.import_module(module))
         except Exception as error:
             raise RegistryError(f"The {where} ({self.target}) cannot be imported: {error!r}") from error
 
@@ -128,6 +129,16 @@ class Registry:
             + (f" {self._broken_hint()}" if self.broken else "")
             + f" To use a class of your own, register {article} {kind} plugin or write '{kind}.name=module:Class'."
         )
+
+    def components_of(self, kind: str, backend: str) -> list[Component]:
+        """What this backend can use of a kind, and what it needs is installed: one component per name, its own before a
+        neutral one."""
+        found: dict[str, Component] = {}
+        for component in self:
+            usable = component.kind == kind and component.backend in (backend, None) and not component.missing()
+            if usable and (component.name not in found or component.backend is not None):
+                found[component.name] = component
+        return list(found.values())
 
     def _broken_hint(self) -> str:
         return "Not loaded: " + "; ".join(f"{name}: {reason}" for name, reason in self.broken.items()) + "."

@@ -55,7 +55,7 @@ class Comparison:
     ranks: tuple[int, ...]
     labeler: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.completions) < 2 or len(self.completions) != len(self.ranks):
             raise ValueError(
                 f"a comparison needs at least two completions and one rank for each, "

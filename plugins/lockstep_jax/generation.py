@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from lockstep.learning import randomness
-from lockstep_jax.decoder import Array, Cache, Network, Tree
+from lockstep_jax.decoder import Cache, NetworkSpec, Tree
 
 
-class Progress(NamedTuple):
+class DecodeState(NamedTuple):
     """What the loop carries. ``step`` tokens of each row are written; ``token`` [B] is the last, not fed yet."""
 
     step: Array
@@ -28,7 +29,7 @@ class Progress(NamedTuple):
     cache: Cache
 
 
-@functools.partial(jax.jit, static_argnames=("network", "greedy"))
+@functools.partial(jax.jit, static_argnames=("spec", "greedy"))
 def generate(
     params: Tree,
     frozen: Tree,
@@ -39,16 +40,16 @@ def generate(
     stops: Array,
     pad_id: Array,
     *,
-    network: Network,
+    spec: NetworkSpec,
     greedy: bool,
 ) -> tuple[Array, Array, Array]:
     """See `lockstep.interfaces.Policy.generate`. Tokens, mask and logprobs, each [B, T] for seeds [B, T]."""
-    decoding = Decoding(params, frozen, seeds, temperature, stops, pad_id, network, greedy)
+    decoding = Decoding(params, frozen, seeds, temperature, stops, pad_id, spec, greedy)
     last = decoding.until(seeds.shape[1], decoding.start(prompt_tokens, prompt_mask))
     return last.tokens, last.mask, last.logprobs
 
 
-@functools.partial(jax.jit, static_argnames=("network", "greedy"))
+@functools.partial(jax.jit, static_argnames=("spec", "greedy"))
 def start(
     params: Tree,
     frozen: Tree,
@@ -59,29 +60,29 @@ def start(
     stops: Array,
     pad_id: Array,
     *,
-    network: Network,
+    spec: NetworkSpec,
     greedy: bool,
-) -> Progress:
+) -> DecodeState:
     """`generate` as far as the first token."""
-    decoding = Decoding(params, frozen, seeds, temperature, stops, pad_id, network, greedy)
+    decoding = Decoding(params, frozen, seeds, temperature, stops, pad_id, spec, greedy)
     return decoding.start(prompt_tokens, prompt_mask)
 
 
-@functools.partial(jax.jit, static_argnames=("network", "greedy"), donate_argnames="now")
+@functools.partial(jax.jit, static_argnames=("spec", "greedy"), donate_argnames="now")
 def proceed(
     params: Tree,
     frozen: Tree,
-    now: Progress,
+    now: DecodeState,
     seeds: Array,
     temperature: Array,
     stops: Array,
     pad_id: Array,
     *,
-    network: Network,
+    spec: NetworkSpec,
     greedy: bool,
-) -> Progress:
+) -> DecodeState:
     """`generate` by `AT_ONCE` more tokens."""
-    decoding = Decoding(params, frozen, seeds, temperature, stops, pad_id, network, greedy)
+    decoding = Decoding(params, frozen, seeds, temperature, stops, pad_id, spec, greedy)
     return decoding.until(jnp.minimum(now.step + AT_ONCE, seeds.shape[1]), now)
 
 
@@ -93,17 +94,17 @@ class Decoding:
     """What the programs above are made of, while they are traced."""
 
     def __init__(
-        self, params: Tree, frozen: Tree, seeds: Array, temperature: Array, stops: Array, pad_id: Array, network: Network,
+        self, params: Tree, frozen: Tree, seeds: Array, temperature: Array, stops: Array, pad_id: Array, spec: NetworkSpec,
         greedy: bool,
     ):  # fmt: skip
-        self.decoder = network.bind(network.cast(params), network.cast(frozen))
+        self.decoder = spec.bind(spec.cast(params), spec.cast(frozen))
         self.layers, self.head = self.decoder.apart(), self.decoder.head().astype(self.decoder.dtype)
         self.seeds, self.temperature, self.stops, self.pad_id, self.greedy = seeds, temperature, stops, pad_id, greedy
 
-    def start(self, prompt_tokens: Array, prompt_mask: Array) -> Progress:
+    def start(self, prompt_tokens: Array, prompt_mask: Array) -> DecodeState:
         rows, steps = self.seeds.shape
         hidden, cache = self.decoder.start(self.layers, prompt_tokens, prompt_mask, steps)
-        nothing = Progress(
+        nothing = DecodeState(
             step=jnp.int32(0),
             tokens=jnp.full((rows, steps), self.pad_id, jnp.int32),
             mask=jnp.zeros((rows, steps), bool),
@@ -114,15 +115,15 @@ class Decoding:
         )
         return self.draw(hidden, nothing)
 
-    def until(self, end: Array | int, now: Progress) -> Progress:
+    def until(self, end: Array | int, now: DecodeState) -> DecodeState:
         """With ``end`` tokens written, unless every row has stopped."""
         return jax.lax.while_loop(lambda now: (now.step < end) & now.alive.any(), self.advance, now)
 
-    def advance(self, now: Progress) -> Progress:
+    def advance(self, now: DecodeState) -> DecodeState:
         hidden, cache = self.decoder.advance(self.layers, now.token, now.cache)
         return self.draw(hidden, now._replace(cache=cache))
 
-    def draw(self, hidden: Array, now: Progress) -> Progress:
+    def draw(self, hidden: Array, now: DecodeState) -> DecodeState:
         """The next token of every row, which ``hidden`` [B, d] predicts."""
         logits = self.decoder.logits(hidden, self.head)
         token, logprob = sample(logits, self.seeds[:, now.step], self.temperature, self.greedy)

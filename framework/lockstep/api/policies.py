@@ -9,22 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.api import items, sampling
 from lockstep.api.sampling import Sampling
+from lockstep.api.sources import find, laid_over, load_tokenizer, open_backend, reader, save
 from lockstep.config.compose import compose, group
-from lockstep.errors import CheckpointError, ConfigError, DataError, RegistryError, did_you_mean, listing
+from lockstep.config.root import component_config
+from lockstep.errors import ConfigError, DataError
 from lockstep.interfaces import Backend, Policy
-from lockstep.models import adapters
 from lockstep.registry import registry
 from lockstep.reporting.console import Console
-from lockstep.runs.experiment import component_config
-from lockstep.storage.files import read_json, write_json
 from lockstep.text import encoding
 from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 from lockstep.types import Message, Prompt
 
 if TYPE_CHECKING:
     import pandas
-
-PAD = "<|pad|>"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -211,13 +208,12 @@ def load(
     Raises:
       LockstepError: there is no policy, or it does not fit the backend.
     """
-    folder, own = find(source, "policy", stage)
-    chosen = open_backend(own if backend is None else backend)
     config = TokenizerConfig(None, eos_token, pad_token, chat_template)
     with Console().waiting(f"loading {source}"):
-        name = policy_that_reads(folder)
-        policy = registry().resolve("policy", name, chosen.name).load(folder, chosen)
-        return ChatPolicy(policy, load_tokenizer(folder, config), chosen, name)
+        folder, own = find(source, "policy", stage)
+        chosen = open_backend(own if backend is None else backend)
+        name, cls = reader(folder, chosen)
+        return ChatPolicy(cls.load(folder, chosen), load_tokenizer(folder, config), chosen, name)
 
 
 def new_policy(
@@ -248,88 +244,3 @@ def new_policy(
     if tokenizer is None:
         raise ConfigError("A policy that starts from scratch needs a tokenizer. Pass tokenizer=, a folder or a hub id.")
     return ChatPolicy(cls.create(config, chosen, tokenizer, seed), tokenizer, chosen, keys["name"])
-
-
-# ------------------------------------------------------------------------------------------------- what other files use
-
-
-def open_backend(backend: str | Mapping[str, Any] | Backend | None) -> Backend:
-    """As `load` takes it."""
-    if isinstance(backend, Backend):
-        return backend
-    if backend is None:
-        backend = compose([])["backend"]
-    given = {"name": backend} if isinstance(backend, str) else dict(backend)
-    known = {component.name for component in registry() if component.kind == "backend"}
-    if given["name"] not in known:
-        raise RegistryError(
-            f"No backend named '{given['name']}'.{did_you_mean(given['name'], known)} Registered: {listing(known)}."
-        )
-    keys = laid_over(group("backend", given["name"]), given)
-    cls = registry().resolve("backend", given["name"], given["name"])
-    return cls(component_config(cls, keys, "backend"))
-
-
-def find(source: str | Path, kind: str, stage: str | None = None) -> tuple[Path | str, dict[str, Any] | None]:
-    """Where a run's result of this kind ('policy', 'reward_model') lies, and the run's backend; any other source as it is.
-
-    Raises:
-      CheckpointError: the run or the folder holds none.
-    """
-    folder = Path(source)
-    if (folder / "run.json").exists():
-        from lockstep.api.results import Run
-
-        run = Run(folder)
-        made = run.outputs(kind)
-        if not made or (stage and stage not in made):
-            missing = f"no stage '{stage}' that made one.{did_you_mean(stage, made)}" if stage else "none yet."
-            raise CheckpointError(
-                f"Of a {kind.replace('_', ' ')}, the run {folder} has {missing} Stages with one: {listing(made)}."
-            )
-        return made[stage or next(reversed(made))], run.config["backend"]
-    if stage is not None:
-        raise CheckpointError(f"stage='{stage}' needs the folder of a run, and {source} has no run.json.")
-    if (folder / "output" / "output.json").exists():  # a stage's folder
-        folder = folder / "output"
-    if (folder / "output.json").exists():
-        if (made_as := read_json(folder / "output.json")["kind"]) != kind:
-            raise CheckpointError(f"{folder} holds a {made_as.replace('_', ' ')}, not a {kind.replace('_', ' ')}.")
-        return folder, None
-    return (folder if folder.exists() else str(source)), None
-
-
-def policy_that_reads(folder: Path | str) -> str:
-    """The registered policy that opens a checkpoint: the one that wrote it, or one for public checkpoints."""
-    folder = Path(folder)
-    if (folder / "output.json").exists():
-        return str(read_json(folder / "output.json")["policy"])
-    return "lora" if (folder / adapters.ADAPTER_CONFIG).exists() else "huggingface"
-
-
-def load_tokenizer(path: Path | str, config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer of a checkpoint. Many public ones pad with EOS: padding is masked and read by no model, so that those are
-    given a pad token of their own."""
-    try:
-        return Tokenizer.load(path, config)
-    except ConfigError:
-        if config.pad_token is not None:
-            raise
-        return Tokenizer.load(path, TokenizerConfig(config.path, config.eos_token, PAD, config.chat_template))
-
-
-def save(folder: str | Path, model: Any, tokenizer: Tokenizer, kind: str, name: str) -> Path:
-    """As the output of a stage is written."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save(folder)
-    tokenizer.save(folder)
-    write_json(folder / "output.json", {"kind": kind, "policy": name})
-    return folder
-
-
-def laid_over(group: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``group`` with ``changes``; groups in it are merged key by key."""
-    both = {key: laid_over(group[key], value) for key, value in changes.items()
-            if isinstance(value, Mapping) and isinstance(group.get(key), Mapping)}  # fmt: skip
-    return {**group, **changes, **both}

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from lockstep.api import sources
 from lockstep.config.compose import compose
 from lockstep.errors import CheckpointError
 from lockstep.reporting.compare import records
@@ -43,7 +42,7 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """Its whole configuration."""
-        return yaml.safe_load((self.folder / "config.yaml").read_text())
+        return sources.configuration(self.folder)
 
     @property
     def status(self) -> str:
@@ -89,10 +88,7 @@ class Run:
 
     def outputs(self, kind: str) -> dict[str, Path]:
         """{stage: folder} of its results of one kind, 'policy' or 'reward_model', in the order of its stages."""
-        stages = read_json(self.folder / "run.json")["stages"]
-        folders = {name: self.folder.parent / stage["folder"] / "output" for name, stage in stages.items()}
-        made = {name: folder for name, folder in folders.items() if (folder / "output.json").exists()}
-        return {name: folder for name, folder in made.items() if read_json(folder / "output.json")["kind"] == kind}
+        return sources.outputs(self.folder, kind)
 
 
 def run(*overrides: str) -> Run:
@@ -103,8 +99,7 @@ def run(*overrides: str) -> Run:
       Stopped: Ctrl-C; where it was is saved, and the same call resumes it.
       LockstepError: what is wrong with the configuration or the data.
     """
-    from lockstep.runs.cache import finished
-    from lockstep.runs.experiment import Experiment
+    from lockstep.runs.experiment import Experiment, finished
     from lockstep.runs.runner import Runner
 
     config = compose(overrides)

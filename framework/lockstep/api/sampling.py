@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Policy
 from lockstep.learning.randomness import token_seeds
+from lockstep.learning.rollout import Sampler
 from lockstep.text.encoding import Lengths
-from lockstep.text.sequences import chunks, left_pad
+from lockstep.text.sequences import left_pad
 from lockstep.text.stopping import Stops
 from lockstep.text.tokenizer import Tokenizer
 
@@ -54,12 +54,11 @@ class Sampling:
 
 def respond(policy: Policy, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], how: Sampling) -> list[str]:
     """One response to each prompt, given as token ids."""
-    stops, texts = Stops(tokenizer, how.stop), list[str]()
+    stops = Stops(tokenizer, how.stop)
     seeds = token_seeds(how.seed, "chat", how.turn, len(prompts), how.max_tokens)
-    for part in chunks(len(prompts), ROWS):
-        drawn = policy.generate(*_padded(prompts[part], policy, tokenizer, how), seeds[part], **_keywords(stops, how))
-        texts += stops.end(drawn.tokens, drawn.mask).texts
-    return texts
+    sampler = Sampler(stops, _lengths(prompts, policy, how), how.temperature, ROWS)
+    drawn = sampler.generate(policy, *_padded(prompts, sampler), seeds)
+    return stops.end(drawn.tokens, drawn.mask).texts
 
 
 def stream(policy: Policy, tokenizer: Tokenizer, prompt: Sequence[int], how: Sampling) -> Iterator[str]:
@@ -67,8 +66,8 @@ def stream(policy: Policy, tokenizer: Tokenizer, prompt: Sequence[int], how: Sam
     that may turn out to begin a stop string. Only text that is no UTF-8 may have been shown differently before it went wrong."""
     stops, ids, shown = Stops(tokenizer, how.stop), list[int](), 0
     seeds = token_seeds(how.seed, "chat", how.turn, 1, how.max_tokens)
-    text = ""
-    for (token,) in policy.stream(*_padded([prompt], policy, tokenizer, how), seeds, **_keywords(stops, how)):
+    context, text = _padded([prompt], Sampler(stops, _lengths([prompt], policy, how), how.temperature)), ""
+    for (token,) in policy.stream(*context, seeds, temperature=how.temperature, stop_ids=stops.ids, pad_id=tokenizer.pad_id):
         ids.append(int(token))
         ended = stops.end(np.array([ids], np.int32), np.ones((1, len(ids)), bool))
         (text,) = ended.texts
@@ -89,13 +88,10 @@ def _uncertain(text: str, stop: Sequence[str]) -> int:
     return len(text) - len(complete) + max(begun, default=0)
 
 
-def _padded(
-    prompts: Sequence[Sequence[int]], policy: Policy, tokenizer: Tokenizer, how: Sampling
-) -> tuple[np.ndarray, np.ndarray]:
-    limit = max(policy.context_length - how.max_tokens, max(map(len, prompts)))
-    columns = Lengths(limit, how.max_tokens, COLUMNS).columns(max(map(len, prompts)), limit)
-    return left_pad(prompts, tokenizer.pad_id, columns)
+def _lengths(prompts: Sequence[Sequence[int]], policy: Policy, how: Sampling) -> Lengths:
+    return Lengths(max(policy.context_length - how.max_tokens, *map(len, prompts)), how.max_tokens, COLUMNS)
 
 
-def _keywords(stops: Stops, how: Sampling) -> dict[str, Any]:
-    return {"temperature": how.temperature, "stop_ids": stops.ids, "pad_id": stops.tokenizer.pad_id}
+def _padded(prompts: Sequence[Sequence[int]], sampler: Sampler) -> tuple[np.ndarray, np.ndarray]:
+    columns = sampler.lengths.columns(max(map(len, prompts)), sampler.lengths.prompt)
+    return left_pad(prompts, sampler.stops.tokenizer.pad_id, columns)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lockstep.api import items
-from lockstep.api.policies import ChatPolicy, find, load_tokenizer, open_backend, policy_that_reads, save
+from lockstep.api.policies import ChatPolicy
 from lockstep.api.sampling import COLUMNS, ROWS
+from lockstep.api.sources import find, load_tokenizer, open_backend, reader, save
 from lockstep.errors import ConfigError, DataError, RewardError
 from lockstep.interfaces import Backend, Responses, RewardModel, ScalarModel
-from lockstep.registry import registry
 from lockstep.reporting.console import Console
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
@@ -52,12 +52,12 @@ class Scorer:
         cls, source: str | Path, backend: str | Mapping[str, Any] | Backend | None = None, *, stage: str | None = None
     ) -> Scorer:
         """From a folder that `save` wrote, or from a run folder, whose last reward model is taken unless ``stage`` names one."""
-        folder, own = find(source, "reward_model", stage)
-        chosen = open_backend(own if backend is None else backend)
         with Console().waiting(f"loading {source}"):
-            name = policy_that_reads(folder)
-            model = registry().resolve("policy", name, chosen.name).load_scalar(Path(folder), chosen)
-            return cls(model, load_tokenizer(folder, TokenizerConfig(None, None, None, None)), chosen, name)
+            folder, own = find(source, "reward_model", stage)
+            chosen = open_backend(own if backend is None else backend)
+            name, opens = reader(folder, chosen)
+            tokenizer = load_tokenizer(folder, TokenizerConfig(None, None, None, None))
+            return cls(opens.load_scalar(folder, chosen), tokenizer, chosen, name)
 
     def score(self, prompts: Sequence[Any], responses: Sequence[str]) -> np.ndarray:
         """float32, one score for each response. Prompts are text or dialogues; a prompt and a response may each take half the

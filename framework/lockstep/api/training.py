@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.api import items
 from lockstep.api.interrupts import noted
-from lockstep.api.policies import ChatPolicy, laid_over
+from lockstep.api.policies import ChatPolicy
 from lockstep.api.scorers import Reward, Scorer, reward_model
+from lockstep.api.sources import laid_over
 from lockstep.config.compose import group
+from lockstep.config.root import component_config
 from lockstep.errors import ConfigError, MissingData
 from lockstep.interfaces import Algorithm, Context, DataSource, RewardModel
 from lockstep.registry import registry
 from lockstep.reporting.console import Console
 from lockstep.reporting.health import Health
-from lockstep.runs.experiment import component_config
 from lockstep.types import Comparison, Demonstration, Prompt
 
 if TYPE_CHECKING:

@@ -43,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    import lockstep
+    from lockstep.api.policies import load
 
     a = arguments
-    policy = lockstep.load(a.source, a.backend, stage=a.stage)
+    policy = load(a.source, a.backend, stage=a.stage)
     conversation = policy.conversation(system=a.system, max_tokens=a.max_tokens, temperature=a.temperature, seed=a.seed)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have every character

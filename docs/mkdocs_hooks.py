@@ -1,0 +1,46 @@
+"""What the site is made of: Markdown pages and the files they show, wherever they lie in the repository, and one page of API
+reference for each module below, written from its docstrings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["*.md", "LICENSE", "docs/**/*", "benchmarks/**/*"]
+SUFFIXES = {".md", ".png", ".svg", ".css", ".yaml", ""}
+
+API = {
+    "lockstep": "The Python API.",
+    "lockstep.interfaces": "What a plugin implements.",
+    "lockstep.registry": "Who supplies what, and how a plugin announces it.",
+    "lockstep.types": "The nouns: prompts, demonstrations, comparisons.",
+    "lockstep.errors": "Errors whose message explains the fix.",
+    "lockstep.config.schema": "YAML to checked dataclasses.",
+    "lockstep.learning.numerics": "KL, rewards, GAE, whitening, rankings, intervals.",
+    "lockstep.learning.losses": "Losses over [batch, time], for every backend.",
+    "lockstep.learning.randomness": "Every random number as a function of (seed, stream, step, row).",
+    "lockstep.learning.optimisation": "Adam and learning-rate schedules.",
+    "lockstep_rlhf.algorithms.ppo": "PPO.",
+}
+
+
+def on_config(config):
+    for entry in config["nav"]:
+        if "API reference" in entry:
+            entry["API reference"] = ["api/index.md", *({name: f"api/{name}.md"} for name in API)]
+    return config
+
+
+def on_files(files: Files, config) -> Files:
+    """The theme's files, and ours under the paths that they have in the repository."""
+    found = {file for pattern in PAGES for file in ROOT.glob(pattern) if file.is_file() and file.suffix in SUFFIXES}
+    ours = {file.relative_to(ROOT).as_posix(): {"abs_src_path": str(file)} for file in sorted(found)}
+    listing = "".join(f"* [`{name}`]({name}.md): {summary}\n" for name, summary in API.items())
+    ours["api/index.md"] = {"content": f"# API reference\n\n{listing}"}
+    ours |= {f"api/{name}.md": {"content": f"# `{name}`\n\n::: {name}\n"} for name in API}
+    return Files(
+        [file for file in files if file.src_dir != config["docs_dir"]]
+        + [File.generated(config, path, **source) for path, source in ours.items()]
+    )
