@@ -10,6 +10,7 @@ responses of ``tokens`` tokens to prompts of as many, and their generation. What
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import time
@@ -41,7 +42,7 @@ def main() -> None:
     if args.precision == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")  # as the backend does on accelerators
     chip = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices[0]
-    jax.default_backend = lambda: "tpu"  # what the programs ask when they are traced
+    spec = dataclasses.replace(policy.spec, platform="tpu")
 
     def shapes(tree: Any) -> Any:
         there = SingleDeviceSharding(chip)
@@ -58,10 +59,10 @@ def main() -> None:
     # The functions, not the programs: these have options for the CPU.
     gradients = jax.jit(learner._gradients.__wrapped__, static_argnames=("roles", "loss"))
     given = shapes(({"policy": policy.params}, {"policy": policy.frozen}, block, {}, one))
-    report("gradients", gradients.lower(*given, None, roles=(("policy", policy.network, ("logprobs",)),), loss=loss))
-    generate = jax.jit(generation.generate.__wrapped__, static_argnames=("network", "greedy"))
+    report("gradients", gradients.lower(*given, None, roles=(("policy", spec, ("logprobs",)),), loss=loss))
+    generate = jax.jit(generation.generate.__wrapped__, static_argnames=("spec", "greedy"))
     given = shapes((policy.params, policy.frozen, tokens[:, : args.tokens], prompts, seeds, one, stops, stops[0]))
-    report("generation", generate.lower(*given, network=policy.network, greedy=False))
+    report("generation", generate.lower(*given, spec=spec, greedy=False))
 
 
 def report(name: str, lowered: Any) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from omegaconf import OmegaConf
 
-from lockstep.builtin import CONF
 from lockstep.config.schema import parse
 from lockstep.errors import MissingData
 from lockstep.interfaces import Algorithm, Backend, Context, DataSource, Policy, RewardModel, ScalarModel
@@ -24,20 +23,34 @@ from lockstep.models.architecture import initial_parameters, small_decoder, to_h
 from lockstep.registry import registry
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_tensors
+from lockstep.text.encoding import Lengths
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Comparison, Demonstration, Prompt
 from lockstep_rlhf.reward_models.learned import Learned
 
-# Programs that run for milliseconds: compiled in a tenth of the time, to code a few times slower. Read by XLA when its
+# Programs that run for milliseconds: compiled in a thirtieth of the time, to code a few times slower. Read by XLA when its
 # first device is made, which importing jax does not do; inherited by the processes that tests start.
-FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FAST_COMPILATION = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}"
 
-# One heap for all threads makes programs run faster and compile slower, by a quarter; here they compile more than they run.
-with contextlib.suppress(ImportError):
-    import lockstep_jax.backend
+# Each of pytest's workers has a core of its own. Two threads in each of two workers are slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-    lockstep_jax.backend._mallopt = lambda option, value: False
+# One folder of compiled programs per session: what one worker has compiled, the other loads. Workers inherit the variable.
+if "LOCKSTEP_TESTS_COMPILED" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="lockstep-tests-")  # removed when this process ends
+    os.environ["LOCKSTEP_TESTS_COMPILED"] = _compiled.name
+
+with contextlib.suppress(ImportError):
+    import lockstep_jax.device
+
+    # One heap for all threads makes programs run faster and compile slower, by a quarter; here they compile more than they run.
+    lockstep_jax.device._mallopt = lambda option, value: False
+    _keep = lockstep_jax.device._keep_compiled_programs
+    lockstep_jax.device._keep_compiled_programs = lambda folder: _keep(os.environ["LOCKSTEP_TESTS_COMPILED"])
 
 BACKENDS = {
     "torch": {"device": "cpu", "precision": "float32", "gradient_checkpointing": False, "cuda_graphs": False, "threads": 1},
@@ -149,14 +162,9 @@ def head(seed: int = 9) -> np.ndarray:
 
 
 def configure(name: str, **changes: Any) -> tuple[type[Algorithm], Any]:
-    """An algorithm's class and its configuration: the YAML file with ``changes``, cut to the size of this world."""
-    values = OmegaConf.to_container(OmegaConf.load(CONF / "algorithm" / f"{name}.yaml"))
-    values["lengths"] = {"prompt": 6, "response": 12, "multiple": 4}
-    for key, value in changes.items():
-        assert key in values, key
-        values[key] = {**values[key], **value} if isinstance(value, dict) else value
-    cls = registry().resolve("algorithm", values.pop("name"))
-    return cls, parse(cls.Config, values, "algorithm")
+    """An algorithm's class and its configuration: the defaults with ``changes``, cut to the size of this world."""
+    cls = registry().resolve("algorithm", name)
+    return cls, parse(cls.Config, changes, "algorithm", cls.Config(lengths=Lengths(6, 12, 4)))
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ def write_run(
             "folder": f"stages/{identity}",
             "kind": "train" if algorithm else "evaluate",
             "algorithm": algorithm,
+            "produces": {"reward": "reward_model", "evaluate": "evaluation"}.get(stage, "policy"),
             "status": status if stage == "evaluate" else "done",
             "seconds": seconds * (1.0 if backend == "torch" else 0.8),
         }

@@ -10,13 +10,11 @@ import time
 import pytest
 
 from lockstep.commands import cache as cache_command
+from lockstep.commands.cache import stored as cache
 from lockstep.config.compose import compose
 from lockstep.errors import ConfigError
-from lockstep.reporting.console import Console
-from lockstep.runs import cache, store
-from lockstep.runs.cache import finished
-from lockstep.runs.experiment import Experiment
-from lockstep.runs.runner import Runner
+from lockstep.runs import identity, store
+from lockstep.runs.experiment import Experiment, finished
 from runs import DECODER, TINY, tiny
 
 SFT = ["~stages.reward", "~stages.ppo", "~stages.ppo_ptx", "~stages.evaluate", "backend.threads=1"]
@@ -70,8 +68,8 @@ def test_why_tells_what_is_stored_and_in_what_the_nearest_differs(runs, capsys):
 
 
 def test_why_names_the_package_whose_code_has_changed(runs, capsys, monkeypatch):
-    real = store.code_digests
-    monkeypatch.setattr(store, "code_digests", lambda modules: real(modules) | {"lockstep_rlhf": "changed"})
+    real = identity.code_digests
+    monkeypatch.setattr(identity, "code_digests", lambda modules: real(modules) | {"lockstep_rlhf": "changed"})
     assert "pretrain: differs in the code of lockstep_rlhf (from the nearest" in said(capsys, "why", runs[2])
 
 
@@ -128,7 +126,7 @@ def test_a_run_is_done_only_while_all_that_made_it_is_as_it_was(runs, monkeypatc
     config = compose(overrides)
     assert finished(config) == folder / first
     if change == "code":
-        monkeypatch.setattr(store, "code_digests", lambda modules: dict.fromkeys(modules, "changed"))
+        monkeypatch.setattr(identity, "code_digests", lambda modules: dict.fromkeys(modules, "changed"))
     elif change == "output":
         for weights in folder.glob("stages/sft-*/output/model.safetensors"):
             weights.unlink()
@@ -152,7 +150,7 @@ def test_the_kl_sweep_makes_one_reward_model_per_backend_and_seed(tmp_path):
     made = {}
     for backend, seed, kl in itertools.product(("torch", "jax"), (0, 1), (0.05, 0.45)):
         overrides = ["experiment=kl_sweep", f"backend={backend}", f"seed={seed}", f"algorithm.kl_coef={kl}", f"folder={tmp_path}"]
-        for stage, folder in Runner(Experiment(compose(overrides)), Console(), "").folders.items():
+        for stage, folder in Experiment(compose(overrides)).folders.items():
             made.setdefault(stage, set()).add(folder.path)
     assert {stage: len(folders) for stage, folders in made.items()} == {
         "pretrain": 4, "sft": 4, "reward": 4, "ppo": 8, "evaluate": 8,

@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
 from lockstep.checking.conformance.kit import Check, Outcome, checks
 from lockstep.checking.conformance.report import PRECISIONS, Place, kind_of, known_precisions, line, places, report, summary
 from lockstep.cli import main
+from lockstep.config.schema import REQUIRED, setting
 from lockstep.errors import LockstepError
+from lockstep_rlhf.algorithms.ppo import PPO
 
 pytest_plugins = ["pytester"]
 pytest.importorskip("torch")
@@ -110,6 +113,12 @@ def test_a_backend_is_asked_only_for_precisions_that_it_knows(monkeypatch):
     assert places("algorithm", "ppo", ["torch"]) == [Place("torch", None)]
 
 
+class Needy(PPO):
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PPO.Config):
+        quorum: int = setting(REQUIRED, "What nobody gives.")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -122,10 +131,9 @@ def test_a_backend_is_asked_only_for_precisions_that_it_knows(monkeypatch):
         (["torch", None, "jax"], r"'torch' is a backend: leave --backend out, or type lockstep check jax"),
         (["nowhere:PPO", "algorithm", "torch"], r"The algorithm 'nowhere:PPO' .* cannot be imported: ModuleNotFoundError"),
         (
-            ["lockstep_rlhf.algorithms.ppo:PPO", "algorithm", "torch", "float32"],
-            r"Missing: algorithm.stop_strings, .* There is no configuration file "
-            r"algorithm/lockstep_rlhf.algorithms.ppo:PPO.yaml to start from: "
-            r"add --like with one of ppo, pretrain, .*, and algorithm.key=value for what differs.",
+            [f"{__name__}:Needy", "algorithm", "torch", "float32"],
+            r"Missing: algorithm.quorum. .* There is no configuration file algorithm/test_check_command:Needy.yaml to start "
+            r"from: add --like with one of ppo, pretrain, .*, and algorithm.key=value for what differs.",
         ),
         (
             ["ppo", None, None, None, None, ["algorithms.epochs=3"]],

@@ -15,8 +15,9 @@ import pytest
 from rich.console import Console
 
 from lockstep.errors import DataError, LockstepError
-from lockstep.reporting.compare import claims, compare, groups, print_summary, records, tables
-from lockstep.reporting.compare.records import Estimate, _estimates
+from lockstep.reporting.compare import claims, compare, groups, print_summary, reading, tables
+from lockstep.reporting.compare.reading import _estimates
+from lockstep.reporting.compare.records import Estimate
 from run_folders import GOLD, HOSTILE, POLICIES, write_lines, write_run
 
 
@@ -36,7 +37,7 @@ def page(report) -> str:
 
 
 def comparison_of(*folders: Path) -> groups.RunComparison:
-    return groups.group(records.read(folders))
+    return groups.group(reading.read(folders))
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -50,7 +51,7 @@ def test_a_path_without_runs_says_what_to_type(tmp_path):
 def test_a_mistyped_path_suggests_the_nearest_folder(tmp_path):
     (tmp_path / "demo-torch").mkdir()
     with pytest.raises(DataError, match=r"Did you mean '.*demo-torch'\?"):
-        records.read([tmp_path / "demo-torhc"])
+        reading.read([tmp_path / "demo-torhc"])
 
 
 def test_a_run_folder_a_folder_of_runs_and_a_sweep_folder_are_all_understood(tmp_path):
@@ -59,10 +60,10 @@ def test_a_run_folder_a_folder_of_runs_and_a_sweep_folder_are_all_understood(tmp
     sweep.mkdir(parents=True)
     (sweep / "sweep.json").write_text(json.dumps({"jobs": [{"overrides": ["seed=1"], "run": b.name, "status": "done"}]}))
     names = {
-        "run": [run.name for run in records.read([a]).runs],
-        "folder": [run.name for run in records.read([tmp_path]).runs],
-        "sweep": [run.name for run in records.read([sweep]).runs],
-        "twice": [run.name for run in records.read([a, tmp_path]).runs],
+        "run": [run.name for run in reading.read([a]).runs],
+        "folder": [run.name for run in reading.read([tmp_path]).runs],
+        "sweep": [run.name for run in reading.read([sweep]).runs],
+        "twice": [run.name for run in reading.read([a, tmp_path]).runs],
     }
     assert names == {"run": [a.name], "folder": [a.name, b.name], "sweep": [b.name], "twice": [a.name, b.name]}
 
@@ -82,7 +83,7 @@ def test_unreadable_and_unfinished_runs_are_named_and_the_others_compared(tmp_pa
 def test_if_no_run_can_be_read_the_error_names_them(tmp_path):
     (write_run(tmp_path, "torch", 0) / "run.json").write_text("{}")
     with pytest.raises(DataError, match="demo-torch-0 cannot be read and is left out: missing 'status'"):
-        records.read([tmp_path])
+        reading.read([tmp_path])
 
 
 def test_steps_repeated_after_a_resume_count_once_and_a_torn_line_is_skipped(tmp_path):
@@ -91,7 +92,7 @@ def test_steps_repeated_after_a_resume_count_once_and_a_torn_line_is_skipped(tmp
     write_lines(file, [{"step": s, "loss": v} for s, v in ((0, 3.0), (1, 2.0), (2, 9.0), (1, 2.5), (2, 1.5))])
     with open(file, "a") as stream:
         stream.write('{"step": 3, "lo')
-    series = records.read([run]).runs[0].stages["sft"].metrics["loss"]
+    series = reading.read([run]).runs[0].stages["sft"].metrics["loss"]
     assert (series.steps.tolist(), series.values.tolist()) == ([0, 1, 2], [3.0, 2.5, 1.5])
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from lockstep.errors import ConfigError
-from lockstep.reporting.compare import claims, compare, cost, groups, records, tables, versus, what_intervals_are_over
+from lockstep.reporting.compare import claims, compare, cost, groups, reading, tables, versus, what_intervals_are_over
 from lockstep.runs.runner import peak_memory
 from run_folders import GOLD, write_run, write_sweep
 
@@ -28,7 +28,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(runs):
-    return groups.group(records.read([runs]), BY)
+    return groups.group(reading.read([runs]), BY)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def write_golds(folder, golds: dict[tuple[str, int], float]) -> groups.RunCompar
         content = json.loads(file.read_text())
         content["splits"]["heldout"]["ppo"]["gold"] = {"mean": gold, "low": gold - 0.1, "high": gold + 0.1, "n": 500}
         file.write_text(json.dumps(content))
-    return groups.group(records.read([folder]))
+    return groups.group(reading.read([folder]))
 
 
 # ------------------------------------------------------------------------------------------------------------ grouping
@@ -57,7 +57,7 @@ def test_runs_are_grouped_by_the_keys_that_were_asked_for(whole):
 
 
 def test_what_differs_inside_a_group_makes_its_tasks(runs):
-    c = groups.group(records.read([runs]), ["backend"])
+    c = groups.group(reading.read([runs]), ["backend"])
     assert [(g.label, len(g.runs)) for g in c.groups] == [("jax", 9), ("torch", 9)]
     assert list(c.groups[0].scores("heldout", "ppo", "gold")) == ["kl_coef=0.05", "kl_coef=0.15", "kl_coef=0.45"]
     assert c.differing["algorithm.kl_coef"] == ["0.05, 0.15, 0.45"] * 2
@@ -65,7 +65,7 @@ def test_what_differs_inside_a_group_makes_its_tasks(runs):
 
 def test_a_model_that_pooled_runs_share_is_counted_once(runs, whole):
     """Three coefficients go back to one SFT model and one reward model per seed: no more certain than one coefficient's."""
-    (jax, _), one = groups.group(records.read([runs]), ["backend"]).groups, whole.groups[0]
+    (jax, _), one = groups.group(reading.read([runs]), ["backend"]).groups, whole.groups[0]
     assert len(jax.policy_estimates("heldout", "sft", "gold")) == 3 and len(jax.policy_estimates("heldout", "ppo", "gold")) == 9
     assert jax.policy("heldout", "sft", "gold") == one.policy("heldout", "sft", "gold")
     assert jax.reward_model("accuracy/gold") == one.reward_model("accuracy/gold")
@@ -76,13 +76,13 @@ def test_a_key_that_no_run_has_suggests_the_nearest(runs):
     with pytest.raises(
         ConfigError, match=r"No run has a key 'algorithm.kl_coeff' to group by\. Did you mean 'algorithm.kl_coef'\?"
     ):
-        groups.group(records.read([runs]), ["algorithm.kl_coeff"])
+        groups.group(reading.read([runs]), ["algorithm.kl_coeff"])
 
 
 def test_a_seed_that_only_some_groups_have_is_named(tmp_path):
     for backend, seed in (("jax", 0), ("jax", 1), ("torch", 0)):
         write_run(tmp_path, backend, seed)
-    assert groups.group(records.read([tmp_path])).problems == ["torch: no run with seed 1, which others have."]
+    assert groups.group(reading.read([tmp_path])).problems == ["torch: no run with seed 1, which others have."]
 
 
 def test_of_two_runs_of_the_same_configuration_and_seed_one_counts_and_the_other_is_named(tmp_path):
@@ -90,7 +90,7 @@ def test_of_two_runs_of_the_same_configuration_and_seed_one_counts_and_the_other
     copy = shutil.copytree(first, tmp_path / "other")
     record = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps(record | {"name": "other"}))
-    c = groups.group(records.read([tmp_path]))
+    c = groups.group(reading.read([tmp_path]))
     assert c.problems == ["other is left out: demo-torch-0 has the same configuration and seed."]
     assert len(c.runs) == 1
 
@@ -105,9 +105,9 @@ def test_jobs_of_a_sweep_that_left_no_run_are_named_with_their_error(tmp_path):
     ]
     (sweep / "sweep.json").write_text(json.dumps({"jobs": jobs}))
     for path in (sweep, tmp_path):
-        reading = records.read([path])
-        assert [found.name for found in reading.runs] == [run.name]
-        assert reading.problems == ["The job seed=1 (failed) left no run: ValueError: no memory"]
+        found = reading.read([path])
+        assert [found.name for found in found.runs] == [run.name]
+        assert found.problems == ["The job seed=1 (failed) left no run: ValueError: no memory"]
 
 
 def test_a_stage_that_did_not_finish_shortens_no_curve(tmp_path):
@@ -117,7 +117,7 @@ def test_a_stage_that_did_not_finish_shortens_no_curve(tmp_path):
     (folders[1] / "run.json").write_text(json.dumps(record))
     file = tmp_path / record["stages"]["ppo"]["folder"] / "metrics.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
-    c = groups.group(records.read(folders))
+    c = groups.group(reading.read(folders))
     assert len(c.groups[0].curve("ppo", "objective/kl").steps) == 60
     assert c.problems == ["demo-torch-1 is not finished (failed in ppo): compared as far as it got."]
 
@@ -168,14 +168,14 @@ def test_a_baseline_that_is_not_there_says_what_is(whole, baseline, message):
 
 def test_one_seed_has_no_interval_over_seeds_and_the_report_says_so(tmp_path):
     write_run(tmp_path, "torch", 0)
-    c = groups.group(records.read([tmp_path]))
+    c = groups.group(reading.read([tmp_path]))
     assert "over prompts. No group has two seeds that were evaluated" in what_intervals_are_over(c)
     assert tables.over_seeds(c).rows == []
     write_run(tmp_path, "jax", 0)
-    c = groups.group(records.read([tmp_path]))
+    c = groups.group(reading.read([tmp_path]))
     assert versus.against_baseline(c, versus.pairs(c, None)) == []
     write_run(tmp_path, "jax", 1)
-    c = groups.group(records.read([tmp_path]))
+    c = groups.group(reading.read([tmp_path]))
     assert what_intervals_are_over(c).endswith("With one seed evaluated, and so over prompts only: torch.")
     assert next(row for row in tables.over_seeds(c).rows if row[0] == "torch")[-1] == "0 (one: no interval)"
 
@@ -183,7 +183,7 @@ def test_one_seed_has_no_interval_over_seeds_and_the_report_says_so(tmp_path):
 def test_a_seed_that_was_not_evaluated_makes_no_interval_over_seeds(tmp_path):
     write_run(tmp_path, "torch", 0)
     write_run(tmp_path, "torch", 1, evaluated=False, status="failed")
-    c = groups.group(records.read([tmp_path]))
+    c = groups.group(reading.read([tmp_path]))
     assert c.groups[0].seeds == [0, 1] and "over prompts. No group has two seeds" in what_intervals_are_over(c)
 
 
@@ -207,7 +207,7 @@ def test_warnings_while_training_are_listed_with_seed_and_first_step(tmp_path):
     record = json.loads((folder / "run.json").read_text())
     record["stages"]["ppo"]["health"] = [{"step": s, "name": "entropy_collapse", "message": "..."} for s in (12, 60)]
     (folder / "run.json").write_text(json.dumps(record))
-    c = groups.group(records.read([tmp_path]))
+    c = groups.group(reading.read([tmp_path]))
     assert tables.warnings(c).rows == [["torch", "ppo", "entropy_collapse", "seed 3 at step 12"]]
 
 

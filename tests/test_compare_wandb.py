@@ -9,7 +9,7 @@ import pytest
 import wandb
 
 from lockstep.errors import DataError
-from lockstep.reporting.compare import compare, groups, records, wandb_report, wandb_runs
+from lockstep.reporting.compare import compare, groups, reading, wandb_report, wandb_runs
 from run_folders import write_run
 
 
@@ -68,7 +68,7 @@ def server(monkeypatch):
 
 def test_stages_at_wandb_become_runs_with_settings_curves_and_evaluations(server):
     server.answer = [s for kl in (0.1, 0.2) for seed in (0, 1) for s in stages(f"kl{kl}-{seed}", kl, seed)]
-    c = groups.group(records.read(["wandb:me/rlhf?tags=paper"]), by=["backend", "algorithm.kl_coef"])
+    c = groups.group(reading.read(["wandb:me/rlhf?tags=paper"]), by=["backend", "algorithm.kl_coef"])
     assert server.asked == ("me/rlhf", {"tags": "paper"})
     assert [(g.label, g.seeds) for g in c.groups] == [("torch, kl_coef=0.1", [0, 1]), ("torch, kl_coef=0.2", [0, 1])]
     assert c.groups[0].scores("heldout", "ppo", "gold") == {"": {0: 2.0, 1: 3.0}}
@@ -78,14 +78,14 @@ def test_stages_at_wandb_become_runs_with_settings_curves_and_evaluations(server
 
 def test_a_stage_that_another_run_made_is_found_by_what_started_from_it(server):
     server.answer = [*stages("first", 0.1, 0), *stages("second", 0.2, 0, shared=True)]
-    runs = {run.name: run for run in records.read(["wandb:rlhf"]).runs}
+    runs = {run.name: run for run in reading.read(["wandb:rlhf"]).runs}
     assert runs["second"].stages["sft"].identity == runs["first"].stages["sft"].identity == "sft-torch-0"
     assert runs["second"].stages["sft"].metrics["loss"].values.tolist() == pytest.approx([2.0, 1.9, 1.8])
 
 
 def test_runs_that_crashed_are_named(server):
     server.answer = [*stages("whole", 0.1, 0), *stages("torn", 0.1, 1, state="crashed")]
-    assert records.read(["wandb:rlhf"]).problems == ["torn is not finished (failed): compared as far as it got."]
+    assert reading.read(["wandb:rlhf"]).problems == ["torn is not finished (failed): compared as far as it got."]
 
 
 def test_filters_are_those_of_the_query_numbers_as_numbers_and_repeated_names_as_alternatives():
@@ -100,13 +100,13 @@ def test_without_a_server_the_error_says_what_it_takes(server):
     with pytest.raises(
         DataError, match=r"could not be asked for wandb:rlhf: no route\. It takes a network and a key: wandb login"
     ):
-        records.read(["wandb:rlhf"])
+        reading.read(["wandb:rlhf"])
 
 
 def test_a_project_without_lockstep_runs_says_so(server):
     server.answer = [Stage("", "", "x", {})]
     with pytest.raises(DataError, match="No runs of Lockstep in wandb:rlhf: 1 W&B runs"):
-        records.read(["wandb:rlhf"])
+        reading.read(["wandb:rlhf"])
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import dataclasses
+import functools
+import math
+import re
+import typing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,9 +16,16 @@ import pytest
 from omegaconf import OmegaConf
 
 from lockstep.builtin import CONF
-from lockstep.config.schema import differences, parse
-from lockstep.errors import ConfigError
-from lockstep.registry import registry
+from lockstep.config.compose import compose, group
+from lockstep.config.root import GROUPS, Root
+from lockstep.config.schema import REQUIRED, differences, parse, setting
+from lockstep.errors import ConfigError, LockstepError, RegistryError
+from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.registry import KINDS, Plugin, registry
+from lockstep.runs.evaluation import EvaluationConfig
+from lockstep.runs.experiment import Experiment
+from lockstep_rlhf.algorithms.ppo import PPO
+from lockstep_torch.backend import TorchBackend
 
 
 @dataclass(frozen=True)
@@ -134,8 +147,309 @@ def test_differences_are_listed_leaf_by_leaf():
     assert differences(old, old) == []
 
 
-@pytest.mark.parametrize("file", sorted((CONF / "algorithm").glob("*.yaml")), ids=lambda f: f.stem)
-def test_every_algorithm_file_is_complete_and_holds_nothing_unknown(file):
-    values = OmegaConf.to_container(OmegaConf.load(file))
-    cls = registry().resolve("algorithm", values.pop("name"))
-    parse(cls.Config, values, "algorithm")
+# ---------------------------------------------------------------------------------------------------- defaults and ranges
+
+
+@dataclass(frozen=True)
+class Adam:
+    rate: float = setting(3e-4, "Step size.", above=0)
+    eps: float = setting(1e-8, "Added to the root.", above=0)
+    betas: tuple[float, float] = setting((0.9, 0.95), "Decay.", least=0, below=1)
+
+
+@dataclass(frozen=True)
+class Declared:
+    path: str = setting(REQUIRED, "A folder.")
+    count: int = setting(1, "How many.", least=1)
+    share: float | None = setting(None, "A fraction; null: none.", least=0, most=1)
+    bound: float = setting(math.inf, "The most that counts.", above=0, finite=False)
+    plain: float = 0.0
+    table: Mapping[str, int] = setting({"x": 1}, "Counts.")
+    adam: Adam = setting(Adam(eps=1e-5), "Of this one.")
+
+
+def test_absent_keys_take_their_defaults_and_a_required_one_is_missed():
+    assert parse(Declared, {"path": "a", "count": 3}, "x") == Declared("a", count=3)
+    with pytest.raises(ConfigError, match=r"^Missing: x.path. Set it on the command line or in YAML.$"):
+        parse(Declared, {}, "x")
+
+
+def test_in_a_group_of_a_group_the_outer_default_stands_in():
+    adam = parse(Declared, {"path": "a", "adam": {"rate": 1.0}}, "x").adam
+    assert adam == Adam(rate=1.0, eps=1e-5) and Declared("a").adam.rate == 3e-4
+
+
+def test_a_default_that_can_change_is_not_shared():
+    assert parse(Declared, {"path": "a"}, "x").table is not parse(Declared, {"path": "a"}, "x").table
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": 0}, "x.count=0 must be at least 1."),
+        ({"share": 1.01}, "x.share=1.01 must be at least 0 and at most 1, or null."),
+        ({"share": -0.5}, "x.share=-0.5 must be at least 0 and at most 1, or null."),
+        ({"share": math.nan}, "x.share=nan must be a finite number, or null."),
+        ({"bound": 0.0}, "x.bound=0.0 must be above 0."),
+        ({"bound": math.nan}, "x.bound=nan must be above 0."),
+        ({"plain": math.nan}, "x.plain=nan must be a finite number."),
+        ({"plain": -math.inf}, "x.plain=-inf must be a finite number."),
+        ({"adam": {"rate": math.inf}}, "x.adam.rate=inf must be a finite number."),
+        ({"adam": {"betas": [0.9, 1]}}, "x.adam.betas[1]=1.0 must be at least 0 and below 1."),
+    ],
+)
+def test_a_number_out_of_range_says_where_what_and_the_range(changes, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(Declared, {"path": "a"} | changes, "x")
+    assert str(caught.value) == message
+
+
+def test_the_ends_of_a_range_null_and_a_declared_infinity_are_taken():
+    for share in (0, 1.0, None):
+        assert parse(Declared, {"path": "a", "share": share, "bound": math.inf}, "x").share == share
+
+
+# ---------------------------------------------------------------------------------------------------- built-in components
+
+FILES = sorted(file for kind in (*KINDS, "evaluation", "optimizer") for file in (CONF / kind).glob("*.yaml"))
+
+
+def group_of(kind: str, name: str) -> tuple[type, dict[str, Any]]:
+    """The class of a file's configuration, and the file with its defaults list resolved."""
+    if kind in ("evaluation", "optimizer"):
+        values = OmegaConf.to_container(OmegaConf.load(CONF / kind / f"{name}.yaml"))
+        return {"evaluation": EvaluationConfig, "optimizer": OptimizerConfig}[kind], values
+    values = group(kind, name)
+    backend = next((c.backend for c in registry() if (c.kind, c.name) == (kind, values["name"])), None)
+    return registry().resolve(kind, values.pop("name"), backend).Config, values
+
+
+def absent(cls: type, values: Mapping[str, Any], where: str) -> list[str]:
+    """Fields of the dataclass, at every depth, that the values lack."""
+    found, hints = [], typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name not in values:
+            found.append(f"{where}.{field.name}")
+        elif dataclasses.is_dataclass(hints[field.name]):
+            found += absent(hints[field.name], values[field.name], f"{where}.{field.name}")
+    return found
+
+
+def declared(cls: type) -> Iterator[dataclasses.Field]:
+    for field in dataclasses.fields(cls):
+        yield field
+        hint = typing.get_type_hints(cls)[field.name]
+        yield from declared(hint) if dataclasses.is_dataclass(hint) else ()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f"{f.parent.name}-{f.stem}")
+def test_a_file_is_complete_and_equals_the_defaults_of_its_dataclass(file):
+    cls, values = group_of(file.parent.name, file.stem)
+    assert absent(cls, values, file.stem) == []
+    required = {key: "given" if key != "url" else "http://a/b" for key, value in values.items() if value == "???"}
+    assert required.keys() == {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory}
+    assert parse(cls, values | required, "x") == parse(cls, required, "x")
+    assert all(field.metadata["doc"] for field in declared(cls))
+
+
+def test_the_root_equals_its_defaults():
+    values = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
+    scalars = {key: value for key, value in values.items() if key not in ("defaults", "hydra")}
+    assert scalars == {f.name: f.default for f in dataclasses.fields(Root) if f.name in scalars} and len(scalars) == 6
+
+
+EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_is_complete_so_that_no_identity_depends_on_a_default(name):
+    from_a_checkpoint = name in ("hh", "instructgpt_paper", "ultrafeedback")
+    config = compose([f"experiment={name}", *(["policy.path=a/b"] if from_a_checkpoint else [])])
+    groups = [("evaluation", EvaluationConfig, config["evaluation"])]
+    for key, kind in GROUPS.items():
+        groups.append((key, registry().resolve(kind, config[key]["name"], "torch").Config, config[key]))
+    for stage in config["stages"].values():
+        if "algorithm" in stage:
+            groups.append(("stage", registry().resolve("algorithm", stage["algorithm"]["name"]).Config, stage["algorithm"]))
+    assert [absent(cls, values, key) for key, cls, values in groups] == [[]] * len(groups)
+
+
+def test_the_optimizer_of_each_algorithm_is_one_file_and_what_differs():
+    for name in ("ppo", "pretrain", "sft", "reward_modelling"):
+        own = OmegaConf.to_container(OmegaConf.load(CONF / "algorithm" / f"{name}.yaml"))
+        assert "/optimizer@optimizer: adam" in str(own["defaults"]).replace("'", "") and "betas" not in own["optimizer"]
+        assert group("algorithm", name)["optimizer"]["betas"] == [0.9, 0.95]
+    overrides = ["algorithm.optimizer.learning_rate=1e-4", "algorithm.value_optimizer.ema_decay=0.9"]
+    changed = compose(overrides)["algorithm"]
+    assert (changed["optimizer"]["learning_rate"], changed["optimizer"]["eps"]) == (1e-4, 1e-5)
+    assert changed["value_optimizer"]["ema_decay"] == 0.9 and changed["optimizer"]["ema_decay"] is None
+
+
+OUT_OF_RANGE = {
+    "algorithm.iterations": 0, "algorithm.epochs": 0, "algorithm.micro_batch_size": 0, "algorithm.lengths.prompt": 0,
+    "algorithm.temperature": -1.0, "algorithm.kl_coef": -0.1, "algorithm.kl_target": 0, "algorithm.kl_horizon": 0,
+    "algorithm.gamma": 1.5, "algorithm.lam": -0.1, "algorithm.clip_range": 0, "algorithm.value_clip_range": -1,
+    "algorithm.value_coef": -1, "algorithm.importance_cap": 0, "algorithm.ptx_ratio": -1, "algorithm.ptx_coef": -1,
+    "algorithm.optimizer.learning_rate": 0, "algorithm.optimizer.eps": 0, "algorithm.optimizer.weight_decay": -1,
+    "algorithm.optimizer.max_grad_norm": 0, "algorithm.value_optimizer.ema_decay": 1, "algorithm.schedule.warmup_steps": -1,
+    "algorithm.schedule.final": 1.1, "pretrain.epochs": 0, "pretrain.heldout_examples": -1, "sft.dropout": 1,
+    "sft.pretrain_mix": 1, "reward.batch_size": 0, "reward.lengths.multiple": 0, "reward_model.micro_batch_size": 0,
+    "evaluation.prompts": 0, "evaluation.temperature": -0.1, "policy.layers": 0, "policy.rope_theta": 0, "data.texts": 0,
+    "backend.threads": 0, "seed": -1, "checkpoint_every": 0, "samples_every": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def complete():
+    return compose([])
+
+
+def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    made = copy.deepcopy(config)
+    *groups, key = path.split(".")
+    functools.reduce(dict.__getitem__, groups, made)[key] = value
+    return made
+
+
+@pytest.mark.parametrize("path", OUT_OF_RANGE)
+def test_what_is_out_of_range_is_refused_by_the_key_that_was_typed(complete, path):
+    value = OUT_OF_RANGE[path]
+    with pytest.raises(ConfigError, match=rf"^{re.escape(path)}={value}(\.0)? must be (at least|above) "):
+        Experiment(changed(complete, path, value))
+
+
+@pytest.mark.parametrize("path", [p for p in OUT_OF_RANGE if isinstance(OUT_OF_RANGE[p], float) or "optimizer" in p])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_float_is_nan_or_infinite(complete, path, value):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(path)}={value} must be a finite number"):
+        Experiment(changed(complete, path, value))
+
+
+def test_a_score_for_unfinished_responses_that_is_not_a_number_is_refused(complete):
+    with pytest.raises(ConfigError, match="^algorithm.unfinished_score=nan must be a finite number, or null.$"):
+        Experiment(changed(complete, "algorithm.unfinished_score", math.nan))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "path", "value"),
+    [
+        ("reward_model", "endpoint", "timeout_seconds", 0.0), ("reward_model", "endpoint", "batch_size", 0),
+        ("reward_model", "endpoint", "backoff_seconds", -1.0), ("reward_model", "function", "retries", -1),
+        ("reward_model", "ensemble", "coef", math.nan), ("policy", "lora", "rank", 0), ("policy", "lora", "alpha", 0.0),
+        ("data", "files", "heldout_fraction", 1.0), ("data", "files", "seed", -1), ("tracker", "tensorboard", "flush_seconds", 0),
+    ],
+)  # fmt: skip
+def test_components_that_are_not_the_default_ones_have_ranges_too(kind, name, path, value):
+    cls, values = group_of(kind, name)
+    values = {key: "http://a/b" if given == "???" else given for key, given in values.items()}
+    with pytest.raises(ConfigError, match=rf"^{kind}.{path}={value} must be (at least|above|a finite number)"):
+        parse(cls, values | {path: value}, kind)
+
+
+# ---------------------------------------------------------------------------------------------------- keys of the root
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(LockstepError) as caught:
+        Experiment(compose(overrides))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["+evalution={prompts: 3}", "+evalution.prompts=3", "+evalution=3", "+evalution=null"])
+def test_an_unknown_key_of_the_root_suggests_the_nearest(given):
+    said = refused(given)
+    assert said.startswith("Unknown key evalution. Did you mean 'evaluation'? Known: algorithm, backend, ")
+    assert said.endswith("A key of your own has to be read by another one, as ${evalution}.")
+
+
+@pytest.fixture
+def experiment_file(tmp_path, monkeypatch):
+    """A function that puts an experiment file of a plugin onto the search path."""
+
+    def write(text: str) -> None:
+        (tmp_path / "experiment").mkdir()
+        (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}")
+        monkeypatch.setitem(registry().conf, "mine", tmp_path)
+
+    return write
+
+
+def test_a_misspelt_group_in_an_experiment_file_is_refused(experiment_file):
+    experiment_file("defaults: [instructgpt]\nexperiment_name: mine\nevalution: {prompts: 3}\n")
+    assert refused("experiment=mine").startswith("Unknown key evalution. Did you mean 'evaluation'?")
+
+
+def test_an_experiment_may_add_a_value_and_an_algorithm_that_other_keys_read(experiment_file):
+    text = """
+defaults: [instructgpt, /algorithm@again: sft]
+experiment_name: mine
+size: 16
+again: {batch_size: "${size}"}
+stages: {again: {algorithm: "${again}", policy: sft}}
+"""
+    experiment_file(text)
+    assert Experiment(compose(["experiment=mine"])).stages["again"].config.batch_size == 16
+    assert refused("experiment=mine", "+again.epoch=1").startswith("Unknown key stages.again.algorithm.epoch. Did you mean")
+    assert refused("experiment=mine", "~stages.again").startswith("Unknown key again.")  # now nothing reads it
+
+
+ONLY_SFT = {"only": {"algorithm": {"name": "sft"}, "policy": "new"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("pretrain.epoch", 1, "Unknown key pretrain.epoch. Did you mean 'epochs'?"),
+        ("reward.optimizer.beta", 1, "Unknown key reward.optimizer.beta. Did you mean 'betas'?"),
+        ("reward_model.sourse", "sft", "Unknown key reward_model.sourse. Did you mean 'source'?"),
+        ("evaluation.prompt", 1, "Unknown key evaluation.prompt. Did you mean 'prompts'?"),
+        ("tracker.tag", [], "Unknown key tracker.tag. Did you mean 'tags'?"),
+        ("policy.layer", 1, "Unknown key policy.layer. Did you mean 'layers'?"),
+        ("algorithm.name", "pppo", "No algorithm named 'pppo' for backend 'torch'. Did you mean 'ppo'?"),
+        ("algorithm.name", None, "algorithm is a component group, and needs a name: algorithm.name=None."),
+        ("stages.only.polcy", "new", "Unknown key stages.only.polcy. Did you mean 'policy'?"),
+    ],
+)
+def test_a_group_is_checked_though_no_stage_uses_it(complete, path, value, message):
+    with pytest.raises(LockstepError, match=f"^{re.escape(message)}"):
+        Experiment(changed(complete | {"stages": ONLY_SFT}, path, value))
+
+
+def test_an_unused_group_of_a_component_that_is_not_usable_here_is_left_alone(complete, monkeypatch):
+    plugin = Plugin({"reward_model": {"elsewhere": "no.such:Thing"}}, requires=["no_such_library"], install="pip install it")
+    monkeypatch.setattr(registry(), "components", dict(registry().components))
+    registry().add(plugin, "test")
+    registry().add(Plugin({"reward_model": {"theirs": "no.such:Thing"}}, backend="jax"), "test")
+    for name in ("elsewhere", "theirs"):
+        config = complete | {"reward_model": {"name": name}}
+        Experiment(config | {"stages": ONLY_SFT})
+        config["stages"] = {"ppo": complete["stages"]["ppo"] | {"reward_model": config["reward_model"]}}
+        with pytest.raises(RegistryError, match=name):
+            Experiment(config)
+
+
+# ---------------------------------------------------------------------------------------------- other people's components
+
+
+class TheirPPO(PPO):
+    pass
+
+
+def test_a_plugin_whose_file_is_older_than_a_key_works_and_has_its_default(experiment_file, tmp_path):
+    """Its YAML is its own and complete as of some day; since then PPO and the optimizer have got new keys."""
+    theirs = {key: value for key, value in group("algorithm", "ppo").items() if key not in ("importance_cap", "stop_strings")}
+    theirs["name"] = f"{__name__}:TheirPPO"
+    del theirs["optimizer"]["ema_decay"]
+    experiment_file("defaults: [instructgpt]\nexperiment_name: mine\n")
+    (tmp_path / "algorithm").mkdir()
+    (tmp_path / "algorithm" / "theirs.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(theirs)))
+    config = Experiment(compose(["experiment=mine", "algorithm=theirs"])).stages["ppo"].config
+    assert config == PPO.Config()
+
+
+def test_a_config_that_inherits_may_add_a_key_of_its_own():
+    @dataclass(frozen=True)
+    class Config(TorchBackend.Config):
+        deterministic: bool = setting(True, "The same bits from run to run.")
+
+    assert parse(Config, {"threads": 1}, "backend") == Config(threads=1, deterministic=True)

@@ -463,10 +463,10 @@ def test_a_file_has_no_test_split(write):
         ({"texts": [{"split": "train"}]}, "Missing: data.texts[0].path."),
         ({"texts": [{"path": "a", "wieght": 1}]}, "Unknown key data.texts[0].wieght. Did you mean 'weight'?"),
         ({"texts": [{"path": "a", "split": "train[:10%]"}]}, "split 'train[:10%]' should look like train, test[:100]"),
-        ({"texts": [{"path": "a", "weight": 0}]}, "data.texts: weights should be above 0"),
+        ({"texts": [{"path": "a", "weight": 0}]}, "data.texts[0].weight=0.0 must be above 0, or null."),
         ({"texts": [{"path": "a", "weight": 1}, {"path": "b"}]}, "data.texts: give every source a weight, or none."),
         ({"heldout_texts": [{"path": "a", "weight": 1}]}, "data.heldout_texts has a weight, but held-out rows"),
-        ({"heldout_fraction": 1.0}, "data.heldout_fraction=1.0 should be at least 0 and less than 1."),
+        ({"heldout_fraction": 1.0}, "data.heldout_fraction=1.0 must be at least 0 and below 1."),
         ({"on_bad_row": "skipp"}, "data.on_bad_row='skipp' is not one of raise, skip. Did you mean 'skip'?"),
     ],
 )

@@ -176,7 +176,7 @@ def theirs(hf, s) -> np.ndarray:
 def ours(policy, s) -> np.ndarray:
     """The same of the decoder, one operation at a time: nothing to compile for every switch."""
     with jax.disable_jit():
-        decoder = policy.network.bind(policy.params, policy.frozen)
+        decoder = policy.spec.bind(policy.params, policy.frozen)
         return np.asarray(decoder.logits(decoder.hidden(s.tokens, s.attention_mask), decoder.head()))[s.attention_mask]
 
 
@@ -247,14 +247,14 @@ def test_keys_left_out_mean_what_transformers_takes_for_them(family):
 
 
 def test_config_json_is_written_as_it_was_read(family, pair):
-    architecture = pair[1].network.architecture
+    architecture = pair[1].spec.architecture
     assert from_hf(to_hf(architecture)) == architecture
     assert transformers.AutoConfig.for_model(**to_hf(architecture)).architectures == [type(pair[0]).__name__]
 
 
 def test_a_tensor_too_many_or_too_few_is_named(family, pair):
     _, policy = pair
-    architecture, tensors = policy.network.architecture, policy.parameters()
+    architecture, tensors = policy.spec.architecture, policy.parameters()
     *rest, last = tensors
     with pytest.raises(CheckpointError, match=f"missing: {last}; unused: other.weight"):
         check_parameters(
@@ -280,12 +280,12 @@ def test_greedy_continuations_are_those_of_transformers(pair):
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "smollm3"])
 def test_in_bfloat16_sampling_and_scoring_agree(family, tmp_path, monkeypatch):
     """As accelerators compute: the cache is in bfloat16 too, whatever norms and rotations are in."""
-    monkeypatch.setattr("lockstep_jax.decoder.attention_dtype", lambda dtype: dtype)
+    monkeypatch.setattr("lockstep_jax.decoder.attention_dtype", lambda dtype, platform: dtype)
     half = JaxBackend(dataclasses.replace(CPU, precision="bfloat16"))
     realistic(family).save_pretrained(tmp_path)
     policy, s = HuggingFace.load(tmp_path, half), block()
     with jax.disable_jit():
-        decoder = policy.network.bind(policy.params, policy.frozen)
+        decoder = policy.spec.bind(policy.params, policy.frozen)
         whole = decoder.hidden(s.tokens[:, :10], s.attention_mask[:, :10])
         layers = decoder.apart()
         _, cache = decoder.start(layers, s.tokens[:, :8], s.prompt_mask, 2)

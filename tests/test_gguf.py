@@ -13,7 +13,7 @@ from lockstep.config.schema import parse  # noqa: E402
 from lockstep.errors import CheckpointError  # noqa: E402
 from lockstep.models.architecture import initial_parameters  # noqa: E402
 from lockstep.registry import registry  # noqa: E402
-from lockstep.runs import store  # noqa: E402
+from lockstep.runs import identity  # noqa: E402
 from lockstep.storage import gguf  # noqa: E402
 from lockstep.storage.files import read_json  # noqa: E402
 from lockstep.text.sequences import pack  # noqa: E402
@@ -138,10 +138,10 @@ def test_a_gguf_file_that_is_not_there_or_broken_is_said_so(tmp_path):
 
 
 def test_a_changed_gguf_file_is_another_input(file, parameters):
-    before = store.folder_digest(str(file)), gguf.as_folder(file)
-    store.folder_digest.cache_clear()
+    before = identity.folder_digest(str(file)), gguf.as_folder(file)
+    identity.folder_digest.cache_clear()
     write(file, {name: 2 * array for name, array in parameters.items()})
-    assert store.folder_digest(str(file)) != before[0]
+    assert identity.folder_digest(str(file)) != before[0]
     assert gguf.as_folder(file) != before[1]
 
 

@@ -40,8 +40,8 @@ def kept_bytes(learner, terms) -> int:
     if learner.backend.name == "jax":
         import jax
 
-        learner.evaluate(terms[0].sequences, ["logprobs"], keep=True)
-        return sum(array.nbytes for array in jax.tree.leaves(learner.last.pullback))
+        made = learner.forward(terms[0].sequences, ["logprobs"])
+        return sum(array.nbytes for array in jax.tree.leaves(learner.kept[made].pullback))
     import torch
 
     sizes = {}
@@ -90,7 +90,8 @@ def test_jax_computes_again_in_deep_networks_unless_told(limit, again, folders, 
 
 FAULTS = """
 import ctypes, resource
-from lockstep_jax.backend import JaxBackend, keep_freed_memory
+from lockstep_jax.backend import JaxBackend
+from lockstep_jax.device import keep_freed_memory
 
 JaxBackend(JaxBackend.Config("cpu", "float32", gradient_checkpointing=None, compilation_cache=None))
 keep_freed_memory()

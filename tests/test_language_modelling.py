@@ -67,8 +67,8 @@ def test_the_pretraining_mix_is_its_fraction_of_every_batch(sft):
     for step in range(3):
         demonstrations, texts = algorithm.blocks(step)
         assert (demonstrations.rows, texts.rows) == (6, 2)
-    with pytest.raises(ConfigError, match="pretrain_mix=1 of batch_size=6 leaves no demonstration"):
-        sft(pretrain_mix=1.0)
+    with pytest.raises(ConfigError, match="pretrain_mix=0.95 of batch_size=6 leaves no demonstration"):
+        sft(pretrain_mix=0.95)
 
 
 def test_with_a_pretraining_mix_one_epoch_still_shows_every_demonstration(sft):

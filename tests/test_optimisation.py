@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from lockstep.config.schema import parse
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Term
 from lockstep.learning import losses
@@ -56,7 +57,7 @@ def test_a_run_shorter_than_its_warm_up_is_fine():
 
 def test_an_unknown_shape_lists_those_that_exist():
     with pytest.raises(ConfigError, match="schedule.shape='step' is not one of constant, linear, cosine"):
-        ScheduleConfig("step", 0, 1.0, 0.0)
+        parse(ScheduleConfig, {"shape": "step"}, "schedule")
 
 
 # --------------------------------------------------------------------------------------------------------------- Adam

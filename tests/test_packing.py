@@ -132,7 +132,7 @@ def test_learned_positions_start_again_in_every_example(backend, tmp_path):
 
 def test_a_network_of_transformers_that_cannot_pack_is_refused():
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    from lockstep_torch.decoder import TransformersNetwork
+    from lockstep_torch.transformers_network import TransformersNetwork
 
     sizes = {"vocab_size": 37, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     opt = transformers.OPTConfig(**sizes, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=32)

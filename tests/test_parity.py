@@ -159,11 +159,11 @@ def test_dropout_drops_its_rate_and_keeps_the_mean():
 
 def test_dropout_is_the_documented_bits(both):
     """The torch module against the numpy reference; JAX agrees with torch above."""
-    from lockstep_torch.decoder import Dropout as TorchDropout
+    from lockstep_torch.decoder import DropoutMask
 
     torch = pytest.importorskip("torch")
     seeds, position = np.array([7, 8], np.uint32), np.array([[0, 1, 2], [0, 0, 1]])
-    x = TorchDropout(0.3, torch.tensor(seeds.view(np.int32)))(torch.ones(2, 3, 16), 5, torch.tensor(position)).numpy()
+    x = DropoutMask(0.3, torch.tensor(seeds.view(np.int32)))(torch.ones(2, 3, 16), 5, torch.tensor(position)).numpy()
     kept = randomness.dropout_bits(seeds, 5, position, 16) >= 0.3 * 2**24
     assert np.allclose(x, kept / 0.7)
 

@@ -37,7 +37,7 @@ def prepared(algorithm, step=0):
 
 def rows_of(rollout, rows):
     """A rollout of some of its episodes."""
-    arrays = [f.name for f in fields(rollout) if f.name not in ("sequences", "responses", "details")]
+    arrays = [f.name for f in fields(rollout) if f.name not in ("sequences", "responses", "details", "forward")]
     taken = {name: getattr(rollout, name)[rows] for name in arrays}
     responses = replace(rollout.responses, prompts=[rollout.responses.prompts[i] for i in rows],
                         texts=[rollout.responses.texts[i] for i in rows])  # fmt: skip
@@ -291,7 +291,8 @@ def test_whatever_stands_after_eos_is_inert(ppo, network):
                     **{n: np.where(garbage, np.nan, getattr(rollout, n)) for n in names})  # fmt: skip
     other, dirty_metrics = algorithm.prepare(dirty)
     assert metrics == pytest.approx(dirty_metrics)
-    kept = gradients(algorithm, rollout, batch)  # from the rollout's own pass; the others are by one program
+    [term] = algorithm.terms(rollout.sequences, batch, np.arange(8), rollout.forward)
+    kept = algorithm.learner.gradients([term])  # from the rollout's own pass; the others are by one program
     clean = gradients(algorithm, rollout, batch)
     same(clean, gradients(algorithm, dirty, other))
     assert relative(kept, clean) < 1e-6
@@ -518,7 +519,7 @@ def test_a_run_that_resumes_ends_where_an_uninterrupted_one_does_and_keeps_its_r
     ("changes", "message"),
     [
         ({"minibatches": 3}, r"batch_size=8 is not divisible by algorithm.minibatches=3. Set minibatches to one of 1, 2, 4, 8\."),
-        ({"temperature": 0.0}, "temperature=0 must be above 0: PPO explores by sampling"),
+        ({"temperature": 0.0}, "algorithm.temperature=0.0 must be above 0."),
         ({"value_network": "both"}, "value_network='both' is not one of separate, shared"),
         ({"schedule": {"shape": "cosin"}}, "is not one of constant, linear, cosine"),
     ],

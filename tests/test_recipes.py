@@ -9,8 +9,8 @@ import tokenizers
 
 from lockstep.commands import run as run_command
 from lockstep.config.compose import compose
+from lockstep.data import files
 from lockstep.errors import ConfigError, DataError, LockstepError
-from lockstep.runs import dry_run
 from lockstep.runs.experiment import Experiment
 from lockstep.text.tokenizer import Tokenizer
 
@@ -196,7 +196,7 @@ def test_the_hub_is_asked_for_the_first_rows_only(dry, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     out = dry("experiment=hh")
     assert set(asked) == {("Anthropic/hh-rlhf", "helpful-base", True), ("Anthropic/hh-rlhf", "harmless-base", True)}
-    assert f"{dry_run.FIRST} comparisons in Anthropic/hh-rlhf/helpful-base" in out
+    assert f"{files.FIRST} comparisons in Anthropic/hh-rlhf/helpful-base" in out
 
 
 def test_without_a_network_it_says_what_is_not_checked(dry, monkeypatch):

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from lockstep.errors import CheckpointError, ConfigError, Stopped
-from lockstep.runs import store
+from lockstep.runs import identity, store
 from lockstep.storage import weights as storage_weights
 from lockstep.storage.files import read_json
 from lockstep.storage.weights import write_tensors
@@ -387,8 +387,8 @@ def test_a_named_run_refuses_another_configuration_and_shows_the_difference(begu
 def test_a_stage_that_starts_anew_because_its_code_changed_says_so(begun, monkeypatch, caplog, torch_whole):
     options = torch_whole[1]
     stopped(monkeypatch, begun, 2, *options)
-    real = store.code_digests
-    monkeypatch.setattr(store, "code_digests", lambda modules: real(modules) | {"lockstep": "changed"})
+    real = identity.code_digests
+    monkeypatch.setattr(identity, "code_digests", lambda modules: real(modules) | {"lockstep": "changed"})
     run = tiny(begun, *options)
     assert "Made anew: pretrain (its earlier folder pretrain-torch-" in caplog.text
     assert "is unfinished). Changed since: the code of lockstep." in caplog.text

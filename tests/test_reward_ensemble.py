@@ -11,6 +11,7 @@ import pytest
 from conftest import Scored
 from lockstep.commands.run import run_config
 from lockstep.config.compose import compose
+from lockstep.config.schema import parse
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Responses
 from lockstep.runs.experiment import Experiment
@@ -65,8 +66,8 @@ def test_the_value_network_is_the_first_members():
 def test_an_ensemble_of_one_or_one_that_seeks_disagreement_is_refused():
     with pytest.raises(ConfigError, match="reward_model.members has 1: an ensemble needs two or more"):
         Ensemble.Config(({"name": "learned"},), "mean", 1.0)
-    with pytest.raises(ConfigError, match="coef=-1 would reward disagreement"):
-        Ensemble.Config(({}, {}), "lower_bound", -1.0)
+    with pytest.raises(ConfigError, match="reward_model.coef=-1.0 must be at least 0"):
+        parse(Ensemble.Config, {"coef": -1.0}, "reward_model")
 
 
 # ------------------------------------------------------------------------------------------------------- in experiments

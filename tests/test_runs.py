@@ -9,12 +9,11 @@ import pytest
 
 from lockstep.commands.run import run_config
 from lockstep.config.compose import compose
-from lockstep.errors import ConfigError
-from lockstep.reporting.console import Console
-from lockstep.runs import store
+from lockstep.errors import CheckpointError, ConfigError
+from lockstep.runs import identity
+from lockstep.runs.assembly import opener
 from lockstep.runs.experiment import Experiment
-from lockstep.runs.runner import Runner
-from lockstep.storage.files import read_json
+from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import read_weights
 from runs import DECODER, PPO_ONLY, TINY, tiny
 
@@ -174,8 +173,8 @@ def test_options_run_end_to_end_on_jax(tmp_path, options):
 
 def folders(folder, *overrides):
     """The stage folders that a run would have, without running it."""
-    runner = Runner(Experiment(compose([*TINY, *DECODER, f"folder={folder}", *overrides])), Console(), "test")
-    return {name: stage.path.name for name, stage in runner.folders.items()}
+    experiment = Experiment(compose([*TINY, *DECODER, f"folder={folder}", *overrides]))
+    return {name: stage.path.name for name, stage in experiment.folders.items()}
 
 
 def test_a_stage_is_made_anew_when_a_folder_it_reads_has_changed(tmp_path):
@@ -185,10 +184,40 @@ def test_a_stage_is_made_anew_when_a_folder_it_reads_has_changed(tmp_path):
     start = [f"stages.sft.policy={source}", "~stages.pretrain", "evaluation.policies=[sft]"]
     before = folders(tmp_path / "runs", *start)
     assert folders(tmp_path / "runs", *start) == before
-    store.folder_digest.cache_clear()
+    identity.folder_digest.cache_clear()
     (source / "model.safetensors").write_bytes(b"two")
     after = folders(tmp_path / "runs", *start)
     assert before["sft"] != after["sft"] and before["ppo"] != after["ppo"]
+
+
+def test_a_subclass_of_the_learned_reward_model_depends_on_its_stage_as_that_does(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text("from lockstep_rlhf.reward_models.learned import Learned\nclass Mine(Learned): pass\n")
+    for name in ("learned", "mine:Mine"):
+        before = folders(tmp_path / "runs", f"reward_model.name={name}")
+        after = folders(tmp_path / "runs", f"reward_model.name={name}", "reward.epochs=0.5")
+        changed = {stage for stage, folder in before.items() if after[stage] != folder}
+        assert changed == {"reward", "ppo", "ppo_ptx", "evaluate"}, name
+
+
+def test_a_reward_model_gets_only_what_it_has_declared(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "careless.py").write_text(
+        "from lockstep.interfaces import Inputs\nfrom lockstep_rlhf.reward_models.learned import Learned\n"
+        "class Careless(Learned):\n    @classmethod\n    def inputs(cls, config):\n        return Inputs()\n"
+    )
+    with pytest.raises(ConfigError, match=r"The reward model 'careless:Careless' opens 'reward' and does not say so. Return it"):
+        tiny(tmp_path / "runs", *PPO_ONLY, "reward_model.name=careless:Careless")
+
+
+def test_a_folder_that_no_stage_wrote_is_opened_by_the_policy_that_says_so(tmp_path):
+    for name in ("plain", "adapter", "empty"):
+        (tmp_path / name).mkdir()
+    write_json(tmp_path / "plain" / "config.json", {})
+    write_json(tmp_path / "adapter" / "adapter_config.json", {})
+    assert opener(tmp_path / "plain", "torch") == "huggingface" and opener(tmp_path / "adapter", "torch") == "lora"
+    with pytest.raises(CheckpointError, match="was not written by a stage, and no policy for torch opens it"):
+        opener(tmp_path / "empty", "torch")
 
 
 def test_a_stage_is_made_anew_when_its_chat_template_file_has_changed(tmp_path):
@@ -224,15 +253,15 @@ MISTAKES = {
         "algorithm.batch_size=64", "algorithm.minibatches=6"],
     "No algorithm named 'pppo' for backend 'torch'. Did you mean 'ppo'?": ["algorithm.name=pppo"],
     "No key 'algorithm.kl_coeff'. Did you mean 'kl_coef'?": ["algorithm.kl_coeff=0.1"],
-    "stages.ppo.algorithm.kl_coef='high' should be float, not str.": ["algorithm.kl_coef=high"],
+    "algorithm.kl_coef='high' should be float, not str.": ["algorithm.kl_coef=high"],
     "stages.sft reads the stage 'pretrian', which does not come before it. Did you mean 'pretrain'?": [
         "stages.sft.policy=pretrian"],
     "No backend named 'torhc'. Did you mean 'torch'? There are: jax, torch.": ["backend=torhc"],
     "Missing: reward_model.function. Set it on the command line": ["reward_model=function"],
     "stages.ppo needs a reward_model from the stage 'sft', which makes a policy.": ["reward_model.source=sft"],
     "stages.ppo needs a policy from the stage 'reward', which makes a reward_model.": ["stages.ppo.policy=reward"],
-    "checkpoint_every=0 should be a whole number of at least 1.": ["checkpoint_every=0"],
-    "seed='abc' should be a whole number of at least 0.": ["seed=abc"],
+    "checkpoint_every=0 must be at least 1.": ["checkpoint_every=0"],
+    "seed='abc' should be int, not str.": ["seed=abc"],
     "evaluation.batch_size=0 must be at least 1.": ["evaluation.batch_size=0"],
     "schedule.shape='cosin' is not one of constant, linear, cosine": ["sft.schedule.shape=cosin"],
     "Unknown key stages.ppo_ptx.changes.ptx_coeff. Did you mean 'ptx_coef'?": ["+stages.ppo_ptx.changes.ptx_coeff=1"],

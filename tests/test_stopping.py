@@ -7,11 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 import tokenizers
-from omegaconf import OmegaConf
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from conftest import Data, Scored
-from lockstep.builtin import CONF
 from lockstep.config.schema import parse
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Generated
@@ -209,15 +207,15 @@ def test_evaluation_cuts_responses_as_ppo_does(tokenizer):
             written, real = right_pad([[1, 2, 3, 4, 7], [3, 5, 6, 7]], pad_id, seeds.shape[1])
             return Generated(written, real, np.zeros(written.shape, np.float32))
 
-    settings = OmegaConf.to_container(OmegaConf.load(CONF / "evaluation" / "default.yaml"))
-    settings |= {"lengths": {"prompt": 6, "response": 5, "multiple": 1}, "stop_strings": ["w3 w4"]}
+    settings = {"lengths": {"prompt": 6, "response": 5, "multiple": 1}, "stop_strings": ["w3 w4"]}
     config = parse(EvaluationConfig, settings, "evaluation")
     seen = []
     reward_model = Scored(lambda r: seen.append(r) or [1.0, 2.0])
     evaluator = Evaluator(config, Data(), tokenizer, reward_model, 0)
     answers = evaluator.answer(Writes(), Data().prompts("heldout")[:2], [[1], [2]])
-    assert answers.texts == ["w1 w2 ", "w3 w5 w6 w7"] and answers.finished.tolist() == [True, False]
-    assert answers.sequences.mask.sum(axis=1).tolist() == [4, 4]
+    samples = answers.samples
+    assert samples.responses.texts == ["w1 w2 ", "w3 w5 w6 w7"] and samples.finished.tolist() == [True, False]
+    assert samples.sequences.mask.sum(axis=1).tolist() == [4, 4]
     assert seen[0].sequences.responses[0].tolist() == [1, 2, 35, 36, 36]
 
 

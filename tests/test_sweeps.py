@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lockstep.commands.run import run_config
+from lockstep.commands.run import run_config, sweeps
+from lockstep.commands.run.sweeps import SweepFolder, last_words, objective
 from lockstep.config.compose import compose
 from lockstep.errors import ConfigError
-from lockstep.runs import sweeps
-from lockstep.runs.sweeps import SweepFolder, last_words, objective
 from lockstep.storage.files import read_json
 from runs import DECODER, TINY, tiny
 from test_runs import lines
@@ -84,7 +83,7 @@ def test_a_failing_job_stops_no_other_and_is_shown_with_its_error(grid):
     assert code == 1
     assert statuses(found) == ["done", "done", "failed", "failed"]
     end = printed[printed.index("SweepFailed: 2 jobs failed; to run one again:") :]
-    assert end.count("ConfigError: seed=-1 should be a whole number of at least 0.") == 2
+    assert end.count("ConfigError: seed=-1 must be at least 0.") == 2
     assert "seed=-1" in end.splitlines()[1] and end.splitlines()[1].startswith("  lockstep run ")
     assert "2 of 4 jobs are done. The sweep is in " in end and "The same command runs the rest." in end
 
@@ -99,7 +98,7 @@ def test_the_record_names_runs_overrides_states_and_objectives(grid):
             assert job["objective"] == objective(run, "sft/heldout/loss")
         else:
             assert "seed=-1" in job["overrides"] and job["objective"] is None
-            assert job["error"] == "ConfigError: seed=-1 should be a whole number of at least 0."
+            assert job["error"] == "ConfigError: seed=-1 must be at least 0."
 
 
 def test_parallel_jobs_make_a_stage_that_they_share_once(grid):
@@ -245,7 +244,7 @@ def assert_launched(folder, code, printed, found):
     assert code == 1 and "1 of 2 jobs are done" in printed, printed
     done, failed = sorted(found, key=lambda job: job["status"])
     assert done["objective"] == objective(folder / done["run"], "pretrain/heldout/loss")
-    assert failed["error"] == "ConfigError: seed=-1 should be a whole number of at least 0."
+    assert failed["error"] == "ConfigError: seed=-1 must be at least 0."
 
 
 @needs("hydra_submitit_launcher")
@@ -378,7 +377,7 @@ def test_last_words_are_the_error_or_the_last_lines():
 
 
 def test_many_processes_write_one_record(tmp_path):
-    code = "import sys; from pathlib import Path; from lockstep.runs.sweeps import SweepFolder\n"
+    code = "import sys; from pathlib import Path; from lockstep.commands.run.sweeps import SweepFolder\n"
     code += "for i in range(20): SweepFolder(Path(sys.argv[1])).note([sys.argv[2], str(i)], status='done')"
     SweepFolder(tmp_path).begin("lockstep run -m")
     started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(i)]) for i in range(3)]

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from lockstep_torch import backend  # noqa: E402
+from lockstep_torch import backend, device  # noqa: E402
 from lockstep_torch.policies import Decoder  # noqa: E402
 
 
@@ -17,7 +17,7 @@ from lockstep_torch.policies import Decoder  # noqa: E402
     "precision, factor, warned", [("bfloat16", 50.0, True), ("bfloat16", 0.3, False), ("float32", 50.0, False)]
 )
 def test_bfloat16_is_warned_of_where_it_is_slow(precision, factor, warned, monkeypatch, caplog):
-    monkeypatch.setattr(backend, "_bfloat16_takes", lambda: factor)
+    monkeypatch.setattr(device, "_bfloat16_takes", lambda: factor)
     with caplog.at_level(logging.WARNING):
         backend.TorchBackend(
             backend.TorchBackend.Config("cpu", precision, gradient_checkpointing=False, cuda_graphs=False, threads=None)

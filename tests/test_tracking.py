@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from lockstep.config.secrets import without_secrets
 from lockstep.interfaces import Tracker
 from lockstep.registry import registry
-from lockstep.reporting.tracking import Silent, Wandb, without_secrets
+from lockstep.reporting.tracking import Silent, Wandb
 from lockstep.runs.experiment import component_config
 from wandb_server import Server, aliases
 

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from worker import Contestant, Work, texts
 
-from lockstep.builtin import CONF
 from lockstep.config.schema import parse
 from lockstep.interfaces import Algorithm, Backend, Context, DataSource, Policy, RewardModel
 from lockstep.learning.randomness import token_seeds
@@ -62,14 +60,15 @@ def algorithm_of(folder: Path, work: Work, options: dict[str, Any], backend: Bac
     kind = registry().resolve("policy", "huggingface" if work.size == "smollm2" else "decoder", backend.name)
     tokenizer = Tokenizer.load(str(folder / "policy"), TokenizerConfig(None, None, None, None))
     name = ALGORITHMS[work.task]
-    values = OmegaConf.to_container(OmegaConf.load(CONF / "algorithm" / f"{name}.yaml"))
-    cls = registry().resolve("algorithm", values.pop("name"))
-    values["lengths"] = {"prompt": work.prompt, "response": work.response, "multiple": max(work.prompt, work.response)}
-    values["schedule"] = {"shape": "constant", "warmup_steps": 0, "initial": 1.0, "final": 1.0}
-    for key in ("optimizer", "value_optimizer"):
-        if key in values:
-            values[key] |= {"learning_rate": 1e-5, "eps": 1e-8}
+    cls = registry().resolve("algorithm", name)
+    adam = {"learning_rate": 1e-5, "eps": 1e-8}
+    values = {
+        "lengths": {"prompt": work.prompt, "response": work.response, "multiple": max(work.prompt, work.response)},
+        "schedule": {"shape": "constant", "warmup_steps": 0, "initial": 1.0, "final": 1.0},
+        "optimizer": adam,
+    }
     if name == "ppo":
+        values |= {"value_optimizer": adam}
         values |= {"iterations": STEPS, "batch_size": work.rows, "epochs": work.epochs, "minibatches": 1}
         values |= {"unfinished_score": None, "value_network": options.get("value_network", "separate")}
     else:
@@ -109,12 +108,11 @@ def backend_named(name: str, options: dict[str, Any], device: str) -> Backend:
     """Lockstep's defaults, but for the device, the precision, graphs, the threads (as many as the others have) and the cache of
     programs."""
     cls = registry().resolve("backend", name, name)
-    values = OmegaConf.to_container(OmegaConf.load(CONF / "backend" / f"{name}.yaml")) | {"precision": options["precision"]}
+    values = {"precision": options["precision"]}
     own = {
         "torch": {"device": device, "threads": options["threads"], "cuda_graphs": device == "cuda"},
         "jax": {"device": {"cpu": "cpu", "cuda": "gpu"}[device], "compilation_cache": None},
     }[name]
-    del values["name"]
     return cls(parse(cls.Config, values | own, "backend"))
 
 

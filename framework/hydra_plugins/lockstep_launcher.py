@@ -25,7 +25,7 @@ class ProcessLauncher(Launcher):
         self.loader, self.config = hydra_context.config_loader, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from lockstep.runs.sweeps import run_job  # imports Hydra's configuration, which is looking for launchers just now
+        from lockstep.commands.run.sweeps import run_job  # imports Hydra's configuration, which is looking for launchers just now
 
         setup_globals()
         configs = [self.loader.load_sweep_config(self.config, list(overrides)) for overrides in job_overrides]

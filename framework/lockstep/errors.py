@@ -29,6 +29,10 @@ class MissingData(DataError):
     """A data source that has none of what the stage needs."""
 
 
+class Unreachable(DataError):
+    """A data set of the hub that could not be loaded: it may be that only the network is missing."""
+
+
 class CheckpointError(LockstepError):
     """A checkpoint that is missing, damaged or of another architecture."""
 

@@ -12,25 +12,55 @@ a token counts. Dtypes: tokens int32, masks bool, everything else float32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from lockstep.errors import CheckpointError, ConfigError, listing
+from lockstep.errors import CheckpointError, ConfigError, Unreachable, listing
 from lockstep.types import Choice, Comparison, Demonstration, Fit, Prompt
 
 if TYPE_CHECKING:
     from lockstep.learning.optimisation import OptimizerConfig
     from lockstep.text.sequences import Sequences
-    from lockstep.text.tokenizer import Tokenizer
+    from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 
 Array = Any
 """An array of some Array API namespace: numpy on the host, a backend's own inside a loss."""
 
 Metrics = dict[str, float]
+
+
+# ------------------------------------------------------------------------------------------------------- components
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a component reads beside its configuration. All of it is part of the identity of the stages that use the component:
+    a stage runs again after any of it has changed.
+
+    outputs: {source: kind}: the stages of the run whose output it opens, or folders or hub ids in their place; and what that
+      has to hold: 'policy' or 'reward_model'.
+    files: paths of local files and folders; one that does not exist is left out.
+    members: configuration groups of the reward models that it is made of.
+    """
+
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    members: tuple[Mapping[str, Any], ...] = ()
+
+
+class Component:
+    """What a plugin registers. ``Config`` is the frozen dataclass of its configuration group."""
+
+    Config: ClassVar[type]
+
+    @classmethod
+    def inputs(cls, config: Any) -> Inputs:
+        """What it reads, from its configuration alone: nothing is opened."""
+        return Inputs()
 
 
 # ----------------------------------------------------------------------------------------------------------- models
@@ -87,13 +117,15 @@ class Model(ABC):
         writes peft's files."""
 
 
-class Policy(Model):
-    """A causal language model. Supplies logprobs and entropy; values too once it carries a value head.
-
-    A subclass also has ``Config``, a frozen dataclass, and two ways to be made:
+class Policy(Model, Component):
+    """A causal language model. Supplies logprobs and entropy; values too once it carries a value head. There are two ways to
+    make one: `create` and `load`.
     """
 
-    Config: ClassVar[type]
+    @classmethod
+    def inputs(cls, config: Any) -> Inputs:
+        path = cls.tokenizer_config(config).path
+        return Inputs(files=() if path is None else (path,))
 
     @classmethod
     @abstractmethod
@@ -105,6 +137,16 @@ class Policy(Model):
     @abstractmethod
     def load(cls, folder: Path, backend: Backend) -> Policy:
         """From a checkpoint folder that `save` wrote, on this or another backend."""
+
+    @classmethod
+    def tokenizer_config(cls, config: Any) -> TokenizerConfig:
+        """Which tokenizer the policy reads; a path of None is the data source's own."""
+        return config.tokenizer
+
+    @classmethod
+    def opens(cls, folder: Path) -> bool:
+        """Whether `load` reads this folder, which no stage wrote: a public checkpoint. One policy at most should say so."""
+        return False
 
     @classmethod
     @abstractmethod
@@ -206,20 +248,54 @@ class Dropout:
     seeds: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class ForwardPass:
+    """The models' ``outputs`` for ``sequences``, without dropout, from `Learner.forward`.
+
+    A `Term` may carry the pass. The learner then differentiates the pass instead of running the models again. A pass serves
+    one gradient, before the parameters change; the learner refuses it after that. The learner keeps what the gradient needs,
+    and lets go of it when the pass is used or dropped.
+    """
+
+    sequences: Sequences
+    temperature: float
+    outputs: Mapping[str, np.ndarray]
+
+
 @dataclass(frozen=True)
 class Term:
-    """One summand of an update: a loss, the sequences to run the models on, and the arrays [B, ...] the loss reads."""
+    """One summand of an update: a loss, the sequences to run the models on, and the arrays [B, ...] the loss reads.
+
+    ``forward`` is the pass that has computed this term's outputs already, if there is one.
+
+    Raises:
+      ValueError: ``forward`` was made from other tokens or at another temperature, lacks an output that the loss reads, or the
+        term has dropout.
+    """
 
     loss: Loss
     sequences: Sequences
     batch: Mapping[str, np.ndarray]
     temperature: float = 1.0
     dropout: Dropout | None = None
+    forward: ForwardPass | None = None
 
-    def reads(self, sequences: Sequences, temperature: float, outputs: Collection[str]) -> bool:
-        """Whether a pass over ``sequences`` without dropout, which gave ``outputs``, is the one that this term needs."""
-        same = self.sequences.same_arrays(sequences) and self.temperature == temperature and self.dropout is None
-        return same and set(self.loss.outputs) <= set(outputs)
+    def __post_init__(self):
+        made = self.forward
+        if made is None:
+            return
+        missing = set(self.loss.outputs) - set(made.outputs)
+        reasons = {
+            "the pass read other tokens": not self.sequences.same_input(made.sequences),
+            f"the pass has temperature {made.temperature:g}, the term {self.temperature:g}": made.temperature != self.temperature,
+            "the term has dropout, and a pass has none": self.dropout is not None,
+            f"the loss reads {listing(missing)}, the pass has {listing(made.outputs)}": bool(missing),
+        }
+        if wrong := [reason for reason, holds in reasons.items() if holds]:
+            raise ValueError(
+                f"This term cannot use its forward pass: {'; '.join(wrong)}. Call Learner.forward with the term's own sequences, "
+                "temperature and outputs, or leave Term.forward out."
+            )
 
 
 class Learner(ABC):
@@ -231,18 +307,19 @@ class Learner(ABC):
 
     models: Mapping[str, Model]
 
-    def evaluate(
-        self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0, keep: bool = False
-    ) -> dict[str, np.ndarray]:
-        """As `Model.evaluate`, each output from the first model that supplies it.
-
-        ``keep`` announces that the next update has a term of these very arrays. A learner may then keep what the gradient
-        needs, and run the networks once for both; one that does not override this method does without.
-        """
+    def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
+        """As `Model.evaluate`, each output from the first model that supplies it."""
         found: dict[str, np.ndarray] = {}
         for name, wanted in suppliers(self.models, outputs).items():
             found |= self.models[name].evaluate(sequences, wanted, temperature=temperature)
         return found
+
+    def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
+        """The outputs now, and the graph for the next update: pass the result on as `Term.forward`.
+
+        A learner that does not override this method evaluates, keeps nothing, and runs the models again for the gradient.
+        """
+        return ForwardPass(sequences, temperature, self.evaluate(sequences, outputs, temperature=temperature))
 
     @abstractmethod
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
@@ -278,10 +355,23 @@ def suppliers(models: Mapping[str, Model], outputs: Iterable[str]) -> dict[str, 
     return {name: wanted for name, wanted in found.items() if wanted}
 
 
-class Backend(ABC):
+def take_pass(kept: MutableMapping[ForwardPass, Any], forward: ForwardPass) -> Any:
+    """For learners: what is kept for the gradient of a pass, removed from ``kept``.
+
+    Raises:
+      ValueError: nothing is kept for it.
+    """
+    if forward not in kept:
+        raise ValueError(
+            "This forward pass cannot be differentiated: it has served a gradient already, the parameters have changed since, or "
+            "another learner made it. Call Learner.forward again, or leave Term.forward out."
+        )
+    return kept.pop(forward)
+
+
+class Backend(ABC, Component):
     """An array library on a device: makes learners, and tells what it runs on. Knows no algorithm."""
 
-    Config: ClassVar[type]
     name: ClassVar[str]
 
     @abstractmethod
@@ -338,17 +428,11 @@ class Resources(Protocol):
         ...
 
 
-class RewardModel(ABC):
+class RewardModel(ABC, Component):
     """Prompts and responses in, one score per response out. Learned, a function, an endpoint: one contract.
 
-    A score that could not be had is an exception or, where the configuration allows the loss of single episodes, NaN;
-    it is never a silent zero.
-
-    One that is made of others lists their groups under the key ``members`` of its configuration: then their stages are
-    inputs too.
+    A failed score raises or, where the configuration allows episodes to be lost, is NaN; it is never replaced by a number.
     """
-
-    Config: ClassVar[type]
 
     @abstractmethod
     def __init__(self, config: Any, resources: Resources): ...
@@ -389,14 +473,13 @@ class Context:
         return self.fits.setdefault(what, Fit(what))
 
 
-class Algorithm(ABC):
+class Algorithm(ABC, Component):
     """One way of training: which data it needs, what happens to it on the host, and what the loss is.
 
     ``step`` should read like the algorithm box of the paper. All randomness comes from (seed, step), so a run that
     resumes needs only the learner's state, `state` and the number of the next step.
     """
 
-    Config: ClassVar[type]
     produces: ClassVar[str]  # "policy" or "reward_model"
     needs_reward_model: ClassVar[bool] = False
 
@@ -439,12 +522,10 @@ class Algorithm(ABC):
 # -------------------------------------------------------------------------------------------------------------- data
 
 
-class DataSource(ABC):
+class DataSource(ABC, Component):
     """Where prompts, demonstrations, comparisons and raw text come from. ``split`` is 'train' or 'heldout'; a source
     may know more splits of its prompts ('adversarial'). A source that has none of a thing raises
     `lockstep.errors.MissingData` with what to configure."""
-
-    Config: ClassVar[type]
 
     @abstractmethod
     def texts(self, split: str) -> Sequence[str]: ...
@@ -464,6 +545,19 @@ class DataSource(ABC):
         of every stage. None: the configuration says it all."""
         return None
 
+    @classmethod
+    def preview(cls, config: Any) -> DataSource:
+        """The source as a dry run opens it: of what is far away, the first rows at most."""
+        return cls(config)
+
+    def survey(self) -> Iterator[tuple[str, str | Unreachable]]:
+        """For a dry run: each place in the configuration that names data, and what was found there, or why that is unknown.
+
+        Raises:
+          DataError: what is there cannot be used.
+        """
+        return iter(())
+
     def tokenizer(self) -> Tokenizer | None:
         """The source's own tokenizer, for policies that start from scratch."""
         return None
@@ -480,10 +574,8 @@ class DataSource(ABC):
 # ----------------------------------------------------------------------------------------------------------- tracking
 
 
-class Tracker(ABC):
+class Tracker(ABC, Component):
     """Where a stage's record goes beside the run folder (which is always written)."""
-
-    Config: ClassVar[type]
 
     @abstractmethod
     def start(self, *, folder: Path, run: str, stage: str, identity: str, config: Mapping[str, Any], resume: bool) -> None:

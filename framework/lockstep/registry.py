@@ -130,6 +130,16 @@ class Registry:
             + f" To use a class of your own, register {article} {kind} plugin or write '{kind}.name=module:Class'."
         )
 
+    def components_of(self, kind: str, backend: str) -> list[Component]:
+        """What this backend can use of a kind, and what it needs is installed: one component per name, its own before a
+        neutral one."""
+        found: dict[str, Component] = {}
+        for component in self:
+            usable = component.kind == kind and component.backend in (backend, None) and not component.missing()
+            if usable and (component.name not in found or component.backend is not None):
+                found[component.name] = component
+        return list(found.values())
+
     def _broken_hint(self) -> str:
         return "Not loaded: " + "; ".join(f"{name}: {reason}" for name, reason in self.broken.items()) + "."
 

@@ -1,13 +1,19 @@
-"""JAX and XLA: backend, policies and learner. Sibling of ``lockstep_torch``, file for file.
+"""JAX and XLA: backend, policies and learner. Sibling of ``lockstep_torch``: the same files in the same order, each of which
+imports from earlier ones only.
 
-    backend.py      device, precision, where compiled programs are kept
-    decoder.py      the network in flax.nnx: Llama's and GPT-2's shapes, its parameters to and from checkpoint names
+    device.py       precision, memory, where compiled programs are kept
+    products.py     matrix products in the form that XLA runs fast                                             (*)
+    decoder.py      the network in flax.nnx, for every family of `lockstep.models.architecture`, with adapters or without
+    parameters.py   its parameters to and from checkpoint names                                                (*)
     generation.py   sampling with a KV cache, one compiled program
     model.py        logprobs, entropy, values, scores; loading and saving
     policies.py     what the configuration names: decoder, huggingface, lora
     learner.py      gradients and Adam
+    backend.py      makes learners
 
-Left out so far: sharding over several devices, model families beyond these two.
+(*) On this side only: PyTorch's own products are fast, and its modules bear the checkpoint's names.
+
+Left out so far: sharding over several devices, model families without a record in `lockstep.models.architecture.families`.
 """
 
 from lockstep.registry import Plugin

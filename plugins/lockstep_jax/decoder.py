@@ -1,7 +1,7 @@
 """The network: tokens in, hidden states out, heads on top, for every `lockstep.models.architecture.Architecture`.
 
 Modules are flax.nnx and exist inside a trace only. Outside, parameters are a plain tree of float32 arrays, which costs
-no host time per step, and `Network.bind` makes modules of them. The layers are one `Layer` whose arrays have a leading
+no host time per step, and `NetworkSpec.bind` makes modules of them. The layers are one `Layer` whose arrays have a leading
 [layers] axis. Deep networks are trained by `jax.lax.scan` over it, so compile time does not grow with depth.
 
 In bfloat16, the operands of matrix products are, and on accelerators attention and the KV cache; sums of products,
@@ -20,27 +20,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from lockstep.learning.randomness import hash32
 from lockstep.models.adapters import Adapter
-from lockstep.models.architecture import Architecture, Rope, layer_name
+from lockstep.models.architecture import Architecture, Rope, family_of
+from lockstep_jax.device import JaxDevice
 from lockstep_jax.products import PRODUCTS, product, transposed
 
-Array = jax.Array
 Tree = Any
 """Parameters: nested dicts of arrays, named as the modules below are."""
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkSpec:
     """Which network: all that a compiled program depends on besides shapes. Models with equal ones share programs."""
 
     architecture: Architecture
+    platform: str
     precision: str
     gradient_checkpointing: bool | None
     language_head: bool
     scalar_head: bool
     adapter: Adapter | None = None
+
+    @classmethod
+    def on(cls, backend: JaxDevice, architecture: Architecture, **parts: Any) -> NetworkSpec:
+        """With the settings of this backend."""
+        c = backend.config
+        return cls(architecture, backend.device.platform, c.precision, c.gradient_checkpointing, **parts)
 
     def bind(self, params: Tree, frozen: Tree) -> DecoderNetwork:
         """The modules with these parameters; ``frozen`` are those that are not trained, none where there is no adapter."""
@@ -53,9 +61,9 @@ class Network:
 
     def linear(self, name: str, inputs: int, outputs: int, bias: bool) -> Linear:
         """The linear layer ``name`` of a layer, say 'self_attn.q_proj'."""
-        theirs, first = layer_name(self.architecture, name)
+        theirs, first = family_of(self.architecture).naming.layer(name)
         adapter = self.adapter if self.adapter and self.adapter.adapts(theirs) else None
-        return Linear(inputs, outputs, bias, jnp.dtype(self.precision), adapter, leads=first)
+        return Linear(inputs, outputs, bias, jnp.dtype(self.precision), self.platform, adapter, leads=first)
 
 
 def _joined(one: Tree, other: Tree) -> Tree:
@@ -67,12 +75,12 @@ def _joined(one: Tree, other: Tree) -> Tree:
 
 
 @functools.cache
-def _graph(network: Network) -> Any:
+def _graph(spec: NetworkSpec) -> Any:
     """The structure of the modules without arrays."""
-    return nnx.graphdef(nnx.eval_shape(lambda: DecoderNetwork(network, nnx.Rngs(0))))
+    return nnx.graphdef(nnx.eval_shape(lambda: DecoderNetwork(spec, nnx.Rngs(0))))
 
 
-class Dropout(NamedTuple):
+class DropoutMask(NamedTuple):
     """`lockstep.interfaces.Dropout` in a compiled program: ``seeds`` uint32 [B]."""
 
     rate: Any
@@ -150,19 +158,20 @@ def _distinct(per_layer: Iterable[Any]) -> tuple[tuple[Any, ...], np.ndarray | N
 class DecoderNetwork(nnx.Module):
     """Pre-norm transformer: Llama's (Touvron et al. 2023), GPT-2's (Radford et al. 2019), or another of their kind."""
 
-    def __init__(self, network: Network, rngs: nnx.Rngs):
-        a = self.architecture = network.architecture
-        self.dtype, self.gradient_checkpointing = jnp.dtype(network.precision), network.gradient_checkpointing
+    def __init__(self, spec: NetworkSpec, rngs: nnx.Rngs):
+        a = self.architecture = spec.architecture
+        self.dtype, self.platform = jnp.dtype(spec.precision), spec.platform
+        self.gradient_checkpointing = spec.gradient_checkpointing
         self.embed_tokens = nnx.Embed(a.vocab_size, a.hidden_size, rngs=rngs)
         learned = a.positions == "learned"
         self.embed_positions = nnx.Embed(a.context_length, a.hidden_size, rngs=rngs) if learned else None
-        self.layers = Layer(network, rngs)
+        self.layers = Layer(spec, rngs)
         self.norm = norm(a, rngs)
-        separate = network.language_head and not a.tied
-        self.lm_head = network.linear("lm_head", a.hidden_size, a.vocab_size, False) if separate else None
-        self.score = ScalarHead(a.hidden_size) if network.scalar_head else None
+        separate = spec.language_head and not a.tied
+        self.lm_head = spec.linear("lm_head", a.hidden_size, a.vocab_size, False) if separate else None
+        self.score = ScalarHead(a.hidden_size) if spec.scalar_head else None
 
-    def hidden(self, tokens: Array, mask: Array, dropout: Dropout | None = None, first: int = 0) -> Array:
+    def hidden(self, tokens: Array, mask: Array, dropout: DropoutMask | None = None, first: int = 0) -> Array:
         """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
         under a False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int.
 
@@ -202,7 +211,7 @@ class DecoderNetwork(nnx.Module):
     def start(self, layers: Sequence[Layer], tokens: Array, mask: Array, new_tokens: int) -> tuple[Array, Cache]:
         """Hidden state [B, d] of the last column, and a cache with room for ``new_tokens`` more."""
         a, (rows, length) = self.architecture, tokens.shape
-        room = jnp.zeros((rows, a.kv_heads, length + new_tokens, a.head_dim), attention_dtype(self.dtype))
+        room = jnp.zeros((rows, a.kv_heads, length + new_tokens, a.head_dim), attention_dtype(self.dtype, self.platform))
         position = positions(mask)
         x = self.embed(tokens, mask, position)
         x, kept = self.feed(layers, x, position, causal(mask), [(room, room)] * a.layers, 0, length - 1)
@@ -233,11 +242,11 @@ class DecoderNetwork(nnx.Module):
 
     def head(self) -> Array:
         """[d, V], for `logits`: a loop over tokens takes it from outside."""
-        return transposed(self.embed_tokens.embedding[...]) if self.lm_head is None else self.lm_head.kernel[...]
+        return transposed(self.embed_tokens.embedding[...], self.platform) if self.lm_head is None else self.lm_head.kernel[...]
 
     def logits(self, hidden: Array, head: Array) -> Array:
         """[..., d] -> [..., V]."""
-        logits = product(self.dtype, hidden.reshape(-1, hidden.shape[-1]), head)
+        logits = product(self.dtype, self.platform, hidden.reshape(-1, hidden.shape[-1]), head)
         return softcap(logits, self.architecture.final_softcap).reshape(*hidden.shape[:-1], -1)
 
     def embed(self, tokens: Array, mask: Array | bool, position: Array) -> Array:
@@ -258,13 +267,13 @@ class DecoderNetwork(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, network: Network, rngs: nnx.Rngs):
-        a = self.architecture = network.architecture
+    def __init__(self, spec: NetworkSpec, rngs: nnx.Rngs):
+        a = self.architecture = spec.architecture
         self.input_layernorm = norm(a, rngs)
-        self.self_attn = Attention(network, rngs)
+        self.self_attn = Attention(spec, rngs)
         self.attention_out_norm = norm(a, rngs) if a.out_norms else None
         self.post_attention_layernorm = norm(a, rngs)
-        self.mlp = MLP(network)
+        self.mlp = MLP(spec)
         self.mlp_out_norm = norm(a, rngs) if a.out_norms else None
 
     def __call__(
@@ -284,13 +293,13 @@ class Layer(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, network: Network, rngs: nnx.Rngs):
-        a = self.architecture = network.architecture
-        self.dtype = jnp.dtype(network.precision)
-        self.q_proj = network.linear("self_attn.q_proj", a.hidden_size, a.heads * a.head_dim, a.attention_bias)
-        self.k_proj = network.linear("self_attn.k_proj", a.hidden_size, a.kv_heads * a.head_dim, a.attention_bias)
-        self.v_proj = network.linear("self_attn.v_proj", a.hidden_size, a.kv_heads * a.head_dim, a.attention_bias)
-        self.o_proj = network.linear("self_attn.o_proj", a.heads * a.head_dim, a.hidden_size, a.output_bias)
+    def __init__(self, spec: NetworkSpec, rngs: nnx.Rngs):
+        a = self.architecture = spec.architecture
+        self.dtype, self.platform = jnp.dtype(spec.precision), spec.platform
+        self.q_proj = spec.linear("self_attn.q_proj", a.hidden_size, a.heads * a.head_dim, a.attention_bias)
+        self.k_proj = spec.linear("self_attn.k_proj", a.hidden_size, a.kv_heads * a.head_dim, a.attention_bias)
+        self.v_proj = spec.linear("self_attn.v_proj", a.hidden_size, a.kv_heads * a.head_dim, a.attention_bias)
+        self.o_proj = spec.linear("self_attn.o_proj", a.heads * a.head_dim, a.hidden_size, a.output_bias)
         self.q_norm = rms_norm(a, a.head_dim, rngs) if a.qk_norm else None
         self.k_norm = rms_norm(a, a.head_dim, rngs) if a.qk_norm else None
 
@@ -304,7 +313,7 @@ class Attention(nnx.Module):
         visible = visible[:, :, first:]
         q, k = rotate(q, rotation and tuple(angle[:, :, first:] for angle in rotation)), rotate(k, rotation)
         v = split_heads(self.v_proj(x, self.q_proj), a.kv_heads)
-        q, k, v = (part.astype(attention_dtype(self.dtype)) for part in (q, k, v))
+        q, k, v = (part.astype(attention_dtype(self.dtype, self.platform)) for part in (q, k, v))
         if cache is not None:
             *cache, column = cache
             cache = [jax.lax.dynamic_update_slice(old, new, (0, 0, column, 0)) for old, new in zip(cache, (k, v), strict=True)]
@@ -312,9 +321,9 @@ class Attention(nnx.Module):
         return self.o_proj(attend(a, q, k, v, visible)), cache
 
 
-def attention_dtype(dtype: Any) -> Any:
+def attention_dtype(dtype: Any, platform: str) -> Any:
     """What attention is computed in, and its cache kept: on CPUs float32, whose products in batches are the faster ones there."""
-    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else dtype
+    return jnp.dtype(jnp.float32) if platform == "cpu" else dtype
 
 
 def attend(a: Architecture, q: Array, k: Array, v: Array, visible: Array) -> Array:
@@ -339,8 +348,8 @@ class Linear(nnx.Module):
     """[..., inputs] -> [..., outputs], with an adapter (`lockstep.models.adapters`) beside the kernel or none. Where the
     checkpoint fuses several layers, their adapter has one A, which is kept by the first of them."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: Any, adapter: Adapter | None, leads: bool):
-        self.dtype, self.adapter = dtype, adapter
+    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: Any, platform: str, adapter: Adapter | None, leads: bool):
+        self.dtype, self.platform, self.adapter = dtype, platform, adapter
         self.kernel = nnx.Param(jnp.zeros((inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
         self.lora_A = nnx.Param(jnp.zeros((inputs, adapter.rank))) if adapter and leads else None
@@ -348,22 +357,22 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array, leader: Linear | None = None) -> Array:
         rows = x.reshape(-1, x.shape[-1])
-        out = product(self.dtype, rows, self.kernel[...])
+        out = product(self.dtype, self.platform, rows, self.kernel[...])
         out = out if self.bias is None else out + self.bias
         if self.adapter is not None:
             down = self.lora_A if self.lora_A is not None else leader.lora_A
-            low = product(self.dtype, rows, down[...])
-            out = out + self.adapter.scale * product(self.dtype, low, self.lora_B[...])
+            low = product(self.dtype, self.platform, rows, down[...])
+            out = out + self.adapter.scale * product(self.dtype, self.platform, low, self.lora_B[...])
         return out.reshape(*x.shape[:-1], -1)
 
 
 class MLP(nnx.Module):
-    def __init__(self, network: Network):
-        a = network.architecture
+    def __init__(self, spec: NetworkSpec):
+        a = spec.architecture
         self.activation = ACTIVATIONS[a.activation]
-        self.gate_proj = network.linear("mlp.gate_proj", a.hidden_size, a.intermediate_size, a.mlp_bias) if a.gated else None
-        self.up_proj = network.linear("mlp.up_proj", a.hidden_size, a.intermediate_size, a.mlp_bias)
-        self.down_proj = network.linear("mlp.down_proj", a.intermediate_size, a.hidden_size, a.mlp_bias)
+        self.gate_proj = spec.linear("mlp.gate_proj", a.hidden_size, a.intermediate_size, a.mlp_bias) if a.gated else None
+        self.up_proj = spec.linear("mlp.up_proj", a.hidden_size, a.intermediate_size, a.mlp_bias)
+        self.down_proj = spec.linear("mlp.down_proj", a.intermediate_size, a.hidden_size, a.mlp_bias)
 
     def __call__(self, x: Array) -> Array:
         if self.gate_proj is None:

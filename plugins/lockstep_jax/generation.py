@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from lockstep.learning import randomness
-from lockstep_jax.decoder import Array, Cache, Network, Tree
+from lockstep_jax.decoder import Cache, NetworkSpec, Tree
 
 
-class Progress(NamedTuple):
+class DecodeState(NamedTuple):
     """What the loop carries. ``step`` tokens of each row are written; ``token`` [B] is the last, not fed yet."""
 
     step: Array
@@ -28,7 +29,7 @@ class Progress(NamedTuple):
     cache: Cache
 
 
-@functools.partial(jax.jit, static_argnames=("network", "greedy"))
+@functools.partial(jax.jit, static_argnames=("spec", "greedy"))
 def generate(
     params: Tree,
     frozen: Tree,
@@ -39,15 +40,15 @@ def generate(
     stops: Array,
     pad_id: Array,
     *,
-    network: Network,
+    spec: NetworkSpec,
     greedy: bool,
 ) -> tuple[Array, Array, Array]:
     """See `lockstep.interfaces.Policy.generate`. Tokens, mask and logprobs, each [B, T] for seeds [B, T]."""
-    decoder = network.bind(network.cast(params), network.cast(frozen))
+    decoder = spec.bind(spec.cast(params), spec.cast(frozen))
     layers, head = decoder.apart(), decoder.head().astype(decoder.dtype)
     rows, steps = seeds.shape
 
-    def draw(hidden: Array, now: Progress) -> Progress:
+    def draw(hidden: Array, now: DecodeState) -> DecodeState:
         """The next token of every row, which ``hidden`` [B, d] predicts."""
         token, logprob = sample(decoder.logits(hidden, head), seeds[:, now.step], temperature, greedy)
         return now._replace(
@@ -59,15 +60,15 @@ def generate(
             token=token,
         )
 
-    def unfinished(now: Progress) -> Array:
+    def unfinished(now: DecodeState) -> Array:
         return (now.step < steps) & now.alive.any()
 
-    def step(now: Progress) -> Progress:
+    def step(now: DecodeState) -> DecodeState:
         hidden, cache = decoder.advance(layers, now.token, now.cache)
         return draw(hidden, now._replace(cache=cache))
 
     hidden, cache = decoder.start(layers, prompt_tokens, prompt_mask, steps)
-    nothing = Progress(
+    nothing = DecodeState(
         step=jnp.int32(0),
         tokens=jnp.full((rows, steps), pad_id, jnp.int32),
         mask=jnp.zeros((rows, steps), bool),

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from lockstep.errors import CheckpointError
-from lockstep.interfaces import Learner, Loss, Metrics, Term, suppliers
+from lockstep.interfaces import ForwardPass, Learner, Loss, Metrics, Term, suppliers, take_pass
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import read_tensors, write_tensors
 from lockstep.text.sequences import Sequences
-from lockstep_jax.backend import JaxBackend, keep_freed_memory, scheduling
-from lockstep_jax.decoder import Array, Dropout, Network, Tree
+from lockstep_jax.decoder import DropoutMask, NetworkSpec, Tree
+from lockstep_jax.device import JaxDevice, keep_freed_memory, scheduling
 from lockstep_jax.model import Block, JaxModel, forward
 from lockstep_jax.parameters import from_arrays, to_arrays
 
-Roles = tuple[tuple[str, Network, tuple[str, ...]], ...]
+Roles = tuple[tuple[str, NetworkSpec, tuple[str, ...]], ...]
 """(model name, its network, the outputs it gives to a loss): hashable, part of what is compiled."""
 
 Configs = tuple[tuple[str, OptimizerConfig], ...]
@@ -63,42 +64,37 @@ class Rates(NamedTuple):
         return cls(config.learning_rate * lr_scale, config.eps_at(step), 1 - first**step, 1 - second**step)
 
 
-@dataclass(frozen=True)
-class Pass:
-    """A forward pass that no gradient was asked of yet: its outputs, and what turns gradients of these into gradients of the
-    parameters, which are not in it."""
+class Graph(NamedTuple):
+    """What the gradient of a pass needs: its outputs, and what turns gradients of these into gradients of the parameters, which
+    are not in it."""
 
-    sequences: Sequences
-    temperature: float
     outputs: dict[str, Array]
     pullback: Any
 
 
 class JaxLearner(Learner):
-    def __init__(self, backend: JaxBackend, models: Mapping[str, JaxModel], optimizers: Mapping[str, OptimizerConfig]):
+    def __init__(self, backend: JaxDevice, models: Mapping[str, JaxModel], optimizers: Mapping[str, OptimizerConfig]):
         self.backend = backend
         self.models = dict(models)
         self.optimizers = {name: optimizers[name] for name in self.models}
         self.steps = 0
-        self.last: Pass | None = None
+        self.kept: WeakKeyDictionary[ForwardPass, Graph] = WeakKeyDictionary()
         if sum(leaf.size for leaf in jax.tree.leaves((self._parameters(), self._frozen()))) < SMALL:
             keep_freed_memory()
         self.moments = {name: _initial(model.params, self.optimizers[name]) for name, model in self.models.items()}
 
-    def evaluate(
-        self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0, keep: bool = False
-    ) -> dict[str, np.ndarray]:
-        if not keep:
-            return super().evaluate(sequences, outputs, temperature=temperature)
+    def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
         given = self._parameters(), self._frozen(), Block.put(sequences), temperature
-        found, pullback = _pass(*given, roles=self._roles(outputs))
-        self.last = Pass(sequences, temperature, found, pullback)
-        return {name: np.asarray(value) for name, value in jax.device_get(found).items()}
+        graph = Graph(*_pass(*given, roles=self._roles(outputs)))
+        host = {name: np.asarray(value) for name, value in jax.device_get(graph.outputs).items()}
+        made = ForwardPass(sequences, temperature, host)
+        self.kept[made] = graph
+        return made
 
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
         rates = {name: Rates.at(config, self.steps + 1, lr_scale) for name, config in self.optimizers.items()}
         configs = tuple(self.optimizers.items())
-        if len(terms) == 1 and self.last is None:
+        if len(terms) == 1 and terms[0].forward is None:
             given = (self._states(), self._frozen(), *_arguments(terms[0]), rates)
             states, metrics = _learn(*given, configs=configs, **self._static(terms[0]))
         else:
@@ -114,7 +110,7 @@ class JaxLearner(Learner):
         return {
             f"{name}.{key}": array
             for name, model in self.models.items()
-            for key, array in to_arrays(model.network.architecture, gradients[name]).items()
+            for key, array in to_arrays(model.spec.architecture, gradients[name]).items()
         }
 
     def _backward(self, terms: Sequence[Term]) -> tuple[dict[str, Tree], dict[str, Array]]:
@@ -127,18 +123,18 @@ class JaxLearner(Learner):
         return total, metrics
 
     def _of_term(self, term: Term) -> tuple[dict[str, Tree], dict[str, Array]]:
-        """By the pass that `evaluate` kept, if it is the one that this term needs. It serves one gradient."""
+        """Its gradients and metrics: from its pass where it has one."""
         params, frozen = self._parameters(), self._frozen()
-        last, self.last = self.last, None
-        if last and term.reads(last.sequences, last.temperature, last.outputs):
-            return _pulled_back(params, frozen, last.pullback, last.outputs, dict(term.batch), loss=term.loss)
+        if term.forward is not None:
+            graph = take_pass(self.kept, term.forward)
+            return _pulled_back(params, frozen, graph.pullback, graph.outputs, dict(term.batch), loss=term.loss)
         return _gradients(params, frozen, *_arguments(term), **self._static(term))
 
     def _static(self, term: Term) -> dict[str, Any]:
         return {"roles": self._roles(term.loss.outputs), "loss": term.loss}
 
     def _roles(self, outputs: Sequence[str]) -> Roles:
-        return tuple((name, self.models[name].network, wanted) for name, wanted in suppliers(self.models, outputs).items())
+        return tuple((name, self.models[name].spec, wanted) for name, wanted in suppliers(self.models, outputs).items())
 
     def averaged(self, model: str) -> JaxModel:
         averaged = self.models[model].copy()
@@ -152,20 +148,19 @@ class JaxLearner(Learner):
             for name, state in self._states().items()
             for part, tree in state._asdict().items()
             if tree is not None
-            for key, array in to_arrays(self.models[name].network.architecture, tree).items()
+            for key, array in to_arrays(self.models[name].spec.architecture, tree).items()
         }
         write_tensors(folder / "learner.safetensors", tensors)
         write_json(folder / "learner.json", {"steps": self.steps})
 
     def restore(self, folder: Path) -> None:
-        self.last = None
         stored = read_tensors(folder / "learner.safetensors")
         steps = read_json(folder / "learner.json")["steps"]
         self._take({name: self._restored(name, state, stored, folder) for name, state in self._states().items()})
         self.steps = steps
 
     def _restored(self, name: str, own: State, stored: Mapping[str, np.ndarray], folder: Path) -> State:
-        architecture = self.models[name].network.architecture
+        architecture = self.models[name].spec.architecture
         parts = {}
         for part, tree in own._asdict().items():
             prefix = f"{name}.{part}."
@@ -187,7 +182,9 @@ class JaxLearner(Learner):
         return {name: state._replace(parameters=self.models[name].params) for name, state in self.moments.items()}
 
     def _take(self, states: Mapping[str, State]) -> None:
-        """The parameters live in the models, so that these are trained in place; the rest lives here."""
+        """The parameters live in the models, so that these are trained in place; the rest lives here. Passes of the parameters
+        before are of no use."""
+        self.kept.clear()
         for name, state in states.items():
             self.models[name].params = state.parameters
             self.moments[name] = state._replace(parameters=None)
@@ -205,8 +202,8 @@ def _different(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarra
     return sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
 
 
-def _arguments(term: Term) -> tuple[Block, dict[str, np.ndarray], float, Dropout | None]:
-    dropout = term.dropout and Dropout(term.dropout.rate, term.dropout.seeds)
+def _arguments(term: Term) -> tuple[Block, dict[str, np.ndarray], float, DropoutMask | None]:
+    dropout = term.dropout and DropoutMask(term.dropout.rate, term.dropout.seeds)
     return Block.put(term.sequences), dict(term.batch), term.temperature, dropout
 
 
@@ -216,7 +213,7 @@ def _arguments(term: Term) -> tuple[Block, dict[str, np.ndarray], float, Dropout
 @functools.partial(jax.jit, static_argnames=("roles", "loss"), compiler_options=scheduling())
 def _gradients(
     params: dict[str, Tree], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any,
-    dropout: Dropout | None, *, roles: Roles, loss: Loss,
+    dropout: DropoutMask | None, *, roles: Roles, loss: Loss,
 ) -> tuple[dict[str, Tree], dict[str, Array]]:  # fmt: skip
     """Of one term, with its metrics."""
 
@@ -228,11 +225,11 @@ def _gradients(
 
 
 def _outputs(
-    params: dict[str, Tree], frozen: dict[str, Tree], block: Block, temperature: Any, dropout: Dropout | None, roles: Roles
+    params: dict[str, Tree], frozen: dict[str, Tree], block: Block, temperature: Any, dropout: DropoutMask | None, roles: Roles
 ) -> dict[str, Array]:
     found: dict[str, Array] = {}
-    for name, network, wanted in roles:
-        found |= forward(network, params[name], frozen[name], block, wanted, temperature, dropout)
+    for name, spec, wanted in roles:
+        found |= forward(spec, params[name], frozen[name], block, wanted, temperature, dropout)
     return found
 
 
@@ -281,7 +278,7 @@ def _step(
 @functools.partial(jax.jit, static_argnames=("roles", "loss", "configs"), donate_argnames="states", compiler_options=scheduling())
 def _learn(
     states: dict[str, State], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any,
-    dropout: Dropout | None, rates: dict[str, Rates], *, roles: Roles, loss: Loss, configs: Configs,
+    dropout: DropoutMask | None, rates: dict[str, Rates], *, roles: Roles, loss: Loss, configs: Configs,
 ) -> tuple[dict[str, State], dict[str, Array]]:  # fmt: skip
     """Gradients and step in one program, for an update of one term: no gradient outlives its use."""
     params = {name: state.parameters for name, state in states.items()}

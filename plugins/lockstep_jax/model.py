@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Generated, Policy, ScalarModel
 from lockstep.models import adapters
-from lockstep.models.architecture import FAMILIES, SCALAR_BIAS, SCALAR_HEAD, Architecture, Family, to_hf
+from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, family_of, to_hf
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_tensors
 from lockstep.text.sequences import Sequences
-from lockstep_jax.backend import JaxBackend
-from lockstep_jax.decoder import Array, DecoderNetwork, Dropout, Network, Tree
+from lockstep_jax.decoder import DecoderNetwork, DropoutMask, NetworkSpec, Tree
+from lockstep_jax.device import JaxDevice
 from lockstep_jax.generation import generate
 from lockstep_jax.parameters import from_arrays, to_arrays
 
@@ -43,16 +44,16 @@ class Block(NamedTuple):
 
 
 def forward(
-    network: Network,
+    spec: NetworkSpec,
     params: Tree,
     frozen: Tree,
     block: Block,
     outputs: Sequence[str],
     temperature: Any,
-    dropout: Dropout | None = None,
+    dropout: DropoutMask | None = None,
 ) -> dict[str, Array]:
     """The named outputs, differentiable. Logits exist at the T columns that predict a response token only."""
-    decoder = network.bind(params, frozen)
+    decoder = spec.bind(params, frozen)
     prompt_length = block.prompt_mask.shape[1]
     first = prompt_length - 1
     mask = jnp.concatenate([block.prompt_mask, block.response_mask], axis=1) if block.segments is None else block.segments
@@ -99,11 +100,11 @@ def of_distribution(
     return {name: part.reshape(-1)[: tokens.size].reshape(tokens.shape) for name, part in found.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("network", "outputs"))
+@functools.partial(jax.jit, static_argnames=("spec", "outputs"))
 def _evaluate(
-    params: Tree, frozen: Tree, block: Block, temperature: Any, *, network: Network, outputs: tuple[str, ...]
+    params: Tree, frozen: Tree, block: Block, temperature: Any, *, spec: NetworkSpec, outputs: tuple[str, ...]
 ) -> dict[str, Array]:
-    return forward(network, params, frozen, block, outputs, temperature)
+    return forward(spec, params, frozen, block, outputs, temperature)
 
 
 class JaxModel:
@@ -112,53 +113,48 @@ class JaxModel:
 
     supplies: frozenset[str]
 
-    def __init__(self, network: Network, params: Tree, backend: JaxBackend, frozen: Tree | None = None):
-        self.network = network
+    def __init__(self, spec: NetworkSpec, params: Tree, backend: JaxDevice, frozen: Tree | None = None):
+        self.spec = spec
         self.params = params
         self.frozen = frozen or {}
         self.backend = backend
-        self.vocab_size, self.hidden_size = network.architecture.vocab_size, network.architecture.hidden_size
-        self.context_length = network.architecture.context_length
+        self.vocab_size, self.hidden_size = spec.architecture.vocab_size, spec.architecture.hidden_size
+        self.context_length = spec.architecture.context_length
 
     @classmethod
     def from_arrays(
-        cls, architecture: Architecture, arrays: dict[str, np.ndarray], backend: JaxBackend, *, language_head: bool
+        cls, architecture: Architecture, arrays: dict[str, np.ndarray], backend: JaxDevice, *, language_head: bool
     ) -> Any:
-        c = backend.config
-        network = Network(architecture, c.precision, c.gradient_checkpointing, language_head, SCALAR_HEAD in arrays)
-        return cls(network, backend.put(from_arrays(architecture, arrays)), backend)
+        spec = NetworkSpec.on(backend, architecture, language_head=language_head, scalar_head=SCALAR_HEAD in arrays)
+        return cls(spec, backend.put(from_arrays(architecture, arrays)), backend)
 
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
         self.check_length(sequences.longest)
         block = Block.put(sequences)
-        out = _evaluate(self.params, self.frozen, block, temperature, network=self.network, outputs=tuple(outputs))
+        out = _evaluate(self.params, self.frozen, block, temperature, spec=self.spec, outputs=tuple(outputs))
         return {name: np.asarray(value) for name, value in jax.device_get(out).items()}
 
     def check_length(self, longest: int) -> None:
         """Learned positions end with the context; JAX would read the last one again and again without a word."""
-        if self.network.architecture.positions == "learned" and longest > self.context_length:
+        if self.spec.architecture.positions == "learned" and longest > self.context_length:
             raise ConfigError(
                 f"{longest} tokens do not fit the model's context of {self.context_length}. Shorten the prompts or the responses."
             )
 
     def parameters(self) -> dict[str, np.ndarray]:
-        return to_arrays(self.network.architecture, self.params)
+        return to_arrays(self.spec.architecture, self.params)
 
     def copy(self) -> Any:
-        return type(self)(self.network, _copied(self.params), self.backend, self.frozen)
+        return type(self)(self.spec, _copied(self.params), self.backend, self.frozen)
 
-    def write(self, folder: Path, arrays: dict[str, np.ndarray], name: str, **config: int) -> None:
-        """A checkpoint of transformers' class ``name``; of an adapted network the adapter alone."""
-        if self.network.adapter is not None:
-            adapters.write(folder, self.network.adapter, arrays, scalar=SCALAR_HEAD in arrays)
+    def write(self, folder: Path, arrays: dict[str, np.ndarray], **config: Any) -> None:
+        """A checkpoint of the family's causal language model, but for what ``config`` says; of an adapted network the adapter
+        alone."""
+        if self.spec.adapter is not None:
+            adapters.write(folder, self.spec.adapter, arrays, scalar=SCALAR_HEAD in arrays)
             return
         write_tensors(folder / "model.safetensors", arrays)
-        described = {**to_hf(self.network.architecture), "architectures": [name], **config}
-        write_json(folder / "config.json", described)
-
-    @property
-    def family(self) -> Family:
-        return FAMILIES[self.network.architecture.family]
+        write_json(folder / "config.json", {**to_hf(self.spec.architecture), **config})
 
 
 class LanguageModel(JaxModel, Policy):
@@ -166,7 +162,7 @@ class LanguageModel(JaxModel, Policy):
 
     @property
     def supplies(self) -> frozenset[str]:
-        return frozenset({"logprobs", "entropy"} | ({"values"} if self.network.scalar_head else set()))
+        return frozenset({"logprobs", "entropy"} | ({"values"} if self.spec.scalar_head else set()))
 
     def generate(
         self,
@@ -188,28 +184,28 @@ class LanguageModel(JaxModel, Policy):
             float(temperature),
             np.asarray(stop_ids, np.int32),
             np.int32(pad_id),
-            network=self.network,
+            spec=self.spec,
             greedy=temperature == 0,
         )
         return Generated(*(np.asarray(array) for array in jax.device_get(drawn)))
 
     def with_value_head(self) -> LanguageModel:
         head = {"weight": np.zeros((1, self.hidden_size), np.float32), "bias": np.zeros(1, np.float32)}
-        network = dataclasses.replace(self.network, scalar_head=True)
-        return type(self)(network, _copied(self.params) | {"score": self.backend.put(head)}, self.backend, self.frozen)
+        spec = dataclasses.replace(self.spec, scalar_head=True)
+        return type(self)(spec, _copied(self.params) | {"score": self.backend.put(head)}, self.backend, self.frozen)
 
     def scalar_model(self, head: np.ndarray) -> Scalar:
         score = {"weight": np.asarray(head, np.float32).reshape(1, -1), "bias": np.zeros(1, np.float32)}
         trunk, frozen = (
             {name: part for name, part in tree.items() if name not in ("lm_head", "score")} for tree in (self.params, self.frozen)
         )
-        network = dataclasses.replace(self.network, language_head=False, scalar_head=True)
-        return Scalar(network, _copied(trunk) | {"score": self.backend.put(score)}, self.backend, frozen)
+        spec = dataclasses.replace(self.spec, language_head=False, scalar_head=True)
+        return Scalar(spec, _copied(trunk) | {"score": self.backend.put(score)}, self.backend, frozen)
 
     def save(self, folder: Path) -> None:
         """The language model alone: a value head belongs to training, not to the policy."""
         arrays = self.parameters()
-        self.write(folder, {n: a for n, a in arrays.items() if n not in (SCALAR_HEAD, SCALAR_BIAS)}, self.family.causal)
+        self.write(folder, {name: array for name, array in arrays.items() if name not in (SCALAR_HEAD, SCALAR_BIAS)})
 
 
 class Scalar(JaxModel, ScalarModel):
@@ -220,7 +216,8 @@ class Scalar(JaxModel, ScalarModel):
         self.params = self.params | {"score": {"weight": gain * score["weight"], "bias": gain * score["bias"] + bias}}
 
     def save(self, folder: Path) -> None:
-        self.write(folder, self.parameters(), self.family.classifier, num_labels=1)
+        classifier = family_of(self.spec.architecture).classifier
+        self.write(folder, self.parameters(), architectures=[classifier], num_labels=1)
 
 
 def _copied(params: Tree) -> Tree:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lockstep.models.architecture import Architecture, to_checkpoint, to_common
+from lockstep.models.architecture import Architecture, family_of
 from lockstep_jax.decoder import Tree
 
 TRANSPOSED = ("kernel", "lora_A", "lora_B")
@@ -18,7 +18,7 @@ TRANSPOSED = ("kernel", "lora_A", "lora_B")
 def from_arrays(architecture: Architecture, arrays: Mapping[str, np.ndarray]) -> Tree:
     """Host arrays under checkpoint names -> the tree of parameters, on the host."""
     flat: dict[tuple[str, ...], Any] = {}
-    for name, array in to_common(architecture, arrays).items():
+    for name, array in family_of(architecture).naming.to_common(architecture, arrays).items():
         *path, leaf = _path(name)
         array = array.T if leaf in TRANSPOSED else array  # torch's [out, in] -> flax's [in, out]
         if path[0] == "layers":
@@ -46,7 +46,7 @@ def to_arrays(architecture: Architecture, params: Tree) -> dict[str, np.ndarray]
             top = "" if path[0] in ("lm_head", "score") else "model."
             arrays[f"{top}{path[0]}.{kind}"] = own(array)
     # On the CPU, device_get gives views of buffers that a learner will donate: hence the copies.
-    named = to_checkpoint(architecture, arrays)
+    named = family_of(architecture).naming.to_checkpoint(architecture, arrays)
     return {name: np.array(array, np.float32, order="C") for name, array in named.items()}
 
 

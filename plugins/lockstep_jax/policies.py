@@ -3,9 +3,6 @@ adapters on one."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +18,21 @@ from lockstep.models.architecture import (
     SmallDecoderConfig,
     check_labels,
     check_parameters,
+    family_of,
     from_hf,
     initial_parameters,
     linear_layers,
     parameter_shapes,
     trunk_shapes,
+    usual_tensors,
 )
+from lockstep.models.checkpoint import CheckpointConfig, FromCheckpoint
 from lockstep.storage.files import read_json
 from lockstep.storage.sources import fetch_folder
 from lockstep.storage.weights import read_weights
-from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
-from lockstep_jax.backend import JaxBackend
-from lockstep_jax.decoder import Network, Tree
+from lockstep.text.tokenizer import Tokenizer
+from lockstep_jax.decoder import NetworkSpec, Tree
+from lockstep_jax.device import JaxDevice
 from lockstep_jax.model import LanguageModel, Scalar
 from lockstep_jax.parameters import from_arrays
 
@@ -41,13 +41,13 @@ class Checkpoint(LanguageModel):
     """How both kinds of policy are read from a folder."""
 
     @classmethod
-    def load(cls, folder: Path | str, backend: JaxBackend) -> Checkpoint:
+    def load(cls, folder: Path | str, backend: JaxDevice) -> Checkpoint:
         architecture, weights = _read(folder)
         check_parameters(architecture, weights, parameter_shapes(architecture))
         return cls.from_arrays(architecture, weights, backend, language_head=True)
 
     @classmethod
-    def load_scalar(cls, folder: Path | str, backend: JaxBackend) -> ScalarModel:
+    def load_scalar(cls, folder: Path | str, backend: JaxDevice) -> ScalarModel:
         architecture, weights = _read(folder)
         weights.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))  # transformers' classifiers have none
         check_labels(folder, len(weights.get(SCALAR_HEAD, [None])))
@@ -62,47 +62,52 @@ class Decoder(Checkpoint):
     Config = SmallDecoderConfig
 
     @classmethod
-    def create(cls, config: SmallDecoderConfig, backend: JaxBackend, tokenizer: Tokenizer, seed: int) -> Decoder:
+    def create(cls, config: SmallDecoderConfig, backend: JaxDevice, tokenizer: Tokenizer, seed: int) -> Decoder:
         architecture = config.architecture(tokenizer.vocab_size)
         return cls.from_arrays(architecture, initial_parameters(architecture, seed), backend, language_head=True)
 
 
-class HuggingFace(Checkpoint):
+class HuggingFace(FromCheckpoint, Checkpoint):
     """A checkpoint of Hugging Face of one of `lockstep.models.architecture.FAMILIES`, from a folder or the hub."""
 
-    @dataclass(frozen=True)
-    class Config:
-        tokenizer: TokenizerConfig
-        path: str
+    Config = CheckpointConfig
 
     @classmethod
-    def create(cls, config: Config, backend: JaxBackend, tokenizer: Tokenizer, seed: int) -> HuggingFace:
+    def opens(cls, folder: Path) -> bool:
+        return (folder / "config.json").exists() and not adapters.is_adapter(folder)
+
+    @classmethod
+    def create(cls, config: CheckpointConfig, backend: JaxDevice, tokenizer: Tokenizer, seed: int) -> HuggingFace:
         return cls.load(config.path, backend)
 
 
-class LoRA(LanguageModel):
+class LoRA(FromCheckpoint, LanguageModel):
     """Low-rank adapters on a frozen checkpoint (Hu et al. 2021). All models of a run that adapt the same checkpoint share its
     weights: policy, reference, value network and reward model are adapters on one trunk."""
 
     Config = LoRAConfig
 
     @classmethod
-    def create(cls, config: LoRAConfig, backend: JaxBackend, tokenizer: Tokenizer, seed: int) -> LoRA:
+    def opens(cls, folder: Path) -> bool:
+        return adapters.is_adapter(folder)
+
+    @classmethod
+    def create(cls, config: LoRAConfig, backend: JaxDevice, tokenizer: Tokenizer, seed: int) -> LoRA:
         architecture, trunk = _trunk(config.path, backend)
-        adapter = config.adapter(linear_layers(architecture), conv1d=architecture.family == "gpt2")
+        adapter = config.adapter(linear_layers(architecture), conv1d=family_of(architecture).naming.transposed)
         shapes = adapter.shapes(linear_layers(architecture))
         return cls(*_adapted(architecture, trunk, adapter, adapters.initial(shapes, seed), backend, language_head=True))
 
     @classmethod
-    def load(cls, folder: Path | str, backend: JaxBackend) -> LoRA:
+    def load(cls, folder: Path | str, backend: JaxDevice) -> LoRA:
         return cls(*_load_adapter(folder, backend, scalar=False))
 
     @classmethod
-    def load_scalar(cls, folder: Path | str, backend: JaxBackend) -> ScalarModel:
+    def load_scalar(cls, folder: Path | str, backend: JaxDevice) -> ScalarModel:
         return Scalar(*_load_adapter(folder, backend, scalar=True))
 
 
-def _trunk(path: str, backend: JaxBackend) -> tuple[Architecture, Tree]:
+def _trunk(path: str, backend: JaxDevice) -> tuple[Architecture, Tree]:
     """The checkpoint that adapters share; read once."""
     if path not in backend.trunks:
         architecture, weights = _read(path)
@@ -111,7 +116,7 @@ def _trunk(path: str, backend: JaxBackend) -> tuple[Architecture, Tree]:
     return backend.trunks[path]
 
 
-def _load_adapter(folder: Path | str, backend: JaxBackend, *, scalar: bool) -> tuple[Network, Tree, JaxBackend, Tree]:
+def _load_adapter(folder: Path | str, backend: JaxDevice, *, scalar: bool) -> tuple[NetworkSpec, Tree, JaxDevice, Tree]:
     adapter, arrays = adapters.read(folder)
     architecture, trunk = _trunk(adapter.base, backend)
     shapes: dict[str, tuple[int, ...]] = {**adapter.shapes(linear_layers(architecture))}
@@ -123,14 +128,13 @@ def _load_adapter(folder: Path | str, backend: JaxBackend, *, scalar: bool) -> t
 
 
 def _adapted(
-    architecture: Architecture, trunk: Tree, adapter: Adapter, arrays: dict[str, np.ndarray], backend: JaxBackend,
+    architecture: Architecture, trunk: Tree, adapter: Adapter, arrays: dict[str, np.ndarray], backend: JaxDevice,
     *, language_head: bool,
-) -> tuple[Network, Tree, JaxBackend, Tree]:  # fmt: skip
+) -> tuple[NetworkSpec, Tree, JaxDevice, Tree]:  # fmt: skip
     """What a model is made of: the adapter is trained, the trunk is not."""
-    c = backend.config
-    network = Network(architecture, c.precision, c.gradient_checkpointing, language_head, SCALAR_HEAD in arrays, adapter)
+    spec = NetworkSpec.on(backend, architecture, language_head=language_head, scalar_head=SCALAR_HEAD in arrays, adapter=adapter)
     frozen = trunk if language_head else {name: part for name, part in trunk.items() if name != "lm_head"}
-    return network, backend.put(from_arrays(architecture, arrays)), backend, frozen
+    return spec, backend.put(from_arrays(architecture, arrays)), backend, frozen
 
 
 def _read(path: Path | str) -> tuple[Architecture, dict[str, np.ndarray]]:
@@ -139,38 +143,4 @@ def _read(path: Path | str) -> tuple[Architecture, dict[str, np.ndarray]]:
     if (folder / adapters.ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
         raise CheckpointError(adapters.NOT_WHOLE.format(folder=path))
     architecture = from_hf(read_json(folder / "config.json"))
-    return architecture, _strip(architecture, read_weights(folder))
-
-
-BUFFERS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
-"""Causal masks and rotary tables, which old versions of transformers saved among the weights."""
-
-PREFIXES = {
-    "gpt2": {"wte.": "transformer.wte.", "wpe.": "transformer.wpe.", "h.": "transformer.h.", "ln_f.": "transformer.ln_f."},
-    "gpt_neox": {"lm_head.": "embed_out."},
-    "gemma3_text": {"language_model.lm_head.": "lm_head.", "language_model.model.": "model.", "model.language_model.": "model."},
-}
-"""Other names under which files hold the same tensors: OpenAI's own GPT-2, newer versions of transformers, a Gemma that also
-takes images."""
-
-OTHERS = {"gemma3_text": ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")}
-"""Parts of a larger model that are not its decoder."""
-
-
-def _strip(architecture: Architecture, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Weights under their usual names, without what a checkpoint may hold beyond them: buffers, and a second copy of a tied
-    embedding."""
-    family = architecture.family
-    named = {_renamed(name, PREFIXES.get(family, {})): array for name, array in weights.items()}
-    return {
-        name: array
-        for name, array in named.items()
-        if not BUFFERS.search(name)
-        and not name.startswith(OTHERS.get(family, ()))
-        and not (architecture.tied and name in ("lm_head.weight", "embed_out.weight"))
-    }
-
-
-def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
-    old = next((old for old in prefixes if name.startswith(old)), "")
-    return prefixes.get(old, "") + name.removeprefix(old)
+    return architecture, usual_tensors(architecture, read_weights(folder))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lockstep.config.schema import setting
 from lockstep.errors import DataError, did_you_mean, listing
 from lockstep.interfaces import DataSource
 from lockstep.text.tokenizer import Tokenizer
@@ -26,26 +27,20 @@ from lockstep_miniature.world import World
 
 @dataclass(frozen=True)
 class Config:
-    """Args:
-    seed: the world and everything in it; another seed has other facts and other people's words.
-    texts, demonstrations, comparisons, prompts: how many the training split has. All are drawn when read, and item i
-      is the same for every size, so a larger source only goes on longer.
-    heldout_texts, heldout_demonstrations, heldout_comparisons, heldout_prompts: the same for the held-out split.
-    adversarial_prompts: how many harmful requests in disguise.
-    ability_items: how long the ability test is.
-    """
+    """How many of each there are. All are drawn when read, and item i is the same for every size, so a larger source only
+    goes on longer."""
 
-    seed: int
-    texts: int
-    demonstrations: int
-    comparisons: int
-    prompts: int
-    heldout_texts: int
-    heldout_demonstrations: int
-    heldout_comparisons: int
-    heldout_prompts: int
-    adversarial_prompts: int
-    ability_items: int
+    seed: int = setting(0, "The world and all in it: its facts, and people's words. A run's seed is elsewhere.", least=0)
+    texts: int = setting(20000, "Training texts: about 0.6 million tokens, more than a small model needs once over.", least=1)
+    demonstrations: int = setting(10000, "For training: about 0.2 million tokens.", least=1)
+    comparisons: int = setting(4000, "For training, of 4 to 9 completions (InstructGPT's K): about 80 thousand pairs.", least=1)
+    prompts: int = setting(20000, "For training.", least=1)
+    heldout_texts: int = setting(500, "Held out.", least=1)
+    heldout_demonstrations: int = setting(500, "Held out.", least=1)
+    heldout_comparisons: int = setting(600, "Held out; a third by labelers that the training split does not have.", least=1)
+    heldout_prompts: int = setting(500, "Held out; the standard error of the mean gold is about 0.15 then.", least=1)
+    adversarial_prompts: int = setting(200, "Harmful requests in disguise.", least=1)
+    ability_items: int = setting(396, "Of the ability test: 66 of each of its six kinds.", least=1)
 
 
 class Miniature(DataSource):

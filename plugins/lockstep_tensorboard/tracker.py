@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lockstep.config.schema import setting
+from lockstep.config.secrets import without_secrets
 from lockstep.interfaces import Metrics
-from lockstep.reporting.tracking import Surviving, without_secrets
+from lockstep.reporting.tracking import Surviving
 
 
 class TensorBoard(Surviving):
@@ -26,7 +28,7 @@ class TensorBoard(Surviving):
 
     @dataclass(frozen=True)
     class Config:
-        flush_seconds: int
+        flush_seconds: int = setting(10, "How old what TensorBoard shows may be.", least=1)
 
     def __init__(self, config: Config):
         super().__init__()

@@ -1,12 +1,18 @@
-"""PyTorch: backend, policies and learner. Sibling of ``lockstep_jax``, file for file but the last.
+"""PyTorch: backend, policies and learner. Sibling of ``lockstep_jax``: the same files in the same order, each of which imports
+from earlier ones only.
 
-backend.py      device, precision, what runs where
-decoder.py      the network of policies that start from scratch; networks of transformers behind the same face
-generation.py   sampling with a KV cache
-model.py        logprobs, entropy, values, scores; loading and saving
-policies.py     what the configuration names: decoder, huggingface, lora
-learner.py      gradients and Adam
-classifier.py   public reward models that are encoders; JAX has no such file
+    device.py               precision, what runs where
+    decoder.py              the network of policies that start from scratch, in Llama's shape
+    transformers_network.py networks of transformers behind the same face                                      (*)
+    lora.py                 peft's adapter layers in either network                                            (*)
+    generation.py           sampling with a KV cache
+    model.py                logprobs, entropy, values, scores; loading and saving
+    classifier.py           public reward models that are encoders                                             (*)
+    policies.py             what the configuration names: decoder, huggingface, lora
+    learner.py              gradients and Adam
+    backend.py              makes learners
+
+(*) On this side only: transformers and peft run on PyTorch. JAX runs the families it knows, and their adapters, in its decoder.
 """
 
 from lockstep.registry import Plugin

@@ -15,19 +15,19 @@ from lockstep.errors import CheckpointError
 from lockstep.interfaces import Classifier
 from lockstep.models.architecture import check_labels
 from lockstep.types import Message
-from lockstep_torch.backend import TorchBackend
+from lockstep_torch.device import TorchDevice
 
 
 class TextClassifier(Classifier):
     """An ``AutoModelForSequenceClassification`` with one label, from a folder or the hub."""
 
-    def __init__(self, model: Any, tokenizer: Any, backend: TorchBackend):
+    def __init__(self, model: Any, tokenizer: Any, backend: TorchDevice):
         self.model, self.tokenizer, self.backend = model.eval().to(backend.device), tokenizer, backend
         positions = getattr(model.config, "max_position_embeddings", None)
         self.longest = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
 
     @classmethod
-    def load(cls, source: Path | str, backend: TorchBackend) -> TextClassifier:
+    def load(cls, source: Path | str, backend: TorchDevice) -> TextClassifier:
         """
         Raises:
           CheckpointError: what transformers says of it; heads that are not in the checkpoint; several labels.

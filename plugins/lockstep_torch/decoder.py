@@ -1,16 +1,14 @@
-"""The networks: tokens in, hidden states out, heads on top.
+"""The network: tokens in, hidden states out, heads on top.
 
-`DecoderNetwork` is the small modern decoder of policies that start from scratch, in Llama's shape and with Llama's
-parameter names. `TransformersNetwork` puts any causal language model of transformers behind the same face: `hidden` and
-`logits`, with a cache for generation.
+`Network` is what the rest of this package needs of one; `DecoderNetwork` is the small modern decoder of policies that start
+from scratch, in Llama's shape and with Llama's parameter names.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lockstep.errors import ConfigError
 from lockstep.learning import randomness
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf
@@ -41,7 +38,7 @@ class Network(nn.Module):
     replays: bool = False
     """Whether `advance` is to run the same kernels on the same memory for every token, so that they can be replayed."""
 
-    def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None, first: int = 0) -> Tensor:
+    def hidden(self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0) -> Tensor:
         """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
         under a False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int."""
         raise NotImplementedError
@@ -58,9 +55,21 @@ class Network(nn.Module):
         """[..., d] -> [..., V]."""
         raise NotImplementedError
 
+    def language_head(self) -> nn.Module | None:
+        """The layer of the logits; None where that is the embedding."""
+        raise NotImplementedError
+
+    def without_language_head(self) -> Network:
+        """This network, or another of the same weights, as a trunk: what a scalar model keeps."""
+        raise NotImplementedError
+
+    def checkpoint_name(self, name: str) -> str:
+        """What the checkpoint calls the parameter ``name`` of this module."""
+        return name
+
 
 @dataclass(frozen=True)
-class Dropout:
+class DropoutMask:
     """`lockstep.interfaces.Dropout` on the device: ``seeds`` int32 [B], the words' bits."""
 
     rate: float
@@ -113,6 +122,18 @@ class ScalarHead(nn.Module):
         return {SCALAR_HEAD: self.weight, SCALAR_BIAS: self.bias}
 
 
+def copy_network(network: Network) -> Network:
+    """A copy with weights of its own, but for those that are frozen."""
+    return copy.deepcopy(network, {id(p): p for p in network.parameters() if not p.requires_grad})
+
+
+def load_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Copy host arrays into the parameters of the same names."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(torch.tensor(arrays[name]))
+
+
 # -------------------------------------------------------------------------------------------------------- the decoder
 
 
@@ -147,7 +168,7 @@ class DecoderNetwork(Network):
         )
         self.lm_head = None if a.tied else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
 
-    def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None, first: int = 0) -> Tensor:
+    def hidden(self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0) -> Tensor:
         visible = causal(mask)
         x, position = self.embed(tokens, mask), positions(mask)
         rotation = self.rotation(position)
@@ -194,6 +215,13 @@ class DecoderNetwork(Network):
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight)
+
+    def language_head(self) -> nn.Module | None:
+        return self.lm_head
+
+    def without_language_head(self) -> DecoderNetwork:
+        self.lm_head = None
+        return self
 
     def embed(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return self.model["embed_tokens"](torch.where(mask != 0, tokens, 0))
@@ -298,128 +326,3 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotation
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-# --------------------------------------------------------------------------------------------- transformers' networks
-
-
-def config_of(hf: Any) -> dict[str, Any]:
-    """``config.json`` of a model of transformers, without the folder it was read from."""
-    return {key: value for key, value in hf.config.to_dict().items() if key != "_name_or_path"}
-
-
-class TransformersNetwork(Network):
-    """Any causal language model of transformers, or its trunk alone."""
-
-    def __init__(self, hf: Any):
-        super().__init__()
-        self.hf = hf
-        # With pad_token_id in its config.json, often that of EOS, transformers gives the embedding of that token no gradient.
-        hf.get_input_embeddings().padding_idx = None
-        self.config = config_of(hf)
-        self.prefix = "" if hf.base_model is not hf else f"{hf.base_model_prefix}."  # as the checkpoint has it
-        config = hf.config.get_text_config()
-        self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
-        self.context_length = config.max_position_embeddings
-
-    def checkpoint_name(self, name: str) -> str:
-        """Of a parameter of this module: transformers keeps GPT-NeoX's head under another name than its files."""
-        name = name.replace("hf.", self.prefix, 1)
-        return name.replace("lm_head.", "embed_out.") if self.config["model_type"] == "gpt_neox" else name
-
-    def hidden(self, tokens: Tensor, mask: Tensor, dropout: Dropout | None = None, first: int = 0) -> Tensor:
-        if dropout is not None:
-            raise ConfigError("Networks of transformers are run without dropout. Set dropout=0, or use policy=decoder.")
-        if mask.dtype != torch.bool and not self.can_pack:
-            raise ConfigError(
-                f"This {self.config['model_type']} cannot be trained on packed rows: run by transformers, the examples of a row "
-                "see each other. Set packing=false."
-            )
-        with self._checkpointing_layers():
-            return self._trunk(tokens, mask, positions(mask)).last_hidden_state[:, first:]
-
-    def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, dict[str, Any]]:
-        out = self._trunk(tokens, mask, positions(mask), use_cache=True)
-        return out.last_hidden_state[:, -1], {"past": out.past_key_values, "mask": mask, "count": mask.sum(-1)}
-
-    def advance(self, token: Tensor, cache: dict[str, Any]) -> Tensor:
-        cache["mask"] = F.pad(cache["mask"], (0, 1), value=True)
-        out = self._trunk(token[:, None], cache["mask"], cache["count"][:, None], past_key_values=cache["past"], use_cache=True)
-        cache["past"], cache["count"] = out.past_key_values, cache["count"] + 1
-        return out.last_hidden_state[:, 0]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        logits = self.hf.get_output_embeddings()(hidden)
-        cap = getattr(self.hf.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    @functools.cached_property
-    def can_pack(self) -> bool:
-        """Whether examples in one row are apart. transformers is told by positions that start again; not every model listens,
-        so it is tried out: an example after another one against the same one alone, and after an example of other tokens."""
-        device = self.hf.get_input_embeddings().weight.device
-        first, second = (torch.arange(8, device=device)[None] * step % self.vocab_size for step in (1, 3))
-        segments = torch.tensor([[1] * 8 + [2] * 8], device=device)
-        run = lambda tokens, mask: self._trunk(tokens, mask, positions(mask)).last_hidden_state[0, -8:]  # noqa: E731
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            alone = run(second, segments[:, :8] > 0)
-            packed, other = (run(torch.cat([before, second], 1), segments) for before in (first, first.flip(1)))
-        return torch.equal(packed, other) and torch.allclose(packed, alone, atol=1e-3 * float(alone.abs().max()))
-
-    @contextlib.contextmanager
-    def _checkpointing_layers(self) -> Iterator[None]:
-        """transformers checkpoints layers in training mode only. So the layers say they are in it, while the modules inside
-        them, and with these their dropout, are not."""
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        again = functools.partial(checkpoint, use_reentrant=False)
-        on, modules = self.gradient_checkpointing, self.hf.modules()
-        layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)] if on else []
-        for layer in layers:
-            layer.gradient_checkpointing, layer._gradient_checkpointing_func, layer.training = True, again, True
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.training = False
-
-    def _trunk(self, tokens: Tensor, mask: Tensor, position: Tensor, **cache: Any) -> Any:
-        here = mask[:, -tokens.shape[1] :] != 0
-        return self.hf.base_model(
-            input_ids=torch.where(here, tokens, 0),
-            attention_mask=mask.long() if mask.dtype == torch.bool else None,
-            position_ids=position,
-            **({"use_cache": False} | cache),
-        )
-
-
-def adapted(network: Network, adapter: Adapter) -> Network:
-    """A copy with peft's adapter layers put in. The frozen weights are shared with ``network``, not copied."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    network = copy_network(network.requires_grad_(False))
-    settings = LoraConfig(
-        r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets), fan_in_fan_out=adapter.conv1d
-    )
-    network = inject_adapter_in_model(settings, network)
-    network.adapter = adapter
-    return network
-
-
-def copy_network(network: Network) -> Network:
-    """A copy with weights of its own, but for those that are frozen."""
-    return copy.deepcopy(network, {id(p): p for p in network.parameters() if not p.requires_grad})
-
-
-def linear_layers(network: Network) -> dict[str, nn.Module]:
-    """{name: layer} of what an adapter may adapt: linear layers, GPT-2's Conv1D among them, but no heads."""
-    head = network.hf.get_output_embeddings() if isinstance(network, TransformersNetwork) else network.lm_head
-    kinds = ("Linear", "Conv1D")
-    return {n: m for n, m in network.named_modules() if type(m).__name__ in kinds and m is not head}
-
-
-def load_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
-    """Copy host arrays into the parameters of the same names."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(torch.tensor(arrays[name]))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import array_api_compat.torch as xp
 import numpy as np
@@ -12,46 +12,36 @@ import torch
 from torch import Tensor
 
 from lockstep.errors import CheckpointError
-from lockstep.interfaces import Learner, Metrics, Term, suppliers
+from lockstep.interfaces import ForwardPass, Learner, Metrics, Term, suppliers, take_pass
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import read_tensors, write_tensors
 from lockstep.text.sequences import Sequences
-from lockstep_torch.backend import TorchBackend
-from lockstep_torch.decoder import Dropout
+from lockstep_torch.decoder import DropoutMask
+from lockstep_torch.device import TorchDevice
 from lockstep_torch.model import Block, TorchModel
 
 
-@dataclass(frozen=True)
-class Pass:
-    """A forward pass that no gradient was asked of yet: its outputs with their graph."""
-
-    sequences: Sequences
-    temperature: float
-    outputs: dict[str, Tensor]
-
-
 class TorchLearner(Learner):
-    def __init__(self, backend: TorchBackend, models: Mapping[str, TorchModel], optimizers: Mapping[str, OptimizerConfig]):
+    def __init__(self, backend: TorchDevice, models: Mapping[str, TorchModel], optimizers: Mapping[str, OptimizerConfig]):
         self.backend = backend
         self.models = dict(models)
         self.optimizers = dict(optimizers)
         self.adams = {name: _adam(model, optimizers[name]) for name, model in self.models.items()}
         self.steps = 0
-        self.last: Pass | None = None
+        self.kept: WeakKeyDictionary[ForwardPass, dict[str, Tensor]] = WeakKeyDictionary()  # outputs with their graph
         self.averages = {
             name: {key: tensor.detach().clone() for key, tensor in model.tensors().items()}
             for name, model in self.models.items()
             if optimizers[name].ema_decay is not None
         }
 
-    def evaluate(
-        self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0, keep: bool = False
-    ) -> dict[str, np.ndarray]:
-        if not keep:
-            return super().evaluate(sequences, outputs, temperature=temperature)
-        self.last = Pass(sequences, temperature, self._forward(sequences, outputs, temperature))
-        return {name: value.detach().float().cpu().numpy() for name, value in self.last.outputs.items()}
+    def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
+        found = self._forward(sequences, outputs, temperature)
+        host = {name: value.detach().float().cpu().numpy() for name, value in found.items()}
+        made = ForwardPass(sequences, temperature, host)
+        self.kept[made] = found
+        return made
 
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
         metrics = self._backward(terms)
@@ -64,6 +54,7 @@ class TorchLearner(Learner):
             for group in adam.param_groups:
                 group["lr"], group["eps"] = config.learning_rate * lr_scale, config.eps_at(self.steps)
             adam.step()
+        self.kept.clear()
         self._average()
         return {name: float(value) for name, value in metrics.items()}
 
@@ -81,8 +72,7 @@ class TorchLearner(Learner):
             adam.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
         for term in terms:
-            dropout = term.dropout and Dropout(term.dropout.rate, self.backend.put(term.dropout.seeds))
-            outputs = self._kept(term) or self._forward(term.sequences, term.loss.outputs, term.temperature, dropout)
+            outputs = self._outputs(term)
             batch = {name: self.backend.put(array) for name, array in term.batch.items()}
             loss, metrics = term.loss(xp, outputs, batch)
             loss.backward()
@@ -92,13 +82,15 @@ class TorchLearner(Learner):
             parameter.grad = torch.zeros_like(parameter)  # Adam's moments decay for it too, as in every backend
         return total
 
-    def _kept(self, term: Term) -> dict[str, Tensor] | None:
-        """The outputs of the pass that `evaluate` kept, if it is the one that this term needs. It serves one gradient."""
-        last, self.last = self.last, None
-        return last.outputs if last and term.reads(last.sequences, last.temperature, last.outputs) else None
+    def _outputs(self, term: Term) -> dict[str, Tensor]:
+        """The outputs that its loss reads, with their graph: from its pass where it has one."""
+        if term.forward is not None:
+            return take_pass(self.kept, term.forward)
+        dropout = term.dropout and DropoutMask(term.dropout.rate, self.backend.put(term.dropout.seeds))
+        return self._forward(term.sequences, term.loss.outputs, term.temperature, dropout)
 
     def _forward(
-        self, sequences: Sequences, outputs: Iterable[str], temperature: float, dropout: Dropout | None = None
+        self, sequences: Sequences, outputs: Iterable[str], temperature: float, dropout: DropoutMask | None = None
     ) -> dict[str, Tensor]:
         block = Block.put(sequences, self.backend)
         found: dict[str, Tensor] = {}
@@ -127,7 +119,7 @@ class TorchLearner(Learner):
         write_json(folder / "learner.json", {"steps": self.steps})
 
     def restore(self, folder: Path) -> None:
-        self.last = None
+        self.kept.clear()
         stored = read_tensors(folder / "learner.safetensors")
         self.steps = read_json(folder / "learner.json")["steps"]
         own = self._state()

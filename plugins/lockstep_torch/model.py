@@ -14,11 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lockstep.interfaces import Generated, Policy, ScalarModel
 from lockstep.models import adapters
+from lockstep.models.architecture import causal_class, classifier_class
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_tensors
 from lockstep.text.sequences import Sequences
-from lockstep_torch.backend import TorchBackend
-from lockstep_torch.decoder import DecoderNetwork, Dropout, Network, ScalarHead, TransformersNetwork, copy_network
+from lockstep_torch.decoder import DecoderNetwork, DropoutMask, Network, ScalarHead, copy_network
+from lockstep_torch.device import TorchDevice
 from lockstep_torch.generation import generate
 
 LOGITS_AT_ONCE = 2**26
@@ -36,7 +37,7 @@ class Block:
     prompt_length: int
 
     @classmethod
-    def put(cls, sequences: Sequences, backend: TorchBackend) -> Block:
+    def put(cls, sequences: Sequences, backend: TorchDevice) -> Block:
         return cls(
             backend.put(sequences.tokens),
             backend.put(sequences.attention),
@@ -50,7 +51,7 @@ class TorchModel:
 
     supplies: frozenset[str]
 
-    def __init__(self, network: Network, head: ScalarHead | None, backend: TorchBackend):
+    def __init__(self, network: Network, head: ScalarHead | None, backend: TorchDevice):
         self.network = network.to(backend.device)
         self.network.gradient_checkpointing = backend.config.gradient_checkpointing
         graphs = backend.config.cuda_graphs and backend.device.type == "cuda"
@@ -61,7 +62,7 @@ class TorchModel:
         self.context_length = network.context_length
 
     def forward(
-        self, block: Block, outputs: Sequence[str], temperature: float, dropout: Dropout | None = None
+        self, block: Block, outputs: Sequence[str], temperature: float, dropout: DropoutMask | None = None
     ) -> dict[str, Tensor]:
         """The named outputs with gradients. Logits exist at the T columns that predict a response token only."""
         with self.backend.autocast():
@@ -105,9 +106,8 @@ class TorchModel:
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, under checkpoint names: all of them, or the adapter's and the head's."""
-        named = {name: tensor for name, tensor in self.network.named_parameters() if tensor.requires_grad}
-        if isinstance(self.network, TransformersNetwork):
-            named = {self.network.checkpoint_name(name): tensor for name, tensor in named.items()}
+        parameters = self.network.named_parameters()
+        named = {self.network.checkpoint_name(name): tensor for name, tensor in parameters if tensor.requires_grad}
         if self.network.adapter is not None:  # peft could hold several in one layer, by name
             named = {name.replace(".default.", "."): tensor for name, tensor in named.items()}
         return named | (self.head.tensors() if self.head else {})
@@ -118,17 +118,13 @@ class TorchModel:
     def copy(self):
         return type(self)(copy_network(self.network), copy.deepcopy(self.head), self.backend)
 
-    def write(self, folder: Path, suffix: str, **config: int) -> None:
-        """A checkpoint of class <Family><suffix>, say LlamaForCausalLM; of an adapted network the adapter alone."""
+    def write(self, folder: Path, name: str, **config: int) -> None:
+        """A checkpoint of transformers' class ``name``; of an adapted network the adapter alone."""
         if self.network.adapter is not None:
             adapters.write(folder, self.network.adapter, self.parameters(), scalar=self.head is not None)
             return
         write_tensors(folder / "model.safetensors", self.parameters())
-        described = self.network.config
-        family = described["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-        family = family.removesuffix("ForSequenceClassification")
-        name = "GPT2LMHeadModel" if (family, suffix) == ("GPT2", "ForCausalLM") else family + suffix
-        write_json(folder / "config.json", {**described, "architectures": [name], **config})
+        write_json(folder / "config.json", {**self.network.config, "architectures": [name], **config})
 
 
 class LanguageModel(TorchModel, Policy):
@@ -167,11 +163,11 @@ class LanguageModel(TorchModel, Policy):
         return type(self)(copy_network(self.network), head, self.backend)
 
     def scalar_model(self, head: np.ndarray) -> Scalar:
-        return Scalar(without_language_head(copy_network(self.network)), ScalarHead(head), self.backend)
+        return Scalar(copy_network(self.network).without_language_head(), ScalarHead(head), self.backend)
 
     def save(self, folder: Path) -> None:
         """The language model alone: a value head belongs to training, not to the policy."""
-        type(self)(self.network, None, self.backend).write(folder, "ForCausalLM")
+        type(self)(self.network, None, self.backend).write(folder, causal_class(self.network.config))
 
 
 class Scalar(TorchModel, ScalarModel):
@@ -183,18 +179,7 @@ class Scalar(TorchModel, ScalarModel):
             self.head.bias.mul_(gain).add_(bias)
 
     def save(self, folder: Path) -> None:
-        self.write(folder, "ForSequenceClassification", num_labels=1)
-
-
-def without_language_head(network: Network) -> Network:
-    """The trunk: what a scalar model keeps."""
-    if isinstance(network, TransformersNetwork):
-        trunk = TransformersNetwork(network.hf.base_model)
-        trunk.adapter = network.adapter
-        return trunk
-    if isinstance(network, DecoderNetwork):
-        network.lm_head = None
-    return network
+        self.write(folder, classifier_class(self.network.config), num_labels=1)
 
 
 def _take(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -3,7 +3,6 @@ adapters on one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +26,17 @@ from lockstep.models.architecture import (
     parameter_shapes,
     trunk_shapes,
 )
+from lockstep.models.checkpoint import CheckpointConfig, FromCheckpoint
 from lockstep.storage import gguf
 from lockstep.storage.files import read_json
 from lockstep.storage.weights import read_weights
-from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
-from lockstep_torch.backend import TorchBackend
+from lockstep.text.tokenizer import Tokenizer
 from lockstep_torch.classifier import TextClassifier
-from lockstep_torch.decoder import (
-    DecoderNetwork,
-    Network,
-    ScalarHead,
-    TransformersNetwork,
-    adapted,
-    config_of,
-    linear_layers,
-    load_arrays,
-)
-from lockstep_torch.model import LanguageModel, Scalar, without_language_head
+from lockstep_torch.decoder import DecoderNetwork, Network, ScalarHead, load_arrays
+from lockstep_torch.device import TorchDevice
+from lockstep_torch.lora import adapted, linear_layers
+from lockstep_torch.model import LanguageModel, Scalar
+from lockstep_torch.transformers_network import TransformersNetwork, config_of
 
 
 class Decoder(LanguageModel):
@@ -52,14 +45,14 @@ class Decoder(LanguageModel):
     Config = SmallDecoderConfig
 
     @classmethod
-    def create(cls, config: SmallDecoderConfig, backend: TorchBackend, tokenizer: Tokenizer, seed: int) -> Decoder:
+    def create(cls, config: SmallDecoderConfig, backend: TorchDevice, tokenizer: Tokenizer, seed: int) -> Decoder:
         architecture = config.architecture(tokenizer.vocab_size)
         network = DecoderNetwork(architecture)
         load_arrays(network, initial_parameters(architecture, seed))
         return cls(network, None, backend)
 
     @classmethod
-    def load(cls, folder: Path, backend: TorchBackend) -> Decoder:
+    def load(cls, folder: Path, backend: TorchDevice) -> Decoder:
         architecture, weights = _architecture(folder), read_weights(folder)
         check_parameters(architecture, weights, parameter_shapes(architecture))
         network = DecoderNetwork(architecture)
@@ -67,37 +60,38 @@ class Decoder(LanguageModel):
         return cls(network, None, backend)
 
     @classmethod
-    def load_scalar(cls, folder: Path, backend: TorchBackend) -> ScalarModel:
+    def load_scalar(cls, folder: Path, backend: TorchDevice) -> ScalarModel:
         architecture, weights = _architecture(folder), read_weights(folder)
         weights.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))  # transformers' classifiers have none
         d = architecture.hidden_size
         check_parameters(architecture, weights, trunk_shapes(architecture) | {SCALAR_HEAD: (1, d), SCALAR_BIAS: (1,)})
         head = ScalarHead(weights[SCALAR_HEAD][0], float(weights[SCALAR_BIAS][0]))
         network = DecoderNetwork(architecture)
-        load_arrays(without_language_head(network), weights)
+        load_arrays(network.without_language_head(), weights)
         return Scalar(network, head, backend)
 
 
-class HuggingFace(LanguageModel):
+class HuggingFace(FromCheckpoint, LanguageModel):
     """Any causal language model of transformers, from a folder or the hub."""
 
-    @dataclass(frozen=True)
-    class Config:
-        tokenizer: TokenizerConfig
-        path: str
+    Config = CheckpointConfig
 
     @classmethod
-    def create(cls, config: Config, backend: TorchBackend, tokenizer: Tokenizer, seed: int) -> HuggingFace:
+    def opens(cls, folder: Path) -> bool:
+        return (folder / "config.json").exists() and not adapters.is_adapter(folder)
+
+    @classmethod
+    def create(cls, config: CheckpointConfig, backend: TorchDevice, tokenizer: Tokenizer, seed: int) -> HuggingFace:
         return cls.load(config.path, backend)
 
     @classmethod
-    def load(cls, folder: Path | str, backend: TorchBackend) -> HuggingFace:
+    def load(cls, folder: Path | str, backend: TorchDevice) -> HuggingFace:
         from transformers import AutoModelForCausalLM
 
         return cls(_open(AutoModelForCausalLM, folder), None, backend)
 
     @classmethod
-    def load_scalar(cls, folder: Path | str, backend: TorchBackend) -> ScalarModel:
+    def load_scalar(cls, folder: Path | str, backend: TorchDevice) -> ScalarModel:
         from transformers import AutoModel
 
         weights = read_weights(Path(folder), [SCALAR_HEAD, SCALAR_BIAS])
@@ -108,18 +102,22 @@ class HuggingFace(LanguageModel):
         return Scalar(_open(AutoModel, folder), head, backend)
 
     @classmethod
-    def load_classifier(cls, folder: Path | str, backend: TorchBackend) -> Classifier:
+    def load_classifier(cls, folder: Path | str, backend: TorchDevice) -> Classifier:
         return TextClassifier.load(folder, backend)
 
 
-class LoRA(LanguageModel):
+class LoRA(FromCheckpoint, LanguageModel):
     """Low-rank adapters on a frozen checkpoint (Hu et al. 2021), by peft. All models of a run that adapt the same checkpoint
     share its weights: policy, reference, value network and reward model are adapters on one trunk."""
 
     Config = LoRAConfig
 
     @classmethod
-    def create(cls, config: LoRAConfig, backend: TorchBackend, tokenizer: Tokenizer, seed: int) -> LoRA:
+    def opens(cls, folder: Path) -> bool:
+        return adapters.is_adapter(folder)
+
+    @classmethod
+    def create(cls, config: LoRAConfig, backend: TorchDevice, tokenizer: Tokenizer, seed: int) -> LoRA:
         trunk = _trunk(config.path, backend)
         layers = linear_layers(trunk)
         conv1d = any(type(layer).__name__ == "Conv1D" for layer in layers.values())
@@ -128,19 +126,19 @@ class LoRA(LanguageModel):
         return _with(policy, adapters.initial(shapes, seed), config.path)
 
     @classmethod
-    def load(cls, folder: Path | str, backend: TorchBackend) -> LoRA:
+    def load(cls, folder: Path | str, backend: TorchDevice) -> LoRA:
         adapter, arrays = adapters.read(folder)
         return _with(cls(adapted(_trunk(adapter.base, backend), adapter), None, backend), arrays, folder)
 
     @classmethod
-    def load_scalar(cls, folder: Path | str, backend: TorchBackend) -> ScalarModel:
+    def load_scalar(cls, folder: Path | str, backend: TorchDevice) -> ScalarModel:
         adapter, arrays = adapters.read(folder)
-        network = without_language_head(adapted(_trunk(adapter.base, backend), adapter))
+        network = adapted(_trunk(adapter.base, backend), adapter).without_language_head()
         head = ScalarHead(np.zeros(network.hidden_size, np.float32))
         return _with(Scalar(network, head, backend), {SCALAR_BIAS: np.zeros(1, np.float32)} | arrays, folder)
 
 
-def _trunk(path: str, backend: TorchBackend) -> Network:
+def _trunk(path: str, backend: TorchDevice) -> Network:
     """The checkpoint that adapters share; read once."""
     from transformers import AutoModelForCausalLM
 
@@ -195,7 +193,7 @@ def _lean(hf: Any) -> DecoderNetwork | None:
         return None
     network = DecoderNetwork(architecture, config)
     if hf.get_output_embeddings() is None:
-        without_language_head(network)
+        network.without_language_head()
     prefix = "model." if hf.base_model is hf else ""  # a trunk alone does not say that it is one
     network.load_state_dict({prefix + name: tensor for name, tensor in hf.named_parameters()})
     return network

@@ -63,8 +63,8 @@ class OnePassTooFew(SFT):
 class MeansOfMicroBatches(PPO):
     """Each micro-batch is averaged over its own tokens."""
 
-    def terms(self, sequences, batch, rows):
-        terms = super().terms(sequences, batch, rows)
+    def terms(self, *given):
+        terms = super().terms(*given)
         for term in terms:
             for name in ("weights", "policy_weights"):
                 term.batch[name] = term.batch[name] / term.batch[name].sum() / len(terms)
@@ -75,8 +75,8 @@ class MeansOfMicroBatches(PPO):
 class CriticGrows(PPO):
     """The critic's gradient grows with the number of micro-batches."""
 
-    def terms(self, sequences, batch, rows):
-        terms = super().terms(sequences, batch, rows)
+    def terms(self, *given):
+        terms = super().terms(*given)
         for term in terms:
             term.batch["weights"] = term.batch["weights"] * len(terms)
         return terms
@@ -432,11 +432,11 @@ class Subtracts(PPO):
 class WhitensMinibatches(PPO):
     """Whitening over each minibatch."""
 
-    def terms(self, sequences, batch, rows):
+    def terms(self, sequences, batch, rows, *forward):
         mask = batch["mask"][rows]
         whitened = dict(batch) | {"advantages": batch["advantages"].copy()}
         whitened["advantages"][rows] = numerics.whiten(batch["advantages"][rows], mask)
-        return super().terms(sequences, whitened, rows)
+        return super().terms(sequences, whitened, rows, *forward)
 
 
 @defect("algorithm", caught_by="advantages_are_whitened_over_the_batch")
@@ -488,8 +488,8 @@ class Minimum(PPO):
 class ClimbsDown(PPO):
     """Advantages enter the loss with the wrong sign."""
 
-    def terms(self, sequences, batch, rows):
-        terms = super().terms(sequences, batch, rows)
+    def terms(self, *given):
+        terms = super().terms(*given)
         return [replace(term, loss=Flipped(0.2, 0.2, 0.1)) for term in terms]
 
 
@@ -581,8 +581,8 @@ class MixWithoutWeight(PPO):
 class MixReplaces(PPO):
     """With the mix on, the episodes weigh half."""
 
-    def terms(self, sequences, batch, rows):
-        terms = super().terms(sequences, batch, rows)
+    def terms(self, *given):
+        terms = super().terms(*given)
         for term in terms:
             term.batch["weights"] = term.batch["weights"] * (0.5 if self.ptx_batch else 1.0)
         return terms

@@ -189,34 +189,37 @@ class MissingIsZero(Relearned):
             return dict.fromkeys(outputs, zeros) | super()._forward(sequences, supplied, *how)
 
 
-@defect("backend", caught_by="a_kept_pass_serves_its_own_term")
+@defect("backend", caught_by="a_forward_pass_serves_its_own_term")
 class KeepsForTooLong(Relearned):
-    """A pass that no gradient was asked of is still there after a step."""
+    """A pass serves after a step, too."""
 
     class Learner(TorchLearner):
-        def _kept(self, term):
-            last, found = self.last, super()._kept(term)
-            self.last = last if found is None else None
-            return found
+        def update(self, terms, lr_scale=1.0):
+            kept = dict(self.kept)
+            metrics = super().update(terms, lr_scale)
+            self.kept.update(kept)
+            return metrics
 
 
-@defect("backend", caught_by="a_kept_pass_serves_its_own_term")
+@defect("backend", caught_by="a_forward_pass_serves_its_own_term")
 class ServesAnyTerm(Relearned):
-    """The pass that was kept is taken for the next term, whatever that is."""
+    """The pass that was made last is taken for the next term, whatever that is."""
 
     class Learner(TorchLearner):
-        def _kept(self, term):
-            last, self.last = self.last, None
-            return last and last.outputs
+        def _outputs(self, term):
+            return self.kept.pop(next(iter(self.kept))) if self.kept else super()._outputs(term)
 
 
-@defect("backend", caught_by="a_kept_pass_serves_its_own_term")
+@defect("backend", caught_by="a_forward_pass_serves_its_own_term")
 class KeepsWithoutTemperature(Relearned):
-    """The pass that is kept was computed at temperature 1."""
+    """A pass is made at temperature 1."""
 
     class Learner(TorchLearner):
-        def evaluate(self, sequences, outputs, *, temperature=1.0, keep=False):
-            return super().evaluate(sequences, outputs, temperature=1.0 if keep else temperature, keep=keep)
+        def forward(self, sequences, outputs, *, temperature=1.0):
+            made = super().forward(sequences, outputs, temperature=1.0)
+            renamed = dataclasses.replace(made, temperature=temperature)
+            self.kept[renamed] = self.kept.pop(made)
+            return renamed
 
 
 # --------------------------------------------------------------------------------------------------------- one update

@@ -13,7 +13,7 @@ from lockstep.interfaces import Generated
 from lockstep.models.architecture import SCALAR_BIAS
 from lockstep.storage.weights import read_weights, write_tensors
 from lockstep_torch.decoder import DecoderNetwork, ScalarHead
-from lockstep_torch.model import LanguageModel, Scalar, without_language_head
+from lockstep_torch.model import LanguageModel, Scalar
 from lockstep_torch.policies import Decoder
 
 
@@ -271,7 +271,7 @@ class SharedTrunk(Decoder):
     """The value network is a head on the policy's own trunk."""
 
     def scalar_model(self, head):
-        return Scalar(without_language_head(copy.copy(self.network)), ScalarHead(head), self.backend)
+        return Scalar(copy.copy(self.network).without_language_head(), ScalarHead(head), self.backend)
 
 
 @defect("policy", caught_by="copies_are_independent")
@@ -351,7 +351,7 @@ class SavesTheValueHead(Decoder):
     """The value head goes into the policy's checkpoint, which transformers then warns about."""
 
     def save(self, folder):
-        self.write(folder, "ForCausalLM")
+        self.write(folder, "LlamaForCausalLM")
 
 
 @defect("policy", caught_by="checkpoints_round_trip")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from defects import defect
+from lockstep.interfaces import Inputs
+from lockstep_rlhf.reward_models.ensemble import Ensemble
 from lockstep_rlhf.reward_models.function import Function
 from lockstep_rlhf.reward_models.learned import Learned
 
@@ -95,3 +97,23 @@ class SharedNetwork(Broken):
 
     def value_network(self):
         return self.model
+
+
+@defect("reward_model", caught_by="what_it_reads_is_declared")
+class Undeclared(Broken):
+    """It opens a stage's output and does not say so: PPO against an older reward model would be reused."""
+
+    @classmethod
+    def inputs(cls, config):
+        return Inputs()
+
+
+@defect("reward_model", caught_by="what_it_reads_is_declared")
+class UndeclaredMembers(Ensemble):
+    """It is made of other reward models and does not say so."""
+
+    like = "ensemble"
+
+    @classmethod
+    def inputs(cls, config):
+        return Inputs()

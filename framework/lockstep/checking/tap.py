@@ -7,7 +7,7 @@ crossing, without knowing what either does inside. Parity and the conformance ki
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -137,9 +137,10 @@ class _Learner(_Tapped):
         super().__init__(behind, tap)
         self.models = dict(models)
 
-    evaluate = Learner.evaluate  # by the tapped models, which record it
+    evaluate, forward = Learner.evaluate, Learner.forward  # by the tapped models, which record it; no graph is kept
 
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
+        terms = [replace(term, forward=None) for term in terms]  # such a pass is not the learner's own
         gradients = self.behind.gradients(terms) if self.tap.gradients and not self.tap.of(UpdateCall) else None
         metrics = self.behind.update(terms, lr_scale)
         self.tap.crossings.append(UpdateCall(terms, lr_scale, gradients, metrics))

@@ -22,6 +22,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from lockstep.config.root import KEYS
 from lockstep.errors import ConfigError, RegistryError, did_you_mean, listing
 from lockstep.registry import registry
 
@@ -77,13 +78,23 @@ def partial(overrides: Sequence[str]) -> DictConfig:
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
-    """Raises ConfigError: a value is missing, or an interpolation leads nowhere."""
+    """
+    Raises:
+      ConfigError: a key of the root is unknown, a value is missing, or an interpolation leads nowhere.
+    """
+    _refuse_unread(config)
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise ConfigError(f"Missing: {error.full_key}. Set it on the command line: {error.full_key}=...") from error
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(str(error), [])) from error
+
+
+def default(kind: str) -> str:
+    """The name that the core's configuration chooses of a group."""
+    choices = OmegaConf.load(conf_folders()[CORE] / "config.yaml").defaults
+    return next(choice[kind] for choice in choices if isinstance(choice, DictConfig) and kind in choice)
 
 
 def group(kind: str, name: str) -> dict[str, Any]:
@@ -93,6 +104,24 @@ def group(kind: str, name: str) -> dict[str, Any]:
         return {}
     composed = _compose(["~experiment", f"{kind}={name}"])
     return OmegaConf.to_container(composed[kind], resolve=True, throw_on_missing=False)
+
+
+def _refuse_unread(config: DictConfig) -> None:
+    """Raises ConfigError: a key of the root is none of Lockstep's, and no other key reads it."""
+    for key in (key for key in config if key not in KEYS):
+        if key not in _read({k: v for k, v in OmegaConf.to_container(config, resolve=False).items() if k != key}):
+            raise ConfigError(
+                f"Unknown key {key}.{did_you_mean(str(key), KEYS)} Known: {listing(KEYS)}. A key of your own has to be read by "
+                f"another one, as ${{{key}}}."
+            )
+
+
+def _read(values: Any) -> set[str]:
+    """The words in all interpolations, keys of the root among them."""
+    if isinstance(values, str):
+        return set(re.findall(r"\w+", " ".join(re.findall(r"\$\{.+\}", values))))
+    parts = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
+    return set().union(*map(_read, parts))
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:

@@ -1,56 +1,137 @@
 """YAML to checked dataclasses.
 
-YAML holds every value; a frozen dataclass without defaults holds the types. `parse` is the one way from one to the
-other, and says what is wrong with where, what exists and what to type next.
+A component's ``Config`` is a plain frozen dataclass. Each field is declared once, by `setting`: its default, its unit and its
+source, and the range it must lie in. `parse` is the one way from YAML (or from keywords in Python) to a ``Config``: it
+fills in defaults, checks names, types and ranges, and says what is wrong with where, what exists and what to type next.
+
+Ranges are checked here and not by the constructor: only `parse` knows a key's full path. What one field cannot say (a batch
+that its minibatches must divide) is a ``__post_init__`` of the dataclass; when it runs, each value is in its range.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union
 
 from lockstep.errors import ConfigError, did_you_mean, listing
 
 T = TypeVar("T")
 
+REQUIRED: Any = dataclasses.MISSING
+"""In place of a default: the value must be given."""
 
-def parse(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """``values`` as an instance of the dataclass ``cls``; ``where`` is their place in the configuration ('algorithm').
+
+@dataclass(frozen=True)
+class Range:
+    """What a number may be; null, where the type allows it, is in every range."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    finite: bool = True
+
+    def __contains__(self, number: float) -> bool:
+        return (
+            (math.isfinite(number) or not self.finite and not math.isnan(number))
+            and (self.least is None or number >= self.least)
+            and (self.above is None or number > self.above)
+            and (self.most is None or number <= self.most)
+            and (self.below is None or number < self.below)
+        )
+
+    def __str__(self) -> str:
+        ends = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{word} {end:g}" for word, end in ends.items() if end is not None) or "a number"
+
+
+FINITE = Range()
+
+
+def setting(
+    default: Any, doc: str, *, least: float | None = None, above: float | None = None, most: float | None = None,
+    below: float | None = None, finite: bool = True,
+) -> Any:  # fmt: skip
+    """A field of a configuration: ``learning_rate: float = setting(3e-4, "Peak step size.", above=0)``.
+
+    Args:
+      default: `REQUIRED` where there is no safe one.
+      doc: what it is, its unit, and whose number the default is.
+      least, above, most, below: the range, of each number where the field is a tuple. It is in the error, so not in ``doc``.
+      finite: false also takes ±inf; NaN is never taken.
+    """
+    given = {"default_factory": lambda: copy.deepcopy(default)} if isinstance(default, (dict, list)) else {"default": default}
+    return dataclasses.field(**given, metadata={"doc": doc, "range": Range(least, above, most, below, finite)})
+
+
+def parse(cls: type[T], values: Mapping[str, Any], where: str, defaults: T | None = None) -> T:
+    """``values`` as an instance of the dataclass ``cls``.
+
+    Args:
+      where: their place in the configuration ('algorithm'); '' at the root.
+      defaults: what stands in for keys that are absent, in place of the fields' own defaults. So of a group within a group
+        ('algorithm.optimizer') the outer one decides: PPO's epsilon is not the optimizer's.
 
     Raises:
-      ConfigError: unknown or missing keys, wrong types.
+      ConfigError: unknown or missing keys, wrong types, numbers out of range.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} must be a group of keys, not {values!r}.")
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
-        if key not in names:
-            raise ConfigError(f"Unknown key {where}.{key}.{did_you_mean(str(key), names)} Known: {listing(names)}.")
-    if missing := [n for n in names if n not in values]:
-        raise ConfigError(f"Missing: {', '.join(f'{where}.{n}' for n in missing)}. Set it on the command line or in YAML.")
-    return cls(**{name: _convert(hints[name], values[name], f"{where}.{name}") for name in names})
+        if key not in fields:
+            raise ConfigError(f"Unknown key {_at(where, key)}.{did_you_mean(str(key), fields)} Known: {listing(fields)}.")
+    if missing := [name for name, f in fields.items() if name not in values and defaults is None and _default(f) is REQUIRED]:
+        raise ConfigError(f"Missing: {', '.join(_at(where, n) for n in missing)}. Set it on the command line or in YAML.")
+    made = {}
+    for name, field in fields.items():
+        default = _default(field) if defaults is None else getattr(defaults, name)
+        made[name] = _convert(hints[name], values[name], _at(where, name), default) if name in values else default
+        _check_range(field.metadata.get("range", FINITE), made[name], _at(where, name), hints[name])
+    return cls(**made)
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """``value`` as type ``hint``; int is taken for float, a list for a tuple, a mapping for a dataclass."""
+def _at(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _check_range(allowed: Range, value: Any, where: str, hint: Any) -> None:
+    if isinstance(value, tuple):
+        for i, each in enumerate(value):
+            _check_range(allowed, each, f"{where}[{i}]", None)
+    elif isinstance(value, (int, float)) and value not in allowed:
+        wanted = allowed if math.isfinite(value) or not allowed.finite else "a finite number"
+        null = ", or null" if type(None) in typing.get_args(hint) else ""
+        raise ConfigError(f"{where}={value!r} must be {wanted}{null}.")
+
+
+def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
+    """``value`` as type ``hint``; int is taken for float, a list for a tuple, a mapping for a dataclass,
+    whose absent keys are those of ``default``."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
     if value == "???":
         raise ConfigError(f"Missing: {where}. Set it on the command line: {where}=...")
     if origin in (Union, types.UnionType):
-        return _convert_union(arguments, value, where)
+        return _convert_union(arguments, value, where, default)
     if origin is Literal:
         if value not in arguments:
             names = [str(a) for a in arguments]
             raise ConfigError(f"{where}={value!r} is not one of {', '.join(names)}.{did_you_mean(str(value), names)}")
         return value
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return parse(hint, value, where)
+        return parse(hint, value, where, default if isinstance(default, hint) else None)
     if origin is tuple and isinstance(value, (list, tuple)):
         if arguments[-1] is Ellipsis:
             return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
@@ -67,14 +148,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     raise ConfigError(f"{where}={value!r} should be {_name(hint)}, not {type(value).__name__}.")
 
 
-def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
+def _convert_union(options: tuple[Any, ...], value: Any, where: str, default: Any) -> Any:
     if value is None and type(None) in options:
         return None
     rest = [option for option in options if option is not type(None)]
     problems = []
     for option in rest:
         try:
-            return _convert(option, value, where)
+            return _convert(option, value, where, default)
         except ConfigError as error:
             problems.append(error)
     if len(rest) == 1 or any(dataclasses.is_dataclass(o) for o in rest):

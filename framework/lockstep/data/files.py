@@ -11,47 +11,47 @@ from __future__ import annotations
 import collections
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lockstep.config.schema import parse
+from lockstep.config.schema import parse, setting
 from lockstep.data.columns import BadRow, LeftOut, reader
 from lockstep.data.mixing import mix, row_counts
 from lockstep.data.reading import Row, Source, parse_split, read_rows, source_digests
-from lockstep.errors import ConfigError, DataError, MissingData, did_you_mean
+from lockstep.errors import ConfigError, DataError, MissingData, Unreachable, did_you_mean
 from lockstep.interfaces import DataSource
 from lockstep.types import Comparison, Demonstration, Prompt
 
 NOUNS = ("demonstrations", "comparisons", "prompts", "texts")
 SPLITS = ("train", "heldout")
+FIRST = 100
+"""Rows of a data set on the hub that a dry run reads."""
 
 Items = tuple[Any, ...]
+
+_SOURCES = "Sources, each a group of the keys of `Source`; null: none."
+_OWN = "Sources of the held-out split; null: a fraction of the others."
 
 
 @dataclass(frozen=True)
 class Config:
-    """Args:
-    demonstrations, comparisons, prompts, texts: lists of sources, each a group of the keys of `Source`; null for none.
-    heldout_demonstrations, ...: lists of sources of the held-out split; null takes ``heldout_fraction`` of the above.
-    heldout_fraction: of the prompts, in [0, 1).
-    seed: of the held-out fraction; a run's own seed is elsewhere, so that runs can differ on the same split.
-    on_bad_row: 'raise' ends the run with the file and the line; 'skip' counts and says how many.
-    every_source: the keys that a source need not repeat.
-    """
+    """Which sources give each noun, in each split."""
 
-    demonstrations: tuple[Mapping[str, Any], ...] | None
-    comparisons: tuple[Mapping[str, Any], ...] | None
-    prompts: tuple[Mapping[str, Any], ...] | None
-    texts: tuple[Mapping[str, Any], ...] | None
-    heldout_demonstrations: tuple[Mapping[str, Any], ...] | None
-    heldout_comparisons: tuple[Mapping[str, Any], ...] | None
-    heldout_prompts: tuple[Mapping[str, Any], ...] | None
-    heldout_texts: tuple[Mapping[str, Any], ...] | None
-    heldout_fraction: float
-    seed: int
-    on_bad_row: Literal["raise", "skip"]
-    every_source: Mapping[str, Any]
+    demonstrations: tuple[Mapping[str, Any], ...] | None = setting(None, _SOURCES)
+    comparisons: tuple[Mapping[str, Any], ...] | None = setting(None, _SOURCES)
+    prompts: tuple[Mapping[str, Any], ...] | None = setting(None, _SOURCES)
+    texts: tuple[Mapping[str, Any], ...] | None = setting(None, _SOURCES)
+    heldout_demonstrations: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
+    heldout_comparisons: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
+    heldout_prompts: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
+    heldout_texts: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
+    heldout_fraction: float = setting(0.05, "Of the prompts, where the held-out split has no sources.", least=0, below=1)
+    seed: int = setting(0, "Of that fraction; the run's seed is elsewhere, so that runs differ on the same split.", least=0)
+    on_bad_row: Literal["raise", "skip"] = setting("raise", "End with the file and the line; or count, and say how many.")
+    every_source: Mapping[str, Any] = setting(
+        {"split": "train", "weight": None, "config": None, "revision": None}, "The keys that a source need not repeat."
+    )
 
 
 class Files(DataSource):
@@ -64,13 +64,24 @@ class Files(DataSource):
     Config = Config
 
     def __init__(self, config: Config, first: int | None = None):
-        if not 0 <= config.heldout_fraction < 1:
-            raise ConfigError(f"data.heldout_fraction={config.heldout_fraction} should be at least 0 and less than 1.")
         self.config = config
         self.sources = {key: _sources(config, key) for noun in NOUNS for key in (noun, f"heldout_{noun}")}
         self.first = first
         self._read: dict[str, dict[str, Items]] = {}
         self._items: dict[tuple[str, int], Items] = {}
+
+    @classmethod
+    def preview(cls, config: Config) -> Files:
+        return cls(config, first=FIRST)
+
+    def survey(self) -> Iterator[tuple[str, str | Unreachable]]:
+        for key, sources in self.sources.items():
+            for index, source in enumerate(sources):
+                try:
+                    found: str | Unreachable = f"{len(self.items(key, index))} {key} in {source.path}"
+                except Unreachable as error:
+                    found = error
+                yield f"data.{key}[{index}]", found
 
     @classmethod
     def fingerprint(cls, config: Config) -> str | None:
@@ -199,8 +210,6 @@ def _sources(config: Config, key: str) -> tuple[Source, ...]:
         raise ConfigError(f"data.{key} has a weight, but held-out rows are all there exactly once. Set weight=null.")
     if None in weights and any(weight is not None for weight in weights):
         raise ConfigError(f"data.{key}: give every source a weight, or none. Given: {weights}.")
-    if any(weight is not None and weight <= 0 for weight in weights):
-        raise ConfigError(f"data.{key}: weights should be above 0, not {weights}. To leave a source out, take it off the list.")
     for source in sources:
         parse_split(source.split)
     return sources

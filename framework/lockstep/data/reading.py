@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lockstep.errors import ConfigError, DataError, did_you_mean, listing
+from lockstep.config.schema import REQUIRED, setting
+from lockstep.errors import ConfigError, DataError, Unreachable, did_you_mean, listing
 
 Row = tuple[str, Any]
 """'file:line', and the columns; or, where the line is not JSON, what the parser says about it."""
@@ -26,20 +27,16 @@ Row = tuple[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """Args:
-    path: a file, a folder, or a hub id, which may go on with a folder in it: 'Anthropic/hh-rlhf/harmless-base'.
-    split: 'train', 'test[:100]', 'train[500:1000]'. A file has only 'train'; in a folder a split is the files whose
-      names, or whose folders' names, begin with it.
-    weight: its share of the mixture, relative to the other sources of the list; null: by its size.
-    config: which configuration of a hub data set; null for its only one.
-    revision: branch, tag or commit of a hub data set; null for the newest.
-    """
+    """One source of rows. In a folder a split is the files whose names, or whose folders' names, begin with it; a file has
+    only 'train'."""
 
-    path: str
-    split: str
-    weight: float | None
-    config: str | None
-    revision: str | None
+    path: str = setting(REQUIRED, "A file, a folder, or a hub id, maybe with a folder in it: 'Anthropic/hh-rlhf/harmless-base'.")
+    split: str = setting("train", "'train', 'test[:100]', 'train[500:1000]', ...")
+    weight: float | None = setting(
+        None, "Share of the mixture, relative to the other sources of the list; null: by its size.", above=0
+    )
+    config: str | None = setting(None, "Which configuration of a hub data set; null: its only one.")
+    revision: str | None = setting(None, "Branch, tag or commit of a hub data set; null: the newest.")
 
 
 def source_digests(source: Source) -> list[str]:
@@ -51,10 +48,6 @@ def source_digests(source: Source) -> list[str]:
         with open(file, "rb") as opened:
             digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
     return digests
-
-
-class Unreachable(DataError):
-    """A data set of the hub that could not be loaded: it may be that only the network is missing."""
 
 
 def read_rows(source: Source, first: int | None = None) -> Iterator[Row]:

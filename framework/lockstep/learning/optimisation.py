@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-from lockstep.errors import ConfigError
+from lockstep.config.schema import setting
 
 
 @dataclass(frozen=True)
@@ -16,17 +17,17 @@ class OptimizerConfig:
     ``tf_style`` puts epsilon where TensorFlow 1 has it, as lm-human-preferences did: eps / sqrt(1 - beta2^t) instead of
     eps beside the bias-corrected root. At a gradient of 1e-5 and beta2 = 0.999 the first step differs 16-fold (Huang et
     al. 2023); at 0.95, 2.7-fold.
-    ``ema_decay`` keeps a moving average of the weights (InstructGPT: 0.992); null keeps none.
-    ``max_grad_norm`` clips this model's gradient by its global norm; null does not clip.
     """
 
-    learning_rate: float
-    betas: tuple[float, float]
-    eps: float
-    tf_style: bool
-    weight_decay: float
-    max_grad_norm: float | None
-    ema_decay: float | None
+    learning_rate: float = setting(3e-4, "Peak step size, which the schedule scales; each algorithm sets its own.", above=0)
+    betas: tuple[float, float] = setting((0.9, 0.95), "Decay of both moments, per step (InstructGPT's).", least=0, below=1)
+    eps: float = setting(1e-8, "Added to the root of the second moment (Adam's paper).", above=0)
+    tf_style: bool = setting(False, "Epsilon where TensorFlow 1 has it (lm-human-preferences).")
+    weight_decay: float = setting(0.0, "Decay of matrices per step, times the learning rate. PyTorch's AdamW: 0.01.", least=0)
+    max_grad_norm: float | None = setting(1.0, "L2 norm to which this model's gradient is clipped; null: not clipped.", above=0)
+    ema_decay: float | None = setting(
+        None, "Decay per step of a moving average of the weights (InstructGPT: 0.992); null: none is kept.", least=0, below=1
+    )
 
     def eps_at(self, step: int) -> float:
         """Epsilon of the PyTorch form m / (sqrt(v) + eps) at optimizer step ``step`` = 1, 2, ..."""
@@ -35,20 +36,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """``shape``: constant, linear (to ``final``) or cosine (to ``final``), after ``warmup_steps`` from ``initial``.
-
-    ``initial`` and ``final`` are fractions of the peak. InstructGPT: SFT and RM cosine to 0.1 without warm-up; PPO
-    constant after 10 iterations from 0.1. lm-human-preferences and N+: linear to 0.
+    """InstructGPT: SFT and RM cosine to 0.1 without warm-up; PPO constant after 10 iterations from 0.1.
+    lm-human-preferences and N+: linear to 0.
     """
 
-    shape: str
-    warmup_steps: int
-    initial: float
-    final: float
-
-    def __post_init__(self) -> None:
-        if self.shape not in SHAPES:
-            raise ConfigError(f"schedule.shape='{self.shape}' is not one of {', '.join(SHAPES)}.")
+    shape: Literal["constant", "linear", "cosine"] = setting("constant", "Of the decay after the warm-up.")
+    warmup_steps: int = setting(0, "Optimizer steps from `initial` to the peak, linear.", least=0)
+    initial: float = setting(1.0, "Where the warm-up begins, as a fraction of the peak.", least=0, most=1)
+    final: float = setting(1.0, "Where linear and cosine end, as a fraction of the peak.", least=0, most=1)
 
 
 SHAPES: dict[str, Callable[[float, float], float]] = {

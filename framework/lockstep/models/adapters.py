@@ -20,12 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from lockstep.config.schema import setting
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
 from lockstep.learning import randomness
+from lockstep.models.architecture import classifier_class, language_head, usual_name
+from lockstep.models.checkpoint import CheckpointConfig
 from lockstep.storage.files import read_json, write_json, write_text
 from lockstep.storage.sources import fetch_folder
 from lockstep.storage.weights import read_tensors, read_weights, write_tensors
-from lockstep.text.tokenizer import TokenizerConfig
 
 ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NOT_WHOLE = (
@@ -65,18 +67,15 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(CheckpointConfig):
     """The configuration of the policy ``lora``, for every backend."""
 
-    tokenizer: TokenizerConfig
-    path: str
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-
-    def __post_init__(self):
-        if self.rank < 1:
-            raise ConfigError(f"policy.rank={self.rank} should be at least 1.")
+    rank: int = setting(16, "Inner dimension of the adapter's two matrices.", least=1)
+    alpha: float = setting(32.0, "The adapter counts alpha / rank times (Hu et al. 2021, section 4.1).", above=0)
+    targets: tuple[str, ...] = setting(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "Linear layers, by the last part of their names: all of Llama's; GPT-2: c_attn, c_proj, c_fc.",
+    )
 
     def adapter(self, layers: Iterable[str], *, conv1d: bool) -> Adapter:
         """For a checkpoint whose linear layers have these names.
@@ -159,6 +158,11 @@ VARIANTS = (
 )  # fmt: skip
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether it holds an adapter and not a whole checkpoint."""
+    return (folder / ADAPTER_CONFIG).exists()
+
+
 def _refuse_variants(folder: Path, settings: Mapping[str, Any]) -> None:
     wrong = [key for key, known in PLAIN.items() if settings.get(key) not in known]
     wrong += [key for key in VARIANTS if settings.get(key)]
@@ -202,17 +206,14 @@ def merge(folder: Path, output: Path) -> Path:
         name = _stored(layer, weights, folder)
         weights[name] = weights[name] + (change.T if adapter.conv1d else change)
     if heads := {name: tensor for name, tensor in tensors.items() if name.startswith("score.")}:
-        weights = {name: tensor for name, tensor in weights.items() if name not in LANGUAGE_HEADS} | heads
-        family = config["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-        config |= {"architectures": [f"{family}ForSequenceClassification"], "num_labels": 1}
+        family = config["model_type"]
+        weights = {n: tensor for n, tensor in weights.items() if usual_name(family, n) != language_head(family)} | heads
+        config |= {"architectures": [classifier_class(config)], "num_labels": 1}
     write_tensors(output / "model.safetensors", weights)
     write_json(output / "config.json", config)
     for file in folder.glob("*token*"):
         write_text(output / file.name, file.read_text())
     return output
-
-
-LANGUAGE_HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def _stored(layer: str, weights: Mapping[str, np.ndarray], folder: Path) -> str:

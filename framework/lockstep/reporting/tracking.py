@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from lockstep.config.schema import setting
+from lockstep.config.secrets import without_secrets
 from lockstep.interfaces import Metrics, Tracker
 from lockstep.storage.files import read_lines
 
@@ -115,10 +117,10 @@ class Wandb(Surviving):
 
     @dataclass(frozen=True)
     class Config:
-        project: str
-        entity: str | None
-        mode: Literal["auto", "online", "offline", "disabled"]
-        tags: tuple[str, ...]
+        project: str = setting("lockstep", "W&B's project.")
+        entity: str | None = setting(None, "A team or user; null: the default one of the API key.")
+        mode: Literal["auto", "online", "offline", "disabled"] = setting("auto", "auto: online where there is an API key.")
+        tags: tuple[str, ...] = setting((), "Of every W&B run.")
 
     def __init__(self, config: Config):
         super().__init__()
@@ -255,31 +257,3 @@ def _remove_logs(folder: Path, identity: str, kept: Path) -> None:
     for log in folder.glob(f"wandb/offline-run-*-{identity}"):
         if log.resolve() != kept.resolve():
             shutil.rmtree(log, ignore_errors=True)
-
-
-# ---------------------------------------------------------------------------------------------------------- secrets
-
-_SECRET_WORDS = {"key", "token", "secret", "password", "passwd", "credential", "credentials", "authorization", "bearer"}
-_TEXT_TOKENS = {"eos", "pad", "bos", "unk", "stop", "sep", "cls", "mask", "special"}
-_PASSWORD_IN_URL = re.compile(r"(?<=://)[^/\s@]+@")
-
-
-def without_secrets(config: Any) -> Any:
-    """``config`` without the keys that look like credentials, and without the user part of URLs.
-
-    A key looks like a credential if its last word is 'key', 'token', 'password' and so on; `eos_token` is text.
-    """
-    if isinstance(config, Mapping):
-        return {key: without_secrets(value) for key, value in config.items() if not _is_secret(str(key))}
-    if isinstance(config, (list, tuple)):
-        return [without_secrets(value) for value in config]
-    if isinstance(config, str):
-        return _PASSWORD_IN_URL.sub("", config)
-    return config
-
-
-def _is_secret(key: str) -> bool:
-    words = re.sub(r"([a-z])([A-Z])", r"\1_\2", key).lower().replace("-", "_").split("_")
-    if words[-1].startswith("apikey"):
-        return True
-    return words[-1] in _SECRET_WORDS and not (words[-1] == "token" and words[0] in _TEXT_TOKENS)

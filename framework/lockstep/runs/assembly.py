@@ -5,19 +5,29 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lockstep.models import adapters
+from lockstep.errors import CheckpointError, ConfigError, listing
+from lockstep.interfaces import (
+    Algorithm,
+    Backend,
+    Classifier,
+    Context,
+    DataSource,
+    Inputs,
+    Policy,
+    Resources,
+    RewardModel,
+    ScalarModel,
+)
+from lockstep.models.architecture import SCALAR_HEAD
+from lockstep.registry import registry
+from lockstep.runs.experiment import NEW, Experiment, Stage, component_config
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.sources import fetch_folder
 from lockstep.storage.weights import read_weights
-from lockstep.models.architecture import SCALAR_HEAD
-from lockstep.types import Fit
-from lockstep.errors import ConfigError
-from lockstep.runs.experiment import NEW, Experiment, ConfigGroup, Stage, component_config
-from lockstep.interfaces import Algorithm, Backend, Classifier, DataSource, Policy, RewardModel, ScalarModel, Context
-from lockstep.registry import registry
 from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
+from lockstep.types import Fit
 
 
 class Assembly:
@@ -41,48 +51,45 @@ class Assembly:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The policy's: its own path, its checkpoint's, or the data source's."""
-        _, policy = self.experiment.policy
-        settings: TokenizerConfig = policy.tokenizer
-        path = settings.path or getattr(policy, "path", None)
-        if path is not None:
-            return Tokenizer.load(path, settings)
+        config = self.experiment.tokenizer
+        if config.path is not None:
+            return Tokenizer.load(config.path, config)
         own = self.data.tokenizer()
         if own is None:
             raise ConfigError(
                 "A policy that starts from scratch needs a tokenizer. Set policy.tokenizer.path to a folder or hub id."
             )
-        return own.replaced(settings)
+        return own.replaced(config)
 
     def policy(self, source: str) -> Policy:
         """A fresh copy of the policy that a stage made, or of the configured one."""
         if source == NEW:
             cls, config = self.experiment.policy
             return cls.create(config, self.backend, self.tokenizer, self.experiment.seed)
-        output, made = self._output(source)
-        return registry().resolve("policy", made["policy"], self.experiment.backend_name).load(output, self.backend)
+        folder = self.outputs.get(source, Path(source))
+        return self._policy_class(folder).load(folder, self.backend)
 
     def kind(self, source: str) -> Literal["stage", "decoder", "encoder"]:
         folder = self._reward_folder(source)
-        if (folder / "output.json").exists():
+        if (folder / MADE_BY).exists():
             return "stage"
         return "decoder" if read_weights(folder, [SCALAR_HEAD]) else "encoder"
 
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
         folder = self._reward_folder(source)
-        cls = registry().resolve("policy", self._output(folder)[1]["policy"], self.experiment.backend_name)
         # Public reward models often pad with EOS, which matters to nobody who only scores.
-        own = None if (folder / "output.json").exists() else TokenizerConfig(None, None, "<|pad|>", None)
-        return cls.load_scalar(folder, self.backend), Tokenizer.load(folder, own)
+        own = None if (folder / MADE_BY).exists() else TokenizerConfig(None, None, "<|pad|>", None)
+        return self._policy_class(folder).load_scalar(folder, self.backend), Tokenizer.load(folder, own)
 
     def classifier(self, source: str) -> Classifier:
-        cls = registry().resolve("policy", "huggingface", self.experiment.backend_name)
-        return cls.load_classifier(source, self.backend)
+        return self._policy_class(self._reward_folder(source)).load_classifier(source, self.backend)
 
-    def reward_model(self, group: ConfigGroup | None) -> RewardModel | None:
+    def reward_model(self, group: Mapping[str, Any] | None) -> RewardModel | None:
         if group is None:
             return None
         cls = registry().resolve("reward_model", group["name"], self.experiment.backend_name)
-        return cls(component_config(cls, group, "reward_model"), self)
+        config = component_config(cls, dict(group), "reward_model")
+        return cls(config, DeclaredResources(self, group["name"], cls.inputs(config)))
 
     def algorithm(self, stage: Stage) -> Algorithm:
         policy, reward_model = self.policy(stage.policy), self.reward_model(stage.reward_model)
@@ -92,18 +99,70 @@ class Assembly:
 
     def save(self, stage: Stage, algorithm: Algorithm, folder: Path) -> None:
         """The stage's result: a Hugging Face folder with its tokenizer, and who can read it."""
-        made_by = self._output(stage.policy)[1]["policy"] if stage.policy != NEW else self.experiment.groups["policy"]["name"]
+        made_by = self.experiment.config["policy"]["name"]
+        if stage.policy != NEW:
+            made_by = opener(self.outputs.get(stage.policy, Path(stage.policy)), self.experiment.backend_name)
         algorithm.result().save(folder)
         self.tokenizer.save(folder)
-        write_json(folder / "output.json", {"kind": algorithm.produces, "policy": made_by})
+        write_json(folder / MADE_BY, {"kind": algorithm.produces, "policy": made_by})
 
     def _reward_folder(self, source: str) -> Path:
         """Of a stage's output, of a folder by its path, or of a hub repository, once downloaded."""
         return self.outputs.get(source) or fetch_folder(source)
 
-    def _output(self, source: str | Path) -> tuple[Path, ConfigGroup]:
-        """The output folder of a stage, or a folder by its path, and who made it."""
-        folder = self.outputs.get(source, Path(source))
-        if not (folder / "output.json").exists():
-            return folder, {"policy": "lora" if (folder / adapters.ADAPTER_CONFIG).exists() else "huggingface"}
-        return folder, read_json(folder / "output.json")
+    def _policy_class(self, folder: Path) -> type[Policy]:
+        backend = self.experiment.backend_name
+        return registry().resolve("policy", opener(folder, backend), backend)
+
+
+class DeclaredResources(Resources):
+    """Resources for one reward model. It gets only what its `inputs` declare: the rest is not part of a stage's identity, so a
+    stage trained against another version of it would be reused."""
+
+    def __init__(self, assembly: Assembly, name: str, inputs: Inputs):
+        self.assembly, self.name, self.inputs = assembly, name, inputs
+        self.tokenizer = assembly.tokenizer
+
+    @property
+    def backend(self) -> Backend:
+        return self.assembly.backend
+
+    def kind(self, source: str) -> Literal["stage", "decoder", "encoder"]:
+        return self.assembly.kind(self._declared(source))
+
+    def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
+        return self.assembly.scalar_model(self._declared(source))
+
+    def classifier(self, source: str) -> Classifier:
+        return self.assembly.classifier(self._declared(source))
+
+    def reward_model(self, group: Mapping[str, Any]) -> RewardModel:
+        if group not in self.inputs.members:
+            raise ConfigError(f"The reward model '{self.name}' is made of '{group['name']}' and does not say so. {DECLARE}")
+        return self.assembly.reward_model(group)
+
+    def _declared(self, source: str) -> str:
+        if source not in self.inputs.outputs:
+            raise ConfigError(f"The reward model '{self.name}' opens '{source}' and does not say so. {DECLARE}")
+        return source
+
+
+DECLARE = "Return it from the classmethod `inputs` of its class."
+MADE_BY = "output.json"
+"""In the output of a stage: its kind, and the name of the policy that reads it."""
+
+
+def opener(folder: Path, backend: str) -> str:
+    """The name of the policy that reads this folder: as the stage that wrote it noted, else of the one that opens such
+    checkpoints (`Policy.opens`).
+
+    Raises:
+      CheckpointError: none does, or several do.
+    """
+    if (folder / MADE_BY).exists():
+        return read_json(folder / MADE_BY)["policy"]
+    found = {c.name for c in registry().components_of("policy", backend) if c.load().opens(folder)}
+    if len(found) != 1:
+        who = f"{listing(found)} all open it" if found else f"no policy for {backend} opens it"
+        raise CheckpointError(f"{folder} was not written by a stage, and {who}. It should hold a Hugging Face checkpoint.")
+    return found.pop()

@@ -8,62 +8,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from lockstep.text import encoding
-from lockstep.learning import numerics
-from lockstep.text.encoding import Example, Lengths
-from lockstep.errors import ConfigError, MissingData
+from lockstep.config.schema import setting
+from lockstep.errors import MissingData
 from lockstep.interfaces import DataSource, Model, Policy, Responses, RewardModel
-from lockstep.types import Choice, Comparison, Fit, Prompt
+from lockstep.learning import numerics
 from lockstep.learning.randomness import token_seeds
-from lockstep.text.sequences import Sequences, in_chunks, join, left_pad
+from lockstep.learning.rollout import Sampler, Samples, score
+from lockstep.text import encoding
+from lockstep.text.encoding import Example, Lengths
+from lockstep.text.sequences import Sequences, in_chunks
 from lockstep.text.stopping import Stops
 from lockstep.text.tokenizer import Tokenizer
+from lockstep.types import Choice, Comparison, Fit, Prompt
 
 Measure = dict[str, float]
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Args:
-    policies: stages whose policies are evaluated; null takes all that train one.
-    baseline: the stage that win rate and KL refer to.
-    splits: of the data source's prompts.
-    prompts: how many of each split, at most.
-    comparisons: how many held-out comparisons the reward model is tested on, at most.
-    texts: how many held-out raw texts give ``text_loss``, at most.
-    samples: rows of the table of samples for each split.
-    """
+    """What an evaluation measures; how many of a split there are limits each count."""
 
-    policies: tuple[str, ...] | None
-    baseline: str
-    splits: tuple[str, ...]
-    prompts: int
-    comparisons: int
-    texts: int
-    samples: int
-    temperature: float
-    batch_size: int
-    lengths: Lengths
-    stop_strings: tuple[str, ...]
-
-    def __post_init__(self):
-        for key, least in (("prompts", 1), ("comparisons", 0), ("texts", 0), ("samples", 0), ("batch_size", 1)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"evaluation.{key}={getattr(self, key)} must be at least {least}.")
+    policies: tuple[str, ...] | None = setting(None, "Stages whose policies are evaluated; null: all that train one.")
+    baseline: str = setting("sft", "The stage that win rate and KL refer to.")
+    splits: tuple[str, ...] = setting(("heldout", "adversarial"), "Of the data source's prompts.")
+    prompts: int = setting(500, "Prompts of each split.", least=1)
+    comparisons: int = setting(300, "Held-out comparisons that the reward model is tested on.", least=0)
+    texts: int = setting(200, "Held-out raw texts for ``text_loss``.", least=0)
+    samples: int = setting(12, "Rows of the table of samples, of each split.", least=0)
+    temperature: float = setting(1.0, "Of sampling and of KL; 0 takes the most likely token, and KL is then at 1.", least=0)
+    batch_size: int = setting(100, "Responses per forward pass.", least=1)
+    lengths: Lengths = setting(Lengths(), "Limits in tokens.")
+    stop_strings: tuple[str, ...] = setting((), "Text that ends a response, as EOS does; or special tokens by name.")
 
 
 @dataclass(frozen=True)
 class Answers:
     """A policy's responses to the prompts of one split."""
 
-    prompts: Sequence[Prompt]
-    texts: list[str]
-    sequences: Sequences
-    finished: np.ndarray
+    samples: Samples
     gold: dict[str, np.ndarray]
     scores: np.ndarray | None
     details: Mapping[str, np.ndarray]
@@ -123,38 +110,19 @@ class Evaluator:
         fit = self.fits[f"{split} prompts"] = Fit(f"{split} prompts")
         return encoding.encode_prompts(self.tokenizer, found, self.config.lengths, fit)
 
+    @cached_property
+    def sampler(self) -> Sampler:
+        c = self.config
+        return Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size)
+
     def answer(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> Answers:
-        c, pad = self.config, self.tokenizer.pad_id
-        stops = Stops(self.tokenizer, c.stop_strings)
-        seeds = token_seeds(self.seed, "evaluation", 0, len(ids), c.lengths.response)
-        columns = c.lengths.columns(max(map(len, ids)), c.lengths.prompt)
-        tokens, mask = left_pad(ids, pad, columns)
-        empty = np.zeros((len(ids), c.lengths.response), bool)
-        unanswered = join(tokens, mask, seeds.view(np.int32), empty)  # seeds travel in the response columns
-
-        def generate(part: Sequences) -> dict[str, np.ndarray]:
-            out = policy.generate(
-                part.tokens[:, :columns],
-                part.prompt_mask,
-                part.responses.view(np.uint32),
-                temperature=c.temperature,
-                stop_ids=stops.ids,
-                pad_id=pad,
-            )
-            return {"tokens": out.tokens, "mask": out.mask}
-
-        out = in_chunks(generate, unanswered, c.batch_size)
-        ended = stops.end(out["tokens"], out["mask"])
-        sequences, texts = join(tokens, mask, ended.tokens, ended.mask), ended.texts
-        golds = [self.data.gold(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        seeds = token_seeds(self.seed, "evaluation", 0, len(ids), self.config.lengths.response)
+        samples = self.sampler.sample(policy, prompts, ids, seeds)
+        golds = [self.data.gold(prompt, text) for prompt, text in zip(prompts, samples.responses.texts, strict=True)]
         known = bool(golds) and golds[0] is not None
         gold = {name: np.array([g[name] for g in golds]) for name in golds[0]} if known else {}
-        scores, details = None, {}
-        if self.reward_model is not None:
-            read = stops.as_read(sequences, ended)
-            scores = self.reward_model.score(Responses(prompts, texts, read, self.tokenizer))
-            details = self.reward_model.details()
-        return Answers(prompts, texts, sequences, ended.finished, gold, scores, details)
+        scores, details = (None, {}) if self.reward_model is None else score(self.reward_model, samples)
+        return Answers(samples, gold, scores, details)
 
     def measure(self, answers: Answers, reference: Answers) -> dict[str, Measure]:
         measures = {name: mean(x) for name, x in answers.gold.items()}
@@ -167,15 +135,17 @@ class Evaluator:
             difference = difference[np.isfinite(difference)]  # a response without a score is in no comparison
             wins = float((difference > 0).sum() + 0.5 * (difference == 0).sum())
             measures["win_rate"] = proportion(wins, len(difference))
-        measures["length"] = mean(answers.sequences.mask.sum(axis=1))
-        measures["finished"] = proportion(float(answers.finished.sum()), len(answers.finished))
+        finished = answers.samples.finished
+        measures["length"] = mean(answers.samples.sequences.mask.sum(axis=1))
+        measures["finished"] = proportion(float(finished.sum()), len(finished))
         return measures
 
     def kl(self, policy: Policy, baseline: Policy, answers: Answers) -> dict[str, Measure]:
         """KL(policy || baseline) per response, in nats: k1 summed over the policy's own samples."""
-        here = self.logprobs(policy, answers.sequences, self.config.temperature)
-        there = self.logprobs(baseline, answers.sequences, self.config.temperature)
-        return {"kl": mean(numerics.k1(here, there, answers.sequences.mask).sum(axis=1))}
+        sequences = answers.samples.sequences
+        here = self.logprobs(policy, sequences, self.config.temperature)
+        there = self.logprobs(baseline, sequences, self.config.temperature)
+        return {"kl": mean(numerics.k1(here, there, sequences.mask).sum(axis=1))}
 
     def ability(self, policy: Policy) -> dict[str, Measure]:
         """The fraction of ability items whose right option has the highest log-probability."""
@@ -313,12 +283,25 @@ def proportion(successes: float, n: int) -> Measure:
 
 def rows(answers: Answers, count: int) -> list[Mapping[str, Any]]:
     """The first answers as text a person would read."""
+    responses = answers.samples.responses
     return [
         {
-            "prompt": "\n".join(m.content for m in answers.prompts[i].messages),
-            "response": answers.texts[i],
+            "prompt": "\n".join(m.content for m in responses.prompts[i].messages),
+            "response": responses.texts[i],
             "gold": float(answers.gold["gold"][i]) if answers.gold else None,
             "score": None if answers.scores is None else float(answers.scores[i]),
         }
-        for i in range(min(count, len(answers.texts)))
+        for i in range(min(count, len(responses.texts)))
     ]
+
+
+def flatten(result: Mapping[str, Any]) -> dict[str, float]:
+    """{'heldout/sft/gold': mean} of an evaluation, for trackers."""
+    flat = {}
+    for key, value in {**result.get("splits", {}), "reward_model": result.get("reward_model", {})}.items():
+        for inner, measures in value.items():
+            if "mean" in measures:
+                flat[f"{key}/{inner}"] = measures["mean"]
+            else:
+                flat |= {f"{key}/{inner}/{name}": m["mean"] for name, m in measures.items()}
+    return flat

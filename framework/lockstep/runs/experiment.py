@@ -1,57 +1,74 @@
-"""An experiment: its configuration with every name resolved and every group checked, before anything is loaded."""
+"""An experiment: composed once, with every name resolved and every group checked before anything is loaded. It knows what its
+stages read and what identifies them, and is handed down as it is.
+
+    compose (config/compose.py)   overrides -> one plain dictionary, the configuration
+    Experiment                    the configuration -> checked stages, their identities and folders
+    Assembly                      a stage -> backend, tokenizer, models, algorithm, when first asked for
+    Runner                        stages in order: reuse, resume, record
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.runs import store
-from lockstep.config.schema import parse
-from lockstep.errors import ConfigError, did_you_mean, listing
-from lockstep.runs.evaluation import EvaluationConfig
+from lockstep.config.root import ConfigGroup, check_root, component_config
+from lockstep.config.schema import parse, setting
+from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
 from lockstep.interfaces import Algorithm, DataSource, RewardModel
 from lockstep.registry import registry
+from lockstep.runs import identity
+from lockstep.runs.evaluation import EvaluationConfig
+from lockstep.runs.store import RunFolder, StageFolder, decisive
+from lockstep.storage.files import read_json
+from lockstep.text.tokenizer import TokenizerConfig, template_text
 
-ConfigGroup = dict[str, Any]
 NEW = "new"
-INDECISIVE = ("folder", "name", "objective", "tracker", "checkpoint_every", "samples_every")
-"""Keys that decide where results go and how often they are written, but not what they are."""
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stage trains (``algorithm``) or evaluates (``evaluation``).
+    """A stage trains (``algorithm``) or evaluates (``evaluation``)."""
 
-    policy: what it starts from: 'new' for the configured policy, or an earlier stage.
-    reward_model: the group that gives scores, for algorithms that need them and for evaluation.
-    changes: keys of the algorithm that differ in this stage.
-    seed_offset: added to the run's seed, for stages that differ in nothing else, as the members of an ensemble do.
-    """
+    algorithm: ConfigGroup | None = setting(None, "The group of the algorithm that trains.")
+    policy: str | None = setting(None, "What it starts from: 'new' for the configured policy, or an earlier stage.")
+    reward_model: ConfigGroup | None = setting(None, "The group that scores, where the algorithm or evaluation needs one.")
+    changes: ConfigGroup | None = setting(None, "Keys of the algorithm that differ in this stage.")
+    evaluation: ConfigGroup | None = setting(None, "The group of the evaluation.")
+    seed_offset: int = setting(0, "Added to the run's seed, for stages that differ in nothing else.")
 
-    algorithm: ConfigGroup | None
-    policy: str | None
-    reward_model: ConfigGroup | None
-    changes: ConfigGroup | None
-    evaluation: ConfigGroup | None
-    seed_offset: int | None
+
+@dataclass(frozen=True)
+class Scorer:
+    """A reward model of a stage, or one of those that it is made of."""
+
+    component: type[RewardModel]
+    config: Any
+    group: ConfigGroup
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One checked stage. ``config`` is an `EvaluationConfig` or the algorithm's own ``Config``."""
+    """One checked stage.
+
+    component, config: the algorithm and its ``Config``; None and an `EvaluationConfig` for an evaluation.
+    group: what ``config`` was parsed from.
+    scorers: its reward model, then that one's members.
+    """
 
     name: str
     kind: str  # 'train' or 'evaluate'
     component: type[Algorithm] | None
     config: Any
-    groups: ConfigGroup
+    group: ConfigGroup
     policy: str | None
     reward_model: ConfigGroup | None
-    scorers: tuple[type[RewardModel], ...]
+    scorers: tuple[Scorer, ...]
     seed: int
 
     @property
@@ -67,8 +84,8 @@ class Stage:
     @property
     def modules(self) -> list[str]:
         """Where the code is that makes it: of its classes, what they inherit from, and functions named module:function."""
-        classes = [base for cls in (self.component, *self.scorers) if cls for base in cls.__mro__]
-        values = [value for group in with_members(self.reward_model) for value in group.values()]
+        classes = [base for cls in (self.component, *(s.component for s in self.scorers)) if cls for base in cls.__mro__]
+        values = [value for scorer in self.scorers for value in scorer.group.values()]
         named = [v.partition(":")[0] for v in values if isinstance(v, str) and re.fullmatch(r"[\w.]+:\w+", v)]
         return [*(cls.__module__ for cls in classes), *named]
 
@@ -78,24 +95,32 @@ class Stage:
         policies = [self.policy] if self.policy not in (None, NEW) else []
         if isinstance(self.config, EvaluationConfig):
             policies += [*self.config.policies, self.config.baseline]
-        sources = [(name, "policy") for name in policies]
-        learned = [group for group in with_members(self.reward_model) if group.get("name") == "learned"]
-        return sources + [(group["source"], "reward_model") for group in learned]
+        declared = [cls.inputs(config).outputs for cls, config in self._components]
+        return [*((name, "policy") for name in policies), *(source for outputs in declared for source in outputs.items())]
+
+    @property
+    def files(self) -> list[str]:
+        """Local files and folders that it reads."""
+        return [file for cls, config in self._components for file in cls.inputs(config).files]
+
+    @property
+    def _components(self) -> list[tuple[Any, Any]]:
+        own = [(self.component, self.config)] if self.component else []
+        return own + [(scorer.component, scorer.config) for scorer in self.scorers]
 
 
 class Experiment:
-    """The configuration with every name resolved and every group checked.
+    """``config`` with every name resolved and every group checked.
 
     Raises:
       LockstepError: the first thing that is wrong, before anything is loaded.
     """
 
     def __init__(self, config: Mapping[str, Any]):
-        self.groups: ConfigGroup = dict(config)
-        for key, least in (("seed", 0), ("checkpoint_every", 1), ("samples_every", 1)):
-            if type(config[key]) is not int or config[key] < least:
-                raise ConfigError(f"{key}={config[key]!r} should be a whole number of at least {least}.")
-        self.seed: int = config["seed"]
+        self.config: ConfigGroup = dict(config)
+        self.seed: int = check_root(config).seed
+        if config.get("evaluation") is not None:
+            parse(EvaluationConfig, config["evaluation"], "evaluation")
         self.backend_name: str = config["backend"]["name"]
         self.backend = self._component("backend", config["backend"])
         self.data = self._component("data", config["data"])
@@ -114,21 +139,78 @@ class Experiment:
 
     @property
     def name(self) -> str:
-        return run_name(self.groups)
+        return run_name(self.config)
+
+    @property
+    def root(self) -> Path:
+        """Where runs and stages are kept."""
+        return Path(self.config["folder"])
+
+    @property
+    def tokenizer(self) -> TokenizerConfig:
+        """The policy's; a path of None is the data source's own."""
+        cls, config = self.policy
+        return cls.tokenizer_config(config)
+
+    @functools.cached_property
+    def identities(self) -> dict[str, ConfigGroup]:
+        """{stage: all that decides its result}: configuration, inputs, data, code. Its folder is named after the hash."""
+        found: dict[str, ConfigGroup] = {}
+        source, config = self.data
+        data = self.config["data"] | {"fingerprint": source.fingerprint(config)}
+        common = [base.__module__ for cls in (self.backend[0], self.policy[0], source) for base in cls.__mro__]
+        template = self.tokenizer.chat_template
+        is_file = template is not None and template.endswith(".jinja")
+        tokenizer = dataclasses.replace(self.tokenizer, chat_template=template_text(template) if is_file else template)
+        for stage in self.stages.values():
+            found[stage.name] = {
+                "stage": stage.group,
+                "reward_model": stage.reward_model,
+                "policy": self.config["policy"] if stage.policy == NEW else None,
+                "tokenizer": dataclasses.asdict(tokenizer),
+                "inputs": {name: self._folder(name, found[name]).path.name for name, _ in stage.inputs if name in found},
+                "folders": {path: identity.folder_digest(path) for path in self._outside(stage)},
+                "backend": self.config["backend"],
+                "data": data,
+                "seed": stage.seed,
+                "code": identity.code_digests([*common, *stage.modules]),
+            }
+        return found
+
+    @functools.cached_property
+    def folders(self) -> dict[str, StageFolder]:
+        """{stage: where its result lies, or is going to}."""
+        return {name: self._folder(name, content) for name, content in self.identities.items()}
+
+    def _folder(self, stage: str, content: ConfigGroup) -> StageFolder:
+        return StageFolder.of(self.root, stage, self.backend_name, content)
+
+    def _outside(self, stage: Stage) -> list[str]:
+        """Local files and folders that the stage reads and no stage of this run makes."""
+        policy, config = self.policy
+        named = [*(name for name, _ in stage.inputs), *stage.files, *policy.inputs(config).files]
+        return sorted({name for name in named if name not in self.stages and Path(name).exists()})
 
     def _component(self, kind: str, group: ConfigGroup) -> tuple[type, Any]:
         cls = registry().resolve(kind, group.get("name", "???"), self.backend_name if kind != "backend" else group["name"])
         return cls, component_config(cls, group, kind)
 
+    def _scorers(self, group: Mapping[str, Any] | None) -> Iterator[Scorer]:
+        """A reward model's group, and those of its members."""
+        if group:
+            cls, config = self._component("reward_model", dict(group))
+            yield Scorer(cls, config, dict(group))
+            for member in cls.inputs(config).members:
+                yield from self._scorers(member)
+
     def _stage(self, name: str, group: ConfigGroup) -> Stage:
-        absent = dict.fromkeys(field.name for field in dataclasses.fields(StageConfig))
-        stage = parse(StageConfig, absent | dict(group), f"stages.{name}")
+        stage = parse(StageConfig, group, f"stages.{name}")
         if (stage.algorithm is None) == (stage.evaluation is None):
             raise ConfigError(f"stages.{name} needs either an algorithm or an evaluation.")
-        seed = self.seed + (stage.seed_offset or 0)
+        seed = self.seed + stage.seed_offset
         if seed < 0:
             raise ConfigError(f"stages.{name}.seed_offset={stage.seed_offset} makes the seed {seed}. It must be at least 0.")
-        scorers = tuple(self._component("reward_model", group)[0] for group in with_members(stage.reward_model))
+        scorers = tuple(self._scorers(stage.reward_model))
         if stage.algorithm is None:
             trained = [s.name for s in self.stages.values() if s.produces == "policy"]
             evaluation = stage.evaluation | {"policies": stage.evaluation.get("policies") or trained}
@@ -157,34 +239,45 @@ class Experiment:
         return checked
 
 
-def with_members(group: ConfigGroup | None) -> Iterator[ConfigGroup]:
-    """A reward model's group and, of one that is made of others, the groups of its members."""
-    if group:
-        yield group
-        for member in group.get("members") or ():
-            yield from with_members(member)
-
-
 def is_hub_id(source: str) -> bool:
     """owner/name, where ``owner`` is no folder here: then it would be a path that does not exist."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(source).parent.is_dir()
 
 
-def run_name(groups: Mapping[str, Any]) -> str:
-    """Given, or made of what tells runs apart: the same configuration gives the same name, and so goes on."""
-    digest = store.identity(decisive(groups))[:6]
-    label = f"{groups['experiment_name']}-{groups['backend']['name']}-seed{groups['seed']}-{digest}"
-    return groups["name"] or label
+def run_name(config: Mapping[str, Any]) -> str:
+    """Given, or made of what tells runs apart: the same configuration gives the same name, and so resumes."""
+    digest = identity.digest(decisive(config))[:6]
+    label = f"{config['experiment_name']}-{config['backend']['name']}-seed{config['seed']}-{digest}"
+    return config["name"] or label
 
 
-def decisive(groups: Mapping[str, Any]) -> ConfigGroup:
-    """The part of a configuration that decides results."""
-    return {key: value for key, value in groups.items() if key not in INDECISIVE}
+def finished(config: Mapping[str, Any]) -> Path | None:
+    """The folder of the run that this configuration describes, if all its stages are done and neither code nor data have
+    changed since. Neither torch nor JAX is imported to find out."""
+    root = Path(config["folder"])
+    run = RunFolder(root, run_name(config))
+    try:
+        record, contents = read_json(run.path / "run.json"), read_json(run.path / "stages.json")
+    except CheckpointError:
+        return None
+    if record["status"] != "done" or run.config_changes(config):
+        return None
+    source = registry().resolve("data", config["data"]["name"])
+    fingerprint = source.fingerprint(component_config(source, config["data"], "data"))
+    for stage, content in contents.items():
+        folder = StageFolder.of(root, stage, config["backend"]["name"], content)
+        if not folder.done or not _up_to_date(content, fingerprint):
+            return None
+    return run.path
 
 
-def component_config(cls: type, group: ConfigGroup, where: str) -> Any:
-    """A component's group as its ``Config``: every key but ``name``, which chose the component."""
-    return parse(cls.Config, {key: value for key, value in group.items() if key != "name"}, where)
+def _up_to_date(content: ConfigGroup, fingerprint: str | None) -> bool:
+    """Are the code, the data and the folders that went into a stage what they were?"""
+    return (
+        content["code"] == identity.code_digests(content["code"])
+        and content["data"]["fingerprint"] == fingerprint
+        and all(Path(path).exists() and identity.folder_digest(path) == digest for path, digest in content["folders"].items())
+    )
 
 
 def _merge(group: ConfigGroup, changes: ConfigGroup, where: str) -> ConfigGroup:

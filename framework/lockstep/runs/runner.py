@@ -11,27 +11,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from lockstep.version import __version__
-from lockstep.storage.files import dump_line, finite, read_json, read_lines, write_json, write_text
-from lockstep.runs import store
-from lockstep.runs.assembly import Assembly
 from lockstep.config.schema import differences
-from lockstep.reporting.console import Console
 from lockstep.errors import ConfigError, Stopped
-from lockstep.runs.evaluation import EvaluationConfig, Evaluator
-from lockstep.runs.experiment import NEW, Experiment, ConfigGroup, Stage, decisive
-from lockstep.reporting.health import Health
 from lockstep.interfaces import Algorithm, Backend, Tracker
+from lockstep.reporting.console import Console
+from lockstep.reporting.health import Health
 from lockstep.reporting.provenance import code_state
+from lockstep.runs.assembly import Assembly
+from lockstep.runs.evaluation import EvaluationConfig, Evaluator, flatten
+from lockstep.runs.experiment import ConfigGroup, Experiment, Stage
+from lockstep.runs.identity import what_changed
 from lockstep.runs.store import Records, RunFolder, StageFolder
-from lockstep.text.tokenizer import template_text
-from lockstep.reporting.tracking import without_secrets
+from lockstep.storage.files import dump_line, finite, read_json, read_lines, write_json, write_text
+from lockstep.version import __version__
 
 log = logging.getLogger("lockstep")
 
@@ -41,9 +36,9 @@ class Runner:
 
     def __init__(self, experiment: Experiment, console: Console, command: str):
         self.experiment, self.console = experiment, console
-        self.root = Path(experiment.groups["folder"])
-        record = {
-            "experiment": experiment.groups["experiment_name"],
+        self.folder = RunFolder(experiment.root, experiment.name)
+        self.folder.record |= {
+            "experiment": experiment.config["experiment_name"],
             "seed": experiment.seed,
             "backend": {"name": experiment.backend_name},
             "command": command,
@@ -51,58 +46,21 @@ class Runner:
             "code": code_state(),
             "started": _now(),
         }
-        self.record = RunFolder(self.root, experiment.name, record)
         self._check_same_run()
-        self.folders = self._folders()
-        self.parts = Assembly(experiment, {name: folder.output for name, folder in self.folders.items()})
+        self.assembly = Assembly(experiment, {name: folder.output for name, folder in experiment.folders.items()})
 
     def _check_same_run(self) -> None:
         """Raises ConfigError: the run folder holds a run of another configuration."""
-        file, name = self.record.path / "config.yaml", self.experiment.name
-        if not file.exists():
-            return
-        now = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(self.experiment.groups))))
-        before = OmegaConf.to_container(OmegaConf.load(file))
-        if changes := without_copies(differences(*(without_secrets(decisive(groups)) for groups in (before, now)))):
+        name, folder = self.experiment.name, self.folder
+        if changes := folder.config_changes(self.experiment.config):
             lines = "\n".join(f"  {change}" for change in changes)
-            unfinished = self.record.unfinished()
+            unfinished = folder.unfinished()
             begun = f" (unfinished: {', '.join(unfinished)})" if unfinished else ""
             raise ConfigError(
                 f"The run '{name}' is there already, with another configuration{begun}:\n{lines}\n"
                 f"To start a run of its own, choose another name=... To go on with '{name}', give it the earlier values, "
-                f"on the left; all of them are in {file}."
+                f"on the left; all of them are in {folder.config_file}."
             )
-
-    def _folders(self) -> dict[str, StageFolder]:
-        """Each stage's folder: named by its configuration, its inputs and the code that makes it."""
-        e, folders = self.experiment, {}
-        self.contents: dict[str, ConfigGroup] = {}
-        source, settings = e.data
-        data = e.groups["data"] | {"fingerprint": source.fingerprint(settings)}
-        common = [base.__module__ for cls in (e.backend[0], e.policy[0], source) for base in cls.__mro__]
-        tokenizer = _with_template_file(e.groups["policy"].get("tokenizer"))
-        for stage in e.stages.values():
-            content = {
-                "stage": stage.groups,
-                "reward_model": stage.reward_model,
-                "policy": e.groups["policy"] if stage.policy == NEW else None,
-                "tokenizer": tokenizer,
-                "inputs": {name: folders[name].path.name for name, _ in stage.inputs if name in folders},
-                "folders": {path: store.folder_digest(path) for path in self._read_folders(stage)},
-                "backend": e.groups["backend"],
-                "data": data,
-                "seed": stage.seed,
-                "code": store.code_digests([*common, *stage.modules]),
-            }
-            self.contents[stage.name] = content
-            folders[stage.name] = StageFolder.of(self.root, stage.name, e.backend_name, content)
-        return folders
-
-    def _read_folders(self, stage: Stage) -> list[str]:
-        """Local folders, and GGUF files, that the stage depends on and no stage of this run made."""
-        policy = self.experiment.groups["policy"]
-        named = [*(name for name, _ in stage.inputs), policy.get("path"), (policy.get("tokenizer") or {}).get("path")]
-        return sorted({name for name in named if name and name not in self.experiment.stages and Path(name).exists()})
 
     def run(self) -> Path:
         """All stages; the run folder.
@@ -110,13 +68,13 @@ class Runner:
         Raises:
           Stopped: Ctrl-C or a termination signal; where it was is saved.
         """
-        with self.record.lock():
+        with self.folder.lock():
             self._check_same_run()  # again: another process may have started it since
             started = time.perf_counter()
-            write_text(self.record.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.experiment.groups)))
+            self.folder.write_config(self.experiment.config)
             self._tell_what_starts_anew()
-            write_json(self.record.path / "stages.json", self.contents)
-            self.record.write()
+            write_json(self.folder.path / "stages.json", self.experiment.identities)
+            self.folder.write()
             status = "failed"
             try:
                 self.console.plan(self.experiment.name, self._plan())
@@ -127,17 +85,17 @@ class Runner:
                 status = "stopped"
                 raise
             finally:
-                self.record.write(status=status, finished=_now(), seconds=round(time.perf_counter() - started, 1))
-        return self.record.path
+                self.folder.write(status=status, finished=_now(), seconds=round(time.perf_counter() - started, 1))
+        return self.folder.path
 
     def _tell_what_starts_anew(self) -> None:
         """A line for stages that this run had begun, and that now get another folder because something has changed."""
-        file = self.record.path / "stages.json"
+        file = self.folder.path / "stages.json"
         before: dict[str, ConfigGroup] = read_json(file) if file.exists() else {}
         stages: dict[str, list[str]] = {}
-        for name, content in self.contents.items():
-            old = StageFolder.of(self.root, name, self.experiment.backend_name, before.get(name, {}))
-            if old.path != self.folders[name].path and (old.path / "stage.json").exists():
+        for name, content in self.experiment.identities.items():
+            old = StageFolder.of(self.experiment.root, name, self.experiment.backend_name, before.get(name, {}))
+            if old.path != self.experiment.folders[name].path and (old.path / "stage.json").exists():
                 reason = "; ".join(what_changed(before[name], content))
                 state = "done" if old.done else "unfinished"
                 stages.setdefault(reason, []).append(f"{name} (its earlier folder {old.path.name} is {state})")
@@ -148,15 +106,20 @@ class Runner:
         """(stage, state, arithmetic) of each stage, for the reader and as a check, before any model is loaded."""
         lines = []
         for stage in self.experiment.stages.values():
-            if self.folders[stage.name].done:
-                lines.append((stage.name, "done", str(self.folders[stage.name].path)))
+            if self.experiment.folders[stage.name].done:
+                lines.append((stage.name, "done", str(self.experiment.folders[stage.name].path)))
             else:
-                lines.append((stage.name, "to do", stage.arithmetic(self.parts.data)))
+                lines.append((stage.name, "to do", stage.arithmetic(self.assembly.data)))
         return lines
 
     def _stage(self, stage: Stage) -> None:
-        folder = self.folders[stage.name]
-        facts = {"kind": stage.kind, "algorithm": stage.groups.get("name", "evaluation"), "identity": folder.path.name}
+        folder = self.experiment.folders[stage.name]
+        facts = {
+            "kind": stage.kind,
+            "algorithm": stage.group.get("name", "evaluation"),
+            "identity": folder.path.name,
+            "produces": stage.produces,
+        }
         with folder.lock():
             if folder.done:
                 folder.remove_checkpoints()  # a kill may have come before this
@@ -164,27 +127,27 @@ class Runner:
                 if (folder.path / "done.json").exists():
                     log.warning("%s is made anew: it was done, but files of %s are gone or changed", stage.name, folder.output)
                     (folder.path / "done.json").unlink()
-                self.record.stage(stage.name, folder, status="running", **facts)
-                write_json(folder.path / "stage.json", self.contents[stage.name])
-                self.record.write(backend={"name": self.experiment.backend_name, **self.parts.backend.describe()})
+                self.folder.stage(stage.name, folder, status="running", **facts)
+                write_json(folder.path / "stage.json", self.experiment.identities[stage.name])
+                self.folder.write(backend={"name": self.experiment.backend_name, **self.assembly.backend.describe()})
                 started = time.perf_counter()
                 try:
                     result = self._train(stage, folder) if stage.kind == "train" else self._evaluate(stage, folder)
                 except BaseException as error:
                     stopped = isinstance(error, (Stopped, KeyboardInterrupt))
-                    self.record.stage(stage.name, folder, status="stopped" if stopped else "failed")
+                    self.folder.stage(stage.name, folder, status="stopped" if stopped else "failed")
                     raise
-                memory = peak_memory(self.parts.backend)
+                memory = peak_memory(self.assembly.backend)
                 folder.finish({"seconds": round(time.perf_counter() - started, 1), "memory": memory, **result})
             result = folder.result()
         kept = {"data": result.get("data", {}), "health": result.get("health", [])}
-        self.record.stage(stage.name, folder, status="done", seconds=result["seconds"], **kept, **facts)
+        self.folder.stage(stage.name, folder, status="done", seconds=result["seconds"], **kept, **facts)
         self.console.stage_done(stage.name, result)
 
     # ---------------------------------------------------------------------------------------------- the kinds of stage
 
     def _train(self, stage: Stage, folder: StageFolder) -> ConfigGroup:
-        algorithm = self.parts.algorithm(stage)
+        algorithm = self.assembly.algorithm(stage)
         first, state = folder.restore(algorithm.learner.restore) or (0, {})
         if state:
             algorithm.load_state(state["algorithm"])
@@ -196,11 +159,11 @@ class Runner:
         with self._tracked(stage, folder, resume=bool(state)) as tracker:
             metrics = self.train(stage.name, algorithm, folder, tracker, records, first, state.get("metrics", {}))
             with folder.write_output() as output:
-                self.parts.save(stage, algorithm, output)
+                self.assembly.save(stage, algorithm, output)
             tracker.artifact(algorithm.produces, folder.output)
         return {
             "steps": algorithm.total_steps,
-            "data": {what: fit.counts() for what, fit in self.parts.fits[stage.name].items()},
+            "data": {what: fit.counts() for what, fit in self.assembly.fits[stage.name].items()},
             "metrics": {k: finite(v) for k, v in metrics.items()},
             "health": list(read_lines(folder.path / "health.jsonl")),
         }
@@ -211,7 +174,7 @@ class Runner:
     ) -> dict[str, float]:  # fmt: skip
         """The loop, from step ``first`` on; ``metrics`` are of the step before. Everything that decides step n is in the
         checkpoint before it or a function of (seed, n)."""
-        groups, health = self.experiment.groups, Health()
+        config, health = self.experiment.config, Health()
         health.replay(read_lines(folder.path / "metrics.jsonl"))
 
         def save(step: int) -> None:
@@ -235,10 +198,10 @@ class Runner:
                     tracker.alert(finding.name, finding.message, step)
                 progress(step + 1, metrics)
                 last = step + 1 == algorithm.total_steps
-                if (last or (step + 1) % groups["samples_every"] == 0) and (rows := algorithm.samples()):
+                if (last or (step + 1) % config["samples_every"] == 0) and (rows := algorithm.samples()):
                     records.samples(step, rows)
                     tracker.table("samples", rows, step)
-                if stop.asked or (step + 1) % groups["checkpoint_every"] == 0 and not last:
+                if stop.asked or (step + 1) % config["checkpoint_every"] == 0 and not last:
                     save(step + 1)
                 if stop.asked:
                     records.close()
@@ -254,19 +217,19 @@ class Runner:
     def _machine(self) -> dict[str, str]:
         """What bits depend on beside the configuration and the code: library versions, device, number of cores."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return {**self.parts.backend.describe(), "cores": str(cores)}
+        return {**self.assembly.backend.describe(), "cores": str(cores)}
 
     def _evaluate(self, stage: Stage, folder: StageFolder) -> ConfigGroup:
         config: EvaluationConfig = stage.config
-        parts = self.parts
-        reward_model = parts.reward_model(stage.reward_model)
-        evaluator = Evaluator(config, parts.data, parts.tokenizer, reward_model, stage.seed)
+        assembly = self.assembly
+        reward_model = assembly.reward_model(stage.reward_model)
+        evaluator = Evaluator(config, assembly.data, assembly.tokenizer, reward_model, stage.seed)
         with (
             self._tracked(stage, folder, resume=False) as tracker,
             self.console.progress(stage.name, 0, len(config.policies) + 2) as progress,
         ):
             done = iter(range(len(config.policies) + 3))
-            result = evaluator.run(parts.policy, config.policies, lambda what: progress(next(done), {}, what))
+            result = evaluator.run(assembly.policy, config.policies, lambda what: progress(next(done), {}, what))
             samples, data = result.pop("samples"), {what: fit.counts() for what, fit in evaluator.fits.items()}
             with folder.write_output() as output:
                 write_json(output / "evaluation.json", result)
@@ -284,7 +247,7 @@ class Runner:
             run=self.experiment.name,
             stage=stage.name,
             identity=folder.path.name,
-            config={**self.contents[stage.name], "code_state": code_state()},
+            config={**self.experiment.identities[stage.name], "produces": stage.produces, "code_state": code_state()},
             resume=resume,
         )
 
@@ -335,41 +298,6 @@ def peak_memory(backend: Backend) -> int:
 
 def _main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
-
-
-def what_changed(before: ConfigGroup, now: ConfigGroup) -> list[str]:
-    """Why a stage is not the one that was stored; that its inputs are others is said only where nothing else is."""
-    changes = without_copies(differences(before, now))
-    return [
-        f"the code of {change.partition(':')[0].removeprefix('code.')}" if change.startswith("code.") else change
-        for change in changes
-        if not change.startswith("inputs.") or all(c.startswith("inputs.") for c in changes)
-    ]
-
-
-def without_copies(changes: list[str]) -> list[str]:
-    """Without the changes of a stage's group that are also those of the group it was copied from."""
-    leaf = lambda change: change.partition(": ")[0].rpartition(".")[2] + change.partition(": ")[2]  # noqa: E731
-    own = {leaf(change) for change in changes if not change.startswith("stages.")}
-    return [change for change in changes if not change.startswith("stages.") or leaf(change) not in own]
-
-
-def flatten(result: Mapping[str, Any]) -> dict[str, float]:
-    """{'heldout/sft/gold': mean} of an evaluation, for trackers."""
-    flat = {}
-    for key, value in {**result.get("splits", {}), "reward_model": result.get("reward_model", {})}.items():
-        for inner, measures in value.items():
-            if "mean" in measures:
-                flat[f"{key}/{inner}"] = measures["mean"]
-            else:
-                flat |= {f"{key}/{inner}/{name}": m["mean"] for name, m in measures.items()}
-    return flat
-
-
-def _with_template_file(tokenizer: ConfigGroup | None) -> ConfigGroup | None:
-    """The text of a template file in place of its path: what a stage depends on."""
-    template = (tokenizer or {}).get("chat_template") or ""
-    return {**tokenizer, "chat_template": template_text(template)} if template.endswith(".jinja") else tokenizer
 
 
 def _now() -> str:

@@ -24,69 +24,36 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
-import hashlib
-import importlib.util
 import json
 import logging
-import math
 import os
 import shutil
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from lockstep.storage.files import finite, move_folder, read_json, remove_leftovers, sync, write_json
+from omegaconf import OmegaConf
+
+from lockstep.config.schema import differences
+from lockstep.config.secrets import without_secrets
 from lockstep.errors import CheckpointError
+from lockstep.runs.identity import digest, without_copies
+from lockstep.storage.files import (
+    checksum,
+    finite,
+    move_folder,
+    read_json,
+    remove_leftovers,
+    sync,
+    write_json,
+    write_text,
+)
 
 log = logging.getLogger("lockstep")
 KEPT = 2
-
-
-def identity(content: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of ``content``: equal for equal content, whatever the order of keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-PRESENTATION = (
-    "cache.py", "cli.py", "compare", "console.py", "health.py", "provenance.py", "summary.py", "sweeps.py", "tracking.py",
-)  # fmt: skip
-"""Of the core: what shows results and does not make them."""
-
-
-def code_digests(modules: Iterable[str]) -> dict[str, str]:
-    """{package: SHA-256 of its source} of the top-level packages of these modules, the core's among them: a stage is made
-    anew after the code that makes it has changed. Nothing is imported."""
-    digests = {}
-    for package in sorted({"lockstep"} | {module.partition(".")[0] for module in modules}):
-        spec = None if package in sys.stdlib_module_names else importlib.util.find_spec(package)
-        if spec is not None:
-            roots = [Path(root) for root in spec.submodule_search_locations or []] or [Path(spec.origin)]
-            digests[package] = _source_digest(package, roots)
-    return digests
-
-
-def _source_digest(package: str, roots: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for root in roots:
-        for file in [root] if root.is_file() else sorted(root.rglob("*.py")):
-            inside = file.relative_to(root).parts if file != root else ()
-            if package != "lockstep" or inside[0] not in PRESENTATION:
-                digest.update(f"{'/'.join(inside)}\0".encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-@functools.cache
-def folder_digest(path: str) -> str:
-    """SHA-256 of the names and contents of a folder's files, or of one file."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in [Path(path), *Path(path).rglob("*")] if p.is_file()):
-        digest.update(f"{file.relative_to(path)}\0{_checksum(file)}".encode())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -95,7 +62,7 @@ class StageFolder:
 
     @classmethod
     def of(cls, root: Path, stage: str, backend: str, content: Mapping[str, Any]) -> StageFolder:
-        return cls(root / "stages" / f"{stage}-{backend}-{identity(content)[:12]}")
+        return cls(root / "stages" / f"{stage}-{backend}-{digest(content)[:12]}")
 
     @property
     def output(self) -> Path:
@@ -156,7 +123,7 @@ class StageFolder:
             sync(self.path)  # the names of metrics.jsonl and of the folder of checkpoints itself
             write(temporary)
             write_json(temporary / "state.json", {"step": step, "state": state})
-            sums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
+            sums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
             write_json(temporary / "sums.json", sums)
             move_folder(temporary, final)
         except OSError as error:
@@ -241,13 +208,8 @@ def _verify(folder: Path) -> None:
     sums = read_json(folder / "sums.json")
     if not isinstance(sums, dict) or "state.json" not in sums:
         raise CheckpointError("sums.json changed since it was written")
-    if changed := [name for name, checksum in sums.items() if _checksum(folder / name) != checksum]:
+    if changed := [name for name, checksum in sums.items() if checksum(folder / name) != checksum]:
         raise CheckpointError(f"{', '.join(changed)} changed since it was written")
-
-
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Records:
@@ -294,12 +256,22 @@ class Records:
         self.files[name].flush()
 
 
-class RunFolder:
-    """``run.json``: what a run was and is, kept up to date while it goes on."""
+INDECISIVE = ("folder", "name", "objective", "tracker", "checkpoint_every", "samples_every")
+"""Keys that decide where results go and how often they are written, but not what they are."""
 
-    def __init__(self, root: Path, name: str, record: Mapping[str, Any]):
+
+def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that decides results."""
+    return {key: value for key, value in config.items() if key not in INDECISIVE}
+
+
+class RunFolder:
+    """``run.json``, what a run was and is, kept up to date while it runs; ``config.yaml``, its configuration; ``stages.json``,
+    what the folders of its stages are named after."""
+
+    def __init__(self, root: Path, name: str):
         self.root, self.path = root, root / name
-        self.record: dict[str, Any] = {"name": name, "status": "running", "stages": {}, **record}
+        self.record: dict[str, Any] = {"name": name, "status": "running", "stages": {}}
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -307,6 +279,22 @@ class RunFolder:
         with hold(self.path):
             remove_leftovers(self.path)
             yield
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        write_text(self.config_file, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+
+    def config_changes(self, config: Mapping[str, Any]) -> list[str]:
+        """'sft.epochs: 1 -> 2' for each key that decides results and is stored here with another value; none where no
+        configuration is stored. Credentials are left out."""
+        if not self.config_file.exists():
+            return []
+        before = OmegaConf.to_container(OmegaConf.load(self.config_file))
+        now = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(dict(config)))))
+        return without_copies(differences(*(without_secrets(decisive(each)) for each in (before, now))))
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
 
     def unfinished(self) -> list[str]:
         """Stages that the run in this folder has begun and not ended."""

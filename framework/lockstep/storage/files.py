@@ -5,6 +5,7 @@ file or folder is there whole or not at all.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -96,3 +97,9 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
 def finite(value: float | None) -> float | None:
     """JSON knows no NaN or infinity: null."""
     return float(value) if value is not None and math.isfinite(value) else None
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, DataError
 from lockstep.text.sequences import Sequences, pack, round_up, share_rows
 from lockstep.types import Comparison, Demonstration, Fit, Message, Prompt
@@ -24,9 +25,9 @@ class Lengths:
     """Limits in tokens. Columns are padded to a multiple of ``multiple``, at most to the limit: every new shape is a
     compilation on XLA."""
 
-    prompt: int
-    response: int
-    multiple: int
+    prompt: int = setting(28, "Tokens. A longer dialogue loses its oldest turns, or is left out. 28: the miniature's.", least=1)
+    response: int = setting(20, "Tokens. 20: the miniature's.", least=1)
+    multiple: int = setting(28, "Tokens to whose multiple columns are padded; the largest limit: one shape.", least=1)
 
     def columns(self, longest: int, limit: int) -> int:
         return min(round_up(longest, self.multiple), limit)

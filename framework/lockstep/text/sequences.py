@@ -82,10 +82,10 @@ class Sequences:
         """
         return (self.prompt_length - 1 + self.response_mask.sum(axis=1)).astype(np.int32)
 
-    def same_arrays(self, other: Sequences) -> bool:
-        """Whether a network sees the same in both: the very same arrays, but for ``mask``, which is for losses."""
+    def same_input(self, other: Sequences) -> bool:
+        """Whether a network reads the same in both: equal arrays, except for ``mask``, which only losses read."""
         names = ("tokens", "prompt_mask", "response_mask", "segments")
-        return all(getattr(self, name) is getattr(other, name) for name in names)
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
 
     def take(self, rows: np.ndarray | slice) -> Sequences:
         arrays = (getattr(self, field.name) for field in dataclasses.fields(self))

@@ -18,6 +18,7 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
+from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, did_you_mean, listing
 from lockstep.storage import gguf
 from lockstep.storage.files import read_json, write_json
@@ -37,16 +38,14 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Args:
-    path: a folder, or a Hugging Face hub id; null takes the policy's own, or else the data source's.
-    eos_token, pad_token: replace the tokenizer's own; null keeps them. A response ends with EOS; they must differ.
-    chat_template: one of the names in `TEMPLATES`, a .jinja file, or jinja text; null keeps the tokenizer's own.
-    """
+    """Which tokenizer, and what replaces its own. EOS and pad must differ."""
 
-    path: str | None
-    eos_token: str | None
-    pad_token: str | None
-    chat_template: str | None
+    path: str | None = setting(None, "A folder or a hub id; null: the policy's own, or else the data source's.")
+    eos_token: str | None = setting(None, "Ends a response; null: the tokenizer's own.")
+    pad_token: str | None = setting(None, "Fills rows; null: the tokenizer's own.")
+    chat_template: str | None = setting(
+        None, "One of the names in `TEMPLATES`, a .jinja file, or jinja text; null: the tokenizer's own."
+    )
 
 
 class Tokenizer:

@@ -136,8 +136,6 @@ def next_token_terms(blocks: Sequence[Sequences], micro_batch_size: int | None, 
 
 def steps(epochs: float, examples: int, per_step: int) -> int:
     """Optimizer steps for ``epochs`` passes, at least one; the last batch runs into the next pass."""
-    if per_step < 1:
-        raise ConfigError(f"batch_size={per_step} must be at least 1.")
     return max(1, math.ceil(epochs * examples / per_step))
 
 

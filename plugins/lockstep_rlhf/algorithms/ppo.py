@@ -19,24 +19,39 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from lockstep.errors import ConfigError, RewardError
-from lockstep.interfaces import Algorithm, Array, Context, DataSource, Learner, Metrics, Model, Responses, ScalarModel, Term
+from lockstep.config.schema import setting
+from lockstep.errors import ConfigError
+from lockstep.interfaces import (
+    Algorithm,
+    Array,
+    Context,
+    DataSource,
+    ForwardPass,
+    Learner,
+    Metrics,
+    Model,
+    Responses,
+    ScalarModel,
+    Term,
+)
 from lockstep.learning import losses, numerics
 from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
 from lockstep.learning.randomness import example_indices, permutation, token_seeds
+from lockstep.learning.rollout import Sampler, score, scored_only
 from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
-from lockstep.text.sequences import Sequences, chunks, in_chunks, join, left_pad
+from lockstep.text.sequences import Sequences, chunks, in_chunks
 from lockstep.text.stopping import Stops
 from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss, check_context, next_token_terms
 
 log = logging.getLogger("lockstep")
 MAX_LOG_RATIO = 20.0
+OUTPUTS = ("logprobs", "entropy", "values")
 
 
 @dataclass(frozen=True)
@@ -72,7 +87,8 @@ class PPOLoss:
 @dataclass(frozen=True)
 class Rollout:
     """A batch of episodes. [B] scores and details (of the reward model, before the rule for unfinished responses), finished;
-    [B, T] old_logprobs, ref_logprobs, entropy, old_values, sampler_logprobs; ``sequences.mask`` says what counts."""
+    [B, T] old_logprobs, ref_logprobs, entropy, old_values, sampler_logprobs; ``sequences.mask`` says what counts. ``forward`` is
+    the pass that the first update uses again, where the whole batch is one term of it."""
 
     responses: Responses
     sequences: Sequences
@@ -84,6 +100,7 @@ class Rollout:
     entropy: np.ndarray
     old_values: np.ndarray
     ref_logprobs: np.ndarray
+    forward: ForwardPass | None
 
 
 class PPO(Algorithm):
@@ -92,32 +109,40 @@ class PPO(Algorithm):
 
     @dataclass(frozen=True)
     class Config:
-        iterations: int
-        batch_size: int
-        epochs: int
-        minibatches: int
-        micro_batch_size: int | None
-        lengths: Lengths
-        stop_strings: tuple[str, ...]
-        temperature: float
-        kl_coef: float
-        kl_target: float | None
-        kl_horizon: float
-        gamma: float
-        lam: float
-        clip_range: float
-        value_clip_range: float
-        value_coef: float
-        value_network: Literal["separate", "shared"]
-        whiten_advantages: bool
-        whiten_rewards: bool
-        unfinished_score: float | None
-        importance_cap: float | None
-        ptx_coef: float
-        ptx_ratio: float
-        optimizer: OptimizerConfig
-        value_optimizer: OptimizerConfig
-        schedule: ScheduleConfig
+        """LHP is lm-human-preferences; docs/ppo.md compares what each paper did, detail by detail."""
+
+        iterations: int = setting(60, "Batches of episodes.", least=1)
+        batch_size: int = setting(64, "Episodes per iteration (InstructGPT: 512).", least=1)
+        epochs: int = setting(4, "Inner passes over an iteration's episodes (LHP: 4, InstructGPT: 1).", least=1)
+        minibatches: int = setting(1, "Optimizer steps per inner pass; divides batch_size.", least=1)
+        micro_batch_size: int | None = setting(None, "Rows per forward and backward pass; null: the whole minibatch.", least=1)
+        lengths: Lengths = setting(Lengths(), "Limits in tokens.")
+        stop_strings: tuple[str, ...] = setting((), "Text that ends a response, as EOS does; or special tokens by name.")
+        temperature: float = setting(
+            1.0, "Of sampling and of all log-probabilities: PPO explores by sampling (InstructGPT: 1; LHP, N+: 0.7).", above=0
+        )
+        kl_coef: float = setting(0.02, "β: reward per nat of KL, per token (InstructGPT: 0.02).", least=0)
+        kl_target: float | None = setting(None, "Nats per response to which β adapts (LHP); null: β is fixed.", above=0)
+        kl_horizon: float = setting(10000.0, "Episodes over which β adapts (LHP).", above=0)
+        gamma: float = setting(1.0, "Discount per token (LHP, InstructGPT: none).", least=0, most=1)
+        lam: float = setting(0.95, "λ of GAE per token (LHP; Schulman et al. 2016).", least=0, most=1)
+        clip_range: float = setting(0.2, "ε: the ratio of policies is clipped to 1 ± ε (InstructGPT, LHP).", above=0)
+        value_clip_range: float = setting(0.2, "Values are clipped to the old ones ± this (LHP).", above=0)
+        value_coef: float = setting(0.1, "Weight of the value loss (LHP).", least=0)
+        value_network: Literal["separate", "shared"] = setting(
+            "separate", "Of its own, started from the reward model (InstructGPT); or a zero head on the policy's trunk (LHP)."
+        )
+        whiten_advantages: bool = setting(True, "To mean 0 and variance 1 over the whole batch (LHP: per minibatch).")
+        whiten_rewards: bool = setting(False, "To variance 1 over the batch, the mean kept (LHP: true, N+: false).")
+        unfinished_score: float | None = setting(-1.0, "Replaces the score of a response without EOS (LHP); null: none does.")
+        importance_cap: float | None = setting(
+            None, "Cap on importance weights that correct for a sampler of lower precision; null: no correction.", above=0
+        )
+        ptx_coef: float = setting(0.0, "InstructGPT's γ, 27.8 there: weight of the next-token loss on raw text.", least=0)
+        ptx_ratio: float = setting(8.0, "Raw texts per episode (InstructGPT).", least=0)
+        optimizer: OptimizerConfig = setting(OptimizerConfig(eps=1e-5), "Adam of the policy; ε is LHP's.")
+        value_optimizer: OptimizerConfig = setting(OptimizerConfig(eps=1e-5), "Adam of a separate value network.")
+        schedule: ScheduleConfig = setting(ScheduleConfig("constant", 10, 0.1, 1.0), "InstructGPT's.")
 
         @property
         def raw_texts(self) -> int:
@@ -125,29 +150,22 @@ class PPO(Algorithm):
             return round(self.ptx_ratio * self.batch_size / self.minibatches) if self.ptx_coef else 0
 
         def __post_init__(self):
-            if self.minibatches > 0 and self.batch_size % self.minibatches:
+            if self.batch_size % self.minibatches:
                 fitting = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
                 raise ConfigError(
                     f"algorithm.batch_size={self.batch_size} is not divisible by algorithm.minibatches="
                     f"{self.minibatches}. Set minibatches to one of {', '.join(map(str, fitting))}."
                 )
-            for key in ("iterations", "batch_size", "epochs", "minibatches"):
-                if getattr(self, key) < 1:
-                    raise ConfigError(f"algorithm.{key}={getattr(self, key)} must be at least 1.")
-            if self.kl_target is not None and self.kl_target <= 0:
-                raise ConfigError(f"algorithm.kl_target={self.kl_target:g} must be above 0 nats; null keeps beta fixed.")
             if self.ptx_coef and not self.raw_texts:
                 raise ConfigError(
                     f"algorithm.ptx_ratio={self.ptx_ratio:g} gives no raw text to a minibatch of "
                     f"{self.batch_size // self.minibatches} episodes. Raise it, or set ptx_coef=0."
                 )
-            if self.temperature <= 0:
-                raise ConfigError(f"algorithm.temperature={self.temperature:g} must be above 0: PPO explores by sampling.")
 
     def __init__(self, config: Config, context: Context):
         self.config, self.context = config, context
         self.tokenizer, self.reward_model = context.tokenizer, context.reward_model
-        self.stops = Stops(self.tokenizer, config.stop_strings)
+        self.sampler = Sampler(Stops(self.tokenizer, config.stop_strings), config.lengths, config.temperature)
         check_context(context.policy, config.lengths)
         prompts, fit = context.data.prompts("train"), context.fit("train prompts")
         self.prompts, self.prompt_ids = encoding.encode_prompts(self.tokenizer, prompts, config.lengths, fit)
@@ -170,7 +188,6 @@ class PPO(Algorithm):
             if adaptive
             else numerics.FixedKL(config.kl_coef)
         )
-        self.one_term = config.minibatches == 1 and (config.micro_batch_size or config.batch_size) >= config.batch_size
         self.total_steps = config.iterations
         self.last: Rollout | None = None
 
@@ -192,7 +209,8 @@ class PPO(Algorithm):
         updates = []
         for epoch in range(self.config.epochs):
             for number, rows in enumerate(self.minibatches(step, epoch)):
-                terms = self.terms(rollout.sequences, batch, rows) + self.ptx_terms(step, epoch, number)
+                forward = rollout.forward if epoch == 0 else None
+                terms = self.terms(rollout.sequences, batch, rows, forward) + self.ptx_terms(step, epoch, number)
                 updates.append(self.learner.update(terms, scale))
         clock.lap("train")
         self.kl.update(metrics["objective/kl"], self.config.batch_size)
@@ -203,41 +221,32 @@ class PPO(Algorithm):
         """Sample, score, and evaluate under the policy, the reference and the value network."""
         c = self.config
         indices = example_indices(self.context.seed, "prompts", len(self.prompts), step * c.batch_size, c.batch_size)
-        ids = [self.prompt_ids[i] for i in indices]
-        columns = c.lengths.columns(max(map(len, ids)), c.lengths.prompt)
-        tokens, mask = left_pad(ids, self.tokenizer.pad_id, columns)
+        prompts, ids = [self.prompts[i] for i in indices], [self.prompt_ids[i] for i in indices]
         seeds = token_seeds(self.context.seed, "sampling", step, c.batch_size, c.lengths.response)
-        generated = self.policy.generate(
-            tokens, mask, seeds, temperature=c.temperature, stop_ids=self.stops.ids, pad_id=self.tokenizer.pad_id
-        )
-        ended = self.stops.end(generated.tokens, generated.mask)
+        samples = self.sampler.sample(self.policy, prompts, ids, seeds)
         clock.lap("generate")
-
-        sequences = join(tokens, mask, ended.tokens, ended.mask)
-        read = self.stops.as_read(sequences, ended)
-        responses = Responses([self.prompts[i] for i in indices], ended.texts, read, self.tokenizer)
-        scores = self.reward_model.score(responses)
+        scores, details = score(self.reward_model, samples)
         clock.lap("score")
 
-        # One forward of each model. If the whole batch is one term, the first update needs no other.
-        own = self.evaluate(self.learner, sequences, ["logprobs", "entropy", "values"], keep=self.one_term)
+        # One forward pass of each model. Where the whole batch is one term, the first update differentiates the same pass.
+        sequences, forward = scored_only(samples.sequences, scores), None
+        if c.minibatches == 1 and (c.micro_batch_size or c.batch_size) >= c.batch_size:
+            forward = self.learner.forward(sequences, OUTPUTS, temperature=c.temperature)
+        own = forward.outputs if forward else self.evaluate(self.learner, sequences, OUTPUTS)
         ref = self.evaluate(self.ref_policy, sequences, ["logprobs"])
         clock.lap("evaluate")
-
-        counted = np.isfinite(scores)  # episodes without a score are out of the batch
-        if not counted.any():
-            raise RewardError("The reward model scored none of the batch's episodes. Look at its warnings above.")
         return Rollout(
-            responses=responses,
-            sequences=replace(sequences, mask=sequences.mask & counted[:, None]),
+            responses=samples.responses,
+            sequences=sequences,
             scores=scores,
-            details=self.reward_model.details(),
-            finished=ended.finished,
-            sampler_logprobs=generated.logprobs,
+            details=details,
+            finished=samples.finished,
+            sampler_logprobs=samples.logprobs,
             old_logprobs=own["logprobs"],
             entropy=own["entropy"],
             old_values=own["values"],
             ref_logprobs=ref["logprobs"],
+            forward=forward,
         )
 
     def prepare(self, rollout: Rollout) -> tuple[dict[str, np.ndarray], Metrics]:
@@ -284,8 +293,11 @@ class PPO(Algorithm):
         order = permutation(self.context.seed, "minibatches", step * c.epochs + epoch, c.batch_size)
         return np.split(order, c.minibatches)
 
-    def terms(self, sequences: Sequences, batch: Mapping[str, np.ndarray], rows: np.ndarray) -> list[Term]:
-        """One minibatch as micro-batches, each token weighing 1 / (tokens of the minibatch)."""
+    def terms(
+        self, sequences: Sequences, batch: Mapping[str, np.ndarray], rows: np.ndarray, forward: ForwardPass | None = None
+    ) -> list[Term]:
+        """One minibatch as micro-batches, each token weighing 1 / (tokens of the minibatch). ``forward``: the pass over all rows,
+        where they are one term."""
         mask = batch["mask"][rows]
         weights = encoding.token_weights(mask, mask.sum())
         terms = []
@@ -294,8 +306,7 @@ class PPO(Algorithm):
             arrays = {name: array[here] for name, array in batch.items() if name != "importance"}
             arrays["weights"] = weights[part]
             arrays["policy_weights"] = weights[part] * batch["importance"][here]
-            taken = sequences if self.one_term else sequences.take(here)
-            terms.append(Term(self.loss, taken, arrays, self.config.temperature))
+            terms.append(Term(self.loss, sequences.take(here), arrays, self.config.temperature, forward=forward))
         return terms
 
     def ptx_terms(self, step: int, epoch: int, number: int) -> list[Term]:
@@ -310,10 +321,8 @@ class PPO(Algorithm):
 
     # --------------------------------------------------------------------------------------------------- the rest
 
-    def evaluate(
-        self, model: Model | Learner, sequences: Sequences, outputs: Sequence[str], **how: bool
-    ) -> dict[str, np.ndarray]:
-        call = lambda rows: model.evaluate(rows, outputs, temperature=self.config.temperature, **how)  # noqa: E731
+    def evaluate(self, model: Model | Learner, sequences: Sequences, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        call = lambda rows: model.evaluate(rows, outputs, temperature=self.config.temperature)  # noqa: E731
         return in_chunks(call, sequences, self.config.micro_batch_size)
 
     def importance(self, rollout: Rollout) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lockstep.config.schema import setting
 from lockstep.interfaces import DataSource
 from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig
 from lockstep.text import encoding
@@ -18,14 +19,14 @@ class Pretraining(LanguageModelling):
 
     @dataclass(frozen=True)
     class Config:
-        epochs: float
-        batch_size: int
-        micro_batch_size: int | None
-        lengths: Lengths
-        packing: bool
-        heldout_examples: int
-        optimizer: OptimizerConfig
-        schedule: ScheduleConfig
+        epochs: float = setting(1.0, "Passes over the training texts.", above=0)
+        batch_size: int = setting(64, "Texts per optimizer step.", least=1)
+        micro_batch_size: int | None = setting(None, "Rows per forward and backward pass; null: the whole batch.", least=1)
+        lengths: Lengths = setting(Lengths(1, 48, 48), "Limits in tokens; a text starts from BOS or EOS alone.")
+        packing: bool = setting(False, "Whether several texts share a row.")
+        heldout_examples: int = setting(256, "Texts whose loss is measured before and after.", least=0)
+        optimizer: OptimizerConfig = setting(OptimizerConfig(2e-3, weight_decay=0.1), "Adam, for the miniature.")
+        schedule: ScheduleConfig = setting(ScheduleConfig("cosine", 20, 0.0, 0.1), "To 10%, as GPT-3's.")
 
     @classmethod
     def count(cls, data: DataSource) -> int:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from lockstep.config.schema import setting
 from lockstep.errors import DataError, MissingData
 from lockstep.interfaces import Algorithm, Array, Context, DataSource, Metrics, ScalarModel, Term
 from lockstep.learning import losses, numerics
@@ -51,14 +52,16 @@ class RewardModelling(Algorithm):
 
     @dataclass(frozen=True)
     class Config:
-        epochs: float
-        batch_size: int  # prompts, each with all its completions
-        micro_batch_size: int | None  # prompts
-        lengths: Lengths
-        normalise: Literal["none", "bias", "gain_and_bias"]
-        heldout_examples: int
-        optimizer: OptimizerConfig
-        schedule: ScheduleConfig
+        epochs: float = setting(1.0, "Passes over the comparisons. One: InstructGPT overfitted with more.", above=0)
+        batch_size: int = setting(32, "Prompts per optimizer step, each with all its completions (InstructGPT: 64).", least=1)
+        micro_batch_size: int | None = setting(None, "Prompts per forward and backward pass; null: the whole batch.", least=1)
+        lengths: Lengths = setting(Lengths(), "Limits in tokens.")
+        normalise: Literal["none", "bias", "gain_and_bias"] = setting(
+            "bias", "Demonstrations average 0 (InstructGPT, N+), and with the gain have standard deviation 1 too."
+        )
+        heldout_examples: int = setting(128, "Comparisons measured before and after.", least=0)
+        optimizer: OptimizerConfig = setting(OptimizerConfig(1e-3), "Adam, for the miniature (InstructGPT: 9e-6).")
+        schedule: ScheduleConfig = setting(ScheduleConfig("cosine", 0, 1.0, 0.1), "InstructGPT's.")
 
     def __init__(self, config: Config, context: Context):
         self.config, self.context = config, context

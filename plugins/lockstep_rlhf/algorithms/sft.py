@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, MissingData
 from lockstep.interfaces import Context, DataSource, Dropout, Term
 from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig
@@ -28,26 +29,24 @@ class SFT(LanguageModelling):
 
     @dataclass(frozen=True)
     class Config:
-        epochs: float
-        batch_size: int
-        micro_batch_size: int | None
-        lengths: Lengths
-        packing: bool
-        assistant_turns: Literal["all", "last"]
-        prompt_loss: bool
-        pretrain_mix: float
-        dropout: float
-        heldout_examples: int
-        optimizer: OptimizerConfig
-        schedule: ScheduleConfig
+        epochs: float = setting(1.0, "Passes over the demonstrations (InstructGPT: 16; 2 before PPO).", above=0)
+        batch_size: int = setting(64, "Examples per optimizer step, raw texts among them.", least=1)
+        micro_batch_size: int | None = setting(None, "Rows per forward and backward pass; null: the whole batch.", least=1)
+        lengths: Lengths = setting(Lengths(), "Limits in tokens.")
+        packing: bool = setting(False, "Whether several examples share a row.")
+        assistant_turns: Literal["all", "last"] = setting("all", "Of a whole dialogue, the assistant's turns that count.")
+        prompt_loss: bool = setting(False, "Whether the prompt's tokens count too (N+: true).")
+        pretrain_mix: float = setting(0.0, "Share of raw text in a batch (InstructGPT: 0.1 before PPO).", least=0, below=1)
+        dropout: float = setting(0.0, "Rate on the residual branches (InstructGPT: 0.2, but none before PPO).", least=0, below=1)
+        heldout_examples: int = setting(256, "Demonstrations whose loss is measured before and after.", least=0)
+        optimizer: OptimizerConfig = setting(OptimizerConfig(1e-3), "Adam, for the miniature.")
+        schedule: ScheduleConfig = setting(ScheduleConfig("cosine", 0, 1.0, 0.1), "InstructGPT's.")
 
         def __post_init__(self):
-            if not 0 <= self.dropout < 1:
-                raise ConfigError(f"sft.dropout={self.dropout:g} should be a rate, 0 <= dropout < 1.")
-            if not 0 <= self.pretrain_mix < 1 or round(self.pretrain_mix * self.batch_size) >= self.batch_size:
+            if round(self.pretrain_mix * self.batch_size) >= self.batch_size:
                 raise ConfigError(
                     f"sft.pretrain_mix={self.pretrain_mix:g} of batch_size={self.batch_size} leaves no demonstration in "
-                    "a batch. Set a fraction 0 <= pretrain_mix < 1."
+                    "a batch. Lower it."
                 )
             if self.packing and self.dropout:
                 raise ConfigError(

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from lockstep.config.schema import REQUIRED, setting
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Resources
 from lockstep_rlhf.reward_models.outside import Dialogue, NoScores, Outside, within
@@ -43,13 +44,15 @@ class Endpoint(Outside):
 
     @dataclass(frozen=True)
     class Config:
-        url: str
-        token_variable: str | None
-        batch_size: int
-        timeout_seconds: float
-        retries: int
-        backoff_seconds: float
-        on_failure: Literal["raise", "drop"]
+        url: str = setting(REQUIRED, "http://127.0.0.1:8000/score. Part of a stage's identity: let it say which version answers.")
+        token_variable: str | None = setting(None, "The NAME of an environment variable with a bearer token; null: none.")
+        batch_size: int = setting(64, "Responses per request.", least=1)
+        timeout_seconds: float = setting(60.0, "Of one request, from first to last byte.", above=0)
+        retries: int = setting(5, "Further attempts after one that fails.", least=0)
+        backoff_seconds: float = setting(1.0, "Before the first retry; doubled each time, with jitter.", least=0)
+        on_failure: Literal["raise", "drop"] = setting(
+            "raise", "Stop the run; or drop: leave the episodes out and say how many. A failure is never a score."
+        )
 
         def __post_init__(self):
             parts = urlsplit(self.url)
@@ -60,8 +63,6 @@ class Endpoint(Outside):
                     f"reward_model.url of {parts.hostname} holds credentials. Put a token into an environment variable and name "
                     "it: reward_model.token_variable=REWARD_TOKEN."
                 )
-            if self.batch_size < 1:
-                raise ConfigError(f"reward_model.batch_size={self.batch_size} must be at least 1.")
 
     def __init__(self, config: Config, resources: Resources):
         self.config, self.batch_size = config, config.batch_size

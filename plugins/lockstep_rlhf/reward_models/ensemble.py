@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
-from lockstep.interfaces import Resources, Responses, RewardModel, ScalarModel
+from lockstep.interfaces import Inputs, Resources, Responses, RewardModel, ScalarModel
 
 
 class Ensemble(RewardModel):
@@ -30,15 +31,20 @@ class Ensemble(RewardModel):
 
     @dataclass(frozen=True)
     class Config:
-        members: tuple[Mapping[str, Any], ...]
-        combine: Literal["mean", "worst", "uncertainty_weighted", "lower_bound"]
-        coef: float
+        members: tuple[Mapping[str, Any], ...] = setting(
+            tuple({"name": "learned", "source": f"reward_{i}", "micro_batch_size": 64, "chat_template": None} for i in range(3)),
+            "Groups of this kind, each with its name.",
+        )
+        combine: Literal["mean", "worst", "uncertainty_weighted", "lower_bound"] = setting("lower_bound", "As in the table.")
+        coef: float = setting(1.0, "Of lower_bound and uncertainty_weighted; below 0 it would reward disagreement.", least=0)
 
         def __post_init__(self):
             if len(self.members) < 2:
                 raise ConfigError(f"reward_model.members has {len(self.members)}: an ensemble needs two or more reward models.")
-            if self.coef < 0:
-                raise ConfigError(f"reward_model.coef={self.coef:g} would reward disagreement. Set it to 0 or more.")
+
+    @classmethod
+    def inputs(cls, config: Config) -> Inputs:
+        return Inputs(members=config.members)
 
     def __init__(self, config: Config, resources: Resources):
         self.config = config

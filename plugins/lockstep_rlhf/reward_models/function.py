@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lockstep.config.schema import REQUIRED, setting
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Resources
 from lockstep_rlhf.reward_models.outside import Dialogue, NoScores, Outside, within
@@ -24,10 +25,12 @@ class Function(Outside):
 
     @dataclass(frozen=True)
     class Config:
-        function: str
-        timeout_seconds: float
-        retries: int
-        on_failure: Literal["raise", "drop"]
+        function: str = setting(REQUIRED, "module:function")
+        timeout_seconds: float = setting(60.0, "Of one call.", above=0)
+        retries: int = setting(2, "Further calls after one that fails.", least=0)
+        on_failure: Literal["raise", "drop"] = setting(
+            "raise", "Stop the run; or drop: leave the episodes out and say how many. A failure is never a score."
+        )
 
     def __init__(self, config: Config, resources: Resources):
         self.config = config

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, listing
-from lockstep.interfaces import Classifier, Resources, Responses, RewardModel, ScalarModel
+from lockstep.interfaces import Classifier, Inputs, Resources, Responses, RewardModel, ScalarModel
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import Sequences, chunks, in_chunks
@@ -35,9 +36,13 @@ class Learned(RewardModel):
 
     @dataclass(frozen=True)
     class Config:
-        source: str
-        micro_batch_size: int | None
-        chat_template: str | None
+        source: str = setting("reward", "A stage, or a folder or hub id of a public reward model.")
+        micro_batch_size: int | None = setting(64, "Rows per forward pass; null: all.", least=1)
+        chat_template: str | None = setting(None, "Of a public model: jinja text, dialogue or plain; null: its tokenizer's own.")
+
+    @classmethod
+    def inputs(cls, config: Config) -> Inputs:
+        return Inputs(outputs={config.source: "reward_model"})
 
     def __init__(self, config: Config, resources: Resources):
         self.config = config

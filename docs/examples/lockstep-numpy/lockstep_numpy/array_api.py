@@ -9,7 +9,7 @@ import numpy as np
 from autograd.extend import defvjp, primitive
 from autograd.numpy.numpy_vjps import unbroadcast_f
 
-Array = Any
+from lockstep.interfaces import Array
 
 
 def __getattr__(name: str) -> Any:

@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Literal
 
+from lockstep.config.schema import setting
 from lockstep.interfaces import Backend, Learner, Model
 from lockstep.learning.optimisation import OptimizerConfig
+from lockstep_numpy.learner import NumpyLearner
 
 
 class NumpyBackend(Backend):
-    """Args of its configuration:
-
-    precision: of everything. Only float32.
-    """
-
     @dataclass(frozen=True)
     class Config:
-        precision: Literal["float32"]
+        precision: Literal["float32"] = setting("float32", "Of everything.")
 
     name = "numpy"
 
@@ -27,8 +24,6 @@ class NumpyBackend(Backend):
         self.config = config
 
     def learner(self, models: Mapping[str, Model], optimizers: Mapping[str, OptimizerConfig]) -> Learner:
-        from lockstep_numpy.learner import NumpyLearner
-
         return NumpyLearner(models, optimizers)
 
     def describe(self) -> dict[str, str]:

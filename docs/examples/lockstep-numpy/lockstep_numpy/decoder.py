@@ -7,17 +7,15 @@ Nothing is changed in place but the cache of a generation, so that all of it can
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import autograd.numpy as np
 import numpy
 from autograd.tracer import getval
 
-from lockstep.interfaces import Dropout
+from lockstep.interfaces import Array, Dropout
 from lockstep.learning import randomness
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture
 
-Array = Any
 Weights = Mapping[str, Array]
 Cache = dict[int, tuple[Array, Array]]
 """Keys and values [B, H_kv, 1, columns, hd] of each layer, of the columns seen so far."""

@@ -9,12 +9,12 @@ from typing import Any
 import autograd.numpy as anp
 import numpy as np
 
-from lockstep.interfaces import Dropout, Generated, Policy, ScalarModel
-from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf, trunk_shapes
+from lockstep.interfaces import Array, Dropout, Generated, Policy, ScalarModel
+from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, family_of, to_hf, trunk_shapes
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_tensors
 from lockstep.text.sequences import Sequences
-from lockstep_numpy.decoder import Array, Weights, hidden, log_softmax, logits, score
+from lockstep_numpy.decoder import Weights, hidden, log_softmax, logits, score
 from lockstep_numpy.generation import generate
 
 
@@ -64,11 +64,10 @@ class NumpyModel:
     def copy(self) -> Any:
         return type(self)(self.architecture, self.weights)
 
-    def write(self, folder: Path, weights: Weights, suffix: str, **config: int) -> None:
-        """A checkpoint of class Llama<suffix>, say LlamaForCausalLM."""
+    def write(self, folder: Path, weights: Weights, **config: Any) -> None:
+        """A checkpoint of the family's causal language model, but for what ``config`` says."""
         write_tensors(folder / "model.safetensors", weights)
-        described = {**to_hf(self.architecture), "architectures": [f"Llama{suffix}"], **config}
-        write_json(folder / "config.json", described)
+        write_json(folder / "config.json", {**to_hf(self.architecture), **config})
 
 
 class LanguageModel(NumpyModel, Policy):
@@ -91,7 +90,7 @@ class LanguageModel(NumpyModel, Policy):
     def save(self, folder: Path) -> None:
         """The language model alone: a value head belongs to training, not to the policy."""
         weights = {name: array for name, array in self.weights.items() if name not in (SCALAR_HEAD, SCALAR_BIAS)}
-        self.write(folder, weights, "ForCausalLM")
+        self.write(folder, weights)
 
 
 class Scalar(NumpyModel, ScalarModel):
@@ -102,7 +101,7 @@ class Scalar(NumpyModel, ScalarModel):
         self.weights = self.weights | head(gain * weight, gain * offset + bias)
 
     def save(self, folder: Path) -> None:
-        self.write(folder, self.weights, "ForSequenceClassification", num_labels=1)
+        self.write(folder, self.weights, architectures=[family_of(self.architecture).classifier], num_labels=1)
 
 
 def head(weight: np.ndarray, bias: float = 0.0) -> dict[str, np.ndarray]:

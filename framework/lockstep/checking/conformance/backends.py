@@ -356,32 +356,48 @@ def each_output_comes_from_the_first_that_supplies_it(world: World) -> None:
 # --------------------------------------------------------------------------------------------------------- one update
 
 
-@check("backend", usually="what was kept outlives the weights that it is of, or serves other rows or another temperature")
-def a_kept_pass_serves_its_own_term(world: World) -> None:
-    """`Learner.evaluate` gives what the models give. Announced or not, the next gradient is the same: of the term that was
-    announced, of others, of several, and after a step."""
+@check("backend", usually="a pass outlives the weights that it is of, or serves other terms, or is made at another temperature")
+def a_forward_pass_serves_its_own_term(world: World) -> None:
+    """`Learner.forward` gives what the models give. A term that carries the pass has the gradient, and makes the update, of the
+    same term without it; other terms have their own. A pass that has served, or is older than an update, is refused or run
+    again: it never gives another gradient."""
     models, one, other = pair(world), term(world), term(world, seed=3)
     learner, tolerance = learning(world, models), world.tolerance(1e-5, 2e-2)
 
-    def announce() -> dict[str, np.ndarray]:
-        return learner.evaluate(one.sequences, OUTPUTS, temperature=one.temperature, keep=True)
+    def passed() -> Term:
+        made = learner.forward(one.sequences, OUTPUTS, temperature=one.temperature)
+        return dataclasses.replace(one, forward=made)
 
-    near_arrays("outputs by the learner,", announce(), outputs_of(models, one), tolerance)
+    warm = dataclasses.replace(one, temperature=1.0)
+    near_arrays("outputs of a forward pass,", passed().forward.outputs, outputs_of(models, one), tolerance)
     cases = {
-        "the announced term": [one],
-        "another term": [other],
-        "another temperature": [dataclasses.replace(one, temperature=1.0)],
-        "two terms": [other, one],
+        "a term with its pass": lambda it: [it],
+        "the same term without it": lambda it: [one],
+        "another term": lambda it: [other],
+        "another temperature": lambda it: [warm],
+        "two terms, the second with its pass": lambda it: [other, it],
     }
-    expected = {what: learning(world, pair(world)).gradients(terms) for what, terms in cases.items()}
     for what, terms in cases.items():
-        announce()
-        near_arrays(f"gradients of {what} after an announcement,", learner.gradients(terms), expected[what], tolerance)
-    announce()
-    fresh = learning(world, pair(world))
-    learner.update([other])
-    fresh.update([other])
-    near_arrays("a step after an announcement, gradients", learner.gradients([one]), fresh.gradients([one]), tolerance)
+        expected = learning(world, pair(world)).gradients(terms(one))
+        near_arrays(f"after a forward pass, gradients of {what},", learner.gradients(terms(passed())), expected, tolerance)
+    spent = passed()
+    expected = learner.gradients([spent])
+    _refused_or("of a pass that has served, gradients", learner, spent, expected, tolerance)
+    stale, fresh = passed(), learning(world, pair(world))
+    for each in (learner, fresh):
+        each.update([other])
+    _refused_or("of a pass from before an update, gradients", learner, stale, fresh.gradients([one]), tolerance)
+    metrics, expected = learner.update([passed()]), fresh.update([one])
+    near_metrics("updated by a term with its pass,", metrics, expected, world.tolerance(1e-4, 5e-2))
+    near_arrays("updated by a term with its pass, parameters", parameters(models), parameters(fresh.models), tolerance)
+
+
+def _refused_or(what: str, learner: Learner, one: Term, expected: dict[str, np.ndarray], tolerance: float) -> None:
+    try:
+        found = learner.gradients([one])
+    except ValueError:
+        return
+    near_arrays(f"{what}, which were not refused,", found, expected, tolerance)
 
 
 @check("backend", usually="epsilon inside the root, decay on gains, clipping by element, an extra step, or lr_scale forgotten")

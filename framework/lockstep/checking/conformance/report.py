@@ -144,7 +144,8 @@ def usable_backends(kind: str, name: str) -> list[str]:
         commands = [c.plugin.install for c in candidates if c.missing() and c.plugin]
         needs = f" Type: {' or '.join(commands)}" if commands else ""
         raise RegistryError(f"No backend is installed that the {kind} '{name}' runs on.{needs}")
-    return sorted(usable, key=lambda backend: (backend != "torch", backend))  # the one that answers soonest first
+    first = compose.default("backend")
+    return sorted(usable, key=lambda backend: (backend != first, backend))
 
 
 def _has_policy(backend: str) -> bool:

@@ -108,3 +108,16 @@ def the_value_network_is_a_copy(subject: RewardModelSubject) -> None:
     same("scores after the value network was changed", model.score(subject.responses()), scores)
     again = model.value_network().evaluate(subject.responses().sequences, ["values"])["values"]
     same("values of the next value network", again, values)
+
+
+@check("reward_model", usually="`inputs` is missing: stages trained against an older version of what it reads would be reused")
+def what_it_reads_is_declared(subject: RewardModelSubject) -> None:
+    """Every output that it opens and every reward model that it is made of is in `inputs`."""
+    declared = subject.cls.inputs(subject.config)
+    subject.build()
+    if not subject.opened and not subject.members:
+        raise Inapplicable("it opens nothing and is made of nothing")
+    undeclared = sorted(set(subject.opened) - declared.outputs.keys())
+    undeclared += [str(group["name"]) for group in subject.members if group not in declared.members]
+    count = len(undeclared)
+    require(not undeclared, f"{count} of {len(subject.opened) + len(subject.members)} are not declared: {', '.join(undeclared)}")

@@ -42,19 +42,27 @@ class RewardModelSubject:
         self.world, self.backend, self.tokenizer = world, world.backend, world.tokenizer
         given = {"source": "world", "function": self.function, "micro_batch_size": None}
         self.cls, self.config = world.component("reward_model", name, given, like)
+        self.opened: list[str] = []
+        self.members: list[Mapping[str, Any]] = []
 
     def build(self) -> RewardModel:
         return self.cls(self.config, self)
 
     def kind(self, source: str) -> str:
+        self.opened.append(source)
         return "stage"
 
     def reward_model(self, group: Mapping[str, Any]) -> RewardModel:
         """A member of an ensemble: a copy of the world's model, whatever the name of its stage."""
+        self.members.append(group)
         cls, config = self.world.component("reward_model", group["name"], {**group, "source": "world", "function": self.function})
-        return cls(config, self)
+        before = list(self.opened)
+        member = cls(config, self)
+        self.opened = before  # what a member opens is its own to declare
+        return member
 
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
+        self.opened.append(source)
         return self.world.scalar_model(), self.tokenizer
 
     def responses(self, rows: Any = slice(None), *, prompt_columns: int = 7, response_columns: int = 6) -> Responses:

@@ -139,7 +139,7 @@ class World:
     Args:
       backend: the registered name of the backend.
       precision: 'float32' or 'bfloat16', where its configuration has the key; None for the file's own.
-      policy: the registered name of the policy; None takes 'decoder', or the backend's only one.
+      policy: the registered name of the policy; None takes the default one, or the backend's only one.
       like: the backend's configuration file, where it is not that of its name.
       overrides: 'backend.device=cuda', 'policy.layers=4', ...: keys of groups that differ from their YAML files.
     """
@@ -247,4 +247,5 @@ class World:
         names = [c.name for c in registry() if c.kind == "policy" and c.backend in (self.name, None)]
         if not names:
             raise ConfigError(f"No policy is registered for the backend '{self.name}', so there is nothing to check it with.")
-        return "decoder" if "decoder" in names else names[0]
+        usual = compose.default("policy")
+        return usual if usual in names else names[0]

@@ -11,15 +11,14 @@ from typing import Any
 
 from lockstep.checking.parity.differences import Step, compare_crossings, compare_parameters
 from lockstep.checking.tap import Crossing, Tap
-from lockstep.config.compose import compose
+from lockstep.config import compose
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Algorithm, Context
+from lockstep.registry import registry
 from lockstep.reporting.console import Console
 from lockstep.runs.assembly import Assembly
 from lockstep.runs.experiment import Experiment, Stage
 from lockstep.runs.runner import GracefulStop
-
-DEFAULT = "torch,jax"
 
 
 @dataclass
@@ -69,7 +68,7 @@ class March:
         if steps is not None and steps < 1:
             raise ConfigError(f"--steps {steps} compares nothing. Give at least 1, or leave it out for all steps.")
         self.names, compositions = split(overrides)
-        self.sides = [Side(Experiment(compose(composition)), {}) for composition in compositions]
+        self.sides = [Side(Experiment(compose.compose(composition)), {}) for composition in compositions]
         self.same_start, self.most = same_start, steps
         self.training = [s for s in self.sides[0].experiment.stages.values() if s.kind == "train"]
         self.stages: list[StageSteps] = []
@@ -142,13 +141,14 @@ def split(overrides: Sequence[str]) -> tuple[tuple[str, str], list[list[str]]]:
     Raises:
       ConfigError: not two backends.
     """
-    value = [o.partition("=")[2] for o in [f"backend={DEFAULT}", *overrides] if o.startswith("backend=")][-1]
+    default = usual_backends()
+    value = [o.partition("=")[2] for o in [f"backend={default}", *overrides] if o.startswith("backend=")][-1]
     names = [name.strip() for name in value.split(",")]
     if len(names) != 2 or names[0] == names[1] or not all(names):
         count = {1: "one", 2: "twice the same"}.get(len(names), str(len(names)))
         raise ConfigError(
             f"lockstep parity compares two backends; backend={value} names {count}. "
-            f"Type backend=FIRST,SECOND: the first is the reference, and backend={DEFAULT} is the default."
+            f"Type backend=FIRST,SECOND: the first is the reference, and backend={default} is the default."
         )
     compositions = []
     for name in names:
@@ -160,6 +160,13 @@ def split(overrides: Sequence[str]) -> tuple[tuple[str, str], list[list[str]]]:
                 own.append(re.sub(rf"^([+~]*){re.escape(name)}\.", r"\1backend.", override))
         compositions.append([f"backend={name}", *own])
     return (names[0], names[1]), compositions
+
+
+def usual_backends() -> str:
+    """'first,second' of the installed backends; the first is the one that the configuration chooses."""
+    usual = compose.default("backend")
+    installed = [c.name for c in registry() if c.kind == "backend" and not c.missing()]
+    return ",".join(sorted(installed, key=lambda name: (name != usual, name))[:2])
 
 
 def in_short(step: Step) -> str:

@@ -5,13 +5,27 @@ in the layouts of the Hugging Face checkpoint of the family, so that a checkpoin
 and in transformers.
 
     shape.py       `Architecture`: sizes and switches
-    families.py    Hugging Face's ``config.json`` of each family, both ways
-    tensors.py     which tensors there are, their shapes and first values
     naming.py      a family's names and layouts of tensors and those of all families, both ways
+    keys.py        what the ``config.json`` of several families have in common
+    family.py      `Family`: all that there is to know of a family, in one record
+    families/      one file for each family, with its record
+    tensors.py     which tensors there are, their shapes and first values
+    __main__.py    the table of families in docs/models.md: python -m lockstep.models.architecture
 """
 
-from lockstep.models.architecture.families import FAMILIES, Family, from_hf, to_hf
-from lockstep.models.architecture.naming import layer_name, to_checkpoint, to_common
+from lockstep.models.architecture.families import (
+    FAMILIES,
+    causal_class,
+    classifier_class,
+    family_of,
+    from_hf,
+    language_head,
+    register,
+    to_hf,
+    usual_name,
+)
+from lockstep.models.architecture.family import Family
+from lockstep.models.architecture.naming import QKV, Naming
 from lockstep.models.architecture.shape import (
     Architecture,
     Rope,
@@ -31,30 +45,37 @@ from lockstep.models.architecture.tensors import (
     parameter_shapes,
     scalar_head,
     trunk_shapes,
+    usual_tensors,
 )
 
 __all__ = [
-    "FAMILIES",
-    "SCALAR_BIAS",
-    "SCALAR_HEAD",
     "Architecture",
+    "FAMILIES",
     "Family",
+    "Naming",
+    "QKV",
     "Rope",
     "RopeScaling",
+    "SCALAR_BIAS",
+    "SCALAR_HEAD",
     "SmallDecoderConfig",
+    "causal_class",
     "check_labels",
     "check_parameters",
+    "classifier_class",
+    "family_of",
     "from_hf",
     "head_shapes",
     "initial_parameters",
     "is_small_decoder",
-    "layer_name",
     "linear_layers",
     "parameter_shapes",
+    "register",
     "scalar_head",
     "small_decoder",
-    "to_checkpoint",
-    "to_common",
     "to_hf",
     "trunk_shapes",
+    "language_head",
+    "usual_name",
+    "usual_tensors",
 ]

@@ -20,6 +20,9 @@ ACTIVATIONS = {
 KINDS = {True: "sliding_attention", False: "full_attention"}
 """transformers' names of layers with a window and without."""
 
+NO_TOKEN_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+"""For families whose defaults in transformers would lie outside a small vocabulary."""
+
 
 def decoder(c: HFConfig, **switches: Any) -> Architecture:
     """From Llama's keys. ``switches`` add to what they say, or replace it."""

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lockstep.config.schema import setting
 from lockstep.text.tokenizer import TokenizerConfig
 
 
@@ -121,15 +122,15 @@ def is_small_decoder(a: Architecture) -> bool:
 class SmallDecoderConfig:
     """The configuration of the policy ``decoder``, for every backend."""
 
-    tokenizer: TokenizerConfig
-    layers: int
-    hidden_size: int
-    heads: int
-    kv_heads: int
-    intermediate_size: int
-    context_length: int
-    rope_theta: float
-    tied: bool
+    tokenizer: TokenizerConfig = setting(TokenizerConfig(), "Null in it: the data source's own.")
+    layers: int = setting(4, "Transformer blocks.", least=1)
+    hidden_size: int = setting(128, "Width of the residual stream.", least=1)
+    heads: int = setting(4, "Query heads, each hidden_size / heads wide.", least=1)
+    kv_heads: int = setting(4, "Key and value heads; fewer than heads: grouped-query attention (Ainslie et al. 2023).", least=1)
+    intermediate_size: int = setting(384, "Width inside the MLP, about 8/3 of hidden_size (SwiGLU; Shazeer 2020).", least=1)
+    context_length: int = setting(256, "Tokens, prompt and response together.", least=1)
+    rope_theta: float = setting(10000.0, "Base of the rotary frequencies (Su et al. 2021).", above=0)
+    tied: bool = setting(True, "Whether input and output embeddings are one matrix.")
 
     def architecture(self, vocab_size: int) -> Architecture:
         sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tokenizer"}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 import numpy as np
 
 from lockstep.errors import CheckpointError
 from lockstep.learning import randomness
-from lockstep.models.architecture.naming import naming, shapes_to_checkpoint
+from lockstep.models.architecture.families import family_of
+from lockstep.models.architecture.naming import LANGUAGE_HEAD
 from lockstep.models.architecture.shape import Architecture
 
 SCALAR_HEAD = "score.weight"
@@ -20,13 +22,13 @@ SCALAR_BIAS = "score.bias"
 
 def trunk_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """{name: shape} of everything below the heads, in the checkpoint's layout."""
-    return shapes_to_checkpoint(architecture, _trunk(architecture))
+    return family_of(architecture).naming.shapes_to_checkpoint(_trunk(architecture))
 
 
 def head_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the language head; empty where it is tied to the embedding."""
     shape = (architecture.vocab_size, architecture.hidden_size)
-    return {} if architecture.tied else shapes_to_checkpoint(architecture, {"lm_head.weight": shape})
+    return {} if architecture.tied else family_of(architecture).naming.shapes_to_checkpoint({LANGUAGE_HEAD: shape})
 
 
 def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -71,9 +73,28 @@ def _norm(a: Architecture, name: str, size: int) -> dict[str, tuple[int, ...]]:
 
 def linear_layers(architecture: Architecture) -> dict[str, tuple[int, int]]:
     """{name: (inputs, outputs)} of what an adapter may adapt: the linear layers of the trunk, as the checkpoint names them."""
-    shapes = {name: shape for name, shape in trunk_shapes(architecture).items() if len(shape) == 2 and "embed" not in name}
-    step = 1 if naming(architecture).transposed else -1
-    return {n.removesuffix(".weight"): s[::step] for n, s in shapes.items() if not n.endswith(("wte.weight", "wpe.weight"))}
+    naming = family_of(architecture).naming
+    shapes = {name: shape for name, shape in _trunk(architecture).items() if len(shape) == 2 and ".embed_" not in name}
+    step = 1 if naming.transposed else -1
+    return {name.removesuffix(".weight"): shape[::step] for name, shape in naming.shapes_to_checkpoint(shapes).items()}
+
+
+BUFFERS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+"""Causal masks and rotary tables, which old versions of transformers saved among the weights."""
+
+
+def usual_tensors(architecture: Architecture, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights under their usual names, without what a checkpoint may hold beyond them: buffers, parts of a larger model, and a
+    second copy of a tied embedding."""
+    family = family_of(architecture)
+    named = {family.usual_name(name): array for name, array in weights.items()}
+    return {
+        name: array
+        for name, array in named.items()
+        if not BUFFERS.search(name)
+        and not name.startswith(family.foreign)
+        and not (architecture.tied and name == family.naming.rename(LANGUAGE_HEAD))
+    }
 
 
 def check_parameters(
@@ -105,7 +126,8 @@ def initial_parameters(architecture: Architecture, seed: int) -> dict[str, np.nd
     """Fresh weights, float32: N(0, 0.02²); the projections that write into the residual stream scaled by 1/sqrt(2 L)
     (Radford et al. 2019, section 2.3); norm gains 1, biases 0. Drawn on the host, so all backends start alike."""
     rng = randomness.generator(seed, "initial parameters")
-    residual = ("o_proj.weight", "down_proj.weight", "c_proj.weight")
+    naming = family_of(architecture).naming
+    residual = tuple(f".{naming.rename(layer)}.weight" for layer in ("self_attn.o_proj", "mlp.down_proj"))
     out = {}
     for name, shape in parameter_shapes(architecture).items():
         if len(shape) == 1:

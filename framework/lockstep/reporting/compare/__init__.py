@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lockstep.reporting.compare import claims, cost, records, versus
+from lockstep.reporting.compare import claims, cost, reading, versus
 from lockstep.reporting.compare.claims import Claim
 from lockstep.reporting.compare.groups import RunComparison, group
 from lockstep.reporting.compare.tables import Table, all_tables, in_short, to_markdown, to_rich
@@ -56,7 +56,7 @@ def compare(
     """
     from lockstep.reporting.compare import figures, page, tidy  # matplotlib takes a second to import
 
-    comparison = group(records.read(paths), by)
+    comparison = group(reading.read(paths), by)
     against = versus.against_baseline(comparison, versus.pairs(comparison, baseline))
     headline, found = claims.headline(comparison), claims.find(comparison)
     built, over = all_tables(comparison, found, against), what_intervals_are_over(comparison)

@@ -90,7 +90,7 @@ class RunGroup:
         return combine(self.policy_estimates(split, policy, metric))
 
     def reward_model(self, metric: str) -> Estimate | None:
-        rewards = lambda run: tuple(_made_by(run, s.name) for s in run.stages.values() if s.algorithm == "reward_modelling")  # noqa: E731
+        rewards = lambda run: tuple(_made_by(run, s.name) for s in run.stages.values() if s.produces == "reward_model")  # noqa: E731
         runs = [run for _, run in self._first_with(lambda run: rewards(run) or run.name)]
         return combine([e for run in runs if (e := run.evaluation.reward_model.get(metric))])
 

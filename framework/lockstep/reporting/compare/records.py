@@ -1,22 +1,13 @@
-"""Run folders read into plain records. Nothing here knows about plots or statistics.
-
-A folder may be half-written, because the run is still going or has died: whatever can be read is read, and what
-cannot is named in `Reading.problems`. Only a path without a single run is an error.
-"""
+"""What a run is to a comparison: plain records. Nothing here knows about plots, statistics or where records come from."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-
-from lockstep.errors import DataError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -54,6 +45,7 @@ class StageRecord:
     metrics: Mapping[str, Series]
     identity: str = ""  # of its folder: runs that share a stage share it
     health: Sequence[Mapping[str, Any]] = ()  # warnings while it trained: step, name, message
+    produces: str = ""  # 'policy', 'reward_model' or 'evaluation'
     memory: float | None = None  # bytes, at most: of the accelerator, or of the process where there is none
 
 
@@ -90,104 +82,6 @@ class Reading:
     problems: list[str] = field(default_factory=list)
 
 
-def read(paths: Sequence[Path | str]) -> Reading:
-    """All runs under ``paths``: run folders, folders that hold run folders, sweep folders, ``wandb:`` filters.
-
-    Raises:
-      DataError: a path that holds no run, or no run that can be read.
-    """
-    reading = Reading()
-    folders: dict[Path, None] = {}
-    for path in map(str, paths):
-        if path.startswith("wandb:"):
-            from lockstep.reporting.compare import wandb_runs
-
-            wandb_runs.read(path, reading)
-        else:
-            folders |= dict.fromkeys(folder.resolve() for folder in run_folders(Path(path), reading.problems))
-    for folder in folders:
-        try:
-            reading.runs.append(_read_run(folder, reading.problems))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reading.problems.append(f"{folder.name} cannot be read and is left out: {_short(error)}")
-    if not reading.runs:
-        raise DataError("None of the runs can be read. " + " ".join(reading.problems))
-    return reading
-
-
-def run_folders(path: Path, problems: list[str]) -> list[Path]:
-    """The run folders that ``path`` stands for. Jobs of a sweep that have none are named in ``problems``.
-
-    Raises:
-      DataError: there is none.
-    """
-    if not path.is_dir():
-        siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        raise DataError(f"No folder '{path}'.{did_you_mean(str(path), siblings)} {_ADVICE}")
-    if (path / "run.json").exists():
-        return [path]
-    if (path / "sweep.json").exists():
-        found = _sweep(path, problems)
-    else:
-        found = sorted(file.parent for file in path.glob("*/run.json"))
-        for sweep in sorted(path.glob("sweeps/*/sweep.json")):
-            _sweep(sweep.parent, problems)
-    if not found:
-        raise DataError(f"No runs in '{path}': neither it nor a folder in it has a run.json. {_ADVICE}")
-    return found
-
-
-def _sweep(path: Path, problems: list[str]) -> list[Path]:
-    """The run folders of ``FOLDER/sweeps/NAME``; its record names them from FOLDER on."""
-    found = []
-    for job in json.loads((path / "sweep.json").read_text())["jobs"]:
-        folder = path.resolve().parents[1] / (job.get("run") or "?")
-        if (folder / "run.json").exists():
-            found.append(folder)
-        else:
-            said = f": {job['error'].splitlines()[-1]}" if job.get("error") else ""
-            problems.append(f"The job {' '.join(job['overrides'])} ({job['status']}) left no run{said}")
-    return found
-
-
-_ADVICE = "Give the folder of a run or of a sweep: lockstep compare runs/NAME. To make one: lockstep run experiment=demo"
-
-
-# ------------------------------------------------------------------------------------------------------ one run folder
-
-
-def _read_run(folder: Path, problems: list[str]) -> Run:
-    record = json.loads((folder / "run.json").read_text())
-    if record["status"] != "done":
-        stuck = [name for name, stage in record["stages"].items() if stage.get("status") != "done"]
-        where = f" in {', '.join(stuck)}" if stuck else ""
-        problems.append(f"{record['name']} is not finished ({record['status']}{where}): compared as far as it got.")
-    folders = {name: folder.parent / stage["folder"] for name, stage in record["stages"].items()}
-    return Run(
-        name=record["name"],
-        folder=folder,
-        experiment=record["experiment"],
-        seed=record["seed"],
-        backend=record["backend"],
-        status=record["status"],
-        seconds=record.get("seconds"),
-        command=record.get("command", ""),
-        stages={name: _read_stage(name, stage, folders[name]) for name, stage in record["stages"].items()},
-        config=dict(flatten(_read_config(folder / "config.yaml"))),
-        evaluation=_read_evaluations(folders.values()),
-        samples=[row for f in folders.values() for row in read_jsonl(f / "output" / "samples.jsonl")],
-    )
-
-
-def _read_config(file: Path) -> Any:
-    try:
-        return yaml.safe_load(file.read_text()) or {}
-    except FileNotFoundError:
-        return {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config.yaml: {_short(error)}") from error
-
-
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """('algorithm.kl_coef', 0.02) for every leaf; a list is a leaf."""
     for key, value in config.items():
@@ -195,26 +89,6 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _read_stage(name: str, record: Mapping[str, Any], folder: Path) -> StageRecord:
-    return StageRecord(
-        name=name,
-        kind=record.get("kind", "train"),
-        algorithm=record.get("algorithm"),
-        status=record.get("status", "running"),
-        seconds=record.get("seconds"),
-        metrics=series(read_jsonl(folder / "metrics.jsonl")),
-        identity=folder.name,
-        health=record.get("health") or (),
-        memory=_read_done(folder).get("memory"),
-    )
-
-
-def _read_done(folder: Path) -> dict[str, Any]:
-    """What a stage that is complete says of itself."""
-    file = folder / "done.json"
-    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
@@ -225,48 +99,3 @@ def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
             if metric not in ("step", "seconds") and isinstance(value, (int, float)):
                 values.setdefault(metric, {})[row["step"]] = value
     return {metric: Series(*map(np.array, zip(*sorted(v.items()), strict=True))) for metric, v in values.items()}
-
-
-def _read_evaluations(folders: Any) -> EvaluationRecord:
-    """All evaluations of a run as one; where a later round evaluates again, it wins."""
-    baseline: str | None = None
-    splits: dict[str, dict[str, Estimates]] = {}
-    reward_model: dict[str, Estimate] = {}
-    for file in (folder / "output" / "evaluation.json" for folder in folders):
-        if file.exists():
-            content = json.loads(file.read_text())
-            baseline = content.get("baseline") or baseline
-            reward_model |= _estimates(content.get("reward_model") or {})
-            for split, policies in content.get("splits", {}).items():
-                splits.setdefault(split, {}).update({name: _estimates(found) for name, found in policies.items()})
-    return EvaluationRecord(baseline, splits, reward_model)
-
-
-def _estimates(record: Mapping[str, Any]) -> dict[str, Estimate]:
-    """Without what could not be measured: of nothing there is no mean."""
-    found = {metric: measure for metric, measure in record.items() if measure and measure.get("mean") is not None}
-    return {metric: _estimate(measure) for metric, measure in found.items() if math.isfinite(measure["mean"])}
-
-
-def _estimate(found: Mapping[str, Any]) -> Estimate:
-    """A calibration error, say, has no interval: then both ends are the mean."""
-    mean = float(found["mean"])
-    return Estimate(mean, float(found.get("low", mean)), float(found.get("high", mean)), int(found.get("n") or 0))
-
-
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; none if there is no such file. A line that was cut off by a crash is skipped."""
-    rows = []
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
-def _short(error: Exception) -> str:
-    message = " ".join(str(error).split())
-    return f"missing {message}" if isinstance(error, KeyError) else message or type(error).__name__

@@ -130,6 +130,7 @@ def _stage(name: str, found: Any) -> StageRecord:
         seconds=found.summary.get("_runtime"),
         metrics=series([row for row in rows if "step" in row]),
         identity=found.id,
+        produces=found.config.get("produces", ""),
     )
 
 

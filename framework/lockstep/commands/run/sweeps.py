@@ -35,12 +35,12 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from lockstep.storage.files import read_json, write_json
-from lockstep.runs import store
-from lockstep.runs.cache import finished
 from lockstep.config.compose import CORE, conf_folders, partial, resolved
 from lockstep.errors import ConfigError, LockstepError, did_you_mean, listing
-from lockstep.runs.experiment import run_name
+from lockstep.runs import identity
+from lockstep.runs.evaluation import flatten
+from lockstep.runs.experiment import finished, run_name
+from lockstep.storage.files import read_json, write_json
 
 NEEDS = {
     "hydra/sweeper=optuna": "hydra_optuna_sweeper",
@@ -105,7 +105,7 @@ def _folder(arguments: Sequence[str]) -> Path:
     except HydraException as error:
         raise ConfigError(str(error)) from error
     first = partial([line for o in overrides if (line := _first(o))])
-    return Path(first.folder).absolute() / "sweeps" / store.identity({"overrides": sorted(decisive)})[:8]
+    return Path(first.folder).absolute() / "sweeps" / identity.digest({"overrides": sorted(decisive)})[:8]
 
 
 def _first(override: Override) -> str | None:
@@ -232,8 +232,6 @@ def objective(run: Path, name: str) -> float | None:
     Raises:
       ConfigError: the run has no such stage or metric.
     """
-    from lockstep.runs.runner import flatten
-
     stage, _, metric = name.partition("/")
     stages = read_json(run / "run.json")["stages"]
     if stage not in stages:

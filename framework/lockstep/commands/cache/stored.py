@@ -1,9 +1,5 @@
 """Stored stages: which runs may use what is there, why one is not reused, and what no run needs any more.
 
-lockstep cache [overrides]          the stages in the folder of these runs, with size, age and who uses them
-lockstep cache why [overrides]      of a run that these overrides describe: what is stored, and what keeps the rest from being
-lockstep cache prune [overrides]    remove stages that no run uses
-
 A stage is used by every run whose folder names it. To be rid of a run, remove its folder, then prune. Nothing here changes a
 stage that a process is working on.
 """
@@ -13,62 +9,18 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
-
-from lockstep.storage.files import read_json
+from lockstep.errors import ConfigError
 from lockstep.runs import store
-from lockstep.config.schema import differences
-from lockstep.errors import CheckpointError, ConfigError
-from lockstep.runs.experiment import Experiment, ConfigGroup, decisive, run_name, component_config
-from lockstep.registry import registry
-from lockstep.runs.runner import Runner, what_changed
+from lockstep.runs.experiment import ConfigGroup, Experiment
+from lockstep.runs.identity import what_changed
 from lockstep.runs.store import StageFolder
-from lockstep.reporting.tracking import without_secrets
+from lockstep.storage.files import read_json
 
 UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
-
-
-# ------------------------------------------------------------------------------------------------------- a whole run
-
-
-def finished(config: Mapping[str, Any]) -> Path | None:
-    """The folder of the run that this configuration describes, if all its stages are done and neither code nor data have
-    changed since. Neither torch nor JAX is imported to find out."""
-    root = Path(config["folder"])
-    run = root / run_name(config)
-    try:
-        record, contents = (read_json(run / name) for name in ("run.json", "stages.json"))
-        before = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
-    except (CheckpointError, OSError):
-        return None
-    now = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(dict(config)))))
-    if record["status"] != "done" or differences(*(without_secrets(decisive(groups)) for groups in (before, now))):
-        return None
-    fingerprint = _fingerprint(config)
-    backend = config["backend"]["name"]
-    for stage, content in contents.items():
-        if not StageFolder.of(root, stage, backend, content).done or not _up_to_date(content, fingerprint):
-            return None
-    return run
-
-
-def _fingerprint(config: Mapping[str, Any]) -> str | None:
-    source = registry().resolve("data", config["data"]["name"])
-    return source.fingerprint(component_config(source, config["data"], "data"))
-
-
-def _up_to_date(content: ConfigGroup, fingerprint: str | None) -> bool:
-    """Are the code, the data and the folders that went into a stage what they were?"""
-    return (
-        content["code"] == store.code_digests(content["code"])
-        and content["data"]["fingerprint"] == fingerprint
-        and all(Path(path).is_dir() and store.folder_digest(path) == digest for path, digest in content["folders"].items())
-    )
 
 
 # ------------------------------------------------------------------------------------------------------- what is there
@@ -127,12 +79,10 @@ def _users(root: Path) -> dict[str, list[str]]:
 # ------------------------------------------------------------------------------------------------------- why not
 
 
-def why(config: Mapping[str, Any]) -> dict[str, str]:
-    """{stage: 'stored ...' or 'differs in data.seed: 0 -> 1 from ...'} for the run of this configuration."""
-    from lockstep.reporting.console import Console
-
-    runner = Runner(Experiment(config), Console(), "")
-    return {name: _why(runner.root, folder, name, runner.contents[name]) for name, folder in runner.folders.items()}
+def why(experiment: Experiment) -> dict[str, str]:
+    """{stage: 'stored ...' or 'differs in data.seed: 0 -> 1 from ...'}."""
+    identities = experiment.identities
+    return {name: _why(experiment.root, folder, name, identities[name]) for name, folder in experiment.folders.items()}
 
 
 def _why(root: Path, folder: StageFolder, stage: str, content: ConfigGroup) -> str:

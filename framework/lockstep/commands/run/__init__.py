@@ -32,19 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from lockstep.commands.run.sweeps import sweep
     from lockstep.config.compose import compose, conf_folders
-    from lockstep.runs.sweeps import sweep
 
     given, many = set(overrides), {"-m", "--multirun"} & set(overrides)
     if {"-h", "--help"} & given:
         groups = sorted({p.parent.name for c in conf_folders().values() for p in c.rglob("*.yaml") if p.parent != c})
         print(USAGE + ", ".join(groups) + ".")
     elif "--dry-run" in given:
-        from lockstep.runs.dry_run import dry_run
+        from lockstep.commands.run.dry_run import dry_run
+        from lockstep.runs.experiment import Experiment
 
         if many:
             raise ConfigError("A dry run is of one run, not of a sweep: leave out -m.")
-        dry_run(compose([o for o in overrides if o != "--dry-run"]), Console())
+        dry_run(Experiment(compose([o for o in overrides if o != "--dry-run"])), Console())
     elif many:
         Console().say(sweep(overrides))
     elif "--config" in given:
@@ -57,11 +58,10 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def run_config(config: dict[str, Any], command: str) -> Path:
     """Run one experiment and print its summary; the run folder."""
+    from lockstep.commands.run.sweeps import agent, objective
     from lockstep.reporting.summary import summary
-    from lockstep.runs.cache import finished
-    from lockstep.runs.experiment import Experiment
+    from lockstep.runs.experiment import Experiment, finished
     from lockstep.runs.runner import Runner
-    from lockstep.runs.sweeps import agent, objective
 
     console = Console()
     with agent() as tell:

@@ -14,7 +14,7 @@ from lockstep.errors import ConfigError, did_you_mean
 from lockstep.reporting.console import Console
 
 if TYPE_CHECKING:
-    from lockstep.runs.cache import Entry
+    from lockstep.commands.cache.stored import Entry
 
 HELP = "stored stages: list them, explain a miss (why), remove unused ones (prune)"
 OVERRIDES = True
@@ -28,8 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from lockstep.commands.cache import stored
     from lockstep.config.compose import compose
-    from lockstep.runs import cache
+    from lockstep.runs.experiment import Experiment
 
     action = arguments.action
     if "=" in action:
@@ -39,16 +40,16 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config, console = compose(overrides), Console()
     root = Path(config["folder"])
     if action == "why":
-        console.say("\n".join(f"{stage}: {reason}" for stage, reason in cache.why(config).items()))
+        console.say("\n".join(f"{stage}: {reason}" for stage, reason in stored.why(Experiment(config)).items()))
         return
-    found = cache.unused(root, arguments.older_than) if action == "prune" else cache.entries(root)
+    found = stored.unused(root, arguments.older_than) if action == "prune" else stored.entries(root)
     if found:
         console.out.print(stored_stages(found))
     total = size(sum(entry.size for entry in found))
     if action == "list":
         console.say(f"\n{len(found)} stages in {root / 'stages'}, {total}.")
     elif arguments.yes:
-        removed = [cache.remove(entry) for entry in found]
+        removed = [stored.remove(entry) for entry in found]
         console.say(f"\nRemoved {sum(removed)} of {len(found)} stages that no run uses, {total}.")
     else:
         console.say(f"\n{len(found)} stages that no run uses, {total}. Nothing was removed; to remove them, add --yes.")

@@ -1,0 +1,77 @@
+"""The root of a configuration: each key that it may have, and the component groups among them, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.config.schema import REQUIRED, parse, setting
+from lockstep.errors import ConfigError, RegistryError
+from lockstep.registry import KINDS, registry
+
+ConfigGroup = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Root:
+    """Keys beside these are somebody's own: an experiment's limits of length, an algorithm for one more stage. Each must be
+    read by another key, as ``${lengths}``; one that nobody reads is a misspelling (`lockstep.config.compose.resolved`)."""
+
+    experiment_name: str = setting(REQUIRED, "Begins the run's name.")
+    stages: Mapping[str, ConfigGroup] = setting(REQUIRED, "By name, in the order in which they run.")
+    backend: ConfigGroup = setting(REQUIRED, "A component group: `name` and its ``Config``, as those that follow.")
+    data: ConfigGroup = setting(REQUIRED, "Where prompts, demonstrations, comparisons and texts come from.")
+    policy: ConfigGroup = setting(REQUIRED, "What a stage with ``policy: new`` starts from.")
+    tracker: ConfigGroup = setting(REQUIRED, "Who keeps the record beside the run folder.")
+    reward_model: ConfigGroup | None = setting(None, "Scores responses, where a stage names it.")
+    algorithm: ConfigGroup | None = setting(None, "The one that experiments compare.")
+    pretrain: ConfigGroup | None = setting(None, "The algorithm of the first stage.")
+    sft: ConfigGroup | None = setting(None, "The algorithm of supervised fine-tuning.")
+    reward: ConfigGroup | None = setting(None, "The algorithm that makes a reward model.")
+    evaluation: ConfigGroup | None = setting(None, "What an evaluation measures; it has no `name`.")
+    seed: int = setting(0, "Of everything that is drawn: initial weights, order, sampling.", least=0)
+    folder: str = setting("runs", "Where stages and runs are kept.")
+    objective: str | None = setting(None, "What a search makes large or small: stage/metric.")
+    name: str | None = setting(None, "Of the run's folder; null: made from the configuration.")
+    checkpoint_every: int = setting(50, "Steps between checkpoints.", least=1)
+    samples_every: int = setting(25, "Steps between rows for the table of samples.", least=1)
+
+
+KEYS = tuple(field.name for field in dataclasses.fields(Root))
+GROUPS = {key: key for key in KINDS} | dict.fromkeys(("pretrain", "sft", "reward"), "algorithm")
+"""{key of the root: kind of component}."""
+
+
+def check_root(config: Mapping[str, Any]) -> Root:
+    """The root with each of its component groups checked, whether a stage uses it or not. A component that is not installed,
+    or is another backend's, is left to the stage that uses it.
+
+    Raises:
+      LockstepError: the first thing that is wrong.
+    """
+    root = parse(Root, {key: value for key, value in config.items() if key in KEYS}, "")
+    for key, kind in GROUPS.items():
+        if (group := getattr(root, key)) is not None:
+            _check_group(kind, group, key, root.backend.get("name"))
+    return root
+
+
+def _check_group(kind: str, group: ConfigGroup, where: str, backend: str | None) -> None:
+    name = group.get("name")
+    if not isinstance(name, str):
+        raise ConfigError(f"{where} is a component group, and needs a name: {where}.name={name!r}.")
+    try:
+        component = registry().find(kind, name, backend)
+    except RegistryError:
+        if any((c.kind, c.name) == (kind, name) for c in registry()):
+            return
+        raise
+    if not component.missing():
+        component_config(component.load(), group, where)
+
+
+def component_config(cls: type, group: ConfigGroup, where: str) -> Any:
+    """A component's group as its ``Config``: every key but ``name``, which chose the component."""
+    return parse(cls.Config, {key: value for key, value in group.items() if key != "name"}, where)

@@ -1,0 +1,7 @@
+"""Print the table of families that docs/models.md holds."""
+
+from lockstep.models.architecture import FAMILIES
+
+print("| `model_type` | what is special | refused |\n|---|---|---|")
+for name, family in FAMILIES.items():
+    print(f"| `{name}` | {family.special} | {family.refused} |")

@@ -1,0 +1,99 @@
+"""The families there are, a file each. Every file of this folder is found; code elsewhere adds its own with `register`.
+
+A file holds one `Family` under the name FAMILY. A key of ``config.json`` that changes what is computed is either understood or
+refused by name; keys about training, dropout and token ids are left alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from lockstep.errors import CheckpointError, RegistryError, listing
+from lockstep.models.architecture.family import Family
+from lockstep.models.architecture.naming import LANGUAGE_HEAD
+from lockstep.models.architecture.shape import Architecture
+
+FAMILIES: dict[str, Family] = {}
+"""By ``model_type``."""
+
+
+def register(family: Family) -> None:
+    """Make a family known to `from_hf` and to the backends.
+
+    Raises:
+      RegistryError: another record has this ``model_type``.
+    """
+    if FAMILIES.setdefault(family.model_type, family) != family:
+        raise RegistryError(f"There is a family '{family.model_type}' already. Registered: {listing(FAMILIES)}.")
+
+
+for _module in pkgutil.iter_modules(__path__):
+    register(importlib.import_module(f"{__name__}.{_module.name}").FAMILY)
+
+
+def family_of(architecture: Architecture) -> Family:
+    return FAMILIES[architecture.family]
+
+
+def from_hf(config: Mapping[str, Any]) -> Architecture:
+    """The architecture a ``config.json`` describes.
+
+    Raises:
+      CheckpointError: a model type or a switch that is not supported; the message lists what is.
+    """
+    name = config.get("model_type")
+    if inner := next((f for f in FAMILIES.values() if name is not None and f.text_model_of == name), None):
+        name = inner.model_type
+        config = {**config.get("text_config", {}), "model_type": name}
+    if name not in FAMILIES:
+        raise CheckpointError(
+            f"No decoder for model_type '{name}'. Supported: {listing(FAMILIES)}. "
+            "backend=torch opens every causal language model of transformers with policy=huggingface."
+        )
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"This {name} checkpoint holds quantised weights (quantization_config), which are not supported. Take the model "
+            "that they were made from, or a GGUF file of it."
+        )
+    return FAMILIES[name].read({**FAMILIES[name].defaults, **config})
+
+
+def to_hf(architecture: Architecture) -> dict[str, Any]:
+    """The ``config.json`` of this architecture, without token ids."""
+    family = family_of(architecture)
+    named = {"model_type": architecture.family, "architectures": [family.causal]}
+    return {**named, **family.write(architecture), "tie_word_embeddings": architecture.tied, "dtype": "float32"}
+
+
+CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+
+
+def causal_class(config: Mapping[str, Any]) -> str:
+    """transformers' class of the causal language model with this ``config.json``: its family's, or, where there is no record of
+    the family, the class that the file names."""
+    if family := FAMILIES.get(config["model_type"]):
+        return family.causal
+    name = config["architectures"][0]
+    return name.removesuffix(CLASSIFIER) + CAUSAL if name.endswith(CLASSIFIER) else name
+
+
+def classifier_class(config: Mapping[str, Any]) -> str:
+    """transformers' class of the sequence classifier on its trunk. Where there is no record of the family, as the class that the
+    file names, but for the ending."""
+    if family := FAMILIES.get(config["model_type"]):
+        return family.classifier
+    name = config["architectures"][0]
+    return name.removesuffix(CLASSIFIER).removesuffix(CAUSAL).removesuffix("LMHeadModel") + CLASSIFIER
+
+
+def usual_name(model_type: str, name: str) -> str:
+    """`Family.usual_name`; of a family without a record, the name as it is."""
+    return FAMILIES[model_type].usual_name(name) if model_type in FAMILIES else name
+
+
+def language_head(model_type: str) -> str:
+    """What a checkpoint calls the weight of its language head. A family without a record is taken to call it as we do."""
+    return FAMILIES[model_type].naming.rename(LANGUAGE_HEAD) if model_type in FAMILIES else LANGUAGE_HEAD

@@ -1,0 +1,1 @@
+"""Experiments: stages, identities, where results live, and the loop."""

@@ -1,0 +1,74 @@
+"""What a stage is named after: hashes of content, of code and of folders, and what differs between two of them.
+
+Equal hashes mean the same result, so that a stored stage can be used again. Of the core's code, only what decides a result
+counts: the folders of `NOT_RESULTS` show results, check them or start them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lockstep.config.schema import differences
+from lockstep.storage.files import checksum
+
+CORE = "lockstep"
+NOT_RESULTS = frozenset({"reporting", "checking", "commands", "api"})
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of ``content``: equal for equal content, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def code_digests(modules: Iterable[str]) -> dict[str, str]:
+    """{package: SHA-256 of its source} of the core and of the top-level packages of these modules. Nothing is imported."""
+    digests = {}
+    for package in sorted({CORE} | {module.partition(".")[0] for module in modules}):
+        spec = None if package in sys.stdlib_module_names else importlib.util.find_spec(package)
+        if spec is not None:
+            roots = [Path(root) for root in spec.submodule_search_locations or []] or [Path(spec.origin)]
+            digests[package] = _source_digest(package, roots)
+    return digests
+
+
+def _source_digest(package: str, roots: Iterable[Path]) -> str:
+    source = hashlib.sha256()
+    for root in roots:
+        for file in [root] if root.is_file() else sorted(root.rglob("*.py")):
+            inside = file.relative_to(root).parts if file != root else ()
+            if package != CORE or inside[0] not in NOT_RESULTS:
+                source.update(f"{'/'.join(inside)}\0".encode() + file.read_bytes())
+    return source.hexdigest()
+
+
+@functools.cache
+def folder_digest(path: str) -> str:
+    """SHA-256 of the names and contents of a folder's files, or of one file."""
+    content = hashlib.sha256()
+    for file in sorted(p for p in [Path(path), *Path(path).rglob("*")] if p.is_file()):
+        content.update(f"{file.relative_to(path)}\0{checksum(file)}".encode())
+    return content.hexdigest()
+
+
+def what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Why a stage is not the one that was stored. Other inputs are mentioned only if nothing else differs."""
+    changes = without_copies(differences(before, now))
+    return [
+        f"the code of {change.partition(':')[0].removeprefix('code.')}" if change.startswith("code.") else change
+        for change in changes
+        if not change.startswith("inputs.") or all(c.startswith("inputs.") for c in changes)
+    ]
+
+
+def without_copies(changes: list[str]) -> list[str]:
+    """Without the changes of a stage's group that are also those of the group it was copied from."""
+    leaf = lambda change: change.partition(": ")[0].rpartition(".")[2] + change.partition(": ")[2]  # noqa: E731
+    own = {leaf(change) for change in changes if not change.startswith("stages.")}
+    return [change for change in changes if not change.startswith("stages.") or leaf(change) not in own]

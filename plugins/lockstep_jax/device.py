@@ -1,0 +1,109 @@
+"""JAX on a device: precision, memory, and where compiled programs are kept. What models need of their backend."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from lockstep.config.schema import setting
+from lockstep.errors import ConfigError, listing
+from lockstep.interfaces import Backend
+
+
+class JaxDevice(Backend):
+    """`JaxBackend` but for its learner, which imports the models, as these import this file."""
+
+    @dataclass(frozen=True)
+    class Config:
+        device: str = setting("auto", "cpu, gpu or tpu; auto: the first accelerator, else the CPU.")
+        precision: Literal["float32", "bfloat16"] = setting("float32", "Of matrix products; weights and Adam stay in float32.")
+        gradient_checkpointing: bool | None = setting(
+            None,
+            "Recompute a layer's inner activations for the gradient (remat; Chen et al. 2016): memory for a second forward "
+            "pass. Otherwise operands and results of matmuls are kept, and only what lies between them is recomputed. Null: "
+            "in networks of more than `lockstep_jax.decoder.SHALLOW` layers.",
+        )
+        compilation_cache: str | None = setting("~/.cache/lockstep/jax", "Where compiled programs are kept; null: nowhere.")
+
+    name = "jax"
+
+    def __init__(self, config: Config):
+        self.config = config
+        _one_heap()  # before the device has threads, each with its own
+        self.device = _device(config.device)
+        self.trunks: dict[str, Any] = {}
+        """Frozen parameters that adapters share, with their architecture, by the path of their checkpoint."""
+        _keep_compiled_programs(config.compilation_cache)
+        # Accelerators multiply float32 in TF32 or bfloat16 unless told otherwise: not what the user asked for.
+        exact = config.precision == "float32" and self.device.platform != "cpu"
+        jax.config.update("jax_default_matmul_precision", "highest" if exact else None)
+
+    def describe(self) -> dict[str, str]:
+        return {"jax": jax.__version__, "device": self.device.device_kind, "precision": self.config.precision}
+
+    def peak_memory_bytes(self) -> int | None:
+        statistics = None if self.device.platform == "cpu" else self.device.memory_stats()
+        return statistics["peak_bytes_in_use"] if statistics else None
+
+    def put(self, tree: Any) -> Any:
+        """Host arrays on the device, never as views of host memory: learners donate their buffers to XLA."""
+        return jax.device_put(tree, self.device, may_alias=False)
+
+
+def _device(name: str) -> jax.Device:
+    try:
+        return jax.devices(None if name == "auto" else name)[0]
+    except RuntimeError as error:
+        here = {"cpu"} | {device.platform for device in jax.devices()}
+        raise ConfigError(
+            f"backend.device='{name}' is not usable here: {error}. Set it to auto or to one of: {listing(here)}."
+        ) from error
+
+
+def _keep_compiled_programs(folder: str | None) -> None:
+    """JAX keeps only slow compilations by default; with many small programs the sum is what one waits for."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()) if folder else None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def keep_freed_memory() -> None:
+    """XLA takes scratch space from malloc anew at each call of a program. glibc asks the system for every large block, whose
+    pages are then mapped and cleared one by one: a fifth of the time of a small network's step. Told so, it keeps what is freed
+    for the next call, but for blocks of a GiB and more (mallopt(3); glibc before 2.35 refuses)."""
+    if _mallopt(MMAP_THRESHOLD, 2**30):
+        _mallopt(TRIM_THRESHOLD, 2**30)
+
+
+def _one_heap() -> None:
+    """For all threads, so that what one freed serves the others. Later is too late: a thread stays with the heap it has."""
+    _mallopt(ARENA_MAX, 1)
+
+
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
+"""Of glibc's malloc.h."""
+
+
+def _mallopt(option: int, value: int) -> bool:
+    return platform.libc_ver()[0] == "glibc" and bool(ctypes.CDLL(None).mallopt(option, value))
+
+
+@functools.cache
+def scheduling() -> dict[str, Any] | None:
+    """Compiler options of programs with gradients. On CPUs XLA orders operations so that more of them could run at once, at the
+    price of memory: of two networks it holds the activations of both. Their products use all cores anyway. None where this
+    version of XLA has no such option."""
+    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        jax.jit(lambda x: x, compiler_options=options)(0)
+    except jax.errors.JaxRuntimeError:
+        return None
+    return options

@@ -1,0 +1,94 @@
+"""PyTorch on a device: precision and threads. What models need of their backend."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from lockstep.config.schema import setting
+from lockstep.errors import ConfigError
+from lockstep.interfaces import Backend
+
+log = logging.getLogger(__name__)
+
+
+class TorchDevice(Backend):
+    """`TorchBackend` but for its learner, which imports the models, as these import this file."""
+
+    @dataclass(frozen=True)
+    class Config:
+        device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto: the first accelerator, else the CPU.")
+        precision: Literal["float32", "bfloat16"] = setting("float32", "Of matrix products; weights and Adam stay in float32.")
+        gradient_checkpointing: bool = setting(
+            False, "Recompute a layer's inner activations for the gradient (Chen et al. 2016): memory for a second forward pass."
+        )
+        cuda_graphs: bool = setting(
+            False,
+            "On CUDA devices, decode with one launch per token instead of one per kernel, in networks that run in this "
+            "project's own decoder. Tested as far as a CPU allows, and not yet run on a card: hence off.",
+        )
+        threads: int | None = setting(None, "CPU threads; null: one per core.", least=1)
+
+    name = "torch"
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.device = _device(config.device)
+        self.trunks: dict[str, Any] = {}
+        """Frozen networks that adapters share, by the path of their checkpoint."""
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        if config.precision == "bfloat16" and self.device.type == "cpu" and (factor := _bfloat16_takes()) > 2:
+            faster = "backend.precision=float32 is faster"
+            log.warning("bfloat16 products take %.0f times as long as float32's on this processor: %s", factor, faster)
+
+    def describe(self) -> dict[str, str]:
+        card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return {"torch": torch.__version__, "device": card, "precision": self.config.precision}
+
+    def peak_memory_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+    def put(self, array: np.ndarray) -> torch.Tensor:
+        """A host array on the device. Token ids become int64, which torch indexes with; seeds, uint32, become int32 with the
+        same bits, which torch computes with."""
+        array = np.ascontiguousarray(array)
+        if array.dtype == np.uint32:
+            return torch.as_tensor(array.view(np.int32)).to(self.device)
+        tensor = torch.as_tensor(array)
+        return tensor.to(self.device, torch.int64 if tensor.dtype == torch.int32 else None)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Matrix products in bfloat16, the rest in float32, where the configuration says so."""
+        if self.config.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+        raise ConfigError(f"backend.device='{name}' is not usable here ({count} accelerators found): {error}") from error
+    return torch.device(name)
+
+
+def _bfloat16_takes() -> float:
+    """Times as long as float32: processors that have no instructions for it emulate them."""
+    square = torch.ones(256, 256)
+
+    def seconds(x: torch.Tensor) -> float:
+        started = time.perf_counter()
+        x @ x
+        return time.perf_counter() - started
+
+    return min(seconds(square.bfloat16()) for _ in range(3)) / min(seconds(square) for _ in range(3))

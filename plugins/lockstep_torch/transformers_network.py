@@ -1,0 +1,113 @@
+"""Any causal language model of transformers behind the face of `lockstep_torch.decoder.Network`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lockstep.errors import ConfigError
+from lockstep.models.architecture import usual_name
+from lockstep_torch.decoder import DropoutMask, Network, positions
+
+
+def config_of(hf: Any) -> dict[str, Any]:
+    """``config.json`` of a model of transformers, without the folder it was read from."""
+    return {key: value for key, value in hf.config.to_dict().items() if key != "_name_or_path"}
+
+
+class TransformersNetwork(Network):
+    """Any causal language model of transformers, or its trunk alone."""
+
+    def __init__(self, hf: Any):
+        super().__init__()
+        self.hf = hf
+        # With pad_token_id in its config.json, often that of EOS, transformers gives the embedding of that token no gradient.
+        hf.get_input_embeddings().padding_idx = None
+        self.config = config_of(hf)
+        self.prefix = "" if hf.base_model is not hf else f"{hf.base_model_prefix}."  # as the checkpoint has it
+        config = hf.config.get_text_config()
+        self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
+        self.context_length = config.max_position_embeddings
+
+    def checkpoint_name(self, name: str) -> str:
+        return usual_name(self.config["model_type"], name.replace("hf.", self.prefix, 1))
+
+    def hidden(self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0) -> Tensor:
+        if dropout is not None:
+            raise ConfigError("Networks of transformers are run without dropout. Set dropout=0, or use policy=decoder.")
+        if mask.dtype != torch.bool and not self.can_pack:
+            raise ConfigError(
+                f"This {self.config['model_type']} cannot be trained on packed rows: run by transformers, the examples of a row "
+                "see each other. Set packing=false."
+            )
+        with self._checkpointing_layers():
+            return self._trunk(tokens, mask, positions(mask)).last_hidden_state[:, first:]
+
+    def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, dict[str, Any]]:
+        out = self._trunk(tokens, mask, positions(mask), use_cache=True)
+        return out.last_hidden_state[:, -1], {"past": out.past_key_values, "mask": mask, "count": mask.sum(-1)}
+
+    def advance(self, token: Tensor, cache: dict[str, Any]) -> Tensor:
+        cache["mask"] = F.pad(cache["mask"], (0, 1), value=True)
+        out = self._trunk(token[:, None], cache["mask"], cache["count"][:, None], past_key_values=cache["past"], use_cache=True)
+        cache["past"], cache["count"] = out.past_key_values, cache["count"] + 1
+        return out.last_hidden_state[:, 0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = self.hf.get_output_embeddings()(hidden)
+        cap = getattr(self.hf.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def language_head(self) -> nn.Module | None:
+        return self.hf.get_output_embeddings()
+
+    def without_language_head(self) -> TransformersNetwork:
+        trunk = TransformersNetwork(self.hf.base_model)
+        trunk.adapter = self.adapter
+        return trunk
+
+    @functools.cached_property
+    def can_pack(self) -> bool:
+        """Whether examples in one row are apart. transformers is told by positions that start again; not every model listens,
+        so it is tried out: an example after another one against the same one alone, and after an example of other tokens."""
+        device = self.hf.get_input_embeddings().weight.device
+        first, second = (torch.arange(8, device=device)[None] * step % self.vocab_size for step in (1, 3))
+        segments = torch.tensor([[1] * 8 + [2] * 8], device=device)
+        run = lambda tokens, mask: self._trunk(tokens, mask, positions(mask)).last_hidden_state[0, -8:]  # noqa: E731
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            alone = run(second, segments[:, :8] > 0)
+            packed, other = (run(torch.cat([before, second], 1), segments) for before in (first, first.flip(1)))
+        return torch.equal(packed, other) and torch.allclose(packed, alone, atol=1e-3 * float(alone.abs().max()))
+
+    @contextlib.contextmanager
+    def _checkpointing_layers(self) -> Iterator[None]:
+        """transformers checkpoints layers in training mode only. So the layers say they are in it, while the modules inside
+        them, and with these their dropout, are not."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        again = functools.partial(checkpoint, use_reentrant=False)
+        on, modules = self.gradient_checkpointing, self.hf.modules()
+        layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)] if on else []
+        for layer in layers:
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func, layer.training = True, again, True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
+    def _trunk(self, tokens: Tensor, mask: Tensor, position: Tensor, **cache: Any) -> Any:
+        here = mask[:, -tokens.shape[1] :] != 0
+        return self.hf.base_model(
+            input_ids=torch.where(here, tokens, 0),
+            attention_mask=mask.long() if mask.dtype == torch.bool else None,
+            position_ids=position,
+            **({"use_cache": False} | cache),
+        )

@@ -1,0 +1,162 @@
+"""The folders are the architecture: which part may import which, and what enters a stage's identity."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lockstep.runs import identity
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("framework", "plugins")
+
+FLOORS = (
+    "errors", "types", "version", "registry", "interfaces", "builtin", "storage", "config", "text", "learning", "models",
+    "data", "reporting", "runs", "scale", "checking", "commands", "api",
+)  # fmt: skip
+"""Of the core, the lowest first: each imports only from itself and from those before it."""
+FRONT_DOORS = ("__init__", "__main__", "cli")
+"""Files of the core that import from any floor, and that no floor imports."""
+
+
+def modules() -> dict[str, Path]:
+    """{dotted name: file} of the core and of every plugin in the repository."""
+    found = {}
+    for source in SOURCES:
+        for file in sorted((ROOT / source).rglob("*.py")):
+            parts = file.relative_to(ROOT / source).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+def imports(file: Path, known: dict[str, Path]) -> dict[str, bool]:
+    """{module: whether the import is for type checkers only} of a file's imports of ours, wherever in the file they are."""
+    tree, found = ast.parse(file.read_text()), {}
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name for name in inner if name in known]
+            names += [node.module] if len(names) < len(inner) else []  # something that the package itself defines
+        else:
+            continue
+        for name in names:
+            if name in known:
+                found[name] = found.get(name, True) and id(node) in for_types
+    return found
+
+
+def graph() -> dict[str, dict[str, bool]]:
+    known = modules()
+    return {name: imports(file, known) for name, file in known.items()}
+
+
+def circle(edges: dict[str, list[str]]) -> list[str]:
+    """Some circle, from a module back to itself; empty where there is none."""
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for other in edges[name]:
+            if found := visit(other, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in edges if (found := visit(name, []))), [])
+
+
+def floor(module: str) -> str | None:
+    """The floor of a module of the core; None for a front door and for other packages."""
+    package, _, rest = module.partition(".")
+    name = rest.partition(".")[0]
+    return None if package != "lockstep" or name in ("", *FRONT_DOORS) else name
+
+
+def test_each_floor_of_the_core_imports_only_from_the_floors_below():
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in graph().items()
+        for other, for_types in others.items()
+        if floor(module) and not for_types
+        if other.startswith("lockstep.") and FLOORS.index(floor(other) or "api") > FLOORS.index(floor(module))
+    ]
+    assert wrong == []
+
+
+def test_every_folder_of_the_core_has_its_floor():
+    assert {floor(module) for module in modules()} - {None} <= set(FLOORS)
+
+
+def test_no_two_files_import_each_other_lazily_or_for_types_included():
+    assert circle({module: list(others) for module, others in graph().items()}) == []
+
+
+def test_the_core_imports_neither_a_plugin_nor_torch_nor_jax():
+    plugins = {path.name for path in (ROOT / "plugins").iterdir()}
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in graph().items()
+        for other in others
+        if module.split(".")[0] == "lockstep" and other.split(".")[0] in plugins
+    ]
+    assert wrong == []
+
+
+def test_a_circle_is_found():
+    assert circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
+    assert circle({"a": ["b", "c"], "b": ["c"], "c": []}) == []
+
+
+# ------------------------------------------------------------------------------------- what enters a stage's identity
+
+
+@pytest.fixture
+def core(tmp_path, monkeypatch):
+    """A copy of the core's source that can be edited; code_digests looks there."""
+    copy = tmp_path / "lockstep"
+    shutil.copytree(ROOT / "framework" / "lockstep", copy)
+    find = importlib.util.find_spec
+
+    def find_spec(name: str):
+        spec = find(name)
+        if name == "lockstep":
+            spec.submodule_search_locations = [str(copy)]
+        return spec
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    return copy
+
+
+def first_file(folder: Path) -> Path:
+    return next(file for file in sorted(folder.rglob("*.py")) if file.name != "__init__.py")
+
+
+@pytest.mark.parametrize("folder", sorted(identity.NOT_RESULTS & {f.name for f in (ROOT / "framework/lockstep").iterdir()}))
+def test_a_comment_in_what_shows_or_checks_results_changes_no_identity(core, folder):
+    before = identity.code_digests([])
+    file = first_file(core / folder)
+    file.write_text(file.read_text() + "# a comment\n")
+    assert identity.code_digests([]) == before
+
+
+@pytest.mark.parametrize("folder", ["learning", "text", "models", "data", "config", "storage", "runs"])
+def test_a_comment_in_what_decides_results_changes_every_identity(core, folder):
+    before = identity.code_digests([])
+    file = first_file(core / folder)
+    file.write_text(file.read_text() + "# a comment\n")
+    assert identity.code_digests([]) != before
