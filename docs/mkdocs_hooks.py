@@ -19,6 +19,7 @@ API = {
     "lockstep.errors": "Errors whose message explains the fix.",
     "lockstep.config.schema": "YAML to checked dataclasses.",
     "lockstep.learning.numerics": "KL, rewards, GAE, whitening, rankings, intervals.",
+    "lockstep.learning.rollout": "Prompts to sampled, stopped and scored responses.",
     "lockstep.learning.losses": "Losses over [batch, time], for every backend.",
     "lockstep.learning.randomness": "Every random number as a function of (seed, stream, step, row).",
     "lockstep.learning.optimisation": "Adam and learning-rate schedules.",
