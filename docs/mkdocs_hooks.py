@@ -8,8 +8,8 @@ from pathlib import Path
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["*.md", "LICENSE", "docs/**/*", "benchmarks/**/*"]
-SUFFIXES = {".md", ".png", ".svg", ".css", ".yaml", ""}
+PAGES = ["*.md", "LICENSE", "CITATION.cff", "docs/**/*", "benchmarks/**/*"]
+SUFFIXES = {".md", ".png", ".svg", ".css", ".yaml", ".ipynb", ".cff", ""}
 
 API = {
     "lockstep": "The Python API.",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -17,14 +18,16 @@ jax = pytest.importorskip("jax")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from conftest import ARCHITECTURE  # noqa: E402
 from lockstep.errors import CheckpointError, ConfigError  # noqa: E402
 from lockstep.interfaces import Term  # noqa: E402
 from lockstep.learning import losses, randomness  # noqa: E402
 from lockstep.learning.optimisation import OptimizerConfig  # noqa: E402
-from lockstep.models.architecture import scalar_head  # noqa: E402
+from lockstep.models.architecture import initial_parameters, scalar_head  # noqa: E402
 from lockstep.text.sequences import Sequences, join, pack  # noqa: E402
-from lockstep_jax import generation, learner, model, products  # noqa: E402
+from lockstep_jax import decoder, generation, learner, model, products  # noqa: E402
 from lockstep_jax.backend import JaxBackend  # noqa: E402
+from lockstep_jax.parameters import from_arrays  # noqa: E402
 from lockstep_jax.policies import HuggingFace  # noqa: E402
 
 VOCAB = 61
@@ -476,6 +479,24 @@ def test_operands_are_turned_in_memory_on_cpus_only(platform):
     turned = jax.make_jaxpr(lambda x: products.transposed(x, platform))(np.zeros((2, 3), np.float32))
     assert turned.out_avals[0].shape == (3, 2)
     assert ("optimization_barrier" in str(turned)) == (platform == "cpu")
+
+
+@pytest.mark.parametrize(("platform", "attention"), [("cpu", "float32"), ("gpu", "bfloat16")])
+def test_a_network_computes_as_its_own_device_wants_and_not_as_the_default_one(platform, attention):
+    half = SimpleNamespace(config=dataclasses.replace(CPU, precision="bfloat16"), device=SimpleNamespace(platform=platform))
+    spec = decoder.NetworkSpec.on(half, ARCHITECTURE, language_head=True, scalar_head=False)
+    params = from_arrays(ARCHITECTURE, initial_parameters(ARCHITECTURE, 0))
+
+    def start(params):
+        network = spec.bind(params, {})
+        return network.start(network.apart(), np.zeros((1, 2), np.int32), np.ones((1, 2), bool), 1)
+
+    def loss(params):
+        network = spec.bind(params, {})
+        return network.hidden(np.zeros((1, 2), np.int32), np.ones((1, 2), bool)).sum()
+
+    assert jax.eval_shape(start, params)[1].layers[0][0].dtype == attention
+    assert ("optimization_barrier" in str(jax.make_jaxpr(jax.grad(loss))(params))) == (platform == "cpu")
 
 
 def test_a_device_that_is_not_there_is_a_configuration_error():

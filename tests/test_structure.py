@@ -16,7 +16,7 @@ SOURCES = ("framework", "plugins")
 
 FLOORS = (
     "errors", "types", "version", "registry", "interfaces", "builtin", "storage", "config", "text", "learning", "models",
-    "data", "reporting", "runs", "scale", "checking", "commands", "api",
+    "data", "reporting", "runs", "scale", "checking", "api", "commands",
 )  # fmt: skip
 """Of the core, the lowest first: each imports only from itself and from those before it."""
 FRONT_DOORS = ("__init__", "__main__", "cli")
@@ -93,7 +93,7 @@ def test_each_floor_of_the_core_imports_only_from_the_floors_below():
         for module, others in graph().items()
         for other, for_types in others.items()
         if floor(module) and not for_types
-        if other.startswith("lockstep.") and FLOORS.index(floor(other) or "api") > FLOORS.index(floor(module))
+        if other.startswith("lockstep.") and FLOORS.index(floor(other) or FLOORS[-1]) > FLOORS.index(floor(module))
     ]
     assert wrong == []
 

@@ -186,6 +186,22 @@ class Policy(Model, Component):
           stop_ids: a row ends with the first of these; it is kept, and everything after it is ``pad_id``, masked.
         """
 
+    def stream(
+        self,
+        prompt_tokens: np.ndarray,
+        prompt_mask: np.ndarray,
+        seeds: np.ndarray,
+        *,
+        temperature: float,
+        stop_ids: Sequence[int],
+        pad_id: int,
+    ) -> Iterator[np.ndarray]:
+        """The tokens of `generate`, a column int32 [B] at a time, each when it is drawn, until every row has ended. This default
+        gives them once all are drawn."""
+        how: dict[str, Any] = {"temperature": temperature, "stop_ids": stop_ids, "pad_id": pad_id}
+        drawn = self.generate(prompt_tokens, prompt_mask, seeds, **how)
+        yield from drawn.tokens[:, drawn.mask.any(axis=0)].T
+
     @abstractmethod
     def with_value_head(self) -> Policy:
         """A copy that also supplies values, from a zero-initialised head on the shared trunk."""

@@ -44,41 +44,97 @@ def generate(
     greedy: bool,
 ) -> tuple[Array, Array, Array]:
     """See `lockstep.interfaces.Policy.generate`. Tokens, mask and logprobs, each [B, T] for seeds [B, T]."""
-    decoder = spec.bind(spec.cast(params), spec.cast(frozen))
-    layers, head = decoder.apart(), decoder.head().astype(decoder.dtype)
-    rows, steps = seeds.shape
+    decoding = Decoding(params, frozen, seeds, temperature, stops, pad_id, spec, greedy)
+    last = decoding.until(seeds.shape[1], decoding.start(prompt_tokens, prompt_mask))
+    return last.tokens, last.mask, last.logprobs
 
-    def draw(hidden: Array, now: DecodeState) -> DecodeState:
+
+@functools.partial(jax.jit, static_argnames=("spec", "greedy"))
+def start(
+    params: Tree,
+    frozen: Tree,
+    prompt_tokens: Array,
+    prompt_mask: Array,
+    seeds: Array,
+    temperature: Array,
+    stops: Array,
+    pad_id: Array,
+    *,
+    spec: NetworkSpec,
+    greedy: bool,
+) -> DecodeState:
+    """`generate` as far as the first token."""
+    decoding = Decoding(params, frozen, seeds, temperature, stops, pad_id, spec, greedy)
+    return decoding.start(prompt_tokens, prompt_mask)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "greedy"), donate_argnames="now")
+def proceed(
+    params: Tree,
+    frozen: Tree,
+    now: DecodeState,
+    seeds: Array,
+    temperature: Array,
+    stops: Array,
+    pad_id: Array,
+    *,
+    spec: NetworkSpec,
+    greedy: bool,
+) -> DecodeState:
+    """`generate` by `AT_ONCE` more tokens."""
+    decoding = Decoding(params, frozen, seeds, temperature, stops, pad_id, spec, greedy)
+    return decoding.until(jnp.minimum(now.step + AT_ONCE, seeds.shape[1]), now)
+
+
+AT_ONCE = 4
+"""Tokens between two looks at a generation: each call takes the layers out of their stack, which copies all weights."""
+
+
+class Decoding:
+    """What the programs above are made of, while they are traced."""
+
+    def __init__(
+        self, params: Tree, frozen: Tree, seeds: Array, temperature: Array, stops: Array, pad_id: Array, spec: NetworkSpec,
+        greedy: bool,
+    ):  # fmt: skip
+        self.decoder = spec.bind(spec.cast(params), spec.cast(frozen))
+        self.layers, self.head = self.decoder.apart(), self.decoder.head().astype(self.decoder.dtype)
+        self.seeds, self.temperature, self.stops, self.pad_id, self.greedy = seeds, temperature, stops, pad_id, greedy
+
+    def start(self, prompt_tokens: Array, prompt_mask: Array) -> DecodeState:
+        rows, steps = self.seeds.shape
+        hidden, cache = self.decoder.start(self.layers, prompt_tokens, prompt_mask, steps)
+        nothing = DecodeState(
+            step=jnp.int32(0),
+            tokens=jnp.full((rows, steps), self.pad_id, jnp.int32),
+            mask=jnp.zeros((rows, steps), bool),
+            logprobs=jnp.zeros((rows, steps)),
+            alive=jnp.ones(rows, bool),
+            token=jnp.zeros(rows, jnp.int32),
+            cache=cache,
+        )
+        return self.draw(hidden, nothing)
+
+    def until(self, end: Array | int, now: DecodeState) -> DecodeState:
+        """With ``end`` tokens written, unless every row has stopped."""
+        return jax.lax.while_loop(lambda now: (now.step < end) & now.alive.any(), self.advance, now)
+
+    def advance(self, now: DecodeState) -> DecodeState:
+        hidden, cache = self.decoder.advance(self.layers, now.token, now.cache)
+        return self.draw(hidden, now._replace(cache=cache))
+
+    def draw(self, hidden: Array, now: DecodeState) -> DecodeState:
         """The next token of every row, which ``hidden`` [B, d] predicts."""
-        token, logprob = sample(decoder.logits(hidden, head), seeds[:, now.step], temperature, greedy)
+        logits = self.decoder.logits(hidden, self.head)
+        token, logprob = sample(logits, self.seeds[:, now.step], self.temperature, self.greedy)
         return now._replace(
             step=now.step + 1,
-            tokens=now.tokens.at[:, now.step].set(jnp.where(now.alive, token, pad_id)),
+            tokens=now.tokens.at[:, now.step].set(jnp.where(now.alive, token, self.pad_id)),
             mask=now.mask.at[:, now.step].set(now.alive),
             logprobs=now.logprobs.at[:, now.step].set(jnp.where(now.alive, logprob, 0.0)),
-            alive=now.alive & ~jnp.isin(token, stops),
+            alive=now.alive & ~jnp.isin(token, self.stops),
             token=token,
         )
-
-    def unfinished(now: DecodeState) -> Array:
-        return (now.step < steps) & now.alive.any()
-
-    def step(now: DecodeState) -> DecodeState:
-        hidden, cache = decoder.advance(layers, now.token, now.cache)
-        return draw(hidden, now._replace(cache=cache))
-
-    hidden, cache = decoder.start(layers, prompt_tokens, prompt_mask, steps)
-    nothing = DecodeState(
-        step=jnp.int32(0),
-        tokens=jnp.full((rows, steps), pad_id, jnp.int32),
-        mask=jnp.zeros((rows, steps), bool),
-        logprobs=jnp.zeros((rows, steps)),
-        alive=jnp.ones(rows, bool),
-        token=jnp.zeros(rows, jnp.int32),
-        cache=cache,
-    )
-    last = jax.lax.while_loop(unfinished, step, draw(hidden, nothing))
-    return last.tokens, last.mask, last.logprobs
 
 
 def sample(logits: Array, seeds: Array, temperature: Array, greedy: bool) -> tuple[Array, Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from lockstep.storage.weights import write_tensors
 from lockstep.text.sequences import Sequences
 from lockstep_jax.decoder import DecoderNetwork, DropoutMask, NetworkSpec, Tree
 from lockstep_jax.device import JaxDevice
-from lockstep_jax.generation import generate
+from lockstep_jax.generation import generate, proceed, start
 from lockstep_jax.parameters import from_arrays, to_arrays
 
 LOGITS_AT_ONCE = 2**26
@@ -188,6 +188,28 @@ class LanguageModel(JaxModel, Policy):
             greedy=temperature == 0,
         )
         return Generated(*(np.asarray(array) for array in jax.device_get(drawn)))
+
+    def stream(
+        self,
+        prompt_tokens: np.ndarray,
+        prompt_mask: np.ndarray,
+        seeds: np.ndarray,
+        *,
+        temperature: float,
+        stop_ids: Sequence[int],
+        pad_id: int,
+    ) -> Iterator[np.ndarray]:
+        self.check_length(int(prompt_mask.sum(axis=1).max()) + seeds.shape[1])
+        drawing = seeds, float(temperature), np.asarray(stop_ids, np.int32), np.int32(pad_id)
+        how: dict[str, Any] = {"spec": self.spec, "greedy": temperature == 0}
+        now, given = start(self.params, self.frozen, prompt_tokens, prompt_mask, *drawing, **how), 0
+        while True:
+            step, alive, tokens = jax.device_get((now.step, now.alive.any(), now.tokens))
+            tokens = tokens[:, given:step].copy()  # the next call takes the array away
+            yield from tokens.T
+            if not alive or step == seeds.shape[1]:
+                return
+            now, given = proceed(self.params, self.frozen, now, *drawing, **how), step
 
     def with_value_head(self) -> LanguageModel:
         head = {"weight": np.zeros((1, self.hidden_size), np.float32), "bias": np.zeros(1, np.float32)}

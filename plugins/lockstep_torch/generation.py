@@ -26,37 +26,57 @@ def generate(
 ) -> Generated:
     """See `lockstep.interfaces.Policy.generate`. Tensors: [B, P] ids, [B, P] mask, [B, T] seeds as int32. The caller sees to it
     that no gradient is recorded."""
-    rows, steps = seeds.shape
-    step = torch.zeros(1, dtype=torch.int64, device=seeds.device)
-    tokens = torch.full((rows, steps), pad_id, device=seeds.device)
-    mask = torch.zeros((rows, steps), dtype=torch.bool, device=seeds.device)
-    logprobs = torch.zeros((rows, steps), device=seeds.device)
-    alive = torch.ones(rows, dtype=torch.bool, device=seeds.device)
-    last = torch.zeros(rows, dtype=torch.int64, device=seeds.device)
-    stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=seeds.device)
-
-    def draw(hidden: Tensor) -> None:
-        """The next token of every row, which ``hidden`` [B, d] predicts. All that lasts is changed in place, for `recorded`."""
-        token, logprob = sample(network.logits(hidden).float(), seeds.index_select(1, step)[:, 0], temperature)
-        tokens.index_copy_(1, step, torch.where(alive, token, pad_id)[:, None])
-        mask.index_copy_(1, step, alive[:, None])
-        logprobs.index_copy_(1, step, torch.where(alive, logprob, 0.0)[:, None])
-        alive.logical_and_((token[:, None] != stops).all(-1))
-        last.copy_(token)
-        step.add_(1)
-
-    def advance() -> None:
-        draw(network.advance(last, cache))
-
-    hidden, cache = network.start(prompt_tokens, prompt_mask, steps)
-    draw(hidden)
-    for t in range(1, steps):
-        if not alive.any():
+    decoding = Decoding(network, prompt_tokens, prompt_mask, seeds, temperature, stop_ids, pad_id)
+    advance = decoding.advance
+    for t in range(1, seeds.shape[1]):
+        if not decoding.alive.any():
             break
         if t == WARM_UP and network.replays:
             advance = recorded(advance, seeds.device)
         advance()
-    return Generated(tokens.cpu().numpy().astype(np.int32), mask.cpu().numpy(), logprobs.cpu().numpy())
+    arrays = (decoding.tokens.cpu().numpy().astype(np.int32), decoding.mask.cpu().numpy(), decoding.logprobs.cpu().numpy())
+    return Generated(*arrays)
+
+
+class Decoding:
+    """Responses while they are drawn: the first token of every row when it is made, one more with each `advance`. All that lasts
+    is changed in place, for `recorded`."""
+
+    def __init__(
+        self,
+        network: Network,
+        prompt_tokens: Tensor,
+        prompt_mask: Tensor,
+        seeds: Tensor,
+        temperature: float,
+        stop_ids: Sequence[int],
+        pad_id: int,
+    ):
+        (rows, steps), device = seeds.shape, seeds.device
+        self.network, self.seeds, self.temperature, self.pad_id = network, seeds, temperature, pad_id
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.tokens = torch.full((rows, steps), pad_id, device=device)
+        self.mask = torch.zeros((rows, steps), dtype=torch.bool, device=device)
+        self.logprobs = torch.zeros((rows, steps), device=device)
+        self.alive = torch.ones(rows, dtype=torch.bool, device=device)
+        self.last = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
+        hidden, self.cache = network.start(prompt_tokens, prompt_mask, steps)
+        self.draw(hidden)
+
+    def advance(self) -> None:
+        self.draw(self.network.advance(self.last, self.cache))
+
+    def draw(self, hidden: Tensor) -> None:
+        """The next token of every row, which ``hidden`` [B, d] predicts."""
+        seeds = self.seeds.index_select(1, self.step)[:, 0]
+        token, logprob = sample(self.network.logits(hidden).float(), seeds, self.temperature)
+        self.tokens.index_copy_(1, self.step, torch.where(self.alive, token, self.pad_id)[:, None])
+        self.mask.index_copy_(1, self.step, self.alive[:, None])
+        self.logprobs.index_copy_(1, self.step, torch.where(self.alive, logprob, 0.0)[:, None])
+        self.alive.logical_and_((token[:, None] != self.stops).all(-1))
+        self.last.copy_(token)
+        self.step.add_(1)
 
 
 WARM_UP = 3

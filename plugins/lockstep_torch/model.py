@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from lockstep.storage.weights import write_tensors
 from lockstep.text.sequences import Sequences
 from lockstep_torch.decoder import DecoderNetwork, DropoutMask, Network, ScalarHead, copy_network
 from lockstep_torch.device import TorchDevice
-from lockstep_torch.generation import generate
+from lockstep_torch.generation import Decoding, generate
 
 LOGITS_AT_ONCE = 2**26
 """Numbers; a quarter of a gibibyte in float32, several times that while gradients are computed."""
@@ -145,9 +146,7 @@ class LanguageModel(TorchModel, Policy):
         pad_id: int,
     ) -> Generated:
         put = self.backend.put
-        # Inference mode is the fastest, but in it autocast forgets the weights it has cast, and casts them for each token.
-        unrecorded = torch.inference_mode if self.backend.config.precision == "float32" else torch.no_grad
-        with self.backend.autocast(), unrecorded():
+        with self._sampling():
             return generate(
                 self.network,
                 put(prompt_tokens),
@@ -157,6 +156,33 @@ class LanguageModel(TorchModel, Policy):
                 stop_ids=stop_ids,
                 pad_id=pad_id,
             )
+
+    def stream(
+        self,
+        prompt_tokens: np.ndarray,
+        prompt_mask: np.ndarray,
+        seeds: np.ndarray,
+        *,
+        temperature: float,
+        stop_ids: Sequence[int],
+        pad_id: int,
+    ) -> Iterator[np.ndarray]:
+        put = self.backend.put
+        with self._sampling():  # not while the caller has the token
+            decoding = Decoding(self.network, put(prompt_tokens), put(prompt_mask), put(seeds), temperature, stop_ids, pad_id)
+        for t in range(seeds.shape[1]):
+            yield decoding.tokens[:, t].cpu().numpy().astype(np.int32)
+            if t + 1 == seeds.shape[1] or not decoding.alive.any():
+                return
+            with self._sampling():
+                decoding.advance()
+
+    @contextlib.contextmanager
+    def _sampling(self) -> Iterator[None]:
+        # Inference mode is the fastest, but in it autocast forgets the weights it has cast, and casts them for each token.
+        unrecorded = torch.inference_mode if self.backend.config.precision == "float32" else torch.no_grad
+        with self.backend.autocast(), unrecorded():
+            yield
 
     def with_value_head(self) -> LanguageModel:
         head = ScalarHead(np.zeros(self.hidden_size, np.float32))

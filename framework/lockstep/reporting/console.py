@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -31,6 +32,7 @@ SHOWN = {
 }
 """The numbers of the progress bar, in this order; others are in metrics.jsonl and the tracker."""
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BEFORE_A_WORD = 2.0
 
 Progress = Callable[..., None]
 
@@ -80,6 +82,17 @@ class Console:
 
     def stage_done(self, name: str, result: Mapping[str, Any]) -> None:
         self.out.print(f"{name:>12} done in {result['seconds']:.0f} s  {numbers(result['metrics'])}", markup=False)
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Says what is being waited for, if it takes longer than two seconds: on the standard error, for it is no result."""
+        timer = threading.Timer(SECONDS_BEFORE_A_WORD, lambda: print(f"{what} ...", file=sys.stderr, flush=True))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def say(self, text: str) -> None:
         self.out.print(text, markup=False)

@@ -1,0 +1,32 @@
+"""Ctrl-C as a question, so that work ends where it may. An exception in the middle of an update leaves half of it; one in the
+middle of a compilation has crashed XLA when the process ended."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def noted(say: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
+    """Yields a function: was Ctrl-C pressed? The first press is noted, and calls ``say``; the second raises KeyboardInterrupt.
+    Signals reach the main thread alone; in others nothing changes."""
+    pressed = threading.Event()
+
+    def note(number: int, frame: Any) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+        say()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

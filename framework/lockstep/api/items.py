@@ -1,0 +1,88 @@
+"""The nouns of RLHF from plain Python: strings, tuples, messages, and rows with the columns of docs/data.md."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lockstep.data.columns import BadRow, LeftOut, reader
+from lockstep.errors import DataError
+from lockstep.types import Comparison, Demonstration, Message, Prompt
+
+log = logging.getLogger("lockstep")
+
+FORMS = {
+    "prompts": "text, or a dialogue: a list of messages {'role': ..., 'content': ...}",
+    "demonstrations": "a pair (prompt, response)",
+    "comparisons": "(prompt, chosen, rejected) or (prompt, completions, ranks), where rank 0 is best",
+    "texts": "text",
+}
+NOUNS = {"prompts": Prompt, "demonstrations": Demonstration, "comparisons": Comparison, "texts": ()}
+
+
+def read(noun: str, items: Iterable[Any]) -> list[Any]:
+    """Each item as ``noun``: one of its `FORMS`, a mapping with the columns that docs/data.md understands, or the noun itself.
+    What honest data may have and cannot be used (ties) is left out and counted in the log.
+
+    Raises:
+      DataError: an item that is none of these, or nothing is left.
+    """
+    if isinstance(items, (str, Mapping)):
+        raise DataError(f"{noun} should be a list, each item {FORMS[noun]}; not {type(items).__name__}.")
+    found, left_out = [], dict[str, int]()
+    for number, item in enumerate(items):
+        try:
+            found.append(_read(noun, item, f"{noun}[{number}]"))
+        except BadRow as error:
+            raise DataError(f"{noun}[{number}]: {error} Each item should be {FORMS[noun]}.") from error
+        except LeftOut as reason:
+            left_out[str(reason)] = left_out.get(str(reason), 0) + 1
+    for reason, count in left_out.items():
+        log.warning("%s: %d left out: %s", noun, count, reason)
+    if not found:
+        raise DataError(f"There are no {noun} to use. Give at least one: {FORMS[noun]}.")
+    return found
+
+
+def _read(noun: str, item: Any, place: str) -> Any:
+    if isinstance(item, NOUNS[noun]):
+        return item
+    row = item if isinstance(item, Mapping) else _row(noun, item, place)
+    return reader(noun, row, place)(row)
+
+
+def _row(noun: str, item: Any, place: str) -> Mapping[str, Any]:
+    """The item under the names of columns."""
+    match noun, item:
+        case "texts", str():
+            return {"text": item}
+        case "prompts", str() | [Mapping() | Message(), *_]:
+            return {"prompt": _plain(item)}
+        case "demonstrations", [prompt, str() as response]:
+            return {"prompt": _plain(prompt), "response": response}
+        case "comparisons", [prompt, str() as chosen, str() as rejected]:
+            return {"prompt": _plain(prompt), "chosen": chosen, "rejected": rejected}
+        case "comparisons", [prompt, completions, ranks]:
+            return {"prompt": _plain(prompt), "completions": completions, "ranks": ranks}
+    raise DataError(f"{place} should be {FORMS[noun]}; not {item!r}.")
+
+
+def _plain(prompt: Any) -> Any:
+    """Messages as mappings."""
+    if isinstance(prompt, Prompt):
+        prompt = prompt.messages
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        return [{"role": m.role, "content": m.content} if isinstance(m, Message) else m for m in prompt]
+    return prompt
+
+
+def prompt(item: Any) -> Prompt:
+    """One item as a prompt."""
+    (found,) = read("prompts", [item])
+    return found
+
+
+def dialogue(prompt: Prompt) -> list[dict[str, str]]:
+    """What a reward function is given."""
+    return [{"role": m.role, "content": m.content} for m in prompt.messages]

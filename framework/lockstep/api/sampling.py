@@ -1,0 +1,97 @@
+"""Responses of a policy to encoded prompts, whole or as they are drawn.
+
+Token t of row b is drawn from the seed of (seed, turn, b, t) and nothing else: the same seed gives the same text, streamed or
+not, on every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.errors import ConfigError
+from lockstep.interfaces import Policy
+from lockstep.learning.randomness import token_seeds
+from lockstep.learning.rollout import Sampler
+from lockstep.text.encoding import Lengths
+from lockstep.text.sequences import left_pad
+from lockstep.text.stopping import Stops
+from lockstep.text.tokenizer import Tokenizer
+
+ROWS = 64
+"""Responses that are drawn at a time."""
+COLUMNS = 64
+"""Prompts are padded to a multiple of this: each new shape is a compilation on XLA."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn.
+
+    Args:
+      max_tokens: of a response, at most.
+      temperature: 0 takes the most likely token.
+      stop: texts that end a response, as EOS does; they are not part of it.
+      seed, turn: what is drawn is a function of both. Each turn of a conversation draws anew.
+    """
+
+    max_tokens: int
+    temperature: float
+    stop: Sequence[str]
+    seed: int
+    turn: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens={self.max_tokens} should be at least 1.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature={self.temperature:g} should be at least 0; 0 takes the most likely token.")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} should be at least 0.")
+
+
+def respond(policy: Policy, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], how: Sampling) -> list[str]:
+    """One response to each prompt, given as token ids."""
+    stops = Stops(tokenizer, how.stop)
+    seeds = token_seeds(how.seed, "chat", how.turn, len(prompts), how.max_tokens)
+    sampler = Sampler(stops, _lengths(prompts, policy, how), how.temperature, ROWS)
+    drawn = sampler.generate(policy, *_padded(prompts, sampler), seeds)
+    return stops.end(drawn.tokens, drawn.mask).texts
+
+
+def stream(policy: Policy, tokenizer: Tokenizer, prompt: Sequence[int], how: Sampling) -> Iterator[str]:
+    """The response to one prompt, in pieces; together they are the text of `respond`. A piece is whole characters, and nothing
+    that may turn out to begin a stop string. Only text that is no UTF-8 may have been shown differently before it went wrong."""
+    stops, ids, shown = Stops(tokenizer, how.stop), list[int](), 0
+    seeds = token_seeds(how.seed, "chat", how.turn, 1, how.max_tokens)
+    context, text = _padded([prompt], Sampler(stops, _lengths([prompt], policy, how), how.temperature)), ""
+    for (token,) in policy.stream(*context, seeds, temperature=how.temperature, stop_ids=stops.ids, pad_id=tokenizer.pad_id):
+        ids.append(int(token))
+        ended = stops.end(np.array([ids], np.int32), np.ones((1, len(ids)), bool))
+        (text,) = ended.texts
+        if ended.finished[0]:
+            break
+        certain = len(text) - _uncertain(text, how.stop)
+        if certain > shown:
+            yield text[shown:certain]
+            shown = certain
+    if len(text) > shown:
+        yield text[shown:]
+
+
+def _uncertain(text: str, stop: Sequence[str]) -> int:
+    """How many of the last characters may change: bytes of an incomplete one, and the beginning of a stop string."""
+    complete = text.rstrip("\ufffd")
+    begun = (n for string in stop for n in range(1, len(string)) if complete.endswith(string[:n]))
+    return len(text) - len(complete) + max(begun, default=0)
+
+
+def _lengths(prompts: Sequence[Sequence[int]], policy: Policy, how: Sampling) -> Lengths:
+    return Lengths(max(policy.context_length - how.max_tokens, *map(len, prompts)), how.max_tokens, COLUMNS)
+
+
+def _padded(prompts: Sequence[Sequence[int]], sampler: Sampler) -> tuple[np.ndarray, np.ndarray]:
+    columns = sampler.lengths.columns(max(map(len, prompts)), sampler.lengths.prompt)
+    return left_pad(prompts, sampler.stops.tokenizer.pad_id, columns)

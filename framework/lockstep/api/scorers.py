@@ -1,0 +1,151 @@
+"""What gives scores: a trained reward model, or any Python function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lockstep.api import items
+from lockstep.api.policies import ChatPolicy
+from lockstep.api.sampling import COLUMNS, ROWS
+from lockstep.api.sources import find, load_tokenizer, open_backend, reader, save
+from lockstep.errors import ConfigError, DataError, RewardError
+from lockstep.interfaces import Backend, Responses, RewardModel, ScalarModel
+from lockstep.reporting.console import Console
+from lockstep.text import encoding
+from lockstep.text.encoding import Example, Lengths
+from lockstep.text.sequences import Sequences, in_chunks
+from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
+
+if TYPE_CHECKING:
+    import pandas
+
+Reward = Callable[[list[list[dict[str, str]]], list[str]], Sequence[float]]
+"""``function(prompts, responses) -> scores``, as ``reward_model=function`` calls it: prompts are dialogues, lists of
+``{"role", "content"}``; responses are texts; scores are as many finite numbers."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scorer:
+    """A learned reward model with its tokenizer, on a backend: what `train` makes of comparisons.
+
+    Attributes:
+      model: the network (`lockstep.interfaces.ScalarModel`).
+      tokenizer, backend, name, metrics: as of `ChatPolicy`.
+    """
+
+    model: ScalarModel
+    tokenizer: Tokenizer
+    backend: Backend
+    name: str
+    metrics: pandas.DataFrame | None = None
+
+    def __repr__(self) -> str:
+        return f"Scorer({self.name} on {self.backend.name})"
+
+    @classmethod
+    def load(
+        cls, source: str | Path, backend: str | Mapping[str, Any] | Backend | None = None, *, stage: str | None = None
+    ) -> Scorer:
+        """From a folder that `save` wrote, or from a run folder, whose last reward model is taken unless ``stage`` names one."""
+        with Console().waiting(f"loading {source}"):
+            folder, own = find(source, "reward_model", stage)
+            chosen = open_backend(own if backend is None else backend)
+            name, opens = reader(folder, chosen)
+            tokenizer = load_tokenizer(folder, TokenizerConfig(None, None, None, None))
+            return cls(opens.load_scalar(folder, chosen), tokenizer, chosen, name)
+
+    def score(self, prompts: Sequence[Any], responses: Sequence[str]) -> np.ndarray:
+        """float32, one score for each response. Prompts are text or dialogues; a prompt and a response may each take half the
+        context.
+
+        Raises:
+          DataError: a prompt that does not fit, or not as many prompts as responses.
+        """
+        if len(prompts) != len(responses):
+            raise DataError(f"Each response needs its prompt, not {len(prompts)} prompts for {len(responses)} responses.")
+        half = self.model.context_length // 2
+        examples = []
+        for number, (prompt, response) in enumerate(zip(map(items.prompt, prompts), responses, strict=True)):
+            ids = encoding.encode_prompt(self.tokenizer, prompt, half)
+            if ids is None:
+                raise DataError(f"prompts[{number}] has more than {half} tokens, which is half the model's context.")
+            examples.append(Example(ids, encoding.encode_response(self.tokenizer, response, half)))
+        return self.read(encoding.block(examples, self.tokenizer, Lengths(half, half, COLUMNS)))
+
+    def read(self, sequences: Sequences) -> np.ndarray:
+        """The scores of rows of this tokenizer's tokens."""
+        return in_chunks(lambda part: self.model.evaluate(part, ["scores"]), sequences, ROWS)["scores"]
+
+    def save(self, folder: str | Path) -> Path:
+        """A Hugging Face checkpoint of a sequence classifier, with its tokenizer."""
+        return save(folder, self.model, self.tokenizer, "reward_model", self.name)
+
+
+def reward_model(reward: Reward | Scorer | RewardModel, policy: ChatPolicy) -> RewardModel:
+    """What algorithms get their scores from.
+
+    Raises:
+      ConfigError: it is nothing that can score this policy's responses.
+    """
+    if isinstance(reward, RewardModel):
+        return reward
+    if isinstance(reward, Scorer):
+        return Learned(reward, policy)
+    if not callable(reward):
+        raise ConfigError(
+            f"reward={reward!r} should be a function (prompts, responses) -> scores, or what lockstep.train made of comparisons."
+        )
+    return Called(reward)
+
+
+class Learned(RewardModel):
+    """A `Scorer` that reads the policy's own tokens."""
+
+    def __init__(self, scorer: Scorer, policy: ChatPolicy):
+        self.scorer = scorer
+        if scorer.tokenizer.core.to_str() != policy.tokenizer.core.to_str():
+            raise ConfigError(
+                "The reward model reads another vocabulary than the policy writes. Train it from this policy, or run an "
+                "experiment: there reward_model.source takes any reward model."
+            )
+        if scorer.backend.name != policy.backend.name:
+            raise ConfigError(
+                f"The reward model is on {scorer.backend.name} and the policy on {policy.backend.name}. Save it, and load it "
+                "with backend=policy.backend."
+            )
+
+    def score(self, responses: Responses) -> np.ndarray:
+        return self.scorer.read(responses.sequences)
+
+    def value_network(self) -> ScalarModel:
+        return self.scorer.model.copy()  # type: ignore[return-value]
+
+
+class Called(RewardModel):
+    """A Python function. What it raises is the caller's to see."""
+
+    def __init__(self, function: Reward):
+        self.function = function
+
+    def score(self, responses: Responses) -> np.ndarray:
+        texts = list(responses.texts)
+        found = self.function([items.dialogue(prompt) for prompt in responses.prompts], texts)
+        try:
+            scores = np.asarray(found, np.float32)
+        except (TypeError, ValueError) as error:
+            raise RewardError(f"The reward function returned something that is not a list of numbers: {error}") from error
+        if scores.shape != (len(texts),):
+            raise RewardError(
+                f"The reward function returned shape {scores.shape} for {len(texts)} responses; one number each is needed."
+            )
+        if not np.isfinite(scores).all():
+            row = int(np.argmin(np.isfinite(scores)))
+            raise RewardError(
+                f"The reward function scored {scores[row]} for the response {texts[row]!r}. A score must be a finite number."
+            )
+        return scores

@@ -1,0 +1,112 @@
+"""Where models are opened from and saved to: folders, runs, backends, tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lockstep.config.compose import compose, group
+from lockstep.config.root import component_config
+from lockstep.errors import CheckpointError, ConfigError, RegistryError, did_you_mean, listing
+from lockstep.interfaces import Backend, Policy
+from lockstep.registry import registry
+from lockstep.runs.assembly import MADE_BY, opener
+from lockstep.storage.files import read_json, write_json
+from lockstep.storage.sources import fetch_folder
+from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
+
+PAD = "<|pad|>"
+
+
+def open_backend(backend: str | Mapping[str, Any] | Backend | None) -> Backend:
+    """A backend by its name, by its configuration, or as it is; None takes the default of `conf/config.yaml`."""
+    if isinstance(backend, Backend):
+        return backend
+    if backend is None:
+        backend = dict(compose([])["backend"])
+    given = {"name": backend} if isinstance(backend, str) else dict(backend)
+    known = {component.name for component in registry() if component.kind == "backend"}
+    if given["name"] not in known:
+        raise RegistryError(
+            f"No backend named '{given['name']}'.{did_you_mean(given['name'], known)} Registered: {listing(known)}."
+        )
+    keys = laid_over(group("backend", given["name"]), given)
+    cls = registry().resolve("backend", given["name"], given["name"])
+    opened: Backend = cls(component_config(cls, keys, "backend"))
+    return opened
+
+
+def find(source: str | Path, kind: str, stage: str | None = None) -> tuple[Path, dict[str, Any] | None]:
+    """The checkpoint folder that holds a result of this kind ('policy', 'reward_model'), and the run's backend if it is of a run.
+
+    Raises:
+      CheckpointError: the run or the folder holds none, or there is no such folder or repository.
+    """
+    folder, what = Path(source), kind.replace("_", " ")
+    if (folder / "run.json").exists():
+        made = outputs(folder, kind)
+        if not made or (stage and stage not in made):
+            missing = f"no stage '{stage}' with one.{did_you_mean(stage, made)}" if stage else "none yet."
+            raise CheckpointError(f"A {what} is wanted, and the run {folder} has {missing} Stages with one: {listing(made)}.")
+        return made[stage or next(reversed(made))], configuration(folder)["backend"]
+    if stage is not None:
+        raise CheckpointError(f"stage='{stage}' needs the folder of a run, and {source} has no run.json.")
+    if (folder / "output" / MADE_BY).exists():  # a stage's folder
+        folder = folder / "output"
+    if (folder / MADE_BY).exists() and (made_as := read_json(folder / MADE_BY)["kind"]) != kind:
+        raise CheckpointError(f"{folder} holds a {made_as.replace('_', ' ')}, not a {what}.")
+    return fetch_folder(folder if folder.exists() else source), None
+
+
+def configuration(run: Path) -> dict[str, Any]:
+    """A run's, whole."""
+    found: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    return found
+
+
+def outputs(run: Path, kind: str) -> dict[str, Path]:
+    """{stage: folder} of a run's results of one kind, in the order of its stages."""
+    stages = read_json(run / "run.json")["stages"]
+    folders = {name: run.parent / stage["folder"] / "output" for name, stage in stages.items()}
+    made = {name: folder for name, folder in folders.items() if (folder / MADE_BY).exists()}
+    return {name: folder for name, folder in made.items() if read_json(folder / MADE_BY)["kind"] == kind}
+
+
+def reader(folder: Path, backend: Backend) -> tuple[str, type[Policy]]:
+    """The registered policy that reads a checkpoint: its name and its class."""
+    name = opener(folder, backend.name)
+    return name, registry().resolve("policy", name, backend.name)
+
+
+def load_tokenizer(path: Path | str, config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer of a checkpoint. Many public ones pad with EOS: padding is masked and read by no model, so that those are
+    given a pad token of their own."""
+    try:
+        return Tokenizer.load(path, config)
+    except ConfigError:
+        if config.pad_token is not None:
+            raise
+        return Tokenizer.load(path, TokenizerConfig(config.path, config.eos_token, PAD, config.chat_template))
+
+
+def save(folder: str | Path, model: Any, tokenizer: Tokenizer, kind: str, name: str) -> Path:
+    """As the output of a stage is written."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(folder)
+    tokenizer.save(folder)
+    write_json(folder / MADE_BY, {"kind": kind, "policy": name})
+    return folder
+
+
+def laid_over(keys: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``keys`` with ``changes``; a group in both is merged key by key."""
+    both = {
+        key: laid_over(keys[key], value)
+        for key, value in changes.items()
+        if isinstance(value, Mapping) and isinstance(keys.get(key), Mapping)
+    }
+    return {**keys, **changes, **both}

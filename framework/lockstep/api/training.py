@@ -1,0 +1,122 @@
+"""Train a policy, or a reward model on top of it, by any algorithm that is registered."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lockstep.api import items
+from lockstep.api.interrupts import noted
+from lockstep.api.policies import ChatPolicy
+from lockstep.api.scorers import Reward, Scorer, reward_model
+from lockstep.api.sources import laid_over
+from lockstep.config.compose import group
+from lockstep.config.root import component_config
+from lockstep.errors import ConfigError, MissingData
+from lockstep.interfaces import Algorithm, Context, DataSource, RewardModel
+from lockstep.registry import registry
+from lockstep.reporting.console import Console
+from lockstep.reporting.health import Health
+from lockstep.types import Comparison, Demonstration, Prompt
+
+if TYPE_CHECKING:
+    import pandas
+
+log = logging.getLogger("lockstep")
+
+
+def train(
+    policy: ChatPolicy, algorithm: str, *, prompts: Iterable[Any] | None = None, demonstrations: Iterable[Any] | None = None,
+    comparisons: Iterable[Any] | None = None, texts: Iterable[Any] | None = None,
+    reward: Reward | Scorer | RewardModel | None = None, seed: int = 0, **settings: Any,
+) -> Any:  # fmt: skip
+    """What the algorithm makes of the policy: a `ChatPolicy`, or a `Scorer` where it learns a reward model. Its ``metrics`` are a
+    data frame, a row per step. The policy that is given stays as it is.
+
+    Ctrl-C ends training after the step in progress, and what there is by then is returned. A second one stops at once.
+
+    Args:
+      algorithm: as registered: 'pretrain', 'sft', 'reward_modelling', 'ppo', or a plugin's.
+      prompts: text, or dialogues: lists of messages {'role': ..., 'content': ...}.
+      demonstrations: pairs (prompt, response).
+      comparisons: (prompt, chosen, rejected), or (prompt, completions, ranks), where rank 0 is best.
+      texts: raw text.
+        Each item of these four may also be a mapping with columns that docs/data.md understands, as rows of `datasets` are.
+      reward: for algorithms that need one: a function (prompts, responses) -> scores, where prompts are dialogues; or the
+        `Scorer` that `train` made of comparisons. What the function raises ends training.
+      seed: of order and sampling.
+      settings: keys of the algorithm's configuration that differ from its file in `conf/algorithm`: iterations=20,
+        optimizer={'learning_rate': 1e-4}, lengths={'prompt': 256, 'response': 64}, ...
+
+    Raises:
+      ConfigError: a key that the algorithm has not, or a value that does not fit.
+      MissingData: data that the algorithm needs and was not given.
+    """
+    cls = registry().resolve("algorithm", algorithm, policy.backend.name)
+    config = component_config(cls, laid_over(group("algorithm", algorithm), settings), algorithm)
+    if cls.needs_reward_model and reward is None:
+        raise ConfigError(f"{algorithm} needs a reward. Pass reward=, a function (prompts, responses) -> scores, or a Scorer.")
+    if reward is not None and not cls.needs_reward_model:
+        raise ConfigError(f"{algorithm} takes no reward. Leave out reward=.")
+    given = {"prompts": prompts, "demonstrations": demonstrations, "comparisons": comparisons, "texts": texts}
+    data = Given({noun: items.read(noun, found) for noun, found in given.items() if found is not None})
+    scores = None if reward is None else reward_model(reward, policy)
+    console = Console()
+    trainer = cls(config, Context(seed, policy.backend, policy.tokenizer, data, policy.policy.copy(), scores))
+    metrics = _metrics(_steps(algorithm, trainer, console))
+    made = trainer.result()
+    if cls.produces == "policy":
+        return ChatPolicy(made, policy.tokenizer, policy.backend, policy.name, metrics)
+    return Scorer(made, policy.tokenizer, policy.backend, policy.name, metrics)
+
+
+def _steps(name: str, trainer: Algorithm, console: Console) -> list[dict[str, float]]:
+    """The metrics of each step and, where there are some, those of the end."""
+    rows, health = [], Health()
+    with noted(_say) as interrupted, console.progress(name, 0, trainer.total_steps) as progress:
+        for step in range(trainer.total_steps):
+            rows.append(trainer.step(step))
+            for finding in health.watch(step, rows[-1]):
+                log.warning("step %d: %s. %s", step, finding.name, finding.message)
+            progress(step + 1, rows[-1])
+            if interrupted():
+                log.warning("stopped after step %d of %d: what there is by now is returned", step + 1, trainer.total_steps)
+                break
+    last = trainer.finish()
+    return [*rows, last] if last else rows
+
+
+def _say() -> None:
+    log.warning("stopping after this step; press Ctrl-C again to stop at once")
+
+
+def _metrics(rows: Sequence[Mapping[str, float]]) -> pandas.DataFrame:
+    """A row per step, without what was never measured."""
+    import pandas
+
+    return pandas.DataFrame(rows, index=pandas.RangeIndex(len(rows), name="step")).dropna(axis="columns", how="all")
+
+
+class Given(DataSource):
+    """Data as it was handed over; nothing is held out."""
+
+    def __init__(self, nouns: Mapping[str, Sequence[Any]]):
+        self.nouns = nouns
+
+    def texts(self, split: str) -> Sequence[str]:
+        return self._split("texts", split)
+
+    def demonstrations(self, split: str) -> Sequence[Demonstration]:
+        return self._split("demonstrations", split)
+
+    def comparisons(self, split: str) -> Sequence[Comparison]:
+        return self._split("comparisons", split)
+
+    def prompts(self, split: str) -> Sequence[Prompt]:
+        return self._split("prompts", split)
+
+    def _split(self, noun: str, split: str) -> Sequence[Any]:
+        if noun not in self.nouns:
+            raise MissingData(f"This training needs {noun}. Pass {noun}=[...], each {items.FORMS[noun]}.")
+        return self.nouns[noun] if split == "train" else ()
