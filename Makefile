@@ -23,7 +23,9 @@ lint: $(VENV)/ready
 test-lowest: .venv-lowest/ready
 	.venv-lowest/bin/python -m pytest $(PYTEST_FLAGS) $(LOWEST_TESTS)
 
-LOWEST_TESTS = $(addprefix tests/test_,$(addsuffix .py,packaging registry configuration numerics losses optimisation tokenizer data compare))
+LOWEST_TESTS = $(LOWEST:%=tests/test_%)
+LOWEST = packaging.py registry.py configuration.py numerics.py optimisation.py tokenizer.py data.py compare.py \
+	parity.py::test_both_draw_the_same_tokens parity.py::test_both_evaluate_alike
 
 .venv-lowest/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
