@@ -78,7 +78,7 @@ def test_templates_are_in_the_wheel(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as files:
-        packed = {name.partition("lockstep/scaffold/templates/")[2] for name in files.namelist()}
+        packed = {name.partition("lockstep/checking/scaffold/templates/")[2] for name in files.namelist()}
     assert {file.relative_to(TEMPLATES).as_posix() for file in TEMPLATES.rglob("*.template")} <= packed
 
 
