@@ -35,6 +35,9 @@ def names(file: Path) -> frozenset[str]:
                 new = [node.target.id] if isinstance(node.target, ast.Name) else []
             elif isinstance(node, (ast.Import, ast.ImportFrom)):
                 new = [alias.asname or alias.name for alias in node.names]
+            elif isinstance(node, ast.If):  # imports for type checkers, of names that are there at run time too
+                visit(node.body, prefix)
+                new = []
             else:
                 new = []
             found.update(prefix + name for name in new)
