@@ -236,11 +236,12 @@ def new_policy(
     keys = group("policy", policy) | {"name": policy} if policy else defaults["policy"]
     cls = registry().resolve("policy", keys["name"], chosen.name)
     config = component_config(cls, laid_over(keys, settings), "policy")
+    own: Tokenizer | None
     if tokenizer is None:
         source = registry().resolve("data", defaults["data"]["name"])
-        tokenizer = source(component_config(source, defaults["data"], "data")).tokenizer()
-    elif not isinstance(tokenizer, Tokenizer):
-        tokenizer = load_tokenizer(tokenizer, config.tokenizer)
-    if tokenizer is None:
+        own = source(component_config(source, defaults["data"], "data")).tokenizer()
+    else:
+        own = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer, config.tokenizer)
+    if own is None:
         raise ConfigError("A policy that starts from scratch needs a tokenizer. Pass tokenizer=, a folder or a hub id.")
-    return ChatPolicy(cls.create(config, chosen, tokenizer, seed), tokenizer, chosen, keys["name"])
+    return ChatPolicy(cls.create(config, chosen, own, seed), own, chosen, keys["name"])

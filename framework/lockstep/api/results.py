@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lockstep.api import sources
 from lockstep.config.compose import compose
 from lockstep.errors import CheckpointError
-from lockstep.reporting.compare import records
+from lockstep.reporting.compare import reading, records
 from lockstep.reporting.compare.groups import group
 from lockstep.reporting.compare.records import Estimate
 from lockstep.reporting.compare.tidy import COLUMNS, rows
@@ -51,7 +51,7 @@ class Run:
 
     @property
     def _record(self) -> records.Run:
-        return records.read([self.folder]).runs[0]
+        return reading.read([self.folder]).runs[0]
 
     @property
     def metrics(self) -> pandas.DataFrame:
@@ -118,7 +118,7 @@ def results(*paths: str | Path) -> pandas.DataFrame:
     """
     import pandas
 
-    reading = records.read(paths or ["runs"])
-    for problem in reading.problems:
+    found = reading.read(paths or ["runs"])
+    for problem in found.problems:
         Console().say(problem)
-    return pandas.DataFrame(list(rows(group(reading, None))), columns=list(COLUMNS))
+    return pandas.DataFrame(list(rows(group(found, None))), columns=list(COLUMNS))
