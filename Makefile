@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST_FLAGS ?= -n 2 --dist worksteal
 
+# Some containers set it. Python then compiles the libraries anew in every process: 7 s each, and tests start many.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-lowest lint docs dist clean
 
 demo: $(VENV)/ready
