@@ -28,7 +28,7 @@ test-lowest: .venv-lowest/ready
 
 LOWEST_TESTS = $(LOWEST:%=tests/test_%)
 LOWEST = packaging.py registry.py configuration.py numerics.py optimisation.py tokenizer.py data.py compare.py \
-	parity.py::test_both_draw_the_same_tokens parity.py::test_both_evaluate_alike
+	parity.py::test_both_draw_the_same_tokens parity.py::test_both_evaluate_alike api.py::test_the_listings_of_the_page_run
 
 .venv-lowest/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest

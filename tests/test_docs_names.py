@@ -44,6 +44,8 @@ def names(file: Path) -> frozenset[str]:
             found.update(new if prefix else [])
             if isinstance(node, ast.ClassDef):
                 visit(node.body, f"{prefix}{node.name}.")
+            if isinstance(node, ast.If):  # under TYPE_CHECKING: names that a package imports when they are first asked for
+                visit(node.body, prefix)
 
     visit(ast.parse(file.read_text(encoding="utf-8")).body, "")
     return frozenset(found)

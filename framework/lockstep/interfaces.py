@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
@@ -108,7 +108,7 @@ class Model(ABC):
         frozen weights: the adapter's and the head's (`lockstep.models.adapters`)."""
 
     @abstractmethod
-    def copy(self) -> Model:
+    def copy(self) -> Self:
         """An independent model with equal parameters: a reference that training cannot reach."""
 
     @abstractmethod
