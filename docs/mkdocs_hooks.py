@@ -8,8 +8,8 @@ from pathlib import Path
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["*.md", "LICENSE", "docs/**/*", "benchmarks/**/*"]
-SUFFIXES = {".md", ".png", ".svg", ".css", ".yaml", ""}
+PAGES = ["*.md", "LICENSE", "CITATION.cff", "docs/**/*", "benchmarks/**/*"]
+SUFFIXES = {".md", ".png", ".svg", ".css", ".yaml", ".ipynb", ".cff", ""}
 
 API = {
     "lockstep": "The Python API.",
@@ -19,6 +19,7 @@ API = {
     "lockstep.errors": "Errors whose message explains the fix.",
     "lockstep.config.schema": "YAML to checked dataclasses.",
     "lockstep.learning.numerics": "KL, rewards, GAE, whitening, rankings, intervals.",
+    "lockstep.learning.rollout": "Prompts to sampled, stopped and scored responses.",
     "lockstep.learning.losses": "Losses over [batch, time], for every backend.",
     "lockstep.learning.randomness": "Every random number as a function of (seed, stream, step, row).",
     "lockstep.learning.optimisation": "Adam and learning-rate schedules.",

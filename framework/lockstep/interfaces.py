@@ -296,7 +296,7 @@ class Term:
     dropout: Dropout | None = None
     forward: ForwardPass | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         made = self.forward
         if made is None:
             return
@@ -564,7 +564,7 @@ class DataSource(ABC, Component):
     @classmethod
     def preview(cls, config: Any) -> DataSource:
         """The source as a dry run opens it: of what is far away, the first rows at most."""
-        return cls(config)
+        return cls(config)  # type: ignore[call-arg]  # every source is made from its configuration
 
     def survey(self) -> Iterator[tuple[str, str | Unreachable]]:
         """For a dry run: each place in the configuration that names data, and what was found there, or why that is unknown.

@@ -116,8 +116,8 @@ def _check_range(allowed: Range, value: Any, where: str, hint: Any) -> None:
 
 
 def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
-    """``value`` as type ``hint``; int is taken for float, a list for a tuple, a mapping for a dataclass,
-    whose absent keys are those of ``default``."""
+    """``value`` as type ``hint``; int is taken for float, a list for a tuple, a mapping for a dataclass, whose absent keys
+    are those of ``default``."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
