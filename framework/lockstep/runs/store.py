@@ -208,7 +208,7 @@ def _verify(folder: Path) -> None:
     sums = read_json(folder / "sums.json")
     if not isinstance(sums, dict) or "state.json" not in sums:
         raise CheckpointError("sums.json changed since it was written")
-    if changed := [name for name, checksum in sums.items() if checksum(folder / name) != checksum]:
+    if changed := [name for name, expected in sums.items() if checksum(folder / name) != expected]:
         raise CheckpointError(f"{', '.join(changed)} changed since it was written")
 
 
