@@ -1,4 +1,4 @@
-"""How responses are written: one writer per kind of quality, and the mixtures that people and the web make of them."""
+"""How responses are written: one writer per quality, and the mixtures that people and the web use."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ WRITERS: dict[str, Callable[[Task, Dice], str]] = {
 }
 
 Mixture = dict[str, float]
-"""How often each writer is at work."""
+"""How often each writer is used."""
 
 WEB: Mixture = {
     "plain": 4,

@@ -19,8 +19,8 @@ class Function(Outside):
     """``function(prompts, responses) -> scores``, named as ``module:function``.
 
     prompts: a list of dialogues, each a list of {"role", "content"}; responses: a list of str; scores: as many numbers.
-    A call that takes longer than ``timeout_seconds``, raises, or returns something else is tried ``retries`` more times.
-    After that ``on_failure`` decides, as `Outside` says.
+    A call that takes longer than ``timeout_seconds``, raises, or returns something else is retried up to ``retries`` times.
+    Then ``on_failure`` decides, as in `Outside`.
     """
 
     @dataclass(frozen=True)
@@ -57,5 +57,5 @@ def _import(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the user's file does when it is imported
+    except Exception as error:  # the user's file may raise anything on import
         raise ConfigError(f"reward_model.function='{path}' cannot be imported: {error}. Write it as module:function.") from error
