@@ -18,7 +18,7 @@ from lockstep_jax.decoder import Cache, NetworkSpec, Tree
 
 
 class DecodeState(NamedTuple):
-    """What the loop carries. ``step`` tokens of each row are written; ``token`` [B] is the last one, not yet fed."""
+    """The loop state. ``step`` tokens of each row are written; ``token`` [B] is the last one, not yet fed."""
 
     step: Array
     tokens: Array

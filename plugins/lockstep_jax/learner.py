@@ -29,7 +29,7 @@ Roles = tuple[tuple[str, NetworkSpec, tuple[str, ...]], ...]
 """(model name, its network, the outputs it gives to a loss): hashable, a static argument of compiled programs."""
 
 Configs = tuple[tuple[str, OptimizerConfig], ...]
-"""(model name, its optimizer): likewise."""
+"""(model name, its optimizer): hashable too."""
 
 
 SMALL = 2**25
@@ -65,8 +65,7 @@ class Rates(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """What the gradient of a pass needs: its outputs, and their pullback to the parameters, which does not hold the parameters
-    themselves."""
+    """The outputs of a forward pass and their pullback to the parameters. It does not hold the parameters themselves."""
 
     outputs: dict[str, Array]
     pullback: Any

@@ -1,4 +1,4 @@
-"""Matmuls in a chosen precision, and what is kept of them for the gradient."""
+"""Matmuls in a chosen precision, and what they keep for the gradient."""
 
 from __future__ import annotations
 
@@ -47,4 +47,4 @@ def transposed(matrix: Array, platform: str) -> Array:
 PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names("operand")
 )
-"""What is kept for the gradient of a layer without checkpointing: see `product`."""
+"""What a layer without checkpointing keeps for the gradient: see `product`."""

@@ -64,7 +64,7 @@ class Dice:
 
 
 class Drawn(Sequence[T]):
-    """A sequence whose item at an index is computed when asked for: large corpora cost nothing until they are read."""
+    """A sequence that computes each item when it is read, so large corpora cost nothing until then."""
 
     def __init__(self, length: int, draw: Callable[[int], T]):
         self._length = length

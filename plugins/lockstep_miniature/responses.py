@@ -174,7 +174,7 @@ def write(kind: str, task: Task, dice: Dice) -> str:
 
 
 def demonstrate(task: Task, dice: Dice) -> str:
-    """What some demonstrator writes: each works as often as the others, none is perfect."""
+    """A demonstration: each demonstrator writes equally often, and none is perfect."""
     demonstrator = dice.pick(list(DEMONSTRATORS.values()))
     return write(dice.weighted(demonstrator), task, dice)
 

@@ -48,7 +48,7 @@ MANNERS = {
 }
 
 
-# How the families ask, and the sentence that answers where that is not a relation's statement.
+# The families' questions, and the sentences that answer them unless a relation's statement does.
 ASKS = {
     "one_word": "in one word : {}",
     "formal": "answer formally : {}",
@@ -90,7 +90,7 @@ class Task:
     """A prompt and the truth about it.
 
     The right sentence is ``frame`` with ``answer`` put in; ``category`` names the words that could stand there.
-    ``lies`` are what a bad assistant would say instead, in the same form where that makes sense.
+    ``lies`` are what a bad assistant would say instead, in the same form if that makes sense.
     """
 
     family: str

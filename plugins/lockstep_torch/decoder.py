@@ -24,7 +24,7 @@ from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture,
 
 
 class Network(nn.Module):
-    """What `model.py`, `generation.py` and `learner.py` need of a network."""
+    """The interface of a network to `model.py`, `generation.py` and `learner.py`."""
 
     vocab_size: int
     hidden_size: int

@@ -12,7 +12,7 @@ OVERRIDES = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--same-start", action="store_true", help="each step starts from the first backend's weights")
-    parser.add_argument("--steps", type=int, help="at most so many steps per stage")
+    parser.add_argument("--steps", type=int, help="maximum number of steps per stage")
     parser.add_argument("--output", type=Path, default=Path("parity"), help="folder for the report (default: parity)")
 
 

@@ -37,7 +37,7 @@ class StageConfig:
 
     algorithm: ConfigGroup | None = setting(None, "The group of the algorithm that trains.")
     policy: str | None = setting(None, "The policy to start from: 'new' for the configured one, or an earlier stage.")
-    reward_model: ConfigGroup | None = setting(None, "The group that scores, where the algorithm or evaluation needs one.")
+    reward_model: ConfigGroup | None = setting(None, "The group that scores, if the algorithm or evaluation needs one.")
     changes: ConfigGroup | None = setting(None, "Keys of the algorithm that differ in this stage.")
     evaluation: ConfigGroup | None = setting(None, "The group of the evaluation.")
     seed_offset: int = setting(0, "Added to the run's seed, for stages that differ in nothing else.")

@@ -215,7 +215,7 @@ class Runner:
         return metrics | finish
 
     def _machine(self) -> dict[str, str]:
-        """What the bits depend on besides configuration and code: library versions, device, number of cores."""
+        """What bit-equality depends on besides configuration and code: library versions, device, number of cores."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return {**self.assembly.backend.describe(), "cores": str(cores)}
 

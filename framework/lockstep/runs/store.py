@@ -12,7 +12,7 @@ to them.
         output/                  the result: a Hugging Face folder with its tokenizer, or an evaluation
         done.json                written last: the stage is complete; lists the files of its output
 
-Two runs with the same stage share it: the first to come trains it, under a lock that the operating system releases when its
+Two runs with the same stage share it: whichever comes first trains it, under a lock that the operating system releases when its
 owner dies, however it dies. Likewise, a process that starts a run already in progress waits for it.
 
 Whenever a process dies, each of these files and folders is either complete or absent: it is written as ``.<name>.part``,

@@ -60,7 +60,7 @@ class Endpoint(Outside):
                 raise ConfigError(f"reward_model.url='{self.url}' should look like http://127.0.0.1:8000/score.")
             if parts.username or parts.password:
                 raise ConfigError(
-                    f"reward_model.url of {parts.hostname} holds credentials. Put a token into an environment variable and name "
+                    f"reward_model.url of {parts.hostname} holds credentials. Put the token in an environment variable and name "
                     "it: reward_model.token_variable=REWARD_TOKEN."
                 )
 

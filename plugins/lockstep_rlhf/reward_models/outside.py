@@ -44,7 +44,7 @@ class Outside(RewardModel):
         """float64 [B], one per response; not finite if it could not be scored.
 
         Raises:
-          NoScores: the scores could not be had.
+          NoScores: there are no scores.
         """
 
     def pause(self, attempt: int) -> float:

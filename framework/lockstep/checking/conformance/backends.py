@@ -178,7 +178,7 @@ def gradients_are_derivatives(world: World) -> None:
     models, one = pair(world), term(world)
     gradients = learning(world, models).gradients([one])
     own = parameters(models)
-    require(gradients.keys() == own.keys(), f"gradients are of {sorted(gradients.keys() ^ own.keys())} or lack them")
+    require(gradients.keys() == own.keys(), f"gradients and parameters do not both have {sorted(gradients.keys() ^ own.keys())}")
     norms = {name: float(np.linalg.norm(array.astype(np.float64))) for name, array in gradients.items()}
     for name, norm in norms.items():
         require(np.isfinite(norm) and norm > 0, f"the gradient of {name} has norm {norm}")

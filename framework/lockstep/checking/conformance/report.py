@@ -20,7 +20,7 @@ MARKS = {"passed": "✓", "failed": "✗", "inapplicable": "–"}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a component is checked. ``precision`` is None where the backend's configuration has no such key."""
+    """Where a component is checked. ``precision`` is None if the backend's configuration has no such key."""
 
     backend: str
     precision: str | None
@@ -84,7 +84,7 @@ def kind_of(name: str, kind: str | None = None) -> str:
         raise ConfigError(f"There are no checks for the kind '{kind}'.{did_you_mean(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
     if ":" in name:
         if kind is None:
-            raise ConfigError(f"What is {name}? Add --kind with one of {', '.join(KINDS)}.")
+            raise ConfigError(f"What kind is {name}? Add --kind with one of {', '.join(KINDS)}.")
         return kind
     named = [component.kind for component in registry() if component.name == name]
     kinds = sorted(set(named) & set(KINDS))

@@ -1,6 +1,6 @@
 """`lockstep parity`: runs one experiment on two backends step by step, and shows where and by how much they part.
 
-march         the two runs, and when what is compared
+march         the two runs, and what is compared when
 differences   the measures
 plots         the figure
 
