@@ -182,8 +182,8 @@ def test_an_answer_that_breaks_off_is_asked_for_again(serve):
 
 
 WRONG = [
-    (b'{"scores": [1, 2', "no JSON"),
-    (b"", "no JSON"),
+    (b'{"scores": [1, 2', "not JSON"),
+    (b"", "not JSON"),
     (b"[1, 2, 3]", 'should be {"scores": '),
     (b'{"score": [1, 2, 3]}', 'should be {"scores": '),
     (b'{"scores": 3}', 'should be {"scores": '),

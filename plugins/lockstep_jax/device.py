@@ -22,7 +22,7 @@ class JaxDevice(Backend):
     @dataclass(frozen=True)
     class Config:
         device: str = setting("auto", "cpu, gpu or tpu; auto: the first accelerator, else the CPU.")
-        precision: Literal["float32", "bfloat16"] = setting("float32", "Of matmul inputs; weights and Adam stay in float32.")
+        precision: Literal["float32", "bfloat16"] = setting("float32", "Matmul inputs; weights and Adam stay in float32.")
         gradient_checkpointing: bool | None = setting(
             None,
             "Recompute a layer's inner activations for the gradient (remat; Chen et al. 2016): memory for a second forward "

@@ -29,7 +29,7 @@ from lockstep_miniature.world import World
 class Config:
     """Sizes. Items are drawn when read, and item i is the same for every size: a larger source just continues longer."""
 
-    seed: int = setting(0, "Of the world and everything in it, facts and texts; not the run's seed.", least=0)
+    seed: int = setting(0, "Seed of the world and everything in it, facts and texts; the run has its own.", least=0)
     texts: int = setting(20000, "Training texts: about 0.6 million tokens, more than a small model needs once over.", least=1)
     demonstrations: int = setting(10000, "For training: about 0.2 million tokens.", least=1)
     comparisons: int = setting(4000, "For training, of 4 to 9 completions (InstructGPT's K): about 80 thousand pairs.", least=1)
@@ -39,7 +39,7 @@ class Config:
     heldout_comparisons: int = setting(600, "Held out; a third by labelers that the training split does not have.", least=1)
     heldout_prompts: int = setting(500, "Held out; the standard error of the mean gold is about 0.15 then.", least=1)
     adversarial_prompts: int = setting(200, "Harmful requests in disguise.", least=1)
-    ability_items: int = setting(396, "Of the ability test: 66 of each of its six kinds.", least=1)
+    ability_items: int = setting(396, "Items of the ability test: 66 of each of its six kinds.", least=1)
 
 
 class Miniature(DataSource):

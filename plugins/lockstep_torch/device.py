@@ -24,7 +24,7 @@ class TorchDevice(Backend):
     @dataclass(frozen=True)
     class Config:
         device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto: the first accelerator, else the CPU.")
-        precision: Literal["float32", "bfloat16"] = setting("float32", "Of matmul inputs; weights and Adam stay in float32.")
+        precision: Literal["float32", "bfloat16"] = setting("float32", "Matmul inputs; weights and Adam stay in float32.")
         gradient_checkpointing: bool = setting(
             False, "Recompute a layer's inner activations for the gradient (Chen et al. 2016): memory for a second forward pass."
         )

@@ -219,7 +219,7 @@ class Evaluator:
             labelers = present([agreement(-np.asarray(c.ranks), g) for c, g in zip(comparisons, gold, strict=True)])
             measures["accuracy/gold"] = mean(ours)
             measures["labeler_agreement/gold"] = mean(labelers)
-            measures["accuracy_over_labeler/gold"] = mean(ours - labelers)  # the same pairs: a narrower interval
+            measures["accuracy_over_labeler/gold"] = mean(ours - labelers)  # over the same pairs, so the interval is narrower
         return measures
 
     def training_labelers(self) -> frozenset[str | None]:

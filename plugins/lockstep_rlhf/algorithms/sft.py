@@ -34,7 +34,7 @@ class SFT(LanguageModelling):
         micro_batch_size: int | None = setting(None, "Rows per forward and backward pass; null: the whole batch.", least=1)
         lengths: Lengths = setting(Lengths(), "Limits in tokens.")
         packing: bool = setting(False, "Whether several examples share a row.")
-        assistant_turns: Literal["all", "last"] = setting("all", "Of a whole dialogue, the assistant's turns that count.")
+        assistant_turns: Literal["all", "last"] = setting("all", "Which assistant turns of a whole dialogue count.")
         prompt_loss: bool = setting(False, "Whether the prompt's tokens count too (N+: true).")
         pretrain_mix: float = setting(0.0, "Share of raw text in a batch (InstructGPT: 0.1 before PPO).", least=0, below=1)
         dropout: float = setting(0.0, "Rate on the residual branches (InstructGPT: 0.2, but none before PPO).", least=0, below=1)

@@ -47,7 +47,7 @@ class Endpoint(Outside):
         url: str = setting(REQUIRED, "http://127.0.0.1:8000/score. Part of a stage's identity: name the model's version in it.")
         token_variable: str | None = setting(None, "The NAME of an environment variable with a bearer token; null: none.")
         batch_size: int = setting(64, "Responses per request.", least=1)
-        timeout_seconds: float = setting(60.0, "Of one request, from first to last byte.", above=0)
+        timeout_seconds: float = setting(60.0, "Limit of one request, from first to last byte.", above=0)
         retries: int = setting(5, "Further attempts after one that fails.", least=0)
         backoff_seconds: float = setting(1.0, "Before the first retry; doubled each time, with jitter.", least=0)
         on_failure: Literal["raise", "drop"] = setting(

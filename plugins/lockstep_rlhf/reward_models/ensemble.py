@@ -15,7 +15,7 @@ from lockstep.interfaces import Inputs, Resources, Responses, RewardModel, Scala
 
 
 class Ensemble(RewardModel):
-    """Of the scores r_1 .. r_K of K members, with mean μ and standard deviation σ over them (divided by K):
+    """Combines the scores r_1 .. r_K of K members, with mean μ and standard deviation σ over them (divided by K):
 
     | | | |
     |---|---|---|

@@ -26,7 +26,7 @@ class Function(Outside):
     @dataclass(frozen=True)
     class Config:
         function: str = setting(REQUIRED, "module:function")
-        timeout_seconds: float = setting(60.0, "Of one call.", above=0)
+        timeout_seconds: float = setting(60.0, "Limit of one call.", above=0)
         retries: int = setting(2, "Further calls after one that fails.", least=0)
         on_failure: Literal["raise", "drop"] = setting(
             "raise", "Stop the run; or drop: leave the episodes out and say how many. A failure is never a score."

@@ -208,7 +208,7 @@ def minibatch_orders(trace: Trace, step: int) -> list[tuple[int, ...]]:
 
 @check("algorithm", usually="the mask comes from the padding, or it is off by one at the stop token")
 def nothing_after_the_stop_token_counts(subject: AlgorithmSubject) -> None:
-    """Neither tokens after EOS nor padding are in the loss (invariant 10)."""
+    """Neither tokens after EOS nor padding count in the loss (invariant 10)."""
     eos = subject.world.tokenizer.eos_id
     for term in subject.run(2).terms():
         rows = term.sequences
@@ -243,7 +243,7 @@ def the_stop_token_is_learned(subject: AlgorithmSubject) -> None:
 
 @check("algorithm", usually="masking by multiplication instead of selection: 0 x NaN is NaN")
 def masked_outputs_are_inert(subject: AlgorithmSubject) -> None:
-    """Model outputs for masked tokens and padded rows change neither loss nor metrics, exactly (invariant 9)."""
+    """Model outputs for masked tokens and padded rows change no bit of loss or metrics (invariant 9)."""
     for term in subject.run(1).updates()[0].terms:
         outputs, mask = subject.outputs(term), term.sequences.mask
         for garbage in (np.nan, 1e30):

@@ -500,7 +500,7 @@ def evaluation_changes_nothing(world: World) -> None:
 
 @check("policy", usually="parameters() returns the arrays themselves, or views")
 def parameters_are_copies(world: World) -> None:
-    """Arrays from `parameters` are the caller's own: changing them does not change the model, nor the reverse."""
+    """Arrays from `parameters` are the caller's own: changing them does not change the model, and vice versa."""
     policy, rows = world.policy(), world.rollout()
     held = policy.parameters()
     kept, before = {name: array.copy() for name, array in held.items()}, evaluate(policy, rows)
