@@ -536,7 +536,7 @@ def the_better_completion_is_raised(subject: AlgorithmSubject) -> None:
             require(not last or slope > 0, f"the loss has derivative {slope:+.3g} in the score of a worst completion")
 
 
-@check("algorithm", usually="normalised before the end of training, on other samples, or with the gain applied to the bias")
+@check("algorithm", usually="normalised before the end of training, on other samples, or with the gain applied twice to the bias")
 def scores_are_normalised(subject: AlgorithmSubject) -> None:
     """After `finish`, demonstrations score 0 on average, with 'gain_and_bias' at standard deviation 1, and responses keep their
     order (invariant 16)."""
