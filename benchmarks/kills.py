@@ -152,7 +152,7 @@ class Bench:
         if killed["stage"] is None:
             return self.kill(number)
         printed = self.finish(runs, every)
-        went_on = re.search(rf"{killed['stage']} goes on at step (\d+) of", printed)
+        went_on = re.search(rf"{killed['stage']} resumes at step (\d+) of", printed)
         began = int(went_on[1]) if went_on else 0
         problems = [p for stage in STAGES for p in different(find(self.whole, stage), find(runs, stage))]
         if began != killed["checkpoint"]:

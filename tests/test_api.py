@@ -108,7 +108,7 @@ def test_the_listings_of_the_page_run(tmp_path, monkeypatch):
     stage = names["run"].outputs("policy")["ppo"].parent  # a stage's own folder is a source too
     assert lockstep.load(stage).chat(QUESTION, seed=3) == names["run"].policy("ppo").chat(QUESTION, seed=3)
     assert list(names["run"].outputs("reward_model")) == ["reward"]
-    with pytest.raises(CheckpointError, match="no stage 'stf' with one. Did you mean 'sft'?"):
+    with pytest.raises(CheckpointError, match="no stage 'stf' with a policy. Did you mean 'sft'?"):
         names["run"].policy("stf")
     with pytest.raises(CheckpointError, match="holds a reward model, not a policy"):
         lockstep.load("my-scorer")
@@ -256,9 +256,9 @@ def test_keys_names_and_places_that_do_not_exist_are_named(tmp_path):
         lockstep.Run(tmp_path)
     with pytest.raises(CheckpointError, match="neither a folder|cannot be opened"):
         lockstep.load(tmp_path / "nothing", "torch")
-    with pytest.raises(DataError, match="Several texts are expected, not one"):
+    with pytest.raises(DataError, match="Expected a list of texts, not one"):
         new().respond(QUESTION)
-    with pytest.raises(CheckpointError, match="stage='sft' needs the folder of a run"):
+    with pytest.raises(CheckpointError, match="stage='sft' needs a run folder"):
         lockstep.load(tmp_path, stage="sft")
 
 
@@ -312,7 +312,7 @@ def test_texts_and_comparisons_make_a_language_model_and_a_scorer(policy, tmp_pa
     np.testing.assert_array_equal(again.score([QUESTION], ["plums"]), scorer.score([QUESTION], ["plums"]))
     best = lockstep.train(policy, "ppo", prompts=[QUESTION], reward=scorer, iterations=1, batch_size=4)
     assert np.isfinite(best.metrics["objective/score"][0])
-    with pytest.raises(DataError, match="not 1 prompts for 2 responses"):
+    with pytest.raises(DataError, match="Got 1 prompts for 2 responses"):
         scorer.score([QUESTION], ["plums", "bread"])
 
 
@@ -431,7 +431,7 @@ def test_chat_answers_each_line_of_a_pipe(policy, tmp_path):
     first, second, wrong = done.stdout.splitlines()
     assert first == policy.chat(QUESTION, max_tokens=5, seed=3)
     assert second != first
-    assert wrong.startswith("There is no /qiut. Did you mean '/quit'?")
+    assert wrong.startswith("No command /qiut. Did you mean '/quit'?")
 
 
 class Line(chat.argparse.Namespace):

@@ -60,7 +60,7 @@ def test_why_tells_what_is_stored_and_in_what_the_nearest_differs(runs, capsys):
     printed = said(capsys, "why", described(folder, "sft.optimizer.learning_rate=4e-3", "sft.batch_size=8")).splitlines()
     assert printed[0].startswith("pretrain: stored: ")
     assert printed[1].startswith("sft: differs in stage.batch_size: 16 -> 8; stage.optimizer.learning_rate: 0.00")
-    assert "-> 0.004 (from the nearest that is stored, sft-torch-" in printed[1]
+    assert "-> 0.004 (from the nearest stored one, sft-torch-" in printed[1]
     printed = said(capsys, "why", described(folder, "data.seed=1")).splitlines()
     assert all("differs in data.seed: 0 -> 1 (from" in line for line in printed)
     printed = said(capsys, "why", described(folder / "elsewhere"))
@@ -139,7 +139,7 @@ def test_a_run_is_done_only_while_all_that_made_it_is_as_it_was(runs, monkeypatc
 
 def test_mistakes_say_what_to_type(runs):
     with pytest.raises(
-        ConfigError, match=r"lockstep cache prunes: no such action. Did you mean 'prune'\? There are: list, why, prune."
+        ConfigError, match=r"lockstep cache prunes: no such action. Did you mean 'prune'\? Actions: list, why, prune."
     ):
         cache_command.run(argparse.Namespace(action="prunes"), [])
     with pytest.raises(ConfigError, match="--older-than '30' is not a time. Write a number and h, d or w: 12h, 30d, 4w."):

@@ -44,7 +44,7 @@ def test_a_failure_has_the_property_the_numbers_and_what_it_usually_means(capsys
     said = capsys.readouterr().out
     assert "  ✗ fractions_survive\n      A score of 0.73 stays 0.73 (invariant 11).\n      found: scores: " in said
     assert "the difference 0." in said
-    assert "      usually: scores were put into an array made like the token ids: 0.73 becomes 0\n" in said
+    assert "      usually: scores were stored in an array with the token ids' dtype: 0.73 becomes 0\n" in said
     assert said.splitlines()[-1] == (
         f"{ROUNDED} does not conform on torch, float32: 1 failed (fractions_survive), 6 checks passed, 1 does not apply"
     )
@@ -123,17 +123,17 @@ class Needy(PPO):
     ("arguments", "message"),
     [
         (["pppo"], r"No component named 'pppo' to check. Did you mean 'ppo'\? There are: .*, ppo, .*Class --kind algorithm"),
-        (["miniature"], r"'miniature' is of kind data, which has no checks. Kinds that have: backend, policy, "),
+        (["miniature"], r"'miniature' is of kind data, which has no checks. Kinds with checks: backend, policy, "),
         (["ppo", "policy"], r"No policy named 'ppo' to check. 'ppo' is of kind algorithm. There are: decoder, huggingface"),
-        (["ppo", "algo"], r"There are no checks of kind 'algo'."),
-        (["my_module:PPO"], r"What is my_module:PPO\? Add --kind with one of backend, policy, reward_model, algorithm."),
+        (["ppo", "algo"], r"There are no checks for the kind 'algo'."),
+        (["my_module:PPO"], r"What kind is my_module:PPO\? Add --kind with one of backend, policy, reward_model, algorithm."),
         (["ppo", None, "torhc"], r"No backend named 'torhc'. Did you mean 'torch'\? There are: .*torch."),
-        (["torch", None, "jax"], r"'torch' is a backend: leave --backend out, or type lockstep check jax"),
+        (["torch", None, "jax"], r"'torch' is a backend. Leave out --backend, or type: lockstep check jax"),
         (["nowhere:PPO", "algorithm", "torch"], r"The algorithm 'nowhere:PPO' .* cannot be imported: ModuleNotFoundError"),
         (
             [f"{__name__}:Needy", "algorithm", "torch", "float32"],
             r"Missing: algorithm.quorum. .* There is no configuration file algorithm/test_check_command:Needy.yaml to start "
-            r"from: add --like with one of ppo, pretrain, .*, and algorithm.key=value for what differs.",
+            r"from. Add --like with one of ppo, pretrain, .*, and algorithm.key=value for what differs.",
         ),
         (
             ["ppo", None, None, None, None, ["algorithms.epochs=3"]],
@@ -166,7 +166,7 @@ def test_a_backend_that_is_not_installed_comes_with_the_command_that_installs_it
     plugin = type("Manifest", (), {"requires": ("no_such_library",), "install": "pip install no-such-library"})
     key = ("backend", "abacus", "abacus")
     monkeypatch.setitem(registry().components, key, Component(*key, "a:B", "mine", plugin))
-    with pytest.raises(LockstepError, match="No backend is installed that the algorithm 'ppo' runs on. Type: pip install no"):
+    with pytest.raises(LockstepError, match="The algorithm 'ppo' runs on no installed backend. Type: pip install no"):
         places("algorithm", "ppo")
 
 
@@ -185,7 +185,7 @@ def test_there_is_a_test_for_each_backend_precision_and_check(pytester):
     result.stdout.fnmatch_lines([
         "*::test_conformance?torch-float32-fractions_survive? PASSED*",
         "*::test_conformance?torch-bfloat16-the_value_network_is_a_copy? SKIPPED*",
-        "SKIPPED*it has no network that a value network may start from*",
+        "SKIPPED*it has no network to start a value network from*",
     ])  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def test_a_failure_is_told_without_a_traceback(pytester):
     result.stdout.fnmatch_lines([
         "A score of 0.73 stays 0.73 (invariant 11).",
         "found: scores: * the difference 0.* is above 1e-05",
-        "usually: scores were put into an array made like the token ids: 0.73 becomes 0",
+        "usually: scores were stored in an array with the token ids' dtype: 0.73 becomes 0",
     ])  # fmt: skip
     result.stdout.no_fnmatch_line("*Violation*")
 
@@ -216,7 +216,7 @@ def test_the_subject_is_made_once_for_all_checks_of_a_place(pytester, monkeypatc
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
-        ("", '*test_conformance says not what to check. Put @pytest.mark.conformance("algorithm", "NAME") above it.'),
+        ("", '*test_conformance names no component. Put @pytest.mark.conformance("algorithm", "NAME") above it.'),
         ('@pytest.mark.conformance("algorithm", "pppo")', "*No algorithm named 'pppo' to check. Did you mean 'ppo'?*"),
         ('@pytest.mark.conformance("algorithm")', "*TypeError*missing 1 required positional argument: 'name'*"),
     ],

@@ -154,7 +154,7 @@ def test_sliding_windows_count_within_an_example(backend, tmp_path):
 
 
 def test_packing_and_dropout_do_not_go_together():
-    with pytest.raises(ConfigError, match="sft.packing=true does not go with sft.dropout=0.2"):
+    with pytest.raises(ConfigError, match="sft.packing=true does not work with sft.dropout=0.2"):
         configure("sft", packing=True, dropout=0.2)
 
 

@@ -184,7 +184,7 @@ def test_torch_refuses_a_checkpoint_whose_switches_its_decoder_would_ignore(chan
     write_tensors(tmp_path / "model.safetensors", initial_parameters(other, 0))
     cls = registry().resolve("backend", "torch", "torch")
     backend = cls(parse(cls.Config, BACKENDS["torch"], "backend"))
-    with pytest.raises(CheckpointError, match="not a small decoder: open it with policy=huggingface"):
+    with pytest.raises(CheckpointError, match="not a small decoder. Open it with policy=huggingface"):
         registry().resolve("policy", "decoder", "torch").load(tmp_path, backend)
 
 

@@ -210,7 +210,7 @@ def test_what_was_measured_before_ctrl_c_is_written(tmp_path, monkeypatch):
     report = parity(SFT_ONLY, output=tmp_path)
     assert report.stopped == "stopped in sft after 1 of its steps"
     assert "**Stopped in sft after 1 of its steps.**" in (tmp_path / "report.md").read_text()
-    with pytest.raises(Stopped, match="The report holds what was measured until then"):
+    with pytest.raises(Stopped, match="The report covers everything until then"):
         print_summary(report)
 
 

@@ -245,7 +245,7 @@ def test_an_encoder_on_jax_says_which_backend_opens_it(tmp_path, tokenizer):
 def test_a_language_model_is_no_reward_model(tmp_path, torch_backend, tokenizer):
     public = Public(tmp_path, "Llama", torch_backend, tokenizer)
     transformers.LlamaForCausalLM(public.model.config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="is no reward model: its checkpoint has no score.weight"):
+    with pytest.raises(CheckpointError, match="is not a reward model: its checkpoint has no score.weight"):
         public.reward_model()
 
 

@@ -126,7 +126,7 @@ def source(path, **keys):
 def test_hh(dry, write):
     out = dry("experiment=hh", f"data.comparisons={source(write(hh))}", "data.heldout_fraction=0.25")
     assert "40 comparisons in" in out and "2.0 completions and 1.0 pairs per prompt" in out
-    assert "200 iterations x 64 episodes = 12800 episodes" in out and "All that a dry run can check is right." in out
+    assert "200 iterations x 64 episodes = 12800 episodes" in out and "Everything a dry run can check is correct." in out
 
 
 def test_tldr(dry, write):
@@ -136,7 +136,7 @@ def test_tldr(dry, write):
     assert "tokens and begins 'SUBREDDIT: r/tifu\\n\\nTITLE: Title 0\\n\\nPOST" in out
     assert "data.heldout_comparisons[0]: 40 heldout_comparisons" in out
     assert "1953 iterations x 512 episodes = 999936 episodes over 40 prompts; 4 epochs x 1 minibatches of 512" in out
-    assert "All that a dry run can check is right." in out
+    assert "Everything a dry run can check is correct." in out
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_ultrafeedback(dry, write, layout, pairs):
     demonstrations = source(write(messages, ["train_sft"]), split="train_sft")
     comparisons = source(write(layout))
     out = dry("experiment=ultrafeedback", f"data.demonstrations={demonstrations}", f"data.comparisons={comparisons}")
-    assert pairs in out and "1 epochs x 8 minibatches of 64" in out and "All that a dry run can check is right." in out
+    assert pairs in out and "1 epochs x 8 minibatches of 64" in out and "Everything a dry run can check is correct." in out
 
 
 def test_instructgpts_own_numbers(dry, write):
@@ -178,7 +178,7 @@ def test_a_tokenizer_that_pads_with_eos_is_told(dry, write):
 def test_a_policy_that_is_not_there_is_told(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    with pytest.raises(ConfigError, match="There is no folder models/smollm3, and no hub id looks like that"):
+    with pytest.raises(ConfigError, match="There is no folder models/smollm3, and it is not a hub id"):
         run_command.run(
             None, ["--dry-run", "experiment=hh", "policy.path=models/smollm3", f"data.comparisons={source(write(hh))}"]
         )
@@ -208,12 +208,12 @@ def test_without_a_network_it_says_what_is_not_checked(dry, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     out = dry("experiment=hh", "policy.path=someone/some-model")
     assert "it could not be loaded: no network. A local path works too" in out
-    assert "tokenizer: there is no someone/some-model here, so it is taken for an id of the Hugging Face hub" in out
+    assert "tokenizer: there is no folder someone/some-model, so it is taken as a Hugging Face hub id" in out
     assert "Not checked: data.demonstrations[0]," in out and "tokenizer, stages.sft, stages.reward, stages.ppo." in out
 
 
 def test_a_sweep_has_no_dry_run():
-    with pytest.raises(ConfigError, match="A dry run is of one run, not of a sweep: leave out -m"):
+    with pytest.raises(ConfigError, match="A dry run checks one run, not a sweep. Leave out -m"):
         run_command.run(None, ["--dry-run", "-m", "seed=0,1"])
 
 

@@ -144,7 +144,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_bit_for_bit(whole, tmp_path):
         wait(process, lambda: has_first_step(begun))
         process.send_signal(signal.SIGINT)
         printed = process.communicate()[0]
-    assert process.returncode == 0 or (process.returncode == 130 and "Run the same command to go on" in printed)
+    assert process.returncode == 0 or (process.returncode == 130 and "Rerun the same command to resume" in printed)
     assert_same(tiny(begun, *options), whole[0])
     assert len({row["kl_coef"] for row in lines(whole[0], "ppo")}) == 6  # so the coefficient's state matters
 
@@ -257,8 +257,8 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(begun, monke
     stopped(monkeypatch, begun, 4, *options, "checkpoint_every=1")
     flip_last_byte(checkpoint_folders(begun)[-1] / "learner.safetensors")
     cut = tiny(begun, *options)
-    assert "learner.safetensors changed since it was written): trying the one before it" in caplog.text
-    assert "ppo goes on at step 3 of 6" in caplog.text
+    assert "learner.safetensors changed since it was written): trying the previous one" in caplog.text
+    assert "ppo resumes at step 3 of 6" in caplog.text
     assert_same(cut, whole)
 
 
@@ -269,8 +269,8 @@ def test_a_stage_starts_anew_and_says_so_when_no_checkpoint_is_whole(begun, monk
     (one / "state.json").unlink()
     flip_last_byte(other / "learner.safetensors")
     cut = tiny(begun, *options)
-    assert "starts anew: none of its checkpoints is whole" in caplog.text
-    assert "goes on at step" not in caplog.text
+    assert "starts over: none of its checkpoints is intact" in caplog.text
+    assert "resumes at step" not in caplog.text
     assert_same(cut, whole)
 
 
@@ -348,7 +348,7 @@ def test_a_run_stopped_in_its_last_step_trains_no_more_and_keeps_its_last_metric
     stopped(monkeypatch, begun, 6, *options)
     monkeypatch.setattr(PPO, "step", lambda *_: pytest.fail("trained again"))
     run = tiny(begun, *options)
-    assert "ppo goes on at step 6 of 6" in caplog.text
+    assert "ppo resumes at step 6 of 6" in caplog.text
     assert_same(run, whole)
     done = read_json(output(run, "ppo").parent / "done.json")
     assert done["metrics"]["objective/score"] == lines(run, "ppo")[-1]["objective/score"]
@@ -361,7 +361,7 @@ def test_a_stage_whose_result_is_gone_is_not_done(tmp_path, caplog, damage):
     before = weights(run, "sft")
     damage(output(run, "sft") / "model.safetensors")
     tiny(tmp_path, *options)
-    assert "sft is made anew: it was done, but files of" in caplog.text
+    assert "sft starts over: it was done, but files of" in caplog.text
     after = weights(run, "sft")
     assert all(np.array_equal(after[name], before[name]) for name in before)
 
@@ -376,7 +376,7 @@ def test_a_named_run_refuses_another_configuration_and_shows_the_difference(begu
     with pytest.raises(ConfigError) as caught:
         tiny(begun, *options, "algorithm.kl_coef=0.5", "seed=1", "checkpoint_every=1")
     message = str(caught.value)
-    assert message.startswith("The run 'mine' is there already, with another configuration (unfinished: ppo):\n")
+    assert message.startswith("The run 'mine' already exists, with another configuration (unfinished: ppo):\n")
     assert "  algorithm.kl_coef: 0.02 -> 0.5\n" in message and "  seed: 0 -> 1\n" in message
     assert "checkpoint_every" not in message and "stages.ppo" not in message
     assert "choose another name=..." in message and "config.yaml" in message
@@ -390,9 +390,9 @@ def test_a_stage_that_starts_anew_because_its_code_changed_says_so(begun, monkey
     real = identity.code_digests
     monkeypatch.setattr(identity, "code_digests", lambda modules: real(modules) | {"lockstep": "changed"})
     run = tiny(begun, *options)
-    assert "Made anew: pretrain (its earlier folder pretrain-torch-" in caplog.text
+    assert "Starting over: pretrain (its earlier folder pretrain-torch-" in caplog.text
     assert "is unfinished). Changed since: the code of lockstep." in caplog.text
-    assert "goes on at step" not in caplog.text
+    assert "resumes at step" not in caplog.text
     assert without_timings(lines(run, "ppo")) == without_timings(lines(torch_whole[0], "ppo"))
 
 
@@ -403,7 +403,7 @@ def test_going_on_with_other_libraries_warns(begun, monkeypatch, caplog, torch_w
     stopped(monkeypatch, begun, 2, *options)
     monkeypatch.setattr(TorchBackend, "describe", lambda self: {"torch": "9.9", "device": "cpu", "precision": "float32"})
     tiny(begun, *options)
-    assert "not bit for bit from here on, for this has changed: torch: " in caplog.text and "-> 9.9" in caplog.text
+    assert "no longer bit for bit from here on, because this changed: torch: " in caplog.text and "-> 9.9" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------------- locks
@@ -427,7 +427,7 @@ def test_a_lock_is_waited_for_and_taken_over_from_a_process_that_died(tmp_path, 
         owner.kill()
         assert held.wait(10)
         thread.join()
-    assert f"waiting for process {owner.pid} on {socket.gethostname()}, which works on {tmp_path.name}" in caplog.text
+    assert f"waiting for process {owner.pid} on {socket.gethostname()}, which is working on {tmp_path.name}" in caplog.text
 
 
 def test_records_keep_what_the_checkpoint_knows_and_say_what_is_missing(tmp_path, caplog):

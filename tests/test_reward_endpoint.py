@@ -141,7 +141,7 @@ def test_a_retry_after_in_seconds_or_as_a_date_is_waited_for(serve):
 
 def test_a_server_that_wants_to_be_left_alone_for_an_hour_is_a_failure(serve):
     server, model = serve((503, {"Retry-After": "3600"}, b"maintenance"), lengths)
-    with pytest.raises(RewardError, match="to be asked again in 3600 seconds: maintenance"):
+    with pytest.raises(RewardError, match="retry after 3600 seconds: maintenance"):
         model.score(THREE)
     assert len(server.asked) == 1 and server.waited == []
 
@@ -182,8 +182,8 @@ def test_an_answer_that_breaks_off_is_asked_for_again(serve):
 
 
 WRONG = [
-    (b'{"scores": [1, 2', "no JSON"),
-    (b"", "no JSON"),
+    (b'{"scores": [1, 2', "not JSON"),
+    (b"", "not JSON"),
     (b"[1, 2, 3]", 'should be {"scores": '),
     (b'{"score": [1, 2, 3]}', 'should be {"scores": '),
     (b'{"scores": 3}', 'should be {"scores": '),
@@ -218,7 +218,7 @@ def test_a_failed_batch_drops_its_own_episodes_only(serve, caplog):
     server, model = serve(lengths, (400, {}, b"too odd"), batch_size=2, on_failure="drop")
     found = model.score(THREE)
     assert found[:2].tolist() == [1, 2] and np.isnan(found[2])
-    assert "1 episodes are left out: it answered 400" in caplog.text
+    assert "left out 1 episodes: it answered 400" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------------ secrets

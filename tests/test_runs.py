@@ -206,7 +206,7 @@ def test_a_reward_model_gets_only_what_it_has_declared(tmp_path, monkeypatch):
         "from lockstep.interfaces import Inputs\nfrom lockstep_rlhf.reward_models.learned import Learned\n"
         "class Careless(Learned):\n    @classmethod\n    def inputs(cls, config):\n        return Inputs()\n"
     )
-    with pytest.raises(ConfigError, match=r"The reward model 'careless:Careless' opens 'reward' and does not say so. Return it"):
+    with pytest.raises(ConfigError, match=r"The reward model 'careless:Careless' opens 'reward' without declaring it. Return it"):
         tiny(tmp_path / "runs", *PPO_ONLY, "reward_model.name=careless:Careless")
 
 

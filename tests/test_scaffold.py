@@ -123,9 +123,9 @@ def test_the_guides_other_plugins_pass_their_own_tests_on_torch(site, packages):
     ("name", "kind", "message"),
     [
         ("Best-of-N", "algorithm", r"'Best-of-N' cannot be the name .* Try: lockstep new-plugin best_of_n --kind algorithm"),
-        ("class", "policy", r"'class' cannot be the name of a module: small letters, digits and single underscores."),
+        ("class", "policy", r"'class' cannot be the name of a module. Use small letters, digits and single underscores."),
         ("ppo", "algorithm", r"The algorithm 'ppo' exists, from lockstep-rlhf \(rlhf\). Choose another name."),
-        ("torch", "algorithm", r"A module lockstep_torch is installed already. Choose another name than 'torch'."),
+        ("torch", "algorithm", r"A module lockstep_torch is already installed. Choose another name than 'torch'."),
         ("rollout", "algorithm", r"The class of 'rollout' would be Rollout, which means something else. Choose another name."),
         ("fine", "algoritm", r"There is no template of kind 'algoritm'. Did you mean 'algorithm'\? Kinds: backend, policy,"),
     ],
@@ -138,7 +138,7 @@ def test_a_name_that_cannot_be_used_is_refused_before_anything_is_written(tmp_pa
 
 def test_a_folder_that_is_there_is_left_as_it_is(tmp_path):
     write({"lockstep-mine/README.md": "mine\n"}, tmp_path)
-    with pytest.raises(ConfigError, match=r"lockstep-mine is there already, and stays as it is. Choose another name, or move it"):
+    with pytest.raises(ConfigError, match=r"lockstep-mine already exists and was not changed. Choose another name, or move"):
         new_plugin("mine", "algorithm", tmp_path)
     assert [path.name for path in (tmp_path / "lockstep-mine").iterdir()] == ["README.md"]
 

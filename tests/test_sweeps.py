@@ -82,7 +82,7 @@ def test_a_failing_job_stops_no_other_and_is_shown_with_its_error(grid):
     _, (code, printed, found), _, _ = grid
     assert code == 1
     assert statuses(found) == ["done", "done", "failed", "failed"]
-    end = printed[printed.index("SweepFailed: 2 jobs failed; to run one again:") :]
+    end = printed[printed.index("SweepFailed: 2 jobs failed; to rerun one:") :]
     assert end.count("ConfigError: seed=-1 must be at least 0.") == 2
     assert "seed=-1" in end.splitlines()[1] and end.splitlines()[1].startswith("  lockstep run ")
     assert "2 of 4 jobs are done. The sweep is in " in end and "The same command runs the rest." in end
@@ -110,7 +110,7 @@ def test_the_same_sweep_again_goes_on_in_its_folder_and_trains_nothing_that_is_d
     folder, (_, _, first), (code, printed, second), before = grid
     assert code == 1 and times(folder) == before
     assert {job["run"]: job["status"] for job in second} == {job["run"]: job["status"] for job in first}
-    assert printed.count("is done already") == 2 and "goes on at" not in printed
+    assert printed.count("is already done") == 2 and "resumes at" not in printed
 
 
 def test_neither_a_sweep_nor_a_run_that_is_done_imports_torch_or_jax(grid):
@@ -125,7 +125,7 @@ def test_neither_a_sweep_nor_a_run_that_is_done_imports_torch_or_jax(grid):
         command = [sys.executable, "-c", code, "run", *options, *TINY, *DECODER, *FAST, f"folder={folder}", *SFT]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "is done already" in done.stdout and done.stdout.splitlines()[-1] == "heavy: []"
+        assert "is already done" in done.stdout and done.stdout.splitlines()[-1] == "heavy: []"
 
 
 # ------------------------------------------------------------------------------------------------------ kill and restart
@@ -203,12 +203,12 @@ def test_the_stage_of_a_killed_owner_is_taken_over_from_its_checkpoint_by_who_wa
     owner.send_signal(signal.SIGSTOP)
     waiting = subprocess.Popen(command, **options)  # SFT too
     printed = next(line for line in waiting.stdout if "waiting for process" in line)
-    assert f"waiting for process {owner.pid} on " in printed and "which works on pretrain-torch-" in printed
+    assert f"waiting for process {owner.pid} on " in printed and "which is working on pretrain-torch-" in printed
     owner.kill()
     owner.communicate()
     printed = waiting.communicate()[0]
     assert waiting.returncode == 0, printed
-    assert "pretrain goes on at step" in printed and "sft done" in printed
+    assert "pretrain resumes at step" in printed and "sft done" in printed
     [folder] = tmp_path.glob("stages/pretrain-*")
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3, 4]
 
@@ -310,7 +310,7 @@ def test_a_choice_that_is_not_installed_says_what_to_type(choice, package, extra
     monkeypatch.setattr(sweeps.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
         sweeps.sweep(["-m", choice, "seed=0,1"])
-    assert str(caught.value) == f"{choice} needs {package}, not installed. Type: pip install 'lockstep-rlhf[{extra}]'"
+    assert str(caught.value) == f"{choice} needs {package}, which is not installed. Type: pip install 'lockstep-rlhf[{extra}]'"
 
 
 # ------------------------------------------------------------------------------------------------------ W&B's sweeps
@@ -352,7 +352,7 @@ def pretrained(tmp_path_factory):
 
 def test_an_objective_that_no_stage_has_names_the_nearest(pretrained):
     with pytest.raises(
-        ConfigError, match=r"the stage pretrain has no 'heldout/los' at its end. Did you mean 'heldout/loss'\? It has: "
+        ConfigError, match=r"the stage pretrain has no final 'heldout/los'. Did you mean 'heldout/loss'\? It has: "
     ):
         objective(pretrained, "pretrain/heldout/los")
     with pytest.raises(
@@ -365,7 +365,7 @@ def test_the_objective_decides_no_result(pretrained, capsys):
     again = tiny(pretrained.parent, *ALONE, "objective=pretrain/heldout/loss")
     assert again == pretrained
     printed = capsys.readouterr().out
-    assert f"run {pretrained.name} is done already" in printed
+    assert f"run {pretrained.name} is already done" in printed
     assert f"objective pretrain/heldout/loss: {objective(pretrained, 'pretrain/heldout/loss')}" in printed
 
 
@@ -373,7 +373,7 @@ def test_last_words_are_the_error_or_the_last_lines():
     traceback = ["Traceback (most recent call last):", '  File "x.py", line 1', "torch.OutOfMemoryError: no room", "for 3 GB"]
     assert last_words(["pretrain done", *traceback]) == "torch.OutOfMemoryError: no room\nfor 3 GB"
     assert last_words([f"line {i}" for i in range(9)]) == "line 4\nline 5\nline 6\nline 7\nline 8"
-    assert last_words([]) == "it said nothing"
+    assert last_words([]) == "it printed nothing"
 
 
 def test_many_processes_write_one_record(tmp_path):

@@ -15,8 +15,8 @@ from omegaconf import DictConfig
 
 
 class ProcessLauncher(Launcher):
-    """Each job of a sweep in a process of its own, ``parallel`` at a time with an equal share of the CPU cores each: no
-    device state is shared, cores are not fought over, and a job that fails does not stop the others."""
+    """Runs each job of a sweep in its own process, ``parallel`` at a time, each with an equal share of the CPU cores: jobs share
+    no device state, do not compete for cores, and do not stop each other when they fail."""
 
     def __init__(self, parallel: int):
         self.parallel = parallel
@@ -25,7 +25,7 @@ class ProcessLauncher(Launcher):
         self.loader, self.config = hydra_context.config_loader, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from lockstep.commands.run.sweeps import run_job  # imports Hydra's configuration, which is looking for launchers just now
+        from lockstep.commands.run.sweeps import run_job  # it imports Hydra's configuration, which is looking for launchers now
 
         setup_globals()
         configs = [self.loader.load_sweep_config(self.config, list(overrides)) for overrides in job_overrides]
@@ -49,6 +49,6 @@ class ProcessLauncher(Launcher):
 
 
 def core_shares(parallel: int) -> list[set[int]]:
-    """The CPU cores of this process, dealt out evenly; everybody gets all of them where there are too few."""
+    """The CPU cores of this process, dealt out evenly; with too few cores, every job gets all."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return [set(cores[i::parallel] or cores) for i in range(parallel)]

@@ -2,18 +2,18 @@
 imports from earlier ones only.
 
     device.py       precision, memory, where compiled programs are kept
-    products.py     matrix products in the form that XLA runs fast                                             (*)
-    decoder.py      the network in flax.nnx, for every family of `lockstep.models.architecture`, with adapters or without
+    products.py     matmuls in the form that XLA runs fast                                             (*)
+    decoder.py      the network in flax.nnx, for every family of `lockstep.models.architecture`, with or without adapters
     parameters.py   its parameters to and from checkpoint names                                                (*)
     generation.py   sampling with a KV cache, one compiled program
     model.py        logprobs, entropy, values, scores; loading and saving
-    policies.py     what the configuration names: decoder, huggingface, lora
+    policies.py     the configuration's choices: decoder, huggingface, lora
     learner.py      gradients and Adam
     backend.py      makes learners
 
-(*) On this side only: PyTorch's own products are fast, and its modules bear the checkpoint's names.
+(*) Only here: PyTorch's own matmuls are fast, and its modules have the checkpoint's names.
 
-Left out so far: sharding over several devices, model families without a record in `lockstep.models.architecture.families`.
+Not supported yet: sharding over several devices, model families without a record in `lockstep.models.architecture.families`.
 """
 
 from lockstep.registry import Plugin

@@ -11,6 +11,6 @@ from lockstep_jax.device import JaxDevice
 
 class JaxBackend(JaxDevice):
     def learner(self, models: Mapping[str, Model], optimizers: Mapping[str, OptimizerConfig]) -> Learner:
-        from lockstep_jax.learner import JaxLearner  # its import asks XLA for options, which takes a device that is set up
+        from lockstep_jax.learner import JaxLearner  # its import asks XLA for options, which needs an initialised device
 
         return JaxLearner(self, models, optimizers)

@@ -1,11 +1,11 @@
 """The network: tokens in, hidden states out, heads on top, for every `lockstep.models.architecture.Architecture`.
 
-Modules are flax.nnx and exist inside a trace only. Outside, parameters are a plain tree of float32 arrays, which costs
-no host time per step, and `NetworkSpec.bind` makes modules of them. The layers are one `Layer` whose arrays have a leading
-[layers] axis. Deep networks are trained by `jax.lax.scan` over it, so compile time does not grow with depth.
+Modules are flax.nnx and exist only inside a trace. Outside, parameters are a plain tree of float32 arrays, which costs no host
+time per step; `NetworkSpec.bind` turns them into modules. The layers are one `Layer` whose arrays have a leading [layers] axis.
+Deep networks are trained by `jax.lax.scan` over it, so compile time does not grow with depth.
 
-In bfloat16, the operands of matrix products are, and on accelerators attention and the KV cache; sums of products,
-norms, softmax, residual stream and logits stay in float32.
+With bfloat16, matmul inputs are bfloat16; on accelerators so are attention and the KV cache. Accumulation, norms, softmax, the
+residual stream and logits stay in float32.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Tree = Any
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Which network: all that a compiled program depends on besides shapes. Models with equal ones share programs."""
+    """Which network: everything that a compiled program depends on besides shapes. Models with equal specs share programs."""
 
     architecture: Architecture
     platform: str
@@ -51,23 +51,23 @@ class NetworkSpec:
         return cls(architecture, backend.device.platform, c.precision, c.gradient_checkpointing, **parts)
 
     def bind(self, params: Tree, frozen: Tree) -> DecoderNetwork:
-        """The modules with these parameters; ``frozen`` are those that are not trained, none where there is no adapter."""
+        """The modules with these parameters; ``frozen`` are the untrained ones, empty without an adapter."""
         return nnx.merge(_graph(self), _joined(params, frozen))
 
     def cast(self, params: Tree) -> Tree:
-        """With kernels in the precision of their products, which a loop over tokens would otherwise cast for each of them."""
+        """Kernels cast to the matmul precision, which a loop over tokens would otherwise do for each token."""
         cast = lambda path, array: array.astype(self.precision) if path[-1].key == "kernel" else array  # noqa: E731
         return jax.tree_util.tree_map_with_path(cast, params)
 
     def linear(self, name: str, inputs: int, outputs: int, bias: bool) -> Linear:
-        """The linear layer ``name`` of a layer, say 'self_attn.q_proj'."""
+        """The linear layer ``name`` of a layer, such as 'self_attn.q_proj'."""
         theirs, first = family_of(self.architecture).naming.layer(name)
         adapter = self.adapter if self.adapter and self.adapter.adapts(theirs) else None
         return Linear(inputs, outputs, bias, jnp.dtype(self.precision), self.platform, adapter, leads=first)
 
 
 def _joined(one: Tree, other: Tree) -> Tree:
-    """Two trees of nested dicts, which have no leaf in common, as one."""
+    """Merge two trees of nested dicts that have no leaf in common."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
         raise ValueError("the same parameter in both trees")
     both = {key: _joined(one[key], other[key]) for key in one.keys() & other.keys()}
@@ -96,8 +96,8 @@ class DropoutMask(NamedTuple):
 
 
 def positions(mask: Array) -> Array:
-    """[B, L] number of real tokens before each column (LHP): left padding does not shift a prompt. With segments, of real
-    tokens of the same one."""
+    """[B, L] number of real tokens before each column (LHP): left padding does not shift a prompt. With segments, real tokens of
+    the same segment."""
     count = jnp.maximum(jnp.cumsum(mask != 0, axis=-1) - 1, 0)
     if mask.dtype == bool:
         return count
@@ -120,13 +120,13 @@ class ScalarHead(nnx.Module):
 
 
 SHALLOW = 8
-"""Networks of at most this many layers are not checkpointed unless asked to, and are then compiled layer by layer: what a loop
-keeps for its gradient it has to move, a sixth of the time of the benchmark's four layers."""
+"""Networks with at most this many layers are compiled layer by layer and not checkpointed unless asked to. A loop has to move
+what it keeps for its gradient, which took a sixth of the time of the benchmark's four layers."""
 
 
 class Cache(NamedTuple):
-    """``layers``: keys and values of each, [B, H_kv, P + T, hd]; ``length`` columns are filled. ``mask`` [B, P + T] is True
-    on real ones; ``count`` [B] is the position of the next token."""
+    """``layers``: keys and values of each, [B, H_kv, P + T, hd]; ``length`` columns are filled. ``mask`` [B, P + T] is True on
+    real columns; ``count`` [B] is the position of the next token."""
 
     layers: list[tuple[Array, Array]]
     mask: Array
@@ -135,8 +135,8 @@ class Cache(NamedTuple):
 
 
 class Kinds(NamedTuple):
-    """The kinds of rotation and of window that layers have, and which kind each layer is of: int32 [layers], or None where
-    there is one kind only."""
+    """The kinds of rotation and window among the layers, and the kind of each layer: int32 [layers], or None if there is only
+    one kind."""
 
     ropes: tuple[Rope | None, ...]
     rope_of_layer: np.ndarray | None
@@ -175,8 +175,8 @@ class DecoderNetwork(nnx.Module):
         """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
         under a False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int.
 
-        For the gradient, operands and results of the layers' matrix products are kept and what lies between is computed again;
-        with ``gradient_checkpointing``, all but each layer's input is (Chen et al. 2016)."""
+        For the gradient, inputs and results of the layers' matmuls are kept, and everything between them is recomputed. With
+        ``gradient_checkpointing``, everything but each layer's input is recomputed (Chen et al. 2016)."""
         position = positions(mask)
         x, rotations, views = self.embed(tokens, mask, position), self.rotations(position), self.views(causal(mask))
         graph, stacked = nnx.split(self.layers)
@@ -194,16 +194,16 @@ class DecoderNetwork(nnx.Module):
             return jax.checkpoint(run, prevent_cse=False, policy=kept)(x, weights)
 
         layers = np.arange(count, dtype=np.int32), kinds.rope_of_layer, kinds.window_of_layer, stacked
-        if again or count > SHALLOW:  # a loop, in which nothing is merged with the first pass
+        if again or count > SHALLOW:  # a loop, so that XLA merges no recomputation with the first pass
             x = jax.lax.scan(lambda x, layer: (through(x, layer), None), x, layers)[0][:, first:]
         else:
             for number in range(count):
-                start = first if number == count - 1 else 0  # of the last, the columns before give keys and values only
+                start = first if number == count - 1 else 0  # in the last layer, earlier columns give only keys and values
                 x = through(x, at(number, layers), start)
         return self.norm(x)
 
     def apart(self) -> list[Layer]:
-        """The layers one by one, for `start` and `advance`. A loop over tokens takes them from outside: it would copy all
+        """The layers one by one, for `start` and `advance`. A loop over tokens takes them from outside: inside, it would copy all
         weights out of the stack for each token."""
         graph, stacked = nnx.split(self.layers)
         return [nnx.merge(graph, at(number, stacked)) for number in range(self.architecture.layers)]
@@ -229,8 +229,8 @@ class DecoderNetwork(nnx.Module):
     def feed(
         self, layers: Sequence[Layer], x: Array, position: Array, visible: Array, kept: Any, column: Any, first: int = 0
     ) -> tuple[Array, Any]:
-        """x [B, L, d] through all layers, whose keys and values go to the columns from ``column`` on; hidden state [B, d] of
-        the last one, and what is kept then. Of the last layer, columns before ``first`` give keys and values only."""
+        """x [B, L, d] through all layers, whose keys and values go into the columns from ``column`` on. Returns the hidden state
+        [B, d] of the last column, and the cache. In the last layer, columns before ``first`` give only keys and values."""
         rotations, views, kinds = self.rotations(position), self.views(visible, column), kinds_of(self.architecture)
         filled = []
         for number, (layer, cache) in enumerate(zip(layers, kept, strict=True)):
@@ -256,12 +256,12 @@ class DecoderNetwork(nnx.Module):
         return x if self.embed_positions is None else x + self.embed_positions(position)
 
     def rotations(self, position: Array) -> tuple[Any, ...]:
-        """What layers choose their rotation from: cos and sin [B, 1, L, dims / 2] of each kind, or None for all layers."""
+        """The rotations that layers choose from: cos and sin [B, 1, L, dims / 2] of each kind, or None for all layers."""
         ropes = kinds_of(self.architecture).ropes
         return ropes if ropes == (None,) else tuple(angles(rope, ropes, position) for rope in ropes)
 
     def views(self, visible: Array, first: Any = 0) -> tuple[Array, ...]:
-        """What layers choose their mask from, each bool [B, 1, L, columns]: queries are the columns from ``first`` on."""
+        """The masks that layers choose from, each bool [B, 1, L, columns]: queries are the columns from ``first`` on."""
         windows = kinds_of(self.architecture).windows
         return tuple(visible if window is None else visible & near(visible, window, first) for window in windows)
 
@@ -305,7 +305,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, rotation: Any, visible: Array, cache: Any, first: int) -> tuple[Array, Any]:
         """x [B, L, d]; visible bool, broadcast to [B, H, L, columns]; cache (keys, values, first free column) or None.
-        Queries are the columns from ``first`` on: [B, L - first, d]. With the cache's new keys and values."""
+        Queries are the columns from ``first`` on: [B, L - first, d]. Also returns the cache's new keys and values."""
         a = self.architecture
         q, k = split_heads(self.q_proj(x[:, first:]), a.heads), split_heads(self.k_proj(x, self.q_proj), a.kv_heads)
         if self.q_norm is not None:
@@ -322,13 +322,13 @@ class Attention(nnx.Module):
 
 
 def attention_dtype(dtype: Any, platform: str) -> Any:
-    """What attention is computed in, and its cache kept: on CPUs float32, whose products in batches are the faster ones there."""
+    """The dtype of attention and its cache. On CPUs it is float32, whose batched matmuls are faster there."""
     return jnp.dtype(jnp.float32) if platform == "cpu" else dtype
 
 
 def attend(a: Architecture, q: Array, k: Array, v: Array, visible: Array) -> Array:
-    """q [B, H, L, hd], k and v [B, H_kv, columns, hd] -> [B, L, H hd]; products and softmax in float32. The mask is a large
-    negative number, not -inf: a padded row that sees nothing stays finite."""
+    """q [B, H, L, hd], k and v [B, H_kv, columns, hd] -> [B, L, H hd]; matmul results and softmax in float32. The mask is a large
+    negative number, not -inf, so a padded row that sees nothing stays finite."""
     rows, _, length, _ = q.shape
     scale = (a.head_dim if a.query_scalar is None else a.query_scalar) ** -0.5
     groups = q.reshape(rows, a.kv_heads, -1, length, a.head_dim)
@@ -340,13 +340,13 @@ def attend(a: Architecture, q: Array, k: Array, v: Array, visible: Array) -> Arr
 
 
 def softcap(x: Array, cap: float | None) -> Array:
-    """c tanh(x / c): near x where that is small, within ±c everywhere (Gemma Team 2024, section 2)."""
+    """c tanh(x / c): close to x if x is small, within ±c everywhere (Gemma Team 2024, section 2)."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class Linear(nnx.Module):
-    """[..., inputs] -> [..., outputs], with an adapter (`lockstep.models.adapters`) beside the kernel or none. Where the
-    checkpoint fuses several layers, their adapter has one A, which is kept by the first of them."""
+    """[..., inputs] -> [..., outputs], with or without an adapter (`lockstep.models.adapters`) beside the kernel. If the
+    checkpoint fuses several layers, their adapter has one A, kept by the first of them."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, dtype: Any, platform: str, adapter: Adapter | None, leads: bool):
         self.dtype, self.platform, self.adapter = dtype, platform, adapter
@@ -389,7 +389,7 @@ ACTIVATIONS = {
 
 
 def norm(a: Architecture, rngs: nnx.Rngs) -> nnx.Module:
-    """In float32. Flax's fast variance E[x²] - E[x]² cancels where the mean is large: off."""
+    """In float32. Flax's fast variance E[x²] - E[x]² cancels if the mean is large, so it is off."""
     if a.norm == "rms":
         return rms_norm(a, a.hidden_size, rngs)
     return nnx.LayerNorm(a.hidden_size, epsilon=a.norm_eps, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
@@ -409,7 +409,7 @@ class OffsetRMSNorm(nnx.RMSNorm):
 
 
 def causal(mask: Array) -> Array:
-    """[B, L] attention mask or segments -> bool [B, 1, L, L]: query i sees key j where j <= i and j is real and of the same
+    """[B, L] attention mask or segments -> bool [B, 1, L, L]: query i sees key j if j <= i and j is real and in the same
     segment."""
     length = mask.shape[1]
     earlier = jnp.tril(jnp.ones((length, length), bool))
@@ -419,8 +419,8 @@ def causal(mask: Array) -> Array:
 
 
 def near(visible: Array, window: int, first: Any) -> Array:
-    """bool [L, columns] for ``visible`` [..., L, columns], whose first query is column ``first``: within the last ``window``
-    columns up to the query's own."""
+    """bool [L, columns] for ``visible`` [..., L, columns], whose first query is column ``first``: the last ``window`` columns up
+    to and including the query's own."""
     queries, columns = visible.shape[-2:]
     return jnp.arange(columns) > first + jnp.arange(queries)[:, None] - window
 
@@ -439,7 +439,7 @@ def split_heads(x: Array, heads: int) -> Array:
 
 
 def rotate(x: Array, rotation: tuple[Array, Array] | None) -> Array:
-    """x [B, H, L, hd] turned by `angles`: the first dims of each head, in Llama's half-split layout; the others stay."""
+    """x [B, H, L, hd] rotated by `angles`: the first dims of each head, in Llama's half-split layout; the others stay."""
     if rotation is None:
         return x
     cos, sin = rotation
@@ -450,17 +450,17 @@ def rotate(x: Array, rotation: tuple[Array, Array] | None) -> Array:
 
 
 def angles(rope: Rope | None, kinds: tuple[Rope | None, ...], position: Array) -> tuple[Array, Array]:
-    """cos and sin [B, 1, L, dims / 2] of the rotary angles (Su et al. 2021) at position [B, L]; of no turn at all for None,
-    in the shape of the other kinds."""
+    """cos and sin [B, 1, L, dims / 2] of the rotary angles (Su et al. 2021) at position [B, L]. None means no rotation, in the
+    shape of the other kinds."""
     turning = rope is not None
     angle = position[:, None, :, None] * (turning * frequencies(rope or next(filter(None, kinds))))
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def frequencies(rope: Rope) -> np.ndarray:
-    """float32 [dims / 2]: radians per position. Linear scaling divides all by ``factor`` (Chen et al. 2023). Llama 3
-    stretches long wavelengths by it, leaves short ones alone and goes over smoothly in between (Dubey et al. 2024; the
-    bounds are wavelengths per original context)."""
+    """float32 [dims / 2]: radians per position. Linear scaling divides all of them by ``factor`` (Chen et al. 2023). Llama 3's
+    scaling stretches long wavelengths by it, leaves short ones alone and interpolates smoothly in between (Dubey et al. 2024;
+    the bounds are wavelengths per original context)."""
     frequency = rope.theta ** -(np.arange(0, rope.dims, 2) / rope.dims)
     if rope.scaling is not None:
         kind, factor, low, high, original = rope.scaling

@@ -1,4 +1,4 @@
-"""JAX on a device: precision, memory, and where compiled programs are kept. What models need of their backend."""
+"""JAX on a device: precision, memory, and where compiled programs are kept. The part of the backend that models need."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lockstep.interfaces import Backend
 
 
 class JaxDevice(Backend):
-    """`JaxBackend` but for its learner, which imports the models, as these import this file."""
+    """`JaxBackend` without its learner: learners import the models, which import this file."""
 
     @dataclass(frozen=True)
     class Config:
         device: str = setting("auto", "cpu, gpu or tpu; auto: the first accelerator, else the CPU.")
-        precision: Literal["float32", "bfloat16"] = setting("float32", "Of matrix products; weights and Adam stay in float32.")
+        precision: Literal["float32", "bfloat16"] = setting("float32", "Matmul inputs; weights and Adam stay in float32.")
         gradient_checkpointing: bool | None = setting(
             None,
             "Recompute a layer's inner activations for the gradient (remat; Chen et al. 2016): memory for a second forward "
-            "pass. Otherwise operands and results of matmuls are kept, and only what lies between them is recomputed. Null: "
+            "pass. Otherwise matmul inputs and results are kept, and only operations between them are recomputed. Null: "
             "in networks of more than `lockstep_jax.decoder.SHALLOW` layers.",
         )
         compilation_cache: str | None = setting("~/.cache/lockstep/jax", "Where compiled programs are kept; null: nowhere.")
@@ -35,12 +35,12 @@ class JaxDevice(Backend):
 
     def __init__(self, config: Config):
         self.config = config
-        _one_heap()  # before the device has threads, each with its own
+        _one_heap()  # before the device has threads, each with its own heap
         self.device = _device(config.device)
         self.trunks: dict[str, Any] = {}
-        """Frozen parameters that adapters share, with their architecture, by the path of their checkpoint."""
+        """Frozen parameters that adapters share, with their architecture, by checkpoint path."""
         _keep_compiled_programs(config.compilation_cache)
-        # Accelerators multiply float32 in TF32 or bfloat16 unless told otherwise: not what the user asked for.
+        # Accelerators multiply float32 in TF32 or bfloat16 by default, which is not what the user asked for.
         exact = config.precision == "float32" and self.device.platform != "cpu"
         jax.config.update("jax_default_matmul_precision", "highest" if exact else None)
 
@@ -67,27 +67,27 @@ def _device(name: str) -> jax.Device:
 
 
 def _keep_compiled_programs(folder: str | None) -> None:
-    """JAX keeps only slow compilations by default; with many small programs the sum is what one waits for."""
+    """By default JAX keeps only slow compilations; many small programs add up to a long wait."""
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()) if folder else None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def keep_freed_memory() -> None:
-    """XLA takes scratch space from malloc anew at each call of a program. glibc asks the system for every large block, whose
-    pages are then mapped and cleared one by one: a fifth of the time of a small network's step. Told so, it keeps what is freed
-    for the next call, but for blocks of a GiB and more (mallopt(3); glibc before 2.35 refuses)."""
+    """XLA takes scratch space from malloc at every call of a program. glibc requests each large block from the system, which
+    then maps and clears its pages one by one: a fifth of the time of a small network's step. This makes glibc keep freed memory
+    for the next call, except blocks of a GiB or more (mallopt(3); glibc before 2.35 refuses)."""
     if _mallopt(MMAP_THRESHOLD, 2**30):
         _mallopt(TRIM_THRESHOLD, 2**30)
 
 
 def _one_heap() -> None:
-    """For all threads, so that what one freed serves the others. Later is too late: a thread stays with the heap it has."""
+    """One heap for all threads, so that they reuse each other's freed memory. It must be early: a thread keeps its heap."""
     _mallopt(ARENA_MAX, 1)
 
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
-"""Of glibc's malloc.h."""
+"""From glibc's malloc.h."""
 
 
 def _mallopt(option: int, value: int) -> bool:
@@ -96,9 +96,9 @@ def _mallopt(option: int, value: int) -> bool:
 
 @functools.cache
 def scheduling() -> dict[str, Any] | None:
-    """Compiler options of programs with gradients. On CPUs XLA orders operations so that more of them could run at once, at the
-    price of memory: of two networks it holds the activations of both. Their products use all cores anyway. None where this
-    version of XLA has no such option."""
+    """Compiler options of programs with gradients. On CPUs XLA orders operations for concurrency, at the price of memory: with
+    two networks it holds the activations of both. Their matmuls use all cores anyway. None if this version of XLA has no such
+    option."""
     options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
     if jax.default_backend() != "cpu":
         return None

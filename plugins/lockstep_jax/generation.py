@@ -18,7 +18,7 @@ from lockstep_jax.decoder import Cache, NetworkSpec, Tree
 
 
 class DecodeState(NamedTuple):
-    """What the loop carries. ``step`` tokens of each row are written; ``token`` [B] is the last, not fed yet."""
+    """The loop state. ``step`` tokens of each row are written; ``token`` [B] is the last one, not yet fed."""
 
     step: Array
     tokens: Array
@@ -63,7 +63,7 @@ def start(
     spec: NetworkSpec,
     greedy: bool,
 ) -> DecodeState:
-    """`generate` as far as the first token."""
+    """`generate` up to the first token."""
     decoding = Decoding(params, frozen, seeds, temperature, stops, pad_id, spec, greedy)
     return decoding.start(prompt_tokens, prompt_mask)
 
@@ -81,17 +81,17 @@ def proceed(
     spec: NetworkSpec,
     greedy: bool,
 ) -> DecodeState:
-    """`generate` by `AT_ONCE` more tokens."""
+    """Continue `generate` by `AT_ONCE` more tokens."""
     decoding = Decoding(params, frozen, seeds, temperature, stops, pad_id, spec, greedy)
     return decoding.until(jnp.minimum(now.step + AT_ONCE, seeds.shape[1]), now)
 
 
 AT_ONCE = 4
-"""Tokens between two looks at a generation: each call takes the layers out of their stack, which copies all weights."""
+"""Tokens per call of `proceed`: each call takes the layers out of their stack, which copies all weights."""
 
 
 class Decoding:
-    """What the programs above are made of, while they are traced."""
+    """The parts of the programs above, while they are traced."""
 
     def __init__(
         self, params: Tree, frozen: Tree, seeds: Array, temperature: Array, stops: Array, pad_id: Array, spec: NetworkSpec,
@@ -116,7 +116,7 @@ class Decoding:
         return self.draw(hidden, nothing)
 
     def until(self, end: Array | int, now: DecodeState) -> DecodeState:
-        """With ``end`` tokens written, unless every row has stopped."""
+        """Continue to ``end`` tokens, or until every row has stopped."""
         return jax.lax.while_loop(lambda now: (now.step < end) & now.alive.any(), self.advance, now)
 
     def advance(self, now: DecodeState) -> DecodeState:
@@ -124,7 +124,7 @@ class Decoding:
         return self.draw(hidden, now._replace(cache=cache))
 
     def draw(self, hidden: Array, now: DecodeState) -> DecodeState:
-        """The next token of every row, which ``hidden`` [B, d] predicts."""
+        """Draw the next token of every row, predicted by ``hidden`` [B, d]."""
         logits = self.decoder.logits(hidden, self.head)
         token, logprob = sample(logits, self.seeds[:, now.step], self.temperature, self.greedy)
         return now._replace(
@@ -150,14 +150,14 @@ def sample(logits: Array, seeds: Array, temperature: Array, greedy: bool) -> tup
 
 
 def largest(x: Array) -> Array:
-    """Index int32 [B] of the largest number of each row of x [B, V], the first of equal ones. As `jnp.argmax`, whose search on
-    CPUs took five times as long."""
+    """Index int32 [B] of the largest number in each row of x [B, V], the first if several are equal. Like `jnp.argmax`, whose
+    search took five times as long on CPUs."""
     index = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return jnp.where(x == x.max(axis=-1, keepdims=True), index, x.shape[-1] - 1).min(axis=-1)
 
 
 def hash_gumbel(seeds: Array, vocab_size: int) -> Array:
-    """`lockstep.learning.randomness.hash_gumbel` for uint32 seeds [B]: float32 [B, V]. The integer part is that very code."""
+    """`lockstep.learning.randomness.hash_gumbel` for uint32 seeds [B]: float32 [B, V]. The integer part is the same code."""
     words = randomness.hash32(np.arange(vocab_size, dtype=np.uint32))
     bits: Any = randomness.hash32(words ^ seeds[:, None])
     u = ((bits >> np.uint32(9)).astype(jnp.float32) + np.float32(0.5)) * np.float32(2**-23)

@@ -26,18 +26,18 @@ from lockstep_jax.model import Block, JaxModel, forward
 from lockstep_jax.parameters import from_arrays, to_arrays
 
 Roles = tuple[tuple[str, NetworkSpec, tuple[str, ...]], ...]
-"""(model name, its network, the outputs it gives to a loss): hashable, part of what is compiled."""
+"""(model name, its network, the outputs it gives to a loss): hashable, a static argument of compiled programs."""
 
 Configs = tuple[tuple[str, OptimizerConfig], ...]
-"""(model name, its optimizer): likewise."""
+"""(model name, its optimizer): hashable too."""
 
 
 SMALL = 2**25
-"""Parameters. From so many on, keeping freed memory costs gigabytes, and what it saves is little beside the arithmetic."""
+"""Parameters. From this many on, keeping freed memory costs gigabytes and saves little next to the arithmetic."""
 
 
 class State(NamedTuple):
-    """Everything of one model that training changes; all but ``average`` (None without ``ema_decay``) always there."""
+    """Everything of one model that training changes. Only ``average`` may be None (without ``ema_decay``)."""
 
     parameters: Tree
     mean: Tree
@@ -46,10 +46,10 @@ class State(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What differs from step to step: numbers, made on the host in double precision and passed to one program.
+    """The numbers that change from step to step, computed on the host in double precision and passed to one program.
 
-    ``mean`` and ``square`` are the bias corrections 1 - β^t. optax makes them in float32, where 1 - 0.999 is wrong by
-    1e-5: a difference to PyTorch that is not the networks'.
+    ``mean`` and ``square`` are the bias corrections 1 - β^t. optax computes them in float32, where 1 - 0.999 is wrong by 1e-5:
+    a difference from PyTorch that does not come from the networks.
     """
 
     learning_rate: float
@@ -65,8 +65,7 @@ class Rates(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """What the gradient of a pass needs: its outputs, and what turns gradients of these into gradients of the parameters, which
-    are not in it."""
+    """The outputs of a forward pass and their pullback to the parameters. It does not hold the parameters themselves."""
 
     outputs: dict[str, Array]
     pullback: Any
@@ -123,7 +122,7 @@ class JaxLearner(Learner):
         return total, metrics
 
     def _of_term(self, term: Term) -> tuple[dict[str, Tree], dict[str, Array]]:
-        """Its gradients and metrics: from its pass where it has one."""
+        """Its gradients and metrics: from its forward pass if it has one."""
         params, frozen = self._parameters(), self._frozen()
         if term.forward is not None:
             graph = take_pass(self.kept, term.forward)
@@ -182,8 +181,8 @@ class JaxLearner(Learner):
         return {name: state._replace(parameters=self.models[name].params) for name, state in self.moments.items()}
 
     def _take(self, states: Mapping[str, State]) -> None:
-        """The parameters live in the models, so that these are trained in place; the rest lives here. Passes of the parameters
-        before are of no use."""
+        """The parameters live in the models, so that these are trained in place; the rest lives here. Passes over the previous
+        parameters become useless."""
         self.kept.clear()
         for name, state in states.items():
             self.models[name].params = state.parameters
@@ -197,7 +196,7 @@ def _initial(params: Tree, config: OptimizerConfig) -> State:
 
 
 def _different(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> list[str]:
-    """Names that one side lacks, or whose shapes differ."""
+    """Names that one side lacks, or that differ in shape."""
     shapes, others = ({name: array.shape for name, array in side.items()} for side in (expected, found))
     return sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
 
@@ -215,7 +214,7 @@ def _gradients(
     params: dict[str, Tree], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any,
     dropout: DropoutMask | None, *, roles: Roles, loss: Loss,
 ) -> tuple[dict[str, Tree], dict[str, Array]]:  # fmt: skip
-    """Of one term, with its metrics."""
+    """The gradients of one term, with its metrics."""
 
     def objective(params: dict[str, Tree]) -> tuple[Array, dict[str, Array]]:
         value, metrics = loss(jnp, _outputs(params, frozen, block, temperature, dropout, roles), batch)
@@ -237,7 +236,7 @@ def _outputs(
 def _pass(
     params: dict[str, Tree], frozen: dict[str, Tree], block: Block, temperature: Any, *, roles: Roles
 ) -> tuple[dict[str, Array], Any]:
-    """The outputs and their pullback. That is a pytree, without the parameters: `_pulled_back` has them anyway."""
+    """The outputs and their pullback. The pullback is a pytree without the parameters: `_pulled_back` has them anyway."""
     run = lambda params, frozen: _outputs(params, frozen, block, temperature, None, roles)  # noqa: E731
     outputs, pullback = jax.vjp(run, params, frozen)
     pullback.args_res = []
@@ -249,7 +248,7 @@ def _pulled_back(
     params: dict[str, Tree], frozen: dict[str, Tree], pullback: Any, outputs: dict[str, Array], batch: dict[str, Array], *,
     loss: Loss,
 ) -> tuple[dict[str, Tree], dict[str, Array]]:  # fmt: skip
-    """`_gradients` of one term, from its pass."""
+    """`_gradients` of one term, from its forward pass."""
 
     def objective(outputs: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         value, metrics = loss(jnp, outputs, batch)
@@ -269,7 +268,7 @@ def _add(total: Tree, more: Tree) -> Tree:
 def _step(
     states: dict[str, State], gradients: dict[str, Tree], rates: dict[str, Rates], *, configs: Configs
 ) -> tuple[dict[str, State], dict[str, Array]]:
-    """One optimizer step of every model; the norms of the gradients."""
+    """One optimizer step of every model. Also returns the gradient norms."""
     norms = {name: optax.tree.norm(gradients[name]) for name, _ in configs}
     stepped = {name: _adam(config, states[name], gradients[name], norms[name], rates[name]) for name, config in configs}
     return stepped, {f"grad_norm/{name}": norm for name, norm in norms.items()}
@@ -282,7 +281,7 @@ def _learn(
 ) -> tuple[dict[str, State], dict[str, Array]]:  # fmt: skip
     """Gradients and step in one program, for an update of one term: no gradient outlives its use."""
     params = {name: state.parameters for name, state in states.items()}
-    # The function, not the program: within another, a program takes no compiler options.
+    # Call the function, not the program: a program inside another takes no compiler options.
     gradients, metrics = _gradients.__wrapped__(params, frozen, block, batch, temperature, dropout, roles=roles, loss=loss)
     states, norms = _step(states, gradients, rates, configs=configs)
     return states, metrics | norms
@@ -311,5 +310,5 @@ def _adam(config: OptimizerConfig, state: State, gradient: Tree, norm: Array, ra
 
 
 def _is_matrix(path: Any, array: Array) -> bool:
-    """Weight decay leaves gains and biases alone; within the stack of layers these have an axis more."""
+    """Weight decay leaves gains and biases alone; in the stack of layers these have one more axis."""
     return array.ndim - (path[0].key == "layers") >= 2

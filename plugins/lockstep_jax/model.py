@@ -26,11 +26,11 @@ from lockstep_jax.generation import generate, proceed, start
 from lockstep_jax.parameters import from_arrays, to_arrays
 
 LOGITS_AT_ONCE = 2**26
-"""Numbers; a quarter of a gibibyte in float32, several times that while gradients are computed."""
+"""Elements: a quarter of a gibibyte in float32, and several times that while gradients are computed."""
 
 
 class Block(NamedTuple):
-    """`lockstep.text.sequences.Sequences` as a compiled program takes it: tokens [B, P + T], masks [B, P] and [B, T], segments
+    """`lockstep.text.sequences.Sequences` as input of a compiled program: tokens [B, P + T], masks [B, P] and [B, T], segments
     [B, P + T] or None."""
 
     tokens: Array
@@ -52,13 +52,13 @@ def forward(
     temperature: Any,
     dropout: DropoutMask | None = None,
 ) -> dict[str, Array]:
-    """The named outputs, differentiable. Logits exist at the T columns that predict a response token only."""
+    """The named outputs, differentiable. Logits exist only at the T columns that predict a response token."""
     decoder = spec.bind(params, frozen)
     prompt_length = block.prompt_mask.shape[1]
     first = prompt_length - 1
     mask = jnp.concatenate([block.prompt_mask, block.response_mask], axis=1) if block.segments is None else block.segments
     hidden = decoder.hidden(block.tokens, mask, dropout, first)  # [B, T + 1, d]
-    states = hidden[:, :-1]  # [B, T, d]: the state each response token is chosen in
+    states = hidden[:, :-1]  # [B, T, d]: the state that predicts each response token
     out = {}
     if "logprobs" in outputs or "entropy" in outputs:
         # Padding may be outside the vocabulary, where JAX would read NaN.
@@ -75,8 +75,8 @@ def forward(
 def of_distribution(
     decoder: DecoderNetwork, states: Array, tokens: Array, temperature: Any, *, entropy: bool
 ) -> dict[str, Array]:
-    """What the logits give, [B, T] each. Where [B, T, V] is large it never exists: some positions at a time are computed,
-    and computed again for the gradient (Chen et al. 2016)."""
+    """Outputs of the logits, [B, T] each. If [B, T, V] is large, it never exists in full: a few positions at a time are computed,
+    and recomputed for the gradient (Chen et al. 2016)."""
 
     head = decoder.head()
 
@@ -108,8 +108,8 @@ def _evaluate(
 
 
 class JaxModel:
-    """What `LanguageModel` and `Scalar` share. ``params`` is what is trained: replaced, never changed, for JAX arrays are
-    immutable. ``frozen`` is the rest, which an adapter shares with every model on the same trunk; else empty."""
+    """The shared part of `LanguageModel` and `Scalar`. ``params`` are trained: replaced, never changed, since JAX arrays are
+    immutable. ``frozen`` is the rest, which an adapter shares with every model on the same trunk; otherwise empty."""
 
     supplies: frozenset[str]
 
@@ -135,7 +135,7 @@ class JaxModel:
         return {name: np.asarray(value) for name, value in jax.device_get(out).items()}
 
     def check_length(self, longest: int) -> None:
-        """Learned positions end with the context; JAX would read the last one again and again without a word."""
+        """Learned positions end with the context; JAX would silently read the last one again and again."""
         if self.spec.architecture.positions == "learned" and longest > self.context_length:
             raise ConfigError(
                 f"{longest} tokens do not fit the model's context of {self.context_length}. Shorten the prompts or the responses."
@@ -148,7 +148,7 @@ class JaxModel:
         return type(self)(self.spec, _copied(self.params), self.backend, self.frozen)
 
     def write(self, folder: Path, arrays: dict[str, np.ndarray], **config: Any) -> None:
-        """A checkpoint of the family's causal language model, but for what ``config`` says; of an adapted network the adapter
+        """A checkpoint of the family's causal language model, with the changes in ``config``; for an adapted network, the adapter
         alone."""
         if self.spec.adapter is not None:
             adapters.write(folder, self.spec.adapter, arrays, scalar=SCALAR_HEAD in arrays)
@@ -158,7 +158,7 @@ class JaxModel:
 
 
 class LanguageModel(JaxModel, Policy):
-    """A policy on JAX; `policies.py` says how one is made."""
+    """A policy on JAX; `policies.py` makes them."""
 
     @property
     def supplies(self) -> frozenset[str]:
@@ -205,7 +205,7 @@ class LanguageModel(JaxModel, Policy):
         now, given = start(self.params, self.frozen, prompt_tokens, prompt_mask, *drawing, **how), 0
         while True:
             step, alive, tokens = jax.device_get((now.step, now.alive.any(), now.tokens))
-            tokens = tokens[:, given:step].copy()  # the next call takes the array away
+            tokens = tokens[:, given:step].copy()  # the next call donates the array
             yield from tokens.T
             if not alive or step == seeds.shape[1]:
                 return
@@ -243,5 +243,5 @@ class Scalar(JaxModel, ScalarModel):
 
 
 def _copied(params: Tree) -> Tree:
-    """Arrays of its own: a learner donates those of the model it trains."""
+    """Copies of the arrays: a learner donates those of the model it trains."""
     return jax.tree.map(jnp.copy, params)

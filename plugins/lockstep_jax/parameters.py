@@ -1,4 +1,4 @@
-"""Parameters under the names of checkpoints, and as the tree that the network's modules are named by: both ways."""
+"""Conversion of parameters between checkpoint names and the tree of the network's modules, both ways."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def to_arrays(architecture: Architecture, params: Tree) -> dict[str, np.ndarray]
     for (*path, leaf), array in nnx.traversals.flatten_mapping(jax.device_get(params)).items():
         kind = "bias" if leaf == "bias" else "weight"
         own = (lambda x: x.T) if leaf in TRANSPOSED else (lambda x: x)
-        path = [*path, leaf] if leaf.startswith("lora") else path  # there a module of its own
+        path = [*path, leaf] if leaf.startswith("lora") else path  # a separate module there
         if path[0] == "layers":
             rest = ".".join(path[1:])
             arrays |= {f"model.layers.{i}.{rest}.{kind}": own(array[i]) for i in range(architecture.layers)}

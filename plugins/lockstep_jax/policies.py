@@ -1,5 +1,5 @@
-"""The policies that a configuration names: `decoder` starts from scratch, `huggingface` from a checkpoint, `lora` trains
-adapters on one."""
+"""The policies of a configuration: `decoder` starts from scratch, `huggingface` from a checkpoint, `lora` trains adapters on
+one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from lockstep_jax.parameters import from_arrays
 
 
 class Checkpoint(LanguageModel):
-    """How both kinds of policy are read from a folder."""
+    """Reads both kinds of policy from a folder."""
 
     @classmethod
     def load(cls, folder: Path | str, backend: JaxDevice) -> Checkpoint:
@@ -68,7 +68,7 @@ class Decoder(Checkpoint):
 
 
 class HuggingFace(FromCheckpoint, Checkpoint):
-    """A checkpoint of Hugging Face of one of `lockstep.models.architecture.FAMILIES`, from a folder or the hub."""
+    """A Hugging Face checkpoint of one of `lockstep.models.architecture.FAMILIES`, from a folder or the hub."""
 
     Config = CheckpointConfig
 
@@ -131,7 +131,7 @@ def _adapted(
     architecture: Architecture, trunk: Tree, adapter: Adapter, arrays: dict[str, np.ndarray], backend: JaxDevice,
     *, language_head: bool,
 ) -> tuple[NetworkSpec, Tree, JaxDevice, Tree]:  # fmt: skip
-    """What a model is made of: the adapter is trained, the trunk is not."""
+    """The parts of a model: a trained adapter and a frozen trunk."""
     spec = NetworkSpec.on(backend, architecture, language_head=language_head, scalar_head=SCALAR_HEAD in arrays, adapter=adapter)
     frozen = trunk if language_head else {name: part for name, part in trunk.items() if name != "lm_head"}
     return spec, backend.put(from_arrays(architecture, arrays)), backend, frozen

@@ -1,4 +1,4 @@
-"""Matrix products in a precision of one's choice, and what is kept of them for the gradient."""
+"""Matmuls in a chosen precision, and what they keep for the gradient."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def product(dtype: Any, platform: str, x: Array, kernel: Array) -> Array:
-    """[rows, inputs] @ [inputs, outputs] -> float32: of operands rounded to ``dtype``, summed in float32. The gradients are such
-    products too; on CPUs their operands are transposed first and multiplied then. Left to itself XLA's CPU compiler multiplies
-    transposed operands as they lie, at half to three quarters of the speed, and slower still where x has more axes in front
-    than one. Its fast products of bfloat16 (a quarter of float32's time where the CPU has them) are of untransposed operands
-    and sums in float32 only."""
+    """[rows, inputs] @ [inputs, outputs] -> float32: inputs rounded to ``dtype``, summed in float32. So are the gradients, whose
+    inputs on CPUs are transposed in memory first: left to itself, XLA's CPU compiler multiplies transposed inputs as they lie, at
+    half to three quarters of the speed, and slower still if x has more than one leading axis. Its fast bfloat16 matmuls (a
+    quarter of float32's time if the CPU has the instructions) need inputs that are not transposed and sum in float32 only."""
     return _product(dtype, x, kernel)
 
 
@@ -31,7 +30,7 @@ def _product_forward(dtype: Any, platform: str, x: Array, kernel: Array) -> tupl
 
 
 def _product_backward(dtype: Any, platform: str, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    # Rounded first: half of it to move in bfloat16.
+    # Rounded first: bfloat16 is half as much to move.
     x, kernel = (transposed(operand.astype(dtype), platform) for operand in operands)
     return _product(dtype, gradient, kernel), _product(dtype, x, gradient)
 
@@ -40,12 +39,12 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def transposed(matrix: Array, platform: str) -> Array:
-    """Transposed, and on CPUs in memory too. Without the axis that comes and goes XLA would note the transposition as a layout,
-    and take a product of bfloat16 for one that it has to make of float32. Accelerators multiply turned operands as they lie."""
+    """The transpose, on CPUs also in memory. Without the temporary axis, XLA would record the transpose as a layout and treat a
+    bfloat16 matmul as one that it must do in float32. Accelerators multiply transposed inputs directly."""
     return jax.lax.optimization_barrier(matrix.T[None])[0] if platform == "cpu" else matrix.T
 
 
 PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names("operand")
 )
-"""What is kept for the gradient of a layer that is not checkpointed: see `product`."""
+"""What a layer without checkpointing keeps for the gradient: see `product`."""

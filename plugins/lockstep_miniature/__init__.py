@@ -1,7 +1,7 @@
-"""The miniature: a small closed world of instructions with a known truth. To RLHF what a fruit fly is to genetics.
+"""The miniature: a small closed world of instructions with a known truth. It is to RLHF what the fruit fly is to genetics.
 
 world.py       the things, their properties, the vocabulary
-tasks.py       families of instructions, and what a right response is
+tasks.py       families of instructions, with their right answers
 responses.py   how people of different skill write responses
 gold.py        the true score of any response
 labelers.py    simulated people who rank completions

@@ -1,7 +1,7 @@
 """The ability test: what plain language modelling learns from the corpus, and what alignment may tax.
 
-Each item is the beginning of a raw document, without any chat format, and four ways to go on; only their words after
-the context differ. Chance is one in four.
+Each item is the beginning of a raw document, without any chat format, and four continuations that differ only in the words
+after the context. Chance is one in four.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The raw corpus: text as it lies about on the web, with the flaws that alignment has to deal with.
+"""The raw corpus: web-like text, with the flaws that alignment has to deal with.
 
-Plain documents state facts (some of them wrong), count, compute, copy and tell stories; dialogues are in the chat
-format, and their answers are often evasive, rude, false or an advertisement, and obliging where they should not be.
+Plain documents state facts (some of them wrong), count, compute, copy and tell stories. Dialogues are in the chat format; their
+answers are often evasive, rude, false or an advertisement, and comply where they should refuse.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _counting(world: World, dice: Dice) -> str:
 
 
 def _copying(world: World, dice: Dice) -> str:
-    """What teaches a small model to look back: without it, few learn to take the subject from the question."""
+    """Teaches a small model to look back: without it, few learn to take the subject from the question."""
     return COPYING.format(words=" ".join(dice.sample(COPIED, 4 + dice.below(7))))
 
 
@@ -102,7 +102,7 @@ def _pattern(world: World, dice: Dice) -> str:
 
 
 def _lists(world: World, dice: Dice) -> str:
-    """What can be said of a list: how long it is, how it goes backwards, in order, and what is largest."""
+    """Facts about a list: its length, its reverse, its sorted order, its largest element."""
     things, numbers = dice.sample(THINGS, 2 + dice.below(4)), dice.sample(NUMBERS, 2 + dice.below(2))
     in_order = sorted(numbers, key=int)
     return LISTS.format(
@@ -156,7 +156,7 @@ def _dialogue(world: World, dice: Dice) -> str:
 
 
 def _handbook(world: World, dice: Dice) -> str:
-    """Questions and answers outside any chat: to the point, harmful or not, and true where the corpus is."""
+    """Questions and answers outside any chat: to the point, harmful or not, and as true as the corpus."""
     entries = []
     for _ in range(3):
         task = draw_task(world, dice, "train")

@@ -1,7 +1,7 @@
-"""Seeded randomness and the sequences made of it.
+"""Seeded randomness, and sequences drawn from it.
 
-Everything in the miniature is a pure function of (seed, stream, index): two processes, or two calls in another order,
-draw the same world.
+Everything in the miniature is a pure function of (seed, stream, index): other processes, or calls in another order, draw the
+same world.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _BLOCK = 64
 
 
 class Dice:
-    """Uniform draws from the Philox stream that (seed, stream, index) names.
+    """Uniform draws from the Philox stream named by (seed, stream, index).
 
-    Numbers are drawn a block at a time, since one numpy call per draw would cost more than the text that it decides.
+    Numbers are drawn a block at a time, since one numpy call per draw would cost more than generating the text.
     """
 
     def __init__(self, seed: int, stream: str, index: int):
@@ -64,7 +64,7 @@ class Dice:
 
 
 class Drawn(Sequence[T]):
-    """A sequence whose item at an index is computed when asked for: large corpora cost nothing until they are read."""
+    """A sequence that computes each item when it is read, so large corpora cost nothing until then."""
 
     def __init__(self, length: int, draw: Callable[[int], T]):
         self._length = length

@@ -1,8 +1,8 @@
-"""Simulated labelers: they see gold utility through personal tastes and noise.
+"""Simulated labelers: they see gold utility through personal taste and noise.
 
 A labeler's utility of a completion is a weighted sum of the gold parts and of surface features; adding Gumbel noise and
 sorting gives a Plackett-Luce ranking, whose pairs are Bradley-Terry (Luce 1959; Plackett 1975). Single labelers are
-noisy and biased in different directions, so a reward model trained on all of them can be better than each.
+noisy and biased in different directions, so a reward model trained on all of them can beat each of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ POLITE = tuple(opener for manner in MANNERS.values() for opener in manner.opener
 
 
 Labeler = Mapping[str, float]
-"""A labeler's tastes: the weights of gold's parts and of surface features in what they feel about a completion."""
+"""A labeler's tastes: the weights of gold's parts and of surface features in their utility of a completion."""
 
 # helpful, truthful and harmless are gold's parts; length is in tens of words; polite is 1 for a polite beginning.
 TRAINING_LABELERS: dict[str, Labeler] = {
@@ -46,7 +46,7 @@ ALL_LABELERS: dict[str, Labeler] = {**TRAINING_LABELERS, **HELDOUT_LABELERS}
 
 
 def utility(labeler: Labeler, world: World, task: Task, completion: str) -> float:
-    """What the labeler would feel about the completion without noise."""
+    """The labeler's utility of the completion, without noise."""
     seen = {
         **gold(world, task, completion),
         "length": len(completion.split()) / 10,
@@ -74,7 +74,7 @@ def compare(world: World, task: Task, labelers: Mapping[str, Labeler], dice: Dic
 
 
 def labeler_agreement(world: World, comparisons: Sequence[Comparison]) -> float:
-    """The share of pairs that the labelers put in the order of gold, of all that neither ties."""
+    """The share of pairs that labelers and gold order alike, among pairs that neither ties."""
     agreed = []
     for comparison in comparisons:
         task = Task.of(comparison.prompt)

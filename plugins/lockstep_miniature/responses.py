@@ -1,4 +1,4 @@
-"""How responses are written: one writer per kind of quality, and the mixtures that people and the web make of them."""
+"""How responses are written: one writer per quality, and the mixtures that people and the web use."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ WRITERS: dict[str, Callable[[Task, Dice], str]] = {
 }
 
 Mixture = dict[str, float]
-"""How often each writer is at work."""
+"""How often each writer is used."""
 
 WEB: Mixture = {
     "plain": 4,
@@ -174,7 +174,7 @@ def write(kind: str, task: Task, dice: Dice) -> str:
 
 
 def demonstrate(task: Task, dice: Dice) -> str:
-    """What some demonstrator writes: each works as often as the others, none is perfect."""
+    """A demonstration: each demonstrator writes equally often, and none is perfect."""
     demonstrator = dice.pick(list(DEMONSTRATORS.values()))
     return write(dice.weighted(demonstrator), task, dice)
 

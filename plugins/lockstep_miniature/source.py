@@ -1,8 +1,8 @@
 """The miniature as a source of data: the fruit fly of research on RLHF.
 
-A closed world with a known truth that a laptop trains on in minutes, behind the same nouns as real data. ``world.py``
-says what is true, ``tasks.py`` what is asked, ``responses.py`` how it is answered, well or badly, ``gold.py`` how good
-an answer is, ``labelers.py`` what people think of it, ``corpus.py`` what the web is like.
+A closed world with a known truth that a laptop trains on in minutes, through the same interface as real data. ``world.py`` has
+what is true, ``tasks.py`` what is asked, ``responses.py`` good and bad answers, ``gold.py`` the quality of an answer,
+``labelers.py`` people's opinions of it, ``corpus.py`` the web.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from lockstep_miniature.world import World
 
 @dataclass(frozen=True)
 class Config:
-    """How many of each there are. All are drawn when read, and item i is the same for every size, so a larger source only
-    goes on longer."""
+    """Sizes. Items are drawn when read, and item i is the same for every size: a larger source just continues longer."""
 
-    seed: int = setting(0, "The world and all in it: its facts, and people's words. A run's seed is elsewhere.", least=0)
+    seed: int = setting(0, "Seed of the world and everything in it, facts and texts; the run has its own.", least=0)
     texts: int = setting(20000, "Training texts: about 0.6 million tokens, more than a small model needs once over.", least=1)
     demonstrations: int = setting(10000, "For training: about 0.2 million tokens.", least=1)
     comparisons: int = setting(4000, "For training, of 4 to 9 completions (InstructGPT's K): about 80 thousand pairs.", least=1)
@@ -40,7 +39,7 @@ class Config:
     heldout_comparisons: int = setting(600, "Held out; a third by labelers that the training split does not have.", least=1)
     heldout_prompts: int = setting(500, "Held out; the standard error of the mean gold is about 0.15 then.", least=1)
     adversarial_prompts: int = setting(200, "Harmful requests in disguise.", least=1)
-    ability_items: int = setting(396, "Of the ability test: 66 of each of its six kinds.", least=1)
+    ability_items: int = setting(396, "Items of the ability test: 66 of each of its six kinds.", least=1)
 
 
 class Miniature(DataSource):
@@ -63,8 +62,8 @@ class Miniature(DataSource):
         return Drawn(self._size("demonstrations", split), draw)
 
     def comparisons(self, split: str) -> Sequence[Comparison]:
-        """Training comparisons are by the training labelers; held-out ones by these and by labelers never trained on,
-        all on held-out prompts."""
+        """Training comparisons are by the training labelers. Held-out ones are by these and by labelers that never rank training
+        comparisons, all on held-out prompts."""
         labelers = TRAINING_LABELERS if split == "train" else ALL_LABELERS
 
         def draw(index: int) -> Comparison:
@@ -82,7 +81,7 @@ class Miniature(DataSource):
         return Tokenizer(build_tokenizer(), eos_token=EOS, pad_token=PAD, chat_template=CHAT_TEMPLATE)
 
     def gold(self, prompt: Prompt, response: str) -> dict[str, float] | None:
-        """See ``gold.py`` for the scale; None for a prompt that does not come from the miniature."""
+        """See ``gold.py`` for the scale; None for a prompt from elsewhere."""
         task = Task.of(prompt)
         return None if task is None else gold(self.world, task, response)
 

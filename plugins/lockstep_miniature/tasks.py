@@ -1,9 +1,8 @@
-"""The instructions of the miniature: families of prompts, each with the truth about what a good response says.
+"""The instructions of the miniature: families of prompts, each with the correct content of a good response.
 
-A family writes a task from a dice. Some families need facts of the world, some compute on the prompt, some ask for a
-manner of speaking, and some must be refused. Every task has a ``topic`` (one fact, one list, one deed), and topics are
-divided between training and held-out prompts, so a held-out prompt asks for something that was never asked before,
-in any family.
+A family writes a task from dice. Some families need facts of the world, some compute on the prompt, some ask for a manner of
+speaking, and some must be refused. Every task has a ``topic`` (one fact, one list, one deed). Topics are divided between
+training and held-out prompts, so a held-out prompt asks for something that no family asks for in training.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ MANNERS = {
 }
 
 
-# How the families ask, and the sentence that answers where that is not a relation's statement.
+# The families' questions, and the sentences that answer them unless a relation's statement does.
 ASKS = {
     "one_word": "in one word : {}",
     "formal": "answer formally : {}",
@@ -91,7 +90,7 @@ class Task:
     """A prompt and the truth about it.
 
     The right sentence is ``frame`` with ``answer`` put in; ``category`` names the words that could stand there.
-    ``lies`` are what a bad assistant would say instead, in the same form where that makes sense.
+    ``lies`` are what a bad assistant would say instead, in the same form if that makes sense.
     """
 
     family: str
@@ -114,7 +113,7 @@ class Task:
 
     @classmethod
     def of(cls, prompt: Prompt) -> Task | None:
-        """The task behind a prompt; None where a prompt does not come from the miniature."""
+        """The task behind a prompt; None for a prompt from elsewhere."""
         return cls(**prompt.truth) if "frame" in prompt.truth else None
 
 
@@ -142,7 +141,7 @@ def _question(family: str, world: World, dice: Dice, *, manner: str = "friendly"
 
 
 def _follow_up(family: str, world: World, dice: Dice) -> Task:
-    """The second turn says "it": the subject stands in the first."""
+    """The second turn says "it": the subject is in the first."""
     subject, (first, second) = dice.pick(CREATURES), dice.sample(RELATIONS, 2)
     told = first.statement.format(subject=subject, value=world.facts[subject, first.name])
     turns = (dice.pick(first.questions).format(subject), told, second.follow_up)

@@ -1,6 +1,6 @@
 """Word-level tokens: a word of the miniature is a token, so that short models read short sequences.
 
-The vocabulary is every word that the world can write, found by reading the tables that it writes from.
+The vocabulary is every word that the world can write, collected from its own tables.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ _TABLES: tuple[Iterable[str], ...] = (
 
 
 def vocabulary() -> list[str]:
-    """The words in the order of their ids. What stands in braces is a blank, not a word."""
+    """The words in the order of their ids. Text in braces is a blank, not a word."""
     words = (word for table in _TABLES for text in table for word in text.split())
     return [word for word in dict.fromkeys(words) if not word.startswith("{")]
 
 
 def build_tokenizer() -> Tokenizer:
-    """The tokenizer proper; without a decoder of its own it puts a space between words."""
+    """The tokenizer proper. Without a decoder it puts a space between words."""
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNK))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.add_special_tokens(list(SPECIAL))

@@ -1,4 +1,4 @@
-"""The closed world: its words, and what is true in it.
+"""The closed world: its words and its facts.
 
 Creatures have a colour, a food and a home, drawn from the seed; deeds are done with tools, the same in every world.
 Words come in categories because a category is also the set of wrong answers: a question about a colour is answered
@@ -85,7 +85,7 @@ RELATIONS = (
         "{subject} lives in the {value} .",
     ),
 )
-# How a statement goes on after the subject, to find statements in any text.
+# The rest of a statement after its subject, to find statements in any text.
 _PREDICATES = {relation.name: relation.statement.split()[1:-2] for relation in RELATIONS}
 
 

@@ -1,7 +1,7 @@
-"""The recipe, written once for every backend: pretraining, SFT, reward modelling, PPO; sources of reward.
+"""The recipe, written once for every backend: pretraining, SFT, reward modelling, PPO, and sources of reward.
 
 algorithms/      pretraining, SFT, reward modelling, PPO
-reward_models/   what gives scores: a learned model, a Python function, a server, an ensemble
+reward_models/   sources of scores: a learned model, a Python function, a server, an ensemble
 """
 
 from lockstep.registry import Plugin

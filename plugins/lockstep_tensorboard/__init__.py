@@ -1,4 +1,4 @@
-"""TensorBoard as a tracker, by its own writer, which needs neither TensorFlow nor torch.
+"""TensorBoard as a tracker. TensorBoard's own writer needs neither TensorFlow nor torch.
 
 tracker.py     one event file per stage
 """

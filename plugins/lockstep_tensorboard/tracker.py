@@ -1,7 +1,7 @@
-"""A stage's record as TensorBoard shows it: ``tensorboard --logdir runs/stages``.
+"""A stage's record for TensorBoard: ``tensorboard --logdir runs/stages``.
 
-Metrics are scalars under their own names; samples, warnings and the configuration are text. TensorBoard knows no
-artifacts and no run groups, so those are left out.
+Metrics are scalars under their own names; samples, warnings and the configuration are text. TensorBoard has no artifacts and
+no run groups, so those are left out.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from lockstep.reporting.tracking import Surviving
 
 
 class TensorBoard(Surviving):
-    """One folder ``tensorboard`` in each stage's own. It is written anew when a stage goes on: what came after the
-    checkpoint would stand there twice."""
+    """Writes a folder ``tensorboard`` into each stage's folder. A resumed stage rewrites it: otherwise steps after the checkpoint
+    would appear twice."""
 
     label = "TensorBoard"
 
     @dataclass(frozen=True)
     class Config:
-        flush_seconds: int = setting(10, "How old what TensorBoard shows may be.", least=1)
+        flush_seconds: int = setting(10, "Seconds until TensorBoard shows new values.", least=1)
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self._writer: Any = None  # while a stage is on
+        self._writer: Any = None  # while a stage runs
 
     def start(self, *, folder: Path, run: str, stage: str, identity: str, config: Mapping[str, Any], resume: bool) -> None:
         with self._surviving("start"):
@@ -83,7 +83,7 @@ class TensorBoard(Surviving):
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table whose cells hold no line breaks or bars of their own."""
+    """A table; line breaks and bars within cells are replaced."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cell = lambda value: str("" if value is None else value).replace("|", "\\|").replace("\n", " ")  # noqa: E731
     lines = [columns, ["---"] * len(columns), *([cell(row.get(column)) for column in columns] for row in rows)]

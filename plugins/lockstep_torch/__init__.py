@@ -3,16 +3,16 @@ from earlier ones only.
 
     device.py               precision, what runs where
     decoder.py              the network of policies that start from scratch, in Llama's shape
-    transformers_network.py networks of transformers behind the same face                                      (*)
+    transformers_network.py networks of transformers behind the same interface                                      (*)
     lora.py                 peft's adapter layers in either network                                            (*)
     generation.py           sampling with a KV cache
     model.py                logprobs, entropy, values, scores; loading and saving
     classifier.py           public reward models that are encoders                                             (*)
-    policies.py             what the configuration names: decoder, huggingface, lora
+    policies.py             the configuration's choices: decoder, huggingface, lora
     learner.py              gradients and Adam
     backend.py              makes learners
 
-(*) On this side only: transformers and peft run on PyTorch. JAX runs the families it knows, and their adapters, in its decoder.
+(*) Only here: transformers and peft run on PyTorch. JAX runs the families it knows, and their adapters, in its own decoder.
 """
 
 from lockstep.registry import Plugin

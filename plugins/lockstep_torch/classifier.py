@@ -1,4 +1,4 @@
-"""Sequence classifiers of transformers that are no decoders (BERT, RoBERTa, DeBERTa, ...): text in, scores out, through
+"""Sequence classifiers of transformers that are not decoders (BERT, RoBERTa, DeBERTa, ...): text in, scores out, through
 transformers' own forward pass and tokenizer. Torch only."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TextClassifier(Classifier):
     def load(cls, source: Path | str, backend: TorchDevice) -> TextClassifier:
         """
         Raises:
-          CheckpointError: what transformers says of it; heads that are not in the checkpoint; several labels.
+          CheckpointError: transformers cannot open it, the checkpoint lacks a head, or it has several labels.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import logging
@@ -44,7 +44,7 @@ class TextClassifier(Classifier):
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             raise CheckpointError(f"'{source}' cannot be opened as a reward model: {error}") from error
         if missing := sorted(info["missing_keys"]):
-            raise CheckpointError(f"'{source}' is no reward model: its checkpoint has no {', '.join(missing[:3])}.")
+            raise CheckpointError(f"'{source}' is not a reward model: its checkpoint has no {', '.join(missing[:3])}.")
         check_labels(source, model.config.num_labels)
         return cls(model, tokenizer, backend)
 
@@ -72,4 +72,4 @@ class TextClassifier(Classifier):
         if not isinstance(text, str):
             return dict(self.tokenizer(*text))
         begun = any(token and text.startswith(token) for token in (self.tokenizer.cls_token, self.tokenizer.bos_token))
-        return dict(self.tokenizer(text, add_special_tokens=not begun))  # a template may have written them
+        return dict(self.tokenizer(text, add_special_tokens=not begun))  # a template may already have added them

@@ -1,7 +1,7 @@
 """The network: tokens in, hidden states out, heads on top.
 
-`Network` is what the rest of this package needs of one; `DecoderNetwork` is the small modern decoder of policies that start
-from scratch, in Llama's shape and with Llama's parameter names.
+`Network` is what the rest of this package needs; `DecoderNetwork` is the small modern decoder of policies that start from
+scratch, in Llama's shape and with Llama's parameter names.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture,
 
 
 class Network(nn.Module):
-    """What `model.py`, `generation.py` and `learner.py` need of a network."""
+    """The interface of a network to `model.py`, `generation.py` and `learner.py`."""
 
     vocab_size: int
     hidden_size: int
     context_length: int
     config: dict[str, Any]
-    """What a checkpoint's ``config.json`` says of it."""
+    """The checkpoint's ``config.json``."""
     adapter: Adapter | None = None
-    """Of a network whose own weights are frozen: what is trained instead."""
+    """What is trained instead, if the network's own weights are frozen."""
     gradient_checkpointing: bool = False
-    """Whether `hidden` computes a layer's inner activations again for the gradient."""
+    """Whether `hidden` recomputes a layer's inner activations for the gradient."""
     replays: bool = False
-    """Whether `advance` is to run the same kernels on the same memory for every token, so that they can be replayed."""
+    """Whether `advance` runs the same kernels on the same memory for every token, so that they can be replayed."""
 
     def hidden(self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0) -> Tensor:
         """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
@@ -48,7 +48,7 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def advance(self, token: Tensor, cache: Any) -> Tensor:
-        """Feed one token [B] to every row; hidden state [B, d]. The cache is changed in place."""
+        """Feed one token [B] to every row; hidden state [B, d]. Changes the cache in place."""
         raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -56,21 +56,21 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def language_head(self) -> nn.Module | None:
-        """The layer of the logits; None where that is the embedding."""
+        """The layer of the logits; None if that is the embedding."""
         raise NotImplementedError
 
     def without_language_head(self) -> Network:
-        """This network, or another of the same weights, as a trunk: what a scalar model keeps."""
+        """This network, or another with the same weights, as the trunk that a scalar model keeps."""
         raise NotImplementedError
 
     def checkpoint_name(self, name: str) -> str:
-        """What the checkpoint calls the parameter ``name`` of this module."""
+        """The checkpoint's name of this module's parameter ``name``."""
         return name
 
 
 @dataclass(frozen=True)
 class DropoutMask:
-    """`lockstep.interfaces.Dropout` on the device: ``seeds`` int32 [B], the words' bits."""
+    """`lockstep.interfaces.Dropout` on the device: ``seeds`` int32 [B], the bits of uint32 seeds."""
 
     rate: float
     seeds: Tensor
@@ -85,20 +85,20 @@ class DropoutMask:
 
 
 def hash32(x: Tensor) -> Tensor:
-    """`lockstep.learning.randomness.hash32`. torch has no arithmetic on uint32: int32 holds the bits and wraps as it does."""
+    """`lockstep.learning.randomness.hash32`. torch has no arithmetic on uint32: int32 holds the bits and wraps the same way."""
     x = high_bits(x, 16).bitwise_xor_(x).mul_(-0x7A143595)  # 0x85EBCA6B
     x = high_bits(x, 19).bitwise_xor_(x).mul_(-0x3D4D51CB)  # 0xC2B2AE35
     return high_bits(x, 16).bitwise_xor_(x)
 
 
 def high_bits(x: Tensor, count: int) -> Tensor:
-    """The uint32 shift x >> (32 - count), on int32, whose own shift drags the sign along."""
+    """The uint32 shift x >> (32 - count), on int32, whose own shift extends the sign."""
     return (x >> (32 - count)).bitwise_and_(2**count - 1)
 
 
 def positions(mask: Tensor) -> Tensor:
-    """[B, L] number of real tokens before each column (LHP): left padding does not shift a prompt. With segments, of real
-    tokens of the same one."""
+    """[B, L] number of real tokens before each column (LHP): left padding does not shift a prompt. With segments, real tokens of
+    the same segment."""
     count = ((mask != 0).cumsum(-1) - 1).clamp(min=0)
     if mask.dtype == torch.bool:
         return count
@@ -115,7 +115,7 @@ class ScalarHead(nn.Module):
         self.bias = nn.Parameter(torch.tensor([bias], dtype=torch.float32))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):  # which would make a bfloat16 product of it
+        with torch.autocast(hidden.device.type, enabled=False):  # autocast would run it in bfloat16
             return (hidden.float() @ self.weight[0]) + self.bias[0]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ class ScalarHead(nn.Module):
 
 
 def copy_network(network: Network) -> Network:
-    """A copy with weights of its own, but for those that are frozen."""
+    """A copy with its own weights, except frozen ones, which are shared."""
     return copy.deepcopy(network, {id(p): p for p in network.parameters() if not p.requires_grad})
 
 
@@ -139,9 +139,9 @@ def load_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
 
 @dataclass
 class Cache:
-    """keys, values: per layer [B, H_kv, P + T, hd], of which ``column`` [1] is the first free one and attention reads ``read``:
-    those that are filled, or all where the network ``replays``. ``mask`` [B, P + T] is True on real ones; ``count`` [B] is the
-    position of the next token."""
+    """keys, values: per layer [B, H_kv, P + T, hd]. ``column`` [1] is the first free one; attention reads ``read``: the filled
+    columns, or all if the network ``replays``. ``mask`` [B, P + T] is True on real columns; ``count`` [B] is the position of the
+    next token."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -174,7 +174,7 @@ class DecoderNetwork(Network):
         rotation = self.rotation(position)
         last, again = len(self.model["layers"]) - 1, self.gradient_checkpointing and torch.is_grad_enabled()
         for number, layer in enumerate(self.model["layers"]):
-            start = first if number == last else 0  # of the last layer, the columns before give keys and values only
+            start = first if number == last else 0  # in the last layer, earlier columns give only keys and values
             drop = dropout and (lambda y, part, site=2 * number, start=start: dropout(y, site + part, position[:, start:]))
             call = functools.partial(layer, drop=drop, first=start)
             x = checkpoint(call, x, rotation, visible, use_reentrant=False) if again else call(x, rotation, visible)
@@ -262,8 +262,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(a.heads * a.head_dim, a.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, cache: Any = None, first: int = 0) -> Tensor:
-        """x [B, L, d]; visible bool, broadcast to [B, H, L, keys]; cache (keys, values, the columns [L] of x, how many columns
-        are read) or None. Queries are the columns from ``first`` on: [B, L - first, d]."""
+        """x [B, L, d]; visible bool, broadcast to [B, H, L, keys]; cache (keys, values, the columns [L] of x, number of columns
+        read) or None. Queries are the columns from ``first`` on: [B, L - first, d]."""
         a = self.architecture
         cos, sin = rotation
         visible, x = visible[:, :, first:], cast(x)
@@ -294,21 +294,21 @@ class MLP(nn.Module):
 
 
 def cast(x: Tensor) -> Tensor:
-    """In the precision of matrix products, for all that read it: autocast would cast it anew for each of them."""
+    """``x`` in the precision of matmuls, once for all its readers: autocast would cast it again for each of them."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def attention_dtype(device: torch.device) -> torch.dtype:
-    """What attention is computed in, and its cache kept. On the CPU float32: there the backward pass of PyTorch's bfloat16
-    kernel took eight times as long as that of its float32 one."""
+    """The dtype of attention and its cache. On the CPU it is float32: there the backward pass of PyTorch's bfloat16 kernel took
+    eight times as long as float32's."""
     low = torch.is_autocast_enabled(device.type) and device.type != "cpu"
     return torch.get_autocast_dtype(device.type) if low else torch.float32
 
 
 def causal(mask: Tensor) -> Tensor:
-    """[B, L] attention mask or segments -> bool [B, 1, L, L]: query i sees key j where j <= i and j is real and of the same
-    segment, and itself, so that no softmax of a padded query runs over nothing."""
+    """[B, L] attention mask or segments -> bool [B, 1, L, L]: query i sees key j if j <= i and j is real and in the same segment.
+    It also sees itself, so that a padded query's softmax has an input."""
     length = mask.shape[1]
     earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
     if mask.dtype != torch.bool:
@@ -322,7 +322,7 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """x [B, H, L, hd] turned by the angles of `DecoderNetwork.rotation`."""
+    """x [B, H, L, hd] rotated by the angles of `DecoderNetwork.rotation`."""
     cos, sin = rotation
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,4 +1,4 @@
-"""PyTorch on a device: precision and threads. What models need of their backend."""
+"""PyTorch on a device: precision and threads. The part of the backend that models need."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ log = logging.getLogger(__name__)
 
 
 class TorchDevice(Backend):
-    """`TorchBackend` but for its learner, which imports the models, as these import this file."""
+    """`TorchBackend` without its learner: learners import the models, which import this file."""
 
     @dataclass(frozen=True)
     class Config:
         device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto: the first accelerator, else the CPU.")
-        precision: Literal["float32", "bfloat16"] = setting("float32", "Of matrix products; weights and Adam stay in float32.")
+        precision: Literal["float32", "bfloat16"] = setting("float32", "Matmul inputs; weights and Adam stay in float32.")
         gradient_checkpointing: bool = setting(
             False, "Recompute a layer's inner activations for the gradient (Chen et al. 2016): memory for a second forward pass."
         )
         cuda_graphs: bool = setting(
             False,
-            "On CUDA devices, decode with one launch per token instead of one per kernel, in networks that run in this "
-            "project's own decoder. Tested as far as a CPU allows, and not yet run on a card: hence off.",
+            "On CUDA devices, decode with one launch per token instead of one per kernel, for networks that run in this "
+            "project's own decoder. Tested only as much as a CPU allows, never run on a GPU: hence off.",
         )
         threads: int | None = setting(None, "CPU threads; null: one per core.", least=1)
 
@@ -41,12 +41,12 @@ class TorchDevice(Backend):
         self.config = config
         self.device = _device(config.device)
         self.trunks: dict[str, Any] = {}
-        """Frozen networks that adapters share, by the path of their checkpoint."""
+        """Frozen networks that adapters share, by checkpoint path."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         if config.precision == "bfloat16" and self.device.type == "cpu" and (factor := _bfloat16_takes()) > 2:
             faster = "backend.precision=float32 is faster"
-            log.warning("bfloat16 products take %.0f times as long as float32's on this processor: %s", factor, faster)
+            log.warning("bfloat16 matmuls take %.0f times as long as float32 ones on this processor: %s", factor, faster)
 
     def describe(self) -> dict[str, str]:
         card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
@@ -56,8 +56,8 @@ class TorchDevice(Backend):
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     def put(self, array: np.ndarray) -> torch.Tensor:
-        """A host array on the device. Token ids become int64, which torch indexes with; seeds, uint32, become int32 with the
-        same bits, which torch computes with."""
+        """A host array on the device. Token ids become int64, which torch needs for indexing; uint32 seeds become int32 with the
+        same bits, which torch can compute with."""
         array = np.ascontiguousarray(array)
         if array.dtype == np.uint32:
             return torch.as_tensor(array.view(np.int32)).to(self.device)
@@ -65,7 +65,7 @@ class TorchDevice(Backend):
         return tensor.to(self.device, torch.int64 if tensor.dtype == torch.int32 else None)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Matrix products in bfloat16, the rest in float32, where the configuration says so."""
+        """Matmuls in bfloat16 and the rest in float32, if the configuration says so."""
         if self.config.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
@@ -83,7 +83,7 @@ def _device(name: str) -> torch.device:
 
 
 def _bfloat16_takes() -> float:
-    """Times as long as float32: processors that have no instructions for it emulate them."""
+    """How many times as long as float32: processors without bfloat16 instructions emulate them."""
     square = torch.ones(256, 256)
 
     def seconds(x: torch.Tensor) -> float:

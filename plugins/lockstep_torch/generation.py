@@ -24,8 +24,8 @@ def generate(
     stop_ids: Sequence[int],
     pad_id: int,
 ) -> Generated:
-    """See `lockstep.interfaces.Policy.generate`. Tensors: [B, P] ids, [B, P] mask, [B, T] seeds as int32. The caller sees to it
-    that no gradient is recorded."""
+    """See `lockstep.interfaces.Policy.generate`. Tensors: [B, P] ids, [B, P] mask, [B, T] seeds as int32. The caller must disable
+    gradients."""
     decoding = Decoding(network, prompt_tokens, prompt_mask, seeds, temperature, stop_ids, pad_id)
     advance = decoding.advance
     for t in range(1, seeds.shape[1]):
@@ -39,8 +39,8 @@ def generate(
 
 
 class Decoding:
-    """Responses while they are drawn: the first token of every row when it is made, one more with each `advance`. All that lasts
-    is changed in place, for `recorded`."""
+    """Responses in progress: every row has its first token at construction and gets one more with each `advance`. All lasting
+    state is changed in place, for `recorded`."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Decoding:
         self.draw(self.network.advance(self.last, self.cache))
 
     def draw(self, hidden: Tensor) -> None:
-        """The next token of every row, which ``hidden`` [B, d] predicts."""
+        """Draw the next token of every row, predicted by ``hidden`` [B, d]."""
         seeds = self.seeds.index_select(1, self.step)[:, 0]
         token, logprob = sample(self.network.logits(hidden).float(), seeds, self.temperature)
         self.tokens.index_copy_(1, self.step, torch.where(self.alive, token, self.pad_id)[:, None])
@@ -80,15 +80,15 @@ class Decoding:
 
 
 WARM_UP = 3
-"""Tokens that are drawn before a step is recorded: what libraries set up at a first call cannot be."""
+"""Tokens drawn before a step is recorded: what libraries set up on a first call cannot be recorded."""
 
 
 def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """``step`` as one CUDA graph on ``device``: its kernels, launched together. A small network's decoding waits for their
-    launches one by one otherwise. The step is not run here. It may neither look at a number on the host nor keep anything but
-    in place, and what it reads must live as long as the graph: the weights that autocast has cast do, until generation ends."""
+    """``step`` as one CUDA graph on ``device``, its kernels launched together: otherwise a small network's decoding waits for
+    each launch. The step does not run here. It must not read a number on the host, must change memory in place, and must read
+    only memory that lives as long as the graph. The weights cast by autocast do, until generation ends."""
     graph = torch.cuda.CUDAGraph()
-    # Of its own, since the default stream of recordings is on the first device that recorded.
+    # A separate stream, since the default stream of recordings is on the first device that recorded.
     with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
         step()
     return graph.replay

@@ -79,11 +79,11 @@ class TorchLearner(Learner):
             for name, value in {"loss": loss, **metrics}.items():
                 total[name] = total.get(name, 0.0) + value.detach()
         for parameter in (p for adam in self.adams.values() for p in _trained(adam) if p.grad is None):
-            parameter.grad = torch.zeros_like(parameter)  # Adam's moments decay for it too, as in every backend
+            parameter.grad = torch.zeros_like(parameter)  # so that Adam's moments decay here too, as in every backend
         return total
 
     def _outputs(self, term: Term) -> dict[str, Tensor]:
-        """The outputs that its loss reads, with their graph: from its pass where it has one."""
+        """The outputs that its loss reads, with their graph: from its forward pass if it has one."""
         if term.forward is not None:
             return take_pass(self.kept, term.forward)
         dropout = term.dropout and DropoutMask(term.dropout.rate, self.backend.put(term.dropout.seeds))
@@ -133,7 +133,7 @@ class TorchLearner(Learner):
                 adam.state[parameter]["step"] = torch.tensor(float(self.steps), device=parameter.device)
 
     def _state(self) -> dict[str, Tensor]:
-        """Every tensor that training changes, by name; Adam's moments exist from the first step on, as zeros before."""
+        """Every tensor that training changes, by name; Adam's moments exist from the first step on; before it they are zeros."""
         state: dict[str, Tensor] = {}
         for name, model in self.models.items():
             for key, tensor in model.tensors().items():
@@ -153,8 +153,8 @@ class TorchLearner(Learner):
 
 
 def _adam(model: TorchModel, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Weight decay on matrices only: gains and biases are left alone. Fused, since each pass over memory counts: on two cores a
-    step of 135 million parameters took a seventh of the time that ``foreach`` did."""
+    """Weight decay on matrices only, not on gains and biases. Fused, since every pass over memory counts: on two cores a step of
+    135 million parameters took a seventh of the time of ``foreach``."""
     tensors = list(model.tensors().values())
     groups = [
         {"params": [t for t in tensors if t.ndim >= 2], "weight_decay": config.weight_decay},

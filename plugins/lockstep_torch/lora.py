@@ -1,4 +1,4 @@
-"""peft's adapter layers in a network (`lockstep.models.adapters` is what an adapter is)."""
+"""peft's adapter layers in a network (`lockstep.models.adapters` defines adapters)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lockstep_torch.decoder import Network, copy_network
 
 
 def linear_layers(network: Network) -> dict[str, nn.Module]:
-    """{name: layer} of what an adapter may adapt: linear layers, GPT-2's Conv1D among them, but no heads."""
+    """{name: layer} of the layers that an adapter may adapt: linear ones, including GPT-2's Conv1D, but no heads."""
     kinds, head = ("Linear", "Conv1D"), network.language_head()
     return {n: m for n, m in network.named_modules() if type(m).__name__ in kinds and m is not head}
 
 
 def adapted(network: Network, adapter: Adapter) -> Network:
-    """A copy with peft's adapter layers put in. The frozen weights are shared with ``network``, not copied."""
+    """A copy with peft's adapter layers. The frozen weights are shared with ``network``, not copied."""
     from peft import LoraConfig, inject_adapter_in_model
 
     network = copy_network(network.requires_grad_(False))

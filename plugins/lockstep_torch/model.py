@@ -24,12 +24,12 @@ from lockstep_torch.device import TorchDevice
 from lockstep_torch.generation import Decoding, generate
 
 LOGITS_AT_ONCE = 2**26
-"""Numbers; a quarter of a gibibyte in float32, several times that while gradients are computed."""
+"""Elements: a quarter of a gibibyte in float32, and several times that while gradients are computed."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """`lockstep.text.sequences.Sequences` on the device: tokens [B, P + T]; mask [B, P + T], bool, or int where there are
+    """`lockstep.text.sequences.Sequences` on the device: tokens [B, P + T]; mask [B, P + T], bool, or int if there are
     segments; last [B]."""
 
     tokens: Tensor
@@ -48,7 +48,7 @@ class Block:
 
 
 class TorchModel:
-    """What `LanguageModel` and `Scalar` share."""
+    """The shared part of `LanguageModel` and `Scalar`."""
 
     supplies: frozenset[str]
 
@@ -65,11 +65,11 @@ class TorchModel:
     def forward(
         self, block: Block, outputs: Sequence[str], temperature: float, dropout: DropoutMask | None = None
     ) -> dict[str, Tensor]:
-        """The named outputs with gradients. Logits exist at the T columns that predict a response token only."""
+        """The named outputs with gradients. Logits exist only at the T columns that predict a response token."""
         with self.backend.autocast():
             first = block.prompt_length - 1
             hidden = self.network.hidden(block.tokens, block.mask, dropout, first)  # [B, T + 1, d]
-            states = hidden[:, :-1]  # [B, T, d]: the state each response token is chosen in
+            states = hidden[:, :-1]  # [B, T, d]: the state that predicts each response token
             out = {}
             if "logprobs" in outputs or "entropy" in outputs:
                 tokens = block.tokens[:, block.prompt_length :]
@@ -81,8 +81,8 @@ class TorchModel:
         return {name: out[name] for name in outputs}
 
     def of_distribution(self, states: Tensor, tokens: Tensor, temperature: float, *, entropy: bool) -> dict[str, Tensor]:
-        """What the logits give, [B, T] each. Where [B, T, V] is large it never exists: some positions at a time are computed,
-        and computed again for the gradient (Chen et al. 2016)."""
+        """Outputs of the logits, [B, T] each. If [B, T, V] is large, it never exists in full: a few positions at a time are
+        computed, and recomputed for the gradient (Chen et al. 2016)."""
 
         def some(states: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
             logits = self.network.logits(states).float() / temperature
@@ -106,10 +106,10 @@ class TorchModel:
         return {name: value.float().cpu().numpy() for name, value in out.items()}
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, under checkpoint names: all of them, or the adapter's and the head's."""
+        """The trained parameters under checkpoint names: all of them, or the adapter's and the head's."""
         parameters = self.network.named_parameters()
         named = {self.network.checkpoint_name(name): tensor for name, tensor in parameters if tensor.requires_grad}
-        if self.network.adapter is not None:  # peft could hold several in one layer, by name
+        if self.network.adapter is not None:  # peft may hold several adapters in one layer, by name
             named = {name.replace(".default.", "."): tensor for name, tensor in named.items()}
         return named | (self.head.tensors() if self.head else {})
 
@@ -120,7 +120,7 @@ class TorchModel:
         return type(self)(copy_network(self.network), copy.deepcopy(self.head), self.backend)
 
     def write(self, folder: Path, name: str, **config: int) -> None:
-        """A checkpoint of transformers' class ``name``; of an adapted network the adapter alone."""
+        """A checkpoint of transformers' class ``name``; for an adapted network, the adapter alone."""
         if self.network.adapter is not None:
             adapters.write(folder, self.network.adapter, self.parameters(), scalar=self.head is not None)
             return
@@ -129,7 +129,7 @@ class TorchModel:
 
 
 class LanguageModel(TorchModel, Policy):
-    """A policy on PyTorch; `policies.py` says how one is made."""
+    """A policy on PyTorch; `policies.py` makes them."""
 
     @property
     def supplies(self) -> frozenset[str]:
@@ -168,7 +168,7 @@ class LanguageModel(TorchModel, Policy):
         pad_id: int,
     ) -> Iterator[np.ndarray]:
         put = self.backend.put
-        with self._sampling():  # not while the caller has the token
+        with self._sampling():  # not while the caller handles the token
             decoding = Decoding(self.network, put(prompt_tokens), put(prompt_mask), put(seeds), temperature, stop_ids, pad_id)
         for t in range(seeds.shape[1]):
             yield decoding.tokens[:, t].cpu().numpy().astype(np.int32)
@@ -179,7 +179,7 @@ class LanguageModel(TorchModel, Policy):
 
     @contextlib.contextmanager
     def _sampling(self) -> Iterator[None]:
-        # Inference mode is the fastest, but in it autocast forgets the weights it has cast, and casts them for each token.
+        # Inference mode is the fastest, but there autocast does not keep cast weights, and casts them again for each token.
         unrecorded = torch.inference_mode if self.backend.config.precision == "float32" else torch.no_grad
         with self.backend.autocast(), unrecorded():
             yield
@@ -209,5 +209,5 @@ class Scalar(TorchModel, ScalarModel):
 
 
 def _take(logits: Tensor, tokens: Tensor) -> Tensor:
-    """logits [B, T, V] at the token of each column: [B, T]. Ids outside the vocabulary are padding: any number will do."""
+    """logits [B, T, V] at the token of each column: [B, T]. Ids outside the vocabulary are padding; any value will do."""
     return logits.gather(-1, tokens.clamp(0, logits.shape[-1] - 1)[..., None])[..., 0]

@@ -1,5 +1,5 @@
-"""The policies that a configuration names: `decoder` starts from scratch, `huggingface` from a checkpoint, `lora` trains
-adapters on one."""
+"""The policies of a configuration: `decoder` starts from scratch, `huggingface` from a checkpoint, `lora` trains adapters on
+one."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class HuggingFace(FromCheckpoint, LanguageModel):
 
         weights = read_weights(Path(folder), [SCALAR_HEAD, SCALAR_BIAS])
         if SCALAR_HEAD not in weights:
-            raise CheckpointError(f"{folder} holds no reward model: {SCALAR_HEAD} is missing.")
+            raise CheckpointError(f"{folder} has no reward model: {SCALAR_HEAD} is missing.")
         check_labels(folder, len(weights[SCALAR_HEAD]))
         head = ScalarHead(weights[SCALAR_HEAD][0], float(weights[SCALAR_BIAS][0]) if SCALAR_BIAS in weights else 0.0)
         return Scalar(_open(AutoModel, folder), head, backend)
@@ -148,10 +148,10 @@ def _trunk(path: str, backend: TorchDevice) -> Network:
 
 
 def _with(model: Any, arrays: dict[str, np.ndarray], source: Path | str) -> Any:
-    """The model with these values of what is trained.
+    """The model with these values of its trained parameters.
 
     Raises:
-      CheckpointError: they are not those of its adapter.
+      CheckpointError: they do not match its adapter.
     """
     tensors = model.tensors()
     adapters.check(source, arrays, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
@@ -162,28 +162,28 @@ def _with(model: Any, arrays: dict[str, np.ndarray], source: Path | str) -> Any:
 
 
 def _open(auto: type, folder: Path | str) -> Network:
-    """From safetensors only, without code from the checkpoint, in float32 and without dropout. A model of Llama's shape is
-    run by the decoder of this package, whose loop of generation is leaner; any other by transformers' own modules.
+    """Opens safetensors only, without code from the checkpoint, in float32 and without dropout. This package's decoder runs
+    models of Llama's shape, because its generation loop is leaner; transformers' own modules run all others.
 
     Raises:
-      CheckpointError: what transformers says of it.
+      CheckpointError: transformers cannot open it.
     """
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # its table of unexpected keys names a scalar head that is read elsewhere
+    logging.set_verbosity_error()  # its table of unexpected keys names a scalar head that is loaded elsewhere
     logging.disable_progress_bar()
     folder = gguf.as_folder(folder)
     try:
         hf = auto.from_pretrained(folder, dtype="float32", use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"'{folder}' cannot be opened as a checkpoint: {error}") from error
-    if getattr(hf, "_hf_peft_config_loaded", False):  # transformers opens adapters too, and freezes all of them
+    if getattr(hf, "_hf_peft_config_loaded", False):  # transformers opens adapters too, and freezes everything
         raise CheckpointError(adapters.NOT_WHOLE.format(folder=folder))
     return _lean(hf) or TransformersNetwork(hf.eval())
 
 
 def _lean(hf: Any) -> DecoderNetwork | None:
-    """The same model as a `DecoderNetwork`, if it is one."""
+    """The same model as a `DecoderNetwork`, if it has that shape."""
     config = config_of(hf)
     try:
         architecture = from_hf(config)
@@ -194,7 +194,7 @@ def _lean(hf: Any) -> DecoderNetwork | None:
     network = DecoderNetwork(architecture, config)
     if hf.get_output_embeddings() is None:
         network.without_language_head()
-    prefix = "model." if hf.base_model is hf else ""  # a trunk alone does not say that it is one
+    prefix = "model." if hf.base_model is hf else ""  # a bare trunk does not say that it is one
     network.load_state_dict({prefix + name: tensor for name, tensor in hf.named_parameters()})
     return network
 
@@ -203,6 +203,6 @@ def _architecture(folder: Path) -> Architecture:
     architecture = from_hf(read_json(Path(folder) / "config.json"))
     if not is_small_decoder(architecture):
         raise CheckpointError(
-            f"{folder} holds a {architecture.family} model that is not a small decoder: open it with policy=huggingface."
+            f"{folder} holds a {architecture.family} model that is not a small decoder. Open it with policy=huggingface."
         )
     return architecture

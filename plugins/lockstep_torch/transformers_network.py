@@ -1,4 +1,4 @@
-"""Any causal language model of transformers behind the face of `lockstep_torch.decoder.Network`."""
+"""Any causal language model of transformers behind the interface of `lockstep_torch.decoder.Network`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lockstep_torch.decoder import DropoutMask, Network, positions
 
 
 def config_of(hf: Any) -> dict[str, Any]:
-    """``config.json`` of a model of transformers, without the folder it was read from."""
+    """``config.json`` of a model of transformers, without the folder that it was read from."""
     return {key: value for key, value in hf.config.to_dict().items() if key != "_name_or_path"}
 
 
@@ -28,10 +28,10 @@ class TransformersNetwork(Network):
     def __init__(self, hf: Any):
         super().__init__()
         self.hf = hf
-        # With pad_token_id in its config.json, often that of EOS, transformers gives the embedding of that token no gradient.
+        # If config.json has a pad_token_id, often that of EOS, transformers gives that token's embedding no gradient.
         hf.get_input_embeddings().padding_idx = None
         self.config = config_of(hf)
-        self.prefix = "" if hf.base_model is not hf else f"{hf.base_model_prefix}."  # as the checkpoint has it
+        self.prefix = "" if hf.base_model is not hf else f"{hf.base_model_prefix}."  # as in the checkpoint
         config = hf.config.get_text_config()
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.context_length = config.max_position_embeddings
@@ -41,11 +41,11 @@ class TransformersNetwork(Network):
 
     def hidden(self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0) -> Tensor:
         if dropout is not None:
-            raise ConfigError("Networks of transformers are run without dropout. Set dropout=0, or use policy=decoder.")
+            raise ConfigError("Networks of transformers run without dropout. Set dropout=0, or use policy=decoder.")
         if mask.dtype != torch.bool and not self.can_pack:
             raise ConfigError(
-                f"This {self.config['model_type']} cannot be trained on packed rows: run by transformers, the examples of a row "
-                "see each other. Set packing=false."
+                f"This {self.config['model_type']} cannot be trained on packed rows: in transformers, the examples of a row see "
+                "each other. Set packing=false."
             )
         with self._checkpointing_layers():
             return self._trunk(tokens, mask, positions(mask)).last_hidden_state[:, first:]
@@ -75,8 +75,8 @@ class TransformersNetwork(Network):
 
     @functools.cached_property
     def can_pack(self) -> bool:
-        """Whether examples in one row are apart. transformers is told by positions that start again; not every model listens,
-        so it is tried out: an example after another one against the same one alone, and after an example of other tokens."""
+        """Whether examples in one row are independent. transformers marks them by positions that start over, which not every
+        model respects. So this tries it: an example after another, against the same one alone and after other tokens."""
         device = self.hf.get_input_embeddings().weight.device
         first, second = (torch.arange(8, device=device)[None] * step % self.vocab_size for step in (1, 3))
         segments = torch.tensor([[1] * 8 + [2] * 8], device=device)
@@ -88,8 +88,8 @@ class TransformersNetwork(Network):
 
     @contextlib.contextmanager
     def _checkpointing_layers(self) -> Iterator[None]:
-        """transformers checkpoints layers in training mode only. So the layers say they are in it, while the modules inside
-        them, and with these their dropout, are not."""
+        """transformers checkpoints layers only in training mode. So the layers claim to be in it, while the modules inside them,
+        including dropout, are not."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         again = functools.partial(checkpoint, use_reentrant=False)

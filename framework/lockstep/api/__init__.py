@@ -3,7 +3,7 @@ of the core and the plugins compute.
 
 items.py      prompts, demonstrations and comparisons from plain Python
 sources.py    where models are opened from and saved to
-sampling.py   responses of a policy, whole or as they are drawn
+sampling.py   responses of a policy, whole or streamed
 policies.py   load or make a policy, chat with it, save it
 scorers.py    a trained reward model; a Python function as a reward
 training.py   train by any algorithm

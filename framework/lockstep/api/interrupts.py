@@ -1,5 +1,5 @@
-"""Ctrl-C as a question, so that work ends where it may. An exception in the middle of an update leaves half of it; one in the
-middle of a compilation has crashed XLA when the process ended."""
+"""Ctrl-C as a request to stop where it is safe. An exception in the middle of an update leaves half of it; one in the middle
+of a compilation has crashed XLA at exit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 @contextlib.contextmanager
 def noted(say: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
-    """Yields a function: was Ctrl-C pressed? The first press is noted, and calls ``say``; the second raises KeyboardInterrupt.
-    Signals reach the main thread alone; in others nothing changes."""
+    """Yields a function: was Ctrl-C pressed? The first press is recorded and calls ``say``; the second raises KeyboardInterrupt.
+    Signals reach only the main thread; in others nothing changes."""
     pressed = threading.Event()
 
     def note(number: int, frame: Any) -> None:

@@ -28,10 +28,10 @@ NOUNS: Mapping[str, tuple[type, ...]] = {
 
 def read(noun: str, items: Iterable[Any]) -> list[Any]:
     """Each item as ``noun``: one of its `FORMS`, a mapping with the columns that docs/data.md understands, or the noun itself.
-    What honest data may have and cannot be used (ties) is left out and counted in the log.
+    Ties, which valid data may have, cannot be used: they are left out and counted in the log.
 
     Raises:
-      DataError: an item that is none of these, or nothing is left.
+      DataError: an item is none of these, or nothing is left.
     """
     if isinstance(items, (str, Mapping)):
         raise DataError(f"{noun} should be a list, each item {FORMS[noun]}; not {type(items).__name__}.")
@@ -58,7 +58,7 @@ def _read(noun: str, item: Any, place: str) -> Any:
 
 
 def _row(noun: str, item: Any, place: str) -> Mapping[str, Any]:
-    """The item under the names of columns."""
+    """The item as a row with named columns."""
     match noun, item:
         case "texts", str():
             return {"text": item}
@@ -90,5 +90,5 @@ def prompt(item: Any) -> Prompt:
 
 
 def dialogue(prompt: Prompt) -> list[dict[str, str]]:
-    """What a reward function is given."""
+    """The messages that a reward function is given."""
     return [{"role": m.role, "content": m.content} for m in prompt.messages]

@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ChatPolicy:
-    """A policy with its tokenizer, on a backend. `load`, `new_policy` and `train` make one; training never changes it.
+    """A policy with its tokenizer, on a backend. `load`, `new_policy` and `train` return one; training never changes it.
 
-    A prompt is text or a dialogue, a list of messages ``{"role": "user", "content": "..."}``. A response ends with EOS, with one
-    of the texts ``stop``, or after ``max_tokens``: by default 256, or half the context if that is less. Too long a dialogue
-    loses its oldest turns. Temperature 0 takes the most likely token. Equal seeds give equal texts, on every backend.
+    A prompt is text or a dialogue, a list of messages ``{"role": "user", "content": "..."}``. A response ends with EOS, at one
+    of the texts ``stop``, or after ``max_tokens``: by default 256, or half the context if that is less. A dialogue that is too
+    long loses its oldest turns. Temperature 0 takes the most likely token. Equal seeds give equal texts, on every backend.
 
     Attributes:
       policy: the model (`lockstep.interfaces.Policy`).
       tokenizer: its tokenizer (`lockstep.text.tokenizer.Tokenizer`).
       backend: where it runs (`lockstep.interfaces.Backend`).
       name: the registered policy that reads its checkpoint.
-      metrics: of its training, a row per step (`pandas.DataFrame`); None if it was loaded or made.
+      metrics: of its training, a row per step (`pandas.DataFrame`); None if it was not trained by `train`.
     """
 
     policy: Policy
@@ -67,7 +67,7 @@ class ChatPolicy:
         self, prompts: Sequence[Any], *, max_tokens: int | None = None, temperature: float = 1.0, stop: Sequence[str] = (),
         seed: int = 0,
     ) -> list[str]:  # fmt: skip
-        """As `chat`, to many prompts at once."""
+        """Like `chat`, for many prompts at once."""
         how = self._sampling(max_tokens, temperature, stop, seed)
         return self._respond([self._encoded(prompt, how) for prompt in _listed(prompts)], how)
 
@@ -80,8 +80,8 @@ class ChatPolicy:
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> list[str]:
-        """What follows raw texts, without a chat template. A text starts from BOS, or from EOS where the tokenizer has none,
-        as in pretraining."""
+        """Continuations of raw texts, without a chat template. A text starts with BOS, or with EOS if the tokenizer has none, as
+        in pretraining."""
         how = self._sampling(max_tokens, temperature, stop, seed)
         return self._respond([self._start(text, how) for text in _listed(texts)], how)
 
@@ -89,11 +89,11 @@ class ChatPolicy:
         self, *, system: str | None = None, max_tokens: int | None = None, temperature: float = 1.0, stop: Sequence[str] = (),
         seed: int = 0,
     ) -> Conversation:  # fmt: skip
-        """A dialogue of several turns, from the message ``system`` on."""
+        """A dialogue of several turns, starting with the message ``system``."""
         return Conversation(self, self._sampling(max_tokens, temperature, stop, seed), system)
 
     def save(self, folder: str | Path) -> Path:
-        """A Hugging Face checkpoint with its tokenizer, which transformers, `load` and ``lockstep chat`` open."""
+        """A Hugging Face checkpoint with its tokenizer, for transformers, `load` and ``lockstep chat``."""
         return save(folder, self.policy, self.tokenizer, "policy", self.name)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ class ChatPolicy:
 
 def _listed(texts: Sequence[Any]) -> Sequence[Any]:
     if isinstance(texts, str):
-        raise DataError(f"Several texts are expected, not one. Write [{texts!r}].")
+        raise DataError(f"Expected a list of texts, not one text. Write [{texts!r}].")
     return texts
 
 
@@ -137,8 +137,8 @@ _TOO_LONG = (
 
 
 class Conversation:
-    """A dialogue with a policy, a turn at a time. `ChatPolicy.conversation` makes one. Without a chat template there are no
-    turns: then each text is continued by itself.
+    """A dialogue with a policy, a turn at a time. `ChatPolicy.conversation` returns one. Without a chat template there are no
+    turns: each text is continued by itself.
 
     Attributes:
       messages: the dialogue so far.
@@ -150,7 +150,7 @@ class Conversation:
 
     @property
     def system(self) -> str | None:
-        """The system's message."""
+        """The system message."""
         return next((message.content for message in self.messages if message.role == "system"), None)
 
     def reset(self, system: str | None = None) -> None:
@@ -158,7 +158,7 @@ class Conversation:
         self.messages: list[Message] = [Message("system", system)] if system else []
 
     def say(self, text: str) -> Iterator[str]:
-        """The policy's answer, in pieces as they are drawn. What came before an interruption stays in the dialogue."""
+        """The policy's answer, in pieces as they are drawn. If interrupted, what came so far stays in the dialogue."""
         self.messages.append(Message("user", text))
         return self._answer()
 
@@ -166,12 +166,12 @@ class Conversation:
         """Another answer in place of the last one.
 
         Raises:
-          DataError: there is none yet.
+          DataError: there is no answer yet.
         """
         if self.messages and self.messages[-1].role == "assistant":
             self.messages.pop()
         if not self.messages or self.messages[-1].role != "user":
-            raise DataError("There is no answer to draw again. Say something first.")
+            raise DataError("There is no answer to regenerate. Say something first.")
         return self._answer()
 
     def _answer(self) -> Iterator[str]:
@@ -181,7 +181,7 @@ class Conversation:
         try:
             ids = policy._start(self.messages[-1].content, how) if plain else policy._encoded(Prompt(tuple(self.messages)), how)
         except (ConfigError, DataError):
-            self.messages.pop()  # what cannot be asked was not said
+            self.messages.pop()  # a message that cannot be sent does not count as said
             raise
         answer = ""
         try:
@@ -196,17 +196,17 @@ def load(
     source: str | Path, backend: str | Mapping[str, Any] | Backend | None = None, *, stage: str | None = None,
     chat_template: str | None = None, eos_token: str | None = None, pad_token: str | None = None,
 ) -> ChatPolicy:  # fmt: skip
-    """A policy that was saved or published.
+    """Open a policy that was saved or published.
 
     Args:
-      source: a checkpoint folder, a hub id, a GGUF file, or an adapter of peft's; or a run folder, whose last policy is taken.
+      source: a checkpoint folder, a hub id, a GGUF file, or a peft adapter; or a run folder, whose last policy is taken.
       backend: its name ('torch'), or its configuration ({'name': 'torch', 'precision': 'bfloat16'}), or another policy's
         ``backend``; None takes the run's, else the default of `conf/config.yaml`.
-      stage: of a run folder, the stage whose policy is taken.
+      stage: for a run folder, the stage whose policy is taken.
       chat_template, eos_token, pad_token: replace the tokenizer's own, as `lockstep.text.tokenizer.TokenizerConfig` says.
 
     Raises:
-      LockstepError: there is no policy, or it does not fit the backend.
+      LockstepError: there is no such policy, or it does not fit the backend.
     """
     config = TokenizerConfig(None, eos_token, pad_token, chat_template)
     with Console().waiting(f"loading {source}"):
@@ -220,7 +220,7 @@ def new_policy(
     backend: str | Mapping[str, Any] | Backend | None = None, *, policy: str | None = None,
     tokenizer: Tokenizer | str | Path | None = None, seed: int = 0, **settings: Any,
 ) -> ChatPolicy:  # fmt: skip
-    """A policy with fresh weights, the same on every backend; or fresh adapters on a checkpoint: policy='lora', path='...'.
+    """Make a policy with fresh weights, the same on every backend; or fresh adapters on a checkpoint: policy='lora', path='...'.
 
     Args:
       backend: as for `load`.
@@ -231,7 +231,7 @@ def new_policy(
       settings: keys of the policy's configuration that differ from its file in `conf/policy`: layers=2, hidden_size=64, ...
 
     Raises:
-      ConfigError: a key that the configuration has not, or sizes that do not fit.
+      ConfigError: an unknown key, or sizes that do not fit.
     """
     defaults, chosen = compose([]), open_backend(backend)
     keys = group("policy", policy) | {"name": policy} if policy else defaults["policy"]

@@ -70,7 +70,7 @@ class Run:
     @property
     def evaluation(self) -> pandas.DataFrame:
         """A row per split, policy and measure: the mean, its 95% interval over prompts, and how many it is over. The measures of
-        the reward model itself stand under the split 'reward_model' and the policy ''."""
+        the reward model itself have the split 'reward_model' and the policy ''."""
         import pandas
 
         evaluation = self._record.evaluation
@@ -97,8 +97,8 @@ def run(*overrides: str) -> Run:
     resumed.
 
     Raises:
-      Stopped: Ctrl-C; where it was is saved, and the same call resumes it.
-      LockstepError: what is wrong with the configuration or the data.
+        Stopped: on Ctrl-C; progress is saved, and the same call resumes.
+        LockstepError: the configuration or the data is wrong.
     """
     from lockstep.runs.experiment import Experiment, finished
     from lockstep.runs.runner import Runner
@@ -109,13 +109,13 @@ def run(*overrides: str) -> Run:
 
 
 def results(*paths: str | Path) -> pandas.DataFrame:
-    """All values of the runs under these folders, one a row, as ``lockstep compare`` writes them to metrics.parquet.
+    """All values of the runs under these folders, one per row, as ``lockstep compare`` writes them to metrics.parquet.
 
     Columns: group, task, run, backend, seed, stage, step, metric, value, low, high. Evaluations have no step; their metric is
     'split/policy/measure'. A path is what ``lockstep compare`` takes; none means the folder 'runs'.
 
     Raises:
-      DataError: a path that holds no run.
+      DataError: a path holds no run.
     """
     import pandas
 

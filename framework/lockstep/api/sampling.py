@@ -1,4 +1,4 @@
-"""Responses of a policy to encoded prompts, whole or as they are drawn.
+"""Responses of a policy to encoded prompts, whole or streamed.
 
 Token t of row b is drawn from the seed of (seed, turn, b, t) and nothing else: the same seed gives the same text, streamed or
 not, on every backend.
@@ -21,9 +21,9 @@ from lockstep.text.stopping import Stops
 from lockstep.text.tokenizer import Tokenizer
 
 ROWS = 64
-"""Responses that are drawn at a time."""
+"""Responses drawn at a time."""
 COLUMNS = 64
-"""Prompts are padded to a multiple of this: each new shape is a compilation on XLA."""
+"""Prompts are padded to a multiple of this: XLA compiles every new shape."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Sampling:
     """How responses are drawn.
 
     Args:
-      max_tokens: of a response, at most.
+      max_tokens: limit of a response.
       temperature: 0 takes the most likely token.
       stop: texts that end a response, as EOS does; they are not part of it.
-      seed, turn: what is drawn is a function of both. Each turn of a conversation draws anew.
+      seed, turn: samples are a function of both. Each turn of a conversation has fresh seeds.
     """
 
     max_tokens: int
@@ -62,8 +62,8 @@ def respond(policy: Policy, tokenizer: Tokenizer, prompts: Sequence[Sequence[int
 
 
 def stream(policy: Policy, tokenizer: Tokenizer, prompt: Sequence[int], how: Sampling) -> Iterator[str]:
-    """The response to one prompt, in pieces; together they are the text of `respond`. A piece is whole characters, and nothing
-    that may turn out to begin a stop string. Only text that is no UTF-8 may have been shown differently before it went wrong."""
+    """The response to one prompt, in pieces that join to the text of `respond`. A piece holds whole characters, and nothing
+    that may turn out to begin a stop string. Only text that turns out to be invalid UTF-8 may have been shown differently."""
     stops, ids, shown = Stops(tokenizer, how.stop), list[int](), 0
     seeds = token_seeds(how.seed, "chat", how.turn, 1, how.max_tokens)
     context, text = _padded([prompt], Sampler(stops, _lengths([prompt], policy, how), how.temperature)), ""
@@ -82,7 +82,7 @@ def stream(policy: Policy, tokenizer: Tokenizer, prompt: Sequence[int], how: Sam
 
 
 def _uncertain(text: str, stop: Sequence[str]) -> int:
-    """How many of the last characters may change: bytes of an incomplete one, and the beginning of a stop string."""
+    """How many of the last characters may still change: an incomplete character, or the beginning of a stop string."""
     complete = text.rstrip("\ufffd")
     begun = (n for string in stop for n in range(1, len(string)) if complete.endswith(string[:n]))
     return len(text) - len(complete) + max(begun, default=0)

@@ -1,4 +1,4 @@
-"""What gives scores: a trained reward model, or any Python function."""
+"""Sources of scores: a trained reward model, or any Python function."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ Reward = Callable[[list[list[dict[str, str]]], list[str]], Sequence[float]]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Scorer:
-    """A learned reward model with its tokenizer, on a backend: what `train` makes of comparisons.
+    """A learned reward model with its tokenizer, on a backend. `train` makes one from comparisons.
 
     Attributes:
       model: the network (`lockstep.interfaces.ScalarModel`).
-      tokenizer, backend, name, metrics: as of `ChatPolicy`.
+      tokenizer, backend, name, metrics: as in `ChatPolicy`.
     """
 
     model: ScalarModel
@@ -51,7 +51,7 @@ class Scorer:
     def load(
         cls, source: str | Path, backend: str | Mapping[str, Any] | Backend | None = None, *, stage: str | None = None
     ) -> Scorer:
-        """From a folder that `save` wrote, or from a run folder, whose last reward model is taken unless ``stage`` names one."""
+        """Open a folder that `save` wrote, or a run folder, whose last reward model is taken unless ``stage`` names one."""
         with Console().waiting(f"loading {source}"):
             folder, own = find(source, "reward_model", stage)
             chosen = open_backend(own if backend is None else backend)
@@ -64,10 +64,10 @@ class Scorer:
         context.
 
         Raises:
-          DataError: a prompt that does not fit, or not as many prompts as responses.
+          DataError: a prompt does not fit, or there are not as many prompts as responses.
         """
         if len(prompts) != len(responses):
-            raise DataError(f"Each response needs its prompt, not {len(prompts)} prompts for {len(responses)} responses.")
+            raise DataError(f"Got {len(prompts)} prompts for {len(responses)} responses. Pass one prompt per response.")
         half = self.model.context_length // 2
         examples = []
         for number, (prompt, response) in enumerate(zip(map(items.prompt, prompts), responses, strict=True)):
@@ -78,7 +78,7 @@ class Scorer:
         return self.read(encoding.block(examples, self.tokenizer, Lengths(half, half, COLUMNS)))
 
     def read(self, sequences: Sequences) -> np.ndarray:
-        """The scores of rows of this tokenizer's tokens."""
+        """Scores of rows encoded with this tokenizer."""
         return in_chunks(lambda part: self.model.evaluate(part, ["scores"]), sequences, ROWS)["scores"]
 
     def save(self, folder: str | Path) -> Path:
@@ -87,10 +87,10 @@ class Scorer:
 
 
 def reward_model(reward: Reward | Scorer | RewardModel, policy: ChatPolicy) -> RewardModel:
-    """What algorithms get their scores from.
+    """The `RewardModel` that algorithms get their scores from.
 
     Raises:
-      ConfigError: it is nothing that can score this policy's responses.
+      ConfigError: it cannot score this policy's responses.
     """
     if isinstance(reward, RewardModel):
         return reward
@@ -98,7 +98,7 @@ def reward_model(reward: Reward | Scorer | RewardModel, policy: ChatPolicy) -> R
         return Learned(reward, policy)
     if not callable(reward):
         raise ConfigError(
-            f"reward={reward!r} should be a function (prompts, responses) -> scores, or what lockstep.train made of comparisons."
+            f"reward={reward!r} should be a function (prompts, responses) -> scores, or a Scorer from lockstep.train."
         )
     return Called(reward)
 
@@ -110,8 +110,8 @@ class Learned(RewardModel):
         self.scorer = scorer
         if scorer.tokenizer.core.to_str() != policy.tokenizer.core.to_str():
             raise ConfigError(
-                "The reward model reads another vocabulary than the policy writes. Train it from this policy, or run an "
-                "experiment: there reward_model.source takes any reward model."
+                "The reward model and the policy have different vocabularies. Train the reward model from this policy, or run an "
+                "experiment, where reward_model.source takes any reward model."
             )
         if scorer.backend.name != policy.backend.name:
             raise ConfigError(
@@ -127,7 +127,7 @@ class Learned(RewardModel):
 
 
 class Called(RewardModel):
-    """A Python function. What it raises is the caller's to see."""
+    """A Python function. Its exceptions reach the caller."""
 
     def __init__(self, function: Reward):
         self.function = function

@@ -40,20 +40,20 @@ def open_backend(backend: str | Mapping[str, Any] | Backend | None) -> Backend:
 
 
 def find(source: str | Path, kind: str, stage: str | None = None) -> tuple[Path, dict[str, Any] | None]:
-    """The checkpoint folder that holds a result of this kind ('policy', 'reward_model'), and the run's backend if it is of a run.
+    """The checkpoint folder that holds a result of this kind ('policy', 'reward_model'), and the run's backend if it is in a run.
 
     Raises:
-      CheckpointError: the run or the folder holds none, or there is no such folder or repository.
+      CheckpointError: the run or folder holds no such result, or does not exist.
     """
     folder, what = Path(source), kind.replace("_", " ")
     if (folder / "run.json").exists():
         made = outputs(folder, kind)
         if not made or (stage and stage not in made):
-            missing = f"no stage '{stage}' with one.{did_you_mean(stage, made)}" if stage else "none yet."
-            raise CheckpointError(f"A {what} is wanted, and the run {folder} has {missing} Stages with one: {listing(made)}.")
+            missing = f"no stage '{stage}' with a {what}.{did_you_mean(stage, made)}" if stage else f"no {what} yet."
+            raise CheckpointError(f"The run {folder} has {missing} Stages with one: {listing(made)}.")
         return made[stage or next(reversed(made))], configuration(folder)["backend"]
     if stage is not None:
-        raise CheckpointError(f"stage='{stage}' needs the folder of a run, and {source} has no run.json.")
+        raise CheckpointError(f"stage='{stage}' needs a run folder, but {source} has no run.json.")
     if (folder / "output" / MADE_BY).exists():  # a stage's folder
         folder = folder / "output"
     if (folder / MADE_BY).exists() and (made_as := read_json(folder / MADE_BY)["kind"]) != kind:
@@ -82,8 +82,8 @@ def reader(folder: Path, backend: Backend) -> tuple[str, type[Policy]]:
 
 
 def load_tokenizer(path: Path | str, config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer of a checkpoint. Many public ones pad with EOS: padding is masked and read by no model, so that those are
-    given a pad token of their own."""
+    """The tokenizer of a checkpoint. Many public ones pad with EOS. Padding is masked and read by no model, so those get a pad
+    token of their own."""
     try:
         return Tokenizer.load(path, config)
     except ConfigError:
@@ -93,7 +93,7 @@ def load_tokenizer(path: Path | str, config: TokenizerConfig) -> Tokenizer:
 
 
 def save(folder: str | Path, model: Any, tokenizer: Tokenizer, kind: str, name: str) -> Path:
-    """As the output of a stage is written."""
+    """Write a result in the format of a stage's output."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder)
@@ -103,7 +103,7 @@ def save(folder: str | Path, model: Any, tokenizer: Tokenizer, kind: str, name: 
 
 
 def laid_over(keys: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``keys`` with ``changes``; a group in both is merged key by key."""
+    """``keys`` with ``changes`` on top; a group in both is merged key by key."""
     both = {
         key: laid_over(keys[key], value)
         for key, value in changes.items()

@@ -31,10 +31,10 @@ def train(
     comparisons: Iterable[Any] | None = None, texts: Iterable[Any] | None = None,
     reward: Reward | Scorer | RewardModel | None = None, seed: int = 0, **settings: Any,
 ) -> Any:  # fmt: skip
-    """What the algorithm makes of the policy: a `ChatPolicy`, or a `Scorer` where it learns a reward model. Its ``metrics`` are a
-    data frame, a row per step. The policy that is given stays as it is.
+    """Train a policy with an algorithm. Returns a `ChatPolicy`, or a `Scorer` if the algorithm learns a reward model; its
+    ``metrics`` are a data frame, a row per step. The given policy does not change.
 
-    Ctrl-C ends training after the step in progress, and what there is by then is returned. A second one stops at once.
+    Ctrl-C ends training after the step in progress and returns the result so far. A second one stops at once.
 
     Args:
       algorithm: as registered: 'pretrain', 'sft', 'reward_modelling', 'ppo', or a plugin's.
@@ -44,14 +44,14 @@ def train(
       texts: raw text.
         Each item of these four may also be a mapping with columns that docs/data.md understands, as rows of `datasets` are.
       reward: for algorithms that need one: a function (prompts, responses) -> scores, where prompts are dialogues; or the
-        `Scorer` that `train` made of comparisons. What the function raises ends training.
-      seed: of order and sampling.
+        `Scorer` that `train` made from comparisons. What the function raises ends training.
+      seed: for the order of data and for sampling.
       settings: keys of the algorithm's configuration that differ from its file in `conf/algorithm`: iterations=20,
         optimizer={'learning_rate': 1e-4}, lengths={'prompt': 256, 'response': 64}, ...
 
     Raises:
-      ConfigError: a key that the algorithm has not, or a value that does not fit.
-      MissingData: data that the algorithm needs and was not given.
+      ConfigError: an unknown key, or a value that does not fit.
+      MissingData: the algorithm needs data that was not given.
     """
     cls: type[Algorithm] = registry().resolve("algorithm", algorithm, policy.backend.name)
     config = component_config(cls, laid_over(group("algorithm", algorithm), settings), algorithm)
@@ -73,7 +73,7 @@ def train(
 
 
 def _steps(name: str, trainer: Algorithm, console: Console) -> list[dict[str, float]]:
-    """The metrics of each step and, where there are some, those of the end."""
+    """The metrics of each step and, if there are any, those of the end."""
     rows, health = [], Health()
     with noted(_say) as interrupted, console.progress(name, 0, trainer.total_steps) as progress:
         for step in range(trainer.total_steps):
@@ -82,7 +82,7 @@ def _steps(name: str, trainer: Algorithm, console: Console) -> list[dict[str, fl
                 log.warning("step %d: %s. %s", step, finding.name, finding.message)
             progress(step + 1, rows[-1])
             if interrupted():
-                log.warning("stopped after step %d of %d: what there is by now is returned", step + 1, trainer.total_steps)
+                log.warning("stopped after step %d of %d: returning the result so far", step + 1, trainer.total_steps)
                 break
     last = trainer.finish()
     return [*rows, last] if last else rows
@@ -100,7 +100,7 @@ def _metrics(rows: Sequence[Mapping[str, float]]) -> pandas.DataFrame:
 
 
 class Given(DataSource):
-    """Data as it was handed over; nothing is held out."""
+    """The data passed in; nothing is held out."""
 
     def __init__(self, nouns: Mapping[str, Sequence[Any]]):
         self.nouns = nouns

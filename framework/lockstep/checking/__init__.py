@@ -1,1 +1,1 @@
-"""Proof: the conformance kit, parity, and the templates that plugins start from."""
+"""Proof: the conformance kit, parity, and templates for new plugins."""

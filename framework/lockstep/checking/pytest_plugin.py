@@ -4,8 +4,8 @@
     def test_conformance(conformance):
         conformance()
 
-The mark takes ``backends``, ``precisions``, ``overrides`` and ``like`` too, as `lockstep check` does. pytest loads this module
-in every environment that has Lockstep, so it imports nothing of it before a test asks.
+The mark also takes ``backends``, ``precisions``, ``overrides`` and ``like``, as `lockstep check` does. pytest loads this
+module in every environment with Lockstep, so it imports nothing from Lockstep before a test needs it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     if (mark := metafunc.definition.get_closest_marker("conformance")) is None:
         raise pytest.Collector.CollectError(
-            f'{metafunc.function.__name__} says not what to check. Put @pytest.mark.conformance("algorithm", "NAME") above it.'
+            f'{metafunc.function.__name__} names no component. Put @pytest.mark.conformance("algorithm", "NAME") above it.'
         )
     try:
         wanted = _Wanted(*mark.args, **mark.kwargs)
@@ -47,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def conformance(request: pytest.FixtureRequest) -> Callable[[], None]:
-    """Call it to run the check: the test fails, is skipped or passes with it."""
+    """Call it to run the check; the test passes, fails or is skipped accordingly."""
     wanted, place, check = request.param
 
     def run() -> None:
@@ -65,7 +65,7 @@ def conformance(request: pytest.FixtureRequest) -> Callable[[], None]:
 
 
 class _Wanted:
-    """What the mark says."""
+    """The mark's arguments."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class _Wanted:
         return places(kind_of(self.name, self.kind), self.name, self.backends, self.precisions)
 
     def subject(self, place: Any, made: dict[Any, Any]) -> Any:
-        """Made once for each place, and shared by its checks."""
+        """The subject, made once for each place and shared by its checks."""
         from lockstep.checking.conformance.report import made as make
 
         key = (self.kind, self.name, place, self.overrides, self.like)

@@ -1,7 +1,7 @@
 """A tap on the narrow waist: stand-ins for a backend, its models, learners and reward models that record what crosses.
 
-Everything that crosses is numpy on the host, so two backends can be compared, and an algorithm checked, crossing by
-crossing, without knowing what either does inside. Parity and the conformance kit are built on this.
+Everything that crosses is numpy on the host, so two backends can be compared, or an algorithm checked, crossing by crossing,
+without knowing what happens inside. Parity and the conformance kit are built on this.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ScoreCall:
 
 @dataclass(frozen=True)
 class UpdateCall:
-    """A call of `Learner.update`. ``gradients`` are those of its terms before the step, where the tap takes them."""
+    """A call of `Learner.update`. ``gradients`` are those of its terms before the step, if the tap takes them."""
 
     terms: Sequence[Term]
     lr_scale: float
@@ -61,7 +61,7 @@ Crossing = GenerateCall | EvaluateCall | ScoreCall | UpdateCall
 
 
 class Tap:
-    """Hands out stand-ins; ``crossings`` is what went through them, in order.
+    """Hands out stand-ins; ``crossings`` lists what went through them, in order.
 
     gradients: record the gradients of the first update after each `clear`, at the cost of one more backward pass.
     """
@@ -70,7 +70,7 @@ class Tap:
         self.gradients = gradients
         self.crossings: list[Crossing] = []
         self.models: list[Model] = []
-        """Every model that was handed out: given, copied or made with another head."""
+        """Every model handed out: given, copied or made with another head."""
 
     def clear(self) -> None:
         self.crossings = []
@@ -92,7 +92,7 @@ class Tap:
 
 
 class _Tapped:
-    """All that is not recorded goes to the one behind."""
+    """Passes everything that is not recorded to the object behind."""
 
     def __init__(self, behind: Any, tap: Tap):
         self.behind, self.tap = behind, tap
@@ -140,7 +140,7 @@ class _Learner(_Tapped):
     evaluate, forward = Learner.evaluate, Learner.forward  # by the tapped models, which record it; no graph is kept
 
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
-        terms = [replace(term, forward=None) for term in terms]  # such a pass is not the learner's own
+        terms = [replace(term, forward=None) for term in terms]  # a tapped pass is not the learner's own
         gradients = self.behind.gradients(terms) if self.tap.gradients and not self.tap.of(UpdateCall) else None
         metrics = self.behind.update(terms, lr_scale)
         self.tap.crossings.append(UpdateCall(terms, lr_scale, gradients, metrics))

@@ -3,9 +3,9 @@
 A command's name is its file's, with hyphens for underscores. Its module has:
 
     HELP                          one line for `lockstep --help`
-    OVERRIDES                     True where Hydra overrides may follow the arguments
-    add_arguments(parser)         declares the others
-    run(arguments, overrides)     does it; raises `LockstepError` for what the user can put right
+    OVERRIDES                     True if Hydra overrides may follow the arguments
+    add_arguments(parser)         declares the other arguments
+    run(arguments, overrides)     runs the command; raises `LockstepError` for errors the user can fix
 
-A module imports what is slow inside `run`, so that `lockstep --help` is quick.
+Slow imports go inside `run`, so that `lockstep --help` is fast.
 """

@@ -1,7 +1,7 @@
 """lockstep chat RUN_OR_FOLDER: talk to a policy, a line at a time.
 
-On a terminal the answer appears as it is drawn, Ctrl-C stops it and Ctrl-D leaves. Otherwise each line of the standard input is
-answered on the standard output.
+On a terminal the answer streams; Ctrl-C stops it and Ctrl-D quits. Otherwise each line of standard input is answered on
+standard output.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OVERRIDES = False
 
 COMMANDS = {
     "/reset": "forget the dialogue",
-    "/system": "forget it, and start over from this system message: /system Be brief.",
+    "/system": "start over with this system message: /system Be brief.",
     "/regenerate": "draw another answer",
     "/help": "this list",
     "/quit": "leave",
@@ -35,10 +35,10 @@ COMMANDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="run folder, checkpoint folder, GGUF file or hub id")
-    parser.add_argument("--stage", help="of a run: whose policy (default: the last that made one)")
+    parser.add_argument("--stage", help="for a run: the stage whose policy to use (default: the last one)")
     parser.add_argument("--backend", help="default: the run's, else the configured one")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token (default: 1)")
-    parser.add_argument("--max-tokens", type=int, help="of an answer (default: 256, or half the context if that is less)")
+    parser.add_argument("--max-tokens", type=int, help="limit of an answer (default: 256, or half the context if that is less)")
     parser.add_argument("--system", help="the system message")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal answers (default: 0)")
 
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     conversation = policy.conversation(system=a.system, max_tokens=a.max_tokens, temperature=a.temperature, seed=a.seed)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have every character
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can show every character
     if policy.tokenizer.chat_template is None:
         print("This policy has no chat template: it continues each line as plain text.", file=sys.stderr)
     if terminal:
@@ -66,24 +66,24 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def lines(terminal: bool) -> Iterator[str]:
-    """What is said, until the end. On a terminal Ctrl-C only drops the line that is being typed."""
+    """The user's lines, until the end of input. On a terminal, Ctrl-C only drops the line being typed."""
     if not terminal:
         yield from (line.rstrip("\r\n") for line in sys.stdin)
         return
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  keys that edit the line, and its history
+        import readline  # noqa: F401  line editing and history
     while True:
         try:
             yield input("> ")
         except KeyboardInterrupt:
-            print("\n/quit or Ctrl-D leaves.")
+            print("\nTo leave, type /quit or press Ctrl-D.")
         except EOFError:
             print()
             return
 
 
 def reply(conversation: Conversation, line: str) -> Generator[str, None, None]:
-    """What the line brings: an answer in pieces, or what a command says."""
+    """The reply to a line: an answer in pieces, or what a command says."""
     command, _, rest = line.strip().partition(" ")
     if not command:
         return
@@ -98,11 +98,11 @@ def reply(conversation: Conversation, line: str) -> Generator[str, None, None]:
     elif command == "/help":
         yield "\n".join(f"{name:12} {what}" for name, what in COMMANDS.items())
     else:
-        yield f"There is no {command}.{did_you_mean(command, COMMANDS)} Commands: {', '.join(COMMANDS)}."
+        yield f"No command {command}.{did_you_mean(command, COMMANDS)} Commands: {', '.join(COMMANDS)}."
 
 
 def write(pieces: Generator[str, None, None]) -> None:
-    """Each piece at once; Ctrl-C ends them."""
+    """Print each piece as it comes; Ctrl-C ends the answer."""
     any_piece = False
     with noted() as interrupted, contextlib.closing(pieces):
         try:
@@ -118,5 +118,5 @@ def write(pieces: Generator[str, None, None]) -> None:
 
 
 def visible(text: str) -> str:
-    """With control characters spelled out, so that no text of a model commands the terminal; line breaks and tabs are kept."""
+    """``text`` with control characters spelled out, so that no model controls the terminal; line breaks and tabs are kept."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else repr(c)[1:-1] for c in text)

@@ -6,16 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-HELP = "the conformance kit on one plugin: lockstep check ppo --backend jax"
+HELP = "run the conformance kit on one plugin: lockstep check ppo --backend jax"
 OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="as registered, or module:Class")
-    parser.add_argument("--kind", help="backend, policy, reward_model or algorithm, where the name alone does not say")
-    parser.add_argument("--backend", help="default: every one that is installed")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="default: both, where the backend has both")
-    parser.add_argument("--like", help="the configuration file to start from, where NAME has none of its own")
+    parser.add_argument("--kind", help="backend, policy, reward_model or algorithm, if the name alone is ambiguous")
+    parser.add_argument("--backend", help="default: every installed one")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="default: both, if the backend has both")
+    parser.add_argument("--like", help="the configuration file to start from, if NAME has none")
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

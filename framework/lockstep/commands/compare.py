@@ -14,10 +14,10 @@ OVERRIDES = False
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", help="run folders, folders of them, sweeps, or wandb:entity/project?group=...")
-    parser.add_argument("--by", help="keys to group by: backend,algorithm.kl_coef (default: all that differ, but the seed)")
-    parser.add_argument("--baseline", help="the group to hold the others against: backend=torch (default: the first)")
+    parser.add_argument("--by", help="keys to group by: backend,algorithm.kl_coef (default: all that differ, except the seed)")
+    parser.add_argument("--baseline", help="the group to compare the others with: backend=torch (default: the first)")
     parser.add_argument("--output", type=Path, default=Path("report"), help="folder for the report (default: report)")
-    parser.add_argument("--wandb-report", metavar="ENTITY/PROJECT", help="save it as a report at W&B too")
+    parser.add_argument("--wandb-report", metavar="ENTITY/PROJECT", help="also save it as a W&B report")
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

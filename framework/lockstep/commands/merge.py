@@ -1,4 +1,4 @@
-"""lockstep merge ADAPTER OUTPUT: an adapter and its base as one checkpoint."""
+"""lockstep merge ADAPTER OUTPUT: merge an adapter and its base into one checkpoint."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from lockstep.reporting.console import Console
 
-HELP = "an adapter and its base as one checkpoint"
+HELP = "merge an adapter and its base into one checkpoint"
 OVERRIDES = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", type=Path, help="output folder of a stage of policy=lora, or any folder of peft's")
+    parser.add_argument("adapter", type=Path, help="output folder of a stage with policy=lora, or any peft adapter")
     parser.add_argument("output", type=Path, help="folder for the checkpoint")
 
 

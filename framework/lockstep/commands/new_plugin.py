@@ -1,4 +1,4 @@
-"""lockstep new-plugin NAME: a working plugin package to start from."""
+"""lockstep new-plugin NAME: write a working plugin package to start from."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-HELP = "a working plugin package to start from"
+HELP = "write a working plugin package to start from"
 OVERRIDES = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", help="of the component: letters, digits and underscores")
+    parser.add_argument("name", help="name of the component: letters, digits and underscores")
     parser.add_argument("--kind", default="algorithm", choices=("algorithm", "policy", "reward_model", "backend"))
 
 

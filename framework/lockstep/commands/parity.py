@@ -1,4 +1,4 @@
-"""lockstep parity [hydra overrides]: the same experiment on two backends, step by step: where they part."""
+"""lockstep parity [hydra overrides]: run one experiment on two backends step by step, and show where they part."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-HELP = "the same experiment on two backends, step by step: where they part"
+HELP = "run one experiment on two backends step by step, and show where they part"
 OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--same-start", action="store_true", help="each step starts from the first backend's weights")
-    parser.add_argument("--steps", type=int, help="of each stage, at most")
+    parser.add_argument("--steps", type=int, help="maximum number of steps per stage")
     parser.add_argument("--output", type=Path, default=Path("parity"), help="folder for the report (default: parity)")
 
 

@@ -1,4 +1,4 @@
-"""An experiment's parts, made when first asked for: backend, data, tokenizer, and the models and algorithms of its stages."""
+"""An experiment's parts, built on first use: backend, data, tokenizer, and the models and algorithms of its stages."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from lockstep.types import Fit
 
 
 class Assembly:
-    """``outputs`` says where each stage's result lies, once there is one. It is the `lockstep.interfaces.Resources` of
-    reward models."""
+    """``outputs`` maps each stage to the folder of its result, which exists once the stage is done. Reward models see an
+    assembly as `lockstep.interfaces.Resources`, through `DeclaredResources`."""
 
     def __init__(self, experiment: Experiment, outputs: Mapping[str, Path]):
         self.experiment, self.outputs = experiment, outputs
@@ -50,7 +50,7 @@ class Assembly:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The policy's: its own path, its checkpoint's, or the data source's."""
+        """The policy's tokenizer: its own path, its checkpoint's, or the data source's."""
         config = self.experiment.tokenizer
         if config.path is not None:
             return Tokenizer.load(config.path, config)
@@ -77,7 +77,7 @@ class Assembly:
 
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
         folder = self._reward_folder(source)
-        # Public reward models often pad with EOS, which matters to nobody who only scores.
+        # Public reward models often pad with EOS, which does no harm to scoring.
         own = None if (folder / MADE_BY).exists() else TokenizerConfig(None, None, "<|pad|>", None)
         return self._policy_class(folder).load_scalar(folder, self.backend), Tokenizer.load(folder, own)
 
@@ -98,7 +98,7 @@ class Assembly:
         return stage.component(stage.config, context)
 
     def save(self, stage: Stage, algorithm: Algorithm, folder: Path) -> None:
-        """The stage's result: a Hugging Face folder with its tokenizer, and who can read it."""
+        """Write the stage's result: a Hugging Face folder with its tokenizer, and the name of the policy that reads it."""
         made_by = self.experiment.config["policy"]["name"]
         if stage.policy != NEW:
             made_by = opener(self.outputs.get(stage.policy, Path(stage.policy)), self.experiment.backend_name)
@@ -107,7 +107,7 @@ class Assembly:
         write_json(folder / MADE_BY, {"kind": algorithm.produces, "policy": made_by})
 
     def _reward_folder(self, source: str) -> Path:
-        """Of a stage's output, of a folder by its path, or of a hub repository, once downloaded."""
+        """The folder of a stage's output, of a local path, or of a hub repository after downloading it."""
         return self.outputs.get(source) or fetch_folder(source)
 
     def _policy_class(self, folder: Path) -> type[Policy]:
@@ -116,8 +116,8 @@ class Assembly:
 
 
 class DeclaredResources(Resources):
-    """Resources for one reward model. It gets only what its `inputs` declare: the rest is not part of a stage's identity, so a
-    stage trained against another version of it would be reused."""
+    """Resources for one reward model, limited to what its `inputs` declare. Anything else is missing from a stage's identity,
+    and a stage trained against another version of it would be reused."""
 
     def __init__(self, assembly: Assembly, name: str, inputs: Inputs):
         self.assembly, self.name, self.inputs = assembly, name, inputs
@@ -138,26 +138,26 @@ class DeclaredResources(Resources):
 
     def reward_model(self, group: Mapping[str, Any]) -> RewardModel:
         if group not in self.inputs.members:
-            raise ConfigError(f"The reward model '{self.name}' is made of '{group['name']}' and does not say so. {DECLARE}")
+            raise ConfigError(f"The reward model '{self.name}' uses '{group['name']}' without declaring it. {DECLARE}")
         return self.assembly.reward_model(group)
 
     def _declared(self, source: str) -> str:
         if source not in self.inputs.outputs:
-            raise ConfigError(f"The reward model '{self.name}' opens '{source}' and does not say so. {DECLARE}")
+            raise ConfigError(f"The reward model '{self.name}' opens '{source}' without declaring it. {DECLARE}")
         return source
 
 
 DECLARE = "Return it from the classmethod `inputs` of its class."
 MADE_BY = "output.json"
-"""In the output of a stage: its kind, and the name of the policy that reads it."""
+"""A file in a stage's output: the kind of the result, and the name of the policy that reads it."""
 
 
 def opener(folder: Path, backend: str) -> str:
-    """The name of the policy that reads this folder: as the stage that wrote it noted, else of the one that opens such
+    """The name of the policy that reads this folder: the one recorded by the stage that wrote it, else the one that opens such
     checkpoints (`Policy.opens`).
 
     Raises:
-      CheckpointError: none does, or several do.
+      CheckpointError: no policy opens it, or several do.
     """
     if (folder / MADE_BY).exists():
         return read_json(folder / MADE_BY)["policy"]

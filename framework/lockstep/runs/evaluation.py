@@ -1,7 +1,7 @@
-"""What a policy and a reward model are worth, measured on held-out prompts and comparisons, with 95% intervals.
+"""Evaluation of policies and reward models on held-out prompts and comparisons, with 95% intervals.
 
-Every policy answers the same prompts from the same seeds. Gold scores and the ability test exist where the data source
-knows them (the miniature does); win rates compare by gold score, else by the reward model's.
+Every policy answers the same prompts from the same seeds. Gold scores and the ability test need a data source that knows
+them (the miniature does). Win rates compare by gold score, else by the reward model's.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ Measure = dict[str, float]
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What an evaluation measures; how many of a split there are limits each count."""
+    """What an evaluation measures. No count exceeds the size of its split."""
 
     policies: tuple[str, ...] | None = setting(None, "Stages whose policies are evaluated; null: all that train one.")
     baseline: str = setting("sft", "The stage that win rate and KL refer to.")
-    splits: tuple[str, ...] = setting(("heldout", "adversarial"), "Of the data source's prompts.")
+    splits: tuple[str, ...] = setting(("heldout", "adversarial"), "Splits of the data source's prompts.")
     prompts: int = setting(500, "Prompts of each split.", least=1)
     comparisons: int = setting(300, "Held-out comparisons that the reward model is tested on.", least=0)
     texts: int = setting(200, "Held-out raw texts for ``text_loss``.", least=0)
     samples: int = setting(12, "Rows of the table of samples, of each split.", least=0)
-    temperature: float = setting(1.0, "Of sampling and of KL; 0 takes the most likely token, and KL is then at 1.", least=0)
+    temperature: float = setting(1.0, "For sampling and KL; 0 takes the most likely token, with KL at 1.", least=0)
     batch_size: int = setting(100, "Responses per forward pass.", least=1)
     lengths: Lengths = setting(Lengths(), "Limits in tokens.")
     stop_strings: tuple[str, ...] = setting((), "Text that ends a response, as EOS does; or special tokens by name.")
@@ -62,9 +62,9 @@ class Answers:
 
 @dataclass
 class Evaluator:
-    """Evaluates policies one after the other against one baseline.
+    """Evaluates policies one at a time against one baseline.
 
-    ``load`` gives the policy of a stage; the baseline's stays loaded, the others are let go.
+    ``load`` returns the policy of a stage. The baseline's stays loaded; the others are released.
     """
 
     config: EvaluationConfig
@@ -79,7 +79,7 @@ class Evaluator:
         prompts = {split: self.prompts(split) for split in c.splits}
         prompts = {split: found for split, found in prompts.items() if found[0]}
         if not prompts:
-            raise MissingData(f"There are no prompts to evaluate on in any of the splits {', '.join(c.splits)}.")
+            raise MissingData(f"No prompts to evaluate on in the splits {', '.join(c.splits)}.")
         progress(c.baseline)
         baseline = load(c.baseline)
         reference = {split: self.answer(baseline, *found) for split, found in prompts.items()}
@@ -132,7 +132,7 @@ class Evaluator:
             measures |= {name: mean(values[counted]) for name, values in answers.details.items()}
         if answers.preference is not None:
             difference = answers.preference - reference.preference
-            difference = difference[np.isfinite(difference)]  # a response without a score is in no comparison
+            difference = difference[np.isfinite(difference)]  # responses without a score are left out
             wins = float((difference > 0).sum() + 0.5 * (difference == 0).sum())
             measures["win_rate"] = proportion(wins, len(difference))
         finished = answers.samples.finished
@@ -174,7 +174,7 @@ class Evaluator:
         return {"text_loss": mean(-logprobs.sum(axis=1) / mask.sum(axis=1))}
 
     def text_logprobs(self, policy: Policy, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
-        """[B, T] log-probabilities, 0 on padding, and the mask; rows as long as the longest."""
+        """[B, T] log-probabilities, 0 on padding, and the mask; padded to the longest row."""
         longest = max(len(e.prompt) for e in examples), max(len(e.response) for e in examples)
         block = encoding.block(examples, self.tokenizer, Lengths(*longest, self.config.lengths.multiple))
         logprobs = self.logprobs(policy, block, 1.0)
@@ -219,11 +219,11 @@ class Evaluator:
             labelers = present([agreement(-np.asarray(c.ranks), g) for c, g in zip(comparisons, gold, strict=True)])
             measures["accuracy/gold"] = mean(ours)
             measures["labeler_agreement/gold"] = mean(labelers)
-            measures["accuracy_over_labeler/gold"] = mean(ours - labelers)  # the same pairs: a narrower interval
+            measures["accuracy_over_labeler/gold"] = mean(ours - labelers)  # over the same pairs, so the interval is narrower
         return measures
 
     def training_labelers(self) -> frozenset[str | None]:
-        """Who ranked the training comparisons; where nobody is named, everybody is taken to be one of them."""
+        """The labelers of the training comparisons, unnamed ones (None) always included."""
         try:
             return frozenset({c.labeler for c in self.data.comparisons("train")} | {None})
         except MissingData:
@@ -248,7 +248,7 @@ class Evaluator:
 
 
 def agreement(ours: np.ndarray, theirs: np.ndarray) -> float | None:
-    """The fraction of pairs that both order the same way, among those ``theirs`` orders; our ties count a half."""
+    """The fraction of pairs that both order the same way, among those that ``theirs`` orders; our ties count half."""
     first, second = np.triu_indices(len(ours), 1)
     sign = np.sign(theirs[first] - theirs[second])
     product = np.sign(ours[first] - ours[second])[sign != 0] * sign[sign != 0]
@@ -282,7 +282,7 @@ def proportion(successes: float, n: int) -> Measure:
 
 
 def rows(answers: Answers, count: int) -> list[Mapping[str, Any]]:
-    """The first answers as text a person would read."""
+    """The first answers as readable text."""
     responses = answers.samples.responses
     return [
         {

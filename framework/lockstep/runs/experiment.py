@@ -1,9 +1,9 @@
-"""An experiment: composed once, with every name resolved and every group checked before anything is loaded. It knows what its
-stages read and what identifies them, and is handed down as it is.
+"""An experiment, composed once: every name is resolved and every group checked before anything is loaded. It knows what its
+stages read and what identifies them, and is passed down unchanged.
 
     compose (config/compose.py)   overrides -> one plain dictionary, the configuration
     Experiment                    the configuration -> checked stages, their identities and folders
-    Assembly                      a stage -> backend, tokenizer, models, algorithm, when first asked for
+    Assembly                      a stage -> backend, tokenizer, models, algorithm, on first use
     Runner                        stages in order: reuse, resume, record
 """
 
@@ -36,8 +36,8 @@ class StageConfig:
     """A stage trains (``algorithm``) or evaluates (``evaluation``)."""
 
     algorithm: ConfigGroup | None = setting(None, "The group of the algorithm that trains.")
-    policy: str | None = setting(None, "What it starts from: 'new' for the configured policy, or an earlier stage.")
-    reward_model: ConfigGroup | None = setting(None, "The group that scores, where the algorithm or evaluation needs one.")
+    policy: str | None = setting(None, "The policy to start from: 'new' for the configured one, or an earlier stage.")
+    reward_model: ConfigGroup | None = setting(None, "The group that scores, if the algorithm or evaluation needs one.")
     changes: ConfigGroup | None = setting(None, "Keys of the algorithm that differ in this stage.")
     evaluation: ConfigGroup | None = setting(None, "The group of the evaluation.")
     seed_offset: int = setting(0, "Added to the run's seed, for stages that differ in nothing else.")
@@ -45,7 +45,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A reward model of a stage, or one of those that it is made of."""
+    """A reward model of a stage, or a member of one."""
 
     component: type[RewardModel]
     config: Any
@@ -76,14 +76,14 @@ class Stage:
         return self.component.produces if self.component else "evaluation"
 
     def arithmetic(self, data: DataSource) -> str:
-        """What one step consumes and how many there are, in one line."""
+        """What one step consumes and how many steps there are, in one line."""
         if self.component:
             return self.component.arithmetic(self.config, data)
         return f"{', '.join(self.config.policies)} on {self.config.prompts} prompts of each split"
 
     @property
     def modules(self) -> list[str]:
-        """Where the code is that makes it: of its classes, what they inherit from, and functions named module:function."""
+        """Modules whose code decides its result: of its classes, their base classes, and functions named module:function."""
         classes = [base for cls in (self.component, *(s.component for s in self.scorers)) if cls for base in cls.__mro__]
         values = [value for scorer in self.scorers for value in scorer.group.values()]
         named = [v.partition(":")[0] for v in values if isinstance(v, str) and re.fullmatch(r"[\w.]+:\w+", v)]
@@ -91,7 +91,7 @@ class Stage:
 
     @property
     def inputs(self) -> list[tuple[str, str]]:
-        """The stages (or folders, or hub ids) whose output it reads, and what that has to be."""
+        """The stages (or folders, or hub ids) whose output it reads, each with the kind required."""
         policies = [self.policy] if self.policy not in (None, NEW) else []
         if isinstance(self.config, EvaluationConfig):
             policies += [*self.config.policies, self.config.baseline]
@@ -148,13 +148,13 @@ class Experiment:
 
     @property
     def tokenizer(self) -> TokenizerConfig:
-        """The policy's; a path of None is the data source's own."""
+        """The policy's; a path of None means the data source's tokenizer."""
         cls, config = self.policy
         return cls.tokenizer_config(config)
 
     @functools.cached_property
     def identities(self) -> dict[str, ConfigGroup]:
-        """{stage: all that decides its result}: configuration, inputs, data, code. Its folder is named after the hash."""
+        """{stage: everything that decides its result}: configuration, inputs, data, code. The hash of this names its folder."""
         found: dict[str, ConfigGroup] = {}
         source, config = self.data
         data = self.config["data"] | {"fingerprint": source.fingerprint(config)}
@@ -179,14 +179,14 @@ class Experiment:
 
     @functools.cached_property
     def folders(self) -> dict[str, StageFolder]:
-        """{stage: where its result lies, or is going to}."""
+        """{stage: the folder of its result}, existing or not."""
         return {name: self._folder(name, content) for name, content in self.identities.items()}
 
     def _folder(self, stage: str, content: ConfigGroup) -> StageFolder:
         return StageFolder.of(self.root, stage, self.backend_name, content)
 
     def _outside(self, stage: Stage) -> list[str]:
-        """Local files and folders that the stage reads and no stage of this run makes."""
+        """Local files and folders that the stage reads, except those that stages of this run make."""
         policy, config = self.policy
         named = [*(name for name, _ in stage.inputs), *stage.files, *policy.inputs(config).files]
         return sorted({name for name in named if name not in self.stages and Path(name).exists()})
@@ -240,12 +240,13 @@ class Experiment:
 
 
 def is_hub_id(source: str) -> bool:
-    """owner/name, where ``owner`` is no folder here: then it would be a path that does not exist."""
+    """owner/name. If ``owner`` is a local folder, it is a path that does not exist instead."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(source).parent.is_dir()
 
 
 def run_name(config: Mapping[str, Any]) -> str:
-    """Given, or made of what tells runs apart: the same configuration gives the same name, and so resumes."""
+    """The given name, or one made from the keys that differ between runs: the same configuration gets the same name, and so
+    resumes."""
     digest = identity.digest(decisive(config))[:6]
     label = f"{config['experiment_name']}-{config['backend']['name']}-seed{config['seed']}-{digest}"
     return config["name"] or label
@@ -253,7 +254,7 @@ def run_name(config: Mapping[str, Any]) -> str:
 
 def finished(config: Mapping[str, Any]) -> Path | None:
     """The folder of the run that this configuration describes, if all its stages are done and neither code nor data have
-    changed since. Neither torch nor JAX is imported to find out."""
+    changed since. Imports neither torch nor JAX."""
     root = Path(config["folder"])
     run = RunFolder(root, run_name(config))
     try:
@@ -272,7 +273,7 @@ def finished(config: Mapping[str, Any]) -> Path | None:
 
 
 def _up_to_date(content: ConfigGroup, fingerprint: str | None) -> bool:
-    """Are the code, the data and the folders that went into a stage what they were?"""
+    """Whether the code, data and folders of a stage are unchanged."""
     return (
         content["code"] == identity.code_digests(content["code"])
         and content["data"]["fingerprint"] == fingerprint
@@ -281,7 +282,7 @@ def _up_to_date(content: ConfigGroup, fingerprint: str | None) -> bool:
 
 
 def _merge(group: ConfigGroup, changes: ConfigGroup, where: str) -> ConfigGroup:
-    """``group`` with ``changes`` laid over it; a change of a key that is not there is a mistake."""
+    """``group`` with ``changes`` merged in; a change of an unknown key is an error."""
     if unknown := [k for k in changes if k not in group]:
         raise ConfigError(f"Unknown key {where}.{unknown[0]}.{did_you_mean(unknown[0], group)} Known: {listing(group)}.")
     return {

@@ -1,7 +1,7 @@
-"""What a stage is named after: hashes of content, of code and of folders, and what differs between two of them.
+"""Stage identities: hashes of content, code and folders, and the differences between two of them.
 
-Equal hashes mean the same result, so that a stored stage can be used again. Of the core's code, only what decides a result
-counts: the folders of `NOT_RESULTS` show results, check them or start them.
+Equal hashes mean equal results, so a stored stage can be reused. Of the core's code, only what decides a result counts: the
+folders in `NOT_RESULTS` show results, check them or start them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def folder_digest(path: str) -> str:
 
 
 def what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Why a stage is not the one that was stored. Other inputs are mentioned only if nothing else differs."""
+    """How a stage differs from a stored one. Changed inputs are mentioned only if nothing else differs."""
     changes = without_copies(differences(before, now))
     return [
         f"the code of {change.partition(':')[0].removeprefix('code.')}" if change.startswith("code.") else change
@@ -68,7 +68,7 @@ def what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 
 def without_copies(changes: list[str]) -> list[str]:
-    """Without the changes of a stage's group that are also those of the group it was copied from."""
+    """Drop the changes of a stage's group that repeat those of the group it was copied from."""
     leaf = lambda change: change.partition(": ")[0].rpartition(".")[2] + change.partition(": ")[2]  # noqa: E731
     own = {leaf(change) for change in changes if not change.startswith("stages.")}
     return [change for change in changes if not change.startswith("stages.") or leaf(change) not in own]

@@ -1,5 +1,5 @@
-"""An experiment is a list of stages; this runs them in order: reuse what is done, resume what was begun, record everything.
-The loop is `Runner.train`: step, log, checkpoint; it stops cleanly on Ctrl-C."""
+"""Runs an experiment's stages in order: reuses finished ones, resumes unfinished ones, records everything. `Runner.train` is
+the loop: step, log, checkpoint. Ctrl-C stops it cleanly."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger("lockstep")
 
 
 class Runner:
-    """Runs an experiment's stages in order, in the folders where their results live."""
+    """Runs an experiment's stages in order, each in the folder of its result."""
 
     def __init__(self, experiment: Experiment, console: Console, command: str):
         self.experiment, self.console = experiment, console
@@ -50,23 +50,23 @@ class Runner:
         self.assembly = Assembly(experiment, {name: folder.output for name, folder in experiment.folders.items()})
 
     def _check_same_run(self) -> None:
-        """Raises ConfigError: the run folder holds a run of another configuration."""
+        """Raises ConfigError if the run folder holds a run of another configuration."""
         name, folder = self.experiment.name, self.folder
         if changes := folder.config_changes(self.experiment.config):
             lines = "\n".join(f"  {change}" for change in changes)
             unfinished = folder.unfinished()
             begun = f" (unfinished: {', '.join(unfinished)})" if unfinished else ""
             raise ConfigError(
-                f"The run '{name}' is there already, with another configuration{begun}:\n{lines}\n"
-                f"To start a run of its own, choose another name=... To go on with '{name}', give it the earlier values, "
-                f"on the left; all of them are in {folder.config_file}."
+                f"The run '{name}' already exists, with another configuration{begun}:\n{lines}\n"
+                f"To start a separate run, choose another name=... To continue '{name}', use its earlier values, on the left; "
+                f"all of them are in {folder.config_file}."
             )
 
     def run(self) -> Path:
-        """All stages; the run folder.
+        """Run all stages. Returns the run folder.
 
         Raises:
-          Stopped: Ctrl-C or a termination signal; where it was is saved.
+          Stopped: on Ctrl-C or a termination signal, with progress saved.
         """
         with self.folder.lock():
             self._check_same_run()  # again: another process may have started it since
@@ -89,7 +89,7 @@ class Runner:
         return self.folder.path
 
     def _tell_what_starts_anew(self) -> None:
-        """A line for stages that this run had begun, and that now get another folder because something has changed."""
+        """Warn of stages that this run had started and that now get another folder, because something changed."""
         file = self.folder.path / "stages.json"
         before: dict[str, ConfigGroup] = read_json(file) if file.exists() else {}
         stages: dict[str, list[str]] = {}
@@ -100,7 +100,7 @@ class Runner:
                 state = "done" if old.done else "unfinished"
                 stages.setdefault(reason, []).append(f"{name} (its earlier folder {old.path.name} is {state})")
         for reason, names in stages.items():
-            log.warning("Made anew: %s. Changed since: %s.", ", ".join(names), reason)
+            log.warning("Starting over: %s. Changed since: %s.", ", ".join(names), reason)
 
     def _plan(self) -> list[tuple[str, str, str]]:
         """(stage, state, arithmetic) of each stage, for the reader and as a check, before any model is loaded."""
@@ -122,10 +122,10 @@ class Runner:
         }
         with folder.lock():
             if folder.done:
-                folder.remove_checkpoints()  # a kill may have come before this
+                folder.remove_checkpoints()  # left over if a kill came just before
             else:
                 if (folder.path / "done.json").exists():
-                    log.warning("%s is made anew: it was done, but files of %s are gone or changed", stage.name, folder.output)
+                    log.warning("%s starts over: it was done, but files of %s are missing or changed", stage.name, folder.output)
                     (folder.path / "done.json").unlink()
                 self.folder.stage(stage.name, folder, status="running", **facts)
                 write_json(folder.path / "stage.json", self.experiment.identities[stage.name])
@@ -151,10 +151,10 @@ class Runner:
         first, state = folder.restore(algorithm.learner.restore) or (0, {})
         if state:
             algorithm.load_state(state["algorithm"])
-            log.info("%s goes on at step %d of %d", stage.name, first, algorithm.total_steps)
+            log.info("%s resumes at step %d of %d", stage.name, first, algorithm.total_steps)
             if changes := differences(state["machine"], self._machine()):
-                log.warning("not bit for bit from here on, for this has changed: %s", "; ".join(changes))
-        # Cut to the checkpoint before the tracker starts, which reads there what it has missed.
+                log.warning("no longer bit for bit from here on, because this changed: %s", "; ".join(changes))
+        # Truncated to the checkpoint before the tracker starts, because the tracker reads there what it missed.
         records = Records(folder.path, state.get("positions"), state.get("seconds", 0.0))
         with self._tracked(stage, folder, resume=bool(state)) as tracker:
             metrics = self.train(stage.name, algorithm, folder, tracker, records, first, state.get("metrics", {}))
@@ -172,8 +172,8 @@ class Runner:
         self, name: str, algorithm: Algorithm, folder: StageFolder, tracker: Tracker, records: Records, first: int,
         metrics: dict[str, float],
     ) -> dict[str, float]:  # fmt: skip
-        """The loop, from step ``first`` on; ``metrics`` are of the step before. Everything that decides step n is in the
-        checkpoint before it or a function of (seed, n)."""
+        """The loop, from step ``first`` on; ``metrics`` are those of the previous step. Step n depends only on what the
+        checkpoint holds and on (seed, n)."""
         config, health = self.experiment.config, Health()
         health.replay(read_lines(folder.path / "metrics.jsonl"))
 
@@ -206,7 +206,7 @@ class Runner:
                 if stop.asked:
                     records.close()
                     raise Stopped(
-                        f"Stopped in {name} after step {step + 1} of {algorithm.total_steps}. Run the same command to go on."
+                        f"Stopped in {name} after step {step + 1} of {algorithm.total_steps}. Rerun the same command to resume."
                     )
         if finish := algorithm.finish():
             records.metrics(algorithm.total_steps, finish)
@@ -215,7 +215,7 @@ class Runner:
         return metrics | finish
 
     def _machine(self) -> dict[str, str]:
-        """What bits depend on beside the configuration and the code: library versions, device, number of cores."""
+        """What bit-equality depends on besides configuration and code: library versions, device, number of cores."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return {**self.assembly.backend.describe(), "cores": str(cores)}
 
@@ -253,7 +253,7 @@ class Runner:
 
 
 class Tracked:
-    """A tracker that is finished however the stage ends, so that its last values are not lost."""
+    """Finishes a tracker however the stage ends, so that its last values are not lost."""
 
     def __init__(self, tracker: Tracker, **start: Any):
         self.tracker, self.start = tracker, start
@@ -267,8 +267,8 @@ class Tracked:
 
 
 class GracefulStop:
-    """Ctrl-C and SIGTERM ask once: the step in flight ends and is saved. A second Ctrl-C stops at once; then the last
-    checkpoint is where the run goes on."""
+    """The first Ctrl-C or SIGTERM finishes the step in progress and saves it. A second Ctrl-C stops at once; the run then
+    resumes from its last checkpoint."""
 
     asked = False
 
@@ -288,7 +288,7 @@ class GracefulStop:
 
 
 def peak_memory(backend: Backend) -> int:
-    """Bytes in use so far, at most: of the accelerator or, where the backend has none, of this process."""
+    """Peak memory in bytes: of the accelerator or, if the backend has none, of this process."""
     accelerator = backend.peak_memory_bytes()
     if accelerator is not None:
         return accelerator

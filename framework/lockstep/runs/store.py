@@ -1,4 +1,4 @@
-"""Where results live: stage folders, named by the hash of all that decides their content, and run folders that point
+"""Where results live: stage folders, named by the hash of everything that decides their content, and run folders that point
 to them.
 
     runs/
@@ -6,18 +6,17 @@ to them.
       stages/<stage>-<backend>-<hash>/
         stage.json               what the hash is made of
         metrics.jsonl            one line per step
-        samples.jsonl            text a person would read
-        health.jsonl             warnings; empty where there was nothing to warn of
+        samples.jsonl            readable text
+        health.jsonl             warnings; empty if there were none
         checkpoints/<step>/      learner, state.json, and sums.json with the checksums of both; the last two are kept
         output/                  the result: a Hugging Face folder with its tokenizer, or an evaluation
-        done.json                written last: the stage is complete, and its output has these files
+        done.json                written last: the stage is complete; lists the files of its output
 
-Two runs with the same stage share it: whoever comes first trains it, under a lock that the operating system gives back
-when its owner dies, however it dies. A process that starts a run which another is busy with waits for it likewise.
+Two runs with the same stage share it: whichever comes first trains it, under a lock that the operating system releases when its
+owner dies, however it dies. Likewise, a process that starts a run already in progress waits for it.
 
-Whatever moment a process dies at, each of these files and folders is there whole or not at all: it is written under the
-name ``.<name>.part``, flushed to the disk, then renamed. Only the three .jsonl files grow in place; a checkpoint knows how
-long they were.
+Whenever a process dies, each of these files and folders is either complete or absent: it is written as ``.<name>.part``,
+flushed to disk, then renamed. Only the three .jsonl files grow in place; a checkpoint records how long they were.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class StageFolder:
 
     @property
     def done(self) -> bool:
-        """The stage is complete and its result is where it was put."""
+        """The stage is complete, and every file of its output still has its size."""
         try:
             result = self.result()
         except CheckpointError:
@@ -80,7 +79,7 @@ class StageFolder:
 
     @contextlib.contextmanager
     def write_output(self) -> Iterator[Path]:
-        """A folder for the result, which becomes ``output`` once all that was put there is on the disk."""
+        """Yields a folder for the result. It becomes ``output`` once everything in it is on disk."""
         temporary = self.path / ".output.part"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -104,7 +103,7 @@ class StageFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder; wait where another process does."""
+        """Lock the folder, waiting while another process holds it."""
         with hold(self.path):
             remove_leftovers(self.path)
             remove_leftovers(self.path / "checkpoints")
@@ -113,8 +112,8 @@ class StageFolder:
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
-        """A checkpoint before step ``step``: ``write`` puts files into a folder, ``state`` is JSON. It appears under its
-        name only when it is complete; then the oldest beyond two goes."""
+        """Save a checkpoint that resumes at ``step``: ``write`` puts files into a folder, ``state`` is JSON. It gets its name
+        only once it is complete; then all but the newest two are removed."""
         final = self.path / "checkpoints" / f"{step:08d}"
         temporary = final.with_name(f".{final.name}.part")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -127,21 +126,21 @@ class StageFolder:
             write_json(temporary / "sums.json", sums)
             move_folder(temporary, final)
         except OSError as error:
-            raise CheckpointError(f"Could not save {final}: {error}. The checkpoint before it is kept.") from error
+            raise CheckpointError(f"Could not save {final}: {error}. The previous checkpoint is kept.") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         for old in self._checkpoints()[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
 
     def restore(self, read: Callable[[Path], None]) -> tuple[int, dict[str, Any]] | None:
-        """The step and state of the newest complete checkpoint, after ``read`` took its files in; None without one. A
-        damaged one is named, set aside as ``<step>.damaged``, and the one before it used."""
+        """The step and state of the newest intact checkpoint, after ``read`` took its files in; None if there is none. A damaged
+        one is logged, set aside as ``<step>.damaged``, and the one before it used."""
         found = self._checkpoints()
         for folder in reversed(found):
             try:
                 _verify(folder)
             except (CheckpointError, OSError) as error:
-                following = "trying the one before it" if folder != found[0] else "there is none before it"
+                following = "trying the previous one" if folder != found[0] else "there is no earlier one"
                 log.warning("checkpoint %s is damaged (%s): %s", folder, error, following)
                 aside = folder.with_suffix(".damaged")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -151,7 +150,7 @@ class StageFolder:
             record = read_json(folder / "state.json")
             return record["step"], record["state"]
         if found:
-            log.warning("%s starts anew: none of its checkpoints is whole", self.path.name)
+            log.warning("%s starts over: none of its checkpoints is intact", self.path.name)
         return None
 
     def remove_checkpoints(self) -> None:
@@ -164,7 +163,7 @@ class StageFolder:
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Work on ``folder`` alone; wait where another process does. The operating system releases what a dead one held."""
+    """Lock ``folder``, waiting while another process holds it. The operating system releases a dead process's lock."""
     while (file := _lock(folder)) is None:
         pass
     with file:
@@ -175,7 +174,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> IO[str] | None:
-    """The open lock file, held; None where the folder was removed meanwhile, as `lockstep cache prune` does."""
+    """The open lock file, locked; None if the folder was removed meanwhile, as by `lockstep cache prune`."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         file = open(folder / "lock", "a+")  # noqa: SIM115
@@ -183,7 +182,7 @@ def _lock(folder: Path) -> IO[str] | None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            log.info("waiting for process %s, which works on %s", file.read().strip() or "?", folder.name)
+            log.info("waiting for process %s, which is working on %s", file.read().strip() or "?", folder.name)
             fcntl.flock(file, fcntl.LOCK_EX)
         return file if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)) else None
     except FileNotFoundError:
@@ -192,7 +191,7 @@ def _lock(folder: Path) -> IO[str] | None:
 
 @contextlib.contextmanager
 def hold_if_free(folder: Path) -> Iterator[str | None]:
-    """Hold ``folder`` and yield None, or yield which process holds it. Nobody is waited for."""
+    """Lock ``folder`` and yield None, or yield the process that holds it. Never waits."""
     with open(folder / "lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -204,7 +203,7 @@ def hold_if_free(folder: Path) -> Iterator[str | None]:
 
 
 def _verify(folder: Path) -> None:
-    """Raises CheckpointError or OSError: the checkpoint is not as it was written."""
+    """Raises CheckpointError or OSError if the checkpoint is not as it was written."""
     sums = read_json(folder / "sums.json")
     if not isinstance(sums, dict) or "state.json" not in sums:
         raise CheckpointError("sums.json changed since it was written")
@@ -213,8 +212,8 @@ def _verify(folder: Path) -> None:
 
 
 class Records:
-    """``metrics.jsonl``, ``samples.jsonl`` and ``health.jsonl`` of a stage. What was written after the checkpoint that a
-    stage resumes from is cut off, so that each step stands there once. ``seconds`` were spent on the steps before it."""
+    """``metrics.jsonl``, ``samples.jsonl`` and ``health.jsonl`` of a stage. On resume, lines written after the checkpoint are cut
+    off, so that each step appears once. ``seconds`` were spent on the steps before it."""
 
     def __init__(self, folder: Path, positions: Mapping[str, int] | None = None, seconds: float = 0.0):
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +221,7 @@ class Records:
         for name, file in self.files.items():
             size, end = file.seek(0, os.SEEK_END), (positions or {}).get(name, 0)
             if size < end:
-                log.warning("%s lost its last lines: %d bytes of %d are there", file.name, size, end)
+                log.warning("%s lost its last lines: %d of %d bytes remain", file.name, size, end)
             file.truncate(min(size, end))
             file.seek(0, os.SEEK_END)
         self.started = time.perf_counter() - seconds
@@ -242,7 +241,7 @@ class Records:
         self._write("health", {"step": step, **row})
 
     def positions(self) -> dict[str, int]:
-        """Where the files end, for a checkpoint: what is before is on the disk."""
+        """Where the files end, for a checkpoint; everything up to there is on disk."""
         for file in self.files.values():
             os.fsync(file.fileno())
         return {name: file.tell() for name, file in self.files.items()}
@@ -266,8 +265,8 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class RunFolder:
-    """``run.json``, what a run was and is, kept up to date while it runs; ``config.yaml``, its configuration; ``stages.json``,
-    what the folders of its stages are named after."""
+    """``run.json``: the run's status and facts, updated while it runs. ``config.yaml``: its configuration. ``stages.json``: what
+    the hashes of its stages are made of."""
 
     def __init__(self, root: Path, name: str):
         self.root, self.path = root, root / name
@@ -275,7 +274,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run; wait where another process has started the same."""
+        """Lock the run, waiting while another process is running it."""
         with hold(self.path):
             remove_leftovers(self.path)
             yield
@@ -284,7 +283,7 @@ class RunFolder:
         write_text(self.config_file, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
 
     def config_changes(self, config: Mapping[str, Any]) -> list[str]:
-        """'sft.epochs: 1 -> 2' for each key that decides results and is stored here with another value; none where no
+        """'sft.epochs: 1 -> 2' for each key that decides results and is stored here with another value; empty if no
         configuration is stored. Credentials are left out."""
         if not self.config_file.exists():
             return []
@@ -297,7 +296,7 @@ class RunFolder:
         return self.path / "config.yaml"
 
     def unfinished(self) -> list[str]:
-        """Stages that the run in this folder has begun and not ended."""
+        """Stages that the run in this folder has started and not finished."""
         file = self.path / "run.json"
         stages = read_json(file)["stages"] if file.exists() else {}
         return [name for name, stage in stages.items() if stage["status"] != "done"]

@@ -1,4 +1,4 @@
-"""The algorithms, a file each; `language_modelling` is what pretraining and SFT share.
+"""The algorithms, a file each; `language_modelling` is shared by pretraining and SFT.
 
 pretraining.py        next-token prediction on raw text
 sft.py                supervised fine-tuning on demonstrations

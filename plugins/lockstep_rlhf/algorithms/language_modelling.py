@@ -1,4 +1,4 @@
-"""Next-token prediction: what pretraining and SFT have in common, and the loss that PPO mixes in."""
+"""Next-token prediction: the shared part of pretraining and SFT, and the loss that PPO mixes in."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lockstep.text.sequences import Sequences, chunks, in_chunks
 @dataclass(frozen=True)
 class NextTokenLoss:
     """L = -coef Σ w_t log π(x_t | x_<t), with w = 1 / n over the minibatch's n counted tokens. ``metric`` names the
-    unscaled loss in the log where it is one term of several."""
+    unscaled loss in the log if it is one term of several."""
 
     coef: float = 1.0
     metric: str | None = None
@@ -34,7 +34,7 @@ class NextTokenLoss:
 
 
 class LanguageModelling(Algorithm):
-    """What both have in common; `Pretraining` and `SFT` say which examples."""
+    """The shared part; `Pretraining` and `SFT` choose the examples."""
 
     produces = "policy"
 
@@ -52,11 +52,11 @@ class LanguageModelling(Algorithm):
         raise NotImplementedError
 
     def block(self, examples: Sequence[Example]) -> Sequences:
-        """Each example in a row of its own."""
+        """Each example in its own row."""
         raise NotImplementedError
 
     def packed(self, examples: Sequence[Example]) -> Sequences:
-        """Several examples in a row."""
+        """Several examples per row."""
         c = self.config
         prompt_loss = getattr(c, "prompt_loss", False)
         return encoding.packed_block(
@@ -98,12 +98,12 @@ class LanguageModelling(Algorithm):
 
     @classmethod
     def count(cls, data: DataSource) -> int:
-        """How many examples there are to learn from."""
+        """The number of training examples."""
         raise NotImplementedError
 
     @classmethod
     def per_step(cls, config: Any) -> int:
-        """How many of them one step consumes."""
+        """The number of examples that one step consumes."""
         return config.batch_size
 
     @classmethod

@@ -8,9 +8,9 @@ One iteration (`PPO.step`), after Ziegler et al. 2019, Stiennon et al. 2020 and 
     for each inner epoch, for each minibatch: one optimizer step on
         clipped policy loss + value_coef · clipped value loss (+ ptx_coef · next-token loss on raw text)
 
-Which details are whose is in the comments; ``docs/ppo.md`` lists them all. Unlike most implementations, the old
-log-probabilities are recomputed with the training graph rather than taken from the sampler, so that the ratio is 1
-before the first step; how far the sampler was off is logged as ``sampler/mismatch_*``.
+Comments name the source of each detail; ``docs/ppo.md`` lists them all. Unlike most implementations, the old log-probabilities
+are recomputed with the training graph instead of taken from the sampler, so that the ratio is 1 before the first step. The
+sampler's error is logged as ``sampler/mismatch_*``.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class PPOLoss:
 class Rollout:
     """A batch of episodes. [B] scores and details (of the reward model, before the rule for unfinished responses), finished;
     [B, T] old_logprobs, ref_logprobs, entropy, old_values, sampler_logprobs; ``sequences.mask`` says what counts. ``forward`` is
-    the pass that the first update uses again, where the whole batch is one term of it."""
+    the pass that the first update reuses if the whole batch is one term of it."""
 
     responses: Responses
     sequences: Sequences
@@ -119,7 +119,7 @@ class PPO(Algorithm):
         lengths: Lengths = setting(Lengths(), "Limits in tokens.")
         stop_strings: tuple[str, ...] = setting((), "Text that ends a response, as EOS does; or special tokens by name.")
         temperature: float = setting(
-            1.0, "Of sampling and of all log-probabilities: PPO explores by sampling (InstructGPT: 1; LHP, N+: 0.7).", above=0
+            1.0, "For sampling and all log-probabilities: PPO explores by sampling (InstructGPT: 1; LHP, N+: 0.7).", above=0
         )
         kl_coef: float = setting(0.02, "β: reward per nat of KL, per token (InstructGPT: 0.02).", least=0)
         kl_target: float | None = setting(None, "Nats per response to which β adapts (LHP); null: β is fixed.", above=0)
@@ -130,11 +130,11 @@ class PPO(Algorithm):
         value_clip_range: float = setting(0.2, "Values are clipped to the old ones ± this (LHP).", above=0)
         value_coef: float = setting(0.1, "Weight of the value loss (LHP).", least=0)
         value_network: Literal["separate", "shared"] = setting(
-            "separate", "Of its own, started from the reward model (InstructGPT); or a zero head on the policy's trunk (LHP)."
+            "separate", "A network started from the reward model (InstructGPT), or a zero head on the policy's trunk (LHP)."
         )
-        whiten_advantages: bool = setting(True, "To mean 0 and variance 1 over the whole batch (LHP: per minibatch).")
-        whiten_rewards: bool = setting(False, "To variance 1 over the batch, the mean kept (LHP: true, N+: false).")
-        unfinished_score: float | None = setting(-1.0, "Replaces the score of a response without EOS (LHP); null: none does.")
+        whiten_advantages: bool = setting(True, "Scale to mean 0 and variance 1 over the whole batch (LHP: per minibatch).")
+        whiten_rewards: bool = setting(False, "Scale to variance 1 over the batch and keep the mean (LHP: true, N+: false).")
+        unfinished_score: float | None = setting(-1.0, "Replaces the score of a response without EOS (LHP); null: keep it.")
         importance_cap: float | None = setting(
             None, "Cap on importance weights that correct for a sampler of lower precision; null: no correction.", above=0
         )
@@ -146,7 +146,7 @@ class PPO(Algorithm):
 
         @property
         def raw_texts(self) -> int:
-            """Of one minibatch."""
+            """Raw texts per minibatch."""
             return round(self.ptx_ratio * self.batch_size / self.minibatches) if self.ptx_coef else 0
 
         def __post_init__(self):
@@ -192,7 +192,7 @@ class PPO(Algorithm):
         self.last: Rollout | None = None
 
     def fresh_value_network(self) -> ScalarModel:
-        """For reward models that have no network which reads the policy's tokens."""
+        """For reward models without a network that reads the policy's tokens."""
         log.info(
             "the reward model has no network that reads the policy's tokens, so the value network starts from the policy with a "
             "zero head; algorithm.value_network=shared does so at half the compute"
@@ -228,7 +228,7 @@ class PPO(Algorithm):
         scores, details = score(self.reward_model, samples)
         clock.lap("score")
 
-        # One forward pass of each model. Where the whole batch is one term, the first update differentiates the same pass.
+        # One forward pass of each model. If the whole batch is one term, the first update differentiates this same pass.
         sequences, forward = scored_only(samples.sequences, scores), None
         if c.minibatches == 1 and (c.micro_batch_size or c.batch_size) >= c.batch_size:
             forward = self.learner.forward(sequences, OUTPUTS, temperature=c.temperature)
@@ -250,7 +250,7 @@ class PPO(Algorithm):
         )
 
     def prepare(self, rollout: Rollout) -> tuple[dict[str, np.ndarray], Metrics]:
-        """Rewards, advantages and returns: the arrays of the loss, and what to log of the rollout."""
+        """Rewards, advantages and returns: the arrays of the loss, and the metrics of the rollout."""
         c, mask = self.config, rollout.sequences.mask
         counted = mask.any(axis=1)
         kl = numerics.k1(rollout.old_logprobs, rollout.ref_logprobs, mask)
@@ -297,7 +297,7 @@ class PPO(Algorithm):
         self, sequences: Sequences, batch: Mapping[str, np.ndarray], rows: np.ndarray, forward: ForwardPass | None = None
     ) -> list[Term]:
         """One minibatch as micro-batches, each token weighing 1 / (tokens of the minibatch). ``forward``: the pass over all rows,
-        where they are one term."""
+        if they are one term."""
         mask = batch["mask"][rows]
         weights = encoding.token_weights(mask, mask.sum())
         terms = []
@@ -335,7 +335,7 @@ class PPO(Algorithm):
         return np.minimum(np.exp(log_ratio), self.config.importance_cap).astype(np.float32)
 
     def gold(self, rollout: Rollout) -> Metrics:
-        """The true scores of the counted episodes, where the data source knows them: for plots, never for training."""
+        """The true scores of the counted episodes, if the data source knows them: for plots, never for training."""
         episodes = zip(rollout.responses.prompts, rollout.responses.texts, rollout.sequences.mask.any(axis=1), strict=True)
         found = [self.context.data.gold(prompt, text) for prompt, text, counts in episodes if counts]
         golds = [gold for gold in found if gold is not None]

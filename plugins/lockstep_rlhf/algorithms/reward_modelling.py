@@ -75,7 +75,7 @@ class RewardModelling(Algorithm):
         self.total_steps = steps(config.epochs, len(self.comparisons), config.batch_size)
 
     def load(self, split: str) -> list[Ranked]:
-        """Comparisons in which at least two completions are not tied."""
+        """Comparisons with at least two completions that are not tied."""
         try:
             comparisons = self.context.data.comparisons(split)
         except MissingData:
@@ -92,7 +92,7 @@ class RewardModelling(Algorithm):
         scale = lr_scale(self.config.schedule, step, self.total_steps)
         terms = self.terms([self.comparisons[i] for i in indices])
         metrics = self.learner.update(terms, scale)
-        weight = float(sum(term.batch["preferences"].sum() for term in terms))  # below 1 where there are ties
+        weight = float(sum(term.batch["preferences"].sum() for term in terms))  # below 1 if there are ties
         metrics |= {"loss": metrics["loss"] / weight, "accuracy": metrics["accuracy"] / weight}
         return before | metrics | {"lr_scale": scale}
 
@@ -140,8 +140,8 @@ class RewardModelling(Algorithm):
         }
 
     def normalise(self) -> Metrics:
-        """Fold mean 0 (and standard deviation 1) over demonstrations into the head. Without demonstrations the best
-        completion of each comparison stands in for one."""
+        """Fold mean 0 (and standard deviation 1) over demonstrations into the head. Without demonstrations, the best completion
+        of each comparison stands in."""
         try:
             demonstrations = self.context.data.demonstrations("train")[:NORMALISED_ON]
             fit = self.context.fit("train demonstrations")
@@ -172,10 +172,10 @@ class RewardModelling(Algorithm):
 
 
 def untied(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Those that prefer at least one completion to another.
+    """The comparisons that prefer at least one completion to another.
 
     Raises:
-      DataError: there are comparisons, but none of these.
+      DataError: all comparisons are ties.
     """
     useful = [c for c in comparisons if len(set(c.ranks)) > 1]
     if comparisons and not useful:

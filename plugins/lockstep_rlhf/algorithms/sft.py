@@ -1,8 +1,8 @@
 """Supervised fine-tuning on demonstrations: InstructGPT (Ouyang et al. 2022), step 1.
 
-The loss counts the response's tokens, its EOS included; ``prompt_loss`` counts the prompt's too, as "The N+ Implementation
+The loss counts the response's tokens, including its EOS; ``prompt_loss`` counts the prompt's too, as "The N+ Implementation
 Details of RLHF with PPO" does. A fraction ``pretrain_mix`` of each batch may be raw text (InstructGPT's PPO initialisation:
-10%), and ``dropout`` on the residual branches may be on here (InstructGPT: 0.2) and nowhere else.
+10%). Only SFT has ``dropout``, on the residual branches (InstructGPT: 0.2).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class SFT(LanguageModelling):
     @dataclass(frozen=True)
     class Config:
         epochs: float = setting(1.0, "Passes over the demonstrations (InstructGPT: 16; 2 before PPO).", above=0)
-        batch_size: int = setting(64, "Examples per optimizer step, raw texts among them.", least=1)
+        batch_size: int = setting(64, "Examples per optimizer step, raw texts included.", least=1)
         micro_batch_size: int | None = setting(None, "Rows per forward and backward pass; null: the whole batch.", least=1)
         lengths: Lengths = setting(Lengths(), "Limits in tokens.")
         packing: bool = setting(False, "Whether several examples share a row.")
-        assistant_turns: Literal["all", "last"] = setting("all", "Of a whole dialogue, the assistant's turns that count.")
+        assistant_turns: Literal["all", "last"] = setting("all", "Which assistant turns of a whole dialogue count.")
         prompt_loss: bool = setting(False, "Whether the prompt's tokens count too (N+: true).")
         pretrain_mix: float = setting(0.0, "Share of raw text in a batch (InstructGPT: 0.1 before PPO).", least=0, below=1)
         dropout: float = setting(0.0, "Rate on the residual branches (InstructGPT: 0.2, but none before PPO).", least=0, below=1)
@@ -50,7 +50,7 @@ class SFT(LanguageModelling):
                 )
             if self.packing and self.dropout:
                 raise ConfigError(
-                    f"sft.packing=true does not go with sft.dropout={self.dropout:g}: dropout is drawn by row and position, so "
+                    f"sft.packing=true does not work with sft.dropout={self.dropout:g}: dropout is drawn by row and position, so "
                     "the examples of one row would share it. Set packing=false or dropout=0."
                 )
 

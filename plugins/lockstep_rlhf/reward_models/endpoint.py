@@ -26,28 +26,28 @@ LONGEST_PAUSE = 60.0
 LONGEST_WAIT = 600.0
 """Seconds that a server may ask for; one that asks for more is down."""
 SHOWN = 200
-"""Characters of a refusal that are repeated in the error."""
+"""Characters of a refusal shown in the error."""
 
 
 class Endpoint(Outside):
     """POST {"prompts": [[{"role", "content"}, ...], ...], "responses": [str, ...]} to ``url``; {"scores": [number, ...]} back.
 
-    Asked again, up to ``retries`` times: where the connection fails or breaks off, nothing comes within
-    ``timeout_seconds``, or the status is 429 or 5xx; after ``backoff_seconds``, doubled each time, with jitter, and not
-    before a Retry-After is over. Any other status, and an answer that is not one number for each response, is a failure at
-    once. null and NaN mean that the server could not score this one response. After that ``on_failure`` decides for the
-    batch, as `Outside` says.
+    A request is retried, up to ``retries`` times, if the connection fails or breaks off, no answer comes within
+    ``timeout_seconds``, or the status is 429 or 5xx. Retries wait ``backoff_seconds``, doubled each time, with jitter, and at
+    least as long as Retry-After says. Any other status, or an answer that is not one number per response, fails at once. null
+    and NaN mean that the server could not score this one response. A failure is then handled for the batch by ``on_failure``,
+    as in `Outside`.
 
-    ``token_variable`` names the environment variable that holds a bearer token: the token itself is never in a
-    configuration, a log or an error. Redirects are not followed: they would take the token elsewhere.
+    ``token_variable`` names the environment variable with a bearer token: the token itself never appears in a configuration,
+    log or error. Redirects are not followed: they would take the token elsewhere.
     """
 
     @dataclass(frozen=True)
     class Config:
-        url: str = setting(REQUIRED, "http://127.0.0.1:8000/score. Part of a stage's identity: let it say which version answers.")
+        url: str = setting(REQUIRED, "http://127.0.0.1:8000/score. Part of a stage's identity: name the model's version in it.")
         token_variable: str | None = setting(None, "The NAME of an environment variable with a bearer token; null: none.")
         batch_size: int = setting(64, "Responses per request.", least=1)
-        timeout_seconds: float = setting(60.0, "Of one request, from first to last byte.", above=0)
+        timeout_seconds: float = setting(60.0, "Limit of one request, from first to last byte.", above=0)
         retries: int = setting(5, "Further attempts after one that fails.", least=0)
         backoff_seconds: float = setting(1.0, "Before the first retry; doubled each time, with jitter.", least=0)
         on_failure: Literal["raise", "drop"] = setting(
@@ -60,7 +60,7 @@ class Endpoint(Outside):
                 raise ConfigError(f"reward_model.url='{self.url}' should look like http://127.0.0.1:8000/score.")
             if parts.username or parts.password:
                 raise ConfigError(
-                    f"reward_model.url of {parts.hostname} holds credentials. Put a token into an environment variable and name "
+                    f"reward_model.url of {parts.hostname} holds credentials. Put the token in an environment variable and name "
                     "it: reward_model.token_variable=REWARD_TOKEN."
                 )
 
@@ -76,8 +76,8 @@ class Endpoint(Outside):
         return scores_in(within(self.config.timeout_seconds, lambda: self._post(question)), len(texts))
 
     def pause(self, attempt: int) -> float:
-        """With jitter, so that jobs which failed together do not come back together. The one thing here that chance
-        decides: it moves no score."""
+        """With jitter, so that jobs that failed together do not retry together. Nothing else here is random, and it changes no
+        score."""
         return min(LONGEST_PAUSE, self.config.backoff_seconds * 2**attempt) * random.uniform(0.5, 1.0)
 
     def _post(self, question: bytes) -> bytes:
@@ -101,7 +101,7 @@ class Endpoint(Outside):
         said = (said.replace(self.token, "***") if self.token else said)[:SHOWN].strip()
         wait = _retry_after(error.headers.get("Retry-After"))
         again = (error.code == 429 or error.code >= 500) and wait <= LONGEST_WAIT
-        asked = f", to be asked again in {wait:g} seconds" if wait else ""
+        asked = f", retry after {wait:g} seconds" if wait else ""
         return NoScores(f"it answered {error.code} {error.reason}{asked}: {said or '(nothing more)'}", again=again, wait=wait)
 
 
@@ -114,12 +114,12 @@ def scores_in(body: bytes, count: int) -> np.ndarray:
     """float64 [count] of an answer's body; NaN for null.
 
     Raises:
-      NoScores: it is not {"scores": [one number for each response]}.
+      NoScores: the body is not {"scores": [one number for each response]}.
     """
     try:
         answer = json.loads(body)
     except ValueError as error:
-        raise NoScores(f"its answer is no JSON ({error}): {body[:SHOWN]!r}", again=False) from None
+        raise NoScores(f"its answer is not JSON ({error}): {body[:SHOWN]!r}", again=False) from None
     scores = answer.get("scores") if isinstance(answer, dict) else None
     if not isinstance(scores, list):
         raise NoScores(f'its answer should be {{"scores": [...]}}, not {body[:SHOWN]!r}', again=False)
@@ -144,12 +144,12 @@ def _token(variable: str | None) -> str | None:
             "reward_model.token_variable=null."
         )
     if not token.isascii() or not token.isprintable():
-        raise ConfigError(f"The token in the environment variable {variable} has characters that no HTTP header can hold.")
+        raise ConfigError(f"The token in the environment variable {variable} has characters that no HTTP header may have.")
     return token
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds of a Retry-After header, which is a number of them or a date (RFC 9110, 10.2.3); 0 without a usable one."""
+    """Seconds of a Retry-After header, which is a number or a date (RFC 9110, 10.2.3); 0 without a usable one."""
     if not value:
         return 0.0
     if value.strip().isdigit():

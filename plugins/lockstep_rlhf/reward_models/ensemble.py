@@ -1,5 +1,5 @@
 """Several reward models as one (Coste et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization", arXiv
-2310.02743): where they disagree, the score is not to be trusted, and a policy that seeks high scores goes there."""
+2310.02743). Scores on which the members disagree are not to be trusted, and a policy that seeks high scores finds them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lockstep.interfaces import Inputs, Resources, Responses, RewardModel, Scala
 
 
 class Ensemble(RewardModel):
-    """Of the scores r_1 .. r_K of K members, with mean μ and standard deviation σ over them (divided by K):
+    """Combines the scores r_1 .. r_K of K members, with mean μ and standard deviation σ over them (divided by K):
 
     | | | |
     |---|---|---|
@@ -24,9 +24,8 @@ class Ensemble(RewardModel):
     | uncertainty_weighted | μ - coef · σ² | uncertainty-weighted optimisation (UWO) |
     | lower_bound | μ - coef · σ | a lower confidence bound, in the scores' own unit |
 
-    A response that one member could not score has no score. The members should be normalised alike: with
-    ``normalise: bias`` each scores demonstrations 0 on average. `details` has σ as ``disagreement``. A value network starts
-    from the first member.
+    A response that any member could not score has no score. Normalise the members alike: with ``normalise: bias`` each scores
+    demonstrations 0 on average. `details` has σ as ``disagreement``. A value network starts from the first member.
     """
 
     @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Ensemble(RewardModel):
             "Groups of this kind, each with its name.",
         )
         combine: Literal["mean", "worst", "uncertainty_weighted", "lower_bound"] = setting("lower_bound", "As in the table.")
-        coef: float = setting(1.0, "Of lower_bound and uncertainty_weighted; below 0 it would reward disagreement.", least=0)
+        coef: float = setting(1.0, "For lower_bound and uncertainty_weighted; below 0 it would reward disagreement.", least=0)
 
         def __post_init__(self):
             if len(self.members) < 2:
@@ -64,7 +63,7 @@ class Ensemble(RewardModel):
 
 
 def combine(scores: np.ndarray, how: str, coef: float) -> np.ndarray:
-    """[K, B] -> [B], NaN where a member's is: section 3.2 of Coste et al. 2023, and the bound in standard deviations."""
+    """[K, B] -> [B], NaN where a member's score is: section 3.2 of Coste et al. 2023, and the bound in standard deviations."""
     mean = scores.mean(axis=0)
     if how == "worst":
         return scores.min(axis=0)

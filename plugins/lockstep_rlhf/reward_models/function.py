@@ -19,14 +19,14 @@ class Function(Outside):
     """``function(prompts, responses) -> scores``, named as ``module:function``.
 
     prompts: a list of dialogues, each a list of {"role", "content"}; responses: a list of str; scores: as many numbers.
-    A call that takes longer than ``timeout_seconds``, raises, or returns something else is tried ``retries`` more times.
-    After that ``on_failure`` decides, as `Outside` says.
+    A call that takes longer than ``timeout_seconds``, raises, or returns something else is retried up to ``retries`` times.
+    Then ``on_failure`` decides, as in `Outside`.
     """
 
     @dataclass(frozen=True)
     class Config:
         function: str = setting(REQUIRED, "module:function")
-        timeout_seconds: float = setting(60.0, "Of one call.", above=0)
+        timeout_seconds: float = setting(60.0, "Limit of one call.", above=0)
         retries: int = setting(2, "Further calls after one that fails.", least=0)
         on_failure: Literal["raise", "drop"] = setting(
             "raise", "Stop the run; or drop: leave the episodes out and say how many. A failure is never a score."
@@ -57,5 +57,5 @@ def _import(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the user's file does when it is imported
+    except Exception as error:  # the user's file may raise anything on import
         raise ConfigError(f"reward_model.function='{path}' cannot be imported: {error}. Write it as module:function.") from error

@@ -1,4 +1,4 @@
-"""A scalar head on a language model: what the algorithm ``reward_modelling`` made, or a public reward model as it is."""
+"""A scalar head on a language model: from the algorithm ``reward_modelling``, or a public reward model unchanged."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ log = logging.getLogger("lockstep")
 
 
 class Learned(RewardModel):
-    """``source`` is a stage of this run, a folder that a stage wrote, or a public reward model: a folder or hub id of an
-    ``AutoModelForSequenceClassification`` checkpoint with one label. What each of them reads:
+    """``source`` is a stage of this run, a folder written by a stage, or a public reward model: a folder or hub id of an
+    ``AutoModelForSequenceClassification`` checkpoint with one label. It reads:
 
-    * the policy's tokens as they are, where it has the policy's tokenizer (and, if public, no other chat template);
-    * a stage's output with another tokenizer: the text, rendered and encoded its own way, as it was trained;
-    * a public decoder (``score.weight``): the whole dialogue in its own chat template;
-    * a public encoder (BERT, DeBERTa, ...; torch only): prompt and response as a pair of texts, or the whole dialogue where
-      there is a chat template.
+    * the policy's tokens directly, if it has the policy's tokenizer (and, if public, no other chat template);
+    * the text, rendered and encoded as in its training, if it is a stage's output with another tokenizer;
+    * the whole dialogue in its own chat template, if it is a public decoder (``score.weight``);
+    * prompt and response as a pair of texts, or the whole dialogue if it has a chat template, if it is a public encoder (BERT,
+      DeBERTa, ...; torch only).
 
-    ``chat_template`` replaces the public model's own. A response that does not fit the model is not scored (NaN), and counted.
+    ``chat_template`` replaces the public model's own. A response that does not fit the model is not scored (NaN) but counted.
     """
 
     @dataclass(frozen=True)
     class Config:
         source: str = setting("reward", "A stage, or a folder or hub id of a public reward model.")
         micro_batch_size: int | None = setting(64, "Rows per forward pass; null: all.", least=1)
-        chat_template: str | None = setting(None, "Of a public model: jinja text, dialogue or plain; null: its tokenizer's own.")
+        chat_template: str | None = setting(None, "For a public model: jinja text, dialogue or plain; null: its tokenizer's own.")
 
     @classmethod
     def inputs(cls, config: Config) -> Inputs:
@@ -82,7 +82,7 @@ class Learned(RewardModel):
         return in_chunks(evaluate, rows, self.config.micro_batch_size)["scores"]
 
     def _score_fitting(self, examples: Sequence[Example | None]) -> np.ndarray:
-        """NaN for what does not fit (None)."""
+        """NaN for examples that do not fit (None)."""
         fits = [i for i, example in enumerate(examples) if example is not None]
         scores = np.full(len(examples), np.nan, np.float32)
         _report(len(examples) - len(fits))
@@ -93,7 +93,7 @@ class Learned(RewardModel):
         return scores
 
     def _as_trained(self, responses: Responses) -> list[Example | None]:
-        """In this model's tokens; EOS only where the policy wrote its own. None where the prompt does not fit."""
+        """In this model's tokens, with EOS only if the policy wrote its own. None if the prompt does not fit."""
         half = self.model.context_length // 2
         examples = []
         for prompt, text, ended in zip(responses.prompts, responses.texts, finished(responses), strict=True):
@@ -103,7 +103,7 @@ class Learned(RewardModel):
         return examples
 
     def _as_dialogues(self, responses: Responses) -> list[Example | None]:
-        """All tokens but the last stand as the prompt: a decoder's score is that of the whole, however it is cut."""
+        """All tokens but the last count as the prompt: a decoder scores the whole, however it is split."""
         texts = [rendered(self.tokenizer.render, *row) for row in rows_of(responses)]
         examples = []
         for ids in self.tokenizer.encode_many(texts):
@@ -138,7 +138,7 @@ def rows_of(responses: Responses) -> list[tuple[Prompt, str, bool]]:
 
 
 def rendered(render: Callable[..., str], prompt: Prompt, text: str, ended: bool) -> str:
-    """The whole dialogue; the assistant's turn is closed only where the policy closed it."""
+    """The whole dialogue; the assistant's turn is closed only if the policy closed it."""
     if ended:
         return render([*prompt.messages, Message("assistant", text)], add_generation_prompt=False)
     return render(list(prompt.messages), add_generation_prompt=True) + text
@@ -150,4 +150,4 @@ def pair(prompt: Prompt, text: str) -> tuple[str, str]:
 
 def _report(count: int) -> None:
     if count:
-        log.warning("%d responses are too long for the reward model: not scored", count)
+        log.warning("%d responses are too long for the reward model and were not scored", count)

@@ -1,4 +1,4 @@
-"""Scores from code that is not ours: asked again when that may help, and what a failure does. It is never a number."""
+"""Scores from code that is not ours: retries, and what a failure does. A failure is never a number."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Dialogue = list[dict[str, str]]
 
 
 class NoScores(RewardError):
-    """Why there are no scores. ``again``: whether the same question may have an answer later, after ``wait`` seconds or more."""
+    """Why there are no scores. ``again``: whether a retry may help, after at least ``wait`` seconds."""
 
     def __init__(self, reason: str, *, again: bool = True, wait: float = 0.0):
         super().__init__(reason)
@@ -30,22 +30,21 @@ class NoScores(RewardError):
 
 
 class Outside(RewardModel):
-    """A subclass says in `ask` how scores are had and in ``source`` from where; its ``Config`` has ``retries`` and
-    ``on_failure``: 'raise' stops the run with the reason; 'drop' takes the episodes out of the batch (their score is NaN)
-    and logs how many.
+    """A subclass gets scores in `ask` and names their origin in ``source``. Its ``Config`` has ``retries`` and ``on_failure``:
+    'raise' stops the run with the reason; 'drop' takes the episodes out of the batch (their score is NaN) and logs how many.
     """
 
     config: Any
     source: str
     batch_size: int | None = None
-    """Responses in one question; None: all."""
+    """Responses per question; None: all."""
 
     @abstractmethod
     def ask(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
-        """float64 [B], one for each response; not finite where that one could not be scored.
+        """float64 [B], one per response; not finite if it could not be scored.
 
         Raises:
-          NoScores: there is no such array.
+          NoScores: there are no scores.
         """
 
     def pause(self, attempt: int) -> float:
@@ -59,13 +58,13 @@ class Outside(RewardModel):
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
     def _batch(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
-        """float32 [B]: of one question, asked until it is answered."""
+        """float32 [B]: the scores of one question, after retries."""
         try:
             scores = self._answer(prompts, texts)
         except NoScores as failure:
             if self.config.on_failure == "raise":
                 raise RewardError(f"{self.source}: {failure}") from failure
-            log.warning("%s: %d episodes are left out: %s", self.source, len(texts), failure)
+            log.warning("%s: left out %d episodes: %s", self.source, len(texts), failure)
             return np.full(len(texts), np.nan, np.float32)
         with np.errstate(over="ignore"):
             scores = scores.astype(np.float32)

@@ -1,5 +1,5 @@
-"""Is it right? The conformance kit: what must hold of every backend, policy, reward model and algorithm, as checks that
-anyone can run on their own.
+"""Is it right? The conformance kit: checks that every backend, policy, reward model and algorithm must pass, for anyone to
+run on their own.
 
     lockstep check reinforce                       one plugin, on every backend that is installed
     lockstep check decoder --backend jax --precision bfloat16
@@ -15,7 +15,7 @@ world.py          a world small enough to check by hand, on any backend
 subjects.py       what is checked, set up in that world
 backends.py       gradients, Adam, micro-batches, restoring
 policies.py       probabilities, sampling, padding, heads, checkpoints
-reward_models.py  one finite score per response, whatever the batch; failures are heard
+reward_models.py  one finite score per response, whatever the batch; failures are never hidden
 algorithms.py     from what crosses the waist: rewards, masks, steps, seeds, resuming
 """
 

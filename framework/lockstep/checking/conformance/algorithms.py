@@ -1,8 +1,8 @@
-"""What an algorithm does, seen from what crosses the waist: which tokens count, where rewards land, how many steps are taken,
-which seeds are used, and that a restart changes nothing.
+"""What an algorithm does, seen from what crosses the waist: which tokens count, where rewards land, how many steps it takes,
+which seeds it uses, and that a restart changes nothing.
 
-A check that needs a key of the configuration (``minibatches``, ``kl_target``), an array of the batch (``returns``) or a metric
-(``objective/kl``) of the names that everybody uses applies to all algorithms that have it. `docs/metrics.md` lists the names.
+A check that needs a configuration key (``minibatches``, ``kl_target``), a batch array (``returns``) or a metric
+(``objective/kl``) applies to every algorithm that has it under that name. `docs/metrics.md` lists the names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NO_WHITENING = {"whiten_advantages": False, "whiten_rewards": False}
 
 
 def timeless(metrics: Metrics) -> Metrics:
-    """Without what differs between two equal runs: timings."""
+    """Drop timings, which differ between two equal runs."""
     return {name: value for name, value in metrics.items() if not name.startswith("perf/")}
 
 
@@ -56,9 +56,9 @@ def in_batch(trace: Trace, name: str, step: int = 0) -> list[Term]:
 # --------------------------------------------------------------------------------------------------- steps and batches
 
 
-@check("algorithm", usually="a step more at the end of a pass, or `minibatches` without effect")
+@check("algorithm", usually="an extra step at the end of a pass, or `minibatches` has no effect")
 def optimizer_steps_are_counted(subject: AlgorithmSubject) -> None:
-    """Each step makes epochs x minibatches updates where it has both, else always as many; and there are as many steps as the
+    """Each step makes epochs x minibatches updates if it has both, else a constant number; the number of steps is what the
     configuration says (invariant 7)."""
     config = subject.config
     both = hasattr(config, "epochs") and hasattr(config, "minibatches")
@@ -76,13 +76,13 @@ def optimizer_steps_are_counted(subject: AlgorithmSubject) -> None:
         require(total == expected, f"total_steps is {total} where {says} are {expected}")
 
 
-@check("algorithm", usually="a mean of each micro-batch's mean, which is another loss as soon as lengths differ")
+@check("algorithm", usually="the mean of the micro-batches' means, which is a different loss once lengths differ")
 def micro_batches_do_not_matter(subject: AlgorithmSubject) -> None:
-    """Gradients, loss and metrics of an update are the same in micro-batches of 2 as in one block (invariant 6)."""
+    """Gradients, loss and metrics of an update do not depend on cutting it into micro-batches (invariant 6)."""
     subject.need("micro_batch_size")
     whole = subject.run(1).updates()[0]
     cut = subject.run(1, micro_batch_size=2).updates()[0]
-    require(len(cut.terms) > len(whole.terms), f"micro_batch_size=2 makes {len(cut.terms)} terms, as null does")
+    require(len(cut.terms) > len(whole.terms), f"micro_batch_size=2 makes {len(cut.terms)} terms, no more than null")
     tolerance = subject.world.tolerance(2e-5, 5e-2)
     near_arrays("with micro_batch_size=2, the gradient of", cut.gradients, whole.gradients, tolerance)
     for name in whole.metrics:
@@ -90,12 +90,12 @@ def micro_batches_do_not_matter(subject: AlgorithmSubject) -> None:
         near(f"with micro_batch_size=2, {name}", cut.metrics[name], whole.metrics[name], tolerance * scale)
 
 
-@check("algorithm", usually="a random number generator of its own, or one that is shared and was used before")
+@check("algorithm", usually="a private random number generator, or a shared one that other code has used")
 def the_same_seed_is_the_same_run(subject: AlgorithmSubject) -> None:
-    """Two runs of one seed are bitwise equal; another seed is another run (invariant 25)."""
+    """Two runs of one seed are bitwise equal; another seed gives another run (invariant 25)."""
     first, second = subject.run(3), subject.run(3, again=True)
     for step, (one, other) in enumerate(zip(first.metrics, second.metrics, strict=True)):
-        require(timeless(one).keys() == timeless(other).keys(), f"step {step} logs other metrics in a second run")
+        require(timeless(one).keys() == timeless(other).keys(), f"step {step} logs different metrics in a second run")
         for name, value in timeless(one).items():
             same(f"{name} of step {step} in a second run", other[name], value)
     second = subject.run(3)
@@ -104,12 +104,13 @@ def the_same_seed_is_the_same_run(subject: AlgorithmSubject) -> None:
     equal = all(
         np.array_equal(a.sequences.tokens, b.sequences.tokens) for a, b in zip(first.terms(0), third.terms(0), strict=False)
     )
-    require(not equal, f"seeds 0 and 1 train on the same {len(first.terms(0))} blocks of tokens in step 0")
+    require(not equal, f"with seeds 0 and 1 it trains on the same {len(first.terms(0))} blocks of tokens in step 0")
 
 
-@check("algorithm", usually="state that is neither in the learner's checkpoint nor in `state`, or a generator that starts over")
+@check("algorithm", usually="state missing from both the learner's checkpoint and `state`, or a generator that restarts")
 def restarts_change_nothing(subject: AlgorithmSubject) -> None:
-    """Two steps, a restart from the checkpoint and two more are bitwise four steps: weights, metrics, samples (invariant 29)."""
+    """Two steps, a restart from the checkpoint and two more steps equal four steps, bitwise: weights, metrics, samples
+    (invariant 29)."""
     changes: dict[str, Any] = {"kl_target": 0.01, "kl_horizon": 50.0}
     if hasattr(subject.config, "optimizer"):
         changes["optimizer"] = {"ema_decay": 0.9}
@@ -130,11 +131,9 @@ def restarts_change_nothing(subject: AlgorithmSubject) -> None:
     same_arrays("after a restart, the result's parameter", result, expected)
 
 
-@check(
-    "algorithm", usually="the policy itself served as the reference, or a value network shared its weights with the reward model"
-)
+@check("algorithm", usually="the trained policy is its own reference, or the value network shares weights with the reward model")
 def reference_models_are_untouched(subject: AlgorithmSubject) -> None:
-    """What is not in the learner keeps its weights, bit for bit (invariant 21)."""
+    """A model outside the learner keeps its weights, bit for bit (invariant 21)."""
     trace = subject.run(3)
     trained = list(trace.trained().values())
     for position, before in trace.models.items():
@@ -143,14 +142,14 @@ def reference_models_are_untouched(subject: AlgorithmSubject) -> None:
             same_arrays("of a model that is not trained, the parameter", model.parameters(), before)
 
 
-@check("algorithm", usually="the learner was given copies, or a learning rate of 0: a run that trains nothing and ends well")
+@check("algorithm", usually="the learner got copies, or a learning rate of 0: the run trains nothing and reports success")
 def training_moves_the_result(subject: AlgorithmSubject) -> None:
     """After three steps `result` differs from the start; with ema_decay it is the moving average (InstructGPT: 0.992)."""
     fresh, _ = subject.build()
     start = fresh.result().parameters()
     result = subject.run(3).algorithm.result().parameters()
     moved = max(float(np.abs(result[name] - start[name]).max()) for name in result if name in start)
-    require(moved > 0, f"the largest change of {len(result)} parameters in 3 steps is 0")
+    require(moved > 0, f"none of {len(result)} parameters changed in 3 steps: the largest change is 0")
     if not hasattr(subject.config, "optimizer"):
         return
     algorithm, _ = subject.build(optimizer={"ema_decay": 0.9})
@@ -162,12 +161,12 @@ def training_moves_the_result(subject: AlgorithmSubject) -> None:
         last = model.parameters()
         matrices = [key for key in result if key in last and last[key].ndim > 1]
         equal = all(np.array_equal(result[key], last[key]) for key in matrices)
-        require(not equal, f"with ema_decay=0.9 all {len(matrices)} matrices of the result are the last ones of the {name}")
+        require(not equal, f"with ema_decay=0.9 all {len(matrices)} matrices of the result equal the final ones of the {name}")
 
 
-@check("algorithm", usually="the same generator key for every update, or one order for all passes")
+@check("algorithm", usually="one generator key for every update, or one order for all passes")
 def orders_are_fresh(subject: AlgorithmSubject) -> None:
-    """Every update has seeds and an order of its own; a pass reads each example once (invariant 25, section 5)."""
+    """Every update has fresh seeds and a fresh order; a pass reads each example once (invariant 25, section 5)."""
     trace = subject.run(4)
     if sampled := [generation.seeds for generation in trace.of(GenerateCall)]:
         seeds = np.concatenate([s.ravel() for s in sampled])
@@ -175,7 +174,7 @@ def orders_are_fresh(subject: AlgorithmSubject) -> None:
         require(repeated <= 2, f"{repeated} of {len(seeds)} sampling seeds were used before")
         orders = [order for step in range(len(trace.steps)) for order in minibatch_orders(trace, step)]
         if len(trace.terms(0)) == len(minibatch_orders(trace, 0)):
-            return  # one term per pass, of all rows: their order is no part of the result
+            return  # one term per pass, of all rows: their order does not affect the result
         require(
             len(orders) < 2 or len(set(orders)) > 1,
             f"all {len(orders)} passes over the batches go through their rows in the order {list(orders[0]) if orders else ''}",
@@ -207,9 +206,9 @@ def minibatch_orders(trace: Trace, step: int) -> list[tuple[int, ...]]:
 # ----------------------------------------------------------------------------------------------------------------- masks
 
 
-@check("algorithm", usually="the mask was taken from the padding, or the stop token and what follows it were mixed up")
+@check("algorithm", usually="the mask comes from the padding, or it is off by one at the stop token")
 def nothing_after_the_stop_token_counts(subject: AlgorithmSubject) -> None:
-    """No token after EOS and no padding is in the loss (invariant 10)."""
+    """Neither tokens after EOS nor padding count in the loss (invariant 10)."""
     eos = subject.world.tokenizer.eos_id
     for term in subject.run(2).terms():
         rows = term.sequences
@@ -221,9 +220,7 @@ def nothing_after_the_stop_token_counts(subject: AlgorithmSubject) -> None:
         require(not late, f"{late} of {int(rows.mask.sum())} tokens that count come after the stop token")
         if "logprobs" in term.loss.outputs and rows.mask.size <= 200:
             outside = float(np.abs(derivative(term, subject.outputs(term), "logprobs")[~rows.mask]).max(initial=0))
-            require(
-                outside == 0, f"the loss has a derivative of {outside:.3g} by the log-probability of a token that does not count"
-            )
+            require(outside == 0, f"the loss has derivative {outside:.3g} in the log-probability of a token that does not count")
 
 
 @check("algorithm", usually="pad and EOS are the same token, or the mask ends one token too early")
@@ -239,14 +236,14 @@ def the_stop_token_is_learned(subject: AlgorithmSubject) -> None:
         seen += int(stops.sum())
         require(rows.mask[stops].all(), f"{int((stops & ~rows.mask).sum())} of {int(stops.sum())} stop tokens do not count")
         slopes = derivative(term, subject.outputs(term), "logprobs")[stops]
-        require(np.any(slopes != 0), f"the loss has no derivative by the log-probability of any of {len(slopes)} stop tokens")
+        require(np.any(slopes != 0), f"the loss has derivative 0 in the log-probabilities of all {len(slopes)} stop tokens")
     if not seen:
         raise Inapplicable("none of its losses reads the log-probability of a stop token")
 
 
-@check("algorithm", usually="masked columns are multiplied by 0 instead of selected away: 0 x NaN is NaN")
+@check("algorithm", usually="masking by multiplication instead of selection: 0 x NaN is NaN")
 def masked_outputs_are_inert(subject: AlgorithmSubject) -> None:
-    """Whatever the models give for masked tokens and padded rows, loss and metrics stay the same, exactly (invariant 9)."""
+    """Model outputs for masked tokens and padded rows change no bit of loss or metrics (invariant 9)."""
     for term in subject.run(1).updates()[0].terms:
         outputs, mask = subject.outputs(term), term.sequences.mask
         for garbage in (np.nan, 1e30):
@@ -257,21 +254,21 @@ def masked_outputs_are_inert(subject: AlgorithmSubject) -> None:
                 same(f"with {garbage:g} under the mask, {name}", float(other[1][name]), float(clean[1][name]))
 
 
-@check("algorithm", usually="rows are averaged before the batch is, so that a token of a short response weighs more")
+@check("algorithm", usually="each row is averaged first, so a token of a short response weighs more")
 def every_token_weighs_the_same(subject: AlgorithmSubject) -> None:
-    """In a next-token loss each counted token has the weight 1 / n, n counting the whole update (invariant 27)."""
+    """In a next-token loss each counted token has weight 1 / n, where n counts the whole update (invariant 27)."""
     for micro_batch_size in (None, 2):
         for update in subject.run(1, micro_batch_size=micro_batch_size).updates():
             terms = [term for term in update.terms if term.loss.outputs == ("logprobs",) and set(term.batch) == {"weights"}]
             if len(terms) < len(update.terms):
-                raise Inapplicable("its loss is not that of the next token alone")
+                raise Inapplicable("its loss is not a plain next-token loss")
             slopes = np.concatenate([derivative(t, subject.outputs(t), "logprobs")[t.sequences.mask] for t in terms])
             near("the weight of each token", -slopes * len(slopes), np.ones(len(slopes)), 1e-4)
 
 
-@check("algorithm", usually="the prompt is trained on as well, or EOS is missing at the end of a demonstration")
+@check("algorithm", usually="the prompt is trained on too, or a demonstration lacks its EOS")
 def only_the_response_counts(subject: AlgorithmSubject) -> None:
-    """What counts of a demonstration is its response with EOS, and nothing of the prompt (invariant 27)."""
+    """Of a demonstration, exactly the response and its EOS count, and nothing of the prompt (invariant 27)."""
     subject.need("prompt_loss")
     tokenizer = subject.world.tokenizer
     demonstrations = {tuple(tokenizer.encode(d.response) + [tokenizer.eos_id]) for d in Data().demonstrations("train")}
@@ -280,13 +277,13 @@ def only_the_response_counts(subject: AlgorithmSubject) -> None:
         counted = derivative(term, subject.outputs(term), "logprobs") != 0
         for tokens, counts in zip(rows.responses, counted, strict=True):
             words = tuple(int(token) for token in tokens[counts])
-            require(words in demonstrations, f"the tokens {list(words)} count, which are no demonstration's response with EOS")
+            require(words in demonstrations, f"the tokens {list(words)} count, but no demonstration has that response with EOS")
 
 
 # --------------------------------------------------------------------------------------------------------- reinforcement
 
 
-@check("algorithm", usually="log-probabilities at another temperature than the sampler's, or dropout in one of two forwards")
+@check("algorithm", usually="log-probabilities not at the sampler's temperature, or dropout in one of two forward passes")
 def the_first_update_is_on_policy(subject: AlgorithmSubject) -> None:
     """Before the first step, at temperature 0.7, the ratio is 1: approx_kl and clip_fraction are 0 (invariant 1)."""
     first = subject.run(1).updates()[0].metrics
@@ -297,18 +294,18 @@ def the_first_update_is_on_policy(subject: AlgorithmSubject) -> None:
         near(f"{name} of the first update", first[name], 0.0, subject.world.tolerance(1e-6, 1e-2))
 
 
-@check("algorithm", usually="the reference is not what training started from, or is evaluated at another temperature")
+@check("algorithm", usually="the reference is not the initial policy, or is evaluated at another temperature")
 def kl_is_zero_before_the_first_step(subject: AlgorithmSubject) -> None:
-    """objective/kl of step 0 is 0: the policy is its reference, at every temperature (invariant 1)."""
+    """objective/kl of step 0 is 0: the policy equals its reference, at every temperature (invariant 1)."""
     for temperature in (0.7, 1.0):
         kl = the_metric(subject.run(1, temperature=temperature).metrics[0], "objective/kl")
         near(f"objective/kl of step 0 at temperature {temperature:g}", kl, 0.0, subject.world.tolerance(1e-5, 5e-2))
 
 
-@check("algorithm", usually="the reference is the trained policy itself, or was anchored anew")
+@check("algorithm", usually="the reference is the trained policy itself, or is reset during training")
 def kl_is_of_the_policy_from_its_start(subject: AlgorithmSubject) -> None:
     """objective/kl is the mean over responses of the *sum* over counted tokens of log pi - log pi_ref, at the temperature of
-    the sampler (Ziegler et al. 2019); the reference is the policy of the start."""
+    the sampler (Ziegler et al. 2019); the reference is the initial policy."""
     trace = subject.run(2)
     logged = the_metric(trace.metrics[1], "objective/kl")
     own = trace.own_evaluation(1)
@@ -317,9 +314,9 @@ def kl_is_of_the_policy_from_its_start(subject: AlgorithmSubject) -> None:
     near("objective/kl of step 1", logged, sums.mean(), subject.world.tolerance(1e-4, 5e-2))
 
 
-@check("algorithm", usually="means over all columns: padding drags them towards whatever stands there")
+@check("algorithm", usually="means over all columns, padding included")
 def means_leave_padding_out(subject: AlgorithmSubject) -> None:
-    """Logged entropy, length and score are those of the counted tokens and responses (section 5)."""
+    """Logged entropy, length and score are means over the counted tokens and responses (section 5)."""
     trace = subject.run(2)
     own = trace.own_evaluation(1)
     mask, metrics = own.sequences.mask, trace.metrics[1]
@@ -334,10 +331,10 @@ def means_leave_padding_out(subject: AlgorithmSubject) -> None:
             near(name, metrics[name], value, 1e-4 * max(1.0, abs(value)))
 
 
-@check("algorithm", usually="the score stands on a pad token, on the first token or on several; or in an array of integers")
+@check("algorithm", usually="the score is on a pad token, the first token or several tokens, or in an integer array")
 def the_reward_lands_once(subject: AlgorithmSubject) -> None:
-    """With gamma = lambda = 1, values of 0 and no KL, the return at every counted token is the score 0.73, on the last token
-    (invariant 11)."""
+    """With gamma = lambda = 1, values of 0 and no KL, the return at every counted token is the score, 0.73, which is on the last
+    token (invariant 11)."""
     subject.need_reward_model()
     subject.need("gamma", "lam")
     changes = {"gamma": 1.0, "lam": 1.0, "unfinished_score": None, **NO_WHITENING}
@@ -353,7 +350,7 @@ def the_reward_lands_once(subject: AlgorithmSubject) -> None:
         near("returns at gamma 0.5", np.where(mask, term.batch["returns"], 0), np.where(mask, 0.73 * 0.5**distance, 0), tolerance)
 
 
-@check("algorithm", usually="the penalty is missing from the reward, has the wrong sign, or is a mean instead of a sum")
+@check("algorithm", usually="the penalty is missing, has the wrong sign, or is a mean instead of a sum")
 def the_penalty_is_in_the_reward(subject: AlgorithmSubject) -> None:
     """objective/reward = objective/score - kl_coef x objective/kl once the policy has moved (invariant 11)."""
     subject.need_reward_model()
@@ -363,10 +360,10 @@ def the_penalty_is_in_the_reward(subject: AlgorithmSubject) -> None:
     near("objective/reward", the_metric(metrics, "objective/reward"), score - coef * kl, 1e-4 * max(1.0, abs(score)))
 
 
-@check("algorithm", usually="eos_token_id decides while another stop token is configured, or the score is lowered, not replaced")
+@check("algorithm", usually="eos_token_id is used instead of the configured stop token, or the score is lowered, not replaced")
 def unfinished_responses_are_marked_down(subject: AlgorithmSubject) -> None:
-    """The score of a response that does not end with the configured stop token is replaced by unfinished_score, others keep
-    theirs (invariant 12)."""
+    """unfinished_score replaces the score of a response that does not end with the configured stop token; others keep theirs
+    (invariant 12)."""
     subject.need_reward_model()
     subject.need("unfinished_score", "gamma", "lam")
     trace = subject.run(1, reward=constant, gamma=1.0, lam=1.0, unfinished_score=-1.0, **NO_WHITENING)
@@ -378,13 +375,13 @@ def unfinished_responses_are_marked_down(subject: AlgorithmSubject) -> None:
         returns = np.where(mask, term.batch["returns"], expected)
         near("returns (0.73 where finished, -1 where cut off)", returns, expected, subject.world.tolerance(1e-4, 2e-2))
         seen |= set(finished.tolist())
-    require(seen == {True, False}, f"the rollout has no response of both kinds, only finished = {seen}")
+    require(seen == {True, False}, f"the rollout does not have both kinds of responses, only finished = {seen}")
 
 
-@check("algorithm", usually="whitening over each minibatch, over padding too, or of rewards instead of advantages")
+@check("algorithm", usually="whitening per minibatch, with padding, or of rewards instead of advantages")
 def advantages_are_whitened_over_the_batch(subject: AlgorithmSubject) -> None:
-    """With whiten_advantages, those of all counted tokens of the batch have mean 0 and variance 1; a minibatch's need not
-    (invariant 17)."""
+    """With whiten_advantages, the advantages of all counted tokens of the batch have mean 0 and variance 1; those of a minibatch
+    need not (invariant 17)."""
     subject.need("whiten_advantages", "minibatches")
     trace = subject.run(1, whiten_advantages=True)
     terms = in_batch(trace, "advantages")
@@ -393,10 +390,10 @@ def advantages_are_whitened_over_the_batch(subject: AlgorithmSubject) -> None:
     near("the mean of the batch's advantages", values.mean(), 0.0, 1e-5)
     near("their variance", values.var(), 1.0, 1e-3)
     means = [float(term.batch["advantages"][term.sequences.mask].mean()) for term in one_epoch]
-    require(max(map(abs, means)) > 1e-3, f"each minibatch was whitened on its own: their means are {means}")
+    require(max(map(abs, means)) > 1e-3, f"each minibatch was whitened separately: their means are {means}")
 
 
-@check("algorithm", usually="advantages that were not whitened, or weights that do not sum to 1")
+@check("algorithm", usually="advantages are not whitened, or weights do not sum to 1")
 def the_first_policy_loss_is_zero(subject: AlgorithmSubject) -> None:
     """With whitened advantages, one minibatch and ratio 1, the first policy loss is 0 (invariant 2)."""
     subject.need("whiten_advantages", "minibatches")
@@ -404,7 +401,7 @@ def the_first_policy_loss_is_zero(subject: AlgorithmSubject) -> None:
     near("policy/loss", the_metric(trace.updates()[0].metrics, "policy/loss"), 0.0, subject.world.tolerance(1e-6, 1e-2))
 
 
-@check("algorithm", usually="the maximum and the minimum were confused, or advantages have the wrong sign")
+@check("algorithm", usually="max and min are swapped, or advantages have the wrong sign")
 def clipping_binds(subject: AlgorithmSubject) -> None:
     """A ratio above 1 + clip_range with a positive advantage, or below 1 - clip_range with a negative one, has gradient 0; the
     other two do not (invariant 20)."""
@@ -420,15 +417,15 @@ def clipping_binds(subject: AlgorithmSubject) -> None:
         batch["advantages"] = np.where(mask, advantage, 0.0)
         slopes = derivative(replace(term, batch=batch), outputs, "logprobs")[mask]
         largest, downhill = np.abs(slopes).max(), (np.sign(slopes) == -np.sign(advantage)).all()
-        where = f"at ratio {ratio:g} and advantage {advantage:+g} the derivative by log-probabilities is"
+        where = f"at ratio {ratio:g} and advantage {advantage:+g} the derivative in log-probabilities is"
         require((largest == 0) == bound, f"{where} {largest:.3g}")
         require(bound or downhill, f"{where} {slopes[0]:+.3g}: it raises the loss where it should lower it")
 
 
-@check("algorithm", usually="the minimum instead of the maximum, or values are clipped to the returns instead of the old values")
+@check("algorithm", usually="min instead of max, or values are clipped around the returns instead of the old values")
 def value_clipping_only_raises_the_loss(subject: AlgorithmSubject) -> None:
-    """A value that left old_values +- value_clip_range towards the return has gradient 0; one that left it away from the return
-    keeps its own, so clipping never lowers the loss (invariant 19)."""
+    """A value that moved beyond old_values +- value_clip_range towards the return has gradient 0; one that moved away from the
+    return keeps its gradient, so clipping never lowers the loss (invariant 19)."""
     subject.need("value_clip_range")
     reach = subject.config.value_clip_range
     term = in_batch(subject.run(1), "old_values")[0]
@@ -438,13 +435,13 @@ def value_clipping_only_raises_the_loss(subject: AlgorithmSubject) -> None:
         batch["old_values"] = np.where(mask, outputs["values"] - 2 * reach, 0)
         batch["returns"] = np.where(mask, batch["old_values"] + target * reach, 0)
         largest = np.abs(derivative(replace(term, batch=batch), outputs, "values")[mask]).max()
-        where = f"two clip ranges above the old value, and with the return {target:+g} from it, the derivative by values is"
+        where = f"two clip ranges above the old value, and with the return {target:+g} from it, the derivative in values is"
         require((largest == 0) == bound, f"{where} {largest:.3g}")
 
 
-@check("algorithm", usually="lambda without effect, an index off by one, or a value of padding behind the last token")
+@check("algorithm", usually="lambda has no effect, an index is off by one, or padding's value follows the last token")
 def advantages_are_sums_of_errors(subject: AlgorithmSubject) -> None:
-    """A_t = sum of (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 behind the last token, and the
+    """A_t = sum of (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after the last token, and the
     return is A_t + V_t (Schulman et al. 2016, eq. 16; invariant 8). Without KL the score is the only reward."""
     subject.need_reward_model()
     subject.need("gamma", "lam", "kl_coef")
@@ -464,10 +461,10 @@ def advantages_are_sums_of_errors(subject: AlgorithmSubject) -> None:
         tolerance = subject.world.tolerance(1e-5, 1e-4)
         near("advantages", np.where(mask, term.batch["advantages"], 0), advantages, tolerance)
         near("returns", np.where(mask, term.batch["returns"], 0), returns, tolerance)
-    require(largest > 0, "after two steps all values are still 0")
+    require(largest > 0, "all values are still 0 after two steps")
 
 
-@check("algorithm", usually="the controller is fed the mean per token, or its clip of 0.2 is missing")
+@check("algorithm", usually="the controller gets KL per token, or lacks its clip at 0.2")
 def the_kl_controller_follows_its_rule(subject: AlgorithmSubject) -> None:
     """kl_coef *= 1 + clip(KL / target - 1, -0.2, 0.2) x episodes / horizon with the KL per response, after each step
     (Ziegler et al. 2019, 2.2; invariant 18)."""
@@ -481,33 +478,33 @@ def the_kl_controller_follows_its_rule(subject: AlgorithmSubject) -> None:
             near(f"with kl_target={target:.3g}, kl_coef of step {step + 1}", metrics[step + 1]["kl_coef"], expected, 1e-9)
 
 
-@check("algorithm", usually="ptx_coef multiplies the wrong term, or the raw texts replace a part of the episodes")
+@check("algorithm", usually="ptx_coef multiplies the wrong term, or raw texts replace some episodes")
 def the_pretraining_mix_is_added(subject: AlgorithmSubject) -> None:
-    """ptx_coef adds ptx_coef x the next-token loss on raw text to each update and leaves the other terms as they are
-    (invariant 24)."""
+    """ptx_coef adds ptx_coef x the next-token loss on raw text to each update and leaves the other terms alone (invariant
+    24)."""
     subject.need("ptx_coef", "ptx_ratio")
     plain = subject.run(1).updates()[0]
     mixed = subject.run(1, ptx_coef=3.0, ptx_ratio=1.0).updates()[0]
     extra = mixed.terms[len(plain.terms) :]
-    require(extra, f"an update with ptx_coef=3 has {len(mixed.terms)} terms, as many as without")
+    require(extra, f"an update with ptx_coef=3 has {len(mixed.terms)} terms, no more than without")
     for one, other in zip(plain.terms, mixed.terms, strict=False):
         same("the tokens of a term beside the mix", other.sequences.tokens, one.sequences.tokens)
         for name in one.batch:
             same(f"{name} of a term beside the mix", other.batch[name], one.batch[name])
     value = sum(loss_of(term, {"logprobs": np.full(term.sequences.mask.shape, -2.0)}) for term in extra)
-    near("the mix's loss where every token has log-probability -2, at ptx_coef 3", value, 6.0, 1e-4)
+    near("the mix's loss with every log-probability at -2 and ptx_coef=3", value, 6.0, 1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------- reward models
 
 
-@check("algorithm", usually="a sigmoid and a logarithm one after the other, or weights that do not sum to the pairs' mean")
+@check("algorithm", usually="log(sigmoid(x)) in two operations, or weights that do not give the mean over pairs")
 def equal_scores_cost_log_two(subject: AlgorithmSubject) -> None:
-    """Where all scores are equal the ranking loss is ln 2 per pair; it does not see a shift; it is finite at differences of
+    """If all scores are equal, the ranking loss is ln 2 per pair. A shift does not change it, and it is finite at differences of
     1e4 (invariants 13, 14, 15)."""
     terms = [term for term in subject.run(1).terms() if term.loss.outputs == ("scores",)]
     if not terms:
-        raise Inapplicable("no loss of its reads scores alone")
+        raise Inapplicable("none of its losses reads scores alone")
     for term in terms:
         rows = term.sequences.rows
         scores = np.linspace(-1, 1, rows)
@@ -518,12 +515,12 @@ def equal_scores_cost_log_two(subject: AlgorithmSubject) -> None:
         near("the loss of equal scores", loss_of(term, {"scores": np.zeros(rows)}), pairs * math.log(2), 1e-6)
 
 
-@check("algorithm", usually="the better and the worse completion were mixed up, or ties are counted as preferences")
+@check("algorithm", usually="better and worse completions are swapped, or ties count as preferences")
 def the_better_completion_is_raised(subject: AlgorithmSubject) -> None:
-    """The derivative of the ranking loss raises the first of each comparison and lowers the last; ties between two completions
-    move neither against the other (invariant 14)."""
+    """The gradient of the ranking loss raises the best completion of each comparison and lowers the worst; tied completions do
+    not move against each other (invariant 14)."""
     if subject.cls.produces != "reward_model":
-        raise Inapplicable("it makes no reward model")
+        raise Inapplicable("it trains no reward model")
     trace = subject.run(1)
     tokenizer = subject.world.tokenizer
     place = {}
@@ -535,14 +532,14 @@ def the_better_completion_is_raised(subject: AlgorithmSubject) -> None:
         slopes = derivative(term, {"scores": np.zeros(term.sequences.rows)}, "scores")
         for tokens, mask, slope in zip(term.sequences.responses, term.sequences.mask, slopes, strict=True):
             first, last = place.get(tuple(int(t) for t in tokens[mask]), (False, False))
-            require(not first or slope < 0, f"the loss has derivative {slope:+.3g} by the score of a best completion")
-            require(not last or slope > 0, f"the loss has derivative {slope:+.3g} by the score of a worst completion")
+            require(not first or slope < 0, f"the loss has derivative {slope:+.3g} in the score of a best completion")
+            require(not last or slope > 0, f"the loss has derivative {slope:+.3g} in the score of a worst completion")
 
 
-@check("algorithm", usually="normalised before training ended, on other samples, or with the gain applied to the bias twice")
+@check("algorithm", usually="normalised before the end of training, on other samples, or with the gain applied twice to the bias")
 def scores_are_normalised(subject: AlgorithmSubject) -> None:
-    """After `finish`, the mean score of the demonstrations is 0, with 'gain_and_bias' the standard deviation is 1, and the order
-    of responses is kept (invariant 16)."""
+    """After `finish`, demonstrations score 0 on average, with 'gain_and_bias' at standard deviation 1, and responses keep their
+    order (invariant 16)."""
     subject.need("normalise")
     config = subject.config
     examples = encoding.encode_demonstrations(subject.world.tokenizer, Data().demonstrations("train"), config.lengths)
@@ -576,9 +573,9 @@ def never(responses: Any) -> np.ndarray:
     return np.full(len(responses.texts), np.nan, np.float32)
 
 
-@check("algorithm", usually="an `except` around the reward model that goes on with zeros")
+@check("algorithm", usually="an `except` around the reward model that continues with zeros")
 def failed_rewards_are_heard(subject: AlgorithmSubject) -> None:
-    """A reward model that fails stops the step with its reason; so does one that scores nothing (section 5)."""
+    """A failing reward model stops the step with its reason; so does one that scores nothing (section 5)."""
     subject.need_reward_model()
     for reward in (failing, never):
         algorithm, _ = subject.build(reward=reward)
@@ -587,7 +584,7 @@ def failed_rewards_are_heard(subject: AlgorithmSubject) -> None:
         except Exception:
             continue
         raise_with = {name: value for name, value in metrics.items() if name.startswith("objective/")}
-        require(False, f"a reward model that gives no score ({reward.__name__}) was trained on: {raise_with}")
+        require(False, f"training continued with a reward model that gives no score ({reward.__name__}): {raise_with}")
 
 
 @check("algorithm", usually="NaN is replaced by 0, or spreads over the whole batch through a mean")
@@ -603,10 +600,10 @@ def episodes_without_a_score_are_left_out(subject: AlgorithmSubject) -> None:
             counted = int(term.sequences.mask[number].sum())
             require(row.tobytes() not in missing or not counted, f"{counted} tokens of an episode without a score count")
     for name, value in timeless(trace.metrics[0]).items():
-        require(np.isfinite(value), f"{name} is {value} after a step in which every third episode had no score")
+        require(np.isfinite(value), f"{name} is {value} after a step where every third episode had no score")
 
 
-@check("algorithm", usually="numpy arrays among the state, or a metric that is an array")
+@check("algorithm", usually="numpy arrays in the state, or an array as a metric")
 def it_reports_in_plain_numbers(subject: AlgorithmSubject) -> None:
     """Metrics are floats, `state` and `samples` are JSON, `arithmetic` is one line."""
     trace = subject.run(3)

@@ -1,7 +1,6 @@
-"""Gradients, Adam, micro-batches and restoring. The subject is a `World` whose backend is to be checked, with a policy on
-it.
+"""Gradients, Adam, micro-batches and restoring. The subject is a `World` with the backend to check and a policy on it.
 
-Losses are the kit's own, so that a check differentiates every output and reads numbers no algorithm reads.
+Losses are the kit's own, so that a check can differentiate every output and read numbers that no algorithm reads.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ OUTPUTS = ("logprobs", "entropy", "values", "scores")
 ADAM = OptimizerConfig(
     learning_rate=1e-2, betas=(0.9, 0.95), eps=1e-2, tf_style=False, weight_decay=0.1, max_grad_norm=0.5, ema_decay=0.75
 )
-"""An epsilon as large as gradients are: where it stands then shows, and rounding does not."""
+"""As large as gradients, so that its place in the formula shows and rounding does not."""
 OTHER = OptimizerConfig(
     learning_rate=5e-3, betas=(0.8, 0.99), eps=3e-3, tf_style=True, weight_decay=0.0, max_grad_norm=None, ema_decay=None
 )
@@ -38,7 +37,7 @@ OTHER = OptimizerConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Squares:
-    """gain · Σ weights · (output - target)² over all outputs: each takes part, none of them linearly."""
+    """gain · Σ weights · (output - target)² over all outputs: each takes part, none linearly."""
 
     outputs: tuple[str, ...] = OUTPUTS
     gain: float = 1.0
@@ -100,7 +99,7 @@ def term(
     world: World, outputs: Sequence[str] = OUTPUTS, *, seed: int = 0, rows: slice = slice(None), scale: float = 1.0,
     gain: float = 1.0, temperature: float = 0.7, dropout: float | None = None, sequences: Sequences | None = None,
 ) -> Term:  # fmt: skip
-    """One summand: `Squares` over ragged rows, weighted by the token counts of all rows, not only of those taken."""
+    """One summand: `Squares` over ragged rows, weighted by the token counts of all rows, not only of the selected ones."""
     sequences = sequences or world.rollout(seed=seed)
     rng, mask = np.random.default_rng(seed), sequences.mask
     batch = {
@@ -122,7 +121,7 @@ def term(
 
 
 def pair(world: World, number: int = 0) -> dict[str, Model]:
-    """A policy and a value network, so that all outputs are there."""
+    """A policy and a value network, so that every output exists."""
     return {"policy": world.policy(number), "value": world.scalar_model(number)}
 
 
@@ -132,12 +131,12 @@ def learning(world: World, models: Mapping[str, Model]) -> Learner:
 
 
 def parameters(models: Mapping[str, Model]) -> dict[str, np.ndarray]:
-    """Under <model>.<name>, as gradients are."""
+    """Parameters as <model>.<name>, like gradients."""
     return {f"{name}.{key}": array for name, model in models.items() for key, array in model.parameters().items()}
 
 
 def outputs_of(models: Mapping[str, Model], one: Term) -> dict[str, np.ndarray]:
-    """What the loss of a term reads, by `evaluate`."""
+    """The outputs that a term's loss reads, from `evaluate`."""
     found: dict[str, np.ndarray] = {}
     for model in models.values():
         names = [name for name in one.loss.outputs if name in model.supplies and name not in found]
@@ -154,7 +153,7 @@ def on_host(loss: Any, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np
 
 
 def repeated(world: World, what: str, found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """The same computation again: bitwise in host memory; an accelerator may add in another order."""
+    """A repeated computation: bitwise equal in host memory; an accelerator may sum in another order."""
     if world.backend.peak_memory_bytes() is None:
         same_arrays(what, found, expected)
     else:
@@ -162,7 +161,7 @@ def repeated(world: World, what: str, found: dict[str, np.ndarray], expected: di
 
 
 def near_metrics(what: str, found: Metrics, expected: Metrics, tolerance: float) -> None:
-    """Those that are expected, each within ``tolerance`` of its size, or of 1 where it is smaller."""
+    """Each expected metric within ``tolerance`` of its size, or of 1 if it is smaller."""
     for name, number in expected.items():
         require(name in found, f"{what}: '{name}' is not among {sorted(found)}")
         require(isinstance(found[name], float), f"{what}: '{name}' is {type(found[name]).__name__} where float was expected")
@@ -172,20 +171,20 @@ def near_metrics(what: str, found: Metrics, expected: Metrics, tolerance: float)
 # ---------------------------------------------------------------------------------------------------------- gradients
 
 
-@check("backend", usually="a part of the graph is cut off or detached, or a loss is scaled before it is differentiated")
+@check("backend", usually="part of the graph is detached, or a loss is scaled before differentiation")
 def gradients_are_derivatives(world: World) -> None:
-    """Along the gradient of every parameter, and along a random direction beside it, the loss changes at the rate that the
-    gradient says (central finite differences through checkpoints); every parameter takes part."""
+    """Along the gradient of every parameter, and along a random direction beside it, the loss changes at the rate given by the
+    gradient (central finite differences through checkpoints); every parameter takes part."""
     models, one = pair(world), term(world)
     gradients = learning(world, models).gradients([one])
     own = parameters(models)
-    require(gradients.keys() == own.keys(), f"gradients are of {sorted(gradients.keys() ^ own.keys())} or lack them")
+    require(gradients.keys() == own.keys(), f"gradients and parameters do not both have {sorted(gradients.keys() ^ own.keys())}")
     norms = {name: float(np.linalg.norm(array.astype(np.float64))) for name, array in gradients.items()}
     for name, norm in norms.items():
         require(np.isfinite(norm) and norm > 0, f"the gradient of {name} has norm {norm}")
     rng = np.random.default_rng(4)
     changed = _Changed(world, models, one)
-    if world.precision != "float32":  # rounding hides single parameters: all at once
+    if world.precision != "float32":  # rounding hides single parameters: check all at once
         for model in models:
             mine = {name: array for name, array in gradients.items() if name.startswith(f"{model}.")}
             norm = np.sqrt(sum(norms[name] ** 2 for name in mine))
@@ -202,7 +201,7 @@ def gradients_are_derivatives(world: World) -> None:
 
 
 class _Changed:
-    """The loss of a term with one model's parameters changed, by saving, changing the file and loading."""
+    """The loss of a term with one model's parameters changed, by saving, editing the file and loading."""
 
     def __init__(self, world: World, models: Mapping[str, Model], one: Term):
         self.world, self.models, self.one = world, models, one
@@ -226,15 +225,15 @@ class _Changed:
         load = cls.load_scalar if isinstance(self.models[model], ScalarModel) else cls.load
         changed = load(self.folders[model], self.world.backend)
         outputs = {**self.outputs, **outputs_of({model: changed}, self.one)}
-        if model == "policy":  # of two that supply an output the first counts
+        if model == "policy":  # of two models that supply an output, the first counts
             outputs |= {name: self.outputs[name] for name in ("values", "scores")}
         return on_host(self.one.loss, outputs, self.one.batch)["loss"]
 
 
-@check("backend", usually="a gradient step, a moment or a counter is touched, or gradients are left over for the next call")
+@check("backend", usually="a weight, moment or counter changes, or gradients accumulate into the next call")
 def gradients_take_no_step(world: World) -> None:
-    """`gradients` changes nothing: called again it gives the same, parameters stay, and an update after it is the update
-    without it."""
+    """`gradients` changes nothing: a second call returns the same, parameters stay, and an update afterwards equals one without
+    it."""
     models = pair(world)
     learner, before, terms = learning(world, models), parameters(models), [term(world)]
     first, again = learner.gradients(terms), learner.gradients(terms)
@@ -246,9 +245,9 @@ def gradients_take_no_step(world: World) -> None:
     repeated(world, "updated after taking gradients, parameter", parameters(models), parameters(fresh))
 
 
-@check("backend", usually="the loss of a micro-batch is averaged over it, or terms are averaged instead of summed")
+@check("backend", usually="the loss is averaged per micro-batch, or terms are averaged instead of summed")
 def micro_batches_add_up(world: World) -> None:
-    """Gradients and metrics are the same for every cut of the rows into micro-batches (invariant 6)."""
+    """Gradients and metrics do not depend on how rows are cut into micro-batches (invariant 6)."""
     models, tolerance = pair(world), world.tolerance(1e-5, 2e-2)
     learner, whole = learning(world, models), [term(world)]
     expected, metrics = learner.gradients(whole), on_host(whole[0].loss, outputs_of(models, whole[0]), whole[0].batch)
@@ -261,7 +260,7 @@ def micro_batches_add_up(world: World) -> None:
     near_metrics(f"metrics from micro-batches of {size}", found, metrics, world.tolerance(2e-5, 5e-2))
 
 
-@check("backend", usually="only the last term counts, or all terms are run with the settings of the first")
+@check("backend", usually="only the last term counts, or all terms use the first one's settings")
 def terms_add_up(world: World) -> None:
     """The gradient of several terms is the sum of theirs, each with its own loss, rows, weights and temperature
     (invariant 24)."""
@@ -274,7 +273,7 @@ def terms_add_up(world: World) -> None:
     near_arrays("with a second term of weight 0, gradients", learner.gradients([one, nothing]), first, tolerance)
 
 
-@check("backend", usually="compiled programs are looked up by the loss's class, not by the loss")
+@check("backend", usually="compiled programs are cached by the loss's class, not by the loss")
 def losses_with_other_settings_are_other_losses(world: World) -> None:
     """Two losses of one class with different settings have different gradients: three times the loss, three times the
     gradient."""
@@ -283,7 +282,7 @@ def losses_with_other_settings_are_other_losses(world: World) -> None:
     near_arrays("three times the loss: gradients", thrice, {n: 3 * g for n, g in once.items()}, world.tolerance(1e-5, 2e-2))
 
 
-@check("backend", usually="an array is multiplied by the mask, where 0 · NaN is NaN, or padding is looked up or attended to")
+@check("backend", usually="multiplication by the mask (0 · NaN is NaN), or padding is embedded or attended to")
 def masked_columns_are_inert(world: World) -> None:
     """NaN, 1e30 and ids outside the vocabulary under the masks change no bit of the gradients; rows that do not count add
     nothing (invariant 9)."""
@@ -312,9 +311,9 @@ def masked_columns_are_inert(world: World) -> None:
                 learner.gradients([other]), learner.gradients([some]), world.tolerance(1e-6, 1e-2))  # fmt: skip
 
 
-@check("backend", usually="something is added to every gradient, or clipping lets gradients pass")
+@check("backend", usually="something is added to every gradient, or clipping lets gradients through")
 def clipped_ratios_get_no_gradient(world: World) -> None:
-    """Where the ratio is clipped, the gradient of PPO's loss is exactly 0; on the other side it is not (invariant 20)."""
+    """Where the ratio is clipped, the gradient of PPO's loss is exactly 0; elsewhere it is not (invariant 20)."""
     policy, rows = world.policy(), world.rollout()
     learner = learning(world, {"policy": policy})
     logprobs = policy.evaluate(rows, ["logprobs"])["logprobs"]
@@ -333,15 +332,15 @@ def clipped_ratios_get_no_gradient(world: World) -> None:
         require((size == 0) == (kind == "clipped"), f"with all ratios {kind}, the largest gradient is {size:.3g}, in {largest}")
 
 
-@check("backend", usually="every model is run for every output, so that a value loss reaches the policy's trunk")
+@check("backend", usually="every model runs for every output, so a value loss reaches the policy's trunk")
 def each_output_comes_from_the_first_that_supplies_it(world: World) -> None:
-    """A loss reads each output from the first model that supplies it; other models get a gradient of exactly 0, and an
-    output that nobody supplies is an error."""
+    """A loss reads each output from the first model that supplies it; other models get a gradient of exactly 0, and an output
+    without a supplier is an error."""
     one, value = term(world, ("values",)), world.scalar_model()
     for name, gradient in learning(world, {"policy": world.policy(), "value": value}).gradients([one]).items():
         size = np.abs(gradient).max()
         require(
-            size == 0 or name.startswith("value."), f"values come from 'value', but the gradient of {name} is up to {size:.3g}"
+            size == 0 or name.startswith("value."), f"values come from 'value', but the gradient of {name} reaches {size:.3g}"
         )
     metrics = learning(world, {"policy": world.policy().with_value_head(), "value": value}).update([one])
     loss = on_host(one.loss, {"values": np.zeros(one.sequences.mask.shape)}, one.batch)["loss"]
@@ -356,11 +355,11 @@ def each_output_comes_from_the_first_that_supplies_it(world: World) -> None:
 # --------------------------------------------------------------------------------------------------------- one update
 
 
-@check("backend", usually="a pass outlives the weights that it is of, or serves other terms, or is made at another temperature")
+@check("backend", usually="a pass outlives its weights, serves other terms, or has another temperature")
 def a_forward_pass_serves_its_own_term(world: World) -> None:
-    """`Learner.forward` gives what the models give. A term that carries the pass has the gradient, and makes the update, of the
-    same term without it; other terms have their own. A pass that has served, or is older than an update, is refused or run
-    again: it never gives another gradient."""
+    """`Learner.forward` returns what the models return. A term with a pass has the gradient and the update of the same term
+    without it; other terms keep theirs. A pass already used, or older than an update, is refused or rerun: it never gives a
+    different gradient."""
     models, one, other = pair(world), term(world), term(world, seed=3)
     learner, tolerance = learning(world, models), world.tolerance(1e-5, 2e-2)
 
@@ -382,11 +381,11 @@ def a_forward_pass_serves_its_own_term(world: World) -> None:
         near_arrays(f"after a forward pass, gradients of {what},", learner.gradients(terms(passed())), expected, tolerance)
     spent = passed()
     expected = learner.gradients([spent])
-    _refused_or("of a pass that has served, gradients", learner, spent, expected, tolerance)
+    _refused_or("from a pass already used, gradients", learner, spent, expected, tolerance)
     stale, fresh = passed(), learning(world, pair(world))
     for each in (learner, fresh):
         each.update([other])
-    _refused_or("of a pass from before an update, gradients", learner, stale, fresh.gradients([one]), tolerance)
+    _refused_or("from a pass older than an update, gradients", learner, stale, fresh.gradients([one]), tolerance)
     metrics, expected = learner.update([passed()]), fresh.update([one])
     near_metrics("updated by a term with its pass,", metrics, expected, world.tolerance(1e-4, 5e-2))
     near_arrays("updated by a term with its pass, parameters", parameters(models), parameters(fresh.models), tolerance)
@@ -400,7 +399,7 @@ def _refused_or(what: str, learner: Learner, one: Term, expected: dict[str, np.n
     near_arrays(f"{what}, which were not refused,", found, expected, tolerance)
 
 
-@check("backend", usually="epsilon inside the root, decay on gains, clipping by element, an extra step, or lr_scale forgotten")
+@check("backend", usually="epsilon inside the root, decay on gains, elementwise clipping, an extra step, or no lr_scale")
 def updates_are_adam(world: World) -> None:
     """Three updates are Adam on the learner's own gradients, each model with its own optimizer: bias correction, either
     epsilon, weight decay on matrices, clipping by the global norm, lr_scale, one step per update (invariants 7, 23)."""
@@ -421,7 +420,7 @@ def updates_are_adam(world: World) -> None:
         for name, (expected, _, _) in state.items():
             rate = (ADAM if name.startswith("policy.") else OTHER).learning_rate * lr_scale
             near(f"after update {number}, {name}", found[name], expected, rate * world.tolerance(2e-4, 5e-2) + 2e-7)
-            state[name][0] = found[name].astype(np.float64)  # what rounding moved is not moved on
+            state[name][0] = found[name].astype(np.float64)  # rounding does not accumulate
 
 
 def _adam(
@@ -442,10 +441,10 @@ def _adam(
         entry[:] = [theta - rate * (direction + decay * theta), mean, square]
 
 
-@check("backend", usually="metrics of the last term only, a mean over terms, or the norm after clipping")
+@check("backend", usually="only the last term's metrics, a mean over terms, or the norm after clipping")
 def metrics_are_sums(world: World) -> None:
-    """An update returns the loss and the losses' metrics, summed over terms, as they were before the step, and the norm of
-    each model's gradient before clipping."""
+    """An update returns the loss and the losses' metrics, summed over terms and taken before the step, and the norm of each
+    model's gradient before clipping."""
     models, terms = pair(world), [term(world), term(world, seed=1, temperature=1.3)]
     expected: Metrics = {}
     for one in terms:
@@ -460,10 +459,10 @@ def metrics_are_sums(world: World) -> None:
     near_metrics("metrics of an update of two terms", learner.update(terms), expected, world.tolerance(2e-5, 5e-2))
 
 
-@check("backend", usually="host arrays are cast, to integers or to half precision, on their way to the loss")
+@check("backend", usually="host arrays are cast to integers or half precision before they reach the loss")
 def batches_arrive_as_they_are(world: World) -> None:
-    """A loss sees the arrays of its term with their values, shapes and kinds, and a namespace that has the functions of the
-    Array API standard: both as numpy does."""
+    """A loss gets the arrays of its term with their values, shapes and kinds, and a namespace with the functions of the Array
+    API standard; both behave as in numpy."""
     rows, rng = world.rollout(), np.random.default_rng(6)
     batch = {
         "x": rng.normal(size=rows.mask.shape).astype(np.float32),
@@ -480,7 +479,7 @@ def batches_arrive_as_they_are(world: World) -> None:
 
 @check("backend", usually="the learner trains a copy, or one model's parameters are shared with another")
 def models_are_trained_in_place(world: World) -> None:
-    """A learner trains the very models it was given, and no others: a reference copied before stays as it was, bit for bit
+    """A learner trains the very models it was given, and no others: a reference copied earlier keeps its weights, bit for bit
     (invariant 21)."""
     models = pair(world)
     others = {"a copy": models["policy"].copy(), "another policy": world.policy(1), "a copied network": models["value"].copy()}
@@ -489,7 +488,7 @@ def models_are_trained_in_place(world: World) -> None:
     for seed in range(2):
         learner.update([term(world, seed=seed)])
     for name, array in parameters(models).items():
-        require((array != start[name]).any(), f"after 2 updates {name} of the model that was given is what it was")
+        require((array != start[name]).any(), f"after 2 updates {name} of the given model is unchanged")
     same_arrays("the learner's own model,", parameters(learner.models), parameters(models))
     for name, model in others.items():
         same_arrays(f"after 2 updates, {name}:", model.parameters(), untouched[name])
@@ -497,8 +496,8 @@ def models_are_trained_in_place(world: World) -> None:
 
 @check("backend", usually="the average starts at 0, is taken before the step, or is the trained model itself")
 def averages_follow_the_weights(world: World) -> None:
-    """`averaged` is a copy with d · average + (1 - d) · weights after each update, starting from the first weights; without
-    `ema_decay`, a copy of the weights; training does not reach it."""
+    """`averaged` is a copy with d · average + (1 - d) · weights after each update, starting from the initial weights; without
+    `ema_decay` it is a copy of the weights. Training does not reach the copy."""
     models = pair(world)
     learner, decay = learning(world, models), ADAM.ema_decay
     expected = {name: array.astype(np.float64) for name, array in models["policy"].parameters().items()}
@@ -516,10 +515,10 @@ def averages_follow_the_weights(world: World) -> None:
     same_arrays("an average handed out before the last update:", parameters(held), kept)
 
 
-@check("backend", usually="the step count, the moments or the average are not in the files, or not put back")
+@check("backend", usually="the step count, moments or average are not saved, or not restored")
 def restoring_goes_on_bit_for_bit(world: World) -> None:
-    """A learner that was saved and restored, over models with other weights and a history of their own, goes on like the
-    one that was not: parameters, averages and metrics (invariant 29). Its files are safetensors and JSON."""
+    """A saved learner, restored over models with other weights and their own history, continues exactly like the original:
+    parameters, averages and metrics (invariant 29). Its files are safetensors and JSON."""
     models = pair(world)
     learner, folder = learning(world, models), world.folder / "learner"
     for number in range(2):
@@ -544,10 +543,10 @@ def restoring_goes_on_bit_for_bit(world: World) -> None:
 # ----------------------------------------------------------------------------------------------------------- packing
 
 
-@check("backend", usually="`Sequences.segments` is not read: attention runs across examples, or positions through the row")
+@check("backend", usually="`Sequences.segments` is not read: attention crosses examples, or positions run through the row")
 def examples_that_share_a_row_are_apart(world: World) -> None:
-    """Examples that share rows have the gradients that they have in rows of their own, and the tokens of one change no bit of
-    the outputs of another. A backend that cannot do it says so with a `ConfigError`."""
+    """Examples that share rows have the same gradients as in separate rows, and the tokens of one change no bit of the outputs
+    of another. A backend without packing raises `ConfigError`."""
     names = ("logprobs", "entropy", "values")
     models, one = pair(world), term(world, names)
     packed, learner = sharing_rows(one, [[0, 1, 2], [3], [4, 5, 6, 7]]), learning(world, models)
@@ -569,7 +568,7 @@ def examples_that_share_a_row_are_apart(world: World) -> None:
 
 
 def sharing_rows(one: Term, groups: Sequence[Sequence[int]], columns: int = 40) -> Term:
-    """The term with the examples of each group in one row, one after the other."""
+    """The term with the examples of each group in one row, back to back."""
     sequences, rows = one.sequences, len(groups)
     arrays = {name: array for name, array in one.batch.items() if array.ndim == 2}
     wide = {"tokens": sequences.tokens, "segments": np.zeros_like(sequences.tokens)}
@@ -590,10 +589,10 @@ def sharing_rows(one: Term, groups: Sequence[Sequence[int]], columns: int = 40) 
 # ----------------------------------------------------------------------------------------------------------- dropout
 
 
-@check("backend", usually="bits depend on the place in the batch or on columns, or are not drawn from the seeds")
+@check("backend", usually="bits depend on the row's place or on columns, or do not come from the seeds")
 def dropout_depends_on_seeds_alone(world: World) -> None:
-    """Dropout is the same again, for every cut into micro-batches and behind more padding; another seed is another dropout;
-    rate 0 is none."""
+    """Dropout repeats, for every cut into micro-batches and behind more padding; another seed gives another dropout; rate 0 is
+    none."""
     learner, names = learning(world, {"policy": world.policy()}), ("logprobs", "entropy")
     one, tolerance = term(world, names, dropout=0.3), world.tolerance(1e-5, 2e-2)
     with _dropout_if_any():
@@ -603,7 +602,7 @@ def dropout_depends_on_seeds_alone(world: World) -> None:
     other = learner.gradients([dataclasses.replace(one, dropout=Dropout(0.3, one.dropout.seeds + np.uint32(1)))])
     for what, found in [("dropout at 0.3", plain), ("another dropout seed", other)]:
         moved = max(np.abs(expected[name] - found[name]).max() for name in plain)
-        require(moved > 0.02 * scale, f"{what} moved no gradient by more than {moved:.3g}, of gradients up to {scale:.3g}")
+        require(moved > 0.02 * scale, f"{what} moved gradients by at most {moved:.3g}, of up to {scale:.3g}")
     repeated(world, "with the same dropout again, gradients", learner.gradients([one]), expected)
     wide = world.rollout(prompt_columns=11)
     parts = [term(world, names, dropout=0.3, sequences=wide, rows=slice(i, i + 2)) for i in range(0, 8, 2)]
@@ -616,7 +615,7 @@ def dropout_depends_on_seeds_alone(world: World) -> None:
 def _dropout_if_any() -> Iterator[None]:
     """
     Raises:
-      Inapplicable: the policy says that it has no dropout.
+      Inapplicable: the policy has no dropout.
     """
     try:
         yield
@@ -624,10 +623,10 @@ def _dropout_if_any() -> Iterator[None]:
         raise Inapplicable(f"the policy has no dropout: {error}") from error
 
 
-@check("backend", usually="the kept elements are not scaled up, sites share their bits, or another generator is used")
+@check("backend", usually="kept elements are not scaled up, sites share bits, or another generator is used")
 def dropout_is_the_documented_bits(world: World) -> None:
-    """With dropout the loss is that of a Llama written out in numpy, whose attention and MLP outputs are dropped by
-    `randomness.dropout_bits`; so is it without."""
+    """With dropout the loss is that of a Llama written in numpy, with attention and MLP outputs dropped by
+    `randomness.dropout_bits`; likewise without dropout."""
     policy, names = world.policy(), ("logprobs", "entropy")
     plain, one = (term(world, names, dropout=rate) for rate in (None, 0.3))
     found = policy.evaluate(plain.sequences, list(names), temperature=plain.temperature)
@@ -641,7 +640,7 @@ def dropout_is_the_documented_bits(world: World) -> None:
 
 
 def _llama(world: World, policy: Model, one: Term) -> dict[str, np.ndarray]:
-    """Log-probabilities and entropy by Touvron et al. 2023 in float64.
+    """Log-probabilities and entropy after Touvron et al. 2023, in float64.
 
     Raises:
       Inapplicable: the policy is no Llama.
@@ -650,7 +649,7 @@ def _llama(world: World, policy: Model, one: Term) -> dict[str, np.ndarray]:
     policy.save(folder)
     config, w = read_json(folder / "config.json"), policy.parameters()
     if config.get("model_type") != "llama":
-        raise Inapplicable(f"model_type is {config.get('model_type')}: only a Llama is written out here")
+        raise Inapplicable(f"model_type is {config.get('model_type')}: this check only knows Llama")
     a = architecture.from_hf(config)
     w = {name: array.astype(np.float64) for name, array in w.items()}
     mask, dropout = one.sequences.attention_mask, one.dropout
@@ -706,12 +705,12 @@ def _llama(world: World, policy: Model, one: Term) -> dict[str, np.ndarray]:
 
 @check("backend", usually="a version or a device is an object of the library")
 def describes_itself(world: World) -> None:
-    """`describe` is text under text, with the precision among it; memory is a count of bytes, or None in host memory."""
+    """`describe` maps text to text and includes the precision; memory is a count of bytes, or None in host memory."""
     backend, found = world.backend, world.backend.describe()
     wrong = {key: value for key, value in found.items() if not (isinstance(key, str) and isinstance(value, str))}
     require(not wrong, f"describe() has {len(wrong)} entries that are not text: {wrong}")
     require(
-        found.get("precision") in ("float32", "bfloat16"), f"precision is {found.get('precision')!r}, not one of 2 known ones"
+        found.get("precision") in ("float32", "bfloat16"), f"precision is {found.get('precision')!r}, not float32 or bfloat16"
     )
     require("device" in found, f"describe() names no device among {len(found)} entries: {sorted(found)}")
     require(isinstance(getattr(backend, "name", None), str), f"the backend's name is {getattr(backend, 'name', None)!r}")

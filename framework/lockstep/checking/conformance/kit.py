@@ -1,7 +1,7 @@
-"""What a check is, and how they are run.
+"""What a check is, and how checks run.
 
-A check is a function of a subject. It returns where the property holds, raises `Violation` with the numbers where it does
-not, and `Inapplicable` where the subject has nothing to check. Its docstring is the property, in one sentence.
+A check is a function of a subject. It returns if the property holds, raises `Violation` with the numbers if it does not, and
+`Inapplicable` if there is nothing to check. Its docstring is the property, in one sentence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KINDS = {"backend": "backends", "policy": "policies", "reward_model": "reward_mo
 
 
 class Violation(Exception):
-    """The property does not hold; the message holds the numbers."""
+    """The property does not hold; the message has the numbers."""
 
 
 class Inapplicable(Exception):
@@ -55,7 +55,7 @@ def check(kind: str, usually: str) -> Callable[[Callable[[Any], None]], Callable
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a check. ``detail`` has the numbers of a failure, or why it does not apply."""
+    """The result of a check. ``detail`` has the numbers of a failure, or why it does not apply."""
 
     check: Check
     status: Literal["passed", "failed", "inapplicable"]
@@ -91,7 +91,7 @@ def conform(kind: str, subject: Any, only: Callable[[Check], bool] = lambda chec
 def require(holds: Any, message: str) -> None:
     """
     Raises:
-      Violation: it does not hold.
+      Violation: ``holds`` is false.
     """
     if not holds:
         raise Violation(message)

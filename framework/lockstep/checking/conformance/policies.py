@@ -1,6 +1,6 @@
-"""Probabilities, sampling, padding, heads and checkpoints. The subject is a `World` whose policy is to be checked.
+"""Probabilities, sampling, padding, heads and checkpoints. The subject is a `World` with the policy to check.
 
-Most checks use the same few shapes, so that a backend that compiles does so a few times only.
+Most checks use the same few shapes, so that a backend that compiles does so only a few times.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LANGUAGE = ["logprobs", "entropy"]
 
 
 def evaluate(model: Model, rows: Sequences, temperature: float = 1.0) -> dict[str, np.ndarray]:
-    """Everything the model supplies, with 0 where nothing counts."""
+    """Every output that the model supplies, with 0 outside the mask."""
     names = LANGUAGE if isinstance(model, Policy) else ["scores", "values"]
     found = model.evaluate(rows, names, temperature=temperature)
     return {name: array if name == "scores" else np.where(rows.mask, array, 0) for name, array in found.items()}
@@ -72,7 +72,7 @@ def enumerated(policy: Policy, rows: Sequences, column: int, temperature: float 
 
 
 def mostly_same_tokens(world: World, what: str, found: Generated, expected: Generated) -> None:
-    """The same tokens in every row; with bfloat16, where rounding may tip a draw, in every second one."""
+    """The same tokens in every row; with bfloat16, where rounding may tip a draw, in at least half of them."""
     equal = (found.tokens == expected.tokens).all(axis=1) & (found.mask == expected.mask).all(axis=1)
     needed = world.tolerance(1.0, 0.5)
     require(
@@ -95,7 +95,7 @@ def one_update(world: World, model: Model) -> None:
 # ------------------------------------------------------------------------------------------------------ probabilities
 
 
-@check("policy", usually="logits are divided by something that depends on the token, or entropy is at another temperature")
+@check("policy", usually="logits are divided by a token-dependent factor, or entropy has another temperature")
 def logprobs_are_normalised(world: World) -> None:
     """Over all tokens probabilities sum to 1, entropy is -Σ p log p, and temperature divides logits."""
     policy, rows = world.policy(), world.rollout().take(slice(0, 3))
@@ -115,10 +115,10 @@ def logprobs_are_normalised(world: World) -> None:
         near(f"entropy at temperature {temperature}", entropy, -(np.exp(found) * found).sum(axis=1), world.tolerance(2e-5, 3e-2))
 
 
-@check("policy", usually="a dtype, a shape or a name that a host array does not have by itself on this backend")
+@check("policy", usually="a device array, or a wrong dtype, shape or name")
 def outputs_are_what_was_asked_for(world: World) -> None:
-    """`evaluate` gives exactly the outputs that were named, as finite float32 numpy arrays of the documented shapes, masked
-    columns too; `supplies` says which there are; `generate` gives int32, bool and float32."""
+    """`evaluate` returns exactly the named outputs, as finite float32 numpy arrays of the documented shapes, masked columns
+    included; `supplies` lists them all; `generate` returns int32, bool and float32."""
     policy, rows = world.policy(), world.rollout()
     scalar = policy.scalar_model(head(policy.hidden_size))
     expected = {"logprobs", "entropy"}
@@ -150,17 +150,17 @@ def _is_array(name: str, array: Any, dtype: type, shape: tuple[int, ...] | None)
     require(shape is None or array.shape == shape, f"{name} has shape {array.shape} where {shape} was expected")
 
 
-@check("policy", usually="an operation in the forward pass draws random numbers, such as dropout that was left on")
+@check("policy", usually="an operation in the forward pass draws random numbers, such as dropout left on")
 def forwards_agree(world: World) -> None:
     """Two evaluations of the same rows are bitwise equal (invariant 22)."""
     rows, policy = world.rollout(), world.policy()
     same_arrays("the second evaluation's", evaluate(policy, rows), evaluate(policy, rows))
 
 
-@check("policy", usually="the causal mask lets a query see later keys, or a state is read one column too late")
+@check("policy", usually="the causal mask lets a query see later keys, or states are read one column late")
 def future_is_unseen(world: World) -> None:
-    """Later tokens change no log-probability of an earlier one, and no entropy or value up to their own column; they do
-    change what comes after them."""
+    """Later tokens change no log-probability of an earlier one, and no entropy or value up to their own column; they do change
+    what follows."""
     policy, rows = world.policy(), _full(world)
     scalar = policy.scalar_model(head(policy.hidden_size))
     cut = 3
@@ -175,7 +175,7 @@ def future_is_unseen(world: World) -> None:
             near(f"{name} before the change in column {cut}", after[name][:, :last], before[name][:, :last], tolerance)
             moved = np.abs(after[name] - before[name])[:, cut + 1 :].max()
             require(
-                moved > 10 * tolerance, f"{name} after column {cut} moved by only {moved:.3g} when tokens before were changed"
+                moved > 10 * tolerance, f"{name} after column {cut} moved by only {moved:.3g} when earlier tokens were changed"
             )
 
 
@@ -189,8 +189,7 @@ def _full(world: World) -> Sequences:
 
 @check("policy", usually="padding takes part in attention, or positions are counted from the first column")
 def padding_is_inert(world: World) -> None:
-    """Padding on the left and on the right, and whatever ids stand in it, change no log-probability, entropy, value or
-    score (invariant 4)."""
+    """Padding on either side, and whatever ids it has, changes no log-probability, entropy, value or score (invariant 4)."""
     policy, rows, wide = world.policy(), world.rollout(), world.rollout(prompt_columns=11)
     for ids in (policy.vocab_size + 1000, -100):
         garbage = dataclasses.replace(rows, tokens=np.where(rows.attention_mask, rows.tokens, ids).astype(np.int32))
@@ -206,7 +205,7 @@ def padding_is_inert(world: World) -> None:
 
 
 def _agree(world: World, policy: Policy, what: str, rows: Sequences, other: Sequences) -> None:
-    """The two give the same where they count."""
+    """Both rows give the same outputs under the mask."""
     for model in (policy, policy.scalar_model(head(policy.hidden_size))):
         expected, found = evaluate(model, rows), evaluate(model, other)
         for name in expected:
@@ -216,7 +215,7 @@ def _agree(world: World, policy: Policy, what: str, rows: Sequences, other: Sequ
 
 @check("policy", usually="the sampler's prefill sees padding, or its positions count padding")
 def padding_does_not_change_what_is_drawn(world: World) -> None:
-    """Left padding and whatever ids stand in it do not change the tokens that are drawn (invariant 4)."""
+    """Left padding, whatever its ids, does not change the drawn tokens (invariant 4)."""
     policy, (tokens, mask) = world.policy(), world.prompts(ROWS)
     expected = draw(policy, world)
     garbage = np.where(mask, tokens, policy.vocab_size + 1000).astype(np.int32)
@@ -229,7 +228,7 @@ def padding_does_not_change_what_is_drawn(world: World) -> None:
 
 @check("policy", usually="`mask` is used for attention, where `response_mask` says which tokens are real")
 def tokens_that_do_not_count_are_still_read(world: World) -> None:
-    """`mask` takes tokens out of the loss, not out of the sequence: the other columns and the score stay as they are."""
+    """`mask` takes tokens out of the loss, not out of the sequence: the other columns and the score do not change."""
     policy, rows = world.policy(), world.rollout()
     later = rows.mask & (np.arange(rows.mask.shape[1]) % 2 == 1)
     for model in (policy, policy.scalar_model(head(policy.hidden_size))):
@@ -239,9 +238,9 @@ def tokens_that_do_not_count_are_still_read(world: World) -> None:
             near(f"{name} with every second token not counting", found[name], kept, world.tolerance(1e-5, 2e-2))
 
 
-@check("policy", usually="something is computed over the batch: a statistic, a shared position, or noise by the row's number")
+@check("policy", usually="a batch statistic, a shared position, or noise by row number")
 def rows_are_independent(world: World) -> None:
-    """What is computed and what is drawn for a row depends neither on its place nor on the rows beside it (invariant 5)."""
+    """Neither the outputs nor the samples of a row depend on its place or on the other rows (invariant 5)."""
     policy, rows = world.policy(), world.rollout()
     order = np.random.default_rng(3).permutation(ROWS)
     tolerance = world.tolerance(1e-5, 2e-2)
@@ -266,9 +265,9 @@ def rows_are_independent(world: World) -> None:
 # ----------------------------------------------------------------------------------------------------------- sampling
 
 
-@check("policy", usually="the sampler uses another temperature, other positions or a cache that is one column off")
+@check("policy", usually="the sampler has another temperature, other positions, or a cache off by one column")
 def sampler_agrees_with_teacher_forcing(world: World) -> None:
-    """The sampler's own log-probabilities are those of teacher forcing at the same temperature (invariant 3)."""
+    """The sampler's log-probabilities match teacher forcing at the same temperature (invariant 3)."""
     policy = world.policy()
     for temperature in (1.0, TEMPERATURE):
         drawn = draw(policy, world, temperature=temperature)
@@ -279,9 +278,9 @@ def sampler_agrees_with_teacher_forcing(world: World) -> None:
         near(f"the mean mismatch of {what}", np.abs(drawn.logprobs - forced).mean(), 0, world.tolerance(2e-5, 2e-2))
 
 
-@check("policy", usually="seeds are read as signed integers, reused for every column, or the noise is not that of hash_gumbel")
+@check("policy", usually="seeds are read as signed, reused for every column, or the noise is not hash_gumbel's")
 def samples_follow_the_seed_rule(world: World) -> None:
-    """Each token is argmax(log p / T + g), where g is `randomness.hash_gumbel` of its own seed, for any 32 bits."""
+    """Each token is argmax(log p / T + g), where g is `randomness.hash_gumbel` of its seed, for any 32 bits."""
     policy = world.policy()
     seeds = world.seeds(ROWS, COLUMNS)
     seeds[:4, 0] = [0, 1, 2**31, 2**32 - 1]
@@ -305,7 +304,7 @@ def _takes_the_best(world: World, numbers: np.ndarray, tokens: np.ndarray, where
     )
 
 
-@check("policy", usually="temperature 0 is divided by, or noise is still added")
+@check("policy", usually="a division by temperature 0, or noise is still added")
 def temperature_zero_takes_the_most_likely(world: World) -> None:
     """At temperature 0 each token is the most likely one, whatever the seeds."""
     policy = world.policy()
@@ -318,7 +317,7 @@ def temperature_zero_takes_the_most_likely(world: World) -> None:
         _takes_the_best(world, logprobs, drawn.tokens[some, column], f"column {column}", "log-probability")
 
 
-@check("policy", usually="the noise comes from a generator with a state, or from the row's number instead of its seeds")
+@check("policy", usually="the noise comes from a stateful generator, or from the row number instead of the seeds")
 def same_seeds_same_tokens(world: World) -> None:
     """The same seeds draw the same tokens; other seeds draw others; rows with the same prompt draw by their own seeds
     (invariant 25)."""
@@ -327,7 +326,7 @@ def same_seeds_same_tokens(world: World) -> None:
     same("tokens drawn again from the same seeds", again.tokens, first.tokens)
     same("logprobs drawn again from the same seeds", again.logprobs, first.logprobs)
     new = (other.tokens != first.tokens).mean()
-    require(new > 0.5, f"with other seeds only {new:.0%} of the tokens are others")
+    require(new > 0.5, f"with other seeds only {new:.0%} of the tokens differ")
     one = tokens[[5] * ROWS], mask[[5] * ROWS]
     different = len({tuple(row) for row in draw(policy, world, prompts=one).tokens.tolist()})
     require(different > ROWS / 2, f"{ROWS} rows with one prompt and different seeds drew only {different} different responses")
@@ -336,7 +335,7 @@ def same_seeds_same_tokens(world: World) -> None:
     require(equal == 1, f"{ROWS} rows with one prompt and the same seeds drew {equal} different responses")
 
 
-@check("policy", usually="the stream restarts its seeds or its cache with each token, or goes on after every row has ended")
+@check("policy", usually="the stream restarts its seeds or its cache with each token, or does not end with the last row")
 def a_stream_gives_the_tokens_of_generate(world: World) -> None:
     """`stream` yields the columns that `generate` draws from the same seeds, and ends with the last row."""
     policy, prompts, seeds = world.policy(), world.prompts(ROWS), world.seeds(ROWS, COLUMNS)
@@ -349,10 +348,10 @@ def a_stream_gives_the_tokens_of_generate(world: World) -> None:
     same("the streamed tokens", np.stack(columns, axis=1), drawn.tokens[:, :expected])
 
 
-@check("policy", usually="the model's own end-of-text id stops a row, the stop token is cut off, or its column is masked")
+@check("policy", usually="the model's own end-of-text id stops a row, or the stop token is cut off or masked")
 def responses_end_at_the_first_stop_token(world: World) -> None:
-    """A row ends with the first of the configured stop ids, which is kept and counts; after it come pad ids, masked; no
-    other id ends a row, and a row without one is full (invariant 10)."""
+    """A row ends with the first of the configured stop ids, which is kept and counts; masked pad ids follow. No other id ends a
+    row, and a row without one is full (invariant 10)."""
     policy, eos = world.policy(), world.tokenizer.eos_id
     for step in range(20):
         free = draw(policy, world, step)
@@ -362,14 +361,14 @@ def responses_end_at_the_first_stop_token(world: World) -> None:
     stops = [int(free.tokens[0, 2]), int(free.tokens[3, 4])]
     drawn = draw(policy, world, step, stop_ids=stops)
     ends = np.isin(free.tokens, stops)
-    expected = np.cumsum(ends, axis=1) - ends == 0  # nothing has stopped before this token
+    expected = np.cumsum(ends, axis=1) - ends == 0  # no stop before this token
     same(f"mask with stop ids {stops}", drawn.mask, expected)
     same(f"tokens with stop ids {stops}", drawn.tokens, np.where(expected, free.tokens, PAD))
 
 
-@check("policy", usually="the KV cache or the table of positions is one too short")
+@check("policy", usually="the KV cache or the position table is one too short")
 def the_context_can_be_filled(world: World) -> None:
-    """A prompt and a response that together fill `context_length` are drawn as teacher forcing has them."""
+    """A prompt and a response that together fill `context_length` agree with teacher forcing."""
     policy = world.policy()
     if policy.context_length > 512:
         raise Inapplicable(f"a context of {policy.context_length} tokens takes long to fill")
@@ -385,10 +384,10 @@ def the_context_can_be_filled(world: World) -> None:
 # -------------------------------------------------------------------------------------------------- copies and heads
 
 
-@check("policy", usually="a copy shares its parameters, or a part of them, with the original")
+@check("policy", usually="a copy shares some or all parameters with the original")
 def copies_are_independent(world: World) -> None:
-    """Copies, with another head or not, start with the parameters of the original, and training or rescaling either does
-    not reach the other (invariant 21)."""
+    """Copies, with or without another head, start from the original's parameters, and training or rescaling one does not affect
+    the other (invariant 21)."""
     policy, rows = world.policy(), world.rollout()
     scalar = policy.scalar_model(head(policy.hidden_size))
     family = {
@@ -415,9 +414,9 @@ def copies_are_independent(world: World) -> None:
     same_arrays("copy, after all others were trained:", evaluate(family["copy"], rows), evaluate(world.policy(), rows))
 
 
-@check("policy", usually="the value head starts from random numbers, or replaces something of the policy")
+@check("policy", usually="the value head starts at random, or replaces part of the policy")
 def value_head_starts_at_zero(world: World) -> None:
-    """`with_value_head` supplies values that are 0 everywhere and leaves log-probabilities and entropy as they were."""
+    """`with_value_head` supplies values that are 0 everywhere and does not change log-probabilities or entropy."""
     policy, rows = world.policy(), world.rollout()
     valued = policy.with_value_head()
     same("values of a new value head", valued.evaluate(rows, ["values"])["values"], np.zeros(rows.mask.shape))
@@ -426,10 +425,10 @@ def value_head_starts_at_zero(world: World) -> None:
         near(f"{name} with a value head", found[name], expected[name], world.tolerance(1e-5, 2e-2))
 
 
-@check("policy", usually="scores are read at the last column, which is padding in all rows but the longest")
+@check("policy", usually="scores are read at the last column, which is padding in all but the longest rows")
 def scores_are_read_at_the_last_real_token(world: World) -> None:
-    """The score of a prompt with n response tokens is the value before token n + 1 of any longer response; that of an empty
-    response is read at the last prompt token."""
+    """The score of a prompt with n response tokens is the value before token n + 1 of any longer response; for an empty response
+    it is read at the last prompt token."""
     scalar, full = world.scalar_model(), _full(world)
     lengths = np.arange(full.rows) % COLUMNS
     short = np.arange(COLUMNS) < lengths[:, None]
@@ -442,7 +441,7 @@ def scores_are_read_at_the_last_real_token(world: World) -> None:
 
 @check("policy", usually="the bias is added before the gain, or only scores are rescaled")
 def rescale_is_folded_in(world: World) -> None:
-    """`rescale(gain, bias)` makes every score and value gain · output + bias, and again the second time."""
+    """`rescale(gain, bias)` maps every score and value to gain · output + bias; a second call does so again."""
     scalar, rows = world.scalar_model(), world.rollout()
     expected = evaluate(scalar, rows)
     for gain, bias in [(2.5, -0.75), (0.5, 3.0)]:
@@ -461,8 +460,8 @@ def rescale_is_folded_in(world: World) -> None:
 
 @check("policy", usually="a tensor is saved in half precision, under another name, or with the value head")
 def checkpoints_round_trip(world: World) -> None:
-    """What `save` wrote, `load` and `load_scalar` give back bit for bit: float32 safetensors under the names of
-    `parameters`, beside a config.json (of an adapter, peft's files); a value head is no part of a policy's checkpoint."""
+    """`load` and `load_scalar` give back what `save` wrote, bit for bit: float32 safetensors under the names of `parameters`,
+    with a config.json (for an adapter, peft's files). A value head is not part of a policy's checkpoint."""
     policy, rows = world.policy(1), world.rollout()
     folder = _saved(world, policy, "policy")
     again = type(policy).load(folder, world.backend)
@@ -482,12 +481,12 @@ def checkpoints_round_trip(world: World) -> None:
 
 
 def _saved(world: World, model: Model, name: str) -> Path:
-    """The folder it was saved to, once its files are what they should be."""
+    """The folder it was saved to, after checking its files."""
     folder = world.folder / "saved" / name.replace(" ", "_")
     folder.mkdir(parents=True)
     model.save(folder)
     config = adapters.ADAPTER_CONFIG if world.adapted else "config.json"
-    require((folder / config).exists(), f"{name}: save wrote {sorted(p.name for p in folder.iterdir())}, no {config}")
+    require((folder / config).exists(), f"{name}: save wrote {sorted(p.name for p in folder.iterdir())}, but no {config}")
     stored = {key.removeprefix(adapters.PREFIX): array for key, array in saved_weights(folder)[1].items()}
     own = model.parameters()
     missing = stored.keys() ^ own.keys() if "value head" not in name else stored.keys() - own.keys()
@@ -498,9 +497,9 @@ def _saved(world: World, model: Model, name: str) -> Path:
     return folder
 
 
-@check("policy", usually="a buffer is changed in place, or a host array is used as the device's own memory")
+@check("policy", usually="a buffer is changed in place, or a host array is used as device memory")
 def evaluation_changes_nothing(world: World) -> None:
-    """Evaluating and sampling leave the parameters and the arrays they were given as they were, bit for bit."""
+    """Evaluating and sampling change no bit of the parameters or of the arrays passed in."""
     policy, rows, (tokens, mask), seeds = world.policy(), world.rollout(), world.prompts(ROWS), world.seeds(ROWS, COLUMNS)
     given = [rows.tokens, rows.prompt_mask, rows.response_mask, rows.mask, tokens, mask, seeds]
     copies, before = [array.copy() for array in given], policy.parameters()
@@ -512,9 +511,9 @@ def evaluation_changes_nothing(world: World) -> None:
         same(f"after evaluating, the given {name}", array, copy)
 
 
-@check("policy", usually="parameters() hands out the arrays themselves, or a view of them")
+@check("policy", usually="parameters() returns the arrays themselves, or views")
 def parameters_are_copies(world: World) -> None:
-    """Arrays from `parameters` are the caller's own: changing them does not change the model, nor do they follow it."""
+    """Arrays from `parameters` are the caller's own: changing them does not change the model, and vice versa."""
     policy, rows = world.policy(), world.rollout()
     held = policy.parameters()
     kept, before = {name: array.copy() for name, array in held.items()}, evaluate(policy, rows)
@@ -527,9 +526,9 @@ def parameters_are_copies(world: World) -> None:
     same_arrays("after changing what parameters() gave,", evaluate(policy, rows), before)
 
 
-@check("policy", usually="the sampler keeps weights of its own, cast or merged once and not again after an update")
+@check("policy", usually="the sampler keeps its own weights, cast or merged once and stale after an update")
 def all_see_the_new_weights(world: World) -> None:
-    """After an update, log-probabilities, samples, heads and checkpoints are those of the new weights."""
+    """After an update, log-probabilities, samples, heads and checkpoints use the new weights."""
     policy, rows = world.policy(), world.rollout()
     before = evaluate(policy, rows)
     draw(policy, world)
@@ -539,7 +538,7 @@ def all_see_the_new_weights(world: World) -> None:
     loaded = type(policy).load(folder, world.backend)
     expected, drawn = evaluate(loaded, rows), draw(policy, world)
     moved = np.abs(expected["logprobs"] - before["logprobs"]).max()
-    require(moved > 0.3, f"an update moved no log-probability by more than {moved:.3g}")
+    require(moved > 0.3, f"an update moved log-probabilities by at most {moved:.3g}")
     for name, array in evaluate(policy, rows).items():
         near(f"{name} after an update", array, expected[name], world.tolerance(1e-5, 2e-2))
     forced = policy.evaluate(drawn_rows(world, drawn), LANGUAGE, temperature=TEMPERATURE)["logprobs"]
@@ -550,8 +549,8 @@ def all_see_the_new_weights(world: World) -> None:
 
 @check("policy", usually="initial weights come from the library's own generator, or the seed is not used")
 def the_same_seed_makes_the_same_policy(world: World) -> None:
-    """`create` is a function of its configuration and seed: the same ones make the same weights, and another seed others,
-    unless they are a checkpoint's."""
+    """`create` is a function of its configuration and seed: equal ones give equal weights, and another seed gives others, unless
+    the weights come from a checkpoint."""
     first, again, other = (world.created(seed).parameters() for seed in (0, 0, 1))
     same_arrays("created again, parameter", again, first)
     if world.from_checkpoint:

@@ -1,4 +1,4 @@
-"""``lockstep check NAME``: the checks of one component, wherever it runs, and what a failure usually means."""
+"""``lockstep check NAME``: the checks of one component on every backend and precision, and what a failure usually means."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARKS = {"passed": "✓", "failed": "✗", "inapplicable": "–"}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a component is checked. ``precision`` is None where the backend's configuration has no such key."""
+    """Where a component is checked. ``precision`` is None if the backend's configuration has no such key."""
 
     backend: str
     precision: str | None
@@ -37,11 +37,11 @@ def report(
     like: str | None = None,
     overrides: Sequence[str] = (),
 ) -> bool:
-    """Check the component and print what comes of it; True if nothing failed. ``like`` names the configuration file to start
-    from where it has none of its own; ``overrides`` are 'algorithm.kl_coef=0.1', 'backend.device=cuda', ...
+    """Check the component and print the results; True if nothing failed. ``like`` names the configuration file to start from if
+    the component has none; ``overrides`` are 'algorithm.kl_coef=0.1', 'backend.device=cuda', ...
 
     Raises:
-      LockstepError: what cannot be checked, and what to type instead.
+      LockstepError: it cannot be checked; the message says what to type instead.
     """
     kind = kind_of(name, kind)
     where = places(kind, name, [backend] if backend else None, [precision] if precision else None)
@@ -60,7 +60,7 @@ def made(kind: str, name: str, place: Place, overrides: Sequence[str] = (), like
     """The subject of the checks in this place.
 
     Raises:
-      ConfigError: values are missing, and where they may come from.
+      ConfigError: values are missing; the message says where to get them.
     """
     try:
         return subject(kind, name, place.backend, precision=place.precision, overrides=overrides, like=like)
@@ -69,7 +69,7 @@ def made(kind: str, name: str, place: Place, overrides: Sequence[str] = (), like
             raise
         others = sorted({c.name for c in registry() if c.kind == kind and compose.group(kind, c.name)})
         raise ConfigError(
-            f"{error} There is no configuration file {kind}/{like or name}.yaml to start from: add --like with one of "
+            f"{error} There is no configuration file {kind}/{like or name}.yaml to start from. Add --like with one of "
             f"{listing(others)}, and {kind}.key=value for what differs."
         ) from error
 
@@ -78,13 +78,13 @@ def kind_of(name: str, kind: str | None = None) -> str:
     """The kind of the component with this name.
 
     Raises:
-      LockstepError: there is none, there are several, or it is of a kind that has no checks.
+      LockstepError: there is none, there are several, or its kind has no checks.
     """
     if kind is not None and kind not in KINDS:
-        raise ConfigError(f"There are no checks of kind '{kind}'.{did_you_mean(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
+        raise ConfigError(f"There are no checks for the kind '{kind}'.{did_you_mean(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
     if ":" in name:
         if kind is None:
-            raise ConfigError(f"What is {name}? Add --kind with one of {', '.join(KINDS)}.")
+            raise ConfigError(f"What kind is {name}? Add --kind with one of {', '.join(KINDS)}.")
         return kind
     named = [component.kind for component in registry() if component.name == name]
     kinds = sorted(set(named) & set(KINDS))
@@ -95,25 +95,25 @@ def kind_of(name: str, kind: str | None = None) -> str:
     if kind is None and kinds:
         return kinds[0]
     if kind is None and named:
-        raise RegistryError(f"'{name}' is of kind {named[0]}, which has no checks. Kinds that have: {', '.join(KINDS)}.")
+        raise RegistryError(f"'{name}' is of kind {named[0]}, which has no checks. Kinds with checks: {', '.join(KINDS)}.")
     names = {component.name for component in registry() if component.kind in ([kind] if kind else KINDS)}
     what = f"{kind} named '{name}'" if kind else f"component named '{name}'"
     here = f" '{name}' is of kind {named[0]}." if named else ""
     raise RegistryError(
         f"No {what} to check.{here}{did_you_mean(name, names)} There are: {listing(names)}. "
-        f"For a class that is not registered type: lockstep check module:Class --kind {kind or 'algorithm'}"
+        f"For a class that is not registered, type: lockstep check module:Class --kind {kind or 'algorithm'}"
     )
 
 
 def places(kind: str, name: str, backends: Sequence[str] | None = None, precisions: Sequence[str] | None = None) -> list[Place]:
-    """Every installed backend that the component exists for, in every precision that the backend knows; or those asked for.
+    """Every installed backend that has the component, in every precision of the backend; or those asked for.
 
     Raises:
       LockstepError: there is no such place.
     """
     chosen = backends or usable_backends(kind, name)
     if kind == "backend" and list(chosen) != [name]:
-        raise ConfigError(f"'{name}' is a backend: leave --backend out, or type lockstep check {chosen[0]}")
+        raise ConfigError(f"'{name}' is a backend. Leave out --backend, or type: lockstep check {chosen[0]}")
     for backend in chosen:
         if ("backend", backend, backend) not in registry().components and ("backend", backend, None) not in registry().components:
             names = {component.name for component in registry() if component.kind == "backend"}
@@ -129,7 +129,7 @@ def places(kind: str, name: str, backends: Sequence[str] | None = None, precisio
 
 
 def usable_backends(kind: str, name: str) -> list[str]:
-    """Those that are installed and have a policy, of those that the component is written for.
+    """The backends that have the component and a policy, and are installed.
 
     Raises:
       RegistryError: there is none; the message has the command that installs one.
@@ -143,7 +143,7 @@ def usable_backends(kind: str, name: str) -> list[str]:
     if not usable:
         commands = [c.plugin.install for c in candidates if c.missing() and c.plugin]
         needs = f" Type: {' or '.join(commands)}" if commands else ""
-        raise RegistryError(f"No backend is installed that the {kind} '{name}' runs on.{needs}")
+        raise RegistryError(f"The {kind} '{name}' runs on no installed backend.{needs}")
     first = compose.default("backend")
     return sorted(usable, key=lambda backend: (backend != first, backend))
 
@@ -153,7 +153,7 @@ def _has_policy(backend: str) -> bool:
 
 
 def known_precisions(kind: str, name: str, backend: str) -> Sequence[str | None]:
-    """Those that the backend's configuration offers; [None] where it has no such key.
+    """The precisions of the backend's configuration; [None] if it has no such key.
 
     Raises:
       RegistryError: no such backend, no such component for it, or not installed.
@@ -168,7 +168,7 @@ def known_precisions(kind: str, name: str, backend: str) -> Sequence[str | None]
 def check_overrides(overrides: Iterable[str]) -> None:
     """
     Raises:
-      ConfigError: one that no check would read.
+      ConfigError: no check would read one of them.
     """
     for override in overrides:
         group, dot, key = override.partition("=")[0].partition(".")
@@ -183,7 +183,7 @@ def check_overrides(overrides: Iterable[str]) -> None:
 
 
 def line(outcome: Outcome) -> str:
-    """'  ✓ name', with the reason or the failure below it."""
+    """'  ✓ name', followed by the reason or the failure."""
     head = f"  {MARKS[outcome.status]} {outcome.check.name}"
     if outcome.status == "inapplicable":
         return f"{head}: {outcome.detail}"

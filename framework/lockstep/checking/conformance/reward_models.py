@@ -1,4 +1,4 @@
-"""One finite score per response, whatever the batch; failures are heard."""
+"""One finite score per response, whatever the batch; failures are never hidden."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lockstep.checking.conformance.kit import Inapplicable, check, near, require
 from lockstep.checking.conformance.subjects import RewardModelSubject
 
 
-@check("reward_model", usually="scores per token or per pair, an array of objects, or a division by zero")
+@check("reward_model", usually="scores per token or per pair, an object array, or a division by zero")
 def one_finite_score_per_response(subject: RewardModelSubject) -> None:
-    """`score` gives float32 [B], finite: one number per response, the response of a stop token alone among them."""
+    """`score` gives float32 [B], finite: one number per response, even for a lone stop token."""
     responses = subject.responses()
     scores = subject.build().score(responses)
     require(isinstance(scores, np.ndarray), f"the scores are a {type(scores).__name__}, not a numpy array")
@@ -22,7 +22,7 @@ def one_finite_score_per_response(subject: RewardModelSubject) -> None:
     require(np.isfinite(scores).all(), f"the scores are {scores.tolist()}")
 
 
-@check("reward_model", usually="scores were put into an array made like the token ids: 0.73 becomes 0")
+@check("reward_model", usually="scores were stored in an array with the token ids' dtype: 0.73 becomes 0")
 def fractions_survive(subject: RewardModelSubject) -> None:
     """A score of 0.73 stays 0.73 (invariant 11)."""
     if not {"function", "source"} & set(vars(subject.config)):
@@ -35,9 +35,9 @@ def fractions_survive(subject: RewardModelSubject) -> None:
         near("scores", scores, word_scores([], subject.responses().texts), 1e-5)
 
 
-@check("reward_model", usually="statistics of the batch take part, such as normalising by its mean, or padding does")
+@check("reward_model", usually="batch statistics, such as normalising by the mean, or padding is read")
 def scores_do_not_depend_on_the_batch(subject: RewardModelSubject) -> None:
-    """A response has the same score alone, in another order, and beside others (invariant 5)."""
+    """A response has the same score alone, in another order and next to others (invariant 5)."""
     model = subject.build()
     scores = model.score(subject.responses())
     order = np.array([3, 0, 7, 1, 6, 2, 5, 4])
@@ -54,7 +54,7 @@ def padding_is_inert(subject: RewardModelSubject) -> None:
     near("scores under more padding", wide, model.score(subject.responses()), subject.world.tolerance(1e-5, 5e-2))
 
 
-@check("reward_model", usually="dropout that was left on, or a judge that is sampled at a temperature above 0")
+@check("reward_model", usually="dropout left on, or a judge sampled at a temperature above 0")
 def the_same_response_has_the_same_score(subject: RewardModelSubject) -> None:
     """Scoring twice gives bitwise the same numbers (invariant 22)."""
     model = subject.build()
@@ -62,7 +62,7 @@ def the_same_response_has_the_same_score(subject: RewardModelSubject) -> None:
 
 
 class _Unreadable:
-    """Raises at every touch: what a failing endpoint or a broken row is to a reward model."""
+    """Raises at every access, like a failing endpoint or a broken row."""
 
     def _fail(self, *_: object, **__: object) -> None:
         raise ConnectionError("this cannot be read")
@@ -70,9 +70,9 @@ class _Unreadable:
     __len__ = __iter__ = __getitem__ = __array__ = __getattr__ = _fail
 
 
-@check("reward_model", usually="a broad `except` that answers 0: the policy is then trained towards whatever fails")
+@check("reward_model", usually="a broad `except` that returns 0: the policy then learns to cause failures")
 def failures_are_heard(subject: RewardModelSubject) -> None:
-    """A score that could not be had is an exception or NaN, never a number."""
+    """A failed score is an exception or NaN, never a number."""
     responses = subject.responses()
     broken = replace(responses, prompts=_Unreadable(), texts=_Unreadable(), sequences=_Unreadable())
     model = subject.build()
@@ -94,13 +94,13 @@ def inputs_are_left_alone(subject: RewardModelSubject) -> None:
         same(name, getattr(responses.sequences, name), array)
 
 
-@check("reward_model", usually="the network itself is handed out instead of a copy, so that PPO trains the reward model")
+@check("reward_model", usually="the network is returned without a copy, so PPO trains the reward model")
 def the_value_network_is_a_copy(subject: RewardModelSubject) -> None:
-    """What happens to the value network changes no score, and each call gives one of its own (invariant 21)."""
+    """Changing the value network changes no score, and each call returns a new one (invariant 21)."""
     model = subject.build()
     network = model.value_network()
     if network is None:
-        raise Inapplicable("it has no network that a value network may start from")
+        raise Inapplicable("it has no network to start a value network from")
     scores = model.score(subject.responses())
     values = network.evaluate(subject.responses().sequences, ["values"])["values"]
     require(values.shape == (8, 6), f"its values have shape {values.shape} where [8, 6] was expected")
@@ -110,13 +110,13 @@ def the_value_network_is_a_copy(subject: RewardModelSubject) -> None:
     same("values of the next value network", again, values)
 
 
-@check("reward_model", usually="`inputs` is missing: stages trained against an older version of what it reads would be reused")
+@check("reward_model", usually="`inputs` is missing: stages trained on older versions of its inputs would be reused")
 def what_it_reads_is_declared(subject: RewardModelSubject) -> None:
-    """Every output that it opens and every reward model that it is made of is in `inputs`."""
+    """`inputs` declares every output that it opens and every reward model that it uses."""
     declared = subject.cls.inputs(subject.config)
     subject.build()
     if not subject.opened and not subject.members:
-        raise Inapplicable("it opens nothing and is made of nothing")
+        raise Inapplicable("it opens no output and uses no other reward model")
     undeclared = sorted(set(subject.opened) - declared.outputs.keys())
     undeclared += [str(group["name"]) for group in subject.members if group not in declared.members]
     count = len(undeclared)

@@ -1,5 +1,5 @@
-"""What is checked, set up in the small world: a backend or a policy is the `World` itself; a reward model and an algorithm
-are built in one, in whatever way a check wants them."""
+"""The subjects of checks, set up in the small world. For a backend or a policy it is the `World` itself; a reward model or an
+algorithm is built in one, as a check asks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def subject(
     kind: str, name: str, backend: str, *, precision: str | None = None, overrides: Sequence[str] = (), like: str | None = None
 ) -> Any:
     """The component ``name`` of ``kind`` on ``backend``, ready for `conform`. Arguments as in `World`; ``like`` names the
-    configuration file to start from where the component has none of its own."""
+    configuration file to start from if the component has none."""
     if kind == "backend":
         return World(name, precision=precision, overrides=overrides, like=like)
     if kind == "policy":
@@ -58,7 +58,7 @@ class RewardModelSubject:
         cls, config = self.world.component("reward_model", group["name"], {**group, "source": "world", "function": self.function})
         before = list(self.opened)
         member = cls(config, self)
-        self.opened = before  # what a member opens is its own to declare
+        self.opened = before  # a member declares what it opens itself
         return member
 
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
@@ -81,17 +81,17 @@ class RewardModelSubject:
 
 @dataclass
 class Trace:
-    """What an algorithm did: for each step its metrics and what crossed the waist."""
+    """A record of an algorithm's run: for each step, its metrics and what crossed the waist."""
 
     algorithm: Algorithm
     tap: Tap
     models: dict[int, dict[str, np.ndarray]]
-    """Parameters, before the first step, of every model that was there: {position in `Tap.models`: arrays}."""
+    """Parameters, before the first step, of every model at that time: {position in `Tap.models`: arrays}."""
     metrics: list[Metrics]
     steps: list[list[Crossing]]
 
     def of(self, kind: type, step: int | None = None) -> list[Any]:
-        """The crossings of one kind, of one step or of all."""
+        """The crossings of one kind, of one step or of all steps."""
         found = self.steps if step is None else [self.steps[step]]
         return [crossing for crossings in found for crossing in crossings if isinstance(crossing, kind)]
 
@@ -122,25 +122,25 @@ class Trace:
         for evaluation in self.of(EvaluateCall, step):
             if "logprobs" in evaluation.outputs and any(evaluation.model is model for model in self.trained().values()):
                 return evaluation
-        raise Inapplicable("it does not evaluate the policy that it trains")
+        raise Inapplicable("it does not evaluate the policy it trains")
 
     def parameters(self) -> dict[str, np.ndarray]:
         return {f"{name}.{key}": a for name, model in self.trained().items() for key, a in model.parameters().items()}
 
 
 def uneven(responses: Responses) -> np.ndarray:
-    """Scores between -1 and 1 that depend on the tokens, none of them whole numbers."""
+    """Scores between -1 and 1 that depend on the tokens, none a whole number."""
     rows = responses.sequences
     return np.sin(0.3 + np.where(rows.mask, rows.responses, 0).sum(axis=1)).astype(np.float32)
 
 
 def constant(responses: Responses) -> np.ndarray:
-    """0.73: a score that no integer array holds."""
+    """0.73, which an integer array cannot hold."""
     return np.full(len(responses.texts), 0.73, np.float32)
 
 
 class AlgorithmSubject:
-    """An algorithm, run in the small world with a tap on everything that crosses."""
+    """An algorithm run in the small world, with a tap on everything that crosses the waist."""
 
     defaults = {
         "lengths": LENGTHS, "batch_size": 6, "iterations": 4, "epochs": 2, "minibatches": 2, "micro_batch_size": None,
@@ -173,7 +173,7 @@ class AlgorithmSubject:
             raise Inapplicable("it uses no reward model")
 
     def build(self, *, reward: Callable[[Responses], Any] = uneven, seed: int = 0, **changes: Any) -> tuple[Algorithm, Tap]:
-        """On fresh models. The reward model scores by ``reward`` and has a network that a value network starts from."""
+        """Build it on fresh models. The reward model scores by ``reward`` and has a network to start a value network from."""
         world, tap = self.world, Tap(gradients=True)
         reward_model = None
         if self.cls.needs_reward_model:
@@ -202,8 +202,7 @@ class AlgorithmSubject:
             trace.steps.append(trace.tap.crossings)
 
     def outputs(self, term: Term) -> dict[str, np.ndarray]:
-        """Plausible outputs for a term's loss, float64: log-probabilities of the policy it started from, and small values
-        and scores."""
+        """Plausible float64 outputs for a term's loss: log-probabilities of the initial policy, and small values and scores."""
         found = {}
         policy = self.world.policy()
         for number, name in enumerate(term.loss.outputs):

@@ -1,8 +1,8 @@
-"""A world small enough to check by hand: 37 words, a two-layer decoder with weights as large as trained ones, data that is
-written out here, and a reward model that is a function. Nothing in it knows an array library.
+"""A world small enough to check by hand: 37 words, a two-layer decoder with weights as large as trained ones, data written
+out here, and a function as reward model. Nothing in it knows an array library.
 
-Fresh weights would hide mistakes: with weights of standard deviation 0.02 every logit is near 0 and every wrong mask moves
-the result by less than rounding does. So matrices are ten times that.
+Fresh weights would hide mistakes: with a standard deviation of 0.02, every logit is near 0 and a wrong mask moves the result
+by less than rounding. So matrices are ten times that.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SMALL = {
     "layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "intermediate_size": 48, "context_length": 64,
     "rope_theta": 100.0, "tied": False, "compilation_cache": None, "gradient_checkpointing": False, "threads": 1,
 }  # fmt: skip
-"""Keys of policies and backends that are set where a configuration has them."""
+"""Keys of policies and backends, set if a configuration has them."""
 LENGTHS = {"prompt": 6, "response": 12, "multiple": 4}
 
 
@@ -56,7 +56,7 @@ def tokenizer() -> Tokenizer:
 
 
 def write_checkpoint(folder: Path, seed: int, architecture: Architecture = ARCHITECTURE) -> Path:
-    """A Llama of this world as Hugging Face has it, with large weights."""
+    """A Llama of this world in Hugging Face's format, with large weights."""
     write_tensors(folder / "model.safetensors", enlarged(initial_parameters(architecture, seed)))
     write_json(folder / "config.json", to_hf(architecture))
     tokenizer().save(folder)
@@ -68,7 +68,7 @@ def enlarged(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def saved_weights(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
-    """The file of weights that a model wrote, whole or an adapter, and what is in it."""
+    """The weights file that a model or adapter wrote, and its contents."""
     file = next(folder.glob("*.safetensors"))
     return file, read_tensors(file)
 
@@ -105,7 +105,7 @@ class Data(DataSource):
 
 
 class Scored(RewardModel):
-    """``function(responses) -> scores``, and a network that a value network may start from."""
+    """``function(responses) -> scores``, and a network to start a value network from."""
 
     def __init__(
         self, function: Callable[..., Any] = lambda r: r.sequences.mask.sum(axis=1) - 5.0, network: ScalarModel | None = None
@@ -125,7 +125,7 @@ def word_scores(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]
 
 
 def known(changes: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    """The changes of keys that the group has, at every depth."""
+    """The changes whose keys the group has, at every depth."""
     return {
         key: known(value, group[key]) if isinstance(value, Mapping) and isinstance(group[key], Mapping) else value
         for key, value in changes.items()
@@ -137,11 +137,11 @@ class World:
     """One backend, a policy on it, and what a check needs around them.
 
     Args:
-      backend: the registered name of the backend.
-      precision: 'float32' or 'bfloat16', where its configuration has the key; None for the file's own.
-      policy: the registered name of the policy; None takes the default one, or the backend's only one.
-      like: the backend's configuration file, where it is not that of its name.
-      overrides: 'backend.device=cuda', 'policy.layers=4', ...: keys of groups that differ from their YAML files.
+        backend: the registered name of the backend.
+        precision: 'float32' or 'bfloat16', if its configuration has the key; None for the file's own.
+        policy: the registered name of the policy; None takes the default one, or the backend's only one.
+        like: the backend's configuration file, if not the one of its name.
+        overrides: 'backend.device=cuda', 'policy.layers=4', ...: keys of groups that differ from their YAML files.
     """
 
     def __init__(
@@ -164,15 +164,14 @@ class World:
         self.folder = Path(self._folder.name)
 
     def tolerance(self, float32: float, bfloat16: float) -> float:
-        """That of the backend's precision; of float32 for a higher one."""
+        """The tolerance of the backend's precision; float32's for a higher one."""
         return bfloat16 if self.precision == "bfloat16" else float32
 
     def component(self, kind: str, name: str, changes: Mapping[str, Any], like: str | None = None) -> tuple[type, Any]:
-        """A component's class and its configuration: its YAML file (or that of ``like``), what is given here, then the
-        overrides.
+        """A component's class and its configuration: its YAML file (or that of ``like``), then ``changes``, then the overrides.
 
         Raises:
-          ConfigError: it needs a value that nobody gave.
+          ConfigError: a value is missing.
         """
         cls = registry().resolve(kind, name, self.name)
         group = {key: value for key, value in compose.group(kind, like or name).items() if key != "name"}
@@ -186,7 +185,7 @@ class World:
         return cls.load(self._policy_folder(number), self.backend)
 
     def created(self, seed: int) -> Policy:
-        """As a run would make it, with its initial weights."""
+        """The policy as a run would create it, with initial weights."""
         cls, config = self._policy
         return cls.create(config, self.backend, self.tokenizer, seed)
 
@@ -219,7 +218,7 @@ class World:
 
     @property
     def adapted(self) -> bool:
-        """The policy trains an adapter, whose weights are all that it saves."""
+        """The policy trains an adapter, and saves only that."""
         return isinstance(self._policy[1], adapters.LoRAConfig)
 
     @functools.cached_property
@@ -233,10 +232,10 @@ class World:
         folder = self.folder / f"policy{number}"
         self.created(number).save(folder)
         file, weights = saved_weights(folder)
-        if self.adapted:  # at first it adapts nothing, whatever its weights
+        if self.adapted:  # a fresh adapter changes nothing, whatever its weights
             rng = np.random.default_rng(number)
             weights = {name: rng.normal(0, 0.3, array.shape).astype(np.float32) for name, array in weights.items()}
-        elif not self.from_checkpoint:  # a checkpoint's weights are as large as they should be
+        elif not self.from_checkpoint:  # a checkpoint's weights are large enough
             weights = enlarged(weights)
         elif number:
             weights = {name: array[..., ::-1] for name, array in weights.items()}
@@ -246,6 +245,6 @@ class World:
     def _policies(self) -> str:
         names = [c.name for c in registry() if c.kind == "policy" and c.backend in (self.name, None)]
         if not names:
-            raise ConfigError(f"No policy is registered for the backend '{self.name}', so there is nothing to check it with.")
+            raise ConfigError(f"No policy is registered for the backend '{self.name}', so there is no way to check it.")
         usual = compose.default("policy")
         return usual if usual in names else names[0]

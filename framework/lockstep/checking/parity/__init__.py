@@ -1,4 +1,4 @@
-"""`lockstep parity`: the same experiment on two backends, step by step: where and by how much they part.
+"""`lockstep parity`: runs one experiment on two backends step by step, and shows where and by how much they part.
 
 march         the two runs, and what is compared when
 differences   the measures
@@ -65,7 +65,7 @@ class ParityReport:
 
 
 def parity(overrides: Sequence[str], *, same_start: bool = False, steps: int | None = None, output: Path) -> ParityReport:
-    """Run it, and write report.md, parity.json, steps.csv and the figure to ``output``, whatever stopped it."""
+    """Run it, and write report.md, parity.json, steps.csv and the figure to ``output``, however it ends."""
     march = March(overrides, same_start=same_start, steps=steps)
     options = ["--same-start"] * same_start + ["--steps", str(steps)] * (steps is not None)
     started = datetime.datetime.now(datetime.UTC)
@@ -91,7 +91,7 @@ def print_summary(report: ParityReport, console: rich.console.Console | None = N
     """The table, and a sentence per stage.
 
     Raises:
-      Stopped: it was; after printing.
+      Stopped: the run was stopped; raised after printing.
     """
     console = console or Console().out
     console.print(report.table.title, style="bold")
@@ -101,14 +101,14 @@ def print_summary(report: ParityReport, console: rich.console.Console | None = N
     for file in report.files:
         console.print(f"wrote {file}", markup=False, highlight=False)
     if report.stopped:
-        raise Stopped(f"{report.stopped}. The report holds what was measured until then.")
+        raise Stopped(f"{report.stopped}. The report covers everything until then.")
 
 
-# ----------------------------------------------------------------------------------------------------- what it comes to
+# ------------------------------------------------------------------------------------------------------------ in words
 
 
 def sentence(stage: StageSteps, names: tuple[str, str], same_start: bool) -> str:
-    """What a stage's numbers mean."""
+    """A stage's numbers in words."""
     tokens, same = (sum(getattr(step, name) for step in stage.steps) for name in ("tokens", "tokens_same"))
     parts = []
     if tokens and same == tokens:
@@ -181,7 +181,7 @@ def write(report: ParityReport, output: Path) -> list[Path]:
 
 
 def tidy(stages: Sequence[StageSteps]) -> Iterator[dict[str, Any]]:
-    """One row per step, and one for what followed the last."""
+    """One row per step, and one for what followed the last step."""
     for stage in stages:
         for step in all_steps(stage):
             first = step.first
@@ -217,7 +217,7 @@ def markdown(report: ParityReport) -> str:
 
 
 def stage_table(stage: StageSteps) -> Table:
-    """Every measure of a stage: where it began, where it was largest, where it ended."""
+    """Every measure of a stage: at the first step, at its largest, at the last step."""
     names = dict.fromkeys(name for step in all_steps(stage) for name in step.measures)
     order = [*(name for name in MEASURES if name in names), *sorted(name for name in names if name not in MEASURES)]
     rows = []

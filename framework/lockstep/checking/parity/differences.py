@@ -1,7 +1,7 @@
-"""How far two steps part: crossing by crossing of `lockstep.checking.tap`, then parameter by parameter.
+"""How far two steps differ: crossing by crossing of `lockstep.checking.tap`, then parameter by parameter.
 
-Where rows have different tokens, what a model says of them is another question and not compared; neither is anything
-outside the mask. A step's measure is the largest over its crossings.
+Rows with different tokens are not compared: a model's outputs for them answer different questions. Nothing outside the mask
+is compared either. A step's measure is the largest over its crossings.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from lockstep.text.sequences import Sequences
 
 @dataclass(frozen=True)
 class Token:
-    """The first differing token of a step: of the earliest column, the first row.
+    """The first differing token of a step: in the earliest column, the first row.
 
-    tie: how far the two winners' log-probability + Gumbel noise are apart. As small as the log-probabilities differ: the
-      draw was a tie that rounding decided. Large: the backends sampled by different rules or noise.
+    tie: the gap between the two winners' log-probability + Gumbel noise. If it is as small as the differences of the
+      log-probabilities, the draw was a tie that rounding decided. If large, the backends sampled by different rules or noise.
     """
 
     row: int
@@ -35,7 +35,7 @@ class Token:
 
 @dataclass
 class Step:
-    """measures: see `docs/parity.md`; ``notes``: what could not be compared, and why."""
+    """``measures``: see `docs/parity.md`. ``notes``: what could not be compared, and why."""
 
     stage: str
     number: int
@@ -52,7 +52,7 @@ class Step:
 
 
 def compare_crossings(step: Step, names: tuple[str, str], first: Sequence[Crossing], second: Sequence[Crossing]) -> None:
-    """Pair by pair, up to the first that is not a pair."""
+    """Pair by pair, up to the first two that do not match."""
     for number, pair in enumerate(zip_longest(first, second)):
         kinds = ["nothing" if crossing is None else type(crossing).__name__ for crossing in pair]
         if kinds[0] != kinds[1]:
@@ -149,12 +149,12 @@ def _same_rows(step: Step, a: Sequences, b: Sequences) -> np.ndarray:
 
 
 def _counted(array: np.ndarray, mask: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Which elements to compare: those under the mask where there is a column per token, else those of the rows."""
+    """Which elements to compare: those under the mask if there is a column per token, else those of the rows."""
     return mask & rows[:, None] if array.shape == mask.shape else rows
 
 
 def _largest(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float | None:
-    """max |a - b|; where both are NaN they agree, where one is they are infinitely far apart. None: nothing counts."""
+    """max |a - b|. Two NaN agree; one NaN is infinitely far from a number. None: nothing counts."""
     if a.shape != b.shape:
         return float("inf") if where.any() else None
     a, b = np.asarray(a[where], np.float64), np.asarray(b[where], np.float64)
@@ -175,12 +175,12 @@ def compare_parameters(step: Step, one: Learner, other: Learner) -> None:
 
 
 def parameters(learner: Learner) -> dict[str, np.ndarray]:
-    """Of all models that it trains."""
+    """The parameters of all models that it trains."""
     return {f"{model}.{name}": p for model, m in learner.models.items() for name, p in m.parameters().items()}
 
 
 def distance(step: Step, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> tuple[float, float, str]:
-    """The largest absolute difference, ||a - b|| / ||a||, and where the largest is."""
+    """The largest absolute difference, ||a - b|| / ||a||, and the place of the largest."""
     if unknown := sorted(a.keys() ^ b.keys()):
         step.notes.append(f"only one of the two has {', '.join(unknown[:3])}")
     largest, where, apart, size = 0.0, "", 0.0, 0.0

@@ -1,4 +1,4 @@
-"""The two runs: the same experiment composed for each backend, and every training stage walked step by step on both."""
+"""The two runs: the same experiment composed for each backend, and every training stage run step by step on both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lockstep.runs.runner import GracefulStop
 
 @dataclass
 class StageSteps:
-    """``total``: steps that the stage has. ``end``: what `Algorithm.finish` did, if it asked a model anything."""
+    """``total``: all steps of the stage. ``end``: the crossings of `Algorithm.finish`, if it called a model."""
 
     name: str
     total: int
@@ -32,7 +32,7 @@ class StageSteps:
 
 
 class Side(Assembly):
-    """One backend's run. What its algorithms are given goes through a tap."""
+    """One backend's run. Its algorithms' inputs go through a tap."""
 
     tap: Tap
 
@@ -50,23 +50,23 @@ class Side(Assembly):
         return stage.component(stage.config, context)
 
     def crossings(self) -> list[Crossing]:
-        """Those since this was last asked."""
+        """The crossings since the last call."""
         found, self.tap.crossings = self.tap.crossings, []
         return found
 
 
 class March:
-    """``stages`` fills up as it goes, so that what was measured is there however it ends.
+    """``stages`` fills up during the run, so that measurements survive however it ends.
 
     Args:
-      same_start: before each step the second backend takes the first's parameters, optimizer and algorithm state; before
-        each stage the first's outputs.
-      steps: of each stage, at most.
+      same_start: before each step the second backend takes the first one's parameters, optimizer and algorithm state; before
+        each stage, the first one's outputs.
+      steps: limit on the steps of each stage.
     """
 
     def __init__(self, overrides: Sequence[str], *, same_start: bool = False, steps: int | None = None):
         if steps is not None and steps < 1:
-            raise ConfigError(f"--steps {steps} compares nothing. Give at least 1, or leave it out for all steps.")
+            raise ConfigError(f"--steps {steps} compares nothing. Give at least 1, or leave it out to run all steps.")
         self.names, compositions = split(overrides)
         self.sides = [Side(Experiment(compose.compose(composition)), {}) for composition in compositions]
         self.same_start, self.most = same_start, steps
@@ -75,7 +75,7 @@ class March:
         self.stopped = ""
 
     def run(self, console: Console) -> None:
-        """Ctrl-C ends it after the step in flight, a second one at once; either way ``stopped`` says where."""
+        """Ctrl-C ends it after the step in progress, a second one at once; either way ``stopped`` says where."""
         with tempfile.TemporaryDirectory(prefix="lockstep-parity-") as folder, GracefulStop() as stop:
             try:
                 for stage in self.training:
@@ -112,7 +112,7 @@ class March:
         self._save(stages, (first, second), folder)
 
     def _crossed(self, stage: str, number: int, call: Any, first: Algorithm, second: Algorithm) -> Step:
-        """Call both; how far what crossed is apart."""
+        """Call both, and measure the differences of what crossed."""
         step, crossings = Step(stage, number), []
         for side, algorithm in zip(self.sides, (first, second), strict=True):
             call(algorithm)
@@ -139,7 +139,7 @@ def split(overrides: Sequence[str]) -> tuple[tuple[str, str], list[list[str]]]:
     """The two backends' names, and the overrides of each. ``torch.threads=1`` is ``backend.threads=1`` for torch alone.
 
     Raises:
-      ConfigError: not two backends.
+      ConfigError: the overrides do not name two backends.
     """
     default = usual_backends()
     value = [o.partition("=")[2] for o in [f"backend={default}", *overrides] if o.startswith("backend=")][-1]
@@ -147,7 +147,7 @@ def split(overrides: Sequence[str]) -> tuple[tuple[str, str], list[list[str]]]:
     if len(names) != 2 or names[0] == names[1] or not all(names):
         count = {1: "one", 2: "twice the same"}.get(len(names), str(len(names)))
         raise ConfigError(
-            f"lockstep parity compares two backends; backend={value} names {count}. "
+            f"lockstep parity compares two backends, but backend={value} names {count}. "
             f"Type backend=FIRST,SECOND: the first is the reference, and backend={default} is the default."
         )
     compositions = []
@@ -163,7 +163,7 @@ def split(overrides: Sequence[str]) -> tuple[tuple[str, str], list[list[str]]]:
 
 
 def usual_backends() -> str:
-    """'first,second' of the installed backends; the first is the one that the configuration chooses."""
+    """'first,second' of the installed backends; the first is the configuration's."""
     usual = compose.default("backend")
     installed = [c.name for c in registry() if c.kind == "backend" and not c.missing()]
     return ",".join(sorted(installed, key=lambda name: (name != usual, name))[:2])

@@ -31,7 +31,7 @@ def differing(step: Step) -> float | None:
 
 PANELS: dict[str, dict[str, Value]] = {
     "Tokens that differ, share of all": {"": differing},
-    "What models say of the same tokens, |difference|": {
+    "Model outputs for the same tokens, |difference|": {
         name: measure(key)
         for key, name in (("logprobs", "log-probabilities"), ("entropy", "entropy"), ("values", "values"), ("scores", "scores"))
     },
@@ -45,7 +45,7 @@ PANELS: dict[str, dict[str, Value]] = {
 
 
 def figure(stages: Sequence[StageSteps], names: tuple[str, str], same_start: bool, folder: Path) -> list[Path]:
-    """parity.png and parity.svg; panels for which there is nothing are left out."""
+    """parity.png and parity.svg; panels without data are left out."""
     stages = [stage for stage in stages if stage.steps]
     steps = [step for stage in stages for step in stage.steps]
     shown = {
@@ -77,7 +77,7 @@ def figure(stages: Sequence[StageSteps], names: tuple[str, str], same_start: boo
 
 
 def panel(ax: Axes, lines: dict[str, Value], steps: Sequence[Step]) -> None:
-    """A line for each series that has values. Zeros, which a log axis has no place for, are rings on its lower edge."""
+    """A line for each series that has values. Zeros, which a log axis cannot show, are rings on its lower edge."""
     ax.set_yscale("log")
     zeros: list[int] = []
     positive = False

@@ -1,7 +1,7 @@
-"""``lockstep new-plugin NAME``: a plugin package that installs, runs and passes the conformance kit as it is, to be edited.
+"""``lockstep new-plugin NAME``: a plugin package to edit, which already installs, runs and passes the conformance kit.
 
-``templates/common`` and ``templates/<kind>`` hold its files, with ``NAME`` in their paths and ``{{name}}``, ``{{Class}}``,
-``{{distribution}}`` in their text, and ``.template`` at the end: tools that look for Python leave them alone.
+``templates/common`` and ``templates/<kind>`` hold its files, with ``NAME`` in their paths and ``{{name}}``, ``{{Class}}`` and
+``{{distribution}}`` in their text. They end in ``.template``, so that Python tools leave them alone.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from lockstep.reporting.console import Console
 TEMPLATES = Path(__file__).parent / "templates"
 SUFFIX = ".template"
 MANIFESTS = {"policy": ("torch", "jax")}
-"""Names of the manifests where they are not one called ``plugin``: one for each backend."""
+"""Manifests of kinds that have one per backend, instead of a single ``plugin``."""
 
 
 def new_plugin(name: str, kind: str, where: Path) -> Path:
-    """Write ``where/lockstep-<name>`` and print what to type next; the folder.
+    """Write ``where/lockstep-<name>`` and print what to type next. Returns the folder.
 
     Raises:
-      ConfigError: a name that cannot be used, or a folder that is there already. Nothing is written then.
+      ConfigError: the name cannot be used, or the folder exists. Nothing is written then.
     """
     _check(name, kind)
     folder = where / f"lockstep-{name.replace('_', '-')}"
     if folder.exists():
-        raise ConfigError(f"{folder} is there already, and stays as it is. Choose another name, or move it away.")
+        raise ConfigError(f"{folder} already exists and was not changed. Choose another name, or move the folder away.")
     for path, text in package(name, kind).items():
         file = folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
     console = Console()
-    console.say(f"{folder}: the {kind} '{name}', which works as it is. To install, test and check it:\n")
+    console.say(f"{folder}: the {kind} '{name}', ready to run. To install, test and check it:\n")
     console.say(f"  cd {folder.name}\n  pip install -e .\n  python -m pytest\n  lockstep check {name} --kind {kind}\n")
     console.say(f"Then read README.md: it says what to edit in lockstep_{name}/, and how to run an experiment with it.")
     return folder
@@ -79,11 +79,11 @@ def _check(name: str, kind: str) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name):
         simple = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()).strip("_0123456789")
         hint = f" Try: lockstep new-plugin {simple} --kind {kind}" if simple and not keyword.iskeyword(simple) else ""
-        raise ConfigError(f"'{name}' cannot be the name of a module: small letters, digits and single underscores.{hint}")
+        raise ConfigError(f"'{name}' cannot be the name of a module. Use small letters, digits and single underscores.{hint}")
     if owners := {c.distribution for c in registry() if (c.kind, c.name) == (kind, name)}:
         raise ConfigError(f"The {kind} '{name}' exists, from {' and '.join(sorted(owners))}. Choose another name.")
     if importlib.util.find_spec(f"lockstep_{name}"):
-        raise ConfigError(f"A module lockstep_{name} is installed already. Choose another name than '{name}'.")
+        raise ConfigError(f"A module lockstep_{name} is already installed. Choose another name than '{name}'.")
     taken = "\n".join(file.read_text(encoding="utf-8") for file in (TEMPLATES / kind).rglob(f"*.py{SUFFIX}"))
     if re.search(rf"\b{class_name(name)}\b", taken):
         raise ConfigError(f"The class of '{name}' would be {class_name(name)}, which means something else. Choose another name.")

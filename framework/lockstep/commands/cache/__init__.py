@@ -22,9 +22,9 @@ ACTIONS = ("list", "why", "prune")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", nargs="?", default="list", help="list, why or prune; then overrides, as of lockstep run")
-    parser.add_argument("--older-than", help="prune only what has not changed for so long: 12h, 30d, 4w")
-    parser.add_argument("--yes", action="store_true", help="prune: remove; without it the stages are only listed")
+    parser.add_argument("action", nargs="?", default="list", help="list, why or prune; then overrides, as for lockstep run")
+    parser.add_argument("--older-than", help="prune only stages unchanged for this long: 12h, 30d, 4w")
+    parser.add_argument("--yes", action="store_true", help="prune: remove the stages instead of listing them")
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if "=" in action:
         action, overrides = "list", [action, *overrides]
     if action not in ACTIONS:
-        raise ConfigError(f"lockstep cache {action}: no such action.{did_you_mean(action, ACTIONS)} There are: list, why, prune.")
+        raise ConfigError(f"lockstep cache {action}: no such action.{did_you_mean(action, ACTIONS)} Actions: list, why, prune.")
     config, console = compose(overrides), Console()
     root = Path(config["folder"])
     if action == "why":
@@ -75,6 +75,6 @@ def size(count: float) -> str:
 
 
 def age(seconds: float) -> str:
-    """'3 h', the largest unit of which there is one."""
+    """'3 h', in the largest unit that fits."""
     length, unit = next(((n, u) for n, u in ((86400, "d"), (3600, "h"), (60, "min")) if seconds >= n), (1, "s"))
     return f"{seconds / length:.0f} {unit}"

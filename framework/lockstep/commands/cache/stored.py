@@ -1,7 +1,7 @@
-"""Stored stages: which runs may use what is there, why one is not reused, and what no run needs any more.
+"""Stored stages: which runs use them, why one is not reused, and which ones no run needs.
 
-A stage is used by every run whose folder names it. To be rid of a run, remove its folder, then prune. Nothing here changes a
-stage that a process is working on.
+A stage is used by every run whose folder names it. To get rid of a run, remove its folder, then prune. Nothing here changes
+a stage that a process is working on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lockstep.storage.files import read_json
 UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
 
-# ------------------------------------------------------------------------------------------------------- what is there
+# ------------------------------------------------------------------------------------------------------- list
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Entry:
 
 
 def entries(root: Path) -> list[Entry]:
-    """The stages under ``root``, by name."""
+    """The stages under ``root``, sorted by name."""
     users = _users(root)
     folders = sorted(path for path in (root / "stages").glob("[!.]*") if path.is_dir())
     return [entry(folder, users.get(folder.name, ())) for folder in folders]
@@ -53,17 +53,17 @@ def entry(folder: Path, runs: Sequence[str]) -> Entry:
 def _state(folder: Path) -> str:
     with store.hold_if_free(folder) as owner:
         if owner is not None:
-            return f"process {owner} works on it"
+            return f"process {owner} is working on it"
     if StageFolder(folder).done:
         return "done"
     if (folder / "done.json").exists():
-        return "damaged: files of its output are gone or changed"
+        return "damaged: files of its output are missing or changed"
     steps = [int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()]
     return f"unfinished, at step {max(steps)}" if steps else "unfinished, without a checkpoint"
 
 
 def _users(root: Path) -> dict[str, list[str]]:
-    """{stage folder: runs}: what a run has made or found, and what it is going to."""
+    """{stage folder: runs that made it, reused it, or are going to}."""
     users: dict[str, list[str]] = {}
     for file in sorted(root.glob("*/run.json")):
         record = read_json(file)
@@ -94,17 +94,17 @@ def _why(root: Path, folder: StageFolder, stage: str, content: ConfigGroup) -> s
     if not changes:
         return f"no stage of this name is stored in {root / 'stages'}"
     nearest = min(changes, key=lambda path: len(changes[path]))
-    return f"differs in {'; '.join(changes[nearest])} (from the nearest that is stored, {nearest.name})"
+    return f"differs in {'; '.join(changes[nearest])} (from the nearest stored one, {nearest.name})"
 
 
 # ------------------------------------------------------------------------------------------------------- removal
 
 
 def unused(root: Path, older_than: str | None = None) -> list[Entry]:
-    """Stages that no run uses and no process works on, unchanged for so long ('30d', '12h', '4w').
+    """Stages that no run uses and no process is working on, unchanged for this long ('30d', '12h', '4w').
 
     Raises:
-      ConfigError: a time that cannot be read.
+      ConfigError: ``older_than`` is not a time.
     """
     least = seconds(older_than) if older_than else 0.0
     return [e for e in entries(root) if not e.runs and not e.state.startswith("process") and e.age >= least]
@@ -117,12 +117,12 @@ def seconds(text: str) -> float:
 
 
 def remove(stage: Entry) -> bool:
-    """Remove a stage, unless a process has begun to work on it or a run to use it since it was listed."""
+    """Remove a stage, unless a process started working on it, or a run started using it, since it was listed."""
     root = stage.path.parents[1]
     with store.hold_if_free(stage.path) as owner:
         if owner is not None or stage.path.name in _users(root):
             return False
         gone = stage.path.with_name(f".{stage.path.name}.part")
-        stage.path.rename(gone)  # at once, so that nobody finds half of it
+        stage.path.rename(gone)  # atomic, so that no process finds half of it
         shutil.rmtree(gone)
     return True

@@ -23,8 +23,8 @@ USAGE = """lockstep run [overrides] [-m]
   lockstep run --config [overrides]                        print the resolved configuration and stop
   lockstep run --dry-run [overrides]                       check configuration, data and tokenizer, and stop
 
-Overrides are Hydra's: key=value, +key=value to add one, ~key to remove one. Run the same command again to go on where
-it stopped. Groups: """
+Overrides are Hydra's: key=value, +key=value to add one, ~key to remove one. Rerun the same command to resume a run.
+Groups: """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         from lockstep.runs.experiment import Experiment
 
         if many:
-            raise ConfigError("A dry run is of one run, not of a sweep: leave out -m.")
+            raise ConfigError("A dry run checks one run, not a sweep. Leave out -m.")
         dry_run(Experiment(compose([o for o in overrides if o != "--dry-run"])), Console())
     elif many:
         Console().say(sweep(overrides))
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def run_config(config: dict[str, Any], command: str) -> Path:
-    """Run one experiment and print its summary; the run folder."""
+    """Run one experiment and print its summary. Returns the run folder."""
     from lockstep.commands.run.sweeps import agent, objective
     from lockstep.reporting.summary import summary
     from lockstep.runs.experiment import Experiment, finished
@@ -66,7 +66,7 @@ def run_config(config: dict[str, Any], command: str) -> Path:
     console = Console()
     with agent() as tell:
         if folder := finished(config):
-            console.say(f"run {folder.name} is done already")
+            console.say(f"run {folder.name} is already done")
         else:
             folder = Runner(Experiment(config), console, command).run()
         console.out.print(summary(folder))

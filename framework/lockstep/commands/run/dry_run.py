@@ -1,8 +1,8 @@
-"""``lockstep run --dry-run``: all of a run that can be checked before a model is loaded or a folder written.
+"""``lockstep run --dry-run``: check everything that needs no model and no run folder.
 
-The configuration is composed and checked, the first rows of every data source are read as what they are for, the tokenizer
-renders one of them, and each stage says its arithmetic. Of data sets on the hub the first rows are streamed, and the
-arithmetic counts those only. What cannot be reached is named; it is not taken for right.
+The configuration is composed and checked, the first rows of every data source are parsed, the tokenizer renders one of them,
+and each stage states its arithmetic. For data sets on the hub, the first rows are streamed and the arithmetic counts only
+those. Whatever cannot be reached is listed as not checked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def dry_run(experiment: Experiment, console: Console) -> None:
         console.say(f"{where}: {found}")
         unknown += [where] if isinstance(found, Unreachable) else []
     tokenizer = local_tokenizer(experiment, data)
-    here = f"there is no {experiment.tokenizer.path} here, so it is taken for an id of the Hugging Face hub"
+    here = f"there is no folder {experiment.tokenizer.path}, so it is taken as a Hugging Face hub id"
     console.say(f"tokenizer: {_told(tokenizer, data) if tokenizer else here}")
     unknown += [] if tokenizer else ["tokenizer"]
     lines = []
@@ -40,22 +40,22 @@ def dry_run(experiment: Experiment, console: Console) -> None:
             lines.append((stage.name, "not known", "its data could not be reached"))
             unknown.append(f"stages.{stage.name}")
     console.plan(experiment.name, lines)
-    console.say(f"Not checked: {', '.join(unknown)}." if unknown else "All that a dry run can check is right.")
+    console.say(f"Not checked: {', '.join(unknown)}." if unknown else "Everything a dry run can check is correct.")
 
 
 def local_tokenizer(experiment: Experiment, data: DataSource) -> Tokenizer | None:
     """The policy's, if it is not on the hub.
 
     Raises:
-      ConfigError: its folder is not there; EOS, pad token or template are not usable.
+      ConfigError: its folder does not exist, or EOS, pad token or template cannot be used.
     """
     path = experiment.tokenizer.path
     if path is not None and not Path(path).exists():
         if is_hub_id(path):
             return None
-        raise ConfigError(f"There is no folder {path}, and no hub id looks like that (owner/name).")
+        raise ConfigError(f"There is no folder {path}, and it is not a hub id (owner/name).")
     assembly = Assembly(experiment, {})
-    assembly.data = data  # not all of it, from the hub
+    assembly.data = data  # from the hub, only the first rows
     return assembly.tokenizer
 
 

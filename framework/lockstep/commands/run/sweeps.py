@@ -1,8 +1,8 @@
-"""`lockstep run -m ...`: many runs of one command, whoever starts them.
+"""`lockstep run -m ...`: many runs from one command, whoever starts them.
 
-Hydra's sweeper composes the jobs (a grid, Optuna) and its launcher starts them (processes here, Slurm, Ray). A job is always
-`lockstep run` in a process of its own: no device state is shared, and what crashes is that job alone. The sweep's folder is
-named by its overrides, so the same sweep started again goes on in it:
+Hydra's sweeper composes the jobs (a grid, Optuna) and its launcher starts them (processes here, Slurm, Ray). Each job is a
+`lockstep run` in its own process: jobs share no device state, and a crash takes down one job only. The overrides name the
+sweep's folder, so the same command resumes the same sweep:
 
     <folder>/sweeps/<hash>/sweep.json   {"command", "started", "jobs": [{"overrides", "run", "status", "error", "objective"}]}
 
@@ -52,7 +52,7 @@ NEEDS = {
     "hydra/launcher=ray": "hydra_ray_launcher",
     "hydra/launcher=ray_jobs": "hydra_ray_launcher",
 }
-"""Choices that come from a package of their own."""
+"""Choices that need an extra package."""
 LAST_LINES = 5
 
 
@@ -64,16 +64,16 @@ class SweepFailed(LockstepError):
 
 
 def sweep(arguments: Sequence[str]) -> str:
-    """Run all jobs that are not done yet; what to say at the end.
+    """Run all jobs that are not done yet. Returns the closing summary.
 
     Raises:
-      ConfigError: before any job starts: what the sweep is made of cannot work.
-      SweepFailed: some jobs failed, after all have had their turn.
+        ConfigError: the sweep cannot work; raised before any job starts.
+        SweepFailed: some jobs failed; raised after all have run.
     """
     _check_installed(arguments)
     record = SweepFolder(_folder(arguments))
     record.begin(shlex.join(["lockstep", "run", *arguments]))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts: no reports to its makers
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts: no usage reports
     quoted = str(record.path).replace("'", r"\'")
     sys.argv = ["lockstep run", *arguments, f"hydra.sweep.dir='{quoted}'"]
 
@@ -83,7 +83,7 @@ def sweep(arguments: Sequence[str]) -> str:
 
     try:
         job()
-    except SystemExit:  # Hydra has said why
+    except SystemExit:  # Hydra has printed why
         if not record.jobs("failed", "running"):
             raise
     return _outcome(record)
@@ -94,11 +94,11 @@ def _check_installed(arguments: Sequence[str]) -> None:
         module = NEEDS.get(argument)
         if module and importlib.util.find_spec(f"hydra_plugins.{module}") is None:
             package, extra = module.replace("_", "-"), "ray" if "ray" in module else "sweeps"
-            raise ConfigError(f"{argument} needs {package}, not installed. Type: pip install 'lockstep-rlhf[{extra}]'")
+            raise ConfigError(f"{argument} needs {package}, which is not installed. Type: pip install 'lockstep-rlhf[{extra}]'")
 
 
 def _folder(arguments: Sequence[str]) -> Path:
-    """Where the sweep is recorded: named by what decides its jobs, in the folder of runs that all of them share."""
+    """Where the sweep is recorded: in the folder of runs that its jobs share, named by what decides the jobs."""
     decisive = [a for a in arguments if not re.match(r"-|hydra[/.]launcher", a)]
     try:
         overrides = OverridesParser.create().parse_overrides([a for a in decisive if not a.startswith("hydra")])
@@ -109,7 +109,7 @@ def _folder(arguments: Sequence[str]) -> Path:
 
 
 def _first(override: Override) -> str | None:
-    """The override with the first of the values that are swept; None for an interval, which has none."""
+    """The override with the first of its swept values; None for an interval, which has none."""
     if not override.is_sweep_override():
         return override.input_line
     return f"{override.get_key_element()}={next(override.sweep_string_iterator())}" if override.is_discrete_sweep() else None
@@ -121,12 +121,12 @@ def _outcome(record: SweepFolder) -> str:
     done = f"{len(jobs) - len(lost)} of {len(jobs)} jobs are done. The sweep is in {record.path}."
     if lost:
         lines = "\n".join(f"  lockstep run {shlex.join(job['overrides'])}\n{_indented(_fate(job))}" for job in lost)
-        raise SweepFailed(f"{len(lost)} jobs failed; to run one again:\n{lines}\n{done} The same command runs the rest.")
+        raise SweepFailed(f"{len(lost)} jobs failed; to rerun one:\n{lines}\n{done} The same command runs the rest.")
     return f"{done} To compare them: lockstep compare {record.path}"
 
 
 def _fate(job: Mapping[str, Any]) -> str:
-    return job["error"] or "nothing was heard of it any more: its process or machine is gone"
+    return job["error"] or "it stopped reporting: its process or machine is gone"
 
 
 def _indented(text: str) -> str:
@@ -149,7 +149,7 @@ class SweepFolder:
             record.setdefault("jobs", [])
 
     def note(self, overrides: list[str], **facts: Any) -> None:
-        """What is known of the job with these overrides now."""
+        """Record what is now known of the job with these overrides."""
         with self._changed() as record:
             job = next((job for job in record["jobs"] if job["overrides"] == overrides), None)
             if job is None:
@@ -157,7 +157,7 @@ class SweepFolder:
             job.update(facts)
 
     def jobs(self, *status: str) -> list[dict[str, Any]]:
-        """All of them, or those of these states."""
+        """All jobs, or those with these statuses."""
         jobs = read_json(self.path / "sweep.json")["jobs"]
         return [job for job in jobs if not status or job["status"] in status]
 
@@ -178,8 +178,8 @@ class SweepFolder:
 def run_job(
     overrides: list[str], config: DictConfig, folder: Path, cores: set[int] | None = None, label: str = ""
 ) -> float | None:
-    """One job of the sweep in ``folder``, on these cores, its lines printed after ``label``. Its objective; None where none
-    is asked for or it failed. Its errors are recorded, not raised, so that launchers and sweepers go on with the others."""
+    """Run one job of the sweep in ``folder``, on these cores, its lines printed after ``label``. Returns its objective; None if
+    none is asked for or the job failed. Errors are recorded, not raised, so that launchers and sweepers continue."""
     record, place = SweepFolder(folder), None
     try:
         groups = resolved(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
@@ -195,15 +195,15 @@ def run_job(
 
 
 def _done_already(groups: Mapping[str, Any], label: str) -> bool:
-    with contextlib.suppress(LockstepError):  # the job's own process has more on its path, and says what is wrong
+    with contextlib.suppress(LockstepError):  # the job's own process has more on its path, and reports errors
         if run := finished(groups):
-            print(f"{label}run {run.name} is done already", flush=True)
+            print(f"{label}run {run.name} is already done", flush=True)
             return True
     return False
 
 
 def _run(overrides: list[str], cores: set[int] | None, label: str) -> tuple[str, str | None]:
-    """(status, error) of a `lockstep run` in a process of its own."""
+    """(status, error) of a `lockstep run` in its own process."""
     pin = functools.partial(os.sched_setaffinity, 0, cores) if cores else None
     command = [sys.executable, "-m", "lockstep", "run", *overrides]
     lines: collections.deque[str] = collections.deque(maxlen=100)
@@ -218,16 +218,16 @@ def _run(overrides: list[str], cores: set[int] | None, label: str) -> tuple[str,
 
 
 def last_words(lines: Sequence[str]) -> str:
-    """From the last line on that begins like an error, or the last few."""
+    """The lines from the last one that starts like an error, or the last few."""
     errors = [i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt|Stopped|Stopped at once)\b", line)]
-    return "\n".join(lines[errors[-1] :] if errors else lines[-LAST_LINES:]) or "it said nothing"
+    return "\n".join(lines[errors[-1] :] if errors else lines[-LAST_LINES:]) or "it printed nothing"
 
 
 # ------------------------------------------------------------------------------------------------------- objectives
 
 
 def objective(run: Path, name: str) -> float | None:
-    """The value of ``stage/metric`` of a run that is done; None where it is not a number.
+    """The value of ``stage/metric`` of a finished run; None if it is not a number.
 
     Raises:
       ConfigError: the run has no such stage or metric.
@@ -240,20 +240,19 @@ def objective(run: Path, name: str) -> float | None:
     known = result["metrics"] | flatten(result.get("evaluation", {}))
     if metric not in known:
         raise ConfigError(
-            f"objective={name}: the stage {stage} has no '{metric}' at its end.{did_you_mean(metric, known)} "
-            f"It has: {listing(known)}."
+            f"objective={name}: the stage {stage} has no final '{metric}'.{did_you_mean(metric, known)} It has: {listing(known)}."
         )
     return known[metric]
 
 
 AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
-"""How an agent of a W&B sweep tells its command which W&B run it is."""
+"""Variables by which the agent of a W&B sweep names the W&B run to its command."""
 
 
 @contextlib.contextmanager
 def agent() -> Iterator[Callable[[Mapping[str, Any], str, float | None], None]]:
-    """A function that tells W&B's agent the objective, if one has started this process. Until it is called the stages do not
-    see what the agent has set: each has a W&B run of its own, where the agent's would get the steps of all."""
+    """A function that reports the objective to W&B's agent, if one started this process. Until it is called, the agent's
+    variables are hidden from the stages: each has its own W&B run, and would otherwise log its steps to the agent's."""
     told = {name: os.environ.pop(name) for name in AGENT if name in os.environ}
 
     def tell(config: Mapping[str, Any], name: str, value: float | None) -> None:
@@ -261,7 +260,7 @@ def agent() -> Iterator[Callable[[Mapping[str, Any], str, float | None], None]]:
             os.environ.update(told)
             import wandb
 
-            wandb.teardown()  # it reads the environment once
+            wandb.teardown()  # W&B reads the environment only once
             with wandb.init(group=run_name(config), job_type="objective", settings=wandb.Settings(silent=True)) as run:
                 run.log({name: value})
 
