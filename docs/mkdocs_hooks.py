@@ -1,5 +1,5 @@
-"""What the site is made of: Markdown pages and the files they show, wherever they lie in the repository, and one page of API
-reference for each module below, written from its docstrings."""
+"""The content of the site: Markdown pages and the files they show, from anywhere in the repository, and an API reference page for
+each module below, from its docstrings."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from pathlib import Path
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["*.md", "LICENSE", "docs/**/*", "benchmarks/**/*"]
-SUFFIXES = {".md", ".png", ".svg", ".css", ".yaml", ""}
+PAGES = ["*.md", "LICENSE", "CITATION.cff", "docs/**/*", "benchmarks/**/*"]
+SUFFIXES = {".md", ".png", ".svg", ".css", ".yaml", ".ipynb", ".cff", ""}
 
 API = {
     "lockstep": "The Python API.",
     "lockstep.interfaces": "What a plugin implements.",
-    "lockstep.registry": "Who supplies what, and how a plugin announces it.",
+    "lockstep.registry": "Resolves components by kind, name and backend; how plugins declare them.",
     "lockstep.types": "The nouns: prompts, demonstrations, comparisons.",
     "lockstep.errors": "Errors whose message explains the fix.",
     "lockstep.config.schema": "YAML to checked dataclasses.",
     "lockstep.learning.numerics": "KL, rewards, GAE, whitening, rankings, intervals.",
+    "lockstep.learning.rollout": "Prompts to sampled, stopped and scored responses.",
     "lockstep.learning.losses": "Losses over [batch, time], for every backend.",
     "lockstep.learning.randomness": "Every random number as a function of (seed, stream, step, row).",
     "lockstep.learning.optimisation": "Adam and learning-rate schedules.",
@@ -34,7 +35,7 @@ def on_config(config):
 
 
 def on_files(files: Files, config) -> Files:
-    """The theme's files, and ours under the paths that they have in the repository."""
+    """The theme's files, and ours under their paths in the repository."""
     found = {file for pattern in PAGES for file in ROOT.glob(pattern) if file.is_file() and file.suffix in SUFFIXES}
     ours = {file.relative_to(ROOT).as_posix(): {"abs_src_path": str(file)} for file in sorted(found)}
     listing = "".join(f"* [`{name}`]({name}.md): {summary}\n" for name, summary in API.items())

@@ -28,7 +28,7 @@ from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Comparison, Demonstration, Prompt
 from lockstep_rlhf.reward_models.learned import Learned
 
-# Programs that run for milliseconds: compiled in a thirtieth of the time, to code a few times slower. Read by XLA when its
+# Programs that run for milliseconds: compiled in a small part of the time, to code a few times slower. Read by XLA when its
 # first device is made, which importing jax does not do; inherited by the processes that tests start.
 FAST_COMPILATION = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "

@@ -272,6 +272,18 @@ def test_a_public_checkpoint_that_pads_with_eos_is_opened(policy, tmp_path):
     assert loaded.chat(QUESTION, max_tokens=6) == policy.chat(QUESTION, max_tokens=6)
 
 
+def test_adapters_on_a_checkpoint_are_a_new_policy(policy, tmp_path):
+    base = policy.save(tmp_path / "base")
+    adapter = lockstep.new_policy(policy.backend, policy="lora", path=str(base), rank=2)
+    assert adapter.name == "lora" and adapter.tokenizer.core.to_str() == policy.tokenizer.core.to_str()
+    assert adapter.chat(QUESTION, max_tokens=6) == policy.chat(QUESTION, max_tokens=6)
+    learned = {"demonstrations": [(QUESTION, "wug eats plums .")], "epochs": 4, "batch_size": 1}
+    tuned = lockstep.train(adapter, "sft", **learned, optimizer={"learning_rate": 0.05})
+    again = lockstep.load(tuned.save(tmp_path / "adapter"), policy.backend)
+    assert again.name == "lora" and set(again.policy.parameters()) == set(tuned.policy.parameters())
+    assert again.chat(QUESTION, max_tokens=6) == tuned.chat(QUESTION, max_tokens=6) != policy.chat(QUESTION, max_tokens=6)
+
+
 # ------------------------------------------------------------------------------------------------------------- training
 
 

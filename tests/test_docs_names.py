@@ -35,12 +35,17 @@ def names(file: Path) -> frozenset[str]:
                 new = [node.target.id] if isinstance(node.target, ast.Name) else []
             elif isinstance(node, (ast.Import, ast.ImportFrom)):
                 new = [alias.asname or alias.name for alias in node.names]
+            elif isinstance(node, ast.If):  # imports for type checkers, of names that are there at run time too
+                visit(node.body, prefix)
+                new = []
             else:
                 new = []
             found.update(prefix + name for name in new)
             found.update(new if prefix else [])
             if isinstance(node, ast.ClassDef):
                 visit(node.body, f"{prefix}{node.name}.")
+            if isinstance(node, ast.If):  # under TYPE_CHECKING: names that a package imports when they are first asked for
+                visit(node.body, prefix)
 
     visit(ast.parse(file.read_text(encoding="utf-8")).body, "")
     return frozenset(found)

@@ -6,9 +6,9 @@
 # %% [markdown]
 # # First steps
 #
-# A policy learns to answer from demonstrations, then to please a Python function, in a minute on a laptop. It starts from scratch
-# and knows the few hundred words of the miniature. With a real model the same lines apply: replace `new_policy` by
-# `lockstep.load("HuggingFaceTB/SmolLM2-135M-Instruct")`.
+# A policy learns to answer from demonstrations, then to maximise a Python reward function, in a minute on a laptop. It starts
+# from scratch and knows the few hundred words of the miniature. For a real model, replace `new_policy` with
+# `lockstep.load("HuggingFaceTB/SmolLM2-135M-Instruct")`; the rest stays the same.
 
 # %%
 import lockstep
@@ -18,8 +18,8 @@ questions = ["what colour is jarl ?", "where does dax live ?", "what does wug ea
 policy.respond(questions, max_tokens=8)
 
 # %% [markdown]
-# That is noise. Supervised fine-tuning teaches it to answer, and when to stop. `train` returns a new policy and leaves the given
-# one alone; keys of the algorithm are keyword arguments.
+# That is noise. Supervised fine-tuning teaches the policy to answer, and when to stop. `train` returns a new policy and does not
+# change the old one. The algorithm's keys are keyword arguments.
 
 # %%
 answers = [
@@ -42,8 +42,8 @@ tuned.metrics["loss"].iloc[[0, -1]]
 tuned.respond(questions, seed=1)
 
 # %% [markdown]
-# Asked what wug eats, it says honey or plums. A reward is a function of prompts and responses. This one prefers plums; PPO finds
-# out, and the KL penalty keeps the rest as it was.
+# Asked what wug eats, the policy says honey or plums. A reward is a function of prompts and responses. This one prefers plums.
+# PPO learns that, and the KL penalty keeps the rest of the behaviour unchanged.
 
 
 # %%
@@ -71,7 +71,8 @@ food = {
 print(food)
 
 # %% [markdown]
-# A dialogue, streamed, and a folder that transformers and `lockstep chat my-policy` open, and `lockstep.load` on either backend.
+# Stream a dialogue, and save the policy to a folder. transformers, `lockstep chat my-policy` and `lockstep.load` on either
+# backend open it.
 
 # %%
 conversation = better.conversation()

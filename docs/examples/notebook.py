@@ -1,4 +1,4 @@
-"""A script in jupytext's percent format as a notebook beside it, without outputs.
+"""Writes a script in jupytext's percent format as a notebook next to it, without outputs.
 
 python docs/examples/notebook.py docs/examples/first_steps.py
 """

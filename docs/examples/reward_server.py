@@ -1,4 +1,4 @@
-"""A reward server of its own, standard library only: python docs/examples/reward_server.py [port]. Then
+"""A minimal reward server, standard library only: python docs/examples/reward_server.py [port]. Then
 
 lockstep run reward_model=endpoint reward_model.url=http://127.0.0.1:8000/score '~stages.reward'
 """
@@ -19,7 +19,7 @@ class RewardServer(BaseHTTPRequestHandler):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             scores = [score(*pair) for pair in zip(asked["prompts"], asked["responses"], strict=True)]
             self.answer(200, {"scores": scores})
-        except (KeyError, TypeError, ValueError) as error:  # the request's fault: asking again would not help
+        except (KeyError, TypeError, ValueError) as error:  # a bad request: a retry would not help
             self.answer(400, {"error": repr(error)})
 
     def answer(self, status: int, content: dict) -> None:

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
@@ -107,7 +107,7 @@ class Model(ABC):
         adapter's and the head's only (`lockstep.models.adapters`)."""
 
     @abstractmethod
-    def copy(self) -> Model:
+    def copy(self) -> Self:
         """An independent model with equal parameters, such as a reference: training the original does not change it."""
 
     @abstractmethod
@@ -296,7 +296,7 @@ class Term:
     dropout: Dropout | None = None
     forward: ForwardPass | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         made = self.forward
         if made is None:
             return
@@ -564,7 +564,7 @@ class DataSource(ABC, Component):
     @classmethod
     def preview(cls, config: Any) -> DataSource:
         """The source as a dry run opens it: at most the first rows of remote data."""
-        return cls(config)
+        return cls(config)  # type: ignore[call-arg]  # every source is built from its configuration
 
     def survey(self) -> Iterator[tuple[str, str | Unreachable]]:
         """For a dry run: each place in the configuration that names data, and what was found there, or why that is unknown.

@@ -20,6 +20,7 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lockstep.errors import RegistryError, did_you_mean, listing
 
@@ -60,7 +61,7 @@ class Component:
         """Required modules that are not installed; checked without importing any."""
         return [m for m in (self.plugin.requires if self.plugin else ()) if importlib.util.find_spec(m) is None]
 
-    def load(self) -> type:
+    def load(self) -> type[Any]:
         """The class itself.
 
         Raises:
@@ -104,7 +105,7 @@ class Registry:
         if plugin.conf is not None:
             self.conf[distribution] = plugin.conf
 
-    def resolve(self, kind: str, name: str, backend: str | None = None) -> type:
+    def resolve(self, kind: str, name: str, backend: str | None = None) -> type[Any]:
         """The class registered for exactly this backend, else the backend-neutral one, else the one ``name`` spells
         as ``module:Object``.
 

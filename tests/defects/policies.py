@@ -419,3 +419,11 @@ class OneSeedForAll(Decoder):
     @classmethod
     def create(cls, config, backend, tokenizer, seed):
         return super().create(config, backend, tokenizer, 0)
+
+
+@defect("policy", caught_by="a_stream_gives_the_tokens_of_generate")
+class StreamsFromTheFirstSeed(Decoder):
+    """Each streamed token is drawn as the first one: from the seeds of column 0."""
+
+    def stream(self, prompt_tokens, prompt_mask, seeds, **how):
+        return super().stream(prompt_tokens, prompt_mask, np.repeat(seeds[:, :1], seeds.shape[1], axis=1), **how)

@@ -18,7 +18,12 @@ FORMS = {
     "comparisons": "(prompt, chosen, rejected) or (prompt, completions, ranks), where rank 0 is best",
     "texts": "text",
 }
-NOUNS = {"prompts": Prompt, "demonstrations": Demonstration, "comparisons": Comparison, "texts": ()}
+NOUNS: Mapping[str, tuple[type, ...]] = {
+    "prompts": (Prompt,),
+    "demonstrations": (Demonstration,),
+    "comparisons": (Comparison,),
+    "texts": (),
+}
 
 
 def read(noun: str, items: Iterable[Any]) -> list[Any]:
@@ -36,8 +41,8 @@ def read(noun: str, items: Iterable[Any]) -> list[Any]:
             found.append(_read(noun, item, f"{noun}[{number}]"))
         except BadRow as error:
             raise DataError(f"{noun}[{number}]: {error} Each item should be {FORMS[noun]}.") from error
-        except LeftOut as reason:
-            left_out[str(reason)] = left_out.get(str(reason), 0) + 1
+        except LeftOut as why:
+            left_out[str(why)] = left_out.get(str(why), 0) + 1
     for reason, count in left_out.items():
         log.warning("%s: %d left out: %s", noun, count, reason)
     if not found:
@@ -79,6 +84,7 @@ def _plain(prompt: Any) -> Any:
 
 def prompt(item: Any) -> Prompt:
     """One item as a prompt."""
+    found: Prompt
     (found,) = read("prompts", [item])
     return found
 

@@ -220,12 +220,13 @@ def new_policy(
     backend: str | Mapping[str, Any] | Backend | None = None, *, policy: str | None = None,
     tokenizer: Tokenizer | str | Path | None = None, seed: int = 0, **settings: Any,
 ) -> ChatPolicy:  # fmt: skip
-    """A policy with fresh weights, the same on every backend.
+    """A policy with fresh weights, the same on every backend; or fresh adapters on a checkpoint: policy='lora', path='...'.
 
     Args:
       backend: as for `load`.
       policy: the registered policy; None takes the default of `conf/config.yaml`, a small decoder.
-      tokenizer: a tokenizer, or the folder or hub id of one; None takes that of the default data source, the miniature.
+      tokenizer: a tokenizer, or the folder or hub id of one; None takes the checkpoint's, else that of the default data source,
+        the miniature.
       seed: of the weights.
       settings: keys of the policy's configuration that differ from its file in `conf/policy`: layers=2, hidden_size=64, ...
 
@@ -234,13 +235,16 @@ def new_policy(
     """
     defaults, chosen = compose([]), open_backend(backend)
     keys = group("policy", policy) | {"name": policy} if policy else defaults["policy"]
-    cls = registry().resolve("policy", keys["name"], chosen.name)
+    cls: type[Policy] = registry().resolve("policy", keys["name"], chosen.name)
     config = component_config(cls, laid_over(keys, settings), "policy")
-    if tokenizer is None:
+    replacements = cls.tokenizer_config(config)
+    if isinstance(tokenizer, Tokenizer):
+        own: Tokenizer | None = tokenizer
+    elif path := tokenizer or replacements.path:
+        own = load_tokenizer(path, replacements)
+    else:
         source = registry().resolve("data", defaults["data"]["name"])
-        tokenizer = source(component_config(source, defaults["data"], "data")).tokenizer()
-    elif not isinstance(tokenizer, Tokenizer):
-        tokenizer = load_tokenizer(tokenizer, config.tokenizer)
-    if tokenizer is None:
+        own = source(component_config(source, defaults["data"], "data")).tokenizer()
+    if own is None:
         raise ConfigError("A policy that starts from scratch needs a tokenizer. Pass tokenizer=, a folder or a hub id.")
-    return ChatPolicy(cls.create(config, chosen, tokenizer, seed), tokenizer, chosen, keys["name"])
+    return ChatPolicy(cls.create(config, chosen, own, seed), own, chosen, keys["name"])

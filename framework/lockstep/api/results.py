@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from lockstep.api import sources
 from lockstep.config.compose import compose
 from lockstep.errors import CheckpointError
-from lockstep.reporting.compare import records
 from lockstep.reporting.compare.groups import group
+from lockstep.reporting.compare.reading import read
 from lockstep.reporting.compare.records import Estimate
+from lockstep.reporting.compare.records import Run as Record
 from lockstep.reporting.compare.tidy import COLUMNS, rows
 from lockstep.reporting.console import Console
 from lockstep.storage.files import read_json
@@ -50,8 +51,8 @@ class Run:
         return str(read_json(self.folder / "run.json")["status"])
 
     @property
-    def _record(self) -> records.Run:
-        return records.read([self.folder]).runs[0]
+    def _record(self) -> Record:
+        return read([self.folder]).runs[0]
 
     @property
     def metrics(self) -> pandas.DataFrame:
@@ -118,7 +119,7 @@ def results(*paths: str | Path) -> pandas.DataFrame:
     """
     import pandas
 
-    reading = records.read(paths or ["runs"])
+    reading = read(paths or ["runs"])
     for problem in reading.problems:
         Console().say(problem)
     return pandas.DataFrame(list(rows(group(reading, None))), columns=list(COLUMNS))

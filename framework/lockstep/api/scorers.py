@@ -123,7 +123,7 @@ class Learned(RewardModel):
         return self.scorer.read(responses.sequences)
 
     def value_network(self) -> ScalarModel:
-        return self.scorer.model.copy()  # type: ignore[return-value]
+        return self.scorer.model.copy()
 
 
 class Called(RewardModel):

@@ -53,7 +53,7 @@ def train(
       ConfigError: a key that the algorithm has not, or a value that does not fit.
       MissingData: data that the algorithm needs and was not given.
     """
-    cls = registry().resolve("algorithm", algorithm, policy.backend.name)
+    cls: type[Algorithm] = registry().resolve("algorithm", algorithm, policy.backend.name)
     config = component_config(cls, laid_over(group("algorithm", algorithm), settings), algorithm)
     if cls.needs_reward_model and reward is None:
         raise ConfigError(f"{algorithm} needs a reward. Pass reward=, a function (prompts, responses) -> scores, or a Scorer.")
@@ -63,9 +63,10 @@ def train(
     data = Given({noun: items.read(noun, found) for noun, found in given.items() if found is not None})
     scores = None if reward is None else reward_model(reward, policy)
     console = Console()
-    trainer = cls(config, Context(seed, policy.backend, policy.tokenizer, data, policy.policy.copy(), scores))
+    own: Any = policy.policy.copy()  # some algorithms train it in place
+    trainer = cls(config, Context(seed, policy.backend, policy.tokenizer, data, own, scores))
     metrics = _metrics(_steps(algorithm, trainer, console))
-    made = trainer.result()
+    made: Any = trainer.result()
     if cls.produces == "policy":
         return ChatPolicy(made, policy.tokenizer, policy.backend, policy.name, metrics)
     return Scorer(made, policy.tokenizer, policy.backend, policy.name, metrics)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import sys
 import unicodedata
 from collections.abc import Generator, Iterator, Sequence
@@ -49,7 +50,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     policy = load(a.source, a.backend, stage=a.stage)
     conversation = policy.conversation(system=a.system, max_tokens=a.max_tokens, temperature=a.temperature, seed=a.seed)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have every character
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have every character
     if policy.tokenizer.chat_template is None:
         print("This policy has no chat template: it continues each line as plain text.", file=sys.stderr)
     if terminal:

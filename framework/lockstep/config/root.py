@@ -72,6 +72,6 @@ def _check_group(kind: str, group: ConfigGroup, where: str, backend: str | None)
         component_config(component.load(), group, where)
 
 
-def component_config(cls: type, group: ConfigGroup, where: str) -> Any:
+def component_config(cls: type[Any], group: ConfigGroup, where: str) -> Any:
     """A component's group as its ``Config``: every key but ``name``, which chose the component."""
     return parse(cls.Config, {key: value for key, value in group.items() if key != "name"}, where)

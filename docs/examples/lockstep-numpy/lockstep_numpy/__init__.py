@@ -1,14 +1,14 @@
-"""Plain numpy, differentiated by autograd: backend, policy and learner. Sibling of ``lockstep_torch``, file for file.
+"""Plain numpy, differentiated by autograd: backend, policy and learner. The same files as ``lockstep_torch``.
 
 decoder.py      the network of policies that start from scratch
 generation.py   sampling with a KV cache
 model.py        logprobs, entropy, values, scores; loading and saving
-policies.py     what the configuration names: decoder
-array_api.py    the namespace that losses are written against; torch and JAX have one
+policies.py     the policy that configurations name: decoder
+array_api.py    the namespace that losses are written against; torch and JAX bring their own
 learner.py      gradients and Adam
 backend.py      makes learners
 
-There is no device.py: models need nothing of this backend.
+There is no device.py: models need nothing from this backend.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The namespace ``xp`` that losses are called with: autograd.numpy, and what it lacks of the Array API standard."""
+"""The namespace ``xp`` that losses receive: autograd.numpy, plus the Array API functions that it lacks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def clip(x: Array, min: Any = None, max: Any = None) -> Array:
     return anp.clip(x, min, max)
 
 
-# autograd's own gives a gradient of the result's shape even to what was broadcast to it.
+# autograd's own `where` gives broadcast arguments a gradient of the result's shape.
 where = primitive(np.where)
 defvjp(
     where,

@@ -1,4 +1,4 @@
-"""Numpy on the host: there is nothing to choose."""
+"""Numpy on the host: no options."""
 
 from __future__ import annotations
 

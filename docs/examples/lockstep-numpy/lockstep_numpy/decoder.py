@@ -1,7 +1,7 @@
 """The network: tokens in, hidden states out, heads on top.
 
 Pure functions of the weights, a dict {Hugging Face name: float32 array}: plain arrays, or autograd's while it records.
-Nothing is changed in place but the cache of a generation, so that all of it can be differentiated.
+Only a generation's KV cache changes in place, so everything else can be differentiated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture
 
 Weights = Mapping[str, Array]
 Cache = dict[int, tuple[Array, Array]]
-"""Keys and values [B, H_kv, 1, columns, hd] of each layer, of the columns seen so far."""
+"""Keys and values [B, H_kv, 1, columns, hd] of each layer, for the columns seen so far."""
 
 
 def hidden(
@@ -26,8 +26,8 @@ def hidden(
 ) -> Array:
     """The last columns' tokens [B, L] and the attention mask [B, columns] of all -> [B, L, d] after the final norm.
 
-    Without a cache all columns are new: L = columns. With one, the earlier columns' keys and values are read from it and
-    the new ones' added. Ids under a False mask are never read. The mask may be the segments of rows that examples share.
+    Without a cache all columns are new: L = columns. With one, the earlier columns' keys and values come from the cache and
+    the new ones are added. Ids under a False mask are never read. For packed rows the mask is the segments.
 
     Pre-norm, RMSNorm, rotary positions, grouped-query attention and SwiGLU (Touvron et al. 2023).
     """
@@ -59,7 +59,7 @@ def attention(
 ) -> Array:
     """softmax(q kᵀ / sqrt(hd)) v over the visible columns. x [B, L, d], visible bool [B, L, columns] -> [B, L, d].
 
-    Heads are [B, H_kv, queries per key, L, hd], so that a key and value are broadcast over the queries that share them.
+    Heads are [B, H_kv, queries per key, L, hd], so keys and values broadcast over the queries that share them.
     """
     weight = lambda name: w[f"model.layers.{layer}.self_attn.{name}_proj.weight"]  # noqa: E731
     shape = (*x.shape[:2], a.kv_heads, -1, a.head_dim)
@@ -98,7 +98,7 @@ def softmax(x: Array) -> Array:
 
 
 def below_zero(x: Array) -> Array:
-    """x less its maximum, so that no exponential overflows: a constant to autograd, as it cancels."""
+    """x less its maximum, so that no exponential overflows. Constant to autograd, because it cancels."""
     return x - np.max(getval(x), axis=-1, keepdims=True)
 
 
@@ -121,7 +121,7 @@ def positions(mask: Array) -> Array:
 
 def causal(mask: Array) -> Array:
     """[B, L] attention mask or segments -> bool [B, L, L]: query i sees key j where j <= i and j is real and of the same
-    segment, and itself, so that no softmax of a padded query runs over nothing."""
+    segment, and itself, so that the softmax of a padded query is never empty."""
     length = mask.shape[1]
     alike = (mask[:, :, None] == mask[:, None, :]) & (mask[:, None, :] != 0) if mask.dtype != bool else mask[:, None, :]
     return np.tri(length, dtype=bool) & alike | np.eye(length, dtype=bool)

@@ -1,4 +1,4 @@
-"""Sampling: the prompt once, then one token per row and step from a KV cache, until every row has stopped."""
+"""Sampling: one pass over the prompt, then one token per row and step with a KV cache, until every row has stopped."""
 
 from __future__ import annotations
 

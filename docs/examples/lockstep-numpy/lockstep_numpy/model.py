@@ -1,4 +1,4 @@
-"""Models: weights with a language head, a scalar head or both, and the quantities they supply."""
+"""Models: weights with a language head, a scalar head or both, and their outputs."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def forward(
         out["values"] = score(weights, states)
     if "scores" in outputs:
         out["scores"] = score(weights, every[np.arange(sequences.rows), sequences.last])
-    # The gradient of a loss may arrive in double precision; that of this cast turns it back before the backward pass.
+    # The gradient of a loss may arrive in double precision; this cast's gradient makes it float32 before the backward pass.
     return {name: out[name].astype(np.float32) for name in outputs}
 
 
 class NumpyModel:
-    """What `LanguageModel` and `Scalar` share. Arrays are replaced, never changed: so copies share them."""
+    """What `LanguageModel` and `Scalar` share. Arrays are replaced, never changed, so copies share them."""
 
     supplies: frozenset[str]
 
@@ -65,13 +65,13 @@ class NumpyModel:
         return type(self)(self.architecture, self.weights)
 
     def write(self, folder: Path, weights: Weights, **config: Any) -> None:
-        """A checkpoint of the family's causal language model, but for what ``config`` says."""
+        """Write a checkpoint of the family's causal language model; ``config`` overrides keys of config.json."""
         write_tensors(folder / "model.safetensors", weights)
         write_json(folder / "config.json", {**to_hf(self.architecture), **config})
 
 
 class LanguageModel(NumpyModel, Policy):
-    """A policy in numpy; `policies.py` says how one is made."""
+    """A policy in numpy; `policies.py` creates and loads it."""
 
     @property
     def supplies(self) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""The policy that a configuration names: `decoder` starts from scratch."""
+"""The policy that configurations name: `decoder`, which starts from scratch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numpy backend against enumeration, finite differences and arithmetic by hand: a network small enough for that."""
+"""The numpy backend against enumeration, finite differences and hand calculation, on a network small enough for that."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def rows(pad_id: int = GARBAGE, columns: int = 5) -> Sequences:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Σ w (V² - log π - H / 2), of the outputs that are asked for."""
+    """Σ w (V² - log π - H / 2), over the requested outputs."""
 
     outputs: tuple[str, ...] = ("logprobs", "entropy", "values")
 
@@ -81,7 +81,7 @@ def test_probabilities_of_all_responses_sum_to_one(policy):
 
 
 def test_sampling_is_the_documented_draw_from_the_probabilities_of_all_tokens(policy):
-    """Each token again, from the probabilities of all V tokens after its prefix, without a cache."""
+    """Recompute each token from the probabilities of all V tokens after its prefix, without a cache."""
     tokens, mask = left_pad(PROMPTS, GARBAGE, 6)
     seeds = randomness.token_seeds(0, "test", 0, 3, 8)
     drawn = policy.generate(tokens, mask, seeds, temperature=0.8, stop_ids=[4], pad_id=GARBAGE)
@@ -127,7 +127,7 @@ def test_padding_and_its_ids_do_not_matter(policy):
 
 
 def test_attention_is_a_loop_over_queries_and_keys(policy):
-    """One head and query at a time, in double precision; rotations by 0, so that only the averaging is left."""
+    """One head and query at a time, in double precision; rotated by 0, so only the averaging is tested."""
     x = np.random.default_rng(0).normal(size=(1, 3, 8)).astype(np.float32)
     visible, still = np.tri(3, dtype=bool)[None], (np.float32(1), np.float32(0))
     found = decoder.attention(ARCHITECTURE, policy.weights, 1, x, still, visible, None)
@@ -164,7 +164,7 @@ def test_dropout_zeroes_by_the_documented_bits_and_scales_the_rest_up():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradients_are_finite_differences(policy, dropout):
-    """Of each parameter along its own gradient: the slope there is the gradient's length."""
+    """Along each parameter's gradient, the slope is the gradient's norm."""
     policy = policy.with_value_head()
     policy.weights["score.weight"] = np.linspace(-1, 1, 8, dtype=np.float32)[None]
     learning, terms = learner(policy), [term(rows(), dropout=dropout)]
@@ -218,7 +218,7 @@ def test_the_average_is_a_moving_one_of_the_weights(policy):
         np.testing.assert_allclose(averaged[name], 0.9 * before[name] + 0.1 * after[name], atol=1e-6, err_msg=name)
 
 
-def test_a_restored_learner_goes_on_bit_for_bit(policy, tmp_path):
+def test_a_restored_learner_continues_bit_for_bit(policy, tmp_path):
     terms = [term(rows(), Likelihood(("logprobs",)), dropout=0.1)]
     other = policy.copy()
     one = learner(policy, ema_decay=0.9, weight_decay=0.1)
@@ -235,7 +235,7 @@ def test_a_restored_learner_goes_on_bit_for_bit(policy, tmp_path):
         learner(other).restore(tmp_path)
 
 
-def test_a_copy_is_out_of_the_reach_of_training(policy):
+def test_training_does_not_change_a_copy(policy):
     reference, before = policy.copy(), policy.parameters()
     learner(policy).update([term(rows(), Likelihood(("logprobs",)))])
     assert all(np.array_equal(array, before[name]) for name, array in reference.parameters().items())

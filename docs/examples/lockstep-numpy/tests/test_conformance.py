@@ -1,4 +1,4 @@
-"""Lockstep's own checks, on this backend: of the backend, its policy, and the algorithms that know nothing of it."""
+"""Lockstep's conformance kit on this backend: the backend, its policy, and the algorithms, which do not know it."""
 
 import pytest
 

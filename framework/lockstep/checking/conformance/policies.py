@@ -336,6 +336,19 @@ def same_seeds_same_tokens(world: World) -> None:
     require(equal == 1, f"{ROWS} rows with one prompt and the same seeds drew {equal} different responses")
 
 
+@check("policy", usually="the stream restarts its seeds or its cache with each token, or goes on after every row has ended")
+def a_stream_gives_the_tokens_of_generate(world: World) -> None:
+    """`stream` yields the columns that `generate` draws from the same seeds, and ends with the last row."""
+    policy, prompts, seeds = world.policy(), world.prompts(ROWS), world.seeds(ROWS, COLUMNS)
+    stop_ids = [int(draw(policy, world).tokens[0, COLUMNS // 2])]  # one row at least ends early
+    drawn = draw(policy, world, stop_ids=stop_ids)
+    streamed = policy.stream(*prompts, seeds, temperature=TEMPERATURE, stop_ids=stop_ids, pad_id=PAD)
+    columns = [np.asarray(column) for column in streamed]
+    expected = int(drawn.mask.any(axis=0).sum())
+    require(len(columns) == expected, f"the stream has {len(columns)} columns, generate has {expected}")
+    same("the streamed tokens", np.stack(columns, axis=1), drawn.tokens[:, :expected])
+
+
 @check("policy", usually="the model's own end-of-text id stops a row, the stop token is cut off, or its column is masked")
 def responses_end_at_the_first_stop_token(world: World) -> None:
     """A row ends with the first of the configured stop ids, which is kept and counts; after it come pad ids, masked; no
