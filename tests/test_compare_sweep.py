@@ -153,7 +153,7 @@ def test_without_a_baseline_the_first_group_is_it_and_a_label_names_one(whole):
         ("backend=tpu", r"no group has backend=tpu\. There are: jax, torch\."),
         (
             "algorithm.kl_coeff=0.1",
-            r"'algorithm.kl_coeff=0.1' is no key=value of the groups\. Did you mean 'algorithm.kl_coef'\?",
+            r"'algorithm.kl_coeff=0.1' is not a key=value of the groups\. Did you mean 'algorithm.kl_coef'\?",
         ),
         ("torch, kl_coef=0.46", r"Did you mean"),
     ],
@@ -169,14 +169,14 @@ def test_a_baseline_that_is_not_there_says_what_is(whole, baseline, message):
 def test_one_seed_has_no_interval_over_seeds_and_the_report_says_so(tmp_path):
     write_run(tmp_path, "torch", 0)
     c = groups.group(reading.read([tmp_path]))
-    assert "over prompts. No group has two seeds that were evaluated" in what_intervals_are_over(c)
+    assert "over prompts. No group has two evaluated seeds" in what_intervals_are_over(c)
     assert tables.over_seeds(c).rows == []
     write_run(tmp_path, "jax", 0)
     c = groups.group(reading.read([tmp_path]))
     assert versus.against_baseline(c, versus.pairs(c, None)) == []
     write_run(tmp_path, "jax", 1)
     c = groups.group(reading.read([tmp_path]))
-    assert what_intervals_are_over(c).endswith("With one seed evaluated, and so over prompts only: torch.")
+    assert what_intervals_are_over(c).endswith("Over prompts only, because one seed was evaluated: torch.")
     assert next(row for row in tables.over_seeds(c).rows if row[0] == "torch")[-1] == "0 (one: no interval)"
 
 
@@ -184,14 +184,14 @@ def test_a_seed_that_was_not_evaluated_makes_no_interval_over_seeds(tmp_path):
     write_run(tmp_path, "torch", 0)
     write_run(tmp_path, "torch", 1, evaluated=False, status="failed")
     c = groups.group(reading.read([tmp_path]))
-    assert c.groups[0].seeds == [0, 1] and "over prompts. No group has two seeds" in what_intervals_are_over(c)
+    assert c.groups[0].seeds == [0, 1] and "over prompts. No group has two evaluated seeds" in what_intervals_are_over(c)
 
 
 def test_stages_that_runs_share_are_counted_once(whole):
     """6 early stages a seed (2 backends times 3), 3 late ones a run; torch's seconds are those written, jax's 0.8 of them."""
     early, late = 60 + 25 + 40, 180 + 220 + 30
     spent = 3 * 1.8 * (early + 3 * late)
-    assert cost.in_all(whole).startswith(f"72 stages took {cost.duration(spent)} of computing. The runs list 108:")
+    assert cost.in_all(whole).startswith(f"72 stages took {cost.duration(spent)} of compute. The runs list 108;")
 
 
 def test_cost_has_time_speed_episodes_and_memory(whole):

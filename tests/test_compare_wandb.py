@@ -98,7 +98,7 @@ def test_filters_are_those_of_the_query_numbers_as_numbers_and_repeated_names_as
 def test_without_a_server_the_error_says_what_it_takes(server):
     server.answer = ConnectionError("no route")
     with pytest.raises(
-        DataError, match=r"could not be asked for wandb:rlhf: no route\. It takes a network and a key: wandb login"
+        DataError, match=r"could not be queried for wandb:rlhf: no route\. It needs a network and an API key: wandb login"
     ):
         reading.read(["wandb:rlhf"])
 

@@ -359,7 +359,7 @@ def refused(*overrides: str) -> str:
 def test_an_unknown_key_of_the_root_suggests_the_nearest(given):
     said = refused(given)
     assert said.startswith("Unknown key evalution. Did you mean 'evaluation'? Known: algorithm, backend, ")
-    assert said.endswith("A key of your own has to be read by another one, as ${evalution}.")
+    assert said.endswith("A key of your own must be read by another key, as ${evalution}.")
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_every_documented_row_gives_what_the_table_says(write, nouns, row):
 @pytest.mark.parametrize("nouns, row", list(documented()), ids=lambda value: "+".join(value))
 def test_rows_serve_only_the_nouns_that_the_table_lists(write, nouns, row):
     for noun in {"demonstrations", "comparisons", "prompts", "texts"} - set(nouns):
-        with pytest.raises(DataError, match=f"my.jsonl:1: no {noun} can be made of the columns"):
+        with pytest.raises(DataError, match=f"my.jsonl:1: no {noun} can be made from the columns"):
             getattr(files(**{noun: [write(row)]}), noun)("train")
 
 
@@ -145,7 +145,7 @@ def test_posts_become_the_prompt_of_stiennon_et_al_and_summaries_keep_their_spac
     assert comparison(write(row)) == Comparison(expected, (" Loud.", " Green."), (1, 0), "Ada")
     article = {name: None for name in post} | {"article": "News."}
     assert comparison(write({**row, "info": article, "choice": 0})).prompt == Prompt.of("Article:\nNews.\n\nTL;DR:\n")
-    with pytest.raises(DataError, match="a choice that is not there: 'choice' is 2, of 2 summaries"):
+    with pytest.raises(DataError, match="a choice out of range: 'choice' is 2, of 2 summaries"):
         comparison(write({**row, "choice": 2}))
 
 
@@ -260,7 +260,7 @@ def test_a_csv_row_that_is_too_long_or_too_short_is_named_by_its_line(tmp_path):
     with pytest.raises(DataError, match="a.csv:4: a missing column: no 'completion'. The row has: prompt."):
         files(demonstrations=[{"path": str(path)}]).demonstrations("train")
     path.write_text("prompt\nHi,Hello\n")
-    with pytest.raises(DataError, match=r"made of the columns \(without a header\), prompt."):
+    with pytest.raises(DataError, match=r"made from the columns \(without a header\), prompt."):
         files(demonstrations=[{"path": str(path)}]).demonstrations("train")
 
 
@@ -306,7 +306,7 @@ def test_a_hub_that_does_not_answer_leads_to_a_local_path(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub.")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    expected = "'some/where' is no file or folder here, .* Couldn't reach the Hub. A local path works too"
+    expected = "'some/where' is not a local file or folder, .* Couldn't reach the Hub. A local path works too"
     with pytest.raises(DataError, match=expected):
         files(texts=[{"path": "some/where"}]).texts("train")
 
@@ -339,8 +339,8 @@ MESSAGES = {"messages": dialogue("Name a colour.", "Green.")}
         ("demonstrations", GOOD, {**GOOD, "completion": " "}, "an empty text: 'completion' should not be empty."),
         ("demonstrations", GOOD, {**GOOD, "completion": dialogue("Hi")}, "a malformed completion: 'completion' should be"),
         ("demonstrations", GOOD, {**GOOD, "prompt": dialogue("Hi", "Hello")}, "a prompt that is answered: the last message"),
-        ("demonstrations", GOOD, '{"prompt": "Hi",', "a line that is no JSON object: Expecting property name"),
-        ("demonstrations", GOOD, "[1]", "a line that is no JSON object: list."),
+        ("demonstrations", GOOD, '{"prompt": "Hi",', "a line that is not a JSON object: Expecting property name"),
+        ("demonstrations", GOOD, "[1]", "a line that is not a JSON object: list."),
         ("demonstrations", MESSAGES, {"messages": [message("tool", "4")]}, "an unknown role: 'messages[0]' is by 'tool'. Roles:"),
         ("demonstrations", MESSAGES, {"messages": dialogue("")}, "an empty message: 'messages[0]' should have text in 'content'"),
         ("demonstrations", MESSAGES, {"messages": ["Hi"]}, "a malformed message: 'messages[0]' should have 'role' and"),
@@ -371,7 +371,7 @@ def test_bad_rows_can_be_skipped_and_are_counted_by_kind(write, capsys):
         assert source_of_skips.demonstrations("train") == (Demonstration(COLOUR, GREEN),)
     assert capsys.readouterr().out == (
         f"data.demonstrations[0]: 1 of 5 rows of {source['path']} can be used; left out: 2 with a missing column, "
-        "1 with an empty text, 1 with a line that is no JSON object.\n"
+        "1 with an empty text, 1 with a line that is not a JSON object.\n"
     )
 
 
@@ -396,7 +396,7 @@ def test_what_honest_data_has_is_left_out_and_counted(write, capsys):
         "1 transcripts with an empty turn",
         "1 pairs that differ before the last answer",
         "1 dialogues that do not end with the assistant",
-        "1 dialogues in which the last answer answers nobody",
+        "1 dialogues whose last answer has nothing to answer",
     ):
         assert reason in out
 
@@ -408,7 +408,7 @@ def test_completions_that_all_rank_the_same_are_a_tie(write):
 
 def test_unknown_columns_are_answered_with_the_known_ones(write):
     expected = (
-        "no comparisons can be made of the columns better, worse. Columns that can: info + summaries + choice; "
+        "no comparisons can be made from the columns better, worse. Columns that work: info + summaries + choice; "
         "prompt + chosen + rejected; chosen + rejected; instruction + completions; "
         "prompt + completions + ranks; prompt + completions + scores."
     )
@@ -417,7 +417,7 @@ def test_unknown_columns_are_answered_with_the_known_ones(write):
 
 
 def test_a_file_that_is_not_json_at_all_says_so(write):
-    with pytest.raises(DataError, match="my.jsonl:1: a line that is no JSON object: Expecting value"):
+    with pytest.raises(DataError, match="my.jsonl:1: a line that is not a JSON object: Expecting value"):
         files(texts=[write("hello", "world")]).texts("train")
 
 
@@ -448,7 +448,7 @@ def test_files_that_are_not_what_their_name_says_are_named(tmp_path):
         with pytest.raises(DataError, match=f"{name} cannot be read as "):
             files(texts=[{"path": str(tmp_path / name)}]).texts("train")
     (tmp_path / "a.docx").write_bytes(b"")
-    with pytest.raises(DataError, match="a.docx is of no format that is read here. Formats: .jsonl, "):
+    with pytest.raises(DataError, match="a.docx has an unsupported format. Formats: .jsonl, "):
         files(texts=[{"path": str(tmp_path / "a.docx")}]).texts("train")
 
 
@@ -465,7 +465,7 @@ def test_a_file_has_no_test_split(write):
         ({"texts": [{"path": "a", "split": "train[:10%]"}]}, "split 'train[:10%]' should look like train, test[:100]"),
         ({"texts": [{"path": "a", "weight": 0}]}, "data.texts[0].weight=0.0 must be above 0, or null."),
         ({"texts": [{"path": "a", "weight": 1}, {"path": "b"}]}, "data.texts: give every source a weight, or none."),
-        ({"heldout_texts": [{"path": "a", "weight": 1}]}, "data.heldout_texts has a weight, but held-out rows"),
+        ({"heldout_texts": [{"path": "a", "weight": 1}]}, "data.heldout_texts has a weight, but every held-out row"),
         ({"heldout_fraction": 1.0}, "data.heldout_fraction=1.0 must be at least 0 and below 1."),
         ({"on_bad_row": "skipp"}, "data.on_bad_row='skipp' is not one of raise, skip. Did you mean 'skip'?"),
     ],
@@ -548,7 +548,7 @@ def test_training_rows_that_begin_as_heldout_ones_are_left_out(write, capsys):
     source = files(demonstrations=[train], heldout_demonstrations=[test])
     assert beginnings(source.demonstrations("train")) == {f"Question {i}" for i in range(5, 10)}
     assert len(source.demonstrations("heldout")) == 10
-    assert "data.demonstrations: 10 training rows were left out: they begin as held-out ones do." in capsys.readouterr().out
+    assert "data.demonstrations: 10 training rows were left out because they begin like held-out ones." in capsys.readouterr().out
 
 
 def test_heldout_sources_do_without_training_ones(write):
@@ -566,7 +566,7 @@ def test_nothing_held_out_says_how_to_hold_out(write):
 
 
 def test_a_split_that_is_left_empty_is_an_error(write):
-    with pytest.raises(DataError, match="The heldout split of data.texts is empty: every row belongs to the other one."):
+    with pytest.raises(DataError, match="The heldout split of data.texts is empty: all rows are in the other one."):
         files(texts=[write({"text": "a"})], heldout_fraction=0.0001).texts("heldout")
 
 

@@ -138,8 +138,8 @@ def test_a_template_that_rewrites_earlier_turns_is_an_error_that_says_where(core
     with pytest.raises(ConfigError) as error:
         encode(make(core, FORGETS, "</s>"), demonstration(turns))
     assert str(error.value) == (
-        "This chat template writes an earlier turn of the assistant differently once the dialogue goes on, so that its tokens "
-        "cannot be told from others: after 'user: Why?\\nassistant: ' comes 'Green.\\nuser: Why?\\nassistant: ' where "
+        "This chat template writes an earlier assistant turn differently once the dialogue continues, so its tokens "
+        "cannot be identified: after 'user: Why?\\nassistant: ' comes 'Green.\\nuser: Why?\\nassistant: ' where "
         "'Hm.</think>Green.' was expected. Set sft.assistant_turns=last, or policy.tokenizer.chat_template to a template that "
         "writes all turns alike."
     )

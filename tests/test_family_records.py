@@ -120,7 +120,7 @@ def test_names_of_older_files_foreign_tensors_and_tied_copies_are_sorted_out(min
 
 def test_a_family_is_registered_once(mine):
     register(mine)
-    with pytest.raises(RegistryError, match="There is a family 'mine' already. Registered: .*gpt2.*mine"):
+    with pytest.raises(RegistryError, match="A family 'mine' already exists. Registered: .*gpt2.*mine"):
         register(architecture.Family(**{**vars(mine), "special": "another"}))
 
 

@@ -36,7 +36,7 @@ def test_a_pass_serves_one_gradient(case):
     carrying = replace(term, forward=rollout.forward)
     algorithm.learner.gradients([carrying])
     for again in (algorithm.learner.gradients, algorithm.learner.update):
-        with pytest.raises(ValueError, match="it has served a gradient already, the parameters have changed since, or another"):
+        with pytest.raises(ValueError, match="it already served a gradient, the parameters have changed since, or another"):
             again([carrying])
 
 

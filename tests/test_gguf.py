@@ -125,7 +125,7 @@ def test_a_gguf_file_brings_its_tokenizer(file):
 def test_what_transformers_would_pass_over_is_refused(tmp_path, parameters):
     """Llama 3.1's rotation is a tensor of its own there; transformers reads the file without a word."""
     write(tmp_path / "scaled.gguf", parameters, llama__rope__scaling__type="yarn")
-    with pytest.raises(CheckpointError, match="holds rope.scaling.type=yarn, which transformers' reader of GGUF passes over"):
+    with pytest.raises(CheckpointError, match="has rope.scaling.type=yarn, which transformers' GGUF reader ignores"):
         gguf.as_folder(tmp_path / "scaled.gguf")
 
 

@@ -256,7 +256,9 @@ def test_merging_a_folder_without_an_adapter_says_which_folder_to_name(bases, tm
 
 
 def test_a_target_that_is_no_layer_is_named_with_those_that_are(backend, bases):
-    with pytest.raises(ConfigError, match=r"targets names 'q_prj', which .* has not. Did you mean 'q_proj'\? .*down_proj, gate"):
+    with pytest.raises(
+        ConfigError, match=r"targets names 'q_prj', which .* does not have. Did you mean 'q_proj'\? .*down_proj, gate"
+    ):
         lora(backend, bases["llama"], targets=["q_prj"])
 
 

@@ -166,7 +166,7 @@ def test_the_ensemble(capsys):
 
 
 def test_wrong_columns_are_told_with_the_known_ones(dry, write):
-    with pytest.raises(DataError, match="no comparisons can be made of the columns category, messages, prompt, prompt_id"):
+    with pytest.raises(DataError, match="no comparisons can be made from the columns category, messages, prompt, prompt_id"):
         dry("experiment=hh", f"data.comparisons={source(write(messages))}")
 
 
@@ -207,7 +207,7 @@ def test_without_a_network_it_says_what_is_not_checked(dry, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     out = dry("experiment=hh", "policy.path=someone/some-model")
-    assert "it could not be loaded: no network. A local path works too" in out
+    assert "it could not be loaded from the Hugging Face hub: no network. A local path works too" in out
     assert "tokenizer: there is no folder someone/some-model, so it is taken as a Hugging Face hub id" in out
     assert "Not checked: data.demonstrations[0]," in out and "tokenizer, stages.sft, stages.reward, stages.ppo." in out
 

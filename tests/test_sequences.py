@@ -121,7 +121,7 @@ def test_prompts_that_do_not_fit_are_dropped_and_none_left_is_an_error(tokenizer
     short, long = Prompt.of("w1 w2"), Prompt.of("w1 w2 w3 w4 w5")
     kept, encoded = encoding.encode_prompts(tokenizer, [long, short], LENGTHS, Fit("train prompts"))
     assert kept == [short] and encoded == [ids(tokenizer, "w1", "w2")]
-    assert "train prompts: of 2, 1 dropped, whose last prompt alone is longer than 4 tokens\n" in caplog.text
+    assert "train prompts: of 2, 1 dropped because their last prompt alone is longer than 4 tokens\n" in caplog.text
     with pytest.raises(DataError, match=r"All 1 prompts were dropped: their last prompts alone are longer than 4 tokens. Raise"):
         encoding.encode_prompts(tokenizer, [long], LENGTHS)
 
@@ -140,8 +140,8 @@ def test_one_line_says_what_the_limits_did_to_a_data_set_and_counts_are_kept(tok
     assert len(encoding.encode_demonstrations(tokenizer, demonstrations, LENGTHS, fit)) == 2
     assert fit.counts() == {"total": 3, "dropped": 1, "shortened": 1, "cut": 2}
     assert [record.getMessage() for record in caplog.records] == [
-        "train demonstrations: of 3, 1 dropped, whose last prompt alone is longer than 4 tokens; 1 lost their oldest turns; "
-        "2 responses cut to the limit, without EOS"
+        "train demonstrations: of 3, 1 dropped because their last prompt alone is longer than 4 tokens; "
+        "1 lost their oldest turns; 2 responses cut to the limit, without EOS"
     ]
     whole = Fit()
     encoding.encode_demonstrations(tokenizer, demonstrations[2:], Lengths(9, 9, 1), whole)

@@ -128,7 +128,7 @@ def test_a_special_token_may_be_a_stop_string(bpe):
         ("a\ufffd", "stop_strings has 'a\ufffd'. A stop string should be text of at least one character."),
         (
             f"{TURN}\n",
-            f"stop_strings has '{TURN}\\n', which text never holds: '{TURN}' in it is a special token. Give '{TURN}' alone",
+            f"stop_strings has '{TURN}\\n', which never occurs in text: '{TURN}' in it is a special token. Give '{TURN}' alone",
         ),
     ],
 )

@@ -129,7 +129,7 @@ def test_padding_with_eos_is_refused_with_what_to_set(core):
         make(core, pad_token=EOS)
     assert str(error.value) == (
         "The tokenizer pads with '<|im_end|>', which is also its EOS '<|im_end|>': EOS would be masked as padding, and "
-        "the policy would never learn to stop. Give it a pad token of its own, one that never occurs in text: "
+        "the policy would never learn to stop. Give it a separate pad token that never occurs in text: "
         "policy.tokenizer.pad_token='<|pad|>' (it need not be in the vocabulary; special tokens here: <s>, <|im_end|>, "
         "<|im_start|>)."
     )
@@ -279,7 +279,7 @@ def test_a_chat_template_that_is_no_template_is_an_error():
     with pytest.raises(ConfigError) as error:
         template_text("dialog")
     assert str(error.value) == (
-        "policy.tokenizer.chat_template='dialog' is no .jinja file, holds no jinja, and is not one of dialogue, plain. "
+        "policy.tokenizer.chat_template='dialog' is not a .jinja file, not jinja text and not one of dialogue, plain. "
         "Did you mean 'dialogue'?"
     )
 
@@ -316,7 +316,7 @@ def test_a_hub_that_does_not_answer_is_not_said_to_lack_the_file(monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(ConfigError, match="'some/where' is no folder here, and the hub does not answer: offline"):
+    with pytest.raises(ConfigError, match="'some/where' is not a local folder, and the hub does not answer: offline"):
         fetch_file("some/where", "tokenizer.json")
 
 

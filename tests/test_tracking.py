@@ -224,7 +224,7 @@ def test_online_a_server_gets_runs_history_alerts_artifacts_and_their_lineage(se
     assert seen.uploads["model.safetensors"] == b"weights"
     assert seen.used == [("ppo-torch-4567", "sft-torch")]
     (told,) = ours(caplog)
-    assert told.startswith("W&B draws no line from reward-torch-89ab: ")
+    assert told.startswith("W&B shows no lineage from reward-torch-89ab: ")
 
 
 def test_wandb_sync_uploads_an_offline_stage(server, tmp_path):

@@ -1,7 +1,7 @@
 """Lockstep: RLHF experiments that march in lockstep on PyTorch and JAX.
 
-The Python API, documented in docs/api.md. Each name is imported when it is first used: `import lockstep` is light, and the
-core imports neither torch nor jax.
+The Python API, documented in docs/api.md. Names are imported on first use, so `import lockstep` is light; the core imports
+neither torch nor jax.
 """
 
 from __future__ import annotations

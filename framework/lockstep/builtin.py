@@ -1,4 +1,4 @@
-"""The core's own manifest: where data may come from, and who keeps the record."""
+"""The core's own manifest: a data source and two trackers."""
 
 from pathlib import Path
 

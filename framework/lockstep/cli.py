@@ -19,7 +19,7 @@ from lockstep.version import __version__
 def main() -> None:
     """Exit code 0: done; 1: a user error, which the message explains how to fix; 130: stopped by Ctrl-C."""
     arguments, overrides = _parse()
-    sys.path.insert(0, os.getcwd())  # where module:Class of the configuration is looked for, as with python -m
+    sys.path.insert(0, os.getcwd())  # so that module:Class in the configuration is found here, as with python -m
     console = Console()
     try:
         arguments.command.run(arguments, overrides)
@@ -32,23 +32,23 @@ def main() -> None:
         console.say(f"Could not write: {error}. Make room or choose another folder=..., then run the same command again.")
         sys.exit(1)
     except KeyboardInterrupt:
-        console.say("Stopped at once. Run the same command to go on from the last checkpoint.")
+        console.say("Stopped at once. Run the same command to resume from the last checkpoint.")
         sys.exit(130)
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
-    """``command`` of the arguments is its module."""
+    """The parsed arguments, with the command's module as ``command``, and the overrides."""
     parser = argparse.ArgumentParser(prog="lockstep", description="RLHF experiments on PyTorch and JAX alike.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in _commands().items():
-        # `lockstep run --help` tells more than argparse can.
+        # `lockstep run` prints its own help, which says more than argparse can.
         subparser = subparsers.add_parser(name, help=command.HELP, add_help=name != "run")
         command.add_arguments(subparser)
         subparser.set_defaults(command=command)
     arguments, rest = parser.parse_known_args()
     unknown = [argument for argument in rest if argument.startswith("-")] if arguments.command.OVERRIDES else rest
-    if unknown and arguments.command.__name__ != "lockstep.commands.run":  # whose options are Hydra's
+    if unknown and arguments.command.__name__ != "lockstep.commands.run":  # its options are Hydra's
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     return arguments, rest
 

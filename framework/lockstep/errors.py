@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class LockstepError(Exception):
-    """Something the user can put right."""
+    """A user error; the message explains the fix."""
 
 
 class ConfigError(LockstepError):
@@ -22,15 +22,15 @@ class RegistryError(LockstepError):
 
 
 class DataError(LockstepError):
-    """A row, file or data set that cannot be read as what was asked for."""
+    """A row, file or data set that cannot be read as requested."""
 
 
 class MissingData(DataError):
-    """A data source that has none of what the stage needs."""
+    """A data source without the data that the stage needs."""
 
 
 class Unreachable(DataError):
-    """A data set of the hub that could not be loaded: it may be that only the network is missing."""
+    """A hub data set that could not be loaded, perhaps only for lack of a network."""
 
 
 class CheckpointError(LockstepError):
@@ -38,11 +38,11 @@ class CheckpointError(LockstepError):
 
 
 class Stopped(LockstepError):
-    """The run was asked to stop, and has saved where it was."""
+    """The run was asked to stop and has saved its state."""
 
 
 class RewardError(LockstepError):
-    """A reward that could not be had: never replaced by a number."""
+    """A reward that could not be computed. It is never replaced by a number."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

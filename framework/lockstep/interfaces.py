@@ -1,9 +1,9 @@
 """The verbs: what a plugin implements. One file, so that a plugin author reads one file.
 
-The waist is narrow on purpose. What has parameters or a vocabulary axis is a backend's (`Backend`, `Policy`,
+The waist is narrow on purpose. Backends own everything with parameters or a vocabulary axis (`Backend`, `Policy`,
 `ScalarModel`, `Learner`). Everything of shape [batch, time] is numpy on the host and shared: rewards, advantages, masks,
-seeds, batches. The one thing that crosses is a `Loss`: a pure function over [batch, time] arrays, written once against
-the Array API standard with the namespace ``xp`` passed in, which each backend differentiates and compiles.
+seeds, batches. Only a `Loss` crosses: a pure function over [batch, time] arrays, written once against the Array API
+standard. It takes the namespace ``xp`` as an argument; each backend differentiates and compiles it.
 
 Shapes: B rows, P prompt columns (left-padded), T response columns (right-padded), V vocabulary. ``mask`` is True where
 a token counts. Dtypes: tokens int32, masks bool, everything else float32.
@@ -38,13 +38,13 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a component reads beside its configuration. All of it is part of the identity of the stages that use the component:
-    a stage runs again after any of it has changed.
+    """What a component reads besides its configuration. All of it is part of the identity of the stages that use the
+    component: a stage reruns if any of it has changed.
 
-    outputs: {source: kind}: the stages of the run whose output it opens, or folders or hub ids in their place; and what that
-      has to hold: 'policy' or 'reward_model'.
-    files: paths of local files and folders; one that does not exist is left out.
-    members: configuration groups of the reward models that it is made of.
+    outputs: {source: kind}: the sources that it opens (a stage of the run, a folder or a hub id), and what each must contain:
+      'policy' or 'reward_model'.
+    files: paths of local files and folders; missing ones are ignored.
+    members: configuration groups of the reward models that it combines.
     """
 
     outputs: Mapping[str, str] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Component:
 
     @classmethod
     def inputs(cls, config: Any) -> Inputs:
-        """What it reads, from its configuration alone: nothing is opened."""
+        """What it reads, from its configuration alone; opens nothing."""
         return Inputs()
 
 
@@ -83,14 +83,13 @@ class Model(ABC):
 
     | output | shape | |
     |---|---|---|
-    | logprobs | [B, T] | log-probability of each response token given all before it, of logits / temperature |
+    | logprobs | [B, T] | log-probability of each response token given all before it, from logits / temperature |
     | entropy | [B, T] | entropy in nats of the distribution the token was drawn from, at the same temperature |
     | values | [B, T] | scalar head *before* the token is emitted (the state; Ziegler et al. 2019) |
     | scores | [B] | scalar head at the last real token of the row |
 
-    Columns where ``sequences.mask`` is False hold finite numbers that mean nothing. Attention and positions go by
-    ``sequences.attention``; a model that cannot keep examples apart that share a row raises `ConfigError` for one that has
-    ``segments``.
+    Columns where ``sequences.mask`` is False hold finite numbers that mean nothing. Attention and positions follow
+    ``sequences.attention``. Models that don't support packing must raise `ConfigError` when ``segments`` is set.
     """
 
     supplies: frozenset[str]
@@ -104,12 +103,12 @@ class Model(ABC):
     @abstractmethod
     def parameters(self) -> dict[str, np.ndarray]:
         """A float32 host copy of every parameter, under names and layouts shared by all backends: those of the
-        Hugging Face checkpoint. What parity checks compare and what a checkpoint holds. Of a model that is an adapter on
-        frozen weights: the adapter's and the head's (`lockstep.models.adapters`)."""
+        Hugging Face checkpoint. Parity checks compare them and checkpoints store them. For an adapter on frozen weights: the
+        adapter's and the head's only (`lockstep.models.adapters`)."""
 
     @abstractmethod
     def copy(self) -> Self:
-        """An independent model with equal parameters: a reference that training cannot reach."""
+        """An independent model with equal parameters, such as a reference: training the original does not change it."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -140,19 +139,19 @@ class Policy(Model, Component):
 
     @classmethod
     def tokenizer_config(cls, config: Any) -> TokenizerConfig:
-        """Which tokenizer the policy reads; a path of None is the data source's own."""
+        """Which tokenizer the policy reads; a path of None means the data source's own."""
         return config.tokenizer
 
     @classmethod
     def opens(cls, folder: Path) -> bool:
-        """Whether `load` reads this folder, which no stage wrote: a public checkpoint. One policy at most should say so."""
+        """Whether `load` reads this public checkpoint (a folder that no stage wrote). At most one policy should say yes."""
         return False
 
     @classmethod
     @abstractmethod
     def load_scalar(cls, folder: Path, backend: Backend) -> ScalarModel:
-        """From a checkpoint folder that `ScalarModel.save` wrote, on this or another backend; or that transformers' sequence
-        classifiers wrote for a decoder with one label.
+        """From a checkpoint folder written by `ScalarModel.save`, on this or another backend, or by transformers for a decoder
+        that is a sequence classifier with one label.
 
         Raises:
           CheckpointError: it has no scalar head, or another number of labels.
@@ -160,7 +159,7 @@ class Policy(Model, Component):
 
     @classmethod
     def load_classifier(cls, folder: Path, backend: Backend) -> Classifier:
-        """From a checkpoint of a sequence classifier that is no decoder."""
+        """From a checkpoint of a sequence classifier that is not a decoder."""
         raise CheckpointError(
             f"'{folder}' holds no decoder with a scalar head ('score.weight'). If it is an encoder with a classification head "
             "(BERT, DeBERTa, ...), backend=torch opens it."
@@ -196,8 +195,8 @@ class Policy(Model, Component):
         stop_ids: Sequence[int],
         pad_id: int,
     ) -> Iterator[np.ndarray]:
-        """The tokens of `generate`, a column int32 [B] at a time, each when it is drawn, until every row has ended. This default
-        gives them once all are drawn."""
+        """The tokens of `generate`, one column int32 [B] at a time as it is drawn, until every row has ended. This default
+        yields them only after all are drawn."""
         how: dict[str, Any] = {"temperature": temperature, "stop_ids": stop_ids, "pad_id": pad_id}
         drawn = self.generate(prompt_tokens, prompt_mask, seeds, **how)
         yield from drawn.tokens[:, drawn.mask.any(axis=0)].T
@@ -222,17 +221,17 @@ class ScalarModel(Model):
 
 
 class Classifier(ABC):
-    """A public reward model that reads text its own way (an encoder with a classification head): scores, and no network that
-    anything can be trained from."""
+    """A public reward model that reads text in its own way (an encoder with a classification head). It only scores; nothing
+    can be trained from its network."""
 
     @abstractmethod
     def renderer(self, template: str | None) -> Callable[..., str] | None:
-        """How a dialogue becomes one text, called as `lockstep.text.tokenizer.Tokenizer.render`: by ``template``, else by the
-        model's own. None where there is neither: then it reads pairs."""
+        """Renders a dialogue as one text, called like `lockstep.text.tokenizer.Tokenizer.render`: with ``template``, else with
+        the model's own. None if there is neither; the model then reads pairs."""
 
     @abstractmethod
     def score(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> np.ndarray:
-        """float32 [B] of whole texts, or of pairs of prompt and response; NaN where one is too long for the model."""
+        """float32 [B] for whole texts, or for (prompt, response) pairs; NaN where one is too long for the model."""
 
 
 # --------------------------------------------------------------------------------------------------------- learning
@@ -241,9 +240,9 @@ class Classifier(ABC):
 class Loss(Protocol):
     """A differentiable objective over one micro-batch: hashable, so that a backend compiles it once.
 
-    It returns *sums* of per-token quantities times weights that the host has made for the whole minibatch (a mask
-    divided by the minibatch's token count, say). Sums of micro-batches add up, so gradients and metrics are the same
-    for every micro-batch size. Masked columns must not reach the result: select with ``xp.where``, never multiply.
+    It returns *sums* of per-token quantities times weights that the host computed for the whole minibatch (say, a mask
+    divided by the minibatch's token count). Sums of micro-batches add up, so gradients and metrics are the same for
+    every micro-batch size. Masked columns must not reach the result: select with ``xp.where``, never multiply.
     """
 
     outputs: tuple[str, ...]
@@ -253,11 +252,12 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class Dropout:
-    """Residual dropout: the outputs of attention and MLP are zeroed at ``rate`` and the rest scaled up, by the bits that
-    `lockstep.learning.randomness.dropout_bits` makes of ``seeds`` uint32 [B]: the same on every backend and for every cut.
+    """Residual dropout: elements of the attention and MLP outputs are zeroed at ``rate`` and the others are scaled by
+    1 / (1 - rate). `lockstep.learning.randomness.dropout_bits` derives the bits from ``seeds`` uint32 [B], so they are the
+    same on every backend and for every micro-batch size.
 
-    A position counts the real tokens before it (of its own example, where several share a row). Layer n, from 0, has the
-    sites 2n (attention) and 2n + 1 (MLP). What stays is scaled by 1 / (1 - rate).
+    A position counts the real tokens before it (in its own example, if several share a row). Layer n, from 0, has the
+    sites 2n (attention) and 2n + 1 (MLP).
     """
 
     rate: float
@@ -269,8 +269,8 @@ class ForwardPass:
     """The models' ``outputs`` for ``sequences``, without dropout, from `Learner.forward`.
 
     A `Term` may carry the pass. The learner then differentiates the pass instead of running the models again. A pass serves
-    one gradient, before the parameters change; the learner refuses it after that. The learner keeps what the gradient needs,
-    and lets go of it when the pass is used or dropped.
+    one gradient, before the parameters change; the learner refuses it after that. The learner keeps what the gradient needs
+    and frees it when the pass is used or dropped.
     """
 
     sequences: Sequences
@@ -282,7 +282,7 @@ class ForwardPass:
 class Term:
     """One summand of an update: a loss, the sequences to run the models on, and the arrays [B, ...] the loss reads.
 
-    ``forward`` is the pass that has computed this term's outputs already, if there is one.
+    ``forward`` is the pass that already computed this term's outputs, if there is one.
 
     Raises:
       ValueError: ``forward`` was made from other tokens or at another temperature, lacks an output that the loss reads, or the
@@ -317,21 +317,21 @@ class Term:
 class Learner(ABC):
     """Models under an optimizer. The backend knows gradients and devices; it does not know what is being learned.
 
-    Where several models supply an output that a loss reads, it comes from the first of them. A gradient whose norm is
-    over ``max_grad_norm`` is scaled by max_grad_norm / (norm + 1e-6), each model's by itself.
+    If several models supply an output that a loss reads, it comes from the first of them. Each model's gradient is clipped
+    separately: if its norm exceeds ``max_grad_norm``, it is scaled by max_grad_norm / (norm + 1e-6).
     """
 
     models: Mapping[str, Model]
 
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
-        """As `Model.evaluate`, each output from the first model that supplies it."""
+        """Like `Model.evaluate`, each output from the first model that supplies it."""
         found: dict[str, np.ndarray] = {}
         for name, wanted in suppliers(self.models, outputs).items():
             found |= self.models[name].evaluate(sequences, wanted, temperature=temperature)
         return found
 
     def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
-        """The outputs now, and the graph for the next update: pass the result on as `Term.forward`.
+        """Compute the outputs and keep the graph for the next update: pass the result as `Term.forward`.
 
         A learner that does not override this method evaluates, keeps nothing, and runs the models again for the gradient.
         """
@@ -344,7 +344,7 @@ class Learner(ABC):
 
     @abstractmethod
     def gradients(self, terms: Sequence[Term]) -> dict[str, np.ndarray]:
-        """The summed gradients under ``<model>.<parameter name>``, no step taken: for tests and parity reports."""
+        """The summed gradients under ``<model>.<parameter name>``, without a step: for tests and parity reports."""
 
     @abstractmethod
     def averaged(self, model: str) -> Model:
@@ -352,18 +352,18 @@ class Learner(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """All that `restore` needs to go on bit for bit, on this or (but for rounding) another backend:
-        ``learner.safetensors`` with ``<model>.parameters|mean|square|average.<name>``, the last with ``ema_decay`` only;
-        ``learner.json`` with ``{"steps": n}``."""
+        """Write all that `restore` needs to resume: bit for bit on this backend, up to rounding on another.
+        ``learner.safetensors`` has ``<model>.parameters|mean|square|average.<name>``, the last with ``ema_decay`` only;
+        ``learner.json`` has ``{"steps": n}``."""
 
     @abstractmethod
     def restore(self, folder: Path) -> None:
-        """Take the state that `save` wrote; the models must have been built from the same configuration."""
+        """Load the state that `save` wrote; the models must have been built from the same configuration."""
 
 
 def suppliers(models: Mapping[str, Model], outputs: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """{model: the outputs that come from it}: each from the first model that supplies it, so that a value network leaves the
-    policy's trunk alone. ConfigError if one comes from none."""
+    policy's trunk alone. Raises ConfigError if no model supplies one."""
     first = {output: next((name for name, model in models.items() if output in model.supplies), None) for output in outputs}
     if missing := [output for output, supplier in first.items() if supplier is None]:
         raise ConfigError(f"The loss needs {listing(missing)}, which no model supplies. Models: {listing(models)}.")
@@ -372,21 +372,21 @@ def suppliers(models: Mapping[str, Model], outputs: Iterable[str]) -> dict[str, 
 
 
 def take_pass(kept: MutableMapping[ForwardPass, Any], forward: ForwardPass) -> Any:
-    """For learners: what is kept for the gradient of a pass, removed from ``kept``.
+    """For learners: remove from ``kept`` what is kept for the gradient of a pass, and return it.
 
     Raises:
-      ValueError: nothing is kept for it.
+      ValueError: nothing is kept for the pass.
     """
     if forward not in kept:
         raise ValueError(
-            "This forward pass cannot be differentiated: it has served a gradient already, the parameters have changed since, or "
+            "This forward pass cannot be differentiated: it already served a gradient, the parameters have changed since, or "
             "another learner made it. Call Learner.forward again, or leave Term.forward out."
         )
     return kept.pop(forward)
 
 
 class Backend(ABC, Component):
-    """An array library on a device: makes learners, and tells what it runs on. Knows no algorithm."""
+    """An array library on a device: makes learners and reports what it runs on. Knows no algorithm."""
 
     name: ClassVar[str]
 
@@ -411,7 +411,7 @@ class Backend(ABC, Component):
 
 @dataclass(frozen=True)
 class Responses:
-    """Responses to be scored: as text for those who read text, as tokens for those who share the policy's tokenizer."""
+    """Responses to score: text for reward models that read text, tokens for those that share the policy's tokenizer."""
 
     prompts: Sequence[Prompt]
     texts: Sequence[str]
@@ -420,19 +420,19 @@ class Responses:
 
 
 class Resources(Protocol):
-    """What a reward model may ask for when it is made."""
+    """What a reward model may ask for when it is built."""
 
     backend: Backend
     tokenizer: Tokenizer
     """The policy's."""
 
     def kind(self, source: str) -> Literal["stage", "decoder", "encoder"]:
-        """What ``source`` is: the output of a stage, or a public checkpoint (folder or hub id) of a sequence classifier: a
-        decoder with a scalar head, or anything else."""
+        """What ``source`` is: a stage's output, or a public sequence classifier (folder or hub id): a decoder with a scalar
+        head, or anything else ('encoder')."""
         ...
 
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
-        """The output of the stage ``source``, or of a folder of that path, or a public decoder, and the tokenizer it reads."""
+        """The output of the stage ``source``, a folder of that path or a public decoder; and the tokenizer it reads."""
         ...
 
     def classifier(self, source: str) -> Classifier:
@@ -440,14 +440,14 @@ class Resources(Protocol):
         ...
 
     def reward_model(self, group: Mapping[str, Any]) -> RewardModel:
-        """The reward model of a configuration group, for those that are made of others."""
+        """The reward model of a configuration group, for reward models that combine others."""
         ...
 
 
 class RewardModel(ABC, Component):
-    """Prompts and responses in, one score per response out. Learned, a function, an endpoint: one contract.
+    """Prompts and responses in, one score per response out. One contract for learned models, functions and endpoints.
 
-    A failed score raises or, where the configuration allows episodes to be lost, is NaN; it is never replaced by a number.
+    A failed score raises or, if the configuration allows episodes to be dropped, is NaN; it is never replaced by a number.
     """
 
     @abstractmethod
@@ -458,13 +458,13 @@ class RewardModel(ABC, Component):
         """float32 [B]. Higher is better; after normalisation 0 is the mean over demonstrations."""
 
     def details(self) -> dict[str, np.ndarray]:
-        """What else the last call of `score` found out about each response: {name: float32 [B]}. Logged as
+        """What else the last call to `score` found out about each response: {name: float32 [B]}. Logged as
         ``reward_model/<name>``."""
         return {}
 
     def value_network(self) -> ScalarModel | None:
-        """A copy of the network that a value network may start from (Stiennon et al. 2020); None where there is none
-        that reads the policy's tokens."""
+        """A copy of the network that a value network may start from (Stiennon et al. 2020); None if no network here reads
+        the policy's tokens."""
         return None
 
 
@@ -482,18 +482,18 @@ class Context:
     policy: Policy
     reward_model: RewardModel | None = None
     fits: dict[str, Fit] = field(default_factory=dict)
-    """What length limits did to each data set: in the record of the stage."""
+    """What length limits did to each data set; goes into the stage's record."""
 
     def fit(self, what: str) -> Fit:
-        """For the functions of `lockstep.text.encoding` to count in: ``what`` names the data set, 'train demonstrations' say."""
+        """A counter for the functions of `lockstep.text.encoding`; ``what`` names the data set, say 'train demonstrations'."""
         return self.fits.setdefault(what, Fit(what))
 
 
 class Algorithm(ABC, Component):
     """One way of training: which data it needs, what happens to it on the host, and what the loss is.
 
-    ``step`` should read like the algorithm box of the paper. All randomness comes from (seed, step), so a run that
-    resumes needs only the learner's state, `state` and the number of the next step.
+    ``step`` should read like the algorithm box of the paper. All randomness comes from (seed, step), so a resumed run
+    needs only the learner's state, `state` and the number of the next step.
     """
 
     produces: ClassVar[str]  # "policy" or "reward_model"
@@ -524,15 +524,15 @@ class Algorithm(ABC, Component):
         return {}
 
     def samples(self) -> list[dict[str, Any]]:
-        """Rows for the table of samples of the last step: text a person would read."""
+        """The last step's rows for the samples table: text for people to read."""
         return []
 
     def state(self) -> dict[str, Any]:
-        """What has to survive a restart beside the learner: JSON."""
+        """JSON state, besides the learner's, that must survive a restart."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -540,8 +540,8 @@ class Algorithm(ABC, Component):
 
 class DataSource(ABC, Component):
     """Where prompts, demonstrations, comparisons and raw text come from. ``split`` is 'train' or 'heldout'; a source
-    may know more splits of its prompts ('adversarial'). A source that has none of a thing raises
-    `lockstep.errors.MissingData` with what to configure."""
+    may have more splits of its prompts ('adversarial'). A source without one of these raises
+    `lockstep.errors.MissingData` and says what to configure."""
 
     @abstractmethod
     def texts(self, split: str) -> Sequence[str]: ...
@@ -557,20 +557,20 @@ class DataSource(ABC, Component):
 
     @classmethod
     def fingerprint(cls, config: Any) -> str | None:
-        """What the configuration does not say and the data depend on, such as the content of files: part of the identity
-        of every stage. None: the configuration says it all."""
+        """What the data depend on beyond the configuration, such as file contents; part of every stage's identity. None:
+        the configuration determines the data."""
         return None
 
     @classmethod
     def preview(cls, config: Any) -> DataSource:
-        """The source as a dry run opens it: of what is far away, the first rows at most."""
-        return cls(config)  # type: ignore[call-arg]  # every source is made from its configuration
+        """The source as a dry run opens it: at most the first rows of remote data."""
+        return cls(config)  # type: ignore[call-arg]  # every source is built from its configuration
 
     def survey(self) -> Iterator[tuple[str, str | Unreachable]]:
         """For a dry run: each place in the configuration that names data, and what was found there, or why that is unknown.
 
         Raises:
-          DataError: what is there cannot be used.
+          DataError: the data there cannot be used.
         """
         return iter(())
 
@@ -579,11 +579,11 @@ class DataSource(ABC, Component):
         return None
 
     def gold(self, prompt: Prompt, response: str) -> dict[str, float] | None:
-        """The true scores of a response, where the source knows them: ``gold`` and its parts. None: unknown."""
+        """The true scores of a response, if the source knows them: ``gold`` and its parts. None: unknown."""
         return None
 
     def ability(self) -> Sequence[Choice]:
-        """The ability test; empty where there is none."""
+        """The ability test; empty if there is none."""
         return ()
 
 
@@ -591,12 +591,12 @@ class DataSource(ABC, Component):
 
 
 class Tracker(ABC, Component):
-    """Where a stage's record goes beside the run folder (which is always written)."""
+    """Where a stage's record goes besides the run folder (which is always written)."""
 
     @abstractmethod
     def start(self, *, folder: Path, run: str, stage: str, identity: str, config: Mapping[str, Any], resume: bool) -> None:
-        """A stage begins, or goes on: ``identity`` is stable over restarts. ``config`` is all that decides the stage; its
-        ``inputs`` are {stage: identity} of the stages whose output it reads."""
+        """A stage starts or resumes. ``identity`` is stable across restarts. ``config`` is everything that determines the
+        stage; its ``inputs`` are {stage: identity} of the stages whose output it reads."""
 
     @abstractmethod
     def log(self, metrics: Metrics, step: int) -> None: ...
@@ -606,11 +606,11 @@ class Tracker(ABC, Component):
 
     @abstractmethod
     def alert(self, title: str, text: str, step: int) -> None:
-        """Something that a person should look at."""
+        """Something a person should look at."""
 
     @abstractmethod
     def artifact(self, kind: str, folder: Path) -> None:
-        """The stage's output, complete: 'policy', 'reward_model' or 'evaluation'."""
+        """The stage's complete output: 'policy', 'reward_model' or 'evaluation'."""
 
     @abstractmethod
     def finish(self, failed: bool = False) -> None: ...

@@ -5,9 +5,9 @@ A distribution announces one manifest per plugin package in its metadata:
     [project.entry-points."lockstep.plugins"]
     my_plugin = "my_plugin:plugin"
 
-where ``plugin`` is a `Plugin`. The manifest is import-light: components are ``module:Object`` strings and are imported
-when first asked for. Built-in plugins use this and nothing else. Code without a package adds its `Plugin` by
-`Registry.add`, or names ``module:Object`` in the configuration in place of a registered name.
+where ``plugin`` is a `Plugin`. The manifest is import-light: components are ``module:Object`` strings, imported on first
+use. Built-in plugins have no other way in. Code without a package adds its `Plugin` with `Registry.add`, or names
+``module:Object`` in the configuration in place of a registered name.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Plugin:
 
     Args:
       components: {kind: {name: "module:Object"}}.
-      backend: the backend these components are written for; None where they run on any. The exact (kind, name, backend)
-        wins over the neutral (kind, name): so a fused kernel replaces an algorithm on one backend only.
-      requires: modules without which the plugin cannot run; checked without importing them.
-      install: the command that provides them, shown to the user.
-      conf: the folder of Hydra configuration that joins the search path; None for none.
+      backend: the backend these components are written for; None if they run on any. The exact (kind, name, backend)
+        wins over the neutral (kind, name), so a fused kernel can replace an algorithm on one backend only.
+      requires: modules the plugin needs; checked without importing them.
+      install: the command that installs them, shown to the user.
+      conf: the Hydra configuration folder to add to the search path; None for none.
     """
 
     components: Mapping[str, Mapping[str, str]]
@@ -58,14 +58,14 @@ class Component:
     plugin: Plugin | None
 
     def missing(self) -> list[str]:
-        """Required modules that are not installed; none are imported to find out."""
+        """Required modules that are not installed; checked without importing any."""
         return [m for m in (self.plugin.requires if self.plugin else ()) if importlib.util.find_spec(m) is None]
 
     def load(self) -> type[Any]:
         """The class itself.
 
         Raises:
-          RegistryError: it cannot be imported; the message holds the reason and the command that may help.
+          RegistryError: it cannot be imported; the message gives the reason and a command that may help.
         """
         where = f"{self.kind} '{self.name}' of {self.distribution}"
         if self.plugin and (missing := self.missing()):
@@ -84,7 +84,7 @@ class Registry:
     broken: dict[str, str] = field(default_factory=dict)
 
     def add(self, plugin: Plugin, distribution: str) -> None:
-        """Take in a manifest.
+        """Add a manifest's components.
 
         Raises:
           RegistryError: an unknown kind, or a (kind, name, backend) that is already taken; both owners are named.
@@ -110,7 +110,7 @@ class Registry:
         as ``module:Object``.
 
         Raises:
-          RegistryError: nothing matches; the message names the nearest and all that exist.
+          RegistryError: nothing matches; the message gives the nearest name and all that exist.
         """
         return self.find(kind, name, backend).load()
 
@@ -132,8 +132,8 @@ class Registry:
         )
 
     def components_of(self, kind: str, backend: str) -> list[Component]:
-        """What this backend can use of a kind, and what it needs is installed: one component per name, its own before a
-        neutral one."""
+        """The components of a kind that this backend can use and whose requirements are installed: one per name, the
+        backend's own before a neutral one."""
         found: dict[str, Component] = {}
         for component in self:
             usable = component.kind == kind and component.backend in (backend, None) and not component.missing()
@@ -152,7 +152,7 @@ class Registry:
 @functools.cache
 def registry() -> Registry:
     """The registry of this process, filled from the installed distributions. A manifest that cannot be imported is
-    listed with its reason and does not break the rest; a manifest that contradicts another one does."""
+    listed with the reason and does not break the rest; a manifest that conflicts with another does."""
     found = Registry()
     for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name):
         distribution = entry.dist.name if entry.dist else entry.value

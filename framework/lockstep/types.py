@@ -1,7 +1,7 @@
 """The nouns of RLHF: what people write, rank and ask.
 
-Frozen and made of plain Python and numpy, so that every backend, every plugin and every process means the same by
-them. Anything tokenised is in ``sequences.py``.
+Frozen and made of plain Python, so every backend, plugin and process shares them. Anything tokenised is in
+``text/sequences.py``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A dialogue that waits for the assistant's next turn: its last message is not the assistant's.
+    """A dialogue waiting for the assistant's next turn: its last message is not the assistant's.
 
-    ``truth`` is what a data source knows about the prompt and a model must never see (the gold answer, the family of
-    the task); gold scores read it.
+    ``truth`` is what the data source knows about the prompt (the gold answer, the task's family). Gold scores read it; a
+    model must never see it.
     """
 
     messages: tuple[Message, ...]
@@ -38,8 +38,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What a person wrote as the response to a prompt. In a ``dialogue`` the assistant's earlier turns, which are in the
-    prompt, are demonstrations too."""
+    """What a person wrote as the response to a prompt. In a ``dialogue`` the assistant's earlier turns in the prompt are
+    demonstrations too."""
 
     prompt: Prompt
     response: str
@@ -74,8 +74,8 @@ class Choice:
 
 @dataclass
 class Fit:
-    """What length limits did to one data set, counted while it is encoded: items ``dropped`` because their last prompt alone
-    is too long, items ``shortened`` by their oldest turns, and responses ``cut``, which then carry no EOS."""
+    """What length limits did to one data set, counted during encoding: items ``dropped`` because their last prompt alone is
+    too long, items ``shortened`` by removing their oldest turns, and responses ``cut``, which then have no EOS."""
 
     what: str = "examples"
     total: int = 0

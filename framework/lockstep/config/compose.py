@@ -1,7 +1,7 @@
-"""Hydra: where configuration is found, how one run's is composed.
+"""Hydra: where configuration is found and how a run's is composed.
 
-Every manifest's ``conf`` folder is on the search path, the core's first. Two folders that hold the same file would shadow
-each other silently; that is refused.
+Every manifest's ``conf`` folder is on the search path, the core's first. Two folders with the same file would silently
+shadow each other, so that is refused.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def conf_folders() -> dict[str, Path]:
     """{distribution: folder}, the core's first.
 
     Raises:
-      RegistryError: two folders hold a file of the same name.
+      RegistryError: two folders have a file of the same name.
     """
     owners: dict[Path, list[str]] = collections.defaultdict(list)
     for distribution, folder in registry().conf.items():
@@ -64,13 +64,13 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     """One run's configuration, resolved.
 
     Raises:
-      ConfigError: what Hydra or OmegaConf say is wrong, with the nearest name that exists.
+      ConfigError: Hydra or OmegaConf reject it; the message gives the nearest name that exists.
     """
     return resolved(partial(overrides))
 
 
 def partial(overrides: Sequence[str]) -> DictConfig:
-    """A configuration whose interpolations and missing values are still open; else as `compose`."""
+    """Like `compose`, but interpolations and missing values stay unresolved."""
     try:
         return _compose(overrides)
     except (HydraException, OmegaConfBaseException) as error:
@@ -80,7 +80,7 @@ def partial(overrides: Sequence[str]) -> DictConfig:
 def resolved(config: DictConfig) -> dict[str, Any]:
     """
     Raises:
-      ConfigError: a key of the root is unknown, a value is missing, or an interpolation leads nowhere.
+      ConfigError: a root key is unknown, a value is missing, or an interpolation leads nowhere.
     """
     _refuse_unread(config)
     try:
@@ -92,14 +92,14 @@ def resolved(config: DictConfig) -> dict[str, Any]:
 
 
 def default(kind: str) -> str:
-    """The name that the core's configuration chooses of a group."""
+    """The name that the core's configuration chooses for a group."""
     choices = OmegaConf.load(conf_folders()[CORE] / "config.yaml").defaults
     return next(choice[kind] for choice in choices if isinstance(choice, DictConfig) and kind in choice)
 
 
 def group(kind: str, name: str) -> dict[str, Any]:
-    """The configuration file ``kind/name.yaml`` with its defaults, wherever on the search path it is; '???' where a value
-    is missing. Empty where there is no such file."""
+    """The configuration file ``kind/name.yaml`` with its defaults, from anywhere on the search path; '???' where a value is
+    missing. Empty if there is no such file."""
     if not any((folder / kind / f"{name}.yaml").is_file() for folder in conf_folders().values()):
         return {}
     composed = _compose(["~experiment", f"{kind}={name}"])
@@ -107,17 +107,17 @@ def group(kind: str, name: str) -> dict[str, Any]:
 
 
 def _refuse_unread(config: DictConfig) -> None:
-    """Raises ConfigError: a key of the root is none of Lockstep's, and no other key reads it."""
+    """Raises ConfigError for a root key that is not one of Lockstep's and that no other key reads."""
     for key in (key for key in config if key not in KEYS):
         if key not in _read({k: v for k, v in OmegaConf.to_container(config, resolve=False).items() if k != key}):
             raise ConfigError(
-                f"Unknown key {key}.{did_you_mean(str(key), KEYS)} Known: {listing(KEYS)}. A key of your own has to be read by "
-                f"another one, as ${{{key}}}."
+                f"Unknown key {key}.{did_you_mean(str(key), KEYS)} Known: {listing(KEYS)}. A key of your own must be read by "
+                f"another key, as ${{{key}}}."
             )
 
 
 def _read(values: Any) -> set[str]:
-    """The words in all interpolations, keys of the root among them."""
+    """All words in interpolations, which include the root keys that they read."""
     if isinstance(values, str):
         return set(re.findall(r"\w+", " ".join(re.findall(r"\$\{.+\}", values))))
     parts = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()

@@ -1,4 +1,4 @@
-"""The root of a configuration: each key that it may have, and the component groups among them, checked."""
+"""The root of a configuration: the keys that it may have, and checks of its component groups."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ ConfigGroup = dict[str, Any]
 
 @dataclass(frozen=True)
 class Root:
-    """Keys beside these are somebody's own: an experiment's limits of length, an algorithm for one more stage. Each must be
-    read by another key, as ``${lengths}``; one that nobody reads is a misspelling (`lockstep.config.compose.resolved`)."""
+    """Any other key is the user's own: an experiment's length limits, an algorithm for an extra stage. Another key must read
+    it, as ``${lengths}``; an unread key counts as a misspelling (`lockstep.config.compose.resolved`)."""
 
     experiment_name: str = setting(REQUIRED, "Begins the run's name.")
-    stages: Mapping[str, ConfigGroup] = setting(REQUIRED, "By name, in the order in which they run.")
-    backend: ConfigGroup = setting(REQUIRED, "A component group: `name` and its ``Config``, as those that follow.")
+    stages: Mapping[str, ConfigGroup] = setting(REQUIRED, "By name, in the order they run.")
+    backend: ConfigGroup = setting(REQUIRED, "A component group: `name` and the keys of its ``Config``. So are the others.")
     data: ConfigGroup = setting(REQUIRED, "Where prompts, demonstrations, comparisons and texts come from.")
     policy: ConfigGroup = setting(REQUIRED, "What a stage with ``policy: new`` starts from.")
-    tracker: ConfigGroup = setting(REQUIRED, "Who keeps the record beside the run folder.")
-    reward_model: ConfigGroup | None = setting(None, "Scores responses, where a stage names it.")
-    algorithm: ConfigGroup | None = setting(None, "The one that experiments compare.")
+    tracker: ConfigGroup = setting(REQUIRED, "Where the record goes besides the run folder.")
+    reward_model: ConfigGroup | None = setting(None, "Scores responses, if a stage names it.")
+    algorithm: ConfigGroup | None = setting(None, "The algorithm that experiments compare.")
     pretrain: ConfigGroup | None = setting(None, "The algorithm of the first stage.")
     sft: ConfigGroup | None = setting(None, "The algorithm of supervised fine-tuning.")
     reward: ConfigGroup | None = setting(None, "The algorithm that makes a reward model.")
     evaluation: ConfigGroup | None = setting(None, "What an evaluation measures; it has no `name`.")
-    seed: int = setting(0, "Of everything that is drawn: initial weights, order, sampling.", least=0)
+    seed: int = setting(0, "Seeds all random numbers: initial weights, order, sampling.", least=0)
     folder: str = setting("runs", "Where stages and runs are kept.")
-    objective: str | None = setting(None, "What a search makes large or small: stage/metric.")
-    name: str | None = setting(None, "Of the run's folder; null: made from the configuration.")
+    objective: str | None = setting(None, "What a search maximises or minimises: stage/metric.")
+    name: str | None = setting(None, "Name of the run's folder; null: made from the configuration.")
     checkpoint_every: int = setting(50, "Steps between checkpoints.", least=1)
-    samples_every: int = setting(25, "Steps between rows for the table of samples.", least=1)
+    samples_every: int = setting(25, "Steps between rows of the samples table.", least=1)
 
 
 KEYS = tuple(field.name for field in dataclasses.fields(Root))
@@ -45,11 +45,11 @@ GROUPS = {key: key for key in KINDS} | dict.fromkeys(("pretrain", "sft", "reward
 
 
 def check_root(config: Mapping[str, Any]) -> Root:
-    """The root with each of its component groups checked, whether a stage uses it or not. A component that is not installed,
-    or is another backend's, is left to the stage that uses it.
+    """The root with each of its component groups checked, whether a stage uses it or not. A component that is not installed
+    or belongs to another backend is left to the stage that uses it.
 
     Raises:
-      LockstepError: the first thing that is wrong.
+      LockstepError: the first problem found.
     """
     root = parse(Root, {key: value for key, value in config.items() if key in KEYS}, "")
     for key, kind in GROUPS.items():

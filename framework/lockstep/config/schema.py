@@ -1,11 +1,11 @@
 """YAML to checked dataclasses.
 
 A component's ``Config`` is a plain frozen dataclass. Each field is declared once, by `setting`: its default, its unit and its
-source, and the range it must lie in. `parse` is the one way from YAML (or from keywords in Python) to a ``Config``: it
-fills in defaults, checks names, types and ranges, and says what is wrong with where, what exists and what to type next.
+source, and its range. `parse` is the only way from YAML (or from keywords in Python) to a ``Config``: it fills in defaults
+and checks names, types and ranges. Its errors say what is wrong, where, what exists and what to type next.
 
-Ranges are checked here and not by the constructor: only `parse` knows a key's full path. What one field cannot say (a batch
-that its minibatches must divide) is a ``__post_init__`` of the dataclass; when it runs, each value is in its range.
+Ranges are checked here, not in the constructor, because only `parse` knows a key's full path. Constraints across fields
+(minibatches must divide the batch) belong in the dataclass's ``__post_init__``; by then each value is in its range.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ REQUIRED: Any = dataclasses.MISSING
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be; null, where the type allows it, is in every range."""
+    """The range of a number; null, if the type allows it, is in every range."""
 
     least: float | None = None
     above: float | None = None
@@ -61,10 +61,10 @@ def setting(
     """A field of a configuration: ``learning_rate: float = setting(3e-4, "Peak step size.", above=0)``.
 
     Args:
-      default: `REQUIRED` where there is no safe one.
+      default: `REQUIRED` if there is no safe one.
       doc: what it is, its unit, and whose number the default is.
-      least, above, most, below: the range, of each number where the field is a tuple. It is in the error, so not in ``doc``.
-      finite: false also takes ±inf; NaN is never taken.
+      least, above, most, below: the range; in a tuple, of each number. Errors state it, so ``doc`` does not.
+      finite: False also accepts ±inf; NaN is never accepted.
     """
     given = {"default_factory": lambda: copy.deepcopy(default)} if isinstance(default, (dict, list)) else {"default": default}
     return dataclasses.field(**given, metadata={"doc": doc, "range": Range(least, above, most, below, finite)})
@@ -75,8 +75,8 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str, defaults: T | Non
 
     Args:
       where: their place in the configuration ('algorithm'); '' at the root.
-      defaults: what stands in for keys that are absent, in place of the fields' own defaults. So of a group within a group
-        ('algorithm.optimizer') the outer one decides: PPO's epsilon is not the optimizer's.
+      defaults: values for absent keys, in place of the fields' own defaults. So an outer group sets the defaults of a nested
+        one ('algorithm.optimizer'): PPO's epsilon is not the optimizer's.
 
     Raises:
       ConfigError: unknown or missing keys, wrong types, numbers out of range.
@@ -116,8 +116,8 @@ def _check_range(allowed: Range, value: Any, where: str, hint: Any) -> None:
 
 
 def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
-    """``value`` as type ``hint``; int is taken for float, a list for a tuple, a mapping for a dataclass, whose absent keys
-    are those of ``default``."""
+    """``value`` as type ``hint``. An int becomes a float, a list a tuple, a mapping a dataclass, with absent keys
+    from ``default``."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -172,7 +172,7 @@ def _name(hint: Any) -> str:
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """'sft.epochs: 1 -> 2' for every leaf in which two configurations differ."""
+    """'sft.epochs: 1 -> 2' for every leaf where two configurations differ."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = list(dict.fromkeys([*old, *new]))
         return [

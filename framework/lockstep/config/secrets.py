@@ -1,4 +1,4 @@
-"""Credentials are kept out of records: run folders, trackers, errors."""
+"""Keeps credentials out of records: run folders, trackers, errors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Rows as people already have them, into the nouns. ``CONVENTIONS`` is the table; ``docs/data.md`` has a row of each.
+"""Turns rows as people already have them into the nouns. ``CONVENTIONS`` is the table; ``docs/data.md`` has a row of each.
 
-What is wrong with a row is one of two things. A `BadRow` is a mistake: somebody should know, so by default it ends the
-run. `LeftOut` is what honest data has too (a tie, a transcript that breaks off): such rows are left out and counted.
+A row can be unusable in two ways. `BadRow` is a mistake that the user should know about, so by default it ends the run.
+`LeftOut` occurs in good data too (a tie, a transcript that breaks off): such rows are left out and counted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROLES: Mapping[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-"""As they are called in message lists, in ShareGPT and, but for the capital, in HH."""
+"""The names in message lists, in ShareGPT and, capitalised, in HH."""
 
 
 _COMPLETION = "text or a list of one message"
@@ -45,8 +45,8 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True)
 class Answered:
-    """All that a row can say: a prompt, its completions (none, one or K) and their ranks, 0 the best. ``dialogue``: it
-    came as a whole, with earlier turns of the assistant."""
+    """All that a row can contain: a prompt, its completions (none, one or K) and their ranks, 0 the best. ``dialogue``:
+    the row is a whole dialogue with earlier assistant turns."""
 
     prompt: Prompt
     completions: tuple[str, ...] = ()
@@ -110,8 +110,8 @@ def _is_hh(text: Any) -> bool:
 
 
 def _hh_messages(text: str) -> tuple[Message, ...]:
-    """The turns, without the white space around them. The transcripts were made by splitting and joining text, and a
-    few in a thousand did not survive it: hence `LeftOut`."""
+    """The turns, without the white space around them. The transcripts were made by splitting and joining text, which broke
+    a few in a thousand: hence `LeftOut`."""
     _, *parts = _HH_TURN.split(text.strip())
     turns = tuple(Message(ROLES[name.lower()], content.strip()) for name, content in zip(parts[::2], parts[1::2], strict=True))
     if not all(turn.content for turn in turns):
@@ -127,19 +127,18 @@ def _dialogue(row: Columns, name: str) -> tuple[Message, ...]:
     if isinstance(value, str):
         raise BadRow(
             "text without a prompt",
-            f"'{name}' should be a transcript that begins with 'Human:' or a list of messages, "
-            "or stand beside a column 'prompt'.",
+            f"'{name}' should be a transcript that begins with 'Human:' or a list of messages, or come with a column 'prompt'.",
         )
     return _messages(_list(row, name, "messages"), name)
 
 
 def _split_dialogue(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], str]:
-    """What comes before the last message, and that message, the response. Earlier answers stay in the prompt."""
+    """The messages before the last, and the last as the response. Earlier answers stay in the prompt."""
     *before, last = messages
     if last.role != "assistant":
         raise LeftOut("dialogues that do not end with the assistant")
     if not before or before[-1].role == "assistant":
-        raise LeftOut("dialogues in which the last answer answers nobody")
+        raise LeftOut("dialogues whose last answer has nothing to answer")
     return tuple(before), last.content
 
 
@@ -150,7 +149,7 @@ def _prompt(row: Columns, messages: tuple[Message, ...]) -> Prompt:
 
 
 def _prompt_column(row: Columns, name: str = "prompt") -> Prompt:
-    """Text is one message of the user, unless it is an HH transcript, which may end with its open 'Assistant:'."""
+    """Text is one user message, unless it is an HH transcript, which may end with an open 'Assistant:'."""
     value = _column(row, name, (str, list, tuple), "text or a list of messages")
     if _is_hh(value):
         return _prompt(row, _hh_messages(re.sub(r"\n\nAssistant:\s*$", "", value)))
@@ -160,7 +159,7 @@ def _prompt_column(row: Columns, name: str = "prompt") -> Prompt:
 
 
 def _completion(value: Any, where: str) -> str:
-    """Text, or a list of one message, the assistant's."""
+    """Text, or a list of one assistant message."""
     if isinstance(value, str):
         return _not_empty(value, where)
     if not isinstance(value, (list, tuple)):
@@ -172,8 +171,8 @@ def _completion(value: Any, where: str) -> str:
 
 
 def _answered(row: Columns, completions: Mapping[str, Any], ranks: tuple[int, ...]) -> Answered:
-    """Completions, by their places in the row, beside a prompt. Beside an HH prompt they lose the white space around
-    them, as in a whole transcript."""
+    """Completions, keyed by their places in the row, beside a prompt. With an HH prompt they are stripped of white space,
+    as in a whole transcript."""
     prompt = _prompt_column(row)
     texts = tuple(_completion(value, where) for where, value in completions.items())
     if _is_hh(row["prompt"]):
@@ -195,7 +194,7 @@ def _labeler(row: Columns) -> str | None:
 
 
 def _dialogue_in(name: str) -> Callable[[Columns], Answered]:
-    """A dialogue that ends with the user is a prompt; that it lacks a response is for the noun to say."""
+    """A dialogue that ends with the user is a prompt; a noun that needs a response reports that it is missing."""
 
     def read(row: Columns) -> Answered:
         messages = _dialogue(row, name)
@@ -209,7 +208,7 @@ def _dialogue_in(name: str) -> Callable[[Columns], Answered]:
 
 
 def _instruction(row: Columns) -> Answered:
-    """Alpaca's: 'input' is what the instruction is about, empty where it needs nothing."""
+    """Alpaca's: 'input' is what the instruction is about; it may be empty."""
     about = [_column(row, "input", str, "text")] if row.get("input") else []
     text = "\n\n".join([_text(row, "instruction"), *about])
     prompt = _prompt(row, (Message("user", text),))
@@ -217,8 +216,8 @@ def _instruction(row: Columns) -> Answered:
 
 
 def _pair(row: Columns) -> Answered:
-    """Completions beside a prompt, or two whole dialogues that agree until the last answer. Whole dialogues hold their
-    prompt: a column 'prompt' beside them (UltraFeedback) is not needed and not read."""
+    """Completions beside a prompt, or two whole dialogues that agree until the last answer. Whole dialogues contain their
+    prompt, so a column 'prompt' beside them (UltraFeedback) is not read."""
     names = ("chosen", "rejected")
     if row.get("prompt") is None or all(_is_whole(row.get(name)) for name in names):
         (before, chosen), (other, rejected) = (_split_dialogue(_dialogue(row, name)) for name in names)
@@ -233,7 +232,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _ranked_by(name: str, best: Callable[[float], float]) -> Callable[[Columns], Answered]:
-    """K completions, with numbers in ``name`` of which the smallest ``best`` is the best."""
+    """K completions, with their numbers in the column ``name``; the lowest ``best(number)`` is the best."""
 
     def read(row: Columns) -> Answered:
         texts = {f"completions[{i}]": text for i, text in enumerate(_list(row, "completions", "completions"))}
@@ -249,7 +248,7 @@ def _ranked_by(name: str, best: Callable[[float], float]) -> Callable[[Columns],
 
 
 def _ranks(numbers: Sequence[Any], best: Callable[[float], float], name: str) -> tuple[int, ...]:
-    """Of numbers of which the smallest ``best`` is the best; equal ones are a tie."""
+    """The ranks of numbers, of which the lowest ``best(number)`` is the best; equal ones tie."""
     if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
         raise BadRow("a wrong type", f"'{name}' should be numbers, not {reprlib.repr(numbers)}.")
     order = sorted({best(n) for n in numbers})
@@ -257,8 +256,8 @@ def _ranks(numbers: Sequence[Any], best: Callable[[float], float], name: str) ->
 
 
 def _ultrafeedback(row: Columns) -> Answered:
-    """openbmb/UltraFeedback: an instruction and the completions of (mostly four) models, each with GPT-4's overall score. A
-    few instructions have fewer than two."""
+    """openbmb/UltraFeedback: an instruction and completions by (mostly four) models, each with GPT-4's overall score. A few
+    instructions have fewer than two completions."""
     prompt = _prompt(row, (Message("user", _text(row, "instruction")),))
     completions = _column(row, "completions", (list, tuple), "a list of completions")
     if len(completions) < 2:
@@ -277,11 +276,11 @@ def _ultrafeedback(row: Columns) -> Answered:
 
 TLDR = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
 CNN_DM = "Article:\n{article}\n\nTL;DR:\n"
-"""How Stiennon et al. 2020 (openai/summarize-from-feedback) ask for a summary, to the letter."""
+"""Stiennon et al. 2020's prompts for a summary (openai/summarize-from-feedback), verbatim."""
 
 
 def _summary_prompt(row: Columns, about: Mapping[str, Any]) -> Prompt:
-    """Of a Reddit post, or of a news article."""
+    """The prompt for a Reddit post or a news article."""
     if about.get("post") is None and about.get("article") is not None:
         text = CNN_DM.format(article=_text(about, "article"))
     else:
@@ -290,7 +289,7 @@ def _summary_prompt(row: Columns, about: Mapping[str, Any]) -> Prompt:
 
 
 def _reddit_summary(row: Columns) -> Answered:
-    """The filtered TL;DR posts with their authors' summaries, which a space sets off from 'TL;DR:' as the comparisons' are."""
+    """The filtered TL;DR posts with their authors' summaries, set off from 'TL;DR:' by a space as in the comparisons."""
     return Answered(_summary_prompt(row, row), (" " + _text(row, "summary").lstrip(),), (0,))
 
 
@@ -299,14 +298,14 @@ def _summaries(row: Columns) -> Answered:
     texts = [_text(summary, "text") for summary in _list(row, "summaries", "groups with 'text'")]
     choice = _column(row, "choice", int, "a whole number")
     if not 0 <= choice < len(texts):
-        raise BadRow("a choice that is not there", f"'choice' is {choice}, of {len(texts)} summaries.")
+        raise BadRow("a choice out of range", f"'choice' is {choice}, of {len(texts)} summaries.")
     labeler = None if row.get("worker") is None else str(row["worker"])
     ranks = tuple(int(i != choice) for i in range(len(texts)))
     return Answered(_summary_prompt(row, _column(row, "info", Mapping, "a group of keys")), tuple(texts), ranks, labeler)
 
 
 def _query(row: Columns) -> Answered:
-    """What N+ made of the TL;DR posts: a query, and a reference response that spells its end."""
+    """N+'s version of the TL;DR posts: a query, and a reference response that ends in a literal '<|endoftext|>'."""
     response = _text(row, "reference_response").removesuffix("<|endoftext|>")
     return Answered(_prompt_column(row, "query"), (_not_empty(response, "reference_response"),), (0,))
 
@@ -351,14 +350,14 @@ CONVENTIONS: Mapping[str, tuple[Convention, ...]] = {
     "prompts": _PROMPTS,
     "texts": (Convention(("text",), lambda row: _text(row, "text")),),
 }
-"""For each noun, in the order of preference: the first whose columns are all there is taken."""
+"""For each noun, in order of preference: the first whose columns are all present is used."""
 
 
 # --------------------------------------------------------------------------------------------------------------- nouns
 
 
 def _demonstration(row: Answered) -> Demonstration:
-    """The best completion, so that comparisons serve too; of equally good ones the first."""
+    """The best completion, so that comparisons serve too; if several tie, the first."""
     if not row.completions:
         raise BadRow("no response", "the last message should be the assistant's.")
     return Demonstration(row.prompt, row.completions[row.ranks.index(min(row.ranks))], row.dialogue)
@@ -379,10 +378,10 @@ _MAKE: Mapping[str, Callable[[Any], Any]] = {
 
 
 def reader(noun: str, first: Any, place: str) -> Callable[[Any], Any]:
-    """The function that makes this noun of each row of a source, chosen by the columns of its first row.
+    """The function that makes this noun from each row of a source, chosen by the columns of its first row.
 
     Raises:
-      DataError: the first row is none, or its columns fit no convention; the message lists them.
+      DataError: the first row has no columns, or they fit no convention; the message lists the conventions.
     """
     if not isinstance(first, Mapping):
         raise DataError(f"{place}: {_no_object(first)}")
@@ -391,7 +390,7 @@ def reader(noun: str, first: Any, place: str) -> Callable[[Any], Any]:
             return lambda row: _MAKE[noun](convention.read(_object(row)))
     known = "; ".join(" + ".join(convention.columns) for convention in CONVENTIONS[noun])
     raise DataError(
-        f"{place}: no {noun} can be made of the columns {listing(first)}. Columns that can: {known}. Rename yours; "
+        f"{place}: no {noun} can be made from the columns {listing(first)}. Columns that work: {known}. Rename yours; "
         "docs/data.md has an example of each."
     )
 
@@ -403,5 +402,5 @@ def _object(row: Any) -> Columns:
 
 
 def _no_object(row: Any) -> BadRow:
-    """For what `reading` gives where there are no columns: the parser's error, or another kind of JSON."""
-    return BadRow("a line that is no JSON object", f"{row if isinstance(row, Exception) else type(row).__name__}.")
+    """For a row without columns, which `reading` gives as the parser's error or as another kind of JSON."""
+    return BadRow("a line that is not a JSON object", f"{row if isinstance(row, Exception) else type(row).__name__}.")

@@ -1,9 +1,9 @@
 """The data source ``files``: demonstrations, comparisons, prompts and raw text from files and Hugging Face data sets.
 
-Held out is decided by how a dialogue begins: by its first message of the user (a raw text: by all of it), hashed with
-the seed. So the same prompt is never on both sides, nor are two moments of one dialogue, and it is on the same side as a
-demonstration, a comparison and a prompt. It is the content that decides and not the place: adding, removing and
-sorting rows moves no other row to the other side.
+How a dialogue begins decides whether it is held out: its first user message (for a raw text, all of it) is hashed with the
+seed. So a prompt is never in both splits, nor are two moments of one dialogue, and it falls in the same split as a
+demonstration, a comparison and a prompt. Content decides, not position: adding, removing and sorting rows moves no other
+row to the other split.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lockstep.types import Comparison, Demonstration, Prompt
 NOUNS = ("demonstrations", "comparisons", "prompts", "texts")
 SPLITS = ("train", "heldout")
 FIRST = 100
-"""Rows of a data set on the hub that a dry run reads."""
+"""Rows of a hub data set that a dry run reads."""
 
 Items = tuple[Any, ...]
 
@@ -46,19 +46,19 @@ class Config:
     heldout_comparisons: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
     heldout_prompts: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
     heldout_texts: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
-    heldout_fraction: float = setting(0.05, "Of the prompts, where the held-out split has no sources.", least=0, below=1)
-    seed: int = setting(0, "Of that fraction; the run's seed is elsewhere, so that runs differ on the same split.", least=0)
-    on_bad_row: Literal["raise", "skip"] = setting("raise", "End with the file and the line; or count, and say how many.")
+    heldout_fraction: float = setting(0.05, "Fraction of the prompts, if the held-out split has no sources.", least=0, below=1)
+    seed: int = setting(0, "Seeds that split; not the run's seed, so that runs with several seeds share the split.", least=0)
+    on_bad_row: Literal["raise", "skip"] = setting("raise", "Stop and name the file and line; or skip, and report how many.")
     every_source: Mapping[str, Any] = setting(
-        {"split": "train", "weight": None, "config": None, "revision": None}, "The keys that a source need not repeat."
+        {"split": "train", "weight": None, "config": None, "revision": None}, "Keys of every source, unless it sets them itself."
     )
 
 
 class Files(DataSource):
-    """Reads a noun when it is first asked for, once; of data sets on the hub only the ``first`` rows, if that is given.
+    """Reads each noun once, on first use; of hub data sets only the ``first`` rows, if given.
 
     Raises:
-      ConfigError: sources that cannot be meant so; found before any file is opened.
+      ConfigError: the sources contradict each other; found before any file is opened.
     """
 
     Config = Config
@@ -85,7 +85,7 @@ class Files(DataSource):
 
     @classmethod
     def fingerprint(cls, config: Config) -> str | None:
-        """A hash of the local files: a stage is not reused after one of them has changed."""
+        """A hash of the local files: a stage is not reused if one of them has changed."""
         sources = [source for noun in NOUNS for key in (noun, f"heldout_{noun}") for source in _sources(config, key)]
         digests = [digest for source in sources for digest in source_digests(source)]
         return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
@@ -110,7 +110,7 @@ class Files(DataSource):
             self._read[noun] = self._read_noun(noun)
         if not self._read[noun][split]:
             raise DataError(
-                f"The {split} split of data.{noun} is empty: every row belongs to the other one. Give it more rows, or "
+                f"The {split} split of data.{noun} is empty: all rows are in the other one. Give it more rows, or "
                 f"change data.heldout_fraction={self.config.heldout_fraction} or data.heldout_{noun}."
             )
         return self._read[noun][split]
@@ -126,8 +126,8 @@ class Files(DataSource):
             raise MissingData(f"This run needs {noun}. Set data.{noun}=[{{path: my.jsonl}}].")
 
     def _read_noun(self, noun: str) -> dict[str, Items]:
-        """Both splits. A row of the training sources that begins as a held-out one does is held out too where the split
-        is a fraction, and left out where the held-out sources are their own."""
+        """Both splits. A training row that begins like a held-out one is held out too if the split is a fraction, and left
+        out if the held-out split has its own sources."""
         parts = [self.items(noun, i) for i in range(len(self.sources[noun]))]
         key = f"heldout_{noun}"
         if self.sources[key]:
@@ -145,7 +145,7 @@ class Files(DataSource):
         return int.from_bytes(digest, "big") < self.config.heldout_fraction * 2**64
 
     def items(self, key: str, index: int) -> Items:
-        """All of one source of ``comparisons``, ``heldout_comparisons``, ... Says how many rows it left out, and why."""
+        """All of one source of ``comparisons``, ``heldout_comparisons``, ... Prints how many rows were left out, and why."""
         if (key, index) not in self._items:
             self._items[key, index] = self._read_source(key, index)
         return self._items[key, index]
@@ -181,7 +181,7 @@ class Files(DataSource):
         return tuple(items), left_out
 
     def _mixed(self, noun: str, parts: Sequence[Items]) -> Items:
-        """The training mixture. Says so where a weight makes a source go round more than once."""
+        """The training mixture. With weights, prints how often an epoch passes through each source."""
         sources = self.sources[noun]
         if not parts or sources[0].weight is None:
             return mix(parts)
@@ -198,7 +198,7 @@ class Files(DataSource):
 
     def _tell_overlap(self, noun: str, count: int) -> None:
         if count:
-            print(f"data.{noun}: {count} training rows were left out: they begin as held-out ones do.")
+            print(f"data.{noun}: {count} training rows were left out because they begin like held-out ones.")
 
 
 def _sources(config: Config, key: str) -> tuple[Source, ...]:
@@ -207,7 +207,7 @@ def _sources(config: Config, key: str) -> tuple[Source, ...]:
     sources = tuple(parse(Source, {**config.every_source, **keys}, f"data.{key}[{i}]") for i, keys in enumerate(given))
     weights = [source.weight for source in sources]
     if key.startswith("heldout_") and any(weight is not None for weight in weights):
-        raise ConfigError(f"data.{key} has a weight, but held-out rows are all there exactly once. Set weight=null.")
+        raise ConfigError(f"data.{key} has a weight, but every held-out row is used exactly once. Set weight=null.")
     if None in weights and any(weight is not None for weight in weights):
         raise ConfigError(f"data.{key}: give every source a weight, or none. Given: {weights}.")
     for source in sources:
@@ -216,7 +216,7 @@ def _sources(config: Config, key: str) -> tuple[Source, ...]:
 
 
 def _beginning(item: Any) -> str:
-    """What decides on which side an item is."""
+    """The text that decides an item's split."""
     if isinstance(item, str):
         return item
     messages = (item if isinstance(item, Prompt) else item.prompt).messages

@@ -1,8 +1,8 @@
-"""Several sources as one sequence in which each has its share, everywhere and not only on the whole.
+"""Several sources as one sequence in which each has its share throughout, not only overall.
 
-Without chance: row j of a source of weight w stands at time (j + 1/2) / w, and the mixture is all rows in the order of
-their times. A stretch of n rows then holds n * w / sum(w) rows of that source, give or take a few (as many as there are
-sources). Algorithms shuffle later; a loader that does not, or stops early, still sees the right mixture.
+Nothing is random: row j of a source of weight w has time (j + 1/2) / w, and the mixture is all rows in order of time. A
+stretch of n rows then has n * w / sum(w) rows of that source, give or take as many as there are sources. Algorithms shuffle
+later; a loader that does not, or stops early, still sees the right mixture.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 
 def row_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """How many rows each source gives to one epoch.
+    """How many rows each source contributes to one epoch.
 
-    An epoch ends when every row has been there at least once: the source that lasts longest for its weight is in it
-    once, and the others go round again. So no row is never seen, and proportions hold to the end.
+    An epoch ends when every row has appeared at least once: the source that lasts longest for its weight appears once, and
+    the others repeat. So every row is seen, and the proportions hold to the end.
     """
     end = max(size / weight for size, weight in zip(sizes, weights, strict=True))
     return [max(size, round(end * weight)) for size, weight in zip(sizes, weights, strict=True)]
 
 
 def mix(parts: Sequence[Sequence[T]], weights: Sequence[float] | None = None) -> tuple[T, ...]:
-    """One epoch of the parts. Without weights each counts by its size, so that every row is there exactly once."""
+    """One epoch of the parts. Without weights each part counts by its size, so every row appears exactly once."""
     if weights is None:
         parts = [part for part in parts if part]
         weights = [len(part) for part in parts]

@@ -1,7 +1,7 @@
 """Files, folders and Hugging Face data sets as rows: a place to name in an error, and a mapping of columns.
 
-Local files are read here and not by ``datasets``: that would copy them into its cache, infer one schema for all rows,
-and lose the line an error is in. ``datasets`` is for the hub and for what it has saved itself.
+Local files are read here, not by ``datasets``, which would copy them into its cache, infer one schema for all rows and lose
+the line of an error. ``datasets`` is for the hub and for what it saved itself.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from lockstep.config.schema import REQUIRED, setting
 from lockstep.errors import ConfigError, DataError, Unreachable, did_you_mean, listing
 
 Row = tuple[str, Any]
-"""'file:line', and the columns; or, where the line is not JSON, what the parser says about it."""
+"""'file:line', and the columns or, if the line is not JSON, the parser's error."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source of rows. In a folder a split is the files whose names, or whose folders' names, begin with it; a file has
-    only 'train'."""
+    """One source of rows. In a folder, a split is every file whose name or folder begins with the split's name; a single file
+    has only 'train'."""
 
-    path: str = setting(REQUIRED, "A file, a folder, or a hub id, maybe with a folder in it: 'Anthropic/hh-rlhf/harmless-base'.")
+    path: str = setting(REQUIRED, "A file, a folder, or a hub id, optionally with a folder: 'Anthropic/hh-rlhf/harmless-base'.")
     split: str = setting("train", "'train', 'test[:100]', 'train[500:1000]', ...")
     weight: float | None = setting(
         None, "Share of the mixture, relative to the other sources of the list; null: by its size.", above=0
@@ -40,7 +40,7 @@ class Source:
 
 
 def source_digests(source: Source) -> list[str]:
-    """SHA-256 of each local file of the source; nothing for the hub, whose state the revision names."""
+    """SHA-256 of each local file of the source; none for the hub, where the revision identifies the data."""
     path = Path(source.path).expanduser()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
     digests = []
@@ -51,11 +51,11 @@ def source_digests(source: Source) -> list[str]:
 
 
 def read_rows(source: Source, first: int | None = None) -> Iterator[Row]:
-    """The rows of a source, in the order of the file. Rows are numbered from 1, blank lines count. Of a data set on the hub
-    only the ``first``, streamed, if that is given.
+    """The rows of a source, in file order. Rows are numbered from 1, and blank lines count. Of a hub data set only the
+    ``first`` rows, streamed, if given.
 
     Raises:
-      DataError: nothing is there, or it cannot be read.
+      DataError: the source does not exist or cannot be read.
     """
     split, part = parse_split(source.split)
     path = Path(source.path).expanduser()
@@ -78,7 +78,7 @@ def parse_split(split: str) -> tuple[str, slice]:
     """'test[:100]' as ('test', slice(None, 100)).
 
     Raises:
-      ConfigError: another form.
+      ConfigError: the split has another form.
     """
     match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", split)
     if match is None:
@@ -91,7 +91,7 @@ def parse_split(split: str) -> tuple[str, slice]:
 
 
 def _open(path: Path) -> TextIO:
-    """Text, unzipped where need be, without a byte order mark."""
+    """Text, unzipped if needed, without a byte order mark."""
     opener = gzip.open if path.suffix == ".gz" else open
     return opener(path, "rt", encoding="utf-8-sig", newline="")
 
@@ -104,7 +104,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _parsed(line: str) -> Any:
-    """The error is returned, not raised: whether a bad line ends the run is for the caller to say."""
+    """Returns the error instead of raising it: the caller decides whether a bad line ends the run."""
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
@@ -112,7 +112,7 @@ def _parsed(line: str) -> Any:
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
-    """One list of rows; or lines, which many call .json too."""
+    """One list of rows, or lines, which are often named .json too."""
     with _open(path) as file:
         is_list = file.read(1) == "["
     if not is_list:
@@ -152,12 +152,12 @@ def _suffix(path: Path) -> str:
 
 
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error)
-"""What the formats raise for files that are cut short, not UTF-8, or not what their name says."""
+"""What the formats raise for files that are truncated, not UTF-8 or not in the format of their name."""
 
 
 def _file(path: Path) -> Iterator[Row]:
     if _suffix(path) not in FORMATS:
-        raise DataError(f"{path} is of no format that is read here. Formats: {', '.join(FORMATS)}.")
+        raise DataError(f"{path} has an unsupported format. Formats: {', '.join(FORMATS)}.")
     try:
         for number, row in FORMATS[_suffix(path)](path):
             yield f"{path}:{number}", row
@@ -210,7 +210,7 @@ def _hub(source: Source, split: str, first: int | None) -> Iterator[Row]:
         data = data if first is None else list(itertools.islice(data, first))
     except Exception as error:  # of many kinds: no network, no such id, private, no such split
         raise Unreachable(
-            f"'{source.path}' is no file or folder here, and as a data set of the Hugging Face hub it could not be loaded: "
+            f"'{source.path}' is not a local file or folder, and it could not be loaded from the Hugging Face hub: "
             f"{str(error).rstrip('.')}. A local path works too: download the data set where there is a network and set path to "
             "its folder."
         ) from error

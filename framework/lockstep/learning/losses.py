@@ -1,9 +1,8 @@
 """Losses over [batch, time], written once against the Array API standard and differentiated by every backend.
 
 ``xp`` is the namespace: ``array_api_compat.torch``, ``jax.numpy``, numpy. Each function returns one number per token
-(or pair), unreduced; `weighted_sum` reduces with weights made on the host. Every backend has
-operators, indexing, where, zeros_like, sum, maximum, abs, exp, log1p, clip and astype, which is what the built-in losses use;
-so softplus is spelled out.
+(or pair), unreduced; `weighted_sum` reduces with weights made on the host. The built-in losses use only what every backend
+has: operators, indexing, where, zeros_like, sum, maximum, abs, exp, log1p, clip and astype. So softplus is spelled out.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ Array = Any
 def weighted_sum(xp: Any, x: Array, weights: Array) -> Array:
     """Σ weights · x over the entries whose weight is not 0; the others are inert, NaN or not, and get no gradient.
 
-    With weights that sum to 1 over a whole minibatch this is the minibatch's mean, however it was cut.
+    With weights that sum to 1 over a whole minibatch this is the minibatch's mean, however it is cut into micro-batches.
     """
     counts = weights != 0
     return xp.sum(xp.where(counts, x, xp.zeros_like(x)) * weights)

@@ -151,7 +151,7 @@ def preferences(ranks: Sequence[Sequence[int]], rows: int) -> np.ndarray:
 
 
 def pair_margins(scores: np.ndarray, preferred: np.ndarray) -> np.ndarray:
-    """score_winner - score_loser of every pair that ``preferred`` [R, R] holds, in row-major order."""
+    """score_winner - score_loser for every pair marked in ``preferred`` [R, R], in row-major order."""
     winners, losers = np.nonzero(preferred)
     return scores[winners] - scores[losers]
 

@@ -14,7 +14,7 @@ from lockstep.config.schema import setting
 class OptimizerConfig:
     """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019) on matrices.
 
-    ``tf_style`` puts epsilon where TensorFlow 1 has it, as lm-human-preferences did: eps / sqrt(1 - beta2^t) instead of
+    ``tf_style`` puts epsilon where TensorFlow 1 does, as lm-human-preferences did: eps / sqrt(1 - beta2^t) instead of
     eps beside the bias-corrected root. At a gradient of 1e-5 and beta2 = 0.999 the first step differs 16-fold (Huang et
     al. 2023); at 0.95, 2.7-fold.
     """
@@ -40,7 +40,7 @@ class ScheduleConfig:
     lm-human-preferences and N+: linear to 0.
     """
 
-    shape: Literal["constant", "linear", "cosine"] = setting("constant", "Of the decay after the warm-up.")
+    shape: Literal["constant", "linear", "cosine"] = setting("constant", "Shape of the decay after the warm-up.")
     warmup_steps: int = setting(0, "Optimizer steps from `initial` to the peak, linear.", least=0)
     initial: float = setting(1.0, "Where the warm-up begins, as a fraction of the peak.", least=0, most=1)
     final: float = setting(1.0, "Where linear and cosine end, as a fraction of the peak.", least=0, most=1)

@@ -1,8 +1,8 @@
 """Randomness is data: every random number is a pure function of (run seed, stream, step, row), made on the host.
 
 So two backends draw the same tokens from the same weights, the tokens do not depend on how rows are batched or sharded,
-and a run that resumes needs no generator state. Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
-3") is counter-based, which makes that free.
+and a resumed run needs no generator state. Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is
+counter-based, which makes that free.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ class Samples:
     """B sampled responses.
 
     Args:
-      responses: what a reward model reads. A response that a stop string ended is its text and EOS there.
+      responses: what a reward model reads. A response ended by a stop string appears there as its text and EOS.
       sequences: what the policy wrote, up to and including what ended it: the tokens to train on.
-      finished: bool [B]. Whether EOS or a stop string ended the response, and not the limit.
+      finished: bool [B]. Whether EOS or a stop string ended the response, not the limit.
       logprobs: float32 [B, T], the sampler's own.
     """
 
@@ -77,7 +77,7 @@ class Sampler:
         return self.finish(neighbours(prompts, samples), *context, self.generate(policy, *context, seeds))
 
     def generate(self, policy: Policy, tokens: np.ndarray, mask: np.ndarray, seeds: np.ndarray) -> Generated:
-        """`Policy.generate` on chunks of equal shape: the last is filled up with copies of its first row."""
+        """`Policy.generate` on chunks of equal shape: the last is padded with copies of its first row."""
         size, parts = min(self.batch_size or len(seeds), len(seeds)), []
         for part in chunks(len(seeds), size):
             rows = np.arange(part.start, part.stop)
@@ -107,12 +107,12 @@ def neighbours(items: Sequence[T], samples: int) -> list[T]:
 
 
 def score(reward_model: RewardModel, samples: Samples) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
-    """float32 [B] scores, NaN where there is none; and what else the reward model found out."""
+    """float32 [B] scores, NaN where there is none; and the reward model's other results per response."""
     return reward_model.score(samples.responses), reward_model.details()
 
 
 def scored_only(sequences: Sequences, scores: np.ndarray) -> Sequences:
-    """The same sequences, in which rows without a score do not count: a failed score is never replaced by a number.
+    """The same sequences with rows without a score masked out: a failed score is never replaced by a number.
 
     Raises:
       RewardError: no row has a score.

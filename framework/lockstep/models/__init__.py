@@ -1,1 +1,1 @@
-"""What a model is, apart from any array library."""
+"""What a model is, independent of any array library."""

@@ -1,12 +1,12 @@
 """Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685): y = W x + (alpha / rank) B A x, where W is frozen.
 
-What an adapter is, apart from any array library: settings, initial weights, and its files. These are peft's
-(``adapter_config.json`` beside ``adapter_model.safetensors``), so an adapter of one backend opens in the other and in peft.
-In memory its tensors are named as the layers of the checkpoint they adapt: ``<layer>.lora_A.weight`` [rank, inputs],
-``<layer>.lora_B.weight`` [outputs, rank], and ``score.weight`` where there is a scalar head.
+What needs no array library: an adapter's settings, initial weights and files. The files are peft's
+(``adapter_config.json`` beside ``adapter_model.safetensors``), so an adapter from one backend opens in the other and in peft.
+In memory its tensors are named after the layers of the checkpoint that they adapt: ``<layer>.lora_A.weight`` [rank, inputs],
+``<layer>.lora_B.weight`` [outputs, rank], and ``score.weight`` if there is a scalar head.
 
-Left out: dropout on the adapter's input (trained at 0 here; without effect on what is loaded), and peft's variants (DoRA,
-rank-stabilised scaling, a rank per layer): a file that uses one is refused.
+Left out: dropout on the adapter's input (training here uses 0; it has no effect on a loaded adapter), and peft's variants
+(DoRA, rank-stabilised scaling, a rank per layer): a file that uses one is refused.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from lockstep.storage.weights import read_tensors, read_weights, write_tensors
 
 ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NOT_WHOLE = (
-    "{folder} holds an adapter, not a whole checkpoint. Make it one: lockstep merge {folder} OUTPUT. To train it on, name it "
-    "as a stage's policy: stages.ppo.policy={folder}."
+    "{folder} holds an adapter, not a whole checkpoint. Merge it with its base: lockstep merge {folder} OUTPUT. To continue "
+    "training it, name it as a stage's policy: stages.ppo.policy={folder}."
 )
 PREFIX = "base_model.model."
 """What peft puts before the names of the base model."""
@@ -42,8 +42,8 @@ PREFIX = "base_model.model."
 class Adapter:
     """Args:
     base: the folder or hub id of the frozen checkpoint.
-    targets: which linear layers are adapted: each whose name is one of these or ends in ``.`` and one of these.
-    conv1d: the base keeps the weights of these layers as [inputs, outputs], as GPT-2's do.
+    targets: the linear layers to adapt: every layer whose name is one of these or ends in ``.`` and one of these.
+    conv1d: the base stores the weights of these layers as [inputs, outputs], as GPT-2 does.
     """
 
     base: str
@@ -71,7 +71,7 @@ class LoRAConfig(CheckpointConfig):
     """The configuration of the policy ``lora``, for every backend."""
 
     rank: int = setting(16, "Inner dimension of the adapter's two matrices.", least=1)
-    alpha: float = setting(32.0, "The adapter counts alpha / rank times (Hu et al. 2021, section 4.1).", above=0)
+    alpha: float = setting(32.0, "The adapter is scaled by alpha / rank (Hu et al. 2021, section 4.1).", above=0)
     targets: tuple[str, ...] = setting(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         "Linear layers, by the last part of their names: all of Llama's; GPT-2: c_attn, c_proj, c_fc.",
@@ -89,19 +89,19 @@ class LoRAConfig(CheckpointConfig):
         for target in adapter.targets:
             if any(part.isdigit() for part in target.split(".")):
                 raise ConfigError(
-                    f"policy.targets names '{target}': layers are adapted in every block or in none. Leave the number out."
+                    f"policy.targets names '{target}': layers are adapted in every block or in none. Leave out the number."
                 )
             if not any(dataclasses.replace(adapter, targets=(target,)).adapts(layer) for layer in layers):
                 raise ConfigError(
-                    f"policy.targets names '{target}', which {self.path} has not.{did_you_mean(target, last)} "
+                    f"policy.targets names '{target}', which {self.path} does not have.{did_you_mean(target, last)} "
                     f"Its linear layers: {listing(last)}."
                 )
         return adapter
 
 
 def initial(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """Fresh weights, float32: A uniform in ±1 / sqrt(inputs), as peft draws it, and B zero, so that the adapted model is
-    the base at first. Drawn on the host in the order of names, so all backends start alike."""
+    """Fresh weights, float32: A uniform in ±1 / sqrt(inputs), as peft draws it, and B zero, so that the adapted model starts
+    equal to the base. Drawn on the host in the order of names, so all backends start alike."""
     rng = randomness.generator(seed, "initial adapter")
     out = {}
     for name in sorted(shapes):
@@ -115,7 +115,7 @@ def initial(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.nd
 
 
 def write(folder: Path, adapter: Adapter, tensors: Mapping[str, np.ndarray], *, scalar: bool) -> None:
-    """An adapter folder as peft writes it; ``scalar``: of a sequence classifier, whose head is saved whole."""
+    """Write an adapter folder as peft does; ``scalar``: for a sequence classifier, whose head is saved whole."""
     write_tensors(folder / WEIGHTS, {PREFIX + name: tensor for name, tensor in tensors.items()})
     settings = {
         "peft_type": "LORA", "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM", "base_model_name_or_path": adapter.base,
@@ -130,7 +130,7 @@ def read(folder: Path | str) -> tuple[Adapter, dict[str, np.ndarray]]:
     """The adapter in a folder that `write` or peft wrote, and its float32 tensors.
 
     Raises:
-      CheckpointError: none is there, or it is of a kind that is not supported.
+      CheckpointError: there is none, or its kind is not supported.
     """
     folder = Path(folder)
     settings = read_json(folder / ADAPTER_CONFIG)
@@ -150,7 +150,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": (None, "none"), "modules_to_save": (None, [], ["score"]), "revision": (None,),
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # others change the base's weights too
 }  # fmt: skip
-"""The values of peft's settings that are read; and these have to be off:"""
+"""The supported values of peft's settings. The settings below must be off:"""
 VARIANTS = (
     "use_dora", "use_rslora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "layers_to_transform",
     "layer_replication", "trainable_token_indices", "target_parameters", "exclude_modules", "lora_bias",
@@ -159,7 +159,7 @@ VARIANTS = (
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether it holds an adapter and not a whole checkpoint."""
+    """Whether it holds an adapter, not a whole checkpoint."""
     return (folder / ADAPTER_CONFIG).exists()
 
 
@@ -177,7 +177,7 @@ def _refuse_variants(folder: Path, settings: Mapping[str, Any]) -> None:
 def check(folder: Path | str, found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """
     Raises:
-      CheckpointError: the tensors are not those of these names and shapes.
+      CheckpointError: the tensors do not have these names and shapes.
     """
     if wrong := sorted(n for n in found.keys() | shapes.keys() if n not in found or found[n].shape != shapes.get(n)):
         raise CheckpointError(f"The adapter in {folder} does not fit its base: {', '.join(wrong[:3])}.")
@@ -187,14 +187,14 @@ def check(folder: Path | str, found: Mapping[str, np.ndarray], shapes: Mapping[s
 
 
 def merge(folder: Path, output: Path) -> Path:
-    """Write the base with the adapter added to its weights, as an ordinary float32 checkpoint; the tokenizer comes along.
+    """Write the base with the adapter added to its weights, as an ordinary float32 checkpoint with the tokenizer.
 
     Raises:
-      CheckpointError: ``folder`` holds no adapter, or its base is not there.
+      CheckpointError: ``folder`` holds no adapter, or its base is missing.
     """
     if not (folder / ADAPTER_CONFIG).exists():
         raise CheckpointError(
-            f"{folder} holds no adapter: {ADAPTER_CONFIG} is missing. Name the output folder of a stage of policy=lora."
+            f"{folder} holds no adapter: {ADAPTER_CONFIG} is missing. Name the output folder of a stage with policy=lora."
         )
     adapter, tensors = read(folder)
     base = fetch_folder(adapter.base)
@@ -217,7 +217,7 @@ def merge(folder: Path, output: Path) -> Path:
 
 
 def _stored(layer: str, weights: Mapping[str, np.ndarray], folder: Path) -> str:
-    """The name of a layer's weight in the base's files, which may lack the prefix of the trunk."""
+    """The name of a layer's weight in the base's files, which may lack the trunk's prefix."""
     for name in (f"{layer}.weight", f"{layer.partition('.')[2]}.weight"):
         if name in weights:
             return name

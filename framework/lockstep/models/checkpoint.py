@@ -1,4 +1,4 @@
-"""Policies that start from a checkpoint: what their configuration says, on every backend."""
+"""The configuration of policies that start from a checkpoint, on every backend."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lockstep.text.tokenizer import TokenizerConfig
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The keys that they share."""
+    """The keys that these policies share."""
 
     path: str = setting(REQUIRED, "The checkpoint: a folder, a GGUF file or a hub id.")
-    tokenizer: TokenizerConfig = setting(TokenizerConfig(), "Null in it: the checkpoint's own.")
+    tokenizer: TokenizerConfig = setting(TokenizerConfig(), "Keys that are null take the checkpoint's own.")
 
 
 class FromCheckpoint:
-    """For a `lockstep.interfaces.Policy` whose ``Config`` has the keys of `CheckpointConfig`, and maybe more."""
+    """For a `lockstep.interfaces.Policy` whose ``Config`` has at least the keys of `CheckpointConfig`."""
 
     @classmethod
     def inputs(cls, config: Any) -> Inputs:

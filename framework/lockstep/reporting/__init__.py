@@ -1,1 +1,1 @@
-"""What shows results and does not make them."""
+"""Reports results; makes none."""

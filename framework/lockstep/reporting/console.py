@@ -1,6 +1,6 @@
 """What a person sees in the terminal: the plan, a progress bar with the few numbers that matter, a summary.
 
-On a terminal the bar moves; into a file or a pipe a line is written every few seconds instead.
+On a terminal the bar moves; a file or a pipe gets a line every few seconds instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHOWN = {
     "heldout/accuracy": "held-out acc",
     "perf/tokens_per_second": "tok/s",
 }
-"""The numbers of the progress bar, in this order; others are in metrics.jsonl and the tracker."""
+"""The numbers of the progress bar, in this order; metrics.jsonl and the tracker have the others."""
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BEFORE_A_WORD = 2.0
 
@@ -85,7 +85,7 @@ class Console:
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Says what is being waited for, if it takes longer than two seconds: on the standard error, for it is no result."""
+        """Says what it is waiting for, if it takes longer than two seconds: on stderr, because it is not a result."""
         timer = threading.Timer(SECONDS_BEFORE_A_WORD, lambda: print(f"{what} ...", file=sys.stderr, flush=True))
         timer.daemon = True
         timer.start()

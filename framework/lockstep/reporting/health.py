@@ -1,13 +1,13 @@
 """Warnings by name while a stage trains: what the metrics say is going wrong, what it usually means, what to try.
 
-`Health.watch` takes each step's metrics and returns what it finds. It depends on nothing but the metrics so far, so a
-stage that resumes replays ``metrics.jsonl`` and goes on as if nothing had happened. A rule reads only what is logged: an
-algorithm of one's own is watched as far as it uses the names of docs/metrics.md.
+`Health.watch` takes each step's metrics and returns what it finds. It depends only on the metrics so far, so a resumed stage
+replays ``metrics.jsonl`` and continues as if it had never stopped. Rules read only what is logged: they watch any algorithm
+that uses the names in docs/metrics.md.
 
-The thresholds are meant to be silent on every run that one would keep. The rules cite who describes a failure; hardly
-anybody gives a number, so most numbers are ours, and say so. A warning never stops a run.
+The thresholds should be silent on every run worth keeping. Each rule cites who describes the failure; few sources give a
+number, so most numbers are ours, and say so. A warning never stops a run.
 
-Left out: anything that would need more than the metrics, such as reading the responses.
+Left out: anything that needs more than the metrics, such as reading the responses.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 
 START, RECENT, REARM = 5, 200, 20
-"""Steps that a stage's start is the mean of; steps that are remembered; steps without its cause after which a warning
-may come again."""
+"""Steps averaged for a stage's start; steps remembered; steps without its cause after which a warning may repeat."""
 
 
 class History:
@@ -41,17 +40,17 @@ class History:
                 start.append(value)
 
     def values(self, name: str, least: int) -> np.ndarray | None:
-        """What is remembered of a metric that this step has logged, oldest first; None where it is less than ``least``."""
+        """The remembered values of a metric logged in this step, oldest first; None if there are fewer than ``least``."""
         found = self.recent.get(name, ()) if name in self.now else ()
         return np.asarray(found) if len(found) >= least else None
 
     def mean(self, name: str, steps: int) -> float:
-        """Over the last ``steps``; NaN, which no comparison holds for, where there are fewer."""
+        """Over the last ``steps``; NaN, for which every comparison is false, if there are fewer."""
         values = self.values(name, steps)
         return float(values[-steps:].mean()) if values is not None else math.nan
 
     def initial(self, name: str) -> float:
-        """The mean of the first `START` values; NaN where there is none."""
+        """The mean of the first `START` values; NaN if there are none."""
         return float(np.mean(self.start.get(name, math.nan)))
 
 
@@ -62,8 +61,8 @@ DECISIVE = ("loss", "policy/loss", "value/loss", "objective/score", "objective/k
 
 
 def not_finite(history: History) -> str | None:
-    """A loss, score, KL, entropy or gradient norm is NaN or infinite. Held-out measures are NaN where nothing is held
-    out, and the explained variance where all returns are equal; these do not count."""
+    """A loss, score, KL, entropy or gradient norm is NaN or infinite. Held-out measures do not count: they are NaN if nothing
+    is held out. Nor does the explained variance: it is NaN if all returns are equal."""
     bad = [n for n, value in history.now.items() if n.startswith(DECISIVE) and not math.isfinite(value)]
     return f"{', '.join(bad)} is not a finite number." if bad else None
 
@@ -108,17 +107,16 @@ def kl_running_away(history: History) -> str | None:
 
 
 def entropy_collapse(history: History) -> str | None:
-    """Entropy per token, mean of 5 steps, below a fifth of where it began. That policies stop improving once their entropy
-    is spent: Cui et al. 2025, 'The entropy mechanism of reinforcement learning for reasoning language models'; the fifth
-    is ours."""
+    """Entropy per token, mean of 5 steps, is below a fifth of its start. Policies stop improving once their entropy is spent
+    (Cui et al. 2025, 'The entropy mechanism of reinforcement learning for reasoning language models'); the fifth is ours."""
     entropy = history.mean("objective/entropy", 5)
     initial = history.initial("objective/entropy")
     return f"objective/entropy has fallen from {initial:.3g} to {entropy:.3g} nats per token." if entropy < initial / 5 else None
 
 
 def score_against_gold(history: History) -> str | None:
-    """Since the best 10 steps of the gold score it has fallen, and the reward model's score has risen, each by more than
-    four standard errors of the difference of two means of 10 steps: over-optimisation (Gao et al. 2022)."""
+    """Since its best 10 steps the gold score has fallen while the reward model's score has risen, each by more than four
+    standard errors of the difference of two means of 10 steps: over-optimisation (Gao et al. 2022)."""
     score, gold = history.values("objective/score", 30), history.values("objective/gold", 30)
     if score is None or gold is None:
         return None
@@ -131,9 +129,9 @@ def score_against_gold(history: History) -> str | None:
 
 
 def score_by_length(history: History) -> str | None:
-    """Where no gold score is known: the score has risen since the start by more than four standard errors, and responses
-    are half as long again as then, or half as long. That reward models pay for length: Singhal et al. 2023, 'A long way
-    to go'; the factors are ours."""
+    """If no gold score is known: the score has risen since the start by more than four standard errors, and responses are now
+    half as long again or half as long. Reward models pay for length (Singhal et al. 2023, 'A long way to go'); the factors
+    are ours."""
     score, length = history.values("objective/score", 20), history.mean("objective/length", 10)
     if score is None or math.isnan(length) or "objective/gold" in history.now:
         return None
@@ -144,7 +142,7 @@ def score_by_length(history: History) -> str | None:
 
 
 def clip_fraction_high(history: History) -> str | None:
-    """Mean of 5 steps over 0.3: what is clipped teaches nothing (Schulman et al. 2017, equation 7). The bound is ours."""
+    """The mean of 5 steps is over 0.3: clipped tokens teach nothing (Schulman et al. 2017, equation 7). The bound is ours."""
     fraction = history.mean("policy/clip_fraction", 5)
     return f"policy/clip_fraction, mean of 5 steps, is {fraction:.2g}." if fraction > 0.3 else None
 
@@ -158,15 +156,15 @@ def values_uninformative(history: History) -> str | None:
 
 
 def sampler_mismatch(history: History) -> str | None:
-    """The mean absolute difference of the sampler's and the trainer's log-probabilities, mean of 3 steps, is over 0.02 nats:
-    beyond what bfloat16 does (docs/metrics.md); float32 stays below 1e-4. What it does to training: Yao et al. 2025, 'Your
-    efficient RL framework secretly brings you off-policy RL training'."""
+    """The mean absolute difference between the sampler's and the trainer's log-probabilities, mean of 3 steps, is over 0.02
+    nats: more than bfloat16 causes (docs/metrics.md); float32 stays below 1e-4. For the effect on training see Yao et al.
+    2025, 'Your efficient RL framework secretly brings you off-policy RL training'."""
     mismatch = history.mean("sampler/mismatch_mean", 3)
     return f"sampler/mismatch_mean is {mismatch:.2g} nats per token." if mismatch > 0.02 else None
 
 
 def responses_cut_off(history: History) -> str | None:
-    """Less than one response in twenty ended by itself in the last 3 steps."""
+    """Fewer than one response in twenty ended by itself in the last 3 steps."""
     finished = history.mean("objective/finished", 3)
     if finished < 0.05:
         length = history.mean("objective/length", 3)
@@ -201,12 +199,12 @@ RULES = (
     ),
     Rule(
         loss_diverging,
-        "The learning rate is too high, or the data changes its kind.",
+        "The learning rate is too high, or the kind of data has changed.",
         "a lower learning rate, a longer warm-up, max_grad_norm=1, another look at the data.",
     ),
     Rule(
         gradient_explosion,
-        "The steps are about to leave the region in which the model works, or a batch of another kind has come.",
+        "The next updates may break the model, or one kind of batch differs from the rest.",
         "a lower learning rate, max_grad_norm, a longer warm-up; in PPO look at objective/kl too.",
     ),
     Rule(
@@ -216,17 +214,17 @@ RULES = (
     ),
     Rule(
         entropy_collapse,
-        "The policy gives the same answers again and again and explores no more.",
+        "The policy repeats the same answers and no longer explores.",
         "a larger kl_coef, a lower learning rate, fewer epochs per batch, temperature 1.",
     ),
     Rule(
         score_against_gold,
         "Over-optimisation: the policy exploits what the reward model gets wrong.",
-        "an earlier checkpoint, a larger kl_coef, a reward model of more data, or fresh comparisons of these responses.",
+        "an earlier checkpoint, a larger kl_coef, a reward model trained on more data, or fresh comparisons of these responses.",
     ),
     Rule(
         score_by_length,
-        "Often the reward model pays for length itself; nobody knows yet whether the responses are better.",
+        "Often the reward model pays for length itself; the responses may be no better.",
         "read samples.jsonl; a larger kl_coef; comparisons in which length is balanced.",
     ),
     Rule(
@@ -241,13 +239,13 @@ RULES = (
     ),
     Rule(
         sampler_mismatch,
-        "The sampler draws from another distribution than the one that is trained: precision, cache, mask, position or "
+        "The sampler draws from a different distribution than the trainer computes: check precision, cache, mask, position and "
         "temperature.",
-        "precision=float32 to see whether it goes; importance_cap=2 if it is precision; else `lockstep check` of the policy.",
+        "precision=float32 to see whether it goes away; if so, importance_cap=2, else `lockstep check` on the policy.",
     ),
     Rule(
         responses_cut_off,
-        "The policy has not learned to stop, or the limit is too short: scores are of fragments.",
+        "The policy has not learned to stop, or the limit is too short: the scores are for fragments.",
         "a larger lengths.response, an unfinished_score below all others, demonstrations that end with the stop token.",
     ),
     Rule(
@@ -267,13 +265,13 @@ class Finding:
 
 @dataclass
 class Health:
-    """Watches one stage. A warning comes once, and again only after its cause was gone for `REARM` steps."""
+    """Watches one stage. A warning comes once, and again only after its cause has been gone for `REARM` steps."""
 
     history: History = field(default_factory=History)
-    last: dict[str, int] = field(default_factory=dict)  # the step at which a rule last held
+    last: dict[str, int] = field(default_factory=dict)  # the last step at which each rule applied
 
     def watch(self, step: int, metrics: Mapping[str, float | None]) -> list[Finding]:
-        """What is found at this step for the first time. None stands for a number that was not finite."""
+        """The new findings at this step. None stands for a number that was not finite."""
         self.history.add({name: math.nan if value is None else value for name, value in metrics.items()})
         findings = []
         for rule in RULES:
@@ -284,7 +282,7 @@ class Health:
         return findings
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take in the steps of ``metrics.jsonl``, whose findings were told when they came."""
+        """Replay the steps of ``metrics.jsonl``; their findings were already reported."""
         for row in rows:
             self.watch(row["step"], {name: value for name, value in row.items() if name not in ("step", "seconds")})
 
@@ -293,11 +291,11 @@ class Health:
 
 
 def moving_mean(values: np.ndarray, steps: int) -> np.ndarray:
-    """[N - steps + 1]: the mean of each ``steps`` neighbours."""
+    """[N - steps + 1]: the mean of every ``steps`` consecutive values."""
     return np.convolve(values, np.full(steps, 1 / steps), mode="valid")
 
 
 def standard_error(values: np.ndarray, steps: int = 10) -> float:
-    """Of the difference of two means of ``steps`` independent values. The noise of one value is taken from the differences of
-    neighbours, Var(x_t+1 - x_t) / 2, which a slow trend does not enter (von Neumann 1941)."""
+    """Of the difference of two means of ``steps`` independent values. The noise of one value is estimated from neighbours,
+    Var(x_t+1 - x_t) / 2, so that a slow trend does not count (von Neumann 1941)."""
     return float(np.sqrt(np.mean(np.diff(values) ** 2) / 2 * 2 / steps))

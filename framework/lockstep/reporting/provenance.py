@@ -1,7 +1,7 @@
-"""Which code a run was made with: versions of the plugins, and the commit of every git checkout among them.
+"""Which code a run used: plugin versions, and the commit of every git checkout among them.
 
-Left out on purpose: differences, remotes and command lines, which may hold secrets. What decides whether a stage is made
-anew is not this but `lockstep.runs.store.code_digests`, of the files themselves.
+Left out on purpose: diffs, remotes and command lines, which may contain secrets. This does not decide whether a stage is
+retrained: `lockstep.runs.store.code_digests` does, from the files themselves.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from lockstep.registry import GROUP
 
 GIT_SECONDS = 10
 INSTALLED = {"site-packages", "dist-packages"}
-"""Folders of installed packages: a checkout around one (a virtual environment inside it) does not hold their code."""
+"""Folders of installed packages: a checkout around one (a virtual environment inside it) does not contain their code."""
 
 
 def code_state() -> dict[str, Any]:
-    """``working_folder``: the git state of the folder that the program was started in, None outside of a checkout.
-    ``plugins``: of each distribution that announces plugins its ``version`` and, if it runs from a checkout, its git state.
+    """``working_folder``: the git state of the folder that the program was started in, None outside a checkout.
+    ``plugins``: for each distribution that announces plugins, its ``version`` and, if it runs from a checkout, its git state.
     """
     plugins: dict[str, dict[str, Any]] = {}
     for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name):
@@ -33,8 +33,8 @@ def code_state() -> dict[str, Any]:
 
 @functools.cache
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """``commit``, ``branch`` (None where the head is detached) and ``dirty``: whether files that git tracks were changed.
-    None where there is no checkout, no commit or no git."""
+    """``commit``, ``branch`` (None if the head is detached) and ``dirty``: whether tracked files were changed. None if there
+    is no checkout, no commit or no git."""
     command = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=GIT_SECONDS, check=True)

@@ -1,10 +1,10 @@
-"""Trackers: where a stage's record goes beside its run folder.
+"""Trackers: where a stage's record goes besides its run folder.
 
 `Wandb` keeps one Weights & Biases run per stage; `Silent` keeps nothing. A tracker is a convenience: the runner writes
-the run folder itself, so a tracker that fails says so once and lets the training go on.
+the run folder itself, so a tracker that fails says so once and training continues.
 
-Left out: system files. W&B would store the command line and the uncommitted changes, and both may hold secrets. Which
-commit and which plugins a stage was made with is in its configuration (`lockstep.reporting.provenance`).
+Left out: system files. W&B would store the command line and the uncommitted changes, and both may contain secrets. The
+configuration records the commit and the plugins that made a stage (`lockstep.reporting.provenance`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lockstep.storage.files import read_lines
 logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 30  # for wandb.init to reach the server, before the run is recorded offline
-UPLOAD_SECONDS = 300  # for wandb.finish to upload; what is left then lies in the stage folder for `wandb sync`
+UPLOAD_SECONDS = 300  # for wandb.finish to upload; the rest stays in the stage folder for `wandb sync`
 
 SUMMARIES = {
     **dict.fromkeys(("loss", "heldout/loss", "heldout/brier", "heldout/ece", "objective/entropy"), "min,last"),
@@ -37,7 +37,7 @@ SUMMARIES = {
     **dict.fromkeys(("grad_norm/policy", "grad_norm/value", "grad_norm/reward_model", "sampler/mismatch_max"), "max,last"),
     "perf/tokens_per_second": "mean,last",
 }
-"""What W&B's table of runs shows of a metric, as ``loss.min`` and ``loss.last``; of others the last value."""
+"""What W&B's table of runs shows for a metric, as ``loss.min`` and ``loss.last``; for others, the last value."""
 
 
 class Silent(Tracker):
@@ -70,7 +70,7 @@ class Silent(Tracker):
 
 
 class Surviving(Tracker):
-    """A tracker whose failures are told once and stop nothing."""
+    """A tracker that reports its first failure and never stops the run."""
 
     label: ClassVar[str]
 
@@ -82,7 +82,7 @@ class Surviving(Tracker):
         try:
             yield
         except Exception as error:
-            self._warn(f"{self.label} could not {what}: {error!r}. The run goes on; its folder holds every record.")
+            self._warn(f"{self.label} could not {what}: {error!r}. The run continues; its folder holds every record.")
 
     def _warn(self, message: str) -> None:
         if not self._warned:
@@ -90,7 +90,7 @@ class Surviving(Tracker):
         self._warned = True
 
     def _replay(self, folder: Path) -> None:
-        """Record again what the stage folder holds of the steps before the checkpoint."""
+        """Log the steps before the checkpoint again, from the stage folder."""
         samples, findings = by_step(folder / "samples.jsonl"), by_step(folder / "health.jsonl")
         for row in read_lines(folder / "metrics.jsonl"):
             step = row.pop("step")
@@ -103,14 +103,14 @@ class Surviving(Tracker):
 class Wandb(Surviving):
     """One W&B run per stage: the group is the run's name, the job type the stage, the id the stage's identity.
 
-    So a stage that resumes goes on in its own W&B run, and each step stands there once: W&B's steps are the stage's.
-    What a killed process could not hand over is taken from the stage folder; steps that the server has already are not
-    sent again. Offline there is no server to ask: the new log holds everything from step 0 on and replaces the earlier
-    ones of the stage, so that one folder is left to `wandb sync`.
+    So a resumed stage continues its own W&B run, and each step appears there once: W&B's steps are the stage's. Steps that a
+    killed process could not send come from the stage folder; steps that the server already has are not sent again. Offline
+    there is no server to ask: the new log holds everything from step 0 and replaces the stage's earlier logs, so that one
+    folder is left for `wandb sync`.
 
-    A stage's output is an artifact, 'sft-torch' with the hash of its identity as alias. A stage that reads it says so:
-    online W&B draws the lineage; offline it refuses `use_artifact`, and the inputs stand in the run's configuration and in
-    the metadata of the artifact only.
+    A stage's output is an artifact, 'sft-torch' with the hash of its identity as alias. A stage that reads it declares it:
+    online, W&B draws the lineage; offline, W&B refuses `use_artifact`, and only the run's configuration and the artifact's
+    metadata name the inputs.
     """
 
     label = "W&B"
@@ -119,13 +119,13 @@ class Wandb(Surviving):
     class Config:
         project: str = setting("lockstep", "W&B's project.")
         entity: str | None = setting(None, "A team or user; null: the default one of the API key.")
-        mode: Literal["auto", "online", "offline", "disabled"] = setting("auto", "auto: online where there is an API key.")
-        tags: tuple[str, ...] = setting((), "Of every W&B run.")
+        mode: Literal["auto", "online", "offline", "disabled"] = setting("auto", "auto: online if there is an API key.")
+        tags: tuple[str, ...] = setting((), "Tags of every W&B run.")
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self._run: Any = None  # wandb.Run while a stage is on
+        self._run: Any = None  # wandb.Run while a stage runs
         self._about: dict[str, Any] = {}  # the stage, for its artifact
         self._first = 0  # the first step that W&B does not have
 
@@ -140,7 +140,7 @@ class Wandb(Surviving):
             name=f"{run}/{stage}",
             dir=folder,
             config=without_secrets(config),
-            # A stage that starts afresh replaces a W&B run of its identity: same configuration, same numbers.
+            # A stage that starts over replaces the W&B run with its identity: same configuration, same numbers.
             resume="allow" if resume else None,
             reinit="create_new",
         )
@@ -169,8 +169,8 @@ class Wandb(Surviving):
             name, alias = artifact_name(identity)
             try:
                 self._run.use_artifact(f"{name}:{alias}")
-            except Exception as error:  # W&B's own, of several kinds; made while another tracker was on, say
-                logger.info("W&B draws no line from %s: %s", identity, error)
+            except Exception as error:  # W&B raises several kinds, for example if the input was made under another tracker
+                logger.info("W&B shows no lineage from %s: %s", identity, error)
 
     def log(self, metrics: Metrics, step: int) -> None:
         with self._surviving("log metrics"):
@@ -211,7 +211,7 @@ class Wandb(Surviving):
                 run.finish(exit_code=1 if failed else 0)
 
     def _open(self, arguments: Mapping[str, Any]) -> Any:
-        """The W&B run: in the configured mode or, where the server cannot be had, offline."""
+        """The W&B run: in the configured mode or, if the server cannot be reached, offline."""
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read on import: no crash reports to W&B
         import wandb  # takes 0.6 s, so only a run that uses it pays
 
@@ -225,7 +225,7 @@ class Wandb(Surviving):
             init_timeout=CONNECT_SECONDS,
             finish_timeout=UPLOAD_SECONDS,
         )
-        default = wandb.setup(quiet).settings.mode  # WANDB_MODE and the like; 'online' if nobody said anything
+        default = wandb.setup(quiet).settings.mode  # WANDB_MODE and the like; 'online' by default
         mode = self.config.mode if self.config.mode != "auto" else default
         try:
             if self.config.mode == "auto" and mode == "online" and not wandb.login(prompt=False, verify=False):
@@ -235,7 +235,7 @@ class Wandb(Surviving):
             if mode != "online":
                 raise
             self._warn(f"W&B cannot be reached, so the stage is recorded offline in {arguments['dir']}: {error}")
-            wandb.teardown()  # its service still holds the id; no other stage is on in this process
+            wandb.teardown()  # its service still holds the id; no other stage runs in this process
             wandb.setup(quiet)
             return wandb.init(**arguments, mode="offline", settings=settings)
 
@@ -247,13 +247,13 @@ def by_step(file: Path) -> dict[int, list[dict[str, Any]]]:
 
 
 def artifact_name(identity: str) -> tuple[str, str]:
-    """('sft-torch', '0123456789ab') of a stage's identity: a collection in W&B, and the alias of this one in it."""
+    """('sft-torch', '0123456789ab') for a stage's identity: a collection in W&B, and this artifact's alias in it."""
     name, _, digest = identity.rpartition("-")
     return re.sub(r"[^\w.-]", "-", name), digest
 
 
 def _remove_logs(folder: Path, identity: str, kept: Path) -> None:
-    """The offline logs of this run's earlier processes."""
+    """Remove the offline logs of this run's earlier processes."""
     for log in folder.glob(f"wandb/offline-run-*-{identity}"):
         if log.resolve() != kept.resolve():
             shutil.rmtree(log, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""Files that survive, weights, and where checkpoints come from."""
+"""Crash-safe files, weights, and where checkpoints come from."""

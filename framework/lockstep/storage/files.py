@@ -1,5 +1,5 @@
-"""Files and folders that survive: written under a temporary name, flushed, then renamed. After a kill or a power failure a
-file or folder is there whole or not at all.
+"""Crash-safe files and folders: written under a temporary name, flushed, then renamed. After a kill or a power failure a
+file or folder is complete or absent.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         raise CheckpointError(
             f"Could not write {path}: {error}. {free / 1e6:.0f} MB are free there. Make room and run the same command "
-            "again: it goes on from the last complete checkpoint."
+            "again: it resumes from the last complete checkpoint."
         ) from error
 
 
@@ -45,14 +45,14 @@ def sync(path: Path) -> None:
     try:
         os.fsync(number)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that flushes no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot flush folders
             raise
     finally:
         os.close(number)
 
 
 def move_folder(temporary: Path, final: Path) -> None:
-    """A folder that is complete gets its name, once all its files are on the disk. What had the name goes."""
+    """Give a complete folder its name, once all its files are on disk. It replaces whatever had the name."""
     for path in [*sorted(temporary.rglob("*")), temporary]:
         sync(path)
     shutil.rmtree(final, ignore_errors=True)
@@ -61,7 +61,7 @@ def move_folder(temporary: Path, final: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What a process that was killed in the middle of writing left in ``folder``. Nobody else may be writing there."""
+    """Remove what a process killed mid-write left in ``folder``. No other process may be writing there."""
     for path in folder.glob(".*.part"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -81,21 +81,21 @@ def write_text(path: Path, content: str) -> None:
 
 
 def dump_line(row: Any) -> str:
-    """One line of JSONL; JSON knows no NaN or infinity, so they become null."""
+    """One line of JSONL; JSON has no NaN or infinity, so they become null."""
     if isinstance(row, dict):
         row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file; none where there is no file."""
+    """The rows of a JSONL file; none if the file does not exist."""
     if file.exists():
         with open(file, encoding="utf-8") as lines:
             yield from map(json.loads, lines)
 
 
 def finite(value: float | None) -> float | None:
-    """JSON knows no NaN or infinity: null."""
+    """The value for JSON, which has no NaN or infinity: they become None (null)."""
     return float(value) if value is not None and math.isfinite(value) else None
 
 

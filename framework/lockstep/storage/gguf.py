@@ -1,9 +1,9 @@
-"""GGUF files (llama.cpp's, mostly quantised), opened as Hugging Face folders: read once by transformers, written in float32
-into a cache, and from there on a checkpoint like any other, for every backend. The floats are those that the quantised
-numbers stand for: training goes on from the model as it was quantised.
+"""GGUF files (llama.cpp's, mostly quantised), opened as Hugging Face folders. transformers reads a file once and its weights
+are cached in float32; the result is a checkpoint like any other, for every backend. The floats are the dequantised values,
+so training continues from the quantised model.
 
-transformers reads the sizes and some switches of such a file and passes over others in silence: those are compared here, and
-a file that asks for what would not be computed is refused.
+transformers reads the sizes and some switches of such a file and silently ignores others. Those are compared here, and a
+file that relies on an ignored one is refused.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ COMPARED = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-"""Keys of a GGUF file that transformers may pass over, and the key of its configuration they must agree with."""
+"""GGUF keys that transformers may ignore, and the key of its configuration that each must agree with."""
 
 NEUTRAL = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0, "use_parallel_residual": False}
-"""What others must say, if they are there at all."""
+"""The values that other keys must have, if present."""
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-"""Llama 3.1's and Phi-3's scaled rotations, which transformers passes over."""
+"""Llama 3.1's and Phi-3's scaled rotations, which transformers ignores."""
 
 
 def as_folder(path: Path | str) -> Path | str:
-    """The Hugging Face folder made of a GGUF file; any other path as it is.
+    """The Hugging Face folder made from a GGUF file; any other path unchanged.
 
     Raises:
-      CheckpointError: no such file, one that transformers cannot read, or one whose meaning it would change.
+      CheckpointError: the file does not exist, or transformers cannot read it or would read it as a different model.
     """
     if not str(path).endswith(".gguf"):
         return path
     file = Path(path)
     if not file.is_file():
-        raise CheckpointError(f"There is no file {file}. Download it first: a GGUF is read from a file on this machine.")
+        raise CheckpointError(f"There is no file {file}. Download it first: GGUF files are read from the local disk only.")
     folder = _cache() / f"{file.stem}-{_version(file)}"
     if not folder.exists():
         _convert(file, folder)
@@ -58,7 +58,7 @@ def _cache() -> Path:
 
 
 def _version(file: Path) -> str:
-    """Of this file as it is now; reading gigabytes to tell would take longer than converting some."""
+    """Identifies the file's current content by path, size and time: hashing gigabytes can take longer than converting."""
     status = file.stat()
     return hashlib.sha256(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
 
@@ -66,7 +66,7 @@ def _version(file: Path) -> str:
 def _convert(file: Path, folder: Path) -> None:
     if missing := [name for name in ("torch", "transformers", "gguf") if importlib.util.find_spec(name) is None]:
         raise CheckpointError(
-            f"{file} is a GGUF file, which takes torch, transformers and gguf to read. Not installed: {', '.join(missing)}. "
+            f"{file} is a GGUF file; reading it needs torch, transformers and gguf. Not installed: {', '.join(missing)}. "
             "Type: pip install 'lockstep-rlhf[gguf]'"
         )
     import gguf
@@ -76,7 +76,7 @@ def _convert(file: Path, folder: Path) -> None:
     try:
         reader = gguf.GGUFReader(file)
         model, tokenizer = AutoModelForCausalLM.from_pretrained(**where, dtype="float32"), AutoTokenizer.from_pretrained(**where)
-    except Exception as error:  # of many kinds: cut short, another architecture, no tokenizer
+    except Exception as error:  # of many kinds: truncated, another architecture, no tokenizer
         raise CheckpointError(f"transformers cannot read {file}: {error}") from error
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     _check(file, reader, config)
@@ -90,7 +90,7 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _check(file: Path, reader: Any, config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where the file says what transformers' configuration of it does not."""
+    """Raises CheckpointError where the file and the configuration that transformers made from it disagree."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     family = reader.fields["general.architecture"].contents()
@@ -103,8 +103,8 @@ def _check(file: Path, reader: Any, config: Mapping[str, Any]) -> None:
             wrong.append(f"{key}={said[key].contents()}")
     if wrong:
         raise CheckpointError(
-            f"{file} holds {', '.join(sorted(wrong))}, which transformers' reader of GGUF passes over: the model would be "
-            "another. Take its Hugging Face checkpoint."
+            f"{file} has {', '.join(sorted(wrong))}, which transformers' GGUF reader ignores: it would open a different model. "
+            "Use the model's Hugging Face checkpoint."
         )
 
 

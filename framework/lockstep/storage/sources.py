@@ -1,4 +1,4 @@
-"""Where checkpoints come from: a folder, a GGUF file, a repository of the Hugging Face hub."""
+"""Where checkpoints come from: a folder, a GGUF file or a Hugging Face hub repository."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lockstep.storage import gguf
 
 
 def fetch_folder(path: Path | str) -> Path:
-    """A folder, the folder made of a GGUF file, or a hub repository, downloaded into Hugging Face's cache without pickles and
-    code.
+    """A folder, the folder made from a GGUF file, or a hub repository, downloaded into Hugging Face's cache without pickles
+    or code.
 
     Raises:
-      CheckpointError: none is there.
+      CheckpointError: it is none of them.
     """
     path = gguf.as_folder(path)
     if Path(path).is_dir():
@@ -23,14 +23,14 @@ def fetch_folder(path: Path | str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:
-        raise CheckpointError(f"'{path}' is neither a folder nor a hub repository that answers: {error}") from error
+        raise CheckpointError(f"'{path}' is neither a folder nor a reachable hub repository: {error}") from error
 
 
 def fetch_file(path: str | Path, name: str, *, optional: bool = False) -> Path | None:
     """A file of a checkpoint folder, or of a hub repository (downloaded into Hugging Face's cache).
 
     Raises:
-      ConfigError: neither is there.
+      ConfigError: the checkpoint or the file does not exist.
     """
     if Path(path).is_dir():
         file = Path(path) / name
@@ -43,11 +43,11 @@ def fetch_file(path: str | Path, name: str, *, optional: bool = False) -> Path |
         try:
             return Path(huggingface_hub.hf_hub_download(str(path), name))
         except huggingface_hub.errors.LocalEntryNotFoundError as error:
-            raise ConfigError(f"'{path}' is no folder here, and the hub does not answer: {error}") from error
+            raise ConfigError(f"'{path}' is not a local folder, and the hub does not answer: {error}") from error
         except huggingface_hub.errors.EntryNotFoundError:
             reason = "the hub repository has no such file"
         except Exception as error:
-            raise ConfigError(f"'{path}' is neither a folder nor a repository of the hub: {error}") from error
+            raise ConfigError(f"'{path}' is neither a folder nor a hub repository: {error}") from error
     if optional:
         return None
     raise ConfigError(f"{path} has no {name}: {reason}.")

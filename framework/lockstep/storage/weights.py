@@ -21,7 +21,7 @@ DTYPES = {
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises CheckpointError where the disk is full or not writable; whatever was at ``path`` before stays."""
+    """Raises CheckpointError if the disk is full or not writable; whatever was at ``path`` before stays."""
 
     def write(temporary: Path) -> None:
         save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
@@ -30,10 +30,10 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """The named tensors of a safetensors file, or all; bfloat16 comes back as float32, everything else as it is.
+    """The named tensors of a safetensors file, or all; bfloat16 comes back as float32, everything else unchanged.
 
     Raises:
-      CheckpointError: not there, cut short or not a safetensors file.
+      CheckpointError: the file is missing, truncated or not in safetensors format.
     """
     try:
         with open(path, "rb") as file:
@@ -49,7 +49,7 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
             continue
         begin, end = entry["data_offsets"]
         if end > len(data):
-            raise CheckpointError(f"{path} is cut short: '{name}' ends at byte {end} of {len(data)}.")
+            raise CheckpointError(f"{path} is truncated: '{name}' ends at byte {end} of {len(data)}.")
         tensor = np.frombuffer(data[begin:end].tobytes(), DTYPES[entry["dtype"]]).reshape(entry["shape"])
         if entry["dtype"] == "BF16":
             tensor = (tensor.astype(np.uint32) << 16).view(np.float32)
@@ -58,7 +58,7 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
 
 
 def read_weights(folder: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """The float32 weights of a Hugging Face folder, sharded or not: all, or those of these names that are there."""
+    """The float32 weights of a Hugging Face folder, sharded or not: all, or those of ``names`` that exist."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         places = read_json(index)["weight_map"]
@@ -67,8 +67,8 @@ def read_weights(folder: Path, names: Collection[str] | None = None) -> dict[str
         shards = ["model.safetensors"]
     else:
         raise CheckpointError(
-            f"{folder} has no model.safetensors. Open the checkpoint in transformers and save_pretrained() it again: "
-            "pickled weights are not read."
+            f"{folder} has no model.safetensors, and pickled weights are not read. Open the checkpoint in transformers and "
+            "save_pretrained() it again."
         )
     weights = {name: t for shard in shards for name, t in read_tensors(folder / shard, names).items()}
     return {name: np.asarray(t, np.float32) for name, t in weights.items()}

@@ -1,4 +1,4 @@
-"""Nouns to token ids: rendering, length limits, and saying what was dropped."""
+"""Nouns to token ids: rendering, length limits, and a report of what was dropped."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ log = logging.getLogger("lockstep")
 
 @dataclass(frozen=True)
 class Lengths:
-    """Limits in tokens. Columns are padded to a multiple of ``multiple``, at most to the limit: every new shape is a
-    compilation on XLA."""
+    """Limits in tokens. Columns are padded to a multiple of ``multiple``, up to the limit: every new shape is a compilation
+    on XLA."""
 
-    prompt: int = setting(28, "Tokens. A longer dialogue loses its oldest turns, or is left out. 28: the miniature's.", least=1)
+    prompt: int = setting(28, "Tokens. A longer dialogue loses its oldest turns or is dropped. 28: the miniature's.", least=1)
     response: int = setting(20, "Tokens. 20: the miniature's.", least=1)
-    multiple: int = setting(28, "Tokens to whose multiple columns are padded; the largest limit: one shape.", least=1)
+    multiple: int = setting(28, "Columns are padded to a multiple of this many tokens; the largest limit: one shape.", least=1)
 
     def columns(self, longest: int, limit: int) -> int:
         return min(round_up(longest, self.multiple), limit)
@@ -37,7 +37,7 @@ class Lengths:
 class Example:
     """Token ids of a prompt and of a response. ``counted`` says which tokens of the response count; None: all.
 
-    Of a dialogue that teaches all of the assistant's turns, the prompt is what comes before the first of them.
+    If all of the assistant's turns in a dialogue count, the prompt is what comes before the first of them.
     """
 
     prompt: list[int]
@@ -50,10 +50,10 @@ class Example:
 
 
 def report(fit: Fit, lengths: Lengths) -> None:
-    """One line, where there is something to say.
+    """Log one line if anything was dropped, shortened or cut.
 
     Raises:
-      DataError: nothing is left.
+      DataError: everything was dropped.
     """
     if fit.total and fit.dropped == fit.total:
         raise DataError(
@@ -61,7 +61,7 @@ def report(fit: Fit, lengths: Lengths) -> None:
             "Raise the limit in the algorithm's `lengths`."
         )
     parts = {
-        f"{fit.dropped} dropped, whose last prompt alone is longer than {lengths.prompt} tokens": fit.dropped,
+        f"{fit.dropped} dropped because their last prompt alone is longer than {lengths.prompt} tokens": fit.dropped,
         f"{fit.shortened} lost their oldest turns": fit.shortened,
         f"{fit.cut} responses cut to the limit, without EOS": fit.cut,
     }
@@ -70,8 +70,8 @@ def report(fit: Fit, lengths: Lengths) -> None:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, limit: int, fit: Fit | None = None) -> list[int] | None:
-    """Ids of the rendered dialogue, ready for the assistant's turn. A dialogue that is too long loses its oldest turns,
-    never a part of one; None where its last turn alone is too long."""
+    """Ids of the rendered dialogue, ready for the assistant's turn. A dialogue that is too long loses whole turns, the
+    oldest first; None if its last turn alone is too long."""
     encode = lambda messages: [tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))]  # noqa: E731
     pieces = _fitting(prompt, limit, encode, fit or Fit())
     return pieces and pieces[0]
@@ -80,7 +80,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, limit: int, fit: Fit | N
 def _fitting(
     prompt: Prompt, limit: int, encode: Callable[[Sequence[Message]], list[list[int]]], fit: Fit
 ) -> list[list[int]] | None:
-    """The encoded pieces of the longest end of a dialogue that fits; the system's message stays."""
+    """The encoded pieces of the longest suffix of the dialogue that fits; the system message stays."""
     messages = list(prompt.messages)
     system = messages[:1] if messages[0].role == "system" else []
     turns = messages[len(system) :]
@@ -97,11 +97,11 @@ def _fitting(
 
 
 def encode_dialogue(tokenizer: Tokenizer, demonstration: Demonstration, lengths: Lengths, fit: Fit) -> Example | None:
-    """A demonstration in which every turn of the assistant counts, each with its EOS where the template writes one. Too long
-    a dialogue loses its oldest turns, as a prompt does; None where the last prompt alone is too long.
+    """A demonstration in which every assistant turn counts, each with its EOS if the template writes one. A dialogue that is
+    too long loses its oldest turns, as a prompt does; None if the last prompt alone is too long.
 
-    The dialogue is cut where the assistant's turns begin and end, and the pieces are encoded one by one: no token is half
-    the assistant's, and each turn begins after the ids that generation would start from.
+    The dialogue is cut where the assistant's turns begin and end, and the pieces are encoded separately. So no token crosses
+    a boundary, and each turn follows the ids that generation would start from.
     """
     pieces = _fitting(demonstration.prompt, lengths.prompt, lambda messages: _turns(tokenizer, messages), fit)
     if pieces is None:
@@ -129,31 +129,31 @@ def _turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[list[int]]
 
 
 def _closing(tokenizer: Tokenizer, ids: list[int]) -> int | None:
-    """Where in the ids after a turn its EOS is, white space aside."""
+    """The place of a turn's EOS in the ids after the turn; only white space may come before it."""
     place = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else None
     return None if place is None or tokenizer.decode(ids[:place]).strip() else place
 
 
 def _find_turn(text: str, before: str, content: str) -> tuple[int, int]:
-    """Where the assistant's turn is in a rendered dialogue: right after what came before it. White space that the template
-    puts between, or takes off the turn, is not the assistant's.
+    """Where the assistant's turn is in a rendered dialogue: right after the text before it. White space that the template
+    adds before the turn or strips from it is not the assistant's.
 
     Raises:
-      ConfigError: it is not there.
+      ConfigError: the turn is not there.
     """
     for form in (content, content.strip()):
         begin = text.find(form, len(before))
         if text.startswith(before) and begin >= 0 and not text[len(before) : begin].strip():
             return begin, begin + len(form)
     raise ConfigError(
-        "This chat template writes an earlier turn of the assistant differently once the dialogue goes on, so that its tokens "
-        f"cannot be told from others: after {before[-40:]!r} comes {text[len(before) :][:40]!r} where {content[:40]!r} was "
-        "expected. Set sft.assistant_turns=last, or policy.tokenizer.chat_template to a template that writes all turns alike."
+        "This chat template writes an earlier assistant turn differently once the dialogue continues, so its tokens cannot be "
+        f"identified: after {before[-40:]!r} comes {text[len(before) :][:40]!r} where {content[:40]!r} was expected. Set "
+        "sft.assistant_turns=last, or policy.tokenizer.chat_template to a template that writes all turns alike."
     )
 
 
 def encode_response(tokenizer: Tokenizer, response: str, limit: int, fit: Fit | None = None) -> list[int]:
-    """Ids of the response with EOS; cut to ``limit``, then without EOS: a cut response is not a finished one."""
+    """Ids of the response with EOS, cut to ``limit``. A cut response is not finished, so it has no EOS."""
     ids = tokenizer.encode(response) + [tokenizer.eos_id]
     if fit is not None:
         fit.cut += len(ids) > limit
@@ -163,10 +163,10 @@ def encode_response(tokenizer: Tokenizer, response: str, limit: int, fit: Fit | 
 def encode_prompts(
     tokenizer: Tokenizer, prompts: Sequence[Prompt], lengths: Lengths, fit: Fit | None = None
 ) -> tuple[list[Prompt], list[list[int]]]:
-    """Those prompts that fit, and their ids.
+    """The prompts that fit, and their ids.
 
     Raises:
-      DataError: none is left.
+      DataError: none fits.
     """
     fit = fit or Fit("prompts")
     fit.total = len(prompts)
@@ -213,8 +213,8 @@ def encode_comparisons(
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], lengths: Lengths, fit: Fit | None = None) -> list[Example]:
-    """Raw documents: BOS (or EOS) alone is the prompt, the document and EOS the response, together at most as long as a
-    prompt and a response are; what is longer is cut, as in any pretraining: counted, and not worth a line."""
+    """Raw documents: the prompt is BOS (or EOS) alone, the response the document and EOS, together at most as long as a
+    prompt and a response. Longer documents are cut, as in any pretraining; the cuts are counted but not logged."""
     limit, encoded = _text_lengths(lengths).response, [ids for ids in tokenizer.encode_many(texts) if ids]
     if fit is not None:
         fit.total, fit.cut = len(encoded), sum(len(ids) >= limit for ids in encoded)
@@ -252,11 +252,11 @@ def block(examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths, *
 def packed_block(
     examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths, *, prompt_loss: bool = False, rows_multiple: int | None
 ) -> Sequences:
-    """`block` with as many examples in a row as fit into lengths.prompt + lengths.response tokens. What counts is the same.
+    """`block` with as many examples in a row as fit into lengths.prompt + lengths.response tokens. The same tokens count.
 
-    How many rows that takes differs from batch to batch, and every number of rows is a compilation on XLA. So rows that do
-    not count are added, up to a multiple of ``rows_multiple``, or where it is None of an eighth of the power of two below:
-    at most an eighth more, and batches of one size come in very few shapes.
+    The number of rows differs from batch to batch, and every new number is a compilation on XLA. So rows that do not count
+    are added, up to a multiple of ``rows_multiple`` or, if that is None, of an eighth of the power of two below. That adds
+    at most an eighth, and batches of one size come in very few shapes.
     """
     examples = prompts_count(examples) if prompt_loss else examples
     rows = share_rows(

@@ -9,10 +9,10 @@
 Response column t is column P + t. Log-probabilities, values and rewards are [B, T] arrays over the response columns.
 One layout serves generation, SFT, reward modelling and PPO; a text without a prompt has a prompt of one BOS token.
 
-Several examples may share a row (`share_rows`); ``segments`` then says which token is whose:
+Several examples may share a row (`share_rows`); ``segments`` then numbers the example of each token:
 
     tokens    a b x EOS | c y EOS | pad pad         P = 1: the first example's first token is the prompt column
-    segments  1 1 1  1  | 2 2  2  |  0   0          no token sees another example's; positions start again in each
+    segments  1 1 1  1  | 2 2  2  |  0   0          tokens see only their own example, and positions restart in each
     mask        F T  T  | F T  T  |  F   F          prompts do not count
 """
 
@@ -32,8 +32,8 @@ class Sequences:
     prompt_mask: bool [B, P]. False on the left padding.
     response_mask: bool [B, T]. True on real tokens: a prefix of each row.
     mask: bool [B, T]. True on the tokens that count: within response_mask.
-    segments: int32 [B, P + T]. Where examples share rows: the number of the example that a token belongs to, from 1 on, and
-      0 on padding. An example's tokens are neighbours. None where each row is one example.
+    segments: int32 [B, P + T]. If examples share rows: the number of each token's example, from 1, and 0 on padding. An
+      example's tokens are contiguous. None if each row is one example.
     """
 
     tokens: np.ndarray
@@ -58,13 +58,13 @@ class Sequences:
 
     @property
     def attention(self) -> np.ndarray:
-        """What attention and positions go by: ``segments`` where there are some, else `attention_mask`. A token sees the
-        tokens before it under the same number; False and 0 are padding."""
+        """What attention and positions follow: ``segments`` if given, else `attention_mask`. A token sees the tokens before
+        it with the same number; False and 0 are padding."""
         return self.attention_mask if self.segments is None else self.segments
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest example."""
+        """Tokens in the longest example."""
         numbers = self.attention.astype(np.int64)
         rows = np.arange(self.rows)[:, None] * (numbers.max(initial=0) + 1)
         return int(np.bincount((numbers + rows)[numbers > 0]).max(initial=0))
@@ -78,12 +78,12 @@ class Sequences:
     def last(self) -> np.ndarray:
         """int32 [B]: the column in [0, P + T) of each row's last real token, where a reward model reads its score.
 
-        An empty response has its last prompt token, column P - 1.
+        For an empty response that is the last prompt token, column P - 1.
         """
         return (self.prompt_length - 1 + self.response_mask.sum(axis=1)).astype(np.int32)
 
     def same_input(self, other: Sequences) -> bool:
-        """Whether a network reads the same in both: equal arrays, except for ``mask``, which only losses read."""
+        """Whether a network gets the same input from both: equal arrays, except for ``mask``, which only losses read."""
         names = ("tokens", "prompt_mask", "response_mask", "segments")
         return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
 
@@ -92,7 +92,7 @@ class Sequences:
         return Sequences(*(None if array is None else array[rows] for array in arrays))
 
     def pad_rows(self, rows: int) -> Sequences:
-        """The same with copies of the first row whose ``mask`` is False appended: a shape to compile for once."""
+        """The same, padded to ``rows`` with copies of the first row whose ``mask`` is False, so that one shape is compiled."""
         missing = rows - self.rows
         if missing == 0:
             return self
@@ -148,8 +148,8 @@ def join(prompt_tokens: np.ndarray, prompt_mask: np.ndarray, response: np.ndarra
 
 
 def share_rows(examples: Sequence[Sequence[int]], counted: Sequence[Sequence[bool]], pad_id: int, columns: int) -> Sequences:
-    """Several examples in each row of ``columns`` tokens. ``counted`` says of every token whether it counts; the first of an
-    example is predicted from nothing and must not."""
+    """Several examples in each row of ``columns`` tokens. ``counted`` says whether each token counts; the first token of an
+    example is predicted from nothing and never counts."""
     rows = first_fit([len(example) for example in examples], columns)
     tokens = np.full((len(rows), columns), pad_id, np.int32)
     segments = np.zeros((len(rows), columns), np.int32)
@@ -180,7 +180,7 @@ def first_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def chunks(rows: int, size: int | None) -> Iterator[slice]:
-    """Row slices of at most ``size``; all rows at once where it is None."""
+    """Row slices of at most ``size``; all rows at once if it is None."""
     for start in range(0, rows, size or rows):
         yield slice(start, min(start + (size or rows), rows))
 
@@ -188,7 +188,7 @@ def chunks(rows: int, size: int | None) -> Iterator[slice]:
 def in_chunks(
     evaluate: Callable[[Sequences], dict[str, np.ndarray]], sequences: Sequences, size: int | None
 ) -> dict[str, np.ndarray]:
-    """``evaluate`` on chunks of equal shape (the last one padded with rows that are cut off again), results joined."""
+    """``evaluate`` on chunks of equal shape, results joined. The last chunk is padded and the padding's results dropped."""
     if size is None or size >= sequences.rows:
         return evaluate(sequences)
     parts = []

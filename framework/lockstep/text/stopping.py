@@ -1,12 +1,12 @@
 """What ends a response: EOS, further stop tokens, and stop strings.
 
-Backends end a row at token ids and know no text, so the rest happens here, on the host, after generation. A row ends with
-the first token that completes a stop string, wherever the string begins: in the middle of a token, or of a character's
-bytes. From there on everything means what it means after EOS:
+Backends end a row at token ids and never see text, so the rest happens here, on the host, after generation. A row ends with
+the first token that completes a stop string, even if the string begins inside a token or inside a character's bytes. A stop
+string then works like EOS:
 
-* the policy is trained on the tokens up to and including that one, and not on those after it;
+* the policy is trained on the tokens up to and including that one, not on those after it;
 * the response is finished: the rule for responses without EOS leaves its score alone;
-* its text ends before the stop string. A reward model that reads tokens is given that text, encoded, and EOS.
+* its text ends before the stop string. A reward model that reads tokens gets that text, encoded, and EOS.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lockstep.text.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Ended:
     """Responses cut where they end: ``tokens`` int32 and ``mask`` bool [B, T], as the policy wrote them; ``finished`` bool [B];
-    ``without_eos`` bool [B], where something else than EOS ended them; ``texts``, without what ended them."""
+    ``without_eos`` bool [B], True where something other than EOS ended them; ``texts``, without what ended them."""
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -35,11 +35,12 @@ class Ended:
 
 
 class Stops:
-    """What ends responses of a tokenizer's. ``ids`` are for `Policy.generate`: EOS, and every token whose own text holds a
-    stop string, so that most generations end at once. A stop string may also be the name of a special token.
+    """What ends a response, for one tokenizer. ``ids`` are for `Policy.generate`: EOS, and every token whose own text
+    contains a stop string, so that most rows end without generating further. A stop string may also be the name of a
+    special token.
 
     Raises:
-      ConfigError: a stop string that is empty, or that text never holds.
+      ConfigError: a stop string is empty or can never occur in text.
     """
 
     def __init__(self, tokenizer: Tokenizer, strings: Sequence[str] = ()):
@@ -51,7 +52,7 @@ class Stops:
         self.ids = list(dict.fromkeys([tokenizer.eos_id, *stops]))
 
     def end(self, tokens: np.ndarray, mask: np.ndarray) -> Ended:
-        """Responses [B, T] as `Policy.generate` gives them, cut after the token that completes a stop string."""
+        """Responses [B, T] from `Policy.generate`, cut after the token that completes a stop string."""
         tokens, mask, texts = tokens.copy(), mask.copy(), []
         completed = np.zeros(len(tokens), bool)
         for row, counts in enumerate(mask):
@@ -67,7 +68,7 @@ class Stops:
         return Ended(tokens, mask, finished, without_eos, texts)
 
     def as_read(self, sequences: Sequences, ended: Ended) -> Sequences:
-        """For a reward model: the responses that something else ended as their text and EOS, the others as they are."""
+        """For a reward model: responses ended by something other than EOS become their text and EOS; the others stay."""
         if not ended.without_eos.any():
             return sequences
         columns, rows = ended.tokens.shape[1], zip(ended.tokens, ended.mask, ended.without_eos, ended.texts, strict=True)
@@ -83,9 +84,9 @@ class Stops:
         return min((place for string in self.strings if (place := text.find(string)) >= 0), default=None)
 
     def _end(self, ids: np.ndarray, text: str) -> int | None:
-        """How many of the ids it takes until their text holds a stop string; None: all of them do not. Every beginning has to
-        be looked at: a tokenizer that falls back to bytes shows a whole run of them as U+FFFD as long as the last character
-        is not complete, and takes a line break before it away that was there already."""
+        """How many ids it takes until their text contains a stop string; None if it never does. Every prefix must be checked:
+        while the last character is incomplete, a tokenizer with byte fallback shows the whole run of bytes as U+FFFD and
+        drops a line break before it that was already complete."""
         if self._begin(text) is None and "\ufffd" not in text:
             return None
         counts = range(1, len(ids) + 1)
@@ -103,7 +104,7 @@ def _checked(string: str, special: set[str]) -> str:
         raise ConfigError(f"stop_strings has {string!r}. A stop string should be text of at least one character.")
     if inside := sorted(token for token in special if token in string):
         raise ConfigError(
-            f"stop_strings has {string!r}, which text never holds: '{inside[0]}' in it is a special token. Give '{inside[0]}' "
-            "alone: generation then ends with it."
+            f"stop_strings has {string!r}, which never occurs in text: '{inside[0]}' in it is a special token. Give "
+            f"'{inside[0]}' alone: generation then ends with it."
         )
     return string

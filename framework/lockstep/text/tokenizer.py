@@ -1,7 +1,7 @@
 """Text to token ids and back, with the special tokens and the chat template: the ``tokenizers`` library and jinja2.
 
-transformers' own tokenizer classes would do it too, but importing them imports torch, into JAX runs as well, and takes
-seconds. The files are the same: ``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``.
+transformers' tokenizer classes would work too, but importing them takes seconds and imports torch, even in JAX runs. The
+files are the same: ``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ TEMPLATES = {
     ),
     "plain": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
 }
-"""Chat templates by name, for tokenizers that bring none: the HH format, and nothing but the text."""
+"""Chat templates by name, for tokenizers without one: the HH format, and the plain text."""
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Which tokenizer, and what replaces its own. EOS and pad must differ."""
+    """Which tokenizer, and what to replace in it. EOS and pad must differ."""
 
     path: str | None = setting(None, "A folder or a hub id; null: the policy's own, or else the data source's.")
     eos_token: str | None = setting(None, "Ends a response; null: the tokenizer's own.")
@@ -51,10 +51,10 @@ class TokenizerConfig:
 class Tokenizer:
     """Args:
       core: the tokenizer proper.
-      eos_token: ends a response: the configured stop token.
+      eos_token: the configured stop token, which ends a response.
       pad_token: fills rows; need not be in the vocabulary (models never see it), must not be EOS.
-      chat_template: jinja; None where the tokenizer has none.
-      bos_token: begins every text; chat templates write it themselves. None where the tokenizer has none.
+      chat_template: jinja; None if the tokenizer has none.
+      bos_token: begins every text; chat templates write it themselves. None if the tokenizer has none.
 
     Raises:
       ConfigError: pad and EOS are the same, or EOS is not in the vocabulary.
@@ -83,7 +83,7 @@ class Tokenizer:
         if pad_token == eos_token:
             raise ConfigError(
                 f"The tokenizer pads with '{pad_token}', which is also its EOS '{eos_token}': EOS would be masked as "
-                f"padding, and the policy would never learn to stop. Give it a pad token of its own, one that never "
+                f"padding, and the policy would never learn to stop. Give it a separate pad token that never "
                 f"occurs in text: policy.tokenizer.pad_token='<|pad|>' (it need not be in the vocabulary; special "
                 f"tokens here: {self._specials()})."
             )
@@ -147,7 +147,7 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", settings)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: special tokens only where the text spells them."""
+        """Ids of the text alone: special tokens only where the text contains them."""
         return self.core.encode(text, add_special_tokens=False).ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
@@ -183,10 +183,10 @@ class Tokenizer:
 
 
 def template_text(given: str | None) -> str | None:
-    """The template that a configuration means by a name, a file or the text itself.
+    """The template that a configuration gives by name, as a file or as the text itself.
 
     Raises:
-      ConfigError: it is none of them.
+      ConfigError: it is none of these.
     """
     if not given or given in TEMPLATES:
         return TEMPLATES.get(given or "")
@@ -198,14 +198,14 @@ def template_text(given: str | None) -> str | None:
         return file.read_text(encoding="utf-8")
     if "{{" not in given and "{%" not in given:
         raise ConfigError(
-            f"policy.tokenizer.chat_template='{given}' is no .jinja file, holds no jinja, and is not one of {listing(TEMPLATES)}."
+            f"policy.tokenizer.chat_template='{given}' is not a .jinja file, not jinja text and not one of {listing(TEMPLATES)}."
             f"{did_you_mean(given, TEMPLATES)}"
         )
     return given
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's turns in some templates; here it only has to be let through."""
+    """``{% generation %}`` marks the assistant's turns in some templates; here it only has to parse."""
 
     tags = {"generation"}
 

@@ -1,15 +1,14 @@
-"""What a decoder is, apart from any array library: sizes and switches, initial weights, names of tensors.
+"""What a decoder is, independent of any array library: sizes and switches, initial weights, names of tensors.
 
-Backends build the network; this package says which one. Parameters travel as ``{name: float32 array}`` under the names and
-in the layouts of the Hugging Face checkpoint of the family, so that a checkpoint of either backend opens in the other
-and in transformers.
+Backends build the network; this package says which one. Parameters travel as ``{name: float32 array}`` in the names and
+layouts of the family's Hugging Face checkpoint, so a checkpoint from either backend opens in the other and in transformers.
 
     shape.py       `Architecture`: sizes and switches
-    naming.py      a family's names and layouts of tensors and those of all families, both ways
-    keys.py        what the ``config.json`` of several families have in common
-    family.py      `Family`: all that there is to know of a family, in one record
-    families/      one file for each family, with its record
-    tensors.py     which tensors there are, their shapes and first values
+    naming.py      a family's tensor names and layouts to the common ones, and back
+    keys.py        ``config.json`` keys that several families share
+    family.py      `Family`: everything about a family, in one record
+    families/      one file per family, with its record
+    tensors.py     a decoder's tensors, their shapes and initial values
     __main__.py    the table of families in docs/models.md: python -m lockstep.models.architecture
 """
 

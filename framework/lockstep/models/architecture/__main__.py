@@ -1,4 +1,4 @@
-"""Print the table of families that docs/models.md holds."""
+"""Print the table of families in docs/models.md."""
 
 from lockstep.models.architecture import FAMILIES
 

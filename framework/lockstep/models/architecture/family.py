@@ -1,4 +1,4 @@
-"""What a model family is: one record, which says how its ``config.json`` is read and written and how its tensors are named."""
+"""A model family as one record: how its ``config.json`` is read and written, and how its tensors are named."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lockstep.models.architecture.shape import Architecture
 @dataclass(frozen=True)
 class Family:
     """Args:
-    model_type: the key of its config.json that names it.
+    model_type: its name, under the same key in config.json.
     read, write: its config.json to an `Architecture` and back; ``write`` without the keys that `to_hf` adds for all.
-    defaults: what transformers' configuration class takes for keys that are left out, as many files on the hub do.
+    defaults: transformers' defaults for missing keys; many files on the hub leave keys out.
     causal, classifier: its classes in transformers.
-    naming: its names and layouts of tensors.
-    aliases: other names under which files or transformers' modules hold the same tensors, from their prefixes to its own.
-    foreign: prefixes of tensors in such files that are not its decoder's.
+    naming: its tensor names and layouts.
+    aliases: other prefixes that files or transformers' modules give the same tensors, mapped to its own.
+    foreign: prefixes of tensors in such files that are not part of the decoder.
     text_model_of: the ``model_type`` of a larger model whose ``text_config`` is of this family.
     special, refused: what distinguishes it and which switches are refused, for the table in docs/models.md.
     """
@@ -39,6 +39,6 @@ class Family:
     text_model_of: str | None = None
 
     def usual_name(self, name: str) -> str:
-        """Of a tensor that may go by one of the ``aliases``."""
+        """The usual name of a tensor that may use one of the ``aliases``."""
         alias = next((alias for alias in self.aliases if name.startswith(alias)), "")
         return self.aliases.get(alias, "") + name.removeprefix(alias)

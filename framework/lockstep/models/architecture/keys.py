@@ -1,4 +1,4 @@
-"""What the ``config.json`` of several families have in common, read into an `Architecture` and written from one."""
+"""``config.json`` keys that several families share, read into an `Architecture` and written from one."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lockstep.errors import CheckpointError, listing
 from lockstep.models.architecture.shape import Architecture, RopeScaling
 
 HFConfig = Mapping[str, Any]
-"""A ``config.json``, with defaults where it leaves a key out."""
+"""A ``config.json``, with defaults for missing keys."""
 
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu": "gelu", "relu": "relu",
 }  # fmt: skip
-"""From transformers' names."""
+"""transformers' names to ours."""
 
 KINDS = {True: "sliding_attention", False: "full_attention"}
 """transformers' names of layers with a window and without."""
@@ -25,7 +25,7 @@ NO_TOKEN_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None
 
 
 def decoder(c: HFConfig, **switches: Any) -> Architecture:
-    """From Llama's keys. ``switches`` add to what they say, or replace it."""
+    """From Llama's keys. ``switches`` add to these or override them."""
     heads = c["num_attention_heads"]
     common = dict(
         family=c["model_type"], vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], layers=c["num_hidden_layers"],
@@ -44,7 +44,7 @@ def head_dim(c: HFConfig) -> int:
 
 
 def write_decoder(a: Architecture) -> dict[str, Any]:
-    """Llama's keys, of an `Architecture` with rope."""
+    """Llama's keys for an `Architecture` with rope."""
     return {
         "vocab_size": a.vocab_size, "hidden_size": a.hidden_size, "num_hidden_layers": a.layers,
         "num_attention_heads": a.heads, "num_key_value_heads": a.kv_heads, "head_dim": a.head_dim,
@@ -54,7 +54,7 @@ def write_decoder(a: Architecture) -> dict[str, Any]:
 
 
 def refuse(c: HFConfig, **supported: Any) -> None:
-    """Raises CheckpointError where a key is neither as in ``supported`` nor null nor left out."""
+    """Raises CheckpointError for a key that is present, not null and not as in ``supported``."""
     for key, value in supported.items():
         if c.get(key) not in (None, value):
             raise CheckpointError(
@@ -94,7 +94,9 @@ def read_rope(c: HFConfig, *, kinds: Sequence[str] = ("default", "linear", "llam
 def _rotary_dims(c: HFConfig, fraction: float | None) -> int | None:
     dims = int(head_dim(c) * (1.0 if fraction is None else fraction))
     if dims % 2:
-        raise CheckpointError(f"This {c['model_type']} model turns {dims} numbers of each head: an odd number is not supported.")
+        raise CheckpointError(
+            f"This {c['model_type']} model rotates {dims} dimensions of each head. An odd number is not supported."
+        )
     return None if dims == head_dim(c) else dims
 
 
@@ -129,10 +131,10 @@ def write_rope(a: Architecture) -> dict[str, Any]:
 
 
 def read_windows(c: HFConfig, sliding: Sequence[bool], window: int | None) -> tuple[int | None, ...]:
-    """Per layer; () where no layer has one. ``layer_types``, where it is there, goes before ``sliding``.
+    """The window per layer; () if no layer has one. ``layer_types``, if present, overrides ``sliding``.
 
     Raises:
-      CheckpointError: other kinds of layers, not one kind per layer, or a window that is wanted and not given.
+      CheckpointError: other kinds of layers, not one kind per layer, or layers with a window but no window size.
     """
     kinds = c.get("layer_types") or [KINDS[s] for s in sliding]
     if len(kinds) != c["num_hidden_layers"] or not set(kinds) <= set(KINDS.values()):
@@ -143,7 +145,7 @@ def read_windows(c: HFConfig, sliding: Sequence[bool], window: int | None) -> tu
     if KINDS[True] not in kinds:
         return ()
     if window is None:
-        raise CheckpointError(f"This {c['model_type']} model has {KINDS[True]} in layer_types, but no sliding window is on.")
+        raise CheckpointError(f"This {c['model_type']} model has {KINDS[True]} in layer_types, but no sliding window.")
     return tuple(window if kind == KINDS[True] else None for kind in kinds)
 
 

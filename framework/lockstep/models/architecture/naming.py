@@ -1,4 +1,4 @@
-"""How a family names its tensors and lays them out, and how a decoder of ours does, which is Llama's way:
+"""How a family names and lays out its tensors, and how our decoder does, which is Llama's way:
 
     model.embed_tokens  model.embed_positions  model.norm  lm_head
     model.layers.N.     input_layernorm  self_attn.{q,k,v,o}_proj  self_attn.{q,k}_norm  attention_out_norm
@@ -26,12 +26,12 @@ LANGUAGE_HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Naming:
-    """A family's names and layouts, and ours, both ways; by default Llama's.
+    """A family's names and layouts to ours and back; by default Llama's.
 
     Args:
       names: parts of names, from ours to the family's.
-      fused: the family's name of several tensors of ours, one above the other.
-      by_head: fused ones alternate head by head.
+      fused: the family's name for several of our tensors, stacked by rows.
+      by_head: fused tensors are interleaved head by head.
       transposed: the weights of the family's linear layers are [in, out].
     """
 
@@ -46,7 +46,7 @@ class Naming:
         return self._outward(arrays, lambda parts: join(parts, architecture.heads), np.transpose)
 
     def shapes_to_checkpoint(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """`to_checkpoint` of arrays of these shapes."""
+        """`to_checkpoint` for the shapes of arrays."""
         return self._outward(shapes, lambda parts: (sum(p[0] for p in parts), *parts[0][1:]), lambda shape: shape[::-1])
 
     def to_common(self, architecture: Architecture, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -68,12 +68,12 @@ class Naming:
         return out
 
     def rename(self, ours: str) -> str:
-        """The family's name of a tensor or layer of ours that it does not fuse with others."""
+        """The family's name for one of our tensors or layers that it does not fuse with others."""
         return _rename(ours, self.names)
 
     def layer(self, ours: str) -> tuple[str, bool]:
-        """What the family calls the linear layer ``ours`` within a layer, say 'self_attn.q_proj', and whether ours is the first
-        of those that are one layer there."""
+        """The family's name for our linear layer ``ours`` (say 'self_attn.q_proj'), and whether ours is the first of those
+        that the family fuses into that layer."""
         for theirs, parts in self.fused.items():
             if ours in parts:
                 return theirs, ours == parts[0]
@@ -98,19 +98,19 @@ class Naming:
         return out
 
     def _is_transposed(self, theirs: str) -> bool:
-        """Whether the family keeps this tensor as [in, out]."""
+        """Whether the family stores this tensor as [in, out]."""
         return self.transposed and theirs.endswith(tuple(f".{self.layer(ours)[0]}.weight" for ours in LINEAR))
 
 
 def _rename(name: str, parts: Mapping[str, str]) -> str:
-    """All parts at once: one family's new name may be another's old one."""
+    """Replaces all parts at once: the new name of one may be the old name of another."""
     if not parts:
         return name
     return re.sub(rf"\b({'|'.join(map(re.escape, parts))})\b", lambda found: parts[found[0]], name)
 
 
 def _ends(a: Architecture, parts: tuple[str, ...]) -> list[int]:
-    """Where all but the last of some fused tensors end."""
+    """The rows where all fused tensors but the last end."""
     rows = {QKV[0]: a.heads * a.head_dim, QKV[1]: a.kv_heads * a.head_dim}
     return np.cumsum([rows.get(part, a.intermediate_size) for part in parts[:-1]]).tolist()
 

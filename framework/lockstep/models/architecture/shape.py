@@ -11,8 +11,9 @@ from lockstep.text.tokenizer import TokenizerConfig
 
 
 class RopeScaling(NamedTuple):
-    """How a context longer than the one trained on is reached. 'linear' divides every frequency by ``factor`` (Chen et al.
-    2023); 'llama3' the low ones only, by the other three numbers (Dubey et al. 2024), which are 0 for 'linear'."""
+    """How rotary positions extend beyond the trained context. 'linear' divides every frequency by ``factor`` (Chen et al.
+    2023); 'llama3' divides only the low ones, chosen by the other three numbers (Dubey et al. 2024), which are 0 for
+    'linear'."""
 
     kind: str
     factor: float
@@ -22,8 +23,8 @@ class RopeScaling(NamedTuple):
 
 
 class Rope(NamedTuple):
-    """Rotary positions (Su et al. 2021) of one layer: the first ``dims`` numbers of each head turn, in Llama's half-split
-    layout; the others stay."""
+    """Rotary positions (Su et al. 2021) of one layer: the first ``dims`` dimensions of each head are rotated, in Llama's
+    half-split layout; the others are not."""
 
     theta: float
     dims: int
@@ -35,17 +36,17 @@ class Architecture:
     """A pre-norm decoder. ``family`` is the checkpoint format; everything else is read from its ``config.json``.
 
     ``positions`` is 'rope' or 'learned'; ``norm`` is 'rms' or 'layer'; ``gated`` is the SwiGLU shape of the MLP (Shazeer
-    2020). What follows ``tied`` is off unless a family turns it on:
+    2020). Everything after ``tied`` is off unless a family turns it on:
 
-    rotary_dims: of each head; None for all.
-    local_rope_theta: of layers with a window, which then are not scaled either.
-    unrotated: per layer, True where queries and keys do not turn; () for nowhere.
+    rotary_dims: rotated dimensions of each head; None for all.
+    local_rope_theta: theta of layers with a window, which then have no rope scaling either.
+    unrotated: per layer, True where queries and keys are not rotated; () for nowhere.
     windows: per layer, how many columns a token sees, itself included; None for all before it. () for None everywhere.
-    query_scalar: products of queries and keys are divided by its square root; None for head_dim.
-    attention_softcap, final_softcap: c in c tanh(x / c), of those products and of the logits.
-    qk_norm: RMS norm over each head of queries and keys, before they turn.
+    query_scalar: attention logits are divided by its square root; None for head_dim.
+    attention_softcap, final_softcap: c in c tanh(x / c), for attention logits and for output logits.
+    qk_norm: RMS norm over each head of queries and keys, before rotation.
     unit_offset: RMS norms multiply by 1 + weight.
-    out_norms: attention and MLP end with a norm each.
+    out_norms: attention and MLP each end with a norm.
     parallel_residual: attention and MLP read the same input.
     scaled_embedding: embeddings are multiplied by sqrt(hidden_size).
     """
@@ -87,7 +88,7 @@ class Architecture:
         return self.windows[layer] if self.windows else None
 
     def rope(self, layer: int) -> Rope | None:
-        """None where nothing turns."""
+        """None where nothing is rotated."""
         if self.positions != "rope" or (self.unrotated and self.unrotated[layer]):
             return None
         dims = self.rotary_dims or self.head_dim
@@ -110,7 +111,7 @@ def small_decoder(
 
 
 def is_small_decoder(a: Architecture) -> bool:
-    """Whether it is Llama's shape and no more: no biases, no scaled rotation, SwiGLU."""
+    """Whether it is Llama's shape and nothing more: no biases, no scaled rotation, SwiGLU."""
     plain = small_decoder(
         vocab_size=a.vocab_size, hidden_size=a.hidden_size, layers=a.layers, heads=a.heads, kv_heads=a.kv_heads,
         intermediate_size=a.intermediate_size, context_length=a.context_length, rope_theta=a.rope_theta, tied=a.tied,
@@ -122,7 +123,7 @@ def is_small_decoder(a: Architecture) -> bool:
 class SmallDecoderConfig:
     """The configuration of the policy ``decoder``, for every backend."""
 
-    tokenizer: TokenizerConfig = setting(TokenizerConfig(), "Null in it: the data source's own.")
+    tokenizer: TokenizerConfig = setting(TokenizerConfig(), "Keys that are null take the data source's own.")
     layers: int = setting(4, "Transformer blocks.", least=1)
     hidden_size: int = setting(128, "Width of the residual stream.", least=1)
     heads: int = setting(4, "Query heads, each hidden_size / heads wide.", least=1)

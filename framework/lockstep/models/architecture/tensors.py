@@ -1,4 +1,4 @@
-"""Which tensors a decoder has, their shapes, and their values before any training."""
+"""A decoder's tensors: their names, shapes and initial values."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lockstep.models.architecture.naming import LANGUAGE_HEAD
 from lockstep.models.architecture.shape import Architecture
 
 SCALAR_HEAD = "score.weight"
-"""[1, hidden_size]: the name that transformers' sequence classifiers give it."""
+"""[1, hidden_size]: its name in transformers' sequence classifiers."""
 SCALAR_BIAS = "score.bias"
-"""[1]: ours; transformers ignores it, which shifts all scores by a constant."""
+"""[1]: our own; transformers ignores it, which shifts all scores by a constant."""
 
 
 def trunk_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -72,7 +72,7 @@ def _norm(a: Architecture, name: str, size: int) -> dict[str, tuple[int, ...]]:
 
 
 def linear_layers(architecture: Architecture) -> dict[str, tuple[int, int]]:
-    """{name: (inputs, outputs)} of what an adapter may adapt: the linear layers of the trunk, as the checkpoint names them."""
+    """{name: (inputs, outputs)} of the layers an adapter may adapt: the trunk's linear layers, as the checkpoint names them."""
     naming = family_of(architecture).naming
     shapes = {name: shape for name, shape in _trunk(architecture).items() if len(shape) == 2 and ".embed_" not in name}
     step = 1 if naming.transposed else -1
@@ -84,8 +84,8 @@ BUFFERS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv
 
 
 def usual_tensors(architecture: Architecture, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Weights under their usual names, without what a checkpoint may hold beyond them: buffers, parts of a larger model, and a
-    second copy of a tied embedding."""
+    """Weights under their usual names, without the extras of some checkpoints: buffers, parts of a larger model, and a second
+    copy of a tied embedding."""
     family = family_of(architecture)
     named = {family.usual_name(name): array for name, array in weights.items()}
     return {
@@ -100,7 +100,7 @@ def usual_tensors(architecture: Architecture, weights: Mapping[str, np.ndarray])
 def check_parameters(
     architecture: Architecture, parameters: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Every expected tensor is there with its shape, and no tensor is left over.
+    """Check that every expected tensor is present with its shape and that none is left over.
 
     Raises:
       CheckpointError: names the first few that are missing, unused or of another shape.
@@ -117,7 +117,7 @@ def check_labels(source: object, count: int) -> None:
     """Raises CheckpointError unless there is one number per response."""
     if count != 1:
         raise CheckpointError(
-            f"'{source}' has num_labels={count}: it sorts into {count} classes, and which of them is good is not for us to say. "
+            f"'{source}' has num_labels={count}: it is a classifier, and Lockstep cannot know which of its classes is good. "
             "A reward model has num_labels=1."
         )
 

@@ -1,4 +1,4 @@
-"""`lockstep compare PATH...`: what several runs show, from their folders or their W&B runs alone.
+"""`lockstep compare PATH...`: a report on several runs, from their folders or W&B runs alone.
 
 records, wandb_runs   runs into plain records
 groups                runs that are compared as one, aggregated
@@ -6,7 +6,7 @@ statistics, versus    over seeds: interquartile means, probabilities of improvem
 claims                the headline and the checklist
 cost                  seconds, tokens per second, episodes, memory
 tables                terminal, Markdown
-plots, figures        how things are drawn, and what is
+plots, figures        how figures are drawn, and which
 page                  the HTML report
 tidy                  CSV and Parquet
 wandb_report          the report at W&B
@@ -47,12 +47,12 @@ def compare(
 
     Args:
       paths: run folders, folders of them, sweep folders, or W&B filters 'wandb:entity/project?group=...'.
-      by: configuration keys to group by; by default those in which the runs differ, without the seed.
-      baseline: the group that the others are held against: `versus.pairs`.
+      by: configuration keys to group by; by default those in which the runs differ, except the seed.
+      baseline: the group that the others are compared with: `versus.pairs`.
 
     Raises:
-      DataError: a path that holds no run, or no run that can be read.
-      ConfigError: a key or a baseline that the runs do not have.
+      DataError: a path has no run, or no run can be read.
+      ConfigError: the runs do not have a key or the baseline.
     """
     from lockstep.reporting.compare import figures, page, tidy  # matplotlib takes a second to import
 
@@ -75,7 +75,7 @@ def compare(
 
 
 def print_summary(report: CompareReport, console: Console | None = None) -> None:
-    """The report's text for a terminal; of the policies only what is looked at first."""
+    """The report's text for a terminal, with the main numbers of the policies only."""
     console = console or Console()
     console.print(report.headline + "\n", style="bold", markup=False, highlight=False)
     for problem in report.comparison.problems:
@@ -95,13 +95,10 @@ def what_intervals_are_over(c: RunComparison) -> str:
     """One or two sentences: over prompts, over seeds, or which groups have which."""
     single = [g.label for g in c.groups if len(g.evaluated_seeds) < 2]
     if len(single) == len(c.groups):
-        return (
-            "Intervals are 95%, over prompts. No group has two seeds that were evaluated, so there are none over seeds: "
-            "what another training would have given is not known."
-        )
+        return "Intervals are 95%, over prompts. No group has two evaluated seeds: the intervals do not cover training variance."
     text = "Intervals are 95%, over seeds; those of policies and reward models over seeds and prompts together."
     if single:
-        text += f" With one seed evaluated, and so over prompts only: {'; '.join(single)}."
+        text += f" Over prompts only, because one seed was evaluated: {'; '.join(single)}."
     return text
 
 

@@ -1,7 +1,7 @@
 """What the numbers say: a headline and a checklist, computed from the evaluation alone.
 
-"Apart" means that two 95% intervals do not overlap. That is stricter than a test of the difference at the 5% level,
-the more so because all policies answer the same prompts.
+"Apart" means that two 95% intervals do not overlap. That is stricter than a test of the difference at the 5% level, and
+stricter still because all policies answer the same prompts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCORE, PERCENT = ".2f", ".1%"  # how numbers are written
 @dataclass(frozen=True)
 class Claim:
     text: str
-    where: str  # the group, or the groups, that it is about
+    where: str  # the group or groups that it is about
     verdict: Verdict
     because: str
 
@@ -97,7 +97,7 @@ def _between_backends(c: RunComparison) -> Iterator[Claim]:
 
 
 def _both(a: RunGroup, b: RunGroup) -> str:
-    """Where: 'kl_coef=0.1', or 'jax and torch' where the backend is all there is."""
+    """Where: 'kl_coef=0.1', or 'jax and torch' if the labels have nothing else in common."""
     rest = a.label.partition(", ")[2]
     return rest if rest and rest == b.label.partition(", ")[2] else f"{a.label} and {b.label}"
 
@@ -111,7 +111,7 @@ def _but_for_backend(g: RunGroup) -> dict[str, str]:
 
 
 def by_text(found: Sequence[Claim]) -> list[tuple[str, list[Claim]]]:
-    """The same claim in several groups, together; in the order of first appearance."""
+    """The claims of all groups by their text, in order of first appearance."""
     texts = dict.fromkeys(claim.text for claim in found)
     return [(text, [claim for claim in found if claim.text == text]) for text in texts]
 
@@ -143,7 +143,7 @@ def agreement(text: str, where: str, a: Estimate, b: Estimate) -> Claim:
 
 
 def show(e: Estimate | None, form: str = SCORE) -> str:
-    """'1.41 [1.30, 1.52]', or nothing; no interval where there is none."""
+    """'1.41 [1.30, 1.52]', without the interval if it has no width; '' for None."""
     if e is None:
         return ""
     return f"{e.mean:{form}}" if e.low == e.high else f"{e.mean:{form}} [{e.low:{form}}, {e.high:{form}}]"
@@ -153,7 +153,7 @@ def show(e: Estimate | None, form: str = SCORE) -> str:
 
 
 def headline_metric(c: RunComparison) -> str | None:
-    """The truest measure that the runs have."""
+    """The most trustworthy measure that the runs have."""
     return next((m for m in ("gold", "win_rate", "score") if c.split and c.has(m, c.split)), None)
 
 

@@ -15,54 +15,54 @@ PARTS = "perf/seconds_"
 
 
 def seconds(g: RunGroup, stage: str) -> float | None:
-    """Mean over runs, of the stage as it was made; a run that found it made already took no time for it."""
+    """Mean over runs of the time that the stage took in the run that made it; runs that reused it spent none."""
     return _mean([s.seconds for s in g.stages(stage)])
 
 
 def speed(g: RunGroup, stage: str) -> float | None:
-    """Tokens per second: the median over steps, which leaves compilation out; its mean over runs."""
+    """Tokens per second: the mean over runs of the median over steps, which excludes compilation."""
     return _mean([_median(s, SPEED) for s in g.stages(stage)])
 
 
 def part(g: RunGroup, stage: str, name: str) -> float | None:
-    """Seconds per step spent on ``name``: generate, score, evaluate or train. As `speed`."""
+    """Seconds per step spent on ``name``: generate, score, evaluate or train. Averaged like `speed`."""
     return _mean([_median(s, PARTS + name) for s in g.stages(stage)])
 
 
 def parts(c: RunComparison) -> list[str]:
-    """What steps are made of, in the order in which the runs list it."""
+    """The parts of a step, in the order the runs list them."""
     metrics = (metric for run in c.runs for stage in run.stages.values() for metric in stage.metrics)
     return list(dict.fromkeys(metric.removeprefix(PARTS) for metric in metrics if metric.startswith(PARTS)))
 
 
 def episodes(g: RunGroup, stage: str) -> float | None:
-    """Prompts answered in training: iterations made, times the batch size. None for other stages."""
+    """Prompts answered in training: iterations done times the batch size. None for other stages."""
     return _mean([_episodes(run, stage) for run in g.runs])
 
 
 def memory(g: RunGroup, stage: str) -> float | None:
-    """GiB, the most of any run: of the accelerator's memory or, on the host, of the process up to the end of the stage."""
+    """Peak GiB of any run: of the accelerator's memory or, on the host, of the process up to the end of the stage."""
     found = [s.memory for s in g.stages(stage) if s.memory]
     return max(found) / 2**30 if found else None
 
 
 def by_backend(c: RunComparison) -> list[RunGroup]:
-    """All runs of a backend as one group: what a KL coefficient does not change."""
+    """All runs of a backend as one group, for numbers that a KL coefficient does not change."""
     backends = dict.fromkeys(g.backend for g in c.groups)
     members = {name: [run for g in c.groups if g.backend == name for run in g.runs] for name in backends}
     return [RunGroup(name, {BACKEND: name}, runs, [""] * len(runs)) for name, runs in members.items()]
 
 
 def in_all(c: RunComparison) -> str:
-    """A sentence: the computing time of all stages, and what sharing them has saved."""
+    """A sentence: the compute time of all stages, and what sharing them has saved."""
     made = {s.identity or (run.name, s.name): s.seconds or 0.0 for run in c.runs for s in run.stages.values()}
     stages = list(itertools.chain.from_iterable(run.stages.values() for run in c.runs))
     spent, alone = sum(made.values()), sum(s.seconds or 0.0 for s in stages)
     if not spent:
         return ""
-    text = f"{len(made)} stages took {duration(spent)} of computing."
+    text = f"{len(made)} stages took {duration(spent)} of compute."
     if len(made) < len(stages):
-        text += f" The runs list {len(stages)}: without sharing they would have taken {duration(alone)}."
+        text += f" The runs list {len(stages)}; without sharing they would have taken {duration(alone)}."
     return text
 
 

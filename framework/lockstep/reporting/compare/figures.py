@@ -1,4 +1,4 @@
-"""The figures of the page, of the README and for papers: what is drawn. How it is drawn: `plots`."""
+"""The figures for the page, the README and papers. `plots` draws them."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ PARTS = ("helpful", "truthful", "harmless")
 
 
 def for_page(c: RunComparison, found: Sequence[Versus]) -> dict[str, str]:
-    """SVG by name, whose ink follows the page; a figure for which there are no data is left out."""
+    """SVG by name, in colours that follow the page; figures without data are left out."""
     with plt.rc_context(style(ON_PAGE)):
         return {name: to_svg(figure, name) for name, make in _makers(found).items() if (figure := make(c))}
 
 
 def for_papers(c: RunComparison, found: Sequence[Versus], output: Path) -> list[Path]:
-    """``report.png``, the main figure, and ``figures/NAME.png`` and ``.svg``, on white; the files that there are."""
+    """Write ``report.png``, the main figure, and ``figures/NAME.png`` and ``.svg``, on white. Returns the files written."""
     files = []
     (output / "figures").mkdir(exist_ok=True)
     with plt.rc_context({**style(ON_WHITE), "svg.fonttype": "path", "svg.hashsalt": "lockstep"}):
@@ -141,7 +141,7 @@ def curves(c: RunComparison) -> Figure | None:
 
 
 def losses(c: RunComparison) -> Figure | None:
-    """Loss of each supervised stage, with its held-out loss where it has one; per backend where its groups share them."""
+    """Loss of each supervised stage, with its held-out loss if it has one; per backend if its groups share the stages."""
     objective = set(c.stages_with("objective/score"))
     stages = [s for s in c.stages_with("loss") if s not in objective]
     if not stages:
@@ -167,7 +167,7 @@ def _made(g: RunGroup, stages: Sequence[str]) -> set[str]:
 
 
 def frontier(c: RunComparison) -> Figure | None:
-    """Proxy and gold score against the square root of KL (Gao et al. 2022): what drift buys, and when it stops paying."""
+    """Proxy and gold score against the square root of KL (Gao et al. 2022): what drift gains, and where it stops helping."""
     trained = c.stages_with("objective/kl")
     evaluated = bool(c.split and c.has("kl", c.split))
     panels_ = {"score": "Proxy: the reward model's score", "gold": "Gold score"}
@@ -190,7 +190,7 @@ def frontier(c: RunComparison) -> Figure | None:
 
 
 def _evaluated_points(ax: Axes, c: RunComparison, metric: str) -> None:
-    """A dot per policy and group; the last policy's are joined, backend by backend: the frontier."""
+    """A dot per policy and group. The last policy's dots are joined, backend by backend: the frontier."""
     for i, policy in enumerate([c.baseline, *c.after_baseline]):
         places = {}
         for g, colour in coloured(c):
@@ -211,7 +211,7 @@ def _root(kl: np.ndarray | float) -> np.ndarray:
 
 
 def against_baseline(c: RunComparison, found: Sequence[Versus]) -> Figure | None:
-    """Difference and probability of improvement, in the truest metric, of every policy trained against a reward."""
+    """Difference and probability of improvement, in the headline metric, of every policy trained against a reward."""
     metric = headline_metric(c)
     rows = [v for v in found if v.metric == metric]
     if not rows:
@@ -232,7 +232,7 @@ def against_baseline(c: RunComparison, found: Sequence[Versus]) -> Figure | None
 
 
 def reward_model(c: RunComparison) -> Figure | None:
-    """Accuracies as dots, a single labeler's agreement with gold first: the bar to pass."""
+    """Accuracies as dots. A single labeler's agreement with gold comes first: the mark to beat."""
     found = [m for m, (_, form) in REWARD_MODEL_METRICS.items() if form == PERCENT and m in c.reward_model_metrics]
     if not found:
         return None
@@ -265,7 +265,7 @@ def costs(c: RunComparison) -> Figure | None:
 
 
 def readme_figure(c: RunComparison, file: Path) -> bool:
-    """The main figure as PNG: gold per policy, how it was learned, what it cost. False: there was nothing to draw."""
+    """The main figure as PNG: gold per policy, how it was learned, what it cost. False if there is nothing to draw."""
     metric = next((m for m in ("gold", "score") if c.split and c.has(m, c.split)), None)
     learned = [m for m in ("objective/gold", "objective/score", "objective/kl") if c.stages_with(m)][:2]
     tax = bool(c.split and c.has("ability", c.split))

@@ -1,9 +1,9 @@
-"""Runs grouped into what is compared, their seeds aggregated: one group per backend and differing configuration, or per
-value of the keys that ``--by`` names. Then what differs inside a group makes its *tasks*: the settings that it is judged
-over, as an algorithm is over games.
+"""Groups the runs to compare and aggregates their seeds: one group per backend and differing configuration, or per value of
+the keys that ``--by`` names. With ``--by``, settings that differ inside a group are its *tasks*: the group is judged over
+them, as an algorithm is judged over games.
 
-Not every interval is over the same thing. Of one run it is over its prompts: how another set of prompts would have turned
-out. Of several it is over seeds: how another training would have.
+Intervals cover different things. For one run, they are over its prompts: how another set of prompts would have turned out.
+For several, they are over seeds: how another training run would have turned out.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def combine(estimates: Sequence[Estimate]) -> Estimate | None:
 @dataclass(frozen=True)
 class Curve:
     """One metric over steps: the interquartile mean over the group's runs (their mean, for three or fewer) and its 95%
-    bootstrap interval over runs, point by point; of a single run the interval has no width."""
+    bootstrap interval over runs, point by point; for a single run the interval has no width."""
 
     steps: np.ndarray
     mean: np.ndarray
@@ -53,12 +53,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs that are compared as one: of the same settings, by seed and by task."""
+    """Runs that are compared as one: the same settings, by seed and by task."""
 
     label: str
     settings: Mapping[str, str]  # what tells this group from the others, as text
     runs: Sequence[Run]
-    tasks: Sequence[str] = ("",)  # of each run: what it differs in from others of the group, the seed apart
+    tasks: Sequence[str] = ("",)  # per run: its settings that differ inside the group, except the seed
 
     @property
     def backend(self) -> str:
@@ -98,15 +98,15 @@ class RunGroup:
         return [run.stages[name] for _, run in self._first_with(lambda run: _made_by(run, name)) if name in run.stages]
 
     def _first_with(self, made_by: Callable[[Run], Hashable]) -> list[tuple[str, Run]]:
-        """(task, run), one for each thing made: runs that share a model do not make it more certain."""
+        """(task, run), one per distinct product: runs that share a model are no additional evidence."""
         runs: dict[Hashable, tuple[str, Run]] = {}
         for task, run in zip(self.tasks, self.runs, strict=True):
             runs.setdefault(made_by(run), (task, run))
         return list(runs.values())
 
     def curve(self, stage: str, metric: str, points: int = 60) -> Curve | None:
-        """Over the steps that all runs have, neighbouring steps averaged down to at most ``points``. A stage that did not
-        finish is left out where others did."""
+        """Over the steps that all runs have, neighbouring steps averaged down to at most ``points``. Unfinished stages are
+        left out if others finished."""
         stages = [s for s in self.stages(stage) if metric in s.metrics]
         stages = [s for s in stages if s.status == "done"] or stages
         series = [s.metrics[metric] for s in stages]
@@ -134,7 +134,7 @@ def _mean(x: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class RunComparison:
-    """The groups of all runs, and the names that occur in them, in the order in which the runs list them."""
+    """The groups of all runs, and the names that occur in them, in the order the runs list them."""
 
     groups: Sequence[RunGroup]
     differing: Mapping[str, Sequence[str]]  # configuration key -> its value in each group, as text
@@ -150,7 +150,7 @@ class RunComparison:
 
     @cached_property
     def split(self) -> str | None:
-        """The split that conclusions are drawn from: the held-out one."""
+        """The split to draw conclusions from: the held-out one."""
         return "heldout" if "heldout" in self.splits else next(iter(self.splits), None)
 
     @cached_property
@@ -164,7 +164,7 @@ class RunComparison:
 
     @cached_property
     def after_baseline(self) -> list[str]:
-        """The policies that reinforcement learning made: those listed after the baseline."""
+        """The policies trained by reinforcement learning: those listed after the baseline."""
         return self.policies[self.policies.index(self.baseline) + 1 :] if self.baseline in self.policies else []
 
     @cached_property
@@ -175,7 +175,7 @@ class RunComparison:
         return [n for n in self.stage_names if any(metric in s.metrics for g in self.groups for s in g.stages(n))]
 
     def has(self, metric: str, split: str | None = None) -> bool:
-        """Did any policy get this metric?"""
+        """Does any policy have this metric?"""
         splits = [split] if split else self.splits
         return any(g.policy_estimates(s, p, metric) for g in self.groups for s in splits for p in self.policies)
 
@@ -186,7 +186,7 @@ class RunComparison:
 
 def group(reading: Reading, by: Sequence[str] | None = None) -> RunComparison:
     """Group by ``by``, configuration keys such as 'backend' or 'algorithm.kl_coef'; by default by experiment, backend and
-    every differing key, the seed and what follows from the backend left out.
+    every differing key, except the seed and what follows from the backend.
 
     Raises:
       ConfigError: no run has such a key.
@@ -234,8 +234,8 @@ def _asked(by: Sequence[str], runs: Sequence[Run]) -> list[str]:
 
 
 def _label(settings: Mapping[str, str], relatives: Sequence[Run], everyone: Sequence[Run]) -> str:
-    """As little as tells it apart: its backend, its experiment if there are several, and the keys in which its relatives
-    differ."""
+    """The shortest label that tells it apart: its backend, its experiment if there are several, and the keys in which its
+    relatives differ."""
     telling = [key for key in settings if key not in (BACKEND, "experiment")]
     telling = [key for key in telling if len({setting(run, key) for run in relatives}) > 1]
     experiments = {run.experiment for run in everyone}
@@ -244,13 +244,13 @@ def _label(settings: Mapping[str, str], relatives: Sequence[Run], everyone: Sequ
 
 
 def _inside(keys: Sequence[str], differing: Sequence[str], runs: Sequence[Run]) -> list[str]:
-    """The keys that differ and make no group: they make tasks."""
+    """The differing keys that do not make groups: they make tasks."""
     own = [key for key in differing if key != BACKEND and not _follows_from_backend(key, runs)]
     return [key for key in ("experiment", BACKEND, *own) if key not in keys]
 
 
 def _tasks(members: Sequence[Run], inside: Sequence[str], problems: list[str]) -> dict[tuple[str, int], Run]:
-    """{(task, seed): run}, by seed; a run whose place is taken is named in ``problems``."""
+    """{(task, seed): run}, by seed; ``problems`` names runs whose place is taken."""
     inside = [key for key in inside if len({setting(run, key) for run in members}) > 1]
     runs: dict[tuple[str, int], Run] = {}
     for run in sorted(members, key=lambda run: run.seed):
@@ -262,7 +262,7 @@ def _tasks(members: Sequence[Run], inside: Sequence[str], problems: list[str]) -
 
 
 def _missing_seeds(groups: Sequence[RunGroup]) -> list[str]:
-    """A sentence for every group and task without a seed that others have."""
+    """A sentence for every group and task that lacks a seed that others have."""
     everyone = sorted({seed for g in groups for seed in g.seeds})
     problems = []
     for g in groups:
@@ -275,12 +275,12 @@ def _missing_seeds(groups: Sequence[RunGroup]) -> list[str]:
 
 
 def _text_of_all(g: RunGroup, key: str) -> str:
-    """The key's value in the group, or its values where --by pools several."""
+    """The key's value in the group, or its values if --by pools several."""
     return ", ".join(dict.fromkeys(setting(run, key) for run in g.runs))
 
 
 def _described(settings: Mapping[str, str], most: int = 3) -> list[str]:
-    """'kl_coef=0.02', once where several stages share it; names first, and the surplus only counted."""
+    """'kl_coef=0.02', once if several stages share it; names first, and a count of those beyond ``most``."""
     names_first = sorted(settings, key=lambda key: not key.endswith("name"))
     parts = list(dict.fromkeys(f"{key.rpartition('.')[2]}={settings[key]}" for key in names_first))
     return [*parts[:most], *([f"{len(parts) - most} more"] if len(parts) > most else [])]

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: no script, no network, no server."""
+"""The report as one self-contained HTML file: no script, no network, no server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GROUPS_WITH_SAMPLES = 3
 
 @dataclass(frozen=True)
 class SampleRow:
-    """A group's responses to a prompt, one per policy (None: it has none); groups that answer alike share a row."""
+    """A group's responses to a prompt, one per policy (None: it has none). Groups with equal responses share a row."""
 
     label: str
     responses: Sequence[Mapping[str, Any] | None]
@@ -37,7 +37,7 @@ class SamplePrompt:
     rows: Sequence[SampleRow]
 
 
-# the page's sections: id -> (title, what must be there for it: a table, a figure or samples)
+# the page's sections: id -> (title, what it needs: a table, a figure or samples)
 SECTIONS = {
     "claims": ("Claims", "claims"),
     "policies": ("Policies", "policies"),
@@ -62,7 +62,7 @@ def render(
     tables: Mapping[str, Table],
     figures: Mapping[str, str],
 ) -> str:
-    """All text is escaped by Jinja; only the figures, which are ours, go in as they are."""
+    """Jinja escapes all text; only the figures, which are ours, go in unescaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

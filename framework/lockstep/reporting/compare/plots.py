@@ -1,8 +1,8 @@
 """How figures are drawn, with matplotlib and without a display.
 
-One colour per group, one line style per stage, everywhere. Of several backends with several groups each, every backend has
-a range of colours of its own. The page's figures are SVG whose ink is CSS variables, so that they follow the reader's light
-or dark scheme; those for papers are on white.
+One colour per group, one line style per stage, everywhere. If several backends have several groups each, every backend has
+its own range of colours. The page's figures are SVG with CSS variables as ink, so that they follow the reader's light or
+dark scheme; those for papers are on white.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from lockstep.reporting.compare.groups import RunComparison, RunGroup
 from lockstep.reporting.compare.records import Estimate
 
-# Told apart on white and on near-black, and by the colour-blind (after Okabe and Ito 2008).
+# Distinct on white and on near-black, and for colour-blind readers (after Okabe and Ito 2008).
 COLOURS = ["#3b82c4", "#e07b39", "#2a9d78", "#b565a7", "#c9a227", "#5a6acf", "#c9515c", "#6b8f3c"]
 RANGES = [("#57c4a4", "#3b82c4", "#6d55cc"), ("#e3b23c", "#dd6a2f", "#a8355f"), ("#b5c648", "#45a050", "#23808a")]  # per backend
 LINES = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5))]
-INK, FAINT = "#123456", "#abcdef"  # stand-ins: `to_svg` replaces them by CSS variables
+INK, FAINT = "#123456", "#abcdef"  # placeholders: `to_svg` replaces them with CSS variables
 
 STYLE = {
     "font.size": 9,
@@ -64,7 +64,7 @@ def policy_dots(ax: Axes, c: RunComparison, split: str, metric: str, percent: bo
 def draw_dots(
     ax: Axes, c: RunComparison, labels: Sequence[str], of: Callable[[RunGroup, int], tuple[Estimate | None, Sequence[Estimate]]]
 ) -> None:
-    """One row per label, one dot with its interval per group; each seed as a small ring where there are several."""
+    """One row per label, one dot with its interval per group; each seed as a small ring if there are several."""
     spacing = min(0.22, 0.7 / len(c.groups))
     offsets = (np.arange(len(c.groups)) - (len(c.groups) - 1) / 2) * spacing
     for (g, colour), offset in zip(coloured(c), offsets, strict=True):
@@ -88,7 +88,7 @@ def draw_curves(ax: Axes, c: RunComparison, metric: str, stages: Sequence[str]) 
 
 
 def draw_curve(ax: Axes, g: RunGroup, stage: str, metric: str, colour: str, line, marker: str | None = None) -> None:
-    """The interquartile mean over runs, with the band of its interval where there are several."""
+    """The interquartile mean over runs, with the band of its interval if there are several."""
     curve = g.curve(stage, metric)
     if curve is None:
         return
@@ -141,7 +141,7 @@ def style(ink: dict[str, str]) -> dict[str, object]:
 
 
 def panels(count: int, *, height: float, width: float = 10.3, columns: int | None = None, **share: bool):
-    """A figure of ``count`` panels, each ``height`` inches high; the surplus of the last row is switched off."""
+    """A figure of ``count`` panels, each ``height`` inches high; unused places in the last row stay empty."""
     columns = min(columns or count, count)
     rows = -(-count // columns)
     figure, axes = plt.subplots(
@@ -172,7 +172,7 @@ def styles(stages: Sequence[str]) -> list:
 
 
 def legend(figure: Figure, c: RunComparison, stages: Sequence[str] = (), extra: Sequence[Line2D] = ()) -> None:
-    """Colours for groups, line styles for stages, above the panels; nothing where there is nothing to tell apart."""
+    """Colours for groups and line styles for stages, above the panels; none if there is only one."""
     handles = [Line2D([], [], color=colour, marker="o", markersize=5, label=g.label) for g, colour in coloured(c)]
     handles = handles if len(handles) > 1 else []
     if len(stages) > 1:
@@ -187,7 +187,7 @@ def legend(figure: Figure, c: RunComparison, stages: Sequence[str] = (), extra: 
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """The figure for inlining: no XML header, no fixed size, no background, ids of its own, ink from CSS."""
+    """The figure for inlining: no XML header, no fixed size, no background, unique ids, ink from CSS."""
     buffer = io.StringIO()
     with plt.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -1,7 +1,7 @@
 """Run folders, and runs at W&B, read into records.
 
-A folder may be half-written, because the run is still going or has died: whatever can be read is read, and what
-cannot is named in `Reading.problems`. Only a path without a single run is an error.
+A folder may be half-written, because the run is still going or has died: whatever can be read is read, and
+`Reading.problems` names the rest. Only a path without a single run is an error.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from lockstep.reporting.compare.records import (
 
 
 def read(paths: Sequence[Path | str]) -> Reading:
-    """All runs under ``paths``: run folders, folders that hold run folders, sweep folders, ``wandb:`` filters.
+    """All runs under ``paths``: run folders, folders of run folders, sweep folders, ``wandb:`` filters.
 
     Raises:
-      DataError: a path that holds no run, or no run that can be read.
+      DataError: a path has no run, or no run can be read.
     """
     reading = Reading()
     folders: dict[Path, None] = {}
@@ -52,10 +52,10 @@ def read(paths: Sequence[Path | str]) -> Reading:
 
 
 def run_folders(path: Path, problems: list[str]) -> list[Path]:
-    """The run folders that ``path`` stands for. Jobs of a sweep that have none are named in ``problems``.
+    """The run folders that ``path`` stands for. ``problems`` names jobs of a sweep that have none.
 
     Raises:
-      DataError: there is none.
+      DataError: there are none.
     """
     if not path.is_dir():
         siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
@@ -74,7 +74,7 @@ def run_folders(path: Path, problems: list[str]) -> list[Path]:
 
 
 def _sweep(path: Path, problems: list[str]) -> list[Path]:
-    """The run folders of ``FOLDER/sweeps/NAME``; its record names them from FOLDER on."""
+    """The run folders of ``FOLDER/sweeps/NAME``; its record names them relative to FOLDER."""
     found = []
     for job in json.loads((path / "sweep.json").read_text())["jobs"]:
         folder = path.resolve().parents[1] / (job.get("run") or "?")
@@ -140,13 +140,13 @@ def _read_stage(name: str, record: Mapping[str, Any], folder: Path) -> StageReco
 
 
 def _read_done(folder: Path) -> dict[str, Any]:
-    """What a stage that is complete says of itself."""
+    """The record of a complete stage; empty for others."""
     file = folder / "done.json"
     return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _read_evaluations(folders: Any) -> EvaluationRecord:
-    """All evaluations of a run as one; where a later round evaluates again, it wins."""
+    """All evaluations of a run as one; if a later round evaluates again, it wins."""
     baseline: str | None = None
     splits: dict[str, dict[str, Estimates]] = {}
     reward_model: dict[str, Estimate] = {}
@@ -161,19 +161,19 @@ def _read_evaluations(folders: Any) -> EvaluationRecord:
 
 
 def _estimates(record: Mapping[str, Any]) -> dict[str, Estimate]:
-    """Without what could not be measured: of nothing there is no mean."""
+    """Leaves out measures without a finite mean."""
     found = {metric: measure for metric, measure in record.items() if measure and measure.get("mean") is not None}
     return {metric: _estimate(measure) for metric, measure in found.items() if math.isfinite(measure["mean"])}
 
 
 def _estimate(found: Mapping[str, Any]) -> Estimate:
-    """A calibration error, say, has no interval: then both ends are the mean."""
+    """Some measures, such as calibration error, have no interval: both ends are then the mean."""
     mean = float(found["mean"])
     return Estimate(mean, float(found.get("low", mean)), float(found.get("high", mean)), int(found.get("n") or 0))
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; none if there is no such file. A line that was cut off by a crash is skipped."""
+    """The rows of a JSON-lines file; none if there is no such file. Skips a line that a crash cut off."""
     rows = []
     for line in file.read_text().splitlines() if file.exists() else ():
         try:

@@ -46,12 +46,12 @@ class StageRecord:
     identity: str = ""  # of its folder: runs that share a stage share it
     health: Sequence[Mapping[str, Any]] = ()  # warnings while it trained: step, name, message
     produces: str = ""  # 'policy', 'reward_model' or 'evaluation'
-    memory: float | None = None  # bytes, at most: of the accelerator, or of the process where there is none
+    memory: float | None = None  # peak bytes: of the accelerator, or of the process if there is none
 
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """What an evaluation stage found: ``splits[split][policy][metric]`` in the order in which it was written."""
+    """What an evaluation stage found: ``splits[split][policy][metric]``, in the order written."""
 
     baseline: str | None
     splits: Mapping[str, Mapping[str, Estimates]]
@@ -76,7 +76,7 @@ class Run:
 
 @dataclass
 class Reading:
-    """The runs that were read, and one sentence for everything that was not as it should be."""
+    """The runs that were read, and one sentence per problem."""
 
     runs: list[Run] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)

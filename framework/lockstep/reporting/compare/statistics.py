@@ -1,11 +1,11 @@
-"""What few seeds allow to be said: interquartile means, probabilities of improvement, and their bootstrap intervals.
+"""Statistics for few seeds: interquartile means, probabilities of improvement, and their bootstrap intervals.
 
-Scores come as *tasks*: one array per task, one entry per run. A task is a setting whose runs are independent of the other
-settings' runs (a KL coefficient, a data set), as the games are in Agarwal et al. 2021, "Deep Reinforcement Learning at the
-Edge of the Statistical Precipice" (arXiv 2108.13264), whose recommendations these are. Tasks may have unequal numbers of
-runs. What the authors' own library, rliable, finds on stored scores is in tests/fixtures/outsiders/rliable.json.
+This follows Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (arXiv 2108.13264).
+Scores come as *tasks*: one array per task, one entry per run. A task is a setting (a KL coefficient, a data set) whose runs
+are independent of the other settings' runs, as the paper's games are. Tasks may have unequal numbers of runs.
+tests/fixtures/outsiders/rliable.json has the results of the authors' library, rliable, on stored scores.
 
-Everything is drawn from a fixed seed: the same runs give the same report.
+All draws use a fixed seed: the same runs give the same report.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Tasks = Sequence[np.ndarray]
 
 def iqm(values: np.ndarray) -> np.ndarray:
     """The mean of the middle half of the last axis: floor(n/4) values are cut at each end (Agarwal et al., section 4.3;
-    scipy's ``trim_mean``). Of three values or fewer nothing is cut: it is the mean."""
+    scipy's ``trim_mean``). With three values or fewer nothing is cut, so it is the mean."""
     values = np.sort(np.asarray(values, np.float64), axis=-1)
     cut = values.shape[-1] // 4
     return values[..., cut : values.shape[-1] - cut].mean(axis=-1)
@@ -35,8 +35,8 @@ def iqm_estimate(tasks: Tasks) -> Estimate:
 
 
 def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """P(X > Y): the share of all pairs of a run of ``x`` and a run of ``y`` (last axes) in which x is higher, ties
-    counting a half. The Mann-Whitney statistic over n·m; Agarwal et al., section 4.3."""
+    """P(X > Y): the share of all pairs of a run of ``x`` and a run of ``y`` (last axes) where x is higher; ties count a
+    half. The Mann-Whitney statistic over n·m; Agarwal et al., section 4.3."""
     x, y = x[..., :, None], y[..., None, :]
     return ((x > y) + 0.5 * (x == y)).mean(axis=(-2, -1))
 
@@ -55,7 +55,7 @@ def resample(tasks: Tasks, rng: np.random.Generator, draws: int = DRAWS) -> list
 
 
 def band(curves: np.ndarray, draws: int = 1000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of curves [runs, points]: their interquartile mean, and the ends of its 95% bootstrap interval, point by point.
+    """For curves [runs, points]: their interquartile mean, and the ends of its 95% bootstrap interval, point by point.
     Whole runs are drawn, so neighbouring points move together."""
     index = _rng().integers(len(curves), size=(draws, len(curves)))
     drawn = iqm(np.moveaxis(curves[index], 1, -1))
@@ -64,7 +64,7 @@ def band(curves: np.ndarray, draws: int = 1000) -> tuple[np.ndarray, np.ndarray,
 
 
 def _estimate(value: float, drawn: np.ndarray, tasks: Tasks) -> Estimate:
-    """The percentile interval (Efron 1979); none where a task has a single run, which says nothing about the spread."""
+    """The percentile interval (Efron 1979); none if a task has a single run, which says nothing about the spread."""
     runs = sum(map(len, tasks))
     if min(map(len, tasks)) < 2:
         return Estimate(value, value, value, runs)

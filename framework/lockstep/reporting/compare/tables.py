@@ -1,4 +1,4 @@
-"""The comparison as tables: built once, written to the terminal, to Markdown and to the page."""
+"""The comparison as tables: built once, shown in the terminal, in Markdown and on the page."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Table:
 
 
 def all_tables(c: RunComparison, found: Sequence[Claim], against: Sequence[Versus]) -> dict[str, Table]:
-    """Everything that the numbers are good for; a table without rows is left out."""
+    """Every table that has rows."""
     every = {
         "claims": checklist(found),
         "policies": policies(c),
@@ -73,7 +73,7 @@ def policies(c: RunComparison) -> Table:
 
 
 def policies_in_short(c: RunComparison) -> Table:
-    """The few numbers for a terminal: what was gained, and at which price."""
+    """The main numbers, for a terminal: what was gained, and at what cost."""
     score = "gold" if c.has("gold") else "score"
     rest = [split for split in c.splits if split != c.split]
     return _policy_table(c, [*((c.split, m) for m in (score, "win_rate", "ability", "kl")), *((s, score) for s in rest)])
@@ -102,7 +102,7 @@ def reward_model(c: RunComparison) -> Table:
 
 
 def over_seeds(c: RunComparison) -> Table:
-    """Interquartile means over seeds of what was trained against a reward. None of groups with one seed each."""
+    """Interquartile means over seeds of policies trained against a reward. No rows if every group has one seed."""
     metrics = [m for m in ("gold", "score", "win_rate", "ability", "kl") if c.has(m)]
     rows: list[list[str]] = []
     starts = set()
@@ -143,19 +143,19 @@ def against_baseline(c: RunComparison, found: Sequence[Versus]) -> Table:
 
 
 def _always(e: Estimate, seeds: Sequence[int]) -> str:
-    """Where all runs of one side are better the interval has no width; that is shown, lest it look like certainty."""
+    """If all runs of one side are better, the interval has no width. It is shown all the same, unless there is one seed."""
     return f"{e.mean:.0%} [{e.low:.0%}, {e.high:.0%}]" if len(seeds) > 1 else f"{e.mean:.0%}"
 
 
 def in_short(c: RunComparison, against: Sequence[Versus], every: Mapping[str, Table]) -> dict[str, Table]:
-    """For a terminal: of policies, differences and cost what is looked at first."""
+    """For a terminal: of policies, differences and cost only the main rows."""
     few = [v for v in against if v.metric == headline_metric(c)]
     short = {"policies": policies_in_short(c), "against": against_baseline(c, few), "cost": cost_in_short(c)}
     return {name: table for name in every if name != "seeds" and (table := short.get(name, every[name])).rows}
 
 
 def warnings(c: RunComparison) -> Table:
-    """What `lockstep.reporting.health` warned of while stages trained: in which of a group's runs, and at which step first."""
+    """The warnings of `lockstep.reporting.health` while stages trained: in which runs, and first at which step."""
     rows = []
     for g in c.groups:
         first: dict[tuple[str, str], dict[int, int]] = {}
@@ -196,7 +196,7 @@ def _number(value: float | None, form: str = ",.0f") -> str:
 
 
 def _table(title: str, c: RunComparison, items: Sequence[str], blocks: Mapping[str, Cell]) -> Table:
-    """Block under block: items down and groups across, or the other way round for many groups."""
+    """Blocks one below the other: items down and groups across, or the other way round for many groups."""
     labels = [g.label for g in c.groups]
     rows: list[list[str]] = []
     starts = set()
@@ -213,7 +213,7 @@ def _table(title: str, c: RunComparison, items: Sequence[str], blocks: Mapping[s
 
 
 def _cell(c: RunComparison, estimate: Estimate | None, form: str) -> str:
-    """The interval in full, or its half width where there are many columns."""
+    """The interval in full, or its half width if there are many columns."""
     if estimate is None or not _wide(c) or estimate.low == estimate.high:
         return show(estimate, form)
     return f"{estimate.mean:{form}} ±{(estimate.high - estimate.low) / 2:{form}}"
@@ -228,7 +228,7 @@ def configuration(c: RunComparison) -> Table:
 
 
 def checklist(found: Sequence[Claim]) -> Table:
-    """One row per claim: its verdict, or its verdicts where the groups differ."""
+    """One row per claim: its verdict, or its verdicts if the groups differ."""
     rows = []
     for text, members in by_text(found):
         where = {v: ", ".join(m.where for m in members if m.verdict == v) for v in ("yes", "unclear", "no")}

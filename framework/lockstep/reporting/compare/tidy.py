@@ -1,4 +1,4 @@
-"""All values of a comparison as one table, one value a row: ``metrics.csv`` and ``metrics.parquet``.
+"""All values of a comparison as one table, one value per row: ``metrics.csv`` and ``metrics.parquet``.
 
 Evaluations have no step; their metric is 'split/policy/metric', and low and high are the ends of their interval over prompts.
 """

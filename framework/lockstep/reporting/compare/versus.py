@@ -19,8 +19,8 @@ HIGHER_IS_BETTER = ("gold", "score", "win_rate", "ability")
 class Versus:
     """One policy's metric in a group, against the same in the baseline group.
 
-    ``difference`` is the interquartile mean of group minus baseline, seed by seed, over the seeds that both have;
-    ``improvement`` the probability that a run of the group is above one of the baseline. Both within tasks.
+    ``difference`` is the interquartile mean of group minus baseline, seed by seed, over the seeds that both have.
+    ``improvement`` is the probability that a run of the group is above one of the baseline. Both are within tasks.
     """
 
     group: RunGroup
@@ -34,7 +34,7 @@ class Versus:
 
     @property
     def names(self) -> tuple[str, str]:
-        """Of the group, and of what it is held against: where only the backends differ, that is enough."""
+        """Of the group and of its baseline; if only the backends differ, the baseline's backend is enough."""
         backend, _, rest = self.baseline.label.partition(", ")
         return self.group.label, backend if self.group.label.endswith(f", {rest}") else self.baseline.label
 
@@ -46,8 +46,8 @@ def over_seeds(g: RunGroup, split: str, policy: str, metric: str) -> Estimate | 
 
 
 def against_baseline(c: RunComparison, pairs: Sequence[tuple[RunGroup, RunGroup]]) -> list[Versus]:
-    """Every metric in which more is better, of every policy that was trained against a reward, on the main split. A single
-    run against a single run is left out: which of the two is higher says next to nothing of other seeds."""
+    """Every higher-is-better metric of every policy trained against a reward, on the main split. One run against one run is
+    left out: it says next to nothing about other seeds."""
     policies = c.after_baseline or c.policies[-1:]
     wanted = [(policy, metric) for policy in policies for metric in HIGHER_IS_BETTER]
     found = [versus(g, b, c.split, policy, metric) for policy, metric in wanted for g, b in pairs if c.split]
@@ -72,19 +72,19 @@ def versus(g: RunGroup, baseline: RunGroup, split: str, policy: str, metric: str
 
 
 def _only(here: Mapping[str, Mapping[int, float]], there: Mapping[str, Mapping[int, float]], label: str) -> list[str]:
-    """'seed 2 of torch' for what one side has and the other has not."""
+    """'seed 2 of torch' for what one side has and the other lacks."""
     missing = [(task, seed) for task, seeds in here.items() for seed in seeds if seed not in there.get(task, {})]
     return [f"seed {seed} of {', '.join(filter(None, [label, task]))}" for task, seed in missing]
 
 
 def pairs(c: RunComparison, baseline: str | None) -> list[tuple[RunGroup, RunGroup]]:
-    """Each group with the one that it is held against: the group of its own settings with the baseline's values put in.
+    """Each group with the one that it is compared with: the group with the same settings except for the baseline's values.
 
     Args:
       baseline: 'backend=torch', 'algorithm.kl_coef=0.1' or several with commas; a group's label; None: the first group.
 
     Raises:
-      ConfigError: no group is like this.
+      ConfigError: no group matches.
     """
     if baseline is None or baseline in [g.label for g in c.groups]:
         one = c.groups[0] if baseline is None else next(g for g in c.groups if g.label == baseline)
@@ -92,7 +92,7 @@ def pairs(c: RunComparison, baseline: str | None) -> list[tuple[RunGroup, RunGro
     wanted = _values(baseline, c)
     found = [(g, other) for g in c.groups for other in c.groups if _with(g, wanted) == dict(other.settings) and g is not other]
     if not found:
-        raise ConfigError(f"--baseline {baseline}: no other group differs from such a group in that alone. {_groups(c)}")
+        raise ConfigError(f"--baseline {baseline}: no two groups differ in that alone. {_groups(c)}")
     return found
 
 
@@ -108,7 +108,7 @@ def _values(baseline: str, c: RunComparison) -> dict[str, str]:
         key = BACKEND if key == "backend" else key
         if not equals or key not in keys:
             nearest = did_you_mean(key, keys) if equals else did_you_mean(baseline, [g.label for g in c.groups])
-            raise ConfigError(f"--baseline {baseline}: '{part}' is no key=value of the groups.{nearest} {_groups(c)}")
+            raise ConfigError(f"--baseline {baseline}: '{part}' is not a key=value of the groups.{nearest} {_groups(c)}")
         have = list(dict.fromkeys(g.settings[key] for g in c.groups))
         if value not in have:
             raise ConfigError(f"--baseline {baseline}: no group has {part}. There are: {listing(have)}.")

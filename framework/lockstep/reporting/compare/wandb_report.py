@@ -13,7 +13,7 @@ CURVES = ("objective/score", "objective/gold", "objective/kl", "objective/entrop
 
 
 def publish(comparison: CompareReport, project: str) -> str:
-    """Save a report to ``project``, 'entity/project', and give its address.
+    """Save a report to ``project``, 'entity/project', and return its address.
 
     Raises:
       DataError: the package for it is missing, or W&B cannot be reached.
@@ -32,7 +32,9 @@ def publish(comparison: CompareReport, project: str) -> str:
         report.save()
         return report.url
     except Exception as error:  # whatever W&B and the network raise
-        raise DataError(f"The report could not be saved to W&B: {error}. It takes a network and a key: wandb login") from error
+        raise DataError(
+            f"The report could not be saved to W&B: {error}. It needs a network and an API key: wandb login"
+        ) from error
 
 
 def _panels(wr: Any, c: RunComparison, entity: str, project: str) -> Sequence[Any]:

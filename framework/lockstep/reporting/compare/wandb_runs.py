@@ -1,9 +1,9 @@
 """Runs read from W&B: ``wandb:entity/project?group=NAME``, as the `wandb` tracker has recorded them.
 
-There, a stage is a W&B run whose group is the run's name; here they become one run again. What comes after the question mark
-filters W&B runs by its API's names: ``group``, ``tags``, ``state``, ``jobType``, ``config.seed`` and so on; a name given
-twice takes either value. A stage that several runs share is recorded under the one that made it, and found for the others
-by what their stages say they started from, as long as the filter lets it through.
+There, each stage is a W&B run whose group is the run's name; here the stages become one run again. The part after the
+question mark filters W&B runs by its API's names: ``group``, ``tags``, ``state``, ``jobType``, ``config.seed`` and so on; a
+name given twice matches either value. A stage that several runs share is recorded under the one that trained it. The others
+find it through the inputs of their own stages, if the filter lets it through.
 
 Unlike run folders: evaluations are means without their intervals over prompts; samples are not read; ``algorithm`` is the
 first stage that trains against a reward.
@@ -27,7 +27,7 @@ def read(source: str, reading: Reading) -> None:
     """The runs of ``source`` into ``reading``.
 
     Raises:
-      DataError: W&B cannot be asked, or has no such runs.
+      DataError: W&B cannot be queried, or has no such runs.
     """
     path, filters = parse(source)
     import wandb
@@ -36,8 +36,8 @@ def read(source: str, reading: Reading) -> None:
         stages = list(wandb.Api().runs(path, filters=filters))
         runs = _grouped(stages)
     except Exception as error:  # whatever W&B and the network raise
-        advice = "It takes a network and a key: wandb login. Or compare the folders: lockstep compare runs/NAME"
-        raise DataError(f"W&B could not be asked for {source}: {error}. {advice}") from error
+        advice = "It needs a network and an API key: wandb login. Or compare the folders: lockstep compare runs/NAME"
+        raise DataError(f"W&B could not be queried for {source}: {error}. {advice}") from error
     if not runs:
         raise DataError(f"No runs of Lockstep in {source}: {len(stages)} W&B runs, none with a group and a job type.")
     by_id = {stage.id: stage for stage in stages}
@@ -68,7 +68,7 @@ def _value(text: str) -> Any:
 
 
 def _grouped(stages: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """{run: {stage: W&B run}}; of a stage that was recorded twice the later one counts."""
+    """{run: {stage: W&B run}}; if a stage was recorded twice, the later one counts."""
     runs: dict[str, dict[str, Any]] = {}
     for stage in stages:  # the API gives the oldest first
         if stage.group and stage.job_type:
@@ -110,7 +110,7 @@ def _run(name: str, stages: Mapping[str, Any], path: str) -> Run:
 
 
 def _config(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Under the names that a run folder's configuration has."""
+    """The configuration under the names of a run folder's."""
     whole: dict[str, Any] = {"stages": {name: {"algorithm": c.get("stage") or {}} for name, c in configs.items()}}
     for config in configs.values():
         whole |= {key: config[key] for key in ("backend", "data", "seed") if key in config}
@@ -139,7 +139,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _evaluation(stages: Mapping[str, Any]) -> EvaluationRecord:
-    """'heldout/ppo/gold' and 'reward_model/accuracy/gold' of evaluation stages, which name a baseline."""
+    """From 'heldout/ppo/gold' and 'reward_model/accuracy/gold' of evaluation stages, which name a baseline."""
     baseline, splits, reward_model = None, {}, {}
     for found in stages.values():
         if named := (found.config.get("stage") or {}).get("baseline"):

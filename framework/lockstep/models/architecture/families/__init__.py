@@ -1,7 +1,7 @@
-"""The families there are, a file each. Every file of this folder is found; code elsewhere adds its own with `register`.
+"""The supported families, one file each. Every file in this folder is found; code elsewhere adds its own with `register`.
 
-A file holds one `Family` under the name FAMILY. A key of ``config.json`` that changes what is computed is either understood or
-refused by name; keys about training, dropout and token ids are left alone.
+A file defines one `Family` under the name FAMILY. A key of ``config.json`` that changes the computation is either understood
+or refused by name; keys about training, dropout and token ids are ignored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def register(family: Family) -> None:
       RegistryError: another record has this ``model_type``.
     """
     if FAMILIES.setdefault(family.model_type, family) != family:
-        raise RegistryError(f"There is a family '{family.model_type}' already. Registered: {listing(FAMILIES)}.")
+        raise RegistryError(f"A family '{family.model_type}' already exists. Registered: {listing(FAMILIES)}.")
 
 
 for _module in pkgutil.iter_modules(__path__):
@@ -55,8 +55,8 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
         )
     if config.get("quantization_config"):
         raise CheckpointError(
-            f"This {name} checkpoint holds quantised weights (quantization_config), which are not supported. Take the model "
-            "that they were made from, or a GGUF file of it."
+            f"This {name} checkpoint holds quantised weights (quantization_config), which are not supported. Use the original "
+            "model, or a GGUF file of it."
         )
     return FAMILIES[name].read({**FAMILIES[name].defaults, **config})
 
@@ -72,8 +72,8 @@ CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
 
 
 def causal_class(config: Mapping[str, Any]) -> str:
-    """transformers' class of the causal language model with this ``config.json``: its family's, or, where there is no record of
-    the family, the class that the file names."""
+    """transformers' class of the causal language model with this ``config.json``: its family's or, for a family without a
+    record, the class that the file names."""
     if family := FAMILIES.get(config["model_type"]):
         return family.causal
     name = config["architectures"][0]
@@ -81,8 +81,8 @@ def causal_class(config: Mapping[str, Any]) -> str:
 
 
 def classifier_class(config: Mapping[str, Any]) -> str:
-    """transformers' class of the sequence classifier on its trunk. Where there is no record of the family, as the class that the
-    file names, but for the ending."""
+    """transformers' class of the sequence classifier on its trunk. For a family without a record, the class that the file
+    names, with another ending."""
     if family := FAMILIES.get(config["model_type"]):
         return family.classifier
     name = config["architectures"][0]
@@ -90,10 +90,10 @@ def classifier_class(config: Mapping[str, Any]) -> str:
 
 
 def usual_name(model_type: str, name: str) -> str:
-    """`Family.usual_name`; of a family without a record, the name as it is."""
+    """`Family.usual_name`; for a family without a record, the name unchanged."""
     return FAMILIES[model_type].usual_name(name) if model_type in FAMILIES else name
 
 
 def language_head(model_type: str) -> str:
-    """What a checkpoint calls the weight of its language head. A family without a record is taken to call it as we do."""
+    """A checkpoint's name for the weight of its language head. A family without a record is assumed to use ours."""
     return FAMILIES[model_type].naming.rename(LANGUAGE_HEAD) if model_type in FAMILIES else LANGUAGE_HEAD

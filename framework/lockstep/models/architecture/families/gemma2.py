@@ -60,8 +60,8 @@ FAMILY = Family(
     causal="Gemma2ForCausalLM",
     classifier="Gemma2ForSequenceClassification",
     special="softcaps, windows on every other layer, norms on outputs, scaled embeddings",
-    refused="attention in both directions",
-    naming=Naming(  # whose post_attention_layernorm, unlike Llama's, comes after attention
+    refused="bidirectional attention",
+    naming=Naming(  # Gemma's post_attention_layernorm, unlike Llama's, comes after attention
         {
             "attention_out_norm": "post_attention_layernorm",
             "post_attention_layernorm": "pre_feedforward_layernorm",

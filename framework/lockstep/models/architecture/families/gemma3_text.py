@@ -13,7 +13,7 @@ from lockstep.models.architecture.shape import Architecture
 
 
 def read(c: HFConfig) -> Architecture:
-    refuse(c, attn_logit_softcapping=None)  # transformers has the key, and does not read it
+    refuse(c, attn_logit_softcapping=None)  # transformers has the key but does not read it
     rope = c.get("rope_parameters") or {}
     if not all(isinstance(value, Mapping) for value in rope.values() if value is not None):
         raise CheckpointError("This gemma3_text model has one record of rope_parameters. Supported: one per kind of layer.")
@@ -51,7 +51,7 @@ FAMILY = Family(
     causal="Gemma3ForCausalLM",
     classifier="Gemma3TextForSequenceClassification",
     special="two thetas, norms on queries and keys; the text model of a `gemma3` is read too, and saved alone",
-    refused="attention in both directions, softcaps in attention",
+    refused="bidirectional attention, softcaps in attention",
     naming=gemma2.FAMILY.naming,
     aliases={"language_model.lm_head.": "lm_head.", "language_model.model.": "model.", "model.language_model.": "model."},
     foreign=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),

@@ -1,4 +1,4 @@
-"""GPT-NeoX (Black et al. 2022) and Pythia: parallel residual, rotation of a part of each head."""
+"""GPT-NeoX (Black et al. 2022) and Pythia: parallel residual, partial rotary positions."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ FAMILY = Family(
     },
     causal="GPTNeoXForCausalLM",
     classifier="GPTNeoXForSequenceClassification",
-    special="Pythia too: parallel residual, rotation of a part of each head",
-    refused="heads of another size",
+    special="Pythia too: parallel residual, partial rotary positions",
+    refused="other head sizes",
     naming=Naming(
         {
             "model.embed_tokens": "gpt_neox.embed_in",

@@ -29,6 +29,6 @@ FAMILY = Family(
     },
     causal="LlamaForCausalLM",
     classifier="LlamaForSequenceClassification",
-    special="biases, head size of its own, Llama 3's and linear scaling of positions",
+    special="biases, free head size, Llama 3's and linear scaling of positions",
     refused="other kinds of scaling",
 )  # fmt: skip

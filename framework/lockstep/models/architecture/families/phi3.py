@@ -1,4 +1,4 @@
-"""Phi-3 (Abdin et al. 2024): fused tensors, rotation of a part of each head, one window for all layers."""
+"""Phi-3 (Abdin et al. 2024): fused tensors, partial rotary positions, one window for all layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FAMILY = Family(
     },
     causal="Phi3ForCausalLM",
     classifier="Phi3ForSequenceClassification",
-    special="fused tensors, rotation of a part of each head, one window for all layers",
+    special="fused tensors, partial rotary positions, one window for all layers",
     refused="`longrope` (the long-context variants)",
     naming=Naming(fused={"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}),
 )  # fmt: skip

@@ -14,7 +14,7 @@ def read(c: HFConfig) -> Architecture:
 
 
 def late_windows(c: HFConfig) -> tuple[int | None, ...]:
-    """Windows, if they are on at all, from a layer on."""
+    """Windows, if enabled, from layer ``max_window_layers`` on."""
     window = c["sliding_window"] if c["use_sliding_window"] else None
     sliding = [window is not None and layer >= c["max_window_layers"] for layer in range(c["num_hidden_layers"])]
     return read_windows(c, sliding, window)

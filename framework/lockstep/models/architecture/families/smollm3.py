@@ -14,7 +14,7 @@ from lockstep.models.architecture.shape import Architecture
 def read(c: HFConfig) -> Architecture:
     layers, every = c["num_hidden_layers"], c["no_rope_layer_interval"]
     turns = [(layer + 1) % every != 0 for layer in range(layers)]
-    if c.get("no_rope_layers") is not None:  # which lists, against its name, the layers that do turn
+    if c.get("no_rope_layers") is not None:  # despite its name, it marks the layers that are rotated
         turns = [bool(turn) for turn in c["no_rope_layers"][:layers]]
     if len(turns) < layers:
         raise CheckpointError(f"This smollm3 model has {len(turns)} entries in no_rope_layers for {layers} layers.")
