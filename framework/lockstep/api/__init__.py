@@ -7,6 +7,5 @@ sampling.py   responses of a policy, whole or streamed
 policies.py   load or make a policy, chat with it, save it
 scorers.py    a trained reward model; a Python function as a reward
 training.py   train by any algorithm
-interrupts.py Ctrl-C
 results.py    run an experiment; runs as data frames
 """

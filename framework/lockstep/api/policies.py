@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.api import items, sampling
 from lockstep.api.sampling import Sampling
-from lockstep.api.sources import find, laid_over, load_tokenizer, open_backend, reader, save
+from lockstep.api.sources import find, laid_over, load_tokenizer, open_backend, reader
 from lockstep.config.compose import compose, group
 from lockstep.config.root import component_config
 from lockstep.errors import ConfigError, DataError
 from lockstep.interfaces import Backend, Policy
 from lockstep.registry import registry
 from lockstep.reporting.console import Console
+from lockstep.runs.assembly import save_result
 from lockstep.text import encoding
 from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 from lockstep.types import Message, Prompt
@@ -94,7 +95,8 @@ class ChatPolicy:
 
     def save(self, folder: str | Path) -> Path:
         """A Hugging Face checkpoint with its tokenizer, for transformers, `load` and ``lockstep chat``."""
-        return save(folder, self.policy, self.tokenizer, "policy", self.name)
+        save_result(Path(folder), self.policy, self.tokenizer, "policy", self.name)
+        return Path(folder)
 
     # ------------------------------------------------------------------------------------------------------------------
 

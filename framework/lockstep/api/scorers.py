@@ -12,10 +12,11 @@ import numpy as np
 from lockstep.api import items
 from lockstep.api.policies import ChatPolicy
 from lockstep.api.sampling import COLUMNS, ROWS
-from lockstep.api.sources import find, load_tokenizer, open_backend, reader, save
+from lockstep.api.sources import find, load_tokenizer, open_backend, reader
 from lockstep.errors import ConfigError, DataError, RewardError
 from lockstep.interfaces import Backend, Responses, RewardModel, ScalarModel
 from lockstep.reporting.console import Console
+from lockstep.runs.assembly import save_result
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import Sequences, in_chunks
@@ -83,7 +84,8 @@ class Scorer:
 
     def save(self, folder: str | Path) -> Path:
         """A Hugging Face checkpoint of a sequence classifier, with its tokenizer."""
-        return save(folder, self.model, self.tokenizer, "reward_model", self.name)
+        save_result(Path(folder), self.model, self.tokenizer, "reward_model", self.name)
+        return Path(folder)
 
 
 def reward_model(reward: Reward | Scorer | RewardModel, policy: ChatPolicy) -> RewardModel:

@@ -14,7 +14,7 @@ from lockstep.errors import CheckpointError, ConfigError, RegistryError, did_you
 from lockstep.interfaces import Backend, Policy
 from lockstep.registry import registry
 from lockstep.runs.assembly import MADE_BY, opener
-from lockstep.storage.files import read_json, write_json
+from lockstep.storage.files import read_json
 from lockstep.storage.sources import fetch_folder
 from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 
@@ -90,16 +90,6 @@ def load_tokenizer(path: Path | str, config: TokenizerConfig) -> Tokenizer:
         if config.pad_token is not None:
             raise
         return Tokenizer.load(path, TokenizerConfig(config.path, config.eos_token, PAD, config.chat_template))
-
-
-def save(folder: str | Path, model: Any, tokenizer: Tokenizer, kind: str, name: str) -> Path:
-    """Write a result in the format of a stage's output."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save(folder)
-    tokenizer.save(folder)
-    write_json(folder / MADE_BY, {"kind": kind, "policy": name})
-    return folder
 
 
 def laid_over(keys: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

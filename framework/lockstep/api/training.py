@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lockstep.api import items
-from lockstep.api.interrupts import noted
 from lockstep.api.policies import ChatPolicy
 from lockstep.api.scorers import Reward, Scorer, reward_model
 from lockstep.api.sources import laid_over
@@ -18,6 +18,7 @@ from lockstep.interfaces import Algorithm, Context, DataSource, RewardModel
 from lockstep.registry import registry
 from lockstep.reporting.console import Console
 from lockstep.reporting.health import Health
+from lockstep.runs.interrupts import GracefulStop
 from lockstep.types import Comparison, Demonstration, Prompt
 
 if TYPE_CHECKING:
@@ -75,21 +76,17 @@ def train(
 def _steps(name: str, trainer: Algorithm, console: Console) -> list[dict[str, float]]:
     """The metrics of each step and, if there are any, those of the end."""
     rows, health = [], Health()
-    with noted(_say) as interrupted, console.progress(name, 0, trainer.total_steps) as progress:
+    with GracefulStop(signals=(signal.SIGINT,)) as stop, console.progress(name, 0, trainer.total_steps) as progress:
         for step in range(trainer.total_steps):
             rows.append(trainer.step(step))
             for finding in health.watch(step, rows[-1]):
                 log.warning("step %d: %s. %s", step, finding.name, finding.message)
             progress(step + 1, rows[-1])
-            if interrupted():
+            if stop.asked:
                 log.warning("stopped after step %d of %d: returning the result so far", step + 1, trainer.total_steps)
                 break
     last = trainer.finish()
     return [*rows, last] if last else rows
-
-
-def _say() -> None:
-    log.warning("stopping after this step; press Ctrl-C again to stop at once")
 
 
 def _metrics(rows: Sequence[Mapping[str, float]]) -> pandas.DataFrame:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import signal
 import sys
 import unicodedata
 from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lockstep.api.interrupts import noted
 from lockstep.errors import LockstepError, did_you_mean
 from lockstep.reporting.console import Console
+from lockstep.runs.interrupts import GracefulStop
 
 if TYPE_CHECKING:
     from lockstep.api.policies import Conversation
@@ -104,12 +105,12 @@ def reply(conversation: Conversation, line: str) -> Generator[str, None, None]:
 def write(pieces: Generator[str, None, None]) -> None:
     """Print each piece as it comes; Ctrl-C ends the answer."""
     any_piece = False
-    with noted() as interrupted, contextlib.closing(pieces):
+    with GracefulStop(message="", signals=(signal.SIGINT,)) as stop, contextlib.closing(pieces):
         try:
             for piece in pieces:
                 any_piece = True
                 print(visible(piece), end="", flush=True)
-                if interrupted():
+                if stop.asked:
                     print(" [stopped]", end="")
                     break
         finally:

@@ -15,6 +15,7 @@ from lockstep.interfaces import (
     Context,
     DataSource,
     Inputs,
+    Model,
     Policy,
     Resources,
     RewardModel,
@@ -102,9 +103,7 @@ class Assembly:
         made_by = self.experiment.config["policy"]["name"]
         if stage.policy != NEW:
             made_by = opener(self.outputs.get(stage.policy, Path(stage.policy)), self.experiment.backend_name)
-        algorithm.result().save(folder)
-        self.tokenizer.save(folder)
-        write_json(folder / MADE_BY, {"kind": algorithm.produces, "policy": made_by})
+        save_result(folder, algorithm.result(), self.tokenizer, algorithm.produces, made_by)
 
     def _reward_folder(self, source: str) -> Path:
         """The folder of a stage's output, of a local path, or of a hub repository after downloading it."""
@@ -166,3 +165,11 @@ def opener(folder: Path, backend: str) -> str:
         who = f"{listing(found)} all open it" if found else f"no policy for {backend} opens it"
         raise CheckpointError(f"{folder} was not written by a stage, and {who}. It should hold a Hugging Face checkpoint.")
     return found.pop()
+
+
+def save_result(folder: Path, model: Model, tokenizer: Tokenizer, kind: str, policy: str) -> None:
+    """A Hugging Face folder with its tokenizer, its kind ('policy', 'reward_model') and the name of the policy that reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(folder)
+    tokenizer.save(folder)
+    write_json(folder / MADE_BY, {"kind": kind, "policy": policy})

@@ -7,9 +7,7 @@ import datetime
 import logging
 import os
 import resource
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from lockstep.runs.assembly import Assembly
 from lockstep.runs.evaluation import EvaluationConfig, Evaluator, flatten
 from lockstep.runs.experiment import ConfigGroup, Experiment, Stage
 from lockstep.runs.identity import what_changed
+from lockstep.runs.interrupts import GracefulStop
 from lockstep.runs.store import Records, RunFolder, StageFolder
 from lockstep.storage.files import dump_line, finite, read_json, read_lines, write_json, write_text
 from lockstep.version import __version__
@@ -266,27 +265,6 @@ class Tracked:
         self.tracker.finish(failed=kind is not None)
 
 
-class GracefulStop:
-    """The first Ctrl-C or SIGTERM finishes the step in progress and saves it. A second Ctrl-C stops at once; the run then
-    resumes from its last checkpoint."""
-
-    asked = False
-
-    def __enter__(self) -> GracefulStop:
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        log.warning("stopping after this step; press Ctrl-C again to stop at once")
-
-
 def peak_memory(backend: Backend) -> int:
     """Peak memory in bytes: of the accelerator or, if the backend has none, of this process."""
     accelerator = backend.peak_memory_bytes()
@@ -294,10 +272,6 @@ def peak_memory(backend: Backend) -> int:
         return accelerator
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux kilobytes
-
-
-def _main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def _now() -> str:

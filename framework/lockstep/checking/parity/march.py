@@ -18,7 +18,7 @@ from lockstep.registry import registry
 from lockstep.reporting.console import Console
 from lockstep.runs.assembly import Assembly
 from lockstep.runs.experiment import Experiment, Stage
-from lockstep.runs.runner import GracefulStop
+from lockstep.runs.interrupts import GracefulStop
 
 
 @dataclass
