@@ -36,7 +36,7 @@ def test_a_component_that_conforms_has_a_line_for_each_check_and_one_at_the_end(
     assert first == "reward_model function on torch, float32"
     assert lines.count("  ✓ padding_is_inert") == 2 and "reward_model function on torch, bfloat16" in lines
     assert sum(each.startswith("  ") for each in lines) == 2 * len(checks("reward_model"))
-    assert last == "function conforms on torch, float32 and bfloat16: 7 checks passed, 1 does not apply"
+    assert last == "function conforms on torch, float32 and bfloat16: 7 checks passed, 2 do not apply"
 
 
 def test_a_failure_has_the_property_the_numbers_and_what_it_usually_means(capsys):
@@ -46,7 +46,7 @@ def test_a_failure_has_the_property_the_numbers_and_what_it_usually_means(capsys
     assert "the difference 0." in said
     assert "      usually: scores were stored in an array with the token ids' dtype: 0.73 becomes 0\n" in said
     assert said.splitlines()[-1] == (
-        f"{ROUNDED} does not conform on torch, float32: 1 failed (fractions_survive), 6 checks passed, 1 does not apply"
+        f"{ROUNDED} does not conform on torch, float32: 1 failed (fractions_survive), 6 checks passed, 2 do not apply"
     )
 
 
@@ -181,7 +181,7 @@ def said(pytester, mark: str, *options: str) -> pytest.RunResult:
 
 def test_there_is_a_test_for_each_backend_precision_and_check(pytester):
     result = said(pytester, '@pytest.mark.conformance("reward_model", "function", backends=["torch"])', "-v", "-rs")
-    result.assert_outcomes(passed=14, skipped=2)
+    result.assert_outcomes(passed=14, skipped=4)
     result.stdout.fnmatch_lines([
         "*::test_conformance?torch-float32-fractions_survive? PASSED*",
         "*::test_conformance?torch-bfloat16-the_value_network_is_a_copy? SKIPPED*",
@@ -195,7 +195,7 @@ def test_a_failure_is_told_without_a_traceback(pytester):
         'overrides=["backend.threads=1"])'
     )
     result = said(pytester, mark)
-    result.assert_outcomes(passed=6, failed=1, skipped=1)
+    result.assert_outcomes(passed=6, failed=1, skipped=2)
     result.stdout.fnmatch_lines([
         "A score of 0.73 stays 0.73 (invariant 11).",
         "found: scores: * the difference 0.* is above 1e-05",
