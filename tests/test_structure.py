@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -132,11 +133,8 @@ def core(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "framework" / "lockstep", copy)
     find = importlib.util.find_spec
 
-    def find_spec(name: str):
-        spec = find(name)
-        if name == "lockstep":
-            spec.submodule_search_locations = [str(copy)]
-        return spec
+    def find_spec(name: str):  # a spec of its own: the module's is shared by the whole process
+        return SimpleNamespace(submodule_search_locations=[str(copy)]) if name == "lockstep" else find(name)
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     return copy

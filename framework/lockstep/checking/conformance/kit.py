@@ -40,14 +40,15 @@ class Check:
         return " ".join((self.run.__doc__ or "").split())
 
 
-CHECKS: dict[str, list[Check]] = {kind: [] for kind in KINDS}
+CHECKS: dict[str, dict[str, Check]] = {kind: {} for kind in KINDS}
+"""{kind: {name: check}}: a module that is imported again replaces its checks."""
 
 
 def check(kind: str, usually: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
     """Register a function as a check of ``kind``."""
 
     def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
-        CHECKS[kind].append(Check(kind, function.__name__, function, usually))
+        CHECKS[kind][function.__name__] = Check(kind, function.__name__, function, usually)
         return function
 
     return register
@@ -66,7 +67,7 @@ class Outcome:
 def checks(kind: str) -> list[Check]:
     """All checks of this kind, in order."""
     importlib.import_module(f"lockstep.checking.conformance.{KINDS[kind]}")
-    return CHECKS[kind]
+    return list(CHECKS[kind].values())
 
 
 def conform(kind: str, subject: Any, only: Callable[[Check], bool] = lambda check: True) -> Iterator[Outcome]:
