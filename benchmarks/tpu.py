@@ -61,7 +61,8 @@ def main() -> None:
     given = shapes(({"policy": policy.params}, {"policy": policy.frozen}, block, {}, one))
     report("gradients", gradients.lower(*given, None, roles=(("policy", spec, ("logprobs",)),), loss=loss))
     generate = jax.jit(generation.generate.__wrapped__, static_argnames=("spec", "greedy"))
-    given = shapes((policy.params, policy.frozen, tokens[:, : args.tokens], prompts, seeds, one, stops, stops[0]))
+    drawing = generation.Drawing(seeds, one, stops, stops[0])
+    given = shapes((policy.params, policy.frozen, tokens[:, : args.tokens], prompts, drawing))
     report("generation", generate.lower(*given, spec=spec, greedy=False))
 
 

@@ -6,6 +6,7 @@ Prefill and loop are one compiled program: the host waits once per batch, not on
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,61 +30,43 @@ class DecodeState(NamedTuple):
     cache: Cache
 
 
+class Drawing(NamedTuple):
+    """How tokens are drawn: ``seeds`` [B, T], one per token; the rest is scalar, but for ``stops``, the ids that end a row."""
+
+    seeds: Any
+    temperature: Any
+    stops: Any
+    pad_id: Any
+
+    @classmethod
+    def of(cls, seeds: np.ndarray, temperature: float, stop_ids: Sequence[int], pad_id: int) -> Drawing:
+        return cls(seeds, float(temperature), np.asarray(stop_ids, np.int32), np.int32(pad_id))
+
+
 @functools.partial(jax.jit, static_argnames=("spec", "greedy"))
 def generate(
-    params: Tree,
-    frozen: Tree,
-    prompt_tokens: Array,
-    prompt_mask: Array,
-    seeds: Array,
-    temperature: Array,
-    stops: Array,
-    pad_id: Array,
-    *,
-    spec: NetworkSpec,
-    greedy: bool,
+    params: Tree, frozen: Tree, prompt_tokens: Array, prompt_mask: Array, drawing: Drawing, *, spec: NetworkSpec, greedy: bool
 ) -> tuple[Array, Array, Array]:
-    """See `lockstep.interfaces.Policy.generate`. Tokens, mask and logprobs, each [B, T] for seeds [B, T]."""
-    decoding = Decoding(params, frozen, seeds, temperature, stops, pad_id, spec, greedy)
-    last = decoding.until(seeds.shape[1], decoding.start(prompt_tokens, prompt_mask))
+    """See `lockstep.interfaces.Policy.generate`. Tokens, mask and logprobs, each [B, T]."""
+    decoding = Decoding(params, frozen, drawing, spec, greedy)
+    last = decoding.until(drawing.seeds.shape[1], decoding.start(prompt_tokens, prompt_mask))
     return last.tokens, last.mask, last.logprobs
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "greedy"))
 def start(
-    params: Tree,
-    frozen: Tree,
-    prompt_tokens: Array,
-    prompt_mask: Array,
-    seeds: Array,
-    temperature: Array,
-    stops: Array,
-    pad_id: Array,
-    *,
-    spec: NetworkSpec,
-    greedy: bool,
+    params: Tree, frozen: Tree, prompt_tokens: Array, prompt_mask: Array, drawing: Drawing, *, spec: NetworkSpec, greedy: bool
 ) -> DecodeState:
     """`generate` up to the first token."""
-    decoding = Decoding(params, frozen, seeds, temperature, stops, pad_id, spec, greedy)
+    decoding = Decoding(params, frozen, drawing, spec, greedy)
     return decoding.start(prompt_tokens, prompt_mask)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "greedy"), donate_argnames="now")
-def proceed(
-    params: Tree,
-    frozen: Tree,
-    now: DecodeState,
-    seeds: Array,
-    temperature: Array,
-    stops: Array,
-    pad_id: Array,
-    *,
-    spec: NetworkSpec,
-    greedy: bool,
-) -> DecodeState:
+def proceed(params: Tree, frozen: Tree, now: DecodeState, drawing: Drawing, *, spec: NetworkSpec, greedy: bool) -> DecodeState:
     """Continue `generate` by `AT_ONCE` more tokens."""
-    decoding = Decoding(params, frozen, seeds, temperature, stops, pad_id, spec, greedy)
-    return decoding.until(jnp.minimum(now.step + AT_ONCE, seeds.shape[1]), now)
+    decoding = Decoding(params, frozen, drawing, spec, greedy)
+    return decoding.until(jnp.minimum(now.step + AT_ONCE, drawing.seeds.shape[1]), now)
 
 
 AT_ONCE = 4
@@ -93,20 +76,17 @@ AT_ONCE = 4
 class Decoding:
     """The parts of the programs above, while they are traced."""
 
-    def __init__(
-        self, params: Tree, frozen: Tree, seeds: Array, temperature: Array, stops: Array, pad_id: Array, spec: NetworkSpec,
-        greedy: bool,
-    ):  # fmt: skip
+    def __init__(self, params: Tree, frozen: Tree, drawing: Drawing, spec: NetworkSpec, greedy: bool):
         self.decoder = spec.bind(spec.cast(params), spec.cast(frozen))
         self.layers, self.head = self.decoder.apart(), self.decoder.head().astype(self.decoder.dtype)
-        self.seeds, self.temperature, self.stops, self.pad_id, self.greedy = seeds, temperature, stops, pad_id, greedy
+        self.drawing, self.greedy = drawing, greedy
 
     def start(self, prompt_tokens: Array, prompt_mask: Array) -> DecodeState:
-        rows, steps = self.seeds.shape
+        rows, steps = self.drawing.seeds.shape
         hidden, cache = self.decoder.start(self.layers, prompt_tokens, prompt_mask, steps)
         nothing = DecodeState(
             step=jnp.int32(0),
-            tokens=jnp.full((rows, steps), self.pad_id, jnp.int32),
+            tokens=jnp.full((rows, steps), self.drawing.pad_id, jnp.int32),
             mask=jnp.zeros((rows, steps), bool),
             logprobs=jnp.zeros((rows, steps)),
             alive=jnp.ones(rows, bool),
@@ -126,13 +106,13 @@ class Decoding:
     def draw(self, hidden: Array, now: DecodeState) -> DecodeState:
         """Draw the next token of every row, predicted by ``hidden`` [B, d]."""
         logits = self.decoder.logits(hidden, self.head)
-        token, logprob = sample(logits, self.seeds[:, now.step], self.temperature, self.greedy)
+        token, logprob = sample(logits, self.drawing.seeds[:, now.step], self.drawing.temperature, self.greedy)
         return now._replace(
             step=now.step + 1,
-            tokens=now.tokens.at[:, now.step].set(jnp.where(now.alive, token, self.pad_id)),
+            tokens=now.tokens.at[:, now.step].set(jnp.where(now.alive, token, self.drawing.pad_id)),
             mask=now.mask.at[:, now.step].set(now.alive),
             logprobs=now.logprobs.at[:, now.step].set(jnp.where(now.alive, logprob, 0.0)),
-            alive=now.alive & ~jnp.isin(token, self.stops),
+            alive=now.alive & ~jnp.isin(token, self.drawing.stops),
             token=token,
         )
 

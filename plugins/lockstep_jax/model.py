@@ -22,7 +22,7 @@ from lockstep.storage.weights import write_tensors
 from lockstep.text.sequences import Sequences
 from lockstep_jax.decoder import DecoderNetwork, DropoutMask, NetworkSpec, Tree
 from lockstep_jax.device import JaxDevice
-from lockstep_jax.generation import generate, proceed, start
+from lockstep_jax.generation import Drawing, generate, proceed, start
 from lockstep_jax.parameters import from_arrays, to_arrays
 
 LOGITS_AT_ONCE = 2**26
@@ -175,18 +175,8 @@ class LanguageModel(JaxModel, Policy):
         pad_id: int,
     ) -> Generated:
         self.check_length(int(prompt_mask.sum(axis=1).max()) + seeds.shape[1])
-        drawn = generate(
-            self.params,
-            self.frozen,
-            prompt_tokens,
-            prompt_mask,
-            seeds,
-            float(temperature),
-            np.asarray(stop_ids, np.int32),
-            np.int32(pad_id),
-            spec=self.spec,
-            greedy=temperature == 0,
-        )
+        drawing = Drawing.of(seeds, temperature, stop_ids, pad_id)
+        drawn = generate(self.params, self.frozen, prompt_tokens, prompt_mask, drawing, spec=self.spec, greedy=temperature == 0)
         return Generated(*(np.asarray(array) for array in jax.device_get(drawn)))
 
     def stream(
@@ -200,16 +190,16 @@ class LanguageModel(JaxModel, Policy):
         pad_id: int,
     ) -> Iterator[np.ndarray]:
         self.check_length(int(prompt_mask.sum(axis=1).max()) + seeds.shape[1])
-        drawing = seeds, float(temperature), np.asarray(stop_ids, np.int32), np.int32(pad_id)
+        drawing = Drawing.of(seeds, temperature, stop_ids, pad_id)
         how: dict[str, Any] = {"spec": self.spec, "greedy": temperature == 0}
-        now, given = start(self.params, self.frozen, prompt_tokens, prompt_mask, *drawing, **how), 0
+        now, given = start(self.params, self.frozen, prompt_tokens, prompt_mask, drawing, **how), 0
         while True:
             step, alive, tokens = jax.device_get((now.step, now.alive.any(), now.tokens))
             tokens = tokens[:, given:step].copy()  # the next call donates the array
             yield from tokens.T
             if not alive or step == seeds.shape[1]:
                 return
-            now, given = proceed(self.params, self.frozen, now, *drawing, **how), step
+            now, given = proceed(self.params, self.frozen, now, drawing, **how), step
 
     def with_value_head(self) -> LanguageModel:
         head = {"weight": np.zeros((1, self.hidden_size), np.float32), "bias": np.zeros(1, np.float32)}
