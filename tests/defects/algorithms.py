@@ -573,8 +573,8 @@ class ControllerWithoutClip(PPO):
 class MixWithoutWeight(PPO):
     """ptx_coef switches the mix on and does not weigh it."""
 
-    def ptx_terms(self, step, epoch, number):
-        return [replace(term, loss=NextTokenLoss(1.0, "ptx/loss")) for term in super().ptx_terms(step, epoch, number)]
+    def ptx_terms(self, step, number):
+        return [replace(term, loss=NextTokenLoss(1.0, "ptx/loss")) for term in super().ptx_terms(step, number)]
 
 
 @defect("algorithm", caught_by="the_pretraining_mix_is_added")
@@ -584,7 +584,7 @@ class MixReplaces(PPO):
     def terms(self, *given):
         terms = super().terms(*given)
         for term in terms:
-            term.batch["weights"] = term.batch["weights"] * (0.5 if self.ptx_batch else 1.0)
+            term.batch["weights"] = term.batch["weights"] * (0.5 if self.config.raw_texts else 1.0)
         return terms
 
 

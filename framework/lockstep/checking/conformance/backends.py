@@ -60,7 +60,7 @@ class Clipped:
 
     def __call__(self, xp: Any, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         ratio = xp.exp(select(xp, batch["mask"], outputs["logprobs"] - batch["old_logprobs"]))
-        loss = clipped_policy_loss(xp, ratio, batch["advantages"], clip_range=0.2)
+        loss = clipped_policy_loss(xp, ratio, batch["advantages"], low=0.2, high=0.2)
         return weighted_sum(xp, loss, batch["weights"]), {}
 
 

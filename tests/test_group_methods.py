@@ -1,0 +1,268 @@
+"""Policy gradients without a value network: advantages, ratios, clips, means and penalties against numbers from the papers and
+from hand calculation, and what the algorithm does with them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from lockstep.learning import losses, numerics
+from lockstep_rlhf.algorithms.policy_gradient import PolicyGradientLoss
+
+
+def f32(*values):
+    return np.array(values, np.float32)
+
+
+def advantages(*rewards, samples=None, baseline="group", scale="group"):
+    """None: the response has no score."""
+    counted = np.array([reward is not None for reward in rewards])
+    values = np.array([np.nan if reward is None else reward for reward in rewards], np.float32)
+    return numerics.group_advantages(values, counted, samples or len(rewards), baseline=baseline, scale=scale)
+
+
+# ------------------------------------------------------------------------------------------------------------ advantages
+
+
+@pytest.mark.parametrize(
+    ("rewards", "options", "expected"),
+    [
+        ([1, 0, 0, 1], {}, [0.865875, -0.865875, -0.865875, 0.865875]),  # 0.5 / (0.577350 + 1e-4)
+        ([1, 0, 0, 1], {"scale": "none"}, [0.5, -0.5, -0.5, 0.5]),
+        ([1, 0, 0, 0], {"scale": "none"}, [0.75, -0.25, -0.25, -0.25]),
+        ([1, 0, 0, 1], {"baseline": "leave_one_out", "scale": "none"}, [2 / 3, -2 / 3, -2 / 3, 2 / 3]),
+        ([3, 1, 2], {"baseline": "leave_one_out", "scale": "none"}, [1.5, -1.5, 0]),
+        ([1, 0, None, 1], {"scale": "none"}, [1 / 3, -2 / 3, 0, 1 / 3]),
+        ([1, 0, None, 1], {"baseline": "leave_one_out", "scale": "none"}, [0.5, -1, 0, 0.5]),
+        ([1, None, 2], {"baseline": "none", "scale": "none"}, [1, 0, 2]),
+    ],
+)
+def test_advantages_of_a_group(rewards, options, expected):
+    np.testing.assert_allclose(advantages(*rewards, **options), expected, atol=1e-6)
+
+
+def test_the_groups_deviation_has_bessels_correction():
+    np.testing.assert_allclose(advantages(1, 0, 0, 0), np.array([1.5, -0.5, -0.5, -0.5]), rtol=3e-4)
+
+
+@pytest.mark.parametrize("baseline", ["group", "leave_one_out"])
+@pytest.mark.parametrize("scale", ["none", "group"])
+@pytest.mark.parametrize("rewards", [[0.1] * 7, [-3.7] * 2, [5.0], [None, 2.0, None]])
+def test_equal_rewards_say_exactly_nothing(baseline, scale, rewards):
+    assert advantages(*rewards, baseline=baseline, scale=scale).tolist() == [0] * len(rewards)
+
+
+def test_groups_do_not_mix_and_a_response_that_does_not_count_moves_nobody():
+    both = advantages(1, 0, 5, 9, samples=2, scale="none")
+    np.testing.assert_allclose(both, [0.5, -0.5, -2, 2])
+    rewards, counted = f32(1, 0, 100), np.array([True, True, False])
+    found = numerics.group_advantages(rewards, counted, 3, baseline="group", scale="none")
+    np.testing.assert_allclose(found, [0.5, -0.5, 0])
+
+
+def test_reinforce_pp_with_a_baseline_whitens_over_the_batch():
+    centred = advantages(1, 0, 1, 1, samples=2, scale="none")[:, None] * np.ones((4, 3), np.float32)
+    found = numerics.whiten(centred, np.ones((4, 3), bool))
+    np.testing.assert_allclose(found[:, 0], [math.sqrt(2), -math.sqrt(2), 0, 0], atol=1e-5)
+
+
+def test_a_group_says_something_if_its_scores_differ():
+    counted = np.array([True, True, True, True, True, False])
+    assert numerics.informative(f32(0, 0, 1, 0, 2, np.nan), counted, 2).tolist() == [False, True, False]
+
+
+def test_the_overlong_penalty_of_dapo():
+    lengths = np.array([16384, 18432, 20480, 30000])
+    assert numerics.overlong_penalty(lengths, 20480, 4096).tolist() == [0, -0.5, -1, -1]
+
+
+def test_kl_to_go_sums_the_counted_tokens_that_follow():
+    mask = np.array([[True, False, True, True]])
+    assert numerics.to_go(f32([1, 50, 2, 3]), mask).tolist() == [[6, 0, 5, 3]]
+
+
+# ----------------------------------------------------------------------------------------------------------------- means
+
+
+def test_three_means_of_losses_1_and_2_2_2():
+    losses_, mask = f32([1, 0, 0, 0], [2, 2, 2, 0]), np.array([[1, 0, 0, 0], [1, 1, 1, 0]], bool)
+    mean = lambda per: float((losses_ * numerics.mean_weights(mask, per, 4)).sum())  # noqa: E731
+    assert [mean(per) for per in ("token", "response", "constant")] == pytest.approx([1.75, 1.5, 0.875], abs=1e-6)
+
+
+def test_a_response_without_counted_tokens_is_not_one_of_the_mean():
+    mask = np.array([[1, 1], [0, 0]], bool)
+    assert numerics.mean_weights(mask, "response").tolist() == [[0.5, 0.5], [0, 0]]
+    assert numerics.mean_weights(mask, "constant", 4).tolist() == [[0.25, 0.25], [0, 0]]
+    assert numerics.mean_weights(np.zeros((2, 2), bool), "response").tolist() == [[0, 0], [0, 0]]
+
+
+# ------------------------------------------------------------------------------------------------------- ratios and clips
+
+
+class Torch:
+    def __init__(self):
+        import torch
+        from array_api_compat import torch as xp
+
+        self.torch, self.xp = torch, xp
+
+    def both(self, function, x):
+        x = self.torch.tensor(x).requires_grad_()
+        value = function(x)
+        value.sum().backward()
+        return value.detach().numpy(), x.grad.numpy()
+
+
+class Jax:
+    def __init__(self):
+        import jax
+
+        self.jax, self.xp = jax, jax.numpy
+
+    def both(self, function, x):
+        value = function(self.xp.asarray(x))
+        return np.asarray(value), np.asarray(self.jax.grad(lambda x: function(x).sum())(self.xp.asarray(x)))
+
+
+@pytest.fixture(params=[Torch, Jax], ids=["torch", "jax"])
+def library(request):
+    return request.param()
+
+
+def of_ratio(library, loss, ratio, **options):
+    """The loss of an advantage at a ratio, and its derivative in the log-probability."""
+    value, slope = library.both(lambda x: loss(library.xp, x, **options), f32(math.log(ratio)))
+    return float(value[0]), float(slope[0])
+
+
+def clipped(xp, x, *, advantage, low=0.2, high=0.2, dual=None):
+    return losses.clipped_policy_loss(xp, xp.exp(x), xp.zeros_like(x) + advantage, low=low, high=high, dual=dual)
+
+
+def weighted(xp, x, *, advantage, low=0.0, high=5.0):
+    return losses.clipped_weight_loss(xp, x, xp.zeros_like(x) + advantage, low=low, high=high)
+
+
+def test_the_pessimistic_clip_for_a_negative_advantage(library):
+    assert of_ratio(library, clipped, 0.5, advantage=-1.0) == pytest.approx((0.8, 0), abs=1e-6)
+    assert of_ratio(library, clipped, 1.5, advantage=-1.0) == pytest.approx((1.5, 1.5), abs=1e-6)
+
+
+def test_the_decoupled_clip_moves_the_upper_bound_alone(library):
+    assert of_ratio(library, clipped, 1.25, advantage=1.0, high=0.28)[1] == pytest.approx(-1.25, abs=1e-6)
+    assert of_ratio(library, clipped, 1.25, advantage=1.0)[1] == 0
+    assert of_ratio(library, clipped, 0.75, advantage=-1.0, high=0.28)[1] == 0
+
+
+def test_the_dual_clip_bounds_the_loss_of_a_bad_response(library):
+    assert of_ratio(library, clipped, 4.0, advantage=-1.0, dual=3.0) == (3, 0)
+    assert of_ratio(library, clipped, 2.0, advantage=-1.0, dual=3.0) == pytest.approx((2, 2), abs=1e-6)
+    assert of_ratio(library, clipped, 0.5, advantage=1.0, dual=3.0) == pytest.approx((-0.5, -0.5), abs=1e-6)
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "slope"), [(7, 1, -5), (1, 1, -1), (0.3, 1, -0.3), (7, -1, 5), (0.3, -2, 0.6)])
+def test_cispo_keeps_a_gradient_for_every_token(library, ratio, advantage, slope):
+    """The weight is clipped to [0, 5] and detached: the gradient is -A clip(ρ), whatever the log-probability itself."""
+    assert of_ratio(library, weighted, ratio, advantage=float(advantage))[1] == pytest.approx(slope, rel=1e-5)
+
+
+def test_the_loss_of_cispo_is_smooth_and_has_a_lower_bound_if_asked_for(library):
+    x = np.linspace(-3, 3, 601, dtype=np.float32)
+    value, slope = library.both(lambda x: weighted(library.xp, x, advantage=1.0, low=0.5, high=2.0), x)
+    np.testing.assert_allclose(slope, -np.clip(np.exp(x), 0.5, 2), rtol=1e-5)
+    np.testing.assert_allclose(np.diff(value), -0.01 * np.clip(np.exp(x[:-1] + 0.005), 0.5, 2), rtol=1e-2)
+
+
+@pytest.mark.parametrize(("gap", "values"), [(0.5, (0.5, 0.125, 0.106531)), (-0.5, (-0.5, 0.125, 0.148721))])
+def test_estimators_of_kl(library, gap, values):
+    for kind, expected in zip(("k1", "k2", "k3"), values, strict=True):
+        value, _ = library.both(lambda x, kind=kind: losses.kl_estimate(library.xp, kind, x), f32(gap))
+        assert float(value[0]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_the_estimators_of_kl_push_towards(library):
+    """Two tokens, π (.5, .5), π_ref (.8, .2): the expected gradient of each estimator as a loss, in the first logit."""
+    xp, ref = library.xp, f32(0.8, 0.2)
+    for kind, expected in (("k1", 0.0), ("k2", -0.346574), ("k3", -0.3)):
+
+        def loss(logits, kind=kind):
+            log = logits - xp.log(xp.sum(xp.exp(logits)))
+            at_sampling = 0.5  # the sampler's probability is not differentiated
+            return at_sampling * losses.kl_estimate(xp, kind, log - xp.log(xp.asarray(ref)))
+
+        assert library.both(loss, f32(0, 0))[1][0] == pytest.approx(expected, abs=1e-6)
+
+
+GRPO = {"clip": "ratio", "low": 0.2, "high": 0.2, "dual": None, "sequence": False, "kl": None, "kl_coef": 0.0}
+
+
+def run(library, loss, logprobs, batch):
+    xp = library.xp
+    arrays = {name: xp.asarray(array) for name, array in batch.items()}
+    return library.both(lambda x: loss(xp, {"logprobs": x}, arrays)[0], np.asarray(logprobs, np.float32))
+
+
+def test_the_ratio_of_a_response_is_the_geometric_mean_of_its_tokens(library):
+    logs, mask = f32([0.1, -0.3, 0.2, 0.04, 9.0]), np.array([[True] * 4 + [False]])
+    weights = numerics.mean_weights(mask, "response")
+    batch = {
+        "mask": mask, "old_logprobs": np.zeros((1, 5), np.float32), "advantages": mask.astype(np.float32),
+        "weights": weights, "policy_weights": weights, "shares": weights,
+    }  # fmt: skip
+    open_, slopes = run(library, PolicyGradientLoss(**(GRPO | {"sequence": True, "high": 1.0})), logs, batch)
+    assert -float(open_) == pytest.approx(1.010050, abs=1e-6)
+    np.testing.assert_allclose(slopes, [[-1.010050 / 4] * 4 + [0]], atol=1e-6)
+    bound, slopes = run(library, PolicyGradientLoss(**(GRPO | {"sequence": True, "low": 3e-4, "high": 4e-4})), logs, batch)
+    assert -float(bound) == pytest.approx(1.0004, abs=1e-6)
+    assert not slopes.any()
+
+
+@pytest.mark.parametrize("clip", ["ratio", "weight", "none"])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_what_is_masked_is_inert(library, clip, sequence):
+    rng = np.random.default_rng(0)
+    mask = np.array([[1, 1, 1, 0], [1, 0, 1, 0]], bool)
+    weights = numerics.mean_weights(mask, "response")
+    batch = {
+        "mask": mask, "old_logprobs": np.where(mask, -1.0, 0).astype(np.float32),
+        "ref_logprobs": np.where(mask, -1.2, 0).astype(np.float32),
+        "advantages": np.where(mask, rng.normal(size=(2, 1)), 0).astype(np.float32), "weights": weights,
+        "policy_weights": weights, "kl_weights": weights, "shares": weights,
+    }  # fmt: skip
+    high = 5.0 if clip == "weight" else 0.2
+    loss = PolicyGradientLoss(
+        **(GRPO | {"clip": clip, "sequence": sequence, "low": 0.0, "high": high, "kl": "k3", "kl_coef": 0.1})
+    )
+    clean = rng.normal(-1, 0.3, (2, 4)).astype(np.float32)
+    value, slopes = run(library, loss, clean, batch)
+    for garbage in (np.nan, 1e30, -np.inf):
+        other, dirty = run(library, loss, np.where(mask, clean, garbage), batch)
+        assert other == value
+        np.testing.assert_array_equal(dirty, slopes)
+        assert not dirty[~mask].any()
+
+
+# ------------------------------------------------------------------------------------------------------ the sampler's error
+
+
+def weights_of(logs, level, low=None, high=2.0):
+    logs = np.asarray(logs, np.float32)
+    return numerics.importance(logs, np.zeros_like(logs), np.ones(logs.shape, bool), level=level, low=low, high=high)
+
+
+def test_weights_for_a_sampler_that_differs():
+    logs = np.log([[0.3, math.e, 6.0]])
+    np.testing.assert_allclose(weights_of(logs, "token"), [[0.3, 2, 2]], atol=1e-4)
+    np.testing.assert_allclose(weights_of(logs, "token", 0.5, 5), [[0, math.e, 0]], atol=1e-4)
+    assert not weights_of([[0.4, 0.4]], "sequence", 0.5, 2).any()  # the product, 2.2255, is out of bounds
+    np.testing.assert_allclose(weights_of([[0.4, 0.4]], "mean", 0.5, 2), [[1.4918, 1.4918]], atol=1e-4)
+    np.testing.assert_allclose(weights_of([[0.4, 0.4]], "sequence"), [[2, 2]])
+
+
+def test_the_effective_share_of_a_sample():
+    assert numerics.effective_share(f32(1, 1, 1, 1)) == 1
+    assert numerics.effective_share(f32(1, 0, 0, 0)) == 0.25
+    assert math.isnan(numerics.effective_share(f32(0, 0)))
