@@ -86,17 +86,18 @@ def test_kl_to_go_sums_the_counted_tokens_that_follow():
 # ----------------------------------------------------------------------------------------------------------------- means
 
 
-def test_three_means_of_losses_1_and_2_2_2():
+def test_the_means_of_losses_1_and_2_2_2():
     losses_, mask = f32([1, 0, 0, 0], [2, 2, 2, 0]), np.array([[1, 0, 0, 0], [1, 1, 1, 0]], bool)
-    mean = lambda per: float((losses_ * numerics.mean_weights(mask, per, 4)).sum())  # noqa: E731
-    assert [mean(per) for per in ("token", "response", "constant")] == pytest.approx([1.75, 1.5, 0.875], abs=1e-6)
+    mean = lambda how: float((losses_ * numerics.mean_weights(mask, how, 4)).sum())  # noqa: E731
+    found = [mean(how) for how in ("token_mean", "response_mean", "response_sum", "constant")]
+    assert found == pytest.approx([1.75, 1.5, 3.5, 0.875], abs=1e-6)
 
 
 def test_a_response_without_counted_tokens_is_not_one_of_the_mean():
     mask = np.array([[1, 1], [0, 0]], bool)
-    assert numerics.mean_weights(mask, "response").tolist() == [[0.5, 0.5], [0, 0]]
+    assert numerics.mean_weights(mask, "response_mean").tolist() == [[0.5, 0.5], [0, 0]]
     assert numerics.mean_weights(mask, "constant", 4).tolist() == [[0.25, 0.25], [0, 0]]
-    assert numerics.mean_weights(np.zeros((2, 2), bool), "response").tolist() == [[0, 0], [0, 0]]
+    assert numerics.mean_weights(np.zeros((2, 2), bool), "response_mean").tolist() == [[0, 0], [0, 0]]
 
 
 # ------------------------------------------------------------------------------------------------------- ratios and clips
@@ -207,7 +208,7 @@ def run(library, loss, logprobs, batch):
 
 def test_the_ratio_of_a_response_is_the_geometric_mean_of_its_tokens(library):
     logs, mask = f32([0.1, -0.3, 0.2, 0.04, 9.0]), np.array([[True] * 4 + [False]])
-    weights = numerics.mean_weights(mask, "response")
+    weights = numerics.mean_weights(mask, "response_mean")
     batch = {
         "mask": mask, "old_logprobs": np.zeros((1, 5), np.float32), "advantages": mask.astype(np.float32),
         "weights": weights, "policy_weights": weights, "shares": weights,
@@ -225,7 +226,7 @@ def test_the_ratio_of_a_response_is_the_geometric_mean_of_its_tokens(library):
 def test_what_is_masked_is_inert(library, clip, sequence):
     rng = np.random.default_rng(0)
     mask = np.array([[1, 1, 1, 0], [1, 0, 1, 0]], bool)
-    weights = numerics.mean_weights(mask, "response")
+    weights = numerics.mean_weights(mask, "response_mean")
     batch = {
         "mask": mask, "old_logprobs": np.where(mask, -1.0, 0).astype(np.float32),
         "ref_logprobs": np.where(mask, -1.2, 0).astype(np.float32),

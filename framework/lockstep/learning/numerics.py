@@ -185,21 +185,25 @@ def to_go(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask, sums, 0).astype(np.float32)
 
 
-def mean_weights(mask: np.ndarray, per: str, limit: int | None = None) -> np.ndarray:
+def mean_weights(mask: np.ndarray, aggregation: str, limit: int | None = None) -> np.ndarray:
     """float32 [B, T] weights of a mean over the counted tokens of a whole minibatch, so that its gradient does not depend on how
-    it is cut. ``per`` 'token': all tokens weigh alike (DAPO eq. 8). 'response': all N responses with tokens that count weigh
-    alike, as do the tokens of one (GRPO eq. 3). 'constant': 1 / (N · limit) (Dr. GRPO: Liu et al. 2025), where ``limit`` is the
-    longest response that may be generated, not the width of the block.
+    it is cut. N responses have tokens that count; ``aggregation`` is
+
+        token_mean      all tokens weigh alike (DAPO: Yu et al. 2025, eq. 12)
+        response_mean   1 / N for each response, shared by its tokens (GRPO: Shao et al. 2024, eq. 3)
+        response_sum    1 / N for each token: a response is one action (RLOO: Ahmadian et al. 2024, section 2)
+        constant        1 / (N · limit) for each token (Dr. GRPO: Liu et al. 2025), where ``limit`` is the longest response that
+                        may be generated, not the width of the block
     """
     lengths = mask.sum(axis=1, keepdims=True)
     responses = max(1, int((lengths > 0).sum()))
-    if per == "token":
-        divisor: Any = max(1, int(lengths.sum()))
-    elif per == "response":
-        divisor = responses * np.maximum(lengths, 1)
-    else:
-        divisor = responses * limit
-    return (mask / divisor).astype(np.float32)
+    divisors: dict[str, Any] = {
+        "token_mean": max(1, int(lengths.sum())),
+        "response_mean": responses * np.maximum(lengths, 1),
+        "response_sum": responses,
+        "constant": responses * (limit or 1),
+    }
+    return (mask / divisors[aggregation]).astype(np.float32)
 
 
 def importance(

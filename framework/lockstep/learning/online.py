@@ -254,8 +254,8 @@ class Online(Algorithm):
         Rejected tokens leave the mean."""
         used = batch["mask"] & (batch["correction"] > 0)
         return {
-            "weights": numerics.mean_weights(batch["mask"], "token"),
-            "policy_weights": numerics.mean_weights(used, "token") * batch["correction"],
+            "weights": numerics.mean_weights(batch["mask"], "token_mean"),
+            "policy_weights": numerics.mean_weights(used, "token_mean") * batch["correction"],
         }
 
     # ------------------------------------------------------------------------------------------------------- records

@@ -97,8 +97,8 @@ class PolicyGradient(Online):
         clip_low: float = setting(0.2, "The ratio is clipped to at least 1 - this; 'weight': to at least this.", least=0)
         clip_high: float = setting(0.2, "The ratio is clipped to at most 1 + this (DAPO: 0.28); 'weight': to this.", above=0)
         dual_clip: float | None = setting(None, "Bound of the ratio where the advantage is negative; null: none.", above=1)
-        mean_over: Literal["token", "response", "constant"] = setting(
-            "response", "Tokens weigh alike (DAPO); responses do (GRPO); or 1 / lengths.response each (Dr. GRPO)."
+        aggregation: Literal["token_mean", "response_mean", "response_sum", "constant"] = setting(
+            "response_mean", "What the loss is a mean of; `lockstep.learning.numerics.mean_weights` has the formulas."
         )
         kl_in: Literal["loss", "reward", "return"] = setting(
             "loss", "KL is a term of the loss; is subtracted from scores (RLOO); or from each token's return (REINFORCE++)."
@@ -129,13 +129,19 @@ class PolicyGradient(Online):
                     f"algorithm.overlong_buffer={self.overlong_buffer} must be below lengths.response={self.lengths.response}."
                 )
 
+        @property
+        def penalised(self) -> bool:
+            """Whether KL is a term of the loss."""
+            return self.kl_in == "loss" and bool(self.kl_coef)
+
+        def make_loss(self) -> PolicyGradientLoss:
+            kl = self.kl_estimator if self.penalised else None
+            sequence = self.ratio == "sequence"
+            return PolicyGradientLoss(self.clip, self.clip_low, self.clip_high, self.dual_clip, sequence, kl, self.kl_coef or 0.0)
+
     def __init__(self, config: Config, context: Context):
         super().__init__(config, context)
-        c, penalised = config, config.kl_in == "loss" and config.kl_coef
-        self.loss = PolicyGradientLoss(
-            c.clip, c.clip_low, c.clip_high, c.dual_clip, c.ratio == "sequence", c.kl_estimator if penalised else None,
-            c.kl_coef or 0.0,
-        )  # fmt: skip
+        self.loss = config.make_loss()
         self.drawn = 0
         """Prompts drawn so far: dynamic sampling draws as many as it needs."""
 
@@ -177,7 +183,7 @@ class PolicyGradient(Online):
             "advantages": advantages,
             "correction": np.where(mask, self.correction(rollout), 0).astype(np.float32),
         }
-        if self.loss.kl is not None:
+        if c.penalised:
             batch["ref_logprobs"] = np.where(mask, rollout.ref_logprobs, 0).astype(np.float32)
         metrics = self.objective(rollout)
         if c.samples > 1:
@@ -224,13 +230,13 @@ class PolicyGradient(Online):
         used = mask & (batch["correction"] > 0)
         limit = c.lengths.response
         found = {
-            "weights": numerics.mean_weights(mask, "token"),
-            "policy_weights": numerics.mean_weights(used, c.mean_over, limit) * batch["correction"],
+            "weights": numerics.mean_weights(mask, "token_mean"),
+            "policy_weights": numerics.mean_weights(used, c.aggregation, limit) * batch["correction"],
         }
         if c.ratio == "sequence":
             found["shares"] = (mask / np.maximum(mask.sum(axis=1, keepdims=True), 1)).astype(np.float32)
-        if self.loss.kl is not None:
-            found["kl_weights"] = numerics.mean_weights(mask, c.mean_over, limit)
+        if c.penalised:
+            found["kl_weights"] = numerics.mean_weights(mask, c.aggregation, limit)
         return found
 
     def state(self) -> dict[str, Any]:

@@ -160,6 +160,10 @@ class PreferenceOptimisation(Algorithm):
         def needs_reference(self) -> bool:
             return self.loss not in WITHOUT_REFERENCE
 
+        def make_loss(self) -> PreferenceLoss:
+            mean, ranked = self.logprobs == "mean", self.ranking == "plackett_luce"
+            return PreferenceLoss(self.loss, self.beta, self.label_smoothing, self.margin, mean, ranked, self.nll_coef)
+
     def __init__(self, config: Config, context: Context):
         self.config, self.context, self.tokenizer = config, context, context.tokenizer
         config.lengths.check(context.policy.context_length)
@@ -169,10 +173,7 @@ class PreferenceOptimisation(Algorithm):
         self.rankings, self.heldout = self.load("train"), self.load("heldout", config.heldout_examples)
         self.most = max(len(ranking.rows) for ranking in self.rankings)
         self.learner: Learner = context.backend.learner({"policy": self.policy}, {"policy": config.optimizer})
-        c, mean = config, config.logprobs == "mean"
-        self.loss = PreferenceLoss(
-            c.loss, c.beta, c.label_smoothing, c.margin, mean, c.ranking == "plackett_luce", c.nll_coef
-        )  # fmt: skip
+        self.loss = config.make_loss()
         self.total_steps = steps(config.epochs, len(self.rankings), config.batch_size)
 
     def load(self, split: str, limit: int | None = None) -> list[Ranking]:
