@@ -27,6 +27,8 @@ BUILT_IN = [
     ("algorithm", "sft"),
     ("algorithm", "reward_modelling"),
     ("algorithm", "ppo"),
+    ("algorithm", "policy_gradient"),
+    ("algorithm", "preference_optimisation"),
 ]
 
 

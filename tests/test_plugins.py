@@ -94,7 +94,7 @@ def site(tmp_path) -> Path:
 def test_the_guides_listings_are_found():
     assert set(FILES) == {"stranger.py", "stranger_conf/algorithm/reinforce.yaml", "pyproject.toml", "test_reinforce.py"}
     assert {path.partition("/")[0] for path in changes()} == {
-        "lockstep-rloo", "lockstep-polite", "lockstep-cut", "lockstep-strict",
+        "lockstep-median", "lockstep-polite", "lockstep-cut", "lockstep-strict",
     }  # fmt: skip
 
 
