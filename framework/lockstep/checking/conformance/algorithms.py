@@ -534,9 +534,7 @@ def need_groups(subject: AlgorithmSubject) -> None:
         raise Inapplicable("it does not compare the responses to a prompt")
 
 
-@check(
-    "algorithm", usually="all samples of a prompt share a seed, or prompts are repeated where their samples are read as one group"
-)
+@check("algorithm", usually="all samples of a prompt share a seed, or a group's rows are not neighbours")
 def a_prompt_has_several_samples(subject: AlgorithmSubject) -> None:
     """Each prompt is sampled ``samples`` times, in neighbouring rows, each with seeds of its own."""
     subject.need("samples")
@@ -555,7 +553,7 @@ def a_prompt_has_several_samples(subject: AlgorithmSubject) -> None:
 def equal_rewards_say_nothing(subject: AlgorithmSubject) -> None:
     """If all responses to a prompt have the same score, their advantages are exactly 0, whatever other prompts score."""
     need_groups(subject)
-    trace = subject.run(1, reward=by_prompt, kl_coef=0.0, unfinished_score=None, overlong_buffer=None)
+    trace = subject.run(1, reward=by_prompt, samples=7, kl_coef=0.0, unfinished_score=None, overlong_buffer=None)
     for term in in_batch(trace, "advantages"):
         largest = float(np.abs(term.batch["advantages"][term.sequences.mask]).max())
         require(largest == 0, f"the largest advantage is {largest:.3g}")
@@ -567,12 +565,9 @@ def the_better_response_has_the_higher_advantage(subject: AlgorithmSubject) -> N
     need_groups(subject)
     trace = subject.run(1, kl_coef=0.0, unfinished_score=None, overlong_buffer=None, minibatches=1)
     scores = np.concatenate([scoring.scores for scoring in trace.of(ScoreCall, 0)])
-    k, advantages = (
-        subject.config.samples,
-        np.concatenate([t.batch["advantages"].max(axis=1) for t in in_batch(trace, "advantages")]),
-    )
-    lowest = np.concatenate([t.batch["advantages"].min(axis=1) for t in in_batch(trace, "advantages")])
-    advantages = np.where(advantages > 0, advantages, lowest)[: len(scores)].reshape(-1, k)  # padding is 0
+    k, rows = subject.config.samples, np.concatenate([term.batch["advantages"] for term in in_batch(trace, "advantages")])
+    rows = rows[: len(scores)]  # a second pass repeats them
+    advantages = np.where(rows.max(axis=1) > 0, rows.max(axis=1), rows.min(axis=1)).reshape(-1, k)  # padding is 0
     for number, (score, advantage) in enumerate(zip(scores.reshape(-1, k), advantages, strict=False)):
         order = np.argsort(score, kind="stable")
         require((np.diff(advantage[order]) >= 0).all(), f"prompt {number}: scores {score}, advantages {advantage}")
@@ -581,17 +576,17 @@ def the_better_response_has_the_higher_advantage(subject: AlgorithmSubject) -> N
 
 @check("algorithm", usually="the group is judged by its shaped scores, or the extra rounds draw the same prompts again")
 def prompts_that_say_nothing_are_replaced(subject: AlgorithmSubject) -> None:
-    """With extra_rounds, a group whose scores are all equal gives way to another prompt's, even if a penalty makes its rewards differ
-    (DAPO, section 3.2)."""
+    """With extra_rounds, a group whose scores are all equal gives way to another prompt's, even if a penalty makes its rewards
+    differ (DAPO, section 3.2)."""
     subject.need("extra_rounds", "samples")
     if subject.config.samples < 2:
         raise Inapplicable("it takes one sample per prompt")
-    changes = {"extra_rounds": 1, "unfinished_score": -1.0, "lengths": {"response": 6}, "overlong_buffer": 3}
+    changes = {"extra_rounds": 4, "unfinished_score": -1.0, "lengths": {"response": 6}, "overlong_buffer": 3}
     trace = subject.run(1, reward=by_prompt, **changes)
     calls = trace.of(GenerateCall, 0)
     first, second = ({row.tobytes() for row in np.ascontiguousarray(call.prompt_tokens)} for call in (calls[0], calls[-1]))
-    require(len(calls) == 2, f"{len(calls)} batches are sampled where all groups are equal and extra_rounds=1, not 2")
-    require(first != second, f"the extra round samples for the same {len(first)} prompts")
+    require(len(calls) == 5, f"{len(calls)} batches are sampled where all groups are equal and extra_rounds=4, not 5")
+    require(first != second, f"the last extra round samples for the same {len(first)} prompts")
 
 
 # ----------------------------------------------------------------------------------------------------------- preferences
@@ -611,7 +606,7 @@ def preferring(subject: AlgorithmSubject) -> tuple[Trace, Term]:
 
 @check(
     "algorithm",
-    usually="the prompt's tokens count, the reference is another model, or rows and references are in different orders",
+    usually="the prompt's tokens count, or rows and references are in different orders",
 )
 def references_are_the_first_policys(subject: AlgorithmSubject) -> None:
     """``ref`` is the log-probability of each completion under the initial policy, summed over its tokens."""

@@ -66,8 +66,8 @@ class Clipped:
 
 @dataclasses.dataclass(frozen=True)
 class AtATie:
-    """Σ weights · f(x) at x = 0, where f has the derivative 1/2: the function ``of``, or 'half', which has it everywhere. x is the
-    difference between log-probabilities and themselves, rounded to exactly 0 by a large number that comes and goes."""
+    """Σ weights · f(x) at x = 0, where f has the derivative 1/2: the function ``of``, or 'half', which has it everywhere. x is
+    the difference between log-probabilities and themselves, rounded to exactly 0 by a large number that comes and goes."""
 
     of: str
     outputs: tuple[str, ...] = ("logprobs",)
