@@ -8,7 +8,13 @@ import math
 import numpy as np
 import pytest
 
+from conftest import Scored, configure
+from lockstep.config.compose import CORE, conf_folders, group
+from lockstep.config.root import component_config
+from lockstep.errors import ConfigError
 from lockstep.learning import losses, numerics
+from lockstep.learning.online import Clock
+from lockstep.registry import registry
 from lockstep_rlhf.algorithms.policy_gradient import PolicyGradientLoss
 
 
@@ -267,3 +273,113 @@ def test_the_effective_share_of_a_sample():
     assert numerics.effective_share(f32(1, 1, 1, 1)) == 1
     assert numerics.effective_share(f32(1, 0, 0, 0)) == 0.25
     assert math.isnan(numerics.effective_share(f32(0, 0)))
+
+
+# --------------------------------------------------------------------------------------------------------- the algorithm
+
+
+def presets(component):
+    names = [file.stem for file in (conf_folders()[CORE] / "algorithm").glob("*.yaml")]
+    found = {name: group("algorithm", name) for name in names}
+    return {name: keys for name, keys in sorted(found.items()) if keys["name"] == component}
+
+
+@pytest.mark.parametrize(
+    ("component", "published"),
+    [
+        ("policy_gradient", {"grpo", "dr_grpo", "rloo", "reinforce_pp", "dapo", "cispo", "gspo"}),
+        ("preference_optimisation", {"dpo", "ipo", "hinge", "simpo", "orpo", "kto"}),
+    ],
+)
+def test_every_published_method_is_a_file_of_its_own(component, published):
+    found = presets(component)
+    assert set(found) == published | {component}
+    cls = registry().resolve("algorithm", component)
+    configs = [component_config(cls, keys, "algorithm") for name, keys in found.items() if name in published]
+    assert len(set(map(repr, configs))) == len(configs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 1}, "compares the responses to a prompt, and algorithm.samples=1 gives one"),
+        ({"clip": "weight"}, r"leaves out 1. CISPO has clip_low=0 clip_high=5"),
+        (
+            {"batch_size": 3, "samples": 2, "minibatches": 4},
+            "x algorithm.samples=6 is not divisible .* one of 1, 2, 3, 6",
+        ),
+        ({"overlong_buffer": 12}, "must be below lengths.response=12"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        configure("policy_gradient", **changes)
+
+
+def of_words(responses):
+    """Every other prompt's responses differ in score; the others' do not."""
+    rows = responses.sequences
+    prompts = np.where(rows.prompt_mask, rows.tokens[:, : rows.prompt_length], 0).sum(axis=1)
+    return np.where(prompts % 2, np.sin(rows.responses.sum(axis=1)), 0.5)
+
+
+def test_dynamic_sampling_fills_the_batch_with_groups_that_say_something(make):
+    """Prompts are taken in their order, what says nothing is replaced, and a restart goes on with the next prompt."""
+    algorithm = make("policy_gradient", reward_model=Scored(of_words), batch_size=3, samples=2, extra_rounds=3, temperature=2.0)
+    rollout = algorithm.rollout(0, Clock())
+    assert rollout.sequences.rows == 6 and algorithm.drawn in (6, 9, 12)
+    informative = numerics.informative(rollout.scores, rollout.counted, 2)
+    plain = make("policy_gradient", reward_model=Scored(of_words), batch_size=algorithm.drawn, samples=2, temperature=2.0)
+    order = plain.rollout(0, Clock()).responses.prompts[::2]
+    told = [p for p in order if sum(plain.tokenizer.encode(p.messages[0].content)) % 2]
+    assert rollout.responses.prompts[::2][: len(told)] == told[:3] and informative[: len(told)].all()
+    assert rollout.responses.prompts[0] == rollout.responses.prompts[1]
+    again = make("policy_gradient", reward_model=Scored(of_words), batch_size=3, samples=2, extra_rounds=3, temperature=2.0)
+    again.load_state(algorithm.state())
+    for one in (algorithm, again):
+        one.rollout(1, Clock())
+    assert algorithm.drawn == again.drawn
+
+
+def test_kl_in_the_reward_and_in_the_return(make, load):
+    """RLOO's reward is score - β KL of the response; REINFORCE++'s advantage loses the KL of this token and the later ones."""
+    common = {"reward_model": Scored(), "batch_size": 4, "samples": 2, "kl_coef": 0.5, "temperature": 0.7, "scale": "none"}
+    algorithm = make("policy_gradient", kl_in="reward", baseline="leave_one_out", **common)
+    algorithm.ref_policy = load(1)
+    rollout = algorithm.rollout(0, Clock())
+    batch, metrics = algorithm.prepare(rollout)
+    rewards = rollout.scores - 0.5 * rollout.kl.sum(axis=1)
+    assert metrics["objective/reward"] == pytest.approx(rewards.mean(), rel=1e-5)
+    expected = np.ravel([[a - b, b - a] for a, b in rewards.reshape(-1, 2)])
+    np.testing.assert_allclose(batch["advantages"].sum(axis=1) / rollout.sequences.mask.sum(axis=1), expected, rtol=1e-4)
+    algorithm = make("policy_gradient", kl_in="return", baseline="none", **common)
+    algorithm.ref_policy = load(1)
+    rollout = algorithm.rollout(0, Clock())
+    batch, _ = algorithm.prepare(rollout)
+    for row, count in enumerate(rollout.sequences.mask.sum(axis=1)):
+        kl = rollout.kl[row, :count]
+        expected = [rollout.scores[row] - 0.5 * kl[t:].sum() for t in range(count)]
+        np.testing.assert_allclose(batch["advantages"][row, :count], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_responses_without_eos_can_leave_loss_and_baseline(make):
+    algorithm = make("policy_gradient", reward_model=Scored(), batch_size=4, samples=4, mask_unfinished=True)
+    rollout = algorithm.rollout(0, Clock())
+    assert 0 < rollout.finished.sum() < 16
+    batch, _ = algorithm.prepare(rollout)
+    assert not batch["mask"][~rollout.finished].any() and not batch["advantages"][~rollout.finished].any()
+    scores = np.where(rollout.finished, rollout.scores, np.nan).reshape(4, 4)
+    masks, advantages_ = (batch[name].reshape(4, 4, -1) for name in ("mask", "advantages"))
+    for row, mask, advantage in zip(scores, masks, advantages_, strict=True):
+        own = row[np.isfinite(row)]
+        if len(own) > 1 and np.ptp(own) > 0:
+            expected = (own - own.mean()) / (own.std(ddof=1) + 1e-4)
+            np.testing.assert_allclose(advantage[:, 0][mask[:, 0]], expected, rtol=1e-4)
+
+
+def test_without_kl_there_is_no_reference(make):
+    algorithm = make("policy_gradient", reward_model=Scored(), batch_size=2, samples=2)
+    assert algorithm.ref_policy is None and algorithm.policy is algorithm.context.policy
+    assert "objective/kl" not in algorithm.step(0)
+    measured = make("policy_gradient", reward_model=Scored(), batch_size=2, samples=2, kl_coef=0.0).step(0)
+    assert measured["objective/kl"] == pytest.approx(0, abs=1e-5) and "policy/kl_loss" not in measured

@@ -379,7 +379,7 @@ def library(request):
 )
 def test_policy_gradients_have_trls_losses_and_gradients(trl_losses, library, name, keys):
     """RLOO's is compared before the policy moves: afterwards TRL clips the product of a response's ratios, where the paper has no
-    ratio. Values differ where gradients do not: of RLOO's loss, a sum over tokens instead of one product; of CISPO's, the integral
+    ratio. Values differ where gradients do not: of RLOO's loss, a sum over tokens instead of a product; of CISPO's, the integral
     of its gradient."""
     fixture, x = trl_losses
     old = "new" if name == "rloo" else "old"
