@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.checking.conformance import conform, subject
 from runs import DECODER, PPO_ONLY, TINY
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
