@@ -28,7 +28,7 @@ from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_s
 from lockstep.learning.randomness import example_indices
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
-from lockstep.text.sequences import chunks, in_chunks
+from lockstep.text.sequences import chunks
 from lockstep_rlhf.algorithms.language_modelling import steps
 from lockstep_rlhf.algorithms.reward_modelling import untied
 
@@ -272,10 +272,12 @@ class PreferenceOptimisation(Algorithm):
 
     def logprobs(self, model: Model, examples: Sequence[Example]) -> np.ndarray:
         """float32 [R]: log-probabilities of the responses, summed over tokens."""
-        block = encoding.block(examples, self.tokenizer, self.config.lengths)
-        size = 2 * (self.config.micro_batch_size or self.config.batch_size)
-        found = in_chunks(lambda rows: model.evaluate(rows, ["logprobs"]), block, size)["logprobs"]
-        return np.where(block.mask, found, 0).sum(axis=1, dtype=np.float64).astype(np.float32)
+        size, found = 2 * (self.config.micro_batch_size or self.config.batch_size), []
+        for part in chunks(len(examples), size):
+            rows = encoding.block(examples[part], self.tokenizer, self.config.lengths)
+            out = model.evaluate(rows.pad_rows(size), ["logprobs"])["logprobs"][: rows.rows]
+            found.append(np.where(rows.mask, out, 0).sum(axis=1, dtype=np.float64))
+        return np.concatenate(found).astype(np.float32)
 
     def measure(self, policy: Model) -> Metrics:
         """Accuracy and margin of the implicit rewards β h on held-out comparisons."""
