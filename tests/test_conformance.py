@@ -28,6 +28,7 @@ BUILT_IN = [
     ("algorithm", "reward_modelling"),
     ("algorithm", "ppo"),
     ("algorithm", "policy_gradient"),
+    ("algorithm", "rejection_sampling"),
     ("algorithm", "preference_optimisation"),
 ]
 

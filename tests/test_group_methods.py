@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from conftest import Scored, configure
+from conftest import Scored, configure, same, spy
 from lockstep.config.compose import CORE, conf_folders, group
 from lockstep.config.root import component_config
 from lockstep.errors import ConfigError
@@ -383,3 +383,29 @@ def test_without_kl_there_is_no_reference(make):
     assert "objective/kl" not in algorithm.step(0)
     measured = make("policy_gradient", reward_model=Scored(), batch_size=2, samples=2, kl_coef=0.0).step(0)
     assert measured["objective/kl"] == pytest.approx(0, abs=1e-5) and "policy/kl_loss" not in measured
+
+
+def test_rejection_sampling_trains_on_the_best_response_of_each_prompt(make, monkeypatch):
+    scores = f32(0.1, 0.9, 0.9, 0.2, 0.3, 0.4, np.nan, 0.0)
+    algorithm = make("rejection_sampling", reward_model=Scored(lambda r: scores), batch_size=2, samples=4, unfinished_score=None)
+    calls = spy(algorithm, monkeypatch)
+    metrics = algorithm.step(0)
+    [(terms, _)] = calls
+    [term] = terms
+    sequences = algorithm.last.sequences
+    np.testing.assert_array_equal(term.sequences.tokens, sequences.tokens[[1, 5]])  # the first of equals
+    np.testing.assert_allclose(term.batch["weights"], sequences.mask[[1, 5]] / sequences.mask[[1, 5]].sum(), rtol=1e-6)
+    assert metrics["best/score"] == pytest.approx(0.65) and metrics["best/kept"] == 1 and metrics["best/tied"] == 0.5
+    picky = make(
+        "rejection_sampling", reward_model=Scored(lambda r: scores), batch_size=2, samples=4, unfinished_score=None, threshold=0.5
+    )
+    calls = spy(picky, monkeypatch)
+    assert picky.step(0)["best/kept"] == 0.5
+    assert not calls[0][0][0].batch["weights"][1].any() and calls[0][0][0].batch["weights"][0].any()
+
+
+def test_rejection_sampling_takes_no_step_where_nothing_is_good_enough(make):
+    algorithm = make("rejection_sampling", reward_model=Scored(), batch_size=2, samples=2, threshold=1e9)
+    before = algorithm.policy.parameters()
+    assert algorithm.step(0)["best/kept"] == 0
+    same(algorithm.policy.parameters(), before)

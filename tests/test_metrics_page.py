@@ -62,6 +62,7 @@ def test_every_metric_of_every_algorithm_is_on_the_page_and_no_other(run):
     ("section", "name", "changes"),
     [
         ("Group methods", "policy_gradient", {"batch_size": 2, "samples": 2, "kl_coef": 0.1, "correction": {"kind": "mask"}}),
+        ("Rejection sampling", "rejection_sampling", {"batch_size": 2, "samples": 2}),
         ("Preference methods", "preference_optimisation", {"batch_size": 2, "nll_coef": 0.1, "heldout_examples": 2}),
     ],
 )

@@ -89,12 +89,17 @@ class OnlineConfig:
         """Per iteration."""
         return self.batch_size * self.samples
 
-    def __post_init__(self):
-        if self.episodes % self.minibatches:
-            fitting = [n for n in range(1, self.episodes + 1) if self.episodes % n == 0]
-            what = "algorithm.batch_size" + (" x algorithm.samples" if self.samples > 1 else "")
+    @property
+    def trained(self) -> int:
+        """The rows of an inner pass: all episodes, unless an algorithm chooses some."""
+        return self.episodes
+
+    def __post_init__(self) -> None:
+        if self.trained % self.minibatches:
+            fitting = [n for n in range(1, self.trained + 1) if self.trained % n == 0]
+            what = "algorithm.batch_size" + (" x algorithm.samples" if self.trained > self.batch_size else "")
             raise ConfigError(
-                f"{what}={self.episodes} is not divisible by algorithm.minibatches={self.minibatches}. Set minibatches to one of "
+                f"{what}={self.trained} is not divisible by algorithm.minibatches={self.minibatches}. Set minibatches to one of "
                 f"{', '.join(map(str, fitting))}."
             )
 
@@ -183,7 +188,7 @@ class Online(Algorithm):
         samples, scores, details = self.sample(step, clock)
         # One forward pass of each model. If the whole batch is one term, the first update differentiates this same pass.
         sequences, forward = scored_only(samples.sequences, scores), None
-        if c.minibatches == 1 and (c.micro_batch_size or sequences.rows) >= sequences.rows:
+        if c.minibatches == 1 and c.trained == c.episodes <= (c.micro_batch_size or c.episodes):
             forward = self.learner.forward(sequences, self.outputs, temperature=c.temperature)
         own = forward.outputs if forward else self.evaluate(self.learner, sequences, self.outputs)
         ref = self.evaluate(self.ref_policy, sequences, ["logprobs"])["logprobs"] if self.ref_policy else None
@@ -228,8 +233,8 @@ class Online(Algorithm):
         """Row indices of each minibatch, reshuffled for each inner epoch."""
         c = self.config
         if c.minibatches == 1:
-            return [np.arange(c.episodes)]
-        order = permutation(self.context.seed, "minibatches", step * c.epochs + epoch, c.episodes)
+            return [np.arange(c.trained)]
+        order = permutation(self.context.seed, "minibatches", step * c.epochs + epoch, c.trained)
         return np.split(order, c.minibatches)
 
     def terms(
@@ -318,7 +323,7 @@ class Online(Algorithm):
     @classmethod
     def arithmetic(cls, config: Any, data: DataSource) -> str:
         c = config
-        minibatch = c.episodes // c.minibatches
+        minibatch = c.trained // c.minibatches
         micro = min(c.micro_batch_size or minibatch, minibatch)
         batch = f"{c.batch_size} prompts x {c.samples} responses" if c.samples > 1 else f"{c.batch_size} episodes"
         return (
