@@ -289,7 +289,7 @@ OUT_OF_RANGE = {
     "algorithm.iterations": 0, "algorithm.epochs": 0, "algorithm.micro_batch_size": 0, "algorithm.lengths.prompt": 0,
     "algorithm.temperature": -1.0, "algorithm.kl_coef": -0.1, "algorithm.kl_target": 0, "algorithm.kl_horizon": 0,
     "algorithm.gamma": 1.5, "algorithm.lam": -0.1, "algorithm.clip_range": 0, "algorithm.value_clip_range": -1,
-    "algorithm.value_coef": -1, "algorithm.importance_cap": 0, "algorithm.ptx_ratio": -1, "algorithm.ptx_coef": -1,
+    "algorithm.value_coef": -1, "algorithm.correction.high": 0, "algorithm.ptx_ratio": -1, "algorithm.ptx_coef": -1,
     "algorithm.optimizer.learning_rate": 0, "algorithm.optimizer.eps": 0, "algorithm.optimizer.weight_decay": -1,
     "algorithm.optimizer.max_grad_norm": 0, "algorithm.value_optimizer.ema_decay": 1, "algorithm.schedule.warmup_steps": -1,
     "algorithm.schedule.final": 1.1, "pretrain.epochs": 0, "pretrain.heldout_examples": -1, "sft.dropout": 1,
@@ -437,7 +437,7 @@ class TheirPPO(PPO):
 
 def test_a_plugin_whose_file_is_older_than_a_key_works_and_has_its_default(experiment_file, tmp_path):
     """Its YAML is its own and complete as of some day; since then PPO and the optimizer have got new keys."""
-    theirs = {key: value for key, value in group("algorithm", "ppo").items() if key not in ("importance_cap", "stop_strings")}
+    theirs = {key: value for key, value in group("algorithm", "ppo").items() if key not in ("correction", "stop_strings")}
     theirs["name"] = f"{__name__}:TheirPPO"
     del theirs["optimizer"]["ema_decay"]
     experiment_file("defaults: [instructgpt]\nexperiment_name: mine\n")

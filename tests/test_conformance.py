@@ -27,6 +27,9 @@ BUILT_IN = [
     ("algorithm", "sft"),
     ("algorithm", "reward_modelling"),
     ("algorithm", "ppo"),
+    ("algorithm", "policy_gradient"),
+    ("algorithm", "rejection_sampling"),
+    ("algorithm", "preference_optimisation"),
 ]
 
 

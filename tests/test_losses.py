@@ -72,7 +72,7 @@ def f32(*values):
     [(2, 1, -2), (2, 1.5, -2.4), (2, 0.5, -1), (-2, 1, 2), (-2, 1.5, 3), (-2, 0.5, 1.6), (0, 3, 0)],
 )
 def test_clipped_policy_loss_is_pessimistic(library, advantage, ratio, loss):
-    out = losses.clipped_policy_loss(library.xp, library.asarray(f32(ratio)), library.asarray(f32(advantage)), clip_range=0.2)
+    out = losses.clipped_policy_loss(library.xp, library.asarray(f32(ratio)), library.asarray(f32(advantage)), low=0.2, high=0.2)
     assert float(out[0]) == pytest.approx(loss, abs=1e-6)
 
 
@@ -121,7 +121,7 @@ def test_weighted_sum_ignores_whatever_weighs_nothing(library, garbage):
 
 def policy_gradient(autodiff, ratio, advantage):
     def loss(x):
-        return autodiff.xp.sum(losses.clipped_policy_loss(autodiff.xp, x, autodiff.asarray(f32(advantage)), clip_range=0.2))
+        return autodiff.xp.sum(losses.clipped_policy_loss(autodiff.xp, x, autodiff.asarray(f32(advantage)), low=0.2, high=0.2))
 
     return float(autodiff.gradient(loss, f32(ratio))[0])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import Scored
 from lockstep.reporting.health import RULES
 from lockstep.runs.runner import flatten
 from lockstep.storage.files import read_json
@@ -55,6 +56,21 @@ def test_every_metric_of_every_algorithm_is_on_the_page_and_no_other(run):
     logged = {name for stage in stages(run) for row in rows(stage) for name in row}
     logged = {re.sub("^grad_norm/.*", "grad_norm/<model>", name) for name in logged - {"step", "seconds"}}
     assert logged == documented(*TRAINING)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "changes"),
+    [
+        ("Group methods", "policy_gradient", {"batch_size": 2, "samples": 2, "kl_coef": 0.1, "correction": {"kind": "mask"}}),
+        ("Rejection sampling", "rejection_sampling", {"batch_size": 2, "samples": 2}),
+        ("Preference methods", "preference_optimisation", {"batch_size": 2, "nll_coef": 0.1, "heldout_examples": 2}),
+    ],
+)
+def test_every_metric_of_the_other_algorithms_is_on_the_page_and_no_other(make, section, name, changes):
+    algorithm = make(name, reward_model=Scored(), **changes)
+    logged = set(algorithm.step(0)) | set(algorithm.finish())
+    logged = {re.sub("^grad_norm/.*", "grad_norm/<model>", each) for each in logged}
+    assert logged - documented(*TRAINING) == documented(section)
 
 
 def test_every_measure_of_the_evaluation_is_on_the_page_and_no_other(run):

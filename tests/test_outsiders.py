@@ -4,6 +4,7 @@ inputs (benchmarks/outsiders/ says how), and what came out is in tests/fixtures/
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,10 @@ from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.text.encoding import token_weights
 from lockstep.text.stopping import ends_with_stop
 from lockstep.types import Comparison, Demonstration, Prompt
+from lockstep_rlhf.algorithms.policy_gradient import PolicyGradient
 from lockstep_rlhf.algorithms.ppo import PPOLoss
+from lockstep_rlhf.algorithms.preference_optimisation import PreferenceOptimisation
+from test_group_methods import Jax, Torch
 
 FIXTURES = Path(__file__).parent / "fixtures" / "outsiders"
 
@@ -309,3 +313,101 @@ def test_the_value_clip_fraction_is_n_pluss_on_its_columns(n_plus, run):
     clipped = losses.clipped_value_loss(np, values, x["old_values"], returns, clip_range=0.2)
     counted = (clipped > 0.5 * (values - returns) ** 2)[n_plus.one_more]
     assert counted.mean() == pytest.approx(expected["value_clip_fraction"], rel=1e-6)
+
+
+# --------------------------------------------------------------------- TRL: losses of policy gradients and of preferences
+
+
+def policy_gradient_of(x, advantages, limit, *, old="old", **keys):
+    """Loss and gradient in the log-probabilities [B, T], as the algorithm makes them from its keys."""
+    config = PolicyGradient.Config(samples=2, **({"baseline": "none"} | keys))
+    algorithm = PolicyGradient.__new__(PolicyGradient)
+    algorithm.config = replace(config, lengths=replace(config.lengths, response=limit))
+    mask = x["mask"]
+    batch = {
+        "mask": mask, "old_logprobs": x[old], "ref_logprobs": x["ref"], "correction": mask.astype(np.float32),
+        "advantages": np.where(mask, advantages[:, None], 0).astype(np.float32),
+    }  # fmt: skip
+    return algorithm.config.make_loss(), batch | algorithm.weights(batch)
+
+
+def preference_of(x, *, z=0.0, **keys):
+    """The same for preferences: of TRL's rows the first half are chosen, the second half rejected; ours alternate."""
+    config = PreferenceOptimisation.Config(**keys)
+    half = len(x["mask"]) // 2
+    order = np.arange(2 * half).reshape(2, half).T.reshape(-1)
+    mask, pairs = x["mask"][order], np.zeros((half, 2, 2), np.float32)
+    pairs[:, 0, 1] = 1 / half
+    ref = np.where(mask, x["ref"][order], 0).sum(axis=1).astype(np.float32)
+    batch = {
+        "mask": mask, "ref": ref if config.needs_reference else 0 * ref, "lengths": mask.sum(axis=1).astype(np.float32),
+        "real": np.ones((half, 2), bool), "pairs": pairs, "best": 0 * ref, "worst": 0 * ref, "z": np.full_like(ref, z),
+        "sign": np.tile(np.float32([1, -1]), half), "kto": np.full_like(ref, 1 / (2 * half)),
+    }  # fmt: skip
+    return order, config.make_loss(), batch
+
+
+@pytest.fixture(scope="module")
+def trl_losses():
+    fixture = outside("trl_policy_losses")
+    arrays = {name: np.array(value, bool if name == "mask" else np.float32) for name, value in fixture["arrays"].items()}
+    return fixture, arrays
+
+
+def with_slopes(library, loss, logprobs, batch):
+    arrays = {name: library.xp.asarray(array) for name, array in batch.items()}
+    value, slopes = library.both(lambda x: loss(library.xp, {"logprobs": x}, arrays)[0], logprobs)
+    return float(value), slopes
+
+
+@pytest.fixture(params=[Torch, Jax], ids=["torch", "jax"])
+def library(request):
+    return request.param()
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("grpo", {}),
+        ("grpo_kl", {"kl_coef": 0.04}),
+        ("dr_grpo", {"aggregation": "constant"}),
+        ("dapo", {"aggregation": "token_mean", "clip_high": 0.28}),
+        ("cispo", {"aggregation": "token_mean", "clip": "weight", "clip_low": 0.0, "clip_high": 1.3}),
+        ("gspo", {"ratio": "sequence", "clip_low": 0.03, "clip_high": 0.04}),
+        ("rloo", {"aggregation": "response_sum", "clip": "none"}),
+    ],
+)
+def test_policy_gradients_have_trls_losses_and_gradients(trl_losses, library, name, keys):
+    """RLOO's is compared before the policy moves: afterwards TRL clips the product of a response's ratios, where the paper has no
+    ratio. Values differ where gradients do not: of RLOO's loss, a sum over tokens instead of a product; of CISPO's, the integral
+    of its gradient."""
+    fixture, x = trl_losses
+    old = "new" if name == "rloo" else "old"
+    loss, batch = policy_gradient_of(x, np.float32(fixture["advantages"]), fixture["limit"], old=old, **keys)
+    value, slopes = with_slopes(library, loss, x["new"], batch)
+    expected = fixture["found"][name]
+    np.testing.assert_allclose(slopes, np.where(x["mask"], expected["gradient"], 0), atol=1e-6)
+    if name not in ("cispo", "rloo"):
+        assert value == pytest.approx(expected["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("dpo", {}),
+        ("hinge", {"loss": "hinge"}),
+        ("ipo", {"loss": "ipo", "logprobs": "mean"}),
+        ("robust", {"loss": "robust", "label_smoothing": 0.1}),
+        ("simpo", {"loss": "simpo", "logprobs": "mean", "beta": 2.5, "margin": 1.375}),
+        ("orpo", {"loss": "orpo", "logprobs": "mean"}),
+        ("kto", {"loss": "kto", "z": 0.7}),
+    ],
+)
+def test_preference_methods_have_trls_losses_and_gradients(trl_losses, library, name, keys):
+    fixture, x = trl_losses
+    order, loss, batch = preference_of(x, **keys)
+    value, slopes = with_slopes(library, loss, x["new"][order], batch)
+    expected = fixture["found"][name]
+    assert value == pytest.approx(expected["loss"], abs=1e-5)
+    gradient = np.where(x["mask"], expected["gradient"], 0)[order]
+    np.testing.assert_allclose(slopes, gradient, atol=1e-5 * max(1, abs(gradient).max()))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.checking.conformance import conform, subject
 from runs import DECODER, PPO_ONLY, TINY
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
@@ -92,9 +93,10 @@ def site(tmp_path) -> Path:
 
 
 def test_the_guides_listings_are_found():
-    assert set(FILES) == {"stranger.py", "stranger_conf/algorithm/reinforce.yaml", "pyproject.toml", "test_reinforce.py"}
+    reinforce = {"stranger.py", "stranger_conf/algorithm/reinforce.yaml", "pyproject.toml", "test_reinforce.py"}
+    assert set(FILES) == reinforce | {"spread.py"}
     assert {path.partition("/")[0] for path in changes()} == {
-        "lockstep-rloo", "lockstep-polite", "lockstep-cut", "lockstep-strict",
+        "lockstep-median", "lockstep-polite", "lockstep-cut", "lockstep-strict",
     }  # fmt: skip
 
 
@@ -117,6 +119,19 @@ def test_a_strangers_algorithm_conforms_by_the_test_in_the_guide(installed, tmp_
     done = python(installed, "pytest", "-q", "-p", "no:cacheprovider", "--strict-markers", "-k", only, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_the_guides_group_method_conforms(backend, tmp_path, monkeypatch):
+    """In at most fifteen lines: what every group method must do, and what all algorithms that sample must."""
+    pytest.importorskip(backend)
+    assert len(FILES["spread.py"].strip().splitlines()) <= 15
+    write({"spread.py": FILES["spread.py"]}, tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ["equal_rewards_say_nothing", "the_better_response_has_the_higher_advantage", "episodes_without_a_score_are_left_out"]
+    spread = subject("algorithm", "spread:Spread", backend, precision="float32", like="grpo")
+    found = {o.check.name: (o.status, o.detail) for o in conform("algorithm", spread, only=lambda check: check.name in names)}
+    assert found == dict.fromkeys(names, ("passed", ""))
 
 
 def test_a_configuration_that_would_shadow_another_is_refused(site):

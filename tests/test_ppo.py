@@ -17,9 +17,9 @@ from conftest import CONSTANT, Data, NoTexts, Scored, configure, gradients, head
 from lockstep.errors import ConfigError, MissingData, RewardError
 from lockstep.interfaces import Generated, Term
 from lockstep.learning import losses
+from lockstep.learning.online import Clock
 from lockstep.text.sequences import pack
 from lockstep.types import Prompt
-from lockstep_rlhf.algorithms.ppo import Clock
 
 SMALL = {"iterations": 3, "batch_size": 8, "epochs": 1, "temperature": 0.7, "schedule": CONSTANT}
 
@@ -338,16 +338,16 @@ def test_a_batch_without_any_score_stops_the_run(ppo):
 
 
 def test_importance_weights_correct_for_the_sampler_up_to_a_cap(ppo):
-    algorithm = ppo(importance_cap=2.0)
+    algorithm = ppo(correction={"kind": "truncate", "high": 2.0})
     rollout = algorithm.rollout(0, Clock())
     shift = np.zeros((8, 12), np.float32)
     shift[0], shift[1], shift[2] = math.log(3), math.log(1.5), -math.log(4)
-    weights = algorithm.importance(replace(rollout, sampler_logprobs=rollout.old_logprobs - shift))
+    weights = algorithm.correction(replace(rollout, sampler_logprobs=rollout.old_logprobs - shift))
     for row, expected in enumerate([2, 1.5, 0.25, 1]):
         np.testing.assert_allclose(weights[row][rollout.sequences.mask[row]], expected, rtol=1e-5)
-    batch = algorithm.prepare(rollout)[0] | {"importance": weights}
+    batch = algorithm.prepare(rollout)[0] | {"correction": weights}
     [term] = algorithm.terms(rollout.sequences, batch, np.arange(8))
-    np.testing.assert_allclose(term.batch["policy_weights"], term.batch["weights"] * weights)
+    np.testing.assert_allclose(term.batch["policy_weights"], term.batch["weights"] * weights, rtol=1e-6)
     assert term.batch["weights"].sum() == pytest.approx(1, abs=1e-6)
 
 
@@ -380,7 +380,7 @@ def test_minibatches_are_shuffled_anew_in_every_pass_of_every_iteration(ppo):
 def test_every_array_of_a_minibatch_belongs_to_its_rows(ppo):
     algorithm = ppo(micro_batch_size=2)
     rollout, batch, _ = prepared(algorithm)
-    batch["importance"] = np.arange(96, dtype=np.float32).reshape(8, 12)
+    batch["correction"] = np.arange(96, dtype=np.float32).reshape(8, 12)
     terms, rows = algorithm.terms(rollout.sequences, batch, np.array([6, 1, 4])), [[6, 1], [4]]
     n = rollout.sequences.mask[[6, 1, 4]].sum()
     for term, here in zip(terms, rows, strict=True):
@@ -389,7 +389,7 @@ def test_every_array_of_a_minibatch_belongs_to_its_rows(ppo):
         np.testing.assert_array_equal(term.sequences.tokens, rollout.sequences.tokens[here])
         np.testing.assert_allclose(term.batch["weights"], rollout.sequences.mask[here] / n)
         np.testing.assert_allclose(
-            term.batch["policy_weights"], rollout.sequences.mask[here] / n * batch["importance"][here], rtol=1e-6
+            term.batch["policy_weights"], rollout.sequences.mask[here] / n * batch["correction"][here], rtol=1e-6
         )
 
 
@@ -438,7 +438,7 @@ def test_ppo_learns_to_stop_when_length_is_punished(ppo):
 def test_ptx_gradient_is_ppos_plus_coef_times_the_language_models(ppo):
     algorithm = ppo(ptx_coef=27.8, ptx_ratio=0.5)
     rollout, batch, _ = prepared(algorithm)
-    terms, [ptx] = algorithm.terms(rollout.sequences, batch, np.arange(8)), algorithm.ptx_terms(0, 0, 0)
+    terms, [ptx] = algorithm.terms(rollout.sequences, batch, np.arange(8)), algorithm.ptx_terms(0, 0)
     mask = ptx.sequences.mask
     plain = Term(Likelihood(), ptx.sequences, {"weights": (mask / mask.sum()).astype(np.float32)})
     alone, language = algorithm.learner.gradients(terms), algorithm.learner.gradients([plain])

@@ -133,7 +133,7 @@ OPTIONS = [
     ["algorithm.value_network=shared"],
     ["algorithm.kl_target=1.0", "algorithm.kl_horizon=100"],
     ["algorithm.whiten_rewards=true", "algorithm.whiten_advantages=false"],
-    ["algorithm.importance_cap=2.0", "algorithm.unfinished_score=null", "algorithm.stop_strings=[is a, the]"],
+    ["algorithm.correction.kind=truncate", "algorithm.unfinished_score=null", "algorithm.stop_strings=[is a, the]"],
     ["algorithm.ptx_coef=1.0", "algorithm.micro_batch_size=3"],
     ["algorithm.minibatches=4", "algorithm.epochs=2", "algorithm.gamma=0.99", "algorithm.temperature=0.7"],
     ["algorithm.optimizer.tf_style=true", "algorithm.optimizer.ema_decay=0.992", "algorithm.optimizer.weight_decay=0.1"],

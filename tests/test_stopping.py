@@ -220,6 +220,6 @@ def test_evaluation_cuts_responses_as_ppo_does(tokenizer):
 
 
 def clock():
-    from lockstep_rlhf.algorithms.ppo import Clock
+    from lockstep.learning.online import Clock
 
     return Clock()

@@ -1,6 +1,7 @@
 """The recipe, written once for every backend: pretraining, SFT, reward modelling, PPO, and sources of reward.
 
-algorithms/      pretraining, SFT, reward modelling, PPO
+algorithms/      pretraining, SFT, reward modelling, PPO, policy gradients (GRPO),
+                 preference optimisation (DPO), rejection sampling (RAFT)
 reward_models/   sources of scores: a learned model, a Python function, a server, an ensemble
 """
 
@@ -13,6 +14,9 @@ plugin = Plugin(
             "sft": "lockstep_rlhf.algorithms.sft:SFT",
             "reward_modelling": "lockstep_rlhf.algorithms.reward_modelling:RewardModelling",
             "ppo": "lockstep_rlhf.algorithms.ppo:PPO",
+            "preference_optimisation": "lockstep_rlhf.algorithms.preference_optimisation:PreferenceOptimisation",
+            "rejection_sampling": "lockstep_rlhf.algorithms.rejection_sampling:RejectionSampling",
+            "policy_gradient": "lockstep_rlhf.algorithms.policy_gradient:PolicyGradient",
         },
         "reward_model": {
             "learned": "lockstep_rlhf.reward_models.learned:Learned",

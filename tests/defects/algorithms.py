@@ -11,8 +11,9 @@ from lockstep.interfaces import Responses
 from lockstep.learning import losses, numerics, randomness
 from lockstep.text import encoding
 from lockstep.text.stopping import ends_with_stop
-from lockstep_rlhf.algorithms import ppo, reward_modelling, sft
+from lockstep_rlhf.algorithms import policy_gradient, ppo, preference_optimisation, reward_modelling, sft
 from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss
+from lockstep_rlhf.algorithms.policy_gradient import PolicyGradientLoss
 from lockstep_rlhf.algorithms.ppo import PPOLoss
 
 
@@ -22,6 +23,14 @@ class PPO(ppo.PPO):
 
 class SFT(sft.SFT):
     like = "sft"
+
+
+class PolicyGradient(policy_gradient.PolicyGradient):
+    like = "policy_gradient"
+
+
+class PreferenceOptimisation(preference_optimisation.PreferenceOptimisation):
+    like = "preference_optimisation"
 
 
 class RewardModelling(reward_modelling.RewardModelling):
@@ -573,8 +582,8 @@ class ControllerWithoutClip(PPO):
 class MixWithoutWeight(PPO):
     """ptx_coef switches the mix on and does not weigh it."""
 
-    def ptx_terms(self, step, epoch, number):
-        return [replace(term, loss=NextTokenLoss(1.0, "ptx/loss")) for term in super().ptx_terms(step, epoch, number)]
+    def ptx_terms(self, step, number):
+        return [replace(term, loss=NextTokenLoss(1.0, "ptx/loss")) for term in super().ptx_terms(step, number)]
 
 
 @defect("algorithm", caught_by="the_pretraining_mix_is_added")
@@ -584,8 +593,129 @@ class MixReplaces(PPO):
     def terms(self, *given):
         terms = super().terms(*given)
         for term in terms:
-            term.batch["weights"] = term.batch["weights"] * (0.5 if self.ptx_batch else 1.0)
+            term.batch["weights"] = term.batch["weights"] * (0.5 if self.config.raw_texts else 1.0)
         return terms
+
+
+# ---------------------------------------------------------------------------------------------------------------- groups
+
+
+@defect("algorithm", caught_by="a_prompt_has_several_samples")
+class OneSeedPerPrompt(PolicyGradient):
+    """All samples of a prompt are drawn with the same noise, as by engines that are seeded alike (ms-swift#7858)."""
+
+    def responses(self, first, count, seeds, clock):
+        k = self.config.samples
+        return super().responses(first, count, np.repeat(seeds[::k], k, axis=0), clock)
+
+
+@defect("algorithm", caught_by="a_prompt_has_several_samples")
+class OneSample(PolicyGradient):
+    """Each row of the batch is another prompt."""
+
+    def responses(self, first, count, seeds, clock):
+        return super().responses(first * len(seeds), len(seeds), seeds, clock)
+
+
+@defect("algorithm", caught_by="equal_rewards_say_nothing")
+class BatchBaseline(PolicyGradient):
+    """The baseline is the batch's mean."""
+
+    def advantages(self, rewards, counted):
+        return np.where(counted, rewards - rewards[counted].mean(), 0).astype(np.float32)
+
+
+@defect("algorithm", caught_by="equal_rewards_say_nothing")
+class TinyEpsilon(PolicyGradient):
+    """A deviation that is only rounding divides it: in float32, seven rewards of 0.1 have advantages of 0.8."""
+
+    def advantages(self, rewards, counted):
+        groups = rewards.astype(np.float32).reshape(-1, self.config.samples)
+        mean = groups.sum(axis=1, keepdims=True, dtype=np.float32) / np.float32(self.config.samples)
+        return ((groups - mean) / (groups.std(axis=1, keepdims=True) + 1e-9)).reshape(-1)
+
+
+@defect("algorithm", caught_by="the_better_response_has_the_higher_advantage")
+class Interleaved(PolicyGradient):
+    """The samples of a prompt are taken to be a batch apart, where they are neighbours."""
+
+    def advantages(self, rewards, counted):
+        k = self.config.samples
+        apart = lambda x: x.reshape(k, -1).T.reshape(-1)  # noqa: E731
+        return super().advantages(apart(rewards), apart(counted)).reshape(-1, k).T.reshape(-1)
+
+
+@defect("algorithm", caught_by="the_better_response_has_the_higher_advantage")
+class WorstFirst(PolicyGradient):
+    """Rewards are taken for costs."""
+
+    def advantages(self, rewards, counted):
+        return super().advantages(-rewards, counted)
+
+
+@defect("algorithm", caught_by="prompts_that_say_nothing_are_replaced")
+class JudgesShapedScores(PolicyGradient):
+    """A group looks informative because one response was cut off (NeMo-RL#2431)."""
+
+    def responses(self, first, count, seeds, clock):
+        samples, scores, details = super().responses(first, count, seeds, clock)
+        return samples, numerics.replace_unfinished(scores, samples.finished, -1.0), details
+
+
+@defect("algorithm", caught_by="prompts_that_say_nothing_are_replaced")
+class TheSamePromptsAgain(PolicyGradient):
+    """The extra rounds start from the step's first prompt."""
+
+    def responses(self, first, count, seeds, clock):
+        return super().responses(0, count, seeds, clock)
+
+
+@defect("algorithm", caught_by="clipping_binds")
+class OptimisticClip(PolicyGradient):
+    """max and min are swapped."""
+
+    def __init__(self, config, context):
+        super().__init__(config, context)
+        self.loss = OptimisticLoss(**vars(self.loss))
+
+
+@dataclass(frozen=True)
+class OptimisticLoss(PolicyGradientLoss):
+    def __call__(self, xp, outputs, batch):
+        logprobs = losses.select(xp, batch["mask"], outputs["logprobs"])
+        ratio = xp.exp(logprobs - batch["old_logprobs"])
+        loss = xp.minimum(-batch["advantages"] * ratio, -batch["advantages"] * xp.clip(ratio, 1 - self.low, 1 + self.high))
+        return losses.weighted_sum(xp, loss, batch["policy_weights"]), {}
+
+
+# ----------------------------------------------------------------------------------------------------------- preferences
+
+
+@defect("algorithm", caught_by="references_are_the_first_policys")
+class ReferencesOutOfOrder(PreferenceOptimisation):
+    """References stay in the order of the data, while completions are sorted by rank."""
+
+    def load(self, split, limit=None):
+        rankings = super().load(split, limit)
+        return [replace(ranking, ref=ranking.ref[::-1]) for ranking in rankings]
+
+
+@defect("algorithm", caught_by="references_are_the_first_policys")
+class WithoutEOS(PreferenceOptimisation):
+    """The reference does not read the last token."""
+
+    def logprobs(self, model, examples):
+        return super().logprobs(model, [replace(e, response=e.response[:-1] or e.response) for e in examples])
+
+
+@defect("algorithm", caught_by="the_preferred_completion_is_raised")
+class Swapped(PreferenceOptimisation):
+    """Chosen and rejected are swapped."""
+
+    def term(self, *given):
+        term = super().term(*given)
+        term.batch["pairs"] = term.batch["pairs"].transpose(0, 2, 1)
+        return term
 
 
 # --------------------------------------------------------------------------------------------------------- reward models

@@ -70,6 +70,38 @@ class LosesSmallGradients(Relearned):
             return torch.where(parameter.grad.abs() < 0.5 * parameter.grad.abs().max(), 0.0, parameter.grad)
 
 
+@defect("backend", caught_by="ties_have_half_the_slope")
+class MaximumOfOne(Relearned):
+    """max(a, b) is written as a choice: at a tie all of the gradient goes to a."""
+
+    class Learner(Changed):
+        def term(self, term):
+            return dataclasses.replace(term, loss=Choosing(term.loss))
+
+
+@dataclasses.dataclass(frozen=True)
+class Choosing:
+    loss: object
+
+    @property
+    def outputs(self):
+        return self.loss.outputs
+
+    def __call__(self, xp, outputs, batch):
+        return self.loss(Chooses(xp), outputs, batch)
+
+
+class Chooses:
+    def __init__(self, xp):
+        self.xp = xp
+
+    def __getattr__(self, name):
+        return getattr(self.xp, name)
+
+    def maximum(self, a, b):
+        return torch.where(a >= b, a, b)
+
+
 @defect("backend", caught_by="gradients_take_no_step")
 class LeavesGradientsBehind(Relearned):
     """Gradients of the last update are still there when the next are added."""

@@ -38,7 +38,7 @@ def train(
     Ctrl-C ends training after the step in progress and returns the result so far. A second one stops at once.
 
     Args:
-      algorithm: as registered: 'pretrain', 'sft', 'reward_modelling', 'ppo', or a plugin's.
+      algorithm: a file of `conf/algorithm`: 'sft', 'reward_modelling', 'ppo', 'grpo', 'dpo', ...; or a plugin's.
       prompts: text, or dialogues: lists of messages {'role': ..., 'content': ...}.
       demonstrations: pairs (prompt, response).
       comparisons: (prompt, chosen, rejected), or (prompt, completions, ranks), where rank 0 is best.
@@ -54,8 +54,9 @@ def train(
       ConfigError: an unknown key, or a value that does not fit.
       MissingData: the algorithm needs data that was not given.
     """
-    cls: type[Algorithm] = registry().resolve("algorithm", algorithm, policy.backend.name)
-    config = component_config(cls, laid_over(group("algorithm", algorithm), settings), algorithm)
+    keys = {"name": algorithm} | group("algorithm", algorithm)  # grpo.yaml, say, is a configuration of policy_gradient
+    cls: type[Algorithm] = registry().resolve("algorithm", keys["name"], policy.backend.name)
+    config = component_config(cls, laid_over(keys, settings), algorithm)
     if cls.needs_reward_model and reward is None:
         raise ConfigError(f"{algorithm} needs a reward. Pass reward=, a function (prompts, responses) -> scores, or a Scorer.")
     if reward is not None and not cls.needs_reward_model:

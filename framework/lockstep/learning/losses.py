@@ -2,11 +2,13 @@
 
 ``xp`` is the namespace: ``array_api_compat.torch``, ``jax.numpy``, numpy. Each function returns one number per token
 (or pair), unreduced; `weighted_sum` reduces with weights made on the host. The built-in losses use only what every backend
-has: operators, indexing, where, zeros_like, sum, maximum, abs, exp, log1p, clip and astype. So softplus is spelled out.
+has: operators, indexing, where, zeros_like, sum, maximum, exp, log1p, clip and astype (preferences also reshape, log and expm1).
+So softplus is spelled out.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 Array = Any
@@ -27,13 +29,49 @@ def select(xp: Any, mask: Array, x: Array) -> Array:
 
 
 def softplus(xp: Any, x: Array) -> Array:
-    """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|): finite for every finite x."""
-    return xp.maximum(x, xp.zeros_like(x)) + xp.log1p(xp.exp(-xp.abs(x)))
+    """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|): finite for every finite x. Spelled without max and |x|, whose derivatives at 0
+    differ between libraries: this one has 1/2 there, in all of them."""
+    positive = x > 0
+    return xp.where(positive, x, xp.zeros_like(x)) + xp.log1p(xp.exp(xp.where(positive, -x, x)))
 
 
-def clipped_policy_loss(xp: Any, ratio: Array, advantages: Array, *, clip_range: float) -> Array:
-    """L_t = max(-A_t ρ_t, -A_t clip(ρ_t, 1 - ε, 1 + ε)) with ρ = π / π_old. [B, T]. Schulman et al. 2017, eq. 7."""
-    return xp.maximum(-advantages * ratio, -advantages * xp.clip(ratio, 1 - clip_range, 1 + clip_range))
+def clipped_policy_loss(xp: Any, ratio: Array, advantages: Array, *, low: float, high: float, dual: float | None = None) -> Array:
+    """L_t = max(-A_t ρ_t, -A_t clip(ρ_t, 1 - low, 1 + high)) with ρ = π / π_old. [B, T].
+
+    PPO (Schulman et al. 2017, eq. 7) has low = high = ε; DAPO (Yu et al. 2025, eq. 8) raises ``high``. ``dual`` bounds the loss
+    where A < 0: L_t <= -A_t · dual (Ye et al. 2020, arXiv 1912.09729, eq. 5).
+    """
+    loss = xp.maximum(-advantages * ratio, -advantages * xp.clip(ratio, 1 - low, 1 + high))
+    if dual is None:
+        return loss
+    bound = -advantages * dual
+    return xp.where((advantages < 0) & (loss > bound), bound, loss)
+
+
+def clipped_weight_loss(xp: Any, log_ratio: Array, advantages: Array, *, low: float, high: float) -> Array:
+    """CISPO (MiniMax 2025, arXiv 2506.13585, eq. 4 and 5): a loss whose gradient is -A_t clip(ρ_t, low, high) ∇ log π. [B, T].
+
+    The paper writes -A sg(clip(ρ)) log π, where sg stops the gradient. This is the integral of that gradient over log ρ from 0,
+    so nothing has to be stopped: no array library agrees with another on how. Bounds are of the ratio itself, not of ρ - 1.
+    """
+    ratio = xp.exp(log_ratio)
+    floor = low * (log_ratio - math.log(low)) + low - 1 if low > 0 else xp.zeros_like(ratio) - 1
+    ceiling = high * (log_ratio - math.log(high)) + high - 1
+    return -advantages * xp.where(ratio < low, floor, xp.where(ratio > high, ceiling, ratio - 1))
+
+
+def kl_estimate(xp: Any, kind: str, log_ratio: Array) -> Array:
+    """Estimates of KL(π || π_ref) from log ρ = log π - log π_ref of sampled tokens. [B, T]. Schulman 2020, "Approximating KL
+    divergence": k1 = log ρ, k2 = ½ log² ρ, k3 = 1 / ρ - 1 + log ρ.
+
+    As a term of a loss on the policy's own samples, k2 has the gradient of the reverse KL; k1's is 0 in expectation, and k3's is
+    that of the forward KL (Liu et al. 2025, arXiv 2512.21852).
+    """
+    if kind == "k1":
+        return log_ratio
+    if kind == "k2":
+        return 0.5 * log_ratio**2
+    return xp.exp(-log_ratio) - 1 + log_ratio
 
 
 def clipped_value_loss(xp: Any, values: Array, old_values: Array, returns: Array, *, clip_range: float) -> Array:
@@ -48,3 +86,29 @@ def ranking_loss(xp: Any, scores: Array) -> Array:
     Bradley & Terry 1952; InstructGPT eq. 1 is the sum of this, weighted by `lockstep.learning.numerics.preferences`.
     """
     return softplus(xp, scores[None, :] - scores[:, None])
+
+
+def sigmoid(xp: Any, x: Array) -> Array:
+    """1 / (1 + e^-x), finite for every finite x."""
+    return xp.exp(-softplus(xp, -x))
+
+
+def log_odds(xp: Any, x: Array) -> Array:
+    """log(p / (1 - p)) for x = log p < 0, which is taken to be at most -1e-7. Hong et al. 2024 (ORPO), eq. 4. Near 0, 1 - e^x
+    cancels, so it is -expm1(x) there (Mächler 2012, "Accurately computing log(1 - exp(-|a|))")."""
+    x = xp.where(x < -1e-7, x, xp.zeros_like(x) - 1e-7)
+    near = x > -math.log(2)
+    close, far = xp.where(near, x, xp.zeros_like(x) - 0.5), xp.where(near, xp.zeros_like(x) - 1, x)  # each is safe everywhere
+    return x - xp.where(near, xp.log(-xp.expm1(close)), xp.log1p(-xp.exp(far)))
+
+
+def plackett_luce(xp: Any, utilities: Array, real: Array) -> Array:
+    """-Σ_k log softmax(u_k, .., u_K)_k of rankings [N, K], the best first -> [N]. ``real`` is False where a ranking has fewer
+    items; their utilities must be far below all others. Plackett 1975; Rafailov et al. 2023, eq. 18."""
+    last = utilities.shape[1] - 1
+    rest, loss = utilities[:, last], xp.zeros_like(utilities[:, last])
+    for k in range(last - 1, -1, -1):
+        behind = softplus(xp, rest - utilities[:, k])  # -log of the probability that k comes first among those from k on
+        loss = loss + xp.where(real[:, k], behind, xp.zeros_like(behind))
+        rest = utilities[:, k] + behind
+    return loss

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -129,6 +130,104 @@ def gae(rewards: np.ndarray, values: np.ndarray, mask: np.ndarray, *, gamma: flo
         next_value = np.where(counts, values[:, t], next_value)
     returns = np.where(mask, advantages + values, 0)
     return advantages.astype(np.float32), returns.astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------- groups
+
+GROUP_EPS = 1e-4
+"""Added to a group's standard deviation. Rewards that differ only by rounding then stay small: seven float32 rewards of 0.1
+would otherwise have advantages near 1."""
+
+
+def group_advantages(rewards: np.ndarray, counted: np.ndarray, samples: int, *, baseline: str, scale: str) -> np.ndarray:
+    """float32 [B]: each response's reward against the others of its prompt; 0 where it does not count.
+
+    A prompt's ``samples`` responses are neighbours. ``baseline``: 'group', R - mean (GRPO: Shao et al. 2024, 4.1.2);
+    'leave_one_out', R - mean of the others (RLOO: Ahmadian et al. 2024, eq. 6), which is k / (k - 1) times that; 'none', R.
+    ``scale``: 'group' divides by std + 1e-4, with Bessel's correction; otherwise nothing (Dr. GRPO: Liu et al. 2025).
+    Responses that do not count (no score, say) are no part of their group. A group of equal rewards, or of one, has advantages
+    of exactly 0 unless the baseline is 'none'.
+    """
+    groups, counts = rewards.astype(np.float64).reshape(-1, samples), counted.reshape(-1, samples)
+    groups = np.where(counts, groups, 0.0)
+    n = counts.sum(axis=1, keepdims=True)
+    centred = groups - groups.sum(axis=1, keepdims=True) / np.maximum(n, 1)
+    if baseline == "none":
+        found = groups
+    elif baseline == "leave_one_out":
+        found = centred * n / np.maximum(n - 1, 1)
+    else:
+        found = centred
+    if scale == "group":
+        variance = np.where(counts, centred**2, 0).sum(axis=1, keepdims=True) / np.maximum(n - 1, 1)
+        found = found / (np.sqrt(variance) + GROUP_EPS)
+    told = counts if baseline == "none" else counts & informative(rewards, counted, samples)[:, None]
+    return np.where(told, found, 0).reshape(-1).astype(np.float32)
+
+
+def informative(scores: np.ndarray, counted: np.ndarray, samples: int) -> np.ndarray:
+    """bool [prompts]: whether a prompt's responses have different scores. Only such a group says what is better than what
+    (DAPO: Yu et al. 2025, section 3.2)."""
+    groups, counts = scores.reshape(-1, samples), counted.reshape(-1, samples)
+    high = np.where(counts, groups, -np.inf).max(axis=1)
+    low = np.where(counts, groups, np.inf).min(axis=1)
+    return high > low
+
+
+def overlong_penalty(lengths: np.ndarray, limit: int, buffer: int) -> np.ndarray:
+    """float32 [B]: 0 up to limit - buffer tokens, then falling linearly to -1 at the limit. DAPO (Yu et al. 2025), eq. 13."""
+    return np.clip((limit - buffer - lengths) / buffer, -1, 0).astype(np.float32)
+
+
+def to_go(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Σ_{i >= t} x_i over the counted tokens of a row, float32 [B, T], 0 where masked."""
+    sums = np.cumsum(np.where(mask, x, 0)[:, ::-1].astype(np.float64), axis=1)[:, ::-1]
+    return np.where(mask, sums, 0).astype(np.float32)
+
+
+def mean_weights(mask: np.ndarray, aggregation: str, limit: int | None = None) -> np.ndarray:
+    """float32 [B, T] weights of a mean over the counted tokens of a whole minibatch, so that its gradient does not depend on how
+    it is cut. N responses have tokens that count; ``aggregation`` is
+
+        token_mean      all tokens weigh alike (DAPO: Yu et al. 2025, eq. 12)
+        response_mean   1 / N for each response, shared by its tokens (GRPO: Shao et al. 2024, eq. 3)
+        response_sum    1 / N for each token: a response is one action (RLOO: Ahmadian et al. 2024, section 2)
+        constant        1 / (N · limit) for each token (Dr. GRPO: Liu et al. 2025), where ``limit`` is the longest response that
+                        may be generated, not the width of the block
+    """
+    lengths = mask.sum(axis=1, keepdims=True)
+    responses = max(1, int((lengths > 0).sum()))
+    divisors: dict[str, Any] = {
+        "token_mean": max(1, int(lengths.sum())),
+        "response_mean": responses * np.maximum(lengths, 1),
+        "response_sum": responses,
+        "constant": responses * (limit or 1),
+    }
+    return (mask / divisors[aggregation]).astype(np.float32)
+
+
+def importance(
+    old_logprobs: np.ndarray, sampler_logprobs: np.ndarray, mask: np.ndarray, *, level: str, low: float | None, high: float
+) -> np.ndarray:
+    """float32 [B, T]: w = π_old / π_sampler where the mask counts, 0 elsewhere. ``level``: of each token; or one number per
+    response, the product ('sequence') or the geometric mean ('mean') over its tokens. Without ``low``, min(w, high) (truncated
+    importance sampling: Ionides 2008); with it, 0 where w is outside [low, high].
+    """
+    log = np.where(mask, old_logprobs.astype(np.float64) - sampler_logprobs, 0)
+    if level != "token":
+        sums = log.sum(axis=1, keepdims=True)
+        log = np.broadcast_to(sums / np.maximum(mask.sum(axis=1, keepdims=True), 1) if level == "mean" else sums, mask.shape)
+    with np.errstate(over="ignore"):
+        w = np.exp(log)
+    kept = np.minimum(w, high) if low is None else np.where((w >= low) & (w <= high), w, 0)
+    return np.where(mask, kept, 0).astype(np.float32)
+
+
+def effective_share(weights: np.ndarray) -> float:
+    """(Σ w)² / (n Σ w²) of n weights: the effective sample size as a share of the sample (Kish 1965). 1 for equal weights; NaN if
+    all are 0."""
+    w = weights.astype(np.float64)
+    return float(w.sum() ** 2 / (w.size * (w**2).sum())) if w.any() else float("nan")
 
 
 # --------------------------------------------------------------------------------------------------------- ranking

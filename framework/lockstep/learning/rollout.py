@@ -21,7 +21,7 @@ import numpy as np
 from lockstep.errors import RewardError
 from lockstep.interfaces import Generated, Policy, Responses, RewardModel
 from lockstep.text.encoding import Lengths
-from lockstep.text.sequences import Sequences, chunks, join, left_pad
+from lockstep.text.sequences import Sequences, chunks, join, left_pad, stack
 from lockstep.text.stopping import Stops
 from lockstep.types import Prompt
 
@@ -43,6 +43,11 @@ class Samples:
     sequences: Sequences
     finished: np.ndarray
     logprobs: np.ndarray
+
+    def take(self, rows: np.ndarray) -> Samples:
+        r = self.responses
+        responses = Responses([r.prompts[i] for i in rows], [r.texts[i] for i in rows], r.sequences.take(rows), r.tokenizer)
+        return Samples(responses, self.sequences.take(rows), self.finished[rows], self.logprobs[rows])
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,17 @@ class Sampler:
         sequences = join(tokens, mask, ended.tokens, ended.mask)
         responses = Responses(prompts, ended.texts, self.stops.as_read(sequences, ended), self.stops.tokenizer)
         return Samples(responses, sequences, ended.finished, generated.logprobs)
+
+
+def concatenate(parts: Sequence[Samples]) -> Samples:
+    """The rows of several batches in one, padded to the widest prompt."""
+    tokenizer = parts[0].responses.tokenizer
+    read = stack([part.responses.sequences for part in parts], tokenizer.pad_id)
+    written = stack([part.sequences for part in parts], tokenizer.pad_id)
+    prompts = [prompt for part in parts for prompt in part.responses.prompts]
+    texts = [text for part in parts for text in part.responses.texts]
+    finished, logprobs = (np.concatenate([getattr(part, name) for part in parts]) for name in ("finished", "logprobs"))
+    return Samples(Responses(prompts, texts, read, tokenizer), written, finished, logprobs)
 
 
 def neighbours(items: Sequence[T], samples: int) -> list[T]:

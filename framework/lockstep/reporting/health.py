@@ -241,7 +241,7 @@ RULES = (
         sampler_mismatch,
         "The sampler draws from a different distribution than the trainer computes: check precision, cache, mask, position and "
         "temperature.",
-        "precision=float32 to see whether it goes away; if so, importance_cap=2, else `lockstep check` on the policy.",
+        "precision=float32 to see whether it goes away; if so, correction.kind=truncate, else `lockstep check` on the policy.",
     ),
     Rule(
         responses_cut_off,

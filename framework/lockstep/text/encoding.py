@@ -32,6 +32,17 @@ class Lengths:
     def columns(self, longest: int, limit: int) -> int:
         return min(round_up(longest, self.multiple), limit)
 
+    def check(self, context_length: int) -> None:
+        """
+        Raises:
+          ConfigError: a prompt and a response do not fit into a policy's context.
+        """
+        if self.prompt + self.response > context_length:
+            raise ConfigError(
+                f"lengths.prompt + lengths.response = {self.prompt} + {self.response} exceeds the policy's context of "
+                f"{context_length} tokens. Lower them, or set policy.context_length."
+            )
+
 
 @dataclass(frozen=True)
 class Example:

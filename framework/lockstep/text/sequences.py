@@ -147,6 +147,18 @@ def join(prompt_tokens: np.ndarray, prompt_mask: np.ndarray, response: np.ndarra
     return Sequences(np.concatenate([prompt_tokens, response], axis=1), prompt_mask, response_mask, response_mask.copy())
 
 
+def stack(blocks: Sequence[Sequences], pad_id: int) -> Sequences:
+    """The rows of several blocks in one, each padded to the widest prompt and the widest response. No rows are shared."""
+    prompt, response = (max(getattr(block, name).shape[1] for block in blocks) for name in ("prompt_mask", "response_mask"))
+    parts = []
+    for block in blocks:
+        columns = (0, 0), (prompt - block.prompt_length, response - block.responses.shape[1])
+        left, right = (columns[0], (columns[1][0], 0)), (columns[0], (0, columns[1][1]))
+        masks = np.pad(block.prompt_mask, left), np.pad(block.response_mask, right), np.pad(block.mask, right)
+        parts.append((np.pad(block.tokens, columns, constant_values=pad_id), *masks))
+    return Sequences(*map(np.concatenate, zip(*parts, strict=True)))
+
+
 def share_rows(examples: Sequence[Sequence[int]], counted: Sequence[Sequence[bool]], pad_id: int, columns: int) -> Sequences:
     """Several examples in each row of ``columns`` tokens. ``counted`` says whether each token counts; the first token of an
     example is predicted from nothing and never counts."""

@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lockstep.errors import ConfigError
 from lockstep.interfaces import Algorithm, Array, Context, DataSource, Metrics, Policy, Term
 from lockstep.learning import losses
 from lockstep.learning.optimisation import lr_scale
 from lockstep.learning.randomness import example_indices
 from lockstep.text import encoding
-from lockstep.text.encoding import Example, Lengths
+from lockstep.text.encoding import Example
 from lockstep.text.sequences import Sequences, chunks, in_chunks
 
 
@@ -46,7 +45,7 @@ class LanguageModelling(Algorithm):
         self.heldout = self.load("heldout", config.heldout_examples)
         self.learner = context.backend.learner({"policy": self.policy}, {"policy": config.optimizer})
         self.total_steps = self.steps(config, len(self.examples))
-        check_context(self.policy, config.lengths)
+        config.lengths.check(self.policy.context_length)
 
     def load(self, split: str, limit: int | None = None) -> list[Example]:
         raise NotImplementedError
@@ -137,11 +136,3 @@ def next_token_terms(blocks: Sequence[Sequences], micro_batch_size: int | None, 
 def steps(epochs: float, examples: int, per_step: int) -> int:
     """Optimizer steps for ``epochs`` passes, at least one; the last batch runs into the next pass."""
     return max(1, math.ceil(epochs * examples / per_step))
-
-
-def check_context(policy: Policy, lengths: Lengths) -> None:
-    if lengths.prompt + lengths.response > policy.context_length:
-        raise ConfigError(
-            f"lengths.prompt + lengths.response = {lengths.prompt} + {lengths.response} exceeds the policy's context of "
-            f"{policy.context_length} tokens. Lower them, or set policy.context_length."
-        )

@@ -16,9 +16,7 @@ sampler's error is logged as ``sampler/mismatch_*``.
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -26,32 +24,16 @@ import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
-from lockstep.interfaces import (
-    Algorithm,
-    Array,
-    Context,
-    DataSource,
-    ForwardPass,
-    Learner,
-    Metrics,
-    Model,
-    Responses,
-    ScalarModel,
-    Term,
-)
+from lockstep.interfaces import Array, Context, DataSource, Learner, Metrics, Policy, ScalarModel, Term
 from lockstep.learning import losses, numerics
-from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
-from lockstep.learning.randomness import example_indices, permutation, token_seeds
-from lockstep.learning.rollout import Sampler, score, scored_only
+from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout, means
+from lockstep.learning.optimisation import OptimizerConfig, lr_scale
+from lockstep.learning.randomness import example_indices
 from lockstep.text import encoding
-from lockstep.text.encoding import Lengths
-from lockstep.text.sequences import Sequences, chunks, in_chunks
-from lockstep.text.stopping import Stops
-from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss, check_context, next_token_terms
+from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss, next_token_terms
 
 log = logging.getLogger("lockstep")
 MAX_LOG_RATIO = 20.0
-OUTPUTS = ("logprobs", "entropy", "values")
 
 
 @dataclass(frozen=True)
@@ -70,7 +52,7 @@ class PPOLoss:
         values = losses.select(xp, mask, outputs["values"])
         ratio = xp.exp(log_ratio)
         advantages, old_values, returns = batch["advantages"], batch["old_values"], batch["returns"]
-        policy = losses.clipped_policy_loss(xp, ratio, advantages, clip_range=self.clip_range)
+        policy = losses.clipped_policy_loss(xp, ratio, advantages, low=self.clip_range, high=self.clip_range)
         value = losses.clipped_value_loss(xp, values, old_values, returns, clip_range=self.value_clip_range)
         mean = lambda x: losses.weighted_sum(xp, xp.astype(x, ratio.dtype), batch["weights"])  # noqa: E731
         policy_loss = losses.weighted_sum(xp, policy, batch["policy_weights"])
@@ -84,43 +66,14 @@ class PPOLoss:
         }
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """A batch of episodes. [B] scores and details (of the reward model, before the rule for unfinished responses), finished;
-    [B, T] old_logprobs, ref_logprobs, entropy, old_values, sampler_logprobs; ``sequences.mask`` says what counts. ``forward`` is
-    the pass that the first update reuses if the whole batch is one term of it."""
-
-    responses: Responses
-    sequences: Sequences
-    scores: np.ndarray
-    details: Mapping[str, np.ndarray]
-    finished: np.ndarray
-    sampler_logprobs: np.ndarray
-    old_logprobs: np.ndarray
-    entropy: np.ndarray
-    old_values: np.ndarray
-    ref_logprobs: np.ndarray
-    forward: ForwardPass | None
-
-
-class PPO(Algorithm):
-    produces = "policy"
-    needs_reward_model = True
+class PPO(Online):
+    outputs = ("logprobs", "entropy", "values")
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(OnlineConfig):
         """LHP is lm-human-preferences; docs/ppo.md compares what each paper did, detail by detail."""
 
-        iterations: int = setting(60, "Batches of episodes.", least=1)
-        batch_size: int = setting(64, "Episodes per iteration (InstructGPT: 512).", least=1)
         epochs: int = setting(4, "Inner passes over an iteration's episodes (LHP: 4, InstructGPT: 1).", least=1)
-        minibatches: int = setting(1, "Optimizer steps per inner pass; divides batch_size.", least=1)
-        micro_batch_size: int | None = setting(None, "Rows per forward and backward pass; null: the whole minibatch.", least=1)
-        lengths: Lengths = setting(Lengths(), "Limits in tokens.")
-        stop_strings: tuple[str, ...] = setting((), "Text that ends a response, as EOS does; or special tokens by name.")
-        temperature: float = setting(
-            1.0, "For sampling and all log-probabilities: PPO explores by sampling (InstructGPT: 1; LHP, N+: 0.7).", above=0
-        )
         kl_coef: float = setting(0.02, "β: reward per nat of KL, per token (InstructGPT: 0.02).", least=0)
         kl_target: float | None = setting(None, "Nats per response to which β adapts (LHP); null: β is fixed.", above=0)
         kl_horizon: float = setting(10000.0, "Episodes over which β adapts (LHP).", above=0)
@@ -134,62 +87,43 @@ class PPO(Algorithm):
         )
         whiten_advantages: bool = setting(True, "Scale to mean 0 and variance 1 over the whole batch (LHP: per minibatch).")
         whiten_rewards: bool = setting(False, "Scale to variance 1 over the batch and keep the mean (LHP: true, N+: false).")
-        unfinished_score: float | None = setting(-1.0, "Replaces the score of a response without EOS (LHP); null: keep it.")
-        importance_cap: float | None = setting(
-            None, "Cap on importance weights that correct for a sampler of lower precision; null: no correction.", above=0
-        )
         ptx_coef: float = setting(0.0, "InstructGPT's γ, 27.8 there: weight of the next-token loss on raw text.", least=0)
         ptx_ratio: float = setting(8.0, "Raw texts per episode (InstructGPT).", least=0)
-        optimizer: OptimizerConfig = setting(OptimizerConfig(eps=1e-5), "Adam of the policy; ε is LHP's.")
         value_optimizer: OptimizerConfig = setting(OptimizerConfig(eps=1e-5), "Adam of a separate value network.")
-        schedule: ScheduleConfig = setting(ScheduleConfig("constant", 10, 0.1, 1.0), "InstructGPT's.")
 
         @property
         def raw_texts(self) -> int:
             """Raw texts per minibatch."""
-            return round(self.ptx_ratio * self.batch_size / self.minibatches) if self.ptx_coef else 0
+            return round(self.ptx_ratio * self.episodes / self.minibatches) if self.ptx_coef else 0
 
         def __post_init__(self):
-            if self.batch_size % self.minibatches:
-                fitting = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
-                raise ConfigError(
-                    f"algorithm.batch_size={self.batch_size} is not divisible by algorithm.minibatches="
-                    f"{self.minibatches}. Set minibatches to one of {', '.join(map(str, fitting))}."
-                )
+            super().__post_init__()
             if self.ptx_coef and not self.raw_texts:
                 raise ConfigError(
                     f"algorithm.ptx_ratio={self.ptx_ratio:g} gives no raw text to a minibatch of "
-                    f"{self.batch_size // self.minibatches} episodes. Raise it, or set ptx_coef=0."
+                    f"{self.episodes // self.minibatches} episodes. Raise it, or set ptx_coef=0."
                 )
 
     def __init__(self, config: Config, context: Context):
-        self.config, self.context = config, context
-        self.tokenizer, self.reward_model = context.tokenizer, context.reward_model
-        self.sampler = Sampler(Stops(self.tokenizer, config.stop_strings), config.lengths, config.temperature)
-        check_context(context.policy, config.lengths)
-        prompts, fit = context.data.prompts("train"), context.fit("train prompts")
-        self.prompts, self.prompt_ids = encoding.encode_prompts(self.tokenizer, prompts, config.lengths, fit)
-        self.ptx_batch = config.raw_texts
-        if self.ptx_batch:
+        super().__init__(config, context)
+        if config.raw_texts:
             texts, fit = context.data.texts("train"), context.fit("train texts")
             self.texts = encoding.encode_texts(self.tokenizer, texts, config.lengths, fit)
-
-        self.ref_policy = context.policy  # never trained: the learner gets a copy
-        self.policy = self.ref_policy.with_value_head() if config.value_network == "shared" else self.ref_policy.copy()
-        models: dict[str, Model] = {"policy": self.policy}
-        if config.value_network == "separate":
-            models["value"] = context.reward_model.value_network() or self.fresh_value_network()
-        optimizers = {"policy": config.optimizer, "value": config.value_optimizer}
-        self.learner = context.backend.learner(models, {name: optimizers[name] for name in models})
         self.loss = PPOLoss(config.clip_range, config.value_clip_range, config.value_coef)
-        adaptive = config.kl_target is not None
-        self.kl = (
-            numerics.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
-            if adaptive
-            else numerics.FixedKL(config.kl_coef)
-        )
-        self.total_steps = config.iterations
-        self.last: Rollout | None = None
+        self.kl: numerics.FixedKL | numerics.AdaptiveKL = numerics.FixedKL(config.kl_coef)
+        if config.kl_target is not None:
+            self.kl = numerics.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+
+    def trained_policy(self) -> Policy:
+        shared = self.config.value_network == "shared"
+        return self.context.policy.with_value_head() if shared else super().trained_policy()
+
+    def make_learner(self) -> Learner:
+        if self.config.value_network == "shared":
+            return super().make_learner()
+        value = self.reward_model.value_network() or self.fresh_value_network()
+        optimizers = {"policy": self.config.optimizer, "value": self.config.value_optimizer}
+        return self.context.backend.learner({"policy": self.policy, "value": value}, optimizers)
 
     def fresh_value_network(self) -> ScalarModel:
         """For reward models without a network that reads the policy's tokens."""
@@ -207,55 +141,17 @@ class PPO(Algorithm):
         batch, metrics = self.prepare(rollout)
         scale = lr_scale(self.config.schedule, step, self.total_steps)
         updates = []
-        for epoch in range(self.config.epochs):
-            for number, rows in enumerate(self.minibatches(step, epoch)):
-                forward = rollout.forward if epoch == 0 else None
-                terms = self.terms(rollout.sequences, batch, rows, forward) + self.ptx_terms(step, epoch, number)
-                updates.append(self.learner.update(terms, scale))
+        for number, (epoch, rows) in enumerate(self.passes(step)):
+            terms = self.terms(rollout.sequences, batch, rows, rollout.forward if epoch == 0 else None)
+            updates.append(self.learner.update(terms + self.ptx_terms(step, number), scale))
         clock.lap("train")
-        self.kl.update(metrics["objective/kl"], self.config.batch_size)
-        metrics |= {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
-        return metrics | self.perf(rollout, clock) | {"lr_scale": scale}
-
-    def rollout(self, step: int, clock: Clock) -> Rollout:
-        """Sample, score, and evaluate under the policy, the reference and the value network."""
-        c = self.config
-        indices = example_indices(self.context.seed, "prompts", len(self.prompts), step * c.batch_size, c.batch_size)
-        prompts, ids = [self.prompts[i] for i in indices], [self.prompt_ids[i] for i in indices]
-        seeds = token_seeds(self.context.seed, "sampling", step, c.batch_size, c.lengths.response)
-        samples = self.sampler.sample(self.policy, prompts, ids, seeds)
-        clock.lap("generate")
-        scores, details = score(self.reward_model, samples)
-        clock.lap("score")
-
-        # One forward pass of each model. If the whole batch is one term, the first update differentiates this same pass.
-        sequences, forward = scored_only(samples.sequences, scores), None
-        if c.minibatches == 1 and (c.micro_batch_size or c.batch_size) >= c.batch_size:
-            forward = self.learner.forward(sequences, OUTPUTS, temperature=c.temperature)
-        own = forward.outputs if forward else self.evaluate(self.learner, sequences, OUTPUTS)
-        ref = self.evaluate(self.ref_policy, sequences, ["logprobs"])
-        clock.lap("evaluate")
-        return Rollout(
-            responses=samples.responses,
-            sequences=sequences,
-            scores=scores,
-            details=details,
-            finished=samples.finished,
-            sampler_logprobs=samples.logprobs,
-            old_logprobs=own["logprobs"],
-            entropy=own["entropy"],
-            old_values=own["values"],
-            ref_logprobs=ref["logprobs"],
-            forward=forward,
-        )
+        self.kl.update(metrics["objective/kl"], self.config.episodes)
+        return metrics | means(updates) | self.perf(rollout, clock) | {"lr_scale": scale}
 
     def prepare(self, rollout: Rollout) -> tuple[dict[str, np.ndarray], Metrics]:
         """Rewards, advantages and returns: the arrays of the loss, and the metrics of the rollout."""
-        c, mask = self.config, rollout.sequences.mask
-        counted = mask.any(axis=1)
-        kl = numerics.k1(rollout.old_logprobs, rollout.ref_logprobs, mask)
-        scores = numerics.replace_unfinished(rollout.scores, rollout.finished, c.unfinished_score)
-        rewards = numerics.token_rewards(scores, kl, mask, self.kl.coef)
+        c, mask, counted = self.config, rollout.sequences.mask, rollout.counted
+        rewards = numerics.token_rewards(self.scores(rollout), rollout.kl, mask, self.kl.coef)
         shaped = numerics.scale_to_unit_variance(rewards, mask) if c.whiten_rewards else rewards
         advantages, returns = numerics.gae(shaped, rollout.old_values, mask, gamma=c.gamma, lam=c.lam)
         batch = {
@@ -264,133 +160,32 @@ class PPO(Algorithm):
             "old_values": np.where(mask, rollout.old_values, 0).astype(np.float32),
             "advantages": numerics.whiten(advantages, mask) if c.whiten_advantages else advantages,
             "returns": returns,
-            "importance": self.importance(rollout),
+            "correction": self.correction(rollout),
         }
-        mismatch = np.abs(rollout.old_logprobs - rollout.sampler_logprobs)
-        metrics = {
-            "objective/score": float(rollout.scores[counted].mean()),
-            "objective/score_std": float(rollout.scores[counted].std()),
+        return batch, self.objective(rollout) | {
             "objective/reward": float(rewards[counted].sum(axis=1).mean()),
-            "objective/kl": float(kl[counted].sum(axis=1).mean()),
-            "objective/k3": float(numerics.k3(rollout.old_logprobs, rollout.ref_logprobs, mask)[counted].sum(axis=1).mean()),
-            "objective/entropy": numerics.masked_mean(rollout.entropy, mask),
-            "objective/length": float(mask[counted].sum(axis=1).mean()),
-            "objective/finished": float(rollout.finished[counted].mean()),
-            "objective/dropped": float(np.sum(~counted)),
             "kl_coef": self.kl.coef,
             "value/explained_variance": numerics.explained_variance(rollout.old_values, returns, mask),
-            "sampler/mismatch_max": float(mismatch[mask].max()),
-            "sampler/mismatch_mean": float(mismatch[mask].mean()),
         }
-        details = {f"reward_model/{name}": float(values[counted].mean()) for name, values in rollout.details.items()}
-        return batch, metrics | details | self.gold(rollout)
 
-    def minibatches(self, step: int, epoch: int) -> list[np.ndarray]:
-        """Row indices of each minibatch, reshuffled for each inner epoch."""
+    def ptx_terms(self, step: int, number: int) -> list[Term]:
+        """InstructGPT's pretraining gradients, added to each minibatch's: ptx_coef x next-token loss on raw text. ``number``
+        counts the updates of the step."""
         c = self.config
-        if c.minibatches == 1:
-            return [np.arange(c.batch_size)]
-        order = permutation(self.context.seed, "minibatches", step * c.epochs + epoch, c.batch_size)
-        return np.split(order, c.minibatches)
-
-    def terms(
-        self, sequences: Sequences, batch: Mapping[str, np.ndarray], rows: np.ndarray, forward: ForwardPass | None = None
-    ) -> list[Term]:
-        """One minibatch as micro-batches, each token weighing 1 / (tokens of the minibatch). ``forward``: the pass over all rows,
-        if they are one term."""
-        mask = batch["mask"][rows]
-        weights = encoding.token_weights(mask, mask.sum())
-        terms = []
-        for part in chunks(len(rows), self.config.micro_batch_size):
-            here = rows[part]
-            arrays = {name: array[here] for name, array in batch.items() if name != "importance"}
-            arrays["weights"] = weights[part]
-            arrays["policy_weights"] = weights[part] * batch["importance"][here]
-            terms.append(Term(self.loss, sequences.take(here), arrays, self.config.temperature, forward=forward))
-        return terms
-
-    def ptx_terms(self, step: int, epoch: int, number: int) -> list[Term]:
-        """InstructGPT's pretraining gradients, added to each minibatch's: ptx_coef x next-token loss on raw text."""
-        if not self.ptx_batch:
+        if not c.raw_texts:
             return []
-        minibatch = (step * self.config.epochs + epoch) * self.config.minibatches + number
-        indices = example_indices(self.context.seed, "ptx", len(self.texts), minibatch * self.ptx_batch, self.ptx_batch)
-        rows = encoding.text_block([self.texts[i] for i in indices], self.tokenizer, self.config.lengths)
-        loss = NextTokenLoss(self.config.ptx_coef, "ptx/loss")
-        return next_token_terms([rows], self.config.micro_batch_size, loss)
-
-    # --------------------------------------------------------------------------------------------------- the rest
-
-    def evaluate(self, model: Model | Learner, sequences: Sequences, outputs: Sequence[str]) -> dict[str, np.ndarray]:
-        call = lambda rows: model.evaluate(rows, outputs, temperature=self.config.temperature)  # noqa: E731
-        return in_chunks(call, sequences, self.config.micro_batch_size)
-
-    def importance(self, rollout: Rollout) -> np.ndarray:
-        """[B, T] weights min(π_old / π_sampler, cap) that correct for a sampler of lower precision; 1 without a cap.
-        Truncated importance sampling, Ionides 2008."""
-        mask = rollout.sequences.mask
-        if self.config.importance_cap is None:
-            return np.ones(mask.shape, np.float32)
-        log_ratio = np.where(mask, rollout.old_logprobs - rollout.sampler_logprobs, 0)
-        return np.minimum(np.exp(log_ratio), self.config.importance_cap).astype(np.float32)
-
-    def gold(self, rollout: Rollout) -> Metrics:
-        """The true scores of the counted episodes, if the data source knows them: for plots, never for training."""
-        episodes = zip(rollout.responses.prompts, rollout.responses.texts, rollout.sequences.mask.any(axis=1), strict=True)
-        found = [self.context.data.gold(prompt, text) for prompt, text, counts in episodes if counts]
-        golds = [gold for gold in found if gold is not None]
-        return {f"objective/{name}": float(np.mean([g[name] for g in golds])) for name in (golds[0] if golds else ())}
-
-    def perf(self, rollout: Rollout, clock: Clock) -> Metrics:
-        tokens = float(rollout.sequences.response_mask.sum())
-        seconds = {f"perf/seconds_{name}": value for name, value in clock.laps.items()}
-        return seconds | {"perf/tokens_per_second": tokens / sum(clock.laps.values())}
-
-    def samples(self) -> list[dict[str, Any]]:
-        if self.last is None:
-            return []
-        responses, rows = self.last.responses, range(min(8, len(self.last.scores)))
-        return [
-            {
-                "prompt": responses.prompts[i].messages[-1].content,
-                "response": responses.texts[i],
-                "score": float(self.last.scores[i]),
-                "finished": bool(self.last.finished[i]),
-            }
-            for i in rows
-        ]
+        first = (step * c.epochs * c.minibatches + number) * c.raw_texts
+        indices = example_indices(self.context.seed, "ptx", len(self.texts), first, c.raw_texts)
+        rows = encoding.text_block([self.texts[i] for i in indices], self.tokenizer, c.lengths)
+        return next_token_terms([rows], c.micro_batch_size, NextTokenLoss(c.ptx_coef, "ptx/loss"))
 
     @classmethod
     def arithmetic(cls, config: Config, data: DataSource) -> str:
-        c = config
-        minibatch = c.batch_size // c.minibatches
-        micro = min(c.micro_batch_size or minibatch, minibatch)
-        ptx = f", + {c.raw_texts} raw texts each" if c.ptx_coef else ""
-        return (
-            f"{c.iterations} iterations x {c.batch_size} episodes = {c.iterations * c.batch_size} episodes over "
-            f"{len(data.prompts('train'))} prompts; {c.epochs} epochs x {c.minibatches} minibatches of {minibatch} = "
-            f"{c.epochs * c.minibatches} optimizer steps per iteration; {math.ceil(minibatch / micro)} micro-batches of "
-            f"{micro}{ptx}"
-        )
-
-    def result(self) -> Model:
-        return self.learner.averaged("policy")
+        ptx = f", + {config.raw_texts} raw texts each" if config.ptx_coef else ""
+        return super().arithmetic(config, data) + ptx
 
     def state(self) -> dict[str, Any]:
         return {"kl_coef": self.kl.coef}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.kl.coef = state["kl_coef"]
-
-
-class Clock:
-    """Seconds of each phase of an iteration."""
-
-    def __init__(self):
-        self.laps: dict[str, float] = {}
-        self.started = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self.started
-        self.started = now

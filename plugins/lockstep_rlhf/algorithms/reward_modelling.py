@@ -26,7 +26,7 @@ from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import Sequences, chunks, in_chunks, round_up
 from lockstep.types import Comparison
-from lockstep_rlhf.algorithms.language_modelling import check_context, steps
+from lockstep_rlhf.algorithms.language_modelling import steps
 
 NORMALISED_ON = 512  # demonstrations
 
@@ -69,7 +69,7 @@ class RewardModelling(Algorithm):
         self.comparisons = self.load("train")
         self.heldout = self.load("heldout")[: config.heldout_examples]
         self.most = max(len(ranks) for _, ranks in self.comparisons)
-        check_context(context.policy, config.lengths)
+        config.lengths.check(context.policy.context_length)
         self.model: ScalarModel = context.policy.scalar_model(scalar_head(context.policy.hidden_size, context.seed))
         self.learner = context.backend.learner({"reward_model": self.model}, {"reward_model": config.optimizer})
         self.total_steps = steps(config.epochs, len(self.comparisons), config.batch_size)

@@ -18,7 +18,7 @@ from lockstep.checking.conformance.world import World
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Dropout, Learner, Metrics, Model, ScalarModel, Term
 from lockstep.learning import randomness
-from lockstep.learning.losses import clipped_policy_loss, select, weighted_sum
+from lockstep.learning.losses import clipped_policy_loss, select, sigmoid, softplus, weighted_sum
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.models import architecture
 from lockstep.storage.files import read_json
@@ -60,8 +60,27 @@ class Clipped:
 
     def __call__(self, xp: Any, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         ratio = xp.exp(select(xp, batch["mask"], outputs["logprobs"] - batch["old_logprobs"]))
-        loss = clipped_policy_loss(xp, ratio, batch["advantages"], clip_range=0.2)
+        loss = clipped_policy_loss(xp, ratio, batch["advantages"], low=0.2, high=0.2)
         return weighted_sum(xp, loss, batch["weights"]), {}
+
+
+@dataclasses.dataclass(frozen=True)
+class AtATie:
+    """Σ weights · f(x) at x = 0, where f has the derivative 1/2: the function ``of``, or 'half', which has it everywhere. x is
+    the difference between log-probabilities and themselves, rounded to exactly 0 by a large number that comes and goes."""
+
+    of: str
+    outputs: tuple[str, ...] = ("logprobs",)
+
+    def __call__(self, xp: Any, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        x = select(xp, batch["mask"], outputs["logprobs"]) - batch["same"] + batch["large"] - batch["large"]
+        functions = {
+            "half": lambda x: 0.5 * x,
+            "softplus": lambda x: softplus(xp, x),
+            "sigmoid": lambda x: 2 * sigmoid(xp, x),
+            "maximum": lambda x: xp.maximum(x, xp.zeros_like(x)),
+        }
+        return weighted_sum(xp, functions[self.of](x), batch["weights"]), {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +104,9 @@ class Reads:
             "abs": xp.sum(xp.abs(x)),
             "exp": xp.sum(xp.exp(x)),
             "log1p": xp.sum(xp.log1p(xp.abs(x))),
+            "expm1": xp.sum(xp.expm1(x)),
+            "log": xp.sum(xp.log(xp.exp(x))),
+            "reshape": xp.sum(xp.reshape(x, (-1, 2))[:, 1]),
             "tanh": xp.sum(xp.tanh(x)),
             "max": xp.max(x),
             "difference": xp.sum(xp.abs(x[:, None, :] - y[:, :, None])),
@@ -475,6 +497,21 @@ def batches_arrive_as_they_are(world: World) -> None:
     }
     metrics = learning(world, {"policy": world.policy()}).update([Term(Reads(), rows, batch)], lr_scale=0.0)
     near_metrics("read by a loss", metrics, on_host(Reads(), {"logprobs": np.zeros(rows.mask.shape)}, batch), 1e-5)
+
+
+@check("backend", usually="abs, max or min whose derivative at a tie is all or nothing")
+def ties_have_half_the_slope(world: World) -> None:
+    """Where a policy equals its reference, the losses of preferences have the derivative of their formula, the same on every
+    backend: DPO starts there."""
+    rows, policy = world.rollout(), world.policy()
+    mask = rows.mask
+    with_same = {"mask": mask, "weights": (mask / mask.sum()).astype(np.float32), "large": np.full(mask.shape, 1e6, np.float32)}
+    learner = learning(world, {"policy": policy})
+    with_same["same"] = np.where(mask, learner.evaluate(rows, ["logprobs"])["logprobs"], 0).astype(np.float32)
+    expected = learner.gradients([Term(AtATie("half"), rows, with_same)])
+    for of in ("softplus", "sigmoid", "maximum"):
+        found = learner.gradients([Term(AtATie(of), rows, with_same)])
+        near_arrays(f"at a tie of {of}, the gradient of", found, expected, world.tolerance(1e-4, 5e-2))
 
 
 @check("backend", usually="the learner trains a copy, or one model's parameters are shared with another")

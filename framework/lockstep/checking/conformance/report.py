@@ -96,6 +96,12 @@ def kind_of(name: str, kind: str | None = None) -> str:
         return kinds[0]
     if kind is None and named:
         raise RegistryError(f"'{name}' is of kind {named[0]}, which has no checks. Kinds with checks: {', '.join(KINDS)}.")
+    for each in [kind] if kind else KINDS:
+        if component := compose.group(each, name).get("name"):
+            raise RegistryError(
+                f"'{name}' is a configuration of the {each} '{component}'. "
+                f"Type: lockstep check {component} --kind {each} --like {name}"
+            )
     names = {component.name for component in registry() if component.kind in ([kind] if kind else KINDS)}
     what = f"{kind} named '{name}'" if kind else f"component named '{name}'"
     here = f" '{name}' is of kind {named[0]}." if named else ""

@@ -1,0 +1,355 @@
+"""Learning from the policy's own samples: what every such algorithm repeats.
+
+    prompts ──sample──> responses, scores ──rollout──> log-probabilities ──prepare──> arrays of the loss ──terms──> updates
+
+A subclass writes the algorithm box (`step`), what its loss reads (`prepare`) and its models (`models`). Everything random comes
+from (seed, step), and every array is [batch] or [batch, time] on the host.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from lockstep.config.schema import setting
+from lockstep.errors import ConfigError
+from lockstep.interfaces import (
+    Algorithm,
+    Context,
+    DataSource,
+    ForwardPass,
+    Learner,
+    Loss,
+    Metrics,
+    Model,
+    Policy,
+    Responses,
+    Term,
+)
+from lockstep.learning import numerics
+from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig
+from lockstep.learning.randomness import example_indices, permutation, token_seeds
+from lockstep.learning.rollout import Sampler, Samples, score, scored_only
+from lockstep.text import encoding
+from lockstep.text.encoding import Lengths
+from lockstep.text.sequences import Sequences, chunks, in_chunks
+from lockstep.text.stopping import Stops
+
+Scored = tuple[Samples, np.ndarray, Mapping[str, np.ndarray]]
+"""Samples, their scores and the reward model's details, as `lockstep.learning.rollout.score` returns them."""
+
+
+@dataclass(frozen=True)
+class CorrectionConfig:
+    """Importance weights for a sampler that differs from the trained policy (another precision, another engine):
+    w = π_old / π_sampler, a number per token or, over all tokens of a response, their product or geometric mean.
+
+    'truncate': min(w, high), truncated importance sampling (Ionides 2008). 'mask': w where low <= w <= high; elsewhere 0, and
+    the token or response leaves the mean (IcePop, arXiv 2510.18855, with ``level: token``).
+    """
+
+    kind: Literal["none", "truncate", "mask"] = setting("none", "What happens out of bounds; none: all weights are 1.")
+    level: Literal["token", "sequence", "mean"] = setting("token", "A weight per token; or per response, the product or mean.")
+    low: float = setting(0.5, "Lower bound of 'mask'.", least=0)
+    high: float = setting(2.0, "Upper bound.", above=0)
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """The keys that these algorithms share. LHP is lm-human-preferences."""
+
+    iterations: int = setting(60, "Batches of episodes.", least=1)
+    batch_size: int = setting(64, "Prompts per iteration (InstructGPT: 512).", least=1)
+    samples: int = setting(1, "Responses per prompt; episodes = batch_size x samples.", least=1)
+    epochs: int = setting(1, "Inner passes over an iteration's episodes (LHP: 4, InstructGPT: 1).", least=1)
+    minibatches: int = setting(1, "Optimizer steps per inner pass; divides the episodes.", least=1)
+    micro_batch_size: int | None = setting(None, "Rows per forward and backward pass; null: the whole minibatch.", least=1)
+    lengths: Lengths = setting(Lengths(), "Limits in tokens.")
+    stop_strings: tuple[str, ...] = setting((), "Text that ends a response, as EOS does; or special tokens by name.")
+    temperature: float = setting(
+        1.0, "For sampling and all log-probabilities: policies explore by sampling (InstructGPT: 1; LHP, N+: 0.7).", above=0
+    )
+    kl_coef: float | None = setting(
+        0.02,
+        "β: what a nat of KL to the reference costs (InstructGPT: 0.02); 0: KL is only measured; null: no reference.",
+        least=0,
+    )
+    unfinished_score: float | None = setting(-1.0, "Replaces the score of a response without EOS (LHP); null: keep it.")
+    correction: CorrectionConfig = setting(CorrectionConfig(), "Importance weights for a sampler that differs from the policy.")
+    optimizer: OptimizerConfig = setting(OptimizerConfig(eps=1e-5), "Adam of the policy; ε is LHP's.")
+    schedule: ScheduleConfig = setting(ScheduleConfig("constant", 10, 0.1, 1.0), "InstructGPT's.")
+
+    @property
+    def episodes(self) -> int:
+        """Per iteration."""
+        return self.batch_size * self.samples
+
+    @property
+    def trained(self) -> int:
+        """The rows of an inner pass: all episodes, unless an algorithm chooses some."""
+        return self.episodes
+
+    def __post_init__(self) -> None:
+        if self.trained % self.minibatches:
+            fitting = [n for n in range(1, self.trained + 1) if self.trained % n == 0]
+            what = "algorithm.batch_size" + (" x algorithm.samples" if self.trained > self.batch_size else "")
+            raise ConfigError(
+                f"{what}={self.trained} is not divisible by algorithm.minibatches={self.minibatches}. Set minibatches to one of "
+                f"{', '.join(map(str, fitting))}."
+            )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch of episodes. [B] scores and details (of the reward model, before the rule for unfinished responses), finished;
+    [B, T] old_logprobs, entropy, sampler_logprobs, ref_logprobs (None without a reference), old_values (None without a value
+    function); ``sequences.mask`` says what counts. ``forward`` is the pass that the first update reuses if the whole batch is
+    one term of it."""
+
+    responses: Responses
+    sequences: Sequences
+    scores: np.ndarray
+    details: Mapping[str, np.ndarray]
+    finished: np.ndarray
+    sampler_logprobs: np.ndarray
+    old_logprobs: np.ndarray
+    entropy: np.ndarray
+    old_values: np.ndarray | None
+    ref_logprobs: np.ndarray | None
+    forward: ForwardPass | None
+
+    @property
+    def counted(self) -> np.ndarray:
+        """bool [B]: the episodes that count."""
+        return self.sequences.mask.any(axis=1)
+
+    @property
+    def kl(self) -> np.ndarray:
+        """float32 [B, T]: log π - log π_ref of each token; 0 where it does not count, or without a reference."""
+        ref = self.old_logprobs if self.ref_logprobs is None else self.ref_logprobs
+        return numerics.k1(self.old_logprobs, ref, self.sequences.mask)
+
+
+class Online(Algorithm):
+    produces = "policy"
+    needs_reward_model = True
+    outputs: ClassVar[tuple[str, ...]] = ("logprobs", "entropy")
+    """What a rollout evaluates under the trained models."""
+
+    loss: Loss
+
+    def __init__(self, config: Any, context: Context):
+        self.config, self.context = config, context
+        self.tokenizer, self.reward_model = context.tokenizer, context.reward_model
+        self.sampler = Sampler(Stops(self.tokenizer, config.stop_strings), config.lengths, config.temperature)
+        config.lengths.check(context.policy.context_length)
+        prompts, fit = context.data.prompts("train"), context.fit("train prompts")
+        self.prompts, self.prompt_ids = encoding.encode_prompts(self.tokenizer, prompts, config.lengths, fit)
+        self.ref_policy = None if config.kl_coef is None else context.policy  # never trained: the learner gets a copy
+        self.policy = self.trained_policy()
+        self.learner = self.make_learner()
+        self.total_steps = config.iterations
+        self.last: Rollout | None = None
+
+    def trained_policy(self) -> Policy:
+        """The policy to train: a copy, if the given one is the reference."""
+        return self.context.policy.copy() if self.ref_policy else self.context.policy
+
+    def make_learner(self) -> Learner:
+        """Of ``self.policy`` and whatever else is trained."""
+        return self.context.backend.learner({"policy": self.policy}, {"policy": self.config.optimizer})
+
+    # ---------------------------------------------------------------------------------------------------- one batch
+
+    def sample(self, step: int, clock: Clock) -> Scored:
+        """``samples`` responses to each of the step's prompts, scored."""
+        c = self.config
+        seeds = token_seeds(self.context.seed, "sampling", step, c.episodes, c.lengths.response)
+        return self.responses(step * c.batch_size, c.batch_size, seeds, clock)
+
+    def responses(self, first: int, count: int, seeds: np.ndarray, clock: Clock) -> Scored:
+        """Scored responses to ``count`` prompts from place ``first`` in the endless shuffled stream of prompts."""
+        indices = example_indices(self.context.seed, "prompts", len(self.prompts), first, count)
+        prompts, ids = [self.prompts[i] for i in indices], [self.prompt_ids[i] for i in indices]
+        samples = self.sampler.sample(self.policy, prompts, ids, seeds)
+        clock.lap("generate")
+        scores, details = score(self.reward_model, samples)
+        clock.lap("score")
+        return samples, scores, details
+
+    def rollout(self, step: int, clock: Clock) -> Rollout:
+        """Sample, score, and evaluate under the trained models and the reference."""
+        c = self.config
+        samples, scores, details = self.sample(step, clock)
+        # One forward pass of each model. If the whole batch is one term, the first update differentiates this same pass.
+        sequences, forward = scored_only(samples.sequences, scores), None
+        if c.minibatches == 1 and c.trained == c.episodes <= (c.micro_batch_size or c.episodes):
+            forward = self.learner.forward(sequences, self.outputs, temperature=c.temperature)
+        own = forward.outputs if forward else self.evaluate(self.learner, sequences, self.outputs)
+        ref = self.evaluate(self.ref_policy, sequences, ["logprobs"])["logprobs"] if self.ref_policy else None
+        clock.lap("evaluate")
+        return Rollout(
+            responses=samples.responses,
+            sequences=sequences,
+            scores=scores,
+            details=details,
+            finished=samples.finished,
+            sampler_logprobs=samples.logprobs,
+            old_logprobs=own["logprobs"],
+            entropy=own["entropy"],
+            old_values=own.get("values"),
+            ref_logprobs=ref,
+            forward=forward,
+        )
+
+    def evaluate(self, model: Model | Learner, sequences: Sequences, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        call = lambda rows: model.evaluate(rows, outputs, temperature=self.config.temperature)  # noqa: E731
+        return in_chunks(call, sequences, self.config.micro_batch_size)
+
+    def scores(self, rollout: Rollout) -> np.ndarray:
+        """float32 [B]: the scores after the rule for unfinished responses."""
+        return numerics.replace_unfinished(rollout.scores, rollout.finished, self.config.unfinished_score)
+
+    def correction(self, rollout: Rollout) -> np.ndarray:
+        """float32 [B, T]: importance weights for a sampler that differs from the policy; 1 where none are asked for."""
+        c, mask = self.config.correction, rollout.sequences.mask
+        if c.kind == "none":
+            return np.ones(mask.shape, np.float32)
+        low = c.low if c.kind == "mask" else None
+        return numerics.importance(rollout.old_logprobs, rollout.sampler_logprobs, mask, level=c.level, low=low, high=c.high)
+
+    # ------------------------------------------------------------------------------------------------------- updates
+
+    def passes(self, step: int) -> list[tuple[int, np.ndarray]]:
+        """(inner epoch, row indices) of each update of a step."""
+        return [(epoch, rows) for epoch in range(self.config.epochs) for rows in self.minibatches(step, epoch)]
+
+    def minibatches(self, step: int, epoch: int) -> list[np.ndarray]:
+        """Row indices of each minibatch, reshuffled for each inner epoch."""
+        c = self.config
+        if c.minibatches == 1:
+            return [np.arange(c.trained)]
+        order = permutation(self.context.seed, "minibatches", step * c.epochs + epoch, c.trained)
+        return np.split(order, c.minibatches)
+
+    def terms(
+        self, sequences: Sequences, batch: Mapping[str, np.ndarray], rows: np.ndarray, forward: ForwardPass | None = None
+    ) -> list[Term]:
+        """One minibatch as micro-batches. ``forward``: the pass over all rows, if they are one term."""
+        batch = {name: array[rows] for name, array in batch.items()}
+        batch |= self.weights(batch)
+        return [
+            Term(
+                self.loss,
+                sequences.take(rows[part]),
+                {name: array[part] for name, array in batch.items() if name != "correction"},
+                self.config.temperature,
+                forward=forward,
+            )
+            for part in chunks(len(rows), self.config.micro_batch_size)
+        ]
+
+    def weights(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """[B, T] weights of a minibatch: ``weights``, with which each token counts alike, and ``policy_weights``, corrected.
+        Rejected tokens leave the mean."""
+        used = batch["mask"] & (batch["correction"] > 0)
+        return {
+            "weights": numerics.mean_weights(batch["mask"], "token_mean"),
+            "policy_weights": numerics.mean_weights(used, "token_mean") * batch["correction"],
+        }
+
+    # ------------------------------------------------------------------------------------------------------- records
+
+    def objective(self, rollout: Rollout) -> Metrics:
+        """What is logged of every rollout; docs/metrics.md has the meanings."""
+        counted, mask = rollout.counted, rollout.sequences.mask
+        mismatch = np.abs(rollout.old_logprobs - rollout.sampler_logprobs)[mask]
+        metrics = {
+            "objective/score": float(rollout.scores[counted].mean()),
+            "objective/score_std": float(rollout.scores[counted].std()),
+            "objective/entropy": numerics.masked_mean(rollout.entropy, mask),
+            "objective/length": float(mask[counted].sum(axis=1).mean()),
+            "objective/finished": float(rollout.finished[counted].mean()),
+            "objective/dropped": float(np.sum(~counted)),
+            "sampler/mismatch_max": float(mismatch.max()),
+            "sampler/mismatch_mean": float(mismatch.mean()),
+        }
+        if rollout.ref_logprobs is not None:
+            k3 = numerics.k3(rollout.old_logprobs, rollout.ref_logprobs, mask)
+            metrics["objective/kl"] = float(rollout.kl[counted].sum(axis=1).mean())
+            metrics["objective/k3"] = float(k3[counted].sum(axis=1).mean())
+        if self.config.correction.kind != "none":
+            w = self.correction(rollout)[mask]
+            metrics |= {
+                "sampler/weight_mean": float(w.mean()),
+                "sampler/weight_max": float(w.max()),
+                "sampler/rejected": float((w == 0).mean()),
+                "sampler/effective_share": numerics.effective_share(w),
+            }
+        details = {f"reward_model/{name}": float(values[counted].mean()) for name, values in rollout.details.items()}
+        return metrics | details | self.gold(rollout)
+
+    def gold(self, rollout: Rollout) -> Metrics:
+        """The true scores of the counted episodes, if the data source knows them: for plots, never for training."""
+        episodes = zip(rollout.responses.prompts, rollout.responses.texts, rollout.counted, strict=True)
+        found = [self.context.data.gold(prompt, text) for prompt, text, counts in episodes if counts]
+        golds = [gold for gold in found if gold is not None]
+        return {f"objective/{name}": float(np.mean([g[name] for g in golds])) for name in (golds[0] if golds else ())}
+
+    def perf(self, rollout: Rollout, clock: Clock) -> Metrics:
+        tokens = float(rollout.sequences.response_mask.sum())
+        seconds = {f"perf/seconds_{name}": value for name, value in clock.laps.items()}
+        return seconds | {"perf/tokens_per_second": tokens / sum(clock.laps.values())}
+
+    def samples(self) -> list[dict[str, Any]]:
+        if self.last is None:
+            return []
+        responses, rows = self.last.responses, range(min(8, len(self.last.scores)))
+        return [
+            {
+                "prompt": responses.prompts[i].messages[-1].content,
+                "response": responses.texts[i],
+                "score": float(self.last.scores[i]),
+                "finished": bool(self.last.finished[i]),
+            }
+            for i in rows
+        ]
+
+    @classmethod
+    def arithmetic(cls, config: Any, data: DataSource) -> str:
+        c = config
+        minibatch = c.trained // c.minibatches
+        micro = min(c.micro_batch_size or minibatch, minibatch)
+        batch = f"{c.batch_size} prompts x {c.samples} responses" if c.samples > 1 else f"{c.batch_size} episodes"
+        return (
+            f"{c.iterations} iterations x {batch} = {c.iterations * c.episodes} episodes over "
+            f"{len(data.prompts('train'))} prompts; {c.epochs} epochs x {c.minibatches} minibatches of {minibatch} = "
+            f"{c.epochs * c.minibatches} optimizer steps per iteration; {math.ceil(minibatch / micro)} micro-batches of {micro}"
+        )
+
+    def result(self) -> Policy:
+        trained: Policy = self.learner.averaged("policy")  # type: ignore[assignment]  # the model of this name is one
+        return trained
+
+
+def means(updates: Sequence[Metrics]) -> Metrics:
+    """The mean of each metric over the updates of a step."""
+    return {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
+
+
+class Clock:
+    """Seconds of each phase of an iteration."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.started = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self.started
+        self.started = now

@@ -1,0 +1,316 @@
+"""A policy from rankings, without a reward model: DPO and its relatives, one algorithm whose loss has a name.
+
+One step (`PreferenceOptimisation.step`):
+
+    h(y) = log π(y | x) - log π_ref(y | x), the sum (or mean) over the tokens of a completion
+    one optimizer step on the mean over pairs y_w > y_l of loss(h(y_w), h(y_l)) (+ nll_coef · next-token loss of the best)
+
+K ranked completions make C(K, 2) pairs of weight 1 / C(K, 2), as in a reward model; or count as one ranking (Plackett-Luce). The
+reference is the initial policy: its log-probabilities are computed once, before training, so no second model is kept.
+
+``conf/algorithm`` has a file for each method: dpo, ipo, hinge, simpo, orpo, kto.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from lockstep.config.schema import setting
+from lockstep.errors import ConfigError, DataError, MissingData
+from lockstep.interfaces import Algorithm, Array, Context, DataSource, Learner, Metrics, Model, Policy, Term
+from lockstep.learning import losses, numerics
+from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
+from lockstep.learning.randomness import example_indices
+from lockstep.text import encoding
+from lockstep.text.encoding import Example, Lengths
+from lockstep.text.sequences import chunks
+from lockstep_rlhf.algorithms.language_modelling import steps
+from lockstep_rlhf.algorithms.reward_modelling import untied
+
+WITHOUT_REFERENCE = ("simpo", "orpo")
+NOTHING = -1e4
+"""The utility of a completion that is not there: below any real one, and finite."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The encoded completions of a prompt, the best first, and their ranks. ``ref`` [K] are log π_ref, summed over tokens."""
+
+    rows: list[Example]
+    ranks: np.ndarray
+    ref: np.ndarray
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """Σ_n Σ_ab w_nab f(u_na - u_nb) over pairs a > b of the completions of prompt n.
+
+        dpo     f = -log σ(m), m = β (h_a - h_b)          Rafailov et al. 2023, eq. 7; with smoothing ε, Mitchell's cDPO:
+                                                          -(1 - ε) log σ(m) - ε log σ(-m)
+        robust  [-(1 - ε) log σ(m) + ε log σ(-m)] / (1 - 2 ε)     Chowdhury et al. 2024, eq. 12
+        hinge   max(0, 1 - m)                             Zhao et al. 2023 (SLiC), Liu et al. 2024 (RSO)
+        ipo     (h_a - h_b - 1 / (2 β))²                  Azar et al. 2023, eq. 17, where β is called τ
+        simpo   -log σ(β (p_a - p_b) - γ)                 Meng et al. 2024, eq. 6; p is the mean log-probability
+        orpo    -β log σ(o_a - o_b), o = p - log(1 - e^p) Hong et al. 2024, eq. 6 and 7, where β is called λ
+        kto     λ σ(-s β (h - z)), s = ±1, of each completion by itself     Ethayarajh et al. 2024, eq. 8
+
+    ``plackett_luce`` takes a ranking of K as one: -Σ_k log softmax(β h over k, .., K)_k (Rafailov et al. 2023, eq. 20).
+    """
+
+    kind: str
+    beta: float
+    smoothing: float
+    margin: float
+    mean: bool
+    plackett_luce: bool
+    nll_coef: float
+    outputs: ClassVar[tuple[str, ...]] = ("logprobs",)
+
+    def __call__(self, xp: Any, outputs: Mapping[str, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        logprobs = losses.select(xp, batch["mask"], outputs["logprobs"])
+        sums = xp.sum(logprobs, axis=1) - batch["ref"]
+        h = sums / batch["lengths"] if self.mean else sums
+        if self.kind == "kto":
+            loss = xp.sum(batch["kto"] * losses.sigmoid(xp, -batch["sign"] * self.beta * (h - batch["z"])))
+        elif self.plackett_luce:
+            loss = losses.weighted_sum(
+                xp, losses.plackett_luce(xp, self._grid(xp, self.beta * h, batch), batch["real"]), batch["rankings"]
+            )
+        else:
+            u = self._grid(xp, losses.log_odds(xp, h) if self.kind == "orpo" else h, batch)
+            loss = losses.weighted_sum(xp, self._of_pairs(xp, u[:, :, None] - u[:, None, :]), batch["pairs"])
+        rewards = self._grid(xp, self.beta * h, batch)
+        margins = rewards[:, :, None] - rewards[:, None, :]
+        right = xp.astype(margins > 0, margins.dtype) + 0.5 * xp.astype(margins == 0, margins.dtype)
+        metrics = {
+            "preference/loss": loss,
+            "preference/accuracy": losses.weighted_sum(xp, right, batch["pairs"]),
+            "preference/margin": losses.weighted_sum(xp, margins, batch["pairs"]),
+            "preference/chosen": xp.sum(self.beta * h * batch["best"]),
+            "preference/rejected": xp.sum(self.beta * h * batch["worst"]),
+        }
+        if not self.nll_coef:
+            return loss, metrics
+        nll = losses.weighted_sum(xp, -logprobs, batch["nll_weights"])
+        return loss + self.nll_coef * nll, metrics | {"preference/nll": nll}
+
+    def _of_pairs(self, xp: Any, d: Array) -> Array:
+        """The loss of each difference of utilities."""
+        if self.kind == "ipo":
+            return (d - 1 / (2 * self.beta)) ** 2
+        if self.kind == "hinge":
+            return xp.maximum(1 - self.beta * d, xp.zeros_like(d))
+        if self.kind == "orpo":
+            return self.beta * losses.softplus(xp, -d)
+        if self.kind == "simpo":
+            return losses.softplus(xp, self.margin - self.beta * d)
+        right, wrong = losses.softplus(xp, -self.beta * d), losses.softplus(xp, self.beta * d)
+        if self.kind == "robust":
+            return ((1 - self.smoothing) * right - self.smoothing * wrong) / (1 - 2 * self.smoothing)
+        return (1 - self.smoothing) * right + self.smoothing * wrong if self.smoothing else right
+
+    def _grid(self, xp: Any, u: Array, batch: Mapping[str, Array]) -> Array:
+        """[R] utilities -> [N, K], a row per prompt; `NOTHING` where there is no completion."""
+        real = batch["real"]
+        return losses.select(xp, real, xp.reshape(u, real.shape)) + xp.where(real, 0.0, NOTHING)
+
+
+class PreferenceOptimisation(Algorithm):
+    produces = "policy"
+
+    @dataclass(frozen=True)
+    class Config:
+        loss: Literal["dpo", "robust", "hinge", "ipo", "simpo", "orpo", "kto"] = setting("dpo", "See `PreferenceLoss`.")
+        beta: float = setting(0.1, "β: how far the policy may move from the reference; the smaller, the farther.", above=0)
+        logprobs: Literal["sum", "mean"] = setting("sum", "Over a completion's tokens (DPO: sum; IPO, SimPO, ORPO: mean).")
+        label_smoothing: float = setting(0.0, "ε: the share of labels that are wrong, for dpo and robust.", least=0, below=0.5)
+        margin: float = setting(1.375, "γ of SimPO.", least=0)
+        nll_coef: float = setting(0.0, "Weight of the next-token loss of the best completion (ORPO: 1).", least=0)
+        desirable: float = setting(1.0, "Weight of the best completion (KTO).", least=0)
+        undesirable: float = setting(1.0, "Weight of the others (KTO).", least=0)
+        ranking: Literal["pairs", "plackett_luce"] = setting("pairs", "What K completions are: C(K, 2) pairs, or one ranking.")
+        epochs: float = setting(1.0, "Passes over the comparisons.", above=0)
+        batch_size: int = setting(32, "Prompts per optimizer step, each with all its completions (DPO: 64).", least=1)
+        micro_batch_size: int | None = setting(None, "Prompts per forward and backward pass; null: the whole batch.", least=1)
+        lengths: Lengths = setting(Lengths(), "Limits in tokens.")
+        heldout_examples: int = setting(128, "Comparisons measured before and after.", least=0)
+        optimizer: OptimizerConfig = setting(OptimizerConfig(1e-4), "Adam, for the miniature (DPO: RMSprop at 1e-6).")
+        schedule: ScheduleConfig = setting(ScheduleConfig("constant", 10, 0.1, 1.0), "Of the learning rate.")
+
+        def __post_init__(self):
+            if self.ranking == "plackett_luce" and self.loss != "dpo":
+                raise ConfigError(
+                    f"algorithm.ranking=plackett_luce is a form of loss=dpo, not of loss={self.loss}. Set ranking=pairs."
+                )
+            if self.label_smoothing and self.loss not in ("dpo", "robust"):
+                raise ConfigError(
+                    f"algorithm.label_smoothing has no effect on loss={self.loss}. Set it to 0, or loss to dpo or robust."
+                )
+            if self.loss == "kto" and self.batch_size < 2:
+                raise ConfigError(
+                    "algorithm.loss=kto estimates KL from other prompts' completions. Set batch_size to at least 2."
+                )
+
+        @property
+        def needs_reference(self) -> bool:
+            return self.loss not in WITHOUT_REFERENCE
+
+        def make_loss(self) -> PreferenceLoss:
+            mean, ranked = self.logprobs == "mean", self.ranking == "plackett_luce"
+            return PreferenceLoss(self.loss, self.beta, self.label_smoothing, self.margin, mean, ranked, self.nll_coef)
+
+    def __init__(self, config: Config, context: Context):
+        self.config, self.context, self.tokenizer = config, context, context.tokenizer
+        config.lengths.check(context.policy.context_length)
+        keep = config.loss == "kto"  # its z is the reference's view of pairs that change with every batch
+        self.reference = context.policy
+        self.policy: Policy = context.policy.copy() if keep else context.policy
+        self.rankings, self.heldout = self.load("train"), self.load("heldout", config.heldout_examples)
+        self.most = max(len(ranking.rows) for ranking in self.rankings)
+        self.learner: Learner = context.backend.learner({"policy": self.policy}, {"policy": config.optimizer})
+        self.loss = config.make_loss()
+        self.total_steps = steps(config.epochs, len(self.rankings), config.batch_size)
+
+    def load(self, split: str, limit: int | None = None) -> list[Ranking]:
+        """Comparisons with at least two completions that are not tied, and the reference's log-probabilities of them."""
+        try:
+            comparisons = untied(self.context.data.comparisons(split))[:limit]
+        except MissingData:
+            if split == "train":
+                raise
+            return []
+        if self.config.ranking == "plackett_luce" and (tied := sum(len(set(c.ranks)) < len(c.ranks) for c in comparisons)):
+            raise DataError(
+                f"{tied} of {len(comparisons)} {split} comparisons have ties, which a Plackett-Luce ranking cannot express. Set "
+                "algorithm.ranking=pairs."
+            )
+        fit = self.context.fit(f"{split} comparisons")
+        encoded = encoding.encode_comparisons(self.tokenizer, comparisons, self.config.lengths, fit)
+        rows = [row for examples, _ in encoded for row in examples]
+        ref = self.logprobs(self.policy, rows) if self.config.needs_reference and rows else np.zeros(len(rows), np.float32)
+        rankings, place = [], 0
+        for examples, ranks in encoded:
+            order = np.argsort(ranks, kind="stable")
+            here = ref[place : place + len(ranks)]
+            rankings.append(Ranking([examples[i] for i in order], np.asarray(ranks)[order], here[order]))
+            place += len(ranks)
+        return rankings
+
+    # ------------------------------------------------------------------------------------------- the algorithm box
+
+    def step(self, step: int) -> Metrics:
+        before = {f"heldout/{k}": v for k, v in self.measure(self.policy).items()} if step == 0 else {}
+        size = self.config.batch_size
+        indices = example_indices(self.context.seed, "order", len(self.rankings), step * size, size)
+        scale = lr_scale(self.config.schedule, step, self.total_steps)
+        metrics = self.learner.update(self.terms([self.rankings[i] for i in indices]), scale)
+        return before | metrics | {"lr_scale": scale}
+
+    def terms(self, rankings: Sequence[Ranking]) -> list[Term]:
+        """Micro-batches of whole rankings. Each prompt has ``most`` rows, so that one shape is compiled."""
+        z = self.mismatch(rankings) if self.config.loss == "kto" else 0.0
+        n, winners = len(rankings), sum(len(ranking.rows[0].response) for ranking in rankings)
+        size = self.config.micro_batch_size or n
+        terms = []
+        for part in chunks(n, size):
+            here = rankings[part]
+            padding = size - len(here)
+            terms.append(self.term([*here, *[rankings[part.start]] * padding], len(here), n, winners, z))
+        return terms
+
+    def term(self, rankings: Sequence[Ranking], real: int, n: int, winners: int, z: float) -> Term:
+        """One micro-batch, of which the first ``real`` rankings count. ``n`` prompts and ``winners`` tokens of best completions
+        make the whole batch."""
+        k = self.most
+        filled = [row for ranking in rankings for row in [*ranking.rows, *[ranking.rows[0]] * (k - len(ranking.rows))]]
+        there = np.array([[p < real and i < len(r.rows) for i in range(k)] for p, r in enumerate(rankings)])
+        ranks = np.array([[r.ranks[i] if i < len(r.rows) else 0 for i in range(k)] for r in rankings])
+        rows = encoding.block(filled, self.tokenizer, self.config.lengths)
+        rows.mask[:] &= there.reshape(-1)[:, None]
+        counts = there.sum(axis=1)
+        both = there[:, :, None] & there[:, None, :] & (ranks[:, :, None] < ranks[:, None, :])
+        first, last = np.arange(k) == 0, np.arange(k) == counts[:, None] - 1
+        batch: dict[str, np.ndarray] = {
+            "mask": rows.mask,
+            "ref": _flat([ranking.ref for ranking in rankings], k),
+            "lengths": np.maximum(rows.response_mask.sum(axis=1), 1).astype(np.float32),
+            "real": there,
+            "pairs": (both / np.maximum(counts * (counts - 1) / 2, 1)[:, None, None] / n).astype(np.float32),
+            "best": ((there & first) / n).reshape(-1).astype(np.float32),
+            "worst": ((there & last) / n).reshape(-1).astype(np.float32),
+        }
+        if self.loss.plackett_luce:
+            batch["rankings"] = ((counts > 0) / n).astype(np.float32)
+        if self.loss.nll_coef:
+            batch["nll_weights"] = encoding.token_weights(rows.mask & (batch["best"] > 0)[:, None], winners)
+        if self.loss.kind == "kto":
+            c, good = self.config, there & (ranks == ranks[:, :1])
+            batch["sign"] = np.where(good, 1, -1).reshape(-1).astype(np.float32)
+            weight = np.where(good, c.desirable, c.undesirable) * there / np.maximum(counts, 1)[:, None] / n
+            batch["kto"] = weight.reshape(-1).astype(np.float32)
+            batch["z"] = np.full(len(filled), z, np.float32)
+        return Term(self.loss, rows, batch)
+
+    def mismatch(self, rankings: Sequence[Ranking]) -> float:
+        """KTO's z: max(0, mean of log π - log π_ref) of completions under the *next* prompt of the batch, an estimate of KL
+        without a gradient."""
+        following = [*rankings[1:], rankings[0]]
+        pairs = zip(rankings, following, strict=True)
+        rows = [Example(other.rows[0].prompt, row.response) for ranking, other in pairs for row in ranking.rows]
+        own, ref = (self.logprobs(model, rows) for model in (self.policy, self.reference))
+        h = own - ref
+        if self.config.logprobs == "mean":
+            h = h / np.array([len(row.response) for row in rows])
+        return max(0.0, float(h.mean(dtype=np.float64)))
+
+    # --------------------------------------------------------------------------------------------------- the rest
+
+    def logprobs(self, model: Model, examples: Sequence[Example]) -> np.ndarray:
+        """float32 [R]: log-probabilities of the responses, summed over tokens."""
+        size, found = 2 * (self.config.micro_batch_size or self.config.batch_size), []
+        for part in chunks(len(examples), size):
+            rows = encoding.block(examples[part], self.tokenizer, self.config.lengths)
+            out = model.evaluate(rows.pad_rows(size), ["logprobs"])["logprobs"][: rows.rows]
+            found.append(np.where(rows.mask, out, 0).sum(axis=1, dtype=np.float64))
+        return np.concatenate(found).astype(np.float32)
+
+    def measure(self, policy: Model) -> Metrics:
+        """Accuracy and margin of the implicit rewards β h on held-out comparisons."""
+        if not self.heldout:
+            return {}
+        rows = [row for ranking in self.heldout for row in ranking.rows]
+        h = self.logprobs(policy, rows) - np.concatenate([ranking.ref for ranking in self.heldout])
+        if self.loss.mean:
+            h = h / np.array([len(row.response) for row in rows])
+        preferred = numerics.preferences([tuple(ranking.ranks) for ranking in self.heldout], len(rows))
+        margins = numerics.pair_margins(self.config.beta * h, preferred)
+        return {"accuracy": numerics.ranking_accuracy(margins), "margin": float(margins.mean())}
+
+    def finish(self) -> Metrics:
+        return {f"heldout/{name}": value for name, value in self.measure(self.result()).items()}
+
+    @classmethod
+    def arithmetic(cls, config: Config, data: DataSource) -> str:
+        comparisons, size = untied(data.comparisons("train")), config.batch_size
+        completions = np.array([len(c.ranks) for c in comparisons])
+        return (
+            f"{len(comparisons)} prompts x {config.epochs:g} epochs / {size} per step = "
+            f"{steps(config.epochs, len(comparisons), size)} steps; {completions.mean():.1f} completions per prompt; "
+            f"{math.ceil(size / (config.micro_batch_size or size))} micro-batches"
+        )
+
+    def result(self) -> Model:
+        return self.learner.averaged("policy")
+
+
+def _flat(parts: Sequence[np.ndarray], k: int) -> np.ndarray:
+    """[K_n] each -> float32 [N · k], padded with zeros."""
+    out = np.zeros((len(parts), k), np.float32)
+    for row, part in enumerate(parts):
+        out[row, : len(part)] = part
+    return out.reshape(-1)

@@ -1,0 +1,82 @@
+"""Rejection-sampling fine-tuning: RAFT (Dong et al. 2023, arXiv 2304.06767), best-of-k distilled, expert iteration.
+
+One iteration (`RejectionSampling.step`):
+
+    sample k responses to each prompt and score them
+    keep the best of each prompt, if its score is above the threshold
+    for each inner epoch, for each minibatch: one optimizer step on the next-token loss of what was kept
+
+Responses are sampled anew in every iteration, from the present policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.config.schema import setting
+from lockstep.errors import ConfigError
+from lockstep.interfaces import Context, Metrics
+from lockstep.learning import numerics
+from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout, means
+from lockstep.learning.optimisation import lr_scale
+from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss
+
+
+class RejectionSampling(Online):
+    @dataclass(frozen=True)
+    class Config(OnlineConfig):
+        batch_size: int = setting(16, "Prompts per iteration.", least=1)
+        samples: int = setting(8, "k: responses per prompt, of which the best is kept (RAFT: 32).", least=2)
+        kl_coef: float | None = setting(None, "0: KL to the initial policy is measured; null: no reference.", least=0, most=0)
+        threshold: float | None = setting(None, "Scores that the best must be above: 0.5, for rewards of 0 and 1; null: none.")
+
+        @property
+        def trained(self) -> int:
+            """One row per prompt."""
+            return self.batch_size
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.correction.kind != "none":
+                raise ConfigError("algorithm.correction has no effect on rejection sampling, which has no ratio. Leave it out.")
+
+    def __init__(self, config: Config, context: Context):
+        super().__init__(config, context)
+        self.loss = NextTokenLoss()
+
+    def step(self, step: int) -> Metrics:
+        clock = Clock()
+        rollout = self.last = self.rollout(step, clock)
+        rows, kept, metrics = self.best(rollout)
+        scale, updates = lr_scale(self.config.schedule, step, self.total_steps), []
+        for _, chosen in self.passes(step) if kept.any() else ():
+            batch = {"mask": rollout.sequences.mask & kept[:, None]}
+            updates.append(self.learner.update(self.terms(rollout.sequences, batch, rows[chosen]), scale))
+        clock.lap("train")
+        return metrics | (means(updates) if updates else {}) | self.perf(rollout, clock) | {"lr_scale": scale}
+
+    def best(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray, Metrics]:
+        """The row of each prompt's best response, the first of equals; bool [B], whether a row is kept; and metrics."""
+        k, scores = self.config.samples, self.scores(rollout)
+        scores = np.where(rollout.counted, scores, -np.inf)
+        rows = np.argmax(scores.reshape(-1, k), axis=1) + np.arange(len(scores) // k) * k
+        lowest = -np.inf if self.config.threshold is None else self.config.threshold
+        kept = np.zeros(len(scores), bool)
+        kept[rows] = scores[rows] > lowest
+        tied = (scores.reshape(-1, k) == scores[rows][:, None]).sum(axis=1) > 1
+        return (
+            rows,
+            kept,
+            self.objective(rollout)
+            | {
+                "best/score": float(scores[kept].mean()) if kept.any() else float("nan"),
+                "best/kept": float(kept[rows].mean()),
+                "best/tied": float(tied.mean()),
+            },
+        )
+
+    def weights(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"weights": numerics.mean_weights(batch["mask"], "token_mean")}
