@@ -14,7 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from lockstep.errors import ConfigError
 from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
-from lockstep.text.tokenizer import TEMPLATES, Tokenizer
+from lockstep.text.templates import TEMPLATES
+from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Demonstration, Fit, Message, Prompt
 
 CHATML = (

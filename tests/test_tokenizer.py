@@ -1,5 +1,6 @@
 """The tokenizer: text there and back, special tokens, chat templates, and the same as transformers where it matters."""
 
+import datetime
 import json
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lockstep.errors import ConfigError
 from lockstep.storage.sources import fetch_file
-from lockstep.text.tokenizer import TEMPLATES, Tokenizer, TokenizerConfig, template_text
+from lockstep.text.templates import TEMPLATES, template_text
+from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 from lockstep.types import Message
 
 EOS, PAD, START = "<|im_end|>", "<|pad|>", "<|im_start|>"
@@ -71,8 +73,8 @@ def core() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def make(core, *, eos_token=EOS, pad_token=PAD, chat_template=SMOLLM) -> Tokenizer:
-    return Tokenizer(core, eos_token=eos_token, pad_token=pad_token, chat_template=chat_template, bos_token="<s>")
+def make(core, *, eos_token=EOS, pad_token=PAD, chat_template=SMOLLM, date=None) -> Tokenizer:
+    return Tokenizer(core, eos_token=eos_token, pad_token=pad_token, chat_template=chat_template, bos_token="<s>", date=date)
 
 
 def write_folder(folder, core, settings, **files):
@@ -210,7 +212,8 @@ EXTRAS = {
 @pytest.mark.parametrize("template", EXTRAS.values(), ids=EXTRAS)
 def test_what_transformers_offers_to_templates_is_there(core, transformers, template):
     expected = render_as_transformers(transformers, core, template, DIALOGUE, False)
-    assert make(core, chat_template=template).render(DIALOGUE, add_generation_prompt=False) == expected
+    today = datetime.date.today().isoformat()
+    assert make(core, chat_template=template, date=today).render(DIALOGUE, add_generation_prompt=False) == expected
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -14,6 +14,7 @@ import torch
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import Classifier
 from lockstep.models.architecture import check_labels
+from lockstep.text import templates
 from lockstep.types import Message
 from lockstep_torch.device import TorchDevice
 
@@ -53,9 +54,8 @@ class TextClassifier(Classifier):
         return functools.partial(self._render, template) if template else None
 
     def _render(self, template: str, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        dialogue = [{"role": m.role, "content": m.content} for m in messages]
-        settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-        return self.tokenizer.apply_chat_template(dialogue, chat_template=template, **settings)
+        tokens = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        return templates.render(template, messages, add_generation_prompt=add_generation_prompt, tokens=tokens)
 
     @torch.no_grad()
     def score(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> np.ndarray:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lockstep.config.schema import REQUIRED, setting
+from lockstep.data.columns import MOST_CHARACTERS, BadRow, too_long
 from lockstep.errors import ConfigError, DataError, Unreachable, did_you_mean, listing
 
 Row = tuple[str, Any]
-"""'file:line', and the columns or, if the line is not JSON, the parser's error."""
+"""'file:line', and the columns or, if it cannot be read, what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Source:
     )
     config: str | None = setting(None, "Which configuration of a hub data set; null: its only one.")
     revision: str | None = setting(None, "Branch, tag or commit of a hub data set; null: the newest.")
+    ignore: tuple[str, ...] = setting((), "Columns, and keys of messages, to leave unread although they may matter.")
 
 
 def source_digests(source: Source) -> list[str]:
@@ -98,34 +100,95 @@ def _open(path: Path) -> TextIO:
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
+        for number, line in enumerate(_lines(file), 1):
+            if isinstance(line, BadRow):
+                yield number, line
+            elif line.strip():
                 yield number, _parsed(line)
 
 
-def _parsed(line: str) -> Any:
-    """Returns the error instead of raising it: the caller decides whether a bad line ends the run."""
+def _lines(file: TextIO) -> Iterator[str | BadRow]:
+    """The lines. Of one that is too long, no more than the limit is ever in memory."""
+    while line := file.readline(MOST_CHARACTERS + 1):
+        if len(line) <= MOST_CHARACTERS:
+            yield line
+            continue
+        while line and not line.endswith(("\n", "\r")):
+            line = file.readline(MOST_CHARACTERS)
+        yield too_long()
+
+
+def _parsed(text: str) -> Any:
+    """One row of JSON. Returns what is wrong instead of raising it: the caller decides whether a bad row ends the run."""
     try:
-        return json.loads(line)
+        return json.loads(text)
+    except RecursionError:
+        return BadRow("JSON that is nested too deeply", f"it begins {text[:40]!r}.")
     except json.JSONDecodeError as error:
-        return error
+        return BadRow("a line that is not a JSON object", f"{error}.")
+    except ValueError as error:  # a whole number of thousands of digits
+        return BadRow("a number that is too long", f"{error}.")
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
     """One list of rows, or lines, which are often named .json too."""
     with _open(path) as file:
-        is_list = file.read(1) == "["
-    if not is_list:
-        return _jsonl(path)
-    with _open(path) as file:
-        return enumerate(json.load(file), 1)
+        beginning = file.read(1000)
+        if not beginning.lstrip().startswith("["):
+            return _jsonl(path)
+        return enumerate(_elements(beginning + file.read()), 1)
+
+
+_PUNCTUATION = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
+
+
+def _elements(text: str) -> Iterator[Any]:
+    """The elements of a JSON list, one by one, so that a bad one can be named and skipped.
+
+    Raises:
+      ValueError: the list itself is broken.
+    """
+    start, depth = text.index("[") + 1, 0
+    for found in _PUNCTUATION.finditer(text, start):
+        mark = found[0]
+        if mark in "{[":
+            depth += 1
+        elif depth and mark in "]}":
+            depth -= 1
+        elif not depth and mark in ",]}":
+            element = text[start : found.start()]
+            if mark == "," or element.strip():
+                yield _parsed(element)
+            start = found.end()
+            if mark != ",":
+                break
+    else:
+        raise ValueError("its list does not end")
+    if mark == "}" or text[start:].strip():
+        raise ValueError(f"after its list comes {text[start - 1 : start + 40]!r}")
 
 
 def _csv(path: Path) -> Iterator[tuple[int, Any]]:
+    """Strict: a quote that is never closed, or not doubled inside quotes, would otherwise change or swallow rows."""
+    csv.field_size_limit(MOST_CHARACTERS)
     with _open(path) as file:
-        reader = csv.DictReader(file, restkey="(without a header)")
-        for row in reader:
+        reader = csv.DictReader(file, restkey=_EXTRA, strict=True)
+        names = reader.fieldnames or []
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"its header has {listing(twice)} twice")
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                raise ValueError(f"in line {reader.line_num}, {error}. Inside quotes, a quote is written twice") from error
+            if row is None:
+                return
+            if any(extra := row.pop(_EXTRA, ())):
+                row = BadRow("more fields than the header has", f"{len(extra)} more. Text that has a comma needs quotes.")
             yield reader.line_num, row
+
+
+_EXTRA = "(without a header)"
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -151,7 +214,7 @@ def _suffix(path: Path) -> str:
     return "".join(path.suffixes[-kept:])
 
 
-_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error)
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error)
 """What the formats raise for files that are truncated, not UTF-8 or not in the format of their name."""
 
 
@@ -221,7 +284,10 @@ def _saved(folder: Path, split: str) -> Iterator[Row]:
     """What `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     import datasets
 
-    data = datasets.load_from_disk(str(folder))
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except Exception as error:  # of many kinds: files that are missing, damaged or of another version
+        raise DataError(f"{folder} cannot be read as a data set that was saved to disk: {error}") from error
     splits = data if isinstance(data, dict) else {"train": data}
     if split not in splits:
         raise DataError(f"{folder} has no split '{split}'.{did_you_mean(split, splits)} It has: {', '.join(splits)}.")
@@ -229,4 +295,9 @@ def _saved(folder: Path, split: str) -> Iterator[Row]:
 
 
 def _numbered(name: str, data: Iterable[Any]) -> Iterator[Row]:
-    return ((f"{name}:{number}", row) for number, row in enumerate(data, 1))
+    number = 0
+    try:
+        for number, row in enumerate(data, 1):
+            yield f"{name}:{number}", row
+    except Exception as error:  # images without a decoder, a damaged file, a network that went away
+        raise DataError(f"{name} cannot be read beyond row {number}: {error}") from error

@@ -15,7 +15,7 @@ from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import Sequences, chunks, in_chunks
 from lockstep.text.stopping import ends_with_stop
-from lockstep.text.tokenizer import TEMPLATES, template_text
+from lockstep.text.templates import TEMPLATES, template_text
 from lockstep.types import Message, Prompt
 
 log = logging.getLogger("lockstep")
