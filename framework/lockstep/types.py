@@ -7,7 +7,7 @@ Frozen and made of plain Python, so every backend, plugin and process shares the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -75,13 +75,17 @@ class Choice:
 @dataclass
 class Fit:
     """What length limits did to one data set, counted during encoding: items ``dropped`` because their last prompt alone is
-    too long, items ``shortened`` by removing their oldest turns, and responses ``cut``, which then have no EOS."""
+    too long, items ``shortened`` by removing their oldest turns, and responses ``cut``, which then have no EOS. Also comparisons
+    ``alike``, left out because all their completions are cut to the same tokens, and items whose own text spells a special token
+    (``special``), which the model reads as that token."""
 
     what: str = "examples"
     total: int = 0
     dropped: int = 0
     shortened: int = 0
     cut: int = 0
+    alike: int = 0
+    special: int = 0
 
     def counts(self) -> dict[str, int]:
-        return {"total": self.total, "dropped": self.dropped, "shortened": self.shortened, "cut": self.cut}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "what"}

@@ -6,8 +6,10 @@ files are the same: ``tokenizer.json``, ``tokenizer_config.json``, ``chat_templa
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,8 @@ class Tokenizer:
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.chat_template = chat_template
-        self.date, self._told_date = templates.day(date).isoformat(), False
+        self.date = templates.day(date).isoformat()
+        self._warned: set[str] = set()
         self.vocab_size = core.get_vocab_size(with_added_tokens=True)
         eos_id = core.token_to_id(eos_token)
         if eos_id is None:
@@ -145,13 +148,22 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: special tokens only where the text contains them."""
-        _check_whole(text)
-        return self.core.encode(text, add_special_tokens=False).ids
+        return self._encoded(lambda: [self.core.encode(text, add_special_tokens=False)], [text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._encoded(lambda: self.core.encode_batch(list(texts), add_special_tokens=False), texts)
+
+    def _encoded(self, encode: Callable[[], Sequence[tokenizers.Encoding]], texts: Sequence[str]) -> list[list[int]]:
+        """
+        Raises:
+          DataError: a text cannot be written as UTF-8, or has what the tokenizer has no token for.
+        """
         for text in texts:
             _check_whole(text)
-        return [encoded.ids for encoded in self.core.encode_batch(list(texts), add_special_tokens=False)]
+        try:
+            return [encoded.ids for encoded in encode()]
+        except Exception as error:  # the library raises nothing more specific
+            raise DataError(f"The tokenizer cannot encode a text: {error}.") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
@@ -171,14 +183,27 @@ class Tokenizer:
         tokens = {"bos_token": self.bos_token or "", "eos_token": self.eos_token, "pad_token": self.pad_token}
         return templates.render(
             self.chat_template, messages, add_generation_prompt=add_generation_prompt, tokens=tokens, date=self.date,
-            asked_date=self._tell_date,
+            asked_date=lambda: self.warn_once(f"the chat template writes the date: it is told {self.date}. {_OTHER_DATE}"),
         )  # fmt: skip
 
-    def _tell_date(self) -> None:
-        """Once, that prompts contain a date, and which."""
-        if not self._told_date:
-            log.warning("the chat template writes the date: it is told %s. To change it, set policy.tokenizer.date", self.date)
-        self._told_date = True
+    def warn_once(self, message: str) -> None:
+        """Log what every dialogue would say again."""
+        if message not in self._warned:
+            log.warning("%s", message)
+        self._warned.add(message)
+
+    def spelled(self, text: str) -> str | None:
+        """A special token that the text spells, and that the model therefore reads in its place."""
+        found = self._special.search(text)
+        return found and found[0]
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str]:
+        names = [token.content for token in self.core.get_added_tokens_decoder().values() if token.special and token.content]
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+
+_OTHER_DATE = "To change it, set policy.tokenizer.date"
 
 
 def _check_whole(text: str) -> None:

@@ -105,8 +105,8 @@ class Learned(RewardModel):
     def _as_dialogues(self, responses: Responses) -> list[Example | None]:
         """All tokens but the last count as the prompt: a decoder scores the whole, however it is split."""
         texts = [rendered(self.tokenizer.render, *row) for row in rows_of(responses)]
-        examples = []
-        for ids in self.tokenizer.encode_many(texts):
+        most, examples = encoding.most_characters(self.model.context_length), []
+        for ids in self.tokenizer.encode_many([text if len(text) <= most else "" for text in texts]):
             examples.append(Example(ids[:-1], ids[-1:]) if 2 <= len(ids) <= self.model.context_length else None)
         return examples
 
