@@ -87,7 +87,7 @@ def _beginning(tokenizer: Tokenizer, prompt: Prompt, only_waiting: str, only_ans
     if only_answered.strip() and not only_waiting.strip():
         return (
             f"the chat template writes {only_answered!r} before an answer, but does not end a prompt with it: training and "
-            "sampling do without. Set policy.tokenizer.chat_template to a template that writes it if add_generation_prompt is true"
+            "sampling do without. Set policy.tokenizer.chat_template to one that writes it if add_generation_prompt is true"
         )
     if only_waiting.strip() and only_waiting.strip() != opened(tokenizer, prompt):
         return (
