@@ -371,7 +371,10 @@ def _reddit_summary(row: Columns) -> Answered:
 
 def _summaries(row: Columns) -> Answered:
     """openai/summarize_from_feedback, 'comparisons': two summaries, and the place of the better one."""
-    texts = [_text(summary, "text") for summary in _list(row, "summaries", "groups with 'text'")]
+    summaries = _list(row, "summaries", "groups with 'text'")
+    if not all(isinstance(summary, Mapping) for summary in summaries):
+        raise BadRow("a wrong type", f"'summaries' should hold groups with 'text', not {reprlib.repr(summaries)}.")
+    texts = [_text(summary, "text") for summary in summaries]
     choice = _column(row, "choice", int, "a whole number")
     if not 0 <= choice < len(texts):
         raise BadRow("a choice out of range", f"'choice' is {reprlib.repr(choice)}, of {len(texts)} summaries.")
@@ -493,7 +496,9 @@ def reader(noun: str, first: Any, place: str) -> Callable[[Any], Any]:
 def unread(noun: str, first: Columns, columns: Sequence[str]) -> list[str]:
     """Those of a source's columns that the convention of its first row does not read."""
     convention = _convention(noun, first)
-    besides = () if noun == "texts" else (*_BESIDES, *(LABELS if convention in _ANSWERS else ()), *OF_A_ROW)
+    besides = () if noun == "texts" else (*_BESIDES, *OF_A_ROW)
+    if convention in _ANSWERS:
+        besides += tuple(name for name in LABELS if _truth_value(first.get(name)) is not None)
     return [name for name in columns if name not in {*convention.columns, *convention.also, *besides}] if convention else []
 
 
@@ -509,17 +514,20 @@ def _desirable(row: Columns) -> bool:
     """False if a label says that the answer is a bad one. A word other than true and false is of another kind of label."""
     for name in LABELS:
         value = row.get(name)
-        if isinstance(value, str):
-            value = {"true": True, "false": False}.get(value.lower())
-        if value is not None and not isinstance(value, bool):
+        if value is not None and not isinstance(value, (bool, str)):
             raise BadRow(
                 f"a column '{name}' that is not true or false",
                 f"it is {reprlib.repr(value)}, which may mean a bad answer. If it does not, remove the column, or add "
                 f"ignore: [{name}] to its source.",
             )
-        if value is False:
+        if _truth_value(value) is False:
             return False
     return True
+
+
+def _truth_value(value: Any) -> bool | None:
+    """Of a label; in CSV it is a word."""
+    return {"true": True, "false": False}.get(str(value).lower())
 
 
 def _texts(item: Any) -> Iterator[str]:

@@ -93,9 +93,9 @@ def parse_split(split: str) -> tuple[str, slice]:
 
 
 def _open(path: Path) -> TextIO:
-    """Text, unzipped if needed, without a byte order mark."""
+    """Text, unzipped if needed, without a byte order mark. Other bytes than UTF-8 become surrogates, which `_not_utf8` finds."""
     opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
+    return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -120,14 +120,47 @@ def _lines(file: TextIO) -> Iterator[str | BadRow]:
 
 def _parsed(text: str) -> Any:
     """One row of JSON. Returns what is wrong instead of raising it: the caller decides whether a bad row ends the run."""
+    if wrong := _not_utf8(text):
+        return wrong
     try:
-        return json.loads(text)
+        row = json.loads(text, object_pairs_hook=_unique)
+        if _SURROGATE.search(text):  # of a pair, unless it is half a character
+            json.dumps(row, ensure_ascii=False).encode()
+        return row
+    except UnicodeEncodeError as error:
+        return BadRow("half a character", f"it has {ascii(error.object[error.start])}, one half of a surrogate pair.")
+    except BadRow as wrong:
+        return wrong
     except RecursionError:
         return BadRow("JSON that is nested too deeply", f"it begins {text[:40]!r}.")
     except json.JSONDecodeError as error:
         return BadRow("a line that is not a JSON object", f"{error}.")
     except ValueError as error:  # a whole number of thousands of digits
-        return BadRow("a number that is too long", f"{error}.")
+        return BadRow("a number that is too long", f"{str(error).partition(';')[0]}.")
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """
+    Raises:
+      BadRow: a key is there twice; json would keep the last.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise BadRow("a key that is there twice", f"{listing({name for name in names if names.count(name) > 1})}.")
+    return found
+
+
+def _not_utf8(text: str) -> BadRow | None:
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        near = ascii(text[max(0, error.start - 20) : error.start + 20])
+        return BadRow("bytes that are not UTF-8", f"near {near}. Convert the file to UTF-8.")
+    return None
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
@@ -173,18 +206,23 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(MOST_CHARACTERS)
     with _open(path) as file:
         reader = csv.DictReader(file, restkey=_EXTRA, strict=True)
-        names = reader.fieldnames or []
+        names = list(reader.fieldnames or [])
+        if wrong := _not_utf8("".join(names)):
+            raise ValueError(str(wrong))
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"its header has {listing(twice)} twice")
         while True:
             try:
                 row = next(reader, None)
             except csv.Error as error:
-                raise ValueError(f"in line {reader.line_num}, {error}. Inside quotes, a quote is written twice") from error
+                where = f"in the row that begins in line {reader.line_num + 1}"
+                raise ValueError(f"{where}, {error}. Inside quotes, a quote is written twice") from error
             if row is None:
                 return
             if any(extra := row.pop(_EXTRA, ())):
                 row = BadRow("more fields than the header has", f"{len(extra)} more. Text that has a comma needs quotes.")
+            else:
+                row = _not_utf8("".join(text for text in row.values() if text)) or row
             yield reader.line_num, row
 
 
