@@ -77,7 +77,7 @@ class Fit:
     """What length limits did to one data set, counted during encoding: items ``dropped`` because their last prompt alone is
     too long, items ``shortened`` by removing their oldest turns, and responses ``cut``, which then have no EOS. Also comparisons
     ``alike``, left out because all their completions are cut to the same tokens, and items whose own text spells a special token
-    (``special``), which the model reads as that token."""
+    (``special``; one of them is ``spelled``), which the model reads as that token."""
 
     what: str = "examples"
     total: int = 0
@@ -86,6 +86,7 @@ class Fit:
     cut: int = 0
     alike: int = 0
     special: int = 0
+    spelled: str = ""
 
     def counts(self) -> dict[str, int]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "what"}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.type == "int"}

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 ANSWER = "Yes."
 """For prompts, which have none."""
 
+SHORT = 100_000
+"""Characters of a dialogue that may be tokenised four times more."""
+
 
 class Borders:
-    """Checks the items of one data set, ``what``: the first that fits as a whole, and how every answer begins."""
+    """Checks the items of one data set, ``what``: the first that is short, and how every answer begins."""
 
     def __init__(self, tokenizer: Tokenizer, what: str):
         self.tokenizer, self.what = tokenizer, what
@@ -36,7 +39,7 @@ class Borders:
         Raises:
           DataError: an answer begins with what the template has already written, say '<think>'.
         """
-        if not self.checked:
+        if not self.checked and sum(map(len, [*(message.content for message in prompt.messages), *answers])) < SHORT:
             self.checked, self.opened = True, opened(self.tokenizer, prompt)
             for finding in findings(self.tokenizer, prompt, answers[0] if answers else ANSWER):
                 self.tokenizer.warn_once(finding)

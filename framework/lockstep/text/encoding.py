@@ -73,7 +73,7 @@ def report(fit: Fit, lengths: Lengths) -> None:
         f"{fit.shortened} lost their oldest turns": fit.shortened,
         f"{fit.cut} responses cut to the limit, without EOS": fit.cut,
         f"{fit.alike} left out because their completions are the same once cut to {lengths.response} tokens": fit.alike,
-        f"{fit.special} spell a special token in their text, which the model reads as that token": fit.special,
+        f"{fit.special} spell a special token in their text, such as '{fit.spelled}', which the model reads as that": fit.special,
     }
     if said := [part for part, count in parts.items() if count]:
         log.warning("%s: of %d, %s", fit.what, fit.total, "; ".join(said))
@@ -186,7 +186,8 @@ def _without_eos(tokenizer: Tokenizer, response: str) -> str:
 
 def _count_special(tokenizer: Tokenizer, prompt: Prompt, answers: Sequence[str], fit: Fit) -> None:
     texts = [*(message.content for message in prompt.messages), *(_without_eos(tokenizer, answer) for answer in answers)]
-    fit.special += any(tokenizer.spelled(text) for text in texts)
+    if token := next(filter(None, map(tokenizer.spelled, texts)), None):
+        fit.special, fit.spelled = fit.special + 1, fit.spelled or token
 
 
 def encode_prompts(
