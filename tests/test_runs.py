@@ -228,6 +228,11 @@ def test_a_stage_is_made_anew_when_its_chat_template_file_has_changed(tmp_path):
     assert folders(tmp_path / "runs", *options)["sft"] != before["sft"]
 
 
+def test_a_stage_is_made_anew_with_another_date_in_its_prompts(tmp_path):
+    before, after = (folders(tmp_path / "runs", *options) for options in ([], ["policy.tokenizer.date=2026-01-02"]))
+    assert before["sft"] != after["sft"] and before == folders(tmp_path / "runs", "policy.tokenizer.date=null")
+
+
 def test_a_stage_is_made_anew_when_its_reward_function_has_changed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "my_reward.py").write_text("def score(prompts, responses): return [0.0] * len(responses)\n")
