@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from lockstep.api import items
 from lockstep.config.schema import parse
 from lockstep.data import columns, reading
 from lockstep.data.files import Files
@@ -298,6 +299,15 @@ def test_other_columns_that_are_not_read_are_named_once(write, capsys):
     texts = write({"text": "a", "meta": {}}, name="texts.jsonl")
     files(texts=[texts]).texts("train")
     assert capsys.readouterr().out == f"data.texts[0]: of {texts['path']}, columns that are not read: meta.\n"
+
+
+def test_columns_that_are_not_read_are_named_for_rows_in_python_too(caplog):
+    assert items.read("demonstrations", [GOOD, {**GOOD, "id": 1, "labeler": "Ada"}]) == [Demonstration(COLOUR, GREEN)] * 2
+    assert [record.getMessage() for record in caplog.records] == ["demonstrations: columns that are not read: id"]
+    with pytest.raises(DataError, match=r"demonstrations\[0\]: a column 'tools', which cannot be read"):
+        items.read("demonstrations", [NOT_READ["tools"]])
+    with pytest.raises(DataError, match=r"prompts\[0\]: half a character"):
+        items.read("prompts", ["Hi \ud83d"])
 
 
 def test_a_text_that_only_begins_like_a_transcript_keeps_its_beginning(write):

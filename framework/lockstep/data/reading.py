@@ -212,6 +212,7 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"its header has {listing(twice)} twice")
         while True:
+            row: Any
             try:
                 row = next(reader, None)
             except csv.Error as error:

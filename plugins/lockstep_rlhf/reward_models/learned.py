@@ -105,9 +105,10 @@ class Learned(RewardModel):
     def _as_dialogues(self, responses: Responses) -> list[Example | None]:
         """All tokens but the last count as the prompt: a decoder scores the whole, however it is split."""
         texts = [rendered(self.tokenizer.render, *row) for row in rows_of(responses)]
-        most, examples = encoding.most_characters(self.model.context_length), []
-        for ids in self.tokenizer.encode_many([text if len(text) <= most else "" for text in texts]):
-            examples.append(Example(ids[:-1], ids[-1:]) if 2 <= len(ids) <= self.model.context_length else None)
+        longest, examples = self.model.context_length, []
+        texts = [text if len(text) <= encoding.most_characters(longest) else "" for text in texts]
+        for ids in self.tokenizer.encode_many(texts):
+            examples.append(Example(ids[:-1], ids[-1:]) if 2 <= len(ids) <= longest else None)
         return examples
 
     # ------------------------------------------------------------------------------------------------------ encoders
