@@ -514,10 +514,14 @@ def test_no_more_of_a_line_is_read_than_the_limit(tmp_path, monkeypatch):
 
 
 def test_a_broken_json_list_is_named(tmp_path):
-    for text, says in [('[{"text": "a"}', "its list does not end"), ('[{"text": "a"}] x', "after its list comes '] x'")]:
+    for text, says in [
+        ('[{"text": "a"}', "its list does not end"),
+        ('[{"text": "a"}] x', "after its list comes '] x'"),
+        ('[{"text": "a"}, {"text": "b}, {"text": "c"}]', "row 2 is not JSON: "),
+    ]:
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(DataError, match=re.escape(f"a.json cannot be read as .json: {says}")):
-            files(texts=[{"path": str(tmp_path / "a.json")}]).texts("train")
+            files(texts=[{"path": str(tmp_path / "a.json")}], on_bad_row="skip").texts("train")
 
 
 def test_csv_fields_may_be_long_and_broken_quotes_swallow_no_rows(tmp_path):
@@ -531,6 +535,9 @@ def test_csv_fields_may_be_long_and_broken_quotes_swallow_no_rows(tmp_path):
         path.write_text("prompt,completion\nHi,Ho\n" + rows)
         with pytest.raises(DataError, match=says):
             files(demonstrations=[{"path": str(path)}], on_bad_row="skip").demonstrations("train")
+    path.write_text('prompt,"completion\nHi,Ho\n')
+    with pytest.raises(DataError, match="a.csv cannot be read as .csv: unexpected end of data"):
+        demonstration({"path": str(path)})
     path.write_text("prompt,completion,completion\nHi,Ho,No\n")
     with pytest.raises(DataError, match="its header has completion twice"):
         demonstration({"path": str(path)})

@@ -499,7 +499,8 @@ def unread(noun: str, first: Columns, columns: Sequence[str]) -> list[str]:
     besides = () if noun == "texts" else (*_BESIDES, *OF_A_ROW)
     if convention in _ANSWERS:
         besides += tuple(name for name in LABELS if _truth_value(first.get(name)) is not None)
-    return [name for name in columns if name not in {*convention.columns, *convention.also, *besides}] if convention else []
+    read = {*convention.columns, *convention.also, *besides} if convention else columns
+    return [name or "(without a name)" for name in columns if name not in read]
 
 
 def _convention(noun: str, first: Columns) -> Convention | None:

@@ -134,11 +134,12 @@ def _parsed(text: str) -> Any:
     except RecursionError:
         return BadRow("JSON that is nested too deeply", f"it begins {text[:40]!r}.")
     except json.JSONDecodeError as error:
-        return BadRow("a line that is not a JSON object", f"{error}.")
+        return BadRow(_NO_JSON, f"{error}.")
     except ValueError as error:  # a whole number of thousands of digits
         return BadRow("a number that is too long", f"{str(error).partition(';')[0]}.")
 
 
+_NO_JSON = "a line that is not a JSON object"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -179,9 +180,9 @@ def _elements(text: str) -> Iterator[Any]:
     """The elements of a JSON list, one by one, so that a bad one can be named and skipped.
 
     Raises:
-      ValueError: the list itself is broken.
+      ValueError: an element is not JSON, so that nobody knows where it ends, or the list is broken.
     """
-    start, depth = text.index("[") + 1, 0
+    start, depth, number = text.index("[") + 1, 0, 0
     for found in _PUNCTUATION.finditer(text, start):
         mark = found[0]
         if mark in "{[":
@@ -191,7 +192,10 @@ def _elements(text: str) -> Iterator[Any]:
         elif not depth and mark in ",]}":
             element = text[start : found.start()]
             if mark == "," or element.strip():
-                yield _parsed(element)
+                number, row = number + 1, _parsed(element)
+                if isinstance(row, BadRow) and row.problem == _NO_JSON:
+                    raise ValueError(f"row {number} is not JSON: {row}")
+                yield row
             start = found.end()
             if mark != ",":
                 break
@@ -253,7 +257,7 @@ def _suffix(path: Path) -> str:
     return "".join(path.suffixes[-kept:])
 
 
-_UNREADABLE = (OSError, EOFError, ValueError, zlib.error)
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error)
 """What the formats raise for files that are truncated, not UTF-8 or not in the format of their name."""
 
 
