@@ -139,10 +139,15 @@ def rows_of(responses: Responses) -> list[tuple[Prompt, str, bool]]:
 
 
 def rendered(render: Callable[..., str], prompt: Prompt, text: str, ended: bool) -> str:
-    """The whole dialogue; the assistant's turn is closed only if the policy closed it."""
+    """The whole dialogue; the assistant's turn is closed only if the policy closed it. What the template writes before an answer
+    is there in either case, even if the template ignores ``add_generation_prompt``."""
+    whole = render([*prompt.messages, Message("assistant", text)], add_generation_prompt=False)
     if ended:
-        return render([*prompt.messages, Message("assistant", text)], add_generation_prompt=False)
-    return render(list(prompt.messages), add_generation_prompt=True) + text
+        return whole
+    waiting = render(list(prompt.messages), add_generation_prompt=True)
+    begin = whole.find(text.strip(), len(waiting)) if whole.startswith(waiting) else -1
+    before = whole[len(waiting) : max(0, begin)]
+    return waiting + (before if before.strip() else "") + text
 
 
 def pair(prompt: Prompt, text: str) -> tuple[str, str]:
