@@ -253,6 +253,9 @@ def test_text_that_spells_a_special_token_is_counted(core, caplog):
     encoding.encode_prompts(tokenizer, [d.prompt for d in demonstrations], Lengths(400, 40, 1), fits[0])
     encoding.encode_comparisons(tokenizer, [Comparison(ASKED, ("a", "<s>"), (0, 1))], Lengths(400, 40, 1), fits[1])
     assert [fit.special for fit in fits] == [1, 1]
+    texts = Fit("texts")
+    encoding.encode_texts(tokenizer, ["a<s>b", "a"], Lengths(400, 40, 1), texts)
+    assert texts.special == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- lengths

@@ -7,7 +7,7 @@ Frozen and made of plain Python, so every backend, plugin and process shares the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -89,4 +89,4 @@ class Fit:
     spelled: str = ""
 
     def counts(self) -> dict[str, int]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.type == "int"}
+        return {name: value for name, value in vars(self).items() if isinstance(value, int)}

@@ -483,7 +483,7 @@ def reader(noun: str, first: Any, place: str) -> Callable[[Any], Any]:
             raise _no_object(row)
         if noun != "texts":
             _refuse_meaningful(row, OF_A_ROW, "the row")
-        if convention in _ANSWERS and not _desirable(row):
+        if noun == "demonstrations" and convention in _ANSWERS and not _desirable(row):
             raise LeftOut("answers that are labelled as bad")
         item = _MAKE[noun](convention.read(row))
         for text in _texts(item):
@@ -497,7 +497,7 @@ def unread(noun: str, first: Columns, columns: Sequence[str]) -> list[str]:
     """Those of a source's columns that the convention of its first row does not read."""
     convention = _convention(noun, first)
     besides = () if noun == "texts" else (*_BESIDES, *OF_A_ROW)
-    if convention in _ANSWERS:
+    if noun == "demonstrations" and convention in _ANSWERS:
         besides += tuple(name for name in LABELS if _truth_value(first.get(name)) is not None)
     read = {*convention.columns, *convention.also, *besides} if convention else columns
     return [name or "(without a name)" for name in columns if name not in read]

@@ -258,13 +258,16 @@ def encode_comparisons(
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], lengths: Lengths, fit: Fit | None = None) -> list[Example]:
     """Raw documents: the prompt is BOS (or EOS) alone, the response the document and EOS, together at most as long as a
-    prompt and a response. Longer documents are cut, as in any pretraining; the cuts are counted but not logged."""
-    limit, encoded = _text_lengths(lengths).response, list[list[int]]()
+    prompt and a response. Longer documents are cut, as in any pretraining, and special tokens may separate parts of one: both are
+    counted but not logged."""
+    limit, encoded, special = _text_lengths(lengths).response, list[list[int]](), 0
     for part in chunks(len(texts), 1000):
-        many = tokenizer.encode_many([text[: most_characters(limit)] for text in texts[part]])
-        encoded += [ids[:limit] for ids in many if ids]
+        documents = [text[: most_characters(limit)] for text in texts[part]]
+        encoded += [ids[:limit] for ids in tokenizer.encode_many(documents) if ids]
+        special += sum(tokenizer.spelled(document) is not None for document in documents)
     if fit is not None:
         fit.total, fit.cut = len(encoded), sum(len(ids) >= limit for ids in encoded)
+        fit.special = special
     return [Example([tokenizer.start_id], (ids + [tokenizer.eos_id])[:limit]) for ids in encoded]
 
 
