@@ -222,6 +222,12 @@ def test_a_thought_that_the_template_opens_is_neither_opened_twice_nor_left_open
     )
 
 
+@pytest.mark.parametrize("refused", ["not add_generation_prompt", "messages[-1].role == 'assistant'"])
+def test_a_template_that_only_writes_prompts_is_not_compared(core, caplog, refused):
+    template = f"{{% if {refused} %}}{{{{ raise_exception('no') }}}}{{% endif %}}{CHATML}"
+    assert said(caplog, make(core, template, "</s>")) == []
+
+
 def test_tokens_that_the_border_cuts_are_told(core, caplog):
     (message,) = said(caplog, make(core, SPACE, "</s>"), "is green.")
     assert message.startswith("the tokens of a prompt and its answer are not those of both as one text: 'Ġ ")

@@ -61,7 +61,10 @@ _ANOTHER = "set policy.tokenizer.chat_template to a template that does not write
 
 def opened(tokenizer: Tokenizer, prompt: Prompt) -> str | None:
     """The tag that the template opens where the answer begins."""
-    waiting, before = (tokenizer.render(prompt.messages, add_generation_prompt=ready) for ready in (True, False))
+    try:
+        waiting, before = (tokenizer.render(prompt.messages, add_generation_prompt=ready) for ready in (True, False))
+    except ConfigError:
+        return None  # a template that only writes dialogues with an answer, or to be answered
     found = re.search(r"(<[^<>/\s]+>)\s*\Z", waiting[len(before) :]) if waiting.startswith(before) else None
     return found and found[1]
 
