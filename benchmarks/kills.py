@@ -93,8 +93,8 @@ class Bench:
         log.unlink(missing_ok=True)
         code = self.start(runs, every).wait()
         if code:
-            raise SystemExit(f"exit code {code} of a run that nobody killed:\n{log.read_text()[-3000:]}")
-        return log.read_text()
+            raise SystemExit(f"exit code {code} of a run that nobody killed:\n{log.read_text(encoding='utf-8')[-3000:]}")
+        return log.read_text(encoding="utf-8")
 
     def reference(self) -> None:
         """The run that nobody kills, and how long each stage takes from its first step on."""
@@ -110,9 +110,11 @@ class Bench:
                         done[stage] = time.perf_counter()
             time.sleep(0.002)
         if process.returncode:
-            raise SystemExit((self.whole.with_suffix(".log")).read_text()[-3000:])
+            raise SystemExit((self.whole.with_suffix(".log")).read_text(encoding="utf-8")[-3000:])
         self.seconds = {stage: done.get(stage, time.perf_counter()) - first[stage] for stage in STAGES}
-        self.totals = {stage: json.loads((find(self.whole, stage) / "done.json").read_text())["steps"] for stage in STAGES}
+        self.totals = {
+            stage: json.loads((find(self.whole, stage) / "done.json").read_text(encoding="utf-8"))["steps"] for stage in STAGES
+        }
         if wrong := wandb_problems(find(self.whole, "ppo")):
             raise SystemExit(f"the reference's W&B log: {wrong}")
 
@@ -193,12 +195,16 @@ def saving(folder: Path) -> list[str]:
 
 def rows(file: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSONL file."""
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]] if file.exists() else []
 
 
 def children(pid: int) -> list[int]:
     """Of W&B there is one: its service. Linux."""
-    return [int(child) for task in Path(f"/proc/{pid}/task").glob("*") for child in (task / "children").read_text().split()]
+    return [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").glob("*")
+        for child in (task / "children").read_text(encoding="utf-8").split()
+    ]
 
 
 def after_kill(runs: Path, totals: dict[str, int]) -> dict[str, Any]:
@@ -238,7 +244,7 @@ def different(one: Path, other: Path) -> list[str]:
     metrics = [[without_timings(row) for row in rows(f / "metrics.jsonl")] for f in (one, other)]
     if metrics[0] != metrics[1]:
         problems.append("metrics.jsonl")
-    results = [json.loads((f / "done.json").read_text()) for f in (one, other)]
+    results = [json.loads((f / "done.json").read_text(encoding="utf-8")) for f in (one, other)]
     if any(without_timings(a["metrics"]) != without_timings(b["metrics"]) or a["steps"] != b["steps"] for a, b in [results]):
         problems.append("done.json")
     return [f"{one.name}: {problem}" for problem in problems]
@@ -341,7 +347,7 @@ def main() -> None:
     def write(kills: list[dict[str, Any]]) -> None:
         kills.sort(key=lambda row: (backends.index(row["backend"]), row["kill"]))
         lines = ",\n".join(json.dumps(kill) for kill in kills)
-        arguments.output.with_suffix(".json").write_text(f"[\n{lines}\n]\n")
+        arguments.output.with_suffix(".json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
     def run(number: int) -> None:
         name = backends[number]
@@ -361,7 +367,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(len(backends)) as pool:
         list(pool.map(run, range(len(backends))))
-    arguments.output.with_suffix(".md").write_text(report(kills, time.perf_counter() - started))
+    arguments.output.with_suffix(".md").write_text(report(kills, time.perf_counter() - started), encoding="utf-8")
     print("\n".join(table(kills)))
     sys.exit(any(kill["problems"] for kill in kills))
 

@@ -30,7 +30,7 @@ def drift(axes: Axes) -> None:
     """The largest difference in any log-probability, per iteration, one line for each learning rate."""
     notes = []
     for rate, colour in RATES.items():
-        with open(HERE / "parity" / f"ppo-{rate}" / "steps.csv") as file:
+        with open(HERE / "parity" / f"ppo-{rate}" / "steps.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         apart = np.array([float(row["logprobs"]) for row in rows])
         same, tokens = (sum(int(row[key]) for row in rows) for key in ("tokens_same", "tokens"))
@@ -54,7 +54,7 @@ def drift(axes: Axes) -> None:
 
 def kills(axes: Axes) -> None:
     """A dot per kill; filled where every output file, metric and sample was bit-equal to the uninterrupted run's."""
-    found = json.loads((HERE / "kills.json").read_text())
+    found = json.loads((HERE / "kills.json").read_text(encoding="utf-8"))
     stages = [("torch", "sft"), ("torch", "reward"), ("torch", "ppo"), ("jax", "sft"), ("jax", "reward"), ("jax", "ppo")]
     for row, (backend, stage) in enumerate(stages):
         here = [kill["equal"] for kill in found if (kill["backend"], kill["stage"]) == (backend, stage)]

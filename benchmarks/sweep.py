@@ -68,7 +68,10 @@ def run(command: list[str], folder: Path, kills: int) -> tuple[float, int]:
     """Seconds and exit code of the sweep; what it prints goes to sweep.log."""
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    with open(folder / "sweep.log", "a") as log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as sweep:
+    with (
+        open(folder / "sweep.log", "a", encoding="utf-8") as log,
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as sweep,
+    ):
         killed: set[Path] = set()
         while sweep.poll() is None:
             time.sleep(0.5)
@@ -88,8 +91,8 @@ def kill_one(stages: list[Path]) -> set[Path]:
     stage = random.choice(stages)
     if (stage / "done.json").exists():
         return set()
-    os.kill(int((stage / "lock").read_text().split()[0]), signal.SIGKILL)
-    steps = len((stage / "metrics.jsonl").read_text().splitlines())
+    os.kill(int((stage / "lock").read_text(encoding="utf-8").split()[0]), signal.SIGKILL)
+    steps = len((stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     print(f"* killed the job that was making {stage.name}, after step {steps}", flush=True)
     return {stage}
 
@@ -115,16 +118,16 @@ def report(folder: Path) -> dict[str, object]:
     """What `lockstep compare` reads of each run, without times."""
     content = {}
     for run in runs(folder):
-        stages = json.loads((run / "run.json").read_text())["stages"]
+        stages = json.loads((run / "run.json").read_text(encoding="utf-8"))["stages"]
         content[run.name] = {name: stage_record(folder / stage["folder"]) for name, stage in stages.items()}
     return content
 
 
 def stage_record(stage: Path) -> tuple[list[dict], object]:
     file = stage / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     timeless = [{k: v for k, v in row.items() if k != "seconds" and not k.startswith("perf/")} for row in rows]
-    return timeless, json.loads((stage / "done.json").read_text()).get("evaluation")
+    return timeless, json.loads((stage / "done.json").read_text(encoding="utf-8")).get("evaluation")
 
 
 if __name__ == "__main__":

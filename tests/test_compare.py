@@ -96,6 +96,14 @@ def test_steps_repeated_after_a_resume_count_once_and_a_torn_line_is_skipped(tmp
     assert (series.steps.tolist(), series.values.tolist()) == ([0, 1, 2], [3.0, 2.5, 1.5])
 
 
+def test_a_line_separator_inside_a_text_ends_no_line(tmp_path):
+    run = write_run(tmp_path, "torch", 0)
+    file = next(tmp_path.glob("stages/evaluate-*/output/samples.jsonl"))
+    rows = [{"policy": "ppo", "split": "heldout", "prompt": "a\u2028b", "response": "c\x85d\x1c", "gold": 1.0, "score": 1.0}] * 3
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert reading.read([run]).runs[0].samples == rows
+
+
 # ------------------------------------------------------------------------------------------------------------ grouping
 
 

@@ -3,6 +3,7 @@
 import collections
 import csv
 import gzip
+import io
 import itertools
 import json
 import re
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 import yaml
 
+from lockstep.api import items
 from lockstep.config.schema import parse
+from lockstep.data import columns, reading
 from lockstep.data.files import Files
 from lockstep.data.mixing import mix
 from lockstep.errors import ConfigError, DataError, MissingData
@@ -211,6 +214,109 @@ def test_the_best_completion_of_a_comparison_serves_as_demonstration(write):
     assert demonstration(write(row)) == Demonstration(COLOUR, "Green.")
 
 
+def test_a_system_column_begins_the_dialogue_of_every_convention_unless_it_has_one(write):
+    turns = dialogue("Name a colour.", "Green.")
+    rows = [
+        {"instruction": "Name a colour.", "output": "Green.", "system": "Be brief."},
+        {"prompt": "Name a colour.", "completion": "Green.", "system_prompt": "Be brief."},
+        {"conversations": turns, "system": "Be brief."},
+        {"messages": [message(SYSTEM, "Be brief."), *turns], "system": "Be brief."},
+    ]
+    expected = Demonstration(Prompt((Message(SYSTEM, "Be brief."), Message(USER, "Name a colour."))), GREEN)
+    assert [demonstration(write(row)) for row in rows] == [expected] * 4
+    assert demonstration(write({**GOOD, "system": " "})) == Demonstration(COLOUR, GREEN)
+    assert comparison(write({**PAIR, "system": "Be brief."})).prompt == expected.prompt
+    with pytest.raises(DataError, match=r"my.jsonl:1: two system messages: they differ: 'Be brief.' and 'Be long.'"):
+        demonstration(write({"messages": [message(SYSTEM, "Be brief."), *turns], "system": "Be long."}))
+
+
+def test_alpacas_history_is_earlier_turns_of_a_whole_dialogue(write):
+    row = {"instruction": "Bye", "input": "", "output": "See you", "system": "Be brief.", "history": [["Hi", "Hello"]]}
+    turns = ((SYSTEM, "Be brief."), (USER, "Hi"), (ASSISTANT, "Hello"), (USER, "Bye"))
+    assert demonstration(write(row)) == Demonstration(Prompt(tuple(Message(*turn) for turn in turns)), "See you", dialogue=True)
+    assert not demonstration(write({**row, "history": []})).dialogue
+    assert len(demonstration(write({**GOOD, "history": [["Hi", "Hello"]]})).prompt.messages) == 3
+    for history, says in [
+        ([["Hi", "Hello", "Bye"]], r"a malformed history: 'history\[0\]' should be a question and its answer"),
+        ([["Hi", None]], r"a malformed history: 'history\[0\]' should be a question and its answer"),
+        ("[]x", "a wrong type: 'history' should be a list of pairs"),
+    ]:
+        with pytest.raises(DataError, match=says):
+            demonstration(write({**row, "history": history}))
+    with pytest.raises(DataError, match="a history beside a dialogue"):
+        demonstration(write({"messages": dialogue("Hi", "Hello", "Bye", "See you"), "history": [["Hi", "Hello"]]}))
+
+
+def test_an_instruction_is_about_its_context_too(write):
+    assert prompt(write({"instruction": "Translate.", "context": "green"})) == Prompt.of("Translate.\n\ngreen")
+
+
+def test_answers_that_are_labelled_as_bad_are_no_demonstrations(write, tmp_path, capsys):
+    for name in ("label", "kto_tag"):
+        assert demonstration(write({**GOOD, name: True}, {**GOOD, "completion": "Loud.", name: False})).response == GREEN
+        assert "left out: 1 answers that are labelled as bad." in capsys.readouterr().out
+    (tmp_path / "a.csv").write_text("prompt,completion,label\nName a colour.,Green.,True\nName a colour.,Loud.,False\n")
+    assert demonstration({"path": str(tmp_path / "a.csv")}).response == GREEN
+    assert prompt(write({"prompt": "Name a colour.", "label": False})) == COLOUR
+    with pytest.raises(DataError, match=r"a column 'label' that is not true or false: it is 0, .* add ignore: \[label\]"):
+        demonstration(write({**GOOD, "label": 0}))
+    assert demonstration({**write({**GOOD, "label": 0}), "ignore": ["label"]}).response == GREEN
+
+
+NOT_READ = {
+    "tools": {"prompt": "Hi", "completion": "Ho", "tools": [{"name": "search"}]},
+    "images": {"messages": dialogue("Hi", "Ho"), "images": ["a.png"]},
+    "chat_template_kwargs": {"messages": dialogue("Hi", "Ho"), "chat_template_kwargs": {"enable_thinking": False}},
+    "tool_calls": {"messages": [message(USER, "Hi"), {**message(ASSISTANT, None), "tool_calls": [{"name": "search"}]}]},
+    "reasoning_content": {"messages": [message(USER, "Hi"), {**message(ASSISTANT, "Ho"), "reasoning_content": "Hm"}]},
+    "weight": {"messages": [message(USER, "Hi"), {**message(ASSISTANT, "Ho"), "weight": 0}]},
+}
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_a_column_without_which_a_row_means_something_else_is_refused_unless_it_is_ignored(write, capsys, name):
+    source = write(GOOD if name == "tools" else {"messages": dialogue("Hi", "Ho")}, NOT_READ[name])
+    with pytest.raises(
+        DataError, match=rf"my.jsonl:2: a column '{name}', which cannot be read: .*ignore: \[{name}\] to its source"
+    ):
+        files(demonstrations=[source]).demonstrations("train")
+    assert len(files(demonstrations=[source], on_bad_row="skip").demonstrations("train")) == 1
+    assert f"1 with a column '{name}', which cannot be read" in capsys.readouterr().out
+    if name != "tool_calls":  # that message has no text
+        assert demonstration({**write(NOT_READ[name]), "ignore": [name]}).response == "Ho"
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], "[]", {}, {"a": None}])
+def test_a_column_that_says_nothing_is_no_obstacle(write, nothing):
+    answer = {**message(ASSISTANT, "Ho"), "tool_calls": nothing, "weight": 1}
+    assert demonstration(write({"messages": [message(USER, "Hi"), answer], "tools": nothing, "images": nothing})).response == "Ho"
+
+
+def test_other_columns_that_are_not_read_are_named_once(write, capsys):
+    source = write({**GOOD, "id": 1}, {**GOOD, "id": 2, "source": "web", "labeler": "Ada", "truth": {}, "system": ""})
+    files(demonstrations=[source]).demonstrations("train")
+    assert capsys.readouterr().out == f"data.demonstrations[0]: of {source['path']}, columns that are not read: id, source.\n"
+    texts = write({"text": "a", "meta": {}}, name="texts.jsonl")
+    files(texts=[texts]).texts("train")
+    assert capsys.readouterr().out == f"data.texts[0]: of {texts['path']}, columns that are not read: meta.\n"
+
+
+def test_columns_that_are_not_read_are_named_for_rows_in_python_too(caplog):
+    assert items.read("demonstrations", [GOOD, {**GOOD, "id": 1, "labeler": "Ada"}]) == [Demonstration(COLOUR, GREEN)] * 2
+    assert [record.getMessage() for record in caplog.records] == ["demonstrations: columns that are not read: id"]
+    with pytest.raises(DataError, match=r"demonstrations\[0\]: a column 'tools', which cannot be read"):
+        items.read("demonstrations", [NOT_READ["tools"]])
+    with pytest.raises(DataError, match=r"prompts\[0\]: half a character"):
+        items.read("prompts", ["Hi \ud83d"])
+
+
+def test_a_text_that_only_begins_like_a_transcript_keeps_its_beginning(write):
+    assert prompt(write({"prompt": "Human: a short history"})) == Prompt.of("Human: a short history")
+    assert prompt(write({"text": "Human: a short history"})) == Prompt.of("Human: a short history")
+    assert prompt(write({"prompt": "Human: Name a colour.\n\nAssistant:"})) == COLOUR
+    assert prompt(write({"prompt": "\n\nHuman: Name a colour."})) == COLOUR
+
+
 def test_truth_goes_with_the_prompt(write):
     assert prompt(write({"prompt": "1+1?", "truth": {"answer": "2"}})).truth == {"answer": "2"}
 
@@ -260,7 +366,7 @@ def test_a_csv_row_that_is_too_long_or_too_short_is_named_by_its_line(tmp_path):
     with pytest.raises(DataError, match="a.csv:4: a missing column: no 'completion'. The row has: prompt."):
         files(demonstrations=[{"path": str(path)}]).demonstrations("train")
     path.write_text("prompt\nHi,Hello\n")
-    with pytest.raises(DataError, match=r"made from the columns \(without a header\), prompt."):
+    with pytest.raises(DataError, match="a.csv:2: more fields than the header has: 1 more. Text that has a comma needs quotes."):
         files(demonstrations=[{"path": str(path)}]).demonstrations("train")
 
 
@@ -364,6 +470,98 @@ def test_a_bad_row_is_named_by_file_and_line(write, noun, good, bad, says):
     assert str(error.value).endswith("Correct the row, or leave such rows out with data.on_bad_row=skip.")
 
 
+DEEP, DIGITS = "[" * 100_000 + "]" * 100_000, "1" * 6000
+BROKEN = {
+    "half a character": '{"prompt": "Hi \\ud83d", "completion": "Ho"}',
+    "bytes that are not UTF-8": '{"prompt": "Hi \udce9", "completion": "Ho"}',
+    "JSON that is nested too deeply": f'{{"prompt": "Hi", "completion": "Ho", "more": {DEEP}}}',
+    "a number that is too long": f'{{"prompt": "Hi", "completion": "Ho", "more": {DIGITS}}}',
+    "a key that is there twice": '{"prompt": "Hi", "completion": "Ho", "completion": "No"}',
+    "too long a text": json.dumps({"prompt": "Hi", "completion": "Ho" * 200}),
+}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize("problem", BROKEN)
+def test_a_row_that_breaks_the_reader_is_one_bad_row(tmp_path, capsys, monkeypatch, problem, name):
+    if problem == "too long a text":
+        monkeypatch.setattr(columns, "MOST_CHARACTERS", 300)
+        monkeypatch.setattr(reading, "MOST_CHARACTERS", 300)
+    rows = [json.dumps(GOOD), BROKEN[problem], json.dumps(GOOD)]
+    text = "\n".join(rows) if name == "a.jsonl" else f"[{', '.join(rows)}]"
+    (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogateescape")
+    source = {"path": str(tmp_path / name)}
+    with pytest.raises(DataError, match=f"{name}:2: {problem}: .* Correct the row, or leave such rows out with"):
+        files(demonstrations=[source]).demonstrations("train")
+    assert len(files(demonstrations=[source], on_bad_row="skip").demonstrations("train")) == 2
+    assert f"2 of 3 rows of {source['path']} can be used; left out: 1 with {problem}." in capsys.readouterr().out
+
+
+def test_a_whole_surrogate_pair_is_a_character(write):
+    assert demonstration(write('{"prompt": "Hi \\ud83d\\ude00 \u2028 you", "completion": "Ho"}')).prompt == Prompt.of(
+        "Hi 😀 \u2028 you"
+    )
+
+
+def test_no_more_of_a_line_is_read_than_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MOST_CHARACTERS", 10)
+    file = io.StringIO("a" * 10 + "\n" + "b" * 95 + "\nc\n" + "d" * 50)
+    found = list(reading._lines(file))
+    assert [line if isinstance(line, str) else line.problem for line in found] == ["too long a text"] * 2 + [
+        "c\n",
+        "too long a text",
+    ]
+
+
+def test_a_broken_json_list_is_named(tmp_path):
+    for text, says in [
+        ('[{"text": "a"}', "its list does not end"),
+        ('[{"text": "a"}] x', "after its list comes '] x'"),
+        ('[{"text": "a"}, {"text": "b}, {"text": "c"}]', "row 2 is not JSON: "),
+    ]:
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(DataError, match=re.escape(f"a.json cannot be read as .json: {says}")):
+            files(texts=[{"path": str(tmp_path / "a.json")}], on_bad_row="skip").texts("train")
+
+
+def test_csv_fields_may_be_long_and_broken_quotes_swallow_no_rows(tmp_path):
+    path, long = tmp_path / "a.csv", "Green " * 50_000
+    path.write_text(f'prompt,completion\nHi,"{long}"\n')
+    assert demonstration({"path": str(path)}).response == long
+    for rows, says in [
+        ('Hi,"Ho\nHi,Ho\n', "cannot be read as .csv: in the row that begins in line 3, unexpected end of data."),
+        ('Hi,"say \\"Ho\\" now"\n', "cannot be read as .csv: in the row that begins in line 3, ',' expected after"),
+    ]:
+        path.write_text("prompt,completion\nHi,Ho\n" + rows)
+        with pytest.raises(DataError, match=says):
+            files(demonstrations=[{"path": str(path)}], on_bad_row="skip").demonstrations("train")
+    path.write_text('prompt,"completion\nHi,Ho\n')
+    with pytest.raises(DataError, match="a.csv cannot be read as .csv: unexpected end of data"):
+        demonstration({"path": str(path)})
+    path.write_text("prompt,completion,completion\nHi,Ho,No\n")
+    with pytest.raises(DataError, match="its header has completion twice"):
+        demonstration({"path": str(path)})
+    path.write_bytes("prompt,completion\nHi,Ho\nCafé,Ho\n".encode("latin-1"))
+    with pytest.raises(DataError, match="a.csv:3: bytes that are not UTF-8"):
+        files(demonstrations=[{"path": str(path)}]).demonstrations("train")
+
+
+def test_a_csv_row_with_a_comma_too_many_is_not_cut(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\nHi,Ho,\nHi, there,Ho\n")
+    with pytest.raises(DataError, match="a.csv:3: more fields than the header has: 1 more."):
+        files(demonstrations=[{"path": str(tmp_path / "a.csv")}]).demonstrations("train")
+
+
+def test_truth_values_are_neither_ranks_nor_choices_and_large_numbers_are_scores(write):
+    with pytest.raises(DataError, match=re.escape("'ranks' should be numbers, not [True, False].")):
+        comparison(write({"prompt": "Hi", "completions": ["a", "b"], "ranks": [True, False]}))
+    assert comparison(write(f'{{"prompt": "Hi", "completions": ["a", "b"], "scores": [1, {"1" * 400}]}}')).ranks == (1, 0)
+    with pytest.raises(DataError, match="'choice' should be a whole number, not bool."):
+        comparison(write({"info": {"article": "a"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": True}))
+    with pytest.raises(DataError, match="'summaries' should hold groups with 'text'"):
+        comparison(write({"info": {"article": "a"}, "summaries": ["a", "b"], "choice": 1}))
+
+
 def test_bad_rows_can_be_skipped_and_are_counted_by_kind(write, capsys):
     source = write(GOOD, {"prompt": "Hi"}, {**GOOD, "completion": ""}, "{", {"prompt": "Ho"})
     source_of_skips = files(demonstrations=[source], on_bad_row="skip")
@@ -442,7 +640,6 @@ def test_files_that_are_not_what_their_name_says_are_named(tmp_path):
     for name, content in (
         ("a.jsonl.gz", whole[: len(whole) // 2]),
         ("a.parquet", b"text"),
-        ("a.jsonl", b'{"text": "\xff"}'),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=f"{name} cannot be read as "):

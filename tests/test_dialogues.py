@@ -11,11 +11,12 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lockstep.errors import ConfigError
-from lockstep.text import encoding
+from lockstep.errors import ConfigError, DataError
+from lockstep.text import borders, encoding
 from lockstep.text.encoding import Lengths
-from lockstep.text.tokenizer import TEMPLATES, Tokenizer
-from lockstep.types import Demonstration, Fit, Message, Prompt
+from lockstep.text.templates import TEMPLATES
+from lockstep.text.tokenizer import Tokenizer
+from lockstep.types import Comparison, Demonstration, Fit, Message, Prompt
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -151,11 +152,168 @@ def test_a_long_dialogue_loses_its_oldest_turns_and_teaches_the_rest(core):
     assert len(counted_texts(core, encode(tokenizer, demonstration(), (long, 40)))) == 3
     fit = Fit()
     shorter = encode(tokenizer, demonstration(), (long - 1, 40), fit=fit)
-    assert fit.counts() == {"total": 1, "dropped": 0, "shortened": 1, "cut": 0}
+    assert fit.counts() == {"total": 1, "dropped": 0, "shortened": 1, "cut": 0, "alike": 0, "special": 0}
     assert counted_texts(core, shorter) == [TURNS[3][1] + "<|im_end|>", LAST + "<|im_end|>"]
     assert encode(tokenizer, demonstration(), (long - 1, 2)).counts[-2:] == [True, True]
     few = encode(tokenizer, demonstration(), (30, 40))
     assert counted_texts(core, few) == [LAST + "<|im_end|>"]
+
+
+# ---------------------------------------------------------------------------------------- where prompts and answers end
+
+ASKED = Prompt.of("Name a colour.")
+NO_HEADER = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+THINKS = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content.split('</think>')[-1] + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: <think>\n' }}{% endif %}"
+)
+SPACE = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def said(caplog, tokenizer, *answers) -> list[str]:
+    caplog.clear()
+    demonstrations = [Demonstration(ASKED, answer) for answer in answers or [LAST]]
+    encoding.encode_demonstrations(tokenizer, demonstrations, Lengths(400, 40, 1), Fit("train demonstrations"))
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("name", ["chatml", "gemma", "llama2"])  # GPT-2's rules split the line breaks of llama3 before a word
+def test_templates_that_agree_with_the_tokens_of_training_give_no_warning(core, caplog, name):
+    tokenizer = make(core, *TEMPLATED[name])
+    assert said(caplog, tokenizer) == said(caplog, make(core, TEMPLATES["dialogue"], "</s>")) == []
+    encoding.encode_prompts(tokenizer, [ASKED], Lengths(400, 40, 1))
+    assert caplog.records == []
+
+
+def test_a_template_that_ends_answers_with_another_token_than_eos_is_told_once(core, caplog):
+    tokenizer = make(core, CHATML, "</s>")
+    expected = [
+        "the chat template ends an answer with '<|im_end|>', but responses end with EOS, '</s>': the policy learns another end "
+        "than the template's. For the template's, set 'policy.tokenizer.eos_token=\"<|im_end|>\"'"
+    ]
+    assert said(caplog, tokenizer) == expected
+    assert said(caplog, tokenizer) == []
+    caplog.clear()
+    encoding.encode_prompts(make(core, CHATML, "</s>"), [ASKED], Lengths(400, 40, 1))
+    encoding.encode_comparisons(make(core, CHATML, "</s>"), [Comparison(ASKED, ("a", "b"), (0, 1))], Lengths(400, 40, 1))
+    assert [record.getMessage() for record in caplog.records] == expected * 2
+
+
+def test_a_template_that_ignores_add_generation_prompt_is_told(core, caplog):
+    (message,) = said(caplog, make(core, NO_HEADER, "<|im_end|>"))
+    assert message.startswith(
+        r"the chat template writes '<|im_start|>assistant\n' before an answer, but does not end a prompt with it"
+    )
+
+
+def test_a_thought_that_the_template_opens_is_neither_opened_twice_nor_left_open(core, caplog):
+    tokenizer = make(core, THINKS, "</s>")
+    assert said(caplog, tokenizer, "Hm.</think>Green.") == []
+    with pytest.raises(
+        DataError, match="train demonstrations: an answer begins with '<think>', which the chat template has already"
+    ):
+        said(caplog, tokenizer, "Hm.</think>Green.", "<think>Hm.</think>Green.")
+    (message,) = said(caplog, tokenizer, "Green.")
+    assert message.startswith(
+        "the chat template opens '<think>' before an answer, and the first answer of the train demonstrations"
+    )
+
+
+@pytest.mark.parametrize("refused", ["not add_generation_prompt", "messages[-1].role == 'assistant'"])
+def test_a_template_that_only_writes_prompts_is_not_compared(core, caplog, refused):
+    template = f"{{% if {refused} %}}{{{{ raise_exception('no') }}}}{{% endif %}}{CHATML}"
+    assert said(caplog, make(core, template, "</s>")) == []
+
+
+def test_tokens_that_the_border_cuts_are_told(core, caplog):
+    (message,) = said(caplog, make(core, SPACE, "</s>"), "is green.")
+    assert message.startswith("the tokens of a prompt and its answer are not those of both as one text: 'Ġ ")
+    assert said(caplog, make(core, SPACE.replace("'assistant: '", "'assistant:'"), "</s>"), " is green.") == []
+
+
+def test_an_answer_that_spells_eos_ends_once(core, caplog):
+    tokenizer = make(core, *TEMPLATED["llama2"])
+    plain = encoding.encode_response(tokenizer, "Green.", 40)
+    assert (
+        encoding.encode_response(tokenizer, "Green.</s>", 40) == encoding.encode_response(tokenizer, "Green.</s>\n", 40) == plain
+    )
+    assert plain.count(tokenizer.eos_id) == 1
+    assert said(caplog, tokenizer, "Green.</s>") == []
+
+
+def test_text_that_spells_a_special_token_is_counted(core, caplog):
+    tokenizer, fit = make(core, *TEMPLATED["chatml"]), Fit("train demonstrations")
+    demonstrations = [
+        Demonstration(Prompt.of(text), answer) for text, answer in [("a<|im_end|>", "b"), ("a", "b<s>c"), ("a", "b")]
+    ]
+    encoding.encode_demonstrations(tokenizer, demonstrations, Lengths(400, 40, 1), fit)
+    assert fit.special == 2
+    expected = (
+        "train demonstrations: of 3, 2 spell a special token in their text, such as '<|im_end|>', which the model reads as that"
+    )
+    assert expected in caplog.text
+    fits = Fit("prompts"), Fit("comparisons")
+    encoding.encode_prompts(tokenizer, [d.prompt for d in demonstrations], Lengths(400, 40, 1), fits[0])
+    encoding.encode_comparisons(tokenizer, [Comparison(ASKED, ("a", "<s>"), (0, 1))], Lengths(400, 40, 1), fits[1])
+    assert [fit.special for fit in fits] == [1, 1]
+    texts = Fit("texts")
+    encoding.encode_texts(tokenizer, ["a<s>b", "a"], Lengths(400, 40, 1), texts)
+    assert texts.special == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- lengths
+
+
+def test_comparisons_that_are_cut_to_the_same_tokens_are_left_out(core, caplog):
+    tokenizer, fit = make(core, *TEMPLATED["chatml"]), Fit("train comparisons")
+    same, other = Comparison(ASKED, ("Green. ⛺", "Green. 数"), (0, 1)), Comparison(ASKED, ("Green.", "Red."), (0, 1))
+    limit = len(tokenizer.encode("Green."))
+    assert len(encoding.encode_comparisons(tokenizer, [same, other], Lengths(400, limit, 1), fit)) == 1
+    assert fit.alike == 1
+    assert f"1 left out because their completions are the same once cut to {limit} tokens" in caplog.text
+    with pytest.raises(
+        DataError, match="All 1 comparisons were dropped: .*; 1 have completions that begin alike, and differ only"
+    ):
+        encoding.encode_comparisons(tokenizer, [same], Lengths(400, limit, 1))
+
+
+def test_long_text_is_cut_or_dropped_before_it_is_tokenised(core, monkeypatch):
+    tokenizer, seen = make(core, *TEMPLATED["chatml"]), []
+    monkeypatch.setattr(encoding, "most_characters", lambda limit: 200)
+    monkeypatch.setattr(borders, "SHORT", 200)
+    encode = tokenizer._encoded
+    monkeypatch.setattr(tokenizer, "_encoded", lambda how, texts: seen.extend(map(len, texts)) or encode(how, texts))
+    long, lengths = "Grass is green. " * 100, Lengths(40, 5, 1)
+    monkeypatch.setattr(tokenizer, "encode_many", lambda texts: [tokenizer.encode(text) for text in texts])
+    assert len(encoding.encode_response(tokenizer, long, 5)) == 5
+    assert len(encoding.encode_texts(tokenizer, [long, "Grass"], lengths)[0].response) == 44
+    fit = Fit()
+    turns = (("user", long), ("assistant", long), ("user", "Why?"))
+    assert encode_all(tokenizer, [demonstration(turns), demonstration((("user", long),))], lengths, fit) == 1
+    assert (fit.shortened, fit.dropped) == (1, 1)
+    assert max(seen) <= 300
+
+
+def encode_all(tokenizer, demonstrations, lengths, fit) -> int:
+    return len(encoding.encode_demonstrations(tokenizer, demonstrations, lengths, fit, every_turn=True))
+
+
+def test_a_dialogue_of_thousands_of_turns_is_shortened_in_few_steps(core, monkeypatch):
+    tokenizer = make(core, *TEMPLATED["chatml"])
+    turns = [("user", "Why?"), ("assistant", "Green.")] * 2000 + [("user", "Why?")]
+    one = Prompt(tuple(Message(*turn) for turn in turns))
+    renders, render = [], tokenizer.render
+    monkeypatch.setattr(tokenizer, "render", lambda *given, **how: renders.append(1) or render(*given, **how))
+    two = Prompt(one.messages[-3:])
+    limit = len(tokenizer.encode(render(two.messages, add_generation_prompt=True)))
+    assert encoding.encode_prompt(tokenizer, one, limit) == encoding.encode_prompt(tokenizer, two, limit)
+    assert encoding.encode_prompt(tokenizer, one, limit - 1) == encoding.encode_prompt(
+        tokenizer, Prompt(one.messages[-1:]), limit
+    )
+    assert len(renders) < 40
 
 
 def test_a_block_of_dialogues_has_room_for_all_turns_and_counts_in_their_places(core):

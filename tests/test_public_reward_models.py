@@ -21,7 +21,8 @@ from lockstep.runs.experiment import Experiment
 from lockstep.storage.files import read_json
 from lockstep.text.sequences import pack
 from lockstep.types import Message, Prompt
-from lockstep_rlhf.reward_models.learned import Learned
+from lockstep_rlhf.reward_models.learned import Learned, rendered
+from lockstep_torch.classifier import TextClassifier
 from runs import DECODER, TINY
 
 transformers = pytest.importorskip("transformers")
@@ -225,6 +226,23 @@ def test_an_encoder_with_a_chat_template_reads_one_text(tmp_path, torch_backend,
     public = Public(tmp_path, "Bert", torch_backend, tokenizer)
     scores = public.reward_model().score(responses(tokenizer))
     assert scores[1] == pytest.approx(public.expected("<user> w3 <end>\n<assistant> w8 <end>\n"), abs=1e-5)
+
+
+@pytest.mark.parametrize("ready", ["<assistant> ", ""], ids=["asked for", "never asked for"])
+def test_a_response_that_was_cut_off_has_the_same_beginning_as_one_that_ended(ready):
+    def render(messages, *, add_generation_prompt):
+        return "".join(f"<{m.role}> {m.content} <end>\n" for m in messages) + (ready if add_generation_prompt else "")
+
+    prompt = Prompt.of("w3")
+    assert rendered(render, prompt, "w8 ", True) == "<user> w3 <end>\n<assistant> w8  <end>\n"
+    assert rendered(render, prompt, "w8 ", False) == "<user> w3 <end>\n<assistant> w8 "
+    assert rendered(render, prompt, "", False) == f"<user> w3 <end>\n{ready}"
+
+
+def test_an_encoders_template_is_told_the_same_date_every_day(tmp_path, torch_backend, tokenizer):
+    public = Public(tmp_path, "Bert", torch_backend, tokenizer, template="{{ cls_token }} {{ strftime_now('%Y-%m-%d') }}")
+    render = TextClassifier.load(public.folder, torch_backend).renderer(None)
+    assert render([Message("user", "w3")], add_generation_prompt=False) == "[CLS] 2024-07-26"
 
 
 def test_an_encoder_gives_no_value_network_and_no_score_for_what_is_too_long(tmp_path, torch_backend, tokenizer):

@@ -42,7 +42,7 @@ def test_pipeline_records_every_stage_in_a_folder_that_explains_itself(pipeline)
     assert list(record["stages"]) == ["pretrain", "sft", "reward", "ppo", "ppo_ptx", "evaluate"]
     assert all(stage["status"] == "done" for stage in record["stages"].values())
     sft = record["stages"]["sft"]["data"]
-    assert sft["train demonstrations"] == {"total": 60, "dropped": 0, "shortened": 0, "cut": 0}
+    assert sft["train demonstrations"] == {"total": 60, "dropped": 0, "shortened": 0, "cut": 0, "alike": 0, "special": 0}
     assert list(record["stages"]["evaluate"]["data"]) == ["heldout prompts", "adversarial prompts"]
     assert (pipeline / "config.yaml").exists()
     assert [row["step"] for row in lines(pipeline, "ppo")] == [0, 1, 2]
@@ -226,6 +226,11 @@ def test_a_stage_is_made_anew_when_its_chat_template_file_has_changed(tmp_path):
     before = folders(tmp_path / "runs", *options)
     (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
     assert folders(tmp_path / "runs", *options)["sft"] != before["sft"]
+
+
+def test_a_stage_is_made_anew_with_another_date_in_its_prompts(tmp_path):
+    before, after = (folders(tmp_path / "runs", *options) for options in ([], ["policy.tokenizer.date=2026-01-02"]))
+    assert before["sft"] != after["sft"] and before == folders(tmp_path / "runs", "policy.tokenizer.date=null")
 
 
 def test_a_stage_is_made_anew_when_its_reward_function_has_changed(tmp_path, monkeypatch):

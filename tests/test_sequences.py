@@ -138,17 +138,20 @@ def test_one_line_says_what_the_limits_did_to_a_data_set_and_counts_are_kept(tok
     demonstrations = [Demonstration(prompt, "w1 w2 w3") for prompt in prompts]
     fit = Fit("train demonstrations")
     assert len(encoding.encode_demonstrations(tokenizer, demonstrations, LENGTHS, fit)) == 2
-    assert fit.counts() == {"total": 3, "dropped": 1, "shortened": 1, "cut": 2}
+    assert fit.counts() == {"total": 3, "dropped": 1, "shortened": 1, "cut": 2, "alike": 0, "special": 0}
     assert [record.getMessage() for record in caplog.records] == [
         "train demonstrations: of 3, 1 dropped because their last prompt alone is longer than 4 tokens; "
         "1 lost their oldest turns; 2 responses cut to the limit, without EOS"
     ]
     whole = Fit()
     encoding.encode_demonstrations(tokenizer, demonstrations[2:], Lengths(9, 9, 1), whole)
-    assert whole.counts() == {"total": 1, "dropped": 0, "shortened": 0, "cut": 0} and len(caplog.records) == 1
+    assert (
+        whole.counts() == {"total": 1, "dropped": 0, "shortened": 0, "cut": 0, "alike": 0, "special": 0}
+        and len(caplog.records) == 1
+    )
     texts = Fit()
     encoding.encode_texts(tokenizer, ["w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w1", ""], LENGTHS, texts)
-    assert texts.counts() == {"total": 2, "dropped": 0, "shortened": 0, "cut": 1}
+    assert texts.counts() == {"total": 2, "dropped": 0, "shortened": 0, "cut": 1, "alike": 0, "special": 0}
 
 
 def test_comparisons_keep_completions_and_ranks_together(tokenizer):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,6 +125,64 @@ def test_the_core_imports_neither_a_plugin_nor_torch_nor_jax():
 def test_a_circle_is_found():
     assert circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
     assert circle({"a": ["b", "c"], "b": ["c"], "c": []}) == []
+
+
+# ---------------------------------------------------------------------------------------------------- files are UTF-8
+
+
+def in_the_locales_encoding(tree: ast.AST) -> list[int]:
+    """The lines that open text, or read a program's output as text, without saying in which encoding."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        name, given = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
+        modes = [
+            a.value for a in [*node.args, *(k.value for k in node.keywords if k.arg == "mode")] if isinstance(a, ast.Constant)
+        ]
+        binary = any(isinstance(mode, str) and "b" in mode and len(mode) < 4 for mode in modes)
+        if (
+            name == "open" and not binary
+            or name.endswith(".read_text") and not node.args
+            or name.endswith(".write_text") and len(node.args) < 2
+            or name.startswith("subprocess.") and given & {"text", "universal_newlines"}
+        ):  # fmt: skip
+            found.append(node.lineno)
+    return found
+
+
+def test_no_file_is_read_or_written_in_the_encoding_of_the_locale():
+    files = [file for folder in SOURCES for file in (ROOT / folder).rglob("*.py")]
+    found = {file: in_the_locales_encoding(ast.parse(file.read_text(encoding="utf-8"))) for file in files}
+    assert {str(file.relative_to(ROOT)): lines for file, lines in found.items() if lines} == {}
+
+
+def test_an_encoding_that_is_left_to_the_locale_is_found():
+    code = "open(a)\nopen(a, 'rb')\nopen(a, encoding=b)\np.read_text()\np.write_text(a)\nsubprocess.run(a, text=True)"
+    assert in_the_locales_encoding(ast.parse(code)) == [1, 4, 5, 6]
+
+
+IN_ASCII = """
+import sys
+from pathlib import Path
+from lockstep.reporting.compare.reading import read_jsonl
+from lockstep.storage.files import read_json, read_lines, write_json, write_text
+
+folder, tent = Path(sys.argv[1]), chr(0x26FA)
+write_json(folder / "a.json", {"text": tent})
+write_text(folder / "a.jsonl", '{"text": "%s"}\\n' % tent)
+assert read_json(folder / "a.json") == {"text": tent}
+assert read_jsonl(folder / "a.jsonl") == list(read_lines(folder / "a.jsonl")) == [{"text": tent}]
+print(sys.stdout.encoding)
+"""
+
+
+def test_records_are_utf8_in_a_locale_that_is_not(tmp_path):
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", IN_ASCII, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env={**os.environ, **ascii_only})
+    assert done.returncode == 0, done.stderr
+    assert codecs.lookup(done.stdout.strip()).name == "ascii"
 
 
 # ------------------------------------------------------------------------------------- what enters a stage's identity

@@ -1,6 +1,9 @@
 """The tokenizer: text there and back, special tokens, chat templates, and the same as transformers where it matters."""
 
+import datetime
 import json
+import re
+import signal
 import subprocess
 import sys
 
@@ -9,9 +12,11 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from lockstep.errors import ConfigError
+from lockstep.errors import ConfigError, DataError
 from lockstep.storage.sources import fetch_file
-from lockstep.text.tokenizer import TEMPLATES, Tokenizer, TokenizerConfig, template_text
+from lockstep.text import templates
+from lockstep.text.templates import TEMPLATES, template_text
+from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 from lockstep.types import Message
 
 EOS, PAD, START = "<|im_end|>", "<|pad|>", "<|im_start|>"
@@ -71,8 +76,8 @@ def core() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def make(core, *, eos_token=EOS, pad_token=PAD, chat_template=SMOLLM) -> Tokenizer:
-    return Tokenizer(core, eos_token=eos_token, pad_token=pad_token, chat_template=chat_template, bos_token="<s>")
+def make(core, *, eos_token=EOS, pad_token=PAD, chat_template=SMOLLM, date=None) -> Tokenizer:
+    return Tokenizer(core, eos_token=eos_token, pad_token=pad_token, chat_template=chat_template, bos_token="<s>", date=date)
 
 
 def write_folder(folder, core, settings, **files):
@@ -176,6 +181,77 @@ def test_templates_are_sandboxed(core):
         make(core, chat_template="{{ ''.__class__.__mro__ }}").render(DIALOGUE, add_generation_prompt=True)
 
 
+ENDLESS = {
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "it does not end within 0.2 seconds",
+    "{% for i in range(99999) %}{{ messages }}{% endfor %}": "it writes more than 30,150 characters",
+    "{{ 'a' * 99999999 }}": "the result of its '*' is too large",
+    "{{ 9 ** 9999 }}": "the result of its '**' is too large",
+    "{{ 'a' | center(9999999999) }}": "it has a number over 1,000,000,000",
+    "{{ '%9999999999d' % 1 }}": "it pads to a width over 1,000,000,000",
+}
+
+
+@pytest.mark.parametrize("template", ENDLESS)
+def test_a_template_that_does_not_end_is_stopped(core, monkeypatch, template):
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    monkeypatch.setattr(templates, "CHARACTERS", 30_000)
+    timers = signal.getsignal(signal.SIGPROF), signal.getitimer(signal.ITIMER_PROF)
+    with pytest.raises(ConfigError, match=re.escape(f"The chat template was stopped: {ENDLESS[template]}. Set policy")):
+        make(core, chat_template=template).render((Message("user", "Why? Why so?" + "!" * 3),), add_generation_prompt=True)
+    assert timers == (signal.getsignal(signal.SIGPROF), signal.getitimer(signal.ITIMER_PROF))
+
+
+def test_a_template_that_takes_too_much_memory_is_stopped(core, monkeypatch):
+    monkeypatch.setattr(templates, "MEMORY", -1)  # already too much, at the first look
+    with pytest.raises(ConfigError, match="The chat template was stopped: it takes more than -1 MB of memory."):
+        make(core, chat_template=next(iter(ENDLESS))).render(DIALOGUE, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize(
+    "template, says",
+    [
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+        ("{{ 'a' + none }}", "can only concatenate str"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[0].content.strip }}", "it writes the function 'strip' itself. Are its () missing?"),
+        ("{{ [1, 2] | random }}", "No filter named 'random'"),
+        ("{{ lipsum() }}", "'lipsum' is undefined"),
+    ],
+)
+def test_whatever_a_template_raises_or_leaves_to_chance_is_a_configuration_error(core, template, says):
+    with pytest.raises(ConfigError, match="The chat template .*" + re.escape(says)):
+        make(core, chat_template=template).render(DIALOGUE, add_generation_prompt=True)
+
+
+def test_a_template_is_told_the_same_date_every_day_and_says_so_once(core, tmp_path, caplog):
+    template = "{{ strftime_now('%d %b %Y') }}"
+    tokenizer = make(core, chat_template=template)
+    assert [tokenizer.render(DIALOGUE, add_generation_prompt=ready) for ready in (True, False)] == ["26 Jul 2024"] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "the chat template writes the date: it is told 2024-07-26. To change it, set policy.tokenizer.date"
+    ]
+    other = tokenizer.replaced(TokenizerConfig(date="2026-01-02"))
+    assert other.render(DIALOGUE, add_generation_prompt=True) == "02 Jan 2026"
+    other.save(tmp_path)
+    assert Tokenizer.load(tmp_path).render(DIALOGUE, add_generation_prompt=True) == "02 Jan 2026"
+    assert Tokenizer.load(tmp_path, TokenizerConfig(date="2025-01-02")).date == "2025-01-02"
+    with pytest.raises(ConfigError, match="policy.tokenizer.date='today' should be a date like 2024-07-26."):
+        make(core, date="today")
+
+
+def test_half_a_character_is_no_text(core):
+    for encode in (make(core).encode, lambda text: make(core).encode_many(["Hi", text])):
+        with pytest.raises(DataError, match=r"A text holds half a character, .* near 'Hi .ud83d'."):
+            encode("Hi \ud83d")
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_an_error_of_the_data():
+    core = tokenizers.Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}))
+    tokenizer = Tokenizer(core, eos_token="<eos>", pad_token=None, chat_template=None)
+    with pytest.raises(DataError, match="The tokenizer cannot encode a text: .*UNK"):
+        tokenizer.encode("b")
+
+
 @pytest.fixture(scope="session")
 def transformers():
     return pytest.importorskip("transformers")
@@ -210,7 +286,8 @@ EXTRAS = {
 @pytest.mark.parametrize("template", EXTRAS.values(), ids=EXTRAS)
 def test_what_transformers_offers_to_templates_is_there(core, transformers, template):
     expected = render_as_transformers(transformers, core, template, DIALOGUE, False)
-    assert make(core, chat_template=template).render(DIALOGUE, add_generation_prompt=False) == expected
+    today = datetime.date.today().isoformat()
+    assert make(core, chat_template=template, date=today).render(DIALOGUE, add_generation_prompt=False) == expected
 
 
 # --------------------------------------------------------------------------------------------------------------- files

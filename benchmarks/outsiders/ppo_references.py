@@ -79,7 +79,7 @@ def main(lhp: Path, lhpd: Path, n_plus: Path, folder: Path) -> None:
 def named(path: Path, names: list[str], namespace: dict) -> dict:
     """Functions and classes of a file, by name and wherever they are nested, run in ``namespace``."""
     wanted = {}
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in names:
             wanted.setdefault(node.name, node)
     assert wanted.keys() == set(names), set(names) - wanted.keys()
@@ -90,7 +90,7 @@ def named(path: Path, names: list[str], namespace: dict) -> dict:
 
 def statements(path: Path, first: str, last: str, namespace: dict) -> dict:
     """The lines from the one that starts with ``first`` up to, and without, the next that starts with ``last``."""
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if line.strip().startswith(first))
     stop = next(i for i in range(start, len(lines)) if lines[i].strip().startswith(last))
     exec(compile(textwrap.dedent("\n".join(lines[start:stop])), str(path), "exec"), namespace)

@@ -52,7 +52,7 @@ def main(file: Path) -> None:
         runs = {f"rliable, seed {seed}": intervals(x, y, seed) for seed in (0, 1)}
         cases[name] = {"x": x.tolist(), "y": y.tolist(), **runs}
     versions = {name: version(name) for name in ("rliable", "arch", "numpy", "scipy")}
-    file.write_text(json.dumps({"versions": versions, "reps": REPS, "cases": cases}, indent=1) + "\n")
+    file.write_text(json.dumps({"versions": versions, "reps": REPS, "cases": cases}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def main(folder: Path, result: Path | None) -> None:
     found["smallest_greedy_gap"] = min(min(gaps) for _, gaps in continuations)
     print(json.dumps(found, indent=1))
     if result:
-        result.write_text(json.dumps(found, indent=1) + "\n")
+        result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def differences(out: dict[str, np.ndarray], expected: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:

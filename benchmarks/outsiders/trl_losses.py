@@ -178,7 +178,7 @@ def write(path: Path, fixture: dict) -> None:
             return "{\n" + ",\n".join(f"{inner}{json.dumps(k)}: {lines(v, inner)}" for k, v in x.items()) + f"\n{indent}}}"
         return json.dumps(x)
 
-    path.write_text(lines(fixture, "") + "\n")
+    path.write_text(lines(fixture, "") + "\n", encoding="utf-8")
 
 
 def rounded(x: float) -> float:

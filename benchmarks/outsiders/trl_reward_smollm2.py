@@ -40,7 +40,7 @@ PAD = "<|endoftext|>"
 
 def main(stage: Path, sft: Path, result: Path, *others: Path) -> None:
     torch.set_num_threads(1)
-    configuration = json.loads((stage / "stage.json").read_text())
+    configuration = json.loads((stage / "stage.json").read_text(encoding="utf-8"))
     config, data = configuration["stage"], configuration["data"]
     tokenizer = Tokenizer.load(sft)
     source = Files(settings(Files, {k: v for k, v in data.items() if k != "fingerprint"}, "data"))
@@ -64,7 +64,9 @@ def main(stage: Path, sft: Path, result: Path, *others: Path) -> None:
     margins["TRL"] = heldout_margins(trainer.model, heldout, pad)
     for other in [stage, *others]:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(other / "output", num_labels=1)
-        margins[json.loads((other / "stage.json").read_text())["backend"]["name"]] = heldout_margins(model, heldout, pad)
+        margins[json.loads((other / "stage.json").read_text(encoding="utf-8"))["backend"]["name"]] = heldout_margins(
+            model, heldout, pad
+        )
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     record = described("RewardTrainer") | {
         "what": "RewardTrainer of TRL and reward stages of Lockstep from one start, on one split",
@@ -141,7 +143,7 @@ def interval(margins: np.ndarray) -> dict:
 
 
 def steps(stage: Path) -> list[dict]:
-    return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    return [json.loads(line) for line in (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if '"loss"' in line]
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def report(points: list[dict[str, Any]], about: dict[str, Any], folder: Path) ->
         "Written by `growth.py`, which says what the columns mean; `last step` is the slope between the two largest points.",
         "",
     ]
-    (folder / "growth.md").write_text("\n".join(head + table(points)) + "\n")
+    (folder / "growth.md").write_text("\n".join(head + table(points)) + "\n", encoding="utf-8")
     picture(points, folder / "growth.png")
 
 
@@ -133,8 +133,8 @@ def main() -> None:
     path = args.folder / "growth.json"
     if args.command == "measure":
         found = {"machine": machine(args) | {"turns": args.turns}, "points": measure(args)}
-        path.write_text(json.dumps(found, indent=1) + "\n")
-    found = json.loads(path.read_text())
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = json.loads(path.read_text(encoding="utf-8"))
     report(found["points"], found["machine"], args.folder)
 
 

@@ -115,7 +115,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     order = ["generate", "sft", "reward", "ppo"]
     sizes = list(SIZES)
     results = dict(
@@ -137,7 +137,7 @@ def main(folder: Path) -> None:
         "",
         "",
     ]
-    (folder / "results.md").write_text("\n".join(head) + table(results))
+    (folder / "results.md").write_text("\n".join(head) + table(results), encoding="utf-8")
     picture(results, folder / "results.png")
 
 

@@ -98,7 +98,7 @@ class Process:
             [python, HERE / entry.script, json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log.open("w"),
+            stderr=log.open("w", encoding="utf-8"),
             text=True,
             env=environment,
         )
@@ -110,7 +110,7 @@ class Process:
     def read(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.entry.name} ended: {self.log.read_text()[-2000:]}")
+            raise SystemExit(f"{self.entry.name} ended: {self.log.read_text(encoding='utf-8')[-2000:]}")
         return json.loads(line)
 
     def turn(self) -> None:
@@ -142,7 +142,7 @@ def contest(name: str, chosen: list[Entry], args: argparse.Namespace) -> list[di
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
-    pairs = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    pairs = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if ":" in line]
     cpu = {key.strip(): value.strip() for key, value in pairs}
     named = f"{cpu['model name']} (family {cpu['cpu family']}, model {cpu['model']})"
     if args.device == "cuda":
@@ -165,11 +165,11 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name in args.only:
         found = [contest(name, group, args) for group in groups(name, args.device, args.contestants)]
         results[name] = {"work": dataclasses.asdict(WORK[name]), "machine": machine(args), "groups": found}
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         for contestant in [contestant for group in found for contestant in group[1:]]:
             print(f"{name}: {contestant['name']:28s} {statistics.median(contestant['seconds']):8.3f} s")
 

@@ -147,7 +147,7 @@ class Contestant:
         if not sys.stdin.readline():
             os._exit(0)
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
         self.started = time.perf_counter()
 
     def finished(self, **facts: Any) -> None:
@@ -175,13 +175,13 @@ def multiplies_bfloat16(device: str) -> bool:
     """Whether it has instructions for it: CPUs without them take a hundred times as long in PyTorch as for float32."""
     if device == "cuda":
         return True
-    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("flags", 1)[-1].split("\n", 1)[0].split()
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
 def peak_mib() -> float:
     """Most resident memory of this process since the turn began."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
     return float("nan")

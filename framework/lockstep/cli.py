@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import os
 import pkgutil
 import sys
@@ -18,6 +19,9 @@ from lockstep.version import __version__
 
 def main() -> None:
     """Exit code 0: done; 1: a user error, which the message explains how to fix; 130: stopped by Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # not every terminal can show every character
     arguments, overrides = _parse()
     sys.path.insert(0, os.getcwd())  # so that module:Class in the configuration is found here, as with python -m
     console = Console()

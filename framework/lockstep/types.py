@@ -75,13 +75,18 @@ class Choice:
 @dataclass
 class Fit:
     """What length limits did to one data set, counted during encoding: items ``dropped`` because their last prompt alone is
-    too long, items ``shortened`` by removing their oldest turns, and responses ``cut``, which then have no EOS."""
+    too long, items ``shortened`` by removing their oldest turns, and responses ``cut``, which then have no EOS. Also comparisons
+    ``alike``, left out because all their completions are cut to the same tokens, and items whose own text spells a special token
+    (``special``; one of them is ``spelled``), which the model reads as that token."""
 
     what: str = "examples"
     total: int = 0
     dropped: int = 0
     shortened: int = 0
     cut: int = 0
+    alike: int = 0
+    special: int = 0
+    spelled: str = ""
 
     def counts(self) -> dict[str, int]:
-        return {"total": self.total, "dropped": self.dropped, "shortened": self.shortened, "cut": self.cut}
+        return {name: value for name, value in vars(self).items() if isinstance(value, int)}

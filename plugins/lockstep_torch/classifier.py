@@ -14,6 +14,7 @@ import torch
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import Classifier
 from lockstep.models.architecture import check_labels
+from lockstep.text import encoding, templates
 from lockstep.types import Message
 from lockstep_torch.device import TorchDevice
 
@@ -53,15 +54,15 @@ class TextClassifier(Classifier):
         return functools.partial(self._render, template) if template else None
 
     def _render(self, template: str, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        dialogue = [{"role": m.role, "content": m.content} for m in messages]
-        settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-        return self.tokenizer.apply_chat_template(dialogue, chat_template=template, **settings)
+        tokens = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        return templates.render(template, messages, add_generation_prompt=add_generation_prompt, tokens=tokens)
 
     @torch.no_grad()
     def score(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> np.ndarray:
-        encoded = [self._encode(text) for text in texts]
+        most, rows = encoding.most_characters(self.longest), list[str | tuple[str, str]](texts)
+        encoded = {i: self._encode(text) for i, text in enumerate(rows) if len("".join(text)) <= most}
         scores = np.full(len(texts), np.nan, np.float32)
-        fits = [i for i, row in enumerate(encoded) if len(row["input_ids"]) <= self.longest]
+        fits = [i for i, row in encoded.items() if len(row["input_ids"]) <= self.longest]
         if fits:
             batch = self.tokenizer.pad([encoded[i] for i in fits], return_tensors="pt").to(self.backend.device)
             with self.backend.autocast():

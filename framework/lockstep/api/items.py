@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lockstep.data.columns import BadRow, LeftOut, reader
+from lockstep.data.columns import BadRow, LeftOut, reader, unread
 from lockstep.errors import DataError
 from lockstep.types import Comparison, Demonstration, Message, Prompt
 
@@ -35,14 +35,18 @@ def read(noun: str, items: Iterable[Any]) -> list[Any]:
     """
     if isinstance(items, (str, Mapping)):
         raise DataError(f"{noun} should be a list, each item {FORMS[noun]}; not {type(items).__name__}.")
-    found, left_out = [], dict[str, int]()
+    found, left_out, beside = [], dict[str, int](), dict[str, None]()
     for number, item in enumerate(items):
+        if isinstance(item, Mapping):
+            beside |= dict.fromkeys(unread(noun, item, list(item)))
         try:
             found.append(_read(noun, item, f"{noun}[{number}]"))
         except BadRow as error:
             raise DataError(f"{noun}[{number}]: {error} Each item should be {FORMS[noun]}.") from error
         except LeftOut as why:
             left_out[str(why)] = left_out.get(str(why), 0) + 1
+    if beside:
+        log.warning("%s: columns that are not read: %s", noun, ", ".join(beside))
     for reason, count in left_out.items():
         log.warning("%s: %d left out: %s", noun, count, reason)
     if not found:

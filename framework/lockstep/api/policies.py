@@ -196,7 +196,7 @@ class Conversation:
 
 def load(
     source: str | Path, backend: str | Mapping[str, Any] | Backend | None = None, *, stage: str | None = None,
-    chat_template: str | None = None, eos_token: str | None = None, pad_token: str | None = None,
+    chat_template: str | None = None, eos_token: str | None = None, pad_token: str | None = None, date: str | None = None,
 ) -> ChatPolicy:  # fmt: skip
     """Open a policy that was saved or published.
 
@@ -205,12 +205,12 @@ def load(
       backend: its name ('torch'), or its configuration ({'name': 'torch', 'precision': 'bfloat16'}), or another policy's
         ``backend``; None takes the run's, else the default of `conf/config.yaml`.
       stage: for a run folder, the stage whose policy is taken.
-      chat_template, eos_token, pad_token: replace the tokenizer's own, as `lockstep.text.tokenizer.TokenizerConfig` says.
+      chat_template, eos_token, pad_token, date: replace the tokenizer's own, as `lockstep.text.tokenizer.TokenizerConfig` says.
 
     Raises:
       LockstepError: there is no such policy, or it does not fit the backend.
     """
-    config = TokenizerConfig(None, eos_token, pad_token, chat_template)
+    config = TokenizerConfig(None, eos_token, pad_token, chat_template, date)
     with Console().waiting(f"loading {source}"):
         folder, own = find(source, "policy", stage)
         chosen = open_backend(own if backend is None else backend)

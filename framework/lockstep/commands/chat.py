@@ -51,8 +51,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     policy = load(a.source, a.backend, stage=a.stage)
     conversation = policy.conversation(system=a.system, max_tokens=a.max_tokens, temperature=a.temperature, seed=a.seed)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can show every character
+    if not terminal and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # what is not UTF-8 is one bad line, not the end
     if policy.tokenizer.chat_template is None:
         print("This policy has no chat template: it continues each line as plain text.", file=sys.stderr)
     if terminal:

@@ -2,6 +2,9 @@
 
 A row can be unusable in two ways. `BadRow` is a mistake that the user should know about, so by default it ends the run.
 `LeftOut` occurs in good data too (a tie, a transcript that breaks off): such rows are left out and counted.
+
+No column is dropped in silence. A row is a `BadRow` if it uses one that cannot be read and without which it would mean something
+else (`OF_A_ROW`, `OF_A_MESSAGE`). `unread` names the others, once per source.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +32,15 @@ ROLES: Mapping[str, Role] = {
 
 
 _COMPLETION = "text or a list of one message"
+
+OF_A_ROW = frozenset({"tools", "functions", "images", "image", "videos", "video", "audios", "audio", "chat_template_kwargs"})
+OF_A_MESSAGE = OF_A_ROW | {
+    "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "weight", "train", "training"
+}  # fmt: skip
+"""Columns of a row, and keys of a message, that nothing here reads and without which it would mean something else."""
+
+MOST_CHARACTERS = 50_000_000
+"""Of one row and of one text; a novel has a million."""
 
 
 class BadRow(Exception):
@@ -61,7 +73,7 @@ class Answered:
 def _column(row: Columns, name: str, kinds: type | tuple[type, ...], expected: str) -> Any:
     if row.get(name) is None:
         raise BadRow("a missing column", f"no '{name}'. The row has: {listing(key for key in row if row[key] is not None)}.")
-    if not isinstance(row[name], kinds):
+    if not isinstance(row[name], kinds) or isinstance(row[name], bool):
         raise BadRow("a wrong type", f"'{name}' should be {expected}, not {type(row[name]).__name__}.")
     return row[name]
 
@@ -83,6 +95,37 @@ def _list(row: Columns, name: str, of: str) -> list[Any]:
     return list(values)
 
 
+def _refuse_meaningful(keys: Columns, names: frozenset[str], where: str) -> None:
+    """
+    Raises:
+      BadRow: one of these keys has a value: nothing here reads it, and without it the row means something else.
+    """
+    for name in sorted(names.intersection(keys)):
+        trains = name in ("weight", "train", "training") and keys[name] == 1
+        if not trains and not _says_nothing(keys[name]):
+            raise BadRow(
+                f"a column '{name}', which cannot be read",
+                f"{where} has a value there, and without it the row means something else. To use the row without it, remove the "
+                f"column, or add ignore: [{name}] to its source.",
+            )
+
+
+def _says_nothing(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_says_nothing, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_says_nothing, value))
+    return value is None or isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")
+
+
+def without(row: Any, ignored: Sequence[str]) -> Any:
+    """The row, and each message in it, without the columns ``ignored``."""
+    if not ignored or not isinstance(row, Mapping):
+        return row
+    bare = lambda value: [without(each, ignored) for each in value] if isinstance(value, (list, tuple)) else value  # noqa: E731
+    return {name: bare(value) for name, value in row.items() if name not in ignored}
+
+
 def _messages(values: Sequence[Any], where: str) -> tuple[Message, ...]:
     """From [{role, content}, ...] or ShareGPT's [{from, value}, ...]."""
     return tuple(_message(value, f"{where}[{i}]") for i, value in enumerate(values))
@@ -94,8 +137,9 @@ def _message(value: Any, where: str) -> Message:
             break
     else:
         raise BadRow("a malformed message", f"'{where}' should have 'role' and 'content', or 'from' and 'value'.")
-    if str(value[role]) not in ROLES:
-        raise BadRow("an unknown role", f"'{where}' is by {value[role]!r}. Roles: {listing(ROLES)}.")
+    if value[role] not in list(ROLES):
+        raise BadRow("an unknown role", f"'{where}' is by {reprlib.repr(value[role])}. Roles: {listing(ROLES)}.")
+    _refuse_meaningful(value, OF_A_MESSAGE, f"'{where}'")
     if not isinstance(value[content], str) or not value[content].strip():
         raise BadRow("an empty message", f"'{where}' should have text in '{content}', not {reprlib.repr(value[content])}.")
     return Message(ROLES[value[role]], value[content])
@@ -105,8 +149,9 @@ _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 def _is_hh(text: Any) -> bool:
-    """A transcript in the form of Anthropic's hh-rlhf: '\\n\\nHuman: ...\\n\\nAssistant: ...'."""
-    return isinstance(text, str) and re.match(r"\s*Human:", text) is not None
+    """A transcript in the form of Anthropic's hh-rlhf: '\\n\\nHuman: ...\\n\\nAssistant: ...'. Without the empty line before it,
+    'Human:' alone may as well begin a sentence, so there must also be an 'Assistant:'."""
+    return isinstance(text, str) and re.match(r"\s*\n\nHuman:|\s*Human:(?=.*\n\nAssistant:)", text, re.DOTALL) is not None
 
 
 def _hh_messages(text: str) -> tuple[Message, ...]:
@@ -143,9 +188,39 @@ def _split_dialogue(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...],
 
 
 def _prompt(row: Columns, messages: tuple[Message, ...]) -> Prompt:
+    """The messages, with what other columns of the row say before them."""
+    messages = _with_system(row, _with_history(row, messages))
     if messages[-1].role == "assistant":
         raise BadRow("a prompt that is answered", "the last message of a prompt should not be the assistant's.")
     return Prompt(messages, {} if row.get("truth") is None else _column(row, "truth", Mapping, "a group of keys"))
+
+
+def _with_history(row: Columns, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """After the earlier turns in ``history``: [[question, answer], ...], as LLaMA-Factory has them."""
+    if _says_nothing(row.get("history")):
+        return messages
+    pairs = _list(row, "history", "pairs of a question and an answer")
+    if len([message for message in messages if message.role != "system"]) > 1:
+        raise BadRow("a history beside a dialogue", "'history' should come with one question, not with a dialogue.")
+    turns = []
+    for i, pair in enumerate(pairs):
+        texts = [text for text in pair if isinstance(text, str) and text.strip()] if isinstance(pair, (list, tuple)) else []
+        if len(texts) != 2 or len(pair) != 2:
+            raise BadRow("a malformed history", f"'history[{i}]' should be a question and its answer, not {reprlib.repr(pair)}.")
+        turns += [Message("user", texts[0]), Message("assistant", texts[1])]
+    system = [message for message in messages if message.role == "system"]
+    return (*system, *turns, *messages[len(system) :])
+
+
+def _with_system(row: Columns, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """After the system message in ``system`` or ``system_prompt``, unless the dialogue has it already."""
+    texts = {_text(row, name) for name in ("system", "system_prompt") if not _says_nothing(row.get(name))}
+    if messages[0].role == "system":
+        texts.add(messages[0].content)
+        messages = messages[1:]
+    if len(texts) > 1:
+        raise BadRow("two system messages", f"they differ: {' and '.join(sorted(map(reprlib.repr, texts)))}.")
+    return (*(Message("system", text) for text in texts), *messages)
 
 
 def _prompt_column(row: Columns, name: str = "prompt") -> Prompt:
@@ -208,11 +283,12 @@ def _dialogue_in(name: str) -> Callable[[Columns], Answered]:
 
 
 def _instruction(row: Columns) -> Answered:
-    """Alpaca's: 'input' is what the instruction is about; it may be empty."""
-    about = [_column(row, "input", str, "text")] if row.get("input") else []
+    """Alpaca's: 'input' (Dolly's 'context') is what the instruction is about; it may be empty."""
+    about = [_column(row, name, str, "text") for name in ("input", "context") if row.get(name)]
     text = "\n\n".join([_text(row, "instruction"), *about])
     prompt = _prompt(row, (Message("user", text),))
-    return Answered(prompt, (_text(row, "output"),), (0,)) if "output" in row else Answered(prompt)
+    answers = (_text(row, "output"),) if "output" in row else ()
+    return Answered(prompt, answers, (0,) * len(answers), dialogue=bool(row.get("history")))
 
 
 def _pair(row: Columns) -> Answered:
@@ -249,7 +325,7 @@ def _ranked_by(name: str, best: Callable[[float], float]) -> Callable[[Columns],
 
 def _ranks(numbers: Sequence[Any], best: Callable[[float], float], name: str) -> tuple[int, ...]:
     """The ranks of numbers, of which the lowest ``best(number)`` is the best; equal ones tie."""
-    if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+    if not all(isinstance(n, int) and not isinstance(n, bool) or isinstance(n, float) and math.isfinite(n) for n in numbers):
         raise BadRow("a wrong type", f"'{name}' should be numbers, not {reprlib.repr(numbers)}.")
     order = sorted({best(n) for n in numbers})
     return tuple(order.index(best(n)) for n in numbers)
@@ -295,10 +371,13 @@ def _reddit_summary(row: Columns) -> Answered:
 
 def _summaries(row: Columns) -> Answered:
     """openai/summarize_from_feedback, 'comparisons': two summaries, and the place of the better one."""
-    texts = [_text(summary, "text") for summary in _list(row, "summaries", "groups with 'text'")]
+    summaries = _list(row, "summaries", "groups with 'text'")
+    if not all(isinstance(summary, Mapping) for summary in summaries):
+        raise BadRow("a wrong type", f"'summaries' should hold groups with 'text', not {reprlib.repr(summaries)}.")
+    texts = [_text(summary, "text") for summary in summaries]
     choice = _column(row, "choice", int, "a whole number")
     if not 0 <= choice < len(texts):
-        raise BadRow("a choice out of range", f"'choice' is {choice}, of {len(texts)} summaries.")
+        raise BadRow("a choice out of range", f"'choice' is {reprlib.repr(choice)}, of {len(texts)} summaries.")
     labeler = None if row.get("worker") is None else str(row["worker"])
     ranks = tuple(int(i != choice) for i in range(len(texts)))
     return Answered(_summary_prompt(row, _column(row, "info", Mapping, "a group of keys")), tuple(texts), ranks, labeler)
@@ -312,12 +391,18 @@ def _query(row: Columns) -> Answered:
 
 @dataclass(frozen=True)
 class Convention:
+    """``columns`` must be there; ``also`` may be, besides `_BESIDES`."""
+
     columns: tuple[str, ...]
     read: Callable[[Columns], Any]
+    also: tuple[str, ...] = ()
 
+
+_BESIDES = ("system", "system_prompt", "history", "labeler", "truth")
+_ALPACA = ("input", "context", "output")
 
 _PAIRS = (
-    Convention(("info", "summaries", "choice"), _summaries),
+    Convention(("info", "summaries", "choice"), _summaries, ("worker",)),
     Convention(("prompt", "chosen", "rejected"), _pair),
     Convention(("chosen", "rejected"), _pair),
     Convention(("instruction", "completions"), _ultrafeedback),
@@ -331,16 +416,16 @@ _ANSWERS = (
     Convention(("prompt", "response"), lambda row: _answers_in(row, "response")),
     Convention(("messages",), _dialogue_in("messages")),
     Convention(("conversations",), _dialogue_in("conversations")),
-    Convention(("instruction", "output"), _instruction),
+    Convention(("instruction", "output"), _instruction, _ALPACA),
 )
 _PROMPTS = (
     Convention(("subreddit", "title", "post", "summary"), _reddit_summary),
     Convention(("query", "reference_response"), _query),
-    Convention(("info", "summaries", "choice"), _summaries),
+    Convention(("info", "summaries", "choice"), _summaries, ("worker",)),
     Convention(("messages",), _dialogue_in("messages")),
     Convention(("conversations",), _dialogue_in("conversations")),
     Convention(("prompt",), lambda row: Answered(_prompt_column(row))),
-    Convention(("instruction",), _instruction),
+    Convention(("instruction",), _instruction, _ALPACA),
     Convention(("chosen", "rejected"), _pair),
     Convention(("text",), lambda row: Answered(_prompt_column(row, "text"))),
 )
@@ -385,22 +470,96 @@ def reader(noun: str, first: Any, place: str) -> Callable[[Any], Any]:
     """
     if not isinstance(first, Mapping):
         raise DataError(f"{place}: {_no_object(first)}")
-    for convention in CONVENTIONS[noun]:
-        if set(convention.columns) <= set(first):
-            return lambda row: _MAKE[noun](convention.read(_object(row)))
-    known = "; ".join(" + ".join(convention.columns) for convention in CONVENTIONS[noun])
-    raise DataError(
-        f"{place}: no {noun} can be made from the columns {listing(first)}. Columns that work: {known}. Rename yours; "
-        "docs/data.md has an example of each."
-    )
+    convention = _convention(noun, first)
+    if convention is None:
+        known = "; ".join(" + ".join(convention.columns) for convention in CONVENTIONS[noun])
+        raise DataError(
+            f"{place}: no {noun} can be made from the columns {listing(first)}. Columns that work: {known}. Rename yours; "
+            "docs/data.md has an example of each."
+        )
+
+    def read(row: Any) -> Any:
+        if not isinstance(row, Mapping):
+            raise _no_object(row)
+        if noun != "texts":
+            _refuse_meaningful(row, OF_A_ROW, "the row")
+        if noun == "demonstrations" and convention in _ANSWERS and not _desirable(row):
+            raise LeftOut("answers that are labelled as bad")
+        item = _MAKE[noun](convention.read(row))
+        for text in _texts(item):
+            _check_text(text)
+        return item
+
+    return read
 
 
-def _object(row: Any) -> Columns:
-    if not isinstance(row, Mapping):
-        raise _no_object(row)
-    return row
+def unread(noun: str, first: Columns, columns: Sequence[str]) -> list[str]:
+    """Those of a source's columns that the convention of its first row does not read."""
+    convention = _convention(noun, first)
+    besides = () if noun == "texts" else (*_BESIDES, *OF_A_ROW)
+    if noun == "demonstrations" and convention in _ANSWERS:
+        besides += tuple(name for name in LABELS if _truth_value(first.get(name)) is not None)
+    read = {*convention.columns, *convention.also, *besides} if convention else columns
+    return [name or "(without a name)" for name in columns if name not in read]
+
+
+def _convention(noun: str, first: Columns) -> Convention | None:
+    return next((convention for convention in CONVENTIONS[noun] if set(convention.columns) <= set(first)), None)
+
+
+LABELS = ("label", "kto_tag")
+"""Whether the answer is a good one: KTO's (Ethayarajh et al. 2024), as TRL and LLaMA-Factory name it."""
+
+
+def _desirable(row: Columns) -> bool:
+    """False if a label says that the answer is a bad one. A word other than true and false is of another kind of label."""
+    for name in LABELS:
+        value = row.get(name)
+        if value is not None and not isinstance(value, (bool, str)):
+            raise BadRow(
+                f"a column '{name}' that is not true or false",
+                f"it is {reprlib.repr(value)}, which may mean a bad answer. If it does not, remove the column, or add "
+                f"ignore: [{name}] to its source.",
+            )
+        if _truth_value(value) is False:
+            return False
+    return True
+
+
+def _truth_value(value: Any) -> bool | None:
+    """Of a label; in CSV it is a word."""
+    return {"true": True, "false": False}.get(str(value).lower())
+
+
+def _texts(item: Any) -> Iterator[str]:
+    """All text of a noun."""
+    if isinstance(item, str):
+        yield item
+        return
+    prompt = item if isinstance(item, Prompt) else item.prompt
+    yield from (message.content for message in prompt.messages)
+    if isinstance(item, Demonstration):
+        yield item.response
+    if isinstance(item, Comparison):
+        yield from item.completions
+
+
+def _check_text(text: str) -> None:
+    if len(text) > MOST_CHARACTERS:
+        raise too_long()
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start : error.start + 1])
+        raise BadRow(
+            "half a character", f"a text holds {half}, one half of a surrogate pair, after {error.start} characters."
+        ) from None
+
+
+def too_long() -> BadRow:
+    return BadRow("too long a text", f"it has more than {MOST_CHARACTERS:,} characters. Split it.")
 
 
 def _no_object(row: Any) -> BadRow:
-    """For a row without columns, which `reading` gives as the parser's error or as another kind of JSON."""
-    return BadRow("a line that is not a JSON object", f"{row if isinstance(row, Exception) else type(row).__name__}.")
+    """For a row without columns: what `reading` found wrong with it, or another kind of JSON."""
+    return row if isinstance(row, BadRow) else BadRow("a line that is not a JSON object", f"{type(row).__name__}.")

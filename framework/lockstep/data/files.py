@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lockstep.config.schema import parse, setting
-from lockstep.data.columns import BadRow, LeftOut, reader
+from lockstep.data.columns import BadRow, LeftOut, reader, unread, without
 from lockstep.data.mixing import mix, row_counts
 from lockstep.data.reading import Row, Source, parse_split, read_rows, source_digests
 from lockstep.errors import ConfigError, DataError, MissingData, Unreachable, did_you_mean
@@ -50,7 +50,8 @@ class Config:
     seed: int = setting(0, "Seeds that split; not the run's seed, so that runs with several seeds share the split.", least=0)
     on_bad_row: Literal["raise", "skip"] = setting("raise", "Stop and name the file and line; or skip, and report how many.")
     every_source: Mapping[str, Any] = setting(
-        {"split": "train", "weight": None, "config": None, "revision": None}, "Keys of every source, unless it sets them itself."
+        {"split": "train", "weight": None, "config": None, "revision": None, "ignore": []},
+        "Keys of every source, unless it sets them itself.",
     )
 
 
@@ -151,12 +152,15 @@ class Files(DataSource):
         return self._items[key, index]
 
     def _read_source(self, key: str, index: int) -> Items:
-        source, where = self.sources[key][index], f"data.{key}[{index}]"
-        rows = list(read_rows(source, self.first))
+        source, where, noun = self.sources[key][index], f"data.{key}[{index}]", key.removeprefix("heldout_")
+        rows = [(place, without(row, source.ignore)) for place, row in read_rows(source, self.first)]
         if not rows:
             raise DataError(f"{source.path} has no rows in '{source.split}': {where} needs at least one.")
         place, first = next((row for row in rows if isinstance(row[1], Mapping)), rows[0])
-        items, left_out = self._usable(rows, reader(key.removeprefix("heldout_"), first, place))
+        items, left_out = self._usable(rows, reader(noun, first, place))
+        columns = dict.fromkeys(name for _, row in rows if isinstance(row, Mapping) for name in row)
+        if beside := unread(noun, first, list(columns)):
+            print(f"{where}: of {source.path}, columns that are not read: {', '.join(beside)}.")
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         summary = f"{where}: {len(items)} of {len(rows)} rows of {source.path} can be used; left out: {reasons}."
         if not items:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lockstep.config.schema import REQUIRED, setting
+from lockstep.data.columns import MOST_CHARACTERS, BadRow, too_long
 from lockstep.errors import ConfigError, DataError, Unreachable, did_you_mean, listing
 
 Row = tuple[str, Any]
-"""'file:line', and the columns or, if the line is not JSON, the parser's error."""
+"""'file:line', and the columns or, if it cannot be read, what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Source:
     )
     config: str | None = setting(None, "Which configuration of a hub data set; null: its only one.")
     revision: str | None = setting(None, "Branch, tag or commit of a hub data set; null: the newest.")
+    ignore: tuple[str, ...] = setting((), "Columns, and keys of messages, to leave unread although they may matter.")
 
 
 def source_digests(source: Source) -> list[str]:
@@ -91,41 +93,145 @@ def parse_split(split: str) -> tuple[str, slice]:
 
 
 def _open(path: Path) -> TextIO:
-    """Text, unzipped if needed, without a byte order mark."""
+    """Text, unzipped if needed, without a byte order mark. Other bytes than UTF-8 become surrogates, which `_not_utf8` finds."""
     opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
+    return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
+        for number, line in enumerate(_lines(file), 1):
+            if isinstance(line, BadRow):
+                yield number, line
+            elif line.strip():
                 yield number, _parsed(line)
 
 
-def _parsed(line: str) -> Any:
-    """Returns the error instead of raising it: the caller decides whether a bad line ends the run."""
+def _lines(file: TextIO) -> Iterator[str | BadRow]:
+    """The lines. Of one that is too long, no more than the limit is ever in memory."""
+    while line := file.readline(MOST_CHARACTERS + 1):
+        if len(line) <= MOST_CHARACTERS:
+            yield line
+            continue
+        while line and not line.endswith(("\n", "\r")):
+            line = file.readline(MOST_CHARACTERS)
+        yield too_long()
+
+
+def _parsed(text: str) -> Any:
+    """One row of JSON. Returns what is wrong instead of raising it: the caller decides whether a bad row ends the run."""
+    if wrong := _not_utf8(text):
+        return wrong
     try:
-        return json.loads(line)
+        row = json.loads(text, object_pairs_hook=_unique)
+        if _SURROGATE.search(text):  # of a pair, unless it is half a character
+            json.dumps(row, ensure_ascii=False).encode()
+        return row
+    except UnicodeEncodeError as error:
+        return BadRow("half a character", f"it has {ascii(error.object[error.start])}, one half of a surrogate pair.")
+    except BadRow as wrong:
+        return wrong
+    except RecursionError:
+        return BadRow("JSON that is nested too deeply", f"it begins {text[:40]!r}.")
     except json.JSONDecodeError as error:
-        return error
+        return BadRow(_NO_JSON, f"{error}.")
+    except ValueError as error:  # a whole number of thousands of digits
+        return BadRow("a number that is too long", f"{str(error).partition(';')[0]}.")
+
+
+_NO_JSON = "a line that is not a JSON object"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """
+    Raises:
+      BadRow: a key is there twice; json would keep the last.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise BadRow("a key that is there twice", f"{listing({name for name in names if names.count(name) > 1})}.")
+    return found
+
+
+def _not_utf8(text: str) -> BadRow | None:
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        near = ascii(text[max(0, error.start - 20) : error.start + 20])
+        return BadRow("bytes that are not UTF-8", f"near {near}. Convert the file to UTF-8.")
+    return None
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
     """One list of rows, or lines, which are often named .json too."""
     with _open(path) as file:
-        is_list = file.read(1) == "["
-    if not is_list:
-        return _jsonl(path)
-    with _open(path) as file:
-        return enumerate(json.load(file), 1)
+        beginning = file.read(1000)
+        if not beginning.lstrip().startswith("["):
+            return _jsonl(path)
+        return enumerate(_elements(beginning + file.read()), 1)
+
+
+_PUNCTUATION = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
+
+
+def _elements(text: str) -> Iterator[Any]:
+    """The elements of a JSON list, one by one, so that a bad one can be named and skipped.
+
+    Raises:
+      ValueError: an element is not JSON, so that nobody knows where it ends, or the list is broken.
+    """
+    start, depth, number = text.index("[") + 1, 0, 0
+    for found in _PUNCTUATION.finditer(text, start):
+        mark = found[0]
+        if mark in "{[":
+            depth += 1
+        elif depth and mark in "]}":
+            depth -= 1
+        elif not depth and mark in ",]}":
+            element = text[start : found.start()]
+            if mark == "," or element.strip():
+                number, row = number + 1, _parsed(element)
+                if isinstance(row, BadRow) and row.problem == _NO_JSON:
+                    raise ValueError(f"row {number} is not JSON: {row}")
+                yield row
+            start = found.end()
+            if mark != ",":
+                break
+    else:
+        raise ValueError("its list does not end")
+    if mark == "}" or text[start:].strip():
+        raise ValueError(f"after its list comes {text[start - 1 : start + 40]!r}")
 
 
 def _csv(path: Path) -> Iterator[tuple[int, Any]]:
+    """Strict: a quote that is never closed, or not doubled inside quotes, would otherwise change or swallow rows."""
+    csv.field_size_limit(MOST_CHARACTERS)
     with _open(path) as file:
-        reader = csv.DictReader(file, restkey="(without a header)")
-        for row in reader:
+        reader = csv.DictReader(file, restkey=_EXTRA, strict=True)
+        names = list(reader.fieldnames or [])
+        if wrong := _not_utf8("".join(names)):
+            raise ValueError(str(wrong))
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"its header has {listing(twice)} twice")
+        while True:
+            row: Any
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                where = f"in the row that begins in line {reader.line_num + 1}"
+                raise ValueError(f"{where}, {error}. Inside quotes, a quote is written twice") from error
+            if row is None:
+                return
+            if any(extra := row.pop(_EXTRA, ())):
+                row = BadRow("more fields than the header has", f"{len(extra)} more. Text that has a comma needs quotes.")
+            else:
+                row = _not_utf8("".join(text for text in row.values() if text)) or row
             yield reader.line_num, row
+
+
+_EXTRA = "(without a header)"
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -221,7 +327,10 @@ def _saved(folder: Path, split: str) -> Iterator[Row]:
     """What `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     import datasets
 
-    data = datasets.load_from_disk(str(folder))
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except Exception as error:  # of many kinds: files that are missing, damaged or of another version
+        raise DataError(f"{folder} cannot be read as a data set that was saved to disk: {error}") from error
     splits = data if isinstance(data, dict) else {"train": data}
     if split not in splits:
         raise DataError(f"{folder} has no split '{split}'.{did_you_mean(split, splits)} It has: {', '.join(splits)}.")
@@ -229,4 +338,9 @@ def _saved(folder: Path, split: str) -> Iterator[Row]:
 
 
 def _numbered(name: str, data: Iterable[Any]) -> Iterator[Row]:
-    return ((f"{name}:{number}", row) for number, row in enumerate(data, 1))
+    number = 0
+    try:
+        for number, row in enumerate(data, 1):
+            yield f"{name}:{number}", row
+    except Exception as error:  # images without a decoder, a damaged file, a network that went away
+        raise DataError(f"{name} cannot be read beyond row {number}: {error}") from error

@@ -212,7 +212,7 @@ def merge(folder: Path, output: Path) -> Path:
     write_tensors(output / "model.safetensors", weights)
     write_json(output / "config.json", config)
     for file in folder.glob("*token*"):
-        write_text(output / file.name, file.read_text())
+        write_text(output / file.name, file.read_text(encoding="utf-8"))
     return output
 
 

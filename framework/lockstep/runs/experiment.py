@@ -26,7 +26,8 @@ from lockstep.runs import identity
 from lockstep.runs.evaluation import EvaluationConfig
 from lockstep.runs.store import RunFolder, StageFolder, decisive
 from lockstep.storage.files import read_json
-from lockstep.text.tokenizer import TokenizerConfig, template_text
+from lockstep.text.templates import template_text
+from lockstep.text.tokenizer import TokenizerConfig
 
 NEW = "new"
 

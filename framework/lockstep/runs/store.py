@@ -177,7 +177,7 @@ def _lock(folder: Path) -> IO[str] | None:
     """The open lock file, locked; None if the folder was removed meanwhile, as by `lockstep cache prune`."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        file = open(folder / "lock", "a+")  # noqa: SIM115
+        file = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -192,7 +192,7 @@ def _lock(folder: Path) -> IO[str] | None:
 @contextlib.contextmanager
 def hold_if_free(folder: Path) -> Iterator[str | None]:
     """Lock ``folder`` and yield None, or yield the process that holds it. Never waits."""
-    with open(folder / "lock", "a+") as file:
+    with open(folder / "lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -18,7 +18,9 @@ from lockstep.errors import CheckpointError
 
 
 def write_json(path: Path, content: Any) -> None:
-    replace(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
+    replace(
+        path, lambda temporary: temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    )
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -71,13 +73,13 @@ def remove_leftovers(folder: Path) -> None:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def write_text(path: Path, content: str) -> None:
-    replace(path, lambda temporary: temporary.write_text(content))
+    replace(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
 
 
 def dump_line(row: Any) -> str:

@@ -11,13 +11,20 @@ import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, DataError
-from lockstep.text.sequences import Sequences, pack, round_up, share_rows
+from lockstep.text.borders import Borders
+from lockstep.text.sequences import Sequences, chunks, pack, round_up, share_rows
 from lockstep.types import Comparison, Demonstration, Fit, Message, Prompt
 
 if TYPE_CHECKING:
     from lockstep.text.tokenizer import Tokenizer
 
 log = logging.getLogger("lockstep")
+
+
+def most_characters(limit: int) -> int:
+    """Text that is longer is cut to this, or counts as too long, before it is tokenised: a tokenizer takes 40 bytes a character.
+    The longest tokens have 128 characters, and mean ones four, so ``limit`` tokens are shorter."""
+    return max(1_000_000, 128 * limit)
 
 
 @dataclass(frozen=True)
@@ -66,15 +73,18 @@ def report(fit: Fit, lengths: Lengths) -> None:
     Raises:
       DataError: everything was dropped.
     """
-    if fit.total and fit.dropped == fit.total:
+    if fit.total and fit.dropped + fit.alike == fit.total:
+        alike = f"; {fit.alike} have completions that begin alike, and differ only after {lengths.response}" if fit.alike else ""
         raise DataError(
-            f"All {fit.total} {fit.what} were dropped: their last prompts alone are longer than {lengths.prompt} tokens. "
+            f"All {fit.total} {fit.what} were dropped: their last prompts alone are longer than {lengths.prompt} tokens{alike}. "
             "Raise the limit in the algorithm's `lengths`."
         )
     parts = {
         f"{fit.dropped} dropped because their last prompt alone is longer than {lengths.prompt} tokens": fit.dropped,
         f"{fit.shortened} lost their oldest turns": fit.shortened,
         f"{fit.cut} responses cut to the limit, without EOS": fit.cut,
+        f"{fit.alike} left out because their completions are the same once cut to {lengths.response} tokens": fit.alike,
+        f"{fit.special} spell a special token in their text, such as '{fit.spelled}', which the model reads as that": fit.special,
     }
     if said := [part for part, count in parts.items() if count]:
         log.warning("%s: of %d, %s", fit.what, fit.total, "; ".join(said))
@@ -95,16 +105,24 @@ def _fitting(
     messages = list(prompt.messages)
     system = messages[:1] if messages[0].role == "system" else []
     turns = messages[len(system) :]
-    while turns:
-        pieces = encode(system + turns)
-        if sum(map(len, pieces)) <= limit:
-            fit.shortened += len(system + turns) < len(messages)
-            return pieces
-        turns = turns[1:]
-        while turns and turns[0].role != "user":
-            turns = turns[1:]
-    fit.dropped += 1
-    return None
+
+    def fitting(start: int) -> list[list[int]] | None:
+        kept = system + turns[start:]
+        if sum(len(message.content) for message in kept) > most_characters(limit):
+            return None
+        pieces = encode(kept)
+        return pieces if sum(map(len, pieces)) <= limit else None
+
+    if turns and (pieces := fitting(0)) is not None:
+        return pieces
+    starts, longest = [i for i, turn in enumerate(turns) if i and turn.role == "user"], None
+    while starts:  # halved, because a dialogue may have thousands of turns
+        middle = len(starts) // 2
+        pieces = fitting(starts[middle])
+        longest, starts = (longest, starts[middle + 1 :]) if pieces is None else (pieces, starts[:middle])
+    fit.shortened += longest is not None
+    fit.dropped += longest is None
+    return longest
 
 
 def encode_dialogue(tokenizer: Tokenizer, demonstration: Demonstration, lengths: Lengths, fit: Fit) -> Example | None:
@@ -164,11 +182,23 @@ def _find_turn(text: str, before: str, content: str) -> tuple[int, int]:
 
 
 def encode_response(tokenizer: Tokenizer, response: str, limit: int, fit: Fit | None = None) -> list[int]:
-    """Ids of the response with EOS, cut to ``limit``. A cut response is not finished, so it has no EOS."""
-    ids = tokenizer.encode(response) + [tokenizer.eos_id]
+    """Ids of the response with EOS, cut to ``limit``. A cut response is not finished, so it has no EOS. One that ends with EOS in
+    its text gets no second."""
+    ids = tokenizer.encode(_without_eos(tokenizer, response)[: most_characters(limit)]) + [tokenizer.eos_id]
     if fit is not None:
         fit.cut += len(ids) > limit
     return ids[:limit]
+
+
+def _without_eos(tokenizer: Tokenizer, response: str) -> str:
+    text = response.rstrip()
+    return text.removesuffix(tokenizer.eos_token) if text.endswith(tokenizer.eos_token) else response
+
+
+def _count_special(tokenizer: Tokenizer, prompt: Prompt, answers: Sequence[str], fit: Fit) -> None:
+    texts = [*(message.content for message in prompt.messages), *(_without_eos(tokenizer, answer) for answer in answers)]
+    if token := next(filter(None, map(tokenizer.spelled, texts)), None):
+        fit.special, fit.spelled = fit.special + 1, fit.spelled or token
 
 
 def encode_prompts(
@@ -181,7 +211,12 @@ def encode_prompts(
     """
     fit = fit or Fit("prompts")
     fit.total = len(prompts)
-    kept = [(p, ids) for p in prompts if (ids := encode_prompt(tokenizer, p, lengths.prompt, fit)) is not None]
+    kept, borders = [], Borders(tokenizer, fit.what)
+    for prompt in prompts:
+        if (ids := encode_prompt(tokenizer, prompt, lengths.prompt, fit)) is not None:
+            kept.append((prompt, ids))
+            borders.check(prompt)
+            _count_special(tokenizer, prompt, (), fit)
     report(fit, lengths)
     return [p for p, _ in kept], [ids for _, ids in kept]
 
@@ -193,11 +228,13 @@ def encode_demonstrations(
     """With ``every_turn``, the assistant's earlier turns of whole dialogues count too."""
     fit = fit or Fit("demonstrations")
     fit.total = len(demonstrations)
-    examples = []
+    examples, borders = [], Borders(tokenizer, fit.what)
     for demonstration in demonstrations:
         encode = encode_dialogue if every_turn and demonstration.dialogue else _encode_last_turn
         if example := encode(tokenizer, demonstration, lengths, fit):
             examples.append(example)
+            borders.check(demonstration.prompt, [demonstration.response])
+            _count_special(tokenizer, demonstration.prompt, [demonstration.response], fit)
     report(fit, lengths)
     return examples
 
@@ -210,25 +247,38 @@ def _encode_last_turn(tokenizer: Tokenizer, demonstration: Demonstration, length
 def encode_comparisons(
     tokenizer: Tokenizer, comparisons: Sequence[Comparison], lengths: Lengths, fit: Fit | None = None
 ) -> list[tuple[list[Example], tuple[int, ...]]]:
-    """For each comparison its completions as examples, and their ranks."""
+    """For each comparison its completions as examples, and their ranks. One whose completions are all cut to the same tokens has
+    nothing to teach and is left out."""
     fit = fit or Fit("comparisons")
     fit.total = len(comparisons)
-    encoded = []
+    encoded, borders = [], Borders(tokenizer, fit.what)
     for comparison in comparisons:
         ids = encode_prompt(tokenizer, comparison.prompt, lengths.prompt, fit)
-        if ids is not None:
-            rows = [Example(ids, encode_response(tokenizer, c, lengths.response, fit)) for c in comparison.completions]
-            encoded.append((rows, comparison.ranks))
+        if ids is None:
+            continue
+        rows = [Example(ids, encode_response(tokenizer, c, lengths.response, fit)) for c in comparison.completions]
+        if all(row.response == rows[0].response for row in rows):
+            fit.alike += 1
+            continue
+        encoded.append((rows, comparison.ranks))
+        borders.check(comparison.prompt, comparison.completions)
+        _count_special(tokenizer, comparison.prompt, comparison.completions, fit)
     report(fit, lengths)
     return encoded
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], lengths: Lengths, fit: Fit | None = None) -> list[Example]:
     """Raw documents: the prompt is BOS (or EOS) alone, the response the document and EOS, together at most as long as a
-    prompt and a response. Longer documents are cut, as in any pretraining; the cuts are counted but not logged."""
-    limit, encoded = _text_lengths(lengths).response, [ids for ids in tokenizer.encode_many(texts) if ids]
+    prompt and a response. Longer documents are cut, as in any pretraining, and special tokens may separate parts of one: both are
+    counted but not logged."""
+    limit, encoded, special = _text_lengths(lengths).response, list[list[int]](), 0
+    for part in chunks(len(texts), 1000):
+        documents = [text[: most_characters(limit)] for text in texts[part]]
+        encoded += [ids[:limit] for ids in tokenizer.encode_many(documents) if ids]
+        special += sum(tokenizer.spelled(document) is not None for document in documents)
     if fit is not None:
         fit.total, fit.cut = len(encoded), sum(len(ids) >= limit for ids in encoded)
+        fit.special = special
     return [Example([tokenizer.start_id], (ids + [tokenizer.eos_id])[:limit]) for ids in encoded]
 
 

@@ -6,34 +6,26 @@ files are the same: ``tokenizer.json``, ``tokenizer_config.json``, ``chat_templa
 
 from __future__ import annotations
 
-import datetime
 import functools
-import json
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 
 from lockstep.config.schema import setting
-from lockstep.errors import ConfigError, did_you_mean, listing
+from lockstep.errors import ConfigError, DataError, did_you_mean, listing
 from lockstep.storage import gguf
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.sources import fetch_file
+from lockstep.text import templates
+from lockstep.text.templates import DATE, TEMPLATES, template_text
 from lockstep.types import Message
 
-TEMPLATES = {
-    "dialogue": (
-        "{{ bos_token }}{% for m in messages %}"
-        "{{ '\\n\\n' + {'user': 'Human', 'assistant': 'Assistant', 'system': 'System'}[m.role] + ': ' + m.content }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
-    ),
-    "plain": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
-}
-"""Chat templates by name, for tokenizers without one: the HH format, and the plain text."""
+log = logging.getLogger("lockstep")
 
 
 @dataclass(frozen=True)
@@ -46,6 +38,7 @@ class TokenizerConfig:
     chat_template: str | None = setting(
         None, "One of the names in `TEMPLATES`, a .jinja file, or jinja text; null: the tokenizer's own."
     )
+    date: str | None = setting(None, f"Today's, for a chat template that asks for it; null: the tokenizer's own, or {DATE}.")
 
 
 class Tokenizer:
@@ -55,9 +48,10 @@ class Tokenizer:
       pad_token: fills rows; need not be in the vocabulary (models never see it), must not be EOS.
       chat_template: jinja; None if the tokenizer has none.
       bos_token: begins every text; chat templates write it themselves. None if the tokenizer has none.
+      date: what a chat template that asks for today's is told, as 2024-07-26, so that prompts do not change overnight.
 
     Raises:
-      ConfigError: pad and EOS are the same, or EOS is not in the vocabulary.
+      ConfigError: pad and EOS are the same, EOS is not in the vocabulary, or the date is not one.
     """
 
     def __init__(
@@ -68,11 +62,14 @@ class Tokenizer:
         pad_token: str | None,
         chat_template: str | None,
         bos_token: str | None = None,
+        date: str | None = None,
     ):
         self.core = core
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.chat_template = chat_template
+        self.date = templates.day(date).isoformat()
+        self._warned: set[str] = set()
         self.vocab_size = core.get_vocab_size(with_added_tokens=True)
         eos_id = core.token_to_id(eos_token)
         if eos_id is None:
@@ -121,6 +118,7 @@ class Tokenizer:
             pad_token=replaced.pad_token or _content(settings.get("pad_token")),
             chat_template=template_text(replaced.chat_template) or template,
             bos_token=_content(settings.get("bos_token")),
+            date=replaced.date or settings.get("chat_template_date"),
         )
 
     def replaced(self, config: TokenizerConfig) -> Tokenizer:
@@ -131,6 +129,7 @@ class Tokenizer:
             pad_token=config.pad_token or self.pad_token,
             chat_template=template_text(config.chat_template) or self.chat_template,
             bos_token=self.bos_token,
+            date=config.date or self.date,
         )
 
     def save(self, folder: Path) -> None:
@@ -143,15 +142,28 @@ class Tokenizer:
             "eos_token": self.eos_token,
             "pad_token": self.pad_token,
             "chat_template": self.chat_template,
+            "chat_template_date": self.date,
         }
         write_json(folder / "tokenizer_config.json", settings)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: special tokens only where the text contains them."""
-        return self.core.encode(text, add_special_tokens=False).ids
+        return self._encoded(lambda: [self.core.encode(text, add_special_tokens=False)], [text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self.core.encode_batch(list(texts), add_special_tokens=False)]
+        return self._encoded(lambda: self.core.encode_batch(list(texts), add_special_tokens=False), texts)
+
+    def _encoded(self, encode: Callable[[], Sequence[tokenizers.Encoding]], texts: Sequence[str]) -> list[list[int]]:
+        """
+        Raises:
+          DataError: a text cannot be written as UTF-8, or has what the tokenizer has no token for.
+        """
+        for text in texts:
+            _check_whole(text)
+        try:
+            return [encoded.ids for encoded in encode()]
+        except Exception as error:  # the library raises nothing more specific
+            raise DataError(f"The tokenizer cannot encode a text: {error}.") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
@@ -168,69 +180,42 @@ class Tokenizer:
                 f"This tokenizer has no chat template. Set policy.tokenizer.chat_template to a .jinja file, to jinja "
                 f"text or to one of: {listing(TEMPLATES)}."
             )
-        try:
-            return _compiled(self.chat_template).render(
-                messages=[{"role": m.role, "content": m.content} for m in messages],
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token or "",
-                eos_token=self.eos_token,
-                pad_token=self.pad_token,
-                tools=None,
-                documents=None,
-            )
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"The chat template fails on this dialogue: {error}") from error
+        tokens = {"bos_token": self.bos_token or "", "eos_token": self.eos_token, "pad_token": self.pad_token}
+        return templates.render(
+            self.chat_template, messages, add_generation_prompt=add_generation_prompt, tokens=tokens, date=self.date,
+            asked_date=lambda: self.warn_once(f"the chat template writes the date: it is told {self.date}. {_OTHER_DATE}"),
+        )  # fmt: skip
+
+    def warn_once(self, message: str) -> None:
+        """Log what every dialogue would say again."""
+        if message not in self._warned:
+            log.warning("%s", message)
+        self._warned.add(message)
+
+    def spelled(self, text: str) -> str | None:
+        """A special token that the text spells, and that the model therefore reads in its place."""
+        found = self._special.search(text)
+        return found and found[0]
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str]:
+        names = [token.content for token in self.core.get_added_tokens_decoder().values() if token.special and token.content]
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 
-def template_text(given: str | None) -> str | None:
-    """The template that a configuration gives by name, as a file or as the text itself.
+_OTHER_DATE = "To change it, set policy.tokenizer.date"
 
-    Raises:
-      ConfigError: it is none of these.
+
+def _check_whole(text: str) -> None:
     """
-    if not given or given in TEMPLATES:
-        return TEMPLATES.get(given or "")
-    if given.endswith(".jinja"):
-        file = Path(given).expanduser()
-        if not file.is_file():
-            there = [str(path) for path in file.parent.glob("*.jinja")]
-            raise ConfigError(f"policy.tokenizer.chat_template: there is no file {file}.{did_you_mean(str(file), there)}")
-        return file.read_text(encoding="utf-8")
-    if "{{" not in given and "{%" not in given:
-        raise ConfigError(
-            f"policy.tokenizer.chat_template='{given}' is not a .jinja file, not jinja text and not one of {listing(TEMPLATES)}."
-            f"{did_you_mean(given, TEMPLATES)}"
-        )
-    return given
-
-
-class GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's turns in some templates; here it only has to parse."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.cache
-def _compiled(template: str) -> jinja2.Template:
-    """Sandboxed, with the settings, tags and functions that chat templates on the hub rely on."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, GenerationTag]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+    Raises:
+      DataError: the text cannot be written as UTF-8.
+    """
     try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise ConfigError(f"The chat template is not valid jinja: {error}") from error
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        near = ascii(text[max(0, error.start - 20) : error.start + 20])
+        raise DataError(f"A text holds half a character, as text that is not UTF-8 may: near {near}.") from None
 
 
 def _content(token: Any) -> str | None:

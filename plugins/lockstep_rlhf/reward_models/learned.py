@@ -15,7 +15,7 @@ from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import Sequences, chunks, in_chunks
 from lockstep.text.stopping import ends_with_stop
-from lockstep.text.tokenizer import TEMPLATES, template_text
+from lockstep.text.templates import TEMPLATES, template_text
 from lockstep.types import Message, Prompt
 
 log = logging.getLogger("lockstep")
@@ -105,9 +105,10 @@ class Learned(RewardModel):
     def _as_dialogues(self, responses: Responses) -> list[Example | None]:
         """All tokens but the last count as the prompt: a decoder scores the whole, however it is split."""
         texts = [rendered(self.tokenizer.render, *row) for row in rows_of(responses)]
-        examples = []
+        longest, examples = self.model.context_length, []
+        texts = [text if len(text) <= encoding.most_characters(longest) else "" for text in texts]
         for ids in self.tokenizer.encode_many(texts):
-            examples.append(Example(ids[:-1], ids[-1:]) if 2 <= len(ids) <= self.model.context_length else None)
+            examples.append(Example(ids[:-1], ids[-1:]) if 2 <= len(ids) <= longest else None)
         return examples
 
     # ------------------------------------------------------------------------------------------------------ encoders
@@ -138,10 +139,15 @@ def rows_of(responses: Responses) -> list[tuple[Prompt, str, bool]]:
 
 
 def rendered(render: Callable[..., str], prompt: Prompt, text: str, ended: bool) -> str:
-    """The whole dialogue; the assistant's turn is closed only if the policy closed it."""
+    """The whole dialogue; the assistant's turn is closed only if the policy closed it. What the template writes before an answer
+    is there in either case, even if the template ignores ``add_generation_prompt``."""
+    whole = render([*prompt.messages, Message("assistant", text)], add_generation_prompt=False)
     if ended:
-        return render([*prompt.messages, Message("assistant", text)], add_generation_prompt=False)
-    return render(list(prompt.messages), add_generation_prompt=True) + text
+        return whole
+    waiting = render(list(prompt.messages), add_generation_prompt=True)
+    begin = whole.find(text.strip(), len(waiting)) if whole.startswith(waiting) else -1
+    before = whole[len(waiting) : max(0, begin)]
+    return waiting + (before if before.strip() else "") + text
 
 
 def pair(prompt: Prompt, text: str) -> tuple[str, str]:

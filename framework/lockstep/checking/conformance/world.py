@@ -224,7 +224,7 @@ class World:
     @functools.cached_property
     def _policy(self) -> tuple[type, Any]:
         checkpoint = write_checkpoint(self.folder / "checkpoint", 0)
-        tokenizer = {"path": None, "eos_token": None, "pad_token": None, "chat_template": None}
+        tokenizer = {"path": None, "eos_token": None, "pad_token": None, "chat_template": None, "date": None}
         return self.component("policy", self.policy_name, {"path": str(checkpoint), "tokenizer": tokenizer})
 
     @functools.cache  # noqa: B019 - a world lives as long as its checks

@@ -169,10 +169,12 @@ def write(report: ParityReport, output: Path) -> list[Path]:
     from lockstep.checking.parity import plots  # matplotlib takes a second to import
 
     output.mkdir(parents=True, exist_ok=True)
-    (output / "report.md").write_text(markdown(report))
-    (output / "parity.json").write_text(json.dumps(report.facts | {"sentences": report.sentences}, indent=1) + "\n")
+    (output / "report.md").write_text(markdown(report), encoding="utf-8")
+    (output / "parity.json").write_text(
+        json.dumps(report.facts | {"sentences": report.sentences}, indent=1) + "\n", encoding="utf-8"
+    )
     rows = list(tidy(report.stages))
-    with open(output / "steps.csv", "w", newline="") as file:
+    with open(output / "steps.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)

@@ -14,6 +14,7 @@ from lockstep.interfaces import DataSource
 from lockstep.reporting.console import Console
 from lockstep.runs.assembly import Assembly
 from lockstep.runs.experiment import Experiment, is_hub_id
+from lockstep.text.borders import Borders
 from lockstep.text.tokenizer import Tokenizer
 
 
@@ -67,5 +68,6 @@ def _told(tokenizer: Tokenizer, data: DataSource) -> str:
         return text
     except DataError as error:
         return f"{text}; no prompt to render: {error}"
+    Borders(tokenizer, "prompts").check(prompt)
     rendered = tokenizer.render(prompt.messages, add_generation_prompt=True)
     return f"{text}; the first prompt has {len(tokenizer.encode(rendered))} tokens and begins {rendered[:40]!r}"

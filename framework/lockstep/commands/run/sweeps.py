@@ -165,7 +165,7 @@ class SweepFolder:
     def _changed(self) -> Iterator[dict[str, Any]]:
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / "sweep.json"
-        with open(self.path / "lock", "a") as lock:
+        with open(self.path / "lock", "a", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             record = read_json(file) if file.exists() else {}
             yield record
@@ -207,7 +207,8 @@ def _run(overrides: list[str], cores: set[int] | None, label: str) -> tuple[str,
     pin = functools.partial(os.sched_setaffinity, 0, cores) if cores else None
     command = [sys.executable, "-m", "lockstep", "run", *overrides]
     lines: collections.deque[str] = collections.deque(maxlen=100)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=pin) as job:
+    how: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "env": os.environ | {"PYTHONIOENCODING": "utf-8"}}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=pin, **how) as job:
         for line in job.stdout:
             print(f"{label}{line}", end="", flush=True)
             lines.append(line.rstrip())

@@ -67,7 +67,7 @@ def compare(
         "report.md": _markdown(comparison, headline, built),
     }
     for name, text in written.items():
-        (output / name).write_text(text)
+        (output / name).write_text(text, encoding="utf-8")
     files = [output / name for name in written]
     files += tidy.write(comparison, output)
     files += figures.for_papers(comparison, against, output)

@@ -76,7 +76,7 @@ def run_folders(path: Path, problems: list[str]) -> list[Path]:
 def _sweep(path: Path, problems: list[str]) -> list[Path]:
     """The run folders of ``FOLDER/sweeps/NAME``; its record names them relative to FOLDER."""
     found = []
-    for job in json.loads((path / "sweep.json").read_text())["jobs"]:
+    for job in json.loads((path / "sweep.json").read_text(encoding="utf-8"))["jobs"]:
         folder = path.resolve().parents[1] / (job.get("run") or "?")
         if (folder / "run.json").exists():
             found.append(folder)
@@ -93,7 +93,7 @@ _ADVICE = "Give the folder of a run or of a sweep: lockstep compare runs/NAME. T
 
 
 def _read_run(folder: Path, problems: list[str]) -> Run:
-    record = json.loads((folder / "run.json").read_text())
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if record["status"] != "done":
         stuck = [name for name, stage in record["stages"].items() if stage.get("status") != "done"]
         where = f" in {', '.join(stuck)}" if stuck else ""
@@ -117,7 +117,7 @@ def _read_run(folder: Path, problems: list[str]) -> Run:
 
 def _read_config(file: Path) -> Any:
     try:
-        return yaml.safe_load(file.read_text()) or {}
+        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         return {}
     except yaml.YAMLError as error:
@@ -142,7 +142,7 @@ def _read_stage(name: str, record: Mapping[str, Any], folder: Path) -> StageReco
 def _read_done(folder: Path) -> dict[str, Any]:
     """The record of a complete stage; empty for others."""
     file = folder / "done.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _read_evaluations(folders: Any) -> EvaluationRecord:
@@ -152,7 +152,7 @@ def _read_evaluations(folders: Any) -> EvaluationRecord:
     reward_model: dict[str, Estimate] = {}
     for file in (folder / "output" / "evaluation.json" for folder in folders):
         if file.exists():
-            content = json.loads(file.read_text())
+            content = json.loads(file.read_text(encoding="utf-8"))
             baseline = content.get("baseline") or baseline
             reward_model |= _estimates(content.get("reward_model") or {})
             for split, policies in content.get("splits", {}).items():
@@ -175,7 +175,7 @@ def _estimate(found: Mapping[str, Any]) -> Estimate:
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file; none if there is no such file. Skips a line that a crash cut off."""
     rows = []
-    for line in file.read_text().splitlines() if file.exists() else ():
+    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():  # U+2028 does not end a line here
         try:
             row = json.loads(line)
         except ValueError:

@@ -25,7 +25,7 @@ def write(c: RunComparison, output: Path) -> list[Path]:
 
     found = list(rows(c))
     table, text = output / "metrics.parquet", output / "metrics.csv"
-    with open(text, "w", newline="") as stream:
+    with open(text, "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(COLUMNS)
         writer.writerows(found)

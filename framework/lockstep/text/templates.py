@@ -1,0 +1,229 @@
+"""Chat templates: jinja from checkpoints and users, rendered in a sandbox, within limits, and the same on every day.
+
+A template is a program by somebody else. What it takes is bounded: `SECONDS` of the processor, `MEMORY` above the most that the
+process has used, and output in proportion to the dialogue. What it may depend on is bounded too: the date is given
+(`strftime_now`), and nothing is random.
+
+Left out: limits in other threads than the main one, where Python has no timers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import json
+import re
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2.ext
+import jinja2.sandbox
+
+from lockstep.errors import ConfigError, did_you_mean, listing
+from lockstep.types import Message
+
+TEMPLATES = {
+    "dialogue": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '\\n\\n' + {'user': 'Human', 'assistant': 'Assistant', 'system': 'System'}[m.role] + ': ' + m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+    ),
+    "plain": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
+}
+"""Chat templates by name, for tokenizers without one: the HH format, and the plain text."""
+
+DATE = "2024-07-26"
+"""What Llama 3's template falls back to."""
+
+SECONDS, MEMORY, CHARACTERS = 10.0, 2**30, 10_000_000
+"""Most that one rendering may take: processor time, bytes, and characters besides ten times those of the dialogue."""
+
+
+def template_text(given: str | None) -> str | None:
+    """The template that a configuration gives by name, as a file or as the text itself.
+
+    Raises:
+      ConfigError: it is none of these.
+    """
+    if not given or given in TEMPLATES:
+        return TEMPLATES.get(given or "")
+    if given.endswith(".jinja"):
+        file = Path(given).expanduser()
+        if not file.is_file():
+            there = [str(path) for path in file.parent.glob("*.jinja")]
+            raise ConfigError(f"policy.tokenizer.chat_template: there is no file {file}.{did_you_mean(str(file), there)}")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"policy.tokenizer.chat_template: {file} cannot be read: {error}") from error
+    if "{{" not in given and "{%" not in given:
+        raise ConfigError(
+            f"policy.tokenizer.chat_template='{given}' is not a .jinja file, not jinja text and not one of {listing(TEMPLATES)}."
+            f"{did_you_mean(given, TEMPLATES)}"
+        )
+    return given
+
+
+def render(
+    template: str, messages: Sequence[Message], *, add_generation_prompt: bool, tokens: Mapping[str, str],
+    date: str | None = None, asked_date: Callable[[], None] = lambda: None,
+) -> str:  # fmt: skip
+    """The dialogue as the template writes it.
+
+    Args:
+      tokens: special tokens by their names in templates: ``bos_token``, ``eos_token``, ...
+      date: today's, for a template that asks for it; None: `DATE`. ``asked_date`` is called if it asks.
+
+    Raises:
+      ConfigError: the template is not valid, does not accept this dialogue, or takes too much.
+    """
+
+    def strftime_now(form: str) -> str:
+        asked_date()
+        return day(date).strftime(form)
+
+    most, pieces, length = CHARACTERS + 10 * sum(len(m.content) for m in messages), list[str](), 0
+    try:
+        with _limited():
+            for piece in _compiled(template).generate(
+                messages=[{"role": m.role, "content": m.content} for m in messages],
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                strftime_now=strftime_now,
+                **tokens,
+            ):
+                pieces.append(piece)
+                length += len(piece)
+                if length > most:
+                    raise _TooMuch(f"it writes more than {most:,} characters")
+    except ConfigError:
+        raise
+    except _TooMuch as error:
+        raise ConfigError(f"The chat template was stopped: {error}. {_ANOTHER}") from None
+    except MemoryError:
+        raise ConfigError(f"The chat template was stopped: it needs more memory than there is. {_ANOTHER}") from None
+    except Exception as error:  # a template can raise whatever Python can
+        raise ConfigError(f"The chat template fails on this dialogue: {error}") from error
+    return "".join(pieces)
+
+
+def day(date: str | None) -> datetime.date:
+    """
+    Raises:
+      ConfigError: it is not a date.
+    """
+    try:
+        return datetime.date.fromisoformat(date or DATE)
+    except (ValueError, TypeError):
+        raise ConfigError(f"policy.tokenizer.date={date!r} should be a date like {DATE}.") from None
+
+
+_ANOTHER = "Set policy.tokenizer.chat_template to another."
+
+
+class _TooMuch(Exception):
+    """What a template was stopped for."""
+
+
+@contextlib.contextmanager
+def _limited() -> Iterator[None]:
+    """Stops what runs inside after `SECONDS` of processor time, or above `MEMORY`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    memory, started = _peak_memory(), time.thread_time()
+
+    def tick(*_: Any) -> None:
+        if time.thread_time() - started > SECONDS:
+            raise _TooMuch(f"it does not end within {SECONDS:g} seconds")
+        if _peak_memory() > memory + MEMORY:
+            raise _TooMuch(f"it takes more than {MEMORY // 2**20:,} MB of memory")
+
+    handler, timer = signal.signal(signal.SIGPROF, tick), signal.setitimer(signal.ITIMER_PROF, _TICK, _TICK)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, *timer)
+        signal.signal(signal.SIGPROF, handler)
+
+
+_TICK = 0.1  # seconds
+
+
+def _peak_memory() -> int:
+    """In bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}`` marks the assistant's turns in some templates; here it only has to parse."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Refuses single steps that take hours or gigabytes, which no timer can interrupt."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        numbers = [value for value in (left, right) if isinstance(value, int)]
+        lengths = [len(value) for value in (left, right) if isinstance(value, (str, list, tuple))]
+        if operator == "*" and (
+            numbers and lengths and numbers[0] * lengths[0] > CHARACTERS
+            or len(numbers) == 2 and sum(number.bit_length() for number in numbers) > _BITS
+        ) or operator == "**" and len(numbers) == 2 and right * left.bit_length() > _BITS:  # fmt: skip
+            raise _TooMuch(f"the result of its '{operator}' is too large")
+        return super().call_binop(context, operator, left, right)
+
+    def check(self, template: str) -> None:
+        """Numbers that are written out, in padding too."""
+        for constant in self.parse(template).find_all(jinja2.nodes.Const):
+            if isinstance(constant.value, int) and constant.value > _NUMBER:
+                raise _TooMuch(f"it has a number over {_NUMBER:,}")
+            if isinstance(constant.value, str) and _PADDING.search(constant.value):
+                raise _TooMuch(f"it pads to a width over {_NUMBER:,}")
+
+
+_BITS, _NUMBER = 4096, 10**9
+_PADDING = re.compile(r"%[-+ #0]*\d{10,}|\{[^{}]*:[^{}]*\d{10,}")
+
+
+@functools.cache
+def _compiled(template: str) -> jinja2.Template:
+    """Sandboxed, with the settings, tags and functions that chat templates on the hub rely on."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, GenerationTag], finalize=_no_function
+    )
+    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+    del environment.filters["random"], environment.globals["lipsum"]  # the same dialogue is always the same text
+    try:
+        environment.check(template)
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"The chat template is not valid jinja: {error}") from error
+
+
+def _no_function(value: Any) -> Any:
+    """``{{ text.strip }}`` without its parentheses would write an address in memory, which differs from run to run."""
+    if callable(value) and not isinstance(value, jinja2.Undefined):
+        raise jinja2.TemplateError(f"it writes the function '{getattr(value, '__name__', value)}' itself. Are its () missing?")
+    return value
