@@ -249,10 +249,14 @@ def the_stop_token_is_learned(subject: AlgorithmSubject) -> None:
         stops = (rows.responses == eos) & rows.response_mask & rows.mask.any(axis=1)[:, None]  # other rows are padding
         if not stops.any():
             continue
-        seen += int(stops.sum())
         require(rows.mask[stops].all(), f"{int((stops & ~rows.mask).sum())} of {int(stops.sum())} stop tokens do not count")
-        slopes = derivative(term, subject.outputs(term), "logprobs")[stops]
-        require(np.any(slopes != 0), f"the loss has derivative 0 in the log-probabilities of all {len(slopes)} stop tokens")
+        slopes = derivative(term, subject.outputs(term), "logprobs")
+        here = slopes[stops & (slopes != 0).any(axis=1)[:, None]]  # a response with advantage 0 teaches nothing
+        seen += len(here)
+        require(
+            not len(here) or np.any(here != 0),
+            f"the loss has derivative 0 in the log-probabilities of all {len(here)} stop tokens",
+        )
     if not seen:
         raise Inapplicable("none of its losses reads the log-probability of a stop token")
 
