@@ -102,7 +102,7 @@ def test_a_value_left_open_asks_for_it(key):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": 3}, "algorithm.name=3 should be str, not int."),
+        ({"name": 3}, """algorithm.name=3 should be str, not int. For the text, type: algorithm.name="'3'" """.strip()),
         ({"flag": 1}, "algorithm.flag=1 should be bool, not int."),
         ({"flag": "yes"}, "algorithm.flag='yes' should be bool, not str."),
         ({"rate": "0.1"}, "algorithm.rate='0.1' should be float, not str."),

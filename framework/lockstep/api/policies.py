@@ -102,7 +102,7 @@ class ChatPolicy:
 
     def _sampling(self, max_tokens: int | None, temperature: float, stop: Sequence[str], seed: int) -> Sampling:
         context = self.policy.context_length
-        how = Sampling(max_tokens or min(256, context // 2), temperature, stop, seed)
+        how = Sampling(min(256, context // 2) if max_tokens is None else max_tokens, temperature, stop, seed)
         if how.max_tokens >= context:
             raise ConfigError(f"max_tokens={max_tokens} leaves no room for a prompt in a context of {context} tokens.")
         return how

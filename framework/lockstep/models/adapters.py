@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lockstep.config.overrides import override, shell
 from lockstep.config.schema import setting
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
 from lockstep.learning import randomness
@@ -30,10 +31,6 @@ from lockstep.storage.sources import fetch_folder
 from lockstep.storage.weights import read_tensors, read_weights, write_tensors
 
 ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-NOT_WHOLE = (
-    "{folder} holds an adapter, not a whole checkpoint. Merge it with its base: lockstep merge {folder} OUTPUT. To continue "
-    "training it, name it as a stage's policy: stages.ppo.policy={folder}."
-)
 PREFIX = "base_model.model."
 """What peft puts before the names of the base model."""
 
@@ -97,6 +94,14 @@ class LoRAConfig(CheckpointConfig):
                     f"Its linear layers: {listing(last)}."
                 )
         return adapter
+
+
+def not_whole(folder: Path | str) -> str:
+    """For whoever gives an adapter where a whole checkpoint is needed."""
+    return (
+        f"{folder} holds an adapter, not a whole checkpoint. Merge it with its base: lockstep merge {shell(str(folder))} OUTPUT. To "
+        f"continue training it, name it as a stage's policy: {override('stages.ppo.policy', str(folder))}."
+    )
 
 
 def initial(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:

@@ -134,7 +134,9 @@ class PPO(Algorithm):
         )
         whiten_advantages: bool = setting(True, "Scale to mean 0 and variance 1 over the whole batch (LHP: per minibatch).")
         whiten_rewards: bool = setting(False, "Scale to variance 1 over the batch and keep the mean (LHP: true, N+: false).")
-        unfinished_score: float | None = setting(-1.0, "Replaces the score of a response without EOS (LHP); null: keep it.")
+        unfinished_score: float | None = setting(
+            -1.0, "Replaces the score of a response without EOS (LHP); null: keep it.", least=-math.inf
+        )
         importance_cap: float | None = setting(
             None, "Cap on importance weights that correct for a sampler of lower precision; null: no correction.", above=0
         )
@@ -151,7 +153,7 @@ class PPO(Algorithm):
 
         def __post_init__(self):
             if self.batch_size % self.minibatches:
-                fitting = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+                fitting = [n for n in range(1, min(self.batch_size, 256) + 1) if self.batch_size % n == 0]
                 raise ConfigError(
                     f"algorithm.batch_size={self.batch_size} is not divisible by algorithm.minibatches="
                     f"{self.minibatches}. Set minibatches to one of {', '.join(map(str, fitting))}."
@@ -160,6 +162,16 @@ class PPO(Algorithm):
                 raise ConfigError(
                     f"algorithm.ptx_ratio={self.ptx_ratio:g} gives no raw text to a minibatch of "
                     f"{self.batch_size // self.minibatches} episodes. Raise it, or set ptx_coef=0."
+                )
+            if self.kl_target is not None and self.kl_coef == 0:
+                raise ConfigError(
+                    "algorithm.kl_target adapts the KL coefficient by factors, and algorithm.kl_coef=0 stays 0. Set kl_coef=0.02, or "
+                    "kl_target=null."
+                )
+            if self.kl_target is not None and numerics.MAX_KL_ERROR * self.batch_size >= self.kl_horizon:
+                raise ConfigError(
+                    f"algorithm.kl_horizon={self.kl_horizon:g} with batch_size={self.batch_size} may take the KL coefficient below 0 "
+                    f"in one iteration. Set kl_horizon above {numerics.MAX_KL_ERROR * self.batch_size:g}, or kl_target=null."
                 )
 
     def __init__(self, config: Config, context: Context):
@@ -365,7 +377,7 @@ class PPO(Algorithm):
         c = config
         minibatch = c.batch_size // c.minibatches
         micro = min(c.micro_batch_size or minibatch, minibatch)
-        ptx = f", + {c.raw_texts} raw texts each" if c.ptx_coef else ""
+        ptx = f", + {c.raw_texts} raw texts each, of {len(data.texts('train'))}" if c.ptx_coef else ""
         return (
             f"{c.iterations} iterations x {c.batch_size} episodes = {c.iterations * c.batch_size} episodes over "
             f"{len(data.prompts('train'))} prompts; {c.epochs} epochs x {c.minibatches} minibatches of {minibatch} = "

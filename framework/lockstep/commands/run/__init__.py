@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 def run_config(config: dict[str, Any], command: str) -> Path:
     """Run one experiment and print its summary. Returns the run folder."""
     from lockstep.commands.run.sweeps import agent, objective
+    from lockstep.config.overrides import shell
     from lockstep.reporting.summary import summary
     from lockstep.runs.experiment import Experiment, finished
     from lockstep.runs.runner import Runner
@@ -74,5 +75,5 @@ def run_config(config: dict[str, Any], command: str) -> Path:
             value = objective(folder, name)
             console.say(f"\nobjective {name}: {value}")
             tell(config, name, value)
-    console.say(f"\nThe run is in {folder}. To compare runs: lockstep compare {folder} OTHER...")
+    console.say(f"\nThe run is in {folder}. To compare runs: lockstep compare {shell(str(folder))} OTHER...")
     return folder
