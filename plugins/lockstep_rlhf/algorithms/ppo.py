@@ -377,7 +377,7 @@ class PPO(Algorithm):
         c = config
         minibatch = c.batch_size // c.minibatches
         micro = min(c.micro_batch_size or minibatch, minibatch)
-        ptx = f", + {c.raw_texts} raw texts each, of {len(data.texts('train'))}" if c.ptx_coef else ""
+        ptx = f", + {c.raw_texts} raw texts each, from {len(data.texts('train'))}" if c.ptx_coef else ""
         return (
             f"{c.iterations} iterations x {c.batch_size} episodes = {c.iterations * c.batch_size} episodes over "
             f"{len(data.prompts('train'))} prompts; {c.epochs} epochs x {c.minibatches} minibatches of {minibatch} = "
