@@ -154,7 +154,11 @@ def test_ultrafeedback(dry, write, layout, pairs):
 
 def test_instructgpts_own_numbers(dry, write):
     paths = {"demonstrations": messages, "comparisons": ultrafeedback, "texts": wikitext}
-    out = dry("experiment=instructgpt_paper", *(f"data.{noun}={source(write(layout))}" for noun, layout in paths.items()), "data.heldout_fraction=0.25")
+    out = dry(
+        "experiment=instructgpt_paper",
+        *(f"data.{noun}={source(write(layout))}" for noun, layout in paths.items()),
+        "data.heldout_fraction=0.25",
+    )
     assert "data.texts[0]: 26 of 40 rows" in out and "left out: 14 with an empty text" in out
     assert "x 16 epochs / 32 per step" in out and "x 2 epochs / 29 and 3 raw texts per step" in out
     assert "500 iterations x 512 episodes = 256000 episodes" in out and "+ 512 raw texts each" in out  # 8 x 64
@@ -212,7 +216,10 @@ def test_without_a_network_it_says_what_is_not_checked(dry, monkeypatch):
     out = dry("experiment=hh", "policy.path=someone/some-model")
     assert "it could not be loaded from the Hugging Face hub: no network. A local path works too" in out
     assert "tokenizer: there is no folder someone/some-model, so it is taken as a Hugging Face hub id" in out
-    assert "Not checked: data.demonstrations[0]," in out and "policy, tokenizer, stages.sft, stages.reward, stages.ppo, stages.evaluate." in out
+    assert (
+        "Not checked: data.demonstrations[0]," in out
+        and "policy, tokenizer, stages.sft, stages.reward, stages.ppo, stages.evaluate." in out
+    )
 
 
 def test_a_sweep_has_no_dry_run():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,18 +43,13 @@ KEYS = tuple(field.name for field in dataclasses.fields(Root))
 GROUPS = {key: key for key in KINDS} | dict.fromkeys(("pretrain", "sft", "reward"), "algorithm")
 """{key of the root: kind of component}."""
 
-_STAGE = re.compile(r"(?!new$)\w[\w.-]{0,99}")
-
 
 def completed(config: Mapping[str, Any]) -> ConfigGroup:
-    """``config`` with the defaults of those keys of the root that it lacks, and with the home folder where ``folder`` has ~.
+    """``config`` with the defaults of those keys of the root that it lacks.
 
     Raises:
-      ConfigError: a key is missing or of another type, a component group has no name, or a stage has an impossible one.
+      ConfigError: a key is missing or of another type, or a component group has no name.
     """
-    for key in ("experiment_name", "folder", "name"):
-        if config.get(key) == "":
-            raise ConfigError(f"{key} is empty. Give it a value, or leave it out.")
     for kind in KINDS:
         if not isinstance(group := config.get(kind), Mapping) and not (group is None and kind in _MAY_BE_NULL):
             there = listing({component.name for component in registry() if component.kind == kind})
@@ -65,14 +58,8 @@ def completed(config: Mapping[str, Any]) -> ConfigGroup:
     for key in GROUPS:
         if (group := getattr(root, key)) is not None:
             component_name(group, key)
-    for stage in root.stages:
-        if not _STAGE.fullmatch(stage):
-            raise ConfigError(
-                f"stages has one named {stage!r}. Stages name folders and metrics: use at most 100 letters, digits, '_', '-' and "
-                "'.', with a letter, a digit or '_' first. 'new' is taken: it means the configured policy."
-            )
     absent = {field.name: getattr(root, field.name) for field in dataclasses.fields(Root) if field.name not in config}
-    return dict(config) | absent | {"folder": os.path.expanduser(root.folder)}
+    return dict(config) | absent
 
 
 _MAY_BE_NULL = ("reward_model", "algorithm")

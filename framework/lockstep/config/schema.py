@@ -162,7 +162,9 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
             return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
     elif (origin in (dict, Mapping) or getattr(origin, "__name__", "") == "Mapping") and isinstance(value, Mapping):
         if other := [key for key in value if not isinstance(key, arguments[0])]:
-            raise ConfigError(f"{where} has the key {_shown(other[0])}, but its keys are text. Write '{_shown(other[0])}' in quotes.")
+            raise ConfigError(
+                f"{where} has the key {_shown(other[0])}, but its keys are text. Write '{_shown(other[0])}' in quotes."
+            )
         return {k: _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value) if isinstance(value, float) or Range.held(value) else value  # too large, as the range will say
@@ -170,7 +172,9 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         hint is int and isinstance(value, int) and not isinstance(value, bool) or hint in (str, bool) and isinstance(value, hint)
     ):
         return value
-    raise ConfigError(f"{where}={_shown(value)} should be {_name(hint)}, not {type(value).__name__}.{_quoted(where, value, hint)}")
+    raise ConfigError(
+        f"{where}={_shown(value)} should be {_name(hint)}, not {type(value).__name__}.{_quoted(where, value, hint)}"
+    )
 
 
 def _quoted(where: str, value: Any, *hints: Any) -> str:

@@ -245,7 +245,9 @@ class Experiment:
             raise ConfigError(f"stages.{name} needs either an algorithm or an evaluation.")
         seed = self.seed + stage.seed_offset
         if not 0 <= seed < 2**63:
-            raise ConfigError(f"stages.{name}.seed_offset={stage.seed_offset} makes the seed {seed}. It must be from 0 to 2**63 - 1.")
+            raise ConfigError(
+                f"stages.{name}.seed_offset={stage.seed_offset} makes the seed {seed}. It must be from 0 to 2**63 - 1."
+            )
         scorers = tuple(self._scorers(stage.reward_model))
         if stage.algorithm is None:
             trained = [s.name for s in self.stages.values() if s.produces == "policy"]
