@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import tokenizers
@@ -10,9 +11,11 @@ import tokenizers
 from lockstep.commands import run as run_command
 from lockstep.config.compose import compose
 from lockstep.data import files
-from lockstep.errors import ConfigError, DataError, LockstepError
+from lockstep.errors import CheckpointError, ConfigError, DataError, LockstepError
 from lockstep.runs.experiment import Experiment
+from lockstep.runs.store import RunFolder
 from lockstep.text.tokenizer import Tokenizer
+from runs import TINY, tiny
 
 # Columns and types as the data sets' own pages list them.
 
@@ -220,6 +223,71 @@ def test_without_a_network_it_says_what_is_not_checked(dry, monkeypatch):
         "Not checked: data.demonstrations[0]," in out
         and "policy, tokenizer, stages.sft, stages.reward, stages.ppo, stages.evaluate." in out
     )
+
+
+# ------------------------------------------------------------------------------- what the run would find out, only later
+
+
+def small(tmp_path, *overrides):
+    """A dry run of the miniature's pipeline."""
+    run_command.run(None, ["--dry-run", *TINY, f"folder={tmp_path}", *overrides])
+
+
+HOURS_LATER = {
+    "reward_model.function='no_such_module:reward' cannot be imported": [
+        "reward_model=function", "reward_model.function=no_such_module:reward"],
+    "The environment variable NO_SUCH_TOKEN is not set.": [
+        "reward_model=endpoint", "reward_model.url=http://127.0.0.1:1/score", "reward_model.token_variable=NO_SUCH_TOKEN"],
+    "The miniature has no split 'helduot' of prompts. Did you mean 'heldout'?": ["evaluation.splits=[helduot]"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", HOURS_LATER)
+def test_what_a_late_stage_lacks_is_found_by_a_dry_run_and_before_a_run_trains(tmp_path, monkeypatch, message):
+    monkeypatch.delenv("NO_SUCH_TOKEN", raising=False)
+    for start in (lambda *options: small(tmp_path, *options), lambda *options: tiny(tmp_path, *options)):
+        with pytest.raises(LockstepError, match=re.escape(message)):
+            start(*HOURS_LATER[message])
+        assert not (tmp_path / "stages").exists()
+
+
+@pytest.mark.parametrize("changes", [["algorithm.ptx_coef=1.0"], ["sft.pretrain_mix=0.5"]], ids=str)
+def test_raw_texts_that_a_stage_mixes_in_are_missed(dry, write, changes):
+    with pytest.raises(DataError, match=re.escape("This run needs texts. Set data.texts='[{path: my.jsonl}]'.")):
+        dry("experiment=hh", f"data.comparisons={source(write(hh))}", "data.heldout_fraction=0.25", *changes)
+
+
+def test_an_evaluation_is_tried_as_far_as_the_tokenizer_goes(tmp_path):
+    with pytest.raises(DataError, match="All 6 heldout prompts were dropped: their last prompts alone are longer than 2 tokens"):
+        small(tmp_path, "evaluation.lengths.prompt=2")
+    with pytest.raises(ConfigError, match="stop_strings"):
+        small(tmp_path, "evaluation.stop_strings=['']")
+
+
+def test_a_run_of_another_configuration_and_a_place_that_cannot_be_written_are_found(tmp_path):
+    RunFolder(tmp_path, "mine").write_config(compose([*TINY, f"folder={tmp_path}", "name=mine"]))
+    small(tmp_path, "name=mine")
+    with pytest.raises(ConfigError, match="The run 'mine' already exists, with another configuration:\n  seed: 0 -> 1\n"):
+        small(tmp_path, "name=mine", "seed=1")
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "runs"):
+        with pytest.raises(ConfigError, match=f"folder={folder}: nothing can be written to {tmp_path}/file"):
+            small(folder)
+        with pytest.raises(ConfigError, match="nothing can be written"):
+            tiny(folder)
+
+
+def test_a_device_that_is_not_here_is_told_and_not_held_against_the_run(tmp_path, capsys):
+    small(tmp_path, "backend.device=cuda:99")
+    out = " ".join(capsys.readouterr().out.split())
+    assert "backend: backend.device='cuda:99' is not usable here" in out and "Not checked: backend." in out
+    assert "Only the run itself tells whether weights load" in out
+
+
+def test_a_folder_that_no_policy_opens_is_found(dry, write, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty was not written by a stage, and no policy for torch opens it"):
+        dry("experiment=hh", f"data.comparisons={source(write(hh))}", "data.heldout_fraction=0.25", "stages.sft.policy=empty")
 
 
 def test_a_sweep_has_no_dry_run():
