@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lockstep.errors import ConfigError
+from lockstep.errors import ConfigError, did_you_mean
 from lockstep.reporting.console import Console
 
 HELP = "run or sweep experiments: lockstep run experiment=instructgpt backend=jax"
 OVERRIDES = True
+OPTIONS = ("-m", "--multirun", "--config", "--dry-run", "-h", "--help")
 
 USAGE = """lockstep run [overrides] [-m]
 
@@ -36,6 +37,10 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from lockstep.config.compose import compose, conf_folders
 
     given, many = set(overrides), {"-m", "--multirun"} & set(overrides)
+    if not many and (unknown := [each for each in overrides if each.startswith("-") and each not in OPTIONS]):
+        raise ConfigError(
+            f"lockstep run has no option {unknown[0]}.{did_you_mean(unknown[0], OPTIONS)} It has {', '.join(OPTIONS)}."
+        )
     if {"-h", "--help"} & given:
         groups = sorted({p.parent.name for c in conf_folders().values() for p in c.rglob("*.yaml") if p.parent != c})
         print(USAGE + ", ".join(groups) + ".")
