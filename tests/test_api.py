@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -229,6 +230,9 @@ def test_a_long_dialogue_loses_its_oldest_turns(policy):
         policy.chat("fish " * 60, max_tokens=24)
     with pytest.raises(ConfigError, match="max_tokens=64 leaves no room for a prompt in a context of 64 tokens"):
         policy.chat(QUESTION, max_tokens=64)
+    for key, value in (("max_tokens", 0), ("temperature", math.nan), ("temperature", math.inf), ("seed", -1)):
+        with pytest.raises(ConfigError, match=f"{key}={value} should be at least"):
+            policy.chat(QUESTION, **{key: value})
 
 
 def test_a_conversation_keeps_what_was_said_and_what_was_interrupted(policy):

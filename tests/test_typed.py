@@ -1,4 +1,4 @@
-"""Commands as they are typed: through a shell, through argparse, through Hydra. Those that pages, recipes and errors show work."""
+"""Commands as they are typed: through a shell, argparse and Hydra. Those that pages, recipes and errors show must work."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from omegaconf import OmegaConf
 
 from listings import ROOT, literals, overrides_in, shell_comments, shell_listings, typed
 from lockstep import cli
+from lockstep.commands.run import run
 from lockstep.commands.run.sweeps import _first
 from lockstep.config.compose import compose
 from lockstep.config.overrides import override, read, shell
 from lockstep.errors import ConfigError
+from lockstep.models import adapters
 from lockstep.runs.experiment import Experiment
 
 # ---------------------------------------------------------------------------------------------------------- what is printed
 
 VALUES = [
-    "<|pad|>", "[PAD]", "</s>", "epoch=3-step=100", "~/m", "café/m", "my models/m", "日本/模型", "it's", "a'b\"c", "$HOME", "`ls`",
+    "<|pad|>", "[PAD]", "</s>", "epoch=3-step=100", "~/m", "café/m", "my models/m", "日本/模型", "it's", "a'b\"c", "$HOME",
+    "`ls`",
     "\\", "a\\", "\\'", "a\\\\'", "${x}", "\\${x}", "$", "!x", "#x", "a#b", "{{ m }}", "{% if a %}", "null", "true", "1", "1.5",
-    "1e5", ".5", "nan", "inf", "-1", "-x", "", " ", " a ", "a,b", "(a)", "a:b", "http://h:1/a?b=c&d=e", "*", "?", "a;b", "a|b", "a>b",
+    "1e5", ".5", "nan", "inf", "-1", "-x", "", " ", " a ", "a,b", "(a)", "a:b", "http://h:1/a?b=c&d=e", "*", "?", "a;b", "a|b",
+    "a>b",
     "tab\there", "two\nlines", "'", "\"", "''", "a=b", "%s", "@x", "+x", "NULL", "True", "0x10", "1_000", "é", "\u2028",
 ]  # fmt: skip
 
@@ -102,8 +106,8 @@ def test_other_slips_of_the_keyboard_are_told_apart(monkeypatch):
         "The shell cut data.comparisons=[{path: hh.jsonl.gz}] apart at its spaces. Type: 'data.comparisons=[{path: hh.jsonl.gz}]'"
     )
     assert say("data.comparisons=[{path: é.jsonl}]") == (
-        "Hydra cannot read data.comparisons=[{path: é.jsonl}] (token recognition error at: 'é'). In lists and groups too, text with "
-        "unusual characters needs quotes: data.comparisons=\"[{path: 'my file.jsonl'}]\""
+        "Hydra cannot read data.comparisons=[{path: é.jsonl}] (token recognition error at: 'é'). In lists and groups too, text "
+        "with unusual characters needs quotes: data.comparisons=\"[{path: 'my file.jsonl'}]\""
     )
     assert say("algorithm.kl_coef=0.1,0.2") == (
         "algorithm.kl_coef=0.1,0.2 gives several values, and only a sweep takes them: add -m. For a list, type: "
@@ -112,6 +116,19 @@ def test_other_slips_of_the_keyboard_are_told_apart(monkeypatch):
     for odd in ("polic", "", "=5", "+x", "a b=1"):
         assert say(odd) == f"{odd!r} is not an override. Write key=value, +key=value to add a key, or ~key to remove one."
     assert say(f"seed={'1' * 5000}").startswith(f"Hydra cannot read seed={'1' * 195}...: Exceeds the limit (4300 digits)")
+
+
+def test_an_unknown_option_names_the_nearest():
+    with pytest.raises(
+        ConfigError, match=r"^lockstep run has no option --dryrun. Did you mean '--dry-run'\? It has -m, --multirun"
+    ):
+        run(None, ["--dryrun", "seed=1"])
+
+
+def test_commands_that_are_printed_quote_their_folders(tmp_path):
+    told = adapters.not_whole("runs of mine/ü")
+    assert "lockstep merge 'runs of mine/ü' OUTPUT" in told
+    assert told.endswith("""stages.ppo.policy="'runs of mine/ü'\".""")
 
 
 # ---------------------------------------------------------------------------------------------------- what pages and code show

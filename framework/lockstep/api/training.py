@@ -83,10 +83,8 @@ def _steps(name: str, trainer: Algorithm, console: Console) -> list[dict[str, fl
             for finding in health.watch(step, rows[-1]):
                 log.warning("step %d: %s. %s", step, finding.name, finding.message)
             if wrong := diverged(rows[-1]):
-                raise Diverged(
-                    f"{name} stopped after step {step + 1} of {trainer.total_steps}: {listing(wrong)} not finite. {NOT_FINITE.meaning} "
-                    f"Try: {NOT_FINITE.advice}"
-                )
+                where = f"{name} stopped after step {step + 1} of {trainer.total_steps}"
+                raise Diverged(f"{where}: {listing(wrong)} not finite. {NOT_FINITE.meaning} Try: {NOT_FINITE.advice}")
             progress(step + 1, rows[-1])
             if stop.asked:
                 log.warning("stopped after step %d of %d: returning the result so far", step + 1, trainer.total_steps)

@@ -33,8 +33,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.learning_rate * self.weight_decay >= 1:
             raise ConfigError(
-                f"optimizer.weight_decay={self.weight_decay:g} takes away {self.learning_rate * self.weight_decay:g} of each weight per step at "
-                f"learning_rate={self.learning_rate:g}; it must be less than all. Lower one of them."
+                f"optimizer.weight_decay={self.weight_decay:g} takes away {self.learning_rate * self.weight_decay:g} of each "
+                f"weight per step at learning_rate={self.learning_rate:g}; it must be less than all. Lower one of them."
             )
 
     def eps_at(self, step: int) -> float:

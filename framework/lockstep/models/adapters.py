@@ -99,8 +99,8 @@ class LoRAConfig(CheckpointConfig):
 def not_whole(folder: Path | str) -> str:
     """For whoever gives an adapter where a whole checkpoint is needed."""
     return (
-        f"{folder} holds an adapter, not a whole checkpoint. Merge it with its base: lockstep merge {shell(str(folder))} OUTPUT. To "
-        f"continue training it, name it as a stage's policy: {override('stages.ppo.policy', str(folder))}."
+        f"{folder} holds an adapter, not a whole checkpoint. Merge it with its base: lockstep merge {shell(str(folder))} OUTPUT. "
+        f"To continue training it, name it as a stage's policy: {override('stages.ppo.policy', str(folder))}."
     )
 
 

@@ -203,8 +203,8 @@ class Experiment:
             begun = f" (unfinished: {', '.join(unfinished)})" if unfinished else ""
             raise ConfigError(
                 f"The run '{self.name}' already exists, with another configuration{begun}:\n{lines}\n"
-                f"To start a separate run, choose another name=... To continue '{self.name}', use its earlier values, on the left; "
-                f"all of them are in {run.config_file}."
+                f"To start a separate run, choose another name=... To continue '{self.name}', use its earlier values, on the "
+                f"left; all of them are in {run.config_file}."
             )
 
     def _folder(self, stage: str, content: ConfigGroup) -> StageFolder:

@@ -140,7 +140,8 @@ class SmallDecoderConfig:
             fitting = [n for n in range(1, min(size, 256) + 1) if size % n == 0 and size // n % 2 == 0]
             told = f"Set heads to one of {', '.join(map(str, fitting))}." if fitting else "Set an even hidden_size."
             raise ConfigError(
-                f"policy.hidden_size={size} does not divide into policy.heads={heads} of even width, as rotary positions need. {told}"
+                f"policy.hidden_size={size} does not divide into policy.heads={heads} of even width, as rotary positions need. "
+                f"{told}"
             )
         if heads % kv_heads:
             fitting = [n for n in range(1, min(heads, 256) + 1) if heads % n == 0]
