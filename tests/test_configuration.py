@@ -414,12 +414,12 @@ TOGETHER = {
     f"policy.hidden_size=7 does not divide into policy.heads=4 {ROTARY} Set an even hidden_size.": {"policy.hidden_size": 7},
     "policy.heads=4 is not divisible by policy.kv_heads=3. Set kv_heads to one of 1, 2, 4.": {"policy.kv_heads": 3},
     "policy.heads=4 is not divisible by policy.kv_heads=8. Set kv_heads to one of 1, 2, 4.": {"policy.kv_heads": 8},
-    "algorithm.kl_horizon=12.8 with batch_size=64 may take the KL coefficient below 0 in one iteration. Set kl_horizon above 12.8, "
-    "or kl_target=null.": {"algorithm.kl_target": 6, "algorithm.kl_horizon": 12.8},
+    "algorithm.kl_horizon=12.8 with batch_size=64 may take the KL coefficient below 0 in one iteration. Set kl_horizon above "
+    "12.8, or kl_target=null.": {"algorithm.kl_target": 6, "algorithm.kl_horizon": 12.8},
     "algorithm.kl_target adapts the KL coefficient by factors, and algorithm.kl_coef=0 stays 0. Set kl_coef=0.02, or "
     "kl_target=null.": {"algorithm.kl_target": 6, "algorithm.kl_coef": 0},
-    "optimizer.weight_decay=100 takes away 200 of each weight per step at learning_rate=2; it must be less than all. Lower one of "
-    "them.": {"algorithm.optimizer.weight_decay": 100, "algorithm.optimizer.learning_rate": 2.0},
+    "optimizer.weight_decay=100 takes away 200 of each weight per step at learning_rate=2; it must be less than all. Lower one "
+    "of them.": {"algorithm.optimizer.weight_decay": 100, "algorithm.optimizer.learning_rate": 2.0},
     "stages.again.seed_offset=-4 makes the seed -1. It must be from 0 to 2**63 - 1.": {
         "seed": 3, "stages.again": {"algorithm": {"name": "sft"}, "policy": "new", "seed_offset": -4}},
 }  # fmt: skip

@@ -278,12 +278,10 @@ def spoilt(learner: Learner) -> list[str]:
 def _diverged(name: str, step: int, total: int, wrong: Sequence[str], folder: StageFolder, saved: int) -> str:
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     verb = "is" if len(wrong) == 1 else "are"
-    kept = (
-        f"The checkpoint after step {saved} is kept in {folder.path / 'checkpoints'}" if saved else "There is no checkpoint yet"
-    )
+    kept = f"The checkpoint after step {saved} is kept in {folder.path}/checkpoints" if saved else "There is no checkpoint yet"
     return (
-        f"{name} stopped after step {step} of {total}: {', '.join(wrong[:3])}{more} {verb} not finite. {NOT_FINITE.meaning} {kept}; "
-        f"the stage is not done. Try: {NOT_FINITE.advice} The same command ends the same way."
+        f"{name} stopped after step {step} of {total}: {', '.join(wrong[:3])}{more} {verb} not finite. {NOT_FINITE.meaning} "
+        f"{kept}; the stage is not done. Try: {NOT_FINITE.advice} The same command ends the same way."
     )
 
 

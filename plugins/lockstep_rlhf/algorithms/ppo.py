@@ -168,10 +168,11 @@ class PPO(Algorithm):
                     "algorithm.kl_target adapts the KL coefficient by factors, and algorithm.kl_coef=0 stays 0. Set "
                     "kl_coef=0.02, or kl_target=null."
                 )
-            if self.kl_target is not None and numerics.MAX_KL_ERROR * self.batch_size >= self.kl_horizon:
+            lowest = numerics.MAX_KL_ERROR * self.batch_size
+            if self.kl_target is not None and self.kl_horizon <= lowest:
                 raise ConfigError(
-                    f"algorithm.kl_horizon={self.kl_horizon:g} with batch_size={self.batch_size} may take the KL coefficient below "
-                    f"0 in one iteration. Set kl_horizon above {numerics.MAX_KL_ERROR * self.batch_size:g}, or kl_target=null."
+                    f"algorithm.kl_horizon={self.kl_horizon:g} with batch_size={self.batch_size} may take the KL coefficient below 0 "
+                    f"in one iteration. Set kl_horizon above {lowest:g}, or kl_target=null."
                 )
 
     def __init__(self, config: Config, context: Context):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lockstep.errors import ConfigError, DataError, MissingData, Unreachable
-from lockstep.interfaces import DataSource
+from lockstep.interfaces import DataSource, Policy
 from lockstep.reporting.console import Console
 from lockstep.runs.assembly import Assembly, opener
 from lockstep.runs.evaluation import EvaluationConfig, Evaluator
@@ -73,6 +73,7 @@ def _policies(experiment: Experiment) -> Iterator[tuple[str, str]]:
     Raises:
       LockstepError: a local one does not exist, or no policy opens it.
     """
+    cls: type[Policy]
     cls, config = experiment.policy
     starts = {stage.policy for stage in experiment.stages.values()}
     for path in cls.inputs(config).files if NEW in starts else ():
@@ -81,7 +82,7 @@ def _policies(experiment: Experiment) -> Iterator[tuple[str, str]]:
                 raise ConfigError(f"There is no folder {path}, and it is not a hub id (owner/name).")
             yield "policy", _ON_HUB.format(path)
     for folder in starts - {None, NEW, *experiment.stages}:
-        opener(Path(folder), experiment.backend_name)
+        opener(Path(str(folder)), experiment.backend_name)
 
 
 def local_tokenizer(assembly: Assembly) -> Tokenizer | None:
