@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
@@ -395,6 +396,35 @@ def test_every_number_declares_its_range_and_nothing_outside_of_it_is_parsed(nam
                 parse(cls, required | value, "x")
 
 
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([{"path": "x", "weight": -1}], "data.prompts[0].weight=-1.0 must be above 0, or null."),
+        ([{"path": "x", "weight": math.nan}], "data.prompts[0].weight=nan must be a finite number, or null."),
+        ([{"path": 5}], """data.prompts[0].path=5 should be str, not int."""),
+        ([{"path": "x", "wieght": 1}], "Unknown key data.prompts[0].wieght. Did you mean 'weight'?"),
+        ([{"path": "x", "split": "a["}], "split 'a[' should look like train, test[:100] or train[500:1000]."),
+    ],
+)
+def test_a_source_of_data_is_checked_with_the_rest_of_the_configuration(complete, sources, message):
+    data = group("data", "files") | {"prompts": sources}
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        Experiment(complete | {"data": data})
+
+
+def test_an_adapter_of_no_layer_is_refused():
+    cls, values = group_of("policy", "lora")
+    with pytest.raises(ConfigError, match="^policy.targets is empty, so there is nothing to train"):
+        parse(cls, values | {"path": "x", "targets": []}, "policy")
+
+
+def test_numbers_of_numpy_are_numbers():
+    made = parse(Declared, {"path": "a", "count": np.int64(3), "share": np.float32(0.5)}, "x")
+    assert (made.count, made.share) == (3, 0.5) and (type(made.count), type(made.share)) == (int, float)
+    with pytest.raises(ConfigError, match="x.count=True should be int, not bool"):
+        parse(Declared, {"path": "a", "count": True}, "x")
+
+
 def test_numbers_that_the_arithmetic_cannot_hold_say_so():
     say = lambda **values: pytest.raises(ConfigError, parse, Adam, values, "x").value.args[0]  # noqa: E731
     size = "must be between 1.2e-38 and 3.4e+38 in size: the arithmetic is float32."
@@ -492,6 +522,7 @@ def test_a_root_group_that_is_removed_null_or_of_another_kind_is_named_with_what
         ("policy", "decoder", "policy must be a component group, not 'decoder'. Choose one by name, policy=NAME: "),
         ("reward", 3, "reward=3 should be a group of keys, not int."),
         ("evaluation", [], "evaluation=[] should be a group of keys, not list."),
+        ("sft.schedule.shape", None, "sft.schedule.shape=None is not one of constant, linear, cosine."),
         ("stages.ppo_ptx.changes", {1: 2}, "stages.ppo_ptx.changes has the key 1, but its keys are text. Write '1' in quotes."),
         ("stages.ppo_ptx.changes", {"lengths": {1: 2}}, "Unknown key stages.ppo_ptx.changes.lengths.1."),
     ],

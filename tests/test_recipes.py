@@ -260,8 +260,9 @@ def test_raw_texts_that_a_stage_mixes_in_are_missed(dry, write, changes):
 def test_an_evaluation_is_tried_as_far_as_the_tokenizer_goes(tmp_path):
     with pytest.raises(DataError, match="All 6 heldout prompts were dropped: their last prompts alone are longer than 2 tokens"):
         small(tmp_path, "evaluation.lengths.prompt=2")
-    with pytest.raises(ConfigError, match="stop_strings"):
-        small(tmp_path, "evaluation.stop_strings=['']")
+    for key in ("evaluation", "algorithm"):
+        with pytest.raises(ConfigError, match="stop_strings has ''"):
+            small(tmp_path, f"{key}.stop_strings=['']")
 
 
 def test_a_run_of_another_configuration_and_a_place_that_cannot_be_written_are_found(tmp_path):

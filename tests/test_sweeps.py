@@ -329,6 +329,7 @@ def test_a_sweep_runs_at_least_one_job_at_a_time(parallel, tmp_path):
         (["seed=0,1", "folder=null"], "folder=None should be str"),
         (["algorithm.kl_coef=interval(0.1,1)", "seed=null"], "seed=None should be int"),
         (["seed=0,1", "policy.path=a=b"], """Hydra cannot read policy.path=a=b: .* Type: policy.path="'a=b'"$"""),
+        (["seed=range(0,0)"], r"^seed=range\(0,0\) gives no value, so there would be no job\.$"),
         (["seed=0,1", "policy=null"], "policy=null: a group is chosen by the name of one of its files"),
     ],
 )

@@ -153,7 +153,7 @@ def check(command: list[str], monkeypatch) -> None:
     except SystemExit:
         pytest.fail(f"lockstep {shlex.join(words)}")
     overrides = [word for word in rest if not word.startswith("-")]
-    found = [_first(each) for each in read(overrides) if not each.key_or_group.startswith(("hydra", "torch.", "jax."))]
+    found = [_first(each) or "" for each in read(overrides) if not each.key_or_group.startswith(("hydra", "torch.", "jax."))]
     unknown = "..." in command or any(each.partition("=")[2] in PLUGINS for each in found)
     if overrides and not unknown and not arguments.command.__name__.endswith("check"):
         experiment(tuple(found))

@@ -14,6 +14,7 @@ import collections.abc
 import copy
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -151,7 +152,8 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     if origin is Literal:
         if value not in arguments:
             names = [str(a) for a in arguments]
-            raise ConfigError(f"{where}={_shown(value)} is not one of {', '.join(names)}.{did_you_mean(str(value), names)}")
+            near = did_you_mean(value, names) if isinstance(value, str) else ""
+            raise ConfigError(f"{where}={_shown(value)} is not one of {', '.join(names)}.{near}")
         return value
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return parse(hint, value, where, default if isinstance(default, hint) else None)
@@ -166,11 +168,11 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
                 f"{where} has the key {_shown(other[0])}, but its keys are text. Write '{_shown(other[0])}' in quotes."
             )
         return {k: _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value) if isinstance(value, float) or Range.held(value) else value  # too large, as the range will say
-    elif (
-        hint is int and isinstance(value, int) and not isinstance(value, bool) or hint in (str, bool) and isinstance(value, hint)
-    ):
+    elif hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):  # numpy's too
+        return value if isinstance(value, int) and not Range.held(value) else float(value)  # too large, as the range will say
+    elif hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    elif hint in (str, bool) and isinstance(value, hint):
         return value
     raise ConfigError(
         f"{where}={_shown(value)} should be {_name(hint)}, not {type(value).__name__}.{_quoted(where, value, hint)}"

@@ -55,6 +55,11 @@ class Config:
         {"split": "train", "weight": None, "config": None, "revision": None}, "Keys of every source, unless it sets them itself."
     )
 
+    def __post_init__(self) -> None:
+        for noun in NOUNS:
+            for key in (noun, f"heldout_{noun}"):
+                _sources(self, key)
+
 
 class Files(DataSource):
     """Reads each noun once, on first use; of hub data sets only the ``first`` rows, if given.

@@ -74,6 +74,10 @@ class LoRAConfig(CheckpointConfig):
         "Linear layers, by the last part of their names: all of Llama's; GPT-2: c_attn, c_proj, c_fc.",
     )
 
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ConfigError("policy.targets is empty, so there is nothing to train. Name at least one linear layer.")
+
     def adapter(self, layers: Iterable[str], *, conv1d: bool) -> Adapter:
         """For a checkpoint whose linear layers have these names.
 

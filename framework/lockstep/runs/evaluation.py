@@ -53,7 +53,7 @@ class EvaluationConfig:
         """
         counts = {split: min(len(found), self.prompts) for split in self.splits if (found := prompts_of(data, split))}
         if not counts:
-            raise MissingData(f"No prompts to evaluate on in the splits {', '.join(self.splits)}.")
+            raise MissingData(f"No prompts to evaluate on in the splits {', '.join(self.splits) or '(none given)'}.")
         return f"{', '.join(self.policies or ())} on {' and '.join(f'{n} {split} prompts' for split, n in counts.items())}"
 
 

@@ -171,8 +171,8 @@ class PPO(Algorithm):
             lowest = numerics.MAX_KL_ERROR * self.batch_size
             if self.kl_target is not None and self.kl_horizon <= lowest:
                 raise ConfigError(
-                    f"algorithm.kl_horizon={self.kl_horizon:g} with batch_size={self.batch_size} may take the KL coefficient below 0 "
-                    f"in one iteration. Set kl_horizon above {lowest:g}, or kl_target=null."
+                    f"algorithm.kl_horizon={self.kl_horizon:g} with batch_size={self.batch_size} may take the KL coefficient "
+                    f"below 0 in one iteration. Set kl_horizon above {lowest:g}, or kl_target=null."
                 )
 
     def __init__(self, config: Config, context: Context):

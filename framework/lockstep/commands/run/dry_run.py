@@ -16,6 +16,7 @@ from lockstep.reporting.console import Console
 from lockstep.runs.assembly import Assembly, opener
 from lockstep.runs.evaluation import EvaluationConfig, Evaluator
 from lockstep.runs.experiment import NEW, Experiment, Stage, is_hub_id
+from lockstep.text.stopping import Stops
 from lockstep.text.tokenizer import Tokenizer
 
 NEVER = (
@@ -106,11 +107,11 @@ def _checked(stage: Stage, data: DataSource, tokenizer: Tokenizer | None) -> str
       LockstepError: it would fail, for a reason that needs no model.
     """
     arithmetic = stage.arithmetic(data)
-    if isinstance(stage.config, EvaluationConfig) and tokenizer is not None:
-        evaluator = Evaluator(stage.config, data, tokenizer, None, stage.seed)
-        evaluator.sampler  # noqa: B018  reads the stop strings
+    if tokenizer is not None and (strings := getattr(stage.config, "stop_strings", ())):
+        Stops(tokenizer, strings)
+    if tokenizer is not None and isinstance(stage.config, EvaluationConfig):
         for split in stage.config.splits:
-            evaluator.prompts(split)
+            Evaluator(stage.config, data, tokenizer, None, stage.seed).prompts(split)
     return arithmetic
 
 

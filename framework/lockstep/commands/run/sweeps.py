@@ -30,7 +30,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from omegaconf import DictConfig, OmegaConf
 
 from lockstep.config.compose import CORE, compose, conf_folders, resolved
@@ -100,15 +100,19 @@ def _folder(arguments: Sequence[str]) -> Path:
     decisive = [a for a in arguments if not re.match(r"-|hydra[/.]launcher", a)]
     overrides = read([a for a in arguments if not a.startswith("-")])
     _check_parallel(overrides)
-    first = compose([_first(o) for o in overrides if not o.key_or_group.startswith("hydra")])
+    first = compose([line for o in overrides if not o.key_or_group.startswith("hydra") and (line := _first(o))])
     return Path(first["folder"]).absolute() / "sweeps" / identity.digest({"overrides": sorted(decisive)})[:8]
 
 
-def _first(override: Override) -> str:
-    """The override with the first of its swept values, or with the start of an interval."""
+def _first(override: Override) -> str | None:
+    """The override with the first of its swept values, or with the start of an interval; None for a pattern of file names."""
     if not override.is_sweep_override():
         return override.input_line
-    first = next(override.sweep_string_iterator()) if override.is_discrete_sweep() else override.value().start
+    if isinstance(swept := override.value(), Glob):
+        return None
+    first = next(override.sweep_string_iterator(), None) if override.is_discrete_sweep() else swept.start
+    if first is None:
+        raise ConfigError(f"{override.input_line} gives no value, so there would be no job.")
     return f"{override.get_key_element()}={first}"
 
 
