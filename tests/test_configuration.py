@@ -481,7 +481,7 @@ ROOT = {
     "~stages": "Missing: stages. Set it on the command line or in YAML.",
     "stages=null": "stages=None should be a group of keys, not NoneType.",
     "stages=abc": "stages='abc' should be a group of keys, not str.",
-    "stages=[a,b]": "Error merging override stages=[a,b] Cannot merge DictConfig with ListConfig (at stages)",
+    "stages=[a,b]": "Error merging override stages=[a,b]: Cannot merge DictConfig with ListConfig (at stages)",
     "stages.sft=null": "stages.sft=None should be a group of keys, not NoneType.",
     "stages.sft.algorithm=sft": "stages.sft.algorithm='sft' should be a group of keys, not str.",
     "+stages.x={algorithm: {name: 5}, policy: new}":
@@ -560,6 +560,21 @@ def experiment_file(tmp_path, monkeypatch):
 def test_a_misspelt_group_in_an_experiment_file_is_refused(experiment_file):
     experiment_file("defaults: [instructgpt]\nexperiment_name: mine\nevalution: {prompts: 3}\n")
     assert refused("experiment=mine").startswith("Unknown key evalution. Did you mean 'evaluation'?")
+
+
+@pytest.mark.parametrize("text", ["experiment_name: mine\n", "", "- a\n", "\ufeff# @package _global_\nseed: 1\n"], ids=repr)
+def test_an_experiment_file_that_is_not_of_the_root_is_told_its_first_line(experiment_file, tmp_path, text):
+    experiment_file("")
+    (tmp_path / "experiment" / "mine.yaml").write_text(text, encoding="utf-8")
+    assert refused("experiment=mine").endswith("Its first line must be: # @package _global_")
+
+
+def test_a_file_that_cannot_be_read_is_named(experiment_file, tmp_path):
+    experiment_file("a: [")
+    file = tmp_path / "experiment" / "mine.yaml"
+    assert f'in "{file}", line 2, column 5' in refused("experiment=mine")
+    file.write_bytes("# @package _global_\nexperiment_name: café\n".encode("latin-1"))
+    assert refused("experiment=mine") == f"{file} is not UTF-8: invalid continuation byte."
 
 
 def test_an_experiment_may_add_a_value_and_an_algorithm_that_other_keys_read(experiment_file):

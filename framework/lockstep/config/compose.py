@@ -111,6 +111,8 @@ def group(kind: str, name: str) -> dict[str, Any]:
 
 def _refuse_unread(config: DictConfig) -> None:
     """Raises ConfigError for a root key that is not one of Lockstep's and that no other key reads."""
+    if "experiment" in config:
+        raise ConfigError("An experiment file changes the root of the configuration. Its first line must be: # @package _global_")
     for key in (key for key in config if key not in KEYS):
         if key not in _read({k: v for k, v in OmegaConf.to_container(config, resolve=False).items() if k != key}):
             raise ConfigError(
@@ -158,9 +160,23 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
             )
     if found := re.search(r"Interpolation key '([^']+)' not found\s+full_key: (\S+)", message):
         return f"{found[2]} reads ${{{found[1]}}}, and the configuration has no {found[1]}."
-    told = " ".join(" ".join(map(str, filter(None, (error, error.__cause__)))).split())
+    if isinstance(error, UnicodeDecodeError):
+        return f"{listing(str(file) for file in _files() if not _is_utf8(file))} is not UTF-8: {error.reason}."
+    told = " ".join(": ".join(str(each).strip() for each in (error, error.__cause__) if each is not None).split())
     told = re.sub(r" (object_type=\w+|Set the environment variable HYDRA_FULL_ERROR\S* .*)", "", told)
     return re.sub(r" full_key: (\S+)", r" (at \1)", told)
+
+
+def _files() -> list[Path]:
+    return [file for folder in conf_folders().values() for file in folder.rglob("*.yaml")]
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _choices(group: str) -> set[str]:
