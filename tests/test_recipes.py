@@ -9,12 +9,15 @@ import pytest
 import tokenizers
 
 from lockstep.commands import run as run_command
+from lockstep.commands.run.dry_run import FIRST, _check_lengths
 from lockstep.config.compose import compose
 from lockstep.data import files
 from lockstep.errors import CheckpointError, ConfigError, DataError, LockstepError
 from lockstep.runs.experiment import Experiment
 from lockstep.runs.store import RunFolder
+from lockstep.text.encoding import Lengths
 from lockstep.text.tokenizer import Tokenizer
+from lockstep.types import Prompt
 from runs import TINY, tiny
 
 # Columns and types as the data sets' own pages list them.
@@ -258,11 +261,26 @@ def test_raw_texts_that_a_stage_mixes_in_are_missed(dry, write, changes):
 
 
 def test_an_evaluation_is_tried_as_far_as_the_tokenizer_goes(tmp_path):
-    with pytest.raises(DataError, match="All 6 heldout prompts were dropped: their last prompts alone are longer than 2 tokens"):
+    with pytest.raises(DataError, match="All 12 heldout prompts were dropped: their last prompts alone are longer than 2 tokens"):
         small(tmp_path, "evaluation.lengths.prompt=2")
     for key in ("evaluation", "algorithm"):
         with pytest.raises(ConfigError, match="stop_strings has ''"):
             small(tmp_path, f"{key}.stop_strings=['']")
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "algorithm"])
+def test_lengths_that_no_row_fits_are_found(tmp_path, stage):
+    nouns = {"sft": "demonstrations", "reward": "comparisons", "algorithm": "prompts"}
+    with pytest.raises(DataError, match=rf"All \d+ train {nouns[stage]} were dropped: .* longer than 2 tokens"):
+        small(tmp_path, f"{stage}.lengths.prompt=2", "data.prompts=150")
+
+
+def test_the_rows_that_fit_only_later_count(tmp_path, tokenizer):
+    long, short = Prompt.of("w1 w2 w3"), Prompt.of("w1")
+    check = lambda *prompts: _check_lengths("prompts", "train", list(prompts), tokenizer, Lengths(2, 4, 1))  # noqa: E731
+    check(*[long] * FIRST, short)
+    with pytest.raises(DataError, match=f"All {FIRST + 1} train prompts were dropped"):
+        check(*[long] * (FIRST + 1))
 
 
 def test_a_run_of_another_configuration_and_a_place_that_cannot_be_written_are_found(tmp_path):

@@ -1,24 +1,29 @@
 """``lockstep run --dry-run``: check everything that needs no model and no run folder.
 
 The configuration is composed and checked, and so is the place where results go. The device is opened, the first rows of every
-data source are parsed, the tokenizer renders one of them, and each stage states its arithmetic. For data sets on the hub, the
-first rows are streamed and the arithmetic counts only those. Whatever cannot be reached is listed as not checked.
+data source are parsed and encoded for the stages that read them, and each stage states its arithmetic. For data sets on the hub,
+the first rows are streamed and the arithmetic counts only those. Whatever cannot be reached is listed as not checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lockstep.errors import ConfigError, DataError, MissingData, Unreachable
 from lockstep.interfaces import DataSource, Policy
 from lockstep.reporting.console import Console
 from lockstep.runs.assembly import Assembly, opener
-from lockstep.runs.evaluation import EvaluationConfig, Evaluator
 from lockstep.runs.experiment import NEW, Experiment, Stage, is_hub_id
+from lockstep.text import encoding
+from lockstep.text.encoding import Lengths
 from lockstep.text.stopping import Stops
 from lockstep.text.tokenizer import Tokenizer
+from lockstep.types import Fit
 
+FIRST = 100
+"""Items of each data set that are encoded."""
 NEVER = (
     "Only the run itself tells whether weights load, contexts are long enough and memory suffices, what rewards are, and whether "
     "training stays finite."
@@ -106,13 +111,52 @@ def _checked(stage: Stage, data: DataSource, tokenizer: Tokenizer | None) -> str
     Raises:
       LockstepError: it would fail, for a reason that needs no model.
     """
-    arithmetic = stage.arithmetic(data)
+    asked: Any = Asked(data)
+    arithmetic = stage.arithmetic(asked)
+    if tokenizer is not None and isinstance(lengths := getattr(stage.config, "lengths", None), Lengths):
+        for noun, split in asked.nouns:
+            _check_lengths(noun, split, getattr(data, noun)(split), tokenizer, lengths)
     if tokenizer is not None and (strings := getattr(stage.config, "stop_strings", ())):
         Stops(tokenizer, strings)
-    if tokenizer is not None and isinstance(stage.config, EvaluationConfig):
-        for split in stage.config.splits:
-            Evaluator(stage.config, data, tokenizer, None, stage.seed).prompts(split)
     return arithmetic
+
+
+ENCODERS: Mapping[str, Callable[..., Any]] = {
+    "prompts": encoding.encode_prompts,
+    "demonstrations": encoding.encode_demonstrations,
+    "comparisons": encoding.encode_comparisons,
+}
+
+
+class Asked:
+    """A data source that notes what it is asked for: ``nouns`` has ('prompts', 'train')."""
+
+    def __init__(self, data: DataSource):
+        self.data, self.nouns = data, list[tuple[str, str]]()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.data, name)
+        if name not in ENCODERS:
+            return found
+
+        def noted(split: str) -> Any:
+            items = found(split)
+            self.nouns += [(name, split)] if (name, split) not in self.nouns else []
+            return items
+
+        return noted
+
+
+def _check_lengths(noun: str, split: str, items: Sequence[Any], tokenizer: Tokenizer, lengths: Lengths) -> None:
+    """Encode the first items, and all if none of those fits.
+
+    Raises:
+      LockstepError: none fits, or the chat template cannot write them.
+    """
+    try:
+        ENCODERS[noun](tokenizer, items[:FIRST], lengths, Fit(f"first {split} {noun}"))
+    except DataError:
+        ENCODERS[noun](tokenizer, items[:], lengths, Fit(f"{split} {noun}"))
 
 
 def _told(tokenizer: Tokenizer, data: DataSource) -> str:
