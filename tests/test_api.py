@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -229,6 +230,13 @@ def test_a_long_dialogue_loses_its_oldest_turns(policy):
         policy.chat("fish " * 60, max_tokens=24)
     with pytest.raises(ConfigError, match="max_tokens=64 leaves no room for a prompt in a context of 64 tokens"):
         policy.chat(QUESTION, max_tokens=64)
+    for key, value in (
+        ("max_tokens", 0), ("max_tokens", 1.5), ("temperature", math.nan), ("temperature", math.inf), ("temperature", 1e-40),
+        ("temperature", "1"), ("seed", -1), ("seed", 1.5), ("stop", "eats"), ("stop", [1]),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"^{key}(\[0\])?=\S+ (must|should) be "):
+            policy.chat(QUESTION, **{key: value})
+    assert policy.chat(QUESTION, max_tokens=np.int64(3), seed=np.uint32(2)) == policy.chat(QUESTION, max_tokens=3, seed=2)
 
 
 def test_a_conversation_keeps_what_was_said_and_what_was_interrupted(policy):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
@@ -19,11 +20,12 @@ from lockstep.builtin import CONF
 from lockstep.config.compose import compose, group
 from lockstep.config.root import GROUPS, Root
 from lockstep.config.schema import REQUIRED, differences, parse, setting
+from lockstep.data.reading import Source
 from lockstep.errors import ConfigError, LockstepError, RegistryError
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.registry import KINDS, Plugin, registry
 from lockstep.runs.evaluation import EvaluationConfig
-from lockstep.runs.experiment import Experiment
+from lockstep.runs.experiment import Experiment, StageConfig, finished, run_name
 from lockstep_rlhf.algorithms.ppo import PPO
 from lockstep_torch.backend import TorchBackend
 
@@ -102,7 +104,7 @@ def test_a_value_left_open_asks_for_it(key):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": 3}, "algorithm.name=3 should be str, not int."),
+        ({"name": 3}, """algorithm.name=3 should be str, not int. For the text, type: algorithm.name="'3'" """.strip()),
         ({"flag": 1}, "algorithm.flag=1 should be bool, not int."),
         ({"flag": "yes"}, "algorithm.flag='yes' should be bool, not str."),
         ({"rate": "0.1"}, "algorithm.rate='0.1' should be float, not str."),
@@ -346,7 +348,188 @@ def test_components_that_are_not_the_default_ones_have_ranges_too(kind, name, pa
         parse(cls, values | {path: value}, kind)
 
 
+# ------------------------------------------------------------------------------------------- every number of every component
+
+GROUP_CLASSES = {"the root": Root, "a stage": StageConfig, "an evaluation": EvaluationConfig, "a source": Source} | {
+    f"{c.kind} {c.name}{f' on {c.backend}' if c.backend else ''}": c.load().Config for c in registry() if not c.missing()
+}
+GIVEN = {"url": "http://a/b"}
+NUMBERS = {int: "whole", float: "real"}
+
+
+def numbers(cls: type, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dataclasses.Field, set[type], int]]:
+    """(path, field, types, length of the tuple or 0) of every number in a dataclass, at every depth."""
+    for field in dataclasses.fields(cls):
+        hint, path = typing.get_type_hints(cls)[field.name], (*above, field.name)
+        if dataclasses.is_dataclass(hint):
+            yield from numbers(hint, path)
+            continue
+        inside = typing.get_args(hint) if typing.get_origin(hint) in (tuple, dict, Mapping) else ()
+        types = {each for each in (*typing.get_args(hint), hint) if each in NUMBERS}
+        if types:
+            yield path, field, types, len(inside)
+
+
+def outside(field: dataclasses.Field, types: set[type]) -> list[float]:
+    """Numbers that the field must refuse."""
+    allowed, found = field.metadata["range"], [2**70, -(2**70)]
+    found += [math.nan, math.inf, -math.inf, 1e300, -1e300, 1e-300] if float in types else []
+    found += [allowed.least - 1] if allowed.least not in (None, -math.inf) else []
+    found += [allowed.most + 1] if allowed.most is not None else []
+    return found + [end for end in (allowed.above, allowed.below) if end is not None]
+
+
+@pytest.mark.parametrize("name", GROUP_CLASSES)
+def test_every_number_declares_its_range_and_nothing_outside_of_it_is_parsed(name):
+    cls = GROUP_CLASSES[name]
+    required = {f.name: GIVEN.get(f.name, "given") for f in dataclasses.fields(cls) if f.default is f.default_factory}
+    required |= {key: {} for key in ("stages", "backend", "data", "policy", "tracker") if key in required}
+    parse(cls, required, "x")
+    for path, field, types, length in numbers(cls):
+        ends = dataclasses.asdict(field.metadata["range"])
+        assert field.metadata["range"].finite and any(ends[end] is not None for end in ("least", "above", "most", "below")), path
+        for number in outside(field, types):
+            value: Any = [number] * length if length else number
+            for key in reversed(path):
+                value = {key: value}
+            with pytest.raises(ConfigError, match=rf"^x\.{re.escape('.'.join(path))}(\[0\])?=\S+ (must|should) be "):
+                parse(cls, required | value, "x")
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([{"path": "x", "weight": -1}], "data.prompts[0].weight=-1.0 must be above 0, or null."),
+        ([{"path": "x", "weight": math.nan}], "data.prompts[0].weight=nan must be a finite number, or null."),
+        ([{"path": 5}], """data.prompts[0].path=5 should be str, not int."""),
+        ([{"path": "x", "wieght": 1}], "Unknown key data.prompts[0].wieght. Did you mean 'weight'?"),
+        ([{"path": "x", "split": "a["}], "split 'a[' should look like train, test[:100] or train[500:1000]."),
+    ],
+)
+def test_a_source_of_data_is_checked_with_the_rest_of_the_configuration(complete, sources, message):
+    data = group("data", "files") | {"prompts": sources}
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        Experiment(complete | {"data": data})
+
+
+def test_an_adapter_of_no_layer_is_refused():
+    cls, values = group_of("policy", "lora")
+    with pytest.raises(ConfigError, match="^policy.targets is empty, so there is nothing to train"):
+        parse(cls, values | {"path": "x", "targets": []}, "policy")
+
+
+def test_numbers_of_numpy_are_numbers():
+    made = parse(Declared, {"path": "a", "count": np.int64(3), "share": np.float32(0.5)}, "x")
+    assert (made.count, made.share) == (3, 0.5) and (type(made.count), type(made.share)) == (int, float)
+    with pytest.raises(ConfigError, match="x.count=True should be int, not bool"):
+        parse(Declared, {"path": "a", "count": True}, "x")
+
+
+def test_numbers_that_the_arithmetic_cannot_hold_say_so():
+    say = lambda **values: pytest.raises(ConfigError, parse, Adam, values, "x").value.args[0]  # noqa: E731
+    size = "must be between 1.2e-38 and 3.4e+38 in size: the arithmetic is float32."
+    assert say(rate=1e300) == f"x.rate=1e+300 {size}"
+    assert say(eps=1e-60) == f"x.eps=1e-60 {size}"
+    assert say(rate=10**400).startswith("x.rate=1000000") and say(rate=10**400).endswith("... must be an integer of 64 bits.")
+    assert "a number of thousands of digits" in say(rate=10**5000)
+    assert parse(Adam, {"rate": 1e38, "eps": 2e-38}, "x").rate == 1e38
+
+
+ROTARY = "of even width, as rotary positions need."
+TOGETHER = {
+    f"policy.hidden_size=100 does not divide into policy.heads=3 {ROTARY} Set heads to one of 1, 2, 5, 10, 25, 50.": {
+        "policy.hidden_size": 100, "policy.heads": 3},
+    f"policy.hidden_size=12 does not divide into policy.heads=4 {ROTARY} Set heads to one of 1, 2, 3, 6.": {
+        "policy.hidden_size": 12},
+    f"policy.hidden_size=7 does not divide into policy.heads=4 {ROTARY} Set an even hidden_size.": {"policy.hidden_size": 7},
+    "policy.heads=4 is not divisible by policy.kv_heads=3. Set kv_heads to one of 1, 2, 4.": {"policy.kv_heads": 3},
+    "policy.heads=4 is not divisible by policy.kv_heads=8. Set kv_heads to one of 1, 2, 4.": {"policy.kv_heads": 8},
+    "algorithm.kl_horizon=12.8 with batch_size=64 may take the KL coefficient below 0 in one iteration. Set kl_horizon above "
+    "12.8, or kl_target=null.": {"algorithm.kl_target": 6, "algorithm.kl_horizon": 12.8},
+    "algorithm.kl_target adapts the KL coefficient by factors, and algorithm.kl_coef=0 stays 0. Set kl_coef=0.02, or "
+    "kl_target=null.": {"algorithm.kl_target": 6, "algorithm.kl_coef": 0},
+    "optimizer.weight_decay=100 takes away 200 of each weight per step at learning_rate=2; it must be less than all. Lower one "
+    "of them.": {"algorithm.optimizer.weight_decay": 100, "algorithm.optimizer.learning_rate": 2.0},
+    "stages.again.seed_offset=-4 makes the seed -1. It must be from 0 to 2**63 - 1.": {
+        "seed": 3, "stages.again": {"algorithm": {"name": "sft"}, "policy": "new", "seed_offset": -4}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", TOGETHER, ids=lambda message: message[:40])
+def test_numbers_that_do_not_fit_each_other_are_refused(complete, message):
+    config = complete
+    for path, value in TOGETHER[message].items():
+        config = changed(config, path, value)
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        Experiment(config)
+
+
 # ---------------------------------------------------------------------------------------------------- keys of the root
+
+
+ROOT = {
+    "~seed": None, "~folder": None, "~checkpoint_every": None,  # the default stands in
+    "folder=null": "folder=None should be str, not NoneType.",
+    "seed=null": "seed=None should be int, not NoneType.",
+    "objective=5": """objective=5 should be str, not int. For the text, type: objective="'5'\"""",
+    "name=5": """name=5 should be str, not int. For the text, type: name="'5'\"""",
+    "name=true": """name=True should be str, not bool. For the text, type: name="'True'\"""",
+    "experiment_name=1e3": """experiment_name=1000.0 should be str, not float. For the text, type: experiment_name="'1000.0'\"""",
+    "name=[a, b]": """name=['a', 'b'] should be str, not list. For the text, type: name="'[a, b]'\"""",
+    "objective=ppo": "objective=ppo: it has no metric. It is stage/metric, as in evaluate/heldout/ppo/gold.",
+    "objective=pppo/x": "objective=pppo/x: no stage 'pppo'. Did you mean 'ppo'?",
+    "~stages": "Missing: stages. Set it on the command line or in YAML.",
+    "stages=null": "stages=None should be a group of keys, not NoneType.",
+    "stages=abc": "stages='abc' should be a group of keys, not str.",
+    "stages=[a,b]": "Error merging override stages=[a,b]: Cannot merge DictConfig with ListConfig (at stages)",
+    "stages.sft=null": "stages.sft=None should be a group of keys, not NoneType.",
+    "stages.sft.algorithm=sft": "stages.sft.algorithm='sft' should be a group of keys, not str.",
+    "+stages.x={algorithm: {name: 5}, policy: new}":
+        "stages.x.algorithm is a component group, and needs a name: stages.x.algorithm.name=5.",
+    "stages.ppo.reward_model={}": "reward_model is a component group, and needs a name: reward_model.name=None.",
+    "~policy": "policy must be a component group, not None. Choose one by name, policy=NAME: decoder, huggingface, lora.",
+    "policy=null": "policy=null: a group is chosen by the name of one of its files. There are: decoder, huggingface, lora.",
+    "~backend": "backend must be a component group, not None. Choose one by name, backend=NAME: ",
+    "backend=null": "backend=null: a group is chosen by the name of one of its files. There are: ",
+    "data=5": "data=5: a group is chosen by the name of one of its files. There are: files, miniature.",
+    "~tracker": "tracker must be a component group, not None. Choose one by name, tracker=NAME: ",
+    "backend.name=5": "backend is a component group, and needs a name: backend.name=5.",
+    "~backend.name": "backend is a component group, and needs a name: backend.name=None.",
+    "~reward_model": "stages.ppo.reward_model reads ${reward_model}, and the configuration has no reward_model.",
+    "~experiment": "Missing: experiment_name, stages. Set it on the command line or in YAML.",
+    "stages={a: 3}": "No key 'stages.a'. Keys of stages: evaluate, ppo, ppo_ptx, pretrain, reward, sft.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", ROOT)
+def test_a_root_group_that_is_removed_null_or_of_another_kind_is_named_with_what_to_type(given):
+    try:
+        config = compose([given])
+        run_name(config), finished(config)
+        Experiment(config)
+    except LockstepError as error:
+        assert ROOT[given] is not None and str(error).startswith(ROOT[given])
+    else:
+        assert ROOT[given] is None and config["seed"] == 0 and config["folder"] == "runs"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("stages", [1], "stages=[1] should be a group of keys, not list."),
+        ("stages", {1: {}}, "stages has the key 1, but its keys are text. Write '1' in quotes."),
+        ("stages", {}, "The experiment has no stages. Choose one that has: experiment=instructgpt."),
+        ("policy", "decoder", "policy must be a component group, not 'decoder'. Choose one by name, policy=NAME: "),
+        ("reward", 3, "reward=3 should be a group of keys, not int."),
+        ("evaluation", [], "evaluation=[] should be a group of keys, not list."),
+        ("sft.schedule.shape", None, "sft.schedule.shape=None is not one of constant, linear, cosine."),
+        ("stages.ppo_ptx.changes", {1: 2}, "stages.ppo_ptx.changes has the key 1, but its keys are text. Write '1' in quotes."),
+        ("stages.ppo_ptx.changes", {"lengths": {1: 2}}, "Unknown key stages.ppo_ptx.changes.lengths.1."),
+    ],
+)
+def test_in_yaml_and_in_python_the_root_is_checked_alike(complete, path, value, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        Experiment(changed(complete, path, value))
 
 
 def refused(*overrides: str) -> str:
@@ -377,6 +560,21 @@ def experiment_file(tmp_path, monkeypatch):
 def test_a_misspelt_group_in_an_experiment_file_is_refused(experiment_file):
     experiment_file("defaults: [instructgpt]\nexperiment_name: mine\nevalution: {prompts: 3}\n")
     assert refused("experiment=mine").startswith("Unknown key evalution. Did you mean 'evaluation'?")
+
+
+@pytest.mark.parametrize("text", ["experiment_name: mine\n", "", "- a\n", "\ufeff# @package _global_\nseed: 1\n"], ids=repr)
+def test_an_experiment_file_that_is_not_of_the_root_is_told_its_first_line(experiment_file, tmp_path, text):
+    experiment_file("")
+    (tmp_path / "experiment" / "mine.yaml").write_text(text, encoding="utf-8")
+    assert refused("experiment=mine").endswith("Its first line must be: # @package _global_")
+
+
+def test_a_file_that_cannot_be_read_is_named(experiment_file, tmp_path):
+    experiment_file("a: [")
+    file = tmp_path / "experiment" / "mine.yaml"
+    assert f'in "{file}", line 2, column 5' in refused("experiment=mine")
+    file.write_bytes("# @package _global_\nexperiment_name: café\n".encode("latin-1"))
+    assert refused("experiment=mine") == f"{file} is not UTF-8: invalid continuation byte."
 
 
 def test_an_experiment_may_add_a_value_and_an_algorithm_that_other_keys_read(experiment_file):

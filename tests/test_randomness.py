@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from lockstep.errors import ConfigError
 from lockstep.learning import randomness
 
 
@@ -93,3 +94,10 @@ def test_a_batch_is_the_same_whether_or_not_the_ones_before_it_were_drawn():
 def test_a_permutation_differs_from_one_epoch_to_the_next():
     orders = {tuple(randomness.permutation(0, "minibatches", epoch, 8)) for epoch in range(50)}
     assert len(orders) > 45
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seeds_that_would_wrap_around_are_refused(seed):
+    with pytest.raises(ConfigError, match=f"^seed={seed} must be at least 0 and below"):
+        randomness.generator(seed, "order")
+    assert randomness.generator(2**64 - 1, "order").integers(2**32) != randomness.generator(0, "order").integers(2**32)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import tokenizers
 
 from lockstep.commands import run as run_command
+from lockstep.commands.run.dry_run import FIRST, _check_lengths
 from lockstep.config.compose import compose
 from lockstep.data import files
-from lockstep.errors import ConfigError, DataError, LockstepError
+from lockstep.errors import CheckpointError, ConfigError, DataError, LockstepError
 from lockstep.runs.experiment import Experiment
+from lockstep.runs.store import RunFolder
+from lockstep.text.encoding import Lengths
 from lockstep.text.tokenizer import Tokenizer
+from lockstep.types import Prompt
+from runs import TINY, tiny
 
 # Columns and types as the data sets' own pages list them.
 
@@ -145,13 +151,20 @@ def test_tldr(dry, write):
 def test_ultrafeedback(dry, write, layout, pairs):
     demonstrations = source(write(messages, ["train_sft"]), split="train_sft")
     comparisons = source(write(layout))
-    out = dry("experiment=ultrafeedback", f"data.demonstrations={demonstrations}", f"data.comparisons={comparisons}")
+    paths = [f"data.demonstrations={demonstrations}", f"data.comparisons={comparisons}"]
+    with pytest.raises(DataError, match="The heldout split of data.prompts is empty"):  # 2% of 40, which the evaluation reads
+        dry("experiment=ultrafeedback", *paths)
+    out = dry("experiment=ultrafeedback", *paths, "data.heldout_fraction=0.25")
     assert pairs in out and "1 epochs x 8 minibatches of 64" in out and "Everything a dry run can check is correct." in out
 
 
 def test_instructgpts_own_numbers(dry, write):
     paths = {"demonstrations": messages, "comparisons": ultrafeedback, "texts": wikitext}
-    out = dry("experiment=instructgpt_paper", *(f"data.{noun}={source(write(layout))}" for noun, layout in paths.items()))
+    out = dry(
+        "experiment=instructgpt_paper",
+        *(f"data.{noun}={source(write(layout))}" for noun, layout in paths.items()),
+        "data.heldout_fraction=0.25",
+    )
     assert "data.texts[0]: 26 of 40 rows" in out and "left out: 14 with an empty text" in out
     assert "x 16 epochs / 32 per step" in out and "x 2 epochs / 29 and 3 raw texts per step" in out
     assert "500 iterations x 512 episodes = 256000 episodes" in out and "+ 512 raw texts each" in out  # 8 x 64
@@ -209,7 +222,91 @@ def test_without_a_network_it_says_what_is_not_checked(dry, monkeypatch):
     out = dry("experiment=hh", "policy.path=someone/some-model")
     assert "it could not be loaded from the Hugging Face hub: no network. A local path works too" in out
     assert "tokenizer: there is no folder someone/some-model, so it is taken as a Hugging Face hub id" in out
-    assert "Not checked: data.demonstrations[0]," in out and "tokenizer, stages.sft, stages.reward, stages.ppo." in out
+    assert (
+        "Not checked: data.demonstrations[0]," in out
+        and "policy, tokenizer, stages.sft, stages.reward, stages.ppo, stages.evaluate." in out
+    )
+
+
+# ------------------------------------------------------------------------------- what the run would find out, only later
+
+
+def small(tmp_path, *overrides):
+    """A dry run of the miniature's pipeline."""
+    run_command.run(None, ["--dry-run", *TINY, f"folder={tmp_path}", *overrides])
+
+
+HOURS_LATER = {
+    "reward_model.function='no_such_module:reward' cannot be imported": [
+        "reward_model=function", "reward_model.function=no_such_module:reward"],
+    "The environment variable NO_SUCH_TOKEN is not set.": [
+        "reward_model=endpoint", "reward_model.url=http://127.0.0.1:1/score", "reward_model.token_variable=NO_SUCH_TOKEN"],
+    "The miniature has no split 'helduot' of prompts. Did you mean 'heldout'?": ["evaluation.splits=[helduot]"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", HOURS_LATER)
+def test_what_a_late_stage_lacks_is_found_by_a_dry_run_and_before_a_run_trains(tmp_path, monkeypatch, message):
+    monkeypatch.delenv("NO_SUCH_TOKEN", raising=False)
+    for start in (lambda *options: small(tmp_path, *options), lambda *options: tiny(tmp_path, *options)):
+        with pytest.raises(LockstepError, match=re.escape(message)):
+            start(*HOURS_LATER[message])
+        assert not (tmp_path / "stages").exists()
+
+
+@pytest.mark.parametrize("changes", [["algorithm.ptx_coef=1.0"], ["sft.pretrain_mix=0.5"]], ids=str)
+def test_raw_texts_that_a_stage_mixes_in_are_missed(dry, write, changes):
+    with pytest.raises(DataError, match=re.escape("This run needs texts. Set data.texts='[{path: my.jsonl}]'.")):
+        dry("experiment=hh", f"data.comparisons={source(write(hh))}", "data.heldout_fraction=0.25", *changes)
+
+
+def test_an_evaluation_is_tried_as_far_as_the_tokenizer_goes(tmp_path):
+    with pytest.raises(DataError, match="All 12 heldout prompts were dropped: their last prompts alone are longer than 2 tokens"):
+        small(tmp_path, "evaluation.lengths.prompt=2")
+    for key in ("evaluation", "algorithm"):
+        with pytest.raises(ConfigError, match="stop_strings has ''"):
+            small(tmp_path, f"{key}.stop_strings=['']")
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "algorithm"])
+def test_lengths_that_no_row_fits_are_found(tmp_path, stage):
+    nouns = {"sft": "demonstrations", "reward": "comparisons", "algorithm": "prompts"}
+    with pytest.raises(DataError, match=rf"All \d+ train {nouns[stage]} were dropped: .* longer than 2 tokens"):
+        small(tmp_path, f"{stage}.lengths.prompt=2", "data.prompts=150")
+
+
+def test_the_rows_that_fit_only_later_count(tmp_path, tokenizer):
+    long, short = Prompt.of("w1 w2 w3"), Prompt.of("w1")
+    check = lambda *prompts: _check_lengths("prompts", "train", list(prompts), tokenizer, Lengths(2, 4, 1))  # noqa: E731
+    check(*[long] * FIRST, short)
+    with pytest.raises(DataError, match=f"All {FIRST + 1} train prompts were dropped"):
+        check(*[long] * (FIRST + 1))
+
+
+def test_a_run_of_another_configuration_and_a_place_that_cannot_be_written_are_found(tmp_path):
+    RunFolder(tmp_path, "mine").write_config(compose([*TINY, f"folder={tmp_path}", "name=mine"]))
+    small(tmp_path, "name=mine")
+    with pytest.raises(ConfigError, match="The run 'mine' already exists, with another configuration:\n  seed: 0 -> 1\n"):
+        small(tmp_path, "name=mine", "seed=1")
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "runs"):
+        with pytest.raises(ConfigError, match=f"folder={folder}: nothing can be written to {tmp_path}/file"):
+            small(folder)
+        with pytest.raises(ConfigError, match="nothing can be written"):
+            tiny(folder)
+
+
+def test_a_device_that_is_not_here_is_told_and_not_held_against_the_run(tmp_path, capsys):
+    small(tmp_path, "backend.device=cuda:99")
+    out = " ".join(capsys.readouterr().out.split())
+    assert "backend: backend.device='cuda:99' is not usable here" in out and "Not checked: backend." in out
+    assert "Only the run itself tells whether weights load" in out
+
+
+def test_a_folder_that_no_policy_opens_is_found(dry, write, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty was not written by a stage, and no policy for torch opens it"):
+        dry("experiment=hh", f"data.comparisons={source(write(hh))}", "data.heldout_fraction=0.25", "stages.sft.policy=empty")
 
 
 def test_a_sweep_has_no_dry_run():

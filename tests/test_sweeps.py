@@ -316,6 +316,30 @@ def test_a_choice_that_is_not_installed_says_what_to_type(choice, package, extra
 # ------------------------------------------------------------------------------------------------------ W&B's sweeps
 
 
+@pytest.mark.parametrize("parallel", ["0", "-1", "1.5", "null", "true"])
+def test_a_sweep_runs_at_least_one_job_at_a_time(parallel, tmp_path):
+    with pytest.raises(ConfigError, match=f"^hydra.launcher.parallel={parallel} must be at least 1: how many jobs run at a time"):
+        sweeps.sweep(["-m", "seed=0,1", f"hydra.launcher.parallel={parallel}", f"folder={tmp_path}"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["seed=0,1", "folder=null"], "folder=None should be str"),
+        (["algorithm.kl_coef=interval(0.1,1)", "seed=null"], "seed=None should be int"),
+        (["seed=0,1", "policy.path=a=b"], """Hydra cannot read policy.path=a=b: .* Type: policy.path="'a=b'"$"""),
+        (["seed=range(0,0)"], r"^seed=range\(0,0\) gives no value, so there would be no job\.$"),
+        (["seed=0,1", "policy=null"], "policy=null: a group is chosen by the name of one of its files"),
+    ],
+)
+def test_what_all_jobs_would_refuse_is_refused_before_the_first(given, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        sweeps.sweep(["-m", *given])
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_example_of_a_wandb_sweep_composes_and_looks_at_a_metric_that_its_runs_log():
     """Its agent turns {key: value} into key=value, in place of ${args_no_hyphens}."""
     config = yaml.safe_load((ROOT / "docs" / "examples" / "sweep.yaml").read_text())

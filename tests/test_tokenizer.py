@@ -135,7 +135,7 @@ def test_padding_with_eos_is_refused_with_what_to_set(core):
     assert str(error.value) == (
         "The tokenizer pads with '<|im_end|>', which is also its EOS '<|im_end|>': EOS would be masked as padding, and "
         "the policy would never learn to stop. Give it a separate pad token that never occurs in text: "
-        "policy.tokenizer.pad_token='<|pad|>' (it need not be in the vocabulary; special tokens here: <s>, <|im_end|>, "
+        "policy.tokenizer.pad_token=\"'<|pad|>'\" (it need not be in the vocabulary; special tokens here: <s>, <|im_end|>, "
         "<|im_start|>)."
     )
 

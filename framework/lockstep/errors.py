@@ -37,6 +37,10 @@ class CheckpointError(LockstepError):
     """A checkpoint that is missing, damaged or of another architecture."""
 
 
+class Diverged(LockstepError):
+    """Training whose numbers are no longer finite."""
+
+
 class Stopped(LockstepError):
     """The run was asked to stop and has saved its state."""
 

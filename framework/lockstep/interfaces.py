@@ -62,6 +62,15 @@ class Component:
         """What it reads, from its configuration alone; opens nothing."""
         return Inputs()
 
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Called before the first stage of a run and by dry runs; loads no model. For what a configuration names outside of it:
+        a function to import, an environment variable.
+
+        Raises:
+          LockstepError: it is not there.
+        """
+
 
 # ----------------------------------------------------------------------------------------------------------- models
 

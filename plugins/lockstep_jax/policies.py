@@ -141,6 +141,6 @@ def _read(path: Path | str) -> tuple[Architecture, dict[str, np.ndarray]]:
     """Architecture and float32 weights under the names of `lockstep.models.architecture`."""
     folder = fetch_folder(path)
     if (folder / adapters.ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
-        raise CheckpointError(adapters.NOT_WHOLE.format(folder=path))
+        raise CheckpointError(adapters.not_whole(path))
     architecture = from_hf(read_json(folder / "config.json"))
     return architecture, usual_tensors(architecture, read_weights(folder))

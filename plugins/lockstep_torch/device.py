@@ -33,7 +33,7 @@ class TorchDevice(Backend):
             "On CUDA devices, decode with one launch per token instead of one per kernel, for networks that run in this "
             "project's own decoder. Tested only as much as a CPU allows, never run on a GPU: hence off.",
         )
-        threads: int | None = setting(None, "CPU threads; null: one per core.", least=1)
+        threads: int | None = setting(None, "CPU threads; null: one per core.", least=1, most=4096)
 
     name = "torch"
 

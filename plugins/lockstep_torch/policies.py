@@ -178,7 +178,7 @@ def _open(auto: type, folder: Path | str) -> Network:
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"'{folder}' cannot be opened as a checkpoint: {error}") from error
     if getattr(hf, "_hf_peft_config_loaded", False):  # transformers opens adapters too, and freezes everything
-        raise CheckpointError(adapters.NOT_WHOLE.format(folder=folder))
+        raise CheckpointError(adapters.not_whole(folder))
     return _lean(hf) or TransformersNetwork(hf.eval())
 
 

@@ -12,6 +12,7 @@ from lockstep.api.sampling import Sampling
 from lockstep.api.sources import find, laid_over, load_tokenizer, open_backend, reader
 from lockstep.config.compose import compose, group
 from lockstep.config.root import component_config
+from lockstep.config.schema import parse
 from lockstep.errors import ConfigError, DataError
 from lockstep.interfaces import Backend, Policy
 from lockstep.registry import registry
@@ -102,7 +103,9 @@ class ChatPolicy:
 
     def _sampling(self, max_tokens: int | None, temperature: float, stop: Sequence[str], seed: int) -> Sampling:
         context = self.policy.context_length
-        how = Sampling(max_tokens or min(256, context // 2), temperature, stop, seed)
+        limit = min(256, context // 2) if max_tokens is None else max_tokens
+        given = {"max_tokens": limit, "temperature": temperature, "stop": stop, "seed": seed}
+        how = parse(Sampling, given, "")
         if how.max_tokens >= context:
             raise ConfigError(f"max_tokens={max_tokens} leaves no room for a prompt in a context of {context} tokens.")
         return how

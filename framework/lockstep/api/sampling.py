@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.errors import ConfigError
+from lockstep.config.schema import REQUIRED, setting
 from lockstep.interfaces import Policy
 from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import Sampler
@@ -28,28 +28,13 @@ COLUMNS = 64
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn.
+    """How responses are drawn. Samples are a function of seed and turn: each turn of a conversation has fresh ones."""
 
-    Args:
-      max_tokens: limit of a response.
-      temperature: 0 takes the most likely token.
-      stop: texts that end a response, as EOS does; they are not part of it.
-      seed, turn: samples are a function of both. Each turn of a conversation has fresh seeds.
-    """
-
-    max_tokens: int
-    temperature: float
-    stop: Sequence[str]
-    seed: int
-    turn: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens={self.max_tokens} should be at least 1.")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature={self.temperature:g} should be at least 0; 0 takes the most likely token.")
-        if self.seed < 0:
-            raise ConfigError(f"seed={self.seed} should be at least 0.")
+    max_tokens: int = setting(REQUIRED, "Limit of a response.", least=1)
+    temperature: float = setting(1.0, "0 takes the most likely token.", least=0)
+    stop: tuple[str, ...] = setting((), "Texts that end a response, as EOS does; they are not part of it.")
+    seed: int = setting(0, "Of the first turn.", least=0)
+    turn: int = setting(0, "Counted from 0.", least=0)
 
 
 def respond(policy: Policy, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], how: Sampling) -> list[str]:

@@ -13,11 +13,11 @@ from lockstep.api.scorers import Reward, Scorer, reward_model
 from lockstep.api.sources import laid_over
 from lockstep.config.compose import group
 from lockstep.config.root import component_config
-from lockstep.errors import ConfigError, MissingData
+from lockstep.errors import ConfigError, Diverged, MissingData, listing
 from lockstep.interfaces import Algorithm, Context, DataSource, RewardModel
 from lockstep.registry import registry
 from lockstep.reporting.console import Console
-from lockstep.reporting.health import Health
+from lockstep.reporting.health import NOT_FINITE, Health, diverged
 from lockstep.runs.interrupts import GracefulStop
 from lockstep.types import Comparison, Demonstration, Prompt
 
@@ -53,6 +53,7 @@ def train(
     Raises:
       ConfigError: an unknown key, or a value that does not fit.
       MissingData: the algorithm needs data that was not given.
+      Diverged: a loss or a gradient is not finite.
     """
     keys = {"name": algorithm} | group("algorithm", algorithm)  # grpo.yaml, say, is a configuration of policy_gradient
     cls: type[Algorithm] = registry().resolve("algorithm", keys["name"], policy.backend.name)
@@ -82,6 +83,9 @@ def _steps(name: str, trainer: Algorithm, console: Console) -> list[dict[str, fl
             rows.append(trainer.step(step))
             for finding in health.watch(step, rows[-1]):
                 log.warning("step %d: %s. %s", step, finding.name, finding.message)
+            if wrong := diverged(rows[-1]):
+                where = f"{name} stopped after step {step + 1} of {trainer.total_steps}"
+                raise Diverged(f"{where}: {listing(wrong)} not finite. {NOT_FINITE.meaning} Try: {NOT_FINITE.advice}")
             progress(step + 1, rows[-1])
             if stop.asked:
                 log.warning("stopped after step %d of %d: returning the result so far", step + 1, trainer.total_steps)

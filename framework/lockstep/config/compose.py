@@ -16,14 +16,16 @@ from typing import Any
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from lockstep.config.root import KEYS
-from lockstep.errors import ConfigError, RegistryError, did_you_mean, listing
+from lockstep.config.overrides import override, read, shell
+from lockstep.config.root import KEYS, completed
+from lockstep.errors import ConfigError, LockstepError, RegistryError, did_you_mean, listing
 from lockstep.registry import registry
 
 CORE = "lockstep-rlhf (core)"
@@ -64,31 +66,32 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     """One run's configuration, resolved.
 
     Raises:
-      ConfigError: Hydra or OmegaConf reject it; the message gives the nearest name that exists.
+      ConfigError: Hydra or OmegaConf reject it; the message gives the nearest name that exists, or the override to type instead.
     """
-    return resolved(partial(overrides))
-
-
-def partial(overrides: Sequence[str]) -> DictConfig:
-    """Like `compose`, but interpolations and missing values stay unresolved."""
+    read(overrides)
     try:
-        return _compose(overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(str(error), overrides)) from error
+        composed = _compose(overrides)
+    except LockstepError:
+        raise
+    except Exception as error:  # Hydra's and OmegaConf's own, and a few of Python's
+        raise ConfigError(_explain(error, overrides)) from error
+    return resolved(composed)
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
-    """
+    """The values, with defaults for keys of the root that are absent.
+
     Raises:
-      ConfigError: a root key is unknown, a value is missing, or an interpolation leads nowhere.
+      ConfigError: a root key is unknown or has another type, a value is missing, or an interpolation leads nowhere.
     """
     _refuse_unread(config)
     try:
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise ConfigError(f"Missing: {error.full_key}. Set it on the command line: {error.full_key}=...") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(_explain(str(error), [])) from error
+        raise ConfigError(_explain(error, [])) from error
+    return completed(values)
 
 
 def default(kind: str) -> str:
@@ -108,6 +111,8 @@ def group(kind: str, name: str) -> dict[str, Any]:
 
 def _refuse_unread(config: DictConfig) -> None:
     """Raises ConfigError for a root key that is not one of Lockstep's and that no other key reads."""
+    if "experiment" in config:
+        raise ConfigError("An experiment file changes the root of the configuration. Its first line must be: # @package _global_")
     for key in (key for key in config if key not in KEYS):
         if key not in _read({k: v for k, v in OmegaConf.to_container(config, resolve=False).items() if k != key}):
             raise ConfigError(
@@ -129,19 +134,54 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         return hydra.compose("config", overrides=list(overrides))
 
 
-def _explain(message: str, overrides: Sequence[str]) -> str:
-    """Hydra's message in one line, or what was probably meant."""
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's or OmegaConf's message in one line, or what was probably meant."""
+    message, given = str(error), read(overrides)
     if found := re.search(r"Could not override '([^']+)'", message):
-        *path, key = found[1].split(".")
-        rest = [o for o in overrides if not re.match(rf"[+~]*{re.escape(found[1])}(=|$)", o)]
+        missing = re.search(r"full_key: (\S+)", str(error.__cause__))
+        *path, key = (missing[1] if missing else found[1]).split(".")
+        rest = [o.input_line for o in given if o.key_or_group != found[1]]
         with contextlib.suppress(HydraException, OmegaConfBaseException):
             group = OmegaConf.select(_compose(rest), ".".join(path)) if path else _compose(rest)
             if isinstance(group, DictConfig):
                 where, keys = ".".join(path) or "the configuration", [str(k) for k in group]
-                return f"No key '{found[1]}'.{did_you_mean(key, keys)} Keys of {where}: {listing(keys)}."
+                return f"No key '{'.'.join([*path, key])}'.{did_you_mean(key, keys)} Keys of {where}: {listing(keys)}."
     if found := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
-        group, name = found[1], found[2]
-        choices = {p.stem for folder in conf_folders().values() for p in (folder / group).glob("*.yaml")}
-        return f"No {group} named '{name}'.{did_you_mean(name, choices)} There are: {listing(choices)}."
-    lines = [line.strip() for line in message.splitlines()]
-    return " ".join(line for line in lines if line and "HYDRA_FULL_ERROR" not in line)
+        return f"No {found[1]} named '{found[2]}'.{did_you_mean(found[2], _choices(found[1]))} {_there_are(found[1])}"
+    for each in given:
+        text = isinstance(each.value(), (str, QuotedString))
+        if message.startswith("Config group override must be a string") and not text and _choices(each.key_or_group):
+            return f"{each.input_line}: a group is chosen by the name of one of its files. {_there_are(each.key_or_group)}"
+        if message.startswith("Ambiguous value") and each.is_sweep_override():
+            key, text = each.get_key_element(), each.input_line.partition("=")[2]
+            return (
+                f"{each.input_line} gives several values, and only a sweep takes them: add -m. For a list, type: "
+                f"{shell(f'{key}=[{text}]')}. For the text, type: {override(key, text)}"
+            )
+    if found := re.search(r"Interpolation key '([^']+)' not found\s+full_key: (\S+)", message):
+        return f"{found[2]} reads ${{{found[1]}}}, and the configuration has no {found[1]}."
+    if isinstance(error, UnicodeDecodeError):
+        return f"{listing(str(file) for file in _files() if not _is_utf8(file))} is not UTF-8: {error.reason}."
+    told = " ".join(": ".join(str(each).strip() for each in (error, error.__cause__) if each is not None).split())
+    told = re.sub(r" (object_type=\w+|Set the environment variable HYDRA_FULL_ERROR\S* .*)", "", told)
+    return re.sub(r" full_key: (\S+)", r" (at \1)", told)
+
+
+def _files() -> list[Path]:
+    return [file for folder in conf_folders().values() for file in folder.rglob("*.yaml")]
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _choices(group: str) -> set[str]:
+    return {file.stem for folder in conf_folders().values() for file in (folder / group).glob("*.yaml")}
+
+
+def _there_are(group: str) -> str:
+    return f"There are: {listing(_choices(group))}."

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.config.schema import REQUIRED, parse, setting
-from lockstep.errors import ConfigError, RegistryError
+from lockstep.errors import ConfigError, RegistryError, listing
 from lockstep.registry import KINDS, registry
 
 ConfigGroup = dict[str, Any]
@@ -44,24 +44,53 @@ GROUPS = {key: key for key in KINDS} | dict.fromkeys(("pretrain", "sft", "reward
 """{key of the root: kind of component}."""
 
 
-def check_root(config: Mapping[str, Any]) -> Root:
-    """The root with each of its component groups checked, whether a stage uses it or not. A component that is not installed
-    or belongs to another backend is left to the stage that uses it.
+def completed(config: Mapping[str, Any]) -> ConfigGroup:
+    """``config`` with the defaults of those keys of the root that it lacks.
+
+    Raises:
+      ConfigError: a key is missing or of another type, or a component group has no name.
+    """
+    for kind in KINDS:
+        if not isinstance(group := config.get(kind), Mapping) and not (group is None and kind in _MAY_BE_NULL):
+            there = listing({component.name for component in registry() if component.kind == kind})
+            raise ConfigError(f"{kind} must be a component group, not {group!r}. Choose one by name, {kind}=NAME: {there}.")
+    root = parse(Root, {key: value for key, value in config.items() if key in KEYS}, "")
+    for key in GROUPS:
+        if (group := getattr(root, key)) is not None:
+            component_name(group, key)
+    absent = {field.name: getattr(root, field.name) for field in dataclasses.fields(Root) if field.name not in config}
+    return dict(config) | absent
+
+
+_MAY_BE_NULL = ("reward_model", "algorithm")
+
+
+def check_groups(config: Mapping[str, Any]) -> None:
+    """Check each component group of the root, whether a stage uses it or not. A component that is not installed or belongs to
+    another backend is left to the stage that uses it.
 
     Raises:
       LockstepError: the first problem found.
     """
-    root = parse(Root, {key: value for key, value in config.items() if key in KEYS}, "")
     for key, kind in GROUPS.items():
-        if (group := getattr(root, key)) is not None:
-            _check_group(kind, group, key, root.backend.get("name"))
-    return root
+        if (group := config[key]) is not None:
+            _check_group(kind, group, key, config["backend"]["name"])
+
+
+def component_name(group: Any, where: str) -> str:
+    """The name of a component group's component.
+
+    Raises:
+      ConfigError: it has none.
+    """
+    name = group.get("name") if isinstance(group, Mapping) else None
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{where} is a component group, and needs a name: {where}.name={name!r}.")
+    return name
 
 
 def _check_group(kind: str, group: ConfigGroup, where: str, backend: str | None) -> None:
-    name = group.get("name")
-    if not isinstance(name, str):
-        raise ConfigError(f"{where} is a component group, and needs a name: {where}.name={name!r}.")
+    name = component_name(group, where)
     try:
         component = registry().find(kind, name, backend)
     except RegistryError:

@@ -10,18 +10,24 @@ Ranges are checked here, not in the constructor, because only `parse` knows a ke
 
 from __future__ import annotations
 
+import collections.abc
 import copy
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union
 
+from lockstep.config.overrides import override
 from lockstep.errors import ConfigError, did_you_mean, listing
 
 T = TypeVar("T")
+
+SMALLEST, LARGEST = 2.0**-126, (2 - 2**-23) * 2.0**127
+"""The normal numbers of float32. Smaller ones are 0 where the arithmetic happens, and larger ones infinite."""
 
 REQUIRED: Any = dataclasses.MISSING
 """In place of a default: the value must be given."""
@@ -29,7 +35,8 @@ REQUIRED: Any = dataclasses.MISSING
 
 @dataclass(frozen=True)
 class Range:
-    """The range of a number; null, if the type allows it, is in every range."""
+    """The range of a number; null, if the type allows it, is in every range. A number that float32 or int64
+    cannot hold is in none."""
 
     least: float | None = None
     above: float | None = None
@@ -39,14 +46,27 @@ class Range:
 
     def __contains__(self, number: float) -> bool:
         return (
-            (math.isfinite(number) or not self.finite and not math.isnan(number))
+            (self.held(number) or not self.finite and number in (math.inf, -math.inf))
             and (self.least is None or number >= self.least)
             and (self.above is None or number > self.above)
             and (self.most is None or number <= self.most)
             and (self.below is None or number < self.below)
         )
 
-    def __str__(self) -> str:
+    @staticmethod
+    def held(number: float) -> bool:
+        if isinstance(number, int):
+            return -(2**63) <= number < 2**63
+        return number == 0 or SMALLEST <= abs(number) <= LARGEST
+
+    def wanted(self, number: float) -> str:
+        """What a number outside of it should be."""
+        if isinstance(number, int) and not self.held(number):
+            return "an integer of 64 bits"
+        if not math.isfinite(number) and self.finite:
+            return "a finite number"
+        if math.isfinite(number) and not self.held(number):
+            return f"between {SMALLEST:.2g} and {LARGEST:.2g} in size: the arithmetic is float32"
         ends = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
         return " and ".join(f"{word} {end:g}" for word, end in ends.items() if end is not None) or "a number"
 
@@ -63,7 +83,8 @@ def setting(
     Args:
       default: `REQUIRED` if there is no safe one.
       doc: what it is, its unit, and whose number the default is.
-      least, above, most, below: the range; in a tuple, of each number. Errors state it, so ``doc`` does not.
+      least, above, most, below: the range; in a tuple, of each number. Errors state it, so ``doc`` does not. A number that may
+        be anything says so: least=-math.inf.
       finite: False also accepts ±inf; NaN is never accepted.
     """
     given = {"default_factory": lambda: copy.deepcopy(default)} if isinstance(default, (dict, list)) else {"default": default}
@@ -82,7 +103,7 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str, defaults: T | Non
       ConfigError: unknown or missing keys, wrong types, numbers out of range.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where} must be a group of keys, not {values!r}.")
+        raise ConfigError(f"{where} must be a group of keys, not {_shown(values)}.")
     hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -109,10 +130,13 @@ def _check_range(allowed: Range, value: Any, where: str, hint: Any) -> None:
     if isinstance(value, tuple):
         for i, each in enumerate(value):
             _check_range(allowed, each, f"{where}[{i}]", None)
+    elif isinstance(value, dict) and typing.get_args(hint)[1:] in ((int,), (float,)):
+        for key, each in value.items():
+            _check_range(allowed, each, f"{where}.{key}", None)
     elif isinstance(value, (int, float)) and value not in allowed:
-        wanted = allowed if math.isfinite(value) or not allowed.finite else "a finite number"
+        wanted = allowed.wanted(value)
         null = ", or null" if type(None) in typing.get_args(hint) else ""
-        raise ConfigError(f"{where}={value!r} must be {wanted}{null}.")
+        raise ConfigError(f"{where}={_shown(value)} must be {wanted}{null}.")
 
 
 def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
@@ -128,7 +152,8 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     if origin is Literal:
         if value not in arguments:
             names = [str(a) for a in arguments]
-            raise ConfigError(f"{where}={value!r} is not one of {', '.join(names)}.{did_you_mean(str(value), names)}")
+            near = did_you_mean(value, names) if isinstance(value, str) else ""
+            raise ConfigError(f"{where}={_shown(value)} is not one of {', '.join(names)}.{near}")
         return value
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return parse(hint, value, where, default if isinstance(default, hint) else None)
@@ -138,14 +163,28 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         if len(arguments) == len(value):
             return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
     elif (origin in (dict, Mapping) or getattr(origin, "__name__", "") == "Mapping") and isinstance(value, Mapping):
-        return {_convert(arguments[0], k, where): _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif (
-        hint is int and isinstance(value, int) and not isinstance(value, bool) or hint in (str, bool) and isinstance(value, hint)
-    ):
+        if other := [key for key in value if not isinstance(key, arguments[0])]:
+            raise ConfigError(
+                f"{where} has the key {_shown(other[0])}, but its keys are text. Write '{_shown(other[0])}' in quotes."
+            )
+        return {k: _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    elif hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):  # numpy's too
+        return value if isinstance(value, int) and not Range.held(value) else float(value)  # too large, as the range will say
+    elif hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    elif hint in (str, bool) and isinstance(value, hint):
         return value
-    raise ConfigError(f"{where}={value!r} should be {_name(hint)}, not {type(value).__name__}.")
+    raise ConfigError(
+        f"{where}={_shown(value)} should be {_name(hint)}, not {type(value).__name__}.{_quoted(where, value, hint)}"
+    )
+
+
+def _quoted(where: str, value: Any, *hints: Any) -> str:
+    """What to type if a text was read as something else: a number, a truth value or a list."""
+    if str not in hints or not isinstance(value, (bool, int, float, list)) or not where or "[" in where:
+        return ""
+    text = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
+    return f" For the text, type: {override(where, text)}"
 
 
 def _convert_union(options: tuple[Any, ...], value: Any, where: str, default: Any) -> Any:
@@ -160,12 +199,23 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str, default: An
             problems.append(error)
     if len(rest) == 1 or any(dataclasses.is_dataclass(o) for o in rest):
         raise problems[-1]
-    raise ConfigError(f"{where}={value!r} should be {' or '.join(map(_name, options))}, not {type(value).__name__}.")
+    names = " or ".join(map(_name, options))
+    raise ConfigError(f"{where}={_shown(value)} should be {names}, not {type(value).__name__}.{_quoted(where, value, *rest)}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more than 4,300 digits
+        return "(a number of thousands of digits)"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _name(hint: Any) -> str:
     if hint is type(None):
         return "null"
+    if typing.get_origin(hint) in (dict, collections.abc.Mapping):
+        return "a group of keys"
     if typing.get_origin(hint) in (Union, types.UnionType):
         return " or ".join(map(_name, typing.get_args(hint)))
     return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)

@@ -13,8 +13,10 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from lockstep.config.overrides import override
 from lockstep.config.schema import parse, setting
 from lockstep.data.columns import BadRow, LeftOut, reader, unread, without
 from lockstep.data.mixing import mix, row_counts
@@ -53,6 +55,11 @@ class Config:
         {"split": "train", "weight": None, "config": None, "revision": None, "ignore": []},
         "Keys of every source, unless it sets them itself.",
     )
+
+    def __post_init__(self) -> None:
+        for noun in NOUNS:
+            for key in (noun, f"heldout_{noun}"):
+                _sources(self, key)
 
 
 class Files(DataSource):
@@ -110,6 +117,8 @@ class Files(DataSource):
         if noun not in self._read:
             self._read[noun] = self._read_noun(noun)
         if not self._read[noun][split]:
+            if self.first is not None and not all(Path(s.path).expanduser().exists() for s in self.sources[noun]):
+                raise Unreachable(f"none of the first {self.first} rows of data.{noun} is in the {split} split")
             raise DataError(
                 f"The {split} split of data.{noun} is empty: all rows are in the other one. Give it more rows, or "
                 f"change data.heldout_fraction={self.config.heldout_fraction} or data.heldout_{noun}."
@@ -121,10 +130,10 @@ class Files(DataSource):
         own = self.sources[f"heldout_{noun}"]
         if split == "heldout" and self.sources[noun] and not own and self.config.heldout_fraction == 0:
             raise MissingData(
-                f"No {noun} are held out. Set data.heldout_fraction=0.05 or data.heldout_{noun}=[{{path: test.jsonl}}]."
+                f"No {noun} are held out. Set data.heldout_fraction=0.05 or {_sources_of(f'heldout_{noun}', 'test.jsonl')}."
             )
         if not self.sources[noun] and not (own and split == "heldout"):
-            raise MissingData(f"This run needs {noun}. Set data.{noun}=[{{path: my.jsonl}}].")
+            raise MissingData(f"This run needs {noun}. Set {_sources_of(noun, 'my.jsonl')}.")
 
     def _read_noun(self, noun: str) -> dict[str, Items]:
         """Both splits. A training row that begins like a held-out one is held out too if the split is a fraction, and left
@@ -203,6 +212,11 @@ class Files(DataSource):
     def _tell_overlap(self, noun: str, count: int) -> None:
         if count:
             print(f"data.{noun}: {count} training rows were left out because they begin like held-out ones.")
+
+
+def _sources_of(noun: str, path: str) -> str:
+    """The override to type."""
+    return override(f"data.{noun}", [{"path": path}])
 
 
 def _sources(config: Config, key: str) -> tuple[Source, ...]:

@@ -71,6 +71,9 @@ class FixedKL:
         pass
 
 
+MAX_KL_ERROR = 0.2
+
+
 @dataclass
 class AdaptiveKL:
     """LHP 2.2: e = clip(KL / target - 1, ±0.2); β ← β (1 + e · episodes / horizon).
@@ -83,7 +86,7 @@ class AdaptiveKL:
     horizon: float
 
     def update(self, kl: float, episodes: int) -> None:
-        error = np.clip(kl / self.target - 1, -0.2, 0.2)
+        error = np.clip(kl / self.target - 1, -MAX_KL_ERROR, MAX_KL_ERROR)
         self.coef *= float(1 + error * episodes / self.horizon)
 
 

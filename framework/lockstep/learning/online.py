@@ -79,7 +79,9 @@ class OnlineConfig:
         "β: what a nat of KL to the reference costs (InstructGPT: 0.02); 0: KL is only measured; null: no reference.",
         least=0,
     )
-    unfinished_score: float | None = setting(-1.0, "Replaces the score of a response without EOS (LHP); null: keep it.")
+    unfinished_score: float | None = setting(
+        -1.0, "Replaces the score of a response without EOS (LHP); null: keep it.", least=-math.inf
+    )
     correction: CorrectionConfig = setting(CorrectionConfig(), "Importance weights for a sampler that differs from the policy.")
     optimizer: OptimizerConfig = setting(OptimizerConfig(eps=1e-5), "Adam of the policy; ε is LHP's.")
     schedule: ScheduleConfig = setting(ScheduleConfig("constant", 10, 0.1, 1.0), "InstructGPT's.")
@@ -96,7 +98,7 @@ class OnlineConfig:
 
     def __post_init__(self) -> None:
         if self.trained % self.minibatches:
-            fitting = [n for n in range(1, self.trained + 1) if self.trained % n == 0]
+            fitting = [n for n in range(1, min(self.trained, 256) + 1) if self.trained % n == 0]
             what = "algorithm.batch_size" + (" x algorithm.samples" if self.trained > self.batch_size else "")
             raise ConfigError(
                 f"{what}={self.trained} is not divisible by algorithm.minibatches={self.minibatches}. Set minibatches to one of "

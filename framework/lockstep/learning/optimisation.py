@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lockstep.config.schema import setting
+from lockstep.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,13 @@ class OptimizerConfig:
     ema_decay: float | None = setting(
         None, "Decay per step of a moving average of the weights (InstructGPT: 0.992); null: none is kept.", least=0, below=1
     )
+
+    def __post_init__(self) -> None:
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ConfigError(
+                f"optimizer.weight_decay={self.weight_decay:g} takes away {self.learning_rate * self.weight_decay:g} of each "
+                f"weight per step at learning_rate={self.learning_rate:g}; it must be less than all. Lower one of them."
+            )
 
     def eps_at(self, step: int) -> float:
         """Epsilon of the PyTorch form m / (sqrt(v) + eps) at optimizer step ``step`` = 1, 2, ..."""

@@ -11,11 +11,19 @@ import zlib
 
 import numpy as np
 
+from lockstep.errors import ConfigError
+
 
 def generator(seed: int, stream: str, step: int = 0) -> np.random.Generator:
     """The generator of one stream at one step. ``stream`` names the purpose ('order', 'sampling'); streams are
-    independent of each other."""
-    key = np.array([seed & 0xFFFFFFFFFFFFFFFF, zlib.crc32(stream.encode())], dtype=np.uint64)
+    independent of each other.
+
+    Raises:
+      ConfigError: the seed has no 64 bits.
+    """
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"seed={seed} must be at least 0 and below 2**64.")
+    key = np.array([seed, zlib.crc32(stream.encode())], dtype=np.uint64)
     counter = np.array([0, 0, step, 0], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lockstep.config.overrides import override, shell
 from lockstep.config.schema import setting
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
 from lockstep.learning import randomness
@@ -30,10 +31,6 @@ from lockstep.storage.sources import fetch_folder
 from lockstep.storage.weights import read_tensors, read_weights, write_tensors
 
 ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-NOT_WHOLE = (
-    "{folder} holds an adapter, not a whole checkpoint. Merge it with its base: lockstep merge {folder} OUTPUT. To continue "
-    "training it, name it as a stage's policy: stages.ppo.policy={folder}."
-)
 PREFIX = "base_model.model."
 """What peft puts before the names of the base model."""
 
@@ -77,6 +74,10 @@ class LoRAConfig(CheckpointConfig):
         "Linear layers, by the last part of their names: all of Llama's; GPT-2: c_attn, c_proj, c_fc.",
     )
 
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ConfigError("policy.targets is empty, so there is nothing to train. Name at least one linear layer.")
+
     def adapter(self, layers: Iterable[str], *, conv1d: bool) -> Adapter:
         """For a checkpoint whose linear layers have these names.
 
@@ -97,6 +98,14 @@ class LoRAConfig(CheckpointConfig):
                     f"Its linear layers: {listing(last)}."
                 )
         return adapter
+
+
+def not_whole(folder: Path | str) -> str:
+    """For whoever gives an adapter where a whole checkpoint is needed."""
+    return (
+        f"{folder} holds an adapter, not a whole checkpoint. Merge it with its base: lockstep merge {shell(str(folder))} OUTPUT. "
+        f"To continue training it, name it as a stage's policy: {override('stages.ppo.policy', str(folder))}."
+    )
 
 
 def initial(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:

@@ -5,7 +5,8 @@ replays ``metrics.jsonl`` and continues as if it had never stopped. Rules read o
 that uses the names in docs/metrics.md.
 
 The thresholds should be silent on every run worth keeping. Each rule cites who describes the failure; few sources give a
-number, so most numbers are ours, and say so. A warning never stops a run.
+number, so most numbers are ours, and say so. A warning never stops a run. A loss or a gradient
+that is not finite does (`diverged`).
 
 Left out: anything that needs more than the metrics, such as reading the responses.
 """
@@ -57,7 +58,13 @@ class History:
 # -------------------------------------------------------------------------------------------------------------- rules
 # Each returns the evidence as a sentence, or None.
 
-DECISIVE = ("loss", "policy/loss", "value/loss", "objective/score", "objective/kl", "objective/entropy", "grad_norm/")
+UPDATED = ("loss", "policy/loss", "value/loss", "grad_norm/")
+DECISIVE = (*UPDATED, "objective/score", "objective/kl", "objective/entropy")
+
+
+def diverged(metrics: Mapping[str, float | None]) -> list[str]:
+    """The losses and gradient norms of this step that are not finite: the update made from them has spoilt the parameters."""
+    return [n for n, value in metrics.items() if n.startswith(UPDATED) and (value is None or not math.isfinite(value))]
 
 
 def not_finite(history: History) -> str | None:
@@ -191,12 +198,14 @@ class Rule:
         return self.check.__name__
 
 
+NOT_FINITE = Rule(
+    not_finite,
+    "The numbers have overflowed; nothing learned from here on can be trusted.",
+    "a lower learning rate, a longer warm-up, max_grad_norm=1, precision=float32, another look at the data.",
+)
+
 RULES = (
-    Rule(
-        not_finite,
-        "The numbers have overflowed; nothing learned from here on can be trusted.",
-        "go back to the last checkpoint with a lower learning rate, set max_grad_norm, and precision float32.",
-    ),
+    NOT_FINITE,
     Rule(
         loss_diverging,
         "The learning rate is too high, or the kind of data has changed.",

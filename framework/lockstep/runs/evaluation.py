@@ -45,6 +45,17 @@ class EvaluationConfig:
     lengths: Lengths = setting(Lengths(), "Limits in tokens.")
     stop_strings: tuple[str, ...] = setting((), "Text that ends a response, as EOS does; or special tokens by name.")
 
+    def arithmetic(self, data: DataSource) -> str:
+        """What it does, in one line.
+
+        Raises:
+          DataError: the data have no such split, or no prompts in any of them.
+        """
+        counts = {split: min(len(found), self.prompts) for split in self.splits if (found := prompts_of(data, split))}
+        if not counts:
+            raise MissingData(f"No prompts to evaluate on in the splits {', '.join(self.splits) or '(none given)'}.")
+        return f"{', '.join(self.policies or ())} on {' and '.join(f'{n} {split} prompts' for split, n in counts.items())}"
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -78,8 +89,6 @@ class Evaluator:
         c = self.config
         prompts = {split: self.prompts(split) for split in c.splits}
         prompts = {split: found for split, found in prompts.items() if found[0]}
-        if not prompts:
-            raise MissingData(f"No prompts to evaluate on in the splits {', '.join(c.splits)}.")
         progress(c.baseline)
         baseline = load(c.baseline)
         reference = {split: self.answer(baseline, *found) for split, found in prompts.items()}
@@ -103,9 +112,8 @@ class Evaluator:
     # ------------------------------------------------------------------------------------------------------ policies
 
     def prompts(self, split: str) -> tuple[list[Prompt], list[list[int]]]:
-        try:
-            found = self.data.prompts(split)[: self.config.prompts]
-        except MissingData:
+        found = prompts_of(self.data, split)[: self.config.prompts]
+        if not found:
             return [], []
         fit = self.fits[f"{split} prompts"] = Fit(f"{split} prompts")
         return encoding.encode_prompts(self.tokenizer, found, self.config.lengths, fit)
@@ -245,6 +253,14 @@ class Evaluator:
     def completion_gold(self, comparison: Comparison) -> np.ndarray | None:
         golds = [self.data.gold(comparison.prompt, text) for text in comparison.completions]
         return None if golds[0] is None else np.array([g["gold"] for g in golds])
+
+
+def prompts_of(data: DataSource, split: str) -> Sequence[Prompt]:
+    """The prompts of a split; none if the data have none."""
+    try:
+        return data.prompts(split)
+    except MissingData:
+        return ()
 
 
 def agreement(ours: np.ndarray, theirs: np.ndarray) -> float | None:

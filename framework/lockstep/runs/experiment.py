@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.config.root import ConfigGroup, check_root, component_config
+from lockstep.config.root import ConfigGroup, check_groups, completed, component_config, component_name
 from lockstep.config.schema import parse, setting
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
 from lockstep.interfaces import Algorithm, DataSource, RewardModel
@@ -41,7 +43,7 @@ class StageConfig:
     reward_model: ConfigGroup | None = setting(None, "The group that scores, if the algorithm or evaluation needs one.")
     changes: ConfigGroup | None = setting(None, "Keys of the algorithm that differ in this stage.")
     evaluation: ConfigGroup | None = setting(None, "The group of the evaluation.")
-    seed_offset: int = setting(0, "Added to the run's seed, for stages that differ in nothing else.")
+    seed_offset: int = setting(0, "Added to the run's seed, for stages that differ in nothing else.", least=-math.inf)
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,16 @@ class Stage:
         return self.component.produces if self.component else "evaluation"
 
     def arithmetic(self, data: DataSource) -> str:
-        """What one step consumes and how many steps there are, in one line."""
+        """What one step consumes and how many steps there are, in one line.
+
+        Raises:
+          LockstepError: the data lack what it needs, or a component does not work here; found before any model is loaded.
+        """
+        for scorer in self.scorers:
+            scorer.component.check(scorer.config)
         if self.component:
             return self.component.arithmetic(self.config, data)
-        return f"{', '.join(self.config.policies)} on {self.config.prompts} prompts of each split"
+        return self.config.arithmetic(data)
 
     @property
     def modules(self) -> list[str]:
@@ -118,9 +126,10 @@ class Experiment:
     """
 
     def __init__(self, config: Mapping[str, Any]):
-        self.config: ConfigGroup = dict(config)
-        self.seed: int = check_root(config).seed
-        if config.get("evaluation") is not None:
+        self.config = config = completed(config)
+        check_groups(config)
+        self.seed: int = config["seed"]
+        if config["evaluation"] is not None:
             parse(EvaluationConfig, config["evaluation"], "evaluation")
         self.backend_name: str = config["backend"]["name"]
         self.backend = self._component("backend", config["backend"])
@@ -132,11 +141,8 @@ class Experiment:
             self.stages[name] = self._stage(name, group)
         if not self.stages:
             raise ConfigError("The experiment has no stages. Choose one that has: experiment=instructgpt.")
-        if (objective := config.get("objective")) and (stage := objective.partition("/")[0]) not in self.stages:
-            raise ConfigError(
-                f"objective={objective}: no stage '{stage}'.{did_you_mean(stage, self.stages)} It is stage/metric, as in "
-                f"evaluate/heldout/ppo/gold. Stages: {listing(self.stages)}."
-            )
+        if (objective := config["objective"]) is not None:
+            self._check_objective(objective)
 
     @property
     def name(self) -> str:
@@ -183,6 +189,25 @@ class Experiment:
         """{stage: the folder of its result}, existing or not."""
         return {name: self._folder(name, content) for name, content in self.identities.items()}
 
+    def check_place(self) -> None:
+        """
+        Raises:
+          ConfigError: there can be no results where the configuration wants them, or another configuration's are there.
+        """
+        place = next(path for path in [self.root, *self.root.absolute().parents] if path.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(f"folder={self.root}: nothing can be written to {place}. Choose another folder=...")
+        run = RunFolder(self.root, self.name)
+        if changes := run.config_changes(self.config):
+            lines = "\n".join(f"  {change}" for change in changes)
+            unfinished = run.unfinished()
+            begun = f" (unfinished: {', '.join(unfinished)})" if unfinished else ""
+            raise ConfigError(
+                f"The run '{self.name}' already exists, with another configuration{begun}:\n{lines}\n"
+                f"To start a separate run, choose another name=... To continue '{self.name}', use its earlier values, on the "
+                f"left; all of them are in {run.config_file}."
+            )
+
     def _folder(self, stage: str, content: ConfigGroup) -> StageFolder:
         return StageFolder.of(self.root, stage, self.backend_name, content)
 
@@ -193,12 +218,23 @@ class Experiment:
         return sorted({name for name in named if name not in self.stages and Path(name).exists()})
 
     def _component(self, kind: str, group: ConfigGroup) -> tuple[type, Any]:
-        cls = registry().resolve(kind, group.get("name", "???"), self.backend_name if kind != "backend" else group["name"])
+        name = component_name(group, kind)
+        cls = registry().resolve(kind, name, self.backend_name if kind != "backend" else name)
         return cls, component_config(cls, group, kind)
+
+    def _check_objective(self, objective: str) -> None:
+        stage, _, metric = objective.partition("/")
+        if stage not in self.stages or not metric:
+            known = stage in self.stages
+            wrong = "it has no metric." if known else f"no stage '{stage}'.{did_you_mean(stage, self.stages)}"
+            raise ConfigError(
+                f"objective={objective}: {wrong} It is stage/metric, as in "
+                f"evaluate/heldout/ppo/gold. Stages: {listing(self.stages)}."
+            )
 
     def _scorers(self, group: Mapping[str, Any] | None) -> Iterator[Scorer]:
         """A reward model's group, and those of its members."""
-        if group:
+        if group is not None:
             cls, config = self._component("reward_model", dict(group))
             yield Scorer(cls, config, dict(group))
             for member in cls.inputs(config).members:
@@ -209,8 +245,10 @@ class Experiment:
         if (stage.algorithm is None) == (stage.evaluation is None):
             raise ConfigError(f"stages.{name} needs either an algorithm or an evaluation.")
         seed = self.seed + stage.seed_offset
-        if seed < 0:
-            raise ConfigError(f"stages.{name}.seed_offset={stage.seed_offset} makes the seed {seed}. It must be at least 0.")
+        if not 0 <= seed < 2**63:
+            raise ConfigError(
+                f"stages.{name}.seed_offset={stage.seed_offset} makes the seed {seed}. It must be from 0 to 2**63 - 1."
+            )
         scorers = tuple(self._scorers(stage.reward_model))
         if stage.algorithm is None:
             trained = [s.name for s in self.stages.values() if s.produces == "policy"]
@@ -219,9 +257,9 @@ class Experiment:
             checked = Stage(name, "evaluate", None, config, evaluation, None, stage.reward_model, scorers, seed)
         else:
             merged = _merge(stage.algorithm, stage.changes or {}, f"stages.{name}.changes")
-            cls = registry().resolve("algorithm", merged.get("name", "???"), self.backend_name)
+            cls = registry().resolve("algorithm", component_name(merged, f"stages.{name}.algorithm"), self.backend_name)
             config = component_config(cls, merged, f"stages.{name}.algorithm")
-            if cls.needs_reward_model and not stage.reward_model:
+            if cls.needs_reward_model and stage.reward_model is None:
                 raise ConfigError(f"stages.{name} ({merged['name']}) needs a reward_model.")
             if stage.policy is None:
                 raise ConfigError(f"stages.{name} needs a policy to start from: '{NEW}' or an earlier stage.")
@@ -285,7 +323,7 @@ def _up_to_date(content: ConfigGroup, fingerprint: str | None) -> bool:
 def _merge(group: ConfigGroup, changes: ConfigGroup, where: str) -> ConfigGroup:
     """``group`` with ``changes`` merged in; a change of an unknown key is an error."""
     if unknown := [k for k in changes if k not in group]:
-        raise ConfigError(f"Unknown key {where}.{unknown[0]}.{did_you_mean(unknown[0], group)} Known: {listing(group)}.")
+        raise ConfigError(f"Unknown key {where}.{unknown[0]}.{did_you_mean(str(unknown[0]), group)} Known: {listing(group)}.")
     return {
         key: _merge(value, changes[key], f"{where}.{key}") if isinstance(value, dict) and isinstance(changes.get(key), dict)
         else changes.get(key, value)

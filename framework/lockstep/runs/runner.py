@@ -9,14 +9,17 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lockstep.config.schema import differences
-from lockstep.errors import ConfigError, Stopped
-from lockstep.interfaces import Algorithm, Backend, Tracker
+from lockstep.errors import Diverged, Stopped
+from lockstep.interfaces import Algorithm, Backend, Learner, Tracker
 from lockstep.reporting.console import Console
-from lockstep.reporting.health import Health
+from lockstep.reporting.health import NOT_FINITE, Health, diverged
 from lockstep.reporting.provenance import code_state
 from lockstep.runs.assembly import Assembly
 from lockstep.runs.evaluation import EvaluationConfig, Evaluator, flatten
@@ -45,21 +48,8 @@ class Runner:
             "code": code_state(),
             "started": _now(),
         }
-        self._check_same_run()
+        experiment.check_place()
         self.assembly = Assembly(experiment, {name: folder.output for name, folder in experiment.folders.items()})
-
-    def _check_same_run(self) -> None:
-        """Raises ConfigError if the run folder holds a run of another configuration."""
-        name, folder = self.experiment.name, self.folder
-        if changes := folder.config_changes(self.experiment.config):
-            lines = "\n".join(f"  {change}" for change in changes)
-            unfinished = folder.unfinished()
-            begun = f" (unfinished: {', '.join(unfinished)})" if unfinished else ""
-            raise ConfigError(
-                f"The run '{name}' already exists, with another configuration{begun}:\n{lines}\n"
-                f"To start a separate run, choose another name=... To continue '{name}', use its earlier values, on the left; "
-                f"all of them are in {folder.config_file}."
-            )
 
     def run(self) -> Path:
         """Run all stages. Returns the run folder.
@@ -68,7 +58,7 @@ class Runner:
           Stopped: on Ctrl-C or a termination signal, with progress saved.
         """
         with self.folder.lock():
-            self._check_same_run()  # again: another process may have started it since
+            self.experiment.check_place()  # again: another process may have started it since
             started = time.perf_counter()
             self.folder.write_config(self.experiment.config)
             self._tell_what_starts_anew()
@@ -172,11 +162,21 @@ class Runner:
         metrics: dict[str, float],
     ) -> dict[str, float]:  # fmt: skip
         """The loop, from step ``first`` on; ``metrics`` are those of the previous step. Step n depends only on what the
-        checkpoint holds and on (seed, n)."""
-        config, health = self.experiment.config, Health()
+        checkpoint holds and on (seed, n).
+
+        Raises:
+          Diverged: a loss, a gradient or a parameter is not finite. What was saved before stays, and nothing is saved after.
+        """
+        config, health, saved = self.experiment.config, Health(), first
         health.replay(read_lines(folder.path / "metrics.jsonl"))
 
+        def stop_if(wrong: Sequence[str], step: int) -> None:
+            if wrong:
+                records.close()
+                raise Diverged(_diverged(name, step, algorithm.total_steps, wrong, folder, saved))
+
         def save(step: int) -> None:
+            nonlocal saved
             state = {
                 "algorithm": algorithm.state(),
                 "positions": records.positions(),
@@ -185,6 +185,7 @@ class Runner:
                 "machine": self._machine(),
             }
             folder.save(step, algorithm.learner.save, state)
+            saved = step
 
         with GracefulStop() as stop, self.console.progress(name, first, algorithm.total_steps) as progress:
             for step in range(first, algorithm.total_steps):
@@ -195,13 +196,16 @@ class Runner:
                     log.warning("%s, step %d: %s. %s", name, step, finding.name, finding.message)
                     records.finding(step, {"name": finding.name, "message": finding.message})
                     tracker.alert(finding.name, finding.message, step)
+                stop_if(diverged(metrics), step + 1)
                 progress(step + 1, metrics)
                 last = step + 1 == algorithm.total_steps
                 if (last or (step + 1) % config["samples_every"] == 0) and (rows := algorithm.samples()):
                     records.samples(step, rows)
                     tracker.table("samples", rows, step)
-                if stop.asked or (step + 1) % config["checkpoint_every"] == 0 and not last:
-                    save(step + 1)
+                if stop.asked or last or (step + 1) % config["checkpoint_every"] == 0:
+                    stop_if(spoilt(algorithm.learner), step + 1)
+                    if stop.asked or not last:
+                        save(step + 1)
                 if stop.asked:
                     records.close()
                     raise Stopped(
@@ -263,6 +267,22 @@ class Tracked:
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self.tracker.finish(failed=kind is not None)
+
+
+def spoilt(learner: Learner) -> list[str]:
+    """The parameters that hold NaN or infinity."""
+    found = ((f"{model}.{name}", array) for model, m in learner.models.items() for name, array in m.parameters().items())
+    return [name for name, array in found if not np.isfinite(array).all()]
+
+
+def _diverged(name: str, step: int, total: int, wrong: Sequence[str], folder: StageFolder, saved: int) -> str:
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    verb = "is" if len(wrong) == 1 else "are"
+    kept = f"The checkpoint after step {saved} is kept in {folder.path}/checkpoints" if saved else "There is no checkpoint yet"
+    return (
+        f"{name} stopped after step {step} of {total}: {', '.join(wrong[:3])}{more} {verb} not finite. {NOT_FINITE.meaning} "
+        f"{kept}; the stage is not done. Try: {NOT_FINITE.advice} The same command ends the same way."
+    )
 
 
 def peak_memory(backend: Backend) -> int:

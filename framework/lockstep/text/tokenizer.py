@@ -16,6 +16,7 @@ from typing import Any
 
 import tokenizers
 
+from lockstep.config.overrides import override
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, DataError, did_you_mean, listing
 from lockstep.storage import gguf
@@ -81,7 +82,7 @@ class Tokenizer:
             raise ConfigError(
                 f"The tokenizer pads with '{pad_token}', which is also its EOS '{eos_token}': EOS would be masked as "
                 f"padding, and the policy would never learn to stop. Give it a separate pad token that never "
-                f"occurs in text: policy.tokenizer.pad_token='<|pad|>' (it need not be in the vocabulary; special "
+                f"occurs in text: {override('policy.tokenizer.pad_token', '<|pad|>')} (it need not be in the vocabulary; special "
                 f"tokens here: {self._specials()})."
             )
         self.pad_token = pad_token or "<|pad|>"

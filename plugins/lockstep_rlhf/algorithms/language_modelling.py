@@ -114,6 +114,7 @@ class LanguageModelling(Algorithm):
         examples, size = cls.count(data), cls.per_step(config)
         raw = f" and {config.batch_size - size} raw texts" if size < config.batch_size else ""
         batch = f"{examples} examples x {config.epochs:g} epochs / {size}{raw} per step = {cls.steps(config, examples)} steps"
+        batch += f", from {len(data.texts('train'))} raw texts" if raw else ""
         if config.packing:
             columns, micro = config.lengths.prompt + config.lengths.response, config.micro_batch_size
             return f"{batch}, packed into rows of {columns} tokens; micro-batches of {f'{micro} rows' if micro else 'all rows'}"

@@ -16,6 +16,7 @@ Old log-probabilities are recomputed with the training graph, as in PPO, so the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -82,7 +83,9 @@ class PolicyGradient(Online):
         batch_size: int = setting(8, "Prompts per iteration.", least=1)
         samples: int = setting(8, "k: responses per prompt (GRPO: 64).", least=1)
         kl_coef: float | None = setting(None, "β: cost per nat of KL; 0: KL is only measured; null: no reference.", least=0)
-        unfinished_score: float | None = setting(None, "Replaces the score of a response without EOS; null: keep it.")
+        unfinished_score: float | None = setting(
+            None, "Replaces the score of a response without EOS; null: keep it.", least=-math.inf
+        )
         baseline: Literal["group", "leave_one_out", "none"] = setting(
             "group", "Subtracted from a score: the mean of its prompt's scores; of the others of its prompt (RLOO); nothing."
         )

@@ -103,6 +103,17 @@ class PPO(Online):
                     f"algorithm.ptx_ratio={self.ptx_ratio:g} gives no raw text to a minibatch of "
                     f"{self.episodes // self.minibatches} episodes. Raise it, or set ptx_coef=0."
                 )
+            if self.kl_target is not None and self.kl_coef == 0:
+                raise ConfigError(
+                    "algorithm.kl_target adapts the KL coefficient by factors, and algorithm.kl_coef=0 stays 0. Set "
+                    "kl_coef=0.02, or kl_target=null."
+                )
+            lowest = numerics.MAX_KL_ERROR * self.episodes
+            if self.kl_target is not None and self.kl_horizon <= lowest:
+                raise ConfigError(
+                    f"algorithm.kl_horizon={self.kl_horizon:g} with {self.episodes} episodes may take the KL coefficient "
+                    f"below 0 in one iteration. Set kl_horizon above {lowest:g}, or kl_target=null."
+                )
 
     def __init__(self, config: Config, context: Context):
         super().__init__(config, context)
@@ -181,7 +192,7 @@ class PPO(Online):
 
     @classmethod
     def arithmetic(cls, config: Config, data: DataSource) -> str:
-        ptx = f", + {config.raw_texts} raw texts each" if config.ptx_coef else ""
+        ptx = f", + {config.raw_texts} raw texts each, from {len(data.texts('train'))}" if config.ptx_coef else ""
         return super().arithmetic(config, data) + ptx
 
     def state(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ Responses are sampled anew in every iteration, from the present policy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,7 +32,9 @@ class RejectionSampling(Online):
         batch_size: int = setting(16, "Prompts per iteration.", least=1)
         samples: int = setting(8, "k: responses per prompt, of which the best is kept (RAFT: 32).", least=2)
         kl_coef: float | None = setting(None, "0: KL to the initial policy is measured; null: no reference.", least=0, most=0)
-        threshold: float | None = setting(None, "Scores that the best must be above: 0.5, for rewards of 0 and 1; null: none.")
+        threshold: float | None = setting(
+            None, "Scores that the best must be above: 0.5, for rewards of 0 and 1; null: none.", least=-math.inf
+        )
 
         @property
         def trained(self) -> int:

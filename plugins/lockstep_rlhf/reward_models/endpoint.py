@@ -64,6 +64,10 @@ class Endpoint(Outside):
                     "it: reward_model.token_variable=REWARD_TOKEN."
                 )
 
+    @classmethod
+    def check(cls, config: Config) -> None:
+        _token(config.token_variable)
+
     def __init__(self, config: Config, resources: Resources):
         self.config, self.batch_size = config, config.batch_size
         parts = urlsplit(config.url)

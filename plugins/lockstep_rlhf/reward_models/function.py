@@ -32,6 +32,10 @@ class Function(Outside):
             "raise", "Stop the run; or drop: leave the episodes out and say how many. A failure is never a score."
         )
 
+    @classmethod
+    def check(cls, config: Config) -> None:
+        _import(config.function)
+
     def __init__(self, config: Config, resources: Resources):
         self.config = config
         self.source = f"reward function {config.function}"

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lockstep.errors import ConfigError
+from lockstep.errors import ConfigError, did_you_mean
 from lockstep.reporting.console import Console
 
 HELP = "run or sweep experiments: lockstep run experiment=instructgpt backend=jax"
 OVERRIDES = True
+OPTIONS = ("-m", "--multirun", "--config", "--dry-run", "-h", "--help")
 
 USAGE = """lockstep run [overrides] [-m]
 
@@ -36,6 +37,10 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from lockstep.config.compose import compose, conf_folders
 
     given, many = set(overrides), {"-m", "--multirun"} & set(overrides)
+    if not many and (unknown := [each for each in overrides if each.startswith("-") and each not in OPTIONS]):
+        raise ConfigError(
+            f"lockstep run has no option {unknown[0]}.{did_you_mean(unknown[0], OPTIONS)} It has {', '.join(OPTIONS)}."
+        )
     if {"-h", "--help"} & given:
         groups = sorted({p.parent.name for c in conf_folders().values() for p in c.rglob("*.yaml") if p.parent != c})
         print(USAGE + ", ".join(groups) + ".")
@@ -59,6 +64,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 def run_config(config: dict[str, Any], command: str) -> Path:
     """Run one experiment and print its summary. Returns the run folder."""
     from lockstep.commands.run.sweeps import agent, objective
+    from lockstep.config.overrides import shell
     from lockstep.reporting.summary import summary
     from lockstep.runs.experiment import Experiment, finished
     from lockstep.runs.runner import Runner
@@ -74,5 +80,5 @@ def run_config(config: dict[str, Any], command: str) -> Path:
             value = objective(folder, name)
             console.say(f"\nobjective {name}: {value}")
             tell(config, name, value)
-    console.say(f"\nThe run is in {folder}. To compare runs: lockstep compare {folder} OTHER...")
+    console.say(f"\nThe run is in {folder}. To compare runs: lockstep compare {shell(str(folder))} OTHER...")
     return folder

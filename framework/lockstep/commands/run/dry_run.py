@@ -1,21 +1,34 @@
 """``lockstep run --dry-run``: check everything that needs no model and no run folder.
 
-The configuration is composed and checked, the first rows of every data source are parsed, the tokenizer renders one of them,
-and each stage states its arithmetic. For data sets on the hub, the first rows are streamed and the arithmetic counts only
-those. Whatever cannot be reached is listed as not checked.
+The configuration is composed and checked, and so is the place where results go. The device is opened, the first rows of every
+data source are parsed and encoded for the stages that read them, and each stage states its arithmetic. For data sets on the hub,
+the first rows are streamed and the arithmetic counts only those. Whatever cannot be reached is listed as not checked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lockstep.errors import ConfigError, DataError, MissingData, Unreachable
-from lockstep.interfaces import DataSource
+from lockstep.interfaces import DataSource, Policy
 from lockstep.reporting.console import Console
-from lockstep.runs.assembly import Assembly
-from lockstep.runs.experiment import Experiment, is_hub_id
+from lockstep.runs.assembly import Assembly, opener
+from lockstep.runs.experiment import NEW, Experiment, Stage, is_hub_id
+from lockstep.text import encoding
 from lockstep.text.borders import Borders
+from lockstep.text.encoding import Lengths
+from lockstep.text.stopping import Stops
 from lockstep.text.tokenizer import Tokenizer
+from lockstep.types import Fit
+
+FIRST = 100
+"""Items of each data set that are encoded."""
+NEVER = (
+    "Only the run itself tells whether weights load, contexts are long enough and memory suffices, what rewards are, and whether "
+    "training stays finite."
+)
 
 
 def dry_run(experiment: Experiment, console: Console) -> None:
@@ -23,41 +36,128 @@ def dry_run(experiment: Experiment, console: Console) -> None:
     Raises:
       LockstepError: the first thing that is wrong.
     """
+    experiment.check_place()
     source, settings = experiment.data
     data = source.preview(settings)
     unknown = []
     for where, found in data.survey():
         console.say(f"{where}: {found}")
         unknown += [where] if isinstance(found, Unreachable) else []
-    tokenizer = local_tokenizer(experiment, data)
-    here = f"there is no folder {experiment.tokenizer.path}, so it is taken as a Hugging Face hub id"
-    console.say(f"tokenizer: {_told(tokenizer, data) if tokenizer else here}")
+    assembly = Assembly(experiment, {})
+    assembly.data = data  # from the hub, only the first rows
+    for where, problem in [*_device(assembly), *_policies(experiment)]:
+        console.say(f"{where}: {problem}")
+        unknown.append(where)
+    tokenizer = local_tokenizer(assembly)
+    console.say(f"tokenizer: {_told(tokenizer, data) if tokenizer else _ON_HUB.format(experiment.tokenizer.path)}")
     unknown += [] if tokenizer else ["tokenizer"]
     lines = []
     for stage in experiment.stages.values():
         try:
-            lines.append((stage.name, "would run", stage.arithmetic(data)))
-        except Unreachable:
-            lines.append((stage.name, "not known", "its data could not be reached"))
+            lines.append((stage.name, "would run", _checked(stage, data, tokenizer)))
+        except Unreachable as reason:
+            lines.append((stage.name, "not known", str(reason)))
             unknown.append(f"stages.{stage.name}")
     console.plan(experiment.name, lines)
     console.say(f"Not checked: {', '.join(unknown)}." if unknown else "Everything a dry run can check is correct.")
+    console.say(NEVER)
 
 
-def local_tokenizer(experiment: Experiment, data: DataSource) -> Tokenizer | None:
+_ON_HUB = "there is no folder {}, so it is taken as a Hugging Face hub id"
+
+
+def _device(assembly: Assembly) -> Iterator[tuple[str, str]]:
+    """The backend, if this machine lacks its device: the run may be meant for another."""
+    try:
+        assembly.backend  # noqa: B018  made on first use
+    except ConfigError as error:
+        yield "backend", str(error)
+
+
+def _policies(experiment: Experiment) -> Iterator[tuple[str, str]]:
+    """Checkpoints on the hub.
+
+    Raises:
+      LockstepError: a local one does not exist, or no policy opens it.
+    """
+    cls: type[Policy]
+    cls, config = experiment.policy
+    starts = {stage.policy for stage in experiment.stages.values()}
+    for path in cls.inputs(config).files if NEW in starts else ():
+        if not Path(path).exists():
+            if not is_hub_id(path):
+                raise ConfigError(f"There is no folder {path}, and it is not a hub id (owner/name).")
+            yield "policy", _ON_HUB.format(path)
+    for folder in starts - {None, NEW, *experiment.stages}:
+        opener(Path(str(folder)), experiment.backend_name)
+
+
+def local_tokenizer(assembly: Assembly) -> Tokenizer | None:
     """The policy's, if it is not on the hub.
 
     Raises:
       ConfigError: its folder does not exist, or EOS, pad token or template cannot be used.
     """
-    path = experiment.tokenizer.path
+    path = assembly.experiment.tokenizer.path
     if path is not None and not Path(path).exists():
         if is_hub_id(path):
             return None
         raise ConfigError(f"There is no folder {path}, and it is not a hub id (owner/name).")
-    assembly = Assembly(experiment, {})
-    assembly.data = data  # from the hub, only the first rows
     return assembly.tokenizer
+
+
+def _checked(stage: Stage, data: DataSource, tokenizer: Tokenizer | None) -> str:
+    """The stage's arithmetic.
+
+    Raises:
+      LockstepError: it would fail, for a reason that needs no model.
+    """
+    asked: Any = Asked(data)
+    arithmetic = stage.arithmetic(asked)
+    if tokenizer is not None and isinstance(lengths := getattr(stage.config, "lengths", None), Lengths):
+        for noun, split in asked.nouns:
+            _check_lengths(noun, split, getattr(data, noun)(split), tokenizer, lengths)
+    if tokenizer is not None and (strings := getattr(stage.config, "stop_strings", ())):
+        Stops(tokenizer, strings)
+    return arithmetic
+
+
+ENCODERS: Mapping[str, Callable[..., Any]] = {
+    "prompts": encoding.encode_prompts,
+    "demonstrations": encoding.encode_demonstrations,
+    "comparisons": encoding.encode_comparisons,
+}
+
+
+class Asked:
+    """A data source that notes what it is asked for: ``nouns`` has ('prompts', 'train')."""
+
+    def __init__(self, data: DataSource):
+        self.data, self.nouns = data, list[tuple[str, str]]()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.data, name)
+        if name not in ENCODERS:
+            return found
+
+        def noted(split: str) -> Any:
+            items = found(split)
+            self.nouns += [(name, split)] if (name, split) not in self.nouns else []
+            return items
+
+        return noted
+
+
+def _check_lengths(noun: str, split: str, items: Sequence[Any], tokenizer: Tokenizer, lengths: Lengths) -> None:
+    """Encode the first items, and all if none of those fits.
+
+    Raises:
+      LockstepError: none fits, or the chat template cannot write them.
+    """
+    try:
+        ENCODERS[noun](tokenizer, items[:FIRST], lengths, Fit(f"first {split} {noun}"))
+    except DataError:
+        ENCODERS[noun](tokenizer, items[:], lengths, Fit(f"{split} {noun}"))
 
 
 def _told(tokenizer: Tokenizer, data: DataSource) -> str:

@@ -30,12 +30,11 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Glob, Override
 from omegaconf import DictConfig, OmegaConf
 
-from lockstep.config.compose import CORE, conf_folders, partial, resolved
+from lockstep.config.compose import CORE, compose, conf_folders, resolved
+from lockstep.config.overrides import hydra_value, read, shell
 from lockstep.errors import ConfigError, LockstepError, did_you_mean, listing
 from lockstep.runs import identity
 from lockstep.runs.evaluation import flatten
@@ -74,8 +73,7 @@ def sweep(arguments: Sequence[str]) -> str:
     record = SweepFolder(_folder(arguments))
     record.begin(shlex.join(["lockstep", "run", *arguments]))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts: no usage reports
-    quoted = str(record.path).replace("'", r"\'")
-    sys.argv = ["lockstep run", *arguments, f"hydra.sweep.dir='{quoted}'"]
+    sys.argv = ["lockstep run", *arguments, f"hydra.sweep.dir={hydra_value(str(record.path))}"]
 
     @hydra.main(config_path=str(conf_folders()[CORE]), config_name="config", version_base="1.3")
     def job(config: DictConfig) -> float | None:
@@ -100,19 +98,30 @@ def _check_installed(arguments: Sequence[str]) -> None:
 def _folder(arguments: Sequence[str]) -> Path:
     """Where the sweep is recorded: in the folder of runs that its jobs share, named by what decides the jobs."""
     decisive = [a for a in arguments if not re.match(r"-|hydra[/.]launcher", a)]
-    try:
-        overrides = OverridesParser.create().parse_overrides([a for a in decisive if not a.startswith("hydra")])
-    except HydraException as error:
-        raise ConfigError(str(error)) from error
-    first = partial([line for o in overrides if (line := _first(o))])
-    return Path(first.folder).absolute() / "sweeps" / identity.digest({"overrides": sorted(decisive)})[:8]
+    overrides = read([a for a in arguments if not a.startswith("-")])
+    _check_parallel(overrides)
+    first = compose([line for o in overrides if not o.key_or_group.startswith("hydra") and (line := _first(o))])
+    return Path(first["folder"]).absolute() / "sweeps" / identity.digest({"overrides": sorted(decisive)})[:8]
 
 
 def _first(override: Override) -> str | None:
-    """The override with the first of its swept values; None for an interval, which has none."""
+    """The override with the first of its swept values, or with the start of an interval; None for a pattern of file names."""
     if not override.is_sweep_override():
         return override.input_line
-    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}" if override.is_discrete_sweep() else None
+    if isinstance(swept := override.value(), Glob):
+        return None
+    first = next(override.sweep_string_iterator(), None) if override.is_discrete_sweep() else swept.start
+    if first is None:
+        raise ConfigError(f"{override.input_line} gives no value, so there would be no job.")
+    return f"{override.get_key_element()}={first}"
+
+
+def _check_parallel(overrides: Sequence[Override]) -> None:
+    for given in overrides:
+        if given.key_or_group == "hydra.launcher.parallel":
+            value = given.value()
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{given.input_line} must be at least 1: how many jobs run at a time.")
 
 
 def _outcome(record: SweepFolder) -> str:
@@ -120,9 +129,9 @@ def _outcome(record: SweepFolder) -> str:
     lost = [job for job in jobs if job["status"] != "done"]
     done = f"{len(jobs) - len(lost)} of {len(jobs)} jobs are done. The sweep is in {record.path}."
     if lost:
-        lines = "\n".join(f"  lockstep run {shlex.join(job['overrides'])}\n{_indented(_fate(job))}" for job in lost)
+        lines = "\n".join(f"  lockstep run {' '.join(map(shell, job['overrides']))}\n{_indented(_fate(job))}" for job in lost)
         raise SweepFailed(f"{len(lost)} jobs failed; to rerun one:\n{lines}\n{done} The same command runs the rest.")
-    return f"{done} To compare them: lockstep compare {record.path}"
+    return f"{done} To compare them: lockstep compare {shell(str(record.path))}"
 
 
 def _fate(job: Mapping[str, Any]) -> str:

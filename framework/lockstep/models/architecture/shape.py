@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lockstep.config.schema import setting
+from lockstep.errors import ConfigError
 from lockstep.text.tokenizer import TokenizerConfig
 
 
@@ -132,6 +133,22 @@ class SmallDecoderConfig:
     context_length: int = setting(256, "Tokens, prompt and response together.", least=1)
     rope_theta: float = setting(10000.0, "Base of the rotary frequencies (Su et al. 2021).", above=0)
     tied: bool = setting(True, "Whether input and output embeddings are one matrix.")
+
+    def __post_init__(self) -> None:
+        size, heads, kv_heads = self.hidden_size, self.heads, self.kv_heads
+        if size % heads or size // heads % 2:
+            fitting = [n for n in range(1, min(size, 256) + 1) if size % n == 0 and size // n % 2 == 0]
+            told = f"Set heads to one of {', '.join(map(str, fitting))}." if fitting else "Set an even hidden_size."
+            raise ConfigError(
+                f"policy.hidden_size={size} does not divide into policy.heads={heads} of even width, as rotary positions need. "
+                f"{told}"
+            )
+        if heads % kv_heads:
+            fitting = [n for n in range(1, min(heads, 256) + 1) if heads % n == 0]
+            raise ConfigError(
+                f"policy.heads={heads} is not divisible by policy.kv_heads={kv_heads}. Set kv_heads to one of "
+                f"{', '.join(map(str, fitting))}."
+            )
 
     def architecture(self, vocab_size: int) -> Architecture:
         sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tokenizer"}
