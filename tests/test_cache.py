@@ -38,6 +38,10 @@ def described(folder, *overrides):
     return [*TINY, *DECODER, *SFT, f"folder={folder}", *overrides]
 
 
+def listed(folder):
+    return cache.entries(folder, cache.users(folder))
+
+
 def said(capsys, action, overrides, older_than=None, yes=False):
     cache_command.run(argparse.Namespace(action=action, older_than=older_than, yes=yes), overrides)
     return capsys.readouterr().out
@@ -45,7 +49,7 @@ def said(capsys, action, overrides, older_than=None, yes=False):
 
 def test_the_list_says_state_size_age_and_users(runs, capsys):
     folder, (first, second), overrides = runs
-    found = {entry.path.name.split("-")[0]: entry for entry in cache.entries(folder)}
+    found = {entry.path.name.split("-")[0]: entry for entry in listed(folder)}
     assert found["pretrain"].runs == sorted([first, second]) and len(found["sft"].runs) == 1
     assert {entry.state for entry in found.values()} == {"done"}
     files = [file.stat().st_size for file in found["pretrain"].path.rglob("*") if file.is_file() and file.name != "lock"]
@@ -78,7 +82,7 @@ def test_why_names_the_package_whose_code_has_changed(runs, capsys, monkeypatch)
 def test_pruning_removes_what_no_run_uses_and_only_after_yes(runs, capsys):
     folder, (first, second), overrides = runs
     assert "0 stages that no run uses" in said(capsys, "prune", overrides, yes=True)
-    [stage] = [entry.path for entry in cache.entries(folder) if entry.runs == [second]]
+    [stage] = [entry.path for entry in listed(folder) if entry.runs == [second]]
     shutil.rmtree(folder / second)
     printed = said(capsys, "prune", overrides)
     assert stage.name in printed and "Nothing was removed; to remove them, add --yes." in printed and stage.exists()
@@ -86,7 +90,7 @@ def test_pruning_removes_what_no_run_uses_and_only_after_yes(runs, capsys):
     for file in stage.rglob("*"):
         os.utime(file, (0, time.time() - 2 * 86400))
     assert "Removed 1 of 1 stages" in said(capsys, "prune", overrides, older_than="1d", yes=True)
-    assert not stage.exists() and len(cache.entries(folder)) == 2
+    assert not stage.exists() and len(listed(folder)) == 2
     assert finished(compose(overrides))
 
 
@@ -97,7 +101,7 @@ def test_a_stage_that_a_process_works_on_or_a_run_is_going_to_use_is_not_removed
     [entry] = cache.unused(folder)
     with store.hold(entry.path):
         assert cache.unused(folder) == [] and not cache.remove(entry)
-        assert f"process {os.getpid()} on " in next(e.state for e in cache.entries(folder) if e.path == entry.path)
+        assert f"process {os.getpid()} on " in next(e.state for e in listed(folder) if e.path == entry.path)
     record = folder.parent / first / "run.json"
     record.write_text(record.read_text().replace(entry.path.name, "sft-torch-older"))  # not begun; but planned, in stages.json
     shutil.copytree(folder.parent / first, folder / first)

@@ -10,6 +10,7 @@ from typing import Any
 from lockstep.config.schema import REQUIRED, parse, setting
 from lockstep.errors import ConfigError, RegistryError
 from lockstep.registry import KINDS, registry
+from lockstep.storage.names import NOT_RUNS, checked_name, root_folder
 
 ConfigGroup = dict[str, Any]
 
@@ -52,6 +53,11 @@ def check_root(config: Mapping[str, Any]) -> Root:
       LockstepError: the first problem found.
     """
     root = parse(Root, {key: value for key, value in config.items() if key in KEYS}, "")
+    root_folder(root.folder)
+    if root.name is not None:
+        checked_name("The run name", root.name, NOT_RUNS)
+    for stage in root.stages:
+        checked_name("The stage name", stage, ("new",))
     for key, kind in GROUPS.items():
         if (group := getattr(root, key)) is not None:
             _check_group(kind, group, key, root.backend.get("name"))

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,23 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def load_json(path: Path) -> Any:
+    """
+    Raises:
+      OSError, ValueError: it cannot be read, or is not JSON.
+    """
+    text = path.read_text(encoding="utf-8")
+    if not text.strip():
+        raise ValueError("it is empty")
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return load_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
@@ -85,13 +99,6 @@ def dump_line(row: Any) -> str:
     if isinstance(row, dict):
         row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file; none if the file does not exist."""
-    if file.exists():
-        with open(file, encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
 
 
 def finite(value: float | None) -> float | None:

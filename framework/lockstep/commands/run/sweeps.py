@@ -23,6 +23,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from lockstep.config.compose import CORE, conf_folders, partial, resolved
 from lockstep.errors import ConfigError, LockstepError, did_you_mean, listing
+from lockstep.reporting.console import tell
 from lockstep.runs import identity
 from lockstep.runs.evaluation import flatten
 from lockstep.runs.experiment import finished, run_name
-from lockstep.storage.files import read_json, write_json
+from lockstep.runs.interrupts import terminable
+from lockstep.storage.files import write_json
+from lockstep.storage.names import root_folder
+from lockstep.storage.records import DONE, RUN, SWEEP, read_record, stage_folders
 
 NEEDS = {
     "hydra/sweeper=optuna": "hydra_optuna_sweeper",
@@ -71,6 +76,7 @@ def sweep(arguments: Sequence[str]) -> str:
         SweepFailed: some jobs failed; raised after all have run.
     """
     _check_installed(arguments)
+    _stopping.clear()
     record = SweepFolder(_folder(arguments))
     record.begin(shlex.join(["lockstep", "run", *arguments]))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts: no usage reports
@@ -82,7 +88,8 @@ def sweep(arguments: Sequence[str]) -> str:
         return run_job(list(HydraConfig.get().overrides.task), config, Path(HydraConfig.get().sweep.dir))
 
     try:
-        job()
+        with terminable(_stop_jobs):
+            job()
     except SystemExit:  # Hydra has printed why
         if not record.jobs("failed", "running"):
             raise
@@ -105,7 +112,7 @@ def _folder(arguments: Sequence[str]) -> Path:
     except HydraException as error:
         raise ConfigError(str(error)) from error
     first = partial([line for o in overrides if (line := _first(o))])
-    return Path(first.folder).absolute() / "sweeps" / identity.digest({"overrides": sorted(decisive)})[:8]
+    return root_folder(first.folder).absolute() / "sweeps" / identity.digest({"overrides": sorted(decisive)})[:8]
 
 
 def _first(override: Override) -> str | None:
@@ -146,7 +153,6 @@ class SweepFolder:
         with self._changed() as record:
             record.setdefault("command", command)
             record.setdefault("started", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
-            record.setdefault("jobs", [])
 
     def note(self, overrides: list[str], **facts: Any) -> None:
         """Record what is now known of the job with these overrides."""
@@ -158,7 +164,7 @@ class SweepFolder:
 
     def jobs(self, *status: str) -> list[dict[str, Any]]:
         """All jobs, or those with these statuses."""
-        jobs = read_json(self.path / "sweep.json")["jobs"]
+        jobs = read_record(self.path / "sweep.json", SWEEP)["jobs"]
         return [job for job in jobs if not status or job["status"] in status]
 
     @contextlib.contextmanager
@@ -167,7 +173,7 @@ class SweepFolder:
         file = self.path / "sweep.json"
         with open(self.path / "lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            record = read_json(file) if file.exists() else {}
+            record = read_record(file, SWEEP) if file.exists() else {"jobs": []}
             yield record
             write_json(file, record)
 
@@ -183,34 +189,52 @@ def run_job(
     record, place = SweepFolder(folder), None
     try:
         groups = resolved(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
-        run = Path(groups["folder"]) / run_name(groups)
+        run = root_folder(groups["folder"]) / run_name(groups)
         place = os.path.relpath(run, folder.parents[1])
         record.note(overrides, run=place, status="running", error=None, objective=None)
         status, error = ("done", None) if _done_already(groups, label) else _run(overrides, cores, label)
         value = objective(run, groups["objective"]) if status == "done" and groups["objective"] else None
-    except LockstepError as problem:
+    except (LockstepError, OSError) as problem:
         status, error, value = "failed", f"{type(problem).__name__}: {problem}", None
     record.note(overrides, run=place, status=status, error=error, objective=value)
     return value
 
 
 def _done_already(groups: Mapping[str, Any], label: str) -> bool:
-    with contextlib.suppress(LockstepError):  # the job's own process has more on its path, and reports errors
+    with contextlib.suppress(LockstepError):  # the job's own process reports errors
         if run := finished(groups):
-            print(f"{label}run {run.name} is already done", flush=True)
+            tell(f"{label}run {run.name} is already done\n")
             return True
     return False
 
 
+_running: set[subprocess.Popen[str]] = set()
+_stopping = threading.Event()
+
+
+def _stop_jobs() -> None:
+    """Ask every job to save its state and stop; none starts after this."""
+    _stopping.set()
+    for job in list(_running):
+        job.terminate()
+
+
 def _run(overrides: list[str], cores: set[int] | None, label: str) -> tuple[str, str | None]:
     """(status, error) of a `lockstep run` in its own process."""
+    if _stopping.is_set():
+        return "stopped", "the sweep was stopped before this job began"
     pin = functools.partial(os.sched_setaffinity, 0, cores) if cores else None
-    command = [sys.executable, "-m", "lockstep", "run", *overrides]
+    command = [sys.executable, "-P", "-m", "lockstep", "run", *overrides]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
     lines: collections.deque[str] = collections.deque(maxlen=100)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=pin) as job:
+    with subprocess.Popen(command, **pipes, preexec_fn=pin) as job:
+        _running.add(job)
+        if _stopping.is_set():
+            job.terminate()
         for line in job.stdout:
-            print(f"{label}{line}", end="", flush=True)
+            tell(f"{label}{line}")
             lines.append(line.rstrip())
+    _running.discard(job)
     if job.returncode == 0:
         return "done", None
     killed = f"killed by {signal.Signals(-job.returncode).name}; its last lines:\n" if job.returncode < 0 else ""
@@ -233,10 +257,10 @@ def objective(run: Path, name: str) -> float | None:
       ConfigError: the run has no such stage or metric.
     """
     stage, _, metric = name.partition("/")
-    stages = read_json(run / "run.json")["stages"]
+    stages = stage_folders(run, read_record(run / "run.json", RUN))
     if stage not in stages:
         raise ConfigError(f"objective={name}: no stage '{stage}'.{did_you_mean(stage, stages)} Stages: {listing(stages)}.")
-    result = read_json(run.parent / stages[stage]["folder"] / "done.json")
+    result = read_record(stages[stage] / "done.json", DONE)
     known = result["metrics"] | flatten(result.get("evaluation", {}))
     if metric not in known:
         raise ConfigError(
