@@ -40,14 +40,14 @@ def _wrong(name: str, taken: Collection[str]) -> str | None:
     if not name:
         return "it is empty"
     if odd := next((c for c in name if not _allowed(c)), None):
-        return f"it has {odd!r}" + (", and a run or stage is one folder" if odd == "/" else "")
+        return f"it has {odd!r}" + (" (to keep some runs apart, set folder=...)" if odd == "/" else "")
     if not (name[0] == "_" or name[0] not in SIGNS):
         return f"it begins with {name[0]!r}"
     if name[-1] in ". ":
         return f"it ends with {name[-1]!r}"
     if (size := len(name.encode())) > LONGEST:
         return f"it is {size} bytes long"
-    return f"{name!r} means something else" if name.casefold() in taken else None
+    return f"Lockstep uses {name!r} itself" if name.casefold() in taken else None
 
 
 def _allowed(character: str) -> bool:
