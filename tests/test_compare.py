@@ -82,7 +82,7 @@ def test_unreadable_and_unfinished_runs_are_named_and_the_others_compared(tmp_pa
 
 def test_if_no_run_can_be_read_the_error_names_them(tmp_path):
     (write_run(tmp_path, "torch", 0) / "run.json").write_text("{}")
-    with pytest.raises(DataError, match="demo-torch-0 is left out: .*run.json is not the record of a run: name is missing. Remove"):
+    with pytest.raises(DataError, match="demo-torch-0 is left out: .*run.json is not the record of a run: name is missing"):
         reading.read([tmp_path])
 
 

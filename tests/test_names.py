@@ -10,15 +10,19 @@ from lockstep.runs.store import StageFolder
 from lockstep.storage.names import LONGEST, NOT_RUNS, RULE, checked_name, root_folder
 
 GOOD = [
-    "a", "0", "_", "run 1", "kl=0.1", "ppo+ptx", "a@b", "1e-3", "v1.5", "café", "cafe\u0301", "学习", "हिन्दी", "con", "new", "a" * LONGEST,
+    "a", "0", "_", "run 1", "kl=0.1", "ppo+ptx", "a@b", "1e-3", "v1.5", "café", "cafe\u0301", "学习", "हिन्दी", "con", "new",
+    "a" * LONGEST,
 ]  # fmt: skip
 BAD = {
-    "": "it is empty", "a/b": "it has '/'", "../x": "it has '/'", "/etc": "it has '/'", ".": "it begins with '.'", "..": "it begins",
-    ".x": "it begins", "-x": "it begins with '-'", " x": "it begins with ' '", "=x": "it begins", "x.": "it ends with '.'",
+    "": "it is empty", "a/b": "it has '/'", "../x": "it has '/'", "/etc": "it has '/'", ".": "it begins with '.'",
+    "..": "it begins", ".x": "it begins",
+    "-x": "it begins with '-'", " x": "it begins with ' '", "=x": "it begins", "x.": "it ends with '.'",
     "x ": "it ends with ' '", "stages": "Lockstep", "Stages": "Lockstep", "sweeps": "Lockstep", "a" * (LONGEST + 1): "101 bytes",
-    "é" * 51: "102 bytes", "a" * 255: "255 bytes", "a\nb": "'\\n'", "a\0": "'\\x00'", "a\x1b[31m": "'\\x1b'", "a\u2028b": "'\\u2028'",
+    "é" * 51: "102 bytes", "a" * 255: "255 bytes", "a\nb": "'\\n'", "a\0": "'\\x00'", "a\x1b[31m": "'\\x1b'",
+    "a\u2028b": "'\\u2028'",
     "a\u202eb": "'\\u202e'", "a\u200bb": "'\\u200b'", "a\ud800": "'\\ud800'", "C:": "':'", "C:\\runs": "':'", "a\\b": "'\\\\'",
-    "wandb:x": "':'", "a*": "'*'", "a?": "'?'", "[x]": "'['", "{x}": "'{'", "$HOME": "'$'", "~": "'~'", "a|b": "'|'", "a#b": "'#'",
+    "wandb:x": "':'", "a*": "'*'", "a?": "'?'", "[x]": "'['", "{x}": "'{'", "$HOME": "'$'", "~": "'~'", "a|b": "'|'",
+    "a#b": "'#'",
     "a%20b": "'%'", "a;b": "';'", "a,b": "','", "it's": "\"'\"", 'a"b': "'\"'",
 }  # fmt: skip
 

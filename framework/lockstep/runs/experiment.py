@@ -264,7 +264,7 @@ def finished(config: Mapping[str, Any]) -> Path | None:
         record, contents = read_record(run.path / "run.json", RUN), read_record(run.path / "stages.json", STAGES)
     except CheckpointError:
         return None
-    if record["status"] != "done" or run.config_changes(config):
+    if record["status"] != "done" or not run.config_file.exists() or run.config_changes(config):
         return None
     source = registry().resolve("data", config["data"]["name"])
     fingerprint = source.fingerprint(component_config(source, config["data"], "data"))

@@ -310,6 +310,8 @@ class RunFolder:
         """Lock the run, waiting while another process is running it."""
         with hold(self.path):
             remove_leftovers(self.path)
+            if (self.path / "run.json").exists():
+                read_record(self.path / "run.json", RUN)  # somebody else's is not overwritten
             yield
 
     def write_config(self, config: Mapping[str, Any]) -> None:

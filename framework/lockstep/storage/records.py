@@ -47,7 +47,7 @@ _AGAIN = "Remove it and rerun the command of the run: it is written again, and f
 _MEASURE = ({"mean": (NUMBER, None), "low?": NUMBER, "high?": NUMBER, "n?": (NUMBER, None)}, None)
 _EVALUATION = {
     "baseline?": (str, None),
-    "splits?": {EACH: {EACH: {EACH: _MEASURE}}},
+    "splits": {EACH: {EACH: {EACH: _MEASURE}}},
     "reward_model?": ({EACH: _MEASURE}, None),
 }
 _FINDING = {"step?": int, "name": str, "message": str}
