@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import sys
 import threading
 import time
@@ -109,12 +110,10 @@ def tell(text: str) -> None:
 
 
 def has_reader() -> bool:
-    """False if what was printed could not be delivered, because who read standard output has gone."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return False
-    return True
+    """False if standard output is a pipe whose other end has been closed."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # errors only
+    return not output.poll(0)
 
 
 def nobody_reads() -> None:
