@@ -234,3 +234,22 @@ def test_sigterm_stops_the_jobs_of_a_sweep_and_starts_no_other(tmp_path, monkeyp
     assert found[0] == ("stopped", "saved")
     assert found[1:] in ([], [("stopped", "the sweep was stopped before this job began")])
     sweeps._stopping.clear()
+
+
+def test_a_user_without_a_home_has_one_until_the_command_ends(tmp_path):
+    code = (
+        "import os, pwd, sys\n"
+        "def nobody(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = nobody\n"
+        "from lockstep import cli\n"
+        "from lockstep.commands import plugins\n"
+        "from lockstep.storage.files import expanded\n"
+        "plugins.run = lambda *_: (expanded('~/cache').mkdir(parents=True), print(os.environ['HOME']))\n"
+        "sys.argv = ['lockstep', 'plugins']\n"
+        "cli.main()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"} | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(str(tmp_path)), done.stdout + done.stderr
+    assert f"There is no home folder (HOME is not set): {done.stdout.strip()} is used" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -82,5 +82,5 @@ def test_an_empty_folder_is_no_sweep_in_the_current_one():
 def test_a_tilde_is_the_home_folder_and_without_one_an_error(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     assert str(root_folder("~/runs")) == "/home/somebody/runs"
-    with pytest.raises(ConfigError, match="folder='~no-such-user/runs': .* Write the whole path."):
+    with pytest.raises(ConfigError, match="'~no-such-user/runs': .* Write the whole path, or set HOME."):
         root_folder("~no-such-user/runs")

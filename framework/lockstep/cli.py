@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import importlib
 import io
 import os
 import pkgutil
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 from types import ModuleType
 
 from lockstep import commands
@@ -28,6 +32,7 @@ SAID = {
 def main() -> None:
     """Exit code 0: done; 1: a user error, which the message explains how to fix; 130: stopped by Ctrl-C."""
     _have_streams()
+    _have_home()
     arguments, overrides = _parse()
     console = Console()
     try:
@@ -57,6 +62,17 @@ def _have_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _have_home() -> None:
+    """Libraries keep caches and settings at home. A user without one, as in a container, gets one for this process."""
+    try:
+        Path.home()
+    except RuntimeError:
+        home = tempfile.mkdtemp(prefix="lockstep-home-")
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
+        os.environ["HOME"] = home
+        print(f"There is no home folder (HOME is not set): {home} is used until this command ends.", file=sys.stderr)
 
 
 def _check_current_folder() -> None:

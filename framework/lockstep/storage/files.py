@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lockstep.errors import CheckpointError
+from lockstep.errors import CheckpointError, ConfigError
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -99,6 +99,18 @@ def dump_line(row: Any) -> str:
     if isinstance(row, dict):
         row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
     return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with the home folder in place of '~'.
+
+    Raises:
+      ConfigError: there is no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{str(path)!r}: {error} Write the whole path, or set HOME.") from error
 
 
 def finite(value: float | None) -> float | None:

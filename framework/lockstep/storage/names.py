@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import ConfigError
+from lockstep.storage.files import expanded
 
 LONGEST = 100
 SIGNS = " ._-+=@"
@@ -67,7 +68,4 @@ def root_folder(folder: Any) -> Path:
     """
     if not isinstance(folder, str) or not folder.strip() or any(unicodedata.category(c) in ("Cc", "Cs") for c in folder):
         raise ConfigError(f"folder={folder!r} is not a path. Set it to one, such as folder=runs; the current folder is '.'.")
-    try:
-        return Path(folder).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"folder={folder!r}: {error} Write the whole path.") from error
+    return expanded(folder)
