@@ -79,6 +79,12 @@ def test_an_empty_folder_is_no_sweep_in_the_current_one():
         sweeps._folder(["-m", "folder=''", "seed=0,1"])
 
 
+@pytest.mark.parametrize("override", ["hydra.sweep.dir=elsewhere", "+hydra.sweep.subdir=x"])
+def test_a_sweep_is_not_moved_by_hydras_own_key(override):
+    with pytest.raises(ConfigError, match="a sweep is kept in sweeps/<hash> of folder="):
+        sweeps.sweep(["-m", "seed=0,1", override])
+
+
 def test_a_tilde_is_the_home_folder_and_without_one_an_error(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     assert str(root_folder("~/runs")) == "/home/somebody/runs"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 
 import pytest
 
@@ -10,7 +11,7 @@ from lockstep.api import sources
 from lockstep.api.results import Run
 from lockstep.commands.cache import stored
 from lockstep.commands.run.sweeps import SweepFolder, objective
-from lockstep.errors import CheckpointError, LockstepError
+from lockstep.errors import CheckpointError, DataError, LockstepError
 from lockstep.reporting.compare import reading
 from lockstep.reporting.summary import summary
 from lockstep.runs import store
@@ -235,6 +236,35 @@ def test_a_run_is_not_resumed_over_somebody_elses_record_and_after_its_removal_i
     assert tiny(finished_run.parent, *ALONE) == finished_run
     assert name == "run.json" or file.read_bytes() == mine
     assert "starts over" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.yaml"])
+def test_what_has_no_end_is_not_read(name, run, caplog):
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    metrics = run.parent / "stages" / f"sft-{run.name}" / "metrics.jsonl"
+    metrics.unlink()
+    metrics.mkdir()
+    with pytest.raises(DataError, match=f"{name}.* it is no regular file"):
+        reading.read([run])
+    assert list(read_rows(metrics)) == [] and f"{metrics} is no regular file" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("backend: {name: torch}\na: &a [x, x]\nb: [*a, *a]\n", "it has an alias"),
+        ("backend: {name: torch}\na: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("backend: torch\n", 'backend is "torch", not an object'),
+        ("- 1\n", "not an object"),
+        ("a: [\n", "while parsing"),
+        ("", "it is null"),
+    ],
+)
+def test_a_configuration_is_values_and_no_more(content, said, run):
+    (run / "config.yaml").write_text(content)
+    with pytest.raises(CheckpointError, match=f"config.yaml is not the configuration of a run: .*{said}.* Remove it"):
+        Run(run).config  # noqa: B018
 
 
 @pytest.fixture(scope="module")

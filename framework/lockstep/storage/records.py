@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -103,12 +104,26 @@ def read_record(file: Path, record: Record) -> Any:
     if not file.exists():
         raise CheckpointError(f"There is no {file}, {record.what}.")
     try:
+        _check_file(file)
         content = load_json(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}. It should be {record.what}. {record.advice}") from error
     if problem := mismatch(content, record.shape):
         raise CheckpointError(f"{file} is not {record.what}: {problem}. {record.advice}")
     return content
+
+
+def _check_file(path: Path) -> None:
+    """Raises FileNotFoundError, or OSError for what has no end, such as a pipe."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is no regular file")
+
+
+class _WithoutAliases(yaml.SafeLoader):
+    """Of what Lockstep writes. With aliases, a few lines are a billion values for who walks through them."""
+
+    def fetch_alias(self) -> None:
+        raise yaml.YAMLError("it has an alias (*), which Lockstep does not write")
 
 
 def read_configuration(run: Path) -> dict[str, Any]:
@@ -119,7 +134,8 @@ def read_configuration(run: Path) -> dict[str, Any]:
     """
     file = run / "config.yaml"
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        _check_file(file)
+        content = yaml.load(file.read_text(encoding="utf-8"), _WithoutAliases)
         problem = mismatch(content, {"backend": {"name": str}})
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no {file}, the configuration of a run.") from error
@@ -141,7 +157,9 @@ def stage_folders(run: Path, record: Mapping[str, Any]) -> dict[str, Path]:
 def read_rows(file: Path, shape: Shape = dict, warn: Callable[[str], None] = log.warning) -> Iterator[dict[str, Any]]:
     """The rows of a JSON-lines file; none if there is no such file. A last line without an end is being written, or was cut off
     by a crash: it is skipped. Other lines that are no such row are skipped too, and ``warn`` is told."""
-    if not file.exists():
+    if not file.is_file():
+        if file.exists():
+            warn(f"{file} is no regular file")
         return
     bad, first = 0, ""
     with open(file, "rb") as lines:

@@ -98,6 +98,8 @@ def sweep(arguments: Sequence[str]) -> str:
 
 def _check_installed(arguments: Sequence[str]) -> None:
     for argument in arguments:
+        if re.match(r"[+~]*hydra\.sweep\.(dir|subdir)\b", argument):
+            raise ConfigError(f"{argument}: a sweep is kept in sweeps/<hash> of folder=..., to resume there. Leave this out.")
         module = NEEDS.get(argument)
         if module and importlib.util.find_spec(f"hydra_plugins.{module}") is None:
             package, extra = module.replace("_", "-"), "ray" if "ray" in module else "sweeps"
