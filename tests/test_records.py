@@ -238,6 +238,12 @@ def test_a_run_is_not_resumed_over_somebody_elses_record_and_after_its_removal_i
     assert "starts over" not in caplog.text
 
 
+def test_a_checkpoint_with_a_run_json_of_its_own_is_a_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "run.json").write_text('{"id": "theirs"}')
+    assert sources.find(tmp_path, "policy") == (tmp_path, None)
+
+
 @pytest.mark.parametrize("name", ["run.json", "config.yaml"])
 def test_what_has_no_end_is_not_read(name, run, caplog):
     (run / name).unlink()

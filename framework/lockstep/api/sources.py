@@ -44,7 +44,7 @@ def find(source: str | Path, kind: str, stage: str | None = None) -> tuple[Path,
       CheckpointError: the run or folder holds no such result, or does not exist.
     """
     folder, what = Path(source), kind.replace("_", " ")
-    if (folder / "run.json").exists():
+    if (folder / "run.json").exists() and not (folder / "config.json").exists():  # a checkpoint may have a run.json of its own
         made = outputs(folder, kind)
         if not made or (stage and stage not in made):
             missing = f"no stage '{stage}' with a {what}.{did_you_mean(stage, made)}" if stage else f"no {what} yet."

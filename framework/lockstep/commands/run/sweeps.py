@@ -135,7 +135,7 @@ def _outcome(record: SweepFolder) -> str:
 
 
 def _fate(job: Mapping[str, Any]) -> str:
-    return job["error"] or "it stopped reporting: its process or machine is gone"
+    return job.get("error") or "it stopped reporting: its process or machine is gone"
 
 
 def _indented(text: str) -> str:
