@@ -181,7 +181,7 @@ def test_a_removed_current_folder_is_named(monkeypatch, capsys):
 
 def test_only_ctrl_c_insists(caplog):
     with GracefulStop() as stop:
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGTERM):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
             os.kill(os.getpid(), number)
         assert stop.asked and caplog.text.count("stopping after this step") == 1
         with pytest.raises(KeyboardInterrupt):
@@ -199,10 +199,20 @@ def test_sigterm_interrupts_once_and_then_is_as_it_was():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.parametrize("where", ["_plan", "_train"])
-def test_sigterm_outside_training_leaves_a_stopped_run_and_stage(tmp_path, monkeypatch, where):
+def test_a_hang_up_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with terminable(), GracefulStop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.asked and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("where", "number"), [("_plan", signal.SIGTERM), ("_train", signal.SIGTERM), ("_train", signal.SIGHUP)])
+def test_sigterm_outside_training_leaves_a_stopped_run_and_stage(tmp_path, monkeypatch, where, number):
     def terminated(self, *_):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         time.sleep(5)
 
     monkeypatch.setattr(Runner, where, terminated)
