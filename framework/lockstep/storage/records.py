@@ -197,16 +197,17 @@ def _mismatch_of_keys(value: Any, shape: Mapping[Any, Shape], where: str) -> str
     if not isinstance(value, dict):
         return _other(value, dict, where)
     for key, inner in shape.items():
+        place = f"{where}." if where else ""
         if key is EACH:
-            each = ((name, value[name]) for name in value if name not in shape)
+            names = [name for name in value if name not in shape]
         elif (name := key.removesuffix("?")) in value:
-            each = iter([(name, value[name])])
-        elif key != name:
-            continue
+            names = [name]
+        elif key == name:
+            return f"{place}{name} is missing"
         else:
-            return f"{f'{where}.' if where else ''}{name} is missing"
-        for name, found in each:
-            if problem := mismatch(found, inner, f"{where}.{name}" if where else name):
+            names = []
+        for name in names:
+            if problem := mismatch(value[name], inner, f"{place}{name}"):
                 return problem
     return None
 
