@@ -119,7 +119,7 @@ def run_main(monkeypatch, *arguments):
     return ended.value.code
 
 
-@pytest.mark.parametrize("command", [["plugins"], ["run", "--config"]], ids=" ".join)
+@pytest.mark.parametrize("command", [["plugins"], ["run", "--config"], ["--help"]], ids=" ".join)
 def test_a_closed_pipe_ends_no_command_with_an_error(command):
     reader, writer = os.pipe()
     os.close(reader)

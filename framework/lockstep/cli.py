@@ -33,16 +33,15 @@ def main() -> None:
     """Exit code 0: done; 1: a user error, which the message explains how to fix; 130: stopped by Ctrl-C."""
     _have_streams()
     _have_home()
-    arguments, overrides = _parse()
     console = Console()
     try:
         _check_current_folder()
+        arguments, overrides = _parse()
         arguments.command.run(arguments, overrides)
         sys.stdout.flush()
     except BrokenPipeError:
         if has_reader():
             raise
-        nobody_reads()
     except LockstepError as error:
         console.say(f"{type(error).__name__}: {error}")
         sys.exit(130 if isinstance(error, Stopped) else 1)
@@ -54,6 +53,9 @@ def main() -> None:
     except KeyboardInterrupt:
         console.say("Stopped at once. Run the same command to resume from the last checkpoint.")
         sys.exit(130)
+    finally:
+        if not has_reader():
+            nobody_reads()  # what is left to print when Python ends
 
 
 def _have_streams() -> None:

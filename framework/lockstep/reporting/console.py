@@ -112,7 +112,8 @@ def tell(text: str) -> None:
 def has_reader() -> bool:
     """False if standard output is a pipe whose other end has been closed."""
     output = select.poll()
-    output.register(sys.stdout.fileno(), 0)  # errors only
+    with contextlib.suppress(OSError):  # not a file at all, as in a notebook
+        output.register(sys.stdout.fileno(), 0)  # errors only
     return not output.poll(0)
 
 
