@@ -1,7 +1,9 @@
 """`lockstep cache`: what is stored, why a stage is not reused, and what is removed."""
 
 import argparse
+import errno
 import itertools
+import json
 import os
 import shutil
 import threading
@@ -12,7 +14,7 @@ import pytest
 from lockstep.commands import cache as cache_command
 from lockstep.commands.cache import stored as cache
 from lockstep.config.compose import compose
-from lockstep.errors import ConfigError
+from lockstep.errors import CheckpointError, ConfigError
 from lockstep.runs import identity, store
 from lockstep.runs.experiment import Experiment, finished
 from runs import DECODER, TINY, tiny
@@ -38,6 +40,10 @@ def described(folder, *overrides):
     return [*TINY, *DECODER, *SFT, f"folder={folder}", *overrides]
 
 
+def listed(folder):
+    return cache.entries(folder, cache.users(folder))
+
+
 def said(capsys, action, overrides, older_than=None, yes=False):
     cache_command.run(argparse.Namespace(action=action, older_than=older_than, yes=yes), overrides)
     return capsys.readouterr().out
@@ -45,7 +51,7 @@ def said(capsys, action, overrides, older_than=None, yes=False):
 
 def test_the_list_says_state_size_age_and_users(runs, capsys):
     folder, (first, second), overrides = runs
-    found = {entry.path.name.split("-")[0]: entry for entry in cache.entries(folder)}
+    found = {entry.path.name.split("-")[0]: entry for entry in listed(folder)}
     assert found["pretrain"].runs == sorted([first, second]) and len(found["sft"].runs) == 1
     assert {entry.state for entry in found.values()} == {"done"}
     files = [file.stat().st_size for file in found["pretrain"].path.rglob("*") if file.is_file() and file.name != "lock"]
@@ -78,7 +84,7 @@ def test_why_names_the_package_whose_code_has_changed(runs, capsys, monkeypatch)
 def test_pruning_removes_what_no_run_uses_and_only_after_yes(runs, capsys):
     folder, (first, second), overrides = runs
     assert "0 stages that no run uses" in said(capsys, "prune", overrides, yes=True)
-    [stage] = [entry.path for entry in cache.entries(folder) if entry.runs == [second]]
+    [stage] = [entry.path for entry in listed(folder) if entry.runs == [second]]
     shutil.rmtree(folder / second)
     printed = said(capsys, "prune", overrides)
     assert stage.name in printed and "Nothing was removed; to remove them, add --yes." in printed and stage.exists()
@@ -86,7 +92,7 @@ def test_pruning_removes_what_no_run_uses_and_only_after_yes(runs, capsys):
     for file in stage.rglob("*"):
         os.utime(file, (0, time.time() - 2 * 86400))
     assert "Removed 1 of 1 stages" in said(capsys, "prune", overrides, older_than="1d", yes=True)
-    assert not stage.exists() and len(cache.entries(folder)) == 2
+    assert not stage.exists() and len(listed(folder)) == 2
     assert finished(compose(overrides))
 
 
@@ -97,12 +103,107 @@ def test_a_stage_that_a_process_works_on_or_a_run_is_going_to_use_is_not_removed
     [entry] = cache.unused(folder)
     with store.hold(entry.path):
         assert cache.unused(folder) == [] and not cache.remove(entry)
-        assert f"process {os.getpid()} on " in next(e.state for e in cache.entries(folder) if e.path == entry.path)
+        assert f"process {os.getpid()} on " in next(e.state for e in listed(folder) if e.path == entry.path)
     record = folder.parent / first / "run.json"
     record.write_text(record.read_text().replace(entry.path.name, "sft-torch-older"))  # not begun; but planned, in stages.json
     shutil.copytree(folder.parent / first, folder / first)
     assert cache.unused(folder) == [] and not cache.remove(entry)
     assert entry.path.exists()
+
+
+@pytest.mark.parametrize("where", ["deeper", "linked", "planned", "by its path"])
+def test_what_a_run_points_to_is_not_pruned_wherever_the_run_is(runs, where):
+    folder, (first, _), _ = runs
+    [stage] = [entry.path for entry in listed(folder) if entry.runs == [first]]
+    run = folder / first
+    if where == "deeper":
+        (folder / "2026" / "november").mkdir(parents=True)
+        run.rename(folder / "2026" / "november" / first)
+    elif where == "linked":
+        run.rename(folder.parent / first)
+        run.symlink_to(folder.parent / first)
+        (folder.parent / first / "loop").symlink_to(folder)
+    elif where == "planned":
+        (run / "run.json").unlink()  # its process was killed before it wrote one
+    else:
+        record = json.loads((run / "stages.json").read_text())
+        read = {"pretrain": record["pretrain"] | {"folders": {f"elsewhere/stages/{stage.name}/output": "0"}}}
+        (run / "stages.json").write_text(json.dumps(read))
+        (run / "run.json").unlink()
+    assert stage.name not in [entry.path.name for entry in cache.unused(folder)]
+    [entry] = [entry for entry in listed(folder) if entry.path == stage]
+    assert len(entry.runs) >= 1
+
+
+@pytest.mark.parametrize("damage", ["run.json", "stages.json", "link", "foreign"])
+def test_nothing_is_pruned_while_a_run_cannot_be_read_and_the_list_names_it(runs, capsys, damage):
+    folder, (first, second), overrides = runs
+    if damage == "link":
+        shutil.rmtree(folder / first)
+        (folder / first).symlink_to(folder.parent / "a disk that is not mounted")
+        said_of_it = f"{folder / first} is a link to nothing."
+    elif damage == "foreign":
+        (folder / first / "run.json").write_text('{"theirs": 1}')
+        said_of_it = f"{folder / first / 'run.json'} is not the record of a run: name is missing."
+    else:
+        (folder / first / damage).write_bytes(b"")
+        said_of_it = f"{folder / first / damage} cannot be read: it is empty."
+    before = [entry.path for entry in listed(folder)]
+    with pytest.raises(CheckpointError, match="Nothing is pruned, because what these use is not known:") as caught:
+        said(capsys, "prune", overrides, yes=True)
+    assert said_of_it in str(caught.value)
+    with pytest.raises(CheckpointError):
+        cache.remove(listed(folder)[0])
+    assert [entry.path for entry in listed(folder)] == before and len(before) == 3
+    printed = said(capsys, "list", overrides)
+    assert "3 stages in " in printed and f"Not in this list, because it cannot be read: {said_of_it}" in printed
+
+
+def test_a_folder_that_is_no_stage_is_neither_listed_nor_pruned_and_one_stage_that_cannot_be_read_hides_no_other(runs, capsys):
+    folder, _, overrides = runs
+    for name in ("my-data", "sft-torch-notes", ".hidden"):
+        (folder / "stages" / name).mkdir()
+    assert len(listed(folder)) == 3 and cache.unused(folder) == []
+    for file in folder.glob("stages/sft-*/stage.json"):
+        file.write_bytes(b"")
+    why = said(capsys, "why", described(folder, "sft.optimizer.learning_rate=4e-3"))
+    assert "sft: no stage of this name is stored in " in why and why.count("stage.json cannot be read: it is empty") == 2
+
+
+def test_a_file_that_goes_while_the_list_is_made_is_left_out(runs, monkeypatch):
+    folder = runs[0]
+    (folder / "stages" / "gone").symlink_to(folder / "nowhere")
+    [stage] = folder.glob("stages/pretrain-*")
+    before = cache.entry(stage, ()).size
+    (stage / "output" / "vanishing").symlink_to(folder / "nowhere")  # stat finds no file, as after a rename
+    assert cache.entry(stage, ()).size == before
+
+
+def test_a_file_in_the_place_of_a_run_is_named(tmp_path):
+    (tmp_path / "runs").write_text("mine")
+    with (
+        pytest.raises(CheckpointError, match=f"{tmp_path / 'runs'}.* is in the way of {tmp_path / 'runs' / 'x'}. Move it away"),
+        store.hold(tmp_path / "runs" / "x"),
+    ):
+        pass
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "lock").symlink_to("/nowhere/lock")
+    with (
+        pytest.raises(
+            CheckpointError, match="cannot be locked: its file 'lock' is removed again and again, or is a link to nowhere"
+        ),
+        store.hold(tmp_path / "held"),
+    ):
+        pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(store.fcntl, "flock", flock)
+    with pytest.raises(CheckpointError, match="its file system has no locks .*Choose another folder="), store.hold(tmp_path):
+        pass
 
 
 def test_who_waits_for_a_stage_that_is_pruned_makes_its_folder_anew(tmp_path):

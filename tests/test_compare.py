@@ -76,13 +76,13 @@ def test_unreadable_and_unfinished_runs_are_named_and_the_others_compared(tmp_pa
     c = comparison_of(tmp_path)
     problems = " ".join(c.problems)
     assert "demo-torch-1 is not finished (failed in evaluate): compared as far as it got" in problems
-    assert "demo-jax-0 cannot be read and is left out" in problems
+    assert f"demo-jax-0 is left out: {broken / 'run.json'} cannot be read: " in problems
     assert [run.name for run in c.runs] == ["demo-torch-0", "demo-torch-1"]
 
 
 def test_if_no_run_can_be_read_the_error_names_them(tmp_path):
     (write_run(tmp_path, "torch", 0) / "run.json").write_text("{}")
-    with pytest.raises(DataError, match="demo-torch-0 cannot be read and is left out: missing 'status'"):
+    with pytest.raises(DataError, match="demo-torch-0 is left out: .*run.json is not the record of a run: name is missing"):
         reading.read([tmp_path])
 
 

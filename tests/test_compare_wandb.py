@@ -76,6 +76,17 @@ def test_stages_at_wandb_become_runs_with_settings_curves_and_evaluations(server
     assert c.groups[0].curve("ppo", "objective/kl").mean == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"stage": "train"}, {"stage": {}, "backend": "torch", "seed": 0, "inputs": {}}, {"stage": {"name": "sft"}, "seed": "0"}],
+)
+def test_runs_of_other_programs_in_the_same_project_are_named_and_left_out(server, config):
+    server.answer = [Stage("a", "train", "theirs", config), *stages("mine", 0.1, 0)]
+    found = reading.read(["wandb:me/rlhf"])
+    assert [run.name for run in found.runs] == ["mine"]
+    assert any(p.startswith("The W&B run theirs is left out: it is not Lockstep's (") for p in found.problems)
+
+
 def test_a_stage_that_another_run_made_is_found_by_what_started_from_it(server):
     server.answer = [*stages("first", 0.1, 0), *stages("second", 0.2, 0, shared=True)]
     runs = {run.name: run for run in reading.read(["wandb:rlhf"]).runs}

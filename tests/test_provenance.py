@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from importlib.metadata import version
@@ -72,6 +73,57 @@ def test_the_state_names_the_plugins_with_their_versions_and_holds_no_secret(che
     state = code_state()
     assert state["working_folder"]["dirty"] and "hunter2" not in json.dumps(state)
     assert state["plugins"]["lockstep-rlhf"]["version"] == version("lockstep-rlhf")
+
+
+TRAPS = {
+    "fsmonitor": '[core]\n\tfsmonitor = "{ran}; false"\n',
+    "filter": '[filter "mine"]\n\tclean = {ran}\n\trequired = true\n',
+    "process": '[filter "my.own"]\n\tprocess = {ran}\n[filter "mine"]\n\tclean = {ran}\n',
+    "included": "[include]\n\tpath = trap\n",
+    "equals": '[filter "a=b"]\n\tclean = {ran}\n',
+    "hooks": "[core]\n\thooksPath = hooks\n",
+    "pager": "[core]\n\tpager = {ran}\n[pager]\n\tstatus = true\n[status]\n\tsubmoduleSummary = true\n",
+    "alias": "[alias]\n\tstatus = !{ran}\n\tconfig = !{ran}\n",
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_asking_for_the_state_of_a_checkout_runs_nothing_that_its_configuration_names(checkout, trap, tmp_path):
+    script, mark = tmp_path / "script", tmp_path / "ran"
+    script.write_text(f"#!/bin/sh\ntouch {mark}\ncat\n")
+    script.chmod(0o755)
+    folder = checkout / ".git"
+    (folder / "trap").write_text(TRAPS["filter"].format(ran=script))
+    (checkout / "hooks").mkdir()
+    shutil.copy(script, checkout / "hooks" / "post-index-change")
+    (checkout / ".gitattributes").write_text("*.py filter=mine\n")
+    git(checkout, "add", ".gitattributes")
+    git(checkout, "commit", "--quiet", "--message=second")
+    with open(folder / "config", "a") as config:
+        config.write(TRAPS[trap].format(ran=script))
+    (folder / "info").mkdir(exist_ok=True)
+    (folder / "info" / "attributes").write_text(
+        "*.py filter=my.own\n" if trap == "process" else "*.py filter=a=b\n" * (trap == "equals")
+    )
+    os.utime(checkout / "code.py", (1, 1))  # git has to look at what is in it
+    state = git_state(checkout)
+    assert not mark.exists()
+    assert (state is None) == (trap == "equals") and (state is None or state["branch"] == "work")
+
+
+def test_the_environment_names_no_other_checkout_and_the_current_folder_no_other_git(checkout, tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    git(tmp_path / "other", "init", "--quiet", "--initial-branch=another")
+    expected = git_state(checkout)
+    git_state.cache_clear()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path / "other"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "index"))
+    (checkout / "git").write_text("#!/bin/sh\nexit 1\n")
+    (checkout / "git").chmod(0o755)
+    monkeypatch.chdir(checkout)
+    monkeypatch.setenv("PATH", f".::{os.environ['PATH']}")
+    assert git_state(checkout) == expected and expected["branch"] == "work"
 
 
 def test_an_installed_package_is_not_taken_for_part_of_the_checkout_around_its_environment(checkout, monkeypatch):

@@ -117,6 +117,24 @@ def discover(monkeypatch):
     return build
 
 
+@pytest.mark.parametrize("ending", [SystemExit(3), SystemExit(), GeneratorExit(), RuntimeError("x")], ids=repr)
+def test_a_manifest_that_exits_breaks_no_other(discover, ending):
+    def exits():
+        raise ending
+
+    found = discover(entry("bad", exits), entry("good", lambda: plugin(mine="collections:OrderedDict")))
+    assert found.broken == {"mine (bad)": repr(ending)}
+    assert found.resolve("algorithm", "mine").__name__ == "OrderedDict"
+
+
+def test_ctrl_c_while_a_manifest_is_read_is_no_fault_of_it(discover):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        discover(entry("slow", interrupted))
+
+
 def broken():
     raise ImportError("no module named spam")
 

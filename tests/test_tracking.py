@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lockstep.config.secrets import without_secrets
+from lockstep.errors import ConfigError
 from lockstep.interfaces import Tracker
 from lockstep.registry import registry
 from lockstep.reporting.tracking import Silent, Wandb
@@ -105,6 +106,32 @@ def test_every_configuration_file_names_a_registered_tracker_and_fits_it(file):
         pytest.skip(f"{group['name']} is not installed")
     assert issubclass(component.load(), Tracker)
     component_config(component.load(), group, "tracker")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"project": "team/rlhf"}, "'team/rlhf': .* Type: tracker.entity=team tracker.project=rlhf$"),
+        *(
+            ({"project": name}, "W&B takes 1 to 128 characters")
+            for name in ("a/b/c", "/a", "a/", "", "a:b", "a#b", "100%", "x" * 129)
+        ),
+        ({"entity": "me/you"}, "tracker.entity='me/you'"),
+        ({"tags": ["", "a"]}, "tracker.tags"),
+        ({"tags": ["x" * 65]}, "tracker.tags"),
+    ],
+)
+def test_a_name_that_wandb_would_not_take_is_refused_before_anything_is_trained(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        component_config(Wandb, {"name": "wandb", **changes}, "tracker")
+
+
+def test_names_that_wandb_takes_are_taken():
+    component_config(Wandb, {"name": "wandb", "project": "my project, über+1", "entity": "team-1", "tags": ["x" * 64]}, "tracker")
+    wandb.Settings(project="my project, über+1", entity="team-1", run_tags=["x" * 64])
+    for project in ("team/rlhf", "a:b", "x" * 129):
+        with pytest.raises(Exception, match="Invalid project name"):
+            wandb.Settings(project=project)
 
 
 def test_importing_the_trackers_does_not_import_wandb():

@@ -3,41 +3,85 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import importlib
 import io
 import os
 import pkgutil
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 from types import ModuleType
 
 from lockstep import commands
-from lockstep.errors import LockstepError, Stopped
-from lockstep.reporting.console import Console
+from lockstep.errors import ConfigError, LockstepError, Stopped
+from lockstep.reporting.console import Console, has_reader, nobody_reads
 from lockstep.version import __version__
+
+_ROOM = "Make room or choose another folder=..., then run the same command again."
+_PLACE = "Choose another place for it, or another name."
+SAID = {
+    errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM, errno.EROFS: _PLACE, errno.EACCES: _PLACE, errno.EPERM: _PLACE,
+    errno.ENAMETOOLONG: _PLACE, errno.ENOTDIR: _PLACE, errno.EEXIST: _PLACE, errno.EISDIR: _PLACE, errno.ELOOP: _PLACE,
+}  # fmt: skip
+"""Errors of files that are no bugs of Lockstep, and what to do about them."""
 
 
 def main() -> None:
     """Exit code 0: done; 1: a user error, which the message explains how to fix; 130: stopped by Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # not every terminal can show every character
-    arguments, overrides = _parse()
-    sys.path.insert(0, os.getcwd())  # so that module:Class in the configuration is found here, as with python -m
+    _have_streams()
+    _have_home()
     console = Console()
     try:
+        _check_current_folder()
+        arguments, overrides = _parse()
         arguments.command.run(arguments, overrides)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if has_reader():
+            raise
     except LockstepError as error:
         console.say(f"{type(error).__name__}: {error}")
         sys.exit(130 if isinstance(error, Stopped) else 1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in SAID:
             raise
-        console.say(f"Could not write: {error}. Make room or choose another folder=..., then run the same command again.")
+        console.say(f"{error}. {SAID[error.errno]}")
         sys.exit(1)
     except KeyboardInterrupt:
         console.say("Stopped at once. Run the same command to resume from the last checkpoint.")
         sys.exit(130)
+    finally:
+        if not has_reader():
+            nobody_reads()  # what is left to print when Python ends
+
+
+def _have_streams() -> None:
+    """Standard output and error, even if the caller closed them, and whatever characters they can show."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _have_home() -> None:
+    """Libraries keep caches and settings at home. A user without one, as in a container, gets one for this process."""
+    try:
+        Path.home()
+    except RuntimeError:
+        home = tempfile.mkdtemp(prefix="lockstep-home-")
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
+        os.environ["HOME"] = home
+        print(f"There is no home folder (HOME is not set): {home} is used until this command ends.", file=sys.stderr)
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError("The current folder has been removed. Go to one that exists and run the same command there.") from error
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:

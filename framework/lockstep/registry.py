@@ -7,7 +7,8 @@ A distribution announces one manifest per plugin package in its metadata:
 
 where ``plugin`` is a `Plugin`. The manifest is import-light: components are ``module:Object`` strings, imported on first
 use. Built-in plugins have no other way in. Code without a package adds its `Plugin` with `Registry.add`, or names
-``module:Object`` in the configuration in place of a registered name.
+``module:Object`` in the configuration in place of a registered name. Only such a name makes Python look in the current folder,
+and there last (`use_current_folder`): nothing else runs from it, and no file there stands in for a library.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import operator
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,11 +73,36 @@ class Component:
         where = f"{self.kind} '{self.name}' of {self.distribution}"
         if self.plugin and (missing := self.missing()):
             raise RegistryError(f"The {where} needs {listing(missing)}, not installed. Type: {self.plugin.install}")
-        module, _, attribute = self.target.partition(":")
         try:
-            return operator.attrgetter(attribute)(importlib.import_module(module))
-        except Exception as error:
-            raise RegistryError(f"The {where} ({self.target}) cannot be imported: {error!r}") from error
+            if self.plugin is None:
+                use_current_folder()
+            return imported(self.target)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # it may even call sys.exit
+            raise RegistryError(f"The {where} ({self.target}) cannot be imported: {error!r}{in_the_way(self.target)}") from error
+
+
+def imported(target: str) -> Any:
+    """What ``module:Object`` names, whatever importing it raises."""
+    module, _, attribute = target.partition(":")
+    return operator.attrgetter(attribute)(importlib.import_module(module))
+
+
+def use_current_folder() -> None:
+    """Let modules that a configuration names be found in the current folder, after all libraries."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+
+
+def in_the_way(target: str) -> str:
+    """' ./code.py is not used: ...' if a library has the name of a module in the current folder; else nothing."""
+    name = target.partition(":")[0].partition(".")[0]
+    mine = next((path for path in (Path(f"{name}.py"), Path(name)) if path.exists()), None)
+    used = getattr(sys.modules.get(name), "__file__", None)
+    if mine is None or used is None or Path(used).resolve().is_relative_to(Path.cwd()):
+        return ""
+    return f" ./{mine} is not used, because a library has its name ({used}): rename it."
 
 
 @dataclass
@@ -160,7 +188,9 @@ def registry() -> Registry:
             plugin = entry.load()
             if not isinstance(plugin, Plugin):
                 raise TypeError(f"{entry.value} is a {type(plugin).__name__}, not a lockstep.registry.Plugin")
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # it may even call sys.exit
             found.broken[f"{distribution} ({entry.name})"] = repr(error)
             continue
         found.add(plugin, f"{distribution} ({entry.name})")

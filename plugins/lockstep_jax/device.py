@@ -6,7 +6,6 @@ import ctypes
 import functools
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -14,6 +13,7 @@ import jax
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, listing
 from lockstep.interfaces import Backend
+from lockstep.storage.files import expanded
 
 
 class JaxDevice(Backend):
@@ -68,7 +68,7 @@ def _device(name: str) -> jax.Device:
 
 def _keep_compiled_programs(folder: str | None) -> None:
     """By default JAX keeps only slow compilations; many small programs add up to a long wait."""
-    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()) if folder else None)
+    jax.config.update("jax_compilation_cache_dir", str(expanded(folder)) if folder else None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

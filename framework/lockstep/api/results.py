@@ -16,7 +16,7 @@ from lockstep.reporting.compare.records import Estimate
 from lockstep.reporting.compare.records import Run as Record
 from lockstep.reporting.compare.tidy import COLUMNS, rows
 from lockstep.reporting.console import Console
-from lockstep.storage.files import read_json
+from lockstep.storage.records import RUN, read_configuration, read_record
 
 if TYPE_CHECKING:
     import pandas
@@ -43,12 +43,12 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """Its whole configuration."""
-        return sources.configuration(self.folder)
+        return read_configuration(self.folder)
 
     @property
     def status(self) -> str:
         """'running', 'done', 'stopped' or 'failed'."""
-        return str(read_json(self.folder / "run.json")["status"])
+        return str(read_record(self.folder / "run.json", RUN)["status"])
 
     @property
     def _record(self) -> Record:

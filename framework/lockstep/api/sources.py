@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lockstep.config.compose import compose, group
 from lockstep.config.root import component_config
 from lockstep.errors import CheckpointError, ConfigError, RegistryError, did_you_mean, listing
 from lockstep.interfaces import Backend, Policy
 from lockstep.registry import registry
 from lockstep.runs.assembly import MADE_BY, opener
-from lockstep.storage.files import read_json
+from lockstep.storage.records import OUTPUT, RUN, read_configuration, read_record, stage_folders
 from lockstep.storage.sources import fetch_folder
 from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 
@@ -46,33 +44,26 @@ def find(source: str | Path, kind: str, stage: str | None = None) -> tuple[Path,
       CheckpointError: the run or folder holds no such result, or does not exist.
     """
     folder, what = Path(source), kind.replace("_", " ")
-    if (folder / "run.json").exists():
+    if (folder / "run.json").exists() and not (folder / "config.json").exists():  # a checkpoint may have a run.json of its own
         made = outputs(folder, kind)
         if not made or (stage and stage not in made):
             missing = f"no stage '{stage}' with a {what}.{did_you_mean(stage, made)}" if stage else f"no {what} yet."
             raise CheckpointError(f"The run {folder} has {missing} Stages with one: {listing(made)}.")
-        return made[stage or next(reversed(made))], configuration(folder)["backend"]
+        return made[stage or next(reversed(made))], read_configuration(folder)["backend"]
     if stage is not None:
         raise CheckpointError(f"stage='{stage}' needs a run folder, but {source} has no run.json.")
     if (folder / "output" / MADE_BY).exists():  # a stage's folder
         folder = folder / "output"
-    if (folder / MADE_BY).exists() and (made_as := read_json(folder / MADE_BY)["kind"]) != kind:
+    if (folder / MADE_BY).exists() and (made_as := read_record(folder / MADE_BY, OUTPUT)["kind"]) != kind:
         raise CheckpointError(f"{folder} holds a {made_as.replace('_', ' ')}, not a {what}.")
     return fetch_folder(folder if folder.exists() else source), None
 
 
-def configuration(run: Path) -> dict[str, Any]:
-    """A run's, whole."""
-    found: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    return found
-
-
 def outputs(run: Path, kind: str) -> dict[str, Path]:
     """{stage: folder} of a run's results of one kind, in the order of its stages."""
-    stages = read_json(run / "run.json")["stages"]
-    folders = {name: run.parent / stage["folder"] / "output" for name, stage in stages.items()}
-    made = {name: folder for name, folder in folders.items() if (folder / MADE_BY).exists()}
-    return {name: folder for name, folder in made.items() if read_json(folder / MADE_BY)["kind"] == kind}
+    stages = stage_folders(run, read_record(run / "run.json", RUN))
+    made = {name: folder / "output" for name, folder in stages.items() if (folder / "output" / MADE_BY).exists()}
+    return {name: folder for name, folder in made.items() if read_record(folder / MADE_BY, OUTPUT)["kind"] == kind}
 
 
 def reader(folder: Path, backend: Backend) -> tuple[str, type[Policy]]:

@@ -10,6 +10,7 @@ from typing import Any
 from lockstep.config.schema import REQUIRED, parse, setting
 from lockstep.errors import ConfigError, RegistryError, listing
 from lockstep.registry import KINDS, registry
+from lockstep.storage.names import NOT_RUNS, checked_name, root_folder
 
 ConfigGroup = dict[str, Any]
 
@@ -55,6 +56,11 @@ def completed(config: Mapping[str, Any]) -> ConfigGroup:
             there = listing({component.name for component in registry() if component.kind == kind})
             raise ConfigError(f"{kind} must be a component group, not {group!r}. Choose one by name, {kind}=NAME: {there}.")
     root = parse(Root, {key: value for key, value in config.items() if key in KEYS}, "")
+    root_folder(root.folder)
+    if root.name is not None:
+        checked_name("The run name", root.name, NOT_RUNS)
+    for stage in root.stages:
+        checked_name("The stage name", stage, ("new",))
     for key in GROUPS:
         if (group := getattr(root, key)) is not None:
             component_name(group, key)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import select
 import sys
 import threading
 import time
@@ -40,6 +42,7 @@ Progress = Callable[..., None]
 class Console:
     def __init__(self) -> None:
         self.out = rich.console.Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
+        self.out.on_broken_pipe = nobody_reads  # type: ignore[method-assign]
         logger = logging.getLogger("lockstep")
         logger.setLevel(logging.INFO)
         logger.handlers = [rich.logging.RichHandler(console=self.out, show_time=False, show_path=False, markup=False)]
@@ -96,6 +99,28 @@ class Console:
 
     def say(self, text: str) -> None:
         self.out.print(text, markup=False)
+
+
+def tell(text: str) -> None:
+    """Print it as it is."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        nobody_reads()
+
+
+def has_reader() -> bool:
+    """False if standard output is a pipe whose other end has been closed."""
+    output = select.poll()
+    with contextlib.suppress(OSError):  # not a file at all, as in a notebook
+        output.register(sys.stdout.fileno(), 0)  # errors only
+    return not output.poll(0)
+
+
+def nobody_reads() -> None:
+    """Standard output has lost its reader, as in ``lockstep cache | head``: what is still printed goes nowhere, and the work
+    continues."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def numbers(metrics: Mapping[str, float | None]) -> str:

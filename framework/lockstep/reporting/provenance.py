@@ -1,7 +1,10 @@
 """Which code a run used: plugin versions, and the commit of every git checkout among them.
 
 Left out on purpose: diffs, remotes and command lines, which may contain secrets. This does not decide whether a stage is
-retrained: `lockstep.runs.store.code_digests` does, from the files themselves.
+retrained: `lockstep.runs.identity.code_digests` does, from the files themselves.
+
+A checkout may be a stranger's, and its configuration names programs: to watch files, hooks, filters, transports. Asking for its
+state runs none of them.
 """
 
 from __future__ import annotations
@@ -9,6 +12,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,11 @@ from typing import Any
 from lockstep.registry import GROUP
 
 GIT_SECONDS = 10
+ELSEWHERE = {
+    "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES",
+    "GIT_NAMESPACE", "GIT_PREFIX",
+}  # fmt: skip
+"""Variables that name another checkout than the one around a folder, as git's hooks have them."""
 INSTALLED = {"site-packages", "dist-packages"}
 """Folders of installed packages: a checkout around one (a virtual environment inside it) does not contain their code."""
 
@@ -35,17 +45,50 @@ def code_state() -> dict[str, Any]:
 def git_state(folder: Path) -> dict[str, Any] | None:
     """``commit``, ``branch`` (None if the head is detached) and ``dirty``: whether tracked files were changed. None if there
     is no checkout, no commit or no git."""
-    command = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    what = ["status", "--porcelain=v2", "--branch", "--untracked-files=no", "--ignore-submodules=dirty"]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=GIT_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
+        lines = _git(folder, *_harmless(folder), *what).splitlines()
+    except (OSError, subprocess.SubprocessError, ValueError):
         return None
-    lines = done.stdout.decode(errors="replace").splitlines()
     facts = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# branch."))
     if facts["branch.oid"] == "(initial)":
         return None
     branch = None if facts["branch.head"] == "(detached)" else facts["branch.head"]
     return {"commit": facts["branch.oid"], "branch": branch, "dirty": any(not line.startswith("#") for line in lines)}
+
+
+def _harmless(folder: Path) -> list[str]:
+    """Options with which git runs no program that the checkout's own configuration names.
+
+    Raises:
+      ValueError: there are none.
+    """
+    words = _git(folder, "config", "--includes", "--show-scope", "--name-only", "--null", "--list").split("\0")
+    own = {name for scope, name in zip(words[::2], words[1::2], strict=False) if scope in ("local", "worktree")}
+    filters = sorted({name.rpartition(".")[0] for name in own if name.startswith("filter.")})
+    if any("=" in name for name in filters):
+        raise ValueError("git would read the name of such a filter up to its first =")
+    nothing = [f"{name}.{setting}" for name in filters for setting in ("clean=", "smudge=", "process=", "required=false")]
+    return [w for setting in ("core.fsmonitor=false", f"core.hooksPath={os.devnull}", *nothing) for w in ("-c", setting)]
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git prints in a folder. It is the git of an absolute folder of the PATH; it takes the checkout around ``folder``,
+    whichever the environment names; and it fetches nothing.
+
+    Raises:
+      OSError, subprocess.SubprocessError: there is no git, or it fails.
+    """
+    places = [place for place in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(place)]
+    if (program := shutil.which("git", path=os.pathsep.join(places))) is None:
+        raise FileNotFoundError("git")
+    environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE} | {"GIT_ALLOW_PROTOCOL": ""}
+    done = subprocess.run(
+        [program, "--no-optional-locks", *arguments],
+        cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
+        timeout=GIT_SECONDS, check=True,
+    )  # fmt: skip
+    return done.stdout
 
 
 def _package_state(module: str) -> dict[str, Any] | None:

@@ -8,15 +8,15 @@ from rich.console import Group
 from rich.table import Table
 
 from lockstep.reporting.console import numbers
-from lockstep.storage.files import read_json
+from lockstep.storage.records import DONE, RUN, read_record, stage_folders
 
 COLUMNS = ("gold", "helpful", "truthful", "harmless", "score", "win_rate", "kl", "length", "ability", "text_loss")
 
 
 def summary(run: Path) -> Group:
     """Stages with their seconds and last numbers, then each evaluated policy with its 95% intervals."""
-    record = read_json(run / "run.json")
-    results = {name: read_json(run.parent / stage["folder"] / "done.json") for name, stage in record["stages"].items()}
+    folders = stage_folders(run, read_record(run / "run.json", RUN))
+    results = {name: read_record(folder / "done.json", DONE) for name, folder in folders.items()}
     stages = Table(title="stages", title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "steps", "seconds", "at its end", "warnings"):
         stages.add_column(column)

@@ -23,8 +23,9 @@ from typing import Any, ClassVar, Literal
 
 from lockstep.config.schema import setting
 from lockstep.config.secrets import without_secrets
+from lockstep.errors import ConfigError
 from lockstep.interfaces import Metrics, Tracker
-from lockstep.storage.files import read_lines
+from lockstep.storage.records import HEALTH, METRICS, SAMPLES, Shape, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +92,8 @@ class Surviving(Tracker):
 
     def _replay(self, folder: Path) -> None:
         """Log the steps before the checkpoint again, from the stage folder."""
-        samples, findings = by_step(folder / "samples.jsonl"), by_step(folder / "health.jsonl")
-        for row in read_lines(folder / "metrics.jsonl"):
+        samples, findings = by_step(folder / "samples.jsonl", SAMPLES), by_step(folder / "health.jsonl", HEALTH)
+        for row in read_rows(folder / "metrics.jsonl", METRICS):
             step = row.pop("step")
             self.log({name: math.nan if v is None else v for name, v in row.items() if name != "seconds"}, step)
             for finding in findings.get(step, ()):
@@ -121,6 +122,17 @@ class Wandb(Surviving):
         entity: str | None = setting(None, "A team or user; null: the default one of the API key.")
         mode: Literal["auto", "online", "offline", "disabled"] = setting("auto", "auto: online if there is an API key.")
         tags: tuple[str, ...] = setting((), "Tags of every W&B run.")
+
+        def __post_init__(self) -> None:
+            """W&B's own rules: what breaks them would be recorded nowhere."""
+            for key, name in (("project", self.project), ("entity", self.entity)):
+                if name is not None and (not 0 < len(name) <= 128 or any(c in name for c in "/\\#?%:")):
+                    team = re.fullmatch(r"([^/\\#?%:]+)/([^/\\#?%:]+)", name)
+                    both = f" Type: tracker.entity={team[1]} tracker.project={team[2]}" if team else ""
+                    raise ConfigError(f"tracker.{key}={name!r}: W&B takes 1 to 128 characters, and none of / \\ # ? % :{both}")
+            for tag in self.tags:
+                if not 0 < len(tag) <= 64:
+                    raise ConfigError(f"tracker.tags: {tag!r} is no tag at W&B, which has 1 to 64 characters.")
 
     def __init__(self, config: Config):
         super().__init__()
@@ -240,9 +252,9 @@ class Wandb(Surviving):
             return wandb.init(**arguments, mode="offline", settings=settings)
 
 
-def by_step(file: Path) -> dict[int, list[dict[str, Any]]]:
+def by_step(file: Path, shape: Shape) -> dict[int, list[dict[str, Any]]]:
     """The rows of samples.jsonl or health.jsonl, without their step."""
-    groups = itertools.groupby(read_lines(file), lambda row: row.pop("step"))
+    groups = itertools.groupby(read_rows(file, shape), lambda row: row.pop("step"))
     return {step: list(group) for step, group in groups}
 
 

@@ -24,7 +24,8 @@ from lockstep.interfaces import (
 from lockstep.models.architecture import SCALAR_HEAD
 from lockstep.registry import registry
 from lockstep.runs.experiment import NEW, Experiment, Stage, component_config
-from lockstep.storage.files import read_json, write_json
+from lockstep.storage.files import write_json
+from lockstep.storage.records import OUTPUT, read_record
 from lockstep.storage.sources import fetch_folder
 from lockstep.storage.weights import read_weights
 from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
@@ -159,7 +160,7 @@ def opener(folder: Path, backend: str) -> str:
       CheckpointError: no policy opens it, or several do.
     """
     if (folder / MADE_BY).exists():
-        return read_json(folder / MADE_BY)["policy"]
+        return read_record(folder / MADE_BY, OUTPUT)["policy"]
     found = {c.name for c in registry().components_of("policy", backend) if c.load().opens(folder)}
     if len(found) != 1:
         who = f"{listing(found)} all open it" if found else f"no policy for {backend} opens it"

@@ -27,7 +27,8 @@ from lockstep.registry import registry
 from lockstep.runs import identity
 from lockstep.runs.evaluation import EvaluationConfig
 from lockstep.runs.store import RunFolder, StageFolder, decisive
-from lockstep.storage.files import read_json
+from lockstep.storage.names import NOT_RUNS, checked_name, in_a_name, root_folder
+from lockstep.storage.records import RUN, STAGES, read_record
 from lockstep.text.templates import template_text
 from lockstep.text.tokenizer import TokenizerConfig
 
@@ -151,7 +152,7 @@ class Experiment:
     @property
     def root(self) -> Path:
         """Where runs and stages are kept."""
-        return Path(self.config["folder"])
+        return root_folder(self.config["folder"])
 
     @property
     def tokenizer(self) -> TokenizerConfig:
@@ -286,21 +287,23 @@ def is_hub_id(source: str) -> bool:
 def run_name(config: Mapping[str, Any]) -> str:
     """The given name, or one made from the keys that differ between runs: the same configuration gets the same name, and so
     resumes."""
+    if config["name"] is not None:
+        return checked_name("The run name", config["name"], NOT_RUNS)
     digest = identity.digest(decisive(config))[:6]
-    label = f"{config['experiment_name']}-{config['backend']['name']}-seed{config['seed']}-{digest}"
-    return config["name"] or label
+    label = f"{config['experiment_name']}-{in_a_name(config['backend']['name'])}-seed{config['seed']}-{digest}"
+    return checked_name("The run name", label, NOT_RUNS)
 
 
 def finished(config: Mapping[str, Any]) -> Path | None:
     """The folder of the run that this configuration describes, if all its stages are done and neither code nor data have
     changed since. Imports neither torch nor JAX."""
-    root = Path(config["folder"])
+    root = root_folder(config["folder"])
     run = RunFolder(root, run_name(config))
     try:
-        record, contents = read_json(run.path / "run.json"), read_json(run.path / "stages.json")
+        record, contents = read_record(run.path / "run.json", RUN), read_record(run.path / "stages.json", STAGES)
     except CheckpointError:
         return None
-    if record["status"] != "done" or run.config_changes(config):
+    if record["status"] != "done" or not run.config_file.exists() or run.config_changes(config):
         return None
     source = registry().resolve("data", config["data"]["name"])
     fingerprint = source.fingerprint(component_config(source, config["data"], "data"))

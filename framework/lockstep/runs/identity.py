@@ -12,10 +12,12 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Mapping
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 from lockstep.config.schema import differences
+from lockstep.registry import use_current_folder
 from lockstep.storage.files import checksum
 
 CORE = "lockstep"
@@ -31,11 +33,20 @@ def code_digests(modules: Iterable[str]) -> dict[str, str]:
     """{package: SHA-256 of its source} of the core and of the top-level packages of these modules. Nothing is imported."""
     digests = {}
     for package in sorted({CORE} | {module.partition(".")[0] for module in modules}):
-        spec = None if package in sys.stdlib_module_names else importlib.util.find_spec(package)
-        if spec is not None:
+        if (spec := _found(package)) is not None:
             roots = [Path(root) for root in spec.submodule_search_locations or []] or [Path(spec.origin)]
             digests[package] = _source_digest(package, roots)
     return digests
+
+
+def _found(package: str) -> ModuleSpec | None:
+    """Where a package is; None for Python's own. One that is not installed may be in the current folder."""
+    if package in sys.stdlib_module_names:
+        return None
+    if (spec := importlib.util.find_spec(package)) is None:
+        use_current_folder()
+        spec = importlib.util.find_spec(package)
+    return spec
 
 
 def _source_digest(package: str, roots: Iterable[Path]) -> str:

@@ -1,40 +1,83 @@
-"""Ctrl-C as a request: work in progress ends where it can. An exception in the middle of an update would leave half of it, and
-one in the middle of a compilation has crashed XLA when the process exited."""
+"""Ctrl-C, SIGTERM and a terminal that hangs up as requests: work in progress ends where it can. An exception in the middle of an
+update would leave half of it, and one in the middle of a compilation has crashed XLA when the process exited."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+
+from lockstep.reporting.console import nobody_reads
 
 log = logging.getLogger("lockstep")
 
+ENDS = (signal.SIGTERM, signal.SIGHUP)
+"""From a cluster, a supervisor or a terminal that is closed."""
+Handler = Callable[[int, FrameType | None], None]
+
 
 class GracefulStop:
-    """The first of ``signals`` sets ``asked`` and logs ``message``, if there is one. The second raises KeyboardInterrupt.
+    """The first of ``signals`` sets ``asked`` and logs ``message``, if there is one. A second Ctrl-C raises KeyboardInterrupt; a
+    second SIGTERM asks for the same again, as when a cluster sends it to a sweep and to its jobs.
     Signals reach the main thread only; in other threads nothing changes."""
 
     def __init__(
         self,
         message: str = "stopping after this step; press Ctrl-C again to stop at once",
-        signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
+        signals: Sequence[signal.Signals] = (signal.SIGINT, *ENDS),
     ):
-        self.asked, self.message = False, message
-        self.signals = signals if threading.current_thread() is threading.main_thread() else ()
+        self.asked, self.message, self.signals = False, message, signals
 
     def __enter__(self) -> GracefulStop:
-        self.before = {number: signal.signal(number, self._ask) for number in self.signals}
+        self.handled = _handled(self._ask, self.signals)
+        self.handled.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        self.handled.__exit__(None, None, None)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
-        if self.message:
+        if not self.asked and self.message:
             log.warning(self.message)
+        self.asked = True
+
+
+@contextlib.contextmanager
+def terminable(first: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Inside, SIGTERM calls ``first`` and raises KeyboardInterrupt, so that it ends like Ctrl-C and is recorded; further ones are
+    ignored. Without this, Python would die at once."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        for each in ENDS:
+            signal.signal(each, signal.SIG_IGN)
+        first()
+        raise KeyboardInterrupt
+
+    with _handled(terminate, ENDS):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Handler, signals: Sequence[signal.Signals]) -> Iterator[None]:
+    """Inside, ``handler`` gets these signals, save a hang-up that `nohup` ignores."""
+    in_terminal = sys.stdout.isatty()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and in_terminal:
+            nobody_reads()  # the terminal has gone, and printing to it fails
+        handler(number, frame)
+
+    main = threading.current_thread() is threading.main_thread()
+    wanted = [s for s in signals if main and not (s == signal.SIGHUP and signal.getsignal(s) == signal.SIG_IGN)]
+    before = {number: signal.signal(number, handle) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

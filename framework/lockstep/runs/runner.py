@@ -25,9 +25,10 @@ from lockstep.runs.assembly import Assembly
 from lockstep.runs.evaluation import EvaluationConfig, Evaluator, flatten
 from lockstep.runs.experiment import ConfigGroup, Experiment, Stage
 from lockstep.runs.identity import what_changed
-from lockstep.runs.interrupts import GracefulStop
+from lockstep.runs.interrupts import GracefulStop, terminable
 from lockstep.runs.store import Records, RunFolder, StageFolder
-from lockstep.storage.files import dump_line, finite, read_json, read_lines, write_json, write_text
+from lockstep.storage.files import dump_line, finite, write_json, write_text
+from lockstep.storage.records import HEALTH, METRICS, STAGES, read_record, read_rows
 from lockstep.version import __version__
 
 log = logging.getLogger("lockstep")
@@ -57,7 +58,7 @@ class Runner:
         Raises:
           Stopped: on Ctrl-C or a termination signal, with progress saved.
         """
-        with self.folder.lock():
+        with self.folder.lock(), terminable():
             self.experiment.check_place()  # again: another process may have started it since
             started = time.perf_counter()
             self.folder.write_config(self.experiment.config)
@@ -80,7 +81,7 @@ class Runner:
     def _tell_what_starts_anew(self) -> None:
         """Warn of stages that this run had started and that now get another folder, because something changed."""
         file = self.folder.path / "stages.json"
-        before: dict[str, ConfigGroup] = read_json(file) if file.exists() else {}
+        before: dict[str, ConfigGroup] = read_record(file, STAGES) if file.exists() else {}
         stages: dict[str, list[str]] = {}
         for name, content in self.experiment.identities.items():
             old = StageFolder.of(self.experiment.root, name, self.experiment.backend_name, before.get(name, {}))
@@ -154,7 +155,7 @@ class Runner:
             "steps": algorithm.total_steps,
             "data": {what: fit.counts() for what, fit in self.assembly.fits[stage.name].items()},
             "metrics": {k: finite(v) for k, v in metrics.items()},
-            "health": list(read_lines(folder.path / "health.jsonl")),
+            "health": list(read_rows(folder.path / "health.jsonl", HEALTH)),
         }
 
     def train(
@@ -168,7 +169,7 @@ class Runner:
           Diverged: a loss, a gradient or a parameter is not finite. What was saved before stays, and nothing is saved after.
         """
         config, health, saved = self.experiment.config, Health(), first
-        health.replay(read_lines(folder.path / "metrics.jsonl"))
+        health.replay(read_rows(folder.path / "metrics.jsonl", METRICS))
 
         def stop_if(wrong: Sequence[str], step: int) -> None:
             if wrong:

@@ -22,6 +22,7 @@ flushed to disk, then renamed. Only the three .jsonl files grow in place; a chec
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -34,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from lockstep.config.schema import differences
@@ -50,9 +52,13 @@ from lockstep.storage.files import (
     write_json,
     write_text,
 )
+from lockstep.storage.names import in_a_name
+from lockstep.storage.records import CHECKPOINT, DONE, RUN, read_configuration, read_record
 
 log = logging.getLogger("lockstep")
 KEPT = 2
+REMOVALS = 100
+"""Times that a folder may be removed while a process waits for its lock."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class StageFolder:
 
     @classmethod
     def of(cls, root: Path, stage: str, backend: str, content: Mapping[str, Any]) -> StageFolder:
-        return cls(root / "stages" / f"{stage}-{backend}-{digest(content)[:12]}")
+        return cls(root / "stages" / f"{stage}-{in_a_name(backend)}-{digest(content)[:12]}")
 
     @property
     def output(self) -> Path:
@@ -95,7 +101,7 @@ class StageFolder:
         self.remove_checkpoints()
 
     def result(self) -> dict[str, Any]:
-        return read_json(self.path / "done.json")
+        return read_record(self.path / "done.json", DONE)
 
     def _output_sizes(self) -> dict[str, int]:
         files = sorted(path for path in self.output.rglob("*") if path.is_file())
@@ -147,7 +153,7 @@ class StageFolder:
                 folder.rename(aside)
                 continue
             read(folder)
-            record = read_json(folder / "state.json")
+            record = read_record(folder / "state.json", CHECKPOINT)
             return record["step"], record["state"]
         if found:
             log.warning("%s starts over: none of its checkpoints is intact", self.path.name)
@@ -158,14 +164,17 @@ class StageFolder:
 
     def _checkpoints(self) -> list[Path]:
         folder = self.path / "checkpoints"
-        return sorted(p for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+        return sorted(p for p in folder.iterdir() if p.name.isdecimal()) if folder.exists() else []
 
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Lock ``folder``, waiting while another process holds it. The operating system releases a dead process's lock."""
-    while (file := _lock(folder)) is None:
-        pass
+    for _ in range(REMOVALS):
+        if (file := _lock(folder)) is not None:
+            break
+    else:
+        raise CheckpointError(f"{folder} cannot be locked: its file 'lock' is removed again and again, or is a link to nowhere.")
     with file:
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}")
@@ -175,29 +184,42 @@ def hold(folder: Path) -> Iterator[None]:
 
 def _lock(folder: Path) -> IO[str] | None:
     """The open lock file, locked; None if the folder was removed meanwhile, as by `lockstep cache prune`."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        file = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            log.info("waiting for process %s, which is working on %s", file.read().strip() or "?", folder.name)
+            log.info("waiting for process %s, which is working on %s", _owner(file), folder.name)
             fcntl.flock(file, fcntl.LOCK_EX)
         return file if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)) else None
     except FileNotFoundError:
         return None
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise CheckpointError(
+            f"{error.filename} is in the way of {folder}. Move it away, or choose another name=... or folder=..."
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        raise CheckpointError(
+            f"{folder} cannot be locked: its file system has no locks ({error}). Choose another folder=..."
+        ) from error
+
+
+def _owner(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read(200).strip() or "?"
 
 
 @contextlib.contextmanager
 def hold_if_free(folder: Path) -> Iterator[str | None]:
     """Lock ``folder`` and yield None, or yield the process that holds it. Never waits."""
-    with open(folder / "lock", "a+", encoding="utf-8") as file:
+    with open(folder / "lock", "a+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            yield file.read().strip() or "?"
+            yield _owner(file)
         else:
             yield None
 
@@ -209,6 +231,17 @@ def _verify(folder: Path) -> None:
         raise CheckpointError("sums.json changed since it was written")
     if changed := [name for name, expected in sums.items() if checksum(folder / name) != expected]:
         raise CheckpointError(f"{', '.join(changed)} changed since it was written")
+    read_record(folder / "state.json", CHECKPOINT)
+
+
+def _whole_lines(file: Path, end: int) -> int:
+    """How many of the first ``end`` bytes of a file are whole lines."""
+    with open(file, "rb") as content:
+        content.seek(max(end - 1, 0))
+        if end == 0 or content.read(1) == b"\n":
+            return end
+        content.seek(0)
+        return content.read(end).rfind(b"\n") + 1
 
 
 class Records:
@@ -220,9 +253,9 @@ class Records:
         self.files = {name: open(folder / f"{name}.jsonl", "ab") for name in ("metrics", "samples", "health")}  # noqa: SIM115
         for name, file in self.files.items():
             size, end = file.seek(0, os.SEEK_END), (positions or {}).get(name, 0)
-            if size < end:
-                log.warning("%s lost its last lines: %d of %d bytes remain", file.name, size, end)
-            file.truncate(min(size, end))
+            if (whole := _whole_lines(folder / f"{name}.jsonl", end)) < end:
+                log.warning("%s lost its last lines: %d of %d bytes remain", file.name, min(size, whole), end)
+            file.truncate(whole)
             file.seek(0, os.SEEK_END)
         self.started = time.perf_counter() - seconds
 
@@ -277,6 +310,8 @@ class RunFolder:
         """Lock the run, waiting while another process is running it."""
         with hold(self.path):
             remove_leftovers(self.path)
+            if (self.path / "run.json").exists():
+                read_record(self.path / "run.json", RUN)  # somebody else's is not overwritten
             yield
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -287,8 +322,8 @@ class RunFolder:
         configuration is stored. Credentials are left out."""
         if not self.config_file.exists():
             return []
-        before = OmegaConf.to_container(OmegaConf.load(self.config_file))
-        now = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(dict(config)))))
+        before = read_configuration(self.path)
+        now = yaml.safe_load(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
         return without_copies(differences(*(without_secrets(decisive(each)) for each in (before, now))))
 
     @property
@@ -298,7 +333,7 @@ class RunFolder:
     def unfinished(self) -> list[str]:
         """Stages that the run in this folder has started and not finished."""
         file = self.path / "run.json"
-        stages = read_json(file)["stages"] if file.exists() else {}
+        stages = read_record(file, RUN)["stages"] if file.exists() else {}
         return [name for name, stage in stages.items() if stage["status"] != "done"]
 
     def stage(self, stage: str, folder: StageFolder, **facts: Any) -> None:

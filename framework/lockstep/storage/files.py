@@ -10,11 +10,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lockstep.errors import CheckpointError
+from lockstep.errors import CheckpointError, ConfigError
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -71,9 +71,23 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def load_json(path: Path) -> Any:
+    """
+    Raises:
+      OSError, ValueError: it cannot be read, or is not JSON.
+    """
+    text = path.read_text(encoding="utf-8")
+    if not text.strip():
+        raise ValueError("it is empty")
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return load_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
@@ -89,11 +103,16 @@ def dump_line(row: Any) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file; none if the file does not exist."""
-    if file.exists():
-        with open(file, encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
+def expanded(path: str | Path) -> Path:
+    """The path with the home folder in place of '~'.
+
+    Raises:
+      ConfigError: there is no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{str(path)!r}: {error} Write the whole path, or set HOME.") from error
 
 
 def finite(value: float | None) -> float | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import CheckpointError
-from lockstep.storage.files import move_folder, write_json
+from lockstep.storage.files import expanded, move_folder, write_json
 from lockstep.storage.weights import write_tensors
 
 COMPARED = {
@@ -54,7 +54,7 @@ def as_folder(path: Path | str) -> Path | str:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lockstep" / "gguf"
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lockstep" / "gguf"
 
 
 def _version(file: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +11,7 @@ import numpy as np
 from lockstep.config.schema import REQUIRED, setting
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Resources
+from lockstep.registry import imported, in_the_way, use_current_folder
 from lockstep_rlhf.reward_models.outside import Dialogue, NoScores, Outside, within
 
 
@@ -58,8 +58,12 @@ class Function(Outside):
 
 
 def _import(path: str) -> Callable[..., Any]:
-    module, _, name = path.partition(":")
+    use_current_folder()
     try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:  # the user's file may raise anything on import
-        raise ConfigError(f"reward_model.function='{path}' cannot be imported: {error}. Write it as module:function.") from error
+        return imported(path)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's file may raise anything on import, or call sys.exit
+        raise ConfigError(
+            f"reward_model.function='{path}' cannot be imported: {error!r}.{in_the_way(path)} Write it as module:function."
+        ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -31,6 +30,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from lockstep.commands.cache import stored
     from lockstep.config.compose import compose
     from lockstep.runs.experiment import Experiment
+    from lockstep.storage.names import root_folder
 
     action = arguments.action
     if "=" in action:
@@ -38,16 +38,22 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if action not in ACTIONS:
         raise ConfigError(f"lockstep cache {action}: no such action.{did_you_mean(action, ACTIONS)} Actions: list, why, prune.")
     config, console = compose(overrides), Console()
-    root = Path(config["folder"])
+    root = root_folder(config["folder"])
     if action == "why":
         console.say("\n".join(f"{stage}: {reason}" for stage, reason in stored.why(Experiment(config)).items()))
         return
-    found = stored.unused(root, arguments.older_than) if action == "prune" else stored.entries(root)
+    if action == "prune":
+        found = stored.unused(root, arguments.older_than)
+    else:
+        users = stored.users(root)
+        found = stored.entries(root, users)
     if found:
         console.out.print(stored_stages(found))
     total = size(sum(entry.size for entry in found))
     if action == "list":
         console.say(f"\n{len(found)} stages in {root / 'stages'}, {total}.")
+        for line in users.unread:
+            console.say(f"Not in this list, because it cannot be read: {line}")
     elif arguments.yes:
         removed = [stored.remove(entry) for entry in found]
         console.say(f"\nRemoved {sum(removed)} of {len(found)} stages that no run uses, {total}.")

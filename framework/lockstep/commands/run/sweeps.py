@@ -23,6 +23,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,14 @@ from omegaconf import DictConfig, OmegaConf
 from lockstep.config.compose import CORE, compose, conf_folders, resolved
 from lockstep.config.overrides import hydra_value, read, shell
 from lockstep.errors import ConfigError, LockstepError, did_you_mean, listing
+from lockstep.reporting.console import tell
 from lockstep.runs import identity
 from lockstep.runs.evaluation import flatten
 from lockstep.runs.experiment import finished, run_name
-from lockstep.storage.files import read_json, write_json
+from lockstep.runs.interrupts import terminable
+from lockstep.storage.files import write_json
+from lockstep.storage.names import root_folder
+from lockstep.storage.records import DONE, RUN, SWEEP, read_record, stage_folders
 
 NEEDS = {
     "hydra/sweeper=optuna": "hydra_optuna_sweeper",
@@ -70,6 +75,7 @@ def sweep(arguments: Sequence[str]) -> str:
         SweepFailed: some jobs failed; raised after all have run.
     """
     _check_installed(arguments)
+    _stopping.clear()
     record = SweepFolder(_folder(arguments))
     record.begin(shlex.join(["lockstep", "run", *arguments]))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts: no usage reports
@@ -80,7 +86,8 @@ def sweep(arguments: Sequence[str]) -> str:
         return run_job(list(HydraConfig.get().overrides.task), config, Path(HydraConfig.get().sweep.dir))
 
     try:
-        job()
+        with terminable(_stop_jobs):
+            job()
     except SystemExit:  # Hydra has printed why
         if not record.jobs("failed", "running"):
             raise
@@ -89,6 +96,8 @@ def sweep(arguments: Sequence[str]) -> str:
 
 def _check_installed(arguments: Sequence[str]) -> None:
     for argument in arguments:
+        if re.match(r"[+~]*hydra\.sweep\.(dir|subdir)\b", argument):
+            raise ConfigError(f"{argument}: a sweep is kept in sweeps/<hash> of folder=..., to resume there. Leave this out.")
         module = NEEDS.get(argument)
         if module and importlib.util.find_spec(f"hydra_plugins.{module}") is None:
             package, extra = module.replace("_", "-"), "ray" if "ray" in module else "sweeps"
@@ -101,7 +110,7 @@ def _folder(arguments: Sequence[str]) -> Path:
     overrides = read([a for a in arguments if not a.startswith("-")])
     _check_parallel(overrides)
     first = compose([line for o in overrides if not o.key_or_group.startswith("hydra") and (line := _first(o))])
-    return Path(first["folder"]).absolute() / "sweeps" / identity.digest({"overrides": sorted(decisive)})[:8]
+    return root_folder(first["folder"]).absolute() / "sweeps" / identity.digest({"overrides": sorted(decisive)})[:8]
 
 
 def _first(override: Override) -> str | None:
@@ -135,7 +144,7 @@ def _outcome(record: SweepFolder) -> str:
 
 
 def _fate(job: Mapping[str, Any]) -> str:
-    return job["error"] or "it stopped reporting: its process or machine is gone"
+    return job.get("error") or "it stopped reporting: its process or machine is gone"
 
 
 def _indented(text: str) -> str:
@@ -155,7 +164,6 @@ class SweepFolder:
         with self._changed() as record:
             record.setdefault("command", command)
             record.setdefault("started", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
-            record.setdefault("jobs", [])
 
     def note(self, overrides: list[str], **facts: Any) -> None:
         """Record what is now known of the job with these overrides."""
@@ -167,7 +175,7 @@ class SweepFolder:
 
     def jobs(self, *status: str) -> list[dict[str, Any]]:
         """All jobs, or those with these statuses."""
-        jobs = read_json(self.path / "sweep.json")["jobs"]
+        jobs = read_record(self.path / "sweep.json", SWEEP)["jobs"]
         return [job for job in jobs if not status or job["status"] in status]
 
     @contextlib.contextmanager
@@ -176,7 +184,7 @@ class SweepFolder:
         file = self.path / "sweep.json"
         with open(self.path / "lock", "a", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            record = read_json(file) if file.exists() else {}
+            record = read_record(file, SWEEP) if file.exists() else {"jobs": []}
             yield record
             write_json(file, record)
 
@@ -192,35 +200,55 @@ def run_job(
     record, place = SweepFolder(folder), None
     try:
         groups = resolved(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
-        run = Path(groups["folder"]) / run_name(groups)
+        run = root_folder(groups["folder"]) / run_name(groups)
         place = os.path.relpath(run, folder.parents[1])
         record.note(overrides, run=place, status="running", error=None, objective=None)
         status, error = ("done", None) if _done_already(groups, label) else _run(overrides, cores, label)
         value = objective(run, groups["objective"]) if status == "done" and groups["objective"] else None
-    except LockstepError as problem:
+    except (LockstepError, OSError) as problem:
         status, error, value = "failed", f"{type(problem).__name__}: {problem}", None
     record.note(overrides, run=place, status=status, error=error, objective=value)
     return value
 
 
 def _done_already(groups: Mapping[str, Any], label: str) -> bool:
-    with contextlib.suppress(LockstepError):  # the job's own process has more on its path, and reports errors
+    with contextlib.suppress(LockstepError):  # the job's own process reports errors
         if run := finished(groups):
-            print(f"{label}run {run.name} is already done", flush=True)
+            tell(f"{label}run {run.name} is already done\n")
             return True
     return False
 
 
+_running: set[subprocess.Popen[str]] = set()
+_stopping = threading.Event()
+
+
+def _stop_jobs() -> None:
+    """Ask every job to save its state and stop; none starts after this."""
+    _stopping.set()
+    for job in list(_running):
+        job.terminate()
+
+
 def _run(overrides: list[str], cores: set[int] | None, label: str) -> tuple[str, str | None]:
     """(status, error) of a `lockstep run` in its own process."""
+    if _stopping.is_set():
+        return "stopped", "the sweep was stopped before this job began"
     pin = functools.partial(os.sched_setaffinity, 0, cores) if cores else None
-    command = [sys.executable, "-m", "lockstep", "run", *overrides]
+    command = [sys.executable, "-P", "-m", "lockstep", "run", *overrides]
+    pipes: dict[str, Any] = {
+        "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace",
+        "env": os.environ | {"PYTHONIOENCODING": "utf-8"},
+    }  # fmt: skip
     lines: collections.deque[str] = collections.deque(maxlen=100)
-    how: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "env": os.environ | {"PYTHONIOENCODING": "utf-8"}}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=pin, **how) as job:
+    with subprocess.Popen(command, **pipes, preexec_fn=pin) as job:
+        _running.add(job)
+        if _stopping.is_set():
+            job.terminate()
         for line in job.stdout:
-            print(f"{label}{line}", end="", flush=True)
+            tell(f"{label}{line}")
             lines.append(line.rstrip())
+    _running.discard(job)
     if job.returncode == 0:
         return "done", None
     killed = f"killed by {signal.Signals(-job.returncode).name}; its last lines:\n" if job.returncode < 0 else ""
@@ -243,10 +271,10 @@ def objective(run: Path, name: str) -> float | None:
       ConfigError: the run has no such stage or metric.
     """
     stage, _, metric = name.partition("/")
-    stages = read_json(run / "run.json")["stages"]
+    stages = stage_folders(run, read_record(run / "run.json", RUN))
     if stage not in stages:
         raise ConfigError(f"objective={name}: no stage '{stage}'.{did_you_mean(stage, stages)} Stages: {listing(stages)}.")
-    result = read_json(run.parent / stages[stage]["folder"] / "done.json")
+    result = read_record(stages[stage] / "done.json", DONE)
     known = result["metrics"] | flatten(result.get("evaluation", {}))
     if metric not in known:
         raise ConfigError(

@@ -6,15 +6,12 @@ A folder may be half-written, because the run is still going or has died: whatev
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lockstep.errors import DataError, did_you_mean
+from lockstep.errors import CheckpointError, DataError, did_you_mean
 from lockstep.reporting.compare import wandb_runs
 from lockstep.reporting.compare.records import (
     Estimate,
@@ -25,6 +22,18 @@ from lockstep.reporting.compare.records import (
     StageRecord,
     flatten,
     series,
+)
+from lockstep.storage.records import (
+    DONE,
+    EVALUATION,
+    METRICS,
+    RUN,
+    SWEEP,
+    Record,
+    read_configuration,
+    read_record,
+    read_rows,
+    stage_folders,
 )
 
 
@@ -44,8 +53,8 @@ def read(paths: Sequence[Path | str]) -> Reading:
     for folder in folders:
         try:
             reading.runs.append(_read_run(folder, reading.problems))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reading.problems.append(f"{folder.name} cannot be read and is left out: {_short(error)}")
+        except (OSError, CheckpointError) as error:
+            reading.problems.append(f"{folder.name} is left out: {error}")
     if not reading.runs:
         raise DataError("None of the runs can be read. " + " ".join(reading.problems))
     return reading
@@ -67,7 +76,10 @@ def run_folders(path: Path, problems: list[str]) -> list[Path]:
     else:
         found = sorted(file.parent for file in path.glob("*/run.json"))
         for sweep in sorted(path.glob("sweeps/*/sweep.json")):
-            _sweep(sweep.parent, problems)
+            try:
+                _sweep(sweep.parent, problems)
+            except CheckpointError as error:
+                problems.append(str(error))
     if not found:
         raise DataError(f"No runs in '{path}': neither it nor a folder in it has a run.json. {_ADVICE}")
     return found
@@ -76,12 +88,12 @@ def run_folders(path: Path, problems: list[str]) -> list[Path]:
 def _sweep(path: Path, problems: list[str]) -> list[Path]:
     """The run folders of ``FOLDER/sweeps/NAME``; its record names them relative to FOLDER."""
     found = []
-    for job in json.loads((path / "sweep.json").read_text(encoding="utf-8"))["jobs"]:
+    for job in read_record(path / "sweep.json", SWEEP)["jobs"]:
         folder = path.resolve().parents[1] / (job.get("run") or "?")
         if (folder / "run.json").exists():
             found.append(folder)
         else:
-            said = f": {job['error'].splitlines()[-1]}" if job.get("error") else ""
+            said = f": {job['error'].splitlines()[-1]}" if (job.get("error") or "").strip() else ""
             problems.append(f"The job {' '.join(job['overrides'])} ({job['status']}) left no run{said}")
     return found
 
@@ -93,12 +105,14 @@ _ADVICE = "Give the folder of a run or of a sweep: lockstep compare runs/NAME. T
 
 
 def _read_run(folder: Path, problems: list[str]) -> Run:
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    record = read_record(folder / "run.json", RUN)
     if record["status"] != "done":
         stuck = [name for name, stage in record["stages"].items() if stage.get("status") != "done"]
         where = f" in {', '.join(stuck)}" if stuck else ""
         problems.append(f"{record['name']} is not finished ({record['status']}{where}): compared as far as it got.")
-    folders = {name: folder.parent / stage["folder"] for name, stage in record["stages"].items()}
+    folders = stage_folders(folder, record)
+    if gone := [name for name, stage in folders.items() if not stage.is_dir()]:
+        problems.append(f"{record['name']}: its {', '.join(gone)} cannot be read: there is no {folders[gone[0]]}.")
     return Run(
         name=record["name"],
         folder=folder,
@@ -108,23 +122,18 @@ def _read_run(folder: Path, problems: list[str]) -> Run:
         status=record["status"],
         seconds=record.get("seconds"),
         command=record.get("command", ""),
-        stages={name: _read_stage(name, stage, folders[name]) for name, stage in record["stages"].items()},
-        config=dict(flatten(_read_config(folder / "config.yaml"))),
-        evaluation=_read_evaluations(folders.values()),
-        samples=[row for f in folders.values() for row in read_jsonl(f / "output" / "samples.jsonl")],
+        stages={name: _read_stage(name, stage, folders[name], problems) for name, stage in record["stages"].items()},
+        config=dict(flatten(read_configuration(folder))) if (folder / "config.yaml").exists() else {},
+        evaluation=_read_evaluations(folders.values(), problems),
+        samples=[row for f in folders.values() for row in read_rows(f / "output" / "samples.jsonl", SHOWN, problems.append)],
     )
 
 
-def _read_config(file: Path) -> Any:
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        return {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config.yaml: {_short(error)}") from error
+SHOWN = {"policy": str, "split?": (str, None), "prompt": str, "response": str}
+"""What the page shows of a sample."""
 
 
-def _read_stage(name: str, record: Mapping[str, Any], folder: Path) -> StageRecord:
+def _read_stage(name: str, record: Mapping[str, Any], folder: Path, problems: list[str]) -> StageRecord:
     return StageRecord(
         name=name,
         kind=record.get("kind", "train"),
@@ -132,31 +141,38 @@ def _read_stage(name: str, record: Mapping[str, Any], folder: Path) -> StageReco
         produces=record.get("produces", ""),
         status=record.get("status", "running"),
         seconds=record.get("seconds"),
-        metrics=series(read_jsonl(folder / "metrics.jsonl")),
+        metrics=series(list(read_rows(folder / "metrics.jsonl", METRICS, problems.append))),
         identity=folder.name,
         health=record.get("health") or (),
-        memory=_read_done(folder).get("memory"),
+        memory=_read_done(folder, problems).get("memory"),
     )
 
 
-def _read_done(folder: Path) -> dict[str, Any]:
+def _read_done(folder: Path, problems: list[str]) -> dict[str, Any]:
     """The record of a complete stage; empty for others."""
-    file = folder / "done.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return _read_if_there(folder / "done.json", DONE, problems)
 
 
-def _read_evaluations(folders: Any) -> EvaluationRecord:
+def _read_if_there(file: Path, record: Record, problems: list[str]) -> dict[str, Any]:
+    """Empty if it is not there, or, as ``problems`` says, cannot be read."""
+    try:
+        return read_record(file, record) if file.exists() else {}
+    except CheckpointError as error:
+        problems.append(str(error))
+        return {}
+
+
+def _read_evaluations(folders: Iterable[Path], problems: list[str]) -> EvaluationRecord:
     """All evaluations of a run as one; if a later round evaluates again, it wins."""
     baseline: str | None = None
     splits: dict[str, dict[str, Estimates]] = {}
     reward_model: dict[str, Estimate] = {}
-    for file in (folder / "output" / "evaluation.json" for folder in folders):
-        if file.exists():
-            content = json.loads(file.read_text(encoding="utf-8"))
-            baseline = content.get("baseline") or baseline
-            reward_model |= _estimates(content.get("reward_model") or {})
-            for split, policies in content.get("splits", {}).items():
-                splits.setdefault(split, {}).update({name: _estimates(found) for name, found in policies.items()})
+    for folder in folders:
+        content = _read_if_there(folder / "output" / "evaluation.json", EVALUATION, problems)
+        baseline = content.get("baseline") or baseline
+        reward_model |= _estimates(content.get("reward_model") or {})
+        for split, policies in content.get("splits", {}).items():
+            splits.setdefault(split, {}).update({name: _estimates(found) for name, found in policies.items()})
     return EvaluationRecord(baseline, splits, reward_model)
 
 
@@ -170,21 +186,3 @@ def _estimate(found: Mapping[str, Any]) -> Estimate:
     """Some measures, such as calibration error, have no interval: both ends are then the mean."""
     mean = float(found["mean"])
     return Estimate(mean, float(found.get("low", mean)), float(found.get("high", mean)), int(found.get("n") or 0))
-
-
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; none if there is no such file. Skips a line that a crash cut off."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():  # U+2028 does not end a line here
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
-def _short(error: Exception) -> str:
-    message = " ".join(str(error).split())
-    return f"missing {message}" if isinstance(error, KeyError) else message or type(error).__name__

@@ -97,5 +97,5 @@ def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     for row in rows:
         for metric, value in row.items():
             if metric not in ("step", "seconds") and isinstance(value, (int, float)):
-                values.setdefault(metric, {})[row["step"]] = value
+                values.setdefault(metric, {})[row["step"]] = float(value)
     return {metric: Series(*map(np.array, zip(*sorted(v.items()), strict=True))) for metric, v in values.items()}

@@ -19,6 +19,7 @@ from typing import Any
 
 from lockstep.errors import DataError
 from lockstep.reporting.compare.records import Estimate, EvaluationRecord, Reading, Run, StageRecord, flatten, series
+from lockstep.storage.records import EACH, mismatch
 
 STATUS = {"finished": "done", "running": "running", "pending": "running"}  # all else is 'failed'
 
@@ -34,7 +35,7 @@ def read(source: str, reading: Reading) -> None:
 
     try:
         stages = list(wandb.Api().runs(path, filters=filters))
-        runs = _grouped(stages)
+        runs = _grouped(stages, reading.problems)
     except Exception as error:  # whatever W&B and the network raise
         advice = "It needs a network and an API key: wandb login. Or compare the folders: lockstep compare runs/NAME"
         raise DataError(f"W&B could not be queried for {source}: {error}. {advice}") from error
@@ -67,11 +68,22 @@ def _value(text: str) -> Any:
         return text
 
 
-def _grouped(stages: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """{run: {stage: W&B run}}; if a stage was recorded twice, the later one counts."""
+CONFIG = {
+    "stage": dict, "backend": {"name": str}, "seed": int, "inputs": {EACH: str}, "data?": (dict, None),
+    "reward_model?": (dict, None), "produces?": str,
+}  # fmt: skip
+"""Of a W&B run that the `wandb` tracker made."""
+
+
+def _grouped(stages: Sequence[Any], problems: list[str]) -> dict[str, dict[str, Any]]:
+    """{run: {stage: W&B run}}; if a stage was recorded twice, the later one counts. ``problems`` names runs of other programs."""
     runs: dict[str, dict[str, Any]] = {}
     for stage in stages:  # the API gives the oldest first
-        if stage.group and stage.job_type:
+        if not stage.group or not stage.job_type:
+            continue
+        if problem := mismatch(dict(stage.config), CONFIG):
+            problems.append(f"The W&B run {stage.id} is left out: it is not Lockstep's ({problem}).")
+        else:
             runs.setdefault(stage.group, {})[stage.job_type] = stage
     return runs
 
@@ -81,8 +93,8 @@ def _with_shared(members: Mapping[str, Any], by_id: Mapping[str, Any]) -> dict[s
     found = dict(members)
     queue = list(members.values())
     while queue:
-        for name, identity in (queue.pop().config.get("inputs") or {}).items():
-            if name not in found and identity in by_id:
+        for name, identity in queue.pop().config["inputs"].items():
+            if name not in found and identity in by_id and not mismatch(dict(by_id[identity].config), CONFIG):
                 found = {name: by_id[identity], **found}
                 queue.append(by_id[identity])
     return found
@@ -97,8 +109,8 @@ def _run(name: str, stages: Mapping[str, Any], path: str) -> Run:
         name=name,
         folder=Path(name),
         experiment=path.rpartition("/")[2],
-        seed=int(anyone.get("seed", 0)),
-        backend=anyone.get("backend") or {},
+        seed=anyone["seed"],
+        backend=anyone["backend"],
         status=unfinished[0] if unfinished else "done",
         seconds=None,
         command="",
@@ -111,24 +123,24 @@ def _run(name: str, stages: Mapping[str, Any], path: str) -> Run:
 
 def _config(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The configuration under the names of a run folder's."""
-    whole: dict[str, Any] = {"stages": {name: {"algorithm": c.get("stage") or {}} for name, c in configs.items()}}
+    whole: dict[str, Any] = {"stages": {name: {"algorithm": c["stage"]} for name, c in configs.items()}}
     for config in configs.values():
         whole |= {key: config[key] for key in ("backend", "data", "seed") if key in config}
-        if config.get("reward_model") and "algorithm" not in whole and "baseline" not in (config.get("stage") or {}):
+        if config.get("reward_model") and "algorithm" not in whole and "baseline" not in config["stage"]:
             whole["algorithm"] = config["stage"]
     return dict(flatten(whole))
 
 
 def _stage(name: str, found: Any) -> StageRecord:
     rows = [_numbers(row) for row in found.scan_history()]
-    algorithm = (found.config.get("stage") or {}).get("name")
+    algorithm = found.config["stage"].get("name")
     return StageRecord(
         name=name,
         kind="train" if algorithm else "evaluate",
         algorithm=algorithm,
         status=STATUS.get(found.state, "failed"),
         seconds=found.summary.get("_runtime"),
-        metrics=series([row for row in rows if "step" in row]),
+        metrics=series([row for row in rows if isinstance(row.get("step"), int)]),
         identity=found.id,
         produces=found.config.get("produces", ""),
     )
@@ -142,7 +154,7 @@ def _evaluation(stages: Mapping[str, Any]) -> EvaluationRecord:
     """From 'heldout/ppo/gold' and 'reward_model/accuracy/gold' of evaluation stages, which name a baseline."""
     baseline, splits, reward_model = None, {}, {}
     for found in stages.values():
-        if named := (found.config.get("stage") or {}).get("baseline"):
+        if named := found.config["stage"].get("baseline"):
             baseline = named
             for key, value in dict(found.summary).items():
                 split, _, rest = key.partition("/")

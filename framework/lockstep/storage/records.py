@@ -1,0 +1,232 @@
+"""The records that runs and stages leave, with one check of each for all who read them.
+
+    runs/<run>/run.json, stages.json      runs/sweeps/<sweep>/sweep.json
+    runs/stages/<stage>/stage.json, done.json, metrics.jsonl, samples.jsonl, health.jsonl, checkpoints/<step>/state.json,
+                        output/output.json, output/evaluation.json
+
+A record that is empty, cut off or somebody else's is a `CheckpointError`, which names the file, says what is wrong with it and
+what may be removed. Of a JSON-lines file, lines that are not rows are skipped, with one warning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lockstep.errors import CheckpointError
+from lockstep.storage.files import load_json
+
+log = logging.getLogger("lockstep")
+
+Shape = Any
+"""A type; `NUMBER`; `object` for anything; None for null; a pattern for text; [shape] for a list; a tuple for one of several; a
+dictionary for an object, whose keys end in '?' if they may be absent, or are `EACH`, for whatever keys there are."""
+EACH = ...
+NUMBER = float
+"""Finite or not, as long as a float can hold it; no truth value."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A kind of record: what it is, its shape, and what to do about a file that is none."""
+
+    what: str
+    shape: Shape
+    advice: str
+
+
+_AGAIN = "Remove it and rerun the command of the run: it is written again, and finished stages are reused."
+_MEASURE = ({"mean": (NUMBER, None), "low?": NUMBER, "high?": NUMBER, "n?": (NUMBER, None)}, None)
+_EVALUATION = {
+    "baseline?": (str, None),
+    "splits": {EACH: {EACH: {EACH: _MEASURE}}},
+    "reward_model?": ({EACH: _MEASURE}, None),
+}
+_FINDING = {"step?": int, "name": str, "message": str}
+
+RUN = Record(
+    "the record of a run",
+    {
+        "name": str, "experiment": str, "seed": int, "status": str, "backend": {"name": str},
+        "seconds?": (NUMBER, None), "command?": str,
+        "stages": {EACH: {
+            "folder": re.compile(r"stages/(?!\.)[^/]+"), "status": str, "kind?": str, "algorithm?": (str, None),
+            "produces?": str, "seconds?": (NUMBER, None), "health?": [_FINDING],
+        }},
+    },
+    _AGAIN,
+)  # fmt: skip
+STAGES = Record(
+    "what the stages of a run are made of",
+    {EACH: {"backend": {"name": str}, "code": {EACH: str}, "data": {"fingerprint": object}, "folders": {EACH: str}}},
+    _AGAIN,
+)
+STAGE = Record("what a stage is made of", dict, "Remove the folder of the stage; the next run that needs it trains it again.")
+DONE = Record(
+    "the result of a stage",
+    {
+        "steps": int, "seconds": NUMBER, "metrics": {EACH: (NUMBER, None)}, "output": dict, "memory?": (NUMBER, None),
+        "data?": dict, "health?": [_FINDING], "evaluation?": _EVALUATION,
+    },
+    "Remove it and rerun the command of the run, which trains the stage again.",
+)  # fmt: skip
+CHECKPOINT = Record("the state of a checkpoint", {"step": int, "state": dict}, "Remove the folder of the checkpoint.")
+OUTPUT = Record(
+    "what says which policy reads a stage's output", {"kind": str, "policy": str},
+    "Remove the folder of the stage and rerun the command of the run, which trains the stage again.",
+)  # fmt: skip
+EVALUATION = Record("an evaluation", _EVALUATION, OUTPUT.advice)
+SWEEP = Record(
+    "the record of a sweep",
+    {"jobs": [{"overrides": [str], "status": str, "run?": (str, None), "error?": (str, None), "objective?": (NUMBER, None)}]},
+    "Remove it and rerun the command of the sweep: it is written again, and finished jobs are reused.",
+)
+
+METRICS = {EACH: (NUMBER, None), "step": int}
+SAMPLES = {"step": int}
+HEALTH = {"step": int, "name": str, "message": str}
+
+
+def read_record(file: Path, record: Record) -> Any:
+    """
+    Raises:
+      CheckpointError: the file is not such a record.
+    """
+    if not file.exists():
+        raise CheckpointError(f"There is no {file}, {record.what}.")
+    try:
+        _check_file(file)
+        content = load_json(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. It should be {record.what}. {record.advice}") from error
+    if problem := mismatch(content, record.shape):
+        raise CheckpointError(f"{file} is not {record.what}: {problem}. {record.advice}")
+    return content
+
+
+def _check_file(path: Path) -> None:
+    """Raises FileNotFoundError, or OSError for what has no end, such as a pipe."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is no regular file")
+
+
+class _WithoutAliases(yaml.SafeLoader):
+    """Of what Lockstep writes. With aliases, a few lines are a billion values for who walks through them."""
+
+    def fetch_alias(self) -> None:
+        raise yaml.YAMLError("it has an alias (*), which Lockstep does not write")
+
+
+def read_configuration(run: Path) -> dict[str, Any]:
+    """The whole configuration of a run, from its config.yaml.
+
+    Raises:
+      CheckpointError: the file is not a configuration.
+    """
+    file = run / "config.yaml"
+    try:
+        _check_file(file)
+        content = yaml.load(file.read_text(encoding="utf-8"), _WithoutAliases)
+        problem = mismatch(content, {"backend": {"name": str}})
+    except FileNotFoundError as error:
+        raise CheckpointError(f"There is no {file}, the configuration of a run.") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())
+    if problem:
+        raise CheckpointError(f"{file} is not the configuration of a run: {problem}. {_AGAIN}")
+    return content
+
+
+def stage_folders(run: Path, record: Mapping[str, Any]) -> dict[str, Path]:
+    """{stage: its folder} of a run with this `RUN` record. The stages are beside the run or, if it was moved into a folder
+    beside them, above it."""
+    above = (folder for folder in run.absolute().parents if (folder / "stages").is_dir())
+    root = run.parent if (run.parent / "stages").is_dir() else next(above, run.parent)
+    return {name: root / stage["folder"] for name, stage in record["stages"].items()}
+
+
+def read_rows(file: Path, shape: Shape = dict, warn: Callable[[str], None] = log.warning) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON-lines file; none if there is no such file. A last line without an end is being written, or was cut off
+    by a crash: it is skipped. Other lines that are no such row are skipped too, and ``warn`` is told."""
+    if not file.is_file():
+        if file.exists():
+            warn(f"{file} is no regular file")
+        return
+    bad, first = 0, ""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line.decode())
+                problem = mismatch(row, shape)
+            except (ValueError, RecursionError) as error:
+                problem = str(error)
+            if problem is None:
+                yield row
+            elif line.endswith(b"\n"):
+                bad, first = bad + 1, first or f"line {number}: {problem}"
+    if bad:
+        warn(f"{file}: {bad} line{'s' * (bad > 1)} skipped ({first})")
+
+
+def mismatch(value: Any, shape: Shape, where: str = "") -> str | None:
+    """'stages.sft.folder is missing': how ``value`` differs from ``shape``; None if it does not."""
+    if isinstance(shape, tuple):
+        found = [mismatch(value, each, where) for each in shape]
+        return None if None in found else found[0]
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return _other(value, list, where)
+        return next((p for i, each in enumerate(value) if (p := mismatch(each, shape[0], f"{where}[{i}]"))), None)
+    if isinstance(shape, dict):
+        return _mismatch_of_keys(value, shape, where)
+    if isinstance(shape, re.Pattern):
+        return None if isinstance(value, str) and shape.fullmatch(value) else f"{where or 'it'} is {_shown(value)}"
+    return None if _is(value, shape) else _other(value, shape, where)
+
+
+def _mismatch_of_keys(value: Any, shape: Mapping[Any, Shape], where: str) -> str | None:
+    if not isinstance(value, dict):
+        return _other(value, dict, where)
+    for key, inner in shape.items():
+        place = f"{where}." if where else ""
+        if key is EACH:
+            names = [name for name in value if name not in shape]
+        elif (name := key.removesuffix("?")) in value:
+            names = [name]
+        elif key == name:
+            return f"{place}{name} is missing"
+        else:
+            names = []
+        for name in names:
+            if problem := mismatch(value[name], inner, f"{place}{name}"):
+                return problem
+    return None
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind is None:
+        return value is None
+    if kind is NUMBER:
+        return isinstance(value, float) or _is(value, int) and abs(value) <= sys.float_info.max
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+_NAMES = {str: "text", int: "a whole number", NUMBER: "a number", dict: "an object", list: "a list", None: "null"}
+
+
+def _other(value: Any, kind: Any, where: str) -> str:
+    return f"{where or 'it'} is {_shown(value)}, not {_NAMES[kind]}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
