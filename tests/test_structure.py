@@ -165,14 +165,14 @@ def test_an_encoding_that_is_left_to_the_locale_is_found():
 IN_ASCII = """
 import sys
 from pathlib import Path
-from lockstep.reporting.compare.reading import read_jsonl
-from lockstep.storage.files import read_json, read_lines, write_json, write_text
+from lockstep.storage.files import read_json, write_json, write_text
+from lockstep.storage.records import read_rows
 
 folder, tent = Path(sys.argv[1]), chr(0x26FA)
 write_json(folder / "a.json", {"text": tent})
 write_text(folder / "a.jsonl", '{"text": "%s"}\\n' % tent)
 assert read_json(folder / "a.json") == {"text": tent}
-assert read_jsonl(folder / "a.jsonl") == list(read_lines(folder / "a.jsonl")) == [{"text": tent}]
+assert list(read_rows(folder / "a.jsonl")) == [{"text": tent}]
 print(sys.stdout.encoding)
 """
 

@@ -147,7 +147,7 @@ def _why(root: Path, folder: StageFolder, stage: str, content: ConfigGroup) -> s
                 unread.append(str(error))
     if not changes:
         return " ".join([f"no stage of this name is stored in {root / 'stages'}", *unread])
-    nearest = min(changes, key=lambda path: len(changes[path]))
+    nearest = min(changes, key=lambda path: (len(changes[path]), -path.stat().st_mtime))  # the newest of equals
     return f"differs in {'; '.join(changes[nearest])} (from the nearest stored one, {nearest.name})"
 
 
