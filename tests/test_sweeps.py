@@ -340,6 +340,11 @@ def test_what_all_jobs_would_refuse_is_refused_before_the_first(given, message, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("swept", ["experiment=glob(d*)", "algorithm.kl_coef=tag(log,interval(0.02,0.5))", "seed=range(1,3)"])
+def test_every_form_of_hydra_names_a_folder_for_the_sweep(swept, tmp_path):
+    assert sweeps._folder(["-m", swept, f"folder={tmp_path}"]).parent == tmp_path / "sweeps"
+
+
 def test_the_example_of_a_wandb_sweep_composes_and_looks_at_a_metric_that_its_runs_log():
     """Its agent turns {key: value} into key=value, in place of ${args_no_hyphens}."""
     config = yaml.safe_load((ROOT / "docs" / "examples" / "sweep.yaml").read_text())
