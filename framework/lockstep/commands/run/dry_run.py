@@ -1,19 +1,22 @@
 """``lockstep run --dry-run``: check everything that needs no model and no run folder.
 
 The configuration is composed and checked, the first rows of every data source are parsed, the tokenizer renders one of them,
-and each stage states its arithmetic. For data sets on the hub, the first rows are streamed and the arithmetic counts only
-those. Whatever cannot be reached is listed as not checked.
+the headers of local checkpoints are compared with their config.json and with the tokenizer, and each stage states its
+arithmetic. For data sets on the hub, the first rows are streamed and the arithmetic counts only those. Whatever cannot be
+reached is listed as not checked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from lockstep.errors import ConfigError, DataError, MissingData, Unreachable
 from lockstep.interfaces import DataSource
+from lockstep.models.checkpoint import is_adapter, survey
 from lockstep.reporting.console import Console
 from lockstep.runs.assembly import Assembly
-from lockstep.runs.experiment import Experiment, is_hub_id
+from lockstep.runs.experiment import NEW, Experiment, is_hub_id
 from lockstep.text.tokenizer import Tokenizer
 
 
@@ -32,6 +35,9 @@ def dry_run(experiment: Experiment, console: Console) -> None:
     here = f"there is no folder {experiment.tokenizer.path}, so it is taken as a Hugging Face hub id"
     console.say(f"tokenizer: {_told(tokenizer, data) if tokenizer else here}")
     unknown += [] if tokenizer else ["tokenizer"]
+    for model, rows in embeddings(experiment):
+        if tokenizer and rows:
+            tokenizer.check_embedding(rows, f"the policy '{model}'")
     lines = []
     for stage in experiment.stages.values():
         try:
@@ -57,6 +63,20 @@ def local_tokenizer(experiment: Experiment, data: DataSource) -> Tokenizer | Non
     assembly = Assembly(experiment, {})
     assembly.data = data  # from the hub, only the first rows
     return assembly.tokenizer
+
+
+def embeddings(experiment: Experiment) -> Iterator[tuple[str, int | None]]:
+    """The policies that start from files, each with the rows of its embedding if it is on the local disk.
+
+    Raises:
+      CheckpointError: their files are damaged or do not fit each other.
+    """
+    cls, config = experiment.policy
+    yield NEW, cls.survey(config)
+    read = {source for stage in experiment.stages.values() for source, kind in stage.inputs if kind == "policy"}
+    for folder in sorted(read - experiment.stages.keys()):
+        if not is_adapter(Path(folder)):
+            yield folder, survey(folder, any_family=True)
 
 
 def _told(tokenizer: Tokenizer, data: DataSource) -> str:
