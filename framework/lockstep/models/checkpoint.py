@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lockstep.config.schema import REQUIRED, setting
-from lockstep.errors import CheckpointError
+from lockstep.errors import CheckpointError, listing
 from lockstep.interfaces import Inputs
 from lockstep.models.architecture import (
     SCALAR_BIAS,
     SCALAR_HEAD,
     Architecture,
+    WrongValue,
     check_labels,
     check_shapes,
     family_of,
@@ -34,7 +35,7 @@ from lockstep.models.architecture import (
 )
 from lockstep.storage.files import read_object
 from lockstep.storage.sources import fetch_folder
-from lockstep.storage.weights import Stored, check_stored_finite, read_weights, stored_weights
+from lockstep.storage.weights import EXPONENTS, Stored, check_stored_finite, read_weights, stored_weights
 from lockstep.text.tokenizer import TokenizerConfig
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -131,12 +132,15 @@ def describe(path: Path | str, *, scalar: bool = False, any_family: bool = False
         check_labels(folder, sum(stored[SCALAR_HEAD].shape[:1]))
     try:
         architecture = from_hf(config)
-    except CheckpointError:
-        if not any_family:
+    except CheckpointError as error:
+        if isinstance(error, WrongValue) or not any_family:
             raise
         return Checkpoint(folder, config, None, stored)
     _check_tied(folder, architecture, stored)
-    shapes = {name: each.shape for name, each in usual_tensors(architecture, stored).items()}
+    found = usual_tensors(architecture, stored)
+    if whole := [f"{name} ({each.dtype})" for name, each in found.items() if each.dtype not in EXPONENTS]:
+        raise CheckpointError(f"The weights in {folder} should be floating-point numbers, unlike {listing(whole[:3])}.")
+    shapes = {name: each.shape for name, each in found.items()}
     if scalar:
         shapes = {SCALAR_BIAS: (1,)} | {n: shape for n, shape in shapes.items() if n not in head_shapes(architecture)}
     check_shapes(folder, shapes, scalar_shapes(architecture) if scalar else parameter_shapes(architecture))

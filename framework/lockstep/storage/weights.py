@@ -66,7 +66,9 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
             raise ValueError("its header is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-    header.pop("__metadata__", None)
+    about = header.pop("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(text, str) for text in about.values()):
+        raise CheckpointError(f"{path} is damaged: its __metadata__ should map texts to texts, and is {str(about)[:200]}.")
     found = {name: _entry(path, name, record, 8 + length) for name, record in header.items()}
     expected = 8 + length
     for name, stored in sorted(found.items(), key=lambda item: item[1][-2:]):
@@ -119,7 +121,7 @@ def stored_weights(folder: Path) -> dict[str, Stored]:
     if not isinstance(content.get("metadata"), dict):
         raise CheckpointError(f'{index} has no metadata, which transformers needs. Add the key "metadata": {{}} to it.')
     shards = sorted(set(places.values()))
-    if outside := [shard for shard in shards if Path(shard).name != shard]:
+    if outside := [shard for shard in shards if Path(shard).name != shard or shard in ("", "..")]:
         raise CheckpointError(f"{index} names the file {outside[0]!r}. Shards lie in the folder of their index.")
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
         raise CheckpointError(f"{folder} lacks {len(missing)} of the {len(shards)} files in {INDEX}: {listing(missing[:3])}.")

@@ -14,6 +14,7 @@ layouts of the family's Hugging Face checkpoint, so a checkpoint from either bac
 
 from lockstep.models.architecture.families import (
     FAMILIES,
+    WrongValue,
     causal_class,
     classifier_class,
     family_of,
@@ -63,6 +64,7 @@ __all__ = [
     "SCALAR_BIAS",
     "SCALAR_HEAD",
     "SmallDecoderConfig",
+    "WrongValue",
     "causal_class",
     "check_labels",
     "check_shapes",

@@ -104,7 +104,7 @@ MAYBE = ("rotary_dims", "local_rope_theta", "query_scalar", "attention_softcap",
 def check_values(a: Architecture) -> None:
     """
     Raises:
-      ValueError: a size or number of it is not one.
+      ValueError: a size or another number that no decoder has.
     """
     counts = [(name, getattr(a, name)) for name in COUNTS] + [("sliding_window", w) for w in a.windows if w is not None]
     numbers = [("norm_eps", a.norm_eps), *((name, getattr(a, name)) for name in MAYBE if getattr(a, name) is not None)]

@@ -16,6 +16,11 @@ from lockstep.models.architecture.family import Family
 from lockstep.models.architecture.naming import LANGUAGE_HEAD
 from lockstep.models.architecture.shape import Architecture, check_values
 
+
+class WrongValue(CheckpointError):
+    """A value in a ``config.json`` that no model has, whatever opens it."""
+
+
 FAMILIES: dict[str, Family] = {}
 """By ``model_type``."""
 
@@ -42,7 +47,8 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
     """The architecture a ``config.json`` describes.
 
     Raises:
-      CheckpointError: a model type or a switch that is not supported; the message lists what is. Or a value that no model has.
+      CheckpointError: a model type or a switch that is not supported; the message lists what is.
+      WrongValue: a value that no model has.
     """
     name = config.get("model_type")
     if inner := next((f for f in FAMILIES.values() if name is not None and f.text_model_of == name), None):
@@ -62,7 +68,7 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
         architecture = FAMILIES[name].read({**FAMILIES[name].defaults, **config})
         check_values(architecture)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(f"The config.json of this {name} model holds a value of the wrong kind: {error}.") from error
+        raise WrongValue(f"The config.json of this {name} model holds a value of the wrong kind: {error}.") from error
     return architecture
 
 
