@@ -10,8 +10,11 @@ import tokenizers
 from lockstep.commands import run as run_command
 from lockstep.config.compose import compose
 from lockstep.data import files
-from lockstep.errors import ConfigError, DataError, LockstepError
+from lockstep.errors import CheckpointError, ConfigError, DataError, LockstepError
+from lockstep.models.architecture import from_hf, initial_parameters, small_decoder, to_hf
 from lockstep.runs.experiment import Experiment
+from lockstep.storage.files import read_json, write_json
+from lockstep.storage.weights import write_tensors
 from lockstep.text.tokenizer import Tokenizer
 
 # Columns and types as the data sets' own pages list them.
@@ -98,7 +101,20 @@ def write(tmp_path):
 
 @pytest.fixture
 def policy(tmp_path):
-    """A folder with a tokenizer and nothing else: no model is loaded."""
+    """A checkpoint with a tokenizer. Of its weights, a dry run reads the header only."""
+    architecture = small_decoder(
+        vocab_size=3,
+        hidden_size=4,
+        layers=1,
+        heads=1,
+        kv_heads=1,
+        intermediate_size=4,
+        context_length=8,
+        rope_theta=1e4,
+        tied=True,
+    )
+    write_json(tmp_path / "policy" / "config.json", to_hf(architecture))
+    write_tensors(tmp_path / "policy" / "model.safetensors", initial_parameters(architecture, 0))
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1, "<eos>": 2}, unk_token="[UNK]"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     Tokenizer(core, eos_token="<eos>", pad_token="[PAD]", chat_template="{{ messages[0].content }}").save(tmp_path / "policy")
@@ -168,6 +184,16 @@ def test_the_ensemble(capsys):
 def test_wrong_columns_are_told_with_the_known_ones(dry, write):
     with pytest.raises(DataError, match="no comparisons can be made from the columns category, messages, prompt, prompt_id"):
         dry("experiment=hh", f"data.comparisons={source(write(messages))}")
+
+
+def test_a_checkpoint_that_does_not_fit_its_tokenizer_or_its_configuration_is_told(dry, write, policy):
+    config, data = read_json(policy / "config.json"), f"data.comparisons={source(write(hh))}"
+    write_json(policy / "config.json", config | {"vocab_size": 2})
+    with pytest.raises(CheckpointError, match=r"do not fit its config.json: model.embed_tokens.weight is \(3, 4\), not \(2, 4\)"):
+        dry("experiment=hh", data)
+    write_tensors(policy / "model.safetensors", initial_parameters(from_hf(read_json(policy / "config.json")), 0))
+    with pytest.raises(ConfigError, match=r"does not fit the policy 'new': .* of 2 rows: '<eos>' \(2\)"):
+        dry("experiment=hh", data)
 
 
 def test_a_tokenizer_that_pads_with_eos_is_told(dry, write):
