@@ -8,6 +8,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from lockstep.models import adapters
 from lockstep.models.architecture import initial_parameters, to_hf
 from lockstep.models.checkpoint import describe, open_checkpoint
 from lockstep.registry import registry
-from lockstep.runs.assembly import save_result
+from lockstep.runs.assembly import Assembly, save_result
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import INDEX, read_tensors, write_tensors
 from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
@@ -405,6 +406,21 @@ def test_every_way_to_a_policy_compares(load, backend, tmp_path, tokenizer):
         ChatPolicy(load(), wide, backend, "decoder")
     with pytest.raises(ConfigError, match=r"does not fit the policy: .*'w35' \(37\)"):
         save_result(tmp_path, load(), wide, "policy", "decoder")
+
+
+def test_a_stage_compares_the_models_that_it_reads(folder, backend, tokenizer, tmp_path):
+    """As a run has them, `Assembly` proper, without its experiment."""
+    assembly = Assembly(SimpleNamespace(backend_name=backend.name, stages={}), {"sft": folder, "reward": tmp_path / "reward"})
+    assembly.__dict__ |= {"backend": backend, "tokenizer": tokenizer_of(words("w34", "w35"))}
+    with pytest.raises(ConfigError, match=r"does not fit the policy 'sft': .*'w35' \(37\)"):
+        assembly.policy("sft")
+    write_tensors(tmp_path / "reward" / "model.safetensors", scored(read_tensors(folder / "model.safetensors")))
+    write_json(tmp_path / "reward" / "config.json", read_json(folder / "config.json"))
+    tokenizer.save(tmp_path / "reward")
+    assert assembly.scalar_model("reward")[1].eos_token == "<stop>"
+    assembly.tokenizer.save(tmp_path / "reward")
+    with pytest.raises(ConfigError, match=r"does not fit the reward model 'reward': .*'w35' \(37\)"):
+        assembly.scalar_model("reward")
 
 
 def test_nan_is_not_saved(load, tokenizer, tmp_path):

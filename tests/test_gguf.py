@@ -137,6 +137,13 @@ def test_a_gguf_file_that_is_not_there_or_broken_is_said_so(tmp_path):
         gguf.as_folder(tmp_path / "cut.gguf")
 
 
+def test_a_gguf_file_that_lacks_a_tensor_is_refused(tmp_path, parameters):
+    """transformers would draw random numbers for it."""
+    write(tmp_path / "lacks.gguf", {n: array for n, array in parameters.items() if "layers.1.mlp.down_proj" not in n})
+    with pytest.raises(CheckpointError, match="is damaged: it has no tensors for model.layers.1.mlp.down_proj.weight"):
+        gguf.as_folder(tmp_path / "lacks.gguf")
+
+
 def test_a_changed_gguf_file_is_another_input(file, parameters):
     before = identity.folder_digest(str(file)), gguf.as_folder(file)
     identity.folder_digest.cache_clear()

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lockstep.errors import CheckpointError
+from lockstep.errors import CheckpointError, listing
 from lockstep.storage.files import move_folder, write_json
 from lockstep.storage.weights import write_tensors
 
@@ -75,9 +75,12 @@ def _convert(file: Path, folder: Path) -> None:
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         reader = gguf.GGUFReader(file)
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(**where, dtype="float32"), AutoTokenizer.from_pretrained(**where)
+        model, info = AutoModelForCausalLM.from_pretrained(**where, dtype="float32", output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
     except Exception as error:  # of many kinds: truncated, another architecture, no tokenizer
         raise CheckpointError(f"transformers cannot read {file}: {error}") from error
+    if missing := sorted(info["missing_keys"]):  # transformers draws random numbers for them
+        raise CheckpointError(f"{file} is damaged: it has no tensors for {listing(missing[:3])}. Download it again.")
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     _check(file, reader, config)
     config["architectures"] = [type(model).__name__]
