@@ -17,13 +17,14 @@ import tokenizers
 
 from conftest import ARCHITECTURE, BACKENDS, WORDS, same
 from lockstep.api.policies import ChatPolicy
+from lockstep.api.sources import find
 from lockstep.config.schema import parse
 from lockstep.errors import CheckpointError, ConfigError, DataError
 from lockstep.models import adapters
 from lockstep.models.architecture import initial_parameters, to_hf
 from lockstep.models.checkpoint import describe, open_checkpoint
 from lockstep.registry import registry
-from lockstep.runs.assembly import Assembly, save_result
+from lockstep.runs.assembly import Assembly, opener, save_result
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import INDEX, read_tensors, write_tensors
 from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
@@ -388,6 +389,8 @@ def test_ids_may_have_gaps():
     assert (gapped.vocab_size, gapped.pad_id, gapped.decode([5])) == (6, 6, "b")
     with pytest.raises(ConfigError, match=r"embedding of 3 rows: 'b' \(5\)"):
         gapped.check_embedding(3, "the policy")
+    with pytest.raises(ConfigError, match="has 2 tokens with ids up to 2147483648: tokenizer.json is damaged"):
+        tokenizer_of(tokenizers.Tokenizer(tokenizers.models.WordLevel({"<stop>": 0, "a": 2**31})))
 
 
 def test_a_pad_token_outside_the_embedding_is_accepted_and_never_saved(load, backend, tmp_path):
@@ -421,6 +424,21 @@ def test_a_stage_compares_the_models_that_it_reads(folder, backend, tokenizer, t
     assembly.tokenizer.save(tmp_path / "reward")
     with pytest.raises(ConfigError, match=r"does not fit the reward model 'reward': .*'w35' \(37\)"):
         assembly.scalar_model("reward")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "output.json should hold a JSON object"),
+        ('{"policy": "decoder"}', "output.json is damaged: it has kind=None"),
+        ('{"kind": "policy", "policy": 3}', "output.json is damaged: it has policy=3, which should be a text"),
+    ],
+)
+def test_a_damaged_note_of_what_an_output_is_is_refused(folder, content, message):
+    (folder / "output.json").write_text(content)
+    for read in (lambda: find(folder, "policy"), lambda: opener(folder, "torch")):
+        with pytest.raises(CheckpointError, match=message):
+            read()
 
 
 def test_nan_is_not_saved(load, tokenizer, tmp_path):

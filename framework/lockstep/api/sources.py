@@ -13,7 +13,7 @@ from lockstep.config.root import component_config
 from lockstep.errors import CheckpointError, ConfigError, RegistryError, did_you_mean, listing
 from lockstep.interfaces import Backend, Policy
 from lockstep.registry import registry
-from lockstep.runs.assembly import MADE_BY, opener
+from lockstep.runs.assembly import MADE_BY, made_by, opener
 from lockstep.runs.store import check_output
 from lockstep.storage.files import read_json
 from lockstep.storage.sources import fetch_folder
@@ -59,7 +59,7 @@ def find(source: str | Path, kind: str, stage: str | None = None) -> tuple[Path,
         raise CheckpointError(f"stage='{stage}' needs a run folder, but {source} has no run.json.")
     if (folder / "output" / MADE_BY).exists():  # a stage's folder
         folder = folder / "output"
-    if (folder / MADE_BY).exists() and (made_as := read_json(folder / MADE_BY)["kind"]) != kind:
+    if (folder / MADE_BY).exists() and (made_as := made_by(folder)["kind"]) != kind:
         raise CheckpointError(f"{folder} holds a {made_as.replace('_', ' ')}, not a {what}.")
     if folder.exists():
         check_output(folder)
@@ -77,7 +77,7 @@ def outputs(run: Path, kind: str) -> dict[str, Path]:
     stages = read_json(run / "run.json")["stages"]
     folders = {name: run.parent / stage["folder"] / "output" for name, stage in stages.items()}
     made = {name: folder for name, folder in folders.items() if (folder / MADE_BY).exists()}
-    return {name: folder for name, folder in made.items() if read_json(folder / MADE_BY)["kind"] == kind}
+    return {name: folder for name, folder in made.items() if made_by(folder)["kind"] == kind}
 
 
 def reader(folder: Path, backend: Backend) -> tuple[str, type[Policy]]:

@@ -24,7 +24,7 @@ from lockstep.interfaces import (
 from lockstep.models.architecture import SCALAR_HEAD
 from lockstep.registry import registry
 from lockstep.runs.experiment import NEW, Experiment, Stage, component_config
-from lockstep.storage.files import read_json, read_object, write_json
+from lockstep.storage.files import read_object, write_json
 from lockstep.storage.sources import fetch_folder
 from lockstep.storage.weights import check_finite, stored_weights
 from lockstep.text.tokenizer import GENERATION, Tokenizer, TokenizerConfig
@@ -105,10 +105,10 @@ class Assembly:
 
     def save(self, stage: Stage, algorithm: Algorithm, folder: Path) -> None:
         """Write the stage's result: a Hugging Face folder with its tokenizer, and the name of the policy that reads it."""
-        made_by = self.experiment.config["policy"]["name"]
+        reader = self.experiment.config["policy"]["name"]
         if stage.policy != NEW:
-            made_by = opener(self.outputs.get(stage.policy, Path(stage.policy)), self.experiment.backend_name)
-        save_result(folder, algorithm.result(), self.tokenizer, algorithm.produces, made_by)
+            reader = opener(self.outputs.get(stage.policy, Path(stage.policy)), self.experiment.backend_name)
+        save_result(folder, algorithm.result(), self.tokenizer, algorithm.produces, reader)
 
     def _reward_folder(self, source: str) -> Path:
         """The folder of a stage's output, of a local path, or of a hub repository after downloading it."""
@@ -164,12 +164,26 @@ def opener(folder: Path, backend: str) -> str:
       CheckpointError: no policy opens it, or several do.
     """
     if (folder / MADE_BY).exists():
-        return read_json(folder / MADE_BY)["policy"]
+        return made_by(folder)["policy"]
     found = {c.name for c in registry().components_of("policy", backend) if c.load().opens(folder)}
     if len(found) != 1:
         who = f"{listing(found)} all open it" if found else f"no policy for {backend} opens it"
         raise CheckpointError(f"{folder} was not written by a stage, and {who}. It should hold a Hugging Face checkpoint.")
     return found.pop()
+
+
+def made_by(folder: Path) -> dict[str, str]:
+    """What a stage's output says of itself: its ``kind`` and the ``policy`` that reads it.
+
+    Raises:
+      CheckpointError: the file is damaged.
+    """
+    found = read_object(folder / MADE_BY)
+    if wrong := [key for key in ("kind", "policy") if not isinstance(found.get(key), str)]:
+        raise CheckpointError(
+            f"{folder / MADE_BY} is damaged: it has {wrong[0]}={found.get(wrong[0])!r}, which should be a text."
+        )
+    return found
 
 
 def save_result(folder: Path, model: Model, tokenizer: Tokenizer, kind: str, policy: str) -> None:

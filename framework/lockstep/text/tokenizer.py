@@ -81,7 +81,12 @@ class Tokenizer:
         self.eos_token = eos_token
         self.chat_template = chat_template
         self.eos_ids = tuple(eos_ids)
-        self.vocab_size = 1 + max(core.get_vocab(with_added_tokens=True).values(), default=-1)  # ids may have gaps
+        ids = core.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = 1 + max(ids, default=-1)  # ids may have gaps
+        if self.vocab_size > 2 * len(ids) + 100_000:  # an embedding of that size is not what anybody means
+            raise ConfigError(
+                f"The tokenizer has {len(ids)} tokens with ids up to {self.vocab_size - 1}: tokenizer.json is damaged."
+            )
         self.rows = self.vocab_size
         """Ids from here on lie outside the embedding of a model that reads this tokenizer's ids."""
         self.beyond: dict[int, str] = {}
@@ -324,14 +329,14 @@ def _own_template(path: str | Path, template: Any) -> str | None:
     """The chat template of a checkpoint: its file ``chat_template.jinja``, or what tokenizer_config.json has."""
     if file := fetch_file(path, "chat_template.jinja", optional=True):
         try:
-            return file.read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8") or None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
     if isinstance(template, list) and all(isinstance(each, dict) for each in template):  # named templates: the default one
         template = next((each.get("template") for each in template if each.get("name") == "default"), None)
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"tokenizer_config.json in {path} has a chat_template that is not a text: {str(template)[:80]}.")
-    return template
+    return template or None
 
 
 def _own_eos_ids(path: str | Path) -> tuple[int, ...]:
