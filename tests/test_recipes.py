@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import tokenizers
 
@@ -14,7 +16,7 @@ from lockstep.errors import CheckpointError, ConfigError, DataError, LockstepErr
 from lockstep.models.architecture import from_hf, initial_parameters, small_decoder, to_hf
 from lockstep.runs.experiment import Experiment
 from lockstep.storage.files import read_json, write_json
-from lockstep.storage.weights import write_tensors
+from lockstep.storage.weights import read_tensors, write_tensors
 from lockstep.text.tokenizer import Tokenizer
 
 # Columns and types as the data sets' own pages list them.
@@ -194,6 +196,20 @@ def test_a_checkpoint_that_does_not_fit_its_tokenizer_or_its_configuration_is_to
     write_tensors(policy / "model.safetensors", initial_parameters(from_hf(read_json(policy / "config.json")), 0))
     with pytest.raises(ConfigError, match=r"does not fit the policy 'new': .* of 2 rows: '<eos>' \(2\)"):
         dry("experiment=hh", data)
+
+
+def test_a_public_reward_model_that_does_not_fit_is_told(dry, write, policy, tmp_path):
+    public, data = shutil.copytree(policy, tmp_path / "public"), f"data.comparisons={source(write(hh))}"
+    choose = (f"reward_model.source={public}", "~stages.reward", data)
+    weights = read_tensors(public / "model.safetensors")
+    write_tensors(public / "model.safetensors", weights | {"score.weight": np.ones((1, 5), np.float32)})
+    with pytest.raises(CheckpointError, match=r"do not fit its config.json: score.weight is \(1, 5\), not \(1, 4\)"):
+        dry("experiment=hh", *choose)
+    write_json(public / "config.json", read_json(public / "config.json") | {"vocab_size": 2})
+    weights = initial_parameters(from_hf(read_json(public / "config.json")), 0) | {"score.weight": np.ones((1, 4), np.float32)}
+    write_tensors(public / "model.safetensors", weights)
+    with pytest.raises(ConfigError, match=r"does not fit the reward model '.*public': .* of 2 rows: '<eos>' \(2\)"):
+        dry("experiment=hh", *choose)
 
 
 def test_a_tokenizer_that_pads_with_eos_is_told(dry, write):

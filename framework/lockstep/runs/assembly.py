@@ -81,9 +81,7 @@ class Assembly:
 
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
         folder = self._reward_folder(source)
-        # Public reward models often pad with EOS, which does no harm to scoring.
-        own = None if (folder / MADE_BY).exists() else TokenizerConfig(None, None, "<|pad|>", None)
-        model, tokenizer = self._policy_class(folder).load_scalar(folder, self.backend), Tokenizer.load(folder, own)
+        model, tokenizer = self._policy_class(folder).load_scalar(folder, self.backend), load_reward_tokenizer(folder)
         tokenizer.check_embedding(model.vocab_size, f"the reward model '{source}'")
         return model, tokenizer
 
@@ -170,6 +168,12 @@ def opener(folder: Path, backend: str) -> str:
         who = f"{listing(found)} all open it" if found else f"no policy for {backend} opens it"
         raise CheckpointError(f"{folder} was not written by a stage, and {who}. It should hold a Hugging Face checkpoint.")
     return found.pop()
+
+
+def load_reward_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a reward model. Public ones often pad with EOS, which does no harm to scoring."""
+    own = None if (folder / MADE_BY).exists() else TokenizerConfig(None, None, "<|pad|>", None)
+    return Tokenizer.load(folder, own)
 
 
 def made_by(folder: Path) -> dict[str, str]:

@@ -75,8 +75,11 @@ def _convert(file: Path, folder: Path) -> None:
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         reader = gguf.GGUFReader(file)
+        _check_sizes(file, reader)
         model, info = AutoModelForCausalLM.from_pretrained(**where, dtype="float32", output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(**where)
+    except CheckpointError:
+        raise
     except Exception as error:  # of many kinds: truncated, another architecture, no tokenizer
         raise CheckpointError(f"transformers cannot read {file}: {error}") from error
     if missing := sorted(info["missing_keys"]):  # transformers draws random numbers for them
@@ -90,6 +93,18 @@ def _convert(file: Path, folder: Path) -> None:
     write_json(temporary / "config.json", config)
     tokenizer.save_pretrained(temporary)
     move_folder(temporary, folder)
+
+
+def _check_sizes(file: Path, reader: Any) -> None:
+    """Raises CheckpointError for sizes that its tensors cannot have, before transformers builds modules of such sizes."""
+    numbers = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    limits = {"block_count": len(reader.tensors), "embedding_length": numbers, "feed_forward_length": numbers}
+    for name, field in reader.fields.items():
+        limit = limits.get(name.partition(".")[2])
+        if limit is not None and isinstance(size := field.contents(), int) and size > limit:
+            raise CheckpointError(
+                f"{file} is damaged: it has {name}={size} and {len(reader.tensors)} tensors of {numbers} numbers."
+            )
 
 
 def _check(file: Path, reader: Any, config: Mapping[str, Any]) -> None:

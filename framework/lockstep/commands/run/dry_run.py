@@ -13,9 +13,10 @@ from pathlib import Path
 
 from lockstep.errors import ConfigError, DataError, MissingData, Unreachable
 from lockstep.interfaces import DataSource
-from lockstep.models.checkpoint import is_adapter, survey
+from lockstep.models.architecture import SCALAR_HEAD
+from lockstep.models.checkpoint import check_files, describe, is_adapter, survey
 from lockstep.reporting.console import Console
-from lockstep.runs.assembly import Assembly
+from lockstep.runs.assembly import Assembly, load_reward_tokenizer
 from lockstep.runs.experiment import NEW, Experiment, is_hub_id
 from lockstep.text.tokenizer import Tokenizer
 
@@ -38,6 +39,7 @@ def dry_run(experiment: Experiment, console: Console) -> None:
     for model, rows in embeddings(experiment):
         if tokenizer and rows:
             tokenizer.check_embedding(rows, f"the policy '{model}'")
+    check_reward_models(experiment)
     lines = []
     for stage in experiment.stages.values():
         try:
@@ -73,10 +75,26 @@ def embeddings(experiment: Experiment) -> Iterator[tuple[str, int | None]]:
     """
     cls, config = experiment.policy
     yield NEW, cls.survey(config)
-    read = {source for stage in experiment.stages.values() for source, kind in stage.inputs if kind == "policy"}
-    for folder in sorted(read - experiment.stages.keys()):
-        if not is_adapter(Path(folder)):
-            yield folder, survey(folder, any_family=True)
+    for folder in _outside(experiment, "policy"):
+        yield folder, survey(folder, any_family=True)
+
+
+def check_reward_models(experiment: Experiment) -> None:
+    """Compare reward models in local folders with their own tokenizers.
+
+    Raises:
+      LockstepError: their files are damaged or do not fit each other.
+    """
+    for folder in _outside(experiment, "reward_model"):
+        _, _, stored = check_files(folder)
+        if SCALAR_HEAD in stored and (rows := describe(folder, scalar=True, any_family=True).rows):
+            load_reward_tokenizer(Path(folder)).check_embedding(rows, f"the reward model '{folder}'")
+
+
+def _outside(experiment: Experiment, kind: str) -> list[str]:
+    """The local folders with whole checkpoints that stages read a result of this kind from."""
+    read = {source for stage in experiment.stages.values() for source, needed in stage.inputs if needed == kind}
+    return sorted(f for f in read - experiment.stages.keys() if Path(f).is_dir() and not is_adapter(Path(f)))
 
 
 def _told(tokenizer: Tokenizer, data: DataSource) -> str:
