@@ -12,7 +12,9 @@ Left out: dropout on the adapter's input (training here uses 0; it has no effect
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,7 +220,7 @@ def merge(folder: Path, output: Path) -> Path:
     write_json(output / "config.json", config)
     for file in [*texts.glob("*token*"), texts / "chat_template.jinja", generation / GENERATION]:
         if file.exists():
-            replace(output / file.name, lambda temporary, file=file: temporary.write_bytes(file.read_bytes()))
+            replace(output / file.name, functools.partial(shutil.copyfile, file))
     return output
 
 

@@ -83,8 +83,8 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
 
 def _entry(path: Path, name: str, record: Any, start: int) -> Stored:
     """One record of a header, whose offsets count from byte ``start``."""
-    fields = record if isinstance(record, dict) else {}
-    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    fields: dict[str, Any] = record if isinstance(record, dict) else {}
+    dtype, shape, offsets = (fields.get(key, "") for key in ("dtype", "shape", "data_offsets"))
     if not (isinstance(dtype, str) and _counts(shape) and _counts(offsets) and len(offsets) == 2):
         raise CheckpointError(f"{path} is damaged: its header describes '{name}' as {str(record)[:200]}.")
     if dtype not in DTYPES:

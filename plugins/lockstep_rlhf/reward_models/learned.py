@@ -51,14 +51,14 @@ class Learned(RewardModel):
         if kind == "encoder":
             self.read = self._pairs_read_by(resources.classifier(config.source))
             return
-        self.model, self.tokenizer = resources.scalar_model(config.source)
+        self.model, self.tokenizer = model, _ = resources.scalar_model(config.source)
         self.same_vocabulary = self.tokenizer.core.to_str() == resources.tokenizer.core.to_str()
         template = template_text(config.chat_template) or self.tokenizer.chat_template
         same_text = kind == "stage" or template in (None, resources.tokenizer.chat_template)
         self.shares_tokens = self.same_vocabulary and same_text
         if self.shares_tokens:
-            resources.tokenizer.check_embedding(self.model.vocab_size, f"the reward model '{config.source}'")
-            self.read = lambda responses: self._score(self._known(responses.sequences))
+            resources.tokenizer.check_embedding(model.vocab_size, f"the reward model '{config.source}'")
+            self.read = lambda responses: self._score(self._known(responses.sequences, model.vocab_size))
         elif kind == "stage":
             self.read = lambda responses: self._score_fitting(self._as_trained(responses))
         else:
@@ -82,17 +82,17 @@ class Learned(RewardModel):
         evaluate = lambda part: self.model.evaluate(part, ["scores"])  # noqa: E731
         return in_chunks(evaluate, rows, self.config.micro_batch_size)["scores"]
 
-    def _known(self, rows: Sequences) -> Sequences:
+    def _known(self, rows: Sequences, embedding: int) -> Sequences:
         """The policy's rows. An embedding with more rows than the tokenizer has tokens lets it write ids that mean nothing.
 
         Raises:
           RewardError: it wrote one that this model has no row for.
         """
         largest = int(rows.tokens.max(initial=0, where=rows.attention_mask))
-        if largest >= self.model.vocab_size:
+        if largest >= embedding:
             raise RewardError(
                 f"The policy wrote the token id {largest}, for which the reward model '{self.config.source}' has no row: its "
-                f"embedding has {self.model.vocab_size} rows. Resize the embedding of either to that of the other."
+                f"embedding has {embedding} rows. Resize the embedding of either to that of the other."
             )
         return rows
 

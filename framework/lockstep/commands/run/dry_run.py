@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lockstep.errors import ConfigError, DataError, MissingData, Unreachable
 from lockstep.interfaces import DataSource
@@ -73,6 +74,7 @@ def embeddings(experiment: Experiment) -> Iterator[tuple[str, int | None]]:
     Raises:
       CheckpointError: their files are damaged or do not fit each other.
     """
+    cls: Any
     cls, config = experiment.policy
     yield NEW, cls.survey(config)
     for folder in _outside(experiment, "policy"):
