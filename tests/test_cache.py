@@ -168,6 +168,17 @@ def test_an_output_that_another_stage_is_to_read_is_compared_with_its_checksums(
     assert "pretrain starts over: it was done, but files of" in caplog.text
 
 
+@pytest.mark.parametrize("content", ['{"output": {"model.safetensors": 5}}', '{"output": [1]}', "[1]", "null", ""])
+def test_a_damaged_or_foreign_done_json_is_not_done(tmp_path, content):
+    stage = store.StageFolder(tmp_path)
+    with stage.write_output() as output:
+        (output / "model.safetensors").write_bytes(b"12345")
+    stage.finish({})
+    assert stage.done and stage.intact
+    (tmp_path / "done.json").write_text(content)
+    assert not stage.done and not stage.intact
+
+
 def test_a_result_that_changed_since_is_not_opened(runs):
     folder, (first, _), overrides = runs
     output = Experiment(compose(overrides)).folders["sft"].output

@@ -76,7 +76,10 @@ class StageFolder:
             return False
         files = self._output_files()
         sizes = {name: file.stat().st_size for name, file in files.items()}
-        return bool(sizes) and all(sizes.get(name) == each["bytes"] for name, each in result.get("output", {}).items())
+        expected = result.get("output", {}) if isinstance(result, dict) else None
+        if not isinstance(expected, dict) or not all(isinstance(each, dict) for each in expected.values()):
+            return False  # foreign or damaged
+        return bool(sizes) and all(sizes.get(name) == each.get("bytes") for name, each in expected.items())
 
     @property
     def intact(self) -> bool:
@@ -85,7 +88,7 @@ class StageFolder:
         if not self.done:
             return False
         files = self._output_files()
-        return all(checksum(files[name]) == each["sha256"] for name, each in self.result()["output"].items())
+        return all(checksum(files[name]) == each.get("sha256") for name, each in self.result().get("output", {}).items())
 
     @contextlib.contextmanager
     def write_output(self) -> Iterator[Path]:
