@@ -44,12 +44,12 @@ def interleaved(array: np.ndarray, heads: int) -> np.ndarray:
     return array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
 
 
-def write(path, parameters, **more) -> None:
+def write(path, parameters, *, blocks=A.layers, **more) -> None:
     writer = gguf_format.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_context_length(A.context_length)
     writer.add_embedding_length(A.hidden_size)
-    writer.add_block_count(A.layers)
+    writer.add_block_count(blocks)
     writer.add_feed_forward_length(A.intermediate_size)
     writer.add_head_count(A.heads)
     writer.add_head_count_kv(A.kv_heads)
@@ -135,6 +135,16 @@ def test_a_gguf_file_that_is_not_there_or_broken_is_said_so(tmp_path):
     (tmp_path / "cut.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match="transformers cannot read .*cut.gguf"):
         gguf.as_folder(tmp_path / "cut.gguf")
+
+
+def test_a_gguf_file_that_lacks_a_tensor_is_refused(tmp_path, parameters):
+    """transformers would draw random numbers for it."""
+    write(tmp_path / "lacks.gguf", {n: array for n, array in parameters.items() if "layers.1.mlp.down_proj" not in n})
+    with pytest.raises(CheckpointError, match="is damaged: it has no tensors for model.layers.1.mlp.down_proj.weight"):
+        gguf.as_folder(tmp_path / "lacks.gguf")
+    write(tmp_path / "deep.gguf", parameters, blocks=10**7)
+    with pytest.raises(CheckpointError, match="is damaged: it has llama.block_count=10000000 and 21 tensors of 17888 numbers"):
+        gguf.as_folder(tmp_path / "deep.gguf")
 
 
 def test_a_changed_gguf_file_is_another_input(file, parameters):

@@ -171,7 +171,7 @@ def test_dropout_is_the_documented_bits(both):
 @pytest.mark.parametrize(
     "change",
     [
-        {"attention_bias": True},
+        {"attention_bias": True, "output_bias": True},
         {"mlp_bias": True},
         {"activation": "gelu_tanh"},
         {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)},

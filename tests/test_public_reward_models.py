@@ -13,12 +13,13 @@ from conftest import BACKENDS, WORDS
 from lockstep.commands.run import run_config
 from lockstep.config.compose import compose
 from lockstep.config.schema import parse
-from lockstep.errors import CheckpointError, ConfigError
+from lockstep.errors import CheckpointError, ConfigError, RewardError
 from lockstep.interfaces import Responses
 from lockstep.registry import registry
 from lockstep.runs.assembly import Assembly
 from lockstep.runs.experiment import Experiment
-from lockstep.storage.files import read_json
+from lockstep.storage.files import read_json, write_json
+from lockstep.storage.weights import read_tensors, write_tensors
 from lockstep.text.sequences import pack
 from lockstep.types import Message, Prompt
 from lockstep_rlhf.reward_models.learned import Learned, rendered
@@ -265,6 +266,34 @@ def test_a_language_model_is_no_reward_model(tmp_path, torch_backend, tokenizer)
     transformers.LlamaForCausalLM(public.model.config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="is not a reward model: its checkpoint has no score.weight"):
         public.reward_model()
+
+
+def test_an_encoder_whose_layers_or_tokens_do_not_fit_is_refused(tmp_path, torch_backend, tokenizer):
+    public = Public(tmp_path, "Bert", torch_backend, tokenizer, template=None)
+    weights, name = read_tensors(tmp_path / "model.safetensors"), "bert.encoder.layer.1.attention.self.query.weight"
+    write_tensors(tmp_path / "model.safetensors", {n: array for n, array in weights.items() if n != name})
+    with pytest.raises(CheckpointError, match=f"do not fit its config.json: missing: {name}"):
+        public.reward_model()
+    write_tensors(tmp_path / "model.safetensors", weights | {name: weights[name] * np.inf})
+    with pytest.raises(CheckpointError, match=f"NaN or Inf in 1 of its tensors: {name}"):
+        public.reward_model()
+    write_model(tmp_path, "Bert", vocab_size=40)
+    with pytest.raises(ConfigError, match=r"The tokenizer does not fit '.*': .* embedding of 40 rows: 'w2' \(40\), 'w1' \(41\)"):
+        public.reward_model()
+    settings = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", settings | {"num_hidden_layers": 1})
+    with pytest.raises(CheckpointError, match="unused: bert.encoder.layer.1"):
+        public.reward_model()
+
+
+def test_a_reward_model_with_fewer_rows_than_the_policy_says_so_when_it_meets_one(tmp_path, torch_backend, tokenizer):
+    public = Public(tmp_path, "Llama", torch_backend, tokenizer, template=None)
+    tokenizer.save(tmp_path)
+    model, rows = public.reward_model(), responses(tokenizer)
+    rows.sequences.tokens[1, -1] = 99  # padding may be anything
+    rows.sequences.tokens[1, rows.sequences.prompt_length] = 64
+    with pytest.raises(RewardError, match="The policy wrote the token id 64, .* its embedding has 64 rows"):
+        model.score(rows)
 
 
 # ------------------------------------------------------------------------------------------------------------ whole runs

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
+import numpy as np
 import pytest
 import tokenizers
 
@@ -13,8 +15,11 @@ from lockstep.commands.run.dry_run import FIRST, _check_lengths
 from lockstep.config.compose import compose
 from lockstep.data import files
 from lockstep.errors import CheckpointError, ConfigError, DataError, LockstepError
+from lockstep.models.architecture import from_hf, initial_parameters, small_decoder, to_hf
 from lockstep.runs.experiment import Experiment
 from lockstep.runs.store import RunFolder
+from lockstep.storage.files import read_json, write_json
+from lockstep.storage.weights import read_tensors, write_tensors
 from lockstep.text.encoding import Lengths
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Prompt
@@ -104,7 +109,20 @@ def write(tmp_path):
 
 @pytest.fixture
 def policy(tmp_path):
-    """A folder with a tokenizer and nothing else: no model is loaded."""
+    """A checkpoint with a tokenizer. Of its weights, a dry run reads the header only."""
+    architecture = small_decoder(
+        vocab_size=3,
+        hidden_size=4,
+        layers=1,
+        heads=1,
+        kv_heads=1,
+        intermediate_size=4,
+        context_length=8,
+        rope_theta=1e4,
+        tied=True,
+    )
+    write_json(tmp_path / "policy" / "config.json", to_hf(architecture))
+    write_tensors(tmp_path / "policy" / "model.safetensors", initial_parameters(architecture, 0))
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1, "<eos>": 2}, unk_token="[UNK]"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     Tokenizer(core, eos_token="<eos>", pad_token="[PAD]", chat_template="{{ messages[0].content }}").save(tmp_path / "policy")
@@ -181,6 +199,30 @@ def test_the_ensemble(capsys):
 def test_wrong_columns_are_told_with_the_known_ones(dry, write):
     with pytest.raises(DataError, match="no comparisons can be made from the columns category, messages, prompt, prompt_id"):
         dry("experiment=hh", f"data.comparisons={source(write(messages))}")
+
+
+def test_a_checkpoint_that_does_not_fit_its_tokenizer_or_its_configuration_is_told(dry, write, policy):
+    config, data = read_json(policy / "config.json"), f"data.comparisons={source(write(hh))}"
+    write_json(policy / "config.json", config | {"vocab_size": 2})
+    with pytest.raises(CheckpointError, match=r"do not fit its config.json: model.embed_tokens.weight is \(3, 4\), not \(2, 4\)"):
+        dry("experiment=hh", data)
+    write_tensors(policy / "model.safetensors", initial_parameters(from_hf(read_json(policy / "config.json")), 0))
+    with pytest.raises(ConfigError, match=r"does not fit the policy 'new': .* of 2 rows: '<eos>' \(2\)"):
+        dry("experiment=hh", data)
+
+
+def test_a_public_reward_model_that_does_not_fit_is_told(dry, write, policy, tmp_path):
+    public, data = shutil.copytree(policy, tmp_path / "public"), f"data.comparisons={source(write(hh))}"
+    choose = (f"reward_model.source={public}", "~stages.reward", data)
+    weights = read_tensors(public / "model.safetensors")
+    write_tensors(public / "model.safetensors", weights | {"score.weight": np.ones((1, 5), np.float32)})
+    with pytest.raises(CheckpointError, match=r"do not fit its config.json: score.weight is \(1, 5\), not \(1, 4\)"):
+        dry("experiment=hh", *choose)
+    write_json(public / "config.json", read_json(public / "config.json") | {"vocab_size": 2})
+    weights = initial_parameters(from_hf(read_json(public / "config.json")), 0) | {"score.weight": np.ones((1, 4), np.float32)}
+    write_tensors(public / "model.safetensors", weights)
+    with pytest.raises(ConfigError, match=r"does not fit the reward model '.*public': .* of 2 rows: '<eos>' \(2\)"):
+        dry("experiment=hh", *choose)
 
 
 def test_a_tokenizer_that_pads_with_eos_is_told(dry, write):

@@ -299,8 +299,9 @@ def test_transformers_opens_what_was_saved_and_agrees(core, transformers, tmp_pa
     ours.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert [theirs(text, add_special_tokens=False).input_ids for text in TEXTS] == ours.encode_many(TEXTS)
-    assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.pad_id)
-    assert (theirs.eos_token, theirs.pad_token, theirs.chat_template) == (EOS, pad_token, SMOLLM)
+    assert (theirs.eos_token_id, theirs.eos_token, theirs.chat_template) == (ours.eos_id, EOS, SMOLLM)
+    known = pad_token != PAD  # transformers would give another the next id, which no embedding has
+    assert (theirs.pad_token_id, theirs.pad_token) == ((ours.pad_id, pad_token) if known else (None, None))
 
 
 def test_what_transformers_saved_is_opened(core, transformers, tmp_path):

@@ -152,6 +152,16 @@ class Policy(Model, Component):
         return config.tokenizer
 
     @classmethod
+    def survey(cls, config: Any) -> int | None:
+        """For a dry run: check the local files that `create` would read, without loading weights. Returns the rows of the
+        model's embedding, if they tell.
+
+        Raises:
+          CheckpointError: the files are damaged or do not fit each other.
+        """
+        return None
+
+    @classmethod
     def opens(cls, folder: Path) -> bool:
         """Whether `load` reads this public checkpoint (a folder that no stage wrote). At most one policy should say yes."""
         return False

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lockstep.errors import CheckpointError
 from lockstep.interfaces import ScalarModel
 from lockstep.models import adapters
 from lockstep.models.adapters import Adapter, LoRAConfig
@@ -16,20 +15,11 @@ from lockstep.models.architecture import (
     SCALAR_HEAD,
     Architecture,
     SmallDecoderConfig,
-    check_labels,
-    check_parameters,
     family_of,
-    from_hf,
     initial_parameters,
     linear_layers,
-    parameter_shapes,
-    trunk_shapes,
-    usual_tensors,
 )
-from lockstep.models.checkpoint import CheckpointConfig, FromCheckpoint
-from lockstep.storage.files import read_json
-from lockstep.storage.sources import fetch_folder
-from lockstep.storage.weights import read_weights
+from lockstep.models.checkpoint import CheckpointConfig, FromCheckpoint, is_adapter, read_decoder
 from lockstep.text.tokenizer import Tokenizer
 from lockstep_jax.decoder import NetworkSpec, Tree
 from lockstep_jax.device import JaxDevice
@@ -42,17 +32,12 @@ class Checkpoint(LanguageModel):
 
     @classmethod
     def load(cls, folder: Path | str, backend: JaxDevice) -> Checkpoint:
-        architecture, weights = _read(folder)
-        check_parameters(architecture, weights, parameter_shapes(architecture))
+        architecture, weights = read_decoder(folder)
         return cls.from_arrays(architecture, weights, backend, language_head=True)
 
     @classmethod
     def load_scalar(cls, folder: Path | str, backend: JaxDevice) -> ScalarModel:
-        architecture, weights = _read(folder)
-        weights.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))  # transformers' classifiers have none
-        check_labels(folder, len(weights.get(SCALAR_HEAD, [None])))
-        d = architecture.hidden_size
-        check_parameters(architecture, weights, trunk_shapes(architecture) | {SCALAR_HEAD: (1, d), SCALAR_BIAS: (1,)})
+        architecture, weights = read_decoder(folder, scalar=True)
         return Scalar.from_arrays(architecture, weights, backend, language_head=False)
 
 
@@ -74,7 +59,7 @@ class HuggingFace(FromCheckpoint, Checkpoint):
 
     @classmethod
     def opens(cls, folder: Path) -> bool:
-        return (folder / "config.json").exists() and not adapters.is_adapter(folder)
+        return (folder / "config.json").exists() and not is_adapter(folder)
 
     @classmethod
     def create(cls, config: CheckpointConfig, backend: JaxDevice, tokenizer: Tokenizer, seed: int) -> HuggingFace:
@@ -89,7 +74,7 @@ class LoRA(FromCheckpoint, LanguageModel):
 
     @classmethod
     def opens(cls, folder: Path) -> bool:
-        return adapters.is_adapter(folder)
+        return is_adapter(folder)
 
     @classmethod
     def create(cls, config: LoRAConfig, backend: JaxDevice, tokenizer: Tokenizer, seed: int) -> LoRA:
@@ -110,8 +95,7 @@ class LoRA(FromCheckpoint, LanguageModel):
 def _trunk(path: str, backend: JaxDevice) -> tuple[Architecture, Tree]:
     """The checkpoint that adapters share; read once."""
     if path not in backend.trunks:
-        architecture, weights = _read(path)
-        check_parameters(architecture, weights, parameter_shapes(architecture))
+        architecture, weights = read_decoder(path)
         backend.trunks[path] = architecture, backend.put(from_arrays(architecture, weights))
     return backend.trunks[path]
 
@@ -135,12 +119,3 @@ def _adapted(
     spec = NetworkSpec.on(backend, architecture, language_head=language_head, scalar_head=SCALAR_HEAD in arrays, adapter=adapter)
     frozen = trunk if language_head else {name: part for name, part in trunk.items() if name != "lm_head"}
     return spec, backend.put(from_arrays(architecture, arrays)), backend, frozen
-
-
-def _read(path: Path | str) -> tuple[Architecture, dict[str, np.ndarray]]:
-    """Architecture and float32 weights under the names of `lockstep.models.architecture`."""
-    folder = fetch_folder(path)
-    if (folder / adapters.ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
-        raise CheckpointError(adapters.not_whole(path))
-    architecture = from_hf(read_json(folder / "config.json"))
-    return architecture, usual_tensors(architecture, read_weights(folder))

@@ -4,6 +4,7 @@ transformers' own forward pass and tokenizer. Torch only."""
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ import torch
 
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import Classifier
-from lockstep.models.architecture import check_labels
+from lockstep.models.architecture import check_labels, refuse_tensors
+from lockstep.models.checkpoint import check_files
+from lockstep.storage.weights import check_stored_finite
 from lockstep.text import encoding, templates
+from lockstep.text.tokenizer import outside_embedding
 from lockstep.types import Message
 from lockstep_torch.device import TorchDevice
+from lockstep_torch.transformers_network import load
 
 
 class TextClassifier(Classifier):
@@ -31,22 +36,27 @@ class TextClassifier(Classifier):
     def load(cls, source: Path | str, backend: TorchDevice) -> TextClassifier:
         """
         Raises:
-          CheckpointError: transformers cannot open it, the checkpoint lacks a head, or it has several labels.
+          CheckpointError: transformers cannot open it, the checkpoint lacks a head, it has several labels, or its tokenizer
+            does not fit.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
-        from transformers.utils import logging
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        how = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-        try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(source, dtype="float32", **how)
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            raise CheckpointError(f"'{source}' cannot be opened as a reward model: {error}") from error
-        if missing := sorted(info["missing_keys"]):
-            raise CheckpointError(f"'{source}' is not a reward model: its checkpoint has no {', '.join(missing[:3])}.")
+        _, _, stored = check_files(source)
+        check_stored_finite(stored, f"The checkpoint '{source}'")
+        model, info = load(AutoModelForSequenceClassification, source)
+        inside = lambda names: {name for name in names if re.search(r"\.\d+\.", name)}  # noqa: E731  a layer, not a head
+        missing, unused = info["missing_keys"], inside(info["unexpected_keys"])
+        refuse_tensors(source, missing=inside(missing), unused=unused, other=info["mismatched_keys"])
+        if missing:
+            raise CheckpointError(f"'{source}' is not a reward model: its checkpoint has no {', '.join(sorted(missing)[:3])}.")
         check_labels(source, model.config.num_labels)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except Exception as error:  # of many kinds
+            raise CheckpointError(f"The tokenizer of '{source}' cannot be opened: {error}") from error
+        read = {tokenizer.cls_token, tokenizer.sep_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token}
+        spared = set(tokenizer.all_special_tokens) - read
+        outside_embedding(tokenizer.get_vocab(), model.get_input_embeddings().num_embeddings, f"'{source}'", spared)
         return cls(model, tokenizer, backend)
 
     def renderer(self, template: str | None) -> Callable[..., str] | None:

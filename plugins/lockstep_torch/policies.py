@@ -14,21 +14,17 @@ from lockstep.interfaces import Classifier, ScalarModel
 from lockstep.models import adapters
 from lockstep.models.adapters import LoRAConfig
 from lockstep.models.architecture import (
+    BUFFERS,
     SCALAR_BIAS,
     SCALAR_HEAD,
     Architecture,
     SmallDecoderConfig,
-    check_labels,
-    check_parameters,
     from_hf,
     initial_parameters,
     is_small_decoder,
-    parameter_shapes,
-    trunk_shapes,
+    refuse_tensors,
 )
-from lockstep.models.checkpoint import CheckpointConfig, FromCheckpoint
-from lockstep.storage import gguf
-from lockstep.storage.files import read_json
+from lockstep.models.checkpoint import Checkpoint, CheckpointConfig, FromCheckpoint, is_adapter, open_checkpoint, read_decoder
 from lockstep.storage.weights import read_weights
 from lockstep.text.tokenizer import Tokenizer
 from lockstep_torch.classifier import TextClassifier
@@ -36,7 +32,7 @@ from lockstep_torch.decoder import DecoderNetwork, Network, ScalarHead, load_arr
 from lockstep_torch.device import TorchDevice
 from lockstep_torch.lora import adapted, linear_layers
 from lockstep_torch.model import LanguageModel, Scalar
-from lockstep_torch.transformers_network import TransformersNetwork, config_of
+from lockstep_torch.transformers_network import TransformersNetwork, config_of, load
 
 
 class Decoder(LanguageModel):
@@ -53,18 +49,14 @@ class Decoder(LanguageModel):
 
     @classmethod
     def load(cls, folder: Path, backend: TorchDevice) -> Decoder:
-        architecture, weights = _architecture(folder), read_weights(folder)
-        check_parameters(architecture, weights, parameter_shapes(architecture))
+        architecture, weights = _read(folder, scalar=False)
         network = DecoderNetwork(architecture)
         load_arrays(network, weights)
         return cls(network, None, backend)
 
     @classmethod
     def load_scalar(cls, folder: Path, backend: TorchDevice) -> ScalarModel:
-        architecture, weights = _architecture(folder), read_weights(folder)
-        weights.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))  # transformers' classifiers have none
-        d = architecture.hidden_size
-        check_parameters(architecture, weights, trunk_shapes(architecture) | {SCALAR_HEAD: (1, d), SCALAR_BIAS: (1,)})
+        architecture, weights = _read(folder, scalar=True)
         head = ScalarHead(weights[SCALAR_HEAD][0], float(weights[SCALAR_BIAS][0]))
         network = DecoderNetwork(architecture)
         load_arrays(network.without_language_head(), weights)
@@ -75,10 +67,11 @@ class HuggingFace(FromCheckpoint, LanguageModel):
     """Any causal language model of transformers, from a folder or the hub."""
 
     Config = CheckpointConfig
+    any_family = True
 
     @classmethod
     def opens(cls, folder: Path) -> bool:
-        return (folder / "config.json").exists() and not adapters.is_adapter(folder)
+        return (folder / "config.json").exists() and not is_adapter(folder)
 
     @classmethod
     def create(cls, config: CheckpointConfig, backend: TorchDevice, tokenizer: Tokenizer, seed: int) -> HuggingFace:
@@ -88,18 +81,16 @@ class HuggingFace(FromCheckpoint, LanguageModel):
     def load(cls, folder: Path | str, backend: TorchDevice) -> HuggingFace:
         from transformers import AutoModelForCausalLM
 
-        return cls(_open(AutoModelForCausalLM, folder), None, backend)
+        return cls(_open(AutoModelForCausalLM, open_checkpoint(folder, any_family=True)), None, backend)
 
     @classmethod
     def load_scalar(cls, folder: Path | str, backend: TorchDevice) -> ScalarModel:
         from transformers import AutoModel
 
-        weights = read_weights(Path(folder), [SCALAR_HEAD, SCALAR_BIAS])
-        if SCALAR_HEAD not in weights:
-            raise CheckpointError(f"{folder} has no reward model: {SCALAR_HEAD} is missing.")
-        check_labels(folder, len(weights[SCALAR_HEAD]))
+        checkpoint = open_checkpoint(folder, scalar=True, any_family=True)
+        weights = read_weights(checkpoint.folder, [SCALAR_HEAD, SCALAR_BIAS])
         head = ScalarHead(weights[SCALAR_HEAD][0], float(weights[SCALAR_BIAS][0]) if SCALAR_BIAS in weights else 0.0)
-        return Scalar(_open(AutoModel, folder), head, backend)
+        return Scalar(_open(AutoModel, checkpoint), head, backend)
 
     @classmethod
     def load_classifier(cls, folder: Path | str, backend: TorchDevice) -> Classifier:
@@ -111,10 +102,11 @@ class LoRA(FromCheckpoint, LanguageModel):
     share its weights: policy, reference, value network and reward model are adapters on one trunk."""
 
     Config = LoRAConfig
+    any_family = True
 
     @classmethod
     def opens(cls, folder: Path) -> bool:
-        return adapters.is_adapter(folder)
+        return is_adapter(folder)
 
     @classmethod
     def create(cls, config: LoRAConfig, backend: TorchDevice, tokenizer: Tokenizer, seed: int) -> LoRA:
@@ -143,7 +135,7 @@ def _trunk(path: str, backend: TorchDevice) -> Network:
     from transformers import AutoModelForCausalLM
 
     if path not in backend.trunks:
-        backend.trunks[path] = _open(AutoModelForCausalLM, path).to(backend.device)
+        backend.trunks[path] = _open(AutoModelForCausalLM, open_checkpoint(path, any_family=True)).to(backend.device)
     return backend.trunks[path]
 
 
@@ -161,24 +153,19 @@ def _with(model: Any, arrays: dict[str, np.ndarray], source: Path | str) -> Any:
     return model
 
 
-def _open(auto: type, folder: Path | str) -> Network:
+def _open(auto: type, checkpoint: Checkpoint) -> Network:
     """Opens safetensors only, without code from the checkpoint, in float32 and without dropout. This package's decoder runs
     models of Llama's shape, because its generation loop is leaner; transformers' own modules run all others.
 
     Raises:
-      CheckpointError: transformers cannot open it.
+      CheckpointError: transformers cannot open it, or would fill tensors with random numbers.
     """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # its table of unexpected keys names a scalar head that is loaded elsewhere
-    logging.disable_progress_bar()
-    folder = gguf.as_folder(folder)
-    try:
-        hf = auto.from_pretrained(folder, dtype="float32", use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"'{folder}' cannot be opened as a checkpoint: {error}") from error
-    if getattr(hf, "_hf_peft_config_loaded", False):  # transformers opens adapters too, and freezes everything
-        raise CheckpointError(adapters.not_whole(folder))
+    hf, info = load(auto, checkpoint.folder)
+    unused = set[str]()
+    if checkpoint.architecture is None:  # else its names have been checked
+        heads = () if hf.base_model is not hf else ("score.", "lm_head.")  # a trunk has none
+        unused = {name for name in info["unexpected_keys"] if not name.startswith(heads) and not BUFFERS.search(name)}
+    refuse_tensors(checkpoint.folder, missing=info["missing_keys"], unused=unused, other=info["mismatched_keys"])
     return _lean(hf) or TransformersNetwork(hf.eval())
 
 
@@ -199,10 +186,11 @@ def _lean(hf: Any) -> DecoderNetwork | None:
     return network
 
 
-def _architecture(folder: Path) -> Architecture:
-    architecture = from_hf(read_json(Path(folder) / "config.json"))
+def _read(folder: Path, *, scalar: bool) -> tuple[Architecture, dict[str, np.ndarray]]:
+    """Architecture and float32 weights of a small decoder."""
+    architecture, weights = read_decoder(folder, scalar=scalar)
     if not is_small_decoder(architecture):
         raise CheckpointError(
             f"{folder} holds a {architecture.family} model that is not a small decoder. Open it with policy=huggingface."
         )
-    return architecture
+    return architecture, weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lockstep.errors import ConfigError
+from lockstep.errors import CheckpointError, ConfigError
 from lockstep.models.architecture import usual_name
 from lockstep_torch.decoder import DropoutMask, Network, positions
 
@@ -20,6 +21,32 @@ from lockstep_torch.decoder import DropoutMask, Network, positions
 def config_of(hf: Any) -> dict[str, Any]:
     """``config.json`` of a model of transformers, without the folder that it was read from."""
     return {key: value for key, value in hf.config.to_dict().items() if key != "_name_or_path"}
+
+
+def load(auto: Any, source: Path | str) -> tuple[Any, dict[str, Any]]:
+    """A model of transformers in float32, from safetensors only and without code from the checkpoint. Also the names that the
+    checkpoint lacks, where transformers draws random numbers ('missing_keys'); those that the model lacks
+    ('unexpected_keys'); and {name: (shape there, shape here)} of others ('mismatched_keys').
+
+    Raises:
+      CheckpointError: transformers cannot open it.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its table of unexpected keys names a scalar head that is loaded elsewhere
+    logging.disable_progress_bar()
+    how: dict[str, Any] = {"dtype": "float32", "use_safetensors": True, "ignore_mismatched_sizes": True}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        for part in (config, config.get_text_config()):
+            pad, rows = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+            if pad is not None and rows is not None and not 0 <= pad < rows:
+                part.pad_token_id = None  # outside the embedding, where torch refuses it; nothing here reads it
+        model, info = auto.from_pretrained(source, config=config, trust_remote_code=False, output_loading_info=True, **how)
+    except Exception as error:  # of many kinds: each of its parts raises its own
+        raise CheckpointError(f"'{source}' cannot be opened as a checkpoint: {error}") from error
+    return model, {**info, "mismatched_keys": {name: (there, here) for name, there, here in info["mismatched_keys"]}}
 
 
 class TransformersNetwork(Network):

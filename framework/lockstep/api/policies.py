@@ -48,6 +48,9 @@ class ChatPolicy:
     name: str
     metrics: pandas.DataFrame | None = None
 
+    def __post_init__(self) -> None:
+        self.tokenizer.check_embedding(self.policy.vocab_size, "the policy")
+
     def __repr__(self) -> str:
         return f"ChatPolicy({self.name} on {self.backend.name})"
 

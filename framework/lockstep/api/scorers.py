@@ -45,6 +45,9 @@ class Scorer:
     name: str
     metrics: pandas.DataFrame | None = None
 
+    def __post_init__(self) -> None:
+        self.tokenizer.check_embedding(self.model.vocab_size, "the reward model")
+
     def __repr__(self) -> str:
         return f"Scorer({self.name} on {self.backend.name})"
 

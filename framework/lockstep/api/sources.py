@@ -12,6 +12,7 @@ from lockstep.errors import CheckpointError, ConfigError, RegistryError, did_you
 from lockstep.interfaces import Backend, Policy
 from lockstep.registry import registry
 from lockstep.runs.assembly import MADE_BY, opener
+from lockstep.runs.store import check_output
 from lockstep.storage.records import OUTPUT, RUN, read_configuration, read_record, stage_folders
 from lockstep.storage.sources import fetch_folder
 from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
@@ -49,13 +50,17 @@ def find(source: str | Path, kind: str, stage: str | None = None) -> tuple[Path,
         if not made or (stage and stage not in made):
             missing = f"no stage '{stage}' with a {what}.{did_you_mean(stage, made)}" if stage else f"no {what} yet."
             raise CheckpointError(f"The run {folder} has {missing} Stages with one: {listing(made)}.")
-        return made[stage or next(reversed(made))], read_configuration(folder)["backend"]
+        result = made[stage or next(reversed(made))]
+        check_output(result)
+        return result, read_configuration(folder)["backend"]
     if stage is not None:
         raise CheckpointError(f"stage='{stage}' needs a run folder, but {source} has no run.json.")
     if (folder / "output" / MADE_BY).exists():  # a stage's folder
         folder = folder / "output"
     if (folder / MADE_BY).exists() and (made_as := read_record(folder / MADE_BY, OUTPUT)["kind"]) != kind:
         raise CheckpointError(f"{folder} holds a {made_as.replace('_', ' ')}, not a {what}.")
+    if folder.exists():
+        check_output(folder)
     return fetch_folder(folder if folder.exists() else source), None
 
 

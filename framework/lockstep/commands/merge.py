@@ -19,5 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from lockstep.models.adapters import merge
+    from lockstep.runs.store import check_output
 
+    check_output(arguments.adapter)
     Console().say(f"The merged checkpoint is in {merge(arguments.adapter, arguments.output)}.")

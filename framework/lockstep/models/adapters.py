@@ -12,7 +12,9 @@ Left out: dropout on the adapter's input (training here uses 0; it has no effect
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.config.overrides import override, shell
 from lockstep.config.schema import setting
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
 from lockstep.learning import randomness
 from lockstep.models.architecture import classifier_class, language_head, usual_name
-from lockstep.models.checkpoint import CheckpointConfig
-from lockstep.storage.files import read_json, write_json, write_text
-from lockstep.storage.sources import fetch_folder
-from lockstep.storage.weights import read_tensors, read_weights, write_tensors
+from lockstep.models.checkpoint import ADAPTER_CONFIG, CheckpointConfig, check_files
+from lockstep.storage.files import read_object, replace, write_json
+from lockstep.storage.weights import check_finite, read_tensors, read_weights, write_tensors
+from lockstep.text.tokenizer import GENERATION, TOKEN_IDS
 
-ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts before the names of the base model."""
 
@@ -100,14 +101,6 @@ class LoRAConfig(CheckpointConfig):
         return adapter
 
 
-def not_whole(folder: Path | str) -> str:
-    """For whoever gives an adapter where a whole checkpoint is needed."""
-    return (
-        f"{folder} holds an adapter, not a whole checkpoint. Merge it with its base: lockstep merge {shell(str(folder))} OUTPUT. "
-        f"To continue training it, name it as a stage's policy: {override('stages.ppo.policy', str(folder))}."
-    )
-
-
 def initial(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
     """Fresh weights, float32: A uniform in ±1 / sqrt(inputs), as peft draws it, and B zero, so that the adapted model starts
     equal to the base. Drawn on the host in the order of names, so all backends start alike."""
@@ -142,8 +135,11 @@ def read(folder: Path | str) -> tuple[Adapter, dict[str, np.ndarray]]:
       CheckpointError: there is none, or its kind is not supported.
     """
     folder = Path(folder)
-    settings = read_json(folder / ADAPTER_CONFIG)
+    settings = read_object(folder / ADAPTER_CONFIG)
     _refuse_variants(folder, settings)
+    kinds = {"base_model_name_or_path": (str,), "r": (int,), "lora_alpha": (int, float)}
+    if wrong := [f"{key}={settings.get(key)!r}" for key, kind in kinds.items() if type(settings.get(key)) not in kind]:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} is damaged: it has {', '.join(wrong)}.")
     adapter = Adapter(
         base=settings["base_model_name_or_path"],
         rank=settings["r"],
@@ -152,7 +148,12 @@ def read(folder: Path | str) -> tuple[Adapter, dict[str, np.ndarray]]:
         conv1d=bool(settings.get("fan_in_fan_out", False)),
     )
     tensors = read_tensors(folder / WEIGHTS)
-    return adapter, {name.removeprefix(PREFIX): np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+    check_finite(tensors, f"The adapter in {folder}")
+    found = {name.removeprefix(PREFIX): np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+    ranks = {name: tensor.shape[".lora_B." in name] for name, tensor in found.items() if ".lora_" in name and tensor.ndim == 2}
+    if other := sorted(name for name, rank in ranks.items() if rank != adapter.rank):
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} has r={adapter.rank}, but {other[0]} is {found[other[0]].shape}.")
+    return adapter, found
 
 
 PLAIN: dict[str, tuple[Any, ...]] = {
@@ -167,15 +168,11 @@ VARIANTS = (
 )  # fmt: skip
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether it holds an adapter, not a whole checkpoint."""
-    return (folder / ADAPTER_CONFIG).exists()
-
-
 def _refuse_variants(folder: Path, settings: Mapping[str, Any]) -> None:
     wrong = [key for key, known in PLAIN.items() if settings.get(key) not in known]
     wrong += [key for key in VARIANTS if settings.get(key)]
-    wrong += ["target_modules"] * (not isinstance(settings.get("target_modules"), list))
+    targets = settings.get("target_modules")
+    wrong += ["target_modules"] * (not isinstance(targets, list) or not all(isinstance(target, str) for target in targets))
     if wrong:
         raise CheckpointError(
             f"The adapter in {folder} uses {wrong[0]}={settings.get(wrong[0])!r}, which is not supported: only plain LoRA on "
@@ -196,7 +193,8 @@ def check(folder: Path | str, found: Mapping[str, np.ndarray], shapes: Mapping[s
 
 
 def merge(folder: Path, output: Path) -> Path:
-    """Write the base with the adapter added to its weights, as an ordinary float32 checkpoint with the tokenizer.
+    """Write the base with the adapter added to its weights, as an ordinary float32 checkpoint with the adapter's tokenizer and
+    stop tokens, or else the base's.
 
     Raises:
       CheckpointError: ``folder`` holds no adapter, or its base is missing.
@@ -206,9 +204,9 @@ def merge(folder: Path, output: Path) -> Path:
             f"{folder} holds no adapter: {ADAPTER_CONFIG} is missing. Name the output folder of a stage with policy=lora."
         )
     adapter, tensors = read(folder)
-    base = fetch_folder(adapter.base)
+    base, config, _ = check_files(adapter.base)
     weights = read_weights(base)
-    config = read_json(base / "config.json") | {"dtype": "float32"}
+    config |= {"dtype": "float32"}
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         layer = name.removesuffix(".lora_A.weight")
         change = adapter.scale * tensors[f"{layer}.lora_B.weight"] @ tensors[name]
@@ -218,10 +216,15 @@ def merge(folder: Path, output: Path) -> Path:
         family = config["model_type"]
         weights = {n: tensor for n, tensor in weights.items() if usual_name(family, n) != language_head(family)} | heads
         config |= {"architectures": [classifier_class(config)], "num_labels": 1}
+    check_finite(weights, f"The adapter in {folder}, merged with {base},")
+    texts, generation = (folder if (folder / name).exists() else base for name in ("tokenizer.json", GENERATION))
+    if generation == folder:
+        config |= {key: value for key, value in read_object(folder / GENERATION).items() if key in TOKEN_IDS}
     write_tensors(output / "model.safetensors", weights)
     write_json(output / "config.json", config)
-    for file in folder.glob("*token*"):
-        write_text(output / file.name, file.read_text(encoding="utf-8"))
+    for file in [*texts.glob("*token*"), texts / "chat_template.jinja", generation / GENERATION]:
+        if file.exists():
+            replace(output / file.name, functools.partial(shutil.copyfile, file))
     return output
 
 

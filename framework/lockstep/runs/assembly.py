@@ -24,11 +24,11 @@ from lockstep.interfaces import (
 from lockstep.models.architecture import SCALAR_HEAD
 from lockstep.registry import registry
 from lockstep.runs.experiment import NEW, Experiment, Stage, component_config
-from lockstep.storage.files import write_json
+from lockstep.storage.files import read_object, write_json
 from lockstep.storage.records import OUTPUT, read_record
 from lockstep.storage.sources import fetch_folder
-from lockstep.storage.weights import read_weights
-from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
+from lockstep.storage.weights import check_finite, stored_weights
+from lockstep.text.tokenizer import GENERATION, Tokenizer, TokenizerConfig
 from lockstep.types import Fit
 
 
@@ -67,21 +67,24 @@ class Assembly:
         """A fresh copy of the policy that a stage made, or of the configured one."""
         if source == NEW:
             cls, config = self.experiment.policy
-            return cls.create(config, self.backend, self.tokenizer, self.experiment.seed)
-        folder = self.outputs.get(source, Path(source))
-        return self._policy_class(folder).load(folder, self.backend)
+            policy = cls.create(config, self.backend, self.tokenizer, self.experiment.seed)
+        else:
+            folder = self.outputs.get(source, Path(source))
+            policy = self._policy_class(folder).load(folder, self.backend)
+        self.tokenizer.check_embedding(policy.vocab_size, f"the policy '{source}'")
+        return policy
 
     def kind(self, source: str) -> Literal["stage", "decoder", "encoder"]:
         folder = self._reward_folder(source)
         if (folder / MADE_BY).exists():
             return "stage"
-        return "decoder" if read_weights(folder, [SCALAR_HEAD]) else "encoder"
+        return "decoder" if SCALAR_HEAD in stored_weights(folder) else "encoder"
 
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
         folder = self._reward_folder(source)
-        # Public reward models often pad with EOS, which does no harm to scoring.
-        own = None if (folder / MADE_BY).exists() else TokenizerConfig(None, None, "<|pad|>", None)
-        return self._policy_class(folder).load_scalar(folder, self.backend), Tokenizer.load(folder, own)
+        model, tokenizer = self._policy_class(folder).load_scalar(folder, self.backend), load_reward_tokenizer(folder)
+        tokenizer.check_embedding(model.vocab_size, f"the reward model '{source}'")
+        return model, tokenizer
 
     def classifier(self, source: str) -> Classifier:
         return self._policy_class(self._reward_folder(source)).load_classifier(source, self.backend)
@@ -101,10 +104,10 @@ class Assembly:
 
     def save(self, stage: Stage, algorithm: Algorithm, folder: Path) -> None:
         """Write the stage's result: a Hugging Face folder with its tokenizer, and the name of the policy that reads it."""
-        made_by = self.experiment.config["policy"]["name"]
+        reader = self.experiment.config["policy"]["name"]
         if stage.policy != NEW:
-            made_by = opener(self.outputs.get(stage.policy, Path(stage.policy)), self.experiment.backend_name)
-        save_result(folder, algorithm.result(), self.tokenizer, algorithm.produces, made_by)
+            reader = opener(self.outputs.get(stage.policy, Path(stage.policy)), self.experiment.backend_name)
+        save_result(folder, algorithm.result(), self.tokenizer, algorithm.produces, reader)
 
     def _reward_folder(self, source: str) -> Path:
         """The folder of a stage's output, of a local path, or of a hub repository after downloading it."""
@@ -168,9 +171,27 @@ def opener(folder: Path, backend: str) -> str:
     return found.pop()
 
 
+def load_reward_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a reward model. Public ones often pad with EOS, which does no harm to scoring."""
+    own = None if (folder / MADE_BY).exists() else TokenizerConfig(None, None, "<|pad|>", None)
+    return Tokenizer.load(folder, own)
+
+
 def save_result(folder: Path, model: Model, tokenizer: Tokenizer, kind: str, policy: str) -> None:
-    """A Hugging Face folder with its tokenizer, its kind ('policy', 'reward_model') and the name of the policy that reads it."""
+    """A Hugging Face folder with its tokenizer, its kind ('policy', 'reward_model') and the name of the policy that reads it.
+    transformers' ``generate`` stops at the tokenizer's EOS.
+
+    Raises:
+      CheckpointError: the model holds NaN or Inf; nothing is written.
+    """
+    what = kind.replace("_", " ")
+    check_finite(model.parameters(), f"The {what} that should be saved")
+    tokenizer.check_embedding(model.vocab_size, f"the {what}")
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder)
     tokenizer.save(folder)
+    if (folder / "config.json").exists():  # an adapter has none
+        write_json(folder / "config.json", read_object(folder / "config.json") | tokenizer.token_ids())
+    if kind == "policy":
+        write_json(folder / GENERATION, tokenizer.token_ids())
     write_json(folder / MADE_BY, {"kind": kind, "policy": policy})

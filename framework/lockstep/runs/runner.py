@@ -111,7 +111,7 @@ class Runner:
             "produces": stage.produces,
         }
         with folder.lock():
-            if folder.done:
+            if folder.intact if stage.name in self._read() else folder.done:
                 folder.remove_checkpoints()  # left over if a kill came just before
             else:
                 if (folder.path / "done.json").exists():
@@ -133,6 +133,11 @@ class Runner:
         kept = {"data": result.get("data", {}), "health": result.get("health", [])}
         self.folder.stage(stage.name, folder, status="done", seconds=result["seconds"], **kept, **facts)
         self.console.stage_done(stage.name, result)
+
+    def _read(self) -> set[str]:
+        """The stages whose output is still to be read by others."""
+        to_do = [stage for name, stage in self.experiment.stages.items() if not self.experiment.folders[name].done]
+        return {source for stage in to_do for source, _ in stage.inputs}
 
     # ---------------------------------------------------------------------------------------------- the kinds of stage
 

@@ -10,7 +10,7 @@ to them.
         health.jsonl             warnings; empty if there were none
         checkpoints/<step>/      learner, state.json, and sums.json with the checksums of both; the last two are kept
         output/                  the result: a Hugging Face folder with its tokenizer, or an evaluation
-        done.json                written last: the stage is complete; lists the files of its output
+        done.json                written last: the stage is complete; lists the files of its output with their checksums
 
 Two runs with the same stage share it: whichever comes first trains it, under a lock that the operating system releases when its
 owner dies, however it dies. Likewise, a process that starts a run already in progress waits for it.
@@ -80,8 +80,21 @@ class StageFolder:
             result = self.result()
         except CheckpointError:
             return False
-        sizes = self._output_sizes()
-        return bool(sizes) and all(sizes.get(name) == size for name, size in result.get("output", {}).items())
+        files = self._output_files()
+        sizes = {name: file.stat().st_size for name, file in files.items()}
+        expected = result.get("output", {}) if isinstance(result, dict) else None
+        if not isinstance(expected, dict) or not all(isinstance(each, dict) for each in expected.values()):
+            return False  # foreign or damaged
+        return bool(sizes) and all(sizes.get(name) == each.get("bytes") for name, each in expected.items())
+
+    @property
+    def intact(self) -> bool:
+        """`done`, and every file of its output still has its checksum. Reads them all, so this is for an output that is about
+        to be read anyway."""
+        if not self.done:
+            return False
+        files = self._output_files()
+        return all(checksum(files[name]) == each.get("sha256") for name, each in self.result().get("output", {}).items())
 
     @contextlib.contextmanager
     def write_output(self) -> Iterator[Path]:
@@ -97,15 +110,16 @@ class StageFolder:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Mark the stage complete; its trainer state is no longer needed."""
-        write_json(self.path / "done.json", {**result, "output": self._output_sizes()})
+        files = {name: {"bytes": f.stat().st_size, "sha256": checksum(f)} for name, f in self._output_files().items()}
+        write_json(self.path / "done.json", {**result, "output": files})
         self.remove_checkpoints()
 
     def result(self) -> dict[str, Any]:
         return read_record(self.path / "done.json", DONE)
 
-    def _output_sizes(self) -> dict[str, int]:
+    def _output_files(self) -> dict[str, Path]:
         files = sorted(path for path in self.output.rglob("*") if path.is_file())
-        return {str(file.relative_to(self.output)): file.stat().st_size for file in files}
+        return {str(file.relative_to(self.output)): file for file in files}
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -222,6 +236,19 @@ def hold_if_free(folder: Path) -> Iterator[str | None]:
             yield _owner(file)
         else:
             yield None
+
+
+def check_output(folder: Path) -> None:
+    """
+    Raises:
+      CheckpointError: the folder is the output of a complete stage, and its files changed since.
+    """
+    stage = StageFolder(folder.parent)
+    if folder == stage.output and (stage.path / "done.json").exists() and not stage.intact:
+        raise CheckpointError(
+            f"Files of {folder} are missing or changed since its stage wrote them. Run the stage's command again: it starts over "
+            f"once {stage.path / 'done.json'} is removed."
+        )
 
 
 def _verify(folder: Path) -> None:

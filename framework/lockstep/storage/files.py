@@ -92,6 +92,18 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+      CheckpointError: it cannot be read, or holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} should hold a JSON object, but begins {json.dumps(content)[:40]}.")
+    return content
+
+
 def write_text(path: Path, content: str) -> None:
     replace(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lockstep.errors import CheckpointError
+from lockstep.errors import CheckpointError, listing
 from lockstep.storage.files import expanded, move_folder, write_json
 from lockstep.storage.weights import write_tensors
 
@@ -75,9 +75,15 @@ def _convert(file: Path, folder: Path) -> None:
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         reader = gguf.GGUFReader(file)
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(**where, dtype="float32"), AutoTokenizer.from_pretrained(**where)
+        _check_sizes(file, reader)
+        model, info = AutoModelForCausalLM.from_pretrained(**where, dtype="float32", output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except CheckpointError:
+        raise
     except Exception as error:  # of many kinds: truncated, another architecture, no tokenizer
         raise CheckpointError(f"transformers cannot read {file}: {error}") from error
+    if missing := sorted(info["missing_keys"]):  # transformers draws random numbers for them
+        raise CheckpointError(f"{file} is damaged: it has no tensors for {listing(missing[:3])}. Download it again.")
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     _check(file, reader, config)
     config["architectures"] = [type(model).__name__]
@@ -87,6 +93,18 @@ def _convert(file: Path, folder: Path) -> None:
     write_json(temporary / "config.json", config)
     tokenizer.save_pretrained(temporary)
     move_folder(temporary, folder)
+
+
+def _check_sizes(file: Path, reader: Any) -> None:
+    """Raises CheckpointError for sizes that its tensors cannot have, before transformers builds modules of such sizes."""
+    numbers = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    limits = {"block_count": len(reader.tensors), "embedding_length": numbers, "feed_forward_length": numbers}
+    for name, field in reader.fields.items():
+        limit = limits.get(name.partition(".")[2])
+        if limit is not None and isinstance(size := field.contents(), int) and size > limit:
+            raise CheckpointError(
+                f"{file} is damaged: it has {name}={size} and {len(reader.tensors)} tensors of {numbers} numbers."
+            )
 
 
 def _check(file: Path, reader: Any, config: Mapping[str, Any]) -> None:

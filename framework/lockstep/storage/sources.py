@@ -9,8 +9,8 @@ from lockstep.storage import gguf
 
 
 def fetch_folder(path: Path | str) -> Path:
-    """A folder, the folder made from a GGUF file, or a hub repository, downloaded into Hugging Face's cache without pickles
-    or code.
+    """A folder, the folder made from a GGUF file, or a hub repository, downloaded into Hugging Face's cache without pickles,
+    code, folders in it or weights in formats of others.
 
     Raises:
       CheckpointError: it is none of them.
@@ -21,7 +21,8 @@ def fetch_folder(path: Path | str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        wanted = {"allow_patterns": ["*.json", "*.safetensors", "*.jinja"], "ignore_patterns": ["*/*", "consolidated*"]}
+        return Path(huggingface_hub.snapshot_download(str(path), **wanted))
     except Exception as error:
         raise CheckpointError(f"'{path}' is neither a folder nor a reachable hub repository: {error}") from error
 
@@ -43,6 +44,9 @@ def fetch_file(path: str | Path, name: str, *, optional: bool = False) -> Path |
         try:
             return Path(huggingface_hub.hf_hub_download(str(path), name))
         except huggingface_hub.errors.LocalEntryNotFoundError as error:
+            known = huggingface_hub.try_to_load_from_cache(str(path), name)
+            if optional and known is huggingface_hub._CACHED_NO_EXIST:  # it was asked for before
+                return None
             raise ConfigError(f"'{path}' is not a local folder, and the hub does not answer: {error}") from error
         except huggingface_hub.errors.EntryNotFoundError:
             reason = "the hub repository has no such file"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,20 @@ import tokenizers
 
 from lockstep.config.overrides import override
 from lockstep.config.schema import setting
-from lockstep.errors import ConfigError, DataError, did_you_mean, listing
+from lockstep.errors import CheckpointError, ConfigError, DataError, did_you_mean, listing
 from lockstep.storage import gguf
-from lockstep.storage.files import read_json, write_json
+from lockstep.storage.files import read_object, write_json
 from lockstep.storage.sources import fetch_file
 from lockstep.text import templates
 from lockstep.text.templates import DATE, TEMPLATES, template_text
 from lockstep.types import Message
 
 log = logging.getLogger("lockstep")
+
+GENERATION = "generation_config.json"
+"""The file in which transformers looks for the tokens that end a response."""
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of that file and of ``config.json``."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Tokenizer:
       pad_token: fills rows; need not be in the vocabulary (models never see it), must not be EOS.
       chat_template: jinja; None if the tokenizer has none.
       bos_token: begins every text; chat templates write it themselves. None if the tokenizer has none.
+      eos_ids: for checkpoints with several stop tokens, all of them; saved again for transformers.
       date: what a chat template that asks for today's is told, as 2024-07-26, so that prompts do not change overnight.
 
     Raises:
@@ -63,6 +69,7 @@ class Tokenizer:
         pad_token: str | None,
         chat_template: str | None,
         bos_token: str | None = None,
+        eos_ids: Sequence[int] = (),
         date: str | None = None,
     ):
         self.core = core
@@ -71,19 +78,29 @@ class Tokenizer:
         self.chat_template = chat_template
         self.date = templates.day(date).isoformat()
         self._warned: set[str] = set()
-        self.vocab_size = core.get_vocab_size(with_added_tokens=True)
+        self.eos_ids = tuple(eos_ids)
+        ids = core.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = 1 + max(ids, default=-1)  # ids may have gaps
+        if self.vocab_size > 2 * len(ids) + 100_000:  # an embedding of that size is not what anybody means
+            raise ConfigError(
+                f"The tokenizer has {len(ids)} tokens with ids up to {self.vocab_size - 1}: tokenizer.json is damaged."
+            )
+        self.rows = self.vocab_size
+        """Ids from here on lie outside the embedding of a model that reads this tokenizer's ids."""
+        self.beyond: dict[int, str] = {}
+        """The tokens outside it, which no text may spell."""
         eos_id = core.token_to_id(eos_token)
         if eos_id is None:
             raise ConfigError(
                 f"eos_token '{eos_token}' is not in the vocabulary.{did_you_mean(eos_token, core.get_vocab())} "
-                f"Special tokens: {self._specials()}. Set policy.tokenizer.eos_token."
+                f"Special tokens: {listing(self.special())}. Set policy.tokenizer.eos_token."
             )
         if pad_token == eos_token:
             raise ConfigError(
                 f"The tokenizer pads with '{pad_token}', which is also its EOS '{eos_token}': EOS would be masked as "
                 f"padding, and the policy would never learn to stop. Give it a separate pad token that never "
                 f"occurs in text: {override('policy.tokenizer.pad_token', '<|pad|>')} (it need not be in the vocabulary; special "
-                f"tokens here: {self._specials()})."
+                f"tokens here: {listing(self.special())})."
             )
         self.pad_token = pad_token or "<|pad|>"
         self.eos_id: int = eos_id
@@ -93,33 +110,31 @@ class Tokenizer:
         self.start_id: int = eos_id if bos_id is None else bos_id
         """What a raw text starts from: BOS, or EOS as the end of the text before it."""
 
-    def _specials(self) -> str:
-        return listing(t.content for t in self.core.get_added_tokens_decoder().values() if t.special)
+    def special(self) -> set[str]:
+        """The special tokens that are in the vocabulary."""
+        return {t.content for t in self.core.get_added_tokens_decoder().values() if t.special}
 
     @classmethod
     def load(cls, path: str | Path, config: TokenizerConfig | None = None) -> Tokenizer:
         """From a folder, a hub id or a GGUF file, with the replacements of ``config``."""
         path = gguf.as_folder(path)
-        core = tokenizers.Tokenizer.from_file(str(fetch_file(path, "tokenizer.json")))
+        core = _core(fetch_file(path, "tokenizer.json"))
         core.no_padding()
         core.no_truncation()
         settings = _optional_json(path, "tokenizer_config.json")
-        template = settings.get("chat_template")
-        if isinstance(template, list):  # named templates: the default one
-            template = next((t["template"] for t in template if t["name"] == "default"), None)
-        if file := fetch_file(path, "chat_template.jinja", optional=True):
-            template = file.read_text(encoding="utf-8")
+        own = {name: _content(path, name, settings.get(name)) for name in ("eos_token", "pad_token", "bos_token")}
         replaced = config or TokenizerConfig(None, None, None, None)
-        eos = replaced.eos_token or _content(settings.get("eos_token"))
+        eos = replaced.eos_token or own["eos_token"]
         if eos is None:
             raise ConfigError(f"The tokenizer in {path} names no EOS token. Set policy.tokenizer.eos_token.")
         return cls(
             core,
             eos_token=eos,
-            pad_token=replaced.pad_token or _content(settings.get("pad_token")),
-            chat_template=template_text(replaced.chat_template) or template,
-            bos_token=_content(settings.get("bos_token")),
-            date=replaced.date or settings.get("chat_template_date"),
+            pad_token=replaced.pad_token or own["pad_token"],
+            chat_template=template_text(replaced.chat_template) or _own_template(path, settings.get("chat_template")),
+            bos_token=own["bos_token"],
+            eos_ids=_own_eos_ids(path),
+            date=replaced.date or _content(path, "chat_template_date", settings.get("chat_template_date")),
         )
 
     def replaced(self, config: TokenizerConfig) -> Tokenizer:
@@ -130,18 +145,45 @@ class Tokenizer:
             pad_token=config.pad_token or self.pad_token,
             chat_template=template_text(config.chat_template) or self.chat_template,
             bos_token=self.bos_token,
+            eos_ids=self.eos_ids,
             date=config.date or self.date,
         )
 
+    def check_embedding(self, rows: int, model: str) -> None:
+        """Compare it with the ``rows`` of a model's embedding, once before any text is encoded.
+
+        Some public tokenizers have special tokens that their model lacks, and that no text should spell (Gemma 3's for images),
+        and the pad token need not be in the model. Of the tokens outside the embedding, those are accepted; from here on,
+        `encode` refuses a text that spells one, and `save` leaves out the pad token if it is one.
+
+        Raises:
+          ConfigError: other tokens lie outside; names them.
+        """
+        if rows >= self.rows:
+            return
+        written = {token for token in self.special() if token in (self.chat_template or "")}
+        spared = (self.special() | {self.pad_token}) - written - {self.eos_token, self.bos_token}
+        self.beyond = outside_embedding(self.core.get_vocab(with_added_tokens=True), rows, model, spared)
+        self.rows = rows
+
+    def token_ids(self) -> dict[str, Any]:
+        """The special tokens, for ``config.json`` and ``generation_config.json`` of a model. Ids outside its embedding are left
+        out; several stop tokens are a list, as in the checkpoint that they came from."""
+        ids = [token and self.core.token_to_id(token) for token in (self.bos_token, self.eos_token, self.pad_token)]
+        bos, eos, pad = (number if isinstance(number, int) and number < self.rows else None for number in ids)
+        several = [eos, *(number for number in self.eos_ids if number != eos and number < self.rows)]
+        return dict(zip(TOKEN_IDS, (bos, several if self.eos_ids else eos, pad), strict=True))
+
     def save(self, folder: Path) -> None:
-        """Files that transformers' AutoTokenizer opens too."""
+        """Files that transformers' AutoTokenizer opens too. A pad token without a row in the embedding is left out: transformers
+        would give it the next id, and a model that reads it fails."""
         folder.mkdir(parents=True, exist_ok=True)
         self.core.save(str(folder / "tokenizer.json"))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
-            "pad_token": self.pad_token,
+            "pad_token": None if self.token_ids()["pad_token_id"] is None else self.pad_token,
             "chat_template": self.chat_template,
             "chat_template_date": self.date,
         }
@@ -157,14 +199,23 @@ class Tokenizer:
     def _encoded(self, encode: Callable[[], Sequence[tokenizers.Encoding]], texts: Sequence[str]) -> list[list[int]]:
         """
         Raises:
-          DataError: a text cannot be written as UTF-8, or has what the tokenizer has no token for.
+          DataError: a text cannot be written as UTF-8, has what the tokenizer has no token for, or spells a token outside the
+            model's embedding.
         """
         for text in texts:
             _check_whole(text)
         try:
-            return [encoded.ids for encoded in encode()]
+            found = [encoded.ids for encoded in encode()]
         except Exception as error:  # the library raises nothing more specific
             raise DataError(f"The tokenizer cannot encode a text: {error}.") from error
+        for ids in found if self.beyond else ():
+            if spelled := self.beyond.keys() & ids:
+                number = min(spelled)
+                raise DataError(
+                    f"A text spells '{self.beyond[number]}', whose id {number} lies outside the model's embedding of {self.rows} "
+                    "rows. Remove it from the data."
+                )
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
@@ -200,8 +251,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str]:
-        names = [token.content for token in self.core.get_added_tokens_decoder().values() if token.special and token.content]
-        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        return re.compile("|".join(map(re.escape, filter(None, sorted(self.special())))) or r"(?!)")
 
 
 _OTHER_DATE = "To change it, set policy.tokenizer.date"
@@ -219,11 +269,69 @@ def _check_whole(text: str) -> None:
         raise DataError(f"A text holds half a character, as text that is not UTF-8 may: near {near}.") from None
 
 
-def _content(token: Any) -> str | None:
+def outside_embedding(vocabulary: Mapping[str, int], rows: int, model: str, spared: Collection[str] = ()) -> dict[int, str]:
+    """{id: token} of the tokens whose ids lie outside an embedding of so many rows. A model has no numbers for them: some
+    libraries fail there, others read NaN.
+
+    Args:
+      model: whose embedding it is, for the message.
+      spared: tokens that may lie outside.
+
+    Raises:
+      ConfigError: others do.
+    """
+    beyond = {number: token for token, number in vocabulary.items() if number >= rows}
+    if wrong := sorted(number for number, token in beyond.items() if token not in spared):
+        named = ", ".join(f"'{beyond[number]}' ({number})" for number in wrong[:5])
+        rest = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ConfigError(
+            f"The tokenizer does not fit {model}: these tokens lie outside its embedding of {rows} rows: {named}{rest}. Use the "
+            "tokenizer that the model was trained with, or give the model a row for each of them: in transformers, "
+            "model.resize_token_embeddings(len(tokenizer)), then save both."
+        )
+    return beyond
+
+
+def _core(file: Path | None) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower one
+        raise CheckpointError(f"{file} is not a tokenizer of the tokenizers library: {error}") from error
+
+
+def _content(path: str | Path, name: str, token: Any) -> str | None:
     """A special token in tokenizer_config.json is a string or a record with its content."""
-    return token["content"] if isinstance(token, dict) else token
+    found = token.get("content") if isinstance(token, dict) else token
+    if found is not None and not isinstance(found, str):
+        raise CheckpointError(f"tokenizer_config.json in {path} has {name}={token!r}, which should be a text.")
+    return found
+
+
+def _own_template(path: str | Path, template: Any) -> str | None:
+    """The chat template of a checkpoint: its file ``chat_template.jinja``, or what tokenizer_config.json has."""
+    if file := fetch_file(path, "chat_template.jinja", optional=True):
+        try:
+            return file.read_text(encoding="utf-8") or None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if isinstance(template, list) and all(isinstance(each, dict) for each in template):  # named templates: the default one
+        template = next((each.get("template") for each in template if each.get("name") == "default"), None)
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"tokenizer_config.json in {path} has a chat_template that is not a text: {str(template)[:80]}.")
+    return template or None
+
+
+def _own_eos_ids(path: str | Path) -> tuple[int, ...]:
+    """The stop tokens of a checkpoint that lists several."""
+    for name in (GENERATION, "config.json"):
+        ids = _optional_json(path, name).get("eos_token_id")
+        if isinstance(ids, list):
+            if not all(type(number) is int and number >= 0 for number in ids):
+                raise CheckpointError(f"{name} in {path} has eos_token_id={ids}, which should be whole numbers.")
+            return tuple(ids)
+    return ()
 
 
 def _optional_json(path: str | Path, name: str) -> dict[str, Any]:
     file = fetch_file(path, name, optional=True)
-    return read_json(file) if file else {}
+    return read_object(file) if file else {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.config.schema import setting
-from lockstep.errors import ConfigError, listing
+from lockstep.errors import ConfigError, RewardError, listing
 from lockstep.interfaces import Classifier, Inputs, Resources, Responses, RewardModel, ScalarModel
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
@@ -51,13 +51,14 @@ class Learned(RewardModel):
         if kind == "encoder":
             self.read = self._pairs_read_by(resources.classifier(config.source))
             return
-        self.model, self.tokenizer = resources.scalar_model(config.source)
+        self.model, self.tokenizer = model, _ = resources.scalar_model(config.source)
         self.same_vocabulary = self.tokenizer.core.to_str() == resources.tokenizer.core.to_str()
         template = template_text(config.chat_template) or self.tokenizer.chat_template
         same_text = kind == "stage" or template in (None, resources.tokenizer.chat_template)
         self.shares_tokens = self.same_vocabulary and same_text
         if self.shares_tokens:
-            self.read = lambda responses: self._score(responses.sequences)
+            resources.tokenizer.check_embedding(model.vocab_size, f"the reward model '{config.source}'")
+            self.read = lambda responses: self._score(self._known(responses.sequences, model.vocab_size))
         elif kind == "stage":
             self.read = lambda responses: self._score_fitting(self._as_trained(responses))
         else:
@@ -80,6 +81,20 @@ class Learned(RewardModel):
     def _score(self, rows: Sequences) -> np.ndarray:
         evaluate = lambda part: self.model.evaluate(part, ["scores"])  # noqa: E731
         return in_chunks(evaluate, rows, self.config.micro_batch_size)["scores"]
+
+    def _known(self, rows: Sequences, embedding: int) -> Sequences:
+        """The policy's rows. An embedding with more rows than the tokenizer has tokens lets it write ids that mean nothing.
+
+        Raises:
+          RewardError: it wrote one that this model has no row for.
+        """
+        largest = int(rows.tokens.max(initial=0, where=rows.attention_mask))
+        if largest >= embedding:
+            raise RewardError(
+                f"The policy wrote the token id {largest}, for which the reward model '{self.config.source}' has no row: its "
+                f"embedding has {embedding} rows. Resize the embedding of either to that of the other."
+            )
+        return rows
 
     def _score_fitting(self, examples: Sequence[Example | None]) -> np.ndarray:
         """NaN for examples that do not fit (None)."""

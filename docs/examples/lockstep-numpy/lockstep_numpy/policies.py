@@ -8,20 +8,8 @@ import numpy as np
 
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import ScalarModel
-from lockstep.models.architecture import (
-    SCALAR_BIAS,
-    SCALAR_HEAD,
-    Architecture,
-    SmallDecoderConfig,
-    check_parameters,
-    from_hf,
-    initial_parameters,
-    is_small_decoder,
-    parameter_shapes,
-    trunk_shapes,
-)
-from lockstep.storage.files import read_json
-from lockstep.storage.weights import read_weights
+from lockstep.models.architecture import Architecture, SmallDecoderConfig, initial_parameters, is_small_decoder
+from lockstep.models.checkpoint import read_decoder
 from lockstep.text.tokenizer import Tokenizer
 from lockstep_numpy.backend import NumpyBackend
 from lockstep_numpy.model import LanguageModel, Scalar
@@ -39,21 +27,15 @@ class Decoder(LanguageModel):
 
     @classmethod
     def load(cls, folder: Path, backend: NumpyBackend) -> Decoder:
-        architecture, weights = _architecture(folder), read_weights(folder)
-        check_parameters(architecture, weights, parameter_shapes(architecture))
-        return cls(architecture, weights)
+        return cls(*_read(folder, scalar=False))
 
     @classmethod
     def load_scalar(cls, folder: Path, backend: NumpyBackend) -> ScalarModel:
-        architecture, weights = _architecture(folder), read_weights(folder)
-        weights.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))  # transformers' classifiers have none
-        heads = {SCALAR_HEAD: (1, architecture.hidden_size), SCALAR_BIAS: (1,)}
-        check_parameters(architecture, weights, trunk_shapes(architecture) | heads)
-        return Scalar(architecture, weights)
+        return Scalar(*_read(folder, scalar=True))
 
 
-def _architecture(folder: Path) -> Architecture:
-    found = from_hf(read_json(Path(folder) / "config.json"))
+def _read(folder: Path, *, scalar: bool) -> tuple[Architecture, dict[str, np.ndarray]]:
+    found, weights = read_decoder(folder, scalar=scalar)
     if not is_small_decoder(found):
         raise CheckpointError(f"{folder} holds a {found.family} model that is not a small decoder: backend=numpy opens no other.")
-    return found
+    return found, weights

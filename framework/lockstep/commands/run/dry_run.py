@@ -1,8 +1,9 @@
 """``lockstep run --dry-run``: check everything that needs no model and no run folder.
 
 The configuration is composed and checked, and so is the place where results go. The device is opened, the first rows of every
-data source are parsed and encoded for the stages that read them, and each stage states its arithmetic. For data sets on the hub,
-the first rows are streamed and the arithmetic counts only those. Whatever cannot be reached is listed as not checked.
+data source are parsed and encoded for the stages that read them, the headers of local checkpoints are compared with their
+config.json and with the tokenizer, and each stage states its arithmetic. For data sets on the hub, the first rows are streamed
+and the arithmetic counts only those. Whatever cannot be reached is listed as not checked.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any
 
 from lockstep.errors import ConfigError, DataError, MissingData, Unreachable
 from lockstep.interfaces import DataSource, Policy
+from lockstep.models.architecture import SCALAR_HEAD
+from lockstep.models.checkpoint import check_files, describe, is_adapter, survey
 from lockstep.reporting.console import Console
-from lockstep.runs.assembly import Assembly, opener
+from lockstep.runs.assembly import Assembly, load_reward_tokenizer, opener
 from lockstep.runs.experiment import NEW, Experiment, Stage, is_hub_id
 from lockstep.text import encoding
 from lockstep.text.borders import Borders
@@ -51,6 +54,10 @@ def dry_run(experiment: Experiment, console: Console) -> None:
     tokenizer = local_tokenizer(assembly)
     console.say(f"tokenizer: {_told(tokenizer, data) if tokenizer else _ON_HUB.format(experiment.tokenizer.path)}")
     unknown += [] if tokenizer else ["tokenizer"]
+    for model, rows in embeddings(experiment):
+        if tokenizer and rows:
+            tokenizer.check_embedding(rows, f"the policy '{model}'")
+    check_reward_models(experiment)
     lines = []
     for stage in experiment.stages.values():
         try:
@@ -158,6 +165,37 @@ def _check_lengths(noun: str, split: str, items: Sequence[Any], tokenizer: Token
         ENCODERS[noun](tokenizer, items[:FIRST], lengths, Fit(f"first {split} {noun}"))
     except DataError:
         ENCODERS[noun](tokenizer, items[:], lengths, Fit(f"{split} {noun}"))
+
+
+def embeddings(experiment: Experiment) -> Iterator[tuple[str, int | None]]:
+    """The policies that start from files, each with the rows of its embedding if it is on the local disk.
+
+    Raises:
+      CheckpointError: their files are damaged or do not fit each other.
+    """
+    cls: Any
+    cls, config = experiment.policy
+    yield NEW, cls.survey(config)
+    for folder in _outside(experiment, "policy"):
+        yield folder, survey(folder, any_family=True)
+
+
+def check_reward_models(experiment: Experiment) -> None:
+    """Compare reward models in local folders with their own tokenizers.
+
+    Raises:
+      LockstepError: their files are damaged or do not fit each other.
+    """
+    for folder in _outside(experiment, "reward_model"):
+        _, _, stored = check_files(folder)
+        if SCALAR_HEAD in stored and (rows := describe(folder, scalar=True, any_family=True).rows):
+            load_reward_tokenizer(Path(folder)).check_embedding(rows, f"the reward model '{folder}'")
+
+
+def _outside(experiment: Experiment, kind: str) -> list[str]:
+    """The local folders with whole checkpoints that stages read a result of this kind from."""
+    read = {source for stage in experiment.stages.values() for source, needed in stage.inputs if needed == kind}
+    return sorted(f for f in read - experiment.stages.keys() if Path(f).is_dir() and not is_adapter(Path(f)))
 
 
 def _told(tokenizer: Tokenizer, data: DataSource) -> str:

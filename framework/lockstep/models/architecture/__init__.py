@@ -14,6 +14,7 @@ layouts of the family's Hugging Face checkpoint, so a checkpoint from either bac
 
 from lockstep.models.architecture.families import (
     FAMILIES,
+    WrongValue,
     causal_class,
     classifier_class,
     family_of,
@@ -34,21 +35,26 @@ from lockstep.models.architecture.shape import (
     small_decoder,
 )
 from lockstep.models.architecture.tensors import (
+    BUFFERS,
     SCALAR_BIAS,
     SCALAR_HEAD,
     check_labels,
-    check_parameters,
+    check_shapes,
     head_shapes,
     initial_parameters,
     linear_layers,
     parameter_shapes,
+    refuse_tensors,
     scalar_head,
+    scalar_shapes,
     trunk_shapes,
+    usual_names,
     usual_tensors,
 )
 
 __all__ = [
     "Architecture",
+    "BUFFERS",
     "FAMILIES",
     "Family",
     "Naming",
@@ -58,9 +64,10 @@ __all__ = [
     "SCALAR_BIAS",
     "SCALAR_HEAD",
     "SmallDecoderConfig",
+    "WrongValue",
     "causal_class",
     "check_labels",
-    "check_parameters",
+    "check_shapes",
     "classifier_class",
     "family_of",
     "from_hf",
@@ -69,12 +76,15 @@ __all__ = [
     "is_small_decoder",
     "linear_layers",
     "parameter_shapes",
+    "refuse_tensors",
     "register",
     "scalar_head",
+    "scalar_shapes",
     "small_decoder",
     "to_hf",
     "trunk_shapes",
     "language_head",
     "usual_name",
+    "usual_names",
     "usual_tensors",
 ]

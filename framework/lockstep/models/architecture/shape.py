@@ -98,6 +98,31 @@ class Architecture:
         return Rope(self.rope_theta, dims, self.rope_scaling)
 
 
+COUNTS = ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_dim", "intermediate_size", "context_length")
+MAYBE = ("rotary_dims", "local_rope_theta", "query_scalar", "attention_softcap", "final_softcap")
+
+
+def check_values(a: Architecture) -> None:
+    """
+    Raises:
+      ValueError: a size or another number that no decoder has.
+    """
+    counts = [(name, getattr(a, name)) for name in COUNTS] + [("sliding_window", w) for w in a.windows if w is not None]
+    numbers = [("norm_eps", a.norm_eps), *((name, getattr(a, name)) for name in MAYBE if getattr(a, name) is not None)]
+    numbers += [("rope_theta", a.rope_theta)] * (a.positions == "rope")
+    numbers += [("factor", a.rope_scaling.factor)] if a.rope_scaling else []
+    for name, value in counts:
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} should be a whole number of at least 1, not {value!r}")
+    for name, value in numbers:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ValueError(f"{name} should be a number above 0, not {value!r}")
+    if a.heads % a.kv_heads:
+        raise ValueError(f"{a.heads} heads cannot share {a.kv_heads} keys and values evenly")
+    if a.positions == "rope" and (a.rotary_dims or a.head_dim) % 2:
+        raise ValueError(f"head_dim={a.head_dim} is odd, so it cannot be rotated in pairs")
+
+
 def small_decoder(
     *, vocab_size: int, hidden_size: int, layers: int, heads: int, kv_heads: int, intermediate_size: int,
     context_length: int, rope_theta: float, tied: bool,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from lockstep.learning import randomness
 from lockstep.models.architecture.families import family_of
 from lockstep.models.architecture.naming import LANGUAGE_HEAD
 from lockstep.models.architecture.shape import Architecture
+
+T = TypeVar("T")
 
 SCALAR_HEAD = "score.weight"
 """[1, hidden_size]: its name in transformers' sequence classifiers."""
@@ -33,6 +36,11 @@ def head_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return trunk_shapes(architecture) | head_shapes(architecture)
+
+
+def scalar_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the trunk with a scalar head."""
+    return trunk_shapes(architecture) | {SCALAR_HEAD: (1, architecture.hidden_size), SCALAR_BIAS: (1,)}
 
 
 def _trunk(a: Architecture) -> dict[str, tuple[int, ...]]:
@@ -83,34 +91,82 @@ BUFFERS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv
 """Causal masks and rotary tables, which old versions of transformers saved among the weights."""
 
 
-def usual_tensors(architecture: Architecture, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Weights under their usual names, without the extras of some checkpoints: buffers, parts of a larger model, and a second
+def usual_names(architecture: Architecture, names: Iterable[str]) -> dict[str, str]:
+    """{usual name: name in the file}. Files may use a family's aliases, or leave out the prefix of a trunk that was saved alone.
+
+    Raises:
+      CheckpointError: two names in the file mean the same tensor.
+    """
+    family = family_of(architecture)
+    bare = {name.partition(".")[2]: name for name in trunk_shapes(architecture)}
+    found: dict[str, str] = {}
+    for name in names:
+        usual = family.usual_name(name)
+        usual = bare.get(usual, usual)
+        if usual in found:
+            raise CheckpointError(f"The tensor {usual} is stored twice, as {found[usual]} and as {name}.")
+        found[usual] = name
+    return found
+
+
+def usual_tensors(architecture: Architecture, tensors: Mapping[str, T]) -> dict[str, T]:
+    """Tensors under their usual names, without the extras of some checkpoints: buffers, parts of a larger model, and a second
     copy of a tied embedding."""
     family = family_of(architecture)
-    named = {family.usual_name(name): array for name, array in weights.items()}
     return {
-        name: array
-        for name, array in named.items()
+        name: tensors[stored]
+        for name, stored in usual_names(architecture, tensors).items()
         if not BUFFERS.search(name)
         and not name.startswith(family.foreign)
         and not (architecture.tied and name == family.naming.rename(LANGUAGE_HEAD))
     }
 
 
-def check_parameters(
-    architecture: Architecture, parameters: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
+WRAPPERS = {
+    "_orig_mod.": "torch.compile", "module.": "DistributedDataParallel", "_fsdp_wrapped_module.": "FSDP",
+    "base_model.model.": "peft", "pretrained_model.": "a value head",
+}  # fmt: skip
+"""Prefixes of names in files that were saved from inside a wrapper, and who puts them there."""
+
+
+def check_shapes(source: object, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Check that every expected tensor is present with its shape and that none is left over.
 
     Raises:
       CheckpointError: names the first few that are missing, unused or of another shape.
     """
-    missing = sorted(shapes.keys() - parameters.keys())
-    unused = sorted(parameters.keys() - shapes.keys())
-    other = [f"{n} is {parameters[n].shape}, not {s}" for n, s in shapes.items() if n in parameters and parameters[n].shape != s]
-    if missing or unused or other:
-        found = [f"missing: {', '.join(missing[:3])}"] * bool(missing) + [f"unused: {', '.join(unused[:3])}"] * bool(unused)
-        raise CheckpointError(f"The tensors do not fit this {architecture.family} architecture: {'; '.join(found + other[:3])}.")
+    other = {name: (found[name], shape) for name, shape in expected.items() if found.get(name, shape) != shape}
+    refuse_tensors(source, missing=expected.keys() - found.keys(), unused=found.keys() - expected.keys(), other=other)
+
+
+def refuse_tensors(
+    source: object, *, missing: Collection[str], unused: Collection[str], other: Mapping[str, tuple[Any, Any]]
+) -> None:
+    """
+    Args:
+      missing: tensors that the model has and the checkpoint lacks; a model would start from random numbers there.
+      unused: tensors of the checkpoint that the model does not have.
+      other: {name: (shape in the checkpoint, shape in the model)}.
+
+    Raises:
+      CheckpointError: there are any.
+    """
+    shapes = [f"{name} is {tuple(stored)}, not {tuple(own)}" for name, (stored, own) in sorted(other.items())]
+    parts = [f"{what}: {_some(sorted(names))}" for what, names in (("missing", missing), ("unused", unused)) if names]
+    parts += [_some(shapes)] * bool(shapes)
+    if not parts:
+        return
+    wrapper = next((prefix for prefix in WRAPPERS if unused and all(name.startswith(prefix) for name in unused)), None)
+    hint = wrapper and (
+        f" The names begin with '{wrapper}': the model was saved inside {WRAPPERS[wrapper]}. Save the model that is inside, or "
+        "remove the prefix."
+    )
+    raise CheckpointError(f"The weights in {source} do not fit its config.json: {'; '.join(parts)}.{hint or ''}")
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
 
 
 def check_labels(source: object, count: int) -> None:

@@ -14,7 +14,12 @@ from typing import Any
 from lockstep.errors import CheckpointError, RegistryError, listing
 from lockstep.models.architecture.family import Family
 from lockstep.models.architecture.naming import LANGUAGE_HEAD
-from lockstep.models.architecture.shape import Architecture
+from lockstep.models.architecture.shape import Architecture, check_values
+
+
+class WrongValue(CheckpointError):
+    """A value in a ``config.json`` that no model has, whatever opens it."""
+
 
 FAMILIES: dict[str, Family] = {}
 """By ``model_type``."""
@@ -43,12 +48,13 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
 
     Raises:
       CheckpointError: a model type or a switch that is not supported; the message lists what is.
+      WrongValue: a value that no model has.
     """
     name = config.get("model_type")
     if inner := next((f for f in FAMILIES.values() if name is not None and f.text_model_of == name), None):
         name = inner.model_type
-        config = {**config.get("text_config", {}), "model_type": name}
-    if name not in FAMILIES:
+        config = {**_mapping(config, "text_config"), "model_type": name}
+    if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(
             f"No decoder for model_type '{name}'. Supported: {listing(FAMILIES)}. "
             "backend=torch opens every causal language model of transformers with policy=huggingface."
@@ -58,7 +64,19 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
             f"This {name} checkpoint holds quantised weights (quantization_config), which are not supported. Use the original "
             "model, or a GGUF file of it."
         )
-    return FAMILIES[name].read({**FAMILIES[name].defaults, **config})
+    try:
+        architecture = FAMILIES[name].read({**FAMILIES[name].defaults, **config})
+        check_values(architecture)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise WrongValue(f"The config.json of this {name} model holds a value of the wrong kind: {error}.") from error
+    return architecture
+
+
+def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = config.get(key, {})
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"config.json should hold an object under {key}, not {found!r}.")
+    return found
 
 
 def to_hf(architecture: Architecture) -> dict[str, Any]:
