@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.config.schema import setting
-from lockstep.config.secrets import without_secrets
 from lockstep.interfaces import Metrics
 from lockstep.reporting.tracking import Surviving
 
@@ -41,7 +40,7 @@ class TensorBoard(Surviving):
 
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
             self._writer = EventFileWriter(str(folder / "tensorboard"), flush_secs=self.config.flush_seconds)
-            about = {"run": run, "stage": stage, "identity": identity, **without_secrets(config)}
+            about = {"run": run, "stage": stage, "identity": identity, **config}
             self._text("configuration", f"```\n{json.dumps(about, indent=2, ensure_ascii=False)}\n```", 0)
             if resume:
                 self._replay(folder)

@@ -7,12 +7,14 @@ import datetime
 import logging
 import os
 import resource
+import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from lockstep.config.schema import differences
+from lockstep.config.secrets import without_secrets
 from lockstep.errors import ConfigError, Stopped
 from lockstep.interfaces import Algorithm, Backend, Tracker
 from lockstep.reporting.console import Console
@@ -40,7 +42,7 @@ class Runner:
             "experiment": experiment.config["experiment_name"],
             "seed": experiment.seed,
             "backend": {"name": experiment.backend_name},
-            "command": command,
+            "command": shlex.join(without_secrets(shlex.split(command))),
             "versions": {"lockstep": __version__, "python": sys.version.split()[0]},
             "code": code_state(),
             "started": _now(),

@@ -23,6 +23,7 @@ import rich.console
 
 from lockstep.checking.parity.differences import Step
 from lockstep.checking.parity.march import March, StageSteps
+from lockstep.config.secrets import without_secrets
 from lockstep.errors import Stopped
 from lockstep.reporting.compare.tables import Table, to_markdown, to_rich
 from lockstep.reporting.console import Console
@@ -74,7 +75,7 @@ def parity(overrides: Sequence[str], *, same_start: bool = False, steps: int | N
     finally:
         backends = {name: side.backend.describe() for name, side in zip(march.names, march.sides, strict=True)}
         facts = {
-            "command": shlex.join(["lockstep", "parity", *overrides, *options, "--output", str(output)]),
+            "command": shlex.join(["lockstep", "parity", *without_secrets(overrides), *options, "--output", str(output)]),
             "backends": backends,
             "versions": {"lockstep": __version__, "python": platform.python_version()},
             "started": started.isoformat(timespec="seconds"),

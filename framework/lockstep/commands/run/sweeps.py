@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -36,11 +37,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from lockstep.config.compose import CORE, conf_folders, partial, resolved
+from lockstep.config.secrets import redact, without_secrets
 from lockstep.errors import ConfigError, LockstepError, did_you_mean, listing
 from lockstep.runs import identity
 from lockstep.runs.evaluation import flatten
 from lockstep.runs.experiment import finished, run_name
-from lockstep.storage.files import read_json, write_json
+from lockstep.storage.files import read_json, write_json, write_text
 
 NEEDS = {
     "hydra/sweeper=optuna": "hydra_optuna_sweeper",
@@ -72,7 +74,7 @@ def sweep(arguments: Sequence[str]) -> str:
     """
     _check_installed(arguments)
     record = SweepFolder(_folder(arguments))
-    record.begin(shlex.join(["lockstep", "run", *arguments]))
+    record.begin(shlex.join(["lockstep", "run", *without_secrets(arguments)]))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts: no usage reports
     quoted = str(record.path).replace("'", r"\'")
     sys.argv = ["lockstep run", *arguments, f"hydra.sweep.dir='{quoted}'"]
@@ -105,7 +107,7 @@ def _folder(arguments: Sequence[str]) -> Path:
     except HydraException as error:
         raise ConfigError(str(error)) from error
     first = partial([line for o in overrides if (line := _first(o))])
-    return Path(first.folder).absolute() / "sweeps" / identity.digest({"overrides": sorted(decisive)})[:8]
+    return Path(first.folder).absolute() / "sweeps" / identity.digest({"overrides": sorted(without_secrets(decisive))})[:8]
 
 
 def _first(override: Override) -> str | None:
@@ -150,11 +152,22 @@ class SweepFolder:
 
     def note(self, overrides: list[str], **facts: Any) -> None:
         """Record what is now known of the job with these overrides."""
+        overrides = without_secrets(overrides)
+        if error := facts.get("error"):
+            facts["error"] = redact(error)
         with self._changed() as record:
+            self._hide_secrets_of_hydra()
             job = next((job for job in record["jobs"] if job["overrides"] == overrides), None)
             if job is None:
                 record["jobs"].append(job := {"overrides": overrides})
             job.update(facts)
+
+    def _hide_secrets_of_hydra(self) -> None:
+        """Before it starts the first job, Hydra writes here what it composed."""
+        file = self.path / "multirun.yaml"
+        composed = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+        if composed != (hidden := without_secrets(composed)):
+            write_text(file, yaml.safe_dump(hidden, sort_keys=False))
 
     def jobs(self, *status: str) -> list[dict[str, Any]]:
         """All jobs, or those with these statuses."""
