@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 
@@ -10,16 +11,17 @@ from lockstep.config import secrets
 from lockstep.config.secrets import redact, without_secrets
 
 NAMES = [
-    "api_key", "apiKey", "APIKey", "apikey", "OPENAI_API_KEY", "key", "api_keys", "api_key_2", "access_key", "secretKey", "private_key",
-    "token", "HF_TOKEN", "auth-token", "authToken", "access_tokens", "reward_token", "password", "db_passwd", "client_secret",
-    "secrets", "Authorization", "X-Api-Key", "credentials", "cookie", "passphrase",
+    "api_key", "apiKey", "APIKey", "apikey", "OPENAI_API_KEY", "key", "api_keys", "api_key_2", "access_key", "secretKey",
+    "private_key", "token", "HF_TOKEN", "auth-token", "authToken", "access_tokens", "reward_token", "password", "db_passwd",
+    "client_secret", "secrets", "Authorization", "X-Api-Key", "credentials", "cookie", "passphrase",
 ]  # fmt: skip
 OTHERS = {
     "eos_token": "</s>", "pad_token": "<|pad|>", "stop_token": "END", "bos_token": "x", "image_token": "pic", "good_token": "ки",
     "add_bos_token": True, "use_auth_token": True, "max_new_tokens": 5, "max_tokens": 5, "tokens_per_second": 2.0, "token": None,
-    "tokenizer": "gpt2", "prompt_key": "instruction", "label_key": "chosen", "sort_key": "length", "num_key_value_heads": 4, "key": 3,
-    "keyboard": "qwerty", "monkey": "see", "token_variable": "REWARD_TOKEN", "key_file": "id.pem", "api_key_name": "KEY",
-    "secretary": "x", "author": "me", "step_token": "<step>", "token_type": "wordpiece", "eos_token_id": 2, "special_tokens": ["<a>"],
+    "tokenizer": "gpt2", "prompt_key": "instruction", "label_key": "chosen", "sort_key": "length", "num_key_value_heads": 4,
+    "key": 3, "keyboard": "qwerty", "monkey": "x", "token_variable": "REWARD_TOKEN", "key_file": "id.pem", "api_key_name": "KEY",
+    "secretary": "x", "author": "me", "step_token": "<step>", "token_type": "wordpiece", "eos_token_id": 2,
+    "special_tokens": ["<a>"],
 }  # fmt: skip
 
 
@@ -83,7 +85,8 @@ def test_well_known_credentials_are_hidden_wherever_they_are(text):
     "text",
     [
         "Anthropic/hh-rlhf", "sk-learn", "hf_model", "task-sk-1", "user:name", "key: value", "key=value, +key=value to add one",
-        "Set policy.tokenizer.pad_token='<|pad|>'.", "token: </s>", "secret: of the owl", "reward_model.token_variable=REWARD_TOKEN",
+        "Set policy.tokenizer.pad_token='<|pad|>'.", "token: </s>", "secret: of the owl",
+        "reward_model.token_variable=REWARD_TOKEN",
         "Missing: reward_model.api_key. Set it: reward_model.api_key=...", "password: required", "a=1 b=2", "eos_token: '</s>'",
     ],
 )  # fmt: skip
@@ -94,7 +97,8 @@ def test_prose_and_names_stay_as_they_are(text):
 @pytest.mark.parametrize(
     "text",
     [
-        '{"error": {"api_key": "hunter2"}}', '{"token": "hunter2"}', "Authorization: Bearer hunter2", "reward_model={api_key:hunter2}",
+        '{"error": {"api_key": "hunter2"}}', '{"token": "hunter2"}', "Authorization: Bearer hunter2",
+        "reward_model={api_key:hunter2}",
         "x-api-key: hunter2", "reward_model.key=hunter2 is not", "'a.api_key=hunter2'", "{'password': 'hunter2'}",
     ],
 )  # fmt: skip
@@ -114,6 +118,13 @@ def test_short_values_of_variables_hide_no_words(monkeypatch):
     monkeypatch.setenv("MY_PASSWORD", "demo")
     monkeypatch.setenv("EOS_TOKEN", "everything")
     assert redact("demo of everything") == "demo of everything"
+
+
+@pytest.mark.parametrize("text", ["a", " ", "a.", "://", "a=", "?a=b&", "'", ":", "a: ", "x://@", "hf_", "[", "a:'", "Bearer "])
+def test_a_megabyte_of_anything_is_searched_in_no_time(text):
+    started = time.perf_counter()
+    redact(text * (10**6 // len(text)))
+    assert time.perf_counter() - started < 3
 
 
 def test_hiding_twice_changes_nothing():

@@ -16,6 +16,7 @@ from typing import Any
 
 from lockstep.config.schema import setting
 from lockstep.interfaces import Metrics
+from lockstep.reporting.markdown import escaped
 from lockstep.reporting.tracking import Surviving
 
 
@@ -58,7 +59,7 @@ class TensorBoard(Surviving):
 
     def alert(self, title: str, text: str, step: int) -> None:
         with self._surviving("log a warning"):
-            self._text(f"health/{title}", text, step)
+            self._text(f"health/{title}", escaped(text), step)
 
     def artifact(self, kind: str, folder: Path) -> None:
         pass
@@ -82,8 +83,12 @@ class TensorBoard(Surviving):
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table; line breaks and bars within cells are replaced."""
+    """A table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cell = lambda value: str("" if value is None else value).replace("|", "\\|").replace("\n", " ")  # noqa: E731
-    lines = [columns, ["---"] * len(columns), *([cell(row.get(column)) for column in columns] for row in rows)]
+    cell = lambda value: escaped(str("" if value is None else value))  # noqa: E731
+    lines = [
+        list(map(escaped, columns)),
+        ["---"] * len(columns),
+        *([cell(row.get(column)) for column in columns] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

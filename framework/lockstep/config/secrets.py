@@ -26,19 +26,19 @@ SHORTEST = 8
 _CREDENTIALS = "password passwd passphrase pwd secret credential authorization bearer cookie auth"
 _ALWAYS = {form for word in _CREDENTIALS.split() for form in (word, f"{word}s")}
 _JOINED = re.compile(r"(api|access|secret|private|auth|bearer|refresh|session|hf|wandb)(key|token)s?$")
-_NO_TOKEN = set(
+_OF_TEXT = (
     "eos bos pad unk sep cls mask stop special start begin end first last image audio video think thinking tool user system "
     "assistant header newline eot eom prompt response answer step good bad positive negative yes no true false label verdict "
-    "choice separator prefix suffix fim blank word text vocab max min num per".split()
+    "choice separator prefix suffix fim blank word text vocab max min num per"
 )
-"""Words of tokens of text."""
-_NO_KEY = set(
+"""Words before `token` that make it one of text."""
+_OF_COLUMNS = (
     "prompt prompts input inputs output outputs response responses answer answers question questions label labels text texts "
     "chosen rejected image images message messages dialogue conversation conversations column columns sort primary foreign "
     "group cache dict json field metric score scores reward target source data dataset row index id name lookup query value "
-    "feature features fn public".split()
+    "feature features fn public"
 )
-"""Words of keys that name columns and fields."""
+"""Words before `key` that make it the name of a column or field."""
 _IN_QUERIES = {"sig", "signature", "jwt", "code"}
 """Names of signed URLs and of function keys, if the value is as long as one."""
 
@@ -92,10 +92,8 @@ def _kind(name: str) -> str | None:
         return None
     if words[-1] in _ALWAYS or _JOINED.search("".join(words[-2:])):
         return "always"
-    others = set(words[:-1])
-    if words[-1] == "token" and not others & _NO_TOKEN or words[-1] == "key" and not others & _NO_KEY:
-        return "text"
-    return None
+    harmless = {"token": _OF_TEXT, "key": _OF_COLUMNS}.get(words[-1])
+    return "text" if harmless is not None and not set(words[:-1]) & set(harmless.split()) else None
 
 
 def _stands_for_another(value: str) -> bool:

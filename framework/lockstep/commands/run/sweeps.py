@@ -39,6 +39,7 @@ from omegaconf import DictConfig, OmegaConf
 from lockstep.config.compose import CORE, conf_folders, partial, resolved
 from lockstep.config.secrets import redact, without_secrets
 from lockstep.errors import ConfigError, LockstepError, did_you_mean, listing
+from lockstep.reporting.console import shown
 from lockstep.runs import identity
 from lockstep.runs.evaluation import flatten
 from lockstep.runs.experiment import finished, run_name
@@ -210,7 +211,7 @@ def run_job(
 def _done_already(groups: Mapping[str, Any], label: str) -> bool:
     with contextlib.suppress(LockstepError):  # the job's own process has more on its path, and reports errors
         if run := finished(groups):
-            print(f"{label}run {run.name} is already done", flush=True)
+            print(shown(f"{label}run {run.name} is already done"), flush=True)
             return True
     return False
 
@@ -222,7 +223,7 @@ def _run(overrides: list[str], cores: set[int] | None, label: str) -> tuple[str,
     lines: collections.deque[str] = collections.deque(maxlen=100)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=pin) as job:
         for line in job.stdout:
-            print(f"{label}{line}", end="", flush=True)
+            print(shown(f"{label}{line}"), end="", flush=True)
             lines.append(line.rstrip())
     if job.returncode == 0:
         return "done", None
