@@ -14,7 +14,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from lockstep.errors import DataError, LockstepError
-from lockstep.reporting.compare import claims, compare, groups, print_summary, reading, tables
+from lockstep.reporting.compare import claims, compare, figures, groups, print_summary, reading, tables
 from lockstep.reporting.compare.reading import _estimates
 from lockstep.reporting.compare.records import Estimate
 from lockstep.reporting.console import Terminal
@@ -280,7 +280,8 @@ EVIL = "[red]$x^$[/] :ok: <script>a</script> | [x](javascript:a) \x1b[2J\u202e\x
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """Two groups whose labels differ in such a name; it is also that of a stage, a policy, a split and a warning."""
+    """Two groups whose labels differ in such a name; it is also that of a stage, a policy, a split and a warning. Of the figures
+    only two are drawn."""
     runs = tmp_path_factory.mktemp("hostile")
     for seed, value in enumerate(("_a", EVIL.replace("/", "|"))):
         folder = write_run(runs, "torch", seed, **{"ppo.kl_coef": value})
@@ -296,7 +297,11 @@ def hostile(tmp_path_factory):
         (output / "samples.jsonl").write_text(
             samples + json.dumps({"policy": EVIL, "split": EVIL, "prompt": EVIL, "response": EVIL})
         )
-    return compare([runs], runs / "report")
+    few = {"gold": figures.gold, "losses": figures.losses}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_makers", lambda found: few)
+        patch.setattr(figures, "for_papers", lambda *_: [])
+        return compare([runs], runs / "report")
 
 
 def test_no_name_is_a_tag_a_link_or_markup_in_a_report(hostile):
@@ -312,10 +317,9 @@ def test_no_name_is_a_tag_a_link_or_markup_in_a_report(hostile):
 
 
 def test_no_name_breaks_a_figure(hostile):
-    figures = [file for file in hostile.files if file.suffix == ".svg"]
     page = next(f for f in hostile.files if f.name == "report.html").read_text()
-    for svg in [*map(Path.read_text, figures), *re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)]:
-        ElementTree.fromstring(svg)
+    drawn = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(drawn) == 2 and all(ElementTree.fromstring(svg) is not None for svg in drawn)
     assert "$x^$" in page and " kl_coef=_a" in page
 
 
@@ -331,10 +335,10 @@ def test_samples_stand_side_by_side_and_backends_that_answer_alike_share_a_row(p
 
 
 def test_every_figure_is_on_the_page_and_follows_the_colour_scheme(page):
-    figures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    names = [re.search(r'aria-label="(\w+)"', svg)[1] for svg in figures]
+    drawn = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    names = [re.search(r'aria-label="(\w+)"', svg)[1] for svg in drawn]
     assert names == ["gold", "parts", "ability", "against", "frontier", "curves", "reward_model", "losses", "cost"]
-    for svg in figures:
+    for svg in drawn:
         ElementTree.fromstring(svg)
         assert "var(--ink)" in svg and "#123456" not in svg and "#abcdef" not in svg
     ids = re.findall(r' id="([^"]+)"', page)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import time
 
 import pytest
 
+from lockstep.commands import run as command
+from lockstep.commands.cache import stored
+from lockstep.commands.run import sweeps
+from lockstep.commands.run.sweeps import SweepFolder
 from lockstep.config import secrets
+from lockstep.config.compose import compose
 from lockstep.config.secrets import redact, without_secrets
+from lockstep.errors import ConfigError
+from lockstep.reporting.console import Console
+from lockstep.runs.experiment import Experiment, finished
+from lockstep.runs.runner import Runner
+from runs import DECODER, TINY
 
 NAMES = [
     "api_key", "apiKey", "APIKey", "apikey", "OPENAI_API_KEY", "key", "api_keys", "api_key_2", "access_key", "secretKey",
@@ -141,3 +153,85 @@ def test_a_group_on_the_command_line_is_searched_too():
 def test_a_chat_template_keeps_every_letter():
     template = "{% set token='x' %}{{ eos_token }}{% if key == 'a' %}secret: {{ message['content'] }}{% endif %}password=1"
     assert without_secrets({"chat_template": template}) == {"chat_template": template}
+
+
+# --------------------------------------------------------------------------------------------------- records of a run
+
+SECRET = ["reward_model=endpoint", "reward_model.url='http://h/v2/score?key=hunter2'", "~stages.reward", "seed=3"]
+
+
+def runner(folder, *overrides) -> Runner:
+    """A runner of the tiny pipeline whose stages are skipped."""
+    given = [*TINY, *DECODER, *SECRET, f"folder={folder}", *overrides]
+    return Runner(Experiment(compose(given)), Console(), shlex.join(["lockstep", "run", *given]))
+
+
+@pytest.fixture
+def skipped(monkeypatch):
+    monkeypatch.setattr(Runner, "_stage", lambda self, stage: None)
+    monkeypatch.setattr(Runner, "_plan", lambda self: [])  # which makes all of the data
+
+
+def test_no_record_of_a_run_holds_a_secret(tmp_path, skipped, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "of-wandb-hunter2")
+    run = runner(tmp_path, "tracker=wandb", "tracker.tags=['of-wandb-hunter2']")
+    run.run()
+    for stage in run.experiment.stages.values():
+        tracked = run._tracked(stage, run.experiment.folders[stage.name], resume=False)
+        assert "hunter2" not in repr(tracked.start)
+    written = {file.name: file.read_text() for file in tmp_path.rglob("*") if file.is_file()}
+    assert {"run.json", "config.yaml", "stages.json"} <= set(written)
+    assert all("hunter2" not in text for text in written.values())
+    assert "http://h/v2/score?key=***" in written["config.yaml"] and "key=***" in json.loads(written["run.json"])["command"]
+    assert "hunter2" not in capsys.readouterr().out
+    assert run.experiment.stages["ppo"].reward_model["url"].endswith("?key=hunter2")  # what is asked is not what is written
+
+
+def test_another_secret_in_the_same_place_is_the_same_run_and_the_same_stages(tmp_path, skipped):
+    first = runner(tmp_path)
+    first.run()
+    other = runner(tmp_path, "reward_model.url='http://h/v2/score?key=rotated'")
+    assert other.experiment.name == first.experiment.name and other.experiment.identities == first.experiment.identities
+    other.run()
+    assert finished(other.experiment.config) is None  # its stages were skipped; nothing in the way of a look
+    assert set(stored.why(other.experiment)) == set(first.experiment.stages)
+
+
+def test_what_is_no_secret_makes_another_run_and_is_named(tmp_path, skipped):
+    runner(tmp_path, "name=one").run()
+    with pytest.raises(ConfigError, match=r"reward_model.url: http://h/v2/score\?key=\*\*\* -> http://h/v3/score\?key=\*\*\*"):
+        runner(tmp_path, "name=one", "reward_model.url='http://h/v3/score?key=hunter2'")
+    first, second = (runner(tmp_path, f"policy.tokenizer.eos_token={token}").experiment for token in ("a", "b"))
+    assert first.name != second.name and first.identities["sft"] != second.identities["sft"]
+
+
+def test_a_name_with_a_secret_in_it_names_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "hunter2-hunter2")
+    for key in ("name", "experiment_name"):
+        with pytest.raises(ConfigError, match="The run's name holds a secret") as caught:
+            runner(tmp_path, f"{key}=x-${{oc.env:MY_TOKEN}}")
+        assert "hunter2" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_the_configuration_that_is_printed_holds_no_secret(capsys):
+    command.run(None, ["--config", *SECRET])
+    printed = capsys.readouterr().out
+    assert "hunter2" not in printed and "url: http://h/v2/score?key=***" in printed
+
+
+def test_a_sweeps_record_holds_no_secret_and_finds_its_jobs_again(tmp_path):
+    record = SweepFolder(tmp_path)
+    (tmp_path / "multirun.yaml").write_text("hydra: {overrides: {task: [a.api_key=hunter2]}}\na: {api_key: hunter2, n: 1}\n")
+    record.begin("lockstep run")
+    for key in ("hunter2", "rotated-hunter2"):
+        record.note(["seed=1", f"reward_model.api_key={key}"], status="failed", error=f"reward_model.api_key={key} is wrong")
+    assert record.jobs() == [
+        {"overrides": ["seed=1", "reward_model.api_key=***"], "status": "failed", "error": "reward_model.api_key=*** is wrong"}
+    ]
+    assert all("hunter2" not in file.read_text() for file in tmp_path.iterdir())
+    assert "n: 1" in (tmp_path / "multirun.yaml").read_text()
+    first, second = (
+        sweeps._folder(["-m", "reward_model=endpoint", f"reward_model.url='http://h/?key={key}'", "seed=1,2"])
+        for key in ("a", "b")
+    )
+    assert first == second != sweeps._folder(["-m", "reward_model=endpoint", "reward_model.url='http://h/v2?key=a'", "seed=1,2"])

@@ -14,6 +14,7 @@ import torch
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import Classifier
 from lockstep.models.architecture import check_labels
+from lockstep.storage.hub import hub
 from lockstep.types import Message
 from lockstep_torch.device import TorchDevice
 
@@ -38,11 +39,12 @@ class TextClassifier(Classifier):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         how = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-        try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(source, dtype="float32", **how)
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            raise CheckpointError(f"'{source}' cannot be opened as a reward model: {error}") from error
+        with hub(source) as why:
+            try:
+                model, info = AutoModelForSequenceClassification.from_pretrained(source, dtype="float32", **how)
+                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+                raise CheckpointError(f"'{source}' cannot be opened as a reward model: {why(error)}") from error
         if missing := sorted(info["missing_keys"]):
             raise CheckpointError(f"'{source}' is not a reward model: its checkpoint has no {', '.join(missing[:3])}.")
         check_labels(source, model.config.num_labels)

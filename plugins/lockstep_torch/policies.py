@@ -29,6 +29,7 @@ from lockstep.models.architecture import (
 from lockstep.models.checkpoint import CheckpointConfig, FromCheckpoint
 from lockstep.storage import gguf
 from lockstep.storage.files import read_json
+from lockstep.storage.hub import hub
 from lockstep.storage.weights import read_weights
 from lockstep.text.tokenizer import Tokenizer
 from lockstep_torch.classifier import TextClassifier
@@ -173,10 +174,11 @@ def _open(auto: type, folder: Path | str) -> Network:
     logging.set_verbosity_error()  # its table of unexpected keys names a scalar head that is loaded elsewhere
     logging.disable_progress_bar()
     folder = gguf.as_folder(folder)
-    try:
-        hf = auto.from_pretrained(folder, dtype="float32", use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"'{folder}' cannot be opened as a checkpoint: {error}") from error
+    with hub(folder) as why:
+        try:
+            hf = auto.from_pretrained(folder, dtype="float32", use_safetensors=True, trust_remote_code=False)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"'{folder}' cannot be opened as a checkpoint: {why(error)}") from error
     if getattr(hf, "_hf_peft_config_loaded", False):  # transformers opens adapters too, and freezes everything
         raise CheckpointError(adapters.NOT_WHOLE.format(folder=folder))
     return _lean(hf) or TransformersNetwork(hf.eval())

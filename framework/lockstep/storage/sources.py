@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lockstep.errors import CheckpointError, ConfigError
 from lockstep.storage import gguf
+from lockstep.storage.hub import hub
 
 
 def fetch_folder(path: Path | str) -> Path:
@@ -20,10 +21,11 @@ def fetch_folder(path: Path | str) -> Path:
         return Path(path)
     import huggingface_hub
 
-    try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except Exception as error:
-        raise CheckpointError(f"'{path}' is neither a folder nor a reachable hub repository: {error}") from error
+    with hub(path) as why:
+        try:
+            return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        except Exception as error:
+            raise CheckpointError(f"'{path}' is neither a folder nor a reachable hub repository: {why(error)}") from error
 
 
 def fetch_file(path: str | Path, name: str, *, optional: bool = False) -> Path | None:
@@ -40,14 +42,15 @@ def fetch_file(path: str | Path, name: str, *, optional: bool = False) -> Path |
     else:
         import huggingface_hub
 
-        try:
-            return Path(huggingface_hub.hf_hub_download(str(path), name))
-        except huggingface_hub.errors.LocalEntryNotFoundError as error:
-            raise ConfigError(f"'{path}' is not a local folder, and the hub does not answer: {error}") from error
-        except huggingface_hub.errors.EntryNotFoundError:
-            reason = "the hub repository has no such file"
-        except Exception as error:
-            raise ConfigError(f"'{path}' is neither a folder nor a hub repository: {error}") from error
+        with hub(path) as why:
+            try:
+                return Path(huggingface_hub.hf_hub_download(str(path), name))
+            except huggingface_hub.errors.LocalEntryNotFoundError as error:
+                raise ConfigError(f"'{path}' is not a local folder, and the hub does not answer: {why(error)}") from error
+            except huggingface_hub.errors.EntryNotFoundError:
+                reason = "the hub repository has no such file"
+            except Exception as error:
+                raise ConfigError(f"'{path}' is neither a folder nor a hub repository: {why(error)}") from error
     if optional:
         return None
     raise ConfigError(f"{path} has no {name}: {reason}.")
