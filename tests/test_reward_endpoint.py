@@ -334,6 +334,23 @@ def test_a_proxy_is_used_for_other_machines_only(serve, monkeypatch):
     with pytest.raises(ConfigError, match="A proxy in the environment .* cannot be used") as caught:
         ask("http://rewards.invalid/score")
     assert "hunter2" not in str(caught.value)
+    monkeypatch.setenv("HTTP_PROXY", "")
+    monkeypatch.setenv("NO_PROXY", "[::1")
+    with pytest.raises(ConfigError, match="NO_PROXY, ...\\) cannot be used: Invalid port"):
+        ask("http://rewards.invalid/score")
+
+
+def test_a_file_of_certificates_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", "/no/such/file.pem")
+    with pytest.raises(ConfigError, match="SSL_CERT_FILE or SSL_CERT_DIR in the environment cannot be used"):
+        ask("https://rewards.invalid/score")
+
+
+def test_a_server_that_speaks_no_tls_is_not_asked_again(serve):
+    server, _ = serve(lengths)
+    with pytest.raises(RewardError, match="no connection: SSLError"):
+        ask(server.url.replace("http", "https")).score(THREE)
+    assert server.waited == []
 
 
 WRONG = [
@@ -341,6 +358,8 @@ WRONG = [
     (b"[" * 10**5, "not JSON"),
     (b'{"scores": [1, 2, ' + b"7" * 5000 + b"]}", "not JSON"),
     (b"\xff\xfe", "not JSON"),
+    (b'{"scores": [1, 2, 3], "why": "\xe9"}', "not JSON in UTF-8"),
+    (b"\x1b[2J", r"not JSON .* it said: \\x1b\[2J"),
     (b'{"scores": {"0": 1, "1": 2, "2": 3}}', 'should be {"scores": '),
     (b'{"scores": "abc"}', 'should be {"scores": '),
     (b'{"scores": [1, 2, {"score": 3}]}', "the score {'score': 3}, which is not a number"),

@@ -140,7 +140,7 @@ def test_a_function_that_empties_its_lists_changes_no_others(function):
     assert calls == [(2, 2, "w1")] * 2 and RESPONSES.texts == ["a", "bb"] and RESPONSES.prompts[0] == Prompt.of("w1")
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), SystemExit, KeyError, "quiet", "loud"], ids=repr)
+@pytest.mark.parametrize("error", [SystemExit(3), SystemExit, GeneratorExit, KeyError, "quiet", "loud"], ids=repr)
 def test_a_function_that_exits_or_cannot_say_what_is_wrong_has_failed_at_once(function, error):
     class Quiet(Exception):
         def __repr__(self):
@@ -153,7 +153,7 @@ def test_a_function_that_exits_or_cannot_say_what_is_wrong_has_failed_at_once(fu
     def fail(prompts, responses):
         raise error
 
-    with pytest.raises(RewardError, match="it raised (SystemExit|KeyError|<Quiet instance|ValueError)") as caught:
+    with pytest.raises(RewardError, match="it raised (SystemExit|GeneratorExit|KeyError|<Quiet instance|ValueError)") as caught:
         function(fail).score(RESPONSES)
     assert len(str(caught.value)) < 300
     assert np.isnan(function(fail, on_failure="drop").score(RESPONSES)).all()

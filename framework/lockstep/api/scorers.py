@@ -141,7 +141,7 @@ class Called(RewardModel):
         try:
             scores = scores_of(found, len(texts)).astype(np.float32)
         except RewardError as error:
-            raise RewardError(f"reward function: {error}.") from error
+            raise RewardError(f"The reward function failed: {error}.") from error
         if not np.isfinite(scores).all():
             row = int(np.argmin(np.isfinite(scores)))
             raise RewardError(

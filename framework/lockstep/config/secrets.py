@@ -23,9 +23,11 @@ HIDDEN = "***"
 SHORTEST = 8
 """Characters of a secret that is hidden wherever it occurs; a shorter one could be part of any word."""
 
-_CREDENTIALS = "password passwd passphrase pwd secret credential authorization bearer cookie auth"
+_CREDENTIALS = "password passwd passphrase passcode pass pwd secret credential authorization bearer cookie auth"
 _ALWAYS = {form for word in _CREDENTIALS.split() for form in (word, f"{word}s")}
-_JOINED = re.compile(r"(api|access|secret|private|auth|bearer|refresh|session|hf|wandb)(key|token)s?$")
+_JOINED = re.compile(r"(api|access|secret|security|private|auth|bearer|refresh|session|hf|wandb)(key|token)s?$")
+_FORMATS = {"pem", "value", "string", "base64"}
+"""Words after the name of a credential that do not change what it is."""
 _OF_TEXT = (
     "eos bos pad unk sep cls mask stop special start begin end first last image audio video think thinking tool user system "
     "assistant header newline eot eom prompt response answer step good bad positive negative yes no true false label verdict "
@@ -45,12 +47,13 @@ _IN_QUERIES = {"sig", "signature", "jwt", "code"}
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}://[^\s'\"<>]+")
 _USER = re.compile(r"(?<=://)[^/?#]*@")
 _PARAMETER = re.compile(r"(?<=[?&;#])([^=&;#?]+)=([^&;#]*)")
-_OVERRIDE = re.compile(r"([+~]*[\w./@-]+)=(.*)", re.DOTALL)
-_ASSIGNED = re.compile(r"(?<![\w?&;.-])([A-Za-z_][\w.-]*)(=)(\"[^\"]*\"|'[^']*'|[^\s,;&'\")\]}]+)")
-_TOLD = re.compile(r"(?<![\w.-])([A-Za-z_][\w-]*)([\"']?\s*:\s*)(\"[^\"]*\"|'[^']*'|(?:Bearer |Basic )?[^\s,;&'\")\]}]+)")
+_OVERRIDE = re.compile(r"([+~]*[\w./@\[\]-]+)=(.*)", re.DOTALL)
+_VALUE = r"(\"[^\"]*\"|'[^']*'|(?:Bearer |Basic )?(?:\$\{[^}]*\}|[^\s,;&'\"()\[\]{}])+)"
+_ASSIGNED = re.compile(r"(?<![\w.-])(-{0,2}[A-Za-z_][\w.-]*)(\s*=\s*)" + _VALUE)
+_TOLD = re.compile(r"(?<![\w.-])([A-Za-z_][\w.-]*)([\"']?\s*:\s*)" + _VALUE)
 _FORMS = re.compile(
     r"(?<![\w-])(hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,}"
-    r"|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)|(?<=Bearer )[\w.~+/=-]{8,}"
+    r"|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)|(?<=[Bb]earer )(?=[^\s\d]{0,99}\d)[\w.~+/=-]{8,}"
 )
 
 _remembered: set[str] = set()
@@ -78,7 +81,9 @@ def is_secret(name: str, value: Any = "") -> bool:
     if value is None or isinstance(value, bool) or (isinstance(value, str) and _stands_for_another(value)):
         return False
     kind = _kind(name)
-    return kind == "always" or kind == "text" and isinstance(value, str) and not re.fullmatch(r"<.*>|\[.*\]|\d{1,7}", value)
+    if kind == "key" and isinstance(value, str):
+        return len(value) >= 20 or re.search(r"\d", value) is not None and not value.isdigit()
+    return kind == "always" or kind == "token" and isinstance(value, str) and not re.fullmatch(r"<.*>|\[.*\]|\d{1,7}", value)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -86,19 +91,23 @@ def is_secret(name: str, value: Any = "") -> bool:
 
 @functools.cache
 def _kind(name: str) -> str | None:
-    """'always': whatever the value is a credential; 'text': if it is text; None: never."""
+    """'always': the value is a credential; 'token': if it is text; 'key': if it also looks like one and not like a column's name;
+    None: never."""
     words = re.findall(r"[a-z]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
+    words = words[:-1] if words and words[-1] in _FORMATS else words
     if not words:
         return None
     if words[-1] in _ALWAYS or _JOINED.search("".join(words[-2:])):
         return "always"
     harmless = {"token": _OF_TEXT, "key": _OF_COLUMNS}.get(words[-1])
-    return "text" if harmless is not None and not set(words[:-1]) & set(harmless.split()) else None
+    return words[-1] if harmless is not None and not set(words[:-1]) & set(harmless.split()) else None
 
 
 def _stands_for_another(value: str) -> bool:
     """Nothing, a switch, a missing value, or the name of one: ${oc.env:TOKEN}."""
-    return value.lower() in ("", "???", "...", "null", "none", "true", "false", HIDDEN) or value.startswith("${")
+    return value.lower() in ("", "???", "...", "null", "none", "true", "false", HIDDEN) or bool(
+        re.fullmatch(r"\$\{[^,]*\}", value)
+    )
 
 
 def _without(config: Any, known: re.Pattern[str] | None) -> Any:
@@ -137,25 +146,26 @@ def _url(found: re.Match[str]) -> str:
 def _parameter(found: re.Match[str]) -> str:
     name, value = urllib.parse.unquote(found[1]), found[2]
     signed = name.lower() in _IN_QUERIES and len(value) >= 20
-    return f"{found[1]}={HIDDEN}" if signed or is_secret(name, value) else found[0]
+    key = _kind(name) == "key" and not value.isdigit() and not _stands_for_another(value)
+    return f"{found[1]}={HIDDEN}" if signed or key or is_secret(name, value) else found[0]
 
 
 def _assigned(found: re.Match[str]) -> str:
     name, value = found[1], found[3].strip("'\"")
-    prose = name == "key"  # 'key=value' in a message is no configuration
-    return found[0] if prose or not is_secret(_last(name), value) else f"{name}={HIDDEN}"
+    prose = found[2] != "=" and _kind(_last(name)) != "always"
+    return found[0] if prose or not is_secret(_last(name), value) else f"{name}{found[2]}{HIDDEN}"
 
 
 def _told(found: re.Match[str]) -> str:
     """As in JSON, in a header and in Hydra's {api_key: ...}; a bare 'token:' or 'key:' is prose."""
     name, value = found[1], found[3].strip("'\"")
-    sure = _kind(name) == "always" and name.lower() not in ("secret", "auth", "credentials", "password")
-    quoted = found[2][0] in "'\"" and is_secret(name, value)
+    sure = _kind(_last(name)) == "always" and name.lower() not in ("secret", "auth", "credentials", "password", "pass", "cookie")
+    quoted = found[2][0] in "'\"" and is_secret(_last(name), value)
     return f"{name}{found[2]}{HIDDEN}" if (sure or quoted) and not _stands_for_another(value) else found[0]
 
 
 def _last(path: str) -> str:
-    return path.rpartition(".")[2]
+    return path.partition("@")[0].rpartition(".")[2]
 
 
 def _known() -> re.Pattern[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import math
 import numbers
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ def _number(value: Any) -> float:
     value = value.item() if hasattr(value, "item") else value
     if value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, decimal.Decimal)):
         hint = "; say 1.0 or 0.0 instead" if isinstance(value, bool) else ""
         raise RewardError(f"it gave the score {told(value)}, which is not a number{hint}")
     try:

@@ -23,6 +23,7 @@ from lockstep.config.secrets import redact, remember
 from lockstep.errors import ConfigError, RewardError, told
 from lockstep.interfaces import Resources
 from lockstep.learning.scores import scores_of
+from lockstep.text.visible import visible
 from lockstep_rlhf.reward_models.outside import LONGEST_TIMEOUT, MOST_RETRIES, Dialogue, NoScores, OneAtATime, Outside
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every URL, with what is secret in it
@@ -38,6 +39,9 @@ SHOWN = 200
 """Characters of an answer shown in the error."""
 GRACE = 5.0
 """Seconds that the end of a request may take, after its time is up."""
+
+_BROKEN_OFF = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
+"""Errors of TLS after which a retry may help; the others are a certificate or a server that does not speak it."""
 
 
 class Endpoint(Outside):
@@ -82,12 +86,17 @@ class Endpoint(Outside):
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
         self.headers |= {"Authorization": f"Bearer {token}"} if token else {}
         self.proxies = not _is_this_machine(url.host)
-        self.tls = httpx.create_ssl_context()
         self.calls = OneAtATime()
         try:
+            self.tls = httpx.create_ssl_context()
+        except OSError as error:
+            raise ConfigError(f"SSL_CERT_FILE or SSL_CERT_DIR in the environment cannot be used: {error}") from error
+        try:
             self._client()
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"A proxy in the environment (HTTP_PROXY, ALL_PROXY, ...) cannot be used: {error}") from error
+        except (ValueError, ImportError, httpx.InvalidURL) as error:
+            raise ConfigError(
+                f"A proxy in the environment (HTTP_PROXY, ALL_PROXY, NO_PROXY, ...) cannot be used: {redact(str(error))}"
+            ) from None
 
     def ask(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
         question = json.dumps({"prompts": prompts, "responses": texts}).encode()
@@ -99,10 +108,10 @@ class Endpoint(Outside):
             hidden = redact(body.decode(errors="replace"))
         try:  # again, for a reason with nothing secret in it
             scores_in(hidden.encode(), len(texts))
-            reason = "its answer cannot be read"
+            reason = "its answer is not JSON in UTF-8"
         except RewardError as error:
             reason = str(error)
-        raise NoScores(f"{reason}; it said: {_shown(hidden)}", again=False)
+        raise NoScores(f"{reason}; it said: {_shown(hidden) or '(nothing)'}", again=False)
 
     def pause(self, attempt: int) -> float:
         """With jitter, so that jobs that failed together do not retry together. Nothing else here is random, and it changes no
@@ -126,8 +135,9 @@ class Endpoint(Outside):
             failure = NoScores(f"no answer within reward_model.timeout_seconds={self.config.timeout_seconds:g}")
         except (httpx.HTTPError, OSError) as error:
             cause = _cause(error)
-            final = isinstance(error, httpx.LocalProtocolError) or isinstance(cause, ssl.SSLCertVerificationError)
-            failure = NoScores(f"no connection: {_shown(redact(told(cause)))}", again=not final)
+            passing = not isinstance(cause, ssl.SSLError) or isinstance(cause, _BROKEN_OFF)
+            again = passing and not isinstance(error, httpx.LocalProtocolError)
+            failure = NoScores(f"no connection: {_shown(redact(told(cause)))}", again=again)
         raise failure  # outside of the handler: the error that it replaces may show what the server sent
 
 
@@ -174,7 +184,7 @@ def scores_in(body: bytes, count: int) -> np.ndarray:
 
 def _shown(text: str) -> str:
     """One line, of bounded length, of what a server said."""
-    line = " ".join(text.split())
+    line = visible(" ".join(text.split()))
     return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
 
 

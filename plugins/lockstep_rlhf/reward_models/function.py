@@ -44,11 +44,11 @@ class Function(Outside):
         given = [[dict(message) for message in dialogue] for dialogue in prompts], list(texts)
         try:
             return self.calls.within(self.config.timeout_seconds, lambda: scores_of(self.function(*given), len(texts)))
-        except NoScores:
+        except (NoScores, KeyboardInterrupt):
             raise
         except RewardError as error:
             raise NoScores(str(error)) from error
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # sys.exit too
             raise NoScores(f"it raised {told(error)}") from error
 
 

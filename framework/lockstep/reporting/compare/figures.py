@@ -202,7 +202,7 @@ def _evaluated_points(ax: Axes, c: RunComparison, metric: str) -> None:
                 places.setdefault(g.backend, []).append((x, value.mean))
                 if g is c.groups[0]:
                     side = (6, 8) if i % 2 else (6, -14)  # neighbours are often close
-                    ax.annotate(plain(policy), (x, value.mean), xytext=side, textcoords="offset points")
+                    ax.annotate(plain(str(policy)), (x, value.mean), xytext=side, textcoords="offset points")
         for line in places.values() if policy == c.policies[-1] else ():
             ax.plot(*zip(*sorted(line), strict=True), color=plt.rcParams["text.color"], linewidth=0.8, alpha=0.5, zorder=1)
 

@@ -25,7 +25,7 @@ def publish(comparison: CompareReport, project: str) -> str:
     entity, slash, name = project.partition("/")
     if not (entity and slash and name):
         raise DataError(f"--wandb-report {project}: give ENTITY/PROJECT, where the runs are.")
-    text = next(file for file in comparison.files if file.name == "report.md").read_text()
+    text = next(file for file in comparison.files if file.name == "report.md").read_text(encoding="utf-8")
     try:
         report = wr.Report(entity=entity, project=name, title="Lockstep comparison", description=comparison.headline)
         report.blocks = [wr.TableOfContents(), wr.MarkdownBlock(text=text), *_panels(wr, comparison.comparison, entity, name)]
