@@ -339,9 +339,9 @@ def test_neither_the_arguments_of_a_run_nor_the_command_line_leak_secrets(tmp_pa
     start(t, tmp_path, reward_model={"url": "https://me:hunter2@example.org/score", "api_key": "hunter2"}, seed=1)
     t.log({"loss": 0.0}, 0)
     t.finish()
+    assert list(run_record(tmp_path).tags) == ["good", "***"]  # which also waits until all is written
     everything = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
-    assert b"example.org/score" in everything and b"good" in everything
-    assert b"hunter2" not in everything
+    assert b"example.org/score" in everything and b"hunter2" not in everything
 
 
 def test_a_failure_inside_wandb_is_told_once_and_raises_nothing(tmp_path, caplog, monkeypatch):

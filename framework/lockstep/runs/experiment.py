@@ -256,7 +256,7 @@ def run_name(config: Mapping[str, Any]) -> str:
     digest = identity.digest(without_secrets(decisive(config)))[:6]
     label = f"{config['experiment_name']}-{config['backend']['name']}-seed{config['seed']}-{digest}"
     name: str = config["name"] or label
-    if without_secrets(name) != name:
+    if without_secrets([name, label]) != [name, label]:
         raise ConfigError(
             "The run's name holds a secret, and would be the name of a folder. Set name=... or experiment_name=... to another."
         )
