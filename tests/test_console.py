@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import random
 import re
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 
 from lockstep.commands import chat
 from lockstep.reporting import summary
-from lockstep.reporting.console import Console, Terminal
+from lockstep.reporting.console import Console, Terminal, show_bug
 from lockstep.reporting.markdown import escaped
 from lockstep.storage.files import write_json
 from lockstep.text.visible import visible
@@ -108,6 +109,17 @@ def test_secrets_are_shown_in_no_line(monkeypatch):
     assert "hunter2" not in printed() and "***" in printed()
 
 
+def test_a_traceback_neither_steers_the_terminal_nor_shows_secrets(capsys):
+    try:
+        {}["\x1b[2J http://h/?key=hunter2"]
+    except KeyError as error:
+        show_bug(type(error), ValueError("\x9b31m"), error.__traceback__)
+        show_bug(type(error), error, error.__traceback__)
+    said = capsys.readouterr().err
+    assert r"\x9b31m" in said and "Traceback" in said and "key=***" in said
+    assert "\x1b" not in said and "\x9b" not in said and "hunter2" not in said
+
+
 def test_a_terminal_that_cannot_show_a_character_gets_its_code(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
     monkeypatch.setattr(sys, "stdout", stream)
@@ -134,6 +146,19 @@ def test_what_a_model_says_does_not_steer_the_terminal(capsys, pieces):
     chat.write(iter_(pieces))
     out = capsys.readouterr().out
     assert out == visible("".join(pieces)) + "\n" and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud83d]", out)
+
+
+def test_random_text_is_safe_and_in_markdown_holds_no_tag_link_or_cell():
+    rng = random.Random(0)
+    alphabet = [*UNSAFE, *"<>[]()!|*_`~\\&;#:/ \n\tab1", "script", "javascript:", "&lt;", "](", "👩", "ä"]
+    for _ in range(700):
+        text = "".join(rng.choices(alphabet, k=rng.randint(1, 30)))
+        said = visible(text)
+        assert not any(character in said for character in UNSAFE) and visible(said) == said
+        line = escaped(text)
+        assert "\n" not in line and not re.search(
+            r"(?<!\\)(\\\\)*(?:\||`|\*)|<[A-Za-z/!?]|\][(\[:]|&#?\w+;(?<!&lt;)(?<!&amp;)", line
+        ), (text, line)
 
 
 def iter_(pieces):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
 import gzip
 import importlib.util
 import itertools
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -383,6 +385,35 @@ def test_an_answer_of_the_wrong_form_stops_the_run_and_is_never_a_number(serve, 
         model.score(THREE)
     assert len(server.asked) == 1
     assert np.isnan(serve((200, {}, body), on_failure="drop")[1].score(THREE)).all()
+
+
+def mutated(text, rng):
+    """``text`` with a few bytes replaced, removed, doubled or inserted."""
+    body = bytearray(text)
+    for _ in range(rng.randint(1, 6)):
+        at = rng.randrange(len(body) + 1)
+        piece = rng.choice(
+            [b"", b"\x00", b"\xff", b'"', b"[", b"{", b"}", b"1e999", b"null", b"true", b":", b"\r\n", body[at : at + 9]]
+        )
+        body[at : at + rng.randint(0, 4)] = piece
+    return bytes(body)
+
+
+def test_no_body_is_anything_but_scores_or_a_clear_error():
+    rng = random.Random(0)
+    for _ in range(3000):
+        body = mutated(b'{"scores": [0.5, -1, null], "why": ["a", {"b": [1.0]}]}', rng)
+        with contextlib.suppress(RewardError):
+            assert module.scores_in(body, 3).shape == (3,)
+
+
+def test_no_answer_is_anything_but_scores_or_a_clear_error(raw):
+    rng = random.Random(0)
+    whole = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 29\r\n\r\n{"scores": [0.5, -1.25, 2.0]}'
+    _, model = raw(lambda: iter([mutated(whole, rng)]), timeout_seconds=0.2, retries=0)
+    for _ in range(100):
+        with contextlib.suppress(RewardError):
+            assert np.isfinite(model.score(THREE)).all()
 
 
 @pytest.mark.parametrize("hole", [b"null", b"NaN", b"Infinity", b"-Infinity", b"1e39"])

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from lockstep import commands
 from lockstep.errors import LockstepError, Stopped
-from lockstep.reporting.console import Console
+from lockstep.reporting.console import Console, show_bug
 from lockstep.version import __version__
 
 
@@ -21,6 +21,7 @@ def main() -> None:
     arguments, overrides = _parse()
     sys.path.insert(0, os.getcwd())  # so that module:Class in the configuration is found here, as with python -m
     console = Console()
+    sys.excepthook = show_bug
     try:
         arguments.command.run(arguments, overrides)
     except LockstepError as error:

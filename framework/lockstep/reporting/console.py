@@ -12,6 +12,7 @@ import logging
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -45,6 +46,11 @@ Progress = Callable[..., None]
 def shown(text: str) -> str:
     """``text`` as it may be shown: without secrets, and unable to steer a terminal."""
     return visible(redact(text))
+
+
+def show_bug(*error: Any) -> None:
+    """In place of `sys.excepthook`: a traceback shows what is not ours too."""
+    print(shown("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
 
 
 class Terminal(rich.console.Console):
