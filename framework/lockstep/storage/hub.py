@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 SECONDS = 5.0
 """How long the hub may take to answer."""
@@ -29,7 +30,7 @@ def hub(source: Path | str) -> Iterator[Callable[[Exception], object]]:
         yield lambda error: error
         return
     silent = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
-    switches = [constants] + ([sys.modules["datasets"].config] if "datasets" in sys.modules else [])
+    switches: list[Any] = [constants, *filter(None, [sys.modules.get("datasets.config")])]
     before = [switch.HF_HUB_OFFLINE for switch in switches]
     for switch in switches:
         switch.HF_HUB_OFFLINE = True
