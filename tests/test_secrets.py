@@ -133,10 +133,10 @@ def test_short_values_of_variables_hide_no_words(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["a", " ", "a.", "://", "a=", "?a=b&", "'", ":", "a: ", "x://@", "hf_", "[", "a:'", "Bearer "])
-def test_a_megabyte_of_anything_is_searched_in_no_time(text):
+def test_long_text_of_any_kind_is_searched_in_linear_time(text):
     started = time.perf_counter()
-    redact(text * (10**6 // len(text)))
-    assert time.perf_counter() - started < 3
+    redact(text * (2 * 10**5 // len(text)))
+    assert time.perf_counter() - started < 2
 
 
 def test_hiding_twice_changes_nothing():
