@@ -389,9 +389,11 @@ def test_what_cannot_be_trained_is_refused_with_what_to_do(policy):
         raise ZeroDivisionError
 
     refuses(policy, ZeroDivisionError, None, reward=breaks)
-    refuses(policy, RewardError, r"returned shape \(3,\) for 4 responses", reward=lambda p, r: [1.0] * 3)
+    refuses(policy, RewardError, "it gave 3 scores for 4 responses", reward=lambda p, r: [1.0] * 3)
+    refuses(policy, RewardError, "it gave 3 scores for 4 responses", reward=lambda p, r: r.pop() and [1.0] * len(r))
+    refuses(policy, RewardError, "the score True, which is not a number; say 1.0 or 0.0", reward=lambda p, r: [True] * 4)
     refuses(policy, RewardError, "scored nan for the response", reward=lambda p, r: [0.0, 0.0, float("nan"), 0.0])
-    refuses(policy, RewardError, "not a list of numbers", reward=lambda p, r: ["good"] * 4)
+    refuses(policy, RewardError, "the score 'good', which is not a number", reward=lambda p, r: ["good"] * 4)
     refuses(policy, ConfigError, "ppo needs a reward. Pass reward=", reward=None)
     refuses(policy, ConfigError, "should be a function", reward="learned")
     refuses(policy, MissingData, "This training needs prompts. Pass prompts=", prompts=None)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pyarrow.parquet as parquet
 import pytest
-from rich.console import Console
 
 from lockstep.errors import DataError, LockstepError
-from lockstep.reporting.compare import claims, compare, groups, print_summary, reading, tables
+from lockstep.reporting.compare import claims, compare, figures, groups, print_summary, reading, tables
 from lockstep.reporting.compare.reading import _estimates
 from lockstep.reporting.compare.records import Estimate
+from lockstep.reporting.console import Terminal
 from run_folders import GOLD, HOSTILE, POLICIES, write_lines, write_run
 
 
@@ -283,16 +283,70 @@ def test_sample_text_is_escaped(page):
     assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; &#34;quotes&#34;" in page
 
 
+EVIL = "[red]$x^$[/] :ok: <script>a</script> | [x](javascript:a) \x1b[2J\u202e\x07 <b>"
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """Two groups whose labels differ in such a name; it is also that of a stage, a policy, a split and a warning. Of the figures
+    only two are drawn."""
+    runs = tmp_path_factory.mktemp("hostile")
+    for seed, value in enumerate(("_a", EVIL.replace("/", "|"))):
+        folder = write_run(runs, "torch", seed, **{"ppo.kl_coef": value})
+        record = json.loads((folder / "run.json").read_text())
+        stages = record["stages"]
+        stages[EVIL] = stages.pop("ppo_ptx") | {"health": [{"name": EVIL, "step": 3, "message": EVIL}]}
+        stages["evaluate"] = stages.pop("evaluate")
+        (folder / "run.json").write_text(json.dumps(record | {"command": EVIL, "experiment": EVIL, "status": EVIL}))
+        output = runs / stages["evaluate"]["folder"] / "output"
+        text = (output / "evaluation.json").read_text().replace('"ppo_ptx"', json.dumps(EVIL))
+        (output / "evaluation.json").write_text(text.replace('"adversarial"', json.dumps(EVIL)))
+        samples = (output / "samples.jsonl").read_text().replace('"ppo_ptx"', json.dumps(EVIL))
+        (output / "samples.jsonl").write_text(
+            samples + json.dumps({"policy": EVIL, "split": EVIL, "prompt": EVIL, "response": EVIL})
+        )
+    few = {"gold": figures.gold, "losses": figures.losses}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_makers", lambda found: few)
+        patch.setattr(figures, "for_papers", lambda *_: [])
+        return compare([runs], runs / "report")
+
+
+def test_no_name_is_a_tag_a_link_or_markup_in_a_report(hostile):
+    page, text = ((next(f for f in hostile.files if f.name == name)).read_text() for name in ("report.html", "report.md"))
+    elements = Elements(page)
+    assert "script" not in elements.tags and "b" not in elements.tags and elements.loads == []
+    assert "&lt;script" in page and "&lt;script" in text
+    assert not re.search(r"<script|<b>|\]\(javascript", text)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", page + text)
+    rows = [row for row in text.splitlines() if row.startswith("|")]
+    blocks = [block for block in map(str.splitlines, text.split("\n\n")) if block[0].startswith("|")]
+    assert rows and all(len({len(re.findall(r"(?<!\\)\|", row)) for row in block}) == 1 for block in blocks)
+
+
+def test_no_name_breaks_a_figure(hostile):
+    page = next(f for f in hostile.files if f.name == "report.html").read_text()
+    drawn = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(drawn) == 2 and all(ElementTree.fromstring(svg) is not None for svg in drawn)
+    assert "$x^$" in page and " kl_coef=_a" in page
+
+
+def test_no_name_steers_the_terminal_or_is_coloured(hostile):
+    shown = terminal(hostile, 400)
+    assert "[red]$x^$[/] :ok: <script>" in shown and r"\x1b[2J\u202e\x07" in shown
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown)
+
+
 def test_samples_stand_side_by_side_and_backends_that_answer_alike_share_a_row(page):
     assert page.count("It is Orvane.") == 4  # four prompts, once each: jax and torch sampled the same text
     assert '<div class="who cell first">jax, torch</div>' in page
 
 
 def test_every_figure_is_on_the_page_and_follows_the_colour_scheme(page):
-    figures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    names = [re.search(r'aria-label="(\w+)"', svg)[1] for svg in figures]
+    drawn = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    names = [re.search(r'aria-label="(\w+)"', svg)[1] for svg in drawn]
     assert names == ["gold", "parts", "ability", "against", "frontier", "curves", "reward_model", "losses", "cost"]
-    for svg in figures:
+    for svg in drawn:
         ElementTree.fromstring(svg)
         assert "var(--ink)" in svg and "#123456" not in svg and "#abcdef" not in svg
     ids = re.findall(r' id="([^"]+)"', page)
@@ -331,7 +385,7 @@ def test_the_readme_figure_is_a_png(report):
 
 def terminal(report, width: int = 80) -> str:
     stream = io.StringIO()
-    print_summary(report, Console(file=stream, width=width))
+    print_summary(report, Terminal(file=stream, width=width))
     return stream.getvalue()
 
 

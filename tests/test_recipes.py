@@ -261,6 +261,7 @@ def test_without_a_network_it_says_what_is_not_checked(dry, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("lockstep.storage.hub._answers", lambda minute: True)
     out = dry("experiment=hh", "policy.path=someone/some-model")
     assert "it could not be loaded from the Hugging Face hub: no network. A local path works too" in out
     assert "tokenizer: there is no folder someone/some-model, so it is taken as a Hugging Face hub id" in out

@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pytest
 import tokenizers
 
 from conftest import head, made_by_a_stage
+from lockstep.config.schema import parse
 from lockstep.errors import ConfigError, RewardError
 from lockstep.interfaces import Responses
 from lockstep.text.sequences import pack
@@ -78,11 +81,116 @@ def test_a_function_that_does_not_answer_in_time_has_failed(function):
 
 @pytest.mark.parametrize(
     ("answer", "message"),
-    [([1], r"shape \(1,\) for 2 responses"), (3.0, r"shape \(\) for 2"), (["a", "b"], "not a list of numbers")],
+    [
+        ([1], "it gave 1 scores for 2 responses; one number each is needed"),
+        ([1, 2, 3], "it gave 3 scores for 2 responses"),
+        (3.0, "it gave 3.0; a list of numbers is needed, one for each response"),
+        ("12", "it gave '12'; a list of numbers is needed"),
+        (b"12", "it gave b'12'; a list of numbers is needed"),
+        (None, "it gave None; a list of numbers is needed"),
+        ({"a": 1, "b": 2}, "it gave {'a': 1, 'b': 2}; a list of numbers is needed"),
+        ({1, 2}, "it gave {1, 2}; a list of numbers is needed"),
+        ((x for x in (1, 2)), "it gave <generator .*>; a list of numbers is needed"),
+        (["a", "b"], "it gave the score 'a', which is not a number"),
+        (["1", "2"], "it gave the score '1', which is not a number"),
+        ([True, False], "it gave the score True, which is not a number; say 1.0 or 0.0 instead"),
+        (np.array([True, False]), "it gave the score True, which is not a number"),
+        (np.array([1 + 0j, 2]), r"it gave the score \(1\+0j\), which is not a number"),
+        (np.zeros((2, 1)), r"it gave the score \[0.0\], which is not a number"),
+        ([[1], [2]], r"it gave the score \[1\], which is not a number"),
+        ([10**400, 1], "it gave a score that is too large"),
+        ("x" * 10**6, r"it gave 'xx+\.\.\.xx+'; a list"),
+    ],
 )
 def test_an_answer_of_the_wrong_shape_or_kind_is_a_failure(function, answer, message):
     with pytest.raises(RewardError, match=message):
         function(lambda p, r: answer).score(RESPONSES)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (1, 2), range(1, 3), np.array([1, 2], np.float16), [np.float32(1), np.int64(2)], [Fraction(1), 2],
+        pandas.Series([1.0, 2.0]), np.array([1, 2], object),
+    ],
+    ids=lambda answer: type(answer).__name__,
+)  # fmt: skip
+def test_numbers_count_in_whatever_list_they_come(function, answer):
+    assert function(lambda p, r: answer).score(RESPONSES).tolist() == [1, 2]
+
+
+def test_tensors_with_a_gradient_count_as_their_values(function):
+    torch = pytest.importorskip("torch")
+    for tensor in (torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([1.0, 2.0], dtype=torch.bfloat16)):
+        assert function(lambda p, r, t=tensor: t).score(RESPONSES).tolist() == [1, 2]
+        assert function(lambda p, r, t=tensor: list(t)).score(RESPONSES).tolist() == [1, 2]
+
+
+def test_a_function_that_empties_its_lists_changes_no_others(function):
+    calls = []
+
+    def greedy(prompts, responses):
+        calls.append((len(prompts), len(responses), prompts[0][0]["content"]))
+        prompts[0][0]["content"] = "changed"
+        prompts.clear()
+        scores = [1.0 for _ in iter(responses.pop, "a")]
+        return [0.5, *scores] if len(calls) > 1 else []
+
+    assert function(greedy).score(RESPONSES).tolist() == [0.5, 1]
+    assert calls == [(2, 2, "w1")] * 2 and RESPONSES.texts == ["a", "bb"] and RESPONSES.prompts[0] == Prompt.of("w1")
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), SystemExit, GeneratorExit, KeyError, "quiet", "loud"], ids=repr)
+def test_a_function_that_exits_or_cannot_say_what_is_wrong_has_failed_at_once(function, error):
+    class Quiet(Exception):
+        def __repr__(self):
+            raise ValueError("no words")
+
+        __str__ = __repr__
+
+    error = {"quiet": Quiet(), "loud": ValueError("x" * 10**7)}.get(error, error)
+
+    def fail(prompts, responses):
+        raise error
+
+    with pytest.raises(RewardError, match="it raised (SystemExit|GeneratorExit|KeyError|<Quiet instance|ValueError)") as caught:
+        function(fail).score(RESPONSES)
+    assert len(str(caught.value)) < 300
+    assert np.isnan(function(fail, on_failure="drop").score(RESPONSES)).all()
+
+
+def test_an_answer_that_cannot_be_read_is_a_failure(function):
+    class Odd(list):
+        def __repr__(self):
+            raise ValueError("no words")
+
+        __len__ = __repr__
+
+    with pytest.raises(RewardError, match="it raised ValueError"):
+        function(lambda p, r: Odd()).score(RESPONSES)
+
+
+def test_a_call_that_is_out_of_time_is_never_joined_by_a_second_one(function):
+    running, most = [], []
+
+    def slow(prompts, responses):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.15)
+        running.pop()
+        return [1, 2]
+
+    model = function(slow, timeout_seconds=0.05, retries=5)
+    with pytest.raises(RewardError, match="no answer within reward_model.timeout_seconds=0.05"):
+        model.score(RESPONSES)
+    assert max(most) == 1 and len(most) < 6
+
+
+@pytest.mark.parametrize("key", ["timeout_seconds", "retries"])
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), 1e300, 10**30])
+def test_times_and_retries_that_cannot_be_meant_are_refused(key, value):
+    with pytest.raises(ConfigError, match=f"reward_model.{key}="):
+        parse(Function.Config, {"function": "math:sqrt", key: value}, "reward_model")
 
 
 @pytest.mark.parametrize("hole", [None, float("nan"), float("inf"), float("-inf")])
@@ -91,6 +199,15 @@ def test_a_single_score_that_is_not_a_number_stops_the_run_or_drops_its_episode(
         function(lambda p, r: [0.5, hole]).score(RESPONSES)
     scores = function(lambda p, r: [0.5, hole], on_failure="drop").score(RESPONSES)
     assert scores[0] == 0.5 and np.isnan(scores[1])
+
+
+def test_a_function_that_exits_on_import_or_is_none_says_how_to_write_it(tmp_path, monkeypatch):
+    (tmp_path / "exits_on_import.py").write_text("import sys\nsys.exit()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="'exits_on_import:score' cannot be imported: SystemExit"):
+        Function(parse(Function.Config, {"function": "exits_on_import:score"}, "reward_model"), None)
+    with pytest.raises(ConfigError, match="'math:pi' is no function: 3.14"):
+        Function(parse(Function.Config, {"function": "math:pi"}, "reward_model"), None)
 
 
 @pytest.mark.parametrize("path", ["no_such_module:score", "math:no_such_function", "math"])

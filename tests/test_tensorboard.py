@@ -35,7 +35,7 @@ def texts(events: Any, tag: str) -> list[tuple[int, str]]:
 
 
 def test_tensorboard_shows_metrics_samples_warnings_and_the_configuration(tensorboard, tmp_path):
-    start(tensorboard, tmp_path, algorithm={"kl_coef": 0.02}, reward_model={"api_key": "hunter2"})
+    start(tensorboard, tmp_path, algorithm={"kl_coef": 0.02})
     for step in range(3):
         tensorboard.log({"objective/kl": 0.5 * step}, step)
     tensorboard.table("samples", [{"prompt": "a|b", "score": 1.0}, {"prompt": "c\nd"}], 2)
@@ -48,7 +48,7 @@ def test_tensorboard_shows_metrics_samples_warnings_and_the_configuration(tensor
     assert texts(events, "samples") == [(2, table)]
     assert texts(events, "health/not_finite") == [(2, "loss is not finite")]
     ((_, configuration),) = texts(events, "configuration")
-    assert '"kl_coef": 0.02' in configuration and "hunter2" not in configuration
+    assert '"kl_coef": 0.02' in configuration
 
 
 def test_a_resumed_stage_stands_in_tensorboard_with_each_step_once(tensorboard, tmp_path):

@@ -394,6 +394,7 @@ def test_a_hub_that_does_not_answer_is_not_said_to_lack_the_file(monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr("lockstep.storage.hub._answers", lambda minute: True)
     with pytest.raises(ConfigError, match="'some/where' is not a local folder, and the hub does not answer: offline"):
         fetch_file("some/where", "tokenizer.json")
 

@@ -17,7 +17,7 @@ from types import ModuleType
 
 from lockstep import commands
 from lockstep.errors import ConfigError, LockstepError, Stopped
-from lockstep.reporting.console import Console, has_reader, nobody_reads
+from lockstep.reporting.console import Console, has_reader, nobody_reads, show_bug
 from lockstep.version import __version__
 
 _ROOM = "Make room or choose another folder=..., then run the same command again."
@@ -34,6 +34,7 @@ def main() -> None:
     _have_streams()
     _have_home()
     console = Console()
+    sys.excepthook = show_bug
     try:
         _check_current_folder()
         arguments, overrides = _parse()

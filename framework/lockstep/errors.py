@@ -6,6 +6,7 @@ The command line prints a `LockstepError` as one message without a traceback; an
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -53,6 +54,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean 'ppo'?' for the nearest known name, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean '{nearest[0]}'?" if nearest else ""
+
+
+def told(value: object) -> str:
+    """``value`` as a message shows what is not ours: of bounded length, also if it is huge or cannot show itself."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 def listing(names: Iterable[str]) -> str:

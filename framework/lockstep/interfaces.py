@@ -615,7 +615,7 @@ class Tracker(ABC, Component):
     @abstractmethod
     def start(self, *, folder: Path, run: str, stage: str, identity: str, config: Mapping[str, Any], resume: bool) -> None:
         """A stage starts or resumes. ``identity`` is stable across restarts. ``config`` is everything that determines the
-        stage; its ``inputs`` are {stage: identity} of the stages whose output it reads."""
+        stage, without secrets; its ``inputs`` are {stage: identity} of the stages whose output it reads."""
 
     @abstractmethod
     def log(self, metrics: Metrics, step: int) -> None: ...

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.config.schema import setting
-from lockstep.config.secrets import without_secrets
 from lockstep.interfaces import Metrics
+from lockstep.reporting.markdown import escaped
 from lockstep.reporting.tracking import Surviving
 
 
@@ -41,7 +41,7 @@ class TensorBoard(Surviving):
 
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
             self._writer = EventFileWriter(str(folder / "tensorboard"), flush_secs=self.config.flush_seconds)
-            about = {"run": run, "stage": stage, "identity": identity, **without_secrets(config)}
+            about = {"run": run, "stage": stage, "identity": identity, **config}
             self._text("configuration", f"```\n{json.dumps(about, indent=2, ensure_ascii=False)}\n```", 0)
             if resume:
                 self._replay(folder)
@@ -59,7 +59,7 @@ class TensorBoard(Surviving):
 
     def alert(self, title: str, text: str, step: int) -> None:
         with self._surviving("log a warning"):
-            self._text(f"health/{title}", text, step)
+            self._text(f"health/{title}", escaped(text), step)
 
     def artifact(self, kind: str, folder: Path) -> None:
         pass
@@ -83,8 +83,12 @@ class TensorBoard(Surviving):
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table; line breaks and bars within cells are replaced."""
+    """A table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cell = lambda value: str("" if value is None else value).replace("|", "\\|").replace("\n", " ")  # noqa: E731
-    lines = [columns, ["---"] * len(columns), *([cell(row.get(column)) for column in columns] for row in rows)]
+    cell = lambda value: escaped(str("" if value is None else value))  # noqa: E731
+    lines = [
+        list(map(escaped, columns)),
+        ["---"] * len(columns),
+        *([cell(row.get(column)) for column in columns] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

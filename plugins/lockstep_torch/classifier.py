@@ -16,6 +16,7 @@ from lockstep.errors import CheckpointError
 from lockstep.interfaces import Classifier
 from lockstep.models.architecture import check_labels, refuse_tensors
 from lockstep.models.checkpoint import check_files
+from lockstep.storage.hub import hub
 from lockstep.storage.weights import check_stored_finite
 from lockstep.text import encoding, templates
 from lockstep.text.tokenizer import outside_embedding
@@ -50,10 +51,11 @@ class TextClassifier(Classifier):
         if missing:
             raise CheckpointError(f"'{source}' is not a reward model: its checkpoint has no {', '.join(sorted(missing)[:3])}.")
         check_labels(source, model.config.num_labels)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except Exception as error:  # of many kinds
-            raise CheckpointError(f"The tokenizer of '{source}' cannot be opened: {error}") from error
+        with hub(source) as why:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            except Exception as error:  # of many kinds
+                raise CheckpointError(f"The tokenizer of '{source}' cannot be opened: {why(error)}") from error
         read = {tokenizer.cls_token, tokenizer.sep_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token}
         spared = set(tokenizer.all_special_tokens) - read
         outside_embedding(tokenizer.get_vocab(), model.get_input_embeddings().num_embeddings, f"'{source}'", spared)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lockstep.errors import CheckpointError, ConfigError
 from lockstep.models.architecture import usual_name
+from lockstep.storage.hub import hub
 from lockstep_torch.decoder import DropoutMask, Network, positions
 
 
@@ -37,15 +38,16 @@ def load(auto: Any, source: Path | str) -> tuple[Any, dict[str, Any]]:
     logging.set_verbosity_error()  # its table of unexpected keys names a scalar head that is loaded elsewhere
     logging.disable_progress_bar()
     how: dict[str, Any] = {"dtype": "float32", "use_safetensors": True, "ignore_mismatched_sizes": True}
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        for part in (config, config.get_text_config()):
-            pad, rows = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
-            if pad is not None and rows is not None and not 0 <= pad < rows:
-                part.pad_token_id = None  # outside the embedding, where torch refuses it; nothing here reads it
-        model, info = auto.from_pretrained(source, config=config, trust_remote_code=False, output_loading_info=True, **how)
-    except Exception as error:  # of many kinds: each of its parts raises its own
-        raise CheckpointError(f"'{source}' cannot be opened as a checkpoint: {error}") from error
+    with hub(source) as why:
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            for part in (config, config.get_text_config()):
+                pad, rows = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+                if pad is not None and rows is not None and not 0 <= pad < rows:
+                    part.pad_token_id = None  # outside the embedding, where torch refuses it; nothing here reads it
+            model, info = auto.from_pretrained(source, config=config, trust_remote_code=False, output_loading_info=True, **how)
+        except Exception as error:  # of many kinds: each of its parts raises its own
+            raise CheckpointError(f"'{source}' cannot be opened as a checkpoint: {why(error)}") from error
     return model, {**info, "mismatched_keys": {name: (there, here) for name, there, here in info["mismatched_keys"]}}
 
 

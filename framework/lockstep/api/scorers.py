@@ -13,8 +13,9 @@ from lockstep.api import items
 from lockstep.api.policies import ChatPolicy
 from lockstep.api.sampling import COLUMNS, ROWS
 from lockstep.api.sources import find, load_tokenizer, open_backend, reader
-from lockstep.errors import ConfigError, DataError, RewardError
+from lockstep.errors import ConfigError, DataError, RewardError, told
 from lockstep.interfaces import Backend, Responses, RewardModel, ScalarModel
+from lockstep.learning.scores import scores_of
 from lockstep.reporting.console import Console
 from lockstep.runs.assembly import save_result
 from lockstep.text import encoding
@@ -138,19 +139,15 @@ class Called(RewardModel):
         self.function = function
 
     def score(self, responses: Responses) -> np.ndarray:
-        texts = list(responses.texts)
-        found = self.function([items.dialogue(prompt) for prompt in responses.prompts], texts)
+        texts = responses.texts
+        found = self.function([items.dialogue(prompt) for prompt in responses.prompts], list(texts))
         try:
-            scores = np.asarray(found, np.float32)
-        except (TypeError, ValueError) as error:
-            raise RewardError(f"The reward function returned something that is not a list of numbers: {error}") from error
-        if scores.shape != (len(texts),):
-            raise RewardError(
-                f"The reward function returned shape {scores.shape} for {len(texts)} responses; one number each is needed."
-            )
+            scores = scores_of(found, len(texts)).astype(np.float32)
+        except RewardError as error:
+            raise RewardError(f"The reward function failed: {error}.") from error
         if not np.isfinite(scores).all():
             row = int(np.argmin(np.isfinite(scores)))
             raise RewardError(
-                f"The reward function scored {scores[row]} for the response {texts[row]!r}. A score must be a finite number."
+                f"The reward function scored {scores[row]} for the response {told(texts[row])}. A score must be a finite number."
             )
         return scores

@@ -11,13 +11,13 @@ import contextlib
 import io
 import signal
 import sys
-import unicodedata
 from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lockstep.errors import LockstepError, did_you_mean
 from lockstep.reporting.console import Console
 from lockstep.runs.interrupts import GracefulStop
+from lockstep.text.visible import visible
 
 if TYPE_CHECKING:
     from lockstep.api.policies import Conversation
@@ -50,20 +50,20 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     a = arguments
     policy = load(a.source, a.backend, stage=a.stage)
     conversation = policy.conversation(system=a.system, max_tokens=a.max_tokens, temperature=a.temperature, seed=a.seed)
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    terminal, console = sys.stdin.isatty() and sys.stdout.isatty(), Console()
     if not terminal and isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # what is not UTF-8 is one bad line, not the end
     if policy.tokenizer.chat_template is None:
         print("This policy has no chat template: it continues each line as plain text.", file=sys.stderr)
     if terminal:
-        print(f"{a.source} on {policy.backend.name}. /help lists the commands.")
+        console.say(f"{a.source} on {policy.backend.name}. /help lists the commands.")
     for line in lines(terminal):
         if line.strip() == "/quit":
             return
         try:
             write(reply(conversation, line))
         except LockstepError as error:
-            Console().say(f"{type(error).__name__}: {error}")
+            console.say(f"{type(error).__name__}: {error}")
 
 
 def lines(terminal: bool) -> Iterator[str]:
@@ -116,8 +116,3 @@ def write(pieces: Generator[str, None, None]) -> None:
         finally:
             if any_piece:
                 print(flush=True)
-
-
-def visible(text: str) -> str:
-    """``text`` with control characters spelled out, so that no model controls the terminal; line breaks and tabs are kept."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else repr(c)[1:-1] for c in text)

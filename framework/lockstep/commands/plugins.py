@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from lockstep.reporting.console import Console
@@ -27,7 +26,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     for component in registry():
         missing = component.missing()
         usable = f"no: needs {', '.join(missing)}; type: {component.plugin.install}" if missing else "yes"
-        table.add_row(component.kind, component.name, component.backend or "any", component.distribution, escape(usable))
+        table.add_row(component.kind, component.name, component.backend or "any", component.distribution, usable)
     console = Console()
     console.out.print(table)
     for name, reason in registry().broken.items():

@@ -23,6 +23,7 @@ from lockstep.data.mixing import mix, row_counts
 from lockstep.data.reading import Row, Source, parse_split, read_rows, source_digests
 from lockstep.errors import ConfigError, DataError, MissingData, Unreachable, did_you_mean
 from lockstep.interfaces import DataSource
+from lockstep.text.visible import visible
 from lockstep.types import Comparison, Demonstration, Prompt
 
 NOUNS = ("demonstrations", "comparisons", "prompts", "texts")
@@ -175,7 +176,7 @@ class Files(DataSource):
         if not items:
             raise DataError(summary)
         if left_out:
-            print(summary)
+            print(visible(summary))
         return items
 
     def _usable(self, rows: Sequence[Row], read: Callable[[Any], Any]) -> tuple[Items, Mapping[str, int]]:
@@ -206,7 +207,7 @@ class Files(DataSource):
         passes = (
             f"{source.path} {count / len(part):.1f} times" for source, count, part in zip(sources, counts, parts, strict=True)
         )
-        print(f"data.{noun}: one epoch is {sum(counts)} rows, going through {', '.join(passes)}.")
+        print(visible(f"data.{noun}: one epoch is {sum(counts)} rows, going through {', '.join(passes)}."))
         return mix(parts, weights)
 
     def _tell_overlap(self, noun: str, count: int) -> None:

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 from lockstep.config.schema import REQUIRED, setting
 from lockstep.data.columns import MOST_CHARACTERS, BadRow, too_long
 from lockstep.errors import ConfigError, DataError, Unreachable, did_you_mean, listing
+from lockstep.storage.hub import hub
 
 Row = tuple[str, Any]
 """'file:line', and the columns or, if it cannot be read, what is wrong with it."""
@@ -308,18 +309,19 @@ def _hub(source: Source, split: str, first: int | None) -> Iterator[Row]:
     import datasets
 
     match = _HUB_ID.fullmatch(source.path)
-    try:
-        data = datasets.load_dataset(
-            match["id"], name=source.config, data_dir=match["folder"], split=split, revision=source.revision,
-            streaming=first is not None,
-        )  # fmt: skip
-        data = data if first is None else list(itertools.islice(data, first))
-    except Exception as error:  # of many kinds: no network, no such id, private, no such split
-        raise Unreachable(
-            f"'{source.path}' is not a local file or folder, and it could not be loaded from the Hugging Face hub: "
-            f"{str(error).rstrip('.')}. A local path works too: download the data set where there is a network and set path to "
-            "its folder."
-        ) from error
+    with hub(source.path) as why:
+        try:
+            data = datasets.load_dataset(
+                match["id"], name=source.config, data_dir=match["folder"], split=split, revision=source.revision,
+                streaming=first is not None,
+            )  # fmt: skip
+            data = data if first is None else list(itertools.islice(data, first))
+        except Exception as error:  # of many kinds: no network, no such id, private, no such split
+            raise Unreachable(
+                f"'{source.path}' is not a local file or folder, and it could not be loaded from the Hugging Face hub: "
+                f"{str(why(error)).rstrip('.')}. A local path works too: download the data set where there is a network "
+                "and set path to its folder."
+            ) from error
     return _numbered(source.path, data)
 
 

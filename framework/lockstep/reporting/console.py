@@ -1,25 +1,31 @@
 """What a person sees in the terminal: the plan, a progress bar with the few numbers that matter, a summary.
 
-On a terminal the bar moves; a file or a pipe gets a line every few seconds instead.
+On a terminal the bar moves; a file or a pipe gets a line every few seconds instead. Whatever is printed here is first made
+safe to show (`shown`): names, data, models and servers may contain anything.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import select
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import rich.console
 import rich.logging
-import rich.markup
 import rich.progress
 import rich.table
+import rich.text
+
+from lockstep.config.secrets import redact
+from lockstep.text.visible import visible
 
 SHOWN = {
     "objective/score": "score",
@@ -39,20 +45,48 @@ SECONDS_BEFORE_A_WORD = 2.0
 Progress = Callable[..., None]
 
 
+def shown(text: str) -> str:
+    """``text`` as it may be shown: without secrets, and unable to steer a terminal."""
+    return visible(redact(text))
+
+
+def show_bug(*error: Any) -> None:
+    """In place of `sys.excepthook`: a traceback shows what is not ours too."""
+    print(shown("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
+
+
+class Terminal(rich.console.Console):
+    """Rich's console, whose strings are data: `shown`, and never markup, emoji codes or numbers to colour. That holds for
+    lines and for titles, headers and cells of tables. A `rich.text.Text` is taken as it is: do not make one of data."""
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+        if isinstance(self.file, io.TextIOWrapper):
+            self.file.reconfigure(errors="backslashreplace")  # not every terminal can show every character
+
+    def render_str(self, text: str, **options: Any) -> rich.text.Text:
+        return super().render_str(shown(text), **{**options, "markup": False, "emoji": False})
+
+
+class LogHandler(rich.logging.RichHandler):
+    def render_message(self, record: logging.LogRecord, message: str) -> rich.console.ConsoleRenderable:
+        return rich.text.Text(shown(message))
+
+
 class Console:
     def __init__(self) -> None:
-        self.out = rich.console.Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
+        self.out = Terminal(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
         self.out.on_broken_pipe = nobody_reads  # type: ignore[method-assign]
         logger = logging.getLogger("lockstep")
         logger.setLevel(logging.INFO)
-        logger.handlers = [rich.logging.RichHandler(console=self.out, show_time=False, show_path=False, markup=False)]
+        logger.handlers = [LogHandler(console=self.out, show_time=False, show_path=False)]
 
     def plan(self, name: str, lines: list[tuple[str, str, str]]) -> None:
         table = rich.table.Table(title=f"run {name}", title_justify="left", box=None, pad_edge=False)
         for column in ("stage", "", "what one step consumes, how many steps"):
             table.add_column(column, overflow="fold")
         for line in lines:
-            table.add_row(*map(rich.markup.escape, line))
+            table.add_row(*line)
         self.out.print(table)
 
     @contextlib.contextmanager
@@ -62,16 +96,16 @@ class Console:
             yield self._lines(name, total)
             return
         bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description:>12}"),
+            rich.progress.TextColumn("{task.description:>12}", markup=False),
             rich.progress.BarColumn(bar_width=24),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeRemainingColumn(),
-            rich.progress.TextColumn("{task.fields[numbers]}"),
+            rich.progress.TextColumn("{task.fields[numbers]}", markup=False),
             console=self.out,
         )
         with bar:
-            task = bar.add_task(name, total=total, completed=done, numbers="")
-            yield lambda now, metrics, note="": bar.update(task, completed=now, numbers=note or numbers(metrics))
+            task = bar.add_task(shown(name), total=total, completed=done, numbers="")
+            yield lambda now, metrics, note="": bar.update(task, completed=now, numbers=shown(note) or numbers(metrics))
 
     def _lines(self, name: str, total: int) -> Progress:
         last = [time.perf_counter()]
@@ -79,17 +113,17 @@ class Console:
         def line(now: int, metrics: Mapping[str, float], note: str = "") -> None:
             if now == total or time.perf_counter() - last[0] > SECONDS_BETWEEN_LINES:
                 last[0] = time.perf_counter()
-                self.out.print(f"{name:>12} {now}/{total}  {note or numbers(metrics)}", markup=False)
+                self.out.print(f"{name:>12} {now}/{total}  {note or numbers(metrics)}")
 
         return line
 
     def stage_done(self, name: str, result: Mapping[str, Any]) -> None:
-        self.out.print(f"{name:>12} done in {result['seconds']:.0f} s  {numbers(result['metrics'])}", markup=False)
+        self.out.print(f"{name:>12} done in {result['seconds']:.0f} s  {numbers(result['metrics'])}")
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
         """Says what it is waiting for, if it takes longer than two seconds: on stderr, because it is not a result."""
-        timer = threading.Timer(SECONDS_BEFORE_A_WORD, lambda: print(f"{what} ...", file=sys.stderr, flush=True))
+        timer = threading.Timer(SECONDS_BEFORE_A_WORD, lambda: print(f"{shown(what)} ...", file=sys.stderr, flush=True))
         timer.daemon = True
         timer.start()
         try:
@@ -98,13 +132,13 @@ class Console:
             timer.cancel()
 
     def say(self, text: str) -> None:
-        self.out.print(text, markup=False)
+        self.out.print(text)
 
 
 def tell(text: str) -> None:
-    """Print it as it is."""
+    """Print it as it is, if that is safe to show."""
     try:
-        print(text, end="", flush=True)
+        print(shown(text), end="", flush=True)
     except BrokenPipeError:
         nobody_reads()
 

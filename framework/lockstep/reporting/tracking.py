@@ -142,7 +142,7 @@ class Wandb(Surviving):
         self._first = 0  # the first step that W&B does not have
 
     def start(self, *, folder: Path, run: str, stage: str, identity: str, config: Mapping[str, Any], resume: bool) -> None:
-        arguments = dict(
+        own = dict(
             project=self.config.project,
             entity=self.config.entity,
             tags=self.config.tags,
@@ -151,11 +151,12 @@ class Wandb(Surviving):
             id=identity,
             name=f"{run}/{stage}",
             dir=folder,
-            config=without_secrets(config),
+            config=config,
             # A stage that starts over replaces the W&B run with its identity: same configuration, same numbers.
             resume="allow" if resume else None,
             reinit="create_new",
         )
+        arguments = without_secrets(own)  # a tag may be ${oc.env:...}
         with self._surviving("start"):
             folder.mkdir(parents=True, exist_ok=True)  # else W&B writes to a temporary folder
             self._run = self._open(arguments)

@@ -21,6 +21,7 @@ from typing import Any
 
 from lockstep.config.root import ConfigGroup, check_groups, completed, component_config, component_name
 from lockstep.config.schema import parse, setting
+from lockstep.config.secrets import without_secrets
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
 from lockstep.interfaces import Algorithm, DataSource, RewardModel
 from lockstep.registry import registry
@@ -162,23 +163,24 @@ class Experiment:
 
     @functools.cached_property
     def identities(self) -> dict[str, ConfigGroup]:
-        """{stage: everything that decides its result}: configuration, inputs, data, code. The hash of this names its folder."""
+        """{stage: everything that decides its result}: configuration, inputs, data, code. The hash of this names its folder.
+        Secrets decide no result: another token for the same server makes the same stage."""
         found: dict[str, ConfigGroup] = {}
         source, config = self.data
-        data = self.config["data"] | {"fingerprint": source.fingerprint(config)}
+        data = without_secrets(self.config["data"]) | {"fingerprint": source.fingerprint(config)}
         common = [base.__module__ for cls in (self.backend[0], self.policy[0], source) for base in cls.__mro__]
         template = self.tokenizer.chat_template
         is_file = template is not None and template.endswith(".jinja")
         tokenizer = dataclasses.replace(self.tokenizer, chat_template=template_text(template) if is_file else template)
         for stage in self.stages.values():
             found[stage.name] = {
-                "stage": stage.group,
-                "reward_model": stage.reward_model,
-                "policy": self.config["policy"] if stage.policy == NEW else None,
+                "stage": without_secrets(stage.group),
+                "reward_model": without_secrets(stage.reward_model),
+                "policy": without_secrets(self.config["policy"]) if stage.policy == NEW else None,
                 "tokenizer": dataclasses.asdict(tokenizer),
                 "inputs": {name: self._folder(name, found[name]).path.name for name, _ in stage.inputs if name in found},
                 "folders": {path: identity.folder_digest(path) for path in self._outside(stage)},
-                "backend": self.config["backend"],
+                "backend": without_secrets(self.config["backend"]),
                 "data": data,
                 "seed": stage.seed,
                 "code": identity.code_digests([*common, *stage.modules]),
@@ -286,12 +288,19 @@ def is_hub_id(source: str) -> bool:
 
 def run_name(config: Mapping[str, Any]) -> str:
     """The given name, or one made from the keys that differ between runs: the same configuration gets the same name, and so
-    resumes."""
-    if config["name"] is not None:
-        return checked_name("The run name", config["name"], NOT_RUNS)
-    digest = identity.digest(decisive(config))[:6]
+    resumes.
+
+    Raises:
+      ConfigError: the name is no folder's, or holds a secret, such as the value of an environment variable.
+    """
+    digest = identity.digest(without_secrets(decisive(config)))[:6]
     label = f"{config['experiment_name']}-{in_a_name(config['backend']['name'])}-seed{config['seed']}-{digest}"
-    return checked_name("The run name", label, NOT_RUNS)
+    name = label if config["name"] is None else config["name"]
+    if without_secrets([name, label]) != [name, label]:
+        raise ConfigError(
+            "The run's name holds a secret, and would be the name of a folder. Set name=... or experiment_name=... to another."
+        )
+    return checked_name("The run name", name, NOT_RUNS)
 
 
 def finished(config: Mapping[str, Any]) -> Path | None:

@@ -7,6 +7,7 @@ import datetime
 import logging
 import os
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lockstep.config.schema import differences
+from lockstep.config.secrets import without_secrets
 from lockstep.errors import Diverged, Stopped
 from lockstep.interfaces import Algorithm, Backend, Learner, Tracker
 from lockstep.reporting.console import Console
@@ -44,7 +46,7 @@ class Runner:
             "experiment": experiment.config["experiment_name"],
             "seed": experiment.seed,
             "backend": {"name": experiment.backend_name},
-            "command": command,
+            "command": shlex.join(without_secrets(shlex.split(command))),
             "versions": {"lockstep": __version__, "python": sys.version.split()[0]},
             "code": code_state(),
             "started": _now(),

@@ -325,8 +325,8 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class RunFolder:
-    """``run.json``: the run's status and facts, updated while it runs. ``config.yaml``: its configuration. ``stages.json``: what
-    the hashes of its stages are made of."""
+    """``run.json``: the run's status and facts, updated while it runs. ``config.yaml``: its configuration, without secrets.
+    ``stages.json``: what the hashes of its stages are made of."""
 
     def __init__(self, root: Path, name: str):
         self.root, self.path = root, root / name
@@ -342,16 +342,16 @@ class RunFolder:
             yield
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        write_text(self.config_file, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+        write_text(self.config_file, OmegaConf.to_yaml(OmegaConf.create(without_secrets(config))))
 
     def config_changes(self, config: Mapping[str, Any]) -> list[str]:
         """'sft.epochs: 1 -> 2' for each key that decides results and is stored here with another value; empty if no
-        configuration is stored. Credentials are left out."""
+        configuration is stored. Two secrets in the same place are equal."""
         if not self.config_file.exists():
             return []
         before = read_configuration(self.path)
-        now = yaml.safe_load(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-        return without_copies(differences(*(without_secrets(decisive(each)) for each in (before, now))))
+        now = yaml.safe_load(OmegaConf.to_yaml(OmegaConf.create(without_secrets(config))))
+        return without_copies(differences(decisive(before), decisive(now)))
 
     @property
     def config_file(self) -> Path:

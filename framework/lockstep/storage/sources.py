@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lockstep.errors import CheckpointError, ConfigError
 from lockstep.storage import gguf
+from lockstep.storage.hub import hub
 
 
 def fetch_folder(path: Path | str) -> Path:
@@ -20,11 +21,12 @@ def fetch_folder(path: Path | str) -> Path:
         return Path(path)
     import huggingface_hub
 
-    try:
-        wanted = {"allow_patterns": ["*.json", "*.safetensors", "*.jinja"], "ignore_patterns": ["*/*", "consolidated*"]}
-        return Path(huggingface_hub.snapshot_download(str(path), **wanted))
-    except Exception as error:
-        raise CheckpointError(f"'{path}' is neither a folder nor a reachable hub repository: {error}") from error
+    wanted = {"allow_patterns": ["*.json", "*.safetensors", "*.jinja"], "ignore_patterns": ["*/*", "consolidated*"]}
+    with hub(path) as why:
+        try:
+            return Path(huggingface_hub.snapshot_download(str(path), **wanted))
+        except Exception as error:
+            raise CheckpointError(f"'{path}' is neither a folder nor a reachable hub repository: {why(error)}") from error
 
 
 def fetch_file(path: str | Path, name: str, *, optional: bool = False) -> Path | None:
@@ -41,17 +43,18 @@ def fetch_file(path: str | Path, name: str, *, optional: bool = False) -> Path |
     else:
         import huggingface_hub
 
-        try:
-            return Path(huggingface_hub.hf_hub_download(str(path), name))
-        except huggingface_hub.errors.LocalEntryNotFoundError as error:
-            known = huggingface_hub.try_to_load_from_cache(str(path), name)
-            if optional and known is huggingface_hub._CACHED_NO_EXIST:  # it was asked for before
-                return None
-            raise ConfigError(f"'{path}' is not a local folder, and the hub does not answer: {error}") from error
-        except huggingface_hub.errors.EntryNotFoundError:
-            reason = "the hub repository has no such file"
-        except Exception as error:
-            raise ConfigError(f"'{path}' is neither a folder nor a hub repository: {error}") from error
+        with hub(path) as why:
+            try:
+                return Path(huggingface_hub.hf_hub_download(str(path), name))
+            except huggingface_hub.errors.LocalEntryNotFoundError as error:
+                known = huggingface_hub.try_to_load_from_cache(str(path), name)
+                if optional and known is huggingface_hub._CACHED_NO_EXIST:  # it was asked for before
+                    return None
+                raise ConfigError(f"'{path}' is not a local folder, and the hub does not answer: {why(error)}") from error
+            except huggingface_hub.errors.EntryNotFoundError:
+                reason = "the hub repository has no such file"
+            except Exception as error:
+                raise ConfigError(f"'{path}' is neither a folder nor a hub repository: {why(error)}") from error
     if optional:
         return None
     raise ConfigError(f"{path} has no {name}: {reason}.")

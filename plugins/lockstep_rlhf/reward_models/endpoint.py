@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import email.utils
-import http.client
+import ipaddress
 import json
+import logging
 import os
 import random
-import urllib.error
-import urllib.request
+import re
+import ssl
 from dataclasses import dataclass
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Literal
 
+import httpx
 import numpy as np
 
 from lockstep.config.schema import REQUIRED, setting
-from lockstep.errors import ConfigError
+from lockstep.config.secrets import redact, remember
+from lockstep.errors import ConfigError, RewardError, told
 from lockstep.interfaces import Resources
-from lockstep_rlhf.reward_models.outside import Dialogue, NoScores, Outside, within
+from lockstep.learning.scores import scores_of
+from lockstep.text.visible import visible
+from lockstep_rlhf.reward_models.outside import LONGEST_TIMEOUT, MOST_RETRIES, Dialogue, NoScores, OneAtATime, Outside
+
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every URL, with what is secret in it
 
 LONGEST_PAUSE = 60.0
 """Seconds between two attempts, unless the server asks for more."""
 LONGEST_WAIT = 600.0
 """Seconds that a server may ask for; one that asks for more is down."""
+LARGEST_ANSWER = 2**20
+"""Bytes, and `LARGEST_SCORE` more for each response. Memory is bounded by it: what is longer is not read."""
+LARGEST_SCORE = 2**10
 SHOWN = 200
-"""Characters of a refusal shown in the error."""
+"""Characters of an answer shown in the error."""
+GRACE = 5.0
+"""Seconds that the end of a request may take, after its time is up."""
+
+_BROKEN_OFF = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
+"""Errors of TLS after which a retry may help; the others are a certificate or a server that does not speak it."""
 
 
 class Endpoint(Outside):
@@ -39,7 +54,9 @@ class Endpoint(Outside):
     as in `Outside`.
 
     ``token_variable`` names the environment variable with a bearer token: the token itself never appears in a configuration,
-    log or error. Redirects are not followed: they would take the token elsewhere.
+    log or error. Redirects are not followed: they would take the token elsewhere. The proxies of HTTP_PROXY, HTTPS_PROXY,
+    ALL_PROXY and NO_PROXY are used, except to reach this machine. A compressed answer is refused: a small one could unpack to
+    any size.
     """
 
     @dataclass(frozen=True)
@@ -47,22 +64,19 @@ class Endpoint(Outside):
         url: str = setting(REQUIRED, "http://127.0.0.1:8000/score. Part of a stage's identity: name the model's version in it.")
         token_variable: str | None = setting(None, "The NAME of an environment variable with a bearer token; null: none.")
         batch_size: int = setting(64, "Responses per request.", least=1)
-        timeout_seconds: float = setting(60.0, "Limit of one request, from first to last byte.", above=0)
-        retries: int = setting(5, "Further attempts after one that fails.", least=0)
-        backoff_seconds: float = setting(1.0, "Before the first retry; doubled each time, with jitter.", least=0)
+        timeout_seconds: float = setting(
+            60.0, "Limit of one request, from the first to the last byte.", above=0, most=LONGEST_TIMEOUT
+        )
+        retries: int = setting(5, "Further attempts after one that fails.", least=0, most=MOST_RETRIES)
+        backoff_seconds: float = setting(
+            1.0, "Before the first retry; doubled each time, with jitter.", least=0, most=LONGEST_PAUSE
+        )
         on_failure: Literal["raise", "drop"] = setting(
             "raise", "Stop the run; or drop: leave the episodes out and say how many. A failure is never a score."
         )
 
         def __post_init__(self):
-            parts = urlsplit(self.url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ConfigError(f"reward_model.url='{self.url}' should look like http://127.0.0.1:8000/score.")
-            if parts.username or parts.password:
-                raise ConfigError(
-                    f"reward_model.url of {parts.hostname} holds credentials. Put the token in an environment variable and name "
-                    "it: reward_model.token_variable=REWARD_TOKEN."
-                )
+            _check_url(self.url)
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -70,72 +84,157 @@ class Endpoint(Outside):
 
     def __init__(self, config: Config, resources: Resources):
         self.config, self.batch_size = config, config.batch_size
-        parts = urlsplit(config.url)
-        self.source = f"reward server {parts.scheme}://{parts.netloc}{parts.path}"  # without the query, which may hold a key
-        self.token = _token(config.token_variable)
-        self.opener = urllib.request.build_opener(_NoRedirects)
+        url = httpx.URL(config.url)
+        self.source = f"reward server {url.scheme}://{url.netloc.decode()}{url.path}"  # without the query, which may hold a key
+        token = _token(config.token_variable)
+        self.headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
+        self.headers |= {"Authorization": f"Bearer {token}"} if token else {}
+        self.proxies = not _is_this_machine(url.host)
+        self.calls = OneAtATime()
+        try:
+            self.tls = httpx.create_ssl_context()
+        except OSError as error:
+            raise ConfigError(f"SSL_CERT_FILE or SSL_CERT_DIR in the environment cannot be used: {error}") from error
+        try:
+            self._client()
+        except (ValueError, ImportError, httpx.InvalidURL) as error:
+            raise ConfigError(
+                f"A proxy in the environment (HTTP_PROXY, ALL_PROXY, NO_PROXY, ...) cannot be used: {redact(str(error))}"
+            ) from None
 
     def ask(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
         question = json.dumps({"prompts": prompts, "responses": texts}).encode()
-        return scores_in(within(self.config.timeout_seconds, lambda: self._post(question)), len(texts))
+        most = LARGEST_ANSWER + LARGEST_SCORE * len(texts)
+        body = self.calls.within(self.config.timeout_seconds, lambda: asyncio.run(self._post(question, most)), GRACE)
+        try:
+            return scores_in(body, len(texts))
+        except RewardError:
+            hidden = redact(body.decode(errors="replace"))
+        try:  # again, for a reason with nothing secret in it
+            scores_in(hidden.encode(), len(texts))
+            reason = "its answer is not JSON in UTF-8"
+        except RewardError as error:
+            reason = str(error)
+        raise NoScores(f"{reason}; it said: {_shown(hidden) or '(nothing)'}", again=False)
 
     def pause(self, attempt: int) -> float:
         """With jitter, so that jobs that failed together do not retry together. Nothing else here is random, and it changes no
         score."""
-        return min(LONGEST_PAUSE, self.config.backoff_seconds * 2**attempt) * random.uniform(0.5, 1.0)
+        doubled = self.config.backoff_seconds * 2.0 ** min(attempt, 30)
+        return min(LONGEST_PAUSE, doubled) * random.uniform(0.5, 1.0)
 
-    def _post(self, question: bytes) -> bytes:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self.token:
-            headers["Authorization"] = f"Bearer {self.token}"
-        request = urllib.request.Request(self.config.url, data=question, headers=headers, method="POST")
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(verify=self.tls, trust_env=self.proxies, timeout=None, headers=self.headers)
+
+    async def _post(self, question: bytes, most: int) -> bytes:
+        """The body of the answer. However it ends, the connection is closed: asyncio, unlike a thread, can be stopped."""
         try:
-            with self.opener.open(request, timeout=self.config.timeout_seconds) as answer:
-                return answer.read()
-        except urllib.error.HTTPError as error:
-            raise self._refusal(error) from None
-        except (OSError, http.client.HTTPException) as error:  # no connection, or one that broke off
-            raise NoScores(f"no connection: {error!r}") from None
-
-    def _refusal(self, error: urllib.error.HTTPError) -> NoScores:
-        try:
-            said = error.read(4 * SHOWN).decode(errors="replace")
-        except (OSError, http.client.HTTPException):
-            said = ""
-        said = (said.replace(self.token, "***") if self.token else said)[:SHOWN].strip()
-        wait = _retry_after(error.headers.get("Retry-After"))
-        again = (error.code == 429 or error.code >= 500) and wait <= LONGEST_WAIT
-        asked = f", retry after {wait:g} seconds" if wait else ""
-        return NoScores(f"it answered {error.code} {error.reason}{asked}: {said or '(nothing more)'}", again=again, wait=wait)
+            async with (
+                asyncio.timeout(self.config.timeout_seconds),
+                self._client() as client,
+                client.stream("POST", self.config.url, content=question) as answer,
+            ):
+                return await _read(answer, most)
+        except TimeoutError:
+            failure = NoScores(f"no answer within reward_model.timeout_seconds={self.config.timeout_seconds:g}")
+        except (httpx.HTTPError, OSError) as error:
+            cause = _cause(error)
+            passing = not isinstance(cause, ssl.SSLError) or isinstance(cause, _BROKEN_OFF)
+            again = passing and not isinstance(error, httpx.LocalProtocolError)
+            failure = NoScores(f"no connection: {_shown(redact(told(cause)))}", again=again)
+        raise failure  # outside of the handler: the error that it replaces may show what the server sent
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        return None  # then the status is an error like any other
+async def _read(answer: httpx.Response, most: int) -> bytes:
+    """
+    Raises:
+      NoScores: the server refuses, or sends more than ``most`` bytes, or compressed ones.
+    """
+    packed = answer.headers.get("Content-Encoding", "identity")
+    if packed.lower() not in ("", "identity"):
+        raise NoScores(f"its answer is compressed, which was not asked for: {_shown(redact(packed))}", again=False)
+    body, whole = bytearray(), True
+    async for piece in answer.aiter_raw():
+        body += piece
+        if len(body) > most:
+            whole = False
+            break
+    if answer.is_success:
+        if not whole:
+            raise NoScores(f"its answer is longer than {most} bytes", again=False)
+        return bytes(body)
+    status, wait = answer.status_code, _retry_after(answer.headers.get("Retry-After"))
+    again = (status == 429 or status >= 500) and wait <= LONGEST_WAIT
+    asked = f", retry after {wait:g} seconds" if wait else ""
+    said = _shown(redact(body.decode(errors="replace"))) or "(nothing more)"
+    raise NoScores(f"it answered {status} {_shown(redact(answer.reason_phrase))}{asked}: {said}", again=again, wait=wait)
 
 
 def scores_in(body: bytes, count: int) -> np.ndarray:
     """float64 [count] of an answer's body; NaN for null.
 
     Raises:
-      NoScores: the body is not {"scores": [one number for each response]}.
+      RewardError: the body is not {"scores": [one number for each response]}.
     """
     try:
         answer = json.loads(body)
-    except ValueError as error:
-        raise NoScores(f"its answer is not JSON ({error}): {body[:SHOWN]!r}", again=False) from None
+    except (ValueError, RecursionError) as error:
+        raise RewardError(f"its answer is not JSON ({error})") from None
     scores = answer.get("scores") if isinstance(answer, dict) else None
     if not isinstance(scores, list):
-        raise NoScores(f'its answer should be {{"scores": [...]}}, not {body[:SHOWN]!r}', again=False)
-    if len(scores) != count:
-        raise NoScores(f"it sent {len(scores)} scores for {count} responses; one number each is needed", again=False)
-    for score in scores:
-        if isinstance(score, bool) or not isinstance(score, (int, float, type(None))):
-            raise NoScores(f"it sent the score {score!r}, which is not a number", again=False)
+        raise RewardError('its answer should be {"scores": [...]}')
+    return scores_of(scores, count)
+
+
+def _shown(text: str) -> str:
+    """One line, of bounded length, of what a server said."""
+    line = visible(" ".join(text.split()))
+    return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The operating system's error behind the libraries' that pass it on; ``error`` itself if there is none."""
+    found, behind = error, error.__cause__ or error.__context__
+    while behind is not None:
+        behind = behind.exceptions[0] if isinstance(behind, BaseExceptionGroup) else behind  # one for each address of a host
+        found = behind if isinstance(behind, OSError) else found
+        behind = behind.__cause__ or behind.__context__
+    return found
+
+
+def _check_url(url: str) -> None:
+    """
+    Raises:
+      ConfigError: no request can go there.
+    """
     try:
-        return np.array([np.nan if score is None else float(score) for score in scores])
-    except OverflowError as error:
-        raise NoScores(f"it sent a score that is too large: {error}", again=False) from None
+        if re.search(r"\s", url):
+            raise ValueError("it has a space or a line break; in a path, write %20")
+        parsed = httpx.URL(url)
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ValueError("it needs http:// or https:// and a host")
+        if parsed.userinfo:
+            raise ConfigError(
+                f"reward_model.url of {parsed.host} holds credentials. Put the token in an environment variable and name it: "
+                "reward_model.token_variable=REWARD_TOKEN."
+            )
+        if parsed.port is not None and not 0 < parsed.port < 65536:
+            raise ValueError(f"there is no port {parsed.port}")
+        host = parsed.raw_host.decode()
+        if not re.fullmatch(r"[\w.-]+|[0-9a-f:.]+", host):
+            raise ValueError(f"'{host}' is not the name of a host")
+        host.encode("idna")  # as the resolver does it: no empty label, none of more than 63 letters
+    except (ValueError, httpx.InvalidURL) as error:
+        raise ConfigError(
+            f"reward_model.url='{redact(url)}' should look like http://127.0.0.1:8000/score: {redact(str(error))}."
+        ) from None
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _token(variable: str | None) -> str | None:
@@ -149,6 +248,7 @@ def _token(variable: str | None) -> str | None:
         )
     if not token.isascii() or not token.isprintable():
         raise ConfigError(f"The token in the environment variable {variable} has characters that no HTTP header may have.")
+    remember(token)
     return token
 
 
@@ -156,11 +256,11 @@ def _retry_after(value: str | None) -> float:
     """Seconds of a Retry-After header, which is a number or a date (RFC 9110, 10.2.3); 0 without a usable one."""
     if not value:
         return 0.0
-    if value.strip().isdigit():
+    if re.fullmatch(r"[0-9]+", value.strip()):
         return float(value)
     try:
         then = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+        then = then if then.tzinfo else then.replace(tzinfo=datetime.UTC)
+        return max(0.0, (then - datetime.datetime.now(datetime.UTC)).total_seconds())
+    except (ValueError, TypeError, IndexError, OverflowError):  # whatever a bad date makes the standard library raise
         return 0.0
-    then = then if then.tzinfo else then.replace(tzinfo=datetime.UTC)
-    return max(0.0, (then - datetime.datetime.now(datetime.UTC)).total_seconds())

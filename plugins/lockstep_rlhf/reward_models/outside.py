@@ -12,13 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.errors import RewardError
+from lockstep.errors import RewardError, told
 from lockstep.interfaces import Responses, RewardModel
 from lockstep.text.sequences import chunks
 
 log = logging.getLogger("lockstep")
 
 Dialogue = list[dict[str, str]]
+
+LONGEST_TIMEOUT = 86400.0
+"""Seconds: a day."""
+MOST_RETRIES = 1000
 
 
 class NoScores(RewardError):
@@ -72,7 +76,7 @@ class Outside(RewardModel):
         if bad.any() and self.config.on_failure == "raise":
             row = int(np.argmax(bad))
             raise RewardError(
-                f"{self.source} scored {scores[row]} for the response {texts[row]!r}. "
+                f"{self.source} scored {scores[row]} for the response {told(texts[row])}. "
                 "Return a finite number, or set reward_model.on_failure=drop to leave such episodes out."
             )
         return np.where(bad, np.float32(np.nan), scores)
@@ -91,26 +95,39 @@ class Outside(RewardModel):
         raise failure
 
 
-def within(seconds: float, call: Callable[[], Any]) -> Any:
-    """What ``call`` returns or raises.
-
-    Raises:
-      NoScores: it takes longer.
+class OneAtATime:
+    """Calls with a limit of time, each in a thread. Python cannot stop a thread: a call that is out of time runs on, though
+    never longer than the program. The next call waits for it, so that they are never two.
     """
-    answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
-    def run() -> None:
+    def __init__(self) -> None:
+        self._last: threading.Thread | None = None
+
+    def within(self, seconds: float, call: Callable[[], Any], grace: float = 0.0) -> Any:
+        """What ``call`` returns or raises. ``grace`` is for a call that keeps the limit itself.
+
+        Raises:
+          NoScores: it takes longer.
+        """
+        late = f"no answer within reward_model.timeout_seconds={seconds:g}"
+        if self._last is not None:
+            self._last.join(seconds)
+            if self._last.is_alive():
+                raise NoScores(f"{late}: an earlier call is still running")
+        answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                answer.put((call(), None))
+            except BaseException as error:  # SystemExit too, which would end the thread without a word
+                answer.put((None, error))
+
+        self._last = threading.Thread(target=run, name="reward", daemon=True)
+        self._last.start()
         try:
-            answer.put((call(), None))
-        except Exception as error:
-            answer.put((None, error))
-
-    # A daemon: a call that never returns must not keep the process alive.
-    threading.Thread(target=run, name="reward", daemon=True).start()
-    try:
-        found, error = answer.get(timeout=seconds)
-    except queue.Empty:
-        raise NoScores(f"no answer within reward_model.timeout_seconds={seconds:g}") from None
-    if error is not None:
-        raise error
-    return found
+            found, error = answer.get(timeout=seconds + grace)
+        except queue.Empty:
+            raise NoScores(late) from None
+        if error is not None:
+            raise error
+        return found

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import rich.console
-
 from lockstep.checking.parity.differences import Step
 from lockstep.checking.parity.march import March, StageSteps
+from lockstep.config.secrets import without_secrets
 from lockstep.errors import Stopped
 from lockstep.reporting.compare.tables import Table, to_markdown, to_rich
-from lockstep.reporting.console import Console
+from lockstep.reporting.console import Console, Terminal, shown
+from lockstep.reporting.markdown import escaped
 from lockstep.version import __version__
 
 __all__ = ["ParityReport", "parity", "print_summary"]
@@ -74,7 +74,7 @@ def parity(overrides: Sequence[str], *, same_start: bool = False, steps: int | N
     finally:
         backends = {name: side.backend.describe() for name, side in zip(march.names, march.sides, strict=True)}
         facts = {
-            "command": shlex.join(["lockstep", "parity", *overrides, *options, "--output", str(output)]),
+            "command": shlex.join(["lockstep", "parity", *without_secrets(overrides), *options, "--output", str(output)]),
             "backends": backends,
             "versions": {"lockstep": __version__, "python": platform.python_version()},
             "started": started.isoformat(timespec="seconds"),
@@ -87,7 +87,7 @@ def parity(overrides: Sequence[str], *, same_start: bool = False, steps: int | N
     return report
 
 
-def print_summary(report: ParityReport, console: rich.console.Console | None = None) -> None:
+def print_summary(report: ParityReport, console: Terminal | None = None) -> None:
     """The table, and a sentence per stage.
 
     Raises:
@@ -97,9 +97,9 @@ def print_summary(report: ParityReport, console: rich.console.Console | None = N
     console.print(report.table.title, style="bold")
     console.print(to_rich(report.table))
     for text in report.sentences:
-        console.print(text, markup=False, highlight=False)
+        console.print(text)
     for file in report.files:
-        console.print(f"wrote {file}", markup=False, highlight=False)
+        console.print(f"wrote {file}")
     if report.stopped:
         raise Stopped(f"{report.stopped}. The report covers everything until then.")
 
@@ -204,16 +204,21 @@ def tidy(stages: Sequence[StageSteps]) -> Iterator[dict[str, Any]]:
 
 def markdown(report: ParityReport) -> str:
     facts = report.facts
-    machines = [f"- {name}: {', '.join(f'{k} {v}' for k, v in about.items())}" for name, about in facts["backends"].items()]
+    machines = [f"{name}: {', '.join(f'{k} {v}' for k, v in about.items())}" for name, about in facts["backends"].items()]
     head = [
         f"# Parity of {report.names[0]} and {report.names[1]}",
-        f"    {facts['command']}",
-        "\n".join([*machines, f"- lockstep {__version__}, {facts['started'][:10]}, {facts['seconds']:.0f} s"]),
-        "\n".join(f"- {text}" for text in report.sentences),
+        f"    {shown(' '.join(facts['command'].split()))}",
+        "\n".join(
+            [
+                *(f"- {escaped(machine)}" for machine in machines),
+                f"- lockstep {__version__}, {facts['started'][:10]}, {facts['seconds']:.0f} s",
+            ]
+        ),
+        "\n".join(f"- {escaped(text)}" for text in report.sentences),
         "![Differences over steps](parity.png)",
     ]
     if report.stopped:
-        head.insert(1, f"**{report.stopped.capitalize()}.**")
+        head.insert(1, f"**{escaped(report.stopped.capitalize())}.**")
     tables = [report.table, *(stage_table(stage) for stage in report.stages if stage.steps)]
     return "\n\n".join([*head, *map(to_markdown, tables)]) + "\n"
 

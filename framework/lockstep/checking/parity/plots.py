@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocato
 
 from lockstep.checking.parity.differences import Step
 from lockstep.checking.parity.march import StageSteps
-from lockstep.reporting.compare.plots import COLOURS, ON_WHITE, STYLE
+from lockstep.reporting.compare.plots import COLOURS, ON_WHITE, STYLE, plain
 
 Value = Callable[[Step], float | None]
 
@@ -115,6 +115,6 @@ def name_stages(ax: Axes, stages: Sequence[StageSteps]) -> None:
     """Above the first panel's plot, at the start of each stage."""
     start = 0
     for stage in stages:
-        ax.annotate(stage.name, (start - 0.5, 1), xycoords=ax.get_xaxis_transform(), xytext=(3, -9), textcoords="offset points",
-                    fontsize=8, color="#777777")  # fmt: skip
+        ax.annotate(plain(stage.name), (start - 0.5, 1), xycoords=ax.get_xaxis_transform(), xytext=(3, -9),
+                    textcoords="offset points", fontsize=8, color="#777777", parse_math=False)  # fmt: skip
         start += len(stage.steps)

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 
 from lockstep.errors import ConfigError, did_you_mean
@@ -68,7 +67,7 @@ def stored_stages(entries: Sequence[Entry]) -> Table:
     for entry in entries:
         more = f" and {len(entry.runs) - 2} more" if len(entry.runs) > 2 else ""
         users = ", ".join(entry.runs[:2]) + more or "no run"
-        table.add_row(entry.path.name, escape(entry.state), size(entry.size), f"{age(entry.age)} ago", escape(users))
+        table.add_row(entry.path.name, entry.state, size(entry.size), f"{age(entry.age)} ago", users)
     return table
 
 

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from lockstep.commands.run.sweeps import sweep
     from lockstep.config.compose import compose, conf_folders
+    from lockstep.config.secrets import without_secrets
 
     given, many = set(overrides), {"-m", "--multirun"} & set(overrides)
     if not many and (unknown := [each for each in overrides if each.startswith("-") and each not in OPTIONS]):
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     elif "--config" in given:
         import yaml
 
-        print(yaml.safe_dump(compose([o for o in overrides if o != "--config"]), sort_keys=False))
+        print(yaml.safe_dump(without_secrets(compose([o for o in overrides if o != "--config"])), sort_keys=False))
     else:
         run_config(compose(overrides), shlex.join(["lockstep", "run", *overrides]))
 

@@ -30,19 +30,21 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Glob, Override
 from omegaconf import DictConfig, OmegaConf
 
 from lockstep.config.compose import CORE, compose, conf_folders, resolved
 from lockstep.config.overrides import hydra_value, read, shell
+from lockstep.config.secrets import redact, without_secrets
 from lockstep.errors import ConfigError, LockstepError, did_you_mean, listing
 from lockstep.reporting.console import tell
 from lockstep.runs import identity
 from lockstep.runs.evaluation import flatten
 from lockstep.runs.experiment import finished, run_name
 from lockstep.runs.interrupts import terminable
-from lockstep.storage.files import write_json
+from lockstep.storage.files import write_json, write_text
 from lockstep.storage.names import root_folder
 from lockstep.storage.records import DONE, RUN, SWEEP, read_record, stage_folders
 
@@ -77,7 +79,7 @@ def sweep(arguments: Sequence[str]) -> str:
     _check_installed(arguments)
     _stopping.clear()
     record = SweepFolder(_folder(arguments))
-    record.begin(shlex.join(["lockstep", "run", *arguments]))
+    record.begin(shlex.join(["lockstep", "run", *without_secrets(arguments)]))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts: no usage reports
     sys.argv = ["lockstep run", *arguments, f"hydra.sweep.dir={hydra_value(str(record.path))}"]
 
@@ -110,7 +112,8 @@ def _folder(arguments: Sequence[str]) -> Path:
     overrides = read([a for a in arguments if not a.startswith("-")])
     _check_parallel(overrides)
     first = compose([line for o in overrides if not o.key_or_group.startswith("hydra") and (line := _first(o))])
-    return root_folder(first["folder"]).absolute() / "sweeps" / identity.digest({"overrides": sorted(decisive)})[:8]
+    digest = identity.digest({"overrides": sorted(without_secrets(decisive))})[:8]
+    return root_folder(first["folder"]).absolute() / "sweeps" / digest
 
 
 def _first(override: Override) -> str | None:
@@ -167,11 +170,22 @@ class SweepFolder:
 
     def note(self, overrides: list[str], **facts: Any) -> None:
         """Record what is now known of the job with these overrides."""
+        overrides = without_secrets(overrides)
+        if error := facts.get("error"):
+            facts["error"] = redact(error)
         with self._changed() as record:
+            self._hide_secrets_of_hydra()
             job = next((job for job in record["jobs"] if job["overrides"] == overrides), None)
             if job is None:
                 record["jobs"].append(job := {"overrides": overrides})
             job.update(facts)
+
+    def _hide_secrets_of_hydra(self) -> None:
+        """Before it starts the first job, Hydra writes here what it composed."""
+        file = self.path / "multirun.yaml"
+        composed = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+        if composed != (hidden := without_secrets(composed)):
+            write_text(file, yaml.safe_dump(hidden, sort_keys=False))
 
     def jobs(self, *status: str) -> list[dict[str, Any]]:
         """All jobs, or those with these statuses."""

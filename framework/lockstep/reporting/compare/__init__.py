@@ -18,13 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from lockstep.reporting.compare import claims, cost, reading, versus
 from lockstep.reporting.compare.claims import Claim
 from lockstep.reporting.compare.groups import RunComparison, group
 from lockstep.reporting.compare.tables import Table, all_tables, in_short, to_markdown, to_rich
 from lockstep.reporting.compare.versus import Versus
+from lockstep.reporting.console import Terminal
+from lockstep.reporting.markdown import escaped
 
 __all__ = ["CompareReport", "compare", "print_summary"]
 
@@ -74,21 +74,21 @@ def compare(
     return CompareReport(headline, found, built, comparison, against, files)
 
 
-def print_summary(report: CompareReport, console: Console | None = None) -> None:
+def print_summary(report: CompareReport, console: Terminal | None = None) -> None:
     """The report's text for a terminal, with the main numbers of the policies only."""
-    console = console or Console()
-    console.print(report.headline + "\n", style="bold", markup=False, highlight=False)
+    console = console or Terminal()
+    console.print(report.headline + "\n", style="bold")
     for problem in report.comparison.problems:
-        console.print(problem, style="yellow", markup=False, highlight=False)
+        console.print(problem, style="yellow")
     for table in in_short(report.comparison, report.against, report.tables).values():
         console.print(table.title, style="bold")
         console.print(to_rich(table))
-    console.print(what_intervals_are_over(report.comparison), markup=False, highlight=False)
+    console.print(what_intervals_are_over(report.comparison))
     for file in report.files:
         if file.parent.name != "figures":
-            console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"wrote {file}", soft_wrap=True)
     if figures := next((file.parent for file in report.files if file.parent.name == "figures"), None):
-        console.print(f"wrote {figures} (PNG and SVG)", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"wrote {figures} (PNG and SVG)", soft_wrap=True)
 
 
 def what_intervals_are_over(c: RunComparison) -> str:
@@ -103,9 +103,9 @@ def what_intervals_are_over(c: RunComparison) -> str:
 
 
 def _markdown(c: RunComparison, headline: str, built: Mapping[str, Table]) -> str:
-    problems = "\n".join(f"- {problem}" for problem in c.problems)
+    problems = "\n".join(f"- {escaped(problem)}" for problem in c.problems)
     runs = "; ".join(f"{g.label}: {len(g.runs)} run{'s' * (len(g.runs) > 1)} with seed {_seeds(g.seeds)}" for g in c.groups)
-    head = f"# Comparison\n\n{headline}\n\nRuns: {runs}. {what_intervals_are_over(c)}\n\n{cost.in_all(c)}"
+    head = f"# Comparison\n\n{escaped(headline)}\n\n{escaped(f'Runs: {runs}. {what_intervals_are_over(c)}')}\n\n{cost.in_all(c)}"
     return "\n\n".join(filter(None, [head, problems, *map(to_markdown, built.values())])) + "\n"
 
 

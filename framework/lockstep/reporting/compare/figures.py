@@ -31,6 +31,7 @@ from lockstep.reporting.compare.plots import (
     draw_point,
     legend,
     panels,
+    plain,
     policy_dots,
     style,
     styles,
@@ -98,7 +99,7 @@ def gold(c: RunComparison) -> Figure | None:
     for ax, split in zip(axes, splits, strict=True):
         policy_dots(ax, c, split, metric)
         where = "held-out" if split == "heldout" else split
-        ax.set_title(f"{'Gold score' if metric == 'gold' else 'Score'}, {where} prompts")
+        ax.set_title(plain(f"{'Gold score' if metric == 'gold' else 'Score'}, {where} prompts"))
     legend(figure, c)
     return figure
 
@@ -153,7 +154,7 @@ def losses(c: RunComparison) -> Figure | None:
         for g, colour in coloured(c):
             draw_curve(ax, g, stage, "loss", colour, "-")
             draw_curve(ax, g, stage, "heldout/loss", colour, LINES[2], marker="o")
-        ax.set_title(f"{stage}, loss")
+        ax.set_title(plain(f"{stage}, loss"))
         ax.set_xlabel("step")
     ink = plt.rcParams["text.color"]
     handles = [Line2D([], [], color=ink, linestyle=s, label=n) for n, s in (("training", "-"), ("held-out", LINES[2]))]
@@ -201,7 +202,7 @@ def _evaluated_points(ax: Axes, c: RunComparison, metric: str) -> None:
                 places.setdefault(g.backend, []).append((x, value.mean))
                 if g is c.groups[0]:
                     side = (6, 8) if i % 2 else (6, -14)  # neighbours are often close
-                    ax.annotate(policy, (x, value.mean), xytext=side, textcoords="offset points")
+                    ax.annotate(plain(str(policy)), (x, value.mean), xytext=side, textcoords="offset points")
         for line in places.values() if policy == c.policies[-1] else ():
             ax.plot(*zip(*sorted(line), strict=True), color=plt.rcParams["text.color"], linewidth=0.8, alpha=0.5, zorder=1)
 
@@ -224,7 +225,7 @@ def against_baseline(c: RunComparison, found: Sequence[Versus]) -> Figure | None
     against = rows[0].names[1] if same else "its baseline"
     for ax, estimates, neutral in ((axes[0], [v.difference for v in rows], 0.0), (axes[1], [v.improvement for v in rows], 0.5)):
         draw_forest(ax, list(zip(names, estimates, [colours[v.group.label] for v in rows], strict=True)), neutral)
-    axes[0].set_title(f"{metric.replace('_', ' ').capitalize()} minus that of {against}")
+    axes[0].set_title(plain(f"{metric.replace('_', ' ').capitalize()} minus that of {against}"))
     axes[1].set_title("Probability of improvement")
     axes[1].set_xlim(-0.03, 1.03)
     axes[1].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -259,7 +260,9 @@ def costs(c: RunComparison) -> Figure | None:
     for ax, (title, values) in zip(axes, found.items(), strict=True):
         draw_bars(ax, colours, values)
         ax.set_title(title)
-    handles = [Line2D([], [], color=k, marker="o", markersize=5, label=g.label) for g, k in zip(backends, colours, strict=True)]
+    handles = [
+        Line2D([], [], color=k, marker="o", markersize=5, label=plain(g.label)) for g, k in zip(backends, colours, strict=True)
+    ]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), handlelength=2.6)
     return figure
 

@@ -16,6 +16,7 @@ from lockstep.reporting.compare.claims import Claim, by_text
 from lockstep.reporting.compare.groups import RunComparison
 from lockstep.reporting.compare.plots import coloured
 from lockstep.reporting.compare.tables import Table
+from lockstep.reporting.console import shown
 from lockstep.version import __version__
 
 PROMPTS_PER_SPLIT = 6
@@ -62,16 +63,17 @@ def render(
     tables: Mapping[str, Table],
     figures: Mapping[str, str],
 ) -> str:
-    """Jinja escapes all text; only the figures, which are ours, go in unescaped."""
+    """Jinja escapes all text, after it was made visible; only the figures, which are ours, go in unescaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=lambda value: shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = samples(c)
-    there = {*tables, *figures, *(["samples"] if shown else [])}
+    answers = samples(c)
+    there = {*tables, *figures, *(["samples"] if answers else [])}
     return environment.get_template("page.html.jinja").render(
         c=c,
         headline=headline,
@@ -85,7 +87,7 @@ def render(
         claims=by_text(found),
         tables=tables,
         figures={name: Markup(svg) for name, svg in figures.items()},
-        samples=shown,
+        samples=answers,
         sampled=sample_policies(c),
         version=__version__,
         now=datetime.now(UTC),

@@ -25,6 +25,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lockstep.reporting.compare.groups import RunComparison, RunGroup
 from lockstep.reporting.compare.records import Estimate
+from lockstep.reporting.console import shown
 
 # Distinct on white and on near-black, and for colour-blind readers (after Okabe and Ito 2008).
 COLOURS = ["#3b82c4", "#e07b39", "#2a9d78", "#b565a7", "#c9a227", "#5a6acf", "#c9515c", "#6b8f3c"]
@@ -124,8 +125,14 @@ def draw_forest(ax: Axes, rows: Sequence[tuple[str, Estimate | None, str]], neut
     _rows(ax, [label for label, _, _ in rows], 0.5)
 
 
+def plain(name: str) -> str:
+    """A name as a label: visible, in one line. Matplotlib leaves labels that begin with an underscore out of legends."""
+    line = " ".join(shown(name).split())
+    return f" {line}" if line.startswith("_") else line
+
+
 def _rows(ax: Axes, labels: Sequence[str], margin: float) -> None:
-    ax.set_yticks(range(len(labels)), labels)
+    ax.set_yticks(range(len(labels)), list(map(plain, labels)))
     ax.set_ylim(len(labels) - margin, -margin)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
@@ -137,7 +144,8 @@ def _rows(ax: Axes, labels: Sequence[str], margin: float) -> None:
 
 def style(ink: dict[str, str]) -> dict[str, object]:
     text = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink["text"])
-    return {**STYLE, **text, "grid.color": ink["faint"], "axes.edgecolor": ink["faint"], "xtick.labelcolor": ink["text"]}
+    colours = {"grid.color": ink["faint"], "axes.edgecolor": ink["faint"], "xtick.labelcolor": ink["text"]}
+    return {**STYLE, **text, **colours, "text.parse_math": False}  # a dollar in a name begins no formula
 
 
 def panels(count: int, *, height: float, width: float = 10.3, columns: int | None = None, **share: bool):
@@ -173,11 +181,11 @@ def styles(stages: Sequence[str]) -> list:
 
 def legend(figure: Figure, c: RunComparison, stages: Sequence[str] = (), extra: Sequence[Line2D] = ()) -> None:
     """Colours for groups and line styles for stages, above the panels; none if there is only one."""
-    handles = [Line2D([], [], color=colour, marker="o", markersize=5, label=g.label) for g, colour in coloured(c)]
+    handles = [Line2D([], [], color=colour, marker="o", markersize=5, label=plain(g.label)) for g, colour in coloured(c)]
     handles = handles if len(handles) > 1 else []
     if len(stages) > 1:
         ink = plt.rcParams["text.color"]
-        handles += [Line2D([], [], color=ink, linestyle=s, label=n) for n, s in zip(stages, styles(stages), strict=True)]
+        handles += [Line2D([], [], color=ink, linestyle=s, label=plain(n)) for n, s in zip(stages, styles(stages), strict=True)]
     handles += extra
     if handles:
         longest = max(len(str(handle.get_label())) for handle in handles)
@@ -198,6 +206,6 @@ def to_svg(figure: Figure, name: str) -> str:
     width, _ = figure.get_size_inches() * 96
     size = f'style="max-width: {width:.0f}px" role="img" aria-label="{name}"'
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', size, svg, count=1)
-    svg = re.sub(r"font: ([^;\"]*?)([\d.]+)px [^;\"]*", r"font: \1\2px var(--sans)", svg)
+    svg = re.sub(r"font: ([^;\"<]*?)([\d.]+)px [^;\"<]*", r"font: \1\2px var(--sans)", svg)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)  # every figure has an 'axes_1'
     return svg.replace(INK, "var(--ink)").replace(FAINT, "var(--rule)")

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table as RichTable
-from rich.text import Text
 
 from lockstep.reporting.compare import cost, versus
 from lockstep.reporting.compare.claims import PERCENT, SCORE, Claim, by_text, headline_metric, show
 from lockstep.reporting.compare.groups import RunComparison, RunGroup
 from lockstep.reporting.compare.records import Estimate
 from lockstep.reporting.compare.versus import Versus
+from lockstep.reporting.markdown import escaped
 
 # metric -> (title, how its number is written)
 POLICY_METRICS = {
@@ -254,14 +254,15 @@ def to_rich(table: Table) -> RichTable:
     for i, row in enumerate(table.rows):
         if i in table.headings and i > 0:
             rich.add_section()
-        rich.add_row(*map(Text, row), style="bold" if i in table.headings else VERDICT_STYLE.get(row[1]))
+        rich.add_row(*row, style="bold" if i in table.headings else VERDICT_STYLE.get(row[1]))
     return rich
 
 
 def to_markdown(table: Table) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(cells) + " |"
 
     rule = "|" + "---|" * len(table.header)
-    rows = [[f"**{row[0]}**", *row[1:]] if i in table.headings else row for i, row in enumerate(table.rows)]
-    return "\n".join([f"## {table.title}", "", line(table.header), rule, *map(line, rows)])
+    rows = [list(map(escaped, row)) for row in table.rows]
+    rows = [[f"**{row[0]}**", *row[1:]] if i in table.headings else row for i, row in enumerate(rows)]
+    return "\n".join([f"## {escaped(table.title)}", "", line(list(map(escaped, table.header))), rule, *map(line, rows)])
