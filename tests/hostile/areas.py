@@ -27,11 +27,11 @@ class Area:
 
 AREAS = {
     "configuration values": Area(configuration.KEYS, configuration.check_keys, 150),
-    "overrides": Area(configuration.OVERRIDES, configuration.check_overrides, 25),
-    "rows of data": Area(rows.INPUTS, rows.check, 200),
+    "overrides": Area(configuration.OVERRIDES, configuration.check_overrides, 100),
+    "rows of data": Area(rows.INPUTS, rows.check, 300),
     "run folders": Area(run_folder.INPUTS, run_folder.check, 60),
     "checkpoints": Area(checkpoints.INPUTS, checkpoints.check, 120),
-    "answers of a reward server": Area(server.INPUTS, server.check, 200),
+    "answers of a reward server": Area(server.INPUTS, server.check, 300),
 }
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hostile import folders
 from hostile.clear import only_clear_errors
-from hostile.values import damaged, damages, edited, edits
+from hostile.values import NUMBERS, damaged, damages, edited, edits
 from lockstep.config.schema import parse
 from lockstep.models import adapters
 from lockstep.models.adapters import Adapter
@@ -86,10 +86,20 @@ def _harms(source: str) -> st.SearchStrategy[Input]:
     )
 
 
+_LOOP = "{% for i in range(99999) %}"
+TEMPLATES = (
+    4 * _LOOP + "a" + 4 * "{% endfor %}", 4 * _LOOP + 4 * "{% endfor %}", "{{ 'a' * 10**10 }}", "{{ '%*d' % (10**10, 1) }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ messages.__class__.__mro__ }}", "{{ raise_exception('\x1b[31m') }}",
+    "{{ 1 / 0 }}", "{{ messages[9].content }}", "{{ nope() }}", "{{ eos_token.nope.nope }}", "{% include 'x' %}",
+)  # fmt: skip
+"""Chat templates that never end, need more memory than there is, or fail."""
+
+
 def _ways(file: Path) -> list[st.SearchStrategy[tuple[str, Any]]]:
     """In which a file is harmed."""
     found = [st.tuples(st.just("bytes"), damages), st.sampled_from((("gone", None), ("folder", None)))]
-    found += 2 * [st.tuples(st.just("tree"), edits(tree_of(file)))]
+    more = st.sampled_from(TEMPLATES) if file.name == "tokenizer_config.json" else st.sampled_from(NUMBERS)
+    found += 2 * [st.tuples(st.just("tree"), edits(tree_of(file), more))]
     if file.suffix == ".safetensors":
         names = sorted(read_tensors(file))
         found += 2 * [
@@ -151,7 +161,7 @@ def check(given: Input) -> None:
                 with only_clear_errors():
                     opened(folder, kind)
         elif reader == "tokenizer":
-            with only_clear_errors(folder.name, name, "policy.tokenizer"):
+            with only_clear_errors(folder.name, name, "policy.tokenizer", "chat template"):
                 text(folder)
         else:
             with only_clear_errors(folder.name, name):

@@ -28,7 +28,7 @@ CHARACTERS = 3000
 CPU_SECONDS = 10.0
 SECONDS = 60.0
 """Long enough for a machine under load: only what waits for something takes it."""
-MEMORY = 2 << 30
+MEMORY = 1 << 30
 """Bytes of address space on top of what the process has."""
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 

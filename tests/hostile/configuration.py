@@ -48,7 +48,17 @@ def base(name: str) -> dict[str, Any]:
 
 
 Input = tuple[str, Edits]
-KEYS: st.SearchStrategy[Input] = st.sampled_from(sorted(BASES)).flatmap(lambda name: st.tuples(st.just(name), edits(base(name))))
+URLS = st.sampled_from(
+    (
+        f"http://me:{SECRET}@127.0.0.1/",
+        f"ftp://127.0.0.1/?key={SECRET}",
+        f"http://[{SECRET}",
+        f"http://{SECRET}:x@127.0.0.1:port/",
+    )
+)
+KEYS: st.SearchStrategy[Input] = st.sampled_from(sorted(BASES)).flatmap(
+    lambda name: st.tuples(st.just(name), edits(base(name), st.none() if name != "endpoint" else URLS))
+)
 
 
 def made(name: str, changes: Edits) -> DictConfig:

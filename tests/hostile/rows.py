@@ -73,13 +73,21 @@ FORMS: dict[str, Callable[[list[Any]], bytes]] = {
     "jsonl": jsonl, "json": lambda rows: json.dumps(rows).encode(), "csv": table, "parquet": parquet,
     "jsonl.gz": lambda rows: gzip.compress(jsonl(rows), mtime=0),
 }  # fmt: skip
+TALK = st.sampled_from(
+    (
+        "Human:", "\n\nHuman: Hi\n\nAssistant:", "\n\nHuman:\n\nAssistant: Hi", folders.EOS, "<think>", "Hi\ud800",
+        "\U0010ffff", "x " * 5000, "system", "assistant", "tool", 10**400, [USER], [ANSWER], [USER, ANSWER], [USER, USER], [{}],
+        [None],
+    )
+)  # fmt: skip
+"""What is hostile, or only unusual, in a dialogue."""
 Input = tuple[str, str, int, Edits, Damage | None]
 INPUTS: st.SearchStrategy[Input] = st.integers(0, len(ROWS) - 1).flatmap(
     lambda number: st.tuples(
         st.sampled_from(("jsonl",) * 4 + tuple(FORMS)),
         st.sampled_from(("raise", "skip")),
         st.just(number),
-        edits(ROWS[number]) | st.just(()),
+        edits(ROWS[number], TALK) | st.just(()),
         st.none() | st.none() | damages,
     )
 )

@@ -17,6 +17,7 @@ from hostile.clear import only_clear_errors
 from hostile.values import damaged, damages, edited, edits
 from lockstep.api import policies, results
 from lockstep.commands.cache import stored, stored_stages
+from lockstep.commands.run.sweeps import SweepFolder
 from lockstep.config.compose import compose
 from lockstep.reporting.compare import claims, reading, tables, tidy, versus
 from lockstep.reporting.compare.groups import group
@@ -74,9 +75,18 @@ def run() -> Path:
                 shutil.copytree(folders.checkpoint(), output, dirs_exist_ok=True)
         there.finish({"seconds": 1.0, "memory": 1 << 20, "steps": 3, "data": {}, "metrics": {"loss": 1.0}, "health": []})
         folder.stage(stage.name, there, status="done", seconds=1.0, **facts)
+    write_json(experiment.root / SWEEP / "sweep.json", JOBS)
     return folder.path
 
 
+SWEEP = Path("sweeps/0a1b2c3d")
+JOBS = {
+    "command": "lockstep run -m seed=0,1", "started": "2026-11-28T00:00:00+00:00",
+    "jobs": [
+        {"overrides": ["seed=0"], "run": NAME, "status": "done", "error": None, "objective": 0.5},
+        {"overrides": ["seed=1"], "run": None, "status": "failed", "error": "it stopped"},
+    ],
+}  # fmt: skip
 GOOD = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 10}
 EVALUATION = {
     "baseline": "sft",
@@ -163,6 +173,13 @@ def comparison(root: Path) -> None:
     list(tidy.rows(found))
 
 
+def sweep(root: Path) -> None:
+    folder = SweepFolder(root / SWEEP)
+    folder.note(["seed=1"], status="running", error=None)
+    folder.jobs("failed", "running")
+    print(*reading.read([root / SWEEP]).problems)
+
+
 def cache(root: Path) -> None:
     Console().out.print(stored_stages(stored.entries(root)))
     stored.unused(root)
@@ -195,4 +212,4 @@ def chat(root: Path) -> None:
     assert opened.tokenizer.vocab_size == opened.policy.vocab_size
 
 
-READERS = {reader.__name__: reader for reader in (comparison, cache, again, api, chat)}
+READERS = {reader.__name__: reader for reader in (comparison, sweep, cache, again, api, chat)}

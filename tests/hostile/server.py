@@ -21,15 +21,16 @@ from lockstep.interfaces import Responses
 from lockstep.types import Prompt
 from lockstep_rlhf.reward_models.endpoint import Endpoint
 
+BLANKS = b" " * (1 << 20)
 TWO = Responses([Prompt.of("Hi"), Prompt.of("Bye")], ["a", "bb"], None, None)
 VARIABLE = "LOCKSTEP_HOSTILE_TOKEN"
 
 
 class Server:
-    """Answers every connection with ``answer``, and closes it."""
+    """Answers every connection with ``answer``, if ``endless`` with blanks after it, and closes it."""
 
     def __init__(self) -> None:
-        self.answer = b""
+        self.answer, self.endless = b"", False
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/score"
         threading.Thread(target=self._serve, daemon=True).start()
@@ -42,6 +43,8 @@ class Server:
                     connection.settimeout(5.0)
                     self._read(connection)
                     connection.sendall(self.answer)
+                    for _ in range((4 << 30) // len(BLANKS) * self.endless):
+                        connection.sendall(BLANKS)
                 except OSError:
                     continue
 
@@ -91,9 +94,14 @@ _contents = st.sampled_from(
         "Fri, 31 Dec 9999", "Thu, 01 Jan 1970 00:00:00 GMT", "Mon, 99 Foo 0000", "http://127.0.0.1:1/", "file:///etc/passwd",
     )
 )  # fmt: skip
+ENDLESS = "endless"
 Input = tuple[Any, str, list[tuple[str, str]], bytes, Any]
 INPUTS: st.SearchStrategy[Input] = st.tuples(
-    _statuses, _reasons, st.lists(st.tuples(_names, _contents), max_size=2), _bodies, st.none() | st.none() | damages
+    _statuses,
+    _reasons,
+    st.lists(st.tuples(_names, _contents), max_size=2),
+    _bodies,
+    st.sampled_from((None,) * 60 + (ENDLESS,)) | damages,
 )
 
 
@@ -101,15 +109,15 @@ def answer(given: Input) -> bytes:
     status, reason, headers, body, damage = given
     given_length = {name for name, _ in headers} & {"Content-Length", "Transfer-Encoding"}
     lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in headers)]
-    lines += [] if given_length else [f"Content-Length: {len(body)}"]
+    lines += [] if given_length or damage == ENDLESS else [f"Content-Length: {len(body)}"]
     whole = "\r\n".join(lines).encode("utf-8") + b"\r\n\r\n" + body
-    return whole if damage is None else damaged(whole, damage)
+    return whole if damage in (None, ENDLESS) else damaged(whole, damage)
 
 
 def check(given: Input) -> None:
-    server().answer = answer(given)
+    server().answer, server().endless = answer(given), given[-1] == ENDLESS
     for on_failure in ("raise", "drop"):
-        keys = {"url": server().url + f"?key={SECRET}", "token_variable": VARIABLE, "timeout_seconds": 2.0, "retries": 0,
+        keys = {"url": server().url + f"?key={SECRET}", "token_variable": VARIABLE, "timeout_seconds": 1.0, "retries": 0,
                 "backoff_seconds": 0.0, "on_failure": on_failure}  # fmt: skip
         with mock.patch.dict(os.environ, {VARIABLE: SECRET}), only_clear_errors("127.0.0.1"):
             found = Endpoint(parse(Endpoint.Config, keys, "reward_model"), None).score(TWO)

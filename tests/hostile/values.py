@@ -23,7 +23,7 @@ TEXTS = (
     "naïve", "数字", "\x00", "\x1b[31mred", "[red]", "[/]", ":ok:", "\u2028", "\ud800",
 )  # fmt: skip
 
-scalars = st.one_of(st.none(), st.booleans(), st.sampled_from(NUMBERS), st.sampled_from(TEXTS), st.text(max_size=8))
+scalars = st.one_of(st.none(), st.booleans(), *2 * [st.sampled_from(NUMBERS), st.sampled_from(TEXTS)], st.text(max_size=8))
 keys = st.sampled_from(("name", "path", "a", "", "0", "\x1b[1m", "naïve")) | st.text(max_size=4)
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3), max_leaves=5)
 
@@ -38,16 +38,17 @@ def paths(tree: Any, place: Path = ()) -> Iterator[Path]:
         yield from paths(value, (*place, key))
 
 
-def edits(tree: Any, most: int = 2) -> st.SearchStrategy[Edits]:
-    """Some nodes of a tree with another value each, or removed, and keys that nobody knows."""
+def edits(tree: Any, more: st.SearchStrategy[Any] = values) -> st.SearchStrategy[Edits]:
+    """One or two nodes of a tree with another value each, or removed, and keys that nobody knows. ``more``: values that are
+    hostile here."""
     found = list(paths(tree))
-    groups = [path for path in found if isinstance(at(tree, path), dict)]
-    places = st.sampled_from(found)
-    new = st.tuples(st.sampled_from([(), *groups]), st.sampled_from(("nope", "", "naïve", "a.b", "\x1b[1m"))).map(
-        lambda place: (*place[0], place[1])
+    groups = [(), *(path for path in found if isinstance(at(tree, path), dict))]
+    new = st.builds(
+        lambda group, key: (*group, key), st.sampled_from(groups), st.sampled_from(("nope", "", "naïve", "a.b", "\x1b[1m", 7))
     )
-    one = st.tuples(places, scalars | values) | st.tuples(places, st.just(GONE)) | st.tuples(new, values)
-    return st.lists(one, min_size=1, max_size=most).map(tuple)
+    place = st.sampled_from(found)
+    one = st.tuples(place, scalars | values | more) | st.tuples(place, st.just(GONE)) | st.tuples(new, values)
+    return st.lists(one, min_size=1, max_size=2).map(tuple)
 
 
 def edited(tree: Any, changes: Edits) -> Any:
@@ -76,7 +77,20 @@ def at(tree: Any, path: Path) -> Any:
 Damage = tuple[str, Any, Any]
 
 _NOISE = st.binary(max_size=16) | st.sampled_from(
-    (b"\x00" * 64, b"\xff\xfe", b"\xed\xa0\x80", b"\r", "\u2028".encode(), b"{", b"[" * 9000)
+    (
+        b"\x00" * 64,
+        b"\xff" * 64,
+        b"\xed\xa0\x80",
+        b"\r",
+        "\u2028".encode(),
+        b"{",
+        b"}",
+        b'"',
+        b"\\ud800",
+        b"[" * 9000,
+        b"1" * 6000,
+        b"1e999",
+    )
 )
 _PLACE = st.floats(0, 1) | st.sampled_from((0.0, 1.0))
 damages: st.SearchStrategy[Damage] = st.one_of(
