@@ -46,17 +46,12 @@ def main() -> None:
     for area in areas:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.json"
-            command = [
-                sys.executable,
-                __file__,
-                "--area",
-                area,
-                "--minutes",
-                str(args.minutes / len(areas)),
-                "--into",
-                str(report),
-            ]
-            code = subprocess.run(command).returncode
+            how_long = args.minutes / len(areas)
+            command = [sys.executable, __file__, "--area", area, "--minutes", str(how_long), "--into", str(report)]
+            try:
+                code = subprocess.run(command, timeout=120 + 120 * how_long).returncode
+            except subprocess.TimeoutExpired:
+                code = "(it never ended)"
             found = json.loads(report.read_text())
         if code:
             found["failures"][f"the process ended with code {code}"] = [1, found["last"], ""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -185,5 +186,11 @@ def opened(folder: Path, kind: str) -> None:
     """A policy that opens has the tensors that are stored: none is made up, changed or left out."""
     policy = registry().resolve("policy", "lora" if adapters.is_adapter(folder) else "huggingface", kind)
     found, there = policy.load(folder, backend(kind)).parameters(), stored(folder)
+    found, there = ({bare(name): array for name, array in tensors.items()} for tensors in (found, there))
     assert found.keys() == there.keys(), f"tensors are made up or left out: {sorted(found.keys() ^ there.keys())[:3]}"
     assert all(np.array_equal(array, there[name], equal_nan=True) for name, array in found.items()), "tensors changed"
+
+
+def bare(name: str) -> str:
+    """A tensor's name without the prefixes that only say what it was saved from."""
+    return re.sub(r"^((module|_orig_mod|base_model|model)\.)*", "", name)
