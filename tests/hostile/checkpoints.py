@@ -104,7 +104,7 @@ def _ways(file: Path) -> list[st.SearchStrategy[tuple[str, Any]]]:
     if file.suffix == ".safetensors":
         names = sorted(read_tensors(file))
         found += 2 * [
-            st.tuples(st.sampled_from(sorted(OTHER)), st.sets(st.sampled_from(names), min_size=1) | st.just(set(names)))
+            st.tuples(st.sampled_from(sorted(OTHER)), st.lists(st.sampled_from(names), min_size=1, unique=True) | st.just(names))
         ]
     return found
 
