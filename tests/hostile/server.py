@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -45,18 +46,17 @@ class Server:
                     connection.sendall(self.answer)
                     for _ in range((4 << 30) // len(BLANKS) * self.endless):
                         connection.sendall(BLANKS)
-                except OSError:
+                except OSError:  # the client has gone
                     continue
 
     def _read(self, connection: socket.socket) -> None:
         """The whole request: to close a connection with unread bytes breaks it off."""
-        read = b""
-        while b"\r\n\r\n" not in read:
-            read += connection.recv(1 << 16)
-        head, _, body = read.partition(b"\r\n\r\n")
-        length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length"))
-        while len(body) < length:
-            body += connection.recv(1 << 16)
+        length = 0
+        with connection.makefile("rb") as request:
+            for line in itertools.takewhile(bytes.strip, request):
+                name, _, value = line.partition(b":")
+                length = int(value) if name.lower() == b"content-length" else length
+            request.read(length)
 
 
 @functools.cache
