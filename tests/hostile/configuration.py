@@ -1,0 +1,93 @@
+"""Configurations with hostile values, from composition to the dry run: what `lockstep run --dry-run` does.
+
+``KEYS`` is about values, in every group of every component; ``OVERRIDES`` about what people type.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from hypothesis import assume
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hostile import folders
+from hostile.clear import SECRET, only_clear_errors
+from hostile.values import TEXTS, Edits, edited, edits, scalars
+from lockstep.commands.run.dry_run import dry_run
+from lockstep.config.compose import compose, partial, resolved
+from lockstep.reporting.console import Console
+from lockstep.runs.experiment import Experiment
+from runs import TINY
+
+SMALL = [override for override in TINY if override.startswith("data.")]
+SOURCE = "[{path: ROWS}]"
+BASES: dict[str, list[str]] = {
+    "miniature": SMALL,
+    "endpoint": [*SMALL, "backend=jax", "reward_model=endpoint", f"reward_model.url='http://127.0.0.1:1/score?key={SECRET}'"],
+    "function": [*SMALL, "reward_model=function", "reward_model.function=math:fsum", "tracker=tensorboard", "policy=lora",
+                 "policy.path=CHECKPOINT"],
+    "ensemble": [*SMALL, "experiment=ensemble", "tracker=none"],
+    "hh": ["experiment=hh", "policy.path=CHECKPOINT", f"data.comparisons={SOURCE}"],
+    "ultrafeedback": ["experiment=ultrafeedback", "backend=jax", "policy.path=CHECKPOINT", f"data.comparisons={SOURCE}",
+                      f"data.demonstrations={SOURCE}"],
+}  # fmt: skip
+"""Overrides of configurations that are right; together they have every component."""
+
+
+def filled(override: str) -> str:
+    return override.replace("CHECKPOINT", str(folders.checkpoint())).replace("ROWS", str(folders.rows()))
+
+
+@functools.cache
+def base(name: str) -> dict[str, Any]:
+    """Its values, interpolations unresolved."""
+    return OmegaConf.to_container(partial([filled(override) for override in BASES[name]]), resolve=False)
+
+
+Input = tuple[str, Edits]
+URLS = st.sampled_from(
+    (f"http://me:{SECRET}@127.0.0.1/", f"ftp://127.0.0.1/?key={SECRET}", f"http://127.0.0.1:port/?key={SECRET}")
+)
+KEYS: st.SearchStrategy[Input] = st.sampled_from(sorted(BASES)).flatmap(
+    lambda name: st.tuples(st.just(name), edits(base(name)))
+) | st.tuples(st.just("endpoint"), st.tuples(st.tuples(st.just(("reward_model", "url")), URLS)))
+
+
+def made(name: str, changes: Edits) -> DictConfig:
+    return OmegaConf.create(edited(base(name), changes))
+
+
+def dry(config: dict[str, Any]) -> None:
+    dry_run(Experiment(config), Console())
+
+
+def check_keys(given: Input) -> None:
+    name, changes = given
+    try:
+        config = made(name, changes)
+    except OmegaConfBaseException:  # no file and no command line can hold it
+        assume(False)
+    keys = [str(part) for path, _ in changes for part in path]
+    with only_clear_errors(*keys, *(value for _, value in changes if isinstance(value, str) and len(value) > 2)):
+        dry(resolved(config))
+
+
+_KEYS = st.sampled_from(
+    (
+        "seed", "folder", "name", "stages", "stages.ppo", "policy", "policy.tokenizer.pad_token", "backend", "algorithm",
+        "algorithm.kl_coef", "data.texts", "experiment", "hydra", "hydra.run.dir", "x", "a.b", "",
+    )
+)  # fmt: skip
+_VALUES = st.sampled_from([text for text in TEXTS if len(text) < 1000]) | scalars.map(str) | st.text(max_size=8)
+_OVERRIDE = st.builds(
+    "{}{}{}{}".format, st.sampled_from(("", "+", "++", "~")), _KEYS, st.sampled_from(("=", "", ".", "@")), _VALUES
+)
+OVERRIDES: st.SearchStrategy[list[str]] = st.lists(_OVERRIDE | st.text(max_size=12), min_size=1, max_size=2)
+
+
+def check_overrides(given: list[str]) -> None:
+    with only_clear_errors():
+        dry(compose(given))
