@@ -250,7 +250,10 @@ def test_a_file_is_complete_and_equals_the_defaults_of_its_dataclass(file):
     assert absent(cls, values, file.stem) == []
     required = {key: "given" if key != "url" else "http://a/b" for key, value in values.items() if value == "???"}
     assert required.keys() == {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory}
-    assert parse(cls, values | required, "x") == parse(cls, required, "x")
+    if (
+        file.parent.name in ("evaluation", "optimizer") or group(file.parent.name, file.stem)["name"] == file.stem
+    ):  # else it is a published method: a component with other values
+        assert parse(cls, values | required, "x") == parse(cls, required, "x")
     assert all(field.metadata["doc"] for field in declared(cls))
 
 
@@ -444,7 +447,7 @@ TOGETHER = {
     f"policy.hidden_size=7 does not divide into policy.heads=4 {ROTARY} Set an even hidden_size.": {"policy.hidden_size": 7},
     "policy.heads=4 is not divisible by policy.kv_heads=3. Set kv_heads to one of 1, 2, 4.": {"policy.kv_heads": 3},
     "policy.heads=4 is not divisible by policy.kv_heads=8. Set kv_heads to one of 1, 2, 4.": {"policy.kv_heads": 8},
-    "algorithm.kl_horizon=12.8 with batch_size=64 may take the KL coefficient below 0 in one iteration. Set kl_horizon above "
+    "algorithm.kl_horizon=12.8 with 64 episodes may take the KL coefficient below 0 in one iteration. Set kl_horizon above "
     "12.8, or kl_target=null.": {"algorithm.kl_target": 6, "algorithm.kl_horizon": 12.8},
     "algorithm.kl_target adapts the KL coefficient by factors, and algorithm.kl_coef=0 stays 0. Set kl_coef=0.02, or "
     "kl_target=null.": {"algorithm.kl_target": 6, "algorithm.kl_coef": 0},

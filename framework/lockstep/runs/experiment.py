@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 import os
 import re
@@ -33,6 +34,7 @@ from lockstep.storage.records import RUN, STAGES, read_record
 from lockstep.text.templates import template_text
 from lockstep.text.tokenizer import TokenizerConfig
 
+log = logging.getLogger("lockstep")
 NEW = "new"
 
 
@@ -45,6 +47,7 @@ class StageConfig:
     reward_model: ConfigGroup | None = setting(None, "The group that scores, if the algorithm or evaluation needs one.")
     changes: ConfigGroup | None = setting(None, "Keys of the algorithm that differ in this stage.")
     evaluation: ConfigGroup | None = setting(None, "The group of the evaluation.")
+    only_if: str | None = setting(None, "A key that the algorithm must have; without it the stage is left out.")
     seed_offset: int = setting(0, "Added to the run's seed, for stages that differ in nothing else.", least=-math.inf)
 
 
@@ -140,7 +143,8 @@ class Experiment:
         self.tracker = self._component("tracker", config["tracker"])
         self.stages: dict[str, Stage] = {}
         for name, group in config["stages"].items():
-            self.stages[name] = self._stage(name, group)
+            if stage := self._stage(name, group):
+                self.stages[name] = stage
         if not self.stages:
             raise ConfigError("The experiment has no stages. Choose one that has: experiment=instructgpt.")
         if (objective := config["objective"]) is not None:
@@ -243,10 +247,16 @@ class Experiment:
             for member in cls.inputs(config).members:
                 yield from self._scorers(member)
 
-    def _stage(self, name: str, group: ConfigGroup) -> Stage:
+    def _stage(self, name: str, group: ConfigGroup) -> Stage | None:
+        """None for a stage that is left out."""
         stage = parse(StageConfig, group, f"stages.{name}")
         if (stage.algorithm is None) == (stage.evaluation is None):
             raise ConfigError(f"stages.{name} needs either an algorithm or an evaluation.")
+        if stage.algorithm and stage.only_if and stage.only_if not in stage.algorithm:
+            log.info(
+                "no stage %s: %s has no %s", name, component_name(stage.algorithm, f"stages.{name}.algorithm"), stage.only_if
+            )
+            return None
         seed = self.seed + stage.seed_offset
         if not 0 <= seed < 2**63:
             raise ConfigError(
