@@ -201,6 +201,13 @@ def test_a_file_in_the_place_of_a_run_is_named(tmp_path):
         pass
 
 
+def test_a_lock_file_that_is_not_text_still_says_that_somebody_works_there(tmp_path):
+    with store.hold(tmp_path):
+        (tmp_path / "lock").write_bytes(b"\xff\xfe" * 1000)
+        with store.hold_if_free(tmp_path) as owner:
+            assert owner == "\ufffd" * 200
+
+
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -227,7 +227,8 @@ def test_sigterm_outside_training_leaves_a_stopped_run_and_stage(tmp_path, monke
 def test_sigterm_stops_the_jobs_of_a_sweep_and_starts_no_other(tmp_path, monkeypatch):
     """Each job is a script that waits for SIGTERM, as a `lockstep run` that saves and stops."""
     script = tmp_path / "job"
-    script.write_text(f"#!/bin/sh\ntrap 'echo saved; exit 130' TERM\ntouch {tmp_path}/begun\nwhile :; do sleep 0.02; done\n")
+    ends = """trap 'printf "saved \\377\\n"; exit 130' TERM"""
+    script.write_text(f"#!/bin/sh\n{ends}\ntouch {tmp_path}/begun\nwhile :; do sleep 0.02; done\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     sweeps._stopping.clear()
@@ -241,7 +242,7 @@ def test_sigterm_stops_the_jobs_of_a_sweep_and_starts_no_other(tmp_path, monkeyp
     threading.Thread(target=terminate).start()
     with pytest.raises(KeyboardInterrupt), terminable(sweeps._stop_jobs), concurrent.futures.ThreadPoolExecutor(1) as pool:
         list(pool.map(lambda job: found.append(sweeps._run([job], None, "")), ["seed=0", "seed=1"]))
-    assert found[0] == ("stopped", "saved")
+    assert found[0] == ("stopped", "saved \ufffd")  # what is not UTF-8 stops no sweep
     assert found[1:] in ([], [("stopped", "the sweep was stopped before this job began")])
     sweeps._stopping.clear()
 

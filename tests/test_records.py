@@ -176,7 +176,7 @@ OF_A_STAGE = ("done.json", "output/output.json", "output/evaluation.json")
 @pytest.mark.parametrize("name", ["run.json", "stages.json", "config.yaml", *OF_A_STAGE])
 def test_every_reader_says_which_file_it_cannot_read_or_does_without_it(name, run):
     file = (run.parent / "stages" / f"sft-{run.name}" if name in OF_A_STAGE else run) / name
-    for content in FOREIGN:
+    for content in (b"", b"[]", b"\xff\xfe", b'{"stages": {"sft": null}}', b'{"kind": null}'):
         file.write_bytes(content)
         for reader in READERS.values():
             with contextlib.suppress(LockstepError):  # anything else fails this test
