@@ -74,8 +74,8 @@ STAGE = Record("what a stage is made of", dict, "Remove the folder of the stage;
 DONE = Record(
     "the result of a stage",
     {
-        "steps": int, "seconds": NUMBER, "metrics": {EACH: (NUMBER, None)}, "output": dict, "memory?": (NUMBER, None),
-        "data?": dict, "health?": [_FINDING], "evaluation?": _EVALUATION,
+        "steps": int, "seconds": NUMBER, "metrics": {EACH: (NUMBER, None)}, "output": {EACH: {"bytes": int, "sha256": str}},
+        "memory?": (NUMBER, None), "data?": dict, "health?": [_FINDING], "evaluation?": _EVALUATION,
     },
     "Remove it and rerun the command of the run, which trains the stage again.",
 )  # fmt: skip
