@@ -189,3 +189,11 @@ def test_a_name_that_does_not_exist_is_found(span):
 )
 def test_a_name_that_exists_is_not(span):
     assert missing(span) is None
+
+
+def test_every_test_that_a_document_names_exists():
+    """docs/errors.md says what holds each of its rows."""
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", text))
+    there = {(file.name, name) for file in (ROOT / "tests").glob("test_*.py") for name in names(file)}
+    assert len(named) > 100 and named - there == set()
