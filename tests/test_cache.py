@@ -281,7 +281,7 @@ def test_a_damaged_or_foreign_done_json_is_not_done(tmp_path, content):
     stage = store.StageFolder(tmp_path)
     with stage.write_output() as output:
         (output / "model.safetensors").write_bytes(b"12345")
-    stage.finish({})
+    stage.finish({"steps": 1, "seconds": 1.0, "metrics": {}})
     assert stage.done and stage.intact
     (tmp_path / "done.json").write_text(content)
     assert not stage.done and not stage.intact

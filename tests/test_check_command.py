@@ -133,7 +133,7 @@ class Needy(PPO):
         (
             [f"{__name__}:Needy", "algorithm", "torch", "float32"],
             r"Missing: algorithm.quorum. .* There is no configuration file algorithm/test_check_command:Needy.yaml to start "
-            r"from. Add --like with one of ppo, pretrain, .*, and algorithm.key=value for what differs.",
+            r"from. Add --like with one of .*ppo, .*pretrain, .*, and algorithm.key=value for what differs.",
         ),
         (
             ["ppo", None, None, None, None, ["algorithms.epochs=3"]],

@@ -140,7 +140,7 @@ CONFIG: dict[str, tuple[Change, str]] = {
     "text_config": (config(text_config="x"), r"config.json should hold an object under text_config, not 'x'"),
     "a list": (text("config.json", "[]"), r"config.json should hold a JSON object, but begins \[\]"),
     "empty": (text("config.json", ""), r"config.json cannot be read: Expecting value"),
-    "deep": (text("config.json", "[" * 100_000), r"config.json cannot be read: maximum recursion depth"),
+    "deep": (text("config.json", "[" * 100_000), r"config.json cannot be read: it is nested too deeply"),
     "missing": (lambda folder: (folder / "config.json").unlink(), r"has no config.json, so it is not a Hugging Face checkpoint"),
     "an adapter": (text("adapter_config.json", "{}"), r"holds an adapter, not a whole checkpoint"),
 }  # fmt: skip
@@ -429,9 +429,9 @@ def test_a_stage_compares_the_models_that_it_reads(folder, backend, tokenizer, t
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1]", "output.json should hold a JSON object"),
-        ('{"policy": "decoder"}', "output.json is damaged: it has kind=None"),
-        ('{"kind": "policy", "policy": 3}', "output.json is damaged: it has policy=3, which should be a text"),
+        ("[1]", "output.json is not .*: it is .*not an object"),
+        ('{"policy": "decoder"}', "output.json is not .*: kind is missing"),
+        ('{"kind": "policy", "policy": 3}', "output.json is not .*: policy is 3, not text"),
     ],
 )
 def test_a_damaged_note_of_what_an_output_is_is_refused(folder, content, message):

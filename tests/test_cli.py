@@ -209,8 +209,16 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.fixture
+def hang_up():
+    """A closed terminal ends this process, even if it was started by `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(("where", "number"), [("_plan", signal.SIGTERM), ("_train", signal.SIGTERM), ("_train", signal.SIGHUP)])
-def test_sigterm_outside_training_leaves_a_stopped_run_and_stage(tmp_path, monkeypatch, where, number):
+def test_sigterm_outside_training_leaves_a_stopped_run_and_stage(tmp_path, monkeypatch, hang_up, where, number):
     def terminated(self, *_):
         os.kill(os.getpid(), number)
         time.sleep(5)

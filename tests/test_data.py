@@ -675,7 +675,7 @@ def test_a_configuration_that_cannot_work_is_refused_before_anything_is_read(key
 
 @pytest.mark.parametrize("noun", ["demonstrations", "comparisons", "prompts", "texts"])
 def test_a_noun_that_is_not_configured_says_which_key_to_set(noun):
-    with pytest.raises(MissingData, match=re.escape(f"This run needs {noun}. Set data.{noun}=[{{path: my.jsonl}}].")):
+    with pytest.raises(MissingData, match=re.escape(f"This run needs {noun}. Set data.{noun}='[{{path: my.jsonl}}]'.")):
         getattr(files(), noun)("train")
 
 
@@ -758,7 +758,7 @@ def test_heldout_sources_do_without_training_ones(write):
 
 def test_nothing_held_out_says_how_to_hold_out(write):
     with pytest.raises(
-        MissingData, match=re.escape("Set data.heldout_fraction=0.05 or data.heldout_texts=[{path: test.jsonl}].")
+        MissingData, match=re.escape("Set data.heldout_fraction=0.05 or data.heldout_texts='[{path: test.jsonl}]'.")
     ):
         files(texts=[write({"text": "a"})]).texts("heldout")
 

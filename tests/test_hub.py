@@ -54,7 +54,7 @@ def test_transformers_does_not_ask_either(asked):
     pytest.importorskip("torch")
     from lockstep_torch.classifier import TextClassifier
 
-    with pytest.raises(CheckpointError, match=f"'nobody/nothing' cannot be opened as a reward model: {SILENT}"):
+    with pytest.raises(CheckpointError, match=f"'nobody/nothing' is neither a folder nor a reachable hub repository: {SILENT}"):
         TextClassifier.load("nobody/nothing", None)
     assert len(asked) == 1
 

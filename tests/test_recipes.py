@@ -107,11 +107,15 @@ def write(tmp_path):
     return write
 
 
+WORDS = ["a", "[UNK]", "<eos>", "A", "good", "bad", "Good", "Bad", "Long", "ago", "What", *map(str, range(4))]
+VOCABULARY = {word: number for number, word in enumerate(WORDS)}
+
+
 @pytest.fixture
 def policy(tmp_path):
     """A checkpoint with a tokenizer. Of its weights, a dry run reads the header only."""
     architecture = small_decoder(
-        vocab_size=3,
+        vocab_size=len(VOCABULARY),
         hidden_size=4,
         layers=1,
         heads=1,
@@ -123,7 +127,7 @@ def policy(tmp_path):
     )
     write_json(tmp_path / "policy" / "config.json", to_hf(architecture))
     write_tensors(tmp_path / "policy" / "model.safetensors", initial_parameters(architecture, 0))
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1, "<eos>": 2}, unk_token="[UNK]"))
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(VOCABULARY, unk_token="[UNK]"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     Tokenizer(core, eos_token="<eos>", pad_token="[PAD]", chat_template="{{ messages[0].content }}").save(tmp_path / "policy")
     return tmp_path / "policy"
@@ -204,7 +208,7 @@ def test_wrong_columns_are_told_with_the_known_ones(dry, write):
 def test_a_checkpoint_that_does_not_fit_its_tokenizer_or_its_configuration_is_told(dry, write, policy):
     config, data = read_json(policy / "config.json"), f"data.comparisons={source(write(hh))}"
     write_json(policy / "config.json", config | {"vocab_size": 2})
-    with pytest.raises(CheckpointError, match=r"do not fit its config.json: model.embed_tokens.weight is \(3, 4\), not \(2, 4\)"):
+    with pytest.raises(CheckpointError, match=r"do not fit its config.json: model.embed_tokens.weight is \(15, 4\), not \(2, 4\)"):
         dry("experiment=hh", data)
     write_tensors(policy / "model.safetensors", initial_parameters(from_hf(read_json(policy / "config.json")), 0))
     with pytest.raises(ConfigError, match=r"does not fit the policy 'new': .* of 2 rows: '<eos>' \(2\)"):

@@ -95,7 +95,7 @@ def test_the_guides_other_plugins_take_fewer_than_ten_lines(name):
 def test_the_new_algorithm_passes_its_own_tests_and_conforms(site, packages, backend):
     pytest.importorskip(backend)
     said = own_tests(site, [packages["median"]], f"not conformance or {backend}-float32")
-    assert re.search(r"1\d passed, 1\d skipped", said), said
+    assert re.search(r"\d+ passed, \d+ skipped", said), said
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])

@@ -91,8 +91,8 @@ def test_a_failing_job_stops_no_other_and_is_shown_with_its_error(grid):
 def test_the_record_names_runs_overrides_states_and_objectives(grid):
     folder, (_, printed, found), _, _ = grid
     for job in found:
-        run = folder / job["run"]
         if job["status"] == "done":
+            run = folder / job["run"]
             assert "seed=0" in job["overrides"] and job["error"] is None
             assert compose(job["overrides"])["folder"] == str(folder) and run.name in printed
             assert job["objective"] == objective(run, "sft/heldout/loss")

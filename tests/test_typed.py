@@ -18,7 +18,7 @@ from lockstep.commands.run.sweeps import _first
 from lockstep.config.compose import compose
 from lockstep.config.overrides import override, read, shell
 from lockstep.errors import ConfigError
-from lockstep.models import adapters
+from lockstep.models import checkpoint
 from lockstep.runs.experiment import Experiment
 
 # ---------------------------------------------------------------------------------------------------------- what is printed
@@ -126,7 +126,7 @@ def test_an_unknown_option_names_the_nearest():
 
 
 def test_commands_that_are_printed_quote_their_folders(tmp_path):
-    told = adapters.not_whole("runs of mine/ü")
+    told = checkpoint.not_whole("runs of mine/ü")
     assert "lockstep merge 'runs of mine/ü' OUTPUT" in told
     assert told.endswith("""stages.ppo.policy="'runs of mine/ü'\".""")
 
@@ -137,7 +137,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/spe
 PAGES += sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))
 RECIPES = sorted({*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "plugins").rglob("*.yaml")})
 CODE = sorted({*(ROOT / "framework").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")})
-PLUGINS = ("rloo", "reinforce", "polite", "cut", "strict", "numpy", "...")
+PLUGINS = ("median", "reinforce", "polite", "cut", "strict", "numpy", "...")
 """Names that pages choose and that are not installed here."""
 
 

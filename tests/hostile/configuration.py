@@ -17,7 +17,7 @@ from hostile import folders
 from hostile.clear import SECRET, only_clear_errors
 from hostile.values import TEXTS, Edits, edited, edits, scalars
 from lockstep.commands.run.dry_run import dry_run
-from lockstep.config.compose import compose, partial, resolved
+from lockstep.config.compose import _compose, compose, resolved
 from lockstep.reporting.console import Console
 from lockstep.runs.experiment import Experiment
 from runs import TINY
@@ -44,7 +44,7 @@ def filled(override: str) -> str:
 @functools.cache
 def base(name: str) -> dict[str, Any]:
     """Its values, interpolations unresolved."""
-    return OmegaConf.to_container(partial([filled(override) for override in BASES[name]]), resolve=False)
+    return OmegaConf.to_container(_compose([filled(override) for override in BASES[name]]), resolve=False)
 
 
 Input = tuple[str, Edits]

@@ -80,12 +80,8 @@ class StageFolder:
             result = self.result()
         except CheckpointError:
             return False
-        files = self._output_files()
-        sizes = {name: file.stat().st_size for name, file in files.items()}
-        expected = result.get("output", {}) if isinstance(result, dict) else None
-        if not isinstance(expected, dict) or not all(isinstance(each, dict) for each in expected.values()):
-            return False  # foreign or damaged
-        return bool(sizes) and all(sizes.get(name) == each.get("bytes") for name, each in expected.items())
+        sizes = {name: file.stat().st_size for name, file in self._output_files().items()}
+        return bool(sizes) and all(sizes.get(name) == each["bytes"] for name, each in result["output"].items())
 
     @property
     def intact(self) -> bool:
@@ -94,7 +90,7 @@ class StageFolder:
         if not self.done:
             return False
         files = self._output_files()
-        return all(checksum(files[name]) == each.get("sha256") for name, each in self.result().get("output", {}).items())
+        return all(checksum(files[name]) == each["sha256"] for name, each in self.result()["output"].items())
 
     @contextlib.contextmanager
     def write_output(self) -> Iterator[Path]:

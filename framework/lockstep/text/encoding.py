@@ -74,7 +74,7 @@ def report(fit: Fit, lengths: Lengths) -> None:
       DataError: everything was dropped.
     """
     if fit.total and fit.dropped + fit.alike == fit.total:
-        alike = f"; {fit.alike} have completions that begin alike, and differ only after {lengths.response}" if fit.alike else ""
+        alike = f"; {fit.alike} have completions that are the same tokens, cut to {lengths.response}" if fit.alike else ""
         raise DataError(
             f"All {fit.total} {fit.what} were dropped: their last prompts alone are longer than {lengths.prompt} tokens{alike}. "
             "Raise the limit in the algorithm's `lengths`."
