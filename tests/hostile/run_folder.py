@@ -25,7 +25,8 @@ from lockstep.reporting.console import Console
 from lockstep.reporting.health import Health
 from lockstep.runs.experiment import Experiment, finished
 from lockstep.runs.store import Records, RunFolder
-from lockstep.storage.files import read_lines, write_json
+from lockstep.storage.files import write_json
+from lockstep.storage.records import METRICS, read_rows
 
 NAME = "demo"
 LINES = [
@@ -197,7 +198,7 @@ def again(root: Path) -> None:
     stage = experiment.folders["ppo"]
     restored = stage.restore(lambda checkpoint: None)
     assert restored in (None, (1, STATE), (2, STATE))
-    Health().replay(read_lines(stage.path / "metrics.jsonl"))
+    Health().replay(read_rows(stage.path / "metrics.jsonl", METRICS))
     Records(stage.path, STATE["positions"] if restored else None).close()
 
 
