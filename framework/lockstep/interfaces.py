@@ -264,7 +264,8 @@ class Loss(Protocol):
     every micro-batch size. Masked columns must not reach the result: select with ``xp.where``, never multiply.
     """
 
-    outputs: tuple[str, ...]
+    @property
+    def outputs(self) -> tuple[str, ...]: ...
 
     def __call__(self, xp: Any, outputs: Mapping[str, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]: ...
 

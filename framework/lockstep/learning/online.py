@@ -128,7 +128,7 @@ class Rollout:
     @property
     def counted(self) -> np.ndarray:
         """bool [B]: the episodes that count."""
-        return self.sequences.mask.any(axis=1)
+        return np.any(self.sequences.mask, axis=1)
 
     @property
     def kl(self) -> np.ndarray:
@@ -147,7 +147,8 @@ class Online(Algorithm):
 
     def __init__(self, config: Any, context: Context):
         self.config, self.context = config, context
-        self.tokenizer, self.reward_model = context.tokenizer, context.reward_model
+        self.tokenizer = context.tokenizer
+        self.reward_model: Any = context.reward_model  # an experiment has one, since the class needs it
         self.sampler = Sampler(Stops(self.tokenizer, config.stop_strings), config.lengths, config.temperature)
         config.lengths.check(context.policy.context_length)
         prompts, fit = context.data.prompts("train"), context.fit("train prompts")

@@ -167,7 +167,7 @@ class PolicyGradient(Online):
         c, mask = self.config, rollout.sequences.mask
         if c.mask_unfinished:
             mask = mask & rollout.finished[:, None]
-        counted, kl = mask.any(axis=1), rollout.kl
+        counted, kl = np.any(mask, axis=1), rollout.kl
         rewards = self.scores(rollout)
         if c.overlong_buffer:
             lengths = rollout.sequences.response_mask.sum(axis=1)
@@ -186,7 +186,7 @@ class PolicyGradient(Online):
             "advantages": advantages,
             "correction": np.where(mask, self.correction(rollout), 0).astype(np.float32),
         }
-        if c.penalised:
+        if c.penalised and rollout.ref_logprobs is not None:
             batch["ref_logprobs"] = np.where(mask, rollout.ref_logprobs, 0).astype(np.float32)
         metrics = self.objective(rollout)
         if c.samples > 1:

@@ -585,7 +585,7 @@ def prompts_that_say_nothing_are_replaced(subject: AlgorithmSubject) -> None:
     subject.need("extra_rounds", "samples")
     if subject.config.samples < 2:
         raise Inapplicable("it takes one sample per prompt")
-    changes = {"extra_rounds": 4, "unfinished_score": -1.0, "lengths": {"response": 6}, "overlong_buffer": 3}
+    changes: dict[str, Any] = {"extra_rounds": 4, "unfinished_score": -1.0, "lengths": {"response": 6}, "overlong_buffer": 3}
     trace = subject.run(1, reward=by_prompt, **changes)
     calls = trace.of(GenerateCall, 0)
     first, second = ({row.tobytes() for row in np.ascontiguousarray(call.prompt_tokens)} for call in (calls[0], calls[-1]))
