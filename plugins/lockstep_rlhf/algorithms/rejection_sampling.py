@@ -2,8 +2,8 @@
 
 One iteration (`RejectionSampling.step`):
 
-    sample k responses to each prompt and score them
-    keep the best of each prompt, if its score is above the threshold
+    sample k responses to each prompt; reward of a response: its score - β KL
+    keep the best of each prompt, if its reward is above the threshold
     for each inner epoch, for each minibatch: one optimizer step on the next-token loss of what was kept
 
 Responses are sampled anew in every iteration, from the present policy.
@@ -31,7 +31,9 @@ class RejectionSampling(Online):
     class Config(OnlineConfig):
         batch_size: int = setting(16, "Prompts per iteration.", least=1)
         samples: int = setting(8, "k: responses per prompt, of which the best is kept (RAFT: 32).", least=2)
-        kl_coef: float | None = setting(None, "0: KL to the initial policy is measured; null: no reference.", least=0, most=0)
+        kl_coef: float | None = setting(
+            None, "β: subtracted from a score per nat of KL; 0: KL is only measured; null: no reference.", least=0
+        )
         threshold: float | None = setting(
             None, "Scores that the best must be above: 0.5, for rewards of 0 and 1; null: none.", least=-math.inf
         )
@@ -63,23 +65,22 @@ class RejectionSampling(Online):
 
     def best(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray, Metrics]:
         """The row of each prompt's best response, the first of equals; bool [B], whether a row is kept; and metrics."""
-        k, scores = self.config.samples, self.scores(rollout)
-        scores = np.where(rollout.counted, scores, -np.inf)
+        k, beta = self.config.samples, self.config.kl_coef or 0.0
+        rewards = self.scores(rollout) - beta * rollout.kl.sum(axis=1)
+        scores = np.where(rollout.counted, rewards, -np.inf)
         rows = np.argmax(scores.reshape(-1, k), axis=1) + np.arange(len(scores) // k) * k
         lowest = -np.inf if self.config.threshold is None else self.config.threshold
         kept = np.zeros(len(scores), bool)
         kept[rows] = scores[rows] > lowest
         tied = (scores.reshape(-1, k) == scores[rows][:, None]).sum(axis=1) > 1
-        return (
-            rows,
-            kept,
-            self.objective(rollout)
-            | {
-                "best/score": float(scores[kept].mean()) if kept.any() else float("nan"),
-                "best/kept": float(kept[rows].mean()),
-                "best/tied": float(tied.mean()),
-            },
-        )
+        metrics = self.objective(rollout) | {
+            "best/score": float(scores[kept].mean()) if kept.any() else float("nan"),
+            "best/kept": float(kept[rows].mean()),
+            "best/tied": float(tied.mean()),
+        }
+        if self.config.kl_coef is not None:
+            metrics |= {"objective/reward": float(rewards[rollout.counted].mean()), "kl_coef": beta}
+        return rows, kept, metrics
 
     def weights(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"weights": numerics.mean_weights(batch["mask"], "token_mean")}
