@@ -148,7 +148,8 @@ class Registry:
         for key in ((kind, name, backend), (kind, name, None)):
             if key in self.components:
                 return self.components[key]
-        here = {n for k, n, b in self.components if k == kind and b in (backend, None)}
+        backend = None if kind == "backend" else backend  # a backend's own is itself
+        here = {n for k, n, b in self.components if k == kind and (b in (backend, None) or kind == "backend")}
         elsewhere = sorted(b for k, n, b in self.components if k == kind and n == name and b)
         scope = f" for backend '{backend}'" if backend else ""
         article = "an" if kind[0] in "aeiou" else "a"

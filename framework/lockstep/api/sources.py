@@ -8,16 +8,14 @@ from typing import Any
 
 from lockstep.config.compose import compose, group
 from lockstep.config.root import component_config
-from lockstep.errors import CheckpointError, ConfigError, RegistryError, did_you_mean, listing
+from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
 from lockstep.interfaces import Backend, Policy
 from lockstep.registry import registry
 from lockstep.runs.assembly import MADE_BY, opener
 from lockstep.runs.store import check_output
 from lockstep.storage.records import OUTPUT, RUN, read_configuration, read_record, stage_folders
 from lockstep.storage.sources import fetch_folder
-from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
-
-PAD = "<|pad|>"
+from lockstep.text.tokenizer import PAD, Tokenizer, TokenizerConfig
 
 
 def open_backend(backend: str | Mapping[str, Any] | Backend | None) -> Backend:
@@ -27,13 +25,8 @@ def open_backend(backend: str | Mapping[str, Any] | Backend | None) -> Backend:
     if backend is None:
         backend = dict(compose([])["backend"])
     given = {"name": backend} if isinstance(backend, str) else dict(backend)
-    known = {component.name for component in registry() if component.kind == "backend"}
-    if given["name"] not in known:
-        raise RegistryError(
-            f"No backend named '{given['name']}'.{did_you_mean(given['name'], known)} Registered: {listing(known)}."
-        )
-    keys = laid_over(group("backend", given["name"]), given)
     cls = registry().resolve("backend", given["name"], given["name"])
+    keys = laid_over(group("backend", given["name"]), given)
     opened: Backend = cls(component_config(cls, keys, "backend"))
     return opened
 

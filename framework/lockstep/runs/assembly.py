@@ -28,7 +28,7 @@ from lockstep.storage.files import read_object, write_json
 from lockstep.storage.records import OUTPUT, read_record
 from lockstep.storage.sources import fetch_folder
 from lockstep.storage.weights import check_finite, stored_weights
-from lockstep.text.tokenizer import GENERATION, Tokenizer, TokenizerConfig
+from lockstep.text.tokenizer import GENERATION, PAD, Tokenizer, TokenizerConfig
 from lockstep.types import Fit
 
 
@@ -173,7 +173,7 @@ def opener(folder: Path, backend: str) -> str:
 
 def load_reward_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a reward model. Public ones often pad with EOS, which does no harm to scoring."""
-    own = None if (folder / MADE_BY).exists() else TokenizerConfig(None, None, "<|pad|>", None)
+    own = None if (folder / MADE_BY).exists() else TokenizerConfig(None, None, PAD, None)
     return Tokenizer.load(folder, own)
 
 

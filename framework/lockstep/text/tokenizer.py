@@ -28,6 +28,8 @@ from lockstep.types import Message
 
 log = logging.getLogger("lockstep")
 
+PAD = "<|pad|>"
+"""Pads where nothing else is given. It need not be in the vocabulary: padding is masked and read by no model."""
 GENERATION = "generation_config.json"
 """The file in which transformers looks for the tokens that end a response."""
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -99,10 +101,10 @@ class Tokenizer:
             raise ConfigError(
                 f"The tokenizer pads with '{pad_token}', which is also its EOS '{eos_token}': EOS would be masked as "
                 f"padding, and the policy would never learn to stop. Give it a separate pad token that never "
-                f"occurs in text: {override('policy.tokenizer.pad_token', '<|pad|>')} (it need not be in the vocabulary; special "
+                f"occurs in text: {override('policy.tokenizer.pad_token', PAD)} (it need not be in the vocabulary; special "
                 f"tokens here: {listing(self.special())})."
             )
-        self.pad_token = pad_token or "<|pad|>"
+        self.pad_token = pad_token or PAD
         self.eos_id: int = eos_id
         pad_id = core.token_to_id(self.pad_token)
         self.pad_id: int = self.vocab_size if pad_id is None else pad_id
