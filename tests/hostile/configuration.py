@@ -24,15 +24,19 @@ from runs import TINY
 
 SMALL = [override for override in TINY if override.startswith("data.")]
 SOURCE = "[{path: ROWS}]"
+HALF = "data.heldout_fraction=0.5"
 BASES: dict[str, list[str]] = {
     "miniature": SMALL,
     "endpoint": [*SMALL, "backend=jax", "reward_model=endpoint", f"reward_model.url='http://127.0.0.1:1/score?key={SECRET}'"],
     "function": [*SMALL, "reward_model=function", "reward_model.function=math:fsum", "tracker=tensorboard", "policy=lora",
-                 "policy.path=CHECKPOINT"],
+                 "policy.path=CHECKPOINT", *(f"{stage}.lengths.prompt=100" for stage in ("sft", "reward", "algorithm", "evaluation"))],
     "ensemble": [*SMALL, "experiment=ensemble", "tracker=none"],
-    "hh": ["experiment=hh", "policy.path=CHECKPOINT", f"data.comparisons={SOURCE}"],
+    "group": [*SMALL, "algorithm=rloo"],
+    "best": [*SMALL, "algorithm=rejection_sampling"],
+    "preferences": [*SMALL, "algorithm=dpo"],
+    "hh": ["experiment=hh", "policy.path=CHECKPOINT", f"data.comparisons={SOURCE}", HALF],
     "ultrafeedback": ["experiment=ultrafeedback", "backend=jax", "policy.path=CHECKPOINT", f"data.comparisons={SOURCE}",
-                      f"data.demonstrations={SOURCE}"],
+                      f"data.demonstrations={SOURCE}", HALF],
 }  # fmt: skip
 """Overrides of configurations that are right; together they have every component."""
 

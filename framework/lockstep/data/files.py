@@ -170,7 +170,7 @@ class Files(DataSource):
         items, left_out = self._usable(rows, reader(noun, first, place))
         columns = dict.fromkeys(name for _, row in rows if isinstance(row, Mapping) for name in row)
         if beside := unread(noun, first, list(columns)):
-            print(f"{where}: of {source.path}, columns that are not read: {', '.join(beside)}.")
+            print(visible(f"{where}: of {source.path}, columns that are not read: {', '.join(beside)}."))
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         summary = f"{where}: {len(items)} of {len(rows)} rows of {source.path} can be used; left out: {reasons}."
         if not items:
