@@ -61,10 +61,17 @@ def told(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def short(text: str) -> str:
+    """``text`` for a message; only the beginning of a long one."""
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 
 
 def listing(names: Iterable[str]) -> str:
-    """The names, sorted, for the end of an error message."""
-    return ", ".join(sorted(names)) or "none"
+    """The names, sorted, for the end of an error message; of very many, the first and their number."""
+    found = sorted(map(short, names))
+    text = ", ".join(found) or "none"
+    return text if len(text) <= 2000 else f"{text[:2000].rpartition(', ')[0]}, ... ({len(found)} in all)"

@@ -23,10 +23,7 @@ ROWS = [  # enough for two splits with any seed
     {"prompt": "Name a colour.", "chosen": "Green.", "rejected": "Loud.", "text": "Grass is green."},
     {"prompt": "Name a number.", "chosen": "Two.", "rejected": "Wet.", "text": "Two is a number."},
     {"prompt": "Name a fruit.", "chosen": "A pear.", "rejected": "A stone.", "text": "Pears grow on trees."},
-    *(
-        {"prompt": f"Count to {n}.", "chosen": f"One to {n}.", "rejected": "No.", "text": f"Here is {n}."}
-        for n in range(2, 20)
-    ),
+    *({"prompt": f"Count to {n}.", "chosen": f"One to {n}.", "rejected": "No.", "text": f"Here is {n}."} for n in range(2, 20)),
 ]
 
 

@@ -25,7 +25,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lockstep.config.overrides import override, read, shell
 from lockstep.config.root import KEYS, completed
-from lockstep.errors import ConfigError, LockstepError, RegistryError, did_you_mean, listing
+from lockstep.errors import ConfigError, LockstepError, RegistryError, did_you_mean, listing, short
 from lockstep.registry import registry
 
 CORE = "lockstep-rlhf (core)"
@@ -116,8 +116,8 @@ def _refuse_unread(config: DictConfig) -> None:
     for key in (key for key in config if key not in KEYS):
         if key not in _read({k: v for k, v in OmegaConf.to_container(config, resolve=False).items() if k != key}):
             raise ConfigError(
-                f"Unknown key {key}.{did_you_mean(str(key), KEYS)} Known: {listing(KEYS)}. A key of your own must be read by "
-                f"another key, as ${{{key}}}."
+                f"Unknown key {short(str(key))}.{did_you_mean(str(key), KEYS)} Known: {listing(KEYS)}. A key of your own must be "
+                f"read by another key, as ${{{short(str(key))}}}."
             )
 
 

@@ -21,7 +21,7 @@ from lockstep.config.schema import parse, setting
 from lockstep.data.columns import BadRow, LeftOut, reader, unread, without
 from lockstep.data.mixing import mix, row_counts
 from lockstep.data.reading import Row, Source, parse_split, read_rows, source_digests
-from lockstep.errors import ConfigError, DataError, MissingData, Unreachable, did_you_mean
+from lockstep.errors import ConfigError, DataError, MissingData, Unreachable, did_you_mean, listing
 from lockstep.interfaces import DataSource
 from lockstep.text.visible import visible
 from lockstep.types import Comparison, Demonstration, Prompt
@@ -170,7 +170,7 @@ class Files(DataSource):
         items, left_out = self._usable(rows, reader(noun, first, place))
         columns = dict.fromkeys(name for _, row in rows if isinstance(row, Mapping) for name in row)
         if beside := unread(noun, first, list(columns)):
-            print(visible(f"{where}: of {source.path}, columns that are not read: {', '.join(beside)}."))
+            print(visible(f"{where}: of {source.path}, columns that are not read: {listing(beside)}."))
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         summary = f"{where}: {len(items)} of {len(rows)} rows of {source.path} can be used; left out: {reasons}."
         if not items:

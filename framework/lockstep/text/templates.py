@@ -26,7 +26,7 @@ from typing import Any
 import jinja2.ext
 import jinja2.sandbox
 
-from lockstep.errors import ConfigError, did_you_mean, listing
+from lockstep.errors import ConfigError, did_you_mean, listing, told
 from lockstep.types import Message
 
 TEMPLATES = {
@@ -123,7 +123,7 @@ def day(date: str | None) -> datetime.date:
     try:
         return datetime.date.fromisoformat(date or DATE)
     except (ValueError, TypeError):
-        raise ConfigError(f"policy.tokenizer.date={date!r} should be a date like {DATE}.") from None
+        raise ConfigError(f"policy.tokenizer.date={told(date)} should be a date like {DATE}.") from None
 
 
 _ANOTHER = "Set policy.tokenizer.chat_template to another."
