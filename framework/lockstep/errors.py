@@ -53,7 +53,7 @@ class RewardError(LockstepError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean 'ppo'?' for the nearest known name, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean '{nearest[0]}'?" if nearest else ""
+    return f" Did you mean '{short(nearest[0])}'?" if nearest else ""
 
 
 def told(value: object) -> str:

@@ -84,9 +84,10 @@ def _advice(text: str, following: Sequence[str], reason: str) -> str:
     for end in range(1, len(following) + 1):
         if _readable(whole := " ".join([text, *following[:end]])):
             return f"The shell cut {short(whole)} apart at its spaces. Type: {shell(short(whole))}"
-    start, key, value, reason = f"Hydra cannot read {short(text)}", short(key), short(value), short(reason)
+    start, reason = f"Hydra cannot read {short(text)}", short(reason)
     if re.fullmatch(r"[+-]?[\d_]+", value):
         return f"{start}: {reason}"
+    key, value = short(key), short(value)
     if value.startswith(("[", "{")) and not value.startswith(("{{", "{%")):
         example = override(key, [{"path": "my file.jsonl"}])
         return f"{start} ({reason}). In lists and groups too, text with unusual characters needs quotes: {example}"
