@@ -61,9 +61,9 @@ def told(value: object) -> str:
     return _SHORT.repr(value)
 
 
-def short(text: str) -> str:
+def short(text: str, most: int = 200) -> str:
     """``text`` for a message; only the beginning of a long one."""
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 _SHORT = reprlib.Repr()

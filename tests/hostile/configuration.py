@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from hypothesis import assume
@@ -16,8 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from hostile import folders
 from hostile.clear import SECRET, only_clear_errors
 from hostile.values import TEXTS, Edits, edited, edits, scalars
+from lockstep.cli import SAID
 from lockstep.commands.run.dry_run import dry_run
 from lockstep.config.compose import _compose, compose, resolved
+from lockstep.errors import LockstepError, short
 from lockstep.reporting.console import Console
 from lockstep.runs.experiment import Experiment
 from runs import TINY
@@ -76,7 +80,8 @@ def check_keys(given: Input) -> None:
     except OmegaConfBaseException:  # no file and no command line can hold it
         assume(False)
     keys = [str(part) for path, _ in changes for part in path]
-    with only_clear_errors(*keys, *(value for _, value in changes if isinstance(value, str) and len(value) > 2)):
+    values = (value[:50] for _, value in changes if isinstance(value, str) and len(value) > 2)  # long ones are not told whole
+    with only_clear_errors(*keys, *values), as_the_command_says():
         dry(resolved(config))
 
 
@@ -94,5 +99,17 @@ OVERRIDES: st.SearchStrategy[list[str]] = st.lists(_OVERRIDE | st.text(max_size=
 
 
 def check_overrides(given: list[str]) -> None:
-    with only_clear_errors():
+    with only_clear_errors(), as_the_command_says():
         dry(compose(given))
+
+
+@contextlib.contextmanager
+def as_the_command_says() -> Iterator[None]:
+    """A name that no file can have, and a place that cannot be used, are errors of the operating system, for which the command
+    line has one message (`lockstep.cli.SAID`)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in SAID:
+            raise
+        raise LockstepError(f"{short(str(error), 1000)}. {SAID[error.errno]}") from error

@@ -167,7 +167,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         return f"{listing(str(file) for file in _files() if not _is_utf8(file))} is not UTF-8: {error.reason}."
     told = " ".join(": ".join(str(each).strip() for each in (error, error.__cause__) if each is not None).split())
     told = re.sub(r" (object_type=\w+|Set the environment variable HYDRA_FULL_ERROR\S* .*)", "", told)
-    return re.sub(r" full_key: (\S+)", r" (at \1)", told)
+    told = re.sub(r" full_key: (\S+)", r" (at \1)", told)
+    return re.sub(r"\S{200,}", lambda found: short(found[0]), told)
 
 
 def _files() -> list[Path]:

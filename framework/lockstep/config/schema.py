@@ -184,7 +184,7 @@ def _quoted(where: str, value: Any, *hints: Any) -> str:
     if str not in hints or not isinstance(value, (bool, int, float, list)) or not where or "[" in where:
         return ""
     text = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
-    return f" For the text, type: {override(where, text)}"
+    return f" For the text, type: {override(where, short(text))}"
 
 
 def _convert_union(options: tuple[Any, ...], value: Any, where: str, default: Any) -> Any:

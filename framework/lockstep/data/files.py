@@ -21,7 +21,7 @@ from lockstep.config.schema import parse, setting
 from lockstep.data.columns import BadRow, LeftOut, reader, unread, without
 from lockstep.data.mixing import mix, row_counts
 from lockstep.data.reading import Row, Source, parse_split, read_rows, source_digests
-from lockstep.errors import ConfigError, DataError, MissingData, Unreachable, did_you_mean, listing
+from lockstep.errors import ConfigError, DataError, MissingData, Unreachable, did_you_mean, listing, short
 from lockstep.interfaces import DataSource
 from lockstep.text.visible import visible
 from lockstep.types import Comparison, Demonstration, Prompt
@@ -113,7 +113,9 @@ class Files(DataSource):
 
     def _split(self, noun: str, split: str) -> Items:
         if split not in SPLITS:
-            raise DataError(f"Files have no split '{split}' of {noun}.{did_you_mean(split, SPLITS)} They have: train, heldout.")
+            raise DataError(
+                f"Files have no split '{short(split)}' of {noun}.{did_you_mean(split, SPLITS)} They have: train, heldout."
+            )
         self._require(noun, split)
         if noun not in self._read:
             self._read[noun] = self._read_noun(noun)

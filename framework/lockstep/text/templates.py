@@ -26,7 +26,7 @@ from typing import Any
 import jinja2.ext
 import jinja2.sandbox
 
-from lockstep.errors import ConfigError, did_you_mean, listing, told
+from lockstep.errors import ConfigError, did_you_mean, listing, short, told
 from lockstep.types import Message
 
 TEMPLATES = {
@@ -65,7 +65,8 @@ def template_text(given: str | None) -> str | None:
             raise ConfigError(f"policy.tokenizer.chat_template: {file} cannot be read: {error}") from error
     if "{{" not in given and "{%" not in given:
         raise ConfigError(
-            f"policy.tokenizer.chat_template='{given}' is not a .jinja file, not jinja text and not one of {listing(TEMPLATES)}."
+            f"policy.tokenizer.chat_template='{short(given)}' is not a .jinja file, not jinja text and not one of "
+            f"{listing(TEMPLATES)}."
             f"{did_you_mean(given, TEMPLATES)}"
         )
     return given

@@ -18,7 +18,7 @@ import tokenizers
 
 from lockstep.config.overrides import override
 from lockstep.config.schema import setting
-from lockstep.errors import CheckpointError, ConfigError, DataError, did_you_mean, listing, told
+from lockstep.errors import CheckpointError, ConfigError, DataError, did_you_mean, listing, short, told
 from lockstep.storage import gguf
 from lockstep.storage.files import read_object, write_json
 from lockstep.storage.sources import fetch_file
@@ -92,7 +92,7 @@ class Tokenizer:
         eos_id = core.token_to_id(eos_token)
         if eos_id is None:
             raise ConfigError(
-                f"eos_token '{eos_token}' is not in the vocabulary.{did_you_mean(eos_token, core.get_vocab())} "
+                f"eos_token '{short(eos_token)}' is not in the vocabulary.{did_you_mean(eos_token, core.get_vocab())} "
                 f"Special tokens: {listing(self.special())}. Set policy.tokenizer.eos_token."
             )
         if pad_token == eos_token:
