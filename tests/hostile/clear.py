@@ -17,7 +17,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from lockstep.config import secrets
 from lockstep.errors import LockstepError
 from lockstep.reporting.console import Console
 
@@ -42,7 +44,10 @@ def only_clear_errors(*names: str) -> Iterator[None]:
     """Whatever happens inside is right, or a clear error that contains one of ``names``, if any are given."""
     began, said = time.monotonic(), io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     found: LockstepError | None = None
-    with _bounded(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _logged(said):
+    forgotten = mock.patch.object(
+        secrets, "_remembered", set()
+    )  # what an earlier call said is secret would be hidden in this one
+    with _bounded(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _logged(said), forgotten:
         try:
             yield
         except LockstepError as error:

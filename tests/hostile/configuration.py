@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hostile import folders
 from hostile.clear import SECRET, only_clear_errors
-from hostile.values import TEXTS, Edits, edited, edits, scalars
+from hostile.values import TEXTS, Edits, at, edited, edits, paths, scalars
 from lockstep.cli import SAID
 from lockstep.commands.run.dry_run import dry_run
 from lockstep.config.compose import _compose, compose, resolved
@@ -80,7 +80,8 @@ def check_keys(given: Input) -> None:
     except OmegaConfBaseException:  # no file and no command line can hold it
         assume(False)
     keys = [str(part) for path, _ in changes for part in path]
-    values = (value[:50] for _, value in changes if isinstance(value, str) and len(value) > 2)  # long ones are not told whole
+    found = [each for _, value in changes for each in (value, *(at(value, path) for path in paths(value)))]
+    values = (value[:50] for value in found if isinstance(value, str) and len(value) > 2)  # long ones are not told whole
     with only_clear_errors(*keys, *values), as_the_command_says():
         dry(resolved(config))
 
