@@ -44,9 +44,7 @@ def only_clear_errors(*names: str) -> Iterator[None]:
     """Whatever happens inside is right, or a clear error that contains one of ``names``, if any are given."""
     began, said = time.monotonic(), io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     found: LockstepError | None = None
-    forgotten = mock.patch.object(
-        secrets, "_remembered", set()
-    )  # what an earlier call said is secret would be hidden in this one
+    forgotten = mock.patch.object(secrets, "_remembered", set())  # else what was secret in an earlier call is hidden
     with _bounded(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _logged(said), forgotten:
         try:
             yield

@@ -79,9 +79,9 @@ def check_keys(given: Input) -> None:
         config = made(name, changes)
     except OmegaConfBaseException:  # no file and no command line can hold it
         assume(False)
-    keys = [str(part) for path, _ in changes for part in path]
+    keys = [str(part)[:50] for path, _ in changes for part in path]
     found = [each for _, value in changes for each in (value, *(at(value, path) for path in paths(value)))]
-    values = (value[:50] for value in found if isinstance(value, str) and len(value) > 2)  # long ones are not told whole
+    values = (value[:50] for value in found if isinstance(value, str) and len(value) > 2)  # long ones, and long keys, are cut
     with only_clear_errors(*keys, *values), as_the_command_says():
         dry(resolved(config))
 
