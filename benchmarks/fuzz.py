@@ -52,7 +52,7 @@ def main() -> None:
                 code = subprocess.run(command, timeout=120 + 120 * how_long).returncode
             except subprocess.TimeoutExpired:
                 code = "(it never ended)"
-            found = json.loads(report.read_text())
+            found = json.loads(report.read_text(encoding="utf-8"))
         if code:
             found["failures"][f"the process ended with code {code}"] = [1, found["last"], ""]
         failed += len(found["failures"])
@@ -70,7 +70,7 @@ def hunt(name: str, minutes: float, report: Path) -> None:
         if time.monotonic() > end:
             return
         found["last"] = repr(given)
-        report.write_text(json.dumps(found))  # before: it may be the last
+        report.write_text(json.dumps(found), encoding="utf-8")  # before: it may be the last
         try:
             AREAS[name].check(given)
         except UnsatisfiedAssumption:
@@ -84,7 +84,7 @@ def hunt(name: str, minutes: float, report: Path) -> None:
 
     while time.monotonic() < end:
         attempt(replace(AREAS[name], check=check), BATCH)
-    report.write_text(json.dumps(found))
+    report.write_text(json.dumps(found), encoding="utf-8")
 
 
 def place(error: BaseException) -> str:

@@ -4,7 +4,7 @@ import pytest
 
 from lockstep.commands.run import run_config, sweeps
 from lockstep.config.compose import compose
-from lockstep.errors import ConfigError
+from lockstep.errors import ConfigError, told
 from lockstep.runs.experiment import Experiment, run_name
 from lockstep.runs.store import StageFolder
 from lockstep.storage.names import LONGEST, NOT_RUNS, RULE, checked_name, root_folder
@@ -42,7 +42,7 @@ def test_a_name_in_any_language_is_a_folder(name, tmp_path):
 def test_a_name_that_is_no_folder_or_another_one_is_refused_with_the_reason_and_the_rule(name, why):
     with pytest.raises(ConfigError) as caught:
         checked_name("The run name", name, NOT_RUNS)
-    assert str(caught.value).startswith(f"The run name {name!r} cannot be that of a folder: ")
+    assert str(caught.value).startswith(f"The run name {told(name)} cannot be that of a folder: ")
     assert why in str(caught.value) and str(caught.value).endswith(RULE)
 
 

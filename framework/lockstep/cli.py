@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lockstep import commands
-from lockstep.errors import ConfigError, LockstepError, Stopped
+from lockstep.errors import ConfigError, LockstepError, Stopped, short
 from lockstep.reporting.console import Console, has_reader, nobody_reads, show_bug
 from lockstep.version import __version__
 
@@ -49,7 +49,7 @@ def main() -> None:
     except OSError as error:
         if error.errno not in SAID:
             raise
-        console.say(f"{error}. {SAID[error.errno]}")
+        console.say(f"{short(str(error), 1000)}. {SAID[error.errno]}")
         sys.exit(1)
     except KeyboardInterrupt:
         console.say("Stopped at once. Run the same command to resume from the last checkpoint.")

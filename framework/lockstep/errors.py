@@ -53,7 +53,7 @@ class RewardError(LockstepError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean 'ppo'?' for the nearest known name, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean '{nearest[0]}'?" if nearest else ""
+    return f" Did you mean '{short(nearest[0])}'?" if nearest else ""
 
 
 def told(value: object) -> str:
@@ -61,10 +61,17 @@ def told(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def short(text: str, most: int = 200) -> str:
+    """``text`` for a message; only the beginning of a long one."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 
 
 def listing(names: Iterable[str]) -> str:
-    """The names, sorted, for the end of an error message."""
-    return ", ".join(sorted(names)) or "none"
+    """The names, sorted, for the end of an error message; of very many, the first and their number."""
+    found = sorted(map(short, names))
+    text = ", ".join(found) or "none"
+    return text if len(text) <= 2000 else f"{text[:2000].rpartition(', ')[0]}, ... ({len(found)} in all)"

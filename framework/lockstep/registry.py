@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lockstep.errors import RegistryError, did_you_mean, listing
+from lockstep.errors import RegistryError, did_you_mean, listing, short
 
 GROUP = "lockstep.plugins"
 KINDS = ("backend", "policy", "reward_model", "algorithm", "data", "tracker")
@@ -151,11 +151,12 @@ class Registry:
         backend = None if kind == "backend" else backend  # a backend's own is itself
         here = {n for k, n, b in self.components if k == kind and (b in (backend, None) or kind == "backend")}
         elsewhere = sorted(b for k, n, b in self.components if k == kind and n == name and b)
-        scope = f" for backend '{backend}'" if backend else ""
+        scope = f" for backend '{short(backend)}'" if backend else ""
+        shown = short(name)
         article = "an" if kind[0] in "aeiou" else "a"
         raise RegistryError(
-            f"No {kind} named '{name}'{scope}.{did_you_mean(name, here)} Registered{scope}: {listing(here)}."
-            + (f" '{name}' exists for backend {listing(elsewhere)}." if elsewhere else "")
+            f"No {kind} named '{shown}'{scope}.{did_you_mean(name, here)} Registered{scope}: {listing(here)}."
+            + (f" '{shown}' exists for backend {listing(elsewhere)}." if elsewhere else "")
             + (f" {self._broken_hint()}" if self.broken else "")
             + f" To use a class of your own, register {article} {kind} plugin or write '{kind}.name=module:Class'."
         )

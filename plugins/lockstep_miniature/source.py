@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep.config.schema import setting
-from lockstep.errors import DataError, did_you_mean, listing
+from lockstep.errors import DataError, did_you_mean, listing, short
 from lockstep.interfaces import DataSource
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Choice, Comparison, Demonstration, Prompt
@@ -96,6 +96,6 @@ class Miniature(DataSource):
         if not hasattr(self.config, field):
             known = [s for s in ("train", "heldout", "adversarial") if s != "adversarial" or noun == "prompts"]
             raise DataError(
-                f"The miniature has no split '{split}' of {noun}.{did_you_mean(split, known)} It has: {listing(known)}."
+                f"The miniature has no split '{short(split)}' of {noun}.{did_you_mean(split, known)} It has: {listing(known)}."
             )
         return getattr(self.config, field)

@@ -22,6 +22,7 @@ from lockstep.config.schema import parse
 from lockstep.models import adapters
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import from_hf, linear_layers
+from lockstep.models.checkpoint import is_adapter
 from lockstep.registry import registry
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import read_tensors, read_weights, write_tensors
@@ -172,7 +173,7 @@ def check(given: Input) -> None:
 
 
 def stored(folder: Path) -> dict[str, np.ndarray]:
-    return adapters.read(folder)[1] if adapters.is_adapter(folder) else read_weights(folder)
+    return adapters.read(folder)[1] if is_adapter(folder) else read_weights(folder)
 
 
 def text(folder: Path) -> None:
@@ -184,7 +185,7 @@ def text(folder: Path) -> None:
 
 def opened(folder: Path, kind: str) -> None:
     """A policy that opens has the tensors that are stored: none is made up, changed or left out."""
-    policy = registry().resolve("policy", "lora" if adapters.is_adapter(folder) else "huggingface", kind)
+    policy = registry().resolve("policy", "lora" if is_adapter(folder) else "huggingface", kind)
     found, there = policy.load(folder, backend(kind)).parameters(), stored(folder)
     found, there = ({bare(name): array for name, array in tensors.items()} for tensors in (found, there))
     assert found.keys() == there.keys(), f"tensors are made up or left out: {sorted(found.keys() ^ there.keys())[:3]}"

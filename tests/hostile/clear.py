@@ -17,7 +17,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from lockstep.config import secrets
 from lockstep.errors import LockstepError
 from lockstep.reporting.console import Console
 
@@ -42,7 +44,8 @@ def only_clear_errors(*names: str) -> Iterator[None]:
     """Whatever happens inside is right, or a clear error that contains one of ``names``, if any are given."""
     began, said = time.monotonic(), io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     found: LockstepError | None = None
-    with _bounded(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _logged(said):
+    forgotten = mock.patch.object(secrets, "_remembered", set())  # else what was secret in an earlier call is hidden
+    with _bounded(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _logged(said), forgotten:
         try:
             yield
         except LockstepError as error:

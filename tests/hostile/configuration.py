@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from hypothesis import assume
@@ -15,24 +17,31 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hostile import folders
 from hostile.clear import SECRET, only_clear_errors
-from hostile.values import TEXTS, Edits, edited, edits, scalars
+from hostile.values import TEXTS, Edits, at, edited, edits, paths, scalars
+from lockstep.cli import SAID
 from lockstep.commands.run.dry_run import dry_run
 from lockstep.config.compose import _compose, compose, resolved
+from lockstep.errors import LockstepError, short
 from lockstep.reporting.console import Console
 from lockstep.runs.experiment import Experiment
 from runs import TINY
 
 SMALL = [override for override in TINY if override.startswith("data.")]
 SOURCE = "[{path: ROWS}]"
+HALF = "data.heldout_fraction=0.5"
 BASES: dict[str, list[str]] = {
     "miniature": SMALL,
     "endpoint": [*SMALL, "backend=jax", "reward_model=endpoint", f"reward_model.url='http://127.0.0.1:1/score?key={SECRET}'"],
     "function": [*SMALL, "reward_model=function", "reward_model.function=math:fsum", "tracker=tensorboard", "policy=lora",
-                 "policy.path=CHECKPOINT"],
+                 "policy.path=CHECKPOINT", *(f"{key}.lengths.prompt=100" for key in ("sft", "reward", "algorithm", "evaluation")),
+                 ],
     "ensemble": [*SMALL, "experiment=ensemble", "tracker=none"],
-    "hh": ["experiment=hh", "policy.path=CHECKPOINT", f"data.comparisons={SOURCE}"],
+    "group": [*SMALL, "algorithm=rloo"],
+    "best": [*SMALL, "algorithm=rejection_sampling"],
+    "preferences": [*SMALL, "algorithm=dpo"],
+    "hh": ["experiment=hh", "policy.path=CHECKPOINT", f"data.comparisons={SOURCE}", HALF],
     "ultrafeedback": ["experiment=ultrafeedback", "backend=jax", "policy.path=CHECKPOINT", f"data.comparisons={SOURCE}",
-                      f"data.demonstrations={SOURCE}"],
+                      f"data.demonstrations={SOURCE}", HALF],
 }  # fmt: skip
 """Overrides of configurations that are right; together they have every component."""
 
@@ -70,8 +79,10 @@ def check_keys(given: Input) -> None:
         config = made(name, changes)
     except OmegaConfBaseException:  # no file and no command line can hold it
         assume(False)
-    keys = [str(part) for path, _ in changes for part in path]
-    with only_clear_errors(*keys, *(value for _, value in changes if isinstance(value, str) and len(value) > 2)):
+    keys = [str(part)[:50] for path, _ in changes for part in path]
+    found = [each for _, value in changes for each in (value, *(at(value, path) for path in paths(value)))]
+    values = (value[:50] for value in found if isinstance(value, str) and len(value) > 2)  # long ones, and long keys, are cut
+    with only_clear_errors(*keys, *values), as_the_command_says():
         dry(resolved(config))
 
 
@@ -89,5 +100,17 @@ OVERRIDES: st.SearchStrategy[list[str]] = st.lists(_OVERRIDE | st.text(max_size=
 
 
 def check_overrides(given: list[str]) -> None:
-    with only_clear_errors():
+    with only_clear_errors(), as_the_command_says():
         dry(compose(given))
+
+
+@contextlib.contextmanager
+def as_the_command_says() -> Iterator[None]:
+    """A name that no file can have, and a place that cannot be used, are errors of the operating system, for which the command
+    line has one message (`lockstep.cli.SAID`)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in SAID:
+            raise
+        raise LockstepError(f"{short(str(error), 1000)}. {SAID[error.errno]}") from error

@@ -19,10 +19,11 @@ EOS, PAD = "<|end|>", "<|pad|>"
 _TEMPORARY = tempfile.TemporaryDirectory(prefix="lockstep-hostile-")
 WORK = Path(_TEMPORARY.name)
 
-ROWS = [
+ROWS = [  # enough for two splits with any seed
     {"prompt": "Name a colour.", "chosen": "Green.", "rejected": "Loud.", "text": "Grass is green."},
     {"prompt": "Name a number.", "chosen": "Two.", "rejected": "Wet.", "text": "Two is a number."},
     {"prompt": "Name a fruit.", "chosen": "A pear.", "rejected": "A stone.", "text": "Pears grow on trees."},
+    *({"prompt": f"Count to {n}.", "chosen": f"One to {n}.", "rejected": "No.", "text": f"Here is {n}."} for n in range(2, 20)),
 ]
 
 

@@ -182,7 +182,7 @@ def sweep(root: Path) -> None:
 
 
 def cache(root: Path) -> None:
-    Console().out.print(stored_stages(stored.entries(root)))
+    Console().out.print(stored_stages(stored.entries(root, stored.users(root))))
     stored.unused(root)
 
 

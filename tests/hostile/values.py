@@ -44,7 +44,9 @@ def edits(tree: Any, more: st.SearchStrategy[Any] = values) -> st.SearchStrategy
     found = list(paths(tree))
     groups = [(), *(path for path in found if isinstance(at(tree, path), dict))]
     new = st.builds(
-        lambda group, key: (*group, key), st.sampled_from(groups), st.sampled_from(("nope", "", "naïve", "a.b", "\x1b[1m", 7))
+        lambda group, key: (*group, key),
+        st.sampled_from(groups),
+        st.sampled_from(("nope", "", "naïve", "a.b", "\x1b[1m", 7, "x" * 9000)),
     )
     place = st.sampled_from(found)
     one = st.tuples(place, scalars | values | more) | st.tuples(place, st.just(GONE)) | st.tuples(new, values)

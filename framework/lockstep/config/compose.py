@@ -25,7 +25,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lockstep.config.overrides import override, read, shell
 from lockstep.config.root import KEYS, completed
-from lockstep.errors import ConfigError, LockstepError, RegistryError, did_you_mean, listing
+from lockstep.errors import ConfigError, LockstepError, RegistryError, did_you_mean, listing, short
 from lockstep.registry import registry
 
 CORE = "lockstep-rlhf (core)"
@@ -88,7 +88,8 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
-        raise ConfigError(f"Missing: {error.full_key}. Set it on the command line: {error.full_key}=...") from error
+        key = short(error.full_key)
+        raise ConfigError(f"Missing: {key}. Set it on the command line: {key}=...") from error
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, [])) from error
     return completed(values)
@@ -116,8 +117,8 @@ def _refuse_unread(config: DictConfig) -> None:
     for key in (key for key in config if key not in KEYS):
         if key not in _read({k: v for k, v in OmegaConf.to_container(config, resolve=False).items() if k != key}):
             raise ConfigError(
-                f"Unknown key {key}.{did_you_mean(str(key), KEYS)} Known: {listing(KEYS)}. A key of your own must be read by "
-                f"another key, as ${{{key}}}."
+                f"Unknown key {short(str(key))}.{did_you_mean(str(key), KEYS)} Known: {listing(KEYS)}. A key of your own must be "
+                f"read by another key, as ${{{short(str(key))}}}."
             )
 
 
@@ -144,27 +145,30 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         with contextlib.suppress(HydraException, OmegaConfBaseException):
             group = OmegaConf.select(_compose(rest), ".".join(path)) if path else _compose(rest)
             if isinstance(group, DictConfig):
-                where, keys = ".".join(path) or "the configuration", [str(k) for k in group]
-                return f"No key '{'.'.join([*path, key])}'.{did_you_mean(key, keys)} Keys of {where}: {listing(keys)}."
+                where, keys = short(".".join(path)) or "the configuration", [str(k) for k in group]
+                return f"No key '{short('.'.join([*path, key]))}'.{did_you_mean(key, keys)} Keys of {where}: {listing(keys)}."
     if found := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
-        return f"No {found[1]} named '{found[2]}'.{did_you_mean(found[2], _choices(found[1]))} {_there_are(found[1])}"
+        return (
+            f"No {short(found[1])} named '{short(found[2])}'.{did_you_mean(found[2], _choices(found[1]))} {_there_are(found[1])}"
+        )
     for each in given:
         text = isinstance(each.value(), (str, QuotedString))
         if message.startswith("Config group override must be a string") and not text and _choices(each.key_or_group):
-            return f"{each.input_line}: a group is chosen by the name of one of its files. {_there_are(each.key_or_group)}"
+            return f"{short(each.input_line)}: a group is chosen by the name of one of its files. {_there_are(each.key_or_group)}"
         if message.startswith("Ambiguous value") and each.is_sweep_override():
-            key, text = each.get_key_element(), each.input_line.partition("=")[2]
+            key, text = each.get_key_element(), short(each.input_line.partition("=")[2])
             return (
-                f"{each.input_line} gives several values, and only a sweep takes them: add -m. For a list, type: "
+                f"{short(each.input_line)} gives several values, and only a sweep takes them: add -m. For a list, type: "
                 f"{shell(f'{key}=[{text}]')}. For the text, type: {override(key, text)}"
             )
     if found := re.search(r"Interpolation key '([^']+)' not found\s+full_key: (\S+)", message):
-        return f"{found[2]} reads ${{{found[1]}}}, and the configuration has no {found[1]}."
+        return f"{short(found[2])} reads ${{{short(found[1])}}}, and the configuration has no {short(found[1])}."
     if isinstance(error, UnicodeDecodeError):
         return f"{listing(str(file) for file in _files() if not _is_utf8(file))} is not UTF-8: {error.reason}."
     told = " ".join(": ".join(str(each).strip() for each in (error, error.__cause__) if each is not None).split())
     told = re.sub(r" (object_type=\w+|Set the environment variable HYDRA_FULL_ERROR\S* .*)", "", told)
-    return re.sub(r" full_key: (\S+)", r" (at \1)", told)
+    told = re.sub(r" full_key: (\S+)", r" (at \1)", told)
+    return re.sub(r"\S{200,}", lambda found: short(found[0]), told)
 
 
 def _files() -> list[Path]:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lockstep.errors import ConfigError
+from lockstep.errors import ConfigError, short, told
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -64,7 +64,7 @@ def _read(text: str, following: Sequence[str]) -> Override:
     except Exception as error:  # Hydra's and ANTLR's own, and Python's for numbers of thousands of digits
         raise ConfigError(_advice(text, following, " ".join(str(error).split()))) from error
     if not found.key_or_group:
-        raise ConfigError(_NO_OVERRIDE.format(text))
+        raise ConfigError(_NO_OVERRIDE.format(told(text)))
     return found
 
 
@@ -74,19 +74,20 @@ def _parsed(text: str) -> Override:
     return OverridesParser.create().parse_override(text)
 
 
-_NO_OVERRIDE = "{!r} is not an override. Write key=value, +key=value to add a key, or ~key to remove one."
+_NO_OVERRIDE = "{} is not an override. Write key=value, +key=value to add a key, or ~key to remove one."
 
 
 def _advice(text: str, following: Sequence[str], reason: str) -> str:
     key, equal, value = text.partition("=")
     if not equal or not re.fullmatch(r"[+~]*[\w$@:/.-]+", key):
-        return _NO_OVERRIDE.format(text)
+        return _NO_OVERRIDE.format(told(text))
     for end in range(1, len(following) + 1):
         if _readable(whole := " ".join([text, *following[:end]])):
-            return f"The shell cut {whole} apart at its spaces. Type: {shell(whole)}"
-    start = f"Hydra cannot read {text if len(text) <= 200 else f'{text[:200]}...'}"
+            return f"The shell cut {short(whole)} apart at its spaces. Type: {shell(short(whole))}"
+    start, reason = f"Hydra cannot read {short(text)}", short(reason)
     if re.fullmatch(r"[+-]?[\d_]+", value):
         return f"{start}: {reason}"
+    key, value = short(key), short(value)
     if value.startswith(("[", "{")) and not value.startswith(("{{", "{%")):
         example = override(key, [{"path": "my file.jsonl"}])
         return f"{start} ({reason}). In lists and groups too, text with unusual characters needs quotes: {example}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.config.schema import REQUIRED, parse, setting
-from lockstep.errors import ConfigError, RegistryError, listing
+from lockstep.errors import ConfigError, RegistryError, listing, told
 from lockstep.registry import KINDS, registry
 from lockstep.storage.names import NOT_RUNS, checked_name, root_folder
 
@@ -54,7 +54,7 @@ def completed(config: Mapping[str, Any]) -> ConfigGroup:
     for kind in KINDS:
         if not isinstance(group := config.get(kind), Mapping) and not (group is None and kind in _MAY_BE_NULL):
             there = listing({component.name for component in registry() if component.kind == kind})
-            raise ConfigError(f"{kind} must be a component group, not {group!r}. Choose one by name, {kind}=NAME: {there}.")
+            raise ConfigError(f"{kind} must be a component group, not {told(group)}. Choose one by name, {kind}=NAME: {there}.")
     root = parse(Root, {key: value for key, value in config.items() if key in KEYS}, "")
     root_folder(root.folder)
     if root.name is not None:
@@ -91,7 +91,7 @@ def component_name(group: Any, where: str) -> str:
     """
     name = group.get("name") if isinstance(group, Mapping) else None
     if not isinstance(name, str) or not name:
-        raise ConfigError(f"{where} is a component group, and needs a name: {where}.name={name!r}.")
+        raise ConfigError(f"{where} is a component group, and needs a name: {where}.name={told(name)}.")
     return name
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union
 
 from lockstep.config.overrides import override
-from lockstep.errors import ConfigError, did_you_mean, listing
+from lockstep.errors import ConfigError, did_you_mean, listing, short
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str, defaults: T | Non
 
 
 def _at(where: str, key: Any) -> str:
-    return f"{where}.{key}" if where else str(key)
+    return f"{where}.{short(str(key))}" if where else short(str(key))
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -132,7 +132,7 @@ def _check_range(allowed: Range, value: Any, where: str, hint: Any) -> None:
             _check_range(allowed, each, f"{where}[{i}]", None)
     elif isinstance(value, dict) and typing.get_args(hint)[1:] in ((int,), (float,)):
         for key, each in value.items():
-            _check_range(allowed, each, f"{where}.{key}", None)
+            _check_range(allowed, each, _at(where, key), None)
     elif isinstance(value, (int, float)) and value not in allowed:
         wanted = allowed.wanted(value)
         null = ", or null" if type(None) in typing.get_args(hint) else ""
@@ -167,7 +167,7 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
             raise ConfigError(
                 f"{where} has the key {_shown(other[0])}, but its keys are text. Write '{_shown(other[0])}' in quotes."
             )
-        return {k: _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+        return {k: _convert(arguments[1], v, _at(where, k)) for k, v in value.items()}
     elif hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):  # numpy's too
         return value if isinstance(value, int) and not Range.held(value) else float(value)  # too large, as the range will say
     elif hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
@@ -184,7 +184,7 @@ def _quoted(where: str, value: Any, *hints: Any) -> str:
     if str not in hints or not isinstance(value, (bool, int, float, list)) or not where or "[" in where:
         return ""
     text = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
-    return f" For the text, type: {override(where, text)}"
+    return f" For the text, type: {override(where, short(text))}"
 
 
 def _convert_union(options: tuple[Any, ...], value: Any, where: str, default: Any) -> Any:
@@ -205,10 +205,9 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str, default: An
 
 def _shown(value: Any) -> str:
     try:
-        text = repr(value)
+        return short(repr(value))
     except ValueError:  # an int of more than 4,300 digits
         return "(a number of thousands of digits)"
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _name(hint: Any) -> str:

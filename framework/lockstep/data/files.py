@@ -21,7 +21,7 @@ from lockstep.config.schema import parse, setting
 from lockstep.data.columns import BadRow, LeftOut, reader, unread, without
 from lockstep.data.mixing import mix, row_counts
 from lockstep.data.reading import Row, Source, parse_split, read_rows, source_digests
-from lockstep.errors import ConfigError, DataError, MissingData, Unreachable, did_you_mean
+from lockstep.errors import ConfigError, DataError, MissingData, Unreachable, did_you_mean, listing, short
 from lockstep.interfaces import DataSource
 from lockstep.text.visible import visible
 from lockstep.types import Comparison, Demonstration, Prompt
@@ -113,7 +113,9 @@ class Files(DataSource):
 
     def _split(self, noun: str, split: str) -> Items:
         if split not in SPLITS:
-            raise DataError(f"Files have no split '{split}' of {noun}.{did_you_mean(split, SPLITS)} They have: train, heldout.")
+            raise DataError(
+                f"Files have no split '{short(split)}' of {noun}.{did_you_mean(split, SPLITS)} They have: train, heldout."
+            )
         self._require(noun, split)
         if noun not in self._read:
             self._read[noun] = self._read_noun(noun)
@@ -170,7 +172,7 @@ class Files(DataSource):
         items, left_out = self._usable(rows, reader(noun, first, place))
         columns = dict.fromkeys(name for _, row in rows if isinstance(row, Mapping) for name in row)
         if beside := unread(noun, first, list(columns)):
-            print(f"{where}: of {source.path}, columns that are not read: {', '.join(beside)}.")
+            print(visible(f"{where}: of {source.path}, columns that are not read: {listing(beside)}."))
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         summary = f"{where}: {len(items)} of {len(rows)} rows of {source.path} can be used; left out: {reasons}."
         if not items:

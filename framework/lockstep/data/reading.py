@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from lockstep.config.schema import REQUIRED, setting
 from lockstep.data.columns import MOST_CHARACTERS, BadRow, too_long
-from lockstep.errors import ConfigError, DataError, Unreachable, did_you_mean, listing
+from lockstep.errors import ConfigError, DataError, Unreachable, did_you_mean, listing, short
 from lockstep.storage.hub import hub
 
 Row = tuple[str, Any]
@@ -64,7 +64,7 @@ def read_rows(source: Source, first: int | None = None) -> Iterator[Row]:
     path = Path(source.path).expanduser()
     if path.is_file():
         if split != "train":
-            raise DataError(f"{path} is one file: its only split is 'train', not '{split}'. A folder can have others.")
+            raise DataError(f"{path} is one file: its only split is 'train', not '{short(split)}'. A folder can have others.")
         rows = _file(path)
     elif any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         rows = _saved(path, split)
@@ -85,7 +85,7 @@ def parse_split(split: str) -> tuple[str, slice]:
     """
     match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", split)
     if match is None:
-        raise ConfigError(f"split '{split}' should look like train, test[:100] or train[500:1000].")
+        raise ConfigError(f"split '{short(split)}' should look like train, test[:100] or train[500:1000].")
     start, stop = (int(bound) if bound else None for bound in match.group(2, 3))
     return match.group(1), slice(start, stop)
 
@@ -280,7 +280,7 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     chosen = [folder / name for name in names if any(map(begins.match, name.parts))]
     if not chosen:
         raise DataError(
-            f"{folder} has no split '{split}': no data file or folder in it begins with '{split}'. It has: {_some(names)}. "
+            f"{folder} has no split '{short(split)}': no data file or folder in it begins with that. It has: {_some(names)}. "
             "A path can also name one of them."
         )
     return chosen
@@ -335,7 +335,7 @@ def _saved(folder: Path, split: str) -> Iterator[Row]:
         raise DataError(f"{folder} cannot be read as a data set that was saved to disk: {error}") from error
     splits = data if isinstance(data, dict) else {"train": data}
     if split not in splits:
-        raise DataError(f"{folder} has no split '{split}'.{did_you_mean(split, splits)} It has: {', '.join(splits)}.")
+        raise DataError(f"{folder} has no split '{short(split)}'.{did_you_mean(split, splits)} It has: {', '.join(splits)}.")
     return _numbered(str(folder), splits[split])
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from lockstep.config.overrides import override, shell
 from lockstep.config.schema import REQUIRED, setting
-from lockstep.errors import CheckpointError, listing
+from lockstep.errors import CheckpointError, listing, told
 from lockstep.interfaces import Inputs
 from lockstep.models.architecture import (
     SCALAR_BIAS,
@@ -180,7 +180,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / CONFIG} should hold an object under text_config, not {config['text_config']!r}.")
     for key, value in _sizes(config):
         if not isinstance(value, list) and not (type(value) is int and value >= 1):
-            raise CheckpointError(f"{folder / CONFIG} has {key}={value!r}, which should be a whole number of at least 1.")
+            raise CheckpointError(f"{folder / CONFIG} has {key}={told(value)}, which should be a whole number of at least 1.")
     return config
 
 

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal
 
 from lockstep.config.schema import setting
 from lockstep.config.secrets import without_secrets
-from lockstep.errors import ConfigError
+from lockstep.errors import ConfigError, told
 from lockstep.interfaces import Metrics, Tracker
 from lockstep.storage.records import HEALTH, METRICS, SAMPLES, Shape, read_rows
 
@@ -127,9 +127,11 @@ class Wandb(Surviving):
             """W&B's own rules: what breaks them would be recorded nowhere."""
             for key, name in (("project", self.project), ("entity", self.entity)):
                 if name is not None and (not 0 < len(name) <= 128 or any(c in name for c in "/\\#?%:")):
-                    team = re.fullmatch(r"([^/\\#?%:]+)/([^/\\#?%:]+)", name)
+                    team = re.fullmatch(r"([^/\\#?%:]{1,128})/([^/\\#?%:]{1,128})", name)
                     both = f" Type: tracker.entity={team[1]} tracker.project={team[2]}" if team else ""
-                    raise ConfigError(f"tracker.{key}={name!r}: W&B takes 1 to 128 characters, and none of / \\ # ? % :{both}")
+                    raise ConfigError(
+                        f"tracker.{key}={told(name)}: W&B takes 1 to 128 characters, and none of / \\ # ? % :{both}"
+                    )
             for tag in self.tags:
                 if not 0 < len(tag) <= 64:
                     raise ConfigError(f"tracker.tags: {tag!r} is no tag at W&B, which has 1 to 64 characters.")

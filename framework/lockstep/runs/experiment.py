@@ -23,7 +23,7 @@ from typing import Any
 from lockstep.config.root import ConfigGroup, check_groups, completed, component_config, component_name
 from lockstep.config.schema import parse, setting
 from lockstep.config.secrets import without_secrets
-from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
+from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing, short
 from lockstep.interfaces import Algorithm, DataSource, RewardModel
 from lockstep.registry import registry
 from lockstep.runs import identity
@@ -233,9 +233,9 @@ class Experiment:
         stage, _, metric = objective.partition("/")
         if stage not in self.stages or not metric:
             known = stage in self.stages
-            wrong = "it has no metric." if known else f"no stage '{stage}'.{did_you_mean(stage, self.stages)}"
+            wrong = "it has no metric." if known else f"no stage '{short(stage)}'.{did_you_mean(stage, self.stages)}"
             raise ConfigError(
-                f"objective={objective}: {wrong} It is stage/metric, as in "
+                f"objective={short(objective)}: {wrong} It is stage/metric, as in "
                 f"evaluate/heldout/ppo/gold. Stages: {listing(self.stages)}."
             )
 

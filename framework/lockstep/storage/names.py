@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lockstep.errors import ConfigError
+from lockstep.errors import ConfigError, told
 from lockstep.storage.files import expanded
 
 LONGEST = 100
@@ -31,9 +31,9 @@ def checked_name(what: str, name: Any, taken: Collection[str] = ()) -> str:
       ConfigError: it breaks the rule above.
     """
     if not isinstance(name, str):
-        raise ConfigError(f"{what} {name!r} should be text, not {type(name).__name__}.")
+        raise ConfigError(f"{what} {told(name)} should be text, not {type(name).__name__}.")
     if why := _wrong(name, taken):
-        raise ConfigError(f"{what} {name!r} cannot be that of a folder: {why}. {RULE}")
+        raise ConfigError(f"{what} {told(name)} cannot be that of a folder: {why}. {RULE}")
     return name
 
 
@@ -48,7 +48,7 @@ def _wrong(name: str, taken: Collection[str]) -> str | None:
         return f"it ends with {name[-1]!r}"
     if (size := len(name.encode())) > LONGEST:
         return f"it is {size} bytes long"
-    return f"Lockstep uses {name!r} itself" if name.casefold() in taken else None
+    return f"Lockstep uses {told(name)} itself" if name.casefold() in taken else None
 
 
 def _allowed(character: str) -> bool:
@@ -67,5 +67,5 @@ def root_folder(folder: Any) -> Path:
       ConfigError: it is not a path.
     """
     if not isinstance(folder, str) or not folder.strip() or any(unicodedata.category(c) in ("Cc", "Cs") for c in folder):
-        raise ConfigError(f"folder={folder!r} is not a path. Set it to one, such as folder=runs; the current folder is '.'.")
+        raise ConfigError(f"folder={told(folder)} is not a path. Set it to one, such as folder=runs; the current folder is '.'.")
     return expanded(folder)

@@ -207,7 +207,7 @@ def _mismatch_of_keys(value: Any, shape: Mapping[Any, Shape], where: str) -> str
         else:
             names = []
         for name in names:
-            if problem := mismatch(value[name], inner, f"{place}{name}"):
+            if problem := mismatch(value[name], inner, f"{place}{_named(name)}"):
                 return problem
     return None
 
@@ -227,6 +227,12 @@ def _other(value: Any, kind: Any, where: str) -> str:
     return f"{where or 'it'} is {_shown(value)}, not {_NAMES[kind]}"
 
 
+def _named(key: str) -> str:
+    """A key as a part of a place."""
+    return key if key.isprintable() and len(key) <= 60 else _shown(key)
+
+
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
+    text = text if text.isprintable() else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.errors import ConfigError
+from lockstep.errors import ConfigError, told
 from lockstep.text import encoding
 from lockstep.text.sequences import Sequences, join, right_pad
 from lockstep.text.tokenizer import Tokenizer
@@ -101,10 +101,10 @@ def ends_with_stop(responses: np.ndarray, mask: np.ndarray, stop_ids: Sequence[i
 
 def _checked(string: str, special: set[str]) -> str:
     if not string or "\ufffd" in string:
-        raise ConfigError(f"stop_strings has {string!r}. A stop string should be text of at least one character.")
+        raise ConfigError(f"stop_strings has {told(string)}. A stop string should be text of at least one character.")
     if inside := sorted(token for token in special if token in string):
         raise ConfigError(
-            f"stop_strings has {string!r}, which never occurs in text: '{inside[0]}' in it is a special token. Give "
+            f"stop_strings has {told(string)}, which never occurs in text: '{inside[0]}' in it is a special token. Give "
             f"'{inside[0]}' alone: generation then ends with it."
         )
     return string

@@ -26,7 +26,7 @@ from typing import Any
 import jinja2.ext
 import jinja2.sandbox
 
-from lockstep.errors import ConfigError, did_you_mean, listing
+from lockstep.errors import ConfigError, did_you_mean, listing, short, told
 from lockstep.types import Message
 
 TEMPLATES = {
@@ -65,7 +65,8 @@ def template_text(given: str | None) -> str | None:
             raise ConfigError(f"policy.tokenizer.chat_template: {file} cannot be read: {error}") from error
     if "{{" not in given and "{%" not in given:
         raise ConfigError(
-            f"policy.tokenizer.chat_template='{given}' is not a .jinja file, not jinja text and not one of {listing(TEMPLATES)}."
+            f"policy.tokenizer.chat_template='{short(given)}' is not a .jinja file, not jinja text and not one of "
+            f"{listing(TEMPLATES)}."
             f"{did_you_mean(given, TEMPLATES)}"
         )
     return given
@@ -123,7 +124,7 @@ def day(date: str | None) -> datetime.date:
     try:
         return datetime.date.fromisoformat(date or DATE)
     except (ValueError, TypeError):
-        raise ConfigError(f"policy.tokenizer.date={date!r} should be a date like {DATE}.") from None
+        raise ConfigError(f"policy.tokenizer.date={told(date)} should be a date like {DATE}.") from None
 
 
 _ANOTHER = "Set policy.tokenizer.chat_template to another."

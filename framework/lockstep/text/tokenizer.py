@@ -18,7 +18,7 @@ import tokenizers
 
 from lockstep.config.overrides import override
 from lockstep.config.schema import setting
-from lockstep.errors import CheckpointError, ConfigError, DataError, did_you_mean, listing
+from lockstep.errors import CheckpointError, ConfigError, DataError, did_you_mean, listing, short, told
 from lockstep.storage import gguf
 from lockstep.storage.files import read_object, write_json
 from lockstep.storage.sources import fetch_file
@@ -94,7 +94,7 @@ class Tokenizer:
         eos_id = core.token_to_id(eos_token)
         if eos_id is None:
             raise ConfigError(
-                f"eos_token '{eos_token}' is not in the vocabulary.{did_you_mean(eos_token, core.get_vocab())} "
+                f"eos_token '{short(eos_token)}' is not in the vocabulary.{did_you_mean(eos_token, core.get_vocab())} "
                 f"Special tokens: {listing(self.special())}. Set policy.tokenizer.eos_token."
             )
         if pad_token == eos_token:
@@ -305,7 +305,7 @@ def _content(path: str | Path, name: str, token: Any) -> str | None:
     """A special token in tokenizer_config.json is a string or a record with its content."""
     found = token.get("content") if isinstance(token, dict) else token
     if found is not None and not isinstance(found, str):
-        raise CheckpointError(f"tokenizer_config.json in {path} has {name}={token!r}, which should be a text.")
+        raise CheckpointError(f"tokenizer_config.json in {path} has {name}={told(token)}, which should be a text.")
     return found
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from lockstep.config.schema import REQUIRED, setting
 from lockstep.config.secrets import redact, remember
-from lockstep.errors import ConfigError, RewardError, told
+from lockstep.errors import ConfigError, RewardError, short, told
 from lockstep.interfaces import Resources
 from lockstep.learning.scores import scores_of
 from lockstep.text.visible import visible
@@ -226,7 +226,7 @@ def _check_url(url: str) -> None:
         host.encode("idna")  # as the resolver does it: no empty label, none of more than 63 letters
     except (ValueError, httpx.InvalidURL) as error:
         raise ConfigError(
-            f"reward_model.url='{redact(url)}' should look like http://127.0.0.1:8000/score: {redact(str(error))}."
+            f"reward_model.url='{short(redact(url))}' should look like http://127.0.0.1:8000/score: {short(redact(str(error)))}."
         ) from None
 
 
@@ -243,7 +243,7 @@ def _token(variable: str | None) -> str | None:
     token = os.environ.get(variable, "").strip()
     if not token:
         raise ConfigError(
-            f"The environment variable {variable} is not set. Put the reward server's token there, or set "
+            f"The environment variable {short(variable)} is not set. Put the reward server's token there, or set "
             "reward_model.token_variable=null."
         )
     if not token.isascii() or not token.isprintable():

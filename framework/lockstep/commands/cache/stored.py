@@ -68,7 +68,7 @@ def _sizes_and_times(folder: Path) -> Iterator[tuple[int, float]]:
     for file in folder.rglob("*"):
         try:
             status = file.stat()
-        except FileNotFoundError:  # removed or renamed since, by who works on the stage
+        except OSError:  # removed or renamed since, by who works on the stage, or a link that leads nowhere
             continue
         if file.name != "lock" and not stat.S_ISDIR(status.st_mode):
             yield status.st_size, status.st_mtime

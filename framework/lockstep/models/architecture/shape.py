@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lockstep.config.schema import setting
-from lockstep.errors import ConfigError
+from lockstep.errors import ConfigError, told
 from lockstep.text.tokenizer import TokenizerConfig
 
 
@@ -113,10 +113,10 @@ def check_values(a: Architecture) -> None:
     numbers += [("factor", a.rope_scaling.factor)] if a.rope_scaling else []
     for name, value in counts:
         if type(value) is not int or value < 1:
-            raise ValueError(f"{name} should be a whole number of at least 1, not {value!r}")
+            raise ValueError(f"{name} should be a whole number of at least 1, not {told(value)}")
     for name, value in numbers:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ValueError(f"{name} should be a number above 0, not {value!r}")
+            raise ValueError(f"{name} should be a number above 0, not {told(value)}")
     if a.heads % a.kv_heads:
         raise ValueError(f"{a.heads} heads cannot share {a.kv_heads} keys and values evenly")
     if a.positions == "rope" and (a.rotary_dims or a.head_dim) % 2:

@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from lockstep.errors import CheckpointError, RegistryError, listing
+from lockstep.errors import CheckpointError, RegistryError, listing, told
 from lockstep.models.architecture.family import Family
 from lockstep.models.architecture.naming import LANGUAGE_HEAD
 from lockstep.models.architecture.shape import Architecture, check_values
@@ -75,7 +75,7 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
 def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     found = config.get(key, {})
     if not isinstance(found, Mapping):
-        raise CheckpointError(f"config.json should hold an object under {key}, not {found!r}.")
+        raise CheckpointError(f"config.json should hold an object under {key}, not {told(found)}.")
     return found
 
 
