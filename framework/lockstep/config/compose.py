@@ -152,8 +152,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
             f"No {short(found[1])} named '{short(found[2])}'.{did_you_mean(found[2], _choices(found[1]))} {_there_are(found[1])}"
         )
     for each in given:
-        text = isinstance(each.value(), (str, QuotedString))
-        if message.startswith("Config group override must be a string") and not text and _choices(each.key_or_group):
+        is_text = isinstance(each.value(), (str, QuotedString))
+        if message.startswith("Config group override must be a string") and not is_text and _choices(each.key_or_group):
             return f"{short(each.input_line)}: a group is chosen by the name of one of its files. {_there_are(each.key_or_group)}"
         if message.startswith("Ambiguous value") and each.is_sweep_override():
             key, text = each.get_key_element(), short(each.input_line.partition("=")[2])
