@@ -275,7 +275,7 @@ def test_comparisons_that_are_cut_to_the_same_tokens_are_left_out(core, caplog):
     assert fit.alike == 1
     assert f"1 left out because their completions are the same once cut to {limit} tokens" in caplog.text
     with pytest.raises(
-        DataError, match="All 1 comparisons were dropped: .*; 1 have completions that begin alike, and differ only"
+        DataError, match="All 1 comparisons were dropped: .*; 1 have completions that are the same tokens, cut to "
     ):
         encoding.encode_comparisons(tokenizer, [same], Lengths(400, limit, 1))
 
