@@ -438,7 +438,7 @@ def test_ppo_learns_to_stop_when_length_is_punished(ppo):
 def test_ptx_gradient_is_ppos_plus_coef_times_the_language_models(ppo):
     algorithm = ppo(ptx_coef=27.8, ptx_ratio=0.5)
     rollout, batch, _ = prepared(algorithm)
-    terms, [ptx] = algorithm.terms(rollout.sequences, batch, np.arange(8)), algorithm.ptx_terms(0, 0)
+    terms, [ptx] = algorithm.terms(rollout.sequences, batch, np.arange(8)), algorithm.extra_terms(0, 0)
     mask = ptx.sequences.mask
     plain = Term(Likelihood(), ptx.sequences, {"weights": (mask / mask.sum()).astype(np.float32)})
     alone, language = algorithm.learner.gradients(terms), algorithm.learner.gradients([plain])

@@ -582,8 +582,8 @@ class ControllerWithoutClip(PPO):
 class MixWithoutWeight(PPO):
     """ptx_coef switches the mix on and does not weigh it."""
 
-    def ptx_terms(self, step, number):
-        return [replace(term, loss=NextTokenLoss(1.0, "ptx/loss")) for term in super().ptx_terms(step, number)]
+    def extra_terms(self, step, number):
+        return [replace(term, loss=NextTokenLoss(1.0, "ptx/loss")) for term in super().extra_terms(step, number)]
 
 
 @defect("algorithm", caught_by="the_pretraining_mix_is_added")

@@ -32,7 +32,7 @@ from lockstep.interfaces import (
     Term,
 )
 from lockstep.learning import numerics
-from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig
+from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
 from lockstep.learning.randomness import example_indices, permutation, token_seeds
 from lockstep.learning.rollout import Sampler, Samples, score, scored_only
 from lockstep.text import encoding
@@ -227,6 +227,22 @@ class Online(Algorithm):
         return numerics.importance(rollout.old_logprobs, rollout.sampler_logprobs, mask, level=c.level, low=low, high=c.high)
 
     # ------------------------------------------------------------------------------------------------------- updates
+
+    def train(
+        self, step: int, sequences: Sequences, batch: Mapping[str, np.ndarray], forward: ForwardPass | None = None
+    ) -> Metrics:
+        """For each inner epoch, for each minibatch of the rows: one optimizer step. ``batch``: what the loss reads of the same
+        rows. ``forward``: the rollout's pass over them, for the first epoch. Returns the mean of the updates' metrics."""
+        scale = lr_scale(self.config.schedule, step, self.total_steps)
+        updates = []
+        for number, (epoch, rows) in enumerate(self.passes(step)):
+            terms = self.terms(sequences, batch, rows, forward if epoch == 0 else None)
+            updates.append(self.learner.update(terms + self.extra_terms(step, number), scale))
+        return means(updates) | {"lr_scale": scale}
+
+    def extra_terms(self, step: int, number: int) -> list[Term]:
+        """What else the loss of a step's update ``number`` sums, besides its minibatch: nothing, unless an algorithm says so."""
+        return []
 
     def passes(self, step: int) -> list[tuple[int, np.ndarray]]:
         """(inner epoch, row indices) of each update of a step."""

@@ -27,8 +27,7 @@ from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Array, Context, Metrics
 from lockstep.learning import losses, numerics
-from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout, Scored, means
-from lockstep.learning.optimisation import lr_scale
+from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout, Scored
 from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import concatenate
 
@@ -154,13 +153,9 @@ class PolicyGradient(Online):
         clock = Clock()
         rollout = self.last = self.rollout(step, clock)
         batch, metrics = self.prepare(rollout)
-        scale = lr_scale(self.config.schedule, step, self.total_steps)
-        updates = []
-        for epoch, rows in self.passes(step):
-            terms = self.terms(rollout.sequences, batch, rows, rollout.forward if epoch == 0 else None)
-            updates.append(self.learner.update(terms, scale))
+        trained = self.train(step, rollout.sequences, batch, rollout.forward)
         clock.lap("train")
-        return metrics | means(updates) | self.perf(rollout, clock) | {"lr_scale": scale}
+        return metrics | trained | self.perf(rollout, clock)
 
     def prepare(self, rollout: Rollout) -> tuple[dict[str, np.ndarray], Metrics]:
         """Advantages, the arrays of the loss, and the metrics of the rollout."""

@@ -26,8 +26,8 @@ from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Array, Context, DataSource, Learner, Metrics, Policy, ScalarModel, Term
 from lockstep.learning import losses, numerics
-from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout, means
-from lockstep.learning.optimisation import OptimizerConfig, lr_scale
+from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout
+from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.learning.randomness import example_indices
 from lockstep.text import encoding
 from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss, next_token_terms
@@ -150,14 +150,10 @@ class PPO(Online):
         clock = Clock()
         rollout = self.last = self.rollout(step, clock)
         batch, metrics = self.prepare(rollout)
-        scale = lr_scale(self.config.schedule, step, self.total_steps)
-        updates = []
-        for number, (epoch, rows) in enumerate(self.passes(step)):
-            terms = self.terms(rollout.sequences, batch, rows, rollout.forward if epoch == 0 else None)
-            updates.append(self.learner.update(terms + self.ptx_terms(step, number), scale))
+        trained = self.train(step, rollout.sequences, batch, rollout.forward)
         clock.lap("train")
         self.kl.update(metrics["objective/kl"], self.config.episodes)
-        return metrics | means(updates) | self.perf(rollout, clock) | {"lr_scale": scale}
+        return metrics | trained | self.perf(rollout, clock)
 
     def prepare(self, rollout: Rollout) -> tuple[dict[str, np.ndarray], Metrics]:
         """Rewards, advantages and returns: the arrays of the loss, and the metrics of the rollout."""
@@ -179,9 +175,8 @@ class PPO(Online):
             "value/explained_variance": numerics.explained_variance(rollout.old_values, returns, mask),
         }
 
-    def ptx_terms(self, step: int, number: int) -> list[Term]:
-        """InstructGPT's pretraining gradients, added to each minibatch's: ptx_coef x next-token loss on raw text. ``number``
-        counts the updates of the step."""
+    def extra_terms(self, step: int, number: int) -> list[Term]:
+        """InstructGPT's pretraining gradients, PPO-ptx, added to each minibatch's: ptx_coef x next-token loss on raw text."""
         c = self.config
         if not c.raw_texts:
             return []

@@ -21,7 +21,7 @@ from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Context, Metrics
 from lockstep.learning import numerics
-from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout, means
+from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout
 from lockstep.learning.optimisation import lr_scale
 from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss
 
@@ -56,12 +56,12 @@ class RejectionSampling(Online):
         clock = Clock()
         rollout = self.last = self.rollout(step, clock)
         rows, kept, metrics = self.best(rollout)
-        scale, updates = lr_scale(self.config.schedule, step, self.total_steps), []
-        for _, chosen in self.passes(step) if kept.any() else ():
-            batch = {"mask": rollout.sequences.mask & kept[:, None]}
-            updates.append(self.learner.update(self.terms(rollout.sequences, batch, rows[chosen]), scale))
+        best = rollout.sequences.take(rows)
+        batch = {"mask": best.mask & kept[rows][:, None]}
+        untrained = {"lr_scale": lr_scale(self.config.schedule, step, self.total_steps)}
+        trained = self.train(step, best, batch) if kept.any() else untrained
         clock.lap("train")
-        return metrics | (means(updates) if updates else {}) | self.perf(rollout, clock) | {"lr_scale": scale}
+        return metrics | trained | self.perf(rollout, clock)
 
     def best(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray, Metrics]:
         """The row of each prompt's best response, the first of equals; bool [B], whether a row is kept; and metrics."""
