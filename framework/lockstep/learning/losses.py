@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 Array = Any
+MAX_LOG_RATIO = 20.0
 
 
 def weighted_sum(xp: Any, x: Array, weights: Array) -> Array:
@@ -26,6 +27,11 @@ def weighted_sum(xp: Any, x: Array, weights: Array) -> Array:
 def select(xp: Any, mask: Array, x: Array) -> Array:
     """x where the mask is True, else 0: applied to inputs, it keeps garbage out of the graph and out of gradients."""
     return xp.where(mask, x, xp.zeros_like(x))
+
+
+def log_ratio(xp: Any, logprobs: Array, others: Array) -> Array:
+    """log π - log π', within ±20: e^89 is inf in float32, and its gradient NaN. [B, T]."""
+    return xp.clip(logprobs - others, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def softplus(xp: Any, x: Array) -> Array:

@@ -31,8 +31,6 @@ from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout, Score
 from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import concatenate
 
-MAX_LOG_RATIO = 20.0
-
 
 @dataclass(frozen=True)
 class PolicyGradientLoss:
@@ -51,7 +49,7 @@ class PolicyGradientLoss:
     def __call__(self, xp: Any, outputs: Mapping[str, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
         mask, advantages = batch["mask"], batch["advantages"]
         logprobs = losses.select(xp, mask, outputs["logprobs"])
-        log_ratio = xp.clip(logprobs - batch["old_logprobs"], -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        log_ratio = losses.log_ratio(xp, logprobs, batch["old_logprobs"])
         if self.sequence:
             log_ratio = xp.zeros_like(log_ratio) + xp.sum(log_ratio * batch["shares"], axis=1)[:, None]
         ratio = xp.exp(log_ratio)
@@ -69,7 +67,7 @@ class PolicyGradientLoss:
         metrics = {"policy/loss": loss, "policy/approx_kl": mean(0.5 * log_ratio**2), "policy/clip_fraction": mean(clipped)}
         if self.kl is None:
             return loss, metrics
-        kl = losses.kl_estimate(xp, self.kl, xp.clip(logprobs - batch["ref_logprobs"], -MAX_LOG_RATIO, MAX_LOG_RATIO))
+        kl = losses.kl_estimate(xp, self.kl, losses.log_ratio(xp, logprobs, batch["ref_logprobs"]))
         penalty = losses.weighted_sum(xp, kl, batch["kl_weights"])
         return loss + self.kl_coef * penalty, metrics | {"policy/kl_loss": penalty}
 

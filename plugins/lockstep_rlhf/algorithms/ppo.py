@@ -33,7 +33,6 @@ from lockstep.text import encoding
 from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss, next_token_terms
 
 log = logging.getLogger("lockstep")
-MAX_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class PPOLoss:
 
     def __call__(self, xp: Any, outputs: Mapping[str, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
         mask = batch["mask"]
-        log_ratio = losses.select(xp, mask, outputs["logprobs"]) - batch["old_logprobs"]
-        log_ratio = xp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)  # e^89 is inf in float32, and its gradient NaN
+        log_ratio = losses.log_ratio(xp, losses.select(xp, mask, outputs["logprobs"]), batch["old_logprobs"])
         values = losses.select(xp, mask, outputs["values"])
         ratio = xp.exp(log_ratio)
         advantages, old_values, returns = batch["advantages"], batch["old_values"], batch["returns"]
