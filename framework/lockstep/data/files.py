@@ -13,7 +13,6 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from lockstep.config.overrides import override
@@ -23,6 +22,7 @@ from lockstep.data.mixing import mix, row_counts
 from lockstep.data.reading import Row, Source, parse_split, read_rows, source_digests
 from lockstep.errors import ConfigError, DataError, MissingData, Unreachable, did_you_mean, listing, short
 from lockstep.interfaces import DataSource
+from lockstep.storage.files import expanded
 from lockstep.text.visible import visible
 from lockstep.types import Comparison, Demonstration, Prompt
 
@@ -120,7 +120,7 @@ class Files(DataSource):
         if noun not in self._read:
             self._read[noun] = self._read_noun(noun)
         if not self._read[noun][split]:
-            if self.first is not None and not all(Path(s.path).expanduser().exists() for s in self.sources[noun]):
+            if self.first is not None and not all(expanded(s.path).exists() for s in self.sources[noun]):
                 raise Unreachable(f"none of the first {self.first} rows of data.{noun} is in the {split} split")
             raise DataError(
                 f"The {split} split of data.{noun} is empty: all rows are in the other one. Give it more rows, or "

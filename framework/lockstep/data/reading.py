@@ -21,6 +21,7 @@ from typing import Any, TextIO
 from lockstep.config.schema import REQUIRED, setting
 from lockstep.data.columns import MOST_CHARACTERS, BadRow, too_long
 from lockstep.errors import ConfigError, DataError, Unreachable, did_you_mean, listing, short
+from lockstep.storage.files import expanded
 from lockstep.storage.hub import hub
 
 Row = tuple[str, Any]
@@ -44,7 +45,7 @@ class Source:
 
 def source_digests(source: Source) -> list[str]:
     """SHA-256 of each local file of the source; none for the hub, where the revision identifies the data."""
-    path = Path(source.path).expanduser()
+    path = expanded(source.path)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
     digests = []
     for file in files:
@@ -61,7 +62,7 @@ def read_rows(source: Source, first: int | None = None) -> Iterator[Row]:
       DataError: the source does not exist or cannot be read.
     """
     split, part = parse_split(source.split)
-    path = Path(source.path).expanduser()
+    path = expanded(source.path)
     if path.is_file():
         if split != "train":
             raise DataError(f"{path} is one file: its only split is 'train', not '{short(split)}'. A folder can have others.")

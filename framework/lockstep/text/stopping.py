@@ -45,7 +45,7 @@ class Stops:
 
     def __init__(self, tokenizer: Tokenizer, strings: Sequence[str] = ()):
         self.tokenizer = tokenizer
-        special = {token.content for token in tokenizer.core.get_added_tokens_decoder().values() if token.special}
+        special = tokenizer.special()
         self.strings = [_checked(string, special) for string in strings if string not in special]
         names = {i: tokenizer.core.id_to_token(i) for i in range(tokenizer.vocab_size)} if strings else {}
         stops = [i for i, name in names.items() if name in strings or self._begin(tokenizer.decode([i])) is not None]

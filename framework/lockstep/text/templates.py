@@ -20,13 +20,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2.ext
 import jinja2.sandbox
 
 from lockstep.errors import ConfigError, did_you_mean, listing, short, told
+from lockstep.storage.files import expanded
 from lockstep.types import Message
 
 TEMPLATES = {
@@ -55,7 +55,7 @@ def template_text(given: str | None) -> str | None:
     if not given or given in TEMPLATES:
         return TEMPLATES.get(given or "")
     if given.endswith(".jinja"):
-        file = Path(given).expanduser()
+        file = expanded(given)
         if not file.is_file():
             there = [str(path) for path in file.parent.glob("*.jinja")]
             raise ConfigError(f"policy.tokenizer.chat_template: there is no file {file}.{did_you_mean(str(file), there)}")
