@@ -91,9 +91,7 @@ def _policies(experiment: Experiment) -> Iterator[tuple[str, str]]:
     cls, config = experiment.policy
     starts = {stage.policy for stage in experiment.stages.values()}
     for path in cls.inputs(config).files if NEW in starts else ():
-        if not Path(path).exists():
-            if not is_hub_id(path):
-                raise ConfigError(f"There is no folder {path}, and it is not a hub id (owner/name).")
+        if _is_on_hub(path):
             yield "policy", _ON_HUB.format(path)
     for folder in starts - {None, NEW, *experiment.stages}:
         opener(Path(str(folder)), experiment.backend_name)
@@ -106,11 +104,20 @@ def local_tokenizer(assembly: Assembly) -> Tokenizer | None:
       ConfigError: its folder does not exist, or EOS, pad token or template cannot be used.
     """
     path = assembly.experiment.tokenizer.path
-    if path is not None and not Path(path).exists():
-        if is_hub_id(path):
-            return None
+    return None if path is not None and _is_on_hub(path) else assembly.tokenizer
+
+
+def _is_on_hub(path: str) -> bool:
+    """Whether a file or folder that does not exist may be meant as a hub id.
+
+    Raises:
+      ConfigError: it does not exist, and is no hub id.
+    """
+    if Path(path).exists():
+        return False
+    if not is_hub_id(path):
         raise ConfigError(f"There is no folder {path}, and it is not a hub id (owner/name).")
-    return assembly.tokenizer
+    return True
 
 
 def _checked(stage: Stage, data: DataSource, tokenizer: Tokenizer | None) -> str:
