@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lockstep.config.schema import differences
 from lockstep.config.secrets import without_secrets
 from lockstep.errors import Diverged, Stopped
@@ -31,6 +29,7 @@ from lockstep.runs.interrupts import GracefulStop, terminable
 from lockstep.runs.store import Records, RunFolder, StageFolder
 from lockstep.storage.files import dump_line, finite, write_json, write_text
 from lockstep.storage.records import HEALTH, METRICS, STAGES, read_record, read_rows
+from lockstep.storage.weights import not_finite
 from lockstep.version import __version__
 
 log = logging.getLogger("lockstep")
@@ -279,8 +278,7 @@ class Tracked:
 
 def spoilt(learner: Learner) -> list[str]:
     """The parameters that hold NaN or infinity."""
-    found = ((f"{model}.{name}", array) for model, m in learner.models.items() for name, array in m.parameters().items())
-    return [name for name, array in found if not np.isfinite(array).all()]
+    return [f"{name}.{each}" for name, model in learner.models.items() for each in not_finite(model.parameters())]
 
 
 def _diverged(name: str, step: int, total: int, wrong: Sequence[str], folder: StageFolder, saved: int) -> str:

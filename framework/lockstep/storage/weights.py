@@ -159,12 +159,17 @@ def _mapped(stored: Stored) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------- NaN and Inf
 
 
+def not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """The arrays that hold NaN or Inf."""
+    return [name for name, array in arrays.items() if not np.isfinite(array).all()]
+
+
 def check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
     """
     Raises:
       CheckpointError: an array holds NaN or Inf; ``what``, the subject of the message, says where.
     """
-    _refuse_not_finite((name for name, array in arrays.items() if not np.isfinite(array).all()), what)
+    _refuse_not_finite(not_finite(arrays), what)
 
 
 def check_stored_finite(stored: Mapping[str, Stored], what: str) -> None:
