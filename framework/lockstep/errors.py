@@ -50,6 +50,10 @@ class RewardError(LockstepError):
     """A reward that could not be computed. It is never replaced by a number."""
 
 
+class EnvironmentFailed(LockstepError):
+    """An environment that did not reply, or replied with what is no reply."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean 'ppo'?' for the nearest known name, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1)

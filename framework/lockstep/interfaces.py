@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 import numpy as np
 
 from lockstep.errors import CheckpointError, ConfigError, Unreachable, listing
-from lockstep.types import Choice, Comparison, Demonstration, Fit, Prompt
+from lockstep.types import Choice, Comparison, Demonstration, Fit, Message, Prompt
 
 if TYPE_CHECKING:
     from lockstep.learning.optimisation import OptimizerConfig
@@ -431,12 +431,18 @@ class Backend(ABC, Component):
 
 @dataclass(frozen=True)
 class Responses:
-    """Responses to score: text for reward models that read text, tokens for those that share the policy's tokenizer."""
+    """Responses to score: text for reward models that read text, tokens for those that share the policy's tokenizer.
+
+    After an episode of several turns, a prompt holds all messages before the policy's last turn, and the text is that turn: what
+    an environment said is never part of a response. ``rewards`` float32 [B] are the sums of what the environment gave; None
+    without one.
+    """
 
     prompts: Sequence[Prompt]
     texts: Sequence[str]
     sequences: Sequences
     tokenizer: Tokenizer
+    rewards: np.ndarray | None = None
 
 
 class Resources(Protocol):
@@ -470,6 +476,9 @@ class RewardModel(ABC, Component):
     A failed score raises or, if the configuration allows episodes to be dropped, is NaN; it is never replaced by a number.
     """
 
+    needs_environment: ClassVar[bool] = False
+    """Whether it scores episodes with an environment only."""
+
     @abstractmethod
     def __init__(self, config: Any, resources: Resources): ...
 
@@ -488,6 +497,73 @@ class RewardModel(ABC, Component):
         return None
 
 
+# ------------------------------------------------------------------------------------------------------ environments
+
+
+@dataclass
+class Episode:
+    """A policy and an environment in conversation.
+
+    prompt: what it began with. ``truth`` is for the environment, and so are ``tools``, which it offers.
+    messages: what came after: the policy's turns and the environment's, in order. The last is the policy's.
+    seed: for an environment that draws: a function of (run seed, step, row).
+    state: whatever the environment keeps of this episode; None at first.
+    """
+
+    prompt: Prompt
+    seed: int
+    messages: list[Message] = field(default_factory=list)
+    state: Any = None
+
+    @property
+    def text(self) -> str:
+        """The policy's last turn."""
+        return self.messages[-1].content
+
+    @property
+    def turn(self) -> int:
+        """The number of the policy's last turn, from 1."""
+        return sum(message.role == "assistant" for message in self.messages)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an environment does after a turn: it says something (to which the policy then replies), gives a reward, or ends the
+    episode. An episode to which nothing is said ends too."""
+
+    messages: tuple[Message, ...] = ()
+    reward: float = 0.0
+    done: bool = False
+
+    @classmethod
+    def says(cls, text: str, *, role: Literal["user", "tool"] = "user", reward: float = 0.0) -> Reply:
+        """One message."""
+        return cls((Message(role, text),), reward)
+
+    @classmethod
+    def ends(cls, reward: float = 0.0) -> Reply:
+        return cls((), reward, True)
+
+
+class Environment(ABC, Component):
+    """What a policy converses with: a tool, a search index, a game, a user. One object serves all episodes, several at a time
+    if the configuration says so; what belongs to one is in `Episode.state`. Its ``Config`` extends
+    `lockstep.learning.episodes.EnvironmentConfig`, which has the limits.
+    """
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    @abstractmethod
+    def reply(self, episode: Episode) -> Reply:
+        """To the policy's last turn, which is text and may be anything. What is said here is context for the policy and never
+        trained on; special tokens that it spells are broken up. What this raises counts as a failure of the episode, not as a
+        reward of 0."""
+
+    def close(self, episode: Episode) -> None:
+        """Called once at the end of each episode in which `reply` was called, however it ended."""
+
+
 # -------------------------------------------------------------------------------------------------------- algorithms
 
 
@@ -501,6 +577,7 @@ class Context:
     data: DataSource
     policy: Policy
     reward_model: RewardModel | None = None
+    environment: Environment | None = None
     fits: dict[str, Fit] = field(default_factory=dict)
     """What length limits did to each data set; goes into the stage's record."""
 
@@ -518,6 +595,7 @@ class Algorithm(ABC, Component):
 
     produces: ClassVar[str]  # "policy" or "reward_model"
     needs_reward_model: ClassVar[bool] = False
+    takes_environment: ClassVar[bool] = False
 
     learner: Learner
     total_steps: int

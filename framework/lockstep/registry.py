@@ -28,7 +28,7 @@ from typing import Any
 from lockstep.errors import RegistryError, did_you_mean, listing, short
 
 GROUP = "lockstep.plugins"
-KINDS = ("backend", "policy", "reward_model", "algorithm", "data", "tracker")
+KINDS = ("backend", "policy", "reward_model", "environment", "algorithm", "data", "tracker")
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """What an assistant's message asks a tool to do: ``arguments`` is JSON, an object."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(hash=False)
 
 
 @dataclass(frozen=True)
 class Message:
+    """``calls`` are those of an assistant's message in data, for a chat template to write. A policy writes its own as text."""
+
     role: Role
     content: str
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -24,11 +35,12 @@ class Prompt:
     """A dialogue waiting for the assistant's next turn: its last message is not the assistant's.
 
     ``truth`` is what the data source knows about the prompt (the gold answer, the task's family). Gold scores read it; a
-    model must never see it.
+    model must never see it. ``tools`` are the JSON schemas of the tools that it may call, which chat templates write.
     """
 
     messages: tuple[Message, ...]
     truth: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
 
     @classmethod
     def of(cls, text: str, **truth: Any) -> Prompt:

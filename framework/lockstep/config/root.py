@@ -27,6 +27,7 @@ class Root:
     policy: ConfigGroup = setting(REQUIRED, "What a stage with ``policy: new`` starts from.")
     tracker: ConfigGroup = setting(REQUIRED, "Where the record goes besides the run folder.")
     reward_model: ConfigGroup | None = setting(None, "Scores responses, if a stage names it.")
+    environment: ConfigGroup | None = setting(None, "What policies converse with, if a stage names it; null: nothing.")
     algorithm: ConfigGroup | None = setting(None, "The algorithm that experiments compare.")
     pretrain: ConfigGroup | None = setting(None, "The algorithm of the first stage.")
     sft: ConfigGroup | None = setting(None, "The algorithm of supervised fine-tuning.")
@@ -68,7 +69,7 @@ def completed(config: Mapping[str, Any]) -> ConfigGroup:
     return dict(config) | absent
 
 
-_MAY_BE_NULL = ("reward_model", "algorithm")
+_MAY_BE_NULL = ("reward_model", "environment", "algorithm")
 
 
 def check_groups(config: Mapping[str, Any]) -> None:

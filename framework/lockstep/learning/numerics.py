@@ -182,6 +182,11 @@ def overlong_penalty(lengths: np.ndarray, limit: int, buffer: int) -> np.ndarray
     return np.clip((limit - buffer - lengths) / buffer, -1, 0).astype(np.float32)
 
 
+def turns(mask: np.ndarray) -> np.ndarray:
+    """int64 [B]: the runs of counted tokens in each row of ``mask`` bool [B, T], which are the policy's turns in an episode."""
+    return mask[:, 0] + np.sum(mask[:, 1:] & ~mask[:, :-1], axis=1)
+
+
 def to_go(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Σ_{i >= t} x_i over the counted tokens of a row, float32 [B, T], 0 where masked."""
     sums = np.cumsum(np.where(mask, x, 0)[:, ::-1].astype(np.float64), axis=1)[:, ::-1]

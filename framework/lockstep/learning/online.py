@@ -140,6 +140,7 @@ class Rollout:
 class Online(Algorithm):
     produces = "policy"
     needs_reward_model = True
+    takes_environment = True
     outputs: ClassVar[tuple[str, ...]] = ("logprobs", "entropy")
     """What a rollout evaluates under the trained models."""
 
@@ -149,7 +150,8 @@ class Online(Algorithm):
         self.config, self.context = config, context
         self.tokenizer = context.tokenizer
         self.reward_model: Any = context.reward_model  # an experiment has one, since the class needs it
-        self.sampler = Sampler(Stops(self.tokenizer, config.stop_strings), config.lengths, config.temperature)
+        stops = Stops(self.tokenizer, config.stop_strings)
+        self.sampler = Sampler(stops, config.lengths, config.temperature, environment=context.environment)
         config.lengths.check(context.policy.context_length)
         prompts, fit = context.data.prompts("train"), context.fit("train prompts")
         self.prompts, self.prompt_ids = encoding.encode_prompts(self.tokenizer, prompts, config.lengths, fit)
@@ -310,6 +312,9 @@ class Online(Algorithm):
                 "sampler/rejected": float((w == 0).mean()),
                 "sampler/effective_share": numerics.effective_share(w),
             }
+        if (rewards := rollout.responses.rewards) is not None:
+            metrics["environment/reward"] = float(rewards[counted].mean())
+            metrics["environment/turns"] = float(numerics.turns(mask)[counted].mean())
         details = {f"reward_model/{name}": float(values[counted].mean()) for name, values in rollout.details.items()}
         return metrics | details | self.gold(rollout)
 

@@ -12,6 +12,7 @@ context, and `Sampler.finish` makes `Samples` of what came back.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
@@ -19,9 +20,10 @@ from typing import TypeVar
 import numpy as np
 
 from lockstep.errors import RewardError
-from lockstep.interfaces import Generated, Policy, Responses, RewardModel
-from lockstep.text.encoding import Lengths
-from lockstep.text.sequences import Sequences, chunks, join, left_pad, stack
+from lockstep.interfaces import Environment, Generated, Policy, Responses, RewardModel
+from lockstep.learning.episodes import Row, converse
+from lockstep.text.encoding import Lengths, encode_response
+from lockstep.text.sequences import Sequences, chunks, join, left_pad, right_pad, stack
 from lockstep.text.stopping import Stops
 from lockstep.types import Prompt
 
@@ -35,7 +37,7 @@ class Samples:
     Args:
       responses: what a reward model reads. A response ended by a stop string appears there as its text and EOS.
       sequences: what the policy wrote, up to and including what ended it: the tokens to train on.
-      finished: bool [B]. Whether EOS or a stop string ended the response, not the limit.
+      finished: bool [B]. Whether EOS or a stop string ended the response (or the last turn), not the limit.
       logprobs: float32 [B, T], the sampler's own.
     """
 
@@ -46,7 +48,9 @@ class Samples:
 
     def take(self, rows: np.ndarray) -> Samples:
         r = self.responses
-        responses = Responses([r.prompts[i] for i in rows], [r.texts[i] for i in rows], r.sequences.take(rows), r.tokenizer)
+        rewards = None if r.rewards is None else r.rewards[rows]
+        prompts, texts = [r.prompts[i] for i in rows], [r.texts[i] for i in rows]
+        responses = Responses(prompts, texts, r.sequences.take(rows), r.tokenizer, rewards)
         return Samples(responses, self.sequences.take(rows), self.finished[rows], self.logprobs[rows])
 
 
@@ -58,28 +62,35 @@ class Sampler:
       stops: what ends a response, and the tokenizer.
       lengths: prompts are padded to ``lengths.columns``.
       batch_size: rows to generate at a time; None: all at once.
+      environment: what the policy converses with; None: a response is one turn.
     """
 
     stops: Stops
     lengths: Lengths
     temperature: float
     batch_size: int | None = None
+    environment: Environment | None = None
 
     def sample(
         self, policy: Policy, prompts: Sequence[Prompt], prompt_ids: Sequence[Sequence[int]], seeds: np.ndarray
     ) -> Samples:
-        """One response for each row of seeds.
+        """One response for each row of seeds, or one episode.
 
         Args:
           prompts, prompt_ids: the prompts and their token ids.
-          seeds: uint32 [B, T]. B is k times the number of prompts, for k samples of each; T is the limit of a response.
+          seeds: uint32 [B, T]. B is k times the number of prompts, for k samples of each; T is the limit of a response, or of an
+            episode after its prompt.
         """
         samples, rest = divmod(len(seeds), len(prompt_ids))
         if rest or not samples:
             raise ValueError(f"{len(seeds)} rows of seeds do not divide evenly among {len(prompt_ids)} prompts")
+        prompts, prompt_ids = neighbours(prompts, samples), neighbours(prompt_ids, samples)
         columns = self.lengths.columns(max(map(len, prompt_ids)), self.lengths.prompt)
-        context = left_pad(neighbours(prompt_ids, samples), self.stops.tokenizer.pad_id, columns)
-        return self.finish(neighbours(prompts, samples), *context, self.generate(policy, *context, seeds))
+        context = left_pad(prompt_ids, self.stops.tokenizer.pad_id, columns)
+        if self.environment is None:
+            return self.finish(prompts, *context, self.generate(policy, *context, seeds))
+        generate = functools.partial(self.generate, policy)
+        return self.gather(*context, converse(generate, self.stops, self.lengths, self.environment, prompts, prompt_ids, seeds))
 
     def generate(self, policy: Policy, tokens: np.ndarray, mask: np.ndarray, seeds: np.ndarray) -> Generated:
         """`Policy.generate` on chunks of equal shape: the last is padded with copies of its first row."""
@@ -105,6 +116,27 @@ class Sampler:
         responses = Responses(prompts, ended.texts, self.stops.as_read(sequences, ended), self.stops.tokenizer)
         return Samples(responses, sequences, ended.finished, generated.logprobs)
 
+    def gather(self, tokens: np.ndarray, mask: np.ndarray, rows: Sequence[Row]) -> Samples:
+        """Episodes as rows behind their left-padded prompts."""
+        tokenizer, width = self.stops.tokenizer, len(rows[0].seeds)
+        sequences = join(tokens, mask, *right_pad([row.tokens for row in rows], tokenizer.pad_id, width))
+        sequences.mask[sequences.response_mask] = [counts for row in rows for counts in row.counted]
+        logprobs = np.zeros((len(rows), width), np.float32)
+        prompts, read = [], []
+        for number, row in enumerate(rows):
+            logprobs[number, : len(row.logprobs)] = row.logprobs
+            *before, last = row.episode.messages
+            prompts.append(replace(row.episode.prompt, messages=(*row.episode.prompt.messages, *before)))
+            start = len(row.tokens) - len(row.turn)
+            ended_otherwise = row.finished and not row.with_eos
+            read.append(
+                row.tokens[:start] + encode_response(tokenizer, last.content, width - start) if ended_otherwise else row.tokens
+            )
+        texts = [row.episode.text for row in rows]
+        rewards = np.array([row.reward for row in rows], np.float32)
+        responses = Responses(prompts, texts, join(tokens, mask, *right_pad(read, tokenizer.pad_id, width)), tokenizer, rewards)
+        return Samples(responses, sequences, np.array([row.finished for row in rows]), logprobs)
+
 
 def concatenate(parts: Sequence[Samples]) -> Samples:
     """The rows of several batches in one, padded to the widest prompt."""
@@ -114,7 +146,9 @@ def concatenate(parts: Sequence[Samples]) -> Samples:
     prompts = [prompt for part in parts for prompt in part.responses.prompts]
     texts = [text for part in parts for text in part.responses.texts]
     finished, logprobs = (np.concatenate([getattr(part, name) for part in parts]) for name in ("finished", "logprobs"))
-    return Samples(Responses(prompts, texts, read, tokenizer), written, finished, logprobs)
+    given = [part.responses.rewards for part in parts if part.responses.rewards is not None]
+    rewards = np.concatenate(given) if given else None
+    return Samples(Responses(prompts, texts, read, tokenizer, rewards), written, finished, logprobs)
 
 
 def neighbours(items: Sequence[T], samples: int) -> list[T]:
@@ -123,8 +157,9 @@ def neighbours(items: Sequence[T], samples: int) -> list[T]:
 
 
 def score(reward_model: RewardModel, samples: Samples) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
-    """float32 [B] scores, NaN where there is none; and the reward model's other results per response."""
-    return reward_model.score(samples.responses), reward_model.details()
+    """float32 [B] scores, NaN where there is none, or where the environment failed; and the reward model's details."""
+    scores, rewards = reward_model.score(samples.responses), samples.responses.rewards
+    return (scores if rewards is None else np.where(np.isnan(rewards), rewards, scores)), reward_model.details()
 
 
 def scored_only(sequences: Sequences, scores: np.ndarray) -> Sequences:

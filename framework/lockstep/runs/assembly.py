@@ -14,6 +14,7 @@ from lockstep.interfaces import (
     Classifier,
     Context,
     DataSource,
+    Environment,
     Inputs,
     Model,
     Policy,
@@ -96,9 +97,15 @@ class Assembly:
         config = component_config(cls, dict(group), "reward_model")
         return cls(config, DeclaredResources(self, group["name"], cls.inputs(config)))
 
+    def environment(self, stage: Stage) -> Environment | None:
+        if stage.surroundings is None:
+            return None
+        cls, config = stage.surroundings
+        return cls(config)
+
     def algorithm(self, stage: Stage) -> Algorithm:
         policy, reward_model = self.policy(stage.policy), self.reward_model(stage.reward_model)
-        context = Context(stage.seed, self.backend, self.tokenizer, self.data, policy, reward_model)
+        context = Context(stage.seed, self.backend, self.tokenizer, self.data, policy, reward_model, self.environment(stage))
         self.fits[stage.name] = context.fits
         return stage.component(stage.config, context)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.errors import MissingData
-from lockstep.interfaces import DataSource, Model, Policy, Responses, RewardModel
+from lockstep.interfaces import DataSource, Environment, Model, Policy, Responses, RewardModel
 from lockstep.learning import numerics
 from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import Sampler, Samples, score
@@ -83,6 +83,7 @@ class Evaluator:
     tokenizer: Tokenizer
     reward_model: RewardModel | None
     seed: int
+    environment: Environment | None = None
     fits: dict[str, Fit] = field(default_factory=dict)
 
     def run(self, load: Callable[[str], Policy], policies: Sequence[str], progress: Callable[[str], None]) -> dict[str, Any]:
@@ -121,12 +122,13 @@ class Evaluator:
     @cached_property
     def sampler(self) -> Sampler:
         c = self.config
-        return Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size)
+        return Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size, self.environment)
 
     def answer(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> Answers:
         seeds = token_seeds(self.seed, "evaluation", 0, len(ids), self.config.lengths.response)
         samples = self.sampler.sample(policy, prompts, ids, seeds)
-        golds = [self.data.gold(prompt, text) for prompt, text in zip(prompts, samples.responses.texts, strict=True)]
+        asked = zip(samples.responses.prompts, samples.responses.texts, strict=True)
+        golds = [self.data.gold(prompt, text) for prompt, text in asked]
         known = bool(golds) and golds[0] is not None
         gold = {name: np.array([g[name] for g in golds]) for name in golds[0]} if known else {}
         scores, details = (None, {}) if self.reward_model is None else score(self.reward_model, samples)
@@ -138,6 +140,8 @@ class Evaluator:
             counted = np.isfinite(answers.scores)
             measures["score"] = mean(answers.scores[counted])
             measures |= {name: mean(values[counted]) for name, values in answers.details.items()}
+        if answers.samples.responses.rewards is not None:
+            measures["turns"] = mean(numerics.turns(answers.samples.sequences.mask))
         if answers.preference is not None:
             difference = answers.preference - reference.preference
             difference = difference[np.isfinite(difference)]  # responses without a score are left out
@@ -196,6 +200,8 @@ class Evaluator:
 
     def test_reward_model(self) -> dict[str, Measure]:
         """Pairwise agreement with labelers and with the gold truth on held-out comparisons, and calibration."""
+        if self.reward_model is None or self.reward_model.needs_environment:
+            return {}
         try:
             found = list(self.data.comparisons("heldout"))[: self.config.comparisons]
         except MissingData:

@@ -24,7 +24,7 @@ from lockstep.config.root import ConfigGroup, check_groups, completed, component
 from lockstep.config.schema import parse, setting
 from lockstep.config.secrets import without_secrets
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing, short
-from lockstep.interfaces import Algorithm, DataSource, RewardModel
+from lockstep.interfaces import Algorithm, DataSource, Environment, RewardModel
 from lockstep.registry import registry
 from lockstep.runs import identity
 from lockstep.runs.evaluation import EvaluationConfig
@@ -45,6 +45,7 @@ class StageConfig:
     algorithm: ConfigGroup | None = setting(None, "The group of the algorithm that trains.")
     policy: str | None = setting(None, "The policy to start from: 'new' for the configured one, or an earlier stage.")
     reward_model: ConfigGroup | None = setting(None, "The group that scores, if the algorithm or evaluation needs one.")
+    environment: ConfigGroup | None = setting(None, "The group of what policies converse with, in training and in evaluation.")
     changes: ConfigGroup | None = setting(None, "Keys of the algorithm that differ in this stage.")
     evaluation: ConfigGroup | None = setting(None, "The group of the evaluation.")
     only_if: str | None = setting(None, "A key that the algorithm must have; without it the stage is left out.")
@@ -67,6 +68,7 @@ class Stage:
     component, config: the algorithm and its ``Config``; None and an `EvaluationConfig` for an evaluation.
     group: what ``config`` was parsed from.
     scorers: its reward model, then that one's members.
+    surroundings: the class of its environment and the configuration, parsed from the group ``environment``.
     """
 
     name: str
@@ -78,6 +80,8 @@ class Stage:
     reward_model: ConfigGroup | None
     scorers: tuple[Scorer, ...]
     seed: int
+    environment: ConfigGroup | None = None
+    surroundings: tuple[type[Environment], Any] | None = None
 
     @property
     def produces(self) -> str:
@@ -89,8 +93,8 @@ class Stage:
         Raises:
           LockstepError: the data lack what it needs, or a component does not work here; found before any model is loaded.
         """
-        for scorer in self.scorers:
-            scorer.component.check(scorer.config)
+        for component, config in self._surrounding:
+            component.check(config)
         if self.component:
             return self.component.arithmetic(self.config, data)
         return self.config.arithmetic(data)
@@ -98,8 +102,9 @@ class Stage:
     @property
     def modules(self) -> list[str]:
         """Modules whose code decides its result: of its classes, their base classes, and functions named module:function."""
-        classes = [base for cls in (self.component, *(s.component for s in self.scorers)) if cls for base in cls.__mro__]
-        values = [value for scorer in self.scorers for value in scorer.group.values()]
+        classes = [base for cls, _ in self._components for base in cls.__mro__]
+        groups = [*(scorer.group for scorer in self.scorers), *([self.environment] if self.environment else [])]
+        values = [value for group in groups for value in group.values()]
         named = [v.partition(":")[0] for v in values if isinstance(v, str) and re.fullmatch(r"[\w.]+:\w+", v)]
         return [*(cls.__module__ for cls in classes), *named]
 
@@ -119,8 +124,13 @@ class Stage:
 
     @property
     def _components(self) -> list[tuple[Any, Any]]:
-        own = [(self.component, self.config)] if self.component else []
-        return own + [(scorer.component, scorer.config) for scorer in self.scorers]
+        return [*([(self.component, self.config)] if self.component else []), *self._surrounding]
+
+    @property
+    def _surrounding(self) -> list[tuple[Any, Any]]:
+        """Its reward models and its environment."""
+        found: list[tuple[Any, Any]] = [(scorer.component, scorer.config) for scorer in self.scorers]
+        return [*found, self.surroundings] if self.surroundings else found
 
 
 class Experiment:
@@ -145,6 +155,11 @@ class Experiment:
         for name, group in config["stages"].items():
             if stage := self._stage(name, group):
                 self.stages[name] = stage
+        if config["environment"] is not None and not any(stage.environment for stage in self.stages.values()):
+            raise ConfigError(
+                f"No stage uses environment={config['environment']['name']}. Give a stage whose algorithm samples the line "
+                'environment: "${environment}", or set environment=null.'
+            )
         if not self.stages:
             raise ConfigError("The experiment has no stages. Choose one that has: experiment=instructgpt.")
         if (objective := config["objective"]) is not None:
@@ -180,6 +195,7 @@ class Experiment:
             found[stage.name] = {
                 "stage": without_secrets(stage.group),
                 "reward_model": without_secrets(stage.reward_model),
+                "environment": without_secrets(stage.environment),
                 "policy": without_secrets(self.config["policy"]) if stage.policy == NEW else None,
                 "tokenizer": dataclasses.asdict(tokenizer),
                 "inputs": {name: self._folder(name, found[name]).path.name for name, _ in stage.inputs if name in found},
@@ -263,11 +279,18 @@ class Experiment:
                 f"stages.{name}.seed_offset={stage.seed_offset} makes the seed {seed}. It must be from 0 to 2**63 - 1."
             )
         scorers = tuple(self._scorers(stage.reward_model))
+        if stage.environment is None and (needy := next((s for s in scorers if s.component.needs_environment), None)):
+            raise ConfigError(
+                f"stages.{name}: reward_model={needy.group['name']} scores episodes with an environment, and the stage has none. "
+                "Choose one: environment=NAME."
+            )
+        surroundings = None if stage.environment is None else self._component("environment", stage.environment)
+        scoring = (stage.reward_model, scorers, seed, stage.environment, surroundings)
         if stage.algorithm is None:
             trained = [s.name for s in self.stages.values() if s.produces == "policy"]
             evaluation = stage.evaluation | {"policies": stage.evaluation.get("policies") or trained}
             config: Any = parse(EvaluationConfig, evaluation, f"stages.{name}.evaluation")
-            checked = Stage(name, "evaluate", None, config, evaluation, None, stage.reward_model, scorers, seed)
+            checked = Stage(name, "evaluate", None, config, evaluation, None, *scoring)
         else:
             merged = _merge(stage.algorithm, stage.changes or {}, f"stages.{name}.changes")
             cls = registry().resolve("algorithm", component_name(merged, f"stages.{name}.algorithm"), self.backend_name)
@@ -276,7 +299,9 @@ class Experiment:
                 raise ConfigError(f"stages.{name} ({merged['name']}) needs a reward_model.")
             if stage.policy is None:
                 raise ConfigError(f"stages.{name} needs a policy to start from: '{NEW}' or an earlier stage.")
-            checked = Stage(name, "train", cls, config, merged, stage.policy, stage.reward_model, scorers, seed)
+            if stage.environment is not None and not cls.takes_environment:
+                raise ConfigError(f"stages.{name} ({merged['name']}) takes no environment. Remove stages.{name}.environment.")
+            checked = Stage(name, "train", cls, config, merged, stage.policy, *scoring)
         for source, kind in checked.inputs:
             if source in self.stages:
                 made = self.stages[source].produces

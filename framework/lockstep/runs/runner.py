@@ -233,7 +233,8 @@ class Runner:
         config: EvaluationConfig = stage.config
         assembly = self.assembly
         reward_model = assembly.reward_model(stage.reward_model)
-        evaluator = Evaluator(config, assembly.data, assembly.tokenizer, reward_model, stage.seed)
+        environment = assembly.environment(stage)
+        evaluator = Evaluator(config, assembly.data, assembly.tokenizer, reward_model, stage.seed, environment)
         with (
             self._tracked(stage, folder, resume=False) as tracker,
             self.console.progress(stage.name, 0, len(config.policies) + 2) as progress,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -93,7 +93,10 @@ def report(fit: Fit, lengths: Lengths) -> None:
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, limit: int, fit: Fit | None = None) -> list[int] | None:
     """Ids of the rendered dialogue, ready for the assistant's turn. A dialogue that is too long loses whole turns, the
     oldest first; None if its last turn alone is too long."""
-    encode = lambda messages: [tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))]  # noqa: E731
+
+    def encode(messages: Sequence[Message]) -> list[list[int]]:
+        return [tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True, tools=prompt.tools))]
+
     pieces = _fitting(prompt, limit, encode, fit or Fit())
     return pieces and pieces[0]
 
@@ -132,7 +135,8 @@ def encode_dialogue(tokenizer: Tokenizer, demonstration: Demonstration, lengths:
     The dialogue is cut where the assistant's turns begin and end, and the pieces are encoded separately. So no token crosses
     a boundary, and each turn follows the ids that generation would start from.
     """
-    pieces = _fitting(demonstration.prompt, lengths.prompt, lambda messages: _turns(tokenizer, messages), fit)
+    tools = demonstration.prompt.tools
+    pieces = _fitting(demonstration.prompt, lengths.prompt, lambda messages: _turns(tokenizer, messages, tools), fit)
     if pieces is None:
         return None
     response, counted = [], []
@@ -144,13 +148,29 @@ def encode_dialogue(tokenizer: Tokenizer, demonstration: Demonstration, lengths:
     return Example(pieces[0], response + last, counted + [True] * len(last))
 
 
-def _turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[list[int]]:
+def encode_reply(tokenizer: Tokenizer, dialogue: Prompt, reply: Sequence[Message], *, closed: bool) -> list[int]:
+    """Ids of what the chat template writes from the end of the assistant's turn, which is the last message of the dialogue, to
+    where it answers the reply. ``closed``: the turn ended with EOS, which is then not written again.
+
+    Raises:
+      ConfigError: the template writes the turn differently once the dialogue continues.
+    """
+    *before, turn = dialogue.messages
+    render = lambda messages: tokenizer.render(messages, add_generation_prompt=True, tools=dialogue.tools)  # noqa: E731
+    whole = render([*dialogue.messages, *reply])
+    _, end = _find_turn(whole, render(before), turn.content)
+    ids = tokenizer.encode(whole[end:])
+    place = _closing(tokenizer, ids)
+    return ids[place + 1 :] if closed and place is not None else ids
+
+
+def _turns(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     """The rendered dialogue, ready for the assistant's next turn, in an odd number of encoded pieces: others' text and
     markup, the assistant's turn, others', the assistant's, ..., others'."""
-    text, start, pieces = tokenizer.render(messages, add_generation_prompt=True), 0, []
+    text, start, pieces = tokenizer.render(messages, add_generation_prompt=True, tools=tools), 0, []
     for number, message in enumerate(messages):
         if message.role == "assistant":
-            before = tokenizer.render(messages[:number], add_generation_prompt=True)
+            before = tokenizer.render(messages[:number], add_generation_prompt=True, tools=tools)
             begin, end = _find_turn(text, before, message.content)
             pieces += [text[start:begin], text[begin:end]]
             start = end
@@ -177,7 +197,8 @@ def _find_turn(text: str, before: str, content: str) -> tuple[int, int]:
     raise ConfigError(
         "This chat template writes an earlier assistant turn differently once the dialogue continues, so its tokens cannot be "
         f"identified: after {before[-40:]!r} comes {text[len(before) :][:40]!r} where {content[:40]!r} was expected. Set "
-        "sft.assistant_turns=last, or policy.tokenizer.chat_template to a template that writes all turns alike."
+        "policy.tokenizer.chat_template to a template that writes all turns alike; SFT can do without, with "
+        "sft.assistant_turns=last."
     )
 
 

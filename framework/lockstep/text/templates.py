@@ -74,7 +74,7 @@ def template_text(given: str | None) -> str | None:
 
 def render(
     template: str, messages: Sequence[Message], *, add_generation_prompt: bool, tokens: Mapping[str, str],
-    date: str | None = None, asked_date: Callable[[], None] = lambda: None,
+    tools: Sequence[Mapping[str, Any]] = (), date: str | None = None, asked_date: Callable[[], None] = lambda: None,
 ) -> str:  # fmt: skip
     """The dialogue as the template writes it.
 
@@ -94,9 +94,9 @@ def render(
     try:
         with _limited():
             for piece in _compiled(template).generate(
-                messages=[{"role": m.role, "content": m.content} for m in messages],
+                messages=[_given(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
                 strftime_now=strftime_now,
                 **tokens,
@@ -114,6 +114,12 @@ def render(
     except Exception as error:  # a template can raise whatever Python can
         raise ConfigError(f"The chat template fails on this dialogue: {error}") from error
     return "".join(pieces)
+
+
+def _given(message: Message) -> dict[str, Any]:
+    """As templates read it: transformers' form."""
+    calls = [{"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}} for call in message.calls]
+    return {"role": message.role, "content": message.content} | ({"tool_calls": calls} if calls else {})
 
 
 def day(date: str | None) -> datetime.date:

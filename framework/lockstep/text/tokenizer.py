@@ -223,8 +223,8 @@ class Tokenizer:
         """Text of the ids, special tokens left out."""
         return self.core.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The dialogue as the text the model reads.
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The dialogue as the text the model reads, with the schemas of its tools where the template writes them.
 
         Raises:
           ConfigError: there is no chat template, or it does not accept this dialogue.
@@ -236,7 +236,7 @@ class Tokenizer:
             )
         tokens = {"bos_token": self.bos_token or "", "eos_token": self.eos_token, "pad_token": self.pad_token}
         return templates.render(
-            self.chat_template, messages, add_generation_prompt=add_generation_prompt, tokens=tokens, date=self.date,
+            self.chat_template, messages, add_generation_prompt=add_generation_prompt, tokens=tokens, tools=tools, date=self.date,
             asked_date=lambda: self.warn_once(f"the chat template writes the date: it is told {self.date}. {_OTHER_DATE}"),
         )  # fmt: skip
 
@@ -250,6 +250,10 @@ class Tokenizer:
         """A special token that the text spells, and that the model therefore reads in its place."""
         found = self._special.search(text)
         return found and found[0]
+
+    def broken_up(self, text: str) -> str:
+        """The text with a space inside every special token that it spells: what a stranger wrote opens no turn of a dialogue."""
+        return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str]:

@@ -163,7 +163,7 @@ class PolicyGradient(Online):
         counted, kl = np.any(mask, axis=1), rollout.kl
         rewards = self.scores(rollout)
         if c.overlong_buffer:
-            lengths = rollout.sequences.response_mask.sum(axis=1)
+            lengths = rollout.sequences.mask.sum(axis=1)  # of the policy's own tokens
             rewards = rewards + numerics.overlong_penalty(lengths, c.lengths.response, c.overlong_buffer)
         beta = c.kl_coef or 0.0
         if c.kl_in == "reward":

@@ -1,0 +1,275 @@
+"""Episodes of several turns: a policy and an environment in conversation, as rows of one block.
+
+    columns   0 ...... P-1 | P .................................................. P+T-1
+              the prompt   | a turn EOS  what the environment says  a turn EOS  pad pad
+              mask         | T T  T   T   F F F F F F F F F F F F F   T T  T   T   F   F
+
+A row's tokens are what the policy sampled, as sampled, and between its turns the text that the chat template writes there,
+encoded by itself. Nothing is tokenised twice: ids are not a function of text (the same word may be one token or several). T is
+the limit of a row, for both sides together. The token in column t is drawn from the seed of column t, so an episode depends on
+its prompt, its seeds, the policy and the environment, and not on the other rows.
+
+An episode ends when the environment says so or says nothing, when the policy has had its turns, and where a turn reaches the
+limit or what the environment says does not fit (it is then taken back).
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from lockstep.config.schema import setting
+from lockstep.errors import ConfigError, EnvironmentFailed, told
+from lockstep.interfaces import Environment, Episode, Generated, Reply, Resources, Responses, RewardModel
+from lockstep.learning.randomness import hash32
+from lockstep.text import encoding
+from lockstep.text.encoding import Lengths
+from lockstep.text.sequences import left_pad
+from lockstep.text.stopping import Stops
+from lockstep.types import Message, Prompt
+
+MOST_MESSAGES = 16
+"""Of one reply."""
+
+Generate = Callable[[np.ndarray, np.ndarray, np.ndarray], Generated]
+"""`lockstep.interfaces.Policy.generate` of left-padded tokens, their mask and seeds."""
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """The limits of a conversation; the configuration of an environment extends it."""
+
+    turns: int = setting(4, "Turns of the policy, at most.", least=1)
+    turn_tokens: int | None = setting(None, "Tokens of one turn, at most; null: what is left of lengths.response.", least=1)
+    reply_tokens: int = setting(256, "Tokens of a message of the environment; a longer one is cut.", least=1)
+    at_once: int = setting(1, "Episodes whose replies are made at the same time, each in a thread.", least=1, most=1024)
+    timeout_seconds: float = setting(60.0, "Limit of one reply.", above=0, most=86400)
+    on_failure: Literal["raise", "drop"] = setting(
+        "raise", "Stop the run; or drop: leave the episode out and say how many. A failure is never a reward."
+    )
+
+
+@dataclass
+class Row:
+    """One episode. ``tokens``, ``counted`` and ``logprobs`` are of its response columns; what the environment said is not
+    counted. ``turn`` are the ids of the policy's last turn. ``reward`` is NaN if the environment failed."""
+
+    episode: Episode
+    prompt: list[int]
+    seeds: np.ndarray
+    tokens: list[int] = field(default_factory=list)
+    counted: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    turn: list[int] = field(default_factory=list)
+    reward: float = 0.0
+    finished: bool = False
+    with_eos: bool = False
+    over: bool = False
+
+    @property
+    def left(self) -> int:
+        """Tokens until the limit."""
+        return len(self.seeds) - len(self.tokens)
+
+
+def converse(
+    generate: Generate, stops: Stops, lengths: Lengths, environment: Environment, prompts: Sequence[Prompt],
+    prompt_ids: Sequence[Sequence[int]], seeds: np.ndarray,
+) -> list[Row]:  # fmt: skip
+    """An episode for each row of ``seeds`` uint32 [B, T], begun with the prompt of that row.
+
+    Raises:
+      EnvironmentFailed: there is no reply, and the configuration says to stop.
+      ConfigError: the chat template cannot continue a dialogue.
+    """
+    own = hash32(hash32(seeds[:, 0]) ^ np.uint32(1))
+    rows = [
+        Row(Episode(prompt, int(seed)), list(ids), of_row)
+        for prompt, ids, of_row, seed in zip(prompts, prompt_ids, seeds, own, strict=True)
+    ]
+    begun: list[Row] = []
+    try:
+        for number in range(1, environment.config.turns + 1):
+            talking = [row for row in rows if not row.over]
+            if not talking:
+                break
+            take_turns(generate, stops, lengths, environment.config.turn_tokens, talking, len(rows))
+            talking = [row for row in talking if row.finished]
+            begun = talking if number == 1 else begun
+            for row, reply in zip(talking, replies(environment, [row.episode for row in talking]), strict=True):
+                hear(row, reply, stops, environment.config, last=number == environment.config.turns)
+    finally:
+        for row in begun:
+            environment.close(row.episode)
+    return rows
+
+
+def take_turns(
+    generate: Generate, stops: Stops, lengths: Lengths, turn_tokens: int | None, rows: Sequence[Row], most: int
+) -> None:
+    """The policy's next turn in each episode. ``most`` rows or a half, a quarter, ... of them are generated, and columns are
+    padded, so that few shapes are compiled."""
+    tokenizer, limit = stops.tokenizer, len(rows[0].seeds)
+    contexts = [row.prompt + row.tokens for row in rows]
+    longest = max(map(len, contexts))
+    columns = lengths.columns(longest, lengths.prompt if not rows[0].tokens else lengths.prompt + limit)
+    width = min(turn_tokens or limit, limit)
+    seeds = np.zeros((len(rows), width), np.uint32)
+    for i, row in enumerate(rows):
+        here = row.seeds[len(row.tokens) :][:width]
+        seeds[i, : len(here)] = here
+    while most % 2 == 0 and most // 2 >= len(rows):
+        most //= 2
+    filled = np.append(np.arange(len(rows)), np.zeros(most - len(rows), np.int64))
+    tokens, mask = left_pad(contexts, tokenizer.pad_id, columns)
+    drawn = generate(tokens[filled], mask[filled], seeds[filled])
+    ended = stops.end(drawn.tokens[: len(rows)], drawn.mask[: len(rows)])
+    for i, row in enumerate(rows):
+        ids = ended.tokens[i][ended.mask[i]].tolist()
+        text = ended.texts[i]
+        row.finished = bool(ended.finished[i]) and len(ids) <= row.left
+        if len(ids) > row.left:
+            ids = ids[: row.left]
+            text = tokenizer.decode(ids)
+        row.with_eos = row.finished and not ended.without_eos[i]
+        row.over = not row.finished
+        row.turn = ids
+        row.tokens += ids
+        row.counted += [True] * len(ids)
+        row.logprobs += drawn.logprobs[i][: len(ids)].tolist()
+        row.episode.messages.append(Message("assistant", text))
+
+
+def hear(row: Row, reply: Reply | None, stops: Stops, config: EnvironmentConfig, *, last: bool) -> None:
+    """What the environment's reply to a finished turn does to the episode; None: it failed."""
+    row.reward += math.nan if reply is None else float(reply.reward)
+    row.over = reply is None or reply.done or not reply.messages or last
+    if reply is None or row.over:
+        return
+    tokenizer, episode = stops.tokenizer, row.episode
+    said = [_cut(tokenizer.broken_up(message.content), tokenizer, config.reply_tokens) for message in reply.messages]
+    messages = [replace(message, content=text) for message, text in zip(reply.messages, said, strict=True)]
+    dialogue = replace(episode.prompt, messages=(*episode.prompt.messages, *episode.messages))
+    ids = encoding.encode_reply(tokenizer, dialogue, messages, closed=row.with_eos)
+    if len(ids) >= row.left:
+        row.over, row.finished = True, False
+        return
+    episode.messages += messages
+    row.tokens += ids
+    row.counted += [False] * len(ids)
+    row.logprobs += [0.0] * len(ids)
+
+
+def _cut(text: str, tokenizer: Any, most: int) -> str:
+    text = text[: encoding.most_characters(most)]
+    ids = tokenizer.encode(text)
+    return text if len(ids) <= most else tokenizer.decode(ids[:most])
+
+
+# -------------------------------------------------------------------------------------------------------------- replies
+
+
+def replies(environment: Environment, episodes: Sequence[Episode]) -> list[Reply | None]:
+    """A reply to each episode, ``at_once`` at a time; None for one that failed and is left out. Python cannot stop a call that is
+    out of time: it runs on in its thread, and another thread takes over.
+
+    Raises:
+      EnvironmentFailed: there is none, and the configuration says to stop.
+    """
+    config: EnvironmentConfig = environment.config
+    waiting, found = iter(enumerate(episodes)), queue.SimpleQueue[tuple[int, Reply | Exception]]()
+    lock, started = threading.Lock(), dict[int, float]()
+
+    def work() -> None:
+        while True:
+            with lock:
+                number, episode = next(waiting, (None, None))
+                if number is None or episode is None:
+                    return
+                started[number] = time.monotonic()
+            try:
+                found.put((number, checked(environment.reply(episode))))
+            except Exception as error:
+                found.put((number, error))
+            except BaseException as error:  # sys.exit, which would end the thread without a word
+                found.put((number, EnvironmentFailed(f"it raised {told(error)}")))
+
+    def another() -> None:
+        threading.Thread(target=work, name="environment", daemon=True).start()
+
+    for _ in range(min(config.at_once, len(episodes))):
+        another()
+    answers: dict[int, Reply | None] = {}
+    while len(answers) < len(episodes):
+        for number, answer in _arrived(found, started, answers, config.timeout_seconds):
+            if number in answers:
+                continue  # out of time before
+            if answer is None:
+                answer = EnvironmentFailed(f"no reply within environment.timeout_seconds={config.timeout_seconds:g}")
+                another()
+            if isinstance(answer, Exception) and config.on_failure == "raise":
+                raise EnvironmentFailed(f"The environment {type(environment).__name__} failed: {_reason(answer)}") from answer
+            answers[number] = None if isinstance(answer, Exception) else answer
+    return [answers[number] for number in range(len(episodes))]
+
+
+def _arrived(
+    found: queue.SimpleQueue[tuple[int, Reply | Exception]], started: dict[int, float], answers: dict[int, Any], limit: float
+) -> Iterator[tuple[int, Reply | Exception | None]]:
+    """The next answer, or None for each episode that is out of time."""
+    pending = [begun for number, begun in list(started.items()) if number not in answers]
+    wait = min(pending, default=time.monotonic()) + limit - time.monotonic()
+    try:
+        yield found.get(timeout=max(0.0, wait))
+    except queue.Empty:
+        now = time.monotonic()
+        late = [number for number, begun in list(started.items()) if number not in answers and now - begun >= limit]
+        yield from ((number, None) for number in late)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, EnvironmentFailed) else f"it raised {told(error)}"
+
+
+def checked(reply: Any) -> Reply:
+    """
+    Raises:
+      EnvironmentFailed: it is not a `Reply` that can be used.
+    """
+    if not isinstance(reply, Reply):
+        raise EnvironmentFailed(f"it replied with {told(reply)}. A reply is a lockstep.interfaces.Reply.")
+    number = isinstance(reply.reward, numbers.Real) and not isinstance(reply.reward, bool) and math.isfinite(reply.reward)
+    if not number:
+        raise EnvironmentFailed(f"it gave the reward {told(reply.reward)}. A reward is a finite number.")
+    if len(reply.messages) > MOST_MESSAGES:
+        raise EnvironmentFailed(f"it said {len(reply.messages)} messages at once. {MOST_MESSAGES} is the most.")
+    for message in reply.messages:
+        if not isinstance(message, Message) or message.role not in ("user", "tool") or not isinstance(message.content, str):
+            raise EnvironmentFailed(f"it said {told(message)}. What it says is messages with the role 'user' or 'tool'.")
+    return reply
+
+
+class EnvironmentReward(RewardModel):
+    """The rewards that the environment gave during an episode, summed."""
+
+    needs_environment = True
+
+    @dataclass(frozen=True)
+    class Config:
+        """It has no settings."""
+
+    def __init__(self, config: Config, resources: Resources):
+        pass
+
+    def score(self, responses: Responses) -> np.ndarray:
+        if responses.rewards is None:
+            raise ConfigError("reward_model=environment scores episodes, and these responses are none. Set environment=...")
+        return responses.rewards
