@@ -22,7 +22,7 @@ from lockstep.data import columns, reading
 from lockstep.data.files import Files
 from lockstep.data.mixing import mix
 from lockstep.errors import ConfigError, DataError, MissingData
-from lockstep.types import Comparison, Demonstration, Message, Prompt
+from lockstep.types import Comparison, Demonstration, Message, Prompt, ToolCall
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = yaml.safe_load((ROOT / "conf/data/files.yaml").read_text())
@@ -264,10 +264,10 @@ def test_answers_that_are_labelled_as_bad_are_no_demonstrations(write, tmp_path,
 
 
 NOT_READ = {
-    "tools": {"prompt": "Hi", "completion": "Ho", "tools": [{"name": "search"}]},
+    "functions": {"prompt": "Hi", "completion": "Ho", "functions": [{"name": "search"}]},
     "images": {"messages": dialogue("Hi", "Ho"), "images": ["a.png"]},
     "chat_template_kwargs": {"messages": dialogue("Hi", "Ho"), "chat_template_kwargs": {"enable_thinking": False}},
-    "tool_calls": {"messages": [message(USER, "Hi"), {**message(ASSISTANT, None), "tool_calls": [{"name": "search"}]}]},
+    "function_call": {"messages": [message(USER, "Hi"), {**message(ASSISTANT, None), "function_call": {"name": "search"}}]},
     "reasoning_content": {"messages": [message(USER, "Hi"), {**message(ASSISTANT, "Ho"), "reasoning_content": "Hm"}]},
     "weight": {"messages": [message(USER, "Hi"), {**message(ASSISTANT, "Ho"), "weight": 0}]},
 }
@@ -275,21 +275,59 @@ NOT_READ = {
 
 @pytest.mark.parametrize("name", NOT_READ)
 def test_a_column_without_which_a_row_means_something_else_is_refused_unless_it_is_ignored(write, capsys, name):
-    source = write(GOOD if name == "tools" else {"messages": dialogue("Hi", "Ho")}, NOT_READ[name])
+    source = write(GOOD if name == "functions" else {"messages": dialogue("Hi", "Ho")}, NOT_READ[name])
     with pytest.raises(
         DataError, match=rf"my.jsonl:2: a column '{name}', which cannot be read: .*ignore: \[{name}\] to its source"
     ):
         files(demonstrations=[source]).demonstrations("train")
     assert len(files(demonstrations=[source], on_bad_row="skip").demonstrations("train")) == 1
     assert f"1 with a column '{name}', which cannot be read" in capsys.readouterr().out
-    if name != "tool_calls":  # that message has no text
+    if name != "function_call":  # that message has no text
         assert demonstration({**write(NOT_READ[name]), "ignore": [name]}).response == "Ho"
 
 
 @pytest.mark.parametrize("nothing", [None, "", [], "[]", {}, {"a": None}])
 def test_a_column_that_says_nothing_is_no_obstacle(write, nothing):
-    answer = {**message(ASSISTANT, "Ho"), "tool_calls": nothing, "weight": 1}
+    answer = {**message(ASSISTANT, "Ho"), "tool_calls": nothing, "function_call": nothing, "weight": 1}
     assert demonstration(write({"messages": [message(USER, "Hi"), answer], "tools": nothing, "images": nothing})).response == "Ho"
+
+
+SEARCH = {"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "search", "arguments": {"query": "green"}}}
+
+
+@pytest.mark.parametrize("tools", [[SEARCH], json.dumps([SEARCH])])
+@pytest.mark.parametrize(
+    "call", [CALL, CALL["function"], {"name": "search", "arguments": '{"query": "green"}'}], ids=["openai", "bare", "json"]
+)
+def test_tools_their_calls_and_what_they_say_are_read(write, tools, call):
+    turns = [message(USER, "Hi"), {**message(ASSISTANT, None), "tool_calls": [call]}, message("tool", "3 found")]
+    calls = (ToolCall("search", {"query": "green"}),)
+    asked = Prompt((Message(USER, "Hi"), Message(ASSISTANT, "", calls), Message("tool", "3 found")), {}, (SEARCH,))
+    assert demonstration(write({"messages": [*turns, message(ASSISTANT, "Ho")], "tools": tools})) == Demonstration(
+        asked, "Ho", True
+    )
+    assert prompt(write({"messages": turns, "tools": tools})) == asked
+    begun = demonstration(write({"messages": turns[:2], "tools": tools}))
+    assert begun == Demonstration(Prompt(asked.messages[:1], {}, (SEARCH,)), "", calls=calls)
+    shared = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "?"}, {"from": "observation", "value": "3 found"}]
+    assert prompt(write({"conversations": shared})).messages[2] == Message("tool", "3 found")
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ({"prompt": "Hi", "completion": "Ho", "tools": "search"}, "'tools' should be a list of JSON schemas"),
+        ({"prompt": "Hi", "completion": "Ho", "tools": ["search"]}, r"JSON schemas, not \['search'\]"),
+        ({"messages": [message(USER, "Hi"), {**message(ASSISTANT, None), "tool_calls": [{"name": "search"}]}]},
+         r"a malformed tool call: 'messages\[1\].tool_calls\[0\]' should have 'name' and 'arguments'"),
+        ({"messages": [message(USER, "Hi"), {**message(ASSISTANT, None), "tool_calls": "search"}]}, "a malformed tool call"),
+        ({"prompt": "Hi", "completion": [{**message(ASSISTANT, None), "tool_calls": [CALL]}]}, "a tool call that is compared"),
+    ],
+)  # fmt: skip
+def test_tools_that_cannot_be_read_are_refused(write, row, says):
+    with pytest.raises(DataError, match=says):
+        demonstration(write(row))
 
 
 def test_other_columns_that_are_not_read_are_named_once(write, capsys):
@@ -304,8 +342,8 @@ def test_other_columns_that_are_not_read_are_named_once(write, capsys):
 def test_columns_that_are_not_read_are_named_for_rows_in_python_too(caplog):
     assert items.read("demonstrations", [GOOD, {**GOOD, "id": 1, "labeler": "Ada"}]) == [Demonstration(COLOUR, GREEN)] * 2
     assert [record.getMessage() for record in caplog.records] == ["demonstrations: columns that are not read: id"]
-    with pytest.raises(DataError, match=r"demonstrations\[0\]: a column 'tools', which cannot be read"):
-        items.read("demonstrations", [NOT_READ["tools"]])
+    with pytest.raises(DataError, match=r"demonstrations\[0\]: a column 'functions', which cannot be read"):
+        items.read("demonstrations", [NOT_READ["functions"]])
     with pytest.raises(DataError, match=r"prompts\[0\]: half a character"):
         items.read("prompts", ["Hi \ud83d"])
 
@@ -448,7 +486,7 @@ MESSAGES = {"messages": dialogue("Name a colour.", "Green.")}
         ("demonstrations", GOOD, {**GOOD, "prompt": dialogue("Hi", "Hello")}, "a prompt that is answered: the last message"),
         ("demonstrations", GOOD, '{"prompt": "Hi",', "a line that is not a JSON object: Expecting property name"),
         ("demonstrations", GOOD, "[1]", "a line that is not a JSON object: list."),
-        ("demonstrations", MESSAGES, {"messages": [message("tool", "4")]}, "an unknown role: 'messages[0]' is by 'tool'. Roles:"),
+        ("demonstrations", MESSAGES, {"messages": [message("ape", "4")]}, "an unknown role: 'messages[0]' is by 'ape'. Roles:"),
         ("demonstrations", MESSAGES, {"messages": dialogue("")}, "an empty message: 'messages[0]' should have text in 'content'"),
         ("demonstrations", MESSAGES, {"messages": ["Hi"]}, "a malformed message: 'messages[0]' should have 'role' and"),
         ("demonstrations", MESSAGES, {"messages": []}, "an empty list: 'messages' should hold messages."),

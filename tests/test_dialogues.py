@@ -16,7 +16,7 @@ from lockstep.text import borders, encoding
 from lockstep.text.encoding import Lengths
 from lockstep.text.templates import TEMPLATES
 from lockstep.text.tokenizer import Tokenizer
-from lockstep.types import Comparison, Demonstration, Fit, Message, Prompt
+from lockstep.types import Comparison, Demonstration, Fit, Message, Prompt, ToolCall
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -49,6 +49,14 @@ FORGETS = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 """Takes the reasoning off earlier turns, as templates of reasoning models do."""
+
+TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '[CALL]' + call.function | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Writes tools and calls, after ChatML."""
 
 SPECIAL = [
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>",
@@ -121,6 +129,50 @@ def test_the_model_reads_the_dialogue_as_the_template_writes_it(core, name):
     assert example.prompt == tokenizer.encode(first)
 
 
+SEARCH = {"type": "function", "function": {"name": "search"}}
+CALL = ToolCall("search", {"query": "green"})
+CALLED = '[CALL]{"name": "search", "arguments": {"query": "green"}}'
+
+
+def test_a_tool_call_is_a_turn_and_what_the_tool_says_is_none(core):
+    tokenizer = make(core, TOOLS, "<|im_end|>")
+    messages = Message("user", "Find it."), Message("assistant", "", (CALL,)), Message("tool", "3 found")
+    whole = encode(tokenizer, Demonstration(Prompt(messages, tools=(SEARCH,)), "There are 3.", True))
+    assert counted_texts(core, whole) == [CALLED + "<|im_end|>", "There are 3.<|im_end|>"]
+    assert "search" in core.decode(whole.prompt) and "3 found" in core.decode(whole.response)
+    begun = encode(tokenizer, Demonstration(Prompt(messages[:1], tools=(SEARCH,)), "", calls=(CALL,)), (400, 80))
+    assert counted_texts(core, begun) == [CALLED + "<|im_end|>"] and begun.prompt == whole.prompt
+
+
+def test_a_template_without_tools_or_calls_is_told(core):
+    tokenizer, asked = make(core, *TEMPLATED["chatml"]), Message("user", "Find it.")
+    with pytest.raises(DataError, match=r"demonstrations: the chat template does not write the tools .* ignore: \[tools\]"):
+        encode(tokenizer, Demonstration(Prompt((asked,), tools=(SEARCH,)), "Ho"))
+    for one in (
+        Demonstration(Prompt((asked,)), "", calls=(CALL,)),
+        Demonstration(Prompt((asked, Message("assistant", "", (CALL,)), asked)), "Ho", True),
+    ):
+        with pytest.raises(ConfigError, match="where \"a call of search, and '<|im_end|>'\" was expected"):
+            encode(tokenizer, one)
+
+
+REPLY = [Message("user", "Why? ⛺")]
+
+
+@pytest.mark.parametrize("name", TEMPLATED)
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_reply_is_what_the_template_writes_between_two_turns(core, name, closed):
+    """The tokens of an episode of two turns are the dialogue as the template writes it, EOS once."""
+    template, eos = TEMPLATED[name]
+    tokenizer, said = make(core, template, eos), "Green.\n\nOr red."
+    dialogue = Prompt((Message("user", "Name a colour."), Message("assistant", said)))
+    ids = tokenizer.encode(tokenizer.render(dialogue.messages[:1], add_generation_prompt=True)) + tokenizer.encode(said)
+    ids += [tokenizer.eos_id] * closed + encoding.encode_reply(tokenizer, dialogue, REPLY, closed=closed)
+    expected = tokenizer.render([*dialogue.messages, *REPLY], add_generation_prompt=True)
+    text = core.decode(ids, skip_special_tokens=False)
+    assert text == expected if name != "llama2" else text.replace(" ", "") == expected.replace(" ", "")
+
+
 def test_only_the_last_turn_counts_where_that_is_asked_for_or_the_rest_is_no_demonstration(core):
     tokenizer = make(core, *TEMPLATED["chatml"])
     for one, every_turn in ((demonstration(), False), (demonstration(dialogue=False), True)):
@@ -141,8 +193,8 @@ def test_a_template_that_rewrites_earlier_turns_is_an_error_that_says_where(core
     assert str(error.value) == (
         "This chat template writes an earlier assistant turn differently once the dialogue continues, so its tokens "
         "cannot be identified: after 'user: Why?\\nassistant: ' comes 'Green.\\nuser: Why?\\nassistant: ' where "
-        "'Hm.</think>Green.' was expected. Set sft.assistant_turns=last, or policy.tokenizer.chat_template to a template that "
-        "writes all turns alike."
+        "'Hm.</think>Green.' was expected. Set policy.tokenizer.chat_template to a template that writes all turns "
+        "alike; SFT can do without, with sft.assistant_turns=last."
     )
 
 

@@ -504,7 +504,7 @@ class RewardModel(ABC, Component):
 class Episode:
     """A policy and an environment in conversation.
 
-    prompt: what it began with. ``truth`` is for the environment, and so are ``tools``, which it offers.
+    prompt: what it began with. Its ``truth`` is for the environment.
     messages: what came after: the policy's turns and the environment's, in order. The last is the policy's.
     seed: for an environment that draws: a function of (run seed, step, row).
     state: whatever the environment keeps of this episode; None at first.
@@ -550,6 +550,9 @@ class Environment(ABC, Component):
     if the configuration says so; what belongs to one is in `Episode.state`. Its ``Config`` extends
     `lockstep.learning.episodes.EnvironmentConfig`, which has the limits.
     """
+
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of what it offers, which the chat template writes into every prompt that names no tools of its own."""
 
     def __init__(self, config: Any):
         self.config = config

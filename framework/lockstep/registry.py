@@ -20,12 +20,12 @@ import importlib.util
 import operator
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lockstep.errors import RegistryError, did_you_mean, listing, short
+from lockstep.errors import ConfigError, RegistryError, did_you_mean, listing, short, told
 
 GROUP = "lockstep.plugins"
 KINDS = ("backend", "policy", "reward_model", "environment", "algorithm", "data", "tracker")
@@ -87,6 +87,26 @@ def imported(target: str) -> Any:
     """What ``module:Object`` names, whatever importing it raises."""
     module, _, attribute = target.partition(":")
     return operator.attrgetter(attribute)(importlib.import_module(module))
+
+
+def function_at(path: str, where: str) -> Callable[..., Any]:
+    """The function that a configuration names as ``module:function``; ``where`` is its key.
+
+    Raises:
+      ConfigError: it is not there, or is no function.
+    """
+    use_current_folder()
+    try:
+        function = imported(path)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's file may raise anything on import, or call sys.exit
+        raise ConfigError(
+            f"{where}='{path}' cannot be imported: {told(error)}.{in_the_way(path)} Write it as module:function."
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"{where}='{path}' is no function: {told(function)}. Write it as module:function.")
+    return function
 
 
 def use_current_folder() -> None:

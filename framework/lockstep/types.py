@@ -50,12 +50,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What a person wrote as the response to a prompt. In a ``dialogue`` the assistant's earlier turns in the prompt are
-    demonstrations too."""
+    """What a person wrote as the response to a prompt, and the tools that it calls. In a ``dialogue`` the assistant's earlier
+    turns in the prompt are demonstrations too."""
 
     prompt: Prompt
     response: str
     dialogue: bool = False
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)

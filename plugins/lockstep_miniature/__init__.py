@@ -9,8 +9,14 @@ corpus.py      raw text with the flaws of the web's
 ability.py     what a model that reads the corpus can do
 tokenizer.py   words to ids
 source.py      all of it as a data source
+shop.py        questions that need a tool, and the environment that is one
 """
 
 from lockstep.registry import Plugin
 
-plugin = Plugin(components={"data": {"miniature": "lockstep_miniature.source:Miniature"}})
+plugin = Plugin(
+    components={
+        "data": {"miniature": "lockstep_miniature.source:Miniature", "shop": "lockstep_miniature.shop:Questions"},
+        "environment": {"shop": "lockstep_miniature.shop:Shop"},
+    }
+)

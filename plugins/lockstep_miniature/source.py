@@ -78,7 +78,7 @@ class Miniature(DataSource):
         return Drawn(size, lambda i: draw_task(self.world, self._dice("prompts", split, i), split).prompt())
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer(build_tokenizer(), eos_token=EOS, pad_token=PAD, chat_template=CHAT_TEMPLATE)
+        return own_tokenizer()
 
     def gold(self, prompt: Prompt, response: str) -> dict[str, float] | None:
         """See ``gold.py`` for the scale; None for a prompt from elsewhere."""
@@ -99,3 +99,7 @@ class Miniature(DataSource):
                 f"The miniature has no split '{short(split)}' of {noun}.{did_you_mean(split, known)} It has: {listing(known)}."
             )
         return getattr(self.config, field)
+
+
+def own_tokenizer() -> Tokenizer:
+    return Tokenizer(build_tokenizer(), eos_token=EOS, pad_token=PAD, chat_template=CHAT_TEMPLATE)

@@ -18,6 +18,7 @@ plugin = Plugin(
             "rejection_sampling": "lockstep_rlhf.algorithms.rejection_sampling:RejectionSampling",
             "policy_gradient": "lockstep_rlhf.algorithms.policy_gradient:PolicyGradient",
         },
+        "environment": {"tools": "lockstep_rlhf.environments.tools:Tools"},
         "reward_model": {
             "learned": "lockstep_rlhf.reward_models.learned:Learned",
             "function": "lockstep_rlhf.reward_models.function:Function",

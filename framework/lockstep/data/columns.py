@@ -9,6 +9,7 @@ else (`OF_A_ROW`, `OF_A_MESSAGE`). `unread` names the others, once per source.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import reprlib
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.errors import DataError, listing
-from lockstep.types import Comparison, Demonstration, Message, Prompt, Role
+from lockstep.types import Comparison, Demonstration, Message, Prompt, Role, ToolCall
 
 Columns = Mapping[str, Any]
 
@@ -27,15 +28,17 @@ ROLES: Mapping[str, Role] = {
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "tool": "tool",
+    "observation": "tool",
 }
 """The names in message lists, in ShareGPT and, capitalised, in HH."""
 
 
 _COMPLETION = "text or a list of one message"
 
-OF_A_ROW = frozenset({"tools", "functions", "images", "image", "videos", "video", "audios", "audio", "chat_template_kwargs"})
+OF_A_ROW = frozenset({"functions", "images", "image", "videos", "video", "audios", "audio", "chat_template_kwargs"})
 OF_A_MESSAGE = OF_A_ROW | {
-    "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "weight", "train", "training"
+    "function_call", "reasoning_content", "reasoning", "thinking", "weight", "train", "training"
 }  # fmt: skip
 """Columns of a row, and keys of a message, that nothing here reads and without which it would mean something else."""
 
@@ -58,13 +61,14 @@ class LeftOut(Exception):
 @dataclass(frozen=True)
 class Answered:
     """All that a row can contain: a prompt, its completions (none, one or K) and their ranks, 0 the best. ``dialogue``:
-    the row is a whole dialogue with earlier assistant turns."""
+    the row is a whole dialogue with earlier assistant turns. ``calls`` are those of its one completion."""
 
     prompt: Prompt
     completions: tuple[str, ...] = ()
     ranks: tuple[int, ...] = ()
     labeler: str | None = None
     dialogue: bool = False
+    calls: tuple[ToolCall, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------- columns, messages, text
@@ -140,9 +144,47 @@ def _message(value: Any, where: str) -> Message:
     if value[role] not in list(ROLES):
         raise BadRow("an unknown role", f"'{where}' is by {reprlib.repr(value[role])}. Roles: {listing(ROLES)}.")
     _refuse_meaningful(value, OF_A_MESSAGE, f"'{where}'")
-    if not isinstance(value[content], str) or not value[content].strip():
+    calls = _calls(value.get("tool_calls"), where) if ROLES[value[role]] == "assistant" else ()
+    text = "" if calls and value[content] is None else value[content]
+    if not isinstance(text, str) or not (text.strip() or calls):
         raise BadRow("an empty message", f"'{where}' should have text in '{content}', not {reprlib.repr(value[content])}.")
-    return Message(ROLES[value[role]], value[content])
+    return Message(ROLES[value[role]], text, calls)
+
+
+def _calls(value: Any, where: str) -> tuple[ToolCall, ...]:
+    """OpenAI's and transformers' {"function": {"name", "arguments"}} each, or only what is inside; arguments may be JSON text."""
+    if _says_nothing(value):
+        return ()
+    found = []
+    for i, each in enumerate(value if isinstance(value, (list, tuple)) else [value]):
+        call = each.get("function", each) if isinstance(each, Mapping) else None
+        arguments = _json(call.get("arguments")) if isinstance(call, Mapping) else None
+        if not isinstance(call, Mapping) or not isinstance(call.get("name"), str) or not isinstance(arguments, Mapping):
+            raise BadRow(
+                "a malformed tool call", f"'{where}.tool_calls[{i}]' should have 'name' and 'arguments', a group of keys."
+            )
+        found.append(ToolCall(call["name"], arguments))
+    return tuple(found)
+
+
+def _tools(row: Columns) -> tuple[Mapping[str, Any], ...]:
+    """JSON schemas of functions, as transformers' chat templates take them; the list may be JSON text."""
+    if _says_nothing(row.get("tools")):
+        return ()
+    tools = _json(row["tools"])
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRow("a wrong type", f"'tools' should be a list of JSON schemas, not {reprlib.repr(row['tools'])}.")
+    return tuple(tools)
+
+
+def _json(value: Any) -> Any:
+    """What a text says in JSON; None if it says nothing. Another value is itself."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None
 
 
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -177,14 +219,14 @@ def _dialogue(row: Columns, name: str) -> tuple[Message, ...]:
     return _messages(_list(row, name, "messages"), name)
 
 
-def _split_dialogue(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], str]:
-    """The messages before the last, and the last as the response. Earlier answers stay in the prompt."""
+def _split_dialogue(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], Message]:
+    """The messages before the last, and the last, which is the response. Earlier answers stay in the prompt."""
     *before, last = messages
     if last.role != "assistant":
         raise LeftOut("dialogues that do not end with the assistant")
     if not before or before[-1].role == "assistant":
         raise LeftOut("dialogues whose last answer has nothing to answer")
-    return tuple(before), last.content
+    return tuple(before), last
 
 
 def _prompt(row: Columns, messages: tuple[Message, ...]) -> Prompt:
@@ -192,7 +234,8 @@ def _prompt(row: Columns, messages: tuple[Message, ...]) -> Prompt:
     messages = _with_system(row, _with_history(row, messages))
     if messages[-1].role == "assistant":
         raise BadRow("a prompt that is answered", "the last message of a prompt should not be the assistant's.")
-    return Prompt(messages, {} if row.get("truth") is None else _column(row, "truth", Mapping, "a group of keys"))
+    truth = {} if row.get("truth") is None else _column(row, "truth", Mapping, "a group of keys")
+    return Prompt(messages, truth, _tools(row))
 
 
 def _with_history(row: Columns, messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -242,7 +285,13 @@ def _completion(value: Any, where: str) -> str:
     messages = _messages(value, where)
     if [message.role for message in messages] != ["assistant"]:
         raise BadRow("a malformed completion", f"'{where}' should be {_COMPLETION}, the assistant's.")
-    return messages[0].content
+    return _only_text(messages[0], where)
+
+
+def _only_text(message: Message, where: str) -> str:
+    if message.calls:
+        raise BadRow("a tool call that is compared", f"'{where}' calls a tool: write the call as text, as the policy does.")
+    return message.content
 
 
 def _answered(row: Columns, completions: Mapping[str, Any], ranks: tuple[int, ...]) -> Answered:
@@ -277,7 +326,7 @@ def _dialogue_in(name: str) -> Callable[[Columns], Answered]:
             return Answered(_prompt(row, messages))
         before, response = _split_dialogue(messages)
         answered = any(message.role == "assistant" for message in before)
-        return Answered(_prompt(row, before), (response,), (0,), dialogue=answered)
+        return Answered(_prompt(row, before), (response.content,), (0,), dialogue=answered, calls=response.calls)
 
     return read
 
@@ -299,7 +348,8 @@ def _pair(row: Columns) -> Answered:
         (before, chosen), (other, rejected) = (_split_dialogue(_dialogue(row, name)) for name in names)
         if before != other:
             raise LeftOut("pairs that differ before the last answer")
-        return Answered(_prompt(row, before), (chosen, rejected), (0, 1), _labeler(row))
+        texts = _only_text(chosen, "chosen"), _only_text(rejected, "rejected")
+        return Answered(_prompt(row, before), texts, (0, 1), _labeler(row))
     return _answers_in(row, *names)
 
 
@@ -398,7 +448,7 @@ class Convention:
     also: tuple[str, ...] = ()
 
 
-_BESIDES = ("system", "system_prompt", "history", "labeler", "truth")
+_BESIDES = ("system", "system_prompt", "history", "labeler", "truth", "tools")
 _ALPACA = ("input", "context", "output")
 
 _PAIRS = (
@@ -445,7 +495,7 @@ def _demonstration(row: Answered) -> Demonstration:
     """The best completion, so that comparisons serve too; if several tie, the first."""
     if not row.completions:
         raise BadRow("no response", "the last message should be the assistant's.")
-    return Demonstration(row.prompt, row.completions[row.ranks.index(min(row.ranks))], row.dialogue)
+    return Demonstration(row.prompt, row.completions[row.ranks.index(min(row.ranks))], row.dialogue, row.calls)
 
 
 def _comparison(row: Answered) -> Comparison:

@@ -112,6 +112,13 @@ def converse(
     return rows
 
 
+def offered(environment: Environment | None, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """The prompts with the environment's tools, where they name none."""
+    if environment is None or not environment.tools:
+        return prompts
+    return [prompt if prompt.tools else replace(prompt, tools=environment.tools) for prompt in prompts]
+
+
 def take_turns(
     generate: Generate, stops: Stops, lengths: Lengths, turn_tokens: int | None, rows: Sequence[Row], most: int
 ) -> None:

@@ -32,6 +32,7 @@ from lockstep.interfaces import (
     Term,
 )
 from lockstep.learning import numerics
+from lockstep.learning.episodes import offered
 from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
 from lockstep.learning.randomness import example_indices, permutation, token_seeds
 from lockstep.learning.rollout import Sampler, Samples, score, scored_only
@@ -153,7 +154,7 @@ class Online(Algorithm):
         stops = Stops(self.tokenizer, config.stop_strings)
         self.sampler = Sampler(stops, config.lengths, config.temperature, environment=context.environment)
         config.lengths.check(context.policy.context_length)
-        prompts, fit = context.data.prompts("train"), context.fit("train prompts")
+        prompts, fit = offered(context.environment, context.data.prompts("train")), context.fit("train prompts")
         self.prompts, self.prompt_ids = encoding.encode_prompts(self.tokenizer, prompts, config.lengths, fit)
         self.ref_policy = None if config.kl_coef is None else context.policy  # never trained: the learner gets a copy
         self.policy = self.trained_policy()

@@ -17,6 +17,7 @@ from lockstep.config.schema import setting
 from lockstep.errors import MissingData
 from lockstep.interfaces import DataSource, Environment, Model, Policy, Responses, RewardModel
 from lockstep.learning import numerics
+from lockstep.learning.episodes import offered
 from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import Sampler, Samples, score
 from lockstep.text import encoding
@@ -117,7 +118,7 @@ class Evaluator:
         if not found:
             return [], []
         fit = self.fits[f"{split} prompts"] = Fit(f"{split} prompts")
-        return encoding.encode_prompts(self.tokenizer, found, self.config.lengths, fit)
+        return encoding.encode_prompts(self.tokenizer, offered(self.environment, found), self.config.lengths, fit)
 
     @cached_property
     def sampler(self) -> Sampler:

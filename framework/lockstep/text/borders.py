@@ -32,13 +32,22 @@ class Borders:
     def __init__(self, tokenizer: Tokenizer, what: str):
         self.tokenizer, self.what = tokenizer, what
         self.opened: str | None = None
-        self.checked = False
+        self.checked = self.writes_tools = False
 
     def check(self, prompt: Prompt, answers: Sequence[str] = ()) -> None:
         """
         Raises:
-          DataError: an answer begins with what the template has already written, say '<think>'.
+          DataError: an answer begins with what the template has already written, say '<think>'; or the template leaves out the
+            tools of a prompt.
         """
+        if prompt.tools and not self.writes_tools:
+            self.writes_tools = True
+            render = lambda tools: self.tokenizer.render(prompt.messages, add_generation_prompt=True, tools=tools)  # noqa: E731
+            if render(()) == render(prompt.tools):
+                raise DataError(
+                    f"{self.what}: the chat template does not write the tools of a prompt, and without them it means something "
+                    "else. Set policy.tokenizer.chat_template to a template that writes them. To train without: ignore: [tools]."
+                )
         if not self.checked and sum(map(len, [*(message.content for message in prompt.messages), *answers])) < SHORT:
             self.checked, self.opened = True, opened(self.tokenizer, prompt)
             for finding in findings(self.tokenizer, prompt, answers[0] if answers else ANSWER):

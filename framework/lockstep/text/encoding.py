@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -158,20 +158,20 @@ def encode_reply(tokenizer: Tokenizer, dialogue: Prompt, reply: Sequence[Message
     *before, turn = dialogue.messages
     render = lambda messages: tokenizer.render(messages, add_generation_prompt=True, tools=dialogue.tools)  # noqa: E731
     whole = render([*dialogue.messages, *reply])
-    _, end = _find_turn(whole, render(before), turn.content)
+    _, end = _find_turn(tokenizer, whole, render(before), turn)
     ids = tokenizer.encode(whole[end:])
     place = _closing(tokenizer, ids)
     return ids[place + 1 :] if closed and place is not None else ids
 
 
-def _turns(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+def _turns(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[list[int]]:
     """The rendered dialogue, ready for the assistant's next turn, in an odd number of encoded pieces: others' text and
     markup, the assistant's turn, others', the assistant's, ..., others'."""
     text, start, pieces = tokenizer.render(messages, add_generation_prompt=True, tools=tools), 0, []
     for number, message in enumerate(messages):
         if message.role == "assistant":
             before = tokenizer.render(messages[:number], add_generation_prompt=True, tools=tools)
-            begin, end = _find_turn(text, before, message.content)
+            begin, end = _find_turn(tokenizer, text, before, message)
             pieces += [text[start:begin], text[begin:end]]
             start = end
     return tokenizer.encode_many([*pieces, text[start:]])
@@ -183,13 +183,21 @@ def _closing(tokenizer: Tokenizer, ids: list[int]) -> int | None:
     return None if place is None or tokenizer.decode(ids[:place]).strip() else place
 
 
-def _find_turn(text: str, before: str, content: str) -> tuple[int, int]:
+def _find_turn(tokenizer: Tokenizer, text: str, before: str, turn: Message) -> tuple[int, int]:
     """Where the assistant's turn is in a rendered dialogue: right after the text before it. White space that the template
-    adds before the turn or strips from it is not the assistant's.
+    adds before the turn or strips from it is not the assistant's. A turn that calls tools is all that the template writes before
+    EOS.
 
     Raises:
       ConfigError: the turn is not there.
     """
+    content = turn.content
+    if turn.calls:
+        end = text.find(tokenizer.eos_token, len(before)) if text.startswith(before) else -1
+        written = text[len(before) : max(end, 0)]
+        if all(call.name in written for call in turn.calls):
+            return len(before), end
+        content = f"a call of {turn.calls[0].name}, and '{tokenizer.eos_token}'"
     for form in (content, content.strip()):
         begin = text.find(form, len(before))
         if text.startswith(before) and begin >= 0 and not text[len(before) : begin].strip():
@@ -200,6 +208,21 @@ def _find_turn(text: str, before: str, content: str) -> tuple[int, int]:
         "policy.tokenizer.chat_template to a template that writes all turns alike; SFT can do without, with "
         "sft.assistant_turns=last."
     )
+
+
+def with_calls_as_text(tokenizer: Tokenizer, demonstration: Demonstration) -> Demonstration:
+    """The tool calls of the response as the chat template writes them.
+
+    Raises:
+      ConfigError: it does not write them.
+    """
+    if not demonstration.calls:
+        return demonstration
+    prompt, answer = demonstration.prompt, Message("assistant", demonstration.response, demonstration.calls)
+    before = tokenizer.render(prompt.messages, add_generation_prompt=True, tools=prompt.tools)
+    text = tokenizer.render([*prompt.messages, answer], add_generation_prompt=False, tools=prompt.tools)
+    begin, end = _find_turn(tokenizer, text, before, answer)
+    return replace(demonstration, response=text[begin:end], calls=())
 
 
 def encode_response(tokenizer: Tokenizer, response: str, limit: int, fit: Fit | None = None) -> list[int]:
@@ -250,7 +273,8 @@ def encode_demonstrations(
     fit = fit or Fit("demonstrations")
     fit.total = len(demonstrations)
     examples, borders = [], Borders(tokenizer, fit.what)
-    for demonstration in demonstrations:
+    for given in demonstrations:
+        demonstration = with_calls_as_text(tokenizer, given)
         encode = encode_dialogue if every_turn and demonstration.dialogue else _encode_last_turn
         if example := encode(tokenizer, demonstration, lengths, fit):
             examples.append(example)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from lockstep.config.schema import REQUIRED, setting
-from lockstep.errors import ConfigError, RewardError, told
+from lockstep.errors import RewardError, told
 from lockstep.interfaces import Resources
 from lockstep.learning.scores import scores_of
-from lockstep.registry import imported, in_the_way, use_current_folder
+from lockstep.registry import function_at
 from lockstep_rlhf.reward_models.outside import LONGEST_TIMEOUT, MOST_RETRIES, Dialogue, NoScores, OneAtATime, Outside
 
 
@@ -36,12 +35,12 @@ class Function(Outside):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        _import(config.function)
+        function_at(config.function, "reward_model.function")
 
     def __init__(self, config: Config, resources: Resources):
         self.config = config
         self.source = f"reward function {config.function}"
-        self.function = _import(config.function)
+        self.function = function_at(config.function, "reward_model.function")
         self.calls = OneAtATime()
 
     def ask(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
@@ -54,18 +53,3 @@ class Function(Outside):
             raise NoScores(str(error)) from error
         except BaseException as error:  # sys.exit too
             raise NoScores(f"it raised {told(error)}") from error
-
-
-def _import(path: str) -> Callable[..., Any]:
-    use_current_folder()
-    try:
-        function = imported(path)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # the user's file may raise anything on import, or call sys.exit
-        raise ConfigError(
-            f"reward_model.function='{path}' cannot be imported: {told(error)}.{in_the_way(path)} Write it as module:function."
-        ) from error
-    if not callable(function):
-        raise ConfigError(f"reward_model.function='{path}' is no function: {told(function)}. Write it as module:function.")
-    return function

@@ -1,0 +1,4 @@
+"""What policies converse with: one contract, `lockstep.interfaces.Environment`.
+
+tools.py   Python functions that the policy calls by name
+"""
