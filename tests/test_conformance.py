@@ -49,6 +49,12 @@ def test_no_false_alarm_on_a_built_in_plugin(kind, name, backend, precision):
     assert sum(o.status == "passed" for o in found) > len(found) / 4
 
 
+def test_no_false_alarm_on_a_built_in_environment():
+    for name in ("shop", "tools"):
+        found = list(conform("environment", subject("environment", name, "torch", overrides=["backend.threads=1"])))
+        assert [(o.check.name, o.detail) for o in found if o.status != "passed"] == []
+
+
 def broken(kind: str, cls: type):
     """The class as a subject on torch."""
     target = f"{cls.__module__}:{cls.__name__}"

@@ -6,6 +6,8 @@ from typing import Literal
 
 import pytest
 
+from listings import python_listings
+from lockstep.checking.conformance import conform, subject
 from lockstep.config.compose import compose
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Episode, Reply
@@ -124,6 +126,15 @@ def test_its_tools_are_offered_to_prompts_that_name_none():
 def test_functions_that_cannot_be_called_are_found_before_a_run(functions, says):
     with pytest.raises(ConfigError, match=says):
         Tools.check(Tools.Config(functions=functions))
+
+
+def test_the_listing_of_the_page_is_an_environment(tmp_path, monkeypatch):
+    (tmp_path / "sure.py").write_text(python_listings("docs/environments.md"))
+    monkeypatch.syspath_prepend(tmp_path)
+    subject_of = lambda name, like: subject("environment", name, "torch", like=like, overrides=["backend.threads=1"])  # noqa: E731
+    found = list(conform("environment", subject_of("sure:Sure", "limits")))
+    assert found and [(o.check.name, o.detail) for o in found if o.status != "passed"] == []
+    assert sum(bool(line.strip()) for line in (tmp_path / "sure.py").read_text().splitlines()) <= 10
 
 
 # -------------------------------------------------------------------------------------------------------------- the shop

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from conftest import Scored, same
+from conftest import Data, Scored, same
 from lockstep.errors import ConfigError, EnvironmentFailed
 from lockstep.interfaces import Context, Environment, Episode, Generated, Reply, Responses
 from lockstep.learning import numerics
 from lockstep.learning.episodes import EnvironmentConfig, EnvironmentReward, replies
 from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import Sampler, concatenate, score
+from lockstep.runs.evaluation import EvaluationConfig, Evaluator
 from lockstep.text.encoding import Lengths
 from lockstep.text.sequences import right_pad
 from lockstep.text.stopping import Stops
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Message, Prompt
+from test_metrics_page import documented
 
 LENGTHS = Lengths(prompt=6, response=12, multiple=1)
 EOS, STOP, PAD = 34, 35, 36
@@ -313,6 +315,7 @@ def test_every_algorithm_that_samples_trains_on_turns_and_not_on_what_was_said(b
     terms, update = [], algorithm.learner.update
     algorithm.learner.update = lambda t, scale: terms.extend(t) or update(t, scale)
     metrics = algorithm.step(0)
+    assert {name for name in metrics if name.startswith("environment/")} == documented("Environments") - {"turns"}
     assert metrics["environment/turns"] > 1 and np.isfinite(metrics["objective/score"])
     for term in terms:
         said = term.sequences.response_mask & ~term.sequences.mask
@@ -320,6 +323,21 @@ def test_every_algorithm_that_samples_trains_on_turns_and_not_on_what_was_said(b
         for array in term.batch.values():
             assert array.shape != said.shape or not array[said].any()
     assert terms and len(algorithm.samples()) > 0
+
+
+@on_torch
+def test_an_evaluation_converses_too(load, turns):
+    config = EvaluationConfig(
+        policies=("sft",), splits=("heldout",), lengths=Lengths(8, 16, 8), stop_strings=tuple(SHORT["stop_strings"]), batch_size=5
+    )
+    environment = Asks(Config(answers=("w7 w8",), turn_tokens=6))
+    evaluator = Evaluator(config, Data(), turns, EnvironmentReward(None, None), 0, environment)
+    result = evaluator.run(lambda name: load(), ["sft"], lambda what: None)
+    measures = result["splits"]["heldout"]["sft"]
+    assert 1 < measures["turns"]["mean"] <= 2 and measures["turns"]["n"] == Data.rows and "reward_model" in result
+    answers = evaluator.answer(load(), *evaluator.prompts("heldout"))
+    assert measures["score"]["mean"] == pytest.approx(answers.samples.responses.rewards.mean())
+    assert measures["length"]["mean"] == answers.samples.sequences.mask.sum(axis=1).mean()
 
 
 @on_torch

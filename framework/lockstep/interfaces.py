@@ -557,6 +557,12 @@ class Environment(ABC, Component):
     def __init__(self, config: Any):
         self.config = config
 
+    @classmethod
+    def examples(cls, config: Any) -> Sequence[Prompt]:
+        """Prompts that it can converse about, for `lockstep check`: those of an environment that needs columns of its own have
+        them in their ``truth``."""
+        return [Prompt.of("w1 w2"), Prompt.of("w3")]
+
     @abstractmethod
     def reply(self, episode: Episode) -> Reply:
         """To the policy's last turn, which is text and may be anything. What is said here is context for the policy and never

@@ -75,6 +75,10 @@ class Shop(Environment):
 
     Config = EnvironmentConfig
 
+    @classmethod
+    def examples(cls, config: EnvironmentConfig) -> Sequence[Prompt]:
+        return [draw(Dice(0, "shop/examples", index)).prompt() for index in range(4)]
+
     def reply(self, episode: Episode) -> Reply:
         truth = episode.prompt.truth
         found = answer_to(episode.text, truth["stock"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-KINDS = ("backend", "policy", "reward_model", "algorithm")
+KINDS = ("backend", "policy", "reward_model", "environment", "algorithm")
 DEFECTS: dict[str, list[tuple[type, str]]] = {kind: [] for kind in KINDS}
 
 

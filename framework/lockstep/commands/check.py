@@ -12,7 +12,7 @@ OVERRIDES = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="as registered, or module:Class")
-    parser.add_argument("--kind", help="backend, policy, reward_model or algorithm, if the name alone is ambiguous")
+    parser.add_argument("--kind", help="backend, policy, reward_model, environment or algorithm, if the name alone is ambiguous")
     parser.add_argument("--backend", help="default: every installed one")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), help="default: both, if the backend has both")
     parser.add_argument("--like", help="the configuration file to start from, if NAME has none")

@@ -16,6 +16,7 @@ subjects.py       what is checked, set up in that world
 backends.py       gradients, Adam, micro-batches, restoring
 policies.py       probabilities, sampling, padding, heads, checkpoints
 reward_models.py  one finite score per response, whatever the batch; failures are never hidden
+environments.py   any turn gets a reply, the same each time, each episode by itself
 algorithms.py     from what crosses the waist: rewards, masks, steps, seeds, resuming
 """
 

@@ -14,7 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-KINDS = {"backend": "backends", "policy": "policies", "reward_model": "reward_models", "algorithm": "algorithms"}
+KINDS = {
+    "backend": "backends",
+    "policy": "policies",
+    "reward_model": "reward_models",
+    "environment": "environments",
+    "algorithm": "algorithms",
+}
 """What can be checked, and the module of this package that holds the checks."""
 
 

@@ -124,6 +124,8 @@ def places(kind: str, name: str, backends: Sequence[str] | None = None, precisio
         if ("backend", backend, backend) not in registry().components and ("backend", backend, None) not in registry().components:
             names = {component.name for component in registry() if component.kind == "backend"}
             raise RegistryError(f"No backend named '{backend}'.{did_you_mean(backend, names)} There are: {listing(names)}.")
+    if kind in ON_THE_HOST:
+        return [Place(chosen[0], None)]
     known = {backend: known_precisions(kind, name, backend) for backend in chosen}
     if precisions is None:
         return [Place(backend, precision) for backend in chosen for precision in known[backend]]
@@ -156,6 +158,10 @@ def usable_backends(kind: str, name: str) -> list[str]:
 
 def _has_policy(backend: str) -> bool:
     return any(c.kind == "policy" and c.backend in (backend, None) for c in registry())
+
+
+ON_THE_HOST = ("environment",)
+"""Kinds that no backend touches: checked once."""
 
 
 def known_precisions(kind: str, name: str, backend: str) -> Sequence[str | None]:

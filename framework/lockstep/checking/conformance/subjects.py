@@ -3,9 +3,10 @@ algorithm is built in one, as a check asks."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,17 @@ import numpy as np
 from lockstep.checking.conformance.kit import Inapplicable
 from lockstep.checking.conformance.world import LENGTHS, Data, Scored, World
 from lockstep.checking.tap import Crossing, EvaluateCall, GenerateCall, Tap, UpdateCall
-from lockstep.interfaces import Algorithm, Context, Metrics, Responses, RewardModel, ScalarModel, Term
+from lockstep.interfaces import (
+    Algorithm,
+    Context,
+    Environment,
+    Episode,
+    Metrics,
+    Responses,
+    RewardModel,
+    ScalarModel,
+    Term,
+)  # fmt: skip
 from lockstep.learning import randomness
 from lockstep.text.sequences import Sequences
 from lockstep.text.tokenizer import Tokenizer
@@ -30,7 +41,12 @@ def subject(
     if kind == "policy":
         return World(backend, precision=precision, policy=name, overrides=overrides)
     world = World(backend, precision=precision, overrides=overrides)
-    return (RewardModelSubject if kind == "reward_model" else AlgorithmSubject)(world, name, like)
+    subjects: dict[str, Callable[..., Any]] = {
+        "reward_model": RewardModelSubject,
+        "environment": EnvironmentSubject,
+        "algorithm": AlgorithmSubject,
+    }
+    return subjects[kind](world, name, like)
 
 
 class RewardModelSubject:
@@ -77,6 +93,23 @@ class RewardModelSubject:
         words = [self.tokenizer.decode(p[m]) for p, m in zip(wide.tokens[:, :7], wide.prompt_mask, strict=True)]
         chosen = np.arange(len(texts))[rows]
         return Responses([Prompt.of(words[i]) for i in chosen], [texts[i] for i in chosen], block, self.tokenizer)
+
+
+class EnvironmentSubject:
+    """An environment, and episodes for it to reply in, begun with its own examples."""
+
+    def __init__(self, world: World, name: str, like: str | None = None):
+        self.world, self.name, self.like = world, name, like
+        given = {"timeout_seconds": 10.0, "functions": ["lockstep.checking.conformance.world:longest_word"]}
+        self.cls, self.config = world.component("environment", name, given, like)
+
+    def build(self, **changes: Any) -> Environment:
+        return self.cls(replace(self.config, **changes))
+
+    def episodes(self, count: int, seed: int = 0) -> list[Episode]:
+        """Fresh ones: the same arguments give equal ones."""
+        prompts = copy.deepcopy(self.cls.examples(self.config))
+        return [Episode(prompts[i % len(prompts)], 1000 * seed + i) for i in range(count)]
 
 
 @dataclass

@@ -124,6 +124,11 @@ def word_scores(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]
     return [0.73 + sum(len(word) for word in text.split()) / 7 for text in responses]
 
 
+def longest_word(text: str) -> str:
+    """A tool."""
+    return max(text.split(), key=len)
+
+
 def known(changes: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """The changes whose keys the group has, at every depth."""
     return {
