@@ -24,8 +24,10 @@ from lockstep.config.compose import compose
 from lockstep.config.schema import parse
 from lockstep.errors import CheckpointError, ConfigError, DataError, MissingData, RegistryError, RewardError
 from lockstep.interfaces import Generated, Policy
+from lockstep.learning.episodes import EnvironmentConfig
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Comparison, Demonstration, Message, Prompt
+from lockstep_miniature.shop import Questions, Shop
 from lockstep_miniature.source import Miniature
 from reward_functions import shortness
 from runs import DECODER, PPO_ONLY, TINY, tiny
@@ -52,6 +54,18 @@ def new(backend: str = "torch", **settings) -> lockstep.ChatPolicy:
 @pytest.fixture
 def policy():
     return new()
+
+
+SHOP = Shop(EnvironmentConfig(turn_tokens=4))
+
+
+def test_a_policy_converses_with_an_environment_and_its_rewards_count(policy):
+    prompts = Questions(Questions.Config(prompts=4)).prompts("train")
+    limits = {"batch_size": 2, "samples": 2, "lengths": {"response": 20}, "iterations": 2}
+    alone = lockstep.train(policy, "rloo", prompts=prompts, environment=SHOP, **limits).metrics
+    assert alone["environment/reward"].tolist() == alone["objective/score"].tolist() and set(alone["environment/turns"]) == {1}
+    scored = lockstep.train(policy, "rloo", prompts=prompts, environment=SHOP, reward=lengths, **limits).metrics
+    assert scored["objective/score"].tolist() != alone["objective/score"].tolist()
 
 
 def lengths(prompts, responses):
@@ -400,6 +414,9 @@ def test_what_cannot_be_trained_is_refused_with_what_to_do(policy):
     refuses(policy, ConfigError, "Unknown key ppo.bach_size. Did you mean 'batch_size'?", bach_size=4)
     refuses(policy, ConfigError, "Unknown key ppo.optimizer.lr", optimizer={"lr": 0.1})
     refuses(policy, RegistryError, "No algorithm named 'pppo'", algorithm="pppo")
+    refuses(
+        policy, ConfigError, "sft takes no environment", algorithm="sft", demonstrations=[(QUESTION, "plums")], environment=SHOP
+    )
     refuses(policy, ConfigError, "sft takes no reward", algorithm="sft", demonstrations=[(QUESTION, "plums")], reward=lengths)
     refuses(policy, MissingData, "This training needs demonstrations", algorithm="sft")
     refuses(policy, DataError, "prompts should be a list", prompts=QUESTION)

@@ -274,13 +274,13 @@ def test_a_failed_episode_has_no_score(turns):
             return Reply.ends(4)
 
     samples = sampler(turns, Fails(Config(on_failure="drop"))).sample(Says([[4, STOP], [6, STOP]]), PROMPTS, IDS, seeds())
-    np.testing.assert_array_equal(score(EnvironmentReward(None, None), samples)[0], [np.nan, 4])
+    np.testing.assert_array_equal(score(EnvironmentReward(), samples)[0], [np.nan, 4])
     np.testing.assert_array_equal(score(Scored(lambda r: [1, 1]), samples)[0], [np.nan, 1])
 
 
 def test_the_environments_rewards_need_one():
     with pytest.raises(ConfigError, match="Set environment="):
-        EnvironmentReward(None, None).score(Responses([], [], None, None))
+        EnvironmentReward().score(Responses([], [], None, None))
 
 
 # ------------------------------------------------------------------------------------------------------------ algorithms
@@ -293,7 +293,7 @@ def build(make, turns, monkeypatch):
     def built(name, environment, **changes):
         around = lambda *given: Context(*given, environment=environment)  # noqa: E731
         monkeypatch.setattr("conftest.Context", around)
-        return make(name, tokenizer=turns, reward_model=EnvironmentReward(None, None), **changes)
+        return make(name, tokenizer=turns, reward_model=EnvironmentReward(), **changes)
 
     return built
 
@@ -331,7 +331,7 @@ def test_an_evaluation_converses_too(load, turns):
         policies=("sft",), splits=("heldout",), lengths=Lengths(8, 16, 8), stop_strings=tuple(SHORT["stop_strings"]), batch_size=5
     )
     environment = Asks(Config(answers=("w7 w8",), turn_tokens=6))
-    evaluator = Evaluator(config, Data(), turns, EnvironmentReward(None, None), 0, environment)
+    evaluator = Evaluator(config, Data(), turns, EnvironmentReward(), 0, environment)
     result = evaluator.run(lambda name: load(), ["sft"], lambda what: None)
     measures = result["splits"]["heldout"]["sft"]
     assert 1 < measures["turns"]["mean"] <= 2 and measures["turns"]["n"] == Data.rows and "reward_model" in result

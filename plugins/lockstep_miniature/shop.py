@@ -43,7 +43,7 @@ class Question:
 
     def prompt(self, done: int = 0) -> Prompt:
         """As asked, or after some steps."""
-        said = [Message(role, text) for step in self.steps[:done] for role, text in zip(("assistant", "user"), step, strict=True)]
+        said = [message for step, reply in self.steps[:done] for message in (Message("assistant", step), Message("user", reply))]
         return Prompt((Message("user", self.text), *said), {"answer": self.answer, "stock": self.stock})
 
 

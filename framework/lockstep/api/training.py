@@ -14,7 +14,8 @@ from lockstep.api.sources import laid_over
 from lockstep.config.compose import group
 from lockstep.config.root import component_config
 from lockstep.errors import ConfigError, Diverged, MissingData, listing
-from lockstep.interfaces import Algorithm, Context, DataSource, RewardModel
+from lockstep.interfaces import Algorithm, Context, DataSource, Environment, RewardModel
+from lockstep.learning.episodes import EnvironmentReward
 from lockstep.registry import registry
 from lockstep.reporting.console import Console
 from lockstep.reporting.health import NOT_FINITE, Health, diverged
@@ -30,7 +31,7 @@ log = logging.getLogger("lockstep")
 def train(
     policy: ChatPolicy, algorithm: str, *, prompts: Iterable[Any] | None = None, demonstrations: Iterable[Any] | None = None,
     comparisons: Iterable[Any] | None = None, texts: Iterable[Any] | None = None,
-    reward: Reward | Scorer | RewardModel | None = None, seed: int = 0, **settings: Any,
+    reward: Reward | Scorer | RewardModel | None = None, environment: Environment | None = None, seed: int = 0, **settings: Any,
 ) -> Any:  # fmt: skip
     """Train a policy with an algorithm. Returns a `ChatPolicy`, or a `Scorer` if the algorithm learns a reward model; its
     ``metrics`` are a data frame, a row per step. The given policy does not change.
@@ -46,6 +47,7 @@ def train(
         Each item of these four may also be a mapping with columns that docs/data.md understands, as rows of `datasets` are.
       reward: for algorithms that need one: a function (prompts, responses) -> scores, where prompts are dialogues; or the
         `Scorer` that `train` made from comparisons. What the function raises ends training.
+      environment: what the policy converses with, for algorithms that sample. Without ``reward``, its own rewards count.
       seed: for the order of data and for sampling.
       settings: keys of the algorithm's configuration that differ from its file in `conf/algorithm`: iterations=20,
         optimizer={'learning_rate': 1e-4}, lengths={'prompt': 256, 'response': 64}, ...
@@ -58,6 +60,10 @@ def train(
     keys = {"name": algorithm} | group("algorithm", algorithm)  # grpo.yaml, say, is a configuration of policy_gradient
     cls: type[Algorithm] = registry().resolve("algorithm", keys["name"], policy.backend.name)
     config = component_config(cls, laid_over(keys, settings), algorithm)
+    if environment is not None and not cls.takes_environment:
+        raise ConfigError(f"{algorithm} takes no environment. Leave out environment=.")
+    if environment is not None and reward is None:
+        reward = EnvironmentReward()
     if cls.needs_reward_model and reward is None:
         raise ConfigError(f"{algorithm} needs a reward. Pass reward=, a function (prompts, responses) -> scores, or a Scorer.")
     if reward is not None and not cls.needs_reward_model:
@@ -67,7 +73,7 @@ def train(
     scores = None if reward is None else reward_model(reward, policy)
     console = Console()
     own: Any = policy.policy.copy()  # some algorithms train it in place
-    trainer = cls(config, Context(seed, policy.backend, policy.tokenizer, data, own, scores))
+    trainer = cls(config, Context(seed, policy.backend, policy.tokenizer, data, own, scores, environment))
     metrics = _metrics(_steps(algorithm, trainer, console))
     made: Any = trainer.result()
     if cls.produces == "policy":

@@ -273,7 +273,7 @@ class EnvironmentReward(RewardModel):
     class Config:
         """It has no settings."""
 
-    def __init__(self, config: Config, resources: Resources):
+    def __init__(self, config: Config | None = None, resources: Resources | None = None):
         pass
 
     def score(self, responses: Responses) -> np.ndarray:

@@ -68,11 +68,11 @@ class Tools(Environment):
         arguments = asked.get("arguments", {}) if isinstance(asked, Mapping) else None
         if not isinstance(asked, Mapping) or not isinstance(arguments, Mapping):
             return 'error: a call should be {"name": ..., "arguments": {...}}'
-        function = self.functions.get(asked.get("name")) if isinstance(asked.get("name"), str) else None
-        if function is None:
-            return f"error: there is no tool {told(asked.get('name'))}. Tools: {', '.join(self.functions)}."
+        name = asked.get("name")
+        if not isinstance(name, str) or name not in self.functions:
+            return f"error: there is no tool {told(name)}. Tools: {', '.join(self.functions)}."
         try:
-            found = function(**arguments)
+            found = self.functions[name](**arguments)
         except Exception as error:
             return f"error: {told(error)}"
         return found if isinstance(found, str) else _json(found)

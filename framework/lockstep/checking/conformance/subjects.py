@@ -103,6 +103,8 @@ class EnvironmentSubject:
         given = {"timeout_seconds": 10.0, "functions": ["lockstep.checking.conformance.world:longest_word"]}
         self.cls, self.config = world.component("environment", name, given, like)
 
+    cls: type[Environment]
+
     def build(self, **changes: Any) -> Environment:
         return self.cls(replace(self.config, **changes))
 
