@@ -171,9 +171,12 @@ class Online(Algorithm):
 
     def sample(self, step: int, clock: Clock) -> Scored:
         """``samples`` responses to each of the step's prompts, scored."""
-        c = self.config
-        seeds = token_seeds(self.context.seed, "sampling", step, c.episodes, c.lengths.response)
-        return self.responses(step * c.batch_size, c.batch_size, seeds, clock)
+        size = self.config.batch_size
+        return self.responses(step * size, size, self.seeds(step), clock)
+
+    def seeds(self, step: int, stream: str = "sampling") -> np.ndarray:
+        """uint32 [B, T]: what each token of a step's episodes is drawn with."""
+        return token_seeds(self.context.seed, stream, step, self.config.episodes, self.config.lengths.response)
 
     def responses(self, first: int, count: int, seeds: np.ndarray, clock: Clock) -> Scored:
         """Scored responses to ``count`` prompts from place ``first`` in the endless shuffled stream of prompts."""

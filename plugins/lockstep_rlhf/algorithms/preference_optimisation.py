@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from lockstep.config.schema import setting
-from lockstep.errors import ConfigError, DataError, MissingData
+from lockstep.errors import ConfigError, DataError
 from lockstep.interfaces import Algorithm, Array, Context, DataSource, Learner, Metrics, Model, Policy, Term
 from lockstep.learning import losses, numerics
 from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
@@ -30,7 +30,7 @@ from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import chunks
 from lockstep_rlhf.algorithms.language_modelling import steps
-from lockstep_rlhf.algorithms.reward_modelling import untied
+from lockstep_rlhf.algorithms.reward_modelling import encoded_comparisons, untied
 
 WITHOUT_REFERENCE = ("simpo", "orpo")
 NOTHING = -1e4
@@ -178,19 +178,12 @@ class PreferenceOptimisation(Algorithm):
 
     def load(self, split: str, limit: int | None = None) -> list[Ranking]:
         """Comparisons with at least two completions that are not tied, and the reference's log-probabilities of them."""
-        try:
-            comparisons = untied(self.context.data.comparisons(split))[:limit]
-        except MissingData:
-            if split == "train":
-                raise
-            return []
-        if self.config.ranking == "plackett_luce" and (tied := sum(len(set(c.ranks)) < len(c.ranks) for c in comparisons)):
+        encoded = encoded_comparisons(self.context, split, self.config.lengths, limit)
+        if self.config.ranking == "plackett_luce" and (tied := sum(len(set(ranks)) < len(ranks) for _, ranks in encoded)):
             raise DataError(
-                f"{tied} of {len(comparisons)} {split} comparisons have ties, which a Plackett-Luce ranking cannot express. Set "
+                f"{tied} of {len(encoded)} {split} comparisons have ties, which a Plackett-Luce ranking cannot express. Set "
                 "algorithm.ranking=pairs."
             )
-        fit = self.context.fit(f"{split} comparisons")
-        encoded = encoding.encode_comparisons(self.tokenizer, comparisons, self.config.lengths, fit)
         rows = [row for examples, _ in encoded for row in examples]
         ref = self.logprobs(self.policy, rows) if self.config.needs_reference and rows else np.zeros(len(rows), np.float32)
         rankings, place = [], 0
