@@ -267,6 +267,8 @@ class Experiment:
             trained = [s.name for s in self.stages.values() if s.produces == "policy"]
             evaluation = stage.evaluation | {"policies": stage.evaluation.get("policies") or trained}
             config: Any = parse(EvaluationConfig, evaluation, f"stages.{name}.evaluation")
+            if config.best_of and stage.reward_model is None:
+                raise ConfigError(f"stages.{name}: best_of={config.best_of} ranks by a reward_model. Name one, or set it to 0.")
             checked = Stage(name, "evaluate", None, config, evaluation, None, stage.reward_model, scorers, seed)
         else:
             merged = _merge(stage.algorithm, stage.changes or {}, f"stages.{name}.changes")
