@@ -17,6 +17,7 @@ plugin = Plugin(
             "preference_optimisation": "lockstep_rlhf.algorithms.preference_optimisation:PreferenceOptimisation",
             "rejection_sampling": "lockstep_rlhf.algorithms.rejection_sampling:RejectionSampling",
             "policy_gradient": "lockstep_rlhf.algorithms.policy_gradient:PolicyGradient",
+            "distillation": "lockstep_rlhf.algorithms.distillation:Distillation",
         },
         "reward_model": {
             "learned": "lockstep_rlhf.reward_models.learned:Learned",

@@ -46,6 +46,7 @@ class Side(Assembly):
             data=self.data,
             policy=self.tap.model(self.policy(stage.policy)),
             reward_model=None if reward_model is None else self.tap.reward_model(reward_model),
+            resources=self.resources(stage),
         )
         return stage.component(stage.config, context)
 
