@@ -227,16 +227,12 @@ class PreferenceOptimisation(Algorithm):
         rows.mask[:] &= there.reshape(-1)[:, None]
         counts = there.sum(axis=1)
         both = there[:, :, None] & there[:, None, :] & (ranks[:, :, None] < ranks[:, None, :])
-        first, last = np.arange(k) == 0, np.arange(k) == counts[:, None] - 1
         batch: dict[str, np.ndarray] = {
             "mask": rows.mask,
             "ref": _flat([ranking.ref for ranking in rankings], k),
             "lengths": np.maximum(rows.response_mask.sum(axis=1), 1).astype(np.float32),
-            "real": there,
-            "pairs": (both / np.maximum(counts * (counts - 1) / 2, 1)[:, None, None] / n).astype(np.float32),
-            "best": ((there & first) / n).reshape(-1).astype(np.float32),
-            "worst": ((there & last) / n).reshape(-1).astype(np.float32),
         }
+        batch |= preference_arrays(both / np.maximum(counts * (counts - 1) / 2, 1)[:, None, None] / n, there, n)
         if self.loss.plackett_luce:
             batch["rankings"] = ((counts > 0) / n).astype(np.float32)
         if self.loss.nll_coef:
@@ -299,6 +295,23 @@ class PreferenceOptimisation(Algorithm):
 
     def result(self) -> Model:
         return self.learner.averaged("policy")
+
+
+def preference_arrays(pairs: np.ndarray, real: np.ndarray, prompts: int) -> dict[str, np.ndarray]:
+    """What `PreferenceLoss` reads of how completions compare, besides the ``mask``, ``ref`` and ``lengths`` of its rows.
+
+    Args:
+      pairs: [N, K, K], what preferring completion i of a prompt to completion j weighs; over the whole update the mean is
+        taken with weights that sum to 1, or to less where ties are left out.
+      real: bool [N, K], False where a prompt has fewer completions. Completion k of prompt n is row n · K + k.
+      prompts: how many the whole update has.
+    """
+    wins, defeats = (pairs > 0).any(axis=2), (pairs > 0).any(axis=1)
+    best, worst = wins & ~defeats, defeats & ~wins
+    first = best & (np.cumsum(best, axis=1) == 1)
+    last = worst & (np.cumsum(worst[:, ::-1], axis=1)[:, ::-1] == 1)
+    flat = {name: (rows / prompts).reshape(-1).astype(np.float32) for name, rows in (("best", first), ("worst", last))}
+    return {"real": real, "pairs": pairs.astype(np.float32), **flat}
 
 
 def _flat(parts: Sequence[np.ndarray], k: int) -> np.ndarray:
