@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from conftest import CONSTANT, Scored, configure, relative, same
+from lockstep.commands.run import run_config
+from lockstep.config.compose import compose
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Context
 from lockstep.learning import losses
 from lockstep.learning.online import Clock
+from lockstep.runs.experiment import Experiment
+from lockstep.storage.files import read_json
 from lockstep.text.sequences import pack
+from runs import DECODER, TINY
 from test_group_methods import Jax, Torch, f32
 
 TEACHER, STUDENT = np.log([0.8, 0.2]), np.log([0.5, 0.5])
@@ -154,6 +160,47 @@ def test_a_teacher_with_another_vocabulary_is_refused(backend, tokenizer, load):
     context = Context(0, backend, tokenizer, None, load(), None, SimpleNamespace(policy=lambda source: (load(1), other)))
     with pytest.raises(ConfigError, match="The teacher 'teacher' has another vocabulary than the policy"):
         cls(config, context)
+
+
+# ------------------------------------------------------------------------------------------------------------- in a run
+
+STAGES = [
+    "~stages.sft",
+    "~stages.reward",
+    "~stages.ppo_ptx",
+    "~stages.evaluate",
+    "stages.ppo.policy=new",
+    "stages.ppo.reward_model=null",
+]
+RUN = [*(option for option in TINY if "ptx" not in option), *DECODER, *STAGES, "algorithm=distillation"]
+
+
+def test_a_stage_is_the_teacher_and_part_of_the_identity(tmp_path):
+    run = run_config(compose([*RUN, f"folder={tmp_path}", "algorithm.teacher=pretrain", "algorithm.iterations=2"]), "test")
+    stages = read_json(run / "run.json")["stages"]
+    content = read_json(tmp_path / stages["ppo"]["folder"] / "stage.json")
+    assert content["inputs"] == {"pretrain": Path(stages["pretrain"]["folder"]).name}
+    rows = (tmp_path / stages["ppo"]["folder"] / "metrics.jsonl").read_text()
+    assert "teacher/kl" in rows and "objective/score" not in rows
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("pretrian", "stages.ppo reads the stage 'pretrian', which does not come before it. Did you mean 'pretrain'?"),
+        ("evaluate", "A public policy is a folder or a hub id, owner/name."),
+    ],
+)
+def test_a_teacher_that_is_not_there_is_named(source, message):
+    with pytest.raises(ConfigError) as caught:
+        Experiment(compose([*RUN, f"algorithm.teacher={source}"]))
+    assert message in str(caught.value)
+
+
+def test_a_public_teacher_may_be_on_the_hub_and_a_policy_to_start_from_may_not():
+    Experiment(compose([*RUN, "algorithm.teacher=owner/name"]))
+    with pytest.raises(ConfigError, match="reads the stage 'owner/name'"):
+        Experiment(compose([*RUN, "algorithm.teacher=pretrain", "stages.ppo.policy=owner/name"]))
 
 
 def test_options_without_effect_are_refused():

@@ -60,16 +60,16 @@ def test_every_metric_of_every_algorithm_is_on_the_page_and_no_other(run):
 
 
 @pytest.mark.parametrize(
-    ("section", "name", "forms"),
+    ("section", "forms"),
     [
-        ("Group methods", "policy_gradient", [{"samples": 2, "kl_coef": 0.1, "correction": {"kind": "mask"}}]),
-        ("Distillation", "distillation", [{}, {"loss": "divergence"}]),
-        ("Rejection sampling", "rejection_sampling", [{"samples": 2}]),
-        ("Preference methods", "preference_optimisation", [{"nll_coef": 0.1, "heldout_examples": 2}]),
+        ("Group methods", [("policy_gradient", {"samples": 2, "kl_coef": 0.1, "correction": {"kind": "mask"}})]),
+        ("Distillation", [("distillation", {}), ("distillation", {"loss": "divergence"})]),
+        ("Rejection sampling", [("rejection_sampling", {"samples": 2})]),
+        ("Preference methods", [("preference_optimisation", {"nll_coef": 0.1}), ("online_preferences", {})]),
     ],
 )
-def test_every_metric_of_the_other_algorithms_is_on_the_page_and_no_other(make, section, name, forms):
-    algorithms = [make(name, reward_model=Scored(), batch_size=2, **changes) for changes in forms]
+def test_every_metric_of_the_other_algorithms_is_on_the_page_and_no_other(make, section, forms):
+    algorithms = [make(name, reward_model=Scored(), batch_size=2, **changes) for name, changes in forms]
     logged = {each for algorithm in algorithms for each in [*algorithm.step(0), *algorithm.finish()]}
     logged = {re.sub("^grad_norm/.*", "grad_norm/<model>", each) for each in logged}
     assert logged - documented(*TRAINING) == documented(section)

@@ -19,6 +19,7 @@ scores are logged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -56,7 +57,7 @@ class Distillation(Online):
         )
         beta: float = setting(1.0, "Of the divergence: 1 reverse KL, 0 forward KL, between them a JSD.", least=0, most=1)
         kl_coef: float = setting(1.0, "What a nat from the teacher costs.", above=0)
-        unfinished_score: float | None = setting(None, "Must stay null: there are no scores to replace.")
+        unfinished_score: float | None = setting(None, "Must stay null: no scores are used.", least=-math.inf)
 
         def __post_init__(self):
             super().__post_init__()
