@@ -9,13 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from conftest import CONSTANT, Scored, configure, relative, same
+from conftest import BACKENDS, CONSTANT, Scored, configure, relative, same
 from lockstep.commands.run import run_config
 from lockstep.config.compose import compose
+from lockstep.config.schema import parse
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Context
 from lockstep.learning import losses
 from lockstep.learning.online import Clock
+from lockstep.registry import registry
 from lockstep.runs.experiment import Experiment
 from lockstep.storage.files import read_json
 from lockstep.text.sequences import pack
@@ -24,6 +26,13 @@ from test_group_methods import Jax, Torch, f32
 
 TEACHER, STUDENT = np.log([0.8, 0.2]), np.log([0.5, 0.5])
 MADE = {"batch_size": 48, "temperature": 0.7, "schedule": CONSTANT}  # one shape for all
+
+
+@pytest.fixture(scope="session")
+def backend():
+    """One is enough for what happens on the host; test_parity.py has three steps on both."""
+    cls = registry().resolve("backend", "torch", "torch")
+    return cls(parse(cls.Config, BACKENDS["torch"], "backend"))
 
 
 @pytest.fixture(params=[Torch, Jax], ids=["torch", "jax"])

@@ -7,15 +7,24 @@ import math
 import numpy as np
 import pytest
 
-from conftest import CONSTANT, Scored, configure
+from conftest import BACKENDS, CONSTANT, Scored, configure
+from lockstep.config.schema import parse
 from lockstep.errors import ConfigError
 from lockstep.learning.online import Clock
+from lockstep.registry import registry
 from lockstep_rlhf.algorithms.online_preferences import OnlinePreferences
 from lockstep_rlhf.algorithms.preference_optimisation import preference_arrays
 
 MADE = {"batch_size": 6, "temperature": 0.7, "schedule": CONSTANT, "unfinished_score": None}
 REWARDS = np.array([[1.0, 3.0, 2.0], [5.0, 5.0, 4.0], [7.0, 7.0, 7.0], [1.0, 9.0, 2.0]])
 COUNTED = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 0, 1]], bool)
+
+
+@pytest.fixture(scope="session")
+def backend():
+    """One is enough for what happens on the host; the conformance kit runs on both."""
+    cls = registry().resolve("backend", "torch", "torch")
+    return cls(parse(cls.Config, BACKENDS["torch"], "backend"))
 
 
 def chosen(how):

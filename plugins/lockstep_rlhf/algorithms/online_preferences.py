@@ -76,7 +76,8 @@ class OnlinePreferences(Online):
         c, k, mask = self.config, self.config.samples, rollout.sequences.mask
         rewards = self.scores(rollout) - c.kl_coef * rollout.kl.sum(axis=1)
         pairs = self.pairs(rewards.reshape(-1, k), rollout.counted.reshape(-1, k))
-        used = (pairs > 0).any(axis=1) | (pairs > 0).any(axis=2)
+        used = np.any(pairs > 0, axis=1) | np.any(pairs > 0, axis=2)
+        informative = np.any(used, axis=1)
         chosen = np.sort(np.argsort(~used, axis=1, kind="stable")[:, : c.compared], axis=1)
         rows = chosen + np.arange(len(chosen))[:, None] * k
         ref = np.where(mask, 0 if rollout.ref_logprobs is None else rollout.ref_logprobs, 0).sum(axis=1, dtype=np.float64)
@@ -87,14 +88,15 @@ class OnlinePreferences(Online):
         }
         gaps = np.where(pairs > 0, rewards.reshape(-1, k, 1) - rewards.reshape(-1, 1, k), 0)
         metrics = self.objective(rollout) | {
-            "pairs/share": float(used.any(axis=1).mean()),
+            "pairs/share": float(informative.mean()),
             "pairs/gap": float(gaps.max(axis=(1, 2)).mean()),
         }
         return rows.reshape(-1), batch, metrics
 
     def pairs(self, rewards: np.ndarray, counted: np.ndarray) -> np.ndarray:
         """float [N, K, K] of rewards [N, K]: what preferring response i of a prompt to response j weighs beside the prompt's
-        other pairs; 0 between equals and where a response does not count. A method of your own overrides this."""
+        other pairs; 0 between equals and where a response does not count. A method of your own overrides this; it uses at most
+        ``compared`` responses of a prompt."""
         better = counted[:, :, None] & counted[:, None, :] & (rewards[:, :, None] > rewards[:, None, :])
         if self.config.pairs == "all":
             return better.astype(np.float64)

@@ -306,7 +306,7 @@ def preference_arrays(pairs: np.ndarray, real: np.ndarray, prompts: int) -> dict
       real: bool [N, K], False where a prompt has fewer completions. Completion k of prompt n is row n · K + k.
       prompts: how many the whole update has.
     """
-    wins, defeats = (pairs > 0).any(axis=2), (pairs > 0).any(axis=1)
+    wins, defeats = np.any(pairs > 0, axis=2), np.any(pairs > 0, axis=1)
     best, worst = wins & ~defeats, defeats & ~wins
     first = best & (np.cumsum(best, axis=1) == 1)
     last = worst & (np.cumsum(worst[:, ::-1], axis=1)[:, ::-1] == 1)

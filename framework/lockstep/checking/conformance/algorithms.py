@@ -665,7 +665,7 @@ def pairs_of_samples(subject: AlgorithmSubject, reward: Any) -> list[tuple[float
     subject.need_reward_model()
     preferring(subject)
     trace = subject.run(1, reward=reward, kl_coef=0.0, unfinished_score=None)
-    place = {}
+    place: dict[bytes, float] = {}
     for scoring in trace.of(ScoreCall, 0):
         rows = np.ascontiguousarray(scoring.responses.sequences.tokens)
         place |= {row.tobytes(): score for row, score in zip(rows, scoring.scores, strict=True)}
