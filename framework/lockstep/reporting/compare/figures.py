@@ -206,8 +206,8 @@ def best_of(c: RunComparison) -> Figure | None:
             for n, x, y in points:
                 ax.plot([x, x], [y.low, y.high], color=colour, linewidth=1)
                 ax.plot(x, y.mean, "o", color=colour, markersize=4, markerfacecolor="none")
-                if g is c.groups[0]:
-                    ax.annotate(str(n), (x, y.mean), xytext=(4, -10), textcoords="offset points", fontsize=7)
+                if g is c.groups[0] and n > 1:
+                    ax.annotate(f"n={n}", (x, y.mean), xytext=(4, -10), textcoords="offset points", fontsize=7)
         _evaluated_points(ax, c, metric)
         ax.set_title(AGAINST_KL[metric])
         ax.set_xlabel(plain(f"√KL to {c.baseline}, √nats"))
