@@ -120,7 +120,11 @@ def _evaluation(rng: np.random.Generator, gold: dict[str, float], kl: float) -> 
     def policy(p: str, shift: float) -> dict[str, Any]:
         value, trained = gold[p] - shift, p.startswith("ppo")
         drift = kl - (p == "ppo_ptx") if trained else KL[p]
+        best = {"best_of_1": 0.0, "best_of_2": 0.13, "best_of_4": 0.6} if p == "sft" else {}
         return {
+            **{f"{n}/{m}": estimate(value + 0.6 * d, 0.1) for n, d in best.items() for m in ("gold", "score")},
+            **{f"{n}/kl": {"mean": d, "low": d, "high": d, "n": 500} for n, d in best.items()},
+            **{f"{n}/kl_bound": {"mean": 1.06 * d, "n": 500} for n, d in best.items()},
             "gold": estimate(value, 0.16), "helpful": estimate(value * 0.4, 0.08), "truthful": estimate(value * 0.3, 0.08),
             "harmless": estimate(value * 0.3 - shift, 0.09), "score": estimate(value + 0.1 * drift * trained, 0.1),
             "win_rate": estimate(1 / (1 + np.exp(0.35 - value)), 0.04), "kl": estimate(drift, 0.3),

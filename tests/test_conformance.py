@@ -28,12 +28,14 @@ BUILT_IN = [
     ("algorithm", "reward_modelling"),
     ("algorithm", "ppo"),
     ("algorithm", "policy_gradient"),
+    ("algorithm", "distillation"),
+    ("algorithm", "online_preferences"),
     ("algorithm", "rejection_sampling"),
     ("algorithm", "preference_optimisation"),
 ]
 
 
-IN_FLOAT32 = ("rejection_sampling", "preference_optimisation")
+IN_FLOAT32 = ("distillation", "online_preferences", "rejection_sampling", "preference_optimisation")
 """In bfloat16 they do nothing that the others do not."""
 WHERE = [(*each, precision) for each in BUILT_IN for precision in ("float32", "bfloat16")]
 

@@ -16,7 +16,7 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")]
 PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which is about what was
 SOURCES = [path for folder in ("framework", "plugins", "tests", "benchmarks", "docs") for path in (ROOT / folder).rglob("*.py")]
 PACKAGES = {path.name: path for root in ("framework", "plugins") for path in (ROOT / root).glob("lockstep*")}
-ELSEWHERE = {"stranger.py", "test_reinforce.py", "spread.py"}  # files of the reader's own
+ELSEWHERE = {"stranger.py", "test_reinforce.py", "spread.py", "weighted.py"}  # files of the reader's own
 GROUPS = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()} - {"hydra"} | {"sft", "reward", "pretrain"}
 
 

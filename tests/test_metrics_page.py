@@ -37,6 +37,7 @@ def run(tmp_path_factory):
     return tiny(
         tmp_path_factory.mktemp("runs"),
         "evaluation.comparisons=12",
+        "evaluation.best_of=2",
         "algorithm.iterations=1",
         "backend.threads=1",
         "pretrain.packing=true",
@@ -59,23 +60,24 @@ def test_every_metric_of_every_algorithm_is_on_the_page_and_no_other(run):
 
 
 @pytest.mark.parametrize(
-    ("section", "name", "changes"),
+    ("section", "forms"),
     [
-        ("Group methods", "policy_gradient", {"batch_size": 2, "samples": 2, "kl_coef": 0.1, "correction": {"kind": "mask"}}),
-        ("Rejection sampling", "rejection_sampling", {"batch_size": 2, "samples": 2}),
-        ("Preference methods", "preference_optimisation", {"batch_size": 2, "nll_coef": 0.1, "heldout_examples": 2}),
+        ("Group methods", [("policy_gradient", {"samples": 2, "kl_coef": 0.1, "correction": {"kind": "mask"}})]),
+        ("Distillation", [("distillation", {}), ("distillation", {"loss": "divergence"})]),
+        ("Rejection sampling", [("rejection_sampling", {"samples": 2})]),
+        ("Preference methods", [("preference_optimisation", {"nll_coef": 0.1}), ("online_preferences", {})]),
     ],
 )
-def test_every_metric_of_the_other_algorithms_is_on_the_page_and_no_other(make, section, name, changes):
-    algorithm = make(name, reward_model=Scored(), **changes)
-    logged = set(algorithm.step(0)) | set(algorithm.finish())
+def test_every_metric_of_the_other_algorithms_is_on_the_page_and_no_other(make, section, forms):
+    algorithms = [make(name, reward_model=Scored(), batch_size=2, **changes) for name, changes in forms]
+    logged = {each for algorithm in algorithms for each in [*algorithm.step(0), *algorithm.finish()]}
     logged = {re.sub("^grad_norm/.*", "grad_norm/<model>", each) for each in logged}
     assert logged - documented(*TRAINING) == documented(section)
 
 
 def test_every_measure_of_the_evaluation_is_on_the_page_and_no_other(run):
     (file,) = [file for stage in stages(run) for file in stage.glob("output/evaluation.json")]
-    names = flatten(json.loads(file.read_text()))
+    names = {re.sub(r"best_of_\d+", "best_of_<n>", name) for name in flatten(json.loads(file.read_text()))}
     measured = {re.sub(r"^(reward_model|[^/]+/[^/]+)/", "", name) for name in names}
     assert measured == documented("Evaluation")
 

@@ -270,6 +270,58 @@ def test_sigmoid_is_quiet_at_the_extremes():
         np.testing.assert_allclose(numerics.sigmoid(np.array([-1e4, 0, math.log(3), 1e4])), [0, 0.5, 0.75, 1])
 
 
+# ---------------------------------------------------------------------------------------------------------- best of n
+
+
+def best(scores, n, values=None):
+    return float(numerics.best_of(f32(*scores), n) @ np.asarray(scores if values is None else values, float))
+
+
+def test_the_best_of_n_is_estimated_for_every_n_from_the_same_samples():
+    assert [best([3, 1, 2], n) for n in (1, 2, 3)] == pytest.approx([2, 8 / 3, 3], abs=1e-9)
+    assert best([0, 1, 1], 2, [5, 2, 4]) == pytest.approx(3, abs=1e-9)  # ties share their mean gold
+    rng = np.random.default_rng(0)
+    scores, gold = rng.integers(0, 4, 7).astype(float), rng.normal(size=7)
+    for n in range(1, 8):  # over all subsets, each of whose best are equally likely
+        means = [np.mean(gold[[i for i in s if scores[i] == max(scores[list(s)])]]) for s in itertools.combinations(range(7), n)]
+        assert best(scores, n, gold) == pytest.approx(np.mean(means), abs=1e-12)
+    many = numerics.best_of(rng.normal(size=4096), 1000)  # no factorial overflows
+    assert many.sum() == pytest.approx(1) and np.isfinite(many).all()
+
+
+def test_the_best_of_n_of_right_and_wrong_is_pass_at_n():
+    assert best([0, 1, 0, 1], 2) == pytest.approx(5 / 6, abs=1e-9)  # 1 - (1 - 2 / 4)^2 = 0.75 is biased
+    for c, n in itertools.product(range(6), range(1, 6)):
+        expected = 1 - math.comb(5 - c, n) / math.comb(5, n)
+        assert best([1.0] * c + [0.0] * (5 - c), n) == pytest.approx(expected, abs=1e-12)
+
+
+def test_kl_of_the_best_of_n_is_bounded_and_lower_where_scores_repeat():
+    assert [numerics.best_of_kl_bound(n) for n in (1, 2, 4, 16)] == pytest.approx([0, 0.193147, 0.636294, 1.835089], abs=1e-6)
+    assert numerics.best_of_kl(f32(0, 1, 0, 1), 2) == pytest.approx(0.130812, abs=1e-6)  # a fair coin
+    for n in (1, 2, 7, 64):
+        assert numerics.best_of_kl(np.random.default_rng(0).normal(size=64), n) == pytest.approx(numerics.best_of_kl_bound(n))
+        assert numerics.best_of_kl(f32(*[3] * 64), n) == pytest.approx(0, abs=1e-12)
+
+
+def test_kl_of_the_best_of_n_is_that_of_the_enumerated_distribution():
+    """Three responses of probability 0.2, 0.3, 0.5, of which the first two score alike; the best is drawn among equals."""
+    p, score = np.array([0.2, 0.3, 0.5]), np.array([1.0, 1.0, 0.0])
+    for n in (2, 3, 5):
+        chosen = np.zeros(3)
+        for draw in itertools.product(range(3), repeat=n):
+            top = [y for y in draw if score[y] == max(score[list(draw)])]
+            for y in top:
+                chosen[y] += np.prod(p[list(draw)]) / len(top)
+        expected = float(np.sum(chosen * np.log(chosen / p)))
+        assert numerics.best_of_kl(np.repeat(score, [2, 3, 5]), n) == pytest.approx(expected, abs=1e-12)
+        assert expected < numerics.best_of_kl_bound(n)
+
+
+def test_samples_are_split_into_powers_of_two_and_all():
+    assert [numerics.best_of_sizes(n) for n in (0, 1, 2, 6, 8)] == [[], [1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+
+
 # ---------------------------------------------------------------------------------------------------------- intervals
 
 

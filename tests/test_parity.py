@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from conftest import ARCHITECTURE, BACKENDS, head
+from conftest import ARCHITECTURE, BACKENDS, CONSTANT, Data, configure, head
 from lockstep.config.schema import parse
 from lockstep.errors import CheckpointError
-from lockstep.interfaces import Dropout, Term
+from lockstep.interfaces import Context, Dropout, Term
 from lockstep.learning import randomness
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.models.architecture import RopeScaling, initial_parameters, to_hf
@@ -96,6 +97,23 @@ def test_ppo_has_the_same_loss_gradients_and_next_parameters(both):
     assert max(np.abs(gradients[n] - gradients2[n]).max() for n in gradients) < 1e-4 * scale
     # Adam divides by the gradient's size: where that is near eps, rounding moves a step by a fraction of the rate.
     assert max(np.abs(parameters[n] - parameters2[n]).max() for n in parameters) < 1e-5
+
+
+def test_three_steps_of_distillation_are_the_same_on_both(both, tokenizer, folders):
+    settings = {"loss": "divergence", "beta": 0.5, "optimizer": {"learning_rate": 1e-3, "eps": 1e-5}, "schedule": CONSTANT}
+    cls, config = configure("distillation", batch_size=6, iterations=3, **settings)
+    found = []
+    for backend, load in both:
+        teacher = registry().resolve("policy", "decoder", backend.name).load(folders[1], backend)
+        others = SimpleNamespace(policy=lambda source, teacher=teacher: (teacher, tokenizer))
+        algorithm = cls(config, Context(0, backend, tokenizer, Data(), load(), None, others))
+        metrics = [algorithm.step(step) for step in range(3)]
+        found.append(([{n: v for n, v in m.items() if "perf" not in n and "mismatch" not in n} for m in metrics], algorithm))
+    (first, one), (second, other) = found
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    before, after = one.result().parameters(), other.result().parameters()
+    assert max(np.abs(before[n] - after[n]).max() for n in before) < 1e-4
 
 
 SCALED = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -94,7 +94,7 @@ def site(tmp_path) -> Path:
 
 def test_the_guides_listings_are_found():
     reinforce = {"stranger.py", "stranger_conf/algorithm/reinforce.yaml", "pyproject.toml", "test_reinforce.py"}
-    assert set(FILES) == reinforce | {"spread.py"}
+    assert set(FILES) == reinforce | {"spread.py", "weighted.py"}
     assert {path.partition("/")[0] for path in changes()} == {
         "lockstep-median", "lockstep-polite", "lockstep-cut", "lockstep-strict",
     }  # fmt: skip
@@ -121,17 +121,25 @@ def test_a_strangers_algorithm_conforms_by_the_test_in_the_guide(installed, tmp_
     assert "1 passed" in done.stdout
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_the_guides_group_method_conforms(backend, tmp_path, monkeypatch):
-    """In at most fifteen lines: what every group method must do, and what all algorithms that sample must."""
+GUIDES = {
+    "spread:Spread": ("grpo", ["equal_rewards_say_nothing", "the_better_response_has_the_higher_advantage"]),
+    "weighted:Weighted": ("online_dpo", ["equal_scores_make_no_pairs", "the_better_response_is_preferred"]),
+}
+
+
+@pytest.mark.parametrize("name, backend", [("spread:Spread", "torch"), ("spread:Spread", "jax"), ("weighted:Weighted", "torch")])
+def test_the_guides_methods_conform(name, backend, tmp_path, monkeypatch):
+    """In at most fifteen lines: what every method of their kind must do, and what all algorithms that sample must."""
     pytest.importorskip(backend)
-    assert len(FILES["spread.py"].strip().splitlines()) <= 15
-    write({"spread.py": FILES["spread.py"]}, tmp_path)
+    file, (like, names) = f"{name.partition(':')[0]}.py", GUIDES[name]
+    assert len(FILES[file].strip().splitlines()) <= 15
+    write({file: FILES[file]}, tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    names = ["equal_rewards_say_nothing", "the_better_response_has_the_higher_advantage", "episodes_without_a_score_are_left_out"]
-    spread = subject("algorithm", "spread:Spread", backend, precision="float32", like="grpo")
-    found = {o.check.name: (o.status, o.detail) for o in conform("algorithm", spread, only=lambda check: check.name in names)}
-    assert found == dict.fromkeys(names, ("passed", ""))
+    names = [*names, "episodes_without_a_score_are_left_out"]
+    found = conform(
+        "algorithm", subject("algorithm", name, backend, precision="float32", like=like), only=lambda check: check.name in names
+    )
+    assert {o.check.name: (o.status, o.detail) for o in found} == dict.fromkeys(names, ("passed", ""))
 
 
 def test_a_configuration_that_would_shadow_another_is_refused(site):

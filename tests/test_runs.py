@@ -268,6 +268,8 @@ MISTAKES = {
     "checkpoint_every=0 must be at least 1.": ["checkpoint_every=0"],
     "seed='abc' should be int, not str.": ["seed=abc"],
     "evaluation.batch_size=0 must be at least 1.": ["evaluation.batch_size=0"],
+    "evaluation.best_of needs samples that differ": ["evaluation.best_of=2", "evaluation.temperature=0"],
+    "best_of=2 ranks by a reward_model": ["evaluation.best_of=2", "stages.evaluate.reward_model=null"],
     "schedule.shape='cosin' is not one of constant, linear, cosine": ["sft.schedule.shape=cosin"],
     "Unknown key stages.ppo_ptx.changes.ptx_coeff. Did you mean 'ptx_coef'?": ["+stages.ppo_ptx.changes.ptx_coeff=1"],
 }  # fmt: skip

@@ -94,6 +94,7 @@ class Model(ABC):
     |---|---|---|
     | logprobs | [B, T] | log-probability of each response token given all before it, from logits / temperature |
     | entropy | [B, T] | entropy in nats of the distribution the token was drawn from, at the same temperature |
+    | divergence | [B, T] | of that distribution from a teacher's, over the whole vocabulary: `Policy.toward` |
     | values | [B, T] | scalar head *before* the token is emitted (the state; Ziegler et al. 2019) |
     | scores | [B] | scalar head at the last real token of the row |
 
@@ -224,11 +225,34 @@ class Policy(Model, Component):
     def with_value_head(self) -> Policy:
         """A copy that also supplies values, from a zero-initialised head on the shared trunk."""
 
+    def toward(self, teacher: Policy, beta: float) -> Policy:
+        """A copy that also supplies ``divergence``: `lockstep.learning.losses.divergence` from ``teacher``, which is neither
+        trained nor copied. Both distributions are at the temperature of the call.
+
+        Raises:
+          ConfigError: this policy has no such output, or the teacher has another vocabulary.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} cannot compare its whole distribution with a teacher's. Set algorithm.loss=policy_gradient."
+        )
+
     @abstractmethod
     def scalar_model(self, head: np.ndarray) -> ScalarModel:
         """A copy of the trunk with the scalar head ``head`` [hidden_size] and bias 0 in place of the language head."""
 
     hidden_size: int
+
+
+def check_vocabularies(student: Model, teacher: Model) -> None:
+    """
+    Raises:
+      ConfigError: the rows of their embeddings do not match.
+    """
+    if student.vocab_size != teacher.vocab_size:
+        raise ConfigError(
+            f"The policy's embedding has {student.vocab_size} rows and the teacher's {teacher.vocab_size}, so their "
+            "distributions cannot be compared. Resize either, or set algorithm.loss=policy_gradient."
+        )
 
 
 class ScalarModel(Model):
@@ -446,7 +470,7 @@ class Responses:
 
 
 class Resources(Protocol):
-    """What a reward model may ask for when it is built."""
+    """What a component may ask for when it is built, if its `Component.inputs` declare it."""
 
     backend: Backend
     tokenizer: Tokenizer
@@ -455,6 +479,11 @@ class Resources(Protocol):
     def kind(self, source: str) -> Literal["stage", "decoder", "encoder"]:
         """What ``source`` is: a stage's output, or a public sequence classifier (folder or hub id): a decoder with a scalar
         head, or anything else ('encoder')."""
+        ...
+
+    def policy(self, source: str) -> tuple[Policy, Tokenizer]:
+        """A policy beside the one that is trained, and the tokenizer it reads: the output of the stage ``source``, or a public
+        one (folder or hub id)."""
         ...
 
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
@@ -587,6 +616,8 @@ class Context:
     policy: Policy
     reward_model: RewardModel | None = None
     environment: Environment | None = None
+    resources: Resources | None = None
+    """Other models that the algorithm's `inputs` declare."""
     fits: dict[str, Fit] = field(default_factory=dict)
     """What length limits did to each data set; goes into the stage's record."""
 

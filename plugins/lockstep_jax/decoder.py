@@ -31,6 +31,8 @@ from lockstep_jax.products import PRODUCTS, product, transposed
 Tree = Any
 """Parameters: nested dicts of arrays, named as the modules below are."""
 
+TEACHER = "teacher"
+
 
 @dataclass(frozen=True)
 class NetworkSpec:
@@ -43,6 +45,9 @@ class NetworkSpec:
     language_head: bool
     scalar_head: bool
     adapter: Adapter | None = None
+    teacher: NetworkSpec | None = None
+    """Its parameters are among the frozen ones, under `TEACHER`."""
+    beta: float = 1.0
 
     @classmethod
     def on(cls, backend: JaxDevice, architecture: Architecture, **parts: Any) -> NetworkSpec:
@@ -52,7 +57,7 @@ class NetworkSpec:
 
     def bind(self, params: Tree, frozen: Tree) -> DecoderNetwork:
         """The modules with these parameters; ``frozen`` are the untrained ones, empty without an adapter."""
-        return nnx.merge(_graph(self), _joined(params, frozen))
+        return nnx.merge(_graph(self), _joined(params, {name: part for name, part in frozen.items() if name != TEACHER}))
 
     def cast(self, params: Tree) -> Tree:
         """Kernels cast to the matmul precision, which a loop over tokens would otherwise do for each token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +14,14 @@ import numpy as np
 from jax import Array
 
 from lockstep.errors import ConfigError
-from lockstep.interfaces import Generated, Policy, ScalarModel
+from lockstep.interfaces import Generated, Policy, ScalarModel, check_vocabularies
+from lockstep.learning import losses
 from lockstep.models import adapters
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, family_of, to_hf
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_tensors
 from lockstep.text.sequences import Sequences
-from lockstep_jax.decoder import DecoderNetwork, DropoutMask, NetworkSpec, Tree
+from lockstep_jax.decoder import TEACHER, DecoderNetwork, DropoutMask, NetworkSpec, Tree
 from lockstep_jax.device import JaxDevice
 from lockstep_jax.generation import Drawing, generate, proceed, start
 from lockstep_jax.parameters import from_arrays, to_arrays
@@ -64,6 +65,10 @@ def forward(
         # Padding may be outside the vocabulary, where JAX would read NaN.
         tokens = jnp.where(block.response_mask, block.tokens[:, prompt_length:], 0)
         out |= of_distribution(decoder, states, tokens, temperature, entropy="entropy" in outputs)
+    if "divergence" in outputs and spec.teacher is not None:
+        teacher = spec.teacher.bind(*jax.lax.stop_gradient(frozen[TEACHER]))
+        theirs = teacher.hidden(block.tokens, mask, None, first)[:, :-1]
+        out["divergence"] = from_teacher(decoder, teacher, states, theirs, temperature, spec.beta)
     if "values" in outputs:
         out["values"] = decoder.score(states)
     if "scores" in outputs:
@@ -75,9 +80,7 @@ def forward(
 def of_distribution(
     decoder: DecoderNetwork, states: Array, tokens: Array, temperature: Any, *, entropy: bool
 ) -> dict[str, Array]:
-    """Outputs of the logits, [B, T] each. If [B, T, V] is large, it never exists in full: a few positions at a time are computed,
-    and recomputed for the gradient (Chen et al. 2016)."""
-
+    """Outputs of the logits, [B, T] each."""
     head = decoder.head()
 
     def some(piece: tuple[Array, Array]) -> dict[str, Array]:
@@ -89,15 +92,40 @@ def of_distribution(
             out["entropy"] = normaliser - (jnp.exp(logits - normaliser[..., None]) * logits).sum(-1)
         return out
 
-    at_once = max(1, LOGITS_AT_ONCE // decoder.architecture.vocab_size)
-    if tokens.size <= at_once:
-        return some((states, tokens))
-    pieces = -(-tokens.size // at_once)
-    at_once = -(-tokens.size // pieces)
-    pad = [(0, pieces * at_once - tokens.size)]
-    states = jnp.pad(states.reshape(-1, states.shape[-1]), [*pad, (0, 0)]).reshape(pieces, at_once, -1)
-    found = jax.lax.map(jax.checkpoint(some), (states, jnp.pad(tokens.reshape(-1), pad).reshape(pieces, at_once)))
-    return {name: part.reshape(-1)[: tokens.size].reshape(tokens.shape) for name, part in found.items()}
+    return in_pieces(some, (states, tokens), decoder.architecture.vocab_size)
+
+
+def from_teacher(
+    decoder: DecoderNetwork, teacher: DecoderNetwork, states: Array, theirs: Array, temperature: Any, beta: float
+) -> Array:
+    """[B, T], from both models' states [B, T, d] that predict each response token."""
+    head, their_head = decoder.head(), teacher.head()
+
+    def some(piece: tuple[Array, Array]) -> Array:
+        own = jax.nn.log_softmax(decoder.logits(piece[0], head) / temperature)
+        other = jax.lax.stop_gradient(jax.nn.log_softmax(teacher.logits(piece[1], their_head) / temperature))
+        return losses.divergence(jnp, own, other, beta)
+
+    return in_pieces(some, (states, theirs), decoder.architecture.vocab_size)
+
+
+def in_pieces(some: Callable[[Any], Any], inputs: tuple[Array, ...], vocab_size: int) -> Any:
+    """``some`` of inputs [B, T, ...], which gives [B, T] each by way of logits. If [B, T, V] is large, it never exists in full: a
+    few positions at a time are computed, and recomputed for the gradient (Chen et al. 2016)."""
+    shape = inputs[0].shape[:2]
+    size, at_once = shape[0] * shape[1], max(1, LOGITS_AT_ONCE // vocab_size)
+    if size <= at_once:
+        return some(inputs)
+    pieces = -(-size // at_once)
+    at_once = -(-size // pieces)
+
+    def cut(x: Array) -> Array:
+        flat = x.reshape(size, *x.shape[2:])
+        padded = jnp.pad(flat, [(0, pieces * at_once - size), *[(0, 0)] * (flat.ndim - 1)])
+        return padded.reshape(pieces, at_once, *flat.shape[1:])
+
+    found = jax.lax.map(jax.checkpoint(some), tuple(map(cut, inputs)))
+    return jax.tree.map(lambda part: part.reshape(-1)[:size].reshape(shape), found)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "outputs"))
@@ -162,7 +190,13 @@ class LanguageModel(JaxModel, Policy):
 
     @property
     def supplies(self) -> frozenset[str]:
-        return frozenset({"logprobs", "entropy"} | ({"values"} if self.spec.scalar_head else set()))
+        more = {"values": self.spec.scalar_head, "divergence": self.spec.teacher is not None}
+        return frozenset({"logprobs", "entropy"} | {name for name, there in more.items() if there})
+
+    def toward(self, teacher: Any, beta: float) -> LanguageModel:
+        check_vocabularies(self, teacher)
+        spec = dataclasses.replace(self.spec, teacher=teacher.spec, beta=beta)
+        return type(self)(spec, _copied(self.params), self.backend, self.frozen | {TEACHER: (teacher.params, teacher.frozen)})
 
     def generate(
         self,

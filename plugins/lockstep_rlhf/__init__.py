@@ -1,7 +1,7 @@
 """The recipe, written once for every backend: pretraining, SFT, reward modelling, PPO, and sources of reward.
 
 algorithms/      pretraining, SFT, reward modelling, PPO, policy gradients (GRPO),
-                 preference optimisation (DPO), rejection sampling (RAFT)
+                 preference optimisation (DPO), online or not; rejection sampling (RAFT), distillation
 reward_models/   sources of scores: a learned model, a Python function, a server, an ensemble
 """
 
@@ -15,8 +15,10 @@ plugin = Plugin(
             "reward_modelling": "lockstep_rlhf.algorithms.reward_modelling:RewardModelling",
             "ppo": "lockstep_rlhf.algorithms.ppo:PPO",
             "preference_optimisation": "lockstep_rlhf.algorithms.preference_optimisation:PreferenceOptimisation",
+            "online_preferences": "lockstep_rlhf.algorithms.online_preferences:OnlinePreferences",
             "rejection_sampling": "lockstep_rlhf.algorithms.rejection_sampling:RejectionSampling",
             "policy_gradient": "lockstep_rlhf.algorithms.policy_gradient:PolicyGradient",
+            "distillation": "lockstep_rlhf.algorithms.distillation:Distillation",
         },
         "environment": {"tools": "lockstep_rlhf.environments.tools:Tools"},
         "reward_model": {

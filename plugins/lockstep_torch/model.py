@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import array_api_compat.torch as xp
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lockstep.interfaces import Generated, Policy, ScalarModel
+from lockstep.interfaces import Generated, Policy, ScalarModel, check_vocabularies
+from lockstep.learning import losses
 from lockstep.models import adapters
 from lockstep.models.architecture import causal_class, classifier_class
 from lockstep.storage.files import write_json
@@ -51,6 +54,8 @@ class TorchModel:
     """The shared part of `LanguageModel` and `Scalar`."""
 
     supplies: frozenset[str]
+    teacher: TorchModel | None = None
+    beta: float = 1.0
 
     def __init__(self, network: Network, head: ScalarHead | None, backend: TorchDevice):
         self.network = network.to(backend.device)
@@ -74,6 +79,8 @@ class TorchModel:
             if "logprobs" in outputs or "entropy" in outputs:
                 tokens = block.tokens[:, block.prompt_length :]
                 out |= self.of_distribution(states, tokens, temperature, entropy="entropy" in outputs)
+            if "divergence" in outputs and self.teacher is not None:
+                out["divergence"] = self.from_teacher(self.teacher.network, states, block, temperature)
             if "values" in outputs:
                 out["values"] = self.head(states)
             if "scores" in outputs:
@@ -81,8 +88,7 @@ class TorchModel:
         return {name: out[name] for name in outputs}
 
     def of_distribution(self, states: Tensor, tokens: Tensor, temperature: float, *, entropy: bool) -> dict[str, Tensor]:
-        """Outputs of the logits, [B, T] each. If [B, T, V] is large, it never exists in full: a few positions at a time are
-        computed, and recomputed for the gradient (Chen et al. 2016)."""
+        """Outputs of the logits, [B, T] each."""
 
         def some(states: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
             logits = self.network.logits(states).float() / temperature
@@ -93,12 +99,30 @@ class TorchModel:
             return logprobs, normaliser - ((logits - normaliser[..., None]).exp() * logits).sum(-1)
 
         names = ("logprobs", "entropy")[: 1 + entropy]
-        at_once = max(1, LOGITS_AT_ONCE // self.vocab_size)
-        if tokens.numel() <= at_once:
-            return dict(zip(names, some(states, tokens), strict=True))
-        pieces = zip(states.flatten(0, 1).split(at_once), tokens.flatten().split(at_once), strict=True)
+        return dict(zip(names, self.in_pieces(some, states, tokens), strict=True))
+
+    def from_teacher(self, teacher: Network, states: Tensor, block: Block, temperature: float) -> Tensor:
+        """The divergence [B, T], from the states [B, T, d] that predict each response token."""
+        with torch.no_grad():
+            theirs = teacher.hidden(block.tokens, block.mask, None, block.prompt_length - 1)[:, :-1]
+
+        def some(states: Tensor, theirs: Tensor) -> tuple[Tensor, ...]:
+            own = (self.network.logits(states).float() / temperature).log_softmax(-1)
+            with torch.no_grad():
+                other = (teacher.logits(theirs).float() / temperature).log_softmax(-1)
+            return (losses.divergence(xp, own, other, self.beta),)
+
+        return self.in_pieces(some, states, theirs)[0]
+
+    def in_pieces(self, some: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+        """``some`` of inputs [B, T, ...], which gives [B, T] each by way of logits. If [B, T, V] is large, it never exists in
+        full: a few positions at a time are computed, and recomputed for the gradient (Chen et al. 2016)."""
+        shape, at_once = inputs[0].shape[:2], max(1, LOGITS_AT_ONCE // self.vocab_size)
+        if shape.numel() <= at_once:
+            return some(*inputs)
+        pieces = zip(*(x.flatten(0, 1).split(at_once) for x in inputs), strict=True)
         found = [checkpoint(some, *piece, use_reentrant=False) for piece in pieces]
-        return {name: torch.cat(part).view(tokens.shape) for name, part in zip(names, zip(*found, strict=True), strict=True)}
+        return tuple(torch.cat(part).view(shape) for part in zip(*found, strict=True))
 
     @torch.no_grad()
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
@@ -117,7 +141,9 @@ class TorchModel:
         return {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in self.tensors().items()}
 
     def copy(self):
-        return type(self)(copy_network(self.network), copy.deepcopy(self.head), self.backend)
+        copied = type(self)(copy_network(self.network), copy.deepcopy(self.head), self.backend)
+        copied.teacher, copied.beta = self.teacher, self.beta
+        return copied
 
     def write(self, folder: Path, name: str, **config: int) -> None:
         """A checkpoint of transformers' class ``name``; for an adapted network, the adapter alone."""
@@ -133,7 +159,14 @@ class LanguageModel(TorchModel, Policy):
 
     @property
     def supplies(self) -> frozenset[str]:
-        return frozenset({"logprobs", "entropy"} | ({"values"} if self.head else set()))
+        more = {"values": self.head is not None, "divergence": self.teacher is not None}
+        return frozenset({"logprobs", "entropy"} | {name for name, there in more.items() if there})
+
+    def toward(self, teacher: Any, beta: float) -> LanguageModel:
+        check_vocabularies(self, teacher)
+        student = self.copy()
+        student.teacher, student.beta = teacher, beta
+        return student
 
     def generate(
         self,

@@ -11,7 +11,15 @@ from lockstep.interfaces import Responses
 from lockstep.learning import losses, numerics, randomness
 from lockstep.text import encoding
 from lockstep.text.stopping import ends_with_stop
-from lockstep_rlhf.algorithms import policy_gradient, ppo, preference_optimisation, reward_modelling, sft
+from lockstep_rlhf.algorithms import (
+    distillation,
+    online_preferences,
+    policy_gradient,
+    ppo,
+    preference_optimisation,
+    reward_modelling,
+    sft,
+)
 from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss
 from lockstep_rlhf.algorithms.policy_gradient import PolicyGradientLoss
 from lockstep_rlhf.algorithms.ppo import PPOLoss
@@ -31,6 +39,14 @@ class PolicyGradient(policy_gradient.PolicyGradient):
 
 class PreferenceOptimisation(preference_optimisation.PreferenceOptimisation):
     like = "preference_optimisation"
+
+
+class OnlinePreferences(online_preferences.OnlinePreferences):
+    like = "online_preferences"
+
+
+class Distillation(distillation.Distillation):
+    like = "distillation"
 
 
 class RewardModelling(reward_modelling.RewardModelling):
@@ -597,6 +613,39 @@ class MixReplaces(PPO):
         return terms
 
 
+@defect("algorithm", caught_by="the_teacher_grades_each_token")
+class AwayFromTheTeacher(Distillation):
+    """The advantage has the wrong sign."""
+
+    def prepare(self, rollout):
+        batch = super().prepare(rollout)
+        return batch | {"advantages": -batch["advantages"]}
+
+
+@defect("algorithm", caught_by="the_teacher_grades_each_token")
+class TeacherAtOne(Distillation):
+    """The teacher's log-probabilities are at temperature 1."""
+
+    def evaluate(self, model, sequences, outputs):
+        return model.evaluate(sequences, outputs) if model is self.teacher else super().evaluate(model, sequences, outputs)
+
+
+class UndetachedLoss(PolicyGradientLoss):
+    def __call__(self, xp, outputs, batch):
+        teacher = batch["advantages"] + batch["old_logprobs"]
+        gap = losses.select(xp, batch["mask"], outputs["logprobs"]) - teacher
+        return losses.weighted_sum(xp, gap, batch["weights"]), {}
+
+
+@defect("algorithm", caught_by="the_teacher_grades_each_token")
+class Undetached(Distillation):
+    """The log ratio is the loss, and differentiated: its expected gradient is 0."""
+
+    def __init__(self, config, context):
+        super().__init__(config, context)
+        self.loss = UndetachedLoss("none", 0, 1, None, False, None, 0.0)
+
+
 # ---------------------------------------------------------------------------------------------------------------- groups
 
 
@@ -716,6 +765,22 @@ class Swapped(PreferenceOptimisation):
         term = super().term(*given)
         term.batch["pairs"] = term.batch["pairs"].transpose(0, 2, 1)
         return term
+
+
+@defect("algorithm", caught_by="the_better_response_is_preferred")
+class WorseIsPreferred(OnlinePreferences):
+    """Rewards are taken for costs."""
+
+    def pairs(self, rewards, counted):
+        return super().pairs(-rewards, counted)
+
+
+@defect("algorithm", caught_by="equal_scores_make_no_pairs")
+class TiesArePairs(OnlinePreferences):
+    """Of equals the first is preferred."""
+
+    def pairs(self, rewards, counted):
+        return super().pairs(rewards - 1e-6 * np.arange(rewards.shape[1]), counted)
 
 
 # --------------------------------------------------------------------------------------------------------- reward models

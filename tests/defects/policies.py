@@ -54,6 +54,22 @@ class DividesLogprobs(Decoder):
         return found | ({"logprobs": found["logprobs"] / temperature} if "logprobs" in outputs else {})
 
 
+@defect("policy", caught_by="divergence_is_of_the_whole_vocabulary")
+class SwapsTheMixture(Decoder):
+    """The mixture weighs the teacher with 1 - beta (TRL#3043)."""
+
+    def toward(self, teacher, beta):
+        return super().toward(teacher, beta if beta in (0, 1) else 1 - beta)
+
+
+@defect("policy", caught_by="divergence_is_of_the_whole_vocabulary")
+class ClampsBeta(Decoder):
+    """An end of beta becomes its neighbour in the interior, where the divergence vanishes (verl-recipe#151)."""
+
+    def toward(self, teacher, beta):
+        return super().toward(teacher, min(max(beta, 1e-4), 1 - 1e-4))
+
+
 @defect("policy", caught_by="outputs_are_what_was_asked_for")
 class GivesEverything(Decoder):
     """Log-probabilities come with whatever was asked for."""

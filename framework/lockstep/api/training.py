@@ -5,21 +5,23 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lockstep.api import items
-from lockstep.api.policies import ChatPolicy
+from lockstep.api.policies import ChatPolicy, load
 from lockstep.api.scorers import Reward, Scorer, reward_model
 from lockstep.api.sources import laid_over
 from lockstep.config.compose import group
 from lockstep.config.root import component_config
 from lockstep.errors import ConfigError, Diverged, MissingData, listing
-from lockstep.interfaces import Algorithm, Context, DataSource, Environment, RewardModel
+from lockstep.interfaces import Algorithm, Backend, Context, DataSource, Environment, Policy, RewardModel
 from lockstep.learning.episodes import EnvironmentReward
 from lockstep.registry import registry
 from lockstep.reporting.console import Console
 from lockstep.reporting.health import NOT_FINITE, Health, diverged
 from lockstep.runs.interrupts import GracefulStop
+from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Comparison, Demonstration, Prompt
 
 if TYPE_CHECKING:
@@ -73,7 +75,9 @@ def train(
     scores = None if reward is None else reward_model(reward, policy)
     console = Console()
     own: Any = policy.policy.copy()  # some algorithms train it in place
-    trainer = cls(config, Context(seed, policy.backend, policy.tokenizer, data, own, scores, environment))
+    others: Any = Opened(policy.backend, policy.tokenizer)
+    context = Context(seed, policy.backend, policy.tokenizer, data, own, scores, environment, others)
+    trainer = cls(config, context)
     metrics = _metrics(_steps(algorithm, trainer, console))
     made: Any = trainer.result()
     if cls.produces == "policy":
@@ -105,6 +109,18 @@ def _metrics(rows: Sequence[Mapping[str, float]]) -> pandas.DataFrame:
     import pandas
 
     return pandas.DataFrame(rows, index=pandas.RangeIndex(len(rows), name="step")).dropna(axis="columns", how="all")
+
+
+@dataclass
+class Opened:
+    """Other policies that an algorithm names, such as a teacher: what `load` opens."""
+
+    backend: Backend
+    tokenizer: Tokenizer
+
+    def policy(self, source: str) -> tuple[Policy, Tokenizer]:
+        found = load(source, self.backend)
+        return found.policy, found.tokenizer
 
 
 class Given(DataSource):

@@ -122,6 +122,9 @@ class _Policy(_Model):
     def with_value_head(self) -> Any:
         return self.tap.model(self.behind.with_value_head())
 
+    def toward(self, teacher: Any, beta: float) -> Any:
+        return self.tap.model(self.behind.toward(getattr(teacher, "behind", teacher), beta))
+
     def scalar_model(self, head: np.ndarray) -> Any:
         return self.tap.model(self.behind.scalar_model(head))
 

@@ -80,6 +80,25 @@ def kl_estimate(xp: Any, kind: str, log_ratio: Array) -> Array:
     return xp.exp(-log_ratio) - 1 + log_ratio
 
 
+def divergence(xp: Any, logprobs: Array, teacher: Array, beta: float) -> Array:
+    """From log-probabilities [..., V] of student S and teacher T over the vocabulary -> [...], in nats.
+
+        0 < β < 1   β KL(T || M) + (1 - β) KL(S || M), M = β T + (1 - β) S; ½ is the Jensen-Shannon divergence
+        β = 0       KL(T || S), forward
+        β = 1       KL(S || T), reverse
+
+    Agarwal et al. 2024 (GKD, arXiv 2306.13649), eq. 1. The mixture's own limits at both ends are 0, so the ends are apart.
+    """
+
+    def kl(p: Array, q: Array) -> Array:
+        return xp.sum(xp.exp(p) * (p - q), axis=-1)
+
+    if beta in (0, 1):
+        return kl(logprobs, teacher) if beta else kl(teacher, logprobs)
+    mixture = xp.logaddexp(teacher + math.log(beta), logprobs + math.log(1 - beta))
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(logprobs, mixture)
+
+
 def clipped_value_loss(xp: Any, values: Array, old_values: Array, returns: Array, *, clip_range: float) -> Array:
     """L_t = ½ max((V - R)², (clip(V, V_old ± ε) - R)²). [B, T]. lm-human-preferences, `train_policy.loss`."""
     near = xp.clip(values, old_values - clip_range, old_values + clip_range)  # V itself where clipping does not bind

@@ -9,6 +9,7 @@ N+ = Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"; GAE = 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -287,6 +288,62 @@ def expected_calibration_error(margins: np.ndarray, bins: int = 10) -> float:
 def sigmoid(x: np.ndarray) -> np.ndarray:
     """1 / (1 + e^-x) without overflow."""
     return 0.5 * (1 + np.tanh(0.5 * np.asarray(x, np.float64)))
+
+
+# -------------------------------------------------------------------------------------------------------- best of n
+
+
+def best_of_sizes(most: int) -> list[int]:
+    """1, 2, 4, ... below ``most``, and ``most`` itself."""
+    return [*(2**i for i in range(most.bit_length()) if 2**i < most), most] if most else []
+
+
+def best_of(scores: np.ndarray, n: int) -> np.ndarray:
+    """float64 [N]: the probability that each of N samples of a prompt is the best of n of them, drawn without replacement. So
+    Σ probability · value is an unbiased estimate of the expected value of the best of n fresh samples, for every n <= N.
+
+        C(i - 1, n - 1) / C(N, n) for the sample in place i, from the lowest score on
+
+    (Nakano et al. 2021, WebGPT; Gao et al. 2022, arXiv 2210.10760; Hilton & Gao 2022, "Measuring Goodhart's law"). Samples of
+    equal score share theirs. Of scores that are 0 or 1, Σ probability · score is pass@n = 1 - C(N - c, n) / C(N, n) (Chen et al.
+    2021, arXiv 2107.03374, eq. 1).
+    """
+    _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
+    drawn, up_to = np.arange(n), np.append(0, np.cumsum(count))
+    within = np.prod(np.maximum(up_to[:, None] - drawn, 0) / (len(scores) - drawn), axis=1)  # C(i, n) / C(N, n)
+    odds: np.ndarray = (np.diff(within) / count)[place]
+    return odds
+
+
+def best_of_kl_bound(n: int) -> float:
+    """log n - (n - 1) / n: at least KL(best of n || policy) in nats, and equal to it where no two samples score alike (Beirami et
+    al. 2024, arXiv 2401.01879, theorem 3.1)."""
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_kl(scores: np.ndarray, n: int) -> float:
+    """KL(best of n || policy) in nats, from the scores [N] of samples of one prompt.
+
+    Let u = F(s) be the probability of a score of at most s, and a = F(s-) of one below. The best of n, one of the best at random,
+    scores s with probability u^n - a^n, where the policy does with u - a. Within a level of equal scores both choose alike, so
+
+        KL = Σ_s (u^n - a^n) log((u^n - a^n) / (u - a))
+
+    (Beirami et al. 2024 give π_n; the sum over a level's responses is one term.) Where scores never repeat this is the bound,
+    ∫ n u^(n-1) log(n u^(n-1)) du. The estimate is this sum over levels seen at least twice, with the observed shares for F, and
+    that integral over the stretch of a score seen once: without ties the bound itself, with many the plug-in estimate.
+    """
+    _, count = np.unique(scores, return_counts=True)
+    u = np.cumsum(count) / len(scores)
+    a, once = u - count / len(scores), count == 1
+    share = u**n - a**n
+    level = share * np.log(np.maximum(share, 1e-300) / (u - a))
+    return float(np.where(once, _best_of_integral(u, n) - _best_of_integral(a, n), level).sum())
+
+
+def _best_of_integral(u: np.ndarray, n: int) -> np.ndarray:
+    """∫_0^u n v^(n-1) log(n v^(n-1)) dv = u^n (log n + (n - 1) (log u - 1 / n))."""
+    return u**n * (math.log(n) + (n - 1) * (np.log(np.maximum(u, 1e-300)) - 1 / n))
 
 
 # ------------------------------------------------------------------------------------------------------- intervals

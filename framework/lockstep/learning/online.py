@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -109,10 +109,10 @@ class OnlineConfig:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A batch of episodes. [B] scores and details (of the reward model, before the rule for unfinished responses), finished;
-    [B, T] old_logprobs, entropy, sampler_logprobs, ref_logprobs (None without a reference), old_values (None without a value
-    function); ``sequences.mask`` says what counts. ``forward`` is the pass that the first update reuses if the whole batch is
-    one term of it."""
+    """A batch of episodes. [B] scores and details (of the reward model, before the rule for unfinished responses; 0 without one),
+    finished; [B, T] old_logprobs, entropy, sampler_logprobs, ref_logprobs (None without a reference), old_values (None without a
+    value function); ``sequences.mask`` says what counts. ``forward`` is the pass that the first update reuses if the whole batch
+    is one term of it."""
 
     responses: Responses
     sequences: Sequences
@@ -142,7 +142,7 @@ class Online(Algorithm):
     produces = "policy"
     needs_reward_model = True
     takes_environment = True
-    outputs: ClassVar[tuple[str, ...]] = ("logprobs", "entropy")
+    outputs: tuple[str, ...] = ("logprobs", "entropy")
     """What a rollout evaluates under the trained models."""
 
     loss: Loss
@@ -150,21 +150,25 @@ class Online(Algorithm):
     def __init__(self, config: Any, context: Context):
         self.config, self.context = config, context
         self.tokenizer = context.tokenizer
-        self.reward_model: Any = context.reward_model  # an experiment has one, since the class needs it
+        self.reward_model: Any = context.reward_model  # an experiment has one if the class needs it
         stops = Stops(self.tokenizer, config.stop_strings)
         self.sampler = Sampler(stops, config.lengths, config.temperature, environment=context.environment)
         config.lengths.check(context.policy.context_length)
         prompts, fit = offered(context.environment, context.data.prompts("train")), context.fit("train prompts")
         self.prompts, self.prompt_ids = encoding.encode_prompts(self.tokenizer, prompts, config.lengths, fit)
-        self.ref_policy = None if config.kl_coef is None else context.policy  # never trained: the learner gets a copy
+        self.ref_policy = self.reference()
         self.policy = self.trained_policy()
         self.learner = self.make_learner()
         self.total_steps = config.iterations
         self.last: Rollout | None = None
 
+    def reference(self) -> Policy | None:
+        """The policy that KL refers to, which is never trained."""
+        return None if self.config.kl_coef is None else self.context.policy
+
     def trained_policy(self) -> Policy:
         """The policy to train: a copy, if the given one is the reference."""
-        return self.context.policy.copy() if self.ref_policy else self.context.policy
+        return self.context.policy.copy() if self.ref_policy is self.context.policy else self.context.policy
 
     def make_learner(self) -> Learner:
         """Of ``self.policy`` and whatever else is trained."""
@@ -174,9 +178,12 @@ class Online(Algorithm):
 
     def sample(self, step: int, clock: Clock) -> Scored:
         """``samples`` responses to each of the step's prompts, scored."""
-        c = self.config
-        seeds = token_seeds(self.context.seed, "sampling", step, c.episodes, c.lengths.response)
-        return self.responses(step * c.batch_size, c.batch_size, seeds, clock)
+        size = self.config.batch_size
+        return self.responses(step * size, size, self.seeds(step), clock)
+
+    def seeds(self, step: int, stream: str = "sampling") -> np.ndarray:
+        """uint32 [B, T]: what each token of a step's episodes is drawn with."""
+        return token_seeds(self.context.seed, stream, step, self.config.episodes, self.config.lengths.response)
 
     def responses(self, first: int, count: int, seeds: np.ndarray, clock: Clock) -> Scored:
         """Scored responses to ``count`` prompts from place ``first`` in the endless shuffled stream of prompts."""
@@ -184,6 +191,8 @@ class Online(Algorithm):
         prompts, ids = [self.prompts[i] for i in indices], [self.prompt_ids[i] for i in indices]
         samples = self.sampler.sample(self.policy, prompts, ids, seeds)
         clock.lap("generate")
+        if self.reward_model is None:
+            return samples, np.zeros(len(seeds), np.float32), {}
         scores, details = score(self.reward_model, samples)
         clock.lap("score")
         return samples, scores, details
@@ -292,8 +301,6 @@ class Online(Algorithm):
         counted, mask = rollout.counted, rollout.sequences.mask
         mismatch = np.abs(rollout.old_logprobs - rollout.sampler_logprobs)[mask]
         metrics = {
-            "objective/score": float(rollout.scores[counted].mean()),
-            "objective/score_std": float(rollout.scores[counted].std()),
             "objective/entropy": numerics.masked_mean(rollout.entropy, mask),
             "objective/length": float(mask[counted].sum(axis=1).mean()),
             "objective/finished": float(rollout.finished[counted].mean()),
@@ -301,6 +308,9 @@ class Online(Algorithm):
             "sampler/mismatch_max": float(mismatch.max()),
             "sampler/mismatch_mean": float(mismatch.mean()),
         }
+        if self.reward_model is not None:
+            metrics["objective/score"] = float(rollout.scores[counted].mean())
+            metrics["objective/score_std"] = float(rollout.scores[counted].std())
         if rollout.ref_logprobs is not None:
             k3 = numerics.k3(rollout.old_logprobs, rollout.ref_logprobs, mask)
             metrics["objective/kl"] = float(rollout.kl[counted].sum(axis=1).mean())
@@ -339,7 +349,7 @@ class Online(Algorithm):
             {
                 "prompt": responses.prompts[i].messages[-1].content,
                 "response": responses.texts[i],
-                "score": float(self.last.scores[i]),
+                "score": None if self.reward_model is None else float(self.last.scores[i]),
                 "finished": bool(self.last.finished[i]),
             }
             for i in rows

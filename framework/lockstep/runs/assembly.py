@@ -34,8 +34,8 @@ from lockstep.types import Fit
 
 
 class Assembly:
-    """``outputs`` maps each stage to the folder of its result, which exists once the stage is done. Reward models see an
-    assembly as `lockstep.interfaces.Resources`, through `DeclaredResources`."""
+    """``outputs`` maps each stage to the folder of its result, which exists once the stage is done. Reward models and algorithms
+    see an assembly as `lockstep.interfaces.Resources`, through `DeclaredResources`."""
 
     def __init__(self, experiment: Experiment, outputs: Mapping[str, Path]):
         self.experiment, self.outputs = experiment, outputs
@@ -75,27 +75,39 @@ class Assembly:
         self.tokenizer.check_embedding(policy.vocab_size, f"the policy '{source}'")
         return policy
 
+    def other_policy(self, source: str) -> tuple[Policy, Tokenizer]:
+        """One that may have another tokenizer than this run's: its own comes with it."""
+        folder = self._source_folder(source)
+        policy, tokenizer = self._policy_class(folder).load(folder, self.backend), load_own_tokenizer(folder)
+        tokenizer.check_embedding(policy.vocab_size, f"the policy '{source}'")
+        return policy, tokenizer
+
     def kind(self, source: str) -> Literal["stage", "decoder", "encoder"]:
-        folder = self._reward_folder(source)
+        folder = self._source_folder(source)
         if (folder / MADE_BY).exists():
             return "stage"
         return "decoder" if SCALAR_HEAD in stored_weights(folder) else "encoder"
 
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
-        folder = self._reward_folder(source)
-        model, tokenizer = self._policy_class(folder).load_scalar(folder, self.backend), load_reward_tokenizer(folder)
+        folder = self._source_folder(source)
+        model, tokenizer = self._policy_class(folder).load_scalar(folder, self.backend), load_own_tokenizer(folder)
         tokenizer.check_embedding(model.vocab_size, f"the reward model '{source}'")
         return model, tokenizer
 
     def classifier(self, source: str) -> Classifier:
-        return self._policy_class(self._reward_folder(source)).load_classifier(source, self.backend)
+        return self._policy_class(self._source_folder(source)).load_classifier(source, self.backend)
 
     def reward_model(self, group: Mapping[str, Any] | None) -> RewardModel | None:
         if group is None:
             return None
         cls = registry().resolve("reward_model", group["name"], self.experiment.backend_name)
         config = component_config(cls, dict(group), "reward_model")
-        return cls(config, DeclaredResources(self, group["name"], cls.inputs(config)))
+        return cls(config, DeclaredResources(self, f"reward model '{group['name']}'", cls.inputs(config)))
+
+    def resources(self, stage: Stage) -> Resources:
+        """What the stage's algorithm may open."""
+        cls = stage.component
+        return DeclaredResources(self, f"algorithm '{stage.group['name']}'", cls.inputs(stage.config) if cls else Inputs())
 
     def environment(self, stage: Stage) -> Environment | None:
         if stage.surroundings is None:
@@ -105,7 +117,8 @@ class Assembly:
 
     def algorithm(self, stage: Stage) -> Algorithm:
         policy, reward_model = self.policy(stage.policy), self.reward_model(stage.reward_model)
-        context = Context(stage.seed, self.backend, self.tokenizer, self.data, policy, reward_model, self.environment(stage))
+        around, others = self.environment(stage), self.resources(stage)
+        context = Context(stage.seed, self.backend, self.tokenizer, self.data, policy, reward_model, around, others)
         self.fits[stage.name] = context.fits
         return stage.component(stage.config, context)
 
@@ -116,7 +129,7 @@ class Assembly:
             reader = opener(self.outputs.get(stage.policy, Path(stage.policy)), self.experiment.backend_name)
         save_result(folder, algorithm.result(), self.tokenizer, algorithm.produces, reader)
 
-    def _reward_folder(self, source: str) -> Path:
+    def _source_folder(self, source: str) -> Path:
         """The folder of a stage's output, of a local path, or of a hub repository after downloading it."""
         return self.outputs.get(source) or fetch_folder(source)
 
@@ -126,8 +139,8 @@ class Assembly:
 
 
 class DeclaredResources(Resources):
-    """Resources for one reward model, limited to what its `inputs` declare. Anything else is missing from a stage's identity,
-    and a stage trained against another version of it would be reused."""
+    """Resources for one component, limited to what its `inputs` declare. Anything else is missing from a stage's identity, and a
+    stage trained against another version of it would be reused."""
 
     def __init__(self, assembly: Assembly, name: str, inputs: Inputs):
         self.assembly, self.name, self.inputs = assembly, name, inputs
@@ -136,6 +149,9 @@ class DeclaredResources(Resources):
     @property
     def backend(self) -> Backend:
         return self.assembly.backend
+
+    def policy(self, source: str) -> tuple[Policy, Tokenizer]:
+        return self.assembly.other_policy(self._declared(source))
 
     def kind(self, source: str) -> Literal["stage", "decoder", "encoder"]:
         return self.assembly.kind(self._declared(source))
@@ -148,12 +164,12 @@ class DeclaredResources(Resources):
 
     def reward_model(self, group: Mapping[str, Any]) -> RewardModel:
         if group not in self.inputs.members:
-            raise ConfigError(f"The reward model '{self.name}' uses '{group['name']}' without declaring it. {DECLARE}")
+            raise ConfigError(f"The {self.name} uses '{group['name']}' without declaring it. {DECLARE}")
         return self.assembly.reward_model(group)
 
     def _declared(self, source: str) -> str:
         if source not in self.inputs.outputs:
-            raise ConfigError(f"The reward model '{self.name}' opens '{source}' without declaring it. {DECLARE}")
+            raise ConfigError(f"The {self.name} opens '{source}' without declaring it. {DECLARE}")
         return source
 
 
@@ -178,8 +194,8 @@ def opener(folder: Path, backend: str) -> str:
     return found.pop()
 
 
-def load_reward_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a reward model. Public ones often pad with EOS, which does no harm to scoring."""
+def load_own_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model that only reads. Public ones often pad with EOS, which does no harm to reading."""
     own = None if (folder / MADE_BY).exists() else TokenizerConfig(None, None, PAD, None)
     return Tokenizer.load(folder, own)
 

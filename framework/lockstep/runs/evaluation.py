@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lockstep.config.schema import setting
-from lockstep.errors import MissingData
+from lockstep.errors import ConfigError, MissingData
 from lockstep.interfaces import DataSource, Environment, Model, Policy, Responses, RewardModel
 from lockstep.learning import numerics
 from lockstep.learning.episodes import offered
@@ -22,7 +22,7 @@ from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import Sampler, Samples, score
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
-from lockstep.text.sequences import Sequences, in_chunks
+from lockstep.text.sequences import Sequences, chunks, in_chunks
 from lockstep.text.stopping import Stops
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Choice, Comparison, Fit, Prompt
@@ -42,9 +42,14 @@ class EvaluationConfig:
     texts: int = setting(200, "Held-out raw texts for ``text_loss``.", least=0)
     samples: int = setting(12, "Rows of the table of samples, of each split.", least=0)
     temperature: float = setting(1.0, "For sampling and KL; 0 takes the most likely token, with KL at 1.", least=0)
+    best_of: int = setting(0, "N: each policy's best of 1, 2, 4, ..., N samples by the reward model; 0: not measured.", least=0)
     batch_size: int = setting(100, "Responses per forward pass.", least=1)
     lengths: Lengths = setting(Lengths(), "Limits in tokens.")
     stop_strings: tuple[str, ...] = setting((), "Text that ends a response, as EOS does; or special tokens by name.")
+
+    def __post_init__(self) -> None:
+        if self.best_of and not self.temperature:
+            raise ConfigError("evaluation.best_of needs samples that differ, and evaluation.temperature=0 draws one. Raise it.")
 
     def arithmetic(self, data: DataSource) -> str:
         """What it does, in one line.
@@ -55,7 +60,9 @@ class EvaluationConfig:
         counts = {split: min(len(found), self.prompts) for split in self.splits if (found := prompts_of(data, split))}
         if not counts:
             raise MissingData(f"No prompts to evaluate on in the splits {', '.join(self.splits) or '(none given)'}.")
-        return f"{', '.join(self.policies or ())} on {' and '.join(f'{n} {split} prompts' for split, n in counts.items())}"
+        best = f", and the best of {self.best_of} samples for each" if self.best_of else ""
+        where = " and ".join(f"{n} {split} prompts" for split, n in counts.items())
+        return f"{', '.join(self.policies or ())} on {where}{best}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ class Evaluator:
             for split, found in prompts.items():
                 answers = reference[split] if name == c.baseline else self.answer(policy, *found)
                 measures = self.measure(answers, reference[split]) | self.kl(policy, baseline, answers)
+                measures |= self.best_of(policy, *found)
                 splits[split][name] = measures | (general if split == next(iter(prompts)) else {})
                 samples += [{"policy": name, "split": split, **row} for row in rows(answers, c.samples)]
         result = {"baseline": c.baseline, "splits": splits, "samples": samples}
@@ -126,10 +134,13 @@ class Evaluator:
         return Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size, self.environment)
 
     def answer(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> Answers:
-        seeds = token_seeds(self.seed, "evaluation", 0, len(ids), self.config.lengths.response)
+        return self.judged(policy, prompts, ids, token_seeds(self.seed, "evaluation", 0, len(ids), self.config.lengths.response))
+
+    def judged(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], seeds: np.ndarray) -> Answers:
+        """A sample for each row of seeds, and what there is to say of it."""
         samples = self.sampler.sample(policy, prompts, ids, seeds)
-        asked = zip(samples.responses.prompts, samples.responses.texts, strict=True)
-        golds = [self.data.gold(prompt, text) for prompt, text in asked]
+        responses = samples.responses
+        golds = [self.data.gold(prompt, text) for prompt, text in zip(responses.prompts, responses.texts, strict=True)]
         known = bool(golds) and golds[0] is not None
         gold = {name: np.array([g[name] for g in golds]) for name in golds[0]} if known else {}
         scores, details = (None, {}) if self.reward_model is None else score(self.reward_model, samples)
@@ -159,6 +170,32 @@ class Evaluator:
         here = self.logprobs(policy, sequences, self.config.temperature)
         there = self.logprobs(baseline, sequences, self.config.temperature)
         return {"kl": mean(numerics.k1(here, there, sequences.mask).sum(axis=1))}
+
+    def best_of(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> dict[str, Measure]:
+        """Of the best of n samples by the reward model, for n = 1, 2, 4, ..., N from the same N samples of each prompt: score,
+        gold score, and KL to the policy in nats beside the bound on it.
+
+        As many prompts at a time as fill ``batch_size``; a prompt's samples do not depend on which. Samples without a score are
+        left out, and with them prompts that have fewer than n.
+        """
+        most, columns = self.config.best_of, self.config.lengths.response
+        sizes, found = numerics.best_of_sizes(most), dict[str, list[float]]()
+        for part in chunks(len(ids), max(1, self.config.batch_size // most)) if most else ():
+            seeds = [token_seeds(self.seed, "best of", i, most, columns) for i in range(part.start, part.stop)]
+            answers = self.judged(policy, prompts[part], ids[part], np.concatenate(seeds))
+            if (scores := answers.scores) is None:
+                return {}
+            values = {"score": scores} | ({"gold": answers.gold["gold"]} if answers.gold else {})
+            for start in range(0, len(scores), most):
+                rows = start + np.flatnonzero(np.isfinite(scores[start : start + most]))
+                for n in (n for n in sizes if n <= len(rows)):
+                    odds = numerics.best_of(scores[rows], n)
+                    best = {name: float(odds @ x[rows]) for name, x in values.items()}
+                    for name, value in (best | {"kl": numerics.best_of_kl(scores[rows], n)}).items():
+                        found.setdefault(f"best_of_{n}/{name}", []).append(value)
+        measures = {name: mean(np.array(each)) for name, each in found.items()}
+        known = [n for n in sizes if f"best_of_{n}/kl" in measures]
+        return measures | {f"best_of_{n}/kl_bound": {"mean": numerics.best_of_kl_bound(n), "n": len(ids)} for n in known}
 
     def ability(self, policy: Policy) -> dict[str, Measure]:
         """The fraction of ability items whose right option has the highest log-probability."""

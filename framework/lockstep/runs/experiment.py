@@ -114,8 +114,12 @@ class Stage:
         policies = [self.policy] if self.policy not in (None, NEW) else []
         if isinstance(self.config, EvaluationConfig):
             policies += [*self.config.policies, self.config.baseline]
-        declared = [cls.inputs(config).outputs for cls, config in self._components]
-        return [*((name, "policy") for name in policies), *(source for outputs in declared for source in outputs.items())]
+        return [*((name, "policy") for name in policies), *self.declared]
+
+    @property
+    def declared(self) -> list[tuple[str, str]]:
+        """Those of ``inputs`` that its components open themselves."""
+        return [source for cls, config in self._components for source in cls.inputs(config).outputs.items()]
 
     @property
     def files(self) -> list[str]:
@@ -290,6 +294,8 @@ class Experiment:
             trained = [s.name for s in self.stages.values() if s.produces == "policy"]
             evaluation = stage.evaluation | {"policies": stage.evaluation.get("policies") or trained}
             config: Any = parse(EvaluationConfig, evaluation, f"stages.{name}.evaluation")
+            if config.best_of and stage.reward_model is None:
+                raise ConfigError(f"stages.{name}: best_of={config.best_of} ranks by a reward_model. Name one, or set it to 0.")
             checked = Stage(name, "evaluate", None, config, evaluation, None, *scoring)
         else:
             merged = _merge(stage.algorithm, stage.changes or {}, f"stages.{name}.changes")
@@ -307,8 +313,8 @@ class Experiment:
                 made = self.stages[source].produces
                 if made != kind:
                     raise ConfigError(f"stages.{name} needs a {kind} from the stage '{source}', which makes a {made}.")
-            elif not Path(source).is_dir() and not (kind == "reward_model" and is_hub_id(source)):
-                hub = " A public reward model is a folder or a hub id, owner/name." if kind == "reward_model" else ""
+            elif not Path(source).is_dir() and not ((opened := (source, kind) in checked.declared) and is_hub_id(source)):
+                hub = f" A public {kind.replace('_', ' ')} is a folder or a hub id, owner/name." if opened else ""
                 raise ConfigError(
                     f"stages.{name} reads the stage '{source}', which does not come before it."
                     f"{did_you_mean(source, self.stages)} Before it: {listing(self.stages)}.{hub}"

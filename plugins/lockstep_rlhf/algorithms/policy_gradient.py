@@ -28,7 +28,6 @@ from lockstep.errors import ConfigError
 from lockstep.interfaces import Array, Context, Metrics
 from lockstep.learning import losses, numerics
 from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout, Scored
-from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import concatenate
 
 
@@ -204,8 +203,7 @@ class PolicyGradient(Online):
         c, kept = self.config, np.zeros(0, bool)
         rounds: list[Scored] = []
         for number in range(1 + c.extra_rounds):
-            stream = f"sampling {number}" if number else "sampling"
-            seeds = token_seeds(self.context.seed, stream, step, c.episodes, c.lengths.response)
+            seeds = self.seeds(step, f"sampling {number}" if number else "sampling")
             rounds.append(self.responses(self.drawn, c.batch_size, seeds, clock))
             self.drawn += c.batch_size
             _, scores, _ = rounds[-1]

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from lockstep.config.schema import setting
-from lockstep.errors import ConfigError, DataError, MissingData
+from lockstep.errors import ConfigError, DataError
 from lockstep.interfaces import Algorithm, Array, Context, DataSource, Learner, Metrics, Model, Policy, Term
 from lockstep.learning import losses, numerics
 from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
@@ -30,7 +30,7 @@ from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import chunks
 from lockstep_rlhf.algorithms.language_modelling import steps
-from lockstep_rlhf.algorithms.reward_modelling import untied
+from lockstep_rlhf.algorithms.reward_modelling import encoded_comparisons, untied
 
 WITHOUT_REFERENCE = ("simpo", "orpo")
 NOTHING = -1e4
@@ -178,19 +178,12 @@ class PreferenceOptimisation(Algorithm):
 
     def load(self, split: str, limit: int | None = None) -> list[Ranking]:
         """Comparisons with at least two completions that are not tied, and the reference's log-probabilities of them."""
-        try:
-            comparisons = untied(self.context.data.comparisons(split))[:limit]
-        except MissingData:
-            if split == "train":
-                raise
-            return []
-        if self.config.ranking == "plackett_luce" and (tied := sum(len(set(c.ranks)) < len(c.ranks) for c in comparisons)):
+        encoded = encoded_comparisons(self.context, split, self.config.lengths, limit)
+        if self.config.ranking == "plackett_luce" and (tied := sum(len(set(ranks)) < len(ranks) for _, ranks in encoded)):
             raise DataError(
-                f"{tied} of {len(comparisons)} {split} comparisons have ties, which a Plackett-Luce ranking cannot express. Set "
+                f"{tied} of {len(encoded)} {split} comparisons have ties, which a Plackett-Luce ranking cannot express. Set "
                 "algorithm.ranking=pairs."
             )
-        fit = self.context.fit(f"{split} comparisons")
-        encoded = encoding.encode_comparisons(self.tokenizer, comparisons, self.config.lengths, fit)
         rows = [row for examples, _ in encoded for row in examples]
         ref = self.logprobs(self.policy, rows) if self.config.needs_reference and rows else np.zeros(len(rows), np.float32)
         rankings, place = [], 0
@@ -234,16 +227,12 @@ class PreferenceOptimisation(Algorithm):
         rows.mask[:] &= there.reshape(-1)[:, None]
         counts = there.sum(axis=1)
         both = there[:, :, None] & there[:, None, :] & (ranks[:, :, None] < ranks[:, None, :])
-        first, last = np.arange(k) == 0, np.arange(k) == counts[:, None] - 1
         batch: dict[str, np.ndarray] = {
             "mask": rows.mask,
             "ref": _flat([ranking.ref for ranking in rankings], k),
             "lengths": np.maximum(rows.response_mask.sum(axis=1), 1).astype(np.float32),
-            "real": there,
-            "pairs": (both / np.maximum(counts * (counts - 1) / 2, 1)[:, None, None] / n).astype(np.float32),
-            "best": ((there & first) / n).reshape(-1).astype(np.float32),
-            "worst": ((there & last) / n).reshape(-1).astype(np.float32),
         }
+        batch |= preference_arrays(both / np.maximum(counts * (counts - 1) / 2, 1)[:, None, None] / n, there, n)
         if self.loss.plackett_luce:
             batch["rankings"] = ((counts > 0) / n).astype(np.float32)
         if self.loss.nll_coef:
@@ -306,6 +295,23 @@ class PreferenceOptimisation(Algorithm):
 
     def result(self) -> Model:
         return self.learner.averaged("policy")
+
+
+def preference_arrays(pairs: np.ndarray, real: np.ndarray, prompts: int) -> dict[str, np.ndarray]:
+    """What `PreferenceLoss` reads of how completions compare, besides the ``mask``, ``ref`` and ``lengths`` of its rows.
+
+    Args:
+      pairs: [N, K, K], what preferring completion i of a prompt to completion j weighs; over the whole update the mean is
+        taken with weights that sum to 1, or to less where ties are left out.
+      real: bool [N, K], False where a prompt has fewer completions. Completion k of prompt n is row n · K + k.
+      prompts: how many the whole update has.
+    """
+    wins, defeats = np.any(pairs > 0, axis=2), np.any(pairs > 0, axis=1)
+    best, worst = wins & ~defeats, defeats & ~wins
+    first = best & (np.cumsum(best, axis=1) == 1)
+    last = worst & (np.cumsum(worst[:, ::-1], axis=1)[:, ::-1] == 1)
+    flat = {name: (rows / prompts).reshape(-1).astype(np.float32) for name, rows in (("best", first), ("worst", last))}
+    return {"real": real, "pairs": pairs.astype(np.float32), **flat}
 
 
 def _flat(parts: Sequence[np.ndarray], k: int) -> np.ndarray:

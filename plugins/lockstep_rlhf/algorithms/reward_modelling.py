@@ -66,24 +66,13 @@ class RewardModelling(Algorithm):
     def __init__(self, config: Config, context: Context):
         self.config, self.context = config, context
         self.tokenizer = context.tokenizer
-        self.comparisons = self.load("train")
-        self.heldout = self.load("heldout")[: config.heldout_examples]
+        self.comparisons = encoded_comparisons(context, "train", config.lengths)
+        self.heldout = encoded_comparisons(context, "heldout", config.lengths, config.heldout_examples)
         self.most = max(len(ranks) for _, ranks in self.comparisons)
         config.lengths.check(context.policy.context_length)
         self.model: ScalarModel = context.policy.scalar_model(scalar_head(context.policy.hidden_size, context.seed))
         self.learner = context.backend.learner({"reward_model": self.model}, {"reward_model": config.optimizer})
         self.total_steps = steps(config.epochs, len(self.comparisons), config.batch_size)
-
-    def load(self, split: str) -> list[Ranked]:
-        """Comparisons with at least two completions that are not tied."""
-        try:
-            comparisons = self.context.data.comparisons(split)
-        except MissingData:
-            if split == "train":
-                raise
-            return []
-        fit = self.context.fit(f"{split} comparisons")
-        return encoding.encode_comparisons(self.tokenizer, untied(comparisons), self.config.lengths, fit)
 
     def step(self, step: int) -> Metrics:
         before = {f"heldout/{k}": v for k, v in self.measure(self.heldout).items()} if step == 0 else {}
@@ -169,6 +158,22 @@ class RewardModelling(Algorithm):
     def result(self) -> ScalarModel:
         """As `finish` left it: averaged if asked for, normalised."""
         return self.model
+
+
+def encoded_comparisons(context: Context, split: str, lengths: Lengths, limit: int | None = None) -> list[Ranked]:
+    """The first ``limit`` comparisons of a split with at least two completions that are not tied; none if there are none.
+
+    Raises:
+      MissingData: the data have none to train on.
+    """
+    try:
+        comparisons = context.data.comparisons(split)
+    except MissingData:
+        if split == "train":
+            raise
+        return []
+    fit = context.fit(f"{split} comparisons")
+    return encoding.encode_comparisons(context.tokenizer, untied(comparisons)[:limit], lengths, fit)
 
 
 def untied(comparisons: Sequence[Comparison]) -> list[Comparison]:

@@ -518,6 +518,25 @@ def the_pretraining_mix_is_added(subject: AlgorithmSubject) -> None:
     near("the mix's loss with every log-probability at -2 and ptx_coef=3", value, 6.0, 1e-4)
 
 
+@check("algorithm", usually="the log ratio is differentiated, has the wrong sign, or the teacher reads at another temperature")
+def the_teacher_grades_each_token(subject: AlgorithmSubject) -> None:
+    """The derivative of the first loss in the log-probability of a sampled token is proportional to log pi - log teacher, at the
+    temperature of the sampler (invariant 29)."""
+    subject.need("teacher")
+    terms = [term for term in subject.run(1).updates()[0].terms if term.loss.outputs == ("logprobs",)]
+    if not terms:
+        raise Inapplicable("its loss does not read the log-probabilities of sampled tokens alone")
+    for term in terms:
+        mask, unit = term.sequences.mask, lambda x: x / np.linalg.norm(x)
+        student, teacher = (
+            subject.world.policy(n).evaluate(term.sequences, ["logprobs"], temperature=0.7)["logprobs"].astype(np.float64)
+            for n in (0, 1)
+        )
+        slopes = derivative(term, {"logprobs": student}, "logprobs")[mask]
+        expected = unit((student - teacher)[mask])
+        near("the direction of the derivative", unit(slopes), expected, subject.world.tolerance(1e-3, 5e-2))
+
+
 # ---------------------------------------------------------------------------------------------------------------- groups
 
 
@@ -618,7 +637,8 @@ def references_are_the_first_policys(subject: AlgorithmSubject) -> None:
     if not getattr(subject.config, "needs_reference", True):
         raise Inapplicable("it has no reference")
     rows = term.sequences
-    found = subject.world.policy().evaluate(rows, ["logprobs"])["logprobs"].astype(np.float64)
+    policy = subject.world.policy()
+    found = policy.evaluate(rows, ["logprobs"], temperature=term.temperature)["logprobs"].astype(np.float64)
     expected = np.where(rows.mask, found, 0).sum(axis=1)
     counted = rows.mask.any(axis=1)
     near("ref", term.batch["ref"][counted], expected[counted], subject.world.tolerance(1e-4, 0.2))
@@ -634,6 +654,42 @@ def the_preferred_completion_is_raised(subject: AlgorithmSubject) -> None:
         rows = term.batch[name] > 0
         wrong = int((np.sign(slopes[rows]) != sign).sum())
         require(not wrong, f"the derivative in the log-probability of the {name} of {int(rows.sum())} prompts is {slopes[rows]}")
+
+
+def pairs_of_samples(subject: AlgorithmSubject, reward: Any) -> list[tuple[float, float]]:
+    """The scores of every two responses (preferred, other) that an update compares.
+
+    Raises:
+      Inapplicable: it is not an algorithm that compares what it samples.
+    """
+    subject.need_reward_model()
+    preferring(subject)
+    trace = subject.run(1, reward=reward, kl_coef=0.0, unfinished_score=None)
+    place: dict[bytes, float] = {}
+    for scoring in trace.of(ScoreCall, 0):
+        rows = np.ascontiguousarray(scoring.responses.sequences.tokens)
+        place |= {row.tobytes(): score for row, score in zip(rows, scoring.scores, strict=True)}
+    found = []
+    for term in trace.terms(0):
+        scores = [place[row.tobytes()] for row in np.ascontiguousarray(term.sequences.tokens)]
+        grid = np.reshape(scores, term.batch["pairs"].shape[:2])
+        found += [(float(grid[n, i]), float(grid[n, j])) for n, i, j in np.argwhere(term.batch["pairs"] > 0)]
+    return found
+
+
+@check("algorithm", usually="rewards are taken for costs, or rows are compared in another order than they are scored")
+def the_better_response_is_preferred(subject: AlgorithmSubject) -> None:
+    """Of two sampled responses that an update compares, the preferred one has the higher score."""
+    found = pairs_of_samples(subject, uneven)
+    wrong = [pair for pair in found if not pair[0] > pair[1]]
+    require(found and not wrong, f"{len(wrong)} of {len(found)} pairs prefer the lower score: {wrong[:3]}")
+
+
+@check("algorithm", usually="the first response counts as the best of equals")
+def equal_scores_make_no_pairs(subject: AlgorithmSubject) -> None:
+    """Responses of equal score are not compared."""
+    found = pairs_of_samples(subject, by_prompt)
+    require(not found, f"{len(found)} pairs of equal scores are compared")
 
 
 # --------------------------------------------------------------------------------------------------------- reward models

@@ -15,8 +15,9 @@ import numpy as np
 from lockstep.checking.conformance.backends import OUTPUTS, term
 from lockstep.checking.conformance.kit import Inapplicable, check, near, require, same, same_arrays
 from lockstep.checking.conformance.world import PAD, World, head, saved_weights
+from lockstep.errors import ConfigError
 from lockstep.interfaces import Generated, Model, Policy
-from lockstep.learning import randomness
+from lockstep.learning import losses, randomness
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.models import adapters
 from lockstep.text.sequences import Sequences, in_chunks, join, left_pad
@@ -93,6 +94,24 @@ def one_update(world: World, model: Model) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ probabilities
+
+
+@check("policy", usually="mixture weights are swapped, an end of beta is clamped into the interior, or temperatures differ")
+def divergence_is_of_the_whole_vocabulary(world: World) -> None:
+    """`toward` supplies the divergence of the whole distributions, at the temperature of the call, and leaves the teacher and the
+    other outputs alone (GKD; group methods' invariant 29)."""
+    rows, policy, teacher = world.rollout(), world.policy(), world.policy(1)
+    try:
+        students = {beta: policy.toward(teacher, beta) for beta in (0.3, 1.0)}
+    except ConfigError as error:
+        raise Inapplicable(str(error)) from None
+    own, other = (enumerated(model, rows.take(slice(3)), 0, TEMPERATURE) for model in (policy, teacher))
+    for beta, student in students.items():
+        require("divergence" in student.supplies, f"supplies lacks divergence: {sorted(student.supplies)}")
+        found = student.evaluate(rows, ["divergence"], temperature=TEMPERATURE)["divergence"][:3, 0]
+        expected = losses.divergence(np, own, other, beta)
+        near(f"divergence with beta={beta:g}", found, expected, world.tolerance(1e-4, 0.2) * max(1.0, expected.max()))
+        same_arrays("toward a teacher, the parameter", student.parameters(), policy.parameters())
 
 
 @check("policy", usually="logits are divided by a token-dependent factor, or entropy has another temperature")

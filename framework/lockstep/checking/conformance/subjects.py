@@ -7,6 +7,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -216,7 +217,8 @@ class AlgorithmSubject:
             reward_model = tap.reward_model(Scored(reward, network))
         cls, config = self.configured(**changes)
         policy = tap.model(world.policy())
-        context = Context(seed, tap.backend(world.backend), world.tokenizer, Data(), policy, reward_model)
+        others: Any = SimpleNamespace(policy=lambda source: (tap.model(world.policy(1)), world.tokenizer))
+        context = Context(seed, tap.backend(world.backend), world.tokenizer, Data(), policy, reward_model, others)
         return cls(config, context), tap
 
     def run(self, steps: int = 3, *, again: bool = False, reward: Callable[..., Any] = uneven, seed: int = 0, **changes) -> Trace:

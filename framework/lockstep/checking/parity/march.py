@@ -47,6 +47,7 @@ class Side(Assembly):
             policy=self.tap.model(self.policy(stage.policy)),
             reward_model=None if reward_model is None else self.tap.reward_model(reward_model),
             environment=self.environment(stage),
+            resources=self.resources(stage),
         )
         return stage.component(stage.config, context)
 

@@ -17,7 +17,7 @@ from lockstep.interfaces import DataSource, Policy
 from lockstep.models.architecture import SCALAR_HEAD
 from lockstep.models.checkpoint import check_files, describe, is_adapter, survey
 from lockstep.reporting.console import Console
-from lockstep.runs.assembly import Assembly, load_reward_tokenizer, opener
+from lockstep.runs.assembly import Assembly, load_own_tokenizer, opener
 from lockstep.runs.experiment import NEW, Experiment, Stage, is_hub_id
 from lockstep.text import encoding
 from lockstep.text.borders import Borders
@@ -196,7 +196,7 @@ def check_reward_models(experiment: Experiment) -> None:
     for folder in _outside(experiment, "reward_model"):
         _, _, stored = check_files(folder)
         if SCALAR_HEAD in stored and (rows := describe(folder, scalar=True, any_family=True).rows):
-            load_reward_tokenizer(Path(folder)).check_embedding(rows, f"the reward model '{folder}'")
+            load_own_tokenizer(Path(folder)).check_embedding(rows, f"the reward model '{folder}'")
 
 
 def _outside(experiment: Experiment, kind: str) -> list[str]:

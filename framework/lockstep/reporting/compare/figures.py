@@ -47,6 +47,7 @@ CURVES = {
     "objective/entropy": "Entropy, nats per token",
     "objective/length": "Length, tokens",
 }
+AGAINST_KL = {"score": "Proxy: the reward model's score", "gold": "Gold score"}
 PARTS = ("helpful", "truthful", "harmless")
 
 
@@ -79,6 +80,7 @@ def _makers(found: Sequence[Versus]) -> dict[str, Callable[[RunComparison], Figu
         "ability": ability,
         "against": lambda c: against_baseline(c, found),
         "frontier": frontier,
+        "best_of": best_of,
         "curves": curves,
         "reward_model": reward_model,
         "losses": losses,
@@ -171,8 +173,7 @@ def frontier(c: RunComparison) -> Figure | None:
     """Proxy and gold score against the square root of KL (Gao et al. 2022): what drift gains, and where it stops helping."""
     trained = c.stages_with("objective/kl")
     evaluated = bool(c.split and c.has("kl", c.split))
-    panels_ = {"score": "Proxy: the reward model's score", "gold": "Gold score"}
-    found = [m for m in panels_ if (evaluated and c.has(m, c.split)) or set(c.stages_with(f"objective/{m}")) & set(trained)]
+    found = [m for m in AGAINST_KL if (evaluated and c.has(m, c.split)) or set(c.stages_with(f"objective/{m}")) & set(trained)]
     if not found:
         return None
     figure, axes = panels(len(found), height=3.4, width=10.3 if len(found) > 1 else 6.4, sharex=True)
@@ -184,9 +185,33 @@ def frontier(c: RunComparison) -> Figure | None:
                     ax.plot(_root(kl.mean), value.mean, color=colour, linestyle=line, linewidth=1, alpha=0.55)
         if evaluated:
             _evaluated_points(ax, c, metric)
-        ax.set_title(panels_[metric])
+        ax.set_title(AGAINST_KL[metric])
         ax.set_xlabel("√KL to the reference, √nats")
     legend(figure, c, trained)
+    return figure
+
+
+def best_of(c: RunComparison) -> Figure | None:
+    """The baseline's best of n samples, for n = 1, 2, 4, ..., beside the trained policies: score and gold against √KL."""
+    estimate = lambda g, n, metric: g.policy(c.split, c.baseline, f"best_of_{n}/{metric}")  # noqa: E731
+    found = [m for m in AGAINST_KL if any(estimate(g, n, m) for g in c.groups for n in c.best_of)]
+    if not found:
+        return None
+    figure, axes = panels(len(found), height=3.4, width=10.3 if len(found) > 1 else 6.4, sharex=True)
+    for ax, metric in zip(axes, found, strict=True):
+        for g, colour in coloured(c):
+            kl = [(n, e) for n in c.best_of if (e := estimate(g, n, "kl"))]
+            points = [(n, float(_root(e.mean)), value) for n, e in kl if (value := estimate(g, n, metric))]
+            ax.plot([x for _, x, _ in points], [y.mean for *_, y in points], color=colour, linewidth=1, alpha=0.7)
+            for n, x, y in points:
+                ax.plot([x, x], [y.low, y.high], color=colour, linewidth=1)
+                ax.plot(x, y.mean, "o", color=colour, markersize=4, markerfacecolor="none")
+                if g is c.groups[0] and n > 1:
+                    ax.annotate(f"n={n}", (x, y.mean), xytext=(4, -10), textcoords="offset points", fontsize=7)
+        _evaluated_points(ax, c, metric)
+        ax.set_title(AGAINST_KL[metric])
+        ax.set_xlabel(plain(f"√KL to {c.baseline}, √nats"))
+    legend(figure, c)
     return figure
 
 

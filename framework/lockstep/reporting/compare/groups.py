@@ -180,6 +180,12 @@ class RunComparison:
         return any(g.policy_estimates(s, p, metric) for g in self.groups for s in splits for p in self.policies)
 
     @cached_property
+    def best_of(self) -> list[int]:
+        """The n whose best of n was measured, ascending."""
+        metrics = {m for run in self.runs for split in run.evaluation.splits.values() for found in split.values() for m in found}
+        return sorted(int(name.removeprefix("best_of_")) for m in metrics if (name := m.removesuffix("/kl_bound")) != m)
+
+    @cached_property
     def reward_model_metrics(self) -> list[str]:
         return list(dict.fromkeys(m for run in self.runs for m in run.evaluation.reward_model))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table as RichTable
 
+from lockstep.learning import numerics
 from lockstep.reporting.compare import cost, versus
 from lockstep.reporting.compare.claims import PERCENT, SCORE, Claim, by_text, headline_metric, show
 from lockstep.reporting.compare.groups import RunComparison, RunGroup
@@ -39,6 +40,7 @@ REWARD_MODEL_METRICS = {
     "ece": ("calibration error", ".3f"),
     "brier": ("Brier score", ".3f"),
 }
+BEST_OF = {"gold": ("gold score", SCORE), "score": ("reward model's score", SCORE), "kl": ("KL to the policy, nats", SCORE)}
 MOST_COLUMNS = 5  # more groups than this become rows, so that a sweep still fits a terminal
 
 Cell = Callable[[RunGroup, str], str]
@@ -57,6 +59,7 @@ def all_tables(c: RunComparison, found: Sequence[Claim], against: Sequence[Versu
     every = {
         "claims": checklist(found),
         "policies": policies(c),
+        "best_of": best_of(c),
         "seeds": over_seeds(c),
         "against": against_baseline(c, against),
         "reward_model": reward_model(c),
@@ -87,6 +90,21 @@ def _policy_table(c: RunComparison, chosen: Sequence[tuple[str, str]]) -> Table:
             name = title.format(baseline=c.baseline) + ("" if split == c.split else f", {split}")
             blocks[name] = lambda g, p, s=split, m=metric, f=form: _cell(c, g.policy(s, p, m), f)
     return _table("Policies", c, c.policies, blocks)
+
+
+def best_of(c: RunComparison) -> Table:
+    """For each policy the best of n samples by the reward model, with the bound on its KL."""
+    items = {f"best of {n}, KL at most {numerics.best_of_kl_bound(n):.2f}": n for n in c.best_of}
+    blocks: dict[str, Cell] = {}
+    for policy in c.policies:
+        for metric, (title, form) in BEST_OF.items():
+            if any(c.has(f"best_of_{n}/{metric}", c.split) for n in c.best_of):
+                blocks[f"{policy}: {title}"] = _best_of_cell(c, policy, metric, form, items)
+    return _table("Best of n", c, list(items), blocks)
+
+
+def _best_of_cell(c: RunComparison, policy: str, metric: str, form: str, items: Mapping[str, int]) -> Cell:
+    return lambda g, item: _cell(c, g.policy(c.split or "", policy, f"best_of_{items[item]}/{metric}"), form)
 
 
 def reward_model(c: RunComparison) -> Table:
@@ -151,7 +169,7 @@ def in_short(c: RunComparison, against: Sequence[Versus], every: Mapping[str, Ta
     """For a terminal: of policies, differences and cost only the main rows."""
     few = [v for v in against if v.metric == headline_metric(c)]
     short = {"policies": policies_in_short(c), "against": against_baseline(c, few), "cost": cost_in_short(c)}
-    return {name: table for name in every if name != "seeds" and (table := short.get(name, every[name])).rows}
+    return {name: table for name in every if name not in ("seeds", "best_of") and (table := short.get(name, every[name])).rows}
 
 
 def warnings(c: RunComparison) -> Table:
