@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from conftest import BACKENDS, CONSTANT, Scored, configure
+from lockstep.config.compose import compose
 from lockstep.config.schema import parse
 from lockstep.errors import ConfigError
 from lockstep.learning.online import Clock
 from lockstep.registry import registry
+from lockstep.runs.experiment import Experiment
 from lockstep_rlhf.algorithms.online_preferences import OnlinePreferences
 from lockstep_rlhf.algorithms.preference_optimisation import preference_arrays
 
@@ -84,6 +86,14 @@ def test_a_batch_without_a_pair_changes_nothing(make):
     assert metrics["pairs/share"] == metrics["pairs/gap"] == 0 and "preference/loss" not in metrics
     after = algorithm.result().parameters()
     assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_a_round_of_iterated_dpo_starts_from_the_stored_result_of_the_last(tmp_path):
+    """As docs/algorithms.md writes it: the reference of a round is in a folder that no restart changes."""
+    second = "+stages.ppo_2={algorithm: ${algorithm}, policy: ppo, reward_model: ${reward_model}, seed_offset: 1000}"
+    experiment = Experiment(compose(["algorithm=online_dpo", "~stages.evaluate", second, f"folder={tmp_path}"]))
+    folders = {name: folder.path.name for name, folder in experiment.folders.items()}
+    assert experiment.identities["ppo_2"]["inputs"] == {name: folders[name] for name in ("ppo", "reward")}
 
 
 def test_a_correction_is_refused():

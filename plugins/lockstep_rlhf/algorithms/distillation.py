@@ -117,5 +117,5 @@ class Distillation(Online):
 
     def objective(self, rollout: Rollout) -> Metrics:
         """KL is to the teacher, so it has another name than KL to a reference."""
-        metrics = super().objective(rollout)
-        return {name.replace("objective/k", "teacher/k"): value for name, value in metrics.items()}
+        renamed = {"objective/kl": "teacher/kl", "objective/k3": "teacher/k3"}
+        return {renamed.get(name, name): value for name, value in super().objective(rollout).items()}
