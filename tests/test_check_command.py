@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from lockstep.checking.conformance.kit import Check, Outcome, checks
+from lockstep.checking.conformance.kit import Check, Outcome, checks, conform
 from lockstep.checking.conformance.report import PRECISIONS, Place, kind_of, known_precisions, line, places, report, summary
 from lockstep.cli import main
 from lockstep.config.schema import REQUIRED, setting
@@ -32,8 +32,10 @@ def outcome(name: str, status: str, detail: str = "") -> Outcome:
 
 def test_a_component_that_conforms_has_a_line_for_each_check_and_one_at_the_end(capsys):
     assert report("function", backend="torch", overrides=["backend.threads=1"])
-    first, *lines, last = capsys.readouterr().out.splitlines()
+    first, given, *lines, last = capsys.readouterr().out.splitlines()
     assert first == "reward_model function on torch, float32"
+    assert given.startswith("  with ") and "policy.layers=2" in given and "backend.threads=1" in given and "/tmp" not in given
+    lines = [each for each in lines if not each.startswith("  with ")]
     assert lines.count("  ✓ padding_is_inert") == 2 and "reward_model function on torch, bfloat16" in lines
     assert sum(each.startswith("  ") for each in lines) == 2 * len(checks("reward_model"))
     assert last == "function conforms on torch, float32 and bfloat16: 7 checks passed, 2 do not apply"
@@ -58,11 +60,25 @@ def test_the_exit_code_says_whether_it_conforms(conforms, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == (0 if conforms else 1)
-    assert given == [("ppo", None, "torch", None, None, ["algorithm.epochs=3"])]
+    assert given == [("ppo", None, "torch", None, None, ["algorithm.epochs=3"], False)]
 
 
 def test_a_check_that_does_not_apply_says_why():
     assert line(outcome("stops", "inapplicable", "it does not sample")) == "  – stops: it does not sample"
+
+
+def test_an_error_in_a_check_has_its_traceback_if_asked_for():
+    def raises(subject):
+        """It holds."""
+        return subject["nothing"]
+
+    check = Check("algorithm", "raises", raises, "a bug")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lockstep.checking.conformance.kit.checks", lambda kind: [check])
+        (found,) = conform("algorithm", {})
+    assert found.status == "failed" and found.detail == "it raised KeyError: 'nothing'"
+    assert "Traceback" not in line(found)
+    assert 'return subject["nothing"]' in line(found, verbose=True)
 
 
 def test_the_property_of_a_failure_is_one_line():

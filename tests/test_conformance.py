@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 
 from conftest import BACKENDS
 from defects import DEFECTS, KINDS
 from lockstep.checking.conformance import checks, conform, subject
 from lockstep.checking.conformance.kit import KINDS as MODULES
+from lockstep.checking.conformance.world import WORDS, tokenizer
+from lockstep.config.schema import setting
+from lockstep.learning.online import Clock, Online, OnlineConfig
 from lockstep.registry import Plugin, registry
+from lockstep_rlhf.algorithms.policy_gradient import PolicyGradientLoss
 
 for _module in MODULES.values():
     importlib.import_module(f"defects.{_module}")
@@ -55,6 +61,85 @@ def test_no_false_alarm_on_a_built_in_environment():
     for name in ("shop", "tools"):
         found = list(conform("environment", subject("environment", name, "torch", overrides=["backend.threads=1"])))
         assert [(o.check.name, o.detail) for o in found if o.status != "passed"] == []
+
+
+OTHERWISE = {
+    "two responses per prompt": ("policy_gradient", "grpo", ["samples=2"]),
+    "four minibatches of sixteen": ("policy_gradient", "grpo", ["samples=16", "minibatches=4"]),
+    "masked responses": ("policy_gradient", "grpo", ["mask_unfinished=true"]),
+    "weights": ("policy_gradient", "cispo", []),
+    "rankings": ("preference_optimisation", "dpo", ["ranking=plackett_luce", "batch_size=5"]),
+    "its own mismatch": ("preference_optimisation", "kto", ["batch_size=3"]),
+    "several examples in a row": ("sft", "sft", ["packing=true"]),
+    "a mix": ("sft", "sft", ["pretrain_mix=0.3", "batch_size=5"]),
+    "minibatches of another size": ("rejection_sampling", "rejection_sampling", ["minibatches=4"]),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_no_false_alarm_with_other_values(case):
+    name, like, values = OTHERWISE[case]
+    overrides = ["backend.threads=1", *(f"algorithm.{value}" for value in values)]
+    found = list(conform("algorithm", subject("algorithm", name, "torch", precision="float32", overrides=overrides, like=like)))
+    assert [f"{o.check.name}: {o.detail}" for o in found if o.status == "failed"] == []
+
+
+@dataclass(frozen=True)
+class OtherNames(OnlineConfig):
+    """GRPO's, under names that nobody else has."""
+
+    group: int = setting(4, "Responses per prompt.", least=2)
+    reach: float = setting(0.3, "The clip.", above=0)
+
+    def __post_init__(self):
+        object.__setattr__(self, "samples", self.group)
+        super().__post_init__()
+
+
+class Renamed(Online):
+    """GRPO without whatever is not checked here."""
+
+    Config = OtherNames
+
+    def __init__(self, config, context):
+        super().__init__(config, context)
+        self.loss = PolicyGradientLoss("ratio", config.reach, config.reach, None, False, None, 0.0)
+
+    def step(self, step):
+        rollout = self.last = self.rollout(step, Clock())
+        mask, groups = rollout.sequences.mask, rollout.scores.reshape(-1, self.config.group)
+        there = rollout.counted.reshape(groups.shape)
+        centred = groups - np.nanmean(np.where(there, groups, np.nan), axis=1, keepdims=True, dtype=np.float64)
+        equal = np.nanmax(groups, axis=1, keepdims=True) == np.nanmin(groups, axis=1, keepdims=True)
+        advantages = np.where(equal | ~there, 0, centred).reshape(-1, 1)
+        batch = {"mask": mask, "old_logprobs": rollout.old_logprobs, "correction": self.correction(rollout)}
+        batch["advantages"] = np.where(mask, advantages, 0).astype(np.float32)
+        return self.objective(rollout) | self.train(step, rollout.sequences, batch)
+
+    @classmethod
+    def traits(cls, config):
+        return replace(super().traits(config), compares=True, clip="ratio", bounds=(1 - config.reach, 1 + config.reach))
+
+
+def test_the_checks_of_an_algorithm_follow_its_traits_whatever_its_keys_are_called():
+    target = subject("algorithm", f"{__name__}:Renamed", "torch", precision="float32", overrides=["backend.threads=1"])
+    assert (target.config.group, target.traits.samples) == (4, 4)
+    only = {
+        "a_prompt_has_several_samples", "equal_rewards_say_nothing", "responses_that_do_not_count_shift_nothing",
+        "the_better_response_has_the_higher_advantage", "clipping_binds", "its_traits_are_true", "optimizer_steps_are_counted",
+    }  # fmt: skip
+    found = list(conform("algorithm", target, only=lambda check: check.name in only))
+    assert {o.check.name: (o.status, o.detail) for o in found} == {name: ("passed", "") for name in only}
+
+
+def test_the_worlds_tokenizer_knows_every_word_and_keeps_its_own():
+    core = tokenizer()
+    own = [*WORDS, "<eos>", "<stop>", "<pad>"]
+    assert core.encode(" ".join(own)) == list(range(37))
+    text = "Human: w1 says that w34, w4w5 and 'w2' are <b>good</b>! 你好 w33"
+    found = core.encode(text)
+    assert len(found) == len(text.split()) and set(found) <= set(range(34))
+    assert (found[1], found[-1]) == (1, 33) and len(set(found)) > 4
 
 
 def broken(kind: str, cls: type):

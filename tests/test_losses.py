@@ -86,6 +86,23 @@ def test_clipped_value_loss_takes_the_worse_of_both(library, value, old, returne
     assert float(out[0]) == pytest.approx(loss, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("loss", "x", "slope"),
+    [
+        (lambda xp, x: losses.clipped_policy_loss(xp, x, x * 0 - 2, low=0.0, high=0.2), 1, 2),
+        (lambda xp, x: losses.clipped_policy_loss(xp, x, x * 0 + 2, low=0.0, high=0.2), 1, -2),
+        (lambda xp, x: losses.clipped_policy_loss(xp, x, x * 0 + 2, low=0.5, high=0.5), 1.5, -2),
+        (lambda xp, x: losses.log_ratio(xp, x, x * 0), 20, 1),
+        (lambda xp, x: losses.log_ratio(xp, x, x * 0), 20.5, 0),
+        (lambda xp, x: losses.clipped_value_loss(xp, x, x * 0 + 0.25, x * 0 + 1, clip_range=0.5), 0.75, -0.25),
+        (lambda xp, x: losses.clipped_value_loss(xp, x, x * 0 + 0.25, x * 0 + 1, clip_range=0.5), 0.25, -0.75),
+    ],
+)
+def test_on_the_edge_of_a_clip_every_library_has_the_unclipped_gradient(autodiff, loss, x, slope):
+    found = autodiff.gradient(lambda x: autodiff.xp.sum(loss(autodiff.xp, x)), f32(x, x))
+    assert found.tolist() == [slope, slope]
+
+
 def test_clipped_value_loss_is_never_below_the_unclipped_one_and_equal_inside_the_range(library):
     rng = np.random.default_rng(0)
     values, old, returns = rng.normal(size=(3, 200)).astype(np.float32)

@@ -11,6 +11,7 @@ a token counts. Dtypes: tokens int32, masks bool, everything else float32.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -626,6 +627,36 @@ class Context:
         return self.fits.setdefault(what, Fit(what))
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What an algorithm does, in words that others can read whatever its configuration keys are called; the conformance kit
+    decides by them which checks apply. The defaults are those of supervised learning from demonstrations.
+
+    data: what it learns from. 'prompts': from responses that it samples.
+    samples: responses sampled for each prompt of a step, in neighbouring rows; 0 if it samples none.
+    rounds: the most batches of prompts that a step may sample; dynamic sampling (DAPO) has more than 1.
+    turns: the most turns of the policy in an episode.
+    compares: whether a response's advantage depends on the other responses to its prompt.
+    epochs: what an epoch is a pass over: the data set, or the episodes of one step.
+    updates: optimizer steps in each step, at most.
+    kl: where KL to the initial policy counts: subtracted from the score or each token's reward, from each token's return, or part
+      of the loss (as in DPO). 'measured': it is only logged. 'none': there is no reference.
+    clip: how the ratio of policies is bounded: 'ratio', PPO's clip; 'weight', CISPO's, which keeps the gradient.
+    bounds: of that clip: the ratio itself, not its distance from 1.
+    """
+
+    data: Literal["texts", "demonstrations", "comparisons", "prompts"] = "demonstrations"
+    samples: int = 0
+    rounds: int = 1
+    turns: int = 1
+    compares: bool = False
+    epochs: Literal["data", "episodes"] = "data"
+    updates: int = 1
+    kl: Literal["none", "measured", "reward", "return", "loss"] = "none"
+    clip: Literal["none", "ratio", "weight"] = "none"
+    bounds: tuple[float, float] = (0.0, math.inf)
+
+
 class Algorithm(ABC, Component):
     """One way of training: which data it needs, what happens to it on the host, and what the loss is.
 
@@ -646,6 +677,11 @@ class Algorithm(ABC, Component):
     @abstractmethod
     def step(self, step: int) -> Metrics:
         """Iteration ``step`` of 0 .. total_steps - 1."""
+
+    @classmethod
+    def traits(cls, config: Any) -> Traits:
+        """What it does under this configuration."""
+        return Traits()
 
     @classmethod
     @abstractmethod

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-KINDS = ("backend", "policy", "reward_model", "environment", "algorithm")
+from lockstep.checking.conformance.kit import KINDS
+
 DEFECTS: dict[str, list[tuple[type, str]]] = {kind: [] for kind in KINDS}
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from defects import defect
-from lockstep.interfaces import Responses
+from lockstep.interfaces import Responses, Traits
 from lockstep.learning import losses, numerics, randomness
 from lockstep.text import encoding
+from lockstep.text.encoding import Example
 from lockstep.text.stopping import ends_with_stop
 from lockstep_rlhf.algorithms import (
     distillation,
@@ -53,7 +54,33 @@ class RewardModelling(reward_modelling.RewardModelling):
     like = "reward_modelling"
 
 
+class KTO(preference_optimisation.PreferenceOptimisation):
+    like = "kto"
+
+
+class CISPO(policy_gradient.PolicyGradient):
+    like = "cispo"
+
+
 # --------------------------------------------------------------------------------------------------- steps and batches
+
+
+@defect("algorithm", caught_by="its_traits_are_true")
+class SaysItDoesNotSample(PPO):
+    """The traits are those of a supervised algorithm."""
+
+    @classmethod
+    def traits(cls, config):
+        return Traits()
+
+
+@defect("algorithm", caught_by="its_traits_are_true")
+class SaysOneRound(PolicyGradient):
+    """It samples until all groups are informative, and its traits say that it samples once."""
+
+    def sample(self, step, clock):
+        super().sample(step, clock)
+        return super().sample(step, clock)
 
 
 @defect("algorithm", caught_by="optimizer_steps_are_counted")
@@ -684,6 +711,22 @@ class TinyEpsilon(PolicyGradient):
         return ((groups - mean) / (groups.std(axis=1, keepdims=True) + 1e-9)).reshape(-1)
 
 
+@defect("algorithm", caught_by="responses_that_do_not_count_shift_nothing")
+class NoneIsZeroInTheGroup(PolicyGradient):
+    """A response without a score is in its prompt's mean as 0 (TRL#5902)."""
+
+    def advantages(self, rewards, counted):
+        return super().advantages(np.nan_to_num(rewards), np.ones_like(counted))
+
+
+@defect("algorithm", caught_by="responses_that_do_not_count_shift_nothing")
+class MaskedSibling(PolicyGradient):
+    """A response that is masked still shifts its prompt's baseline (OpenRLHF#1239)."""
+
+    def advantages(self, rewards, counted):
+        return super().advantages(rewards, np.isfinite(rewards))
+
+
 @defect("algorithm", caught_by="the_better_response_has_the_higher_advantage")
 class Interleaved(PolicyGradient):
     """The samples of a prompt are taken to be a batch apart, where they are neighbours."""
@@ -737,7 +780,129 @@ class OptimisticLoss(PolicyGradientLoss):
         return losses.weighted_sum(xp, loss, batch["policy_weights"]), {}
 
 
+@dataclass(frozen=True)
+class PessimisticLoss(PolicyGradientLoss):
+    """The maximum of the objectives for negative advantages (EasyDeL)."""
+
+    def __call__(self, xp, outputs, batch):
+        logprobs = losses.select(xp, batch["mask"], outputs["logprobs"])
+        ratio, advantages = xp.exp(logprobs - batch["old_logprobs"]), batch["advantages"]
+        clipped = xp.clip(ratio, 1 - self.low, 1 + self.high)
+        loss = xp.where(
+            advantages < 0, -advantages * xp.minimum(ratio, clipped), xp.maximum(-advantages * ratio, -advantages * clipped)
+        )
+        return losses.weighted_sum(xp, loss, batch["policy_weights"]), {}
+
+
+@defect("algorithm", caught_by="clipping_binds")
+class MaximumForTheWorse(PolicyGradient):
+    """Clipping is turned round where the advantage is negative."""
+
+    def __init__(self, config, context):
+        super().__init__(config, context)
+        self.loss = PessimisticLoss(**vars(self.loss))
+
+
+@defect("algorithm", caught_by="the_weight_is_clipped")
+class OffsetsOfTheWeight(CISPO):
+    """Bounds of 0 and 5 are taken for distances from 1: a weight of 0.3 becomes 1 (SkyRL#1928)."""
+
+    def __init__(self, config, context):
+        super().__init__(config, context)
+        self.loss = replace(self.loss, low=1.0 - 1e-9, high=1 + config.clip_high)
+
+
+@dataclass(frozen=True)
+class AttachedLoss(PolicyGradientLoss):
+    def __call__(self, xp, outputs, batch):
+        logprobs = losses.select(xp, batch["mask"], outputs["logprobs"])
+        weight = xp.clip(xp.exp(logprobs - batch["old_logprobs"]), self.low, self.high)
+        return losses.weighted_sum(xp, -weight * batch["advantages"] * logprobs, batch["policy_weights"]), {}
+
+
+@defect("algorithm", caught_by="the_weight_is_clipped")
+class AttachedWeight(CISPO):
+    """The weight is differentiated too (EasyDeL): at ratio 1 and log π = -2 the gradient has the wrong sign."""
+
+    def __init__(self, config, context):
+        super().__init__(config, context)
+        self.loss = AttachedLoss(**vars(self.loss))
+
+
 # ----------------------------------------------------------------------------------------------------------- preferences
+
+
+@dataclass(frozen=True)
+class SoftplusOfAbs(preference_optimisation.PreferenceLoss):
+    def _of_pairs(self, xp, d):
+        x = -self.beta * d  # max(x, 0) has the derivative 1/2 at 0, and |x| has 1 on some libraries and 0 on others
+        return xp.maximum(x, xp.zeros_like(x)) + xp.log1p(xp.exp(-xp.sqrt(x * x)))
+
+
+@defect("algorithm", caught_by="gradients_at_ties_are_the_losss")
+class NoGradientAtTheStart(PreferenceOptimisation):
+    """Softplus by |x|: where the policy equals the reference, its derivative is not 1/2, and the first step goes nowhere."""
+
+    def __init__(self, config, context):
+        super().__init__(config, context)
+        self.loss = SoftplusOfAbs(**vars(self.loss))
+
+
+@dataclass(frozen=True)
+class AlwaysSigmoid(preference_optimisation.PreferenceLoss):
+    def _of_pairs(self, xp, d):
+        return losses.softplus(xp, -self.beta * d)
+
+
+@defect("algorithm", caught_by="every_loss_is_another")
+class NamesWithoutEffect(PreferenceOptimisation):
+    """ipo and hinge are trained as dpo (ms-swift#10167)."""
+
+    def __init__(self, config, context):
+        super().__init__(config, context)
+        if config.loss in ("ipo", "hinge"):
+            self.loss = AlwaysSigmoid(**vars(self.loss))
+
+
+@defect("algorithm", caught_by="the_reference_reads_what_the_policy_reads")
+class RolledTwoWays(KTO):
+    """The reference's mismatched pairs are rolled the other way round than the policy's (EasyDeL)."""
+
+    def mismatch(self, rankings):
+        own, following = [*rankings[1:], rankings[0]], [rankings[-1], *rankings[:-1]]
+        means = []
+        for model, others in ((self.policy, own), (self.reference, following)):
+            rows = [Example(o.rows[0].prompt, row.response) for r, o in zip(rankings, others, strict=True) for row in r.rows]
+            means.append(self.logprobs(model, rows).mean(dtype=np.float64))
+        return max(0.0, float(means[0] - means[1]))
+
+
+class OtherMismatch(KTO):
+    """Another order of the prompts that completions are judged under."""
+
+    def order(self, rankings):
+        raise NotImplementedError
+
+    def mismatch(self, rankings):
+        pairs = zip(rankings, self.order(rankings), strict=True)
+        rows = [Example(other.rows[0].prompt, row.response) for ranking, other in pairs for row in ranking.rows]
+        return max(0.0, float((self.logprobs(self.policy, rows) - self.logprobs(self.reference, rows)).mean(dtype=np.float64)))
+
+
+@defect("algorithm", caught_by="mismatched_pairs_are_of_the_batch")
+class Reversed(OtherMismatch):
+    """The order is reversed: the middle of an odd batch meets its own prompt (TRL#1911)."""
+
+    def order(self, rankings):
+        return rankings[::-1]
+
+
+@defect("algorithm", caught_by="mismatched_pairs_are_of_the_batch")
+class MismatchedElsewhere(KTO):
+    """The mismatched completions are those of another batch (TRL#2153)."""
+
+    def mismatch(self, rankings):
+        return super().mismatch(self.rankings[: len(rankings)])
 
 
 @defect("algorithm", caught_by="references_are_the_first_policys")
@@ -888,3 +1053,19 @@ class ArraysInMetrics(SFT):
     def step(self, step):
         metrics = super().step(step)
         return metrics | {"loss": np.array([metrics["loss"]])}
+
+
+# ----------------------------------------------------------------------------------------------------------- environments
+
+
+@defect("algorithm", caught_by="what_was_said_is_not_trained_on")
+class SpeaksForTheTool(PPO):
+    """All real tokens of an episode count (Search-R1, issue 21: the KL of retrieved text)."""
+
+    like = "ppo"
+
+    def rollout(self, step, clock):
+        rollout = super().rollout(step, clock)
+        rows = rollout.sequences
+        every = replace(rows, mask=rows.response_mask & rollout.counted[:, None])
+        return replace(rollout, sequences=every, forward=None)

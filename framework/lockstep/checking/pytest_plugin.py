@@ -47,7 +47,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def conformance(request: pytest.FixtureRequest) -> Callable[[], None]:
-    """Call it to run the check; the test passes, fails or is skipped accordingly."""
+    """Call it to run the check; the test passes, fails or is skipped accordingly. With -vv, a check that raised an error has its
+    traceback."""
     wanted, place, check = request.param
 
     def run() -> None:
@@ -59,7 +60,7 @@ def conformance(request: pytest.FixtureRequest) -> Callable[[], None]:
         if outcome.status == "inapplicable":
             pytest.skip(outcome.detail)
         if outcome.status == "failed":
-            pytest.fail("\n".join(explain(outcome)), pytrace=False)
+            pytest.fail("\n".join(explain(outcome, request.config.get_verbosity() > 1)), pytrace=False)
 
     return run
 

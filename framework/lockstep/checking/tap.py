@@ -64,10 +64,12 @@ class Tap:
     """Hands out stand-ins; ``crossings`` lists what went through them, in order.
 
     gradients: record the gradients of the first update after each `clear`, at the cost of one more backward pass.
+    frozen: updates are recorded and change nothing; their metrics are those of outputs that are all -1. For who wants the terms
+      alone, without the cost of gradients.
     """
 
-    def __init__(self, gradients: bool = False):
-        self.gradients = gradients
+    def __init__(self, gradients: bool = False, frozen: bool = False):
+        self.gradients, self.frozen = gradients, frozen
         self.crossings: list[Crossing] = []
         self.models: list[Model] = []
         """Every model handed out: given, copied or made with another head."""
@@ -144,10 +146,25 @@ class _Learner(_Tapped):
 
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
         terms = [replace(term, forward=None) for term in terms]  # a tapped pass is not the learner's own
+        if self.tap.frozen:
+            self.tap.crossings.append(UpdateCall(terms, lr_scale, None, metrics := self.unlearned(terms)))
+            return metrics
         gradients = self.behind.gradients(terms) if self.tap.gradients and not self.tap.of(UpdateCall) else None
         metrics = self.behind.update(terms, lr_scale)
-        self.tap.crossings.append(UpdateCall(terms, lr_scale, gradients, metrics))
+        self.tap.crossings.append(UpdateCall(terms, lr_scale, gradients, dict(metrics)))
         return metrics
+
+    def unlearned(self, terms: Sequence[Term]) -> Metrics:
+        """Metrics of an update that does not take place."""
+        found = {"loss": 0.0, **{f"grad_norm/{name}": 0.0 for name in self.models}}
+        for term in terms:
+            mask = term.sequences.mask
+            shape = {"scores": mask.shape[:1]}
+            outputs = {name: np.full(shape.get(name, mask.shape), -1.0, np.float32) for name in term.loss.outputs}
+            loss, metrics = term.loss(np, outputs, term.batch)
+            for name, value in {"loss": loss, **metrics}.items():
+                found[name] = found.get(name, 0.0) + float(value)
+        return found
 
     def averaged(self, model: str) -> Any:
         return self.tap.model(self.behind.averaged(model))

@@ -12,14 +12,15 @@ OVERRIDES = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="as registered, or module:Class")
-    parser.add_argument("--kind", help="backend, policy, reward_model, environment or algorithm, if the name alone is ambiguous")
+    parser.add_argument("--kind", help="algorithm, policy, ..., if the name alone is ambiguous")
     parser.add_argument("--backend", help="default: every installed one")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), help="default: both, if the backend has both")
     parser.add_argument("--like", help="the configuration file to start from, if NAME has none")
+    parser.add_argument("--verbose", action="store_true", help="the traceback of a check that raised an error")
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from lockstep.checking.conformance.report import report
 
     a = arguments
-    sys.exit(0 if report(a.name, a.kind, a.backend, a.precision, a.like, overrides) else 1)
+    sys.exit(0 if report(a.name, a.kind, a.backend, a.precision, a.like, overrides, a.verbose) else 1)

@@ -2,7 +2,7 @@
 
 ``xp`` is the namespace: ``array_api_compat.torch``, ``jax.numpy``, numpy. Each function returns one number per token
 (or pair), unreduced; `weighted_sum` reduces with weights made on the host. The built-in losses use only what every backend
-has: operators, indexing, where, zeros_like, sum, maximum, exp, log1p, clip and astype (preferences also reshape, log and expm1).
+has: operators, indexing, where, zeros_like, sum, maximum, exp, log1p and astype (preferences also reshape, log and expm1).
 So softplus is spelled out.
 """
 
@@ -29,9 +29,15 @@ def select(xp: Any, mask: Array, x: Array) -> Array:
     return xp.where(mask, x, xp.zeros_like(x))
 
 
+def clip(xp: Any, x: Array, low: Array | float, high: Array | float) -> Array:
+    """x within [low, high]. On a bound the derivative is 1; that of the libraries' own clip is 1 in some and 1/2 in others."""
+    zero = xp.zeros_like(x)
+    return xp.where(x < low, zero + low, xp.where(x > high, zero + high, x))
+
+
 def log_ratio(xp: Any, logprobs: Array, others: Array) -> Array:
     """log π - log π', within ±20: e^89 is inf in float32, and its gradient NaN. [B, T]."""
-    return xp.clip(logprobs - others, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return clip(xp, logprobs - others, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def softplus(xp: Any, x: Array) -> Array:
@@ -45,9 +51,11 @@ def clipped_policy_loss(xp: Any, ratio: Array, advantages: Array, *, low: float,
     """L_t = max(-A_t ρ_t, -A_t clip(ρ_t, 1 - low, 1 + high)) with ρ = π / π_old. [B, T].
 
     PPO (Schulman et al. 2017, eq. 7) has low = high = ε; DAPO (Yu et al. 2025, eq. 8) raises ``high``. ``dual`` bounds the loss
-    where A < 0: L_t <= -A_t · dual (Ye et al. 2020, arXiv 1912.09729, eq. 5).
+    where A < 0: L_t <= -A_t · dual (Ye et al. 2020, arXiv 1912.09729, eq. 5). Spelled without max: on an edge, such as ρ = 1 with
+    ``low`` = 0, the gradient is the unclipped one.
     """
-    loss = xp.maximum(-advantages * ratio, -advantages * xp.clip(ratio, 1 - low, 1 + high))
+    beyond = ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
+    loss = -advantages * xp.where(beyond, clip(xp, ratio, 1 - low, 1 + high), ratio)
     if dual is None:
         return loss
     bound = -advantages * dual
@@ -101,7 +109,7 @@ def divergence(xp: Any, logprobs: Array, teacher: Array, beta: float) -> Array:
 
 def clipped_value_loss(xp: Any, values: Array, old_values: Array, returns: Array, *, clip_range: float) -> Array:
     """L_t = ½ max((V - R)², (clip(V, V_old ± ε) - R)²). [B, T]. lm-human-preferences, `train_policy.loss`."""
-    near = xp.clip(values, old_values - clip_range, old_values + clip_range)  # V itself where clipping does not bind
+    near = clip(xp, values, old_values - clip_range, old_values + clip_range)  # V itself where clipping does not bind
     return 0.5 * xp.maximum((values - returns) ** 2, (near - returns) ** 2)
 
 

@@ -30,6 +30,7 @@ from lockstep.interfaces import (
     Policy,
     Responses,
     Term,
+    Traits,
 )
 from lockstep.learning import numerics
 from lockstep.learning.episodes import offered
@@ -354,6 +355,13 @@ class Online(Algorithm):
             }
             for i in rows
         ]
+
+    @classmethod
+    def traits(cls, config: Any) -> Traits:
+        """With KL in the reward, and neither a group baseline nor a clip: a subclass says what differs."""
+        c = config
+        kl: Any = "none" if c.kl_coef is None else "reward" if c.kl_coef else "measured"
+        return Traits(data="prompts", samples=c.samples, epochs="episodes", updates=c.epochs * c.minibatches, kl=kl)
 
     @classmethod
     def arithmetic(cls, config: Any, data: DataSource) -> str:

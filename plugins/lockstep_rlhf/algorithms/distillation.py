@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
-from lockstep.interfaces import Array, Context, Inputs, Metrics, Policy
+from lockstep.interfaces import Array, Context, Inputs, Metrics, Policy, Traits
 from lockstep.learning import losses
 from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout
 from lockstep_rlhf.algorithms.policy_gradient import PolicyGradientLoss
@@ -88,6 +88,10 @@ class Distillation(Online):
             self.loss, self.outputs = DivergenceLoss(config.kl_coef), (*self.outputs, "divergence")
         else:
             self.loss = PolicyGradientLoss("none", 0, 1, dual=None, sequence=False, kl=None, kl_coef=0.0)
+
+    @classmethod
+    def traits(cls, config: Config) -> Traits:
+        return replace(super().traits(config), kl="none")
 
     def reference(self) -> Policy | None:
         return self.teacher if self.config.loss == "policy_gradient" else None

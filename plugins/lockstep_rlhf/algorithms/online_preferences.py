@@ -15,14 +15,14 @@ last; ``docs/algorithms.md`` has the lines. A restart then finds its reference w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
-from lockstep.interfaces import Context, ForwardPass, Metrics, Term
+from lockstep.interfaces import Context, ForwardPass, Metrics, Term, Traits
 from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout
 from lockstep.learning.optimisation import lr_scale
 from lockstep.text.sequences import Sequences, chunks
@@ -105,6 +105,10 @@ class OnlinePreferences(Online):
         place = np.arange(rewards.shape[1])
         extremes = (place == best[:, None])[:, :, None] & (place == worst[:, None])[:, None, :]
         return (better & extremes).astype(np.float64)
+
+    @classmethod
+    def traits(cls, config: Config) -> Traits:
+        return replace(super().traits(config), kl="loss")
 
     def terms(
         self, sequences: Sequences, batch: Mapping[str, np.ndarray], rows: np.ndarray, forward: ForwardPass | None = None

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
-from lockstep.interfaces import Array, Context, Metrics
+from lockstep.interfaces import Array, Context, Metrics, Traits
 from lockstep.learning import losses, numerics
 from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout, Scored
 from lockstep.learning.rollout import concatenate
@@ -232,6 +232,19 @@ class PolicyGradient(Online):
         if c.penalised:
             found["kl_weights"] = numerics.mean_weights(mask, c.aggregation, limit)
         return found
+
+    @classmethod
+    def traits(cls, config: Config) -> Traits:
+        c, online = config, super().traits(config)
+        low, high = (c.clip_low, c.clip_high) if c.clip == "weight" else (1 - c.clip_low, 1 + c.clip_high)
+        return replace(
+            online,
+            rounds=1 + c.extra_rounds,
+            compares=c.samples > 1 and c.baseline != "none",
+            kl=c.kl_in if c.kl_coef else online.kl,
+            clip=c.clip,
+            bounds=(low, high) if c.clip != "none" else online.bounds,
+        )
 
     def state(self) -> dict[str, Any]:
         return {"drawn": self.drawn}

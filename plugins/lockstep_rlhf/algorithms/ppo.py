@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
-from lockstep.interfaces import Array, Context, DataSource, Learner, Metrics, Policy, ScalarModel, Term
+from lockstep.interfaces import Array, Context, DataSource, Learner, Metrics, Policy, ScalarModel, Term, Traits
 from lockstep.learning import losses, numerics
 from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout
 from lockstep.learning.optimisation import OptimizerConfig
@@ -182,6 +182,10 @@ class PPO(Online):
         indices = example_indices(self.context.seed, "ptx", len(self.texts), first, c.raw_texts)
         rows = encoding.text_block([self.texts[i] for i in indices], self.tokenizer, c.lengths)
         return next_token_terms([rows], c.micro_batch_size, NextTokenLoss(c.ptx_coef, "ptx/loss"))
+
+    @classmethod
+    def traits(cls, config: Config) -> Traits:
+        return replace(super().traits(config), clip="ratio", bounds=(1 - config.clip_range, 1 + config.clip_range))
 
     @classmethod
     def arithmetic(cls, config: Config, data: DataSource) -> str:

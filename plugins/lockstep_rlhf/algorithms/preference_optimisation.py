@@ -22,7 +22,7 @@ import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, DataError
-from lockstep.interfaces import Algorithm, Array, Context, DataSource, Learner, Metrics, Model, Policy, Term
+from lockstep.interfaces import Algorithm, Array, Context, DataSource, Learner, Metrics, Model, Policy, Term, Traits
 from lockstep.learning import losses, numerics
 from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
 from lockstep.learning.randomness import example_indices
@@ -282,6 +282,10 @@ class PreferenceOptimisation(Algorithm):
 
     def finish(self) -> Metrics:
         return {f"heldout/{name}": value for name, value in self.measure(self.result()).items()}
+
+    @classmethod
+    def traits(cls, config: Config) -> Traits:
+        return Traits(data="comparisons", kl="loss" if config.needs_reference else "none")
 
     @classmethod
     def arithmetic(cls, config: Config, data: DataSource) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep.config.schema import setting
-from lockstep.interfaces import DataSource
+from lockstep.interfaces import DataSource, Traits
 from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
@@ -27,6 +27,10 @@ class Pretraining(LanguageModelling):
         heldout_examples: int = setting(256, "Texts whose loss is measured before and after.", least=0)
         optimizer: OptimizerConfig = setting(OptimizerConfig(2e-3, weight_decay=0.1), "Adam, for the miniature.")
         schedule: ScheduleConfig = setting(ScheduleConfig("cosine", 20, 0.0, 0.1), "To 10%, as GPT-3's.")
+
+    @classmethod
+    def traits(cls, config: Config) -> Traits:
+        return Traits(data="texts")
 
     @classmethod
     def count(cls, data: DataSource) -> int:

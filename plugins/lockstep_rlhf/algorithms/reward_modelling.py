@@ -17,7 +17,7 @@ import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.errors import DataError, MissingData
-from lockstep.interfaces import Algorithm, Array, Context, DataSource, Metrics, ScalarModel, Term
+from lockstep.interfaces import Algorithm, Array, Context, DataSource, Metrics, ScalarModel, Term, Traits
 from lockstep.learning import losses, numerics
 from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
 from lockstep.learning.randomness import example_indices
@@ -143,6 +143,10 @@ class RewardModelling(Algorithm):
         gain = 1 / scores.std() if self.config.normalise == "gain_and_bias" else 1.0
         self.model.rescale(gain, -gain * scores.mean())
         return {"demonstrations/score_mean": float(scores.mean()), "demonstrations/score_std": float(scores.std())}
+
+    @classmethod
+    def traits(cls, config: Config) -> Traits:
+        return Traits(data="comparisons")
 
     @classmethod
     def arithmetic(cls, config: Config, data: DataSource) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,12 +63,14 @@ def check(kind: str, usually: str) -> Callable[[Callable[[Any], None]], Callable
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a check. ``detail`` has the numbers of a failure, or why it does not apply."""
+    """The result of a check. ``detail`` has the numbers of a failure, or why it does not apply; ``traceback`` belongs to an
+    error that a check raised unexpectedly."""
 
     check: Check
     status: Literal["passed", "failed", "inapplicable"]
     detail: str
     seconds: float
+    traceback: str = ""
 
 
 def checks(kind: str) -> list[Check]:
@@ -80,7 +83,7 @@ def conform(kind: str, subject: Any, only: Callable[[Check], bool] = lambda chec
     """Run the checks of this kind on a subject, one after the other; an unexpected exception is a failure."""
     for each in filter(only, checks(kind)):
         started = time.perf_counter()
-        status, detail = "passed", ""
+        status, detail, raised = "passed", "", ""
         try:
             each.run(subject)
         except Inapplicable as reason:
@@ -88,8 +91,8 @@ def conform(kind: str, subject: Any, only: Callable[[Check], bool] = lambda chec
         except Violation as violation:
             status, detail = "failed", str(violation)
         except Exception as error:
-            status, detail = "failed", f"it raised {type(error).__name__}: {error}"
-        yield Outcome(each, status, detail, time.perf_counter() - started)
+            status, detail, raised = "failed", f"it raised {type(error).__name__}: {error}", traceback.format_exc()
+        yield Outcome(each, status, detail, time.perf_counter() - started, raised)
 
 
 # --------------------------------------------------------------------------------------------------- what checks say

@@ -36,9 +36,11 @@ def report(
     precision: str | None = None,
     like: str | None = None,
     overrides: Sequence[str] = (),
+    verbose: bool = False,
 ) -> bool:
     """Check the component and print the results; True if nothing failed. ``like`` names the configuration file to start from if
-    the component has none; ``overrides`` are 'algorithm.kl_coef=0.1', 'backend.device=cuda', ...
+    the component has none; ``overrides`` are 'algorithm.kl_coef=0.1', 'backend.device=cuda', ...; ``verbose`` adds the traceback
+    of an error in a check.
 
     Raises:
       LockstepError: it cannot be checked; the message says what to type instead.
@@ -49,8 +51,10 @@ def report(
     console, found = Console(), []
     for place in where:
         console.say(f"{kind} {name} on {place}")
-        for outcome in conform(kind, made(kind, name, place, overrides, like)):
-            console.say(line(outcome))
+        made_here = made(kind, name, place, overrides, like)
+        console.say(f"  with {' '.join(made_here.settings())}")
+        for outcome in conform(kind, made_here):
+            console.say(line(outcome, verbose))
             found.append(outcome)
     console.say(summary(name, where, found))
     return all(outcome.status != "failed" for outcome in found)
@@ -194,19 +198,20 @@ def check_overrides(overrides: Iterable[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------- in words
 
 
-def line(outcome: Outcome) -> str:
+def line(outcome: Outcome, verbose: bool = False) -> str:
     """'  ✓ name', followed by the reason or the failure."""
     head = f"  {MARKS[outcome.status]} {outcome.check.name}"
     if outcome.status == "inapplicable":
         return f"{head}: {outcome.detail}"
     if outcome.status == "failed":
-        return "\n".join([head, *(f"      {each}" for each in explain(outcome))])
+        return "\n".join([head, *(f"      {each}" for each in explain(outcome, verbose))])
     return head
 
 
-def explain(outcome: Outcome) -> list[str]:
-    """A failure: the property, the numbers, and what it usually means."""
-    return [outcome.check.property, f"found: {outcome.detail}", f"usually: {outcome.check.usually}"]
+def explain(outcome: Outcome, verbose: bool = False) -> list[str]:
+    """A failure: the property, the numbers, and what it usually means; if ``verbose``, the traceback of what it raised."""
+    told = [outcome.check.property, f"found: {outcome.detail}", f"usually: {outcome.check.usually}"]
+    return told + (outcome.traceback.splitlines() if verbose else [])
 
 
 def summary(name: str, where: Sequence[Place], found: Sequence[Outcome]) -> str:

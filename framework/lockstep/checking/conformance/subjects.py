@@ -4,7 +4,6 @@ algorithm is built in one, as a check asks."""
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -13,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from lockstep.checking.conformance.kit import Inapplicable
-from lockstep.checking.conformance.world import LENGTHS, Data, Scored, World
+from lockstep.checking.conformance.world import LENGTHS, Data, Scored, World, flat
 from lockstep.checking.tap import Crossing, EvaluateCall, GenerateCall, Tap, UpdateCall
+from lockstep.errors import ConfigError, DataError
 from lockstep.interfaces import (
     Algorithm,
     Context,
@@ -62,6 +62,9 @@ class RewardModelSubject:
         self.opened: list[str] = []
         self.members: list[Mapping[str, Any]] = []
 
+    def settings(self) -> list[str]:
+        return self.world.settings()
+
     def build(self) -> RewardModel:
         return self.cls(self.config, self)
 
@@ -99,12 +102,15 @@ class RewardModelSubject:
 class EnvironmentSubject:
     """An environment, and episodes for it to reply in, begun with its own examples."""
 
+    cls: type[Environment]
+
     def __init__(self, world: World, name: str, like: str | None = None):
         self.world, self.name, self.like = world, name, like
         given = {"timeout_seconds": 10.0, "functions": ["lockstep.checking.conformance.world:longest_word"]}
         self.cls, self.config = world.component("environment", name, given, like)
 
-    cls: type[Environment]
+    def settings(self) -> list[str]:
+        return self.world.settings()
 
     def build(self, **changes: Any) -> Environment:
         return self.cls(replace(self.config, **changes))
@@ -161,6 +167,7 @@ class Trace:
         raise Inapplicable("it does not evaluate the policy it trains")
 
     def parameters(self) -> dict[str, np.ndarray]:
+        """Of the trained models, as they are now."""
         return {f"{name}.{key}": a for name, model in self.trained().items() for key, a in model.parameters().items()}
 
 
@@ -175,30 +182,76 @@ def constant(responses: Responses) -> np.ndarray:
     return np.full(len(responses.texts), 0.73, np.float32)
 
 
+def missing_sometimes(tokens: np.ndarray) -> np.ndarray:
+    """bool [B] of blocks [B, T]: about a third, the same for the same tokens."""
+    return tokens.sum(axis=1) % 3 == 0
+
+
 class AlgorithmSubject:
     """An algorithm run in the small world, with a tap on everything that crosses the waist."""
 
     defaults = {
-        "lengths": LENGTHS, "batch_size": 6, "iterations": 4, "epochs": 2, "minibatches": 2, "micro_batch_size": None,
+        "lengths": LENGTHS, "iterations": 4, "epochs": 2, "minibatches": 2, "micro_batch_size": None,
         "heldout_examples": 4, "temperature": 0.7, "kl_coef": 0.1, "optimizer": {"learning_rate": 3e-3},
         "schedule": {"shape": "constant", "warmup_steps": 0, "initial": 1.0, "final": 1.0},
     }  # fmt: skip
+    batch_sizes = (6, 12, 8, 10, 9, 5, 7, 4, 11)
+    """The first that the configuration accepts beside the overrides is used: minibatches must divide it."""
 
     def __init__(self, world: World, name: str, like: str | None = None):
         self.world, self.name, self.like = world, name, like
-        self.cls, self.config = self.configured()
-        self._traces: dict[str, Trace] = {}
+        self.defaults = {"batch_size": self.batch_sizes[0], **self.defaults}
+        self.data = Data()
+        self.cls, self.config = self._first()
+        self.traits = self.cls.traits(self.config)
+        self._traces: dict[tuple[Any, ...], Trace] = {}
+
+    def _first(self) -> tuple[type[Algorithm], Any]:
+        """
+        Raises:
+          ConfigError: no batch size is accepted.
+        """
+        refused: ConfigError | None = None
+        for size in self.batch_sizes:
+            self.defaults["batch_size"] = size
+            self.world.given.pop("algorithm", None)
+            try:
+                return self.world.component("algorithm", self.name, self.defaults, self.like)
+            except ConfigError as error:
+                refused = refused or error
+        raise refused or AssertionError
+
+    def settings(self) -> list[str]:
+        return self.world.settings()
 
     def configured(self, **changes: Any) -> tuple[type[Algorithm], Any]:
-        return self.world.component("algorithm", self.name, {**self.defaults, **changes}, self.like)
+        """With a check's own changes.
+
+        Raises:
+          Inapplicable: an override has asked for something else, or the configuration refuses them.
+        """
+        asked = flat(self.world.overrides.get("algorithm", {}))
+        for key, value in flat(changes).items():
+            if asked.get(key, value) != value:
+                raise Inapplicable(f"it needs {key}={value}, and algorithm.{key}={asked[key]} was asked for")
+        try:
+            return self.world.component("algorithm", self.name, {**self.defaults, **changes}, self.like)
+        except ConfigError as error:
+            if not changes:
+                raise
+            raise Inapplicable(f"with {' '.join(f'{k}={v}' for k, v in flat(changes).items())}: {error}") from error
+
+    def free(self, **changes: Any) -> dict[str, Any]:
+        """Those that no override has settled."""
+        return {key: value for key, value in changes.items() if key not in self.world.overrides.get("algorithm", {})}
 
     def need(self, *keys: str) -> None:
         """
         Raises:
-          Inapplicable: the configuration lacks one of these keys.
+          Inapplicable: the configuration lacks one of these keys, which the check has to set.
         """
         if missing := [key for key in keys if not hasattr(self.config, key)]:
-            raise Inapplicable(f"its configuration has no {' and no '.join(missing)}")
+            raise Inapplicable(f"its configuration has no {' and no '.join(missing)} to set")
 
     def need_reward_model(self) -> None:
         """
@@ -208,33 +261,72 @@ class AlgorithmSubject:
         if not self.cls.needs_reward_model:
             raise Inapplicable("it uses no reward model")
 
-    def build(self, *, reward: Callable[[Responses], Any] = uneven, seed: int = 0, **changes: Any) -> tuple[Algorithm, Tap]:
-        """Build it on fresh models. The reward model scores by ``reward`` and has a network to start a value network from."""
-        world, tap = self.world, Tap(gradients=True)
+    def need_trait(self, holds: bool, otherwise: str) -> None:
+        """
+        Raises:
+          Inapplicable: a trait that the check is about is not the algorithm's.
+        """
+        if not holds:
+            raise Inapplicable(otherwise)
+
+    def build(
+        self,
+        *,
+        reward: Callable[[Responses], Any] = uneven,
+        seed: int = 0,
+        learns: bool = True,
+        environment: Environment | None = None,
+        **changes: Any,
+    ) -> tuple[Algorithm, Tap]:
+        """Build it on fresh models. The reward model scores by ``reward`` and has a network to start a value network from. Unless
+        it ``learns``, updates are recorded and change nothing."""
+        cls, config = self.configured(**changes)
+        world, tap = self.world, Tap(frozen=not learns)
         reward_model = None
         if self.cls.needs_reward_model:
             network = tap.model(world.policy(1).scalar_model(np.zeros(world.policy(1).hidden_size, np.float32)))
             reward_model = tap.reward_model(Scored(reward, network))
-        cls, config = self.configured(**changes)
         policy = tap.model(world.policy())
         others: Any = SimpleNamespace(policy=lambda source: (tap.model(world.policy(1)), world.tokenizer))
-        context = Context(seed, tap.backend(world.backend), world.tokenizer, Data(), policy, reward_model, others)
-        return cls(config, context), tap
+        backend = tap.backend(world.backend)
+        context = Context(seed, backend, world.tokenizer, self.data, policy, reward_model, environment, others)
+        try:
+            return cls(config, context), tap
+        except DataError:  # it may have no use for ties
+            context.data = self.data = Data(ties=False)
+            return cls(config, context), tap
 
-    def run(self, steps: int = 3, *, again: bool = False, reward: Callable[..., Any] = uneven, seed: int = 0, **changes) -> Trace:
-        """The first steps of a fresh run; the same arguments give the same `Trace`, unless ``again``."""
-        key = json.dumps([steps, reward.__name__, seed, changes], sort_keys=True)
-        if again or key not in self._traces:
-            algorithm, tap = self.build(reward=reward, seed=seed, **changes)
-            models = {i: model.parameters() for i, model in enumerate(tap.models)}
-            trace = Trace(algorithm, tap, models, [], [])
-            self.go_on(trace, 0, steps)
-            self._traces[key] = trace
-        return self._traces[key]
+    def run(
+        self,
+        steps: int = 3,
+        *,
+        again: bool = False,
+        reward: Callable[..., Any] = uneven,
+        seed: int = 0,
+        learns: bool = True,
+        environment: Environment | None = None,
+        **changes: Any,
+    ) -> Trace:
+        """The first steps of a run. Equal configurations share a run: a shorter one is continued; of a longer one,
+        `Trace.algorithm` is ahead of the trace. With ``again``, a run of its own."""
+        key = (reward.__name__, seed, learns, environment, repr(self.configured(**changes)[1]))
+        found = None if again else self._traces.get(key)
+        if found is None:
+            algorithm, tap = self.build(reward=reward, seed=seed, learns=learns, environment=environment, **changes)
+            found = Trace(algorithm, tap, {i: model.parameters() for i, model in enumerate(tap.models)}, [], [])
+        self.go_on(found, len(found.steps), steps)
+        if not again:
+            self._traces[key] = found
+        return found if len(found.steps) == steps else replace(found, metrics=found.metrics[:steps], steps=found.steps[:steps])
+
+    def first_terms(self, **changes: Any) -> Trace:
+        """One step of `run` in which nothing is learned: its terms are those of a run, and no gradient is computed."""
+        return self.run(1, learns=False, **changes)
 
     def go_on(self, trace: Trace, first: int, last: int) -> None:
         for step in range(first, last):
             trace.tap.clear()
+            trace.tap.gradients = step == 0
             trace.metrics.append(trace.algorithm.step(step))
             trace.steps.append(trace.tap.crossings)
 

@@ -19,9 +19,10 @@ import tokenizers
 from omegaconf import OmegaConf
 
 from lockstep.config import compose
+from lockstep.config.overrides import override
 from lockstep.config.schema import parse
 from lockstep.errors import ConfigError
-from lockstep.interfaces import Backend, DataSource, Policy, RewardModel, ScalarModel
+from lockstep.interfaces import Backend, DataSource, Environment, Episode, Policy, Reply, RewardModel, ScalarModel
 from lockstep.learning import randomness
 from lockstep.models import adapters
 from lockstep.models.architecture import Architecture, initial_parameters, small_decoder, to_hf
@@ -30,9 +31,11 @@ from lockstep.storage.files import write_json
 from lockstep.storage.weights import read_tensors, write_tensors
 from lockstep.text.sequences import Sequences, left_pad, pack
 from lockstep.text.tokenizer import Tokenizer
-from lockstep.types import Comparison, Demonstration, Prompt
+from lockstep.types import Comparison, Demonstration, Message, Prompt, Role
 
 WORDS = [f"w{i}" for i in range(34)]
+LAST = ["[aeiou]", "[dty]", "[nmrl]", "[s]", "[.:,;!?]", "\\d", "[>\\])}]"]
+"""Last characters of words that count as w0, w1, ...; all other unknown words count as w33."""
 PAD, STOP = 36, 35
 ARCHITECTURE = small_decoder(
     vocab_size=37, hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=48, context_length=64,
@@ -47,11 +50,17 @@ LENGTHS = {"prompt": 6, "response": 12, "multiple": 4}
 
 
 def tokenizer() -> Tokenizer:
-    """Word-level. It stops at <stop>; <eos> is a word like any other."""
+    """Word-level. It stops at <stop>; <eos> is a word like any other. It knows every text: a word that is not in its vocabulary,
+    from a plugin's own template say, counts as one of its words, chosen by the last character."""
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate([*WORDS, "<eos>", "<stop>", "<pad>"])}))
+    own = r"(?:w(?:[12]?\d|3[0-3])|<eos>|<stop>|<pad>)"
+    core.normalizer = tokenizers.normalizers.Sequence([
+        tokenizers.normalizers.Replace(tokenizers.Regex(rf"(?<!\S)(?!{own}(?!\S))\S*{last}(?!\S)"), word)
+        for last, word in [*zip(LAST, WORDS, strict=False), (r"\S", WORDS[-1])]
+    ])  # fmt: skip
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens(["<stop>", "<pad>"])
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    template = "{% for m in messages %}{{ m.content }}{% if not loop.last %} {% endif %}{% endfor %}"
     return Tokenizer(core, eos_token="<stop>", pad_token="<pad>", chat_template=template)
 
 
@@ -83,9 +92,12 @@ def sentence(seed: int, words: int) -> str:
 
 
 class Data(DataSource):
-    """Twelve of everything, of different lengths."""
+    """Twelve of everything, of different lengths; several completions per comparison, some tied unless ``ties`` is False."""
 
     rows = 12
+
+    def __init__(self, ties: bool = True):
+        self.ties = ties
 
     def texts(self, split: str) -> list[str]:
         return [sentence(100 + i, 3 + i % 5) for i in range(self.rows)]
@@ -94,14 +106,18 @@ class Data(DataSource):
         return [Demonstration(p, sentence(200 + i, 1 + i % 6)) for i, p in enumerate(self.prompts(split))]
 
     def comparisons(self, split: str) -> list[Comparison]:
-        ranks = [(1, 0), (0, 1, 2), (2, 0, 1, 0), (0, 1)]
+        ranks = [(1, 0), (0, 1, 2), (2, 0, 1, 0) if self.ties else (3, 0, 2, 1), (0, 1)]
         return [
             Comparison(p, tuple(sentence(300 + 10 * i + k, 1 + (i + k) % 6) for k in range(len(r))), r)
             for i, (p, r) in enumerate(zip(self.prompts(split), ranks * 3, strict=True))
         ]
 
     def prompts(self, split: str) -> list[Prompt]:
-        return [Prompt.of(sentence(i, 2 + i % 5)) for i in range(self.rows)]
+        """Every fourth is a dialogue: the assistant has already answered once."""
+        words = [sentence(i, 2 + i % 5).split() for i in range(self.rows)]
+        turns = [[[w[0]], [w[1]], w[2:]] if i % 4 == 3 else [w] for i, w in enumerate(words)]
+        roles: tuple[Role, ...] = ("user", "assistant", "user")
+        return [Prompt(tuple(Message(role, " ".join(t)) for role, t in zip(roles, each, strict=False))) for each in turns]
 
 
 class Scored(RewardModel):
@@ -117,6 +133,13 @@ class Scored(RewardModel):
 
     def value_network(self):
         return None if self.network is None else self.network.copy()
+
+
+class Talks(Environment):
+    """Says two words after the policy's first turn."""
+
+    def reply(self, episode: Episode) -> Reply:
+        return Reply.says("w4 w5") if episode.turn == 1 else Reply.ends(1.0)
 
 
 def word_scores(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
@@ -136,6 +159,21 @@ def known(changes: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any
         for key, value in changes.items()
         if key in group
     }
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{'lengths': {'prompt': 6}} -> {'lengths.prompt': 6}."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= {f"{key}.{k}": v for k, v in flat(value).items()} if isinstance(value, Mapping) else {key: value}
+    return found
+
+
+@functools.cache
+def file_of(kind: str, name: str, folders: tuple[tuple[str, Path], ...]) -> dict[str, Any]:
+    """A component's configuration file, without its name; empty if there is none. Cached, as composing takes half a second;
+    ``folders`` is what it depends on."""
+    return {key: value for key, value in compose.group(kind, name).items() if key != "name"}
 
 
 class World:
@@ -159,6 +197,8 @@ class World:
         like: str | None = None,
     ):
         self.name = backend
+        self.given: dict[str, dict[str, Any]] = {}
+        """What each component was first built with: the kit's values and the overrides."""
         self.overrides: dict[str, Any] = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
         cls, config = self.component("backend", backend, {} if precision is None else {"precision": precision}, like)
         self.backend: Backend = cls(config)
@@ -179,10 +219,21 @@ class World:
           ConfigError: a value is missing.
         """
         cls = registry().resolve(kind, name, self.name)
-        group = {key: value for key, value in compose.group(kind, like or name).items() if key != "name"}
+        group = file_of(kind, like or name, tuple(registry().conf.items()))
         given = known({**SMALL, **changes}, group or {field.name: None for field in dataclasses.fields(cls.Config)})
-        merged = OmegaConf.merge(group, given, self.overrides.get(kind, {}))
-        return cls, parse(cls.Config, OmegaConf.to_container(merged), kind)
+        asked = self.overrides.get(kind, {})
+        self.given.setdefault(kind, OmegaConf.to_container(OmegaConf.merge(given, asked)))
+        return cls, parse(cls.Config, OmegaConf.to_container(OmegaConf.merge(group, given, asked)), kind)
+
+    def settings(self) -> list[str]:
+        """What the kit sets, as 'policy.layers=2', the overrides included; but not the paths of its own files."""
+        _ = self._policy
+        return [
+            override(f"{kind}.{key}", value)
+            for kind, given in self.given.items()
+            for key, value in flat(given).items()
+            if not str(value).startswith(str(self.folder)) and not key.startswith("tokenizer.")
+        ]
 
     def policy(self, number: int = 0) -> Policy:
         """A fresh copy of policy 0 or 1: the same architecture, other weights."""
