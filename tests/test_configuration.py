@@ -22,8 +22,9 @@ from lockstep.config.root import GROUPS, Root
 from lockstep.config.schema import REQUIRED, differences, parse, setting
 from lockstep.data.reading import Source
 from lockstep.errors import ConfigError, LockstepError, RegistryError
+from lockstep.learning.episodes import EnvironmentConfig
 from lockstep.learning.optimisation import OptimizerConfig
-from lockstep.registry import KINDS, Plugin, registry
+from lockstep.registry import KINDS, Plugin, imported, registry
 from lockstep.runs.evaluation import EvaluationConfig
 from lockstep.runs.experiment import Experiment, StageConfig, finished, run_name
 from lockstep_rlhf.algorithms.ppo import PPO
@@ -213,6 +214,8 @@ def test_the_ends_of_a_range_null_and_a_declared_infinity_are_taken():
 
 # ---------------------------------------------------------------------------------------------------- built-in components
 
+GIVEN = {"url": "http://a/b", "functions": ["a:b"]}
+"""Values of required keys that may not be any text."""
 FILES = sorted(file for kind in (*KINDS, "evaluation", "optimizer") for file in (CONF / kind).glob("*.yaml"))
 
 
@@ -222,8 +225,11 @@ def group_of(kind: str, name: str) -> tuple[type, dict[str, Any]]:
         values = OmegaConf.to_container(OmegaConf.load(CONF / kind / f"{name}.yaml"))
         return {"evaluation": EvaluationConfig, "optimizer": OptimizerConfig}[kind], values
     values = group(kind, name)
-    backend = next((c.backend for c in registry() if (c.kind, c.name) == (kind, values["name"])), None)
-    return registry().resolve(kind, values.pop("name"), backend).Config, values
+    if name == "limits":  # with which the files of environments begin
+        return EnvironmentConfig, values
+    name = values.pop("name")
+    component = next(c for c in registry() if (c.kind, c.name) == (kind, name))
+    return imported(component.target).Config, values  # which needs none of the libraries that the component does
 
 
 def absent(cls: type, values: Mapping[str, Any], where: str) -> list[str]:
@@ -248,10 +254,10 @@ def declared(cls: type) -> Iterator[dataclasses.Field]:
 def test_a_file_is_complete_and_equals_the_defaults_of_its_dataclass(file):
     cls, values = group_of(file.parent.name, file.stem)
     assert absent(cls, values, file.stem) == []
-    required = {key: "given" if key != "url" else "http://a/b" for key, value in values.items() if value == "???"}
+    required = {key: GIVEN.get(key, "given") for key, value in values.items() if value == "???"}
     assert required.keys() == {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory}
     if (
-        file.parent.name in ("evaluation", "optimizer") or group(file.parent.name, file.stem)["name"] == file.stem
+        file.parent.name in ("evaluation", "optimizer") or group(file.parent.name, file.stem).get("name", file.stem) == file.stem
     ):  # else it is a published method: a component with other values
         assert parse(cls, values | required, "x") == parse(cls, required, "x")
     assert all(field.metadata["doc"] for field in declared(cls))
@@ -356,7 +362,6 @@ def test_components_that_are_not_the_default_ones_have_ranges_too(kind, name, pa
 GROUP_CLASSES = {"the root": Root, "a stage": StageConfig, "an evaluation": EvaluationConfig, "a source": Source} | {
     f"{c.kind} {c.name}{f' on {c.backend}' if c.backend else ''}": c.load().Config for c in registry() if not c.missing()
 }
-GIVEN = {"url": "http://a/b"}
 NUMBERS = {int: "whole", float: "real"}
 
 
@@ -367,10 +372,10 @@ def numbers(cls: type, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
         if dataclasses.is_dataclass(hint):
             yield from numbers(hint, path)
             continue
-        inside = typing.get_args(hint) if typing.get_origin(hint) in (tuple, dict, Mapping) else ()
+        inside = typing.get_args(hint) if typing.get_origin(hint) is tuple else ()
         types = {each for each in (*typing.get_args(hint), hint) if each in NUMBERS}
         if types:
-            yield path, field, types, len(inside)
+            yield (*path, "key") if typing.get_origin(hint) is Mapping else path, field, types, len(inside)
 
 
 def outside(field: dataclasses.Field, types: set[type]) -> list[float]:
@@ -494,7 +499,7 @@ ROOT = {
     "policy=null": "policy=null: a group is chosen by the name of one of its files. There are: decoder, huggingface, lora.",
     "~backend": "backend must be a component group, not None. Choose one by name, backend=NAME: ",
     "backend=null": "backend=null: a group is chosen by the name of one of its files. There are: ",
-    "data=5": "data=5: a group is chosen by the name of one of its files. There are: files, miniature.",
+    "data=5": "data=5: a group is chosen by the name of one of its files. There are: files, gymnasium, ",
     "~tracker": "tracker must be a component group, not None. Choose one by name, tracker=NAME: ",
     "backend.name=5": "backend is a component group, and needs a name: backend.name=5.",
     "~backend.name": "backend is a component group, and needs a name: backend.name=None.",

@@ -1,4 +1,4 @@
-"""Seeded randomness, and sequences drawn from it.
+"""Seeded randomness.
 
 Everything in the miniature is a pure function of (seed, stream, index): other processes, or calls in another order, draw the
 same world.
@@ -6,8 +6,8 @@ same world.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar, overload
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -61,23 +61,3 @@ class Dice:
     def gumbel(self) -> float:
         """A standard Gumbel number: added to utilities, their order is a Plackett-Luce ranking."""
         return float(-np.log(-np.log(1.0 - self.uniform() + 1e-300) + 1e-300))
-
-
-class Drawn(Sequence[T]):
-    """A sequence that computes each item when it is read, so large corpora cost nothing until then."""
-
-    def __init__(self, length: int, draw: Callable[[int], T]):
-        self._length = length
-        self._draw = draw
-
-    def __len__(self) -> int:
-        return self._length
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self._draw(i) for i in range(*index.indices(self._length))]
-        return self._draw(range(self._length)[index])

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep.config.schema import setting
+from lockstep.data.drawn import Drawn
 from lockstep.errors import DataError, MissingData, did_you_mean, listing, short
 from lockstep.interfaces import DataSource, Environment, Episode, Reply
 from lockstep.learning.episodes import EnvironmentConfig
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Comparison, Demonstration, Message, Prompt
-from lockstep_miniature.dice import Dice, Drawn
+from lockstep_miniature.dice import Dice
 from lockstep_miniature.source import own_tokenizer
 from lockstep_miniature.world import NUMBERS, THINGS
 

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep.config.schema import setting
+from lockstep.data.drawn import Drawn
 from lockstep.errors import DataError, did_you_mean, listing, short
 from lockstep.interfaces import DataSource
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Choice, Comparison, Demonstration, Prompt
 from lockstep_miniature import ability, corpus
-from lockstep_miniature.dice import Dice, Drawn
+from lockstep_miniature.dice import Dice
 from lockstep_miniature.gold import gold
 from lockstep_miniature.labelers import ALL_LABELERS, TRAINING_LABELERS, compare
 from lockstep_miniature.responses import demonstrate

@@ -99,6 +99,7 @@ def what_it_is_given_is_left_alone(subject: EnvironmentSubject) -> None:
         if reply.done or not reply.messages:
             break
         episode.messages += reply.messages
+    environment.close(episode)
 
 
 @check("environment", usually="`close` frees what other episodes still use, or fails on an episode that is not finished")

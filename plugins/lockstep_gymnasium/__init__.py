@@ -1,0 +1,15 @@
+"""Gymnasium's environments, in text.
+
+games.py   a data source of what is asked, and an environment that replies
+"""
+
+from lockstep.registry import Plugin
+
+plugin = Plugin(
+    requires=("gymnasium",),
+    install="pip install 'lockstep-rlhf[gymnasium]'",
+    components={
+        "data": {"gymnasium": "lockstep_gymnasium.games:Beginnings"},
+        "environment": {"gymnasium": "lockstep_gymnasium.games:Game"},
+    },
+)
