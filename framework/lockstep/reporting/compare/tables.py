@@ -57,6 +57,7 @@ def all_tables(c: RunComparison, found: Sequence[Claim], against: Sequence[Versu
     every = {
         "claims": checklist(found),
         "policies": policies(c),
+        "tasks": tasks(c),
         "seeds": over_seeds(c),
         "against": against_baseline(c, against),
         "reward_model": reward_model(c),
@@ -87,6 +88,21 @@ def _policy_table(c: RunComparison, chosen: Sequence[tuple[str, str]]) -> Table:
             name = title.format(baseline=c.baseline) + ("" if split == c.split else f", {split}")
             blocks[name] = lambda g, p, s=split, m=metric, f=form: _cell(c, g.policy(s, p, m), f)
     return _table("Policies", c, c.policies, blocks)
+
+
+def tasks(c: RunComparison) -> Table:
+    """Public benchmarks: each policy's value and its standard error."""
+    return _table("Tasks: value ± standard error", c, c.stage_names, {name: _task(name) for name in c.tasks})
+
+
+def _task(name: str) -> Cell:
+    def cell(g: RunGroup, policy: str) -> str:
+        found = g.task(policy, name)
+        if found is None:
+            return ""
+        return f"{found.mean:.4f} ± {found.standard_error:.4f}" if found.low < found.high else f"{found.mean:.4f}"
+
+    return cell
 
 
 def reward_model(c: RunComparison) -> Table:
