@@ -56,9 +56,9 @@ def conf_folders() -> dict[str, Path]:
     for file, distributions in owners.items():
         if len(distributions) > 1:
             raise RegistryError(f"The configuration {file} comes from {' and from '.join(distributions)}. Rename one.")
-    here = Path.cwd() / "conf"
-    known = here.is_dir() and not any(folder.is_dir() and here.samefile(folder) for folder in registry().conf.values())
-    return dict(registry().conf) | ({HERE: here} if known else {})
+    here = Path("conf")
+    own = here.is_dir() and not any(folder.is_dir() and here.samefile(folder) for folder in registry().conf.values())
+    return dict(registry().conf) | ({HERE: here.absolute()} if own else {})
 
 
 Plugins.instance().register(LockstepSearchPath)
@@ -123,11 +123,12 @@ def _refuse_doubtful(given: Sequence[Override]) -> None:
     if (here := folders.pop(HERE, None)) is None:
         return
     for each in given:
-        file = f"{each.key_or_group.partition('@')[0]}/{each.value()}.yaml"
-        if not (here / file).is_file():
+        mine = {file.stem: file for file in (here / each.key_or_group).glob("*.yaml")}
+        if not isinstance(name := each.value(), str) or name not in mine:
             continue
+        file = f"{each.key_or_group}/{name}.yaml"
         for distribution, folder in folders.items():
-            if (folder / file).is_file() and (folder / file).read_bytes() != (here / file).read_bytes():
+            if (folder / file).is_file() and (folder / file).read_bytes() != mine[name].read_bytes():
                 raise ConfigError(f"{short(each.input_line)} is {HERE}/{file} and a file of {distribution}. Rename yours.")
 
 
@@ -242,8 +243,10 @@ def _no_key(path: Sequence[str], key: str, keys: Sequence[str]) -> str:
 
 
 def _with_key(kind: str, key: str) -> list[str]:
-    """The files of a group that have the key."""
-    return sorted(name for name in _choices(kind) if kind in KINDS and key in group(kind, name))
+    """The packages' files of a kind of component that have the key."""
+    folders = registry().conf.values() if kind in KINDS else ()
+    names = {file.stem for folder in folders for file in (folder / kind).glob("*.yaml")}
+    return sorted(name for name in names if key in group(kind, name))
 
 
 def _there_are(group: str) -> str:
