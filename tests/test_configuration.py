@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import hydra
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 from lockstep.builtin import CONF
+from lockstep.commands import plugins
 from lockstep.config.compose import compose, group
 from lockstep.config.root import GROUPS, Root
 from lockstep.config.schema import REQUIRED, differences, parse, setting
@@ -504,7 +506,20 @@ ROOT = {
     "backend.name=5": "backend is a component group, and needs a name: backend.name=5.",
     "~backend.name": "backend is a component group, and needs a name: backend.name=None.",
     "~reward_model": "stages.ppo.reward_model reads ${reward_model}, and the configuration has no reward_model.",
-    "~experiment": "Missing: experiment_name, stages. Set it on the command line or in YAML.",
+    "~experiment": "~experiment: a run has one, and leaves out what it need not do: ~stages.NAME. Or choose another. There are: ",
+    "~algorithm": "~algorithm: a run has one, and leaves out what it need not do: ~stages.NAME. Or choose another. There are: ",
+    "algorithm@algorithm=grpo": "algorithm@algorithm=grpo: to choose another file of algorithm, type: algorithm=grpo",
+    "+reward_model=function": "+reward_model=function: to choose another file of reward_model, type: reward_model=function",
+    "++policy=lora": "++policy=lora: to choose another file of policy, type: policy=lora",
+    "+algorithm@sft=ppo": "+algorithm@sft=ppo: to choose another file of algorithm, type: algorithm@sft=ppo",
+    "algorithm@ppo=grpo": "algorithm@ppo=grpo: no algorithm is chosen there. What can be chosen: algorithm, algorithm@pretrain, "
+        "algorithm@sft, algorithm@reward.",
+    "sft=ppo": "sft=ppo: the file of sft is chosen by algorithm@sft. Type: algorithm@sft=ppo",
+    "reward_model={name: function, function: a}": "No key 'reward_model.function' in the chosen reward_model. It is a key of "
+        "function: to choose a file and set its key, type: reward_model=function reward_model.function=...",
+    "policy.path=x": "No key 'policy.path' in the chosen policy. It is a key of huggingface, lora: to choose a file and set "
+        "its key, type: policy=huggingface policy.path=...",
+    "~stages.rewrad": "No key 'stages.rewrad'. Did you mean 'reward'? Keys of stages: evaluate, ppo, ppo_ptx, pretrain, ",
     "stages={a: 3}": "No key 'stages.a'. Keys of stages: evaluate, ppo, ppo_ptx, pretrain, reward, sft.",
 }  # fmt: skip
 
@@ -659,3 +674,92 @@ def test_a_config_that_inherits_may_add_a_key_of_its_own():
         deterministic: bool = setting(True, "The same bits from run to run.")
 
     assert parse(Config, {"threads": 1}, "backend") == Config(threads=1, deterministic=True)
+
+
+# ---------------------------------------------------------------------------------------- one algorithm in place of another
+
+EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+
+
+INSTEAD = ("policy_gradient", "preference_optimisation", "rejection_sampling")
+
+
+def component_of(preset: str) -> str:
+    """The component that a file of `conf/algorithm` chooses, itself or by the file that it starts from."""
+    content = OmegaConf.load(CONF / "algorithm" / f"{preset}.yaml")
+    return content.get("name") or component_of(content.defaults[0])
+
+
+@pytest.mark.parametrize("number", range(len(EXPERIMENTS)), ids=EXPERIMENTS)
+def test_every_algorithm_takes_the_place_of_ppo_in_every_experiment(number):
+    experiment = EXPERIMENTS[number]
+    hub = "override /policy: huggingface" in (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    for component in INSTEAD:
+        presets = sorted(file.stem for file in (CONF / "algorithm").glob("*.yaml") if component_of(file.stem) == component)
+        assert len(presets) <= len(EXPERIMENTS)  # so that over all experiments each is chosen; they have the same keys
+        chosen = f"algorithm={presets[number % len(presets)]}"
+        checked = Experiment(compose([f"experiment={experiment}", chosen, *(["policy.path=x"] if hub else [])]))
+        assert checked.stages["ppo"].group["name"] == component and "ppo_ptx" not in checked.stages
+
+
+def test_what_an_experiment_sets_for_one_algorithm_comes_before_the_command_line():
+    assert compose(["experiment=demo"])["algorithm"]["kl_coef"] == 0.15
+    assert compose(["experiment=demo", "algorithm.kl_coef=0.3"])["algorithm"]["kl_coef"] == 0.3
+    assert compose(["experiment=demo", "algorithm=grpo"])["algorithm"] == group("algorithm", "grpo")
+    assert compose(["experiment=hh", "algorithm=grpo", "policy.path=x"])["algorithm"]["optimizer"]["learning_rate"] == 3e-6
+
+
+# --------------------------------------------------------------------------------------------------- the current folder's conf
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """own('experiment/mine', text) writes ./conf/experiment/mine.yaml."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name: str, text: str) -> None:
+        file = tmp_path / "conf" / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    return write
+
+
+def test_experiments_and_presets_may_live_in_the_current_folder(own, capsys):
+    own("experiment/mine", "# @package _global_\ndefaults: [instructgpt]\nexperiment_name: mine\nsft: {batch_size: 8}\n")
+    own("experiment/mine/gentle", "kl_coef: 0.5\n")
+    own("algorithm/gentle", "defaults: [grpo, _self_]\nclip_low: 0.1\n")
+    config = compose(["experiment=mine", "algorithm=gentle"])
+    assert (config["sft"]["batch_size"], config["algorithm"]["clip_low"], config["algorithm"]["kl_coef"]) == (8, 0.1, 0.5)
+    assert refused("experiment=mien").startswith("No experiment named 'mien'. Did you mean 'mine'?")
+    assert refused("experiment=mine", "algorithm=gentle", "algorithm.clipp_low=1").startswith(
+        "No key 'algorithm.clipp_low'. Did you"
+    )
+    plugins.run(None, [])
+    said = capsys.readouterr().out
+    assert "./conf: algorithm=gentle, experiment=mine\n" in said and "experiment=demo, experiment=ensemble" in said
+
+
+def test_a_misspelt_key_of_an_experiment_for_one_algorithm_is_an_error(own):
+    own("experiment/mine", "# @package _global_\ndefaults: [instructgpt]\nexperiment_name: mine\n")
+    own("experiment/mine/ppo", "kl_coeff: 0.5\n")
+    assert "kl_coeff" in refused("experiment=mine") and "Did you mean 'kl_coef'?" in refused("experiment=mine")
+
+
+def test_the_current_folder_replaces_no_launcher_that_a_package_registers(own):
+    own("hydra/launcher/processes", "_target_: os.system\n")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra.compose("config", return_hydra_config=True)
+    assert composed.hydra.launcher._target_ == "hydra_plugins.lockstep_launcher.ProcessLauncher"
+
+
+def test_a_file_of_the_current_folder_with_a_packages_name_is_refused_only_when_it_is_chosen(own):
+    own("experiment/demo", "# @package _global_\ndefaults: [instructgpt]\nexperiment_name: mine\n")
+    own("algorithm/ppo", "somebody: elses\n")
+    own("config", "not: ours\n")
+    assert compose([])["algorithm"]["name"] == "ppo"
+    assert refused("experiment=demo") == (
+        "experiment=demo is ./conf/experiment/demo.yaml and a file of lockstep-rlhf (core). Rename yours."
+    )
+    own("experiment/demo", (CONF / "experiment" / "demo.yaml").read_text())
+    assert compose(["experiment=demo"])["experiment_name"] == "demo"

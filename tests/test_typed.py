@@ -137,7 +137,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/spe
 PAGES += sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))
 RECIPES = sorted({*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "plugins").rglob("*.yaml")})
 CODE = sorted({*(ROOT / "framework").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")})
-PLUGINS = ("median", "reinforce", "polite", "cut", "strict", "numpy", "...")
+PLUGINS = ("median", "reinforce", "polite", "cut", "strict", "numpy", "mine", "...")
 """Names that pages choose and that are not installed here."""
 
 

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from lockstep.config.compose import HERE, conf_folders
     from lockstep.registry import registry
 
     table = Table(box=None, pad_edge=False)
@@ -29,5 +30,9 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         table.add_row(component.kind, component.name, component.backend or "any", component.distribution, usable)
     console = Console()
     console.out.print(table)
+    for source, folder in conf_folders().items():
+        files = folder.glob("*/*.yaml" if source == HERE else "experiment/*.yaml")
+        if choices := sorted(f"{file.parent.name}={file.stem}" for file in files):
+            console.say(f"{source}: {', '.join(choices)}")
     for name, reason in registry().broken.items():
         console.say(f"{name} cannot be loaded: {reason}")

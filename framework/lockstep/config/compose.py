@@ -1,7 +1,8 @@
 """Hydra: where configuration is found and how a run's is composed.
 
-Every manifest's ``conf`` folder is on the search path, the core's first. Two folders with the same file would silently
-shadow each other, so that is refused.
+Every manifest's ``conf`` folder is on the search path, the core's first and the current folder's ``conf`` last: experiments and
+presets of one's own need no package. Two packages with the same file would silently shadow each other, so that is refused. A
+file in the current folder with a package's name is refused when it is asked for; until then it may be of another program.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.types import QuotedString
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -24,25 +25,29 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lockstep.config.overrides import override, read, shell
-from lockstep.config.root import KEYS, completed
+from lockstep.config.root import GROUPS, KEYS, completed
 from lockstep.errors import ConfigError, LockstepError, RegistryError, did_you_mean, listing, short
-from lockstep.registry import registry
+from lockstep.registry import KINDS, registry
 
 CORE = "lockstep-rlhf (core)"
+HERE = "./conf"
+"""The current folder's configuration, in place of a distribution's name."""
 
 
 class LockstepSearchPath(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for distribution, folder in conf_folders().items():
+            if distribution == HERE:  # after what packages register in Python, such as launchers, which Hydra itself puts last
+                search_path.append("schema", "structured://")
             if distribution != CORE:  # the core's is the primary folder already
                 search_path.append(distribution, f"file://{folder}")
 
 
 def conf_folders() -> dict[str, Path]:
-    """{distribution: folder}, the core's first.
+    """{distribution: folder}, the core's first and the current folder's last.
 
     Raises:
-      RegistryError: two folders have a file of the same name.
+      RegistryError: two distributions have a file of the same name.
     """
     owners: dict[Path, list[str]] = collections.defaultdict(list)
     for distribution, folder in registry().conf.items():
@@ -51,7 +56,9 @@ def conf_folders() -> dict[str, Path]:
     for file, distributions in owners.items():
         if len(distributions) > 1:
             raise RegistryError(f"The configuration {file} comes from {' and from '.join(distributions)}. Rename one.")
-    return dict(registry().conf)
+    here = Path("conf")
+    own = here.is_dir() and not any(folder.is_dir() and here.samefile(folder) for folder in registry().conf.values())
+    return dict(registry().conf) | ({HERE: here.absolute()} if own else {})
 
 
 Plugins.instance().register(LockstepSearchPath)
@@ -68,7 +75,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
       ConfigError: Hydra or OmegaConf reject it; the message gives the nearest name that exists, or the override to type instead.
     """
-    read(overrides)
+    _refuse_doubtful(read(overrides))
     try:
         composed = _compose(overrides)
     except LockstepError:
@@ -106,8 +113,23 @@ def group(kind: str, name: str) -> dict[str, Any]:
     missing. Empty if there is no such file."""
     if not any((folder / kind / f"{name}.yaml").is_file() for folder in conf_folders().values()):
         return {}
-    composed = _compose(["~experiment", f"{kind}={name}"])
+    composed = _compose([f"+{kind}={name}"], None)
     return OmegaConf.to_container(composed[kind], resolve=True, throw_on_missing=False)
+
+
+def _refuse_doubtful(given: Sequence[Override]) -> None:
+    """Raises ConfigError for a choice that is a file of the current folder and another file of a package."""
+    folders = conf_folders()
+    if (here := folders.pop(HERE, None)) is None:
+        return
+    for each in given:
+        mine = {file.stem: file for file in (here / each.key_or_group).glob("*.yaml")}
+        if not isinstance(name := each.value(), str) or name not in mine:
+            continue
+        file = f"{each.key_or_group}/{name}.yaml"
+        for distribution, folder in folders.items():
+            if (folder / file).is_file() and (folder / file).read_bytes() != mine[name].read_bytes():
+                raise ConfigError(f"{short(each.input_line)} is {HERE}/{file} and a file of {distribution}. Rename yours.")
 
 
 def _refuse_unread(config: DictConfig) -> None:
@@ -130,23 +152,24 @@ def _read(values: Any) -> set[str]:
     return set().union(*map(_read, parts))
 
 
-def _compose(overrides: Sequence[str]) -> DictConfig:
+def _compose(overrides: Sequence[str], primary: str | None = "config") -> DictConfig:
     with hydra.initialize_config_dir(str(conf_folders()[CORE]), version_base="1.3"):
-        return hydra.compose("config", overrides=list(overrides))
+        return hydra.compose(primary, overrides=list(overrides))
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """Hydra's or OmegaConf's message in one line, or what was probably meant."""
     message, given = str(error), read(overrides)
-    if found := re.search(r"Could not override '([^']+)'", message):
+    if told := _about_a_group(message, given):
+        return told
+    if found := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", message):
         missing = re.search(r"full_key: (\S+)", str(error.__cause__))
         *path, key = (missing[1] if missing else found[1]).split(".")
         rest = [o.input_line for o in given if o.key_or_group != found[1]]
         with contextlib.suppress(HydraException, OmegaConfBaseException):
-            group = OmegaConf.select(_compose(rest), ".".join(path)) if path else _compose(rest)
-            if isinstance(group, DictConfig):
-                where, keys = short(".".join(path)) or "the configuration", [str(k) for k in group]
-                return f"No key '{short('.'.join([*path, key]))}'.{did_you_mean(key, keys)} Keys of {where}: {listing(keys)}."
+            found_group = OmegaConf.select(_compose(rest), ".".join(path)) if path else _compose(rest)
+            if isinstance(found_group, DictConfig):
+                return _no_key(path, key, [str(each) for each in found_group])
     if found := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
         return (
             f"No {short(found[1])} named '{short(found[2])}'.{did_you_mean(found[2], _choices(found[1]))} {_there_are(found[1])}"
@@ -171,6 +194,27 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     return re.sub(r"\S{200,}", lambda found: short(found[0]), told)
 
 
+def _about_a_group(message: str, given: Sequence[Override]) -> str | None:
+    """What to type instead of an override that chooses a group's file in a way that Hydra does not know."""
+    removed = [each.key_or_group for each in given if each.is_delete()]
+    if message.startswith("Error resolving interpolation '${experiment}/") and removed:
+        kind = "experiment" if "experiment" in removed else "algorithm"
+        return f"~{kind}: a run has one, and leaves out what it need not do: ~stages.NAME. Or choose another. {_there_are(kind)}"
+    if not message.startswith(("Multiple values for", "Could not override", "force-add")):
+        return None
+    for each in given:
+        kind, place = each.key_or_group, each.package or each.key_or_group
+        if not _choices(kind) or (each.package and f"{kind}@{place}" not in message):
+            continue
+        places = [kind, *(f"{kind}@{key}" for key, of in GROUPS.items() if of == kind != key)]
+        right = kind if place == kind else f"{kind}@{place}"
+        if right in places and (each.package == kind or each.is_add() or each.is_force_add()):
+            return f"{short(each.input_line)}: to choose another file of {kind}, type: {override(right, each.value())}"
+        if kind in GROUPS and right not in places:
+            return f"{short(each.input_line)}: no {kind} is chosen there. What can be chosen: {', '.join(places)}."
+    return None
+
+
 def _files() -> list[Path]:
     return [file for folder in conf_folders().values() for file in folder.rglob("*.yaml")]
 
@@ -185,6 +229,24 @@ def _is_utf8(file: Path) -> bool:
 
 def _choices(group: str) -> set[str]:
     return {file.stem for folder in conf_folders().values() for file in (folder / group).glob("*.yaml")}
+
+
+def _no_key(path: Sequence[str], key: str, keys: Sequence[str]) -> str:
+    """What to type instead of a key that a group does not have, perhaps because another file of the group has it."""
+    name, near = short(".".join([*path, key])), did_you_mean(key, keys)
+    if len(path) == 1 and not near and (files := _with_key(path[0], key)):
+        return (
+            f"No key '{name}' in the chosen {path[0]}. It is a key of {listing(files)}: to choose a file and set its key, type: "
+            f"{path[0]}={files[0]} {name}=..."
+        )
+    return f"No key '{name}'.{near} Keys of {short('.'.join(path)) or 'the configuration'}: {listing(keys)}."
+
+
+def _with_key(kind: str, key: str) -> list[str]:
+    """The packages' files of a kind of component that have the key."""
+    folders = registry().conf.values() if kind in KINDS else ()
+    names = {file.stem for folder in folders for file in (folder / kind).glob("*.yaml")}
+    return sorted(name for name in names if key in group(kind, name))
 
 
 def _there_are(group: str) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lockstep.config.overrides import override
 from lockstep.config.schema import REQUIRED, parse, setting
-from lockstep.errors import ConfigError, RegistryError, listing, told
+from lockstep.errors import ConfigError, RegistryError, listing, short, told
 from lockstep.registry import KINDS, registry
 from lockstep.storage.names import NOT_RUNS, checked_name, root_folder
 
@@ -56,6 +57,11 @@ def completed(config: Mapping[str, Any]) -> ConfigGroup:
         if not isinstance(group := config.get(kind), Mapping) and not (group is None and kind in _MAY_BE_NULL):
             there = listing({component.name for component in registry() if component.kind == kind})
             raise ConfigError(f"{kind} must be a component group, not {told(group)}. Choose one by name, {kind}=NAME: {there}.")
+    for key, kind in GROUPS.items():
+        if isinstance(name := config.get(key), str):  # of the groups that are not chosen by their own key
+            raise ConfigError(
+                f"{key}={short(name)}: the file of {key} is chosen by {kind}@{key}. Type: {override(f'{kind}@{key}', name)}"
+            )
     root = parse(Root, {key: value for key, value in config.items() if key in KEYS}, "")
     root_folder(root.folder)
     if root.name is not None:

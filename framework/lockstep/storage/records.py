@@ -2,7 +2,7 @@
 
     runs/<run>/run.json, stages.json      runs/sweeps/<sweep>/sweep.json
     runs/stages/<stage>/stage.json, done.json, metrics.jsonl, samples.jsonl, health.jsonl, checkpoints/<step>/state.json,
-                        output/output.json, output/evaluation.json
+                        output/output.json, output/evaluation.json, tasks.json
 
 A record that is empty, cut off or somebody else's is a `CheckpointError`, which names the file, says what is wrong with it and
 what may be removed. Of a JSON-lines file, lines that are not rows are skipped, with one warning.
@@ -85,6 +85,14 @@ OUTPUT = Record(
     "Remove the folder of the stage and rerun the command of the run, which trains the stage again.",
 )  # fmt: skip
 EVALUATION = Record("an evaluation", _EVALUATION, OUTPUT.advice)
+TASKS = Record(
+    "what `lockstep evaluate` found",
+    {"results": [{
+        "task": str, "metric": str, "value": (NUMBER, None), "stderr": (NUMBER, None), "n": (int, None), "shots": (int, None),
+        "limit": (int, None), "chat": bool,
+    }]},
+    "Remove it and run lockstep evaluate again.",
+)  # fmt: skip
 SWEEP = Record(
     "the record of a sweep",
     {"jobs": [{"overrides": [str], "status": str, "run?": (str, None), "error?": (str, None), "objective?": (NUMBER, None)}]},

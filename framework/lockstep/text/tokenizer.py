@@ -191,9 +191,10 @@ class Tokenizer:
         }
         write_json(folder / "tokenizer_config.json", settings)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: special tokens only where the text contains them."""
-        return self._encoded(lambda: [self.core.encode(text, add_special_tokens=False)], [text])[0]
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of the text alone: special tokens only where the text contains them. ``special``: with what the tokenizer
+        itself puts around a text, such as BOS."""
+        return self._encoded(lambda: [self.core.encode(text, add_special_tokens=special)], [text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         return self._encoded(lambda: self.core.encode_batch(list(texts), add_special_tokens=False), texts)

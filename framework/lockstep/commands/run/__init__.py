@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             f"lockstep run has no option {unknown[0]}.{did_you_mean(unknown[0], OPTIONS)} It has {', '.join(OPTIONS)}."
         )
     if {"-h", "--help"} & given:
-        groups = sorted({p.parent.name for c in conf_folders().values() for p in c.rglob("*.yaml") if p.parent != c})
+        groups = sorted({p.parent.name for c in conf_folders().values() for p in c.glob("*/*.yaml")})
         print(USAGE + ", ".join(groups) + ".")
     elif "--dry-run" in given:
         from lockstep.commands.run.dry_run import dry_run

@@ -89,6 +89,11 @@ class RunGroup:
     def policy(self, split: str, policy: str, metric: str) -> Estimate | None:
         return combine(self.policy_estimates(split, policy, metric))
 
+    def task(self, policy: str, name: str) -> Estimate | None:
+        """Of a public benchmark (`lockstep evaluate`)."""
+        runs = [run for _, run in self._first_with(lambda run: _made_by(run, policy))]
+        return combine([e for run in runs if (e := run.tasks.get(policy, {}).get(name))])
+
     def reward_model(self, metric: str) -> Estimate | None:
         rewards = lambda run: tuple(_made_by(run, s.name) for s in run.stages.values() if s.produces == "reward_model")  # noqa: E731
         runs = [run for _, run in self._first_with(lambda run: rewards(run) or run.name)]
@@ -157,6 +162,11 @@ class RunComparison:
     def policies(self) -> list[str]:
         evaluations = [run.evaluation for run in self.runs]
         return list(dict.fromkeys(p for e in evaluations for split in e.splits.values() for p in split))
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """The public benchmarks that some policy has a result of."""
+        return list(dict.fromkeys(name for run in self.runs for found in run.tasks.values() for name in found))
 
     @cached_property
     def baseline(self) -> str | None:

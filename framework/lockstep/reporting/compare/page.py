@@ -42,6 +42,7 @@ class SamplePrompt:
 SECTIONS = {
     "claims": ("Claims", "claims"),
     "policies": ("Policies", "policies"),
+    "tasks": ("Tasks", "tasks"),
     "against": ("Against the baseline", "against"),
     "seeds": ("Over seeds", "seeds"),
     "frontier": ("Reward against drift", "frontier"),

@@ -29,6 +29,7 @@ from lockstep.storage.records import (
     METRICS,
     RUN,
     SWEEP,
+    TASKS,
     Record,
     read_configuration,
     read_record,
@@ -126,6 +127,7 @@ def _read_run(folder: Path, problems: list[str]) -> Run:
         config=dict(flatten(read_configuration(folder))) if (folder / "config.yaml").exists() else {},
         evaluation=_read_evaluations(folders.values(), problems),
         samples=[row for f in folders.values() for row in read_rows(f / "output" / "samples.jsonl", SHOWN, problems.append)],
+        tasks={name: found for name, f in folders.items() if (found := _read_tasks(f / "tasks.json", problems))},
     )
 
 
@@ -174,6 +176,22 @@ def _read_evaluations(folders: Iterable[Path], problems: list[str]) -> Evaluatio
         for split, policies in content.get("splits", {}).items():
             splits.setdefault(split, {}).update({name: _estimates(found) for name, found in policies.items()})
     return EvaluationRecord(baseline, splits, reward_model)
+
+
+def _read_tasks(file: Path, problems: list[str]) -> dict[str, Estimate]:
+    """{'arc_easy acc (5-shot)': its value}: the interval is 1.96 of the harness's own standard errors to each side."""
+    found = {}
+    for row in _read_if_there(file, TASKS, problems).get("results", ()):
+        if row["value"] is not None and math.isfinite(row["value"]):
+            half = 1.96 * (row["stderr"] or 0.0)
+            found[_title(row)] = Estimate(row["value"], row["value"] - half, row["value"] + half, row["n"] or 0)
+    return found
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    how = {f"{row['shots']}-shot": row["shots"], f"first {row['limit']}": row["limit"], "chat": row["chat"]}
+    said = ", ".join(part for part, holds in how.items() if holds)
+    return f"{row['task']} {row['metric']}" + (f" ({said})" if said else "")
 
 
 def _estimates(record: Mapping[str, Any]) -> dict[str, Estimate]:

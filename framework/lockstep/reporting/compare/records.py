@@ -72,6 +72,7 @@ class Run:
     config: Mapping[str, Any]  # flat: 'algorithm.kl_coef' -> 0.02
     evaluation: EvaluationRecord
     samples: Sequence[Mapping[str, Any]]
+    tasks: Mapping[str, Estimates] = field(default_factory=dict)  # of `lockstep evaluate`: {policy: {'arc_easy acc': ...}}
 
 
 @dataclass

@@ -60,6 +60,7 @@ def all_tables(c: RunComparison, found: Sequence[Claim], against: Sequence[Versu
         "claims": checklist(found),
         "policies": policies(c),
         "best_of": best_of(c),
+        "tasks": tasks(c),
         "seeds": over_seeds(c),
         "against": against_baseline(c, against),
         "reward_model": reward_model(c),
@@ -105,6 +106,21 @@ def best_of(c: RunComparison) -> Table:
 
 def _best_of_cell(c: RunComparison, policy: str, metric: str, form: str, items: Mapping[str, int]) -> Cell:
     return lambda g, item: _cell(c, g.policy(c.split or "", policy, f"best_of_{items[item]}/{metric}"), form)
+
+
+def tasks(c: RunComparison) -> Table:
+    """Public benchmarks: each policy's value and its standard error."""
+    return _table("Tasks: value ± standard error", c, c.stage_names, {name: _task(name) for name in c.tasks})
+
+
+def _task(name: str) -> Cell:
+    def cell(g: RunGroup, policy: str) -> str:
+        found = g.task(policy, name)
+        if found is None:
+            return ""
+        return f"{found.mean:.4f} ± {found.standard_error:.4f}" if found.low < found.high else f"{found.mean:.4f}"
+
+    return cell
 
 
 def reward_model(c: RunComparison) -> Table:

@@ -1,6 +1,7 @@
 """All values of a comparison as one table, one value per row: ``metrics.csv`` and ``metrics.parquet``.
 
 Evaluations have no step; their metric is 'split/policy/metric', and low and high are the ends of their interval over prompts.
+The stage of a public benchmark is the policy's; its metric is 'tasks/arc_easy acc'.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ def rows(c: RunComparison) -> Iterator[list[object]]:
             for metric, e in _evaluated(run):
                 low, high = (e.low, e.high) if e.low < e.high else (None, None)
                 yield [*who, "evaluate", None, metric, e.mean, low, high]
+            for policy, found in run.tasks.items():
+                for name, e in found.items():
+                    yield [*who, policy, None, f"tasks/{name}", e.mean, *((e.low, e.high) if e.low < e.high else (None, None))]
 
 
 def _evaluated(run: Run) -> Iterator[tuple[str, Estimate]]:

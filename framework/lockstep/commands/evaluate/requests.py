@@ -1,0 +1,141 @@
+"""What a benchmark asks of a policy, on token ids: how likely a continuation is, and how a context goes on.
+
+Requests are answered in batches of equal numbers of rows, the longest first, padded to few widths, because XLA compiles every
+new shape. An answer depends on its own request alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.errors import DataError
+from lockstep.interfaces import Policy
+from lockstep.learning.randomness import token_seeds
+from lockstep.learning.rollout import Sampler
+from lockstep.text.encoding import Lengths
+from lockstep.text.sequences import left_pad, pack
+from lockstep.text.stopping import Stops
+
+COLD = 2.0**-60
+"""A temperature at which the most likely token has a log-probability of 0 and every other one of less than -1000: dividing
+float32 logits by a power of two is exact, so even neighbouring numbers end up far apart."""
+ROUNDING = 1e-3
+"""Nats by which float32 log-probabilities and entropies may be off."""
+
+Told = Callable[[int], None]
+"""Called with the number of requests answered so far."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """``context`` and ``ids``, the tokens after it whose log-probability is asked for."""
+
+    context: Sequence[int]
+    ids: Sequence[int]
+
+    def fitted(self, limit: int) -> Continuation:
+        """The same with the oldest context left out, so that at most ``limit`` tokens remain.
+
+        Raises:
+          DataError: the continuation alone does not fit behind one token of context.
+        """
+        if len(self.ids) >= limit:
+            raise DataError(
+                f"A continuation has {len(self.ids)} tokens, and the policy's context holds {limit}, of which one comes before "
+                "it. Leave the task out, or evaluate a policy with a longer context."
+            )
+        return Continuation(self.context[-(limit - len(self.ids)) :], self.ids)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A policy that answers. ``batch`` rows at a time."""
+
+    policy: Policy
+    pad_id: int
+    batch: int
+
+    def loglikelihoods(self, requests: Sequence[Continuation], told: Told) -> list[tuple[float, bool]]:
+        """For each the sum of its tokens' log-probabilities in nats, and whether each token is the most likely one given those
+        before it (of equally likely ones any).
+
+        The policy supplies log-probabilities and entropies, not the most likely token. A token is the most likely one if its
+        log-probability stays near 0 as the temperature falls. The second pass is only for continuations that can pass: the
+        most likely token has p >= exp(-H), because the min-entropy is at most the entropy H (Rényi 1961).
+        """
+        found = self._evaluate(requests, ("logprobs", "entropy"), 1.0, told)
+        sums = [float(row["logprobs"].sum(dtype=np.float64)) for row in found]
+        possible = [i for i, row in enumerate(found) if (row["logprobs"] >= -row["entropy"] - ROUNDING).all()]
+        cold = self._evaluate([requests[i] for i in possible], ("logprobs",), COLD, lambda done: None)
+        greedy = {i for i, row in zip(possible, cold, strict=True) if (row["logprobs"] > -1).all()}
+        return [(total, i in greedy) for i, total in enumerate(sums)]
+
+    def logprob_sums(self, requests: Sequence[Continuation], told: Told) -> list[float]:
+        """For each the sum of its tokens' log-probabilities in nats."""
+        return [float(row["logprobs"].sum(dtype=np.float64)) for row in self._evaluate(requests, ("logprobs",), 1.0, told)]
+
+    def _evaluate(
+        self, requests: Sequence[Continuation], outputs: tuple[str, ...], temperature: float, told: Told
+    ) -> list[dict[str, np.ndarray]]:
+        """Of each continuation the named outputs of its tokens."""
+        fitted = [request.fitted(self.policy.context_length) for request in requests]
+        found: list[dict[str, np.ndarray]] = [{} for _ in fitted]
+        done = 0
+        for rows in self._batches([(width(len(r.ids), 8), len(r.context)) for r in fitted]):
+            block = pack(
+                [fitted[i].context for i in rows],
+                [fitted[i].ids for i in rows],
+                self.pad_id,
+                prompt_columns=width(max(len(fitted[i].context) for i in rows), 32),
+                response_columns=width(max(len(fitted[i].ids) for i in rows), 8),
+            )
+            out = self.policy.evaluate(block.pad_rows(min(self.batch, len(fitted))), outputs, temperature=temperature)
+            for row, i in enumerate(rows):
+                found[i] = {name: out[name][row, : len(fitted[i].ids)] for name in outputs}
+            done += len(rows)
+            told(done)
+        return found
+
+    def continuations(
+        self, contexts: Sequence[Sequence[int]], stops: Stops, limit: int, temperature: float, seed: int, told: Told
+    ) -> list[str]:
+        """A text for each context, of at most ``limit`` tokens; a context that is too long loses its oldest tokens. Temperature
+        0 takes the most likely token. What is drawn for a context depends on the seed and its place.
+
+        Raises:
+          DataError: ``limit`` leaves no room for a context.
+        """
+        room = self.policy.context_length - limit
+        if room < 1:
+            raise DataError(
+                f"A task asks for {limit} new tokens, and the policy's context holds {self.policy.context_length}, prompt "
+                "included. Set a smaller max_gen_toks in the task, or evaluate a policy with a longer context."
+            )
+        seeds = token_seeds(seed, "benchmark", 0, len(contexts), limit)
+        texts, done = [""] * len(contexts), 0
+        for rows in self._batches([(0, len(context)) for context in contexts]):
+            filled = rows + rows[:1] * (min(self.batch, len(contexts)) - len(rows))
+            prompts = [contexts[i][-room:] for i in filled]
+            padded = left_pad(prompts, self.pad_id, width(max(map(len, prompts)), 32))
+            sampler = Sampler(stops, Lengths(room, limit), temperature)
+            drawn = sampler.generate(self.policy, *padded, seeds[filled])
+            for i, text in zip(rows, stops.end(drawn.tokens, drawn.mask).texts, strict=False):
+                texts[i] = text
+            done += len(rows)
+            told(done)
+        return texts
+
+    def _batches(self, sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+        """The requests' numbers in batches, the largest first: what does not fit into memory fails at once."""
+        order = sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True)
+        return [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
+
+
+def width(length: int, least: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... from ``least`` on: a third of the columns at most is padding."""
+    power = 1 << (max(length, least, 1) - 1).bit_length()  # the next power of two
+    middle = power * 3 // 4
+    return middle if power >= 4 and middle >= max(length, least) else power
