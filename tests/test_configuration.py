@@ -213,6 +213,8 @@ def test_the_ends_of_a_range_null_and_a_declared_infinity_are_taken():
 
 # ---------------------------------------------------------------------------------------------------- built-in components
 
+GIVEN = {"url": "http://a/b", "parts": {"a": {"name": "length"}}, "weights": {"a": 1.0}}
+"""Values of required keys that may not be any text."""
 FILES = sorted(file for kind in (*KINDS, "evaluation", "optimizer") for file in (CONF / kind).glob("*.yaml"))
 
 
@@ -248,7 +250,7 @@ def declared(cls: type) -> Iterator[dataclasses.Field]:
 def test_a_file_is_complete_and_equals_the_defaults_of_its_dataclass(file):
     cls, values = group_of(file.parent.name, file.stem)
     assert absent(cls, values, file.stem) == []
-    required = {key: "given" if key != "url" else "http://a/b" for key, value in values.items() if value == "???"}
+    required = {key: GIVEN.get(key, "given") for key, value in values.items() if value == "???"}
     assert required.keys() == {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory}
     if (
         file.parent.name in ("evaluation", "optimizer") or group(file.parent.name, file.stem)["name"] == file.stem
@@ -346,7 +348,7 @@ def test_a_score_for_unfinished_responses_that_is_not_a_number_is_refused(comple
 )  # fmt: skip
 def test_components_that_are_not_the_default_ones_have_ranges_too(kind, name, path, value):
     cls, values = group_of(kind, name)
-    values = {key: "http://a/b" if given == "???" else given for key, given in values.items()}
+    values = {key: GIVEN[key] if given == "???" else given for key, given in values.items()}
     with pytest.raises(ConfigError, match=rf"^{kind}.{path}={value} must be (at least|above|a finite number)"):
         parse(cls, values | {path: value}, kind)
 
@@ -356,7 +358,6 @@ def test_components_that_are_not_the_default_ones_have_ranges_too(kind, name, pa
 GROUP_CLASSES = {"the root": Root, "a stage": StageConfig, "an evaluation": EvaluationConfig, "a source": Source} | {
     f"{c.kind} {c.name}{f' on {c.backend}' if c.backend else ''}": c.load().Config for c in registry() if not c.missing()
 }
-GIVEN = {"url": "http://a/b"}
 NUMBERS = {int: "whole", float: "real"}
 
 
@@ -393,9 +394,10 @@ def test_every_number_declares_its_range_and_nothing_outside_of_it_is_parsed(nam
         assert field.metadata["range"].finite and any(ends[end] is not None for end in ("least", "above", "most", "below")), path
         for number in outside(field, types):
             value: Any = [number] * length if length else number
+            value = {"a": number} if path[-1] == "weights" else value
             for key in reversed(path):
                 value = {key: value}
-            with pytest.raises(ConfigError, match=rf"^x\.{re.escape('.'.join(path))}(\[0\])?=\S+ (must|should) be "):
+            with pytest.raises(ConfigError, match=rf"^x\.{re.escape('.'.join(path))}(\[0\]|\.a)?=\S+ (must|should) be "):
                 parse(cls, required | value, "x")
 
 

@@ -2,7 +2,7 @@
 
 algorithms/      pretraining, SFT, reward modelling, PPO, policy gradients (GRPO),
                  preference optimisation (DPO), rejection sampling (RAFT)
-reward_models/   sources of scores: a learned model, a Python function, a server, an ensemble
+reward_models/   sources of scores: a learned model, a Python function, a server, a judge, checkers, combinations
 """
 
 from lockstep.registry import Plugin
@@ -23,6 +23,12 @@ plugin = Plugin(
             "function": "lockstep_rlhf.reward_models.function:Function",
             "endpoint": "lockstep_rlhf.reward_models.endpoint:Endpoint",
             "ensemble": "lockstep_rlhf.reward_models.ensemble:Ensemble",
+            "sum": "lockstep_rlhf.reward_models.sum:Sum",
+            "answer": "lockstep_rlhf.reward_models.answer:Answer",
+            "pattern": "lockstep_rlhf.reward_models.pattern:Pattern",
+            "length": "lockstep_rlhf.reward_models.length:Length",
+            "code": "lockstep_rlhf.reward_models.code:Code",
+            "judge": "lockstep_rlhf.reward_models.judge:Judge",
         },
     },
 )

@@ -310,7 +310,9 @@ class Online(Algorithm):
                 "sampler/rejected": float((w == 0).mean()),
                 "sampler/effective_share": numerics.effective_share(w),
             }
-        details = {f"reward_model/{name}": float(values[counted].mean()) for name, values in rollout.details.items()}
+        details = {
+            f"reward_model/{name}": numerics.masked_mean(values, np.isfinite(values)) for name, values in rollout.details.items()
+        }
         return metrics | details | self.gold(rollout)
 
     def gold(self, rollout: Rollout) -> Metrics:

@@ -137,7 +137,8 @@ class Evaluator:
         if answers.scores is not None:
             counted = np.isfinite(answers.scores)
             measures["score"] = mean(answers.scores[counted])
-            measures |= {name: mean(values[counted]) for name, values in answers.details.items()}
+            found = {f"reward_model/{name}": values for name, values in answers.details.items()}
+            measures |= {name: mean(values[np.isfinite(values)]) for name, values in found.items()}
         if answers.preference is not None:
             difference = answers.preference - reference.preference
             difference = difference[np.isfinite(difference)]  # responses without a score are left out
