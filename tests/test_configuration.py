@@ -348,7 +348,7 @@ def test_a_score_for_unfinished_responses_that_is_not_a_number_is_refused(comple
 )  # fmt: skip
 def test_components_that_are_not_the_default_ones_have_ranges_too(kind, name, path, value):
     cls, values = group_of(kind, name)
-    values = {key: GIVEN[key] if given == "???" else given for key, given in values.items()}
+    values = {key: GIVEN.get(key, "given") if given == "???" else given for key, given in values.items()}
     with pytest.raises(ConfigError, match=rf"^{kind}.{path}={value} must be (at least|above|a finite number)"):
         parse(cls, values | {path: value}, kind)
 

@@ -37,16 +37,17 @@ THREE = Responses([Prompt.of("w1"), Prompt.of("w2"), Prompt.of("w3")], ["a", "bb
 
 class Server:
     """Answers each request with the next of ``answers`` and goes on with the last: (status, headers, body), or what a
-    function of the request makes. ``asked`` are the requests: (headers, JSON)."""
+    function of the request makes. ``asked`` are the requests, (headers, JSON); ``paths`` where they went."""
 
     def __init__(self, *answers):
-        self.answers, self.asked = list(answers), []
+        self.answers, self.asked, self.paths = list(answers), [], set()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.asked.append((dict(self.headers), body))
+                outer.paths.add(self.path)
                 answer = outer.answers[min(len(outer.asked), len(outer.answers)) - 1]
                 status, headers, content = answer(body) if callable(answer) else answer
                 self.send_response(status)

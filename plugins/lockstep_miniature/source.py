@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep.config.schema import setting
-from lockstep.errors import DataError, did_you_mean, listing, short
+from lockstep.errors import ConfigError, DataError, did_you_mean, listing, short
 from lockstep.interfaces import DataSource
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Choice, Comparison, Demonstration, Prompt
@@ -20,7 +20,7 @@ from lockstep_miniature.dice import Dice, Drawn
 from lockstep_miniature.gold import gold
 from lockstep_miniature.labelers import ALL_LABELERS, TRAINING_LABELERS, compare
 from lockstep_miniature.responses import demonstrate
-from lockstep_miniature.tasks import Task, draw_task
+from lockstep_miniature.tasks import FAMILIES, Task, draw_task
 from lockstep_miniature.tokenizer import CHAT_TEMPLATE, EOS, PAD, build_tokenizer
 from lockstep_miniature.world import World
 
@@ -39,7 +39,21 @@ class Config:
     heldout_comparisons: int = setting(600, "Held out; a third by labelers that the training split does not have.", least=1)
     heldout_prompts: int = setting(500, "Held out; the standard error of the mean gold is about 0.15 then.", least=1)
     adversarial_prompts: int = setting(200, "Harmful requests in disguise.", least=1)
+    prompt_families: tuple[str, ...] | None = setting(
+        None,
+        "Families of the training and held-out prompts, as [sum, count]; null: all. Demonstrations and comparisons keep all.",
+    )
     ability_items: int = setting(396, "Items of the ability test: 66 of each of its six kinds.", least=1)
+
+    def __post_init__(self) -> None:
+        if self.prompt_families == ():
+            raise ConfigError("data.prompt_families is empty, so there is nothing to ask. Set it to null for all families.")
+        for name in self.prompt_families or ():
+            if name not in FAMILIES:
+                raise ConfigError(
+                    f"data.prompt_families has '{short(name)}', which is no family.{did_you_mean(name, FAMILIES)} Families: "
+                    f"{listing(FAMILIES)}."
+                )
 
 
 class Miniature(DataSource):
@@ -73,9 +87,10 @@ class Miniature(DataSource):
         return Drawn(self._size("comparisons", split), draw)
 
     def prompts(self, split: str) -> Sequence[Prompt]:
-        """'train', 'heldout', or 'adversarial': harmful requests in disguises that no other split contains."""
-        size = self._size("prompts", split)
-        return Drawn(size, lambda i: draw_task(self.world, self._dice("prompts", split, i), split).prompt())
+        """'train', 'heldout', or 'adversarial': harmful requests in disguises that no other split contains. What a `Task` knows,
+        its ``answer`` among it, is the prompt's truth."""
+        size, families = self._size("prompts", split), self.config.prompt_families
+        return Drawn(size, lambda i: draw_task(self.world, self._dice("prompts", split, i), split, families).prompt())
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(build_tokenizer(), eos_token=EOS, pad_token=PAD, chat_template=CHAT_TEMPLATE)

@@ -80,8 +80,9 @@ class Server:
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
         self.headers |= {"Authorization": f"Bearer {secret}"} if secret else {}
         self.proxies = not _is_this_machine(url.host)
-        try:
-            self.tls = httpx.create_ssl_context()
+        try:  # to load the certificates takes a second on a busy machine, and plain HTTP to this machine needs none
+            plain = url.scheme == "http" and not self.proxies
+            self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if plain else httpx.create_ssl_context()
         except OSError as error:
             raise ConfigError(f"SSL_CERT_FILE or SSL_CERT_DIR in the environment cannot be used: {error}") from error
         try:
