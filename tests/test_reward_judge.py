@@ -22,7 +22,6 @@ from lockstep_miniature.source import Config, Miniature
 from lockstep_rlhf.reward_models.judge import Judge, filled, number_in, verdict_in
 from test_reward_endpoint import Server
 
-
 group = functools.cache(group)
 
 

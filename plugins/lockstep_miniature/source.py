@@ -39,19 +39,19 @@ class Config:
     heldout_comparisons: int = setting(600, "Held out; a third by labelers that the training split does not have.", least=1)
     heldout_prompts: int = setting(500, "Held out; the standard error of the mean gold is about 0.15 then.", least=1)
     adversarial_prompts: int = setting(200, "Harmful requests in disguise.", least=1)
-    prompt_families: tuple[str, ...] | None = setting(
+    families: tuple[str, ...] | None = setting(
         None,
         "Families of the training and held-out prompts, as [sum, count]; null: all. Demonstrations and comparisons keep all.",
     )
     ability_items: int = setting(396, "Items of the ability test: 66 of each of its six kinds.", least=1)
 
     def __post_init__(self) -> None:
-        if self.prompt_families == ():
-            raise ConfigError("data.prompt_families is empty, so there is nothing to ask. Set it to null for all families.")
-        for name in self.prompt_families or ():
+        if self.families == ():
+            raise ConfigError("data.families is empty, so there is nothing to ask. Set it to null for all families.")
+        for name in self.families or ():
             if name not in FAMILIES:
                 raise ConfigError(
-                    f"data.prompt_families has '{short(name)}', which is no family.{did_you_mean(name, FAMILIES)} Families: "
+                    f"data.families has '{short(name)}', which is no family.{did_you_mean(name, FAMILIES)} Families: "
                     f"{listing(FAMILIES)}."
                 )
 
@@ -70,7 +70,7 @@ class Miniature(DataSource):
     def demonstrations(self, split: str) -> Sequence[Demonstration]:
         def draw(index: int) -> Demonstration:
             dice = self._dice("demonstrations", split, index)
-            task = draw_task(self.world, dice, split)
+            task = self._task(dice, split)
             return Demonstration(task.prompt(), demonstrate(task, dice))
 
         return Drawn(self._size("demonstrations", split), draw)
@@ -82,15 +82,15 @@ class Miniature(DataSource):
 
         def draw(index: int) -> Comparison:
             dice = self._dice("comparisons", split, index)
-            return compare(self.world, draw_task(self.world, dice, split), labelers, dice)
+            return compare(self.world, self._task(dice, split), labelers, dice)
 
         return Drawn(self._size("comparisons", split), draw)
 
     def prompts(self, split: str) -> Sequence[Prompt]:
         """'train', 'heldout', or 'adversarial': harmful requests in disguises that no other split contains. What a `Task` knows,
         its ``answer`` among it, is the prompt's truth."""
-        size, families = self._size("prompts", split), self.config.prompt_families
-        return Drawn(size, lambda i: draw_task(self.world, self._dice("prompts", split, i), split, families).prompt())
+        size = self._size("prompts", split)
+        return Drawn(size, lambda i: self._task(self._dice("prompts", split, i), split).prompt())
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(build_tokenizer(), eos_token=EOS, pad_token=PAD, chat_template=CHAT_TEMPLATE)
@@ -102,6 +102,9 @@ class Miniature(DataSource):
 
     def ability(self) -> Sequence[Choice]:
         return Drawn(self.config.ability_items, lambda i: ability.item(self.world, i))
+
+    def _task(self, dice: Dice, split: str) -> Task:
+        return draw_task(self.world, dice, split, self.config.families)
 
     def _dice(self, noun: str, split: str, index: int) -> Dice:
         return Dice(self.config.seed, f"{noun}/{split}", index)

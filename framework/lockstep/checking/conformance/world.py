@@ -174,10 +174,15 @@ class World:
           ConfigError: a value is missing.
         """
         cls = registry().resolve(kind, name, self.name)
-        group = {key: value for key, value in compose.group(kind, like or name).items() if key != "name"}
+        group = {key: value for key, value in self._file(kind, like or name).items() if key != "name"}
         given = known({**SMALL, **changes}, group or {field.name: None for field in dataclasses.fields(cls.Config)})
         merged = OmegaConf.merge(group, given, self.overrides.get(kind, {}))
         return cls, parse(cls.Config, OmegaConf.to_container(merged), kind)
+
+    @functools.cache  # noqa: B019 - a world lives as long as its checks
+    def _file(self, kind: str, name: str) -> dict[str, Any]:
+        """The configuration file of this name; Hydra takes a quarter of a second for it."""
+        return compose.group(kind, name)
 
     def policy(self, number: int = 0) -> Policy:
         """A fresh copy of policy 0 or 1: the same architecture, other weights."""
