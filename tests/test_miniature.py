@@ -5,7 +5,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from lockstep.errors import DataError
+from lockstep.config.schema import parse
+from lockstep.errors import ConfigError, DataError
 from lockstep.types import Prompt
 from lockstep_miniature import responses
 from lockstep_miniature.dice import Dice
@@ -285,3 +286,22 @@ def test_ability_answers_are_correct(world):
     period = len(set(pattern.context.split()[1:]))
     assert pattern.options[pattern.answer] == pattern.context.split()[-period]
     assert int(plus.options[plus.answer]) == sum(int(word) for word in plus.context.split() if word.isdigit())
+
+
+def test_prompts_may_be_of_some_families_only_and_raw_texts_keep_all(world):
+    some = Miniature(parse(Config, {"families": ["sum", "count"], "heldout_prompts": 40, "prompts": 40}, "data"))
+    prompts = [*some.prompts("train"), *some.prompts("heldout"), *(d.prompt for d in islice(some.demonstrations("train"), 40))]
+    prompts += [c.prompt for c in islice(some.comparisons("heldout"), 20)]
+    assert {prompt.truth["family"] for prompt in prompts} == {"sum", "count"}
+    sums = [prompt for prompt in prompts if prompt.truth["family"] == "sum"]
+    assert all(int(p.truth["answer"]) == sum(map(int, p.messages[0].content.split()[2:5:2])) for p in sums)
+    assert list(islice(some.texts("train"), 30)) == list(islice(world.texts("train"), 30))
+    assert some.prompts("adversarial")[0].truth["family"] == "adversarial"
+
+
+@pytest.mark.parametrize(
+    ("families", "message"), [([], "data.families is empty"), (["sums"], "'sums', which is no family. Did you mean 'sum'?")]
+)
+def test_families_that_are_none_are_refused(families, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(Config, {"families": families}, "data")

@@ -25,6 +25,7 @@ from lockstep.text.sequences import pack
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Prompt
 from lockstep_rlhf.reward_models.function import Function
+from runs import PPO_ONLY, tiny
 
 # ------------------------------------------------------------------------------------------------------ reward functions
 
@@ -333,6 +334,12 @@ def test_a_dry_run_rehearses_reward_models_and_their_members(monkeypatch, capsys
         stage |= {"reward_model": config["reward_model"]} if stage.get("reward_model") else {}
     with pytest.raises(RewardError, match="Columns there: answer, category, family, "):
         dry_run(Experiment(config), Console())
+
+
+def test_a_run_rehearses_before_its_first_stage(tmp_path):
+    with pytest.raises(RewardError, match="needs the column 'anwser'.* Did you mean 'answer'"):
+        tiny(tmp_path, "reward_model=function", "reward_model.function=reward_functions:misspelt", "~stages.reward", *PPO_ONLY)
+    assert not list(tmp_path.glob("stages/*"))
 
 
 # ------------------------------------------------------------------------------------------------------ learned rewards
