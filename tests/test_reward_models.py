@@ -247,7 +247,8 @@ def test_a_function_gets_the_columns_that_it_has_parameters_for(function):
     function(lambda p, r, *, tests, other="default": seen.append((tests, other)) or [1, 2]).score(KNOWN)
     function(lambda p, r, **columns: seen.append(columns) or [1, 2]).score(KNOWN)
     function(lambda prompts, responses, **columns: seen.append(columns) or [1, 2]).score(RESPONSES)
-    assert seen == [([[1], None], "default"), {"answer": ["a", "b"], "tests": [[1], None]}, {}]
+    function(lambda *given, **columns: seen.append(sorted(columns)) or [1, 2]).score(KNOWN)
+    assert seen == [([[1], None], "default"), {"answer": ["a", "b"], "tests": [[1], None]}, {}, ["answer", "tests"]]
 
 
 def test_a_function_of_two_parameters_is_called_with_two_whatever_else_is_known(function):

@@ -39,20 +39,18 @@ class Config:
     heldout_comparisons: int = setting(600, "Held out; a third by labelers that the training split does not have.", least=1)
     heldout_prompts: int = setting(500, "Held out; the standard error of the mean gold is about 0.15 then.", least=1)
     adversarial_prompts: int = setting(200, "Harmful requests in disguise.", least=1)
-    families: tuple[str, ...] | None = setting(
-        None,
-        "Families of the training and held-out prompts, as [sum, count]; null: all. Demonstrations and comparisons keep all.",
-    )
+    families: tuple[str, ...] | None = setting(None, "Families of prompts, wherever they stand: [sum, count]; null: all.")
+    documents: tuple[str, ...] | None = setting(None, "Kinds of raw texts: [sums, counting]; null: all.")
     ability_items: int = setting(396, "Items of the ability test: 66 of each of its six kinds.", least=1)
 
     def __post_init__(self) -> None:
-        if self.families == ():
-            raise ConfigError("data.families is empty, so there is nothing to ask. Set it to null for all families.")
-        for name in self.families or ():
-            if name not in FAMILIES:
+        for key, known in (("families", FAMILIES), ("documents", corpus.KINDS)):
+            names = getattr(self, key)
+            if names == ():
+                raise ConfigError(f"data.{key} is empty, so there is nothing to draw. Set it to null for all.")
+            if wrong := [name for name in names or () if name not in known]:
                 raise ConfigError(
-                    f"data.families has '{short(name)}', which is no family.{did_you_mean(name, FAMILIES)} Families: "
-                    f"{listing(FAMILIES)}."
+                    f"data.{key} has '{short(wrong[0])}', which is none.{did_you_mean(wrong[0], known)} All: {listing(known)}."
                 )
 
 
@@ -65,7 +63,7 @@ class Miniature(DataSource):
 
     def texts(self, split: str) -> Sequence[str]:
         size = self._size("texts", split)
-        return Drawn(size, lambda i: corpus.document(self.world, self._dice("texts", split, i)))
+        return Drawn(size, lambda i: corpus.document(self.world, self._dice("texts", split, i), self.config.documents))
 
     def demonstrations(self, split: str) -> Sequence[Demonstration]:
         def draw(index: int) -> Demonstration:

@@ -50,15 +50,16 @@ def arguments(function: Callable[..., Any], columns: Columns) -> dict[str, list[
 
 def _wanted(function: Callable[..., Any], columns: Columns) -> list[str]:
     try:
-        first, second, *others = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # no signature, as of some builtins; or fewer than two parameters, as of *everything
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # as of some builtins
         return []
-    named = [p for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    taken = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:2]
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p not in taken]
     for parameter in named:
         if parameter.default is parameter.empty and parameter.name not in columns:
             column(columns, parameter.name, f"The reward function's parameter '{parameter.name}' has no default, so it")
-    if any(p.kind is p.VAR_KEYWORD for p in others):
-        return [name for name in columns if name not in (first.name, second.name)]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return [name for name in columns if name not in [p.name for p in taken]]
     return [p.name for p in named if p.name in columns]
 
 

@@ -94,7 +94,7 @@ class Answer(RewardModel):
             answer = text if self.pattern is None else last_match(self.pattern, text, self.config.timeout_seconds)
         except TimeoutError:
             return FAILED
-        return self.compare(gold, answer) if answer is not None and answer.strip() else self.compare(gold, "")
+        return self.compare(gold, answer or "")
 
     def details(self) -> dict[str, np.ndarray]:
         return self._details
