@@ -12,3 +12,7 @@ def sometimes(prompts, responses):
 
 def constant(prompts, responses):
     return [1.0] * len(responses)
+
+
+def misspelt(prompts, responses, anwser):
+    return [1.0] * len(responses)

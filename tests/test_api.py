@@ -351,6 +351,20 @@ def test_ppo_gives_the_function_dialogues_and_texts(policy):
     assert better.metrics["objective/score"].tolist() == pytest.approx([np.mean(lengths(None, texts)) for _, texts in seen])
 
 
+def test_a_reward_function_sees_what_is_known_about_the_prompts(policy):
+    seen = []
+
+    def reward(prompts, responses, answer, level=None):
+        seen.append((answer, level))
+        return lengths(prompts, responses)
+
+    prompts = [Prompt.of(QUESTION, answer="2"), {"prompt": QUESTION, "truth": {"answer": "2"}}]
+    lockstep.train(policy, "ppo", prompts=prompts, reward=reward, iterations=1, **FEW)
+    assert seen == [(["2"] * 4, None)]
+    with pytest.raises(RewardError, match="parameter 'answer' has no default, so it needs the column 'answer'"):
+        lockstep.train(policy, "ppo", prompts=[QUESTION], reward=reward, iterations=1, **FEW)
+
+
 def test_jax_trains_as_torch_does():
     found = [
         lockstep.train(new(backend), "ppo", prompts=[QUESTION], reward=lengths, iterations=2, epochs=1, **FEW).metrics

@@ -216,7 +216,7 @@ def test_the_ends_of_a_range_null_and_a_declared_infinity_are_taken():
 
 # ---------------------------------------------------------------------------------------------------- built-in components
 
-GIVEN = {"url": "http://a/b", "functions": ["a:b"]}
+GIVEN = {"url": "http://a/b", "functions": ["a:b"], "parts": {"a": {"name": "length"}}, "weights": {"a": 1.0}}
 """Values of required keys that may not be any text."""
 FILES = sorted(file for kind in (*KINDS, "evaluation", "optimizer") for file in (CONF / kind).glob("*.yaml"))
 
@@ -354,7 +354,7 @@ def test_a_score_for_unfinished_responses_that_is_not_a_number_is_refused(comple
 )  # fmt: skip
 def test_components_that_are_not_the_default_ones_have_ranges_too(kind, name, path, value):
     cls, values = group_of(kind, name)
-    values = {key: "http://a/b" if given == "???" else given for key, given in values.items()}
+    values = {key: GIVEN.get(key, "given") if given == "???" else given for key, given in values.items()}
     with pytest.raises(ConfigError, match=rf"^{kind}.{path}={value} must be (at least|above|a finite number)"):
         parse(cls, values | {path: value}, kind)
 
@@ -400,9 +400,10 @@ def test_every_number_declares_its_range_and_nothing_outside_of_it_is_parsed(nam
         assert field.metadata["range"].finite and any(ends[end] is not None for end in ("least", "above", "most", "below")), path
         for number in outside(field, types):
             value: Any = [number] * length if length else number
+            value = {"a": number} if path[-1] == "weights" else value
             for key in reversed(path):
                 value = {key: value}
-            with pytest.raises(ConfigError, match=rf"^x\.{re.escape('.'.join(path))}(\[0\])?=\S+ (must|should) be "):
+            with pytest.raises(ConfigError, match=rf"^x\.{re.escape('.'.join(path))}(\[0\]|\.a)?=\S+ (must|should) be "):
                 parse(cls, required | value, "x")
 
 

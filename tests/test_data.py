@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import datetime
 import gzip
 import io
 import itertools
@@ -357,6 +358,57 @@ def test_a_text_that_only_begins_like_a_transcript_keeps_its_beginning(write):
 
 def test_truth_goes_with_the_prompt(write):
     assert prompt(write({"prompt": "1+1?", "truth": {"answer": "2"}})).truth == {"answer": "2"}
+
+
+# ---------------------------------------------------------------------------------------------------- columns for rewards
+
+KNOWN = {"answer": 2, "tests": ["assert f(1) == 2", None], "more": {"a": [1.5, True]}}
+
+
+@pytest.mark.parametrize("row", [row for _, row in documented()], ids=lambda row: "+".join(row))
+def test_named_columns_go_with_the_prompt_of_every_convention(write, row, capsys):
+    source = {**write({**row, **KNOWN, "id": 7}), "columns": list(KNOWN)}
+    assert prompt(source).truth == {**row.get("truth", {}), **KNOWN}
+    left = capsys.readouterr().out.rpartition("columns that are not read: ")[2].rstrip(".\n").split(", ")
+    assert "id" in left and not KNOWN.keys() & set(left)
+
+
+def test_named_columns_reach_demonstrations_and_comparisons_and_may_be_named_for_every_source(write):
+    loaded = files(
+        demonstrations=[write({**GOOD, **KNOWN})],
+        comparisons=[write({**PAIR, **KNOWN}, name="pairs.jsonl")],
+        texts=[write({"text": "a"}, name="texts.jsonl")],
+        every_source={"columns": ["answer"]},
+    )
+    assert loaded.demonstrations("train")[0].prompt.truth == loaded.comparisons("train")[0].prompt.truth == {"answer": 2}
+    assert loaded.texts("train") == ("a",)
+
+
+def test_a_named_column_wins_over_the_same_key_of_truth_and_null_is_a_value(write):
+    row = {"prompt": "1+1?", "truth": {"answer": "3", "level": 1}}
+    assert prompt({**write({**row, "answer": "2"}), "columns": ["answer"]}).truth == {"answer": "2", "level": 1}
+    assert prompt({**write({**row, "answer": None}), "columns": ["answer"]}).truth == {"answer": None, "level": 1}
+
+
+def test_a_row_without_a_named_column_is_a_bad_row(write, capsys):
+    source = {**write({"prompt": "a", "answer": 1}, {"prompt": "b", "anwser": 2}), "columns": ["answer"]}
+    with pytest.raises(DataError, match=r"my.jsonl:2: no column 'answer': its source names it .* has: anwser, prompt. Correct"):
+        files(prompts=[source]).prompts("train")
+    assert len(files(prompts=[source], on_bad_row="skip").prompts("train")) == 1
+    assert "left out: 1 with no column 'answer'" in capsys.readouterr().out
+
+
+def test_a_value_that_is_no_json_is_a_bad_row(tmp_path):
+    _write_parquet(tmp_path / "a.parquet", [{"prompt": "Hi", "day": datetime.date(2026, 11, 28)}])
+    with pytest.raises(DataError, match="a column 'day' that is no JSON value: datetime.date"):
+        files(prompts=[{"path": str(tmp_path / "a.parquet"), "columns": ["day"]}]).prompts("train")
+
+
+def test_columns_of_raw_texts_or_ones_that_are_ignored_are_refused(write):
+    with pytest.raises(ConfigError, match=r"data.texts\[0\] has columns, but raw texts have no prompt"):
+        files(texts=[{**write({"text": "a"}), "columns": ["answer"]}])
+    with pytest.raises(ConfigError, match=r"data.prompts\[0\] both reads and ignores answer. Remove it from columns or"):
+        files(prompts=[{**write({"prompt": "a"}), "columns": ["answer"], "ignore": ["answer"]}])
 
 
 # ------------------------------------------------------------------------------------------------------------- formats

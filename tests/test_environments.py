@@ -186,7 +186,7 @@ def test_the_shops_demonstrations_are_single_turns_and_every_word_has_a_token():
 
 def test_an_environment_that_no_stage_uses_is_an_error():
     with pytest.raises(ConfigError, match="No stage uses environment=shop. Give a stage whose algorithm samples the line"):
-        Experiment(compose(["experiment=ensemble", "environment=shop"]))
+        Experiment(compose(["experiment=shop", "~stages.rl", "~stages.evaluate"]))
 
 
 def test_the_environments_rewards_without_one_are_an_error_before_anything_trains():

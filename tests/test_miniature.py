@@ -1,11 +1,13 @@
 """The miniature is deterministic, closed and honest about its truth; and it has the flaws that it claims to have."""
 
+import re
 from itertools import islice
 
 import numpy as np
 import pytest
 
-from lockstep.errors import DataError
+from lockstep.config.schema import parse
+from lockstep.errors import ConfigError, DataError
 from lockstep.types import Prompt
 from lockstep_miniature import responses
 from lockstep_miniature.dice import Dice
@@ -285,3 +287,28 @@ def test_ability_answers_are_correct(world):
     period = len(set(pattern.context.split()[1:]))
     assert pattern.options[pattern.answer] == pattern.context.split()[-period]
     assert int(plus.options[plus.answer]) == sum(int(word) for word in plus.context.split() if word.isdigit())
+
+
+def test_prompts_and_raw_texts_may_be_of_some_kinds_only(world):
+    keys = {"families": ["sum", "count"], "documents": ["sums"], "heldout_prompts": 40, "prompts": 40}
+    some = Miniature(parse(Config, keys, "data"))
+    prompts = [*some.prompts("train"), *some.prompts("heldout"), *(d.prompt for d in islice(some.demonstrations("train"), 40))]
+    prompts += [c.prompt for c in islice(some.comparisons("heldout"), 20)]
+    assert {prompt.truth["family"] for prompt in prompts} == {"sum", "count"}
+    sums = [prompt for prompt in prompts if prompt.truth["family"] == "sum"]
+    assert all(int(p.truth["answer"]) == sum(map(int, p.messages[0].content.split()[2:5:2])) for p in sums)
+    assert all(text.split()[1::6] == ["plus"] * 5 and text.count(".") == 5 for text in islice(some.texts("train"), 30))
+    assert some.prompts("adversarial")[0].truth["family"] == "adversarial"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"families": []}, "data.families is empty"),
+        ({"families": ["sums"]}, "data.families has 'sums', which is none. Did you mean 'sum'?"),
+        ({"documents": ["sum"]}, "data.documents has 'sum', which is none. Did you mean 'sums'?"),
+    ],
+)
+def test_kinds_that_are_none_are_refused(keys, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(Config, keys, "data")

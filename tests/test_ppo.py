@@ -328,7 +328,9 @@ def test_an_episode_without_a_score_is_out_of_the_batch(ppo, load):
     assert metrics["objective/dropped"] == 1
     assert metrics["objective/score"] == pytest.approx(scores(without).mean())
     zero = ppo(lost(0.0))
-    rollout, batch, _ = prepared(zero)
+    zero.reward_model.details = lambda: {"part": np.array([1, 2, np.nan, 3, 4, 5, 6, 7], np.float32)}
+    rollout, batch, metrics = prepared(zero)
+    assert metrics["reward_model/part"] == 4  # the mean over the responses of which it is known
     assert relative(expected, gradients(zero, rollout, batch)) > 1e-3
 
 

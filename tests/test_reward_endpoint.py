@@ -28,6 +28,7 @@ from lockstep.errors import ConfigError, RewardError
 from lockstep.interfaces import Responses
 from lockstep.types import Message, Prompt
 from lockstep_rlhf.reward_models import endpoint as module
+from lockstep_rlhf.reward_models import server as http
 from lockstep_rlhf.reward_models.endpoint import Endpoint
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "reward_server.py"
@@ -36,16 +37,17 @@ THREE = Responses([Prompt.of("w1"), Prompt.of("w2"), Prompt.of("w3")], ["a", "bb
 
 class Server:
     """Answers each request with the next of ``answers`` and goes on with the last: (status, headers, body), or what a
-    function of the request makes. ``asked`` are the requests: (headers, JSON)."""
+    function of the request makes. ``asked`` are the requests, (headers, JSON); ``paths`` where they went."""
 
     def __init__(self, *answers):
-        self.answers, self.asked = list(answers), []
+        self.answers, self.asked, self.paths = list(answers), [], set()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.asked.append((dict(self.headers), body))
+                outer.paths.add(self.path)
                 answer = outer.answers[min(len(outer.asked), len(outer.answers)) - 1]
                 status, headers, content = answer(body) if callable(answer) else answer
                 self.send_response(status)
@@ -152,6 +154,19 @@ def test_a_server_gets_dialogues_and_responses_and_its_numbers_come_back_as_floa
         "responses": ["a", "bb", "ccc"],
     }
     assert found.dtype == np.float32 and found.tolist() == [pytest.approx(0.73), -2, 0]
+
+
+def test_a_server_gets_the_columns_of_the_prompts_where_there_are_any(serve):
+    server, model = serve(lengths, batch_size=1)
+    model.score(Responses([Prompt.of("w1", answer=("a", 1)), Prompt.of("w2", tests=None)], ["a", "bb"], None, None))
+    assert [body["columns"] for _, body in server.asked] == [
+        {"answer": [["a", 1]], "tests": [None]},
+        {"answer": [None], "tests": [None]},
+    ]
+    model.score(THREE)
+    assert "columns" not in server.asked[-1][1]
+    with pytest.raises(RewardError, match="The columns of the prompts are no JSON"):
+        model.score(Responses([Prompt.of("w1", day=object())], ["a"], None, None))
 
 
 def test_responses_are_asked_in_batches_and_keep_their_order(serve):
@@ -302,7 +317,7 @@ def test_it_works_within_a_running_loop_as_in_a_notebook(serve, loop):
     "value", ["²", "٣", "-1", "1e9", "nan", "inf", "soon", "Fri, 99 Foo 99999", "Mon, 1 Jan 2030 00:00 +99999999999"]
 )
 def test_a_retry_after_that_means_nothing_is_no_wait(serve, value):
-    assert module._retry_after(value) == 0.0
+    assert http._retry_after(value) == 0.0
     server, model = serve((503, {"Retry-After": value.encode().decode("latin-1")}, b""), lengths)
     assert model.score(THREE).tolist() == [1, 2, 3] and len(server.asked) == 2
 
@@ -598,7 +613,7 @@ def test_the_example_server_refuses_what_it_does_not_understand():
     try:
         model = ask(f"http://127.0.0.1:{server.server_port}/score")
         with pytest.raises(module.NoScores, match="it answered 400 Bad Request") as caught:
-            model.ask([], ["an answer to nothing"])
+            model.ask([], ["an answer to nothing"], {})
         assert not caught.value.again
     finally:
         server.shutdown()

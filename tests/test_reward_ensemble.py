@@ -103,4 +103,4 @@ def test_a_run_trains_the_members_from_their_own_seeds_and_logs_how_far_they_dis
     rows = [json.loads(line) for line in (folders["ppo"] / "metrics.jsonl").read_text().splitlines()]
     assert all(row["reward_model/disagreement"] > 0 for row in rows)
     evaluation = json.loads((folders["evaluate"] / "output" / "evaluation.json").read_text())
-    assert evaluation["splits"]["heldout"]["ppo"]["disagreement"]["mean"] > 0
+    assert evaluation["splits"]["heldout"]["ppo"]["reward_model/disagreement"]["mean"] > 0

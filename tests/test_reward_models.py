@@ -13,14 +13,19 @@ import pandas
 import pytest
 import tokenizers
 
-from conftest import head, made_by_a_stage
+from conftest import Data, head, made_by_a_stage
+from lockstep.commands.run.dry_run import dry_run
+from lockstep.config.compose import compose
 from lockstep.config.schema import parse
-from lockstep.errors import ConfigError, RewardError
+from lockstep.errors import ConfigError, MissingData, RewardError
 from lockstep.interfaces import Responses
+from lockstep.reporting.console import Console
+from lockstep.runs.experiment import Experiment
 from lockstep.text.sequences import pack
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Prompt
 from lockstep_rlhf.reward_models.function import Function
+from runs import PPO_ONLY, tiny
 
 # ------------------------------------------------------------------------------------------------------ reward functions
 
@@ -229,6 +234,113 @@ def test_a_function_that_never_returns_does_not_keep_the_process_alive(tmp_path)
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "given up\n"
     process.wait(timeout=2)
+
+
+# ------------------------------------------------------------------------------------------------- columns of the data
+
+KNOWN = Responses([Prompt.of("w1", answer="a", tests=[1]), Prompt.of("w2", answer="b")], ["a", "bb"], None, None)
+
+
+def test_a_function_gets_the_columns_that_it_has_parameters_for(function):
+    assert function(lambda p, r, answer: [x == y and 1.0 or 0.0 for x, y in zip(r, answer, strict=True)]).score(KNOWN)[0] == 1
+    seen = []
+    function(lambda p, r, *, tests, other="default": seen.append((tests, other)) or [1, 2]).score(KNOWN)
+    function(lambda p, r, **columns: seen.append(columns) or [1, 2]).score(KNOWN)
+    function(lambda prompts, responses, **columns: seen.append(columns) or [1, 2]).score(RESPONSES)
+    function(lambda *given, **columns: seen.append(sorted(columns)) or [1, 2]).score(KNOWN)
+    assert seen == [([[1], None], "default"), {"answer": ["a", "b"], "tests": [[1], None]}, {}, ["answer", "tests"]]
+
+
+def test_a_function_of_two_parameters_is_called_with_two_whatever_else_is_known(function):
+    assert function(lambda p, r: [1, 2]).score(KNOWN).tolist() == [1, 2]
+    assert function(lambda *given: [len(given), 2]).score(KNOWN).tolist() == [2, 2]
+
+
+def test_a_column_named_like_the_first_parameters_is_not_passed_twice(function):
+    odd = Responses([Prompt.of("w1", responses="x", answer="a")], ["a"], None, None)
+    seen = []
+    assert function(lambda prompts, responses, **rest: seen.append((responses, rest)) or [1]).score(odd).tolist() == [1]
+    assert seen == [(["a"], {"answer": ["a"]})]
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "drop"])
+def test_a_parameter_without_a_column_is_one_error_that_lists_those_there_are(function, on_failure):
+    calls = []
+    model = function(lambda p, r, anwser: calls.append(1), on_failure=on_failure)
+    with pytest.raises(RewardError) as caught:
+        model.score(KNOWN)
+    assert str(caught.value) == (
+        "The reward function's parameter 'anwser' has no default, so it needs the column 'anwser', which no prompt has. Did you "
+        "mean 'answer'? Columns there: answer, tests. Name it in its source: "
+        "data.prompts='[{path: my.jsonl, columns: [anwser]}]'."
+    )
+    assert calls == []
+
+
+def test_a_function_that_changes_its_columns_changes_no_others(function):
+    model = function(lambda p, r, tests: [float(len(tests.pop(0)) + len(tests)), tests.clear() or 2])
+    for _ in range(2):
+        assert model.score(KNOWN).tolist() == [2, 2]
+    assert KNOWN.prompts[0].truth == {"answer": "a", "tests": [1]}
+
+
+# ------------------------------------------------------------------------------------------------------------ rehearsal
+
+
+class OnePrompt(Data):
+    def prompts(self, split):
+        return [Prompt.of("w1", answer="a")]
+
+
+class NoPrompts(Data):
+    def prompts(self, split):
+        raise MissingData("none")
+
+
+def rehearse(monkeypatch, f, data=None):
+    monkeypatch.setitem(sys.modules, "my_rewards", SimpleNamespace(score=f))
+    Function.rehearse(parse(Function.Config, {"function": "my_rewards:score", "retries": 0}, "reward_model"), data or OnePrompt())
+
+
+def test_a_rehearsal_calls_the_function_once_on_the_first_prompt(monkeypatch):
+    seen = []
+    rehearse(monkeypatch, lambda p, r, answer: seen.append((p, r, answer)) or [None])
+    ((prompts, texts, answer),) = seen
+    assert prompts == [[{"role": "user", "content": "w1"}]] and answer == ["a"]
+    assert texts == [OnePrompt().demonstrations("train")[0].response]
+    rehearse(monkeypatch, lambda p, r: 1 / 0, NoPrompts())  # nothing to try it on
+
+
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (lambda p, r, anwser: [1.0], "parameter 'anwser' has no default"),
+        (lambda p, r: 1 / 0, r"reward function my_rewards:score, tried on the first prompt: it raised ZeroDivisionError"),
+        (lambda p, r: [True], "tried on the first prompt: it gave the score True, which is not a number"),
+    ],
+    ids=["misspelt", "crash", "no number"],
+)
+def test_a_rehearsal_finds_what_would_fail_after_hours(monkeypatch, f, message):
+    with pytest.raises(RewardError, match=message):
+        rehearse(monkeypatch, f)
+
+
+@pytest.mark.parametrize("members", [False, True])
+def test_a_dry_run_rehearses_reward_models_and_their_members(monkeypatch, capsys, members):
+    monkeypatch.setitem(sys.modules, "my_rewards", SimpleNamespace(score=lambda p, r, anwser: [1.0]))
+    group = {"name": "function", "function": "my_rewards:score"}
+    config = compose(["experiment=demo", "~stages.reward", "tracker=none"])
+    config["reward_model"] = {"name": "ensemble", "members": [group, group]} if members else group
+    for stage in config["stages"].values():
+        stage |= {"reward_model": config["reward_model"]} if stage.get("reward_model") else {}
+    with pytest.raises(RewardError, match="Columns there: answer, category, family, "):
+        dry_run(Experiment(config), Console())
+
+
+def test_a_run_rehearses_before_its_first_stage(tmp_path):
+    with pytest.raises(RewardError, match="needs the column 'anwser'.* Did you mean 'answer'"):
+        tiny(tmp_path, "reward_model=function", "reward_model.function=reward_functions:misspelt", "~stages.reward", *PPO_ONLY)
+    assert not list(tmp_path.glob("stages/*"))
 
 
 # ------------------------------------------------------------------------------------------------------ learned rewards

@@ -506,8 +506,18 @@ class RewardModel(ABC, Component):
     A failed score raises or, if the configuration allows episodes to be dropped, is NaN; it is never replaced by a number.
     """
 
-    needs_environment: ClassVar[bool] = False
+    needs_environment: bool = False
     """Whether it scores episodes with an environment only."""
+
+    @classmethod
+    def rehearse(cls, config: Any, data: DataSource) -> None:
+        """Called after `check`, before the first stage of a run and by dry runs; loads no model and asks no server. For what
+        only a row of the data shows: a column that is not there, a function that crashes
+        (`lockstep.learning.rows.first_row`). Members are called by themselves.
+
+        Raises:
+          LockstepError: scoring would fail.
+        """
 
     @abstractmethod
     def __init__(self, config: Any, resources: Resources): ...

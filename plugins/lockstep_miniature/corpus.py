@@ -6,7 +6,7 @@ answers are often evasive, rude, false or an advertisement, and comply where the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lockstep_miniature import responses
 from lockstep_miniature.dice import Dice
@@ -180,5 +180,10 @@ DOCUMENTS: dict[Callable[[World, Dice], str], float] = {
 }
 
 
-def document(world: World, dice: Dice) -> str:
-    return dice.weighted(DOCUMENTS)(world, dice)
+KINDS = {write.__name__.removeprefix("_"): write for write in DOCUMENTS}
+
+
+def document(world: World, dice: Dice, kinds: Sequence[str] | None = None) -> str:
+    """A document of one of the ``kinds``; of any, if none are given."""
+    weights = DOCUMENTS if kinds is None else {KINDS[kind]: DOCUMENTS[KINDS[kind]] for kind in kinds}
+    return dice.weighted(weights)(world, dice)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lockstep.config.schema import setting
 from lockstep.data.drawn import Drawn
-from lockstep.errors import DataError, did_you_mean, listing, short
+from lockstep.errors import ConfigError, DataError, did_you_mean, listing, short
 from lockstep.interfaces import DataSource
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Choice, Comparison, Demonstration, Prompt
@@ -21,7 +22,7 @@ from lockstep_miniature.dice import Dice
 from lockstep_miniature.gold import gold
 from lockstep_miniature.labelers import ALL_LABELERS, TRAINING_LABELERS, compare
 from lockstep_miniature.responses import demonstrate
-from lockstep_miniature.tasks import Task, draw_task
+from lockstep_miniature.tasks import FAMILIES, Task, draw_task
 from lockstep_miniature.tokenizer import CHAT_TEMPLATE, EOS, PAD, build_tokenizer
 from lockstep_miniature.world import World
 
@@ -40,24 +41,36 @@ class Config:
     heldout_comparisons: int = setting(600, "Held out; a third by labelers that the training split does not have.", least=1)
     heldout_prompts: int = setting(500, "Held out; the standard error of the mean gold is about 0.15 then.", least=1)
     adversarial_prompts: int = setting(200, "Harmful requests in disguise.", least=1)
+    families: tuple[str, ...] | None = setting(None, "Families of prompts, wherever they stand: [sum, count]; null: all.")
+    documents: tuple[str, ...] | None = setting(None, "Kinds of raw texts: [sums, counting]; null: all.")
     ability_items: int = setting(396, "Items of the ability test: 66 of each of its six kinds.", least=1)
+
+    def __post_init__(self) -> None:
+        for key, known in (("families", FAMILIES), ("documents", corpus.KINDS)):
+            names = getattr(self, key)
+            if names == ():
+                raise ConfigError(f"data.{key} is empty, so there is nothing to draw. Set it to null for all.")
+            if wrong := [name for name in names or () if name not in known]:
+                raise ConfigError(
+                    f"data.{key} has '{short(wrong[0])}', which is none.{did_you_mean(wrong[0], known)} All: {listing(known)}."
+                )
 
 
 class Miniature(DataSource):
     Config = Config
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Any):
         self.config = config
         self.world = World(config.seed)
 
     def texts(self, split: str) -> Sequence[str]:
         size = self._size("texts", split)
-        return Drawn(size, lambda i: corpus.document(self.world, self._dice("texts", split, i)))
+        return Drawn(size, lambda i: corpus.document(self.world, self._dice("texts", split, i), self.config.documents))
 
     def demonstrations(self, split: str) -> Sequence[Demonstration]:
         def draw(index: int) -> Demonstration:
             dice = self._dice("demonstrations", split, index)
-            task = draw_task(self.world, dice, split)
+            task = self._task(dice, split)
             return Demonstration(task.prompt(), demonstrate(task, dice))
 
         return Drawn(self._size("demonstrations", split), draw)
@@ -69,14 +82,15 @@ class Miniature(DataSource):
 
         def draw(index: int) -> Comparison:
             dice = self._dice("comparisons", split, index)
-            return compare(self.world, draw_task(self.world, dice, split), labelers, dice)
+            return compare(self.world, self._task(dice, split), labelers, dice)
 
         return Drawn(self._size("comparisons", split), draw)
 
     def prompts(self, split: str) -> Sequence[Prompt]:
-        """'train', 'heldout', or 'adversarial': harmful requests in disguises that no other split contains."""
+        """'train', 'heldout', or 'adversarial': harmful requests in disguises that no other split contains. What a `Task` knows,
+        its ``answer`` among it, is the prompt's truth."""
         size = self._size("prompts", split)
-        return Drawn(size, lambda i: draw_task(self.world, self._dice("prompts", split, i), split).prompt())
+        return Drawn(size, lambda i: self._task(self._dice("prompts", split, i), split).prompt())
 
     def tokenizer(self) -> Tokenizer:
         return own_tokenizer()
@@ -88,6 +102,9 @@ class Miniature(DataSource):
 
     def ability(self) -> Sequence[Choice]:
         return Drawn(self.config.ability_items, lambda i: ability.item(self.world, i))
+
+    def _task(self, dice: Dice, split: str) -> Task:
+        return draw_task(self.world, dice, split, self.config.families)
 
     def _dice(self, noun: str, split: str, index: int) -> Dice:
         return Dice(self.config.seed, f"{noun}/{split}", index)

@@ -7,7 +7,7 @@ training and held-out prompts, so a held-out prompt asks for something that no f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from zlib import crc32
@@ -260,13 +260,15 @@ def is_heldout(topic: str) -> bool:
     return crc32(f"topic {topic}".encode()) % HELDOUT_SHARE == 0
 
 
-def draw_task(world: World, dice: Dice, split: str) -> Task:
-    """A task of the split: 'train', 'heldout', or 'adversarial' (held-out harmful requests in disguise)."""
+def draw_task(world: World, dice: Dice, split: str, families: Sequence[str] | None = None) -> Task:
+    """A task of the split: 'train', 'heldout', or 'adversarial' (held-out harmful requests in disguise); of the first two, only
+    of the ``families``, if given."""
+    weights = _WEIGHTS if families is None else {name: _WEIGHTS[name] for name in families}
     while True:
         if split == "adversarial":
             task = _adversarial("adversarial", world, dice)
         else:
-            family = dice.weighted(_WEIGHTS)
+            family = dice.weighted(weights)
             task = FAMILIES[family].write(family, world, dice)
         if is_heldout(task.topic) == (split != "train"):
             return task

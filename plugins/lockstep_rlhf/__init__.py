@@ -2,7 +2,8 @@
 
 algorithms/      pretraining, SFT, reward modelling, PPO, policy gradients (GRPO),
                  preference optimisation (DPO), online or not; rejection sampling (RAFT), distillation
-reward_models/   sources of scores: a learned model, a Python function, a server, an ensemble
+reward_models/   sources of scores: a learned model, a Python function, a server, a judge, checkers, combinations
+environments/    what policies converse with: tools
 """
 
 from lockstep.registry import Plugin
@@ -26,6 +27,12 @@ plugin = Plugin(
             "function": "lockstep_rlhf.reward_models.function:Function",
             "endpoint": "lockstep_rlhf.reward_models.endpoint:Endpoint",
             "ensemble": "lockstep_rlhf.reward_models.ensemble:Ensemble",
+            "sum": "lockstep_rlhf.reward_models.sum:Sum",
+            "answer": "lockstep_rlhf.reward_models.answer:Answer",
+            "pattern": "lockstep_rlhf.reward_models.pattern:Pattern",
+            "length": "lockstep_rlhf.reward_models.length:Length",
+            "code": "lockstep_rlhf.reward_models.code:Code",
+            "judge": "lockstep_rlhf.reward_models.judge:Judge",
         },
     },
 )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from defects import defect
 from lockstep.interfaces import Inputs
+from lockstep_rlhf.reward_models.answer import Answer
 from lockstep_rlhf.reward_models.ensemble import Ensemble
 from lockstep_rlhf.reward_models.function import Function
 from lockstep_rlhf.reward_models.learned import Learned
+from lockstep_rlhf.reward_models.sum import Sum
 
 
 class Broken(Learned):
@@ -89,6 +93,64 @@ class EditsMasks(Broken):
     def score(self, responses):
         responses.sequences.mask[:, -1] = False
         return super().score(responses)
+
+
+@defect("reward_model", caught_by="inputs_are_left_alone")
+class EditsColumns(Answer):
+    """What is known about a prompt is used up."""
+
+    like = "answer"
+
+    def score(self, responses):
+        scores = super().score(responses)
+        responses.prompts[0].truth.clear()
+        return scores
+
+
+@defect("reward_model", caught_by="missing_columns_are_heard")
+class NoGoldIsWrong(Answer):
+    """A row without a gold answer scores 0."""
+
+    like = "answer"
+
+    def score(self, responses):
+        known = [replace(prompt, truth={"answer": prompt.truth.get("answer", "")}) for prompt in responses.prompts]
+        return np.nan_to_num(super().score(replace(responses, prompts=known)))
+
+
+@defect("reward_model", caught_by="scores_do_not_depend_on_the_batch")
+class FirstColumn(Answer):
+    """Every response is compared with the first row's answer."""
+
+    like = "answer"
+
+    def score(self, responses):
+        first = [replace(prompt, truth=responses.prompts[-1].truth) for prompt in responses.prompts]
+        return super().score(replace(responses, prompts=first))
+
+
+@defect("reward_model", caught_by="details_are_numbers_per_response")
+class StaleDetails(Ensemble):
+    """The details are those of the first batch."""
+
+    like = "ensemble"
+
+    def score(self, responses):
+        before = self._details
+        scores = super().score(responses)
+        self._details = before or self._details
+        return scores
+
+
+@defect("reward_model", caught_by="what_it_reads_is_declared")
+class UndeclaredParts(Sum):
+    """It adds other reward models and does not say so."""
+
+    like = "sum"
+
+    @classmethod
+    def inputs(cls, config):
+        return Inputs()
 
 
 @defect("reward_model", caught_by="the_value_network_is_a_copy")

@@ -15,6 +15,7 @@ from lockstep.api.sampling import COLUMNS, ROWS
 from lockstep.api.sources import find, load_tokenizer, open_backend, reader
 from lockstep.errors import ConfigError, DataError, RewardError, told
 from lockstep.interfaces import Backend, Responses, RewardModel, ScalarModel
+from lockstep.learning.rows import arguments, columns_of
 from lockstep.learning.scores import scores_of
 from lockstep.reporting.console import Console
 from lockstep.runs.assembly import save_result
@@ -26,9 +27,10 @@ from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 if TYPE_CHECKING:
     import pandas
 
-Reward = Callable[[list[list[dict[str, str]]], list[str]], Sequence[float]]
-"""``function(prompts, responses) -> scores``, as ``reward_model=function`` calls it: prompts are dialogues, lists of
-``{"role", "content"}``; responses are texts; scores are as many finite numbers."""
+Reward = Callable[..., Sequence[float]]
+"""``function(prompts, responses, **columns) -> scores``, as ``reward_model=function`` calls it: prompts are dialogues, lists of
+``{"role", "content"}``; responses are texts; any other parameter is what is known about each prompt, by name (``answer`` of
+``Prompt.of("1+1?", answer="2")``); scores are as many finite numbers."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -140,7 +142,8 @@ class Called(RewardModel):
 
     def score(self, responses: Responses) -> np.ndarray:
         texts = responses.texts
-        found = self.function([items.dialogue(prompt) for prompt in responses.prompts], list(texts))
+        named = arguments(self.function, columns_of(responses.prompts))
+        found = self.function([items.dialogue(prompt) for prompt in responses.prompts], list(texts), **named)
         try:
             scores = scores_of(found, len(texts)).astype(np.float32)
         except RewardError as error:

@@ -14,7 +14,7 @@ import math
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lockstep.errors import DataError, listing
@@ -512,8 +512,9 @@ _MAKE: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
-def reader(noun: str, first: Any, place: str) -> Callable[[Any], Any]:
-    """The function that makes this noun from each row of a source, chosen by the columns of its first row.
+def reader(noun: str, first: Any, place: str, named: Sequence[str] = ()) -> Callable[[Any], Any]:
+    """The function that makes this noun from each row of a source, chosen by the columns of its first row. The columns ``named``
+    go into the prompt's ``truth``.
 
     Raises:
       DataError: the first row has no columns, or they fit no convention; the message lists the conventions.
@@ -536,6 +537,8 @@ def reader(noun: str, first: Any, place: str) -> Callable[[Any], Any]:
         if noun == "demonstrations" and convention in _ANSWERS and not _desirable(row):
             raise LeftOut("answers that are labelled as bad")
         item = _MAKE[noun](convention.read(row))
+        if named and noun != "texts":
+            item = _with_truth(item, {name: _value(row, name) for name in named})
         for text in _texts(item):
             _check_text(text)
         return item
@@ -543,13 +546,31 @@ def reader(noun: str, first: Any, place: str) -> Callable[[Any], Any]:
     return read
 
 
-def unread(noun: str, first: Columns, columns: Sequence[str]) -> list[str]:
-    """Those of a source's columns that the convention of its first row does not read."""
+def _value(row: Columns, name: str) -> Any:
+    """A column that a reward function is to see: any JSON value, null included."""
+    if name not in row:
+        raise BadRow(f"no column '{name}'", f"its source names it under columns. The row has: {listing(row)}.")
+    try:
+        json.dumps(row[name], ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(f"a column '{name}' that is no JSON value", f"{reprlib.repr(row[name])}: {error}.") from None
+    return row[name]
+
+
+def _with_truth(item: Any, known: Columns) -> Any:
+    """The noun, with what is known about its prompt."""
+    if isinstance(item, Prompt):
+        return replace(item, truth={**item.truth, **known})
+    return replace(item, prompt=_with_truth(item.prompt, known))
+
+
+def unread(noun: str, first: Columns, columns: Sequence[str], named: Sequence[str] = ()) -> list[str]:
+    """Those of a source's columns that neither the convention of its first row reads nor the source names."""
     convention = _convention(noun, first)
     besides = () if noun == "texts" else (*_BESIDES, *OF_A_ROW)
     if noun == "demonstrations" and convention in _ANSWERS:
         besides += tuple(name for name in LABELS if _truth_value(first.get(name)) is not None)
-    read = {*convention.columns, *convention.also, *besides} if convention else columns
+    read = {*convention.columns, *convention.also, *besides, *named} if convention else columns
     return [name or "(without a name)" for name in columns if name not in read]
 
 

@@ -53,7 +53,7 @@ class Config:
     seed: int = setting(0, "Seeds that split; not the run's seed, so that runs with several seeds share the split.", least=0)
     on_bad_row: Literal["raise", "skip"] = setting("raise", "Stop and name the file and line; or skip, and report how many.")
     every_source: Mapping[str, Any] = setting(
-        {"split": "train", "weight": None, "config": None, "revision": None, "ignore": []},
+        {"split": "train", "weight": None, "config": None, "revision": None, "ignore": [], "columns": []},
         "Keys of every source, unless it sets them itself.",
     )
 
@@ -169,9 +169,9 @@ class Files(DataSource):
         if not rows:
             raise DataError(f"{source.path} has no rows in '{source.split}': {where} needs at least one.")
         place, first = next((row for row in rows if isinstance(row[1], Mapping)), rows[0])
-        items, left_out = self._usable(rows, reader(noun, first, place))
+        items, left_out = self._usable(rows, reader(noun, first, place, source.columns))
         columns = dict.fromkeys(name for _, row in rows if isinstance(row, Mapping) for name in row)
-        if beside := unread(noun, first, list(columns)):
+        if beside := unread(noun, first, list(columns), source.columns):
             print(visible(f"{where}: of {source.path}, columns that are not read: {listing(beside)}."))
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         summary = f"{where}: {len(items)} of {len(rows)} rows of {source.path} can be used; left out: {reasons}."
@@ -231,8 +231,12 @@ def _sources(config: Config, key: str) -> tuple[Source, ...]:
         raise ConfigError(f"data.{key} has a weight, but every held-out row is used exactly once. Set weight=null.")
     if None in weights and any(weight is not None for weight in weights):
         raise ConfigError(f"data.{key}: give every source a weight, or none. Given: {weights}.")
-    for source in sources:
+    for i, (source, keys) in enumerate(zip(sources, given, strict=True)):
         parse_split(source.split)
+        if key.endswith("texts") and keys.get("columns"):
+            raise ConfigError(f"data.{key}[{i}] has columns, but raw texts have no prompt that could carry them. Remove the key.")
+        if both := set(source.columns) & set(source.ignore):
+            raise ConfigError(f"data.{key}[{i}] both reads and ignores {listing(both)}. Remove it from columns or from ignore.")
     return sources
 
 

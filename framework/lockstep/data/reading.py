@@ -41,6 +41,7 @@ class Source:
     config: str | None = setting(None, "Which configuration of a hub data set; null: its only one.")
     revision: str | None = setting(None, "Branch, tag or commit of a hub data set; null: the newest.")
     ignore: tuple[str, ...] = setting((), "Columns, and keys of messages, to leave unread although they may matter.")
+    columns: tuple[str, ...] = setting((), "Columns for rewards, not for the model: they go into `Prompt.truth`.")
 
 
 def source_digests(source: Source) -> list[str]:

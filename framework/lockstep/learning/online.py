@@ -327,7 +327,9 @@ class Online(Algorithm):
         if (rewards := rollout.responses.rewards) is not None:
             metrics["environment/reward"] = float(rewards[counted].mean())
             metrics["environment/turns"] = float(numerics.turns(mask)[counted].mean())
-        details = {f"reward_model/{name}": float(values[counted].mean()) for name, values in rollout.details.items()}
+        details = {
+            f"reward_model/{name}": numerics.masked_mean(values, np.isfinite(values)) for name, values in rollout.details.items()
+        }
         return metrics | details | self.gold(rollout)
 
     def gold(self, rollout: Rollout) -> Metrics:

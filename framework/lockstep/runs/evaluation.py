@@ -151,7 +151,8 @@ class Evaluator:
         if answers.scores is not None:
             counted = np.isfinite(answers.scores)
             measures["score"] = mean(answers.scores[counted])
-            measures |= {name: mean(values[counted]) for name, values in answers.details.items()}
+            found = {f"reward_model/{name}": values for name, values in answers.details.items()}
+            measures |= {name: mean(values[np.isfinite(values)]) for name, values in found.items()}
         if answers.samples.responses.rewards is not None:
             measures["turns"] = mean(numerics.turns(answers.samples.sequences.mask))
         if answers.preference is not None:

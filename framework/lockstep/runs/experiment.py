@@ -99,6 +99,14 @@ class Stage:
             return self.component.arithmetic(self.config, data)
         return self.config.arithmetic(data)
 
+    def rehearse(self, data: DataSource) -> None:
+        """
+        Raises:
+          LockstepError: a reward model would fail on the data.
+        """
+        for scorer in self.scorers:
+            scorer.component.rehearse(scorer.config, data)
+
     @property
     def modules(self) -> list[str]:
         """Modules whose code decides its result: of its classes, their base classes, and functions named module:function."""

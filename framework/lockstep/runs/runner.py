@@ -101,6 +101,7 @@ class Runner:
                 lines.append((stage.name, "done", str(self.experiment.folders[stage.name].path)))
             else:
                 lines.append((stage.name, "to do", stage.arithmetic(self.assembly.data)))
+                stage.rehearse(self.assembly.data)
         return lines
 
     def _stage(self, stage: Stage) -> None:

@@ -3,6 +3,13 @@
 learned.py    a model with a scalar head: a stage's, or a public one
 function.py   a Python function by import path
 endpoint.py   a server, by JSON over HTTP
+judge.py      a language model's opinion, from a chat server
+answer.py     whether the answer is the row's; mathematics.py and verifying.py: as math-verify compares
+code.py       whether the program passes the row's tests; running.py: what runs it
+pattern.py    whether a regular expression matches
+length.py     how long it is
 ensemble.py   several of these as one
-outside.py    shared by function and endpoint: retries and failures
+sum.py        several of these as a weighted sum
+outside.py    shared by function, endpoint and judge: retries and failures
+server.py     shared by endpoint and judge: HTTP
 """

@@ -2,110 +2,58 @@
 
 from __future__ import annotations
 
-import asyncio
-import datetime
-import email.utils
-import ipaddress
 import json
-import logging
-import os
-import random
-import re
-import ssl
 from dataclasses import dataclass
-from typing import Literal
 
-import httpx
 import numpy as np
 
-from lockstep.config.schema import REQUIRED, setting
-from lockstep.config.secrets import redact, remember
-from lockstep.errors import ConfigError, RewardError, short, told
+from lockstep.config.schema import setting
+from lockstep.config.secrets import redact
+from lockstep.errors import RewardError
 from lockstep.interfaces import Resources
+from lockstep.learning.rows import Columns
 from lockstep.learning.scores import scores_of
-from lockstep.text.visible import visible
-from lockstep_rlhf.reward_models.outside import LONGEST_TIMEOUT, MOST_RETRIES, Dialogue, NoScores, OneAtATime, Outside
+from lockstep_rlhf.reward_models.outside import Dialogue, NoScores, OneAtATime, Outside
+from lockstep_rlhf.reward_models.server import LARGEST_ANSWER, Server, ServerConfig, shown, token
 
-logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every URL, with what is secret in it
-
-LONGEST_PAUSE = 60.0
-"""Seconds between two attempts, unless the server asks for more."""
-LONGEST_WAIT = 600.0
-"""Seconds that a server may ask for; one that asks for more is down."""
-LARGEST_ANSWER = 2**20
-"""Bytes, and `LARGEST_SCORE` more for each response. Memory is bounded by it: what is longer is not read."""
 LARGEST_SCORE = 2**10
-SHOWN = 200
-"""Characters of an answer shown in the error."""
-GRACE = 5.0
-"""Seconds that the end of a request may take, after its time is up."""
-
-_BROKEN_OFF = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
-"""Errors of TLS after which a retry may help; the others are a certificate or a server that does not speak it."""
+"""Bytes of an answer for each response, besides `LARGEST_ANSWER`."""
 
 
 class Endpoint(Outside):
     """POST {"prompts": [[{"role", "content"}, ...], ...], "responses": [str, ...]} to ``url``; {"scores": [number, ...]} back.
+    Where anything is known about the prompts, the request also has "columns": {name: [value, ...]}.
 
     A request is retried, up to ``retries`` times, if the connection fails or breaks off, no answer comes within
     ``timeout_seconds``, or the status is 429 or 5xx. Retries wait ``backoff_seconds``, doubled each time, with jitter, and at
     least as long as Retry-After says. Any other status, or an answer that is not one number per response, fails at once. null
     and NaN mean that the server could not score this one response. A failure is then handled for the batch by ``on_failure``,
     as in `Outside`.
-
-    ``token_variable`` names the environment variable with a bearer token: the token itself never appears in a configuration,
-    log or error. Redirects are not followed: they would take the token elsewhere. The proxies of HTTP_PROXY, HTTPS_PROXY,
-    ALL_PROXY and NO_PROXY are used, except to reach this machine. A compressed answer is refused: a small one could unpack to
-    any size.
     """
 
     @dataclass(frozen=True)
-    class Config:
-        url: str = setting(REQUIRED, "http://127.0.0.1:8000/score. Part of a stage's identity: name the model's version in it.")
-        token_variable: str | None = setting(None, "The NAME of an environment variable with a bearer token; null: none.")
+    class Config(ServerConfig):
         batch_size: int = setting(64, "Responses per request.", least=1)
-        timeout_seconds: float = setting(
-            60.0, "Limit of one request, from the first to the last byte.", above=0, most=LONGEST_TIMEOUT
-        )
-        retries: int = setting(5, "Further attempts after one that fails.", least=0, most=MOST_RETRIES)
-        backoff_seconds: float = setting(
-            1.0, "Before the first retry; doubled each time, with jitter.", least=0, most=LONGEST_PAUSE
-        )
-        on_failure: Literal["raise", "drop"] = setting(
-            "raise", "Stop the run; or drop: leave the episodes out and say how many. A failure is never a score."
-        )
-
-        def __post_init__(self):
-            _check_url(self.url)
 
     @classmethod
     def check(cls, config: Config) -> None:
-        _token(config.token_variable)
+        token(config.token_variable)
 
     def __init__(self, config: Config, resources: Resources):
         self.config, self.batch_size = config, config.batch_size
-        url = httpx.URL(config.url)
-        self.source = f"reward server {url.scheme}://{url.netloc.decode()}{url.path}"  # without the query, which may hold a key
-        token = _token(config.token_variable)
-        self.headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
-        self.headers |= {"Authorization": f"Bearer {token}"} if token else {}
-        self.proxies = not _is_this_machine(url.host)
-        self.calls = OneAtATime()
-        try:
-            self.tls = httpx.create_ssl_context()
-        except OSError as error:
-            raise ConfigError(f"SSL_CERT_FILE or SSL_CERT_DIR in the environment cannot be used: {error}") from error
-        try:
-            self._client()
-        except (ValueError, ImportError, httpx.InvalidURL) as error:
-            raise ConfigError(
-                f"A proxy in the environment (HTTP_PROXY, ALL_PROXY, NO_PROXY, ...) cannot be used: {redact(str(error))}"
-            ) from None
+        self.server, self.calls = Server(config), OneAtATime()
+        self.source = f"reward server {self.server.name}"
 
-    def ask(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
-        question = json.dumps({"prompts": prompts, "responses": texts}).encode()
-        most = LARGEST_ANSWER + LARGEST_SCORE * len(texts)
-        body = self.calls.within(self.config.timeout_seconds, lambda: asyncio.run(self._post(question, most)), GRACE)
+    def pause(self, attempt: int) -> float:
+        return self.server.pause(attempt)
+
+    def ask(self, prompts: list[Dialogue], texts: list[str], columns: Columns) -> np.ndarray:
+        known = {"columns": columns} if columns else {}
+        try:
+            question = json.dumps({"prompts": prompts, "responses": texts, **known}).encode()
+        except (TypeError, ValueError) as error:
+            raise RewardError(f"The columns of the prompts are no JSON, so {self.source} cannot be asked: {error}.") from error
+        body = self.server.post(question, LARGEST_ANSWER + LARGEST_SCORE * len(texts), self.calls)
         try:
             return scores_in(body, len(texts))
         except RewardError:
@@ -115,59 +63,7 @@ class Endpoint(Outside):
             reason = "its answer is not JSON in UTF-8"
         except RewardError as error:
             reason = str(error)
-        raise NoScores(f"{reason}; it said: {_shown(hidden) or '(nothing)'}", again=False)
-
-    def pause(self, attempt: int) -> float:
-        """With jitter, so that jobs that failed together do not retry together. Nothing else here is random, and it changes no
-        score."""
-        doubled = self.config.backoff_seconds * 2.0 ** min(attempt, 30)
-        return min(LONGEST_PAUSE, doubled) * random.uniform(0.5, 1.0)
-
-    def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(verify=self.tls, trust_env=self.proxies, timeout=None, headers=self.headers)
-
-    async def _post(self, question: bytes, most: int) -> bytes:
-        """The body of the answer. However it ends, the connection is closed: asyncio, unlike a thread, can be stopped."""
-        try:
-            async with (
-                asyncio.timeout(self.config.timeout_seconds),
-                self._client() as client,
-                client.stream("POST", self.config.url, content=question) as answer,
-            ):
-                return await _read(answer, most)
-        except TimeoutError:
-            failure = NoScores(f"no answer within reward_model.timeout_seconds={self.config.timeout_seconds:g}")
-        except (httpx.HTTPError, OSError) as error:
-            cause = _cause(error)
-            passing = not isinstance(cause, ssl.SSLError) or isinstance(cause, _BROKEN_OFF)
-            again = passing and not isinstance(error, httpx.LocalProtocolError)
-            failure = NoScores(f"no connection: {_shown(redact(told(cause)))}", again=again)
-        raise failure  # outside of the handler: the error that it replaces may show what the server sent
-
-
-async def _read(answer: httpx.Response, most: int) -> bytes:
-    """
-    Raises:
-      NoScores: the server refuses, or sends more than ``most`` bytes, or compressed ones.
-    """
-    packed = answer.headers.get("Content-Encoding", "identity")
-    if packed.lower() not in ("", "identity"):
-        raise NoScores(f"its answer is compressed, which was not asked for: {_shown(redact(packed))}", again=False)
-    body, whole = bytearray(), True
-    async for piece in answer.aiter_raw():
-        body += piece
-        if len(body) > most:
-            whole = False
-            break
-    if answer.is_success:
-        if not whole:
-            raise NoScores(f"its answer is longer than {most} bytes", again=False)
-        return bytes(body)
-    status, wait = answer.status_code, _retry_after(answer.headers.get("Retry-After"))
-    again = (status == 429 or status >= 500) and wait <= LONGEST_WAIT
-    asked = f", retry after {wait:g} seconds" if wait else ""
-    said = _shown(redact(body.decode(errors="replace"))) or "(nothing more)"
-    raise NoScores(f"it answered {status} {_shown(redact(answer.reason_phrase))}{asked}: {said}", again=again, wait=wait)
+        raise NoScores(f"{reason}; it said: {shown(hidden) or '(nothing)'}", again=False)
 
 
 def scores_in(body: bytes, count: int) -> np.ndarray:
@@ -184,83 +80,3 @@ def scores_in(body: bytes, count: int) -> np.ndarray:
     if not isinstance(scores, list):
         raise RewardError('its answer should be {"scores": [...]}')
     return scores_of(scores, count)
-
-
-def _shown(text: str) -> str:
-    """One line, of bounded length, of what a server said."""
-    line = visible(" ".join(text.split()))
-    return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The operating system's error behind the libraries' that pass it on; ``error`` itself if there is none."""
-    found, behind = error, error.__cause__ or error.__context__
-    while behind is not None:
-        behind = behind.exceptions[0] if isinstance(behind, BaseExceptionGroup) else behind  # one for each address of a host
-        found = behind if isinstance(behind, OSError) else found
-        behind = behind.__cause__ or behind.__context__
-    return found
-
-
-def _check_url(url: str) -> None:
-    """
-    Raises:
-      ConfigError: no request can go there.
-    """
-    try:
-        if re.search(r"\s", url):
-            raise ValueError("it has a space or a line break; in a path, write %20")
-        parsed = httpx.URL(url)
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ValueError("it needs http:// or https:// and a host")
-        if parsed.userinfo:
-            raise ConfigError(
-                f"reward_model.url of {parsed.host} holds credentials. Put the token in an environment variable and name it: "
-                "reward_model.token_variable=REWARD_TOKEN."
-            )
-        if parsed.port is not None and not 0 < parsed.port < 65536:
-            raise ValueError(f"there is no port {parsed.port}")
-        host = parsed.raw_host.decode()
-        if not re.fullmatch(r"[\w.-]+|[0-9a-f:.]+", host):
-            raise ValueError(f"'{host}' is not the name of a host")
-        host.encode("idna")  # as the resolver does it: no empty label, none of more than 63 letters
-    except (ValueError, httpx.InvalidURL) as error:
-        raise ConfigError(
-            f"reward_model.url='{short(redact(url))}' should look like http://127.0.0.1:8000/score: {short(redact(str(error)))}."
-        ) from None
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-
-
-def _token(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    token = os.environ.get(variable, "").strip()
-    if not token:
-        raise ConfigError(
-            f"The environment variable {short(variable)} is not set. Put the reward server's token there, or set "
-            "reward_model.token_variable=null."
-        )
-    if not token.isascii() or not token.isprintable():
-        raise ConfigError(f"The token in the environment variable {variable} has characters that no HTTP header may have.")
-    remember(token)
-    return token
-
-
-def _retry_after(value: str | None) -> float:
-    """Seconds of a Retry-After header, which is a number or a date (RFC 9110, 10.2.3); 0 without a usable one."""
-    if not value:
-        return 0.0
-    if re.fullmatch(r"[0-9]+", value.strip()):
-        return float(value)
-    try:
-        then = email.utils.parsedate_to_datetime(value)
-        then = then if then.tzinfo else then.replace(tzinfo=datetime.UTC)
-        return max(0.0, (then - datetime.datetime.now(datetime.UTC)).total_seconds())
-    except (ValueError, TypeError, IndexError, OverflowError):  # whatever a bad date makes the standard library raise
-        return 0.0

@@ -48,6 +48,7 @@ class Ensemble(RewardModel):
     def __init__(self, config: Config, resources: Resources):
         self.config = config
         self.members = [resources.reward_model(group) for group in config.members]
+        self.needs_environment = any(member.needs_environment for member in self.members)
         self._details: dict[str, np.ndarray] = {}
 
     def score(self, responses: Responses) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Any Python function over text."""
+"""Any Python function over text, and over the columns of the data."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import numpy as np
 
 from lockstep.config.schema import REQUIRED, setting
 from lockstep.errors import RewardError, told
-from lockstep.interfaces import Resources
+from lockstep.interfaces import DataSource, Resources
+from lockstep.learning.rows import Columns, arguments, columns_of, first_row
 from lockstep.learning.scores import scores_of
 from lockstep.registry import function_at
-from lockstep_rlhf.reward_models.outside import LONGEST_TIMEOUT, MOST_RETRIES, Dialogue, NoScores, OneAtATime, Outside
+from lockstep_rlhf.reward_models.outside import LONGEST_TIMEOUT, MOST_RETRIES, Dialogue, NoScores, OneAtATime, Outside, dialogues
 
 
 class Function(Outside):
-    """``function(prompts, responses) -> scores``, named as ``module:function``.
+    """``function(prompts, responses, **columns) -> scores``, named as ``module:function``.
 
-    prompts: a list of dialogues, each a list of {"role", "content"}; responses: a list of str; both are the function's to
-    change. scores: as many numbers, in a list, an array or a tensor; None or NaN for a response that it could not score.
-    A call that takes longer than ``timeout_seconds``, raises, exits, or returns something else is retried up to ``retries``
-    times. Then ``on_failure`` decides, as in `Outside`.
+    prompts: a list of dialogues, each a list of {"role", "content"}; responses: a list of str; every other parameter is a column
+    of the data by its name (`lockstep.learning.rows.arguments`): a list of as many values. All are the function's to change.
+    scores: as many numbers, in a list, an array or a tensor; None or NaN for a response that it could not score. A call that
+    takes longer than ``timeout_seconds``, raises, exits, or returns something else is retried up to ``retries`` times. Then
+    ``on_failure`` decides, as in `Outside`.
     """
 
     @dataclass(frozen=True)
@@ -37,16 +39,28 @@ class Function(Outside):
     def check(cls, config: Config) -> None:
         function_at(config.function, "reward_model.function")
 
-    def __init__(self, config: Config, resources: Resources):
+    def __init__(self, config: Config, resources: Resources | None):
         self.config = config
         self.source = f"reward function {config.function}"
         self.function = function_at(config.function, "reward_model.function")
         self.calls = OneAtATime()
 
-    def ask(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
-        given = [[dict(message) for message in dialogue] for dialogue in prompts], list(texts)
+    @classmethod
+    def rehearse(cls, config: Config, data: DataSource) -> None:
+        """One call, on the first prompt; it may say that it cannot score the response."""
+        if (row := first_row(data)) is None:
+            return
+        model, (prompt, response) = cls(config, None), row
         try:
-            return self.calls.within(self.config.timeout_seconds, lambda: scores_of(self.function(*given), len(texts)))
+            model.attempt(dialogues([prompt]), [response], columns_of([prompt]))
+        except NoScores as failure:
+            raise RewardError(f"{model.source}, tried on the first prompt: {failure}") from failure
+
+    def ask(self, prompts: list[Dialogue], texts: list[str], columns: Columns) -> np.ndarray:
+        given = [[dict(message) for message in dialogue] for dialogue in prompts], list(texts)
+        named = arguments(self.function, columns)
+        try:
+            return self.calls.within(self.config.timeout_seconds, lambda: scores_of(self.function(*given, **named), len(texts)))
         except (NoScores, KeyboardInterrupt):
             raise
         except RewardError as error:

@@ -7,17 +7,20 @@ import queue
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lockstep.errors import RewardError, told
 from lockstep.interfaces import Responses, RewardModel
+from lockstep.learning.rows import Columns, columns_of
 from lockstep.text.sequences import chunks
+from lockstep.types import Prompt
 
 log = logging.getLogger("lockstep")
 
+T = TypeVar("T")
 Dialogue = list[dict[str, str]]
 
 LONGEST_TIMEOUT = 86400.0
@@ -44,8 +47,8 @@ class Outside(RewardModel):
     """Responses per question; None: all."""
 
     @abstractmethod
-    def ask(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
-        """float64 [B], one per response; not finite if it could not be scored.
+    def ask(self, prompts: list[Dialogue], texts: list[str], columns: Columns) -> np.ndarray:
+        """float64 [B], one per response; not finite if it could not be scored. ``columns``: what is known about each prompt.
 
         Raises:
           NoScores: there are no scores.
@@ -56,15 +59,17 @@ class Outside(RewardModel):
         return 0.0
 
     def score(self, responses: Responses) -> np.ndarray:
-        prompts = [[{"role": m.role, "content": m.content} for m in p.messages] for p in responses.prompts]
-        texts = list(responses.texts)
-        parts = [self._batch(prompts[part], texts[part]) for part in chunks(len(texts), self.batch_size or max(1, len(texts)))]
+        prompts, texts, columns = dialogues(responses.prompts), list(responses.texts), columns_of(responses.prompts)
+        parts = [
+            self._batch(prompts[part], texts[part], {name: values[part] for name, values in columns.items()})
+            for part in chunks(len(texts), self.batch_size or max(1, len(texts)))
+        ]
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
-    def _batch(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
+    def _batch(self, prompts: list[Dialogue], texts: list[str], columns: Columns) -> np.ndarray:
         """float32 [B]: the scores of one question, after retries."""
         try:
-            scores = self._answer(prompts, texts)
+            scores = self.attempt(prompts, texts, columns)
         except NoScores as failure:
             if self.config.on_failure == "raise":
                 raise RewardError(f"{self.source}: {failure}") from failure
@@ -81,18 +86,32 @@ class Outside(RewardModel):
             )
         return np.where(bad, np.float32(np.nan), scores)
 
-    def _answer(self, prompts: list[Dialogue], texts: list[str]) -> np.ndarray:
-        for attempt in range(self.config.retries + 1):
-            try:
-                return self.ask(prompts, texts)
-            except NoScores as error:
-                log.warning("%s, attempt %d: %s", self.source, attempt + 1, error)
-                failure = error
-            if not failure.again:
-                break
-            if attempt < self.config.retries:
-                time.sleep(max(failure.wait, self.pause(attempt)))
-        raise failure
+    def attempt(self, prompts: list[Dialogue], texts: list[str], columns: Columns) -> np.ndarray:
+        """`ask`, with the configured retries."""
+        return patiently(lambda: self.ask(prompts, texts, columns), self.source, self.config.retries, self.pause)
+
+
+def dialogues(prompts: Sequence[Prompt]) -> list[Dialogue]:
+    return [[{"role": m.role, "content": m.content} for m in prompt.messages] for prompt in prompts]
+
+
+def patiently(ask: Callable[[], T], source: str, retries: int, pause: Callable[[int], float]) -> T:
+    """What ``ask`` returns, after up to ``retries`` further attempts, ``pause(attempt)`` seconds apart.
+
+    Raises:
+      NoScores: the last attempt's, or one that no retry can help.
+    """
+    for attempt in range(retries + 1):
+        try:
+            return ask()
+        except NoScores as error:
+            log.warning("%s, attempt %d: %s", source, attempt + 1, error)
+            failure = error
+        if not failure.again:
+            break
+        if attempt < retries:
+            time.sleep(max(failure.wait, pause(attempt)))
+    raise failure
 
 
 class OneAtATime:

@@ -9,6 +9,7 @@ import numpy as np
 
 from lockstep.checking.conformance.kit import Inapplicable, check, near, require, same
 from lockstep.checking.conformance.subjects import RewardModelSubject
+from lockstep.types import Prompt
 
 
 @check("reward_model", usually="scores per token or per pair, an object array, or a division by zero")
@@ -83,13 +84,47 @@ def failures_are_heard(subject: RewardModelSubject) -> None:
     require(np.isnan(scores).all(), f"responses that cannot be read were scored {scores.tolist()}")
 
 
+@check("reward_model", usually="a column is read with a default, as in truth.get('answer', ''): rows without one score 0")
+def missing_columns_are_heard(subject: RewardModelSubject) -> None:
+    """Without the columns of the data, the scores are the same, or an exception or NaN."""
+    model, responses = subject.build(), subject.responses()
+    scores = model.score(responses)
+    bare = replace(responses, prompts=[Prompt(prompt.messages) for prompt in responses.prompts])
+    try:
+        found = np.asarray(model.score(bare), np.float64)
+    except Exception:
+        return
+    if np.array_equal(found, scores):
+        raise Inapplicable("its scores do not depend on columns of the data")
+    require(np.isnan(found).all(), f"without the columns of the data the scores are {found.tolist()}")
+
+
+@check("reward_model", usually="a detail per batch or per token, or of an earlier batch")
+def details_are_numbers_per_response(subject: RewardModelSubject) -> None:
+    """`details` gives float32 [B] for the last batch, under names that do not change."""
+    model = subject.build()
+    names = []
+    for count in (8, 3):
+        model.score(subject.responses(slice(count)))
+        found = model.details()
+        names.append(sorted(found))
+        for name, values in found.items():
+            require(isinstance(values, np.ndarray) and values.dtype == np.float32, f"the detail {name} of {count} is not float32")
+            require(values.shape == (count,), f"the detail {name} of {count} responses has shape {values.shape}")
+    if not names[0] and not names[1]:
+        raise Inapplicable("it has no details")
+    require(names[0] == names[1], f"8 responses have the details {names[0]}, 3 have {names[1]}")
+
+
 @check("reward_model", usually="masks or tokens are edited in place")
 def inputs_are_left_alone(subject: RewardModelSubject) -> None:
-    """Scoring changes neither tokens nor masks nor texts."""
+    """Scoring changes neither tokens nor masks, texts nor what is known about the prompts."""
     responses = subject.responses()
-    before = copy.deepcopy((list(responses.texts), vars(responses.sequences)))
+    before = copy.deepcopy((list(responses.texts), vars(responses.sequences), [dict(p.truth) for p in responses.prompts]))
     subject.build().score(responses)
     require(list(responses.texts) == before[0], "the texts were changed")
+    changed = sum(dict(p.truth) != known for p, known in zip(responses.prompts, before[2], strict=True))
+    require(not changed, f"what is known about {changed} prompts was changed")
     for name, array in before[1].items():
         same(name, getattr(responses.sequences, name), array)
 

@@ -50,6 +50,14 @@ def subject(
     return subjects[kind](world, name, like)
 
 
+CHECKERS = {
+    "extract": r"^(w\d+)", "pattern": "w1", "allow": True,
+    "parts": {"right": {"name": "answer", "extract": r"^(w\d+)"}, "model": {"name": "learned", "source": "world"}},
+    "weights": {"right": 1.0, "model": 0.5},
+}  # fmt: skip
+"""Keys of rewards that read the text and the columns, set if a configuration has them."""
+
+
 class RewardModelSubject:
     """A reward model, and responses for it to score. It is the `lockstep.interfaces.Resources` of the reward model."""
 
@@ -57,7 +65,7 @@ class RewardModelSubject:
 
     def __init__(self, world: World, name: str, like: str | None = None):
         self.world, self.backend, self.tokenizer = world, world.backend, world.tokenizer
-        given = {"source": "world", "function": self.function, "micro_batch_size": None}
+        given = {"source": "world", "function": self.function, "micro_batch_size": None, **CHECKERS}
         self.cls, self.config = world.component("reward_model", name, given, like)
         self.opened: list[str] = []
         self.members: list[Mapping[str, Any]] = []
@@ -75,7 +83,8 @@ class RewardModelSubject:
     def reward_model(self, group: Mapping[str, Any]) -> RewardModel:
         """A member of an ensemble: a copy of the world's model, whatever the name of its stage."""
         self.members.append(group)
-        cls, config = self.world.component("reward_model", group["name"], {**group, "source": "world", "function": self.function})
+        given = {**group, "source": "world", "function": self.function}
+        cls, config = self.world.component("reward_model", group["name"], given)
         before = list(self.opened)
         member = cls(config, self)
         self.opened = before  # a member declares what it opens itself
@@ -86,7 +95,8 @@ class RewardModelSubject:
         return self.world.scalar_model(), self.tokenizer
 
     def responses(self, rows: Any = slice(None), *, prompt_columns: int = 7, response_columns: int = 6) -> Responses:
-        """Eight ragged responses, or some of them, in a block of this many columns."""
+        """Eight ragged responses, or some of them, in a block of this many columns. Of every prompt an ``answer`` is known, with
+        which every other response begins, and ``tests`` and a response to compare ``against``."""
         wide = self.world.rollout(response_columns=6)
         block = self.world.rollout(prompt_columns=prompt_columns, response_columns=6)
         extra = response_columns - 6
@@ -95,8 +105,10 @@ class RewardModelSubject:
         block = Sequences(tokens, block.prompt_mask, *masks).take(rows)
         texts = [self.tokenizer.decode(r[m]) for r, m in zip(wide.responses, wide.mask, strict=True)]
         words = [self.tokenizer.decode(p[m]) for p, m in zip(wide.tokens[:, :7], wide.prompt_mask, strict=True)]
+        answers = [text.split(" ")[0] if i % 2 else "w99" for i, text in enumerate(texts)]
+        prompts = [Prompt.of(w, answer=a, tests="assert True", against="w1") for w, a in zip(words, answers, strict=True)]
         chosen = np.arange(len(texts))[rows]
-        return Responses([Prompt.of(words[i]) for i in chosen], [texts[i] for i in chosen], block, self.tokenizer)
+        return Responses([prompts[i] for i in chosen], [texts[i] for i in chosen], block, self.tokenizer)
 
 
 class EnvironmentSubject:

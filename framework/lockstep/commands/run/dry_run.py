@@ -2,8 +2,9 @@
 
 The configuration is composed and checked, and so is the place where results go. The device is opened, the first rows of every
 data source are parsed and encoded for the stages that read them, the headers of local checkpoints are compared with their
-config.json and with the tokenizer, and each stage states its arithmetic. For data sets on the hub, the first rows are streamed
-and the arithmetic counts only those. Whatever cannot be reached is listed as not checked.
+config.json and with the tokenizer, reward functions are called on the first prompt, and each stage states its arithmetic. For
+data sets on the hub, the first rows are streamed and the arithmetic counts only those. Whatever cannot be reached is listed as
+not checked.
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ def _checked(stage: Stage, data: DataSource, tokenizer: Tokenizer | None) -> str
     """
     asked: Any = Asked(data)
     arithmetic = stage.arithmetic(asked)
+    stage.rehearse(data)
     if tokenizer is not None and isinstance(lengths := getattr(stage.config, "lengths", None), Lengths):
         for noun, split in asked.nouns:
             _check_lengths(noun, split, getattr(data, noun)(split), tokenizer, lengths)

@@ -1,0 +1,76 @@
+"""What is known about a prompt (`lockstep.types.Prompt.truth`), as reward functions get it: columns, one value per response."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lockstep.config.overrides import override
+from lockstep.errors import MissingData, RewardError, Unreachable, did_you_mean, listing
+from lockstep.interfaces import DataSource
+from lockstep.types import Prompt
+
+Columns = Mapping[str, Sequence[Any]]
+"""{name: a value for each response, None where its prompt has none}."""
+
+STAND_IN = "A response."
+
+
+def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """All columns that any of the prompts has."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.truth)
+    return {name: [prompt.truth.get(name) for prompt in prompts] for name in names}
+
+
+def column(columns: Columns, name: str, asks: str) -> Sequence[Any]:
+    """
+    Raises:
+      RewardError: no prompt has it. ``asks`` says who wants it.
+    """
+    if name in columns:
+        return columns[name]
+    source = override("data.prompts", [{"path": "my.jsonl", "columns": [name]}])
+    raise RewardError(
+        f"{asks} needs the column '{name}', which no prompt has.{did_you_mean(name, columns)} Columns there: {listing(columns)}. "
+        f"Name it in its source: {source}."
+    )
+
+
+def arguments(function: Callable[..., Any], columns: Columns) -> dict[str, list[Any]]:
+    """What ``function(prompts, responses, ...)`` gets by name, in copies: every column that it has a parameter for, and all of
+    them for ``**columns``. A parameter with a default may lack its column.
+
+    Raises:
+      RewardError: a parameter without a default has no column.
+    """
+    return {name: copy.deepcopy(list(columns[name])) for name in _wanted(function, columns)}
+
+
+def _wanted(function: Callable[..., Any], columns: Columns) -> list[str]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # as of some builtins
+        return []
+    taken = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:2]
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p not in taken]
+    for parameter in named:
+        if parameter.default is parameter.empty and parameter.name not in columns:
+            column(columns, parameter.name, f"The reward function's parameter '{parameter.name}' has no default, so it")
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return [name for name in columns if name not in [p.name for p in taken]]
+    return [p.name for p in named if p.name in columns]
+
+
+def first_row(data: DataSource) -> tuple[Prompt, str] | None:
+    """The first training prompt with a response to try a reward on: a demonstration's, or a stand-in. None if there is none to be
+    had now."""
+    try:
+        prompt = data.prompts("train")[0]
+    except (MissingData, Unreachable):
+        return None
+    try:
+        return prompt, data.demonstrations("train")[0].response
+    except (MissingData, Unreachable):
+        return prompt, STAND_IN

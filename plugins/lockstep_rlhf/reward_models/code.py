@@ -1,0 +1,129 @@
+"""1 for responses whose program passes the row's tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lockstep.config.schema import setting
+from lockstep.errors import ConfigError, RewardError, short
+from lockstep.interfaces import DataSource, Resources, Responses, RewardModel
+from lockstep.learning.rows import column, columns_of, first_row
+
+ALLOW = (
+    "reward_model=code runs programs that a language model wrote, on this machine and as you. It limits time, memory, files "
+    "and processes, but they can read what you can. Where that is acceptable, say in a container, set reward_model.allow=true."
+)
+
+
+class Code(RewardModel):
+    """1.0 if the program in the response, followed by the row's ``column``, ends with status 0 and reached its end; else 0.0. The
+    program is the last fenced block of the response, or all of it without one.
+
+    Each program runs in a process, session and empty folder of its own, with an empty environment and without a network where the
+    system allows that (``running.py``); all of it is killed after ``timeout_seconds``. This is no security boundary: see ALLOW. A
+    row without tests has no score (NaN). `details` has ``out_of_time``.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        allow: bool = setting(False, "Whether to run what the policy writes. See docs/rewards.md.")
+        column: str = setting("tests", "The column with the tests: Python text, or a list of lines.")
+        timeout_seconds: float = setting(10.0, "Limit of one program, by the clock and of the processor.", above=0, most=3600)
+        memory_mb: int = setting(1024, "Address space of one process, in MB.", least=64)
+        processes: int = setting(2, "Programs at a time.", least=1, most=256)
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        if not config.allow:
+            raise ConfigError(ALLOW)
+
+    @classmethod
+    def rehearse(cls, config: Config, data: DataSource) -> None:
+        if (row := first_row(data)) is not None:
+            column(columns_of(row[:1]), config.column, "reward_model=code")
+
+    def __init__(self, config: Config, resources: Resources):
+        self.check(config)
+        self.config = config
+        self._details: dict[str, np.ndarray] = {}
+        if self.passes("", "assert True") != 1.0:
+            raise RewardError(
+                f"Not even an empty program passes its tests within reward_model.timeout_seconds={config.timeout_seconds:g} and "
+                f"reward_model.memory_mb={config.memory_mb}. Raise them."
+            )
+
+    def score(self, responses: Responses) -> np.ndarray:
+        tests = column(columns_of(responses.prompts), self.config.column, "reward_model=code")
+        rows = [(program(text), joined(each)) for text, each in zip(responses.texts, tests, strict=True)]
+        with ThreadPoolExecutor(self.config.processes) as pool:
+            found = list(pool.map(lambda row: None if row[1] is None else self.passes(*row), rows))
+        self._details = {"out_of_time": np.array([each == OUT_OF_TIME for each in found], np.float32)}
+        return np.array([np.nan if each is None else max(each, 0.0) for each in found], np.float32)
+
+    def passes(self, code: str, tests: str) -> float:
+        """1.0, 0.0, or `OUT_OF_TIME`."""
+        c, done = self.config, f"done-{secrets.token_hex(16)}"  # a program that exits before its tests does not know the name
+        with tempfile.TemporaryDirectory(prefix="lockstep-code-", ignore_cleanup_errors=True) as folder:
+            text = f"{code}\n\n{tests}\n\nopen({done!r}, 'x').close()\n"
+            command = [
+                sys.executable,
+                "-I",
+                str(Path(__file__).with_name("running.py")),
+                str(c.memory_mb),
+                str(c.timeout_seconds),
+            ]
+            silent: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, cwd=folder, env={}, start_new_session=True, close_fds=True, **silent
+            )
+            try:
+                process.communicate(text.encode(errors="replace"), timeout=c.timeout_seconds)
+            except subprocess.TimeoutExpired:
+                return OUT_OF_TIME
+            finally:
+                end(process)
+            return float(process.returncode == 0 and (Path(folder) / done).is_file())
+
+    def details(self) -> dict[str, np.ndarray]:
+        return self._details
+
+
+OUT_OF_TIME = -1.0
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the whole session, also what the program left behind."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    except OSError as error:
+        raise RewardError(f"A program that the policy wrote cannot be stopped: {short(str(error))}") from error
+    process.wait()
+
+
+def program(response: str) -> str:
+    """The last fenced block, to the end of the response if it is not closed; or all of the response."""
+    blocks = re.split(r"^[ \t]*```[^\n]*$\n?", response, flags=re.MULTILINE)
+    if len(blocks) == 1:
+        return response
+    return blocks[-2] if len(blocks) % 2 else blocks[-1]
+
+
+def joined(tests: Any) -> str | None:
+    """The tests as one text; None if there are none."""
+    if isinstance(tests, (list, tuple)) and all(isinstance(line, str) for line in tests):
+        tests = "\n".join(tests)
+    return tests if isinstance(tests, str) and tests.strip() else None
