@@ -24,7 +24,6 @@ from lockstep.config.compose import compose
 from lockstep.config.schema import parse
 from lockstep.errors import CheckpointError, ConfigError, DataError, MissingData, RegistryError, RewardError
 from lockstep.interfaces import Generated, Policy
-from lockstep.learning.episodes import EnvironmentConfig
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Comparison, Demonstration, Message, Prompt
 from lockstep_miniature.shop import Questions, Shop
@@ -56,7 +55,7 @@ def policy():
     return new()
 
 
-SHOP = Shop(EnvironmentConfig(turn_tokens=4))
+SHOP = Shop(Shop.Config(turn_tokens=4))
 
 
 def test_a_policy_converses_with_an_environment_and_its_rewards_count(policy):

@@ -11,7 +11,7 @@ from lockstep.checking.conformance import conform, subject
 from lockstep.config.compose import compose
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Episode, Reply
-from lockstep.learning.episodes import EnvironmentConfig, offered
+from lockstep.learning.episodes import offered
 from lockstep.runs.experiment import Experiment
 from lockstep.types import Message, Prompt
 from lockstep_miniature.dice import Dice
@@ -111,7 +111,7 @@ def test_its_tools_are_offered_to_prompts_that_name_none():
     environment, own = tools("add"), Prompt.of("Hi")
     named = replace(own, tools=({"name": "mine"},))
     assert [prompt.tools for prompt in offered(environment, [own, named])] == [(schema("add", add),), named.tools]
-    assert offered(None, [own]) == [own] and offered(Shop(EnvironmentConfig()), [own]) == [own]
+    assert offered(None, [own]) == [own] and offered(Shop(Shop.Config()), [own]) == [own]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_the_listing_of_the_page_is_an_environment(tmp_path, monkeypatch):
 
 def walk(question, said) -> list[Reply]:
     """The shop's replies to the turns of a policy."""
-    shop, episode, replies = Shop(EnvironmentConfig()), Episode(question.prompt(), 0), []
+    shop, episode, replies = Shop(Shop.Config()), Episode(question.prompt(), 0), []
     for text in said:
         episode.messages.append(Message("assistant", text))
         replies.append(shop.reply(episode))

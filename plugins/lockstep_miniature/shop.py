@@ -74,10 +74,13 @@ def is_right(said: str, answer: str) -> bool:
 class Shop(Environment):
     """Answers what it understands; any other turn is the policy's answer, worth 1 if it is right."""
 
-    Config = EnvironmentConfig
+    @dataclass(frozen=True)
+    class Config(EnvironmentConfig):
+        turn_tokens: int | None = setting(8, "Tokens of one turn, at most: the longest has seven.", least=1)
+        reply_tokens: int = setting(4, "Tokens of a message; the shop says one.", least=1)
 
     @classmethod
-    def examples(cls, config: EnvironmentConfig) -> Sequence[Prompt]:
+    def examples(cls, config: Config) -> Sequence[Prompt]:
         return [draw(Dice(0, "shop/examples", index)).prompt() for index in range(4)]
 
     def reply(self, episode: Episode) -> Reply:
