@@ -37,7 +37,7 @@ class Guess(gymnasium.Env):
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         self.number = int(self.np_random.integers(1, 101))
-        return f"A number near {self.number // 10}0.", {}
+        return f"A number near {self.number // 10}0.\n", {}
 
     def step(self, action):
         right = action == str(self.number)
@@ -93,10 +93,12 @@ def test_a_hole_and_the_time_limit_end_the_episode():
     assert say(short, episode, "left") == Reply.ends(0.0)
 
 
-@pytest.mark.parametrize("text", ["", "I jump", "downright", "2"])
+@pytest.mark.parametrize("text", ["", "I jump", "downright", "2", "\N{LATIN SMALL LETTER LONG S}outh"])
 def test_a_turn_without_an_action_takes_no_step_and_is_told_the_words(text):
-    environment, episode = lake(invalid_reward=-0.5), Episode(data().prompts("train")[0], 0)
-    assert say(environment, episode, text) == Reply.says("No action was taken. Say one of: down, left, right, up.", reward=-0.5)
+    environment, episode = lake(actions=WORDS | {"south": 1}, invalid_reward=-0.5), Episode(data().prompts("train")[0], 0)
+    assert say(environment, episode, text) == Reply.says(
+        "No action was taken. Say one of: down, left, right, south, up.", reward=-0.5
+    )
     assert "[red F]FF" in say(environment, episode, "right").messages[0].content.replace("S", "", 1)
 
 

@@ -86,17 +86,17 @@ class Game(Environment):
         super().__init__(config)
         self.actions = {word.strip().lower(): action for word, action in config.actions.items()}
         longest_first = sorted(self.actions, key=len, reverse=True)
-        self.words = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
+        self.words = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)")
 
     def reply(self, episode: Episode) -> Reply:
         if episode.state is None:
             episode.state, observation = begin(self.config, "environment", seed_of(episode.prompt))
             check_beginning(episode.prompt, observation)
-        said = self.words.findall(episode.text) if self.actions else ()
+        said = self.words.findall(episode.text.lower()) if self.actions else ()
         if self.actions and not said:
             words = listing(self.actions)
             return Reply.says(f"No action was taken. Say one of: {words}.", reward=self.config.invalid_reward)
-        action = self.actions[said[-1].lower()] if said else episode.text
+        action = self.actions[said[-1]] if said else episode.text
         observation, reward, terminated, truncated, _ = episode.state.step(action)
         if terminated or truncated:
             return Reply.ends(float(reward))

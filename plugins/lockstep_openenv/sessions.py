@@ -38,7 +38,7 @@ class Refused(Exception):
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     url: str = setting(REQUIRED, "http://127.0.0.1:8000. Part of a stage's identity: name the environment's version in it.")
-    observation: str | None = setting(None, "Field of an observation that the policy reads; null: all of it, as JSON.")
+    observation: str | None = setting(None, "Field of an observation that the policy reads; null: all but its metadata, as JSON.")
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", self.url):
@@ -130,7 +130,7 @@ class Session:
         name = self.config.observation
         if name is not None and name not in observation:
             raise EnvironmentFailed(f"an observation has no '{short(name)}'. It has: {listing(observation)}.")
-        found = observation if name is None else observation[name]
+        found = {key: value for key, value in observation.items() if key != "metadata"} if name is None else observation[name]
         return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
 
     def close(self) -> None:

@@ -100,7 +100,7 @@ def check_beginning(prompt: Prompt, first: str) -> None:
     Raises:
       EnvironmentFailed: it does not.
     """
-    if first not in prompt.messages[-1].content:
+    if first.strip() not in prompt.messages[-1].content:
         raise EnvironmentFailed(
             f"its episode with the seed {prompt.truth['seed']} begins with {told(first)}, and the prompt says something else. "
             "data and environment must name the same environment, and it must begin alike each time."
