@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, DataError, did_you_mean, listing, short
@@ -58,7 +59,7 @@ class Miniature(DataSource):
     Config = Config
 
     def __init__(self, config: Config):
-        self.config = config
+        self.config: Any = config
         self.world = World(config.seed)
 
     def texts(self, split: str) -> Sequence[str]:
