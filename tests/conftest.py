@@ -176,7 +176,7 @@ def make(backend, tokenizer, load) -> Callable[..., Algorithm]:
         cls, config = configure(name, **changes)
         policy = policy or load()
         others = SimpleNamespace(policy=lambda source: (load(1), tokenizer))
-        return cls(config, Context(seed, backend, tokenizer, data or Data(), policy, reward_model, others))
+        return cls(config, Context(seed, backend, tokenizer, data or Data(), policy, reward_model, resources=others))
 
     return build
 

@@ -700,7 +700,8 @@ def test_every_algorithm_takes_the_place_of_ppo_in_every_experiment(number):
         assert len(presets) <= len(EXPERIMENTS)  # so that over all experiments each is chosen; they have the same keys
         chosen = f"algorithm={presets[number % len(presets)]}"
         checked = Experiment(compose([f"experiment={experiment}", chosen, *(["policy.path=x"] if hub else [])]))
-        assert checked.stages["ppo"].group["name"] == component and "ppo_ptx" not in checked.stages
+        stage = {"shop": "rl", "sums": "grpo"}.get(experiment, "ppo")
+        assert checked.stages[stage].group["name"] == component and "ppo_ptx" not in checked.stages
 
 
 def test_what_an_experiment_sets_for_one_algorithm_comes_before_the_command_line():

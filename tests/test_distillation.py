@@ -166,7 +166,7 @@ def test_scores_of_a_reward_model_are_logged_and_change_nothing(make):
 def test_a_teacher_with_another_vocabulary_is_refused(backend, tokenizer, load):
     cls, config = configure("distillation")
     other = SimpleNamespace(core=SimpleNamespace(to_str=lambda: "another"))
-    context = Context(0, backend, tokenizer, None, load(), None, SimpleNamespace(policy=lambda source: (load(1), other)))
+    context = Context(0, backend, tokenizer, None, load(), resources=SimpleNamespace(policy=lambda source: (load(1), other)))
     with pytest.raises(ConfigError, match="The teacher 'teacher' has another vocabulary than the policy"):
         cls(config, context)
 

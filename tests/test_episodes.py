@@ -291,7 +291,7 @@ def build(make, turns, monkeypatch):
     """build('grpo', ...): an algorithm in conversation with `Asks`."""
 
     def built(name, environment, **changes):
-        around = lambda *given: Context(*given, environment=environment)  # noqa: E731
+        around = lambda *given, **more: Context(*given, environment=environment, **more)  # noqa: E731
         monkeypatch.setattr("conftest.Context", around)
         return make(name, tokenizer=turns, reward_model=EnvironmentReward(), **changes)
 

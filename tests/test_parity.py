@@ -106,7 +106,7 @@ def test_three_steps_of_distillation_are_the_same_on_both(both, tokenizer, folde
     for backend, load in both:
         teacher = registry().resolve("policy", "decoder", backend.name).load(folders[1], backend)
         others = SimpleNamespace(policy=lambda source, teacher=teacher: (teacher, tokenizer))
-        algorithm = cls(config, Context(0, backend, tokenizer, Data(), load(), None, others))
+        algorithm = cls(config, Context(0, backend, tokenizer, Data(), load(), resources=others))
         metrics = [algorithm.step(step) for step in range(3)]
         found.append(([{n: v for n, v in m.items() if "perf" not in n and "mismatch" not in n} for m in metrics], algorithm))
     (first, one), (second, other) = found
