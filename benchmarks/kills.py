@@ -1,6 +1,7 @@
 """Kill real runs at random moments, start them again, and compare every bit with a run that nobody killed.
 
     python benchmarks/kills.py --kills 50 --backend torch,jax
+    python benchmarks/kills.py --kills 20 --algorithm grpo    # kills in the stage of another algorithm, in PPO's place
 
 One uninterrupted run per backend is the reference: a tiny pipeline (pretraining, SFT, reward model, PPO) with adaptive KL,
 moving averages, pretraining mix and W&B offline. A kill then starts the same command in a fresh folder, into which the
@@ -54,17 +55,28 @@ from test_tracking import leveldb_log  # noqa: E402
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
 PIPELINE = [
-    *TINY, *DECODER, *PPO_ONLY, "tracker=wandb", "samples_every=2", "sft.epochs=3", "reward.epochs=1.6",
-    "algorithm.iterations=10", "algorithm.epochs=2", "algorithm.minibatches=2", "algorithm.ptx_coef=1.0",
-    "algorithm.kl_target=0.5", "algorithm.kl_horizon=100", "algorithm.optimizer.ema_decay=0.9", "sft.optimizer.ema_decay=0.9",
+    *(override for override in TINY if not override.startswith("algorithm.")), *DECODER, *PPO_ONLY, "tracker=wandb",
+    "samples_every=2", "sft.epochs=3", "reward.epochs=1.6", "sft.optimizer.ema_decay=0.9", "algorithm.optimizer.ema_decay=0.9",
 ]  # fmt: skip
+ALGORITHMS = {
+    "ppo": [
+        "algorithm.iterations=10", "algorithm.batch_size=8", "algorithm.epochs=2", "algorithm.minibatches=2",
+        "algorithm.ptx_coef=1.0", "algorithm.ptx_ratio=1", "algorithm.kl_target=0.5", "algorithm.kl_horizon=100",
+    ],
+    "grpo": [
+        "algorithm=grpo", "algorithm.iterations=10", "algorithm.batch_size=4", "algorithm.samples=4", "algorithm.epochs=2",
+        "algorithm.minibatches=2", "algorithm.extra_rounds=1",
+    ],
+    "dpo": ["algorithm=dpo", "algorithm.batch_size=8", "algorithm.epochs=3", "algorithm.heldout_examples=8"],
+    "online_dpo": ["algorithm=online_dpo", "algorithm.iterations=10", "algorithm.batch_size=4", "algorithm.minibatches=2"],
+}  # fmt: skip
 
 
 class Bench:
     """The kills on one backend."""
 
-    def __init__(self, backend: str, folder: Path, core: int | None, seed: int):
-        self.backend, self.folder, self.core = backend, folder, core
+    def __init__(self, backend: str, folder: Path, core: int | None, seed: int, algorithm: str):
+        self.backend, self.folder, self.core, self.algorithm = backend, folder, core, algorithm
         self.random = random.Random(f"{seed} {backend}")
         self.environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "framework", ROOT / "plugins"))),
@@ -76,7 +88,14 @@ class Bench:
 
     def command(self, runs: Path, every: int) -> list[str]:
         own = {"torch": "backend.threads=1", "jax": f"backend.compilation_cache={self.folder / 'compiled'}"}[self.backend]
-        overrides = [*PIPELINE, f"backend={self.backend}", own, f"checkpoint_every={every}", f"folder={runs}"]
+        overrides = [
+            *PIPELINE,
+            *ALGORITHMS[self.algorithm],
+            f"backend={self.backend}",
+            own,
+            f"checkpoint_every={every}",
+            f"folder={runs}",
+        ]
         return [sys.executable, "-m", "lockstep", "run", *overrides]
 
     def start(self, runs: Path, every: int) -> subprocess.Popen[bytes]:
@@ -121,7 +140,7 @@ class Bench:
     def kill(self, number: int) -> dict[str, Any]:
         """One kill and its continuation, as a row of the record; another try where the kill came too late."""
         how = self.random.choices(("random", "save", "output"), (50, 35, 15))[0]
-        target = self.random.choices(STAGES[1:], (25, 25, 50))[0]
+        target = self.random.choices(STAGES[1:], (25, 25, 50) if self.algorithm == "ppo" else (0, 0, 100))[0]
         every = self.random.choice((1, 1, 2))
         runs = self.folder / f"kill-{number}"
         shutil.rmtree(runs, ignore_errors=True)
@@ -336,6 +355,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="on each backend")
     parser.add_argument("--backend", default="torch,jax")
+    parser.add_argument("--algorithm", choices=tuple(ALGORITHMS), default="ppo", help="of the last stage, which is called ppo")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "kills", help="of the record: .json and .md")
     arguments = parser.parse_args()
@@ -352,7 +372,9 @@ def main() -> None:
     def run(number: int) -> None:
         name = backends[number]
         folder = Path(tempfile.mkdtemp(prefix=f"kills-{name}-"))
-        bench = Bench(name, folder, cores[number % len(cores)] if len(cores) >= len(backends) else None, arguments.seed)
+        bench = Bench(
+            name, folder, cores[number % len(cores)] if len(cores) >= len(backends) else None, arguments.seed, arguments.algorithm
+        )
         bench.reference()
         for kill in range(1, arguments.kills + 1):
             row = bench.kill(kill)

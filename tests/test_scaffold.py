@@ -14,7 +14,9 @@ from lockstep.errors import ConfigError
 from test_plugins import edited, install, lockstep, python, run, write
 
 ROOT = Path(__file__).parents[1]
-GENERATED = {"plain_reinforce": "algorithm", "brief": "reward_model", "unscaled": "policy", "exact": "backend"}
+GENERATED = {
+    "plain_reinforce": "algorithm", "brief": "reward_model", "riddle": "environment", "unscaled": "policy", "exact": "backend",
+}  # fmt: skip
 EDITED = {"median": "algorithm", "polite": "reward_model", "cut": "policy", "strict": "backend"}
 
 
@@ -49,7 +51,9 @@ def test_generated_packages_pass_their_own_tests_on_torch(site, packages):
     """Of the algorithm's checks a few: those of the edited one are run in full."""
     pytest.importorskip("torch")
     quick = "masked or orders or one_finite or failures or forwards or take_no_step or describes"
-    said = own_tests(site, [packages[name] for name in GENERATED], f"not conformance or (torch-float32 and ({quick}))")
+    said = own_tests(
+        site, [packages[name] for name in GENERATED], f"not conformance or episodes_are_apart or (torch-float32 and ({quick}))"
+    )
     assert re.search(r"\d\d passed", said), said
 
 
@@ -59,7 +63,7 @@ def test_all_plugins_are_listed_and_usable(site):
         assert re.search(rf"{kind} +{name} .*lockstep-{name.replace('_', '-')} .*yes", done.stdout), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("kind", ["algorithm", "reward_model", "policy", "backend"])
+@pytest.mark.parametrize("kind", ["algorithm", "reward_model", "environment", "policy", "backend"])
 def test_generated_files_are_formatted_and_free_of_placeholders(kind, tmp_path):
     pytest.importorskip("ruff")
     folder = new_plugin("a_name", kind, tmp_path)

@@ -348,9 +348,10 @@ class Online(Algorithm):
         if self.last is None:
             return []
         responses, rows = self.last.responses, range(min(8, len(self.last.scores)))
+        conversing = responses.rewards is not None
         return [
             {
-                "prompt": responses.prompts[i].messages[-1].content,
+                "prompt": "\n".join(m.content for m in responses.prompts[i].messages[0 if conversing else -1 :]),
                 "response": responses.texts[i],
                 "score": None if self.reward_model is None else float(self.last.scores[i]),
                 "finished": bool(self.last.finished[i]),
