@@ -12,12 +12,13 @@ import conftest
 from lockstep.checking.parity import parity, print_summary
 from lockstep.checking.parity.differences import Step, compare_crossings, distance
 from lockstep.checking.parity.march import March, split
-from lockstep.checking.tap import EvaluateCall, GenerateCall
+from lockstep.checking.tap import EvaluateCall, GenerateCall, UpdateCall
 from lockstep.cli import main
 from lockstep.errors import ConfigError, Stopped
-from lockstep.interfaces import Generated
+from lockstep.interfaces import Generated, Term
 from lockstep.learning import randomness
 from lockstep.text.sequences import pack
+from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss
 from runs import DECODER, PPO_ONLY, TINY
 
 SMALL = [*TINY, *DECODER, "torch.threads=1", "jax.compilation_cache=null"]
@@ -155,6 +156,21 @@ def test_not_a_number_on_one_side_is_infinitely_far_and_on_both_is_agreement():
         step = Step("ppo", 0)
         compare_crossings(step, ("a", "b"), [make(one)], [make(other)])
         assert step.measures["values"] == expected
+
+
+def test_an_array_of_prompts_is_compared_where_all_rows_of_a_prompt_are_the_same():
+    """DPO's pairs [N, K, K] beside its rows [N K, T]."""
+    tokens = [[[2], [3], [4], [5]], [[2], [3], [4], [9]]]  # the second prompt's last row differs
+    blocks = [pack([[1]] * 4, rows, 36, prompt_columns=1, response_columns=1) for rows in tokens]
+    pairs = np.zeros((2, 2, 2), np.float32)
+    for changed, expected in (((0, 0, 1), 0.5), ((1, 0, 1), 0.0)):
+        other = pairs.copy()
+        other[changed] = 0.5
+        arrays = zip(blocks, ({"pairs": pairs, "one": np.zeros(3)}, {"pairs": other, "one": np.zeros(3)}), strict=True)
+        calls = [UpdateCall([Term(NextTokenLoss(), rows, batch)], 1.0, None, {"loss": 0.0}) for rows, batch in arrays]
+        step = Step("ppo", 0)
+        compare_crossings(step, ("a", "b"), *([call] for call in calls))
+        assert step.measures["batch.pairs"] == expected and "batch.one" not in step.measures
 
 
 def test_crossings_that_are_no_pair_end_the_comparison_and_say_so():

@@ -149,8 +149,13 @@ def _same_rows(step: Step, a: Sequences, b: Sequences) -> np.ndarray:
 
 
 def _counted(array: np.ndarray, mask: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Which elements to compare: those under the mask if there is a column per token, else those of the rows."""
-    return mask & rows[:, None] if array.shape == mask.shape else rows
+    """Which elements to compare: those under the mask if there is a column per token, else those of the rows. In an array with an
+    entry per prompt, those of prompts whose rows, which are neighbours, are all the same."""
+    if array.shape == mask.shape:
+        return mask & rows[:, None]
+    if len(array) and len(rows) % len(array) == 0:
+        return rows.reshape(len(array), -1).all(axis=1)
+    return np.full(len(array), bool(rows.all()))
 
 
 def _largest(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float | None:
