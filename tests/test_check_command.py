@@ -38,7 +38,7 @@ def test_a_component_that_conforms_has_a_line_for_each_check_and_one_at_the_end(
     lines = [each for each in lines if not each.startswith("  with ")]
     assert lines.count("  ✓ padding_is_inert") == 2 and "reward_model function on torch, bfloat16" in lines
     assert sum(each.startswith("  ") for each in lines) == 2 * len(checks("reward_model"))
-    assert last == "function conforms on torch, float32 and bfloat16: 7 checks passed, 2 do not apply"
+    assert last == "function conforms on torch, float32 and bfloat16: 7 checks passed, 4 do not apply"
 
 
 def test_a_failure_has_the_property_the_numbers_and_what_it_usually_means(capsys):
@@ -48,7 +48,7 @@ def test_a_failure_has_the_property_the_numbers_and_what_it_usually_means(capsys
     assert "the difference 0." in said
     assert "      usually: scores were stored in an array with the token ids' dtype: 0.73 becomes 0\n" in said
     assert said.splitlines()[-1] == (
-        f"{ROUNDED} does not conform on torch, float32: 1 failed (fractions_survive), 6 checks passed, 2 do not apply"
+        f"{ROUNDED} does not conform on torch, float32: 1 failed (fractions_survive), 6 checks passed, 4 do not apply"
     )
 
 
@@ -142,7 +142,7 @@ class Needy(PPO):
         (["miniature"], r"'miniature' is of kind data, which has no checks. Kinds with checks: backend, policy, "),
         (["ppo", "policy"], r"No policy named 'ppo' to check. 'ppo' is of kind algorithm. There are: decoder, huggingface"),
         (["ppo", "algo"], r"There are no checks for the kind 'algo'."),
-        (["my_module:PPO"], r"What kind is my_module:PPO\? Add --kind with one of backend, policy, reward_model, algorithm."),
+        (["my_module:PPO"], r"What kind is my_module:PPO\? Add --kind with one of backend, policy, reward_model, environment,"),
         (["ppo", None, "torhc"], r"No backend named 'torhc'. Did you mean 'torch'\? There are: .*torch."),
         (["torch", None, "jax"], r"'torch' is a backend. Leave out --backend, or type: lockstep check jax"),
         (["nowhere:PPO", "algorithm", "torch"], r"The algorithm 'nowhere:PPO' .* cannot be imported: ModuleNotFoundError"),
@@ -197,7 +197,7 @@ def said(pytester, mark: str, *options: str) -> pytest.RunResult:
 
 def test_there_is_a_test_for_each_backend_precision_and_check(pytester):
     result = said(pytester, '@pytest.mark.conformance("reward_model", "function", backends=["torch"])', "-v", "-rs")
-    result.assert_outcomes(passed=14, skipped=4)
+    result.assert_outcomes(passed=14, skipped=8)
     result.stdout.fnmatch_lines([
         "*::test_conformance?torch-float32-fractions_survive? PASSED*",
         "*::test_conformance?torch-bfloat16-the_value_network_is_a_copy? SKIPPED*",
@@ -211,7 +211,7 @@ def test_a_failure_is_told_without_a_traceback(pytester):
         'overrides=["backend.threads=1"])'
     )
     result = said(pytester, mark)
-    result.assert_outcomes(passed=6, failed=1, skipped=2)
+    result.assert_outcomes(passed=6, failed=1, skipped=4)
     result.stdout.fnmatch_lines([
         "A score of 0.73 stays 0.73 (invariant 11).",
         "found: scores: * the difference 0.* is above 1e-05",

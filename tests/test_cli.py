@@ -22,7 +22,6 @@ from lockstep.runs.experiment import Experiment
 from lockstep.runs.interrupts import GracefulStop, terminable
 from lockstep.runs.runner import Runner
 from lockstep.storage.files import read_json
-from lockstep_rlhf.reward_models.function import _import
 from runs import DECODER, TINY
 from test_sweeps import ALONE
 
@@ -87,12 +86,15 @@ def test_code_of_ones_own_in_the_current_folder_is_found_when_the_configuration_
     digests = identity.code_digests(["my_own_module"])
     assert "my_own_module" in digests and sys.path[-1] == str(here)
     assert registry.Registry().resolve("algorithm", "my_own_module:Mine").__name__ == "Mine"
-    assert _import("my_own_module:scores")([], []) == []
+    assert registry.function_at("my_own_module:scores", "key")([], []) == []
 
 
 def test_a_module_of_ones_own_with_the_name_of_a_library_says_that_it_is_in_the_way(here):
     (here / "colorsys.py").write_text("def scores(prompts, responses): return []\n")
-    for call, error in ((_import, ConfigError), (lambda name: registry.Registry().resolve("algorithm", name), RegistryError)):
+    for call, error in (
+        (lambda name: registry.function_at(name, "key"), ConfigError),
+        (lambda name: registry.Registry().resolve("algorithm", name), RegistryError),
+    ):
         with pytest.raises(
             error, match=r"no attribute 'scores'.* \./colorsys.py is not used, because a library has its name .*: rename"
         ):
@@ -103,8 +105,8 @@ def test_a_module_of_ones_own_with_the_name_of_a_library_says_that_it_is_in_the_
 def test_a_module_of_ones_own_that_exits_when_imported_is_an_error(here, ending, request):
     name = f"exits_{abs(hash(ending))}"
     (here / f"{name}.py").write_text(f"import sys\n{ending}\n")
-    with pytest.raises(ConfigError, match=f"reward_model.function='{name}:f' cannot be imported: "):
-        _import(f"{name}:f")
+    with pytest.raises(ConfigError, match=f"key='{name}:f' cannot be imported: "):
+        registry.function_at(f"{name}:f", "key")
     with pytest.raises(RegistryError, match=f"{name}:F\\) cannot be imported: "):
         registry.Registry().resolve("algorithm", f"{name}:F")
 

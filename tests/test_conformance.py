@@ -46,7 +46,8 @@ BUILT_IN = [
 
 
 IN_FLOAT32 = (
-    "distillation", "online_preferences", "rejection_sampling", "preference_optimisation", "sum", "answer", "pattern", "length",
+    "pretrain", "sft", "reward_modelling", "policy_gradient", "distillation", "online_preferences", "rejection_sampling",
+    "preference_optimisation", "sum", "answer", "pattern", "length",
 )  # fmt: skip
 """In bfloat16 they do nothing that the others do not."""
 ON_TORCH = ("sum", "answer", "pattern", "length")
