@@ -311,6 +311,8 @@ def table(kills: list[dict[str, Any]]) -> list[str]:
     for backend in dict.fromkeys(kill["backend"] for kill in kills):
         for stage in (*STAGES[1:], "all"):
             here = [k for k in kills if k["backend"] == backend and stage in (k["stage"], "all")]
+            if not here:
+                continue
             count = lambda *what: sum(k["during"] in what for k in here)  # noqa: E731, B023
             most = [max((k["repeated"] for k in here if k["checkpoint_every"] == every), default=0) for every in (1, 2)]
             equal, whole = sum(k["equal"] for k in here), sum(k["wandb_whole"] for k in here)
@@ -322,7 +324,7 @@ def table(kills: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def report(kills: list[dict[str, Any]], seconds: float) -> str:
+def report(kills: list[dict[str, Any]], seconds: float, output: str) -> str:
     packages = ("torch", "jax", "numpy", "safetensors", "wandb")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     failed = [kill for kill in kills if kill["problems"]]
@@ -339,7 +341,7 @@ def report(kills: list[dict[str, Any]], seconds: float) -> str:
             "",
             f"{len(kills)} kills with SIGKILL, {len(kills) - len(failed)} continuations equal to the uninterrupted run in every "
             "bit of every output file, every metric and sample, with one whole W&B log per stage. `kills.py` says what was "
-            "run, how the moments were chosen and what was compared; `kills.json` has a row per kill.",
+            f"run, how the moments were chosen and what was compared; `{output}.json` has a row per kill.",
             "",
             *table(kills),
             "",
@@ -389,7 +391,8 @@ def main() -> None:
 
     with ThreadPoolExecutor(len(backends)) as pool:
         list(pool.map(run, range(len(backends))))
-    arguments.output.with_suffix(".md").write_text(report(kills, time.perf_counter() - started), encoding="utf-8")
+    text = report(kills, time.perf_counter() - started, arguments.output.name)
+    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
     print("\n".join(table(kills)))
     sys.exit(any(kill["problems"] for kill in kills))
 
