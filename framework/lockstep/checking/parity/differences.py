@@ -154,7 +154,7 @@ def _counted(array: np.ndarray, mask: np.ndarray, rows: np.ndarray) -> np.ndarra
     if array.shape == mask.shape:
         return mask & rows[:, None]
     if len(array) and len(rows) % len(array) == 0:
-        return rows.reshape(len(array), -1).all(axis=1)
+        return np.asarray(rows.reshape(len(array), -1).all(axis=1))
     return np.full(len(array), bool(rows.all()))
 
 
