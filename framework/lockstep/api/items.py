@@ -91,8 +91,3 @@ def prompt(item: Any) -> Prompt:
     found: Prompt
     (found,) = read("prompts", [item])
     return found
-
-
-def dialogue(prompt: Prompt) -> list[dict[str, str]]:
-    """The messages that a reward function is given."""
-    return [{"role": m.role, "content": m.content} for m in prompt.messages]

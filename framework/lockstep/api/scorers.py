@@ -15,7 +15,7 @@ from lockstep.api.sampling import COLUMNS, ROWS
 from lockstep.api.sources import find, load_tokenizer, open_backend, reader
 from lockstep.errors import ConfigError, DataError, RewardError, told
 from lockstep.interfaces import Backend, Responses, RewardModel, ScalarModel
-from lockstep.learning.rows import arguments, columns_of
+from lockstep.learning.rows import arguments, columns_of, dialogues
 from lockstep.learning.scores import scores_of
 from lockstep.reporting.console import Console
 from lockstep.runs.assembly import save_result
@@ -143,7 +143,7 @@ class Called(RewardModel):
     def score(self, responses: Responses) -> np.ndarray:
         texts = responses.texts
         named = arguments(self.function, columns_of(responses.prompts))
-        found = self.function([items.dialogue(prompt) for prompt in responses.prompts], list(texts), **named)
+        found = self.function(dialogues(responses.prompts), list(texts), **named)
         try:
             scores = scores_of(found, len(texts)).astype(np.float32)
         except RewardError as error:

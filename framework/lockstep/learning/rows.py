@@ -1,4 +1,5 @@
-"""What is known about a prompt (`lockstep.types.Prompt.truth`), as reward functions get it: columns, one value per response."""
+"""A prompt as reward functions get it: its messages, and what is known about it (`lockstep.types.Prompt.truth`) in columns, one
+value per response."""
 
 from __future__ import annotations
 
@@ -15,7 +16,14 @@ from lockstep.types import Prompt
 Columns = Mapping[str, Sequence[Any]]
 """{name: a value for each response, None where its prompt has none}."""
 
+Dialogue = list[dict[str, str]]
+"""Messages: {role, content}."""
+
 STAND_IN = "A response."
+
+
+def dialogues(prompts: Sequence[Prompt]) -> list[Dialogue]:
+    return [[{"role": m.role, "content": m.content} for m in prompt.messages] for prompt in prompts]
 
 
 def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:

@@ -11,9 +11,9 @@ from lockstep.config.schema import setting
 from lockstep.config.secrets import redact
 from lockstep.errors import RewardError
 from lockstep.interfaces import Resources
-from lockstep.learning.rows import Columns
+from lockstep.learning.rows import Columns, Dialogue
 from lockstep.learning.scores import scores_of
-from lockstep_rlhf.reward_models.outside import Dialogue, NoScores, OneAtATime, Outside
+from lockstep_rlhf.reward_models.outside import NoScores, OneAtATime, Outside
 from lockstep_rlhf.reward_models.server import LARGEST_ANSWER, Server, ServerConfig, shown, token
 
 LARGEST_SCORE = 2**10

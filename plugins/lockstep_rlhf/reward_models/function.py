@@ -10,10 +10,10 @@ import numpy as np
 from lockstep.config.schema import REQUIRED, setting
 from lockstep.errors import RewardError, told
 from lockstep.interfaces import DataSource, Resources
-from lockstep.learning.rows import Columns, arguments, columns_of, first_row
+from lockstep.learning.rows import Columns, Dialogue, arguments, columns_of, dialogues, first_row
 from lockstep.learning.scores import scores_of
 from lockstep.registry import function_at
-from lockstep_rlhf.reward_models.outside import LONGEST_TIMEOUT, MOST_RETRIES, Dialogue, NoScores, OneAtATime, Outside, dialogues
+from lockstep_rlhf.reward_models.outside import LONGEST_TIMEOUT, MOST_RETRIES, NoScores, OneAtATime, Outside
 
 
 class Function(Outside):

@@ -7,21 +7,19 @@ import queue
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 
 from lockstep.errors import RewardError, told
 from lockstep.interfaces import Responses, RewardModel
-from lockstep.learning.rows import Columns, columns_of
+from lockstep.learning.rows import Columns, Dialogue, columns_of, dialogues
 from lockstep.text.sequences import chunks
-from lockstep.types import Prompt
 
 log = logging.getLogger("lockstep")
 
 T = TypeVar("T")
-Dialogue = list[dict[str, str]]
 
 LONGEST_TIMEOUT = 86400.0
 """Seconds: a day."""
@@ -89,10 +87,6 @@ class Outside(RewardModel):
     def attempt(self, prompts: list[Dialogue], texts: list[str], columns: Columns) -> np.ndarray:
         """`ask`, with the configured retries."""
         return patiently(lambda: self.ask(prompts, texts, columns), self.source, self.config.retries, self.pause)
-
-
-def dialogues(prompts: Sequence[Prompt]) -> list[Dialogue]:
-    return [[{"role": m.role, "content": m.content} for m in prompt.messages] for prompt in prompts]
 
 
 def patiently(ask: Callable[[], T], source: str, retries: int, pause: Callable[[int], float]) -> T:
