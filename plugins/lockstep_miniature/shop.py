@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep.config.schema import setting
-from lockstep.data.drawn import Drawn
+from lockstep.data.drawn import SPLITS, Drawn
 from lockstep.errors import DataError, MissingData, did_you_mean, listing, short
 from lockstep.interfaces import DataSource, Environment, Episode, Reply
 from lockstep.learning.episodes import EnvironmentConfig
@@ -26,7 +26,6 @@ from lockstep_miniature.world import NUMBERS, THINGS
 STOCK, SUM = "how many {} are in the shop ?", "what is {} plus {} plus {} ?"
 ANSWER = "there are {} ."
 COUNT = "count"
-SPLITS = ("train", "heldout")
 
 
 @dataclass(frozen=True)
