@@ -126,6 +126,24 @@ def test_keys_that_follow_from_the_backend_do_not_name_groups_but_are_listed(tmp
     assert c.differing["backend.threads"] == ["2", "4"]
 
 
+def test_groups_of_several_algorithms_are_named_by_their_files(tmp_path):
+    """Keys that are the same in all runs of an algorithm are listed and no part of its name; those that are varied are."""
+
+    def run(backend, name, **keys):
+        changes = {"choices.algorithm": name, "choices.backend": backend, **keys}
+        return write_run(tmp_path, backend, 0, **changes)
+
+    methods = {"ppo": {"algorithm.clip": 0.2}, "grpo": {"algorithm.samples": 8, "algorithm.scale": "group"}}
+    runs = [run(backend, name, **keys) for backend in ("torch", "jax") for name, keys in methods.items()]
+    c = comparison_of(*runs)
+    assert [g.label for g in c.groups] == ["torch, ppo", "torch, grpo", "jax, ppo", "jax, grpo"]
+    assert c.differing["algorithm.samples"] == ["null", "8", "null", "8"]
+    assert [g.label for g in groups.group(reading.read(runs), ["algorithm"]).groups] == ["ppo", "grpo"]
+    runs.append(run("jax", "grpo", **{"algorithm.samples": 4, "algorithm.scale": "group"}))
+    assert [g.label for g in comparison_of(*runs[-2:]).groups] == ["jax, samples=8", "jax, samples=4"]
+    assert [g.label for g in comparison_of(*runs).groups][3:] == ["jax, grpo, samples=8", "jax, grpo, samples=4"]
+
+
 def test_a_stages_copy_of_a_shared_key_is_not_listed_again(tmp_path):
     runs = [write_run(tmp_path, "torch", 0, **{"ppo.clip": c, "stages.ppo.clip": c}) for c in (0.1, 0.2)]
     assert list(comparison_of(*runs).differing) == ["ppo.clip"]

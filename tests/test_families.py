@@ -20,11 +20,12 @@ from conftest import same  # noqa: E402
 from lockstep.config.schema import parse  # noqa: E402
 from lockstep.errors import CheckpointError  # noqa: E402
 from lockstep.learning import randomness  # noqa: E402
+from lockstep.learning.turns import Turns  # noqa: E402
 from lockstep.models.architecture import FAMILIES, check_shapes, from_hf, parameter_shapes, scalar_head, to_hf  # noqa: E402
 from lockstep.registry import registry  # noqa: E402
 from lockstep.storage.files import read_json, write_json  # noqa: E402
 from lockstep.storage.weights import write_tensors  # noqa: E402
-from lockstep.text.sequences import pack  # noqa: E402
+from lockstep.text.sequences import left_pad, pack  # noqa: E402
 from lockstep_jax.backend import JaxBackend  # noqa: E402
 from lockstep_jax.policies import HuggingFace  # noqa: E402
 
@@ -360,6 +361,32 @@ def test_torch_and_jax_agree_and_read_each_other(family, backend, on_torch, tmp_
         np.testing.assert_allclose(found, scores, atol=TOLERANCE)
         writer.save(folder)
         same(reader.load(folder, there).parameters(), one.parameters())
+
+
+def test_a_turn_from_the_cache_is_as_from_the_whole_context(family, backend, on_torch, tmp_path):
+    """Across the windows' edges, in rows of several lengths. transformers' own layers forget what is outside their window."""
+    cls, other = on_torch
+    realistic(family).save_pretrained(tmp_path)
+    for policy in (HuggingFace.load(tmp_path, backend), cls.load(tmp_path, other)):
+        continued = []
+
+        def generate(tokens, mask, seeds, past, policy=policy, continued=continued):
+            continued.append(past)
+            return policy.generate(
+                tokens, mask, seeds, temperature=1.0, stop_ids=[], pad_id=0, **({"past": past} if past else {})
+            )
+
+        turns, contexts = Turns(generate, 0), [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
+        drawn = turns.next(range(3), contexts, randomness.token_seeds(0, "sampling", 0, 3, 5), 7)
+        contexts = [[*c, *row.tolist(), *c[:2], 3] for c, row in zip(contexts, drawn.tokens, strict=True)]
+        seeds = randomness.token_seeds(0, "sampling", 1, 2, 5)
+        found = turns.next([2, 0], [contexts[2], contexts[0]], seeds, 16)
+        expected = generate(*left_pad([contexts[2], contexts[0]], 0, 16), seeds, None)
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=TOLERANCE)
+        architecture = from_hf(read_json(tmp_path / "config.json"))
+        windows = any(architecture.window(number) for number in range(architecture.layers))
+        assert (continued[1] is None) == (windows and policy.backend is other)
 
 
 # ------------------------------------------------------------------------------------------------------------------ files

@@ -79,11 +79,24 @@ class Component:
 @dataclass(frozen=True)
 class Generated:
     """What a policy sampled: ``tokens`` int32 [B, T], ``mask`` bool [B, T] (the stop token kept, all after it False),
-    ``logprobs`` float32 [B, T], the sampler's own, at the sampling temperature."""
+    ``logprobs`` float32 [B, T], the sampler's own, at the sampling temperature. ``cache`` is the policy's own: keys and values of
+    all [B, P + T] columns for a `Past`, but of no row's last token; None if it keeps none."""
 
     tokens: np.ndarray
     mask: np.ndarray
     logprobs: np.ndarray
+    cache: Any = None
+
+
+@dataclass(frozen=True)
+class Past:
+    """What is known of left-padded prompts from an earlier call: column c of row b, for c < ``known``, is column c + shift[b] of
+    row rows[b] in ``cache``, or is padding. ``rows`` and ``shift`` are int32 [B]."""
+
+    cache: Any
+    rows: np.ndarray
+    shift: np.ndarray
+    known: int
 
 
 class Model(ABC):
@@ -196,6 +209,7 @@ class Policy(Model, Component):
         temperature: float,
         stop_ids: Sequence[int],
         pad_id: int,
+        past: Past | None = None,
     ) -> Generated:
         """Sample one response per row from softmax(logits / temperature); temperature 0 takes the most likely token.
 
@@ -204,6 +218,7 @@ class Policy(Model, Component):
           seeds: uint32 [B, T]. Row b, column t draws its token by the hash-Gumbel rule of `lockstep.learning.randomness` from
             seeds[b, t] and nothing else, so the tokens do not depend on the backend or on how rows are batched.
           stop_ids: a row ends with the first of these; it is kept, and everything after it is ``pad_id``, masked.
+          past: given only to a policy whose results have a ``cache``. It changes no token.
         """
 
     def stream(

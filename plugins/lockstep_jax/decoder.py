@@ -129,14 +129,29 @@ SHALLOW = 8
 what it keeps for its gradient, which took a sixth of the time of the benchmark's four layers."""
 
 
+Layers = list[tuple[Array, Array]]
+"""Keys and values of each layer, [B, H_kv, columns, hd]."""
+
+
 class Cache(NamedTuple):
-    """``layers``: keys and values of each, [B, H_kv, P + T, hd]; ``length`` columns are filled. ``mask`` [B, P + T] is True on
+    """``layers`` with P + T columns; ``length`` columns are filled. ``mask`` [B, P + T] is True on
     real columns; ``count`` [B] is the position of the next token."""
 
-    layers: list[tuple[Array, Array]]
+    layers: Layers
     mask: Array
     count: Array
     length: Array
+
+
+@functools.partial(jax.jit, static_argnames="known")
+def recalled(layers: Layers, rows: Array, shift: Array, *, known: int) -> Layers:
+    """The known columns of a cache, as `lockstep.interfaces.Past` says: each [B, H_kv, known, hd]."""
+
+    def of(kept: Array) -> Array:
+        columns = jnp.clip(jnp.arange(known) + shift[:, None], 0, kept.shape[2] - 1)
+        return jnp.take_along_axis(kept[rows], columns[:, None, :, None], axis=2)
+
+    return jax.tree.map(of, layers)
 
 
 class Kinds(NamedTuple):
@@ -213,13 +228,21 @@ class DecoderNetwork(nnx.Module):
         graph, stacked = nnx.split(self.layers)
         return [nnx.merge(graph, at(number, stacked)) for number in range(self.architecture.layers)]
 
-    def start(self, layers: Sequence[Layer], tokens: Array, mask: Array, new_tokens: int) -> tuple[Array, Cache]:
-        """Hidden state [B, d] of the last column, and a cache with room for ``new_tokens`` more."""
+    def start(
+        self, layers: Sequence[Layer], tokens: Array, mask: Array, new_tokens: int, past: Layers | None = None
+    ) -> tuple[Array, Cache]:
+        """Hidden state [B, d] of the last column, and a cache with room for ``new_tokens`` more. ``past``: keys and values of the
+        first columns, from `recalled`."""
         a, (rows, length) = self.architecture, tokens.shape
-        room = jnp.zeros((rows, a.kv_heads, length + new_tokens, a.head_dim), attention_dtype(self.dtype, self.platform))
-        position = positions(mask)
-        x = self.embed(tokens, mask, position)
-        x, kept = self.feed(layers, x, position, causal(mask), [(room, room)] * a.layers, 0, length - 1)
+        known = past[0][0].shape[2] if past else 0
+        shape = rows, a.kv_heads, length - known + new_tokens, a.head_dim
+        room = jnp.zeros(shape, attention_dtype(self.dtype, self.platform))
+        kept = [(room, room)] * a.layers
+        if past:
+            kept = [(jnp.concatenate([k, room], axis=2), jnp.concatenate([v, room], axis=2)) for k, v in past]
+        position = positions(mask)[:, known:]
+        x = self.embed(tokens[:, known:], mask[:, known:], position)
+        x, kept = self.feed(layers, x, position, causal(mask)[:, :, known:], kept, known, length - known - 1)
         return x, Cache(kept, jnp.pad(mask, ((0, 0), (0, new_tokens))), mask.sum(-1), jnp.int32(length))
 
     def advance(self, layers: Sequence[Layer], token: Array, cache: Cache) -> tuple[Array, Cache]:

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from lockstep.learning import randomness
-from lockstep_jax.decoder import Cache, NetworkSpec, Tree
+from lockstep_jax.decoder import Cache, Layers, NetworkSpec, Tree
 
 
 class DecodeState(NamedTuple):
@@ -45,12 +45,13 @@ class Drawing(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("spec", "greedy"))
 def generate(
-    params: Tree, frozen: Tree, prompt_tokens: Array, prompt_mask: Array, drawing: Drawing, *, spec: NetworkSpec, greedy: bool
-) -> tuple[Array, Array, Array]:
-    """See `lockstep.interfaces.Policy.generate`. Tokens, mask and logprobs, each [B, T]."""
+    params: Tree, frozen: Tree, prompt_tokens: Array, prompt_mask: Array, drawing: Drawing, past: Layers | None = None,
+    *, spec: NetworkSpec, greedy: bool,
+) -> tuple[tuple[Array, Array, Array], Layers]:  # fmt: skip
+    """See `lockstep.interfaces.Policy.generate`. Tokens, mask and logprobs, each [B, T]; and the keys and values."""
     decoding = Decoding(params, frozen, drawing, spec, greedy)
-    last = decoding.until(drawing.seeds.shape[1], decoding.start(prompt_tokens, prompt_mask))
-    return last.tokens, last.mask, last.logprobs
+    last = decoding.until(drawing.seeds.shape[1], decoding.start(prompt_tokens, prompt_mask, past))
+    return (last.tokens, last.mask, last.logprobs), last.cache.layers
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "greedy"))
@@ -81,9 +82,9 @@ class Decoding:
         self.layers, self.head = self.decoder.apart(), self.decoder.head().astype(self.decoder.dtype)
         self.drawing, self.greedy = drawing, greedy
 
-    def start(self, prompt_tokens: Array, prompt_mask: Array) -> DecodeState:
+    def start(self, prompt_tokens: Array, prompt_mask: Array, past: Layers | None = None) -> DecodeState:
         rows, steps = self.drawing.seeds.shape
-        hidden, cache = self.decoder.start(self.layers, prompt_tokens, prompt_mask, steps)
+        hidden, cache = self.decoder.start(self.layers, prompt_tokens, prompt_mask, steps, past)
         nothing = DecodeState(
             step=jnp.int32(0),
             tokens=jnp.full((rows, steps), self.drawing.pad_id, jnp.int32),

@@ -14,14 +14,14 @@ import numpy as np
 from jax import Array
 
 from lockstep.errors import ConfigError
-from lockstep.interfaces import Generated, Policy, ScalarModel, check_vocabularies
+from lockstep.interfaces import Generated, Past, Policy, ScalarModel, check_vocabularies
 from lockstep.learning import losses
 from lockstep.models import adapters
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, family_of, to_hf
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_tensors
 from lockstep.text.sequences import Sequences
-from lockstep_jax.decoder import TEACHER, DecoderNetwork, DropoutMask, NetworkSpec, Tree
+from lockstep_jax.decoder import TEACHER, DecoderNetwork, DropoutMask, NetworkSpec, Tree, recalled
 from lockstep_jax.device import JaxDevice
 from lockstep_jax.generation import Drawing, generate, proceed, start
 from lockstep_jax.parameters import from_arrays, to_arrays
@@ -207,11 +207,15 @@ class LanguageModel(JaxModel, Policy):
         temperature: float,
         stop_ids: Sequence[int],
         pad_id: int,
+        past: Past | None = None,
     ) -> Generated:
         self.check_length(int(prompt_mask.sum(axis=1).max()) + seeds.shape[1])
         drawing = Drawing.of(seeds, temperature, stop_ids, pad_id)
-        drawn = generate(self.params, self.frozen, prompt_tokens, prompt_mask, drawing, spec=self.spec, greedy=temperature == 0)
-        return Generated(*(np.asarray(array) for array in jax.device_get(drawn)))
+        known = past and recalled(past.cache, past.rows, past.shift, known=past.known)
+        how: dict[str, Any] = {"spec": self.spec, "greedy": temperature == 0}
+        drawn, cache = generate(self.params, self.frozen, prompt_tokens, prompt_mask, drawing, known, **how)
+        tokens, mask, logprobs = map(np.asarray, jax.device_get(drawn))
+        return Generated(tokens, mask, logprobs, cache)
 
     def stream(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lockstep.interfaces import Past
 from lockstep.learning import randomness
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf
@@ -43,9 +44,13 @@ class Network(nn.Module):
         under a False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int."""
         raise NotImplementedError
 
-    def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, Any]:
+    def start(self, tokens: Tensor, mask: Tensor, new_tokens: int, past: Past | None = None) -> tuple[Tensor, Any]:
         """Hidden state [B, d] of the last column, and a cache with room for ``new_tokens`` more."""
         raise NotImplementedError
+
+    def kept(self, cache: Any) -> Any:
+        """The cache, if `start` can continue from it."""
+        return cache
 
     def advance(self, token: Tensor, cache: Any) -> Tensor:
         """Feed one token [B] to every row; hidden state [B, d]. Changes the cache in place."""
@@ -151,6 +156,13 @@ class Cache:
     read: int
 
 
+def recalled(past: Past, kept: Tensor) -> Tensor:
+    """The known columns of keys or values: [B, H_kv, known, hd] of ``kept`` [rows, H_kv, columns, hd]."""
+    rows, shift = (torch.as_tensor(numbers, dtype=torch.int64, device=kept.device) for numbers in (past.rows, past.shift))
+    columns = (torch.arange(past.known, device=kept.device) + shift[:, None]).clamp(0, kept.shape[2] - 1)
+    return kept[rows[:, None], :, columns].transpose(1, 2)
+
+
 class DecoderNetwork(Network):
     """Pre-norm transformer with RMSNorm, rotary positions, grouped-query attention and SwiGLU (Touvron et al. 2023)."""
 
@@ -180,8 +192,9 @@ class DecoderNetwork(Network):
             x = checkpoint(call, x, rotation, visible, use_reentrant=False) if again else call(x, rotation, visible)
         return self.model["norm"](x)
 
-    def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, Cache]:
+    def start(self, tokens: Tensor, mask: Tensor, new_tokens: int, past: Past | None = None) -> tuple[Tensor, Cache]:
         rows, length = tokens.shape
+        known = past.known if past else 0
         a = self.architecture
         shape = (rows, a.kv_heads, length + new_tokens, a.head_dim)
         dtype = attention_dtype(tokens.device)
@@ -193,12 +206,15 @@ class DecoderNetwork(Network):
             column=torch.tensor([length], device=tokens.device),
             read=length + new_tokens if self.replays else length,
         )
-        visible, prompt = causal(mask), torch.arange(length, device=tokens.device)
-        x = self.embed(tokens, mask)
-        rotation = self.rotation(positions(mask))
+        if past is not None:
+            for new, old in zip([*cache.keys, *cache.values], [*past.cache.keys, *past.cache.values], strict=True):
+                new[:, :, :known] = recalled(past, old)
+        visible, fed = causal(mask)[:, :, known:], torch.arange(known, length, device=tokens.device)
+        x = self.embed(tokens[:, known:], mask[:, known:])
+        rotation = self.rotation(positions(mask)[:, known:])
         for number, layer in enumerate(self.model["layers"]):
-            first = length - 1 if number == a.layers - 1 else 0
-            x = layer(x, rotation, visible, (cache.keys[number], cache.values[number], prompt, length), first=first)
+            first = length - known - 1 if number == a.layers - 1 else 0
+            x = layer(x, rotation, visible, (cache.keys[number], cache.values[number], fed, length), first=first)
         return self.model["norm"](x[:, -1]), cache
 
     def advance(self, token: Tensor, cache: Cache) -> Tensor:

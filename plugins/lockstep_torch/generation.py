@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.interfaces import Generated
+from lockstep.interfaces import Generated, Past
 from lockstep.learning import randomness
 from lockstep_torch.decoder import Network, hash32, high_bits
 
@@ -23,10 +23,11 @@ def generate(
     temperature: float,
     stop_ids: Sequence[int],
     pad_id: int,
+    past: Past | None,
 ) -> Generated:
     """See `lockstep.interfaces.Policy.generate`. Tensors: [B, P] ids, [B, P] mask, [B, T] seeds as int32. The caller must disable
     gradients."""
-    decoding = Decoding(network, prompt_tokens, prompt_mask, seeds, temperature, stop_ids, pad_id)
+    decoding = Decoding(network, prompt_tokens, prompt_mask, seeds, temperature, stop_ids, pad_id, past)
     advance = decoding.advance
     for t in range(1, seeds.shape[1]):
         if not decoding.alive.any():
@@ -35,7 +36,7 @@ def generate(
             advance = recorded(advance, seeds.device)
         advance()
     arrays = (decoding.tokens.cpu().numpy().astype(np.int32), decoding.mask.cpu().numpy(), decoding.logprobs.cpu().numpy())
-    return Generated(*arrays)
+    return Generated(*arrays, network.kept(decoding.cache))
 
 
 class Decoding:
@@ -51,6 +52,7 @@ class Decoding:
         temperature: float,
         stop_ids: Sequence[int],
         pad_id: int,
+        past: Past | None = None,
     ):
         (rows, steps), device = seeds.shape, seeds.device
         self.network, self.seeds, self.temperature, self.pad_id = network, seeds, temperature, pad_id
@@ -61,7 +63,7 @@ class Decoding:
         self.alive = torch.ones(rows, dtype=torch.bool, device=device)
         self.last = torch.zeros(rows, dtype=torch.int64, device=device)
         self.stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
-        hidden, self.cache = network.start(prompt_tokens, prompt_mask, steps)
+        hidden, self.cache = network.start(prompt_tokens, prompt_mask, steps, past)
         self.draw(hidden)
 
     def advance(self) -> None:

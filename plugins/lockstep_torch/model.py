@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lockstep.interfaces import Generated, Policy, ScalarModel, check_vocabularies
+from lockstep.interfaces import Generated, Past, Policy, ScalarModel, check_vocabularies
 from lockstep.learning import losses
 from lockstep.models import adapters
 from lockstep.models.architecture import causal_class, classifier_class
@@ -177,6 +177,7 @@ class LanguageModel(TorchModel, Policy):
         temperature: float,
         stop_ids: Sequence[int],
         pad_id: int,
+        past: Past | None = None,
     ) -> Generated:
         put = self.backend.put
         with self._sampling():
@@ -188,6 +189,7 @@ class LanguageModel(TorchModel, Policy):
                 temperature=temperature,
                 stop_ids=stop_ids,
                 pad_id=pad_id,
+                past=past,
             )
 
     def stream(

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lockstep.errors import CheckpointError, ConfigError
+from lockstep.interfaces import Past
 from lockstep.models.architecture import usual_name
 from lockstep.storage.hub import hub
-from lockstep_torch.decoder import DropoutMask, Network, positions
+from lockstep_torch.decoder import DropoutMask, Network, positions, recalled
 
 
 def config_of(hf: Any) -> dict[str, Any]:
@@ -79,9 +80,23 @@ class TransformersNetwork(Network):
         with self._checkpointing_layers():
             return self._trunk(tokens, mask, positions(mask)).last_hidden_state[:, first:]
 
-    def start(self, tokens: Tensor, mask: Tensor, new_tokens: int) -> tuple[Tensor, dict[str, Any]]:
-        out = self._trunk(tokens, mask, positions(mask), use_cache=True)
+    def start(self, tokens: Tensor, mask: Tensor, new_tokens: int, past: Past | None = None) -> tuple[Tensor, dict[str, Any]]:
+        from transformers import DynamicCache
+
+        known, before = 0, {}
+        if past is not None:
+            known, before["past_key_values"] = past.known, DynamicCache()
+            for number, layer in enumerate(past.cache["past"].layers):
+                before["past_key_values"].update(recalled(past, layer.keys), recalled(past, layer.values), number)
+        out = self._trunk(tokens[:, known:], mask, positions(mask)[:, known:], use_cache=True, **before)
         return out.last_hidden_state[:, -1], {"past": out.past_key_values, "mask": mask, "count": mask.sum(-1)}
+
+    def kept(self, cache: dict[str, Any]) -> Any:
+        """Not with layers that keep a window or a state instead of all keys."""
+        from transformers.cache_utils import DynamicLayer
+
+        layers = getattr(cache["past"], "layers", [None])
+        return cache if all(type(layer) is DynamicLayer for layer in layers) else None
 
     def advance(self, token: Tensor, cache: dict[str, Any]) -> Tensor:
         cache["mask"] = F.pad(cache["mask"], (0, 1), value=True)

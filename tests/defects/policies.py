@@ -261,6 +261,41 @@ class GoesOnBehindTheStop(Decoder):
         return Generated(free.tokens, drawn.mask, drawn.logprobs)
 
 
+@defect("policy", caught_by="what_was_read_is_not_read_again")
+class KeepsTheFirstRows(Decoder):
+    """Takes the first rows of the cache, whichever rows go on."""
+
+    def generate(self, *arguments, past=None, **how):
+        past = past and dataclasses.replace(past, rows=np.arange(len(past.rows)))
+        return super().generate(*arguments, past=past, **how)
+
+
+@defect("policy", caught_by="what_was_read_is_not_read_again")
+class KeepsColumns(Decoder):
+    """Leaves what it knows in its columns, although padding is of another width now."""
+
+    def generate(self, *arguments, past=None, **how):
+        past = past and dataclasses.replace(past, shift=np.zeros_like(past.shift))
+        return super().generate(*arguments, past=past, **how)
+
+
+@defect("policy", caught_by="what_was_read_is_not_read_again")
+class CountsFromZero(Rewired):
+    """What follows the cache is read at positions from 0."""
+
+    class Network(DecoderNetwork):
+        def start(self, tokens, mask, new_tokens, past=None):
+            if past is None:
+                return super().start(tokens, mask, new_tokens)
+            self.shift = past.known
+            found = super().start(tokens, mask, new_tokens, past)
+            self.shift = 0
+            return found
+
+        def rotation(self, position):
+            return super().rotation((position - getattr(self, "shift", 0)).clamp(min=0))
+
+
 @defect("policy", caught_by="the_context_can_be_filled")
 class ShortTable(Rewired):
     """The sampler's table of positions ends before the context does."""

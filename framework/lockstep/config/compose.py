@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,12 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     """
     _refuse_doubtful(read(overrides))
     try:
-        composed = _compose(overrides)
+        composed = _compose(overrides, return_hydra_config=True)
     except LockstepError:
         raise
     except Exception as error:  # Hydra's and OmegaConf's own, and a few of Python's
         raise ConfigError(_explain(error, overrides)) from error
-    return resolved(composed)
+    return resolved(composed) | {"choices": _chosen(composed.hydra.runtime.choices)}
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
@@ -91,6 +91,7 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     Raises:
       ConfigError: a root key is unknown or has another type, a value is missing, or an interpolation leads nowhere.
     """
+    config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     _refuse_unread(config)
     try:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -100,6 +101,12 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, [])) from error
     return completed(values)
+
+
+def _chosen(choices: Mapping[str, Any]) -> dict[str, str]:
+    """{key of the root: name of its file} of Hydra's {'algorithm@sft': 'sft', ...}."""
+    places = {key: key.partition("@") for key in choices}
+    return {at or of: str(choices[key]) for key, (of, _, at) in places.items() if GROUPS.get(at or of) == of and choices[key]}
 
 
 def default(kind: str) -> str:
@@ -152,9 +159,9 @@ def _read(values: Any) -> set[str]:
     return set().union(*map(_read, parts))
 
 
-def _compose(overrides: Sequence[str], primary: str | None = "config") -> DictConfig:
+def _compose(overrides: Sequence[str], primary: str | None = "config", **how: bool) -> DictConfig:
     with hydra.initialize_config_dir(str(conf_folders()[CORE]), version_base="1.3"):
-        return hydra.compose(primary, overrides=list(overrides))
+        return hydra.compose(primary, overrides=list(overrides), **how)
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:

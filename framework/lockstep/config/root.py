@@ -34,6 +34,7 @@ class Root:
     sft: ConfigGroup | None = setting(None, "The algorithm of supervised fine-tuning.")
     reward: ConfigGroup | None = setting(None, "The algorithm that makes a reward model.")
     evaluation: ConfigGroup | None = setting(None, "What an evaluation measures; it has no `name`.")
+    choices: Mapping[str, str] | None = setting(None, "The file chosen for each group; it decides nothing by itself.")
     seed: int = setting(0, "Seeds all random numbers: initial weights, order, sampling.", least=0)
     folder: str = setting("runs", "Where stages and runs are kept.")
     objective: str | None = setting(None, "What a search maximises or minimises: stage/metric.")

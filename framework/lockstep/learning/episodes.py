@@ -20,7 +20,7 @@ import numbers
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -28,19 +28,16 @@ import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, EnvironmentFailed, told
-from lockstep.interfaces import Environment, Episode, Generated, Reply, Resources, Responses, RewardModel
+from lockstep.interfaces import Environment, Episode, Reply, Resources, Responses, RewardModel
 from lockstep.learning.randomness import hash32
+from lockstep.learning.turns import Generate, Turns
 from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
-from lockstep.text.sequences import left_pad
 from lockstep.text.stopping import Stops
 from lockstep.types import Message, Prompt
 
 MOST_MESSAGES = 16
 """Of one reply."""
-
-Generate = Callable[[np.ndarray, np.ndarray, np.ndarray], Generated]
-"""`lockstep.interfaces.Policy.generate` of left-padded tokens, their mask and seeds."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +56,10 @@ class EnvironmentConfig:
 
 @dataclass
 class Row:
-    """One episode. ``tokens``, ``counted`` and ``logprobs`` are of its response columns; what the environment said is not
-    counted. ``turn`` are the ids of the policy's last turn. ``reward`` is NaN if the environment failed."""
+    """One episode, by its ``number``. ``tokens``, ``counted`` and ``logprobs`` are of its response columns; what the environment
+    said is not counted. ``turn`` are the ids of the policy's last turn. ``reward`` is NaN if the environment failed."""
 
+    number: int
     episode: Episode
     prompt: list[int]
     seeds: np.ndarray
@@ -82,9 +80,10 @@ class Row:
 
 def converse(
     generate: Generate, stops: Stops, lengths: Lengths, environment: Environment, prompts: Sequence[Prompt],
-    prompt_ids: Sequence[Sequence[int]], seeds: np.ndarray,
+    prompt_ids: Sequence[Sequence[int]], seeds: np.ndarray, most: int,
 ) -> list[Row]:  # fmt: skip
-    """An episode for each row of ``seeds`` uint32 [B, T], begun with the prompt of that row.
+    """An episode for each row of ``seeds`` uint32 [B, T], begun with the prompt of that row. ``most`` rows, or a
+    half, a quarter, ... of them, are generated at a time, so that few shapes are compiled.
 
     Raises:
       EnvironmentFailed: there is no reply, and the configuration says to stop.
@@ -92,16 +91,17 @@ def converse(
     """
     own = hash32(hash32(seeds[:, 0]) ^ np.uint32(1))
     rows = [
-        Row(Episode(prompt, int(seed)), list(ids), of_row)
-        for prompt, ids, of_row, seed in zip(prompts, prompt_ids, seeds, own, strict=True)
+        Row(number, Episode(prompt, int(seed)), list(ids), of_row)
+        for number, (prompt, ids, of_row, seed) in enumerate(zip(prompts, prompt_ids, seeds, own, strict=True))
     ]
+    turns = Turns(generate, stops.tokenizer.pad_id)
     begun: list[Row] = []
     try:
         for number in range(1, environment.config.turns + 1):
             talking = [row for row in rows if not row.over]
             if not talking:
                 break
-            take_turns(generate, stops, lengths, environment.config.turn_tokens, talking, len(rows))
+            take_turns(turns, stops, lengths, environment.config.turn_tokens, talking, most)
             talking = [row for row in talking if row.finished]
             begun = talking if number == 1 else begun
             for row, reply in zip(talking, replies(environment, [row.episode for row in talking]), strict=True):
@@ -119,11 +119,8 @@ def offered(environment: Environment | None, prompts: Sequence[Prompt]) -> Seque
     return [prompt if prompt.tools else replace(prompt, tools=environment.tools) for prompt in prompts]
 
 
-def take_turns(
-    generate: Generate, stops: Stops, lengths: Lengths, turn_tokens: int | None, rows: Sequence[Row], most: int
-) -> None:
-    """The policy's next turn in each episode. ``most`` rows or a half, a quarter, ... of them are generated, and columns are
-    padded, so that few shapes are compiled."""
+def take_turns(turns: Turns, stops: Stops, lengths: Lengths, turn_tokens: int | None, rows: Sequence[Row], most: int) -> None:
+    """The policy's next turn in each episode."""
     tokenizer, limit = stops.tokenizer, len(rows[0].seeds)
     contexts = [row.prompt + row.tokens for row in rows]
     longest = max(map(len, contexts))
@@ -135,9 +132,8 @@ def take_turns(
         seeds[i, : len(here)] = here
     while most % 2 == 0 and most // 2 >= len(rows):
         most //= 2
-    filled = np.append(np.arange(len(rows)), np.zeros(most - len(rows), np.int64))
-    tokens, mask = left_pad(contexts, tokenizer.pad_id, columns)
-    drawn = generate(tokens[filled], mask[filled], seeds[filled])
+    filled = [*range(len(rows)), *[0] * (most - len(rows))]
+    drawn = turns.next([rows[i].number for i in filled], [contexts[i] for i in filled], seeds[filled], columns)
     ended = stops.end(drawn.tokens[: len(rows)], drawn.mask[: len(rows)])
     for i, row in enumerate(rows):
         ids = ended.tokens[i][ended.mask[i]].tolist()

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lockstep.errors import RewardError
-from lockstep.interfaces import Environment, Generated, Policy, Responses, RewardModel
+from lockstep.interfaces import Environment, Generated, Past, Policy, Responses, RewardModel
 from lockstep.learning.episodes import Row, converse
 from lockstep.text.encoding import Lengths, encode_response
 from lockstep.text.sequences import Sequences, chunks, join, left_pad, right_pad, stack
@@ -89,25 +89,34 @@ class Sampler:
         context = left_pad(prompt_ids, self.stops.tokenizer.pad_id, columns)
         if self.environment is None:
             return self.finish(prompts, *context, self.generate(policy, *context, seeds))
-        generate = functools.partial(self.generate, policy)
-        return self.gather(*context, converse(generate, self.stops, self.lengths, self.environment, prompts, prompt_ids, seeds))
+        generate, size = functools.partial(self.draw, policy), self.rows(seeds)
+        rows: list[Row] = []
+        for part in chunks(len(seeds), size):
+            given = prompts[part], prompt_ids[part], seeds[part]
+            rows += converse(generate, self.stops, self.lengths, self.environment, *given, most=size)
+        return self.gather(*context, rows)
 
     def generate(self, policy: Policy, tokens: np.ndarray, mask: np.ndarray, seeds: np.ndarray) -> Generated:
         """`Policy.generate` on chunks of equal shape: the last is padded with copies of its first row."""
-        size, parts = min(self.batch_size or len(seeds), len(seeds)), []
+        size, parts = self.rows(seeds), []
         for part in chunks(len(seeds), size):
             rows = np.arange(part.start, part.stop)
             filled = np.append(rows, np.full(size - len(rows), part.start))
-            found = policy.generate(
-                tokens[filled],
-                mask[filled],
-                seeds[filled],
-                temperature=self.temperature,
-                stop_ids=self.stops.ids,
-                pad_id=self.stops.tokenizer.pad_id,
-            )
-            parts.append([getattr(found, field.name)[: len(rows)] for field in fields(found)])
+            found = self.draw(policy, tokens[filled], mask[filled], seeds[filled])
+            parts.append([array[: len(rows)] for array in (found.tokens, found.mask, found.logprobs)])
         return Generated(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def draw(
+        self, policy: Policy, tokens: np.ndarray, mask: np.ndarray, seeds: np.ndarray, past: Past | None = None
+    ) -> Generated:
+        how: dict[str, Any] = {"temperature": self.temperature, "stop_ids": self.stops.ids, "pad_id": self.stops.tokenizer.pad_id}
+        if past is not None:  # a policy that keeps no cache need not know of it
+            how["past"] = past
+        return policy.generate(tokens, mask, seeds, **how)
+
+    def rows(self, seeds: np.ndarray) -> int:
+        """Rows to generate at a time."""
+        return min(self.batch_size or len(seeds), len(seeds))
 
     def finish(self, prompts: Sequence[Prompt], tokens: np.ndarray, mask: np.ndarray, generated: Generated) -> Samples:
         """Cut the responses where they end."""

@@ -259,7 +259,12 @@ class Runner:
             run=self.experiment.name,
             stage=stage.name,
             identity=folder.path.name,
-            config={**self.experiment.identities[stage.name], "produces": stage.produces, "code_state": code_state()},
+            config={
+                **self.experiment.identities[stage.name],
+                "produces": stage.produces,
+                "choices": self.experiment.config["choices"] or {},
+                "code_state": code_state(),
+            },
             resume=resume,
         )
 

@@ -311,8 +311,8 @@ class Records:
         self.files[name].flush()
 
 
-INDECISIVE = ("folder", "name", "objective", "tracker", "checkpoint_every", "samples_every")
-"""Keys that decide where results go and how often they are written, but not what they are."""
+INDECISIVE = ("folder", "name", "objective", "tracker", "checkpoint_every", "samples_every", "choices")
+"""Keys that decide where results go, how often they are written and what a run is called, but not what they are."""
 
 
 def decisive(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from lockstep.checking.conformance.backends import OUTPUTS, term
 from lockstep.checking.conformance.kit import Inapplicable, check, near, require, same, same_arrays
 from lockstep.checking.conformance.world import PAD, World, head, saved_weights
 from lockstep.errors import ConfigError
-from lockstep.interfaces import Generated, Model, Policy
+from lockstep.interfaces import Generated, Model, Past, Policy
 from lockstep.learning import losses, randomness
 from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.learning.turns import Turns
 from lockstep.models import adapters
 from lockstep.text.sequences import Sequences, in_chunks, join, left_pad
 
@@ -272,7 +273,7 @@ def rows_are_independent(world: World) -> None:
     together, (tokens, mask), seeds = draw(policy, world), world.prompts(ROWS), world.seeds(ROWS, COLUMNS)
 
     def rows_of(rows: Any) -> Generated:
-        return Generated(*(getattr(together, field.name)[rows] for field in dataclasses.fields(Generated)))
+        return Generated(together.tokens[rows], together.mask[rows], together.logprobs[rows])
 
     permuted = draw(policy, world, prompts=(tokens[order], mask[order]), seeds=seeds[order])
     mostly_same_tokens(world, "drawn for permuted rows", permuted, rows_of(order))
@@ -365,6 +366,37 @@ def a_stream_gives_the_tokens_of_generate(world: World) -> None:
     expected = int(drawn.mask.any(axis=0).sum())
     require(len(columns) == expected, f"the stream has {len(columns)} columns, generate has {expected}")
     same("the streamed tokens", np.stack(columns, axis=1), drawn.tokens[:, :expected])
+
+
+@check("policy", usually="kept keys belong to other columns or rows, or what follows them is read at positions from 0")
+def what_was_read_is_not_read_again(world: World) -> None:
+    """A turn that continues from the cache of earlier ones draws what it draws from the whole context, with the same
+    log-probabilities: rows of different lengths, in another order, and fewer in each turn."""
+    policy, (tokens, mask) = world.policy(), world.prompts(ROWS)
+    contexts = [row[here].tolist() for row, here in zip(tokens, mask, strict=True)]
+    stop_ids = [int(draw(policy, world).tokens[0, COLUMNS // 2])]  # one row at least ends early
+    how: dict[str, Any] = {"temperature": TEMPERATURE, "stop_ids": stop_ids, "pad_id": PAD}
+    given: list[Past] = []
+
+    def generate(tokens: np.ndarray, mask: np.ndarray, seeds: np.ndarray, past: Past | None) -> Generated:
+        if past is None:
+            return policy.generate(tokens, mask, seeds, **how)
+        given.append(past)
+        return policy.generate(tokens, mask, seeds, **how, past=past)
+
+    turns = Turns(generate, PAD)
+    for number, dialogues in enumerate([range(ROWS), [6, 1, 2, 5], [5, 6]]):
+        held, seeds, columns = [contexts[d] for d in dialogues], world.seeds(len(dialogues), COLUMNS, number), 8 + 12 * number
+        continued = turns.next(dialogues, held, seeds, columns)
+        whole = draw(policy, world, prompts=left_pad(held, PAD, columns), seeds=seeds, stop_ids=stop_ids)
+        mostly_same_tokens(world, f"in turn {number + 1}, from a cache", continued, whole)
+        alike = continued.tokens[:, 0] == whole.tokens[:, 0]
+        found, expected = (drawn.logprobs[alike, 0] for drawn in (continued, whole))
+        near(f"log-probabilities of first tokens of turn {number + 1}, from a cache", found, expected, world.tolerance(1e-4, 0.2))
+        for row, dialogue in enumerate(dialogues):  # what the other side says
+            contexts[dialogue] += [*continued.tokens[row][continued.mask[row]].tolist(), *range(1 + (dialogue + number) % 3)]
+    if not given:
+        raise Inapplicable("the policy keeps no cache from one turn to the next")
 
 
 @check("policy", usually="the model's own end-of-text id stops a row, or the stop token is cut off or masked")

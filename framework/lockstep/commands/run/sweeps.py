@@ -33,7 +33,7 @@ import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Glob, Override
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lockstep.config.compose import CORE, compose, conf_folders, resolved
 from lockstep.config.overrides import hydra_value, read, shell
@@ -213,7 +213,7 @@ def run_job(
     none is asked for or the job failed. Errors are recorded, not raised, so that launchers and sweepers continue."""
     record, place = SweepFolder(folder), None
     try:
-        groups = resolved(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+        groups = resolved(config)
         run = root_folder(groups["folder"]) / run_name(groups)
         place = os.path.relpath(run, folder.parents[1])
         record.note(overrides, run=place, status="running", error=None, objective=None)

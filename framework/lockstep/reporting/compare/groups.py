@@ -8,7 +8,7 @@ For several, they are over seeds: how another training run would have turned out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,8 +20,9 @@ from lockstep.reporting.compare import statistics
 from lockstep.reporting.compare.records import Estimate, Reading, Run, StageRecord
 
 # Keys that say which run it is or where it runs, not what it does.
-NOT_COMPARED = {"seed", "name", "folder", "tracker", "checkpoint_every", "samples_every", "experiment_name"}
+NOT_COMPARED = {"seed", "name", "folder", "tracker", "checkpoint_every", "samples_every", "experiment_name", "choices.tracker"}
 BACKEND = "backend.name"
+CHOICES = "choices."  # and a group: the name of the file that was chosen for it
 
 
 def combine(estimates: Sequence[Estimate]) -> Estimate | None:
@@ -202,7 +203,7 @@ class RunComparison:
 
 def group(reading: Reading, by: Sequence[str] | None = None) -> RunComparison:
     """Group by ``by``, configuration keys such as 'backend' or 'algorithm.kl_coef'; by default by experiment, backend and
-    every differing key, except the seed and what follows from the backend.
+    every differing key, except the seed and what follows from the backend or from a group's chosen file.
 
     Raises:
       ConfigError: no run has such a key.
@@ -235,34 +236,38 @@ def setting(run: Run, key: str) -> str:
 
 
 def _default_keys(differing: Sequence[str], runs: Sequence[Run]) -> list[str]:
-    own = [key for key in differing if key != BACKEND and not _follows_from_backend(key, runs)]
-    return ["experiment", BACKEND, *own]
+    return ["experiment", BACKEND, *_independent(differing, runs)]
 
 
 def _asked(by: Sequence[str], runs: Sequence[Run]) -> list[str]:
     exist = {"experiment", "seed", *(key for run in runs for key in run.config)}
-    keys = [BACKEND if key == "backend" else key for key in by]
+    keys = [key_of(key, exist) for key in by]
     for key in keys:
         if key not in exist:
-            known = sorted({key for key in exist if not key.startswith("stages.")})
+            known = sorted({key for key in exist if not key.startswith(("stages.", CHOICES))})
             raise ConfigError(f"No run has a key '{key}' to group by.{did_you_mean(key, known)} Keys: {listing(known)}.")
     return keys
 
 
 def _label(settings: Mapping[str, str], relatives: Sequence[Run], everyone: Sequence[Run]) -> str:
-    """The shortest label that tells it apart: its backend, its experiment if there are several, and the keys in which its
-    relatives differ."""
+    """The shortest label that tells it apart: its backend, its experiment if there are several, the names of files chosen
+    otherwise than by its relatives, and the keys in which these differ."""
     telling = [key for key in settings if key not in (BACKEND, "experiment")]
     telling = [key for key in telling if len({setting(run, key) for run in relatives}) > 1]
     experiments = {run.experiment for run in everyone}
     names = [settings[k] for k in (BACKEND, "experiment") if k in settings and (k == BACKEND or len(experiments) > 1)]
-    return ", ".join([*names, *_described({key: settings[key] for key in telling})]) or "all runs"
+    names += [settings[key] for key in telling if key.startswith(CHOICES) and settings[key] != "null"]
+    return ", ".join([*names, *_described({k: settings[k] for k in telling if not k.startswith(CHOICES)})]) or "all runs"
 
 
 def _inside(keys: Sequence[str], differing: Sequence[str], runs: Sequence[Run]) -> list[str]:
     """The differing keys that do not make groups: they make tasks."""
-    own = [key for key in differing if key != BACKEND and not _follows_from_backend(key, runs)]
-    return [key for key in ("experiment", BACKEND, *own) if key not in keys]
+    return [key for key in ("experiment", BACKEND, *_independent(differing, runs)) if key not in keys]
+
+
+def key_of(asked: str, exist: Collection[str]) -> str:
+    """The key behind a short name: 'backend' is its name, and 'algorithm' the name of its file."""
+    return BACKEND if asked == "backend" else f"{CHOICES}{asked}" if f"{CHOICES}{asked}" in exist else asked
 
 
 def _tasks(members: Sequence[Run], inside: Sequence[str], problems: list[str]) -> dict[tuple[str, int], Run]:
@@ -315,18 +320,26 @@ def _distinct(groups: Sequence[RunGroup]) -> list[RunGroup]:
 
 def _differing(runs: Sequence[Run]) -> list[str]:
     """The keys in which the runs differ. A stage's copy of a key that is also set once for all stages is left out."""
-    keys = dict.fromkeys(key for run in runs for key in run.config if key.partition(".")[0] not in NOT_COMPARED)
+    keys = dict.fromkeys(key for run in runs for key in run.config if not {key, key.partition(".")[0]} & NOT_COMPARED)
     values = {key: tuple(_text(run.config.get(key)) for run in runs) for key in keys}
     values = {key: found for key, found in values.items() if len(set(found)) > 1}
     shared = {(key.rpartition(".")[2], found) for key, found in values.items() if not key.startswith("stages.")}
     return [k for k, found in values.items() if not k.startswith("stages.") or (k.rpartition(".")[2], found) not in shared]
 
 
-def _follows_from_backend(key: str, runs: Sequence[Run]) -> bool:
-    """Is the key's value the same in all runs of a backend (its name, its options), so that the name says it all?"""
+def _independent(differing: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """The differing keys whose values follow neither from the backend nor from the file that was chosen for their group."""
+    own = [key for key in differing if key != BACKEND and not _follows(key, BACKEND, runs)]
+    chosen = {key.removeprefix(CHOICES): key for key in own if key.startswith(CHOICES)}
+    group = lambda key: key.split(".")[0]  # noqa: E731
+    return [key for key in own if group(key) not in chosen or not _follows(key, chosen[group(key)], runs)]
+
+
+def _follows(key: str, other: str, runs: Sequence[Run]) -> bool:
+    """Is the key's value the same in all runs of a backend (its name, its options), or of a choice, so that this says it all?"""
     values: dict[str, set[str]] = {}
     for run in runs:
-        values.setdefault(_backend(run), set()).add(_text(run.config.get(key)))
+        values.setdefault(setting(run, other), set()).add(_text(run.config.get(key)))
     return len(values) > 1 and all(len(found) == 1 for found in values.values())
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from lockstep.errors import ConfigError, did_you_mean, listing
 from lockstep.reporting.compare import statistics
-from lockstep.reporting.compare.groups import BACKEND, RunComparison, RunGroup
+from lockstep.reporting.compare.groups import RunComparison, RunGroup, key_of
 from lockstep.reporting.compare.records import Estimate
 
 HIGHER_IS_BETTER = ("gold", "score", "win_rate", "ability")
@@ -105,7 +105,7 @@ def _values(baseline: str, c: RunComparison) -> dict[str, str]:
     wanted = {}
     for part in baseline.split(","):
         key, equals, value = part.strip().partition("=")
-        key = BACKEND if key == "backend" else key
+        key = key_of(key, keys)
         if not equals or key not in keys:
             nearest = did_you_mean(key, keys) if equals else did_you_mean(baseline, [g.label for g in c.groups])
             raise ConfigError(f"--baseline {baseline}: '{part}' is not a key=value of the groups.{nearest} {_groups(c)}")

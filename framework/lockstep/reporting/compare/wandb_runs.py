@@ -125,7 +125,7 @@ def _config(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The configuration under the names of a run folder's."""
     whole: dict[str, Any] = {"stages": {name: {"algorithm": c["stage"]} for name, c in configs.items()}}
     for config in configs.values():
-        whole |= {key: config[key] for key in ("backend", "data", "seed") if key in config}
+        whole |= {key: config[key] for key in ("backend", "data", "seed", "choices") if key in config}
         if config.get("reward_model") and "algorithm" not in whole and "baseline" not in config["stage"]:
             whole["algorithm"] = config["stage"]
     return dict(flatten(whole))
