@@ -17,6 +17,8 @@ from lockstep.config.schema import setting
 from lockstep.learning.online import Clock, Online, OnlineConfig
 from lockstep.registry import Plugin, registry
 from lockstep_rlhf.algorithms.policy_gradient import PolicyGradientLoss
+from test_reward_endpoint import Server, scores
+from test_reward_judge import between, said
 
 for _module in MODULES.values():
     importlib.import_module(f"defects.{_module}")
@@ -33,6 +35,7 @@ BUILT_IN = [
     ("reward_model", "answer"),
     ("reward_model", "pattern"),
     ("reward_model", "length"),
+    ("reward_model", "code"),
     ("algorithm", "pretrain"),
     ("algorithm", "sft"),
     ("algorithm", "reward_modelling"),
@@ -47,10 +50,10 @@ BUILT_IN = [
 
 IN_FLOAT32 = (
     "pretrain", "sft", "reward_modelling", "policy_gradient", "distillation", "online_preferences", "rejection_sampling",
-    "preference_optimisation", "sum", "answer", "pattern", "length",
+    "preference_optimisation", "sum", "answer", "pattern", "length", "code",
 )  # fmt: skip
 """In bfloat16 they do nothing that the others do not."""
-ON_TORCH = ("sum", "answer", "pattern", "length")
+ON_TORCH = ("sum", "answer", "pattern", "length", "code")
 """They know no backend."""
 WHERE = [
     (kind, name, precision, backend)
@@ -67,6 +70,33 @@ def test_no_false_alarm_on_a_built_in_plugin(kind, name, precision, backend):
     found = list(conform(kind, subject(kind, name or backend, backend, precision=precision, overrides=overrides)))
     assert [f"{o.check.name}: {o.detail}" for o in found if o.status == "failed"] == []
     assert sum(o.status == "passed" for o in found) > len(found) / 4
+
+
+def score(body):
+    return scores(*(len(response) / 3 for response in body["responses"]))
+
+
+def opinion(body):
+    """A judge of one response, or of two, that counts characters."""
+    prompt = body["messages"][0]["content"]
+    if "Score:" in prompt:
+        return said(f"Score: {1 + len(between(prompt, 'response')) % 10}")
+    return said(f"Verdict: {max('ab', key=lambda name: len(between(prompt, name))).upper()}")
+
+
+@pytest.mark.parametrize(("name", "answer"), [("endpoint", score), ("judge", opinion), ("judge_pairwise", opinion)])
+def test_no_false_alarm_on_rewards_from_a_server(name, answer):
+    server = Server(answer)
+    url = server.url if name == "endpoint" else f"{server.url.removesuffix('/score')}/v1"
+    given = ["backend.threads=1", f"reward_model.url={url}", *(["reward_model.model=m-1"] if name != "endpoint" else [])]
+    try:
+        component = name.removesuffix("_pairwise")
+        found = list(conform("reward_model", subject("reward_model", component, "torch", overrides=given, like=name)))
+    finally:
+        server.server.shutdown()
+        server.server.server_close()
+    assert [f"{o.check.name}: {o.detail}" for o in found if o.status == "failed"] == []
+    assert sum(o.status == "passed" for o in found) >= 6 and server.asked
 
 
 def test_no_false_alarm_on_a_built_in_environment():

@@ -22,6 +22,7 @@ TITLES = {
     "sft": "SFT step",
     "reward": "Reward-model step",
     "ppo": "PPO iteration",
+    "grpo": "GRPO iteration",
 }
 CEILINGS = {"flops": (0, "GFLOP/s in float32"), "flops_bfloat16": (0, "in bfloat16"), "read_bytes": (1, "GB/s read")}
 """Digits and unit of each."""
@@ -66,6 +67,8 @@ def table(results: dict[str, Any]) -> str:
         shape = f"{work['rows']} x ({work['prompt']} + {work['response']}) tokens"
         if work["task"] == "ppo":
             shape += f", {work['epochs']} epochs"
+        if work["task"] == "grpo":
+            shape += f", {work['completions']} responses per prompt"
         lines += [
             f"### {TITLES[work['task']]}, {work['size']}: {shape}",
             "",
@@ -116,7 +119,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
 
 def main(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    order = ["generate", "sft", "reward", "ppo"]
+    order = list(TITLES)
     sizes = list(SIZES)
     results = dict(
         sorted(results.items(), key=lambda kv: (order.index(kv[1]["work"]["task"]), sizes.index(kv[1]["work"]["size"])))

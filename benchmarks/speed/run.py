@@ -67,7 +67,8 @@ def entries(name: str, device: str) -> list[Entry]:
         recommended = own(" recommended", precisions[-1], value_network="shared")
         return [*own("", "float32"), *recommended, trl("1.12"), *([TUNIX] if name == "ppo/tiny" else [])]
     all_own = own("", "float32") + (own(" bfloat16", "bfloat16") if "bfloat16" in precisions else [])
-    peers = {"generate": [TRANSFORMERS], "sft": [trl("1.16", precision) for precision in precisions], "reward": [trl("1.16")]}
+    both = [trl("1.16", precision) for precision in precisions]
+    peers = {"generate": [TRANSFORMERS], "sft": both, "reward": [trl("1.16")], "grpo": both}
     return all_own + peers[task]
 
 

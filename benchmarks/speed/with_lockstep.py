@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import worker
 from worker import Contestant, Work, texts
 
 from lockstep.config.schema import parse
-from lockstep.interfaces import Algorithm, Backend, Context, DataSource, Policy, RewardModel
+from lockstep.interfaces import Algorithm, Backend, Context, DataSource, Policy, Responses, RewardModel
 from lockstep.learning.randomness import token_seeds
 from lockstep.registry import registry
 from lockstep.text.sequences import left_pad
@@ -18,7 +20,7 @@ from lockstep.types import Comparison, Demonstration, Message, Prompt
 from lockstep_rlhf.reward_models.learned import Learned
 
 STEPS = 1000  # more than are ever asked for
-ALGORITHMS = {"sft": "sft", "reward": "reward_modelling", "ppo": "ppo", "generate": "ppo"}
+ALGORITHMS = {"sft": "sft", "reward": "reward_modelling", "ppo": "ppo", "grpo": "policy_gradient", "generate": "ppo"}
 
 
 class Texts(DataSource):
@@ -71,14 +73,29 @@ def algorithm_of(folder: Path, work: Work, options: dict[str, Any], backend: Bac
         values |= {"value_optimizer": adam}
         values |= {"iterations": STEPS, "batch_size": work.rows, "epochs": work.epochs, "minibatches": 1}
         values |= {"unfinished_score": None, "value_network": options.get("value_network", "separate")}
+    elif name == "policy_gradient":
+        values |= {"iterations": STEPS, "batch_size": work.rows // work.completions, "samples": work.completions}
+        values |= {"epochs": work.epochs, "minibatches": 1, "kl_coef": 0.04}
     else:
         rows = work.rows // work.completions if name == "reward_modelling" else work.rows
         values |= {"epochs": float(STEPS), "batch_size": rows, "heldout_examples": 0}
     if name == "reward_modelling":
         values |= {"normalise": "none"}
-    reward_model = reward_model_of(folder, kind, backend, tokenizer) if name == "ppo" else None
+    make = {"ppo": reward_model_of, "policy_gradient": lambda *_: Rule()}.get(name, lambda *_: None)
+    reward_model = make(folder, kind, backend, tokenizer)
     context = Context(0, backend, tokenizer, Texts(work), kind.load(folder / "policy", backend), reward_model)
     return cls(parse(cls.Config, values, "algorithm"), context)
+
+
+class Rule(RewardModel):
+    def __init__(self):
+        pass
+
+    def score(self, responses: Responses) -> np.ndarray:
+        rows = responses.sequences
+        return np.array(
+            [worker.reward(ids[mask].tolist()) for ids, mask in zip(rows.responses, rows.mask, strict=True)], np.float32
+        )
 
 
 def reward_model_of(folder: Path, kind: type[Policy], backend: Backend, tokenizer: Tokenizer) -> RewardModel:

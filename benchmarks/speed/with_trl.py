@@ -9,6 +9,7 @@ import datasets
 import torch
 import transformers
 import trl
+import worker
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from worker import Contestant, texts
 
@@ -114,12 +115,33 @@ def ppo(maker: Maker, turns: Turns) -> Any:
     )
 
 
+def grpo(maker: Maker, turns: Turns) -> Any:
+    """GRPO's loss with a reference. TRL's defaults are DAPO's mean and no reference."""
+    work = maker.work
+    config = trl.GRPOConfig(
+        **maker.common(work.rows),
+        max_steps=STEPS,
+        num_generations=work.completions,
+        num_iterations=work.epochs,
+        max_completion_length=work.response,
+        temperature=1.0,
+        beta=0.04,
+        loss_type="grpo",
+        logging_steps=STEPS,
+    )
+    data = datasets.Dataset.from_dict({"prompt": texts(64 * work.rows, work.prompt, 1)})
+    rewards = lambda completion_ids, **_: [worker.reward(ids) for ids in completion_ids]  # noqa: E731
+    return trl.GRPOTrainer(
+        maker.policy(), rewards, config, train_dataset=data, processing_class=maker.tokenizer, callbacks=[turns]
+    )
+
+
 def main() -> None:
     contestant = Contestant()
     torch.set_num_threads(contestant.options["threads"])
     if contestant.device == "cuda":
         contestant.wait, contestant.peak_bytes = torch.cuda.synchronize, torch.cuda.max_memory_allocated
-    make = {"sft": sft, "reward": reward, "ppo": ppo}[contestant.work.task]
+    make = {"sft": sft, "reward": reward, "ppo": ppo, "grpo": grpo}[contestant.work.task]
     make(Maker(contestant), Turns(contestant)).train()
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,11 @@ SIZES = {
 class Work:
     """One unit of work, the same for all contestants: what is done once per turn.
 
-    ``rows`` of ``prompt`` + ``response`` tokens; for PPO with ``epochs`` inner epochs of one minibatch; for the
-    reward model ``completions`` of each prompt, all of them rows.
+    ``rows`` of ``prompt`` + ``response`` tokens; for PPO and GRPO with ``epochs`` inner epochs of one minibatch; for the
+    reward model and GRPO ``completions`` of each prompt, all of them rows.
     """
 
-    task: str  # generate, sft, reward or ppo
+    task: str  # generate, sft, reward, ppo or grpo
     size: str
     rows: int
     prompt: int
@@ -74,13 +74,14 @@ class Work:
     @property
     def tokens(self) -> int:
         """Tokens that the figure counts: generated ones, or positions passed through the model once."""
-        return self.rows * (self.response if self.task in ("generate", "ppo") else self.prompt + self.response)
+        return self.rows * (self.response if self.task in ("generate", "ppo", "grpo") else self.prompt + self.response)
 
     @property
     def flops(self) -> float:
         """Of the work as the algorithm states it, without anything computed twice; backward is twice forward. PPO: prefill
         and decode, one evaluation each of policy, reference, value and reward model, then ``epochs`` x forward and backward
-        of policy and value network."""
+        of policy and value network. GRPO: one evaluation of the reference; the only epoch's forward pass gives the old
+        log-probabilities."""
         size, columns = SIZES[self.size], self.prompt + self.response
         policy = size.forward_flops(self.rows, columns, self.response)
         trunk = size.forward_flops(self.rows, columns, 0)
@@ -89,6 +90,7 @@ class Work:
             "sft": 3 * size.forward_flops(self.rows, columns, columns - 1),
             "reward": 3 * trunk,
             "ppo": policy + 2 * policy + 2 * trunk + 3 * self.epochs * (policy + trunk),
+            "grpo": policy + policy + 3 * self.epochs * policy,
         }[self.task]
 
     @property
@@ -111,6 +113,8 @@ WORK = {
     "ppo/tiny": Work("ppo", "tiny", 64, 32, 32, epochs=4),
     "ppo/miniature": Work("ppo", "miniature", 64, 28, 20, epochs=4),
     "ppo/smollm2": Work("ppo", "smollm2", 8, 32, 32, epochs=2),
+    "grpo/tiny": Work("grpo", "tiny", 64, 32, 32, completions=8),
+    "grpo/smollm2": Work("grpo", "smollm2", 8, 32, 32, completions=4),
 }
 
 WORDS = 200
@@ -123,6 +127,11 @@ def texts(count: int, words: int, seed: int) -> list[str]:
 
     draw = random.Random(seed)
     return [" ".join(f"w{draw.randrange(WORDS)}" for _ in range(words)) for _ in range(count)]
+
+
+def reward(ids: Sequence[int]) -> float:
+    """Of a response, for GRPO: as cheap as a rule can be."""
+    return sum(token % 2 for token in ids) / len(ids)
 
 
 class Contestant:
