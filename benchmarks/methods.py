@@ -32,24 +32,20 @@ COLOURS = {"torch": "#d9542b", "jax": "#2b7bd9"}
 
 @dataclass(frozen=True)
 class Mean:
-    """Over seeds. ``half`` is half the width of its interval, None for one seed."""
+    """Over seeds. ``half`` is half the width of its interval, None for one seed; ``positive`` how many seeds are above 0."""
 
     mean: float
     half: float | None
+    positive: str
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
         n = len(values)
-        return cls(float(np.mean(values)), QUANTILE[n] * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else None)
+        half = QUANTILE[n] * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else None
+        return cls(float(np.mean(values)), half, f"{sum(value > 0 for value in values)}/{n}")
 
     def __str__(self) -> str:
         return f"{self.mean:.2f}" if self.half is None else f"{self.mean:.2f} ± {self.half:.2f}"
-
-    @property
-    def verdict(self) -> str:
-        if self.half is None or abs(self.mean) <= self.half:
-            return "not decided"
-        return "above" if self.mean > 0 else "below"
 
 
 def measured(run: Run, policy: str, metric: str) -> float:
@@ -89,8 +85,8 @@ def main() -> None:
 
 def table(found: dict[str, dict[str, list[Run]]]) -> str:
     lines = [
-        "| method | backend | seeds | reward model's score | gold | KL, nats | ability | sampled tokens | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | backend | reward model's score | rose | gold | rose | KL, nats | ability | sampled tokens | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, backends in found.items():
         for backend, runs in sorted(backends.items(), reverse=True):
@@ -99,7 +95,7 @@ def table(found: dict[str, dict[str, list[Run]]]) -> str:
             seconds = np.median([run.stages["ppo"].seconds or np.nan for run in runs])
             sampled = np.mean([tokens(run) for run in runs])
             lines.append(
-                f"| `{name}` | {backend} | {len(runs)} | {score}, {score.verdict} | {gold}, {gold.verdict} | {kl} "
+                f"| `{name}` | {backend} | {score} | {score.positive} | {gold} | {gold.positive} | {kl} "
                 f"| {gain(runs, 'ability')} | {sampled / 1e3:.0f}k | {seconds:.0f} |"
             )
     return "\n".join(lines) + "\n"

@@ -213,6 +213,34 @@ def test_the_policy_is_evaluated_as_it_sampled(load, turns):
     np.testing.assert_allclose(again[mask], samples.logprobs[mask], atol=2e-5)
 
 
+def test_later_turns_read_what_is_new_and_compile_two_programs(load, turns, backend, monkeypatch):
+    """One for the first turn and one for all others, for as many rows. Rows of several lengths, and a turn cut before its end."""
+    policy, fed, generate = load(), [], type(load()).generate
+
+    def counted(self, tokens, mask, seeds, *, past=None, **how):
+        fed.append(tokens.shape[1] - (past.known if past else 0))
+        return generate(self, tokens, mask, seeds, past=past, **how)
+
+    monkeypatch.setattr(type(policy), "generate", counted)
+    environment = Asks(Config(answers=("w7 w8", "w9", "w7", "w8 w9"), turns=5, turn_tokens=4))
+    every_word_ends = [f"w{i}" for i in range(34)]  # so all rows go on
+    talk = sampler(turns, environment, every_word_ends, lengths=Lengths(prompt=6, response=40, multiple=46))
+    programs = _programs(backend)
+    samples = talk.sample(policy, PROMPTS, IDS, token_seeds(1, "sampling", 0, 8, 40))
+    assert fed == [6, 8, 8, 8, 8] and numerics.turns(samples.sequences.mask).min() == 5
+    assert backend.name != "jax" or _programs(backend) <= programs + 2
+    forced = policy.evaluate(samples.sequences, ["logprobs"], temperature=0.7)["logprobs"]
+    np.testing.assert_allclose(forced[samples.sequences.mask], samples.logprobs[samples.sequences.mask], atol=2e-5)
+
+
+def _programs(backend):
+    if backend.name != "jax":
+        return 0
+    from lockstep_jax import generation
+
+    return generation.generate._cache_size()
+
+
 # --------------------------------------------------------------------------------------------------------------- replies
 
 

@@ -146,3 +146,15 @@ def test_each_name_is_a_loss_of_its_own(library):
     values = [run(library, rows, kind=kind, mean=mean, smoothing=0.1 if kind == "robust" else 0.0, margin=1.0)[0]
               for kind in ("dpo", "robust", "hinge", "ipo", "simpo", "orpo") for mean in (False, True)]  # fmt: skip
     assert len({round(value, 6) for value in values}) == len(values)
+
+
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)  # what is tested is numpy on the host
+def test_the_reference_reads_only_what_is_trained_on(make):
+    whole = make("preference_optimisation", epochs=1.0, batch_size=2, heldout_examples=0)
+    part = make("preference_optimisation", epochs=0.5, batch_size=2, heldout_examples=0)
+    read = [number for number, ranking in enumerate(part.rankings) if not np.isnan(ranking.ref).any()]
+    assert len(read) == 2 * part.total_steps < len(part.rankings) == len(whole.rankings)
+    for number in read:
+        np.testing.assert_allclose(part.rankings[number].ref, whole.rankings[number].ref, atol=1e-5)
+    losses = [[algorithm.step(step)["preference/loss"] for step in range(part.total_steps)] for algorithm in (whole, part)]
+    assert np.isfinite(losses[1]).all() and losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -177,21 +177,26 @@ class PreferenceOptimisation(Algorithm):
         self.total_steps = steps(config.epochs, len(self.rankings), config.batch_size)
 
     def load(self, split: str, limit: int | None = None) -> list[Ranking]:
-        """Comparisons with at least two completions that are not tied, and the reference's log-probabilities of them."""
+        """Comparisons with at least two completions that are not tied, and the reference's log-probabilities of those that are
+        read: in less than an epoch not all of them are."""
         encoded = encoded_comparisons(self.context, split, self.config.lengths, limit)
+        read = set(range(len(encoded)))
+        if split == "train":
+            drawn = steps(self.config.epochs, len(encoded), self.config.batch_size) * self.config.batch_size
+            read = set(example_indices(self.context.seed, "order", len(encoded), 0, drawn).tolist())
         if self.config.ranking == "plackett_luce" and (tied := sum(len(set(ranks)) < len(ranks) for _, ranks in encoded)):
             raise DataError(
                 f"{tied} of {len(encoded)} {split} comparisons have ties, which a Plackett-Luce ranking cannot express. Set "
                 "algorithm.ranking=pairs."
             )
-        rows = [row for examples, _ in encoded for row in examples]
+        rows = [row for number, (examples, _) in enumerate(encoded) if number in read for row in examples]
         ref = self.logprobs(self.policy, rows) if self.config.needs_reference and rows else np.zeros(len(rows), np.float32)
         rankings, place = [], 0
-        for examples, ranks in encoded:
+        for number, (examples, ranks) in enumerate(encoded):
             order = np.argsort(ranks, kind="stable")
-            here = ref[place : place + len(ranks)]
+            here = ref[place : place + len(ranks)] if number in read else np.full(len(ranks), np.nan, np.float32)
             rankings.append(Ranking([examples[i] for i in order], np.asarray(ranks)[order], here[order]))
-            place += len(ranks)
+            place += len(ranks) if number in read else 0
         return rankings
 
     # ------------------------------------------------------------------------------------------- the algorithm box
