@@ -11,7 +11,6 @@ Intervals are Student's t over seeds, 95%, so they say what another training wou
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +51,9 @@ def measured(run: Run, policy: str, metric: str) -> float:
     return run.evaluation.splits["heldout"][policy][metric].mean
 
 
-def gain(runs: Sequence[Run], metric: str) -> Mean:
-    return Mean.of([measured(run, "ppo", metric) - measured(run, "sft", metric) for run in runs])
+def gains(runs: Sequence[Run], metric: str) -> list[float]:
+    """Of each seed."""
+    return [measured(run, "ppo", metric) - measured(run, "sft", metric) for run in runs]
 
 
 def tokens(run: Run) -> float:
@@ -75,9 +75,8 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[str, dict[str, list[Run]]] = {}
     for run in read(arguments.runs).runs:
-        name = re.search(r"\balgorithm=(\w+)", run.command)
-        if name and "heldout" in run.evaluation.splits and "ppo" in run.evaluation.splits["heldout"]:
-            found.setdefault(name[1], {}).setdefault(str(run.backend["name"]), []).append(run)
+        if "ppo" in run.evaluation.splits.get("heldout", {}):
+            found.setdefault(run.config["choices.algorithm"], {}).setdefault(str(run.backend["name"]), []).append(run)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "methods.md").write_text(table(found), encoding="utf-8")
     picture(found, arguments.output / "methods.png")
@@ -90,13 +89,13 @@ def table(found: dict[str, dict[str, list[Run]]]) -> str:
     ]
     for name, backends in found.items():
         for backend, runs in sorted(backends.items(), reverse=True):
-            score, gold = gain(runs, "score"), gain(runs, "gold")
+            score, gold, ability = (Mean.of(gains(runs, metric)) for metric in ("score", "gold", "ability"))
             kl = Mean.of([measured(run, "ppo", "kl") for run in runs])
             seconds = np.median([run.stages["ppo"].seconds or np.nan for run in runs])
             sampled = np.mean([tokens(run) for run in runs])
             lines.append(
                 f"| `{name}` | {backend} | {score} | {score.positive} | {gold} | {gold.positive} | {kl} "
-                f"| {gain(runs, 'ability')} | {sampled / 1e3:.0f}k | {seconds:.0f} |"
+                f"| {ability} | {sampled / 1e3:.0f}k | {seconds:.0f} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -109,7 +108,7 @@ def picture(found: dict[str, dict[str, list[Run]]], path: Path) -> None:
         for place, name in enumerate(names):
             for backend, runs in found[name].items():
                 at = place + (0.16 if backend == "torch" else -0.16)
-                each = [measured(run, "ppo", metric) - measured(run, "sft", metric) for run in runs]
+                each = gains(runs, metric)
                 axis.plot(each, [at] * len(each), ".", color=COLOURS[backend], alpha=0.35, ms=5)
                 mean = Mean.of(each)
                 axis.errorbar(mean.mean, at, xerr=mean.half, fmt="o", color=COLOURS[backend], ms=5, capsize=2, lw=1.2)

@@ -15,10 +15,11 @@ import yaml
 
 from lockstep.checking.conformance import world
 from lockstep.commands import evaluate
-from lockstep.commands.evaluate.requests import Asked, Continuation, width
+from lockstep.commands.evaluate.requests import Asked, Continuation
 from lockstep.errors import CheckpointError, ConfigError, DataError
 from lockstep.reporting.compare import groups, page, reading, tables, tidy
 from lockstep.storage.files import read_json
+from lockstep.text.sequences import width
 from lockstep.text.stopping import Stops
 from lockstep.text.tokenizer import TokenizerConfig
 from run_folders import write_run

@@ -372,9 +372,7 @@ def test_a_turn_from_the_cache_is_as_from_the_whole_context(family, backend, on_
 
         def generate(tokens, mask, seeds, past, policy=policy, continued=continued):
             continued.append(past)
-            return policy.generate(
-                tokens, mask, seeds, temperature=1.0, stop_ids=[], pad_id=0, **({"past": past} if past else {})
-            )
+            return policy.generate(tokens, mask, seeds, temperature=1.0, stop_ids=[], pad_id=0, past=past)
 
         turns, contexts = Turns(generate, 0), [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
         drawn = turns.next(range(3), contexts, randomness.token_seeds(0, "sampling", 0, 3, 5), 7)

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import worker
-from worker import Contestant, Work, texts
+from worker import Contestant, Work, rule, texts
 
 from lockstep.config.schema import parse
 from lockstep.interfaces import Algorithm, Backend, Context, DataSource, Policy, Responses, RewardModel
@@ -81,8 +80,11 @@ def algorithm_of(folder: Path, work: Work, options: dict[str, Any], backend: Bac
         values |= {"epochs": float(STEPS), "batch_size": rows, "heldout_examples": 0}
     if name == "reward_modelling":
         values |= {"normalise": "none"}
-    make = {"ppo": reward_model_of, "policy_gradient": lambda *_: Rule()}.get(name, lambda *_: None)
-    reward_model = make(folder, kind, backend, tokenizer)
+    reward_model: RewardModel | None = None
+    if name == "ppo":
+        reward_model = reward_model_of(folder, kind, backend, tokenizer)
+    elif name == "policy_gradient":
+        reward_model = Rule()
     context = Context(0, backend, tokenizer, Texts(work), kind.load(folder / "policy", backend), reward_model)
     return cls(parse(cls.Config, values, "algorithm"), context)
 
@@ -93,9 +95,7 @@ class Rule(RewardModel):
 
     def score(self, responses: Responses) -> np.ndarray:
         rows = responses.sequences
-        return np.array(
-            [worker.reward(ids[mask].tolist()) for ids, mask in zip(rows.responses, rows.mask, strict=True)], np.float32
-        )
+        return np.array([rule(ids[mask].tolist()) for ids, mask in zip(rows.responses, rows.mask, strict=True)], np.float32)
 
 
 def reward_model_of(folder: Path, kind: type[Policy], backend: Backend, tokenizer: Tokenizer) -> RewardModel:

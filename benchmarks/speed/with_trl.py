@@ -9,9 +9,8 @@ import datasets
 import torch
 import transformers
 import trl
-import worker
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-from worker import Contestant, texts
+from worker import Contestant, rule, texts
 
 WARM_UP = 2
 STEPS = 1000  # more than are ever asked for
@@ -130,7 +129,7 @@ def grpo(maker: Maker, turns: Turns) -> Any:
         logging_steps=STEPS,
     )
     data = datasets.Dataset.from_dict({"prompt": texts(64 * work.rows, work.prompt, 1)})
-    rewards = lambda completion_ids, **_: [worker.reward(ids) for ids in completion_ids]  # noqa: E731
+    rewards = lambda completion_ids, **_: [rule(ids) for ids in completion_ids]  # noqa: E731
     return trl.GRPOTrainer(
         maker.policy(), rewards, config, train_dataset=data, processing_class=maker.tokenizer, callbacks=[turns]
     )

@@ -129,8 +129,8 @@ def texts(count: int, words: int, seed: int) -> list[str]:
     return [" ".join(f"w{draw.randrange(WORDS)}" for _ in range(words)) for _ in range(count)]
 
 
-def reward(ids: Sequence[int]) -> float:
-    """Of a response, for GRPO: as cheap as a rule can be."""
+def rule(ids: Sequence[int]) -> float:
+    """The reward of a response, for GRPO: as cheap as one can be."""
     return sum(token % 2 for token in ids) / len(ids)
 
 

@@ -237,9 +237,7 @@ class DecoderNetwork(nnx.Module):
         known = past[0][0].shape[2] if past else 0
         shape = rows, a.kv_heads, length - known + new_tokens, a.head_dim
         room = jnp.zeros(shape, attention_dtype(self.dtype, self.platform))
-        kept = [(room, room)] * a.layers
-        if past:
-            kept = [(jnp.concatenate([k, room], axis=2), jnp.concatenate([v, room], axis=2)) for k, v in past]
+        kept = jax.tree.map(lambda part: jnp.concatenate([part, room], axis=2), past) if past else [(room, room)] * a.layers
         position = positions(mask)[:, known:]
         x = self.embed(tokens[:, known:], mask[:, known:], position)
         x, kept = self.feed(layers, x, position, causal(mask)[:, :, known:], kept, known, length - known - 1)

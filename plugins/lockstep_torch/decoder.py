@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,11 +156,12 @@ class Cache:
     read: int
 
 
-def recalled(past: Past, kept: Tensor) -> Tensor:
-    """The known columns of keys or values: [B, H_kv, known, hd] of ``kept`` [rows, H_kv, columns, hd]."""
-    rows, shift = (torch.as_tensor(numbers, dtype=torch.int64, device=kept.device) for numbers in (past.rows, past.shift))
-    columns = (torch.arange(past.known, device=kept.device) + shift[:, None]).clamp(0, kept.shape[2] - 1)
-    return kept[rows[:, None], :, columns].transpose(1, 2)
+def recalled(past: Past, kept: Sequence[Tensor]) -> list[Tensor]:
+    """The known columns of keys or values: [B, H_kv, known, hd] of each ``kept`` [rows, H_kv, columns, hd]."""
+    device, last = kept[0].device, kept[0].shape[2] - 1
+    rows, shift = (torch.as_tensor(numbers, dtype=torch.int64, device=device) for numbers in (past.rows, past.shift))
+    columns = (torch.arange(past.known, device=device) + shift[:, None]).clamp(0, last)
+    return [each[rows[:, None], :, columns].transpose(1, 2) for each in kept]
 
 
 class DecoderNetwork(Network):
@@ -207,8 +208,9 @@ class DecoderNetwork(Network):
             read=length + new_tokens if self.replays else length,
         )
         if past is not None:
-            for new, old in zip([*cache.keys, *cache.values], [*past.cache.keys, *past.cache.values], strict=True):
-                new[:, :, :known] = recalled(past, old)
+            known_before = recalled(past, [*past.cache.keys, *past.cache.values])
+            for room, columns in zip([*cache.keys, *cache.values], known_before, strict=True):
+                room[:, :, :known] = columns
         visible, fed = causal(mask)[:, :, known:], torch.arange(known, length, device=tokens.device)
         x = self.embed(tokens[:, known:], mask[:, known:])
         rotation = self.rotation(positions(mask)[:, known:])

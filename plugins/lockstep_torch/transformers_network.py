@@ -81,14 +81,15 @@ class TransformersNetwork(Network):
             return self._trunk(tokens, mask, positions(mask)).last_hidden_state[:, first:]
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int, past: Past | None = None) -> tuple[Tensor, dict[str, Any]]:
-        from transformers import DynamicCache
-
-        known, before = 0, {}
+        known, before = 0, None
         if past is not None:
-            known, before["past_key_values"] = past.known, DynamicCache()
-            for number, layer in enumerate(past.cache["past"].layers):
-                before["past_key_values"].update(recalled(past, layer.keys), recalled(past, layer.values), number)
-        out = self._trunk(tokens[:, known:], mask, positions(mask)[:, known:], use_cache=True, **before)
+            from transformers import DynamicCache
+
+            known, before, layers = past.known, DynamicCache(), past.cache["past"].layers
+            kept = recalled(past, [layer.keys for layer in layers] + [layer.values for layer in layers])
+            for number in range(len(layers)):
+                before.update(kept[number], kept[len(layers) + number], number)
+        out = self._trunk(tokens[:, known:], mask, positions(mask)[:, known:], past_key_values=before, use_cache=True)
         return out.last_hidden_state[:, -1], {"past": out.past_key_values, "mask": mask, "count": mask.sum(-1)}
 
     def kept(self, cache: dict[str, Any]) -> Any:

@@ -10,20 +10,29 @@ so a kept column may be copied to any other.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lockstep.interfaces import Generated, Past
-from lockstep.text.sequences import left_pad
+from lockstep.text.sequences import left_pad, width
 
 Generate = Callable[[np.ndarray, np.ndarray, np.ndarray, Past | None], Generated]
 """`lockstep.interfaces.Policy.generate` of left-padded tokens, their mask, seeds, and what is known of them."""
 
 
 LEAST_FED = 8
-"""Columns. Twice, four times, ... as many are fed if need be, so that few shapes are compiled."""
+"""Columns: few shapes are compiled, and a reply is seldom shorter by much."""
+
+
+class Read(NamedTuple):
+    """What a dialogue's row of the cache holds: ``tokens``, from column ``begin`` on."""
+
+    row: int
+    begin: int
+    tokens: list[int]
 
 
 class Turns:
@@ -32,9 +41,7 @@ class Turns:
     def __init__(self, generate: Generate, pad_id: int):
         self.generate, self.pad_id = generate, pad_id
         self.cache: Any = None
-        self.places: dict[int, int] = {}
-        self.read: dict[int, list[int]] = {}
-        self.begins: dict[int, int] = {}
+        self.read: dict[int, Read] = {}
 
     def next(self, dialogues: Sequence[int], contexts: Sequence[Sequence[int]], seeds: np.ndarray, columns: int) -> Generated:
         """A turn in each of these dialogues, given by their numbers. A dialogue that is left out cannot come back.
@@ -45,32 +52,20 @@ class Turns:
         """
         tokens, mask = left_pad(contexts, self.pad_id, columns)
         drawn = self.generate(tokens, mask, seeds, self.past(dialogues, contexts, columns))
-        self.cache = drawn.cache
-        self.places = {dialogue: row for row, dialogue in enumerate(dialogues)}
+        self.cache, self.read = drawn.cache, {}
         for row, (dialogue, context) in enumerate(zip(dialogues, contexts, strict=True)):
-            self.begins[dialogue] = columns - len(context)
-            # The last token of a turn has been drawn and not read.
-            self.read[dialogue] = [*context, *drawn.tokens[row][drawn.mask[row]][:-1].tolist()]
+            said = drawn.tokens[row][drawn.mask[row]].tolist()
+            self.read[dialogue] = Read(row, columns - len(context), [*context, *said[:-1]])  # the last was drawn and not read
         return drawn
 
     def past(self, dialogues: Sequence[int], contexts: Sequence[Sequence[int]], columns: int) -> Past | None:
         """What is known of the contexts; None if nothing is."""
         if self.cache is None:
             return None
-        new = [
-            len(context) - min(common(self.read[dialogue], context), len(context) - 1)
-            for dialogue, context in zip(dialogues, contexts, strict=True)
-        ]
-        fed = LEAST_FED
-        while fed < max(new):
-            fed *= 2
-        if (known := columns - fed) <= 0:
+        read = [self.read[dialogue] for dialogue in dialogues]
+        same = [len(os.path.commonprefix([r.tokens, [*context[:-1]]])) for r, context in zip(read, contexts, strict=True)]
+        new = max(len(context) - known for context, known in zip(contexts, same, strict=True))
+        if (known := columns - width(new, LEAST_FED)) <= 0:
             return None
-        shift = [self.begins[d] - (columns - len(context)) for d, context in zip(dialogues, contexts, strict=True)]
-        rows = [self.places[dialogue] for dialogue in dialogues]
-        return Past(self.cache, np.array(rows, np.int32), np.array(shift, np.int32), known)
-
-
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+        shift = [r.begin - (columns - len(context)) for r, context in zip(read, contexts, strict=True)]
+        return Past(self.cache, np.array([r.row for r in read], np.int32), np.array(shift, np.int32), known)

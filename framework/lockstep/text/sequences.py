@@ -106,6 +106,13 @@ def round_up(length: int, multiple: int) -> int:
     return max(multiple, -(-length // multiple) * multiple)
 
 
+def width(length: int, least: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... from ``least`` on: a third of the columns at most is padding."""
+    power = 1 << (max(length, least, 1) - 1).bit_length()  # the next power of two
+    middle = power * 3 // 4
+    return middle if power >= 4 and middle >= max(length, least) else power
+
+
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """int32 tokens and bool mask, both [B, columns]."""
     tokens = np.full((len(prompts), columns), pad_id, np.int32)

@@ -180,24 +180,32 @@ class PreferenceOptimisation(Algorithm):
         """Comparisons with at least two completions that are not tied, and the reference's log-probabilities of those that are
         read: in less than an epoch not all of them are."""
         encoded = encoded_comparisons(self.context, split, self.config.lengths, limit)
-        read = set(range(len(encoded)))
-        if split == "train":
-            drawn = steps(self.config.epochs, len(encoded), self.config.batch_size) * self.config.batch_size
-            read = set(example_indices(self.context.seed, "order", len(encoded), 0, drawn).tolist())
         if self.config.ranking == "plackett_luce" and (tied := sum(len(set(ranks)) < len(ranks) for _, ranks in encoded)):
             raise DataError(
                 f"{tied} of {len(encoded)} {split} comparisons have ties, which a Plackett-Luce ranking cannot express. Set "
                 "algorithm.ranking=pairs."
             )
-        rows = [row for number, (examples, _) in enumerate(encoded) if number in read for row in examples]
-        ref = self.logprobs(self.policy, rows) if self.config.needs_reference and rows else np.zeros(len(rows), np.float32)
+        rows = [row for examples, _ in encoded for row in examples]
+        ref = np.zeros(len(rows), np.float32)
+        if self.config.needs_reference and rows:
+            read = self.read(len(encoded)) if split == "train" else np.ones(len(encoded), bool)
+            of_rows = np.repeat(read, [len(ranks) for _, ranks in encoded])
+            ref[~of_rows] = np.nan
+            ref[of_rows] = self.logprobs(self.policy, [row for row, needed in zip(rows, of_rows, strict=True) if needed])
         rankings, place = [], 0
-        for number, (examples, ranks) in enumerate(encoded):
+        for examples, ranks in encoded:
             order = np.argsort(ranks, kind="stable")
-            here = ref[place : place + len(ranks)] if number in read else np.full(len(ranks), np.nan, np.float32)
+            here = ref[place : place + len(ranks)]
             rankings.append(Ranking([examples[i] for i in order], np.asarray(ranks)[order], here[order]))
-            place += len(ranks) if number in read else 0
+            place += len(ranks)
         return rankings
+
+    def read(self, comparisons: int) -> np.ndarray:
+        """bool [comparisons]: which of them are trained on."""
+        size, found = self.config.batch_size, np.zeros(comparisons, bool)
+        drawn = steps(self.config.epochs, comparisons, size) * size
+        found[example_indices(self.context.seed, "order", comparisons, 0, drawn)] = True
+        return found
 
     # ------------------------------------------------------------------------------------------- the algorithm box
 

@@ -16,7 +16,7 @@ from lockstep.interfaces import Policy
 from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import Sampler
 from lockstep.text.encoding import Lengths
-from lockstep.text.sequences import left_pad, pack
+from lockstep.text.sequences import left_pad, pack, width
 from lockstep.text.stopping import Stops
 
 COLD = 2.0**-60
@@ -132,10 +132,3 @@ class Asked:
         """The requests' numbers in batches, the largest first: what does not fit into memory fails at once."""
         order = sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True)
         return [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
-
-
-def width(length: int, least: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... from ``least`` on: a third of the columns at most is padding."""
-    power = 1 << (max(length, least, 1) - 1).bit_length()  # the next power of two
-    middle = power * 3 // 4
-    return middle if power >= 4 and middle >= max(length, least) else power

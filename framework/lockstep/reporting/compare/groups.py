@@ -267,7 +267,9 @@ def _inside(keys: Sequence[str], differing: Sequence[str], runs: Sequence[Run]) 
 
 def key_of(asked: str, exist: Collection[str]) -> str:
     """The key behind a short name: 'backend' is its name, and 'algorithm' the name of its file."""
-    return BACKEND if asked == "backend" else f"{CHOICES}{asked}" if f"{CHOICES}{asked}" in exist else asked
+    if asked == "backend":
+        return BACKEND
+    return f"{CHOICES}{asked}" if f"{CHOICES}{asked}" in exist else asked
 
 
 def _tasks(members: Sequence[Run], inside: Sequence[str], problems: list[str]) -> dict[tuple[str, int], Run]:
@@ -331,8 +333,8 @@ def _independent(differing: Sequence[str], runs: Sequence[Run]) -> list[str]:
     """The differing keys whose values follow neither from the backend nor from the file that was chosen for their group."""
     own = [key for key in differing if key != BACKEND and not _follows(key, BACKEND, runs)]
     chosen = {key.removeprefix(CHOICES): key for key in own if key.startswith(CHOICES)}
-    group = lambda key: key.split(".")[0]  # noqa: E731
-    return [key for key in own if group(key) not in chosen or not _follows(key, chosen[group(key)], runs)]
+    choices = [chosen.get(key.partition(".")[0]) for key in own]
+    return [key for key, choice in zip(own, choices, strict=True) if choice is None or not _follows(key, choice, runs)]
 
 
 def _follows(key: str, other: str, runs: Sequence[Run]) -> bool:

@@ -9,11 +9,7 @@ import numpy as np
 
 from lockstep.checking.conformance.algorithms.traces import timeless
 from lockstep.checking.conformance.kit import check, require
-from lockstep.checking.conformance.subjects import (
-    AlgorithmSubject,
-    missing_sometimes,
-    uneven,
-)
+from lockstep.checking.conformance.subjects import AlgorithmSubject, missing_sometimes, uneven
 from lockstep.checking.conformance.world import Data
 from lockstep.checking.tap import ScoreCall
 from lockstep.errors import RewardError

@@ -10,11 +10,7 @@ import numpy as np
 
 from lockstep.checking.conformance.algorithms.traces import by_prompt, in_batch
 from lockstep.checking.conformance.kit import check, require, same
-from lockstep.checking.conformance.subjects import (
-    AlgorithmSubject,
-    Trace,
-    missing_sometimes,
-)
+from lockstep.checking.conformance.subjects import AlgorithmSubject, Trace, missing_sometimes
 from lockstep.checking.conformance.world import Data
 from lockstep.checking.tap import GenerateCall, ScoreCall
 from lockstep.interfaces import Responses

@@ -10,10 +10,7 @@ import numpy as np
 
 from lockstep.checking.conformance.algorithms.traces import demonstrations
 from lockstep.checking.conformance.kit import Inapplicable, check, near, near_arrays, require, same
-from lockstep.checking.conformance.subjects import (
-    AlgorithmSubject,
-    derivative,
-)
+from lockstep.checking.conformance.subjects import AlgorithmSubject, derivative
 from lockstep.interfaces import Loss, Term
 from lockstep.learning.losses import weighted_sum
 

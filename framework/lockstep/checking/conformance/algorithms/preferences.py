@@ -13,12 +13,7 @@ import numpy as np
 
 from lockstep.checking.conformance.algorithms.traces import by_prompt, examples_of, in_batch
 from lockstep.checking.conformance.kit import Inapplicable, check, near, require
-from lockstep.checking.conformance.subjects import (
-    AlgorithmSubject,
-    derivative,
-    loss_of,
-    uneven,
-)
+from lockstep.checking.conformance.subjects import AlgorithmSubject, derivative, loss_of, uneven
 from lockstep.checking.tap import EvaluateCall, ScoreCall
 from lockstep.errors import listing
 from lockstep.interfaces import Term

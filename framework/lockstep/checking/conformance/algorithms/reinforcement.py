@@ -9,12 +9,7 @@ import numpy as np
 
 from lockstep.checking.conformance.algorithms.traces import in_batch, the_metric
 from lockstep.checking.conformance.kit import Inapplicable, check, near, require, same
-from lockstep.checking.conformance.subjects import (
-    AlgorithmSubject,
-    constant,
-    derivative,
-    loss_of,
-)
+from lockstep.checking.conformance.subjects import AlgorithmSubject, constant, derivative, loss_of
 from lockstep.checking.conformance.world import Talks
 from lockstep.checking.tap import GenerateCall, ScoreCall
 from lockstep.learning import randomness

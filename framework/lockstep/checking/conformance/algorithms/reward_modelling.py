@@ -8,10 +8,7 @@ import numpy as np
 
 from lockstep.checking.conformance.algorithms.preferences import need_comparisons, require_right_order
 from lockstep.checking.conformance.kit import Inapplicable, check, near, require
-from lockstep.checking.conformance.subjects import (
-    AlgorithmSubject,
-    loss_of,
-)
+from lockstep.checking.conformance.subjects import AlgorithmSubject, loss_of
 from lockstep.checking.conformance.world import Data
 from lockstep.text import encoding
 

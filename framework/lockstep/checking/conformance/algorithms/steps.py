@@ -15,10 +15,7 @@ import numpy as np
 
 from lockstep.checking.conformance.algorithms.traces import demonstrations, examples_of, timeless
 from lockstep.checking.conformance.kit import Inapplicable, check, near, near_arrays, require, same, same_arrays
-from lockstep.checking.conformance.subjects import (
-    AlgorithmSubject,
-    Trace,
-)
+from lockstep.checking.conformance.subjects import AlgorithmSubject, Trace
 from lockstep.checking.conformance.world import Data
 from lockstep.checking.tap import GenerateCall
 from lockstep.interfaces import Term

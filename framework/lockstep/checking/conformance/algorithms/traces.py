@@ -5,10 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lockstep.checking.conformance.kit import Inapplicable
-from lockstep.checking.conformance.subjects import (
-    AlgorithmSubject,
-    Trace,
-)
+from lockstep.checking.conformance.subjects import AlgorithmSubject, Trace
 from lockstep.interfaces import Metrics, Responses, Term
 
 
