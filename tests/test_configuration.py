@@ -27,6 +27,7 @@ from lockstep.errors import ConfigError, LockstepError, RegistryError
 from lockstep.learning.episodes import EnvironmentConfig
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.registry import KINDS, Plugin, imported, registry
+from lockstep.runs.collection import CollectionConfig
 from lockstep.runs.evaluation import EvaluationConfig
 from lockstep.runs.experiment import Experiment, StageConfig, finished, run_name
 from lockstep_rlhf.algorithms.ppo import PPO
@@ -216,16 +217,19 @@ def test_the_ends_of_a_range_null_and_a_declared_infinity_are_taken():
 
 # ---------------------------------------------------------------------------------------------------- built-in components
 
-GIVEN = {"url": "http://a/b", "functions": ["a:b"], "parts": {"a": {"name": "length"}}, "weights": {"a": 1.0}}
+GIVEN = {
+    "url": "http://a/b", "functions": ["a:b"], "parts": {"a": {"name": "length"}}, "weights": {"a": 1.0},
+    "reward_model": {"name": "length"},
+}  # fmt: skip
 """Values of required keys that may not be any text."""
-FILES = sorted(file for kind in (*KINDS, "evaluation", "optimizer") for file in (CONF / kind).glob("*.yaml"))
+FILES = sorted(file for kind in (*KINDS, "evaluation", "collection", "optimizer") for file in (CONF / kind).glob("*.yaml"))
 
 
 def group_of(kind: str, name: str) -> tuple[type, dict[str, Any]]:
     """The class of a file's configuration, and the file with its defaults list resolved."""
-    if kind in ("evaluation", "optimizer"):
+    if kind in ("evaluation", "collection", "optimizer"):
         values = OmegaConf.to_container(OmegaConf.load(CONF / kind / f"{name}.yaml"))
-        return {"evaluation": EvaluationConfig, "optimizer": OptimizerConfig}[kind], values
+        return {"evaluation": EvaluationConfig, "collection": CollectionConfig, "optimizer": OptimizerConfig}[kind], values
     values = group(kind, name)
     if name == "limits":  # with which the files of environments begin
         return EnvironmentConfig, values
@@ -259,7 +263,8 @@ def test_a_file_is_complete_and_equals_the_defaults_of_its_dataclass(file):
     required = {key: GIVEN.get(key, "given") for key, value in values.items() if value == "???"}
     assert required.keys() == {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory}
     if (
-        file.parent.name in ("evaluation", "optimizer") or group(file.parent.name, file.stem).get("name", file.stem) == file.stem
+        file.parent.name in ("evaluation", "collection", "optimizer")
+        or group(file.parent.name, file.stem).get("name", file.stem) == file.stem
     ):  # else it is a published method: a component with other values
         assert parse(cls, values | required, "x") == parse(cls, required, "x")
     assert all(field.metadata["doc"] for field in declared(cls))
@@ -268,7 +273,7 @@ def test_a_file_is_complete_and_equals_the_defaults_of_its_dataclass(file):
 def test_the_root_equals_its_defaults():
     values = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
     scalars = {key: value for key, value in values.items() if key not in ("defaults", "hydra")}
-    assert scalars == {f.name: f.default for f in dataclasses.fields(Root) if f.name in scalars} and len(scalars) == 7
+    assert scalars == {f.name: f.default for f in dataclasses.fields(Root) if f.name in scalars} and len(scalars) == 8
 
 
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
@@ -361,9 +366,13 @@ def test_components_that_are_not_the_default_ones_have_ranges_too(kind, name, pa
 
 # ------------------------------------------------------------------------------------------- every number of every component
 
-GROUP_CLASSES = {"the root": Root, "a stage": StageConfig, "an evaluation": EvaluationConfig, "a source": Source} | {
-    f"{c.kind} {c.name}{f' on {c.backend}' if c.backend else ''}": c.load().Config for c in registry() if not c.missing()
-}
+GROUP_CLASSES = {
+    "the root": Root,
+    "a stage": StageConfig,
+    "an evaluation": EvaluationConfig,
+    "a collection": CollectionConfig,
+    "a source": Source,
+} | {f"{c.kind} {c.name}{f' on {c.backend}' if c.backend else ''}": c.load().Config for c in registry() if not c.missing()}
 NUMBERS = {int: "whole", float: "real"}
 
 
@@ -702,7 +711,7 @@ def test_every_algorithm_takes_the_place_of_ppo_in_every_experiment(number):
         if experiment == "shop" and component == "preference_optimisation":
             continue  # it takes no environment, and says so
         checked = Experiment(compose([f"experiment={experiment}", chosen, *(["policy.path=x"] if hub else [])]))
-        stage = {"shop": "rl", "sums": "grpo"}.get(experiment, "ppo")
+        stage = {"shop": "rl", "sums": "grpo", "rounds": "ppo_1"}.get(experiment, "ppo")
         assert checked.stages[stage].group["name"] == component and "ppo_ptx" not in checked.stages
 
 

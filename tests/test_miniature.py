@@ -8,11 +8,12 @@ import pytest
 
 from lockstep.config.schema import parse
 from lockstep.errors import ConfigError, DataError
+from lockstep.learning import numerics
 from lockstep.types import Prompt
 from lockstep_miniature import responses
 from lockstep_miniature.dice import Dice
 from lockstep_miniature.gold import MAX_GOLD
-from lockstep_miniature.labelers import HELDOUT_LABELERS, TRAINING_LABELERS, labeler_agreement, ranks
+from lockstep_miniature.labelers import HELDOUT_LABELERS, TRAINING_LABELERS, labeler_agreement
 from lockstep_miniature.source import Config, Miniature
 from lockstep_miniature.tasks import FAMILIES, Task
 from lockstep_miniature.world import CREATURES, RELATIONS
@@ -261,7 +262,7 @@ def test_comparisons_rank_four_to_nine_different_completions(world):
 
 
 def test_utilities_too_close_to_tell_share_a_rank():
-    assert ranks([1.0, 3.0, 2.95, -4.0]) == (1, 0, 0, 2)
+    assert numerics.ranks([1.0, 3.0, 2.95, -4.0], 0.15) == (1, 0, 0, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- ability

@@ -1,4 +1,4 @@
-"""The core's own manifest: a data source, the rewards of environments, and two trackers."""
+"""The core's own manifest: a data source, people as labelers, the rewards of environments, and two trackers."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ CONF = next(folder for folder in (HERE / "conf", HERE.parents[1] / "conf") if fo
 plugin = Plugin(
     components={
         "data": {"files": "lockstep.data.files:Files"},
+        "labeler": {"people": "lockstep.data.people:People"},
         "reward_model": {"environment": "lockstep.learning.episodes:EnvironmentReward"},
         "tracker": {"wandb": "lockstep.reporting.tracking:Wandb", "none": "lockstep.reporting.tracking:Silent"},
     },

@@ -17,6 +17,7 @@ from types import ModuleType
 
 from lockstep import commands
 from lockstep.errors import ConfigError, LockstepError, Stopped, short
+from lockstep.registry import registry
 from lockstep.reporting.console import Console, has_reader, nobody_reads, show_bug
 from lockstep.version import __version__
 
@@ -103,5 +104,8 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 def _commands() -> dict[str, ModuleType]:
+    """The core's, and those that plugins add."""
     names = sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
-    return {name.replace("_", "-"): importlib.import_module(f"{commands.__name__}.{name}") for name in names}
+    own = {name.replace("_", "-"): importlib.import_module(f"{commands.__name__}.{name}") for name in names}
+    others = {name: importlib.import_module(module) for name, module in registry().commands.items()}
+    return dict(sorted((others | own).items()))

@@ -46,6 +46,10 @@ class Stopped(LockstepError):
     """The run was asked to stop and has saved its state."""
 
 
+class Waiting(Stopped):
+    """The run needs labels that people have still to give."""
+
+
 class RewardError(LockstepError):
     """A reward that could not be computed. It is never replaced by a number."""
 

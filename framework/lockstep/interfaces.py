@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 import numpy as np
 
 from lockstep.errors import CheckpointError, ConfigError, Unreachable, listing
-from lockstep.types import Choice, Comparison, Demonstration, Fit, Message, Prompt
+from lockstep.types import Candidates, Choice, Comparison, Demonstration, Fit, Message, Prompt
 
 if TYPE_CHECKING:
     from lockstep.learning.optimisation import OptimizerConfig
@@ -626,6 +626,44 @@ class Environment(ABC, Component):
 
     def close(self, episode: Episode) -> None:
         """Called once at the end of each episode in which `reply` was called, however it ended."""
+
+
+# ----------------------------------------------------------------------------------------------------------- labelers
+
+
+class Labeler(ABC, Component):
+    """Whoever ranks fresh responses: simulated people, a reward model, a judge, people."""
+
+    @abstractmethod
+    def __init__(self, config: Any, data: DataSource, resources: Resources): ...
+
+    @abstractmethod
+    def label(self, candidates: Sequence[Candidates], seed: int, folder: Path) -> Sequence[Label]:
+        """Rankings of the candidates, in any order. Several labelers may rank the same one, and nobody another.
+
+        Args:
+          seed: for labelers that draw.
+          folder: the stage's, which has the candidates too, for labelers outside of this process.
+
+        Raises:
+          Waiting: people have still to label.
+        """
+
+    @classmethod
+    def received(cls, folder: Path) -> str | None:
+        """A digest of labels that came into the stage's folder from outside. It is part of the identity of the stages that read
+        them. None: the configuration determines the labels."""
+        return None
+
+
+@dataclass(frozen=True)
+class Label:
+    """The ranks of the completions of the candidates with this id; 0 is best, equal ranks are a tie."""
+
+    id: str
+    ranks: tuple[int, ...]
+    labeler: str
+    group: str | None = None
 
 
 # -------------------------------------------------------------------------------------------------------- algorithms

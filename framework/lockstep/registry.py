@@ -28,7 +28,7 @@ from typing import Any
 from lockstep.errors import ConfigError, RegistryError, did_you_mean, listing, short, told
 
 GROUP = "lockstep.plugins"
-KINDS = ("backend", "policy", "reward_model", "environment", "algorithm", "data", "tracker")
+KINDS = ("backend", "policy", "reward_model", "environment", "labeler", "algorithm", "data", "tracker")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Plugin:
       requires: modules the plugin needs; checked without importing them.
       install: the command that installs them, shown to the user.
       conf: the Hydra configuration folder to add to the search path; None for none.
+      commands: {command: module}, further commands of `lockstep`; `lockstep.commands` says what such a module has.
     """
 
     components: Mapping[str, Mapping[str, str]]
@@ -49,6 +50,19 @@ class Plugin:
     requires: Sequence[str] = ()
     install: str = ""
     conf: Path | None = None
+    commands: Mapping[str, str] = field(default_factory=dict)
+
+    def missing(self) -> list[str]:
+        """Required modules that are not installed; checked without importing any."""
+        return [module for module in self.requires if importlib.util.find_spec(module) is None]
+
+    def check_installed(self, who: str) -> None:
+        """
+        Raises:
+          RegistryError: ``who`` needs what is not installed.
+        """
+        if missing := self.missing():
+            raise RegistryError(f"{who} needs {listing(missing)}, not installed. Type: {self.install}")
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class Component:
 
     def missing(self) -> list[str]:
         """Required modules that are not installed; checked without importing any."""
-        return [m for m in (self.plugin.requires if self.plugin else ()) if importlib.util.find_spec(m) is None]
+        return self.plugin.missing() if self.plugin else []
 
     def load(self) -> type[Any]:
         """The class itself.
@@ -71,8 +85,8 @@ class Component:
           RegistryError: it cannot be imported; the message gives the reason and a command that may help.
         """
         where = f"{self.kind} '{self.name}' of {self.distribution}"
-        if self.plugin and (missing := self.missing()):
-            raise RegistryError(f"The {where} needs {listing(missing)}, not installed. Type: {self.plugin.install}")
+        if self.plugin:
+            self.plugin.check_installed(f"The {where}")
         try:
             if self.plugin is None:
                 use_current_folder()
@@ -129,6 +143,7 @@ def in_the_way(target: str) -> str:
 class Registry:
     components: dict[tuple[str, str, str | None], Component] = field(default_factory=dict)
     conf: dict[str, Path] = field(default_factory=dict)
+    commands: dict[str, str] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
 
     def add(self, plugin: Plugin, distribution: str) -> None:
@@ -150,6 +165,12 @@ class Registry:
                         f"{plugin.backend or 'every backend'}. Rename one, or uninstall one."
                     )
                 self.components[key] = Component(kind, name, plugin.backend, target, distribution, plugin)
+        for name, module in plugin.commands.items():
+            if name in self.commands:
+                raise RegistryError(
+                    f"{distribution} adds the command '{name}', as another plugin does ({self.commands[name]}). Uninstall one."
+                )
+            self.commands[name] = module
         if plugin.conf is not None:
             self.conf[distribution] = plugin.conf
 

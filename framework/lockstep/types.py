@@ -61,12 +61,14 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Comparison:
-    """K completions of one prompt with their ranks: 0 is best, equal ranks are a tie. A chosen/rejected pair is K=2."""
+    """K completions of one prompt with their ranks: 0 is best, equal ranks are a tie. A chosen/rejected pair is K=2.
+    ``group`` is the labeler's: those with one training, one expertise or one culture."""
 
     prompt: Prompt
     completions: tuple[str, ...]
     ranks: tuple[int, ...]
     labeler: str | None = None
+    group: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.completions) < 2 or len(self.completions) != len(self.ranks):
@@ -74,6 +76,18 @@ class Comparison:
                 f"a comparison needs at least two completions and one rank for each, "
                 f"not {len(self.completions)} completions and {len(self.ranks)} ranks"
             )
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Responses to one prompt that wait for a labeler. ``policies`` says which wrote each, by the identity of its stage, and
+    ``scores`` what a reward model thinks of it: no labeler may see either before the label is given."""
+
+    id: str
+    prompt: Prompt
+    completions: tuple[str, ...]
+    policies: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ tasks.py       families of instructions, with their right answers
 responses.py   how people of different skill write responses
 gold.py        the true score of any response
 labelers.py    simulated people who rank completions
+people.py      these as labelers of what policies write
 corpus.py      raw text with the flaws of the web's
 ability.py     what a model that reads the corpus can do
 tokenizer.py   words to ids
@@ -18,5 +19,6 @@ plugin = Plugin(
     components={
         "data": {"miniature": "lockstep_miniature.source:Miniature", "shop": "lockstep_miniature.shop:Questions"},
         "environment": {"shop": "lockstep_miniature.shop:Shop"},
+        "labeler": {"miniature": "lockstep_miniature.people:SimulatedLabelers"},
     }
 )

@@ -8,10 +8,11 @@ noisy and biased in different directions, so a reward model trained on all of th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 
+from lockstep.learning import numerics
 from lockstep.types import Comparison
 from lockstep_miniature.dice import Dice
 from lockstep_miniature.gold import gold
@@ -42,7 +43,37 @@ HELDOUT_LABELERS: dict[str, Labeler] = {
     "heldout-labeler-1": {"helpful": 3, "truthful": 3, "harmless": 1, "length": 0.8},
     "heldout-labeler-2": {"helpful": 4, "truthful": 0.5, "harmless": 2, "polite": 1},
 }
-ALL_LABELERS: dict[str, Labeler] = {**TRAINING_LABELERS, **HELDOUT_LABELERS}
+BRIEF_LABELERS: dict[str, Labeler] = {
+    "brief-0": {"helpful": 3, "truthful": 2, "harmless": 2, "length": -3, "polite": -1.5},
+    "brief-1": {"helpful": 4, "truthful": 2, "harmless": 1, "length": -4, "polite": -1},
+    "brief-2": {"helpful": 3, "truthful": 3, "harmless": 2, "length": -3, "polite": -2},
+}
+WARM_LABELERS: dict[str, Labeler] = {
+    "warm-0": {"helpful": 3, "truthful": 2, "harmless": 2, "length": 3, "polite": 1.5},
+    "warm-1": {"helpful": 4, "truthful": 2, "harmless": 1, "length": 4, "polite": 1},
+    "warm-2": {"helpful": 3, "truthful": 3, "harmless": 2, "length": 3, "polite": 2},
+}
+GROUPS: dict[str, dict[str, Labeler]] = {
+    "training": TRAINING_LABELERS,
+    "heldout": HELDOUT_LABELERS,
+    "brief": BRIEF_LABELERS,
+    "warm": WARM_LABELERS,
+}
+"""The last two are communities that agree on facts and harm, and differ in how they like to be talked to."""
+
+
+def group_of(name: str) -> str:
+    return next(group for group, labelers in GROUPS.items() if name in labelers)
+
+
+def members(groups: Sequence[str]) -> dict[str, Labeler]:
+    """The labelers of these groups."""
+    return {name: labeler for group in groups for name, labeler in GROUPS[group].items()}
+
+
+def rank(labeler: Labeler, world: World, task: Task, completions: Sequence[str], dice: Dice) -> tuple[int, ...]:
+    """The labeler's ranks of completions, with noise."""
+    return numerics.ranks([utility(labeler, world, task, text) + NOISE * dice.gumbel() for text in completions], TIE)
 
 
 def utility(labeler: Labeler, world: World, task: Task, completion: str) -> float:
@@ -55,22 +86,12 @@ def utility(labeler: Labeler, world: World, task: Task, completion: str) -> floa
     return sum(weight * seen[taste] for taste, weight in labeler.items())
 
 
-def ranks(utilities: Sequence[float]) -> tuple[int, ...]:
-    """Places from 0 for the highest; one within `TIE` of the next higher shares its place."""
-    order = sorted(range(len(utilities)), key=lambda i: -utilities[i])
-    places = [0] * len(order)
-    for above, below in pairwise(order):
-        places[below] = places[above] + (utilities[above] - utilities[below] > TIE)
-    return tuple(places)
-
-
 def compare(world: World, task: Task, labelers: Mapping[str, Labeler], dice: Dice) -> Comparison:
     """One of the labelers ranks 4 to 9 completions of mixed quality."""
     count = MIN_COMPLETIONS + dice.below(MAX_COMPLETIONS - MIN_COMPLETIONS + 1)
     name = dice.pick(list(labelers))
     completions = complete(task, count, dice)
-    felt = [utility(labelers[name], world, task, text) + NOISE * dice.gumbel() for text in completions]
-    return Comparison(task.prompt(), completions, ranks(felt), name)
+    return Comparison(task.prompt(), completions, rank(labelers[name], world, task, completions, dice), name, group_of(name))
 
 
 def labeler_agreement(world: World, comparisons: Sequence[Comparison]) -> float:

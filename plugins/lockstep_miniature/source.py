@@ -20,7 +20,7 @@ from lockstep.types import Choice, Comparison, Demonstration, Prompt
 from lockstep_miniature import ability, corpus
 from lockstep_miniature.dice import Dice
 from lockstep_miniature.gold import gold
-from lockstep_miniature.labelers import ALL_LABELERS, TRAINING_LABELERS, compare
+from lockstep_miniature.labelers import GROUPS, compare, members
 from lockstep_miniature.responses import demonstrate
 from lockstep_miniature.tasks import FAMILIES, Task, draw_task
 from lockstep_miniature.tokenizer import CHAT_TEMPLATE, EOS, PAD, build_tokenizer
@@ -43,13 +43,17 @@ class Config:
     adversarial_prompts: int = setting(200, "Harmful requests in disguise.", least=1)
     families: tuple[str, ...] | None = setting(None, "Families of prompts, wherever they stand: [sum, count]; null: all.")
     documents: tuple[str, ...] | None = setting(None, "Kinds of raw texts: [sums, counting]; null: all.")
+    labelers: tuple[str, ...] = setting(("training",), "Groups whose labelers rank the training comparisons.")
+    heldout_labelers: tuple[str, ...] = setting(("training", "heldout"), "Groups that rank the held-out comparisons.")
     ability_items: int = setting(396, "Items of the ability test: 66 of each of its six kinds.", least=1)
 
     def __post_init__(self) -> None:
-        for key, known in (("families", FAMILIES), ("documents", corpus.KINDS)):
+        for key, known in (
+            ("families", FAMILIES), ("documents", corpus.KINDS), ("labelers", GROUPS), ("heldout_labelers", GROUPS)
+        ):  # fmt: skip
             names = getattr(self, key)
             if names == ():
-                raise ConfigError(f"data.{key} is empty, so there is nothing to draw. Set it to null for all.")
+                raise ConfigError(f"data.{key} is empty, so there is nothing to draw. All: {listing(known)}.")
             if wrong := [name for name in names or () if name not in known]:
                 raise ConfigError(
                     f"data.{key} has '{short(wrong[0])}', which is none.{did_you_mean(wrong[0], known)} All: {listing(known)}."
@@ -76,9 +80,9 @@ class Miniature(DataSource):
         return Drawn(self._size("demonstrations", split), draw)
 
     def comparisons(self, split: str) -> Sequence[Comparison]:
-        """Training comparisons are by the training labelers. Held-out ones are by these and by labelers that never rank training
-        comparisons, all on held-out prompts."""
-        labelers = TRAINING_LABELERS if split == "train" else ALL_LABELERS
+        """Training comparisons are by the groups ``labelers``. Held-out ones are by ``heldout_labelers``, some of whom never rank
+        training comparisons, on held-out prompts."""
+        labelers = members(self.config.labelers if split == "train" else self.config.heldout_labelers)
 
         def draw(index: int) -> Comparison:
             dice = self._dice("comparisons", split, index)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 from zlib import crc32
 
 from lockstep.types import Message, Prompt
@@ -114,7 +115,10 @@ class Task:
     @classmethod
     def of(cls, prompt: Prompt) -> Task | None:
         """The task behind a prompt; None for a prompt from elsewhere."""
-        return cls(**prompt.truth) if "frame" in prompt.truth else None
+        if "frame" not in prompt.truth:
+            return None
+        known: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in prompt.truth.items()}
+        return cls(**known)
 
 
 # ---------------------------------------------------------------------------------------------------------- families

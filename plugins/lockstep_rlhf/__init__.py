@@ -4,6 +4,7 @@ algorithms/      pretraining, SFT, reward modelling, PPO, policy gradients (GRPO
                  preference optimisation (DPO), online or not; rejection sampling (RAFT), distillation
 reward_models/   sources of scores: a learned model, a Python function, a server, a judge, checkers, combinations
 environments/    what policies converse with: tools
+labelers/        who ranks fresh responses: a reward model
 """
 
 from lockstep.registry import Plugin
@@ -22,6 +23,7 @@ plugin = Plugin(
             "distillation": "lockstep_rlhf.algorithms.distillation:Distillation",
         },
         "environment": {"tools": "lockstep_rlhf.environments.tools:Tools"},
+        "labeler": {"scores": "lockstep_rlhf.labelers.scores:Scores"},
         "reward_model": {
             "learned": "lockstep_rlhf.reward_models.learned:Learned",
             "function": "lockstep_rlhf.reward_models.function:Function",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -262,6 +263,15 @@ def pair_margins(scores: np.ndarray, preferred: np.ndarray) -> np.ndarray:
     """score_winner - score_loser for every pair marked in ``preferred`` [R, R], in row-major order."""
     winners, losers = np.nonzero(preferred)
     return scores[winners] - scores[losers]
+
+
+def ranks(values: Sequence[float] | np.ndarray, tie: float = 0.0) -> tuple[int, ...]:
+    """Places from 0 for the highest value; one within ``tie`` of the next higher shares its place."""
+    order = sorted(range(len(values)), key=lambda i: -values[i])
+    places = [0] * len(order)
+    for above, below in pairwise(order):
+        places[below] = places[above] + bool(values[above] - values[below] > tie)
+    return tuple(places)
 
 
 def ranking_accuracy(margins: np.ndarray) -> float:

@@ -22,9 +22,10 @@ import numpy as np
 from lockstep.errors import RewardError
 from lockstep.interfaces import Environment, Generated, Past, Policy, Responses, RewardModel
 from lockstep.learning.episodes import Row, converse
-from lockstep.text.encoding import Lengths, encode_response
+from lockstep.text.encoding import Example, Lengths, block, encode_prompt, encode_response
 from lockstep.text.sequences import Sequences, chunks, join, left_pad, right_pad, stack
 from lockstep.text.stopping import Stops
+from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Prompt
 
 T = TypeVar("T")
@@ -145,6 +146,16 @@ class Sampler:
         rewards = np.array([row.reward for row in rows], np.float32)
         responses = Responses(prompts, texts, join(tokens, mask, *right_pad(read, tokenizer.pad_id, width)), tokenizer, rewards)
         return Samples(responses, sequences, np.array([row.finished for row in rows]), logprobs)
+
+
+def responses_of(prompts: Sequence[Prompt], texts: Sequence[str], tokenizer: Tokenizer, lengths: Lengths) -> Responses:
+    """Given responses as a reward model reads them, cut to ``lengths.response``. The prompts must fit ``lengths.prompt``."""
+    ids = {id(prompt): encode_prompt(tokenizer, prompt, lengths.prompt) for prompt in prompts}
+    examples = [
+        Example(ids[id(prompt)] or [], encode_response(tokenizer, text, lengths.response))
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    return Responses(prompts, texts, block(examples, tokenizer, lengths), tokenizer)
 
 
 def concatenate(parts: Sequence[Samples]) -> Samples:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from lockstep.data.mixture import Mixture
 from lockstep.errors import CheckpointError, ConfigError, listing
 from lockstep.interfaces import (
     Algorithm,
@@ -16,6 +17,7 @@ from lockstep.interfaces import (
     DataSource,
     Environment,
     Inputs,
+    Labeler,
     Model,
     Policy,
     Resources,
@@ -24,7 +26,7 @@ from lockstep.interfaces import (
 )
 from lockstep.models.architecture import SCALAR_HEAD
 from lockstep.registry import registry
-from lockstep.runs.experiment import NEW, Experiment, Stage, component_config
+from lockstep.runs.experiment import DATA, NEW, Experiment, Stage, component_config
 from lockstep.storage.files import read_object, write_json
 from lockstep.storage.records import OUTPUT, read_record
 from lockstep.storage.sources import fetch_folder
@@ -97,17 +99,34 @@ class Assembly:
     def classifier(self, source: str) -> Classifier:
         return self._policy_class(self._source_folder(source)).load_classifier(source, self.backend)
 
-    def reward_model(self, group: Mapping[str, Any] | None) -> RewardModel | None:
-        if group is None:
+    def reward_model(self, stage: Stage, group: Mapping[str, Any] | None = None) -> RewardModel | None:
+        """The stage's, or that of one of its members' groups."""
+        if (group := group or stage.reward_model) is None:
             return None
         cls = registry().resolve("reward_model", group["name"], self.experiment.backend_name)
         config = component_config(cls, dict(group), "reward_model")
-        return cls(config, DeclaredResources(self, f"reward model '{group['name']}'", cls.inputs(config)))
+        return cls(config, DeclaredResources(self, f"reward model '{group['name']}'", cls.inputs(config), stage))
 
     def resources(self, stage: Stage) -> Resources:
         """What the stage's algorithm may open."""
         cls = stage.component
-        return DeclaredResources(self, f"algorithm '{stage.group['name']}'", cls.inputs(stage.config) if cls else Inputs())
+        inputs = cls.inputs(stage.config) if cls else Inputs()
+        return DeclaredResources(self, f"algorithm '{stage.group['name']}'", inputs, stage)
+
+    def labeler(self, stage: Stage) -> Labeler:
+        """Of a collection."""
+        assert stage.labels is not None and stage.labeler is not None
+        cls, config = stage.labels
+        return cls(config, self.data, DeclaredResources(self, f"labeler '{stage.labeler['name']}'", cls.inputs(config), stage))
+
+    def data_of(self, stage: Stage) -> DataSource:
+        """The run's data, with what the stage trains on in place of the data's own."""
+        if not stage.mixes:
+            return self.data
+        return Mixture(self.data, {
+            noun: {source: None if source == DATA else self.outputs.get(source, Path(source)) for source in sources}
+            for noun, sources in stage.mixes.items()
+        }, stage.mixes)  # fmt: skip
 
     def environment(self, stage: Stage) -> Environment | None:
         if stage.surroundings is None:
@@ -116,9 +135,9 @@ class Assembly:
         return cls(config)
 
     def algorithm(self, stage: Stage) -> Algorithm:
-        policy, reward_model = self.policy(stage.policy), self.reward_model(stage.reward_model)
-        around, others = self.environment(stage), self.resources(stage)
-        context = Context(stage.seed, self.backend, self.tokenizer, self.data, policy, reward_model, around, others)
+        policy, reward_model = self.policy(stage.policy), self.reward_model(stage)
+        around, others, data = self.environment(stage), self.resources(stage), self.data_of(stage)
+        context = Context(stage.seed, self.backend, self.tokenizer, data, policy, reward_model, around, others)
         self.fits[stage.name] = context.fits
         return stage.component(stage.config, context)
 
@@ -142,8 +161,8 @@ class DeclaredResources(Resources):
     """Resources for one component, limited to what its `inputs` declare. Anything else is missing from a stage's identity, and a
     stage trained against another version of it would be reused."""
 
-    def __init__(self, assembly: Assembly, name: str, inputs: Inputs):
-        self.assembly, self.name, self.inputs = assembly, name, inputs
+    def __init__(self, assembly: Assembly, name: str, inputs: Inputs, stage: Stage):
+        self.assembly, self.name, self.inputs, self.stage = assembly, name, inputs, stage
         self.tokenizer = assembly.tokenizer
 
     @property
@@ -165,12 +184,13 @@ class DeclaredResources(Resources):
     def reward_model(self, group: Mapping[str, Any]) -> RewardModel:
         if group not in self.inputs.members:
             raise ConfigError(f"The {self.name} uses '{group['name']}' without declaring it. {DECLARE}")
-        return self.assembly.reward_model(group)
+        return self.assembly.reward_model(self.stage, group)
 
     def _declared(self, source: str) -> str:
+        """The stage or place that ``source`` means here."""
         if source not in self.inputs.outputs:
             raise ConfigError(f"The {self.name} opens '{source}' without declaring it. {DECLARE}")
-        return source
+        return self.stage.scope.one(source, f"The {self.name}")
 
 
 DECLARE = "Return it from the classmethod `inputs` of its class."

@@ -15,11 +15,11 @@ import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, MissingData
-from lockstep.interfaces import DataSource, Environment, Model, Policy, Responses, RewardModel
+from lockstep.interfaces import DataSource, Environment, Model, Policy, RewardModel
 from lockstep.learning import numerics
 from lockstep.learning.episodes import offered
 from lockstep.learning.randomness import token_seeds
-from lockstep.learning.rollout import Sampler, Samples, score
+from lockstep.learning.rollout import Sampler, Samples, responses_of, score
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import Sequences, chunks, in_chunks
@@ -92,6 +92,8 @@ class Evaluator:
     reward_model: RewardModel | None
     seed: int
     environment: Environment | None = None
+    follows: Mapping[str, str] = field(default_factory=dict)
+    """{policy: the one of the round before}."""
     fits: dict[str, Fit] = field(default_factory=dict)
 
     def run(self, load: Callable[[str], Policy], policies: Sequence[str], progress: Callable[[str], None]) -> dict[str, Any]:
@@ -103,6 +105,7 @@ class Evaluator:
         reference = {split: self.answer(baseline, *found) for split, found in prompts.items()}
         splits: dict[str, dict[str, Any]] = {split: {} for split in prompts}
         samples = []
+        found_by: dict[tuple[str, str], Answers] = {}
         for name in policies:
             progress(name)
             policy = baseline if name == c.baseline else load(name)
@@ -110,7 +113,8 @@ class Evaluator:
             for split, found in prompts.items():
                 answers = reference[split] if name == c.baseline else self.answer(policy, *found)
                 measures = self.measure(answers, reference[split]) | self.kl(policy, baseline, answers)
-                measures |= self.best_of(policy, *found)
+                measures |= self.best_of(policy, *found) | gain(answers, found_by.get((self.follows.get(name, ""), split)))
+                found_by[name, split] = answers
                 splits[split][name] = measures | (general if split == next(iter(prompts)) else {})
                 samples += [{"policy": name, "split": split, **row} for row in rows(answers, c.samples)]
         result = {"baseline": c.baseline, "splits": splits, "samples": samples}
@@ -257,6 +261,9 @@ class Evaluator:
         training = self.training_labelers()
         new = [c.labeler not in training for c in comparisons]
         groups = {"accuracy/training_labelers": [not n for n in new], "accuracy/heldout_labelers": new}
+        for name in dict.fromkeys(c.group for c in comparisons if c.group is not None):
+            if (chosen := [c.group == name for c in comparisons]) not in groups.values():
+                groups[f"accuracy/group/{name}"] = chosen
         measures = {}
         for name, chosen in groups.items():
             found = [
@@ -284,15 +291,9 @@ class Evaluator:
 
     def completion_scores(self, comparisons: Sequence[Comparison]) -> list[np.ndarray]:
         """The reward model's scores of each comparison's completions."""
-        lengths, prompts, texts, examples = self.config.lengths, [], [], []
-        for comparison in comparisons:
-            ids = encoding.encode_prompt(self.tokenizer, comparison.prompt, lengths.prompt)
-            for text in comparison.completions:
-                prompts.append(comparison.prompt)
-                texts.append(text)
-                examples.append(Example(ids, encoding.encode_response(self.tokenizer, text, lengths.response)))
-        block = encoding.block(examples, self.tokenizer, lengths)
-        scores = self.reward_model.score(Responses(prompts, texts, block, self.tokenizer))
+        prompts = [c.prompt for c in comparisons for _ in c.completions]
+        texts = [text for c in comparisons for text in c.completions]
+        scores = self.reward_model.score(responses_of(prompts, texts, self.tokenizer, self.config.lengths))
         return np.split(scores, np.cumsum([len(c.completions) for c in comparisons])[:-1])
 
     def completion_gold(self, comparison: Comparison) -> np.ndarray | None:
@@ -340,6 +341,14 @@ def proportion(successes: float, n: int) -> Measure:
         return {"mean": float("nan"), "n": 0}
     value, low, high = numerics.proportion_interval(successes, n)
     return {"mean": value, "low": low, "high": high, "n": n}
+
+
+def gain(answers: Answers, before: Answers | None) -> dict[str, Measure]:
+    """Over the policy of the round before, prompt by prompt: in gold score, else in the reward model's."""
+    if before is None or answers.preference is None or before.preference is None:
+        return {}
+    difference = answers.preference - before.preference
+    return {"gain": mean(difference[np.isfinite(difference)])}
 
 
 def rows(answers: Answers, count: int) -> list[Mapping[str, Any]]:

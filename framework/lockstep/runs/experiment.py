@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from lockstep.config.root import ConfigGroup, check_groups, completed, component
 from lockstep.config.schema import parse, setting
 from lockstep.config.secrets import without_secrets
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing, short
-from lockstep.interfaces import Algorithm, DataSource, Environment, RewardModel
+from lockstep.interfaces import Algorithm, DataSource, Environment, Labeler, RewardModel
 from lockstep.registry import registry
 from lockstep.runs import identity
+from lockstep.runs.collection import CollectionConfig
 from lockstep.runs.evaluation import EvaluationConfig
+from lockstep.runs.rounds import SEEDS_APART, Scope, in_rounds
 from lockstep.runs.store import RunFolder, StageFolder, decisive
 from lockstep.storage.names import NOT_RUNS, checked_name, in_a_name, root_folder
 from lockstep.storage.records import RUN, STAGES, read_record
@@ -38,9 +41,13 @@ log = logging.getLogger("lockstep")
 NEW = "new"
 
 
+DATA = "data"
+"""Among the sources that a stage trains on: the run's own data."""
+
+
 @dataclass(frozen=True)
 class StageConfig:
-    """A stage trains (``algorithm``) or evaluates (``evaluation``)."""
+    """A stage trains (``algorithm``), evaluates (``evaluation``) or collects labels (``collection``)."""
 
     algorithm: ConfigGroup | None = setting(None, "The group of the algorithm that trains.")
     policy: str | None = setting(None, "The policy to start from: 'new' for the configured one, or an earlier stage.")
@@ -48,6 +55,14 @@ class StageConfig:
     environment: ConfigGroup | None = setting(None, "The group of what policies converse with, in training and in evaluation.")
     changes: ConfigGroup | None = setting(None, "Keys of the algorithm that differ in this stage.")
     evaluation: ConfigGroup | None = setting(None, "The group of the evaluation.")
+    collection: ConfigGroup | None = setting(None, "The group of the collection.")
+    labeler: ConfigGroup | None = setting(None, "The group of who labels what is collected.")
+    policies: tuple[str, ...] | None = setting(None, "Of a collection: the stages whose policies respond, in turn.")
+    comparisons: tuple[str, ...] | None = setting(
+        None, "What to train on in place of the data's: stages that collect, folders, and 'data' for the data's own."
+    )
+    demonstrations: tuple[str, ...] | None = setting(None, "The same for demonstrations.")
+    shares: tuple[float, ...] | None = setting(None, "Of an epoch, one per source; null: each row appears once.", above=0)
     only_if: str | None = setting(None, "A key that the algorithm must have; without it the stage is left out.")
     seed_offset: int = setting(0, "Added to the run's seed, for stages that differ in nothing else.", least=-math.inf)
 
@@ -67,12 +82,16 @@ class Stage:
 
     component, config: the algorithm and its ``Config``; None and an `EvaluationConfig` for an evaluation.
     group: what ``config`` was parsed from.
-    scorers: its reward model, then that one's members.
+    scorers: its reward model, then that one's members; then the labeler's.
     surroundings: the class of its environment and the configuration, parsed from the group ``environment``.
+    scope: what the names of other stages mean in it, and ``round`` which round it is part of, from 1.
+    mixes: {noun: {source: its share, or None}}, if it trains on something else than the data's.
+    policies: of a collection; ``follows`` is, for an evaluation, {policy: the one of the round before}.
+    labels: for a collection, the class of its labeler and the configuration, parsed from the group ``labeler``.
     """
 
     name: str
-    kind: str  # 'train' or 'evaluate'
+    kind: str  # 'train', 'evaluate' or 'collect'
     component: type[Algorithm] | None
     config: Any
     group: ConfigGroup
@@ -82,10 +101,17 @@ class Stage:
     seed: int
     environment: ConfigGroup | None = None
     surroundings: tuple[type[Environment], Any] | None = None
+    scope: Scope = Scope()
+    round: int = 1
+    mixes: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    policies: tuple[str, ...] = ()
+    follows: Mapping[str, str] = field(default_factory=dict)
+    labeler: ConfigGroup | None = None
+    labels: tuple[type[Labeler], Any] | None = None
 
     @property
     def produces(self) -> str:
-        return self.component.produces if self.component else "evaluation"
+        return self.component.produces if self.component else {"evaluate": "evaluation", "collect": "comparisons"}[self.kind]
 
     def arithmetic(self, data: DataSource) -> str:
         """What one step consumes and how many steps there are, in one line.
@@ -93,11 +119,18 @@ class Stage:
         Raises:
           LockstepError: the data lack what it needs, or a component does not work here; found before any model is loaded.
         """
-        for component, config in self._surrounding:
-            component.check(config)
+        self.check()
         if self.component:
             return self.component.arithmetic(self.config, data)
         return self.config.arithmetic(data)
+
+    def check(self) -> None:
+        """
+        Raises:
+          LockstepError: a component does not work here.
+        """
+        for component, config in self._surrounding:
+            component.check(config)
 
     def rehearse(self, data: DataSource) -> None:
         """
@@ -111,7 +144,7 @@ class Stage:
     def modules(self) -> list[str]:
         """Modules whose code decides its result: of its classes, their base classes, and functions named module:function."""
         classes = [base for cls, _ in self._components for base in cls.__mro__]
-        groups = [*(scorer.group for scorer in self.scorers), *([self.environment] if self.environment else [])]
+        groups = [*(scorer.group for scorer in self.scorers), *filter(None, (self.environment, self.labeler))]
         values = [value for group in groups for value in group.values()]
         named = [v.partition(":")[0] for v in values if isinstance(v, str) and re.fullmatch(r"[\w.]+:\w+", v)]
         return [*(cls.__module__ for cls in classes), *named]
@@ -119,15 +152,17 @@ class Stage:
     @property
     def inputs(self) -> list[tuple[str, str]]:
         """The stages (or folders, or hub ids) whose output it reads, each with the kind required."""
-        policies = [self.policy] if self.policy not in (None, NEW) else []
+        policies = [*([self.policy] if self.policy not in (None, NEW) else []), *self.policies]
         if isinstance(self.config, EvaluationConfig):
             policies += [*self.config.policies, self.config.baseline]
-        return [*((name, "policy") for name in policies), *self.declared]
+        mixed = [(source, noun) for noun, sources in self.mixes.items() for source in sources if source != DATA]
+        return [*((name, "policy") for name in policies), *self.declared, *mixed]
 
     @property
     def declared(self) -> list[tuple[str, str]]:
         """Those of ``inputs`` that its components open themselves."""
-        return [source for cls, config in self._components for source in cls.inputs(config).outputs.items()]
+        named = [source for cls, config in self._components for source in cls.inputs(config).outputs.items()]
+        return [(self.scope.one(name, f"stages.{self.name}"), kind) for name, kind in named]
 
     @property
     def files(self) -> list[str]:
@@ -140,9 +175,9 @@ class Stage:
 
     @property
     def _surrounding(self) -> list[tuple[Any, Any]]:
-        """Its reward models and its environment."""
+        """Its reward models, its environment and its labeler."""
         found: list[tuple[Any, Any]] = [(scorer.component, scorer.config) for scorer in self.scorers]
-        return [*found, self.surroundings] if self.surroundings else found
+        return [*found, *filter(None, (self.surroundings, self.labels))]
 
 
 class Experiment:
@@ -164,8 +199,12 @@ class Experiment:
         self.policy = self._component("policy", config["policy"])
         self.tracker = self._component("tracker", config["tracker"])
         self.stages: dict[str, Stage] = {}
-        for name, group in config["stages"].items():
-            if stage := self._stage(name, group):
+        if config["collection"] is not None:
+            parse(CollectionConfig, config["collection"], "collection")
+        for name, group, scope, number in _in_order(config["stages"]):
+            if name in self.stages:
+                raise ConfigError(f"Two stages are called '{short(name)}', one of them in rounds. Rename either.")
+            if stage := self._stage(name, group, scope, number):
                 self.stages[name] = stage
         if config["environment"] is not None and not any(stage.environment for stage in self.stages.values()):
             raise ConfigError(
@@ -208,9 +247,13 @@ class Experiment:
                 "stage": without_secrets(stage.group),
                 "reward_model": without_secrets(stage.reward_model),
                 "environment": without_secrets(stage.environment),
+                "labeler": without_secrets(stage.labeler),
+                "mixes": {noun: list(sources.items()) for noun, sources in stage.mixes.items()},
+                "round": stage.round if stage.kind == "collect" else None,
+                "follows": dict(stage.follows),
                 "policy": without_secrets(self.config["policy"]) if stage.policy == NEW else None,
                 "tokenizer": dataclasses.asdict(tokenizer),
-                "inputs": {name: self._folder(name, found[name]).path.name for name, _ in stage.inputs if name in found},
+                "inputs": {name: self._made(name, found[name]) for name, _ in stage.inputs if name in found},
                 "folders": {path: identity.folder_digest(path) for path in self._outside(stage)},
                 "backend": without_secrets(self.config["backend"]),
                 "data": data,
@@ -223,6 +266,10 @@ class Experiment:
     def folders(self) -> dict[str, StageFolder]:
         """{stage: the folder of its result}, existing or not."""
         return {name: self._folder(name, content) for name, content in self.identities.items()}
+
+    def collected(self, stage: Stage) -> list[str]:
+        """The stages of this run whose labels the stage trains on."""
+        return [source for sources in stage.mixes.values() for source in sources if source in self.stages]
 
     def check_place(self) -> None:
         """
@@ -242,6 +289,13 @@ class Experiment:
                 f"To start a separate run, choose another name=... To continue '{self.name}', use its earlier values, on the "
                 f"left; all of them are in {run.config_file}."
             )
+
+    def _made(self, stage: str, content: ConfigGroup) -> str:
+        """The result of a stage, for the identity of those that read it: its folder's name, and a digest of labels that came into
+        it from outside."""
+        folder, labels = self._folder(stage, content), self.stages[stage].labels
+        received = folder.result().get("received") if folder.done else labels[0].received(folder.path) if labels else None
+        return f"{folder.path.name} {received}" if received else folder.path.name
 
     def _folder(self, stage: str, content: ConfigGroup) -> StageFolder:
         return StageFolder.of(self.root, stage, self.backend_name, content)
@@ -275,17 +329,17 @@ class Experiment:
             for member in cls.inputs(config).members:
                 yield from self._scorers(member)
 
-    def _stage(self, name: str, group: ConfigGroup) -> Stage | None:
+    def _stage(self, name: str, group: ConfigGroup, scope: Scope, number: int) -> Stage | None:
         """None for a stage that is left out."""
-        stage = parse(StageConfig, group, f"stages.{name}")
-        if (stage.algorithm is None) == (stage.evaluation is None):
-            raise ConfigError(f"stages.{name} needs either an algorithm or an evaluation.")
+        stage, where = parse(StageConfig, group, f"stages.{name}"), f"stages.{name}"
+        if sum(each is not None for each in (stage.algorithm, stage.evaluation, stage.collection)) != 1:
+            raise ConfigError(f"{where} needs one of algorithm, evaluation and collection.")
         if stage.algorithm and stage.only_if and stage.only_if not in stage.algorithm:
             log.info(
                 "no stage %s: %s has no %s", name, component_name(stage.algorithm, f"stages.{name}.algorithm"), stage.only_if
             )
             return None
-        seed = self.seed + stage.seed_offset
+        seed = self.seed + stage.seed_offset + SEEDS_APART * (number - 1)
         if not 0 <= seed < 2**63:
             raise ConfigError(
                 f"stages.{name}.seed_offset={stage.seed_offset} makes the seed {seed}. It must be from 0 to 2**63 - 1."
@@ -297,25 +351,24 @@ class Experiment:
                 "Choose one: environment=NAME."
             )
         surroundings = None if stage.environment is None else self._component("environment", stage.environment)
-        scoring = (stage.reward_model, scorers, seed, stage.environment, surroundings)
-        if stage.algorithm is None:
-            trained = [s.name for s in self.stages.values() if s.produces == "policy"]
-            evaluation = stage.evaluation | {"policies": stage.evaluation.get("policies") or trained}
-            config: Any = parse(EvaluationConfig, evaluation, f"stages.{name}.evaluation")
-            if config.best_of and stage.reward_model is None:
-                raise ConfigError(f"stages.{name}: best_of={config.best_of} ranks by a reward_model. Name one, or set it to 0.")
-            checked = Stage(name, "evaluate", None, config, evaluation, None, *scoring)
+        common: dict[str, Any] = {
+            "reward_model": stage.reward_model, "scorers": scorers, "seed": seed, "environment": stage.environment,
+            "surroundings": surroundings, "scope": scope, "round": number,
+        }  # fmt: skip
+        mixed = {noun: names for noun in MIXED if (names := getattr(stage, noun))}
+        if stage.shares is not None and [len(names) for names in mixed.values()] != [len(stage.shares)]:
+            raise ConfigError(f"{where}.shares={list(stage.shares)} needs as many sources, in comparisons or in demonstrations.")
+        if mixed and stage.algorithm is None:
+            raise ConfigError(f"{where} trains nothing, so it takes no {listing(mixed)}. Remove the key.")
+        mixes = {noun: _sources(names, stage.shares, scope) for noun, names in mixed.items()}
+        if stage.collection is None and (stage.labeler, stage.policies) != (None, None):
+            raise ConfigError(f"{where} has a labeler or policies, which only a collection has. Remove them.")
+        if stage.algorithm is not None:
+            checked = self._training(name, stage.algorithm, stage, mixes, common)
+        elif stage.evaluation is not None:
+            checked = self._evaluation(name, stage.evaluation, common)
         else:
-            merged = _merge(stage.algorithm, stage.changes or {}, f"stages.{name}.changes")
-            cls = registry().resolve("algorithm", component_name(merged, f"stages.{name}.algorithm"), self.backend_name)
-            config = component_config(cls, merged, f"stages.{name}.algorithm")
-            if cls.needs_reward_model and stage.reward_model is None:
-                raise ConfigError(f"stages.{name} ({merged['name']}) needs a reward_model.")
-            if stage.policy is None:
-                raise ConfigError(f"stages.{name} needs a policy to start from: '{NEW}' or an earlier stage.")
-            if stage.environment is not None and not cls.takes_environment:
-                raise ConfigError(f"stages.{name} ({merged['name']}) takes no environment. Remove stages.{name}.environment.")
-            checked = Stage(name, "train", cls, config, merged, stage.policy, *scoring)
+            checked = self._collection(name, stage, common)
         for source, kind in checked.inputs:
             if source in self.stages:
                 made = self.stages[source].produces
@@ -328,6 +381,90 @@ class Experiment:
                     f"{did_you_mean(source, self.stages)} Before it: {listing(self.stages)}.{hub}"
                 )
         return checked
+
+    def _training(
+        self, name: str, algorithm: ConfigGroup, stage: StageConfig, mixes: Mapping[str, Mapping[str, float | None]],
+        common: Mapping[str, Any],
+    ) -> Stage:  # fmt: skip
+        where, scope = f"stages.{name}", common["scope"]
+        merged = _merge(algorithm, stage.changes or {}, f"{where}.changes")
+        cls = registry().resolve("algorithm", component_name(merged, f"{where}.algorithm"), self.backend_name)
+        config = component_config(cls, merged, f"{where}.algorithm")
+        if cls.needs_reward_model and stage.reward_model is None:
+            raise ConfigError(f"{where} ({merged['name']}) needs a reward_model.")
+        if stage.policy is None:
+            raise ConfigError(f"{where} needs a policy to start from: '{NEW}' or an earlier stage.")
+        if stage.environment is not None and not cls.takes_environment:
+            raise ConfigError(f"{where} ({merged['name']}) takes no environment. Remove {where}.environment.")
+        policy = scope.one(stage.policy, where)
+        return Stage(name, "train", cls, config, merged, policy, **common, mixes=mixes)
+
+    def _evaluation(self, name: str, group: ConfigGroup, common: Mapping[str, Any]) -> Stage:
+        where, scope = f"stages.{name}", common["scope"]
+        named = [policy for each in group.get("policies") or () for policy in scope.all(each)]
+        trained = [stage.name for stage in self.stages.values() if stage.produces == "policy"]
+        evaluation = group | {"policies": named or trained}
+        if "baseline" in evaluation:
+            evaluation["baseline"] = scope.one(evaluation["baseline"], where)
+        config = parse(EvaluationConfig, evaluation, f"{where}.evaluation")
+        if config.best_of and common["reward_model"] is None:
+            raise ConfigError(f"{where}: best_of={config.best_of} ranks by a reward_model. Name one, or set it to 0.")
+        before = {policy: self._before(policy) for policy in config.policies or ()}
+        follows = {policy: last for policy, last in before.items() if last is not None and last in before}
+        return Stage(name, "evaluate", None, config, evaluation, None, **common, follows=follows)
+
+    def _before(self, name: str) -> str | None:
+        """The stage that ``last.STAGE`` means in a stage of rounds; in the first round, what that starts from."""
+        if (stage := self.stages.get(name)) is None:
+            return None
+        (before,) = stage.scope.all(f"last.{name.removesuffix(f'_{stage.round}')}") or (None,)
+        return before
+
+    def _collection(self, name: str, stage: StageConfig, common: Mapping[str, Any]) -> Stage:
+        where, scope = f"stages.{name}", common["scope"]
+        config = parse(CollectionConfig, stage.collection, f"{where}.collection")
+        policies = tuple(dict.fromkeys(policy for each in stage.policies or () for policy in scope.all(each)))
+        if not policies:
+            raise ConfigError(f"{where} collects responses of no policy. Name stages: {where}.policies=[sft].")
+        if len(policies) > config.samples:
+            raise ConfigError(
+                f"{where}: {len(policies)} policies share collection.samples={config.samples} responses to a prompt. Raise it to "
+                f"{len(policies)} or name fewer policies: {', '.join(policies)}."
+            )
+        if stage.labeler is None:
+            raise ConfigError(f"{where} has no labeler. Choose who ranks: labeler=people, or labeler=scores for a reward model.")
+        cls: type[Labeler]
+        cls, settings = self._component("labeler", stage.labeler)
+        members = [scorer for member in cls.inputs(settings).members for scorer in self._scorers(member)]
+        common = {**common, "scorers": (*common["scorers"], *members)}
+        group = {"collection": stage.collection, "policies": list(policies)}
+        own: dict[str, Any] = {"policies": policies, "labeler": stage.labeler, "labels": (cls, settings)}
+        return Stage(name, "collect", None, config, group, None, **common, **own)
+
+
+MIXED = ("comparisons", "demonstrations")
+"""Nouns of which a stage may train on others than the data's."""
+
+
+def _in_order(stages: Mapping[str, ConfigGroup]) -> Iterator[tuple[str, ConfigGroup, Scope, int]]:
+    """(name, group, scope, round) of each stage, those that repeat in every round."""
+    scope = Scope()
+    for name, group in stages.items():
+        if "repeat" not in group:
+            yield name, group, scope, 1
+            continue
+        *inside, (_, _, after, _) = in_rounds(name, group)
+        yield from ((stage, each, scope | inner, number) for stage, each, inner, number in inside)
+        scope |= after
+
+
+def _sources(names: Sequence[str], shares: Sequence[float] | None, scope: Scope) -> dict[str, float | None]:
+    """{source: its share}; a name that means several stages divides its share among them."""
+    found: dict[str, float | None] = {}
+    for name, share in itertools.zip_longest(names, shares or ()):
+        stages = scope.all(name)
+        found |= {stage: None if share is None else share / len(stages) for stage in stages}
+    return found
 
 
 def is_hub_id(source: str) -> bool:

@@ -16,12 +16,14 @@ from typing import Any
 
 from lockstep.config.schema import differences
 from lockstep.config.secrets import without_secrets
-from lockstep.errors import Diverged, Stopped
+from lockstep.data.labels import CANDIDATES, COMPARISONS, comparison_line
+from lockstep.errors import Diverged, Stopped, Waiting
 from lockstep.interfaces import Algorithm, Backend, Learner, Tracker
 from lockstep.reporting.console import Console
 from lockstep.reporting.health import NOT_FINITE, Health, diverged
 from lockstep.reporting.provenance import code_state
 from lockstep.runs.assembly import Assembly
+from lockstep.runs.collection import CollectionConfig, Collector, kept, labelled, measures
 from lockstep.runs.evaluation import EvaluationConfig, Evaluator, flatten
 from lockstep.runs.experiment import ConfigGroup, Experiment, Stage
 from lockstep.runs.identity import what_changed
@@ -72,8 +74,8 @@ class Runner:
                 for stage in self.experiment.stages.values():
                     self._stage(stage)
                 status = "done"
-            except (Stopped, KeyboardInterrupt):
-                status = "stopped"
+            except (Stopped, KeyboardInterrupt) as error:
+                status = _ended_by(error)
                 raise
             finally:
                 self.folder.write(status=status, finished=_now(), seconds=round(time.perf_counter() - started, 1))
@@ -100,9 +102,14 @@ class Runner:
             if self.experiment.folders[stage.name].done:
                 lines.append((stage.name, "done", str(self.experiment.folders[stage.name].path)))
             else:
-                lines.append((stage.name, "to do", stage.arithmetic(self.assembly.data)))
+                lines.append((stage.name, "to do", self._arithmetic(stage)))
                 stage.rehearse(self.assembly.data)
         return lines
+
+    def _arithmetic(self, stage: Stage) -> str:
+        if missing := [name for name in self.experiment.collected(stage) if not self.experiment.folders[name].done]:
+            return known_once(stage, missing)
+        return stage.arithmetic(self.assembly.data_of(stage))
 
     def _stage(self, stage: Stage) -> None:
         folder = self.experiment.folders[stage.name]
@@ -124,10 +131,10 @@ class Runner:
                 self.folder.write(backend={"name": self.experiment.backend_name, **self.assembly.backend.describe()})
                 started = time.perf_counter()
                 try:
-                    result = self._train(stage, folder) if stage.kind == "train" else self._evaluate(stage, folder)
+                    do = {"train": self._train, "evaluate": self._evaluate, "collect": self._collect}[stage.kind]
+                    result = do(stage, folder)
                 except BaseException as error:
-                    stopped = isinstance(error, (Stopped, KeyboardInterrupt))
-                    self.folder.stage(stage.name, folder, status="stopped" if stopped else "failed")
+                    self.folder.stage(stage.name, folder, status=_ended_by(error))
                     raise
                 memory = peak_memory(self.assembly.backend)
                 folder.finish({"seconds": round(time.perf_counter() - started, 1), "memory": memory, **result})
@@ -233,9 +240,11 @@ class Runner:
     def _evaluate(self, stage: Stage, folder: StageFolder) -> ConfigGroup:
         config: EvaluationConfig = stage.config
         assembly = self.assembly
-        reward_model = assembly.reward_model(stage.reward_model)
+        reward_model = assembly.reward_model(stage)
         environment = assembly.environment(stage)
-        evaluator = Evaluator(config, assembly.data, assembly.tokenizer, reward_model, stage.seed, environment)
+        evaluator = Evaluator(
+            config, assembly.data, assembly.tokenizer, reward_model, stage.seed, environment, stage.follows
+        )  # fmt: skip
         with (
             self._tracked(stage, folder, resume=False) as tracker,
             self.console.progress(stage.name, 0, len(config.policies) + 2) as progress,
@@ -250,6 +259,41 @@ class Runner:
             tracker.log(flatten(result), 0)
             tracker.artifact("evaluation", folder.output)
         return {"steps": 0, "data": data, "metrics": {}, "evaluation": result}
+
+    def _collect(self, stage: Stage, folder: StageFolder) -> ConfigGroup:
+        """Candidates are kept in the stage's folder, so that people can take their time; then their labels make comparisons.
+
+        Raises:
+          Waiting: people have still to label.
+        """
+        config: CollectionConfig = stage.config
+        assembly, experiment = self.assembly, self.experiment
+        before = (stage.round - 1) * config.prompts
+        scorer = assembly.reward_model(stage)
+        collector = Collector(config, assembly.data, assembly.tokenizer, scorer, stage.seed, experiment.seed, before)
+        policies = {name: experiment.folders[name].path.name if name in experiment.folders else name for name in stage.policies}
+        with self.console.progress(stage.name, 0, len(policies) + 1) as progress:
+            done = iter(range(len(policies)))
+            tell = lambda what: progress(next(done), {}, what)  # noqa: E731
+            candidates = kept(folder.path / CANDIDATES, lambda: collector.collect(assembly.policy, policies, tell))
+            progress(len(policies), {}, "labels")
+            labeler = assembly.labeler(stage)
+            received = labeler.received(folder.path)
+            try:
+                labels = labeler.label(candidates, stage.seed, folder.path)
+            except Waiting as waiting:
+                raise Waiting(
+                    f"{stage.name} waits for people: {waiting} Type: lockstep serve {shlex.quote(str(self.folder.path))} "
+                    "and close the round there; then run this command again."
+                ) from None
+        comparisons, metrics = labelled(candidates, labels), measures(candidates, labels, assembly.data, policies)
+        with self._tracked(stage, folder, resume=False) as tracker:
+            with folder.write_output() as output:
+                write_text(output / COMPARISONS, "".join(map(comparison_line, comparisons)))
+            tracker.log(metrics, 0)
+            tracker.artifact(stage.produces, folder.output)
+        data = {what: fit.counts() for what, fit in collector.fits.items()}
+        return {"steps": 0, "data": data, "metrics": metrics, "received": received}
 
     def _tracked(self, stage: Stage, folder: StageFolder, resume: bool) -> Tracked:
         cls, config = self.experiment.tracker
@@ -281,6 +325,22 @@ class Tracked:
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self.tracker.finish(failed=kind is not None)
+
+
+def known_once(stage: Stage, missing: Sequence[str]) -> str:
+    """In place of the arithmetic of a stage that trains on what others have still to collect.
+
+    Raises:
+      LockstepError: a component does not work here.
+    """
+    stage.check()
+    return f"known once {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} done"
+
+
+def _ended_by(error: BaseException) -> str:
+    """The status of a run or stage that this error ended."""
+    waits, stopped = isinstance(error, Waiting), isinstance(error, (Stopped, KeyboardInterrupt))
+    return "waiting" if waits else "stopped" if stopped else "failed"
 
 
 def spoilt(learner: Learner) -> list[str]:

@@ -38,12 +38,12 @@ class Side(Assembly):
 
     def algorithm(self, stage: Stage) -> Algorithm:
         self.tap = Tap(gradients=True)
-        reward_model = self.reward_model(stage.reward_model)
+        reward_model = self.reward_model(stage)
         context = Context(
             seed=stage.seed,
             backend=self.tap.backend(self.backend),
             tokenizer=self.tokenizer,
-            data=self.data,
+            data=self.data_of(stage),
             policy=self.tap.model(self.policy(stage.policy)),
             reward_model=None if reward_model is None else self.tap.reward_model(reward_model),
             environment=self.environment(stage),
@@ -73,6 +73,12 @@ class March:
         self.sides = [Side(Experiment(compose.compose(composition)), {}) for composition in compositions]
         self.same_start, self.most = same_start, steps
         self.training = [s for s in self.sides[0].experiment.stages.values() if s.kind == "train"]
+        for stage in self.training:
+            if collected := self.sides[0].experiment.collected(stage):
+                raise ConfigError(
+                    f"lockstep parity trains and collects nothing, and {stage.name} trains on what {collected[0]} collects. "
+                    "Compare an experiment without rounds, such as experiment=instructgpt."
+                )
         self.stages: list[StageSteps] = []
         self.stopped = ""
 

@@ -20,6 +20,7 @@ from lockstep.models.checkpoint import check_files, describe, is_adapter, survey
 from lockstep.reporting.console import Console
 from lockstep.runs.assembly import Assembly, load_own_tokenizer, opener
 from lockstep.runs.experiment import NEW, Experiment, Stage, is_hub_id
+from lockstep.runs.runner import known_once
 from lockstep.text import encoding
 from lockstep.text.borders import Borders
 from lockstep.text.encoding import Lengths
@@ -62,7 +63,9 @@ def dry_run(experiment: Experiment, console: Console) -> None:
     lines = []
     for stage in experiment.stages.values():
         try:
-            lines.append((stage.name, "would run", _checked(stage, data, tokenizer)))
+            missing = experiment.collected(stage)
+            arithmetic = known_once(stage, missing) if missing else _checked(stage, data, tokenizer)
+            lines.append((stage.name, "would run", arithmetic))
         except Unreachable as reason:
             lines.append((stage.name, "not known", str(reason)))
             unknown.append(f"stages.{stage.name}")

@@ -44,6 +44,8 @@ def _within(c: RunComparison, g: RunGroup) -> Iterator[Claim]:
         if a and b:
             yield ordered(f"{metric}: {worse} < {better}", g.label, a, b)
     for policy in c.after_baseline:
+        if gain := g.policy(c.split, policy, "gain"):
+            yield above(f"{policy} is better than the policy of the round before", g.label, gain, 0.0, "+" + SCORE)
         if rate := g.policy(c.split, policy, "win_rate"):
             yield above(f"{policy} wins more than half against {c.baseline}", g.label, rate, 0.5)
         yield from _alignment_tax(c, g, policy)
@@ -128,9 +130,9 @@ def ordered(text: str, where: str, worse: Estimate, better: Estimate, form: str 
     return Claim(text, where, "yes" if apart else "unclear", f"{because}, intervals {'apart' if apart else 'overlap'}")
 
 
-def above(text: str, where: str, estimate: Estimate, threshold: float) -> Claim:
+def above(text: str, where: str, estimate: Estimate, threshold: float, form: str = PERCENT) -> Claim:
     verdict: Verdict = "yes" if estimate.low > threshold else "unclear" if estimate.mean > threshold else "no"
-    return Claim(text, where, verdict, show(estimate, PERCENT))
+    return Claim(text, where, verdict, show(estimate, form))
 
 
 def agreement(text: str, where: str, a: Estimate, b: Estimate) -> Claim:

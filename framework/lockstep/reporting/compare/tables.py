@@ -20,6 +20,7 @@ from lockstep.reporting.markdown import escaped
 # metric -> (title, how its number is written)
 POLICY_METRICS = {
     "gold": ("gold score", SCORE),
+    "gain": ("gain over the round before", "+" + SCORE),
     "helpful": ("helpful", SCORE),
     "truthful": ("truthful", SCORE),
     "harmless": ("harmless", SCORE),
@@ -80,7 +81,7 @@ def policies_in_short(c: RunComparison) -> Table:
     """The main numbers, for a terminal: what was gained, and at what cost."""
     score = "gold" if c.has("gold") else "score"
     rest = [split for split in c.splits if split != c.split]
-    return _policy_table(c, [*((c.split, m) for m in (score, "win_rate", "ability", "kl")), *((s, score) for s in rest)])
+    return _policy_table(c, [*((c.split, m) for m in (score, "gain", "win_rate", "ability", "kl")), *((s, score) for s in rest)])
 
 
 def _policy_table(c: RunComparison, chosen: Sequence[tuple[str, str]]) -> Table:

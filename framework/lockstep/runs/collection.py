@@ -1,0 +1,165 @@
+"""Fresh responses of policies for labelers to rank: how feedback on the present policy is collected (Ouyang et al. 2022, section
+3.1; Bai et al. 2022, section 4.5, "iterated online RLHF").
+
+Prompts are drawn without replacement from the training split, in one order per run: no round repeats a prompt of an earlier one
+until all were used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from lockstep.config.schema import setting
+from lockstep.data.labels import candidates_in, candidates_line
+from lockstep.errors import DataError
+from lockstep.interfaces import DataSource, Label, Policy, RewardModel
+from lockstep.learning.randomness import example_indices, token_seeds
+from lockstep.learning.rollout import Sampler, score
+from lockstep.runs.evaluation import agreement
+from lockstep.storage.files import write_text
+from lockstep.text import encoding
+from lockstep.text.encoding import Lengths
+from lockstep.text.stopping import Stops
+from lockstep.text.tokenizer import Tokenizer
+from lockstep.types import Candidates, Comparison, Fit
+
+
+@dataclass(frozen=True)
+class CollectionConfig:
+    """What is sampled for labelers."""
+
+    prompts: int = setting(500, "Fresh ones in each collection.", least=1)
+    samples: int = setting(4, "Responses to each prompt, which the policies share (InstructGPT: 4 to 9).", least=2, most=64)
+    temperature: float = setting(1.0, "For sampling.", above=0)
+    batch_size: int = setting(100, "Responses per forward pass.", least=1)
+    lengths: Lengths = setting(Lengths(), "Limits in tokens.")
+    stop_strings: tuple[str, ...] = setting((), "Text that ends a response, as EOS does; or special tokens by name.")
+
+    def arithmetic(self, data: DataSource) -> str:
+        total = len(data.prompts("train"))
+        again = f"; all {total} are used up, and come again" if total < self.prompts else ""
+        return f"{self.samples} responses to each of {self.prompts} fresh prompts{again}"
+
+
+@dataclass
+class Collector:
+    """Samples candidates. ``position`` is how many prompts earlier collections took; ``order_seed`` decides their order."""
+
+    config: CollectionConfig
+    data: DataSource
+    tokenizer: Tokenizer
+    reward_model: RewardModel | None
+    seed: int
+    order_seed: int
+    position: int
+    fits: dict[str, Fit] = field(default_factory=dict)
+
+    def collect(
+        self, load: Callable[[str], Policy], policies: Mapping[str, str], progress: Callable[[str], None]
+    ) -> list[Candidates]:
+        """``policies`` is {stage: identity}; response j of a prompt is by policy j modulo their number. Identical responses to a
+        prompt are kept once, as the first policy's; prompts with fewer than two different ones are left out."""
+        c, names = self.config, list(policies)
+        prompts = self.data.prompts("train")
+        chosen = [prompts[int(i)] for i in example_indices(self.order_seed, "collection", len(prompts), self.position, c.prompts)]
+        fit = self.fits["train prompts"] = Fit("train prompts")
+        chosen, ids = encoding.encode_prompts(self.tokenizer, chosen, c.lengths, fit)
+        sampler = Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size)
+        texts: list[dict[str, tuple[str, float]]] = [{} for _ in chosen]
+        for number, name in enumerate(names):
+            count = len(range(number, c.samples, len(names)))
+            if not count:
+                continue
+            progress(name)
+            seeds = token_seeds(self.seed, f"collection {number}", 0, count * len(ids), c.lengths.response)
+            samples = sampler.sample(load(name), chosen, ids, seeds)
+            scores = np.zeros(len(seeds)) if self.reward_model is None else score(self.reward_model, samples)[0]
+            for row, text in enumerate(samples.responses.texts):
+                texts[row // count].setdefault(text, (policies[name], float(scores[row])))
+        return [
+            Candidates(
+                f"{self.position + i:07d}", prompt, tuple(found), tuple(policy for policy, _ in found.values()),
+                () if self.reward_model is None else tuple(value for _, value in found.values()),
+            )
+            for i, (prompt, found) in enumerate(zip(chosen, texts, strict=True)) if len(found) > 1
+        ]  # fmt: skip
+
+
+def kept(file: Path, collect: Callable[[], list[Candidates]]) -> list[Candidates]:
+    """The candidates in a file; collected, and written there whole, if there is none."""
+    if not file.exists():
+        write_text(file, "".join(map(candidates_line, collect())))
+    return candidates_in(file)
+
+
+def labelled(candidates: Sequence[Candidates], labels: Sequence[Label]) -> list[Comparison]:
+    """Labels with what they are about, in the order of the candidates.
+
+    Raises:
+      DataError: there are none.
+    """
+    if not labels:
+        raise DataError(f"None of the {len(candidates)} candidates was labelled, so there is nothing to learn from.")
+    order = {each.id: position for position, each in enumerate(candidates)}
+    found = sorted(labels, key=lambda label: (order[label.id], label.labeler))
+    return [
+        Comparison((about := candidates[order[label.id]]).prompt, about.completions, label.ranks, label.labeler, label.group)
+        for label in found
+    ]
+
+
+def measures(
+    candidates: Sequence[Candidates], labels: Sequence[Label], data: DataSource, policies: Mapping[str, str]
+) -> dict[str, float]:
+    """What the labels say of the policies and of each other: how many there are, the share of pairs that are ties, agreement with
+    gold if it is known, agreement between labelers of the same candidates, and each policy's share of wins against the others
+    (ties count half). ``policies`` is {stage: identity}."""
+    comparisons = labelled(candidates, labels)
+    pairs = [(i, j) for c in comparisons for i, j in combinations(c.ranks, 2)]
+    found = {
+        "labels": float(len(labels)),
+        "labelers": float(len({label.labeler for label in labels})),
+        "prompts": float(len({label.id for label in labels})),
+        "ties": float(np.mean([i == j for i, j in pairs])),
+    }
+    found |= _agreement_with_gold(comparisons, data) | _agreement_of_labelers(labels)
+    wins: dict[str, list[float]] = {}
+    by_id = {each.id: each for each in candidates}
+    for label in labels:
+        writers = by_id[label.id].policies
+        for i, j in combinations(range(len(writers)), 2):
+            if writers[i] != writers[j]:
+                won = 0.5 * (1 + np.sign(label.ranks[j] - label.ranks[i]))
+                wins.setdefault(writers[i], []).append(won)
+                wins.setdefault(writers[j], []).append(1 - won)
+    return found | {f"win_rate/{name}": float(np.mean(wins[each])) for name, each in policies.items() if each in wins}
+
+
+def _agreement_with_gold(comparisons: Sequence[Comparison], data: DataSource) -> dict[str, float]:
+    shares = []
+    for comparison in comparisons:
+        golds = [data.gold(comparison.prompt, text) for text in comparison.completions]
+        found = [gold["gold"] for gold in golds if gold is not None]
+        if len(found) == len(golds):
+            shares.append(agreement(-np.array(comparison.ranks), np.array(found)))
+    known = [share for share in shares if share is not None]
+    return {"agreement/gold": float(np.mean(known))} if known else {}
+
+
+def _agreement_of_labelers(labels: Sequence[Label]) -> dict[str, float]:
+    """Over pairs of labels of the same candidates: the share of pairs of completions that both order alike, of those that the
+    first orders; ties of the second count half."""
+    by_id: dict[str, list[Label]] = {}
+    for label in labels:
+        by_id.setdefault(label.id, []).append(label)
+    shares = [
+        agreement(-np.array(b.ranks), -np.array(a.ranks))
+        for group in by_id.values() for a in group for b in group if a is not b
+    ]  # fmt: skip
+    known = [share for share in shares if share is not None]
+    return {"agreement/labelers": float(np.mean(known))} if known else {}
