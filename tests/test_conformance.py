@@ -105,6 +105,14 @@ def test_no_false_alarm_on_a_built_in_environment():
         assert [(o.check.name, o.detail) for o in found if o.status != "passed"] == []
 
 
+def test_no_false_alarm_on_a_built_in_labeler():
+    for name in ("miniature", "scores"):
+        found = list(conform("labeler", subject("labeler", name, "torch", overrides=["backend.threads=1"])))
+        assert [(o.check.name, o.detail) for o in found if o.status != "passed"] == []
+    waiting = list(conform("labeler", subject("labeler", "people", "torch", overrides=["backend.threads=1"])))
+    assert {(o.status, o.detail) for o in waiting} == {("inapplicable", "it waits for people")}
+
+
 OTHERWISE = {
     "two responses per prompt": ("policy_gradient", "grpo", ["samples=2"]),
     "four minibatches of sixteen": ("policy_gradient", "grpo", ["samples=16", "minibatches=4"]),

@@ -639,7 +639,8 @@ class Labeler(ABC, Component):
 
     @abstractmethod
     def label(self, candidates: Sequence[Candidates], seed: int, folder: Path) -> Sequence[Label]:
-        """Rankings of the candidates, in any order. Several labelers may rank the same one, and nobody another.
+        """Rankings of the candidates, in any order. Several labelers may rank the same one, and nobody another. A label depends
+        on its prompt and completions, and on the seed.
 
         Args:
           seed: for labelers that draw.
@@ -648,6 +649,11 @@ class Labeler(ABC, Component):
         Raises:
           Waiting: people have still to label.
         """
+
+    @classmethod
+    def examples(cls, config: Any) -> tuple[DataSource, Sequence[Candidates]] | None:
+        """Data and candidates that it can rank, for `lockstep check`; None: any."""
+        return None
 
     @classmethod
     def received(cls, folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from lockstep.interfaces import DataSource, Label, Labeler, Resources
 from lockstep.types import Candidates
 from lockstep_miniature.dice import Dice
 from lockstep_miniature.labelers import GROUPS, group_of, members, rank
+from lockstep_miniature.source import Config as MiniatureConfig
 from lockstep_miniature.source import Miniature
 from lockstep_miniature.tasks import Task
 
@@ -34,6 +36,12 @@ class SimulatedLabelers(Labeler):
             if self.overlap > (there := len(members(self.groups))):
                 raise ConfigError(f"labeler.overlap={self.overlap} needs as many labelers; labeler.groups has {there}.")
 
+    @classmethod
+    def examples(cls, config: Any) -> tuple[DataSource, Sequence[Candidates]]:
+        data = Miniature(MiniatureConfig())
+        comparisons = [data.comparisons("train")[i] for i in range(8)]
+        return data, [Candidates(f"{i:03d}", each.prompt, each.completions) for i, each in enumerate(comparisons)]
+
     def __init__(self, config: Any, data: DataSource, resources: Resources):
         if not isinstance(data, Miniature):
             raise ConfigError(
@@ -45,7 +53,8 @@ class SimulatedLabelers(Labeler):
     def label(self, candidates: Sequence[Candidates], seed: int, folder: Path) -> Sequence[Label]:
         labelers = members(self.config.groups)
         labels = []
-        for number, each in enumerate(candidates):
+        for each in candidates:
+            number = int.from_bytes(hashlib.sha256(each.id.encode()).digest()[:6])
             dice, task = Dice(seed, "labels", number), Task.of(each.prompt)
             if task is None:
                 raise DataError("labeler=miniature judges prompts of the miniature, and was given others.")

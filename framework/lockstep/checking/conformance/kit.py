@@ -20,6 +20,7 @@ KINDS = {
     "policy": "policies",
     "reward_model": "reward_models",
     "environment": "environments",
+    "labeler": "labelers",
     "algorithm": "algorithms",
 }
 """What can be checked, and the module of this package that holds the checks."""

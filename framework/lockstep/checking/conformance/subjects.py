@@ -14,12 +14,15 @@ import numpy as np
 from lockstep.checking.conformance.kit import Inapplicable
 from lockstep.checking.conformance.world import LENGTHS, Data, Scored, World, flat
 from lockstep.checking.tap import Crossing, EvaluateCall, GenerateCall, Tap, UpdateCall
-from lockstep.errors import ConfigError, DataError
+from lockstep.config.compose import group as compose_group
+from lockstep.errors import ConfigError, DataError, Waiting
 from lockstep.interfaces import (
     Algorithm,
     Context,
     Environment,
     Episode,
+    Label,
+    Labeler,
     Metrics,
     Responses,
     RewardModel,
@@ -29,7 +32,7 @@ from lockstep.interfaces import (
 from lockstep.learning import randomness
 from lockstep.text.sequences import Sequences
 from lockstep.text.tokenizer import Tokenizer
-from lockstep.types import Prompt
+from lockstep.types import Candidates, Prompt
 
 
 def subject(
@@ -45,6 +48,7 @@ def subject(
     subjects: dict[str, Callable[..., Any]] = {
         "reward_model": RewardModelSubject,
         "environment": EnvironmentSubject,
+        "labeler": LabelerSubject,
         "algorithm": AlgorithmSubject,
     }
     return subjects[kind](world, name, like)
@@ -131,6 +135,49 @@ class EnvironmentSubject:
         """Fresh ones: the same arguments give equal ones."""
         prompts = copy.deepcopy(self.cls.examples(self.config))
         return [Episode(prompts[i % len(prompts)], 1000 * seed + i) for i in range(count)]
+
+
+class LabelerSubject(RewardModelSubject):
+    """A labeler, and candidates for it to rank: its own examples, or the world's responses. It is the labeler's resources."""
+
+    labeler: type[Labeler]
+
+    def __init__(self, world: World, name: str, like: str | None = None):
+        self.world, self.backend, self.tokenizer = world, world.backend, world.tokenizer
+        given = {"reward_model": {"name": "function", "function": self.function}, "lengths": LENGTHS}
+        self.labeler, self.config = world.component("labeler", name, given, like)
+        self.opened: list[str] = []
+        self.members: list[Mapping[str, Any]] = []
+
+    def reward_model(self, group: Mapping[str, Any]) -> RewardModel:
+        whole = {**compose_group("reward_model", str(group["name"])), **group}
+        return super().reward_model(whole)
+
+    def candidates(self) -> list[Candidates]:
+        """Of several prompts, two to four completions each, some of them alike; written by two policies."""
+        if (own := self.labeler.examples(self.config)) is not None:
+            return [replace(each, policies=(), scores=()) for each in own[1]]
+        responses = self.responses()
+        texts, prompts = list(dict.fromkeys(responses.texts)), responses.prompts
+        counts = [2 + i % 3 for i in range(len(prompts))]
+        rows = [tuple(texts[(i + j) % len(texts)] for j in range(count)) for i, count in enumerate(counts)]
+        return [Candidates(f"c{i}", prompt, each) for i, (prompt, each) in enumerate(zip(prompts, rows, strict=True))]
+
+    def labels(self, candidates: Sequence[Candidates], seed: int = 0) -> list[Label]:
+        """Of a new object.
+
+        Raises:
+          Inapplicable: it waits for people.
+        """
+        own = self.labeler.examples(self.config)
+        built: Any = self.labeler
+        try:
+            found = built(self.config, self.world.data if own is None else own[0], self).label(
+                candidates, seed, self.world.folder
+            )
+        except Waiting as waiting:
+            raise Inapplicable("it waits for people") from waiting
+        return sorted(found, key=lambda label: (label.id, label.labeler))
 
 
 @dataclass
