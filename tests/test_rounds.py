@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import sys
+import types
 from itertools import combinations
 
 import numpy as np
 import pytest
 
+from listings import python_listings, run_listings
+from lockstep.checking.conformance import conform, subject
 from lockstep.checking.parity.march import March
 from lockstep.commands.run import run_config
 from lockstep.config.compose import compose
@@ -14,6 +18,7 @@ from lockstep.data.labels import CANDIDATES, LABELS, candidates_in, comparisons_
 from lockstep.data.mixture import Mixture
 from lockstep.errors import ConfigError, DataError, MissingData, Waiting
 from lockstep.interfaces import Label
+from lockstep.reporting.compare import compare
 from lockstep.runs.assembly import Assembly
 from lockstep.runs.collection import measures
 from lockstep.runs.experiment import Experiment
@@ -103,6 +108,7 @@ def test_a_name_of_several_stages_is_refused_where_one_is_needed(tmp_path):
         (["collection.samples=2", "stages.rounds.stages.labels.policies=[sft,pretrain,last.ppo]"], "3 policies share"),
         (["stages.rounds.stages.reward.comparisons=[sft]"], "needs a comparisons from the stage 'sft', which makes a policy"),
         (["stages.rounds.stages.reward.comparisons=[labes]"], "reads the stage 'labes', .* Did you mean"),
+        (["environment=shop", "+stages.rounds.stages.labels.environment=${environment}"], "labels_1 collects single responses"),
         (["+stages.sft.labeler={name: people}"], "has a labeler or policies, which only a collection has"),
         (["+stages.evaluate.comparisons=[data]"], "trains nothing, so it takes no comparisons"),
         (["labeler=miniature", "labeler.groups=[warmm]"], "labeler.groups has 'warmm', which is none. Did you mean 'warm'"),
@@ -181,6 +187,22 @@ def test_a_collection_reports_what_the_labels_say(finished):
     assert metrics["labels"] == metrics["prompts"] <= 10
     assert 0 <= metrics["agreement/gold"] <= 1
     assert metrics["win_rate/ppo_1"] + metrics["win_rate/sft"] == pytest.approx(1)
+
+
+def test_a_gain_is_over_the_policy_of_the_round_before(finished):
+    evaluation = read_json(stage(finished, "evaluate") / "output" / "evaluation.json")["splits"]["heldout"]
+    for policy, before in (("ppo_1", "sft"), ("ppo_2", "ppo_1")):
+        difference = evaluation[policy]["gold"]["mean"] - evaluation[before]["gold"]["mean"]
+        assert evaluation[policy]["gain"]["mean"] == pytest.approx(difference, abs=1e-6)
+    assert "gain" not in evaluation["sft"] and "gain" not in evaluation["pretrain"]
+
+
+def test_compare_says_of_each_round_whether_it_gained(finished, tmp_path):
+    report = compare([finished], tmp_path)
+    said = {claim.text: claim.because for claim in report.claims}
+    gain = read_json(stage(finished, "evaluate") / "output" / "evaluation.json")["splits"]["heldout"]["ppo_2"]["gain"]["mean"]
+    assert said["ppo_2 is better than the policy of the round before"].startswith(f"{gain:+.2f}")
+    assert any("gain over the round before" in row[0] for row in report.tables["policies"].rows)
 
 
 def test_rounds_that_were_interrupted_give_the_same_labels(finished, tmp_path):
@@ -364,6 +386,18 @@ def test_a_reward_model_is_trained_on_one_group_and_judged_by_each(tmp_path):
     )  # fmt: skip
     judged = read_json(stage(found, "judge") / "output" / "evaluation.json")["reward_model"]
     assert "accuracy/training_labelers" in judged and "accuracy/heldout_labelers" in judged
+
+
+def test_the_labeler_in_the_docs_passes_the_kit():
+    names = run_listings(python_listings("docs/rounds.md", "A labeler of your own"))
+    module = types.ModuleType("tidy")
+    module.Tidy = names["Tidy"]
+    sys.modules["tidy"] = module
+    try:
+        found = list(conform("labeler", subject("labeler", "tidy:Tidy", "torch", overrides=["backend.threads=1"], like="people")))
+    finally:
+        del sys.modules["tidy"]
+    assert [(o.check.name, o.status) for o in found if o.status != "passed"] == []
 
 
 # ------------------------------------------------------------------------------------------------------------ mixtures

@@ -853,7 +853,7 @@ class Tracker(ABC, Component):
 
     @abstractmethod
     def artifact(self, kind: str, folder: Path) -> None:
-        """The stage's complete output: 'policy', 'reward_model' or 'evaluation'."""
+        """The stage's complete output: 'policy', 'reward_model', 'evaluation' or 'comparisons'."""
 
     @abstractmethod
     def finish(self, failed: bool = False) -> None: ...

@@ -414,7 +414,7 @@ class Experiment:
         return Stage(name, "evaluate", None, config, evaluation, None, **common, follows=follows)
 
     def _before(self, name: str) -> str | None:
-        """The stage that ``last.STAGE`` means in a stage of rounds; in the first round, what that starts from."""
+        """The stage that ``last.STAGE`` means in a stage of rounds."""
         if (stage := self.stages.get(name)) is None:
             return None
         (before,) = stage.scope.all(f"last.{name.removesuffix(f'_{stage.round}')}") or (None,)
@@ -431,6 +431,8 @@ class Experiment:
                 f"{where}: {len(policies)} policies share collection.samples={config.samples} responses to a prompt. Raise it to "
                 f"{len(policies)} or name fewer policies: {', '.join(policies)}."
             )
+        if stage.environment is not None:
+            raise ConfigError(f"{where} collects single responses, without an environment. Remove {where}.environment.")
         if stage.labeler is None:
             raise ConfigError(f"{where} has no labeler. Choose who ranks: labeler=people, or labeler=scores for a reward model.")
         cls: type[Labeler]

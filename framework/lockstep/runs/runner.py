@@ -115,7 +115,7 @@ class Runner:
         folder = self.experiment.folders[stage.name]
         facts = {
             "kind": stage.kind,
-            "algorithm": stage.group.get("name", "evaluation"),
+            "algorithm": stage.group.get("name", stage.produces),
             "identity": folder.path.name,
             "produces": stage.produces,
         }
