@@ -1,11 +1,15 @@
-"""Every method from the same SFT policies and reward models, over seeds: one table and one picture of `experiment=methods`.
+"""Every method from the same SFT policies and reward models, over seeds, beside the best of n samples of those policies: two
+tables and a picture of `experiment=methods`.
 
     lockstep run -m experiment=methods seed=0,1,2,3,4 backend=torch,jax hydra.launcher.parallel=2 \
-      algorithm=ppo,grpo,dr_grpo,rloo,reinforce_pp,dapo,cispo,gspo,rejection_sampling,online_dpo
+      algorithm=grpo,dr_grpo,rloo,reinforce_pp,dapo,cispo,gspo,ppo,online_dpo,rejection_sampling,dpo,ipo,hinge,simpo,orpo,kto
+    lockstep run -m experiment=methods seed=0,1,2,3,4 backend=torch,jax hydra.launcher.parallel=2 \
+      '~stages.ppo' 'evaluation.policies=[sft]' evaluation.best_of=16
     python benchmarks/methods.py runs/methods/sweeps/* --output benchmarks/methods
 
-A gain is a policy's mean minus that of the SFT policy it started from, on the same held-out prompts with the same random numbers.
-Intervals are Student's t over seeds, 95%, so they say what another training would have given.
+A gain is a policy's mean minus that of the SFT policy it started from, on the same held-out prompts with the same random numbers;
+for the best of n, minus the mean of all its samples. Intervals are Student's t over seeds, 95%, so they say what another training
+would have given.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +25,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 from lockstep.reporting.compare.reading import read
 from lockstep.reporting.compare.records import Run
@@ -27,6 +33,10 @@ from lockstep.reporting.compare.records import Run
 QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Of Student's t for 97.5% and n - 1 degrees of freedom, by n."""
 COLOURS = {"torch": "#d9542b", "jax": "#2b7bd9"}
+METRICS = {"score": "reward model's score", "gold": "gold"}
+
+Found = dict[str, dict[str, list[Run]]]
+"""{method: {backend: a run per seed}}."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +78,37 @@ def tokens(run: Run) -> float:
     return float(metrics["objective/length"].values.sum()) * rows * replaced
 
 
+def best_of_gains(runs: Sequence[Run], n: int, metric: str) -> list[float]:
+    """Of each seed, over the mean of single samples."""
+    return [measured(run, "sft", f"best_of_{n}/{metric}") - measured(run, "sft", f"best_of_1/{metric}") for run in runs]
+
+
+def sizes(runs: Sequence[Run]) -> list[int]:
+    """1, 2, 4, ...: the n of which the best was measured."""
+    names = runs[0].evaluation.splits["heldout"]["sft"]
+    return sorted(int(name.removeprefix("best_of_").removesuffix("/kl")) for name in names if fnmatch(name, "best_of_*/kl"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    found: dict[str, dict[str, list[Run]]] = {}
+    methods: Found = {}
+    best_of: dict[str, list[Run]] = {}
     for run in read(arguments.runs).runs:
-        if "ppo" in run.evaluation.splits.get("heldout", {}):
-            found.setdefault(run.config["choices.algorithm"], {}).setdefault(str(run.backend["name"]), []).append(run)
+        policies, backend = run.evaluation.splits.get("heldout", {}), str(run.backend["name"])
+        if "ppo" in policies:
+            methods.setdefault(run.config["choices.algorithm"], {}).setdefault(backend, []).append(run)
+        elif "best_of_1/kl" in policies.get("sft", {}):
+            best_of.setdefault(backend, []).append(run)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "methods.md").write_text(table(found), encoding="utf-8")
-    picture(found, arguments.output / "methods.png")
+    (arguments.output / "methods.md").write_text(table(methods), encoding="utf-8")
+    (arguments.output / "best_of.md").write_text(best_of_table(best_of), encoding="utf-8")
+    picture(methods, best_of, arguments.output / "methods.png")
 
 
-def table(found: dict[str, dict[str, list[Run]]]) -> str:
+def table(found: Found) -> str:
     lines = [
         "| method | backend | reward model's score | rose | gold | rose | KL, nats | ability | sampled tokens | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -100,26 +126,72 @@ def table(found: dict[str, dict[str, list[Run]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(found: dict[str, dict[str, list[Run]]], path: Path) -> None:
-    """Gains in score and gold: a point per seed, and the mean with its interval."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.5 * len(found) + 1.5), sharey=True)
-    names = list(found)[::-1]
-    for axis, metric, title in zip(axes, ("score", "gold"), ("reward model's score", "gold"), strict=True):
-        for place, name in enumerate(names):
-            for backend, runs in found[name].items():
-                at = place + (0.16 if backend == "torch" else -0.16)
-                each = gains(runs, metric)
-                axis.plot(each, [at] * len(each), ".", color=COLOURS[backend], alpha=0.35, ms=5)
-                mean = Mean.of(each)
-                axis.errorbar(mean.mean, at, xerr=mean.half, fmt="o", color=COLOURS[backend], ms=5, capsize=2, lw=1.2)
-        axis.axvline(0, color="#999999", lw=0.8)
-        axis.set_xlabel(f"gain over SFT in {title}")
-        axis.set_yticks(range(len(names)), names)
-        axis.spines[["top", "right"]].set_visible(False)
+def best_of_table(found: dict[str, list[Run]]) -> str:
+    lines = [
+        "| best of | backend | reward model's score | rose | gold | rose | KL, nats | its bound |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for backend, runs in sorted(found.items(), reverse=True):
+        for n in sizes(runs)[1:]:
+            score, gold = (Mean.of(best_of_gains(runs, n, metric)) for metric in METRICS)
+            kl = Mean.of([measured(run, "sft", f"best_of_{n}/kl") for run in runs])
+            bound = measured(runs[0], "sft", f"best_of_{n}/kl_bound")
+            lines.append(f"| {n} | {backend} | {score} | {score.positive} | {gold} | {gold.positive} | {kl} | {bound:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(methods: Found, best_of: dict[str, list[Run]], path: Path) -> None:
+    """Above, the gains of each method; below, the same gains against KL, beside those of the best of n samples."""
+    rows = 0.36 * len(methods) + 0.6
+    figure, axes = plt.subplots(2, 2, figsize=(11, rows + 5), height_ratios=[rows, 5], sharey="row")
+    for column, (metric, title) in enumerate(METRICS.items()):
+        by_method(axes[0, column], methods, metric)
+        against_kl(axes[1, column], methods, best_of, metric)
+        axes[0, column].set_xlabel(f"gain over SFT in {title}")
+        axes[1, column].set_title(title, fontsize=10)
+    axes[1, 0].set_ylabel("gain over SFT")
     handles = [plt.Line2D([], [], marker="o", ls="", color=colour, label=backend) for backend, colour in COLOURS.items()]
-    axes[1].legend(handles=handles, frameon=False, loc="best")
+    axes[0, 1].legend(handles=handles, frameon=False, loc="best")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def by_method(axis: Axes, methods: Found, metric: str) -> None:
+    """A point per seed, and the mean with its interval."""
+    names = list(methods)[::-1]
+    for place, name in enumerate(names):
+        for backend, runs in methods[name].items():
+            at = place + (0.16 if backend == "torch" else -0.16)
+            each = gains(runs, metric)
+            axis.plot(each, [at] * len(each), ".", color=COLOURS[backend], alpha=0.35, ms=5)
+            mean = Mean.of(each)
+            axis.errorbar(mean.mean, at, xerr=mean.half, fmt="o", color=COLOURS[backend], ms=5, capsize=2, lw=1.2)
+    axis.axvline(0, color="#999999", lw=0.8)
+    axis.set_yticks(range(len(names)), names)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def against_kl(axis: Axes, methods: Found, best_of: dict[str, list[Run]], metric: str) -> None:
+    """Means over seeds: a point per method, a line through the best of 1, 2, 4, ... samples. KL is drawn by its root, as in Gao
+    et al. 2022 (arXiv 2210.10760), where gains begin as a straight line."""
+    for backend, runs in best_of.items():
+        kl = [np.mean([measured(run, "sft", f"best_of_{n}/kl") for run in runs]) for n in sizes(runs)]
+        means = [Mean.of(best_of_gains(runs, n, metric)) for n in sizes(runs)]
+        axis.errorbar(kl, [m.mean for m in means], yerr=[m.half or 0 for m in means], color=COLOURS[backend], lw=1.2, capsize=2)
+        for n, x, mean in list(zip(sizes(runs), kl, means, strict=True))[1:] if backend == "torch" else ():
+            axis.annotate(f"best of {n}", (x, mean.mean), xytext=(5, -12), textcoords="offset points", fontsize=7)
+    for name, backends in methods.items():
+        for backend, runs in backends.items():
+            kl, gain = np.mean([measured(run, "ppo", "kl") for run in runs]), np.mean(gains(runs, metric))
+            axis.plot(kl, gain, "o", color=COLOURS[backend], ms=4)
+            if backend == "torch":
+                axis.annotate(name, (kl, gain), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    axis.axhline(0, color="#999999", lw=0.8)
+    axis.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+    axis.set_xlim(left=0)
+    axis.set_xticks([0.05, 0.2, 0.5, 1, 2])
+    axis.set_xlabel("KL to SFT, nats")
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":

@@ -258,7 +258,7 @@ def main() -> None:
         rows.append(f"| {kind} | {len(values)} | {times} |")
     lines = [
         f"{a.people} people, {a.minutes:g} minutes, {a.kills} SIGKILLs; a restart took {max(server.starts):.1f} s at most.",
-        f"{len(seen.votes)} votes acknowledged, {seen.answers} answers of a policy, {seen.unreachable} requests without a server.",
+        f"{len(seen.votes)} votes acknowledged, {seen.answers} policy answers, {seen.unreachable} requests without a server.",
         *["", "| request | count | median | p95 | p99 |", "|---|---|---|---|---|", *rows, ""],
         *(f"- {what}: {count}" for what, count in found.items()),
         *(f"- refused, {count} times: {what}" for what, count in seen.refused.most_common(8)),

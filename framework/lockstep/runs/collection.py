@@ -33,7 +33,7 @@ from lockstep.types import Candidates, Comparison, Fit
 class CollectionConfig:
     """What is sampled for labelers."""
 
-    prompts: int = setting(500, "Fresh ones in each collection.", least=1)
+    prompts: int = setting(500, "Fresh ones in each collection, or all there are.", least=1)
     samples: int = setting(4, "Responses to each prompt, which the policies share (InstructGPT: 4 to 9).", least=2, most=64)
     temperature: float = setting(1.0, "For sampling.", above=0)
     batch_size: int = setting(100, "Responses per forward pass.", least=1)
@@ -42,8 +42,8 @@ class CollectionConfig:
 
     def arithmetic(self, data: DataSource) -> str:
         total = len(data.prompts("train"))
-        again = f"; all {total} are used up, and come again" if total < self.prompts else ""
-        return f"{self.samples} responses to each of {self.prompts} fresh prompts{again}"
+        few = f", all there are of {self.prompts}" if total < self.prompts else ""
+        return f"{self.samples} responses to each of {min(self.prompts, total)} prompts{few}"
 
 
 @dataclass
@@ -66,21 +66,20 @@ class Collector:
         prompt are kept once, as the first policy's; prompts with fewer than two different ones are left out."""
         c, names = self.config, list(policies)
         prompts = self.data.prompts("train")
-        chosen = [prompts[int(i)] for i in example_indices(self.order_seed, "collection", len(prompts), self.position, c.prompts)]
+        count = min(c.prompts, len(prompts))
+        chosen = [prompts[int(i)] for i in example_indices(self.order_seed, "collection", len(prompts), self.position, count)]
         fit = self.fits["train prompts"] = Fit("train prompts")
         chosen, ids = encoding.encode_prompts(self.tokenizer, chosen, c.lengths, fit)
         sampler = Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size)
         texts: list[dict[str, tuple[str, float]]] = [{} for _ in chosen]
         for number, name in enumerate(names):
-            count = len(range(number, c.samples, len(names)))
-            if not count:
-                continue
+            share = len(range(number, c.samples, len(names)))
             progress(name)
-            seeds = token_seeds(self.seed, f"collection {number}", 0, count * len(ids), c.lengths.response)
+            seeds = token_seeds(self.seed, f"collection {number}", 0, share * len(ids), c.lengths.response)
             samples = sampler.sample(load(name), chosen, ids, seeds)
             scores = np.zeros(len(seeds)) if self.reward_model is None else score(self.reward_model, samples)[0]
             for row, text in enumerate(samples.responses.texts):
-                texts[row // count].setdefault(text, (policies[name], float(scores[row])))
+                texts[row // share].setdefault(text, (policies[name], float(scores[row])))
         return [
             Candidates(
                 f"{self.position + i:07d}", prompt, tuple(found), tuple(policy for policy, _ in found.values()),

@@ -57,7 +57,7 @@ class StageConfig:
     evaluation: ConfigGroup | None = setting(None, "The group of the evaluation.")
     collection: ConfigGroup | None = setting(None, "The group of the collection.")
     labeler: ConfigGroup | None = setting(None, "The group of who labels what is collected.")
-    policies: tuple[str, ...] | None = setting(None, "Of a collection: the stages whose policies respond, in turn.")
+    policies: tuple[str, ...] | None = setting(None, "Of a collection: the stages (or folders, or 'new') whose policies respond, in turn.")
     comparisons: tuple[str, ...] | None = setting(
         None, "What to train on in place of the data's: stages that collect, folders, and 'data' for the data's own."
     )
@@ -152,7 +152,7 @@ class Stage:
     @property
     def inputs(self) -> list[tuple[str, str]]:
         """The stages (or folders, or hub ids) whose output it reads, each with the kind required."""
-        policies = [*([self.policy] if self.policy not in (None, NEW) else []), *self.policies]
+        policies = [policy for policy in (self.policy, *self.policies) if policy not in (None, NEW)]
         if isinstance(self.config, EvaluationConfig):
             policies += [*self.config.policies, self.config.baseline]
         mixed = [(source, noun) for noun, sources in self.mixes.items() for source in sources if source != DATA]
@@ -251,7 +251,7 @@ class Experiment:
                 "mixes": {noun: list(sources.items()) for noun, sources in stage.mixes.items()},
                 "round": stage.round if stage.kind == "collect" else None,
                 "follows": dict(stage.follows),
-                "policy": without_secrets(self.config["policy"]) if stage.policy == NEW else None,
+                "policy": without_secrets(self.config["policy"]) if NEW in (stage.policy, *stage.policies) else None,
                 "tokenizer": dataclasses.asdict(tokenizer),
                 "inputs": {name: self._made(name, found[name]) for name, _ in stage.inputs if name in found},
                 "folders": {path: identity.folder_digest(path) for path in self._outside(stage)},

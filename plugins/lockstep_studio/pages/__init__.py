@@ -1,0 +1,12 @@
+"""The pages, a file per mode.
+
+visit.py        one request: who visits, what was sent, how it is answered
+entry.py        invitations, signing in, instructions and consent, home, own work
+tasks.py        what prepared tasks share: lease, label, skip, undo
+compare.py rank.py write.py adjudicate.py    how each mode shows and reads a task
+talk.py         what conversations share: streamed answers, feedback
+chat.py arena.py attack.py
+operator.py     the operator's page
+
+Every page also answers ``Accept: application/json`` with the data that its template would get.
+"""

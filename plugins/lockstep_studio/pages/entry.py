@@ -1,0 +1,143 @@
+"""The way in: invitations, signing in, instructions and consent; the home page, and what a person did."""
+
+from __future__ import annotations
+
+from starlette.responses import Response
+
+from lockstep_studio.pages.visit import Forbidden, Visit, get, post
+from lockstep_studio.security import LEAST_PASSWORD, MOST_PASSWORD
+from lockstep_studio.settings import MODES, TASK_MODES
+from lockstep_studio.store import people, privacy, tasks
+from lockstep_studio.store.people import Refused
+
+MOST_NAME = 60
+
+
+async def home(visit: Visit) -> Response:
+    progress = tasks.progress(visit.reader, visit.me)
+    modes = [
+        {"mode": mode, "title": title, "done": progress.get(mode, (0, 0))[0],
+         "left": progress.get(mode, (0, 0))[1] if mode in TASK_MODES else None}
+        for mode, title in MODES.items() if mode in visit.group.modes
+    ]  # fmt: skip
+    return visit.show("home.html", {"modes_here": modes, "group": visit.me.group, "pseudonym": visit.me.pseudonym})
+
+
+async def invitation(visit: Visit) -> Response:
+    """Shows the invitation; only accepting it uses it up, so a preview of the link does not."""
+    found = await _invitation(visit)
+    return visit.show("join.html", {"role": found["role"], "group": found["grp"], "least_password": LEAST_PASSWORD})
+
+
+async def accept(visit: Visit) -> Response:
+    await _invitation(visit)
+    name, password = (
+        visit.text("name", required=False, most=MOST_NAME),
+        visit.text("password", required=False, most=MOST_PASSWORD),
+    )
+    if bool(name) != bool(password):
+        raise Refused("To sign in again later, give both a name and a password. Or give neither, and keep this browser.", 400)
+    if password and len(password) < LEAST_PASSWORD:
+        raise Refused(f"The password is too short. It needs {LEAST_PASSWORD} characters.", 400)
+    hashed = await visit.studio.passwords.hash(password) if password else None
+    joined = await visit.studio.database.do(people.accept, visit.path("token"), name or None, hashed, visit.now)
+    visit.person, session = joined
+    visit.sign_in(session)
+    return visit.go("/operator" if visit.me.operates else "/instructions", pseudonym=visit.me.pseudonym)
+
+
+async def _invitation(visit: Visit) -> people.Row:
+    """
+    Raises:
+      Refused: there is none, or too many were tried.
+    """
+    await _check_failures(visit, [_address(visit)], 10)
+    try:
+        return people.invitation(visit.reader, visit.path("token"), visit.now)
+    except Refused:
+        await visit.studio.database.do(people.fail, [_address(visit)], visit.now)
+        raise
+
+
+async def sign_in_form(visit: Visit) -> Response:
+    return visit.show("sign_in.html", {})
+
+
+async def sign_in(visit: Visit) -> Response:
+    name, password = visit.text("name", most=MOST_NAME), visit.text("password", most=MOST_PASSWORD)
+    who = f"name {name}"
+    await _check_failures(visit, [who], 1)
+    await _check_failures(visit, [_address(visit)], 10)
+    found = people.password_of(visit.reader, name)
+    if not await visit.studio.passwords.check(found[1] if found else None, password) or found is None:
+        await visit.studio.database.do(people.fail, [who, _address(visit)], visit.now)
+        raise Refused("The name or the password is wrong.", 401)
+    visit.sign_in(await visit.studio.database.do(people.sign_in, found[0], visit.now))
+    return visit.go("/")
+
+
+async def sign_out(visit: Visit) -> Response:
+    await visit.studio.database.do(people.sign_out, visit.me.session)
+    visit.person = None
+    visit.sign_in(people.new_token())
+    return visit.go("/sign-in")
+
+
+async def instructions(visit: Visit) -> Response:
+    agreed = people.has_agreed(visit.reader, visit.me, visit.group.version)
+    group = visit.group
+    data = {"instructions": group.instructions, "consent": group.consent, "version": group.version, "agreed": agreed}
+    return visit.show("instructions.html", data)
+
+
+async def agree(visit: Visit) -> Response:
+    if visit.text("version") != visit.group.version:
+        raise Refused("The instructions changed meanwhile. Reload the page and read them again.")
+    await visit.studio.database.do(people.agree, visit.me, visit.group.version, visit.now)
+    return visit.go("/")
+
+
+async def own_work(visit: Visit) -> Response:
+    """What is stored of the visitor: how many of what, and of which version the instructions were."""
+    count = lambda sql: visit.reader.execute(sql, (visit.me.id,)).fetchone()[0]  # noqa: E731
+    data = {
+        "pseudonym": visit.me.pseudonym, "group": visit.me.group, "name": visit.me.name,
+        "labels": count("SELECT count(*) FROM labels WHERE person = ? AND content IS NOT NULL"),
+        "conversations": count("SELECT count(*) FROM conversations WHERE person = ?"),
+    }  # fmt: skip
+    return visit.show("own_work.html", data)
+
+
+async def remove(visit: Visit) -> Response:
+    if visit.me.operates:
+        raise Forbidden("An operator has no work of their own to remove.")
+    if visit.text("sure", required=False) != "yes":
+        raise Refused("Nothing was removed: check the box to say that you are sure.", 400)
+    removed = await visit.studio.database.do(privacy.remove, visit.me.id, visit.now)
+    visit.person = None
+    visit.sign_in(people.new_token())
+    return visit.show("removed.html", removed)
+
+
+async def _check_failures(visit: Visit, who: list[str], times: int) -> None:
+    most = visit.studio.settings.limits.failures * times
+    if any(people.failures(visit.reader, each, visit.now) >= most for each in who):
+        raise Refused("Too many attempts. Wait 15 minutes.", 429)
+
+
+def _address(visit: Visit) -> str:
+    return f"address {visit.request.client.host if visit.request.client else ''}"
+
+
+routes = [
+    get("/", home),
+    get("/join/{token}", invitation, "anyone"),
+    post("/join/{token}", accept, "anyone"),
+    get("/sign-in", sign_in_form, "anyone"),
+    post("/sign-in", sign_in, "anyone"),
+    post("/sign-out", sign_out, "person"),
+    get("/instructions", instructions, "person"),
+    post("/instructions", agree, "person"),
+    get("/me", own_work, "person"),
+    post("/me/remove", remove, "person"),
+]

@@ -1,0 +1,203 @@
+"""The operator's page: progress, people, agreement, the next round; invitations, held-back text, closing, backup, audit."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import anyio
+from starlette.responses import Response, StreamingResponse
+
+from lockstep.errors import DataError, LockstepError
+from lockstep.storage.files import dump_line
+from lockstep_studio.pages.visit import Visit, get, post
+from lockstep_studio.settings import group_named
+from lockstep_studio.store import people, privacy, report, rounds
+from lockstep_studio.store.against import add_comparisons
+from lockstep_studio.store.people import Refused
+from lockstep_studio.studio import Studio
+
+DRAWS = 200
+"""Of the bootstrap behind the intervals on the page."""
+MOST_USES, MOST_HOURS = 10_000, 24 * 365
+MOST_COMPARISONS = 20_000
+"""Newest comparisons that agreement and strengths on the page are about."""
+
+
+async def overview(visit: Visit) -> Response:
+    data = await anyio.to_thread.run_sync(_overview, visit.studio, visit.now)
+    return visit.show("operator.html", data)
+
+
+async def live(visit: Visit) -> Response:
+    """The part of the page that changes by the second."""
+    return visit.show("operator_live.html", _live(visit.studio, visit.now))
+
+
+def _live(studio: Studio, now: float) -> dict[str, Any]:
+    return {
+        "throughput": report.throughput(studio.database.reader, now),
+        "load": studio.generator.load,
+        "problem": studio.problem,
+    }
+
+
+def _overview(studio: Studio, now: float) -> dict[str, Any]:
+    studio.find_personal_data()
+    reader = studio.database.reader
+    comparisons = rounds.pending(reader)[-MOST_COMPARISONS:]
+    return {
+        **_live(studio, now), "sources": report.sources(reader), "people": report.people(reader), "rounds": report.rounds(reader),
+        "next": rounds.waiting(reader), "held": list(privacy.held_back(reader)), "groups": list(studio.settings.groups),
+        "agreement": _agreement(comparisons), "strengths": _strengths(comparisons), "policies": list(studio.policies),
+        "suggested": f"round-{len(report.rounds(reader)) + 1}", "link": None,
+    }  # fmt: skip
+
+
+def _agreement(comparisons: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{group: {"items", "raw", "alpha": [value, low, high]}} of tasks that two people of a group labelled."""
+    from lockstep_studio.science import rankings
+
+    found: dict[str, dict[str, Any]] = {}
+    own = [row for row in comparisons if not row["adjudicated"]]
+    try:
+        measured = rankings.by_group(own, draws=DRAWS) if own else {}
+    except DataError:
+        return found
+    for group, each in measured.items():
+        if items := each["items"]:
+            numbers = {name: _numbers(each[name]) for name in ("raw", "alpha")}
+            found[group] = {"items": items, **numbers}
+    return found
+
+
+def _strengths(comparisons: list[dict[str, Any]]) -> dict[str, Any]:
+    """{policy: [value, low, high]}, Bradley-Terry log-odds; empty while they cannot be told."""
+    from lockstep_studio.science import bradley_terry
+
+    games = list(bradley_terry.games(comparisons))
+    try:
+        fit = bradley_terry.fit(games)
+        found = fit.strengths(clustered=len({game.labeler for game in games}) > 1)
+    except (LockstepError, ValueError, ArithmeticError):
+        return {}
+    return {name: _numbers(each) for name, each in found.items()}
+
+
+def _numbers(interval: Any) -> list[float | None]:
+    return [None if each != each else round(float(each), 4) for each in (interval.value, interval.low, interval.high)]
+
+
+async def invite(visit: Visit) -> Response:
+    """A link for ``uses`` people of a ``group`` within ``hours``; the group 'operators' makes operators."""
+    group = visit.text("group")
+    uses, hours = visit.integer("uses", 1, MOST_USES), visit.integer("hours", 1, MOST_HOURS)
+    role = "operator" if group == people.OPERATORS else "labeler"
+    if role == "labeler":
+        group_named(visit.studio.settings, group)
+    token = await visit.studio.database.do(people.invite, role, group, uses, float(hours), visit.now)
+    link = f"{visit.request.url.scheme}://{visit.request.headers['host']}/join/{token}"
+    if visit.by_machine:
+        return visit.show("operator.html", {"link": link})
+    data = await anyio.to_thread.run_sync(_overview, visit.studio, visit.now)
+    return visit.show("operator.html", {**data, "link": link})
+
+
+async def close(visit: Visit) -> Response:
+    """Close the round ``name``."""
+    record = await anyio.to_thread.run_sync(_close, visit.studio, visit.text("name"), visit.now)
+    return visit.go("/operator", closed=record)
+
+
+def _close(studio: Studio, name: str, now: float) -> dict[str, Any]:
+    studio.find_personal_data()
+    return rounds.close(studio.database, studio.folder, name, now)
+
+
+async def check(visit: Visit) -> Response:
+    """Read the files of the closed round ``name`` again and compare their hashes."""
+    name = visit.text("name")
+    if name not in {each["name"] for each in report.rounds(visit.reader)}:
+        raise Refused(f"There is no round {name!r}.", 404)
+    await anyio.to_thread.run_sync(rounds.verify, visit.studio.folder, name)
+    return visit.go("/operator", intact=True)
+
+
+async def decide(visit: Visit) -> Response:
+    """Of a text with personal data: ``decision`` release or withhold."""
+    kind, decision = visit.text("kind"), visit.text("decision")
+    if decision not in ("release", "withhold") or kind not in privacy.TEXTS:
+        raise Refused("The decision should be release or withhold.", 400)
+    await visit.studio.database.do(privacy.decide, kind, visit.integer("id", 1, 2**62), decision, visit.now)
+    return visit.go("/operator")
+
+
+async def stand(visit: Visit) -> Response:
+    """Pause a person, let them go on, or remove their work on request: ``act``."""
+    person, act = visit.integer("person", 1, 2**62), visit.text("act")
+    row = visit.reader.execute("SELECT role FROM people WHERE id = ?", (person,)).fetchone()
+    if row is None or row["role"] != "labeler" or act not in ("pause", "restore", "remove"):
+        raise Refused("There is no such labeler, or nothing of the kind to do.", 400)
+    if act == "remove":
+        removed = await visit.studio.database.do(privacy.remove, person, visit.now)
+        return visit.go("/operator", **removed)
+    await visit.studio.database.do(people.set_standing, person, "paused" if act == "pause" else "active")
+    return visit.go("/operator")
+
+
+async def against(visit: Visit) -> Response:
+    """Let people compare the demonstrations that were written with what policies answered."""
+    await anyio.to_thread.run_sync(visit.studio.find_personal_data)
+    new = await visit.studio.database.do(add_comparisons, visit.studio.settings, visit.now)
+    return visit.go("/operator", new=new)
+
+
+async def scan(visit: Visit) -> Response:
+    new = await anyio.to_thread.run_sync(visit.studio.scan)
+    return visit.go("/operator", new=new)
+
+
+async def backup(visit: Visit) -> Response:
+    name = time.strftime("%Y%m%d-%H%M%S.sqlite3", time.gmtime(visit.now))
+    path = await anyio.to_thread.run_sync(visit.studio.database.backup, visit.studio.folder / "backups" / name)
+    return visit.go("/operator", backup=path.name)
+
+
+async def audit(visit: Visit) -> Response:
+    """Everything about every label, as JSON lines. Free text is looked through before it leaves."""
+    await anyio.to_thread.run_sync(visit.studio.find_personal_data)
+    headers = {"content-disposition": 'attachment; filename="audit.jsonl"', "cache-control": "no-store"}
+    return StreamingResponse(_lines(visit.studio), media_type="application/jsonl", headers=headers)
+
+
+def _lines(studio: Studio) -> Iterator[str]:
+    """Read with the connection of whichever thread runs each step: chunks leave none in the middle of a query."""
+    for row in report.audit(lambda: studio.database.reader):
+        yield dump_line(row)
+
+
+async def settings(visit: Visit) -> Response:
+    """The settings in force, for a machine or for looking at."""
+    return visit.show("settings.html", {"settings": json.loads(json.dumps(visit.studio.settings, default=_plain))})
+
+
+def _plain(value: Any) -> Any:
+    return vars(value) if hasattr(value, "__dict__") else dict(value)
+
+
+routes = [
+    get("/operator", overview, "operator"),
+    get("/operator/live", live, "operator"),
+    get("/operator/settings", settings, "operator"),
+    get("/operator/audit.jsonl", audit, "operator"),
+    post("/operator/invite", invite, "operator"),
+    post("/operator/close", close, "operator"),
+    post("/operator/check", check, "operator"),
+    post("/operator/decide", decide, "operator"),
+    post("/operator/person", stand, "operator"),
+    post("/operator/scan", scan, "operator"),
+    post("/operator/against", against, "operator"),
+    post("/operator/backup", backup, "operator"),
+]

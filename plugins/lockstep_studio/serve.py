@@ -1,0 +1,131 @@
+"""lockstep serve RUN...: the studio, in which people chat with the policies of runs and label what they wrote.
+
+The first start prints a link for the operator, who invites the others. Everything is kept in --folder; a kill loses nothing that
+was acknowledged, and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lockstep.errors import ConfigError
+from lockstep.registry import Plugin
+from lockstep.reporting.console import Console
+
+if TYPE_CHECKING:
+    from lockstep_studio.studio import Studio
+
+HELP = "a web app to chat, compare, rank and attack: lockstep serve runs/NAME"
+OVERRIDES = False
+INVITATION_HOURS = 24.0
+WEB = Plugin(
+    {},
+    requires=("starlette", "uvicorn", "python_multipart", "argon2", "itsdangerous"),
+    install="pip install 'lockstep-rlhf[studio]'",
+)
+"""What the command needs, and closed rounds as data do not."""
+SWITCH_SECONDS = 0.0005
+"""How long one thread may keep the interpreter while others want it. With Python's 5 ms, at every query of a page, a policy that
+writes would hold up all pages."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or checkpoints of policies")
+    parser.add_argument("--folder", default="studio", help="where labels are kept (default: studio)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    parser.add_argument("--backend", help="of the policies (default: each run's own)")
+    parser.add_argument("--settings", help="a YAML file: groups, instructions, overlap, screening, limits")
+    parser.add_argument("--operator", action="store_true", help="print a new link for an operator")
+
+
+def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from lockstep.registry import registry
+    from lockstep_studio.settings import read_settings
+
+    WEB.check_installed("lockstep serve")
+    from lockstep_studio.app import application
+    from lockstep_studio.studio import Studio
+
+    if arguments.backend:
+        registry().find("backend", arguments.backend, arguments.backend)
+    runs = [_run(name) for name in arguments.runs]
+    settings = read_settings(None if arguments.settings is None else Path(arguments.settings))
+    _check_address(arguments.host, arguments.port)
+    studio = Studio(Path(arguments.folder), settings, runs, arguments.backend)
+    try:
+        _tell(Console(), studio, arguments.host, arguments.port, arguments.operator)
+        serve(application(studio, [arguments.host]), arguments.host, arguments.port)
+    finally:
+        studio.close()
+
+
+def serve(application: object, host: str, port: int) -> None:
+    """Until Ctrl-C or SIGTERM."""
+    import uvicorn
+
+    sys.setswitchinterval(SWITCH_SECONDS)
+    uvicorn.run(
+        application, host=host, port=port, access_log=False, server_header=False, log_level="warning",  # type: ignore[arg-type]
+        timeout_graceful_shutdown=5, limit_concurrency=2000, proxy_headers=False,
+    )  # fmt: skip
+
+
+def _run(name: str) -> Path:
+    """
+    Raises:
+      ConfigError: there is no such folder.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"There is no run {name}. A run is a folder that `lockstep run` made, such as runs/NAME.")
+    return path
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuse a taken address before a policy is loaded."""
+    import socket
+
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"Cannot listen on {host}, port {port}: {error}. Choose another --host or --port.") from error
+
+
+def _tell(console: Console, studio: Studio, host: str, port: int, again: bool) -> None:
+    from lockstep_studio.store import people
+
+    address = f"http://{_shown(host)}:{port}"
+    reader, now = studio.database.reader, studio.clock()
+    counts = reader.execute(
+        "SELECT (SELECT count(*) FROM people WHERE role = 'operator'), (SELECT count(*) FROM tasks)"
+    ).fetchone()
+    console.say(f"The studio is at {address} ({counts[1]} tasks, {len(studio.policies)} policies, in {studio.folder}).")
+    if studio.problem:
+        console.say(studio.problem)
+    if again or not counts[0]:
+        token = studio.database.now(people.invite, "operator", people.OPERATORS, 1, INVITATION_HOURS, now)
+        console.say(f"The operator's link, good once, for {INVITATION_HOURS:.0f} hours: {address}/join/{token}")
+    if not is_loopback(host) and not studio.settings.https:
+        console.say(
+            "Others can reach this address, and it does not encrypt. Put a proxy with HTTPS before it and set https: true."
+        )
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,186 @@
+"""Conversations as trees of messages: editing or regenerating adds a branch, and the conversation's head says which is shown."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lockstep_studio.store.database import Connection, Row
+from lockstep_studio.store.people import Person, Refused
+
+MOST_TITLE = 60
+
+
+def create(
+    connection: Connection, person: Person, mode: str, policies: Sequence[str], how: Mapping[str, Any], version: str, now: float,
+    goal: str | None = None, category: str | None = None,
+) -> str:  # fmt: skip
+    """A new conversation with a policy, or with one on each side. Returns its token."""
+    token = secrets.token_urlsafe(16)
+    connection.execute(
+        "INSERT INTO conversations (token, person, grp, mode, policies, how, goal, category, instructions, at) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (token, person.id, person.group, mode, json.dumps(list(policies)), json.dumps(how), goal, category, version, now),
+    )
+    return token
+
+
+def conversation_of(connection: Connection, person: Person, token: str, mode: str) -> Row:
+    """
+    Raises:
+      Refused: this person has no such conversation.
+    """
+    found: Row | None = connection.execute(
+        "SELECT * FROM conversations WHERE token = ? AND person = ? AND mode = ?", (token, person.id, mode)
+    ).fetchone()
+    if found is None:
+        raise Refused("There is no such conversation among yours.", 404)
+    return found
+
+
+def listed(connection: Connection, person: Person, mode: str) -> list[Row]:
+    sql = "SELECT token, title, at, finished FROM conversations WHERE person = ? AND mode = ? ORDER BY id DESC LIMIT 100"
+    return connection.execute(sql, (person.id, mode)).fetchall()
+
+
+def message_of(connection: Connection, conversation: Row, token: str) -> Row:
+    """
+    Raises:
+      Refused: the conversation has no such message.
+    """
+    found: Row | None = connection.execute(
+        "SELECT * FROM messages WHERE token = ? AND conversation = ?", (token, conversation["id"])
+    ).fetchone()
+    if found is None:
+        raise Refused("There is no such message in this conversation.", 404)
+    return found
+
+
+def path(connection: Connection, head: int | None) -> list[Row]:
+    """The messages from the first to ``head``."""
+    rows = connection.execute(
+        "WITH RECURSIVE up AS (SELECT *, 0 AS depth FROM messages WHERE id = ? UNION ALL "
+        "SELECT messages.*, depth + 1 FROM messages JOIN up ON messages.id = up.parent) SELECT * FROM up ORDER BY depth DESC",
+        (head,),
+    )
+    return rows.fetchall()
+
+
+def siblings(connection: Connection, message: Row) -> list[str]:
+    """The tokens of a message and its alternatives, oldest first."""
+    sql = "SELECT token FROM messages WHERE conversation = ? AND parent IS ? AND role = ? ORDER BY id"
+    values = (message["conversation"], message["parent"], message["role"])
+    return [row["token"] for row in connection.execute(sql, values)]
+
+
+def add_message(
+    connection: Connection, conversation: int, parent: int | None, role: str, content: str, now: float, *,
+    policy: str | None = None, seed: int | None = None, side: int | None = None, state: str = "done",
+) -> tuple[int, str]:  # fmt: skip
+    """(id, token) of a new message."""
+    token = secrets.token_urlsafe(16)
+    values = (token, conversation, parent, role, content, policy, seed, side, state, now)
+    (number,) = connection.execute(
+        "INSERT INTO messages (token, conversation, parent, role, content, policy, seed, side, state, at) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
+        values,
+    ).fetchone()
+    return int(number), token
+
+
+def ask(
+    connection: Connection,
+    conversation: Row,
+    parent: int | None,
+    text: str | None,
+    replies: Sequence[tuple[str, int]],
+    now: float,
+) -> tuple[int, list[tuple[int, str]]]:
+    """Add what the person says (None: nothing new, as for another answer) and a place for each reply.
+
+    Args:
+      replies: (policy, seed) of each.
+
+    Returns:
+      The id of the message that is answered, and the (id, token) of each reply.
+    """
+    if text is not None:
+        parent, _ = add_message(connection, conversation["id"], parent, "user", text, now)
+        if not conversation["title"]:
+            title = " ".join(text.split())[:MOST_TITLE]
+            connection.execute("UPDATE conversations SET title = ? WHERE id = ?", (title, conversation["id"]))
+    assert parent is not None
+    places = [
+        add_message(
+            connection, conversation["id"], parent, "assistant", "", now, policy=policy, seed=seed, state="writing",
+            side=side if len(replies) > 1 else None,
+        )
+        for side, (policy, seed) in enumerate(replies)
+    ]  # fmt: skip
+    set_head(connection, conversation["id"], places[0][0] if len(places) == 1 else parent)
+    return parent, places
+
+
+def finish(connection: Connection, message: int, content: str, state: str) -> None:
+    """What a policy wrote, whole or as far as it came."""
+    sql = "UPDATE messages SET content = ?, state = ? WHERE id = ? AND state = 'writing'"
+    connection.execute(sql, (content, state, message))
+
+
+def stop_unfinished(connection: Connection) -> None:
+    """After a crash: nobody writes these any more."""
+    connection.execute("UPDATE messages SET state = 'stopped' WHERE state = 'writing'")
+
+
+def set_head(connection: Connection, conversation: int, head: int) -> None:
+    connection.execute("UPDATE conversations SET head = ? WHERE id = ?", (head, conversation))
+
+
+def leaf(connection: Connection, message: Row) -> int:
+    """The newest end of the branch that begins with a message."""
+    last = int(message["id"])
+    while True:
+        sql = "SELECT id FROM messages WHERE conversation = ? AND parent = ? AND side IS NULL ORDER BY id DESC LIMIT 1"
+        row = connection.execute(sql, (message["conversation"], last)).fetchone()
+        if row is None:
+            return last
+        last = row["id"]
+
+
+def replies_to(connection: Connection, conversation: int, parent: int) -> list[Row]:
+    """The newest replies of all sides to a message."""
+    rows = connection.execute(
+        "SELECT *, max(id) FROM messages WHERE conversation = ? AND parent = ? AND side IS NOT NULL GROUP BY side ORDER BY side",
+        (conversation, parent),
+    )
+    return rows.fetchall()
+
+
+def give_feedback(connection: Connection, person: Person, message: int, given: Mapping[str, Any], now: float) -> dict[str, Any]:
+    """Add feedback: what ``given`` does not name stays as it was before. Returns all of it. Sent twice, it is stored once."""
+    before = feedback_on(connection, message)
+    after = {key: given.get(key, before[key]) for key in before}
+    if after != before:
+        revision = connection.execute("SELECT count(*) FROM feedback WHERE message = ?", (message,)).fetchone()[0]
+        connection.execute(
+            "INSERT INTO feedback (message, person, revision, thumb, likert, text, at) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (message, person.id, revision, after["thumb"], after["likert"], after["text"], now),
+        )
+    return after
+
+
+def feedback_on(connection: Connection, message: int) -> dict[str, Any]:
+    sql = "SELECT thumb, likert, text FROM feedback WHERE message = ? ORDER BY revision DESC LIMIT 1"
+    row = connection.execute(sql, (message,)).fetchone()
+    return dict(row) if row is not None else {"thumb": None, "likert": None, "text": None}
+
+
+def answers_since(connection: Connection, person: int, since: float) -> int:
+    """Answers that policies wrote for a person since then."""
+    sql = (
+        "SELECT count(*) FROM messages JOIN conversations ON conversations.id = conversation "
+        "WHERE messages.at > ? AND person = ? AND role = 'assistant'"
+    )
+    return int(connection.execute(sql, (since, person)).fetchone()[0])

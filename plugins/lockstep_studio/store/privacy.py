@@ -1,0 +1,92 @@
+"""Personal data in free text, and removal on request.
+
+Free text with personal data stays out of frozen rounds until the operator has looked at it. What a person had removed loses its
+content; the rows stay, and a tombstone says when.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from lockstep_studio.store.database import Connection
+
+TEXTS = {
+    "label": "SELECT id, json_extract(content, '$.response') AS content FROM labels "
+    "WHERE mode = 'write' AND content IS NOT NULL AND id ",
+    "message": "SELECT id, content FROM messages WHERE role = 'user' AND content IS NOT NULL AND id ",
+    "feedback": "SELECT id, text AS content FROM feedback WHERE text IS NOT NULL AND id ",
+    "conversation": "SELECT id, goal AS content FROM conversations WHERE goal IS NOT NULL AND id ",
+}
+"""Where people write freely, by kind."""
+
+Finding = tuple[str, int, list[str]]
+
+
+def scan(connection: Connection) -> list[Finding]:
+    """(kind, id, kinds of personal data) of all free text that `remember` does not know yet. Only reads."""
+    from lockstep_studio.exchange.personal import find
+
+    found = []
+    for kind, sql in TEXTS.items():
+        (last,) = connection.execute("SELECT ifnull(max(id), 0) FROM findings WHERE kind = ?", (kind,)).fetchone()
+        for row in connection.execute(sql + "> ? ORDER BY id", (last,)):
+            found.append((kind, row["id"], sorted({each.kind for each in find(row["content"])})))
+    return found
+
+
+def remember(connection: Connection, found: list[Finding], now: float) -> None:
+    """Text without personal data may leave; the rest waits for a decision."""
+    rows = [(kind, number, json.dumps(kinds), now, None if kinds else "release") for kind, number, kinds in found]
+    connection.executemany("INSERT OR IGNORE INTO findings (kind, id, found, at, decision) VALUES (?, ?, ?, ?, ?)", rows)
+
+
+def held_back(connection: Connection) -> Iterator[dict[str, Any]]:
+    """What waits for the operator's decision: {"kind", "id", "found", "text"}."""
+    for row in connection.execute("SELECT * FROM findings WHERE decision IS NULL ORDER BY at LIMIT 200").fetchall():
+        text = connection.execute(TEXTS[row["kind"]] + "= ?", (row["id"],)).fetchone()
+        if text is not None:
+            yield {"kind": row["kind"], "id": row["id"], "found": json.loads(row["found"]), "text": text["content"]}
+
+
+def decide(connection: Connection, kind: str, number: int, decision: str, now: float) -> None:
+    """'release' lets the text leave with the next round; 'withhold' keeps it back for good."""
+    sql = "UPDATE findings SET decision = ?, decided = ? WHERE kind = ? AND id = ? AND found != '[]'"
+    connection.execute(sql, (decision, now, kind, number))
+
+
+def remove(connection: Connection, number: int, now: float) -> dict[str, Any]:
+    """Remove all that person ``number`` chose and wrote, and the person's name, password and sessions.
+
+    Returns:
+      {"labels", "messages", "rounds"}: how many lost their content, and the names of the closed rounds that hold some of them,
+      which do not change.
+    """
+    rounds = connection.execute(
+        "SELECT DISTINCT rounds.name FROM rounds JOIN members ON members.round = rounds.id JOIN labels ON labels.id = members.id "
+        "WHERE members.kind = 'label' AND labels.person = ? UNION SELECT DISTINCT rounds.name FROM rounds JOIN members ON "
+        "members.round = rounds.id JOIN conversations ON conversations.id = members.id WHERE members.kind = 'conversation' "
+        "AND conversations.person = ?",
+        (number, number),
+    ).fetchall()
+    removed = {
+        "labels": connection.execute(
+            "UPDATE labels SET content = NULL WHERE person = ? AND content IS NOT NULL", (number,)
+        ).rowcount,
+        "messages": connection.execute(
+            "UPDATE messages SET content = NULL, state = 'removed' WHERE content IS NOT NULL AND conversation IN "
+            "(SELECT id FROM conversations WHERE person = ?)",
+            (number,),
+        ).rowcount,
+    }
+    connection.execute("UPDATE feedback SET text = NULL, thumb = NULL, likert = NULL WHERE person = ?", (number,))
+    connection.execute("UPDATE conversations SET title = '', goal = NULL, how = '{}' WHERE person = ?", (number,))
+    connection.execute("UPDATE leases SET draft = '{}' WHERE person = ?", (number,))
+    connection.execute("UPDATE tasks SET messages = '[]', completions = '[]' WHERE author = ?", (number,))
+    connection.execute("UPDATE slots SET open = 0 WHERE task IN (SELECT id FROM tasks WHERE author = ?)", (number,))
+    connection.execute("UPDATE people SET name = NULL, password = NULL, standing = 'removed' WHERE id = ?", (number,))
+    connection.execute("DELETE FROM sessions WHERE person = ?", (number,))
+    values = (number, now, removed["labels"], removed["messages"])
+    connection.execute("INSERT INTO tombstones (person, at, labels, messages) VALUES (?, ?, ?, ?)", values)
+    return {**removed, "rounds": [row["name"] for row in rounds]}

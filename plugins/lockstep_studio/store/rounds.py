@@ -1,0 +1,290 @@
+"""Closing a round: what was labelled since the last one becomes files that never change.
+
+    rounds/<name>/comparisons.jsonl demonstrations.jsonl conversations.jsonl round.json
+    <stage>/labels.jsonl, beside the candidates.jsonl of each stage that waits for labels
+
+First one transaction decides which rows belong to the round and closes their tasks; then the files are written from those rows
+alone. A process that dies in between closes the round when it is next started, to the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lockstep.data.labels import LABELS
+from lockstep.errors import DataError
+from lockstep.storage.files import checksum, dump_line, move_folder, read_object, write_json, write_text
+from lockstep.storage.names import checked_name
+from lockstep_studio.store import conversations, tasks
+from lockstep_studio.store.database import Connection, Database, Row
+from lockstep_studio.store.people import Refused
+
+FILES = ("comparisons.jsonl", "demonstrations.jsonl", "conversations.jsonl")
+"""Of a round, in the order of the hash over all three."""
+JUDGED = ("compare", "rank", "attack", "adjudicate")
+
+_ELIGIBLE = """
+FROM labels JOIN leases ON leases.id = labels.lease JOIN tasks ON tasks.id = labels.task JOIN people ON people.id = labels.person
+WHERE labels.content IS NOT NULL AND tasks.gold IS NULL AND tasks.messages != '[]' AND people.standing = 'active'
+AND labels.revision = (SELECT max(revision) FROM labels AS later WHERE later.lease = labels.lease)
+AND NOT EXISTS (SELECT 1 FROM members WHERE kind = 'label' AND members.id = labels.id)
+"""
+_RELEASED = (
+    "AND (labels.mode != 'write' OR EXISTS (SELECT 1 FROM findings WHERE kind = 'label' AND findings.id = labels.id "
+    "AND decision = 'release'))"
+)
+_TALKS = """
+FROM conversations JOIN people ON people.id = conversations.person
+WHERE people.standing = 'active' AND (conversations.mode != 'attack' OR finished IS NOT NULL)
+AND NOT EXISTS (SELECT 1 FROM members WHERE kind = 'conversation' AND members.id = conversations.id)
+AND EXISTS (SELECT 1 FROM messages WHERE conversation = conversations.id AND role = 'assistant' AND state IN ('done', 'stopped'))
+"""
+_ALL_RELEASED = """
+AND (goal IS NULL OR EXISTS
+  (SELECT 1 FROM findings WHERE kind = 'conversation' AND id = conversations.id AND decision = 'release'))
+AND NOT EXISTS (SELECT 1 FROM messages WHERE conversation = conversations.id AND role = 'user' AND NOT EXISTS
+  (SELECT 1 FROM findings WHERE kind = 'message' AND findings.id = messages.id AND decision = 'release'))
+AND NOT EXISTS (SELECT 1 FROM feedback JOIN messages ON messages.id = feedback.message WHERE conversation = conversations.id
+  AND feedback.text IS NOT NULL AND NOT EXISTS
+  (SELECT 1 FROM findings WHERE kind = 'feedback' AND findings.id = feedback.id AND decision = 'release'))
+"""
+
+
+def waiting(connection: Connection) -> dict[str, int]:
+    """What the next round would hold, and how much of it is held back for personal data that nobody has looked at."""
+    count = lambda sql: int(connection.execute("SELECT count(*) " + sql).fetchone()[0])  # noqa: E731
+    judged = count(_ELIGIBLE + "AND labels.mode != 'write'")
+    written, released = count(_ELIGIBLE + "AND labels.mode = 'write'"), count(_ELIGIBLE + "AND labels.mode = 'write'" + _RELEASED)
+    talks, free = count(_TALKS), count(_TALKS + _ALL_RELEASED)
+    return {
+        "comparisons": judged, "demonstrations": released, "conversations": free, "held_back": written - released + talks - free
+    }  # fmt: skip
+
+
+def close(database: Database, folder: Path, name: str, now: float) -> dict[str, Any]:
+    """Close a round and write its files. Run `scan` and `remember` of `privacy` before. Returns the round's record.
+
+    Raises:
+      ConfigError: the name cannot be a folder's.
+      Refused: the round exists, or it would be empty.
+    """
+    checked_name("The name of the round", name)
+    database.now(_begin, name, now)
+    return finish(database, folder, name)
+
+
+def finish_all(database: Database, folder: Path) -> None:
+    """Write the files of rounds whose process died while it closed them."""
+    for row in database.reader.execute("SELECT name FROM rounds WHERE state = 'closing' ORDER BY id").fetchall():
+        finish(database, folder, row["name"])
+
+
+def finish(database: Database, folder: Path, name: str) -> dict[str, Any]:
+    row = database.reader.execute("SELECT * FROM rounds WHERE name = ?", (name,)).fetchone()
+    record = _write(database.reader, folder / "rounds" / name, row)
+    database.now(_end, row["id"], record)
+    return record
+
+
+def verify(folder: Path, name: str) -> None:
+    """
+    Raises:
+      DataError: a file of the closed round is not as it was when the round was closed.
+    """
+    round_folder = folder / "rounds" / name
+    record = read_object(round_folder / "round.json")
+    for file in FILES:
+        if not (round_folder / file).is_file() or checksum(round_folder / file) != record["files"][file]["sha256"]:
+            raise DataError(
+                f"{round_folder / file} is missing or was changed after the round was closed. Restore it from a copy."
+            )
+
+
+# --------------------------------------------------------------------------------------------------------- deciding
+
+
+def _begin(connection: Connection, name: str, now: float) -> None:
+    if connection.execute("SELECT 1 FROM rounds WHERE name = ?", (name,)).fetchone():
+        raise Refused(f"There is a round named {name!r} already. A closed round does not change; choose another name.")
+    (number,) = connection.execute(
+        "INSERT INTO rounds (name, state, at, last_label, last_message) VALUES (?, 'closing', ?, "
+        "(SELECT ifnull(max(id), 0) FROM labels), (SELECT ifnull(max(id), 0) FROM messages)) RETURNING id",
+        (name, now),
+    ).fetchone()
+    found = 0
+    for kind, sql in {
+        "label": "SELECT labels.id " + _ELIGIBLE + _RELEASED, "conversation": "SELECT conversations.id " + _TALKS + _ALL_RELEASED
+    }.items():  # fmt: skip
+        ids = [row[0] for row in connection.execute(sql).fetchall()]
+        connection.executemany("INSERT INTO members VALUES (?, ?, ?)", [(kind, each, number) for each in ids])
+        found += len(ids)
+    if not found:
+        raise Refused("Nothing was labelled since the last round, so there is nothing to close.")
+    _close_tasks(connection, number, now)
+
+
+def _close_tasks(connection: Connection, number: int, now: float) -> None:
+    """Of the sources that were judged, no task is given out any more."""
+    connection.execute(
+        "UPDATE sources SET round = ? WHERE round IS NULL AND id IN "
+        "(SELECT source FROM members JOIN labels ON labels.id = members.id JOIN tasks ON tasks.id = labels.task "
+        "WHERE members.round = ? AND kind = 'label' AND labels.mode != 'write')",
+        (number, number),
+    )
+    chosen = "(SELECT tasks.id FROM tasks JOIN sources ON sources.id = tasks.source WHERE sources.round = ?)"
+    connection.execute(f"UPDATE slots SET open = 0 WHERE task IN {chosen}", (number,))
+    for row in connection.execute(f"SELECT id FROM leases WHERE outcome IS NULL AND task IN {chosen}", (number,)).fetchall():
+        tasks.end(connection, row["id"], "closed", now)
+
+
+def _end(connection: Connection, number: int, record: dict[str, Any]) -> None:
+    connection.execute("UPDATE rounds SET state = 'closed', record = ? WHERE id = ?", (json.dumps(record), number))
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def _write(connection: Connection, folder: Path, row: Row) -> dict[str, Any]:
+    if (folder / "round.json").is_file():  # it was written, and the process died before the database knew
+        return read_object(folder / "round.json")
+    labels = _labels(connection, row["id"])
+    contents = {
+        "comparisons.jsonl": [_comparison(each) for each in labels if each["mode"] in JUDGED],
+        "demonstrations.jsonl": [_demonstration(each) for each in labels if each["mode"] == "write"],
+        "conversations.jsonl": list(_conversations(connection, row)),
+    }
+    part = folder.with_name(f".{folder.name}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    total, files = hashlib.sha256(), {}
+    for file in FILES:
+        text = "".join(map(dump_line, contents[file]))
+        total.update(text.encode())
+        write_text(part / file, text)
+        files[file] = {"sha256": checksum(part / file), "rows": len(contents[file])}
+    record = {
+        "name": row["name"], "sha256": total.hexdigest(), "files": files,
+        "counts": {file.removesuffix(".jsonl"): each["rows"] for file, each in files.items()},
+        "labelers": _labelers(labels), "instructions": _instructions(connection, labels), "closed": row["at"],
+        "first": min((each["at"] for each in labels), default=None), "last": max((each["at"] for each in labels), default=None),
+        "sources": _write_labels(connection, row["id"], labels),
+    }  # fmt: skip
+    write_json(part / "round.json", record)
+    for file in (*FILES, "round.json"):
+        (part / file).chmod(0o444)
+    move_folder(part, folder)
+    return record
+
+
+_WITH_TASK = (
+    "SELECT labels.*, pseudonym, shown, probability, source, key, messages, completions, policies, scores, tasks.seed, "
+    "tasks.mode AS judged "
+)
+
+
+def _labels(connection: Connection, number: int) -> list[dict[str, Any]]:
+    """The round's labels, each with its task and its labeler."""
+    sql = (
+        "FROM members JOIN labels ON labels.id = members.id JOIN leases ON leases.id = labels.lease "
+        "JOIN tasks ON tasks.id = labels.task JOIN people ON people.id = labels.person "
+        "WHERE members.round = ? AND kind = 'label' AND labels.content IS NOT NULL AND tasks.messages != '[]' ORDER BY labels.id"
+    )
+    return [_parsed(row) for row in connection.execute(_WITH_TASK + sql, (number,))]
+
+
+def _parsed(row: Row) -> dict[str, Any]:
+    each = dict(row)
+    for key in ("content", "shown", "messages", "completions", "policies", "scores"):
+        each[key] = None if each[key] is None else json.loads(each[key])
+    return each
+
+
+def pending(connection: Connection) -> list[dict[str, Any]]:
+    """The comparisons that the next round would hold, for looking at. Ids begin with the source's number."""
+    rows = connection.execute(_WITH_TASK + _ELIGIBLE + "AND labels.mode != 'write' ORDER BY labels.id")
+    return [{**_comparison(each), "id": f"{each['source']}:{each['key']}"} for each in map(_parsed, rows)]
+
+
+def _comparison(label: dict[str, Any]) -> dict[str, Any]:
+    content = label["content"]
+    return {
+        "id": label["key"], "messages": label["messages"], "completions": label["completions"], "ranks": content["ranks"],
+        "labeler": label["pseudonym"], "group": label["grp"], "ratings": content.get("ratings"), "flags": content.get("flags"),
+        "policies": label["policies"], "shown": label["shown"], "scores": label["scores"], "seed": label["seed"],
+        "seconds": label["seconds"], "at": label["at"], "instructions": label["instructions"], "revision": label["revision"],
+        "mode": label["judged"], "adjudicated": label["mode"] == "adjudicate", "both_bad": content.get("both_bad", False),
+        "blind": content.get("blind", True), "probability": label["probability"],
+    }  # fmt: skip
+
+
+def _demonstration(label: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": label["key"], "messages": label["messages"], "response": label["content"]["response"],
+        "labeler": label["pseudonym"], "group": label["grp"], "at": label["at"], "seconds": label["seconds"],
+        "instructions": label["instructions"], "revision": label["revision"], "mode": "write",
+        "mended": label["content"].get("mended"),
+    }  # fmt: skip
+
+
+def _conversations(connection: Connection, round_row: Row) -> Iterator[dict[str, Any]]:
+    rows = connection.execute(
+        "SELECT conversations.*, pseudonym FROM members JOIN conversations ON conversations.id = members.id "
+        "JOIN people ON people.id = conversations.person WHERE members.round = ? AND kind = 'conversation' ORDER BY members.id",
+        (round_row["id"],),
+    )
+    for row in rows.fetchall():
+        said = [
+            each for each in conversations.path(connection, row["head"])
+            if each["content"] is not None and each["state"] != "writing" and each["id"] <= round_row["last_message"]
+        ]  # fmt: skip
+        if not said:
+            continue
+        how, policies = json.loads(row["how"]), json.loads(row["policies"])
+        system = [{"role": "system", "content": how["system"]}] if how.get("system") else []
+        answers = [each for each in said if each["role"] == "assistant"]
+        given = [conversations.feedback_on(connection, each["id"]) for each in answers]
+        feedback = [{"turn": turn, **each} for turn, each in enumerate(given) if {*each.values()} != {None}]
+        attack = {key: row[key] for key in ("goal", "category", "success")} if row["mode"] == "attack" else None
+        yield {
+            "id": row["token"], "messages": system + [{"role": each["role"], "content": each["content"]} for each in said],
+            "labeler": row["pseudonym"], "group": row["grp"], "policy": policies[0] if len(set(policies)) == 1 else policies,
+            "seeds": [each["seed"] for each in answers], "sampling": how, "feedback": feedback, "attack": attack,
+            "mode": row["mode"], "instructions": row["instructions"], "at": row["at"],
+        }  # fmt: skip
+
+
+def _labelers(labels: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """{group: people}."""
+    return {
+        group: len({each["person"] for each in labels if each["grp"] == group}) for group in sorted({e["grp"] for e in labels})
+    }
+
+
+def _instructions(connection: Connection, labels: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """The versions that the labelers were given, whole."""
+    used = sorted({(each["grp"], each["instructions"]) for each in labels})
+    sql = "SELECT grp AS 'group', version, text, consent FROM instructions WHERE grp = ? AND version = ?"
+    return [dict(row) for each in used if (row := connection.execute(sql, each).fetchone()) is not None]
+
+
+def _write_labels(connection: Connection, number: int, labels: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``labels.jsonl`` beside the candidates of each judged source. Where a task was adjudicated, only the adjudicator counts."""
+    written = []
+    for source in connection.execute("SELECT * FROM sources WHERE round = ? ORDER BY id", (number,)).fetchall():
+        own = sorted(
+            (each for each in labels if each["source"] == source["id"] and each["mode"] != "write"), key=lambda e: e["task"]
+        )
+        rows: list[dict[str, Any]] = []
+        for _, group in groupby(own, key=lambda each: each["task"]):
+            given = list(group)
+            counted = [each for each in given if each["mode"] == "adjudicate"] or given
+            rows += [
+                {"id": e["key"], "ranks": e["content"]["ranks"], "labeler": e["pseudonym"], "group": e["grp"]} for e in counted
+            ]
+        write_text(Path(source["path"]).parent / LABELS, "".join(map(dump_line, rows)))
+        written.append({"path": source["path"], "sha256": source["sha256"], "labels": len(rows)})
+    return written

@@ -1,0 +1,257 @@
+"""The studio in a real browser, driven by keys: nothing of it needs a mouse, a network or an exception to its security policy."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import itertools
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from lockstep_studio.store import people
+from studio_server import Echo, serving
+from test_studio_pages import waiting_run
+from test_studio_store import candidates, settings
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+
+
+class Chromium:
+    """A page, over the DevTools protocol."""
+
+    def __init__(self, folder: Path, width: int = 1280, height: int = 900):
+        client = pytest.importorskip("websockets.sync.client")
+        options = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--remote-debugging-port=0",
+            f"--window-size={width},{height}",
+        ]
+        self.process = subprocess.Popen(
+            [str(CHROMIUM), *options, f"--user-data-dir={folder}", "about:blank"], stderr=subprocess.DEVNULL
+        )
+        until = time.time() + 60
+        while not (folder / "DevToolsActivePort").exists() and time.time() < until:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        port, path = (folder / "DevToolsActivePort").read_text().split()
+        self.stack = contextlib.ExitStack()
+        self.socket = self.stack.enter_context(client.connect(f"ws://127.0.0.1:{port}{path}", max_size=None))
+        self.numbers, self.events, self.session = itertools.count(), [], None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters):
+        number = next(self.numbers)
+        message = {"id": number, "method": method, "params": parameters} | ({"sessionId": self.session} if self.session else {})
+        self.socket.send(json.dumps(message))
+        while True:
+            answer = json.loads(self.socket.recv(timeout=30))
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.events.append(answer)
+
+    def run(self, script: str):
+        found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def wait(self, condition: str, seconds: float = 20) -> None:
+        until = time.time() + seconds
+        while not self.run(f"!!({condition})"):
+            assert time.time() < until, f"{condition}: {self.run('document.body.innerText')[:500]}"
+            time.sleep(0.05)
+
+    def go(self, address: str) -> None:
+        self.call("Page.navigate", url=address)
+        self.wait(f"location.href.startsWith('{address}'.split('/join')[0]) && document.readyState === 'complete'")
+
+    def key(self, key: str, modifiers: int = 0) -> None:
+        codes = {"Enter": 13, "Escape": 27, "Tab": 9}
+        text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
+        common = {"key": key, "modifiers": modifiers, "windowsVirtualKeyCode": codes.get(key, ord(key[0].upper()))}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **common, **({"text": text} if text and not modifiers else {}))
+        self.call("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    def write(self, text: str) -> None:
+        self.call("Input.insertText", text=text)
+
+    def picture(self, file: Path) -> None:
+        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+
+    def problems(self) -> list[str]:
+        """What the browser refused or complained of, and whom it asked."""
+        found = []
+        for event in self.events:
+            if event["method"] == "Log.entryAdded":
+                found.append(event["params"]["entry"]["text"])
+            if event["method"] == "Runtime.exceptionThrown":
+                found.append(json.dumps(event["params"]["exceptionDetails"])[:300])
+        return found
+
+    def hosts(self) -> set[str]:
+        asked = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
+        return {url.split("/")[2].split(":")[0] for url in asked if url.startswith("http")}
+
+    def close(self) -> None:
+        self.stack.close()
+        self.process.terminate()
+        self.process.wait(20)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    opened = Chromium(tmp_path / "chromium")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def studio(tmp_path):
+    modes = ["compare", "rank", "arena", "chat", "attack", "write"]
+    rows = [*candidates(3), *({**row, "id": f"rank{row['id']}"} for row in candidates(2, 3))]
+    run, _ = waiting_run(tmp_path, rows)
+    plan = settings(group={"modes": modes})
+    with serving(tmp_path / "studio", plan, [run], opened=lambda policy: Echo(policy, 0.02)) as (made, address):
+        made.policies = {"ppo_1-torch-0": (run, "ppo_1"), "ppo_1-torch-1": (run, "ppo_1")}
+        made.scan = lambda: 0
+        made.address = address
+        yield made
+
+
+def join(browser: Chromium, studio) -> None:
+    token = studio.database.now(people.invite, "labeler", "training", 1, 1.0, studio.clock())
+    browser.go(f"{studio.address}/join/{token}")
+    browser.key("Enter")
+    browser.wait("document.querySelector('h1')?.textContent === 'Instructions' && document.activeElement.tagName === 'BUTTON'")
+    browser.key("Enter")
+    browser.wait("document.querySelector('h1')?.textContent.startsWith('What would')")
+
+
+def labels(studio) -> list[dict]:
+    return [json.loads(row["content"]) for row in studio.database.reader.execute("SELECT content FROM labels ORDER BY id")]
+
+
+def heading(browser: Chromium, text: str) -> None:
+    browser.wait(f"document.querySelector('h1')?.textContent.includes({json.dumps(text)})")
+
+
+def test_keys_alone_join_compare_and_rank_and_the_policy_is_never_broken(browser, studio):
+    join(browser, studio)
+    browser.key("1")
+    heading(browser, "Which answer is better")
+    browser.key("2")
+    heading(browser, "Saved")
+    browser.key("n")
+    heading(browser, "Which answer is better")
+    browser.key("t")
+    heading(browser, "Saved")
+    assert [each["ranks"] for each in labels(studio)][1] == [0, 0] and sorted(labels(studio)[0]["ranks"]) == [0, 1]
+    browser.go(f"{studio.address}/rank")
+    for place, rating in enumerate("753"):
+        heading(browser, f"Answer {place + 1} of 3")
+        browser.key(rating)
+        browser.key("b")
+        browser.key("Enter")
+    heading(browser, "Order")
+    for digit in "212":
+        browser.key(digit)
+    browser.key("Enter")
+    heading(browser, "Answer 1 of 3")
+    last = labels(studio)[-1]
+    assert (
+        sorted(last["ranks"]) == [0, 1, 1] and sorted(last["ratings"]) == [3, 5, 7] and last["flags"] == [["inappropriate"]] * 3
+    )
+    assert browser.problems() == [] and browser.hosts() == {"127.0.0.1"}
+
+
+def test_keys_alone_chat_stream_stop_and_give_feedback(browser, studio):
+    join(browser, studio)
+    browser.go(f"{studio.address}/chat")
+    browser.key("n")
+    browser.wait("document.activeElement.tagName === 'TEXTAREA'")
+    browser.write("one two three")
+    browser.key("Enter", 2)
+    browser.wait("document.querySelectorAll('.message.assistant .feedback').length === 1")
+    assert browser.run("document.querySelector('.message.assistant .text').textContent").startswith("one two three (")
+    browser.wait("document.activeElement.tagName === 'TEXTAREA'")
+    browser.write("forever and ever")
+    browser.key("Enter", 2)
+    browser.wait("document.querySelector('#live [data-side]')?.textContent.length > 30")
+    browser.key("Escape")
+    browser.wait("document.querySelectorAll('.message.assistant .feedback').length === 2")
+    assert "(stopped)" in browser.run("document.body.innerText")
+    browser.run("document.querySelector('.feedback input[value=\"6\"]').click()")
+    until = time.time() + 10
+    while not (found := studio.database.reader.execute("SELECT likert FROM feedback").fetchone()) and time.time() < until:
+        time.sleep(0.05)
+    assert found["likert"] == 6 and browser.problems() == []
+
+
+def test_two_answers_stream_side_by_side_and_the_names_follow_the_vote(browser, studio):
+    join(browser, studio)
+    browser.go(f"{studio.address}/arena")
+    browser.key("n")
+    browser.wait("document.activeElement.tagName === 'TEXTAREA'")
+    browser.write("who is there")
+    browser.key("Enter", 2)
+    heading(browser, "Which answer is better")
+    assert "ppo_1" not in browser.run("document.documentElement.outerHTML")
+    browser.key("1")
+    heading(browser, "Saved")
+    assert "ppo_1-torch-" in browser.run("document.body.innerText") and browser.problems() == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_has_a_contrast_of_four_and_a_half_in_both_themes(browser, studio, theme):
+    """WCAG 2.2, success criterion 1.4.3 AA, of every text on the pages."""
+    join(browser, studio)
+    for path in ("/", "/compare", "/rank", "/write", "/chat", "/attack", "/instructions", "/me", "/lease/none"):
+        browser.go(f"{studio.address}{path}")
+        browser.run(f"document.documentElement.dataset.theme = '{theme}'")
+        assert browser.run(CONTRAST) == []
+
+
+def test_on_a_phone_nothing_is_wider_than_the_screen(tmp_path, studio):
+    browser = Chromium(tmp_path / "phone")
+    try:
+        browser.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
+        join(browser, studio)
+        for path in ("/", "/compare", "/rank", "/write", "/chat", "/arena", "/attack"):
+            browser.go(f"{studio.address}{path}")
+            assert browser.run("document.documentElement.scrollWidth") <= 360, path
+    finally:
+        browser.close()
+
+
+CONTRAST = """
+(() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgba = (text) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = text; canvas.fillRect(0, 0, 1, 1);
+    return canvas.getImageData(0, 0, 1, 1).data; };
+  const light = (c) => [0.2126, 0.7152, 0.0722].reduce((sum, w, i) => { const v = c[i] / 255;
+    return sum + w * (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); }, 0);
+  const behind = (e) => { for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor);
+    if (c[3] === 255) return c; } return [255, 255, 255]; };
+  const bad = [];
+  for (const e of document.querySelectorAll("body *")) {
+    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+    if (!own || !e.checkVisibility() || e.closest(".unseen, .skip, script, noscript, option")) continue;
+    const style = getComputedStyle(e), back = behind(e), alpha = Number(style.opacity);
+    const front = rgba(style.color).map((v, i) => i < 3 ? alpha * v + (1 - alpha) * back[i] : v);
+    const [a, b] = [light(front), light(back)].sort((x, y) => y - x);
+    if ((a + 0.05) / (b + 0.05) < 4.5) bad.push([e.tagName, e.className, e.textContent.slice(0, 30), (a + 0.05) / (b + 0.05)]);
+  }
+  return bad;
+})()
+"""
