@@ -142,7 +142,7 @@ class Needy(PPO):
         (["miniature"], r"'miniature' is of kind data, which has no checks. Kinds with checks: backend, policy, "),
         (["ppo", "policy"], r"No policy named 'ppo' to check. 'ppo' is of kind algorithm. There are: decoder, huggingface"),
         (["ppo", "algo"], r"There are no checks for the kind 'algo'."),
-        (["my_module:PPO"], r"What kind is my_module:PPO\? Add --kind with one of backend, policy, reward_model, environment, labeler,"),
+        (["my_module:PPO"], r"What kind is my_module:PPO\? Add --kind with one of backend, policy, reward_model, environment,"),
         (["ppo", None, "torhc"], r"No backend named 'torhc'. Did you mean 'torch'\? There are: .*torch."),
         (["torch", None, "jax"], r"'torch' is a backend. Leave out --backend, or type: lockstep check jax"),
         (["nowhere:PPO", "algorithm", "torch"], r"The algorithm 'nowhere:PPO' .* cannot be imported: ModuleNotFoundError"),

@@ -1,7 +1,7 @@
 """lockstep labels: closed rounds in the formats of other tools, and files of other tools as rounds.
 
-    lockstep labels export studio/rounds/round-1 trl-preference pairs.jsonl
-    lockstep labels import battles.json arena rounds/arena
+lockstep labels export studio/rounds/round-1 trl-preference pairs.jsonl
+lockstep labels import battles.json arena rounds/arena
 """
 
 from __future__ import annotations

@@ -57,7 +57,9 @@ class StageConfig:
     evaluation: ConfigGroup | None = setting(None, "The group of the evaluation.")
     collection: ConfigGroup | None = setting(None, "The group of the collection.")
     labeler: ConfigGroup | None = setting(None, "The group of who labels what is collected.")
-    policies: tuple[str, ...] | None = setting(None, "Of a collection: the stages (or folders, or 'new') whose policies respond, in turn.")
+    policies: tuple[str, ...] | None = setting(
+        None, "Of a collection: the stages, folders or 'new' whose policies respond, in turn."
+    )
     comparisons: tuple[str, ...] | None = setting(
         None, "What to train on in place of the data's: stages that collect, folders, and 'data' for the data's own."
     )
