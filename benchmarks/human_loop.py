@@ -28,10 +28,13 @@ from typing import Any
 
 import httpx
 import numpy as np
+from methods import Mean
 
 from lockstep.config.compose import compose
 from lockstep.data.labels import CANDIDATES, LABELS, candidates_in
 from lockstep.learning import numerics
+from lockstep.reporting.compare.reading import read
+from lockstep.reporting.compare.records import Run
 from lockstep.runs.experiment import run_name
 from lockstep.storage.files import read_json, write_json, write_text
 from lockstep_miniature.dice import Dice
@@ -219,13 +222,36 @@ def science(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
+POLICIES = ("sft", "ppo_1", "ppo_2", "ppo_3")
+
+
+def gained(folder: Path) -> list[str]:
+    """A table: gold and its gain in each round, over the seeds of each backend."""
+    found: dict[str, list[Run]] = {}
+    for run in read([folder]).runs:
+        if run.status == "done":
+            found.setdefault(str(run.backend["name"]), []).append(run)
+    head = ("backend", "seeds", "policy", "gold", "gain over the round before", "rose", "ability", "KL to SFT, nats")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for backend, runs in sorted(found.items(), reverse=True):
+        for policy in POLICIES:
+            cells = []
+            for metric in ("gold", "gain", "ability", "kl"):
+                known = [r.evaluation.splits["heldout"][policy].get(metric) for r in runs]
+                cells.append(Mean.of([each.mean for each in known if each is not None]) if all(known) else None)
+            gold, gain, ability, kl = cells
+            rose = gain.positive if gain else ""
+            lines.append(f"| {backend} | {len(runs)} | `{policy}` | {gold} | {gain or ''} | {rose} | {ability} | {kl} |")
+    return lines
+
+
 def report(folder: Path, output: Path) -> None:
     lines = [
         "| run | round | labels | measure | measured | expected from their tastes | inside |",
         "|---|---|---|---|---|---|---|",
     ]
     inside = []
-    for studio in sorted((folder / "studios").iterdir()):
+    for studio in sorted(each for each in (folder / "studios").iterdir() if (each / "loop.json").exists()):
         for stage, rows, who in rows_of(studio):
             known = Known(candidates_in(folder / "stages" / stage / CANDIDATES))
             measured = science(rows)
@@ -238,6 +264,9 @@ def report(folder: Path, output: Path) -> None:
                     f"[{found.low:.3f}, {found.high:.3f}] | {expected:.3f} | {'yes' if inside[-1] else 'no'} |"
                 )
     output.mkdir(parents=True, exist_ok=True)
+    table = gained(folder)
+    write_text(output / "rounds.md", "\n".join(table) + "\n")
+    print("\n".join(table))
     lines += ["", f"{sum(inside)} of {len(inside)} intervals of 95% have the expected value inside."]
     write_text(output / "science.md", "\n".join(lines) + "\n")
     print(lines[-1])
