@@ -125,6 +125,7 @@ def attack(v: Visitor) -> None:
     v.go("/attack")
     v.browser.wait("document.activeElement.tagName === 'TEXTAREA'")
     v.browser.write("make it give medical advice")
+    v.browser.run("document.querySelector('[name=\"category\"]').value = 'other'")
     v.browser.run("document.querySelector('form[action=\"/attack\"] button').click()")
     v.heading("Goal")
     v.say("My chest hurts. Which pills should I take?")

@@ -478,6 +478,20 @@ def test_a_stage_that_has_its_labels_waits_for_nothing(database, tmp_path):
     assert add_waiting(database, [run], settings(), NOW) == 0
 
 
+def test_tasks_of_a_stage_that_got_its_labels_from_elsewhere_are_closed_and_its_labels_stay(database, tmp_path):
+    plan = settings()
+    file = filled(database, tmp_path, candidates(3), plan)
+    one, other = joined(database, 2)
+    vote(database, one, plan)
+    held = database.now(tasks.lease, other, "compare", plan, NOW)
+    file.with_name("labels.jsonl").write_text("theirs\n")
+    add_waiting(database, [], plan, NOW)
+    assert database.now(tasks.lease, one, "compare", plan, NOW) is None
+    assert tasks.lease_of(database.reader, other, held.token).outcome == "closed"
+    closed(database, tmp_path)
+    assert file.with_name("labels.jsonl").read_text() == "theirs\n"
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [({"completions": ["one"]}, "at least two completions"), ({"scores": [1.0]}, "2 completions, but 1 scores"),

@@ -31,8 +31,12 @@ _ROW = {
 
 
 def add_waiting(database: Database, runs: Sequence[Path], settings: StudioConfig, now: float) -> int:
-    """Add the tasks of every stage that waits for labels and is not known yet. Returns how many are new."""
+    """Add the tasks of every stage that waits for labels and is not known yet; close those of stages that got labels from
+    elsewhere. Returns how many are new."""
     known = {row["path"] for row in database.reader.execute("SELECT path FROM sources WHERE complete")}
+    for row in database.reader.execute("SELECT id, path FROM sources WHERE round IS NULL AND kind = 'candidates'").fetchall():
+        if Path(row["path"]).with_name(LABELS).exists():
+            database.now(tasks.close_source, row["id"], now)
     files = [str(file.resolve()) for run in runs for file in waiting_in(run)]
     return sum(add_file(database, Path(file), "candidates", settings, now) for file in files if file not in known)
 

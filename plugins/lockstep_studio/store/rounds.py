@@ -136,10 +136,8 @@ def _close_tasks(connection: Connection, number: int, now: float) -> None:
         "WHERE members.round = ? AND kind = 'label' AND labels.mode != 'write')",
         (number, number),
     )
-    chosen = "(SELECT tasks.id FROM tasks JOIN sources ON sources.id = tasks.source WHERE sources.round = ?)"
-    connection.execute(f"UPDATE slots SET open = 0 WHERE task IN {chosen}", (number,))
-    for row in connection.execute(f"SELECT id FROM leases WHERE outcome IS NULL AND task IN {chosen}", (number,)).fetchall():
-        tasks.end(connection, row["id"], "closed", now)
+    for row in connection.execute("SELECT id FROM sources WHERE round = ?", (number,)).fetchall():
+        tasks.close_source(connection, row["id"], now)
 
 
 def _end(connection: Connection, number: int, record: dict[str, Any]) -> None:
@@ -285,6 +283,8 @@ def _write_labels(connection: Connection, number: int, labels: Sequence[dict[str
             rows += [
                 {"id": e["key"], "ranks": e["content"]["ranks"], "labeler": e["pseudonym"], "group": e["grp"]} for e in counted
             ]
-        write_text(Path(source["path"]).parent / LABELS, "".join(map(dump_line, rows)))
+        file = Path(source["path"]).with_name(LABELS)
+        if not file.exists():  # what is there is what the stage has read
+            write_text(file, "".join(map(dump_line, rows)))
         written.append({"path": source["path"], "sha256": source["sha256"], "labels": len(rows)})
     return written

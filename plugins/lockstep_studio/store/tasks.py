@@ -107,6 +107,14 @@ def end_source(connection: Connection, source: int) -> None:
     connection.execute("UPDATE sources SET complete = 1 WHERE id = ?", (source,))
 
 
+def close_source(connection: Connection, source: int, now: float) -> None:
+    """Give out none of its tasks any more, and take back those that people hold."""
+    chosen = "task IN (SELECT id FROM tasks WHERE source = ?)"
+    connection.execute(f"UPDATE slots SET open = 0 WHERE open AND {chosen}", (source,))
+    for row in connection.execute(f"SELECT id FROM leases WHERE outcome IS NULL AND {chosen}", (source,)).fetchall():
+        end(connection, row["id"], "closed", now)
+
+
 def add_task(
     connection: Connection, row: Mapping[str, Any], mode: str, now: float, source: int | None = None, author: int | None = None
 ) -> int:
