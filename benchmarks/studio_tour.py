@@ -64,9 +64,9 @@ class Visitor:
         self.browser.write(text)
         self.browser.key("Enter", 2)
 
-    def picture(self, name: str) -> None:
+    def picture(self, name: str, whole: bool = True) -> None:
         self.browser.run("window.scrollTo(0, 0)")
-        self.browser.picture(self.pictures / f"{name}.png")
+        self.browser.picture(self.pictures / f"{name}.png", whole)
 
     def text(self, selector: str) -> list[str]:
         found: list[str] = self.browser.run(f"[...document.querySelectorAll({json.dumps(selector)})].map((e) => e.textContent)")
@@ -231,7 +231,7 @@ def tour(folder: Path, address: str, operators: str, pictures: Path) -> None:
     labeler.browser.run("document.documentElement.dataset.theme = 'dark'")
     labeler.browser.run("document.querySelector('.list a')?.click()")
     labeler.browser.wait("document.querySelectorAll('.message').length > 2", 60)
-    labeler.picture("phone")
+    labeler.picture("phone", whole=False)
     print(f"{disagree(address, invited('training'))} tasks labelled the other way around")
     expert = Visitor(folder / "expert", address, pictures)
     expert.join(invited("expert"))

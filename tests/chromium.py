@@ -79,8 +79,9 @@ class Chromium:
     def write(self, text: str) -> None:
         self.call("Input.insertText", text=text)
 
-    def picture(self, file: Path) -> None:
-        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+    def picture(self, file: Path, whole: bool = True) -> None:
+        """Of the whole page, or of what the screen shows of it."""
+        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]))
 
     def problems(self) -> list[str]:
         """What the browser refused or complained of, and whom it asked."""

@@ -26,7 +26,7 @@ JSON = {"accept": "application/json"}
 class Echo:
     """Says its name and the seed, then repeats the last message, a word a step. 'forever' never ends; 'fail' breaks."""
 
-    def __init__(self, policy: str, pause: float = 0.0):
+    def __init__(self, policy: str, pause: float = 0.001):
         self.policy, self.pause, self.batches, self.steps = policy, pause, [], 0
 
     def speak(self, requests: Sequence[Request]) -> Iterator[Sequence[Piece]]:

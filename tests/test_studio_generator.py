@@ -27,7 +27,7 @@ def running(check, opened=Echo, **options):
     """Run ``check(generator)`` on an event loop."""
     generator = Generator(opened, **options)
     try:
-        return asyncio.run(asyncio.wait_for(check(generator), 60))
+        return asyncio.run(asyncio.wait_for(check(generator), 20))
     finally:
         generator.close()
 
