@@ -97,9 +97,10 @@ def audit(reader: Callable[[], Connection]) -> Iterator[dict[str, Any]]:
 
 
 def _audited(row: Row) -> dict[str, Any]:
-    found = dict(row)
+    found: dict[str, Any] = dict(row)
     if found.pop("withheld", False):
-        found |= {"withheld": True, **{key: None for key in ("content", "text") if key in found}}
+        found["withheld"] = True
+        found |= dict.fromkeys(found.keys() & {"content", "text"})
     for key in ("policies", "scores", "shown", "content", "record"):
         if isinstance(found.get(key), str):
             found[key] = json.loads(found[key])

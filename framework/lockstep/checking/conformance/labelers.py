@@ -15,10 +15,9 @@ def shown(labels: Sequence[Label]) -> str:
 
 
 def equal(what: str, found: Sequence[Label], expected: Sequence[Label]) -> None:
-    differ = [(a, b) for a, b in zip(found, expected, strict=False) if a != b] or [(found[-1:], expected[-1:])]
-    require(
-        list(found) == list(expected), f"{what}: {len(found)} labels and {len(expected)}; {differ[0][0]} is not {differ[0][1]}"
-    )
+    pairs = [f"{a} is not {b}" for a, b in zip(found, expected, strict=False) if a != b]
+    counts = f"{len(found)} labels in place of {len(expected)}"
+    require(list(found) == list(expected), f"{what}: {pairs[0] if pairs else counts} ({len(pairs)} of {len(expected)} differ)")
 
 
 @check("labeler", usually="ids made up instead of taken from the candidates, or ranks of the best completions only")
