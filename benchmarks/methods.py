@@ -15,7 +15,7 @@ would have given.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -121,7 +121,7 @@ def table(found: Found) -> str:
             sampled = np.mean([tokens(run) for run in runs])
             lines.append(
                 f"| `{name}` | {backend} | {score} | {score.positive} | {gold} | {gold.positive} | {kl} "
-                f"| {ability} | {sampled / 1e3:.0f}k | {seconds:.0f} |"
+                f"| {ability} | {f'{sampled / 1e3:.0f}k' if sampled else 'none'} | {seconds:.0f} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -141,17 +141,18 @@ def best_of_table(found: dict[str, list[Run]]) -> str:
 
 
 def picture(methods: Found, best_of: dict[str, list[Run]], path: Path) -> None:
-    """Above, the gains of each method; below, the same gains against KL, beside those of the best of n samples."""
+    """Above, the gains of each method; below, those in gold against KL, beside the best of n samples."""
     rows = 0.36 * len(methods) + 0.6
-    figure, axes = plt.subplots(2, 2, figsize=(11, rows + 5), height_ratios=[rows, 5], sharey="row")
-    for column, (metric, title) in enumerate(METRICS.items()):
-        by_method(axes[0, column], methods, metric)
-        against_kl(axes[1, column], methods, best_of, metric)
-        axes[0, column].set_xlabel(f"gain over SFT in {title}")
-        axes[1, column].set_title(title, fontsize=10)
-    axes[1, 0].set_ylabel("gain over SFT")
+    figure = plt.figure(figsize=(11, rows + 5))
+    grid = figure.add_gridspec(2, 2, height_ratios=[rows, 5])
+    score = figure.add_subplot(grid[0, 0])
+    gold = figure.add_subplot(grid[0, 1], sharey=score)
+    by_method(score, methods, "score")
+    by_method(gold, methods, "gold")
+    gold.tick_params(labelleft=False)
+    against_kl(figure.add_subplot(grid[1, :]), methods, best_of)
     handles = [plt.Line2D([], [], marker="o", ls="", color=colour, label=backend) for backend, colour in COLOURS.items()]
-    axes[0, 1].legend(handles=handles, frameon=False, loc="best")
+    gold.legend(handles=handles, frameon=False, loc="best")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -168,30 +169,49 @@ def by_method(axis: Axes, methods: Found, metric: str) -> None:
             axis.errorbar(mean.mean, at, xerr=mean.half, fmt="o", color=COLOURS[backend], ms=5, capsize=2, lw=1.2)
     axis.axvline(0, color="#999999", lw=0.8)
     axis.set_yticks(range(len(names)), names)
+    axis.set_xlabel(f"gain over SFT in {METRICS[metric]}")
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def against_kl(axis: Axes, methods: Found, best_of: dict[str, list[Run]], metric: str) -> None:
+def against_kl(axis: Axes, methods: Found, best_of: dict[str, list[Run]]) -> None:
     """Means over seeds: a point per method, a line through the best of 1, 2, 4, ... samples. KL is drawn by its root, as in Gao
-    et al. 2022 (arXiv 2210.10760), where gains begin as a straight line."""
+    et al. 2022 (arXiv 2210.10760)."""
+    labels = []
     for backend, runs in best_of.items():
-        kl = [np.mean([measured(run, "sft", f"best_of_{n}/kl") for run in runs]) for n in sizes(runs)]
-        means = [Mean.of(best_of_gains(runs, n, metric)) for n in sizes(runs)]
-        axis.errorbar(kl, [m.mean for m in means], yerr=[m.half or 0 for m in means], color=COLOURS[backend], lw=1.2, capsize=2)
-        for n, x, mean in list(zip(sizes(runs), kl, means, strict=True))[1:] if backend == "torch" else ():
-            axis.annotate(f"best of {n}", (x, mean.mean), xytext=(5, -12), textcoords="offset points", fontsize=7)
+        kl = [float(np.mean([measured(run, "sft", f"best_of_{n}/kl") for run in runs])) for n in sizes(runs)]
+        gold = [Mean.of(best_of_gains(runs, n, "gold")) for n in sizes(runs)]
+        axis.errorbar(kl, [g.mean for g in gold], [g.half or 0 for g in gold], color=COLOURS[backend], lw=1.2, capsize=2)
+        labels += [(f"best of {n}", x, g.mean) for n, x, g in zip(sizes(runs), kl, gold, strict=True) if n > 1]
     for name, backends in methods.items():
         for backend, runs in backends.items():
-            kl, gain = np.mean([measured(run, "ppo", "kl") for run in runs]), np.mean(gains(runs, metric))
-            axis.plot(kl, gain, "o", color=COLOURS[backend], ms=4)
-            if backend == "torch":
-                axis.annotate(name, (kl, gain), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            place = float(np.mean([measured(run, "ppo", "kl") for run in runs])), float(np.mean(gains(runs, "gold")))
+            axis.plot(*place, "o", color=COLOURS[backend], ms=4)
+            labels.append((name, *place))
     axis.axhline(0, color="#999999", lw=0.8)
     axis.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
     axis.set_xlim(left=0)
-    axis.set_xticks([0.05, 0.2, 0.5, 1, 2])
+    axis.set_xticks([0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2])
     axis.set_xlabel("KL to SFT, nats")
+    axis.set_ylabel("gain over SFT in gold")
     axis.spines[["top", "right"]].set_visible(False)
+    annotate(axis, {name: (x, y) for name, x, y in reversed(labels)})  # of two backends, the first
+
+
+def annotate(axis: Axes, labels: Mapping[str, tuple[float, float]]) -> None:
+    """Names beside their points, each moved down until it covers none that is there."""
+    taken: list[tuple[float, float]] = []
+    for name, place in sorted(labels.items(), key=lambda item: -item[1][1]):
+        x, y = axis.transData.transform(place) + (6, 2)
+        while any(abs(x - other) < 70 and abs(y - beside) < 11 for other, beside in taken):
+            y -= 1
+        taken.append((x, y))
+        axis.annotate(
+            name,
+            place,
+            axis.transData.inverted().transform((x, y)),
+            fontsize=7,
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#999999"},
+        )
 
 
 if __name__ == "__main__":
