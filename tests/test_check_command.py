@@ -139,7 +139,7 @@ class Needy(PPO):
     ("arguments", "message"),
     [
         (["pppo"], r"No component named 'pppo' to check. Did you mean 'ppo'\? There are: .*, ppo, .*Class --kind algorithm"),
-        (["miniature"], r"'miniature' is of kind data, which has no checks. Kinds with checks: backend, policy, "),
+        (["files"], r"'files' is of kind data, which has no checks. Kinds with checks: backend, policy, "),
         (["ppo", "policy"], r"No policy named 'ppo' to check. 'ppo' is of kind algorithm. There are: decoder, huggingface"),
         (["ppo", "algo"], r"There are no checks for the kind 'algo'."),
         (["my_module:PPO"], r"What kind is my_module:PPO\? Add --kind with one of backend, policy, reward_model, environment,"),
@@ -175,11 +175,11 @@ def test_a_name_of_two_kinds_asks_for_the_kind(monkeypatch):
 
 
 def test_a_backend_that_is_not_installed_comes_with_the_command_that_installs_it(monkeypatch):
-    from lockstep.registry import Component, registry
+    from lockstep.registry import Component, Plugin, registry
 
     for component in [c for c in registry() if c.kind == "backend"]:
         monkeypatch.delitem(registry().components, ("backend", component.name, component.backend))
-    plugin = type("Manifest", (), {"requires": ("no_such_library",), "install": "pip install no-such-library"})
+    plugin = Plugin({}, requires=("no_such_library",), install="pip install no-such-library")
     key = ("backend", "abacus", "abacus")
     monkeypatch.setitem(registry().components, key, Component(*key, "a:B", "mine", plugin))
     with pytest.raises(LockstepError, match="The algorithm 'ppo' runs on no installed backend. Type: pip install no"):

@@ -281,8 +281,9 @@ EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_is_complete_so_that_no_identity_depends_on_a_default(name):
-    from_a_checkpoint = name in ("hh", "instructgpt_paper", "ultrafeedback")
-    config = compose([f"experiment={name}", *(["policy.path=a/b"] if from_a_checkpoint else [])])
+    from_a_checkpoint = name in ("feedback", "hh", "human", "instructgpt_paper", "ultrafeedback")
+    folder = ["data.folder=x"] if name == "human" else []
+    config = compose([f"experiment={name}", *(["policy.path=a/b"] if from_a_checkpoint else []), *folder])
     groups = [("evaluation", EvaluationConfig, config["evaluation"])]
     for key, kind in ((key, kind) for key, kind in GROUPS.items() if config[key] is not None):
         groups.append((key, registry().resolve(kind, config[key]["name"], "torch").Config, config[key]))
@@ -710,8 +711,9 @@ def test_every_algorithm_takes_the_place_of_ppo_in_every_experiment(number):
         chosen = f"algorithm={presets[number % len(presets)]}"
         if experiment == "shop" and component == "preference_optimisation":
             continue  # it takes no environment, and says so
-        checked = Experiment(compose([f"experiment={experiment}", chosen, *(["policy.path=x"] if hub else [])]))
-        stage = {"shop": "rl", "sums": "grpo", "rounds": "ppo_1"}.get(experiment, "ppo")
+        folder = ["data.folder=x"] if experiment == "human" else []
+        checked = Experiment(compose([f"experiment={experiment}", chosen, *(["policy.path=x"] if hub else []), *folder]))
+        stage = {"shop": "rl", "sums": "grpo", "rounds": "ppo_1", "feedback": "ppo_1"}.get(experiment, "ppo")
         assert checked.stages[stage].group["name"] == component and "ppo_ptx" not in checked.stages
 
 

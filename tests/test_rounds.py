@@ -1,10 +1,12 @@
 """Rounds: stages that repeat, the names by which they find each other, labels of labelers inside and outside of the process."""
 
 import json
+import re
 import shutil
 import sys
 import types
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,6 +224,17 @@ def test_rounds_that_were_interrupted_give_the_same_labels(finished, tmp_path):
 def test_parity_says_that_it_collects_nothing():
     with pytest.raises(ConfigError, match="reward_1 trains on what labels_1 collects. Compare an experiment without rounds"):
         March([*ROUNDS, "backend=torch,jax"])
+
+
+def test_every_metric_of_rounds_is_on_the_page_of_metrics_and_no_other(finished):
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    section = page.split("\n## Rounds\n")[1].split("\n## ")[0]
+    documented = {name for row in re.findall(r"^\| (`.+?) \|", section, re.M) for name in re.findall(r"`(.+?)`", row)}
+    logged = {
+        re.sub("^win_rate/.*", "win_rate/<stage>", name)
+        for name in read_json(stage(finished, "labels_2") / "done.json")["metrics"]
+    }
+    assert documented - logged == {"agreement/labelers", "gain", "accuracy/group/<name>"} and logged <= documented
 
 
 # ------------------------------------------------------------------------------------------------------------- people

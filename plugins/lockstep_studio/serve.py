@@ -25,7 +25,7 @@ OVERRIDES = False
 INVITATION_HOURS = 24.0
 WEB = Plugin(
     {},
-    requires=("starlette", "uvicorn", "python_multipart", "argon2", "itsdangerous"),
+    requires=("starlette", "uvicorn", "httptools", "argon2", "itsdangerous"),
     install="pip install 'lockstep-rlhf[studio]'",
 )
 """What the command needs, and closed rounds as data do not."""
