@@ -42,6 +42,9 @@ BASES: dict[str, list[str]] = {
                  *(f"{key}.lengths.prompt=100" for key in ("sft", "reward", "algorithm", "evaluation")),
                  ],
     "ensemble": [*SMALL, "experiment=ensemble", "tracker=none"],
+    "rounds": [*SMALL, "experiment=rounds"],
+    "people": [*SMALL, "experiment=rounds", "labeler=people"],
+    "scores": [*SMALL, "experiment=rounds", "labeler=scores", "labeler.reward_model={name: length, unit: words, target: null}"],
     "group": [*SMALL, "algorithm=rloo"],
     "best": [*SMALL, "algorithm=rejection_sampling"],
     "preferences": [*SMALL, "algorithm=dpo"],
@@ -54,8 +57,8 @@ BASES: dict[str, list[str]] = {
                       f"data.demonstrations={SOURCE}", HALF],
 }  # fmt: skip
 """Overrides of configurations that are right; together they have every component but those of `ELSEWHERE`."""
-ELSEWHERE = {"gymnasium", "openenv", "tools"}
-"""They need a game, a server, or a template that writes tools: their own tests have hostile input."""
+ELSEWHERE = {"gymnasium", "openenv", "tools", "human"}
+"""They need a game, a server, a template that writes tools, or a closed round: their own tests have hostile input."""
 
 
 def filled(override: str) -> str:
