@@ -50,8 +50,12 @@ def labels(studio) -> list[dict]:
     return [json.loads(row["content"]) for row in studio.database.reader.execute("SELECT content FROM labels ORDER BY id")]
 
 
+SETTLED = "document.readyState === 'complete' && !document.querySelector('.htmx-request, .htmx-swapping, .htmx-settling')"
+"""Keys that are pressed before a page's script has run, or while a page is put in, are lost."""
+
+
 def heading(browser: Chromium, text: str) -> None:
-    browser.wait(f"document.querySelector('h1')?.textContent.includes({json.dumps(text)})")
+    browser.wait(f"document.querySelector('h1')?.textContent.includes({json.dumps(text)}) && {SETTLED}", 60)
 
 
 def test_keys_alone_join_compare_and_rank_and_the_policy_is_never_broken(browser, studio):
