@@ -261,6 +261,10 @@ MISTAKES = {
     "algorithm.kl_coef='high' should be float, not str.": ["algorithm.kl_coef=high"],
     "stages.sft reads the stage 'pretrian', which does not come before it. Did you mean 'pretrain'?": [
         "stages.sft.policy=pretrian"],
+    "the key that names it is empty: stages.evaluate.evaluation.baseline.": ["evaluation.baseline=''"],
+    "the key that names it is empty: stages.reward.comparisons.": ["+stages.reward.comparisons=[data,'']"],
+    "stages.evaluate.evaluation.baseline=['sft'] should be str, not list": [
+        "stages.evaluate.evaluation={baseline: [sft]}"],
     "No backend named 'torhc'. Did you mean 'torch'? There are: jax, torch.": ["backend=torhc"],
     "Missing: reward_model.function. Set it on the command line": ["reward_model=function"],
     "stages.ppo needs a reward_model from the stage 'sft', which makes a policy.": ["reward_model.source=sft"],

@@ -372,6 +372,9 @@ class Experiment:
         else:
             checked = self._collection(name, stage, common)
         for source, kind in checked.inputs:
+            if not source:
+                empty = listing(f"{where}.{key}" for key in _empty(group))
+                raise ConfigError(f"{where} reads a stage or a folder, and the key that names it is empty: {empty}.")
             if source in self.stages:
                 made = self.stages[source].produces
                 if made != kind:
@@ -403,11 +406,10 @@ class Experiment:
 
     def _evaluation(self, name: str, group: ConfigGroup, common: Mapping[str, Any]) -> Stage:
         where, scope = f"stages.{name}", common["scope"]
-        named = [policy for each in group.get("policies") or () for policy in scope.all(each)]
+        given = parse(EvaluationConfig, group, f"{where}.evaluation")
+        named = [policy for each in given.policies or () for policy in scope.all(each)]
         trained = [stage.name for stage in self.stages.values() if stage.produces == "policy"]
-        evaluation = group | {"policies": named or trained}
-        if "baseline" in evaluation:
-            evaluation["baseline"] = scope.one(evaluation["baseline"], where)
+        evaluation = group | {"policies": named or trained, "baseline": scope.one(given.baseline, where)}
         config = parse(EvaluationConfig, evaluation, f"{where}.evaluation")
         if config.best_of and common["reward_model"] is None:
             raise ConfigError(f"{where}: best_of={config.best_of} ranks by a reward_model. Name one, or set it to 0.")
@@ -444,6 +446,15 @@ class Experiment:
         group = {"collection": stage.collection, "policies": list(policies)}
         own: dict[str, Any] = {"policies": policies, "labeler": stage.labeler, "labels": (cls, settings)}
         return Stage(name, "collect", None, config, group, None, **common, **own)
+
+
+def _empty(group: Mapping[str, Any]) -> Iterator[str]:
+    """The keys whose value is, or contains, an empty text."""
+    for key, value in group.items():
+        if isinstance(value, Mapping):
+            yield from (f"{key}.{inner}" for inner in _empty(value))
+        elif value == "" or (isinstance(value, (list, tuple)) and "" in value):
+            yield key
 
 
 MIXED = ("comparisons", "demonstrations")
