@@ -29,7 +29,8 @@ from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.registry import KINDS, Plugin, imported, registry
 from lockstep.runs.collection import CollectionConfig
 from lockstep.runs.evaluation import EvaluationConfig
-from lockstep.runs.experiment import Experiment, StageConfig, finished, run_name
+from lockstep.runs.experiment import Experiment, finished, run_name
+from lockstep.runs.stages import StageConfig
 from lockstep_rlhf.algorithms.ppo import PPO
 from lockstep_torch.backend import TorchBackend
 

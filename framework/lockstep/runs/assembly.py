@@ -26,7 +26,8 @@ from lockstep.interfaces import (
 )
 from lockstep.models.architecture import SCALAR_HEAD
 from lockstep.registry import registry
-from lockstep.runs.experiment import DATA, NEW, Experiment, Stage, component_config
+from lockstep.runs.experiment import Experiment, component_config
+from lockstep.runs.stages import DATA, NEW, Stage
 from lockstep.storage.files import read_object, write_json
 from lockstep.storage.records import OUTPUT, read_record
 from lockstep.storage.sources import fetch_folder

@@ -13,24 +13,23 @@ import dataclasses
 import functools
 import itertools
 import logging
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lockstep.config.root import ConfigGroup, check_groups, completed, component_config, component_name
-from lockstep.config.schema import parse, setting
+from lockstep.config.schema import parse
 from lockstep.config.secrets import without_secrets
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing, short
-from lockstep.interfaces import Algorithm, DataSource, Environment, Labeler, RewardModel
+from lockstep.interfaces import Labeler
 from lockstep.registry import registry
 from lockstep.runs import identity
 from lockstep.runs.collection import CollectionConfig
 from lockstep.runs.evaluation import EvaluationConfig
 from lockstep.runs.rounds import SEEDS_APART, Scope, in_rounds
+from lockstep.runs.stages import MIXED, NEW, Scorer, Stage, StageConfig
 from lockstep.runs.store import RunFolder, StageFolder, decisive
 from lockstep.storage.names import NOT_RUNS, checked_name, in_a_name, root_folder
 from lockstep.storage.records import RUN, STAGES, read_record
@@ -38,148 +37,6 @@ from lockstep.text.templates import template_text
 from lockstep.text.tokenizer import TokenizerConfig
 
 log = logging.getLogger("lockstep")
-NEW = "new"
-
-
-DATA = "data"
-"""Among the sources that a stage trains on: the run's own data."""
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """A stage trains (``algorithm``), evaluates (``evaluation``) or collects labels (``collection``)."""
-
-    algorithm: ConfigGroup | None = setting(None, "The group of the algorithm that trains.")
-    policy: str | None = setting(None, "The policy to start from: 'new' for the configured one, or an earlier stage.")
-    reward_model: ConfigGroup | None = setting(None, "The group that scores, if the algorithm or evaluation needs one.")
-    environment: ConfigGroup | None = setting(None, "The group of what policies converse with, in training and in evaluation.")
-    changes: ConfigGroup | None = setting(None, "Keys of the algorithm that differ in this stage.")
-    evaluation: ConfigGroup | None = setting(None, "The group of the evaluation.")
-    collection: ConfigGroup | None = setting(None, "The group of the collection.")
-    labeler: ConfigGroup | None = setting(None, "The group of who labels what is collected.")
-    policies: tuple[str, ...] | None = setting(
-        None, "Of a collection: the stages, folders or 'new' whose policies respond, in turn."
-    )
-    comparisons: tuple[str, ...] | None = setting(
-        None, "What to train on in place of the data's: stages that collect, folders, and 'data' for the data's own."
-    )
-    demonstrations: tuple[str, ...] | None = setting(None, "The same for demonstrations.")
-    shares: tuple[float, ...] | None = setting(None, "Of an epoch, one per source; null: each row appears once.", above=0)
-    only_if: str | None = setting(None, "A key that the algorithm must have; without it the stage is left out.")
-    seed_offset: int = setting(0, "Added to the run's seed, for stages that differ in nothing else.", least=-math.inf)
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """A reward model of a stage, or a member of one."""
-
-    component: type[RewardModel]
-    config: Any
-    group: ConfigGroup
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One checked stage.
-
-    component, config: the algorithm and its ``Config``; None and an `EvaluationConfig` for an evaluation.
-    group: what ``config`` was parsed from.
-    scorers: its reward model, then that one's members; then the labeler's.
-    surroundings: the class of its environment and the configuration, parsed from the group ``environment``.
-    scope: what the names of other stages mean in it, and ``round`` which round it is part of, from 1.
-    mixes: {noun: {source: its share, or None}}, if it trains on something else than the data's.
-    policies: of a collection; ``follows`` is, for an evaluation, {policy: the one of the round before}.
-    labels: for a collection, the class of its labeler and the configuration, parsed from the group ``labeler``.
-    """
-
-    name: str
-    kind: str  # 'train', 'evaluate' or 'collect'
-    component: type[Algorithm] | None
-    config: Any
-    group: ConfigGroup
-    policy: str | None
-    reward_model: ConfigGroup | None
-    scorers: tuple[Scorer, ...]
-    seed: int
-    environment: ConfigGroup | None = None
-    surroundings: tuple[type[Environment], Any] | None = None
-    scope: Scope = Scope()
-    round: int = 1
-    mixes: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
-    policies: tuple[str, ...] = ()
-    follows: Mapping[str, str] = field(default_factory=dict)
-    labeler: ConfigGroup | None = None
-    labels: tuple[type[Labeler], Any] | None = None
-
-    @property
-    def produces(self) -> str:
-        return self.component.produces if self.component else {"evaluate": "evaluation", "collect": "comparisons"}[self.kind]
-
-    def arithmetic(self, data: DataSource) -> str:
-        """What one step consumes and how many steps there are, in one line.
-
-        Raises:
-          LockstepError: the data lack what it needs, or a component does not work here; found before any model is loaded.
-        """
-        self.check()
-        if self.component:
-            return self.component.arithmetic(self.config, data)
-        return self.config.arithmetic(data)
-
-    def check(self) -> None:
-        """
-        Raises:
-          LockstepError: a component does not work here.
-        """
-        for component, config in self._surrounding:
-            component.check(config)
-
-    def rehearse(self, data: DataSource) -> None:
-        """
-        Raises:
-          LockstepError: a reward model would fail on the data.
-        """
-        for scorer in self.scorers:
-            scorer.component.rehearse(scorer.config, data)
-
-    @property
-    def modules(self) -> list[str]:
-        """Modules whose code decides its result: of its classes, their base classes, and functions named module:function."""
-        classes = [base for cls, _ in self._components for base in cls.__mro__]
-        groups = [*(scorer.group for scorer in self.scorers), *filter(None, (self.environment, self.labeler))]
-        values = [value for group in groups for value in group.values()]
-        named = [v.partition(":")[0] for v in values if isinstance(v, str) and re.fullmatch(r"[\w.]+:\w+", v)]
-        return [*(cls.__module__ for cls in classes), *named]
-
-    @property
-    def inputs(self) -> list[tuple[str, str]]:
-        """The stages (or folders, or hub ids) whose output it reads, each with the kind required."""
-        policies = [policy for policy in (self.policy, *self.policies) if policy not in (None, NEW)]
-        if isinstance(self.config, EvaluationConfig):
-            policies += [*self.config.policies, self.config.baseline]
-        mixed = [(source, noun) for noun, sources in self.mixes.items() for source in sources if source != DATA]
-        return [*((name, "policy") for name in policies), *self.declared, *mixed]
-
-    @property
-    def declared(self) -> list[tuple[str, str]]:
-        """Those of ``inputs`` that its components open themselves."""
-        named = [source for cls, config in self._components for source in cls.inputs(config).outputs.items()]
-        return [(self.scope.one(name, f"stages.{self.name}"), kind) for name, kind in named]
-
-    @property
-    def files(self) -> list[str]:
-        """Local files and folders that it reads."""
-        return [file for cls, config in self._components for file in cls.inputs(config).files]
-
-    @property
-    def _components(self) -> list[tuple[Any, Any]]:
-        return [*([(self.component, self.config)] if self.component else []), *self._surrounding]
-
-    @property
-    def _surrounding(self) -> list[tuple[Any, Any]]:
-        """Its reward models, its environment and its labeler."""
-        found: list[tuple[Any, Any]] = [(scorer.component, scorer.config) for scorer in self.scorers]
-        return [*found, *filter(None, (self.surroundings, self.labels))]
 
 
 class Experiment:
@@ -455,10 +312,6 @@ def _empty(group: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"{key}.{inner}" for inner in _empty(value))
         elif value == "" or (isinstance(value, (list, tuple)) and "" in value):
             yield key
-
-
-MIXED = ("comparisons", "demonstrations")
-"""Nouns of which a stage may train on others than the data's."""
 
 
 def _in_order(stages: Mapping[str, ConfigGroup]) -> Iterator[tuple[str, ConfigGroup, Scope, int]]:

@@ -25,9 +25,10 @@ from lockstep.reporting.provenance import code_state
 from lockstep.runs.assembly import Assembly
 from lockstep.runs.collection import CollectionConfig, Collector, kept, labelled, measures
 from lockstep.runs.evaluation import EvaluationConfig, Evaluator, flatten
-from lockstep.runs.experiment import ConfigGroup, Experiment, Stage
+from lockstep.runs.experiment import ConfigGroup, Experiment
 from lockstep.runs.identity import what_changed
 from lockstep.runs.interrupts import GracefulStop, terminable
+from lockstep.runs.stages import Stage
 from lockstep.runs.store import Records, RunFolder, StageFolder
 from lockstep.storage.files import dump_line, finite, write_json, write_text
 from lockstep.storage.records import HEALTH, METRICS, STAGES, read_record, read_rows

@@ -17,8 +17,9 @@ from lockstep.interfaces import Algorithm, Context
 from lockstep.registry import registry
 from lockstep.reporting.console import Console
 from lockstep.runs.assembly import Assembly
-from lockstep.runs.experiment import Experiment, Stage
+from lockstep.runs.experiment import Experiment
 from lockstep.runs.interrupts import GracefulStop
+from lockstep.runs.stages import Stage
 
 
 @dataclass

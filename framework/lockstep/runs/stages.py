@@ -1,0 +1,161 @@
+"""One stage of an experiment: what its configuration says, and what it reads once every name in it is resolved."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lockstep.config.root import ConfigGroup
+from lockstep.config.schema import setting
+from lockstep.interfaces import Algorithm, DataSource, Environment, Labeler, RewardModel
+from lockstep.runs.evaluation import EvaluationConfig
+from lockstep.runs.rounds import Scope
+
+NEW = "new"
+"""In place of a policy: the configured one, untrained."""
+
+DATA = "data"
+"""Among the sources that a stage trains on: the run's own data."""
+
+MIXED = ("comparisons", "demonstrations")
+"""Nouns of which a stage may train on others than the data's."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A stage trains (``algorithm``), evaluates (``evaluation``) or collects labels (``collection``)."""
+
+    algorithm: ConfigGroup | None = setting(None, "The group of the algorithm that trains.")
+    policy: str | None = setting(None, "The policy to start from: 'new' for the configured one, or an earlier stage.")
+    reward_model: ConfigGroup | None = setting(None, "The group that scores, if the algorithm or evaluation needs one.")
+    environment: ConfigGroup | None = setting(None, "The group of what policies converse with, in training and in evaluation.")
+    changes: ConfigGroup | None = setting(None, "Keys of the algorithm that differ in this stage.")
+    evaluation: ConfigGroup | None = setting(None, "The group of the evaluation.")
+    collection: ConfigGroup | None = setting(None, "The group of the collection.")
+    labeler: ConfigGroup | None = setting(None, "The group of who labels what is collected.")
+    policies: tuple[str, ...] | None = setting(
+        None, "Of a collection: the stages, folders or 'new' whose policies respond, in turn."
+    )
+    comparisons: tuple[str, ...] | None = setting(
+        None, "What to train on in place of the data's: stages that collect, folders, and 'data' for the data's own."
+    )
+    demonstrations: tuple[str, ...] | None = setting(None, "The same for demonstrations.")
+    shares: tuple[float, ...] | None = setting(None, "Of an epoch, one per source; null: each row appears once.", above=0)
+    only_if: str | None = setting(None, "A key that the algorithm must have; without it the stage is left out.")
+    seed_offset: int = setting(0, "Added to the run's seed, for stages that differ in nothing else.", least=-math.inf)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A reward model of a stage, or a member of one."""
+
+    component: type[RewardModel]
+    config: Any
+    group: ConfigGroup
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One checked stage.
+
+    component, config: the algorithm and its ``Config``; None and an `EvaluationConfig` for an evaluation.
+    group: what ``config`` was parsed from.
+    scorers: its reward model, then that one's members; then the labeler's.
+    surroundings: the class of its environment and the configuration, parsed from the group ``environment``.
+    scope: what the names of other stages mean in it, and ``round`` which round it is part of, from 1.
+    mixes: {noun: {source: its share, or None}}, if it trains on something else than the data's.
+    policies: of a collection; ``follows`` is, for an evaluation, {policy: the one of the round before}.
+    labels: for a collection, the class of its labeler and the configuration, parsed from the group ``labeler``.
+    """
+
+    name: str
+    kind: str  # 'train', 'evaluate' or 'collect'
+    component: type[Algorithm] | None
+    config: Any
+    group: ConfigGroup
+    policy: str | None
+    reward_model: ConfigGroup | None
+    scorers: tuple[Scorer, ...]
+    seed: int
+    environment: ConfigGroup | None = None
+    surroundings: tuple[type[Environment], Any] | None = None
+    scope: Scope = Scope()
+    round: int = 1
+    mixes: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    policies: tuple[str, ...] = ()
+    follows: Mapping[str, str] = field(default_factory=dict)
+    labeler: ConfigGroup | None = None
+    labels: tuple[type[Labeler], Any] | None = None
+
+    @property
+    def produces(self) -> str:
+        return self.component.produces if self.component else {"evaluate": "evaluation", "collect": "comparisons"}[self.kind]
+
+    def arithmetic(self, data: DataSource) -> str:
+        """What one step consumes and how many steps there are, in one line.
+
+        Raises:
+          LockstepError: the data lack what it needs, or a component does not work here; found before any model is loaded.
+        """
+        self.check()
+        if self.component:
+            return self.component.arithmetic(self.config, data)
+        return self.config.arithmetic(data)
+
+    def check(self) -> None:
+        """
+        Raises:
+          LockstepError: a component does not work here.
+        """
+        for component, config in self._surrounding:
+            component.check(config)
+
+    def rehearse(self, data: DataSource) -> None:
+        """
+        Raises:
+          LockstepError: a reward model would fail on the data.
+        """
+        for scorer in self.scorers:
+            scorer.component.rehearse(scorer.config, data)
+
+    @property
+    def modules(self) -> list[str]:
+        """Modules whose code decides its result: of its classes, their base classes, and functions named module:function."""
+        classes = [base for cls, _ in self._components for base in cls.__mro__]
+        groups = [*(scorer.group for scorer in self.scorers), *filter(None, (self.environment, self.labeler))]
+        values = [value for group in groups for value in group.values()]
+        named = [v.partition(":")[0] for v in values if isinstance(v, str) and re.fullmatch(r"[\w.]+:\w+", v)]
+        return [*(cls.__module__ for cls in classes), *named]
+
+    @property
+    def inputs(self) -> list[tuple[str, str]]:
+        """The stages (or folders, or hub ids) whose output it reads, each with the kind required."""
+        policies = [policy for policy in (self.policy, *self.policies) if policy not in (None, NEW)]
+        if isinstance(self.config, EvaluationConfig):
+            policies += [*(self.config.policies or ()), self.config.baseline]
+        mixed = [(source, noun) for noun, sources in self.mixes.items() for source in sources if source != DATA]
+        return [*((name, "policy") for name in policies), *self.declared, *mixed]
+
+    @property
+    def declared(self) -> list[tuple[str, str]]:
+        """Those of ``inputs`` that its components open themselves."""
+        named = [source for cls, config in self._components for source in cls.inputs(config).outputs.items()]
+        return [(self.scope.one(name, f"stages.{self.name}"), kind) for name, kind in named]
+
+    @property
+    def files(self) -> list[str]:
+        """Local files and folders that it reads."""
+        return [file for cls, config in self._components for file in cls.inputs(config).files]
+
+    @property
+    def _components(self) -> list[tuple[Any, Any]]:
+        return [*([(self.component, self.config)] if self.component else []), *self._surrounding]
+
+    @property
+    def _surrounding(self) -> list[tuple[Any, Any]]:
+        """Its reward models, its environment and its labeler."""
+        found: list[tuple[Any, Any]] = [(scorer.component, scorer.config) for scorer in self.scorers]
+        return [*found, *filter(None, (self.surroundings, self.labels))]
