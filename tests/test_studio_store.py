@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import time
@@ -20,8 +22,8 @@ from lockstep.errors import CheckpointError, ConfigError, DataError
 from lockstep.storage.records import read_rows
 from lockstep_studio.settings import GroupConfig, StudioConfig, read_settings
 from lockstep_studio.sources import add_file, add_waiting
-from lockstep_studio.store import conversations, labels, people, privacy, rounds, tasks
-from lockstep_studio.store.database import Database, connect
+from lockstep_studio.store import conversations, labels, people, privacy, report, rounds, schema, tasks
+from lockstep_studio.store.database import FILE, Database, connect
 from lockstep_studio.store.people import Refused
 
 NOW = 1_000_000.0
@@ -586,3 +588,119 @@ def test_killed_at_any_moment_no_acknowledged_vote_is_lost_or_doubled(tmp_path):
     assert len(told) > 20 and set(told) <= set(stored)
     assert len(stored) == len(set(stored)) and len(stored) - len(told) <= 5  # one in flight at each kill
     assert per_task == 1
+
+
+# --------------------------------------------------------------------------------------------- versions, rights, removal
+
+
+def test_a_database_of_the_first_version_opens_with_the_tables_of_a_new_one(tmp_path):
+    """With an arena's vote, an attack's, a demonstration's comparison and an own prompt whose id imitates one."""
+    folder = tmp_path / "studio"
+    folder.mkdir()
+    old = connect(folder / FILE)
+    old.executescript(f"""
+        {schema.SCHEMA} PRAGMA user_version = 1;
+        INSERT INTO people (id, pseudonym, role, grp, at) VALUES (1, 'p-1', 'labeler', 'training', 0);
+        INSERT INTO failures (who, at) VALUES ('name my password', 0);
+        INSERT INTO conversations (id, token, person, grp, mode, policies, how, instructions, at)
+          VALUES (5, 'abcdefghijklmnopqrst-v', 1, 'training', 'arena', '[]', '{{}}', '1', 0);
+        INSERT INTO messages (id, token, conversation, role, content, state, at) VALUES (7, 'm', 5, 'user', 'hi', 'done', 0);
+        INSERT INTO messages (id, token, conversation, role, content, state, at) VALUES (8, 'n', 5, 'assistant', 'x', 'done', 0);
+        INSERT INTO tasks (id, key, mode, messages, completions, policies, author, at) VALUES
+          (1, 'abcdefghijklmnopqrst-v-1', 'compare', '[1]', '["a", "b"]', '["a", "b"]', 1, 0),
+          (2, 'own', 'write', '[1]', '["a"]', NULL, 1, 0), (4, 'against-3', 'write', '[1]', '[]', NULL, 1, 0);
+        INSERT INTO leases (id, token, task, person, grp, mode, shown, slot, at, expires)
+          VALUES (1, 't', 2, 1, 'training', 'write', '[]', 0, 0, 0);
+        INSERT INTO labels (id, lease, task, person, grp, mode, revision, content, instructions, seconds, at)
+          VALUES (3, 1, 2, 1, 'training', 'write', 0, '{{"response": "x"}}', '1', 0, 0);
+        INSERT INTO tasks (id, key, mode, messages, completions, policies, author, at)
+          VALUES (3, 'against-3', 'compare', '[1]', '["a", "b"]', '["person", "b"]', 1, 0);
+        INSERT INTO rounds (name, state, at, last_label, last_message) VALUES ('one', 'closed', 0, 3, 8);
+    """)
+    old.close()
+    opened, new = Database(folder), Database(tmp_path / "new")
+    tables = "SELECT name, sql FROM sqlite_master ORDER BY name"
+    assert [tuple(row) for row in opened.reader.execute(tables)] == [tuple(row) for row in new.reader.execute(tables)]
+    found = [tuple(row) for row in opened.reader.execute("SELECT asked, against FROM tasks ORDER BY id")]
+    assert found == [(7, None), (None, None), (None, 3), (None, None)]
+    assert opened.reader.execute("SELECT count(*) FROM failures").fetchone()[0] == 0
+    for database in (opened, new):
+        database.close()
+    assert Database(folder).path.exists()  # and again
+
+
+def test_a_database_of_a_newer_version_is_refused(tmp_path):
+    Database(tmp_path).close()
+    connect(tmp_path / FILE).execute(f"PRAGMA user_version = {schema.VERSION + 1}")
+    with pytest.raises(CheckpointError, match="made by a newer version"):
+        Database(tmp_path)
+
+
+def test_the_database_and_its_log_are_for_their_owner_only_in_a_folder_that_was_there(tmp_path):
+    folder = tmp_path / "studio"
+    folder.mkdir(mode=0o755)
+    before = os.umask(0o022)
+    try:
+        opened = Database(folder)
+        joined(opened)
+        rights = {each.name: stat.S_IMODE(each.stat().st_mode) for each in [folder, *folder.glob(f"{FILE}*")]}
+        opened.close()
+    finally:
+        os.umask(before)
+    assert rights == {"studio": 0o700, FILE: 0o600, f"{FILE}-wal": 0o600, f"{FILE}-shm": 0o600}
+
+
+def test_a_folder_with_other_things_in_it_keeps_its_rights(tmp_path):
+    tmp_path.chmod(0o755)
+    (tmp_path / "other").touch()
+    Database(tmp_path).close()
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+
+
+def test_removed_text_is_in_no_file_any_more(database, tmp_path):
+    plan = settings()
+    filled(database, tmp_path, candidates(2), plan)
+    (person,) = joined(database)
+    lease = database.now(tasks.lease, person, "write", plan, NOW)
+    database.now(labels.record, person, lease.token, 0, {"response": "REMEMBERED" * 900}, plan, NOW)
+    database.now(privacy.remove, person.id, NOW)
+    database.checkpoint()
+    assert not any(b"REMEMBERED" in each.read_bytes() for each in (tmp_path / "studio").iterdir())
+    lease = database.now(tasks.lease, other := joined(database)[0], "write", plan, NOW)
+    database.now(labels.record, other, lease.token, 0, {"response": "AFTERWARDS"}, plan, NOW)
+    database.now(privacy.remove, other.id, NOW)
+    database.close()
+    assert not any(b"AFTERWARDS" in each.read_bytes() for each in (tmp_path / "studio").iterdir())
+
+
+# -------------------------------------------------------------------------------------------- what leaves with a round
+
+
+def test_feedback_that_came_after_the_round_was_begun_is_not_in_it(database, tmp_path):
+    (person,) = joined(database)
+    token = database.now(conversations.create, person, "chat", ["sft"], {"system": ""}, "1", NOW)
+    row = conversations.conversation_of(database.reader, person, token, "chat")
+    _, ((answer, _),) = database.now(conversations.ask, row, None, "hello", [("sft", 7)], NOW)
+    database.now(conversations.finish, answer, "hi", "done")
+    database.now(conversations.give_feedback, person, answer, {"text": "fine"}, NOW)
+    database.now(privacy.remember, privacy.scan(database.reader), NOW)
+    database.now(rounds._begin, "first", NOW)
+    sql = "INSERT INTO feedback (message, person, revision, text, at) VALUES (?, ?, 1, 'call jane.doe@example.org', 0)"
+    database.now(lambda connection: connection.execute(sql, (answer, person.id)))
+    rounds.finish_all(database, tmp_path / "studio")
+    (talk,) = read_rows(tmp_path / "studio" / "rounds" / "first" / "conversations.jsonl")
+    assert [each["text"] for each in talk["feedback"]] == ["fine"]
+
+
+def test_the_audit_leaves_out_what_nobody_has_looked_through(database, tmp_path):
+    plan = settings()
+    filled(database, tmp_path, candidates(2), plan)
+    (person,) = joined(database)
+    lease = database.now(tasks.lease, person, "write", plan, NOW)
+    database.now(labels.record, person, lease.token, 0, {"response": "not scanned"}, plan, NOW)
+    vote(database, person, plan)
+    written, judged = (row for row in report.audit(lambda: database.reader) if row["record"] == "label")
+    assert written["content"] is None and written["withheld"] and judged["content"]["ranks"] == [0, 1]
+    database.now(privacy.remember, privacy.scan(database.reader), NOW)
+    rows = [row for row in report.audit(lambda: database.reader) if row["record"] == "label"]
+    assert rows[0]["content"] == {"response": "not scanned"}

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import anyio
 import jinja2
@@ -94,8 +95,14 @@ class Studio:
 
     def find_personal_data(self) -> None:
         """Look through new free text. Not on the event loop."""
-        if found := privacy.scan(self.database.reader):
+        if found := privacy.scan(self.database.reader, {self.settings.chat.system}):
             self.database.now(privacy.remember, found, self.clock())
+
+    async def remove(self, person: int) -> dict[str, Any]:
+        """All that a person chose and wrote, from the files too; see `privacy.remove`."""
+        removed = await self.database.do(privacy.remove, person, self.clock())
+        await anyio.to_thread.run_sync(self.database.checkpoint)
+        return removed
 
     def draw_policies(self, count: int) -> list[str]:
         """``count`` policies at random, in random order; different ones if there are enough.

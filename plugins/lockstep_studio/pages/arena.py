@@ -82,7 +82,7 @@ def duel(connection: Connection, row: Row) -> tuple[dict[str, Any], list[Row]]:
     task = {
         "id": f"{row['token']}-{len(said)}", "messages": system + [{"role": m["role"], "content": m["content"]} for m in said],
         "completions": [each["content"] for each in replies], "policies": [each["policy"] for each in replies],
-        "seed": replies[0]["seed"],
+        "seed": replies[0]["seed"], "asked": said[-1]["id"],
     }  # fmt: skip
     return task, replies
 

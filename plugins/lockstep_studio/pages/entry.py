@@ -7,7 +7,7 @@ from starlette.responses import Response
 from lockstep_studio.pages.visit import Forbidden, Visit, get, post
 from lockstep_studio.security import LEAST_PASSWORD, MOST_PASSWORD
 from lockstep_studio.settings import MODES, TASK_MODES
-from lockstep_studio.store import people, privacy, tasks
+from lockstep_studio.store import people, tasks
 from lockstep_studio.store.people import Refused
 
 MOST_NAME = 60
@@ -113,7 +113,7 @@ async def remove(visit: Visit) -> Response:
         raise Forbidden("An operator has no work of their own to remove.")
     if visit.text("sure", required=False) != "yes":
         raise Refused("Nothing was removed: check the box to say that you are sure.", 400)
-    removed = await visit.studio.database.do(privacy.remove, visit.me.id, visit.now)
+    removed = await visit.studio.remove(visit.me.id)
     visit.person = None
     visit.sign_in(people.new_token())
     return visit.show("removed.html", removed)

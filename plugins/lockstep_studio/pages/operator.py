@@ -141,8 +141,7 @@ async def stand(visit: Visit) -> Response:
     if row is None or row["role"] != "labeler" or act not in ("pause", "restore", "remove"):
         raise Refused("There is no such labeler, or nothing of the kind to do.", 400)
     if act == "remove":
-        removed = await visit.studio.database.do(privacy.remove, person, visit.now)
-        return visit.go("/operator", **removed)
+        return visit.go("/operator", **await visit.studio.remove(person))
     await visit.studio.database.do(people.set_standing, person, "paused" if act == "pause" else "active")
     return visit.go("/operator")
 

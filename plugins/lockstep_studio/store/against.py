@@ -19,7 +19,7 @@ _WRITTEN = (
     "FROM labels JOIN tasks ON tasks.id = labels.task JOIN findings ON findings.kind = 'label' AND findings.id = labels.id "
     "WHERE labels.mode = 'write' AND decision = 'release' AND content IS NOT NULL AND completions != '[]' AND revision = "
     "(SELECT max(revision) FROM labels AS later WHERE later.lease = labels.lease) AND NOT EXISTS "
-    "(SELECT 1 FROM tasks AS made WHERE made.source IS NULL AND made.key = 'against-' || labels.id)"
+    "(SELECT 1 FROM tasks AS made WHERE made.against = labels.id)"
 )
 
 
@@ -41,6 +41,7 @@ def _add(connection: Connection, row: Row, settings: StudioConfig, now: float) -
         "completions": [row["response"], completions[index]],
         "policies": [PERSON, policies[index] if policies else "policy"],
         "seed": row["seed"],
+        "against": row["id"],
     }
     number = add_task(connection, task, "compare", now, author=row["person"])
     for name, group in settings.groups.items():

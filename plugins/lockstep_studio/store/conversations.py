@@ -171,9 +171,10 @@ def give_feedback(connection: Connection, person: Person, message: int, given: M
     return after
 
 
-def feedback_on(connection: Connection, message: int) -> dict[str, Any]:
-    sql = "SELECT thumb, likert, text FROM feedback WHERE message = ? ORDER BY revision DESC LIMIT 1"
-    row = connection.execute(sql, (message,)).fetchone()
+def feedback_on(connection: Connection, message: int, last: int | None = None) -> dict[str, Any]:
+    """The feedback on a message; of what was given up to the feedback ``last``, if that is named."""
+    sql = "SELECT thumb, likert, text FROM feedback WHERE message = ? AND id <= ifnull(?, id) ORDER BY revision DESC LIMIT 1"
+    row = connection.execute(sql, (message, last)).fetchone()
     return dict(row) if row is not None else {"thumb": None, "likert": None, "text": None}
 
 

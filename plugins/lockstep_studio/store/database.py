@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from lockstep.errors import CheckpointError
 from lockstep.storage.files import sync
-from lockstep_studio.store.schema import SCHEMA, VERSION
+from lockstep_studio.store.schema import SCHEMA, UPGRADES, VERSION
 
 T = TypeVar("T")
 Connection = sqlite3.Connection
@@ -40,6 +40,7 @@ class Database:
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.path = folder / FILE
+        _for_its_owner_only(folder, self.path)
         self._lock: int | None = _only_process(folder)
         self._local = threading.local()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -84,6 +85,11 @@ class Database:
         sync(path.parent)
         return path
 
+    def checkpoint(self) -> None:
+        """Write all into the database and empty the log beside it, which would keep removed text. Not on the event loop."""
+        with contextlib.closing(connect(self.path)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def close(self) -> None:
         """Finish the writes that were submitted, and let go of the file."""
         if self._lock is not None:
@@ -96,6 +102,7 @@ class Database:
         with contextlib.closing(connection):
             while jobs := self._waiting():
                 _commit(connection, jobs)
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _waiting(self) -> list[_Job]:
         """The jobs that wait, at least one; empty once the database is to be closed."""
@@ -118,7 +125,8 @@ def connect(path: Path) -> Connection:
     connection = sqlite3.connect(path, isolation_level=None, timeout=10, cached_statements=512, check_same_thread=False)
     connection.row_factory = sqlite3.Row
     connection.executescript(
-        "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA temp_store = MEMORY;"
+        "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA temp_store = MEMORY; "
+        "PRAGMA secure_delete = ON;"  # what is removed is overwritten
     )
     return connection
 
@@ -164,15 +172,29 @@ def _attempt(connection: Connection, job: Callable[[Connection], Any]) -> tuple[
 
 
 def _prepare(connection: Connection, path: Path) -> None:
+    """Make the tables, or bring those of an older version up to date.
+
+    Raises:
+      CheckpointError: they are of a newer version.
+    """
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version not in (0, VERSION):
+    if not 0 <= version <= VERSION:
         raise CheckpointError(
-            f"{path} was made by another version of the studio (its tables are version {version}, not {VERSION}). "
+            f"{path} was made by a newer version of the studio (its tables are version {version}, not {VERSION}). "
             "Serve it with that version, or choose another --folder."
         )
-    if version == 0:
-        connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
-        path.chmod(0o600)
+    for number, script in enumerate((SCHEMA, *UPGRADES)[version:], version + 1):
+        connection.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
+
+
+def _for_its_owner_only(folder: Path, file: Path) -> None:
+    """Before SQLite opens it: its log gets the rights of the database. A folder that others use too keeps its rights."""
+    if file.exists() or not any(folder.iterdir()):
+        with contextlib.suppress(PermissionError):  # somebody else's folder, in which we may write
+            folder.chmod(0o700)
+    os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+    for each in folder.glob(f"{file.name}*"):
+        each.chmod(0o600)
 
 
 def _only_process(folder: Path) -> int:

@@ -7,7 +7,7 @@ content; the rows stay, and a tombstone says when.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from lockstep_studio.store.database import Connection
@@ -18,21 +18,30 @@ TEXTS = {
     "message": "SELECT id, content FROM messages WHERE role = 'user' AND content IS NOT NULL AND id ",
     "feedback": "SELECT id, text AS content FROM feedback WHERE text IS NOT NULL AND id ",
     "conversation": "SELECT id, goal AS content FROM conversations WHERE goal IS NOT NULL AND id ",
+    "system": "SELECT id, json_extract(how, '$.system') AS content FROM conversations "
+    "WHERE mode = 'chat' AND json_extract(how, '$.system') != '' AND id ",
+    "task": "SELECT id, json_extract(messages, '$[0].content') AS content FROM tasks "
+    "WHERE author IS NOT NULL AND asked IS NULL AND against IS NULL AND messages != '[]' AND id ",
 }
-"""Where people write freely, by kind."""
+"""Where people write freely, by kind. A task is an own prompt; what was asked in a conversation is a message."""
 
 Finding = tuple[str, int, list[str]]
 
 
-def scan(connection: Connection) -> list[Finding]:
-    """(kind, id, kinds of personal data) of all free text that `remember` does not know yet. Only reads."""
+def scan(connection: Connection, known: Collection[str] = ()) -> list[Finding]:
+    """(kind, id, kinds of personal data) of all free text that `remember` does not know yet. Only reads.
+
+    Args:
+      known: texts that are the operator's own.
+    """
     from lockstep_studio.exchange.personal import find
 
     found = []
     for kind, sql in TEXTS.items():
         (last,) = connection.execute("SELECT ifnull(max(id), 0) FROM findings WHERE kind = ?", (kind,)).fetchone()
         for row in connection.execute(sql + "> ? ORDER BY id", (last,)):
-            found.append((kind, row["id"], sorted({each.kind for each in find(row["content"])})))
+            text = row["content"]
+            found.append((kind, row["id"], [] if text in known else sorted({each.kind for each in find(text)})))
     return found
 
 

@@ -66,13 +66,14 @@ def rounds(connection: Connection) -> list[dict[str, Any]]:
 _AUDIT: Mapping[str, str] = {
     "person": "SELECT id, pseudonym, role, grp, standing, at FROM people WHERE id > ? ORDER BY id LIMIT ?",
     "label": "SELECT labels.id, pseudonym, labels.grp, labels.mode, key AS task, sources.path AS source, policies, scores, seed, "
-    "shown, probability, labels.at, seconds, revision, instructions, correct, content, EXISTS (SELECT 1 FROM findings WHERE "
-    "kind = 'label' AND findings.id = labels.id AND found != '[]' AND decision IS NOT 'release') AS withheld FROM labels "
+    "shown, probability, labels.at, seconds, revision, instructions, correct, content, labels.mode = 'write' AND NOT EXISTS "
+    "(SELECT 1 FROM findings WHERE kind = 'label' AND findings.id = labels.id AND decision = 'release') AS withheld FROM labels "
     "JOIN people ON people.id = labels.person JOIN leases ON leases.id = labels.lease JOIN tasks ON tasks.id = labels.task "
     "LEFT JOIN sources ON sources.id = tasks.source WHERE labels.id > ? ORDER BY labels.id LIMIT ?",
     "feedback": "SELECT feedback.id, pseudonym, grp, messages.token AS message, policy, seed, feedback.at, revision, thumb, "
-    "likert, text, EXISTS (SELECT 1 FROM findings WHERE kind = 'feedback' AND findings.id = feedback.id AND found != '[]' "
-    "AND decision IS NOT 'release') AS withheld FROM feedback JOIN messages ON messages.id = feedback.message "
+    "likert, text, text IS NOT NULL AND NOT EXISTS (SELECT 1 FROM findings WHERE kind = 'feedback' "
+    "AND findings.id = feedback.id AND decision = 'release') AS withheld FROM feedback "
+    "JOIN messages ON messages.id = feedback.message "
     "JOIN people ON people.id = feedback.person WHERE feedback.id > ? ORDER BY feedback.id LIMIT ?",
     "lease": "SELECT leases.id, pseudonym, leases.mode, task, leases.at, ended, outcome FROM leases "
     "JOIN people ON people.id = person WHERE leases.id > ? ORDER BY leases.id LIMIT ?",
@@ -84,7 +85,7 @@ _AUDIT: Mapping[str, str] = {
 
 def audit(reader: Callable[[], Connection]) -> Iterator[dict[str, Any]]:
     """Every person, label and feedback in all revisions, lease, tombstone and round, a row each: {"record": kind, ...}. Names,
-    passwords and text with personal data that was not released are left out.
+    passwords and text that was not released are left out.
 
     Args:
       reader: gives the calling thread's connection; a server may take each row on another thread.

@@ -34,36 +34,44 @@ WHERE labels.content IS NOT NULL AND tasks.gold IS NULL AND tasks.messages != '[
 AND labels.revision = (SELECT max(revision) FROM labels AS later WHERE later.lease = labels.lease)
 AND NOT EXISTS (SELECT 1 FROM members WHERE kind = 'label' AND members.id = labels.id)
 """
-_RELEASED = (
-    "AND (labels.mode != 'write' OR EXISTS (SELECT 1 FROM findings WHERE kind = 'label' AND findings.id = labels.id "
-    "AND decision = 'release'))"
-)
+_DECIDED = "SELECT 1 FROM findings WHERE decision = 'release' AND kind"
+_RELEASED = f"""
+AND (labels.mode != 'write' OR EXISTS ({_DECIDED} = 'label' AND findings.id = labels.id))
+AND (tasks.author IS NULL OR tasks.asked IS NOT NULL OR tasks.against IS NOT NULL
+  OR EXISTS ({_DECIDED} = 'task' AND findings.id = tasks.id))
+AND (tasks.against IS NULL OR EXISTS ({_DECIDED} = 'label' AND findings.id = tasks.against))
+AND NOT EXISTS (SELECT 1 FROM messages AS asked JOIN messages AS said ON said.conversation = asked.conversation
+  WHERE asked.id = tasks.asked AND said.id <= asked.id AND said.role = 'user'
+  AND NOT EXISTS ({_DECIDED} = 'message' AND findings.id = said.id))
+"""
+"""Of all that people wrote in a label or its task, whatever its mode, nothing waits for the operator or is withheld."""
 _TALKS = """
 FROM conversations JOIN people ON people.id = conversations.person
 WHERE people.standing = 'active' AND (conversations.mode != 'attack' OR finished IS NOT NULL)
 AND NOT EXISTS (SELECT 1 FROM members WHERE kind = 'conversation' AND members.id = conversations.id)
 AND EXISTS (SELECT 1 FROM messages WHERE conversation = conversations.id AND role = 'assistant' AND state IN ('done', 'stopped'))
 """
-_ALL_RELEASED = """
-AND (goal IS NULL OR EXISTS
-  (SELECT 1 FROM findings WHERE kind = 'conversation' AND id = conversations.id AND decision = 'release'))
-AND NOT EXISTS (SELECT 1 FROM messages WHERE conversation = conversations.id AND role = 'user' AND NOT EXISTS
-  (SELECT 1 FROM findings WHERE kind = 'message' AND findings.id = messages.id AND decision = 'release'))
+_ALL_RELEASED = f"""
+AND (goal IS NULL OR EXISTS ({_DECIDED} = 'conversation' AND findings.id = conversations.id))
+AND (conversations.mode != 'chat' OR ifnull(json_extract(how, '$.system'), '') = ''
+  OR EXISTS ({_DECIDED} = 'system' AND findings.id = conversations.id))
+AND NOT EXISTS (SELECT 1 FROM messages WHERE conversation = conversations.id AND role = 'user'
+  AND NOT EXISTS ({_DECIDED} = 'message' AND findings.id = messages.id))
 AND NOT EXISTS (SELECT 1 FROM feedback JOIN messages ON messages.id = feedback.message WHERE conversation = conversations.id
-  AND feedback.text IS NOT NULL AND NOT EXISTS
-  (SELECT 1 FROM findings WHERE kind = 'feedback' AND findings.id = feedback.id AND decision = 'release'))
+  AND feedback.text IS NOT NULL AND NOT EXISTS ({_DECIDED} = 'feedback' AND findings.id = feedback.id))
 """
 
 
 def waiting(connection: Connection) -> dict[str, int]:
     """What the next round would hold, and how much of it is held back for personal data that nobody has looked at."""
     count = lambda sql: int(connection.execute("SELECT count(*) " + sql).fetchone()[0])  # noqa: E731
-    judged = count(_ELIGIBLE + "AND labels.mode != 'write'")
-    written, released = count(_ELIGIBLE + "AND labels.mode = 'write'"), count(_ELIGIBLE + "AND labels.mode = 'write'" + _RELEASED)
-    talks, free = count(_TALKS), count(_TALKS + _ALL_RELEASED)
-    return {
-        "comparisons": judged, "demonstrations": released, "conversations": free, "held_back": written - released + talks - free
-    }  # fmt: skip
+    everything = count(_ELIGIBLE) + count(_TALKS)
+    free = {
+        "comparisons": count(_ELIGIBLE + "AND labels.mode != 'write'" + _RELEASED),
+        "demonstrations": count(_ELIGIBLE + "AND labels.mode = 'write'" + _RELEASED),
+        "conversations": count(_TALKS + _ALL_RELEASED),
+    }
+    return {**free, "held_back": everything - sum(free.values())}
 
 
 def close(database: Database, folder: Path, name: str, now: float) -> dict[str, Any]:
@@ -112,8 +120,9 @@ def _begin(connection: Connection, name: str, now: float) -> None:
     if connection.execute("SELECT 1 FROM rounds WHERE name = ?", (name,)).fetchone():
         raise Refused(f"There is a round named {name!r} already. A closed round does not change; choose another name.")
     (number,) = connection.execute(
-        "INSERT INTO rounds (name, state, at, last_label, last_message) VALUES (?, 'closing', ?, "
-        "(SELECT ifnull(max(id), 0) FROM labels), (SELECT ifnull(max(id), 0) FROM messages)) RETURNING id",
+        "INSERT INTO rounds (name, state, at, last_label, last_message, last_feedback) VALUES (?, 'closing', ?, "
+        "(SELECT ifnull(max(id), 0) FROM labels), (SELECT ifnull(max(id), 0) FROM messages), "
+        "(SELECT ifnull(max(id), 0) FROM feedback)) RETURNING id",
         (name, now),
     ).fetchone()
     found = 0
@@ -203,7 +212,7 @@ def _parsed(row: Row) -> dict[str, Any]:
 
 def pending(connection: Connection) -> list[dict[str, Any]]:
     """The comparisons that the next round would hold, for looking at. Ids begin with the source's number."""
-    rows = connection.execute(_WITH_TASK + _ELIGIBLE + "AND labels.mode != 'write' ORDER BY labels.id")
+    rows = connection.execute(_WITH_TASK + _ELIGIBLE + _RELEASED + "AND labels.mode != 'write' ORDER BY labels.id")
     return [{**_comparison(each), "id": f"{each['source']}:{each['key']}"} for each in map(_parsed, rows)]
 
 
@@ -244,7 +253,7 @@ def _conversations(connection: Connection, round_row: Row) -> Iterator[dict[str,
         how, policies = json.loads(row["how"]), json.loads(row["policies"])
         system = [{"role": "system", "content": how["system"]}] if how.get("system") else []
         answers = [each for each in said if each["role"] == "assistant"]
-        given = [conversations.feedback_on(connection, each["id"]) for each in answers]
+        given = [conversations.feedback_on(connection, each["id"], round_row["last_feedback"]) for each in answers]
         feedback = [{"turn": turn, **each} for turn, each in enumerate(given) if {*each.values()} != {None}]
         attack = {key: row[key] for key in ("goal", "category", "success")} if row["mode"] == "attack" else None
         yield {

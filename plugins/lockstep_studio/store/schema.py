@@ -1,7 +1,9 @@
 """The tables. Labels, messages and feedback are only ever added; triggers hold that. What a person had removed keeps its row
-without its content, so that counts and references stay true."""
+without its content, so that counts and references stay true.
 
-VERSION = 1
+`SCHEMA` is the first version, `UPGRADES` lead from each version to the next. A new database goes the same way as an old one, so
+both have the same tables.
+"""
 
 KEEP = """
 CREATE TRIGGER {table}_stay BEFORE DELETE ON {table} BEGIN SELECT RAISE(ABORT, '{table} are never deleted'); END;
@@ -114,3 +116,25 @@ CREATE INDEX members_of ON members (round, kind, id);
         "tombstones": "0",
     }.items()
 )
+
+UPGRADES = (
+    # 1 to 2. tasks.asked: the message whose answers are compared; tasks.against: the demonstration that is compared. Names that
+    # were typed wrong may be passwords: what is known of failures is forgotten.
+    """
+ALTER TABLE tasks ADD COLUMN asked INTEGER REFERENCES messages;
+ALTER TABLE tasks ADD COLUMN against INTEGER REFERENCES labels;
+UPDATE tasks SET against = CAST(substr(key, length('against-') + 1) AS INTEGER)
+  WHERE source IS NULL AND key LIKE 'against-%' AND policies LIKE '["person", %';
+UPDATE tasks SET asked = (SELECT max(messages.id) FROM messages JOIN conversations ON conversations.id = conversation
+  WHERE conversations.token = substr(tasks.key, 1, 22) AND role = 'user')
+  WHERE source IS NULL AND author IS NOT NULL AND against IS NULL AND mode IN ('compare', 'attack');
+CREATE INDEX compared ON tasks (against) WHERE against IS NOT NULL;
+ALTER TABLE rounds ADD COLUMN last_feedback INTEGER NOT NULL DEFAULT 0;
+UPDATE rounds SET last_feedback = (SELECT ifnull(max(id), 0) FROM feedback);
+CREATE TABLE written (
+  person INTEGER NOT NULL REFERENCES people, day INTEGER NOT NULL, characters INTEGER NOT NULL, PRIMARY KEY (person, day)
+) WITHOUT ROWID;
+DELETE FROM failures;
+""",
+)
+VERSION = 1 + len(UPGRADES)

@@ -118,18 +118,19 @@ def close_source(connection: Connection, source: int, now: float) -> None:
 def add_task(
     connection: Connection, row: Mapping[str, Any], mode: str, now: float, source: int | None = None, author: int | None = None
 ) -> int:
-    """A task without slots. ``truth`` is not stored: nobody here may see it. ``author``: whose words are in it."""
+    """A task without slots. ``truth`` is not stored: nobody here may see it. ``author``: whose words are in it. Rows that the
+    studio makes also have ``asked``, the message whose answers are compared, or ``against``, a demonstration."""
     written = {key: json.dumps(row[key], ensure_ascii=False) for key in ("messages", "completions")}
     policies, scores, gold = (
         json.dumps(row[key]) if row.get(key) is not None else None for key in ("policies", "scores", "ranks")
     )
     values = (
         source, str(row["id"]), mode, written["messages"], written["completions"], policies, scores, row.get("seed"), gold,
-        author, now,
+        author, *((row.get("asked"), row.get("against")) if source is None else (None, None)), now,
     )  # fmt: skip
     sql = (
-        "INSERT INTO tasks (source, key, mode, messages, completions, policies, scores, seed, gold, author, at) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id"
+        "INSERT INTO tasks (source, key, mode, messages, completions, policies, scores, seed, gold, author, asked, against, at) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id"
     )
     (task,) = connection.execute(sql, values).fetchone()
     return int(task)
