@@ -16,6 +16,7 @@ import uvicorn
 
 from lockstep_studio.app import application
 from lockstep_studio.generator import Piece, Request
+from lockstep_studio.serve import configuration
 from lockstep_studio.settings import StudioConfig
 from lockstep_studio.store import people
 from lockstep_studio.studio import Studio
@@ -53,8 +54,7 @@ def serving(folder: Path, settings: StudioConfig, runs: Sequence[Path] = (), ope
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = uvicorn.Config(application(studio), host="127.0.0.1", port=port, log_level="warning", access_log=False)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configuration(application(studio), "127.0.0.1", port, settings))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

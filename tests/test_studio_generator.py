@@ -11,7 +11,7 @@ import pytest
 
 from lockstep.errors import CheckpointError
 from lockstep.types import Message
-from lockstep_studio.generator import Generator, PolicySpeaker, Request
+from lockstep_studio.generator import FAILED, Generator, PolicySpeaker, Request
 from lockstep_studio.store.people import Refused
 from studio_server import Echo, labeler, serving
 from test_studio_store import settings
@@ -143,7 +143,7 @@ def test_a_policy_that_breaks_fails_its_own_answers_only():
         bad, gone = generator.submit(request("fail")), generator.submit(request("x", "gone"))
         assert (await read(bad))[1] == "failed"
         pieces = [piece async for piece in gone.pieces()]
-        assert pieces[-1].reason == "There is no such checkpoint."
+        assert pieces[-1].reason == FAILED
         assert (await read(generator.submit(request("fine"))))[1] == "done"
 
     running(check, opened)

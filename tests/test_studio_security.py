@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
+import sqlite3
 import stat
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
 
 import httpx
 import pytest
+import starlette.requests
+from starlette.datastructures import URL
 
+from lockstep.config.schema import parse
+from lockstep.errors import CheckpointError, ConfigError
 from lockstep_studio.security import Keys, Rates, host_name
+from lockstep_studio.settings import StudioConfig
 from lockstep_studio.sources import add_file
 from lockstep_studio.store import people
-from studio_server import JSON, Browser, Machine, labeler, operator, serving
+from studio_server import JSON, Browser, Echo, Machine, labeler, operator, serving
 from test_studio_store import candidates, settings, write
 
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -133,25 +143,25 @@ def test_host_names_are_read_without_their_port():
 def test_a_session_that_somebody_planted_is_not_the_one_after_signing_in(studio):
     planted = httpx.Client(base_url=studio.address, headers=JSON)
     planted.get("/sign-in")
-    cookie = planted.cookies["studio"]
+    cookie = planted.cookies[studio.cookie]
     victim = Machine(studio.address)
-    victim.client.cookies.set("studio", cookie, domain="127.0.0.1")
+    victim.client.cookies.set(studio.cookie, cookie, domain="127.0.0.1")
     token = invitation(studio)
     victim.get(f"/join/{token}")
     victim.post(f"/join/{token}")
-    assert victim.client.cookies.get("studio", domain="127.0.0.1") != cookie
+    assert victim.client.cookies.get(studio.cookie, domain="127.0.0.1") != cookie
     attacker = Machine(studio.address)
-    attacker.client.cookies.set("studio", cookie)
+    attacker.client.cookies.set(studio.cookie, cookie)
     assert attacker.get("/me")["status"] == 401
 
 
 def test_a_cookie_that_we_did_not_sign_is_nobodys(studio):
     client = labeler(studio, studio.address)
-    value = client.client.cookies["studio"]
+    value = client.client.cookies[studio.cookie]
     other = "A" if value[-5] != "A" else "B"  # not the last character, some of whose bits mean nothing
     for forged in (value[:-5] + other + value[-4:], value.partition(".")[0], "", "x.y", "\u00e9".encode().hex()):
         other = httpx.Client(base_url=studio.address, headers=JSON)
-        other.cookies.set("studio", forged)
+        other.cookies.set(studio.cookie, forged)
         assert other.get("/me").status_code == 401
 
 
@@ -162,15 +172,17 @@ def test_the_cookie_is_not_for_scripts_and_not_for_other_sites(studio):
 
 def test_behind_https_the_cookie_is_never_sent_without_it(tmp_path):
     with serving(tmp_path / "studio", settings(https=True)) as (_, address):
-        assert "secure" in httpx.get(f"{address}/sign-in").headers["set-cookie"].lower()
+        headers = httpx.get(f"{address}/sign-in").headers
+        assert "secure" in headers["set-cookie"].lower() and headers["set-cookie"].startswith("__Host-studio-")
+        assert headers["strict-transport-security"] == "max-age=31536000"
 
 
 def test_after_signing_out_the_old_cookie_is_worth_nothing(studio):
     client = labeler(studio, studio.address)
-    stolen = client.client.cookies["studio"]
+    stolen = client.client.cookies[studio.cookie]
     client.post("/sign-out")
     thief = Machine(studio.address)
-    thief.client.cookies.set("studio", stolen)
+    thief.client.cookies.set(studio.cookie, stolen)
     assert thief.get("/me")["status"] == 401
 
 
@@ -392,3 +404,418 @@ def test_passwords_are_checked_beside_other_requests(studio):
     for thread in threads:
         thread.join()
     assert sorted(waits)[2] < 0.5
+
+
+# --------------------------------------------------------------------------------------- other sites, addresses, proxies
+
+
+def test_a_form_of_another_site_does_not_replace_the_visitors_cookie(studio):
+    """Browsers send it without the cookie, and would take the one in the answer."""
+    headers = {"origin": "https://evil.example", "sec-fetch-site": "cross-site", "sec-fetch-dest": "document"}
+    for path in ("/sign-in", "/sign-out", "/me/remove"):
+        response = httpx.post(f"{studio.address}{path}", data={"x": "1"}, headers=headers)
+        assert response.status_code == 403 and "set-cookie" not in response.headers
+
+
+def test_another_site_loads_no_page_into_itself_and_sets_no_cookie(studio):
+    client = labeler(studio, studio.address)
+    for site, purpose in (("cross-site", "image"), ("cross-site", "iframe"), ("same-site", "script")):
+        headers = {"sec-fetch-site": site, "sec-fetch-dest": purpose}
+        response = httpx.get(f"{studio.address}/sign-in", headers=headers)
+        assert response.status_code == 403 and "set-cookie" not in response.headers
+        assert client.client.get("/me", headers=headers).status_code == 403
+    link = {"sec-fetch-site": "cross-site", "sec-fetch-dest": "document"}
+    assert client.client.get("/me", headers=link).status_code == 200
+
+
+def test_wrong_invitations_lock_nobody_out(studio):
+    good = invitation(studio)
+    for i in range(40):  # with failures=3, an address had 30
+        assert httpx.get(f"{studio.address}/join/x{i}").status_code == 404
+    client = Machine(studio.address)
+    client.get(f"/join/{good}")
+    assert client.post(f"/join/{good}", name="ada", password="correct horse")["status"] == 200
+    again = Machine(studio.address)
+    again.get("/sign-in")
+    assert again.post("/sign-in", name="ada", password="correct horse")["status"] == 200
+
+
+def test_a_good_invitation_is_let_in_however_fast_its_address_is(tmp_path):
+    with serving(tmp_path / "studio", settings(limits={"requests_per_minute": 10})) as (studio, address):
+        while httpx.get(f"{address}/sign-in").status_code == 200:
+            pass
+        client = Machine(address)
+        token = invitation(studio)
+        assert client.get(f"/join/{token}")["status"] == 200 and client.post(f"/join/{token}")["status"] == 200
+        assert httpx.get(f"{address}/sign-in").status_code == 429
+
+
+def test_a_proxy_is_believed_only_if_the_settings_name_it(tmp_path):
+    for proxies, expected in (([], 429), (["127.0.0.0/8"], 200)):
+        plan = settings(limits={"requests_per_minute": 10}, proxies=proxies)
+        with serving(tmp_path / f"studio{expected}", plan) as (_, address):
+            for i in range(12):
+                response = httpx.get(f"{address}/sign-in", headers={"x-forwarded-for": f"198.51.100.{i}"})
+            assert response.status_code == expected
+    with pytest.raises(ConfigError, match="proxies: 'nginx' is no address"):
+        settings(proxies=["nginx"])
+
+
+def test_passwords_that_are_tried_at_once_are_no_more_than_the_limit(studio):
+    token, client = invitation(studio), Machine(studio.address)
+    client.get(f"/join/{token}")
+    client.post(f"/join/{token}", name="ada", password="correct horse")
+    guesser = Machine(studio.address)
+    guesser.get("/sign-in")
+
+    def guess(i):
+        fields = {"csrf": guesser.csrf, "name": "ada", "password": f"guess number {i}"}
+        return httpx.post(f"{studio.address}/sign-in", json=fields, cookies=dict(guesser.client.cookies), timeout=30).status_code
+
+    with ThreadPoolExecutor(12) as pool:
+        statuses = list(pool.map(guess, range(12)))
+    assert statuses.count(401) == 3 and statuses.count(429) == 9
+
+
+def test_one_address_does_not_lock_a_name_for_the_others_and_no_name_is_stored(tmp_path):
+    plan = settings(limits={"failures": 3}, proxies=["127.0.0.1"])
+    with serving(tmp_path / "studio", plan) as (studio, address):
+        token, client = invitation(studio), Machine(address)
+        client.get(f"/join/{token}")
+        client.post(f"/join/{token}", name="ada", password="correct horse")
+        guesser = Machine(address)
+        guesser.client.headers["x-forwarded-for"] = "198.51.100.1"
+        guesser.get("/sign-in")
+        assert [guesser.post("/sign-in", name="ada", password=f"guess {i}")["status"] for i in range(4)][-1] == 429
+        guesser.post("/sign-in", name="my password", password="by mistake")
+        owner = Machine(address)
+        owner.get("/sign-in")
+        assert owner.post("/sign-in", name="ada", password="correct horse")["status"] == 200
+        stored = [row["who"] for row in studio.database.reader.execute("SELECT who FROM failures")]
+        assert stored and not any("ada" in who or "my password" in who for who in stored)
+
+
+def test_failures_of_the_future_do_not_count():
+    """The clock was set back."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.row_factory = sqlite3.Row
+        connection.execute("CREATE TABLE failures (id INTEGER PRIMARY KEY, who TEXT NOT NULL, at REAL NOT NULL)")
+        people.attempt(connection, {"ada": 1}, 5000.0)
+        assert people.attempt(connection, {"ada": 1}, 1000.0)
+        with pytest.raises(people.Refused):
+            people.attempt(connection, {"ada": 1}, 1001.0)
+
+
+# ------------------------------------------------------------------------------------------------- requests that take time
+
+
+def held_back(studio, client, path, **fields):
+    """A request of which the last bytes are missing; the function sends them and returns the status."""
+    body = json.dumps({"csrf": client.csrf, **fields}).encode()
+    cookies = "; ".join(f"{name}={value}" for name, value in client.client.cookies.items())
+    host, port = studio.address.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=10)
+    connection.sendall(
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\nContent-Type: application/json\r\n"
+        f"Cookie: {cookies}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
+        + body[:1]
+    )
+    time.sleep(0.2)
+
+    def finish() -> int:
+        with connection:
+            connection.sendall(body[1:])
+            return int(b"".join(iter(lambda: connection.recv(65536), b"")).split(b" ")[1])
+
+    return finish
+
+
+def test_rights_are_those_at_the_end_of_a_request(studio):
+    client, boss = labeler(studio, studio.address), operator(studio, studio.address)
+    lease = client.get("/compare")["lease"]
+    vote = held_back(studio, client, f"/lease/{lease}", choice=0)
+    own = held_back(studio, client, "/write/own", prompt="p", response="AFTERWARDS", once=client.get("/write/own")["once"])
+    (person,) = boss.get("/operator")["people"]
+    boss.post("/operator/person", person=person["id"], act="pause")
+    assert vote() == 403
+    boss.post("/operator/person", person=person["id"], act="remove")
+    assert own() in (401, 403)
+    assert studio.database.reader.execute("SELECT count(*) FROM labels").fetchone()[0] == 0
+
+
+def test_an_invitation_that_expires_while_it_is_accepted_is_refused(studio):
+    token, client = invitation(studio, "operator", people.OPERATORS), Machine(studio.address)
+    client.get(f"/join/{token}")
+    finish, real = held_back(studio, client, f"/join/{token}"), studio.clock
+    studio.clock = lambda: real() + 30 * 86400
+    assert finish() == 404
+
+
+def test_what_is_stored_is_checked_with_the_standing_of_that_moment(studio):
+    """Between the check of a request and the transaction somebody may be paused."""
+    client = labeler(studio, studio.address)
+    client.get("/chat")
+    talk = client.post("/chat")["conversation"]
+    answer = client.post(f"/chat/{talk}/say", text="hi")["answers"][0]["message"]
+    lease, duel = client.get("/compare")["lease"], client.post("/arena")["conversation"]
+    client.post(f"/arena/{duel}/say", text="hi")
+    own = client.get("/write/own")["once"]
+    studio.database.now(lambda connection: connection.execute("UPDATE people SET standing = 'paused'"))
+    real = people.person_of
+    people.person_of = lambda *arguments: replace(real(*arguments), standing="active")
+    try:
+        for path, fields in {
+            f"/lease/{lease}": {"choice": 0}, "/chat": {}, f"/chat/{talk}/say": {"text": "more"}, "/arena": {},
+            f"/arena/{duel}/vote": {"choice": 0}, "/attack": {"goal": "g", "category": "hate"},
+            f"/feedback/{answer}": {"thumb": 1}, "/write/own": {"prompt": "p", "response": "r", "once": own},
+        }.items():  # fmt: skip
+            assert client.post(path, **fields)["status"] == 403, path
+        assert client.get("/write")["status"] == 403
+    finally:
+        people.person_of = real
+
+
+def test_a_body_that_does_not_arrive_is_refused(studio, monkeypatch):
+    monkeypatch.setattr("lockstep_studio.pages.visit.BODY_SECONDS", 0.3)
+    client = labeler(studio, studio.address)
+    finish = held_back(studio, client, "/chat")
+    time.sleep(0.5)
+    assert finish() == 408
+
+
+# ---------------------------------------------------------------------------------------------- before it is a request
+
+
+def opened(studio, data: bytes) -> socket.socket:
+    host, port = studio.address.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=10)
+    connection.sendall(data)
+    return connection
+
+
+def is_closed(connection: socket.socket, seconds: float) -> bool:
+    connection.settimeout(seconds)
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+def ends(connection: socket.socket) -> bool:
+    """Whether the server closes, after whatever it has to say."""
+    connection.settimeout(3)
+    try:
+        while connection.recv(65536):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@pytest.mark.parametrize(
+    ("beginning", "more"),
+    [
+        (b"", b"a: b\r\n" * 20_000),
+        (b"x: ", b"a" * 120_000),
+        (b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n", b"a: b\r\n" * 40_000),
+        (b"Transfer-Encoding: chunked\r\n\r\n1;", b"a" * 240_000),
+    ],
+)
+def test_headers_and_what_looks_like_them_are_bounded(studio, beginning, more):
+    connection = opened(studio, b"POST /chat HTTP/1.1\r\nHost: localhost\r\n" + beginning)
+    with connection:
+        with contextlib.suppress(OSError):
+            for start in range(0, len(more), 10_000):
+                connection.sendall(more[start : start + 10_000])
+                time.sleep(0.005)
+        assert ends(connection)
+    assert httpx.get(f"{studio.address}/health").status_code == 200
+    with opened(studio, b"") as other:
+        assert not is_closed(other, 0.2)
+
+
+def test_whoever_sends_no_headers_is_cut_off_and_who_is_answered_slowly_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("lockstep_studio.protocol.HEADER_SECONDS", 0.4)
+    slow = settings(chat={"allowed": ["policy"]})
+    with serving(tmp_path / "studio", slow, opened=lambda policy: Echo(policy, 0.3)) as (studio, address):
+        studio.address, studio.scan, studio.policies = address, lambda: 0, {"sft": (tmp_path, None)}
+        idle = opened(studio, b"")
+        half = opened(studio, b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+        lines = opened(studio, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert lines.recv(65536).startswith(b"HTTP/1.1 200")
+        lines.sendall(b"\r\n")
+        assert is_closed(idle, 3) and is_closed(half, 3)
+        assert is_closed(lines, 3)
+        client = labeler(studio, address)
+        client.get("/chat")
+        talk = client.post("/chat")["conversation"]
+        assert client.post(f"/chat/{talk}/say", text="one two three four")["answers"][0]["state"] == "done"
+
+
+def test_a_large_body_in_one_piece_is_no_large_header(tmp_path):
+    with serving(tmp_path / "studio", settings()) as (studio, address):
+        client = labeler(studio, address)
+        large = json.dumps({"csrf": client.csrf, "other": "x" * 200_000})
+        client.client.headers["content-type"] = "application/json"
+        for _ in range(2):
+            assert client.client.post("/write/own", content=large).status_code == 400  # no prompt
+
+
+def test_one_address_has_so_many_connections_and_proxies_have_more(tmp_path):
+    for proxies, closed in (([], True), (["127.0.0.1"], False)):
+        plan = settings(limits={"connections": 10}, proxies=proxies)
+        with serving(tmp_path / f"studio{closed}", plan) as (studio, address):
+            studio.address = address
+            many = [opened(studio, b"") for _ in range(10)]
+            with opened(studio, b"") as another:
+                assert is_closed(another, 1) == closed
+            for connection in many:
+                connection.close()
+            time.sleep(0.2)
+            assert httpx.get(f"{address}/health").status_code == 200
+
+
+# ------------------------------------------------------------------------------------------------------ hosts, names, keys
+
+
+def test_a_host_header_has_no_say_in_the_mode(studio):
+    for host in ("localhost:/x", "localhost:8000/x", "localhost:?", "localhost:#", "[::1]/x", "localhost:80:80", "a@localhost"):
+        assert host_name(host) == "" and httpx.get(f"{studio.address}/sign-in", headers={"host": host}).status_code == 421
+
+
+def test_the_mode_is_that_of_the_route_whatever_the_address_says(tmp_path):
+    """Starlette 0.46 reads request.url from the Host header."""
+    with serving(tmp_path / "studio", settings(group={"modes": ["rank"]})) as (studio, address):
+        studio.scan = lambda: 0
+        real = starlette.requests.HTTPConnection.url
+        starlette.requests.HTTPConnection.url = property(lambda self: URL("http://localhost/x/arena"))
+        try:
+            assert labeler(studio, address).post("/arena")["status"] == 403
+        finally:
+            starlette.requests.HTTPConnection.url = real
+
+
+def test_two_host_headers_are_refused(studio):
+    with opened(
+        studio, b"GET /sign-in HTTP/1.1\r\nHost: evil.example\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    ) as connection:
+        assert connection.recv(65536).split(b" ")[1] in (b"400", b"421")
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://]x"])
+def test_an_origin_that_is_none_is_refused(studio, origin):
+    client = labeler(studio, studio.address)
+    assert client.client.post("/sign-out", json={"csrf": client.csrf}, headers={"origin": origin}).status_code == 403
+
+
+def test_behind_https_invitations_are_https(tmp_path):
+    with serving(tmp_path / "studio", settings(https=True, hosts=["studio.example.org"])) as (studio, address):
+        client = operator(studio, address, SecureMachine)
+        client.get("/operator")
+        link = client.post("/operator/invite", group="training", uses=1, hours=1)["link"]
+        assert link.startswith("https://127.0.0.1:")
+
+
+class SecureMachine(Machine):
+    """Sends secure cookies without HTTPS, as behind a proxy."""
+
+    def _read(self, response):
+        for name, value in response.cookies.items():
+            self.client.headers["cookie"] = f"{name}={value}"
+        self.client.cookies.clear()
+        return super()._read(response)
+
+
+@pytest.mark.parametrize("name", ["operators", "Operators", " operators "])
+def test_no_group_of_labelers_is_named_like_the_operators(name):
+    with pytest.raises(ConfigError, match="means the operators"):
+        parse(StudioConfig, {"groups": {name: {}}}, "")
+
+
+def test_members_of_a_group_that_is_gone_may_do_nothing_but_leave(tmp_path):
+    def plan(*names):
+        return parse(StudioConfig, {"groups": {name: {"modes": ["adjudicate"]} for name in names}}, "")
+
+    with serving(tmp_path / "studio", plan("a", "b")) as (studio, address):
+        cookies = dict(labeler(studio, address, "a").client.cookies)
+    with serving(tmp_path / "studio", plan("b")) as (studio, address):
+        studio.scan, studio.policies = lambda: 0, {"sft": (tmp_path, None)}
+        client = Machine(address)
+        client.client.cookies.update(cookies)
+        assert client.get("/")["status"] == 403
+        assert client.post("/chat")["status"] == 403 and client.post("/arena")["status"] == 403
+        client.client.headers["accept"] = "text/html"
+        page = client.client.get("/me")
+        assert page.status_code == 200 and "Remove all my work" in page.text
+        assert "not part of this studio" in client.client.get("/compare").text
+
+
+def test_two_studios_on_one_host_do_not_take_each_others_cookies(tmp_path):
+    with serving(tmp_path / "one", settings()) as (one, first), serving(tmp_path / "two", settings()) as (two, second):
+        client = labeler(one, first).client
+        client.get(f"{second}/sign-in")  # the same host, so the same jar
+        assert one.cookie != two.cookie and {*client.cookies} == {one.cookie, two.cookie}
+        assert client.get("/me").status_code == 200
+
+
+def test_a_key_that_is_too_short_is_refused_and_a_half_made_one_is_made_again(tmp_path):
+    (tmp_path / ".secret.key.part").write_bytes(b"half")
+    Keys(tmp_path)
+    assert len((tmp_path / "secret.key").read_bytes()) == 32 and not (tmp_path / ".secret.key.part").exists()
+    (tmp_path / "secret.key").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="has 0 bytes, too few for a key"):
+        Keys(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------- ends of sessions
+
+
+def test_signing_in_again_ends_the_session_before(studio):
+    token, client = invitation(studio), Machine(studio.address)
+    client.get(f"/join/{token}")
+    client.post(f"/join/{token}", name="ada", password="correct horse")
+    before = client.client.cookies[studio.cookie]
+    client.post("/sign-in", name="ada", password="correct horse")
+    assert client.get("/me")["status"] == 200 and client.client.cookies[studio.cookie] != before
+    thief = Machine(studio.address)
+    thief.client.cookies.set(studio.cookie, before)
+    assert thief.get("/me")["status"] == 401
+
+
+def test_signing_out_everywhere_ends_all_sessions_of_one_person(studio):
+    token, other = invitation(studio), labeler(studio, studio.address)
+    machines = [Machine(studio.address) for _ in range(2)]
+    machines[0].get(f"/join/{token}")
+    machines[0].post(f"/join/{token}", name="ada", password="correct horse")
+    machines[1].get("/sign-in")
+    machines[1].post("/sign-in", name="ada", password="correct horse")
+    machines[1].post("/me/sign-out-everywhere")
+    assert [machine.get("/me")["status"] for machine in (*machines, other)] == [401, 401, 200]
+
+
+def test_a_session_ends_after_half_a_year_however_it_is_used(studio):
+    client, day, real = labeler(studio, studio.address), 86400, studio.clock
+    for days in range(7, 190, 7):
+        studio.clock = lambda days=days: real() + days * day
+        status = client.get("/me")["status"]
+        assert status == (200 if days < 180 else 401), days
+
+
+def test_an_invitation_and_an_operator_can_be_revoked(studio):
+    boss, second = operator(studio, studio.address), operator(studio, studio.address)
+    boss.get("/operator")
+    link = boss.post("/operator/invite", group="training", uses=5, hours=1)["link"]
+    data = boss.get("/operator")
+    assert [(each["group"], each["uses"]) for each in data["invitations"]] == [("training", 5)]
+    assert link.rpartition("/")[2] not in json.dumps(data)
+    assert boss.post("/operator/revoke", invitation=data["invitations"][0]["id"])["status"] == 200
+    assert httpx.get(f"{studio.address}/join/{link.rpartition('/')[2]}").status_code == 404
+    mine, theirs = (each["id"] for each in data["operators"])
+    assert boss.post("/operator/revoke", operator=mine)["status"] == 400
+    boss.post("/operator/revoke", operator=theirs)
+    assert second.get("/operator")["status"] == 401 and boss.get("/operator")["status"] == 200
+    assert labeler(studio, studio.address).post("/operator/revoke", operator=mine)["status"] == 403

@@ -131,7 +131,7 @@ def test_a_skipped_task_comes_to_others_and_never_again_to_the_same_person(datab
     one, other = joined(database, 2)
     lease = database.now(tasks.lease, one, "compare", plan, NOW)
     for _ in range(2):  # sent twice
-        database.now(tasks.skip, one, lease.token, "unclear", NOW)
+        database.now(tasks.skip, one, lease.token, "unclear", plan, NOW)
     assert database.now(tasks.lease, one, "compare", plan, NOW) is None
     assert database.now(tasks.lease, other, "compare", plan, NOW).task == lease.task
 
@@ -142,7 +142,7 @@ def test_one_person_cannot_answer_anothers_task(database, tmp_path):
     one, other = joined(database, 2)
     lease = database.now(tasks.lease, one, "compare", plan, NOW)
     for act in (labels.record, tasks.skip):
-        arguments = (0, {"ranks": [0, 1]}, plan, NOW) if act is labels.record else ("unclear", NOW)
+        arguments = (0, {"ranks": [0, 1]}, plan, NOW) if act is labels.record else ("unclear", plan, NOW)
         with pytest.raises(Refused, match="no such task among yours"):
             database.now(act, other, lease.token, *arguments)
 
@@ -268,12 +268,17 @@ def test_a_new_member_is_screened_on_gold_items_first(database, tmp_path, right,
         lease = vote(database, person, plan, ranks=(0, 1) if number < right else (1, 0))
         assert lease.gold == [0, 1] and lease.probability is None
     assert database.reader.execute("SELECT standing FROM people").fetchone()[0] == standing
-    assert database.now(tasks.lease, person, "compare", plan, NOW).gold is None
+    if standing == "active":
+        assert database.now(tasks.lease, person, "compare", plan, NOW).gold is None
+    else:
+        with pytest.raises(Refused, match="not for you"):
+            database.now(tasks.lease, person, "compare", plan, NOW)
 
 
 def test_who_fails_attention_checks_is_paused(database, tmp_path):
     plan = settings(group={"checks_share": 1.0, "checks_window": 3, "checks_accuracy": 0.5})
     gold(database, tmp_path, 5, plan)
+    filled(database, tmp_path, candidates(1), plan)
     (person,) = joined(database)
     for ranks in ((0, 1), (1, 0)):
         vote(database, person, plan, ranks=ranks)
@@ -533,7 +538,7 @@ def test_a_failing_write_takes_no_other_with_it(database):
         connection.execute("INSERT INTO failures (who, at) VALUES ('lost', 0)")
         raise ValueError("no")
 
-    futures = [database.submit(bad if i % 2 else people.fail, *([] if i % 2 else [["kept"], NOW])) for i in range(20)]
+    futures = [database.submit(bad if i % 2 else people.attempt, *([] if i % 2 else [{"kept": 99}, NOW])) for i in range(20)]
     assert sum(future.exception() is not None for future in futures) == 10
     found = [row["who"] for row in database.reader.execute("SELECT who FROM failures")]
     assert found == ["kept"] * 10

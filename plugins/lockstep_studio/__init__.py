@@ -7,6 +7,7 @@ science/       agreement, strengths, screening
 exchange/      the formats of other tools; personal data
 settings.py    studio.yaml
 app.py         the application: what runs in one process
+protocol.py    limits on connections and headers
 sources.py     runs as sources of tasks and policies
 generator.py   one thread that owns the models
 security.py    sessions, CSRF, headers, limits

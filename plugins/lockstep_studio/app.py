@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from typing import cast
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from lockstep_studio.pages import arena, attack, chat, entry, operator, tasks
 from lockstep_studio.security import Application, Guard
@@ -36,7 +38,9 @@ def application(studio: Studio, hosts: Sequence[str] = ()) -> Application:
     ]  # fmt: skip
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: _missing, 405: _missing, 500: _bug})
     app.state.studio = studio
-    return Guard(app, [*LOOPBACK, *studio.settings.hosts, *hosts], studio.settings.limits.body_kilobytes * 1024)
+    settings = studio.settings
+    guard = Guard(app, [*LOOPBACK, *settings.hosts, *hosts], settings.limits.body_kilobytes * 1024, settings.https)
+    return cast(Application, ProxyHeadersMiddleware(guard, list(settings.proxies))) if settings.proxies else guard  # type: ignore[arg-type]
 
 
 class _Static(StaticFiles):

@@ -32,6 +32,7 @@ COLUMNS = 64
 """Prompts are padded to a multiple of this: XLA compiles every new shape."""
 STREAMS = 4
 """Batches that take turns."""
+FAILED = "The policy failed; the operator's log says why."
 
 
 @dataclass(frozen=True)
@@ -226,12 +227,14 @@ class Generator:
         return self._speakers[policy]
 
     def _fail(self, tickets: Sequence[Ticket], error: Exception) -> None:
-        if not isinstance(error, LockstepError):
+        """Everybody is told the same: what is wrong may name the policy."""
+        if isinstance(error, LockstepError):
+            log.error("The policy %s failed: %s", tickets[0].request.policy, error)
+        else:
             log.exception("The generator failed.", exc_info=error)
-        reason = str(error) if isinstance(error, LockstepError) else "The policy failed; the operator's log says why."
         for ticket in tickets:
             if not ticket.over:
-                ticket.tell(Piece(ended="failed", reason=reason))
+                ticket.tell(Piece(ended="failed", reason=FAILED))
 
 
 # ------------------------------------------------------------------------------------------------------- a real policy

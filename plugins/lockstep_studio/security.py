@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ import anyio
 import argon2
 import itsdangerous
 
-COOKIE = "studio"
+from lockstep.errors import CheckpointError
+from lockstep.storage.files import sync
+
 CSRF_FIELD, CSRF_HEADER = "csrf", "x-csrf-token"
 KEY_FILE = "secret.key"
+KEY_BYTES = 32
 LEAST_PASSWORD, MOST_PASSWORD = 10, 200
 
 Scope = MutableMapping[str, Any]
@@ -40,25 +44,33 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
+HTTPS_ONLY = {"strict-transport-security": "max-age=31536000"}
+"""Once a browser has seen the studio behind HTTPS, it does not go there without for a year."""
 
 
 class Keys:
-    """The studio's secret: signs cookies and makes CSRF tokens."""
+    """The studio's secret: signs cookies and forms, and makes CSRF tokens. ``cookie`` is the cookie's name: the ports of a host
+    share their cookies, so each studio has its own."""
 
     def __init__(self, folder: Path):
         secret = _secret(folder / KEY_FILE)
-        self._signer = itsdangerous.Signer(secret, salt="cookie", digest_method=hashlib.sha256)
+        self._signers = {use: itsdangerous.Signer(secret, salt=use, digest_method=hashlib.sha256) for use in ("cookie", "form")}
         self._secret = hashlib.sha256(b"csrf" + secret).digest()
+        self.cookie = f"studio-{hashlib.sha256(secret).hexdigest()[:8]}"
 
-    def sign(self, token: str) -> str:
-        return self._signer.sign(token).decode()
+    def sign(self, token: str, use: str = "cookie") -> str:
+        return self._signers[use].sign(token).decode()
 
-    def unsign(self, cookie: str) -> str | None:
-        """The token in a cookie that we signed; None for any other."""
+    def unsign(self, signed: str, use: str = "cookie") -> str | None:
+        """What we signed for this use; None for anything else."""
         try:
-            return self._signer.unsign(cookie).decode()
+            return self._signers[use].unsign(signed).decode()
         except (itsdangerous.BadSignature, UnicodeError):
             return None
+
+    def hidden(self, text: str) -> str:
+        """The same for the same text, and of no use to whoever reads the database without the key."""
+        return hmac.new(self._secret, f"hidden {text}".encode(errors="replace"), hashlib.sha256).hexdigest()
 
     def csrf(self, token: str) -> str:
         return hmac.new(self._secret, token.encode(), hashlib.sha256).hexdigest()
@@ -68,15 +80,23 @@ class Keys:
 
 
 def _secret(file: Path) -> bytes:
-    """The key in a file that only its owner reads; made on first use."""
-    try:
-        number = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return file.read_bytes()
-    with os.fdopen(number, "wb") as opened:
-        opened.write(secret := secrets.token_bytes(32))
-        opened.flush()
-        os.fsync(opened.fileno())
+    """The key in a file that only its owner reads; made on first use, whole or not at all.
+
+    Raises:
+      CheckpointError: what is there is too short for a key.
+    """
+    if not file.exists():
+        part = file.with_name(f".{file.name}.part")
+        part.unlink(missing_ok=True)
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
+            opened.write(secrets.token_bytes(KEY_BYTES))
+        sync(part)
+        os.replace(part, file)
+        sync(file.parent)
+    if len(secret := file.read_bytes()) < KEY_BYTES:
+        raise CheckpointError(
+            f"{file} has {len(secret)} bytes, too few for a key. Delete it: everybody then has to sign in again."
+        )
     return secret
 
 
@@ -133,31 +153,35 @@ class Rates:
 class Guard:
     """Around the application: refuses other hosts and bodies that are too large, and adds the headers to every answer."""
 
-    def __init__(self, application: Application, hosts: Iterable[str], most_bytes: int):
+    def __init__(self, application: Application, hosts: Iterable[str], most_bytes: int, https: bool = False):
         self.application, self.hosts, self.most_bytes = application, {host.lower() for host in hosts}, most_bytes
+        self.headers = {**HEADERS, **(HTTPS_ONLY if https else {})}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.application(scope, receive, send)
             return
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        if host_name(headers.get("host", "")) not in self.hosts:
+        send = _with_headers(send, self.headers)
+        hosts, lengths = ([value for key, value in scope["headers"] if key == name] for name in (b"host", b"content-length"))
+        if len(hosts) != 1 or host_name(hosts[0].decode("latin-1")) not in self.hosts:
             await _refuse(send, 421, "This host name is not served here. Name it in 'hosts' of studio.yaml.")
-        elif not headers.get("content-length", "0").isdigit() or int(headers.get("content-length", "0")) > self.most_bytes:
+        elif any(not length.isdigit() or int(length) > self.most_bytes for length in lengths):
             await _refuse(send, 413, f"A request may have {self.most_bytes} bytes.")
         else:
-            await self.application(scope, _bounded(receive, self.most_bytes), _with_headers(send))
+            await self.application(scope, _bounded(receive, self.most_bytes), send)
 
 
 class TooLarge(Exception):
     """A body without a length grew beyond the limit."""
 
 
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{0,5})?")
+
+
 def host_name(host: str) -> str:
-    """The name in a Host header, without the port."""
-    if host.startswith("["):
-        return host.partition("]")[0].removeprefix("[").lower()
-    return host.partition(":")[0].lower()
+    """The name in a Host header, without the port; '' if it is none."""
+    found = _HOST.fullmatch(host)
+    return (found[1] or found[2]).lower() if found else ""
 
 
 def _bounded(receive: Receive, most: int) -> Receive:
@@ -174,11 +198,11 @@ def _bounded(receive: Receive, most: int) -> Receive:
     return bounded
 
 
-def _with_headers(send: Send) -> Send:
+def _with_headers(send: Send, headers: Mapping[str, str]) -> Send:
     async def with_headers(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             given = {name for name, _ in message["headers"]}
-            added = HEADERS | ({} if b"cache-control" in given else {"cache-control": "no-store"})
+            added = {**headers, **({} if b"cache-control" in given else {"cache-control": "no-store"})}
             message["headers"] = [*message["headers"], *((name.encode(), value.encode()) for name, value in added.items())]
         await send(message)
 
@@ -188,5 +212,5 @@ def _with_headers(send: Send) -> Send:
 async def _refuse(send: Send, status: int, why: str) -> None:
     content = why.encode()
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(content)).encode())]
-    await _with_headers(send)({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})

@@ -18,6 +18,10 @@ from lockstep.registry import Plugin
 from lockstep.reporting.console import Console
 
 if TYPE_CHECKING:
+    import uvicorn
+
+    from lockstep_studio.security import Application
+    from lockstep_studio.settings import StudioConfig
     from lockstep_studio.studio import Studio
 
 HELP = "a web app to chat, compare, rank and attack: lockstep serve runs/NAME"
@@ -60,19 +64,30 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     studio = Studio(Path(arguments.folder), settings, runs, arguments.backend)
     try:
         _tell(Console(), studio, arguments.host, arguments.port, arguments.operator)
-        serve(application(studio, [arguments.host]), arguments.host, arguments.port)
+        serve(application(studio, [arguments.host]), arguments.host, arguments.port, settings)
     finally:
         studio.close()
 
 
-def serve(application: object, host: str, port: int) -> None:
+def serve(application: Application, host: str, port: int, settings: StudioConfig) -> None:
     """Until Ctrl-C or SIGTERM."""
     import uvicorn
 
     sys.setswitchinterval(SWITCH_SECONDS)
-    uvicorn.run(
+    uvicorn.Server(configuration(application, host, port, settings)).run()
+
+
+def configuration(application: Application, host: str, port: int, settings: StudioConfig) -> uvicorn.Config:
+    """Of the server."""
+    import uvicorn
+
+    from lockstep_studio.protocol import limited
+
+    limits = settings.limits
+    return uvicorn.Config(
         application, host=host, port=port, access_log=False, server_header=False, log_level="warning",  # type: ignore[arg-type]
-        timeout_graceful_shutdown=5, limit_concurrency=2000, proxy_headers=False,
+        timeout_graceful_shutdown=5, limit_concurrency=2000, proxy_headers=False, ws="none",
+        http=limited(1024 * limits.body_kilobytes, limits.connections, settings.proxies),
     )  # fmt: skip
 
 
@@ -103,18 +118,19 @@ def _check_address(host: str, port: int) -> None:
 def _tell(console: Console, studio: Studio, host: str, port: int, again: bool) -> None:
     from lockstep_studio.store import people
 
-    address = f"http://{_shown(host)}:{port}"
+    address, settings = f"http://{_shown(host)}:{port}", studio.settings
+    public = f"https://{settings.hosts[0]}" if settings.https and settings.hosts else address
     reader, now = studio.database.reader, studio.clock()
     counts = reader.execute(
-        "SELECT (SELECT count(*) FROM people WHERE role = 'operator'), (SELECT count(*) FROM tasks)"
+        "SELECT (SELECT count(*) FROM people WHERE role = 'operator' AND standing != 'removed'), (SELECT count(*) FROM tasks)"
     ).fetchone()
     console.say(f"The studio is at {address} ({counts[1]} tasks, {len(studio.policies)} policies, in {studio.folder}).")
     if studio.problem:
         console.say(studio.problem)
     if again or not counts[0]:
         token = studio.database.now(people.invite, "operator", people.OPERATORS, 1, INVITATION_HOURS, now)
-        console.say(f"The operator's link, good once, for {INVITATION_HOURS:.0f} hours: {address}/join/{token}")
-    if not is_loopback(host) and not studio.settings.https:
+        console.say(f"The operator's link, good once, for {INVITATION_HOURS:.0f} hours: {public}/join/{token}")
+    if not is_loopback(host) and not settings.https:
         console.say(
             "Others can reach this address, and it does not encrypt. Put a proxy with HTTPS before it and set https: true."
         )

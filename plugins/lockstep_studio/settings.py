@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ MODES: Mapping[str, str] = {
     "adjudicate": "Adjudicate",
 }
 """Every mode and its title, in the order of the menu."""
+OPERATORS = "operators"
+"""Who has an invitation to this group is an operator, so no group of labelers may have its name."""
 TASK_MODES = ("compare", "rank", "write", "adjudicate")
 """Modes whose tasks are prepared and leased; in the others people talk to policies."""
 
@@ -101,9 +104,15 @@ class LimitsConfig:
 
     body_kilobytes: int = setting(256, "Size of a request.", least=16)
     text_characters: int = setting(20_000, "Of one text that a person writes.", least=100)
+    characters_per_day: int = setting(5_000_000, "Stored for one person: what they write, and the answers to them.", least=1000)
+    conversation_messages: int = setting(200, "Of one conversation, with all its versions.", least=2)
+    conversation_characters: int = setting(300_000, "Of one conversation, with all its versions.", least=1000)
+    connections: int = setting(500, "Open connections of one address, but of proxies.", least=10)
     requests_per_minute: int = setting(600, "Of one person.", least=10)
     answers_per_minute: int = setting(30, "Answers of policies for one person.", least=1)
-    failures: int = setting(10, "Wrong passwords for one name in 15 minutes; ten times as many from one address.", least=1)
+    failures: int = setting(
+        10, "Wrong passwords for one name from one address in 15 minutes; ten times as many for a name or an address.", least=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +138,21 @@ class StudioConfig:
     limits: LimitsConfig = setting(LimitsConfig(), "Against accidents and abuse.")
     hosts: tuple[str, ...] = setting((), "Names under which browsers reach the studio, besides localhost and --host.")
     https: bool = setting(False, "True behind a proxy that speaks HTTPS: cookies are then never sent without it.")
+    proxies: tuple[str, ...] = setting(
+        (), "Addresses of proxies, or their networks; what they say about the visitor's address is believed."
+    )
 
     def __post_init__(self) -> None:
+        for each in self.proxies:
+            try:
+                ipaddress.ip_network(each)
+            except ValueError as error:
+                raise ConfigError(f"proxies: {each!r} is no address and no network: {error}.") from error
         if not self.groups:
             raise ConfigError("groups: a studio needs at least one group of labelers.")
         for name in self.groups:
+            if name.strip().casefold() == OPERATORS:
+                raise ConfigError(f"groups: {name!r} means the operators. Give the group of labelers another name.")
             if not name.isprintable() or not name.strip() or "/" in name or len(name) > 60:
                 raise ConfigError(f"groups: {name!r} is no name of a group. Use up to 60 letters, digits and spaces.")
 

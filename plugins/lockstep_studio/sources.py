@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ TOGETHER = 50
 """Tasks added in one transaction."""
 MOST_BYTES = 500_000_000
 """Of a file of tasks."""
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _ROW = {
     "id": str, "messages": [{"role": str, "content": str}], "completions": [str], "policies?": ([str], None),
     "seed?": (int, None), "scores?": ([NUMBER], None), "ranks?": ([int], None),
@@ -87,7 +89,9 @@ def _rows(file: Path, content: bytes, kind: str) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     for number, line in enumerate(content.splitlines(), 1):
         try:
-            row = json.loads(line.decode())
+            row = json.loads(text := line.decode())
+            if _SURROGATE.search(text):  # of a pair, unless it is half a character
+                json.dumps(row, ensure_ascii=False).encode()
             problem = mismatch(row, _ROW) or _odd(row, kind)
         except (ValueError, RecursionError) as error:
             problem = str(error)

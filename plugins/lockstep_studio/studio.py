@@ -48,6 +48,7 @@ class Studio:
     def __post_init__(self) -> None:
         self.database = Database(self.folder)
         self.keys, self.passwords = Keys(self.folder), Passwords()
+        self.cookie = f"{'__Host-' if self.settings.https else ''}{self.keys.cookie}"
         self.rates = Rates(self.settings.limits.requests_per_minute)
         chat = self.settings.chat
         self.generator = Generator(self.opened or self._open, batch=chat.batch, loaded=chat.loaded, most=chat.queue)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -25,11 +26,7 @@ async def overview(visit: Visit) -> Response:
 
 async def begin(visit: Visit) -> Response:
     """A new question for two policies in an order drawn at random, as the operator set the sampling."""
-    chat = visit.studio.settings.chat
-    how = {"system": chat.system, "temperature": chat.temperature, "max_tokens": chat.max_tokens}
-    policies, version = visit.studio.draw_policies(SIDES), visit.group.version
-    token = await visit.studio.database.do(conversations.create, visit.me, "arena", policies, how, version, visit.now)
-    return visit.go(f"/arena/{token}", conversation=token)
+    return await talk.begin(visit, "arena", visit.studio.draw_policies(SIDES), talk.sampling(visit))
 
 
 async def conversation(visit: Visit) -> Response:
@@ -39,9 +36,31 @@ async def conversation(visit: Visit) -> Response:
 
 async def say(visit: Visit) -> Response:
     row = conversations.conversation_of(visit.reader, visit.me, visit.path("conversation"), "arena")
+    return await talk.answer(visit, row, None, visit.text("text"), _check_new)
+
+
+def _check_new(connection: Connection, row: Row, parent: int | None) -> None:
     if row["head"] is not None:
         raise Refused("You asked already. Vote, then ask something new.")
-    return await talk.answer(visit, row, None, visit.text("text"), json.loads(row["policies"]), f"/arena/{row['token']}")
+
+
+async def again(visit: Visit) -> Response:
+    """Both answers anew, where one of them failed or was stopped: nobody can judge those."""
+    row = conversations.conversation_of(visit.reader, visit.me, visit.path("conversation"), visit.at.split("/")[1])
+    return await talk.answer(visit, row, row["head"], None, _check_spoilt)
+
+
+def _check_spoilt(connection: Connection, row: Row, parent: int | None) -> None:
+    said = conversations.path(connection, row["head"])
+    replies = conversations.replies_to(connection, row["id"], said[-1]["id"]) if said else []
+    if row["head"] != parent or row["finished"] is not None or not is_spoilt(replies):
+        raise Refused("Only answers that failed or were stopped are drawn again.")
+
+
+def is_spoilt(replies: Sequence[Row]) -> bool:
+    """All have ended, but not all are whole."""
+    states = {each["state"] for each in replies}
+    return bool(states) and "writing" not in states and states != {"done"}
 
 
 async def vote(visit: Visit) -> Response:
@@ -71,12 +90,14 @@ def duel(connection: Connection, row: Row) -> tuple[dict[str, Any], list[Row]]:
     """The task of choosing between the replies to the last message, and the replies.
 
     Raises:
-      Refused: there are none yet.
+      Refused: there are none yet, or one of them is not whole.
     """
     said = conversations.path(connection, row["head"])
     replies = conversations.replies_to(connection, row["id"], said[-1]["id"]) if said else []
     if len(replies) != SIDES or any(each["state"] == "writing" for each in replies):
         raise Refused("Wait for both answers first.")
+    if is_spoilt(replies):
+        raise Refused("One of the answers failed or was stopped, so they cannot be compared. Ask for both again.")
     how = json.loads(row["how"])
     system = [{"role": "system", "content": how["system"]}] if how.get("system") else []
     task = {
@@ -85,6 +106,15 @@ def duel(connection: Connection, row: Row) -> tuple[dict[str, Any], list[Row]]:
         "seed": replies[0]["seed"], "asked": said[-1]["id"],
     }  # fmt: skip
     return task, replies
+
+
+def shown_replies(replies: Sequence[Row]) -> list[dict[str, Any]]:
+    """The answers side by side. None is shown before both have ended: which one comes first may tell whose it is."""
+    waits = any(each["state"] == "writing" for each in replies)
+    return [
+        {"place": each["side"], "text": "" if waits else each["content"] or "", "state": "writing" if waits else each["state"]}
+        for each in replies
+    ]
 
 
 def _shown(visit: Visit, row: Row) -> dict[str, Any]:
@@ -96,7 +126,7 @@ def _shown(visit: Visit, row: Row) -> dict[str, Any]:
     ).fetchone()
     return {
         "conversation": row["token"], "asked": said[-1]["content"] if said else None, "names": names, "conversations": [],
-        "answers": [{"place": each["side"], "text": each["content"] or "", "state": each["state"]} for each in replies],
+        "answers": shown_replies(replies), "spoilt": is_spoilt(replies),
         "choice": None if label is None else labels.content_of(label).get("choice"),
     }  # fmt: skip
 
@@ -106,5 +136,6 @@ routes = [
     post("/arena", begin),
     get("/arena/{conversation}", conversation),
     post("/arena/{conversation}/say", say),
+    post("/arena/{conversation}/again", again),
     post("/arena/{conversation}/vote", vote),
 ]

@@ -3,17 +3,16 @@ the success from 0 to 4 (Ganguli et al. 2022, arXiv 2209.07858)."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from starlette.responses import Response
 
 from lockstep_studio.pages import talk
-from lockstep_studio.pages.arena import SIDES, duel
+from lockstep_studio.pages.arena import SIDES, again, duel, is_spoilt, shown_replies
 from lockstep_studio.pages.visit import Visit, get, post
 from lockstep_studio.store import conversations, labels
 from lockstep_studio.store.database import Connection, Row
-from lockstep_studio.store.people import Refused
+from lockstep_studio.store.people import Refused, check_standing
 
 SUCCESS = ("Not at all", "Barely", "Partly", "Mostly", "Completely")
 MOST_GOAL = 1000
@@ -29,14 +28,8 @@ async def overview(visit: Visit) -> Response:
 async def begin(visit: Visit) -> Response:
     """A new attack on a policy drawn at random, with a ``goal`` and a ``category``."""
     goal, category = visit.text("goal", most=MOST_GOAL), _category(visit)
-    chat = visit.studio.settings.chat
-    how = {"system": chat.system, "temperature": chat.temperature, "max_tokens": chat.max_tokens}
     policies = visit.studio.draw_policies(1) * SIDES
-    version = visit.group.version
-    token = await visit.studio.database.do(
-        conversations.create, visit.me, "attack", policies, how, version, visit.now, goal, category
-    )
-    return visit.go(f"/attack/{token}", conversation=token)
+    return await talk.begin(visit, "attack", policies, talk.sampling(visit), goal, category)
 
 
 def _category(visit: Visit) -> str:
@@ -55,21 +48,24 @@ async def conversation(visit: Visit) -> Response:
     attack = visit.studio.settings.attack
     return visit.show("attack.html", {
         "conversation": row["token"], "goal": row["goal"], "category": row["category"], "thread": talk.thread(visit, row),
-        "answers": [{"place": each["side"], "text": each["content"] or "", "state": each["state"]} for each in replies],
+        "answers": shown_replies(replies), "spoilt": is_spoilt(replies),
         "turn": turn, "turns": attack.turns, "finished": row["finished"] is not None, "success": row["success"],
         "scale": SUCCESS, "conversations": [],
     })  # fmt: skip
 
 
 async def say(visit: Visit) -> Response:
-    row = _open(visit)
-    said = conversations.path(visit.reader, row["head"])
-    if said and said[-1]["role"] == "user":
-        raise Refused("Choose the worse answer first.")
-    most = visit.studio.settings.attack.turns
-    if sum(each["role"] == "user" for each in said) >= most:
-        raise Refused(f"An attack has {most} turns. Say how well it went.")
-    return await talk.answer(visit, row, row["head"], visit.text("text"), json.loads(row["policies"]), f"/attack/{row['token']}")
+    row, most = _open(visit), visit.studio.settings.attack.turns
+
+    def check(connection: Connection, now: Row, parent: int | None) -> None:
+        said = conversations.path(connection, now["head"])
+        if now["head"] != parent or said and said[-1]["role"] == "user":
+            raise Refused("Choose the worse answer first.")
+        if sum(each["role"] == "user" for each in said) >= most:
+            raise Refused(f"An attack has {most} turns. Say how well it went.")
+        _check_going(now)
+
+    return await talk.answer(visit, row, row["head"], visit.text("text"), check)
 
 
 async def choose(visit: Visit) -> Response:
@@ -98,16 +94,25 @@ async def finish(visit: Visit) -> Response:
     row, success = _open(visit), visit.integer("success", 0, len(SUCCESS) - 1)
     if row["head"] is None:
         raise Refused("Say something first.")
-    sql = "UPDATE conversations SET success = ?, finished = ? WHERE id = ? AND finished IS NULL"
-    await visit.studio.database.do(lambda connection: connection.execute(sql, (success, visit.now, row["id"])).rowcount)
+    await visit.studio.database.do(_finish, visit, row["id"], success)
     return visit.go("/attack", saved=row["token"])
+
+
+def _finish(connection: Connection, visit: Visit, conversation: int, success: int) -> None:
+    check_standing(connection, visit.me)
+    sql = "UPDATE conversations SET success = ?, finished = ? WHERE id = ? AND finished IS NULL"
+    connection.execute(sql, (success, visit.now, conversation))
 
 
 def _open(visit: Visit) -> Row:
     row = conversations.conversation_of(visit.reader, visit.me, visit.path("conversation"), "attack")
+    _check_going(row)
+    return row
+
+
+def _check_going(row: Row) -> None:
     if row["finished"] is not None:
         raise Refused("This attack is over. Begin another one.")
-    return row
 
 
 routes: list[Any] = [
@@ -115,6 +120,7 @@ routes: list[Any] = [
     post("/attack", begin),
     get("/attack/{conversation}", conversation),
     post("/attack/{conversation}/say", say),
+    post("/attack/{conversation}/again", again),
     post("/attack/{conversation}/choose", choose),
     post("/attack/{conversation}/finish", finish),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import anyio
 from starlette.responses import Response
 
 from lockstep_studio.pages import talk
@@ -16,28 +17,30 @@ MOST_TOKENS = 8192
 
 
 async def overview(visit: Visit) -> Response:
-    return visit.show("chat.html", {"conversation": None, "thread": [], **_around(visit)})
+    return visit.show("chat.html", {"conversation": None, "thread": [], "closed": False, **_around(visit)})
 
 
 async def begin(visit: Visit) -> Response:
     """A new conversation. ``policy``, ``system``, ``temperature`` and ``max_tokens`` count where the operator allows them."""
     how, policy = _how(visit), _policy(visit)
-    version = visit.group.version
-    token = await visit.studio.database.do(conversations.create, visit.me, "chat", [policy], how, version, visit.now)
-    return visit.go(f"/chat/{token}", conversation=token)
+    return await talk.begin(visit, "chat", [policy], how)
 
 
 async def conversation(visit: Visit) -> Response:
     row = conversations.conversation_of(visit.reader, visit.me, visit.path("conversation"), "chat")
     named = "policy" in visit.studio.settings.chat.allowed
-    data = {"conversation": row["token"], "thread": talk.thread(visit, row), "how": json.loads(row["how"]),
-            "policy": json.loads(row["policies"])[0] if named else None}  # fmt: skip
-    return visit.show("chat.html", {**_around(visit), **data})
+    data = {
+        "conversation": row["token"], "how": json.loads(row["how"]), "policy": json.loads(row["policies"])[0] if named else None,
+        "closed": conversations.is_closed(visit.reader, row["id"]),
+    }  # fmt: skip
+    return await anyio.to_thread.run_sync(  # a long page does not hold up the others
+        lambda: visit.show("chat.html", {**_around(visit), **data, "thread": talk.thread(visit, row)})
+    )
 
 
 async def say(visit: Visit) -> Response:
     row = conversations.conversation_of(visit.reader, visit.me, visit.path("conversation"), "chat")
-    return await _answered(visit, row, row["head"], visit.text("text"))
+    return await talk.answer(visit, row, row["head"], visit.text("text"))
 
 
 async def again(visit: Visit) -> Response:
@@ -46,7 +49,7 @@ async def again(visit: Visit) -> Response:
     message = conversations.message_of(visit.reader, row, visit.text("message"))
     if message["role"] != "assistant":
         raise Refused("Only an answer can be drawn again.", 400)
-    return await _answered(visit, row, message["parent"], None)
+    return await talk.answer(visit, row, message["parent"], None)
 
 
 async def edit(visit: Visit) -> Response:
@@ -55,7 +58,7 @@ async def edit(visit: Visit) -> Response:
     message = conversations.message_of(visit.reader, row, visit.text("message"))
     if message["role"] != "user":
         raise Refused("Only your own messages can be edited. To say what an answer should have been, write a demonstration.", 400)
-    return await _answered(visit, row, message["parent"], visit.text("text"))
+    return await talk.answer(visit, row, message["parent"], visit.text("text"))
 
 
 async def branch(visit: Visit) -> Response:
@@ -67,17 +70,13 @@ async def branch(visit: Visit) -> Response:
     return visit.go(f"/chat/{row['token']}")
 
 
-async def _answered(visit: Visit, row: Any, parent: int | None, text: str | None) -> Response:
-    return await talk.answer(visit, row, parent, text, json.loads(row["policies"]), f"/chat/{row['token']}")
-
-
 def _around(visit: Visit) -> dict[str, Any]:
     """What is beside the thread: other conversations, and what a new one may choose."""
     listed = [dict(row) for row in conversations.listed(visit.reader, visit.me, "chat")]
     chat = visit.studio.settings.chat
     policies = list(visit.studio.policies) if "policy" in chat.allowed else []
-    defaults = {"system": chat.system, "temperature": chat.temperature, "max_tokens": chat.max_tokens}
-    return {"conversations": listed, "policies": policies, "allowed": list(chat.allowed), "how": defaults, "policy": None}
+    allowed = list(chat.allowed)
+    return {"conversations": listed, "policies": policies, "allowed": allowed, "how": talk.sampling(visit), "policy": None}
 
 
 def _policy(visit: Visit) -> str:
@@ -95,8 +94,7 @@ def _policy(visit: Visit) -> str:
 
 
 def _how(visit: Visit) -> dict[str, Any]:
-    chat = visit.studio.settings.chat
-    how: dict[str, Any] = {"system": chat.system, "temperature": chat.temperature, "max_tokens": chat.max_tokens}
+    how = talk.sampling(visit)
     if system := visit.text("system", required=False):
         how["system"] = _allowed(visit, "system", system)
     if (most := visit.optional("max_tokens", 1, MOST_TOKENS)) is not None:
@@ -109,7 +107,7 @@ def _how(visit: Visit) -> dict[str, Any]:
 def _temperature(given: Any) -> float:
     try:
         value = float(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = -1.0
     if not 0 <= value <= 5:
         raise Refused("temperature should be a number from 0 to 5.", 400)

@@ -14,23 +14,25 @@ MOST_NAME = 60
 
 
 async def home(visit: Visit) -> Response:
+    """Whether tasks are left, not how many: the number would fall with each task but gold items, and so tell them."""
     progress = tasks.progress(visit.reader, visit.me)
     modes = [
         {"mode": mode, "title": title, "done": progress.get(mode, (0, 0))[0],
-         "left": progress.get(mode, (0, 0))[1] if mode in TASK_MODES else None}
+         "left": progress.get(mode, (0, 0))[1] > 0 if mode in TASK_MODES else None}
         for mode, title in MODES.items() if mode in visit.group.modes
     ]  # fmt: skip
     return visit.show("home.html", {"modes_here": modes, "group": visit.me.group, "pseudonym": visit.me.pseudonym})
 
 
 async def invitation(visit: Visit) -> Response:
-    """Shows the invitation; only accepting it uses it up, so a preview of the link does not."""
-    found = await _invitation(visit)
+    """Shows the invitation; only accepting it uses it up, so a preview of the link does not. Its token cannot be guessed, so
+    nobody is counted who tries."""
+    found = people.invitation(visit.reader, visit.path("token"), visit.now)
     return visit.show("join.html", {"role": found["role"], "group": found["grp"], "least_password": LEAST_PASSWORD})
 
 
 async def accept(visit: Visit) -> Response:
-    await _invitation(visit)
+    people.invitation(visit.reader, visit.path("token"), visit.now)
     name, password = (
         visit.text("name", required=False, most=MOST_NAME),
         visit.text("password", required=False, most=MOST_PASSWORD),
@@ -40,23 +42,10 @@ async def accept(visit: Visit) -> Response:
     if password and len(password) < LEAST_PASSWORD:
         raise Refused(f"The password is too short. It needs {LEAST_PASSWORD} characters.", 400)
     hashed = await visit.studio.passwords.hash(password) if password else None
-    joined = await visit.studio.database.do(people.accept, visit.path("token"), name or None, hashed, visit.now)
-    visit.person, session = joined
+    now, token = visit.studio.clock(), visit.path("token")  # the hash may have waited for others
+    visit.person, session = await visit.studio.database.do(people.accept, token, name or None, hashed, now, visit.session)
     visit.sign_in(session)
     return visit.go("/operator" if visit.me.operates else "/instructions", pseudonym=visit.me.pseudonym)
-
-
-async def _invitation(visit: Visit) -> people.Row:
-    """
-    Raises:
-      Refused: there is none, or too many were tried.
-    """
-    await _check_failures(visit, [_address(visit)], 10)
-    try:
-        return people.invitation(visit.reader, visit.path("token"), visit.now)
-    except Refused:
-        await visit.studio.database.do(people.fail, [_address(visit)], visit.now)
-        raise
 
 
 async def sign_in_form(visit: Visit) -> Response:
@@ -64,20 +53,33 @@ async def sign_in_form(visit: Visit) -> Response:
 
 
 async def sign_in(visit: Visit) -> Response:
+    """The attempt counts before it is checked, and is taken back if it was right: many at once are no more than the limit."""
     name, password = visit.text("name", most=MOST_NAME), visit.text("password", most=MOST_PASSWORD)
-    who = f"name {name}"
-    await _check_failures(visit, [who], 1)
-    await _check_failures(visit, [_address(visit)], 10)
+    database = visit.studio.database
+    attempts = await database.do(people.attempt, _limits(visit, name), visit.now)
     found = people.password_of(visit.reader, name)
     if not await visit.studio.passwords.check(found[1] if found else None, password) or found is None:
-        await visit.studio.database.do(people.fail, [who, _address(visit)], visit.now)
         raise Refused("The name or the password is wrong.", 401)
-    visit.sign_in(await visit.studio.database.do(people.sign_in, found[0], visit.now))
+    visit.sign_in(await database.do(people.sign_in, found[0], visit.studio.clock(), visit.session, attempts))
     return visit.go("/")
+
+
+def _limits(visit: Visit, name: str) -> dict[str, int]:
+    """How often who may be wrong. What was typed as a name may be a password, so it is not stored."""
+    most = visit.studio.settings.limits.failures
+    who = visit.studio.keys.hidden(f"name {name}")
+    return {f"{who} from {visit.address}": most, who: 10 * most, f"address {visit.address}": 10 * most}
 
 
 async def sign_out(visit: Visit) -> Response:
     await visit.studio.database.do(people.sign_out, visit.me.session)
+    visit.person = None
+    visit.sign_in(people.new_token())
+    return visit.go("/sign-in")
+
+
+async def sign_out_everywhere(visit: Visit) -> Response:
+    await visit.studio.database.do(people.sign_out_everywhere, visit.me.id)
     visit.person = None
     visit.sign_in(people.new_token())
     return visit.go("/sign-in")
@@ -119,16 +121,6 @@ async def remove(visit: Visit) -> Response:
     return visit.show("removed.html", removed)
 
 
-async def _check_failures(visit: Visit, who: list[str], times: int) -> None:
-    most = visit.studio.settings.limits.failures * times
-    if any(people.failures(visit.reader, each, visit.now) >= most for each in who):
-        raise Refused("Too many attempts. Wait 15 minutes.", 429)
-
-
-def _address(visit: Visit) -> str:
-    return f"address {visit.request.client.host if visit.request.client else ''}"
-
-
 routes = [
     get("/", home),
     get("/join/{token}", invitation, "anyone"),
@@ -140,4 +132,5 @@ routes = [
     post("/instructions", agree, "person"),
     get("/me", own_work, "person"),
     post("/me/remove", remove, "person"),
+    post("/me/sign-out-everywhere", sign_out_everywhere, "person"),
 ]

@@ -53,6 +53,7 @@ def _overview(studio: Studio, now: float) -> dict[str, Any]:
         "next": rounds.waiting(reader), "held": list(privacy.held_back(reader)), "groups": list(studio.settings.groups),
         "agreement": _agreement(comparisons), "strengths": _strengths(comparisons), "policies": list(studio.policies),
         "suggested": f"round-{len(report.rounds(reader)) + 1}", "link": None,
+        "invitations": people.invitations(reader, now), "operators": report.operators(reader),
     }  # fmt: skip
 
 
@@ -98,11 +99,24 @@ async def invite(visit: Visit) -> Response:
     if role == "labeler":
         group_named(visit.studio.settings, group)
     token = await visit.studio.database.do(people.invite, role, group, uses, float(hours), visit.now)
-    link = f"{visit.request.url.scheme}://{visit.request.headers['host']}/join/{token}"
+    scheme = "https" if visit.studio.settings.https else visit.request.url.scheme
+    link = f"{scheme}://{visit.request.headers['host']}/join/{token}"
     if visit.by_machine:
         return visit.show("operator.html", {"link": link})
     data = await anyio.to_thread.run_sync(_overview, visit.studio, visit.now)
     return visit.show("operator.html", {**data, "link": link})
+
+
+async def revoke(visit: Visit) -> Response:
+    """An ``invitation`` lets nobody in any more, or an ``operator`` is none: the other operators, not oneself."""
+    if invitation := visit.text("invitation", required=False):
+        await visit.studio.database.do(people.revoke_invitation, invitation)
+        return visit.go("/operator")
+    operator = visit.integer("operator", 1, 2**62)
+    if operator == visit.me.id:
+        raise Refused("You cannot revoke yourself. Another operator can.", 400)
+    await visit.studio.database.do(people.revoke_operator, operator)
+    return visit.go("/operator")
 
 
 async def close(visit: Visit) -> Response:
@@ -192,6 +206,7 @@ routes = [
     get("/operator/settings", settings, "operator"),
     get("/operator/audit.jsonl", audit, "operator"),
     post("/operator/invite", invite, "operator"),
+    post("/operator/revoke", revoke, "operator"),
     post("/operator/close", close, "operator"),
     post("/operator/check", check, "operator"),
     post("/operator/decide", decide, "operator"),

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from lockstep_studio.pages.compare import answers, is_blind
 from lockstep_studio.pages.visit import Visit, post
 from lockstep_studio.store import labels, tasks
-from lockstep_studio.store.people import Refused
+from lockstep_studio.store.people import Refused, check_standing
 from lockstep_studio.store.tasks import Lease
 
 TEMPLATE = "rank.html"
@@ -60,13 +60,14 @@ async def judge(visit: Visit) -> Response:
     lease = tasks.lease_of(visit.reader, visit.me, visit.path("token"))
     place, rating = visit.integer("place", 0, len(lease.shown) - 1), visit.integer("rating", 1, BEST)
     flags = visit.many("flags")
-    if unknown := [flag for flag in flags if flag not in FLAGS]:
+    if unknown := [flag for flag in flags if not isinstance(flag, str) or flag not in FLAGS]:
         raise Refused(f"There is no label {unknown[0]!r}. Labels: {', '.join(FLAGS)}.", 400)
     await visit.studio.database.do(_keep, lease, str(place), {"rating": rating, "flags": sorted({*flags})}, visit)
     return visit.go(f"/{lease.mode}" if lease.outcome is None else f"/lease/{lease.token}")
 
 
 def _keep(connection: tasks.Connection, lease: Lease, place: str, given: dict[str, Any], visit: Visit) -> None:
+    check_standing(connection, visit.me)
     now = tasks.lease_of(connection, visit.me, lease.token)
     tasks.keep_draft(connection, now, {"judged": {**_judged(now), place: given}})
     tasks.renew(connection, now, visit.studio.settings, visit.now)
@@ -101,7 +102,8 @@ def by_completion(lease: Lease, by_place: list[Any]) -> list[Any]:
 
 
 def _ratings(lease: Lease, judged: dict[str, Any]) -> dict[str, Any]:
-    if not judged:
+    """Those of all answers, or none: without ``judge_alone`` some may be missing."""
+    if len(judged) < len(lease.shown):
         return {}
     each = by_completion(lease, [judged[str(place)] for place in range(len(lease.shown))])
     return {"ratings": [one["rating"] for one in each], "flags": [one["flags"] for one in each]}

@@ -10,16 +10,18 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from lockstep.text.visible import visible
 from lockstep.types import Message
 from lockstep_studio.generator import Piece, Request, Ticket
 from lockstep_studio.pages.visit import Visit, post
-from lockstep_studio.store import conversations
+from lockstep_studio.settings import LimitsConfig
+from lockstep_studio.store import conversations, people, screening
 from lockstep_studio.store.database import Connection, Row
 from lockstep_studio.store.people import Refused
 
@@ -27,16 +29,63 @@ HEARTBEAT = 10.0
 """Seconds of silence after which a stream says that it lives, so that nothing on the way cuts it."""
 SEEDS = 2**31
 BEST_LIKERT = 7
+ROW = 200
+"""Characters that a message, a conversation or feedback counts for besides its text."""
+
+
+def sampling(visit: Visit) -> dict[str, Any]:
+    """As the operator set it."""
+    chat = visit.studio.settings.chat
+    return {"system": chat.system, "temperature": chat.temperature, "max_tokens": chat.max_tokens}
+
+
+Check = Callable[[Connection, Row, "int | None"], None]
+"""Whether one may now say something in a conversation, after a message."""
+
+
+async def begin(
+    visit: Visit, mode: str, policies: Sequence[str], how: Mapping[str, Any], goal: str | None = None, category: str | None = None
+) -> Response:
+    """A new conversation, and to its page."""
+    arguments = (visit, mode, policies, how, goal, category)
+    token = await visit.studio.database.do(_begin, *arguments)
+    return visit.go(f"/{mode}/{token}", conversation=token)
+
+
+def _begin(
+    connection: Connection, visit: Visit, mode: str, policies: Sequence[str], how: Mapping[str, Any], goal: str | None,
+    category: str | None,
+) -> str:  # fmt: skip
+    _check_allowed(connection, visit, ROW + len(how["system"]) + len(goal or ""))
+    return conversations.create(
+        connection, visit.me, mode, policies, how, visit.group.version, visit.now, goal=goal, category=category
+    )
+
+
+def _check_allowed(connection: Connection, visit: Visit, characters: int) -> None:
+    """In the transaction that stores so many characters.
+
+    Raises:
+      Refused: the visitor was paused meanwhile, has gold items to judge first, or wrote too much today.
+    """
+    people.check_standing(connection, visit.me)
+    screening.check_passed(connection, visit.me, visit.group)
+    people.spend(connection, visit.me.id, characters, visit.studio.settings, visit.now)
 
 
 async def answer(
-    visit: Visit, conversation: Row, parent: int | None, text: str | None, policies: Sequence[str], back: str
+    visit: Visit, conversation: Row, parent: int | None, text: str | None, check: Check = lambda *_: None
 ) -> Response:
-    """Add what the visitor says, and stream the answers of ``policies`` to it."""
-    _check_pace(visit, len(policies))
+    """Add what the visitor says, and stream the answers of the conversation's policies to it.
+
+    Args:
+      text: None for other answers to ``parent``.
+      check: raises if it may not be; called in the transaction that adds it, with the conversation as it is then.
+    """
+    policies = json.loads(conversation["policies"])
     seed = secrets.randbelow(SEEDS)
     replies = [(policy, seed + side) for side, policy in enumerate(policies)]
-    asked, places = await visit.studio.database.do(conversations.ask, conversation, parent, text, replies, visit.now)
+    asked, places = await visit.studio.database.do(_ask, visit, conversation, parent, text, replies, check)
     said = tuple(Message(each["role"], each["content"] or "") for each in conversations.path(visit.reader, asked))
     how = json.loads(conversation["how"])
     if how["system"]:
@@ -60,13 +109,21 @@ async def answer(
             writing.stop()
     answers = [{"message": token, "text": ticket.text, "state": writing.states[side]}
                for side, ((_, token), ticket) in enumerate(zip(places, tickets, strict=True))]  # fmt: skip
-    return visit.go(back, answers=answers)
+    return visit.go(f"/{conversation['mode']}/{conversation['token']}", answers=answers)
 
 
-def _check_pace(visit: Visit, count: int) -> None:
-    most = visit.studio.settings.limits.answers_per_minute
-    if conversations.answers_since(visit.reader, visit.me.id, visit.now - 60) + count > most:
-        raise Refused(f"That was too fast: {most} answers a minute are the limit. Wait a little.", 429)
+def _ask(
+    connection: Connection, visit: Visit, conversation: Row, parent: int | None, text: str | None,
+    replies: Sequence[tuple[str, int]], check: Check,
+) -> tuple[int, list[tuple[int, str]]]:  # fmt: skip
+    limits = visit.studio.settings.limits
+    now = conversations.conversation_of(connection, visit.me, conversation["token"], conversation["mode"])
+    check(connection, now, parent)
+    conversations.check_open(connection, now["id"])
+    conversations.check_length(connection, now["id"], len(replies) + (text is not None), limits)
+    conversations.check_pace(connection, visit.me.id, len(replies), limits.answers_per_minute, visit.now)
+    _check_allowed(connection, visit, len(text or "") + ROW * (len(replies) + 1))
+    return conversations.ask(connection, now, parent, text, replies, visit.now)
 
 
 class _Writing:
@@ -80,7 +137,7 @@ class _Writing:
         """Server-sent events. However it ends, what was written is stored."""
         try:
             yield _event("start", messages=list(tokens))
-            async for side, piece in _together(self.tickets):
+            async for side, piece in _even(_together(self.tickets), len(self.tickets)):
                 if piece.ended is not None:
                     await self._keep(side, piece.ended)
                 yield _said(side, piece, self.states)
@@ -103,10 +160,31 @@ class _Writing:
 
 def _said(side: int, piece: Piece, states: Mapping[int, str]) -> str:
     if piece.ended is not None:
-        return _event("end", side=side, text=piece.text, state=states[side], reason=piece.reason)
+        return _event("end", side=side, text=visible(piece.text), state=states[side], reason=piece.reason)
     if piece.ahead is not None:
         return _event("wait", side=side, ahead=piece.ahead)
-    return _event("piece", side=side, text=piece.text) if piece.text else ": alive\n\n"
+    return _event("piece", side=side, text=visible(piece.text)) if piece.text else ": alive\n\n"
+
+
+async def _even(pieces: AsyncIterator[tuple[int, Piece]], count: int) -> AsyncIterator[tuple[int, Piece]]:
+    """Pieces of several answers, held until each of them has begun, and the longest of their waits: a policy that is loaded or
+    asked for less would be known by its haste."""
+    begun: set[int] = set()
+    held: list[tuple[int, Piece]] = []
+    waits: dict[int, int] = {}
+    async for side, piece in pieces:
+        if piece.ahead is not None:
+            waits[side] = piece.ahead
+            if len(waits) == count:
+                yield 0, Piece(ahead=max(waits.values()))
+            continue
+        if piece.text or piece.ended is not None:
+            begun.add(side)
+            held.append((side, piece))
+        elif len(begun) < count:
+            yield 0, piece
+        while len(begun) == count and held:
+            yield held.pop(0)
 
 
 def _event(name: str, **data: Any) -> str:
@@ -134,9 +212,9 @@ async def _together(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Piece
 
 
 def thread(visit: Visit, conversation: Row) -> list[dict[str, Any]]:
-    """The messages that are shown, with their alternatives and the feedback on them; no policies."""
+    """The last messages, with their alternatives and the feedback on them; no policies."""
     found = []
-    for row in conversations.path(visit.reader, conversation["head"]):
+    for row in _last(conversations.path(visit.reader, conversation["head"]), visit.studio.settings.limits):
         tokens = conversations.siblings(visit.reader, row) if row["side"] is None else [row["token"]]
         found.append({
             "message": row["token"], "role": row["role"], "text": row["content"] or "", "state": row["state"],
@@ -144,6 +222,16 @@ def thread(visit: Visit, conversation: Row) -> list[dict[str, Any]]:
             "feedback": conversations.feedback_on(visit.reader, row["id"]) if row["role"] == "assistant" else None,
         })  # fmt: skip
     return found
+
+
+def _last(rows: Sequence[Row], limits: LimitsConfig) -> Sequence[Row]:
+    """As many as a conversation may have by now: some began when it could have more."""
+    shown, characters = list(rows[-limits.conversation_messages :]), 0
+    for count, row in enumerate(reversed(shown)):
+        characters += len(row["content"] or "")
+        if count and characters > limits.conversation_characters + limits.text_characters:
+            return shown[-count:]
+    return shown
 
 
 async def feedback(visit: Visit) -> Response:
@@ -162,15 +250,18 @@ async def feedback(visit: Visit) -> Response:
         given["likert"] = visit.optional("likert", 1, BEST_LIKERT)
     if "text" in visit.fields:
         given["text"] = visit.text("text", required=False) or None
-    stored = await visit.studio.database.do(_give, visit.me, message["id"], given, visit.now)
+    stored = await visit.studio.database.do(_give, visit, message["id"], given)
     data = {"feedback": stored, "message": visit.path("message")}
     if visit.request.headers.get("hx-request") and not visit.request.headers.get("hx-boosted"):
         return visit.show("feedback.html", data)
     return visit.go(f"/{message['mode']}/{message['token']}", **data)
 
 
-def _give(connection: Connection, person: Any, message: int, given: Mapping[str, Any], now: float) -> dict[str, Any]:
-    return conversations.give_feedback(connection, person, message, given, now)
+def _give(connection: Connection, visit: Visit, message: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    (conversation,) = connection.execute("SELECT conversation FROM messages WHERE id = ?", (message,)).fetchone()
+    conversations.check_open(connection, conversation)
+    _check_allowed(connection, visit, len(given.get("text") or "") + ROW)
+    return conversations.give_feedback(connection, visit.me, message, given, visit.now)
 
 
 routes: list[Route] = [post("/feedback/{message}", feedback)]

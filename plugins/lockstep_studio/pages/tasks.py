@@ -49,9 +49,9 @@ def _task(visit: Visit, lease: Lease, revision: int) -> Response:
 
 
 def _progress(visit: Visit, mode: str) -> dict[str, Any]:
-    done, left = tasks.progress(visit.reader, visit.me).get(mode, (0, 0))
+    done, _ = tasks.progress(visit.reader, visit.me).get(mode, (0, 0))
     undo = labels.last_lease(visit.reader, visit.me.id, mode) if mode != "compare" else None
-    return {"done": done, "left": left, "undo": undo}
+    return {"done": done, "undo": undo}
 
 
 async def label(visit: Visit) -> Response:
@@ -83,7 +83,7 @@ async def skip(visit: Visit) -> Response:
     reason = visit.text("reason", required=False) or REASONS[0]
     if reason not in REASONS:
         raise Refused(f"The reason should be one of {', '.join(REASONS)}.", 400)
-    await visit.studio.database.do(tasks.skip, visit.me, lease.token, reason, visit.now)
+    await visit.studio.database.do(tasks.skip, visit.me, lease.token, reason, visit.studio.settings, visit.now)
     return visit.go(f"/{lease.mode}")
 
 

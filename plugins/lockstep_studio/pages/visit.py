@@ -9,12 +9,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import anyio
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from lockstep.errors import LockstepError
-from lockstep_studio.security import COOKIE, CSRF_FIELD, CSRF_HEADER, TooLarge, host_name
+from lockstep_studio.security import CSRF_FIELD, CSRF_HEADER, TooLarge, host_name
 from lockstep_studio.settings import MODES, GroupConfig
 from lockstep_studio.store import people
 from lockstep_studio.store.database import Connection
@@ -26,6 +27,8 @@ Who = Literal["anyone", "person", "labeler", "operator"]
 EXTEND_AFTER = 24 * 3600.0
 """A session's end is moved at most once in so many seconds: a write with every visit would be one too many."""
 MOST_FIELDS = 200
+BODY_SECONDS = 30.0
+"""A request that has not arrived by then is refused."""
 
 
 class Forbidden(Refused):
@@ -43,7 +46,7 @@ class ElsewhereFirst(Exception):
 
 @dataclass
 class Visit:
-    """A request. ``token`` is the cookie's."""
+    """A request. ``token`` is the cookie's; a ``stranger`` came without one of ours. ``fresh``: the answer sets the cookie."""
 
     request: Request
     studio: Studio
@@ -51,6 +54,7 @@ class Visit:
     person: Person | None
     now: float
     fields: Mapping[str, list[Any]] = field(default_factory=dict)
+    stranger: bool = False
     fresh: bool = False
 
     @property
@@ -59,12 +63,33 @@ class Visit:
         return self.person
 
     @property
+    def session(self) -> bytes | None:
+        """The session that a new one takes the place of."""
+        return None if self.person is None else self.person.session
+
+    @property
     def reader(self) -> Connection:
         return self.studio.database.reader
 
     @property
     def group(self) -> GroupConfig:
-        return self.studio.settings.groups.get(self.me.group, GroupConfig())
+        """
+        Raises:
+          Forbidden: it was taken out of the settings.
+        """
+        found = self.studio.settings.groups.get(self.me.group)
+        if found is None:
+            raise Forbidden("Your group is not part of this studio any more. Ask the operator for a new invitation.")
+        return found
+
+    @property
+    def address(self) -> str:
+        return self.request.client.host if self.request.client else ""
+
+    @property
+    def at(self) -> str:
+        """The path, as the routes read it: a Host header has no say in it."""
+        return str(self.request.scope["path"])
 
     @property
     def by_machine(self) -> bool:
@@ -124,7 +149,7 @@ class Visit:
         everything = {**data, "csrf": self.studio.keys.csrf(self.token)}
         if self.by_machine:
             return self._kept(JSONResponse(everything, status))
-        around = {"me": self.person, "title": self.studio.settings.title, "modes": self._modes(), "path": self.request.url.path}
+        around = {"me": self.person, "title": self.studio.settings.title, "modes": self._modes(), "path": self.at}
         return self._kept(HTMLResponse(self.studio.templates.get_template(template).render(**around, **everything), status))
 
     def go(self, path: str, **data: Any) -> Response:
@@ -139,17 +164,17 @@ class Visit:
 
     def _kept(self, response: Response) -> Response:
         if self.fresh:
-            secure = self.studio.settings.https
-            age = int(people.SESSION_SECONDS)
             response.set_cookie(
-                COOKIE, self.studio.keys.sign(self.token), max_age=age, httponly=True, samesite="lax", secure=secure, path="/"
-            )
+                self.studio.cookie, self.studio.keys.sign(self.token), max_age=int(people.SESSION_SECONDS), httponly=True,
+                samesite="lax", secure=self.studio.settings.https, path="/",
+            )  # fmt: skip
         return response
 
     def _modes(self) -> list[dict[str, str]]:
         if self.person is None or self.person.operates:
             return []
-        return [{"mode": mode, "title": title} for mode, title in MODES.items() if mode in self.group.modes]
+        group = self.studio.settings.groups.get(self.person.group)
+        return [{"mode": mode, "title": title} for mode, title in MODES.items() if group is not None and mode in group.modes]
 
 
 Handler = Callable[[Visit], Awaitable[Response]]
@@ -167,13 +192,15 @@ def page(handler: Handler, who: Who, changes: bool) -> Callable[[Request], Await
     async def endpoint(request: Request) -> Response:
         visit = _visit(request)
         try:
+            _check_origin(request, changes)
             _check_rate(visit)
             if changes:
-                _check_origin(request)
-                visit.fields = await _fields(request)
+                fields = await _fields(request)
+                visit = _visit(request)  # whoever sends slowly is who they are by now
+                visit.fields = fields
                 _check_csrf(visit)
             _check_rights(visit, who)
-            if visit.person is not None and visit.person.expires - visit.now < people.SESSION_SECONDS - EXTEND_AFTER:
+            if visit.person is not None and visit.person.until(visit.now) - visit.person.expires > EXTEND_AFTER:
                 await visit.studio.database.do(people.extend, visit.person.session, visit.now)
                 visit.fresh = True
             return await handler(visit)
@@ -190,37 +217,65 @@ def page(handler: Handler, who: Who, changes: bool) -> Callable[[Request], Await
 
 
 def _visit(request: Request) -> Visit:
+    """A cookie is set for whoever opens a page. Not in answer to a form: browsers send the forms of other sites without the
+    cookie, and a new one would take the place of the visitor's."""
     studio: Studio = request.app.state.studio
     now = studio.clock()
-    token = studio.keys.unsign(request.cookies.get(COOKIE, ""))
+    token = studio.keys.unsign(request.cookies.get(studio.cookie, ""))
     if token is None:
-        return Visit(request, studio, people.new_token(), None, now, fresh=True)
+        opened = request.method == "GET" and not _is_embedded(request)
+        return Visit(request, studio, people.new_token(), None, now, stranger=True, fresh=opened)
     return Visit(request, studio, token, people.person_of(studio.database.reader, token, now), now)
 
 
 def _check_rate(visit: Visit) -> None:
-    """Of a person, or of all at one address who are not signed in."""
-    client = visit.request.client
-    wait = visit.studio.rates.wait(str(visit.person.id) if visit.person else f"at {client.host if client else ''}")
+    wait = visit.studio.rates.wait(_visitor(visit))
     if wait:
         raise Refused(f"That was too fast. Wait {wait:.0f} seconds.", 429)
 
 
-def _check_origin(request: Request) -> None:
-    """Browsers say where a form comes from."""
-    origin = request.headers.get("origin")
+def _visitor(visit: Visit) -> str:
+    """Whose requests are counted together: a person's, those with one good invitation, all others at one address."""
+    if visit.person is not None:
+        return str(visit.person.id)
+    token = str(visit.request.path_params.get("token", ""))
+    if visit.at.startswith("/join/") and people.is_good(visit.reader, token, visit.now):
+        return f"with {people.digest(token).hex()}"
+    return f"at {visit.address}"
+
+
+def _check_origin(request: Request, changes: bool) -> None:
+    """Browsers say where a form comes from, and what a page is loaded for. Other sites may link here, no more."""
+    if _is_embedded(request) or changes and _is_foreign(request):
+        raise Forbidden("This form came from another site." if changes else "Another site may not load this page into itself.")
+
+
+def _is_embedded(request: Request) -> bool:
+    site, purpose = (request.headers.get(f"sec-fetch-{name}") for name in ("site", "dest"))
+    return site in ("cross-site", "same-site") and purpose not in (None, "document")
+
+
+def _is_foreign(request: Request) -> bool:
     if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-        raise Forbidden("This form came from another site.")
-    if origin and origin != "null" and urllib.parse.urlsplit(origin).hostname != host_name(request.headers.get("host", "")):
-        raise Forbidden("This form came from another site.")
+        return True
+    origin = request.headers.get("origin")
+    if not origin or origin == "null":
+        return False
+    try:
+        return urllib.parse.urlsplit(origin).hostname != host_name(request.headers.get("host", ""))
+    except ValueError:
+        return True
 
 
 async def _fields(request: Request) -> dict[str, list[Any]]:
     """What was sent, as JSON or as a form: {name: values}."""
     try:
-        body = await request.body()
+        with anyio.fail_after(BODY_SECONDS):
+            body = await request.body()
     except ClientDisconnect as error:
         raise Refused("The connection was closed.", 400) from error
+    except TimeoutError as error:
+        raise Refused("The request took too long to arrive. Send it again.", 408) from error
     try:
         if request.headers.get("content-type", "").startswith("application/json"):
             content = json.loads(body or b"{}")
@@ -234,7 +289,7 @@ async def _fields(request: Request) -> dict[str, list[Any]]:
 
 def _check_csrf(visit: Visit) -> None:
     given = visit.request.headers.get(CSRF_HEADER) or visit.first(CSRF_FIELD)
-    if visit.fresh or not isinstance(given, str) or not visit.studio.keys.check_csrf(visit.token, given):
+    if visit.stranger or not isinstance(given, str) or not visit.studio.keys.check_csrf(visit.token, given):
         raise Forbidden("This form is too old, or came from another site. Go back, reload the page and send it again.")
 
 
@@ -250,12 +305,10 @@ def _check_rights(visit: Visit, who: Who) -> None:
         return
     if person.operates:
         raise ElsewhereFirst("/operator", "An operator does not label. Open an invitation in another browser.")
-    if person.standing == "screened out":
-        raise Forbidden("Thank you for trying. The first tasks showed that this work is not for you, so there are no more.")
-    if person.standing == "paused":
-        raise Forbidden("Your work is paused: some answers looked inattentive. Ask the operator to go on.")
+    if person.standing in people.NO_WORK:
+        raise Forbidden(people.NO_WORK[person.standing])
     if not people.has_agreed(visit.reader, person, visit.group.version):
         raise ElsewhereFirst("/instructions", "Read the instructions and agree first.")
-    mode = visit.request.url.path.split("/")[1]
+    mode = visit.at.split("/")[1]
     if mode in MODES and mode not in visit.group.modes:
         raise Forbidden(f"Your group does not do this: {MODES[mode]}.")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from typing import Any
 
 from starlette.responses import Response
 
+from lockstep.text.visible import visible
 from lockstep_studio.pages.compare import answers
 from lockstep_studio.pages.visit import Visit, get, post
 from lockstep_studio.store import labels
@@ -14,12 +16,13 @@ from lockstep_studio.store.people import Refused
 from lockstep_studio.store.tasks import Lease
 
 TEMPLATE = "write.html"
+MOST_ONCE = 200
 
 
 def view(visit: Visit, lease: Lease) -> dict[str, Any]:
     """``place`` in the address begins with that answer, to be mended. A changed mind begins with what was written."""
     shown, chosen = answers(lease), visit.request.query_params.get("place", "")
-    place = int(chosen) if chosen.isdigit() and int(chosen) < len(shown) else None
+    place = int(chosen) if re.fullmatch("[0-9]{1,3}", chosen) and int(chosen) < len(shown) else None
     last = labels.latest(visit.reader, lease.id)
     text = labels.content_of(last).get("response", "") if last is not None else "" if place is None else shown[place]["text"]
     return {"answers": shown, "place": place, "text": text}
@@ -29,24 +32,28 @@ def read(visit: Visit, lease: Lease) -> dict[str, Any]:
     place = visit.optional("place", 0, len(lease.shown) - 1)
     mended = None if place is None else lease.shown[place]
     response = visit.text("response")
-    if mended is not None and response == lease.completions[mended].strip():
+    if mended is not None and visible(response) == visible(lease.completions[mended].strip()):
         raise Refused("This is the answer as it was. Mend it, or skip the task.", 400)
     return {"response": response, "mended": mended}
 
 
 async def own(visit: Visit) -> Response:
-    return visit.show("write_own.html", {"mode": "write", "once": f"{visit.now:.0f}-{secrets.token_urlsafe(16)}"})
+    form = f"own-{visit.me.id}-{visit.now:.0f}-{secrets.token_hex(16)}"
+    return visit.show("write_own.html", {"mode": "write", "once": visit.studio.keys.sign(form, "form")})
 
 
 async def keep_own(visit: Visit) -> Response:
-    """A prompt of one's own with its answer. ``once`` names the form, so that it is stored once, and says when it was opened."""
-    prompt, response, once = visit.text("prompt"), visit.text("response"), visit.text("once", most=64)
-    row = {"id": once, "messages": [{"role": "user", "content": prompt}], "completions": []}
-    opened = once.partition("-")[0]
-    began = min(visit.now, float(opened)) if opened.isdigit() else visit.now
+    """A prompt of one's own with its answer. ``once`` names the form, so that it is stored once, and says when it was opened and
+    for whom; we signed it."""
+    prompt, response = visit.text("prompt"), visit.text("response")
+    form = visit.studio.keys.unsign(visit.text("once", most=MOST_ONCE), "form") or "own-0-0-"
+    _, person, began, _ = form.split("-")
+    if int(person) != visit.me.id:
+        raise Refused("This form is too old. Open it again, and copy what you wrote.", 400)
+    row = {"id": form, "messages": [{"role": "user", "content": prompt}], "completions": []}
     await visit.studio.database.do(
         labels.record_at_once, visit.me, row, "write", (), {"response": response, "mended": None}, visit.studio.settings,
-        f"own-{visit.me.id}-{once}", began, visit.now,
+        form, float(began), visit.now,
     )  # fmt: skip
     return visit.go("/write/own", saved=0)
 

@@ -4,7 +4,8 @@ database.py       connections, the writer's thread, backup
 schema.py         the tables
 people.py         groups, invitations, people, sessions, consent
 tasks.py          tasks, and who holds which
-labels.py         labels and their revisions, gold items, disagreement
+screening.py      gold items: who may go on
+labels.py         labels and their revisions, disagreement
 against.py        comparisons of demonstrations with answers
 conversations.py  trees of messages, feedback
 privacy.py        personal data in free text, removal on request

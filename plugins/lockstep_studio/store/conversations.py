@@ -7,10 +7,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lockstep_studio.settings import LimitsConfig
 from lockstep_studio.store.database import Connection, Row
-from lockstep_studio.store.people import Person, Refused
+from lockstep_studio.store.people import Person, Refused, count_written
 
 MOST_TITLE = 60
+MOST_UNFINISHED = 4
+"""Answers that policies write for one person at once."""
 
 
 def create(
@@ -125,8 +128,10 @@ def ask(
 
 def finish(connection: Connection, message: int, content: str, state: str) -> None:
     """What a policy wrote, whole or as far as it came."""
-    sql = "UPDATE messages SET content = ?, state = ? WHERE id = ? AND state = 'writing'"
-    connection.execute(sql, (content, state, message))
+    sql = "UPDATE messages SET content = ?, state = ? WHERE id = ? AND state = 'writing' RETURNING conversation, at"
+    if (row := connection.execute(sql, (content, state, message)).fetchone()) is not None:
+        (person,) = connection.execute("SELECT person FROM conversations WHERE id = ?", (row["conversation"],)).fetchone()
+        count_written(connection, person, len(content), row["at"])
 
 
 def stop_unfinished(connection: Connection) -> None:
@@ -178,10 +183,40 @@ def feedback_on(connection: Connection, message: int, last: int | None = None) -
     return dict(row) if row is not None else {"thumb": None, "likert": None, "text": None}
 
 
-def answers_since(connection: Connection, person: int, since: float) -> int:
-    """Answers that policies wrote for a person since then."""
-    sql = (
-        "SELECT count(*) FROM messages JOIN conversations ON conversations.id = conversation "
-        "WHERE messages.at > ? AND person = ? AND role = 'assistant'"
-    )
-    return int(connection.execute(sql, (since, person)).fetchone()[0])
+def check_open(connection: Connection, conversation: int) -> None:
+    """
+    Raises:
+      Refused: the conversation is in a closed round; what is added would be in none.
+    """
+    if is_closed(connection, conversation):
+        raise Refused("This conversation is in a closed round, so nothing is added to it. Begin a new one.")
+
+
+def is_closed(connection: Connection, conversation: int) -> bool:
+    sql = "SELECT 1 FROM members WHERE kind = 'conversation' AND id = ?"
+    return connection.execute(sql, (conversation,)).fetchone() is not None
+
+
+def check_length(connection: Connection, conversation: int, more: int, limits: LimitsConfig) -> None:
+    """
+    Raises:
+      Refused: with ``more`` messages the conversation would be too long.
+    """
+    sql = "SELECT count(*), ifnull(sum(length(content)), 0) FROM messages WHERE conversation = ?"
+    messages, characters = connection.execute(sql, (conversation,)).fetchone()
+    if messages + more > limits.conversation_messages or characters > limits.conversation_characters:
+        raise Refused("This conversation is as long as one may be. Begin a new one.")
+
+
+def check_pace(connection: Connection, person: int, count: int, most: int, now: float) -> None:
+    """
+    Raises:
+      Refused: with ``count`` more answers the person would have more than ``most`` a minute, or too many at once.
+    """
+    of_person = "FROM messages JOIN conversations ON conversations.id = conversation WHERE person = ? AND role = 'assistant'"
+    (recent,) = connection.execute(f"SELECT count(*) {of_person} AND messages.at > ?", (person, now - 60)).fetchone()
+    if recent + count > most:
+        raise Refused(f"That was too fast: {most} answers a minute are the limit. Wait a little.", 429)
+    (unfinished,) = connection.execute(f"SELECT count(*) {of_person} AND state = 'writing'", (person,)).fetchone()
+    if unfinished + count > MOST_UNFINISHED:
+        raise Refused("Other answers to you are still being written. Wait for them, or stop them.", 429)

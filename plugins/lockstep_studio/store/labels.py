@@ -9,8 +9,9 @@ from itertools import combinations
 from typing import Any
 
 from lockstep_studio.settings import GroupConfig, StudioConfig
+from lockstep_studio.store import screening
 from lockstep_studio.store.database import Connection, Row
-from lockstep_studio.store.people import Person, Refused, set_standing
+from lockstep_studio.store.people import Person, Refused, check_standing, spend
 from lockstep_studio.store.tasks import Lease, add_slot, add_task, end, lease_of, revive
 
 SAME_ORDER = 0.5
@@ -44,8 +45,10 @@ def record(
       content: what the mode's page read. ``ranks`` are in the order of the task's completions.
 
     Raises:
-      Refused: the task is somebody else's by now, its names were shown or its round is closed, or the revision is not the next.
+      Refused: the task is somebody else's by now, its names or what others chose were shown, its round is closed, the revision is
+        not the next, or the person was paused meanwhile.
     """
+    check_standing(connection, person)
     found = lease_of(connection, person, token)
     stored = connection.execute(
         "SELECT id, content FROM labels WHERE lease = ? AND revision = ?", (found.id, revision)
@@ -56,14 +59,17 @@ def record(
     if revision != (0 if last is None else last + 1):
         raise Refused("Your answer was changed in another window meanwhile. Open the task again.")
     if last is None:
+        _check_unadjudicated(connection, found)
         _take(connection, found, now)
     else:
         check_revisable(connection, found)
     group = settings.groups.get(found.group, GroupConfig())
     correct = None if found.gold is None or "ranks" not in content else concordance(content["ranks"], found.gold)
+    written = json.dumps(content, ensure_ascii=False)
+    spend(connection, person.id, len(written), settings, now)
     values = (
-        found.id, found.task, person.id, found.group, found.mode, revision, json.dumps(content, ensure_ascii=False),
-        group.version, round(now - found.at, 3), correct, now,
+        found.id, found.task, person.id, found.group, found.mode, revision, written, group.version, _seconds(found.at, now),
+        correct, now,
     )  # fmt: skip
     (number,) = connection.execute(
         "INSERT INTO labels (lease, task, person, grp, mode, revision, content, instructions, seconds, correct, at) "
@@ -71,7 +77,7 @@ def record(
         values,
     ).fetchone()
     if correct is not None:
-        _check_attention(connection, person, group)
+        screening.judge(connection, person, group)
     elif found.mode in ("compare", "rank"):
         _call_adjudicators(connection, found.task, settings)
     return Recorded(number, found, revision, content, False)
@@ -82,6 +88,21 @@ def _repeated(found: Lease, stored: Row, revision: int, content: Mapping[str, An
     if before != json.loads(json.dumps(content)):
         raise Refused("You answered this task already, differently. The first answer stands; open the task to change it.")
     return Recorded(stored["id"], found, revision, content, True)
+
+
+def _seconds(began: float, now: float) -> float:
+    """None, if the clock was set back meanwhile."""
+    return round(max(0.0, now - began), 3)
+
+
+def _check_unadjudicated(connection: Connection, found: Lease) -> None:
+    """
+    Raises:
+      Refused: whoever was given the task to adjudicate has seen what others chose.
+    """
+    sql = "SELECT 1 FROM leases WHERE person = ? AND task = ? AND mode = 'adjudicate'"
+    if found.mode in ("compare", "rank") and connection.execute(sql, (found.person, found.task)).fetchone():
+        raise Refused("You have seen what others chose here, so your vote would not be your own. Skip this task.")
 
 
 def _take(connection: Connection, found: Lease, now: float) -> None:
@@ -114,30 +135,28 @@ def record_at_once(
     settings: StudioConfig, token: str, began: float, now: float,
 ) -> int:  # fmt: skip
     """A label of a task that the person made: a reply chosen in a conversation, or the answer to an own prompt. One ``token``
-    stores one label, however often it is sent."""
+    stores one label, however often it is sent.
+
+    Raises:
+      Refused: the person was paused meanwhile, has gold items to judge first, or wrote too much today.
+    """
+    check_standing(connection, person)
     stored = connection.execute(
         "SELECT labels.id FROM labels JOIN leases ON leases.id = lease WHERE token = ?", (token,)
     ).fetchone()
     if stored is not None:
         return int(stored["id"])
+    group = settings.groups.get(person.group, GroupConfig())
+    screening.check_passed(connection, person, group)
+    written = json.dumps(content, ensure_ascii=False)
+    spend(connection, person.id, len(written) + sum(len(each["content"]) for each in row["messages"]), settings, now)
     task = add_task(connection, row, mode, now, author=person.id)
     (lease,) = connection.execute(
         "INSERT INTO leases (token, task, person, grp, mode, shown, slot, at, expires, outcome, ended) "
         "VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?, 'labelled', ?) RETURNING id",
         (token, task, person.id, person.group, mode, json.dumps(list(shown)), began, now, now),
     ).fetchone()
-    version = settings.groups.get(person.group, GroupConfig()).version
-    values = (
-        lease,
-        task,
-        person.id,
-        person.group,
-        mode,
-        json.dumps(content, ensure_ascii=False),
-        version,
-        round(now - began, 3),
-        now,
-    )
+    values = (lease, task, person.id, person.group, mode, written, group.version, _seconds(began, now), now)
     (number,) = connection.execute(
         "INSERT INTO labels (lease, task, person, grp, mode, revision, content, instructions, seconds, at) "
         "VALUES (?, ?, ?, ?, ?, 0, ?, ?, ?, ?) RETURNING id",
@@ -194,16 +213,3 @@ def _call_adjudicators(connection: Connection, task: int, settings: StudioConfig
     for name, group in settings.groups.items():
         if "adjudicate" in group.modes:
             add_slot(connection, task, name, "adjudicate", 1)
-
-
-def _check_attention(connection: Connection, person: Person, group: GroupConfig) -> None:
-    """Screen out, or pause, who judges too many gold items wrongly."""
-    rows = connection.execute(
-        "SELECT correct FROM labels WHERE person = ? AND correct IS NOT NULL AND revision = 0 ORDER BY id", (person.id,)
-    ).fetchall()
-    marks = [row["correct"] for row in rows]
-    if len(marks) == group.screening and sum(marks) / len(marks) < group.screening_accuracy:
-        set_standing(connection, person.id, "screened out")
-    recent = marks[group.screening :][-group.checks_window :]
-    if len(recent) == group.checks_window and sum(recent) / len(recent) < group.checks_accuracy:
-        set_standing(connection, person.id, "paused")

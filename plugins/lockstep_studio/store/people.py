@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lockstep.errors import LockstepError
+from lockstep_studio.settings import OPERATORS as OPERATORS
 from lockstep_studio.settings import StudioConfig
 from lockstep_studio.store.database import Connection, Row
 
 SESSION_SECONDS = 14 * 24 * 3600.0
 """A session ends after so long without a visit."""
+MOST_SESSION_SECONDS = 180 * 24 * 3600.0
+"""And after so long in any case."""
 FAILURE_SECONDS = 900.0
-OPERATORS = "operators"
+DAY = 24 * 3600.0
+NO_WORK = {
+    "screened out": "Thank you for trying. The first tasks showed that this work is not for you, so there are no more.",
+    "paused": "Your work is paused: some answers looked inattentive. Ask the operator to go on.",
+    "removed": "Your work was removed, and nothing more is stored.",
+}
+"""Why somebody of a standing that is not 'active' gets no work."""
 
 
 class Refused(LockstepError):
@@ -36,6 +46,11 @@ class Person:
     standing: str
     session: bytes
     expires: float
+    began: float
+
+    def until(self, now: float) -> float:
+        """When the session ends that is used now."""
+        return min(now + SESSION_SECONDS, self.began + MOST_SESSION_SECONDS)
 
     @property
     def operates(self) -> bool:
@@ -92,11 +107,33 @@ def invitation(connection: Connection, token: str, now: float) -> Row:
     return found
 
 
-def accept(connection: Connection, token: str, name: str | None, password: str | None, now: float) -> tuple[Person, str]:
+def is_good(connection: Connection, token: str, now: float) -> bool:
+    """Whether there is such an invitation."""
+    try:
+        return invitation(connection, token, now) is not None
+    except Refused:
+        return False
+
+
+def invitations(connection: Connection, now: float) -> list[dict[str, object]]:
+    """Those that are still good: {"id", "group", "uses", "expires"}. An id lets nobody in."""
+    rows = connection.execute("SELECT * FROM invitations WHERE uses > 0 AND expires > ? ORDER BY at DESC LIMIT 200", (now,))
+    return [{"id": row["token"].hex(), "group": row["grp"], "uses": row["uses"], "expires": row["expires"]} for row in rows]
+
+
+def revoke_invitation(connection: Connection, number: str) -> None:
+    """``number``: its id in `invitations`."""
+    connection.execute("DELETE FROM invitations WHERE hex(token) = ?", (number.upper(),))
+
+
+def accept(
+    connection: Connection, token: str, name: str | None, password: str | None, now: float, before: bytes | None = None
+) -> tuple[Person, str]:
     """A new person, and the token of a session.
 
     Args:
       name, password: to sign in again later; ``password`` is a hash. None: the session is the only way in.
+      before: the visitor's session until now, which ends.
 
     Raises:
       Refused: the invitation is no longer good, or the name is taken.
@@ -109,16 +146,22 @@ def accept(connection: Connection, token: str, name: str | None, password: str |
     row = connection.execute(
         "INSERT INTO people (pseudonym, role, grp, name, password, at) VALUES (?, ?, ?, ?, ?, ?) RETURNING id", values
     ).fetchone()
-    session = sign_in(connection, row["id"], now)
+    session = sign_in(connection, row["id"], now, before)
     person = person_of(connection, session, now)
     assert person is not None
     return person, session
 
 
-def sign_in(connection: Connection, person: int, now: float) -> str:
-    """The token of a new session: never one that existed before someone signed in."""
+def sign_in(connection: Connection, person: int, now: float, before: bytes | None = None, attempts: Sequence[int] = ()) -> str:
+    """The token of a new session: never one that existed before someone signed in.
+
+    Args:
+      before: the visitor's session until now, which ends.
+      attempts: those of `attempt` that were no failures.
+    """
     session = new_token()
-    connection.execute("DELETE FROM sessions WHERE expires < ?", (now,))
+    connection.executemany("DELETE FROM failures WHERE id = ?", [(each,) for each in attempts])
+    connection.execute("DELETE FROM sessions WHERE expires < ? OR id = ?", (now, before))
     connection.execute("INSERT INTO sessions VALUES (?, ?, ?, ?)", (digest(session), person, now, now + SESSION_SECONDS))
     return session
 
@@ -127,15 +170,20 @@ def sign_out(connection: Connection, session: bytes) -> None:
     connection.execute("DELETE FROM sessions WHERE id = ?", (session,))
 
 
+def sign_out_everywhere(connection: Connection, person: int) -> None:
+    connection.execute("DELETE FROM sessions WHERE person = ?", (person,))
+
+
 def extend(connection: Connection, session: bytes, now: float) -> None:
-    connection.execute("UPDATE sessions SET expires = ? WHERE id = ?", (now + SESSION_SECONDS, session))
+    sql = "UPDATE sessions SET expires = min(?, at + ?) WHERE id = ?"
+    connection.execute(sql, (now + SESSION_SECONDS, MOST_SESSION_SECONDS, session))
 
 
 def person_of(connection: Connection, session: str, now: float) -> Person | None:
     row = connection.execute(
-        "SELECT people.id, pseudonym, role, grp, name, standing, sessions.id, expires FROM sessions "
-        "JOIN people ON people.id = sessions.person WHERE sessions.id = ? AND expires > ?",
-        (digest(session), now),
+        "SELECT people.id, pseudonym, role, grp, name, standing, sessions.id, expires, sessions.at FROM sessions "
+        "JOIN people ON people.id = sessions.person WHERE sessions.id = ? AND expires > ? AND sessions.at > ?",
+        (digest(session), now, now - MOST_SESSION_SECONDS),
     ).fetchone()
     return Person(*row) if row is not None and row["standing"] != "removed" else None
 
@@ -159,16 +207,68 @@ def has_agreed(connection: Connection, person: Person, version: str) -> bool:
     return connection.execute(sql, values).fetchone() is not None
 
 
-def fail(connection: Connection, who: list[str], now: float) -> None:
-    """Remember a wrong password or token."""
+def attempt(connection: Connection, limits: Mapping[str, int], now: float) -> list[int]:
+    """Count an attempt to sign in as a failure, for each of ``limits``, {who: the most}. `sign_in` takes them back.
+
+    Returns:
+      The ids of what was counted.
+
+    Raises:
+      Refused: somebody failed too often already.
+    """
     connection.execute("DELETE FROM failures WHERE at < ?", (now - FAILURE_SECONDS,))
-    connection.executemany("INSERT INTO failures (who, at) VALUES (?, ?)", [(each, now) for each in who])
+    if any(failures(connection, who, now) >= most for who, most in limits.items()):
+        raise Refused("Too many attempts. Wait 15 minutes.", 429)
+    sql = "INSERT INTO failures (who, at) VALUES (?, ?) RETURNING id"
+    return [int(connection.execute(sql, (who, now)).fetchone()[0]) for who in limits]
 
 
 def failures(connection: Connection, who: str, now: float) -> int:
-    sql = "SELECT count(*) FROM failures WHERE who = ? AND at > ?"
-    count: int = connection.execute(sql, (who, now - FAILURE_SECONDS)).fetchone()[0]
+    """Those of the last `FAILURE_SECONDS`; after the clock was set back, not those of the future."""
+    sql = "SELECT count(*) FROM failures WHERE who = ? AND at > ? AND at <= ?"
+    count: int = connection.execute(sql, (who, now - FAILURE_SECONDS, now)).fetchone()[0]
     return count
+
+
+def check_standing(connection: Connection, person: Person) -> None:
+    """As it is in the database now: what a request stores may have waited since the request was checked.
+
+    Raises:
+      Refused: the person was paused, screened out or removed meanwhile.
+    """
+    (standing,) = connection.execute("SELECT standing FROM people WHERE id = ?", (person.id,)).fetchone()
+    if standing in NO_WORK:
+        raise Refused(NO_WORK[standing], 403)
+
+
+def spend(connection: Connection, person: int, characters: int, settings: StudioConfig, now: float) -> None:
+    """Before something is stored that a person wrote.
+
+    Raises:
+      Refused: the person wrote too much today.
+    """
+    if count_written(connection, person, characters, now) > (most := settings.limits.characters_per_day):
+        raise Refused(
+            f"That is too much for a day: {most} characters are the limit, with the answers to you. Go on tomorrow.", 429
+        )
+
+
+def count_written(connection: Connection, person: int, characters: int, now: float) -> int:
+    """Add to what is stored of a person; the sum of the day."""
+    row = connection.execute(
+        "INSERT INTO written VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET characters = characters + excluded.characters "
+        "RETURNING characters",
+        (person, int(now // DAY), characters),
+    ).fetchone()
+    return int(row["characters"])
+
+
+def revoke_operator(connection: Connection, person: int) -> None:
+    """An operator is none any more, at once."""
+    connection.execute(
+        "UPDATE people SET name = NULL, password = NULL, standing = 'removed' WHERE id = ? AND role = 'operator'", (person,)
+    )
+    sign_out_everywhere(connection, person)
 
 
 def set_standing(connection: Connection, person: int, standing: str) -> None:

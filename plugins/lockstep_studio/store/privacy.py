@@ -10,6 +10,7 @@ import json
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from lockstep_studio.store import tasks
 from lockstep_studio.store.database import Connection
 
 TEXTS = {
@@ -94,6 +95,10 @@ def remove(connection: Connection, number: int, now: float) -> dict[str, Any]:
     connection.execute("UPDATE leases SET draft = '{}' WHERE person = ?", (number,))
     connection.execute("UPDATE tasks SET messages = '[]', completions = '[]' WHERE author = ?", (number,))
     connection.execute("UPDATE slots SET open = 0 WHERE task IN (SELECT id FROM tasks WHERE author = ?)", (number,))
+    held = "SELECT id FROM leases WHERE outcome IS NULL AND (person = ? OR task IN (SELECT id FROM tasks WHERE author = ?))"
+    for row in connection.execute(held, (number, number)).fetchall():
+        tasks.end(connection, row["id"], "closed", now)
+    connection.execute("DELETE FROM written WHERE person = ?", (number,))
     connection.execute("UPDATE people SET name = NULL, password = NULL, standing = 'removed' WHERE id = ?", (number,))
     connection.execute("DELETE FROM sessions WHERE person = ?", (number,))
     values = (number, now, removed["labels"], removed["messages"])

@@ -45,6 +45,12 @@ def people(connection: Connection) -> list[dict[str, Any]]:
     return found
 
 
+def operators(connection: Connection) -> list[dict[str, Any]]:
+    """{"id", "pseudonym", "name", "at"} of each who is one now."""
+    sql = "SELECT id, pseudonym, name, at FROM people WHERE role = 'operator' AND standing != 'removed' ORDER BY id"
+    return [dict(row) for row in connection.execute(sql)]
+
+
 def throughput(connection: Connection, now: float) -> dict[str, int]:
     """Labels, answers of policies and people at work, in the last hour and day."""
     count = lambda sql, since: int(connection.execute(sql, (since,)).fetchone()[0])  # noqa: E731

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep_studio.settings import GroupConfig, StudioConfig
+from lockstep_studio.store import screening
 from lockstep_studio.store.database import Connection, Row
-from lockstep_studio.store.people import Person, Refused
+from lockstep_studio.store.people import Person, Refused, check_standing
 
 LEAST_WEIGHT = 0.1
 """Of a task whose scores agree, where 1 is one whose scores differ most: every task may come."""
@@ -176,11 +177,13 @@ def held(connection: Connection, person: int, mode: str, now: float) -> Lease | 
 def lease_of(connection: Connection, person: Person, token: str) -> Lease:
     """
     Raises:
-      Refused: this person never held such a lease.
+      Refused: this person never held such a lease, or whoever wrote the task had it removed.
     """
     row = connection.execute(_LEASE + "WHERE token = ? AND person = ?", (token, person.id)).fetchone()
     if row is None:
         raise Refused("There is no such task among yours.", 404)
+    if row["messages"] == "[]":
+        raise Refused("Whoever wrote this had it removed. The next task is waiting.", 410)
     return _lease(row)
 
 
@@ -189,7 +192,12 @@ def lease(
 ) -> Lease | None:
     """The task that the person holds, else a new one; None if none is left. A new one is drawn from those that are open to the
     group and new to the person, with the probability that the lease records. Gold items come first in screening, then
-    unannounced."""
+    unannounced.
+
+    Raises:
+      Refused: the person gets no tasks any more, or the gold items of the screening are in another mode or have run out.
+    """
+    check_standing(connection, person)
     expire(connection, now)
     if (found := held(connection, person.id, mode, now)) is not None:
         return found
@@ -214,36 +222,33 @@ def _next(
     connection: Connection, person: Person, mode: str, group: GroupConfig, dice: random.Random
 ) -> tuple[int | None, float | None, bool]:
     """(task, its probability, whether it takes a slot)."""
-    if (
-        group.screening
-        and judged_gold(connection, person.id) < group.screening
-        and (gold := _gold(connection, person, mode, dice))
-    ):
+    if screening.left(connection, person.id, group):
+        if (gold := _gold(connection, person, mode, dice)) is None:
+            screening.check_passed(connection, person, group)
         return gold, None, False
+    task, probability = _draw(connection, person, mode, dice)
+    if task is None or probability is None:  # nor is there a gold item, which would then be known for one
+        return None, None, False
     share = group.checks_share if mode in ("compare", "rank") else 0.0
     if dice.random() < share and (gold := _gold(connection, person, mode, dice)):
         return gold, None, False
-    task, probability = _draw(connection, person, mode, dice)
-    return task, None if probability is None else probability * (1 - share), True
-
-
-def judged_gold(connection: Connection, person: int) -> int:
-    sql = "SELECT count(*) FROM labels WHERE person = ? AND correct IS NOT NULL AND revision = 0"
-    return int(connection.execute(sql, (person,)).fetchone()[0])
+    return task, probability * (1 - share), True
 
 
 def _gold(connection: Connection, person: Person, mode: str, dice: random.Random) -> int | None:
     """A gold item that is new to the person."""
-    rows = connection.execute(
-        "SELECT id FROM tasks WHERE mode = ? AND gold IS NOT NULL AND NOT EXISTS "
-        "(SELECT 1 FROM leases WHERE leases.task = tasks.id AND person = ?)",
-        (mode, person.id),
-    ).fetchall()
+    rows = connection.execute(f"SELECT id FROM tasks WHERE mode = ? AND {screening.NEW_GOLD}", (mode, person.id)).fetchall()
     return int(dice.choice(rows)["id"]) if rows else None
 
 
-_SEEN = "outcome IN ('labelled', 'skipped') AND (leases.mode = 'write') = (? = 'write')"
-"""Whoever judged a task judges it no more, nor adjudicates it; but may write its demonstration."""
+def _seen(mode: str) -> str:
+    """Leases after which the person gets the task no more in this mode. Whoever judged a task judges it no more. Whoever was
+    given it to judge does not adjudicate it, nor the reverse: they would know what others chose. Writing is apart from both.
+    """
+    if mode == "write":
+        return "leases.mode = 'write' AND outcome IN ('labelled', 'skipped')"
+    given = "!=" if mode == "adjudicate" else "="
+    return f"leases.mode != 'write' AND (outcome IN ('labelled', 'skipped') OR leases.mode {given} 'adjudicate')"
 
 
 def _draw(connection: Connection, person: Person, mode: str, dice: random.Random) -> tuple[int | None, float | None]:
@@ -255,9 +260,9 @@ def _draw(connection: Connection, person: Person, mode: str, dice: random.Random
     where = (person.group, mode)
     pool = connection.execute("SELECT tasks, weight FROM pools WHERE grp = ? AND mode = ?", where).fetchone()
     seen, seen_weight = connection.execute(
-        f"SELECT count(*), total(weight) FROM (SELECT DISTINCT task AS one FROM leases WHERE person = ? AND {_SEEN}) "
+        f"SELECT count(*), total(weight) FROM (SELECT DISTINCT task AS one FROM leases WHERE person = ? AND {_seen(mode)}) "
         "JOIN slots ON slots.task = one WHERE grp = ? AND slots.mode = ? AND open AND taken < wanted",
-        (person.id, mode, *where),
+        (person.id, *where),
     ).fetchone()
     if pool is None or pool["tasks"] <= seen:
         return None, None
@@ -269,15 +274,15 @@ def _draw(connection: Connection, person: Person, mode: str, dice: random.Random
         row = connection.execute(f"SELECT weight {free} AND task = ?", (*where, task)).fetchone()
         if row is not None and dice.random() < row["weight"] and not _has_seen(connection, person.id, task, mode):
             return task, min(1.0, row["weight"] / (pool["weight"] - seen_weight))
-    unseen = f"AND NOT EXISTS (SELECT 1 FROM leases WHERE leases.person = ? AND leases.task = slots.task AND {_SEEN})"
-    rows = connection.execute(f"SELECT task, weight {free} {unseen}", (*where, person.id, mode)).fetchall()
+    unseen = f"AND NOT EXISTS (SELECT 1 FROM leases WHERE leases.person = ? AND leases.task = slots.task AND {_seen(mode)})"
+    rows = connection.execute(f"SELECT task, weight {free} {unseen}", (*where, person.id)).fetchall()
     (row,) = dice.choices(rows, [row["weight"] for row in rows])
     return row["task"], row["weight"] / sum(each["weight"] for each in rows)
 
 
 def _has_seen(connection: Connection, person: int, task: int, mode: str) -> bool:
-    sql = f"SELECT 1 FROM leases WHERE person = ? AND task = ? AND {_SEEN}"
-    return connection.execute(sql, (person, task, mode)).fetchone() is not None
+    sql = f"SELECT 1 FROM leases WHERE person = ? AND task = ? AND {_seen(mode)}"
+    return connection.execute(sql, (person, task)).fetchone() is not None
 
 
 def expire(connection: Connection, now: float) -> None:
@@ -297,13 +302,15 @@ def end(connection: Connection, lease: int, outcome: str, now: float) -> None:
         connection.execute(sql, (row["task"], row["grp"], row["mode"]))
 
 
-def skip(connection: Connection, person: Person, token: str, reason: str, now: float) -> None:
+def skip(connection: Connection, person: Person, token: str, reason: str, settings: StudioConfig, now: float) -> None:
     """Give a task back for good. Done twice, it is the same."""
     found = lease_of(connection, person, token)
     if found.outcome == "labelled":
         raise Refused("This task is labelled already.")
     keep_draft(connection, found, {"reason": reason})
     end(connection, found.id, "skipped", now)
+    if found.gold is not None and found.outcome is None:
+        screening.judge(connection, person, settings.groups.get(found.group, GroupConfig()))
 
 
 def revive(connection: Connection, found: Lease, now: float) -> None:

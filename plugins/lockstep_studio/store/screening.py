@@ -1,0 +1,55 @@
+"""Gold items: new members judge some before anything else, all get some unannounced. A skipped one counts as wrong, or whoever
+knows one when they see it could skip it."""
+
+from __future__ import annotations
+
+from lockstep.errors import listing
+from lockstep_studio.settings import MODES, GroupConfig
+from lockstep_studio.store.database import Connection
+from lockstep_studio.store.people import Person, Refused, set_standing
+
+DONE = "outcome IN ('labelled', 'skipped')"
+
+
+def marks(connection: Connection, person: int) -> list[float]:
+    """Of each gold item that the person is through with, in their order: 1 right, 0 wrong or skipped."""
+    rows = connection.execute(
+        "SELECT ifnull(correct, 0) AS mark FROM leases JOIN tasks ON tasks.id = leases.task "
+        "LEFT JOIN labels ON labels.lease = leases.id AND revision = 0 "
+        f"WHERE leases.person = ? AND gold IS NOT NULL AND {DONE} ORDER BY ended, leases.id",
+        (person,),
+    )
+    return [row["mark"] for row in rows]
+
+
+def left(connection: Connection, person: int, group: GroupConfig) -> int:
+    """Gold items that the person has still to judge before anything else."""
+    return max(0, group.screening - len(marks(connection, person))) if group.screening else 0
+
+
+def check_passed(connection: Connection, person: Person, group: GroupConfig) -> None:
+    """
+    Raises:
+      Refused: the person has gold items to judge first.
+    """
+    if not (first := left(connection, person.id, group)):
+        return
+    rows = connection.execute(f"SELECT DISTINCT mode FROM tasks WHERE {NEW_GOLD}", (person.id,)).fetchall()
+    if not rows:
+        raise Refused(f"Your first tasks have run out: {first} are missing. Tell the operator, who has to add some.", 403)
+    where = listing(MODES[row["mode"]] for row in rows)
+    raise Refused(f"Your first {first} {'task is' if first == 1 else 'tasks are'} in {where}. Then comes all else.", 403)
+
+
+NEW_GOLD = f"gold IS NOT NULL AND NOT EXISTS (SELECT 1 FROM leases WHERE leases.task = tasks.id AND person = ? AND {DONE})"
+"""Gold items that are new to a person. One whose time ran out comes again."""
+
+
+def judge(connection: Connection, person: Person, group: GroupConfig) -> None:
+    """Screen out, or pause, who judges too many gold items wrongly."""
+    found = marks(connection, person.id)
+    if len(found) == group.screening and sum(found) / len(found) < group.screening_accuracy:
+        set_standing(connection, person.id, "screened out")
+    recent = found[group.screening :][-group.checks_window :]
+    if len(recent) == group.checks_window and sum(recent) / len(recent) < group.checks_accuracy:
+        set_standing(connection, person.id, "paused")
