@@ -602,3 +602,50 @@ def test_hostile_text_takes_linear_time(piece):
         return time.process_time() - start
 
     assert seconds(100_000) < 3  # quadratic time would be minutes
+
+
+# --------------------------------------------------------------------------------------------------------- hostile files
+
+PAIR = {"prompt": [{"role": "user", "content": "q"}], "chosen": rounds.answer("a"), "rejected": rounds.answer("b")}
+
+
+def test_a_row_that_is_nested_too_deeply_is_an_error_with_its_place(tmp_path):
+    (tmp_path / "deep.jsonl").write_text(json.dumps(PAIR)[:-1] + ', "x": ' + "[" * 900 + "]" * 900 + "}\n")
+    with pytest.raises(DataError, match="deep.jsonl:1: .*nested too deeply"):
+        list(exchange.import_(tmp_path / "deep.jsonl", "trl-preference"))
+
+
+def test_metadata_with_numbers_of_thousands_of_digits_are_not_believed(tmp_path):
+    options = [{"value": ["completion-1", "completion-2"], "user_id": argilla.user_id("x")}]
+    record = {
+        "fields": {"prompt": "p", "completion-1": "a", "completion-2": "b"}, "responses": {"ranking": options},
+        "metadata": {"labelers": ["x"], "groups": ["g"], "ranks": ["9" * 5000 + " 1"]},
+    }  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    (row,) = exchange.import_(tmp_path / "a.json", "argilla")
+    assert row["ranks"] == [0, 1] and row["labeler"] == argilla.user_id("x")
+
+
+def test_a_number_that_cannot_be_converted_is_an_error_with_its_place(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"a.jsonl:1: Exceeds the limit .* digits\.$"):
+        list(rounds.read(tmp_path / "a.jsonl", lambda row, number: [int("9" * 5000)]))
+
+
+def test_a_small_parquet_file_that_unpacks_to_gigabytes_is_read_few_rows_at_a_time(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    text = pyarrow.array(["x" * 200_000])
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 20_000, pyarrow.int32()), text)  # 4 GB
+    parquet.write_table(pyarrow.table({"prompt": column}), tmp_path / "bomb.parquet", compression="zstd")
+    rows = rounds.read(tmp_path / "bomb.parquet", lambda row, number: [row])
+    before = pyarrow.total_allocated_bytes()
+    assert len(next(rows)["prompt"]) == 200_000 and pyarrow.total_allocated_bytes() - before < 100_000_000
+
+
+def test_rows_of_parquet_that_are_larger_than_any_could_be_are_refused(tmp_path, monkeypatch):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"prompt": ["x" * 5000]}), tmp_path / "a.parquet")
+    for name, said in (("MOST_CHARACTERS", "a row has more than 100 characters"), ("MOST_BYTES", "in one group of rows")):
+        with monkeypatch.context() as patched, pytest.raises(DataError, match=said):
+            patched.setattr(rounds, name, 100)
+            list(rounds.read(tmp_path / "a.parquet", lambda row, number: [row]))

@@ -174,7 +174,7 @@ def _believed(kept: Sequence[Any], who: str | None, order: list[int]) -> Known |
     labeler, group, text = kept
     if not all(isinstance(each, str) for each in kept) or who != user_id(labeler):
         return None
-    ranks = [int(rank) for rank in text.split() if rank.isdecimal()]
+    ranks = [int(rank) for rank in text.split() if rank.isdecimal() and len(rank) < 10]
     return (labeler or None, group or None, ranks) if _orders(ranks, order) else None
 
 

@@ -25,7 +25,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, TextIO
 
-from lockstep.data.columns import BadRow, LeftOut
+from lockstep.data.columns import MOST_CHARACTERS, BadRow, LeftOut
 from lockstep.data.reading import Source, read_rows
 from lockstep.errors import DataError, did_you_mean, listing, short
 from lockstep.storage.files import expanded
@@ -39,7 +39,9 @@ Message = Mapping[str, str]
 COMPARISONS, DEMONSTRATIONS, CONVERSATIONS = NOUNS = ("comparisons", "demonstrations", "conversations")
 
 MOST_BYTES = 1_000_000_000
-"""Of a file that is one JSON list, which has to be in memory."""
+"""Of a file that is one JSON list, or of a group of rows of Parquet, which have to be in memory."""
+ROWS = 16
+"""Of Parquet in memory at once."""
 
 MESSAGE = {"role": re.compile("system|user|assistant|tool"), "content": str}
 _WHO = {"id": str, "messages": [MESSAGE], "labeler?": str, "group?": str}
@@ -246,7 +248,7 @@ def read(file: str | Path, convert: Callable[[Any, str], Iterable[Row]]) -> Iter
 
 def _converted(path: Path, convert: Callable[[Any, str], Iterable[Row]]) -> Iterator[Row]:
     left_out, count = Counter[str](), 0
-    for place, row in read_rows(Source(str(path))):
+    for place, row in _parquet(path) if path.suffix == ".parquet" else read_rows(Source(str(path))):
         count += 1
         try:
             if isinstance(row, BadRow):
@@ -256,8 +258,36 @@ def _converted(path: Path, convert: Callable[[Any, str], Iterable[Row]]) -> Iter
             left_out[str(reason)] += 1
         except BadRow as bad:
             raise DataError(f"{place}: {bad}") from None
+        except RecursionError:
+            raise DataError(f"{place}: it is nested too deeply.") from None
+        except ValueError as error:  # a whole number of thousands of digits
+            raise DataError(f"{place}: {str(error).partition(';')[0]}.") from None
     if left_out:
         log.warning("%s: left out of %d rows: %s", path, count, ", ".join(f"{n} {reason}" for reason, n in left_out.items()))
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    """Few rows at a time: a file of some kilobytes may unpack to gigabytes.
+
+    Raises:
+      DataError: it is no Parquet, or rows are larger than any could be.
+    """
+    import pyarrow.parquet
+
+    count = 0
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        groups = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
+        if max(groups, default=0) > MOST_BYTES:
+            raise DataError(f"{path} has {max(groups) / 1e9:.1f} GB of columns in one group of rows. Write it with smaller ones.")
+        for batch in file.iter_batches(batch_size=ROWS):
+            if batch.nbytes > ROWS * MOST_CHARACTERS:
+                raise DataError(f"{path}:{count + 1}: a row has more than {MOST_CHARACTERS} characters.")
+            for row in batch.to_pylist():
+                count += 1
+                yield f"{path}:{count}", row
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as .parquet: {error}") from error
 
 
 Convert = Callable[[Any], Iterable[Row | LeftOut]]
