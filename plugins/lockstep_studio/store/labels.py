@@ -91,7 +91,7 @@ def _repeated(found: Lease, stored: Row, revision: int, content: Mapping[str, An
 
 
 def _seconds(began: float, now: float) -> float:
-    """None, if the clock was set back meanwhile."""
+    """From then to now; 0 if the clock was set back meanwhile."""
     return round(max(0.0, now - began), 3)
 
 
