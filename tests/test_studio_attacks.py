@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import time
@@ -10,11 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from lockstep.errors import CheckpointError
+from lockstep.errors import CheckpointError, ConfigError
 from lockstep.storage.records import read_rows
+from lockstep_studio.generator import Piece
+from lockstep_studio.pages import talk
 from lockstep_studio.pages.arena import shown_replies
 from lockstep_studio.store import conversations
 from lockstep_studio.store.conversations import MOST_UNFINISHED
+from lockstep_studio.store.people import Refused
 from studio_server import JSON, Echo, labeler, operator, serving
 from test_studio_pages import PERSONAL, waiting_run
 from test_studio_store import candidates, settings, write
@@ -190,12 +194,20 @@ def test_skipped_gold_items_count_as_wrong(tmp_path):
 
 
 def test_when_the_gold_items_have_run_out_there_are_no_other_tasks(tmp_path):
-    with screened(tmp_path, 2, screening_accuracy=0.0) as (studio, address):
+    with screened(tmp_path, 3, screening_accuracy=0.0) as (studio, address):
         client = labeler(studio, address)
         for _ in range(2):
             client.post(f"/lease/{client.get('/compare')['lease']}", choice=0)
+        studio.database.now(lambda connection: connection.execute(
+            "UPDATE tasks SET gold = NULL WHERE id NOT IN (SELECT task FROM leases)"
+        ))  # fmt: skip
         refused = client.get("/compare")
         assert refused["status"] == 403 and "1 are missing. Tell the operator" in refused["error"]
+
+
+def test_a_screening_with_too_few_gold_items_does_not_start(tmp_path):
+    with pytest.raises(ConfigError, match="groups.training.screening is 3, but 'gold' has 2 items"), screened(tmp_path, 2):
+        pass
 
 
 def test_a_gold_item_whose_time_ran_out_comes_again(tmp_path):
@@ -257,6 +269,25 @@ def test_answers_that_failed_are_not_judged_but_drawn_again_and_do_not_name_thei
     assert '"completions":["",' not in closed(studio, boss).replace(" ", "")
 
 
+def test_where_the_queue_takes_one_of_two_answers_neither_is_written(studio):
+    client, submit, tickets = labeler(studio, studio.address), studio.generator.submit, []
+
+    def full(request):
+        if tickets:
+            raise Refused("Too many people are waiting for an answer.", 503)
+        tickets.append(submit(request))
+        return tickets[-1]
+
+    studio.generator.submit = full
+    client.get("/arena")
+    token = client.post("/arena")["conversation"]
+    assert client.post(f"/arena/{token}/say", text="forever")["status"] == 503
+    assert tickets[0].cancelled
+    studio.generator.submit = submit
+    assert client.get(f"/arena/{token}")["spoilt"]
+    assert client.post(f"/arena/{token}/vote", choice=0)["status"] == 409
+
+
 def test_stopped_answers_are_not_judged(studio):
     client = labeler(studio, studio.address)
     client.get("/arena")
@@ -304,6 +335,23 @@ def test_which_of_two_policies_is_loaded_cannot_be_seen(studio):
                     if name in ("piece", "end"):
                         times.setdefault(data["side"], time.perf_counter())
         assert abs(times[0] - times[1]) < 0.2
+
+
+def test_answers_come_a_piece_of_each_at_a_time_whoever_is_quicker():
+    one, other = [Piece("a"), Piece("b"), Piece("c", "done")], [Piece("x"), Piece("y", "done")]
+
+    async def arriving():
+        for piece in (Piece(ahead=0), *one):
+            yield 1, piece
+        yield 0, Piece(ahead=3)
+        for piece in other:
+            yield 0, piece
+
+    async def seen():
+        return [(side, piece.text, piece.ahead) async for side, piece in talk._even(arriving(), 2)]
+
+    expected = [(0, "", 3), (0, "x", None), (1, "a", None), (0, "y", None), (1, "b", None), (1, "c", None)]
+    assert asyncio.run(seen()) == expected
 
 
 def test_an_answer_that_ends_first_is_not_shown_before_the_other():

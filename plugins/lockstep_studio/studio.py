@@ -62,7 +62,18 @@ class Studio:
         rounds.finish_all(self.database, self.folder)
         if self.settings.gold is not None and not self._knows(gold := Path(self.settings.gold)):
             sources.add_file(self.database, gold, "gold", self.settings, self.clock())
+        self._check_gold()
         self.scan()
+
+    def _check_gold(self) -> None:
+        """
+        Raises:
+          ConfigError: a group's screening needs more gold items than there are; its new members would get no tasks.
+        """
+        (count,) = self.database.reader.execute("SELECT count(*) FROM tasks WHERE gold IS NOT NULL").fetchone()
+        for name, group in self.settings.groups.items():
+            if group.screening > count:
+                raise ConfigError(f"groups.{name}.screening is {group.screening}, but 'gold' has {count} items. Add some.")
 
     def _knows(self, file: Path) -> bool:
         sql = "SELECT 1 FROM sources WHERE path = ?"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,12 +91,14 @@ async def answer(
     how = json.loads(conversation["how"])
     if how["system"]:
         said = (Message("system", how["system"]), *said)
+    tickets: list[Ticket] = []
     try:
-        tickets = [
-            visit.studio.generator.submit(Request(policy, said, each, how["temperature"], how["max_tokens"]))
-            for policy, each in replies
-        ]
+        for policy, each in replies:
+            request = Request(policy, said, each, how["temperature"], how["max_tokens"])
+            tickets.append(visit.studio.generator.submit(request))
     except Refused:
+        for ticket in tickets:
+            ticket.cancel()
         for number, _ in places:
             await visit.studio.database.do(conversations.finish, number, "", "failed")
         raise
@@ -167,24 +170,25 @@ def _said(side: int, piece: Piece, states: Mapping[int, str]) -> str:
 
 
 async def _even(pieces: AsyncIterator[tuple[int, Piece]], count: int) -> AsyncIterator[tuple[int, Piece]]:
-    """Pieces of several answers, held until each of them has begun, and the longest of their waits: a policy that is loaded or
-    asked for less would be known by its haste."""
-    begun: set[int] = set()
-    held: list[tuple[int, Piece]] = []
-    waits: dict[int, int] = {}
+    """Pieces of several answers, one of each at a time, and the longest of their waits: a policy that is loaded already, asked
+    for less or quicker would be known by its haste."""
+    waiting = [deque[Piece]() for _ in range(count)]
+    over: set[int] = set()
+    ahead: dict[int, int] = {}
     async for side, piece in pieces:
         if piece.ahead is not None:
-            waits[side] = piece.ahead
-            if len(waits) == count:
-                yield 0, Piece(ahead=max(waits.values()))
-            continue
-        if piece.text or piece.ended is not None:
-            begun.add(side)
-            held.append((side, piece))
-        elif len(begun) < count:
+            ahead[side] = piece.ahead
+            if len(ahead) == count:
+                yield 0, Piece(ahead=max(ahead.values()))
+        elif not piece.text and piece.ended is None:
             yield 0, piece
-        while len(begun) == count and held:
-            yield held.pop(0)
+        else:
+            waiting[side].append(piece)
+        while any(waiting) and all(each or side in over for side, each in enumerate(waiting)):
+            for side, each in enumerate(waiting):
+                if each:
+                    over |= {side} if each[0].ended is not None else set()
+                    yield side, each.popleft()
 
 
 def _event(name: str, **data: Any) -> str:
