@@ -124,6 +124,25 @@ def test_two_answers_stream_side_by_side_and_the_names_follow_the_vote(browser, 
     assert "ppo_1-torch-" in browser.run("document.body.innerText") and browser.problems() == []
 
 
+def test_answers_that_were_stopped_are_asked_for_again_by_a_key_and_not_judged(browser, studio):
+    join(browser, studio)
+    browser.go(f"{studio.address}/arena")
+    browser.key("n")
+    browser.wait("document.activeElement.tagName === 'TEXTAREA'")
+    browser.write("forever and ever")
+    browser.key("Enter", 2)
+    for key in ("Escape", "r", "Escape"):
+        if key == "Escape":
+            browser.wait("[...document.querySelectorAll('#live [data-side]')].every((side) => side.textContent.length > 30)")
+        browser.key(key)
+        if key == "Escape":
+            browser.wait("document.querySelector('[data-key=r]') && document.querySelectorAll('.answer .text').length === 4")
+            assert browser.run("document.querySelectorAll('[name=choice]').length") == 0
+            browser.wait(SETTLED)
+    assert studio.database.reader.execute("SELECT count(*) FROM messages WHERE state = 'stopped'").fetchone()[0] == 4
+    assert browser.problems() == []
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_text_has_a_contrast_of_four_and_a_half_in_both_themes(browser, studio, theme):
     """WCAG 2.2, success criterion 1.4.3 AA, of every text on the pages."""

@@ -14,15 +14,17 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
-from lockstep_studio.serve import is_loopback
+from lockstep_studio.serve import _tell, is_loopback
 from lockstep_studio.store.database import FILE, connect
+from lockstep_studio.studio import Studio
 from studio_server import Machine
 from test_studio_pages import waiting_run
-from test_studio_store import candidates
+from test_studio_store import candidates, settings
 
 SETTINGS = "groups: {training: {modes: [compare], checks_share: 0, overlap_share: 0}}\nlimits: {requests_per_minute: 100000}\n"
 
@@ -123,6 +125,17 @@ def test_the_loopback_is_told_from_other_addresses():
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "10.0.0.1", "example.org")] == [
         True, True, True, False, False, False
     ]  # fmt: skip
+
+
+def test_behind_https_the_operators_link_is_https_and_a_proxy_without_a_name_is_told(tmp_path):
+    said: list[str] = []
+    console = SimpleNamespace(say=said.append)
+    for proxies in ([], ["127.0.0.1"]):
+        studio = Studio(tmp_path / f"studio{len(proxies)}", settings(https=True, hosts=["studio.example.org"], proxies=proxies))
+        _tell(console, studio, "127.0.0.1", 8000, False)
+        studio.close()
+    assert sum("https://studio.example.org/join/" in each for each in said) == 2
+    assert sum("Name the proxy's address" in each for each in said) == 1
 
 
 class Voter(threading.Thread):

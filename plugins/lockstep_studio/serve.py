@@ -130,6 +130,8 @@ def _tell(console: Console, studio: Studio, host: str, port: int, again: bool) -
     if again or not counts[0]:
         token = studio.database.now(people.invite, "operator", people.OPERATORS, 1, INVITATION_HOURS, now)
         console.say(f"The operator's link, good once, for {INVITATION_HOURS:.0f} hours: {public}/join/{token}")
+    if settings.https and not settings.proxies:
+        console.say("Name the proxy's address in 'proxies': without it, all visitors share the limits of one address.")
     if not is_loopback(host) and not settings.https:
         console.say(
             "Others can reach this address, and it does not encrypt. Put a proxy with HTTPS before it and set https: true."
