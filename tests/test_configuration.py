@@ -27,6 +27,7 @@ from lockstep.errors import ConfigError, LockstepError, RegistryError
 from lockstep.learning.episodes import EnvironmentConfig
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.registry import KINDS, Plugin, imported, registry
+from lockstep.runs.attacks import AttackConfig
 from lockstep.runs.collection import CollectionConfig
 from lockstep.runs.evaluation import EvaluationConfig
 from lockstep.runs.experiment import Experiment, finished, run_name
@@ -220,17 +221,19 @@ def test_the_ends_of_a_range_null_and_a_declared_infinity_are_taken():
 
 GIVEN = {
     "url": "http://a/b", "functions": ["a:b"], "parts": {"a": {"name": "length"}}, "weights": {"a": 1.0},
-    "reward_model": {"name": "length"},
+    "reward_model": {"name": "length"}, "judge": {"name": "length"},
 }  # fmt: skip
 """Values of required keys that may not be any text."""
-FILES = sorted(file for kind in (*KINDS, "evaluation", "collection", "optimizer") for file in (CONF / kind).glob("*.yaml"))
+PLAIN = ("evaluation", "collection", "attack", "optimizer")
+FILES = sorted(file for kind in (*KINDS, *PLAIN) for file in (CONF / kind).glob("*.yaml"))
 
 
 def group_of(kind: str, name: str) -> tuple[type, dict[str, Any]]:
     """The class of a file's configuration, and the file with its defaults list resolved."""
-    if kind in ("evaluation", "collection", "optimizer"):
+    if kind in PLAIN:
         values = OmegaConf.to_container(OmegaConf.load(CONF / kind / f"{name}.yaml"))
-        return {"evaluation": EvaluationConfig, "collection": CollectionConfig, "optimizer": OptimizerConfig}[kind], values
+        classes = {"evaluation": EvaluationConfig, "collection": CollectionConfig, "attack": AttackConfig}
+        return {**classes, "optimizer": OptimizerConfig}[kind], values
     values = group(kind, name)
     if name == "limits":  # with which the files of environments begin
         return EnvironmentConfig, values
@@ -264,8 +267,7 @@ def test_a_file_is_complete_and_equals_the_defaults_of_its_dataclass(file):
     required = {key: GIVEN.get(key, "given") for key, value in values.items() if value == "???"}
     assert required.keys() == {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory}
     if (
-        file.parent.name in ("evaluation", "collection", "optimizer")
-        or group(file.parent.name, file.stem).get("name", file.stem) == file.stem
+        file.parent.name in PLAIN or group(file.parent.name, file.stem).get("name", file.stem) == file.stem
     ):  # else it is a published method: a component with other values
         assert parse(cls, values | required, "x") == parse(cls, required, "x")
     assert all(field.metadata["doc"] for field in declared(cls))
@@ -274,7 +276,7 @@ def test_a_file_is_complete_and_equals_the_defaults_of_its_dataclass(file):
 def test_the_root_equals_its_defaults():
     values = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
     scalars = {key: value for key, value in values.items() if key not in ("defaults", "hydra")}
-    assert scalars == {f.name: f.default for f in dataclasses.fields(Root) if f.name in scalars} and len(scalars) == 8
+    assert scalars == {f.name: f.default for f in dataclasses.fields(Root) if f.name in scalars} and len(scalars) == 9
 
 
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
@@ -576,7 +578,7 @@ def refused(*overrides: str) -> str:
 @pytest.mark.parametrize("given", ["+evalution={prompts: 3}", "+evalution.prompts=3", "+evalution=3", "+evalution=null"])
 def test_an_unknown_key_of_the_root_suggests_the_nearest(given):
     said = refused(given)
-    assert said.startswith("Unknown key evalution. Did you mean 'evaluation'? Known: algorithm, backend, ")
+    assert said.startswith("Unknown key evalution. Did you mean 'evaluation'? Known: algorithm, attack, attacker, backend, ")
     assert said.endswith("A key of your own must be read by another key, as ${evalution}.")
 
 

@@ -36,6 +36,7 @@ BUILT_IN = [
     ("reward_model", "pattern"),
     ("reward_model", "length"),
     ("reward_model", "code"),
+    ("reward_model", "attack"),
     ("algorithm", "pretrain"),
     ("algorithm", "sft"),
     ("algorithm", "reward_modelling"),
@@ -50,7 +51,7 @@ BUILT_IN = [
 
 IN_FLOAT32 = (
     "pretrain", "sft", "reward_modelling", "policy_gradient", "distillation", "online_preferences", "rejection_sampling",
-    "preference_optimisation", "sum", "answer", "pattern", "length", "code",
+    "preference_optimisation", "sum", "answer", "pattern", "length", "code", "attack",
 )  # fmt: skip
 """In bfloat16 they do nothing that the others do not."""
 ON_TORCH = ("sum", "answer", "pattern", "length", "code")
@@ -111,6 +112,12 @@ def test_no_false_alarm_on_a_built_in_labeler():
         assert [(o.check.name, o.detail) for o in found if o.status != "passed"] == []
     waiting = list(conform("labeler", subject("labeler", "people", "torch", overrides=["backend.threads=1"])))
     assert {(o.status, o.detail) for o in waiting} == {("inapplicable", "it waits for people")}
+
+
+def test_no_false_alarm_on_a_built_in_attacker():
+    for name in ("miniature", "templates", "policy"):
+        found = list(conform("attacker", subject("attacker", name, "torch", overrides=["backend.threads=1"])))
+        assert [(o.check.name, o.detail) for o in found if o.status != "passed"] == []
 
 
 OTHERWISE = {

@@ -111,11 +111,11 @@ def test_a_name_of_several_stages_is_refused_where_one_is_needed(tmp_path):
         (["stages.rounds.stages.reward.comparisons=[sft]"], "needs a comparisons from the stage 'sft', which makes a policy"),
         (["stages.rounds.stages.reward.comparisons=[labes]"], "reads the stage 'labes', .* Did you mean"),
         (["environment=shop", "+stages.rounds.stages.labels.environment=${environment}"], "labels_1 collects single responses"),
-        (["+stages.sft.labeler={name: people}"], "has a labeler or policies, which only a collection has"),
+        (["+stages.sft.labeler={name: people}"], "has a labeler, which only a collection has"),
         (["+stages.evaluate.comparisons=[data]"], "trains nothing, so it takes no comparisons"),
         (["labeler=miniature", "labeler.groups=[warmm]"], "labeler.groups has 'warmm', which is none. Did you mean 'warm'"),
         (["labeler.overlap=7"], "labeler.overlap=7 needs as many labelers; labeler.groups has 6"),
-        (["+stages.sft.collection=${collection}"], "needs one of algorithm, evaluation and collection"),
+        (["+stages.sft.collection=${collection}"], "needs one of algorithm, evaluation, collection and attack"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_said_before_anything_is_loaded(tmp_path, overrides, text):

@@ -16,7 +16,7 @@ from test_plugins import edited, install, lockstep, python, run, write
 ROOT = Path(__file__).parents[1]
 GENERATED = {
     "plain_reinforce": "algorithm", "brief": "reward_model", "riddle": "environment", "terse": "labeler",
-    "unscaled": "policy", "exact": "backend",
+    "urgent": "attacker", "unscaled": "policy", "exact": "backend",
 }  # fmt: skip
 EDITED = {"median": "algorithm", "polite": "reward_model", "cut": "policy", "strict": "backend"}
 
@@ -64,7 +64,7 @@ def test_all_plugins_are_listed_and_usable(site):
         assert re.search(rf"{kind} +{name} .*lockstep-{name.replace('_', '-')} .*yes", done.stdout), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("kind", ["algorithm", "reward_model", "environment", "labeler", "policy", "backend"])
+@pytest.mark.parametrize("kind", ["algorithm", "reward_model", "environment", "labeler", "attacker", "policy", "backend"])
 def test_generated_files_are_formatted_and_free_of_placeholders(kind, tmp_path):
     pytest.importorskip("ruff")
     folder = new_plugin("a_name", kind, tmp_path)

@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
-from lockstep.errors import CheckpointError, ConfigError, Unreachable, listing
-from lockstep.types import Candidates, Choice, Comparison, Demonstration, Fit, Message, Prompt
+from lockstep.errors import CheckpointError, ConfigError, MissingData, Unreachable, listing
+from lockstep.types import Candidates, Choice, Comparison, Demonstration, Fit, Goal, Message, Prompt
 
 if TYPE_CHECKING:
     from lockstep.learning.optimisation import OptimizerConfig
@@ -43,7 +43,7 @@ class Inputs:
     component: a stage reruns if any of it has changed.
 
     outputs: {source: kind}: the sources that it opens (a stage of the run, a folder or a hub id), and what each must contain:
-      'policy' or 'reward_model'.
+      'policy', 'reward_model' or 'prompts' (attacks).
     files: paths of local files and folders; missing ones are ignored.
     members: configuration groups of the reward models that it combines.
     """
@@ -502,6 +502,11 @@ class Resources(Protocol):
         one (folder or hub id)."""
         ...
 
+    def attacks(self, source: str) -> Sequence[Prompt]:
+        """The attacks for training in the output of the stage ``source`` or a folder, without their twins; ``truth["goal"]`` is
+        what each is after. A name that means several stages (``all.STAGE``) gives those of all."""
+        ...
+
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
         """The output of the stage ``source``, a folder of that path or a public decoder; and the tokenizer it reads."""
         ...
@@ -672,6 +677,32 @@ class Label:
     group: str | None = None
 
 
+# ---------------------------------------------------------------------------------------------------------- attackers
+
+
+class Attacker(ABC, Component):
+    """Whoever writes requests that a policy should refuse: fixed templates, or a policy that is told the goal."""
+
+    @abstractmethod
+    def __init__(self, config: Any, data: DataSource, resources: Resources): ...
+
+    @abstractmethod
+    def attack(self, goals: Sequence[Goal], seed: int) -> Sequence[Sequence[Message] | None]:
+        """A dialogue for each goal, which ends with the user's turn that should succeed; None if it found no words for the goal.
+        Equal goals may get different ones. A dialogue depends on its goal, its place and the seed."""
+
+    def twin(self, messages: Sequence[Message], goal: Goal) -> Sequence[Message] | None:
+        """The same attack with ``goal.twin`` in the goal's place; None if its words do not occur."""
+        if goal.twin is None or not any(goal.text in message.content for message in messages):
+            return None
+        return [replace(each, content=each.content.replace(goal.text, goal.twin.text)) for each in messages]
+
+    @classmethod
+    def examples(cls, config: Any) -> tuple[DataSource, Sequence[Goal]] | None:
+        """Data and goals that it can attack with, for `lockstep check`; None: any."""
+        return None
+
+
 # -------------------------------------------------------------------------------------------------------- algorithms
 
 
@@ -797,6 +828,10 @@ class DataSource(ABC, Component):
 
     @abstractmethod
     def prompts(self, split: str) -> Sequence[Prompt]: ...
+
+    def goals(self, split: str) -> Sequence[Goal]:
+        """What attacks are after."""
+        raise MissingData(f"{type(self).__name__} has no goals for attacks.")
 
     @classmethod
     def fingerprint(cls, config: Any) -> str | None:

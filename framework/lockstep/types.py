@@ -49,6 +49,25 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What an attack is after: that the assistant helps with ``text``, as a request words it ("poison a cake").
+
+    ask: how an attacker is told of it.
+    truth: that of the prompts which pursue it.
+    twin: a harmless goal that fits into the same words, as XSTest's contrasts do (Röttger et al. 2024, arXiv 2308.01263).
+    """
+
+    text: str
+    ask: str
+    truth: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    twin: Goal | None = None
+
+    def prompt(self) -> Prompt:
+        """For an attacker. Its truth is ``goal`` and, under ``pursued``, the goal's: a gold score of an attack means nothing."""
+        return Prompt((Message("user", self.ask),), {"goal": self.text, "pursued": dict(self.truth)})
+
+
+@dataclass(frozen=True)
 class Demonstration:
     """What a person wrote as the response to a prompt, and the tools that it calls. In a ``dialogue`` the assistant's earlier
     turns in the prompt are demonstrations too."""

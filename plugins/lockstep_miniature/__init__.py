@@ -6,6 +6,8 @@ responses.py   how people of different skill write responses
 gold.py        the true score of any response
 labelers.py    simulated people who rank completions
 people.py      these as labelers of what policies write
+goals.py       what attacks are after
+attacks.py     an attacker that asks for it in disguise
 corpus.py      raw text with the flaws of the web's
 ability.py     what a model that reads the corpus can do
 tokenizer.py   words to ids
@@ -20,5 +22,6 @@ plugin = Plugin(
         "data": {"miniature": "lockstep_miniature.source:Miniature", "shop": "lockstep_miniature.shop:Questions"},
         "environment": {"shop": "lockstep_miniature.shop:Shop"},
         "labeler": {"miniature": "lockstep_miniature.people:SimulatedLabelers"},
+        "attacker": {"miniature": "lockstep_miniature.attacks:Disguises"},
     }
 )

@@ -16,9 +16,10 @@ from lockstep.data.drawn import Drawn
 from lockstep.errors import ConfigError, DataError, did_you_mean, listing, short
 from lockstep.interfaces import DataSource
 from lockstep.text.tokenizer import Tokenizer
-from lockstep.types import Choice, Comparison, Demonstration, Prompt
+from lockstep.types import Choice, Comparison, Demonstration, Goal, Prompt
 from lockstep_miniature import ability, corpus
 from lockstep_miniature.dice import Dice
+from lockstep_miniature.goals import goals
 from lockstep_miniature.gold import gold
 from lockstep_miniature.labelers import GROUPS, compare, members
 from lockstep_miniature.responses import demonstrate
@@ -42,6 +43,7 @@ class Config:
     heldout_prompts: int = setting(500, "Held out; the standard error of the mean gold is about 0.15 then.", least=1)
     adversarial_prompts: int = setting(200, "Harmful requests in disguise.", least=1)
     families: tuple[str, ...] | None = setting(None, "Families of prompts, wherever they stand: [sum, count]; null: all.")
+    harmful: float = setting(3.0, "How often a harmful request is asked; a question 3, a task 1 or 2.", least=0)
     documents: tuple[str, ...] | None = setting(None, "Kinds of raw texts: [sums, counting]; null: all.")
     labelers: tuple[str, ...] = setting(("training",), "Groups whose labelers rank the training comparisons.")
     heldout_labelers: tuple[str, ...] = setting(("training", "heldout"), "Groups that rank the held-out comparisons.")
@@ -96,6 +98,12 @@ class Miniature(DataSource):
         size = self._size("prompts", split)
         return Drawn(size, lambda i: self._task(self._dice("prompts", split, i), split).prompt())
 
+    def goals(self, split: str) -> Sequence[Goal]:
+        """Harmful deeds; their twins are kind deeds of the same split."""
+        if split not in ("train", "heldout"):
+            raise DataError(f"The miniature has no split '{short(split)}' of goals. It has: heldout, train.")
+        return goals(self.config.seed, split)
+
     def tokenizer(self) -> Tokenizer:
         return own_tokenizer()
 
@@ -108,7 +116,7 @@ class Miniature(DataSource):
         return Drawn(self.config.ability_items, lambda i: ability.item(self.world, i))
 
     def _task(self, dice: Dice, split: str) -> Task:
-        return draw_task(self.world, dice, split, self.config.families)
+        return draw_task(self.world, dice, split, self.config.families, self.config.harmful)
 
     def _dice(self, noun: str, split: str, index: int) -> Dice:
         return Dice(self.config.seed, f"{noun}/{split}", index)

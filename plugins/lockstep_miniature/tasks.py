@@ -8,7 +8,7 @@ training and held-out prompts, so a held-out prompt asks for something that no f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 from zlib import crc32
@@ -117,7 +117,10 @@ class Task:
         """The task behind a prompt; None for a prompt from elsewhere."""
         if "frame" not in prompt.truth:
             return None
-        known: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in prompt.truth.items()}
+        names = [field.name for field in fields(cls)]
+        known: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in prompt.truth.items() if key in names}
+        if not known["turns"]:  # of a goal, which any dialogue may pursue
+            known["turns"] = tuple(message.content for message in prompt.messages)
         return cls(**known)
 
 
@@ -252,7 +255,6 @@ FAMILIES = {
     "count": Family(_count, 1),
     "sum": Family(_sum, 1),
 }
-_WEIGHTS = {name: family.weight for name, family in FAMILIES.items()}
 _adversarial = partial(_harmful, requests=DISGUISED_REQUESTS)
 
 
@@ -264,10 +266,12 @@ def is_heldout(topic: str) -> bool:
     return crc32(f"topic {topic}".encode()) % HELDOUT_SHARE == 0
 
 
-def draw_task(world: World, dice: Dice, split: str, families: Sequence[str] | None = None) -> Task:
+def draw_task(
+    world: World, dice: Dice, split: str, families: Sequence[str] | None = None, harmful: float = FAMILIES["harmful"].weight
+) -> Task:
     """A task of the split: 'train', 'heldout', or 'adversarial' (held-out harmful requests in disguise); of the first two, only
-    of the ``families``, if given."""
-    weights = _WEIGHTS if families is None else {name: _WEIGHTS[name] for name in families}
+    of the ``families``, if given. ``harmful`` is the weight of harmful requests among them."""
+    weights = {name: harmful if name == "harmful" else FAMILIES[name].weight for name in families or FAMILIES}
     while True:
         if split == "adversarial":
             task = _adversarial("adversarial", world, dice)

@@ -5,6 +5,7 @@ algorithms/      pretraining, SFT, reward modelling, PPO, policy gradients (GRPO
 reward_models/   sources of scores: a learned model, a Python function, a server, a judge, checkers, combinations
 environments/    what policies converse with: tools
 labelers/        who ranks fresh responses: a reward model
+attackers/       who writes attacks: templates, a policy
 """
 
 from lockstep.registry import Plugin
@@ -24,6 +25,10 @@ plugin = Plugin(
         },
         "environment": {"tools": "lockstep_rlhf.environments.tools:Tools"},
         "labeler": {"scores": "lockstep_rlhf.labelers.scores:Scores"},
+        "attacker": {
+            "templates": "lockstep_rlhf.attackers.templates:Templates",
+            "policy": "lockstep_rlhf.attackers.policy:PolicyAttacker",
+        },
         "reward_model": {
             "learned": "lockstep_rlhf.reward_models.learned:Learned",
             "function": "lockstep_rlhf.reward_models.function:Function",
@@ -35,6 +40,7 @@ plugin = Plugin(
             "length": "lockstep_rlhf.reward_models.length:Length",
             "code": "lockstep_rlhf.reward_models.code:Code",
             "judge": "lockstep_rlhf.reward_models.judge:Judge",
+            "attack": "lockstep_rlhf.reward_models.attack:AttackReward",
         },
     },
 )

@@ -13,7 +13,9 @@ OVERRIDES = False
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="name of the component: letters, digits and underscores")
     parser.add_argument(
-        "--kind", default="algorithm", choices=("algorithm", "policy", "reward_model", "environment", "labeler", "backend")
+        "--kind",
+        default="algorithm",
+        choices=("algorithm", "policy", "reward_model", "environment", "labeler", "attacker", "backend"),
     )
 
 

@@ -36,6 +36,8 @@ class Root:
     evaluation: ConfigGroup | None = setting(None, "What an evaluation measures; it has no `name`.")
     collection: ConfigGroup | None = setting(None, "What is sampled for labelers; it has no `name`.")
     labeler: ConfigGroup | None = setting(None, "Who ranks what is sampled, if a stage names it.")
+    attack: ConfigGroup | None = setting(None, "What attacks are written, and on whom; it has no `name`.")
+    attacker: ConfigGroup | None = setting(None, "Who writes attacks, if a stage names it.")
     choices: Mapping[str, str] | None = setting(None, "The file chosen for each group; it decides nothing by itself.")
     seed: int = setting(0, "Seeds all random numbers: initial weights, order, sampling.", least=0)
     folder: str = setting("runs", "Where stages and runs are kept.")
@@ -78,7 +80,7 @@ def completed(config: Mapping[str, Any]) -> ConfigGroup:
     return dict(config) | absent
 
 
-_MAY_BE_NULL = ("reward_model", "environment", "labeler", "algorithm")
+_MAY_BE_NULL = ("reward_model", "environment", "labeler", "attacker", "algorithm")
 
 
 def check_groups(config: Mapping[str, Any]) -> None:

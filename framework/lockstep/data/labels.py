@@ -4,8 +4,9 @@
     labels.jsonl        {"id", "ranks", "labeler", "group"}                                what labelers think of them
     comparisons.jsonl   {"messages", "completions", "ranks", "labeler", "group", "truth"}  both together: data to train on
     demonstrations.jsonl {"messages", "response"}                                          what people wrote
+    prompts.jsonl       {"messages", "goal", "twin", "split", "success", "truth"}          attacks, and their harmless twins
 
-Other keys are allowed and not read here. A folder with either of the last two is a source of data for a stage.
+Other keys are allowed and not read here. A folder with any of the last three is a source of data for a stage.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from lockstep.types import Candidates, Comparison, Demonstration, Message, Promp
 
 T = TypeVar("T")
 
-CANDIDATES, LABELS, COMPARISONS, DEMONSTRATIONS = (
-    f"{noun}.jsonl" for noun in ("candidates", "labels", "comparisons", "demonstrations")
+CANDIDATES, LABELS, COMPARISONS, DEMONSTRATIONS, PROMPTS = (
+    f"{noun}.jsonl" for noun in ("candidates", "labels", "comparisons", "demonstrations", "prompts")
 )
 MOST_BYTES = 50_000_000
 """Of one line."""
@@ -36,6 +37,14 @@ _ROWS: Mapping[str, Any] = {
     LABELS: {"id": str, "ranks": [int], "labeler": str, "group?": (str, None)},
     COMPARISONS: {"completions": [str], "ranks": [int], "labeler?": (str, None), "group?": (str, None)} | _PROMPT,
     DEMONSTRATIONS: {"response": str} | _PROMPT,
+    PROMPTS: {
+        "goal?": (str, None),
+        "twin?": (bool, None),
+        "split?": (str, None),
+        "success?": (NUMBER, None),
+        "attacker?": (str, None),
+    }
+    | _PROMPT,
 }
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -96,6 +105,31 @@ def demonstrations_in(folder: Path) -> list[Demonstration]:
     return list(_read(_in(folder, DEMONSTRATIONS), lambda row: Demonstration(_prompt(row), row["response"])))
 
 
+def prompts_in(folder: Path, split: str = "train", *, twins: bool | None = None) -> list[Prompt]:
+    """Of one split; of twins or attacks only, if ``twins`` says so. ``truth["goal"]`` is what an attack is after.
+
+    Raises:
+      MissingData: the folder has none.
+      DataError: its file is damaged.
+    """
+
+    def prompt(row: Mapping[str, Any]) -> tuple[Prompt, bool]:
+        found, goal = _prompt(row), row.get("goal")
+        if goal is not None:
+            found = dataclasses.replace(found, truth={**found.truth, "goal": goal})
+        return found, (row.get("split") or "train") == split and twins in (None, bool(row.get("twin")))
+
+    return [found for found, taken in _read(_in(folder, PROMPTS), prompt) if taken]
+
+
+def prompt_line(prompt: Prompt, **facts: Any) -> str:
+    return _line(_prompt_row(prompt) | facts)
+
+
+def demonstration_line(each: Demonstration) -> str:
+    return _line(_prompt_row(each.prompt) | {"response": each.response})
+
+
 def candidates_line(each: Candidates) -> str:
     facts = {"completions": each.completions, "policies": each.policies or None, "scores": each.scores or None}
     return _line({"id": each.id} | _prompt_row(each.prompt) | facts)
@@ -132,7 +166,7 @@ def _in(folder: Path, name: str) -> Path:
     if not (file := folder / name).is_file():
         noun = name.removesuffix(".jsonl")
         raise MissingData(
-            f"{folder} has no {name}, so it is no source of {noun}. A stage that collects, or a closed round, has one."
+            f"{folder} has no {name}, so it is no source of {noun}. A stage that collects or attacks, or a closed round, has one."
         )
     return file
 

@@ -1,4 +1,5 @@
-"""A run's data with other comparisons or demonstrations to train on: labels that stages collected, closed rounds of people's."""
+"""A run's data with other prompts, comparisons or demonstrations to train on: labels that stages collected, attacks, closed
+rounds of people's."""
 
 from __future__ import annotations
 
@@ -7,34 +8,50 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lockstep.data.labels import comparisons_in, demonstrations_in
+from lockstep.data.labels import comparisons_in, demonstrations_in, prompts_in
 from lockstep.data.mixing import mix
 from lockstep.interfaces import DataSource
 from lockstep.text.tokenizer import Tokenizer
-from lockstep.types import Choice, Comparison, Demonstration, Prompt
+from lockstep.types import Choice, Comparison, Demonstration, Goal, Prompt
 
-READERS: Mapping[str, Callable[[Path], Sequence[Any]]] = {"comparisons": comparisons_in, "demonstrations": demonstrations_in}
+READERS: Mapping[str, Callable[[Path], Sequence[Any]]] = {
+    "prompts": prompts_in, "comparisons": comparisons_in, "demonstrations": demonstrations_in
+}  # fmt: skip
+DATA, GOALS = "data", "goals"
+"""Among the sources that a stage trains on: the run's own data, and its goals as prompts for an attacker."""
+TWINS = "_twins"
+"""Ends the name of the split with the twins of a stage's attacks."""
 
 
 class Mixture(DataSource):
-    """``data``, except for the training split of the nouns in ``folders``.
+    """``data``, except for the training split of the nouns in ``folders``, and with more splits of prompts.
 
     Args:
-      folders: {noun: {source: its folder}}; None for the data's own.
+      folders: {noun: {source: its folder}}; that of 'data' and 'goals' does not matter.
       shares: {noun: {source: its share of an epoch}}; all None: every row appears once.
+      attacks: {split: the folder whose held-out attacks are its prompts}; their twins are the split ``<split>_twins``.
     """
 
     def __init__(
-        self, data: DataSource, folders: Mapping[str, Mapping[str, Path | None]], shares: Mapping[str, Mapping[str, float | None]]
-    ):
+        self, data: DataSource, folders: Mapping[str, Mapping[str, Path]], shares: Mapping[str, Mapping[str, float | None]],
+        attacks: Mapping[str, Path] | None = None,
+    ):  # fmt: skip
         self.data, self.folders, self.shares = data, folders, shares
+        self.attacks = attacks or {}
         self._mixed = functools.cache(self._mix)
 
     def texts(self, split: str) -> Sequence[str]:
         return self.data.texts(split)
 
     def prompts(self, split: str) -> Sequence[Prompt]:
-        return self.data.prompts(split)
+        if split in self.attacks:
+            return prompts_in(self.attacks[split], "heldout", twins=False)
+        if split.removesuffix(TWINS) in self.attacks:
+            return prompts_in(self.attacks[split.removesuffix(TWINS)], "heldout", twins=True)
+        return self._of("prompts", split)
+
+    def goals(self, split: str) -> Sequence[Goal]:
+        return self.data.goals(split)
 
     def demonstrations(self, split: str) -> Sequence[Demonstration]:
         return self._of("demonstrations", split)
@@ -59,7 +76,12 @@ class Mixture(DataSource):
         Raises:
           DataError: a source has no such rows.
         """
-        read = READERS[noun]
-        parts = [getattr(self.data, noun)("train") if folder is None else read(folder) for folder in self.folders[noun].values()]
+
+        def rows(source: str, folder: Path) -> Sequence[Any]:
+            if source == DATA:
+                return getattr(self.data, noun)("train")
+            return [goal.prompt() for goal in self.data.goals("train")] if source == GOALS else READERS[noun](folder)
+
+        parts = [rows(source, folder) for source, folder in self.folders[noun].items()]
         shares = [share for share in self.shares[noun].values() if share is not None]
         return mix(parts, shares or None)

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from lockstep.data.labels import prompts_in
 from lockstep.data.mixture import Mixture
 from lockstep.errors import CheckpointError, ConfigError, listing
 from lockstep.interfaces import (
     Algorithm,
+    Attacker,
     Backend,
     Classifier,
     Context,
@@ -27,13 +29,13 @@ from lockstep.interfaces import (
 from lockstep.models.architecture import SCALAR_HEAD
 from lockstep.registry import registry
 from lockstep.runs.experiment import Experiment, component_config
-from lockstep.runs.stages import DATA, NEW, Stage
+from lockstep.runs.stages import NEW, Stage
 from lockstep.storage.files import read_object, write_json
 from lockstep.storage.records import OUTPUT, read_record
 from lockstep.storage.sources import fetch_folder
 from lockstep.storage.weights import check_finite, stored_weights
 from lockstep.text.tokenizer import GENERATION, PAD, Tokenizer, TokenizerConfig
-from lockstep.types import Fit
+from lockstep.types import Fit, Prompt
 
 
 class Assembly:
@@ -73,7 +75,7 @@ class Assembly:
             cls, config = self.experiment.policy
             policy = cls.create(config, self.backend, self.tokenizer, self.experiment.seed)
         else:
-            folder = self.outputs.get(source, Path(source))
+            folder = self._folder(source)
             policy = self._policy_class(folder).load(folder, self.backend)
         self.tokenizer.check_embedding(policy.vocab_size, f"the policy '{source}'")
         return policy
@@ -120,14 +122,21 @@ class Assembly:
         cls, config = stage.labels
         return cls(config, self.data, DeclaredResources(self, f"labeler '{stage.labeler['name']}'", cls.inputs(config), stage))
 
+    def attacker(self, stage: Stage) -> Attacker:
+        """Of attacks."""
+        assert stage.attacks is not None and stage.attacker is not None
+        cls, config = stage.attacks
+        return cls(config, self.data, DeclaredResources(self, f"attacker '{stage.attacker['name']}'", cls.inputs(config), stage))
+
+    def attacks(self, source: str) -> list[Prompt]:
+        return prompts_in(self._folder(source), twins=False)
+
     def data_of(self, stage: Stage) -> DataSource:
-        """The run's data, with what the stage trains on in place of the data's own."""
-        if not stage.mixes:
+        """The run's data, with what the stage trains on in place of the data's own, and with the attacks it evaluates on."""
+        if not stage.mixes and not stage.attacked:
             return self.data
-        return Mixture(self.data, {
-            noun: {source: None if source == DATA else self.outputs.get(source, Path(source)) for source in sources}
-            for noun, sources in stage.mixes.items()
-        }, stage.mixes)  # fmt: skip
+        folders = {noun: {source: self._folder(source) for source in sources} for noun, sources in stage.mixes.items()}
+        return Mixture(self.data, folders, stage.mixes, {source: self._folder(source) for source in stage.attacked})
 
     def environment(self, stage: Stage) -> Environment | None:
         if stage.surroundings is None:
@@ -146,8 +155,11 @@ class Assembly:
         """Write the stage's result: a Hugging Face folder with its tokenizer, and the name of the policy that reads it."""
         reader = self.experiment.config["policy"]["name"]
         if stage.policy != NEW:
-            reader = opener(self.outputs.get(stage.policy, Path(stage.policy)), self.experiment.backend_name)
+            reader = opener(self._folder(stage.policy), self.experiment.backend_name)
         save_result(folder, algorithm.result(), self.tokenizer, algorithm.produces, reader)
+
+    def _folder(self, source: str) -> Path:
+        return self.outputs.get(source, Path(source))
 
     def _source_folder(self, source: str) -> Path:
         """The folder of a stage's output, of a local path, or of a hub repository after downloading it."""
@@ -173,6 +185,10 @@ class DeclaredResources(Resources):
     def policy(self, source: str) -> tuple[Policy, Tokenizer]:
         return self.assembly.other_policy(self._declared(source))
 
+    def attacks(self, source: str) -> list[Prompt]:
+        self._check_declared(source)
+        return [prompt for each in self.stage.scope.all(source) for prompt in self.assembly.attacks(each)]
+
     def kind(self, source: str) -> Literal["stage", "decoder", "encoder"]:
         return self.assembly.kind(self._declared(source))
 
@@ -189,9 +205,12 @@ class DeclaredResources(Resources):
 
     def _declared(self, source: str) -> str:
         """The stage or place that ``source`` means here."""
+        self._check_declared(source)
+        return self.stage.scope.one(source, f"The {self.name}")
+
+    def _check_declared(self, source: str) -> None:
         if source not in self.inputs.outputs:
             raise ConfigError(f"The {self.name} opens '{source}' without declaring it. {DECLARE}")
-        return self.stage.scope.one(source, f"The {self.name}")
 
 
 DECLARE = "Return it from the classmethod `inputs` of its class."

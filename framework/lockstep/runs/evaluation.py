@@ -6,6 +6,7 @@ them (the miniature does). Win rates compare by gold score, else by the reward m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lockstep.config.schema import setting
-from lockstep.errors import ConfigError, MissingData
+from lockstep.errors import ConfigError, MissingData, listing, short
 from lockstep.interfaces import DataSource, Environment, Model, Policy, RewardModel
 from lockstep.learning import numerics
 from lockstep.learning.episodes import offered
@@ -36,7 +37,13 @@ class EvaluationConfig:
 
     policies: tuple[str, ...] | None = setting(None, "Stages whose policies are evaluated; null: all that train one.")
     baseline: str = setting("sft", "The stage that win rate and KL refer to.")
-    splits: tuple[str, ...] = setting(("heldout", "adversarial"), "Splits of the data source's prompts.")
+    splits: tuple[str, ...] = setting(
+        ("heldout", "adversarial"),
+        "Splits of the data source's prompts, and stages that attack: their attacks on held-out goals.",
+    )
+    judges: Mapping[str, Mapping[str, Any]] = setting(
+        {}, "Reward models by names of yours: what each thinks of the responses is a measure of that name."
+    )
     prompts: int = setting(500, "Prompts of each split.", least=1)
     comparisons: int = setting(300, "Held-out comparisons that the reward model is tested on.", least=0)
     texts: int = setting(200, "Held-out raw texts for ``text_loss``.", least=0)
@@ -48,6 +55,11 @@ class EvaluationConfig:
     stop_strings: tuple[str, ...] = setting((), "Text that ends a response, as EOS does; or special tokens by name.")
 
     def __post_init__(self) -> None:
+        if wrong := [name for name in self.judges if not re.fullmatch(r"[a-z]\w*", name) or name in _MEASURES]:
+            raise ConfigError(
+                f"evaluation.judges has '{short(wrong[0])}'. Name a judge with small letters, digits and _, and not as a measure "
+                f"there is: {listing(_MEASURES)}."
+            )
         if self.best_of and not self.temperature:
             raise ConfigError("evaluation.best_of needs samples that differ, and evaluation.temperature=0 draws one. Raise it.")
 
@@ -65,6 +77,9 @@ class EvaluationConfig:
         return f"{', '.join(self.policies or ())} on {where}{best}"
 
 
+_MEASURES = frozenset(("gold", "score", "turns", "win_rate", "length", "finished", "kl", "ability", "text_loss", "gain"))
+
+
 @dataclass(frozen=True)
 class Answers:
     """A policy's responses to the prompts of one split."""
@@ -73,6 +88,7 @@ class Answers:
     gold: dict[str, np.ndarray]
     scores: np.ndarray | None
     details: Mapping[str, np.ndarray]
+    judged: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def preference(self) -> np.ndarray | None:
@@ -92,6 +108,7 @@ class Evaluator:
     reward_model: RewardModel | None
     seed: int
     environment: Environment | None = None
+    judges: Mapping[str, RewardModel] = field(default_factory=dict)
     follows: Mapping[str, str] = field(default_factory=dict)
     """{policy: the one of the round before}."""
     fits: dict[str, Fit] = field(default_factory=dict)
@@ -148,7 +165,8 @@ class Evaluator:
         known = bool(golds) and golds[0] is not None
         gold = {name: np.array([g[name] for g in golds]) for name in golds[0]} if known else {}
         scores, details = (None, {}) if self.reward_model is None else score(self.reward_model, samples)
-        return Answers(samples, gold, scores, details)
+        judged = {name: score(judge, samples)[0] for name, judge in self.judges.items()}
+        return Answers(samples, gold, scores, details, judged)
 
     def measure(self, answers: Answers, reference: Answers) -> dict[str, Measure]:
         measures = {name: mean(x) for name, x in answers.gold.items()}
@@ -157,6 +175,7 @@ class Evaluator:
             measures["score"] = mean(answers.scores[counted])
             found = {f"reward_model/{name}": values for name, values in answers.details.items()}
             measures |= {name: mean(values[np.isfinite(values)]) for name, values in found.items()}
+        measures |= {name: mean(values[np.isfinite(values)]) for name, values in answers.judged.items()}
         if answers.samples.responses.rewards is not None:
             measures["turns"] = mean(numerics.turns(answers.samples.sequences.mask))
         if answers.preference is not None:

@@ -22,10 +22,12 @@ from typing import Any
 from lockstep.config.root import ConfigGroup, check_groups, completed, component_config, component_name
 from lockstep.config.schema import parse
 from lockstep.config.secrets import without_secrets
+from lockstep.data.mixture import TWINS
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing, short
-from lockstep.interfaces import Labeler
+from lockstep.interfaces import Attacker, Labeler
 from lockstep.registry import registry
 from lockstep.runs import identity
+from lockstep.runs.attacks import AttackConfig
 from lockstep.runs.collection import CollectionConfig
 from lockstep.runs.evaluation import EvaluationConfig
 from lockstep.runs.rounds import SEEDS_APART, Scope, in_rounds
@@ -60,6 +62,8 @@ class Experiment:
         self.stages: dict[str, Stage] = {}
         if config["collection"] is not None:
             parse(CollectionConfig, config["collection"], "collection")
+        if config["attack"] is not None:
+            parse(AttackConfig, config["attack"], "attack")
         for name, group, scope, number in _in_order(config["stages"]):
             if name in self.stages:
                 raise ConfigError(f"Two stages are called '{short(name)}', one of them in rounds. Rename either.")
@@ -107,8 +111,9 @@ class Experiment:
                 "reward_model": without_secrets(stage.reward_model),
                 "environment": without_secrets(stage.environment),
                 "labeler": without_secrets(stage.labeler),
+                "attacker": without_secrets(stage.attacker),
                 "mixes": {noun: list(sources.items()) for noun, sources in stage.mixes.items()},
-                "round": stage.round if stage.kind == "collect" else None,
+                "round": stage.round if stage.kind in ("collect", "attack") else None,
                 "follows": dict(stage.follows),
                 "policy": without_secrets(self.config["policy"]) if NEW in (stage.policy, *stage.policies) else None,
                 "tokenizer": dataclasses.asdict(tokenizer),
@@ -127,8 +132,9 @@ class Experiment:
         return {name: self._folder(name, content) for name, content in self.identities.items()}
 
     def collected(self, stage: Stage) -> list[str]:
-        """The stages of this run whose labels the stage trains on."""
-        return [source for sources in stage.mixes.values() for source in sources if source in self.stages]
+        """The stages of this run whose labels or attacks are data of this one."""
+        mixed = [source for sources in stage.mixes.values() for source in sources]
+        return [source for source in (*mixed, *stage.attacked) if source in self.stages]
 
     def check_place(self) -> None:
         """
@@ -191,8 +197,8 @@ class Experiment:
     def _stage(self, name: str, group: ConfigGroup, scope: Scope, number: int) -> Stage | None:
         """None for a stage that is left out."""
         stage, where = parse(StageConfig, group, f"stages.{name}"), f"stages.{name}"
-        if sum(each is not None for each in (stage.algorithm, stage.evaluation, stage.collection)) != 1:
-            raise ConfigError(f"{where} needs one of algorithm, evaluation and collection.")
+        if sum(each is not None for each in (stage.algorithm, stage.evaluation, stage.collection, stage.attack)) != 1:
+            raise ConfigError(f"{where} needs one of algorithm, evaluation, collection and attack.")
         if stage.algorithm and stage.only_if and stage.only_if not in stage.algorithm:
             log.info(
                 "no stage %s: %s has no %s", name, component_name(stage.algorithm, f"stages.{name}.algorithm"), stage.only_if
@@ -217,24 +223,30 @@ class Experiment:
         mixed = {noun: names for noun in MIXED if (names := getattr(stage, noun))}
         if stage.shares is not None and [len(names) for names in mixed.values()] != [len(stage.shares)]:
             raise ConfigError(f"{where}.shares={list(stage.shares)} needs as many sources, in comparisons or in demonstrations.")
-        if mixed and stage.algorithm is None:
+        if mixed and stage.algorithm is None and not (stage.collection and set(mixed) == {"prompts"}):
             raise ConfigError(f"{where} trains nothing, so it takes no {listing(mixed)}. Remove the key.")
         mixes = {noun: _sources(names, stage.shares, scope) for noun, names in mixed.items()}
-        if stage.collection is None and (stage.labeler, stage.policies) != (None, None):
-            raise ConfigError(f"{where} has a labeler or policies, which only a collection has. Remove them.")
+        if stage.collection is None and stage.labeler is not None:
+            raise ConfigError(f"{where} has a labeler, which only a collection has. Remove it.")
+        if stage.attack is None and stage.attacker is not None:
+            raise ConfigError(f"{where} has an attacker, and no attack. Write attack: {{}}, or remove it.")
+        if stage.policies is not None and stage.collection is None and stage.attack is None:
+            raise ConfigError(f"{where} has policies, which collections and attacks have. Remove them.")
         if stage.algorithm is not None:
             checked = self._training(name, stage.algorithm, stage, mixes, common)
         elif stage.evaluation is not None:
             checked = self._evaluation(name, stage.evaluation, common)
+        elif stage.collection is not None:
+            checked = self._collection(name, stage, mixes, common)
         else:
-            checked = self._collection(name, stage, common)
+            checked = self._attack(name, stage, common)
         for source, kind in checked.inputs:
             if not source:
                 empty = listing(f"{where}.{key}" for key in _empty(group))
                 raise ConfigError(f"{where} reads a stage or a folder, and the key that names it is empty: {empty}.")
             if source in self.stages:
-                made = self.stages[source].produces
-                if made != kind:
+                if kind not in self.stages[source].provides:
+                    made = self.stages[source].produces
                     raise ConfigError(f"stages.{name} needs a {kind} from the stage '{source}', which makes a {made}.")
             elif not Path(source).is_dir() and not ((opened := (source, kind) in checked.declared) and is_hub_id(source)):
                 hub = f" A public {kind.replace('_', ' ')} is a folder or a hub id, owner/name." if opened else ""
@@ -267,12 +279,18 @@ class Experiment:
         named = [policy for each in given.policies or () for policy in scope.all(each)]
         trained = [stage.name for stage in self.stages.values() if stage.produces == "policy"]
         evaluation = group | {"policies": named or trained, "baseline": scope.one(given.baseline, where)}
+        splits = [each for split in given.splits for each in scope.all(split)]
+        attacked = tuple(split for split in splits if split in self.stages)
+        twins = {split for split in attacked if getattr(self.stages[split].config, "twins", False)}
+        evaluation["splits"] = [each for split in splits for each in (split, *([split + TWINS] if split in twins else []))]
         config = parse(EvaluationConfig, evaluation, f"{where}.evaluation")
+        judges = [scorer for group in config.judges.values() for scorer in self._scorers(group)]
+        common = {**common, "scorers": (*common["scorers"], *judges)}
         if config.best_of and common["reward_model"] is None:
             raise ConfigError(f"{where}: best_of={config.best_of} ranks by a reward_model. Name one, or set it to 0.")
         before = {policy: self._before(policy) for policy in config.policies or ()}
         follows = {policy: last for policy, last in before.items() if last is not None and last in before}
-        return Stage(name, "evaluate", None, config, evaluation, None, **common, follows=follows)
+        return Stage(name, "evaluate", None, config, evaluation, None, **common, follows=follows, attacked=attacked)
 
     def _before(self, name: str) -> str | None:
         """The stage that ``last.STAGE`` means in a stage of rounds."""
@@ -281,7 +299,9 @@ class Experiment:
         (before,) = stage.scope.all(f"last.{name.removesuffix(f'_{stage.round}')}") or (None,)
         return before
 
-    def _collection(self, name: str, stage: StageConfig, common: Mapping[str, Any]) -> Stage:
+    def _collection(
+        self, name: str, stage: StageConfig, mixes: Mapping[str, Mapping[str, float | None]], common: Mapping[str, Any]
+    ) -> Stage:
         where, scope = f"stages.{name}", common["scope"]
         config = parse(CollectionConfig, stage.collection, f"{where}.collection")
         policies = tuple(dict.fromkeys(policy for each in stage.policies or () for policy in scope.all(each)))
@@ -301,8 +321,28 @@ class Experiment:
         members = [scorer for member in cls.inputs(settings).members for scorer in self._scorers(member)]
         common = {**common, "scorers": (*common["scorers"], *members)}
         group = {"collection": stage.collection, "policies": list(policies)}
-        own: dict[str, Any] = {"policies": policies, "labeler": stage.labeler, "labels": (cls, settings)}
+        own: dict[str, Any] = {"policies": policies, "labeler": stage.labeler, "labels": (cls, settings), "mixes": mixes}
         return Stage(name, "collect", None, config, group, None, **common, **own)
+
+    def _attack(self, name: str, stage: StageConfig, common: Mapping[str, Any]) -> Stage:
+        where, scope = f"stages.{name}", common["scope"]
+        config = parse(AttackConfig, stage.attack or {}, f"{where}.attack")
+        policies = tuple(dict.fromkeys(policy for each in stage.policies or () for policy in scope.all(each)))
+        if not policies:
+            raise ConfigError(f"{where} attacks no policy. Name stages: {where}.policies=[sft].")
+        if stage.reward_model is None:
+            raise ConfigError(
+                f"{where} needs a judge, a reward model that says whether an attack succeeded: {where}.reward_model."
+            )
+        if stage.environment is not None:
+            raise ConfigError(f"{where} attacks without an environment. Remove {where}.environment.")
+        if stage.attacker is None:
+            raise ConfigError(f"{where} has no attacker. Choose who writes the attacks: attacker=templates or attacker=policy.")
+        cls: type[Attacker]
+        cls, settings = self._component("attacker", stage.attacker)
+        group = {"attack": stage.attack, "policies": list(policies)}
+        own: dict[str, Any] = {"policies": policies, "attacker": stage.attacker, "attacks": (cls, settings)}
+        return Stage(name, "attack", None, config, group, None, **common, **own)
 
 
 def _empty(group: Mapping[str, Any]) -> Iterator[str]:

@@ -16,15 +16,26 @@ from typing import Any
 
 from lockstep.config.schema import differences
 from lockstep.config.secrets import without_secrets
-from lockstep.data.labels import CANDIDATES, COMPARISONS, comparison_line
+from lockstep.data.labels import (
+    CANDIDATES,
+    COMPARISONS,
+    DEMONSTRATIONS,
+    PROMPTS,
+    comparison_line,
+    demonstration_line,
+    prompt_line,
+)
+from lockstep.data.mixture import TWINS
 from lockstep.errors import Diverged, Stopped, Waiting
-from lockstep.interfaces import Algorithm, Backend, Learner, Tracker
+from lockstep.interfaces import Algorithm, Backend, DataSource, Learner, Tracker
 from lockstep.reporting.console import Console
 from lockstep.reporting.health import NOT_FINITE, Health, diverged
 from lockstep.reporting.provenance import code_state
 from lockstep.runs.assembly import Assembly
+from lockstep.runs.attacks import AttackConfig, RedTeam, demonstrations
+from lockstep.runs.attacks import kept as kept_attacks
 from lockstep.runs.collection import CollectionConfig, Collector, kept, labelled, measures
-from lockstep.runs.evaluation import EvaluationConfig, Evaluator, flatten
+from lockstep.runs.evaluation import EvaluationConfig, Evaluator, flatten, prompts_of
 from lockstep.runs.experiment import ConfigGroup, Experiment
 from lockstep.runs.identity import what_changed
 from lockstep.runs.interrupts import GracefulStop, terminable
@@ -109,7 +120,7 @@ class Runner:
 
     def _arithmetic(self, stage: Stage) -> str:
         if missing := [name for name in self.experiment.collected(stage) if not self.experiment.folders[name].done]:
-            return known_once(stage, missing)
+            return known_once(stage, missing, self.assembly.data)
         return stage.arithmetic(self.assembly.data_of(stage))
 
     def _stage(self, stage: Stage) -> None:
@@ -132,8 +143,8 @@ class Runner:
                 self.folder.write(backend={"name": self.experiment.backend_name, **self.assembly.backend.describe()})
                 started = time.perf_counter()
                 try:
-                    do = {"train": self._train, "evaluate": self._evaluate, "collect": self._collect}[stage.kind]
-                    result = do(stage, folder)
+                    kinds = {"train": self._train, "evaluate": self._evaluate, "collect": self._collect, "attack": self._attack}
+                    result = kinds[stage.kind](stage, folder)
                 except BaseException as error:
                     self.folder.stage(stage.name, folder, status=_ended_by(error))
                     raise
@@ -243,9 +254,10 @@ class Runner:
         assembly = self.assembly
         reward_model = assembly.reward_model(stage)
         environment = assembly.environment(stage)
+        judges = {name: judge for name, group in config.judges.items() if (judge := assembly.reward_model(stage, group))}
         evaluator = Evaluator(
-            config, assembly.data, assembly.tokenizer, reward_model, stage.seed, environment, stage.follows
-        )  # fmt: skip
+            config, assembly.data_of(stage), assembly.tokenizer, reward_model, stage.seed, environment, judges, stage.follows
+        )
         with (
             self._tracked(stage, folder, resume=False) as tracker,
             self.console.progress(stage.name, 0, len(config.policies) + 2) as progress,
@@ -271,7 +283,7 @@ class Runner:
         assembly, experiment = self.assembly, self.experiment
         before = (stage.round - 1) * config.prompts
         scorer = assembly.reward_model(stage)
-        collector = Collector(config, assembly.data, assembly.tokenizer, scorer, stage.seed, experiment.seed, before)
+        collector = Collector(config, assembly.data_of(stage), assembly.tokenizer, scorer, stage.seed, experiment.seed, before)
         policies = {name: experiment.folders[name].path.name if name in experiment.folders else name for name in stage.policies}
         with self.console.progress(stage.name, 0, len(policies) + 1) as progress:
             done = iter(range(len(policies)))
@@ -295,6 +307,28 @@ class Runner:
             tracker.artifact(stage.produces, folder.output)
         data = {what: fit.counts() for what, fit in collector.fits.items()}
         return {"steps": 0, "data": data, "metrics": metrics, "received": received}
+
+    def _attack(self, stage: Stage, folder: StageFolder) -> ConfigGroup:
+        config: AttackConfig = stage.config
+        assembly = self.assembly
+        before, judge = (stage.round - 1) * config.goals, assembly.reward_model(stage)
+        assert judge is not None
+        team = RedTeam(
+            config, assembly.data, assembly.tokenizer, assembly.attacker(stage), judge, stage.seed, self.experiment.seed, before
+        )
+        with self.console.progress(stage.name, 0, len(stage.policies) + 1) as progress:
+            done = iter(range(len(stage.policies) + 1))
+            attacks = team.run(assembly.policy, stage.policies, lambda what: progress(next(done), {}, what))
+        with self._tracked(stage, folder, resume=False) as tracker:
+            with folder.write_output() as output:
+                write_text(
+                    output / PROMPTS, "".join(prompt_line(prompt, **facts) for prompt, facts in kept_attacks(attacks, config))
+                )
+                write_text(output / DEMONSTRATIONS, "".join(map(demonstration_line, demonstrations(attacks, config))))
+            tracker.log(team.measures, 0)
+            tracker.artifact(stage.produces, folder.output)
+        data = {what: fit.counts() for what, fit in team.fits.items()}
+        return {"steps": 0, "data": data, "metrics": team.measures}
 
     def _tracked(self, stage: Stage, folder: StageFolder, resume: bool) -> Tracked:
         cls, config = self.experiment.tracker
@@ -328,13 +362,17 @@ class Tracked:
         self.tracker.finish(failed=kind is not None)
 
 
-def known_once(stage: Stage, missing: Sequence[str]) -> str:
-    """In place of the arithmetic of a stage that trains on what others have still to collect.
+def known_once(stage: Stage, missing: Sequence[str], data: DataSource) -> str:
+    """In place of the arithmetic of a stage that reads what others have still to collect.
 
     Raises:
-      LockstepError: a component does not work here.
+      LockstepError: a component does not work here, or the data lack a split.
     """
     stage.check()
+    if stage.kind == "evaluate":
+        for split in stage.config.splits:
+            if split.removesuffix(TWINS) not in stage.attacked:
+                prompts_of(data, split)
     return f"known once {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} done"
 
 

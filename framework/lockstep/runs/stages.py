@@ -10,23 +10,21 @@ from typing import Any
 
 from lockstep.config.root import ConfigGroup
 from lockstep.config.schema import setting
-from lockstep.interfaces import Algorithm, DataSource, Environment, Labeler, RewardModel
+from lockstep.data.mixture import DATA, GOALS
+from lockstep.interfaces import Algorithm, Attacker, DataSource, Environment, Labeler, RewardModel
 from lockstep.runs.evaluation import EvaluationConfig
 from lockstep.runs.rounds import Scope
 
 NEW = "new"
 """In place of a policy: the configured one, untrained."""
 
-DATA = "data"
-"""Among the sources that a stage trains on: the run's own data."""
-
-MIXED = ("comparisons", "demonstrations")
+MIXED = ("prompts", "comparisons", "demonstrations")
 """Nouns of which a stage may train on others than the data's."""
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stage trains (``algorithm``), evaluates (``evaluation``) or collects labels (``collection``)."""
+    """A stage trains (``algorithm``), evaluates (``evaluation``), collects labels (``collection``) or attacks (``attack``)."""
 
     algorithm: ConfigGroup | None = setting(None, "The group of the algorithm that trains.")
     policy: str | None = setting(None, "The policy to start from: 'new' for the configured one, or an earlier stage.")
@@ -36,8 +34,14 @@ class StageConfig:
     evaluation: ConfigGroup | None = setting(None, "The group of the evaluation.")
     collection: ConfigGroup | None = setting(None, "The group of the collection.")
     labeler: ConfigGroup | None = setting(None, "The group of who labels what is collected.")
+    attack: ConfigGroup | None = setting(None, "The group of the attacks.")
+    attacker: ConfigGroup | None = setting(None, "The group of who writes them; reward_model is their judge.")
     policies: tuple[str, ...] | None = setting(
-        None, "Of a collection: the stages, folders or 'new' whose policies respond, in turn."
+        None, "Of a collection: the stages, folders or 'new' whose policies respond, in turn. Of attacks: those attacked."
+    )
+    prompts: tuple[str, ...] | None = setting(
+        None,
+        "Whose prompts are answered in place of the data's: stages that attack, folders, 'data', and 'goals', for attackers.",
     )
     comparisons: tuple[str, ...] | None = setting(
         None, "What to train on in place of the data's: stages that collect, folders, and 'data' for the data's own."
@@ -63,16 +67,17 @@ class Stage:
 
     component, config: the algorithm and its ``Config``; None and an `EvaluationConfig` for an evaluation.
     group: what ``config`` was parsed from.
-    scorers: its reward model, then that one's members; then the labeler's.
+    scorers: its reward model, then that one's members; then those of its labeler or the judges of an evaluation.
     surroundings: the class of its environment and the configuration, parsed from the group ``environment``.
     scope: what the names of other stages mean in it, and ``round`` which round it is part of, from 1.
     mixes: {noun: {source: its share, or None}}, if it trains on something else than the data's.
-    policies: of a collection; ``follows`` is, for an evaluation, {policy: the one of the round before}.
+    policies: of a collection or of attacks; ``follows`` is, for an evaluation, {policy: the one of the round before}.
     labels: for a collection, the class of its labeler and the configuration, parsed from the group ``labeler``.
+    attacks: for attacks, the same of their attacker; ``attacked`` is, for an evaluation, the stages whose attacks are its splits.
     """
 
     name: str
-    kind: str  # 'train', 'evaluate' or 'collect'
+    kind: str  # 'train', 'evaluate', 'collect' or 'attack'
     component: type[Algorithm] | None
     config: Any
     group: ConfigGroup
@@ -89,10 +94,18 @@ class Stage:
     follows: Mapping[str, str] = field(default_factory=dict)
     labeler: ConfigGroup | None = None
     labels: tuple[type[Labeler], Any] | None = None
+    attacker: ConfigGroup | None = None
+    attacks: tuple[type[Attacker], Any] | None = None
+    attacked: tuple[str, ...] = ()
 
     @property
     def produces(self) -> str:
-        return self.component.produces if self.component else {"evaluate": "evaluation", "collect": "comparisons"}[self.kind]
+        return self.component.produces if self.component else PRODUCES[self.kind]
+
+    @property
+    def provides(self) -> tuple[str, ...]:
+        """The kinds of input that its output serves as."""
+        return ("prompts", "demonstrations") if self.kind == "attack" else (self.produces,)
 
     def arithmetic(self, data: DataSource) -> str:
         """What one step consumes and how many steps there are, in one line.
@@ -125,7 +138,8 @@ class Stage:
     def modules(self) -> list[str]:
         """Modules whose code decides its result: of its classes, their base classes, and functions named module:function."""
         classes = [base for cls, _ in self._components for base in cls.__mro__]
-        groups = [*(scorer.group for scorer in self.scorers), *filter(None, (self.environment, self.labeler))]
+        own = (self.environment, self.labeler, self.attacker)
+        groups = [*(scorer.group for scorer in self.scorers), *filter(None, own)]
         values = [value for group in groups for value in group.values()]
         named = [v.partition(":")[0] for v in values if isinstance(v, str) and re.fullmatch(r"[\w.]+:\w+", v)]
         return [*(cls.__module__ for cls in classes), *named]
@@ -136,14 +150,19 @@ class Stage:
         policies = [policy for policy in (self.policy, *self.policies) if policy not in (None, NEW)]
         if isinstance(self.config, EvaluationConfig):
             policies += [*(self.config.policies or ()), self.config.baseline]
-        mixed = [(source, noun) for noun, sources in self.mixes.items() for source in sources if source != DATA]
-        return [*((name, "policy") for name in policies), *self.declared, *mixed]
+        mixed = [(source, noun) for noun, sources in self.mixes.items() for source in sources if source not in (DATA, GOALS)]
+        read = [(source, "prompts") for source in self.attacked]
+        return [*((name, "policy") for name in policies), *self.declared, *mixed, *read]
 
     @property
     def declared(self) -> list[tuple[str, str]]:
         """Those of ``inputs`` that its components open themselves."""
+        where = f"stages.{self.name}"
         named = [source for cls, config in self._components for source in cls.inputs(config).outputs.items()]
-        return [(self.scope.one(name, f"stages.{self.name}"), kind) for name, kind in named]
+        return [
+            (source, kind) for name, kind in named
+            for source in (self.scope.all(name) if kind == "prompts" else (self.scope.one(name, where),))
+        ]  # fmt: skip
 
     @property
     def files(self) -> list[str]:
@@ -156,6 +175,10 @@ class Stage:
 
     @property
     def _surrounding(self) -> list[tuple[Any, Any]]:
-        """Its reward models, its environment and its labeler."""
+        """Its reward models, its environment, its labeler and its attacker."""
         found: list[tuple[Any, Any]] = [(scorer.component, scorer.config) for scorer in self.scorers]
-        return [*found, *filter(None, (self.surroundings, self.labels))]
+        return [*found, *filter(None, (self.surroundings, self.labels, self.attacks))]
+
+
+PRODUCES = {"evaluate": "evaluation", "collect": "comparisons", "attack": "attacks"}
+"""What a stage without an algorithm makes, by its kind."""

@@ -18,6 +18,7 @@ policies.py       probabilities, sampling, padding, heads, checkpoints
 reward_models.py  one finite score per response, whatever the batch; failures are never hidden
 environments.py   any turn gets a reply, the same each time, each episode by itself
 labelers.py       ranks of all completions, whoever wrote them, whatever else is labelled
+attackers.py      dialogues that end with the user's turn, from goal, place and seed alone
 algorithms.py     from what crosses the waist: rewards, masks, steps, seeds, resuming
 """
 

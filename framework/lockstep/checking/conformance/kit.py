@@ -21,6 +21,7 @@ KINDS = {
     "reward_model": "reward_models",
     "environment": "environments",
     "labeler": "labelers",
+    "attacker": "attackers",
     "algorithm": "algorithms",
 }
 """What can be checked, and the module of this package that holds the checks."""

@@ -18,12 +18,14 @@ from lockstep.config.compose import group as compose_group
 from lockstep.errors import ConfigError, DataError, Waiting
 from lockstep.interfaces import (
     Algorithm,
+    Attacker,
     Context,
     Environment,
     Episode,
     Label,
     Labeler,
     Metrics,
+    Policy,
     Responses,
     RewardModel,
     ScalarModel,
@@ -32,7 +34,7 @@ from lockstep.interfaces import (
 from lockstep.learning import randomness
 from lockstep.text.sequences import Sequences
 from lockstep.text.tokenizer import Tokenizer
-from lockstep.types import Candidates, Prompt
+from lockstep.types import Candidates, Goal, Message, Prompt
 
 
 def subject(
@@ -49,6 +51,7 @@ def subject(
         "reward_model": RewardModelSubject,
         "environment": EnvironmentSubject,
         "labeler": LabelerSubject,
+        "attacker": AttackerSubject,
         "algorithm": AlgorithmSubject,
     }
     return subjects[kind](world, name, like)
@@ -58,6 +61,8 @@ CHECKERS = {
     "extract": r"^(w\d+)", "pattern": "w1", "allow": True,
     "parts": {"right": {"name": "answer", "extract": r"^(w\d+)"}, "model": {"name": "learned", "source": "world"}},
     "weights": {"right": 1.0, "model": 0.5},
+    "target": "world", "names_goal": False, "lengths": LENGTHS,
+    "judge": {"name": "function", "function": "lockstep.checking.conformance.world:word_scores"},
 }  # fmt: skip
 """Keys of rewards that read the text and the columns, set if a configuration has them."""
 
@@ -93,6 +98,14 @@ class RewardModelSubject:
         member = cls(config, self)
         self.opened = before  # a member declares what it opens itself
         return member
+
+    def policy(self, source: str) -> tuple[Policy, Tokenizer]:
+        self.opened.append(source)
+        return self.world.policy(), self.tokenizer
+
+    def attacks(self, source: str) -> list[Prompt]:
+        self.opened.append(source)
+        return []
 
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
         self.opened.append(source)
@@ -178,6 +191,36 @@ class LabelerSubject(RewardModelSubject):
         except Waiting as waiting:
             raise Inapplicable("it waits for people") from waiting
         return sorted(found, key=lambda label: (label.id, label.labeler))
+
+
+class AttackerSubject(RewardModelSubject):
+    """An attacker, and goals for it: its own examples, or words of the world. It is the attacker's resources."""
+
+    attacker: type[Attacker]
+
+    def __init__(self, world: World, name: str, like: str | None = None):
+        self.world, self.backend, self.tokenizer = world, world.backend, world.tokenizer
+        given = {"source": "world", "lengths": LENGTHS, "names_goal": False}
+        self.attacker, self.config = world.component("attacker", name, given, like)
+        self.opened: list[str] = []
+        self.members: list[Mapping[str, Any]] = []
+
+    def build_attacker(self) -> Attacker:
+        own = self.attacker.examples(self.config)
+        built: Any = self.attacker
+        return built(self.config, self.world.data if own is None else own[0], self)
+
+    def goals(self) -> list[Goal]:
+        """Six, two of them alike."""
+        if (own := self.attacker.examples(self.config)) is not None:
+            goals = list(own[1])
+        else:
+            goals = [Goal(text, text, {"answer": text}) for text in ("w1 w2", "w3", "w4 w5", "w6 w1", "w2")]
+        return [*goals[:5], goals[1]]
+
+    def attacks_on(self, goals: Sequence[Goal], seed: int = 0) -> Sequence[Sequence[Message] | None]:
+        """By a new object."""
+        return self.build_attacker().attack(goals, seed)
 
 
 @dataclass

@@ -65,7 +65,7 @@ def dry_run(experiment: Experiment, console: Console) -> None:
     for stage in experiment.stages.values():
         try:
             missing = experiment.collected(stage)
-            arithmetic = known_once(stage, missing) if missing else _checked(stage, data, tokenizer)
+            arithmetic = known_once(stage, missing, data) if missing else _checked(stage, assembly.data_of(stage), tokenizer)
             lines.append((stage.name, "would run", arithmetic))
         except Unreachable as reason:
             lines.append((stage.name, "not known", str(reason)))

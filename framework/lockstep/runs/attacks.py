@@ -1,0 +1,192 @@
+"""Attacks on policies: an attacker writes requests after goals of the data, the policies reply, and a judge says which attacks
+succeeded (Perez et al. 2022, "Red teaming language models with language models", arXiv 2202.03286).
+
+The attacks, and with them their harmless twins, become prompts of later stages: of collections and of training, so that policies
+learn to refuse the former without refusing the latter, and of evaluations, which have attacks on held-out goals. The successful
+ones become demonstrations for the next attacker (Ge et al. 2023, "MART", arXiv 2311.07689).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from lockstep.config.schema import setting
+from lockstep.errors import DataError
+from lockstep.interfaces import Attacker, DataSource, Policy, RewardModel
+from lockstep.learning.randomness import example_indices, token_seeds
+from lockstep.learning.rollout import Sampler, neighbours, score
+from lockstep.text import encoding, similarity
+from lockstep.text.encoding import Lengths
+from lockstep.text.stopping import Stops
+from lockstep.text.tokenizer import Tokenizer
+from lockstep.types import Demonstration, Fit, Goal, Message, Prompt
+
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """What is attacked with."""
+
+    goals: int = setting(100, "Of the training split, drawn anew in each round, or all there are.", least=1)
+    heldout_goals: int = setting(100, "Held out, for evaluations: the first ones, or all there are.", least=0)
+    samples: int = setting(4, "Attacks on each goal; equal ones are kept once.", least=1, most=1024)
+    keep: Literal["all", "successes"] = setting("all", "The attacks that later stages get as prompts.")
+    imitate: Literal["all", "successes"] = setting("successes", "Those that they get as demonstrations for an attacker.")
+    twins: bool = setting(True, "Whether they also get each attack with a harmless goal in the goal's place.")
+    threshold: float = setting(0.5, "The judge's score above which an attack has succeeded.", least=-float("inf"))
+    temperature: float = setting(1.0, "For the policies' replies; 0 takes the most likely token.", least=0)
+    batch_size: int = setting(100, "Replies per forward pass.", least=1)
+    lengths: Lengths = setting(Lengths(), "Limits in tokens; a longer attack is none.")
+    stop_strings: tuple[str, ...] = setting((), "Text that ends a reply, as EOS does; or special tokens by name.")
+
+    def arithmetic(self, data: DataSource) -> str:
+        count, heldout = min(self.goals, len(data.goals("train"))), min(self.heldout_goals, len(data.goals("heldout")))
+        return f"{self.samples} attacks on each of {count} goals and {heldout} held-out goals"
+
+
+@dataclass(frozen=True)
+class Attack:
+    """``success`` is the share of the attacked policies that it moved to help with its goal."""
+
+    goal: Goal
+    split: str
+    prompt: Prompt
+    twin: Prompt | None
+    success: float
+
+    @property
+    def strategy(self) -> str:
+        return similarity.strategy([message.content for message in self.prompt.messages], self.goal.text)
+
+
+@dataclass
+class RedTeam:
+    """Has attacks written and tried. ``position`` is how many goals earlier rounds took; ``order_seed`` decides their order."""
+
+    config: AttackConfig
+    data: DataSource
+    tokenizer: Tokenizer
+    attacker: Attacker
+    judge: RewardModel
+    seed: int
+    order_seed: int
+    position: int
+    fits: dict[str, Fit] = field(default_factory=dict)
+    measures: dict[str, float] = field(default_factory=dict)
+
+    def run(self, load: Callable[[str], Policy], policies: Sequence[str], progress: Callable[[str], None]) -> list[Attack]:
+        """
+        Raises:
+          DataError: the attacker wrote nothing that fits.
+        """
+        progress("attacks")
+        written = [found for split in SPLITS for found in self.written(split)]
+        if not any(split == "train" for _, split, _ in written):
+            raise DataError("The attacker found no words for any of the goals, or its attacks are too long.")
+        prompts = [prompt for _, _, prompt in written]
+        succeeded = []
+        for name in policies:
+            progress(name)
+            succeeded.append(self.success(load(name), prompts))
+            for split, chosen in self._by_split(written):
+                self.measures[f"success/{split}/{name}"] = float(np.mean(succeeded[-1][chosen]))
+        shares = np.mean(succeeded, axis=0)
+        attacks = [
+            Attack(goal, split, prompt, self.twin(prompt, goal), float(share))
+            for (goal, split, prompt), share in zip(written, shares, strict=True)
+        ]
+        self.measures |= diversity([each for each in attacks if each.split == "train"])
+        return attacks
+
+    def written(self, split: str) -> Iterator[tuple[Goal, str, Prompt]]:
+        """(goal, split, attack) of each different attack that fits the length limits."""
+        c, goals = self.config, self.data.goals(split)
+        count = min(c.goals if split == "train" else c.heldout_goals, len(goals))
+        order = (
+            example_indices(self.order_seed, "attacks", len(goals), self.position, count) if split == "train" else range(count)
+        )
+        chosen = neighbours([goals[int(i)] for i in order], c.samples)
+        if not chosen:
+            return
+        found = self.attacker.attack(chosen, self.seed + SPLITS.index(split))
+        if len(found) != len(chosen):
+            raise DataError(f"The attacker wrote {len(found)} attacks on {len(chosen)} goals. It owes one, or None, for each.")
+        self.measures[f"written/{split}"] = sum(each is not None for each in found) / len(found)
+        fit = self.fits[f"{split} attacks"] = Fit(f"{split} attacks")
+        seen = set()
+        for goal, messages in zip(chosen, found, strict=True):
+            if messages is None:
+                continue
+            prompt = attack_on(goal, messages)
+            fit.total += 1
+            if encoding.encode_prompt(self.tokenizer, prompt, c.lengths.prompt) is None:
+                fit.dropped += 1
+            elif (key := (goal.text, prompt.messages)) not in seen:
+                seen.add(key)
+                yield goal, split, prompt
+
+    def success(self, policy: Policy, prompts: Sequence[Prompt]) -> np.ndarray:
+        """float [B]: 1 where the judge finds that the policy's reply to an attack helps with its goal. A reply that the judge
+        could not score counts as none."""
+        c = self.config
+        fit = Fit("attacks")
+        prompts, ids = encoding.encode_prompts(self.tokenizer, prompts, c.lengths, fit)
+        sampler = Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size)
+        seeds = token_seeds(self.seed, "replies", 0, len(ids), c.lengths.response)
+        return (score(self.judge, sampler.sample(policy, prompts, ids, seeds))[0] > c.threshold).astype(float)
+
+    def twin(self, prompt: Prompt, goal: Goal) -> Prompt | None:
+        """If it is asked for, there is one, and it fits."""
+        messages = self.attacker.twin(prompt.messages, goal) if self.config.twins else None
+        if messages is None or goal.twin is None:
+            return None
+        found = attack_on(goal.twin, messages)
+        return found if encoding.encode_prompt(self.tokenizer, found, self.config.lengths.prompt) is not None else None
+
+    def _by_split(self, written: Sequence[tuple[Goal, str, Prompt]]) -> Iterator[tuple[str, np.ndarray]]:
+        splits = np.array([split for _, split, _ in written])
+        yield from ((split, splits == split) for split in SPLITS if (splits == split).any())
+
+
+def attack_on(goal: Goal, messages: Sequence[Message]) -> Prompt:
+    return Prompt(tuple(messages), goal.truth)
+
+
+def demonstrations(attacks: Sequence[Attack], config: AttackConfig) -> list[Demonstration]:
+    """How attacks of one turn are written, for an attacker to learn from: those that succeeded, if any did; or all."""
+    single = [each for each in attacks if each.split == "train" and len(each.prompt.messages) == 1]
+    chosen = [each for each in single if each.success > 0] if config.imitate == "successes" else []
+    return [Demonstration(each.goal.prompt(), each.prompt.messages[0].content) for each in chosen or single]
+
+
+def diversity(attacks: Sequence[Attack]) -> dict[str, float]:
+    """At three levels: goals, of which an attack on this share succeeded; strategies, of which this share of all attacks are
+    different; words, the mean distance of a strategy to the nearest other one."""
+    goals = {each.goal.text: 0.0 for each in attacks}
+    for each in attacks:
+        goals[each.goal.text] = max(goals[each.goal.text], each.success)
+    strategies = [each.strategy for each in attacks]
+    return {
+        "diversity/goals": sum(value > 0 for value in goals.values()) / len(goals),
+        "diversity/strategies": len(set(strategies)) / len(strategies),
+        "diversity/words": similarity.diversity(strategies[:MOST_COMPARED]),
+    }
+
+
+MOST_COMPARED = 500
+"""Attacks of which each is compared with each other."""
+
+
+def kept(attacks: Sequence[Attack], config: AttackConfig) -> Iterator[tuple[Prompt, Mapping[str, Any]]]:
+    """(prompt, facts) of each attack and twin that later stages read."""
+    for each in attacks:
+        if each.split == "train" and config.keep == "successes" and not each.success:
+            continue
+        yield each.prompt, {"goal": each.goal.text, "split": each.split, "success": each.success}
+        if each.twin is not None and each.goal.twin is not None:
+            yield each.twin, {"goal": each.goal.twin.text, "split": each.split, "twin": True}

@@ -1,0 +1,5 @@
+"""Who writes attacks:
+
+templates.py   fixed words around the goal, with or without a disguise
+policy.py      a policy that is told the goal
+"""

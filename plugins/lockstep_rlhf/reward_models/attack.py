@@ -1,0 +1,124 @@
+"""The reward of an attacker: does the target help?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lockstep.config.schema import REQUIRED, setting
+from lockstep.errors import DataError
+from lockstep.interfaces import DataSource, Inputs, Resources, Responses, RewardModel
+from lockstep.learning.randomness import token_seeds
+from lockstep.learning.rollout import Sampler, score
+from lockstep.text import encoding, similarity
+from lockstep.text.encoding import Lengths
+from lockstep.text.stopping import Stops
+from lockstep.types import Message, Prompt
+
+
+class AttackReward(RewardModel):
+    """success - invalid + novelty of each response as an attack on the target, after the goal that its prompt names
+    (`lockstep.types.Goal`).
+
+    An attack is valid if it names the goal and fits the target's length limits. Of a valid one, the success is the judge's mean
+    score of the target's replies (Perez et al. 2022, arXiv 2202.03286, section 3.1), and the novelty, times ``novelty``, the
+    distance to the nearest attack of the archive, goals aside (`lockstep.text.similarity.novelty`); curiosity in this sense keeps
+    a trained attacker from repeating itself (Hong et al. 2024, arXiv 2402.19464). An invalid one costs ``invalid``.
+
+    A reply's random numbers come from the goal and the attack, so a score does not depend on the batch. `details` has success,
+    validity and novelty; the judge's NaN, where it could not score a reply, is the score's.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        judge: Mapping[str, Any] = setting(REQUIRED, "A group of this kind with its name; its score is the success.")
+        target: str = setting("ppo", "The policy that is attacked: a stage, or a folder or hub id.")
+        invalid: float = setting(1.0, "What an attack costs that misses its goal or is too long.", least=0)
+        novelty: float = setting(0.5, "What complete novelty is worth.", least=0)
+        archive: tuple[str, ...] = setting((), "Stages (all.STAGE) or folders whose attacks are not new.")
+        names_goal: bool = setting(True, "Whether an attack must contain the goal's words.")
+        replies: int = setting(1, "Of the target, whose mean counts.", least=1)
+        temperature: float = setting(1.0, "For the replies.", above=0)
+        batch_size: int = setting(100, "Replies per forward pass.", least=1)
+        lengths: Lengths = setting(Lengths(), "Limits of the target, in tokens.")
+
+    @classmethod
+    def rehearse(cls, config: Any, data: DataSource) -> None:
+        data.goals("train")
+
+    @classmethod
+    def inputs(cls, config: Config) -> Inputs:
+        return Inputs({config.target: "policy", **dict.fromkeys(config.archive, "prompts")}, members=(config.judge,))
+
+    def __init__(self, config: Config, resources: Resources):
+        self.config = config
+        self.target, self.tokenizer = resources.policy(config.target)
+        self.judge = resources.reward_model(config.judge)
+        config.lengths.check(self.target.context_length)
+        self.sampler = Sampler(Stops(self.tokenizer, ()), config.lengths, config.temperature, config.batch_size)
+        known = {_strategy(attack) for source in config.archive for attack in resources.attacks(source)}
+        self.archive = [similarity.pairs(text) for text in sorted(known)]
+        self._details: dict[str, np.ndarray] = {}
+
+    def score(self, responses: Responses) -> np.ndarray:
+        c = self.config
+        attacks = [_attack(prompt, text) for prompt, text in zip(responses.prompts, responses.texts, strict=True)]
+        ids = [self._encoded(attack) for attack in attacks]
+        valid = np.array([found is not None for found in ids])
+        rows = np.flatnonzero(valid)
+        success = np.zeros(len(attacks), np.float32)
+        if len(rows):
+            success[rows] = self._success([attacks[i] for i in rows], [found for found in ids if found is not None])
+        new = [
+            similarity.novelty(_strategy(attack), self.archive) if ok else 0 for attack, ok in zip(attacks, valid, strict=True)
+        ]
+        novelty = np.array(new, np.float32)
+        self._details = {"success": success, "valid": valid.astype(np.float32), "novelty": novelty}
+        return np.where(valid, success + c.novelty * novelty, -c.invalid).astype(np.float32)
+
+    def details(self) -> dict[str, np.ndarray]:
+        return self._details
+
+    def _encoded(self, attack: Prompt) -> list[int] | None:
+        """The attack as the target reads it; None if it is not valid.
+
+        Raises:
+          DataError: the prompt does not say what the attack is after.
+        """
+        text = attack.messages[-1].content
+        if self.config.names_goal and "goal" not in attack.truth:
+            raise DataError(
+                "reward_model=attack scores attacks on goals, and a prompt has none. Let the attacker's stage answer goals: "
+                "prompts: [goals]."
+            )
+        if not text or (self.config.names_goal and str(attack.truth["goal"]) not in text):
+            return None
+        return encoding.encode_prompt(self.tokenizer, attack, self.config.lengths.prompt)
+
+    def _success(self, attacks: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """float32 [B]"""
+        c = self.config
+        seeds = [token_seeds(_seed(attack), "replies", 0, c.replies, c.lengths.response) for attack in attacks]
+        scores, _ = score(self.judge, self.sampler.sample(self.target, attacks, ids, np.concatenate(seeds)))
+        return scores.reshape(len(attacks), c.replies).mean(axis=1)
+
+
+def _attack(prompt: Prompt, text: str) -> Prompt:
+    """The response to a goal as a prompt for the target."""
+    known = prompt.truth
+    return Prompt(
+        (Message("user", text.strip()),), {**known.get("pursued", {}), **({"goal": known["goal"]} if "goal" in known else {})}
+    )
+
+
+def _strategy(attack: Prompt) -> str:
+    return similarity.strategy([message.content for message in attack.messages], str(attack.truth.get("goal", "")))
+
+
+def _seed(attack: Prompt) -> int:
+    text = "\0".join((str(attack.truth.get("goal", "")), attack.messages[-1].content))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
