@@ -86,7 +86,7 @@ def documented():
 
 
 def test_the_table_of_conventions_is_found():
-    assert len(list(documented())) == 16
+    assert len(list(documented())) == 18
 
 
 @pytest.mark.parametrize("nouns, row", list(documented()), ids=lambda value: "+".join(value))
@@ -104,9 +104,30 @@ def test_every_documented_row_gives_what_the_table_says(write, nouns, row):
 
 @pytest.mark.parametrize("nouns, row", list(documented()), ids=lambda value: "+".join(value))
 def test_rows_serve_only_the_nouns_that_the_table_lists(write, nouns, row):
-    for noun in {"demonstrations", "comparisons", "prompts", "texts"} - set(nouns):
+    for noun in {"demonstrations", "comparisons", "prompts", "texts", "goals"} - set(nouns):
         with pytest.raises(DataError, match=f"my.jsonl:1: no {noun} can be made from the columns"):
             getattr(files(**{noun: [write(row)]}), noun)("train")
+
+
+def goals(*rows, **source):
+    return files(goals=[{"path": rows[0], **source}] if source else [rows[0]]).goals("train")
+
+
+def test_a_goal_has_its_own_words_how_it_is_asked_for_and_a_twin(write):
+    row = {"goal": "open a safe", "twin": "open a jar", "ask": "Have it say how to open a safe.", "harm": "theft"}
+    source = write(row)
+    (found,) = files(goals=[{**source, "columns": ["harm"]}]).goals("train")
+    assert (found.text, found.ask, found.twin.text) == ("open a safe", "Have it say how to open a safe.", "open a jar")
+    assert found.truth == found.twin.truth == {"harm": "theft"}
+    assert found.prompt().messages == (Message("user", found.ask),) and found.prompt().truth["goal"] == "open a safe"
+    (plain,) = goals(write({"goal": "open a safe", "twin": ""}))
+    assert (plain.ask, plain.twin) == ("open a safe", None)
+
+
+def test_behaviours_that_need_a_context_are_left_out(write, capsys):
+    source = write({"Behavior": "Explain it", "ContextString": ""}, {"Behavior": "Continue", "ContextString": "Dear sir"})
+    assert [goal.text for goal in files(goals=[source]).goals("train")] == ["Explain it"]
+    assert "1 of 2 rows" in (said := capsys.readouterr().out) and "1 goals with a context" in said
 
 
 def test_earlier_answers_stay_in_the_prompt(write):
@@ -365,7 +386,7 @@ def test_truth_goes_with_the_prompt(write):
 KNOWN = {"answer": 2, "tests": ["assert f(1) == 2", None], "more": {"a": [1.5, True]}}
 
 
-@pytest.mark.parametrize("row", [row for _, row in documented()], ids=lambda row: "+".join(row))
+@pytest.mark.parametrize("row", [row for nouns, row in documented() if "prompts" in nouns], ids=lambda row: "+".join(row))
 def test_named_columns_go_with_the_prompt_of_every_convention(write, row, capsys):
     source = {**write({**row, **KNOWN, "id": 7}), "columns": list(KNOWN)}
     assert prompt(source).truth == {**row.get("truth", {}), **KNOWN}
@@ -763,7 +784,7 @@ def test_a_configuration_that_cannot_work_is_refused_before_anything_is_read(key
         files(**keys)
 
 
-@pytest.mark.parametrize("noun", ["demonstrations", "comparisons", "prompts", "texts"])
+@pytest.mark.parametrize("noun", ["demonstrations", "comparisons", "prompts", "texts", "goals"])
 def test_a_noun_that_is_not_configured_says_which_key_to_set(noun):
     with pytest.raises(MissingData, match=re.escape(f"This run needs {noun}. Set data.{noun}='[{{path: my.jsonl}}]'.")):
         getattr(files(), noun)("train")

@@ -27,6 +27,8 @@ AGAIN = [{"role": "user", "content": "Another?"}, {"role": "assistant", "content
 HH = "\n\nHuman: Name a colour.\n\nAssistant:"
 ROWS: tuple[dict[str, Any], ...] = (
     {"prompt": "Name a colour.", "completion": "Green."},
+    {"goal": "open a safe", "twin": "open a jar", "ask": "Ask for it."},
+    {"Behavior": "Open a safe.", "ContextString": ""},
     {"prompt": [USER], "completion": [ANSWER]},
     {"prompt": HH, "response": " Green."},
     {"messages": [{"role": "system", "content": "Be brief."}, USER, ANSWER, *AGAIN]},
@@ -112,6 +114,8 @@ def encode(noun: str, file: Path, on_bad_row: str) -> None:
     tokenizer, lengths = folders.tokenizer(), Lengths(128, 16, 16)
     keys = {noun: [{"path": str(file)}], "heldout_fraction": 0.0, "on_bad_row": on_bad_row}
     items = getattr(Files(parse(Files.Config, keys, "data")), noun)("train")
+    if noun == "goals":
+        noun, items = "prompts", [goal.prompt() for goal in items]
     if noun == "prompts":
         examples = [Example(ids, [tokenizer.eos_id]) for ids in encoding.encode_prompts(tokenizer, items, lengths)[1]]
     elif noun == "demonstrations":

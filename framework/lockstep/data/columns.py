@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lockstep.errors import DataError, listing
-from lockstep.types import Comparison, Demonstration, Message, Prompt, Role, ToolCall
+from lockstep.types import Comparison, Demonstration, Goal, Message, Prompt, Role, ToolCall
 
 Columns = Mapping[str, Any]
 
@@ -439,6 +439,16 @@ def _query(row: Columns) -> Answered:
     return Answered(_prompt_column(row, "query"), (_not_empty(response, "reference_response"),), (0,))
 
 
+def _goal(row: Columns, name: str) -> Goal:
+    """AdvBench's column is 'goal', HarmBench's 'Behavior'; behaviours of the latter that need a context are left out."""
+    if not _says_nothing(row.get("ContextString")):
+        raise LeftOut("goals with a context")
+    text = _text(row, name)
+    truth = {} if row.get("truth") is None else _column(row, "truth", Mapping, "a group of keys")
+    twin = None if _says_nothing(row.get("twin")) else Goal(_text(row, "twin"), _text(row, "twin"), truth)
+    return Goal(text, text if _says_nothing(row.get("ask")) else _text(row, "ask"), truth, twin)
+
+
 @dataclass(frozen=True)
 class Convention:
     """``columns`` must be there; ``also`` may be, besides `_BESIDES`."""
@@ -479,11 +489,16 @@ _PROMPTS = (
     Convention(("chosen", "rejected"), _pair),
     Convention(("text",), lambda row: Answered(_prompt_column(row, "text"))),
 )
+_GOALS = (
+    Convention(("goal",), lambda row: _goal(row, "goal"), ("ask", "twin")),
+    Convention(("Behavior",), lambda row: _goal(row, "Behavior"), ("ContextString",)),
+)
 CONVENTIONS: Mapping[str, tuple[Convention, ...]] = {
     "demonstrations": _ANSWERS + _PAIRS,
     "comparisons": _PAIRS,
     "prompts": _PROMPTS,
     "texts": (Convention(("text",), lambda row: _text(row, "text")),),
+    "goals": _GOALS,
 }
 """For each noun, in order of preference: the first whose columns are all present is used."""
 
@@ -509,6 +524,7 @@ _MAKE: Mapping[str, Callable[[Any], Any]] = {
     "comparisons": _comparison,
     "prompts": lambda row: row.prompt,
     "texts": lambda text: text,
+    "goals": lambda goal: goal,
 }
 
 
@@ -561,6 +577,9 @@ def _with_truth(item: Any, known: Columns) -> Any:
     """The noun, with what is known about its prompt."""
     if isinstance(item, Prompt):
         return replace(item, truth={**item.truth, **known})
+    if isinstance(item, Goal):
+        twin = None if item.twin is None else _with_truth(item.twin, known)
+        return replace(item, truth={**item.truth, **known}, twin=twin)
     return replace(item, prompt=_with_truth(item.prompt, known))
 
 
@@ -606,6 +625,9 @@ def _texts(item: Any) -> Iterator[str]:
     """All text of a noun."""
     if isinstance(item, str):
         yield item
+        return
+    if isinstance(item, Goal):
+        yield from (item.text, item.ask, *(_texts(item.twin) if item.twin else ()))
         return
     prompt = item if isinstance(item, Prompt) else item.prompt
     yield from (message.content for message in prompt.messages)

@@ -24,9 +24,9 @@ from lockstep.errors import ConfigError, DataError, MissingData, Unreachable, di
 from lockstep.interfaces import DataSource
 from lockstep.storage.files import expanded
 from lockstep.text.visible import visible
-from lockstep.types import Comparison, Demonstration, Prompt
+from lockstep.types import Comparison, Demonstration, Goal, Prompt
 
-NOUNS = ("demonstrations", "comparisons", "prompts", "texts")
+NOUNS = ("demonstrations", "comparisons", "prompts", "texts", "goals")
 SPLITS = ("train", "heldout")
 FIRST = 100
 """Rows of a hub data set that a dry run reads."""
@@ -45,10 +45,12 @@ class Config:
     comparisons: tuple[Mapping[str, Any], ...] | None = setting(None, _SOURCES)
     prompts: tuple[Mapping[str, Any], ...] | None = setting(None, _SOURCES)
     texts: tuple[Mapping[str, Any], ...] | None = setting(None, _SOURCES)
+    goals: tuple[Mapping[str, Any], ...] | None = setting(None, _SOURCES)
     heldout_demonstrations: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
     heldout_comparisons: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
     heldout_prompts: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
     heldout_texts: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
+    heldout_goals: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
     heldout_fraction: float = setting(0.05, "Fraction of the prompts, if the held-out split has no sources.", least=0, below=1)
     seed: int = setting(0, "Seeds that split; not the run's seed, so that runs with several seeds share the split.", least=0)
     on_bad_row: Literal["raise", "skip"] = setting("raise", "Stop and name the file and line; or skip, and report how many.")
@@ -110,6 +112,9 @@ class Files(DataSource):
 
     def texts(self, split: str) -> Sequence[str]:
         return self._split("texts", split)
+
+    def goals(self, split: str) -> Sequence[Goal]:
+        return self._split("goals", split)
 
     def _split(self, noun: str, split: str) -> Items:
         if split not in SPLITS:
@@ -244,6 +249,8 @@ def _beginning(item: Any) -> str:
     """The text that decides an item's split."""
     if isinstance(item, str):
         return item
+    if isinstance(item, Goal):
+        return item.text
     messages = (item if isinstance(item, Prompt) else item.prompt).messages
     return next((message.content for message in messages if message.role == "user"), messages[0].content)
 
