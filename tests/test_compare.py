@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as parquet
 import pytest
+import yaml
 
 from lockstep.errors import DataError, LockstepError
 from lockstep.reporting.compare import claims, compare, figures, groups, print_summary, reading, tables
@@ -431,3 +432,45 @@ def test_a_measure_of_nothing_is_left_out_instead_of_counting_as_the_best():
     """What could not be scored has a mean of NaN, which sorting would put last."""
     nothing, something = {"mean": float("nan"), "n": 0}, {"mean": 1.0, "low": 0.5, "high": 1.5, "n": 4}
     assert list(_estimates({"score": nothing, "gold": something})) == ["gold"]
+
+
+# -------------------------------------------------------------------------------------------------------------- judges
+
+
+def judged_run(runs, backend, seed, helped):
+    """A run whose evaluation has a judge, and attacks as a split. ``helped`` is {policy: the judge's mean on the attacks}."""
+    folder = write_run(runs, backend, seed)
+    stages = json.loads((folder / "run.json").read_text())["stages"]
+    file = runs / stages["evaluate"]["folder"] / "output/evaluation.json"
+    found = json.loads(file.read_text())
+    for policy, mean in helped.items():
+        found["splits"]["heldout"][policy]["helped"] = {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 500}
+        measure = {"mean": mean, "low": mean - 0.05, "high": mean + 0.05, "n": 68}
+        found["splits"].setdefault("attacks_1", {})[policy] = {"helped": measure}
+    file.write_text(json.dumps(found))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["evaluation"] = {"judges": {"helped": {"name": "pattern", "pattern": "x"}, "absent": {"name": "length"}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_judges_are_a_matrix_of_policies_and_splits(tmp_path):
+    for seed, mean in enumerate((0.3, 0.5)):
+        judged_run(tmp_path, "torch", seed, {"sft": mean, "ppo": 0.1})
+    report = compare([tmp_path], tmp_path / "report")
+    page = next(f for f in report.files if f.name == "report.html").read_text()
+    assert 'aria-label="judges"' in page and '<section id="judges">' in page
+    squares = next(svg for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL) if 'aria-label="judges"' in svg)
+    assert re.findall(r">(\d\.\d\d)<", squares) == ["0.00", "0.40", "0.00", "0.10"]
+    ElementTree.fromstring(squares)
+    comparison = comparison_of(tmp_path)
+    assert comparison.judges == ["helped"]
+    table = tables.judges(comparison)
+    cells = {row[0]: row[1:] for row in table.rows}
+    assert table.header == ["", "heldout", "adversarial", "attacks_1"]
+    assert [cell[:4] for cell in cells["sft"]] == ["0.00", "", "0.40"] and cells["ppo"][2].startswith("0.10")
+    assert not re.search("absent", page.partition("Configuration")[0])
+
+
+def test_runs_without_judges_have_no_such_section(page):
+    assert "judges" not in page

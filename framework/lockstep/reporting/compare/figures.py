@@ -29,6 +29,7 @@ from lockstep.reporting.compare.plots import (
     draw_dots,
     draw_forest,
     draw_point,
+    draw_squares,
     legend,
     panels,
     plain,
@@ -80,6 +81,7 @@ def _makers(found: Sequence[Versus]) -> dict[str, Callable[[RunComparison], Figu
         "ability": ability,
         "against": lambda c: against_baseline(c, found),
         "frontier": frontier,
+        "judges": judges,
         "best_of": best_of,
         "curves": curves,
         "reward_model": reward_model,
@@ -188,6 +190,19 @@ def frontier(c: RunComparison) -> Figure | None:
         ax.set_title(AGAINST_KL[metric])
         ax.set_xlabel("√KL to the reference, √nats")
     legend(figure, c, trained)
+    return figure
+
+
+def judges(c: RunComparison) -> Figure | None:
+    """A square per policy and split, darker where the judge's mean score is higher; a panel per judge and group."""
+    shown = [(name, g) for name in c.judges for g in c.groups if any(g.policy(s, p, name) for s in c.splits for p in c.policies)]
+    if not shown:
+        return None
+    figure, axes = panels(len(shown), height=1.3 + 0.32 * len(c.policies), columns=2)
+    for ax, (name, g) in zip(axes, shown, strict=True):
+        found = [[g.policy(split, policy, name) for split in c.splits] for policy in c.policies]
+        draw_squares(ax, c.policies, c.splits, [[None if each is None else each.mean for each in row] for row in found])
+        ax.set_title(plain(f"{name}, {g.label}" if len(c.groups) > 1 else name))
     return figure
 
 

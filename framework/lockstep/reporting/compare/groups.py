@@ -197,6 +197,13 @@ class RunComparison:
         return sorted(int(name.removeprefix("best_of_")) for m in metrics if (name := m.removesuffix("/kl_bound")) != m)
 
     @cached_property
+    def judges(self) -> list[str]:
+        """The names that the evaluations gave their judges, if any policy has what they found."""
+        keys = [key.split(".") for run in self.runs for key in run.config]
+        names = dict.fromkeys(parts[2] for parts in keys if parts[:2] == ["evaluation", "judges"] and len(parts) > 3)
+        return [name for name in names if self.has(name)]
+
+    @cached_property
     def reward_model_metrics(self) -> list[str]:
         return list(dict.fromkeys(m for run in self.runs for m in run.evaluation.reward_model))
 

@@ -125,6 +125,23 @@ def draw_forest(ax: Axes, rows: Sequence[tuple[str, Estimate | None, str]], neut
     _rows(ax, [label for label, _, _ in rows], 0.5)
 
 
+def draw_squares(ax: Axes, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]]) -> None:
+    """A square with its number for each value, darker from the least to the most; 0 to 1 if all are shares."""
+    known = [value for row in values for value in row if value is not None]
+    least, most = min(0.0, *known), max(1.0, *known)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if value is not None:
+                depth = (value - least) / (most - least)
+                ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color=COLOURS[0], alpha=0.08 + 0.72 * depth, linewidth=0))
+                ax.annotate(f"{value:.2f}", (x, y), ha="center", va="center", fontsize=7.5)
+    _rows(ax, rows, 0.5)
+    ax.set_xlim(-0.5, len(columns) - 0.5)
+    ax.set_xticks(range(len(columns)), list(map(plain, columns)), rotation=35, ha="right")
+    ax.grid(visible=False)
+    ax.spines["bottom"].set_visible(False)
+
+
 def plain(name: str) -> str:
     """A name as a label: visible, in one line. Matplotlib leaves labels that begin with an underscore out of legends."""
     line = " ".join(shown(name).split())

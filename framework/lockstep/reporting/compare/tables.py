@@ -60,6 +60,7 @@ def all_tables(c: RunComparison, found: Sequence[Claim], against: Sequence[Versu
     every = {
         "claims": checklist(found),
         "policies": policies(c),
+        "judges": judges(c),
         "best_of": best_of(c),
         "tasks": tasks(c),
         "seeds": over_seeds(c),
@@ -92,6 +93,19 @@ def _policy_table(c: RunComparison, chosen: Sequence[tuple[str, str]]) -> Table:
             name = title.format(baseline=c.baseline) + ("" if split == c.split else f", {split}")
             blocks[name] = lambda g, p, s=split, m=metric, f=form: _cell(c, g.policy(s, p, m), f)
     return _table("Policies", c, c.policies, blocks)
+
+
+def judges(c: RunComparison) -> Table:
+    """What each judge of the evaluation thinks of each policy on each split: attackers across, defenders down."""
+    rows: list[list[str]] = []
+    starts = set()
+    for name in c.judges:
+        for g in c.groups:
+            cells = [[policy, *(show(g.policy(split, policy, name), SCORE) for split in c.splits)] for policy in c.policies]
+            if any(any(row[1:]) for row in cells):
+                starts.add(len(rows))
+                rows += [[f"{name}, {g.label}" if len(c.groups) > 1 else name, *[""] * len(c.splits)], *cells]
+    return Table("Judges, by policy and split", ["", *c.splits], rows, frozenset(starts))
 
 
 def best_of(c: RunComparison) -> Table:
@@ -186,7 +200,8 @@ def in_short(c: RunComparison, against: Sequence[Versus], every: Mapping[str, Ta
     """For a terminal: of policies, differences and cost only the main rows."""
     few = [v for v in against if v.metric == headline_metric(c)]
     short = {"policies": policies_in_short(c), "against": against_baseline(c, few), "cost": cost_in_short(c)}
-    return {name: table for name in every if name not in ("seeds", "best_of") and (table := short.get(name, every[name])).rows}
+    on_the_page = ("seeds", "best_of", "judges")
+    return {name: table for name in every if name not in on_the_page and (table := short.get(name, every[name])).rows}
 
 
 def warnings(c: RunComparison) -> Table:
