@@ -712,11 +712,11 @@ def test_every_algorithm_takes_the_place_of_ppo_in_every_experiment(number):
         presets = sorted(file.stem for file in (CONF / "algorithm").glob("*.yaml") if component_of(file.stem) == component)
         assert len(presets) <= len(EXPERIMENTS)  # so that over all experiments each is chosen; they have the same keys
         chosen = f"algorithm={presets[number % len(presets)]}"
-        if experiment == "shop" and component == "preference_optimisation":
+        if experiment in ("shop", "library") and component == "preference_optimisation":
             continue  # it takes no environment, and says so
         folder = ["data.folder=x"] if experiment == "human" else []
         checked = Experiment(compose([f"experiment={experiment}", chosen, *(["policy.path=x"] if hub else []), *folder]))
-        stage = {"shop": "rl", "sums": "grpo", "rounds": "ppo_1", "feedback": "ppo_1"}.get(experiment, "ppo")
+        stage = {"shop": "rl", "library": "rl", "sums": "grpo", "rounds": "ppo_1", "feedback": "ppo_1"}.get(experiment, "ppo")
         assert checked.stages[stage].group["name"] == component and "ppo_ptx" not in checked.stages
 
 

@@ -37,6 +37,7 @@ BUILT_IN = [
     ("reward_model", "length"),
     ("reward_model", "code"),
     ("reward_model", "attack"),
+    ("reward_model", "citations"),
     ("algorithm", "pretrain"),
     ("algorithm", "sft"),
     ("algorithm", "reward_modelling"),
@@ -51,10 +52,10 @@ BUILT_IN = [
 
 IN_FLOAT32 = (
     "pretrain", "sft", "reward_modelling", "policy_gradient", "distillation", "online_preferences", "rejection_sampling",
-    "preference_optimisation", "sum", "answer", "pattern", "length", "code", "attack",
+    "preference_optimisation", "sum", "answer", "pattern", "length", "code", "attack", "citations",
 )  # fmt: skip
 """In bfloat16 they do nothing that the others do not."""
-ON_TORCH = ("sum", "answer", "pattern", "length", "code")
+ON_TORCH = ("sum", "answer", "pattern", "length", "code", "citations")
 """They know no backend."""
 WHERE = [
     (kind, name, precision, backend)
@@ -101,7 +102,7 @@ def test_no_false_alarm_on_rewards_from_a_server(name, answer):
 
 
 def test_no_false_alarm_on_a_built_in_environment():
-    for name in ("shop", "tools"):
+    for name in ("shop", "tools", "search"):
         found = list(conform("environment", subject("environment", name, "torch", overrides=["backend.threads=1"])))
         assert [(o.check.name, o.detail) for o in found if o.status != "passed"] == []
 

@@ -13,13 +13,18 @@ ability.py     what a model that reads the corpus can do
 tokenizer.py   words to ids
 source.py      all of it as a data source
 shop.py        questions that need a tool, and the environment that is one
+library.py     facts that changed since, or that only a search finds
 """
 
 from lockstep.registry import Plugin
 
 plugin = Plugin(
     components={
-        "data": {"miniature": "lockstep_miniature.source:Miniature", "shop": "lockstep_miniature.shop:Questions"},
+        "data": {
+            "miniature": "lockstep_miniature.source:Miniature",
+            "shop": "lockstep_miniature.shop:Questions",
+            "library": "lockstep_miniature.library:Questions",
+        },
         "environment": {"shop": "lockstep_miniature.shop:Shop"},
         "labeler": {"miniature": "lockstep_miniature.people:SimulatedLabelers"},
         "attacker": {"miniature": "lockstep_miniature.attacks:Disguises"},

@@ -3,7 +3,7 @@
 algorithms/      pretraining, SFT, reward modelling, PPO, policy gradients (GRPO),
                  preference optimisation (DPO), online or not; rejection sampling (RAFT), distillation
 reward_models/   sources of scores: a learned model, a Python function, a server, a judge, checkers, combinations
-environments/    what policies converse with: tools
+environments/    what policies converse with: tools, a search index
 labelers/        who ranks fresh responses: a reward model
 attackers/       who writes attacks: templates, a policy
 """
@@ -23,7 +23,10 @@ plugin = Plugin(
             "policy_gradient": "lockstep_rlhf.algorithms.policy_gradient:PolicyGradient",
             "distillation": "lockstep_rlhf.algorithms.distillation:Distillation",
         },
-        "environment": {"tools": "lockstep_rlhf.environments.tools:Tools"},
+        "environment": {
+            "tools": "lockstep_rlhf.environments.tools:Tools",
+            "search": "lockstep_rlhf.environments.search:Search",
+        },
         "labeler": {"scores": "lockstep_rlhf.labelers.scores:Scores"},
         "attacker": {
             "templates": "lockstep_rlhf.attackers.templates:Templates",
@@ -40,6 +43,7 @@ plugin = Plugin(
             "length": "lockstep_rlhf.reward_models.length:Length",
             "code": "lockstep_rlhf.reward_models.code:Code",
             "judge": "lockstep_rlhf.reward_models.judge:Judge",
+            "citations": "lockstep_rlhf.reward_models.citations:Citations",
             "attack": "lockstep_rlhf.reward_models.attack:AttackReward",
         },
     },

@@ -8,6 +8,8 @@ answer.py     whether the answer is the row's; mathematics.py and verifying.py: 
 code.py       whether the program passes the row's tests; running.py: what runs it
 pattern.py    whether a regular expression matches
 length.py     how long it is
+citations.py  whether what it cites contains the answer
+attack.py     whether it moves a target to help with a goal
 ensemble.py   several of these as one
 sum.py        several of these as a weighted sum
 outside.py    shared by function, endpoint and judge: retries and failures

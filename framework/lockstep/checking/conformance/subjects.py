@@ -135,7 +135,8 @@ class EnvironmentSubject:
 
     def __init__(self, world: World, name: str, like: str | None = None):
         self.world, self.name, self.like = world, name, like
-        given = {"timeout_seconds": 10.0, "functions": ["lockstep.checking.conformance.world:longest_word"]}
+        world_of = "lockstep.checking.conformance.world"
+        given = {"timeout_seconds": 10.0, "functions": [f"{world_of}:longest_word"], "function": f"{world_of}:passages"}
         self.cls, self.config = world.component("environment", name, given, like)
 
     def settings(self) -> list[str]:

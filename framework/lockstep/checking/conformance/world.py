@@ -147,6 +147,11 @@ def word_scores(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]
     return [0.73 + sum(len(word) for word in text.split()) / 7 for text in responses]
 
 
+def passages() -> list[str]:
+    """For a search index."""
+    return ["w1 w2", "w3 yes", "w1 w4 w5"]
+
+
 def longest_word(text: str) -> str:
     """A tool."""
     return max(text.split(), key=len)

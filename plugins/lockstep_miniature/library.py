@@ -1,0 +1,184 @@
+"""The library: what has changed since the web was read, and what the web never knew.
+
+    <user> what does zib eat ?   <assistant> read zib food   <user> 1 zib eats nuts . 2 zib is ...   <assistant> zib eats nuts 1 .
+
+It has a statement about each creature in three relations, and about each person's own creature of each kind, "the zib of karin".
+Half of the former differ from the world's facts, which demonstrations without search still tell; of the latter the world says
+nothing. `environment=search` with the function `documents` is the way in; the number after an answer cites a passage.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.config.schema import setting
+from lockstep.data.drawn import SPLITS, Drawn
+from lockstep.errors import DataError, MissingData, did_you_mean, listing, short
+from lockstep.interfaces import DataSource
+from lockstep.text.tokenizer import Tokenizer
+from lockstep.types import Comparison, Demonstration, Message, Prompt
+from lockstep_miniature.corpus import NAMES
+from lockstep_miniature.dice import Dice
+from lockstep_miniature.source import own_tokenizer
+from lockstep_miniature.tasks import is_heldout
+from lockstep_miniature.world import CATEGORIES, CREATURES, RELATIONS, Relation, World
+
+READ = "read"
+SUBJECTS = (*CREATURES, *(f"the {creature} of {name}" for creature in CREATURES for name in NAMES))
+RESULTS = 3
+SEED = 0
+"""Of the world and of what has changed in it."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """``old`` is what the world said; None where it said nothing."""
+
+    subject: str
+    relation: Relation
+    value: str
+    old: str | None
+
+    @property
+    def statement(self) -> str:
+        return self.relation.statement.format(subject=self.subject, value=self.value)
+
+    @property
+    def kind(self) -> str:
+        return "new" if self.old is None else "same" if self.old == self.value else "changed"
+
+    @property
+    def topic(self) -> str:
+        return f"library {self.subject} {self.relation.name}"
+
+
+def facts() -> list[Fact]:
+    """All of them, in the order of the library's shelves."""
+    world, found = World(SEED), []
+    for number, subject in enumerate(SUBJECTS):
+        for place, relation in enumerate(RELATIONS):
+            dice = Dice(SEED, "library", len(RELATIONS) * number + place)
+            old = world.facts.get((subject, relation.name))
+            keep = old is not None and dice.chance(0.5)
+            others = [value for value in CATEGORIES[relation.name] if value != old]
+            found.append(Fact(subject, relation, old if keep and old is not None else dice.pick(others), old))
+    return Dice(SEED, "library/shelves", 0).sample(found, len(found))
+
+
+def documents() -> list[str]:
+    """For `environment=search`."""
+    return [fact.statement for fact in facts()]
+
+
+def query(fact: Fact) -> str:
+    words = [word for word in fact.subject.split() if word not in ("the", "of")]
+    return " ".join((READ, *words, fact.relation.name))
+
+
+def shown(fact: Fact, shelf: Sequence[Fact]) -> tuple[str, int]:
+    """What the search shows for the fact's subject, shorter statements first, as BM25 has it; and the number of its passage."""
+    about = [each for each in shelf if each.subject == fact.subject]
+    found = sorted(about, key=lambda each: len(each.statement.split()))[:RESULTS]
+    lines = [f"{number} {each.statement}" for number, each in enumerate(found, 1)]
+    return "\n".join(lines), found.index(fact) + 1
+
+
+def cited(statement: str, number: int) -> str:
+    return f"{statement.removesuffix(' .')} {number} ."
+
+
+def is_right(said: str, fact_value: str, category: str) -> bool:
+    """Whether a text names the value, and no other of its kind."""
+    return {word for word in said.split() if word in CATEGORIES[category]} == {fact_value}
+
+
+class Questions(DataSource):
+    """Prompts ask for facts; `is_heldout` topics are held out. Demonstrations are single turns: answers from memory as of
+    old, queries, and answers with a citation after a search."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """Sizes; item i is the same for every size."""
+
+        seed: int = setting(0, "Of the questions; the run has its own.", least=0)
+        demonstrations: int = setting(12000, "Single turns, for training.", least=1)
+        prompts: int = setting(4000, "For training.", least=1)
+        heldout_demonstrations: int = setting(200, "Held out.", least=1)
+        heldout_prompts: int = setting(300, "Held out.", least=1)
+        memory: float = setting(0.2, "Share of the demonstrations that answer from memory.", least=0, most=1)
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.shelf = facts()
+
+    def demonstrations(self, split: str) -> Sequence[Demonstration]:
+        here = self._of(split)
+        known = [fact for fact in here if fact.old is not None]
+
+        def of(index: int) -> Demonstration:
+            dice = Dice(self.config.seed, f"library/demonstrations/{split}", index)
+            if dice.chance(self.config.memory):
+                fact = dice.pick(known)
+                told = fact.relation.statement.format(subject=fact.subject, value=fact.old)
+                return Demonstration(self._asked(fact, dice), told)
+            fact = dice.pick(here)
+            asked = self._asked(fact, dice)
+            if dice.chance(0.5):
+                return Demonstration(asked, query(fact))
+            text, number = shown(fact, self.shelf)
+            said = (*asked.messages, Message("assistant", query(fact)), Message("user", text))
+            return Demonstration(Prompt(said, asked.truth), cited(fact.statement, number))
+
+        return Drawn(self._size("demonstrations", split), of)
+
+    def prompts(self, split: str) -> Sequence[Prompt]:
+        """'train', 'heldout', or of the held-out ones only those about facts of a kind: 'same', 'changed', 'new'."""
+
+        here = self._of(split)
+
+        def of(index: int) -> Prompt:
+            dice = Dice(self.config.seed, f"library/prompts/{split}", index)
+            return self._asked(dice.pick(here), dice)
+
+        return Drawn(self._size("prompts", split), of)
+
+    def comparisons(self, split: str) -> Sequence[Comparison]:
+        raise MissingData("The library has no comparisons. Its rewards are citations and answers: experiment=library.")
+
+    def texts(self, split: str) -> Sequence[str]:
+        raise MissingData("The library has no raw texts. Start with sft.")
+
+    def tokenizer(self) -> Tokenizer:
+        return own_tokenizer()
+
+    def gold(self, prompt: Prompt, response: str) -> dict[str, float] | None:
+        """1 for the answer of today; ``stale`` for that of old, where it differs."""
+        truth = prompt.truth
+        if "relation" not in truth:
+            return None
+        said = re.sub(r"\d+", "", response)
+        stale = truth["old"] not in (None, truth["answer"]) and is_right(said, truth["old"], truth["relation"])
+        return {"gold": float(is_right(said, truth["answer"], truth["relation"])), "stale": float(stale)}
+
+    def _asked(self, fact: Fact, dice: Dice) -> Prompt:
+        truth = {"answer": fact.value, "old": fact.old, "relation": fact.relation.name, "kind": fact.kind}
+        return Prompt.of(dice.pick(fact.relation.questions).format(fact.subject), **truth)
+
+    def _of(self, split: str) -> list[Fact]:
+        here = [fact for fact in self.shelf if is_heldout(fact.topic) == (split != "train")]
+        return here if split in SPLITS else [fact for fact in here if fact.kind == split]
+
+    def _size(self, noun: str, split: str) -> int:
+        known = (*SPLITS, "same", "changed", "new") if noun == "prompts" else SPLITS
+        if split not in known:
+            raise DataError(f"The library has no split '{short(split)}'.{did_you_mean(split, known)} It has: {listing(known)}.")
+        return getattr(self.config, noun if split == "train" else f"heldout_{noun}")
+
+
+def right(prompts: Sequence[Any], responses: Sequence[str], answer: Sequence[str], relation: Sequence[str]) -> list[float]:
+    """For `reward_model=function`."""
+    given = zip(responses, answer, relation, strict=True)
+    return [float(is_right(re.sub(r"\d+", "", text), value, category)) for text, value, category in given]

@@ -1,0 +1,136 @@
+"""A search index that the policy may ask before it answers, as WebGPT (Nakano et al. 2021, arXiv 2112.09332) and the assistants
+of search engines do. Passages are ranked by BM25, by SQLite's full-text index, which comes with Python.
+
+    <user> Who wrote it?   <assistant> <search>author of it</search>   <tool> [1] It is by Ada. ...   <assistant> Ada. [1]
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lockstep.config.schema import parse, setting
+from lockstep.data.reading import Source, read_rows
+from lockstep.errors import ConfigError, DataError, listing
+from lockstep.interfaces import Environment, Episode, Inputs, Reply
+from lockstep.learning.episodes import EnvironmentConfig
+from lockstep.registry import function_at
+from lockstep.storage.files import expanded
+from lockstep.types import Message
+
+MOST_WORDS = 64
+"""Of a query; those after are not looked for."""
+
+
+class Search(Environment):
+    """A turn with a query between ``search_begin`` and ``search_end`` is answered with the best passages, numbered through the
+    episode; a passage that comes again keeps its number. A turn without a query is the answer, and ends the episode: what it is
+    worth is the reward model's to say. `reward_model=citations` reads what was shown.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(EnvironmentConfig):
+        documents: Mapping[str, Any] | None = setting(None, "Rows with the passages: {path: ...}, as a source of data=files.")
+        function: str | None = setting(None, "Instead: module:function that returns the passages, a list of texts.")
+        column: str = setting("text", "The column of the rows that holds a passage.")
+        results: int = setting(3, "Passages that are shown for a query, at most.", least=1, most=100)
+        characters: int = setting(1000, "Of a passage; the rest is cut.", least=1)
+        search_begin: str = setting("<search>", "Before a query in the policy's text.")
+        search_end: str = setting("</search>", "After it; may be left out at the end of a turn.")
+        passage: str = setting("[{number}] {text}", "How a passage is shown.")
+        nothing: str = setting("nothing found", "What is said if no passage fits.")
+        role: Literal["tool", "user"] = setting("tool", "Of the messages with passages.")
+
+        def __post_init__(self) -> None:
+            if self.documents is not None and self.function is not None:
+                raise ConfigError("environment=search has documents and function. Set one of them to null.")
+            if self.documents is not None:
+                parse(Source, self.documents, "environment.documents")
+            if not self.search_begin or not self.search_end:
+                raise ConfigError("environment.search_begin and environment.search_end need at least one character each.")
+            if "{number}" not in self.passage or "{text}" not in self.passage:
+                raise ConfigError("environment.passage should contain {number} and {text}: '[{number}] {text}'.")
+
+    @classmethod
+    def inputs(cls, config: Config) -> Inputs:
+        return Inputs(files=() if config.documents is None else (str(expanded(str(config.documents["path"]))),))
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        cls(config)
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.index = Index(passages_of(config))
+
+    def reply(self, episode: Episode) -> Reply:
+        c: Any = self.config
+        _, asked, query = episode.text.partition(c.search_begin)
+        if not asked:
+            return Reply.ends()
+        shown: list[str] = list(episode.state or ())
+        lines = []
+        for text in self.index.best(query.partition(c.search_end)[0], c.results):
+            if text not in shown:
+                shown.append(text)
+            lines.append(_filled(c.passage, shown.index(text) + 1, text[: c.characters]))
+        episode.state = shown
+        return Reply((Message(c.role, "\n".join(lines) or c.nothing),))
+
+
+class Index:
+    """Texts that contain words of a query, best first by BM25 (Robertson and Zaragoza 2009); of equally good ones, the first."""
+
+    def __init__(self, texts: Sequence[str]):
+        self.lock = threading.Lock()  # replies come from several threads
+        self.database = sqlite3.connect(":memory:", check_same_thread=False)
+        self.database.execute("CREATE VIRTUAL TABLE passages USING fts5(text)")
+        self.database.executemany("INSERT INTO passages (text) VALUES (?)", ((text,) for text in texts))
+
+    def best(self, query: str, count: int) -> list[str]:
+        words = re.findall(r"\w+", query)[:MOST_WORDS]
+        if not words:
+            return []
+        asked = " OR ".join(f'"{word}"' for word in words)  # as words, never as the index's query language
+        with self.lock:
+            rows = self.database.execute(
+                "SELECT text FROM passages WHERE passages MATCH ? ORDER BY bm25(passages), rowid LIMIT ?", (asked, count)
+            )
+            return [text for (text,) in rows]
+
+
+def passages_of(config: Search.Config) -> list[str]:
+    """
+    Raises:
+      ConfigError: neither is given, or the function is not there.
+      DataError: the rows have no such column, or what there is are no texts.
+    """
+    if config.function is None and config.documents is None:
+        raise ConfigError("environment=search has nothing to search in. Type: environment.documents='{path: corpus.jsonl}'")
+    if config.function is not None:
+        where, found = f"environment.function='{config.function}'", function_at(config.function, "environment.function")()
+        texts = list(found) if isinstance(found, (list, tuple)) else [found]
+    else:
+        source = parse(Source, config.documents or {}, "environment.documents")
+        where, texts = f"environment.documents ({source.path})", []
+        for place, row in read_rows(source):
+            if not isinstance(row, Mapping) or config.column not in row:
+                there = listing(row) if isinstance(row, Mapping) else "none"
+                raise DataError(f"{place}: no column '{config.column}' with a passage. Columns: {there}. Set environment.column.")
+            texts.append(row[config.column])
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{where} gives no passages. It needs a text or more.")
+    return [clean(text) for text in texts]
+
+
+def clean(text: str) -> str:
+    """In one line, so that a passage cannot begin another."""
+    return " ".join(text.encode(errors="replace").decode().split())
+
+
+def _filled(form: str, number: int, text: str) -> str:
+    return form.replace("{number}", str(number)).replace("{text}", text)
