@@ -113,10 +113,11 @@ class Questions(DataSource):
     def __init__(self, config: Any):
         self.config = config
         self.shelf = facts()
+        self.train = [fact for fact in self.shelf if not is_heldout(fact.topic)]
+        self.heldout = [fact for fact in self.shelf if is_heldout(fact.topic)]
 
     def demonstrations(self, split: str) -> Sequence[Demonstration]:
-        here = self._of(split)
-        known = [fact for fact in here if fact.old is not None]
+        known = [fact for fact in self.shelf if fact.old is not None]  # of both splits: the weights hold them all
 
         def of(index: int) -> Demonstration:
             dice = Dice(self.config.seed, f"library/demonstrations/{split}", index)
@@ -124,7 +125,7 @@ class Questions(DataSource):
                 fact = dice.pick(known)
                 told = fact.relation.statement.format(subject=fact.subject, value=fact.old)
                 return Demonstration(self._asked(fact, dice), told)
-            fact = dice.pick(here)
+            fact = self._drawn(split, dice)
             asked = self._asked(fact, dice)
             if dice.chance(0.5):
                 return Demonstration(asked, query(fact))
@@ -137,11 +138,9 @@ class Questions(DataSource):
     def prompts(self, split: str) -> Sequence[Prompt]:
         """'train', 'heldout', or of the held-out ones only those about facts of a kind: 'same', 'changed', 'new'."""
 
-        here = self._of(split)
-
         def of(index: int) -> Prompt:
             dice = Dice(self.config.seed, f"library/prompts/{split}", index)
-            return self._asked(dice.pick(here), dice)
+            return self._asked(self._drawn(split, dice), dice)
 
         return Drawn(self._size("prompts", split), of)
 
@@ -167,9 +166,11 @@ class Questions(DataSource):
         truth = {"answer": fact.value, "old": fact.old, "relation": fact.relation.name, "kind": fact.kind}
         return Prompt.of(dice.pick(fact.relation.questions).format(fact.subject), **truth)
 
-    def _of(self, split: str) -> list[Fact]:
-        here = [fact for fact in self.shelf if is_heldout(fact.topic) == (split != "train")]
-        return here if split in SPLITS else [fact for fact in here if fact.kind == split]
+    def _drawn(self, split: str, dice: Dice) -> Fact:
+        """Half of the time about a creature that the world knows, unless the split says which kind."""
+        here = self.train if split == "train" else self.heldout
+        kinds = ("new",) if dice.chance(0.5) else ("same", "changed")
+        return dice.pick([fact for fact in here if fact.kind in (kinds if split in SPLITS else (split,))])
 
     def _size(self, noun: str, split: str) -> int:
         known = (*SPLITS, "same", "changed", "new") if noun == "prompts" else SPLITS
