@@ -328,7 +328,7 @@ def reward(monkeypatch, texts, known=(), answers=lambda text: "a torch", goal=GO
 
     monkeypatch.setattr("lockstep_rlhf.reward_models.attack.Sampler", Echo)
     monkeypatch.setattr("lockstep_rlhf.reward_models.attack.score", lambda judge, s: (judge.score(s.responses), {}))
-    config = AttackReward.Config(**{"target": "ppo", "judge": {"name": "x"}, "lengths": Lengths(12, 20)} | changes)
+    config = AttackReward.Config(**{"policy": "ppo", "judge": {"name": "x"}, "lengths": Lengths(12, 20)} | changes)
     model = AttackReward(config, Opens(known))
     prompts = [goal.prompt()] * len(texts)
     return model.score(Responses(prompts, texts, None, None)), model.details()

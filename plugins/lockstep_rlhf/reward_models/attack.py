@@ -36,7 +36,7 @@ class AttackReward(RewardModel):
     @dataclass(frozen=True)
     class Config:
         judge: Mapping[str, Any] = setting(REQUIRED, "A group of this kind with its name; its score is the success.")
-        target: str = setting("ppo", "The policy that is attacked: a stage, or a folder or hub id.")
+        policy: str = setting("ppo", "The policy that is attacked: a stage, or a folder or hub id.")
         invalid: float = setting(1.0, "What an attack costs that misses its goal or is too long.", least=0)
         novelty: float = setting(0.5, "What complete novelty is worth.", least=0)
         archive: tuple[str, ...] = setting((), "Stages (all.STAGE) or folders whose attacks are not new.")
@@ -52,11 +52,11 @@ class AttackReward(RewardModel):
 
     @classmethod
     def inputs(cls, config: Config) -> Inputs:
-        return Inputs({config.target: "policy", **dict.fromkeys(config.archive, "prompts")}, members=(config.judge,))
+        return Inputs({config.policy: "policy", **dict.fromkeys(config.archive, "prompts")}, members=(config.judge,))
 
     def __init__(self, config: Config, resources: Resources):
         self.config = config
-        self.target, self.tokenizer = resources.policy(config.target)
+        self.target, self.tokenizer = resources.policy(config.policy)
         self.judge = resources.reward_model(config.judge)
         config.lengths.check(self.target.context_length)
         self.sampler = Sampler(Stops(self.tokenizer, ()), config.lengths, config.temperature, config.batch_size)

@@ -61,7 +61,7 @@ CHECKERS = {
     "extract": r"^(w\d+)", "pattern": "w1", "allow": True,
     "parts": {"right": {"name": "answer", "extract": r"^(w\d+)"}, "model": {"name": "learned", "source": "world"}},
     "weights": {"right": 1.0, "model": 0.5},
-    "target": "world", "names_goal": False, "lengths": LENGTHS,
+    "policy": "world", "names_goal": False, "lengths": LENGTHS,
     "judge": {"name": "function", "function": "lockstep.checking.conformance.world:word_scores"},
 }  # fmt: skip
 """Keys of rewards that read the text and the columns, set if a configuration has them."""
