@@ -237,11 +237,16 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
 _EXTRA = "(without a header)"
 
 
+PARQUET_ROWS = 64
+"""Of Parquet that are unpacked together."""
+
+
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    """Row by row: a file of some kilobytes may unpack to gigabytes, since a text that all rows share is small until then."""
     import pyarrow.parquet
 
-    batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-    return enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=PARQUET_ROWS)
+    return enumerate((batch.slice(i, 1).to_pylist()[0] for batch in batches for i in range(len(batch))), 1)
 
 
 FORMATS: Mapping[str, Callable[[Path], Iterable[tuple[int, Any]]]] = {

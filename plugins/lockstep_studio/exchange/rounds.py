@@ -40,8 +40,6 @@ COMPARISONS, DEMONSTRATIONS, CONVERSATIONS = NOUNS = ("comparisons", "demonstrat
 
 MOST_BYTES = 1_000_000_000
 """Of a file that is one JSON list, or of a group of rows of Parquet, which have to be in memory."""
-ROWS = 64
-"""Of Parquet that are unpacked together."""
 
 MESSAGE = {"role": re.compile("system|user|assistant|tool"), "content": str}
 _WHO = {"id": str, "messages": [MESSAGE], "labeler?": str, "group?": str}
@@ -248,7 +246,8 @@ def read(file: str | Path, convert: Callable[[Any, str], Iterable[Row]]) -> Iter
 
 def _converted(path: Path, convert: Callable[[Any, str], Iterable[Row]]) -> Iterator[Row]:
     left_out, count = Counter[str](), 0
-    for place, row in _parquet(path) if path.suffix == ".parquet" else read_rows(Source(str(path))):
+    _check_groups(path)
+    for place, row in read_rows(Source(str(path))):
         count += 1
         try:
             if isinstance(row, BadRow):
@@ -266,26 +265,22 @@ def _converted(path: Path, convert: Callable[[Any, str], Iterable[Row]]) -> Iter
         log.warning("%s: left out of %d rows: %s", path, count, ", ".join(f"{n} {reason}" for reason, n in left_out.items()))
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    """Row by row: a file of some kilobytes may unpack to gigabytes.
-
-    Raises:
-      DataError: it is no Parquet, or too much of it has to be in memory.
+def _check_groups(path: Path) -> None:
     """
+    Raises:
+      DataError: too much of a Parquet file has to be in memory at once.
+    """
+    if path.suffix != ".parquet":
+        return
     import pyarrow.parquet
 
-    count = 0
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        groups = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
-        if max(groups, default=0) > MOST_BYTES:
-            raise DataError(f"{path} has {max(groups) / 1e9:.1f} GB of columns in one group of rows. Write it with smaller ones.")
-        for batch in file.iter_batches(batch_size=ROWS):
-            for i in range(len(batch)):  # one text may be the same in all rows, and small until then
-                count += 1
-                yield f"{path}:{count}", batch.slice(i, 1).to_pylist()[0]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as .parquet: {error}") from error
+        metadata = pyarrow.parquet.read_metadata(path)
+    except (OSError, ValueError):
+        return  # no Parquet, as its reader will say
+    largest = max((metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)), default=0)
+    if largest > MOST_BYTES:
+        raise DataError(f"{path} has {largest / 1e9:.1f} GB of columns in one group of rows. Write it with smaller ones.")
 
 
 Convert = Callable[[Any], Iterable[Row | LeftOut]]
