@@ -51,10 +51,15 @@ async def again(visit: Visit) -> Response:
 
 
 def _check_spoilt(connection: Connection, row: Row, parent: int | None) -> None:
-    said = conversations.path(connection, row["head"])
-    replies = conversations.replies_to(connection, row["id"], said[-1]["id"]) if said else []
+    _, replies = _asked(connection, row)
     if row["head"] != parent or row["finished"] is not None or not is_spoilt(replies):
         raise Refused("Only answers that failed or were stopped are drawn again.")
+
+
+def _asked(connection: Connection, row: Row) -> tuple[list[Row], list[Row]]:
+    """What was said so far, and the replies to the last of it."""
+    said = conversations.path(connection, row["head"])
+    return said, conversations.replies_to(connection, row["id"], said[-1]["id"]) if said else []
 
 
 def is_spoilt(replies: Sequence[Row]) -> bool:
@@ -92,8 +97,7 @@ def duel(connection: Connection, row: Row) -> tuple[dict[str, Any], list[Row]]:
     Raises:
       Refused: there are none yet, or one of them is not whole.
     """
-    said = conversations.path(connection, row["head"])
-    replies = conversations.replies_to(connection, row["id"], said[-1]["id"]) if said else []
+    said, replies = _asked(connection, row)
     if len(replies) != SIDES or any(each["state"] == "writing" for each in replies):
         raise Refused("Wait for both answers first.")
     if is_spoilt(replies):
@@ -118,8 +122,7 @@ def shown_replies(replies: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _shown(visit: Visit, row: Row) -> dict[str, Any]:
-    said = conversations.path(visit.reader, row["head"])
-    replies = conversations.replies_to(visit.reader, row["id"], said[-1]["id"]) if said else []
+    said, replies = _asked(visit.reader, row)
     names = json.loads(row["policies"]) if row["finished"] is not None else None
     label = visit.reader.execute(
         "SELECT labels.* FROM labels JOIN leases ON leases.id = lease WHERE token = ?", (f"duel-{row['token']}",)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from lockstep_studio.store import tasks
+from lockstep_studio.store import people, tasks
 from lockstep_studio.store.database import Connection
 
 TEXTS = {
@@ -100,7 +100,7 @@ def remove(connection: Connection, number: int, now: float) -> dict[str, Any]:
         tasks.end(connection, row["id"], "closed", now)
     connection.execute("DELETE FROM written WHERE person = ?", (number,))
     connection.execute("UPDATE people SET name = NULL, password = NULL, standing = 'removed' WHERE id = ?", (number,))
-    connection.execute("DELETE FROM sessions WHERE person = ?", (number,))
+    people.sign_out_everywhere(connection, number)
     values = (number, now, removed["labels"], removed["messages"])
     connection.execute("INSERT INTO tombstones (person, at, labels, messages) VALUES (?, ?, ?, ?)", values)
     return {**removed, "rounds": [row["name"] for row in rounds]}
