@@ -24,7 +24,6 @@ from lockstep.config.schema import parse
 from lockstep.config.secrets import without_secrets
 from lockstep.data.mixture import TWINS
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing, short
-from lockstep.interfaces import Attacker, Labeler
 from lockstep.registry import registry
 from lockstep.runs import identity
 from lockstep.runs.attacks import AttackConfig
@@ -41,6 +40,10 @@ from lockstep.text.tokenizer import TokenizerConfig
 log = logging.getLogger("lockstep")
 
 
+NAMELESS: Mapping[str, type[Any]] = {"evaluation": EvaluationConfig, "collection": CollectionConfig, "attack": AttackConfig}
+"""{key: class} of the root's groups that choose no component."""
+
+
 class Experiment:
     """``config`` with every name resolved and every group checked.
 
@@ -52,18 +55,15 @@ class Experiment:
         self.config = config = completed(config)
         check_groups(config)
         self.seed: int = config["seed"]
-        if config["evaluation"] is not None:
-            parse(EvaluationConfig, config["evaluation"], "evaluation")
+        for key, cls in NAMELESS.items():
+            if config[key] is not None:
+                parse(cls, config[key], key)
         self.backend_name: str = config["backend"]["name"]
         self.backend = self._component("backend", config["backend"])
         self.data = self._component("data", config["data"])
         self.policy = self._component("policy", config["policy"])
         self.tracker = self._component("tracker", config["tracker"])
         self.stages: dict[str, Stage] = {}
-        if config["collection"] is not None:
-            parse(CollectionConfig, config["collection"], "collection")
-        if config["attack"] is not None:
-            parse(AttackConfig, config["attack"], "attack")
         for name, group, scope, number in _in_order(config["stages"]):
             if name in self.stages:
                 raise ConfigError(f"Two stages are called '{short(name)}', one of them in rounds. Rename either.")
@@ -304,7 +304,7 @@ class Experiment:
     ) -> Stage:
         where, scope = f"stages.{name}", common["scope"]
         config = parse(CollectionConfig, stage.collection, f"{where}.collection")
-        policies = tuple(dict.fromkeys(policy for each in stage.policies or () for policy in scope.all(each)))
+        policies = _meant(stage.policies or (), scope)
         if not policies:
             raise ConfigError(f"{where} collects responses of no policy. Name stages: {where}.policies=[sft].")
         if len(policies) > config.samples:
@@ -316,18 +316,15 @@ class Experiment:
             raise ConfigError(f"{where} collects single responses, without an environment. Remove {where}.environment.")
         if stage.labeler is None:
             raise ConfigError(f"{where} has no labeler. Choose who ranks: labeler=people, or labeler=scores for a reward model.")
-        cls: type[Labeler]
-        cls, settings = self._component("labeler", stage.labeler)
-        members = [scorer for member in cls.inputs(settings).members for scorer in self._scorers(member)]
-        common = {**common, "scorers": (*common["scorers"], *members)}
+        labels, common = self._with_members("labeler", stage.labeler, common)
         group = {"collection": stage.collection, "policies": list(policies)}
-        own: dict[str, Any] = {"policies": policies, "labeler": stage.labeler, "labels": (cls, settings), "mixes": mixes}
+        own: dict[str, Any] = {"policies": policies, "labeler": stage.labeler, "labels": labels, "mixes": mixes}
         return Stage(name, "collect", None, config, group, None, **common, **own)
 
     def _attack(self, name: str, stage: StageConfig, common: Mapping[str, Any]) -> Stage:
         where, scope = f"stages.{name}", common["scope"]
         config = parse(AttackConfig, stage.attack or {}, f"{where}.attack")
-        policies = tuple(dict.fromkeys(policy for each in stage.policies or () for policy in scope.all(each)))
+        policies = _meant(stage.policies or (), scope)
         if not policies:
             raise ConfigError(f"{where} attacks no policy. Name stages: {where}.policies=[sft].")
         if stage.reward_model is None:
@@ -338,11 +335,24 @@ class Experiment:
             raise ConfigError(f"{where} attacks without an environment. Remove {where}.environment.")
         if stage.attacker is None:
             raise ConfigError(f"{where} has no attacker. Choose who writes the attacks: attacker=templates or attacker=policy.")
-        cls: type[Attacker]
-        cls, settings = self._component("attacker", stage.attacker)
+        attacks, common = self._with_members("attacker", stage.attacker, common)
         group = {"attack": stage.attack, "policies": list(policies)}
-        own: dict[str, Any] = {"policies": policies, "attacker": stage.attacker, "attacks": (cls, settings)}
+        own: dict[str, Any] = {"policies": policies, "attacker": stage.attacker, "attacks": attacks}
         return Stage(name, "attack", None, config, group, None, **common, **own)
+
+    def _with_members(
+        self, kind: str, group: ConfigGroup, common: Mapping[str, Any]
+    ) -> tuple[tuple[type[Any], Any], Mapping[str, Any]]:
+        """A component and its configuration, and ``common`` with the reward models that it combines."""
+        cls: type[Any]
+        cls, config = self._component(kind, group)
+        members = [scorer for member in cls.inputs(config).members for scorer in self._scorers(member)]
+        return (cls, config), {**common, "scorers": (*common["scorers"], *members)}
+
+
+def _meant(names: Sequence[str], scope: Scope) -> tuple[str, ...]:
+    """The different stages that the names mean, in their order."""
+    return tuple(dict.fromkeys(stage for name in names for stage in scope.all(name)))
 
 
 def _empty(group: Mapping[str, Any]) -> Iterator[str]:
