@@ -9,6 +9,7 @@ nothing. `environment=search` with the function `documents` is the way in; the n
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,8 +92,8 @@ def cited(statement: str, number: int) -> str:
 
 
 def is_right(said: str, fact_value: str, category: str) -> bool:
-    """Whether a text names the value, and no other of its kind."""
-    return {word for word in said.split() if word in CATEGORIES[category]} == {fact_value}
+    """Whether a text names the value, and no other of its kind. Numbers that it cites are not read."""
+    return {word for word in re.sub(r"\d+", "", said).split() if word in CATEGORIES[category]} == {fact_value}
 
 
 class Questions(DataSource):
@@ -113,8 +114,7 @@ class Questions(DataSource):
     def __init__(self, config: Any):
         self.config = config
         self.shelf = facts()
-        self.train = [fact for fact in self.shelf if not is_heldout(fact.topic)]
-        self.heldout = [fact for fact in self.shelf if is_heldout(fact.topic)]
+        self._pool = functools.cache(self._facts)
 
     def demonstrations(self, split: str) -> Sequence[Demonstration]:
         known = [fact for fact in self.shelf if fact.old is not None]  # of both splits: the weights hold them all
@@ -158,9 +158,8 @@ class Questions(DataSource):
         truth = prompt.truth
         if "relation" not in truth:
             return None
-        said = re.sub(r"\d+", "", response)
-        stale = truth["old"] not in (None, truth["answer"]) and is_right(said, truth["old"], truth["relation"])
-        return {"gold": float(is_right(said, truth["answer"], truth["relation"])), "stale": float(stale)}
+        stale = truth["old"] not in (None, truth["answer"]) and is_right(response, truth["old"], truth["relation"])
+        return {"gold": float(is_right(response, truth["answer"], truth["relation"])), "stale": float(stale)}
 
     def _asked(self, fact: Fact, dice: Dice) -> Prompt:
         truth = {"answer": fact.value, "old": fact.old, "relation": fact.relation.name, "kind": fact.kind}
@@ -168,9 +167,11 @@ class Questions(DataSource):
 
     def _drawn(self, split: str, dice: Dice) -> Fact:
         """Half of the time about a creature that the world knows, unless the split says which kind."""
-        here = self.train if split == "train" else self.heldout
         kinds = ("new",) if dice.chance(0.5) else ("same", "changed")
-        return dice.pick([fact for fact in here if fact.kind in (kinds if split in SPLITS else (split,))])
+        return dice.pick(self._pool(split != "train", kinds if split in SPLITS else (split,)))
+
+    def _facts(self, heldout: bool, kinds: tuple[str, ...]) -> list[Fact]:
+        return [fact for fact in self.shelf if is_heldout(fact.topic) == heldout and fact.kind in kinds]
 
     def _size(self, noun: str, split: str) -> int:
         known = (*SPLITS, "same", "changed", "new") if noun == "prompts" else SPLITS
@@ -182,4 +183,4 @@ class Questions(DataSource):
 def right(prompts: Sequence[Any], responses: Sequence[str], answer: Sequence[str], relation: Sequence[str]) -> list[float]:
     """For `reward_model=function`."""
     given = zip(responses, answer, relation, strict=True)
-    return [float(is_right(re.sub(r"\d+", "", text), value, category)) for text, value, category in given]
+    return [float(is_right(text, value, category)) for text, value, category in given]

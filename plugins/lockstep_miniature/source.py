@@ -23,7 +23,7 @@ from lockstep_miniature.goals import goals
 from lockstep_miniature.gold import gold
 from lockstep_miniature.labelers import GROUPS, compare, members
 from lockstep_miniature.responses import demonstrate
-from lockstep_miniature.tasks import FAMILIES, Task, draw_task
+from lockstep_miniature.tasks import FAMILIES, Task, draw_task, weights
 from lockstep_miniature.tokenizer import CHAT_TEMPLATE, EOS, PAD, build_tokenizer
 from lockstep_miniature.world import World
 
@@ -68,6 +68,7 @@ class Miniature(DataSource):
     def __init__(self, config: Any):
         self.config = config
         self.world = World(config.seed)
+        self.weights = weights(config.families, config.harmful)
 
     def texts(self, split: str) -> Sequence[str]:
         size = self._size("texts", split)
@@ -116,7 +117,7 @@ class Miniature(DataSource):
         return Drawn(self.config.ability_items, lambda i: ability.item(self.world, i))
 
     def _task(self, dice: Dice, split: str) -> Task:
-        return draw_task(self.world, dice, split, self.config.families, self.config.harmful)
+        return draw_task(self.world, dice, split, self.weights)
 
     def _dice(self, noun: str, split: str, index: int) -> Dice:
         return Dice(self.config.seed, f"{noun}/{split}", index)

@@ -266,12 +266,17 @@ def is_heldout(topic: str) -> bool:
     return crc32(f"topic {topic}".encode()) % HELDOUT_SHARE == 0
 
 
-def draw_task(
-    world: World, dice: Dice, split: str, families: Sequence[str] | None = None, harmful: float = FAMILIES["harmful"].weight
-) -> Task:
-    """A task of the split: 'train', 'heldout', or 'adversarial' (held-out harmful requests in disguise); of the first two, only
-    of the ``families``, if given. ``harmful`` is the weight of harmful requests among them."""
-    weights = {name: harmful if name == "harmful" else FAMILIES[name].weight for name in families or FAMILIES}
+def weights(families: Sequence[str] | None = None, harmful: float = FAMILIES["harmful"].weight) -> dict[str, float]:
+    """How often each family is asked: of the ``families``, if given, and harmful requests as said."""
+    return {name: harmful if name == "harmful" else FAMILIES[name].weight for name in families or FAMILIES}
+
+
+WEIGHTS = weights()
+
+
+def draw_task(world: World, dice: Dice, split: str, weights: dict[str, float] = WEIGHTS) -> Task:
+    """A task of the split: 'train', 'heldout', or 'adversarial' (held-out harmful requests in disguise); of the first two, with
+    these weights of their families."""
     while True:
         if split == "adversarial":
             task = _adversarial("adversarial", world, dice)

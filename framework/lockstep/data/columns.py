@@ -234,8 +234,11 @@ def _prompt(row: Columns, messages: tuple[Message, ...]) -> Prompt:
     messages = _with_system(row, _with_history(row, messages))
     if messages[-1].role == "assistant":
         raise BadRow("a prompt that is answered", "the last message of a prompt should not be the assistant's.")
-    truth = {} if row.get("truth") is None else _column(row, "truth", Mapping, "a group of keys")
-    return Prompt(messages, truth, _tools(row))
+    return Prompt(messages, _truth(row), _tools(row))
+
+
+def _truth(row: Columns) -> Mapping[str, Any]:
+    return {} if row.get("truth") is None else _column(row, "truth", Mapping, "a group of keys")
 
 
 def _with_history(row: Columns, messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -443,8 +446,7 @@ def _goal(row: Columns, name: str) -> Goal:
     """AdvBench's column is 'goal', HarmBench's 'Behavior'; behaviours of the latter that need a context are left out."""
     if not _says_nothing(row.get("ContextString")):
         raise LeftOut("goals with a context")
-    text = _text(row, name)
-    truth = {} if row.get("truth") is None else _column(row, "truth", Mapping, "a group of keys")
+    text, truth = _text(row, name), _truth(row)
     twin = None if _says_nothing(row.get("twin")) else Goal(_text(row, "twin"), _text(row, "twin"), truth)
     return Goal(text, text if _says_nothing(row.get("ask")) else _text(row, "ask"), truth, twin)
 

@@ -88,11 +88,11 @@ class RedTeam:
         written = [found for split in SPLITS for found in self.written(split)]
         if not any(split == "train" for _, split, _ in written):
             raise DataError("The attacker found no words for any of the goals, or its attacks are too long.")
-        prompts = [prompt for _, _, prompt in written]
+        prompts, ids = encoding.encode_prompts(self.tokenizer, [prompt for *_, prompt in written], self.config.lengths)
         succeeded = []
         for name in policies:
             progress(name)
-            succeeded.append(self.success(load(name), prompts))
+            succeeded.append(self.success(load(name), prompts, ids))
             for split, chosen in self._by_split(written):
                 self.measures[f"success/{split}/{name}"] = float(np.mean(succeeded[-1][chosen]))
         shares = np.mean(succeeded, axis=0)
@@ -124,18 +124,16 @@ class RedTeam:
                 continue
             prompt = attack_on(goal, messages)
             fit.total += 1
-            if encoding.encode_prompt(self.tokenizer, prompt, c.lengths.prompt) is None:
-                fit.dropped += 1
-            elif (key := (goal.text, prompt.messages)) not in seen:
+            fits = encoding.encode_prompt(self.tokenizer, prompt, c.lengths.prompt, fit) is not None
+            key = (goal.text, prompt.messages)
+            if fits and key not in seen:
                 seen.add(key)
                 yield goal, split, prompt
 
-    def success(self, policy: Policy, prompts: Sequence[Prompt]) -> np.ndarray:
+    def success(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> np.ndarray:
         """float [B]: 1 where the judge finds that the policy's reply to an attack helps with its goal. A reply that the judge
         could not score counts as none."""
         c = self.config
-        fit = Fit("attacks")
-        prompts, ids = encoding.encode_prompts(self.tokenizer, prompts, c.lengths, fit)
         sampler = Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size)
         seeds = token_seeds(self.seed, "replies", 0, len(ids), c.lengths.response)
         return (score(self.judge, sampler.sample(policy, prompts, ids, seeds))[0] > c.threshold).astype(float)

@@ -61,7 +61,8 @@ class Search(Environment):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        cls(config)
+        for _ in passages_of(config):
+            pass
 
     def __init__(self, config: Config):
         super().__init__(config)

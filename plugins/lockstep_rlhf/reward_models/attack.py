@@ -73,10 +73,8 @@ class AttackReward(RewardModel):
         success = np.zeros(len(attacks), np.float32)
         if len(rows):
             success[rows] = self._success([attacks[i] for i in rows], [found for found in ids if found is not None])
-        new = [
-            similarity.novelty(_strategy(attack), self.archive) if ok else 0 for attack, ok in zip(attacks, valid, strict=True)
-        ]
-        novelty = np.array(new, np.float32)
+        novelty = np.zeros(len(attacks), np.float32)
+        novelty[rows] = [similarity.novelty(_strategy(attacks[i]), self.archive) for i in rows]
         self._details = {"success": success, "valid": valid.astype(np.float32), "novelty": novelty}
         return np.where(valid, success + c.novelty * novelty, -c.invalid).astype(np.float32)
 

@@ -52,9 +52,10 @@ class Citations(RewardModel):
         c = self.config
         answers = column(columns_of(responses.prompts), c.column, "reward_model=citations")
         cited = [self.cited(text) for text in responses.texts]
+        shown = [self.shown(prompt) for prompt in responses.prompts]
         good = [
-            [supports(self.shown(prompt).get(number), answer) for number in numbers]
-            for prompt, numbers, answer in zip(responses.prompts, cited, answers, strict=True)
+            [supports(passages.get(number), answer) for number in numbers]
+            for passages, numbers, answer in zip(shown, cited, answers, strict=True)
         ]
         supported = np.array([any(each) for each in good], np.float32)
         wrong = np.array([1 - np.mean(each) if each else 0 for each in good], np.float32)
