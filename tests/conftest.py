@@ -4,6 +4,7 @@ is written out here, and a reward model that is a function. Nothing in it knows 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import tempfile
@@ -131,6 +132,19 @@ class Data(DataSource):
 
     def prompts(self, split: str) -> list[Prompt]:
         return [Prompt.of(sentence(i, 2 + i % 5)) for i in range(self.rows)]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes rows as JSON lines (a string as it is) and gives the source."""
+
+    def write(*rows, name="my.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return {"path": str(path)}
+
+    return write
 
 
 class NoTexts(Data):

@@ -183,8 +183,11 @@ def test_similarity_counts_shared_pairs_of_words():
     one, other = similarity.pairs("a b"), similarity.pairs("a c")
     assert similarity.similarity(one, other) == pytest.approx(1 / 3)
     assert similarity.similarity(one, similarity.pairs("a  b")) == 1
-    assert similarity.novelty("a b", [other, similarity.pairs("x")]) == pytest.approx(2 / 3)
-    assert similarity.novelty("a b", []) == 1
+    assert similarity.Archive(["a c", "x"], neighbours=1).novelty("a b") == pytest.approx(2 / 3)
+    assert similarity.Archive(["a c", "x"], neighbours=9).novelty("a b") == pytest.approx((2 / 3 + 1) / 2)
+    often = similarity.Archive(["a b", "x", "a c", "a c", "a c"], neighbours=3)
+    assert often.novelty("a b") == pytest.approx((0 + 2 / 3 + 2 / 3) / 3)
+    assert similarity.Archive([], neighbours=3).novelty("a b") == 1
     assert similarity.diversity(["a b", "a b"]) == 0
     assert similarity.diversity(["a b", "a c", "x y"]) == pytest.approx(1 - (1 / 3 + 1 / 3 + 0) / 3)
 
@@ -425,7 +428,7 @@ def test_the_trained_attacker_is_judged_by_the_target_of_its_round(tmp_path):
 
 
 def test_another_archive_or_attacker_makes_another_stage(tmp_path):
-    whole, bland = (Experiment(compose([*HARDENING, f"folder={tmp_path}", f"novelty={n}"])) for n in (0.5, 0))
+    whole, bland = (Experiment(compose([*HARDENING, f"folder={tmp_path}", f"novelty={n}"])) for n in (1.0, 0))
     assert whole.folders["attacker_1"].path != bland.folders["attacker_1"].path
     assert whole.folders["seeds"].path == bland.folders["seeds"].path
     other = Experiment(compose([*HARDENING, f"folder={tmp_path}", "attacker=templates"]))

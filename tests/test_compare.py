@@ -473,4 +473,29 @@ def test_judges_are_a_matrix_of_policies_and_splits(tmp_path):
 
 
 def test_runs_without_judges_have_no_such_section(page):
-    assert "judges" not in page
+    assert "judges" not in page and '<section id="tests">' not in page
+
+
+# --------------------------------------------------------------------------------------------------------------- tests
+
+
+def test_tests_that_the_data_name_are_a_table_with_their_groups(tmp_path):
+    """Over two seeds, the mean: (0.6 + 0.7) / 2. A measure that merely looks like one stays out."""
+    for seed, mean in enumerate((0.6, 0.7)):
+        folder = write_run(tmp_path, "torch", seed)
+        file = tmp_path / json.loads((folder / "run.json").read_text())["stages"]["evaluate"]["folder"] / "output/evaluation.json"
+        found = json.loads(file.read_text())
+        for name, value in {"bias": mean, "bias/age": 0.25, "bias/entropy": 0.9, "biased": 0.1}.items():
+            measure = {"mean": value, "low": value - 0.05, "high": value + 0.05, "n": 68}
+            found["splits"]["heldout"]["ppo"][name] = measure
+        file.write_text(json.dumps(found))
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config["data"] = {"name": "files", "tests": {"bias": [{"path": "x.csv"}], "absent": [{"path": "y.csv"}]}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+    comparison = comparison_of(tmp_path)
+    assert comparison.tests == ["bias", "bias/age", "bias/entropy"]
+    shown = [row for row in tables.tests(comparison).rows if row[0] == "ppo"]
+    assert [row[1][:5] for row in shown] == ["65.0%", "25.0%", "0.900"]
+    report = compare([tmp_path], tmp_path / "report")
+    assert '<section id="tests">' in next(f for f in report.files if f.name == "report.html").read_text()

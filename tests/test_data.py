@@ -38,19 +38,6 @@ def files(**keys) -> Files:
     return Files(parse(Files.Config, values, "data"))
 
 
-@pytest.fixture
-def write(tmp_path):
-    """Writes rows as JSON lines (a string as it is) and gives the source."""
-
-    def write(*rows, name="my.jsonl"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-        return {"path": str(path)}
-
-    return write
-
-
 def message(role, content):
     return {"role": role, "content": content}
 
@@ -78,6 +65,12 @@ def prompt(source) -> Prompt:
     return only
 
 
+def items_of(noun, source):
+    return (
+        files(tests={"mine": [source]}).tests()["mine"] if noun == "tests" else getattr(files(**{noun: [source]}), noun)("train")
+    )
+
+
 def documented():
     """The rows of the table in docs/data.md: (nouns, example)."""
     for line in (ROOT / "docs/data.md").read_text().splitlines():
@@ -86,13 +79,13 @@ def documented():
 
 
 def test_the_table_of_conventions_is_found():
-    assert len(list(documented())) == 18
+    assert len(list(documented())) == 22
 
 
 @pytest.mark.parametrize("nouns, row", list(documented()), ids=lambda value: "+".join(value))
 def test_every_documented_row_gives_what_the_table_says(write, nouns, row):
     for noun in nouns:
-        (item,) = getattr(files(**{noun: [write(row)]}), noun)("train")
+        (item,) = items_of(noun, write(row))
         if not {"subreddit", "info", "query"}.isdisjoint(row):
             continue  # their prompts are written, not read: tests of their own below
         if noun == "demonstrations" and "instruction" not in row:
@@ -104,9 +97,9 @@ def test_every_documented_row_gives_what_the_table_says(write, nouns, row):
 
 @pytest.mark.parametrize("nouns, row", list(documented()), ids=lambda value: "+".join(value))
 def test_rows_serve_only_the_nouns_that_the_table_lists(write, nouns, row):
-    for noun in {"demonstrations", "comparisons", "prompts", "texts", "goals"} - set(nouns):
+    for noun in {"demonstrations", "comparisons", "prompts", "texts", "goals", "tests"} - set(nouns):
         with pytest.raises(DataError, match=f"my.jsonl:1: no {noun} can be made from the columns"):
-            getattr(files(**{noun: [write(row)]}), noun)("train")
+            items_of(noun, write(row))
 
 
 def goals(*rows, **source):

@@ -76,7 +76,7 @@ def test_same_seed_draws_the_same_world_in_any_order(world):
     assert list(again.texts("train")) == list(world.texts("train"))
     assert list(again.demonstrations("heldout")) == list(world.demonstrations("heldout"))
     assert list(again.comparisons("train"))[:50] == world.comparisons("train")[:50]
-    assert list(again.ability()) == list(world.ability())
+    assert list(again.tests()["ability"]) == list(world.tests()["ability"])
 
 
 def test_another_seed_is_another_world_of_other_facts(world):
@@ -132,7 +132,7 @@ def test_everything_encodes_without_unknown_words_and_in_few_tokens(world, token
     answers = [tokenizer.encode(d.response) for d in world.demonstrations("train")]
     answers += [tokenizer.encode(text) for c in world.comparisons("heldout") for text in c.completions]
     documents = [tokenizer.encode(text) for text in world.texts("train")]
-    items = [tokenizer.encode(f"{c.context} {option}") for c in world.ability() for option in c.options]
+    items = [tokenizer.encode(f"{c.context} {option}") for c in world.tests()["ability"] for option in c.options]
     assert not any(unknown in ids for ids in rendered + answers + documents + items)
     assert max(map(len, rendered)) <= 28
     assert max(map(len, answers)) + 1 <= 20
@@ -269,7 +269,7 @@ def test_utilities_too_close_to_tell_share_a_rank():
 
 
 def test_ability_items_have_four_options_of_which_one_is_right(world):
-    items = list(world.ability())
+    items = list(world.tests()["ability"])
     assert len(items) == 198
     for item in items:
         assert len(item.options) == len(set(item.options)) == 4
@@ -278,7 +278,7 @@ def test_ability_items_have_four_options_of_which_one_is_right(world):
 
 
 def test_ability_answers_are_correct(world):
-    recall, deed, count, copy, pattern, plus = world.ability()[:6]
+    recall, deed, count, copy, pattern, plus = world.tests()["ability"][:6]
     creature, *_ = recall.context.split()
     assert recall.options[recall.answer] in {world.world.facts[creature, relation.name] for relation in RELATIONS}
     assert f"{deed.context} {deed.options[deed.answer]}".startswith("you ")

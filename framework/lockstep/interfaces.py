@@ -860,9 +860,9 @@ class DataSource(ABC, Component):
         """The true scores of a response, if the source knows them: ``gold`` and its parts. None: unknown."""
         return None
 
-    def ability(self) -> Sequence[Choice]:
-        """The ability test; empty if there is none."""
-        return ()
+    def tests(self) -> Mapping[str, Sequence[Choice]]:
+        """Tests that evaluations give every policy, by name: what alignment may tax, what it may bias."""
+        return {}
 
 
 # ----------------------------------------------------------------------------------------------------------- tracking

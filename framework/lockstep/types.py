@@ -111,11 +111,14 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Choice:
-    """One item of an ability test: which option is the right continuation of a raw text?"""
+    """One item of a test: which option is the right continuation of a raw text? ``answer`` is the place of the best one,
+    ``right`` has the places of all that are right; empty: only that. Results are shown for each ``group`` too."""
 
     context: str
     options: tuple[str, ...]
     answer: int
+    right: tuple[int, ...] = ()
+    group: str | None = None
 
 
 @dataclass

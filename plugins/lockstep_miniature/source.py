@@ -7,7 +7,7 @@ what is true, ``tasks.py`` what is asked, ``responses.py`` good and bad answers,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +113,8 @@ class Miniature(DataSource):
         task = Task.of(prompt)
         return None if task is None else gold(self.world, task, response)
 
-    def ability(self) -> Sequence[Choice]:
-        return Drawn(self.config.ability_items, lambda i: ability.item(self.world, i))
+    def tests(self) -> Mapping[str, Sequence[Choice]]:
+        return {"ability": Drawn(self.config.ability_items, lambda i: ability.item(self.world, i))}
 
     def _task(self, dice: Dice, split: str) -> Task:
         return draw_task(self.world, dice, split, self.weights)

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lockstep.data.columns import BadRow, LeftOut, reader, unread
+from lockstep.data.cells import BadRow, LeftOut
+from lockstep.data.columns import reader, unread
 from lockstep.errors import DataError
 from lockstep.types import Comparison, Demonstration, Message, Prompt
 

@@ -17,10 +17,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lockstep.data import choices
+from lockstep.data.cells import (
+    MOST_CHARACTERS,
+    BadRow,
+    Columns,
+    LeftOut,
+    cell,
+    from_json,
+    list_in,
+    not_empty,
+    says_nothing,
+    text_in,
+    too_long,
+)  # fmt: skip
 from lockstep.errors import DataError, listing
-from lockstep.types import Comparison, Demonstration, Goal, Message, Prompt, Role, ToolCall
-
-Columns = Mapping[str, Any]
+from lockstep.types import Choice, Comparison, Demonstration, Goal, Message, Prompt, Role, ToolCall
 
 ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -42,21 +54,6 @@ OF_A_MESSAGE = OF_A_ROW | {
 }  # fmt: skip
 """Columns of a row, and keys of a message, that nothing here reads and without which it would mean something else."""
 
-MOST_CHARACTERS = 50_000_000
-"""Of one row and of one text; a novel has a million."""
-
-
-class BadRow(Exception):
-    """``problem`` is the same for all rows of its kind, so that it can be counted; ``detail`` is about this one."""
-
-    def __init__(self, problem: str, detail: str):
-        super().__init__(f"{problem}: {detail}")
-        self.problem = problem
-
-
-class LeftOut(Exception):
-    """The reason, as in '3 rows were left out: 2 ties'."""
-
 
 @dataclass(frozen=True)
 class Answered:
@@ -74,31 +71,6 @@ class Answered:
 # ------------------------------------------------------------------------------------------- columns, messages, text
 
 
-def _column(row: Columns, name: str, kinds: type | tuple[type, ...], expected: str) -> Any:
-    if row.get(name) is None:
-        raise BadRow("a missing column", f"no '{name}'. The row has: {listing(key for key in row if row[key] is not None)}.")
-    if not isinstance(row[name], kinds) or isinstance(row[name], bool):
-        raise BadRow("a wrong type", f"'{name}' should be {expected}, not {type(row[name]).__name__}.")
-    return row[name]
-
-
-def _text(row: Columns, name: str) -> str:
-    return _not_empty(_column(row, name, str, "text"), name)
-
-
-def _not_empty(text: str, where: str) -> str:
-    if not text.strip():
-        raise BadRow("an empty text", f"'{where}' should not be empty.")
-    return text
-
-
-def _list(row: Columns, name: str, of: str) -> list[Any]:
-    values = _column(row, name, (list, tuple), f"a list of {of}")
-    if not values:
-        raise BadRow("an empty list", f"'{name}' should hold {of}.")
-    return list(values)
-
-
 def _refuse_meaningful(keys: Columns, names: frozenset[str], where: str) -> None:
     """
     Raises:
@@ -106,20 +78,12 @@ def _refuse_meaningful(keys: Columns, names: frozenset[str], where: str) -> None
     """
     for name in sorted(names.intersection(keys)):
         trains = name in ("weight", "train", "training") and keys[name] == 1
-        if not trains and not _says_nothing(keys[name]):
+        if not trains and not says_nothing(keys[name]):
             raise BadRow(
                 f"a column '{name}', which cannot be read",
                 f"{where} has a value there, and without it the row means something else. To use the row without it, remove the "
                 f"column, or add ignore: [{name}] to its source.",
             )
-
-
-def _says_nothing(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(map(_says_nothing, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_says_nothing, value))
-    return value is None or isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")
 
 
 def without(row: Any, ignored: Sequence[str]) -> Any:
@@ -153,12 +117,12 @@ def _message(value: Any, where: str) -> Message:
 
 def _calls(value: Any, where: str) -> tuple[ToolCall, ...]:
     """OpenAI's and transformers' {"function": {"name", "arguments"}} each, or only what is inside; arguments may be JSON text."""
-    if _says_nothing(value):
+    if says_nothing(value):
         return ()
     found = []
     for i, each in enumerate(value if isinstance(value, (list, tuple)) else [value]):
         call = each.get("function", each) if isinstance(each, Mapping) else None
-        arguments = _json(call.get("arguments")) if isinstance(call, Mapping) else None
+        arguments = from_json(call.get("arguments")) if isinstance(call, Mapping) else None
         if not isinstance(call, Mapping) or not isinstance(call.get("name"), str) or not isinstance(arguments, Mapping):
             raise BadRow(
                 "a malformed tool call", f"'{where}.tool_calls[{i}]' should have 'name' and 'arguments', a group of keys."
@@ -169,22 +133,12 @@ def _calls(value: Any, where: str) -> tuple[ToolCall, ...]:
 
 def _tools(row: Columns) -> tuple[Mapping[str, Any], ...]:
     """JSON schemas of functions, as transformers' chat templates take them; the list may be JSON text."""
-    if _says_nothing(row.get("tools")):
+    if says_nothing(row.get("tools")):
         return ()
-    tools = _json(row["tools"])
+    tools = from_json(row["tools"])
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadRow("a wrong type", f"'tools' should be a list of JSON schemas, not {reprlib.repr(row['tools'])}.")
     return tuple(tools)
-
-
-def _json(value: Any) -> Any:
-    """What a text says in JSON; None if it says nothing. Another value is itself."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return None
 
 
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -208,7 +162,7 @@ def _hh_messages(text: str) -> tuple[Message, ...]:
 
 def _dialogue(row: Columns, name: str) -> tuple[Message, ...]:
     """A whole dialogue: messages, or an HH transcript."""
-    value = _column(row, name, (str, list, tuple), "an HH transcript or a list of messages")
+    value = cell(row, name, (str, list, tuple), "an HH transcript or a list of messages")
     if _is_hh(value):
         return _hh_messages(value)
     if isinstance(value, str):
@@ -216,7 +170,7 @@ def _dialogue(row: Columns, name: str) -> tuple[Message, ...]:
             "text without a prompt",
             f"'{name}' should be a transcript that begins with 'Human:' or a list of messages, or come with a column 'prompt'.",
         )
-    return _messages(_list(row, name, "messages"), name)
+    return _messages(list_in(row, name, "messages"), name)
 
 
 def _split_dialogue(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], Message]:
@@ -238,14 +192,14 @@ def _prompt(row: Columns, messages: tuple[Message, ...]) -> Prompt:
 
 
 def _truth(row: Columns) -> Mapping[str, Any]:
-    return {} if row.get("truth") is None else _column(row, "truth", Mapping, "a group of keys")
+    return {} if row.get("truth") is None else cell(row, "truth", Mapping, "a group of keys")
 
 
 def _with_history(row: Columns, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """After the earlier turns in ``history``: [[question, answer], ...], as LLaMA-Factory has them."""
-    if _says_nothing(row.get("history")):
+    if says_nothing(row.get("history")):
         return messages
-    pairs = _list(row, "history", "pairs of a question and an answer")
+    pairs = list_in(row, "history", "pairs of a question and an answer")
     if len([message for message in messages if message.role != "system"]) > 1:
         raise BadRow("a history beside a dialogue", "'history' should come with one question, not with a dialogue.")
     turns = []
@@ -260,7 +214,7 @@ def _with_history(row: Columns, messages: tuple[Message, ...]) -> tuple[Message,
 
 def _with_system(row: Columns, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """After the system message in ``system`` or ``system_prompt``, unless the dialogue has it already."""
-    texts = {_text(row, name) for name in ("system", "system_prompt") if not _says_nothing(row.get(name))}
+    texts = {text_in(row, name) for name in ("system", "system_prompt") if not says_nothing(row.get(name))}
     if messages[0].role == "system":
         texts.add(messages[0].content)
         messages = messages[1:]
@@ -270,19 +224,22 @@ def _with_system(row: Columns, messages: tuple[Message, ...]) -> tuple[Message, 
 
 
 def _prompt_column(row: Columns, name: str = "prompt") -> Prompt:
-    """Text is one user message, unless it is an HH transcript, which may end with an open 'Assistant:'."""
-    value = _column(row, name, (str, list, tuple), "text or a list of messages")
+    """Text is one user message, unless it is an HH transcript, which may end with an open 'Assistant:'. RealToxicityPrompts
+    (Gehman et al. 2020, arXiv 2009.11462) has the text in a group, beside its toxicity."""
+    value = cell(row, name, (str, list, tuple, Mapping), "text or a list of messages")
+    if isinstance(value, Mapping):
+        return _prompt(row, (Message("user", text_in(value, "text")),))
     if _is_hh(value):
         return _prompt(row, _hh_messages(re.sub(r"\n\nAssistant:\s*$", "", value)))
     if isinstance(value, str):
-        return _prompt(row, (Message("user", _text(row, name)),))
-    return _prompt(row, _messages(_list(row, name, "messages"), name))
+        return _prompt(row, (Message("user", text_in(row, name)),))
+    return _prompt(row, _messages(list_in(row, name, "messages"), name))
 
 
 def _completion(value: Any, where: str) -> str:
     """Text, or a list of one assistant message."""
     if isinstance(value, str):
-        return _not_empty(value, where)
+        return not_empty(value, where)
     if not isinstance(value, (list, tuple)):
         raise BadRow("a wrong type", f"'{where}' should be {_COMPLETION}, not {type(value).__name__}.")
     messages = _messages(value, where)
@@ -309,7 +266,7 @@ def _answered(row: Columns, completions: Mapping[str, Any], ranks: tuple[int, ..
 
 def _answers_in(row: Columns, *names: str) -> Answered:
     """One completion in each of the columns, the best first."""
-    completions = {name: _column(row, name, (str, list, tuple), _COMPLETION) for name in names}
+    completions = {name: cell(row, name, (str, list, tuple), _COMPLETION) for name in names}
     return _answered(row, completions, tuple(range(len(names))))
 
 
@@ -336,10 +293,10 @@ def _dialogue_in(name: str) -> Callable[[Columns], Answered]:
 
 def _instruction(row: Columns) -> Answered:
     """Alpaca's: 'input' (Dolly's 'context') is what the instruction is about; it may be empty."""
-    about = [_column(row, name, str, "text") for name in ("input", "context") if row.get(name)]
-    text = "\n\n".join([_text(row, "instruction"), *about])
+    about = [cell(row, name, str, "text") for name in ("input", "context") if row.get(name)]
+    text = "\n\n".join([text_in(row, "instruction"), *about])
     prompt = _prompt(row, (Message("user", text),))
-    answers = (_text(row, "output"),) if "output" in row else ()
+    answers = (text_in(row, "output"),) if "output" in row else ()
     return Answered(prompt, answers, (0,) * len(answers), dialogue=bool(row.get("history")))
 
 
@@ -364,8 +321,8 @@ def _ranked_by(name: str, best: Callable[[float], float]) -> Callable[[Columns],
     """K completions, with their numbers in the column ``name``; the lowest ``best(number)`` is the best."""
 
     def read(row: Columns) -> Answered:
-        texts = {f"completions[{i}]": text for i, text in enumerate(_list(row, "completions", "completions"))}
-        numbers = _list(row, name, "numbers")
+        texts = {f"completions[{i}]": text for i, text in enumerate(list_in(row, "completions", "completions"))}
+        numbers = list_in(row, name, "numbers")
         if len(numbers) != len(texts) or len(texts) < 2:
             raise BadRow(
                 f"{name} that do not fit the completions",
@@ -387,16 +344,16 @@ def _ranks(numbers: Sequence[Any], best: Callable[[float], float], name: str) ->
 def _ultrafeedback(row: Columns) -> Answered:
     """openbmb/UltraFeedback: an instruction and completions by (mostly four) models, each with GPT-4's overall score. A few
     instructions have fewer than two completions."""
-    prompt = _prompt(row, (Message("user", _text(row, "instruction")),))
-    completions = _column(row, "completions", (list, tuple), "a list of completions")
+    prompt = _prompt(row, (Message("user", text_in(row, "instruction")),))
+    completions = cell(row, "completions", (list, tuple), "a list of completions")
     if len(completions) < 2:
         raise LeftOut("instructions with fewer than two completions")
     texts, scores = [], []
     for i, completion in enumerate(completions):
         if not isinstance(completion, Mapping):
             raise BadRow("a malformed completion", f"'completions[{i}]' should have 'response' and 'overall_score'.")
-        score = _column(completion, "overall_score", (int, float), "a number")
-        texts.append(_column(completion, "response", str, "text"))
+        score = cell(completion, "overall_score", (int, float), "a number")
+        texts.append(cell(completion, "response", str, "text"))
         scores.append(score)
     if not all(text.strip() for text in texts):
         raise LeftOut("instructions with an empty completion")
@@ -411,44 +368,44 @@ CNN_DM = "Article:\n{article}\n\nTL;DR:\n"
 def _summary_prompt(row: Columns, about: Mapping[str, Any]) -> Prompt:
     """The prompt for a Reddit post or a news article."""
     if about.get("post") is None and about.get("article") is not None:
-        text = CNN_DM.format(article=_text(about, "article"))
+        text = CNN_DM.format(article=text_in(about, "article"))
     else:
-        text = TLDR.format(**{name: _column(about, name, str, "text") for name in ("subreddit", "title", "post")})
+        text = TLDR.format(**{name: cell(about, name, str, "text") for name in ("subreddit", "title", "post")})
     return _prompt(row, (Message("user", text),))
 
 
 def _reddit_summary(row: Columns) -> Answered:
     """The filtered TL;DR posts with their authors' summaries, set off from 'TL;DR:' by a space as in the comparisons."""
-    return Answered(_summary_prompt(row, row), (" " + _text(row, "summary").lstrip(),), (0,))
+    return Answered(_summary_prompt(row, row), (" " + text_in(row, "summary").lstrip(),), (0,))
 
 
 def _summaries(row: Columns) -> Answered:
     """openai/summarize_from_feedback, 'comparisons': two summaries, and the place of the better one."""
-    summaries = _list(row, "summaries", "groups with 'text'")
+    summaries = list_in(row, "summaries", "groups with 'text'")
     if not all(isinstance(summary, Mapping) for summary in summaries):
         raise BadRow("a wrong type", f"'summaries' should hold groups with 'text', not {reprlib.repr(summaries)}.")
-    texts = [_text(summary, "text") for summary in summaries]
-    choice = _column(row, "choice", int, "a whole number")
+    texts = [text_in(summary, "text") for summary in summaries]
+    choice = cell(row, "choice", int, "a whole number")
     if not 0 <= choice < len(texts):
         raise BadRow("a choice out of range", f"'choice' is {reprlib.repr(choice)}, of {len(texts)} summaries.")
     labeler = None if row.get("worker") is None else str(row["worker"])
     ranks = tuple(int(i != choice) for i in range(len(texts)))
-    return Answered(_summary_prompt(row, _column(row, "info", Mapping, "a group of keys")), tuple(texts), ranks, labeler)
+    return Answered(_summary_prompt(row, cell(row, "info", Mapping, "a group of keys")), tuple(texts), ranks, labeler)
 
 
 def _query(row: Columns) -> Answered:
     """N+'s version of the TL;DR posts: a query, and a reference response that ends in a literal '<|endoftext|>'."""
-    response = _text(row, "reference_response").removesuffix("<|endoftext|>")
-    return Answered(_prompt_column(row, "query"), (_not_empty(response, "reference_response"),), (0,))
+    response = text_in(row, "reference_response").removesuffix("<|endoftext|>")
+    return Answered(_prompt_column(row, "query"), (not_empty(response, "reference_response"),), (0,))
 
 
 def _goal(row: Columns, name: str) -> Goal:
     """AdvBench's column is 'goal', HarmBench's 'Behavior'; behaviours of the latter that need a context are left out."""
-    if not _says_nothing(row.get("ContextString")):
+    if not says_nothing(row.get("ContextString")):
         raise LeftOut("goals with a context")
-    text, truth = _text(row, name), _truth(row)
-    twin = None if _says_nothing(row.get("twin")) else Goal(_text(row, "twin"), _text(row, "twin"), truth)
-    return Goal(text, text if _says_nothing(row.get("ask")) else _text(row, "ask"), truth, twin)
+    text, truth = text_in(row, name), _truth(row)
+    twin = None if says_nothing(row.get("twin")) else Goal(text_in(row, "twin"), text_in(row, "twin"), truth)
+    return Goal(text, text if says_nothing(row.get("ask")) else text_in(row, "ask"), truth, twin)
 
 
 @dataclass(frozen=True)
@@ -495,12 +452,21 @@ _GOALS = (
     Convention(("goal",), lambda row: _goal(row, "goal"), ("ask", "twin")),
     Convention(("Behavior",), lambda row: _goal(row, "Behavior"), ("ContextString",)),
 )
+WITHOUT_PROMPTS = {"texts": "raw texts", "tests": "tests"}
+"""Nouns that neither columns beside a prompt nor rewards' columns belong to, as errors call them."""
+
 CONVENTIONS: Mapping[str, tuple[Convention, ...]] = {
     "demonstrations": _ANSWERS + _PAIRS,
     "comparisons": _PAIRS,
     "prompts": _PROMPTS,
-    "texts": (Convention(("text",), lambda row: _text(row, "text")),),
+    "texts": (Convention(("text",), lambda row: text_in(row, "text")),),
     "goals": _GOALS,
+    "tests": (
+        Convention(("context", "options", "answer"), choices.item, ("right", "group")),
+        Convention(("sent_more", "sent_less", "bias_type"), choices.crows_pairs),
+        Convention(("occupation(0)", "other-participant(1)", "sentence"), choices.winogender),
+        Convention(("Question", "Best Answer", "Correct Answers", "Incorrect Answers"), choices.truthfulqa),
+    ),
 }
 """For each noun, in order of preference: the first whose columns are all present is used."""
 
@@ -527,6 +493,7 @@ _MAKE: Mapping[str, Callable[[Any], Any]] = {
     "prompts": lambda row: row.prompt,
     "texts": lambda text: text,
     "goals": lambda goal: goal,
+    "tests": lambda item: item,
 }
 
 
@@ -550,12 +517,12 @@ def reader(noun: str, first: Any, place: str, named: Sequence[str] = ()) -> Call
     def read(row: Any) -> Any:
         if not isinstance(row, Mapping):
             raise _no_object(row)
-        if noun != "texts":
+        if noun not in WITHOUT_PROMPTS:
             _refuse_meaningful(row, OF_A_ROW, "the row")
         if noun == "demonstrations" and convention in _ANSWERS and not _desirable(row):
             raise LeftOut("answers that are labelled as bad")
         item = _MAKE[noun](convention.read(row))
-        if named and noun != "texts":
+        if named and noun not in WITHOUT_PROMPTS:
             item = _with_truth(item, {name: _value(row, name) for name in named})
         for text in _texts(item):
             _check_text(text)
@@ -588,7 +555,7 @@ def _with_truth(item: Any, known: Columns) -> Any:
 def unread(noun: str, first: Columns, columns: Sequence[str], named: Sequence[str] = ()) -> list[str]:
     """Those of a source's columns that neither the convention of its first row reads nor the source names."""
     convention = _convention(noun, first)
-    besides = () if noun == "texts" else (*_BESIDES, *OF_A_ROW)
+    besides = () if noun in WITHOUT_PROMPTS else (*_BESIDES, *OF_A_ROW)
     if noun == "demonstrations" and convention in _ANSWERS:
         besides += tuple(name for name in LABELS if _truth_value(first.get(name)) is not None)
     read = {*convention.columns, *convention.also, *besides, *named} if convention else columns
@@ -631,6 +598,9 @@ def _texts(item: Any) -> Iterator[str]:
     if isinstance(item, Goal):
         yield from (item.text, item.ask, *(_texts(item.twin) if item.twin else ()))
         return
+    if isinstance(item, Choice):
+        yield from (item.context, *item.options)
+        return
     prompt = item if isinstance(item, Prompt) else item.prompt
     yield from (message.content for message in prompt.messages)
     if isinstance(item, Demonstration):
@@ -649,10 +619,6 @@ def _check_text(text: str) -> None:
         raise BadRow(
             "half a character", f"a text holds {half}, one half of a surrogate pair, after {error.start} characters."
         ) from None
-
-
-def too_long() -> BadRow:
-    return BadRow("too long a text", f"it has more than {MOST_CHARACTERS:,} characters. Split it.")
 
 
 def _no_object(row: Any) -> BadRow:

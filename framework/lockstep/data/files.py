@@ -1,4 +1,4 @@
-"""The data source ``files``: demonstrations, comparisons, prompts and raw text from files and Hugging Face data sets.
+"""The data source ``files``: what trains and what tests policies, from files and Hugging Face data sets.
 
 How a dialogue begins decides whether it is held out: its first user message (for a raw text, all of it) is hashed with the
 seed. So a prompt is never in both splits, nor are two moments of one dialogue, and it falls in the same split as a
@@ -11,20 +11,22 @@ from __future__ import annotations
 import collections
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lockstep.config.overrides import override
 from lockstep.config.schema import parse, setting
-from lockstep.data.columns import BadRow, LeftOut, reader, unread, without
+from lockstep.data.cells import BadRow, LeftOut
+from lockstep.data.columns import WITHOUT_PROMPTS, reader, unread, without
 from lockstep.data.mixing import mix, row_counts
-from lockstep.data.reading import Row, Source, parse_split, read_rows, source_digests
+from lockstep.data.reading import Row, Source, has, parse_split, read_rows, source_digests
 from lockstep.errors import ConfigError, DataError, MissingData, Unreachable, did_you_mean, listing, short
 from lockstep.interfaces import DataSource
 from lockstep.storage.files import expanded
 from lockstep.text.visible import visible
-from lockstep.types import Comparison, Demonstration, Goal, Prompt
+from lockstep.types import Choice, Comparison, Demonstration, Goal, Prompt
 
 NOUNS = ("demonstrations", "comparisons", "prompts", "texts", "goals")
 SPLITS = ("train", "heldout")
@@ -51,18 +53,29 @@ class Config:
     heldout_prompts: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
     heldout_texts: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
     heldout_goals: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
+    splits: Mapping[str, tuple[Mapping[str, Any], ...]] = setting(
+        {}, "Sources of prompts for evaluations alone, by names of yours for `evaluation.splits`."
+    )
+    tests: Mapping[str, tuple[Mapping[str, Any], ...]] = setting(
+        {}, "Sources of items with options, by names of yours: every evaluated policy takes these tests."
+    )
     heldout_fraction: float = setting(0.05, "Fraction of the prompts, if the held-out split has no sources.", least=0, below=1)
     seed: int = setting(0, "Seeds that split; not the run's seed, so that runs with several seeds share the split.", least=0)
     on_bad_row: Literal["raise", "skip"] = setting("raise", "Stop and name the file and line; or skip, and report how many.")
     every_source: Mapping[str, Any] = setting(
-        {"split": "train", "weight": None, "config": None, "revision": None, "ignore": [], "columns": []},
+        {"split": "train", "weight": None, "config": None, "revision": None, "ignore": [], "where": {}, "columns": []},
         "Keys of every source, unless it sets them itself.",
     )
 
     def __post_init__(self) -> None:
-        for noun in NOUNS:
-            for key in (noun, f"heldout_{noun}"):
-                _sources(self, key)
+        for group in ("splits", "tests"):
+            for name in getattr(self, group):
+                if not re.fullmatch(r"[a-z]\w*", name) or name in SPLITS or name.endswith("_twins"):
+                    raise ConfigError(
+                        f"data.{group} has '{short(name)}'. Name it with small letters, digits and _, not train or heldout, and "
+                        "without _twins at its end."
+                    )
+        _all_sources(self)
 
 
 class Files(DataSource):
@@ -76,7 +89,7 @@ class Files(DataSource):
 
     def __init__(self, config: Config, first: int | None = None):
         self.config = config
-        self.sources = {key: _sources(config, key) for noun in NOUNS for key in (noun, f"heldout_{noun}")}
+        self.sources = _all_sources(config)
         self.first = first
         self._read: dict[str, dict[str, Items]] = {}
         self._items: dict[tuple[str, int], Items] = {}
@@ -89,7 +102,7 @@ class Files(DataSource):
         for key, sources in self.sources.items():
             for index, source in enumerate(sources):
                 try:
-                    found: str | Unreachable = f"{len(self.items(key, index))} {key} in {source.path}"
+                    found: str | Unreachable = f"{len(self.items(key, index))} {_counted(key)} in {source.path}"
                 except Unreachable as error:
                     found = error
                 yield f"data.{key}[{index}]", found
@@ -97,8 +110,7 @@ class Files(DataSource):
     @classmethod
     def fingerprint(cls, config: Config) -> str | None:
         """A hash of the local files: a stage is not reused if one of them has changed."""
-        sources = [source for noun in NOUNS for key in (noun, f"heldout_{noun}") for source in _sources(config, key)]
-        digests = [digest for source in sources for digest in source_digests(source)]
+        digests = [digest for sources in _all_sources(config).values() for source in sources for digest in source_digests(source)]
         return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
 
     def demonstrations(self, split: str) -> Sequence[Demonstration]:
@@ -108,7 +120,7 @@ class Files(DataSource):
         return self._split("comparisons", split)
 
     def prompts(self, split: str) -> Sequence[Prompt]:
-        return self._split("prompts", split)
+        return self._named("splits", split) if split in self._names("splits") else self._split("prompts", split)
 
     def texts(self, split: str) -> Sequence[str]:
         return self._split("texts", split)
@@ -116,10 +128,21 @@ class Files(DataSource):
     def goals(self, split: str) -> Sequence[Goal]:
         return self._split("goals", split)
 
+    def tests(self) -> Mapping[str, Sequence[Choice]]:
+        return {name: self._named("tests", name) for name in self._names("tests")}
+
+    def _names(self, group: str) -> list[str]:
+        return [name for key in self.sources for place, _, name in [key.partition(".")] if place == group and name]
+
+    def _named(self, group: str, name: str) -> Items:
+        key = f"{group}.{name}"
+        return tuple(itertools.chain.from_iterable(self.items(key, i) for i in range(len(self.sources[key]))))
+
     def _split(self, noun: str, split: str) -> Items:
         if split not in SPLITS:
+            known = [*SPLITS, *(self._names("splits") if noun == "prompts" else ())]
             raise DataError(
-                f"Files have no split '{short(split)}' of {noun}.{did_you_mean(split, SPLITS)} They have: train, heldout."
+                f"Files have no split '{short(split)}' of {noun}.{did_you_mean(split, known)} They have: {', '.join(known)}."
             )
         self._require(noun, split)
         if noun not in self._read:
@@ -145,18 +168,30 @@ class Files(DataSource):
 
     def _read_noun(self, noun: str) -> dict[str, Items]:
         """Both splits. A training row that begins like a held-out one is held out too if the split is a fraction, and left
-        out if the held-out split has its own sources."""
-        parts = [self.items(noun, i) for i in range(len(self.sources[noun]))]
+        out if the held-out split has its own sources, or if it begins like a prompt of another split."""
+        parts = self._apart([self.items(noun, i) for i in range(len(self.sources[noun]))], noun)
         key = f"heldout_{noun}"
         if self.sources[key]:
             heldout = [self.items(key, i) for i in range(len(self.sources[key]))]
-            beginnings = {_beginning(item) for item in itertools.chain(*heldout)}
-            train = [_only(part, lambda item: _beginning(item) not in beginnings) for part in parts]
-            self._tell_overlap(noun, sum(map(len, parts)) - sum(map(len, train)))
+            train = self._without(parts, itertools.chain(*heldout), noun, "held-out ones")
         else:
             heldout = [_only(part, self._in_fraction) for part in parts]
             train = [_only(part, lambda item: not self._in_fraction(item)) for part in parts]
         return {"train": self._mixed(noun, train), "heldout": mix(heldout)}
+
+    def _apart(self, parts: Sequence[Items], noun: str) -> Sequence[Items]:
+        """Without what begins like a prompt of a split that is for evaluations alone."""
+        for name in self._names("splits") if noun != "texts" else ():
+            parts = self._without(parts, self._named("splits", name), noun, f"prompts of data.splits.{name}")
+        return parts
+
+    @staticmethod
+    def _without(parts: Sequence[Items], others: Iterable[Any], noun: str, what: str) -> list[Items]:
+        beginnings = {_beginning(item) for item in others}
+        kept = [_only(part, lambda item: _beginning(item) not in beginnings) for part in parts]
+        if count := sum(map(len, parts)) - sum(map(len, kept)):
+            print(f"data.{noun}: {count} training rows were left out because they begin like {what}.")
+        return kept
 
     def _in_fraction(self, item: Any) -> bool:
         digest = hashlib.blake2b(f"{self.config.seed}\n{_beginning(item)}".encode(), digest_size=8).digest()
@@ -169,14 +204,15 @@ class Files(DataSource):
         return self._items[key, index]
 
     def _read_source(self, key: str, index: int) -> Items:
-        source, where, noun = self.sources[key][index], f"data.{key}[{index}]", key.removeprefix("heldout_")
-        rows = [(place, without(row, source.ignore)) for place, row in read_rows(source, self.first)]
+        source, where, noun = self.sources[key][index], f"data.{key}[{index}]", _noun(key)
+        every = list(read_rows(source, self.first))
+        rows = [(place, without(row, source.ignore)) for place, row in every if has(row, source.where)]
         if not rows:
-            raise DataError(f"{source.path} has no rows in '{source.split}': {where} needs at least one.")
+            raise DataError(_no_rows(where, source, every))
         place, first = next((row for row in rows if isinstance(row[1], Mapping)), rows[0])
         items, left_out = self._usable(rows, reader(noun, first, place, source.columns))
         columns = dict.fromkeys(name for _, row in rows if isinstance(row, Mapping) for name in row)
-        if beside := unread(noun, first, list(columns), source.columns):
+        if beside := unread(noun, first, list(columns), (*source.columns, *source.where)):
             print(visible(f"{where}: of {source.path}, columns that are not read: {listing(beside)}."))
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         summary = f"{where}: {len(items)} of {len(rows)} rows of {source.path} can be used; left out: {reasons}."
@@ -217,29 +253,54 @@ class Files(DataSource):
         print(visible(f"data.{noun}: one epoch is {sum(counts)} rows, going through {', '.join(passes)}."))
         return mix(parts, weights)
 
-    def _tell_overlap(self, noun: str, count: int) -> None:
-        if count:
-            print(f"data.{noun}: {count} training rows were left out because they begin like held-out ones.")
-
 
 def _sources_of(noun: str, path: str) -> str:
     """The override to type."""
     return override(f"data.{noun}", [{"path": path}])
 
 
-def _sources(config: Config, key: str) -> tuple[Source, ...]:
-    """The checked sources of one list."""
-    given = getattr(config, key) or ()
+def _all_sources(config: Config) -> dict[str, tuple[Source, ...]]:
+    """{'comparisons', 'heldout_comparisons', 'splits.NAME', ...: the checked sources of this list}."""
+    given = {key: getattr(config, key) for noun in NOUNS for key in (noun, f"heldout_{noun}")}
+    given |= {f"{group}.{name}": each for group in ("splits", "tests") for name, each in getattr(config, group).items()}
+    return {key: _sources(config, key, each or ()) for key, each in given.items()}
+
+
+def _no_rows(where: str, source: Source, every: Sequence[Row]) -> str:
+    if not every:
+        return f"{source.path} has no rows in '{source.split}': {where} needs at least one."
+    wanted = ", ".join(f"{name}: {value}" for name, value in source.where.items())
+    columns = next((row for _, row in every if isinstance(row, Mapping)), {})
+    return f"No row of {source.path} has {{{short(wanted)}}}, which {where}.where asks for. Its columns: {listing(columns)}."
+
+
+def _counted(key: str) -> str:
+    """What there are so many of."""
+    group, _, name = key.partition(".")
+    return {"splits": f"prompts of the split {name}", "tests": f"items of the test {name}"}.get(group, key)
+
+
+def _noun(key: str) -> str:
+    group = key.partition(".")[0]
+    return "prompts" if group == "splits" else group.removeprefix("heldout_")
+
+
+def _sources(config: Config, key: str, given: Sequence[Mapping[str, Any]]) -> tuple[Source, ...]:
+    """
+    Raises:
+      ConfigError: they contradict each other.
+    """
     sources = tuple(parse(Source, {**config.every_source, **keys}, f"data.{key}[{i}]") for i, keys in enumerate(given))
     weights = [source.weight for source in sources]
-    if key.startswith("heldout_") and any(weight is not None for weight in weights):
+    if (key.startswith("heldout_") or "." in key) and any(weight is not None for weight in weights):
         raise ConfigError(f"data.{key} has a weight, but every held-out row is used exactly once. Set weight=null.")
     if None in weights and any(weight is not None for weight in weights):
         raise ConfigError(f"data.{key}: give every source a weight, or none. Given: {weights}.")
     for i, (source, keys) in enumerate(zip(sources, given, strict=True)):
         parse_split(source.split)
-        if key.endswith("texts") and keys.get("columns"):
-            raise ConfigError(f"data.{key}[{i}] has columns, but raw texts have no prompt that could carry them. Remove the key.")
+        if _noun(key) in WITHOUT_PROMPTS and keys.get("columns"):
+            what = WITHOUT_PROMPTS[_noun(key)]
+            raise ConfigError(f"data.{key}[{i}] has columns, but {what} have no prompt that could carry them. Remove the key.")
         if both := set(source.columns) & set(source.ignore):
             raise ConfigError(f"data.{key}[{i}] both reads and ignores {listing(both)}. Remove it from columns or from ignore.")
     return sources

@@ -65,8 +65,8 @@ class Mixture(DataSource):
     def gold(self, prompt: Prompt, response: str) -> dict[str, float] | None:
         return self.data.gold(prompt, response)
 
-    def ability(self) -> Sequence[Choice]:
-        return self.data.ability()
+    def tests(self) -> Mapping[str, Sequence[Choice]]:
+        return self.data.tests()
 
     def _of(self, noun: str, split: str) -> Sequence[Any]:
         return self._mixed(noun) if split == "train" and noun in self.folders else getattr(self.data, noun)(split)

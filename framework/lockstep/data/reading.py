@@ -7,6 +7,7 @@ the line of an error. ``datasets`` is for the hub and for what it saved itself.
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import hashlib
 import itertools
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lockstep.config.schema import REQUIRED, setting
-from lockstep.data.columns import MOST_CHARACTERS, BadRow, too_long
+from lockstep.data.cells import MOST_CHARACTERS, BadRow, too_long
 from lockstep.errors import ConfigError, DataError, Unreachable, did_you_mean, listing, short
 from lockstep.storage.files import expanded
 from lockstep.storage.hub import hub
@@ -41,7 +42,19 @@ class Source:
     config: str | None = setting(None, "Which configuration of a hub data set; null: its only one.")
     revision: str | None = setting(None, "Branch, tag or commit of a hub data set; null: the newest.")
     ignore: tuple[str, ...] = setting((), "Columns, and keys of messages, to leave unread although they may matter.")
+    where: Mapping[str, Any] = setting({}, "Only rows whose columns have these values: {label: safe}.")
     columns: tuple[str, ...] = setting((), "Columns for rewards, not for the model: they go into `Prompt.truth`.")
+
+
+def has(row: Any, values: Mapping[str, Any]) -> bool:
+    """Whether the row has these values in its columns, as themselves or as text. A row that could not be read might."""
+    if not isinstance(row, Mapping):
+        return True
+    return all(name in row and _plain(row[name]) == _plain(value) for name, value in values.items())
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 def source_digests(source: Source) -> list[str]:
@@ -208,11 +221,11 @@ def _elements(text: str) -> Iterator[Any]:
         raise ValueError(f"after its list comes {text[start - 1 : start + 40]!r}")
 
 
-def _csv(path: Path) -> Iterator[tuple[int, Any]]:
+def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, Any]]:
     """Strict: a quote that is never closed, or not doubled inside quotes, would otherwise change or swallow rows."""
     csv.field_size_limit(MOST_CHARACTERS)
     with _open(path) as file:
-        reader = csv.DictReader(file, restkey=_EXTRA, strict=True)
+        reader = csv.DictReader(file, restkey=_EXTRA, delimiter=delimiter, strict=True)
         names = list(reader.fieldnames or [])
         if wrong := _not_utf8("".join(names)):
             raise ValueError(str(wrong))
@@ -255,6 +268,7 @@ FORMATS: Mapping[str, Callable[[Path], Iterable[tuple[int, Any]]]] = {
     ".json": _json,
     ".json.gz": _json,
     ".csv": _csv,
+    ".tsv": functools.partial(_csv, delimiter="\t"),
     ".parquet": _parquet,
 }
 

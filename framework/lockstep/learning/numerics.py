@@ -300,6 +300,29 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(0.5 * np.asarray(x, np.float64)))
 
 
+# ------------------------------------------------------------------------------------------- tests of several options
+
+
+def prefers(logprobs: np.ndarray, answer: int, right: Sequence[int]) -> bool:
+    """Does the option ``answer`` have a higher log-probability than every wrong one? TruthfulQA's MC1 (Lin et al. 2022, section
+    3.2); with one right answer, plain accuracy."""
+    wrong = np.delete(logprobs, right)
+    return bool(logprobs[answer] > wrong.max())
+
+
+def option_probabilities(logprobs: np.ndarray) -> np.ndarray:
+    """float64 [K]: the options' probabilities among themselves. What those of right ones add up to is TruthfulQA's MC2."""
+    shifted = np.exp(np.asarray(logprobs, np.float64) - np.max(logprobs))
+    return shifted / shifted.sum()
+
+
+def entropy_bits(probabilities: np.ndarray) -> float:
+    """-Σ p log2 p: of two options 1 without a preference, 0 with a certain one. The measure of bias on Winogender and CrowS-Pairs
+    of Ouyang et al. 2022, arXiv 2203.02155, section 4.2."""
+    p = probabilities[probabilities > 0]
+    return float(-(p * np.log2(p)).sum())
+
+
 # -------------------------------------------------------------------------------------------------------- best of n
 
 

@@ -1,6 +1,6 @@
 """Evaluation of policies and reward models on held-out prompts and comparisons, with 95% intervals.
 
-Every policy answers the same prompts from the same seeds. Gold scores and the ability test need a data source that knows
+Every policy answers the same prompts from the same seeds and takes the tests of the data source. Gold scores need one that knows
 them (the miniature does). Win rates compare by gold score, else by the reward model's.
 """
 
@@ -69,6 +69,8 @@ class EvaluationConfig:
         Raises:
           DataError: the data have no such split, or no prompts in any of them.
         """
+        if wrong := [name for name in data.tests() if name in _MEASURES | set(self.judges)]:
+            raise ConfigError(f"The data have a test '{short(wrong[0])}', which is a measure of evaluations. Name it otherwise.")
         counts = {split: min(len(found), self.prompts) for split in self.splits if (found := prompts_of(data, split))}
         if not counts:
             raise MissingData(f"No prompts to evaluate on in the splits {', '.join(self.splits) or '(none given)'}.")
@@ -77,7 +79,7 @@ class EvaluationConfig:
         return f"{', '.join(self.policies or ())} on {where}{best}"
 
 
-_MEASURES = frozenset(("gold", "score", "turns", "win_rate", "length", "finished", "kl", "ability", "text_loss", "gain"))
+_MEASURES = frozenset(("gold", "score", "turns", "win_rate", "length", "finished", "kl", "text_loss", "gain"))
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Evaluator:
         for name in policies:
             progress(name)
             policy = baseline if name == c.baseline else load(name)
-            general = self.ability(policy) | self.text_loss(policy)
+            general = self.tests(policy) | self.text_loss(policy)
             for split, found in prompts.items():
                 answers = reference[split] if name == c.baseline else self.answer(policy, *found)
                 measures = self.measure(answers, reference[split]) | self.kl(policy, baseline, answers)
@@ -221,19 +223,32 @@ class Evaluator:
         known = [n for n in sizes if f"best_of_{n}/kl" in measures]
         return measures | {f"best_of_{n}/kl_bound": {"mean": numerics.best_of_kl_bound(n), "n": len(ids)} for n in known}
 
-    def ability(self, policy: Policy) -> dict[str, Measure]:
-        """The fraction of ability items whose right option has the highest log-probability."""
-        items = self.data.ability()
-        if not items:
-            return {}
-        examples = [option_example(self.tokenizer, item, option) for item in items for option in item.options]
-        sums = self.text_logprobs(policy, examples)[0].sum(axis=1)
-        right, start = 0, 0
+    def tests(self, policy: Policy) -> dict[str, Measure]:
+        """Of each test of the data source: how often the answer has a higher log-probability than every wrong option, in all and
+        by groups. Where items have several right options, also the mean probability of these; where they have two options, the
+        mean entropy."""
+        measures: dict[str, Measure] = {}
+        for name, items in self.data.tests().items():
+            if taken := self.options(policy, name, items):
+                measures |= results(name, taken)
+        return measures
+
+    def options(self, policy: Policy, name: str, items: Sequence[Choice]) -> list[tuple[Choice, np.ndarray]]:
+        """Each item with its options' log-probabilities. Items that are too long for the policy are left out."""
+        fit = self.fits[f"{name} items"] = Fit(f"{name} items", total=len(items))
+        taken, examples = [], []
         for item in items:
-            options = sums[start : start + len(item.options)]
-            right += int(np.argmax(options) == item.answer)
-            start += len(item.options)
-        return {"ability": proportion(right, len(items))}
+            found = [option_example(self.tokenizer, item, option) for option in item.options]
+            if max(len(each.prompt) + len(each.response) for each in found) > policy.context_length:
+                fit.dropped += 1
+                continue
+            taken.append(item)
+            examples += found
+        if not taken:
+            return []
+        sums = self.text_logprobs(policy, examples)[0].sum(axis=1)
+        ends = np.cumsum([len(item.options) for item in taken])
+        return list(zip(taken, np.split(sums, ends[:-1]), strict=True))
 
     def text_loss(self, policy: Policy) -> dict[str, Measure]:
         """Negative log-likelihood per token on held-out raw text, in nats: what alignment may cost."""
@@ -342,6 +357,23 @@ def _margins(scores: np.ndarray, comparison: Comparison) -> np.ndarray:
 
 def present(values: Sequence[float | None]) -> np.ndarray:
     return np.array([v for v in values if v is not None])
+
+
+def results(name: str, taken: Sequence[tuple[Choice, np.ndarray]]) -> dict[str, Measure]:
+    """The measures of a test from its items and their options' log-probabilities."""
+    rights = [item.right or (item.answer,) for item, _ in taken]
+    preferred = np.array([numerics.prefers(x, item.answer, right) for (item, x), right in zip(taken, rights, strict=True)])
+    measures = {name: proportion(float(preferred.sum()), len(taken))}
+    for group in dict.fromkeys(item.group for item, _ in taken if item.group is not None):
+        chosen = preferred[[item.group == group for item, _ in taken]]
+        measures[f"{name}/{group}"] = proportion(float(chosen.sum()), len(chosen))
+    probabilities = [numerics.option_probabilities(x) for _, x in taken]
+    if max(map(len, rights)) > 1:
+        sums = [p[list(right)].sum() for p, right in zip(probabilities, rights, strict=True)]
+        measures[f"{name}/probability"] = mean(np.array(sums))
+    if max(map(len, probabilities)) == 2:
+        measures[f"{name}/entropy"] = mean(np.array([numerics.entropy_bits(p) for p in probabilities]))
+    return measures
 
 
 def option_example(tokenizer: Tokenizer, item: Choice, option: str) -> Example:

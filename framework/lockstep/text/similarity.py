@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 EDGE, BLANK = "\0", "\1"
 
@@ -24,14 +26,30 @@ def similarity(one: Counter[tuple[str, str]], other: Counter[tuple[str, str]]) -
     return 2 * (one & other).total() / (one.total() + other.total())
 
 
-def novelty(text: str, archive: Sequence[Counter[tuple[str, str]]]) -> float:
-    """1 minus the similarity to the nearest of the archive; 1 if that is empty."""
-    own = pairs(text)
-    return 1.0 - max((similarity(own, each) for each in archive), default=0.0)
+class Archive:
+    """Texts that are known, each as often as it is there."""
+
+    def __init__(self, texts: Iterable[str], neighbours: int):
+        counts = sorted(Counter(texts).items())
+        self._pairs = [pairs(text) for text, _ in counts]
+        self._counts = np.array([count for _, count in counts], np.int64)
+        self._nearest = min(neighbours, int(self._counts.sum()))
+
+    def novelty(self, text: str) -> float:
+        """The mean distance, 1 minus similarity, to the ``neighbours`` nearest texts: the sparseness of novelty search (Lehman &
+        Stanley 2011, "Abandoning objectives", Evolutionary Computation 19(2), equation 1). 1 if nothing is known."""
+        if not self._nearest:
+            return 1.0
+        own = pairs(text)
+        distances = np.array([1.0 - similarity(own, each) for each in self._pairs])
+        order = np.argsort(distances, kind="stable")
+        before = np.cumsum(self._counts[order]) - self._counts[order]
+        taken = np.clip(self._nearest - before, 0, self._counts[order])
+        return float(np.sum(distances[order] * taken) / self._nearest)
 
 
 def diversity(strategies: Sequence[str]) -> float:
-    """The mean novelty of each strategy against all others. 0: each is there twice."""
+    """The mean distance of each strategy to the nearest other one. 0: each is there twice."""
     counted = [pairs(text) for text in strategies]
     if len(counted) < 2:
         return 1.0

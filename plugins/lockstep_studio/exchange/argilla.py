@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lockstep.data.columns import BadRow, LeftOut
+from lockstep.data.cells import BadRow, LeftOut
 from lockstep.errors import listing
 from lockstep_studio.exchange import rounds
 from lockstep_studio.exchange.rounds import MESSAGE, Row, Written

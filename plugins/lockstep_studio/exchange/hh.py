@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lockstep.data.columns import LeftOut
+from lockstep.data.cells import LeftOut
 from lockstep_studio.exchange import rounds
 from lockstep_studio.exchange.rounds import Message, Row, Written
 

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lockstep.data.columns import BadRow, LeftOut
+from lockstep.data.cells import BadRow, LeftOut
 from lockstep.errors import listing
 from lockstep.storage.records import NUMBER
 from lockstep_studio.exchange import rounds

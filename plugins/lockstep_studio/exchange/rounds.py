@@ -25,7 +25,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, TextIO
 
-from lockstep.data.columns import BadRow, LeftOut
+from lockstep.data.cells import BadRow, LeftOut
 from lockstep.data.reading import Source, read_rows
 from lockstep.errors import DataError, did_you_mean, listing, short
 from lockstep.storage.files import expanded

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lockstep.data.columns import LeftOut
+from lockstep.data.cells import LeftOut
 from lockstep_studio.exchange import rounds
 from lockstep_studio.exchange.rounds import MESSAGE, Row, Written
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lockstep.data.columns import LeftOut
+from lockstep.data.cells import LeftOut
 from lockstep.storage.records import NUMBER
 from lockstep_studio.exchange import rounds
 from lockstep_studio.exchange.rounds import Row, Written

@@ -204,6 +204,13 @@ class RunComparison:
         return [name for name in names if self.has(name)]
 
     @cached_property
+    def tests(self) -> list[str]:
+        """The measures of the tests that the runs' data name."""
+        names = {key.split(".")[2] for run in self.runs for key in run.config if key.startswith("data.tests.")}
+        splits = [found for run in self.runs for split in run.evaluation.splits.values() for found in split.values()]
+        return list(dict.fromkeys(metric for found in splits for metric in found if metric.partition("/")[0] in names))
+
+    @cached_property
     def reward_model_metrics(self) -> list[str]:
         return list(dict.fromkeys(m for run in self.runs for m in run.evaluation.reward_model))
 

@@ -46,6 +46,7 @@ SECTIONS = {
     "against": ("Against the baseline", "against"),
     "seeds": ("Over seeds", "seeds"),
     "frontier": ("Reward against drift", "frontier"),
+    "tests": ("Tests", "tests"),
     "judges": ("Judges", "judges"),
     "best-of-n": ("Best of n", "best_of"),
     "learning": ("Learning", "curves"),

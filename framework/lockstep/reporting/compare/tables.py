@@ -60,6 +60,7 @@ def all_tables(c: RunComparison, found: Sequence[Claim], against: Sequence[Versu
     every = {
         "claims": checklist(found),
         "policies": policies(c),
+        "tests": tests(c),
         "judges": judges(c),
         "best_of": best_of(c),
         "tasks": tasks(c),
@@ -93,6 +94,17 @@ def _policy_table(c: RunComparison, chosen: Sequence[tuple[str, str]]) -> Table:
             name = title.format(baseline=c.baseline) + ("" if split == c.split else f", {split}")
             blocks[name] = lambda g, p, s=split, m=metric, f=form: _cell(c, g.policy(s, p, m), f)
     return _table("Policies", c, c.policies, blocks)
+
+
+def tests(c: RunComparison) -> Table:
+    """Tests of several options that the data name: truth and bias before and after each stage."""
+    split = next((split for split in c.splits if c.tests and c.has(c.tests[0], split)), None)
+    return _table("Tests", c, c.policies if split else [], {metric: _test(c, split or "", metric) for metric in c.tests})
+
+
+def _test(c: RunComparison, split: str, metric: str) -> Cell:
+    form = ".3f" if metric.endswith("/entropy") else PERCENT
+    return lambda g, policy: _cell(c, g.policy(split, policy, metric), form)
 
 
 def judges(c: RunComparison) -> Table:

@@ -1,0 +1,74 @@
+"""What one cell of a row may be, and the two ways in which a row cannot be used: `BadRow`, a mistake that the user should know
+about, and `LeftOut`, which occurs in good data too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lockstep.errors import listing
+
+Columns = Mapping[str, Any]
+
+MOST_CHARACTERS = 50_000_000
+"""Of one row and of one text; a novel has a million."""
+
+
+class BadRow(Exception):
+    """``problem`` is the same for all rows of its kind, so that it can be counted; ``detail`` is about this one."""
+
+    def __init__(self, problem: str, detail: str):
+        super().__init__(f"{problem}: {detail}")
+        self.problem = problem
+
+
+class LeftOut(Exception):
+    """The reason, as in '3 rows were left out: 2 ties'."""
+
+
+def cell(row: Columns, name: str, kinds: type | tuple[type, ...], expected: str) -> Any:
+    if row.get(name) is None:
+        raise BadRow("a missing column", f"no '{name}'. The row has: {listing(key for key in row if row[key] is not None)}.")
+    if not isinstance(row[name], kinds) or isinstance(row[name], bool):
+        raise BadRow("a wrong type", f"'{name}' should be {expected}, not {type(row[name]).__name__}.")
+    return row[name]
+
+
+def text_in(row: Columns, name: str) -> str:
+    return not_empty(cell(row, name, str, "text"), name)
+
+
+def not_empty(text: str, where: str) -> str:
+    if not text.strip():
+        raise BadRow("an empty text", f"'{where}' should not be empty.")
+    return text
+
+
+def list_in(row: Columns, name: str, of: str) -> list[Any]:
+    values = cell(row, name, (list, tuple), f"a list of {of}")
+    if not values:
+        raise BadRow("an empty list", f"'{name}' should hold {of}.")
+    return list(values)
+
+
+def says_nothing(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(says_nothing, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(says_nothing, value))
+    return value is None or isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")
+
+
+def from_json(value: Any) -> Any:
+    """What a text says in JSON; None if it says nothing. Another value is itself."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+
+
+def too_long() -> BadRow:
+    return BadRow("too long a text", f"it has more than {MOST_CHARACTERS:,} characters. Split it.")
