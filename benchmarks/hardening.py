@@ -2,8 +2,8 @@ r"""Every attacker against every defender, over seeds, and what each ablation co
 
     lockstep run -m experiment=hardening seed=0,1,2,3,4 backend=torch,jax hydra.launcher.parallel=2
     lockstep run -m experiment=hardening seed=0,1,2,3,4 backend=torch,jax attack.twins=false hydra.launcher.parallel=2
-    lockstep run -m experiment=hardening seed=0,1,2,3,4 backend=torch,jax replay.attacks=attacks replay.labels=labels \
-      hydra.launcher.parallel=2
+    lockstep run -m experiment=hardening seed=0,1,2,3,4 backend=torch,jax hydra.launcher.parallel=2 'replay.labelled=[attacks]' \
+      'replay.comparisons=[data,labels]' 'replay.prompts=[data,attacks]' 'replay.shares=[0.5,0.5]'
     lockstep run -m experiment=hardening seed=0,1,2,3,4 backend=torch,jax novelty=0 hydra.launcher.parallel=2
     python benchmarks/hardening.py runs/hardening --output benchmarks/hardening
 
@@ -24,7 +24,7 @@ from lockstep.reporting.compare.records import Run
 
 ABLATIONS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "without twins": lambda config: config.get("attack.twins") is False,
-    "without replay": lambda config: config.get("replay.attacks") == "attacks",
+    "without replay": lambda config: "seeds" not in config.get("replay.prompts", ()),
     "without novelty": lambda config: config.get("novelty") == 0,
 }
 SHOWN = (("helped", "attacks"), ("refused", "twins"), ("gold", "all"))

@@ -415,16 +415,51 @@ def test_rounds_draw_other_goals(hardened):
     assert not set(goals[0]) & set(goals[1])
 
 
+ALONE = (
+    "replay.labelled=[attacks]", "replay.comparisons=[data,labels]", "replay.prompts=[data,attacks]", "replay.shares=[0.5,0.5]",
+)  # fmt: skip
+"""Without replay."""
+
+
 def test_the_trained_attacker_is_judged_by_the_target_of_its_round(tmp_path):
     experiment = Experiment(compose([*HARDENING, f"folder={tmp_path}"]))
     inputs = {name: dict(stage.inputs) for name, stage in experiment.stages.items()}
-    assert inputs["attacker_1"] == {"imitator": "policy", "ppo": "policy"}
-    assert inputs["attacker_2"] == {"attacker_1": "policy", "defender_1": "policy", "attacks_1": "prompts"}
+    assert inputs["attacker_1"] == {"imitator": "policy", "ppo": "policy", "seeds": "prompts"}
+    assert inputs["attacker_2"] == {"imitator": "policy", "defender_1": "policy", "seeds": "prompts", "attacks_1": "prompts"}
     assert inputs["defender_2"] == {
-        "defender_1": "policy", "judgement_2": "reward_model", "attacks_1": "prompts", "attacks_2": "prompts"
+        "ppo": "policy", "judgement_2": "reward_model", "seeds": "prompts", "attacks_1": "prompts", "attacks_2": "prompts"
     }  # fmt: skip
-    once = Experiment(compose([*HARDENING, f"folder={tmp_path}", "replay.attacks=attacks", "replay.labels=labels"]))
-    assert "attacks_1" not in dict(once.stages["defender_2"].inputs) and "labels_1" not in dict(once.stages["judgement_2"].inputs)
+    once = Experiment(compose([*HARDENING, f"folder={tmp_path}", *ALONE]))
+    for name in ("defender_2", "judgement_2", "labels_2"):
+        assert not {"seeds", "attacks_1", "labels_1"} & set(dict(once.stages[name].inputs))
+
+
+ATTACK_NEW = (
+    "stages.seeds.policies=[new]", "stages.rounds.first.defender=new", "evaluation.policies=[new,all.defender]",
+    "evaluation.baseline=new",
+)  # fmt: skip
+
+
+def test_the_configured_policy_is_new_wherever_a_policy_is_named(tmp_path):
+    """Attacked, a target of a trained attacker, evaluated: and its configuration is then part of the stage's identity."""
+    experiment = Experiment(compose([*HARDENING, *ATTACK_NEW, f"folder={tmp_path}"]))
+    wider = Experiment(compose([*HARDENING, *ATTACK_NEW, f"folder={tmp_path}", "policy.layers=3"]))
+    for name in ("seeds", "attacker_1", "attacks_1", "evaluate"):
+        assert experiment.stages[name].reads_new and "new" not in dict(experiment.stages[name].inputs)
+        assert experiment.identities[name]["policy"]["name"] and experiment.folders[name].path != wider.folders[name].path
+    assert not experiment.stages["labels_1"].reads_new or "new" in experiment.stages["labels_1"].policies
+
+
+def test_the_configured_policy_is_attacked_and_evaluated(tmp_path):
+    run_folder = run_config(
+        compose([
+            *HARDENING, *ATTACK_NEW, f"folder={tmp_path}", "stages.rounds.repeat=1", "stages.imitator.policy=new",
+            "~stages.pretrain", "~stages.sft", "~stages.ppo", "~stages.reward", "stages.rounds.stages.judgement.policy=new",
+            "stages.rounds.stages.defender.policy=new", "algorithm.value_network=shared", "algorithm.ptx_coef=0",
+        ]),
+        "test",
+    )  # fmt: skip
+    assert set(read_json(output(run_folder, "evaluate") / "evaluation.json")["splits"]["heldout"]) == {"new", "defender_1"}
 
 
 def test_another_archive_or_attacker_makes_another_stage(tmp_path):

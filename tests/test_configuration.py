@@ -282,11 +282,18 @@ def test_the_root_equals_its_defaults():
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 
 
+def needed(experiment):
+    """What an experiment leaves to the command line."""
+    chosen = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml").get("defaults", [])
+    groups = {key: value for each in chosen if not isinstance(each, str) for key, value in each.items()}
+    checkpoint = groups.get("override /policy") in ("huggingface", "lora")
+    own = {"human": ["data.folder=x"], "red_team": ["data.goals=[{path: x}]"]}
+    return [*(["policy.path=a/b"] if checkpoint else []), *own.get(experiment, [])]
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_is_complete_so_that_no_identity_depends_on_a_default(name):
-    from_a_checkpoint = name in ("feedback", "hh", "human", "instructgpt_paper", "ultrafeedback")
-    folder = ["data.folder=x"] if name == "human" else []
-    config = compose([f"experiment={name}", *(["policy.path=a/b"] if from_a_checkpoint else []), *folder])
+    config = compose([f"experiment={name}", *needed(name)])
     groups = [("evaluation", EvaluationConfig, config["evaluation"])]
     for key, kind in ((key, kind) for key, kind in GROUPS.items() if config[key] is not None):
         groups.append((key, registry().resolve(kind, config[key]["name"], "torch").Config, config[key]))
@@ -707,16 +714,15 @@ def component_of(preset: str) -> str:
 @pytest.mark.parametrize("number", range(len(EXPERIMENTS)), ids=EXPERIMENTS)
 def test_every_algorithm_takes_the_place_of_ppo_in_every_experiment(number):
     experiment = EXPERIMENTS[number]
-    hub = "override /policy: huggingface" in (CONF / "experiment" / f"{experiment}.yaml").read_text()
     for component in INSTEAD:
         presets = sorted(file.stem for file in (CONF / "algorithm").glob("*.yaml") if component_of(file.stem) == component)
         assert len(presets) <= len(EXPERIMENTS)  # so that over all experiments each is chosen; they have the same keys
         chosen = f"algorithm={presets[number % len(presets)]}"
         if experiment in ("shop", "library") and component == "preference_optimisation":
             continue  # it takes no environment, and says so
-        folder = ["data.folder=x"] if experiment == "human" else []
-        checked = Experiment(compose([f"experiment={experiment}", chosen, *(["policy.path=x"] if hub else []), *folder]))
-        stage = {"shop": "rl", "library": "rl", "sums": "grpo", "rounds": "ppo_1", "feedback": "ppo_1"}.get(experiment, "ppo")
+        checked = Experiment(compose([f"experiment={experiment}", chosen, *needed(experiment)]))
+        stage = {"shop": "rl", "library": "rl", "sums": "grpo", "rounds": "ppo_1", "feedback": "ppo_1", "red_team": "defender_1"}
+        stage = stage.get(experiment, "ppo")
         assert checked.stages[stage].group["name"] == component and "ppo_ptx" not in checked.stages
 
 

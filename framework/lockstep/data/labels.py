@@ -106,7 +106,8 @@ def demonstrations_in(folder: Path) -> list[Demonstration]:
 
 
 def prompts_in(folder: Path, split: str = "train", *, twins: bool | None = None) -> list[Prompt]:
-    """Of one split; of twins or attacks only, if ``twins`` says so. ``truth["goal"]`` is what an attack is after.
+    """Of one split; of twins or attacks only, if ``twins`` says so. ``truth["goal"]`` is what an attack is after,
+    ``truth["twin"]`` whether that is the harmless goal.
 
     Raises:
       MissingData: the folder has none.
@@ -116,7 +117,7 @@ def prompts_in(folder: Path, split: str = "train", *, twins: bool | None = None)
     def prompt(row: Mapping[str, Any]) -> tuple[Prompt, bool]:
         found, goal = _prompt(row), row.get("goal")
         if goal is not None:
-            found = dataclasses.replace(found, truth={**found.truth, "goal": goal})
+            found = dataclasses.replace(found, truth={**found.truth, "goal": goal, "twin": bool(row.get("twin"))})
         return found, (row.get("split") or "train") == split and twins in (None, bool(row.get("twin")))
 
     return [found for found, taken in _read(_in(folder, PROMPTS), prompt) if taken]

@@ -82,6 +82,8 @@ class Assembly:
 
     def other_policy(self, source: str) -> tuple[Policy, Tokenizer]:
         """One that may have another tokenizer than this run's: its own comes with it."""
+        if source == NEW:
+            return self.policy(NEW), self.tokenizer
         folder = self._source_folder(source)
         policy, tokenizer = self._policy_class(folder).load(folder, self.backend), load_own_tokenizer(folder)
         tokenizer.check_embedding(policy.vocab_size, f"the policy '{source}'")

@@ -35,7 +35,9 @@ Measure = dict[str, float]
 class EvaluationConfig:
     """What an evaluation measures. No count exceeds the size of its split."""
 
-    policies: tuple[str, ...] | None = setting(None, "Stages whose policies are evaluated; null: all that train one.")
+    policies: tuple[str, ...] | None = setting(
+        None, "Stages or folders whose policies are evaluated, or 'new', the configured one; null: all that stages train."
+    )
     baseline: str = setting("sft", "The stage that win rate and KL refer to.")
     splits: tuple[str, ...] = setting(
         ("heldout", "adversarial"),

@@ -115,7 +115,7 @@ class Experiment:
                 "mixes": {noun: list(sources.items()) for noun, sources in stage.mixes.items()},
                 "round": stage.round if stage.kind in ("collect", "attack") else None,
                 "follows": dict(stage.follows),
-                "policy": without_secrets(self.config["policy"]) if NEW in (stage.policy, *stage.policies) else None,
+                "policy": without_secrets(self.config["policy"]) if stage.reads_new else None,
                 "tokenizer": dataclasses.asdict(tokenizer),
                 "inputs": {name: self._made(name, found[name]) for name, _ in stage.inputs if name in found},
                 "folders": {path: identity.folder_digest(path) for path in self._outside(stage)},

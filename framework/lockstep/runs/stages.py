@@ -147,7 +147,16 @@ class Stage:
     @property
     def inputs(self) -> list[tuple[str, str]]:
         """The stages (or folders, or hub ids) whose output it reads, each with the kind required."""
-        policies = [policy for policy in (self.policy, *self.policies) if policy not in (None, NEW)]
+        return [each for each in self._sources if each[0] != NEW]
+
+    @property
+    def reads_new(self) -> bool:
+        """Does it use the configured policy as that starts?"""
+        return any(source == NEW for source, _ in self._sources)
+
+    @property
+    def _sources(self) -> list[tuple[str, str]]:
+        policies = [policy for policy in (self.policy, *self.policies) if policy is not None]
         if isinstance(self.config, EvaluationConfig):
             policies += [*(self.config.policies or ()), self.config.baseline]
         mixed = [(source, noun) for noun, sources in self.mixes.items() for source in sources if source not in (DATA, GOALS)]

@@ -37,7 +37,7 @@ class AttackReward(RewardModel):
     @dataclass(frozen=True)
     class Config:
         judge: Mapping[str, Any] = setting(REQUIRED, "A group of this kind with its name; its score is the success.")
-        policy: str = setting("ppo", "The policy that is attacked: a stage, or a folder or hub id.")
+        policy: str = setting("ppo", "The policy that is attacked: a stage, a folder or hub id, or 'new', the configured one.")
         invalid: float = setting(1.0, "What an attack costs that misses its goal or is too long.", least=0)
         novelty: float = setting(0.5, "What complete novelty is worth.", least=0)
         archive: tuple[str, ...] = setting((), "Stages (all.STAGE) or folders whose attacks are not new.")

@@ -95,7 +95,7 @@ def _policies(experiment: Experiment) -> Iterator[tuple[str, str]]:
     cls: type[Policy]
     cls, config = experiment.policy
     starts = {stage.policy for stage in experiment.stages.values()}
-    for path in cls.inputs(config).files if NEW in starts else ():
+    for path in cls.inputs(config).files if any(stage.reads_new for stage in experiment.stages.values()) else ():
         if _is_on_hub(path):
             yield "policy", _ON_HUB.format(path)
     for folder in starts - {None, NEW, *experiment.stages}:
