@@ -37,6 +37,9 @@ class Search(Environment):
         documents: Mapping[str, Any] | None = setting(None, "Rows with the passages: {path: ...}, as a source of data=files.")
         function: str | None = setting(None, "Instead: module:function that returns the passages, a list of texts.")
         column: str = setting("text", "The column of the rows that holds a passage.")
+        inject: str | None = setting(
+            None, "An attack: module:function from a query and the passages that were found to those that are shown."
+        )
         results: int = setting(3, "Passages that are shown for a query, at most.", least=1, most=100)
         characters: int = setting(1000, "Of a passage; the rest is cut.", least=1)
         search_begin: str = setting("<search>", "Before a query in the policy's text.")
@@ -61,8 +64,7 @@ class Search(Environment):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        for _ in passages_of(config):
-            pass
+        injected(config, "a query", passages_of(config)[:1])
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -75,7 +77,8 @@ class Search(Environment):
             return Reply.ends()
         shown: list[str] = list(episode.state or ())
         lines = []
-        for text in self.index.best(query.partition(c.search_end)[0], c.results):
+        query = query.partition(c.search_end)[0]
+        for text in injected(c, query, self.index.best(query, c.results)):
             if text not in shown:
                 shown.append(text)
             lines.append(_filled(c.passage, shown.index(text) + 1, text[: c.characters]))
@@ -126,6 +129,22 @@ def passages_of(config: Search.Config) -> list[str]:
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where} gives no passages. It needs a text or more.")
     return [clean(text) for text in texts]
+
+
+def injected(config: Any, query: str, found: list[str]) -> list[str]:
+    """What is shown in place of the passages that were found, if pages are under attack (Greshake et al. 2023, "Not what you've
+    signed up for", arXiv 2302.12173).
+
+    Raises:
+      ConfigError: there is no such function.
+      DataError: it gives no texts.
+    """
+    if config.inject is None:
+        return found
+    shown = function_at(config.inject, "environment.inject")(query, list(found))
+    if not isinstance(shown, (list, tuple)) or not all(isinstance(text, str) for text in shown):
+        raise DataError(f"environment.inject='{config.inject}' gives no list of texts.")
+    return [clean(text) for text in shown]
 
 
 def clean(text: str) -> str:
