@@ -36,6 +36,11 @@ def report(runs):
     return compare([runs], runs / "report", BY, "backend=jax")
 
 
+def told(problems):
+    """All but that seeds are few."""
+    return [problem for problem in problems if "decide little" not in problem]
+
+
 def write_golds(folder, golds: dict[tuple[str, int], float]) -> groups.RunComparison:
     """A comparison of runs whose PPO has exactly these gold scores on held-out prompts, {(backend, seed): gold}."""
     for (backend, seed), gold in golds.items():
@@ -53,7 +58,7 @@ def write_golds(folder, golds: dict[tuple[str, int], float]) -> groups.RunCompar
 def test_runs_are_grouped_by_the_keys_that_were_asked_for(whole):
     assert [g.label for g in whole.groups] == [f"{b}, kl_coef={k}" for b in ("jax", "torch") for k in (0.05, 0.15, 0.45)]
     assert all(g.seeds == [0, 1, 2] for g in whole.groups)
-    assert whole.problems == []
+    assert told(whole.problems) == []
 
 
 def test_what_differs_inside_a_group_makes_its_tasks(runs):
@@ -82,7 +87,7 @@ def test_a_key_that_no_run_has_suggests_the_nearest(runs):
 def test_a_seed_that_only_some_groups_have_is_named(tmp_path):
     for backend, seed in (("jax", 0), ("jax", 1), ("torch", 0)):
         write_run(tmp_path, backend, seed)
-    assert groups.group(reading.read([tmp_path])).problems == ["torch: no run with seed 1, which others have."]
+    assert told(groups.group(reading.read([tmp_path])).problems) == ["torch: no run with seed 1, which others have."]
 
 
 def test_of_two_runs_of_the_same_configuration_and_seed_one_counts_and_the_other_is_named(tmp_path):
@@ -91,7 +96,7 @@ def test_of_two_runs_of_the_same_configuration_and_seed_one_counts_and_the_other
     record = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps(record | {"name": "other"}))
     c = groups.group(reading.read([tmp_path]))
-    assert c.problems == ["other is left out: demo-torch-0 has the same configuration and seed."]
+    assert told(c.problems) == ["other is left out: demo-torch-0 has the same configuration and seed."]
     assert len(c.runs) == 1
 
 
@@ -119,7 +124,7 @@ def test_a_stage_that_did_not_finish_shortens_no_curve(tmp_path):
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
     c = groups.group(reading.read(folders))
     assert len(c.groups[0].curve("ppo", "objective/kl").steps) == 60
-    assert c.problems == ["demo-torch-1 is not finished (failed in ppo): compared as far as it got."]
+    assert told(c.problems) == ["demo-torch-1 is not finished (failed in ppo): compared as far as it got."]
 
 
 # ------------------------------------------------------------------------------------------------- against a baseline
@@ -132,7 +137,7 @@ def test_differences_are_taken_seed_by_seed_and_what_has_no_partner_is_named(tmp
     assert v.improvement.mean == pytest.approx(5 / 6)  # all pairs but torch 0 (1.5) and jax 1 (2.0)
     assert (v.seeds, v.unpaired) == ([0, 1], ["seed 2 of torch"])
     row = tables.against_baseline(c, [v]).rows[1]
-    assert row[:3] == ["torch", "jax", "+0.50"] and row[4] == "0, 1 (not paired: seed 2 of torch)"
+    assert row[:3] == ["torch", "jax", "+0.50"] and row[5] == "0, 1 (not paired: seed 2 of torch)"
 
 
 def test_a_baseline_value_holds_each_group_against_its_own_counterpart(whole):

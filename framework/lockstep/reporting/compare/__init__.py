@@ -3,9 +3,10 @@
 records, wandb_runs   runs into plain records
 groups                runs that are compared as one, aggregated
 statistics, versus    over seeds: interquartile means, probabilities of improvement, seed by seed against a baseline
+decisions             tests of differences, corrections for many, how many seeds decide
 claims                the headline and the checklist
 cost                  seconds, tokens per second, episodes, memory
-tables                terminal, Markdown
+tables                terminal, Markdown, LaTeX
 plots, figures        how figures are drawn, and which
 page                  the HTML report
 tidy                  CSV and Parquet
@@ -20,9 +21,9 @@ from pathlib import Path
 
 from lockstep.reporting.compare import claims, cost, reading, versus
 from lockstep.reporting.compare.claims import Claim
+from lockstep.reporting.compare.decisions import Correction
 from lockstep.reporting.compare.groups import RunComparison, group
-from lockstep.reporting.compare.tables import Table, all_tables, in_short, to_markdown, to_rich
-from lockstep.reporting.compare.versus import Versus
+from lockstep.reporting.compare.tables import Table, all_tables, in_short, to_latex, to_markdown, to_rich
 from lockstep.reporting.console import Terminal
 from lockstep.reporting.markdown import escaped
 
@@ -35,20 +36,22 @@ class CompareReport:
     claims: Sequence[Claim]
     tables: Mapping[str, Table]
     comparison: RunComparison
-    against: Sequence[Versus]
     files: Sequence[Path]
 
 
 def compare(
-    paths: Sequence[Path | str], output: Path, by: Sequence[str] | None = None, baseline: str | None = None
-) -> CompareReport:
-    """Compare the runs under ``paths``; write the report to ``output``: report.html, .md and .png, metrics.csv and .parquet,
-    and every figure as PNG and SVG.
+    paths: Sequence[Path | str], output: Path, by: Sequence[str] | None = None, baseline: str | None = None,
+    correction: Correction = "holm", difference: float = 0.0,
+) -> CompareReport:  # fmt: skip
+    """Compare the runs under ``paths``; write the report to ``output``: report.html, .md, .tex and .png, metrics.csv and
+    .parquet, and every figure as PNG and SVG.
 
     Args:
       paths: run folders, folders of them, sweep folders, or W&B filters 'wandb:entity/project?group=...'.
       by: configuration keys to group by; by default those in which the runs differ, except the seed.
       baseline: the group that the others are compared with: `versus.pairs`.
+      correction: of the p-values against the baseline, for their number: `decisions.corrected`.
+      difference: one whose number of seeds is asked for; 0: none.
 
     Raises:
       DataError: a path has no run, or no run can be read.
@@ -59,28 +62,29 @@ def compare(
     comparison = group(reading.read(paths), by)
     against = versus.against_baseline(comparison, versus.pairs(comparison, baseline))
     headline, found = claims.headline(comparison), claims.find(comparison)
-    built, over = all_tables(comparison, found, against), what_intervals_are_over(comparison)
+    built, over = all_tables(comparison, found, against, correction, difference), what_intervals_are_over(comparison)
     output.mkdir(parents=True, exist_ok=True)
 
     written = {
         "report.html": page.render(comparison, headline, over, found, built, figures.for_page(comparison, against)),
         "report.md": _markdown(comparison, headline, built),
+        "report.tex": "\n\n".join(map(to_latex, built.values())) + "\n",
     }
     for name, text in written.items():
         (output / name).write_text(text, encoding="utf-8")
     files = [output / name for name in written]
     files += tidy.write(comparison, output)
     files += figures.for_papers(comparison, against, output)
-    return CompareReport(headline, found, built, comparison, against, files)
+    return CompareReport(headline, found, built, comparison, files)
 
 
-def print_summary(report: CompareReport, console: Terminal | None = None) -> None:
+def print_summary(report: CompareReport, console: Terminal | None = None, with_power: bool = False) -> None:
     """The report's text for a terminal, with the main numbers of the policies only."""
     console = console or Terminal()
     console.print(report.headline + "\n", style="bold")
     for problem in report.comparison.problems:
         console.print(problem, style="yellow")
-    for table in in_short(report.comparison, report.against, report.tables).values():
+    for table in in_short(report.comparison, report.tables, with_power).values():
         console.print(table.title, style="bold")
         console.print(to_rich(table))
     console.print(what_intervals_are_over(report.comparison))

@@ -159,53 +159,82 @@ def headline_metric(c: RunComparison) -> str | None:
     return next((m for m in ("gold", "win_rate", "score") if c.split and c.has(m, c.split)), None)
 
 
+MOST_NAMED = 3
+"""Groups that a headline names; of more it says how many."""
+
+
 def headline(c: RunComparison) -> str:
-    """One or two sentences: what training gained, where, and whether the backends agree."""
+    """One or two sentences that the claims below bear out: which policy is above the baseline by intervals that are apart, where,
+    or that none is; and whether the backends agree."""
     metric = headline_metric(c)
     if metric is None or c.split is None:
         count = len(c.runs)
         return f"{count} run{'s' if count != 1 else ''}, none of them evaluated yet."
-    best, groups = _best_policy(c, metric), list(c.groups)
-    if len(groups) > 3:  # too many to name: the best one
-        groups = [max(groups, key=lambda g: _mean(g.policy(c.split, best, metric)))]
-    start = c.baseline if metric != "win_rate" and c.baseline != best else None
-    return " ".join(filter(None, [_gain(c, groups, metric, start, best), _agreement_sentence(c, metric)]))
+    return " ".join(filter(None, [_gain(c, metric), _agreement_sentence(c, metric)]))
 
 
-def _best_policy(c: RunComparison, metric: str) -> str:
-    """The policy with the highest mean in any group."""
-    return max(c.policies, key=lambda policy: max(_mean(g.policy(c.split, policy, metric)) for g in c.groups))
+Found = Literal["raises", "lowers", "open"]
 
 
-def _beaten(c: RunComparison, metric: str) -> bool:
-    """Does a policy after the baseline have a higher mean than the baseline, in any group?"""
-    return any(
-        _mean(g.policy(c.split, p, metric)) > _mean(g.policy(c.split, c.baseline, metric))
-        for g in c.groups
-        for p in c.after_baseline
-    )
+def _gain(c: RunComparison, metric: str) -> str:
+    """Of the policy that is above the baseline in most groups; of several such, of the highest."""
+    ranked = {policy: found for policy in c.after_baseline if (found := _against(c, policy, metric))}
+    if not ranked:
+        return _alone(c, metric)
+    best = max(ranked, key=lambda policy: (len(_groups_of(ranked[policy], "raises")), _highest(c, policy, metric)))
+    found, named = ranked[best], len(ranked[best]) <= MOST_NAMED
+    raises, lowers, open_ = (_groups_of(found, each) for each in ("raises", "lowers", "open"))
+    says = "wins more than half against {}" if metric == "win_rate" else f"raises {SUBJECTS[metric]} of {{}}"
+    where = lambda groups: _where(c, groups, best, metric) if named else f"in {len(groups)} of {len(found)} groups"  # noqa: E731
+    below = "loses" if metric == "win_rate" else "lowers it"
+    if not raises:
+        known = says.replace("wins", "win").replace("raises", "raise").format(c.baseline)
+        rest = [f"{best} {below} {where(lowers)}" if lowers else "", f"{best} goes {where(open_)}, not apart" if open_ else ""]
+        return f"No policy is known to {known}: {'; '.join(filter(None, rest))}."
+    rest = [f"; {below} {where(lowers)}" if lowers else "", f"; not decided {where(open_)}" if open_ else ""]
+    return f"{best} {says.format(c.baseline)} {where(raises)}{''.join(rest)}."
 
 
-def _mean(e: Estimate | None) -> float:
-    return e.mean if e else float("-inf")
+SUBJECTS = {"gold": "the gold score", "score": "the reward model's score"}
 
 
-def _gain(c: RunComparison, groups: Sequence[RunGroup], metric: str, start: str | None, best: str) -> str:
-    form = PERCENT if metric == "win_rate" else SCORE
-    pairs = [(g, g.policy(c.split, start, metric) if start else None, g.policy(c.split, best, metric)) for g in groups]
-    pairs = [(g, a, b) for g, a, b in pairs if b and (a or not start)]
-    subject = {"gold": "the gold score", "score": "the reward model's score"}.get(metric, "")
-    which = "" if len(groups) == len(c.groups) else f" (the best of {len(c.groups)})"
-    if start:
-        texts = [f"from {a.mean:{form}} to {b.mean:{form}} on {g.label}" for g, a, b in pairs]
-        rise = all(b.mean > a.mean for _, a, b in pairs)
-        return f"{best} {'raises' if rise else 'moves'} {subject} of {start} {_and(texts)}{which}."
-    texts = [f"{b.mean:{form}} on {g.label}" for g, _, b in pairs]
-    if metric == "win_rate":
-        return f"Against {c.baseline}, {best} wins {_and(texts)}{which}."
-    if best == c.baseline and c.after_baseline and not _beaten(c, metric):
-        return f"No policy is better than {best}, which reaches {_and(texts)}{which}."
-    return f"{best} reaches {_and(texts)}{which}."
+def _against(c: RunComparison, policy: str, metric: str) -> list[tuple[RunGroup, Found]]:
+    """Is it above the baseline (of win rates: one half), by intervals that are apart, in each group that has both?"""
+    found: list[tuple[RunGroup, Found]] = []
+    for g in c.groups:
+        before, after = g.policy(c.split or "", c.baseline or "", metric), g.policy(c.split or "", policy, metric)
+        low, high = (0.5, 0.5) if metric == "win_rate" else (before.low, before.high) if before else (None, None)
+        if after and low is not None and high is not None:
+            found.append((g, "raises" if after.low > high else "lowers" if after.high < low else "open"))
+    return found
+
+
+def _groups_of(found: Sequence[tuple[RunGroup, Found]], what: Found) -> list[RunGroup]:
+    return [g for g, each in found if each == what]
+
+
+def _where(c: RunComparison, groups: Sequence[RunGroup], policy: str, metric: str) -> str:
+    """'from 5.38 to 5.74 on torch and ...', or '63.0% on torch'."""
+    form, texts = PERCENT if metric == "win_rate" else SCORE, []
+    for g in groups:
+        before, after = g.policy(c.split or "", c.baseline or "", metric), g.policy(c.split or "", policy, metric)
+        start = f"from {before.mean:{form}} to " if before and metric != "win_rate" else ""
+        texts.append(f"{start}{after.mean:{form}} on {g.label}" if after else g.label)
+    return _and(texts)
+
+
+def _alone(c: RunComparison, metric: str) -> str:
+    """Without a policy after the baseline: what the last one reaches."""
+    form, last = PERCENT if metric == "win_rate" else SCORE, c.policies[-1]
+    found = [(g, each) for g in c.groups if (each := g.policy(c.split or "", last, metric))]
+    if len(found) > MOST_NAMED:
+        means = [each.mean for _, each in found]
+        return f"{last} reaches {min(means):{form}} to {max(means):{form}} in {len(found)} groups."
+    return f"{last} reaches {_and([f'{each.mean:{form}} on {g.label}' for g, each in found])}."
+
+
+def _highest(c: RunComparison, policy: str, metric: str) -> float:
+    return max(each.mean if (each := g.policy(c.split or "", policy, metric)) else float("-inf") for g in c.groups)
 
 
 def _agreement_sentence(c: RunComparison, metric: str) -> str:

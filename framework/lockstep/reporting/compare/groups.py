@@ -8,7 +8,7 @@ For several, they are over seeds: how another training run would have turned out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 from lockstep.errors import ConfigError, did_you_mean, listing
 from lockstep.reporting.compare import statistics
+from lockstep.reporting.compare.decisions import FEW
 from lockstep.reporting.compare.records import Estimate, Reading, Run, StageRecord
 
 # Keys that say which run it is or where it runs, not what it does.
@@ -240,8 +241,18 @@ def group(reading: Reading, by: Sequence[str] | None = None) -> RunComparison:
     return RunComparison(
         groups=groups,
         differing={key: [_text_of_all(g, key) for g in groups] for key in differing},
-        problems=[*problems, *_missing_seeds(groups)],
+        problems=[*problems, *_missing_seeds(groups), *_few_seeds(groups)],
     )
+
+
+def _few_seeds(groups: Sequence[RunGroup]) -> Iterator[str]:
+    few = [g for g in groups if 1 < len(g.evaluated_seeds) < FEW]
+    if few:
+        counts = sorted({len(g.evaluated_seeds) for g in few})
+        yield (
+            f"{' or '.join(map(str, counts))} seeds decide little ({'; '.join(g.label for g in few)}): intervals over so few are "
+            f"too narrow. Use {FEW} or more; --power says how many a difference needs."
+        )
 
 
 def setting(run: Run, key: str) -> str:

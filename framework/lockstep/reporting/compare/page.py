@@ -44,6 +44,7 @@ SECTIONS = {
     "policies": ("Policies", "policies"),
     "tasks": ("Tasks", "tasks"),
     "against": ("Against the baseline", "against"),
+    "power": ("How many seeds decide it", "power"),
     "seeds": ("Over seeds", "seeds"),
     "frontier": ("Reward against drift", "frontier"),
     "tests": ("Tests", "tests"),

@@ -1,4 +1,4 @@
-"""The comparison as tables: built once, shown in the terminal, in Markdown and on the page."""
+"""The comparison as tables: built once, shown in the terminal, in Markdown, in LaTeX and on the page."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from rich import box
 from rich.table import Table as RichTable
 
 from lockstep.learning import numerics
-from lockstep.reporting.compare import cost, versus
+from lockstep.reporting.compare import cost, decisions, versus
 from lockstep.reporting.compare.claims import PERCENT, SCORE, Claim, by_text, headline_metric, show
+from lockstep.reporting.compare.decisions import Correction
 from lockstep.reporting.compare.groups import RunComparison, RunGroup
 from lockstep.reporting.compare.records import Estimate
 from lockstep.reporting.compare.versus import Versus
@@ -55,8 +56,10 @@ class Table:
     headings: frozenset[int] = frozenset()  # rows that name the block below them
 
 
-def all_tables(c: RunComparison, found: Sequence[Claim], against: Sequence[Versus]) -> dict[str, Table]:
-    """Every table that has rows."""
+def all_tables(
+    c: RunComparison, found: Sequence[Claim], against: Sequence[Versus], correction: Correction = "holm", difference: float = 0.0
+) -> dict[str, Table]:
+    """Every table that has rows. ``difference``: one that the reader wants decided; 0: none in particular."""
     every = {
         "claims": checklist(found),
         "policies": policies(c),
@@ -65,7 +68,8 @@ def all_tables(c: RunComparison, found: Sequence[Claim], against: Sequence[Versu
         "best_of": best_of(c),
         "tasks": tasks(c),
         "seeds": over_seeds(c),
-        "against": against_baseline(c, against),
+        "against": against_baseline(c, against, correction),
+        "power": power(c, against, difference),
         "reward_model": reward_model(c),
         "warnings": warnings(c),
         "cost": costs(c),
@@ -186,8 +190,11 @@ def _seeds_row(g: RunGroup, split: str, policy: str, metrics: Sequence[str]) -> 
     return [g.label, *cells, ", ".join(map(str, seeds)) + tasks + alone] if seeds else None
 
 
-def against_baseline(c: RunComparison, found: Sequence[Versus]) -> Table:
+def against_baseline(c: RunComparison, found: Sequence[Versus], correction: Correction = "holm") -> Table:
     """Seed by seed against the baseline group. A row names the seeds that are on both sides, and those that are not."""
+    tested = [v for v in found if v.test]
+    values = decisions.corrected([v.test.p for v in tested if v.test], correction)
+    p_values = {id(v): p for v, p in zip(tested, values, strict=True)}
     rows: list[list[str]] = []
     starts = set()
     block = None
@@ -195,12 +202,38 @@ def against_baseline(c: RunComparison, found: Sequence[Versus]) -> Table:
         title, form = POLICY_METRICS[v.metric]
         if block != (block := (v.policy, v.metric)):
             starts.add(len(rows))
-            rows.append([f"{v.policy}: {title.format(baseline=c.baseline)}", *[""] * 4])
+            rows.append([f"{v.policy}: {title.format(baseline=c.baseline)}", *[""] * 5])
         difference = show(v.difference, "+" + form) or "no seed on both sides"
         seeds = ", ".join(map(str, v.seeds)) + (f" (not paired: {'; '.join(v.unpaired)})" if v.unpaired else "")
-        rows.append([*v.names, difference, _always(v.improvement, v.seeds), seeds])
-    header = ["", "against", "difference, seed by seed", "probability of improvement", "seeds"]
-    return Table("Against the baseline", header, rows, frozenset(starts))
+        p = _p(p_values[id(v)]) if id(v) in p_values else ""
+        rows.append([*v.names, difference, _always(v.improvement, v.seeds), p, seeds])
+    header = ["", "against", "difference, seed by seed", "probability of improvement", "p", "seeds"]
+    how = f": p {decisions.CORRECTIONS[correction]} over {len(tested)}" if len(tested) > 1 else ""
+    return Table(f"Against the baseline{how}", header, rows, frozenset(starts))
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def power(c: RunComparison, against: Sequence[Versus], difference: float = 0.0) -> Table:
+    """How many seeds decide what: from how much the differences vary from seed to seed."""
+    metric = headline_metric(c)
+    within = versus.gains(c, metric) if metric in ("gold", "score") else []
+    named = [(f"{gain.policy} over {c.baseline}, {gain.group.label}", gain.test) for gain in within]
+    named += [(f"{v.policy}: {v.names[0]} over {v.names[1]}", v.test) for v in against if v.test and v.metric == metric]
+    if not named:
+        return Table("How many seeds decide it", [], [])
+    form = POLICY_METRICS[metric or "gold"][1]
+    rows = []
+    for name, test in named:
+        needed = [decisions.seeds_needed(each, test.deviation) for each in (test.mean, *([difference] if difference else []))]
+        least = decisions.least_difference(test.deviation, test.seeds)
+        cells = [f"{test.mean:+{form}}", f"{test.deviation:{form}}", str(test.seeds), f"{least:{form}}"]
+        rows.append([name, *cells, *(f"over {decisions.MOST_SEEDS}" if n is None else str(n) for n in needed)])
+    header = ["", f"{metric}: difference", "its deviation over seeds", "seeds", "decided from", "seeds that this one needs"]
+    wanted = [f"seeds that {difference:g} needs"] if difference else []
+    return Table("How many seeds decide it", [*header, *wanted], rows)
 
 
 def _always(e: Estimate, seeds: Sequence[int]) -> str:
@@ -208,12 +241,26 @@ def _always(e: Estimate, seeds: Sequence[int]) -> str:
     return f"{e.mean:.0%} [{e.low:.0%}, {e.high:.0%}]" if len(seeds) > 1 else f"{e.mean:.0%}"
 
 
-def in_short(c: RunComparison, against: Sequence[Versus], every: Mapping[str, Table]) -> dict[str, Table]:
-    """For a terminal: of policies, differences and cost only the main rows."""
-    few = [v for v in against if v.metric == headline_metric(c)]
-    short = {"policies": policies_in_short(c), "against": against_baseline(c, few), "cost": cost_in_short(c)}
-    on_the_page = ("seeds", "best_of", "judges")
+def in_short(c: RunComparison, every: Mapping[str, Table], with_power: bool) -> dict[str, Table]:
+    """For a terminal: of policies and cost only the main rows, of differences those of the headline's metric."""
+    short = {"policies": policies_in_short(c), "cost": cost_in_short(c)}
+    if "against" in every:
+        short["against"] = _of_metric(every["against"], headline_metric(c), c)
+    on_the_page = ("seeds", "best_of", "judges", *(() if with_power else ("power",)))
     return {name: table for name in every if name not in on_the_page and (table := short.get(name, every[name])).rows}
+
+
+def _of_metric(against: Table, metric: str | None, c: RunComparison) -> Table:
+    """Its blocks about this metric, with p-values that are corrected for all."""
+    title = POLICY_METRICS[metric or "gold"][0].format(baseline=c.baseline)
+    rows: list[Sequence[str]] = []
+    starts, inside = set(), False
+    for i, row in enumerate(against.rows):
+        if i in against.headings:
+            inside = row[0].endswith(f": {title}")
+            starts |= {len(rows)} if inside else set()
+        rows += [row] if inside else []
+    return dataclasses.replace(against, rows=rows, headings=frozenset(starts))
 
 
 def warnings(c: RunComparison) -> Table:
@@ -328,3 +375,35 @@ def to_markdown(table: Table) -> str:
     rows = [list(map(escaped, row)) for row in table.rows]
     rows = [[f"**{row[0]}**", *row[1:]] if i in table.headings else row for i, row in enumerate(rows)]
     return "\n".join([f"## {escaped(table.title)}", "", line(list(map(escaped, table.header))), rule, *map(line, rows)])
+
+
+_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "±": r"$\pm$"}
+_TEX |= {mark: "\\" + mark for mark in "&%$#_{}"}
+
+
+def to_latex(table: Table) -> str:
+    """A ``tabular`` without packages, with its title as a comment."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join("".join(_TEX.get(mark, mark) for mark in cell) for cell in cells) + r" \\"
+
+    rows = [
+        rf"\textbf{{{line(row[:1]).removesuffix(chr(92) * 2).strip()}}}" + " & " * (len(row) - 1) + r" \\"
+        if i in table.headings
+        else line(row)
+        for i, row in enumerate(table.rows)
+    ]
+    columns = "l" * len(table.header)
+    title = " ".join(table.title.split())
+    return "\n".join(
+        [
+            f"% {title}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\hline",
+            line(table.header),
+            r"\hline",
+            *rows,
+            r"\hline",
+            r"\end{tabular}",
+        ]
+    )

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.errors import ConfigError, did_you_mean, listing
-from lockstep.reporting.compare import statistics
+from lockstep.reporting.compare import decisions, statistics
+from lockstep.reporting.compare.decisions import Test
 from lockstep.reporting.compare.groups import RunComparison, RunGroup, key_of
 from lockstep.reporting.compare.records import Estimate
 
@@ -29,6 +30,7 @@ class Versus:
     metric: str
     difference: Estimate | None
     improvement: Estimate
+    test: Test | None  # of the mean difference
     seeds: Sequence[int]  # on both sides, in some task
     unpaired: Sequence[str]  # what only one side has
 
@@ -66,6 +68,7 @@ def versus(g: RunGroup, baseline: RunGroup, split: str, policy: str, metric: str
         g, baseline, policy, metric,
         difference=statistics.iqm_estimate(gains) if gains else None,
         improvement=statistics.improvement_estimate(of(x), of(y)),
+        test=decisions.paired_test(gains),
         seeds=sorted({seed for seeds in paired.values() for seed in seeds}),
         unpaired=[*_only(x, y, g.label), *_only(y, x, baseline.label)],
     )  # fmt: skip
@@ -75,6 +78,27 @@ def _only(here: Mapping[str, Mapping[int, float]], there: Mapping[str, Mapping[i
     """'seed 2 of torch' for what one side has and the other lacks."""
     missing = [(task, seed) for task, seeds in here.items() for seed in seeds if seed not in there.get(task, {})]
     return [f"seed {seed} of {', '.join(filter(None, [label, task]))}" for task, seed in missing]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What a policy gains over the baseline policy, in one group."""
+
+    group: RunGroup
+    policy: str
+    metric: str
+    test: Test
+
+
+def gains(c: RunComparison, metric: str) -> list[Gain]:
+    """Of every policy after the baseline, where two seeds or more have both."""
+    found = []
+    for g, policy in ((g, policy) for policy in c.after_baseline for g in c.groups):
+        after, before = (g.scores(c.split or "", each, metric) for each in (policy, c.baseline or ""))
+        paired = [np.array([after[t][s] - before[t][s] for s in after[t] if s in before[t]]) for t in after if t in before]
+        if test := decisions.paired_test(paired):
+            found.append(Gain(g, policy, metric, test))
+    return found
 
 
 def pairs(c: RunComparison, baseline: str | None) -> list[tuple[RunGroup, RunGroup]]:

@@ -1,0 +1,125 @@
+"""Tests of differences over seeds, corrections for many of them, and how many seeds they need: against scipy, R and G*Power."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lockstep.commands.compare import _positive
+from lockstep.reporting.compare import compare, decisions, tables, versus
+from run_folders import GOLD, write_run
+from test_compare import comparison_of
+
+SLEEP = ([0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0], [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4])
+"""Student's own data of 1908: additional hours of sleep by two drugs, ten patients."""
+
+
+def test_the_test_gives_students_own_result():
+    """R: t.test(extra ~ group, data = sleep, paired = TRUE) has t = -4.0621, df = 9, p-value = 0.002833."""
+    found = decisions.paired_test([np.subtract(SLEEP[1], SLEEP[0])])
+    assert found.mean == pytest.approx(1.58) and found.p == pytest.approx(0.002833, abs=5e-7) and found.seeds == 10
+    assert found.deviation == pytest.approx(1.58 / 4.0621 * math.sqrt(10), rel=1e-4)
+
+
+def test_several_tasks_are_averaged_with_satterthwaites_degrees_of_freedom():
+    """With two tasks the test of the mean of their means is Welch's test of one against minus the other."""
+    one, other = np.array([0.3, 0.1, 0.6, 0.2]), np.array([1.1, -0.4, 0.9])
+    found = decisions.paired_test([one, other])
+    assert found.p == pytest.approx(stats.ttest_ind(one, -other, equal_var=False).pvalue)
+    assert found.mean == pytest.approx((one.mean() + other.mean()) / 2) and found.seeds == 3
+
+
+def test_one_seed_tells_nothing_and_equal_differences_all():
+    assert decisions.paired_test([np.array([0.3])]) is None and decisions.paired_test([]) is None
+    assert decisions.paired_test([np.array([0.5, 0.5])]).p == 0 and decisions.paired_test([np.zeros(3)]).p == 1
+
+
+def test_corrections_are_those_of_r():
+    """p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm") is 0.03 0.06 0.06 0.02, with "BH" 0.02 0.04 0.04 0.02."""
+    p = [0.01, 0.04, 0.03, 0.005]
+    assert decisions.corrected(p, "holm") == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert decisions.corrected(p, "bh") == pytest.approx([0.02, 0.04, 0.04, 0.02])
+    assert decisions.corrected(p, "none") == p and decisions.corrected([], "holm") == []
+    assert decisions.corrected([0.6, 0.9], "holm") == [1.0, 1.0]
+    assert decisions.corrected(p, "bh") == pytest.approx(stats.false_discovery_control(p))
+
+
+@pytest.mark.parametrize(("effect", "seeds"), [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10), (2.0, 5)])
+def test_seeds_that_an_effect_needs_are_gpowers(effect, seeds):
+    """G*Power 3.1, difference of two dependent means, two tails, alpha 0.05, power 0.8; R's power.t.test(type = "paired") too."""
+    assert decisions.seeds_needed(effect, 1.0) == decisions.seeds_needed(-3 * effect, 3.0) == seeds
+    assert decisions.power(effect, 1.0, seeds) >= 0.8 > decisions.power(effect, 1.0, seeds - 1)
+
+
+def test_power_is_how_often_the_test_decides():
+    drawn = np.random.default_rng(0).normal(1.2, 1.0, (4000, 6))
+    decided = np.mean([decisions.paired_test([row]).p < 0.05 for row in drawn])
+    assert decisions.power(1.2, 1.0, 6) == pytest.approx(decided, abs=0.025)
+
+
+def test_the_least_difference_needs_just_the_seeds_at_hand():
+    least = decisions.least_difference(0.4, 5)
+    assert decisions.power(least, 0.4, 5) == pytest.approx(0.8, abs=1e-6)
+    assert stats.nct.sf(stats.t.ppf(0.975, 1), 1, decisions.least_difference(1.0, 2) * 2**0.5) == pytest.approx(0.8)
+    assert decisions.seeds_needed(0, 1.0) is None and decisions.seeds_needed(0.1, 0.0) == 2
+    assert decisions.least_difference(0.0, 5) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- in a report
+
+
+def sweep(folder, seeds=(0, 1, 2, 3, 4, 5)):
+    """PPO with a second setting that is better by 0.3, give or take 0.1 from seed to seed."""
+    for seed in seeds:
+        luck = np.random.default_rng(seed).normal(0, 0.1)
+        for kl, more in ((0.1, 0.0), (0.2, 0.3 + luck)):
+            gold = {**GOLD, "ppo": 1.2 + more, "ppo_ptx": 1.0 + more}
+            write_run(folder, "torch", seed, gold=gold, **{"algorithm.kl_coef": kl})
+    return comparison_of(folder)
+
+
+def test_p_values_are_corrected_for_all_rows_of_the_table(tmp_path):
+    c = sweep(tmp_path)
+    found = versus.against_baseline(c, versus.pairs(c, None))
+    raw = [v.test.p for v in found]
+    shown = {how: tables.against_baseline(c, found, how) for how in decisions.CORRECTIONS}
+    column = {how: [row[4] for i, row in enumerate(t.rows) if i not in t.headings] for how, t in shown.items()}
+    assert column["none"] == [tables._p(p) for p in raw]
+    assert column["holm"] == [tables._p(p) for p in decisions.corrected(raw, "holm")] != column["none"]
+    assert shown["holm"].title == f"Against the baseline: p by Holm over {len(raw)}"
+
+
+def test_the_report_says_how_many_seeds_a_difference_needs(tmp_path):
+    c = sweep(tmp_path)
+    table = tables.power(c, versus.against_baseline(c, versus.pairs(c, None)), difference=0.05)
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert table.header[-1] == "seeds that 0.05 needs"
+    mean, deviation, seeds, least, needed, wanted = rows["ppo: torch, kl_coef=0.2 over torch, kl_coef=0.1"]
+    assert 0.2 < float(mean) < 0.4 and 0.03 < float(deviation) < 0.25 and seeds == "6"
+    assert float(least) < 0.4 and int(needed) < 10 < int(wanted)
+    assert "ppo over sft, torch, kl_coef=0.1" in rows
+
+
+def test_few_seeds_are_a_warning_and_enough_are_none(tmp_path):
+    few, enough = sweep(tmp_path / "few", (0, 1, 2)), sweep(tmp_path / "enough")
+    assert any(problem.startswith("3 seeds decide little (torch, kl_coef=0.1; torch, kl_coef=0.2)") for problem in few.problems)
+    assert not any("decide little" in problem for problem in enough.problems)
+
+
+def test_tables_are_written_for_latex(tmp_path):
+    sweep(tmp_path / "runs")
+    report = compare([tmp_path / "runs"], tmp_path / "report")
+    text = next(file for file in report.files if file.name == "report.tex").read_text()
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == len(report.tables)
+    assert r"torch, kl\_coef=0.2" in text and "95%" not in text.replace(r"\%", "")
+    page = next(file for file in report.files if file.name == "report.html").read_text()
+    assert '<section id="power">' in page and "by Holm over" in page
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf"])
+def test_a_difference_to_decide_is_a_number_above_zero(text):
+    with pytest.raises(Exception, match="above 0"):
+        _positive(text)
