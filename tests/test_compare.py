@@ -338,7 +338,7 @@ def hostile(tmp_path_factory):
         )
     few = {"gold": figures.gold, "losses": figures.losses}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "_makers", lambda found: few)
+        patch.setattr(figures, "_makers", lambda found, metrics=(): few)
         patch.setattr(figures, "for_papers", lambda *_: [])
         return compare([runs], runs / "report")
 

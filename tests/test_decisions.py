@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from lockstep.commands.compare import _positive
+from lockstep.errors import ConfigError
 from lockstep.reporting.compare import compare, decisions, tables, versus
 from run_folders import GOLD, write_run
 from test_compare import comparison_of
@@ -117,6 +118,17 @@ def test_tables_are_written_for_latex(tmp_path):
     assert r"torch, kl\_coef=0.2" in text and "95%" not in text.replace(r"\%", "")
     page = next(file for file in report.files if file.name == "report.html").read_text()
     assert '<section id="power">' in page and "by Holm over" in page
+
+
+def test_any_metric_is_drawn_by_its_name(tmp_path):
+    sweep(tmp_path / "runs", (0,))
+    report = compare([tmp_path / "runs"], tmp_path / "report", metrics=["finished", "objective/entropy"])
+    names = {file.name for file in report.files}
+    assert {"metric-finished.png", "metric-objective-entropy.svg"} <= names
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count('aria-label="metric-') == 2 and '<section id="metrics">' in page and 'href="#metrics"' in page
+    with pytest.raises(ConfigError, match="--metric objective/entropi: no run has it. Did you mean 'objective/entropy'?"):
+        compare([tmp_path / "runs"], tmp_path / "report", metrics=["objective/entropi"])
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf"])

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--power", nargs="?", type=_positive, const=0.0, metavar="DIFFERENCE",
         help="how many seeds the differences need, and one of this size",
     )  # fmt: skip
+    parser.add_argument("--metric", action="append", default=[], metavar="NAME", help="also draw this metric; may be repeated")
     parser.add_argument("--output", type=Path, default=Path("report"), help="folder for the report (default: report)")
     parser.add_argument("--wandb-report", metavar="ENTITY/PROJECT", help="also save it as a W&B report")
 
@@ -39,7 +40,9 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from lockstep.reporting.compare import compare, print_summary, wandb_report
 
     by = arguments.by.split(",") if arguments.by else None
-    report = compare(arguments.paths, arguments.output, by, arguments.baseline, arguments.correction, arguments.power or 0.0)
+    report = compare(
+        arguments.paths, arguments.output, by, arguments.baseline, arguments.correction, arguments.power or 0.0, arguments.metric
+    )
     print_summary(report, with_power=arguments.power is not None)
     if arguments.wandb_report:
         Console().say(f"saved {wandb_report.publish(report, arguments.wandb_report)}")

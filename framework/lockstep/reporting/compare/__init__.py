@@ -41,7 +41,7 @@ class CompareReport:
 
 def compare(
     paths: Sequence[Path | str], output: Path, by: Sequence[str] | None = None, baseline: str | None = None,
-    correction: Correction = "holm", difference: float = 0.0,
+    correction: Correction = "holm", difference: float = 0.0, metrics: Sequence[str] = (),
 ) -> CompareReport:  # fmt: skip
     """Compare the runs under ``paths``; write the report to ``output``: report.html, .md, .tex and .png, metrics.csv and
     .parquet, and every figure as PNG and SVG.
@@ -52,21 +52,23 @@ def compare(
       baseline: the group that the others are compared with: `versus.pairs`.
       correction: of the p-values against the baseline, for their number: `decisions.corrected`.
       difference: one whose number of seeds is asked for; 0: none.
+      metrics: those to draw besides, by their names in evaluations or in stages.
 
     Raises:
       DataError: a path has no run, or no run can be read.
-      ConfigError: the runs do not have a key or the baseline.
+      ConfigError: the runs do not have a key, the baseline or a metric.
     """
     from lockstep.reporting.compare import figures, page, tidy  # matplotlib takes a second to import
 
     comparison = group(reading.read(paths), by)
+    comparison.check_metrics(metrics)
     against = versus.against_baseline(comparison, versus.pairs(comparison, baseline))
     headline, found = claims.headline(comparison), claims.find(comparison)
     built, over = all_tables(comparison, found, against, correction, difference), what_intervals_are_over(comparison)
     output.mkdir(parents=True, exist_ok=True)
 
     written = {
-        "report.html": page.render(comparison, headline, over, found, built, figures.for_page(comparison, against)),
+        "report.html": page.render(comparison, headline, over, found, built, figures.for_page(comparison, against, metrics)),
         "report.md": _markdown(comparison, headline, built),
         "report.tex": "\n\n".join(map(to_latex, built.values())) + "\n",
     }
@@ -74,7 +76,7 @@ def compare(
         (output / name).write_text(text, encoding="utf-8")
     files = [output / name for name in written]
     files += tidy.write(comparison, output)
-    files += figures.for_papers(comparison, against, output)
+    files += figures.for_papers(comparison, against, output, metrics)
     return CompareReport(headline, found, built, comparison, files)
 
 

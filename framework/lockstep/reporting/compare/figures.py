@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -52,18 +54,18 @@ AGAINST_KL = {"score": "Proxy: the reward model's score", "gold": "Gold score"}
 PARTS = ("helpful", "truthful", "harmless")
 
 
-def for_page(c: RunComparison, found: Sequence[Versus]) -> dict[str, str]:
+def for_page(c: RunComparison, found: Sequence[Versus], metrics: Sequence[str] = ()) -> dict[str, str]:
     """SVG by name, in colours that follow the page; figures without data are left out."""
     with plt.rc_context(style(ON_PAGE)):
-        return {name: to_svg(figure, name) for name, make in _makers(found).items() if (figure := make(c))}
+        return {name: to_svg(figure, name) for name, make in _makers(found, metrics).items() if (figure := make(c))}
 
 
-def for_papers(c: RunComparison, found: Sequence[Versus], output: Path) -> list[Path]:
+def for_papers(c: RunComparison, found: Sequence[Versus], output: Path, metrics: Sequence[str] = ()) -> list[Path]:
     """Write ``report.png``, the main figure, and ``figures/NAME.png`` and ``.svg``, on white. Returns the files written."""
     files = []
     (output / "figures").mkdir(exist_ok=True)
     with plt.rc_context({**style(ON_WHITE), "svg.fonttype": "path", "svg.hashsalt": "lockstep"}):
-        for name, make in _makers(found).items():
+        for name, make in _makers(found, metrics).items():
             if figure := make(c):
                 for kind, options in (("png", {}), ("svg", {"metadata": {"Date": None}})):
                     files.append(output / "figures" / f"{name}.{kind}")
@@ -74,8 +76,13 @@ def for_papers(c: RunComparison, found: Sequence[Versus], output: Path) -> list[
     return [*([main] if readme_figure(c, main) else []), *files]
 
 
-def _makers(found: Sequence[Versus]) -> dict[str, Callable[[RunComparison], Figure | None]]:
-    return {
+OWN = "metric-"
+"""Begins the names of figures of metrics that the reader asked for."""
+
+
+def _makers(found: Sequence[Versus], metrics: Sequence[str]) -> dict[str, Callable[[RunComparison], Figure | None]]:
+    own = {OWN + re.sub(r"\W+", "-", name): functools.partial(one_metric, metric=name) for name in metrics}
+    return own | {
         "gold": gold,
         "parts": parts,
         "ability": ability,
@@ -105,6 +112,21 @@ def gold(c: RunComparison) -> Figure | None:
         where = "held-out" if split == "heldout" else split
         ax.set_title(plain(f"{'Gold score' if metric == 'gold' else 'Score'}, {where} prompts"))
     legend(figure, c)
+    return figure
+
+
+def one_metric(c: RunComparison, metric: str) -> Figure | None:
+    """Any metric by its name: of each policy, one panel per split, and over the steps of the stages that have it."""
+    splits, stages = [s for s in c.splits if c.has(metric, s)], c.stages_with(metric)
+    figure, axes = panels(len(splits) + bool(stages), height=max(2.4, dots_height(c, c.policies)), columns=3)
+    for ax, split in zip(axes, splits, strict=False):
+        policy_dots(ax, c, split, metric)
+        ax.set_title(plain(f"{metric}, {split}"))
+    if stages:
+        draw_curves(axes[-1], c, metric, stages)
+        axes[-1].set_title(plain(f"{metric}, in training"))
+        axes[-1].set_xlabel("step")
+    legend(figure, c, stages)
     return figure
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.errors import ConfigError, did_you_mean, listing
+from lockstep.errors import ConfigError, did_you_mean, listing, short
 from lockstep.reporting.compare import statistics
 from lockstep.reporting.compare.decisions import FEW
 from lockstep.reporting.compare.records import Estimate, Reading, Run, StageRecord
@@ -210,6 +210,21 @@ class RunComparison:
         names = {key.split(".")[2] for run in self.runs for key in run.config if key.startswith("data.tests.")}
         splits = [found for run in self.runs for split in run.evaluation.splits.values() for found in split.values()]
         return list(dict.fromkeys(metric for found in splits for metric in found if metric.partition("/")[0] in names))
+
+    def check_metrics(self, names: Sequence[str]) -> None:
+        """
+        Raises:
+          ConfigError: no policy and no stage has one of these metrics.
+        """
+        evaluated = [
+            m for run in self.runs for split in run.evaluation.splits.values() for found in split.values() for m in found
+        ]
+        known = sorted({*evaluated, *(metric for run in self.runs for stage in run.stages.values() for metric in stage.metrics)})
+        for name in names:
+            if name not in known:
+                raise ConfigError(
+                    f"--metric {short(name)}: no run has it.{did_you_mean(name, known)} There are: {listing(known)}."
+                )
 
     @cached_property
     def reward_model_metrics(self) -> list[str]:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from lockstep.reporting.compare import cost
 from lockstep.reporting.compare.claims import Claim, by_text
+from lockstep.reporting.compare.figures import OWN
 from lockstep.reporting.compare.groups import RunComparison
 from lockstep.reporting.compare.plots import coloured
 from lockstep.reporting.compare.tables import Table
@@ -44,6 +45,7 @@ SECTIONS = {
     "policies": ("Policies", "policies"),
     "tasks": ("Tasks", "tasks"),
     "against": ("Against the baseline", "against"),
+    "metrics": ("Metrics of your choice", "metrics"),
     "power": ("How many seeds decide it", "power"),
     "seeds": ("Over seeds", "seeds"),
     "frontier": ("Reward against drift", "frontier"),
@@ -78,7 +80,8 @@ def render(
         lstrip_blocks=True,
     )
     answers = samples(c)
-    there = {*tables, *figures, *(["samples"] if answers else [])}
+    own = [name for name in figures if name.startswith(OWN)]
+    there = {*tables, *figures, *(["samples"] if answers else []), *(["metrics"] if own else [])}
     return environment.get_template("page.html.jinja").render(
         c=c,
         headline=headline,
@@ -92,6 +95,7 @@ def render(
         claims=by_text(found),
         tables=tables,
         figures={name: Markup(svg) for name, svg in figures.items()},
+        own=own,
         samples=answers,
         sampled=sample_policies(c),
         version=__version__,
