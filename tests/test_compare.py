@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import warnings
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -482,6 +483,22 @@ def test_judges_are_a_matrix_of_policies_and_splits(tmp_path):
     assert table.header == ["", "heldout", "adversarial", "attacks_1"]
     assert [cell[:4] for cell in cells["sft"]] == ["0.00", "", "0.40"] and cells["ppo"][2].startswith("0.10")
     assert not re.search("absent", page.partition("Configuration")[0])
+
+
+def test_many_splits_are_panels_in_rows_that_can_be_read(tmp_path):
+    folder = write_run(tmp_path / "runs", "torch", 0)
+    file = next((tmp_path / "runs").glob("stages/evaluate*/output/evaluation.json"))
+    found = json.loads(file.read_text())
+    found["splits"] |= {f"attacks_{i}": found["splits"]["heldout"] for i in range(6)}
+    file.write_text(json.dumps(found))
+    c = comparison_of(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, of axes that collapsed
+        figure = figures.gold(c)
+        figure.savefig(tmp_path / "gold.png")
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert len(shown) == 8 and min(ax.get_position().width for ax in shown) > 0.2
+    assert [ax.xaxis.get_tick_params().get("labelbottom", True) for ax in shown] == [False] * 5 + [True] * 3
 
 
 def test_runs_without_judges_have_no_such_section(page):

@@ -106,7 +106,7 @@ def gold(c: RunComparison) -> Figure | None:
     splits = [s for s in c.splits if metric and c.has(metric, s)]
     if not splits:
         return None
-    figure, axes = panels(len(splits), height=dots_height(c, c.policies), sharex=True, sharey=True)
+    figure, axes = panels(len(splits), height=dots_height(c, c.policies), columns=3, sharex=True, sharey=True)
     for ax, split in zip(axes, splits, strict=True):
         policy_dots(ax, c, split, metric)
         where = "held-out" if split == "heldout" else split

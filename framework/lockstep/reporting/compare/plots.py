@@ -31,6 +31,7 @@ from lockstep.reporting.console import shown
 COLOURS = ["#3b82c4", "#e07b39", "#2a9d78", "#b565a7", "#c9a227", "#5a6acf", "#c9515c", "#6b8f3c"]
 RANGES = [("#57c4a4", "#3b82c4", "#6d55cc"), ("#e3b23c", "#dd6a2f", "#a8355f"), ("#b5c648", "#45a050", "#23808a")]  # per backend
 LINES = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5))]
+LONGEST_LABEL = 48
 INK, FAINT = "#123456", "#abcdef"  # placeholders: `to_svg` replaces them with CSS variables
 
 STYLE = {
@@ -143,8 +144,10 @@ def draw_squares(ax: Axes, rows: Sequence[str], columns: Sequence[str], values: 
 
 
 def plain(name: str) -> str:
-    """A name as a label: visible, in one line. Matplotlib leaves labels that begin with an underscore out of legends."""
+    """A name as a label: visible, in one line, cut where it would crowd out the figure. Matplotlib leaves labels that begin with
+    an underscore out of legends."""
     line = " ".join(shown(name).split())
+    line = line if len(line) <= LONGEST_LABEL else f"{line[: LONGEST_LABEL - 1]}…"
     return f" {line}" if line.startswith("_") else line
 
 
@@ -175,6 +178,8 @@ def panels(count: int, *, height: float, width: float = 10.3, columns: int | Non
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     for ax in axes.flat[count:]:
         ax.set_visible(False)
+    for ax in axes.flat[max(0, count - columns) : count]:
+        ax.tick_params(labelbottom=True)  # those above an unused place, too, if they share the axis
     return figure, list(axes.flat[:count])
 
 
