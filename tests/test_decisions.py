@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from scipy import stats
 
 from lockstep.commands.compare import _positive
 from lockstep.errors import ConfigError
-from lockstep.reporting.compare import compare, decisions, tables, versus
+from lockstep.reporting.compare import claims, compare, decisions, plots, tables, versus
 from run_folders import GOLD, write_run
 from test_compare import comparison_of
 
@@ -135,3 +136,60 @@ def test_any_metric_is_drawn_by_its_name(tmp_path):
 def test_a_difference_to_decide_is_a_number_above_zero(text):
     with pytest.raises(Exception, match="above 0"):
         _positive(text)
+
+
+# ---------------------------------------------------------------------------------------------- what the page may not do
+
+
+def evaluated_as(folder, backend, seed, name, gold, **changes):
+    """A run whose only policy after SFT has this name."""
+    run = write_run(folder, backend, seed, **changes)
+    file = folder / json.loads((run / "run.json").read_text())["stages"]["evaluate"]["folder"] / "output/evaluation.json"
+    found = json.loads(file.read_text())
+    for split in found["splits"].values():
+        own = split.pop("ppo_ptx") and split.pop("ppo")
+        split[name] = own | {"gold": {"mean": gold, "low": gold - 0.1, "high": gold + 0.1, "n": 500}}
+    file.write_text(json.dumps(found))
+
+
+def test_policies_with_other_names_are_held_against_each_other_if_they_end_their_runs(tmp_path):
+    for seed in (0, 1, 2):
+        evaluated_as(tmp_path, "torch", seed, "ppo", 1.0 + 0.1 * seed, **{"choices.algorithm": "ppo"})
+        evaluated_as(tmp_path, "torch", seed, "grpo", 1.5 + 0.1 * seed, **{"choices.algorithm": "grpo"})
+    c = comparison_of(tmp_path)
+    assert len(c.groups) == 2
+    found = {v.policy: v for v in versus.against_baseline(c, versus.pairs(c, None)) if v.metric == "gold"}
+    ((name, one),) = found.items()
+    assert name in ("grpo against ppo", "ppo against grpo")
+    assert abs(one.difference.mean) == pytest.approx(0.5) and one.seeds == [0, 1, 2]
+    assert (one.difference.mean > 0) == name.startswith("grpo")
+
+
+def test_a_model_that_groups_share_is_claimed_of_once(tmp_path):
+    for kl in (0.1, 0.2):
+        write_run(tmp_path, "torch", 0, shared=True, gold={**GOLD, "ppo": 1.0 + kl}, **{"algorithm.kl_coef": kl})
+    files = sorted(tmp_path.glob("stages/evaluate*/output/evaluation.json"))
+    first, second = (json.loads(file.read_text()) for file in files)
+    files[1].write_text(json.dumps(second | {"reward_model": first["reward_model"]}))
+    c = comparison_of(tmp_path)
+    (claim,) = [claim for claim in claims.find(c) if claim.text.startswith("gold truth")]
+    assert claim.where == "torch, kl_coef=0.1; torch, kl_coef=0.2"
+    assert len([claim for claim in claims.find(c) if claim.text == "gold: sft < ppo"]) == 2
+
+
+def test_noise_does_not_fill_an_axis_and_coinciding_curves_both_show(tmp_path):
+    for backend in ("torch", "jax"):
+        write_run(tmp_path, backend, 0)
+    c = comparison_of(tmp_path)
+    figure, (dots, curves, flat) = plots.panels(3, height=2.4)
+    plots.policy_dots(dots, c, "heldout", "finished")  # all at 0.97, with intervals of 0.02
+    low, high = dots.get_xlim()
+    assert high - low >= 3 * 0.02 - 1e-9
+    plots.draw_curves(curves, c, "objective/score", ["ppo"])
+    wide, narrow = (line.get_linewidth() for line in curves.get_lines())
+    assert wide > 2 * narrow
+    flat.plot([0, 1], [10.0, 10.01])
+    plots.not_too_near(flat, 0.05)
+    low, high = flat.get_ylim()
+    assert high - low == pytest.approx(0.05 * 10.01, rel=0.01) and low < 10 < 10.01 < high
+    plots.plt.close(figure)

@@ -29,7 +29,15 @@ class Claim:
 def find(c: RunComparison) -> list[Claim]:
     """Every claim for which the runs have the numbers."""
     found = [claim for g in c.groups for claim in _within(c, g)]
-    return [*found, *_between_backends(c)]
+    return [*_once(found), *_between_backends(c)]
+
+
+def _once(found: Sequence[Claim]) -> list[Claim]:
+    """Groups that share models have the same numbers in the same claims: one claim then names them all."""
+    alike: dict[tuple[str, Verdict, str], list[str]] = {}
+    for claim in found:
+        alike.setdefault((claim.text, claim.verdict, claim.because), []).append(claim.where)
+    return [Claim(text, "; ".join(where), verdict, because) for (text, verdict, because), where in alike.items()]
 
 
 def _within(c: RunComparison, g: RunGroup) -> Iterator[Claim]:

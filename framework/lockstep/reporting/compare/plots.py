@@ -59,8 +59,17 @@ def policy_dots(ax: Axes, c: RunComparison, split: str, metric: str, percent: bo
         return g.policy(split, c.policies[i], metric), g.policy_estimates(split, c.policies[i], metric)
 
     draw_dots(ax, c, c.policies, of)
+    _wider_than_noise(ax, [e.high - e.low for g in c.groups for i in range(len(c.policies)) if (e := of(g, i)[0])])
     if percent:
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def _wider_than_noise(ax: Axes, widths: Sequence[float]) -> None:
+    """Widens the x axis until the widest interval takes at most a third of it: differences that are noise look small."""
+    low, high = ax.get_xlim()
+    missing = 3 * max(widths, default=0.0) - (high - low)
+    if missing > 0:
+        ax.set_xlim(low - missing / 2, high + missing / 2)
 
 
 def draw_dots(
@@ -84,20 +93,32 @@ def draw_dots(
 
 
 def draw_curves(ax: Axes, c: RunComparison, metric: str, stages: Sequence[str]) -> None:
-    for g, colour in coloured(c):
+    """Of several groups the first is drawn widest, so that one that coincides with a later one shows on both sides of it."""
+    for i, (g, colour) in enumerate(coloured(c)):
         for stage, line in zip(stages, styles(stages), strict=True):
-            draw_curve(ax, g, stage, metric, colour, line)
+            draw_curve(ax, g, stage, metric, colour, line, width=1.3 + 2.2 * (len(c.groups) - 1 - i) / max(1, len(c.groups) - 1))
+    not_too_near(ax, 0.05)
 
 
-def draw_curve(ax: Axes, g: RunGroup, stage: str, metric: str, colour: str, line, marker: str | None = None) -> None:
+def draw_curve(
+    ax: Axes, g: RunGroup, stage: str, metric: str, colour: str, line, marker: str | None = None, width: float | None = None
+) -> None:
     """The interquartile mean over runs, with the band of its interval if there are several."""
     curve = g.curve(stage, metric)
     if curve is None:
         return
-    ax.plot(curve.steps, curve.mean, color=colour, linestyle=line, marker=marker, markersize=3)
+    ax.plot(curve.steps, curve.mean, color=colour, linestyle=line, marker=marker, markersize=3, linewidth=width)
     if len(g.runs) > 1:
         ax.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.14, linewidth=0)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def not_too_near(ax: Axes, share: float) -> None:
+    """Widens the y axis until it spans this share of its largest value, so that a flat curve looks flat."""
+    low, high = ax.get_ylim()
+    missing = share * max(abs(low), abs(high)) - (high - low)
+    if missing > 0:
+        ax.set_ylim(low - missing / 2, high + missing / 2)
 
 
 def draw_point(ax: Axes, x: float, y: Estimate, colour: str) -> None:

@@ -26,7 +26,7 @@ class Versus:
 
     group: RunGroup
     baseline: RunGroup
-    policy: str
+    policy: str  # 'grpo against ppo' where they have different names
     metric: str
     difference: Estimate | None
     improvement: Estimate
@@ -48,16 +48,27 @@ def over_seeds(g: RunGroup, split: str, policy: str, metric: str) -> Estimate | 
 
 
 def against_baseline(c: RunComparison, pairs: Sequence[tuple[RunGroup, RunGroup]]) -> list[Versus]:
-    """Every higher-is-better metric of every policy trained against a reward, on the main split. One run against one run is
-    left out: it says next to nothing about other seeds."""
+    """Every higher-is-better metric of every policy trained against a reward, on the main split; and of two groups that have
+    different last policies, as where one trains with PPO and the other with GRPO, these. One run against one run is left out: it
+    says next to nothing about other seeds."""
     policies = c.after_baseline or c.policies[-1:]
-    wanted = [(policy, metric) for policy in policies for metric in HIGHER_IS_BETTER]
-    found = [versus(g, b, c.split, policy, metric) for policy, metric in wanted for g, b in pairs if c.split]
+    wanted = [(g, b, policy, policy, metric) for policy in policies for metric in HIGHER_IS_BETTER for g, b in pairs]
+    ends = [(g, b, last(c, g), last(c, b)) for g, b in pairs]
+    wanted += [(g, b, p, q, metric) for metric in HIGHER_IS_BETTER for g, b, p, q in ends if p and q and p != q]
+    found = [versus(g, b, c.split, p, metric, q) for g, b, p, q, metric in wanted if c.split]
     return [v for v in found if v and v.improvement.n > 2]
 
 
-def versus(g: RunGroup, baseline: RunGroup, split: str, policy: str, metric: str) -> Versus | None:
-    x, y = g.scores(split, policy, metric), baseline.scores(split, policy, metric)
+def last(c: RunComparison, g: RunGroup) -> str | None:
+    """The last policy after the baseline that was evaluated in the group."""
+    there = {policy for run in g.runs for policy in run.evaluation.splits.get(c.split or "", {})}
+    return next((policy for policy in reversed(c.after_baseline) if policy in there), None)
+
+
+def versus(g: RunGroup, baseline: RunGroup, split: str, policy: str, metric: str, other: str | None = None) -> Versus | None:
+    """``other``: the policy of the baseline group, if that has another name."""
+    other = other or policy
+    x, y = g.scores(split, policy, metric), baseline.scores(split, other, metric)
     tasks = [task for task in x if task in y]
     if not tasks:
         return None
@@ -65,7 +76,7 @@ def versus(g: RunGroup, baseline: RunGroup, split: str, policy: str, metric: str
     gains = [np.array([x[t][s] - y[t][s] for s in seeds]) for t, seeds in paired.items() if seeds]
     of = lambda scores: [np.array(list(scores[task].values())) for task in tasks]  # noqa: E731
     return Versus(
-        g, baseline, policy, metric,
+        g, baseline, policy if policy == other else f"{policy} against {other}", metric,
         difference=statistics.iqm_estimate(gains) if gains else None,
         improvement=statistics.improvement_estimate(of(x), of(y)),
         test=decisions.paired_test(gains),
