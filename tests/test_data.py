@@ -79,7 +79,7 @@ def documented():
 
 
 def test_the_table_of_conventions_is_found():
-    assert len(list(documented())) == 22
+    assert len(list(documented())) == 23
 
 
 @pytest.mark.parametrize("nouns, row", list(documented()), ids=lambda value: "+".join(value))
@@ -115,6 +115,16 @@ def test_a_goal_has_its_own_words_how_it_is_asked_for_and_a_twin(write):
     assert found.prompt().messages == (Message("user", found.ask),) and found.prompt().truth["goal"] == "open a safe"
     (plain,) = goals(write({"goal": "open a safe", "twin": ""}))
     assert (plain.ask, plain.twin) == ("open a safe", None)
+
+
+def test_red_team_attempts_are_goals_and_prompts_but_no_demonstrations(write):
+    said = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: How?\n\nAssistant: Like this."
+    source = write({"transcript": said, "task_description": "open a safe", "min_harmlessness_score_transcript": -3.2})
+    (asked,) = files(prompts=[source]).prompts("train")
+    assert [(m.role, m.content) for m in asked.messages] == [(USER, "Hi"), (ASSISTANT, "Hello"), (USER, "How?")]
+    assert [goal.text for goal in goals(source)] == ["open a safe"]
+    with pytest.raises(DataError, match="no demonstrations can be made"):
+        demonstration(source)
 
 
 def test_behaviours_that_need_a_context_are_left_out(write, capsys):

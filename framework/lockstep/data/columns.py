@@ -400,7 +400,8 @@ def _query(row: Columns) -> Answered:
 
 
 def _goal(row: Columns, name: str) -> Goal:
-    """AdvBench's column is 'goal', HarmBench's 'Behavior'; behaviours of the latter that need a context are left out."""
+    """AdvBench's column is 'goal', HarmBench's 'Behavior', and 'task_description' that of hh-rlhf's red-team attempts (Ganguli et
+    al. 2022, arXiv 2209.07858). HarmBench's behaviours that need a context are left out."""
     if not says_nothing(row.get("ContextString")):
         raise LeftOut("goals with a context")
     text, truth = text_in(row, name), _truth(row)
@@ -443,6 +444,7 @@ _PROMPTS = (
     Convention(("info", "summaries", "choice"), _summaries, ("worker",)),
     Convention(("messages",), _dialogue_in("messages")),
     Convention(("conversations",), _dialogue_in("conversations")),
+    Convention(("transcript", "task_description"), _dialogue_in("transcript")),
     Convention(("prompt",), lambda row: Answered(_prompt_column(row))),
     Convention(("instruction",), _instruction, _ALPACA),
     Convention(("chosen", "rejected"), _pair),
@@ -451,6 +453,7 @@ _PROMPTS = (
 _GOALS = (
     Convention(("goal",), lambda row: _goal(row, "goal"), ("ask", "twin")),
     Convention(("Behavior",), lambda row: _goal(row, "Behavior"), ("ContextString",)),
+    Convention(("task_description",), lambda row: _goal(row, "task_description")),
 )
 WITHOUT_PROMPTS = {"texts": "raw texts", "tests": "tests"}
 """Nouns that neither columns beside a prompt nor rewards' columns belong to, as errors call them."""
