@@ -78,6 +78,9 @@ class Config:
         _all_sources(self)
 
 
+_Config = Config
+
+
 class Files(DataSource):
     """Reads each noun once, on first use; of hub data sets only the ``first`` rows, if given.
 
@@ -87,7 +90,7 @@ class Files(DataSource):
 
     Config = Config
 
-    def __init__(self, config: Config, first: int | None = None):
+    def __init__(self, config: _Config, first: int | None = None):
         self.config = config
         self.sources = _all_sources(config)
         self.first = first
@@ -95,7 +98,7 @@ class Files(DataSource):
         self._items: dict[tuple[str, int], Items] = {}
 
     @classmethod
-    def preview(cls, config: Config) -> Files:
+    def preview(cls, config: _Config) -> Files:
         return cls(config, first=FIRST)
 
     def survey(self) -> Iterator[tuple[str, str | Unreachable]]:
@@ -108,7 +111,7 @@ class Files(DataSource):
                 yield f"data.{key}[{index}]", found
 
     @classmethod
-    def fingerprint(cls, config: Config) -> str | None:
+    def fingerprint(cls, config: _Config) -> str | None:
         """A hash of the local files: a stage is not reused if one of them has changed."""
         digests = [digest for sources in _all_sources(config).values() for source in sources for digest in source_digests(source)]
         return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
@@ -120,7 +123,7 @@ class Files(DataSource):
         return self._split("comparisons", split)
 
     def prompts(self, split: str) -> Sequence[Prompt]:
-        return self._named("splits", split) if split in self._names("splits") else self._split("prompts", split)
+        return self._named("splits", split) if split in self.config.splits else self._split("prompts", split)
 
     def texts(self, split: str) -> Sequence[str]:
         return self._split("texts", split)
@@ -129,10 +132,7 @@ class Files(DataSource):
         return self._split("goals", split)
 
     def tests(self) -> Mapping[str, Sequence[Choice]]:
-        return {name: self._named("tests", name) for name in self._names("tests")}
-
-    def _names(self, group: str) -> list[str]:
-        return [name for key in self.sources for place, _, name in [key.partition(".")] if place == group and name]
+        return {name: self._named("tests", name) for name in self.config.tests}
 
     def _named(self, group: str, name: str) -> Items:
         key = f"{group}.{name}"
@@ -140,7 +140,7 @@ class Files(DataSource):
 
     def _split(self, noun: str, split: str) -> Items:
         if split not in SPLITS:
-            known = [*SPLITS, *(self._names("splits") if noun == "prompts" else ())]
+            known = [*SPLITS, *(self.config.splits if noun == "prompts" else ())]
             raise DataError(
                 f"Files have no split '{short(split)}' of {noun}.{did_you_mean(split, known)} They have: {', '.join(known)}."
             )
@@ -181,7 +181,7 @@ class Files(DataSource):
 
     def _apart(self, parts: Sequence[Items], noun: str) -> Sequence[Items]:
         """Without what begins like a prompt of a split that is for evaluations alone."""
-        for name in self._names("splits") if noun != "texts" else ():
+        for name in self.config.splits if noun != "texts" else ():
             parts = self._without(parts, self._named("splits", name), noun, f"prompts of data.splits.{name}")
         return parts
 

@@ -192,15 +192,21 @@ def _gain(c: RunComparison, metric: str) -> str:
     best = max(ranked, key=lambda policy: (len(_groups_of(ranked[policy], "raises")), _highest(c, policy, metric)))
     found, named = ranked[best], len(ranked[best]) <= MOST_NAMED
     raises, lowers, open_ = (_groups_of(found, each) for each in ("raises", "lowers", "open"))
-    says = "wins more than half against {}" if metric == "win_rate" else f"raises {SUBJECTS[metric]} of {{}}"
+    up, known, down = _verbs(c, metric)
     where = lambda groups: _where(c, groups, best, metric) if named else f"in {len(groups)} of {len(found)} groups"  # noqa: E731
-    below = "loses" if metric == "win_rate" else "lowers it"
-    if not raises:
-        known = says.replace("wins", "win").replace("raises", "raise").format(c.baseline)
-        rest = [f"{best} {below} {where(lowers)}" if lowers else "", f"{best} goes {where(open_)}, not apart" if open_ else ""]
-        return f"No policy is known to {known}: {'; '.join(filter(None, rest))}."
-    rest = [f"; {below} {where(lowers)}" if lowers else "", f"; not decided {where(open_)}" if open_ else ""]
-    return f"{best} {says.format(c.baseline)} {where(raises)}{''.join(rest)}."
+    if raises:
+        rest = [f"; {down} {where(lowers)}" if lowers else "", f"; not decided {where(open_)}" if open_ else ""]
+        return f"{best} {up} {where(raises)}{''.join(rest)}."
+    rest = [f"{best} {down} {where(lowers)}" if lowers else "", f"{best} is not apart {where(open_)}" if open_ else ""]
+    return f"No policy is known to {known}: {'; '.join(filter(None, rest))}."
+
+
+def _verbs(c: RunComparison, metric: str) -> tuple[str, str, str]:
+    """What a policy does that is above the baseline, the same after 'to', and what one does that is below."""
+    if metric == "win_rate":
+        return f"wins more than half against {c.baseline}:", f"win more than half against {c.baseline}", "wins less than half:"
+    what = f"{SUBJECTS[metric]} of {c.baseline}"
+    return f"raises {what}", f"raise {what}", "lowers it"
 
 
 SUBJECTS = {"gold": "the gold score", "score": "the reward model's score"}

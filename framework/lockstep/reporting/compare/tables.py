@@ -378,32 +378,18 @@ def to_markdown(table: Table) -> str:
 
 
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "±": r"$\pm$"}
-_TEX |= {mark: "\\" + mark for mark in "&%$#_{}"}
+_TEX |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
 
 
 def to_latex(table: Table) -> str:
     """A ``tabular`` without packages, with its title as a comment."""
 
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join("".join(_TEX.get(mark, mark) for mark in cell) for cell in cells) + r" \\"
+    def line(row: Sequence[str], bold: bool = False) -> str:
+        cells = ["".join(_TEX.get(mark, mark) for mark in cell) for cell in row]
+        cells[0] = rf"\textbf{{{cells[0]}}}" if bold else cells[0]
+        return " & ".join(cells) + r" \\"
 
-    rows = [
-        rf"\textbf{{{line(row[:1]).removesuffix(chr(92) * 2).strip()}}}" + " & " * (len(row) - 1) + r" \\"
-        if i in table.headings
-        else line(row)
-        for i, row in enumerate(table.rows)
-    ]
-    columns = "l" * len(table.header)
-    title = " ".join(table.title.split())
-    return "\n".join(
-        [
-            f"% {title}",
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\hline",
-            line(table.header),
-            r"\hline",
-            *rows,
-            r"\hline",
-            r"\end{tabular}",
-        ]
-    )
+    rows = [line(row, bold=i in table.headings) for i, row in enumerate(table.rows)]
+    title, columns = " ".join(table.title.split()), "l" * len(table.header)
+    begin = [f"% {title}", rf"\begin{{tabular}}{{{columns}}}", r"\hline", line(table.header), r"\hline"]
+    return "\n".join([*begin, *rows, r"\hline", r"\end{tabular}"])
