@@ -155,6 +155,8 @@ def test_a_round_samples_the_last_policy_beside_sft(finished):
         wrote = {policy for each in candidates for policy in each.policies}
         assert wrote == {stage(finished, last).name, stage(finished, "sft").name}
         assert all(2 <= len(set(each.completions)) == len(each.completions) <= 4 for each in candidates)
+        (seed,) = {each.seed for each in candidates}  # what they were sampled with
+        assert isinstance(seed, int)
 
 
 def test_no_round_repeats_a_prompt(finished):

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from lockstep.config.schema import parse
-from lockstep.data.labels import candidates_in, labels_in
+from lockstep.data.labels import candidates_in, demonstrations_in, labels_in
 from lockstep.errors import CheckpointError, ConfigError, DataError
 from lockstep.storage.records import read_rows
+from lockstep_studio.data import Human
 from lockstep_studio.settings import GroupConfig, StudioConfig, read_settings
 from lockstep_studio.sources import add_file, add_waiting
 from lockstep_studio.store import conversations, labels, people, privacy, report, rounds, schema, tasks
@@ -467,6 +468,32 @@ def test_conversations_keep_the_branch_that_was_chosen(database, tmp_path):
     assert [m["content"] for m in talk["messages"]] == ["Be brief.", "hello", "good day"]
     assert talk["seeds"] == [8] and talk["feedback"] == [{"turn": 0, "thumb": 1, "likert": 6, "text": None}]
     assert (talk["policy"], talk["attack"]) == ("sft-torch-1", None)
+    data = Human(Human.Config(folder=str(tmp_path / "studio" / "rounds"), heldout_fraction=0.0))
+    (liked,) = data.demonstrations("train")  # the answer with the thumb, after the system message and the question
+    assert [m.content for m in liked.prompt.messages] == ["Be brief.", "hello"] and liked.response == "good day"
+
+
+@pytest.mark.parametrize(
+    ("feedback", "state", "counts"),
+    [
+        ({"thumb": 1}, "done", True), ({"likert": 6}, "done", True), ({"likert": 5}, "done", False),
+        ({"thumb": -1}, "done", False), ({"thumb": -1, "likert": 7}, "done", False), ({"thumb": 1}, "stopped", False),
+        ({"text": "well"}, "done", False),
+    ],
+)  # fmt: skip
+def test_only_whole_answers_that_somebody_liked_are_demonstrations(database, tmp_path, feedback, state, counts):
+    (person,) = joined(database)
+    token = database.now(conversations.create, person, "chat", ["sft-torch-1"], {"temperature": 1.0}, "1", NOW)
+    row = conversations.conversation_of(database.reader, person, token, "chat")
+    _, ((answer, _),) = database.now(conversations.ask, row, None, "hello", [("sft-torch-1", 7)], NOW)
+    database.now(conversations.finish, answer, "hi", state)
+    database.now(conversations.give_feedback, person, answer, feedback, NOW)
+    closed(database, tmp_path)
+    rows = list(read_rows(tmp_path / "studio" / "rounds" / "first" / "demonstrations.jsonl"))
+    assert len(rows) == counts
+    if counts:
+        assert (rows[0]["mode"], rows[0]["seed"], rows[0]["policy"]) == ("chat", 7, "sft-torch-1")
+        assert demonstrations_in(tmp_path / "studio" / "rounds" / "first")[0].response == "hi"
 
 
 # ----------------------------------------------------------------------------------------------------------- sources

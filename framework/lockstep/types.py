@@ -99,14 +99,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Responses to one prompt that wait for a labeler. ``policies`` says which wrote each, by the identity of its stage, and
-    ``scores`` what a reward model thinks of it: no labeler may see either before the label is given."""
+    """Responses to one prompt that wait for a labeler. ``policies`` says which wrote each, by the identity of its stage, ``seed``
+    what they were sampled with, and ``scores`` what a reward model thinks of each: no labeler may see these before the label is
+    given."""
 
     id: str
     prompt: Prompt
     completions: tuple[str, ...]
     policies: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
+    seed: int | None = None
 
 
 @dataclass(frozen=True)

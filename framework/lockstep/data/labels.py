@@ -59,7 +59,7 @@ def candidates_in(file: Path) -> list[Candidates]:
         texts, policies, scores = (tuple(row.get(key) or ()) for key in ("completions", "policies", "scores"))
         if len(texts) < 2 or any(found and len(found) != len(texts) for found in (policies, scores)):
             raise ValueError("it needs two or more completions, and as many policies and scores as completions")
-        return Candidates(row["id"], _prompt(row), texts, policies, scores)
+        return Candidates(row["id"], _prompt(row), texts, policies, scores, row.get("seed"))
 
     return list(_read(file, candidates))
 
@@ -132,7 +132,7 @@ def demonstration_line(each: Demonstration) -> str:
 
 
 def candidates_line(each: Candidates) -> str:
-    facts = {"completions": each.completions, "policies": each.policies or None, "scores": each.scores or None}
+    facts = {"completions": each.completions, "policies": each.policies or None, "scores": each.scores or None, "seed": each.seed}
     return _line({"id": each.id} | _prompt_row(each.prompt) | facts)
 
 

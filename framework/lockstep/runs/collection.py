@@ -83,7 +83,7 @@ class Collector:
         return [
             Candidates(
                 f"{self.position + i:07d}", prompt, tuple(found), tuple(policy for policy, _ in found.values()),
-                () if self.reward_model is None else tuple(value for _, value in found.values()),
+                () if self.reward_model is None else tuple(value for _, value in found.values()), self.seed,
             )
             for i, (prompt, found) in enumerate(zip(chosen, texts, strict=True)) if len(found) > 1
         ]  # fmt: skip

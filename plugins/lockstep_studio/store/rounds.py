@@ -26,6 +26,8 @@ from lockstep_studio.store.people import Refused
 
 FILES = ("comparisons.jsonl", "demonstrations.jsonl", "conversations.jsonl")
 """Of a round, in the order of the hash over all three."""
+LIKED = 6
+"""Of 7, an answer in a chat that becomes a demonstration."""
 JUDGED = ("compare", "rank", "attack", "adjudicate")
 
 _ELIGIBLE = """
@@ -159,11 +161,12 @@ def _end(connection: Connection, number: int, record: dict[str, Any]) -> None:
 def _write(connection: Connection, folder: Path, row: Row) -> dict[str, Any]:
     if (folder / "round.json").is_file():  # it was written, and the process died before the database knew
         return read_object(folder / "round.json")
-    labels = _labels(connection, row["id"])
+    labels, talks = _labels(connection, row["id"]), list(_conversations(connection, row))
+    written = [_demonstration(each) for each in labels if each["mode"] == "write"]
     contents = {
         "comparisons.jsonl": [_comparison(each) for each in labels if each["mode"] in JUDGED],
-        "demonstrations.jsonl": [_demonstration(each) for each in labels if each["mode"] == "write"],
-        "conversations.jsonl": list(_conversations(connection, row)),
+        "demonstrations.jsonl": [*written, *(liked for talk in talks for liked in _liked(talk))],
+        "conversations.jsonl": talks,
     }
     part = folder.with_name(f".{folder.name}.part")
     part.mkdir(parents=True, exist_ok=True)
@@ -253,15 +256,33 @@ def _conversations(connection: Connection, round_row: Row) -> Iterator[dict[str,
         how, policies = json.loads(row["how"]), json.loads(row["policies"])
         system = [{"role": "system", "content": how["system"]}] if how.get("system") else []
         answers = [each for each in said if each["role"] == "assistant"]
+        stopped = [turn for turn, each in enumerate(answers) if each["state"] == "stopped"]
         given = [conversations.feedback_on(connection, each["id"], round_row["last_feedback"]) for each in answers]
         feedback = [{"turn": turn, **each} for turn, each in enumerate(given) if {*each.values()} != {None}]
         attack = {key: row[key] for key in ("goal", "category", "success")} if row["mode"] == "attack" else None
         yield {
             "id": row["token"], "messages": system + [{"role": each["role"], "content": each["content"]} for each in said],
             "labeler": row["pseudonym"], "group": row["grp"], "policy": policies[0] if len(set(policies)) == 1 else policies,
-            "seeds": [each["seed"] for each in answers], "sampling": how, "feedback": feedback, "attack": attack,
-            "mode": row["mode"], "instructions": row["instructions"], "at": row["at"],
+            "seeds": [each["seed"] for each in answers], "sampling": how, "stopped": stopped, "feedback": feedback,
+            "attack": attack, "mode": row["mode"], "instructions": row["instructions"], "at": row["at"],
         }  # fmt: skip
+
+
+def _liked(talk: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The answers of a chat that somebody liked, as demonstrations: with a thumb up, or with `LIKED` or more and no thumb down;
+    none that was stopped half way."""
+    messages = talk["messages"]
+    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    for each in talk["feedback"] if talk["mode"] == "chat" else ():
+        thumb, likert = each["thumb"] or 0, each["likert"] or 0
+        place = answers[each["turn"]]
+        if (thumb > 0 or (thumb == 0 and likert >= LIKED)) and each["turn"] not in talk["stopped"]:
+            yield {
+                "id": f"{talk['id']}-{each['turn']}", "messages": messages[:place], "response": messages[place]["content"],
+                "labeler": talk["labeler"], "group": talk["group"], "policy": talk["policy"], "seed": talk["seeds"][each["turn"]],
+                "at": talk["at"], "instructions": talk["instructions"], "mode": "chat", "thumb": each["thumb"],
+                "likert": each["likert"],
+            }  # fmt: skip
 
 
 def _labelers(labels: Sequence[dict[str, Any]]) -> dict[str, int]:
