@@ -499,3 +499,10 @@ def test_a_hand_that_always_presses_one_key_shows():
     rows += [vote("10", "left", [0, 0], shown=[0, 1]), vote("11", "left", [0, 1, 2], shown=[0, 1, 2])]
     found = screening.sides(rows)["left"]
     assert (found.count, found.total) == (10, 10)
+
+
+def test_rows_without_ratings_have_no_items_to_agree_on():
+    rows = [{"id": "a", "labeler": who, "ranks": [0, 1], "ratings": None, "flags": None} for who in ("x", "y")]
+    measured = rankings.by_group(rows, "ratings", draws=10)
+    assert measured[""]["items"] == 0 and math.isnan(measured[""]["alpha"].value)
+    assert rankings.by_group(rows, draws=10)[""]["items"] == 1

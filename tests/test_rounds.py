@@ -22,7 +22,7 @@ from lockstep.errors import ConfigError, DataError, MissingData, Waiting
 from lockstep.interfaces import Label
 from lockstep.reporting.compare import compare
 from lockstep.runs.assembly import Assembly
-from lockstep.runs.collection import measures
+from lockstep.runs.collection import labelled, measures
 from lockstep.runs.experiment import Experiment
 from lockstep.runs.rounds import in_rounds
 from lockstep.storage.files import dump_line, read_json, write_text
@@ -157,6 +157,15 @@ def test_a_round_samples_the_last_policy_beside_sft(finished):
         assert all(2 <= len(set(each.completions)) == len(each.completions) <= 4 for each in candidates)
         (seed,) = {each.seed for each in candidates}  # what they were sampled with
         assert isinstance(seed, int)
+
+
+def test_labels_of_a_held_out_group_train_nothing():
+    candidates = [Candidates(str(i), Prompt.of("hello"), ("a", "b")) for i in range(2)]
+    given = [Label("0", (0, 1), "ann", "training"), Label("1", (1, 0), "bob", "heldout"), Label("0", (1, 0), "cid")]
+    assert [each.labeler for each in labelled(candidates, given)] == ["ann", "cid", "bob"]
+    assert [each.labeler for each in labelled(candidates, given, ["heldout"])] == ["ann", "cid"]
+    with pytest.raises(DataError, match="All labels are of groups that are held out: heldout. Others have to label, too."):
+        labelled(candidates, given[1:2], ["heldout"])
 
 
 def test_no_round_repeats_a_prompt(finished):

@@ -16,7 +16,7 @@ import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.data.labels import candidates_in, candidates_line
-from lockstep.errors import DataError
+from lockstep.errors import DataError, listing
 from lockstep.interfaces import DataSource, Label, Policy, RewardModel
 from lockstep.learning.randomness import example_indices, token_seeds
 from lockstep.learning.rollout import Sampler, score
@@ -39,6 +39,7 @@ class CollectionConfig:
     batch_size: int = setting(100, "Responses per forward pass.", least=1)
     lengths: Lengths = setting(Lengths(), "Limits in tokens.")
     stop_strings: tuple[str, ...] = setting((), "Text that ends a response, as EOS does; or special tokens by name.")
+    heldout_groups: tuple[str, ...] = setting((), "Groups of labelers whose labels are counted and measured, and train nothing.")
 
     def arithmetic(self, data: DataSource) -> str:
         total = len(data.prompts("train"))
@@ -96,14 +97,17 @@ def kept(file: Path, collect: Callable[[], list[Candidates]]) -> list[Candidates
     return candidates_in(file)
 
 
-def labelled(candidates: Sequence[Candidates], labels: Sequence[Label]) -> list[Comparison]:
-    """Labels with what they are about, in the order of the candidates.
+def labelled(candidates: Sequence[Candidates], labels: Sequence[Label], without: Sequence[str] = ()) -> list[Comparison]:
+    """Labels with what they are about, in the order of the candidates; not those of the groups ``without``.
 
     Raises:
       DataError: there are none.
     """
     if not labels:
         raise DataError(f"None of the {len(candidates)} candidates was labelled, so there is nothing to learn from.")
+    labels = [label for label in labels if label.group not in without]
+    if not labels:
+        raise DataError(f"All labels are of groups that are held out: {listing(without)}. Others have to label, too.")
     order = {each.id: position for position, each in enumerate(candidates)}
     found = sorted(labels, key=lambda label: (order[label.id], label.labeler))
     return [

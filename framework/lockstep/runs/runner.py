@@ -299,7 +299,10 @@ class Runner:
                     f"{stage.name} waits for people: {waiting} Type: lockstep serve {shlex.quote(str(self.folder.path))} "
                     "and close the round there; then run this command again."
                 ) from None
-        comparisons, metrics = labelled(candidates, labels), measures(candidates, labels, assembly.data, policies)
+        comparisons = labelled(candidates, labels, config.heldout_groups)
+        metrics = measures(candidates, labels, assembly.data, policies) | {
+            "heldout_labels": float(len(labels) - len(comparisons))
+        }
         with self._tracked(stage, folder, resume=False) as tracker:
             with folder.write_output() as output:
                 write_text(output / COMPARISONS, "".join(map(comparison_line, comparisons)))

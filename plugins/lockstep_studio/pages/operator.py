@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import anyio
@@ -51,37 +51,42 @@ def _overview(studio: Studio, now: float) -> dict[str, Any]:
     return {
         **_live(studio, now), "sources": report.sources(reader), "people": report.people(reader), "rounds": report.rounds(reader),
         "next": rounds.waiting(reader), "held": list(privacy.held_back(reader)), "groups": list(studio.settings.groups),
-        "agreement": _agreement(comparisons), "strengths": _strengths(comparisons), "policies": list(studio.policies),
+        "agreement": _agreement(comparisons), "strengths": _strengths(comparisons),
+        "adjusted": _strengths(comparisons, ("side", "length")), "policies": list(studio.policies),
         "suggested": f"round-{len(report.rounds(reader)) + 1}", "link": None,
         "invitations": people.invitations(reader, now), "operators": report.operators(reader),
     }  # fmt: skip
 
 
-def _agreement(comparisons: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{group: {"items", "raw", "alpha": [value, low, high]}} of tasks that two people of a group labelled."""
+def _agreement(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of tasks that two people of a group labelled, on preferences, ratings and each flag: {"group", "what", "items", and "raw",
+    "kappa", "alpha": [value, low, high]}."""
     from lockstep_studio.science import rankings
 
-    found: dict[str, dict[str, Any]] = {}
+    found: list[dict[str, Any]] = []
     own = [row for row in comparisons if not row["adjudicated"]]
-    try:
-        measured = rankings.by_group(own, draws=DRAWS) if own else {}
-    except DataError:
-        return found
-    for group, each in measured.items():
-        if items := each["items"]:
-            numbers = {name: _numbers(each[name]) for name in ("raw", "alpha")}
-            found[group] = {"items": items, **numbers}
+    for what in (rankings.PREFERENCES, rankings.RATINGS, *rankings.flag_names(own)) if own else ():
+        try:
+            measured = rankings.by_group(own, what, draws=DRAWS)
+        except DataError:
+            continue
+        found += [
+            {"group": group, "what": what, "items": items, **{name: _numbers(each[name]) for name in ("raw", "kappa", "alpha")}}
+            for group, each in measured.items() if (items := each["items"])
+        ]  # fmt: skip
     return found
 
 
-def _strengths(comparisons: list[dict[str, Any]]) -> dict[str, Any]:
-    """{policy: [value, low, high]}, Bradley-Terry log-odds; empty while they cannot be told."""
+def _strengths(comparisons: list[dict[str, Any]], covariates: Sequence[str] = ()) -> dict[str, Any]:
+    """{policy: [value, low, high]}, Bradley-Terry log-odds, and those of the covariates, at whose equal values the strengths are;
+    empty while they cannot be told."""
     from lockstep_studio.science import bradley_terry
 
     games = list(bradley_terry.games(comparisons))
+    clustered = len({game.labeler for game in games}) > 1
     try:
-        fit = bradley_terry.fit(games)
-        found = fit.strengths(clustered=len({game.labeler for game in games}) > 1)
+        fit = bradley_terry.fit(games, covariates=covariates)
+        found = fit.strengths(clustered) | {name: each for name, each in fit.effects(clustered).items() if name in covariates}
     except (LockstepError, ValueError, ArithmeticError):
         return {}
     return {name: _numbers(each) for name, each in found.items()}

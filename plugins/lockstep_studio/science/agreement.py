@@ -75,7 +75,11 @@ class Labels:
     def counts(self) -> np.ndarray:
         """How often each unit got each value, float [units, C]; units with one label are zeros."""
         cells = self.unit * len(self.values) + self.code
-        counts = np.bincount(cells, minlength=len(self.task) * len(self.values)).reshape(len(self.task), -1).astype(np.float64)
+        counts = (
+            np.bincount(cells, minlength=len(self.task) * len(self.values))
+            .reshape(len(self.task), len(self.values))
+            .astype(float)
+        )
         return counts * (counts.sum(axis=1, keepdims=True) >= 2)
 
     @cached_property
