@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lockstep.api.sources import outputs
 from lockstep.data.labels import CANDIDATES, LABELS
 from lockstep.errors import CheckpointError, DataError
-from lockstep.storage.records import NUMBER, RUN, mismatch, read_record, stage_folders
+from lockstep.storage.records import NUMBER, RUN, mismatch, outputs, read_record, stage_folders
 from lockstep.text.sequences import chunks
 from lockstep_studio.settings import StudioConfig
 from lockstep_studio.store import tasks

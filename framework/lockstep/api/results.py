@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.api import sources
 from lockstep.config.compose import compose
 from lockstep.errors import CheckpointError
 from lockstep.reporting.compare.groups import group
@@ -16,7 +15,7 @@ from lockstep.reporting.compare.records import Estimate
 from lockstep.reporting.compare.records import Run as Record
 from lockstep.reporting.compare.tidy import COLUMNS, rows
 from lockstep.reporting.console import Console
-from lockstep.storage.records import RUN, read_configuration, read_record
+from lockstep.storage.records import RUN, outputs, read_configuration, read_record
 
 if TYPE_CHECKING:
     import pandas
@@ -89,7 +88,7 @@ class Run:
 
     def outputs(self, kind: str) -> dict[str, Path]:
         """{stage: folder} of its results of one kind, 'policy' or 'reward_model', in the order of its stages."""
-        return sources.outputs(self.folder, kind)
+        return outputs(self.folder, kind)
 
 
 def run(*overrides: str) -> Run:

@@ -11,9 +11,9 @@ from lockstep.config.root import component_config
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
 from lockstep.interfaces import Backend, Policy
 from lockstep.registry import registry
-from lockstep.runs.assembly import MADE_BY, opener
+from lockstep.runs.assembly import opener
 from lockstep.runs.store import check_output
-from lockstep.storage.records import OUTPUT, RUN, read_configuration, read_record, stage_folders
+from lockstep.storage.records import MADE_BY, OUTPUT, outputs, read_configuration, read_record
 from lockstep.storage.sources import fetch_folder
 from lockstep.text.tokenizer import PAD, Tokenizer, TokenizerConfig
 
@@ -55,13 +55,6 @@ def find(source: str | Path, kind: str, stage: str | None = None) -> tuple[Path,
     if folder.exists():
         check_output(folder)
     return fetch_folder(folder if folder.exists() else source), None
-
-
-def outputs(run: Path, kind: str) -> dict[str, Path]:
-    """{stage: folder} of a run's results of one kind, in the order of its stages."""
-    stages = stage_folders(run, read_record(run / "run.json", RUN))
-    made = {name: folder / "output" for name, folder in stages.items() if (folder / "output" / MADE_BY).exists()}
-    return {name: folder for name, folder in made.items() if read_record(folder / MADE_BY, OUTPUT)["kind"] == kind}
 
 
 def reader(folder: Path, backend: Backend) -> tuple[str, type[Policy]]:

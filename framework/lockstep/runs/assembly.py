@@ -31,7 +31,7 @@ from lockstep.registry import registry
 from lockstep.runs.experiment import Experiment, component_config
 from lockstep.runs.stages import NEW, Stage
 from lockstep.storage.files import read_object, write_json
-from lockstep.storage.records import OUTPUT, read_record
+from lockstep.storage.records import MADE_BY, OUTPUT, read_record
 from lockstep.storage.sources import fetch_folder
 from lockstep.storage.weights import check_finite, stored_weights
 from lockstep.text.tokenizer import GENERATION, PAD, Tokenizer, TokenizerConfig
@@ -216,8 +216,6 @@ class DeclaredResources(Resources):
 
 
 DECLARE = "Return it from the classmethod `inputs` of its class."
-MADE_BY = "output.json"
-"""A file in a stage's output: the kind of the result, and the name of the policy that reads it."""
 
 
 def opener(folder: Path, backend: str) -> str:

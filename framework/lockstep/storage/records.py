@@ -154,6 +154,17 @@ def read_configuration(run: Path) -> dict[str, Any]:
     return content
 
 
+MADE_BY = "output.json"
+"""A file in a stage's output: the kind of the result, and the name of the policy that reads it."""
+
+
+def outputs(run: Path, kind: str) -> dict[str, Path]:
+    """{stage: folder} of a run's results of one kind, in the order of its stages."""
+    stages = stage_folders(run, read_record(run / "run.json", RUN))
+    made = {name: folder / "output" for name, folder in stages.items() if (folder / "output" / MADE_BY).exists()}
+    return {name: folder for name, folder in made.items() if read_record(folder / MADE_BY, OUTPUT)["kind"] == kind}
+
+
 def stage_folders(run: Path, record: Mapping[str, Any]) -> dict[str, Path]:
     """{stage: its folder} of a run with this `RUN` record. The stages are beside the run or, if it was moved into a folder
     beside them, above it."""

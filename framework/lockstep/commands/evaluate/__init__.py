@@ -68,7 +68,7 @@ def policies(source: str, stage: str | None) -> dict[str, tuple[str, str | None]
     Raises:
       CheckpointError: the run has no policy yet.
     """
-    from lockstep.api.sources import outputs
+    from lockstep.storage.records import outputs
 
     if stage is not None or not (Path(source) / "run.json").exists() or (Path(source) / "config.json").exists():
         return {stage or source: (source, stage)}
@@ -80,7 +80,7 @@ def policies(source: str, stage: str | None) -> dict[str, tuple[str, str | None]
 
 def stage_folder(source: str, stage: str | None) -> Path | None:
     """The folder of the stage that made the policy; None for a checkpoint from elsewhere."""
-    from lockstep.api.sources import outputs
+    from lockstep.storage.records import outputs
 
     folder = outputs(Path(source), "policy")[stage] if stage else Path(source)
     return next((each for each in (folder, folder.parent) if (each / "done.json").exists()), None)
