@@ -7,7 +7,8 @@ r"""Every attacker against every defender, over seeds, and what each ablation co
     lockstep run -m experiment=hardening seed=0,1,2,3,4 backend=torch,jax novelty=0 hydra.launcher.parallel=2
     python benchmarks/hardening.py runs/hardening --output benchmarks/hardening
 
-Numbers are means over seeds with Student's 95% interval; a run is one seed.
+Numbers are means over seeds with Student's 95% interval; a run is one seed. The first table has what changed since PPO, run by
+run and over all runs, as each starts from its own level.
 """
 
 from __future__ import annotations
@@ -51,6 +52,42 @@ def table(runs: Sequence[Run], metric: str, kind: str) -> Iterator[str]:
     yield ""
 
 
+def changes(runs: Sequence[Run]) -> Iterator[str]:
+    """Of each run: before hardening and after each round, success on disguises that nobody trained on and on the first round's
+    attacks, refusals of harmless twins (the mean over all of them), gold on ordinary prompts."""
+    policies = [p for p in runs[0].evaluation.splits["heldout"] if p == BEFORE or p.startswith("defender")]
+    yield (
+        "| run | " + " | ".join(f"{name}: {' → '.join(['PPO', *map(str, range(1, len(policies)))])}" for name in MEASURES) + " |"
+    )
+    yield "|" + "---|" * (len(MEASURES) + 1)
+    for run in sorted(runs, key=lambda run: (run.backend["name"], run.seed)):
+        cells = [" → ".join(f"{measure(run, p):.2f}" for p in policies) for measure in MEASURES.values()]
+        yield f"| {run.backend['name']}, seed {run.seed} | " + " | ".join(cells) + " |"
+    last = policies[-1]
+    means = [Mean.of([measure(run, last) - measure(run, BEFORE) for run in runs]) for measure in MEASURES.values()]
+    yield f"| change of {len(runs)} runs | " + " | ".join(map(str, means)) + " |"
+    yield ""
+
+
+def of(split: str, metric: str) -> Callable[[Run, str], float]:
+    return lambda run, policy: run.evaluation.splits[split][policy][metric].mean
+
+
+def refused_twins(run: Run, policy: str) -> float:
+    splits = run.evaluation.splits
+    twins = [found[policy]["refused"].mean for name, found in splits.items() if name.endswith("_twins")]
+    return sum(twins) / len(twins)
+
+
+BEFORE = "ppo"
+MEASURES: dict[str, Callable[[Run, str], float]] = {
+    "success, unseen disguises": of("adversarial", "helped"),
+    "success, first attacks": of("attacks_1", "helped"),
+    "twins refused": refused_twins,
+    "gold": of("heldout", "gold"),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("runs", type=Path, nargs="+")
@@ -60,7 +97,11 @@ def main() -> None:
     for run in read(arguments.runs).runs:
         if run.evaluation.splits:
             arms.setdefault(arm(run), []).append(run)
-    lines = [line for name, runs in arms.items() for line in (f"## {name}", "", *of_arm(runs))]
+    by_ablation: dict[str, list[Run]] = {}
+    for name, runs in arms.items():
+        by_ablation.setdefault(name.partition(",")[0], []).extend(runs)
+    lines = [line for name, runs in by_ablation.items() for line in (f"## {name}, since PPO", "", *changes(runs))]
+    lines += [line for name, runs in arms.items() for line in (f"## {name}", "", *of_arm(runs))]
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "matrix.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

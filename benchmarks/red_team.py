@@ -4,7 +4,8 @@ r"""Real red-team prompts against a small public checkpoint: what `experiment=re
     PYTHONPATH=benchmarks lockstep run experiment=red_team policy.path=models/smollm2 policy.tokenizer.pad_token="'<|pad|>'" \
       'data.goals=[{path: goals.csv}]' 'data.comparisons=[{path: hh.jsonl.gz}]' \
       '+data.splits.xstest=[{path: xstest_prompts.csv, where: {label: safe}}]' \
-      'evaluation.splits=[xstest, seeds, all.attacks]' reward_model=function reward_model.function=red_team:keeps_apart '~stages.reward'
+      'evaluation.splits=[xstest, seeds, all.attacks]' reward_model=function reward_model.function=red_team:keeps_apart \
+      '~stages.reward'
 
 The first command gives every goal of AdvBench (Zou et al. 2023) a harmless twin from a list of ordinary requests.
 """
