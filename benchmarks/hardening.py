@@ -76,7 +76,7 @@ def of(split: str, metric: str) -> Callable[[Run, str], float]:
 def refused_twins(run: Run, policy: str) -> float:
     splits = run.evaluation.splits
     twins = [found[policy]["refused"].mean for name, found in splits.items() if name.endswith("_twins")]
-    return sum(twins) / len(twins)
+    return sum(twins) / len(twins) if twins else float("nan")
 
 
 BEFORE = "ppo"

@@ -450,6 +450,22 @@ def test_the_configured_policy_is_new_wherever_a_policy_is_named(tmp_path):
     assert not experiment.stages["labels_1"].reads_new or "new" in experiment.stages["labels_1"].policies
 
 
+@pytest.mark.parametrize(
+    "override", ["stages.ppo.reward_model={name: learned, source: new}", "+stages.reward.comparisons=[data,new]"]
+)
+def test_new_names_a_policy_and_nothing_else(override):
+    with pytest.raises(ConfigError, match="reads the stage 'new', which does not come before it"):
+        Experiment(compose([*HARDENING, override]))
+
+
+def test_the_runs_seed_decides_fresh_weights_and_the_order_of_prompts(tmp_path):
+    """Even where the stage's own seed is made equal."""
+    plain = Experiment(compose([*HARDENING, f"folder={tmp_path}", "seed=1"]))
+    moved = Experiment(compose([*HARDENING, f"folder={tmp_path}", "seed=0", "+stages.pretrain.seed_offset=1"]))
+    assert plain.stages["pretrain"].seed == moved.stages["pretrain"].seed
+    assert plain.folders["pretrain"].path != moved.folders["pretrain"].path
+
+
 def test_the_configured_policy_is_attacked_and_evaluated(tmp_path):
     run_folder = run_config(
         compose([

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scipy import stats
 
 from lockstep.commands.compare import _positive
 from lockstep.errors import ConfigError
-from lockstep.reporting.compare import claims, compare, decisions, plots, tables, versus
+from lockstep.reporting.compare import claims, compare, decisions, groups, plots, reading, tables, versus
 from run_folders import GOLD, write_run
 from test_compare import comparison_of
 
@@ -31,11 +32,23 @@ def test_several_tasks_are_averaged_with_satterthwaites_degrees_of_freedom():
     one, other = np.array([0.3, 0.1, 0.6, 0.2]), np.array([1.1, -0.4, 0.9])
     found = decisions.paired_test([one, other])
     assert found.p == pytest.approx(stats.ttest_ind(one, -other, equal_var=False).pvalue)
-    assert found.mean == pytest.approx((one.mean() + other.mean()) / 2) and found.seeds == 3
+    assert found.mean == pytest.approx((one.mean() + other.mean()) / 2) and (found.seeds, found.tasks) == (3, 2)
+
+
+def test_power_over_several_tasks_is_how_often_their_test_decides():
+    drawn = np.random.default_rng(1).normal(0.8, 1.0, (2000, 4, 5))
+    tests = [decisions.paired_test(list(tasks)) for tasks in drawn]
+    decided = np.mean([each.p < 0.05 for each in tests])
+    deviation = math.sqrt(np.mean([each.deviation**2 for each in tests]))
+    assert deviation == pytest.approx(1 / 2, rel=0.03)  # of a mean of four
+    assert decisions.power(0.8, deviation, 5, tasks=4) == pytest.approx(decided, abs=0.03)
 
 
 def test_one_seed_tells_nothing_and_equal_differences_all():
     assert decisions.paired_test([np.array([0.3])]) is None and decisions.paired_test([]) is None
+    gains = np.array([0.1 + 0.2, 0.3, 0.3])  # equal, but for rounding
+    assert len(set(gains)) > 1 and decisions.seeds_needed(0.3, decisions.paired_test([gains]).deviation) == 2
+    assert decisions.seeds_needed(0, 0) is None
     assert decisions.paired_test([np.array([0.5, 0.5])]).p == 0 and decisions.paired_test([np.zeros(3)]).p == 1
 
 
@@ -103,6 +116,54 @@ def test_the_report_says_how_many_seeds_a_difference_needs(tmp_path):
     assert 0.2 < float(mean) < 0.4 and 0.03 < float(deviation) < 0.25 and seeds == "6"
     assert float(least) < 0.4 and int(needed) < 10 < int(wanted)
     assert "ppo over sft, torch, kl_coef=0.1" in rows
+
+
+def test_runs_that_share_their_baseline_count_once_a_seed(tmp_path):
+    """A coefficient that gains 1 and one that loses 3, on the same SFT models: on average -1, in every seed."""
+    for seed in (0, 1, 2):
+        for kl, gold in ((0.1, 1.35 + 0.1 * seed), (0.02, -2.65 + 0.1 * seed)):
+            write_run(tmp_path, "torch", seed, shared=True, gold={**GOLD, "ppo": gold}, **{"algorithm.kl_coef": kl})
+    c = groups.group(reading.read([tmp_path]), ["backend"])
+    test = versus.gain_test(c, c.groups[0], "ppo", "gold")
+    assert test.mean == pytest.approx(-0.9, abs=0.2) and test.seeds == 3 and test.tasks == 1
+
+
+def test_over_few_seeds_a_headline_needs_the_test_too(tmp_path):
+    """The intervals, of 1.96 standard errors of three seeds, are apart; by Student's test p is above 0.05."""
+    for seed, gold in enumerate((1.9, 0.85, 1.8)):
+        write_run(tmp_path, "torch", seed, gold={**GOLD, "ppo": gold, "ppo_ptx": 0.3})
+    c = comparison_of(tmp_path)
+    assert next(claim for claim in claims.find(c) if claim.text == "gold: sft < ppo").verdict == "yes"
+    assert versus.gain_test(c, c.groups[0], "ppo", "gold").p > 0.05
+    assert claims.headline(c).startswith("No policy is known to raise the gold score of sft: ")
+
+
+def test_a_run_without_the_measure_is_no_crash(tmp_path):
+    for seed, policy in ((0, "sft"), (1, "ppo")):
+        run = write_run(tmp_path, "torch", seed)
+        file = tmp_path / json.loads((run / "run.json").read_text())["stages"]["evaluate"]["folder"] / "output/evaluation.json"
+        found = json.loads(file.read_text())
+        kept = {"sft": found["splits"]["heldout"]["sft"]} | ({} if policy == "sft" else {"ppo": {}})
+        file.write_text(json.dumps(found | {"splits": {"heldout": kept}}))
+    assert claims.headline(comparison_of(tmp_path)).startswith("sft reaches ")
+
+
+def test_a_split_that_another_stage_evaluates_again_is_another_split(tmp_path):
+    """As the library's, in another environment; a later round of the same evaluation replaces the earlier one."""
+    run = write_run(tmp_path, "torch", 0)
+    record = json.loads((run / "run.json").read_text())
+    first = tmp_path / record["stages"]["evaluate"]["folder"]
+    for name, gold in (("evaluate_attacked", 0.125), ("evaluate_2", 7.5)):
+        folder = tmp_path / "stages" / f"{name}-torch-x"
+        shutil.copytree(first, folder)
+        found = json.loads((folder / "output/evaluation.json").read_text())
+        found["splits"]["heldout"]["ppo"]["gold"] = {"mean": gold, "low": gold, "high": gold, "n": 5}
+        (folder / "output/evaluation.json").write_text(json.dumps(found))
+        record["stages"][name] = {**record["stages"]["evaluate"], "folder": f"stages/{name}-torch-x"}
+    (run / "run.json").write_text(json.dumps(record))
+    (g,) = comparison_of(tmp_path).groups
+    assert g.policy("heldout, evaluate_attacked", "ppo", "gold").mean == 0.125
+    assert g.policy("heldout", "ppo", "gold").mean == 7.5
 
 
 def test_few_seeds_are_a_warning_and_enough_are_none(tmp_path):

@@ -207,6 +207,8 @@ class Files(DataSource):
         source, where, noun = self.sources[key][index], f"data.{key}[{index}]", _noun(key)
         every = list(read_rows(source, self.first))
         rows = [(place, without(row, source.ignore)) for place, row in every if has(row, source.where)]
+        if not rows and every and self.first is not None and not expanded(source.path).exists():
+            raise Unreachable(f"none of the first {self.first} rows is as {where}.where asks")
         if not rows:
             raise DataError(_no_rows(where, source, every))
         place, first = next((row for row in rows if isinstance(row[1], Mapping)), rows[0])

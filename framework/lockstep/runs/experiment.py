@@ -122,6 +122,7 @@ class Experiment:
                 "backend": without_secrets(self.config["backend"]),
                 "data": data,
                 "seed": stage.seed,
+                "run_seed": self.seed if stage.reads_new or stage.kind in ("collect", "attack") else None,
                 "code": identity.code_digests([*common, *stage.modules]),
             }
         return found

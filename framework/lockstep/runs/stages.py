@@ -147,12 +147,12 @@ class Stage:
     @property
     def inputs(self) -> list[tuple[str, str]]:
         """The stages (or folders, or hub ids) whose output it reads, each with the kind required."""
-        return [each for each in self._sources if each[0] != NEW]
+        return [each for each in self._sources if each != (NEW, "policy")]
 
     @property
     def reads_new(self) -> bool:
         """Does it use the configured policy as that starts?"""
-        return any(source == NEW for source, _ in self._sources)
+        return (NEW, "policy") in self._sources
 
     @property
     def _sources(self) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """What the numbers say: a headline and a checklist, computed from the evaluation alone.
 
-"Apart" means that two 95% intervals do not overlap. That is stricter than a test of the difference at the 5% level, and
-stricter still because all policies answer the same prompts.
+"Apart" means that two 95% intervals do not overlap. For one run that is stricter than a test of the difference at the 5% level,
+and stricter still because all policies answer the same prompts. Over few seeds intervals are too narrow, so the headline asks
+Student's test too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
+from lockstep.reporting.compare import decisions, versus
 from lockstep.reporting.compare.groups import BACKEND, RunComparison, RunGroup
 from lockstep.reporting.compare.records import Estimate
 
@@ -213,13 +215,16 @@ SUBJECTS = {"gold": "the gold score", "score": "the reward model's score"}
 
 
 def _against(c: RunComparison, policy: str, metric: str) -> list[tuple[RunGroup, Found]]:
-    """Is it above the baseline (of win rates: one half), by intervals that are apart, in each group that has both?"""
+    """Is it above the baseline (of win rates: one half), by intervals that are apart, in each group that has both? Over several
+    seeds Student's test of the difference has to agree, for intervals over few seeds are too narrow."""
     found: list[tuple[RunGroup, Found]] = []
     for g in c.groups:
         before, after = g.policy(c.split or "", c.baseline or "", metric), g.policy(c.split or "", policy, metric)
         low, high = (0.5, 0.5) if metric == "win_rate" else (before.low, before.high) if before else (None, None)
+        test = versus.gain_test(c, g, policy, metric) if metric != "win_rate" else None
+        decided = test is None or test.p < decisions.LEVEL
         if after and low is not None and high is not None:
-            found.append((g, "raises" if after.low > high else "lowers" if after.high < low else "open"))
+            found.append((g, "raises" if decided and after.low > high else "lowers" if decided and after.high < low else "open"))
     return found
 
 
@@ -239,7 +244,10 @@ def _where(c: RunComparison, groups: Sequence[RunGroup], policy: str, metric: st
 
 def _alone(c: RunComparison, metric: str) -> str:
     """Without a policy after the baseline: what the last one reaches."""
-    form, last = PERCENT if metric == "win_rate" else SCORE, c.policies[-1]
+    form, last = (
+        PERCENT if metric == "win_rate" else SCORE,
+        next(policy for policy in reversed(c.policies) if any(g.policy(c.split or "", policy, metric) for g in c.groups)),
+    )
     found = [(g, each) for g in c.groups if (each := g.policy(c.split or "", last, metric))]
     if len(found) > MOST_NAMED:
         means = [each.mean for _, each in found]

@@ -16,18 +16,22 @@ from scipy import special  # type: ignore[import-untyped]
 Correction = Literal["holm", "bh", "none"]
 CORRECTIONS = {"holm": "by Holm", "bh": "by Benjamini and Hochberg", "none": "uncorrected"}
 LEVEL, POWER, MOST_SEEDS = 0.05, 0.8, 1000
+NOTHING = 1e-12
+"""Of a difference, a standard error that is rounding alone."""
 FEW = 5
 """Fewer seeds than this decide little."""
 
 
 @dataclass(frozen=True)
 class Test:
-    """Of a mean difference against 0, both sides. ``deviation`` is the standard deviation of a seed's difference."""
+    """Of a mean difference against 0, both sides. ``deviation`` is the standard deviation of a seed's difference; over several
+    ``tasks``, of its mean over these."""
 
     mean: float
     deviation: float
     seeds: int
     p: float
+    tasks: int = 1
 
 
 def paired_test(gains: Sequence[np.ndarray]) -> Test | None:
@@ -43,12 +47,11 @@ def paired_test(gains: Sequence[np.ndarray]) -> Test | None:
     mean = float(np.mean([task.mean() for task in tasks]))
     counts = np.array([len(task) for task in tasks])
     own = np.array([task.var(ddof=1) for task in tasks]) / counts
-    deviation = float(np.sqrt(np.mean(own * counts)))
-    if not own.any():
-        return Test(mean, 0.0, int(counts.min()), float(mean == 0))
+    error, k, n = float(np.sqrt(own.sum())) / len(tasks), len(tasks), int(counts.min())
+    if error <= NOTHING * abs(mean) or error == 0:  # equal differences, but for rounding
+        return Test(mean, 0.0, n, float(mean == 0), k)
     degrees = own.sum() ** 2 / (own**2 / (counts - 1)).sum()
-    t = abs(mean) / (np.sqrt(own.sum()) / len(tasks))
-    return Test(mean, deviation, int(counts.min()), float(2 * special.stdtr(degrees, -t)))
+    return Test(mean, error * n**0.5, n, float(2 * special.stdtr(degrees, -abs(mean) / error)), k)
 
 
 def corrected(values: Sequence[float], how: Correction) -> list[float]:
@@ -68,30 +71,33 @@ def corrected(values: Sequence[float], how: Correction) -> list[float]:
     return [float(x) for x in found]
 
 
-def power(difference: float, deviation: float, seeds: int) -> float:
-    """The probability that `paired_test` with so many seeds decides, at the 5% level, a difference of this size: by the
-    noncentral t distribution (Cohen 1988, section 2.3)."""
-    critical = special.stdtrit(seeds - 1, 1 - LEVEL / 2)
+def power(difference: float, deviation: float, seeds: int, tasks: int = 1) -> float:
+    """The probability that `paired_test` with so many seeds in each task decides, at the 5% level, a difference of this size: by
+    the noncentral t distribution (Cohen 1988, section 2.3)."""
+    degrees = tasks * (seeds - 1)
+    critical = special.stdtrit(degrees, 1 - LEVEL / 2)
     shift = abs(difference) / deviation * np.sqrt(seeds)
-    other_side = special.nctdtr(seeds - 1, shift, -critical)  # underflows to NaN where it is nothing
-    return float(1 - special.nctdtr(seeds - 1, shift, critical) + np.nan_to_num(other_side))
+    other_side = special.nctdtr(degrees, shift, -critical)  # underflows to NaN where it is nothing
+    return float(1 - special.nctdtr(degrees, shift, critical) + np.nan_to_num(other_side))
 
 
-def seeds_needed(difference: float, deviation: float) -> int | None:
+def seeds_needed(difference: float, deviation: float, tasks: int = 1) -> int | None:
     """The fewest seeds with which it is decided four times in five; None: more than `MOST_SEEDS`."""
+    if difference == 0:
+        return None
     if deviation == 0:
         return 2
-    return next((n for n in range(2, MOST_SEEDS + 1) if power(difference, deviation, n) >= POWER), None)
+    return next((n for n in range(2, MOST_SEEDS + 1) if power(difference, deviation, n, tasks) >= POWER), None)
 
 
-def least_difference(deviation: float, seeds: int) -> float:
+def least_difference(deviation: float, seeds: int, tasks: int = 1) -> float:
     """The smallest difference that so many seeds decide four times in five, by bisection."""
     if deviation == 0:
         return 0.0
     low, high = 0.0, deviation
-    while power(high, deviation, seeds) < POWER:
+    while power(high, deviation, seeds, tasks) < POWER:
         low, high = high, 2 * high
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (low, middle) if power(middle, deviation, seeds) >= POWER else (middle, high)
+        low, high = (low, middle) if power(middle, deviation, seeds, tasks) >= POWER else (middle, high)
     return high

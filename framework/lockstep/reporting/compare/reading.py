@@ -7,7 +7,8 @@ A folder may be half-written, because the run is still going or has died: whatev
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def _read_run(folder: Path, problems: list[str]) -> Run:
         command=record.get("command", ""),
         stages={name: _read_stage(name, stage, folders[name], problems) for name, stage in record["stages"].items()},
         config=dict(flatten(read_configuration(folder))) if (folder / "config.yaml").exists() else {},
-        evaluation=_read_evaluations(folders.values(), problems),
+        evaluation=_read_evaluations(folders, problems),
         samples=[row for f in folders.values() for row in read_rows(f / "output" / "samples.jsonl", SHOWN, problems.append)],
         tasks={name: found for name, f in folders.items() if (found := _read_tasks(f / "tasks.json", problems))},
     )
@@ -164,17 +165,21 @@ def _read_if_there(file: Path, record: Record, problems: list[str]) -> dict[str,
         return {}
 
 
-def _read_evaluations(folders: Iterable[Path], problems: list[str]) -> EvaluationRecord:
-    """All evaluations of a run as one; if a later round evaluates again, it wins."""
+def _read_evaluations(folders: Mapping[str, Path], problems: list[str]) -> EvaluationRecord:
+    """All evaluations of a run as one; if a later round evaluates again, it wins. A split that a stage of another name evaluates
+    again, as in another environment, has that stage's name behind its own."""
     baseline: str | None = None
     splits: dict[str, dict[str, Estimates]] = {}
     reward_model: dict[str, Estimate] = {}
-    for folder in folders:
+    first: dict[str, str] = {}
+    for stage, folder in folders.items():
         content = _read_if_there(folder / "output" / "evaluation.json", EVALUATION, problems)
         baseline = content.get("baseline") or baseline
         reward_model |= _estimates(content.get("reward_model") or {})
+        name = re.sub(r"_\d+$", "", stage)
         for split, policies in content.get("splits", {}).items():
-            splits.setdefault(split, {}).update({name: _estimates(found) for name, found in policies.items()})
+            shown = split if first.setdefault(split, name) == name else f"{split}, {name}"
+            splits.setdefault(shown, {}).update({policy: _estimates(found) for policy, found in policies.items()})
     return EvaluationRecord(baseline, splits, reward_model)
 
 

@@ -103,13 +103,20 @@ class Gain:
 
 def gains(c: RunComparison, metric: str) -> list[Gain]:
     """Of every policy after the baseline, where two seeds or more have both."""
-    found = []
-    for g, policy in ((g, policy) for policy in c.after_baseline for g in c.groups):
-        after, before = (g.scores(c.split or "", each, metric) for each in (policy, c.baseline or ""))
-        paired = [np.array([after[t][s] - before[t][s] for s in after[t] if s in before[t]]) for t in after if t in before]
-        if test := decisions.paired_test(paired):
-            found.append(Gain(g, policy, metric, test))
-    return found
+    tested = ((g, policy, gain_test(c, g, policy, metric)) for policy in c.after_baseline for g in c.groups)
+    return [Gain(g, policy, metric, test) for g, policy, test in tested if test]
+
+
+def gain_test(c: RunComparison, g: RunGroup, policy: str, metric: str) -> Test | None:
+    """Of a policy over the baseline policy of its own run. Runs of one seed may share the baseline, so it is their mean that
+    counts, once for each seed."""
+    by_seed: dict[int, list[float]] = {}
+    for run in g.runs:
+        found = run.evaluation.splits.get(c.split or "", {})
+        after, before = (found.get(each, {}).get(metric) for each in (policy, c.baseline or ""))
+        if after and before:
+            by_seed.setdefault(run.seed, []).append(after.mean - before.mean)
+    return decisions.paired_test([np.array([np.mean(gains) for gains in by_seed.values()])])
 
 
 def pairs(c: RunComparison, baseline: str | None) -> list[tuple[RunGroup, RunGroup]]:
