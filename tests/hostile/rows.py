@@ -19,6 +19,7 @@ from hostile.clear import only_clear_errors
 from hostile.values import Damage, Edits, damaged, damages, edited, edits
 from lockstep.config.schema import parse
 from lockstep.data.files import NOUNS, Files
+from lockstep.runs.evaluation import option_example
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 
@@ -46,6 +47,12 @@ ROWS: tuple[dict[str, Any], ...] = (
     {"info": {"post": "Which?", "title": "Grass", "subreddit": "colours"}, "summaries": [{"text": "Green."}, {"text": "Loud."}],
      "choice": 0, "worker": "w"},
     {"text": "Grass is green."},
+    {"transcript": HH + " Green.", "task_description": "open a safe"},
+    {"context": "Grass is", "options": [" green.", " loud.", " a plant."], "answer": 0, "right": [0, 2], "group": "colours"},
+    {"sent_more": "Green people are loud.", "sent_less": "Red people are loud.", "bias_type": "colours"},
+    {"occupation(0)": "painter", "other-participant(1)": "buyer", "sentence": "The $OCCUPATION saw $POSS_PRONOUN $PARTICIPANT."},
+    {"Question": "What colour is grass?", "Best Answer": "Green", "Correct Answers": "Green; It is green",
+     "Incorrect Answers": "Red; It has none"},
 )  # fmt: skip
 """One row of each convention."""
 
@@ -104,7 +111,7 @@ def check(given: Input) -> None:
     with tempfile.TemporaryDirectory(dir=folders.WORK) as folder:
         file = Path(folder) / f"my.{form}"
         file.write_bytes(content if damage is None else damaged(content, damage))
-        for noun in NOUNS:
+        for noun in (*NOUNS, "tests"):
             with only_clear_errors(file.name, "data.", "lengths"):
                 encode(noun, file, on_bad_row)
 
@@ -112,14 +119,22 @@ def check(given: Input) -> None:
 def encode(noun: str, file: Path, on_bad_row: str) -> None:
     """Everything in a file as one block of tokens."""
     tokenizer, lengths = folders.tokenizer(), Lengths(128, 16, 16)
-    keys = {noun: [{"path": str(file)}], "heldout_fraction": 0.0, "on_bad_row": on_bad_row}
-    items = getattr(Files(parse(Files.Config, keys, "data")), noun)("train")
+    keys = {"heldout_fraction": 0.0, "on_bad_row": on_bad_row}
+    source = [{"path": str(file)}]
+    if noun == "tests":
+        items = Files(parse(Files.Config, {"tests": {"mine": source}, **keys}, "data")).tests()["mine"]
+    else:
+        items = getattr(Files(parse(Files.Config, {noun: source, **keys}, "data")), noun)("train")
     if noun == "goals":
         noun, items = "prompts", [goal.prompt() for goal in items]
     if noun == "prompts":
         examples = [Example(ids, [tokenizer.eos_id]) for ids in encoding.encode_prompts(tokenizer, items, lengths)[1]]
     elif noun == "demonstrations":
         examples = encoding.encode_demonstrations(tokenizer, items, lengths, every_turn=True)
+    elif noun == "tests":
+        assert all(len(set(item.options)) > 1 and item.answer in item.right for item in items)
+        examples = [option_example(tokenizer, item, option) for item in items for option in item.options]
+        lengths = Lengths(max(len(e.prompt) for e in examples), max(len(e.response) for e in examples), 16)
     elif noun == "comparisons":
         assert all(len(set(item.completions)) > 1 and len(set(item.ranks)) > 1 for item in items)
         examples = [example for several, _ in encoding.encode_comparisons(tokenizer, items, lengths) for example in several]
