@@ -187,7 +187,7 @@ def test_a_policy_takes_the_test_with_whole_options_and_no_padding(tokenizer):
     sums = {option: -sum(tokenizer.encode(option)) / 10 for option in (short, long)}
     data = Quizzed([Choice("w2 w3", (short, long), 0), Choice("", (long, short), 0), Choice("w1 " * 9, (short, long), 0)])
     evaluator = Evaluator(parse(EvaluationConfig, {}, "evaluation"), data, tokenizer, Scored(lambda r: 0), 0)
-    ((first, one), (second, two)) = evaluator.options(Unigram(), "mine", data.items)
+    ((first, one), (second, two)) = evaluator.options(Unigram(), "mine", evaluator.encoded_tests["mine"])
     assert one == pytest.approx([sums[short], sums[long]]) and two == pytest.approx([sums[long], sums[short]])
     assert evaluator.fits["mine items"].dropped == 1  # the third is longer than the policy's eight tokens
     found = evaluator.tests(Unigram())

@@ -139,6 +139,7 @@ class Questions(DataSource):
     def __init__(self, config: Any):
         self.config = config
         self.shelf = facts()
+        self.about = {subject: [fact for fact in self.shelf if fact.subject == subject] for subject in SUBJECTS}
         self._pool = functools.cache(self._facts)
 
     def demonstrations(self, split: str) -> Sequence[Demonstration]:
@@ -190,7 +191,7 @@ class Questions(DataSource):
 
     def _another_day(self, fact: Fact, dice: Dice) -> tuple[Fact, list[Fact]]:
         """The fact, and what there is about its subject, with other values."""
-        about = [each for each in self.shelf if each.subject == fact.subject]
+        about = self.about[fact.subject]
         day = [replace(each, value=dice.pick(CATEGORIES[each.relation.name])) for each in about]
         return day[about.index(fact)], day
 

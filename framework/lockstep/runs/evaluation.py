@@ -230,17 +230,26 @@ class Evaluator:
         by groups. Where items have several right options, also the mean probability of these; where they have two options, the
         mean entropy."""
         measures: dict[str, Measure] = {}
-        for name, items in self.data.tests().items():
+        for name, items in self.encoded_tests.items():
             if taken := self.options(policy, name, items):
                 measures |= results(name, taken)
         return measures
 
-    def options(self, policy: Policy, name: str, items: Sequence[Choice]) -> list[tuple[Choice, np.ndarray]]:
+    @cached_property
+    def encoded_tests(self) -> dict[str, list[tuple[Choice, list[Example]]]]:
+        """Each item of each test with its options as tokens, the same for all policies."""
+        return {
+            name: [(item, [option_example(self.tokenizer, item, option) for option in item.options]) for item in items]
+            for name, items in self.data.tests().items()
+        }
+
+    def options(
+        self, policy: Policy, name: str, items: Sequence[tuple[Choice, list[Example]]]
+    ) -> list[tuple[Choice, np.ndarray]]:
         """Each item with its options' log-probabilities. Items that are too long for the policy are left out."""
         fit = self.fits[f"{name} items"] = Fit(f"{name} items", total=len(items))
         taken, examples = [], []
-        for item in items:
-            found = [option_example(self.tokenizer, item, option) for option in item.options]
+        for item, found in items:
             if max(len(each.prompt) + len(each.response) for each in found) > policy.context_length:
                 fit.dropped += 1
                 continue

@@ -13,6 +13,8 @@ from starlette.responses import Response, StreamingResponse
 from lockstep.errors import DataError, LockstepError
 from lockstep.storage.files import dump_line
 from lockstep_studio.pages.visit import Visit, get, post
+from lockstep_studio.science import bradley_terry, rankings
+from lockstep_studio.science.bradley_terry import Game
 from lockstep_studio.settings import group_named
 from lockstep_studio.store import people, privacy, report, rounds
 from lockstep_studio.store.against import add_comparisons
@@ -24,6 +26,8 @@ DRAWS = 200
 MOST_USES, MOST_HOURS = 10_000, 24 * 365
 MOST_COMPARISONS = 20_000
 """Newest comparisons that agreement and strengths on the page are about."""
+MOST_JUDGED = 4_000
+"""Newest comparisons that agreement on ratings and on each flag is about: a bootstrap for each of them."""
 
 
 async def overview(visit: Visit) -> Response:
@@ -48,11 +52,12 @@ def _overview(studio: Studio, now: float) -> dict[str, Any]:
     studio.find_personal_data()
     reader = studio.database.reader
     comparisons = rounds.pending(reader)[-MOST_COMPARISONS:]
+    games = list(bradley_terry.games(comparisons))
     return {
         **_live(studio, now), "sources": report.sources(reader), "people": report.people(reader), "rounds": report.rounds(reader),
         "next": rounds.waiting(reader), "held": list(privacy.held_back(reader)), "groups": list(studio.settings.groups),
-        "agreement": _agreement(comparisons), "strengths": _strengths(comparisons),
-        "adjusted": _strengths(comparisons, ("side", "length")), "policies": list(studio.policies),
+        "agreement": _agreement(comparisons), "strengths": _strengths(games),
+        "adjusted": _strengths(games, bradley_terry.COVARIATES), "policies": list(studio.policies),
         "suggested": f"round-{len(report.rounds(reader)) + 1}", "link": None,
         "invitations": people.invitations(reader, now), "operators": report.operators(reader),
     }  # fmt: skip
@@ -61,13 +66,13 @@ def _overview(studio: Studio, now: float) -> dict[str, Any]:
 def _agreement(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of tasks that two people of a group labelled, on preferences, ratings and each flag: {"group", "what", "items", and "raw",
     "kappa", "alpha": [value, low, high]}."""
-    from lockstep_studio.science import rankings
-
     found: list[dict[str, Any]] = []
     own = [row for row in comparisons if not row["adjudicated"]]
-    for what in (rankings.PREFERENCES, rankings.RATINGS, *rankings.flag_names(own)) if own else ():
+    judged = own[-MOST_JUDGED:]
+    about = {rankings.PREFERENCES: own, **dict.fromkeys((rankings.RATINGS, *rankings.flag_names(judged)), judged)}
+    for what, rows in about.items() if own else ():
         try:
-            measured = rankings.by_group(own, what, draws=DRAWS)
+            measured = rankings.by_group(rows, what, draws=DRAWS)
         except DataError:
             continue
         found += [
@@ -77,12 +82,9 @@ def _agreement(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _strengths(comparisons: list[dict[str, Any]], covariates: Sequence[str] = ()) -> dict[str, Any]:
+def _strengths(games: Sequence[Game], covariates: Sequence[str] = ()) -> dict[str, Any]:
     """{policy: [value, low, high]}, Bradley-Terry log-odds, and those of the covariates, at whose equal values the strengths are;
     empty while they cannot be told."""
-    from lockstep_studio.science import bradley_terry
-
-    games = list(bradley_terry.games(comparisons))
     clustered = len({game.labeler for game in games}) > 1
     try:
         fit = bradley_terry.fit(games, covariates=covariates)

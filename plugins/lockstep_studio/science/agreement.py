@@ -75,11 +75,8 @@ class Labels:
     def counts(self) -> np.ndarray:
         """How often each unit got each value, float [units, C]; units with one label are zeros."""
         cells = self.unit * len(self.values) + self.code
-        counts = (
-            np.bincount(cells, minlength=len(self.task) * len(self.values))
-            .reshape(len(self.task), len(self.values))
-            .astype(float)
-        )
+        shape = len(self.task), len(self.values)
+        counts = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
         return counts * (counts.sum(axis=1, keepdims=True) >= 2)
 
     @cached_property

@@ -24,6 +24,7 @@ from lockstep.reporting.compare.claims import Claim
 from lockstep.reporting.compare.decisions import Correction
 from lockstep.reporting.compare.groups import RunComparison, group
 from lockstep.reporting.compare.tables import Table, all_tables, in_short, to_latex, to_markdown, to_rich
+from lockstep.reporting.compare.versus import Versus
 from lockstep.reporting.console import Terminal
 from lockstep.reporting.markdown import escaped
 
@@ -36,6 +37,8 @@ class CompareReport:
     claims: Sequence[Claim]
     tables: Mapping[str, Table]
     comparison: RunComparison
+    against: Sequence[Versus]
+    correction: Correction
     files: Sequence[Path]
 
 
@@ -77,7 +80,7 @@ def compare(
     files = [output / name for name in written]
     files += tidy.write(comparison, output)
     files += figures.for_papers(comparison, against, output, metrics)
-    return CompareReport(headline, found, built, comparison, files)
+    return CompareReport(headline, found, built, comparison, against, correction, files)
 
 
 def print_summary(report: CompareReport, console: Terminal | None = None, with_power: bool = False) -> None:
@@ -86,7 +89,8 @@ def print_summary(report: CompareReport, console: Terminal | None = None, with_p
     console.print(report.headline + "\n", style="bold")
     for problem in report.comparison.problems:
         console.print(problem, style="yellow")
-    for table in in_short(report.comparison, report.tables, with_power).values():
+    short = in_short(report.comparison, report.against, report.tables, report.correction, with_power)
+    for table in short.values():
         console.print(table.title, style="bold")
         console.print(to_rich(table))
     console.print(what_intervals_are_over(report.comparison))

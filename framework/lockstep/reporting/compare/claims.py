@@ -220,11 +220,14 @@ def _against(c: RunComparison, policy: str, metric: str) -> list[tuple[RunGroup,
     found: list[tuple[RunGroup, Found]] = []
     for g in c.groups:
         before, after = g.policy(c.split or "", c.baseline or "", metric), g.policy(c.split or "", policy, metric)
-        low, high = (0.5, 0.5) if metric == "win_rate" else (before.low, before.high) if before else (None, None)
-        test = versus.gain_test(c, g, policy, metric) if metric != "win_rate" else None
-        decided = test is None or test.p < decisions.LEVEL
-        if after and low is not None and high is not None:
-            found.append((g, "raises" if decided and after.low > high else "lowers" if decided and after.high < low else "open"))
+        test = None
+        if metric == "win_rate":
+            before = Estimate(0.5, 0.5, 0.5)
+        else:
+            test = versus.gain_test(c, g, policy, metric)
+        if before and after:
+            apart: Found = "raises" if after.low > before.high else "lowers" if after.high < before.low else "open"
+            found.append((g, apart if test is None or test.p < decisions.LEVEL else "open"))
     return found
 
 
@@ -244,10 +247,8 @@ def _where(c: RunComparison, groups: Sequence[RunGroup], policy: str, metric: st
 
 def _alone(c: RunComparison, metric: str) -> str:
     """Without a policy after the baseline: what the last one reaches."""
-    form, last = (
-        PERCENT if metric == "win_rate" else SCORE,
-        next(policy for policy in reversed(c.policies) if any(g.policy(c.split or "", policy, metric) for g in c.groups)),
-    )
+    form = PERCENT if metric == "win_rate" else SCORE
+    last = next(policy for policy in reversed(c.policies) if any(g.policy(c.split or "", policy, metric) for g in c.groups))
     found = [(g, each) for g in c.groups if (each := g.policy(c.split or "", last, metric))]
     if len(found) > MOST_NAMED:
         means = [each.mean for _, each in found]

@@ -67,9 +67,13 @@ def policy_dots(ax: Axes, c: RunComparison, split: str, metric: str, percent: bo
 def _wider_than_noise(ax: Axes, widths: Sequence[float]) -> None:
     """Widens the x axis until the widest interval takes at most a third of it: differences that are noise look small."""
     low, high = ax.get_xlim()
-    missing = 3 * max(widths, default=0.0) - (high - low)
-    if missing > 0:
-        ax.set_xlim(low - missing / 2, high + missing / 2)
+    ax.set_xlim(_spanning(low, high, 3 * max(widths, default=0.0)))
+
+
+def _spanning(low: float, high: float, least: float) -> tuple[float, float]:
+    """The limits of an axis, moved apart until they span the least."""
+    missing = max(0.0, least - (high - low))
+    return low - missing / 2, high + missing / 2
 
 
 def draw_dots(
@@ -94,9 +98,10 @@ def draw_dots(
 
 def draw_curves(ax: Axes, c: RunComparison, metric: str, stages: Sequence[str]) -> None:
     """Of several groups the first is drawn widest, so that one that coincides with a later one shows on both sides of it."""
-    for i, (g, colour) in enumerate(coloured(c)):
+    widths = np.linspace(1.3, 3.5, len(c.groups))[::-1]
+    for (g, colour), width in zip(coloured(c), widths, strict=True):
         for stage, line in zip(stages, styles(stages), strict=True):
-            draw_curve(ax, g, stage, metric, colour, line, width=1.3 + 2.2 * (len(c.groups) - 1 - i) / max(1, len(c.groups) - 1))
+            draw_curve(ax, g, stage, metric, colour, line, width=width)
     not_too_near(ax, 0.05)
 
 
@@ -116,9 +121,7 @@ def draw_curve(
 def not_too_near(ax: Axes, share: float) -> None:
     """Widens the y axis until it spans this share of its largest value, so that a flat curve looks flat."""
     low, high = ax.get_ylim()
-    missing = share * max(abs(low), abs(high)) - (high - low)
-    if missing > 0:
-        ax.set_ylim(low - missing / 2, high + missing / 2)
+    ax.set_ylim(_spanning(low, high, share * max(abs(low), abs(high))))
 
 
 def draw_point(ax: Axes, x: float, y: Estimate, colour: str) -> None:

@@ -190,25 +190,29 @@ def _seeds_row(g: RunGroup, split: str, policy: str, metrics: Sequence[str]) -> 
     return [g.label, *cells, ", ".join(map(str, seeds)) + tasks + alone] if seeds else None
 
 
-def against_baseline(c: RunComparison, found: Sequence[Versus], correction: Correction = "holm") -> Table:
-    """Seed by seed against the baseline group. A row names the seeds that are on both sides, and those that are not."""
-    tested = [v for v in found if v.test]
-    values = decisions.corrected([v.test.p for v in tested if v.test], correction)
-    p_values = {id(v): p for v, p in zip(tested, values, strict=True)}
+def against_baseline(
+    c: RunComparison, found: Sequence[Versus], correction: Correction = "holm", only: str | None = None
+) -> Table:
+    """Seed by seed against the baseline group. A row names the seeds that are on both sides, and those that are not. With
+    ``only`` the rows of one metric, whose p-values are still corrected for all."""
+    values = decisions.corrected([v.test.p for v in found if v.test], correction)
+    tested, left = len(values), iter(values)
+    p_values = [_p(next(left)) if v.test else "" for v in found]
     rows: list[list[str]] = []
     starts = set()
     block = None
-    for v in found:
+    for v, p in zip(found, p_values, strict=True):
+        if only not in (None, v.metric):
+            continue
         title, form = POLICY_METRICS[v.metric]
         if block != (block := (v.policy, v.metric)):
             starts.add(len(rows))
             rows.append([f"{v.policy}: {title.format(baseline=c.baseline)}", *[""] * 5])
         difference = show(v.difference, "+" + form) or "no seed on both sides"
         seeds = ", ".join(map(str, v.seeds)) + (f" (not paired: {'; '.join(v.unpaired)})" if v.unpaired else "")
-        p = _p(p_values[id(v)]) if id(v) in p_values else ""
         rows.append([*v.names, difference, _always(v.improvement, v.seeds), p, seeds])
     header = ["", "against", "difference, seed by seed", "probability of improvement", "p", "seeds"]
-    how = f": p {decisions.CORRECTIONS[correction]} over {len(tested)}" if len(tested) > 1 else ""
+    how = f": p {decisions.CORRECTIONS[correction]} over {tested}" if tested > 1 else ""
     return Table(f"Against the baseline{how}", header, rows, frozenset(starts))
 
 
@@ -242,26 +246,14 @@ def _always(e: Estimate, seeds: Sequence[int]) -> str:
     return f"{e.mean:.0%} [{e.low:.0%}, {e.high:.0%}]" if len(seeds) > 1 else f"{e.mean:.0%}"
 
 
-def in_short(c: RunComparison, every: Mapping[str, Table], with_power: bool) -> dict[str, Table]:
+def in_short(
+    c: RunComparison, against: Sequence[Versus], every: Mapping[str, Table], correction: Correction, with_power: bool
+) -> dict[str, Table]:
     """For a terminal: of policies and cost only the main rows, of differences those of the headline's metric."""
     short = {"policies": policies_in_short(c), "cost": cost_in_short(c)}
-    if "against" in every:
-        short["against"] = _of_metric(every["against"], headline_metric(c), c)
+    short["against"] = against_baseline(c, against, correction, only=headline_metric(c) or "gold")
     on_the_page = ("seeds", "best_of", "judges", *(() if with_power else ("power",)))
     return {name: table for name in every if name not in on_the_page and (table := short.get(name, every[name])).rows}
-
-
-def _of_metric(against: Table, metric: str | None, c: RunComparison) -> Table:
-    """Its blocks about this metric, with p-values that are corrected for all."""
-    title = POLICY_METRICS[metric or "gold"][0].format(baseline=c.baseline)
-    rows: list[Sequence[str]] = []
-    starts, inside = set(), False
-    for i, row in enumerate(against.rows):
-        if i in against.headings:
-            inside = row[0].endswith(f": {title}")
-            starts |= {len(rows)} if inside else set()
-        rows += [row] if inside else []
-    return dataclasses.replace(against, rows=rows, headings=frozenset(starts))
 
 
 def warnings(c: RunComparison) -> Table:
