@@ -30,6 +30,7 @@ from hostile.areas import AREAS, attempt  # noqa: E402
 from lockstep.errors import LockstepError  # noqa: E402
 
 BATCH = settings(max_examples=100, phases=(Phase.generate,))
+FEWEST = 50  # inputs tried however short the time
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def hunt(name: str, minutes: float, report: Path) -> None:
     end = time.monotonic() + 60 * minutes
 
     def check(given: Any) -> None:
-        if time.monotonic() > end:
+        if found["tried"] >= FEWEST and time.monotonic() > end:
             return
         found["last"] = repr(given)
         report.write_text(json.dumps(found), encoding="utf-8")  # before: it may be the last
@@ -82,7 +83,7 @@ def hunt(name: str, minutes: float, report: Path) -> None:
             found["failures"][place(error)] = [count + 1, shortest, trace]
         found["tried"] += 1
 
-    while time.monotonic() < end:
+    while found["tried"] < FEWEST or time.monotonic() < end:
         attempt(replace(AREAS[name], check=check), BATCH)
     report.write_text(json.dumps(found), encoding="utf-8")
 

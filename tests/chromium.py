@@ -60,8 +60,9 @@ class Chromium:
         return found["result"].get("value")
 
     def wait(self, condition: str, seconds: float = 20) -> None:
+        """Also until htmx has taken hold of what it put in: until then a click is lost."""
         until = time.time() + seconds
-        while not self.run(f"!!(document.body && ({condition}))"):
+        while not self.run(f"!!(document.body && !document.querySelector('.htmx-added') && ({condition}))"):
             assert time.time() < until, f"{condition}: {self.run('document.body.innerText')[:500]}"
             time.sleep(0.05)
 
