@@ -7,21 +7,24 @@ r"""Every attacker against every defender, over seeds, and what each ablation co
     lockstep run -m experiment=hardening seed=0,1,2,3,4 backend=torch,jax novelty=0 hydra.launcher.parallel=2
     python benchmarks/hardening.py runs/hardening --output benchmarks/hardening
 
-Numbers are means over seeds with Student's 95% interval; a run is one seed. The first table has what changed since PPO, run by
-run and over all runs, as each starts from its own level.
+What was measured goes into `records.csv`, a row a measure, in place of what an earlier run of the same arm, backend and seed left
+there: forty runs need not be at hand at once. `matrix.md` is made of all records. Numbers are means over seeds with Student's 95%
+interval; a run is one seed. The first table has what changed since PPO, run by run and over all runs, as each starts from its own
+level.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+import csv
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from methods import Mean
 
 from lockstep.reporting.compare.reading import read
-from lockstep.reporting.compare.records import Run
 
 ABLATIONS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "without twins": lambda config: config.get("attack.twins") is False,
@@ -30,57 +33,99 @@ ABLATIONS: dict[str, Callable[[dict[str, Any]], bool]] = {
 }
 SHOWN = (("helped", "attacks"), ("refused", "twins"), ("gold", "all"))
 """Of a judge or gold, the splits that it is shown on."""
+COLUMNS = ("arm", "backend", "seed", "split", "policy", "metric", "mean")
 
 
-def arm(run: Run) -> str:
-    """What the run leaves out, and its backend."""
-    left_out = [name for name, has in ABLATIONS.items() if has(dict(run.config))]
-    return f"{' and '.join(left_out) or 'whole'}, {run.backend['name']}"
+@dataclass(frozen=True)
+class Record:
+    """What one run measured: `splits[split][policy][metric]`, means over prompts."""
+
+    arm: str
+    backend: str
+    seed: int
+    splits: dict[str, dict[str, dict[str, float]]]
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.arm, self.backend, self.seed
 
 
-def table(runs: Sequence[Run], metric: str, kind: str) -> Iterator[str]:
+def measured(folders: Sequence[Path]) -> Iterator[Record]:
+    """Of the runs that are complete."""
+    metrics = [metric for metric, _ in SHOWN]
+    for run in read(folders).runs:
+        if run.evaluation.splits:
+            left_out = " and ".join(name for name, has in ABLATIONS.items() if has(dict(run.config))) or "whole"
+            splits = {
+                split: {policy: {metric: found[metric].mean for metric in metrics} for policy, found in policies.items()}
+                for split, policies in run.evaluation.splits.items()
+            }
+            yield Record(left_out, run.backend["name"], run.seed, splits)
+
+
+def recorded(file: Path) -> Iterator[Record]:
+    found: dict[tuple[str, str, int], Record] = {}
+    if file.exists():
+        with file.open(encoding="utf-8", newline="") as rows:
+            for row in csv.DictReader(rows):
+                key = row["arm"], row["backend"], int(row["seed"])
+                record = found.setdefault(key, Record(*key, {}))
+                record.splits.setdefault(row["split"], {}).setdefault(row["policy"], {})[row["metric"]] = float(row["mean"])
+    yield from found.values()
+
+
+def store(records: Iterable[Record], file: Path) -> None:
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        rows = csv.writer(stream, lineterminator="\n")
+        rows.writerow(COLUMNS)
+        for record in records:
+            for split, policies in record.splits.items():
+                for policy, found in policies.items():
+                    rows.writerows((*record.key, split, policy, metric, f"{mean:.6g}") for metric, mean in found.items())
+
+
+def table(records: Sequence[Record], metric: str, kind: str) -> Iterator[str]:
     """Policies across, splits down."""
-    splits = runs[0].evaluation.splits
+    splits = records[0].splits
     policies = list(next(iter(splits.values())))
-    yield "| " + " | ".join((f"{metric}, {len(runs)} seeds", *policies)) + " |"
+    yield "| " + " | ".join((f"{metric}, {len(records)} seeds", *policies)) + " |"
     yield "|" + "---|" * (len(policies) + 1)
     for split in splits:
         twins = split.endswith("_twins")
         if kind == "all" or twins == (kind == "twins") or (kind == "twins" and split == "heldout"):
-            cells = [[run.evaluation.splits[split][policy][metric].mean for run in runs] for policy in policies]
+            cells = [[each.splits[split][policy][metric] for each in records] for policy in policies]
             yield "| " + " | ".join((f"`{split}`", *(str(Mean.of(values)) for values in cells))) + " |"
     yield ""
 
 
-def changes(runs: Sequence[Run]) -> Iterator[str]:
+def changes(records: Sequence[Record]) -> Iterator[str]:
     """Of each run: before hardening and after each round, success on disguises that nobody trained on and on the first round's
     attacks, refusals of harmless twins (the mean over all of them), gold on ordinary prompts."""
-    policies = [p for p in runs[0].evaluation.splits["heldout"] if p == BEFORE or p.startswith("defender")]
+    policies = [p for p in records[0].splits["heldout"] if p == BEFORE or p.startswith("defender")]
     yield (
         "| run | " + " | ".join(f"{name}: {' → '.join(['PPO', *map(str, range(1, len(policies)))])}" for name in MEASURES) + " |"
     )
     yield "|" + "---|" * (len(MEASURES) + 1)
-    for run in sorted(runs, key=lambda run: (run.backend["name"], run.seed)):
-        cells = [" → ".join(f"{measure(run, p):.2f}" for p in policies) for measure in MEASURES.values()]
-        yield f"| {run.backend['name']}, seed {run.seed} | " + " | ".join(cells) + " |"
+    for record in records:
+        cells = [" → ".join(f"{measure(record, p):.2f}" for p in policies) for measure in MEASURES.values()]
+        yield f"| {record.backend}, seed {record.seed} | " + " | ".join(cells) + " |"
     last = policies[-1]
-    means = [Mean.of([measure(run, last) - measure(run, BEFORE) for run in runs]) for measure in MEASURES.values()]
-    yield f"| change of {len(runs)} runs | " + " | ".join(map(str, means)) + " |"
+    means = [Mean.of([measure(each, last) - measure(each, BEFORE) for each in records]) for measure in MEASURES.values()]
+    yield f"| change of {len(records)} runs | " + " | ".join(map(str, means)) + " |"
     yield ""
 
 
-def of(split: str, metric: str) -> Callable[[Run, str], float]:
-    return lambda run, policy: run.evaluation.splits[split][policy][metric].mean
+def of(split: str, metric: str) -> Callable[[Record, str], float]:
+    return lambda record, policy: record.splits[split][policy][metric]
 
 
-def refused_twins(run: Run, policy: str) -> float:
-    splits = run.evaluation.splits
-    twins = [found[policy]["refused"].mean for name, found in splits.items() if name.endswith("_twins")]
+def refused_twins(record: Record, policy: str) -> float:
+    twins = [found[policy]["refused"] for name, found in record.splits.items() if name.endswith("_twins")]
     return sum(twins) / len(twins) if twins else float("nan")
 
 
 BEFORE = "ppo"
-MEASURES: dict[str, Callable[[Run, str], float]] = {
+MEASURES: dict[str, Callable[[Record, str], float]] = {
     "success, unseen disguises": of("adversarial", "helped"),
     "success, first attacks": of("attacks_1", "helped"),
     "twins refused": refused_twins,
@@ -93,21 +138,24 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    arms: dict[str, list[Run]] = {}
-    for run in read(arguments.runs).runs:
-        if run.evaluation.splits:
-            arms.setdefault(arm(run), []).append(run)
-    by_ablation: dict[str, list[Run]] = {}
-    for name, runs in arms.items():
-        by_ablation.setdefault(name.partition(",")[0], []).extend(runs)
-    lines = [line for name, runs in by_ablation.items() for line in (f"## {name}, since PPO", "", *changes(runs))]
-    lines += [line for name, runs in arms.items() for line in (f"## {name}", "", *of_arm(runs))]
     arguments.output.mkdir(parents=True, exist_ok=True)
+    file = arguments.output / "records.csv"
+    records = sorted({each.key: each for each in (*recorded(file), *measured(arguments.runs))}.values(), key=order)
+    store(records, file)
+    lines = [
+        line
+        for arm in dict.fromkeys(each.arm for each in records)
+        for line in (f"## {arm}, since PPO", "", *changes([each for each in records if each.arm == arm]))
+    ]
+    for arm, backend in dict.fromkeys((each.arm, each.backend) for each in records):
+        same = [each for each in records if (each.arm, each.backend) == (arm, backend)]
+        lines += [f"## {arm}, {backend}", "", *(line for metric, kind in SHOWN for line in table(same, metric, kind))]
     (arguments.output / "matrix.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def of_arm(runs: Sequence[Run]) -> list[str]:
-    return [line for metric, kind in SHOWN for line in table(runs, metric, kind)]
+def order(record: Record) -> tuple[bool, str, str, int]:
+    """The whole first."""
+    return record.arm != "whole", *record.key
 
 
 if __name__ == "__main__":
