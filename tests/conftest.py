@@ -35,7 +35,8 @@ FAST_COMPILATION = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}"
+# Four devices, for those tests that use several.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION} --xla_force_host_platform_device_count=4"
 
 # Each of pytest's workers has a core of its own. Two threads in each of two workers are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -21,11 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from lockstep.learning.randomness import hash32
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import Architecture, Rope, family_of
 from lockstep_jax.device import JaxDevice
+from lockstep_jax.mesh import rows
 from lockstep_jax.products import PRODUCTS, product, transposed
 
 Tree = Any
@@ -42,6 +44,7 @@ class NetworkSpec:
     platform: str
     precision: str
     gradient_checkpointing: bool | None
+    mesh: Mesh | None
     language_head: bool
     scalar_head: bool
     adapter: Adapter | None = None
@@ -53,7 +56,7 @@ class NetworkSpec:
     def on(cls, backend: JaxDevice, architecture: Architecture, **parts: Any) -> NetworkSpec:
         """With the settings of this backend."""
         c = backend.config
-        return cls(architecture, backend.device.platform, c.precision, c.gradient_checkpointing, **parts)
+        return cls(architecture, backend.device.platform, c.precision, c.gradient_checkpointing, backend.mesh, **parts)
 
     def bind(self, params: Tree, frozen: Tree) -> DecoderNetwork:
         """The modules with these parameters; ``frozen`` are the untrained ones, empty without an adapter."""
@@ -181,7 +184,7 @@ class DecoderNetwork(nnx.Module):
     def __init__(self, spec: NetworkSpec, rngs: nnx.Rngs):
         a = self.architecture = spec.architecture
         self.dtype, self.platform = jnp.dtype(spec.precision), spec.platform
-        self.gradient_checkpointing = spec.gradient_checkpointing
+        self.gradient_checkpointing, self.mesh = spec.gradient_checkpointing, spec.mesh
         self.embed_tokens = nnx.Embed(a.vocab_size, a.hidden_size, rngs=rngs)
         learned = a.positions == "learned"
         self.embed_positions = nnx.Embed(a.context_length, a.hidden_size, rngs=rngs) if learned else None
@@ -208,7 +211,7 @@ class DecoderNetwork(nnx.Module):
             def run(x: Array, weights: Any) -> Array:
                 drop = dropout and (lambda y, part: dropout(y, 2 * number + part, position[:, -y.shape[1] :]))
                 chosen = pick(rotations, rope), pick(views, window)
-                return nnx.merge(graph, weights)(x, *chosen, drop=drop, first=first)[0]
+                return rows(self.mesh, nnx.merge(graph, weights)(x, *chosen, drop=drop, first=first)[0])
 
             number, rope, window, weights = layer
             return jax.checkpoint(run, prevent_cse=False, policy=kept)(x, weights)
@@ -233,9 +236,9 @@ class DecoderNetwork(nnx.Module):
     ) -> tuple[Array, Cache]:
         """Hidden state [B, d] of the last column, and a cache with room for ``new_tokens`` more. ``past``: keys and values of the
         first columns, from `recalled`."""
-        a, (rows, length) = self.architecture, tokens.shape
+        a, (count, length) = self.architecture, tokens.shape
         known = past[0][0].shape[2] if past else 0
-        shape = rows, a.kv_heads, length - known + new_tokens, a.head_dim
+        shape = count, a.kv_heads, length - known + new_tokens, a.head_dim
         room = jnp.zeros(shape, attention_dtype(self.dtype, self.platform))
         kept = jax.tree.map(lambda part: jnp.concatenate([part, room], axis=2), past) if past else [(room, room)] * a.layers
         position = positions(mask)[:, known:]
@@ -263,6 +266,7 @@ class DecoderNetwork(nnx.Module):
             rope, window = at(number, (kinds.rope_of_layer, kinds.window_of_layer))
             start = first if number == len(layers) - 1 else 0
             x, cache = layer(x, pick(rotations, rope), pick(views, window), (*cache, column), first=start)
+            x, cache = rows(self.mesh, (x, cache))
             filled.append(cache)
         return self.norm(x[:, -1]), filled
 
@@ -279,7 +283,7 @@ class DecoderNetwork(nnx.Module):
         x = self.embed_tokens(jnp.where(mask, tokens, 0))
         if self.architecture.scaled_embedding:
             x = x * np.float32(self.architecture.hidden_size**0.5)
-        return x if self.embed_positions is None else x + self.embed_positions(position)
+        return rows(self.mesh, x if self.embed_positions is None else x + self.embed_positions(position))
 
     def rotations(self, position: Array) -> tuple[Any, ...]:
         """The rotations that layers choose from: cos and sin [B, 1, L, dims / 2] of each kind, or None for all layers."""
@@ -355,14 +359,14 @@ def attention_dtype(dtype: Any, platform: str) -> Any:
 def attend(a: Architecture, q: Array, k: Array, v: Array, visible: Array) -> Array:
     """q [B, H, L, hd], k and v [B, H_kv, columns, hd] -> [B, L, H hd]; matmul results and softmax in float32. The mask is a large
     negative number, not -inf, so a padded row that sees nothing stays finite."""
-    rows, _, length, _ = q.shape
+    count, _, length, _ = q.shape
     scale = (a.head_dim if a.query_scalar is None else a.query_scalar) ** -0.5
-    groups = q.reshape(rows, a.kv_heads, -1, length, a.head_dim)
+    groups = q.reshape(count, a.kv_heads, -1, length, a.head_dim)
     products = jnp.einsum("bhgld,bhkd->bhglk", groups, k, preferred_element_type=jnp.float32)
     products = jnp.where(visible[:, :, None], softcap(scale * products, a.attention_softcap), 0.7 * jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(products, axis=-1).astype(v.dtype)
     out = jnp.einsum("bhglk,bhkd->bhgld", weights, v).reshape(q.shape)
-    return out.swapaxes(1, 2).reshape(rows, length, -1)
+    return out.swapaxes(1, 2).reshape(count, length, -1)
 
 
 def softcap(x: Array, cap: float | None) -> Array:
@@ -382,12 +386,12 @@ class Linear(nnx.Module):
         self.lora_B = nnx.Param(jnp.zeros((adapter.rank, outputs))) if adapter else None
 
     def __call__(self, x: Array, leader: Linear | None = None) -> Array:
-        rows = x.reshape(-1, x.shape[-1])
-        out = product(self.dtype, self.platform, rows, self.kernel[...])
+        flat = x.reshape(-1, x.shape[-1])
+        out = product(self.dtype, self.platform, flat, self.kernel[...])
         out = out if self.bias is None else out + self.bias
         if self.adapter is not None:
             down = self.lora_A if self.lora_A is not None else leader.lora_A
-            low = product(self.dtype, self.platform, rows, down[...])
+            low = product(self.dtype, self.platform, flat, down[...])
             out = out + self.adapter.scale * product(self.dtype, self.platform, low, self.lora_B[...])
         return out.reshape(*x.shape[:-1], -1)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -14,6 +15,8 @@ from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, listing
 from lockstep.interfaces import Backend
 from lockstep.storage.files import expanded
+from lockstep_jax import mesh
+from lockstep_jax.mesh import MeshConfig
 
 
 class JaxDevice(Backend):
@@ -29,6 +32,7 @@ class JaxDevice(Backend):
             "pass. Otherwise matmul inputs and results are kept, and only operations between them are recomputed. Null: "
             "in networks of more than `lockstep_jax.decoder.SHALLOW` layers.",
         )
+        mesh: MeshConfig = field(default_factory=MeshConfig)
         compilation_cache: str | None = setting("~/.cache/lockstep/jax", "Where compiled programs are kept; null: nowhere.")
 
     name = "jax"
@@ -36,7 +40,8 @@ class JaxDevice(Backend):
     def __init__(self, config: Config):
         self.config = config
         _one_heap()  # before the device has threads, each with its own heap
-        self.device = _device(config.device)
+        devices = _devices(config)
+        self.device, self.mesh = devices[0], mesh.made(config.mesh, devices)
         self.trunks: dict[str, Any] = {}
         """Frozen parameters that adapters share, with their architecture, by checkpoint path."""
         _keep_compiled_programs(config.compilation_cache)
@@ -45,20 +50,26 @@ class JaxDevice(Backend):
         jax.config.update("jax_default_matmul_precision", "highest" if exact else None)
 
     def describe(self) -> dict[str, str]:
-        return {"jax": jax.__version__, "device": self.device.device_kind, "precision": self.config.precision}
+        facts = {"jax": jax.__version__, "device": self.device.device_kind, "precision": self.config.precision}
+        return facts if self.mesh is None else facts | {"mesh": mesh.described(self.mesh)}
 
     def peak_memory_bytes(self) -> int | None:
-        statistics = None if self.device.platform == "cpu" else self.device.memory_stats()
-        return statistics["peak_bytes_in_use"] if statistics else None
+        devices = [self.device] if self.mesh is None else self.mesh.devices.flat
+        statistics = [] if self.device.platform == "cpu" else [device.memory_stats() for device in devices]
+        return max((each["peak_bytes_in_use"] for each in statistics if each), default=None)
 
     def put(self, tree: Any) -> Any:
         """Host arrays on the device, never as views of host memory: learners donate their buffers to XLA."""
-        return jax.device_put(tree, self.device, may_alias=False)
+        return jax.device_put(tree, self.device, may_alias=False) if self.mesh is None else mesh.put(self.mesh, tree)
 
 
-def _device(name: str) -> jax.Device:
+def _devices(config: JaxDevice.Config) -> list[jax.Device]:
+    name, count = config.device, config.mesh.least
+    if count > 1:
+        with contextlib.suppress(RuntimeError):  # JAX has its devices already
+            jax.config.update("jax_num_cpu_devices", count)  # a CPU stands in for as many devices as are asked for
     try:
-        return jax.devices(None if name == "auto" else name)[0]
+        return jax.devices(None if name == "auto" else name)
     except RuntimeError as error:
         here = {"cpu"} | {device.platform for device in jax.devices()}
         raise ConfigError(

@@ -16,6 +16,7 @@ from jax import Array
 
 from lockstep.learning import randomness
 from lockstep_jax.decoder import Cache, Layers, NetworkSpec, Tree
+from lockstep_jax.mesh import gathered, whole
 
 
 class DecodeState(NamedTuple):
@@ -51,7 +52,7 @@ def generate(
     """See `lockstep.interfaces.Policy.generate`. Tokens, mask and logprobs, each [B, T]; and the keys and values."""
     decoding = Decoding(params, frozen, drawing, spec, greedy)
     last = decoding.until(drawing.seeds.shape[1], decoding.start(prompt_tokens, prompt_mask, past))
-    return (last.tokens, last.mask, last.logprobs), last.cache.layers
+    return whole(spec.mesh, (last.tokens, last.mask, last.logprobs)), last.cache.layers
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "greedy"))
@@ -78,7 +79,8 @@ class Decoding:
     """The parts of the programs above, while they are traced."""
 
     def __init__(self, params: Tree, frozen: Tree, drawing: Drawing, spec: NetworkSpec, greedy: bool):
-        self.decoder = spec.bind(spec.cast(params), spec.cast(frozen))
+        params, frozen = (gathered(spec.mesh, spec.cast(tree)) for tree in (params, frozen))
+        self.decoder = spec.bind(params, frozen)
         self.layers, self.head = self.decoder.apart(), self.decoder.head().astype(self.decoder.dtype)
         self.drawing, self.greedy = drawing, greedy
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import ForwardPass, Learner, Loss, Metrics, Term, suppliers, take_pass
@@ -22,6 +23,7 @@ from lockstep.storage.weights import read_tensors, write_tensors
 from lockstep.text.sequences import Sequences
 from lockstep_jax.decoder import DropoutMask, NetworkSpec, Tree
 from lockstep_jax.device import JaxDevice, keep_freed_memory, scheduling
+from lockstep_jax.mesh import divided
 from lockstep_jax.model import Block, JaxModel, forward
 from lockstep_jax.parameters import from_arrays, to_arrays
 
@@ -98,7 +100,7 @@ class JaxLearner(Learner):
             states, metrics = _learn(*given, configs=configs, **self._static(terms[0]))
         else:
             gradients, metrics = self._backward(terms)
-            states, norms = _step(self._states(), gradients, rates, configs=configs)
+            states, norms = _step(self._states(), gradients, rates, configs=configs, mesh=self.backend.mesh)
             metrics |= norms
         self._take(states)
         self.steps += 1
@@ -220,7 +222,12 @@ def _gradients(
         value, metrics = loss(jnp, _outputs(params, frozen, block, temperature, dropout, roles), batch)
         return value, {"loss": value, **metrics}
 
-    return jax.grad(objective, has_aux=True)(params)
+    gradients, metrics = jax.grad(objective, has_aux=True)(params)
+    return divided(_mesh(roles), gradients), metrics
+
+
+def _mesh(roles: Roles) -> Mesh | None:
+    return roles[0][1].mesh
 
 
 def _outputs(
@@ -264,13 +271,14 @@ def _add(total: Tree, more: Tree) -> Tree:
     return jax.tree.map(jnp.add, total, more)
 
 
-@functools.partial(jax.jit, static_argnames="configs", donate_argnames="states")
+@functools.partial(jax.jit, static_argnames=("configs", "mesh"), donate_argnames="states")
 def _step(
-    states: dict[str, State], gradients: dict[str, Tree], rates: dict[str, Rates], *, configs: Configs
+    states: dict[str, State], gradients: dict[str, Tree], rates: dict[str, Rates], *, configs: Configs, mesh: Mesh | None
 ) -> tuple[dict[str, State], dict[str, Array]]:
     """One optimizer step of every model. Also returns the gradient norms."""
     norms = {name: optax.tree.norm(gradients[name]) for name, _ in configs}
     stepped = {name: _adam(config, states[name], gradients[name], norms[name], rates[name]) for name, config in configs}
+    stepped = {name: State(*(divided(mesh, tree) for tree in state)) for name, state in stepped.items()}
     return stepped, {f"grad_norm/{name}": norm for name, norm in norms.items()}
 
 
@@ -283,7 +291,7 @@ def _learn(
     params = {name: state.parameters for name, state in states.items()}
     # Call the function, not the program: a program inside another takes no compiler options.
     gradients, metrics = _gradients.__wrapped__(params, frozen, block, batch, temperature, dropout, roles=roles, loss=loss)
-    states, norms = _step(states, gradients, rates, configs=configs)
+    states, norms = _step(states, gradients, rates, configs=configs, mesh=_mesh(roles))
     return states, metrics | norms
 
 

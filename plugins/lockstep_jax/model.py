@@ -24,6 +24,7 @@ from lockstep.text.sequences import Sequences
 from lockstep_jax.decoder import TEACHER, DecoderNetwork, DropoutMask, NetworkSpec, Tree, recalled
 from lockstep_jax.device import JaxDevice
 from lockstep_jax.generation import Drawing, generate, proceed, start
+from lockstep_jax.mesh import row_parts, rows, whole
 from lockstep_jax.parameters import from_arrays, to_arrays
 
 LOGITS_AT_ONCE = 2**26
@@ -72,9 +73,9 @@ def forward(
     if "values" in outputs:
         out["values"] = decoder.score(states)
     if "scores" in outputs:
-        last = block.response_mask.sum(axis=1)
-        out["scores"] = decoder.score(hidden[jnp.arange(len(hidden)), last])
-    return {name: out[name] for name in outputs}
+        last = block.response_mask.sum(axis=1)[:, None, None]
+        out["scores"] = decoder.score(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+    return whole(spec.mesh, {name: out[name] for name in outputs})
 
 
 def of_distribution(
@@ -92,7 +93,7 @@ def of_distribution(
             out["entropy"] = normaliser - (jnp.exp(logits - normaliser[..., None]) * logits).sum(-1)
         return out
 
-    return in_pieces(some, (states, tokens), decoder.architecture.vocab_size)
+    return in_pieces(some, (states, tokens), decoder)
 
 
 def from_teacher(
@@ -106,26 +107,27 @@ def from_teacher(
         other = jax.lax.stop_gradient(jax.nn.log_softmax(teacher.logits(piece[1], their_head) / temperature))
         return losses.divergence(jnp, own, other, beta)
 
-    return in_pieces(some, (states, theirs), decoder.architecture.vocab_size)
+    return in_pieces(some, (states, theirs), decoder)
 
 
-def in_pieces(some: Callable[[Any], Any], inputs: tuple[Array, ...], vocab_size: int) -> Any:
+def in_pieces(some: Callable[[Any], Any], inputs: tuple[Array, ...], decoder: DecoderNetwork) -> Any:
     """``some`` of inputs [B, T, ...], which gives [B, T] each by way of logits. If [B, T, V] is large, it never exists in full: a
-    few positions at a time are computed, and recomputed for the gradient (Chen et al. 2016)."""
-    shape = inputs[0].shape[:2]
-    size, at_once = shape[0] * shape[1], max(1, LOGITS_AT_ONCE // vocab_size)
-    if size <= at_once:
+    few columns at a time are computed, and recomputed for the gradient (Chen et al. 2016)."""
+    count, length = inputs[0].shape[:2]
+    own_rows = -(-count // row_parts(decoder.mesh))
+    at_once = max(1, LOGITS_AT_ONCE // decoder.architecture.vocab_size // own_rows)
+    if length <= at_once:
         return some(inputs)
-    pieces = -(-size // at_once)
-    at_once = -(-size // pieces)
+    pieces = -(-length // at_once)
+    at_once = -(-length // pieces)
 
     def cut(x: Array) -> Array:
-        flat = x.reshape(size, *x.shape[2:])
-        padded = jnp.pad(flat, [(0, pieces * at_once - size), *[(0, 0)] * (flat.ndim - 1)])
-        return padded.reshape(pieces, at_once, *flat.shape[1:])
+        padded = jnp.pad(x, [(0, 0), (0, pieces * at_once - length), *[(0, 0)] * (x.ndim - 2)])
+        return padded.reshape(count, pieces, at_once, *x.shape[2:]).swapaxes(0, 1)
 
-    found = jax.lax.map(jax.checkpoint(some), tuple(map(cut, inputs)))
-    return jax.tree.map(lambda part: part.reshape(-1)[:size].reshape(shape), found)
+    again = jax.checkpoint(lambda piece: some(rows(decoder.mesh, piece)))
+    found = jax.lax.map(again, tuple(map(cut, inputs)))
+    return jax.tree.map(lambda part: part.swapaxes(0, 1).reshape(count, -1)[:, :length], found)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "outputs"))

@@ -1,0 +1,127 @@
+"""Several devices that act as one (GSPMD; Xu et al. 2021). Parameters are divided among them by a rule for each leaf, rows by their
+place in the batch. What is [batch, time] is whole where it enters a program and where it leaves it, so that losses and algorithms
+know nothing of it. Without a mesh every function here returns what it was given.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lockstep.config.schema import setting
+from lockstep.errors import ConfigError
+
+Tree = Any
+"""Nested dicts of arrays."""
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+"""The axes that rows are divided over: each device has a part of the parameters and a part of the rows (ZeRO-3; Rajbhandari et
+al. 2020)."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices there are along each axis; one may be -1: as many as are left."""
+
+    data: int = setting(1, "Copies of the parameters; each has a part of the rows.", least=-1, most=2**20)
+    fsdp: int = setting(1, "Parts of parameters, gradients and moments; of rows too.", least=-1, most=2**20)
+    tensor: int = setting(1, "Parts of each matmul: columns, then rows (Shoeybi et al. 2019).", least=-1, most=2**20)
+
+    @property
+    def least(self) -> int:
+        """The fewest devices that it needs."""
+        return math.prod(size for size in astuple(self) if size > 0)
+
+    def shape(self, devices: int) -> tuple[int, ...]:
+        """Without -1.
+
+        Raises:
+          ConfigError: that many devices are not there, or they do not divide.
+        """
+        given = astuple(self)
+        if 0 in given or given.count(-1) > 1:
+            raise ConfigError("backend.mesh: an axis is a number from 1; one of them may be -1, for all devices that are left.")
+        if self.least > devices or (-1 in given and devices % self.least):
+            axes = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, given, strict=True) if size != 1)
+            raise ConfigError(f"backend.mesh: {axes} does not fit: there are {devices} devices here, and the axes are multiplied.")
+        return tuple(devices // self.least if size == -1 else size for size in given)
+
+
+def made(config: MeshConfig, devices: list[jax.Device]) -> Mesh | None:
+    """A mesh of the first of these devices; None if that is one."""
+    shape = config.shape(len(devices))
+    count = math.prod(shape)
+    if count == 1:
+        return None
+    return Mesh(np.array(devices[:count]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def described(mesh: Mesh) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+
+
+def put(mesh: Mesh, tree: Tree) -> Tree:
+    """Host arrays as divided parameters, never as views of host memory."""
+    return jax.device_put(tree, _shardings(mesh, tree, ("fsdp", "tensor")), may_alias=False)
+
+
+def divided(mesh: Mesh | None, tree: Tree) -> Tree:
+    """In a program: parameters, or what has their shape, as `put` divides them."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _shardings(mesh, tree, ("fsdp", "tensor")))
+
+
+def gathered(mesh: Mesh | None, tree: Tree) -> Tree:
+    """In a program: parameters divided along the tensor axis only. Before a loop over tokens, which would otherwise gather them
+    for each token."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _shardings(mesh, tree, ("tensor",)))
+
+
+def rows(mesh: Mesh | None, tree: Tree) -> Tree:
+    """In a program: arrays [B, ...] with their rows divided. Left to itself, XLA gives every device all rows."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P(ROWS)))
+
+
+def row_parts(mesh: Mesh | None) -> int:
+    """Devices that rows are divided among."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def whole(mesh: Mesh | None, tree: Tree) -> Tree:
+    """In a program: the same on every device."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
+
+
+def _shardings(mesh: Mesh, tree: Tree, axes: tuple[str, ...]) -> Tree:
+    return jax.tree_util.tree_map_with_path(lambda path, array: _sharding(mesh, path, np.shape(array), axes), tree)
+
+
+def _sharding(mesh: Mesh, path: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> NamedSharding:
+    """An axis that does not divide a dimension leaves it whole."""
+    wanted = [axis if axis in axes else None for axis in _rule([str(getattr(key, "key", key)) for key in path])]
+    wanted = [None] * (len(shape) - len(wanted)) + wanted  # layers have one more axis, in front
+    fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(wanted, shape, strict=True)]
+    return NamedSharding(mesh, P(*fitting))
+
+
+COLUMNS, SUMS = ("fsdp", "tensor"), ("tensor", "fsdp")
+"""The axes of a kernel [inputs, outputs]: of one whose outputs are divided among devices, and of one that sums over them."""
+
+
+def _rule(path: list[str]) -> tuple[str | None, ...]:
+    """The axes of the last dimensions of a parameter. Vectors are whole."""
+    *_, module, leaf = ["", *path]
+    inputs, outputs = SUMS if module in ("o_proj", "down_proj") else COLUMNS
+    kinds = {
+        "embedding": ("tensor", "fsdp"),
+        "kernel": (inputs, outputs),
+        "lora_A": (inputs, None),
+        "lora_B": (None, outputs),
+    }
+    return kinds.get(leaf, ())
