@@ -25,6 +25,8 @@ from lockstep.types import Candidates, Choice, Comparison, Demonstration, Fit, G
 
 if TYPE_CHECKING:
     from lockstep.learning.optimisation import OptimizerConfig
+    from lockstep.models.blueprint import Blueprint
+    from lockstep.planning.rehearsal import Call
     from lockstep.text.sequences import Sequences
     from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 
@@ -175,6 +177,18 @@ class Policy(Model, Component):
           CheckpointError: the files are damaged or do not fit each other.
         """
         return None
+
+    @classmethod
+    def blueprint(cls, config: Any, vocab_size: int) -> Blueprint:
+        """For `lockstep plan`: the network that `create` would make, without weights.
+
+        Args:
+          vocab_size: of the tokenizer.
+
+        Raises:
+          LockstepError: it is not known.
+        """
+        raise ConfigError(f"{cls.__name__} cannot be planned: it has no `blueprint`.")
 
     @classmethod
     def opens(cls, folder: Path) -> bool:
@@ -464,6 +478,42 @@ class Backend(ABC, Component):
     @abstractmethod
     def peak_memory_bytes(self) -> int | None:
         """Most memory in use on the accelerator so far; None where the backend runs in host memory."""
+
+    @classmethod
+    def planner(cls, config: Any, topology: str | None) -> Planner:
+        """For `lockstep plan`: what its programs need, on the devices here or on those of a ``topology`` such as 'v5e:4x4'.
+
+        Raises:
+          ConfigError: it cannot tell, or not for this topology.
+        """
+        raise ConfigError(f"backend={cls.name} cannot be planned: it has no `planner`.")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Of one call, on one device.
+
+    temporary: bytes beside the weights and moments of all models, at the worst moment.
+    collectives: how many of each kind; those in a loop over layers or tokens count once.
+    """
+
+    temporary: int
+    collectives: Mapping[str, int] = field(default_factory=dict)
+
+
+class Planner(Protocol):
+    """
+    devices, kind: how many there are, and what each is: 'cpu', 'v5e', or the name its maker gives it.
+    parts: that parameters are divided into.
+    rows: parts that rows are divided into.
+    """
+
+    devices: int
+    kind: str
+    parts: int
+    rows: int
+
+    def measure(self, call: Call) -> Need: ...
 
 
 # ----------------------------------------------------------------------------------------------------- reward models

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lockstep.interfaces import Learner, Model
+from lockstep.interfaces import Learner, Model, Planner
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep_jax.device import JaxDevice
 
@@ -14,3 +14,9 @@ class JaxBackend(JaxDevice):
         from lockstep_jax.learner import JaxLearner  # its import asks XLA for options, which needs an initialised device
 
         return JaxLearner(self, models, optimizers)
+
+    @classmethod
+    def planner(cls, config: JaxDevice.Config, topology: str | None) -> Planner:
+        from lockstep_jax.plan import JaxPlanner
+
+        return JaxPlanner(config, topology)

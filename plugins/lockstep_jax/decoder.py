@@ -27,7 +27,7 @@ from lockstep.learning.randomness import hash32
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import Architecture, Rope, family_of
 from lockstep_jax.device import JaxDevice
-from lockstep_jax.mesh import rows
+from lockstep_jax.mesh import heads, rows
 from lockstep_jax.products import PRODUCTS, product, transposed
 
 Tree = Any
@@ -266,7 +266,7 @@ class DecoderNetwork(nnx.Module):
             rope, window = at(number, (kinds.rope_of_layer, kinds.window_of_layer))
             start = first if number == len(layers) - 1 else 0
             x, cache = layer(x, pick(rotations, rope), pick(views, window), (*cache, column), first=start)
-            x, cache = rows(self.mesh, (x, cache))
+            x, cache = rows(self.mesh, x), heads(self.mesh, cache)
             filled.append(cache)
         return self.norm(x[:, -1]), filled
 

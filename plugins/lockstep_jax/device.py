@@ -40,14 +40,12 @@ class JaxDevice(Backend):
     def __init__(self, config: Config):
         self.config = config
         _one_heap()  # before the device has threads, each with its own heap
-        devices = _devices(config)
+        devices = devices_of(config)
         self.device, self.mesh = devices[0], mesh.made(config.mesh, devices)
         self.trunks: dict[str, Any] = {}
         """Frozen parameters that adapters share, with their architecture, by checkpoint path."""
         _keep_compiled_programs(config.compilation_cache)
-        # Accelerators multiply float32 in TF32 or bfloat16 by default, which is not what the user asked for.
-        exact = config.precision == "float32" and self.device.platform != "cpu"
-        jax.config.update("jax_default_matmul_precision", "highest" if exact else None)
+        jax.config.update("jax_default_matmul_precision", matmuls(config.precision, self.device.platform))
 
     def describe(self) -> dict[str, str]:
         facts = {"jax": jax.__version__, "device": self.device.device_kind, "precision": self.config.precision}
@@ -63,7 +61,12 @@ class JaxDevice(Backend):
         return jax.device_put(tree, self.device, may_alias=False) if self.mesh is None else mesh.put(self.mesh, tree)
 
 
-def _devices(config: JaxDevice.Config) -> list[jax.Device]:
+def matmuls(precision: str, platform: str) -> str | None:
+    """Accelerators multiply float32 in TF32 or bfloat16 by default, which is not what the user asked for."""
+    return "highest" if precision == "float32" and platform != "cpu" else None
+
+
+def devices_of(config: JaxDevice.Config) -> list[jax.Device]:
     name, count = config.device, config.mesh.least
     if count > 1:
         with contextlib.suppress(RuntimeError):  # JAX has its devices already

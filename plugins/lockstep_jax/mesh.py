@@ -1,6 +1,6 @@
-"""Several devices that act as one (GSPMD; Xu et al. 2021). Parameters are divided among them by a rule for each leaf, rows by their
-place in the batch. What is [batch, time] is whole where it enters a program and where it leaves it, so that losses and algorithms
-know nothing of it. Without a mesh every function here returns what it was given.
+"""Several devices that act as one (GSPMD; Xu et al. 2021). Parameters are divided among them by a rule for each leaf, rows by
+their place in the batch. What is [batch, time] is whole where it enters a program and where it leaves it, so that losses and
+algorithms know nothing of it. Without a mesh every function here returns what it was given.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class MeshConfig:
             raise ConfigError("backend.mesh: an axis is a number from 1; one of them may be -1, for all devices that are left.")
         if self.least > devices or (-1 in given and devices % self.least):
             axes = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, given, strict=True) if size != 1)
-            raise ConfigError(f"backend.mesh: {axes} does not fit: there are {devices} devices here, and the axes are multiplied.")
+            raise ConfigError(f"backend.mesh: {axes} does not fit: there are {devices} devices here, and axes are multiplied.")
         return tuple(devices // self.least if size == -1 else size for size in given)
 
 
@@ -69,23 +69,29 @@ def described(mesh: Mesh) -> str:
 
 def put(mesh: Mesh, tree: Tree) -> Tree:
     """Host arrays as divided parameters, never as views of host memory."""
-    return jax.device_put(tree, _shardings(mesh, tree, ("fsdp", "tensor")), may_alias=False)
+    return jax.device_put(tree, shardings(mesh, tree), may_alias=False)
 
 
 def divided(mesh: Mesh | None, tree: Tree) -> Tree:
     """In a program: parameters, or what has their shape, as `put` divides them."""
-    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _shardings(mesh, tree, ("fsdp", "tensor")))
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
 
 
 def gathered(mesh: Mesh | None, tree: Tree) -> Tree:
     """In a program: parameters divided along the tensor axis only. Before a loop over tokens, which would otherwise gather them
     for each token."""
-    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _shardings(mesh, tree, ("tensor",)))
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, shardings(mesh, tree, ("tensor",)))
 
 
 def rows(mesh: Mesh | None, tree: Tree) -> Tree:
     """In a program: arrays [B, ...] with their rows divided. Left to itself, XLA gives every device all rows."""
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P(ROWS)))
+
+
+def heads(mesh: Mesh | None, tree: Tree) -> Tree:
+    """In a program: arrays [B, heads, ...] with rows divided, and heads as the kernels before them divide them."""
+    unsaid = P(ROWS, P.UNCONSTRAINED)
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, unsaid))
 
 
 def row_parts(mesh: Mesh | None) -> int:
@@ -98,7 +104,8 @@ def whole(mesh: Mesh | None, tree: Tree) -> Tree:
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
 
 
-def _shardings(mesh: Mesh, tree: Tree, axes: tuple[str, ...]) -> Tree:
+def shardings(mesh: Mesh, tree: Tree, axes: tuple[str, ...] = ("fsdp", "tensor")) -> Tree:
+    """Of each leaf, divided along no other axes than these."""
     return jax.tree_util.tree_map_with_path(lambda path, array: _sharding(mesh, path, np.shape(array), axes), tree)
 
 

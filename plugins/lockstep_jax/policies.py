@@ -19,6 +19,7 @@ from lockstep.models.architecture import (
     initial_parameters,
     linear_layers,
 )
+from lockstep.models.blueprint import Blueprint
 from lockstep.models.checkpoint import CheckpointConfig, FromCheckpoint, is_adapter, read_decoder
 from lockstep.text.tokenizer import Tokenizer
 from lockstep_jax.decoder import NetworkSpec, Tree
@@ -45,6 +46,10 @@ class Decoder(Checkpoint):
     """A small modern decoder with fresh weights, the same in every backend."""
 
     Config = SmallDecoderConfig
+
+    @classmethod
+    def blueprint(cls, config: SmallDecoderConfig, vocab_size: int) -> Blueprint:
+        return Blueprint(config.architecture(vocab_size))
 
     @classmethod
     def create(cls, config: SmallDecoderConfig, backend: JaxDevice, tokenizer: Tokenizer, seed: int) -> Decoder:

@@ -24,6 +24,7 @@ from lockstep.models.architecture import (
     is_small_decoder,
     refuse_tensors,
 )
+from lockstep.models.blueprint import Blueprint
 from lockstep.models.checkpoint import Checkpoint, CheckpointConfig, FromCheckpoint, is_adapter, open_checkpoint, read_decoder
 from lockstep.storage.weights import read_weights
 from lockstep.text.tokenizer import Tokenizer
@@ -39,6 +40,10 @@ class Decoder(LanguageModel):
     """A small modern decoder with fresh weights, the same in every backend."""
 
     Config = SmallDecoderConfig
+
+    @classmethod
+    def blueprint(cls, config: SmallDecoderConfig, vocab_size: int) -> Blueprint:
+        return Blueprint(config.architecture(vocab_size))
 
     @classmethod
     def create(cls, config: SmallDecoderConfig, backend: TorchDevice, tokenizer: Tokenizer, seed: int) -> Decoder:

@@ -25,7 +25,8 @@ import numpy as np
 from lockstep.config.schema import setting
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
 from lockstep.learning import randomness
-from lockstep.models.architecture import classifier_class, language_head, usual_name
+from lockstep.models.architecture import classifier_class, family_of, language_head, linear_layers, usual_name
+from lockstep.models.blueprint import Blueprint
 from lockstep.models.checkpoint import ADAPTER_CONFIG, CheckpointConfig, check_files
 from lockstep.storage.files import read_object, replace, write_json
 from lockstep.storage.weights import check_finite, read_tensors, read_weights, write_tensors
@@ -78,6 +79,11 @@ class LoRAConfig(CheckpointConfig):
     def __post_init__(self) -> None:
         if not self.targets:
             raise ConfigError("policy.targets is empty, so there is nothing to train. Name at least one linear layer.")
+
+    def blueprint(self) -> Blueprint:
+        whole = super().blueprint()
+        layers = linear_layers(whole.architecture)
+        return dataclasses.replace(whole, adapter=self.adapter(layers, conv1d=family_of(whole.architecture).naming.transposed))
 
     def adapter(self, layers: Iterable[str], *, conv1d: bool) -> Adapter:
         """For a checkpoint whose linear layers have these names.

@@ -34,6 +34,7 @@ from lockstep.models.architecture import (
     usual_names,
     usual_tensors,
 )
+from lockstep.models.blueprint import Blueprint
 from lockstep.storage.files import read_object
 from lockstep.storage.sources import fetch_folder
 from lockstep.storage.weights import EXPONENTS, Stored, check_stored_finite, read_weights, stored_weights
@@ -54,6 +55,14 @@ class CheckpointConfig:
     path: str = setting(REQUIRED, "The checkpoint: a folder, a GGUF file or a hub id.")
     tokenizer: TokenizerConfig = setting(TokenizerConfig(), "Keys that are null take the checkpoint's own.")
 
+    def blueprint(self) -> Blueprint:
+        """Of its config.json alone; weights need not be there.
+
+        Raises:
+          CheckpointError: there is none, or of a family without a record.
+        """
+        return Blueprint(from_hf(read_config(fetch_folder(self.path))))
+
 
 class FromCheckpoint:
     """For a `lockstep.interfaces.Policy` whose ``Config`` has at least the keys of `CheckpointConfig`."""
@@ -72,6 +81,11 @@ class FromCheckpoint:
     @classmethod
     def survey(cls, config: Any) -> int | None:
         return survey(config.path, any_family=cls.any_family)
+
+    @classmethod
+    def blueprint(cls, config: Any, vocab_size: int) -> Blueprint:
+        made: Blueprint = config.blueprint()
+        return made
 
 
 @dataclass(frozen=True)
@@ -160,6 +174,15 @@ def read_decoder(path: Path | str, *, scalar: bool = False) -> tuple[Architectur
     found.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))  # transformers' classifiers have none
     wanted = scalar_shapes(architecture) if scalar else parameter_shapes(architecture)
     return architecture, {name: found[name] for name in wanted}
+
+
+def is_known(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of a family with a record."""
+    try:
+        from_hf(config)
+    except CheckpointError:
+        return False
+    return True
 
 
 def is_adapter(folder: Path) -> bool:

@@ -1,0 +1,93 @@
+"""lockstep plan [overrides]: what a run will need on each device, before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import rich.table
+
+from lockstep.planning.machines import GIB, MACHINES
+
+HELP = "memory per device and time per step of a run, before it starts"
+OVERRIDES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--topology", help="devices that are not here: v5e:4x4, v5p:2x2x1 (JAX, with libtpu)")
+    parser.add_argument("--machine", choices=("cpu", *MACHINES), help="what each device is; default: what is here")
+    parser.add_argument("--price", type=float, help="of one device for an hour, in any currency")
+
+
+def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from lockstep.config.compose import compose
+    from lockstep.planning.machines import machine
+    from lockstep.planning.plan import Rehearsed, planned, rehearsed
+    from lockstep.reporting.console import Console
+    from lockstep.runs.experiment import Experiment
+
+    console = Console()
+    experiment = Experiment(compose(overrides))
+    stages = list(rehearsed(experiment))  # first: libtpu takes the signal that templates are stopped by
+    backend, config = experiment.backend
+    planner, bfloat16 = backend.planner(config, arguments.topology), getattr(config, "precision", None) == "bfloat16"
+    kind = arguments.machine or planner.kind
+    has = machine(kind)
+    many = f"{planner.devices} x {kind}" if planner.devices > 1 else kind
+    console.say(
+        f"{experiment.backend_name} on {many}, {has.memory / GIB:.0f} GiB each. Every program is compiled, which takes a while."
+    )
+    for stage in stages:
+        if isinstance(stage, Rehearsed):
+            found = planned(stage, planner, has, bfloat16)
+            console.out.print(table(found))
+            console.say(advice(found, has.memory) + time(found, planner.devices, arguments.price) + "\n")
+        else:
+            console.say(f"{stage[0]}: {stage[1]}.\n")
+
+
+def table(plan) -> rich.table.Table:  # type: ignore[no-untyped-def]  # imported late
+    shown = rich.table.Table(title=f"stage {plan.name}, on each device", title_justify="left", box=None, pad_edge=False)
+    for column, side in (("", "left"), ("GiB", "right"), ("times a step", "right"), ("collectives in the program", "left")):
+        shown.add_column(column, justify=side)
+    for part, size in plan.lasting.items():
+        shown.add_row(part, gib(size), "", "")
+    for name, (times, need) in plan.needs.items():
+        moves = ", ".join(f"{count} {kind}" for kind, count in need.collectives.items())
+        shown.add_row(f"temporary: {name}", gib(need.temporary), str(times), moves)
+    shown.add_row("at the worst moment", gib(plan.memory), "", "")
+    return shown
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.3f}" if size < GIB else f"{size / GIB:.2f}"
+
+
+def advice(plan, memory: float) -> str:  # type: ignore[no-untyped-def]
+    """Whether it fits, and what to change where it does not."""
+    if plan.memory < 0.9 * memory:
+        return f"It fits: {plan.memory / memory:.0%} of the memory."
+    lasting = sum(plan.lasting.values())
+    if lasting > 0.9 * memory:
+        return (
+            f"It does not fit: weights and moments alone take {lasting / memory:.0%} of the memory. Raise backend.mesh.fsdp, or "
+            "train adapters: policy=lora."
+        )
+    return (
+        f"It does not fit: {plan.memory / memory:.0%} of the memory, most of it for '{plan.worst}'. Lower "
+        "algorithm.micro_batch_size, set backend.gradient_checkpointing=true, or raise backend.mesh.fsdp."
+    )
+
+
+def time(plan, devices: int, price: float | None) -> str:  # type: ignore[no-untyped-def]
+    best, worst = plan.seconds
+    least, most = (seconds * plan.steps for seconds in plan.seconds)
+    cost = "" if price is None else " and {:.2f} to {:.2f}".format(*(devices * price * each / 3600 for each in (least, most)))
+    return f" A step takes {short(best)} to {short(worst)}; {plan.steps} steps {short(least)} to {short(most)}{cost}."
+
+
+def short(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{1000 * seconds:.2g} ms"

@@ -1,0 +1,75 @@
+"""Bytes and FLOPs by arithmetic: what holds on every backend.
+
+Weights and Adam's moments are float32. A matmul of [m, k] and [k, n] is 2 m k n FLOPs; a gradient takes twice those of its
+forward pass (Kaplan et al. 2020, section 2.1). Attention is counted in full, as a kernel without skipping does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from lockstep.models.blueprint import Blueprint
+from lockstep.planning.rehearsal import Call, Rehearsal, Shape
+
+FLOAT32 = 4
+
+
+def lasting(rehearsal: Rehearsal) -> dict[str, int]:
+    """Bytes that last from step to step, of all devices together: {part: bytes}."""
+    trained = [model.blueprint for learner in rehearsal.learners for model in learner.models.values()]
+    averaged = [
+        model.blueprint
+        for learner in rehearsal.learners
+        for name, model in learner.models.items()
+        if learner.optimizers[name].ema_decay is not None
+    ]
+    alive = [model.blueprint for model in rehearsal.alive()]
+    trunks = {b.adapter.base: b.frozen for b in alive if b.adapter is not None}
+    found = {
+        "weights, trained": FLOAT32 * sum(b.trained for b in trained),
+        "weights, other": FLOAT32 * (sum(b.trained for b in alive) - sum(b.trained for b in trained) + sum(trunks.values())),
+        "moments": 2 * FLOAT32 * sum(b.trained for b in trained),
+        "average": FLOAT32 * sum(b.trained for b in averaged),
+    }
+    return {part: size for part, size in found.items() if size}
+
+
+def flops(call: Call) -> float:
+    """Of all devices together."""
+    if call.kind == "update":
+        return sum(_of_update(call.models, part.shape, part.outputs, part.passed) for part in call.terms)
+    if call.kind == "generate":
+        return sum(_generated(b, call.shape) for b in call.models.values())
+    reads = call.reads or dict.fromkeys(call.models, call.outputs)
+    return sum(forward(call.models[name], call.shape, outputs) for name, outputs in reads.items())
+
+
+def forward(blueprint: Blueprint, shape: Shape, outputs: Iterable[str]) -> float:
+    b, a = blueprint, blueprint.architecture
+    tokens = shape.rows * shape.columns
+    attention = 4 * a.layers * a.heads * a.head_dim * tokens * shape.columns
+    of_logits = bool({"logprobs", "entropy", "divergence"} & set(outputs))
+    head = 2 * a.vocab_size * a.hidden_size * shape.rows * shape.response * of_logits
+    taught = forward(b.teacher, shape, ("logprobs",)) if b.teacher and "divergence" in outputs else 0.0
+    return 2.0 * b.multiplied * tokens + attention + head + taught
+
+
+def _of_update(models: Mapping[str, Blueprint], shape: Shape, outputs: Mapping[str, Iterable[str]], passed: bool) -> float:
+    return sum((2 if passed else 3) * forward(models[name], shape, wanted) for name, wanted in outputs.items())
+
+
+def _generated(b: Blueprint, shape: Shape) -> float:
+    a = b.architecture
+    prompt = Shape(shape.rows, shape.prompt, 0)
+    head = 2 * a.vocab_size * a.hidden_size * shape.rows * shape.response
+    seen = shape.response * (shape.prompt + shape.response / 2)
+    attention = 4 * a.layers * a.heads * a.head_dim * shape.rows * seen
+    return forward(b, prompt, ()) + 2.0 * b.multiplied * shape.rows * shape.response + attention + head
+
+
+def read_per_token(b: Blueprint, shape: Shape, itemsize: int) -> float:
+    """Bytes that drawing one token of every row reads: the weights once, and the keys and values of half of the response."""
+    a = b.architecture
+    weights = b.multiplied + a.vocab_size * a.hidden_size
+    cache = 2 * a.layers * a.kv_heads * a.head_dim * shape.rows * (shape.prompt + shape.response / 2)
+    return itemsize * (weights + cache)

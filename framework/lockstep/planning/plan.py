@@ -1,0 +1,169 @@
+"""The training stages of an experiment, rehearsed: what each needs on each device, and how long a step takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lockstep.errors import ConfigError
+from lockstep.interfaces import Backend, Classifier, Environment, Need, Planner, Policy, RewardModel, ScalarModel
+from lockstep.models.architecture import from_hf
+from lockstep.models.blueprint import Blueprint
+from lockstep.models.checkpoint import CONFIG, is_known, read_config
+from lockstep.planning import parts
+from lockstep.planning.machines import Machine
+from lockstep.planning.rehearsal import Call, Noise, Rehearsal
+from lockstep.registry import registry
+from lockstep.runs.assembly import Assembly, load_own_tokenizer
+from lockstep.runs.experiment import Experiment, component_config
+from lockstep.runs.stages import NEW, Stage
+from lockstep.storage.records import MADE_BY
+from lockstep.text.tokenizer import Tokenizer
+
+COMPUTE, BANDWIDTH = (0.2, 0.6), (0.3, 0.8)
+"""Shares of the maker's figures that programs reach: from poor to good ones. `benchmarks/speed` has ours."""
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """
+    Args:
+      lasting: {part: bytes}, of all devices together.
+      calls: the distinct calls of the first two steps, and how often a usual step makes each; the first measures held-out data too.
+      steps: of the stage.
+    """
+
+    name: str
+    lasting: Mapping[str, int]
+    calls: Sequence[tuple[Call, int]]
+    steps: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """
+    Args:
+      lasting: {part: bytes}, of one device.
+      needs: {call: (how often a usual step makes it, what it needs)}.
+      seconds: of a step, at best and at worst.
+      steps: of the stage.
+    """
+
+    name: str
+    lasting: Mapping[str, int]
+    needs: Mapping[str, tuple[int, Need]]
+    seconds: tuple[float, float]
+    steps: int
+
+    @property
+    def worst(self) -> str:
+        """The call with the most temporary memory."""
+        return max(self.needs, key=lambda name: self.needs[name][1].temporary)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of one device, at the worst moment."""
+        return sum(self.lasting.values()) + self.needs[self.worst][1].temporary
+
+
+def rehearsed(experiment: Experiment) -> Iterator[Rehearsed | tuple[str, str]]:
+    """Each stage; or its name and why it cannot be planned."""
+    for stage in experiment.stages.values():
+        if stage.kind != "train":
+            yield stage.name, "only stages that train are planned"
+        elif missing := experiment.collected(stage):
+            yield stage.name, f"known once {', '.join(missing)} is done"
+        else:
+            yield _rehearsed(experiment, stage)
+
+
+def _rehearsed(experiment: Experiment, stage: Stage) -> Rehearsed:
+    assembly = Planned(experiment)
+    algorithm, calls = assembly.algorithm(stage), assembly.rehearsal.calls
+    for step in range(min(2, algorithm.total_steps)):
+        before = len(calls)
+        algorithm.step(step)
+    usual = calls[before:]
+    distinct = [call for i, call in enumerate(calls) if call not in calls[:i]]
+    lasting = parts.lasting(assembly.rehearsal)
+    return Rehearsed(stage.name, lasting, [(call, usual.count(call)) for call in distinct], algorithm.total_steps)
+
+
+def planned(stage: Rehearsed, planner: Planner, machine: Machine, bfloat16: bool) -> StagePlan:
+    needs: dict[str, tuple[int, Need]] = {}
+    for call, times in stage.calls:
+        number = 1 + sum(name.startswith(call.name) for name in needs)
+        needs[f"{call.name} ({number})" if number > 1 else call.name] = times, planner.measure(call)
+    lasting = {part: size // planner.parts for part, size in stage.lasting.items()}
+    bounds = [(times, duration(call, planner, machine, bfloat16)) for call, times in stage.calls]
+    least, most = (sum(times * each[end] for times, each in bounds) for end in (0, 1))
+    return StagePlan(stage.name, lasting, needs, (least, most), stage.steps)
+
+
+def duration(call: Call, planner: Planner, machine: Machine, bfloat16: bool) -> tuple[float, float]:
+    """Seconds of a call, at best and at worst: its arithmetic; drawing tokens also reads all weights for each."""
+    rate = planner.devices * (machine.bfloat16 if bfloat16 else machine.float32)
+    arithmetic = parts.flops(call) / rate
+    reading = 0.0
+    if call.kind == "generate":
+        (blueprint,) = call.models.values()
+        shape = dataclasses.replace(call.shape, rows=-(-call.shape.rows // planner.rows))
+        tensor = planner.devices // planner.rows
+        per_token = parts.read_per_token(blueprint, shape, 2 if bfloat16 else parts.FLOAT32) / tensor
+        reading = call.shape.response * per_token / machine.bandwidth
+    (low, high), (slow, fast) = COMPUTE, BANDWIDTH
+    return max(arithmetic / high, reading / fast), max(arithmetic / low, reading / slow)
+
+
+class Planned(Assembly):
+    """Models are shapes; reward models without a network of their own, and environments, are left out."""
+
+    def __init__(self, experiment: Experiment):
+        super().__init__(experiment, {})
+        self.rehearsal = Rehearsal(experiment.backend_name)
+
+    @property
+    def backend(self) -> Backend:  # type: ignore[override]
+        return self.rehearsal
+
+    def policy(self, source: str) -> Policy:
+        return self.rehearsal.policy(self._blueprint(source), source)
+
+    def other_policy(self, source: str) -> tuple[Policy, Tokenizer]:
+        inside = source == NEW or source in self.experiment.stages
+        return self.policy(source), self.tokenizer if inside else load_own_tokenizer(self._source_folder(source))
+
+    def kind(self, source: str) -> Literal["stage", "decoder", "encoder"]:
+        folder = self._source_folder(source) if source not in self.experiment.stages else None
+        if folder is None or (folder / MADE_BY).exists():
+            return "stage"
+        return "decoder" if (folder / CONFIG).exists() and is_known(read_config(folder)) else "encoder"
+
+    def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
+        policy, tokenizer = self.other_policy(source)
+        model: Any = policy.scalar_model(None)  # type: ignore[arg-type]  # a head without numbers
+        model.name = source
+        return model, tokenizer
+
+    def classifier(self, source: str) -> Classifier:
+        raise ConfigError(f"'{source}' is an encoder, whose memory cannot be planned.")
+
+    def reward_model(self, stage: Stage, group: Mapping[str, Any] | None = None) -> RewardModel | None:
+        if (group := group or stage.reward_model) is None:
+            return None
+        cls = registry().resolve("reward_model", group["name"], self.experiment.backend_name)
+        inputs = cls.inputs(component_config(cls, dict(group), "reward_model"))
+        return super().reward_model(stage, group) if inputs.outputs or inputs.members else Noise()
+
+    def environment(self, stage: Stage) -> Environment | None:
+        return None
+
+    def _blueprint(self, source: str) -> Blueprint:
+        if source == NEW or source in self.experiment.stages:
+            cls, config = self.experiment.policy
+            blueprint: Blueprint = cls.blueprint(config, self.tokenizer.vocab_size)
+            return blueprint
+        return Blueprint(from_hf(read_config(Path(self._source_folder(source)))))

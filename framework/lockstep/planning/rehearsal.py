@@ -1,0 +1,252 @@
+"""A backend of shapes: models without weights, which note what they are asked for.
+
+A step of an algorithm on it makes the calls of a real step, with the shapes of a real one: prompts are real, every response runs
+to its limit, scores are noise. The calls are then what a plan is about.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import array_api_compat.numpy as xp
+import numpy as np
+
+from lockstep.interfaces import (
+    Backend,
+    Dropout,
+    ForwardPass,
+    Generated,
+    Learner,
+    Loss,
+    Metrics,
+    Model,
+    Past,
+    Policy,
+    Responses,
+    RewardModel,
+    ScalarModel,
+    Term,
+    check_vocabularies,
+    suppliers,
+)
+from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.models.blueprint import Blueprint
+from lockstep.text.sequences import Sequences
+from lockstep.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a batch: rows, columns of prompts and of responses, whether examples share rows."""
+
+    rows: int
+    prompt: int
+    response: int
+    packed: bool = False
+
+    @classmethod
+    def of(cls, sequences: Sequences) -> Shape:
+        return cls(sequences.rows, sequences.prompt_length, sequences.mask.shape[1], sequences.segments is not None)
+
+    @property
+    def columns(self) -> int:
+        return self.prompt + self.response
+
+
+@dataclass(frozen=True)
+class Part:
+    """One term of an update: what the loss reads of each model, and the arrays of its batch by name: (shape, dtype).
+
+    passed: whether its forward pass was made before the update and kept."""
+
+    shape: Shape
+    outputs: Mapping[str, tuple[str, ...]]
+    loss: Loss
+    batch: Mapping[str, tuple[tuple[int, ...], str]]
+    dropout: bool
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a model or of a learner.
+
+    models: {name: what it is}; of an update, all that the learner trains.
+    outputs: of an evaluation.
+    reads: of a forward pass, what comes from each model.
+    terms, optimizers: of an update.
+    """
+
+    kind: Literal["generate", "evaluate", "forward", "update"]
+    models: Mapping[str, Blueprint]
+    shape: Shape
+    outputs: tuple[str, ...] = ()
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    terms: tuple[Part, ...] = ()
+    optimizers: Mapping[str, OptimizerConfig] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {', '.join(self.models)}"
+
+
+class Rehearsal(Backend):
+    """Makes models without weights. ``calls`` are all so far, in order; ``alive`` are the models that somebody holds."""
+
+    def __init__(self, name: str):
+        self.name = name  # type: ignore[misc]  # each stands in for another
+        self.calls: list[Call] = []
+        self.models: weakref.WeakSet[ShapeOnly] = weakref.WeakSet()
+        self.learners: list[ShapeLearner] = []
+
+    def policy(self, blueprint: Blueprint, name: str) -> ShapePolicy:
+        return ShapePolicy(blueprint, self, name)
+
+    def learner(self, models: Mapping[str, Model], optimizers: Mapping[str, OptimizerConfig]) -> Learner:
+        self.learners.append(ShapeLearner(self, models, optimizers))  # type: ignore[arg-type]  # made here
+        return self.learners[-1]
+
+    def alive(self) -> list[ShapeOnly]:
+        gc.collect()
+        return sorted(self.models, key=lambda model: model.number)
+
+    def describe(self) -> dict[str, str]:
+        return {}
+
+    def peak_memory_bytes(self) -> int | None:
+        return None
+
+
+class ShapeOnly(Model):
+    """A model without weights."""
+
+    def __init__(self, blueprint: Blueprint, backend: Rehearsal, name: str):
+        self.blueprint, self.backend, self.name, self.number = blueprint, backend, name, len(backend.models)
+        a = blueprint.architecture
+        self.vocab_size, self.hidden_size, self.context_length = a.vocab_size, a.hidden_size, a.context_length
+        backend.models.add(self)
+
+    @property
+    def supplies(self) -> frozenset[str]:  # type: ignore[override]
+        b = self.blueprint
+        of_tokens = {"logprobs", "entropy"} if b.language_head else {"scores"}
+        more = {"values": b.scalar_head, "divergence": b.teacher is not None}
+        return frozenset(of_tokens | {name for name, there in more.items() if there})
+
+    def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
+        self.backend.calls.append(Call("evaluate", {self.name: self.blueprint}, Shape.of(sequences), tuple(outputs)))
+        return zeros(sequences, outputs)
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def copy(self) -> Self:
+        return type(self)(self.blueprint, self.backend, self.name)
+
+    def save(self, folder: Path) -> None:
+        raise NotImplementedError
+
+
+class ShapePolicy(ShapeOnly, Policy):
+    @classmethod
+    def create(cls, config: Any, backend: Backend, tokenizer: Tokenizer, seed: int) -> Policy:
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, folder: Path, backend: Backend) -> Policy:
+        raise NotImplementedError
+
+    @classmethod
+    def load_scalar(cls, folder: Path, backend: Backend) -> ScalarModel:
+        raise NotImplementedError
+
+    def generate(
+        self, prompt_tokens: np.ndarray, prompt_mask: np.ndarray, seeds: np.ndarray, *, temperature: float,
+        stop_ids: Sequence[int], pad_id: int, past: Past | None = None,
+    ) -> Generated:  # fmt: skip
+        rows, length = seeds.shape
+        self.backend.calls.append(Call("generate", {self.name: self.blueprint}, Shape(rows, prompt_tokens.shape[1], length)))
+        words = np.setdiff1d(np.arange(self.vocab_size, dtype=np.int32), [*stop_ids, pad_id])
+        return Generated(words[seeds % len(words)], np.ones(seeds.shape, bool), np.zeros(seeds.shape, np.float32))
+
+    def with_value_head(self) -> Policy:
+        return ShapePolicy(replace(self.blueprint, scalar_head=True), self.backend, self.name)
+
+    def toward(self, teacher: Policy, beta: float) -> Policy:
+        check_vocabularies(self, teacher)
+        other: Any = teacher
+        return ShapePolicy(replace(self.blueprint, teacher=other.blueprint, beta=beta), self.backend, self.name)
+
+    def scalar_model(self, head: np.ndarray) -> ScalarModel:
+        trunk = replace(self.blueprint, language_head=False, scalar_head=True)
+        return ShapeScalar(trunk, self.backend, f"{self.name} with a scalar head")
+
+
+class ShapeScalar(ShapeOnly, ScalarModel):
+    def rescale(self, gain: float, bias: float) -> None:
+        pass
+
+
+class ShapeLearner(Learner):
+    def __init__(self, backend: Rehearsal, models: Mapping[str, ShapeOnly], optimizers: Mapping[str, OptimizerConfig]):
+        self.backend, self.models = backend, dict(models)
+        self.optimizers = {name: optimizers[name] for name in models}
+        for name, model in models.items():
+            model.name = name
+
+    def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
+        reads = suppliers(self.models, outputs)
+        self.backend.calls.append(Call("forward", self._blueprints(), Shape.of(sequences), reads=reads))
+        return ForwardPass(sequences, temperature, zeros(sequences, outputs))
+
+    def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
+        parts = tuple(self._part(term) for term in terms)
+        longest = max((part.shape for part in parts), key=lambda shape: shape.rows * shape.columns)
+        self.backend.calls.append(Call("update", self._blueprints(), longest, terms=parts, optimizers=self.optimizers))
+        metrics: dict[str, float] = {}
+        for term in terms:
+            value, more = term.loss(xp, zeros(term.sequences, term.loss.outputs), term.batch)
+            for name, number in {"loss": value, **more}.items():
+                metrics[name] = metrics.get(name, 0.0) + float(number)
+        return metrics | {f"grad_norm/{name}": 1.0 for name in self.models}
+
+    def gradients(self, terms: Sequence[Term]) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+    def averaged(self, model: str) -> Model:
+        return self.models[model].copy()
+
+    def save(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def restore(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def _blueprints(self) -> dict[str, Blueprint]:
+        return {name: model.blueprint for name, model in self.models.items()}
+
+    def _part(self, term: Term) -> Part:
+        batch = {name: (np.shape(array), str(np.asarray(array).dtype)) for name, array in term.batch.items()}
+        dropout: Dropout | None = term.dropout
+        wanted = suppliers(self.models, term.loss.outputs)
+        return Part(Shape.of(term.sequences), wanted, term.loss, batch, dropout is not None, term.forward is not None)
+
+
+class Noise(RewardModel):
+    """In place of a reward model that has no network of its own: functions and servers are not asked."""
+
+    def __init__(self, config: Any = None, resources: Any = None):
+        self.random = np.random.default_rng(0)
+
+    def score(self, responses: Responses) -> np.ndarray:
+        return self.random.normal(size=len(responses.texts)).astype(np.float32)
+
+
+def zeros(sequences: Sequences, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+    shape = sequences.mask.shape
+    return {name: np.zeros(shape[:1] if name == "scores" else shape, np.float32) for name in outputs}
