@@ -21,7 +21,7 @@ SOURCES = ("framework", "plugins")
 
 FLOORS = (
     "errors", "types", "version", "registry", "interfaces", "builtin", "storage", "config", "text", "learning", "models",
-    "data", "reporting", "runs", "scale", "checking", "api", "commands",
+    "data", "reporting", "runs", "planning", "checking", "api", "commands",
 )  # fmt: skip
 """Of the core, the lowest first: each imports only from itself and from those before it."""
 FRONT_DOORS = ("__init__", "__main__", "cli")

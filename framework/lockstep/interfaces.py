@@ -26,7 +26,7 @@ from lockstep.types import Candidates, Choice, Comparison, Demonstration, Fit, G
 if TYPE_CHECKING:
     from lockstep.learning.optimisation import OptimizerConfig
     from lockstep.models.blueprint import Blueprint
-    from lockstep.planning.rehearsal import Call
+    from lockstep.planning.calls import Planner
     from lockstep.text.sequences import Sequences
     from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 
@@ -487,33 +487,6 @@ class Backend(ABC, Component):
           ConfigError: it cannot tell, or not for this topology.
         """
         raise ConfigError(f"backend={cls.name} cannot be planned: it has no `planner`.")
-
-
-@dataclass(frozen=True)
-class Need:
-    """Of one call, on one device.
-
-    temporary: bytes beside the weights and moments of all models, at the worst moment.
-    collectives: how many of each kind; those in a loop over layers or tokens count once.
-    """
-
-    temporary: int
-    collectives: Mapping[str, int] = field(default_factory=dict)
-
-
-class Planner(Protocol):
-    """
-    devices, kind: how many there are, and what each is: 'cpu', 'v5e', or the name its maker gives it.
-    parts: that parameters are divided into.
-    rows: parts that rows are divided into.
-    """
-
-    devices: int
-    kind: str
-    parts: int
-    rows: int
-
-    def measure(self, call: Call) -> Need: ...
 
 
 # ----------------------------------------------------------------------------------------------------- reward models

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lockstep.interfaces import Learner, Model, Planner
+from lockstep.interfaces import Learner, Model
 from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.planning.calls import Planner
 from lockstep_jax.device import JaxDevice
 
 

@@ -111,8 +111,9 @@ def shardings(mesh: Mesh, tree: Tree, axes: tuple[str, ...] = ("fsdp", "tensor")
 
 def _sharding(mesh: Mesh, path: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> NamedSharding:
     """An axis that does not divide a dimension leaves it whole."""
-    wanted = [axis if axis in axes else None for axis in _rule([str(getattr(key, "key", key)) for key in path])]
-    wanted = [None] * (len(shape) - len(wanted)) + wanted  # layers have one more axis, in front
+    rule = _rule([str(getattr(key, "key", key)) for key in path])
+    first = (None,) * (len(shape) - len(rule))  # layers have one more axis, in front
+    wanted = [axis if axis in axes else None for axis in (*first, *rule)]
     fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(wanted, shape, strict=True)]
     return NamedSharding(mesh, P(*fitting))
 

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,17 +16,14 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from lockstep.errors import ConfigError
-from lockstep.interfaces import Need
 from lockstep.models.blueprint import Blueprint
+from lockstep.planning.calls import Call, Need, Part, Shape
 from lockstep_jax import generation, learner, mesh, model
 from lockstep_jax.decoder import TEACHER, DecoderNetwork, DropoutMask, NetworkSpec, Tree
 from lockstep_jax.device import JaxDevice, devices_of, matmuls
 from lockstep_jax.generation import Drawing
 from lockstep_jax.learner import Rates, State
 from lockstep_jax.model import Block
-
-if TYPE_CHECKING:
-    from lockstep.planning.rehearsal import Call, Part, Shape
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 TPU = {
@@ -64,6 +61,7 @@ class JaxPlanner:
         self.kind = topology.partition(":")[0] if topology else self.device.device_kind
         self.parts = 1 if self.mesh is None else self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
         self.rows = mesh.row_parts(self.mesh)
+        self.process = PROCESS if self.device.platform == "cpu" else 0
         jax.config.update("jax_default_matmul_precision", matmuls(config.precision, self.device.platform))
 
     def measure(self, call: Call) -> Need:
@@ -171,6 +169,8 @@ class JaxPlanner:
 
 
 DONATED = {"_learn": "states", "_step": "states"}
+PROCESS = 580_000_000
+"""Measured for the miniature's stages: benchmarks/log.md."""
 NUMBER = jax.ShapeDtypeStruct((), np.float32)
 
 

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from lockstep.config.compose import compose
+    from lockstep.interfaces import Backend
     from lockstep.planning.machines import machine
     from lockstep.planning.plan import Rehearsed, planned, rehearsed
     from lockstep.reporting.console import Console
@@ -29,6 +30,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     console = Console()
     experiment = Experiment(compose(overrides))
     stages = list(rehearsed(experiment))  # first: libtpu takes the signal that templates are stopped by
+    backend: type[Backend]
     backend, config = experiment.backend
     planner, bfloat16 = backend.planner(config, arguments.topology), getattr(config, "precision", None) == "bfloat16"
     kind = arguments.machine or planner.kind

@@ -26,7 +26,7 @@ from lockstep.config.schema import setting
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing
 from lockstep.learning import randomness
 from lockstep.models.architecture import classifier_class, family_of, language_head, linear_layers, usual_name
-from lockstep.models.blueprint import Blueprint
+from lockstep.models.blueprint import Adapter, Blueprint
 from lockstep.models.checkpoint import ADAPTER_CONFIG, CheckpointConfig, check_files
 from lockstep.storage.files import read_object, replace, write_json
 from lockstep.storage.weights import check_finite, read_tensors, read_weights, write_tensors
@@ -35,34 +35,6 @@ from lockstep.text.tokenizer import GENERATION, TOKEN_IDS
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts before the names of the base model."""
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """Args:
-    base: the folder or hub id of the frozen checkpoint.
-    targets: the linear layers to adapt: every layer whose name is one of these or ends in ``.`` and one of these.
-    conv1d: the base stores the weights of these layers as [inputs, outputs], as GPT-2 does.
-    """
-
-    base: str
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    conv1d: bool = False
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    def shapes(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-        """{name: shape} of its tensors, on a checkpoint with these linear layers: {name: (inputs, outputs)}."""
-        adapted = {name: sizes for name, sizes in layers.items() if self.adapts(name)}
-        low = {f"{name}.lora_A.weight": (self.rank, inputs) for name, (inputs, _) in adapted.items()}
-        return low | {f"{name}.lora_B.weight": (outputs, self.rank) for name, (_, outputs) in adapted.items()}
-
-    def adapts(self, layer: str) -> bool:
-        return any(layer == target or layer.endswith(f".{target}") for target in self.targets)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,40 @@
-"""A network without its weights: what it takes to say how much memory and arithmetic it needs."""
+"""A network without its weights: enough to say how much memory and arithmetic it needs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lockstep.models.architecture import Architecture, linear_layers, parameter_shapes, trunk_shapes
 
-if TYPE_CHECKING:
-    from lockstep.models.adapters import Adapter
+
+@dataclass(frozen=True)
+class Adapter:
+    """Args:
+    base: the folder or hub id of the frozen checkpoint.
+    targets: the linear layers to adapt: every layer whose name is one of these or ends in ``.`` and one of these.
+    conv1d: the base stores the weights of these layers as [inputs, outputs], as GPT-2 does.
+    """
+
+    base: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    conv1d: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def shapes(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """{name: shape} of its tensors, on a checkpoint with these linear layers: {name: (inputs, outputs)}."""
+        adapted = {name: sizes for name, sizes in layers.items() if self.adapts(name)}
+        low = {f"{name}.lora_A.weight": (self.rank, inputs) for name, (inputs, _) in adapted.items()}
+        return low | {f"{name}.lora_B.weight": (outputs, self.rank) for name, (_, outputs) in adapted.items()}
+
+    def adapts(self, layer: str) -> bool:
+        return any(layer == target or layer.endswith(f".{target}") for target in self.targets)
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from lockstep.models.blueprint import Blueprint
-from lockstep.planning.rehearsal import Call, Rehearsal, Shape
+from lockstep.planning.calls import Call, Shape
+from lockstep.planning.rehearsal import Rehearsal
 
 FLOAT32 = 4
 
 
 def lasting(rehearsal: Rehearsal) -> dict[str, int]:
     """Bytes that last from step to step, of all devices together: {part: bytes}."""
-    trained = [model.blueprint for learner in rehearsal.learners for model in learner.models.values()]
+    trained = [model.network for learner in rehearsal.learners for model in learner.models.values()]
     averaged = [
-        model.blueprint
+        model.network
         for learner in rehearsal.learners
         for name, model in learner.models.items()
         if learner.optimizers[name].ema_decay is not None
     ]
-    alive = [model.blueprint for model in rehearsal.alive()]
-    trunks = {b.adapter.base: b.frozen for b in alive if b.adapter is not None}
+    alive = [model.network for model in rehearsal.alive()]
+    trunks: dict[str, int] = {}
+    for b in alive:
+        if b.adapter is not None:
+            trunks[b.adapter.base] = max(b.frozen, trunks.get(b.adapter.base, 0))
     found = {
         "weights, trained": FLOAT32 * sum(b.trained for b in trained),
         "weights, other": FLOAT32 * (sum(b.trained for b in alive) - sum(b.trained for b in trained) + sum(trunks.values())),
@@ -46,12 +50,14 @@ def flops(call: Call) -> float:
 
 def forward(blueprint: Blueprint, shape: Shape, outputs: Iterable[str]) -> float:
     b, a = blueprint, blueprint.architecture
-    tokens = shape.rows * shape.columns
-    attention = 4 * a.layers * a.heads * a.head_dim * tokens * shape.columns
+    tokens, needed = shape.rows * shape.columns, shape.rows * (shape.response + 1)
+    keys_and_values = 2 * a.hidden_size * a.kv_heads * a.head_dim
+    spared = (b.multiplied / a.layers - keys_and_values) * (tokens - needed)  # in the last layer, prompts give only these
+    attention = 4 * a.heads * a.head_dim * shape.columns * ((a.layers - 1) * tokens + needed)
     of_logits = bool({"logprobs", "entropy", "divergence"} & set(outputs))
     head = 2 * a.vocab_size * a.hidden_size * shape.rows * shape.response * of_logits
     taught = forward(b.teacher, shape, ("logprobs",)) if b.teacher and "divergence" in outputs else 0.0
-    return 2.0 * b.multiplied * tokens + attention + head + taught
+    return 2 * (b.multiplied * tokens - spared) + attention + head + taught
 
 
 def _of_update(models: Mapping[str, Blueprint], shape: Shape, outputs: Mapping[str, Iterable[str]], passed: bool) -> float:
@@ -64,7 +70,7 @@ def _generated(b: Blueprint, shape: Shape) -> float:
     head = 2 * a.vocab_size * a.hidden_size * shape.rows * shape.response
     seen = shape.response * (shape.prompt + shape.response / 2)
     attention = 4 * a.layers * a.heads * a.head_dim * shape.rows * seen
-    return forward(b, prompt, ()) + 2.0 * b.multiplied * shape.rows * shape.response + attention + head
+    return forward(b, prompt, ()) + 2 * b.multiplied * shape.rows * shape.response + attention + head
 
 
 def read_per_token(b: Blueprint, shape: Shape, itemsize: int) -> float:

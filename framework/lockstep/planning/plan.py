@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lockstep.errors import ConfigError
-from lockstep.interfaces import Backend, Classifier, Environment, Need, Planner, Policy, RewardModel, ScalarModel
+from lockstep.interfaces import Backend, Classifier, Environment, Policy, RewardModel, ScalarModel
 from lockstep.models.architecture import from_hf
 from lockstep.models.blueprint import Blueprint
 from lockstep.models.checkpoint import CONFIG, is_known, read_config
 from lockstep.planning import parts
+from lockstep.planning.calls import Call, Need, Planner
 from lockstep.planning.machines import Machine
-from lockstep.planning.rehearsal import Call, Noise, Rehearsal
+from lockstep.planning.rehearsal import Noise, Rehearsal
 from lockstep.registry import registry
 from lockstep.runs.assembly import Assembly, load_own_tokenizer
 from lockstep.runs.experiment import Experiment, component_config
@@ -32,7 +33,7 @@ class Rehearsed:
     """
     Args:
       lasting: {part: bytes}, of all devices together.
-      calls: the distinct calls of the first two steps, and how often a usual step makes each; the first measures held-out data too.
+      calls: the distinct calls of two steps, the first of which measures held-out data too, and how often the second makes each.
       steps: of the stage.
     """
 
@@ -97,7 +98,8 @@ def planned(stage: Rehearsed, planner: Planner, machine: Machine, bfloat16: bool
     for call, times in stage.calls:
         number = 1 + sum(name.startswith(call.name) for name in needs)
         needs[f"{call.name} ({number})" if number > 1 else call.name] = times, planner.measure(call)
-    lasting = {part: size // planner.parts for part, size in stage.lasting.items()}
+    lasting = {"the process itself": planner.process} if planner.process else {}
+    lasting |= {part: size // planner.parts for part, size in stage.lasting.items()}
     bounds = [(times, duration(call, planner, machine, bfloat16)) for call, times in stage.calls]
     least, most = (sum(times * each[end] for times, each in bounds) for end in (0, 1))
     return StagePlan(stage.name, lasting, needs, (least, most), stage.steps)
@@ -163,6 +165,7 @@ class Planned(Assembly):
 
     def _blueprint(self, source: str) -> Blueprint:
         if source == NEW or source in self.experiment.stages:
+            cls: type[Policy]
             cls, config = self.experiment.policy
             blueprint: Blueprint = cls.blueprint(config, self.tokenizer.vocab_size)
             return blueprint

@@ -9,20 +9,18 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import array_api_compat.numpy as xp
 import numpy as np
 
 from lockstep.interfaces import (
     Backend,
-    Dropout,
     ForwardPass,
     Generated,
     Learner,
-    Loss,
     Metrics,
     Model,
     Past,
@@ -36,63 +34,9 @@ from lockstep.interfaces import (
 )
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.models.blueprint import Blueprint
+from lockstep.planning.calls import Call, Part, Shape
 from lockstep.text.sequences import Sequences
 from lockstep.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a batch: rows, columns of prompts and of responses, whether examples share rows."""
-
-    rows: int
-    prompt: int
-    response: int
-    packed: bool = False
-
-    @classmethod
-    def of(cls, sequences: Sequences) -> Shape:
-        return cls(sequences.rows, sequences.prompt_length, sequences.mask.shape[1], sequences.segments is not None)
-
-    @property
-    def columns(self) -> int:
-        return self.prompt + self.response
-
-
-@dataclass(frozen=True)
-class Part:
-    """One term of an update: what the loss reads of each model, and the arrays of its batch by name: (shape, dtype).
-
-    passed: whether its forward pass was made before the update and kept."""
-
-    shape: Shape
-    outputs: Mapping[str, tuple[str, ...]]
-    loss: Loss
-    batch: Mapping[str, tuple[tuple[int, ...], str]]
-    dropout: bool
-    passed: bool
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a model or of a learner.
-
-    models: {name: what it is}; of an update, all that the learner trains.
-    outputs: of an evaluation.
-    reads: of a forward pass, what comes from each model.
-    terms, optimizers: of an update.
-    """
-
-    kind: Literal["generate", "evaluate", "forward", "update"]
-    models: Mapping[str, Blueprint]
-    shape: Shape
-    outputs: tuple[str, ...] = ()
-    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    terms: tuple[Part, ...] = ()
-    optimizers: Mapping[str, OptimizerConfig] | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind} {', '.join(self.models)}"
 
 
 class Rehearsal(Backend):
@@ -126,27 +70,27 @@ class ShapeOnly(Model):
     """A model without weights."""
 
     def __init__(self, blueprint: Blueprint, backend: Rehearsal, name: str):
-        self.blueprint, self.backend, self.name, self.number = blueprint, backend, name, len(backend.models)
+        self.network, self.backend, self.name, self.number = blueprint, backend, name, len(backend.models)
         a = blueprint.architecture
         self.vocab_size, self.hidden_size, self.context_length = a.vocab_size, a.hidden_size, a.context_length
         backend.models.add(self)
 
     @property
     def supplies(self) -> frozenset[str]:  # type: ignore[override]
-        b = self.blueprint
+        b = self.network
         of_tokens = {"logprobs", "entropy"} if b.language_head else {"scores"}
         more = {"values": b.scalar_head, "divergence": b.teacher is not None}
         return frozenset(of_tokens | {name for name, there in more.items() if there})
 
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
-        self.backend.calls.append(Call("evaluate", {self.name: self.blueprint}, Shape.of(sequences), tuple(outputs)))
+        self.backend.calls.append(Call("evaluate", {self.name: self.network}, Shape.of(sequences), tuple(outputs)))
         return zeros(sequences, outputs)
 
     def parameters(self) -> dict[str, np.ndarray]:
         return {}
 
     def copy(self) -> Self:
-        return type(self)(self.blueprint, self.backend, self.name)
+        return type(self)(self.network, self.backend, self.name)
 
     def save(self, folder: Path) -> None:
         raise NotImplementedError
@@ -170,20 +114,20 @@ class ShapePolicy(ShapeOnly, Policy):
         stop_ids: Sequence[int], pad_id: int, past: Past | None = None,
     ) -> Generated:  # fmt: skip
         rows, length = seeds.shape
-        self.backend.calls.append(Call("generate", {self.name: self.blueprint}, Shape(rows, prompt_tokens.shape[1], length)))
+        self.backend.calls.append(Call("generate", {self.name: self.network}, Shape(rows, prompt_tokens.shape[1], length)))
         words = np.setdiff1d(np.arange(self.vocab_size, dtype=np.int32), [*stop_ids, pad_id])
         return Generated(words[seeds % len(words)], np.ones(seeds.shape, bool), np.zeros(seeds.shape, np.float32))
 
     def with_value_head(self) -> Policy:
-        return ShapePolicy(replace(self.blueprint, scalar_head=True), self.backend, self.name)
+        return ShapePolicy(replace(self.network, scalar_head=True), self.backend, self.name)
 
     def toward(self, teacher: Policy, beta: float) -> Policy:
         check_vocabularies(self, teacher)
         other: Any = teacher
-        return ShapePolicy(replace(self.blueprint, teacher=other.blueprint, beta=beta), self.backend, self.name)
+        return ShapePolicy(replace(self.network, teacher=other.network, beta=beta), self.backend, self.name)
 
     def scalar_model(self, head: np.ndarray) -> ScalarModel:
-        trunk = replace(self.blueprint, language_head=False, scalar_head=True)
+        trunk = replace(self.network, language_head=False, scalar_head=True)
         return ShapeScalar(trunk, self.backend, f"{self.name} with a scalar head")
 
 
@@ -193,6 +137,8 @@ class ShapeScalar(ShapeOnly, ScalarModel):
 
 
 class ShapeLearner(Learner):
+    models: Mapping[str, ShapeOnly]
+
     def __init__(self, backend: Rehearsal, models: Mapping[str, ShapeOnly], optimizers: Mapping[str, OptimizerConfig]):
         self.backend, self.models = backend, dict(models)
         self.optimizers = {name: optimizers[name] for name in models}
@@ -228,13 +174,12 @@ class ShapeLearner(Learner):
         raise NotImplementedError
 
     def _blueprints(self) -> dict[str, Blueprint]:
-        return {name: model.blueprint for name, model in self.models.items()}
+        return {name: model.network for name, model in self.models.items()}
 
     def _part(self, term: Term) -> Part:
         batch = {name: (np.shape(array), str(np.asarray(array).dtype)) for name, array in term.batch.items()}
-        dropout: Dropout | None = term.dropout
         wanted = suppliers(self.models, term.loss.outputs)
-        return Part(Shape.of(term.sequences), wanted, term.loss, batch, dropout is not None, term.forward is not None)
+        return Part(Shape.of(term.sequences), wanted, term.loss, batch, term.dropout is not None, term.forward is not None)
 
 
 class Noise(RewardModel):

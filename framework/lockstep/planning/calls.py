@@ -1,0 +1,97 @@
+"""What a step asks of models and learners, and what that needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.models.blueprint import Blueprint
+from lockstep.text.sequences import Sequences
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a batch: rows, columns of prompts and of responses, whether examples share rows."""
+
+    rows: int
+    prompt: int
+    response: int
+    packed: bool = False
+
+    @classmethod
+    def of(cls, sequences: Sequences) -> Shape:
+        return cls(sequences.rows, sequences.prompt_length, sequences.mask.shape[1], sequences.segments is not None)
+
+    @property
+    def columns(self) -> int:
+        return self.prompt + self.response
+
+
+@dataclass(frozen=True)
+class Part:
+    """One term of an update: what the loss reads of each model, and the arrays of its batch by name: (shape, dtype).
+
+    loss: a `lockstep.interfaces.Loss`.
+    passed: whether its forward pass was made before the update and kept."""
+
+    shape: Shape
+    outputs: Mapping[str, tuple[str, ...]]
+    loss: Any
+    batch: Mapping[str, tuple[tuple[int, ...], str]]
+    dropout: bool
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a model or of a learner.
+
+    models: {name: what it is}; of an update, all that the learner trains.
+    outputs: of an evaluation.
+    reads: of a forward pass, what comes from each model.
+    terms, optimizers: of an update.
+    """
+
+    kind: Literal["generate", "evaluate", "forward", "update"]
+    models: Mapping[str, Blueprint]
+    shape: Shape
+    outputs: tuple[str, ...] = ()
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    terms: tuple[Part, ...] = ()
+    optimizers: Mapping[str, OptimizerConfig] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {', '.join(self.models)}"
+
+
+@dataclass(frozen=True)
+class Need:
+    """Of one call, on one device.
+
+    temporary: bytes beside the weights and moments of all models, at the worst moment.
+    collectives: how many of each kind; those in a loop over layers or tokens count once.
+    """
+
+    temporary: int
+    collectives: Mapping[str, int] = field(default_factory=dict)
+
+
+class Planner(Protocol):
+    """
+    devices, kind: how many there are, and what each is: 'cpu', 'v5e', or the name its maker gives it.
+    parts: that parameters are divided into.
+    rows: parts that rows are divided into.
+    process: bytes of the same memory that a process takes without any model, for libraries, data and compiler. 0 where models
+      have memory of their own.
+    """
+
+    devices: int
+    kind: str
+    parts: int
+    rows: int
+    process: int
+
+    def measure(self, call: Call) -> Need: ...

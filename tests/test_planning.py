@@ -1,0 +1,213 @@
+"""A plan makes the calls of the run, counts what they need, and says what XLA says."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from lockstep.checking.conformance.world import ARCHITECTURE
+from lockstep.cli import main
+from lockstep.commands.plan import advice
+from lockstep.commands.run import run_config
+from lockstep.config.compose import compose
+from lockstep.errors import ConfigError
+from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.models.adapters import Adapter
+from lockstep.models.architecture import small_decoder
+from lockstep.models.blueprint import Blueprint
+from lockstep.planning import parts
+from lockstep.planning.calls import Call, Need, Part, Shape
+from lockstep.planning.machines import MACHINES, machine
+from lockstep.planning.plan import Rehearsed, StagePlan, duration, rehearsed
+from lockstep.planning.rehearsal import Rehearsal
+from lockstep.registry import registry
+from lockstep.runs.assembly import Assembly
+from lockstep.runs.experiment import Experiment
+from lockstep_jax import generation, model
+from lockstep_jax.device import JaxDevice
+from lockstep_jax.mesh import MeshConfig
+from lockstep_jax.plan import NUMBER, JaxPlanner, block, host
+from lockstep_torch.learner import TorchLearner
+from lockstep_torch.model import LanguageModel, TorchModel
+from runs import DECODER, PPO_ONLY, TINY
+
+WIDE = small_decoder(
+    vocab_size=2048, hidden_size=256, layers=3, heads=4, kv_heads=2, intermediate_size=768, context_length=256, rope_theta=1e4,
+    tied=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [[], ["algorithm.epochs=2", "algorithm.micro_batch_size=3"], ["algorithm=grpo"]])
+def test_a_rehearsal_makes_the_calls_of_the_run(tmp_path, monkeypatch, changes):
+    """Of its last stage, in two steps. Responses of fresh weights run to their limit, as in a plan."""
+    sizes = [each for each in TINY if "ptx" not in each]
+    config = compose([*sizes, *DECODER, *PPO_ONLY, f"folder={tmp_path}", "backend=torch", *changes])
+    experiment = Experiment(config)
+    run_config(config, "test")
+    stage = experiment.stages["ppo"]
+    algorithm = Assembly(experiment, {name: folder.output for name, folder in experiment.folders.items()}).algorithm(stage)
+    calls = []
+
+    def noting(cls, method, kind):
+        real = getattr(cls, method)
+
+        def noted(self, *given, **named):
+            if kind == "generate":
+                calls.append((kind, Shape(len(given[0]), given[0].shape[1], given[2].shape[1])))
+            elif kind == "update":
+                calls.append((kind, [(Shape.of(term.sequences), term.forward is not None) for term in given[0]]))
+            else:
+                calls.append((kind, Shape.of(given[0])))
+            return real(self, *given, **named)
+
+        monkeypatch.setattr(cls, method, noted)
+
+    for cls, method, kind in (
+        (LanguageModel, "generate", "generate"), (TorchModel, "evaluate", "evaluate"), (TorchLearner, "forward", "forward"),
+        (TorchLearner, "update", "update"),
+    ):  # fmt: skip
+        noting(cls, method, kind)
+    for step in (0, 1):
+        algorithm.step(step)
+    (plan,) = [each for each in rehearsed(experiment) if isinstance(each, Rehearsed) and each.name == "ppo"]
+    shapes = [
+        (call.kind, [(part.shape, part.passed) for part in call.terms] if call.kind == "update" else call.shape)
+        for call, _ in plan.calls
+    ]
+    assert [each for i, each in enumerate(calls) if each not in calls[:i]] == [
+        each for i, each in enumerate(shapes) if each not in shapes[:i]
+    ]
+    assert sum(times for _, times in plan.calls) == len(calls) / 2
+    assert plan.steps == 3
+
+
+def test_what_lasts_is_counted_by_hand():
+    """Weights 4 bytes a number, moments 8, once for what several models share."""
+    backend = Rehearsal("torch")
+    policy = backend.policy(Blueprint(ARCHITECTURE), "policy")
+    reference = policy.copy()
+    adam = OptimizerConfig(ema_decay=0.9)
+    learner = backend.learner({"policy": policy}, {"policy": adam})
+    numbers = 37 * 32 * 2 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32
+    assert Blueprint(ARCHITECTURE).size == numbers
+    assert parts.lasting(backend) == {
+        "weights, trained": 4 * numbers,
+        "weights, other": 4 * numbers,
+        "moments": 8 * numbers,
+        "average": 4 * numbers,
+    }
+    del reference
+    assert "weights, other" not in parts.lasting(backend)
+    del learner
+
+
+def test_adapters_share_their_trunk():
+    adapted = Blueprint(ARCHITECTURE, Adapter("somewhere", 4, 8.0, ("q_proj",)))
+    backend = Rehearsal("torch")
+    policy = backend.policy(adapted, "policy")
+    value = policy.scalar_model(np.zeros(32))
+    learner = backend.learner({"policy": policy, "value": value}, dict.fromkeys(("policy", "value"), OptimizerConfig()))
+    one, head = 2 * 4 * (32 + 32), 32 + 1
+    assert adapted.trained == one
+    assert parts.lasting(backend) == {
+        "weights, trained": 4 * (2 * one + head),
+        "weights, other": 4 * adapted.size,
+        "moments": 8 * (2 * one + head),
+    }
+    del learner
+
+
+def test_flops_are_those_that_xla_counts():
+    """Of a forward pass, within 5%: XLA also counts norms, softmax and rotations."""
+    here, shape, blueprint = planner(), Shape(4, 64, 64), Blueprint(WIDE)
+    given = (*here.placed(blueprint), block(shape), NUMBER)
+    compiled = here.compiled(model._evaluate, *given, spec=here.spec(blueprint), outputs=("logprobs",))
+    assert parts.forward(blueprint, shape, ("logprobs",)) == pytest.approx(compiled.cost_analysis()["flops"], rel=0.05)
+
+
+class MeanLogprob:
+    outputs = ("logprobs",)
+
+    def __call__(self, xp, outputs, batch):
+        return -xp.sum(outputs["logprobs"] * batch["weights"]), {}
+
+
+LOSS = MeanLogprob()
+
+
+def update(shape: Shape, blueprint: Blueprint) -> Call:
+    batch = {"weights": ((shape.rows, shape.response), "float32")}
+    part = Part(shape, {"policy": ("logprobs",)}, LOSS, batch, dropout=False, passed=False)
+    return Call("update", {"policy": blueprint}, shape, terms=(part,), optimizers={"policy": OptimizerConfig()})
+
+
+def planner(**axes: int) -> JaxPlanner:
+    return JaxPlanner(JaxDevice.Config("cpu", mesh=MeshConfig(**axes)), None)
+
+
+def test_four_devices_need_a_fraction_of_the_memory_of_one():
+    """A ceiling: without rows kept apart, XLA gives every device all of them, and each needs as much as one would."""
+    shape, blueprint = Shape(8, 64, 64), Blueprint(WIDE)
+    one, four = planner(), planner(fsdp=4)
+    assert (four.devices, four.parts, four.rows) == (4, 4, 4)
+    alone, shared = (each.measure(update(shape, blueprint)).temporary for each in (one, four))
+    assert shared < 0.45 * alone
+    numbers = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(four.placed(blueprint)))
+    assert numbers == pytest.approx(blueprint.size / 4, rel=0.01)
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}])
+def test_drawing_tokens_gathers_weights_once(axes):
+    """No loop over tokens gathers anything: weights are gathered before it, keys and values stay where they are."""
+    mesh = planner(**axes)
+    blueprint, half = Blueprint(WIDE), (8, 32)
+    drawing = generation.Drawing(host(half, "uint32"), NUMBER, host((1,), "int32"), host((), "int32"))
+    given = (*mesh.placed(blueprint), host(half, "int32"), host(half, "bool"), drawing, None)
+    text = mesh.compiled(generation.generate, *given, spec=mesh.spec(blueprint), greedy=False).as_text()
+    bodies = set(re.findall(r"body=%([\w.-]+)", text))
+    loops = [part for part in text.split("\n\n") if part.strip() and part.strip().split()[0].lstrip("%") in bodies]
+    assert loops and not any("all-gather" in loop for loop in loops)
+    assert text.count(" all-gather(") <= 7 * WIDE.layers + 4
+
+
+def test_a_plan_of_the_demonstration_is_a_table_with_a_verdict(capsys, monkeypatch, tmp_path):
+    overrides = [*TINY, *DECODER, *PPO_ONLY, "backend=jax", "backend.device=cpu", "backend.mesh.fsdp=2", f"folder={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["lockstep", "plan", *overrides, "--machine", "v5e", "--price", "1.2"])
+    main()
+    shown = capsys.readouterr().out
+    assert "jax on 2 x v5e, 16 GiB each" in shown
+    assert "stage ppo, on each device" in shown and "temporary: update policy, value" in shown and "all-gather" in shown
+    assert shown.count("It fits") == 4 and "3 steps" in shown
+    assert not any(tmp_path.iterdir())
+
+
+def test_time_is_that_of_the_arithmetic_and_of_reading_weights():
+    """An update of one row is arithmetic; drawing one row's tokens reads all weights for each."""
+    one, h100 = planner(), MACHINES["h100"]
+    shape, blueprint = Shape(1, 64, 64), Blueprint(WIDE)
+    least, most = duration(update(shape, blueprint), one, h100, bfloat16=True)
+    assert least == pytest.approx(3 * parts.forward(blueprint, shape, ("logprobs",)) / (0.6 * 989e12))
+    assert most == pytest.approx(3 * least)
+    drawn, _ = duration(Call("generate", {"policy": blueprint}, shape), one, h100, bfloat16=True)
+    weights = sum(math.prod(s) for s in [(256, 2048), *[(256, 256), (256, 128), (256, 128), (256, 256)] * 3, *[(256, 768)] * 9])
+    assert drawn == pytest.approx(64 * 2 * (weights + 2 * 3 * 2 * 64 * (64 + 32)) / (0.8 * 3.35e12))
+
+
+def test_a_plan_that_does_not_fit_says_what_to_change():
+    plan = lambda lasting, temporary: StagePlan("ppo", {"moments": lasting}, {"update": (1, Need(temporary))}, (1, 2), 3)  # noqa: E731
+    assert "It fits: 50%" in advice(plan(30, 20), 100)
+    assert "micro_batch_size" in advice(plan(30, 80), 100) and "'update'" in advice(plan(30, 80), 100)
+    assert "fsdp" in advice(plan(95, 1), 100) and "lora" in advice(plan(95, 1), 100)
+
+
+def test_what_cannot_be_planned_says_why():
+    backend = registry().resolve("backend", "jax", "jax")
+    with pytest.raises(ConfigError, match="pip install libtpu"):
+        backend.planner(JaxDevice.Config("cpu"), "v5e:2x2")
+    with pytest.raises(ConfigError, match="'abacus' has is not known. Name a device with --machine"):
+        machine("abacus")
+    assert machine("TPU v5 lite") == MACHINES["v5e"] and machine("NVIDIA H100 80GB HBM3") == MACHINES["h100"]
