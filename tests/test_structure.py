@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ("framework", "plugins")
 
 FLOORS = (
-    "errors", "types", "version", "registry", "interfaces", "builtin", "storage", "config", "text", "learning", "models",
+    "errors", "types", "version", "processes", "registry", "interfaces", "builtin", "storage", "config", "text", "learning", "models",
     "data", "reporting", "runs", "scale", "checking", "api", "commands",
 )  # fmt: skip
 """Of the core, the lowest first: each imports only from itself and from those before it."""

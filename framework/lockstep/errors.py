@@ -42,6 +42,10 @@ class Diverged(LockstepError):
     """Training whose numbers are no longer finite."""
 
 
+class OutOfStep(LockstepError):
+    """Processes of one run that should have the same and do not."""
+
+
 class Stopped(LockstepError):
     """The run was asked to stop and has saved its state."""
 

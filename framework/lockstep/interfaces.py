@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 import numpy as np
 
 from lockstep.errors import CheckpointError, ConfigError, MissingData, Unreachable, listing
+from lockstep.processes import Processes
 from lockstep.types import Candidates, Choice, Comparison, Demonstration, Fit, Goal, Message, Prompt
 
 if TYPE_CHECKING:
@@ -449,6 +450,10 @@ class Backend(ABC, Component):
     """An array library on a device: makes learners and reports what it runs on. Knows no algorithm."""
 
     name: ClassVar[str]
+    processes: Processes = Processes()
+    """The processes that run this program together, each with such a backend. All methods of models and learners are then
+    collective: every process has to call them, in the same order and with the same arguments, and gets the same results. What
+    they save is written by process 0 alone, and is complete once that returns."""
 
     @abstractmethod
     def __init__(self, config: Any): ...
@@ -464,6 +469,15 @@ class Backend(ABC, Component):
     @abstractmethod
     def peak_memory_bytes(self) -> int | None:
         """Most memory in use on the accelerator so far; None where the backend runs in host memory."""
+
+    @classmethod
+    def workers(cls, config: Any) -> int:
+        """The processes of this host that a run is started as, if no launcher has started several.
+
+        Raises:
+          ConfigError: there are no devices for them, or their number is not known.
+        """
+        return 1
 
 
 # ----------------------------------------------------------------------------------------------------- reward models

@@ -14,8 +14,46 @@ import torch
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Backend
+from lockstep.processes import place
+from lockstep_torch.mesh import Group, Mesh
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Processes, one on each device, that act as one. At most one number is -1: as many as there are. It changes no result by more
+    than rounding, so it is not part of a stage's identity."""
+
+    fsdp: int = setting(1, "Processes that divide weights, gradients and moments (FSDP).", least=-1)
+    data: int = setting(1, "Groups of them with equal weights (HSDP).", least=-1)
+
+    def __post_init__(self) -> None:
+        if 0 in (self.fsdp, self.data) or self.fsdp == self.data == -1:
+            raise ConfigError(f"backend.mesh={self} must be of numbers from 1 on, of which one may be -1: as many as there are.")
+
+    def __str__(self) -> str:
+        return f"{{fsdp: {self.fsdp}, data: {self.data}}}"
+
+    def of(self, count: int | None) -> tuple[int, int]:
+        """(data, fsdp) of a mesh of ``count`` processes, or of those that it names.
+
+        Raises:
+          ConfigError: there is no such mesh.
+        """
+        known = max(self.fsdp, 1) * max(self.data, 1)
+        if -1 in (self.fsdp, self.data):
+            if count is None:
+                raise ConfigError(
+                    f"backend.mesh={self}: there is no accelerator to count. Say how many processes: backend.mesh.fsdp=2."
+                )
+            rest = count // known
+            fsdp, data = (rest if each == -1 else each for each in (self.fsdp, self.data))
+        else:
+            fsdp, data = self.fsdp, self.data
+        if count is not None and data * fsdp != count:
+            raise ConfigError(f"backend.mesh={self} is not of the {count} processes that were started. Type: backend.mesh.fsdp=-1")
+        return data, fsdp
 
 
 class TorchDevice(Backend):
@@ -34,12 +72,20 @@ class TorchDevice(Backend):
             "project's own decoder. Tested only as much as a CPU allows, never run on a GPU: hence off.",
         )
         threads: int | None = setting(None, "CPU threads; null: one per core.", least=1, most=4096)
+        mesh: MeshConfig = setting(MeshConfig(), "Several devices.")
 
     name = "torch"
 
     def __init__(self, config: Config):
+        here = place()
         self.config = config
-        self.device = _device(config.device)
+        self.device = _device(config.device, here.local if here.count > 1 else None)
+        self.mesh: Mesh | None = None
+        if here.count > 1:
+            self.processes = group = Group(here, self.device)
+            self.mesh = Mesh(group, self.device, *config.mesh.of(here.count))
+        elif config.mesh != MeshConfig():
+            log.warning("backend.mesh=%s: this is one process, and runs as one", config.mesh)
         self.trunks: dict[str, Any] = {}
         """Frozen networks that adapters share, by checkpoint path."""
         if config.threads is not None:
@@ -50,7 +96,18 @@ class TorchDevice(Backend):
 
     def describe(self) -> dict[str, str]:
         card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        return {"torch": torch.__version__, "device": card, "precision": self.config.precision}
+        mesh = {} if self.mesh is None else {"mesh": str(self.mesh)}
+        return {"torch": torch.__version__, "device": card, "precision": self.config.precision, **mesh}
+
+    @classmethod
+    def workers(cls, config: Config) -> int:
+        if config.mesh == MeshConfig():
+            return 1
+        devices = torch.cuda.device_count() if _device(config.device, None).type == "cuda" else None
+        data, fsdp = config.mesh.of(devices if -1 in (config.mesh.data, config.mesh.fsdp) else None)
+        if devices is not None and data * fsdp > devices:
+            raise ConfigError(f"backend.mesh={config.mesh} needs {data * fsdp} devices, and this host has {devices}.")
+        return data * fsdp
 
     def peak_memory_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
@@ -71,7 +128,11 @@ class TorchDevice(Backend):
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, number: int | None) -> torch.device:
+    """``number``: of this process on its host, if there are several."""
+    if number is not None and name in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
     if name == "auto":
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:

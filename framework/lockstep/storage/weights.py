@@ -137,16 +137,17 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
     Raises:
       CheckpointError: the file is missing, damaged, truncated or not in safetensors format.
     """
-    return {name: _read(stored) for name, stored in stored_tensors(path).items() if names is None or name in names}
+    return {name: read_tensor(stored) for name, stored in stored_tensors(path).items() if names is None or name in names}
 
 
 def read_weights(folder: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """The float32 weights of a Hugging Face folder, sharded or not: all, or those of ``names`` that exist."""
     stored = {name: each for name, each in stored_weights(folder).items() if names is None or name in names}
-    return {name: np.asarray(_read(each), np.float32) for name, each in stored.items()}
+    return {name: np.asarray(read_tensor(each), np.float32) for name, each in stored.items()}
 
 
-def _read(stored: Stored) -> np.ndarray:
+def read_tensor(stored: Stored) -> np.ndarray:
+    """bfloat16 as float32, everything else unchanged."""
     tensor = np.frombuffer(_mapped(stored).tobytes(), DTYPES[stored.dtype]).reshape(stored.shape)
     return (tensor.astype(np.uint32) << 16).view(np.float32) if stored.dtype == "BF16" else tensor
 
