@@ -1,6 +1,8 @@
 """The conformance kit on several processes of torch:
 
-    torchrun --nproc-per-node 2 benchmarks/mesh_kit.py [--overrides backend.precision=bfloat16 ...] backend:torch policy:decoder ppo sft
+    torchrun --nproc-per-node 2 benchmarks/mesh_kit.py [backend:torch policy:decoder ppo ...] [--overrides KEY=VALUE ...]
+
+benchmarks/log.md has what it said.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ from collections.abc import Iterable
 
 
 class LockstepError(Exception):
-    """A user error; the message explains the fix."""
+    """A user error; the message explains the fix. ``told``: another process tells it."""
+
+    told = False
 
 
 class ConfigError(LockstepError):

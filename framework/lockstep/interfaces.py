@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 import numpy as np
 
 from lockstep.errors import CheckpointError, ConfigError, MissingData, Unreachable, listing
-from lockstep.processes import Processes
+from lockstep.processes import ALONE, Processes
 from lockstep.types import Candidates, Choice, Comparison, Demonstration, Fit, Goal, Message, Prompt
 
 if TYPE_CHECKING:
@@ -130,6 +130,10 @@ class Model(ABC):
         """A float32 host copy of every parameter, under names and layouts shared by all backends: those of the
         Hugging Face checkpoint. Parity checks compare them and checkpoints store them. For an adapter on frozen weights: the
         adapter's and the head's only (`lockstep.models.adapters`)."""
+
+    def not_finite(self) -> list[str]:
+        """The parameters that hold NaN or infinity."""
+        return [name for name, array in self.parameters().items() if not np.isfinite(array).all()]
 
     @abstractmethod
     def copy(self) -> Self:
@@ -357,6 +361,12 @@ class Term:
     dropout: Dropout | None = None
     forward: ForwardPass | None = None
 
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """What it computes with, the same on every process."""
+        seeds = [] if self.dropout is None else [self.dropout.seeds]
+        return [self.sequences.tokens, self.sequences.attention, *self.batch.values(), *seeds]
+
     def __post_init__(self) -> None:
         made = self.forward
         if made is None:
@@ -450,7 +460,7 @@ class Backend(ABC, Component):
     """An array library on a device: makes learners and reports what it runs on. Knows no algorithm."""
 
     name: ClassVar[str]
-    processes: Processes = Processes()
+    processes: Processes = ALONE
     """The processes that run this program together, each with such a backend. All methods of models and learners are then
     collective: every process has to call them, in the same order and with the same arguments, and gets the same results. What
     they save is written by process 0 alone, and is complete once that returns."""
@@ -625,6 +635,8 @@ class Environment(ABC, Component):
     `lockstep.learning.episodes.EnvironmentConfig`, which has the limits.
     """
 
+    processes: Processes = ALONE
+    """Those that run this program; process 0 alone asks for replies."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """JSON schemas of what it offers, which the chat template writes into every prompt that names no tools of its own."""
 

@@ -4,17 +4,18 @@ Every process computes everything that is [batch, time]; only what has parameter
 stay alike as long as they decide alike, and what could differ (clocks, files, servers, people) is asked by process 0 and shared:
 
     done = processes.share(lambda: folder.done)     process 0 looks; all know, or all raise its error
-    processes.agree("the batch", digest)            an error that names the process whose batch is another
+    processes.agree("batch", tokens, mask)          an error that names the process whose batch is another
 
 One process alone is `Processes()`, where all of this costs nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -66,14 +67,14 @@ class Processes:
         """Whether it is true on any process."""
         return b"\1" in self.exchange(bytes([true]))
 
-    def agree(self, what: str, digest: Callable[[], bytes]) -> None:
+    def agree(self, what: str, *content: np.ndarray | str) -> None:
         """
         Raises:
-          OutOfStep: on all processes, if ``digest`` of ``what`` is another on one of them.
+          OutOfStep: on all processes, if ``what``, whose content this is, is another on one of them.
         """
         if self.count == 1:
             return
-        found = self.exchange(digest())
+        found = self.exchange(_digest(content))
         if other := [rank for rank, each in enumerate(found) if each != found[0]]:
             raise OutOfStep(
                 f"Process {other[0]} of {self.count} has not the same {what} as process 0, so this run cannot continue. All "
@@ -82,13 +83,24 @@ class Processes:
             )
 
 
+ALONE = Processes()
+
+
+def _digest(content: Iterable[np.ndarray | str]) -> bytes:
+    found = hashlib.sha256()
+    for each in content:
+        array = np.frombuffer(each.encode(), np.uint8) if isinstance(each, str) else np.ascontiguousarray(each)
+        found.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+    return found.digest()
+
+
 def _elsewhere(kind: str, text: str) -> BaseException:
     """The error of process 0 here, where it need not be told again."""
     if kind == "KeyboardInterrupt":
         return KeyboardInterrupt()
     cls = getattr(errors, kind, None)
-    error = cls(text) if isinstance(cls, type) and issubclass(cls, LockstepError) else RuntimeError(f"{kind}: {text}")
-    error.told = True  # type: ignore[attr-defined]
+    error = cls(text) if isinstance(cls, type) and issubclass(cls, LockstepError) else LockstepError(f"{kind}: {text}")
+    error.told = True
     return error
 
 

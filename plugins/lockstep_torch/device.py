@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Processes, one on each device, that act as one. At most one number is -1: as many as there are. It changes no result by more
-    than rounding, so it is not part of a stage's identity."""
+    """Processes, one on each device, that act as one. At most one number is -1: as many as there are. Results change by rounding
+    only, so the mesh is not part of a stage's identity."""
 
     fsdp: int = setting(1, "Processes that divide weights, gradients and moments (FSDP).", least=-1)
     data: int = setting(1, "Groups of them with equal weights (HSDP).", least=-1)
@@ -52,7 +52,8 @@ class MeshConfig:
         else:
             fsdp, data = self.fsdp, self.data
         if count is not None and data * fsdp != count:
-            raise ConfigError(f"backend.mesh={self} is not of the {count} processes that were started. Type: backend.mesh.fsdp=-1")
+            started = f"{count} processes were started"
+            raise ConfigError(f"backend.mesh={self} is of {data * fsdp} processes, and {started}. Type: backend.mesh.fsdp=-1")
         return data, fsdp
 
 

@@ -38,6 +38,7 @@ class TorchLearner(Learner):
         }
 
     def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
+        self.backend.processes.agree("batch", sequences.tokens, sequences.attention)
         found = self._forward(sequences, outputs, temperature)
         host = {name: value.detach().float().cpu().numpy() for name, value in found.items()}
         made = ForwardPass(sequences, temperature, host)
@@ -69,6 +70,7 @@ class TorchLearner(Learner):
 
     def _backward(self, terms: Sequence[Term]) -> dict[str, Tensor]:
         """Sum the gradients of all terms into the parameters; the summed metrics, still on the device."""
+        self.backend.processes.agree("batch", *(array for term in terms for array in term.arrays))
         for adam in self.adams.values():
             adam.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}

@@ -67,10 +67,10 @@ class Mesh:
     def __init__(self, group: Group, device: torch.device, data: int, fsdp: int):
         self.group = group
         shape, names = ((fsdp,), ("fsdp",)) if data == 1 else ((data, fsdp), ("data", "fsdp"))
-        self.devices = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        self.names, self.devices = names, init_device_mesh(device.type, shape, mesh_dim_names=names)
 
     def __str__(self) -> str:
-        return " x ".join(f"{name}={size}" for name, size in zip(self.devices.mesh_dim_names or (), self.devices.shape))
+        return " x ".join(f"{name}={size}" for name, size in zip(self.names, self.devices.shape, strict=True))
 
     def own(self, rows: int) -> np.ndarray:
         """The indices of this process's rows: as many for each, the last ones copies of row 0 where that does not divide."""
@@ -141,9 +141,7 @@ class _Gather(torch.autograd.Function):
 def shell(network: N, device: torch.device | str) -> N:
     """A copy whose trained weights have yet to be filled, and share the others. FSDP refuses to copy what it divided, so models
     keep a shell on the device 'meta', where it takes no memory."""
-    empty = {
-        id(p): nn.Parameter(torch.empty_like(p, device=device)) if p.requires_grad else p for p in network.parameters()
-    }
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device=device)) if p.requires_grad else p for p in network.parameters()}
     return copy.deepcopy(network, empty)
 
 

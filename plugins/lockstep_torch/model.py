@@ -151,6 +151,7 @@ class TorchModel:
 
     @torch.no_grad()
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
+        self.backend.processes.agree("batch", sequences.tokens, sequences.attention)
         out = self.forward(Block.put(sequences, self.backend), outputs, temperature)
         return {name: value.float().cpu().numpy() for name, value in out.items()}
 
@@ -169,6 +170,9 @@ class TorchModel:
         """`parameters`, one at a time: on a mesh, the only one that is whole."""
         for name, tensor in self.tensors().items():
             yield name, full(tensor.detach()).float().cpu().numpy().copy()
+
+    def not_finite(self) -> list[str]:
+        return [name for name, array in self.arrays() if not np.isfinite(array).all()]
 
     def copy(self):
         copied = self.rebuilt(type(self), None if self.head is None else same_head(self.head))
@@ -226,6 +230,7 @@ class LanguageModel(TorchModel, Policy):
         pad_id: int,
         past: Past | None = None,
     ) -> Generated:
+        self.backend.processes.agree("prompts", prompt_tokens, prompt_mask, seeds)
         rows = slice(None) if self.mesh is None else self.mesh.own(len(seeds))
         given = [self.backend.put(array[rows]) for array in (prompt_tokens, prompt_mask, seeds)]
         how: dict[str, Any] = {"temperature": temperature, "stop_ids": stop_ids, "pad_id": pad_id, "past": past}

@@ -170,12 +170,12 @@ def check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
     Raises:
       CheckpointError: an array holds NaN or Inf; ``what``, the subject of the message, says where.
     """
-    _refuse_not_finite(not_finite(arrays), what)
+    refuse_not_finite(not_finite(arrays), what)
 
 
 def check_stored_finite(stored: Mapping[str, Stored], what: str) -> None:
     """`check_finite` of tensors on the disk, a piece at a time."""
-    _refuse_not_finite((name for name, each in stored.items() if not _is_finite(each)), what)
+    refuse_not_finite((name for name, each in stored.items() if not _is_finite(each)), what)
 
 
 def _is_finite(stored: Stored, piece: int = 2**20) -> bool:
@@ -187,7 +187,8 @@ def _is_finite(stored: Stored, piece: int = 2**20) -> bool:
     return not any(((words[i : i + piece] & exponents) == exponents).any() for i in range(0, len(words), piece))
 
 
-def _refuse_not_finite(names: Iterable[str], what: str) -> None:
+def refuse_not_finite(names: Iterable[str], what: str) -> None:
+    """`check_finite` of tensors of which those named are not."""
     if wrong := sorted(names):
         raise CheckpointError(
             f"{what} holds NaN or Inf in {len(wrong)} of its tensors: {listing(wrong[:3])}. Such weights come from training that "
