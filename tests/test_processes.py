@@ -19,6 +19,7 @@ from lockstep.errors import ConfigError, EnvironmentFailed, LockstepError, OutOf
 from lockstep.interfaces import Environment, Episode, Label, Labeler, Reply, RewardModel
 from lockstep.learning.episodes import EnvironmentConfig, replies
 from lockstep.processes import ALONE, Place, Processes, decode, encode, place
+from lockstep.runs import assembly
 from lockstep.runs.asked_once import SharedLabeler, SharedRewardModel
 from lockstep.runs.experiment import Experiment
 from lockstep.storage.files import read_json
@@ -276,6 +277,13 @@ def test_as_many_processes_as_there_are_cpus_is_not_known(tmp_path):
     assert workers.wanted(experiment(tmp_path)) == 1
 
 
+def test_a_backend_that_runs_as_one_process_is_not_started_as_several(tmp_path, monkeypatch):
+    monkeypatch.setattr(assembly, "place", lambda: Place(0, 2, 0))
+    made = assembly.Assembly(Experiment(experiment(tmp_path)), {})
+    with pytest.raises(ConfigError, match="2 processes were started, and backend=torch runs as one"):
+        _ = made.processes
+
+
 def test_the_mesh_is_no_part_of_what_a_run_or_a_stage_is(tmp_path):
     one, two = (Experiment(experiment(tmp_path, f"backend.mesh.fsdp={count}")) for count in (1, 2))
     assert one.name == two.name and one.identities == two.identities
@@ -354,6 +362,42 @@ def test_state_saved_by_two_is_restored_bit_for_bit_by_two_and_by_one(trained):
 def test_a_process_that_draws_other_data_is_named(trained):
     numbers, _ = trained
     assert str(numbers[2, 1]["divergence"]).startswith("Process 1 of 2 has not the same batch as process 0")
+
+
+# ---------------------------------------------------------------------------------------------------------- workers
+
+
+def work(program, count=3):
+    """The exit code of a program in several processes; ``rank`` is known there."""
+    begin = "import os, signal, sys, time; rank = int(os.environ['RANK']); "
+    return workers.work([sys.executable, "-c", begin + program], count)
+
+
+def test_workers_know_where_they_are_and_the_first_one_speaks(capfd):
+    assert work("print(rank, os.environ['LOCAL_RANK'], os.environ['WORLD_SIZE'], os.environ['PYTHONHASHSEED'])") == 0
+    assert capfd.readouterr().out == "0 0 3 0\n"
+
+
+def test_the_first_worker_that_fails_ends_all_and_is_heard(monkeypatch, capfd):
+    monkeypatch.setattr(workers, "SECONDS_TO_END", 0.2)
+    started = time.monotonic()
+    assert work("(print('no memory'), sys.exit(3)) if rank == 2 else time.sleep(60)") == 3
+    assert time.monotonic() - started < 20
+    expected = "Process 2 of 3 ended with code 3 first. The same command resumes the run.\n  no memory\n"
+    assert capfd.readouterr().out == expected
+
+
+def test_a_worker_that_ignores_being_ended_is_killed(monkeypatch, capfd):
+    monkeypatch.setattr(workers, "SECONDS_TO_END", 1.0)
+    monkeypatch.setattr(workers, "SECONDS_TO_STOP", 0.2)
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    assert work(f"exec({deaf!r}) if rank else os.kill(os.getpid(), signal.SIGKILL)") == 1
+    assert capfd.readouterr().out == "Process 0 of 3 was killed by SIGKILL first. The same command resumes the run.\n"
+
+
+def test_what_the_first_worker_has_said_is_not_said_again(capfd):
+    assert work("print('RewardError') if rank == 0 else None; sys.exit(1)") == 1
+    assert capfd.readouterr().out == "RewardError\n"
 
 
 # ------------------------------------------------------------------------------------------------------------- runs

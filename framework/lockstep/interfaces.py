@@ -47,6 +47,9 @@ class Inputs:
       'policy', 'reward_model' or 'prompts' (attacks).
     files: paths of local files and folders; missing ones are ignored.
     members: configuration groups of the reward models that it combines.
+
+    In a run of several processes, process 0 alone asks reward models and labelers that have neither outputs nor members, and
+    shares what they say.
     """
 
     outputs: Mapping[str, str] = field(default_factory=dict)
@@ -461,9 +464,9 @@ class Backend(ABC, Component):
 
     name: ClassVar[str]
     processes: Processes = ALONE
-    """The processes that run this program together, each with such a backend. All methods of models and learners are then
-    collective: every process has to call them, in the same order and with the same arguments, and gets the same results. What
-    they save is written by process 0 alone, and is complete once that returns."""
+    """Those that run this program together, each with such a backend. Methods of models and learners are then collective: every
+    process has to call `Model.evaluate`, `Policy.generate`, `Learner.update`, `Model.parameters`, `Model.copy`, `Model.save` and
+    all others, in the same order and with the same arguments, and gets the same results. Process 0 writes what they save."""
 
     @abstractmethod
     def __init__(self, config: Any): ...

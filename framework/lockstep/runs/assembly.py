@@ -55,8 +55,19 @@ class Assembly:
 
     @property
     def processes(self) -> Processes:
-        """The backend's, which need not be made to know of one process that it is alone."""
-        return self.backend.processes if place().count > 1 else ALONE
+        """The backend's, which need not be made to know of one process that it is alone.
+
+        Raises:
+          ConfigError: several were started, and the backend knows of one.
+        """
+        if (count := place().count) == 1:
+            return ALONE
+        if self.backend.processes.count != count:
+            name = self.experiment.backend_name
+            raise ConfigError(
+                f"{count} processes were started, and backend={name} runs as one. Start one, as with srun --ntasks=1."
+            )
+        return self.backend.processes
 
     @functools.cached_property
     def data(self) -> DataSource:

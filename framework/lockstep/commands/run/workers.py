@@ -27,6 +27,8 @@ SECONDS_TO_END = 3.0
 SECONDS_TO_STOP = 10.0
 """Between SIGTERM and SIGKILL."""
 LAST_LINES = 30
+STOPPED = 130
+"""The exit code of a process that was asked to stop."""
 
 
 def wanted(config: Mapping[str, Any]) -> int:
@@ -53,11 +55,10 @@ def work(command: Sequence[str], count: int) -> int:
             _end(workers)
         if failed is None:
             return 0
-        code = workers[failed].returncode
-        if failed:
-            tell(f"Process {failed} of {count} {_fate(code)} first{_last_lines(said[failed - 1])}\n")
-        elif code < 0:
-            tell(f"Process 0 of {count} {_fate(code)} first. The same command resumes the run.\n")
+        code, lines = workers[failed].returncode, _last_lines(said[failed - 1]) if failed else []
+        if code < 0 or lines and code != STOPPED:  # else process 0 has said why
+            ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            tell("\n".join([f"Process {failed} of {count} {ending} first. The same command resumes the run.", *lines, ""]))
         return code if code > 0 else 1
 
 
@@ -118,11 +119,6 @@ def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
         worker.wait()
 
 
-def _fate(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-
-
-def _last_lines(said: IO[bytes]) -> str:
+def _last_lines(said: IO[bytes]) -> list[str]:
     said.seek(0)
-    lines = said.read().decode(errors="replace").splitlines()[-LAST_LINES:]
-    return ". The same command resumes the run." if not lines else ":\n" + "\n".join(f"  {line}" for line in lines)
+    return [f"  {line}" for line in said.read().decode(errors="replace").splitlines()[-LAST_LINES:]]
