@@ -30,7 +30,8 @@ from test_runs import lines, weights
 
 torch = pytest.importorskip("torch")
 HERE = Path(__file__).parent
-SECONDS = 100
+SECONDS = 250
+"""More than any of these programs takes on a busy machine."""
 
 
 # ------------------------------------------------------------------------------------------------- what they share
@@ -284,6 +285,14 @@ def test_a_backend_that_runs_as_one_process_is_not_started_as_several(tmp_path, 
         _ = made.processes
 
 
+def test_processes_that_cannot_meet_are_told_where_to(monkeypatch):
+    from lockstep_torch.mesh import Group
+
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match="8 processes were started, and do not know where to meet. Set MASTER_ADDR"):
+        Group(Place(1, 8, 1), torch.device("cpu"))
+
+
 def test_the_mesh_is_no_part_of_what_a_run_or_a_stage_is(tmp_path):
     one, two = (Experiment(experiment(tmp_path, f"backend.mesh.fsdp={count}")) for count in (1, 2))
     assert one.name == two.name and one.identities == two.identities
@@ -475,6 +484,7 @@ def test_a_run_on_two_processes_comes_to_what_one_comes_to(whole, tmp_path):
         assert found == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.timeout(4 * SECONDS)
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in Linux's /proc")
 def test_a_run_that_is_stopped_and_one_whose_process_is_killed_resume_bit_for_bit(whole, tmp_path):
     stopped = launch(tmp_path, "backend.mesh.fsdp=2")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from lockstep.errors import ConfigError
 from lockstep.processes import Place, Processes
 
 T = TypeVar("T")
@@ -38,6 +40,11 @@ class Group(Processes):
     """torch's processes. Messages go through gloo, whatever tensors go through."""
 
     def __init__(self, where: Place, device: torch.device):
+        if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise ConfigError(
+                f"{where.count} processes were started, and do not know where to meet. Set MASTER_ADDR to the host of process 0 "
+                "and MASTER_PORT to a free port there; docs/scale.md has the lines for Slurm."
+            )
         if not dist.is_initialized():
             kind = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(kind, rank=where.rank, world_size=where.count, timeout=COLLECTIVE)
@@ -142,8 +149,8 @@ class _Gather(torch.autograd.Function):
 
 
 def shell(network: N, device: torch.device | str) -> N:
-    """A copy whose trained weights have yet to be filled, and share the others. FSDP refuses to copy what it divided, so models
-    keep a shell on the device 'meta', where it takes no memory."""
+    """A copy whose trained weights have yet to be filled; it shares the frozen ones. FSDP does not copy what it has divided, so
+    models keep a shell on the device 'meta', where it takes no memory."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device=device)) if p.requires_grad else p for p in network.parameters()}
     return copy.deepcopy(network, empty)
 

@@ -85,9 +85,8 @@ class TorchModel:
         own = torch.as_tensor(self.mesh.own(rows), device=block.tokens.device)
         dropout = dropout and DropoutMask(dropout.rate, dropout.seeds[own])
         found = self.root(self.run, block.take(own), outputs, temperature, dropout)
-        return {
-            name: self.mesh.gather(found[name], rows) for name in sorted(outputs)
-        }  # a set has an order of its own in each process
+        # Sorted: a set has an order of its own in each process.
+        return {name: self.mesh.gather(found[name], rows) for name in sorted(outputs)}
 
     def run(
         self, block: Block, outputs: Sequence[str], temperature: float, dropout: DropoutMask | None = None

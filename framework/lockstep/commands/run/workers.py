@@ -45,9 +45,10 @@ def work(command: Sequence[str], count: int) -> int:
     """Run the command in ``count`` processes. The exit code: 0, or that of the first that failed."""
     with contextlib.ExitStack() as stack:
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, count)]
-        workers = list(_start(command, said))
+        workers: list[subprocess.Popen[bytes]] = []
+        stack.enter_context(handled(lambda number, frame: _send(workers, number), (signal.SIGINT, *ENDS)))
         try:
-            stack.enter_context(handled(lambda number, frame: _send(workers, number), (signal.SIGINT, *ENDS)))
+            workers.extend(_start(command, said))
             failed = _first_failure(workers)
             if failed is not None:
                 _wait(workers, SECONDS_TO_END)
