@@ -12,12 +12,13 @@ import pytest
 
 import lockstep
 from lockstep.errors import Diverged
+from lockstep.processes import ALONE
 from lockstep.reporting.console import Console
 from lockstep.reporting.health import diverged
 from lockstep.runs.runner import Runner, spoilt
 from lockstep.runs.store import Records, StageFolder
 from lockstep.storage.files import read_json
-from lockstep.storage.weights import read_tensors, write_tensors
+from lockstep.storage.weights import not_finite, read_tensors, write_tensors
 from lockstep_rlhf.algorithms.pretraining import Pretraining
 from runs import tiny
 
@@ -36,6 +37,9 @@ class Scripted:
 
     def parameters(self) -> dict[str, np.ndarray]:
         return {"fine": np.ones(2, np.float32), "weight": self.parameter}
+
+    def not_finite(self) -> list[str]:
+        return not_finite(self.parameters())
 
     def step(self, step: int) -> dict[str, float]:
         self.parameter = np.array([self.numbers[step]], np.float32)
@@ -58,7 +62,7 @@ def train(folder, algorithm, first=0, checkpoint_every=1):
     """`Runner.train` and nothing around it; the checkpoints that it left."""
     runner: Any = SimpleNamespace(
         experiment=SimpleNamespace(config={"samples_every": 9, "checkpoint_every": checkpoint_every}),
-        console=Console(), _machine=dict,
+        console=Console(), processes=ALONE, _machine=dict,
     )  # fmt: skip
     tracker: Any = SimpleNamespace(log=lambda *_: None, alert=lambda *_: None)
     stage = StageFolder(folder / "sft-torch-0123")

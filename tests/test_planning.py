@@ -14,6 +14,7 @@ from lockstep.cli import main
 from lockstep.commands.plan import advice
 from lockstep.commands.run import run_config
 from lockstep.config.compose import compose
+from lockstep.config.mesh import MeshConfig
 from lockstep.errors import ConfigError
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.models.adapters import Adapter
@@ -29,7 +30,6 @@ from lockstep.runs.assembly import Assembly
 from lockstep.runs.experiment import Experiment
 from lockstep_jax import generation, model
 from lockstep_jax.device import JaxDevice
-from lockstep_jax.mesh import MeshConfig
 from lockstep_jax.plan import NUMBER, JaxPlanner, block, host
 from lockstep_torch.learner import TorchLearner
 from lockstep_torch.model import LanguageModel, TorchModel

@@ -18,7 +18,7 @@ from types import ModuleType
 from lockstep import commands
 from lockstep.errors import ConfigError, LockstepError, Stopped, short
 from lockstep.registry import registry
-from lockstep.reporting.console import Console, has_reader, nobody_reads, show_bug
+from lockstep.reporting.console import Console, has_reader, nobody_reads, show_bug, shown
 from lockstep.version import __version__
 
 _ROOM = "Make room or choose another folder=..., then run the same command again."
@@ -45,6 +45,8 @@ def main() -> None:
         if has_reader():
             raise
     except LockstepError as error:
+        if console.out.quiet and not error.told:
+            print(shown(f"{type(error).__name__}: {error}"), file=sys.stderr)
         console.say(f"{type(error).__name__}: {error}")
         sys.exit(130 if isinstance(error, Stopped) else 1)
     except OSError as error:

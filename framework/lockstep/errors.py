@@ -11,7 +11,9 @@ from collections.abc import Iterable
 
 
 class LockstepError(Exception):
-    """A user error; the message explains the fix."""
+    """A user error; the message explains the fix. ``told``: another process tells it."""
+
+    told = False
 
 
 class ConfigError(LockstepError):
@@ -40,6 +42,10 @@ class CheckpointError(LockstepError):
 
 class Diverged(LockstepError):
     """Training whose numbers are no longer finite."""
+
+
+class OutOfStep(LockstepError):
+    """Processes of one run that should have the same and do not."""
 
 
 class Stopped(LockstepError):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 import numpy as np
 
 from lockstep.errors import CheckpointError, ConfigError, MissingData, Unreachable, listing
+from lockstep.processes import ALONE, Processes
 from lockstep.types import Candidates, Choice, Comparison, Demonstration, Fit, Goal, Message, Prompt
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class Inputs:
       'policy', 'reward_model' or 'prompts' (attacks).
     files: paths of local files and folders; missing ones are ignored.
     members: configuration groups of the reward models that it combines.
+
+    In a run of several processes, process 0 alone asks reward models and labelers that have neither outputs nor members, and
+    shares what they say.
     """
 
     outputs: Mapping[str, str] = field(default_factory=dict)
@@ -131,6 +135,10 @@ class Model(ABC):
         """A float32 host copy of every parameter, under names and layouts shared by all backends: those of the
         Hugging Face checkpoint. Parity checks compare them and checkpoints store them. For an adapter on frozen weights: the
         adapter's and the head's only (`lockstep.models.adapters`)."""
+
+    def not_finite(self) -> list[str]:
+        """The parameters that hold NaN or infinity."""
+        return [name for name, array in self.parameters().items() if not np.isfinite(array).all()]
 
     @abstractmethod
     def copy(self) -> Self:
@@ -370,6 +378,12 @@ class Term:
     dropout: Dropout | None = None
     forward: ForwardPass | None = None
 
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """What it computes with, the same on every process."""
+        seeds = [] if self.dropout is None else [self.dropout.seeds]
+        return [self.sequences.tokens, self.sequences.attention, *self.batch.values(), *seeds]
+
     def __post_init__(self) -> None:
         made = self.forward
         if made is None:
@@ -463,6 +477,10 @@ class Backend(ABC, Component):
     """An array library on a device: makes learners and reports what it runs on. Knows no algorithm."""
 
     name: ClassVar[str]
+    processes: Processes = ALONE
+    """Those that run this program together, each with such a backend. Methods of models and learners are then collective: every
+    process has to call `Model.evaluate`, `Policy.generate`, `Learner.update`, `Model.parameters`, `Model.copy`, `Model.save` and
+    all others, in the same order and with the same arguments, and gets the same results. Process 0 writes what they save."""
 
     @abstractmethod
     def __init__(self, config: Any): ...
@@ -478,6 +496,15 @@ class Backend(ABC, Component):
     @abstractmethod
     def peak_memory_bytes(self) -> int | None:
         """Most memory in use on the accelerator so far; None where the backend runs in host memory."""
+
+    @classmethod
+    def workers(cls, config: Any) -> int:
+        """The processes of this host that a run is started as, if no launcher has started several.
+
+        Raises:
+          ConfigError: there are no devices for them, or their number is not known.
+        """
+        return 1
 
     @classmethod
     def planner(cls, config: Any, topology: str | None) -> Planner:
@@ -634,6 +661,8 @@ class Environment(ABC, Component):
     `lockstep.learning.episodes.EnvironmentConfig`, which has the limits.
     """
 
+    processes: Processes = ALONE
+    """Those that run this program; process 0 alone asks for replies."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """JSON schemas of what it offers, which the chat template writes into every prompt that names no tools of its own."""
 

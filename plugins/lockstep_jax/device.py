@@ -6,17 +6,17 @@ import contextlib
 import ctypes
 import functools
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 
+from lockstep.config.mesh import MeshConfig
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, listing
 from lockstep.interfaces import Backend
 from lockstep.storage.files import expanded
 from lockstep_jax import mesh
-from lockstep_jax.mesh import MeshConfig
 
 
 class JaxDevice(Backend):
@@ -32,7 +32,7 @@ class JaxDevice(Backend):
             "pass. Otherwise matmul inputs and results are kept, and only operations between them are recomputed. Null: "
             "in networks of more than `lockstep_jax.decoder.SHALLOW` layers.",
         )
-        mesh: MeshConfig = field(default_factory=MeshConfig)
+        mesh: MeshConfig = setting(MeshConfig(), "Several devices.")
         compilation_cache: str | None = setting("~/.cache/lockstep/jax", "Where compiled programs are kept; null: nowhere.")
 
     name = "jax"

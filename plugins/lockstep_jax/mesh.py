@@ -6,7 +6,6 @@ algorithms know nothing of it. Without a mesh every function here returns what i
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
 from typing import Any
 
 import jax
@@ -14,53 +13,24 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lockstep.config.schema import setting
-from lockstep.errors import ConfigError
+from lockstep.config.mesh import MeshConfig
 
 Tree = Any
 """Nested dicts of arrays."""
 
-AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 """The axes that rows are divided over: each device has a part of the parameters and a part of the rows (ZeRO-3; Rajbhandari et
 al. 2020)."""
 
 
-@dataclass(frozen=True)
-class MeshConfig:
-    """How many devices there are along each axis; one may be -1: as many as are left."""
-
-    data: int = setting(1, "Copies of the parameters; each has a part of the rows.", least=-1, most=2**20)
-    fsdp: int = setting(1, "Parts of parameters, gradients and moments; of rows too.", least=-1, most=2**20)
-    tensor: int = setting(1, "Parts of each matmul: columns, then rows (Shoeybi et al. 2019).", least=-1, most=2**20)
-
-    @property
-    def least(self) -> int:
-        """The fewest devices that it needs."""
-        return math.prod(size for size in astuple(self) if size > 0)
-
-    def shape(self, devices: int) -> tuple[int, ...]:
-        """Without -1.
-
-        Raises:
-          ConfigError: that many devices are not there, or they do not divide.
-        """
-        given = astuple(self)
-        if 0 in given or given.count(-1) > 1:
-            raise ConfigError("backend.mesh: an axis is a number from 1; one of them may be -1, for all devices that are left.")
-        if self.least > devices or (-1 in given and devices % self.least):
-            axes = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, given, strict=True) if size != 1)
-            raise ConfigError(f"backend.mesh: {axes} does not fit: there are {devices} devices here, and axes are multiplied.")
-        return tuple(devices // self.least if size == -1 else size for size in given)
-
-
 def made(config: MeshConfig, devices: list[jax.Device]) -> Mesh | None:
     """A mesh of the first of these devices; None if that is one."""
-    shape = config.shape(len(devices))
-    count = math.prod(shape)
+    sizes = config.sizes(len(devices))
+    count = math.prod(sizes.values())
     if count == 1:
         return None
-    return Mesh(np.array(devices[:count]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    places = np.array(devices[:count]).reshape(tuple(sizes.values()))
+    return Mesh(places, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def described(mesh: Mesh) -> str:

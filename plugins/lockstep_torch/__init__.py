@@ -1,6 +1,7 @@
 """PyTorch: backend, policies and learner. Sibling of ``lockstep_jax``: the same files in the same order, each of which imports
 from earlier ones only.
 
+    mesh.py                 several processes: messages, and weights and rows divided
     device.py               precision, what runs where
     decoder.py              the network of policies that start from scratch, in Llama's shape
     transformers_network.py networks of transformers behind the same interface                                      (*)

@@ -60,6 +60,10 @@ class Network(nn.Module):
         """[..., d] -> [..., V]."""
         raise NotImplementedError
 
+    def layers(self) -> list[nn.Module]:
+        """The layers whose weights are needed one layer after the other."""
+        raise NotImplementedError
+
     def language_head(self) -> nn.Module | None:
         """The layer of the logits; None if that is the embedding."""
         raise NotImplementedError
@@ -233,6 +237,9 @@ class DecoderNetwork(Network):
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight)
+
+    def layers(self) -> list[nn.Module]:
+        return list(self.model["layers"])
 
     def language_head(self) -> nn.Module | None:
         return self.lm_head

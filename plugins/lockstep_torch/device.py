@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,9 +12,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from lockstep.config.mesh import MeshConfig
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Backend
+from lockstep.processes import place
+from lockstep_torch.mesh import Group, Mesh
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +38,20 @@ class TorchDevice(Backend):
             "project's own decoder. Tested only as much as a CPU allows, never run on a GPU: hence off.",
         )
         threads: int | None = setting(None, "CPU threads; null: one per core.", least=1, most=4096)
+        mesh: MeshConfig = setting(MeshConfig(), "Several devices.")
 
     name = "torch"
 
     def __init__(self, config: Config):
+        here = place()
         self.config = config
-        self.device = _device(config.device)
+        self.device = _device(config.device, here.local if here.count > 1 else None)
+        self.mesh: Mesh | None = None
+        if here.count > 1:
+            self.processes = group = Group(here, self.device)
+            self.mesh = Mesh(group, self.device, *_divided(config.mesh, here.count))
+        elif config.mesh != MeshConfig():
+            log.warning("backend.mesh=%s: this is one process, and runs as one", config.mesh)
         self.trunks: dict[str, Any] = {}
         """Frozen networks that adapters share, by checkpoint path."""
         if config.threads is not None:
@@ -50,7 +62,15 @@ class TorchDevice(Backend):
 
     def describe(self) -> dict[str, str]:
         card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        return {"torch": torch.__version__, "device": card, "precision": self.config.precision}
+        mesh = {} if self.mesh is None else {"mesh": str(self.mesh)}
+        return {"torch": torch.__version__, "device": card, "precision": self.config.precision, **mesh}
+
+    @classmethod
+    def workers(cls, config: Config) -> int:
+        if config.mesh == MeshConfig():
+            return 1
+        devices = torch.cuda.device_count() if _device(config.device, None).type == "cuda" else None
+        return math.prod(_divided(config.mesh, devices))
 
     def peak_memory_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
@@ -71,7 +91,27 @@ class TorchDevice(Backend):
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
-def _device(name: str) -> torch.device:
+def _divided(config: MeshConfig, devices: int | None) -> tuple[int, int]:
+    """The sizes of the axes data and fsdp.
+
+    Raises:
+      ConfigError: there is no such mesh, or none of as many processes as were started.
+    """
+    sizes = config.sizes(devices)
+    if sizes["tensor"] > 1:
+        raise ConfigError("backend.mesh.tensor: backend=torch divides no matmuls. Raise backend.mesh.fsdp, or set backend=jax.")
+    started = place().count
+    if started > 1 and math.prod(sizes.values()) != started:
+        has = math.prod(sizes.values())
+        raise ConfigError(f"backend.mesh={config} is of {has} processes, and {started} were started. Type: backend.mesh.fsdp=-1")
+    return sizes["data"], sizes["fsdp"]
+
+
+def _device(name: str, number: int | None) -> torch.device:
+    """``number``: of this process on its host, if there are several."""
+    if number is not None and name in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
     if name == "auto":
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:

@@ -15,10 +15,11 @@ from lockstep.errors import CheckpointError
 from lockstep.interfaces import ForwardPass, Learner, Metrics, Term, suppliers, take_pass
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.storage.files import read_json, write_json
-from lockstep.storage.weights import read_tensors, write_tensors
+from lockstep.storage.weights import read_tensor, stored_tensors, write_tensors
 from lockstep.text.sequences import Sequences
 from lockstep_torch.decoder import DropoutMask
 from lockstep_torch.device import TorchDevice
+from lockstep_torch.mesh import fill, full
 from lockstep_torch.model import Block, TorchModel
 
 
@@ -37,6 +38,7 @@ class TorchLearner(Learner):
         }
 
     def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
+        self.backend.processes.agree("batch", sequences.tokens, sequences.attention)
         found = self._forward(sequences, outputs, temperature)
         host = {name: value.detach().float().cpu().numpy() for name, value in found.items()}
         made = ForwardPass(sequences, temperature, host)
@@ -50,7 +52,7 @@ class TorchLearner(Learner):
             config = self.optimizers[name]
             limit = config.max_grad_norm
             norm = torch.nn.utils.clip_grad_norm_(_trained(adam), float("inf") if limit is None else limit)
-            metrics[f"grad_norm/{name}"] = norm
+            metrics[f"grad_norm/{name}"] = full(norm)
             for group in adam.param_groups:
                 group["lr"], group["eps"] = config.learning_rate * lr_scale, config.eps_at(self.steps)
             adam.step()
@@ -61,13 +63,14 @@ class TorchLearner(Learner):
     def gradients(self, terms: Sequence[Term]) -> dict[str, np.ndarray]:
         self._backward(terms)
         return {
-            f"{name}.{key}": tensor.grad.float().cpu().numpy()
+            f"{name}.{key}": full(tensor.grad).float().cpu().numpy()
             for name, model in self.models.items()
             for key, tensor in model.tensors().items()
         }
 
     def _backward(self, terms: Sequence[Term]) -> dict[str, Tensor]:
         """Sum the gradients of all terms into the parameters; the summed metrics, still on the device."""
+        self.backend.processes.agree("batch", *(array for term in terms for array in term.arrays))
         for adam in self.adams.values():
             adam.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
@@ -114,20 +117,24 @@ class TorchLearner(Learner):
         return averaged
 
     def save(self, folder: Path) -> None:
-        tensors = {name: tensor.detach().cpu().numpy() for name, tensor in self._state().items()}
+        leads = self.backend.processes.leads
+        state = ((name, full(tensor.detach())) for name, tensor in self._state().items())
+        tensors = {name: tensor.cpu().numpy() for name, tensor in state if leads}  # one at a time is whole elsewhere
+        if not leads:
+            return
         write_tensors(folder / "learner.safetensors", tensors)
         write_json(folder / "learner.json", {"steps": self.steps})
 
     def restore(self, folder: Path) -> None:
         self.kept.clear()
-        stored = read_tensors(folder / "learner.safetensors")
+        stored = stored_tensors(folder / "learner.safetensors")
         self.steps = read_json(folder / "learner.json")["steps"]
         own = self._state()
         if wrong := [n for n in own if n not in stored or stored[n].shape != tuple(own[n].shape)]:
             raise CheckpointError(f"{folder} is of another architecture: {', '.join(wrong[:3])} do not fit.")
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(torch.tensor(stored[name]))
+                fill(tensor, read_tensor(stored[name]))
         for adam in self.adams.values():
             for parameter in _trained(adam):
                 adam.state[parameter]["step"] = torch.tensor(float(self.steps), device=parameter.device)

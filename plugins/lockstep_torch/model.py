@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +18,18 @@ from torch.utils.checkpoint import checkpoint
 from lockstep.interfaces import Generated, Past, Policy, ScalarModel, check_vocabularies
 from lockstep.learning import losses
 from lockstep.models import adapters
-from lockstep.models.architecture import causal_class, classifier_class
+from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, causal_class, classifier_class
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_tensors
 from lockstep.text.sequences import Sequences
 from lockstep_torch.decoder import DecoderNetwork, DropoutMask, Network, ScalarHead, copy_network
 from lockstep_torch.device import TorchDevice
 from lockstep_torch.generation import Decoding, generate
+from lockstep_torch.mesh import full, shell
 
 LOGITS_AT_ONCE = 2**26
 """Elements: a quarter of a gibibyte in float32, and several times that while gradients are computed."""
+HEAD = (SCALAR_HEAD, SCALAR_BIAS)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Block:
     mask: Tensor
     last: Tensor
     prompt_length: int
+
+    def take(self, rows: Tensor) -> Block:
+        return Block(self.tokens[rows], self.mask[rows], self.last[rows], self.prompt_length)
 
     @classmethod
     def put(cls, sequences: Sequences, backend: TorchDevice) -> Block:
@@ -63,14 +68,30 @@ class TorchModel:
         graphs = backend.config.cuda_graphs and backend.device.type == "cuda"
         self.network.replays = graphs and isinstance(self.network, DecoderNetwork)
         self.head = None if head is None else head.to(backend.device)
-        self.backend = backend
+        self.backend, self.mesh = backend, backend.mesh
+        if self.mesh is not None:
+            self.shell = shell(self.network, "meta")
+            self.root = self.mesh.divide(self.network, self.head, self.network.layers())
         self.vocab_size, self.hidden_size = network.vocab_size, network.hidden_size
         self.context_length = network.context_length
 
     def forward(
         self, block: Block, outputs: Sequence[str], temperature: float, dropout: DropoutMask | None = None
     ) -> dict[str, Tensor]:
-        """The named outputs with gradients. Logits exist only at the T columns that predict a response token."""
+        """The named outputs with gradients, of all rows."""
+        if self.mesh is None:
+            return self.run(block, outputs, temperature, dropout)
+        rows = len(block.tokens)
+        own = torch.as_tensor(self.mesh.own(rows), device=block.tokens.device)
+        dropout = dropout and DropoutMask(dropout.rate, dropout.seeds[own])
+        found = self.root(self.run, block.take(own), outputs, temperature, dropout)
+        # Sorted: a set has an order of its own in each process.
+        return {name: self.mesh.gather(found[name], rows) for name in sorted(outputs)}
+
+    def run(
+        self, block: Block, outputs: Sequence[str], temperature: float, dropout: DropoutMask | None = None
+    ) -> dict[str, Tensor]:
+        """Those of these rows. Logits exist only at the T columns that predict a response token."""
         with self.backend.autocast():
             first = block.prompt_length - 1
             hidden = self.network.hidden(block.tokens, block.mask, dropout, first)  # [B, T + 1, d]
@@ -80,7 +101,7 @@ class TorchModel:
                 tokens = block.tokens[:, block.prompt_length :]
                 out |= self.of_distribution(states, tokens, temperature, entropy="entropy" in outputs)
             if "divergence" in outputs and self.teacher is not None:
-                out["divergence"] = self.from_teacher(self.teacher.network, states, block, temperature)
+                out["divergence"] = self.from_teacher(self.teacher, states, block, temperature)
             if "values" in outputs:
                 out["values"] = self.head(states)
             if "scores" in outputs:
@@ -101,18 +122,23 @@ class TorchModel:
         names = ("logprobs", "entropy")[: 1 + entropy]
         return dict(zip(names, self.in_pieces(some, states, tokens), strict=True))
 
-    def from_teacher(self, teacher: Network, states: Tensor, block: Block, temperature: float) -> Tensor:
+    def from_teacher(self, teacher: TorchModel, states: Tensor, block: Block, temperature: float) -> Tensor:
         """The divergence [B, T], from the states [B, T, d] that predict each response token."""
+        network, call = teacher.network, teacher.call
         with torch.no_grad():
-            theirs = teacher.hidden(block.tokens, block.mask, None, block.prompt_length - 1)[:, :-1]
+            theirs = call(network.hidden, block.tokens, block.mask, None, block.prompt_length - 1)[:, :-1]
 
         def some(states: Tensor, theirs: Tensor) -> tuple[Tensor, ...]:
             own = (self.network.logits(states).float() / temperature).log_softmax(-1)
             with torch.no_grad():
-                other = (teacher.logits(theirs).float() / temperature).log_softmax(-1)
+                other = (call(network.logits, theirs).float() / temperature).log_softmax(-1)
             return (losses.divergence(xp, own, other, self.beta),)
 
         return self.in_pieces(some, states, theirs)[0]
+
+    def call(self, method: Callable[..., Any], *given: Any) -> Any:
+        """A method of the network, from outside of this model's `forward`."""
+        return method(*given) if self.mesh is None else self.root(method, *given)
 
     def in_pieces(self, some: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
         """``some`` of inputs [B, T, ...], which gives [B, T] each by way of logits. If [B, T, V] is large, it never exists in
@@ -126,6 +152,7 @@ class TorchModel:
 
     @torch.no_grad()
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
+        self.backend.processes.agree("batch", sequences.tokens, sequences.attention)
         out = self.forward(Block.put(sequences, self.backend), outputs, temperature)
         return {name: value.float().cpu().numpy() for name, value in out.items()}
 
@@ -138,19 +165,44 @@ class TorchModel:
         return named | (self.head.tensors() if self.head else {})
 
     def parameters(self) -> dict[str, np.ndarray]:
-        return {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in self.tensors().items()}
+        return dict(self.arrays())
+
+    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """`parameters`, one at a time: on a mesh, the only one that is whole."""
+        for name, tensor in self.tensors().items():
+            yield name, full(tensor.detach()).float().cpu().numpy().copy()
+
+    def not_finite(self) -> list[str]:
+        return [name for name, array in self.arrays() if not np.isfinite(array).all()]
 
     def copy(self):
-        copied = type(self)(copy_network(self.network), copy.deepcopy(self.head), self.backend)
+        copied = self.rebuilt(type(self), None if self.head is None else same_head(self.head))
         copied.teacher, copied.beta = self.teacher, self.beta
         return copied
 
+    def rebuilt(self, cls: type[Any], head: ScalarHead | None, change: Callable[[Network], Network] = lambda same: same) -> Any:
+        """A model of ``cls`` with a copy of this one's network, changed, and the head."""
+        if self.mesh is None:
+            return cls(change(copy_network(self.network)), head, self.backend)
+        made = cls(change(shell(self.shell, self.backend.device)), head, self.backend)
+        mine = self.tensors()
+        with torch.no_grad():
+            for name, tensor in made.tensors().items():
+                if name not in HEAD:
+                    tensor.copy_(mine[name])
+        return made
+
     def write(self, folder: Path, name: str, **config: int) -> None:
-        """A checkpoint of transformers' class ``name``; for an adapted network, the adapter alone."""
-        if self.network.adapter is not None:
-            adapters.write(folder, self.network.adapter, self.parameters(), scalar=self.head is not None)
+        """A checkpoint of transformers' class ``name``; for an adapted network, the adapter alone. Without ``num_labels``, the
+        head is left out."""
+        left_out = () if config else HEAD
+        arrays = {key: array for key, array in self.arrays() if self.backend.processes.leads and key not in left_out}
+        if not self.backend.processes.leads:
             return
-        write_tensors(folder / "model.safetensors", self.parameters())
+        if self.network.adapter is not None:
+            adapters.write(folder, self.network.adapter, arrays, scalar=bool(config))
+            return
+        write_tensors(folder / "model.safetensors", arrays)
         write_json(folder / "config.json", {**self.network.config, "architectures": [name], **config})
 
 
@@ -179,18 +231,17 @@ class LanguageModel(TorchModel, Policy):
         pad_id: int,
         past: Past | None = None,
     ) -> Generated:
-        put = self.backend.put
+        self.backend.processes.agree("prompts", prompt_tokens, prompt_mask, seeds)
+        rows = slice(None) if self.mesh is None else self.mesh.own(len(seeds))
+        given = [self.backend.put(array[rows]) for array in (prompt_tokens, prompt_mask, seeds)]
+        how: dict[str, Any] = {"temperature": temperature, "stop_ids": stop_ids, "pad_id": pad_id, "past": past}
+        draw = functools.partial(generate, self.network, *given, **how)
         with self._sampling():
-            return generate(
-                self.network,
-                put(prompt_tokens),
-                put(prompt_mask),
-                put(seeds),
-                temperature=temperature,
-                stop_ids=stop_ids,
-                pad_id=pad_id,
-                past=past,
-            )
+            if self.mesh is None:
+                return draw()
+            own = self.root.whole(draw)
+        # Without the cache, in which each process has its own rows only.
+        return Generated(*(self.mesh.group.gather(each)[: len(seeds)] for each in (own.tokens, own.mask, own.logprobs)))
 
     def stream(
         self,
@@ -202,6 +253,10 @@ class LanguageModel(TorchModel, Policy):
         stop_ids: Sequence[int],
         pad_id: int,
     ) -> Iterator[np.ndarray]:
+        if self.mesh is not None:
+            how: dict[str, Any] = {"temperature": temperature, "stop_ids": stop_ids, "pad_id": pad_id}
+            yield from super().stream(prompt_tokens, prompt_mask, seeds, **how)
+            return
         put = self.backend.put
         with self._sampling():  # not while the caller handles the token
             decoding = Decoding(self.network, put(prompt_tokens), put(prompt_mask), put(seeds), temperature, stop_ids, pad_id)
@@ -214,21 +269,22 @@ class LanguageModel(TorchModel, Policy):
 
     @contextlib.contextmanager
     def _sampling(self) -> Iterator[None]:
-        # Inference mode is the fastest, but there autocast does not keep cast weights, and casts them again for each token.
-        unrecorded = torch.inference_mode if self.backend.config.precision == "float32" else torch.no_grad
+        # Inference mode is the fastest, but there autocast does not keep cast weights, and casts them again for each token. Nor
+        # does FSDP take what is made in it.
+        fastest = self.backend.config.precision == "float32" and self.mesh is None
+        unrecorded = torch.inference_mode if fastest else torch.no_grad
         with self.backend.autocast(), unrecorded():
             yield
 
     def with_value_head(self) -> LanguageModel:
-        head = ScalarHead(np.zeros(self.hidden_size, np.float32))
-        return type(self)(copy_network(self.network), head, self.backend)
+        return self.rebuilt(type(self), ScalarHead(np.zeros(self.hidden_size, np.float32)))
 
     def scalar_model(self, head: np.ndarray) -> Scalar:
-        return Scalar(copy_network(self.network).without_language_head(), ScalarHead(head), self.backend)
+        return self.rebuilt(Scalar, ScalarHead(head), lambda network: network.without_language_head())
 
     def save(self, folder: Path) -> None:
         """The language model alone: a value head belongs to training, not to the policy."""
-        type(self)(self.network, None, self.backend).write(folder, causal_class(self.network.config))
+        self.write(folder, causal_class(self.network.config))
 
 
 class Scalar(TorchModel, ScalarModel):
@@ -241,6 +297,11 @@ class Scalar(TorchModel, ScalarModel):
 
     def save(self, folder: Path) -> None:
         self.write(folder, classifier_class(self.network.config), num_labels=1)
+
+
+def same_head(head: ScalarHead) -> ScalarHead:
+    weight, bias = (full(tensor.detach()).cpu().numpy() for tensor in (head.weight, head.bias))
+    return ScalarHead(weight, float(bias[0]))
 
 
 def _take(logits: Tensor, tokens: Tensor) -> Tensor:

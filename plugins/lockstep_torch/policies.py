@@ -32,6 +32,7 @@ from lockstep_torch.classifier import TextClassifier
 from lockstep_torch.decoder import DecoderNetwork, Network, ScalarHead, load_arrays
 from lockstep_torch.device import TorchDevice
 from lockstep_torch.lora import adapted, linear_layers
+from lockstep_torch.mesh import fill
 from lockstep_torch.model import LanguageModel, Scalar
 from lockstep_torch.transformers_network import TransformersNetwork, config_of, load
 
@@ -154,7 +155,7 @@ def _with(model: Any, arrays: dict[str, np.ndarray], source: Path | str) -> Any:
     adapters.check(source, arrays, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(torch.tensor(arrays[name]))
+            fill(tensor, arrays[name])
     return model
 
 

@@ -110,6 +110,11 @@ class TransformersNetwork(Network):
         cap = getattr(self.hf.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def layers(self) -> list[nn.Module]:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [module for module in self.hf.modules() if isinstance(module, GradientCheckpointingLayer)]
+
     def language_head(self) -> nn.Module | None:
         return self.hf.get_output_embeddings()
 
@@ -135,11 +140,8 @@ class TransformersNetwork(Network):
     def _checkpointing_layers(self) -> Iterator[None]:
         """transformers checkpoints layers only in training mode. So the layers claim to be in it, while the modules inside them,
         including dropout, are not."""
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
         again = functools.partial(checkpoint, use_reentrant=False)
-        on, modules = self.gradient_checkpointing, self.hf.modules()
-        layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)] if on else []
+        layers: Any = self.layers() if self.gradient_checkpointing else []
         for layer in layers:
             layer.gradient_checkpointing, layer._gradient_checkpointing_func, layer.training = True, again, True
         try:

@@ -25,6 +25,7 @@ import rich.table
 import rich.text
 
 from lockstep.config.secrets import redact
+from lockstep.processes import place
 from lockstep.text.visible import visible
 
 SHOWN = {
@@ -75,7 +76,8 @@ class LogHandler(rich.logging.RichHandler):
 
 class Console:
     def __init__(self) -> None:
-        self.out = Terminal(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
+        # Of several processes, the first one speaks.
+        self.out = Terminal(soft_wrap=True, width=None if sys.stdout.isatty() else 150, quiet=place().rank > 0)
         self.out.on_broken_pipe = nobody_reads  # type: ignore[method-assign]
         logger = logging.getLogger("lockstep")
         logger.setLevel(logging.INFO)

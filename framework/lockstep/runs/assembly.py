@@ -27,13 +27,15 @@ from lockstep.interfaces import (
     ScalarModel,
 )
 from lockstep.models.architecture import SCALAR_HEAD
+from lockstep.processes import ALONE, Processes, place
 from lockstep.registry import registry
+from lockstep.runs.asked_once import SharedLabeler, SharedRewardModel
 from lockstep.runs.experiment import Experiment, component_config
 from lockstep.runs.stages import NEW, Stage
 from lockstep.storage.files import read_object, write_json
 from lockstep.storage.records import MADE_BY, OUTPUT, read_record
 from lockstep.storage.sources import fetch_folder
-from lockstep.storage.weights import check_finite, stored_weights
+from lockstep.storage.weights import refuse_not_finite, stored_weights
 from lockstep.text.tokenizer import GENERATION, PAD, Tokenizer, TokenizerConfig
 from lockstep.types import Fit, Prompt
 
@@ -50,6 +52,22 @@ class Assembly:
     def backend(self) -> Backend:
         cls, config = self.experiment.backend
         return cls(config)
+
+    @property
+    def processes(self) -> Processes:
+        """The backend's, which need not be made to know of one process that it is alone.
+
+        Raises:
+          ConfigError: several were started, and the backend knows of one.
+        """
+        if (count := place().count) == 1:
+            return ALONE
+        if self.backend.processes.count != count:
+            name = self.experiment.backend_name
+            raise ConfigError(
+                f"{count} processes were started, and backend={name} runs as one. Start one, as with srun --ntasks=1."
+            )
+        return self.backend.processes
 
     @functools.cached_property
     def data(self) -> DataSource:
@@ -110,7 +128,13 @@ class Assembly:
             return None
         cls = registry().resolve("reward_model", group["name"], self.experiment.backend_name)
         config = component_config(cls, dict(group), "reward_model")
-        return cls(config, DeclaredResources(self, f"reward model '{group['name']}'", cls.inputs(config), stage))
+        inputs = cls.inputs(config)
+        made = cls(config, DeclaredResources(self, f"reward model '{group['name']}'", inputs, stage))
+        return SharedRewardModel(made, self.processes) if self._asked_once(inputs) else made
+
+    def _asked_once(self, inputs: Inputs) -> bool:
+        """Whether process 0 asks such a component for all. One that has models runs on all of them, as models do."""
+        return self.processes.count > 1 and not inputs.outputs and not inputs.members
 
     def resources(self, stage: Stage) -> Resources:
         """What the stage's algorithm may open."""
@@ -122,7 +146,9 @@ class Assembly:
         """Of a collection."""
         assert stage.labels is not None and stage.labeler is not None
         cls, config = stage.labels
-        return cls(config, self.data, DeclaredResources(self, f"labeler '{stage.labeler['name']}'", cls.inputs(config), stage))
+        inputs = cls.inputs(config)
+        made = cls(config, self.data, DeclaredResources(self, f"labeler '{stage.labeler['name']}'", inputs, stage))
+        return SharedLabeler(made, self.processes) if self._asked_once(inputs) else made
 
     def attacker(self, stage: Stage) -> Attacker:
         """Of attacks."""
@@ -144,7 +170,9 @@ class Assembly:
         if stage.surroundings is None:
             return None
         cls, config = stage.surroundings
-        return cls(config)
+        made = cls(config)
+        made.processes = self.processes
+        return made
 
     def algorithm(self, stage: Stage) -> Algorithm:
         policy, reward_model = self.policy(stage.policy), self.reward_model(stage)
@@ -158,7 +186,7 @@ class Assembly:
         reader = self.experiment.config["policy"]["name"]
         if stage.policy != NEW:
             reader = opener(self._folder(stage.policy), self.experiment.backend_name)
-        save_result(folder, algorithm.result(), self.tokenizer, algorithm.produces, reader)
+        save_result(folder, algorithm.result(), self.tokenizer, algorithm.produces, reader, self.processes.leads)
 
     def _folder(self, source: str) -> Path:
         return self.outputs.get(source, Path(source))
@@ -240,18 +268,21 @@ def load_own_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.load(folder, own)
 
 
-def save_result(folder: Path, model: Model, tokenizer: Tokenizer, kind: str, policy: str) -> None:
+def save_result(folder: Path, model: Model, tokenizer: Tokenizer, kind: str, policy: str, leads: bool = True) -> None:
     """A Hugging Face folder with its tokenizer, its kind ('policy', 'reward_model') and the name of the policy that reads it.
-    transformers' ``generate`` stops at the tokenizer's EOS.
+    transformers' ``generate`` stops at the tokenizer's EOS. Of several processes, the one that ``leads`` writes.
 
     Raises:
       CheckpointError: the model holds NaN or Inf; nothing is written.
     """
     what = kind.replace("_", " ")
-    check_finite(model.parameters(), f"The {what} that should be saved")
+    refuse_not_finite(model.not_finite(), f"The {what} that should be saved")
     tokenizer.check_embedding(model.vocab_size, f"the {what}")
-    folder.mkdir(parents=True, exist_ok=True)
+    if leads:
+        folder.mkdir(parents=True, exist_ok=True)
     model.save(folder)
+    if not leads:
+        return
     tokenizer.save(folder)
     if (folder / "config.json").exists():  # an adapter has none
         write_json(folder / "config.json", read_object(folder / "config.json") | tokenizer.token_ids())

@@ -20,6 +20,7 @@ from lockstep.errors import DataError, listing
 from lockstep.interfaces import DataSource, Label, Policy, RewardModel
 from lockstep.learning.randomness import example_indices, token_seeds
 from lockstep.learning.rollout import Sampler, score
+from lockstep.processes import Processes
 from lockstep.runs.evaluation import agreement
 from lockstep.storage.files import write_text
 from lockstep.text import encoding
@@ -90,10 +91,11 @@ class Collector:
         ]  # fmt: skip
 
 
-def kept(file: Path, collect: Callable[[], list[Candidates]]) -> list[Candidates]:
+def kept(file: Path, collect: Callable[[], list[Candidates]], processes: Processes) -> list[Candidates]:
     """The candidates in a file; collected, and written there whole, if there is none."""
-    if not file.exists():
-        write_text(file, "".join(map(candidates_line, collect())))
+    if not processes.share(file.exists):
+        found = collect()
+        processes.share(lambda: write_text(file, "".join(map(candidates_line, found))))
     return candidates_in(file)
 
 

@@ -119,7 +119,7 @@ class Experiment:
                 "tokenizer": dataclasses.asdict(tokenizer),
                 "inputs": {name: self._made(name, found[name]) for name, _ in stage.inputs if name in found},
                 "folders": {path: identity.folder_digest(path) for path in self._outside(stage)},
-                "backend": without_secrets(self.config["backend"]),
+                "backend": without_secrets(identity.decisive_backend(self.config["backend"])),
                 "data": data,
                 "seed": stage.seed,
                 "run_seed": self.seed if stage.reads_new or stage.kind in ("collect", "attack") else None,

@@ -29,6 +29,11 @@ def digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def decisive_backend(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The backend's group without its mesh: the number of devices changes results by rounding only."""
+    return {key: value for key, value in group.items() if key != "mesh"}
+
+
 def code_digests(modules: Iterable[str]) -> dict[str, str]:
     """{package: SHA-256 of its source} of the core and of the top-level packages of these modules. Nothing is imported."""
     digests = {}

@@ -33,7 +33,7 @@ class GracefulStop:
         self.asked, self.message, self.signals = False, message, signals
 
     def __enter__(self) -> GracefulStop:
-        self.handled = _handled(self._ask, self.signals)
+        self.handled = handled(self._ask, self.signals)
         self.handled.__enter__()
         return self
 
@@ -59,12 +59,12 @@ def terminable(first: Callable[[], None] = lambda: None) -> Iterator[None]:
         first()
         raise KeyboardInterrupt
 
-    with _handled(terminate, ENDS):
+    with handled(terminate, ENDS):
         yield
 
 
 @contextlib.contextmanager
-def _handled(handler: Handler, signals: Sequence[signal.Signals]) -> Iterator[None]:
+def handled(handler: Handler, signals: Sequence[signal.Signals]) -> Iterator[None]:
     """Inside, ``handler`` gets these signals, save a hang-up that `nohup` ignores."""
     in_terminal = sys.stdout.isatty()
 

@@ -10,7 +10,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,19 @@ from lockstep.interfaces import Algorithm, Backend, DataSource, Learner, Tracker
 from lockstep.reporting.console import Console
 from lockstep.reporting.health import NOT_FINITE, Health, diverged
 from lockstep.reporting.provenance import code_state
+from lockstep.reporting.tracking import Silent
+from lockstep.runs import identity
 from lockstep.runs.assembly import Assembly
 from lockstep.runs.attacks import AttackConfig, RedTeam, demonstrations
 from lockstep.runs.attacks import kept as kept_attacks
 from lockstep.runs.collection import CollectionConfig, Collector, kept, labelled, measures
 from lockstep.runs.evaluation import EvaluationConfig, Evaluator, flatten, prompts_of
 from lockstep.runs.experiment import ConfigGroup, Experiment
-from lockstep.runs.identity import what_changed
 from lockstep.runs.interrupts import GracefulStop, terminable
 from lockstep.runs.stages import Stage
-from lockstep.runs.store import Records, RunFolder, StageFolder
-from lockstep.storage.files import dump_line, finite, write_json, write_text
-from lockstep.storage.records import HEALTH, METRICS, STAGES, read_record, read_rows
-from lockstep.storage.weights import not_finite
+from lockstep.runs.store import NoRecords, Records, RunFolder, StageFolder, held
+from lockstep.storage.files import dump, dump_line, finite, write_json, write_text
+from lockstep.storage.records import HEALTH, METRICS, STAGES, read_record
 from lockstep.version import __version__
 
 log = logging.getLogger("lockstep")
@@ -66,6 +66,9 @@ class Runner:
         }
         experiment.check_place()
         self.assembly = Assembly(experiment, {name: folder.output for name, folder in experiment.folders.items()})
+        self.processes = self.assembly.processes
+        self.folder.writes = self.processes.leads
+        self.processes.agree("run", self.folder.name, *map(identity.digest, experiment.identities.values()))
 
     def run(self) -> Path:
         """Run all stages. Returns the run folder.
@@ -73,16 +76,12 @@ class Runner:
         Raises:
           Stopped: on Ctrl-C or a termination signal, with progress saved.
         """
-        with self.folder.lock(), terminable():
-            self.experiment.check_place()  # again: another process may have started it since
+        with held(self.folder.lock, self.processes), terminable():
             started = time.perf_counter()
-            self.folder.write_config(self.experiment.config)
-            self._tell_what_starts_anew()
-            write_json(self.folder.path / "stages.json", self.experiment.identities)
-            self.folder.write()
+            self.processes.share(self._begin)
             status = "failed"
             try:
-                self.console.plan(self.experiment.name, self._plan())
+                self.processes.share(lambda: self.console.plan(self.experiment.name, self._plan()))
                 for stage in self.experiment.stages.values():
                     self._stage(stage)
                 status = "done"
@@ -93,6 +92,13 @@ class Runner:
                 self.folder.write(status=status, finished=_now(), seconds=round(time.perf_counter() - started, 1))
         return self.folder.path
 
+    def _begin(self) -> None:
+        self.experiment.check_place()  # again: another process may have started it since
+        self.folder.write_config(self.experiment.config)
+        self._tell_what_starts_anew()
+        write_json(self.folder.path / "stages.json", self.experiment.identities)
+        self.folder.write()
+
     def _tell_what_starts_anew(self) -> None:
         """Warn of stages that this run had started and that now get another folder, because something changed."""
         file = self.folder.path / "stages.json"
@@ -101,7 +107,7 @@ class Runner:
         for name, content in self.experiment.identities.items():
             old = StageFolder.of(self.experiment.root, name, self.experiment.backend_name, before.get(name, {}))
             if old.path != self.experiment.folders[name].path and (old.path / "stage.json").exists():
-                reason = "; ".join(what_changed(before[name], content))
+                reason = "; ".join(identity.what_changed(before[name], content))
                 state = "done" if old.done else "unfinished"
                 stages.setdefault(reason, []).append(f"{name} (its earlier folder {old.path.name} is {state})")
         for reason, names in stages.items():
@@ -131,16 +137,8 @@ class Runner:
             "identity": folder.path.name,
             "produces": stage.produces,
         }
-        with folder.lock():
-            if folder.intact if stage.name in self._read() else folder.done:
-                folder.remove_checkpoints()  # left over if a kill came just before
-            else:
-                if (folder.path / "done.json").exists():
-                    log.warning("%s starts over: it was done, but files of %s are missing or changed", stage.name, folder.output)
-                    (folder.path / "done.json").unlink()
-                self.folder.stage(stage.name, folder, status="running", **facts)
-                write_json(folder.path / "stage.json", self.experiment.identities[stage.name])
-                self.folder.write(backend={"name": self.experiment.backend_name, **self.assembly.backend.describe()})
+        with held(folder.lock, self.processes):
+            if not self.processes.share(lambda: self._is_done(stage, folder, facts)):
                 started = time.perf_counter()
                 try:
                     kinds = {"train": self._train, "evaluate": self._evaluate, "collect": self._collect, "attack": self._attack}
@@ -149,11 +147,25 @@ class Runner:
                     self.folder.stage(stage.name, folder, status=_ended_by(error))
                     raise
                 memory = peak_memory(self.assembly.backend)
-                folder.finish({"seconds": round(time.perf_counter() - started, 1), "memory": memory, **result})
-            result = folder.result()
+                done = {"seconds": round(time.perf_counter() - started, 1), "memory": memory, **result}
+                self.processes.share(lambda: folder.finish(done))
+            result = self.processes.share(folder.result)
         kept = {"data": result.get("data", {}), "health": result.get("health", [])}
         self.folder.stage(stage.name, folder, status="done", seconds=result["seconds"], **kept, **facts)
         self.console.stage_done(stage.name, result)
+
+    def _is_done(self, stage: Stage, folder: StageFolder, facts: ConfigGroup) -> bool:
+        """Whether the stage need not run; if it has to, that is on record now."""
+        if folder.intact if stage.name in self._read() else folder.done:
+            folder.remove_checkpoints()  # left over if a kill came just before
+            return True
+        if (folder.path / "done.json").exists():
+            log.warning("%s starts over: it was done, but files of %s are missing or changed", stage.name, folder.output)
+            (folder.path / "done.json").unlink()
+        self.folder.stage(stage.name, folder, status="running", **facts)
+        write_json(folder.path / "stage.json", self.experiment.identities[stage.name])
+        self.folder.write(backend={"name": self.experiment.backend_name, **self.assembly.backend.describe()})
+        return False
 
     def _read(self) -> set[str]:
         """The stages whose output is still to be read by others."""
@@ -164,24 +176,25 @@ class Runner:
 
     def _train(self, stage: Stage, folder: StageFolder) -> ConfigGroup:
         algorithm = self.assembly.algorithm(stage)
-        first, state = folder.restore(algorithm.learner.restore) or (0, {})
+        first, state = folder.restore(algorithm.learner.restore, self.processes) or (0, {})
         if state:
             algorithm.load_state(state["algorithm"])
             log.info("%s resumes at step %d of %d", stage.name, first, algorithm.total_steps)
             if changes := differences(state["machine"], self._machine()):
                 log.warning("no longer bit for bit from here on, because this changed: %s", "; ".join(changes))
         # Truncated to the checkpoint before the tracker starts, because the tracker reads there what it missed.
-        records = Records(folder.path, state.get("positions"), state.get("seconds", 0.0))
+        leads = self.processes.leads
+        records = Records(folder.path, state.get("positions"), state.get("seconds", 0.0)) if leads else NoRecords()
         with self._tracked(stage, folder, resume=bool(state)) as tracker:
             metrics = self.train(stage.name, algorithm, folder, tracker, records, first, state.get("metrics", {}))
-            with folder.write_output() as output:
+            with folder.write_output(leads) as output:
                 self.assembly.save(stage, algorithm, output)
             tracker.artifact(algorithm.produces, folder.output)
         return {
             "steps": algorithm.total_steps,
             "data": {what: fit.counts() for what, fit in self.assembly.fits[stage.name].items()},
             "metrics": {k: finite(v) for k, v in metrics.items()},
-            "health": list(read_rows(folder.path / "health.jsonl", HEALTH)),
+            "health": list(records.rows("health", HEALTH)),
         }
 
     def train(
@@ -195,7 +208,7 @@ class Runner:
           Diverged: a loss, a gradient or a parameter is not finite. What was saved before stays, and nothing is saved after.
         """
         config, health, saved = self.experiment.config, Health(), first
-        health.replay(read_rows(folder.path / "metrics.jsonl", METRICS))
+        health.replay(records.rows("metrics", METRICS))
 
         def stop_if(wrong: Sequence[str], step: int) -> None:
             if wrong:
@@ -211,7 +224,7 @@ class Runner:
                 "metrics": {name: finite(value) for name, value in metrics.items()},
                 "machine": self._machine(),
             }
-            folder.save(step, algorithm.learner.save, state)
+            folder.save(step, algorithm.learner.save, state, self.processes.leads)
             saved = step
 
         with GracefulStop() as stop, self.console.progress(name, first, algorithm.total_steps) as progress:
@@ -229,11 +242,12 @@ class Runner:
                 if (last or (step + 1) % config["samples_every"] == 0) and (rows := algorithm.samples()):
                     records.samples(step, rows)
                     tracker.table("samples", rows, step)
-                if stop.asked or last or (step + 1) % config["checkpoint_every"] == 0:
+                asked = self.processes.any(stop.asked)
+                if asked or last or (step + 1) % config["checkpoint_every"] == 0:
                     stop_if(spoilt(algorithm.learner), step + 1)
-                    if stop.asked or not last:
+                    if asked or not last:
                         save(step + 1)
-                if stop.asked:
+                if asked:
                     records.close()
                     raise Stopped(
                         f"Stopped in {name} after step {step + 1} of {algorithm.total_steps}. Rerun the same command to resume."
@@ -265,9 +279,7 @@ class Runner:
             done = iter(range(len(config.policies) + 3))
             result = evaluator.run(assembly.policy, config.policies, lambda what: progress(next(done), {}, what))
             samples, data = result.pop("samples"), {what: fit.counts() for what, fit in evaluator.fits.items()}
-            with folder.write_output() as output:
-                write_json(output / "evaluation.json", result)
-                write_text(output / "samples.jsonl", "".join(map(dump_line, samples)))
+            self._write(folder, {"evaluation.json": dump(result), "samples.jsonl": "".join(map(dump_line, samples))})
             tracker.table("samples", samples, 0)
             tracker.log(flatten(result), 0)
             tracker.artifact("evaluation", folder.output)
@@ -288,10 +300,11 @@ class Runner:
         with self.console.progress(stage.name, 0, len(policies) + 1) as progress:
             done = iter(range(len(policies)))
             tell = lambda what: progress(next(done), {}, what)  # noqa: E731
-            candidates = kept(folder.path / CANDIDATES, lambda: collector.collect(assembly.policy, policies, tell))
+            collect = lambda: collector.collect(assembly.policy, policies, tell)  # noqa: E731
+            candidates = kept(folder.path / CANDIDATES, collect, self.processes)
             progress(len(policies), {}, "labels")
             labeler = assembly.labeler(stage)
-            received = labeler.received(folder.path)
+            received = self.processes.share(lambda: labeler.received(folder.path))
             try:
                 labels = labeler.label(candidates, stage.seed, folder.path)
             except Waiting as waiting:
@@ -304,8 +317,7 @@ class Runner:
             "heldout_labels": float(len(labels) - len(comparisons))
         }
         with self._tracked(stage, folder, resume=False) as tracker:
-            with folder.write_output() as output:
-                write_text(output / COMPARISONS, "".join(map(comparison_line, comparisons)))
+            self._write(folder, {COMPARISONS: "".join(map(comparison_line, comparisons))})
             tracker.log(metrics, 0)
             tracker.artifact(stage.produces, folder.output)
         data = {what: fit.counts() for what, fit in collector.fits.items()}
@@ -323,18 +335,22 @@ class Runner:
             done = iter(range(len(stage.policies) + 1))
             attacks = team.run(assembly.policy, stage.policies, lambda what: progress(next(done), {}, what))
         with self._tracked(stage, folder, resume=False) as tracker:
-            with folder.write_output() as output:
-                write_text(
-                    output / PROMPTS, "".join(prompt_line(prompt, **facts) for prompt, facts in kept_attacks(attacks, config))
-                )
-                write_text(output / DEMONSTRATIONS, "".join(map(demonstration_line, demonstrations(attacks, config))))
+            prompts = "".join(prompt_line(prompt, **facts) for prompt, facts in kept_attacks(attacks, config))
+            imitated = "".join(map(demonstration_line, demonstrations(attacks, config)))
+            self._write(folder, {PROMPTS: prompts, DEMONSTRATIONS: imitated})
             tracker.log(team.measures, 0)
             tracker.artifact(stage.produces, folder.output)
         data = {what: fit.counts() for what, fit in team.fits.items()}
         return {"steps": 0, "data": data, "metrics": team.measures}
 
+    def _write(self, folder: StageFolder, files: Mapping[str, str]) -> None:
+        """The stage's output."""
+        with folder.write_output(self.processes.leads) as output:
+            for name, text in files.items() if self.processes.leads else ():
+                write_text(output / name, text)
+
     def _tracked(self, stage: Stage, folder: StageFolder, resume: bool) -> Tracked:
-        cls, config = self.experiment.tracker
+        cls, config = self.experiment.tracker if self.processes.leads else (Silent, Silent.Config())
         return Tracked(
             cls(config),
             folder=folder.path,
@@ -387,7 +403,7 @@ def _ended_by(error: BaseException) -> str:
 
 def spoilt(learner: Learner) -> list[str]:
     """The parameters that hold NaN or infinity."""
-    return [f"{name}.{each}" for name, model in learner.models.items() for each in not_finite(model.parameters())]
+    return [f"{name}.{each}" for name, model in learner.models.items() for each in model.not_finite()]
 
 
 def _diverged(name: str, step: int, total: int, wrong: Sequence[str], folder: StageFolder, saved: int) -> str:

@@ -41,7 +41,8 @@ from omegaconf import OmegaConf
 from lockstep.config.schema import differences
 from lockstep.config.secrets import without_secrets
 from lockstep.errors import CheckpointError
-from lockstep.runs.identity import digest, without_copies
+from lockstep.processes import ALONE, Processes
+from lockstep.runs.identity import decisive_backend, digest, without_copies
 from lockstep.storage.files import (
     checksum,
     finite,
@@ -53,7 +54,7 @@ from lockstep.storage.files import (
     write_text,
 )
 from lockstep.storage.names import in_a_name
-from lockstep.storage.records import CHECKPOINT, DONE, RUN, read_configuration, read_record
+from lockstep.storage.records import CHECKPOINT, DONE, RUN, Shape, read_configuration, read_record, read_rows
 
 log = logging.getLogger("lockstep")
 KEPT = 2
@@ -93,9 +94,13 @@ class StageFolder:
         return all(checksum(files[name]) == each["sha256"] for name, each in self.result()["output"].items())
 
     @contextlib.contextmanager
-    def write_output(self) -> Iterator[Path]:
-        """Yields a folder for the result. It becomes ``output`` once everything in it is on disk."""
+    def write_output(self, leads: bool = True) -> Iterator[Path]:
+        """Yields a folder for the result. It becomes ``output`` once everything in it is on disk; of several processes, by the
+        one that ``leads``, and the others write nothing there."""
         temporary = self.path / ".output.part"
+        if not leads:
+            yield temporary
+            return
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
@@ -119,7 +124,7 @@ class StageFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the folder, waiting while another process holds it."""
+        """Lock the folder, waiting while another run holds it."""
         with hold(self.path):
             remove_leftovers(self.path)
             remove_leftovers(self.path / "checkpoints")
@@ -127,11 +132,15 @@ class StageFolder:
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
-    def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
+    def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any], leads: bool = True) -> None:
         """Save a checkpoint that resumes at ``step``: ``write`` puts files into a folder, ``state`` is JSON. It gets its name
-        only once it is complete; then all but the newest two are removed."""
+        only once it is complete; then all but the newest two are removed. Of several processes, the one that ``leads`` does so;
+        the others only take part in ``write``."""
         final = self.path / "checkpoints" / f"{step:08d}"
         temporary = final.with_name(f".{final.name}.part")
+        if not leads:
+            write(temporary)
+            return
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
@@ -148,9 +157,19 @@ class StageFolder:
         for old in self._checkpoints()[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def restore(self, read: Callable[[Path], None]) -> tuple[int, dict[str, Any]] | None:
-        """The step and state of the newest intact checkpoint, after ``read`` took its files in; None if there is none. A damaged
-        one is logged, set aside as ``<step>.damaged``, and the one before it used."""
+    def restore(self, read: Callable[[Path], None], processes: Processes = ALONE) -> tuple[int, dict[str, Any]] | None:
+        """The step and state of the newest intact checkpoint, after ``read`` took its files in, on each process; None if there
+        is none."""
+        found = processes.share(self._newest)
+        if found is None:
+            return None
+        name, step, state = found
+        read(self.path / "checkpoints" / name)
+        return step, state
+
+    def _newest(self) -> tuple[str, int, dict[str, Any]] | None:
+        """The name, step and state of the newest intact checkpoint. A damaged one is logged, set aside as ``<step>.damaged``,
+        and the one before it used."""
         found = self._checkpoints()
         for folder in reversed(found):
             try:
@@ -162,9 +181,8 @@ class StageFolder:
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
                 continue
-            read(folder)
             record = read_record(folder / "state.json", CHECKPOINT)
-            return record["step"], record["state"]
+            return folder.name, record["step"], record["state"]
         if found:
             log.warning("%s starts over: none of its checkpoints is intact", self.path.name)
         return None
@@ -175,6 +193,14 @@ class StageFolder:
     def _checkpoints(self) -> list[Path]:
         folder = self.path / "checkpoints"
         return sorted(p for p in folder.iterdir() if p.name.isdecimal()) if folder.exists() else []
+
+
+@contextlib.contextmanager
+def held(lock: Callable[[], contextlib.AbstractContextManager[None]], processes: Processes) -> Iterator[None]:
+    """Inside, process 0 holds the lock for all."""
+    with contextlib.ExitStack() as stack:
+        processes.share(lambda: stack.enter_context(lock()))
+        yield
 
 
 @contextlib.contextmanager
@@ -296,6 +322,10 @@ class Records:
     def finding(self, step: int, row: Mapping[str, Any]) -> None:
         self._write("health", {"step": step, **row})
 
+    def rows(self, name: str, shape: Shape) -> Iterator[dict[str, Any]]:
+        """What the file of this name holds."""
+        return read_rows(Path(self.files[name].name), shape)
+
     def positions(self) -> dict[str, int]:
         """Where the files end, for a checkpoint; everything up to there is on disk."""
         for file in self.files.values():
@@ -311,13 +341,27 @@ class Records:
         self.files[name].flush()
 
 
+class NoRecords(Records):
+    """Those of a process that leaves them to another."""
+
+    def __init__(self) -> None:
+        self.files, self.started = {}, time.perf_counter()
+
+    def rows(self, name: str, shape: Shape) -> Iterator[dict[str, Any]]:
+        return iter(())
+
+    def _write(self, name: str, row: Mapping[str, Any]) -> None:
+        pass
+
+
 INDECISIVE = ("folder", "name", "objective", "tracker", "checkpoint_every", "samples_every", "choices")
 """Keys that decide where results go, how often they are written and what a run is called, but not what they are."""
 
 
 def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides results."""
-    return {key: value for key, value in config.items() if key not in INDECISIVE}
+    found = {key: value for key, value in config.items() if key not in INDECISIVE}
+    return found | {"backend": decisive_backend(found["backend"])} if "backend" in found else found
 
 
 class RunFolder:
@@ -325,7 +369,9 @@ class RunFolder:
     ``stages.json``: what the hashes of its stages are made of."""
 
     def __init__(self, root: Path, name: str):
-        self.root, self.path = root, root / name
+        self.root, self.path, self.name = root, root / name, name
+        self.writes = True
+        """False in a process that leaves the record to another."""
         self.record: dict[str, Any] = {"name": name, "status": "running", "stages": {}}
 
     @contextlib.contextmanager
@@ -366,4 +412,5 @@ class RunFolder:
 
     def write(self, **facts: Any) -> None:
         self.record |= facts
-        write_json(self.path / "run.json", self.record)
+        if self.writes:
+            write_json(self.path / "run.json", self.record)

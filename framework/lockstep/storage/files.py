@@ -18,9 +18,11 @@ from lockstep.errors import CheckpointError, ConfigError
 
 
 def write_json(path: Path, content: Any) -> None:
-    replace(
-        path, lambda temporary: temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    )
+    write_text(path, dump(content))
+
+
+def dump(content: Any) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -137,16 +137,17 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
     Raises:
       CheckpointError: the file is missing, damaged, truncated or not in safetensors format.
     """
-    return {name: _read(stored) for name, stored in stored_tensors(path).items() if names is None or name in names}
+    return {name: read_tensor(stored) for name, stored in stored_tensors(path).items() if names is None or name in names}
 
 
 def read_weights(folder: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """The float32 weights of a Hugging Face folder, sharded or not: all, or those of ``names`` that exist."""
     stored = {name: each for name, each in stored_weights(folder).items() if names is None or name in names}
-    return {name: np.asarray(_read(each), np.float32) for name, each in stored.items()}
+    return {name: np.asarray(read_tensor(each), np.float32) for name, each in stored.items()}
 
 
-def _read(stored: Stored) -> np.ndarray:
+def read_tensor(stored: Stored) -> np.ndarray:
+    """bfloat16 as float32, everything else unchanged."""
     tensor = np.frombuffer(_mapped(stored).tobytes(), DTYPES[stored.dtype]).reshape(stored.shape)
     return (tensor.astype(np.uint32) << 16).view(np.float32) if stored.dtype == "BF16" else tensor
 
@@ -169,12 +170,12 @@ def check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
     Raises:
       CheckpointError: an array holds NaN or Inf; ``what``, the subject of the message, says where.
     """
-    _refuse_not_finite(not_finite(arrays), what)
+    refuse_not_finite(not_finite(arrays), what)
 
 
 def check_stored_finite(stored: Mapping[str, Stored], what: str) -> None:
     """`check_finite` of tensors on the disk, a piece at a time."""
-    _refuse_not_finite((name for name, each in stored.items() if not _is_finite(each)), what)
+    refuse_not_finite((name for name, each in stored.items() if not _is_finite(each)), what)
 
 
 def _is_finite(stored: Stored, piece: int = 2**20) -> bool:
@@ -186,7 +187,8 @@ def _is_finite(stored: Stored, piece: int = 2**20) -> bool:
     return not any(((words[i : i + piece] & exponents) == exponents).any() for i in range(0, len(words), piece))
 
 
-def _refuse_not_finite(names: Iterable[str], what: str) -> None:
+def refuse_not_finite(names: Iterable[str], what: str) -> None:
+    """`check_finite` of tensors of which those named are not."""
     if wrong := sorted(names):
         raise CheckpointError(
             f"{what} holds NaN or Inf in {len(wrong)} of its tensors: {listing(wrong[:3])}. Such weights come from training that "

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lockstep.errors import ConfigError, did_you_mean
+from lockstep.processes import place
 from lockstep.reporting.console import Console
 
 HELP = "run or sweep experiments: lockstep run experiment=instructgpt backend=jax"
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from lockstep.commands.run import workers
     from lockstep.commands.run.sweeps import sweep
     from lockstep.config.compose import compose, conf_folders
     from lockstep.config.secrets import without_secrets
@@ -53,17 +56,22 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             raise ConfigError("A dry run checks one run, not a sweep. Leave out -m.")
         dry_run(Experiment(compose([o for o in overrides if o != "--dry-run"])), Console())
     elif many:
+        if place().count > 1:
+            raise ConfigError("A sweep starts the processes of its jobs itself. Leave the launcher out: lockstep run -m ...")
         Console().say(sweep(overrides))
     elif "--config" in given:
         import yaml
 
         print(yaml.safe_dump(without_secrets(compose([o for o in overrides if o != "--config"])), sort_keys=False))
     else:
-        run_config(compose(overrides), shlex.join(["lockstep", "run", *overrides]))
+        config = compose(overrides)
+        if (count := workers.wanted(config)) > 1:
+            sys.exit(workers.work([sys.executable, "-P", "-m", "lockstep", "run", *overrides], count))
+        run_config(config, shlex.join(["lockstep", "run", *overrides]))
 
 
 def run_config(config: dict[str, Any], command: str) -> Path:
-    """Run one experiment and print its summary. Returns the run folder."""
+    """Run one experiment and print its summary. Returns the run folder. Of several processes, each runs it and one prints."""
     from lockstep.commands.run.sweeps import agent, objective
     from lockstep.config.overrides import shell
     from lockstep.reporting.summary import summary
@@ -71,8 +79,10 @@ def run_config(config: dict[str, Any], command: str) -> Path:
     from lockstep.runs.runner import Runner
 
     console = Console()
+    if place().rank:
+        return Runner(Experiment(config), console, command).run()
     with agent() as tell:
-        if folder := finished(config):
+        if place().count == 1 and (folder := finished(config)):
             console.say(f"run {folder.name} is already done")
         else:
             folder = Runner(Experiment(config), console, command).run()

@@ -1,0 +1,53 @@
+"""What one process of test_processes.py does: python one_of_several.py FOLDER MESH. Alone or among several, it trains, samples
+and saves in the same way, and leaves numbers in FOLDER/<count>.<rank>.npz."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from lockstep.checking.conformance import backends as kit
+from lockstep.checking.conformance.world import PAD, STOP, World
+from lockstep.errors import OutOfStep
+from lockstep.processes import ALONE, place
+
+ROWS = 7  # two processes have four each, one of them twice
+
+
+def main(folder: Path, mesh: str) -> None:
+    here, world = place(), World("torch", overrides=["backend.device=cpu", *mesh.split()])
+    together = world.backend.processes
+    world.backend.processes = ALONE  # while each writes the policies of a world of its own
+    models = kit.pair(world)
+    world.backend.processes = together
+    learner = kit.learning(world, models)
+
+    def term(seed: int = 0):
+        return kit.term(world, rows=np.arange(ROWS), seed=seed, dropout=0.1)
+
+    found = {f"gradient {name}": array for name, array in learner.gradients([term()]).items()}
+    drawn = models["policy"].generate(
+        *world.prompts(rows=ROWS), world.seeds(ROWS, 12), temperature=1.0, stop_ids=[STOP], pad_id=PAD
+    )
+    found |= {"tokens": drawn.tokens, "mask": drawn.mask, "logprobs": drawn.logprobs}
+    found |= {f"output {name}": array for name, array in kit.outputs_of(models, term()).items()}
+    found["losses"] = np.array([learner.update([term(seed)])["loss"] for seed in range(3)])
+    found |= {f"parameter {name}": array for name, array in kit.parameters(models).items()}
+    learner.save(folder / f"saved by {here.count}")
+    together.share(lambda: None)  # it is written
+    for source in sorted(folder.glob("saved by ?")):
+        again = kit.learning(world, {name: model.copy() for name, model in models.items()})
+        again.update([term(9)])
+        again.restore(source)
+        again.save(folder / f"again {source.name} at {here.count}")
+        found[f"after {source.name}"] = np.array([again.update([term(3)])["loss"]])
+    if here.count > 1:
+        try:
+            learner.update([term(seed=here.rank)])
+        except OutOfStep as error:
+            found["divergence"] = np.array(str(error))
+    np.savez(folder / f"{here.count}.{here.rank}.npz", **found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
