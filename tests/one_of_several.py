@@ -1,4 +1,4 @@
-"""What one process of test_processes.py does: python one_of_several.py FOLDER MESH. Alone or among several, it trains, samples
+"""What one process of test_processes.py does: python one_of_several.py FOLDER BACKEND MESH. Alone or among several, it trains, samples
 and saves in the same way, and leaves numbers in FOLDER/<count>.<rank>.npz."""
 
 import sys
@@ -14,8 +14,8 @@ from lockstep.processes import ALONE, place
 ROWS = 7  # two processes have four each, one of them twice
 
 
-def main(folder: Path, mesh: str) -> None:
-    here, world = place(), World("torch", overrides=["backend.device=cpu", *mesh.split()])
+def main(folder: Path, backend: str, mesh: str) -> None:
+    here, world = place(), World(backend, overrides=["backend.device=cpu", *mesh.split()])
     together = world.backend.processes
     world.backend.processes = ALONE  # while each writes the policies of a world of its own
     models = kit.pair(world)
@@ -50,4 +50,4 @@ def main(folder: Path, mesh: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

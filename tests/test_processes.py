@@ -304,6 +304,7 @@ def several(count, *arguments, mesh="backend.mesh.fsdp=-1"):
     """Run one_of_several.py in as many processes."""
     command, port = [sys.executable, str(HERE / "one_of_several.py"), *map(str, arguments), mesh], str(workers._free_port())
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"  # the last one counts
     started = [
         subprocess.Popen(
             command, env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE,
@@ -319,12 +320,12 @@ def several(count, *arguments, mesh="backend.mesh.fsdp=-1"):
     assert [process.returncode for process in started] == [0] * count, "\n".join(printed)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+@pytest.fixture(scope="module", params=["torch", "jax"])
+def trained(request, tmp_path_factory):
     """{(count, rank): numbers}, and the folder of what was saved."""
     folder = tmp_path_factory.mktemp("several")
-    several(2, folder)
-    several(1, folder, mesh="")
+    several(2, folder, request.param)
+    several(1, folder, request.param, mesh="")
     return {(c, r): dict(np.load(folder / f"{c}.{r}.npz")) for c, r in [(1, 0), (2, 0), (2, 1)]}, folder
 
 

@@ -137,6 +137,20 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
     return Place()
 
 
+def meeting_place(where: Place, environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
+    """The host and port where the processes find each other.
+
+    Raises:
+      ConfigError: the launcher did not say.
+    """
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        raise ConfigError(
+            f"{where.count} processes were started, and do not know where to meet. Set MASTER_ADDR to the host of process 0 and "
+            "MASTER_PORT to a free port there; docs/scale.md has the lines for Slurm."
+        )
+    return environment["MASTER_ADDR"], environment["MASTER_PORT"]
+
+
 # --------------------------------------------------------------------------------------------------------- messages
 
 

@@ -15,6 +15,7 @@ from lockstep.config.mesh import MeshConfig
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, listing
 from lockstep.interfaces import Backend
+from lockstep.processes import place
 from lockstep.storage.files import expanded
 from lockstep_jax import mesh
 
@@ -40,6 +41,8 @@ class JaxDevice(Backend):
     def __init__(self, config: Config):
         self.config = config
         _one_heap()  # before the device has threads, each with its own heap
+        if (here := place()).count > 1:
+            self.processes = mesh.Group(here)
         devices = devices_of(config)
         self.device, self.mesh = devices[0], mesh.made(config.mesh, devices)
         self.trunks: dict[str, Any] = {}
@@ -67,7 +70,7 @@ def matmuls(precision: str, platform: str) -> str | None:
 
 
 def devices_of(config: JaxDevice.Config) -> list[jax.Device]:
-    name, count = config.device, config.mesh.least
+    name, count = config.device, config.mesh.least // place().count
     if count > 1:
         with contextlib.suppress(RuntimeError):  # JAX has its devices already
             jax.config.update("jax_num_cpu_devices", count)  # a CPU stands in for as many devices as are asked for

@@ -23,7 +23,7 @@ from lockstep.storage.weights import read_tensors, write_tensors
 from lockstep.text.sequences import Sequences
 from lockstep_jax.decoder import DropoutMask, NetworkSpec, Tree
 from lockstep_jax.device import JaxDevice, keep_freed_memory, scheduling
-from lockstep_jax.mesh import divided
+from lockstep_jax.mesh import divided, whole
 from lockstep_jax.model import Block, JaxModel, forward
 from lockstep_jax.parameters import from_arrays, to_arrays
 
@@ -85,6 +85,7 @@ class JaxLearner(Learner):
         self.moments = {name: _initial(model.params, self.optimizers[name]) for name, model in self.models.items()}
 
     def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
+        self.backend.processes.agree("batch", sequences.tokens, sequences.attention)
         given = self._parameters(), self._frozen(), Block.put(sequences), temperature
         graph = Graph(*_pass(*given, roles=self._roles(outputs)))
         host = {name: np.asarray(value) for name, value in jax.device_get(graph.outputs).items()}
@@ -93,6 +94,7 @@ class JaxLearner(Learner):
         return made
 
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
+        self.backend.processes.agree("batch", *(array for term in terms for array in term.arrays))
         rates = {name: Rates.at(config, self.steps + 1, lr_scale) for name, config in self.optimizers.items()}
         configs = tuple(self.optimizers.items())
         if len(terms) == 1 and terms[0].forward is None:
@@ -151,8 +153,9 @@ class JaxLearner(Learner):
             if tree is not None
             for key, array in to_arrays(self.models[name].spec.architecture, tree).items()
         }
-        write_tensors(folder / "learner.safetensors", tensors)
-        write_json(folder / "learner.json", {"steps": self.steps})
+        if self.backend.processes.leads:
+            write_tensors(folder / "learner.safetensors", tensors)
+            write_json(folder / "learner.json", {"steps": self.steps})
 
     def restore(self, folder: Path) -> None:
         stored = read_tensors(folder / "learner.safetensors")
@@ -223,7 +226,7 @@ def _gradients(
         return value, {"loss": value, **metrics}
 
     gradients, metrics = jax.grad(objective, has_aux=True)(params)
-    return divided(_mesh(roles), gradients), metrics
+    return divided(_mesh(roles), gradients), whole(_mesh(roles), metrics)
 
 
 def _mesh(roles: Roles) -> Mesh | None:
@@ -279,7 +282,7 @@ def _step(
     norms = {name: optax.tree.norm(gradients[name]) for name, _ in configs}
     stepped = {name: _adam(config, states[name], gradients[name], norms[name], rates[name]) for name, config in configs}
     stepped = {name: State(*(divided(mesh, tree) for tree in state)) for name, state in stepped.items()}
-    return stepped, {f"grad_norm/{name}": norm for name, norm in norms.items()}
+    return stepped, whole(mesh, {f"grad_norm/{name}": norm for name, norm in norms.items()})
 
 
 @functools.partial(jax.jit, static_argnames=("roles", "loss", "configs"), donate_argnames="states", compiler_options=scheduling())

@@ -1,19 +1,26 @@
 """Several devices that act as one (GSPMD; Xu et al. 2021). Parameters are divided among them by a rule for each leaf, rows by
 their place in the batch. What is [batch, time] is whole where it enters a program and where it leaves it, so that losses and
 algorithms know nothing of it. Without a mesh every function here returns what it was given.
+
+One process has all devices of its host. Over several hosts a mesh has those of all (`jax.distributed`), and every process runs
+the same programs on the same host arrays.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lockstep.config.mesh import MeshConfig
+from lockstep.errors import ConfigError
+from lockstep.processes import Place, Processes, meeting_place
 
 Tree = Any
 """Nested dicts of arrays."""
@@ -24,13 +31,37 @@ al. 2020)."""
 
 
 def made(config: MeshConfig, devices: list[jax.Device]) -> Mesh | None:
-    """A mesh of the first of these devices; None if that is one."""
+    """A mesh of the first of these devices; None if that is one.
+
+    Raises:
+      ConfigError: there are fewer, or it leaves out devices of other processes.
+    """
     sizes = config.sizes(len(devices))
     count = math.prod(sizes.values())
+    if jax.process_count() > 1 and count < len(devices):
+        raise ConfigError(
+            f"backend.mesh={config} is of {count} devices, and {jax.process_count()} processes have {len(devices)}. "
+            "Type: backend.mesh.fsdp=-1"
+        )
     if count == 1:
         return None
     places = np.array(devices[:count]).reshape(tuple(sizes.values()))
     return Mesh(places, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+class Group(Processes):
+    """The processes of `jax.distributed`."""
+
+    def __init__(self, where: Place):
+        if not jax.distributed.is_initialized():
+            jax.distributed.initialize(":".join(meeting_place(where)), where.count, where.rank)
+        self.rank, self.count = where.rank, where.count
+
+    def exchange(self, message: bytes) -> list[bytes]:
+        lengths = multihost_utils.process_allgather(np.array([len(message)], np.int32))[:, 0]
+        width = 1 << int(lengths.max()).bit_length()  # few widths, since each is a program
+        rows = multihost_utils.process_allgather(np.frombuffer(message.ljust(width, b"\0"), np.uint8))
+        return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
 
 def described(mesh: Mesh) -> str:
@@ -38,8 +69,28 @@ def described(mesh: Mesh) -> str:
 
 
 def put(mesh: Mesh, tree: Tree) -> Tree:
-    """Host arrays as divided parameters, never as views of host memory."""
-    return jax.device_put(tree, shardings(mesh, tree), may_alias=False)
+    """Host arrays, the same in every process, as divided parameters; never as views of host memory."""
+
+    def one(array: np.ndarray, place: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(np.shape(array), place, lambda part: np.array(array[part]))
+
+    return jax.tree.map(one, tree, shardings(mesh, tree))
+
+
+def get(tree: Tree) -> Tree:
+    """Whole host copies of divided parameters, in every process: all have to ask."""
+
+    def one(array: jax.Array) -> np.ndarray:
+        if not (array.is_fully_addressable or array.is_fully_replicated):
+            array = _replicated(array.sharding.mesh)(array)
+        return np.asarray(array)
+
+    return jax.tree.map(one, tree)
+
+
+@functools.cache
+def _replicated(mesh: Mesh) -> Any:
+    return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, P()))
 
 
 def divided(mesh: Mesh | None, tree: Tree) -> Tree:

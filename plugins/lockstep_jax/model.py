@@ -160,6 +160,7 @@ class JaxModel:
 
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
         self.check_length(sequences.longest)
+        self.backend.processes.agree("batch", sequences.tokens, sequences.attention)
         block = Block.put(sequences)
         out = _evaluate(self.params, self.frozen, block, temperature, spec=self.spec, outputs=tuple(outputs))
         return {name: np.asarray(value) for name, value in jax.device_get(out).items()}
@@ -180,6 +181,8 @@ class JaxModel:
     def write(self, folder: Path, arrays: dict[str, np.ndarray], **config: Any) -> None:
         """A checkpoint of the family's causal language model, with the changes in ``config``; for an adapted network, the adapter
         alone."""
+        if not self.backend.processes.leads:
+            return
         if self.spec.adapter is not None:
             adapters.write(folder, self.spec.adapter, arrays, scalar=SCALAR_HEAD in arrays)
             return
@@ -212,6 +215,7 @@ class LanguageModel(JaxModel, Policy):
         past: Past | None = None,
     ) -> Generated:
         self.check_length(int(prompt_mask.sum(axis=1).max()) + seeds.shape[1])
+        self.backend.processes.agree("prompts", prompt_tokens, prompt_mask, seeds)
         drawing = Drawing.of(seeds, temperature, stop_ids, pad_id)
         known = past and recalled(past.cache, past.rows, past.shift, known=past.known)
         how: dict[str, Any] = {"spec": self.spec, "greedy": temperature == 0}
@@ -229,6 +233,10 @@ class LanguageModel(JaxModel, Policy):
         stop_ids: Sequence[int],
         pad_id: int,
     ) -> Iterator[np.ndarray]:
+        if self.backend.processes.count > 1:  # each has rows of its own
+            how = {"temperature": temperature, "stop_ids": stop_ids, "pad_id": pad_id}
+            yield from super().stream(prompt_tokens, prompt_mask, seeds, **how)
+            return
         self.check_length(int(prompt_mask.sum(axis=1).max()) + seeds.shape[1])
         drawing = Drawing.of(seeds, temperature, stop_ids, pad_id)
         how: dict[str, Any] = {"spec": self.spec, "greedy": temperature == 0}

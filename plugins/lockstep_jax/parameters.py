@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
 from lockstep.models.architecture import Architecture, family_of
 from lockstep_jax.decoder import Tree
+from lockstep_jax.mesh import get
 
 TRANSPOSED = ("kernel", "lora_A", "lora_B")
 
@@ -33,9 +33,10 @@ def from_arrays(architecture: Architecture, arrays: Mapping[str, np.ndarray]) ->
 
 
 def to_arrays(architecture: Architecture, params: Tree) -> dict[str, np.ndarray]:
-    """The tree of parameters (or of gradients, or moments) -> float32 host copies under checkpoint names."""
+    """The tree of parameters (or of gradients, or moments) -> float32 host copies under checkpoint names. On several
+    processes, all have to ask."""
     arrays: dict[str, np.ndarray] = {}
-    for (*path, leaf), array in nnx.traversals.flatten_mapping(jax.device_get(params)).items():
+    for (*path, leaf), array in nnx.traversals.flatten_mapping(get(params)).items():
         kind = "bias" if leaf == "bias" else "weight"
         own = (lambda x: x.T) if leaf in TRANSPOSED else (lambda x: x)
         path = [*path, leaf] if leaf.startswith("lora") else path  # a separate module there
@@ -45,7 +46,7 @@ def to_arrays(architecture: Architecture, params: Tree) -> dict[str, np.ndarray]
         else:
             top = "" if path[0] in ("lm_head", "score") else "model."
             arrays[f"{top}{path[0]}.{kind}"] = own(array)
-    # On the CPU, device_get gives views of buffers that a learner will donate: hence the copies.
+    # On the CPU, these are views of buffers that a learner will donate: hence the copies.
     named = family_of(architecture).naming.to_checkpoint(architecture, arrays)
     return {name: np.array(array, np.float32, order="C") for name, array in named.items()}
 

@@ -169,7 +169,7 @@ class JaxPlanner:
 
 
 DONATED = {"_learn": "states", "_step": "states"}
-PROCESS = 580_000_000
+PROCESS = 380_000_000
 """Measured for the miniature's stages: benchmarks/log.md."""
 NUMBER = jax.ShapeDtypeStruct((), np.float32)
 

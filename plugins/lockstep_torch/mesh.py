@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -25,8 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from lockstep.errors import ConfigError
-from lockstep.processes import Place, Processes
+from lockstep.processes import Place, Processes, meeting_place
 
 T = TypeVar("T")
 N = TypeVar("N", bound=nn.Module)
@@ -40,11 +38,7 @@ class Group(Processes):
     """torch's processes. Messages go through gloo, whatever tensors go through."""
 
     def __init__(self, where: Place, device: torch.device):
-        if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            raise ConfigError(
-                f"{where.count} processes were started, and do not know where to meet. Set MASTER_ADDR to the host of process 0 "
-                "and MASTER_PORT to a free port there; docs/scale.md has the lines for Slurm."
-            )
+        meeting_place(where)  # torch reads the same variables
         if not dist.is_initialized():
             kind = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(kind, rank=where.rank, world_size=where.count, timeout=COLLECTIVE)
