@@ -1,5 +1,5 @@
-"""What one process of test_processes.py does: python one_of_several.py FOLDER BACKEND MESH. Alone or among several, it trains, samples
-and saves in the same way, and leaves numbers in FOLDER/<count>.<rank>.npz."""
+"""What one process of test_processes.py does: python one_of_several.py FOLDER BACKEND MESH. Alone or among several, it trains,
+samples and saves in the same way, and leaves numbers in FOLDER/<count>.<rank>.npz."""
 
 import sys
 from pathlib import Path

@@ -234,8 +234,8 @@ class LanguageModel(JaxModel, Policy):
         pad_id: int,
     ) -> Iterator[np.ndarray]:
         if self.backend.processes.count > 1:  # each has rows of its own
-            how = {"temperature": temperature, "stop_ids": stop_ids, "pad_id": pad_id}
-            yield from super().stream(prompt_tokens, prompt_mask, seeds, **how)
+            settings: dict[str, Any] = {"temperature": temperature, "stop_ids": stop_ids, "pad_id": pad_id}
+            yield from super().stream(prompt_tokens, prompt_mask, seeds, **settings)
             return
         self.check_length(int(prompt_mask.sum(axis=1).max()) + seeds.shape[1])
         drawing = Drawing.of(seeds, temperature, stop_ids, pad_id)
