@@ -71,11 +71,20 @@ class Chromium:
         self.wait(f"location.href.startsWith('{address}'.split('/join')[0]) && document.readyState === 'complete'")
 
     def key(self, key: str, modifiers: int = 0) -> None:
-        codes = {"Enter": 13, "Escape": 27, "Tab": 9}
+        """``modifiers`` are the sum of 2 for Control and 8 for Shift."""
+        codes = {"Enter": 13, "Escape": 27, "Tab": 9, "End": 35, "ArrowLeft": 37}
         text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
         common = {"key": key, "modifiers": modifiers, "windowsVirtualKeyCode": codes.get(key, ord(key[0].upper()))}
         self.call("Input.dispatchKeyEvent", type="keyDown", **common, **({"text": text} if text and not modifiers else {}))
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    def tab(self, condition: str, modifiers: int = 0) -> None:
+        """Tab (with 8: backwards) until the condition holds of ``e``, the element that has the focus."""
+        for _ in range(100):
+            if self.run(f"((e) => {condition})(document.activeElement)"):
+                return
+            self.key("Tab", modifiers)
+        raise AssertionError(f"no key leads to {condition}")
 
     def write(self, text: str) -> None:
         self.call("Input.insertText", text=text)

@@ -140,6 +140,19 @@ def test_thumbs_and_the_best_and_worst_of_rankings_are_unpaired_preferences(clos
     assert first["messages"] == TALK[:2] and first["feedback"] == [{"turn": 0, "thumb": -1, "likert": None, "text": None}]
 
 
+def test_thumbs_are_on_the_turn_that_they_name_in_a_conversation_that_the_assistant_began(closed, tmp_path):
+    talk = chat((0, 1), (1, -1), (2, 1))
+    began = said("How can I help?") + talk["messages"]
+    written = exchange.export(closed(conversations=[talk | {"messages": began}]), "trl-unpaired", tmp_path / "out.jsonl")
+    assert lines(tmp_path / "out.jsonl") == [
+        {"prompt": began[:2], "completion": said("Hello."), "label": False},
+        {"prompt": began[:4], "completion": said("Green."), "label": True},
+    ]
+    assert written.left_out == {"thumbs that are on no answer": 1}
+    found = list(exchange.import_(tmp_path / "out.jsonl", "trl-unpaired"))
+    assert [each["feedback"][0]["turn"] for each in found] == [1, 2]
+
+
 def test_demonstrations_are_prompts_and_completions(there_and_back, tmp_path):
     row = rounds.demonstration("d", TALK, "Green.")
     _, (found,) = there_and_back("trl-completion", demonstrations=[row])

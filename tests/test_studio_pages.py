@@ -179,7 +179,7 @@ def test_the_same_request_sent_twice_is_answered_alike(studio):
 
 def test_a_comparison_offers_no_way_back_since_the_names_were_shown(studio):
     client = labeler(studio, studio.address, kind=Browser)
-    lease = re.search(r'action="/lease/(\w+)"', client.get("/compare"))[1]
+    lease = re.search(r'action="/lease/([\w-]+)"', client.get("/compare"))[1]
     client.post(f"/lease/{lease}", choice=0)
     page = client.get("/compare")
     assert "1 done" in page and "Change my last answer" not in page and "/lease/compare" not in page

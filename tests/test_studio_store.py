@@ -736,3 +736,59 @@ def test_the_audit_leaves_out_what_nobody_has_looked_through(database, tmp_path)
     database.now(privacy.remember, privacy.scan(database.reader), NOW)
     rows = [row for row in report.audit(lambda: database.reader) if row["record"] == "label"]
     assert rows[0]["content"] == {"response": "not scanned"}
+
+
+def talked(database, person, said: str, answer: str, how: dict | None = None) -> int:
+    """A conversation with one answer; its row's number."""
+    how = {"system": "", "temperature": 0.7, "max_tokens": 9} | (how or {})
+    token = database.now(conversations.create, person, "chat", ["sft"], how, "1", NOW)
+    row = conversations.conversation_of(database.reader, person, token, "chat")
+    _, ((place, _),) = database.now(conversations.ask, row, None, said, [("sft-torch-0", 7)], NOW)
+    database.now(conversations.finish, place, answer, "done")
+    return row["id"]
+
+
+def audited(database, kind: str) -> list[dict]:
+    database.now(privacy.remember, privacy.scan(database.reader), NOW)
+    return [row for row in report.audit(lambda: database.reader) if row["record"] == kind]
+
+
+def test_the_audit_has_each_message_of_every_branch_with_its_provenance(database):
+    (person,) = joined(database)
+    talked(database, person, "hello", "[1, 2]", {"system": "be kind"})
+    (row,) = database.reader.execute("SELECT * FROM conversations").fetchall()
+    asked = database.reader.execute("SELECT id FROM messages WHERE role = 'user'").fetchone()["id"]
+    database.now(conversations.ask, row, asked, None, [("sft-torch-0", 8)], NOW + 1)
+    (talk,) = audited(database, "conversation")
+    assert talk["sampling"] == {"temperature": 0.7, "max_tokens": 9} and talk["system"] == "be kind"
+    assert (talk["pseudonym"], talk["grp"], talk["mode"], talk["instructions"]) == (person.pseudonym, "training", "chat", "1")
+    question, *answers = audited(database, "message")
+    assert (question["role"], question["content"], question["parent"]) == ("user", "hello", None)
+    assert [each["parent"] for each in answers] == [question["message"]] * 2 and talk["last"] == answers[1]["message"]
+    found = [(each["policy"], each["seed"], each["state"], each["content"], each["at"]) for each in answers]
+    assert found == [("sft-torch-0", 7, "done", "[1, 2]", NOW), ("sft-torch-0", 8, "writing", "", NOW + 1)]
+    assert {each["conversation"] for each in (question, *answers)} == {talk["conversation"]}
+    assert not any("withheld" in each for each in (talk, question, *answers))
+
+
+@pytest.mark.parametrize("said, system", [("I am jane.doe@example.org", ""), ("hello", "You talk to jane.doe@example.org")])
+def test_the_audit_leaves_out_messages_with_personal_data_and_answers_that_may_repeat_it(database, said, system):
+    (person,) = joined(database)
+    number = talked(database, person, said, "hello jane.doe@example.org", {"system": system})
+    talked(database, person, "good morning", "good evening")
+    assert "jane" not in json.dumps([audited(database, kind) for kind in ("conversation", "message")])
+    assert [each["content"] for each in audited(database, "message")][1:] == [None, "good morning", "good evening"]
+    kind, held = ("system", number) if system else ("message", 1)
+    database.now(privacy.decide, kind, held, "release", NOW)
+    assert audited(database, "message")[1]["content"] == "hello jane.doe@example.org"
+
+
+def test_the_audit_says_that_removed_messages_were_there_and_nothing_of_what_they_said(database):
+    (person,) = joined(database)
+    talked(database, person, "my secret garden", "a secret answer", {"system": "a secret system"})
+    assert "secret" in json.dumps(list(report.audit(lambda: database.reader)) + audited(database, "message"))
+    database.now(privacy.remove, person.id, NOW)
+    rows = list(report.audit(lambda: database.reader))
+    assert "secret" not in json.dumps(rows)
+    left = [(row["role"], row["state"], row["content"]) for row in rows if row["record"] == "message"]
+    assert left == [("user", "removed", None), ("assistant", "removed", None)]

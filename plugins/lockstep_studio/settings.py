@@ -36,10 +36,10 @@ Helpful: it does what was asked, clearly, at the right length, and says when it 
 Truthful: what it says is so. An invented fact is worse than a missing one.
 Harmless: nobody is hurt, insulted or endangered by it.
 
-Where these conflict, harmless and truthful come before helpful. If two answers are equally good, say that they are tied. If you
+Where these conflict, harmless and truthful come before helpful. If two answers are equally good, say that they are tied. If you \
 cannot tell what was asked, skip the task. Judge what is written, not who might have written it."""
 CONSENT = """\
-What you choose and write here is stored under a pseudonym and used to train and study language models. Do not write anything
+What you choose and write here is stored under a pseudonym and used to train and study language models. Do not write anything \
 about yourself or other people that should stay private. You can stop at any time, and remove your work on the page "My work"."""
 
 

@@ -189,6 +189,11 @@ def ranks_of(numbers: Sequence[float]) -> list[int]:
     return [order.index(number) for number in numbers]
 
 
+def answers(messages: Sequence[Message]) -> list[int]:
+    """The places of the assistant's messages in a conversation. A ``turn`` of feedback is an index of this list."""
+    return [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+
+
 def answer(content: str) -> list[Row]:
     return [{"role": "assistant", "content": content}]
 

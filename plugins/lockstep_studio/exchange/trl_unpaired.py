@@ -47,17 +47,16 @@ def _lines(row: Row) -> Iterator[Row | LeftOut]:
 
 
 def _of_conversation(row: Row) -> Iterator[Row | LeftOut]:
-    """``turn`` counts the assistant's messages, from 0."""
     thumbs = [each for each in row.get("feedback") or () if each.get("thumb")]
     if not thumbs:
         raise LeftOut("conversations without a thumb")
     messages = row["messages"]
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]
+    answers = dict(enumerate(rounds.answers(messages)))
     for each in thumbs:
-        if not 0 <= each["turn"] < len(answers):
+        place = answers.get(each["turn"], 0)
+        if place == 0:  # none, or before anything was asked
             yield LeftOut("thumbs that are on no answer")
             continue
-        place = answers[each["turn"]]
         yield _line(messages[:place], messages[place]["content"], each["thumb"] > 0)
 
 
@@ -71,8 +70,7 @@ def _row(row: Any, number: str) -> Iterator[Row]:
         raise BadRow("a row of another form", "prompt is empty.")
     messages = [{"role": m["role"], "content": m["content"]} for m in row["prompt"]]
     messages += rounds.answer(rounds.only_answer(row["completion"], "completion"))
-    turn = sum(message["role"] == "assistant" for message in messages) - 1
-    feedback = {"turn": turn, "thumb": 1 if row["label"] else -1, "likert": None, "text": None}
+    feedback = {"turn": len(rounds.answers(messages)) - 1, "thumb": 1 if row["label"] else -1, "likert": None, "text": None}
     yield {
         "id": number, "messages": messages, "labeler": None, "group": None, "policy": None, "seeds": None, "feedback": [feedback],
         "attack": None,

@@ -7,9 +7,12 @@ const shown = (element) => element.offsetParent !== null;
 // ------------------------------------------------------------------------------------------------------------- keys
 
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && stopping) { stopping(); return; }
   if (event.altKey || event.metaKey || event.isComposing) return;
   const field = typing(event.target);
+  if (event.key === "Escape") { // stops the answer that is being written; else leaves a field, so that single keys are heard
+    if (stopping) stopping(); else if (field) field.blur();
+    return;
+  }
   if (field) {
     if (event.key === "Enter" && event.ctrlKey && field.form) { event.preventDefault(); field.form.requestSubmit(); }
     return;
@@ -95,7 +98,7 @@ async function stream(form, submitter) {
     const headers = { accept: "text/event-stream" };
     const response = await fetch(form.action, { method: "POST", body, headers, signal: abort.signal });
     if (response.headers.get("content-type")?.startsWith("text/event-stream")) failure = await read(response.body, live);
-    else failure = new DOMParser().parseFromString(await response.text(), "text/html").querySelector(".error")?.textContent || "Not sent.";
+    else failure = reason(await response.text()) || "Not sent.";
   } catch (error) {
     if (error.name !== "AbortError") failure = "The connection was lost. What came so far is saved.";
   }
@@ -133,6 +136,14 @@ function happen(name, data, live) {
   }
   return name === "end" && data.state === "failed" ? data.reason : "";
 }
+
+const reason = (page) => new DOMParser().parseFromString(page, "text/html").querySelector(".error")?.textContent;
+
+// Feedback is sent while its form stays, so that what is chosen meanwhile is neither lost nor undone.
+document.addEventListener("htmx:afterRequest", (event) => {
+  const { xhr } = event.detail;
+  if (event.target.closest(".feedback")) tell(xhr.status === 200 ? "Saved." : reason(xhr.responseText) || "Not saved.");
+});
 
 function tell(text) {
   const status = document.getElementById("status");

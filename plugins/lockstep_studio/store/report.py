@@ -69,16 +69,33 @@ def rounds(connection: Connection) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------------ audit
 
 
+_HELD = "NOT EXISTS (SELECT 1 FROM findings WHERE decision = 'release' AND kind"
+_SYSTEM_HELD = (
+    "(conversations.mode = 'chat' AND ifnull(json_extract(how, '$.system'), '') != '' "
+    f"AND {_HELD} = 'system' AND findings.id = conversations.id))"
+)
 _AUDIT: Mapping[str, str] = {
     "person": "SELECT id, pseudonym, role, grp, standing, at FROM people WHERE id > ? ORDER BY id LIMIT ?",
     "label": "SELECT labels.id, pseudonym, labels.grp, labels.mode, key AS task, sources.path AS source, policies, scores, seed, "
-    "shown, probability, labels.at, seconds, revision, instructions, correct, content, labels.mode = 'write' AND NOT EXISTS "
-    "(SELECT 1 FROM findings WHERE kind = 'label' AND findings.id = labels.id AND decision = 'release') AS withheld FROM labels "
+    "shown, probability, labels.at, seconds, revision, instructions, correct, content, "
+    f"labels.mode = 'write' AND {_HELD} = 'label' AND findings.id = labels.id) AS withheld FROM labels "
     "JOIN people ON people.id = labels.person JOIN leases ON leases.id = labels.lease JOIN tasks ON tasks.id = labels.task "
     "LEFT JOIN sources ON sources.id = tasks.source WHERE labels.id > ? ORDER BY labels.id LIMIT ?",
+    "conversation": "SELECT conversations.id, pseudonym, conversations.grp, mode, conversations.token AS conversation, policies, "
+    "json_remove(how, '$.system') AS sampling, json_extract(how, '$.system') AS system, goal, category, success, instructions, "
+    "(SELECT token FROM messages WHERE messages.id = head) AS last, conversations.at, finished, "
+    f"(goal IS NOT NULL AND {_HELD} = 'conversation' AND findings.id = conversations.id)) OR {_SYSTEM_HELD} AS withheld "
+    "FROM conversations JOIN people ON people.id = person WHERE conversations.id > ? ORDER BY conversations.id LIMIT ?",
+    "message": "SELECT messages.id, pseudonym, conversations.grp, conversations.token AS conversation, "
+    "messages.token AS message, before.token AS parent, messages.role, messages.policy, messages.seed, messages.side, "
+    "messages.state, messages.at, messages.content, EXISTS (SELECT 1 FROM messages AS said WHERE said.role = 'user' "
+    "AND said.conversation = messages.conversation AND said.content IS NOT NULL AND (said.id = messages.id "
+    f"OR messages.role = 'assistant' AND said.id < messages.id) AND {_HELD} = 'message' AND findings.id = said.id)) "
+    f"OR messages.role = 'assistant' AND {_SYSTEM_HELD} AS withheld "
+    "FROM messages JOIN conversations ON conversations.id = messages.conversation JOIN people ON people.id = person "
+    "LEFT JOIN messages AS before ON before.id = messages.parent WHERE messages.id > ? ORDER BY messages.id LIMIT ?",
     "feedback": "SELECT feedback.id, pseudonym, grp, messages.token AS message, policy, seed, feedback.at, revision, thumb, "
-    "likert, text, text IS NOT NULL AND NOT EXISTS (SELECT 1 FROM findings WHERE kind = 'feedback' "
-    "AND findings.id = feedback.id AND decision = 'release') AS withheld FROM feedback "
+    f"likert, text, text IS NOT NULL AND {_HELD} = 'feedback' AND findings.id = feedback.id) AS withheld FROM feedback "
     "JOIN messages ON messages.id = feedback.message "
     "JOIN people ON people.id = feedback.person WHERE feedback.id > ? ORDER BY feedback.id LIMIT ?",
     "lease": "SELECT leases.id, pseudonym, leases.mode, task, leases.at, ended, outcome FROM leases "
@@ -90,8 +107,9 @@ _AUDIT: Mapping[str, str] = {
 
 
 def audit(reader: Callable[[], Connection]) -> Iterator[dict[str, Any]]:
-    """Every person, label and feedback in all revisions, lease, tombstone and round, a row each: {"record": kind, ...}. Names,
-    passwords and text that was not released are left out.
+    """Every person, label and feedback in all revisions, conversation, message of every branch, lease, tombstone and round, a row
+    each: {"record": kind, ...}. Names, passwords and text that was not released are left out; so are answers that follow such
+    text, as they may repeat it.
 
     Args:
       reader: gives the calling thread's connection; a server may take each row on another thread.
@@ -100,15 +118,15 @@ def audit(reader: Callable[[], Connection]) -> Iterator[dict[str, Any]]:
         last = 0
         while rows := reader().execute(sql, (last, CHUNK)).fetchall():
             last = rows[-1]["id"]
-            yield from ({"record": kind, **_audited(row)} for row in rows)
+            yield from ({"record": kind, **_audited(kind, row)} for row in rows)
 
 
-def _audited(row: Row) -> dict[str, Any]:
+def _audited(kind: str, row: Row) -> dict[str, Any]:
     found: dict[str, Any] = dict(row)
     if found.pop("withheld", False):
         found["withheld"] = True
-        found |= dict.fromkeys(found.keys() & {"content", "text"})
-    for key in ("policies", "scores", "shown", "content", "record"):
+        found |= dict.fromkeys(found.keys() & {"content", "text", "goal", "system"})
+    for key in ("policies", "sampling", "scores", "shown", "record", *(["content"] if kind == "label" else [])):
         if isinstance(found.get(key), str):
             found[key] = json.loads(found[key])
     return {("closed_as" if key == "record" else key): value for key, value in found.items()}

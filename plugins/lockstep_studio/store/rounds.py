@@ -20,6 +20,7 @@ from lockstep.data.labels import LABELS
 from lockstep.errors import DataError
 from lockstep.storage.files import checksum, dump_line, move_folder, read_object, write_json, write_text
 from lockstep.storage.names import checked_name
+from lockstep_studio.exchange.rounds import answers
 from lockstep_studio.store import conversations, tasks
 from lockstep_studio.store.database import Connection, Database, Row
 from lockstep_studio.store.people import Refused
@@ -255,15 +256,15 @@ def _conversations(connection: Connection, round_row: Row) -> Iterator[dict[str,
             continue
         how, policies = json.loads(row["how"]), json.loads(row["policies"])
         system = [{"role": "system", "content": how["system"]}] if how.get("system") else []
-        answers = [each for each in said if each["role"] == "assistant"]
-        stopped = [turn for turn, each in enumerate(answers) if each["state"] == "stopped"]
-        given = [conversations.feedback_on(connection, each["id"], round_row["last_feedback"]) for each in answers]
+        replies = [each for each in said if each["role"] == "assistant"]
+        stopped = [turn for turn, each in enumerate(replies) if each["state"] == "stopped"]
+        given = [conversations.feedback_on(connection, each["id"], round_row["last_feedback"]) for each in replies]
         feedback = [{"turn": turn, **each} for turn, each in enumerate(given) if {*each.values()} != {None}]
         attack = {key: row[key] for key in ("goal", "category", "success")} if row["mode"] == "attack" else None
         yield {
             "id": row["token"], "messages": system + [{"role": each["role"], "content": each["content"]} for each in said],
             "labeler": row["pseudonym"], "group": row["grp"], "policy": policies[0] if len(set(policies)) == 1 else policies,
-            "seeds": [each["seed"] for each in answers], "sampling": how, "stopped": stopped, "feedback": feedback,
+            "seeds": [each["seed"] for each in replies], "sampling": how, "stopped": stopped, "feedback": feedback,
             "attack": attack, "mode": row["mode"], "instructions": row["instructions"], "at": row["at"],
         }  # fmt: skip
 
@@ -272,10 +273,10 @@ def _liked(talk: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The answers of a chat that somebody liked, as demonstrations: with a thumb up, or with `LIKED` or more and no thumb down;
     none that was stopped half way."""
     messages = talk["messages"]
-    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    places = answers(messages)
     for each in talk["feedback"] if talk["mode"] == "chat" else ():
         thumb, likert = each["thumb"] or 0, each["likert"] or 0
-        place = answers[each["turn"]]
+        place = places[each["turn"]]
         if (thumb > 0 or (thumb == 0 and likert >= LIKED)) and each["turn"] not in talk["stopped"]:
             yield {
                 "id": f"{talk['id']}-{each['turn']}", "messages": messages[:place], "response": messages[place]["content"],
