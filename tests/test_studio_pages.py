@@ -394,7 +394,20 @@ def test_agreement_and_strengths_are_on_the_operators_page(tmp_path):
     assert (agreed["group"], agreed["what"], agreed["items"]) == ("training", "preferences", 12)
     assert agreed["raw"][0] == pytest.approx(11 / 12, abs=1e-3) and agreed["kappa"][1] <= agreed["kappa"][0] <= 1
     # 8 and 7 wins of 12 for ppo_1-torch-1: log(15 / 9) ahead
-    assert data["strengths"]["ppo_1-torch-1"][0] == pytest.approx(0.5108, abs=1e-3)
+    assert data["strengths"]["ppo_1-torch-1"][0] == pytest.approx(0.5108, abs=1e-3) and data["untold"] == ""
+
+
+def test_strengths_that_cannot_be_told_yet_say_why(tmp_path):
+    """The first of two answers always won."""
+    run, _ = waiting_run(tmp_path, candidates(3))
+    with serving(tmp_path / "studio", settings(group={"modes": ["compare"]}), [run]) as (studio, address):
+        client = labeler(studio, address)
+        for _ in range(3):
+            task = client.get("/compare")
+            place = next(answer["place"] for answer in task["answers"] if answer["text"].endswith("0"))
+            client.post(f"/lease/{task['lease']}", choice=place)
+        data = operator(studio, address).get("/operator")
+    assert data["strengths"] == {} and "never lost to" in data["untold"]
 
 
 def test_personal_data_waits_on_the_operators_page(studio):

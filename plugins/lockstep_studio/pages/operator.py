@@ -53,11 +53,12 @@ def _overview(studio: Studio, now: float) -> dict[str, Any]:
     reader = studio.database.reader
     comparisons = rounds.pending(reader)[-MOST_COMPARISONS:]
     games = list(bradley_terry.games(comparisons))
+    strengths, untold = _strengths(games)
     return {
         **_live(studio, now), "sources": report.sources(reader), "people": report.people(reader), "rounds": report.rounds(reader),
         "next": rounds.waiting(reader), "held": list(privacy.held_back(reader)), "groups": list(studio.settings.groups),
-        "agreement": _agreement(comparisons), "strengths": _strengths(games),
-        "adjusted": _strengths(games, bradley_terry.COVARIATES), "policies": list(studio.policies),
+        "agreement": _agreement(comparisons), "strengths": strengths, "untold": untold if games else "",
+        "adjusted": _strengths(games, bradley_terry.COVARIATES)[0], "policies": list(studio.policies),
         "suggested": f"round-{len(report.rounds(reader)) + 1}", "link": None,
         "invitations": people.invitations(reader, now), "operators": report.operators(reader),
     }  # fmt: skip
@@ -82,16 +83,16 @@ def _agreement(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _strengths(games: Sequence[Game], covariates: Sequence[str] = ()) -> dict[str, Any]:
+def _strengths(games: Sequence[Game], covariates: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
     """{policy: [value, low, high]}, Bradley-Terry log-odds, and those of the covariates, at whose equal values the strengths are;
-    empty while they cannot be told."""
+    while they cannot be told, nothing and the reason."""
     clustered = len({game.labeler for game in games}) > 1
     try:
         fit = bradley_terry.fit(games, covariates=covariates)
         found = fit.strengths(clustered) | {name: each for name, each in fit.effects(clustered).items() if name in covariates}
-    except (LockstepError, ValueError, ArithmeticError):
-        return {}
-    return {name: _numbers(each) for name, each in found.items()}
+    except (LockstepError, ValueError, ArithmeticError) as error:
+        return {}, str(error)
+    return {name: _numbers(each) for name, each in found.items()}, ""
 
 
 def _numbers(interval: Any) -> list[float | None]:
