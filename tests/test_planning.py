@@ -115,7 +115,7 @@ def test_adapters_share_their_trunk():
     assert adapted.trained == one
     assert parts.lasting(backend) == {
         "weights, trained": 4 * (2 * one + head),
-        "weights, other": 4 * adapted.size,
+        "weights, frozen": 4 * adapted.size,
         "moments": 8 * (2 * one + head),
     }
     del learner
