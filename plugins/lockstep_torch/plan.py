@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +37,7 @@ from lockstep_torch.model import Block, Scalar, TorchModel
 from lockstep_torch.policies import Decoder
 from lockstep_torch.transformers_network import TransformersNetwork
 
-M = TypeVar("M", bound=nn.Module)
-PROCESS = 0
+PROCESS = 365_000_000
 """Measured for the miniature's stages: benchmarks/log.md."""
 
 
@@ -59,7 +58,7 @@ class TorchPlanner:
     def measure(self, call: Call) -> Need:
         kinds = {"generate": self._generate, "evaluate": self._evaluate, "forward": self._forward, "update": self._update}
         for blueprint in call.models.values():
-            generation._words(blueprint.architecture.vocab_size, self.backend.device)  # kept from call to call, so it must not be a fake
+            generation._words(blueprint.architecture.vocab_size, self.backend.device)  # is kept, so no fake
         with FakeTensorMode(allow_non_fake_inputs=True):
             models = {name: self.model(blueprint) for name, blueprint in call.models.items()}
             return Need(kinds[call.kind](call, models) + self.gathered(call.kind, models.values()))
@@ -70,8 +69,9 @@ class TorchPlanner:
         columns, length = call.shape.prompt, call.shape.response
         with model._sampling(), Following() as found:
             put = self.backend.put
-            given = np.zeros((rows, columns), np.int32), np.ones((rows, columns), bool), np.zeros((rows, length), np.uint32)
-            decoding = Decoding(model.network, *map(put, given), temperature=1.0, stop_ids=(0,), pad_id=0)
+            tokens, mask = put(np.zeros((rows, columns), np.int32)), put(np.ones((rows, columns), bool))
+            seeds = put(np.zeros((rows, length), np.uint32))
+            decoding = Decoding(model.network, tokens, mask, seeds, temperature=1.0, stop_ids=(0,), pad_id=0)
             if length > 1:
                 fill(decoding.cache, columns + length - 1)
                 decoding.advance()
@@ -113,12 +113,12 @@ class TorchPlanner:
         return TorchLearner(self.backend, models, call.optimizers or dict.fromkeys(models, OptimizerConfig()))
 
     def model(self, blueprint: Blueprint) -> TorchModel:
-        with self.backend.device:
+        with self.backend.device, unmoved():
             network = network_of(blueprint)
             head = ScalarHead(np.zeros(network.hidden_size, np.float32)) if blueprint.scalar_head else None
-        if not blueprint.language_head:
-            return Scalar(still(network.without_language_head()), head and still(head), self.backend)
-        model = Decoder(still(network), head and still(head), self.backend)
+            if not blueprint.language_head:
+                return Scalar(network.without_language_head(), head, self.backend)
+            model = Decoder(network, head, self.backend)
         if blueprint.teacher is not None:
             model.teacher, model.beta = self.model(blueprint.teacher), blueprint.beta
         return model
@@ -235,10 +235,15 @@ def network_of(blueprint: Blueprint) -> Network:
     return network if blueprint.adapter is None else adapted(network, blueprint.adapter)
 
 
-def still(module: M) -> M:
-    """It is on its device, and fakes cannot be moved, not even to where they are."""
-    module.to = lambda *_: module  # type: ignore[method-assign,assignment]
-    return module
+@contextlib.contextmanager
+def unmoved() -> Iterator[None]:
+    """Modules stay where they are made: fakes cannot be moved, not even to their own device."""
+    move = nn.Module.to
+    nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign,assignment,misc]
+    try:
+        yield
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
 
 
 def fill(cache: Any, columns: int) -> None:
@@ -246,13 +251,14 @@ def fill(cache: Any, columns: int) -> None:
     if isinstance(cache, Cache):
         cache.read = columns
         return
-    rows, filled = cache["mask"].shape
-    cache["mask"] = cache["mask"].new_ones(rows, columns)
+    cache["mask"] = cache["mask"].new_ones(len(cache["mask"]), columns)
     for layer in cache["past"].layers:
+        window = getattr(layer, "sliding_window", None)
+        layer.cumulative_length = columns  # of layers with a window
         for name in ("keys", "values"):
-            kept = getattr(layer, name)
-            if kept.shape[2] == filled:  # else it keeps a window
-                setattr(layer, name, kept.new_zeros(*kept.shape[:2], columns, kept.shape[3]))
+            rows, heads, _, width = getattr(layer, name).shape
+            kept = columns if window is None else min(columns, window - 1)
+            setattr(layer, name, getattr(layer, name).new_zeros(rows, heads, kept, width))
 
 
 def sequences(shape: Shape) -> Sequences:
