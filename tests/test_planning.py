@@ -1,13 +1,18 @@
-"""A plan makes the calls of the run, counts what they need, and says what XLA says."""
+"""A plan makes the calls of the run, counts what they need, and says what XLA and torch's allocator say."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.profiler import ProfilerActivity, profile
 
 from lockstep.checking.conformance.world import ARCHITECTURE
 from lockstep.cli import main
@@ -18,12 +23,12 @@ from lockstep.config.mesh import MeshConfig
 from lockstep.errors import ConfigError
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.models.adapters import Adapter
-from lockstep.models.architecture import small_decoder
+from lockstep.models.architecture import from_hf, small_decoder
 from lockstep.models.blueprint import Blueprint
 from lockstep.planning import parts
 from lockstep.planning.calls import Call, Need, Part, Shape
 from lockstep.planning.machines import MACHINES, machine
-from lockstep.planning.plan import Rehearsed, StagePlan, duration, rehearsed
+from lockstep.planning.plan import Rehearsed, StagePlan, duration, planned, rehearsed
 from lockstep.planning.rehearsal import Rehearsal
 from lockstep.registry import registry
 from lockstep.runs.assembly import Assembly
@@ -31,8 +36,13 @@ from lockstep.runs.experiment import Experiment
 from lockstep_jax import generation, model
 from lockstep_jax.device import JaxDevice
 from lockstep_jax.plan import NUMBER, JaxPlanner, block, host
+from lockstep_torch.backend import TorchBackend
+from lockstep_torch.decoder import DecoderNetwork
+from lockstep_torch.generation import _words
 from lockstep_torch.learner import TorchLearner
 from lockstep_torch.model import LanguageModel, TorchModel
+from lockstep_torch.plan import Following, TorchPlanner, sequences
+from lockstep_torch.policies import Decoder
 from runs import DECODER, PPO_ONLY, TINY
 
 WIDE = small_decoder(
@@ -115,7 +125,7 @@ def test_adapters_share_their_trunk():
     assert adapted.trained == one
     assert parts.lasting(backend) == {
         "weights, trained": 4 * (2 * one + head),
-        "weights, other": 4 * adapted.size,
+        "weights, frozen": 4 * adapted.size,
         "moments": 8 * (2 * one + head),
     }
     del learner
@@ -139,14 +149,18 @@ class MeanLogprob:
 LOSS = MeanLogprob()
 
 
-def update(shape: Shape, blueprint: Blueprint) -> Call:
+def update(shape: Shape, blueprint: Blueprint, *, terms: int = 1, passed: bool = False) -> Call:
     batch = {"weights": ((shape.rows, shape.response), "float32")}
-    part = Part(shape, {"policy": ("logprobs",)}, LOSS, batch, dropout=False, passed=False)
-    return Call("update", {"policy": blueprint}, shape, terms=(part,), optimizers={"policy": OptimizerConfig()})
+    part = Part(shape, {"policy": ("logprobs",)}, LOSS, batch, dropout=False, passed=passed)
+    return Call("update", {"policy": blueprint}, shape, terms=(part,) * terms, optimizers={"policy": OptimizerConfig()})
 
 
 def planner(**axes: int) -> JaxPlanner:
     return JaxPlanner(JaxDevice.Config("cpu", mesh=MeshConfig(**axes)), None)
+
+
+def torch_planner(**settings) -> TorchPlanner:
+    return TorchBackend.planner(TorchBackend.Config("cpu", **settings), None)
 
 
 def test_four_devices_need_a_fraction_of_the_memory_of_one():
@@ -185,6 +199,14 @@ def test_a_plan_of_the_demonstration_is_a_table_with_a_verdict(capsys, monkeypat
     assert not any(tmp_path.iterdir())
 
 
+def test_a_plan_for_torch_says_what_each_of_two_devices_needs(capsys, monkeypatch, tmp_path):
+    overrides = [*TINY, *DECODER, *PPO_ONLY, "backend=torch", "backend.device=cpu", "backend.mesh.fsdp=2", f"folder={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["lockstep", "plan", *overrides, "--machine", "h100"])
+    main()
+    shown = capsys.readouterr().out
+    assert "torch on 2 x h100" in shown and "temporary: update policy, value" in shown and shown.count("It fits") == 4
+
+
 def test_time_is_that_of_the_arithmetic_and_of_reading_weights():
     """An update of one row is arithmetic; drawing one row's tokens reads all weights for each."""
     one, h100 = planner(), MACHINES["h100"]
@@ -208,6 +230,120 @@ def test_what_cannot_be_planned_says_why():
     backend = registry().resolve("backend", "jax", "jax")
     with pytest.raises(ConfigError, match="pip install libtpu"):
         backend.planner(JaxDevice.Config("cpu"), "v5e:2x2")
+    with pytest.raises(ConfigError, match="only backend=jax compiles for devices that are not here.*--machine h100"):
+        TorchBackend.planner(TorchBackend.Config("cpu"), "v5e:2x2")
     with pytest.raises(ConfigError, match="'abacus' has is not known. Name a device with --machine"):
         machine("abacus")
     assert machine("TPU v5 lite") == MACHINES["v5e"] and machine("NVIDIA H100 80GB HBM3") == MACHINES["h100"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- torch
+
+HALF = Shape(8, 64, 64)
+EVALUATION = Call("evaluate", {"policy": Blueprint(WIDE)}, HALF, ("logprobs", "entropy"))
+DRAWING = Call("generate", {"policy": Blueprint(WIDE)}, HALF)
+
+
+def test_tensors_are_followed_to_their_end():
+    before = torch.zeros(1000)
+    with Following() as found:
+        made = before + 1  # 4,000 bytes
+        more = (made[:500] * 2).view(5, 100)  # 2,000 more: no view takes any
+        before.add_(1)
+        assert (found.alive, found.most) == (6000, 6000)
+        del made
+        assert (found.alive, found.most) == (2000, 6000)
+        more = more.double()  # 4,000 beside the 2,000
+        assert (found.alive, found.most) == (4000, 6000)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"precision": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [
+        update(HALF, Blueprint(WIDE)), update(HALF, Blueprint(WIDE), terms=2), update(HALF, Blueprint(WIDE), passed=True),
+        EVALUATION, DRAWING,
+    ],
+    ids=["update", "two terms", "passed", "evaluation", "drawing"],
+)  # fmt: skip
+def test_a_plan_is_what_torchs_allocator_counts(tmp_path, call, settings):
+    """On the CPU, what kernels take for themselves included; within 1%."""
+    here = torch_planner(**settings)
+    model = Decoder(DecoderNetwork(WIDE), None, here.backend)
+    learner = here.learner(call, {"policy": model})
+    rows, length = (HALF.rows, HALF.prompt), (HALF.rows, HALF.response)
+    given = np.zeros(rows, np.int32), np.ones(rows, bool), np.zeros(length, np.uint32)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        if call.kind == "update":
+            learner._backward([here.term(learner, part) for part in call.terms])
+        elif call.kind == "evaluate":
+            model.evaluate(sequences(HALF), call.outputs)
+        else:
+            model.generate(*given, temperature=1.0, stop_ids=(), pad_id=0)
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = [each for each in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if each["name"] == "[memory]"]
+    totals = [each["args"]["Total Allocated"] for each in sorted(events, key=lambda each: each["ts"])]
+    assert here.measure(call).temporary == pytest.approx(max(totals) - totals[0], rel=0.01)
+
+
+def test_an_update_on_torch_needs_less_with_recomputation_micro_batches_and_kept_passes():
+    """Gradients are beside the activations, which grow with the rows."""
+    deep = Blueprint(small_decoder(
+        vocab_size=512, hidden_size=64, layers=16, heads=4, kv_heads=2, intermediate_size=192, context_length=256, rope_theta=1e4,
+        tied=True,
+    ))  # fmt: skip
+    here, gradients = torch_planner(), parts.FLOAT32 * deep.size
+    whole, half = (here.measure(update(Shape(rows, 64, 64), deep)).temporary for rows in (16, 8))
+    assert whole - gradients == pytest.approx(2 * (half - gradients), rel=0.05)
+    assert half <= here.measure(update(HALF, deep, terms=4)).temporary < half + gradients + 1000
+    kept = here.measure(Call("forward", {"policy": deep}, HALF, reads={"policy": ("logprobs",)})).temporary
+    assert gradients < kept < here.measure(update(HALF, deep, passed=True)).temporary == pytest.approx(half, rel=0.01)
+    assert torch_planner(gradient_checkpointing=True).measure(update(Shape(16, 64, 64), deep)).temporary < whole / 2
+
+
+def test_fsdp_divides_gradients_and_rows_and_gathers_what_is_drawn_with():
+    alone, four = torch_planner(), torch_planner(mesh=MeshConfig(fsdp=4))
+    assert (four.devices, four.parts, four.rows) == (4, 4, 4)
+    long, blueprint = Shape(32, 64, 64), Blueprint(WIDE)
+    one, shared = (each.measure(update(long, blueprint)).temporary for each in (alone, four))
+    assert shared < 0.4 * one
+    weights = parts.FLOAT32 * blueprint.size
+    own = alone.measure(Call("generate", {"policy": blueprint}, Shape(2, 64, 64))).temporary
+    assert four.measure(DRAWING).temporary == own + weights
+
+
+def test_a_frozen_trunk_is_whole_on_every_device_on_torch():
+    stage = Rehearsed("sft", {"weights, trained": 400, "weights, frozen": 400}, [(EVALUATION, 1)], 1)
+    mesh = MeshConfig(fsdp=4)
+    for each, frozen in ((torch_planner(mesh=mesh), 400), (planner(fsdp=4), 100)):
+        found = planned(stage, each, MACHINES["h100"], bfloat16=False).lasting
+        assert (found["weights, trained"], found["weights, frozen"]) == (100, frozen)
+
+
+def test_adapters_heads_teachers_and_other_families_are_planned_on_torch():
+    """By peft and transformers where a run uses them. Nothing of a plan is left to a run."""
+    llama, half, rows = Blueprint(WIDE), Blueprint(WIDE, Adapter("somewhere", 4, 8.0, ("q_proj",))), Shape(4, 16, 16)
+    packed = Shape(4, 1, 31, packed=True)
+    config = {
+        "model_type": "gpt2",
+        "n_layer": 2,
+        "n_embd": 64,
+        "n_head": 4,
+        "vocab_size": 500,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    gpt2 = Blueprint(from_hf(config))
+    here = torch_planner()
+    need = lambda call: here.measure(call).temporary  # noqa: E731
+    for blueprint in (gpt2, replace(gpt2, adapter=Adapter("somewhere", 4, 8.0, ("c_attn",), conv1d=True))):
+        few, many = need(Call("generate", {"policy": blueprint}, Shape(4, 16, 100))), need(update(packed, blueprint))
+        assert few > parts.FLOAT32 * 2 * 2 * 4 * 64 * 115  # keys and values of two layers
+        assert need(update(rows, blueprint)) > 0 and many > 0
+    trunks = parts.FLOAT32 * WIDE.vocab_size * WIDE.hidden_size
+    assert need(update(rows, half)) < need(update(rows, llama)) - trunks  # no gradients of a frozen trunk
+    taught = need(Call("evaluate", {"policy": replace(llama, teacher=llama)}, rows, ("divergence",)))
+    assert taught > need(Call("evaluate", {"policy": llama}, rows, ("logprobs",)))
+    valued = replace(llama, scalar_head=True, language_head=False)
+    assert need(Call("evaluate", {"value": valued}, rows, ("values",))) > 0
+    assert not isinstance(_words(WIDE.vocab_size, here.backend.device), FakeTensor)

@@ -11,6 +11,7 @@ from earlier ones only.
     classifier.py           public reward models that are encoders                                             (*)
     policies.py             the configuration's choices: decoder, huggingface, lora
     learner.py              gradients and Adam
+    plan.py                 what the calls of a run need
     backend.py              makes learners
 
 (*) Only here: transformers and peft run on PyTorch. JAX runs the families it knows, and their adapters, in its own decoder.

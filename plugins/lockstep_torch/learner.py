@@ -56,6 +56,7 @@ class TorchLearner(Learner):
             for group in adam.param_groups:
                 group["lr"], group["eps"] = config.learning_rate * lr_scale, config.eps_at(self.steps)
             adam.step()
+            adam.zero_grad(set_to_none=True)  # else gradients would take memory until the next update
         self.kept.clear()
         self._average()
         return {name: float(value) for name, value in metrics.items()}

@@ -36,9 +36,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     kind = arguments.machine or planner.kind
     has = machine(kind)
     many = f"{planner.devices} x {kind}" if planner.devices > 1 else kind
-    console.say(
-        f"{experiment.backend_name} on {many}, {has.memory / GIB:.0f} GiB each. Every program is compiled, which takes a while."
-    )
+    console.say(f"{experiment.backend_name} on {many}, {has.memory / GIB:.0f} GiB each. Compiling or tracing takes a while.")
     for stage in stages:
         if isinstance(stage, Rehearsed):
             found = planned(stage, planner, has, bfloat16)

@@ -13,6 +13,7 @@ from lockstep.planning.calls import Call, Shape
 from lockstep.planning.rehearsal import Rehearsal
 
 FLOAT32 = 4
+FROZEN = "weights, frozen"
 
 
 def lasting(rehearsal: Rehearsal) -> dict[str, int]:
@@ -31,7 +32,8 @@ def lasting(rehearsal: Rehearsal) -> dict[str, int]:
             trunks[b.adapter.base] = max(b.frozen, trunks.get(b.adapter.base, 0))
     found = {
         "weights, trained": FLOAT32 * sum(b.trained for b in trained),
-        "weights, other": FLOAT32 * (sum(b.trained for b in alive) - sum(b.trained for b in trained) + sum(trunks.values())),
+        "weights, other": FLOAT32 * (sum(b.trained for b in alive) - sum(b.trained for b in trained)),
+        FROZEN: FLOAT32 * sum(trunks.values()),
         "moments": 2 * FLOAT32 * sum(b.trained for b in trained),
         "average": FLOAT32 * sum(b.trained for b in averaged),
     }

@@ -1,0 +1,272 @@
+"""What the calls of a run need: the code of a run, on fake tensors, which have shapes and storages but no memory.
+
+Each tensor is followed from the operation that makes it to its end. Not seen: what kernels take inside for themselves, but for
+one that takes as much as its input; what an allocator keeps of freed memory, on a CPU up to a fifth of a process; the optimizer's
+step, which takes less than the gradients' end. FSDP's weights and gradients are added as arithmetic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lockstep.config.mesh import MeshConfig
+from lockstep.interfaces import Dropout, ForwardPass, Term
+from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.models.architecture import is_small_decoder, to_hf
+from lockstep.models.blueprint import Blueprint
+from lockstep.planning.calls import Call, Need, Part, Shape
+from lockstep.planning.parts import FLOAT32, FROZEN
+from lockstep.text.sequences import Sequences
+from lockstep_torch import device, generation
+from lockstep_torch.decoder import Cache, DecoderNetwork, Network, ScalarHead
+from lockstep_torch.device import TorchDevice
+from lockstep_torch.generation import Decoding
+from lockstep_torch.learner import TorchLearner
+from lockstep_torch.lora import adapted
+from lockstep_torch.mesh import Root
+from lockstep_torch.model import Block, Scalar, TorchModel
+from lockstep_torch.policies import Decoder
+from lockstep_torch.transformers_network import TransformersNetwork
+
+PROCESS = 365_000_000
+"""Measured: a process that trains the miniature with two layers of 16 takes 363 to 369 MB, whatever the stage."""
+
+
+class TorchPlanner:
+    whole = frozenset({FROZEN})
+
+    def __init__(self, backend: TorchDevice, mesh: MeshConfig):
+        """``backend``: of one process."""
+        self.backend, here = backend, backend.device
+        on_cuda = here.type == "cuda"
+        data, self.parts = device._divided(mesh, torch.cuda.device_count() if on_cuda else None)
+        self.devices = self.rows = data * self.parts
+        self.kind = torch.cuda.get_device_name(here) if on_cuda else here.type
+        self.process = 0 if on_cuda else PROCESS
+        if self.devices > 1:
+            self.backend.mesh = Share(self.devices)  # type: ignore[assignment]  # in place of a mesh of processes
+
+    def measure(self, call: Call) -> Need:
+        kinds = {"generate": self._generate, "evaluate": self._evaluate, "forward": self._forward, "update": self._update}
+        for blueprint in call.models.values():
+            generation._words(blueprint.architecture.vocab_size, self.backend.device)  # is kept, so no fake
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            models = {name: self.model(blueprint) for name, blueprint in call.models.items()}
+            return Need(kinds[call.kind](call, models) + self.gathered(call.kind, models.values()))
+
+    def _generate(self, call: Call, models: Mapping[str, Any]) -> int:
+        (model,) = models.values()
+        rows = -(-call.shape.rows // self.rows)
+        columns, length = call.shape.prompt, call.shape.response
+        with model._sampling(), Following() as found:
+            put = self.backend.put
+            tokens, mask = put(np.zeros((rows, columns), np.int32)), put(np.ones((rows, columns), bool))
+            seeds = put(np.zeros((rows, length), np.uint32))
+            decoding = Decoding(model.network, tokens, mask, seeds, temperature=1.0, stop_ids=(0,), pad_id=0)
+            if length > 1:
+                fill(decoding.cache, columns + length - 1)
+                decoding.advance()
+        return found.most
+
+    def _evaluate(self, call: Call, models: Mapping[str, TorchModel]) -> int:
+        (model,) = models.values()
+        with torch.no_grad(), Following() as found:
+            model.forward(Block.put(sequences(call.shape), self.backend), call.outputs, 1.0)
+        return found.most
+
+    def _forward(self, call: Call, models: Mapping[str, TorchModel]) -> int:
+        learner = self.learner(call, models)
+        with Following() as found:
+            learner._forward(sequences(call.shape), everything(call.reads), 1.0)
+        return found.most
+
+    def _update(self, call: Call, models: Mapping[str, TorchModel]) -> int:
+        learner = self.learner(call, models)
+        enough = [part for i, part in enumerate(call.terms) if part.passed or call.terms[:i].count(part) < 2]
+        with Following() as found, self.scattered(models.values(), found):
+            learner._backward([self.term(learner, part) for part in enough])  # a third of the same adds nothing
+        return found.most
+
+    def term(self, learner: TorchLearner, part: Part) -> Term:
+        """Of zeros. A pass that was made before the update is made now."""
+        block, outputs = sequences(part.shape), everything(part.outputs)
+        batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in part.batch.items()}
+        dropout = Dropout(0.1, np.zeros(part.shape.rows, np.uint32)) if part.dropout else None
+        if not part.passed:
+            return Term(part.loss, block, batch, dropout=dropout)
+        made = ForwardPass(block, 1.0, dict.fromkeys(outputs, np.zeros(())))
+        learner.kept[made] = learner._forward(block, outputs, 1.0)
+        return Term(part.loss, block, batch, forward=made)
+
+    # ------------------------------------------------------------------------------------------------------------ models
+
+    def learner(self, call: Call, models: Mapping[str, TorchModel]) -> TorchLearner:
+        return TorchLearner(self.backend, models, call.optimizers or dict.fromkeys(models, OptimizerConfig()))
+
+    def model(self, blueprint: Blueprint) -> TorchModel:
+        with self.backend.device, unmoved():
+            network = network_of(blueprint)
+            head = ScalarHead(np.zeros(network.hidden_size, np.float32)) if blueprint.scalar_head else None
+            if not blueprint.language_head:
+                return Scalar(network.without_language_head(), head, self.backend)
+            model = Decoder(network, head, self.backend)
+        if blueprint.teacher is not None:
+            model.teacher, model.beta = self.model(blueprint.teacher), blueprint.beta
+        return model
+
+    # -------------------------------------------------------------------------------------------------------------- FSDP
+
+    def gathered(self, kind: str, models: Iterable[TorchModel]) -> int:
+        """Bytes of whole weights: all, while tokens are drawn; else what is outside of layers, one layer and the next. Of an
+        update, also the copy of a layer's gradients that is sent."""
+        if self.parts == 1:
+            return 0
+        inside, outside = [0], 0
+        for model in models:
+            layers = [sum(FLOAT32 * p.numel() for p in layer.parameters()) for layer in divided(model)]
+            inside += layers
+            outside += sum(FLOAT32 * tensor.numel() for tensor in model.tensors().values()) - sum(layers)
+        return outside + (sum(inside) if kind == "generate" else (3 if kind == "update" else 2) * max(inside))
+
+    @contextlib.contextmanager
+    def scattered(self, models: Iterable[TorchModel], found: Following) -> Iterator[None]:
+        """Gradients of layers are divided as soon as they are made; what is outside of layers waits for the end."""
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda p: found.divide(p.grad, self.parts))
+            for model in models
+            for layer in divided(model)
+            for parameter in layer.parameters()
+        ]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+
+class Share:
+    """In place of `lockstep_torch.mesh.Mesh`: the first of ``count`` processes, with weights that are whole."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def own(self, rows: int) -> np.ndarray:
+        return np.zeros(-(-rows // self.count), np.int64)
+
+    def gather(self, own: Tensor, rows: int) -> Tensor:
+        return torch.cat([own] * self.count)[:rows]
+
+    def divide(self, network: nn.Module, head: nn.Module | None, layers: Sequence[nn.Module]) -> Root:
+        return Root(network, head)
+
+
+def divided(model: TorchModel) -> list[nn.Module]:
+    """The layers that `lockstep_torch.mesh.Mesh.divide` divides."""
+    return [] if model.network.adapter is not None else model.network.layers()
+
+
+# ---------------------------------------------------------------------------------------------------------------- fakes
+
+
+class Following(TorchDispatchMode):
+    """Bytes of the tensors that are made in it: ``alive`` now, and the ``most`` so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.most = 0
+        self.sizes: dict[int, int] = {}
+        self.ends: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for storage in storages((args, kwargs)):  # what an operation reads was there before
+            self.follow(storage, 0)
+        made = func(*args, **kwargs or {})
+        if func in INSIDE:
+            self.most = max(self.most, self.alive + args[0].nbytes)
+        for storage in storages(made):
+            self.follow(storage, storage.nbytes())
+        return made
+
+    def follow(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = id(storage)
+        if key not in self.sizes:
+            self.sizes[key] = size
+            self.ends[key] = weakref.ref(storage, lambda _: self.end(key))
+            self.alive += size
+            self.most = max(self.most, self.alive)
+
+    def end(self, key: int) -> None:
+        self.alive -= self.sizes.pop(key)
+        del self.ends[key]
+
+    def divide(self, tensor: Tensor, parts: int) -> None:
+        """From now on, all but one of its parts are elsewhere."""
+        key, size = id(tensor.untyped_storage()), -(-tensor.nbytes // parts)
+        self.alive -= self.sizes[key] - size
+        self.sizes[key] = size
+
+
+INSIDE = {torch.ops.aten.logsumexp.default}
+"""Kernels that take as much as their input."""
+
+
+def storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def network_of(blueprint: Blueprint) -> Network:
+    """As `lockstep_torch.policies` opens it, without its weights."""
+    a = blueprint.architecture
+    network: Network
+    if is_small_decoder(a):
+        network = DecoderNetwork(a)
+    else:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        network = TransformersNetwork(AutoModelForCausalLM.from_config(AutoConfig.for_model(**to_hf(a))).eval())
+        network.__dict__["can_pack"] = True  # which is tried with numbers
+    return network if blueprint.adapter is None else adapted(network, blueprint.adapter)
+
+
+@contextlib.contextmanager
+def unmoved() -> Iterator[None]:
+    """Modules stay where they are made: fakes cannot be moved, not even to their own device."""
+    move = nn.Module.to
+    nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign,assignment,misc]
+    try:
+        yield
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
+
+
+def fill(cache: Any, columns: int) -> None:
+    """The cache of a decoding at its last token: ``columns`` are filled."""
+    if isinstance(cache, Cache):
+        cache.read = columns
+        return
+    cache["mask"] = cache["mask"].new_ones(len(cache["mask"]), columns)
+    for layer in cache["past"].layers:
+        window = getattr(layer, "sliding_window", None)
+        layer.cumulative_length = columns  # of layers with a window
+        for name in ("keys", "values"):
+            rows, heads, _, width = getattr(layer, name).shape
+            kept = columns if window is None else min(columns, window - 1)
+            setattr(layer, name, getattr(layer, name).new_zeros(rows, heads, kept, width))
+
+
+def sequences(shape: Shape) -> Sequences:
+    tokens, counts = np.zeros((shape.rows, shape.columns), np.int32), np.ones((shape.rows, shape.response), bool)
+    segments = np.ones_like(tokens) if shape.packed else None
+    return Sequences(tokens, np.ones((shape.rows, shape.prompt), bool), counts, counts, segments)
+
+
+def everything(outputs: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(name for names in outputs.values() for name in names)
