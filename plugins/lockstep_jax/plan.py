@@ -53,6 +53,8 @@ def topology_devices(topology: str) -> list[Any]:
 
 
 class JaxPlanner:
+    whole = frozenset[str]()
+
     def __init__(self, config: JaxDevice.Config, topology: str | None):
         devices = topology_devices(topology) if topology else devices_of(config)
         self.config, self.device = config, devices[0]

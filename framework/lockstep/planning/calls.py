@@ -86,8 +86,7 @@ class Planner(Protocol):
     rows: parts that rows are divided into.
     process: bytes of the same memory that a process takes without any model, for libraries, data and compiler. 0 where models
       have memory of their own.
-
-    One that does not divide all parameters names in ``whole`` the parts of `parts.lasting` that every device has whole.
+    whole: the parts of `lockstep.planning.parts.lasting` that every device has whole.
     """
 
     devices: int
@@ -95,5 +94,6 @@ class Planner(Protocol):
     parts: int
     rows: int
     process: int
+    whole: frozenset[str]
 
     def measure(self, call: Call) -> Need: ...

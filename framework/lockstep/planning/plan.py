@@ -99,8 +99,7 @@ def planned(stage: Rehearsed, planner: Planner, machine: Machine, bfloat16: bool
         number = 1 + sum(name.startswith(call.name) for name in needs)
         needs[f"{call.name} ({number})" if number > 1 else call.name] = times, planner.measure(call)
     lasting = {"the process itself": planner.process} if planner.process else {}
-    whole = getattr(planner, "whole", ())
-    lasting |= {part: size // (1 if part in whole else planner.parts) for part, size in stage.lasting.items()}
+    lasting |= {part: size // (1 if part in planner.whole else planner.parts) for part, size in stage.lasting.items()}
     bounds = [(times, duration(call, planner, machine, bfloat16)) for call, times in stage.calls]
     least, most = (sum(times * each[end] for times, each in bounds) for end in (0, 1))
     return StagePlan(stage.name, lasting, needs, (least, most), stage.steps)
