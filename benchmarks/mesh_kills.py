@@ -6,8 +6,8 @@ with a run that nobody killed.
 The reference is an uninterrupted run of the miniature's pipeline (pretraining, SFT, reward model, PPO), tiny, on two processes
 of torch. In the series "one", one worker is killed with SIGKILL, rank 0 and rank 1 in turn: the launcher has to notice, end the
 other and say which one died. In the series "all", the launcher and its workers are killed. A run is killed again and again, each
-time between 0 and `SECONDS` after it said what it will do, until it outruns its kills and is compared; then the next run begins.
-After the last kill of a series its run goes to the end undisturbed.
+time after up to `STEPS` more steps and up to `SECONDS` more, until it is done before its kill and is compared; then the next run
+begins. After the last kill of a series its run goes to the end undisturbed.
 
 What must be equal, for every stage: the bytes of each output file, weights among them, the rows of metrics.jsonl (all but
 timings), the bytes of samples.jsonl and health.jsonl, the results in done.json. Linux only: it finds workers in /proc. Writes
@@ -46,7 +46,7 @@ RUN = [
     f"backend.mesh.fsdp={PROCESSES}", "checkpoint_every=1",
 ]  # fmt: skip
 """A batch of 7 rows: the processes have four each, one of them twice."""
-SECONDS = 8.0
+STEPS, SECONDS = 5, 1.5
 LIMIT = 300.0
 """For a run to the end, and for a launcher to notice that a worker is gone."""
 
@@ -80,10 +80,20 @@ def workers(launcher: int) -> dict[int, int]:
     return found
 
 
-def kill(process: subprocess.Popen[bytes], folder: Path, ranks: list[int], seconds: float) -> dict[str, Any] | None:
-    """Kill these ranks, or everything if that is all of them, once the run has said what it will do and ``seconds`` have passed.
-    A row of the record; None if the run was done before."""
+def progress(folder: Path) -> int:
+    """Steps and stages that are done."""
+    return sum(file.read_bytes().count(b"\n") for file in folder.glob("stages/*/metrics.jsonl")) + len(
+        list(folder.glob("stages/*/done.json"))
+    )
+
+
+def kill(process: subprocess.Popen[bytes], folder: Path, ranks: list[int], steps: int, seconds: float) -> dict[str, Any] | None:
+    """Kill these ranks, or everything if that is all of them, once the run has said what it will do, has done as many steps more,
+    and ``seconds`` have passed. A row of the record; None if the run was done before."""
+    goal = progress(folder) + steps
     while process.poll() is None and not (b"to do" in log(folder).read_bytes() and len(workers(process.pid)) == PROCESSES):
+        time.sleep(0.01)
+    while process.poll() is None and progress(folder) < goal:
         time.sleep(0.01)
     until = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < until:
@@ -138,7 +148,7 @@ def series(name: str, kills: int, whole: Path, dice: random.Random) -> tuple[lis
                 finish(process, folder)
                 break
             ranks = list(range(PROCESSES)) if name == "all" else [len(found) % PROCESSES]
-            if (row := kill(process, folder, ranks, dice.uniform(0, SECONDS))) is None:
+            if (row := kill(process, folder, ranks, dice.randint(0, STEPS), dice.uniform(0, SECONDS))) is None:
                 break
             found.append({"series": name, "run": len(runs), "kill": len(found) + 1, **row})
             print(json.dumps(found[-1]), flush=True)
