@@ -87,9 +87,11 @@ def progress(folder: Path) -> int:
     )
 
 
-def kill(process: subprocess.Popen[bytes], folder: Path, ranks: list[int], steps: int, seconds: float) -> dict[str, Any] | None:
+def kill(
+    process: subprocess.Popen[bytes], folder: Path, ranks: list[int], steps: int, seconds: float, totals: dict[str, int]
+) -> dict[str, Any] | None:
     """Kill these ranks, or everything if that is all of them, once the run has said what it will do, has done as many steps more,
-    and ``seconds`` have passed. A row of the record; None if the run was done before."""
+    and ``seconds`` have passed. ``totals`` are the steps of each stage. A row of the record; None if the run was done before."""
     goal = progress(folder) + steps
     while process.poll() is None and not (b"to do" in log(folder).read_bytes() and len(workers(process.pid)) == PROCESSES):
         time.sleep(0.01)
@@ -125,7 +127,7 @@ def kill(process: subprocess.Popen[bytes], folder: Path, ranks: list[int], steps
         time.sleep(0.01)
     if len(ranks) == 1 and f"Process {ranks[0]} of {PROCESSES} was killed by SIGKILL first" not in said:
         problems.append(f"it does not say that process {ranks[0]} was killed: {said[-500:]}")
-    where = after_kill(folder, dict.fromkeys(STAGES, 10**6))
+    where = after_kill(folder, totals)
     return {"ranks": ranks, "seconds": round(waited, 2), **where, "problems": problems}
 
 
@@ -140,6 +142,7 @@ def series(name: str, kills: int, whole: Path, dice: random.Random) -> tuple[lis
     """Rows of kills, and of runs with the problems found at their ends."""
     found: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
+    totals = {stage: json.loads((find(whole, stage) / "done.json").read_text(encoding="utf-8"))["steps"] for stage in STAGES}
     while len(found) < kills:
         folder, before = whole.with_name(f"{name}-{len(runs)}"), len(found)
         while True:
@@ -148,7 +151,8 @@ def series(name: str, kills: int, whole: Path, dice: random.Random) -> tuple[lis
                 finish(process, folder)
                 break
             ranks = list(range(PROCESSES)) if name == "all" else [len(found) % PROCESSES]
-            if (row := kill(process, folder, ranks, dice.randint(0, STEPS), dice.uniform(0, SECONDS))) is None:
+            moment = dice.randint(0, STEPS), dice.uniform(0, SECONDS)
+            if (row := kill(process, folder, ranks, *moment, totals)) is None:
                 break
             found.append({"series": name, "run": len(runs), "kill": len(found) + 1, **row})
             print(json.dumps(found[-1]), flush=True)

@@ -20,7 +20,7 @@ from lockstep.text.sequences import Sequences
 from lockstep_torch.decoder import DropoutMask
 from lockstep_torch.device import TorchDevice
 from lockstep_torch.mesh import fill, full
-from lockstep_torch.model import Block, TorchModel
+from lockstep_torch.model import Block, TorchModel, called
 
 
 class TorchLearner(Learner):
@@ -38,7 +38,7 @@ class TorchLearner(Learner):
         }
 
     def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
-        self.backend.processes.agree("batch", sequences.tokens, sequences.attention)
+        self.backend.processes.agree("batch", sequences.tokens, sequences.attention, called(outputs, temperature))
         found = self._forward(sequences, outputs, temperature)
         host = {name: value.detach().float().cpu().numpy() for name, value in found.items()}
         made = ForwardPass(sequences, temperature, host)
@@ -70,7 +70,8 @@ class TorchLearner(Learner):
 
     def _backward(self, terms: Sequence[Term]) -> dict[str, Tensor]:
         """Sum the gradients of all terms into the parameters; the summed metrics, still on the device."""
-        self.backend.processes.agree("batch", *(array for term in terms for array in term.arrays))
+        asked = (called(term.loss.outputs, term.temperature) for term in terms)
+        self.backend.processes.agree("batch", *(array for term in terms for array in term.arrays), *asked)
         for adam in self.adams.values():
             adam.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ class TorchModel:
 
     @torch.no_grad()
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
-        self.backend.processes.agree("batch", sequences.tokens, sequences.attention)
+        self.backend.processes.agree("batch", sequences.tokens, sequences.attention, called(outputs, temperature))
         out = self.forward(Block.put(sequences, self.backend), outputs, temperature)
         return {name: value.float().cpu().numpy() for name, value in out.items()}
 
@@ -231,7 +231,7 @@ class LanguageModel(TorchModel, Policy):
         pad_id: int,
         past: Past | None = None,
     ) -> Generated:
-        self.backend.processes.agree("prompts", prompt_tokens, prompt_mask, seeds)
+        self.backend.processes.agree("prompts", prompt_tokens, prompt_mask, seeds, called((), temperature))
         rows = slice(None) if self.mesh is None else self.mesh.own(len(seeds))
         given = [self.backend.put(array[rows]) for array in (prompt_tokens, prompt_mask, seeds)]
         how: dict[str, Any] = {"temperature": temperature, "stop_ids": stop_ids, "pad_id": pad_id, "past": past}
@@ -297,6 +297,11 @@ class Scalar(TorchModel, ScalarModel):
 
     def save(self, folder: Path) -> None:
         self.write(folder, classifier_class(self.network.config), num_labels=1)
+
+
+def called(outputs: Iterable[str], temperature: float) -> str:
+    """What all processes have to ask for alike: other outputs have other collectives."""
+    return f"{sorted(outputs)} at {temperature}"
 
 
 def same_head(head: ScalarHead) -> ScalarHead:
