@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/mesh_kit.py [backend:torch policy:decoder ppo ...] [--overrides KEY=VALUE ...]
 
-benchmarks/log.md has what it said.
+benchmarks/log.md has what it said. `lockstep check torch backend.mesh.fsdp=2` does the same for one subject.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 
 from lockstep.checking.conformance.kit import conform
 from lockstep.checking.conformance.subjects import subject
-from lockstep.processes import Processes, place
-from lockstep_torch.device import TorchDevice
+from lockstep.processes import place
 
 SUBJECTS = ["backend:torch", "policy:decoder", "reward_model:learned", "ppo", "sft", "reward_modelling"]
 
@@ -27,8 +26,6 @@ def main() -> None:
     parsing.add_argument("--overrides", nargs="+", default=[])
     arguments = parsing.parse_args()
     torch.set_num_threads(1)
-    # Each process checks files in a folder of its own, so each has to write them: as for the core, it is alone.
-    TorchDevice.processes = property(lambda self: Processes(), lambda self, processes: None)
     for each in arguments.subjects:
         kind, _, name = each.rpartition(":")
         started, outcomes = time.perf_counter(), collections.Counter[str]()

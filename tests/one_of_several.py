@@ -9,17 +9,15 @@ import numpy as np
 from lockstep.checking.conformance import backends as kit
 from lockstep.checking.conformance.world import PAD, STOP, World
 from lockstep.errors import OutOfStep
-from lockstep.processes import ALONE, place
+from lockstep.processes import place
 
 ROWS = 7  # two processes have four each, one of them twice
 
 
 def main(folder: Path, backend: str, mesh: str) -> None:
     here, world = place(), World(backend, overrides=["backend.device=cpu", *mesh.split()])
-    together = world.backend.processes
-    world.backend.processes = ALONE  # while each writes the policies of a world of its own
     models = kit.pair(world)
-    world.backend.processes = together
+    world.backend.processes = together = world.processes  # from here on, process 0 alone writes
     learner = kit.learning(world, models)
 
     def term(seed: int = 0):

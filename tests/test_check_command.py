@@ -1,5 +1,6 @@
 """`lockstep check`, and the same checks as a package's own tests by the pytest plugin."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -7,10 +8,21 @@ from dataclasses import dataclass
 import pytest
 
 from lockstep.checking.conformance.kit import Check, Outcome, checks, conform
-from lockstep.checking.conformance.report import PRECISIONS, Place, kind_of, known_precisions, line, places, report, summary
+from lockstep.checking.conformance.report import (
+    PRECISIONS,
+    Place,
+    kind_of,
+    known_precisions,
+    line,
+    places,
+    processes,
+    report,
+    summary,
+)
+from lockstep.checking.conformance.subjects import subject
 from lockstep.cli import main
 from lockstep.config.schema import REQUIRED, setting
-from lockstep.errors import LockstepError
+from lockstep.errors import ConfigError, LockstepError
 from lockstep_rlhf.algorithms.ppo import PPO
 
 pytest_plugins = ["pytester"]
@@ -50,6 +62,37 @@ def test_a_failure_has_the_property_the_numbers_and_what_it_usually_means(capsys
     assert said.splitlines()[-1] == (
         f"{ROUNDED} does not conform on torch, float32: 1 failed (fractions_survive), 6 checks passed, 4 do not apply"
     )
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["torch", "decoder"])
+def test_the_kit_passes_on_two_processes_which_it_starts(name):
+    backend = [] if name == "torch" else ["--backend", "torch"]
+    command = ["check", name, *backend, "--precision", "float32", "backend.device=cpu", "backend.mesh.fsdp=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        [sys.executable, "-P", "-m", "lockstep", *command], env=environment, capture_output=True, text=True, timeout=500
+    )
+    last = found.stdout.splitlines()[-1]
+    assert found.returncode == 0 and last.startswith(f"{name} conforms on torch, float32: "), found.stdout + found.stderr
+    assert name != "torch" or "26 checks passed" in last
+
+
+def test_backends_that_need_other_numbers_of_processes_are_checked_one_at_a_time():
+    given = ["backend.device=cpu", "backend.mesh.fsdp=2"]
+    assert processes("decoder", backend="torch", overrides=given) == 2
+    assert processes("decoder", backend="torch", overrides=["backend.threads=1"]) == 1
+    with pytest.raises(ConfigError, match=r"processes \(torch: 2, jax: 1\). Add --backend with one of jax, torch"):
+        processes("decoder", overrides=given)
+
+
+def test_the_checks_of_a_mesh_say_what_they_need():
+    def reasons(*axes):
+        world = subject("backend", "torch", "torch", overrides=["backend.device=cpu", *axes])
+        return {outcome.detail for outcome in conform("backend", world, lambda check: "mesh" in check.name)}
+
+    assert reasons() == {"it runs on one device. Add, say, backend.mesh.fsdp=2"}
+    assert reasons("backend.mesh.data=3") == {"it needs 3 processes, which `lockstep check` starts"}
 
 
 @pytest.mark.parametrize("conforms", [True, False])

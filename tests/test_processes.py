@@ -300,14 +300,14 @@ def test_the_mesh_is_no_part_of_what_a_run_or_a_stage_is(tmp_path):
 # ---------------------------------------------------------------------------------------------------- what they divide
 
 
-def several(count, *arguments, mesh="backend.mesh.fsdp=-1"):
-    """Run one_of_several.py in as many processes."""
-    command, port = [sys.executable, str(HERE / "one_of_several.py"), *map(str, arguments), mesh], str(workers._free_port())
+def several(count, *arguments, program="one_of_several.py", **environment):
+    """Run a program of this folder in as many processes."""
+    command, port = [sys.executable, str(HERE / program), *map(str, arguments)], str(workers._free_port())
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     common["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"  # the last one counts
     started = [
         subprocess.Popen(
-            command, env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE,
+            command, env=os.environ | common | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(count)
@@ -324,8 +324,8 @@ def several(count, *arguments, mesh="backend.mesh.fsdp=-1"):
 def trained(request, tmp_path_factory):
     """{(count, rank): numbers}, and the folder of what was saved."""
     folder = tmp_path_factory.mktemp("several")
-    several(2, folder, request.param)
-    several(1, folder, request.param, mesh="")
+    several(2, folder, request.param, "backend.mesh.fsdp=-1")
+    several(1, folder, request.param, "")
     return {(c, r): dict(np.load(folder / f"{c}.{r}.npz")) for c, r in [(1, 0), (2, 0), (2, 1)]}, folder
 
 

@@ -86,6 +86,11 @@ class Processes:
 ALONE = Processes()
 
 
+def asked(outputs: Iterable[str], temperature: float) -> str:
+    """For `Processes.agree`: of a call of a model, what is no array. Other outputs have other collectives."""
+    return f"{sorted(outputs)} at {temperature}"
+
+
 def _digest(content: Iterable[np.ndarray | str]) -> bytes:
     found = hashlib.sha256()
     for each in content:

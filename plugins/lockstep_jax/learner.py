@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import ForwardPass, Learner, Loss, Metrics, Term, suppliers, take_pass
 from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.processes import asked
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import read_tensors, write_tensors
 from lockstep.text.sequences import Sequences
@@ -85,7 +86,7 @@ class JaxLearner(Learner):
         self.moments = {name: _initial(model.params, self.optimizers[name]) for name, model in self.models.items()}
 
     def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
-        self.backend.processes.agree("batch", sequences.tokens, sequences.attention)
+        self.backend.processes.agree("batch", sequences.tokens, sequences.attention, asked(outputs, temperature))
         given = self._parameters(), self._frozen(), Block.put(sequences), temperature
         graph = Graph(*_pass(*given, roles=self._roles(outputs)))
         host = {name: np.asarray(value) for name, value in jax.device_get(graph.outputs).items()}
@@ -94,7 +95,7 @@ class JaxLearner(Learner):
         return made
 
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
-        self.backend.processes.agree("batch", *(array for term in terms for array in term.arrays))
+        self._agree(terms)
         rates = {name: Rates.at(config, self.steps + 1, lr_scale) for name, config in self.optimizers.items()}
         configs = tuple(self.optimizers.items())
         if len(terms) == 1 and terms[0].forward is None:
@@ -109,12 +110,18 @@ class JaxLearner(Learner):
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
     def gradients(self, terms: Sequence[Term]) -> dict[str, np.ndarray]:
+        self._agree(terms)
         gradients, _ = self._backward(terms)
         return {
             f"{name}.{key}": array
             for name, model in self.models.items()
             for key, array in to_arrays(model.spec.architecture, gradients[name]).items()
         }
+
+    def _agree(self, terms: Sequence[Term]) -> None:
+        """Whether all processes came with the same."""
+        how = (asked(term.loss.outputs, term.temperature) for term in terms)
+        self.backend.processes.agree("batch", *(array for term in terms for array in term.arrays), *how)
 
     def _backward(self, terms: Sequence[Term]) -> tuple[dict[str, Tree], dict[str, Array]]:
         """The summed gradients and metrics of all terms, still on the device."""

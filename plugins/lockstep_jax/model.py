@@ -18,6 +18,7 @@ from lockstep.interfaces import Generated, Past, Policy, ScalarModel, check_voca
 from lockstep.learning import losses
 from lockstep.models import adapters
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, family_of, to_hf
+from lockstep.processes import asked
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_tensors
 from lockstep.text.sequences import Sequences
@@ -160,7 +161,7 @@ class JaxModel:
 
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
         self.check_length(sequences.longest)
-        self.backend.processes.agree("batch", sequences.tokens, sequences.attention)
+        self.backend.processes.agree("batch", sequences.tokens, sequences.attention, asked(outputs, temperature))
         block = Block.put(sequences)
         out = _evaluate(self.params, self.frozen, block, temperature, spec=self.spec, outputs=tuple(outputs))
         return {name: np.asarray(value) for name, value in jax.device_get(out).items()}
@@ -215,7 +216,7 @@ class LanguageModel(JaxModel, Policy):
         past: Past | None = None,
     ) -> Generated:
         self.check_length(int(prompt_mask.sum(axis=1).max()) + seeds.shape[1])
-        self.backend.processes.agree("prompts", prompt_tokens, prompt_mask, seeds)
+        self.backend.processes.agree("prompts", prompt_tokens, prompt_mask, seeds, asked((), temperature))
         drawing = Drawing.of(seeds, temperature, stop_ids, pad_id)
         known = past and recalled(past.cache, past.rows, past.shift, known=past.known)
         how: dict[str, Any] = {"spec": self.spec, "greedy": temperature == 0}

@@ -14,6 +14,7 @@ from torch import Tensor
 from lockstep.errors import CheckpointError
 from lockstep.interfaces import ForwardPass, Learner, Metrics, Term, suppliers, take_pass
 from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.processes import asked
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import read_tensor, stored_tensors, write_tensors
 from lockstep.text.sequences import Sequences
@@ -38,7 +39,7 @@ class TorchLearner(Learner):
         }
 
     def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
-        self.backend.processes.agree("batch", sequences.tokens, sequences.attention)
+        self.backend.processes.agree("batch", sequences.tokens, sequences.attention, asked(outputs, temperature))
         found = self._forward(sequences, outputs, temperature)
         host = {name: value.detach().float().cpu().numpy() for name, value in found.items()}
         made = ForwardPass(sequences, temperature, host)
@@ -71,7 +72,8 @@ class TorchLearner(Learner):
 
     def _backward(self, terms: Sequence[Term]) -> dict[str, Tensor]:
         """Sum the gradients of all terms into the parameters; the summed metrics, still on the device."""
-        self.backend.processes.agree("batch", *(array for term in terms for array in term.arrays))
+        how = (asked(term.loss.outputs, term.temperature) for term in terms)
+        self.backend.processes.agree("batch", *(array for term in terms for array in term.arrays), *how)
         for adam in self.adams.values():
             adam.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}

@@ -19,6 +19,7 @@ from lockstep.interfaces import Generated, Past, Policy, ScalarModel, check_voca
 from lockstep.learning import losses
 from lockstep.models import adapters
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, causal_class, classifier_class
+from lockstep.processes import asked
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_tensors
 from lockstep.text.sequences import Sequences
@@ -152,7 +153,7 @@ class TorchModel:
 
     @torch.no_grad()
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
-        self.backend.processes.agree("batch", sequences.tokens, sequences.attention)
+        self.backend.processes.agree("batch", sequences.tokens, sequences.attention, asked(outputs, temperature))
         out = self.forward(Block.put(sequences, self.backend), outputs, temperature)
         return {name: value.float().cpu().numpy() for name, value in out.items()}
 
@@ -231,7 +232,7 @@ class LanguageModel(TorchModel, Policy):
         pad_id: int,
         past: Past | None = None,
     ) -> Generated:
-        self.backend.processes.agree("prompts", prompt_tokens, prompt_mask, seeds)
+        self.backend.processes.agree("prompts", prompt_tokens, prompt_mask, seeds, asked((), temperature))
         rows = slice(None) if self.mesh is None else self.mesh.own(len(seeds))
         given = [self.backend.put(array[rows]) for array in (prompt_tokens, prompt_mask, seeds)]
         how: dict[str, Any] = {"temperature": temperature, "stop_ids": stop_ids, "pad_id": pad_id, "past": past}

@@ -20,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from lockstep.checking.conformance.report import report
+    from lockstep.checking.conformance.report import processes, report
+    from lockstep.commands.run import workers
+    from lockstep.processes import place
 
     a = arguments
+    if place().count == 1 and (count := processes(a.name, a.kind, a.backend, overrides)) > 1:
+        sys.exit(workers.work([sys.executable, "-P", "-m", "lockstep", *sys.argv[1:]], count))
     sys.exit(0 if report(a.name, a.kind, a.backend, a.precision, a.like, overrides, a.verbose) else 1)

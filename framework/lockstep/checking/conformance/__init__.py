@@ -3,6 +3,7 @@ run on their own.
 
     lockstep check reinforce                       one plugin, on every backend that is installed
     lockstep check decoder --backend jax --precision bfloat16
+    lockstep check torch backend.mesh.fsdp=2       on several devices, or several processes, which it starts
 
 or, in a package's own tests,
 
@@ -14,6 +15,7 @@ kit.py            what a check is, and how they are run
 world.py          a world small enough to check by hand, on any backend
 subjects.py       what is checked, set up in that world
 backends.py       gradients, Adam, micro-batches, restoring
+meshes.py         what several devices or processes compute is what one computes
 policies.py       probabilities, sampling, padding, heads, checkpoints
 reward_models.py  one finite score per response, whatever the batch; failures are never hidden
 environments.py   any turn gets a reply, the same each time, each episode by itself

@@ -15,16 +15,18 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lockstep.processes import ALONE, Processes, decode, encode
+
 KINDS = {
-    "backend": "backends",
-    "policy": "policies",
-    "reward_model": "reward_models",
-    "environment": "environments",
-    "labeler": "labelers",
-    "attacker": "attackers",
-    "algorithm": "algorithms",
+    "backend": ("backends", "meshes"),
+    "policy": ("policies",),
+    "reward_model": ("reward_models",),
+    "environment": ("environments",),
+    "labeler": ("labelers",),
+    "attacker": ("attackers",),
+    "algorithm": ("algorithms",),
 }
-"""What can be checked, and the module of this package that holds the checks."""
+"""What can be checked, and the modules of this package that hold the checks."""
 
 
 class Violation(Exception):
@@ -77,12 +79,15 @@ class Outcome:
 
 def checks(kind: str) -> list[Check]:
     """All checks of this kind, in order."""
-    importlib.import_module(f"lockstep.checking.conformance.{KINDS[kind]}")
+    for module in KINDS[kind]:
+        importlib.import_module(f"lockstep.checking.conformance.{module}")
     return list(CHECKS[kind].values())
 
 
 def conform(kind: str, subject: Any, only: Callable[[Check], bool] = lambda check: True) -> Iterator[Outcome]:
-    """Run the checks of this kind on a subject, one after the other; an unexpected exception is a failure."""
+    """Run the checks of this kind on a subject, one after the other; an unexpected exception is a failure. Several processes run
+    them together, and what fails on one has failed."""
+    processes: Processes = getattr(getattr(subject, "world", subject), "processes", ALONE)
     for each in filter(only, checks(kind)):
         started = time.perf_counter()
         status, detail, raised = "passed", "", ""
@@ -94,6 +99,9 @@ def conform(kind: str, subject: Any, only: Callable[[Check], bool] = lambda chec
             status, detail = "failed", str(violation)
         except Exception as error:
             status, detail, raised = "failed", f"it raised {type(error).__name__}: {error}", traceback.format_exc()
+        everywhere = [decode(message) for message in processes.exchange(encode((status, detail)))]
+        if status != "failed" and (failed := [rank for rank, (status, _) in enumerate(everywhere) if status == "failed"]):
+            status, detail = "failed", f"on process {failed[0]} of {processes.count}: {everywhere[failed[0]][1]}"
         yield Outcome(each, status, detail, time.perf_counter() - started, raised)
 
 

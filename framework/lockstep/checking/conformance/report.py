@@ -9,6 +9,7 @@ from typing import Any
 
 from lockstep.checking.conformance.kit import KINDS, Outcome, conform
 from lockstep.checking.conformance.subjects import subject
+from lockstep.checking.conformance.world import workers
 from lockstep.config import compose
 from lockstep.errors import ConfigError, RegistryError, did_you_mean, listing
 from lockstep.registry import registry
@@ -58,6 +59,23 @@ def report(
             found.append(outcome)
     console.say(summary(name, where, found))
     return all(outcome.status != "failed" for outcome in found)
+
+
+def processes(name: str, kind: str | None = None, backend: str | None = None, overrides: Sequence[str] = ()) -> int:
+    """As how many processes of this host the checks have to run.
+
+    Raises:
+      LockstepError: on one backend as many, on another as many others; or it cannot be checked.
+    """
+    kind = kind_of(name, kind)
+    check_overrides(overrides)
+    if not any(each.startswith("backend.mesh") for each in overrides):
+        return 1
+    counts = {each: workers(each, overrides) for each in ([backend] if backend else usable_backends(kind, name))}
+    if len(set(counts.values())) > 1:
+        needs = ", ".join(f"{each}: {count}" for each, count in counts.items())
+        raise ConfigError(f"Backends need other numbers of processes ({needs}). Add --backend with one of {listing(counts)}.")
+    return next(iter(counts.values()))
 
 
 def made(kind: str, name: str, place: Place, overrides: Sequence[str] = (), like: str | None = None) -> Any:

@@ -7,10 +7,12 @@ by less than rounding. So matrices are ten times that.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 import tokenizers
 from omegaconf import OmegaConf
 
+from lockstep.checking.conformance.kit import Inapplicable
 from lockstep.config import compose
 from lockstep.config.overrides import override
 from lockstep.config.schema import parse
@@ -26,6 +29,7 @@ from lockstep.interfaces import Backend, DataSource, Environment, Episode, Polic
 from lockstep.learning import randomness
 from lockstep.models import adapters
 from lockstep.models.architecture import Architecture, initial_parameters, small_decoder, to_hf
+from lockstep.processes import ALONE, LAUNCHERS
 from lockstep.registry import registry
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import read_tensors, write_tensors
@@ -181,8 +185,48 @@ def file_of(kind: str, name: str, folders: tuple[tuple[str, Path], ...]) -> dict
     return {key: value for key, value in compose.group(kind, name).items() if key != "name"}
 
 
+def configured(
+    kind: str, name: str, backend: str, changes: Mapping[str, Any], asked: Mapping[str, Any], like: str | None = None
+) -> tuple[type[Any], Any, dict[str, Any]]:
+    """A component's class, its configuration and what of it was set: its YAML file (or that of ``like``), then ``changes``, then
+    what was ``asked`` for.
+
+    Raises:
+      ConfigError: a value is missing.
+    """
+    cls = registry().resolve(kind, name, backend)
+    group = file_of(kind, like or name, tuple(registry().conf.items()))
+    given = known({**SMALL, **changes}, group or {field.name: None for field in dataclasses.fields(cls.Config)})
+    config = parse(cls.Config, OmegaConf.to_container(OmegaConf.merge(group, given, asked)), kind)
+    return cls, config, OmegaConf.to_container(OmegaConf.merge(given, asked))
+
+
+def nested(overrides: Sequence[str]) -> dict[str, Any]:
+    """{'backend': {'device': 'cuda'}} of 'backend.device=cuda'."""
+    return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+
+
+def workers(backend: str, overrides: Sequence[str], like: str | None = None) -> int:
+    """The processes that a world on this backend needs on this host."""
+    cls, config, _ = configured("backend", backend, backend, {}, nested(overrides).get("backend", {}), like)
+    return cls.workers(config)
+
+
+@contextlib.contextmanager
+def without_launcher() -> Iterator[None]:
+    """As if this process were alone."""
+    held = {name: os.environ.pop(name) for names in LAUNCHERS for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(held)
+
+
 class World:
     """One backend, a policy on it, and what a check needs around them.
+
+    Several processes are as many worlds, which check the same at the same time: what the backend computes is collective, but
+    each has a folder of its own and writes all of its files. `processes` are those together.
 
     Args:
         backend: the registered name of the backend.
@@ -201,12 +245,14 @@ class World:
         overrides: Sequence[str] = (),
         like: str | None = None,
     ):
-        self.name = backend
+        self.name, self.like, self.asked = backend, like, tuple(overrides)
         self.given: dict[str, dict[str, Any]] = {}
         """What each component was first built with: the kit's values and the overrides."""
-        self.overrides: dict[str, Any] = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+        self.overrides = nested(overrides)
         cls, config = self.component("backend", backend, {} if precision is None else {"precision": precision}, like)
+        self.config = config
         self.backend: Backend = cls(config)
+        self.processes, self.backend.processes = self.backend.processes, ALONE
         self.precision = self.backend.describe()["precision"]
         self.tokenizer, self.data = tokenizer(), Data()
         self.policy_name = policy or self._policies()
@@ -217,18 +263,31 @@ class World:
         """The tolerance of the backend's precision; float32's for a higher one."""
         return bfloat16 if self.precision == "bfloat16" else float32
 
-    def component(self, kind: str, name: str, changes: Mapping[str, Any], like: str | None = None) -> tuple[type, Any]:
+    def component(self, kind: str, name: str, changes: Mapping[str, Any], like: str | None = None) -> tuple[type[Any], Any]:
         """A component's class and its configuration: its YAML file (or that of ``like``), then ``changes``, then the overrides.
 
         Raises:
           ConfigError: a value is missing.
         """
-        cls = registry().resolve(kind, name, self.name)
-        group = file_of(kind, like or name, tuple(registry().conf.items()))
-        given = known({**SMALL, **changes}, group or {field.name: None for field in dataclasses.fields(cls.Config)})
-        asked = self.overrides.get(kind, {})
-        self.given.setdefault(kind, OmegaConf.to_container(OmegaConf.merge(given, asked)))
-        return cls, parse(cls.Config, OmegaConf.to_container(OmegaConf.merge(group, given, asked)), kind)
+        cls, config, given = configured(kind, name, self.name, changes, self.overrides.get(kind, {}), like)
+        self.given.setdefault(kind, given)
+        return cls, config
+
+    @functools.cached_property
+    def alone(self) -> World:
+        """The same world on one device of this process.
+
+        Raises:
+          Inapplicable: this one is.
+        """
+        if self.processes.count == 1:
+            if not self.overrides.get("backend", {}).get("mesh"):
+                raise Inapplicable("it runs on one device. Add, say, backend.mesh.fsdp=2")
+            if (wanted := self.backend.workers(self.config)) > 1:
+                raise Inapplicable(f"it needs {wanted} processes, which `lockstep check` starts")
+        others = [each for each in self.asked if not each.startswith("backend.mesh")]
+        with without_launcher():
+            return World(self.name, precision=self.precision, policy=self.policy_name, overrides=others, like=self.like)
 
     def settings(self) -> list[str]:
         """What the kit sets, as 'policy.layers=2', the overrides included; but not the paths of its own files."""

@@ -1,0 +1,223 @@
+"""Kill one process of a run on several at random moments, or all of them, start the same command again, and compare every bit
+with a run that nobody killed.
+
+    python benchmarks/mesh_kills.py --kills 20
+
+The reference is an uninterrupted run of the miniature's pipeline (pretraining, SFT, reward model, PPO), tiny, on two processes
+of torch. In the series "one", one worker is killed with SIGKILL, rank 0 and rank 1 in turn: the launcher has to notice, end the
+other and say which one died. In the series "all", the launcher and its workers are killed. A run is killed again and again, each
+time after up to `STEPS` more steps and up to `SECONDS` more, until it is done before its kill and is compared; then the next run
+begins. After the last kill of a series its run goes to the end undisturbed.
+
+What must be equal, for every stage: the bytes of each output file, weights among them, the rows of metrics.jsonl (all but
+timings), the bytes of samples.jsonl and health.jsonl, the results in done.json. Linux only: it finds workers in /proc. Writes
+``benchmarks/mesh_kills.json`` and ``benchmarks/mesh_kills.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from kills import DECODER, PPO_ONLY, ROOT, STAGES, TINY, after_kill, children, different, find
+
+PROCESSES = 2
+RUN = [
+    *(override for override in TINY if not override.startswith("algorithm.")), *DECODER, *PPO_ONLY, "samples_every=2",
+    "sft.optimizer.ema_decay=0.9", "algorithm.optimizer.ema_decay=0.9", "algorithm.iterations=6", "algorithm.batch_size=7",
+    "algorithm.epochs=2", "algorithm.minibatches=1", "algorithm.ptx_coef=1.0", "algorithm.ptx_ratio=1",
+    "algorithm.kl_target=0.5", "algorithm.kl_horizon=100", "backend=torch", "backend.device=cpu", "backend.threads=1",
+    f"backend.mesh.fsdp={PROCESSES}", "checkpoint_every=1",
+]  # fmt: skip
+"""A batch of 7 rows: the processes have four each, one of them twice."""
+STEPS, SECONDS = 5, 1.5
+LIMIT = 300.0
+"""For a run to the end, and for a launcher to notice that a worker is gone."""
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "framework", ROOT / "plugins"))),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "lockstep", "run", *RUN, f"folder={folder}"]
+    with open(log(folder), "wb") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def log(folder: Path) -> Path:
+    return folder.with_suffix(".log")
+
+
+def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
+    if code := process.wait(LIMIT):
+        raise SystemExit(f"exit code {code} of a run that nobody killed:\n{log(folder).read_text(encoding='utf-8')[-3000:]}")
+
+
+def workers(launcher: int) -> dict[int, int]:
+    """{rank: process id}"""
+    found = {}
+    for child in children(launcher):
+        with contextlib.suppress(OSError):
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            found |= {int(each.removeprefix(b"RANK=")): child for each in variables if each.startswith(b"RANK=")}
+    return found
+
+
+def progress(folder: Path) -> int:
+    """Steps and stages that are done."""
+    return sum(file.read_bytes().count(b"\n") for file in folder.glob("stages/*/metrics.jsonl")) + len(
+        list(folder.glob("stages/*/done.json"))
+    )
+
+
+def kill(
+    process: subprocess.Popen[bytes], folder: Path, ranks: list[int], steps: int, seconds: float, totals: dict[str, int]
+) -> dict[str, Any] | None:
+    """Kill these ranks, or everything if that is all of them, once the run has said what it will do, has done as many steps more,
+    and ``seconds`` have passed. ``totals`` are the steps of each stage. A row of the record; None if the run was done before."""
+    goal = progress(folder) + steps
+    while process.poll() is None and not (b"to do" in log(folder).read_bytes() and len(workers(process.pid)) == PROCESSES):
+        time.sleep(0.01)
+    while process.poll() is None and progress(folder) < goal:
+        time.sleep(0.01)
+    until = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    there = workers(process.pid) if process.poll() is None else {}
+    if len(there) < PROCESSES:
+        finish(process, folder)
+        return None
+    if len(ranks) == PROCESSES:
+        process.kill()
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(there[rank], signal.SIGKILL)
+    killed, problems = time.monotonic(), []
+    try:
+        code = process.wait(LIMIT)
+    except subprocess.TimeoutExpired:
+        problems.append(f"the launcher was still there {LIMIT:.0f} s after rank {ranks[0]} was killed")
+        for pid in (process.pid, *there.values()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        code = process.wait()
+    if code == 0:
+        return None  # it came too late
+    waited, said = time.monotonic() - killed, log(folder).read_text(encoding="utf-8")
+    while any(alive(pid) for pid in there.values()):
+        if time.monotonic() > killed + LIMIT:
+            raise SystemExit(f"workers of {folder} outlive their launcher")
+        time.sleep(0.01)
+    if len(ranks) == 1 and f"Process {ranks[0]} of {PROCESSES} was killed by SIGKILL first" not in said:
+        problems.append(f"it does not say that process {ranks[0]} was killed: {said[-500:]}")
+    where = after_kill(folder, totals)
+    return {"ranks": ranks, "seconds": round(waited, 2), **where, "problems": problems}
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def series(name: str, kills: int, whole: Path, dice: random.Random) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of kills, and of runs with the problems found at their ends."""
+    found: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
+    totals = {stage: json.loads((find(whole, stage) / "done.json").read_text(encoding="utf-8"))["steps"] for stage in STAGES}
+    while len(found) < kills:
+        folder, before = whole.with_name(f"{name}-{len(runs)}"), len(found)
+        while True:
+            process = start(folder)
+            if len(found) == kills:
+                finish(process, folder)
+                break
+            ranks = list(range(PROCESSES)) if name == "all" else [len(found) % PROCESSES]
+            moment = dice.randint(0, STEPS), dice.uniform(0, SECONDS)
+            if (row := kill(process, folder, ranks, *moment, totals)) is None:
+                break
+            found.append({"series": name, "run": len(runs), "kill": len(found) + 1, **row})
+            print(json.dumps(found[-1]), flush=True)
+        problems = [p for stage in STAGES for p in different(find(whole, stage), find(folder, stage))]
+        runs.append({"series": name, "run": len(runs), "kills": len(found) - before, "problems": problems})
+        print(json.dumps(runs[-1]), flush=True)
+        if not problems:
+            shutil.rmtree(folder)
+    return found, runs
+
+
+def report(kills: list[dict[str, Any]], runs: list[dict[str, Any]], seconds: float) -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "safetensors"))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    lines = [
+        "# One process of two killed, and all",
+        "",
+        f"{datetime.date.today()}, commit {commit or 'unknown'}, {seconds / 60:.0f} minutes. {platform.system()}, Python "
+        f"{platform.python_version()}, {versions}.",
+        "",
+        f"    python benchmarks/mesh_kills.py {shlex.join(sys.argv[1:])}",
+        "",
+        "`mesh_kills.py` says what was run, how the moments were chosen and what was compared; `mesh_kills.json` has a row per "
+        "kill and per run.",
+        "",
+        f"| killed | kills | {' | '.join(f'in {stage}' for stage in STAGES)} | most steps repeated | seconds until the launcher "
+        "ended: median, most | runs equal in every bit |",
+        "|---" * (len(STAGES) + 5) + "|",
+    ]
+    for name, words in (("one", "one process"), ("all", "all, and the launcher")):
+        here, ends = ([row for row in rows if row["series"] == name] for rows in (kills, runs))
+        took = [row["seconds"] for row in here]
+        stages = " | ".join(str(sum(row["stage"] == stage for row in here)) for stage in STAGES)
+        lines.append(
+            f"| {words} | {len(here)} | {stages} | {max(row['repeated'] for row in here)} | "
+            f"{statistics.median(took):.1f}, {max(took):.1f} | {sum(not row['problems'] for row in ends)} of {len(ends)} |"
+        )
+    wrong = [row for row in (*kills, *runs) if row["problems"]]
+    return "\n".join([*lines, "", *(f"* {row['series']}, run {row['run']}: {'; '.join(row['problems'])}" for row in wrong), ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=20, help="in each series")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "mesh_kills", help="of the record: .json and .md")
+    arguments = parser.parse_args()
+    began, folder = time.perf_counter(), Path(tempfile.mkdtemp(prefix="mesh-kills-"))
+    whole = folder / "whole"
+    finish(start(whole), whole)
+    kills: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
+    for name in ("one", "all"):
+        more, ends = series(name, arguments.kills, whole, random.Random(f"{arguments.seed} {name}"))
+        kills += more
+        runs += ends
+        lines = ",\n".join(json.dumps(row) for row in (*kills, *runs))
+        arguments.output.with_suffix(".json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    text = report(kills, runs, time.perf_counter() - began)
+    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    if any(row["problems"] for row in (*kills, *runs)):
+        raise SystemExit(f"kept: {folder}")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
