@@ -483,7 +483,8 @@ def test_operands_are_turned_in_memory_on_cpus_only(platform):
 
 @pytest.mark.parametrize(("platform", "attention"), [("cpu", "float32"), ("gpu", "bfloat16")])
 def test_a_network_computes_as_its_own_device_wants_and_not_as_the_default_one(platform, attention):
-    half = SimpleNamespace(config=dataclasses.replace(CPU, precision="bfloat16"), device=SimpleNamespace(platform=platform))
+    config = dataclasses.replace(CPU, precision="bfloat16")
+    half = SimpleNamespace(config=config, device=SimpleNamespace(platform=platform), mesh=None)
     spec = decoder.NetworkSpec.on(half, ARCHITECTURE, language_head=True, scalar_head=False)
     params = from_arrays(ARCHITECTURE, initial_parameters(ARCHITECTURE, 0))
 

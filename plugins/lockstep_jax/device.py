@@ -33,8 +33,8 @@ class JaxDevice(Backend):
             "pass. Otherwise matmul inputs and results are kept, and only operations between them are recomputed. Null: "
             "in networks of more than `lockstep_jax.decoder.SHALLOW` layers.",
         )
-        mesh: MeshConfig = setting(MeshConfig(), "Several devices.")
         compilation_cache: str | None = setting("~/.cache/lockstep/jax", "Where compiled programs are kept; null: nowhere.")
+        mesh: MeshConfig = setting(MeshConfig(), "Several devices.")
 
     name = "jax"
 

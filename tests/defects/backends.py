@@ -265,6 +265,7 @@ class ExtraStep(Relearned):
         def update(self, terms, lr_scale=1.0):
             metrics = super().update(terms, lr_scale)
             if len(terms) > 1:
+                self._backward(terms)
                 for adam in self.adams.values():
                     adam.step()
             return metrics
