@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from lockstep.config.schema import parse
+from lockstep.launchers import place
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.models.architecture import initial_parameters, small_decoder
-from lockstep.processes import place
 from lockstep.text.sequences import Sequences, pack
 from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss, next_token_terms
 from lockstep_torch.backend import TorchBackend

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import defects.meshes  # noqa: F401 - which registers them
 from defects import DEFECTS, caught
-from lockstep.processes import place
+from lockstep.launchers import place
 from lockstep.storage.files import write_json
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from lockstep.checking.conformance import backends as kit
 from lockstep.checking.conformance.world import PAD, STOP, World
 from lockstep.errors import OutOfStep
-from lockstep.processes import place
+from lockstep.launchers import place
 
 ROWS = 7  # two processes have four each, one of them twice
 

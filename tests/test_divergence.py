@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from lockstep.reporting.health import diverged
 from lockstep.runs.runner import Runner, spoilt
 from lockstep.runs.store import Records, StageFolder
 from lockstep.storage.files import read_json
-from lockstep.storage.weights import not_finite, read_tensors, write_tensors
+from lockstep.storage.weights import read_tensors, write_tensors
 from lockstep_rlhf.algorithms.pretraining import Pretraining
 from runs import tiny
 
@@ -38,8 +39,8 @@ class Scripted:
     def parameters(self) -> dict[str, np.ndarray]:
         return {"fine": np.ones(2, np.float32), "weight": self.parameter}
 
-    def not_finite(self) -> list[str]:
-        return not_finite(self.parameters())
+    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        yield from self.parameters().items()
 
     def step(self, step: int) -> dict[str, float]:
         self.parameter = np.array([self.numbers[step]], np.float32)

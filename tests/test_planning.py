@@ -29,7 +29,7 @@ from lockstep.planning import parts
 from lockstep.planning.calls import Call, Need, Part, Shape
 from lockstep.planning.machines import MACHINES, machine
 from lockstep.planning.plan import Rehearsed, StagePlan, duration, planned, rehearsed
-from lockstep.planning.rehearsal import Rehearsal
+from lockstep.planning.rehearsal import Rehearsal, ShapePolicy
 from lockstep.registry import registry
 from lockstep.runs.assembly import Assembly
 from lockstep.runs.experiment import Experiment
@@ -98,7 +98,7 @@ def test_a_rehearsal_makes_the_calls_of_the_run(tmp_path, monkeypatch, changes):
 def test_what_lasts_is_counted_by_hand():
     """Weights 4 bytes a number, moments 8, once for what several models share."""
     backend = Rehearsal("torch")
-    policy = backend.policy(Blueprint(ARCHITECTURE), "policy")
+    policy = ShapePolicy(Blueprint(ARCHITECTURE), backend, "policy")
     reference = policy.copy()
     adam = OptimizerConfig(ema_decay=0.9)
     learner = backend.learner({"policy": policy}, {"policy": adam})
@@ -118,7 +118,7 @@ def test_what_lasts_is_counted_by_hand():
 def test_adapters_share_their_trunk():
     adapted = Blueprint(ARCHITECTURE, Adapter("somewhere", 4, 8.0, ("q_proj",)))
     backend = Rehearsal("torch")
-    policy = backend.policy(adapted, "policy")
+    policy = ShapePolicy(adapted, backend, "policy")
     value = policy.scalar_model(np.zeros(32))
     learner = backend.learner({"policy": policy, "value": value}, dict.fromkeys(("policy", "value"), OptimizerConfig()))
     one, head = 2 * 4 * (32 + 32), 32 + 1
@@ -240,7 +240,7 @@ def test_what_cannot_be_planned_says_why():
 # ---------------------------------------------------------------------------------------------------------------- torch
 
 HALF = Shape(8, 64, 64)
-EVALUATION = Call("evaluate", {"policy": Blueprint(WIDE)}, HALF, ("logprobs", "entropy"))
+EVALUATION = Call("evaluate", {"policy": Blueprint(WIDE)}, HALF, {"policy": ("logprobs", "entropy")})
 DRAWING = Call("generate", {"policy": Blueprint(WIDE)}, HALF)
 
 
@@ -277,7 +277,7 @@ def test_a_plan_is_what_torchs_allocator_counts(tmp_path, call, settings):
         if call.kind == "update":
             learner._backward([here.term(learner, part) for part in call.terms])
         elif call.kind == "evaluate":
-            model.evaluate(sequences(HALF), call.outputs)
+            model.evaluate(sequences(HALF), call.outputs["policy"])
         else:
             model.generate(*given, temperature=1.0, stop_ids=(), pad_id=0)
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
@@ -296,7 +296,7 @@ def test_an_update_on_torch_needs_less_with_recomputation_micro_batches_and_kept
     whole, half = (here.measure(update(Shape(rows, 64, 64), deep)).temporary for rows in (16, 8))
     assert whole - gradients == pytest.approx(2 * (half - gradients), rel=0.05)
     assert half <= here.measure(update(HALF, deep, terms=4)).temporary < half + gradients + 1000
-    kept = here.measure(Call("forward", {"policy": deep}, HALF, reads={"policy": ("logprobs",)})).temporary
+    kept = here.measure(Call("forward", {"policy": deep}, HALF, outputs={"policy": ("logprobs",)})).temporary
     assert gradients < kept < here.measure(update(HALF, deep, passed=True)).temporary == pytest.approx(half, rel=0.01)
     assert torch_planner(gradient_checkpointing=True).measure(update(Shape(16, 64, 64), deep)).temporary < whole / 2
 
@@ -342,8 +342,8 @@ def test_adapters_heads_teachers_and_other_families_are_planned_on_torch():
         assert need(update(rows, blueprint)) > 0 and many > 0
     trunks = parts.FLOAT32 * WIDE.vocab_size * WIDE.hidden_size
     assert need(update(rows, half)) < need(update(rows, llama)) - trunks  # no gradients of a frozen trunk
-    taught = need(Call("evaluate", {"policy": replace(llama, teacher=llama)}, rows, ("divergence",)))
-    assert taught > need(Call("evaluate", {"policy": llama}, rows, ("logprobs",)))
+    taught = need(Call("evaluate", {"policy": replace(llama, teacher=llama)}, rows, {"policy": ("divergence",)}))
+    assert taught > need(Call("evaluate", {"policy": llama}, rows, {"policy": ("logprobs",)}))
     valued = replace(llama, scalar_head=True, language_head=False)
-    assert need(Call("evaluate", {"value": valued}, rows, ("values",))) > 0
+    assert need(Call("evaluate", {"value": valued}, rows, {"value": ("values",)})) > 0
     assert not isinstance(_words(WIDE.vocab_size, here.backend.device), FakeTensor)

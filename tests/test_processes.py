@@ -18,8 +18,9 @@ from lockstep.config.mesh import MeshConfig
 from lockstep.config.schema import parse
 from lockstep.errors import ConfigError, EnvironmentFailed, LockstepError, OutOfStep, RewardError
 from lockstep.interfaces import Environment, Episode, Label, Labeler, Reply, RewardModel
+from lockstep.launchers import Place, place
 from lockstep.learning.episodes import EnvironmentConfig, replies
-from lockstep.processes import ALONE, Place, Processes, decode, encode, place
+from lockstep.processes import ALONE, Processes, decode, encode
 from lockstep.runs import assembly
 from lockstep.runs.asked_once import SharedLabeler, SharedRewardModel
 from lockstep.runs.experiment import Experiment

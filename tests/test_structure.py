@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ("framework", "plugins")
 
 FLOORS = (
-    "errors", "types", "version", "processes", "registry", "interfaces", "builtin", "storage", "config", "text", "learning",
-    "models", "data", "reporting", "runs", "planning", "checking", "api", "commands",
+    "errors", "types", "version", "launchers", "processes", "registry", "interfaces", "builtin", "storage", "config", "text",
+    "learning", "models", "data", "reporting", "runs", "planning", "checking", "api", "commands",
 )  # fmt: skip
 """Of the core, the lowest first: each imports only from itself and from those before it."""
 FRONT_DOORS = ("__init__", "__main__", "cli")

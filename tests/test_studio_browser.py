@@ -50,6 +50,17 @@ def join(browser: Chromium, studio) -> None:
     browser.wait("document.querySelector('h1')?.textContent.startsWith('What would')")
 
 
+def chat(browser: Chromium, studio, question: str) -> None:
+    """Join, and have a question answered."""
+    join(browser, studio)
+    browser.go(f"{studio.address}/chat")
+    browser.key("n")
+    browser.wait("document.activeElement.tagName === 'TEXTAREA'")
+    browser.write(question)
+    browser.key("Enter", 2)
+    browser.wait("document.querySelectorAll('.message.assistant .feedback').length === 1")
+
+
 def labels(studio) -> list[dict]:
     return [json.loads(row["content"]) for row in studio.database.reader.execute("SELECT content FROM labels ORDER BY id")]
 
@@ -92,13 +103,7 @@ def test_keys_alone_join_compare_and_rank_and_the_policy_is_never_broken(browser
 
 
 def test_keys_alone_chat_stream_stop_and_give_feedback(browser, studio):
-    join(browser, studio)
-    browser.go(f"{studio.address}/chat")
-    browser.key("n")
-    browser.wait("document.activeElement.tagName === 'TEXTAREA'")
-    browser.write("one two three")
-    browser.key("Enter", 2)
-    browser.wait("document.querySelectorAll('.message.assistant .feedback').length === 1")
+    chat(browser, studio, "one two three")
     assert browser.run("document.querySelector('.message.assistant .text').textContent").startswith("one two three (")
     browser.wait("document.activeElement.tagName === 'TEXTAREA'")
     browser.write("forever and ever")
@@ -115,13 +120,7 @@ def test_keys_alone_chat_stream_stop_and_give_feedback(browser, studio):
 
 
 def test_keys_alone_ask_for_another_answer_reword_a_question_and_rate(browser, studio):
-    join(browser, studio)
-    browser.go(f"{studio.address}/chat")
-    browser.key("n")
-    browser.wait("document.activeElement.tagName === 'TEXTAREA'")
-    browser.write("one two")
-    browser.key("Enter", 2)
-    browser.wait("document.querySelectorAll('.message.assistant .feedback').length === 1")
+    chat(browser, studio, "one two")
     browser.wait("document.activeElement.tagName === 'TEXTAREA'")
     browser.key("Escape")
     browser.key("r")
@@ -153,13 +152,7 @@ def test_keys_alone_ask_for_another_answer_reword_a_question_and_rate(browser, s
 
 
 def test_feedback_that_is_refused_says_so(browser, studio):
-    join(browser, studio)
-    browser.go(f"{studio.address}/chat")
-    browser.key("n")
-    browser.wait("document.activeElement.tagName === 'TEXTAREA'")
-    browser.write("one two")
-    browser.key("Enter", 2)
-    browser.wait("document.querySelectorAll('.message.assistant .feedback').length === 1")
+    chat(browser, studio, "one two")
     (person,) = studio.database.reader.execute("SELECT id FROM people").fetchone()
     studio.database.now(people.set_standing, person, "paused")
     browser.run("document.querySelector('.feedback input[value=\"6\"]').click()")

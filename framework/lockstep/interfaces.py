@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 import numpy as np
 
 from lockstep.errors import CheckpointError, ConfigError, MissingData, Unreachable, listing
-from lockstep.processes import ALONE, Processes
+from lockstep.processes import ALONE, Processes, asked
 from lockstep.types import Candidates, Choice, Comparison, Demonstration, Fit, Goal, Message, Prompt
 
 if TYPE_CHECKING:
@@ -136,9 +136,9 @@ class Model(ABC):
         Hugging Face checkpoint. Parity checks compare them and checkpoints store them. For an adapter on frozen weights: the
         adapter's and the head's only (`lockstep.models.adapters`)."""
 
-    def not_finite(self) -> list[str]:
-        """The parameters that hold NaN or infinity."""
-        return [name for name, array in self.parameters().items() if not np.isfinite(array).all()]
+    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """`parameters`, one at a time: on several devices, the only one that need be whole."""
+        yield from self.parameters().items()
 
     @abstractmethod
     def copy(self) -> Self:
@@ -379,10 +379,11 @@ class Term:
     forward: ForwardPass | None = None
 
     @property
-    def arrays(self) -> list[np.ndarray]:
-        """What it computes with, the same on every process."""
+    def content(self) -> list[np.ndarray | str]:
+        """What it computes with: the same on every process (`lockstep.processes.Processes.agree`)."""
         seeds = [] if self.dropout is None else [self.dropout.seeds]
-        return [self.sequences.tokens, self.sequences.attention, *self.batch.values(), *seeds]
+        how = asked(self.loss.outputs, self.temperature)
+        return [self.sequences.tokens, self.sequences.attention, *self.batch.values(), *seeds, how]
 
     def __post_init__(self) -> None:
         made = self.forward
@@ -499,7 +500,8 @@ class Backend(ABC, Component):
 
     @classmethod
     def workers(cls, config: Any) -> int:
-        """The processes of this host that a run is started as, if no launcher has started several.
+        """The processes of this host that a run is started as, if no launcher has started several. Asked if ``mesh`` in the
+        backend's configuration is of more than one device.
 
         Raises:
           ConfigError: there are no devices for them, or their number is not known.

@@ -14,28 +14,36 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
 
 from lockstep import errors
-from lockstep.errors import ConfigError, LockstepError, OutOfStep, listing, told
+from lockstep.errors import LockstepError, OutOfStep, told
 
 T = TypeVar("T")
 
 
 class Processes:
-    """This process among ``count``, as process ``rank``. A backend with several overrides `exchange`."""
+    """This process among ``count``, as process ``rank``. A backend with several overrides `gather`."""
 
     rank: int = 0
     count: int = 1
 
+    def gather(self, own: np.ndarray) -> np.ndarray:
+        """[rows, ...] of each process, of equal shapes -> all rows, in the order of the ranks. Waits for all processes, however
+        long they take."""
+        return own
+
     def exchange(self, message: bytes) -> list[bytes]:
-        """The messages of all processes, in the order of their ranks. Waits for all of them, however long they take."""
-        return [message]
+        """The messages of all processes, in the order of their ranks."""
+        if self.count == 1:
+            return [message]
+        lengths = self.gather(np.array([len(message)], np.int32))
+        width = 1 << int(lengths.max()).bit_length()  # few widths: each may be a program to compile
+        rows = self.gather(np.frombuffer(message.ljust(width, b"\0"), np.uint8)[None])
+        return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
     @property
     def leads(self) -> bool:
@@ -87,7 +95,7 @@ ALONE = Processes()
 
 
 def asked(outputs: Iterable[str], temperature: float) -> str:
-    """For `Processes.agree`: of a call of a model, what is no array. Other outputs have other collectives."""
+    """For `Processes.agree`: what is no array in a call of a model. Other outputs have other collectives."""
     return f"{sorted(outputs)} at {temperature}"
 
 
@@ -107,53 +115,6 @@ def _elsewhere(kind: str, text: str) -> BaseException:
     error = cls(text) if isinstance(cls, type) and issubclass(cls, LockstepError) else LockstepError(f"{kind}: {text}")
     error.told = True
     return error
-
-
-# ------------------------------------------------------------------------------------------------------ where this is
-
-
-@dataclass(frozen=True)
-class Place:
-    """What the environment says: this is process ``rank`` of ``count``, and number ``local`` on its host."""
-
-    rank: int = 0
-    count: int = 1
-    local: int = 0
-
-
-LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
-"""Variables of `lockstep run` and torchrun, and of srun."""
-
-
-def place(environment: Mapping[str, str] = os.environ) -> Place:
-    """Where a launcher put this process; alone without one. Slurm's variables count inside of srun only: sbatch sets some, too.
-
-    Raises:
-      ConfigError: the variables are no numbers.
-    """
-    for names in LAUNCHERS:
-        found = [environment[name] for name in names if name in environment]
-        if len(found) < len(names) or names[0].startswith("SLURM") and "SLURM_STEP_ID" not in environment:
-            continue
-        if not all(each.isdecimal() for each in found):
-            raise ConfigError(f"{listing(names)} must be numbers, and are {', '.join(map(told, found))}.")
-        here = Place(*map(int, found))
-        return here if here.count > 1 else Place()
-    return Place()
-
-
-def meeting_place(where: Place, environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
-    """The host and port where the processes find each other.
-
-    Raises:
-      ConfigError: the launcher did not say.
-    """
-    if not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
-        raise ConfigError(
-            f"{where.count} processes were started, and do not know where to meet. Set MASTER_ADDR to the host of process 0 and "
-            "MASTER_PORT to a free port there; docs/scale.md has the lines for Slurm."
-        )
-    return environment["MASTER_ADDR"], environment["MASTER_PORT"]
 
 
 # --------------------------------------------------------------------------------------------------------- messages

@@ -15,7 +15,7 @@ from lockstep.config.mesh import MeshConfig
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, listing
 from lockstep.interfaces import Backend
-from lockstep.processes import place
+from lockstep.launchers import place
 from lockstep.storage.files import expanded
 from lockstep_jax import mesh
 

@@ -120,8 +120,7 @@ class JaxLearner(Learner):
 
     def _agree(self, terms: Sequence[Term]) -> None:
         """Whether all processes came with the same."""
-        how = (asked(term.loss.outputs, term.temperature) for term in terms)
-        self.backend.processes.agree("batch", *(array for term in terms for array in term.arrays), *how)
+        self.backend.processes.agree("batch", *(each for term in terms for each in term.content))
 
     def _backward(self, terms: Sequence[Term]) -> tuple[dict[str, Tree], dict[str, Array]]:
         """The summed gradients and metrics of all terms, still on the device."""

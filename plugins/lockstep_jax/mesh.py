@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 from lockstep.config.mesh import MeshConfig
 from lockstep.errors import ConfigError
-from lockstep.processes import Place, Processes, meeting_place
+from lockstep.launchers import Place, meeting_place
+from lockstep.processes import Processes
 
 Tree = Any
 """Nested dicts of arrays."""
@@ -57,11 +58,9 @@ class Group(Processes):
             jax.distributed.initialize(":".join(meeting_place(where)), where.count, where.rank)
         self.rank, self.count = where.rank, where.count
 
-    def exchange(self, message: bytes) -> list[bytes]:
-        lengths = multihost_utils.process_allgather(np.array([len(message)], np.int32))[:, 0]
-        width = 1 << int(lengths.max()).bit_length()  # few widths, since each is a program
-        rows = multihost_utils.process_allgather(np.frombuffer(message.ljust(width, b"\0"), np.uint8))
-        return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+    def gather(self, own: np.ndarray) -> np.ndarray:
+        found: np.ndarray = multihost_utils.process_allgather(own, tiled=True)
+        return found
 
 
 def described(mesh: Mesh) -> str:

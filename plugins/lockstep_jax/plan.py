@@ -71,7 +71,7 @@ class JaxPlanner:
         return kinds[call.kind](call)
 
     def _generate(self, call: Call) -> Need:
-        ((_, blueprint),) = call.models.items()
+        (blueprint,) = call.models.values()
         shape, spec = call.shape, self.spec(blueprint)
         prompt, response = (shape.rows, shape.prompt), (shape.rows, shape.response)
         drawing = Drawing(host(response, "uint32"), NUMBER, host((1,), "int32"), host((), "int32"))
@@ -79,13 +79,14 @@ class JaxPlanner:
         return need(self.compiled(generation.generate, *given, None, spec=spec, greedy=False))
 
     def _evaluate(self, call: Call) -> Need:
-        ((_, blueprint),) = call.models.items()
+        ((name, outputs),) = call.outputs.items()
+        blueprint = call.models[name]
         given = (*self.placed(blueprint), block(call.shape), NUMBER)
-        return need(self.compiled(model._evaluate, *given, spec=self.spec(blueprint), outputs=call.outputs))
+        return need(self.compiled(model._evaluate, *given, spec=self.spec(blueprint), outputs=outputs))
 
     def _forward(self, call: Call) -> Need:
         given = (*self.trees(call), block(call.shape), NUMBER)
-        return need(self.compiled(learner._pass, *given, roles=self.roles(call, call.reads)))
+        return need(self.compiled(learner._pass, *given, roles=self.roles(call, call.outputs)))
 
     def _update(self, call: Call) -> Need:
         assert call.optimizers is not None

@@ -16,7 +16,7 @@ from lockstep.config.mesh import MeshConfig
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Backend
-from lockstep.processes import place
+from lockstep.launchers import place
 from lockstep_torch.mesh import Group, Mesh
 
 log = logging.getLogger(__name__)

@@ -72,8 +72,7 @@ class TorchLearner(Learner):
 
     def _backward(self, terms: Sequence[Term]) -> dict[str, Tensor]:
         """Sum the gradients of all terms into the parameters; the summed metrics, still on the device."""
-        how = (asked(term.loss.outputs, term.temperature) for term in terms)
-        self.backend.processes.agree("batch", *(array for term in terms for array in term.arrays), *how)
+        self.backend.processes.agree("batch", *(each for term in terms for each in term.content))
         for adam in self.adams.values():
             adam.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from lockstep.processes import Place, Processes, meeting_place
+from lockstep.launchers import Place, meeting_place
+from lockstep.processes import Processes
 
 T = TypeVar("T")
 N = TypeVar("N", bound=nn.Module)
@@ -45,16 +46,7 @@ class Group(Processes):
         self.rank, self.count = where.rank, where.count
         self.messages = dist.new_group(backend="gloo", timeout=MESSAGE)
 
-    def exchange(self, message: bytes) -> list[bytes]:
-        lengths = self.gather(np.array([len(message)]))
-        if not lengths.max():
-            return [b""] * self.count
-        padded = np.frombuffer(message.ljust(lengths.max(), b"\0"), np.uint8)
-        rows = self.gather(padded[None])
-        return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
-
     def gather(self, own: np.ndarray) -> np.ndarray:
-        """[rows, ...] of each process -> all rows."""
         given = torch.from_numpy(np.ascontiguousarray(own).copy())
         found = given.new_empty(self.count * len(given), *given.shape[1:])
         dist.all_gather_single(found, given, group=self.messages)

@@ -169,12 +169,8 @@ class TorchModel:
         return dict(self.arrays())
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """`parameters`, one at a time: on a mesh, the only one that is whole."""
         for name, tensor in self.tensors().items():
             yield name, full(tensor.detach()).float().cpu().numpy().copy()
-
-    def not_finite(self) -> list[str]:
-        return [name for name, array in self.arrays() if not np.isfinite(array).all()]
 
     def copy(self):
         copied = self.rebuilt(type(self), None if self.head is None else same_head(self.head))

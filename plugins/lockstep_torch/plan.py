@@ -81,13 +81,13 @@ class TorchPlanner:
     def _evaluate(self, call: Call, models: Mapping[str, TorchModel]) -> int:
         (model,) = models.values()
         with torch.no_grad(), Following() as found:
-            model.forward(Block.put(sequences(call.shape), self.backend), call.outputs, 1.0)
+            model.forward(Block.put(sequences(call.shape), self.backend), everything(call.outputs), 1.0)
         return found.most
 
     def _forward(self, call: Call, models: Mapping[str, TorchModel]) -> int:
         learner = self.learner(call, models)
         with Following() as found:
-            learner._forward(sequences(call.shape), everything(call.reads), 1.0)
+            learner._forward(sequences(call.shape), everything(call.outputs), 1.0)
         return found.most
 
     def _update(self, call: Call, models: Mapping[str, TorchModel]) -> int:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from lockstep.checking.conformance.report import processes, report
     from lockstep.commands.run import workers
-    from lockstep.processes import place
+    from lockstep.launchers import place
 
     a = arguments
     if place().count == 1 and (count := processes(a.name, a.kind, a.backend, overrides)) > 1:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import rich.table
 
 from lockstep.planning.machines import GIB, MACHINES
+
+if TYPE_CHECKING:
+    from lockstep.planning.plan import StagePlan
 
 HELP = "memory per device and time per step of a run, before it starts"
 OVERRIDES = True
@@ -46,7 +50,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             console.say(f"{stage[0]}: {stage[1]}.\n")
 
 
-def table(plan) -> rich.table.Table:  # type: ignore[no-untyped-def]  # imported late
+def table(plan: StagePlan) -> rich.table.Table:
     shown = rich.table.Table(title=f"stage {plan.name}, on each device", title_justify="left", box=None, pad_edge=False)
     for column, side in (("", "left"), ("GiB", "right"), ("times a step", "right"), ("collectives in the program", "left")):
         shown.add_column(column, justify=side)
@@ -63,7 +67,7 @@ def gib(size: float) -> str:
     return f"{size / GIB:.3f}" if size < GIB else f"{size / GIB:.2f}"
 
 
-def advice(plan, memory: float) -> str:  # type: ignore[no-untyped-def]
+def advice(plan: StagePlan, memory: float) -> str:
     """Whether it fits, and what to change where it does not."""
     if plan.memory < 0.9 * memory:
         return f"It fits: {plan.memory / memory:.0%} of the memory."
@@ -79,7 +83,7 @@ def advice(plan, memory: float) -> str:  # type: ignore[no-untyped-def]
     )
 
 
-def time(plan, devices: int, price: float | None) -> str:  # type: ignore[no-untyped-def]
+def time(plan: StagePlan, devices: int, price: float | None) -> str:
     best, worst = plan.seconds
     least, most = (seconds * plan.steps for seconds in plan.seconds)
     cost = "" if price is None else " and {:.2f} to {:.2f}".format(*(devices * price * each / 3600 for each in (least, most)))

@@ -126,7 +126,7 @@ def read(folder: Path | str) -> tuple[Adapter, dict[str, np.ndarray]]:
         conv1d=bool(settings.get("fan_in_fan_out", False)),
     )
     tensors = read_tensors(folder / WEIGHTS)
-    check_finite(tensors, f"The adapter in {folder}")
+    check_finite(tensors.items(), f"The adapter in {folder}")
     found = {name.removeprefix(PREFIX): np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
     ranks = {name: tensor.shape[".lora_B." in name] for name, tensor in found.items() if ".lora_" in name and tensor.ndim == 2}
     if other := sorted(name for name, rank in ranks.items() if rank != adapter.rank):
@@ -194,7 +194,7 @@ def merge(folder: Path, output: Path) -> Path:
         family = config["model_type"]
         weights = {n: tensor for n, tensor in weights.items() if usual_name(family, n) != language_head(family)} | heads
         config |= {"architectures": [classifier_class(config)], "num_labels": 1}
-    check_finite(weights, f"The adapter in {folder}, merged with {base},")
+    check_finite(weights.items(), f"The adapter in {folder}, merged with {base},")
     texts, generation = (folder if (folder / name).exists() else base for name in ("tokenizer.json", GENERATION))
     if generation == folder:
         config |= {key: value for key, value in read_object(folder / GENERATION).items() if key in TOKEN_IDS}

@@ -56,12 +56,8 @@ class CheckpointConfig:
     tokenizer: TokenizerConfig = setting(TokenizerConfig(), "Keys that are null take the checkpoint's own.")
 
     def blueprint(self) -> Blueprint:
-        """Of its config.json alone; weights need not be there.
-
-        Raises:
-          CheckpointError: there is none, or of a family without a record.
-        """
-        return Blueprint(from_hf(read_config(fetch_folder(self.path))))
+        """`read_blueprint` of the checkpoint, with what else is trained."""
+        return read_blueprint(self.path)
 
 
 class FromCheckpoint:
@@ -174,6 +170,15 @@ def read_decoder(path: Path | str, *, scalar: bool = False) -> tuple[Architectur
     found.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))  # transformers' classifiers have none
     wanted = scalar_shapes(architecture) if scalar else parameter_shapes(architecture)
     return architecture, {name: found[name] for name in wanted}
+
+
+def read_blueprint(path: str) -> Blueprint:
+    """Of the config.json of a checkpoint alone; weights need not be there.
+
+    Raises:
+      CheckpointError: there is none, or of a family without a record.
+    """
+    return Blueprint(from_hf(read_config(fetch_folder(path))))
 
 
 def is_known(config: dict[str, Any]) -> bool:

@@ -49,16 +49,14 @@ class Call:
     """One call of a model or of a learner.
 
     models: {name: what it is}; of an update, all that the learner trains.
-    outputs: of an evaluation.
-    reads: of a forward pass, what comes from each model.
+    outputs: of an evaluation or a forward pass, {model: what comes from it}.
     terms, optimizers: of an update.
     """
 
     kind: Literal["generate", "evaluate", "forward", "update"]
     models: Mapping[str, Blueprint]
     shape: Shape
-    outputs: tuple[str, ...] = ()
-    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     terms: tuple[Part, ...] = ()
     optimizers: Mapping[str, OptimizerConfig] | None = None
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
 
 from lockstep.errors import ConfigError, listing
 
@@ -56,6 +55,8 @@ def machine(kind: str) -> Machine:
 
 def this_cpu() -> Machine:
     """The best of a few short tries, all cores together."""
+    import numpy as np  # every command reads this file
+
     size = 1024
     x = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
     flops = 2 * size**3 / min(_seconds(lambda: x @ x) for _ in range(5))
@@ -65,7 +66,7 @@ def this_cpu() -> Machine:
     return Machine(memory, flops, flops, bandwidth)
 
 
-def _seconds(call: object) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     started = time.perf_counter()
-    call()  # type: ignore[operator]
+    call()
     return time.perf_counter() - started

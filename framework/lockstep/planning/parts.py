@@ -46,8 +46,7 @@ def flops(call: Call) -> float:
         return sum(_of_update(call.models, part.shape, part.outputs, part.passed) for part in call.terms)
     if call.kind == "generate":
         return sum(_generated(b, call.shape) for b in call.models.values())
-    reads = call.reads or dict.fromkeys(call.models, call.outputs)
-    return sum(forward(call.models[name], call.shape, outputs) for name, outputs in reads.items())
+    return sum(forward(call.models[name], call.shape, outputs) for name, outputs in call.outputs.items())
 
 
 def forward(blueprint: Blueprint, shape: Shape, outputs: Iterable[str]) -> float:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Backend, Classifier, Environment, Policy, RewardModel, ScalarModel
-from lockstep.models.architecture import from_hf
 from lockstep.models.blueprint import Blueprint
-from lockstep.models.checkpoint import CONFIG, is_known, read_config
+from lockstep.models.checkpoint import CONFIG, is_known, read_blueprint, read_config
 from lockstep.planning import parts
 from lockstep.planning.calls import Call, Need, Planner
 from lockstep.planning.machines import Machine
-from lockstep.planning.rehearsal import Noise, Rehearsal
+from lockstep.planning.rehearsal import Noise, Rehearsal, ShapePolicy
 from lockstep.registry import registry
 from lockstep.runs.assembly import Assembly, load_own_tokenizer
 from lockstep.runs.experiment import Experiment, component_config
@@ -95,9 +94,11 @@ def _rehearsed(experiment: Experiment, stage: Stage) -> Rehearsed:
 
 def planned(stage: Rehearsed, planner: Planner, machine: Machine, bfloat16: bool) -> StagePlan:
     needs: dict[str, tuple[int, Need]] = {}
+    names: Counter[str] = Counter()
     for call, times in stage.calls:
-        number = 1 + sum(name.startswith(call.name) for name in needs)
-        needs[f"{call.name} ({number})" if number > 1 else call.name] = times, planner.measure(call)
+        names[call.name] += 1
+        name = call.name if names[call.name] == 1 else f"{call.name} ({names[call.name]})"
+        needs[name] = times, planner.measure(call)
     lasting = {"the process itself": planner.process} if planner.process else {}
     lasting |= {part: size // (1 if part in planner.whole else planner.parts) for part, size in stage.lasting.items()}
     bounds = [(times, duration(call, planner, machine, bfloat16)) for call, times in stage.calls]
@@ -132,7 +133,7 @@ class Planned(Assembly):
         return self.rehearsal
 
     def policy(self, source: str) -> Policy:
-        return self.rehearsal.policy(self._blueprint(source), source)
+        return ShapePolicy(self._blueprint(source), self.rehearsal, source)
 
     def other_policy(self, source: str) -> tuple[Policy, Tokenizer]:
         inside = source == NEW or source in self.experiment.stages
@@ -169,4 +170,4 @@ class Planned(Assembly):
             cls, config = self.experiment.policy
             blueprint: Blueprint = cls.blueprint(config, self.tokenizer.vocab_size)
             return blueprint
-        return Blueprint(from_hf(read_config(Path(self._source_folder(source)))))
+        return read_blueprint(source)

@@ -48,16 +48,13 @@ class Rehearsal(Backend):
         self.models: weakref.WeakSet[ShapeOnly] = weakref.WeakSet()
         self.learners: list[ShapeLearner] = []
 
-    def policy(self, blueprint: Blueprint, name: str) -> ShapePolicy:
-        return ShapePolicy(blueprint, self, name)
-
     def learner(self, models: Mapping[str, Model], optimizers: Mapping[str, OptimizerConfig]) -> Learner:
         self.learners.append(ShapeLearner(self, models, optimizers))  # type: ignore[arg-type]  # made here
         return self.learners[-1]
 
     def alive(self) -> list[ShapeOnly]:
         gc.collect()
-        return sorted(self.models, key=lambda model: model.number)
+        return list(self.models)
 
     def describe(self) -> dict[str, str]:
         return {}
@@ -70,7 +67,7 @@ class ShapeOnly(Model):
     """A model without weights."""
 
     def __init__(self, blueprint: Blueprint, backend: Rehearsal, name: str):
-        self.network, self.backend, self.name, self.number = blueprint, backend, name, len(backend.models)
+        self.network, self.backend, self.name = blueprint, backend, name
         a = blueprint.architecture
         self.vocab_size, self.hidden_size, self.context_length = a.vocab_size, a.hidden_size, a.context_length
         backend.models.add(self)
@@ -83,7 +80,8 @@ class ShapeOnly(Model):
         return frozenset(of_tokens | {name for name, there in more.items() if there})
 
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
-        self.backend.calls.append(Call("evaluate", {self.name: self.network}, Shape.of(sequences), tuple(outputs)))
+        asked = {self.name: tuple(outputs)}
+        self.backend.calls.append(Call("evaluate", {self.name: self.network}, Shape.of(sequences), asked))
         return zeros(sequences, outputs)
 
     def parameters(self) -> dict[str, np.ndarray]:
@@ -146,8 +144,8 @@ class ShapeLearner(Learner):
             model.name = name
 
     def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
-        reads = suppliers(self.models, outputs)
-        self.backend.calls.append(Call("forward", self._blueprints(), Shape.of(sequences), reads=reads))
+        found = suppliers(self.models, outputs)
+        self.backend.calls.append(Call("forward", self._blueprints(), Shape.of(sequences), found))
         return ForwardPass(sequences, temperature, zeros(sequences, outputs))
 
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:

@@ -25,7 +25,7 @@ import rich.table
 import rich.text
 
 from lockstep.config.secrets import redact
-from lockstep.processes import place
+from lockstep.launchers import place
 from lockstep.text.visible import visible
 
 SHOWN = {

@@ -26,8 +26,9 @@ from lockstep.interfaces import (
     RewardModel,
     ScalarModel,
 )
+from lockstep.launchers import place
 from lockstep.models.architecture import SCALAR_HEAD
-from lockstep.processes import ALONE, Processes, place
+from lockstep.processes import ALONE, Processes
 from lockstep.registry import registry
 from lockstep.runs.asked_once import SharedLabeler, SharedRewardModel
 from lockstep.runs.experiment import Experiment, component_config
@@ -35,7 +36,7 @@ from lockstep.runs.stages import NEW, Stage
 from lockstep.storage.files import read_object, write_json
 from lockstep.storage.records import MADE_BY, OUTPUT, read_record
 from lockstep.storage.sources import fetch_folder
-from lockstep.storage.weights import refuse_not_finite, stored_weights
+from lockstep.storage.weights import check_finite, stored_weights
 from lockstep.text.tokenizer import GENERATION, PAD, Tokenizer, TokenizerConfig
 from lockstep.types import Fit, Prompt
 
@@ -276,7 +277,7 @@ def save_result(folder: Path, model: Model, tokenizer: Tokenizer, kind: str, pol
       CheckpointError: the model holds NaN or Inf; nothing is written.
     """
     what = kind.replace("_", " ")
-    refuse_not_finite(model.not_finite(), f"The {what} that should be saved")
+    check_finite(model.arrays(), f"The {what} that should be saved")
     tokenizer.check_embedding(model.vocab_size, f"the {what}")
     if leads:
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import os
 import resource
 import shlex
 import sys
@@ -28,6 +27,7 @@ from lockstep.data.labels import (
 from lockstep.data.mixture import TWINS
 from lockstep.errors import Diverged, Stopped, Waiting
 from lockstep.interfaces import Algorithm, Backend, DataSource, Learner, Tracker
+from lockstep.launchers import cores
 from lockstep.reporting.console import Console
 from lockstep.reporting.health import NOT_FINITE, Health, diverged
 from lockstep.reporting.provenance import code_state
@@ -44,6 +44,7 @@ from lockstep.runs.stages import Stage
 from lockstep.runs.store import NoRecords, Records, RunFolder, StageFolder, held
 from lockstep.storage.files import dump, dump_line, finite, write_json, write_text
 from lockstep.storage.records import HEALTH, METRICS, STAGES, read_record
+from lockstep.storage.weights import not_finite
 from lockstep.version import __version__
 
 log = logging.getLogger("lockstep")
@@ -260,8 +261,7 @@ class Runner:
 
     def _machine(self) -> dict[str, str]:
         """What bit-equality depends on besides configuration and code: library versions, device, number of cores."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return {**self.assembly.backend.describe(), "cores": str(cores)}
+        return {**self.assembly.backend.describe(), "cores": str(cores())}
 
     def _evaluate(self, stage: Stage, folder: StageFolder) -> ConfigGroup:
         config: EvaluationConfig = stage.config
@@ -403,7 +403,7 @@ def _ended_by(error: BaseException) -> str:
 
 def spoilt(learner: Learner) -> list[str]:
     """The parameters that hold NaN or infinity."""
-    return [f"{name}.{each}" for name, model in learner.models.items() for each in model.not_finite()]
+    return [f"{name}.{each}" for name, model in learner.models.items() for each in not_finite(model.arrays())]
 
 
 def _diverged(name: str, step: int, total: int, wrong: Sequence[str], folder: StageFolder, saved: int) -> str:

@@ -160,22 +160,22 @@ def _mapped(stored: Stored) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------- NaN and Inf
 
 
-def not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """The arrays that hold NaN or Inf."""
-    return [name for name, array in arrays.items() if not np.isfinite(array).all()]
+def not_finite(arrays: Iterable[tuple[str, np.ndarray]]) -> list[str]:
+    """The names of arrays that hold NaN or Inf."""
+    return [name for name, array in arrays if not np.isfinite(array).all()]
 
 
-def check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
+def check_finite(arrays: Iterable[tuple[str, np.ndarray]], what: str) -> None:
     """
     Raises:
       CheckpointError: an array holds NaN or Inf; ``what``, the subject of the message, says where.
     """
-    refuse_not_finite(not_finite(arrays), what)
+    _refuse_not_finite(not_finite(arrays), what)
 
 
 def check_stored_finite(stored: Mapping[str, Stored], what: str) -> None:
     """`check_finite` of tensors on the disk, a piece at a time."""
-    refuse_not_finite((name for name, each in stored.items() if not _is_finite(each)), what)
+    _refuse_not_finite((name for name, each in stored.items() if not _is_finite(each)), what)
 
 
 def _is_finite(stored: Stored, piece: int = 2**20) -> bool:
@@ -187,8 +187,7 @@ def _is_finite(stored: Stored, piece: int = 2**20) -> bool:
     return not any(((words[i : i + piece] & exponents) == exponents).any() for i in range(0, len(words), piece))
 
 
-def refuse_not_finite(names: Iterable[str], what: str) -> None:
-    """`check_finite` of tensors of which those named are not."""
+def _refuse_not_finite(names: Iterable[str], what: str) -> None:
     if wrong := sorted(names):
         raise CheckpointError(
             f"{what} holds NaN or Inf in {len(wrong)} of its tensors: {listing(wrong[:3])}. Such weights come from training that "

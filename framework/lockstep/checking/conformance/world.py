@@ -26,10 +26,11 @@ from lockstep.config.overrides import override
 from lockstep.config.schema import parse
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Backend, DataSource, Environment, Episode, Policy, Reply, RewardModel, ScalarModel
+from lockstep.launchers import LAUNCHERS
 from lockstep.learning import randomness
 from lockstep.models import adapters
 from lockstep.models.architecture import Architecture, initial_parameters, small_decoder, to_hf
-from lockstep.processes import ALONE, LAUNCHERS
+from lockstep.processes import ALONE
 from lockstep.registry import registry
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import read_tensors, write_tensors

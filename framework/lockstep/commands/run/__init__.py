@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import ConfigError, did_you_mean
-from lockstep.processes import place
+from lockstep.launchers import place
 from lockstep.reporting.console import Console
 
 HELP = "run or sweep experiments: lockstep run experiment=instructgpt backend=jax"
@@ -35,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from lockstep.commands.run import workers
     from lockstep.commands.run.sweeps import sweep
     from lockstep.config.compose import compose, conf_folders
     from lockstep.config.secrets import without_secrets
@@ -64,6 +63,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
         print(yaml.safe_dump(without_secrets(compose([o for o in overrides if o != "--config"])), sort_keys=False))
     else:
+        from lockstep.commands.run import workers
+
         config = compose(overrides)
         if (count := workers.wanted(config)) > 1:
             sys.exit(workers.work([sys.executable, "-P", "-m", "lockstep", "run", *overrides], count))

@@ -1,5 +1,5 @@
 """`lockstep run backend.mesh.fsdp=8` on one host: a process for each device, started here. Several hosts have launchers of their
-own, torchrun and srun, which `lockstep.processes.place` recognises.
+own, torchrun and srun, which `lockstep.launchers.place` recognises.
 
 Process 0 has the terminal. What the others print is kept, and shown if one of them is the first that fails. The first failure
 ends all, since the others would wait for what will not come.
@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
-from lockstep.processes import place
+from lockstep.launchers import cores, place
 from lockstep.reporting.console import tell
 from lockstep.runs.experiment import Experiment, finished
 from lockstep.runs.interrupts import ENDS, handled
@@ -32,9 +32,10 @@ STOPPED = 130
 
 
 def wanted(config: Mapping[str, Any]) -> int:
-    """How many processes to start for a run; 1: none. If there are to be several, the configuration has been checked, so that
-    they need not all say what is wrong with it."""
-    if place().count > 1 or finished(config):
+    """How many processes to start for a run; 1: none. A backend is asked if its ``mesh`` is of more than one device. If there are
+    to be several, the configuration has been checked, so that they need not all say what is wrong with it."""
+    mesh = config["backend"].get("mesh") or {}
+    if place().count > 1 or all(size == 1 for size in mesh.values()) or finished(config):
         return 1
     cls: Any
     cls, backend = Experiment(config).backend
@@ -64,11 +65,11 @@ def work(command: Sequence[str], count: int) -> int:
 
 
 def _start(command: Sequence[str], said: Sequence[IO[bytes]]) -> Iterator[subprocess.Popen[bytes]]:
-    count, cores = len(said) + 1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = len(said) + 1
     common = {
         "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
         "PYTHONHASHSEED": "0",  # sets are in one order everywhere
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // count))),
     }  # fmt: skip
     for rank in range(count):
         output = None if rank == 0 else said[rank - 1]

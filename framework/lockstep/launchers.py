@@ -1,0 +1,60 @@
+"""What the environment says of this process: its place among those that a launcher started, and the cores it may use. Every
+command reads this file first, so it imports nothing large.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lockstep.errors import ConfigError, listing, told
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the environment says: this is process ``rank`` of ``count``, and number ``local`` on its host."""
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+
+
+LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+"""Variables of `lockstep run` and torchrun, and of srun."""
+
+
+def place(environment: Mapping[str, str] = os.environ) -> Place:
+    """Where a launcher put this process; alone without one. Slurm's variables count inside of srun only: sbatch sets some, too.
+
+    Raises:
+      ConfigError: the variables are no numbers.
+    """
+    for names in LAUNCHERS:
+        found = [environment[name] for name in names if name in environment]
+        if len(found) < len(names) or names[0].startswith("SLURM") and "SLURM_STEP_ID" not in environment:
+            continue
+        if not all(each.isdecimal() for each in found):
+            raise ConfigError(f"{listing(names)} must be numbers, and are {', '.join(map(told, found))}.")
+        here = Place(*map(int, found))
+        return here if here.count > 1 else Place()
+    return Place()
+
+
+def meeting_place(where: Place, environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
+    """The host and port where the processes find each other.
+
+    Raises:
+      ConfigError: the launcher did not say.
+    """
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        raise ConfigError(
+            f"{where.count} processes were started, and do not know where to meet. Set MASTER_ADDR to the host of process 0 and "
+            "MASTER_PORT to a free port there; docs/scale.md has the lines for Slurm."
+        )
+    return environment["MASTER_ADDR"], environment["MASTER_PORT"]
+
+
+def cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
