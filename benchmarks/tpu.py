@@ -34,23 +34,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=SIZES)
     parser.add_argument("--topology", required=True)
-    arguments, overrides = parser.parse_known_args()
+    arguments, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as place:
-        model = written(Path(place), arguments.model)
-        half = f"{{prompt: {TOKENS}, response: {TOKENS}, multiple: {TOKENS}}}"
-        command = [
-            "experiment=hh", f"policy.path={model}", "policy.tokenizer.chat_template=plain", f"reward_model.source={model}",
-            "data.comparisons=null", "data.demonstrations=null", f"data.prompts=[{{path: {place}/prompts.jsonl}}]",
-            "~stages.sft", "~stages.reward", "~stages.evaluate", "~sft", "~reward", "~evaluation", "stages.ppo.policy=new",
-            f"lengths={half}", "backend=jax", "backend.device=cpu", "backend.precision=bfloat16", *overrides,
-        ]  # fmt: skip
+        command = [*overrides(Path(place), arguments.model), "backend=jax", "backend.device=cpu", *more]
         subprocess.run([sys.executable, "-m", "lockstep", "plan", *command, "--topology", arguments.topology], check=True)
+
+
+def overrides(place: Path, name: str) -> list[str]:
+    """PPO alone, with four models of this size."""
+    model = written(place, name)
+    half = f"{{prompt: {TOKENS}, response: {TOKENS}, multiple: {TOKENS}}}"
+    return [
+        "experiment=hh", f"policy.path={model}", "policy.tokenizer.chat_template=plain", f"reward_model.source={model}",
+        "data.comparisons=null", "data.demonstrations=null", f"data.prompts=[{{path: {place}/prompts.jsonl}}]",
+        "~stages.sft", "~stages.reward", "~stages.evaluate", "~sft", "~reward", "~evaluation", "stages.ppo.policy=new",
+        f"lengths={half}", "backend.precision=bfloat16",
+    ]  # fmt: skip
 
 
 def written(folder: Path, name: str) -> Path:
     """A model's config.json with the miniature's tokenizer, and long prompts beside it."""
     model = folder / name
-    model.mkdir()
+    model.mkdir(exist_ok=True)
     architecture = small_decoder(vocab_size=128256, context_length=2 * TOKENS, rope_theta=5e5, **SIZES[name])
     (model / "config.json").write_text(json.dumps(to_hf(architecture)))
     Assembly(Experiment(compose(["backend=jax"])), {}).tokenizer.save(model)

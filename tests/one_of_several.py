@@ -1,10 +1,15 @@
 """What one process of test_processes.py does: python one_of_several.py FOLDER BACKEND MESH. Alone or among several, it trains,
 samples and saves in the same way, and leaves numbers in FOLDER/<count>.<rank>.npz."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lockstep.checking.conformance import backends as kit
 from lockstep.checking.conformance.world import PAD, STOP, World
@@ -12,6 +17,24 @@ from lockstep.errors import OutOfStep
 from lockstep.launchers import place
 
 ROWS = 7  # two processes have four each, one of them twice
+
+
+@contextlib.contextmanager
+def sent() -> Iterator[list[int]]:
+    """Bytes that this process sends in each of torch's collectives, in a ring; without messages and DTensor's own arithmetic."""
+    found: list[int] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "c10d":
+                tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+                own, whole = sorted(leaf.nbytes for leaf in tensors)
+                if tensors[0].dtype == torch.float32:
+                    found.append(whole - own)
+            return func(*args, **kwargs or {})
+
+    with Noting():
+        yield found
 
 
 def main(folder: Path, backend: str, mesh: str) -> None:
@@ -23,7 +46,8 @@ def main(folder: Path, backend: str, mesh: str) -> None:
     def term(seed: int = 0):
         return kit.term(world, rows=np.arange(ROWS), seed=seed, dropout=0.1)
 
-    found = {f"gradient {name}": array for name, array in learner.gradients([term()]).items()}
+    with sent() as collectives:
+        found = {f"gradient {name}": array for name, array in learner.gradients([term()]).items()}
     drawn = models["policy"].generate(
         *world.prompts(rows=ROWS), world.seeds(ROWS, 12), temperature=1.0, stop_ids=[STOP], pad_id=PAD
     )
@@ -44,6 +68,7 @@ def main(folder: Path, backend: str, mesh: str) -> None:
             learner.update([term(seed=here.rank)])
         except OutOfStep as error:
             found["divergence"] = np.array(str(error))
+    found["sent"] = np.array(collectives)
     np.savez(folder / f"{here.count}.{here.rank}.npz", **found)
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 import torch
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -26,16 +32,16 @@ from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import from_hf, small_decoder
 from lockstep.models.blueprint import Blueprint
 from lockstep.planning import parts
-from lockstep.planning.calls import Call, Need, Part, Shape
+from lockstep.planning.calls import Call, Need, Part, Shape, Traffic, traffic
 from lockstep.planning.machines import MACHINES, machine
-from lockstep.planning.plan import Rehearsed, StagePlan, duration, planned, rehearsed
+from lockstep.planning.plan import Rehearsed, StagePlan, duration, on_the_wire, planned, rehearsed
 from lockstep.planning.rehearsal import Rehearsal, ShapePolicy
 from lockstep.registry import registry
 from lockstep.runs.assembly import Assembly
 from lockstep.runs.experiment import Experiment
 from lockstep_jax import generation, model
 from lockstep_jax.device import JaxDevice
-from lockstep_jax.plan import NUMBER, JaxPlanner, block, host
+from lockstep_jax.plan import NUMBER, JaxPlanner, block, collective, collectives, group, host
 from lockstep_torch.backend import TorchBackend
 from lockstep_torch.decoder import DecoderNetwork
 from lockstep_torch.generation import _words
@@ -219,8 +225,96 @@ def test_time_is_that_of_the_arithmetic_and_of_reading_weights():
     assert drawn == pytest.approx(64 * 2 * (weights + 2 * 3 * 2 * 64 * (64 + 32)) / (0.8 * 3.35e12))
 
 
+def test_a_cpu_stands_in_for_the_devices_of_a_plan():
+    """As in a run. In a process of its own: JAX counts its devices once."""
+    program = (
+        "from lockstep_jax.backend import JaxBackend as B; from lockstep.config.mesh import MeshConfig as M; "
+        "print(B.planner(B.Config('cpu', mesh=M(fsdp=3)), None).devices)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    assert subprocess.check_output([sys.executable, "-c", program], env=environment, text=True).split() == ["3"]
+
+
+def test_the_collectives_of_a_program_are_counted_with_the_loops_around_them():
+    """A program whose collectives are known: 6 layers in a loop, and one of 10 tokens whose end only its numbers tell."""
+    four = Mesh(np.array(jax.devices("cpu")[:4]).reshape(2, 2), ("a", "b"))
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=four, in_specs=P("a", "b"), out_specs=P("a", "b"), check_vma=False)
+    def program(x):  # [4, 8] on each device
+        def layer(x, _):
+            whole = jax.lax.all_gather(x, "b", axis=1, tiled=True)  # [4, 16]
+            return jax.lax.psum_scatter(whole * 2, "b", scatter_dimension=1, tiled=True), None
+
+        def token(x):
+            return jax.lax.psum(x, ("a", "b")) / 4 - 1
+
+        x = jax.lax.scan(layer, x, None, length=6)[0]
+        x = jax.lax.while_loop(lambda x: x.sum() > 0, token, x)
+        return jax.lax.ppermute(x, "a", [(0, 1), (1, 0)])
+
+    text = program.lower(jax.ShapeDtypeStruct((8, 16), np.float32)).compile().as_text()
+    found = {each.kind: each for each in collectives(text, loop=10)}
+    assert found == {
+        "all-gather": traffic("all-gather", 6, 4 * 4 * 16, members=2),
+        "reduce-scatter": traffic("reduce-scatter", 6, 4 * 4 * 16, members=2),
+        "all-reduce": traffic("all-reduce", 10, 4 * 4 * 8, members=4),
+        "collective-permute": traffic("collective-permute", 1, 4 * 4 * 8, members=2, stride=2),
+    }
+    assert found["all-reduce"].sent == 10 * 2 * 3 / 4 * 128
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ("replica_groups={{0,2},{1,3}}", (2, 2)),
+        ("replica_groups=[2,4]<=[8], dimensions={0}", (4, 1)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (2, 4)),
+        ("replica_groups=mesh['x'=2,'y'=4,'z'=2] {'y'}", (4, 2)),
+        ("replica_groups=mesh['x'=2,'y'=4,'z'=2] {'x','y'}", (8, 2)),
+        ("source_target_pairs={{0,4},{4,0},{1,5},{5,1}}", (2, 4)),
+    ],
+)
+def test_who_takes_part_in_a_collective_is_read_in_every_notation(named, expected):
+    assert group(f"%x = f32[8]{{0}} all-reduce(%y), channel_id=1, {named}, use_global_device_ids=true") == expected
+
+
+def test_what_begins_in_one_place_and_ends_in_another_is_counted_once():
+    begun = "%s = (bf16[2,8]{1,0:T(8)}, bf16[8,8]{1,0}) all-gather-start(%x), replica_groups=[1,4]<=[4], dimensions={0}"
+    ended = "%d = bf16[8,8]{1,0} all-gather-done(%s)"
+    moved = "%p = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}"
+    assert collective(begun) == traffic("all-gather", 1, 2 * 64, members=4)
+    assert collective(ended) is None
+    assert collective(moved) == traffic("collective-permute", 1, 32, members=2)
+    with pytest.raises(ValueError, match="in a way that is not known"):
+        collective("%x = f32[8]{0} all-reduce(%y), replica_groups=?")
+
+
+def test_rings_side_by_side_share_what_a_host_sends():
+    """On 8 hosts of 8 cards, each with its own 50 GB/s and 450 GB/s to its neighbours, by hand."""
+    h100 = MACHINES["h100"]
+    seconds = lambda members, stride=1: on_the_wire(Need(0, (Traffic("all-gather", 1, 1e9, members, stride),)), h100)  # noqa: E731
+    assert seconds(8) == pytest.approx(1 / 450)  # within a host
+    assert seconds(64) == pytest.approx(1 / 400)  # one ring, through all cards of each host
+    assert seconds(8, stride=8) == pytest.approx(1 / 50)  # eight rings, each through one card of each host
+    assert seconds(16, stride=4) == pytest.approx(1 / 100)  # four rings, through two cards of each
+    assert on_the_wire(Need(0, (Traffic("all-reduce", 1, 1e9, 64, 1),)), MACHINES["v5p"]) == pytest.approx(1 / 600)
+
+
+def test_the_time_of_a_step_has_its_collectives_hidden_at_best_and_added_at_worst():
+    shape, blueprint = Shape(8, 64, 64), Blueprint(WIDE)
+    stage, many, slow = Rehearsed("sft", {}, [(update(shape, blueprint), 2)], 1), torch_planner(mesh=MeshConfig(fsdp=4)), 1e3
+    machine = replace(MACHINES["h100"], link=slow)
+    found = planned(stage, many, machine, bfloat16=True)
+    weights = 3 * parts.FLOAT32 * blueprint.size * 3 / 4  # gathered twice and summed once
+    outputs = parts.FLOAT32 * 8 * 64 * 3 / 4
+    assert found.sent == pytest.approx(2 * (weights + outputs))
+    assert found.sending == found.seconds[0] == pytest.approx(found.sent / slow / 0.8)
+    assert found.seconds[1] == pytest.approx(found.sent / slow / 0.3, rel=1e-3) and found.seconds[1] > found.sent / slow / 0.3
+
+
 def test_a_plan_that_does_not_fit_says_what_to_change():
-    plan = lambda lasting, temporary: StagePlan("ppo", {"moments": lasting}, {"update": (1, Need(temporary))}, (1, 2), 3)  # noqa: E731
+    plan = lambda lasting, temporary: StagePlan("ppo", {"moments": lasting}, {"update": (1, Need(temporary))}, (1, 2), 0, 3)  # noqa: E731
     assert "It fits: 50%" in advice(plan(30, 20), 100)
     assert "micro_batch_size" in advice(plan(30, 80), 100) and "'update'" in advice(plan(30, 80), 100)
     assert "fsdp" in advice(plan(95, 1), 100) and "lora" in advice(plan(95, 1), 100)

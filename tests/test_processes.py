@@ -12,14 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lockstep.checking.conformance.world import ARCHITECTURE
 from lockstep.commands.run import workers
 from lockstep.config.compose import compose
 from lockstep.config.mesh import MeshConfig
 from lockstep.config.schema import parse
 from lockstep.errors import ConfigError, EnvironmentFailed, LockstepError, OutOfStep, RewardError
 from lockstep.interfaces import Environment, Episode, Label, Labeler, Reply, RewardModel
-from lockstep.launchers import Place, place
+from lockstep.launchers import Place, meeting_place, place
 from lockstep.learning.episodes import EnvironmentConfig, replies
+from lockstep.learning.optimisation import OptimizerConfig
+from lockstep.models.blueprint import Blueprint
+from lockstep.planning.calls import Call, Part, Shape
 from lockstep.processes import ALONE, Processes, decode, encode
 from lockstep.runs import assembly
 from lockstep.runs.asked_once import SharedLabeler, SharedRewardModel
@@ -27,6 +31,7 @@ from lockstep.runs.experiment import Experiment
 from lockstep.storage.files import read_json
 from lockstep.storage.weights import read_tensors
 from lockstep.types import Prompt
+from lockstep_torch.backend import TorchBackend
 from runs import DECODER, TINY
 from test_runs import lines, weights
 
@@ -226,10 +231,21 @@ def test_an_environment_is_asked_once_for_all():
         ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}, Place(5, 8, 1)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, Place()),  # sbatch's own shell
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"}, Place()),
+        ({"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}, Place(2, 4)),
+        ({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}, Place()),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "a,b"}, Place(3, 8, 1)),
     ],
 )
 def test_launchers_are_recognised_by_their_environment(environment, expected):
     assert place(environment) == expected
+
+
+def test_the_hosts_of_a_tpu_slice_meet_at_the_first():
+    hosts = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "one,two"}
+    assert meeting_place(place(hosts), hosts) == ("one", "8476")
+    assert meeting_place(place(hosts), hosts | {"MASTER_ADDR": "x", "MASTER_PORT": "7"}) == ("x", "7")
+    with pytest.raises(ConfigError, match="TPU_WORKER_ID='2' should be a number below 2"):
+        place(hosts | {"TPU_WORKER_ID": "2"})
 
 
 def test_a_rank_that_is_no_number_is_an_error():
@@ -372,6 +388,22 @@ def test_state_saved_by_two_is_restored_bit_for_bit_by_two_and_by_one(trained):
 def test_a_process_that_draws_other_data_is_named(trained):
     numbers, _ = trained
     assert str(numbers[2, 1]["divergence"]).startswith("Process 1 of 2 has not the same batch as process 0")
+
+
+def test_torch_sends_what_a_plan_says(trained):
+    """For the gradients of a policy and a value network: weights are gathered twice, and gradients summed."""
+    numbers, _ = trained
+    if not (sent := numbers[2, 0]["sent"]).size:
+        return  # JAX's are read from its programs
+    policy, value = Blueprint(ARCHITECTURE), Blueprint(ARCHITECTURE, language_head=False, scalar_head=True)
+    outputs = {"policy": ("logprobs", "entropy"), "value": ("values", "scores")}
+    shape, models = Shape(7, 6, 12), {"policy": policy, "value": value}
+    part = Part(shape, outputs, None, {}, dropout=True, passed=False)
+    call = Call("update", models, shape, terms=(part,), optimizers=dict.fromkeys(models, OptimizerConfig()))
+    planner = TorchBackend.planner(TorchBackend.Config("cpu", mesh=MeshConfig(fsdp=2)), None)
+    found = list(planner.collectives(call, {name: planner.model(blueprint) for name, blueprint in models.items()}))
+    assert sum(each.count for each in found) == len(sent)
+    assert sum(each.sent for each in found) == pytest.approx(sent.sum(), rel=0.02)  # FSDP fills weights up to whole parts
 
 
 # ---------------------------------------------------------------------------------------------------------- workers

@@ -22,13 +22,17 @@ class Place:
 
 LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
 """Variables of `lockstep run` and torchrun, and of srun."""
+WORKER, HOSTS = "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"
+"""Variables of a host of a TPU slice: on Kubernetes they are set in every container. A host has one process."""
+TPU_PORT = "8476"
+"""Where JAX's processes meet on TPUs by default."""
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place:
     """Where a launcher put this process; alone without one. Slurm's variables count inside of srun only: sbatch sets some, too.
 
     Raises:
-      ConfigError: the variables are no numbers.
+      ConfigError: the variables are no numbers, or a TPU slice has no such host.
     """
     for names in LAUNCHERS:
         found = [environment[name] for name in names if name in environment]
@@ -38,7 +42,16 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
             raise ConfigError(f"{listing(names)} must be numbers, and are {', '.join(map(told, found))}.")
         here = Place(*map(int, found))
         return here if here.count > 1 else Place()
-    return Place()
+    return _host_of_slice(environment)
+
+
+def _host_of_slice(environment: Mapping[str, str]) -> Place:
+    worker, hosts = environment.get(WORKER, "0"), environment.get(HOSTS, "").split(",")
+    if len(hosts) == 1:
+        return Place()
+    if not (worker.isdecimal() and int(worker) < len(hosts)):
+        raise ConfigError(f"{WORKER}={told(worker)} should be a number below {len(hosts)}, as {HOSTS} names so many hosts.")
+    return Place(int(worker), len(hosts))
 
 
 def meeting_place(where: Place, environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
@@ -48,6 +61,8 @@ def meeting_place(where: Place, environment: Mapping[str, str] = os.environ) -> 
       ConfigError: the launcher did not say.
     """
     if not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        if "," in (hosts := environment.get(HOSTS, "")):
+            return hosts.partition(",")[0], TPU_PORT
         raise ConfigError(
             f"{where.count} processes were started, and do not know where to meet. Set MASTER_ADDR to the host of process 0 and "
             "MASTER_PORT to a free port there; docs/scale.md has the lines for Slurm."

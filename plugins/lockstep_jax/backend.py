@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from lockstep.interfaces import Learner, Model
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.planning.calls import Planner
-from lockstep_jax.device import JaxDevice
+from lockstep_jax.device import JaxDevice, devices_of
 
 
 class JaxBackend(JaxDevice):
@@ -18,6 +18,8 @@ class JaxBackend(JaxDevice):
 
     @classmethod
     def planner(cls, config: JaxDevice.Config, topology: str | None) -> Planner:
+        if topology is None:
+            devices_of(config)  # before programs are imported, which ask for options of the devices
         from lockstep_jax.plan import JaxPlanner
 
         return JaxPlanner(config, topology)

@@ -4,10 +4,13 @@ shapes in place of arrays.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from lockstep.errors import ConfigError
 from lockstep.models.blueprint import Blueprint
-from lockstep.planning.calls import Call, Need, Part, Shape
+from lockstep.planning.calls import SENT, Call, Need, Part, Shape, Traffic, traffic
 from lockstep_jax import generation, learner, mesh, model
 from lockstep_jax.decoder import TEACHER, DecoderNetwork, DropoutMask, NetworkSpec, Tree
 from lockstep_jax.device import JaxDevice, devices_of, matmuls
@@ -25,7 +28,6 @@ from lockstep_jax.generation import Drawing
 from lockstep_jax.learner import Rates, State
 from lockstep_jax.model import Block
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 TPU = {
     "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
@@ -76,7 +78,7 @@ class JaxPlanner:
         prompt, response = (shape.rows, shape.prompt), (shape.rows, shape.response)
         drawing = Drawing(host(response, "uint32"), NUMBER, host((1,), "int32"), host((), "int32"))
         given = (*self.placed(blueprint), host(prompt, "int32"), host(prompt, "bool"), drawing)
-        return need(self.compiled(generation.generate, *given, None, spec=spec, greedy=False))
+        return need(self.compiled(generation.generate, *given, None, spec=spec, greedy=False), loop=shape.response)
 
     def _evaluate(self, call: Call) -> Need:
         ((name, outputs),) = call.outputs.items()
@@ -106,8 +108,7 @@ class JaxPlanner:
         sums = gradients * (len(call.terms) > 1)
         worst = max(gradients + step.temporary, *(sums + each.temporary for each in needs))
         every = [*(needs[distinct.index(part)].collectives for part in call.terms), step.collectives]
-        together = {name: sum(each.get(name, 0) for each in every) for name in COLLECTIVES}
-        return Need(worst, {name: count for name, count in together.items() if count})
+        return Need(worst, summed(itertools.chain(*every)))
 
     def _gradients(self, call: Call, part: Part, params: Mapping[str, Tree], frozen: Mapping[str, Tree]) -> Need:
         """Of one term, with its gradients; if its pass was kept, with what that keeps."""
@@ -203,8 +204,108 @@ def local_bytes(tree: Tree) -> int:
     return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-def need(compiled: Any) -> Need:
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+def need(compiled: Any, loop: int = 1) -> Need:
+    """``loop``: how often a loop runs whose end only its numbers tell."""
+    memory = compiled.memory_analysis()
     temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    counts = {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
-    return Need(temporary, {name: count for name, count in counts.items() if count})
+    return Need(temporary, collectives(compiled.as_text(), loop))
+
+
+# ---------------------------------------------------------------------------------------- collectives in the text of a program
+
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+CALLED = re.compile(r"\b(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(SENT)})(-start)?\(")
+ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
+
+
+def collectives(text: str, loop: int) -> tuple[Traffic, ...]:
+    """Those of a compiled program, each as often as the loops around it run."""
+    lines: dict[str, list[str]] = {}
+    entry = ""
+    for line in text.splitlines():
+        if header := COMPUTATION.match(line):
+            inside = lines.setdefault(header[1], [])
+            entry = header[1] if line.startswith("ENTRY") else entry
+        elif lines:
+            inside.append(line)
+
+    @functools.cache
+    def within(name: str) -> tuple[Traffic, ...]:
+        found: list[Traffic] = []
+        for line in lines.get(name, ()):
+            if one := collective(line):
+                found.append(one)
+                continue
+            called = CALLED.findall(line)
+            called += [("", each.strip(" %")) for branches in BRANCHES.findall(line) for each in branches.split(",")]
+            for role, other in called:
+                trips = TRIPS.search(line) if role in ("body", "condition") else None
+                times = int(trips[1]) if trips else loop if role in ("body", "condition") else 1
+                found += [times_over(each, times) for each in within(other)]
+        return summed(found)
+
+    return within(entry)
+
+
+def collective(line: str) -> Traffic | None:
+    """The one that a line of the program makes."""
+    found = COLLECTIVE.search(line)
+    if found is None:
+        return None
+    result, kind, begins = found.groups()
+    members, stride = group(line)
+    if members == 1:
+        return None
+    size = sum(map(array_bytes, ARRAY.findall(result)))
+    if begins and kind in ("all-gather", "collective-permute"):  # the result has the operand in front
+        size = size * members / (members + 1) if kind == "all-gather" else size / 2
+    if kind == "reduce-scatter":
+        size *= members
+    return traffic(kind, 1, size, members, stride)
+
+
+def array_bytes(array: tuple[str, str, str]) -> float:
+    """Of a type in the text of a program: ('f', '32', '8,128')."""
+    _, bits, shape = array
+    return int(bits or 8) / 8 * math.prod(int(size) for size in shape.split(",") if size)
+
+
+def group(line: str) -> tuple[int, int]:
+    """How many devices take part, and the stride of their numbers, of the first group that a line names: in braces, as the pairs
+    of a permutation, as a reshaped range [groups, members]<=[sizes]T(order), or as axes of a mesh."""
+    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", line):
+        apart = [abs(int(a) - int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
+        return (2, min(each for each in apart if each)) if any(apart) else (1, 1)
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        first = np.array(listed[1].split(","), int)
+    elif reshaped := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        groups, sizes, order = ([int(each) for each in part.split(",")] if part else None for part in reshaped.groups())
+        assert groups and sizes
+        first = np.arange(math.prod(sizes)).reshape(sizes).transpose(order or range(len(sizes))).reshape(groups)[0]
+    elif axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        shape = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes[1])}
+        named = re.findall(r"'(\w+)'", axes[2])
+        places = np.arange(math.prod(shape.values())).reshape(tuple(shape.values()))
+        first = places[tuple(slice(None) if name in named else 0 for name in shape)].reshape(-1)
+    else:
+        raise ValueError(f"a collective names its devices in a way that is not known: {line[:500]}")
+    return len(first), int(first[1] - first[0]) if len(first) > 1 else 1
+
+
+def times_over(one: Traffic, times: int) -> Traffic:
+    return Traffic(one.kind, times * one.count, times * one.sent, one.members, one.stride)
+
+
+def summed(found: Iterable[Traffic]) -> tuple[Traffic, ...]:
+    """One for each kind and group."""
+    totals: defaultdict[tuple[str, int, int], list[float]] = defaultdict(lambda: [0, 0.0])
+    for each in found:
+        total = totals[each.kind, each.members, each.stride]
+        total[0] += each.count
+        total[1] += each.sent
+    return tuple(
+        Traffic(kind, int(count), sent, members, stride) for (kind, members, stride), (count, sent) in sorted(totals.items())
+    )

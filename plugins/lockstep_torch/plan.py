@@ -24,7 +24,7 @@ from lockstep.interfaces import Dropout, ForwardPass, Term
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.models.architecture import is_small_decoder, to_hf
 from lockstep.models.blueprint import Blueprint
-from lockstep.planning.calls import Call, Need, Part, Shape
+from lockstep.planning.calls import Call, Need, Part, Shape, Traffic, traffic
 from lockstep.planning.parts import FLOAT32, FROZEN
 from lockstep.text.sequences import Sequences
 from lockstep_torch import device, generation
@@ -49,8 +49,8 @@ class TorchPlanner:
         """``backend``: of one process."""
         self.backend, here = backend, backend.device
         on_cuda = here.type == "cuda"
-        data, self.parts = device._divided(mesh, torch.cuda.device_count() if on_cuda else None)
-        self.devices = self.rows = data * self.parts
+        self.data, self.parts = device._divided(mesh, torch.cuda.device_count() if on_cuda else None)
+        self.devices = self.rows = self.data * self.parts
         self.kind = torch.cuda.get_device_name(here) if on_cuda else here.type
         self.process = 0 if on_cuda else PROCESS
         if self.devices > 1:
@@ -62,7 +62,8 @@ class TorchPlanner:
             generation._words(blueprint.architecture.vocab_size, self.backend.device)  # is kept, so no fake
         with FakeTensorMode(allow_non_fake_inputs=True):
             models = {name: self.model(blueprint) for name, blueprint in call.models.items()}
-            return Need(kinds[call.kind](call, models) + self.gathered(call.kind, models.values()))
+            temporary = kinds[call.kind](call, models) + self.gathered(call.kind, models.values())
+            return Need(temporary, tuple(self.collectives(call, models)))
 
     def _generate(self, call: Call, models: Mapping[str, Any]) -> int:
         (model,) = models.values()
@@ -137,6 +138,42 @@ class TorchPlanner:
             inside += layers
             outside += sum(FLOAT32 * tensor.numel() for tensor in model.tensors().values()) - sum(layers)
         return outside + (sum(inside) if kind == "generate" else (3 if kind == "update" else 2) * max(inside))
+
+    def collectives(self, call: Call, models: Mapping[str, TorchModel]) -> Iterator[Traffic]:
+        """Weights are gathered for a pass and again for its gradients, which are then summed; outputs, for the loss."""
+        if self.devices == 1:
+            return
+        if call.kind == "generate":
+            yield from self.all_gathered(models.values())
+        elif call.kind != "update":
+            yield from self.of_pass(call.outputs, call.shape, models)
+        for part in call.terms:
+            learning = [models[name] for name in part.outputs]
+            if not part.passed:
+                yield from self.of_pass(part.outputs, part.shape, models)
+            yield from self.all_gathered(learning)
+            for groups, size in map(self.groups, learning):
+                if self.parts > 1:
+                    yield traffic("reduce-scatter", groups, size / groups, self.parts)
+                if self.data > 1:
+                    yield traffic("all-reduce", groups, size / groups / self.parts, self.data, self.parts)
+
+    def of_pass(
+        self, outputs: Mapping[str, tuple[str, ...]], shape: Shape, models: Mapping[str, TorchModel]
+    ) -> Iterator[Traffic]:
+        yield from self.all_gathered(models[name] for name in outputs)
+        for name in everything(outputs):
+            numbers = shape.rows if name == "scores" else shape.rows * shape.response
+            yield traffic("all-gather", 1, FLOAT32 * numbers, self.devices)
+
+    def all_gathered(self, models: Iterable[TorchModel]) -> Iterator[Traffic]:
+        if self.parts > 1:
+            for groups, size in map(self.groups, models):
+                yield traffic("all-gather", groups, size / groups, self.parts)
+
+    def groups(self, model: TorchModel) -> tuple[int, int]:
+        """How many groups of weights FSDP gathers one after the other, and the bytes of all."""
+        return 1 + len(divided(model)), sum(FLOAT32 * tensor.numel() for tensor in model.tensors().values())
 
     @contextlib.contextmanager
     def scattered(self, models: Iterable[TorchModel], found: Following) -> Iterator[None]:

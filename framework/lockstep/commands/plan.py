@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -52,14 +53,17 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def table(plan: StagePlan) -> rich.table.Table:
     shown = rich.table.Table(title=f"stage {plan.name}, on each device", title_justify="left", box=None, pad_edge=False)
-    for column, side in (("", "left"), ("GiB", "right"), ("times a step", "right"), ("collectives in the program", "left")):
+    for column, side in (("", "left"), ("GiB", "right"), ("times a step", "right"), ("GiB sent", "right"), ("in", "left")):
         shown.add_column(column, justify=side)
     for part, size in plan.lasting.items():
-        shown.add_row(part, gib(size), "", "")
+        shown.add_row(part, gib(size), "", "", "")
     for name, (times, need) in plan.needs.items():
-        moves = ", ".join(f"{count} {kind}" for kind, count in need.collectives.items())
-        shown.add_row(f"temporary: {name}", gib(need.temporary), str(times), moves)
-    shown.add_row("at the worst moment", gib(plan.memory), "", "")
+        counts: Counter[str] = Counter()
+        for each in need.collectives:
+            counts[each.kind] += each.count
+        moves = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        shown.add_row(f"temporary: {name}", gib(need.temporary), str(times), gib(need.sent) if need.sent else "", moves)
+    shown.add_row("at the worst moment", gib(plan.memory), "", gib(plan.sent) if plan.sent else "", "a step" if plan.sent else "")
     return shown
 
 
@@ -87,11 +91,15 @@ def time(plan: StagePlan, devices: int, price: float | None) -> str:
     best, worst = plan.seconds
     least, most = (seconds * plan.steps for seconds in plan.seconds)
     cost = "" if price is None else " and {:.2f} to {:.2f}".format(*(devices * price * each / 3600 for each in (least, most)))
-    return f" A step takes {short(best)} to {short(worst)}; {plan.steps} steps {short(least)} to {short(most)}{cost}."
+    said = f" A step takes {short(best)} to {short(worst)}; {plan.steps} steps {short(least)} to {short(most)}{cost}."
+    if plan.sending > 0.5 * best:
+        share = f"{plan.sending / best:.0%}"
+        said += f" At best, {share} of it is sending: raise algorithm.micro_batch_size, as each micro-batch gathers all weights."
+    return said
 
 
 def short(seconds: float) -> str:
     for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
-    return f"{1000 * seconds:.2g} ms"
+    return f"{1000 * seconds:.3g} ms"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -66,15 +66,47 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Need:
-    """Of one call, on one device.
+class Traffic:
+    """Collectives of one kind in a call, each as often as it is made: one in a loop over layers counts once for each layer.
 
-    temporary: bytes beside the weights and moments of all models, at the worst moment.
-    collectives: how many of each kind; those in a loop over layers or tokens count once.
+    sent: bytes that a device sends in all of them together.
+    members: devices that take part in one.
+    stride: between the numbers of two neighbours; devices that share a host have numbers that follow each other.
     """
 
+    kind: str
+    count: int
+    sent: float
+    members: int
+    stride: int = 1
+
+
+SENT: Mapping[str, Callable[[int], float]] = {
+    "all-gather": lambda members: (members - 1) / members,
+    "reduce-scatter": lambda members: (members - 1) / members,
+    "all-to-all": lambda members: (members - 1) / members,
+    "all-reduce": lambda members: 2 * (members - 1) / members,
+    "collective-permute": lambda members: 1,
+}
+"""What a device sends of a whole array, in a ring (Patarasuk and Yuan 2009): of the gathered one, or of the one to be reduced."""
+
+
+def traffic(kind: str, count: int, size: float, members: int, stride: int = 1) -> Traffic:
+    """Of ``count`` collectives over arrays of ``size`` bytes each."""
+    return Traffic(kind, count, count * size * SENT[kind](members), members, stride)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Of one call, on one device. temporary: bytes beside the weights and moments of all models, at the worst moment."""
+
     temporary: int
-    collectives: Mapping[str, int] = field(default_factory=dict)
+    collectives: tuple[Traffic, ...] = ()
+
+    @property
+    def sent(self) -> float:
+        """Bytes."""
+        return sum(each.sent for each in self.collectives)
 
 
 class Planner(Protocol):

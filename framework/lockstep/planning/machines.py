@@ -19,21 +19,27 @@ class Machine:
       memory: bytes.
       bfloat16, float32: FLOP/s of dense matmuls, accumulated in float32; of float32 as the backends multiply it, exactly.
       bandwidth: bytes/s of its memory.
+      link: bytes/s that it sends to devices it has links to.
+      network: bytes/s that its host sends to other hosts; None: all devices have links.
+      host: devices of a host.
     """
 
     memory: float
     bfloat16: float
     float32: float
     bandwidth: float
+    link: float
+    network: float | None = None
+    host: int = 8
 
 
-MACHINES = {
-    "a100": Machine(80e9, 312e12, 19.5e12, 2.0e12),  # NVIDIA A100 80GB SXM, datasheet
-    "h100": Machine(80e9, 989e12, 67e12, 3.35e12),  # NVIDIA H100 SXM, datasheet
-    "h200": Machine(141e9, 989e12, 67e12, 4.8e12),  # NVIDIA H200 SXM, datasheet
-    "v5e": Machine(16 * GIB, 197e12, 197e12 / 6, 819e9),  # Google Cloud TPU v5e; float32 in six passes of bfloat16
-    "v5p": Machine(95 * GIB, 459e12, 459e12 / 6, 2765e9),  # Google Cloud TPU v5p
-    "v6e": Machine(32 * GIB, 918e12, 918e12 / 6, 1640e9),  # Google Cloud TPU v6e
+MACHINES = {  # datasheets of NVIDIA's SXM cards, in DGX hosts with a network card for each; Google Cloud's pages of TPUs
+    "a100": Machine(80e9, 312e12, 19.5e12, 2.0e12, 300e9, 8 * 25e9),
+    "h100": Machine(80e9, 989e12, 67e12, 3.35e12, 450e9, 8 * 50e9),
+    "h200": Machine(141e9, 989e12, 67e12, 4.8e12, 450e9, 8 * 50e9),
+    "v5e": Machine(16 * GIB, 197e12, 197e12 / 6, 819e9, 200e9),  # float32 in six passes of bfloat16
+    "v5p": Machine(95 * GIB, 459e12, 459e12 / 6, 2765e9, 600e9),
+    "v6e": Machine(32 * GIB, 918e12, 918e12 / 6, 1640e9, 400e9),
 }
 
 
@@ -63,7 +69,7 @@ def this_cpu() -> Machine:
     source, target = np.ones(2**25, np.float32), np.empty(2**25, np.float32)
     bandwidth = 2 * source.nbytes / min(_seconds(lambda: np.copyto(target, source)) for _ in range(3))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Machine(memory, flops, flops, bandwidth)
+    return Machine(memory, flops, flops, bandwidth, link=bandwidth)
 
 
 def _seconds(call: Callable[[], object]) -> float:

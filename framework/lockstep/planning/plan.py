@@ -24,7 +24,8 @@ from lockstep.storage.records import MADE_BY
 from lockstep.text.tokenizer import Tokenizer
 
 COMPUTE, BANDWIDTH = (0.2, 0.6), (0.3, 0.8)
-"""Shares of the maker's figures that programs reach: from poor to good ones. `benchmarks/speed` has ours."""
+"""Shares of the maker's figures that programs reach, of FLOP/s and of bytes/s: from poor to good ones. `benchmarks/speed` has
+ours."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class StagePlan:
       lasting: {part: bytes}, of one device.
       needs: {call: (how often a usual step makes it, what it needs)}.
       seconds: of a step, at best and at worst.
+      sending: those that a step sends for at best, beside the arithmetic or not.
       steps: of the stage.
     """
 
@@ -56,12 +58,18 @@ class StagePlan:
     lasting: Mapping[str, int]
     needs: Mapping[str, tuple[int, Need]]
     seconds: tuple[float, float]
+    sending: float
     steps: int
 
     @property
     def worst(self) -> str:
         """The call with the most temporary memory."""
         return max(self.needs, key=lambda name: self.needs[name][1].temporary)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in a usual step."""
+        return sum(times * need.sent for times, need in self.needs.values())
 
     @property
     def memory(self) -> int:
@@ -101,13 +109,31 @@ def planned(stage: Rehearsed, planner: Planner, machine: Machine, bfloat16: bool
         needs[name] = times, planner.measure(call)
     lasting = {"the process itself": planner.process} if planner.process else {}
     lasting |= {part: size // (1 if part in planner.whole else planner.parts) for part, size in stage.lasting.items()}
-    bounds = [(times, duration(call, planner, machine, bfloat16)) for call, times in stage.calls]
-    least, most = (sum(times * each[end] for times, each in bounds) for end in (0, 1))
-    return StagePlan(stage.name, lasting, needs, (least, most), stage.steps)
+    least = most = sending = 0.0
+    slow, fast = BANDWIDTH
+    for (call, times), (_, need) in zip(stage.calls, needs.values(), strict=True):
+        computing, wire = duration(call, planner, machine, bfloat16), on_the_wire(need, machine)
+        least += times * max(computing[0], wire / fast)  # all of it hidden
+        most += times * (computing[1] + wire / slow)
+        sending += times * wire / fast
+    return StagePlan(stage.name, lasting, needs, (least, most), sending, stage.steps)
+
+
+def on_the_wire(need: Need, machine: Machine) -> float:
+    """Seconds at the maker's figures. A ring through several hosts is as fast as its slowest part; rings side by side share what
+    a host can send. Latency is left out."""
+    seconds = 0.0
+    for each in need.collectives:
+        together = min(each.members, max(1, machine.host // each.stride))  # of the members, those that share a host
+        through = machine.network is not None and each.members > together
+        share = machine.network * together / machine.host if through and machine.network else machine.link
+        seconds += each.sent / min(share, machine.link)
+    return seconds
 
 
 def duration(call: Call, planner: Planner, machine: Machine, bfloat16: bool) -> tuple[float, float]:
-    """Seconds of a call, at best and at worst: its arithmetic; drawing tokens also reads all weights for each."""
+    """Seconds of a call without its collectives, at best and at worst: its arithmetic; drawing tokens also reads all weights for
+    each."""
     rate = planner.devices * (machine.bfloat16 if bfloat16 else machine.float32)
     arithmetic = parts.flops(call) / rate
     reading = 0.0

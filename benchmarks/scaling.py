@@ -1,0 +1,68 @@
+"""How PPO of Llama's 8B scales over hosts of eight H100s, by arithmetic: what each card sends, and what a step takes.
+
+    python benchmarks/scaling.py --output benchmarks/plan/scaling.md
+
+As `lockstep plan` on torch, with four models of 8B in bfloat16, 512 episodes a step of 1,024 + 1,024 tokens, on 1 to 8 hosts that
+are one group (fsdp) or one group each (data). Nothing here has been run on such hosts: a datasheet's figures and the shares in
+`lockstep.planning.plan` make the times. Takes some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tpu import overrides
+
+from lockstep.commands.plan import short
+from lockstep.config.compose import compose
+from lockstep.planning.machines import GIB, MACHINES
+from lockstep.planning.plan import Rehearsed, StagePlan, planned, rehearsed
+from lockstep.runs.experiment import Experiment
+
+HOSTS, CARDS, EPISODES = (1, 2, 4, 8), 8, 512
+HEADER = "| hosts | mesh | rows a card | memory, GiB | sent by a card, GiB | sending, at best | a step | episodes a card and second |"
+
+
+def meshes(hosts: int) -> Iterator[dict[str, int]]:
+    yield {"data": 1, "fsdp": hosts * CARDS}
+    if hosts > 1:
+        yield {"data": hosts, "fsdp": CARDS}
+
+
+def ppo(place: str, mesh: dict[str, int], rows: int) -> StagePlan:
+    """``rows``: of a micro-batch, on each card."""
+    axes = [f"backend.mesh.{axis}={size}" for axis, size in mesh.items()]
+    together = rows * mesh["data"] * mesh["fsdp"]
+    sizes = [f"algorithm.batch_size={EPISODES}", f"algorithm.micro_batch_size={together}", "backend.gradient_checkpointing=true"]
+    experiment = Experiment(compose([*overrides(Path(place), "8b"), "backend=torch", "backend.device=cpu", *axes, *sizes]))
+    cls, config = experiment.backend
+    (stage,) = (stage for stage in rehearsed(experiment) if isinstance(stage, Rehearsed))
+    return planned(stage, cls.planner(config, None), MACHINES["h100"], bfloat16=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    lines = [HEADER, "|" + "---|" * HEADER.count(" | ") + "---|"]
+    output = parser.parse_args().output
+    with tempfile.TemporaryDirectory() as place:
+        for hosts in HOSTS:
+            for mesh in meshes(hosts):
+                for rows in (1, 4):
+                    found = ppo(place, mesh, rows)
+                    best, worst = found.seconds
+                    speed = EPISODES / hosts / CARDS
+                    lines.append(
+                        f"| {hosts} | {mesh['data']} x {mesh['fsdp']} | {rows} | {found.memory / GIB:.0f} | {found.sent / GIB:.0f} | "
+                        f"{short(found.sending)} | {short(best)} to {short(worst)} | {speed / worst:.3f} to {speed / best:.3f} |"
+                    )
+                    print(lines[-1], flush=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
