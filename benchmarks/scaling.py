@@ -55,7 +55,8 @@ def main() -> None:
                     found = ppo(place, mesh, rows)
                     best, worst = found.seconds
                     speed = EPISODES / hosts / CARDS
-                    sizes = f"{hosts} | {mesh['data']} x {mesh['fsdp']} | {rows} | {found.memory / GIB:.0f} | {found.sent / GIB:.0f}"
+                    memory, sent = found.memory / GIB, found.sent / GIB
+                    sizes = f"{hosts} | {mesh['data']} x {mesh['fsdp']} | {rows} | {memory:.0f} | {sent:.0f}"
                     times = f"{short(found.sending)} | {short(best)} to {short(worst)}"
                     lines.append(f"| {sizes} | {times} | {speed / worst:.3f} to {speed / best:.3f} |")
                     print(lines[-1], flush=True)

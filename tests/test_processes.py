@@ -233,7 +233,7 @@ def test_an_environment_is_asked_once_for_all():
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"}, Place()),
         ({"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}, Place(2, 4)),
         ({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}, Place()),
-        ({"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "a,b"}, Place(1, 8, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "a,b"}, Place(1, 8)),
     ],
 )
 def test_launchers_are_recognised_by_their_environment(environment, expected):
