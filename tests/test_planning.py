@@ -264,6 +264,24 @@ def test_the_collectives_of_a_program_are_counted_with_the_loops_around_them():
     assert found["all-reduce"].sent == 10 * 2 * 3 / 4 * 128
 
 
+def test_how_often_a_loop_runs_is_read_from_its_condition_where_it_stands_nowhere_else():
+    """As XLA writes it for TPUs."""
+    program = """
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(12)
+  ROOT %less = pred[]{:T(512)} compare(%count, %bound), direction=LT
+}
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %g = f32[8]{0} all-gather(%x), channel_id=3, replica_groups=mesh['axis_0'=4,'axis_1'=1] {'axis_0'}, dimensions={0}
+}
+ENTRY %main (x: f32[2]) -> f32[8] {
+  %while.9 = (s32[]{:T(128)}, f32[8]{0}) while(%tuple), condition=%condition, body=%body, metadata={op_name="jit(f)/while"}
+}
+"""
+    assert collectives(program, loop=5) == (traffic("all-gather", 12, 32, members=4),)
+    assert collectives(program.replace("constant(12)", "parameter(1)"), loop=5) == (traffic("all-gather", 5, 32, members=4),)
+
+
 @pytest.mark.parametrize(
     ("named", "expected"),
     [

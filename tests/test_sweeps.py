@@ -342,7 +342,7 @@ def test_what_all_jobs_would_refuse_is_refused_before_the_first(given, message, 
 
 @pytest.mark.parametrize("swept", ["experiment=glob(d*)", "algorithm.kl_coef=tag(log,interval(0.02,0.5))", "seed=range(1,3)"])
 def test_every_form_of_hydra_names_a_folder_for_the_sweep(swept, tmp_path):
-    assert sweeps._folder(["-m", swept, f"folder={tmp_path}"]).parent == tmp_path / "sweeps"
+    assert sweeps.sweep_folder(["-m", swept, f"folder={tmp_path}"]).parent == tmp_path / "sweeps"
 
 
 def test_the_example_of_a_wandb_sweep_composes_and_looks_at_a_metric_that_its_runs_log():

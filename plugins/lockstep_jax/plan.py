@@ -217,12 +217,14 @@ COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 CALLED = re.compile(r"\b(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+BOUND = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
 COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(SENT)})(-start)?\(")
 ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
 
 
 def collectives(text: str, loop: int) -> tuple[Traffic, ...]:
-    """Those of a compiled program, each as often as the loops around it run."""
+    """Those of a compiled program, each as often as the loops around it run. How often that is stands beside a loop on a CPU; on a
+    TPU it is the number that its condition counts up to, or ``loop`` if there is none."""
     lines: dict[str, list[str]] = {}
     entry = ""
     for line in text.splitlines():
@@ -231,6 +233,17 @@ def collectives(text: str, loop: int) -> tuple[Traffic, ...]:
             entry = header[1] if line.startswith("ENTRY") else entry
         elif lines:
             inside.append(line)
+
+    def trips(line: str) -> int:
+        if known := TRIPS.search(line):
+            return int(known[1])
+        (condition,) = (name for role, name in CALLED.findall(line) if role == "condition")
+        return max((int(each) for part in (line, *reached(condition)) for each in BOUND.findall(part)), default=loop)
+
+    def reached(name: str) -> list[str]:
+        """The lines of a computation, and of those that it calls."""
+        own = lines.get(name, [])
+        return own + [line for each in own for _, other in CALLED.findall(each) for line in reached(other)]
 
     @functools.cache
     def within(name: str) -> tuple[Traffic, ...]:
@@ -242,8 +255,7 @@ def collectives(text: str, loop: int) -> tuple[Traffic, ...]:
             called = CALLED.findall(line)
             called += [("", each.strip(" %")) for branches in BRANCHES.findall(line) for each in branches.split(",")]
             for role, other in called:
-                trips = TRIPS.search(line) if role in ("body", "condition") else None
-                times = int(trips[1]) if trips else loop if role in ("body", "condition") else 1
+                times = trips(line) if role in ("body", "condition") else 1
                 found += [times_over(each, times) for each in within(other)]
         return summed(found)
 

@@ -78,7 +78,7 @@ def sweep(arguments: Sequence[str]) -> str:
     """
     _check_installed(arguments)
     _stopping.clear()
-    record = SweepFolder(_folder(arguments))
+    record = SweepFolder(sweep_folder(arguments))
     record.begin(shlex.join(["lockstep", "run", *without_secrets(arguments)]))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts: no usage reports
     sys.argv = ["lockstep run", *arguments, f"hydra.sweep.dir={hydra_value(str(record.path))}"]
@@ -106,7 +106,7 @@ def _check_installed(arguments: Sequence[str]) -> None:
             raise ConfigError(f"{argument} needs {package}, which is not installed. Type: pip install 'lockstep-rlhf[{extra}]'")
 
 
-def _folder(arguments: Sequence[str]) -> Path:
+def sweep_folder(arguments: Sequence[str]) -> Path:
     """Where the sweep is recorded: in the folder of runs that its jobs share, named by what decides the jobs."""
     decisive = [a for a in arguments if not re.match(r"-|hydra[/.]launcher", a)]
     overrides = read([a for a in arguments if not a.startswith("-")])

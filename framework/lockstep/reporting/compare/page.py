@@ -71,18 +71,10 @@ def render(
     figures: Mapping[str, str],
 ) -> str:
     """Jinja escapes all text, after it was made visible; only the figures, which are ours, go in unescaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=lambda value: shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     answers = samples(c)
     own = [name for name in figures if name.startswith(OWN)]
     there = {*tables, *figures, *(["samples"] if answers else []), *(["metrics"] if own else [])}
-    return environment.get_template("page.html.jinja").render(
+    return template(Path(__file__).parent / "page.html.jinja").render(
         c=c,
         headline=headline,
         intervals=intervals,
@@ -101,6 +93,18 @@ def render(
         version=__version__,
         now=datetime.now(UTC),
     )
+
+
+def template(file: Path) -> jinja2.Template:
+    """A page's, which may include ``page.css``."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([file.parent, Path(__file__).parents[1]]),
+        autoescape=True,
+        finalize=lambda value: shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template(file.name)
 
 
 def samples(c: RunComparison) -> list[SamplePrompt]:

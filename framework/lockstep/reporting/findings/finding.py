@@ -1,0 +1,116 @@
+"""A finding: what somebody published, the sweep that asks whether it holds here, and when it does.
+
+    title: RLOO against RAFT and PPO
+    source: Ahmadian et al. 2024 (arXiv 2402.14740)
+    sweep: [experiment=methods, 'algorithm=rloo,rejection_sampling', 'backend=torch,jax', 'seed=1,2,3,4,5']
+    claims:
+      rloo_over_raft:
+        claim: RLOO reaches a higher gold score than RAFT from the same samples
+        published: win rates 77.9% and 73.2% on TL;DR
+        value: heldout/ppo/gold[algorithm=rloo] - heldout/ppo/gold[algorithm=rejection_sampling]
+        above: 0
+
+Such files are ``finding/NAME.yaml`` in the ``conf`` folder of the core, of a plugin, or here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import yaml
+
+from lockstep.config.compose import conf_folders
+from lockstep.config.schema import REQUIRED, parse, setting
+from lockstep.errors import ConfigError, did_you_mean, listing, short
+
+GROUP = "finding"
+_SIGNS = re.compile(r"\s([+-])\s")
+_TERM = re.compile(r"([\w.]+(?:/[\w.@-]+)+)(?:\[([^\[\]]*)\])?")
+
+
+@dataclass(frozen=True)
+class Term:
+    """A metric of a run, by its place: SPLIT/POLICY/METRIC of an evaluation, reward_model/METRIC, or STAGE/METRIC, the last that
+    the stage has logged. ``where``: settings of the run that it is read from, if a seed has several."""
+
+    sign: int
+    metric: str
+    where: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ClaimConfig:
+    claim: str = setting(REQUIRED, "In a sentence, what should hold.")
+    published: str = setting(REQUIRED, "What was published, with figures.")
+    value: str = setting(REQUIRED, "Of a seed: metrics, added and subtracted; METRIC[key=value] of the run with that setting.")
+    above: float | None = setting(None, "It holds if the mean over seeds is above this, with its interval.", least=-math.inf)
+    below: float | None = setting(None, "It holds if the mean over seeds is below this, with its interval.", least=-math.inf)
+
+    def __post_init__(self) -> None:
+        if (self.above is None) == (self.below is None):
+            raise ConfigError(f"The claim '{short(self.claim)}' needs one of 'above' and 'below', by which it is judged.")
+        _ = self.terms
+
+    @cached_property
+    def terms(self) -> tuple[Term, ...]:
+        parts = _SIGNS.split(f" + {self.value.strip()}")[1:]
+        return tuple(_term(sign, text.strip(), self.value) for sign, text in zip(parts[::2], parts[1::2], strict=True))
+
+    @property
+    def criterion(self) -> str:
+        return f"above {self.above:g}" if self.above is not None else f"below {self.below:g}"
+
+
+def _term(sign: str, text: str, whole: str) -> Term:
+    found = _TERM.fullmatch(text)
+    settings = [each.partition("=") for each in (found[2] or "").split(",") if each] if found else []
+    if not found or not all(key.strip() and value.strip() for key, _, value in settings):
+        raise ConfigError(
+            f"'{short(text)}' in the value '{short(whole)}' is no metric. Metrics are heldout/ppo/gold or ppo/objective/kl, with a "
+            "setting as in heldout/ppo/gold[algorithm=rloo]; between them stand ' + ' and ' - '."
+        )
+    return Term(1 if sign == "+" else -1, found[1], {key.strip(): value.strip() for key, _, value in settings})
+
+
+@dataclass(frozen=True)
+class Finding:
+    title: str = setting(REQUIRED, "What it is about.")
+    source: str = setting(REQUIRED, "Who published it, where.")
+    sweep: tuple[str, ...] = setting(REQUIRED, "Overrides of `lockstep run -m`.")
+    hours: float = setting(REQUIRED, "On two cores.", above=0)
+    claims: dict[str, ClaimConfig] = setting(REQUIRED, "Claims by name.")
+
+
+def findings() -> dict[str, Path]:
+    """{name: file}, of the core, of plugins and of the current folder."""
+    return {file.stem: file for folder in conf_folders().values() for file in sorted((folder / GROUP).glob("*.yaml"))}
+
+
+def finding(name: str) -> tuple[Finding, str]:
+    """A finding, and the text of its file.
+
+    Raises:
+      ConfigError: there is none of this name, or its file is not one.
+    """
+    known = findings()
+    if name not in known:
+        raise ConfigError(f"There is no finding '{short(name)}'.{did_you_mean(name, known)} There are: {listing(known)}.")
+    text = known[name].read_text(encoding="utf-8")
+    return parsed(text, str(known[name])), text
+
+
+def parsed(text: str, where: str) -> Finding:
+    """
+    Raises:
+      ConfigError: the text is no finding.
+    """
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is no YAML: {short(str(error))}") from error
+    return parse(Finding, content, where)

@@ -1,0 +1,142 @@
+"""What runs say of a finding's claims, on each backend over seeds.
+
+The mean over seeds has Student's 95% interval (Student 1908). A claim holds if the whole interval is where the claim says, does not
+hold if the whole of it is elsewhere, and is not decided otherwise, or by a single seed. Metrics of several runs are subtracted seed
+by seed, and so are the two backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+from scipy import special  # type: ignore[import-untyped]
+
+from lockstep.reporting.compare.records import Run
+from lockstep.reporting.findings.finding import ClaimConfig, Finding, Term
+
+Verdict = Literal["held", "not held", "not decided"]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Over seeds, with its interval; of one seed, the interval is all numbers."""
+
+    seeds: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(list(self.seeds.values())))
+
+    @property
+    def half(self) -> float:
+        n = len(self.seeds)
+        if n < 2:
+            return float("inf")
+        return float(special.stdtrit(n - 1, 0.975) * np.std(list(self.seeds.values()), ddof=1) / n**0.5)
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3g} ± {self.half:.2g}" if len(self.seeds) > 1 else f"{self.mean:.3g} (one seed)"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one claim on one backend."""
+
+    name: str
+    backend: str
+    found: Mean
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one claim's value between two backends, seed by seed, and whether they come to the same verdict."""
+
+    name: str
+    backends: tuple[str, str]
+    found: Mean
+    same: bool
+
+
+class Absent(Exception):
+    """A run lacks a metric, or the runs lack a run."""
+
+
+def outcomes(finding: Finding, runs: Sequence[Run]) -> tuple[list[Outcome], list[str]]:
+    """Of every claim on every backend, and a sentence for each value that is missing."""
+    by_backend: dict[str, dict[int, list[Run]]] = {}
+    for run in runs:
+        by_backend.setdefault(str(run.backend["name"]), {}).setdefault(run.seed, []).append(run)
+    found, problems = [], []
+    for name, claim in finding.claims.items():
+        for backend, seeds in by_backend.items():
+            values = {}
+            for seed, of_seed in sorted(seeds.items()):
+                try:
+                    values[seed] = sum(term.sign * measured(term, of_seed) for term in claim.terms)
+                except Absent as absent:
+                    problems.append(f"{name}, {backend}, seed {seed}: {absent}")
+            if values:
+                mean = Mean(values)
+                found.append(Outcome(name, backend, mean, verdict(claim, mean)))
+    return found, problems
+
+
+def verdict(claim: ClaimConfig, found: Mean) -> Verdict:
+    above, bound = claim.above is not None, claim.above if claim.above is not None else claim.below
+    assert bound is not None
+    if found.low > bound or found.high < bound:
+        return "held" if (found.low > bound) == above else "not held"
+    return "not decided"
+
+
+def between_backends(found: Sequence[Outcome]) -> list[Difference]:
+    """Over the seeds that both have."""
+    differences = []
+    for a, b in combinations(found, 2):
+        common = sorted(a.found.seeds.keys() & b.found.seeds.keys())
+        if a.name == b.name and common:
+            apart = Mean({seed: a.found.seeds[seed] - b.found.seeds[seed] for seed in common})
+            differences.append(Difference(a.name, (a.backend, b.backend), apart, a.verdict == b.verdict))
+    return differences
+
+
+def measured(term: Term, runs: Sequence[Run]) -> float:
+    """
+    Args:
+      runs: of one seed on one backend.
+
+    Raises:
+      Absent: no run, or more than one, has the term's settings; or it lacks the metric.
+    """
+    fitting = [run for run in runs if all(setting(run, key) == value for key, value in term.where.items())]
+    if len(fitting) != 1:
+        said = ", ".join(f"{key}={value}" for key, value in term.where.items())
+        raise Absent(f"{len(fitting)} runs{f' with {said}' if said else ''}, where there should be one")
+    run, (first, _, rest) = fitting[0], term.metric.partition("/")
+    policy, _, metric = rest.partition("/")
+    evaluation = run.evaluation
+    if first == "reward_model" and rest in evaluation.reward_model:
+        return evaluation.reward_model[rest].mean
+    if metric in evaluation.splits.get(first, {}).get(policy, {}):
+        return evaluation.splits[first][policy][metric].mean
+    if first in run.stages and rest in run.stages[first].metrics:
+        return float(run.stages[first].metrics[rest].values[-1])
+    raise Absent(f"{run.name} has no {term.metric}")
+
+
+def setting(run: Run, key: str) -> str:
+    """Of a run, as text: a key of its configuration, or the name of a chosen file."""
+    return str(run.config.get(f"choices.{key}", run.config.get(key)))
