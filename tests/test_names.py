@@ -76,7 +76,7 @@ def test_a_folder_that_is_no_path_is_refused_by_runs_and_sweeps(folder, config):
 
 def test_an_empty_folder_is_no_sweep_in_the_current_one():
     with pytest.raises(ConfigError, match="folder='' is not a path"):
-        sweeps._folder(["-m", "folder=''", "seed=0,1"])
+        sweeps.sweep_folder(["-m", "folder=''", "seed=0,1"])
 
 
 @pytest.mark.parametrize("override", ["hydra.sweep.dir=elsewhere", "+hydra.sweep.subdir=x"])

@@ -87,7 +87,8 @@ def test_the_wheel_holds_all_that_is_not_python(packed):
     conf = {f"lockstep/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "conf").rglob("*.yaml")}
     typed = {f"{Path(package).name}/py.typed" for package in PACKAGES}
     assert templates and conf
-    assert templates | conf | typed | {"lockstep/reporting/compare/page.html.jinja"} <= packed
+    pages = {f"lockstep/reporting/{name}" for name in ("page.css", "compare/page.html.jinja", "findings/page.html.jinja")}
+    assert templates | conf | typed | pages <= packed
 
 
 def test_the_wheel_holds_every_module_and_no_other(packed):

@@ -235,8 +235,8 @@ def test_a_sweeps_record_holds_no_secret_and_finds_its_jobs_again(tmp_path):
     ]
     assert all("hunter2" not in file.read_text() for file in tmp_path.iterdir())
     assert "n: 1" in (tmp_path / "multirun.yaml").read_text()
-    first, second = (
-        sweeps._folder(["-m", "reward_model=endpoint", f"reward_model.url='http://h/?key={key}'", "seed=1,2"])
-        for key in ("a", "b")
+    first, second, other = (
+        sweeps.sweep_folder(["-m", "reward_model=endpoint", f"reward_model.url='http://h/{query}'", "seed=1,2"])
+        for query in ("?key=a", "?key=b", "v2?key=a")
     )
-    assert first == second != sweeps._folder(["-m", "reward_model=endpoint", "reward_model.url='http://h/v2?key=a'", "seed=1,2"])
+    assert first == second != other

@@ -223,8 +223,8 @@ ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
 
 
 def collectives(text: str, loop: int) -> tuple[Traffic, ...]:
-    """Those of a compiled program, each as often as the loops around it run. How often that is stands beside a loop on a CPU; on a
-    TPU it is the number that its condition counts up to, or ``loop`` if there is none."""
+    """Those of a compiled program, each as often as the loops around it run. How often that is stands beside a loop on a CPU; on
+    a TPU it is the number that its condition counts up to, or ``loop`` if there is none."""
     lines: dict[str, list[str]] = {}
     entry = ""
     for line in text.splitlines():

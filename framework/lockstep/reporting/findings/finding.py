@@ -71,8 +71,8 @@ def _term(sign: str, text: str, whole: str) -> Term:
     settings = [each.partition("=") for each in (found[2] or "").split(",") if each] if found else []
     if not found or not all(key.strip() and value.strip() for key, _, value in settings):
         raise ConfigError(
-            f"'{short(text)}' in the value '{short(whole)}' is no metric. Metrics are heldout/ppo/gold or ppo/objective/kl, with a "
-            "setting as in heldout/ppo/gold[algorithm=rloo]; between them stand ' + ' and ' - '."
+            f"'{short(text)}' in the value '{short(whole)}' is no metric. Metrics are heldout/ppo/gold or ppo/objective/kl, with "
+            "a setting as in heldout/ppo/gold[algorithm=rloo]; between them stand ' + ' and ' - '."
         )
     return Term(1 if sign == "+" else -1, found[1], {key.strip(): value.strip() for key, _, value in settings})
 

@@ -1,8 +1,8 @@
 """What runs say of a finding's claims, on each backend over seeds.
 
-The mean over seeds has Student's 95% interval (Student 1908). A claim holds if the whole interval is where the claim says, does not
-hold if the whole of it is elsewhere, and is not decided otherwise, or by a single seed. Metrics of several runs are subtracted seed
-by seed, and so are the two backends.
+The mean over seeds has Student's 95% interval (Student 1908). A claim holds if the whole interval is where the claim says, does
+not hold if the whole of it is elsewhere, and is not decided otherwise, or by a single seed. Metrics of several runs are
+subtracted seed by seed, and so are the two backends.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ class Report:
     @property
     def reading(self) -> str:
         return (
-            "Means over seeds with Student's 95% interval. A claim holds if the whole interval is where the criterion says, and does not "
-            f"hold if none of it is. Nothing is corrected for the number of verdicts, {len(self.found)}: were nothing true, one in "
-            "forty would be 'held' by chance."
+            "Means over seeds with Student's 95% interval. A claim holds if the whole interval is where the criterion says, and "
+            f"does not hold if none of it is. Nothing is corrected for the number of verdicts, {len(self.found)}: were nothing "
+            "true, one in forty would be 'held' by chance."
         )
 
     def claims(self) -> list[tuple[ClaimConfig, list[Outcome]]]:
@@ -128,8 +128,8 @@ def table(report: Report) -> str:
 
 
 def figure(report: Report, ink: dict[str, str]) -> Figure:
-    """A panel for each claim, with its own scale: a dot with its interval for each backend, a ring for each seed, and a line where
-    the criterion is."""
+    """A panel for each claim, with its own scale: a dot with its interval for each backend, a ring for each seed, and a line
+    where the criterion is."""
     claims = report.claims()
     backends = list(dict.fromkeys(each.backend for each in report.found))
     colours = dict(zip(backends, COLOURS, strict=False))
@@ -141,7 +141,9 @@ def figure(report: Report, ink: dict[str, str]) -> Figure:
             if len(seeds) > 1:
                 ax.plot([each.found.low, each.found.high], [row] * 2, color=colour, solid_capstyle="round")
             ax.plot(each.found.mean, row, "o", color=colour, markersize=5)
-            ax.plot(seeds, [row] * len(seeds), "o", color=colour, markersize=3.5, fillstyle="none", markeredgewidth=0.7, alpha=0.7)
+            ax.plot(
+                seeds, [row] * len(seeds), "o", color=colour, markersize=3.5, fillstyle="none", markeredgewidth=0.7, alpha=0.7
+            )
         bound = claim.above if claim.above is not None else claim.below
         ax.axvline(bound, color=ink["text"], linewidth=0.9, linestyle=(0, (3, 2)))
         verdicts = ", ".join(f"{each.backend} {each.verdict}" for each in found)

@@ -1,0 +1,158 @@
+"""Findings: what a claim measures, when it holds, and that criteria stand before the runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from lockstep.cli import main
+from lockstep.commands.reproduce import reproduce, written_down
+from lockstep.config.compose import compose
+from lockstep.config.overrides import read
+from lockstep.errors import ConfigError, DataError
+from lockstep.reporting.compare.reading import read as read_runs
+from lockstep.reporting.findings.finding import finding, findings, parsed
+from lockstep.reporting.findings.outcomes import Mean, Outcome, between_backends, outcomes, verdict
+from run_folders import GOLD, write_run
+from runs import DECODER, PPO_ONLY, TINY
+
+HEAD = "title: a\nsource: b\nhours: 1\nsweep: [seed=1]\nclaims:\n"
+
+
+def claiming(value: str, bound: str = "above: 0"):
+    text = f"{HEAD}  c: {{claim: it does, published: once, value: '{value}', {bound}}}"
+    return parsed(text, "here")
+
+
+def test_intervals_are_students():
+    """Of four seeds, by hand: the mean is 2.5, the deviation 1.290994, t(3, 97.5%) is 3.182446."""
+    found = Mean(dict(enumerate([1.0, 2.0, 3.0, 4.0])))
+    assert found.mean == 2.5
+    assert found.half == pytest.approx(3.182446 * 1.290994 / 2, rel=1e-6)
+    assert str(found) == "2.5 ± 2.1" and str(Mean({3: 1.5})) == "1.5 (one seed)"
+
+
+@pytest.mark.parametrize(
+    ("seeds", "bound", "expected"),
+    [
+        ([1.0, 1.1, 0.9], "above: 0", "held"),
+        ([1.0, 1.1, 0.9], "above: 2", "not held"),
+        ([1.0, 1.1, 0.9], "above: 1", "not decided"),
+        ([-1.0, -1.1, -0.9], "below: 0", "held"),
+        ([1.0, 1.1, 0.9], "below: 0.5", "not held"),
+        ([1.0], "above: 0", "not decided"),
+        ([1.0, -3.0, 4.0], "above: 0", "not decided"),
+    ],
+)
+def test_a_claim_holds_by_its_whole_interval(seeds, bound, expected):
+    claim = claiming("heldout/ppo/gold", bound).claims["c"]
+    assert verdict(claim, Mean(dict(enumerate(seeds)))) == expected
+
+
+def test_metrics_are_found_by_their_places_and_subtracted_seed_by_seed(tmp_path):
+    for seed in (0, 1, 2):
+        write_run(tmp_path, "torch", seed)
+    runs = read_runs([tmp_path]).runs
+    (found,), problems = outcomes(claiming("heldout/ppo/gold - heldout/sft/gold"), runs)
+    policies = [run.evaluation.splits["heldout"] for run in sorted(runs, key=lambda run: run.seed)]
+    assert list(found.found.seeds.values()) == [each["ppo"]["gold"].mean - each["sft"]["gold"].mean for each in policies]
+    assert found.found.mean == pytest.approx(GOLD["ppo"] - GOLD["sft"], abs=0.2) and not problems
+    last = runs[0].stages["ppo"].metrics["objective/kl"].values[-1]
+    (of_stage,), _ = outcomes(claiming("ppo/objective/kl"), runs[:1])
+    assert of_stage.found.mean == last and of_stage.verdict == "not decided"
+    (of_model,), _ = outcomes(claiming("reward_model/accuracy/gold"), runs)
+    assert 0 < of_model.found.mean < 1
+    nothing, problems = outcomes(claiming("heldout/dpo/gold"), runs)
+    assert not nothing and len(problems) == 3 and "has no heldout/dpo/gold" in problems[0]
+
+
+def test_runs_of_one_seed_are_told_apart_by_their_settings(tmp_path):
+    for kl_coef, gold in ((0.1, 1.0), (0.2, 3.0)):
+        for seed in (0, 1):
+            write_run(tmp_path, "torch", seed, gold=GOLD | {"ppo": gold}, **{"ppo.kl_coef": kl_coef})
+    runs = read_runs([tmp_path]).runs
+    value = "heldout/ppo/gold[ppo.kl_coef=0.2] - heldout/ppo/gold[ppo.kl_coef=0.1]"
+    (found,), _ = outcomes(claiming(value), runs)
+    assert found.found.mean == pytest.approx(2.0, abs=0.3)
+    nothing, problems = outcomes(claiming("heldout/ppo/gold"), runs)
+    assert not nothing and "2 runs, where there should be one" in problems[0]
+    nothing, problems = outcomes(claiming("heldout/ppo/gold[ppo.kl_coef=7]"), runs)
+    assert not nothing and "0 runs with ppo.kl_coef=7" in problems[0]
+
+
+def test_backends_are_compared_over_the_seeds_that_both_have():
+    one = Outcome("c", "torch", Mean({1: 2.0, 2: 3.0, 3: 9.0}), "held")
+    other = Outcome("c", "jax", Mean({1: 1.0, 2: 4.0}), "not decided")
+    (found,) = between_backends([one, other, Outcome("d", "jax", Mean({1: 1.0}), "held")])
+    assert (found.name, found.backends, dict(found.found.seeds), found.same) == ("c", ("torch", "jax"), {1: 1.0, 2: -1.0}, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEAD + "  c: {claim: x, published: y, value: gold, above: 0}", "'gold' in the value 'gold' is no metric"),
+        (HEAD + "  c: {claim: x, published: y, value: 'a/b - c/d[e]', above: 0}", r"'c/d\[e\]' in the value"),
+        (HEAD + "  c: {claim: x, published: y, value: a/b}", "needs one of 'above' and 'below'"),
+        (HEAD + "  c: {claim: x, published: y, value: a/b, above: 0, below: 1}", "needs one of"),
+        (HEAD + "  c: {claim: x, value: a/b, above: 0}", r"Missing: here.claims.c.published"),
+        ("title: [", "here is no YAML"),
+        ("- a", "here must be a group of keys"),
+    ],
+)
+def test_a_file_that_is_no_finding_says_why(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parsed(text, "here")
+
+
+def test_an_unknown_finding_names_the_nearest():
+    with pytest.raises(ConfigError, match="no finding 'instructgtp'. Did you mean 'instructgpt'"):
+        finding("instructgtp")
+
+
+@pytest.mark.parametrize("name", findings())
+def test_the_first_job_of_every_finding_composes(name):
+    found, _ = finding(name)
+    given = [o for o in read(list(found.sweep)) if not o.key_or_group.startswith("hydra")]
+    first = [f"{o.get_key_element()}={next(o.sweep_string_iterator())}" if o.is_sweep_override() else o.input_line for o in given]
+    config = compose(first)
+    assert config["backend"]["name"] in ("torch", "jax")
+    for claim in found.claims.values():
+        for term in claim.terms:
+            assert term.metric.partition("/")[0] in {*config["evaluation"]["splits"], *config["stages"], "reward_model"}, term
+
+
+def test_criteria_that_were_changed_after_the_first_run_are_said_to_be(tmp_path):
+    assert "before the first of these runs" in written_down(tmp_path, "claims: 1\n")
+    assert "before the first of these runs" in written_down(tmp_path, "claims: 1\n")
+    assert "were CHANGED after" in written_down(tmp_path, "claims: 2\n")
+    assert (tmp_path / "criteria.yaml").read_text().endswith("claims: 1\n")
+
+
+def test_a_finding_of_ones_own_is_run_and_has_a_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf/finding").mkdir(parents=True)
+    stages = ["~stages.sft", "~stages.reward", "~stages.ppo"]
+    sizes = [each for each in TINY if each.startswith(("data", "pretrain", "tracker"))]
+    sweep = [*sizes, *DECODER, *PPO_ONLY, *stages, "backend=torch", "seed=1,2"]
+    text = HEAD.replace("[seed=1]", json.dumps(sweep)) + (
+        "  falls: {claim: '<b>it</b> | falls', published: always, value: pretrain/loss, below: 100}\n"
+        "  rises: {claim: it rises, published: never, value: pretrain/loss, above: 100}\n"
+    )
+    (tmp_path / "conf/finding/own.yaml").write_text(text)
+    with pytest.raises(DataError):
+        reproduce("own", [], runs=False)
+    monkeypatch.setattr("sys.argv", ["lockstep", "reproduce", "own"])
+    main()
+    shown = capsys.readouterr().out
+    assert "torch: of 2 claims 1 held, 1 not held." in shown
+    (output,) = (tmp_path / "runs/findings/pages").iterdir()
+    html = (output / "page.html").read_text()
+    assert "&lt;b&gt;it&lt;/b&gt; | falls" in html and "<b>it" not in html and "before the first of these runs" in html
+    assert "it\\</b> \\| falls" in (output / "page.md").read_text() or "\\| falls" in (output / "page.md").read_text()
+    rows = list(csv.DictReader((output / "outcomes.csv").open()))
+    assert [(row["claim"], row["seed"]) for row in rows] == [("falls", "1"), ("falls", "2"), ("rises", "1"), ("rises", "2")]
+    assert (output / "page.png").stat().st_size > 10_000
+    report, again = reproduce("own", [], runs=False)
+    assert again == output and [each.verdict for each in report.found] == ["held", "not held"]
