@@ -32,6 +32,7 @@ def test_intervals_are_students():
     assert found.mean == 2.5
     assert found.half == pytest.approx(3.182446 * 1.290994 / 2, rel=1e-6)
     assert str(found) == "2.5 ± 2.1" and str(Mean({3: 1.5})) == "1.5 (one seed)"
+    assert str(Mean({1: 2.28, 2: 2.28})) == "2.280 ± 0.000" and str(Mean({1: 100.0, 2: 140.0})) == "120 ± 254"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ subtracted seed by seed, and so are the two backends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -47,7 +48,10 @@ class Mean:
         return self.mean + self.half
 
     def __str__(self) -> str:
-        return f"{self.mean:.3g} ± {self.half:.2g}" if len(self.seeds) > 1 else f"{self.mean:.3g} (one seed)"
+        if len(self.seeds) < 2:
+            return f"{self.mean:.3g} (one seed)"
+        digits = max(0, 1 - math.floor(math.log10(self.half))) if self.half else 3  # two of the interval's, as many of the mean's
+        return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
 
 
 @dataclass(frozen=True)
