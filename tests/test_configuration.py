@@ -727,7 +727,7 @@ def test_every_algorithm_takes_the_place_of_ppo_in_every_experiment(number):
 
 
 def test_what_an_experiment_sets_for_one_algorithm_comes_before_the_command_line():
-    assert compose(["experiment=demo"])["algorithm"]["kl_coef"] == 0.15
+    assert compose(["experiment=demo"])["algorithm"]["kl_coef"] == 0.6
     assert compose(["experiment=demo", "algorithm.kl_coef=0.3"])["algorithm"]["kl_coef"] == 0.3
     assert compose(["experiment=demo", "algorithm=grpo"])["algorithm"] == group("algorithm", "grpo")
     assert compose(["experiment=hh", "algorithm=grpo", "policy.path=x"])["algorithm"]["optimizer"]["learning_rate"] == 3e-6
