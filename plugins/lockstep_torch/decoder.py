@@ -22,6 +22,7 @@ from lockstep.interfaces import Past
 from lockstep.learning import randomness
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf
+from lockstep_torch.attention import Blocks, Dense, InOrder, RealFirst, attention_dtype, causal
 
 
 class Network(nn.Module):
@@ -186,16 +187,20 @@ class DecoderNetwork(Network):
         self.lm_head = None if a.tied else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
 
     def hidden(self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0) -> Tensor:
-        visible = causal(mask)
+        real_first = RealFirst.of(mask)
+        if real_first is not None:
+            tokens, mask = real_first.ordered(tokens), real_first.ordered(mask)
+        visible = causal(mask, attention_dtype(mask.device)) if real_first is None else InOrder()
         x, position = self.embed(tokens, mask), positions(mask)
         rotation = self.rotation(position)
         last, again = len(self.model["layers"]) - 1, self.gradient_checkpointing and torch.is_grad_enabled()
         for number, layer in enumerate(self.model["layers"]):
-            start = first if number == last else 0  # in the last layer, earlier columns give only keys and values
+            # In the last layer, earlier columns give only keys and values.
+            start = first if number == last and real_first is None else 0
             drop = dropout and (lambda y, part, site=2 * number, start=start: dropout(y, site + part, position[:, start:]))
             call = functools.partial(layer, drop=drop, first=start)
             x = checkpoint(call, x, rotation, visible, use_reentrant=False) if again else call(x, rotation, visible)
-        return self.model["norm"](x)
+        return self.model["norm"](x if real_first is None else real_first.restored(x, first))
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int, past: Past | None = None) -> tuple[Tensor, Cache]:
         rows, length = tokens.shape
@@ -215,7 +220,7 @@ class DecoderNetwork(Network):
             known_before = recalled(past, [*past.cache.keys, *past.cache.values])
             for room, columns in zip([*cache.keys, *cache.values], known_before, strict=True):
                 room[:, :, :known] = columns
-        visible, fed = causal(mask)[:, :, known:], torch.arange(known, length, device=tokens.device)
+        visible, fed = causal(mask, dtype, known), torch.arange(known, length, device=tokens.device)
         x = self.embed(tokens[:, known:], mask[:, known:])
         rotation = self.rotation(positions(mask)[:, known:])
         for number, layer in enumerate(self.model["layers"]):
@@ -228,7 +233,7 @@ class DecoderNetwork(Network):
         cache.read = min(cache.read + 1, cache.mask.shape[1])
         x = self.model["embed_tokens"](token)[:, None]
         rotation = self.rotation(cache.count[:, None])
-        visible = cache.mask[:, None, None, : cache.read]
+        visible = Dense(cache.mask[:, None, None, : cache.read])
         for layer, keys, values in zip(self.model["layers"], cache.keys, cache.values, strict=True):
             x = layer(x, rotation, visible, (keys, values, cache.column, cache.read))
         cache.column += 1
@@ -259,6 +264,9 @@ class DecoderNetwork(Network):
         return angle.cos(), angle.sin()
 
 
+Visible = Dense | InOrder | Blocks
+
+
 class Layer(nn.Module):
     def __init__(self, architecture: Architecture):
         super().__init__()
@@ -269,7 +277,7 @@ class Layer(nn.Module):
         self.mlp = MLP(architecture)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, cache: Any = None, drop: Any = None, first: int = 0
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Any = None, drop: Any = None, first: int = 0
     ) -> Tensor:
         """[B, L, d] -> [B, L - first, d]."""
         drop = drop or (lambda y, part: y)
@@ -286,12 +294,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(a.hidden_size, a.kv_heads * a.head_dim, bias=False)
         self.o_proj = nn.Linear(a.heads * a.head_dim, a.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, cache: Any = None, first: int = 0) -> Tensor:
-        """x [B, L, d]; visible bool, broadcast to [B, H, L, keys]; cache (keys, values, the columns [L] of x, number of columns
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Any = None, first: int = 0) -> Tensor:
+        """x [B, L, d]; ``visible`` to its L queries; cache (keys, values, the columns [L] of x, number of columns
         read) or None. Queries are the columns from ``first`` on: [B, L - first, d]."""
         a = self.architecture
         cos, sin = rotation
-        visible, x = visible[:, :, first:], cast(x)
+        visible, x = visible.since(first), cast(x)
         q = rotate(split_heads(self.q_proj(x[:, first:]), a.heads).float(), (cos[:, :, first:], sin[:, :, first:]))
         k = rotate(split_heads(self.k_proj(x), a.kv_heads).float(), rotation)
         v = split_heads(self.v_proj(x), a.kv_heads)
@@ -301,7 +309,7 @@ class Attention(nn.Module):
             keys, values, columns, read = cache
             k, v = (kept.index_copy_(2, columns, new)[:, :, :read] for kept, new in ((keys, k), (values, v)))
         with torch.autocast(x.device.type, enabled=False):
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=a.kv_heads != a.heads)
+            out = visible.attend(q, k, v)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -322,23 +330,6 @@ def cast(x: Tensor) -> Tensor:
     """``x`` in the precision of matmuls, once for all its readers: autocast would cast it again for each of them."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-def attention_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of attention and its cache. On the CPU it is float32: there the backward pass of PyTorch's bfloat16 kernel took
-    eight times as long as float32's."""
-    low = torch.is_autocast_enabled(device.type) and device.type != "cpu"
-    return torch.get_autocast_dtype(device.type) if low else torch.float32
-
-
-def causal(mask: Tensor) -> Tensor:
-    """[B, L] attention mask or segments -> bool [B, 1, L, L]: query i sees key j if j <= i and j is real and in the same segment.
-    It also sees itself, so that a padded query's softmax has an input."""
-    length = mask.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    if mask.dtype != torch.bool:
-        earlier = earlier & (mask[:, None, :, None] == mask[:, None, None, :])
-    return earlier & (mask != 0)[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=mask.device)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
