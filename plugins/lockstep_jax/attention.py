@@ -81,7 +81,10 @@ class Blocks(NamedTuple):
         return in_blocks(scale, cap, q, k, v, self)
 
 
-def causal(mask: Array, known: int = 0) -> Dense | Blocks:
+Visible = Dense | Blocks
+
+
+def causal(mask: Array, known: int = 0) -> Visible:
     """[B, columns] attention mask or segments -> what the queries from column ``known`` on see: keys that are not after them, are
     real, and are of the same segment."""
     length = mask.shape[1]
@@ -95,7 +98,7 @@ def causal(mask: Array, known: int = 0) -> Dense | Blocks:
     return Dense(earlier & (mask != 0)[:, None, None, :]).since(known)
 
 
-def attend(a: Architecture, q: Array, k: Array, v: Array, visible: Dense | Blocks) -> Array:
+def attend(a: Architecture, q: Array, k: Array, v: Array, visible: Visible) -> Array:
     """q [B, H, L, hd], k and v [B, H_kv, columns, hd] -> [B, L, H hd]; matmul results and softmax in float32."""
     scale = (a.head_dim if a.query_scalar is None else a.query_scalar) ** -0.5
     groups = q.reshape(q.shape[0], a.kv_heads, -1, *q.shape[2:])
@@ -116,9 +119,9 @@ def softcap(x: Array, cap: float | None) -> Array:
 
 
 class Cut(NamedTuple):
-    """An axis of queries or keys as ``count`` blocks of ``size``."""
+    """An axis of queries or keys as ``blocks`` of ``size``."""
 
-    count: int
+    blocks: int
     size: int
 
     @classmethod
@@ -128,7 +131,7 @@ class Cut(NamedTuple):
 
     def filled(self, x: Array, axis: int, value: int = 0) -> Array:
         """x, longer by what the last block lacks."""
-        missing = self.count * self.size - x.shape[axis]
+        missing = self.blocks * self.size - x.shape[axis]
         return jnp.pad(x, [(0, missing * (here == axis)) for here in range(x.ndim)], constant_values=value)
 
     def block(self, x: Array, axis: int, number: Array) -> Array:
@@ -137,7 +140,7 @@ class Cut(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def in_blocks(scale: float, cap: float | None, q: Array, k: Array, v: Array, visible: Blocks) -> Array:
-    """softmax(softcap(scale q kᵀ)) v over the visible pairs: q [B, H_kv, G, L, hd], k and v [B, H_kv, columns, hd] -> [B, L, H hd].
+    """softmax(softcap(scale q kᵀ)) v over the visible pairs: q [B, H_kv, G, L, hd], k, v [B, H_kv, columns, hd] -> [B, L, H hd].
 
     Of the scores only one block exists at a time (Rabe & Staats 2021; Dao et al. 2022, algorithms 1 and 4). Blocks that order or
     window hide as a whole are left out. For the gradient are kept the output o and, of each row of scores s, ℓ = log Σ exp s.
@@ -165,12 +168,12 @@ def _forward(scale: float, cap: float | None, q: Array, k: Array, v: Array, visi
         first, end = jnp.maximum(begin + 1 - visible.window, 0), begin + queries.size
         each = rows, heads, groups, queries.size
         nothing = jnp.full(each, LEAST), jnp.zeros(each), jnp.zeros((*each, size))
-        blocks = first // keys.size, jnp.minimum(-(-end // keys.size), keys.count)
-        largest, total, out = jax.lax.fori_loop(*blocks, with_keys, nothing)
+        some = first // keys.size, jnp.minimum(-(-end // keys.size), keys.blocks)
+        largest, total, out = jax.lax.fori_loop(*some, with_keys, nothing)
         total = jnp.where(total == 0, 1, total)
         return (out / total[..., None]).astype(v.dtype), largest + jnp.log(total)
 
-    out, logs = jax.lax.map(of_queries, jnp.arange(queries.count))
+    out, logs = jax.lax.map(of_queries, jnp.arange(queries.blocks))
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(rows, -1, heads * groups * size)[:, :length]
     return out, logs.transpose(1, 2, 3, 0, 4).reshape(rows, heads, groups, -1)[..., :length]
 
@@ -210,11 +213,11 @@ def _backward(scale: float, cap: float | None, kept: Any, d_out: Array) -> tuple
         begin = j * keys.size - visible.first
         first, end = jnp.maximum(begin, 0), begin + keys.size + visible.window - 1
         nothing = jnp.zeros((rows, heads, keys.size, size))
-        blocks = first // queries.size, jnp.minimum(-(-end // queries.size), queries.count)
-        dq, dk, dv = jax.lax.fori_loop(*blocks, with_queries, (dq, nothing, nothing))
+        some = first // queries.size, jnp.minimum(-(-end // queries.size), queries.blocks)
+        dq, dk, dv = jax.lax.fori_loop(*some, with_queries, (dq, nothing, nothing))
         return dq, (dk, dv)
 
-    dq, parts = jax.lax.scan(of_keys, jnp.zeros(q.shape), jnp.arange(keys.count))
+    dq, parts = jax.lax.scan(of_keys, jnp.zeros(q.shape), jnp.arange(keys.blocks))
     dk, dv = (part.transpose(1, 2, 0, 3, 4).reshape(rows, heads, -1, size)[:, :, :columns] for part in parts)
     return (scale * dq[:, :, :, :length]).astype(q.dtype), (scale * dk).astype(k.dtype), dv.astype(v.dtype), None
 

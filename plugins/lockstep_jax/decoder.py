@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from lockstep.learning.randomness import hash32
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import Architecture, Rope, family_of
-from lockstep_jax.attention import Blocks, Dense, attend, attention_dtype, causal, softcap
+from lockstep_jax.attention import Dense, Visible, attend, attention_dtype, causal, softcap
 from lockstep_jax.device import JaxDevice
 from lockstep_jax.mesh import heads, rows
 from lockstep_jax.products import PRODUCTS, product, transposed
@@ -257,7 +257,7 @@ class DecoderNetwork(nnx.Module):
         return x, Cache(kept, mask, count + 1, length + 1)
 
     def feed(
-        self, layers: Sequence[Layer], x: Array, position: Array, visible: Dense | Blocks, kept: Any, column: Any, first: int = 0
+        self, layers: Sequence[Layer], x: Array, position: Array, visible: Visible, kept: Any, column: Any, first: int = 0
     ) -> tuple[Array, Any]:
         """x [B, L, d] through all layers, whose keys and values go into the columns from ``column`` on. Returns the hidden state
         [B, d] of the last column, and the cache. In the last layer, columns before ``first`` give only keys and values."""
@@ -291,7 +291,7 @@ class DecoderNetwork(nnx.Module):
         ropes = kinds_of(self.architecture).ropes
         return ropes if ropes == (None,) else tuple(angles(rope, ropes, position) for rope in ropes)
 
-    def views(self, visible: Dense | Blocks, column: Any = 0) -> tuple[Dense | Blocks, ...]:
+    def views(self, visible: Visible, column: Any = 0) -> tuple[Visible, ...]:
         """What layers choose from. ``column`` is that of the first query."""
         return tuple(visible.near(window, column) for window in kinds_of(self.architecture).windows)
 
@@ -307,7 +307,7 @@ class Layer(nnx.Module):
         self.mlp_out_norm = norm(a, rngs) if a.out_norms else None
 
     def __call__(
-        self, x: Array, rotation: Any, visible: Dense | Blocks, cache: Any = None, drop: Any = None, first: int = 0
+        self, x: Array, rotation: Any, visible: Visible, cache: Any = None, drop: Any = None, first: int = 0
     ) -> tuple[Array, Any]:
         """[B, L, d] -> [B, L - first, d], and the cache."""
         drop = drop or (lambda y, part: y)
@@ -333,7 +333,7 @@ class Attention(nnx.Module):
         self.q_norm = rms_norm(a, a.head_dim, rngs) if a.qk_norm else None
         self.k_norm = rms_norm(a, a.head_dim, rngs) if a.qk_norm else None
 
-    def __call__(self, x: Array, rotation: Any, visible: Dense | Blocks, cache: Any, first: int) -> tuple[Array, Any]:
+    def __call__(self, x: Array, rotation: Any, visible: Visible, cache: Any, first: int) -> tuple[Array, Any]:
         """x [B, L, d]; ``visible`` to its L queries; cache (keys, values, first free column) or None.
         Queries are the columns from ``first`` on: [B, L - first, d]. Also returns the cache's new keys and values."""
         a = self.architecture

@@ -74,6 +74,9 @@ class Blocks:
         return fused(q, k, v, _additive((same & (column <= own) | (column == own))[:, None], q.dtype))
 
 
+Visible = Dense | InOrder | Blocks
+
+
 def causal(mask: Tensor, dtype: torch.dtype, known: int = 0) -> Dense | Blocks:
     """[B, columns] attention mask or segments -> what the queries from column ``known`` on see: keys that are not after them, are
     real, and are of the same segment. They also see themselves, so that a padded query's softmax has an input."""
@@ -120,8 +123,8 @@ class RealFirst:
         """x [B, L]."""
         return x.gather(1, self.order)
 
-    def restored(self, x: Tensor, first: int) -> Tensor:
-        """x [B, L, d] of ordered columns -> [B, L - first, d] of the rows' own columns from ``first`` on."""
+    def restored(self, x: Tensor, first: int = 0) -> Tensor:
+        """x [B, L, d] of ordered columns -> [B, L - first, d], of the columns from ``first`` on as they were."""
         return x.gather(1, self.places[:, first:, None].expand(-1, -1, x.shape[2]))
 
 

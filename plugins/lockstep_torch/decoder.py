@@ -22,7 +22,7 @@ from lockstep.interfaces import Past
 from lockstep.learning import randomness
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf
-from lockstep_torch.attention import Blocks, Dense, InOrder, RealFirst, attention_dtype, causal
+from lockstep_torch.attention import Dense, InOrder, RealFirst, Visible, attention_dtype, causal
 
 
 class Network(nn.Module):
@@ -187,20 +187,25 @@ class DecoderNetwork(Network):
         self.lm_head = None if a.tied else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
 
     def hidden(self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0) -> Tensor:
-        real_first = RealFirst.of(mask)
-        if real_first is not None:
-            tokens, mask = real_first.ordered(tokens), real_first.ordered(mask)
-        visible = causal(mask, attention_dtype(mask.device)) if real_first is None else InOrder()
-        x, position = self.embed(tokens, mask), positions(mask)
-        rotation = self.rotation(position)
-        last, again = len(self.model["layers"]) - 1, self.gradient_checkpointing and torch.is_grad_enabled()
-        for number, layer in enumerate(self.model["layers"]):
-            # In the last layer, earlier columns give only keys and values.
-            start = first if number == last and real_first is None else 0
-            drop = dropout and (lambda y, part, site=2 * number, start=start: dropout(y, site + part, position[:, start:]))
+        layers, again = self.layers(), self.gradient_checkpointing and torch.is_grad_enabled()
+        as_given = self.view(mask, causal(mask, attention_dtype(mask.device)))
+        real_first = RealFirst.of(mask) if len(layers) > 1 else None
+        if real_first is None:
+            x, view = self.embed(tokens, mask), as_given
+        else:
+            ordered = real_first.ordered(mask)
+            x, view = self.embed(real_first.ordered(tokens), ordered), self.view(ordered, InOrder())
+        for number, layer in enumerate(layers):
+            start = 0
+            if number == len(layers) - 1:  # there, columns before ``first`` give only keys and values
+                start, view = first, as_given
+                x = x if real_first is None else real_first.restored(x)
+            position, rotation, visible = view
+            columns = position[:, start:]
+            drop = dropout and (lambda y, part, site=2 * number, columns=columns: dropout(y, site + part, columns))
             call = functools.partial(layer, drop=drop, first=start)
             x = checkpoint(call, x, rotation, visible, use_reentrant=False) if again else call(x, rotation, visible)
-        return self.model["norm"](x if real_first is None else real_first.restored(x, first))
+        return self.model["norm"](x)
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int, past: Past | None = None) -> tuple[Tensor, Cache]:
         rows, length = tokens.shape
@@ -256,15 +261,17 @@ class DecoderNetwork(Network):
     def embed(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return self.model["embed_tokens"](torch.where(mask != 0, tokens, 0))
 
+    def view(self, mask: Tensor, visible: Visible) -> tuple[Tensor, tuple[Tensor, Tensor], Visible]:
+        """Positions, rotation, and what is visible."""
+        position = positions(mask)
+        return position, self.rotation(position), visible
+
     def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, 1, L, hd / 2] of the rotary angles (Su et al. 2021, in Llama's half-split layout)."""
         half = self.architecture.head_dim // 2
         frequency = self.architecture.rope_theta ** -(torch.arange(half, device=position.device, dtype=torch.float32) / half)
         angle = position[:, None, :, None].float() * frequency
         return angle.cos(), angle.sin()
-
-
-Visible = Dense | InOrder | Blocks
 
 
 class Layer(nn.Module):
