@@ -15,8 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from lockstep.models.architecture import Architecture
 
 PAIRS = 256 * 256
-"""Up to so many pairs of a query and a key in a row, `Dense` is no slower. On a CPU with AVX-512 and gradients, `Blocks` took 0.9
-to 1.1 of its time at 256 columns, 0.7 at 384, 0.55 at 640 and 0.33 at 2,048; it compiles for a second longer."""
+"""Up to so many pairs of a query and a key in a row, `Dense`: it compiles a second sooner for each layer. On a CPU with AVX-512
+and gradients, `Blocks` took 0.85 to 0.95 of its time at 256 columns, 0.65 at 384, 0.55 at 640 and 0.33 at 2,048."""
 
 BLOCK = 128
 """Queries and keys of a block. Its scores should stay in a core's cache: 256 took 1.0 to 1.5 times as long."""
