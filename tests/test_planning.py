@@ -331,6 +331,23 @@ def test_the_time_of_a_step_has_its_collectives_hidden_at_best_and_added_at_wors
     assert found.seconds[1] == pytest.approx(found.sent / slow / 0.3, rel=1e-3) and found.seconds[1] > found.sent / slow / 0.3
 
 
+@pytest.mark.parametrize("make", [planner, torch_planner], ids=["jax", "torch"])
+def test_what_long_rows_need_grows_with_their_length(make):
+    """Not with its square: nothing of [length, length] is made. On JAX these are the programs of a run."""
+    blueprint = Blueprint(small_decoder(
+        vocab_size=64, hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=64, context_length=8192, rope_theta=1e4,
+        tied=True,
+    ))  # fmt: skip
+    here = make()
+    for call in (
+        lambda columns: Call("generate", {"policy": blueprint}, Shape(2, columns, 8)),
+        lambda columns: update(Shape(2, columns // 2, columns // 2), blueprint),
+        lambda columns: update(Shape(2, 1, columns - 1, packed=True), blueprint),
+    ):
+        one, two = (here.measure(call(columns)).temporary for columns in (1536, 3072))
+        assert two < 2.5 * one, call(3072)
+
+
 def test_a_plan_that_does_not_fit_says_what_to_change():
     plan = lambda lasting, temporary: StagePlan("ppo", {"moments": lasting}, {"update": (1, Need(temporary))}, (1, 2), 0, 3)  # noqa: E731
     assert "It fits: 50%" in advice(plan(30, 20), 100)

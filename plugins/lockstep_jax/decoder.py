@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from lockstep.learning.randomness import hash32
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import Architecture, Rope, family_of
+from lockstep_jax.attention import Dense, Visible, attend, attention_dtype, causal, softcap
 from lockstep_jax.device import JaxDevice
 from lockstep_jax.mesh import heads, rows
 from lockstep_jax.products import PRODUCTS, product, transposed
@@ -243,7 +244,7 @@ class DecoderNetwork(nnx.Module):
         kept = jax.tree.map(lambda part: jnp.concatenate([part, room], axis=2), past) if past else [(room, room)] * a.layers
         position = positions(mask)[:, known:]
         x = self.embed(tokens[:, known:], mask[:, known:], position)
-        x, kept = self.feed(layers, x, position, causal(mask)[:, :, known:], kept, known, length - known - 1)
+        x, kept = self.feed(layers, x, position, causal(mask, known), kept, known, length - known - 1)
         return x, Cache(kept, jnp.pad(mask, ((0, 0), (0, new_tokens))), mask.sum(-1), jnp.int32(length))
 
     def advance(self, layers: Sequence[Layer], token: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -252,11 +253,11 @@ class DecoderNetwork(nnx.Module):
         mask = mask.at[:, length].set(True)
         position = count[:, None]
         x = self.embed(token[:, None], True, position)
-        x, kept = self.feed(layers, x, position, mask[:, None, None, :], kept, length)
+        x, kept = self.feed(layers, x, position, Dense(mask[:, None, None, :]), kept, length)
         return x, Cache(kept, mask, count + 1, length + 1)
 
     def feed(
-        self, layers: Sequence[Layer], x: Array, position: Array, visible: Array, kept: Any, column: Any, first: int = 0
+        self, layers: Sequence[Layer], x: Array, position: Array, visible: Visible, kept: Any, column: Any, first: int = 0
     ) -> tuple[Array, Any]:
         """x [B, L, d] through all layers, whose keys and values go into the columns from ``column`` on. Returns the hidden state
         [B, d] of the last column, and the cache. In the last layer, columns before ``first`` give only keys and values."""
@@ -290,10 +291,9 @@ class DecoderNetwork(nnx.Module):
         ropes = kinds_of(self.architecture).ropes
         return ropes if ropes == (None,) else tuple(angles(rope, ropes, position) for rope in ropes)
 
-    def views(self, visible: Array, first: Any = 0) -> tuple[Array, ...]:
-        """The masks that layers choose from, each bool [B, 1, L, columns]: queries are the columns from ``first`` on."""
-        windows = kinds_of(self.architecture).windows
-        return tuple(visible if window is None else visible & near(visible, window, first) for window in windows)
+    def views(self, visible: Visible, column: Any = 0) -> tuple[Visible, ...]:
+        """What layers choose from. ``column`` is that of the first query."""
+        return tuple(visible.near(window, column) for window in kinds_of(self.architecture).windows)
 
 
 class Layer(nnx.Module):
@@ -307,7 +307,7 @@ class Layer(nnx.Module):
         self.mlp_out_norm = norm(a, rngs) if a.out_norms else None
 
     def __call__(
-        self, x: Array, rotation: Any, visible: Array, cache: Any = None, drop: Any = None, first: int = 0
+        self, x: Array, rotation: Any, visible: Visible, cache: Any = None, drop: Any = None, first: int = 0
     ) -> tuple[Array, Any]:
         """[B, L, d] -> [B, L - first, d], and the cache."""
         drop = drop or (lambda y, part: y)
@@ -333,45 +333,22 @@ class Attention(nnx.Module):
         self.q_norm = rms_norm(a, a.head_dim, rngs) if a.qk_norm else None
         self.k_norm = rms_norm(a, a.head_dim, rngs) if a.qk_norm else None
 
-    def __call__(self, x: Array, rotation: Any, visible: Array, cache: Any, first: int) -> tuple[Array, Any]:
-        """x [B, L, d]; visible bool, broadcast to [B, H, L, columns]; cache (keys, values, first free column) or None.
+    def __call__(self, x: Array, rotation: Any, visible: Visible, cache: Any, first: int) -> tuple[Array, Any]:
+        """x [B, L, d]; ``visible`` to its L queries; cache (keys, values, first free column) or None.
         Queries are the columns from ``first`` on: [B, L - first, d]. Also returns the cache's new keys and values."""
         a = self.architecture
         q, k = split_heads(self.q_proj(x[:, first:]), a.heads), split_heads(self.k_proj(x, self.q_proj), a.kv_heads)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        visible = visible[:, :, first:]
+        visible = visible.since(first)
         q, k = rotate(q, rotation and tuple(angle[:, :, first:] for angle in rotation)), rotate(k, rotation)
         v = split_heads(self.v_proj(x, self.q_proj), a.kv_heads)
         q, k, v = (part.astype(attention_dtype(self.dtype, self.platform)) for part in (q, k, v))
         if cache is not None:
             *cache, column = cache
             cache = [jax.lax.dynamic_update_slice(old, new, (0, 0, column, 0)) for old, new in zip(cache, (k, v), strict=True)]
-            k, v = (filled[:, :, : visible.shape[-1]] for filled in cache)
+            k, v = (filled[:, :, : visible.columns] for filled in cache)
         return self.o_proj(attend(a, q, k, v, visible)), cache
-
-
-def attention_dtype(dtype: Any, platform: str) -> Any:
-    """The dtype of attention and its cache. On CPUs it is float32, whose batched matmuls are faster there."""
-    return jnp.dtype(jnp.float32) if platform == "cpu" else dtype
-
-
-def attend(a: Architecture, q: Array, k: Array, v: Array, visible: Array) -> Array:
-    """q [B, H, L, hd], k and v [B, H_kv, columns, hd] -> [B, L, H hd]; matmul results and softmax in float32. The mask is a large
-    negative number, not -inf, so a padded row that sees nothing stays finite."""
-    count, _, length, _ = q.shape
-    scale = (a.head_dim if a.query_scalar is None else a.query_scalar) ** -0.5
-    groups = q.reshape(count, a.kv_heads, -1, length, a.head_dim)
-    products = jnp.einsum("bhgld,bhkd->bhglk", groups, k, preferred_element_type=jnp.float32)
-    products = jnp.where(visible[:, :, None], softcap(scale * products, a.attention_softcap), 0.7 * jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(products, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bhglk,bhkd->bhgld", weights, v).reshape(q.shape)
-    return out.swapaxes(1, 2).reshape(count, length, -1)
-
-
-def softcap(x: Array, cap: float | None) -> Array:
-    """c tanh(x / c): close to x if x is small, within ±c everywhere (Gemma Team 2024, section 2)."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class Linear(nnx.Module):
@@ -436,23 +413,6 @@ class OffsetRMSNorm(nnx.RMSNorm):
     def __call__(self, x: Array) -> Array:
         x = x.astype(jnp.float32)
         return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon) * (1 + self.scale[...])
-
-
-def causal(mask: Array) -> Array:
-    """[B, L] attention mask or segments -> bool [B, 1, L, L]: query i sees key j if j <= i and j is real and in the same
-    segment."""
-    length = mask.shape[1]
-    earlier = jnp.tril(jnp.ones((length, length), bool))
-    if mask.dtype != bool:
-        earlier = earlier & (mask[:, None, :, None] == mask[:, None, None, :])
-    return earlier & (mask != 0)[:, None, None, :]
-
-
-def near(visible: Array, window: int, first: Any) -> Array:
-    """bool [L, columns] for ``visible`` [..., L, columns], whose first query is column ``first``: the last ``window`` columns up
-    to and including the query's own."""
-    queries, columns = visible.shape[-2:]
-    return jnp.arange(columns) > first + jnp.arange(queries)[:, None] - window
 
 
 def at(number: int, stacked: Tree) -> Tree:

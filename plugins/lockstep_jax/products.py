@@ -45,6 +45,7 @@ def transposed(matrix: Array, platform: str) -> Array:
 
 
 PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names("operand")
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names("operand", "attended"),
 )
-"""What a layer without checkpointing keeps for the gradient: see `product`."""
+"""What a layer without checkpointing keeps for the gradient: see `product` and `lockstep_jax.attention.in_blocks`."""

@@ -22,6 +22,7 @@ from lockstep.interfaces import Past
 from lockstep.learning import randomness
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf
+from lockstep_torch.attention import Dense, InOrder, RealFirst, Visible, attention_dtype, causal
 
 
 class Network(nn.Module):
@@ -186,13 +187,22 @@ class DecoderNetwork(Network):
         self.lm_head = None if a.tied else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
 
     def hidden(self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0) -> Tensor:
-        visible = causal(mask)
-        x, position = self.embed(tokens, mask), positions(mask)
-        rotation = self.rotation(position)
-        last, again = len(self.model["layers"]) - 1, self.gradient_checkpointing and torch.is_grad_enabled()
-        for number, layer in enumerate(self.model["layers"]):
-            start = first if number == last else 0  # in the last layer, earlier columns give only keys and values
-            drop = dropout and (lambda y, part, site=2 * number, start=start: dropout(y, site + part, position[:, start:]))
+        layers, again = self.layers(), self.gradient_checkpointing and torch.is_grad_enabled()
+        as_given = self.view(mask, causal(mask, attention_dtype(mask.device)))
+        real_first = RealFirst.of(mask) if len(layers) > 1 else None
+        if real_first is None:
+            x, view = self.embed(tokens, mask), as_given
+        else:
+            ordered = real_first.ordered(mask)
+            x, view = self.embed(real_first.ordered(tokens), ordered), self.view(ordered, InOrder())
+        for number, layer in enumerate(layers):
+            start = 0
+            if number == len(layers) - 1:  # there, columns before ``first`` give only keys and values
+                start, view = first, as_given
+                x = x if real_first is None else real_first.restored(x)
+            position, rotation, visible = view
+            columns = position[:, start:]
+            drop = dropout and (lambda y, part, site=2 * number, columns=columns: dropout(y, site + part, columns))
             call = functools.partial(layer, drop=drop, first=start)
             x = checkpoint(call, x, rotation, visible, use_reentrant=False) if again else call(x, rotation, visible)
         return self.model["norm"](x)
@@ -215,7 +225,7 @@ class DecoderNetwork(Network):
             known_before = recalled(past, [*past.cache.keys, *past.cache.values])
             for room, columns in zip([*cache.keys, *cache.values], known_before, strict=True):
                 room[:, :, :known] = columns
-        visible, fed = causal(mask)[:, :, known:], torch.arange(known, length, device=tokens.device)
+        visible, fed = causal(mask, dtype, known), torch.arange(known, length, device=tokens.device)
         x = self.embed(tokens[:, known:], mask[:, known:])
         rotation = self.rotation(positions(mask)[:, known:])
         for number, layer in enumerate(self.model["layers"]):
@@ -228,7 +238,7 @@ class DecoderNetwork(Network):
         cache.read = min(cache.read + 1, cache.mask.shape[1])
         x = self.model["embed_tokens"](token)[:, None]
         rotation = self.rotation(cache.count[:, None])
-        visible = cache.mask[:, None, None, : cache.read]
+        visible = Dense(cache.mask[:, None, None, : cache.read])
         for layer, keys, values in zip(self.model["layers"], cache.keys, cache.values, strict=True):
             x = layer(x, rotation, visible, (keys, values, cache.column, cache.read))
         cache.column += 1
@@ -251,6 +261,11 @@ class DecoderNetwork(Network):
     def embed(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return self.model["embed_tokens"](torch.where(mask != 0, tokens, 0))
 
+    def view(self, mask: Tensor, visible: Visible) -> tuple[Tensor, tuple[Tensor, Tensor], Visible]:
+        """Positions, rotation, and what is visible."""
+        position = positions(mask)
+        return position, self.rotation(position), visible
+
     def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, 1, L, hd / 2] of the rotary angles (Su et al. 2021, in Llama's half-split layout)."""
         half = self.architecture.head_dim // 2
@@ -269,7 +284,7 @@ class Layer(nn.Module):
         self.mlp = MLP(architecture)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, cache: Any = None, drop: Any = None, first: int = 0
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Any = None, drop: Any = None, first: int = 0
     ) -> Tensor:
         """[B, L, d] -> [B, L - first, d]."""
         drop = drop or (lambda y, part: y)
@@ -286,12 +301,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(a.hidden_size, a.kv_heads * a.head_dim, bias=False)
         self.o_proj = nn.Linear(a.heads * a.head_dim, a.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor, cache: Any = None, first: int = 0) -> Tensor:
-        """x [B, L, d]; visible bool, broadcast to [B, H, L, keys]; cache (keys, values, the columns [L] of x, number of columns
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Any = None, first: int = 0) -> Tensor:
+        """x [B, L, d]; ``visible`` to its L queries; cache (keys, values, the columns [L] of x, number of columns
         read) or None. Queries are the columns from ``first`` on: [B, L - first, d]."""
         a = self.architecture
         cos, sin = rotation
-        visible, x = visible[:, :, first:], cast(x)
+        visible, x = visible.since(first), cast(x)
         q = rotate(split_heads(self.q_proj(x[:, first:]), a.heads).float(), (cos[:, :, first:], sin[:, :, first:]))
         k = rotate(split_heads(self.k_proj(x), a.kv_heads).float(), rotation)
         v = split_heads(self.v_proj(x), a.kv_heads)
@@ -301,7 +316,7 @@ class Attention(nn.Module):
             keys, values, columns, read = cache
             k, v = (kept.index_copy_(2, columns, new)[:, :, :read] for kept, new in ((keys, k), (values, v)))
         with torch.autocast(x.device.type, enabled=False):
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=a.kv_heads != a.heads)
+            out = visible.attend(q, k, v)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -322,23 +337,6 @@ def cast(x: Tensor) -> Tensor:
     """``x`` in the precision of matmuls, once for all its readers: autocast would cast it again for each of them."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-def attention_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of attention and its cache. On the CPU it is float32: there the backward pass of PyTorch's bfloat16 kernel took
-    eight times as long as float32's."""
-    low = torch.is_autocast_enabled(device.type) and device.type != "cpu"
-    return torch.get_autocast_dtype(device.type) if low else torch.float32
-
-
-def causal(mask: Tensor) -> Tensor:
-    """[B, L] attention mask or segments -> bool [B, 1, L, L]: query i sees key j if j <= i and j is real and in the same segment.
-    It also sees itself, so that a padded query's softmax has an input."""
-    length = mask.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    if mask.dtype != torch.bool:
-        earlier = earlier & (mask[:, None, :, None] == mask[:, None, None, :])
-    return earlier & (mask != 0)[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=mask.device)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -17,6 +17,7 @@ from lockstep.errors import CheckpointError, ConfigError
 from lockstep.interfaces import Past
 from lockstep.models.architecture import usual_name
 from lockstep.storage.hub import hub
+from lockstep_torch.attention import RealFirst
 from lockstep_torch.decoder import DropoutMask, Network, positions, recalled
 
 
@@ -77,8 +78,12 @@ class TransformersNetwork(Network):
                 f"This {self.config['model_type']} cannot be trained on packed rows: in transformers, the examples of a row see "
                 "each other. Set packing=false."
             )
+        real_first = RealFirst.of(mask) if self.in_order(mask.shape[1]) else None
         with self._checkpointing_layers():
-            return self._trunk(tokens, mask, positions(mask)).last_hidden_state[:, first:]
+            if real_first is None:
+                return self._trunk(tokens, mask, positions(mask)).last_hidden_state[:, first:]
+            x = self._trunk(real_first.ordered(tokens), real_first.ordered(mask), None).last_hidden_state
+            return real_first.restored(x, first)
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int, past: Past | None = None) -> tuple[Tensor, dict[str, Any]]:
         known, before = 0, None
@@ -123,6 +128,14 @@ class TransformersNetwork(Network):
         trunk.adapter = self.adapter
         return trunk
 
+    def in_order(self, columns: int) -> bool:
+        """Whether rows with real tokens first need no mask: then transformers makes none where a layer sees all earlier keys.
+        Positions run to the last column there, so each must have one, and angles may not depend on the longest row."""
+        config = self.hf.config.get_text_config()
+        ropes = getattr(config, "rope_parameters", None) or {}
+        kinds = {each.get("rope_type") for each in (ropes, *ropes.values()) if isinstance(each, dict)}
+        return columns <= self.context_length and not kinds & {"dynamic", "longrope"}
+
     @functools.cached_property
     def can_pack(self) -> bool:
         """Whether examples in one row are independent. transformers marks them by positions that start over, which not every
@@ -150,11 +163,12 @@ class TransformersNetwork(Network):
             for layer in layers:
                 layer.training = False
 
-    def _trunk(self, tokens: Tensor, mask: Tensor, position: Tensor, **cache: Any) -> Any:
+    def _trunk(self, tokens: Tensor, mask: Tensor, position: Tensor | None, **cache: Any) -> Any:
+        """Without positions: those of the columns, in which all earlier ones are seen."""
         here = mask[:, -tokens.shape[1] :] != 0
         return self.hf.base_model(
             input_ids=torch.where(here, tokens, 0),
-            attention_mask=mask.long() if mask.dtype == torch.bool else None,
+            attention_mask=mask.long() if mask.dtype == torch.bool and position is not None else None,
             position_ids=position,
             **({"use_cache": False} | cache),
         )
