@@ -720,8 +720,8 @@ class Engine(ABC, Component):
         stop_ids: Sequence[int],
         pad_id: int,
     ) -> tuple[Generated, frozenset[str]]:
-        """As `Policy.generate`; and the versions of the weights that drew the tokens. ``logprobs`` are those of the sampler itself,
-        at the sampling temperature. An engine whose tokens do not follow from ``seeds`` says so in the log, once.
+        """As `Policy.generate`; and the versions of the weights that drew the tokens. ``logprobs`` are the sampler's own, at the
+        sampling temperature. An engine whose tokens do not follow from ``seeds`` says so in the log, once.
 
         Raises:
           EngineFailed: there are no tokens.

@@ -1,11 +1,11 @@
 """Runs inside vLLM: draws every token as Lockstep's backends do, from the row's own seeds.
 
-    PYTHONPATH=... vllm serve ... --logits-processors lockstep_vllm.processor:Seeds --logprobs-mode processed_logits
+    vllm serve ... --logits-processors lockstep_vllm.processor:Seeds --logprobs-mode processed_logits
 
-A request that brings ``{"lockstep": {"seeds": [T], "temperature": T}}`` as extra arguments, at vLLM's temperature 0, gets the token
-argmax(logits / temperature + noise of its seed). Every other logit becomes -inf and the token's own becomes its log-probability at
-that temperature: so vLLM, which takes the largest logit and with the mode ``processed_logits`` returns it, answers with both.
-Requests without extra arguments are left alone.
+A request at vLLM's temperature 0 that brings ``{"lockstep": {"seeds": [...], "temperature": 0.7}}`` as extra arguments gets the
+token argmax(logits / temperature + noise of its seed). Every other logit becomes -inf, and the token's own its log-probability at
+that temperature. So vLLM, which takes the largest logit and with the mode ``processed_logits`` returns it, answers with both.
+Requests without these arguments are left alone.
 
 Needs vLLM's V1 model runner (``VLLM_USE_V2_MODEL_RUNNER=0``): the V2 runner has another interface.
 """
@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lockstep_torch.generation import sample
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+from lockstep_torch.generation import sample
 
 KEY = "lockstep"
 PROBE = -1234.5
@@ -84,8 +85,8 @@ class Weights:
     """For ``--worker-extension-cls``: methods that vLLM adds to its workers."""
 
     def lockstep_load(self, folder: str) -> None:
-        """Take the weights of a checkpoint. vLLM 0.32's own reload leaves a head that is tied to the embedding as it was, where the
-        head has its weights in a layout of its own (on CPUs, packed for oneDNN)."""
+        """Take the weights of a checkpoint. vLLM 0.32's own reload leaves a head that is tied to the embedding as it was, where
+        the head has a copy in a layout of its own (on CPUs, packed for oneDNN)."""
         worker: Any = self
         worker.reload_weights(weights_path=folder)
         head = getattr(worker.get_model(), "lm_head", None)

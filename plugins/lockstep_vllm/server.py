@@ -1,13 +1,13 @@
 """A vLLM server as the engine: weights over by a folder, tokens in and out by HTTP.
 
-    POST /pause?mode=wait, /collective_rpc (reload_weights), /update_weight_version, /resume     hand weights over
-    POST /inference/v1/generate, once for each row                                               draw
+    POST /pause?mode=wait, /collective_rpc, /update_weight_version, /resume     hand weights over
+    POST /inference/v1/generate, once for each row                              draw
 
-Written against vLLM 0.32, whose answers say which weights drew each token; `docs/scale.md` has the command that starts it. Prompts
-carry the version as ``cache_salt`` too: keys and values that older weights computed are then never found in the prefix cache.
+Written against vLLM 0.32, whose answers say which weights drew each token; `docs/scale.md` has the command that starts it.
+Prompts carry the version as ``cache_salt``, too: keys and values that older weights computed are never found in the prefix cache.
 
-The server's development endpoints, which take weights, ask for no password and load what they are told. So it belongs on this machine
-or in a private network.
+The server's development endpoints, which take weights, ask for no password and load what they are told. So it belongs on this
+machine or in a private network.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ LOADING = "loading"
 """The version while weights are handed over. If that fails, no answer has a version that is accepted."""
 PROBE = -1234.5
 """As in `lockstep_vllm.processor`, which this environment cannot import."""
-START = "docs/scale.md, 'Rollouts by an engine', has the command that starts it"
+LOOK = "docs/scale.md, 'Rollouts by an engine', has the command that starts it."
 
 
 @dataclass(frozen=True)
 class ServerConfig:
     url: str = setting("http://127.0.0.1:8000", "Of the server, which reads the folder of runs.")
-    timeout_seconds: float = setting(600.0, "Limit of one batch of responses, and of one hand-over of weights.", above=0, most=86400)
+    timeout_seconds: float = setting(600.0, "Limit of a batch of responses, and of a hand-over.", above=0, most=86400)
     remote: bool = setting(False, "Whether url may be another machine. Prompts and responses travel there as they are.")
 
 
@@ -58,8 +58,8 @@ class Server(Engine):
     class Config(EngineConfig):
         sampler: Literal["lockstep", "vllm"] = setting(
             "lockstep",
-            "lockstep: the server runs lockstep_vllm.processor, and draws what the backend would; vllm: its own sampler, with a seed "
-            "for each row.",
+            "lockstep: the server runs lockstep_vllm.processor, and draws what the backend would; vllm: its own sampler, with a "
+            "seed for each row.",
         )
         server: ServerConfig = setting(ServerConfig(), "Where it is.")
 
@@ -88,16 +88,21 @@ class Server(Engine):
             await self._post(client, "/pause?mode=wait", None)
             try:
                 await self._post(client, "/update_weight_version", {"new_version": LOADING})
-                reload = {"method": "lockstep_load", "kwargs": {"folder": str(folder)}}
-                await self._post(client, "/collective_rpc", reload)
+                await self._post(client, "/collective_rpc", self._reload(str(folder)))
                 await self._post(client, "/update_weight_version", {"new_version": version})
             finally:
                 await self._post(client, "/resume", None)
 
+    def _reload(self, folder: str) -> dict[str, Any]:
+        """The call of the workers: of Lockstep's method, or of vLLM's own where only that is there."""
+        if self.config.sampler == "lockstep":
+            return {"method": "lockstep_load", "kwargs": {"folder": folder}}
+        return {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+
     async def _probe(self) -> None:
         """
         Raises:
-          EngineFailed: it does not sample as the configuration says, or returns other numbers than the sampler's log-probabilities.
+          EngineFailed: it does not sample as the configuration says, or returns no log-probabilities of its sampler.
         """
         async with self._client() as client:
             if self.config.sampler == "lockstep":
@@ -106,9 +111,9 @@ class Server(Engine):
                 _, logprobs = (await self._row(client, [0], asked))[:2]
                 if logprobs != [PROBE]:
                     raise EngineFailed(
-                        f"The vLLM server at {self.url} does not draw from Lockstep's seeds. Start it with --logits-processors "
-                        "lockstep_vllm.processor:Seeds --logprobs-mode processed_logits, or set engine.sampler=vllm, where tokens are "
-                        f"others than the backend's; {START}."
+                        f"{self._who} does not draw from Lockstep's seeds. Start it with --logits-processors "
+                        "lockstep_vllm.processor:Seeds --logprobs-mode processed_logits; or set engine.sampler=vllm, where "
+                        f"tokens are others than the backend's. {LOOK}"
                     )
                 return
             for token in (0, 1):  # raw log-probabilities of both cannot be 0
@@ -116,8 +121,8 @@ class Server(Engine):
                 _, (logprob, *_), _ = await self._row(client, [0], asked)
                 if abs(logprob) > 1e-3:
                     raise EngineFailed(
-                        f"The vLLM server at {self.url} returns other log-probabilities than those that it samples from. Start it with "
-                        f"--logprobs-mode processed_logprobs; {START}."
+                        f"{self._who} returns other log-probabilities than those that it samples from. Start it with "
+                        f"--logprobs-mode processed_logprobs. {LOOK}"
                     )
         log.warning(
             "engine.sampler=vllm: the server draws by itself, so the tokens do not follow from the run's seeds, differ from the "
@@ -163,7 +168,8 @@ class Server(Engine):
     def _settings(self, seeds: np.ndarray, temperature: float, stop_ids: Sequence[int]) -> dict[str, Any]:
         """vLLM's sampling parameters for one row."""
         settings: dict[str, Any] = {
-            "max_tokens": len(seeds), "stop_token_ids": list(map(int, stop_ids)), "ignore_eos": True, "detokenize": False, "logprobs": 0,
+            "max_tokens": len(seeds), "stop_token_ids": list(map(int, stop_ids)), "ignore_eos": True, "detokenize": False,
+            "logprobs": 0,
         }  # fmt: skip
         if self.config.sampler == "vllm":
             return settings | {"temperature": temperature, "seed": int(seeds[0])}
@@ -171,19 +177,13 @@ class Server(Engine):
 
     async def _row(self, client: httpx.AsyncClient, prompt: list[int], settings: dict[str, Any]) -> Row:
         asked = {"token_ids": prompt, "cache_salt": self.version, "sampling_params": settings}
-        answer = await self._post(client, "/inference/v1/generate", asked, LARGEST_ANSWER + LARGEST_TOKEN * settings["max_tokens"])
+        most = LARGEST_ANSWER + LARGEST_TOKEN * settings["max_tokens"]
+        answer = await self._post(client, "/inference/v1/generate", asked, most)
         try:
-            (choice,) = json.loads(answer)["choices"]
-            ids, read = choice["token_ids"], choice["logprobs"]["content"]
-            logprobs = [each["logprob"] for each in read]
-            same = ids == [each["token_id"] for each in read]
-            numbers = all(type(each) is int and 0 <= each < 2**31 for each in ids) and all(type(each) in (int, float) for each in logprobs)
-            versions = frozenset(str(span["version"]) for span in choice["weight_versions"])
-            if not same or not numbers:
-                raise ValueError("its tokens and their log-probabilities do not match")
+            return response(answer)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise EngineFailed(f"{self._who} answered with what is no response: {shown(told(error))}. {RESTART}") from None
-        return ids, logprobs, versions
+            wrong = shown(told(error))
+        raise EngineFailed(f"{self._who} answered with what is no response: {wrong}. {RESTART}")
 
     # --------------------------------------------------------------------------------------------------------------- HTTP
 
@@ -193,7 +193,8 @@ class Server(Engine):
 
     def _client(self) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=MOST_AT_ONCE, max_keepalive_connections=MOST_AT_ONCE)
-        return httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=None, limits=limits, headers={"Accept-Encoding": "identity"})
+        plain = {"Accept-Encoding": "identity"}
+        return httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=None, limits=limits, headers=plain)
 
     def _run(self, work: Any) -> Any:
         """A coroutine, within the time limit: in a thread of its own, since a notebook's has a loop already."""
@@ -208,8 +209,8 @@ class Server(Engine):
                 return pool.submit(asyncio.run, within()).result()
         except TimeoutError:
             failure: BaseException = EngineFailed(
-                f"{self._who} did not answer within engine.server.timeout_seconds={limit:g}. Look at its log, or raise the limit, and "
-                "rerun the same command to resume."
+                f"{self._who} did not answer within engine.server.timeout_seconds={limit:g}. Look at its log, or raise the "
+                "limit, and rerun the same command to resume."
             )
         except BaseExceptionGroup as group:  # of the rows that were asked for at once
             failure = _first(group)
@@ -225,14 +226,14 @@ class Server(Engine):
                         raise EngineFailed(f"{self._who} answered {path} with more than {most} bytes. {RESTART}")
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise EngineFailed(
-                f"No connection to the vLLM server at {self.url}: {shown(told(error))}. If it is not running, start it: {START}; then "
-                "rerun the same command to resume."
+                f"No connection to the vLLM server at {self.url}: {shown(told(error))}. If it is not running, start it, and "
+                f"rerun the same command to resume. {LOOK}"
             ) from None
         if answer.is_success:
             return bytes(body)
         said = shown(body.decode(errors="replace")) or "(nothing more)"
         hint = HINTS.get((path.partition("?")[0], answer.status_code), "")
-        raise EngineFailed(f"{self._who} answered {path} with {answer.status_code}: {said}. {hint}{START.capitalize()}.")
+        raise EngineFailed(f"{self._who} answered {path} with {answer.status_code}: {said}. {hint}{RESTART} {LOOK}")
 
 
 Row = tuple[list[int], list[float], frozenset[str]]
@@ -242,8 +243,26 @@ HINTS = {
     ("/pause", 404): "It needs VLLM_SERVER_DEV_MODE=1 to take weights. ",
     ("/inference/v1/generate", 403): "It needs --enable-scale-out. ",
     ("/inference/v1/generate", 404): "It needs vLLM 0.32 or newer. ",
-    ("/collective_rpc", 500): "It has to be started with a checkpoint of the same architecture, and must see the folder of runs. ",
+    (
+        "/collective_rpc",
+        500,
+    ): "It needs a checkpoint of the same architecture, and has to see the folder of runs. ",
 }
+
+
+def response(answer: bytes) -> Row:
+    """
+    Raises:
+      ValueError, KeyError, TypeError, RecursionError: it is none.
+    """
+    (choice,) = json.loads(answer)["choices"]
+    ids, read = choice["token_ids"], choice["logprobs"]["content"]
+    logprobs = [each["logprob"] for each in read]
+    if ids != [each["token_id"] for each in read]:
+        raise ValueError("its tokens and their log-probabilities do not match")
+    if any(type(each) is not int or not 0 <= each < 2**31 for each in ids) or any(type(x) not in (int, float) for x in logprobs):
+        raise ValueError("a token or a log-probability is no number")
+    return ids, logprobs, frozenset(str(span["version"]) for span in choice["weight_versions"])
 
 
 def shown(text: str) -> str:
@@ -261,11 +280,12 @@ def check_url(server: ServerConfig) -> None:
         if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.path.rstrip("/") or url.query:
             raise ValueError("it needs http:// or https://, a host and a port, and nothing else")
     except (ValueError, httpx.InvalidURL) as error:
-        raise ConfigError(f"engine.server.url='{short(server.url)}' should look like http://127.0.0.1:8000: {short(str(error))}.") from None
+        wrong = short(str(error))
+        raise ConfigError(f"engine.server.url='{short(server.url)}' should look like http://127.0.0.1:8000: {wrong}.") from None
     if not server.remote and not _is_this_machine(url.host):
         raise ConfigError(
-            f"engine.server.url={server.url} is another machine. Prompts and responses would travel there as they are, and whoever "
-            "reaches that port can load weights. If that network is yours alone, set engine.server.remote=true."
+            f"engine.server.url={short(server.url)} is another machine. Prompts and responses would travel there as they are, "
+            "and whoever reaches that port can load weights. If that network is yours alone, set engine.server.remote=true."
         )
 
 

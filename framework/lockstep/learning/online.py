@@ -8,6 +8,7 @@ from (seed, step), and every array is [batch] or [batch, time] on the host.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,8 @@ from lockstep.text.encoding import Lengths
 from lockstep.text.sequences import Sequences, chunks, in_chunks
 from lockstep.text.stopping import Stops
 from lockstep.types import Prompt
+
+log = logging.getLogger("lockstep")
 
 Scored = tuple[Samples, np.ndarray, Mapping[str, np.ndarray]]
 """Samples, their scores and the reward model's details, as `lockstep.learning.rollout.score` returns them."""
@@ -191,6 +194,11 @@ class Online(Algorithm):
             raise ConfigError(
                 "engine.ahead needs to know the next step's prompts, which extra_rounds decides. Set engine.ahead=false, or "
                 "algorithm.extra_rounds=0."
+            )
+        if self.config.correction.kind == "none":
+            log.warning(
+                "engine.ahead: responses are drawn by the policy of one step before, and no correction weighs them. "
+                "algorithm.correction.kind=truncate does, in algorithms with a ratio."
             )
 
     # ---------------------------------------------------------------------------------------------------- one batch

@@ -3,13 +3,13 @@
     policy ──weights, if they changed──> engine        a folder, and a version: the digest of the weights
     prompts, seeds ────────────────────> engine ──> tokens, log-probabilities, the version that drew them
 
-`Served.policy` decorates a policy: what it draws comes from the engine, checked. An answer by other weights, of another shape, or with
-numbers that cannot be log-probabilities is an error. So a wrong sample never trains anything.
+`Served.policy` decorates a policy: what it draws comes from the engine, checked. An answer by other weights, of another shape, or
+with numbers that cannot be log-probabilities is an error: a wrong sample never trains anything.
 
-One step ahead. With ``engine.ahead``, the responses of step n + 1 are asked for before step n's first update, and drawn while step n
-trains: with the weights that step n started from (Noukhovitch et al. 2024, 'Asynchronous RLHF', arXiv 2410.18252). A call that was
-begun is recognised by its content when it comes, so the numbers are the same whatever the timing. A checkpoint waits for the call in
-flight and holds its answer: that is smaller than the weights that drew it, and also exact for an engine that never draws the same
+One step ahead. With ``engine.ahead``, the responses of step n + 1 are asked for before step n's first update, and drawn while
+step n trains, with the weights that step n started from (Noukhovitch et al. 2024, 'Asynchronous RLHF', arXiv 2410.18252). A call
+that was begun is recognised by its content, so the numbers are the same whatever the timing. A checkpoint waits for the call in
+flight and holds its answer. That is smaller than the weights that drew it, and exact even for an engine that never draws the same
 twice.
 """
 
@@ -41,8 +41,8 @@ AHEAD = "ahead.safetensors"
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What every engine can do; the configuration of an engine extends it. A group ``server`` in it says where the engine is, and is
-    no part of a stage's identity."""
+    """What every engine can do; the configuration of an engine extends it. A group ``server`` in it says where the engine is, and
+    is no part of a stage's identity."""
 
     ahead: bool = setting(
         False, "Draw the next step's responses while a step trains, with weights that are one step old (Noukhovitch et al. 2024)."
@@ -51,7 +51,8 @@ class EngineConfig:
 
 @dataclass
 class Flight:
-    """A call that was begun, or its answer. ``wait`` returns it, or raises what the call raised. ``version`` is of the weights."""
+    """A call that was begun: its content, the version of the weights that draw, and ``wait``, which returns the answer, or raises
+    what the call raised."""
 
     key: str
     version: str
@@ -258,14 +259,15 @@ def checked(found: Generated, versions: frozenset[str], call: Call, version: str
     """
     if versions != {version}:
         raise EngineFailed(
-            f"The engine was given the weights {version[:12]} and drew with {listing(short(each, 12) for each in versions) or 'none'}. "
-            "Let one run at a time use it, or start another on another port, and rerun the same command to resume."
+            f"The engine was given the weights {version[:12]} and drew with {listing(short(each, 12) for each in versions)}. Let "
+            "one run at a time use it, or start another on another port, and rerun the same command to resume."
         )
     tokens, mask, logprobs = found.tokens, found.mask, found.logprobs
     stops = np.isin(tokens, call.stop_ids) & mask
     lengths = mask.sum(axis=1)
     wrong = {
-        f"its answer is {tokens.shape}, the seeds {call.seeds.shape}": {tokens.shape, mask.shape, logprobs.shape} != {call.seeds.shape},
+        f"its answer is {tokens.shape}, the seeds {call.seeds.shape}": {tokens.shape, mask.shape, logprobs.shape}
+        != {call.seeds.shape},
     }
     if not any(wrong.values()):
         columns = np.arange(tokens.shape[1])
@@ -282,8 +284,8 @@ def checked(found: Generated, versions: frozenset[str], call: Call, version: str
         }
     if reasons := [reason for reason, holds in wrong.items() if holds]:
         raise EngineFailed(
-            f"The engine's answer cannot be samples of the policy: {'; '.join(reasons)}. Look at its log, restart it, and rerun the "
-            "same command to resume."
+            f"The engine's answer cannot be samples of the policy: {'; '.join(reasons)}. Look at its log, restart it, and rerun "
+            "the same command to resume."
         )
     return found
 

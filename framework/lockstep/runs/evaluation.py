@@ -158,7 +158,9 @@ class Evaluator:
     @cached_property
     def sampler(self) -> Sampler:
         c = self.config
-        return Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size, self.environment, self.engine)
+        return Sampler(
+            Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size, self.environment, self.engine
+        )
 
     def answer(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> Answers:
         return self.judged(policy, prompts, ids, token_seeds(self.seed, "evaluation", 0, len(ids), self.config.lengths.response))

@@ -233,7 +233,6 @@ class Runner:
                 "machine": self._machine(),
             }
 
-
             def write(checkpoint: Path) -> None:
                 algorithm.learner.save(checkpoint)
                 if engine is not None:
@@ -311,7 +310,14 @@ class Runner:
         before = (stage.round - 1) * config.prompts
         scorer = assembly.reward_model(stage)
         collector = Collector(
-            config, assembly.data_of(stage), assembly.tokenizer, scorer, stage.seed, experiment.seed, before, assembly.engine(stage)
+            config,
+            assembly.data_of(stage),
+            assembly.tokenizer,
+            scorer,
+            stage.seed,
+            experiment.seed,
+            before,
+            assembly.engine(stage),
         )
         policies = {name: experiment.folders[name].path.name if name in experiment.folders else name for name in stage.policies}
         with self.console.progress(stage.name, 0, len(policies) + 1) as progress:
