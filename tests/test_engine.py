@@ -17,7 +17,6 @@ import pytest
 
 from conftest import Scored, configure
 from lockstep.config.compose import compose
-from lockstep.config.schema import parse
 from lockstep.errors import ConfigError, EngineFailed, Stopped
 from lockstep.interfaces import Engine, Generated
 from lockstep.learning.randomness import token_seeds
@@ -27,6 +26,7 @@ from lockstep.runs.experiment import Experiment
 from lockstep_vllm import plugin
 from lockstep_vllm.server import Server
 from runs import DECODER, TINY, tiny
+from test_metrics_page import documented
 from test_processes import together
 from test_resume import assert_same
 from vllm_server import FakeVLLM, client
@@ -242,7 +242,7 @@ def test_the_server_s_own_sampler_is_said_once_and_measured(load, tmp_path, capl
             drawn(engine, load(number))
     assert caplog.text.count("do not follow from the run's seeds") == 1
     assert {each["sampling_params"]["temperature"] for each in server.draws[2:]} == {0.7}
-    assert [each["sampling_params"]["seed"] for each in server.draws[-3:]].sort() == call()[2][:, 0].tolist().sort()
+    assert sorted(each["sampling_params"]["seed"] for each in server.draws[-3:]) == sorted(call()[2][:, 0].tolist())
     server.close()
 
 
@@ -323,6 +323,12 @@ def test_one_step_ahead_draws_with_the_weights_before_the_last_update(make, load
 
 
 @on_torch
+def test_what_is_logged_of_an_engine_is_on_the_page_and_no_other(make, served):
+    own, ahead = (make("ppo", reward_model=Scored(), engine=engine, **PPO) for engine in (None, served(ahead=True)))
+    assert ahead.step(0).keys() - own.step(0).keys() == documented("Rollouts by an engine") - {"sampler_mismatch"}
+
+
+@on_torch
 def test_the_correction_weighs_by_the_policy_of_now_over_the_one_that_drew(make, served):
     changes = PPO | {"correction": {"kind": "truncate", "level": "token", "low": 0.5, "high": 1.01}}
     algorithm = make("ppo", reward_model=Scored(), engine=served(ahead=True), iterations=3, **changes)
@@ -388,6 +394,9 @@ def test_a_run_by_an_engine_gives_what_it_gives_without(vllm, tmp_path):
         stages = json.loads((run / "run.json").read_text())["stages"]
         evaluation = run.parent / stages["evaluate"]["folder"] / "output" / "evaluation.json"
         content = json.loads(evaluation.read_text())
+        for measures in (measures for split in content["splits"].values() for measures in split.values()):
+            mismatch = measures.pop("sampler_mismatch", None)
+            assert (mismatch is None) == (run == own) and (run == own or mismatch["mean"] < 1e-4)
         weights = run.parent / stages["ppo"]["folder"] / "output" / "model.safetensors"
         found.append((stages["sft"]["folder"], content["splits"], weights.read_bytes()))
     assert found[0] == found[1]  # the stages that sample nothing are the same folders
@@ -442,8 +451,7 @@ def test_an_engine_that_no_stage_uses_is_refused():
         identities("engine=vllm", "~stages.ppo", "~stages.ppo_ptx", "~stages.evaluate")
 
 
-@on_torch
-def test_an_environment_is_not_drawn_ahead(make, served):
+def test_an_environment_is_not_drawn_ahead():
     cls, config = configure("ppo", **PPO)
     algorithm = SimpleNamespace(context=SimpleNamespace(environment=object()), config=config)
     with pytest.raises(ConfigError, match="without an environment. Set engine.ahead=false"):
@@ -538,8 +546,3 @@ def test_a_tied_head_is_laid_out_again_after_new_weights(processor):
     )
     processor.Weights.lockstep_load(worker, "/weights")
     assert did == ["/weights", head]
-
-
-def test_the_configuration_that_ships_is_the_default(monkeypatch):
-    config = compose([*TINY, *DECODER, "engine=vllm"])["engine"]
-    assert parse(Server.Config, {key: value for key, value in config.items() if key != "name"}, "engine") == Server.Config()

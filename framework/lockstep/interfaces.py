@@ -26,7 +26,6 @@ from lockstep.types import Candidates, Choice, Comparison, Demonstration, Fit, G
 
 if TYPE_CHECKING:
     from lockstep.learning.optimisation import OptimizerConfig
-    from lockstep.learning.served import Served
     from lockstep.models.blueprint import Blueprint
     from lockstep.planning.calls import Planner
     from lockstep.text.sequences import Sequences
@@ -814,8 +813,8 @@ class Context:
     environment: Environment | None = None
     resources: Resources | None = None
     """Other models that the algorithm's `inputs` declare."""
-    engine: Served | None = None
-    """What draws the policy's responses; None: the policy itself."""
+    engine: Any = None
+    """What draws the policy's responses, a `lockstep.learning.served.Served`; None: the policy itself."""
     fits: dict[str, Fit] = field(default_factory=dict)
     """What length limits did to each data set; goes into the stage's record."""
 

@@ -197,11 +197,15 @@ class Evaluator:
         return measures
 
     def kl(self, policy: Policy, baseline: Policy, answers: Answers) -> dict[str, Measure]:
-        """KL(policy || baseline) per response, in nats: k1 summed over the policy's own samples."""
+        """KL(policy || baseline) per response, in nats: k1 summed over the policy's own samples. If an engine drew them, also the
+        mean absolute difference between its log-probabilities of the tokens and the policy's."""
         sequences = answers.samples.sequences
         here = self.logprobs(policy, sequences, self.config.temperature)
         there = self.logprobs(baseline, sequences, self.config.temperature)
-        return {"kl": mean(numerics.k1(here, there, sequences.mask).sum(axis=1))}
+        found = {"kl": mean(numerics.k1(here, there, sequences.mask).sum(axis=1))}
+        if self.engine is not None:
+            found["sampler_mismatch"] = mean(np.abs(here - answers.samples.logprobs)[sequences.mask])
+        return found
 
     def best_of(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> dict[str, Measure]:
         """Of the best of n samples by the reward model, for n = 1, 2, 4, ..., N from the same N samples of each prompt: score,
