@@ -97,6 +97,8 @@ class FakeVLLM:
         if (bias := asked.get("logit_bias")) is not None:
             ((token, value),) = bias.items()
             return [int(token)], [{"processed_logprobs": -1e-9, "processed_logits": value, "raw_logprobs": -3.0}[self.mode]]
+        if self.policy is None:  # that it was started with, which nobody compares
+            return [0] * asked["max_tokens"], [-1.0] * asked["max_tokens"]
         seeds = np.array(own["seeds"], np.uint32) if own else draws(asked.get("seed", 0), asked["max_tokens"])
         temperature = own["temperature"] if own else asked["temperature"]
         given = np.array([prompt], np.int32), np.ones((1, len(prompt)), bool), seeds[None]

@@ -13,6 +13,7 @@ machine or in a private network.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import logging
@@ -66,7 +67,7 @@ class Server(Engine):
     def __init__(self, config: Config):
         super().__init__(config)
         self.url = config.server.url.rstrip("/")
-        self.version: str | None = None
+        self.version = LOADING
         self.known = False
         """Whether its sampler is the one that was asked for."""
 
@@ -77,11 +78,12 @@ class Server(Engine):
     # ------------------------------------------------------------------------------------------------------------ weights
 
     def load(self, folder: Path, version: str) -> None:
-        self._run(self._load(folder.absolute(), version))
-        self.version = version
         if not self.known:
             self._run(self._probe())
             self.known = True
+        self.version = LOADING
+        self._run(self._load(folder.absolute(), version))
+        self.version = version
 
     async def _load(self, folder: Path, version: str) -> None:
         async with self._client() as client:
@@ -90,8 +92,11 @@ class Server(Engine):
                 await self._post(client, "/update_weight_version", {"new_version": LOADING})
                 await self._post(client, "/collective_rpc", self._reload(str(folder)))
                 await self._post(client, "/update_weight_version", {"new_version": version})
-            finally:
-                await self._post(client, "/resume", None)
+            except EngineFailed:
+                with contextlib.suppress(EngineFailed):  # it may be gone, and the first error says why
+                    await self._post(client, "/resume", None)
+                raise
+            await self._post(client, "/resume", None)
 
     def _reload(self, folder: str) -> dict[str, Any]:
         """The call of the workers: of Lockstep's method, or of vLLM's own where only that is there."""
@@ -246,7 +251,9 @@ HINTS = {
     (
         "/collective_rpc",
         500,
-    ): "It needs a checkpoint of the same architecture, and has to see the folder of runs. ",
+    ): "It needs --worker-extension-cls "
+    "lockstep_vllm.processor.Weights (with engine.sampler=lockstep), a checkpoint of the same architecture, and a view of the "
+    "folder of runs. ",
 }
 
 
