@@ -187,11 +187,12 @@ def make(backend, tokenizer, load) -> Callable[..., Algorithm]:
     """make('ppo', epochs=2, reward_model=..., data=...): an algorithm on policy 0. Other policies that it names are policy 1."""
 
     def build(name: str, *, reward_model: RewardModel | None = None, data: DataSource | None = None, policy: Policy | None = None,
-              tokenizer: Tokenizer = tokenizer, seed: int = 0, **changes: Any) -> Algorithm:  # fmt: skip
+              tokenizer: Tokenizer = tokenizer, seed: int = 0, engine: Any = None, **changes: Any) -> Algorithm:  # fmt: skip
         cls, config = configure(name, **changes)
         policy = policy or load()
         others = SimpleNamespace(policy=lambda source: (load(1), tokenizer))
-        return cls(config, Context(seed, backend, tokenizer, data or Data(), policy, reward_model, resources=others))
+        given = seed, backend, tokenizer, data or Data(), policy, reward_model
+        return cls(config, Context(*given, resources=others, engine=engine))
 
     return build
 

@@ -276,7 +276,7 @@ def test_a_file_is_complete_and_equals_the_defaults_of_its_dataclass(file):
 def test_the_root_equals_its_defaults():
     values = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
     scalars = {key: value for key, value in values.items() if key not in ("defaults", "hydra")}
-    assert scalars == {f.name: f.default for f in dataclasses.fields(Root) if f.name in scalars} and len(scalars) == 9
+    assert scalars == {f.name: f.default for f in dataclasses.fields(Root) if f.name in scalars} and len(scalars) == 10
 
 
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))

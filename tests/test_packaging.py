@@ -19,7 +19,7 @@ from lockstep.version import __version__
 from runs import DECODER, PPO_ONLY, TINY
 
 ROOT = Path(__file__).parents[1]
-PLUGINS = ("torch", "jax", "rlhf", "miniature", "tensorboard", "gymnasium", "openenv")
+PLUGINS = ("torch", "jax", "rlhf", "miniature", "tensorboard", "gymnasium", "openenv", "vllm")
 PACKAGES = ["framework/lockstep", *(f"plugins/lockstep_{name}" for name in PLUGINS)]
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the repository")

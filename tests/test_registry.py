@@ -71,7 +71,7 @@ def test_the_same_name_for_another_backend_or_kind_is_no_duplicate(found):
 def test_an_unknown_kind_names_its_distribution_and_the_nearest_kind():
     assert message(Registry().add, plugin(kind="algoritm", ppo="x:Y"), "mine (plug)") == (
         "mine (plug) registers components of kind 'algoritm'. Did you mean 'algorithm'? "
-        "Kinds: backend, policy, reward_model, environment, labeler, attacker, algorithm, data, tracker."
+        "Kinds: backend, policy, reward_model, environment, engine, labeler, attacker, algorithm, data, tracker."
     )
 
 

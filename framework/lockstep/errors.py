@@ -64,6 +64,10 @@ class EnvironmentFailed(LockstepError):
     """An environment that did not reply, or replied with what is no reply."""
 
 
+class EngineFailed(LockstepError):
+    """An engine that drew no tokens, or answered with what cannot be samples of the policy."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean 'ppo'?' for the nearest known name, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1)

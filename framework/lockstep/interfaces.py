@@ -687,6 +687,46 @@ class Environment(ABC, Component):
         """Called once at the end of each episode in which `reply` was called, however it ended."""
 
 
+# ------------------------------------------------------------------------------------------------------------ engines
+
+
+class Engine(ABC, Component):
+    """What draws tokens in place of `Policy.generate`: another process, perhaps on other devices, to which the policy's weights
+    are handed over whenever they have changed. `lockstep.learning.served` calls it, on process 0 alone, and checks its answers.
+    Its ``Config`` extends `lockstep.learning.served.EngineConfig`.
+    """
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    @abstractmethod
+    def load(self, folder: Path, version: str) -> None:
+        """Take the weights of a Hugging Face checkpoint, whose folder is removed when this returns. What is drawn from now on is
+        drawn with them, and says so.
+
+        Raises:
+          EngineFailed: it has not got them.
+        """
+
+    @abstractmethod
+    def generate(
+        self,
+        prompt_tokens: np.ndarray,
+        prompt_mask: np.ndarray,
+        seeds: np.ndarray,
+        *,
+        temperature: float,
+        stop_ids: Sequence[int],
+        pad_id: int,
+    ) -> tuple[Generated, frozenset[str]]:
+        """As `Policy.generate`; and the versions of the weights that drew the tokens. ``logprobs`` are the sampler's own, at the
+        sampling temperature. An engine whose tokens do not follow from ``seeds`` says so in the log, once.
+
+        Raises:
+          EngineFailed: there are no tokens.
+        """
+
+
 # ----------------------------------------------------------------------------------------------------------- labelers
 
 
@@ -773,6 +813,8 @@ class Context:
     environment: Environment | None = None
     resources: Resources | None = None
     """Other models that the algorithm's `inputs` declare."""
+    engine: Any = None
+    """What draws the policy's responses, a `lockstep.learning.served.Served`; None: the policy itself."""
     fits: dict[str, Fit] = field(default_factory=dict)
     """What length limits did to each data set; goes into the stage's record."""
 

@@ -28,7 +28,7 @@ from typing import Any
 from lockstep.errors import ConfigError, RegistryError, did_you_mean, listing, short, told
 
 GROUP = "lockstep.plugins"
-KINDS = ("backend", "policy", "reward_model", "environment", "labeler", "attacker", "algorithm", "data", "tracker")
+KINDS = ("backend", "policy", "reward_model", "environment", "engine", "labeler", "attacker", "algorithm", "data", "tracker")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class Root:
     tracker: ConfigGroup = setting(REQUIRED, "Where the record goes besides the run folder.")
     reward_model: ConfigGroup | None = setting(None, "Scores responses, if a stage names it.")
     environment: ConfigGroup | None = setting(None, "What policies converse with, if a stage names it; null: nothing.")
+    engine: ConfigGroup | None = setting(None, "What draws the responses of all stages that sample; null: the policy's backend.")
     algorithm: ConfigGroup | None = setting(None, "The algorithm that experiments compare.")
     pretrain: ConfigGroup | None = setting(None, "The algorithm of the first stage.")
     sft: ConfigGroup | None = setting(None, "The algorithm of supervised fine-tuning.")
@@ -80,7 +81,7 @@ def completed(config: Mapping[str, Any]) -> ConfigGroup:
     return dict(config) | absent
 
 
-_MAY_BE_NULL = ("reward_model", "environment", "labeler", "attacker", "algorithm")
+_MAY_BE_NULL = ("reward_model", "environment", "engine", "labeler", "attacker", "algorithm")
 
 
 def check_groups(config: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from (seed, step), and every array is [batch] or [batch, time] on the host.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,9 @@ from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
 from lockstep.text.sequences import Sequences, chunks, in_chunks
 from lockstep.text.stopping import Stops
+from lockstep.types import Prompt
+
+log = logging.getLogger("lockstep")
 
 Scored = tuple[Samples, np.ndarray, Mapping[str, np.ndarray]]
 """Samples, their scores and the reward model's details, as `lockstep.learning.rollout.score` returns them."""
@@ -153,7 +157,11 @@ class Online(Algorithm):
         self.tokenizer = context.tokenizer
         self.reward_model: Any = context.reward_model  # an experiment has one if the class needs it
         stops = Stops(self.tokenizer, config.stop_strings)
-        self.sampler = Sampler(stops, config.lengths, config.temperature, environment=context.environment)
+        around, engine = context.environment, context.engine
+        self.sampler = Sampler(stops, config.lengths, config.temperature, environment=around, engine=engine)
+        self.ahead = engine is not None and engine.ahead
+        if self.ahead:
+            self.check_ahead()
         config.lengths.check(context.policy.context_length)
         prompts, fit = offered(context.environment, context.data.prompts("train")), context.fit("train prompts")
         self.prompts, self.prompt_ids = encoding.encode_prompts(self.tokenizer, prompts, config.lengths, fit)
@@ -175,6 +183,24 @@ class Online(Algorithm):
         """Of ``self.policy`` and whatever else is trained."""
         return self.context.backend.learner({"policy": self.policy}, {"policy": self.config.optimizer})
 
+    def check_ahead(self) -> None:
+        """
+        Raises:
+          ConfigError: its samples cannot be drawn one step ahead.
+        """
+        if self.context.environment is not None:
+            raise ConfigError("engine.ahead draws single responses, without an environment. Set engine.ahead=false.")
+        if self.traits(self.config).rounds > 1:
+            raise ConfigError(
+                "engine.ahead needs to know the next step's prompts, which extra_rounds decides. Set engine.ahead=false, or "
+                "algorithm.extra_rounds=0."
+            )
+        if self.config.correction.kind == "none":
+            log.warning(
+                "engine.ahead: responses are drawn by the policy of one step before, and no correction weighs them. "
+                "algorithm.correction.kind=truncate does, in algorithms with a ratio."
+            )
+
     # ---------------------------------------------------------------------------------------------------- one batch
 
     def sample(self, step: int, clock: Clock) -> Scored:
@@ -188,8 +214,7 @@ class Online(Algorithm):
 
     def responses(self, first: int, count: int, seeds: np.ndarray, clock: Clock) -> Scored:
         """Scored responses to ``count`` prompts from place ``first`` in the endless shuffled stream of prompts."""
-        indices = example_indices(self.context.seed, "prompts", len(self.prompts), first, count)
-        prompts, ids = [self.prompts[i] for i in indices], [self.prompt_ids[i] for i in indices]
+        prompts, ids = self.prompts_at(first, count)
         samples = self.sampler.sample(self.policy, prompts, ids, seeds)
         clock.lap("generate")
         if self.reward_model is None:
@@ -198,10 +223,28 @@ class Online(Algorithm):
         clock.lap("score")
         return samples, scores, details
 
+    def prompts_at(self, first: int, count: int) -> tuple[list[Prompt], list[list[int]]]:
+        """Prompts and their ids, from a place in the endless shuffled stream on."""
+        indices = example_indices(self.context.seed, "prompts", len(self.prompts), first, count)
+        return [self.prompts[i] for i in indices], [self.prompt_ids[i] for i in indices]
+
+    def begin(self, step: int) -> None:
+        """Let the engine draw a step's responses with the weights of now."""
+        size = self.config.batch_size
+        self.sampler.begin(self.policy, self.prompts_at(step * size, size)[1], self.seeds(step))
+
     def rollout(self, step: int, clock: Clock) -> Rollout:
-        """Sample, score, and evaluate under the trained models and the reference."""
+        """Sample, score, and evaluate under the trained models and the reference.
+
+        One step ahead (``engine.ahead``), the responses are drawn by the policy as it was one step before, while the old
+        log-probabilities, values and KL are those of the policy as it is now. So PPO's ratio and clip refer to the latter, the
+        proximal policy, and `correction` weighs by its ratio to the former, the behaviour policy: the decoupled objective of
+        Hilton et al. 2021 (arXiv 2110.00641) and of AReaL (Fu et al. 2025, arXiv 2505.24298)."""
         c = self.config
         samples, scores, details = self.sample(step, clock)
+        if self.ahead and step + 1 < self.total_steps:
+            self.begin(step + 1)
+            clock.lap("hand_over")
         # One forward pass of each model. If the whole batch is one term, the first update differentiates this same pass.
         sequences, forward = scored_only(samples.sequences, scores), None
         if c.minibatches == 1 and c.trained == c.episodes <= (c.micro_batch_size or c.episodes):
@@ -309,6 +352,8 @@ class Online(Algorithm):
             "sampler/mismatch_max": float(mismatch.max()),
             "sampler/mismatch_mean": float(mismatch.mean()),
         }
+        if self.ahead and self.sampler.engine is not None:
+            metrics["sampler/steps_behind"] = float(self.sampler.engine.behind)
         if self.reward_model is not None:
             metrics["objective/score"] = float(rollout.scores[counted].mean())
             metrics["objective/score_std"] = float(rollout.scores[counted].std())
@@ -348,6 +393,8 @@ class Online(Algorithm):
         if self.last is None:
             return []
         responses, rows = self.last.responses, range(min(8, len(self.last.scores)))
+        engine = self.sampler.engine
+        by = {} if engine is None or engine.drawn_by is None else {"drawn_by": engine.drawn_by[:12]}
         conversing = responses.rewards is not None
         return [
             {
@@ -355,6 +402,7 @@ class Online(Algorithm):
                 "response": responses.texts[i],
                 "score": None if self.reward_model is None else float(self.last.scores[i]),
                 "finished": bool(self.last.finished[i]),
+                **by,
             }
             for i in rows
         ]

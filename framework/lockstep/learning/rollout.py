@@ -22,6 +22,7 @@ import numpy as np
 from lockstep.errors import RewardError
 from lockstep.interfaces import Environment, Generated, Past, Policy, Responses, RewardModel
 from lockstep.learning.episodes import Row, converse
+from lockstep.learning.served import Served, ServedPolicy
 from lockstep.text.encoding import Example, Lengths, block, encode_prompt, encode_response
 from lockstep.text.sequences import Sequences, chunks, join, left_pad, right_pad, stack
 from lockstep.text.stopping import Stops
@@ -64,6 +65,7 @@ class Sampler:
       lengths: prompts are padded to ``lengths.columns``.
       batch_size: rows to generate at a time; None: all at once.
       environment: what the policy converses with; None: a response is one turn.
+      engine: what draws in the policy's place; None: the policy itself.
     """
 
     stops: Stops
@@ -71,6 +73,7 @@ class Sampler:
     temperature: float
     batch_size: int | None = None
     environment: Environment | None = None
+    engine: Served | None = None
 
     def sample(
         self, policy: Policy, prompts: Sequence[Prompt], prompt_ids: Sequence[Sequence[int]], seeds: np.ndarray
@@ -86,18 +89,29 @@ class Sampler:
         if rest or not samples:
             raise ValueError(f"{len(seeds)} rows of seeds do not divide evenly among {len(prompt_ids)} prompts")
         prompts, prompt_ids = neighbours(prompts, samples), neighbours(prompt_ids, samples)
-        columns = self.lengths.columns(max(map(len, prompt_ids)), self.lengths.prompt)
-        context = left_pad(prompt_ids, self.stops.tokenizer.pad_id, columns)
+        context = self.context(prompt_ids)
+        drawing = policy if self.engine is None else self.engine.policy(policy)
         if self.environment is None:
-            return self.finish(prompts, *context, self.generate(policy, *context, seeds))
-        generate, size = functools.partial(self.draw, policy), self.rows(seeds)
+            return self.finish(prompts, *context, self.generate(drawing, *context, seeds))
+        generate, size = functools.partial(self.draw, drawing), self.rows(seeds)
         rows: list[Row] = []
         for part in chunks(len(seeds), size):
             given = prompts[part], prompt_ids[part], seeds[part]
             rows += converse(generate, self.stops, self.lengths, self.environment, *given, most=size)
         return self.gather(*context, rows)
 
-    def generate(self, policy: Policy, tokens: np.ndarray, mask: np.ndarray, seeds: np.ndarray) -> Generated:
+    def begin(self, policy: Policy, prompt_ids: Sequence[Sequence[int]], seeds: np.ndarray) -> None:
+        """Let the engine draw, with the weights of now, what `sample` will be called for with these ids and seeds."""
+        assert self.engine is not None
+        context = self.context(neighbours(prompt_ids, len(seeds) // len(prompt_ids)))
+        self.engine.policy(policy).begin(*context, seeds, **self.how)
+
+    def context(self, prompt_ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Left-padded prompts and their mask."""
+        columns = self.lengths.columns(max(map(len, prompt_ids)), self.lengths.prompt)
+        return left_pad(prompt_ids, self.stops.tokenizer.pad_id, columns)
+
+    def generate(self, policy: Policy | ServedPolicy, tokens: np.ndarray, mask: np.ndarray, seeds: np.ndarray) -> Generated:
         """`Policy.generate` on chunks of equal shape: the last is padded with copies of its first row."""
         size, parts = self.rows(seeds), []
         for part in chunks(len(seeds), size):
@@ -108,12 +122,17 @@ class Sampler:
         return Generated(*map(np.concatenate, zip(*parts, strict=True)))
 
     def draw(
-        self, policy: Policy, tokens: np.ndarray, mask: np.ndarray, seeds: np.ndarray, past: Past | None = None
+        self, policy: Policy | ServedPolicy, tokens: np.ndarray, mask: np.ndarray, seeds: np.ndarray, past: Past | None = None
     ) -> Generated:
-        how: dict[str, Any] = {"temperature": self.temperature, "stop_ids": self.stops.ids, "pad_id": self.stops.tokenizer.pad_id}
+        how = self.how
         if past is not None:  # a policy that keeps no cache need not know of it
             how["past"] = past
         return policy.generate(tokens, mask, seeds, **how)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """Settings of `Policy.generate`."""
+        return {"temperature": self.temperature, "stop_ids": self.stops.ids, "pad_id": self.stops.tokenizer.pad_id}
 
     def rows(self, seeds: np.ndarray) -> int:
         """Rows to generate at a time."""

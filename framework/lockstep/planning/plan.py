@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Backend, Classifier, Environment, Policy, RewardModel, ScalarModel
+from lockstep.learning.served import Served
 from lockstep.models.blueprint import Blueprint
 from lockstep.models.checkpoint import CONFIG, is_known, read_blueprint, read_config
 from lockstep.planning import parts
@@ -148,7 +149,7 @@ def duration(call: Call, planner: Planner, machine: Machine, bfloat16: bool) -> 
 
 
 class Planned(Assembly):
-    """Models are shapes; reward models without a network of their own, and environments, are left out."""
+    """Models are shapes; reward models without a network of their own, environments and engines are left out."""
 
     def __init__(self, experiment: Experiment):
         super().__init__(experiment, {})
@@ -188,6 +189,9 @@ class Planned(Assembly):
         return super().reward_model(stage, group) if inputs.outputs or inputs.members else Noise()
 
     def environment(self, stage: Stage) -> Environment | None:
+        return None
+
+    def engine(self, stage: Stage) -> Served | None:
         return None
 
     def _blueprint(self, source: str) -> Blueprint:

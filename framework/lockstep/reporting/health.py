@@ -166,6 +166,8 @@ def sampler_mismatch(history: History) -> str | None:
     """The mean absolute difference between the sampler's and the trainer's log-probabilities, mean of 3 steps, is over 0.02
     nats: more than bfloat16 causes (docs/metrics.md); float32 stays below 1e-4. For the effect on training see Yao et al.
     2025, 'Your efficient RL framework secretly brings you off-policy RL training'."""
+    if history.now.get("sampler/steps_behind"):
+        return None  # then it is another policy, too
     mismatch = history.mean("sampler/mismatch_mean", 3)
     return f"sampler/mismatch_mean is {mismatch:.2g} nats per token." if mismatch > 0.02 else None
 

@@ -27,6 +27,7 @@ from lockstep.interfaces import (
     ScalarModel,
 )
 from lockstep.launchers import place
+from lockstep.learning.served import Served
 from lockstep.models.architecture import SCALAR_HEAD
 from lockstep.processes import ALONE, Processes
 from lockstep.registry import registry
@@ -48,6 +49,7 @@ class Assembly:
     def __init__(self, experiment: Experiment, outputs: Mapping[str, Path]):
         self.experiment, self.outputs = experiment, outputs
         self.fits: dict[str, dict[str, Fit]] = {}
+        self.engines: dict[str, Served] = {}
 
     @functools.cached_property
     def backend(self) -> Backend:
@@ -175,10 +177,19 @@ class Assembly:
         made.processes = self.processes
         return made
 
+    def engine(self, stage: Stage) -> Served | None:
+        """What draws in the stage; the same at each call."""
+        if stage.served is not None and stage.name not in self.engines:
+            cls, config = stage.served
+            folder = self.outputs[stage.name].with_name(".weights.part")
+            self.engines[stage.name] = Served(cls(config), folder, self.processes)
+        return self.engines.get(stage.name)
+
     def algorithm(self, stage: Stage) -> Algorithm:
         policy, reward_model = self.policy(stage.policy), self.reward_model(stage)
         around, others, data = self.environment(stage), self.resources(stage), self.data_of(stage)
-        context = Context(stage.seed, self.backend, self.tokenizer, data, policy, reward_model, around, others)
+        engine = self.engine(stage)
+        context = Context(stage.seed, self.backend, self.tokenizer, data, policy, reward_model, around, others, engine)
         self.fits[stage.name] = context.fits
         return stage.component(stage.config, context)
 

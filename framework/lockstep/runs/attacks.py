@@ -19,6 +19,7 @@ from lockstep.errors import DataError
 from lockstep.interfaces import Attacker, DataSource, Policy, RewardModel
 from lockstep.learning.randomness import example_indices, token_seeds
 from lockstep.learning.rollout import Sampler, neighbours, score
+from lockstep.learning.served import Served
 from lockstep.text import encoding, similarity
 from lockstep.text.encoding import Lengths
 from lockstep.text.stopping import Stops
@@ -76,6 +77,7 @@ class RedTeam:
     seed: int
     order_seed: int
     position: int
+    engine: Served | None = None
     fits: dict[str, Fit] = field(default_factory=dict)
     measures: dict[str, float] = field(default_factory=dict)
 
@@ -134,7 +136,7 @@ class RedTeam:
         """float [B]: 1 where the judge finds that the policy's reply to an attack helps with its goal. A reply that the judge
         could not score counts as none."""
         c = self.config
-        sampler = Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size)
+        sampler = Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size, engine=self.engine)
         seeds = token_seeds(self.seed, "replies", 0, len(ids), c.lengths.response)
         return (score(self.judge, sampler.sample(policy, prompts, ids, seeds))[0] > c.threshold).astype(float)
 

@@ -20,6 +20,7 @@ from lockstep.errors import DataError, listing
 from lockstep.interfaces import DataSource, Label, Policy, RewardModel
 from lockstep.learning.randomness import example_indices, token_seeds
 from lockstep.learning.rollout import Sampler, score
+from lockstep.learning.served import Served
 from lockstep.processes import Processes
 from lockstep.runs.evaluation import agreement
 from lockstep.storage.files import write_text
@@ -59,6 +60,7 @@ class Collector:
     seed: int
     order_seed: int
     position: int
+    engine: Served | None = None
     fits: dict[str, Fit] = field(default_factory=dict)
 
     def collect(
@@ -72,7 +74,7 @@ class Collector:
         chosen = [prompts[int(i)] for i in example_indices(self.order_seed, "collection", len(prompts), self.position, count)]
         fit = self.fits["train prompts"] = Fit("train prompts")
         chosen, ids = encoding.encode_prompts(self.tokenizer, chosen, c.lengths, fit)
-        sampler = Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size)
+        sampler = Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size, engine=self.engine)
         texts: list[dict[str, tuple[str, float]]] = [{} for _ in chosen]
         for number, name in enumerate(names):
             share = len(range(number, c.samples, len(names)))

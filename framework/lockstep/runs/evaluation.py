@@ -21,6 +21,7 @@ from lockstep.learning import numerics
 from lockstep.learning.episodes import offered
 from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import Sampler, Samples, responses_of, score
+from lockstep.learning.served import Served
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import Sequences, chunks, in_chunks
@@ -116,6 +117,7 @@ class Evaluator:
     follows: Mapping[str, str] = field(default_factory=dict)
     """{policy: the one of the round before}."""
     fits: dict[str, Fit] = field(default_factory=dict)
+    engine: Served | None = None
 
     def run(self, load: Callable[[str], Policy], policies: Sequence[str], progress: Callable[[str], None]) -> dict[str, Any]:
         c = self.config
@@ -156,7 +158,9 @@ class Evaluator:
     @cached_property
     def sampler(self) -> Sampler:
         c = self.config
-        return Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size, self.environment)
+        return Sampler(
+            Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size, self.environment, self.engine
+        )
 
     def answer(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> Answers:
         return self.judged(policy, prompts, ids, token_seeds(self.seed, "evaluation", 0, len(ids), self.config.lengths.response))
@@ -193,11 +197,15 @@ class Evaluator:
         return measures
 
     def kl(self, policy: Policy, baseline: Policy, answers: Answers) -> dict[str, Measure]:
-        """KL(policy || baseline) per response, in nats: k1 summed over the policy's own samples."""
+        """KL(policy || baseline) per response, in nats: k1 summed over the policy's own samples. If an engine drew them, also the
+        mean absolute difference between its log-probabilities of the tokens and the policy's."""
         sequences = answers.samples.sequences
         here = self.logprobs(policy, sequences, self.config.temperature)
         there = self.logprobs(baseline, sequences, self.config.temperature)
-        return {"kl": mean(numerics.k1(here, there, sequences.mask).sum(axis=1))}
+        found = {"kl": mean(numerics.k1(here, there, sequences.mask).sum(axis=1))}
+        if self.engine is not None:
+            found["sampler_mismatch"] = mean(np.abs(here - answers.samples.logprobs)[sequences.mask])
+        return found
 
     def best_of(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> dict[str, Measure]:
         """Of the best of n samples by the reward model, for n = 1, 2, 4, ..., N from the same N samples of each prompt: score,

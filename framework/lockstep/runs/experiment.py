@@ -63,6 +63,7 @@ class Experiment:
         self.data = self._component("data", config["data"])
         self.policy = self._component("policy", config["policy"])
         self.tracker = self._component("tracker", config["tracker"])
+        self.engine = None if config["engine"] is None else self._component("engine", config["engine"])
         self.stages: dict[str, Stage] = {}
         for name, group, scope, number in _in_order(config["stages"]):
             if name in self.stages:
@@ -74,6 +75,8 @@ class Experiment:
                 f"No stage uses environment={config['environment']['name']}. Give a stage whose algorithm samples the line "
                 'environment: "${environment}", or set environment=null.'
             )
+        if config["engine"] is not None and not any(stage.engine for stage in self.stages.values()):
+            raise ConfigError(f"No stage samples, so none uses engine={config['engine']['name']}. Set engine=null.")
         if not self.stages:
             raise ConfigError("The experiment has no stages. Choose one that has: experiment=instructgpt.")
         if (objective := config["objective"]) is not None:
@@ -110,6 +113,7 @@ class Experiment:
                 "stage": without_secrets(stage.group),
                 "reward_model": without_secrets(stage.reward_model),
                 "environment": without_secrets(stage.environment),
+                "engine": without_secrets(identity.without_server(stage.engine)),
                 "labeler": without_secrets(stage.labeler),
                 "attacker": without_secrets(stage.attacker),
                 "mixes": {noun: list(sources.items()) for noun, sources in stage.mixes.items()},
@@ -220,6 +224,7 @@ class Experiment:
         common: dict[str, Any] = {
             "reward_model": stage.reward_model, "scorers": scorers, "seed": seed, "environment": stage.environment,
             "surroundings": surroundings, "scope": scope, "round": number,
+            "engine": self.config["engine"], "served": self.engine,
         }  # fmt: skip
         mixed = {noun: names for noun in MIXED if (names := getattr(stage, noun))}
         if stage.shares is not None and [len(names) for names in mixed.values()] != [len(stage.shares)]:
@@ -272,6 +277,8 @@ class Experiment:
         if stage.environment is not None and not cls.takes_environment:
             raise ConfigError(f"{where} ({merged['name']}) takes no environment. Remove {where}.environment.")
         policy = scope.one(stage.policy, where)
+        if cls.traits(config).data != "prompts":
+            common = {**common, "engine": None, "served": None}  # it samples nothing
         return Stage(name, "train", cls, config, merged, policy, **common, mixes=mixes)
 
     def _evaluation(self, name: str, group: ConfigGroup, common: Mapping[str, Any]) -> Stage:

@@ -34,6 +34,11 @@ def decisive_backend(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "mesh"}
 
 
+def without_server(engine: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """An engine's group without what says where it is: at another address it draws the same."""
+    return None if engine is None else {key: value for key, value in engine.items() if key != "server"}
+
+
 def code_digests(modules: Iterable[str]) -> dict[str, str]:
     """{package: SHA-256 of its source} of the core and of the top-level packages of these modules. Nothing is imported."""
     digests = {}

@@ -28,6 +28,7 @@ from lockstep.data.mixture import TWINS
 from lockstep.errors import Diverged, Stopped, Waiting
 from lockstep.interfaces import Algorithm, Backend, DataSource, Learner, Tracker
 from lockstep.launchers import cores
+from lockstep.learning.served import Served
 from lockstep.reporting.console import Console
 from lockstep.reporting.health import NOT_FINITE, Health, diverged
 from lockstep.reporting.provenance import code_state
@@ -176,8 +177,14 @@ class Runner:
     # ---------------------------------------------------------------------------------------------- the kinds of stage
 
     def _train(self, stage: Stage, folder: StageFolder) -> ConfigGroup:
-        algorithm = self.assembly.algorithm(stage)
-        first, state = folder.restore(algorithm.learner.restore, self.processes) or (0, {})
+        algorithm, engine = self.assembly.algorithm(stage), self.assembly.engine(stage)
+
+        def restore(checkpoint: Path) -> None:
+            algorithm.learner.restore(checkpoint)
+            if engine is not None:
+                engine.restore(checkpoint)
+
+        first, state = folder.restore(restore, self.processes) or (0, {})
         if state:
             algorithm.load_state(state["algorithm"])
             log.info("%s resumes at step %d of %d", stage.name, first, algorithm.total_steps)
@@ -187,7 +194,7 @@ class Runner:
         leads = self.processes.leads
         records = Records(folder.path, state.get("positions"), state.get("seconds", 0.0)) if leads else NoRecords()
         with self._tracked(stage, folder, resume=bool(state)) as tracker:
-            metrics = self.train(stage.name, algorithm, folder, tracker, records, first, state.get("metrics", {}))
+            metrics = self.train(stage.name, algorithm, folder, tracker, records, first, state.get("metrics", {}), engine)
             with folder.write_output(leads) as output:
                 self.assembly.save(stage, algorithm, output)
             tracker.artifact(algorithm.produces, folder.output)
@@ -200,7 +207,7 @@ class Runner:
 
     def train(
         self, name: str, algorithm: Algorithm, folder: StageFolder, tracker: Tracker, records: Records, first: int,
-        metrics: dict[str, float],
+        metrics: dict[str, float], engine: Served | None = None,
     ) -> dict[str, float]:  # fmt: skip
         """The loop, from step ``first`` on; ``metrics`` are those of the previous step. Step n depends only on what the
         checkpoint holds and on (seed, n).
@@ -225,7 +232,13 @@ class Runner:
                 "metrics": {name: finite(value) for name, value in metrics.items()},
                 "machine": self._machine(),
             }
-            folder.save(step, algorithm.learner.save, state, self.processes.leads)
+
+            def write(checkpoint: Path) -> None:
+                algorithm.learner.save(checkpoint)
+                if engine is not None:
+                    engine.save(checkpoint)
+
+            folder.save(step, write, state, self.processes.leads)
             saved = step
 
         with GracefulStop() as stop, self.console.progress(name, first, algorithm.total_steps) as progress:
@@ -270,8 +283,9 @@ class Runner:
         environment = assembly.environment(stage)
         judges = {name: judge for name, group in config.judges.items() if (judge := assembly.reward_model(stage, group))}
         evaluator = Evaluator(
-            config, assembly.data_of(stage), assembly.tokenizer, reward_model, stage.seed, environment, judges, stage.follows
-        )
+            config, assembly.data_of(stage), assembly.tokenizer, reward_model, stage.seed, environment, judges, stage.follows,
+            engine=assembly.engine(stage),
+        )  # fmt: skip
         with (
             self._tracked(stage, folder, resume=False) as tracker,
             self.console.progress(stage.name, 0, len(config.policies) + 2) as progress,
@@ -295,7 +309,16 @@ class Runner:
         assembly, experiment = self.assembly, self.experiment
         before = (stage.round - 1) * config.prompts
         scorer = assembly.reward_model(stage)
-        collector = Collector(config, assembly.data_of(stage), assembly.tokenizer, scorer, stage.seed, experiment.seed, before)
+        collector = Collector(
+            config,
+            assembly.data_of(stage),
+            assembly.tokenizer,
+            scorer,
+            stage.seed,
+            experiment.seed,
+            before,
+            assembly.engine(stage),
+        )
         policies = {name: experiment.folders[name].path.name if name in experiment.folders else name for name in stage.policies}
         with self.console.progress(stage.name, 0, len(policies) + 1) as progress:
             done = iter(range(len(policies)))
@@ -329,8 +352,9 @@ class Runner:
         before, judge = (stage.round - 1) * config.goals, assembly.reward_model(stage)
         assert judge is not None
         team = RedTeam(
-            config, assembly.data, assembly.tokenizer, assembly.attacker(stage), judge, stage.seed, self.experiment.seed, before
-        )
+            config, assembly.data, assembly.tokenizer, assembly.attacker(stage), judge, stage.seed, self.experiment.seed, before,
+            assembly.engine(stage),
+        )  # fmt: skip
         with self.console.progress(stage.name, 0, len(stage.policies) + 1) as progress:
             done = iter(range(len(stage.policies) + 1))
             attacks = team.run(assembly.policy, stage.policies, lambda what: progress(next(done), {}, what))

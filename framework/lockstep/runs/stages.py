@@ -11,7 +11,7 @@ from typing import Any
 from lockstep.config.root import ConfigGroup
 from lockstep.config.schema import setting
 from lockstep.data.mixture import DATA, GOALS
-from lockstep.interfaces import Algorithm, Attacker, DataSource, Environment, Labeler, RewardModel
+from lockstep.interfaces import Algorithm, Attacker, DataSource, Engine, Environment, Labeler, RewardModel
 from lockstep.runs.evaluation import EvaluationConfig
 from lockstep.runs.rounds import Scope
 
@@ -69,6 +69,7 @@ class Stage:
     group: what ``config`` was parsed from.
     scorers: its reward model, then that one's members; then those of its labeler or the judges of an evaluation.
     surroundings: the class of its environment and the configuration, parsed from the group ``environment``.
+    served: the same of what draws its responses, parsed from the group ``engine``.
     scope: what the names of other stages mean in it, and ``round`` which round it is part of, from 1.
     mixes: {noun: {source: its share, or None}}, if it trains on something else than the data's.
     policies: of a collection or of attacks; ``follows`` is, for an evaluation, {policy: the one of the round before}.
@@ -87,6 +88,8 @@ class Stage:
     seed: int
     environment: ConfigGroup | None = None
     surroundings: tuple[type[Environment], Any] | None = None
+    engine: ConfigGroup | None = None
+    served: tuple[type[Engine], Any] | None = None
     scope: Scope = Scope()
     round: int = 1
     mixes: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
@@ -184,9 +187,9 @@ class Stage:
 
     @property
     def _surrounding(self) -> list[tuple[Any, Any]]:
-        """Its reward models, its environment, its labeler and its attacker."""
+        """Its reward models, its environment, its engine, its labeler and its attacker."""
         found: list[tuple[Any, Any]] = [(scorer.component, scorer.config) for scorer in self.scorers]
-        return [*found, *filter(None, (self.surroundings, self.labels, self.attacks))]
+        return [*found, *filter(None, (self.surroundings, self.served, self.labels, self.attacks))]
 
 
 PRODUCES = {"evaluate": "evaluation", "collect": "comparisons", "attack": "attacks"}

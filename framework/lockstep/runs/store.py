@@ -42,7 +42,7 @@ from lockstep.config.schema import differences
 from lockstep.config.secrets import without_secrets
 from lockstep.errors import CheckpointError
 from lockstep.processes import ALONE, Processes
-from lockstep.runs.identity import decisive_backend, digest, without_copies
+from lockstep.runs.identity import decisive_backend, digest, without_copies, without_server
 from lockstep.storage.files import (
     checksum,
     finite,
@@ -361,6 +361,8 @@ INDECISIVE = ("folder", "name", "objective", "tracker", "checkpoint_every", "sam
 def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides results."""
     found = {key: value for key, value in config.items() if key not in INDECISIVE}
+    if found.get("engine") is not None:
+        found["engine"] = without_server(found["engine"])
     return found | {"backend": decisive_backend(found["backend"])} if "backend" in found else found
 
 

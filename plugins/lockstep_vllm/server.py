@@ -1,0 +1,309 @@
+"""A vLLM server as the engine: weights over by a folder, tokens in and out by HTTP.
+
+    POST /pause?mode=wait, /collective_rpc, /update_weight_version, /resume     hand weights over
+    POST /inference/v1/generate, once for each row                              draw
+
+Written against vLLM 0.32, whose answers say which weights drew each token; `docs/scale.md` has the command that starts it.
+Prompts carry the version as ``cache_salt``, too: keys and values that older weights computed are never found in the prefix cache.
+
+The server's development endpoints, which take weights, ask for no password and load what they are told. So it belongs on this
+machine or in a private network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import numpy as np
+
+from lockstep.config.schema import setting
+from lockstep.errors import ConfigError, EngineFailed, short, told
+from lockstep.interfaces import Engine, Generated
+from lockstep.learning.served import EngineConfig
+from lockstep.text.sequences import right_pad
+from lockstep.text.visible import visible
+
+log = logging.getLogger("lockstep")
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every request
+
+MOST_AT_ONCE = 256
+"""Requests; vLLM's own default of sequences that it runs at once."""
+LARGEST_ANSWER, LARGEST_TOKEN = 2**16, 2**10
+"""Bytes of an answer, and of each of its tokens. Memory is bounded by them: what is longer is not read."""
+LOADING = "loading"
+"""The version while weights are handed over. If that fails, no answer has a version that is accepted."""
+PROBE = -1234.5
+"""As in `lockstep_vllm.processor`, which this environment cannot import."""
+LOOK = "docs/scale.md, 'Rollouts by an engine', has the command that starts it."
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    url: str = setting("http://127.0.0.1:8000", "Of the server, which reads the folder of runs.")
+    timeout_seconds: float = setting(600.0, "Limit of a batch of responses, and of a hand-over.", above=0, most=86400)
+    remote: bool = setting(False, "Whether url may be another machine. Prompts and responses travel there as they are.")
+
+
+class Server(Engine):
+    @dataclass(frozen=True)
+    class Config(EngineConfig):
+        sampler: Literal["lockstep", "vllm"] = setting(
+            "lockstep",
+            "lockstep: the server runs lockstep_vllm.processor, and draws what the backend would; vllm: its own sampler, with a "
+            "seed for each row.",
+        )
+        server: ServerConfig = setting(ServerConfig(), "Where it is.")
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.url = config.server.url.rstrip("/")
+        self.version = LOADING
+        self.known = False
+        """Whether its sampler is the one that was asked for."""
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        check_url(config.server)
+
+    # ------------------------------------------------------------------------------------------------------------ weights
+
+    def load(self, folder: Path, version: str) -> None:
+        if not self.known:
+            self._run(self._probe())
+            self.known = True
+        self.version = LOADING
+        self._run(self._load(folder.absolute(), version))
+        self.version = version
+
+    async def _load(self, folder: Path, version: str) -> None:
+        async with self._client() as client:
+            await self._post(client, "/pause?mode=wait", None)
+            try:
+                await self._post(client, "/update_weight_version", {"new_version": LOADING})
+                await self._post(client, "/collective_rpc", self._reload(str(folder)))
+                await self._post(client, "/update_weight_version", {"new_version": version})
+            except EngineFailed:
+                with contextlib.suppress(EngineFailed):  # it may be gone, and the first error says why
+                    await self._post(client, "/resume", None)
+                raise
+            await self._post(client, "/resume", None)
+
+    def _reload(self, folder: str) -> dict[str, Any]:
+        """The call of the workers: of Lockstep's method, or of vLLM's own where only that is there."""
+        if self.config.sampler == "lockstep":
+            return {"method": "lockstep_load", "kwargs": {"folder": folder}}
+        return {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+
+    async def _probe(self) -> None:
+        """
+        Raises:
+          EngineFailed: it does not sample as the configuration says, or returns no log-probabilities of its sampler.
+        """
+        async with self._client() as client:
+            if self.config.sampler == "lockstep":
+                asked = self._settings(np.zeros(1, np.uint32), 1.0, ())
+                asked["extra_args"]["lockstep"]["probe"] = True
+                _, logprobs = (await self._row(client, [0], asked))[:2]
+                if logprobs != [PROBE]:
+                    raise EngineFailed(
+                        f"{self._who} does not draw from Lockstep's seeds. Start it with --logits-processors "
+                        "lockstep_vllm.processor:Seeds --logprobs-mode processed_logits; or set engine.sampler=vllm, where "
+                        f"tokens are others than the backend's. {LOOK}"
+                    )
+                return
+            for token in (0, 1):  # raw log-probabilities of both cannot be 0
+                asked = self._settings(np.zeros(1, np.uint32), 1.0, ()) | {"logit_bias": {token: 100.0}}
+                _, (logprob, *_), _ = await self._row(client, [0], asked)
+                if abs(logprob) > 1e-3:
+                    raise EngineFailed(
+                        f"{self._who} returns other log-probabilities than those that it samples from. Start it with "
+                        f"--logprobs-mode processed_logprobs. {LOOK}"
+                    )
+        log.warning(
+            "engine.sampler=vllm: the server draws by itself, so the tokens do not follow from the run's seeds, differ from the "
+            "backend's, and may differ when a run is repeated. sampler/mismatch_* has the difference of log-probabilities, and "
+            "algorithm.correction.kind=truncate weighs by it."
+        )
+
+    # ------------------------------------------------------------------------------------------------------------- tokens
+
+    def generate(
+        self,
+        prompt_tokens: np.ndarray,
+        prompt_mask: np.ndarray,
+        seeds: np.ndarray,
+        *,
+        temperature: float,
+        stop_ids: Sequence[int],
+        pad_id: int,
+    ) -> tuple[Generated, frozenset[str]]:
+        prompts = [tokens[mask].tolist() for tokens, mask in zip(prompt_tokens, prompt_mask, strict=True)]
+        rows = self._run(self._rows(prompts, seeds, temperature, stop_ids))
+        width = seeds.shape[1]
+        if (longest := max(len(ids) for ids, _, _ in rows)) > width:
+            raise EngineFailed(f"{self._who} answered with {longest} tokens to a request for at most {width}. {RESTART}")
+        tokens, mask = right_pad([ids for ids, _, _ in rows], pad_id, width)
+        logprobs = np.zeros(mask.shape, np.float32)
+        logprobs[mask] = [number for _, numbers, _ in rows for number in numbers]
+        return Generated(tokens, mask, logprobs), frozenset().union(*(versions for _, _, versions in rows))
+
+    async def _rows(
+        self, prompts: Sequence[list[int]], seeds: np.ndarray, temperature: float, stop_ids: Sequence[int]
+    ) -> list[Row]:
+        limit = asyncio.Semaphore(MOST_AT_ONCE)
+
+        async def one(client: httpx.AsyncClient, prompt: list[int], seeds: np.ndarray) -> Row:
+            async with limit:
+                return await self._row(client, prompt, self._settings(seeds, temperature, stop_ids))
+
+        async with self._client() as client, asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(client, *row)) for row in zip(prompts, seeds, strict=True)]
+        return [task.result() for task in tasks]
+
+    def _settings(self, seeds: np.ndarray, temperature: float, stop_ids: Sequence[int]) -> dict[str, Any]:
+        """vLLM's sampling parameters for one row."""
+        settings: dict[str, Any] = {
+            "max_tokens": len(seeds), "stop_token_ids": list(map(int, stop_ids)), "ignore_eos": True, "detokenize": False,
+            "logprobs": 0,
+        }  # fmt: skip
+        if self.config.sampler == "vllm":
+            return settings | {"temperature": temperature, "seed": int(seeds[0])}
+        return settings | {"temperature": 0.0, "extra_args": {"lockstep": {"seeds": seeds.tolist(), "temperature": temperature}}}
+
+    async def _row(self, client: httpx.AsyncClient, prompt: list[int], settings: dict[str, Any]) -> Row:
+        asked = {"token_ids": prompt, "cache_salt": self.version, "sampling_params": settings}
+        most = LARGEST_ANSWER + LARGEST_TOKEN * settings["max_tokens"]
+        answer = await self._post(client, "/inference/v1/generate", asked, most)
+        try:
+            return response(answer)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            wrong = shown(told(error))
+        raise EngineFailed(f"{self._who} answered with what is no response: {wrong}. {RESTART}")
+
+    # --------------------------------------------------------------------------------------------------------------- HTTP
+
+    @property
+    def _who(self) -> str:
+        return f"The vLLM server at {self.url}"
+
+    def _client(self) -> httpx.AsyncClient:
+        limits = httpx.Limits(max_connections=MOST_AT_ONCE, max_keepalive_connections=MOST_AT_ONCE)
+        plain = {"Accept-Encoding": "identity"}
+        return httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=None, limits=limits, headers=plain)
+
+    def _run(self, work: Any) -> Any:
+        """A coroutine, within the time limit: in a thread of its own, since a notebook's has a loop already."""
+        limit = self.config.server.timeout_seconds
+
+        async def within() -> Any:
+            async with asyncio.timeout(limit):
+                return await work
+
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(asyncio.run, within()).result()
+        except TimeoutError:
+            failure: BaseException = EngineFailed(
+                f"{self._who} did not answer within engine.server.timeout_seconds={limit:g}. Look at its log, or raise the "
+                "limit, and rerun the same command to resume."
+            )
+        except BaseExceptionGroup as group:  # of the rows that were asked for at once
+            failure = _first(group)
+        raise failure
+
+    async def _post(self, client: httpx.AsyncClient, path: str, content: Any, most: int = LARGEST_ANSWER) -> bytes:
+        try:
+            async with client.stream("POST", path, json=content) as answer:
+                body = bytearray()
+                async for piece in answer.aiter_raw():
+                    body += piece
+                    if len(body) > most:
+                        raise EngineFailed(f"{self._who} answered {path} with more than {most} bytes. {RESTART}")
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            raise EngineFailed(
+                f"No connection to the vLLM server at {self.url}: {shown(told(error))}. If it is not running, start it, and "
+                f"rerun the same command to resume. {LOOK}"
+            ) from None
+        if answer.is_success:
+            return bytes(body)
+        said = shown(body.decode(errors="replace")) or "(nothing more)"
+        hint = HINTS.get((path.partition("?")[0], answer.status_code), "")
+        raise EngineFailed(f"{self._who} answered {path} with {answer.status_code}: {said}. {hint}{RESTART} {LOOK}")
+
+
+Row = tuple[list[int], list[float], frozenset[str]]
+"""Token ids, their log-probabilities, and the versions of the weights."""
+RESTART = "Look at its log, restart it, and rerun the same command to resume."
+HINTS = {
+    ("/pause", 404): "It needs VLLM_SERVER_DEV_MODE=1 to take weights. ",
+    ("/inference/v1/generate", 403): "It needs --enable-scale-out. ",
+    ("/inference/v1/generate", 404): "It needs vLLM 0.32 or newer. ",
+    (
+        "/collective_rpc",
+        500,
+    ): "It needs --worker-extension-cls "
+    "lockstep_vllm.processor.Weights (with engine.sampler=lockstep), a checkpoint of the same architecture, and a view of the "
+    "folder of runs. ",
+}
+
+
+def response(answer: bytes) -> Row:
+    """
+    Raises:
+      ValueError, KeyError, TypeError, RecursionError: it is none.
+    """
+    (choice,) = json.loads(answer)["choices"]
+    ids, read = choice["token_ids"], choice["logprobs"]["content"]
+    logprobs = [each["logprob"] for each in read]
+    if ids != [each["token_id"] for each in read]:
+        raise ValueError("its tokens and their log-probabilities do not match")
+    if any(type(each) is not int or not 0 <= each < 2**31 for each in ids) or any(type(x) not in (int, float) for x in logprobs):
+        raise ValueError("a token or a log-probability is no number")
+    return ids, logprobs, frozenset(str(span["version"]) for span in choice["weight_versions"])
+
+
+def shown(text: str) -> str:
+    """One line, of bounded length, of what a server said."""
+    return short(visible(" ".join(text.split())))
+
+
+def check_url(server: ServerConfig) -> None:
+    """
+    Raises:
+      ConfigError: it is no address, or that of another machine without leave.
+    """
+    try:
+        url = httpx.URL(server.url)
+        if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.path.rstrip("/") or url.query:
+            raise ValueError("it needs http:// or https://, a host and a port, and nothing else")
+    except (ValueError, httpx.InvalidURL) as error:
+        wrong = short(str(error))
+        raise ConfigError(f"engine.server.url='{short(server.url)}' should look like http://127.0.0.1:8000: {wrong}.") from None
+    if not server.remote and not _is_this_machine(url.host):
+        raise ConfigError(
+            f"engine.server.url={short(server.url)} is another machine. Prompts and responses would travel there as they are, "
+            "and whoever reaches that port can load weights. If that network is yours alone, set engine.server.remote=true."
+        )
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
