@@ -61,7 +61,10 @@ class JaxDevice(Backend):
 
     def put(self, tree: Any) -> Any:
         """Host arrays on the device, never as views of host memory: learners donate their buffers to XLA."""
-        return jax.device_put(tree, self.device, may_alias=False) if self.mesh is None else mesh.put(self.mesh, tree)
+        if self.mesh is not None:
+            return mesh.put(self.mesh, tree)
+        whole = lambda array: array[tuple(slice(None) for _ in array.shape)]  # noqa: E731
+        return jax.tree.map(lambda array: jax.device_put(whole(array), self.device, may_alias=False), tree)
 
 
 def matmuls(precision: str, platform: str) -> str | None:

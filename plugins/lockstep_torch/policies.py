@@ -160,26 +160,28 @@ def _open(auto: type, checkpoint: Checkpoint) -> tuple[Network, Mapping[str, np.
     read where they are used. No code from the checkpoint is run. This package's decoder runs models of Llama's shape, because
     its generation loop is leaner; transformers' own modules run all others.
 
-    Only transformers knows how to read families without a record; it reads all weights.
-
     Raises:
       CheckpointError: transformers cannot open it, or would fill tensors with random numbers.
     """
     if checkpoint.architecture is None:
-        return _opened_by_transformers(auto, checkpoint)
+        return _read_by_transformers(auto, checkpoint)
     hf = without_weights(auto, checkpoint.folder)
     network = _lean(hf) or TransformersNetwork(hf.eval())
     found = usual_tensors(checkpoint.architecture, checkpoint.stored)
-    shapes = {network.checkpoint_name(name): tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    other = {name: (found[name].shape, shape) for name, shape in shapes.items() if name in found and found[name].shape != shape}
-    refuse_tensors(checkpoint.folder, missing=shapes.keys() - found.keys(), unused=(), other=other)
+    stored = [found.get(network.checkpoint_name(name)) for name, _ in network.named_parameters()]
+    shapes = [tuple(parameter.shape) for parameter in network.parameters()]
+    if [each and each.shape for each in stored] != shapes:  # of a larger model
+        return _read_by_transformers(auto, checkpoint)
     return network, OnDisk(found)
 
 
-def _opened_by_transformers(auto: type, checkpoint: Checkpoint) -> tuple[Network, Mapping[str, np.ndarray]]:
+def _read_by_transformers(auto: type, checkpoint: Checkpoint) -> tuple[Network, Mapping[str, np.ndarray]]:
+    """Which alone knows how files of families without a record are read. It reads all weights."""
     hf, info = load(auto, checkpoint.folder)
-    heads = () if hf.base_model is not hf else ("score.", "lm_head.")  # a trunk has none
-    unused = {name for name in info["unexpected_keys"] if not name.startswith(heads) and not BUFFERS.search(name)}
+    unused = set[str]()
+    if checkpoint.architecture is None:  # else its names have been checked
+        heads = () if hf.base_model is not hf else ("score.", "lm_head.")  # a trunk has none
+        unused = {name for name in info["unexpected_keys"] if not name.startswith(heads) and not BUFFERS.search(name)}
     refuse_tensors(checkpoint.folder, missing=info["missing_keys"], unused=unused, other=info["mismatched_keys"])
     network = TransformersNetwork(hf.eval())
     weights = {network.checkpoint_name(name): parameter.detach().numpy() for name, parameter in network.named_parameters()}
