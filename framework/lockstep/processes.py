@@ -71,13 +71,24 @@ class Processes:
         self.exchange(message)
         return value
 
-    def settle(self, trouble: LockstepError | None) -> None:
+    def settle(self, trouble: Exception | None) -> None:
         """Raise on all processes the first error that any of them had with its share of some work."""
         if trouble is not None and self.count == 1:
             raise trouble
         for other in map(decode, self.exchange(encode(trouble and _told(trouble)))):
             if other is not None:
                 raise _elsewhere(*other) from trouble
+
+    def each(self, make: Callable[[], T]) -> list[T]:
+        """What ``make`` returns on each process, as `share` shares it; what it raises on one is raised on all."""
+        value: Any = None
+        trouble: Exception | None = None
+        try:
+            value = make()
+        except Exception as error:
+            trouble = error
+        self.settle(trouble)
+        return [decode(message) for message in self.exchange(encode(value))]
 
     def any(self, true: bool) -> bool:
         """Whether it is true on any process."""

@@ -172,12 +172,13 @@ class JaxLearner(Learner):
         found = {name: each.shape for name, each in stored.items()}
         if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
             raise CheckpointError(f"{folder} is of another architecture: {', '.join(wrong[:3])} do not fit.")
-        for name, state in self._states().items():
-            for part in (part for part, tree in state._asdict().items() if tree is not None):
-                prefix = f"{name}.{part}."
-                arrays = OnDisk({key: stored[f"{prefix}{key}"] for key in trees.pop(prefix)})
-                restored = self.backend.put(from_arrays(self.models[name].spec.architecture, arrays))
-                self._take({name: self._states()[name]._replace(**{part: restored})})
+        while trees:  # one after the other, so that what it replaces is freed
+            prefix, tree = trees.popitem()
+            name, part = prefix[:-1].rsplit(".", 1)
+            arrays = OnDisk({key: stored[f"{prefix}{key}"] for key in tree})
+            del tree
+            restored = self.backend.put(from_arrays(self.models[name].spec.architecture, arrays))
+            self._take({name: self._states()[name]._replace(**{part: restored})})
         self.steps = steps
 
     def _gathered(self) -> dict[str, Gathered]:

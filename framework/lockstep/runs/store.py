@@ -141,9 +141,11 @@ class StageFolder:
             _emptied(temporary)
             sync(self.path)  # the names of metrics.jsonl and of the folder of checkpoints itself
 
-        def finish() -> None:
+        def written() -> list[str]:
             write_json(temporary / "state.json", {"step": step, "state": state})
-            sums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
+            return sorted(file.name for file in temporary.iterdir())
+
+        def finish(sums: Mapping[str, str]) -> None:
             write_json(temporary / "sums.json", sums)
             move_folder(temporary, final)
             for old in self._checkpoints()[:-KEPT]:
@@ -152,7 +154,9 @@ class StageFolder:
         try:
             processes.share(begin)
             write(temporary)
-            processes.share(finish)
+            own = processes.share(written)[processes.rank :: processes.count]
+            sums = processes.each(lambda: {name: checksum(temporary / name) for name in own})
+            processes.share(lambda: finish(dict(sorted(item for each in sums for item in each.items()))))
         except OSError as error:
             raise CheckpointError(f"Could not save {final}: {error}. The previous checkpoint is kept.") from error
         finally:
