@@ -63,8 +63,12 @@ class JaxDevice(Backend):
         """Host arrays on the device, never as views of host memory: learners donate their buffers to XLA."""
         if self.mesh is not None:
             return mesh.put(self.mesh, tree)
-        whole = lambda array: array[tuple(slice(None) for _ in array.shape)]  # noqa: E731
-        return jax.tree.map(lambda array: jax.device_put(whole(array), self.device, may_alias=False), tree)
+
+        def one(array: Any) -> jax.Array:
+            whole = array[tuple(slice(None) for _ in array.shape)]
+            return jax.device_put(whole, self.device, may_alias=False).block_until_ready()  # else all host arrays exist at a time
+
+        return jax.tree.map(one, tree)
 
 
 def matmuls(precision: str, platform: str) -> str | None:

@@ -68,10 +68,12 @@ def described(mesh: Mesh) -> str:
 
 
 def put(mesh: Mesh, tree: Tree) -> Tree:
-    """Host arrays, the same in every process, as divided parameters, which read their parts only; never as views of host memory."""
+    """Host arrays, the same in every process, as divided parameters, each of which reads its parts alone; never as views of host
+    memory."""
 
     def one(array: Any, place: NamedSharding) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, place, lambda part: np.array(array[part]))
+        placed = jax.make_array_from_callback(array.shape, place, lambda part: np.array(array[part]))
+        return placed.block_until_ready()  # else all host arrays exist at a time
 
     return jax.tree.map(one, tree, shardings(mesh, tree))
 

@@ -27,7 +27,7 @@ from lockstep.models.architecture import (
     usual_tensors,
 )
 from lockstep.models.blueprint import Blueprint
-from lockstep.models.checkpoint import Checkpoint, CheckpointConfig, FromCheckpoint, is_adapter, open_checkpoint, map_decoder
+from lockstep.models.checkpoint import Checkpoint, CheckpointConfig, FromCheckpoint, is_adapter, map_decoder, open_checkpoint
 from lockstep.storage.weights import OnDisk, as_float32
 from lockstep.text.tokenizer import Tokenizer
 from lockstep_torch.classifier import TextClassifier

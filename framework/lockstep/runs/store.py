@@ -129,9 +129,7 @@ class StageFolder:
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
-    def save(
-        self, step: int, write: Callable[[Path], None], state: Mapping[str, Any], processes: Processes = ALONE
-    ) -> None:
+    def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any], processes: Processes = ALONE) -> None:
         """Save a checkpoint that resumes at ``step``: ``write`` puts files into a folder, on each process; ``state`` is JSON. It
         gets its name only once it is complete; then all but the newest two are removed."""
         final = self.path / "checkpoints" / f"{step:08d}"

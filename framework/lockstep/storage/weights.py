@@ -208,7 +208,9 @@ def stored_weights(folder: Path, file: str = WEIGHTS) -> dict[str, Stored]:
     if outside := [shard for shard in shards if Path(shard).name != shard or shard in ("", "..")]:
         raise CheckpointError(f"{index} names the file {outside[0]!r}. Shards lie in the folder of their index.")
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise CheckpointError(f"{folder} lacks {len(missing)} of the {len(shards)} files in {index.name}: {listing(missing[:3])}.")
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the {len(shards)} files in {index.name}: {listing(missing[:3])}."
+        )
     found = {name: stored for shard in shards for name, stored in stored_tensors(folder / shard).items()}
     if absent := sorted(places.keys() - found.keys()):
         raise CheckpointError(f"{index} is damaged: the files that it names do not hold {listing(absent[:3])}.")
@@ -243,12 +245,14 @@ def mapped(stored: Stored) -> np.ndarray:
 
 def as_float32(part: np.ndarray) -> np.ndarray:
     """A float32 copy of a part of `mapped` weights."""
-    return (part.astype(np.uint32) << 16).view(np.float32) if part.dtype == np.uint16 else np.array(part, np.float32, order="C")
+    if part.dtype != np.uint16:
+        return np.array(part, np.float32, order="C")
+    return (part.astype(np.uint32, order="C") << 16).view(np.float32)
 
 
 class OnDisk(Mapping[str, np.ndarray]):
-    """Weights that are `mapped` when they are asked for, so that none is in memory for longer than it is used. ``more``: those that
-    the files lack."""
+    """Weights that are `mapped` when they are asked for, so that none is in memory for longer than it is used. ``more``: those
+    that the files lack."""
 
     def __init__(self, stored: Mapping[str, Stored], more: Mapping[str, np.ndarray] | None = None):
         self.stored, self.more = stored, more or {}
