@@ -5,8 +5,8 @@
     python benchmarks/mesh_memory.py --processes 2 --backend jax
 
 For each phase of process 0: the most memory that the process had in it, and what it has afterwards, in MB, more than before it
-made the model. Weights, gradients and Adam's two moments are 4 x 4 bytes a parameter. The weights come from a checkpoint on the disk.
-glibc keeps freed buffers for later, up to 32 MB each: MALLOC_MMAP_THRESHOLD_=4000000 makes it give them back.
+made the model. Weights, gradients and Adam's two moments are 4 x 4 bytes a parameter. The weights come from a checkpoint on the
+disk. glibc keeps freed buffers for later, up to 32 MB each: MALLOC_MMAP_THRESHOLD_=4000000 makes it give them back.
 """
 
 from __future__ import annotations

@@ -482,7 +482,8 @@ class Backend(ABC, Component):
     processes: Processes = ALONE
     """Those that run this program together, each with such a backend. Methods of models and learners are then collective: every
     process has to call `Model.evaluate`, `Policy.generate`, `Learner.update`, `Model.parameters`, `Model.copy`, `Model.save` and
-    all others, in the same order and with the same arguments, and gets the same results. What they save is shared by all to write."""
+    all others, in the same order and with the same arguments, and gets the same results. They share the writing of what
+    they save."""
 
     @abstractmethod
     def __init__(self, config: Any): ...
