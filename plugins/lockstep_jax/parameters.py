@@ -56,10 +56,10 @@ def from_arrays(architecture: Architecture, arrays: Mapping[str, np.ndarray]) ->
             shapes[*path, leaf] = array.shape[::-1] if turned else array.shape
             parts.setdefault((*path, leaf), {})[layer] = read
     leaves = {}
-    for path, shape in shapes.items():
-        stacked = path[0] == "layers"
-        layers = [parts[path][layer] for layer in range(architecture.layers if stacked else 1)]
-        leaves[path] = Leaf(layers, shape, stacked=stacked)
+    for place, shape in shapes.items():
+        stacked = place[0] == "layers"
+        layers = [parts[place][layer] for layer in range(architecture.layers if stacked else 1)]
+        leaves[place] = Leaf(layers, shape, stacked=stacked)
     return nnx.traversals.unflatten_mapping(leaves)
 
 
