@@ -1,42 +1,61 @@
-"""Memory of one process that trains a decoder of 50 million parameters, alone and among several:
+"""Memory of one process that loads, trains and saves a decoder of 115 million parameters, alone and among several:
 
     python benchmarks/mesh_memory.py
-    torchrun --nproc-per-node 2 benchmarks/mesh_memory.py
+    python benchmarks/mesh_memory.py --processes 2
+    python benchmarks/mesh_memory.py --processes 2 --backend jax
 
-'held' is what the process has more after three updates than before it made the model, and 'peak' the most it ever had more: in
-MB, without what Python and torch themselves take. Weights, gradients and Adam's two moments are 4 x 4 bytes a parameter. glibc
-keeps freed buffers for later, up to 32 MB each: MALLOC_MMAP_THRESHOLD_=4000000 makes it give them back.
+For each phase of process 0: the most memory that the process had in it, and what it has afterwards, in MB, more than before it
+made the model. Weights, gradients and Adam's two moments are 4 x 4 bytes a parameter. The weights come from a checkpoint on the
+disk. glibc keeps freed buffers for later, up to 32 MB each: MALLOC_MMAP_THRESHOLD_=4000000 makes it give them back.
 """
 
 from __future__ import annotations
 
-import resource
+import argparse
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
+from lockstep.commands.run import workers
 from lockstep.config.schema import parse
 from lockstep.launchers import place
 from lockstep.learning.optimisation import OptimizerConfig
-from lockstep.models.architecture import initial_parameters, small_decoder
+from lockstep.models.architecture import initial_parameters, small_decoder, to_hf
+from lockstep.registry import registry
+from lockstep.storage.files import write_json
+from lockstep.storage.weights import write_tensors
 from lockstep.text.sequences import Sequences, pack
 from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss, next_token_terms
-from lockstep_torch.backend import TorchBackend
-from lockstep_torch.decoder import DecoderNetwork, load_arrays
-from lockstep_torch.policies import Decoder
 
 SHAPE = small_decoder(
-    vocab_size=8192, hidden_size=640, layers=8, heads=10, kv_heads=10, intermediate_size=1728, context_length=128,
+    vocab_size=16384, hidden_size=768, layers=12, heads=12, kv_heads=12, intermediate_size=2048, context_length=128,
     rope_theta=10000.0, tied=False,
 )  # fmt: skip
-ROWS, COLUMNS = 4, 32
+PARAMETERS = 2 * 16384 * 768 + 12 * (4 * 768 * 768 + 3 * 768 * 2048)
+ROWS, COLUMNS = 4, 16
 
 
-def held() -> float:
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * resource.getpagesize() / 1e6
+def status(what: str) -> float:
+    """A line of /proc/self/status, in MB."""
+    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    return int(found[1]) * 1024 / 1e6
+
+
+def make(folder: Path) -> None:
+    """The checkpoint, and a tiny one. Python's heap would keep what their random numbers take, hence a process of its own."""
+    tiny = dataclasses.replace(SHAPE, hidden_size=24, layers=1, intermediate_size=8)
+    for name, shape in {"large": SHAPE, "tiny": tiny}.items():
+        write_tensors(folder / name / "model.safetensors", initial_parameters(shape, 0))
+        write_json(folder / name / "config.json", to_hf(shape))
 
 
 def batch() -> Sequences:
@@ -44,29 +63,48 @@ def batch() -> Sequences:
     return pack(*tokens, 0, prompt_columns=COLUMNS, response_columns=COLUMNS)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    mesh = {"fsdp": place().count}
-    backend = TorchBackend(parse(TorchBackend.Config, {"device": "cpu", "mesh": mesh}, "backend"))
-    before, peak_before = held(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    network = DecoderNetwork(SHAPE)
-    load_arrays(network, initial_parameters(SHAPE, 0))
-    parameters = sum(p.numel() for p in network.parameters())
-    model = Decoder(network, None, backend)
-    learner = backend.learner({"policy": model}, {"policy": OptimizerConfig(learning_rate=1e-4)})
-    sequences, seconds = batch(), []
-    terms = next_token_terms([sequences], None, NextTokenLoss())
-    for _ in range(3):
+def main(name: str) -> None:
+    made = None
+    if place().rank == 0:  # before the backend has threads
+        made = tempfile.mkdtemp()
+        subprocess.run([sys.executable, __file__, "--make", made], check=True)
+    cls = registry().resolve("backend", name, name)
+    backend = cls(parse(cls.Config, {"device": "cpu", "mesh": {"fsdp": place().count}}, "backend"))
+    policy, together = registry().resolve("policy", "huggingface", name), backend.processes
+    folder = Path(together.share(lambda: made))
+    policy.load(folder / "tiny", backend)  # imports what it needs
+    before = status("VmRSS")
+    lines = []
+
+    def phase(what: str, work: Callable[[], Any]) -> Any:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins anew
         started = time.perf_counter()
-        learner.update(terms)
-        seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(
-        f"process {place().rank} of {place().count}: {parameters / 1e6:.1f} million parameters, {16 * parameters / 1e6:.0f} MB "
-        "of weights, gradients and moments; "
-        f"held {held() - before:.0f} MB, peak {(peak - peak_before) * 1024 / 1e6:.0f} MB more; {min(seconds):.2f} s"
-    )
+        found = work()
+        seconds = time.perf_counter() - started
+        lines.append(f"{what} {status('VmHWM') - before:.0f} (then {status('VmRSS') - before:.0f}; {seconds:.1f} s)")
+        return found
+
+    model = phase("load", lambda: policy.load(folder / "large", backend))
+    learner = backend.learner({"policy": model}, {"policy": OptimizerConfig(learning_rate=1e-4)})
+    terms = next_token_terms([batch()], None, NextTokenLoss())
+    phase("three updates", lambda: [learner.update(terms) for _ in range(3)])
+    phase("save the state", lambda: learner.save(folder / "state"))
+    together.share(lambda: None)
+    phase("restore it", lambda: learner.restore(folder / "state"))
+    phase("save the policy", lambda: model.save(folder / "policy"))
+    print(f"{name}, process {place().rank} of {place().count}, {PARAMETERS / 1e6:.0f} million: {', '.join(lines)}", flush=True)
+    together.share(lambda: shutil.rmtree(folder))
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--backend", default="torch")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.make:
+        make(given.make)
+    elif given.processes > place().count:
+        sys.exit(workers.work([sys.executable, *sys.argv], given.processes))
+    else:
+        main(given.backend)

@@ -1,5 +1,6 @@
-"""What one process of test_processes.py does: python one_of_several.py FOLDER BACKEND MESH. Alone or among several, it trains,
-samples and saves in the same way, and leaves numbers in FOLDER/<count>.<rank>.npz."""
+"""What one process of test_processes.py does: python one_of_several.py FOLDER BACKEND MESH. Alone or as one of two, it trains,
+samples and saves in the same way, and leaves numbers in FOLDER/<count>.<rank>.npz; as one of three it passes state on. Two save
+theirs in shards."""
 
 import contextlib
 import sys
@@ -15,6 +16,7 @@ from lockstep.checking.conformance import backends as kit
 from lockstep.checking.conformance.world import PAD, STOP, World
 from lockstep.errors import OutOfStep
 from lockstep.launchers import place
+from lockstep.storage import weights
 
 ROWS = 7  # two processes have four each, one of them twice
 
@@ -40,8 +42,12 @@ def sent() -> Iterator[list[int]]:
 def main(folder: Path, backend: str, mesh: str) -> None:
     here, world = place(), World(backend, overrides=["backend.device=cpu", *mesh.split()])
     models = kit.pair(world)
-    world.backend.processes = together = world.processes  # from here on, process 0 alone writes
+    world.backend.processes = together = world.processes  # from here on, the processes save for each other
     learner = kit.learning(world, models)
+    if here.count == 3:
+        learner.restore(folder / "saved by 2")
+        learner.save(folder / "again saved by 2 at 3")
+        return
 
     def term(seed: int = 0):
         return kit.term(world, rows=np.arange(ROWS), seed=seed, dropout=0.1)
@@ -55,7 +61,9 @@ def main(folder: Path, backend: str, mesh: str) -> None:
     found |= {f"output {name}": array for name, array in kit.outputs_of(models, term()).items()}
     found["losses"] = np.array([learner.update([term(seed)])["loss"] for seed in range(3)])
     found |= {f"parameter {name}": array for name, array in kit.parameters(models).items()}
+    weights.SHARD = 20_000 if here.count == 2 else weights.SHARD
     learner.save(folder / f"saved by {here.count}")
+    models["policy"].save(folder / f"policy of {here.count}")
     together.share(lambda: None)  # it is written
     for source in sorted(folder.glob("saved by ?")):
         again = kit.learning(world, {name: model.copy() for name, model in models.items()})

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lockstep.checking.conformance.world import ARCHITECTURE
+from lockstep.checking.conformance import backends as kit
+from lockstep.checking.conformance.world import ARCHITECTURE, World
 from lockstep.commands.run import workers
 from lockstep.config.compose import compose
 from lockstep.config.mesh import MeshConfig
 from lockstep.config.schema import parse
-from lockstep.errors import ConfigError, EnvironmentFailed, LockstepError, OutOfStep, RewardError
+from lockstep.errors import CheckpointError, ConfigError, EnvironmentFailed, LockstepError, OutOfStep, RewardError
 from lockstep.interfaces import Environment, Episode, Label, Labeler, Reply, RewardModel
 from lockstep.launchers import Place, meeting_place, place
 from lockstep.learning.episodes import EnvironmentConfig, replies
@@ -29,7 +30,7 @@ from lockstep.runs import assembly
 from lockstep.runs.asked_once import SharedLabeler, SharedRewardModel
 from lockstep.runs.experiment import Experiment
 from lockstep.storage.files import read_json
-from lockstep.storage.weights import read_tensors
+from lockstep.storage.weights import read_tensor, stored_weights
 from lockstep.types import Prompt
 from lockstep_torch.backend import TorchBackend
 from runs import DECODER, TINY
@@ -116,6 +117,17 @@ def test_a_bug_on_process_0_ends_the_others_too():
     found = together(lambda processes: processes.share(lambda: 1 / 0))
     assert isinstance(found[0], ZeroDivisionError) and isinstance(found[1], LockstepError)
     assert str(found[1]) == "ZeroDivisionError: division by zero"
+
+
+def test_all_learn_what_each_has_made_and_what_any_could_not():
+    assert together(lambda processes: processes.each(lambda: processes.rank), 3) == [[0, 1, 2]] * 3
+
+    def fail(processes):
+        if processes.rank == 1:
+            raise CheckpointError("the disk is full")
+
+    found = together(lambda processes: processes.each(lambda: fail(processes)), 3)
+    assert [type(each) for each in found] == [CheckpointError] * 3 and {str(each) for each in found} == {"the disk is full"}
 
 
 def test_one_that_is_asked_to_stop_stops_all():
@@ -340,9 +352,11 @@ def several(count, *arguments, program="one_of_several.py", **environment):
 @pytest.fixture(scope="module", params=["torch", "jax"])
 def trained(request, tmp_path_factory):
     """{(count, rank): numbers}, and the folder of what was saved."""
-    folder = tmp_path_factory.mktemp("several")
+    folder = tmp_path_factory.mktemp(request.param)
     several(2, folder, request.param, "backend.mesh.fsdp=-1")
     several(1, folder, request.param, "")
+    if request.param == "torch":  # JAX has devices of one process in test_mesh.py
+        several(3, folder, request.param, "backend.mesh.fsdp=-1")
     return {(c, r): dict(np.load(folder / f"{c}.{r}.npz")) for c, r in [(1, 0), (2, 0), (2, 1)]}, folder
 
 
@@ -375,14 +389,34 @@ def test_all_processes_have_the_same_bits(trained):
     assert [name for name in numbers[2, 0] if numbers[2, 0][name].tobytes() != numbers[2, 1][name].tobytes()] == []
 
 
-def test_state_saved_by_two_is_restored_bit_for_bit_by_two_and_by_one(trained):
+def state(folder):
+    return {name: read_tensor(stored) for name, stored in stored_weights(folder, "learner.safetensors").items()}
+
+
+def check_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if expected[name].tobytes() != found[name].tobytes()] == []
+
+
+def test_state_saved_in_shards_by_two_is_restored_bit_for_bit_by_others(trained):
     numbers, folder = trained
-    saved = read_tensors(folder / "saved by 2" / "learner.safetensors")
-    for count in (1, 2):
-        again = read_tensors(folder / f"again saved by 2 at {count}" / "learner.safetensors")
-        assert again.keys() == saved.keys()
-        assert [name for name in saved if saved[name].tobytes() != again[name].tobytes()] == []
+    assert len(list((folder / "saved by 2").glob("learner-*.safetensors"))) > 4
+    assert len(again := list(folder.glob("again saved by 2 at ?"))) >= 2
+    for found in again:
+        check_equal(state(found), state(folder / "saved by 2"))
     assert numbers[1, 0]["after saved by 2"] == pytest.approx(numbers[2, 0]["after saved by 2"], rel=2e-6)
+
+
+def test_the_other_backend_reads_what_two_saved(trained, tmp_path):
+    _, folder = trained
+    world = World("jax" if folder.name.startswith("torch") else "torch", overrides=["backend.device=cpu"])
+    learner = kit.learning(world, kit.pair(world))
+    learner.restore(folder / "saved by 2")
+    learner.save(tmp_path)
+    check_equal(state(tmp_path), state(folder / "saved by 2"))
+    policy = learner.models["policy"]
+    again = type(policy).load(folder / "policy of 2", world.backend)
+    check_equal(again.parameters(), {name: a for name, a in policy.parameters().items() if not name.startswith("score.")})
 
 
 def test_a_process_that_draws_other_data_is_named(trained):

@@ -313,13 +313,13 @@ def test_a_half_written_checkpoint_does_not_count_and_is_removed(tmp_path):
 
 def test_a_full_disk_keeps_the_checkpoint_before_it_and_says_so(begun, monkeypatch, torch_whole):
     whole, options = torch_whole[0], [*torch_whole[1], "checkpoint_every=2"]
-    real = storage_weights.save_file
+    real = storage_weights._write
     full = {"now": False}
 
-    def save_file(tensors, path, **rest):
+    def write(path, kinds, tensors):
         if full["now"]:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path, **rest)
+        real(path, kinds, tensors)
 
     from lockstep_rlhf.algorithms.ppo import PPO
 
@@ -329,7 +329,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_it_and_says_so(begun, monkeypat
         full["now"] = number == 3
         return step(self, number)
 
-    monkeypatch.setattr(storage_weights, "save_file", save_file)
+    monkeypatch.setattr(storage_weights, "_write", write)
     monkeypatch.setattr(PPO, "step", filling)
     with pytest.raises(CheckpointError, match="No space left on device.*Make room and run the same command again"):
         tiny(begun, *options)

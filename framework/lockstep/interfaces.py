@@ -146,8 +146,8 @@ class Model(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face checkpoint (``config.json``, ``model.safetensors``) that transformers opens; an adapter
-        writes peft's files."""
+        """Write a Hugging Face checkpoint (``config.json``, ``model.safetensors`` or its shards) that transformers opens; an
+        adapter writes peft's files."""
 
 
 class Policy(Model, Component):
@@ -443,7 +443,8 @@ class Learner(ABC):
     def save(self, folder: Path) -> None:
         """Write all that `restore` needs to resume: bit for bit on this backend, up to rounding on another.
         ``learner.safetensors`` has ``<model>.parameters|mean|square|average.<name>``, the last with ``ema_decay`` only;
-        ``learner.json`` has ``{"steps": n}``."""
+        ``learner.json`` has ``{"steps": n}``. `lockstep.storage.weights.write_weights` divides the first among several files and
+        processes, if it is large."""
 
     @abstractmethod
     def restore(self, folder: Path) -> None:
@@ -481,7 +482,8 @@ class Backend(ABC, Component):
     processes: Processes = ALONE
     """Those that run this program together, each with such a backend. Methods of models and learners are then collective: every
     process has to call `Model.evaluate`, `Policy.generate`, `Learner.update`, `Model.parameters`, `Model.copy`, `Model.save` and
-    all others, in the same order and with the same arguments, and gets the same results. Process 0 writes what they save."""
+    all others, in the same order and with the same arguments, and gets the same results. They share the writing of what
+    they save."""
 
     @abstractmethod
     def __init__(self, config: Any): ...

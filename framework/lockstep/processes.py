@@ -66,10 +66,29 @@ class Processes:
             value = make()
             message = encode(("value", value))
         except BaseException as error:
-            self.exchange(encode((type(error).__name__, str(error))))
+            self.exchange(encode(_told(error)))
             raise
         self.exchange(message)
         return value
+
+    def settle(self, trouble: Exception | None) -> None:
+        """Raise on all processes the first error that any of them had with its share of some work."""
+        if trouble is not None and self.count == 1:
+            raise trouble
+        for other in map(decode, self.exchange(encode(trouble and _told(trouble)))):
+            if other is not None:
+                raise _elsewhere(*other) from trouble
+
+    def each(self, make: Callable[[], T]) -> list[T]:
+        """What ``make`` returns on each process, as `share` shares it; what it raises on one is raised on all."""
+        value: Any = None
+        trouble: Exception | None = None
+        try:
+            value = make()
+        except Exception as error:
+            trouble = error
+        self.settle(trouble)
+        return [decode(message) for message in self.exchange(encode(value))]
 
     def any(self, true: bool) -> bool:
         """Whether it is true on any process."""
@@ -105,6 +124,10 @@ def _digest(content: Iterable[np.ndarray | str]) -> bytes:
         array = np.frombuffer(each.encode(), np.uint8) if isinstance(each, str) else np.ascontiguousarray(each)
         found.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
     return found.digest()
+
+
+def _told(error: BaseException) -> tuple[str, str]:
+    return type(error).__name__, str(error)
 
 
 def _elsewhere(kind: str, text: str) -> BaseException:

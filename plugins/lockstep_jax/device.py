@@ -61,7 +61,14 @@ class JaxDevice(Backend):
 
     def put(self, tree: Any) -> Any:
         """Host arrays on the device, never as views of host memory: learners donate their buffers to XLA."""
-        return jax.device_put(tree, self.device, may_alias=False) if self.mesh is None else mesh.put(self.mesh, tree)
+        if self.mesh is not None:
+            return mesh.put(self.mesh, tree)
+
+        def one(array: Any) -> jax.Array:
+            whole = array[tuple(slice(None) for _ in array.shape)]
+            return jax.device_put(whole, self.device, may_alias=False).block_until_ready()  # else all host arrays exist at a time
+
+        return jax.tree.map(one, tree)
 
 
 def matmuls(precision: str, platform: str) -> str | None:

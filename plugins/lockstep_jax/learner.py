@@ -20,13 +20,13 @@ from lockstep.interfaces import ForwardPass, Learner, Loss, Metrics, Term, suppl
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.processes import asked
 from lockstep.storage.files import read_json, write_json
-from lockstep.storage.weights import read_tensors, write_tensors
+from lockstep.storage.weights import LEARNER, OnDisk, stored_weights, write_weights
 from lockstep.text.sequences import Sequences
 from lockstep_jax.decoder import DropoutMask, NetworkSpec, Tree
 from lockstep_jax.device import JaxDevice, keep_freed_memory, scheduling
 from lockstep_jax.mesh import divided, whole
 from lockstep_jax.model import Block, JaxModel, forward
-from lockstep_jax.parameters import from_arrays, to_arrays
+from lockstep_jax.parameters import Gathered, from_arrays
 
 Roles = tuple[tuple[str, NetworkSpec, tuple[str, ...]], ...]
 """(model name, its network, the outputs it gives to a loss): hashable, a static argument of compiled programs."""
@@ -115,7 +115,7 @@ class JaxLearner(Learner):
         return {
             f"{name}.{key}": array
             for name, model in self.models.items()
-            for key, array in to_arrays(model.spec.architecture, gradients[name]).items()
+            for key, array in Gathered(model.spec.architecture, gradients[name]).items()
         }
 
     def _agree(self, terms: Sequence[Term]) -> None:
@@ -152,35 +152,43 @@ class JaxLearner(Learner):
         return averaged
 
     def save(self, folder: Path) -> None:
-        tensors = {
-            f"{name}.{part}.{key}": array
-            for name, state in self._states().items()
-            for part, tree in state._asdict().items()
-            if tree is not None
-            for key, array in to_arrays(self.models[name].spec.architecture, tree).items()
-        }
-        if self.backend.processes.leads:
-            write_tensors(folder / "learner.safetensors", tensors)
+        trees, processes = self._gathered(), self.backend.processes
+        places = {f"{prefix}{name}": (tree, name) for prefix, tree in trees.items() for name in tree}
+        shapes = {full: tree.shapes[name] for full, (tree, name) in places.items()}
+
+        def gather(full: str) -> np.ndarray:
+            tree, name = places[full]
+            return tree[name]
+
+        write_weights(folder, shapes, gather, processes, LEARNER)
+        if processes.leads:
             write_json(folder / "learner.json", {"steps": self.steps})
 
     def restore(self, folder: Path) -> None:
-        stored = read_tensors(folder / "learner.safetensors")
+        stored = stored_weights(folder, LEARNER)
         steps = read_json(folder / "learner.json")["steps"]
-        self._take({name: self._restored(name, state, stored, folder) for name, state in self._states().items()})
+        trees = self._gathered()
+        expected = {f"{prefix}{name}": shape for prefix, tree in trees.items() for name, shape in tree.shapes.items()}
+        found = {name: each.shape for name, each in stored.items()}
+        if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+            raise CheckpointError(f"{folder} is of another architecture: {', '.join(wrong[:3])} do not fit.")
+        while trees:  # one after the other, so that what it replaces is freed
+            prefix, tree = trees.popitem()
+            name, part = prefix[:-1].rsplit(".", 1)
+            arrays = OnDisk({key: stored[f"{prefix}{key}"] for key in tree})
+            del tree
+            restored = self.backend.put(from_arrays(self.models[name].spec.architecture, arrays))
+            self._take({name: self._states()[name]._replace(**{part: restored})})
         self.steps = steps
 
-    def _restored(self, name: str, own: State, stored: Mapping[str, np.ndarray], folder: Path) -> State:
-        architecture = self.models[name].spec.architecture
-        parts = {}
-        for part, tree in own._asdict().items():
-            prefix = f"{name}.{part}."
-            arrays = {key.removeprefix(prefix): array for key, array in stored.items() if key.startswith(prefix)}
-            expected = {} if tree is None else to_arrays(architecture, tree)
-            if wrong := _different(expected, arrays):
-                names = ", ".join(prefix + name for name in wrong[:3])
-                raise CheckpointError(f"{folder} is of another architecture: {names} do not fit.")
-            parts[part] = None if tree is None else self.backend.put(from_arrays(architecture, arrays))
-        return State(**parts)
+    def _gathered(self) -> dict[str, Gathered]:
+        """All that training changes, by the prefix of its names in files."""
+        return {
+            f"{name}.{part}.": Gathered(self.models[name].spec.architecture, tree)
+            for name, state in self._states().items()
+            for part, tree in state._asdict().items()
+            if tree is not None
+        }
 
     def _parameters(self) -> dict[str, Tree]:
         return {name: model.params for name, model in self.models.items()}
@@ -204,12 +212,6 @@ def _initial(params: Tree, config: OptimizerConfig) -> State:
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
     average = None if config.ema_decay is None else jax.tree.map(jnp.copy, params)
     return State(parameters=None, mean=zeros(params), square=zeros(params), average=average)
-
-
-def _different(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> list[str]:
-    """Names that one side lacks, or that differ in shape."""
-    shapes, others = ({name: array.shape for name, array in side.items()} for side in (expected, found))
-    return sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
 
 
 def _arguments(term: Term) -> tuple[Block, dict[str, np.ndarray], float, DropoutMask | None]:

@@ -68,28 +68,28 @@ def described(mesh: Mesh) -> str:
 
 
 def put(mesh: Mesh, tree: Tree) -> Tree:
-    """Host arrays, the same in every process, as divided parameters; never as views of host memory."""
+    """Host arrays, the same in every process, as divided parameters, each of which reads its parts alone; never as views of host
+    memory."""
 
-    def one(array: np.ndarray, place: NamedSharding) -> jax.Array:
-        return jax.make_array_from_callback(np.shape(array), place, lambda part: np.array(array[part]))
+    def one(array: Any, place: NamedSharding) -> jax.Array:
+        placed = jax.make_array_from_callback(array.shape, place, lambda part: np.array(array[part]))
+        return placed.block_until_ready()  # else all host arrays exist at a time
 
     return jax.tree.map(one, tree, shardings(mesh, tree))
 
 
-def get(tree: Tree) -> Tree:
-    """Whole host copies of divided parameters, in every process: all have to ask."""
-
-    def one(array: jax.Array) -> np.ndarray:
-        if not (array.is_fully_addressable or array.is_fully_replicated):
-            array = _replicated(array.sharding.mesh)(array)
-        return np.asarray(array)
-
-    return jax.tree.map(one, tree)
+def get(array: jax.Array, layer: int | None = None) -> np.ndarray:
+    """A parameter that may be divided, or one layer of it, whole and on the host in every process, maybe as a view: all have to
+    ask."""
+    if len(array.sharding.device_set) == 1 and array.is_fully_addressable and next(iter(array.devices())).platform == "cpu":
+        return np.asarray(array) if layer is None else np.asarray(array)[layer]
+    return np.asarray(_whole(array.sharding)(array, layer))
 
 
 @functools.cache
-def _replicated(mesh: Mesh) -> Any:
-    return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, P()))
+def _whole(sharding: jax.sharding.Sharding) -> Any:
+    place = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else sharding
+    return jax.jit(lambda array, layer: array if layer is None else array[layer], out_shardings=place)
 
 
 def divided(mesh: Mesh | None, tree: Tree) -> Tree:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,16 +20,17 @@ from lockstep.models import adapters
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, family_of, to_hf
 from lockstep.processes import asked
 from lockstep.storage.files import write_json
-from lockstep.storage.weights import write_tensors
+from lockstep.storage.weights import write_weights
 from lockstep.text.sequences import Sequences
 from lockstep_jax.decoder import TEACHER, DecoderNetwork, DropoutMask, NetworkSpec, Tree, recalled
 from lockstep_jax.device import JaxDevice
 from lockstep_jax.generation import Drawing, generate, proceed, start
 from lockstep_jax.mesh import row_parts, rows, whole
-from lockstep_jax.parameters import from_arrays, to_arrays
+from lockstep_jax.parameters import Gathered, from_arrays
 
 LOGITS_AT_ONCE = 2**26
 """Elements: a quarter of a gibibyte in float32, and several times that while gradients are computed."""
+HEAD = (SCALAR_HEAD, SCALAR_BIAS)
 
 
 class Block(NamedTuple):
@@ -154,7 +155,7 @@ class JaxModel:
 
     @classmethod
     def from_arrays(
-        cls, architecture: Architecture, arrays: dict[str, np.ndarray], backend: JaxDevice, *, language_head: bool
+        cls, architecture: Architecture, arrays: Mapping[str, np.ndarray], backend: JaxDevice, *, language_head: bool
     ) -> Any:
         spec = NetworkSpec.on(backend, architecture, language_head=language_head, scalar_head=SCALAR_HEAD in arrays)
         return cls(spec, backend.put(from_arrays(architecture, arrays)), backend)
@@ -174,21 +175,25 @@ class JaxModel:
             )
 
     def parameters(self) -> dict[str, np.ndarray]:
-        return to_arrays(self.spec.architecture, self.params)
+        return dict(self.arrays())
+
+    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        yield from Gathered(self.spec.architecture, self.params).items()
 
     def copy(self) -> Any:
         return type(self)(self.spec, _copied(self.params), self.backend, self.frozen)
 
-    def write(self, folder: Path, arrays: dict[str, np.ndarray], **config: Any) -> None:
+    def write(self, folder: Path, **config: Any) -> None:
         """A checkpoint of the family's causal language model, with the changes in ``config``; for an adapted network, the adapter
-        alone."""
-        if not self.backend.processes.leads:
-            return
+        alone. Without ``num_labels``, the head is left out."""
+        gathered, processes = Gathered(self.spec.architecture, self.params), self.backend.processes
+        shapes = {name: shape for name, shape in gathered.shapes.items() if config or name not in HEAD}
         if self.spec.adapter is not None:
-            adapters.write(folder, self.spec.adapter, arrays, scalar=SCALAR_HEAD in arrays)
+            adapters.write(folder, self.spec.adapter, shapes, gathered.__getitem__, processes, scalar=bool(config))
             return
-        write_tensors(folder / "model.safetensors", arrays)
-        write_json(folder / "config.json", {**to_hf(self.spec.architecture), **config})
+        write_weights(folder, shapes, gathered.__getitem__, processes)
+        if processes.leads:
+            write_json(folder / "config.json", {**to_hf(self.spec.architecture), **config})
 
 
 class LanguageModel(JaxModel, Policy):
@@ -265,8 +270,7 @@ class LanguageModel(JaxModel, Policy):
 
     def save(self, folder: Path) -> None:
         """The language model alone: a value head belongs to training, not to the policy."""
-        arrays = self.parameters()
-        self.write(folder, {name: array for name, array in arrays.items() if name not in (SCALAR_HEAD, SCALAR_BIAS)})
+        self.write(folder)
 
 
 class Scalar(JaxModel, ScalarModel):
@@ -278,7 +282,7 @@ class Scalar(JaxModel, ScalarModel):
 
     def save(self, folder: Path) -> None:
         classifier = family_of(self.spec.architecture).classifier
-        self.write(folder, self.parameters(), architectures=[classifier], num_labels=1)
+        self.write(folder, architectures=[classifier], num_labels=1)
 
 
 def _copied(params: Tree) -> Tree:

@@ -20,7 +20,7 @@ from lockstep.models.architecture import (
     linear_layers,
 )
 from lockstep.models.blueprint import Blueprint
-from lockstep.models.checkpoint import CheckpointConfig, FromCheckpoint, is_adapter, read_decoder
+from lockstep.models.checkpoint import CheckpointConfig, FromCheckpoint, is_adapter, map_decoder
 from lockstep.text.tokenizer import Tokenizer
 from lockstep_jax.decoder import NetworkSpec, Tree
 from lockstep_jax.device import JaxDevice
@@ -33,12 +33,12 @@ class Checkpoint(LanguageModel):
 
     @classmethod
     def load(cls, folder: Path | str, backend: JaxDevice) -> Checkpoint:
-        architecture, weights = read_decoder(folder)
+        architecture, weights = map_decoder(folder)
         return cls.from_arrays(architecture, weights, backend, language_head=True)
 
     @classmethod
     def load_scalar(cls, folder: Path | str, backend: JaxDevice) -> ScalarModel:
-        architecture, weights = read_decoder(folder, scalar=True)
+        architecture, weights = map_decoder(folder, scalar=True)
         return Scalar.from_arrays(architecture, weights, backend, language_head=False)
 
 
@@ -100,7 +100,7 @@ class LoRA(FromCheckpoint, LanguageModel):
 def _trunk(path: str, backend: JaxDevice) -> tuple[Architecture, Tree]:
     """The checkpoint that adapters share; read once."""
     if path not in backend.trunks:
-        architecture, weights = read_decoder(path)
+        architecture, weights = map_decoder(path)
         backend.trunks[path] = architecture, backend.put(from_arrays(architecture, weights))
     return backend.trunks[path]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,13 +135,6 @@ class ScalarHead(nn.Module):
 def copy_network(network: Network) -> Network:
     """A copy with its own weights, except frozen ones, which are shared."""
     return copy.deepcopy(network, {id(p): p for p in network.parameters() if not p.requires_grad})
-
-
-def load_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
-    """Copy host arrays into the parameters of the same names."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(torch.tensor(arrays[name]))
 
 
 # -------------------------------------------------------------------------------------------------------- the decoder

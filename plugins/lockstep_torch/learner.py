@@ -16,11 +16,11 @@ from lockstep.interfaces import ForwardPass, Learner, Metrics, Term, suppliers, 
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.processes import asked
 from lockstep.storage.files import read_json, write_json
-from lockstep.storage.weights import read_tensor, stored_tensors, write_tensors
+from lockstep.storage.weights import LEARNER, OnDisk, stored_weights, write_weights
 from lockstep.text.sequences import Sequences
 from lockstep_torch.decoder import DropoutMask
 from lockstep_torch.device import TorchDevice
-from lockstep_torch.mesh import fill, full
+from lockstep_torch.mesh import fill, full, on_host
 from lockstep_torch.model import Block, TorchModel
 
 
@@ -65,7 +65,7 @@ class TorchLearner(Learner):
     def gradients(self, terms: Sequence[Term]) -> dict[str, np.ndarray]:
         self._backward(terms)
         return {
-            f"{name}.{key}": full(tensor.grad).float().cpu().numpy()
+            f"{name}.{key}": on_host(tensor.grad)
             for name, model in self.models.items()
             for key, tensor in model.tensors().items()
         }
@@ -119,24 +119,20 @@ class TorchLearner(Learner):
         return averaged
 
     def save(self, folder: Path) -> None:
-        leads = self.backend.processes.leads
-        state = ((name, full(tensor.detach())) for name, tensor in self._state().items())
-        tensors = {name: tensor.cpu().numpy() for name, tensor in state if leads}  # one at a time is whole elsewhere
-        if not leads:
-            return
-        write_tensors(folder / "learner.safetensors", tensors)
-        write_json(folder / "learner.json", {"steps": self.steps})
+        state, processes = self._state(), self.backend.processes
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        write_weights(folder, shapes, lambda name: on_host(state[name]), processes, LEARNER)
+        if processes.leads:
+            write_json(folder / "learner.json", {"steps": self.steps})
 
     def restore(self, folder: Path) -> None:
         self.kept.clear()
-        stored = stored_tensors(folder / "learner.safetensors")
+        stored = stored_weights(folder, LEARNER)
         self.steps = read_json(folder / "learner.json")["steps"]
         own = self._state()
         if wrong := [n for n in own if n not in stored or stored[n].shape != tuple(own[n].shape)]:
             raise CheckpointError(f"{folder} is of another architecture: {', '.join(wrong[:3])} do not fit.")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                fill(tensor, read_tensor(stored[name]))
+        fill(own, OnDisk(stored))
         for adam in self.adams.values():
             for parameter in _trained(adam):
                 adam.state[parameter]["step"] = torch.tensor(float(self.steps), device=parameter.device)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lockstep.launchers import Place, meeting_place
 from lockstep.processes import Processes
+from lockstep.storage.weights import as_float32
 
 T = TypeVar("T")
 N = TypeVar("N", bound=nn.Module)
@@ -136,7 +137,8 @@ class _Gather(torch.autograd.Function):
 
 def shell(network: N, device: torch.device | str) -> N:
     """A copy whose trained weights have yet to be filled; it shares the frozen ones. FSDP does not copy what it has divided, so
-    models keep a shell on the device 'meta', where it takes no memory."""
+    models keep a shell on the device 'meta', where it takes no memory. On a CPU it takes some once it is written to: FSDP writes
+    to the parts that are here."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device=device)) if p.requires_grad else p for p in network.parameters()}
     return copy.deepcopy(network, empty)
 
@@ -151,12 +153,22 @@ def full(tensor: Any) -> Tensor:
     return tensor.full_tensor() if divided(tensor) else tensor
 
 
-def fill(target: Any, array: np.ndarray) -> None:
-    """Copy a host array, or this process's part of it, into a tensor that may be divided."""
-    source = torch.tensor(array)
-    if divided(target):
-        from torch.distributed.tensor import distribute_tensor
+def on_host(tensor: Any) -> np.ndarray:
+    """All of a tensor that may be divided, in float32, maybe as a view: collective."""
+    return full(tensor.detach()).float().cpu().numpy()
 
-        place = target.device_mesh, target.placements
-        source = distribute_tensor(source.to(target.device), *place, src_data_rank=None)
-    target.copy_(source)
+
+def fill(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Copy host arrays of the same names, or this process's parts of them, into tensors that may be divided."""
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            target, rows = (tensor.to_local(), _own_rows(tensor)) if divided(tensor) else (tensor, slice(None))
+            target.copy_(torch.from_numpy(as_float32(arrays[name][rows])))
+
+
+def _own_rows(tensor: Any) -> slice:
+    """Those of a divided tensor that are here, as FSDP deals them out."""
+    dimension = next(i for i, placement in enumerate(tensor.placements) if placement.is_shard())
+    each = -(-len(tensor) // tensor.device_mesh.size(dimension))
+    first = tensor.device_mesh.get_local_rank(dimension) * each
+    return slice(first, first + each)

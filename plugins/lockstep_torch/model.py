@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from lockstep.models import adapters
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, causal_class, classifier_class
 from lockstep.processes import asked
 from lockstep.storage.files import write_json
-from lockstep.storage.weights import write_tensors
+from lockstep.storage.weights import write_weights
 from lockstep.text.sequences import Sequences
 from lockstep_torch.decoder import DecoderNetwork, DropoutMask, Network, ScalarHead, copy_network
 from lockstep_torch.device import TorchDevice
 from lockstep_torch.generation import Decoding, generate
-from lockstep_torch.mesh import full, shell
+from lockstep_torch.mesh import fill, on_host, shell
 
 LOGITS_AT_ONCE = 2**26
 """Elements: a quarter of a gibibyte in float32, and several times that while gradients are computed."""
@@ -64,7 +64,8 @@ class TorchModel:
     beta: float = 1.0
 
     def __init__(self, network: Network, head: ScalarHead | None, backend: TorchDevice):
-        self.network = network.to(backend.device)
+        # FSDP takes each layer to the device before it divides it.
+        self.network = network if backend.mesh is not None else network.to(backend.device)
         self.network.gradient_checkpointing = backend.config.gradient_checkpointing
         graphs = backend.config.cuda_graphs and backend.device.type == "cuda"
         self.network.replays = graphs and isinstance(self.network, DecoderNetwork)
@@ -75,6 +76,13 @@ class TorchModel:
             self.root = self.mesh.divide(self.network, self.head, self.network.layers())
         self.vocab_size, self.hidden_size = network.vocab_size, network.hidden_size
         self.context_length = network.context_length
+
+    @classmethod
+    def filled(cls, network: Network, head: ScalarHead | None, backend: TorchDevice, weights: Mapping[str, np.ndarray]) -> Any:
+        """A model whose network has no memory for its weights yet; each process reads its parts of them."""
+        made = cls(shell(network, _before(backend)), head, backend)
+        fill({name: tensor for name, tensor in made.tensors().items() if name not in HEAD}, weights)
+        return made
 
     def forward(
         self, block: Block, outputs: Sequence[str], temperature: float, dropout: DropoutMask | None = None
@@ -170,7 +178,7 @@ class TorchModel:
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         for name, tensor in self.tensors().items():
-            yield name, full(tensor.detach()).float().cpu().numpy().copy()
+            yield name, on_host(tensor).copy()
 
     def copy(self):
         copied = self.rebuilt(type(self), None if self.head is None else same_head(self.head))
@@ -181,7 +189,7 @@ class TorchModel:
         """A model of ``cls`` with a copy of this one's network, changed, and the head."""
         if self.mesh is None:
             return cls(change(copy_network(self.network)), head, self.backend)
-        made = cls(change(shell(self.shell, self.backend.device)), head, self.backend)
+        made = cls(change(shell(self.shell, _before(self.backend))), head, self.backend)
         mine = self.tensors()
         with torch.no_grad():
             for name, tensor in made.tensors().items():
@@ -192,15 +200,15 @@ class TorchModel:
     def write(self, folder: Path, name: str, **config: int) -> None:
         """A checkpoint of transformers' class ``name``; for an adapted network, the adapter alone. Without ``num_labels``, the
         head is left out."""
-        left_out = () if config else HEAD
-        arrays = {key: array for key, array in self.arrays() if self.backend.processes.leads and key not in left_out}
-        if not self.backend.processes.leads:
-            return
+        tensors = {key: tensor for key, tensor in self.tensors().items() if config or key not in HEAD}
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        gather, processes = (lambda key: on_host(tensors[key])), self.backend.processes
         if self.network.adapter is not None:
-            adapters.write(folder, self.network.adapter, arrays, scalar=bool(config))
+            adapters.write(folder, self.network.adapter, shapes, gather, processes, scalar=bool(config))
             return
-        write_tensors(folder / "model.safetensors", arrays)
-        write_json(folder / "config.json", {**self.network.config, "architectures": [name], **config})
+        write_weights(folder, shapes, gather, processes)
+        if processes.leads:
+            write_json(folder / "config.json", {**self.network.config, "architectures": [name], **config})
 
 
 class LanguageModel(TorchModel, Policy):
@@ -296,8 +304,13 @@ class Scalar(TorchModel, ScalarModel):
         self.write(folder, classifier_class(self.network.config), num_labels=1)
 
 
+def _before(backend: TorchDevice) -> torch.device:
+    """Where a network is made."""
+    return backend.device if backend.mesh is None else torch.device("cpu")
+
+
 def same_head(head: ScalarHead) -> ScalarHead:
-    weight, bias = (full(tensor.detach()).cpu().numpy() for tensor in (head.weight, head.bias))
+    weight, bias = (on_host(tensor) for tensor in (head.weight, head.bias))
     return ScalarHead(weight, float(bias[0]))
 
 

@@ -3,6 +3,7 @@ one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,19 @@ from lockstep.models.architecture import (
     initial_parameters,
     is_small_decoder,
     refuse_tensors,
+    usual_tensors,
 )
 from lockstep.models.blueprint import Blueprint
-from lockstep.models.checkpoint import Checkpoint, CheckpointConfig, FromCheckpoint, is_adapter, open_checkpoint, read_decoder
-from lockstep.storage.weights import read_weights
+from lockstep.models.checkpoint import Checkpoint, CheckpointConfig, FromCheckpoint, is_adapter, map_decoder, open_checkpoint
+from lockstep.storage.weights import OnDisk, as_float32
 from lockstep.text.tokenizer import Tokenizer
 from lockstep_torch.classifier import TextClassifier
-from lockstep_torch.decoder import DecoderNetwork, Network, ScalarHead, load_arrays
+from lockstep_torch.decoder import DecoderNetwork, Network, ScalarHead
 from lockstep_torch.device import TorchDevice
 from lockstep_torch.lora import adapted, linear_layers
-from lockstep_torch.mesh import fill
+from lockstep_torch.mesh import fill, shell
 from lockstep_torch.model import LanguageModel, Scalar
-from lockstep_torch.transformers_network import TransformersNetwork, config_of, load
+from lockstep_torch.transformers_network import TransformersNetwork, config_of, load, without_weights
 
 
 class Decoder(LanguageModel):
@@ -49,24 +51,17 @@ class Decoder(LanguageModel):
     @classmethod
     def create(cls, config: SmallDecoderConfig, backend: TorchDevice, tokenizer: Tokenizer, seed: int) -> Decoder:
         architecture = config.architecture(tokenizer.vocab_size)
-        network = DecoderNetwork(architecture)
-        load_arrays(network, initial_parameters(architecture, seed))
-        return cls(network, None, backend)
+        return cls.filled(_decoder(architecture), None, backend, initial_parameters(architecture, seed))
 
     @classmethod
     def load(cls, folder: Path, backend: TorchDevice) -> Decoder:
         architecture, weights = _read(folder, scalar=False)
-        network = DecoderNetwork(architecture)
-        load_arrays(network, weights)
-        return cls(network, None, backend)
+        return cls.filled(_decoder(architecture), None, backend, weights)
 
     @classmethod
     def load_scalar(cls, folder: Path, backend: TorchDevice) -> ScalarModel:
         architecture, weights = _read(folder, scalar=True)
-        head = ScalarHead(weights[SCALAR_HEAD][0], float(weights[SCALAR_BIAS][0]))
-        network = DecoderNetwork(architecture)
-        load_arrays(network.without_language_head(), weights)
-        return Scalar(network, head, backend)
+        return Scalar.filled(_decoder(architecture).without_language_head(), _head(weights), backend, weights)
 
 
 class HuggingFace(FromCheckpoint, LanguageModel):
@@ -87,16 +82,16 @@ class HuggingFace(FromCheckpoint, LanguageModel):
     def load(cls, folder: Path | str, backend: TorchDevice) -> HuggingFace:
         from transformers import AutoModelForCausalLM
 
-        return cls(_open(AutoModelForCausalLM, open_checkpoint(folder, any_family=True)), None, backend)
+        network, weights = _open(AutoModelForCausalLM, open_checkpoint(folder, any_family=True))
+        return cls.filled(network, None, backend, weights)
 
     @classmethod
     def load_scalar(cls, folder: Path | str, backend: TorchDevice) -> ScalarModel:
         from transformers import AutoModel
 
         checkpoint = open_checkpoint(folder, scalar=True, any_family=True)
-        weights = read_weights(checkpoint.folder, [SCALAR_HEAD, SCALAR_BIAS])
-        head = ScalarHead(weights[SCALAR_HEAD][0], float(weights[SCALAR_BIAS][0]) if SCALAR_BIAS in weights else 0.0)
-        return Scalar(_open(AutoModel, checkpoint), head, backend)
+        network, weights = _open(AutoModel, checkpoint)
+        return Scalar.filled(network, _head(OnDisk(checkpoint.stored)), backend, weights)
 
     @classmethod
     def load_classifier(cls, folder: Path | str, backend: TorchDevice) -> Classifier:
@@ -141,7 +136,10 @@ def _trunk(path: str, backend: TorchDevice) -> Network:
     from transformers import AutoModelForCausalLM
 
     if path not in backend.trunks:
-        backend.trunks[path] = _open(AutoModelForCausalLM, open_checkpoint(path, any_family=True)).to(backend.device)
+        network, weights = _open(AutoModelForCausalLM, open_checkpoint(path, any_family=True))
+        network = shell(network, backend.device)
+        fill({network.checkpoint_name(name): parameter for name, parameter in network.named_parameters()}, weights)
+        backend.trunks[path] = network
     return backend.trunks[path]
 
 
@@ -153,26 +151,41 @@ def _with(model: Any, arrays: dict[str, np.ndarray], source: Path | str) -> Any:
     """
     tensors = model.tensors()
     adapters.check(source, arrays, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            fill(tensor, arrays[name])
+    fill(tensors, arrays)
     return model
 
 
-def _open(auto: type, checkpoint: Checkpoint) -> Network:
-    """Opens safetensors only, without code from the checkpoint, in float32 and without dropout. This package's decoder runs
-    models of Llama's shape, because its generation loop is leaner; transformers' own modules run all others.
+def _open(auto: type, checkpoint: Checkpoint) -> tuple[Network, Mapping[str, np.ndarray]]:
+    """The network in float32, without dropout and without memory for its weights; and these, from safetensors only, which are
+    read where they are used. No code from the checkpoint is run. This package's decoder runs models of Llama's shape, because
+    its generation loop is leaner; transformers' own modules run all others.
 
     Raises:
       CheckpointError: transformers cannot open it, or would fill tensors with random numbers.
     """
+    if checkpoint.architecture is None:
+        return _read_by_transformers(auto, checkpoint)
+    hf = without_weights(auto, checkpoint.folder)
+    network = _lean(hf) or TransformersNetwork(hf.eval())
+    found = usual_tensors(checkpoint.architecture, checkpoint.stored)
+    stored = [found.get(network.checkpoint_name(name)) for name, _ in network.named_parameters()]
+    shapes = [tuple(parameter.shape) for parameter in network.parameters()]
+    if [each and each.shape for each in stored] != shapes:  # of a larger model
+        return _read_by_transformers(auto, checkpoint)
+    return network, OnDisk(found)
+
+
+def _read_by_transformers(auto: type, checkpoint: Checkpoint) -> tuple[Network, Mapping[str, np.ndarray]]:
+    """Which alone knows how files of families without a record are read. It reads all weights."""
     hf, info = load(auto, checkpoint.folder)
     unused = set[str]()
     if checkpoint.architecture is None:  # else its names have been checked
         heads = () if hf.base_model is not hf else ("score.", "lm_head.")  # a trunk has none
         unused = {name for name in info["unexpected_keys"] if not name.startswith(heads) and not BUFFERS.search(name)}
     refuse_tensors(checkpoint.folder, missing=info["missing_keys"], unused=unused, other=info["mismatched_keys"])
-    return _lean(hf) or TransformersNetwork(hf.eval())
+    network = TransformersNetwork(hf.eval())
+    weights = {network.checkpoint_name(name): parameter.detach().numpy() for name, parameter in network.named_parameters()}
+    return shell(network, "meta"), weights
 
 
 def _lean(hf: Any) -> DecoderNetwork | None:
@@ -184,17 +197,25 @@ def _lean(hf: Any) -> DecoderNetwork | None:
         return None
     if not is_small_decoder(architecture):
         return None
-    network = DecoderNetwork(architecture, config)
-    if hf.get_output_embeddings() is None:
-        network.without_language_head()
-    prefix = "model." if hf.base_model is hf else ""  # a bare trunk does not say that it is one
-    network.load_state_dict({prefix + name: tensor for name, tensor in hf.named_parameters()})
-    return network
+    network = _decoder(architecture, config)
+    return network if hf.get_output_embeddings() is not None else network.without_language_head()
 
 
-def _read(folder: Path, *, scalar: bool) -> tuple[Architecture, dict[str, np.ndarray]]:
-    """Architecture and float32 weights of a small decoder."""
-    architecture, weights = read_decoder(folder, scalar=scalar)
+def _decoder(architecture: Architecture, config: dict[str, Any] | None = None) -> DecoderNetwork:
+    """Without memory for its weights."""
+    with torch.device("meta"):
+        return DecoderNetwork(architecture, config)
+
+
+def _head(weights: Mapping[str, np.ndarray]) -> ScalarHead:
+    """transformers' classifiers have no bias."""
+    bias = float(weights[SCALAR_BIAS][0]) if SCALAR_BIAS in weights else 0.0
+    return ScalarHead(as_float32(weights[SCALAR_HEAD][0]), bias)
+
+
+def _read(folder: Path, *, scalar: bool) -> tuple[Architecture, Mapping[str, np.ndarray]]:
+    """Architecture and weights of a small decoder."""
+    architecture, weights = map_decoder(folder, scalar=scalar)
     if not is_small_decoder(architecture):
         raise CheckpointError(
             f"{folder} holds a {architecture.family} model that is not a small decoder. Open it with policy=huggingface."

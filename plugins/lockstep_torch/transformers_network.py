@@ -34,12 +34,30 @@ def load(auto: Any, source: Path | str) -> tuple[Any, dict[str, Any]]:
     Raises:
       CheckpointError: transformers cannot open it.
     """
+    how: dict[str, Any] = {"dtype": "float32", "use_safetensors": True, "ignore_mismatched_sizes": True}
+    with _opening(source) as config:
+        model, info = auto.from_pretrained(source, config=config, trust_remote_code=False, output_loading_info=True, **how)
+    return model, {**info, "mismatched_keys": {name: (there, here) for name, there, here in info["mismatched_keys"]}}
+
+
+def without_weights(auto: Any, source: Path | str) -> Any:
+    """The model that `load` would open, with parameters that have shapes and no memory.
+
+    Raises:
+      CheckpointError: transformers cannot open it.
+    """
+    with _opening(source) as config, _no_memory():
+        return auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _opening(source: Path | str) -> Iterator[Any]:
+    """Yields transformers' configuration of a checkpoint."""
     from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # its table of unexpected keys names a scalar head that is loaded elsewhere
     logging.disable_progress_bar()
-    how: dict[str, Any] = {"dtype": "float32", "use_safetensors": True, "ignore_mismatched_sizes": True}
     with hub(source) as why:
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -47,10 +65,27 @@ def load(auto: Any, source: Path | str) -> tuple[Any, dict[str, Any]]:
                 pad, rows = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
                 if pad is not None and rows is not None and not 0 <= pad < rows:
                     part.pad_token_id = None  # outside the embedding, where torch refuses it; nothing here reads it
-            model, info = auto.from_pretrained(source, config=config, trust_remote_code=False, output_loading_info=True, **how)
+            yield config
         except Exception as error:  # of many kinds: each of its parts raises its own
             raise CheckpointError(f"'{source}' cannot be opened as a checkpoint: {why(error)}") from error
-    return model, {**info, "mismatched_keys": {name: (there, here) for name, there, here in info["mismatched_keys"]}}
+
+
+@contextlib.contextmanager
+def _no_memory() -> Iterator[None]:
+    """Parameters of modules that are made inside are on the device 'meta'. Buffers are not: many are computed once, and are in no
+    checkpoint."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # else it may be another's, too
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 class TransformersNetwork(Network):

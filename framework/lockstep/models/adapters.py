@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from lockstep.learning import randomness
 from lockstep.models.architecture import classifier_class, family_of, language_head, linear_layers, usual_name
 from lockstep.models.blueprint import Adapter, Blueprint
 from lockstep.models.checkpoint import ADAPTER_CONFIG, CheckpointConfig, check_files
+from lockstep.processes import Processes
 from lockstep.storage.files import read_object, replace, write_json
-from lockstep.storage.weights import check_finite, read_tensors, read_weights, write_tensors
+from lockstep.storage.weights import check_finite, read_tensors, read_weights, write_tensors, write_weights
 from lockstep.text.tokenizer import GENERATION, TOKEN_IDS
 
 WEIGHTS = "adapter_model.safetensors"
@@ -94,9 +95,21 @@ def initial(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.nd
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def write(folder: Path, adapter: Adapter, tensors: Mapping[str, np.ndarray], *, scalar: bool) -> None:
-    """Write an adapter folder as peft does; ``scalar``: for a sequence classifier, whose head is saved whole."""
-    write_tensors(folder / WEIGHTS, {PREFIX + name: tensor for name, tensor in tensors.items()})
+def write(
+    folder: Path,
+    adapter: Adapter,
+    shapes: Mapping[str, tuple[int, ...]],
+    gather: Callable[[str], np.ndarray],
+    processes: Processes,
+    *,
+    scalar: bool,
+) -> None:
+    """Write an adapter folder as peft does; ``scalar``: for a sequence classifier, whose head is saved whole. Every process has
+    to ask, as for `lockstep.storage.weights.write_weights`."""
+    theirs = {PREFIX + name: shape for name, shape in shapes.items()}
+    write_weights(folder, theirs, lambda name: gather(name.removeprefix(PREFIX)), processes, WEIGHTS)
+    if not processes.leads:
+        return
     settings = {
         "peft_type": "LORA", "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM", "base_model_name_or_path": adapter.base,
         "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": 0.0, "target_modules": list(adapter.targets),

@@ -37,7 +37,7 @@ from lockstep.models.architecture import (
 from lockstep.models.blueprint import Blueprint
 from lockstep.storage.files import read_object
 from lockstep.storage.sources import fetch_folder
-from lockstep.storage.weights import EXPONENTS, Stored, check_stored_finite, read_weights, stored_weights
+from lockstep.storage.weights import EXPONENTS, OnDisk, Stored, as_float32, check_stored_finite, read_weights, stored_weights
 from lockstep.text.tokenizer import TokenizerConfig
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -164,12 +164,18 @@ def describe(path: Path | str, *, scalar: bool = False, any_family: bool = False
 
 def read_decoder(path: Path | str, *, scalar: bool = False) -> tuple[Architecture, dict[str, np.ndarray]]:
     """The architecture and the float32 weights under their usual names of a checkpoint that `open_checkpoint` opens."""
+    architecture, weights = map_decoder(path, scalar=scalar)
+    return architecture, {name: as_float32(array) for name, array in weights.items()}
+
+
+def map_decoder(path: Path | str, *, scalar: bool = False) -> tuple[Architecture, Mapping[str, np.ndarray]]:
+    """`read_decoder`, but each of the weights is `lockstep.storage.weights.mapped` when it is asked for."""
     checkpoint = open_checkpoint(path, scalar=scalar)
     architecture = from_hf(checkpoint.config)
-    found = usual_tensors(architecture, read_weights(checkpoint.folder))
-    found.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))  # transformers' classifiers have none
+    found = usual_tensors(architecture, checkpoint.stored)
     wanted = scalar_shapes(architecture) if scalar else parameter_shapes(architecture)
-    return architecture, {name: found[name] for name in wanted}
+    more = {SCALAR_BIAS: np.zeros(1, np.float32)} if scalar and SCALAR_BIAS not in found else {}  # transformers has none
+    return architecture, OnDisk({name: found[name] for name in wanted if name not in more}, more)
 
 
 def read_blueprint(path: str) -> Blueprint:

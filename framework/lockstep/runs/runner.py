@@ -191,11 +191,11 @@ class Runner:
             if changes := differences(state["machine"], self._machine()):
                 log.warning("no longer bit for bit from here on, because this changed: %s", "; ".join(changes))
         # Truncated to the checkpoint before the tracker starts, because the tracker reads there what it missed.
-        leads = self.processes.leads
-        records = Records(folder.path, state.get("positions"), state.get("seconds", 0.0)) if leads else NoRecords()
+        given = folder.path, state.get("positions"), state.get("seconds", 0.0)
+        records = Records(*given) if self.processes.leads else NoRecords()
         with self._tracked(stage, folder, resume=bool(state)) as tracker:
             metrics = self.train(stage.name, algorithm, folder, tracker, records, first, state.get("metrics", {}), engine)
-            with folder.write_output(leads) as output:
+            with folder.write_output(self.processes) as output:
                 self.assembly.save(stage, algorithm, output)
             tracker.artifact(algorithm.produces, folder.output)
         return {
@@ -238,7 +238,7 @@ class Runner:
                 if engine is not None:
                     engine.save(checkpoint)
 
-            folder.save(step, write, state, self.processes.leads)
+            folder.save(step, write, state, self.processes)
             saved = step
 
         with GracefulStop() as stop, self.console.progress(name, first, algorithm.total_steps) as progress:
@@ -369,7 +369,7 @@ class Runner:
 
     def _write(self, folder: StageFolder, files: Mapping[str, str]) -> None:
         """The stage's output."""
-        with folder.write_output(self.processes.leads) as output:
+        with folder.write_output(self.processes) as output:
             for name, text in files.items() if self.processes.leads else ():
                 write_text(output / name, text)
 

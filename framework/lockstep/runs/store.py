@@ -8,7 +8,7 @@ to them.
         metrics.jsonl            one line per step
         samples.jsonl            readable text
         health.jsonl             warnings; empty if there were none
-        checkpoints/<step>/      learner, state.json, and sums.json with the checksums of both; the last two are kept
+        checkpoints/<step>/      learner, state.json, and sums.json with the checksums of all files; the last two are kept
         output/                  the result: a Hugging Face folder with its tokenizer, or an evaluation
         done.json                written last: the stage is complete; lists the files of its output with their checksums
 
@@ -94,20 +94,17 @@ class StageFolder:
         return all(checksum(files[name]) == each["sha256"] for name, each in self.result()["output"].items())
 
     @contextlib.contextmanager
-    def write_output(self, leads: bool = True) -> Iterator[Path]:
-        """Yields a folder for the result. It becomes ``output`` once everything in it is on disk; of several processes, by the
-        one that ``leads``, and the others write nothing there."""
+    def write_output(self, processes: Processes = ALONE) -> Iterator[Path]:
+        """Yields a folder for the result, which all processes may write to. It becomes ``output`` once everything in it is on
+        disk."""
         temporary = self.path / ".output.part"
-        if not leads:
-            yield temporary
-            return
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         try:
+            processes.share(lambda: _emptied(temporary))
             yield temporary
-            move_folder(temporary, self.output)
+            processes.share(lambda: move_folder(temporary, self.output))
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if processes.leads:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Mark the stage complete; its trainer state is no longer needed."""
@@ -132,30 +129,37 @@ class StageFolder:
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
-    def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any], leads: bool = True) -> None:
-        """Save a checkpoint that resumes at ``step``: ``write`` puts files into a folder, ``state`` is JSON. It gets its name
-        only once it is complete; then all but the newest two are removed. Of several processes, the one that ``leads`` does so;
-        the others only take part in ``write``."""
+    def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any], processes: Processes = ALONE) -> None:
+        """Save a checkpoint that resumes at ``step``: ``write`` puts files into a folder, on each process; ``state`` is JSON. It
+        gets its name only once it is complete; then all but the newest two are removed."""
         final = self.path / "checkpoints" / f"{step:08d}"
         temporary = final.with_name(f".{final.name}.part")
-        if not leads:
-            write(temporary)
-            return
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
+
+        def begin() -> None:
+            _emptied(temporary)
             sync(self.path)  # the names of metrics.jsonl and of the folder of checkpoints itself
-            write(temporary)
+
+        def written() -> list[str]:
             write_json(temporary / "state.json", {"step": step, "state": state})
-            sums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
+            return sorted(file.name for file in temporary.iterdir())
+
+        def finish(sums: Mapping[str, str]) -> None:
             write_json(temporary / "sums.json", sums)
             move_folder(temporary, final)
+            for old in self._checkpoints()[:-KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
+
+        try:
+            processes.share(begin)
+            write(temporary)
+            own = processes.share(written)[processes.rank :: processes.count]
+            sums = processes.each(lambda: {name: checksum(temporary / name) for name in own})
+            processes.share(lambda: finish(dict(sorted(item for each in sums for item in each.items()))))
         except OSError as error:
             raise CheckpointError(f"Could not save {final}: {error}. The previous checkpoint is kept.") from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        for old in self._checkpoints()[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+            if processes.leads:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def restore(self, read: Callable[[Path], None], processes: Processes = ALONE) -> tuple[int, dict[str, Any]] | None:
         """The step and state of the newest intact checkpoint, after ``read`` took its files in, on each process; None if there
@@ -193,6 +197,11 @@ class StageFolder:
     def _checkpoints(self) -> list[Path]:
         folder = self.path / "checkpoints"
         return sorted(p for p in folder.iterdir() if p.name.isdecimal()) if folder.exists() else []
+
+
+def _emptied(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 @contextlib.contextmanager

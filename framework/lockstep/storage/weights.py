@@ -1,42 +1,126 @@
 """Weights in safetensors files; no pickle anywhere. A folder of weights is Hugging Face's layout: ``config.json`` beside
-``model.safetensors``, in one file or in shards with an index.
+``model.safetensors``, in one file or in shards with an index. A trainer's state is stored in the same way.
 
 A file's header says where each tensor lies. It is checked whole before a tensor is read, so a damaged or truncated file is
-an error that names it.
+an error that names it. What is read may then be a part of a tensor, and what is written one tensor after another, so that no
+process needs memory for all of them.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from lockstep.errors import CheckpointError, listing
-from lockstep.storage.files import read_object, replace
+from lockstep.processes import ALONE, Processes
+from lockstep.storage.files import read_object, replace, write_json
 
 DTYPES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
-    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+    "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "U32": "<u4",
+    "F32": "<f4", "F64": "<f8", "I64": "<i8", "U64": "<u8",
 }  # fmt: skip
+"""Of the tensors that are read, in the safetensors library's order: it writes the last kind first. numpy has no bfloat16."""
+WRITTEN = {np.dtype(kind): name for name, kind in DTYPES.items() if name != "BF16"}
 EXPONENTS = {"F64": ("<u8", 0x7FF << 52), "F32": ("<u4", 0xFF << 23), "F16": ("<u2", 0x1F << 10), "BF16": ("<u2", 0xFF << 7)}
 """The bits of an exponent, which are all set in NaN and Inf and in no other number."""
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, LEARNER = "model.safetensors", "learner.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+SHARD = 5 * 10**9
+"""Bytes of tensors in a file, beyond which they are divided among several."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Raises CheckpointError if the disk is full or not writable; whatever was at ``path`` before stays."""
+    kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    replace(path, functools.partial(_write, kinds=kinds, tensors=tensors.items()))
 
-    def write(temporary: Path) -> None:
-        save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
 
-    replace(path, write)
+def _write(path: Path, kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]], tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write tensors of these kinds, which come one at a time and in any order: the bytes that the safetensors library writes."""
+    order, header, end = list(DTYPES), dict[str, Any](__metadata__={"format": "pt"}), 0
+    starts = dict[str, int]()
+    for name in sorted(kinds, key=lambda name: (-order.index(WRITTEN[kinds[name][0]]), name)):
+        dtype, shape = kinds[name]
+        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": WRITTEN[dtype], "shape": list(shape), "data_offsets": [starts[name], end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors:
+            file.seek(8 + len(text) + starts.pop(name))
+            file.write(np.ascontiguousarray(tensor, kinds[name][0]).data)
+    assert not starts, f"{sorted(starts)} did not come"
+
+
+def write_weights(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    gather: Callable[[str], np.ndarray],
+    processes: Processes = ALONE,
+    file: str = WEIGHTS,
+) -> None:
+    """Write float32 tensors of these shapes as ``file`` or, beyond `SHARD` bytes, as its shards and their index. The files are
+    the same for any number of processes, which share the work: each writes other shards.
+
+    Args:
+      gather: gives a tensor by name. Every process calls it with the same names in the same order, and keeps none, so it may
+        ask the others for their parts.
+
+    Raises:
+      CheckpointError: on all processes, if the disk is full or not writable for one of them.
+    """
+    shards = _shards(shapes)
+    count, stem = len(shards), file.removesuffix(".safetensors")
+    files = [file] if count == 1 else [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    trouble: CheckpointError | None = None
+    for first in range(0, count, processes.count):
+        group = shards[first : first + processes.count]
+        tensors = _in_turn(group, gather)
+        if processes.rank < len(group):
+            kinds = {name: (np.dtype(np.float32), shapes[name]) for name in group[processes.rank]}
+            own = ((name, tensor) for name, tensor in tensors if name in kinds)
+            try:
+                replace(folder / files[first + processes.rank], functools.partial(_write, kinds=kinds, tensors=own))
+            except CheckpointError as error:
+                trouble = error
+        for _ in tensors:  # that the others write
+            pass
+    processes.settle(trouble)
+    if count > 1 and processes.leads:
+        total = sum(4 * math.prod(shape) for shape in shapes.values())
+        places = {name: shard for shard, names in zip(files, shards, strict=True) for name in names}
+        write_json(folder / f"{file}.index.json", {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+
+
+def _shards(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+    """The names of each file: in order, and as many as fit."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(shapes):
+        size += 4 * math.prod(shapes[name])
+        if size > SHARD and shards[-1]:
+            shards.append([])
+            size = 4 * math.prod(shapes[name])
+        shards[-1].append(name)
+    return shards
+
+
+def _in_turn(group: Sequence[Sequence[str]], gather: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of several files, one of each and then the next, so that all of them grow at a time."""
+    for names in itertools.zip_longest(*group):
+        for name in names:
+            if name is not None:
+                yield name, gather(name)
 
 
 class Stored(NamedTuple):
@@ -100,18 +184,18 @@ def _counts(numbers: Any) -> bool:
     return isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
 
 
-def stored_weights(folder: Path) -> dict[str, Stored]:
-    """The tensors of a Hugging Face folder, sharded or not, from the headers of its files.
+def stored_weights(folder: Path, file: str = WEIGHTS) -> dict[str, Stored]:
+    """The tensors of a Hugging Face folder, or of what else `write_weights` wrote, from the headers of its files.
 
     Raises:
       CheckpointError: there are no such files, shards are missing, or a file is damaged.
     """
-    if (folder / WEIGHTS).exists():  # as in transformers, it precedes an index
-        return stored_tensors(folder / WEIGHTS)
-    index = folder / INDEX
+    if (folder / file).exists():  # as in transformers, it precedes an index
+        return stored_tensors(folder / file)
+    index = folder / f"{file}.index.json"
     if not index.exists():
         raise CheckpointError(
-            f"{folder} has no {WEIGHTS}, and pickled weights are not read. Open the checkpoint in transformers and "
+            f"{folder} has no {file}, and pickled weights are not read. Open the checkpoint in transformers and "
             "save_pretrained() it again."
         )
     content = read_object(index)
@@ -124,7 +208,9 @@ def stored_weights(folder: Path) -> dict[str, Stored]:
     if outside := [shard for shard in shards if Path(shard).name != shard or shard in ("", "..")]:
         raise CheckpointError(f"{index} names the file {outside[0]!r}. Shards lie in the folder of their index.")
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise CheckpointError(f"{folder} lacks {len(missing)} of the {len(shards)} files in {INDEX}: {listing(missing[:3])}.")
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the {len(shards)} files in {index.name}: {listing(missing[:3])}."
+        )
     found = {name: stored for shard in shards for name, stored in stored_tensors(folder / shard).items()}
     if absent := sorted(places.keys() - found.keys()):
         raise CheckpointError(f"{index} is damaged: the files that it names do not hold {listing(absent[:3])}.")
@@ -148,12 +234,40 @@ def read_weights(folder: Path, names: Collection[str] | None = None) -> dict[str
 
 def read_tensor(stored: Stored) -> np.ndarray:
     """bfloat16 as float32, everything else unchanged."""
-    tensor = np.frombuffer(_mapped(stored).tobytes(), DTYPES[stored.dtype]).reshape(stored.shape)
-    return (tensor.astype(np.uint32) << 16).view(np.float32) if stored.dtype == "BF16" else tensor
+    array = mapped(stored)
+    return as_float32(array) if stored.dtype == "BF16" else np.array(array)
 
 
-def _mapped(stored: Stored) -> np.ndarray:
-    """Its bytes, read from the disk when they are used."""
+def mapped(stored: Stored) -> np.ndarray:
+    """A view of it on the disk, which is read where it is used; bfloat16 as its bits, in uint16."""
+    return _bytes(stored).view(DTYPES[stored.dtype]).reshape(stored.shape)
+
+
+def as_float32(part: np.ndarray) -> np.ndarray:
+    """A float32 copy of a part of `mapped` weights."""
+    if part.dtype != np.uint16:
+        return np.array(part, np.float32, order="C")
+    return (part.astype(np.uint32, order="C") << 16).view(np.float32)
+
+
+class OnDisk(Mapping[str, np.ndarray]):
+    """Weights that are `mapped` when they are asked for, so that none is in memory for longer than it is used. ``more``: those
+    that the files lack."""
+
+    def __init__(self, stored: Mapping[str, Stored], more: Mapping[str, np.ndarray] | None = None):
+        self.stored, self.more = stored, more or {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.more[name] if name in self.more else mapped(self.stored[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.stored, *self.more])
+
+    def __len__(self) -> int:
+        return len(self.stored) + len(self.more)
+
+
+def _bytes(stored: Stored) -> np.ndarray:
     return np.memmap(stored.file, np.uint8, mode="r")[stored.begin : stored.end]
 
 
@@ -182,7 +296,7 @@ def _is_finite(stored: Stored, piece: int = 2**20) -> bool:
     if stored.dtype not in EXPONENTS:
         return True
     bits, exponent = EXPONENTS[stored.dtype]
-    words = _mapped(stored).view(bits)
+    words = _bytes(stored).view(bits)
     exponents = np.dtype(bits).type(exponent)
     return not any(((words[i : i + piece] & exponents) == exponents).any() for i in range(0, len(words), piece))
 

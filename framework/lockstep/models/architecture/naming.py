@@ -10,8 +10,9 @@ values, the last head by head; Gemma's post_attention_layernorm really comes aft
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,10 @@ class Naming:
     def shapes_to_checkpoint(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """`to_checkpoint` for the shapes of arrays."""
         return self._outward(shapes, lambda parts: (sum(p[0] for p in parts), *parts[0][1:]), lambda shape: shape[::-1])
+
+    def sources(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """The family's names for tensors of ours, and the names of those that each is made of."""
+        return self._outward({name: (name,) for name in names}, lambda parts: tuple(itertools.chain(*parts)), lambda same: same)
 
     def to_common(self, architecture: Architecture, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """From the family's names and layouts to ours."""
