@@ -23,6 +23,13 @@ from lockstep.planning.plan import Rehearsed, StagePlan, planned, rehearsed
 from lockstep.runs.experiment import Experiment
 
 HOSTS, CARDS, EPISODES = (1, 2, 4, 8), 8, 512
+TITLE = f"""# PPO of 8 billion parameters on one to eight hosts, by arithmetic
+
+`python benchmarks/scaling.py --output benchmarks/plan/scaling.md`, on torch: four models of Llama 3.1's 8B in bfloat16,
+{EPISODES} episodes a step of 1,024 + 1,024 tokens, gradient checkpointing, hosts of eight H100s with a 400 Gbit/s card each.
+Datasheets' figures and the shares in `lockstep.planning.plan` make the times: nothing here was run on such hosts. The mesh is
+data x fsdp; `sending` is at best; a step is from all sending hidden behind arithmetic to none.
+"""
 HEADER = "| hosts | mesh | rows a card | memory, GiB | sent by a card, GiB | sending | a step | episodes a card and second |"
 
 
@@ -46,7 +53,7 @@ def ppo(place: str, mesh: dict[str, int], rows: int) -> StagePlan:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    lines = [HEADER, "|" + "---|" * HEADER.count(" | ") + "---|"]
+    lines = [TITLE, HEADER, "|" + "---|" * HEADER.count(" | ") + "---|"]
     output = parser.parse_args().output
     with tempfile.TemporaryDirectory() as place:
         for hosts in HOSTS:

@@ -256,6 +256,10 @@ def test_the_hosts_of_a_tpu_slice_meet_at_the_first():
     hosts = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "one,two"}
     assert meeting_place(place(hosts), hosts) == ("one", "8476")
     assert meeting_place(place(hosts), hosts | {"MASTER_ADDR": "x", "MASTER_PORT": "7"}) == ("x", "7")
+    by_torchrun = {"MASTER_ADDR": "x", "MASTER_PORT": "7", "TORCHELASTIC_RUN_ID": "none"}
+    assert meeting_place(Place(0, 2), by_torchrun) == ("x", "8")
+    with pytest.raises(ConfigError, match="MASTER_PORT='p' should be the number"):
+        meeting_place(Place(0, 2), {"MASTER_ADDR": "x", "MASTER_PORT": "p"})
     with pytest.raises(ConfigError, match="TPU_WORKER_ID='2' should be a number below 2"):
         place(hosts | {"TPU_WORKER_ID": "2"})
 

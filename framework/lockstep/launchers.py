@@ -55,7 +55,8 @@ def _host_of_slice(environment: Mapping[str, str]) -> Place:
 
 
 def meeting_place(where: Place, environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
-    """The host and port where the processes find each other.
+    """The host and port where the processes find each other without torch, whose own is `MASTER_PORT`. torchrun keeps that for
+    itself, so it is the next one there.
 
     Raises:
       ConfigError: the launcher did not say.
@@ -67,7 +68,10 @@ def meeting_place(where: Place, environment: Mapping[str, str] = os.environ) -> 
             f"{where.count} processes were started, and do not know where to meet. Set MASTER_ADDR to the host of process 0 and "
             "MASTER_PORT to a free port there; docs/scale.md has the lines for Slurm."
         )
-    return environment["MASTER_ADDR"], environment["MASTER_PORT"]
+    port = environment["MASTER_PORT"]
+    if not port.isdecimal():
+        raise ConfigError(f"MASTER_PORT={told(port)} should be the number of a free port.")
+    return environment["MASTER_ADDR"], str(int(port) + ("TORCHELASTIC_RUN_ID" in environment))
 
 
 def cores() -> int:
