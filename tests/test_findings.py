@@ -8,11 +8,12 @@ import json
 import pytest
 
 from lockstep.cli import main
-from lockstep.commands.reproduce import reproduce, written_down
+from lockstep.commands.reproduce import reproduce, seeds
 from lockstep.config.compose import compose
 from lockstep.config.overrides import read
 from lockstep.errors import ConfigError, DataError
 from lockstep.reporting.compare.reading import read as read_runs
+from lockstep.reporting.findings import criteria
 from lockstep.reporting.findings.finding import finding, findings, parsed
 from lockstep.reporting.findings.outcomes import Mean, Outcome, between_backends, outcomes, verdict
 from run_folders import GOLD, write_run
@@ -31,8 +32,8 @@ def test_intervals_are_students():
     found = Mean(dict(enumerate([1.0, 2.0, 3.0, 4.0])))
     assert found.mean == 2.5
     assert found.half == pytest.approx(3.182446 * 1.290994 / 2, rel=1e-6)
-    assert str(found) == "2.5 ± 2.1" and str(Mean({3: 1.5})) == "1.5 (one seed)"
-    assert str(Mean({1: 2.28, 2: 2.28})) == "2.280 ± 0.000" and str(Mean({1: 100.0, 2: 140.0})) == "120 ± 254"
+    assert str(found) == "2.5 ± 2.1, 4 seeds" and str(Mean({3: 1.5})) == "1.5, one seed"
+    assert str(Mean({1: 2.28, 2: 2.28})) == "2.280 ± 0.000, 2 seeds" and str(Mean({1: 100.0, 2: 140.0})) == "120 ± 254, 2 seeds"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,22 @@ def test_backends_are_compared_over_the_seeds_that_both_have():
     one = Outcome("c", "torch", Mean({1: 2.0, 2: 3.0, 3: 9.0}), "held")
     other = Outcome("c", "jax", Mean({1: 1.0, 2: 4.0}), "not decided")
     (found,) = between_backends([one, other, Outcome("d", "jax", Mean({1: 1.0}), "held")])
-    assert (found.name, found.backends, dict(found.found.seeds), found.same) == ("c", ("torch", "jax"), {1: 1.0, 2: -1.0}, False)
+    assert (found.name, found.backends, dict(found.found.seeds)) == ("c", ("torch", "jax"), {1: 1.0, 2: -1.0})
+    assert found.verdicts == ("held", "not decided") and not found.apart
+    always = Outcome("c", "jax", Mean({1: 1.0, 2: 2.01}), "held")
+    assert between_backends([one, always])[0].apart
+
+
+def test_nothing_is_decided_while_a_seed_of_the_sweep_is_missing(tmp_path):
+    for seed in (1, 2, 3):
+        write_run(tmp_path, "torch", seed)
+    runs, claim = read_runs([tmp_path]).runs, claiming("heldout/ppo/gold - heldout/sft/gold")
+    (whole,), problems = outcomes(claim, runs, {1, 2, 3})
+    assert whole.verdict == "held" and not problems
+    (part,), problems = outcomes(claim, runs, {1, 2, 3, 4})
+    assert part.verdict == "not decided" and problems == ["c, torch, seed 4: 0 runs, where there should be one"]
+    assert seeds(["experiment=demo", "seed=1,2", "backend=torch,jax"]) == {1, 2}
+    assert seeds(["seed=1,2,3", "seed=7"]) == {7} and seeds(["seed=range(1,4)"]) == {1, 2, 3} and seeds([]) == set()
 
 
 @pytest.mark.parametrize(
@@ -124,11 +140,23 @@ def test_the_first_job_of_every_finding_composes(name):
             assert term.metric.partition("/")[0] in {*config["evaluation"]["splits"], *config["stages"], "reward_model"}, term
 
 
-def test_criteria_that_were_changed_after_the_first_run_are_said_to_be(tmp_path):
-    assert "before the first of these runs" in written_down(tmp_path, "claims: 1\n")
-    assert "before the first of these runs" in written_down(tmp_path, "claims: 1\n")
-    assert "were CHANGED after" in written_down(tmp_path, "claims: 2\n")
-    assert (tmp_path / "criteria.yaml").read_text().endswith("claims: 1\n")
+def test_criteria_that_are_younger_than_the_runs_or_were_changed_are_said_to_be(tmp_path):
+    """The made-up runs began on 2026-11-23."""
+    write_run(tmp_path, "torch", 0)
+    runs, file = read_runs([tmp_path]).runs, tmp_path / "pages/c.yaml"
+    text = f"{HEAD}  c: {{claim: it does, published: once, value: a/b, above: 0}}"
+    criteria.write_down(file, text)
+    assert "AFTER the first of these runs had begun, 2026-11-23 10:00:00 UTC" in criteria.how(
+        file, parsed(text, ""), runs, ["x=1"]
+    )
+    file.write_text(f"# written down 2026-11-22T09:00:00+00:00\n{text}")
+    said = criteria.how(file, parsed(text, ""), runs, [])
+    assert (
+        "written down 2026-11-22 09:00:00 UTC, and the first" in said and "CHANGED" not in said and "other settings" not in said
+    )
+    criteria.write_down(file, text.replace("above: 0", "above: 1"))  # keeps what there is
+    assert "CHANGED" in criteria.how(file, parsed(text.replace("above: 0", "above: 1"), ""), runs, [])
+    assert "CHANGED" not in criteria.how(file, parsed(text.replace("hours: 1", "hours: 2"), ""), runs, [])
 
 
 def test_a_finding_of_ones_own_is_run_and_has_a_page(tmp_path, monkeypatch, capsys):
@@ -148,9 +176,9 @@ def test_a_finding_of_ones_own_is_run_and_has_a_page(tmp_path, monkeypatch, caps
     main()
     shown = capsys.readouterr().out
     assert "torch: of 2 claims 1 held, 1 not held." in shown
-    (output,) = (tmp_path / "runs/findings/pages").iterdir()
+    (output,) = (tmp_path / "runs/findings/pages").glob("own-*")
     html = (output / "page.html").read_text()
-    assert "&lt;b&gt;it&lt;/b&gt; | falls" in html and "<b>it" not in html and "before the first of these runs" in html
+    assert "&lt;b&gt;it&lt;/b&gt; | falls" in html and "<b>it" not in html and "The criteria were written down" in html
     assert "it\\</b> \\| falls" in (output / "page.md").read_text() or "\\| falls" in (output / "page.md").read_text()
     rows = list(csv.DictReader((output / "outcomes.csv").open()))
     assert [(row["claim"], row["seed"]) for row in rows] == [("falls", "1"), ("falls", "2"), ("rises", "1"), ("rises", "2")]

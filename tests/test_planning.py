@@ -285,6 +285,7 @@ ENTRY %main (x: f32[2]) -> f32[8] {
 @pytest.mark.parametrize(
     ("named", "expected"),
     [
+        ("replica_groups={}", (6, 1)),
         ("replica_groups={{0,2},{1,3}}", (2, 2)),
         ("replica_groups=[2,4]<=[8], dimensions={0}", (4, 1)),
         ("replica_groups=[4,2]<=[2,4]T(1,0)", (2, 4)),
@@ -294,18 +295,18 @@ ENTRY %main (x: f32[2]) -> f32[8] {
     ],
 )
 def test_who_takes_part_in_a_collective_is_read_in_every_notation(named, expected):
-    assert group(f"%x = f32[8]{{0}} all-reduce(%y), channel_id=1, {named}, use_global_device_ids=true") == expected
+    assert group(f"%x = f32[8]{{0}} all-reduce(%y), channel_id=1, {named}, use_global_device_ids=true", 6) == expected
 
 
 def test_what_begins_in_one_place_and_ends_in_another_is_counted_once():
     begun = "%s = (bf16[2,8]{1,0:T(8)}, bf16[8,8]{1,0}) all-gather-start(%x), replica_groups=[1,4]<=[4], dimensions={0}"
     ended = "%d = bf16[8,8]{1,0} all-gather-done(%s)"
     moved = "%p = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}"
-    assert collective(begun) == traffic("all-gather", 1, 2 * 64, members=4)
-    assert collective(ended) is None
-    assert collective(moved) == traffic("collective-permute", 1, 32, members=2)
+    assert collective(begun, 4) == traffic("all-gather", 1, 2 * 64, members=4)
+    assert collective(ended, 4) is None
+    assert collective(moved, 4) == traffic("collective-permute", 1, 32, members=2)
     with pytest.raises(ValueError, match="in a way that is not known"):
-        collective("%x = f32[8]{0} all-reduce(%y), replica_groups=?")
+        collective("%x = f32[8]{0} all-reduce(%y), replica_groups=?", 4)
 
 
 def test_rings_side_by_side_share_what_a_host_sends():

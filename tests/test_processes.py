@@ -29,6 +29,7 @@ from lockstep.processes import ALONE, Processes, decode, encode
 from lockstep.runs import assembly
 from lockstep.runs.asked_once import SharedLabeler, SharedRewardModel
 from lockstep.runs.experiment import Experiment
+from lockstep.runs.store import StageFolder
 from lockstep.storage.files import read_json
 from lockstep.storage.weights import read_tensor, stored_weights
 from lockstep.types import Prompt
@@ -96,6 +97,38 @@ def test_arrays_come_back_as_they_were(array):
 def test_what_would_need_pickle_is_refused(value):
     with pytest.raises(TypeError, match="cannot be shared between processes"):
         encode([value])
+
+
+def test_what_one_process_raises_in_its_part_is_raised_on_all():
+    def part(processes):
+        if processes.rank == 1:
+            raise CheckpointError("the disk is full")
+
+    done = together(lambda processes: processes.together(lambda: part(processes)), 3)
+    assert [(type(each), str(each)) for each in done] == [(CheckpointError, "the disk is full")] * 3
+    with pytest.raises(CheckpointError):
+        ALONE.together(lambda: part(Thread(1, [b""] * 2, threading.Barrier(1))))
+
+
+def test_a_checkpoint_that_one_process_cannot_write_or_read_is_an_error_on_all(tmp_path):
+    """Before, the others waited for it."""
+    folder = StageFolder(tmp_path)
+
+    def touched(processes, fails):
+        def touch(where):
+            if processes.rank == fails:
+                raise OSError("no room")
+            (where / str(processes.rank)).touch()
+
+        return touch
+
+    failed = together(lambda processes: folder.save(3, touched(processes, 1), {}, processes))
+    assert all(isinstance(each, CheckpointError | LockstepError) and "no room" in str(each) for each in failed)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert together(lambda processes: folder.save(3, touched(processes, None), {}, processes)) == [None, None]
+    assert sorted(file.name for file in (tmp_path / "checkpoints/00000003").iterdir()) == ["0", "1", "state.json", "sums.json"]
+    failed = together(lambda processes: folder.restore(touched(processes, 0), processes))
+    assert all("no room" in str(each) for each in failed)
 
 
 def test_only_process_0_makes_what_is_shared():
@@ -262,6 +295,8 @@ def test_the_hosts_of_a_tpu_slice_meet_at_the_first():
         meeting_place(Place(0, 2), {"MASTER_ADDR": "x", "MASTER_PORT": "p"})
     with pytest.raises(ConfigError, match="TPU_WORKER_ID='2' should be a number below 2"):
         place(hosts | {"TPU_WORKER_ID": "2"})
+    with pytest.raises(ConfigError, match="TPU_WORKER_ID='' should be"):
+        place({"TPU_WORKER_HOSTNAMES": "one,two"})
 
 
 def test_a_rank_that_is_no_number_is_an_error():

@@ -277,3 +277,12 @@ def test_a_configuration_is_values_and_no_more(content, said, run):
 def finished_run(tmp_path_factory):
     logging.getLogger("lockstep").propagate = True
     return tiny(tmp_path_factory.mktemp("runs"), *ALONE)
+
+
+def test_a_run_from_before_there_were_engines_is_the_same_run(tmp_path):
+    folder = store.RunFolder(tmp_path, "old")
+    folder.path.mkdir()
+    now = {"seed": 0, "backend": {"name": "torch"}, "engine": None}
+    folder.write_config({key: value for key, value in now.items() if key != "engine"})
+    assert folder.config_changes(now) == []
+    assert folder.config_changes(now | {"engine": {"name": "vllm", "server": {}}}) != []

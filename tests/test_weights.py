@@ -55,6 +55,9 @@ class One(Processes):
     def exchange(self, message):
         return [message] * self.count
 
+    def share(self, make):
+        return make() if self.leads else None
+
 
 def test_shards_are_the_same_whoever_writes_them_and_open_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "SHARD", 399)  # bytes: the tensors have 40, 80, ... 240
@@ -88,6 +91,20 @@ def test_little_is_one_file_and_a_tensor_larger_than_a_shard_has_one_to_itself(t
     write_weights(tmp_path / "each", SHAPES, TENSORS.__getitem__, file="learner.safetensors")
     assert len(list((tmp_path / "each").glob("learner-*-of-00006.safetensors"))) == 6
     assert stored_weights(tmp_path / "each", "learner.safetensors").keys() == TENSORS.keys()
+
+
+def test_what_was_written_before_in_another_number_of_files_is_gone(tmp_path, monkeypatch):
+    """A single file would be read before an index; an old index would name shards that are gone."""
+    shapes = {"a": (4,), "b": (4,)}
+
+    def written(value, size):
+        monkeypatch.setattr(weights, "SHARD", size)
+        weights.write_weights(tmp_path, shapes, lambda name: np.full(shapes[name], value, np.float32))
+        return {name: array[0] for name, array in weights.read_weights(tmp_path).items()}, len(list(tmp_path.iterdir()))
+
+    assert written(0, 100) == ({"a": 0, "b": 0}, 1)
+    assert written(1, 16) == ({"a": 1, "b": 1}, 3)
+    assert written(2, 100) == ({"a": 2, "b": 2}, 1)
 
 
 def test_a_lost_and_a_damaged_shard_are_named(tmp_path, monkeypatch):

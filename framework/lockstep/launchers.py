@@ -46,11 +46,11 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
 
 
 def _host_of_slice(environment: Mapping[str, str]) -> Place:
-    worker, hosts = environment.get(WORKER, "0"), environment.get(HOSTS, "").split(",")
+    worker, hosts = environment.get(WORKER, ""), environment.get(HOSTS, "").split(",")
     if len(hosts) == 1:
         return Place()
     if not (worker.isdecimal() and int(worker) < len(hosts)):
-        raise ConfigError(f"{WORKER}={told(worker)} should be a number below {len(hosts)}, as {HOSTS} names so many hosts.")
+        raise ConfigError(f"{WORKER}={told(worker)} should be a number below {len(hosts)}, as {HOSTS} names {len(hosts)} hosts.")
     return Place(int(worker), len(hosts))
 
 

@@ -79,16 +79,20 @@ class Processes:
             if other is not None:
                 raise _elsewhere(*other) from trouble
 
-    def each(self, make: Callable[[], T]) -> list[T]:
-        """What ``make`` returns on each process, as `share` shares it; what it raises on one is raised on all."""
-        value: Any = None
+    def together(self, do: Callable[[], object]) -> None:
+        """``do`` on each process; what it raises on one is raised on all, once each has done its part."""
         trouble: Exception | None = None
         try:
-            value = make()
+            do()
         except Exception as error:
             trouble = error
         self.settle(trouble)
-        return [decode(message) for message in self.exchange(encode(value))]
+
+    def each(self, make: Callable[[], T]) -> list[T]:
+        """What ``make`` returns on each process, as `share` shares it; what it raises on one is raised on all."""
+        made: list[T] = []
+        self.together(lambda: made.append(make()))
+        return [decode(message) for message in self.exchange(encode(made[0]))]
 
     def any(self, true: bool) -> bool:
         """Whether it is true on any process."""

@@ -188,7 +188,7 @@ def _backward(scale: float, cap: float | None, kept: Any, d_out: Array) -> tuple
     (rows, heads, groups, length, size), columns = q.shape, k.shape[2]
     queries, keys = Cut.of(length), Cut.of(columns)
     by_head = lambda x: x.reshape(rows, length, heads, groups, -1).transpose(0, 2, 3, 1, 4)  # noqa: E731
-    sums = by_head((d_out * out).astype(jnp.float32)).sum(-1)
+    sums = by_head(d_out.astype(jnp.float32) * out).sum(-1)
     q, d_out, logs, sums = (queries.filled(x, 3) for x in (q, by_head(d_out.astype(v.dtype)), logs, sums))
     k, v, visible = keys.filled(k, 2), keys.filled(v, 2), _filled(visible, queries, keys)
 

@@ -64,7 +64,7 @@ class Group(Processes):
 
 
 def described(mesh: Mesh) -> str:
-    return ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    return " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
 
 
 def put(mesh: Mesh, tree: Tree) -> Tree:

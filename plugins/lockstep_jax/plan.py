@@ -217,6 +217,7 @@ COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 CALLED = re.compile(r"\b(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+DEVICES = re.compile(r"num_partitions=(\d+)")
 BOUND = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
 COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(SENT)})(-start)?\(")
 ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
@@ -226,7 +227,7 @@ def collectives(text: str, loop: int) -> tuple[Traffic, ...]:
     """Those of a compiled program, each as often as the loops around it run. How often that is stands beside a loop on a CPU; on
     a TPU it is the number that its condition counts up to, or ``loop`` if there is none."""
     lines: dict[str, list[str]] = {}
-    entry = ""
+    entry, devices = "", max(map(int, DEVICES.findall(text.partition("\n")[0])), default=1)
     for line in text.splitlines():
         if header := COMPUTATION.match(line):
             inside = lines.setdefault(header[1], [])
@@ -249,7 +250,7 @@ def collectives(text: str, loop: int) -> tuple[Traffic, ...]:
     def within(name: str) -> tuple[Traffic, ...]:
         found: list[Traffic] = []
         for line in lines.get(name, ()):
-            if one := collective(line):
+            if one := collective(line, devices):
                 found.append(one)
                 continue
             called = CALLED.findall(line)
@@ -262,13 +263,13 @@ def collectives(text: str, loop: int) -> tuple[Traffic, ...]:
     return within(entry)
 
 
-def collective(line: str) -> Traffic | None:
-    """The one that a line of the program makes."""
+def collective(line: str, devices: int) -> Traffic | None:
+    """The one that a line of a program for so many devices makes."""
     found = COLLECTIVE.search(line)
     if found is None:
         return None
     result, kind, begins = found.groups()
-    members, stride = group(line)
+    members, stride = group(line, devices)
     if members == 1:
         return None
     size = sum(map(array_bytes, ARRAY.findall(result)))
@@ -285,12 +286,14 @@ def array_bytes(array: tuple[str, str, str]) -> float:
     return int(bits or 8) / 8 * math.prod(int(size) for size in shape.split(",") if size)
 
 
-def group(line: str) -> tuple[int, int]:
-    """How many devices take part, and the stride of their numbers, of the first group that a line names: in braces, as the pairs
-    of a permutation, as a reshaped range [groups, members]<=[sizes]T(order), or as axes of a mesh."""
+def group(line: str, devices: int) -> tuple[int, int]:
+    """How many devices take part, and the stride of their numbers, of the first group that a line names: all by empty braces, in
+    braces, as the pairs of a permutation, as a reshaped range [groups, members]<=[sizes]T(order), or as axes of a mesh."""
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", line):
         apart = [abs(int(a) - int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
         return (2, min(each for each in apart if each)) if any(apart) else (1, 1)
+    if "replica_groups={}" in line:
+        return devices, 1
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         first = np.array(listed[1].split(","), int)
     elif reshaped := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):

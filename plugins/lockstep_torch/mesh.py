@@ -162,7 +162,7 @@ def fill(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Copy host arrays of the same names, or this process's parts of them, into tensors that may be divided."""
     with torch.no_grad():
         for name, tensor in tensors.items():
-            target, rows = (tensor.to_local(), _own_rows(tensor)) if divided(tensor) else (tensor, slice(None))
+            target, rows = (tensor.to_local(), _own_rows(tensor)) if divided(tensor) else (tensor, ...)
             target.copy_(torch.from_numpy(as_float32(arrays[name][rows])))
 
 

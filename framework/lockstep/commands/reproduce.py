@@ -17,7 +17,6 @@ HELP = "a published finding, asked again here: its runs, and a page claim by cla
 OVERRIDES = True
 FOLDER = "folder=runs/findings"
 """One for all findings, so that they share stages."""
-CRITERIA = "criteria.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +52,9 @@ def reproduce(name: str, overrides: Sequence[str], *, runs: bool) -> tuple[Repor
       SweepFailed: some of its jobs failed.
     """
     from lockstep.commands.run.sweeps import sweep, sweep_folder
+    from lockstep.config.secrets import without_secrets
     from lockstep.reporting.compare.reading import read
+    from lockstep.reporting.findings import criteria
     from lockstep.reporting.findings.finding import finding
     from lockstep.reporting.findings.outcomes import between_backends, outcomes
     from lockstep.reporting.findings.page import Report
@@ -61,33 +62,26 @@ def reproduce(name: str, overrides: Sequence[str], *, runs: bool) -> tuple[Repor
     found, text = finding(name)
     given = [*found.sweep, FOLDER, *overrides]
     folder = sweep_folder(given)
-    output = folder.parents[1] / "pages" / f"{name}-{folder.name}"
-    criteria = written_down(output, text)
+    pages = folder.parents[1] / "pages"
+    criteria.write_down(pages / f"{name}.yaml", text)
     if runs:
         Console().say(sweep(["-m", *given]))
     reading = read([folder])
-    results, missing = outcomes(found, reading.runs)
-    seconds = {s.identity or (r.name, s.name): s.seconds or 0.0 for r in reading.runs for s in r.stages.values()}
-    how = [criteria, f"{len(reading.runs)} runs, {sum(seconds.values()) / 3600:.1f} hours of one core or two."]
-    if overrides:
-        how.append(f"Run with other settings than the finding's: {' '.join(overrides)}.")
+    results, missing = outcomes(found, reading.runs, seeds(given))
+    overrides = without_secrets(list(overrides))
     command = shlex.join(["lockstep", "reproduce", name, *overrides])
-    problems = [*reading.problems, *missing]
-    return Report(found, results, between_backends(results), problems, command, " ".join(how)), output
+    how = criteria.how(pages / f"{name}.yaml", found, reading.runs, overrides)
+    return Report(found, results, between_backends(results), [*reading.problems, *missing], command, how), pages / (
+        f"{name}-{folder.name}"
+    )
 
 
-def written_down(output: Path, text: str) -> str:
-    """Keep the criteria before the first run. A sentence: since when they have stood, and whether they were changed since."""
-    from datetime import UTC, datetime
+def seeds(given: Sequence[str]) -> set[int]:
+    """All of the sweep."""
+    from lockstep.config.overrides import read
 
-    from lockstep.storage.files import write_text
-
-    file, today = output / CRITERIA, datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
-    if not file.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(file, f"# written down {today} UTC\n{text}")
-    first, _, before = file.read_text(encoding="utf-8").partition("\n")
-    since = first.removeprefix("# written down ")
-    if before == text:
-        return f"The criteria were written down {since}, before the first of these runs."
-    return f"The criteria were CHANGED after they had been written down {since}: {file} has what they were."
+    swept = [override for override in read(list(given)) if override.key_or_group == "seed"]
+    if not swept:
+        return set()
+    last = swept[-1]
+    return set(map(int, last.sweep_string_iterator() if last.is_sweep_override() else [last.value()]))

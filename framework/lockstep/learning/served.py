@@ -90,7 +90,7 @@ class Served:
             return version
         self.version = None  # until it has them
         try:
-            policy.save(self.folder)
+            self.processes.together(lambda: policy.save(self.folder))
             self.processes.share(lambda: self._load(version))
         finally:
             if self.processes.leads:

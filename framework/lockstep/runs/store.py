@@ -100,7 +100,12 @@ class StageFolder:
         temporary = self.path / ".output.part"
         try:
             processes.share(lambda: _emptied(temporary))
-            yield temporary
+            trouble: Exception | None = None
+            try:
+                yield temporary
+            except Exception as error:
+                trouble = error
+            processes.settle(trouble)
             processes.share(lambda: move_folder(temporary, self.output))
         finally:
             if processes.leads:
@@ -151,7 +156,7 @@ class StageFolder:
 
         try:
             processes.share(begin)
-            write(temporary)
+            processes.together(lambda: write(temporary))
             own = processes.share(written)[processes.rank :: processes.count]
             sums = processes.each(lambda: {name: checksum(temporary / name) for name in own})
             processes.share(lambda: finish(dict(sorted(item for each in sums for item in each.items()))))
@@ -168,7 +173,7 @@ class StageFolder:
         if found is None:
             return None
         name, step, state = found
-        read(self.path / "checkpoints" / name)
+        processes.together(lambda: read(self.path / "checkpoints" / name))
         return step, state
 
     def _newest(self) -> tuple[str, int, dict[str, Any]] | None:
@@ -370,8 +375,8 @@ INDECISIVE = ("folder", "name", "objective", "tracker", "checkpoint_every", "sam
 def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides results."""
     found = {key: value for key, value in config.items() if key not in INDECISIVE}
-    if found.get("engine") is not None:
-        found["engine"] = without_server(found["engine"])
+    if (engine := found.pop("engine", None)) is not None:
+        found["engine"] = without_server(engine)
     return found | {"backend": decisive_backend(found["backend"])} if "backend" in found else found
 
 

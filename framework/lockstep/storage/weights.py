@@ -57,6 +57,7 @@ def _write(path: Path, kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]], te
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors:
+            assert tensor.shape == kinds[name][1], f"{name} came as {tensor.shape}, not {kinds[name][1]}"
             file.seek(8 + len(text) + starts.pop(name))
             file.write(np.ascontiguousarray(tensor, kinds[name][0]).data)
     assert not starts, f"{sorted(starts)} did not come"
@@ -70,7 +71,7 @@ def write_weights(
     file: str = WEIGHTS,
 ) -> None:
     """Write float32 tensors of these shapes as ``file`` or, beyond `SHARD` bytes, as its shards and their index. The files are
-    the same for any number of processes, which share the work: each writes other shards.
+    the same for any number of processes, which share the work: each writes other shards. What was written here before goes.
 
     Args:
       gather: gives a tensor by name. Every process calls it with the same names in the same order, and keeps none, so it may
@@ -96,10 +97,18 @@ def write_weights(
         for _ in tensors:  # that the others write
             pass
     processes.settle(trouble)
-    if count > 1 and processes.leads:
-        total = sum(4 * math.prod(shape) for shape in shapes.values())
-        places = {name: shard for shard, names in zip(files, shards, strict=True) for name in names}
-        write_json(folder / f"{file}.index.json", {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+    total = sum(4 * math.prod(shape) for shape in shapes.values())
+    places = {name: shard for shard, names in zip(files, shards, strict=True) for name in names}
+
+    def finish() -> None:
+        index = folder / f"{file}.index.json"
+        if count > 1:
+            write_json(index, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+        for old in (folder / file, index, *folder.glob(f"{stem}-[0-9]*-of-[0-9]*.safetensors")):
+            if old.name not in files and (old != index or count == 1):
+                old.unlink(missing_ok=True)
+
+    processes.share(finish)
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:

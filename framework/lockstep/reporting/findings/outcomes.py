@@ -1,14 +1,14 @@
 """What runs say of a finding's claims, on each backend over seeds.
 
 The mean over seeds has Student's 95% interval (Student 1908). A claim holds if the whole interval is where the claim says, does
-not hold if the whole of it is elsewhere, and is not decided otherwise, or by a single seed. Metrics of several runs are
-subtracted seed by seed, and so are the two backends.
+not hold if the whole of it is elsewhere, and is not decided otherwise, by a single seed, or while a seed of the sweep is missing:
+the others may be those that went well. Metrics of several runs are subtracted seed by seed, and so are the two backends.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
@@ -49,9 +49,9 @@ class Mean:
 
     def __str__(self) -> str:
         if len(self.seeds) < 2:
-            return f"{self.mean:.3g} (one seed)"
+            return f"{self.mean:.3g}, one seed"
         digits = max(0, 1 - math.floor(math.log10(self.half))) if self.half else 3  # two of the interval's, as many of the mean's
-        return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
+        return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}, {len(self.seeds)} seeds"
 
 
 @dataclass(frozen=True)
@@ -66,35 +66,40 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one claim's value between two backends, seed by seed, and whether they come to the same verdict."""
+    """Of one claim's value between two backends, seed by seed; ``apart`` if its interval is without 0."""
 
     name: str
     backends: tuple[str, str]
     found: Mean
-    same: bool
+    verdicts: tuple[Verdict, Verdict]
+
+    @property
+    def apart(self) -> bool:
+        return self.found.low > 0 or self.found.high < 0
 
 
 class Absent(Exception):
     """A run lacks a metric, or the runs lack a run."""
 
 
-def outcomes(finding: Finding, runs: Sequence[Run]) -> tuple[list[Outcome], list[str]]:
-    """Of every claim on every backend, and a sentence for each value that is missing."""
+def outcomes(finding: Finding, runs: Sequence[Run], seeds: Collection[int] = ()) -> tuple[list[Outcome], list[str]]:
+    """Of every claim on every backend, and a sentence for each value that is missing. ``seeds``: all that should be there."""
     by_backend: dict[str, dict[int, list[Run]]] = {}
     for run in runs:
         by_backend.setdefault(str(run.backend["name"]), {}).setdefault(run.seed, []).append(run)
     found, problems = [], []
     for name, claim in finding.claims.items():
-        for backend, seeds in by_backend.items():
+        for backend, there in by_backend.items():
             values = {}
-            for seed, of_seed in sorted(seeds.items()):
+            wanted = sorted({*seeds, *there})
+            for seed in wanted:
                 try:
-                    values[seed] = sum(term.sign * measured(term, of_seed) for term in claim.terms)
+                    values[seed] = sum(term.sign * measured(term, there.get(seed, [])) for term in claim.terms)
                 except Absent as absent:
                     problems.append(f"{name}, {backend}, seed {seed}: {absent}")
             if values:
                 mean = Mean(values)
-                found.append(Outcome(name, backend, mean, verdict(claim, mean)))
+                found.append(Outcome(name, backend, mean, verdict(claim, mean) if len(values) == len(wanted) else "not decided"))
     return found, problems
 
 
@@ -113,7 +118,7 @@ def between_backends(found: Sequence[Outcome]) -> list[Difference]:
         common = sorted(a.found.seeds.keys() & b.found.seeds.keys())
         if a.name == b.name and common:
             apart = Mean({seed: a.found.seeds[seed] - b.found.seeds[seed] for seed in common})
-            differences.append(Difference(a.name, (a.backend, b.backend), apart, a.verdict == b.verdict))
+            differences.append(Difference(a.name, (a.backend, b.backend), apart, (a.verdict, b.verdict)))
     return differences
 
 

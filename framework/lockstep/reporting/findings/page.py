@@ -106,10 +106,10 @@ def markdown(report: Report) -> str:
         rows += [f"| {' | '.join(texts)} | {each.backend} | {each.found} | {each.verdict} |" for each in found]
     lines += ["\n".join(rows), escaped(report.reading)]
     if report.differences:
-        rows = ["| claim | between backends, seed by seed | here | verdicts |", "|---|---|---|---|"]
+        rows = ["| claim | seed by seed | here | | verdicts |", "|---|---|---|---|---|"]
         for each in report.differences:
-            same = "the same" if each.same else "differ"
-            rows.append(f"| {escaped(f.claims[each.name].claim)} | {' − '.join(each.backends)} | {each.found} | {same} |")
+            texts = [escaped(f.claims[each.name].claim), " − ".join(each.backends), str(each.found)]
+            rows.append(f"| {' | '.join(texts)} | {'apart' if each.apart else 'not apart'} | {'; '.join(each.verdicts)} |")
         lines.append("\n".join(rows))
     rows = ["| claim | value of a seed |", "|---|---|"]
     rows += [f"| {escaped(claim.claim)} | {escaped(claim.value)} |" for claim in f.claims.values()]
