@@ -40,8 +40,9 @@ from lockstep.registry import registry
 from lockstep.runs.assembly import Assembly
 from lockstep.runs.experiment import Experiment
 from lockstep_jax import generation, model
+from lockstep_jax.collectives import collective, collectives, group
 from lockstep_jax.device import JaxDevice
-from lockstep_jax.plan import NUMBER, JaxPlanner, block, collective, collectives, group, host
+from lockstep_jax.plan import NUMBER, JaxPlanner, block, host
 from lockstep_torch.backend import TorchBackend
 from lockstep_torch.decoder import DecoderNetwork
 from lockstep_torch.generation import _words

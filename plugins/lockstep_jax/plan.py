@@ -4,13 +4,10 @@ shapes in place of arrays.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import os
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,8 +17,9 @@ from jax.sharding import SingleDeviceSharding
 
 from lockstep.errors import ConfigError
 from lockstep.models.blueprint import Blueprint
-from lockstep.planning.calls import SENT, Call, Need, Part, Shape, Traffic, traffic
+from lockstep.planning.calls import Call, Need, Part, Shape
 from lockstep_jax import generation, learner, mesh, model
+from lockstep_jax.collectives import collectives, summed
 from lockstep_jax.decoder import TEACHER, DecoderNetwork, DropoutMask, NetworkSpec, Tree
 from lockstep_jax.device import JaxDevice, devices_of, matmuls
 from lockstep_jax.generation import Drawing
@@ -209,118 +207,3 @@ def need(compiled: Any, loop: int = 1) -> Need:
     memory = compiled.memory_analysis()
     temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Need(temporary, collectives(compiled.as_text(), loop))
-
-
-# ---------------------------------------------------------------------------------------- collectives in the text of a program
-
-COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
-CALLED = re.compile(r"\b(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
-BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-DEVICES = re.compile(r"num_partitions=(\d+)")
-BOUND = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
-COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(SENT)})(-start)?\(")
-ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
-
-
-def collectives(text: str, loop: int) -> tuple[Traffic, ...]:
-    """Those of a compiled program, each as often as the loops around it run. How often that is stands beside a loop on a CPU; on
-    a TPU it is the number that its condition counts up to, or ``loop`` if there is none."""
-    lines: dict[str, list[str]] = {}
-    entry, devices = "", max(map(int, DEVICES.findall(text.partition("\n")[0])), default=1)
-    for line in text.splitlines():
-        if header := COMPUTATION.match(line):
-            inside = lines.setdefault(header[1], [])
-            entry = header[1] if line.startswith("ENTRY") else entry
-        elif lines:
-            inside.append(line)
-
-    def trips(line: str) -> int:
-        if known := TRIPS.search(line):
-            return int(known[1])
-        (condition,) = (name for role, name in CALLED.findall(line) if role == "condition")
-        return max((int(each) for part in (line, *reached(condition)) for each in BOUND.findall(part)), default=loop)
-
-    def reached(name: str) -> list[str]:
-        """The lines of a computation, and of those that it calls."""
-        own = lines.get(name, [])
-        return own + [line for each in own for _, other in CALLED.findall(each) for line in reached(other)]
-
-    @functools.cache
-    def within(name: str) -> tuple[Traffic, ...]:
-        found: list[Traffic] = []
-        for line in lines.get(name, ()):
-            if one := collective(line, devices):
-                found.append(one)
-                continue
-            called = CALLED.findall(line)
-            called += [("", each.strip(" %")) for branches in BRANCHES.findall(line) for each in branches.split(",")]
-            for role, other in called:
-                times = trips(line) if role in ("body", "condition") else 1
-                found += [times_over(each, times) for each in within(other)]
-        return summed(found)
-
-    return within(entry)
-
-
-def collective(line: str, devices: int) -> Traffic | None:
-    """The one that a line of a program for so many devices makes."""
-    found = COLLECTIVE.search(line)
-    if found is None:
-        return None
-    result, kind, begins = found.groups()
-    members, stride = group(line, devices)
-    if members == 1:
-        return None
-    size = sum(map(array_bytes, ARRAY.findall(result)))
-    if begins and kind in ("all-gather", "collective-permute"):  # the result has the operand in front
-        size = size * members / (members + 1) if kind == "all-gather" else size / 2
-    if kind == "reduce-scatter":
-        size *= members
-    return traffic(kind, 1, size, members, stride)
-
-
-def array_bytes(array: tuple[str, str, str]) -> float:
-    """Of a type in the text of a program: ('f', '32', '8,128')."""
-    _, bits, shape = array
-    return int(bits or 8) / 8 * math.prod(int(size) for size in shape.split(",") if size)
-
-
-def group(line: str, devices: int) -> tuple[int, int]:
-    """How many devices take part, and the stride of their numbers, of the first group that a line names: all by empty braces, in
-    braces, as the pairs of a permutation, as a reshaped range [groups, members]<=[sizes]T(order), or as axes of a mesh."""
-    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", line):
-        apart = [abs(int(a) - int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
-        return (2, min(each for each in apart if each)) if any(apart) else (1, 1)
-    if "replica_groups={}" in line:
-        return devices, 1
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        first = np.array(listed[1].split(","), int)
-    elif reshaped := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        groups, sizes, order = ([int(each) for each in part.split(",")] if part else None for part in reshaped.groups())
-        assert groups and sizes
-        first = np.arange(math.prod(sizes)).reshape(sizes).transpose(order or range(len(sizes))).reshape(groups)[0]
-    elif axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        shape = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes[1])}
-        named = re.findall(r"'(\w+)'", axes[2])
-        places = np.arange(math.prod(shape.values())).reshape(tuple(shape.values()))
-        first = places[tuple(slice(None) if name in named else 0 for name in shape)].reshape(-1)
-    else:
-        raise ValueError(f"a collective names its devices in a way that is not known: {line[:500]}")
-    return len(first), int(first[1] - first[0]) if len(first) > 1 else 1
-
-
-def times_over(one: Traffic, times: int) -> Traffic:
-    return Traffic(one.kind, times * one.count, times * one.sent, one.members, one.stride)
-
-
-def summed(found: Iterable[Traffic]) -> tuple[Traffic, ...]:
-    """One for each kind and group."""
-    totals: defaultdict[tuple[str, int, int], list[float]] = defaultdict(lambda: [0, 0.0])
-    for each in found:
-        total = totals[each.kind, each.members, each.stride]
-        total[0] += each.count
-        total[1] += each.sent
-    return tuple(
-        Traffic(kind, int(count), sent, members, stride) for (kind, members, stride), (count, sent) in sorted(totals.items())
-    )
