@@ -3,13 +3,17 @@ the API. benchmarks/log.md has runs by the real one."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -125,11 +129,17 @@ def choice(**changes):
 
 
 def content(change):
-    """The tokens that ``change`` makes of a response's, and their log-probabilities."""
+    """The tokens that ``change`` makes of a response's, their log-probabilities, and the version that drew them all."""
     return choice(
         token_ids=lambda c: [each["token_id"] for each in change(c["logprobs"]["content"])],
         logprobs=lambda c: {"content": change(c["logprobs"]["content"])},
+        weight_versions=lambda c: [c["weight_versions"][0] | {"end": len(change(c["logprobs"]["content"]))}],
     )
+
+
+def spans(*limits):
+    """Spans of the version that drew, from n to before n of each pair."""
+    return choice(weight_versions=lambda c: [c["weight_versions"][0] | {"start": one, "end": end} for one, end in limits])
 
 
 def token(token_id=1, logprob=-1.0):
@@ -142,6 +152,8 @@ BROKEN = {
     "cut": (content(lambda c: [token()]), "ends before its limit, with no token that ends it"),
     "after the end": (content(lambda c: [token(STOP), *[token()] * 4]), "goes on after the token that ends it"),
     "NaN": (content(lambda c: [token(logprob=math.nan)] * 5), "a log-probability is not finite"),
+    "beyond float32": (content(lambda c: [token(logprob=-1e300)] * 5), "a log-probability is not finite"),
+    "a number of 400 digits": (content(lambda c: [token(logprob=-(10**400))] * 5), "what is no response"),
     "above 0": (content(lambda c: [token(logprob=0.5)] * 5), "a log-probability is above 0"),
     "unknown token": (content(lambda c: [token(37)] * 5), "a token is not from 0 to 36"),
     "huge token": (content(lambda c: [token(2**40)] * 5), "what is no response"),
@@ -149,8 +161,16 @@ BROKEN = {
     "of other tokens": (choice(token_ids=lambda c: [0] * 5), "their log-probabilities do not match"),
     "two": (lambda answer: {"choices": answer["choices"] * 2}, "what is no response"),
     "none": (lambda answer: {"choices": []}, "what is no response"),
-    "no versions": (choice(weight_versions=lambda c: []), "drew with none"),
-    "two versions": (choice(weight_versions=lambda c: [*c["weight_versions"], {"version": "x"}]), "drew with .*x"),
+    "no version": (spans(), "does not say for each of its tokens which weights drew it"),
+    "a first token without a version": (spans((1, 5)), "does not say for each of its tokens"),
+    "a last token without a version": (spans((0, 4)), "does not say for each of its tokens"),
+    "a token between without a version": (spans((0, 2), (3, 5)), "does not say for each of its tokens"),
+    "two versions of a token": (spans((0, 3), (2, 5)), "does not say for each of its tokens"),
+    "versions of more tokens": (spans((0, 6)), "does not say for each of its tokens"),
+    "two versions": (
+        choice(weight_versions=lambda c: [c["weight_versions"][0] | {"end": 1}, {"version": "x", "start": 1, "end": 5}]),
+        "drew with .*x",
+    ),
     "not JSON": (lambda answer: b"<html>", "what is no response"),
     "deep": (lambda answer: b"[" * 20_000, "what is no response"),
     "huge": (lambda answer: b" " * 2**18, "with more than .* bytes"),
@@ -164,7 +184,8 @@ BROKEN = {
 def test_an_answer_that_cannot_be_samples_is_one_clear_error(load, served, vllm, case):
     engine, (spoil, message) = served(), BROKEN[case]
     drawn(engine, load())
-    vllm.spoil = spoil
+    fives, rows = content(lambda c: [token()] * 5), itertools.count()
+    vllm.spoil = lambda answer: spoil(fives(answer)) if next(rows) == 1 else fives(answer)  # one of three
     with pytest.raises(EngineFailed, match=message) as failure:
         drawn(engine, load())
     assert "docs/scale.md" in str(failure.value) or "rerun" in str(failure.value)
@@ -191,7 +212,7 @@ def test_an_engine_that_answers_for_other_rows_is_an_error(load, tmp_path):
 def test_a_server_that_does_not_answer_is_an_error(load, served, vllm):
     engine = served(timeout_seconds=1.0)
     drawn(engine, load())
-    vllm.seconds = 30.0
+    vllm.silent = ("/inference/v1/generate",)
     with pytest.raises(EngineFailed, match="did not answer within engine.server.timeout_seconds=1.*rerun the same command"):
         drawn(engine, load())
 
@@ -218,8 +239,72 @@ def test_a_hand_over_that_fails_leaves_no_version_that_is_accepted(load, served,
 
 
 @on_torch
+def test_a_hand_over_that_takes_too_long_does_not_leave_the_server_paused(load, served, vllm):
+    vllm.silent = ("/collective_rpc",)
+    with pytest.raises(EngineFailed, match="did not answer within engine.server.timeout_seconds=1"):
+        drawn(served(timeout_seconds=1.0), load())
+    assert vllm.version == "loading" and not vllm.paused
+
+
+@on_torch
+def test_a_server_that_a_killed_run_left_paused_is_used(load, served, vllm):
+    vllm.answer("/pause", None)
+    vllm.answer("/update_weight_version", {"new_version": "loading"})
+    drawn(served(timeout_seconds=5.0), load())
+    assert not vllm.paused
+
+
+INTERRUPTED = """
+import signal, sys, threading
+import numpy as np
+from pathlib import Path
+from vllm_server import client
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+engine = client(sys.argv[1])
+if sys.argv[2] == "load":
+    engine.load(Path("weights"), "v")
+else:
+    given = np.zeros((1, 1), np.int32), np.ones((1, 1), bool), np.zeros((1, 1), np.uint32)
+    how = {"temperature": 1.0, "stop_ids": [], "pad_id": 0}
+    threading.Thread(target=lambda: engine.generate(*given, **how), daemon=True).start()
+    sys.stdin.readline()
+"""
+
+
+def interrupted(vllm, what, silent, end):
+    """The exit status and stderr of a process that waits for a path that is silent, and there gets ``end``."""
+    vllm.silent = (silent,)
+    command = [sys.executable, "-c", INTERRUPTED, vllm.url, what]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, **pipes) as child:
+        try:
+            limit = time.monotonic() + 60
+            while silent not in vllm.asked:
+                assert child.poll() is None and time.monotonic() < limit, "it asked for nothing"
+                time.sleep(0.01)
+            end(child)
+            _, said = child.communicate(timeout=20)
+        finally:
+            child.kill()
+    return child.returncode, said
+
+
+@pytest.mark.parametrize("silent", ["/resume", "/collective_rpc"])
+def test_ctrl_c_does_not_wait_for_a_silent_server(vllm, silent):
+    status, said = interrupted(vllm, "load", silent, lambda child: child.send_signal(signal.SIGINT))
+    assert status != 0 and said.rstrip().endswith("KeyboardInterrupt") and not vllm.paused
+
+
+def test_exit_does_not_wait_for_an_answer_in_flight(vllm):
+    path = "/inference/v1/generate"
+    assert interrupted(vllm, "generate", path, lambda child: child.stdin.write("\n")) == (0, "")
+
+
+@on_torch
 def test_a_server_without_the_endpoints_says_how_to_start_it(load, served, vllm):
-    vllm.missing = ("/pause",)
+    vllm.missing = ("/pause", "/resume")
     with pytest.raises(EngineFailed, match="VLLM_SERVER_DEV_MODE=1"):
         drawn(served(), load())
 

@@ -18,14 +18,17 @@ from lockstep_vllm.server import PROBE, Server, ServerConfig
 
 
 class FakeVLLM:
-    """``spoil(answer)`` changes what is answered to a request for tokens; a number is sent as the status of an error. ``loads``
-    are the versions it was given, ``draws`` the requests for tokens."""
+    """``spoil(answer)`` changes what is answered to a request for tokens; a number is sent as the status of an error. Requests to
+    paths in ``silent`` are never answered. While it is paused, requests for tokens wait. ``loads`` are the versions it was given,
+    ``draws`` the requests for tokens, ``asked`` the paths of all requests."""
 
     def __init__(self, *, processor=True, mode="processed_logits"):
         cls = registry().resolve("backend", "torch", "torch")
         self.backend = cls(parse(cls.Config, BACKENDS["torch"], "backend"))
         self.processor, self.mode = processor, mode
-        self.policy, self.version, self.paused = None, "default", False
+        self.policy, self.version, self.silent, self.asked = None, "default", (), []
+        self.running = threading.Event()
+        self.running.set()
         self.loads, self.draws, self.spoil, self.seconds, self.missing = [], [], lambda answer: answer, 0.0, ()
         self.lock = threading.Lock()
         outer = self
@@ -36,6 +39,9 @@ class FakeVLLM:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
                 path = self.path.partition("?")[0]
+                outer.asked.append(path)
+                if path in outer.silent:
+                    threading.Event().wait()
                 answer = 404 if path in outer.missing else outer.answer(path, body)
                 status, content = (answer, b"no") if isinstance(answer, int) else (200, answer)
                 content = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -61,10 +67,17 @@ class FakeVLLM:
         self.server.shutdown()
         self.server.server_close()
 
+    @property
+    def paused(self):
+        return not self.running.is_set()
+
     def answer(self, path, body):
         match path:
-            case "/pause" | "/resume":
-                self.paused = path == "/pause"
+            case "/pause":
+                self.running.clear()
+                return {}
+            case "/resume":
+                self.running.set()
                 return {}
             case "/update_weight_version":
                 self.version = body["new_version"]
@@ -77,6 +90,7 @@ class FakeVLLM:
                 self.policy = registry().resolve("policy", "decoder", "torch").load(folder, self.backend)
                 return {"results": [None]}
             case "/inference/v1/generate":
+                self.running.wait()
                 time.sleep(self.seconds)
                 self.draws.append(body)
                 return self.spoil(self.draw(body["token_ids"], body["sampling_params"]))

@@ -17,11 +17,10 @@ import contextlib
 import ipaddress
 import json
 import logging
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import httpx
 import numpy as np
@@ -29,10 +28,11 @@ import numpy as np
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, EngineFailed, short, told
 from lockstep.interfaces import Engine, Generated
-from lockstep.learning.served import EngineConfig
+from lockstep.learning.served import EngineConfig, aside
 from lockstep.text.sequences import right_pad
 from lockstep.text.visible import visible
 
+T = TypeVar("T")
 log = logging.getLogger("lockstep")
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every request
 
@@ -41,7 +41,9 @@ MOST_AT_ONCE = 256
 LARGEST_ANSWER, LARGEST_TOKEN = 2**16, 2**10
 """Bytes of an answer, and of each of its tokens. Memory is bounded by them: what is longer is not read."""
 LOADING = "loading"
-"""The version while weights are handed over. If that fails, no answer has a version that is accepted."""
+"""The version while weights are handed over. If that fails, every answer carries it and is refused."""
+RESUME_SECONDS = 5.0
+"""Limit of the attempt to resume the server after a failed hand-over, which also delays Ctrl-C."""
 PROBE = -1234.5
 """As in `lockstep_vllm.processor`, which this environment cannot import."""
 LOOK = "docs/scale.md, 'Rollouts by an engine', has the command that starts it."
@@ -82,20 +84,24 @@ class Server(Engine):
             self._run(self._probe())
             self.known = True
         self.version = LOADING
-        self._run(self._load(folder.absolute(), version))
+        try:
+            self._run(self._load(folder.absolute(), version))
+        except BaseException:  # out of time and Ctrl-C, too
+            with contextlib.suppress(EngineFailed):  # it may be gone, and the first error says why
+                self._run(self._resume(), RESUME_SECONDS)
+            raise
         self.version = version
 
     async def _load(self, folder: Path, version: str) -> None:
         async with self._client() as client:
             await self._post(client, "/pause?mode=wait", None)
-            try:
-                await self._post(client, "/update_weight_version", {"new_version": LOADING})
-                await self._post(client, "/collective_rpc", self._reload(str(folder)))
-                await self._post(client, "/update_weight_version", {"new_version": version})
-            except EngineFailed:
-                with contextlib.suppress(EngineFailed):  # it may be gone, and the first error says why
-                    await self._post(client, "/resume", None)
-                raise
+            await self._post(client, "/update_weight_version", {"new_version": LOADING})
+            await self._post(client, "/collective_rpc", self._reload(str(folder)))
+            await self._post(client, "/update_weight_version", {"new_version": version})
+            await self._post(client, "/resume", None)
+
+    async def _resume(self) -> None:
+        async with self._client() as client:
             await self._post(client, "/resume", None)
 
     def _reload(self, folder: str) -> dict[str, Any]:
@@ -109,30 +115,31 @@ class Server(Engine):
         Raises:
           EngineFailed: it does not sample as the configuration says, or returns no log-probabilities of its sampler.
         """
+        await self._resume()  # a run that was killed during a hand-over left it paused
         async with self._client() as client:
             if self.config.sampler == "lockstep":
                 asked = self._settings(np.zeros(1, np.uint32), 1.0, ())
                 asked["extra_args"]["lockstep"]["probe"] = True
-                _, logprobs = (await self._row(client, [0], asked))[:2]
+                _, logprobs, _ = await self._row(client, [0], asked)
                 if logprobs != [PROBE]:
                     raise EngineFailed(
                         f"{self._who} does not draw from Lockstep's seeds. Start it with --logits-processors "
-                        "lockstep_vllm.processor:Seeds --logprobs-mode processed_logits; or set engine.sampler=vllm, where "
-                        f"tokens are others than the backend's. {LOOK}"
+                        "lockstep_vllm.processor:Seeds --logprobs-mode processed_logits; or set engine.sampler=vllm, whose "
+                        f"tokens differ from the backend's. {LOOK}"
                     )
                 return
             for token in (0, 1):  # raw log-probabilities of both cannot be 0
                 asked = self._settings(np.zeros(1, np.uint32), 1.0, ()) | {"logit_bias": {token: 100.0}}
-                _, (logprob, *_), _ = await self._row(client, [0], asked)
-                if abs(logprob) > 1e-3:
+                _, logprobs, _ = await self._row(client, [0], asked)
+                if len(logprobs) != 1 or not abs(logprobs[0]) < 1e-3:
                     raise EngineFailed(
-                        f"{self._who} returns other log-probabilities than those that it samples from. Start it with "
+                        f"{self._who} returns log-probabilities that differ from those it samples from. Start it with "
                         f"--logprobs-mode processed_logprobs. {LOOK}"
                     )
         log.warning(
-            "engine.sampler=vllm: the server draws by itself, so the tokens do not follow from the run's seeds, differ from the "
-            "backend's, and may differ when a run is repeated. sampler/mismatch_* has the difference of log-probabilities, and "
-            "algorithm.correction.kind=truncate weighs by it."
+            "engine.sampler=vllm: the server uses its own sampler, so the tokens do not follow from the run's seeds, differ from "
+            "the backend's, and may differ when a run is repeated. sampler/mismatch_* shows the difference in log-probabilities, "
+            "and algorithm.correction.kind=truncate weighs by it."
         )
 
     # ------------------------------------------------------------------------------------------------------------- tokens
@@ -154,7 +161,8 @@ class Server(Engine):
             raise EngineFailed(f"{self._who} answered with {longest} tokens to a request for at most {width}. {RESTART}")
         tokens, mask = right_pad([ids for ids, _, _ in rows], pad_id, width)
         logprobs = np.zeros(mask.shape, np.float32)
-        logprobs[mask] = [number for _, numbers, _ in rows for number in numbers]
+        with np.errstate(over="ignore"):  # beyond float32 it is infinite, which is refused
+            logprobs[mask] = [number for _, numbers, _ in rows for number in numbers]
         return Generated(tokens, mask, logprobs), frozenset().union(*(versions for _, _, versions in rows))
 
     async def _rows(
@@ -186,7 +194,7 @@ class Server(Engine):
         answer = await self._post(client, "/inference/v1/generate", asked, most)
         try:
             return response(answer)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             wrong = shown(told(error))
         raise EngineFailed(f"{self._who} answered with what is no response: {wrong}. {RESTART}")
 
@@ -201,17 +209,26 @@ class Server(Engine):
         plain = {"Accept-Encoding": "identity"}
         return httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=None, limits=limits, headers=plain)
 
-    def _run(self, work: Any) -> Any:
-        """A coroutine, within the time limit: in a thread of its own, since a notebook's has a loop already."""
-        limit = self.config.server.timeout_seconds
+    def _run(self, work: Coroutine[Any, Any, T], limit: float | None = None) -> T:
+        """Run a coroutine within ``limit`` seconds, by default the configured limit. It runs in a thread of its own, because a
+        notebook's thread already has a loop. Ctrl-C cancels its requests."""
+        limit = limit or self.config.server.timeout_seconds
+        loop = asyncio.new_event_loop()
 
-        async def within() -> Any:
+        async def within() -> T:
             async with asyncio.timeout(limit):
                 return await work
 
+        def run() -> T:
+            with asyncio.Runner(loop_factory=lambda: loop) as runner:
+                return runner.run(within())
+
+        def cancel() -> None:
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+
         try:
-            with ThreadPoolExecutor(1) as pool:
-                return pool.submit(asyncio.run, within()).result()
+            return aside(run)()
         except TimeoutError:
             failure: BaseException = EngineFailed(
                 f"{self._who} did not answer within engine.server.timeout_seconds={limit:g}. Look at its log, or raise the "
@@ -219,6 +236,10 @@ class Server(Engine):
             )
         except BaseExceptionGroup as group:  # of the rows that were asked for at once
             failure = _first(group)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the coroutine itself raised this
+                loop.call_soon_threadsafe(cancel)
+            raise
         raise failure
 
     async def _post(self, client: httpx.AsyncClient, path: str, content: Any, most: int = LARGEST_ANSWER) -> bytes:
@@ -244,23 +265,24 @@ class Server(Engine):
 Row = tuple[list[int], list[float], frozenset[str]]
 """Token ids, their log-probabilities, and the versions of the weights."""
 RESTART = "Look at its log, restart it, and rerun the same command to resume."
+DEVELOPMENT = "It needs VLLM_SERVER_DEV_MODE=1 to take weights. "
+RELOAD = (
+    "It needs --worker-extension-cls lockstep_vllm.processor.Weights (with engine.sampler=lockstep), a checkpoint of the same "
+    "architecture, and a view of the folder of runs. "
+)
 HINTS = {
-    ("/pause", 404): "It needs VLLM_SERVER_DEV_MODE=1 to take weights. ",
+    ("/resume", 404): DEVELOPMENT,
+    ("/pause", 404): DEVELOPMENT,
+    ("/collective_rpc", 500): RELOAD,
     ("/inference/v1/generate", 403): "It needs --enable-scale-out. ",
     ("/inference/v1/generate", 404): "It needs vLLM 0.32 or newer. ",
-    (
-        "/collective_rpc",
-        500,
-    ): "It needs --worker-extension-cls "
-    "lockstep_vllm.processor.Weights (with engine.sampler=lockstep), a checkpoint of the same architecture, and a view of the "
-    "folder of runs. ",
 }
 
 
 def response(answer: bytes) -> Row:
     """
     Raises:
-      ValueError, KeyError, TypeError, RecursionError: it is none.
+      ValueError, KeyError, TypeError, OverflowError, RecursionError: it is none.
     """
     (choice,) = json.loads(answer)["choices"]
     ids, read = choice["token_ids"], choice["logprobs"]["content"]
@@ -269,7 +291,19 @@ def response(answer: bytes) -> Row:
         raise ValueError("its tokens and their log-probabilities do not match")
     if any(type(each) is not int or not 0 <= each < 2**31 for each in ids) or any(type(x) not in (int, float) for x in logprobs):
         raise ValueError("a token or a log-probability is no number")
-    return ids, logprobs, frozenset(str(span["version"]) for span in choice["weight_versions"])
+    return ids, [float(x) for x in logprobs], drawn_by(choice["weight_versions"], len(ids))
+
+
+def drawn_by(spans: list[dict[str, Any]], count: int) -> frozenset[str]:
+    """The versions of ``count`` tokens. A span says which weights drew tokens [start, end).
+
+    Raises:
+      ValueError, KeyError, TypeError: the spans leave out a token, or overlap.
+    """
+    limits = sorted((span["start"], span["end"]) for span in spans)
+    if [*(start for start, _ in limits), count] != [0, *(end for _, end in limits)]:
+        raise ValueError("it does not say for each of its tokens which weights drew it")
+    return frozenset(str(span["version"]) for span in spans)
 
 
 def shown(text: str) -> str:

@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from lockstep.interfaces import Engine, Generated, Policy
 from lockstep.processes import ALONE, Processes
 from lockstep.storage.weights import read_tensors, write_tensors
 
+T = TypeVar("T")
 LARGEST_LOGPROB = 1e-3
 """Above 0, by rounding."""
 AHEAD = "ahead.safetensors"
@@ -91,14 +92,14 @@ class Served:
         self.version = None  # until it has them
         try:
             self.processes.together(lambda: policy.save(self.folder))
-            self.processes.share(lambda: self._load(version))
+            self.processes.share(lambda: self._give(version))
         finally:
             if self.processes.leads:
                 shutil.rmtree(self.folder, ignore_errors=True)
         self.version = version
         return version
 
-    def _load(self, version: str) -> None:
+    def _give(self, version: str) -> None:
         if not (self.folder / "config.json").exists():
             raise ConfigError(
                 "An engine takes whole checkpoints, and this policy saves an adapter. Set engine=null, or train all weights: "
@@ -110,19 +111,7 @@ class Served:
         """Ask for what will be drawn later by the weights of now."""
         version = self.hand_over(policy)
         ask = self._asking(call, version)
-        if not self.processes.leads:
-            self.flight = Flight(call.key, version, ask)
-            return
-        answer: queue.SimpleQueue[Generated | BaseException] = queue.SimpleQueue()
-
-        def fly() -> None:
-            try:
-                answer.put(ask())
-            except BaseException as error:
-                answer.put(error)
-
-        threading.Thread(target=fly, name="engine", daemon=True).start()
-        self.flight = Flight(call.key, version, lambda: _opened(answer.get()))
+        self.flight = Flight(call.key, version, aside(ask) if self.processes.leads else ask)
 
     def draw(self, policy: ServedPolicy, call: Call) -> Generated:
         """What was begun, if this is it; or drawn now."""
@@ -158,7 +147,11 @@ class Served:
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def save(self, folder: Path) -> None:
-        """Write the answer of the call in flight, if there is one."""
+        """Write the answer of the call in flight, if there is one.
+
+        Raises:
+          EngineFailed: the call failed. The checkpoint would not hold the weights to draw it again with.
+        """
         if self.flight is None:
             return
         found = self._land(self.flight)
@@ -290,7 +283,22 @@ def checked(found: Generated, versions: frozenset[str], call: Call, version: str
     return found
 
 
-def _opened(answer: Generated | BaseException) -> Generated:
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
+def aside(work: Callable[[], T]) -> Callable[[], T]:
+    """Start ``work`` in a thread, and return a function that waits for its result or raises its error. Ctrl-C ends the wait, and
+    the interpreter exits without waiting, unlike with `concurrent.futures`."""
+    answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answer.put((work(), None))
+        except BaseException as error:
+            answer.put((None, error))
+
+    def wait() -> T:
+        found, error = answer.get()
+        if error is not None:
+            raise error
+        return found
+
+    threading.Thread(target=run, name="engine", daemon=True).start()
+    return wait
