@@ -228,7 +228,7 @@ class Ends(RewardModel):
 
 def team(monkeypatch, *texts, reply=lambda prompt: "no", **changes):
     class Echo:
-        def __init__(self, *_):
+        def __init__(self, *_, **__):
             pass
 
         def sample(self, policy, prompts, ids, seeds):

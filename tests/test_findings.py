@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 
 import pytest
 
-from lockstep.cli import main
 from lockstep.commands.reproduce import reproduce, seeds
 from lockstep.config.compose import compose
 from lockstep.config.overrides import read
@@ -159,7 +160,7 @@ def test_criteria_that_are_younger_than_the_runs_or_were_changed_are_said_to_be(
     assert "CHANGED" not in criteria.how(file, parsed(text.replace("hours: 1", "hours: 2"), ""), runs, [])
 
 
-def test_a_finding_of_ones_own_is_run_and_has_a_page(tmp_path, monkeypatch, capsys):
+def test_a_finding_of_ones_own_is_run_and_has_a_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conf/finding").mkdir(parents=True)
     stages = ["~stages.sft", "~stages.reward", "~stages.ppo"]
@@ -172,9 +173,10 @@ def test_a_finding_of_ones_own_is_run_and_has_a_page(tmp_path, monkeypatch, caps
     (tmp_path / "conf/finding/own.yaml").write_text(text)
     with pytest.raises(DataError):
         reproduce("own", [], runs=False)
-    monkeypatch.setattr("sys.argv", ["lockstep", "reproduce", "own"])
-    main()
-    shown = capsys.readouterr().out
+    command = [sys.executable, "-m", "lockstep", "reproduce", "own"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    shown = done.stdout
+    assert done.returncode == 0, shown + done.stderr
     assert "torch: of 2 claims 1 held, 1 not held." in shown
     (output,) = (tmp_path / "runs/findings/pages").glob("own-*")
     html = (output / "page.html").read_text()

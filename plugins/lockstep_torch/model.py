@@ -79,7 +79,8 @@ class TorchModel:
 
     @classmethod
     def filled(cls, network: Network, head: ScalarHead | None, backend: TorchDevice, weights: Mapping[str, np.ndarray]) -> Any:
-        """A model whose network has no memory for its weights yet; each process reads its parts of them."""
+        """A model of this network with these weights; each process reads its parts of them. Those that the network has are
+        dropped, so it may be on the device 'meta', without memory."""
         made = cls(shell(network, _before(backend)), head, backend)
         fill({name: tensor for name, tensor in made.tensors().items() if name not in HEAD}, weights)
         return made
