@@ -23,6 +23,7 @@ from lockstep.models import adapters
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import from_hf, linear_layers
 from lockstep.models.checkpoint import is_adapter
+from lockstep.processes import ALONE
 from lockstep.registry import registry
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import read_tensors, read_weights, write_tensors
@@ -50,7 +51,7 @@ def adapter() -> Path:
     folder = folders.WORK / "adapter"
     made = Adapter(str(folders.checkpoint()), 2, 4.0, ("q_proj", "v_proj"))
     shapes = made.shapes(linear_layers(folders.ARCHITECTURE))
-    adapters.write(folder, made, adapters.initial(shapes, 0), scalar=False)
+    adapters.write(folder, made, shapes, adapters.initial(shapes, 0).__getitem__, ALONE, scalar=False)
     folders.tokenizer().save(folder)
     return folder
 

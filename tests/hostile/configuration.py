@@ -46,6 +46,7 @@ BASES: dict[str, list[str]] = {
     "people": [*SMALL, "experiment=rounds", "labeler=people"],
     "scores": [*SMALL, "experiment=rounds", "labeler=scores", "labeler.reward_model={name: length, unit: words, target: null}"],
     "group": [*SMALL, "algorithm=rloo"],
+    "engine": [*SMALL, "algorithm=grpo", "engine=vllm"],
     "best": [*SMALL, "algorithm=rejection_sampling"],
     "preferences": [*SMALL, "algorithm=dpo"],
     "online": [*SMALL, "algorithm=online_dpo"],
