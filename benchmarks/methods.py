@@ -27,11 +27,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from lockstep.reporting.compare.decisions import half_width
 from lockstep.reporting.compare.reading import read
 from lockstep.reporting.compare.records import Run
 
-QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Of Student's t for 97.5% and n - 1 degrees of freedom, by n."""
 COLOURS = {"torch": "#d9542b", "jax": "#2b7bd9"}
 METRICS = {"score": "reward model's score", "gold": "gold"}
 
@@ -50,7 +49,7 @@ class Mean:
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
         n = len(values)
-        half = QUANTILE[n] * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else None
+        half = half_width(values) if n > 1 else None
         return cls(float(np.mean(values)), half, f"{sum(value > 0 for value in values)}/{n}")
 
     def __str__(self) -> str:

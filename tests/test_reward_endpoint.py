@@ -270,8 +270,7 @@ def test_a_server_that_drips_is_out_of_time_although_no_single_read_is_and_is_hu
     with pytest.raises(RewardError, match="no answer within reward_model.timeout_seconds=0.1"):
         model.score(THREE)
     assert server.closed.wait(2) and time.perf_counter() - started < 1.5
-    model.calls._last.join(1)
-    assert not model.calls._last.is_alive()
+    assert model.calls._last.finished(1)
 
 
 def test_endless_headers_are_an_error_before_memory_is_full(raw):

@@ -28,7 +28,8 @@ import numpy as np
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, EngineFailed, short, told
 from lockstep.interfaces import Engine, Generated
-from lockstep.learning.served import EngineConfig, aside
+from lockstep.learning.aside import Aside
+from lockstep.learning.served import EngineConfig
 from lockstep.text.sequences import right_pad
 from lockstep.text.visible import visible
 
@@ -228,7 +229,7 @@ class Server(Engine):
                 task.cancel()
 
         try:
-            return aside(run)()
+            return Aside(run, "engine").result()
         except TimeoutError:
             failure: BaseException = EngineFailed(
                 f"{self._who} did not answer within engine.server.timeout_seconds={limit:g}. Look at its log, or raise the "

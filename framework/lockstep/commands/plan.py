@@ -63,7 +63,8 @@ def table(plan: StagePlan) -> rich.table.Table:
             counts[each.kind] += each.count
         moves = ", ".join(f"{count} {kind}" for kind, count in counts.items())
         shown.add_row(f"temporary: {name}", gib(need.temporary), str(times), gib(need.sent) if need.sent else "", moves)
-    shown.add_row("at the worst moment", gib(plan.memory), "", gib(plan.sent) if plan.sent else "", "a step" if plan.sent else "")
+    sent = (gib(plan.sent), "a step") if plan.sent else ("", "")
+    shown.add_row("at the worst moment", gib(plan.memory), "", *sent)
     return shown
 
 

@@ -25,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from lockstep.reporting.findings.finding import finding, findings
+    from lockstep.reporting.findings.finding import findings, parsed
 
     console = Console()
     if arguments.name is None:
-        for name in findings():
-            found, _ = finding(name)
+        for name, file in findings().items():
+            found = parsed(file.read_text(encoding="utf-8"), str(file))
             console.out.print(f"{name:16} {found.title} ({found.source}); {found.hours:g} h on two cores")
         console.say("To run one: lockstep reproduce NAME hydra.launcher.parallel=2")
         return
@@ -63,17 +63,16 @@ def reproduce(name: str, overrides: Sequence[str], *, runs: bool) -> tuple[Repor
     given = [*found.sweep, FOLDER, *overrides]
     folder = sweep_folder(given)
     pages = folder.parents[1] / "pages"
-    criteria.write_down(pages / f"{name}.yaml", text)
+    kept, output = pages / f"{name}.yaml", pages / f"{name}-{folder.name}"
+    criteria.write_down(kept, text)
     if runs:
         Console().say(sweep(["-m", *given]))
     reading = read([folder])
     results, missing = outcomes(found, reading.runs, seeds(given))
     overrides = without_secrets(list(overrides))
     command = shlex.join(["lockstep", "reproduce", name, *overrides])
-    how = criteria.how(pages / f"{name}.yaml", found, reading.runs, overrides)
-    return Report(found, results, between_backends(results), [*reading.problems, *missing], command, how), pages / (
-        f"{name}-{folder.name}"
-    )
+    how = criteria.how(kept, found, reading.runs, overrides)
+    return Report(found, results, between_backends(results), [*reading.problems, *missing], command, how), output
 
 
 def seeds(given: Sequence[str]) -> set[int]:

@@ -38,6 +38,7 @@ from lockstep.learning.episodes import offered
 from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
 from lockstep.learning.randomness import example_indices, permutation, token_seeds
 from lockstep.learning.rollout import Sampler, Samples, score, scored_only
+from lockstep.learning.served import Served
 from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
 from lockstep.text.sequences import Sequences, chunks, in_chunks
@@ -159,8 +160,8 @@ class Online(Algorithm):
         stops = Stops(self.tokenizer, config.stop_strings)
         around, engine = context.environment, context.engine
         self.sampler = Sampler(stops, config.lengths, config.temperature, environment=around, engine=engine)
-        self.ahead = engine is not None and engine.ahead
-        if self.ahead:
+        self.ahead: Served | None = engine if engine is not None and engine.ahead else None
+        if self.ahead is not None:
             self.check_ahead()
         config.lengths.check(context.policy.context_length)
         prompts, fit = offered(context.environment, context.data.prompts("train")), context.fit("train prompts")
@@ -242,7 +243,7 @@ class Online(Algorithm):
         Hilton et al. 2021 (arXiv 2110.00641) and of AReaL (Fu et al. 2025, arXiv 2505.24298)."""
         c = self.config
         samples, scores, details = self.sample(step, clock)
-        if self.ahead and step + 1 < self.total_steps:
+        if self.ahead is not None and step + 1 < self.total_steps:
             self.begin(step + 1)
             clock.lap("hand_over")
         # One forward pass of each model. If the whole batch is one term, the first update differentiates this same pass.
@@ -352,8 +353,8 @@ class Online(Algorithm):
             "sampler/mismatch_max": float(mismatch.max()),
             "sampler/mismatch_mean": float(mismatch.mean()),
         }
-        if self.ahead and self.sampler.engine is not None:
-            metrics["sampler/steps_behind"] = float(self.sampler.engine.behind)
+        if self.ahead is not None:
+            metrics["sampler/steps_behind"] = float(self.ahead.behind)
         if self.reward_model is not None:
             metrics["objective/score"] = float(rollout.scores[counted].mean())
             metrics["objective/score_std"] = float(rollout.scores[counted].std())

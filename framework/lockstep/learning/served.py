@@ -17,23 +17,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import queue
 import shutil
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, EngineFailed, listing, short
 from lockstep.interfaces import Engine, Generated, Policy
+from lockstep.learning.aside import Aside
 from lockstep.processes import ALONE, Processes
 from lockstep.storage.weights import read_tensors, write_tensors
 
-T = TypeVar("T")
 LARGEST_LOGPROB = 1e-3
 """Above 0, by rounding."""
 AHEAD = "ahead.safetensors"
@@ -111,7 +109,7 @@ class Served:
         """Ask for what will be drawn later by the weights of now."""
         version = self.hand_over(policy)
         ask = self._asking(call, version)
-        self.flight = Flight(call.key, version, aside(ask) if self.processes.leads else ask)
+        self.flight = Flight(call.key, version, Aside(ask, "engine").result if self.processes.leads else ask)
 
     def draw(self, policy: ServedPolicy, call: Call) -> Generated:
         """What was begun, if this is it; or drawn now."""
@@ -213,22 +211,12 @@ class ServedPolicy:
         how["stop_ids"] = tuple(map(int, how["stop_ids"]))
         return Call(prompt_tokens, prompt_mask, seeds, **how, vocab_size=self.policy.vocab_size)
 
-    def generate(
-        self,
-        prompt_tokens: np.ndarray,
-        prompt_mask: np.ndarray,
-        seeds: np.ndarray,
-        *,
-        temperature: float,
-        stop_ids: Sequence[int],
-        pad_id: int,
-    ) -> Generated:
+    def generate(self, prompt_tokens: np.ndarray, prompt_mask: np.ndarray, seeds: np.ndarray, **how: Any) -> Generated:
         """See `lockstep.interfaces.Policy.generate`.
 
         Raises:
           EngineFailed: there are no tokens that can be used.
         """
-        how: dict[str, Any] = {"temperature": temperature, "stop_ids": stop_ids, "pad_id": pad_id}
         return self.served.draw(self, self.call(prompt_tokens, prompt_mask, seeds, **how))
 
     def begin(self, prompt_tokens: np.ndarray, prompt_mask: np.ndarray, seeds: np.ndarray, **how: Any) -> None:
@@ -281,24 +269,3 @@ def checked(found: Generated, versions: frozenset[str], call: Call, version: str
             "the same command to resume."
         )
     return found
-
-
-def aside(work: Callable[[], T]) -> Callable[[], T]:
-    """Start ``work`` in a thread, and return a function that waits for its result or raises its error. Ctrl-C ends the wait, and
-    the interpreter exits without waiting, unlike with `concurrent.futures`."""
-    answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answer.put((work(), None))
-        except BaseException as error:
-            answer.put((None, error))
-
-    def wait() -> T:
-        found, error = answer.get()
-        if error is not None:
-            raise error
-        return found
-
-    threading.Thread(target=run, name="engine", daemon=True).start()
-    return wait

@@ -126,9 +126,10 @@ def on_the_wire(need: Need, machine: Machine) -> float:
     seconds = 0.0
     for each in need.collectives:
         together = min(each.members, max(1, machine.host // each.stride))  # of the members, those that share a host
-        through = machine.network is not None and each.members > together
-        share = machine.network * together / machine.host if through and machine.network else machine.link
-        seconds += each.sent / min(share, machine.link)
+        speed = machine.link
+        if machine.network is not None and each.members > together:
+            speed = min(speed, machine.network * together / machine.host)
+        seconds += each.sent / speed
     return seconds
 
 

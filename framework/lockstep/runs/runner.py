@@ -310,15 +310,9 @@ class Runner:
         before = (stage.round - 1) * config.prompts
         scorer = assembly.reward_model(stage)
         collector = Collector(
-            config,
-            assembly.data_of(stage),
-            assembly.tokenizer,
-            scorer,
-            stage.seed,
-            experiment.seed,
-            before,
-            assembly.engine(stage),
-        )
+            config, assembly.data_of(stage), assembly.tokenizer, scorer, stage.seed, experiment.seed, before,
+            engine=assembly.engine(stage),
+        )  # fmt: skip
         policies = {name: experiment.folders[name].path.name if name in experiment.folders else name for name in stage.policies}
         with self.console.progress(stage.name, 0, len(policies) + 1) as progress:
             done = iter(range(len(policies)))
@@ -353,7 +347,7 @@ class Runner:
         assert judge is not None
         team = RedTeam(
             config, assembly.data, assembly.tokenizer, assembly.attacker(stage), judge, stage.seed, self.experiment.seed, before,
-            assembly.engine(stage),
+            engine=assembly.engine(stage),
         )  # fmt: skip
         with self.console.progress(stage.name, 0, len(stage.policies) + 1) as progress:
             done = iter(range(len(stage.policies) + 1))

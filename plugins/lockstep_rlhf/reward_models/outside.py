@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable
@@ -14,6 +12,7 @@ import numpy as np
 
 from lockstep.errors import RewardError, told
 from lockstep.interfaces import Responses, RewardModel
+from lockstep.learning.aside import Aside
 from lockstep.learning.rows import Columns, Dialogue, columns_of, dialogues
 from lockstep.text.sequences import chunks
 
@@ -114,7 +113,7 @@ class OneAtATime:
     """
 
     def __init__(self) -> None:
-        self._last: threading.Thread | None = None
+        self._last: Aside[Any] | None = None
 
     def within(self, seconds: float, call: Callable[[], Any], grace: float = 0.0) -> Any:
         """What ``call`` returns or raises. ``grace`` is for a call that keeps the limit itself.
@@ -123,24 +122,9 @@ class OneAtATime:
           NoScores: it takes longer.
         """
         late = f"no answer within reward_model.timeout_seconds={seconds:g}"
-        if self._last is not None:
-            self._last.join(seconds)
-            if self._last.is_alive():
-                raise NoScores(f"{late}: an earlier call is still running")
-        answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-
-        def run() -> None:
-            try:
-                answer.put((call(), None))
-            except BaseException as error:  # SystemExit too, which would end the thread without a word
-                answer.put((None, error))
-
-        self._last = threading.Thread(target=run, name="reward", daemon=True)
-        self._last.start()
-        try:
-            found, error = answer.get(timeout=seconds + grace)
-        except queue.Empty:
-            raise NoScores(late) from None
-        if error is not None:
-            raise error
-        return found
+        if self._last is not None and not self._last.finished(seconds):
+            raise NoScores(f"{late}: an earlier call is still running")
+        self._last = Aside(call, "reward")
+        if not self._last.finished(seconds + grace):
+            raise NoScores(late)
+        return self._last.result()

@@ -38,7 +38,6 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from lockstep.commands.run.sweeps import sweep
     from lockstep.config.compose import compose, conf_folders
     from lockstep.config.secrets import without_secrets
-    from lockstep.reporting.findings.finding import GROUP
 
     given, many = set(overrides), {"-m", "--multirun"} & set(overrides)
     if not many and (unknown := [each for each in overrides if each.startswith("-") and each not in OPTIONS]):
@@ -46,6 +45,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             f"lockstep run has no option {unknown[0]}.{did_you_mean(unknown[0], OPTIONS)} It has {', '.join(OPTIONS)}."
         )
     if {"-h", "--help"} & given:
+        from lockstep.reporting.findings.finding import GROUP
+
         groups = sorted({p.parent.name for c in conf_folders().values() for p in c.glob("*/*.yaml")} - {GROUP})
         print(USAGE + ", ".join(groups) + ".")
     elif "--dry-run" in given:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
@@ -53,9 +53,14 @@ def by_backend(c: RunComparison) -> list[RunGroup]:
     return [RunGroup(name, {BACKEND: name}, runs, [""] * len(runs)) for name, runs in members.items()]
 
 
+def stages_made(runs: Iterable[Run]) -> dict[Hashable, float]:
+    """The seconds of each stage; one that several runs share counts once."""
+    return {s.identity or (run.name, s.name): s.seconds or 0.0 for run in runs for s in run.stages.values()}
+
+
 def in_all(c: RunComparison) -> str:
     """A sentence: the compute time of all stages, and what sharing them has saved."""
-    made = {s.identity or (run.name, s.name): s.seconds or 0.0 for run in c.runs for s in run.stages.values()}
+    made = stages_made(c.runs)
     stages = list(itertools.chain.from_iterable(run.stages.values() for run in c.runs))
     spent, alone = sum(made.values()), sum(s.seconds or 0.0 for s in stages)
     if not spent:

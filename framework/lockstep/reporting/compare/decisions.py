@@ -34,6 +34,12 @@ class Test:
     tasks: int = 1
 
 
+def half_width(values: Sequence[float]) -> float:
+    """Half of Student's 95% interval of the mean of these (Student 1908); infinite for one."""
+    n = len(values)
+    return float(special.stdtrit(n - 1, 1 - LEVEL / 2) * np.std(values, ddof=1) / n**0.5) if n > 1 else float("inf")
+
+
 def paired_test(gains: Sequence[np.ndarray]) -> Test | None:
     """Student's t-test of the differences (Student 1908). Over several tasks it is of the mean of the tasks' means, whose
     variance is the sum of theirs, with Satterthwaite's degrees of freedom (1946). None if a task has fewer than two seeds.

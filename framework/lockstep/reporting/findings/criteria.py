@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from lockstep.reporting.compare.cost import stages_made
 from lockstep.reporting.compare.records import Run
 from lockstep.reporting.findings.finding import Finding, parsed
 from lockstep.storage.files import write_text
@@ -31,8 +32,7 @@ def how(file: Path, finding: Finding, runs: Sequence[Run], overrides: Sequence[s
         said = [f"The criteria were written down {_shown(since)}, AFTER the first of these runs had begun, {_shown(began)}."]
     if parsed(before, str(file)).claims != finding.claims:
         said.append(f"They were CHANGED since: {file} has what they were.")
-    seconds = {s.identity or (run.name, s.name): s.seconds or 0.0 for run in runs for s in run.stages.values()}
-    said.append(f"{len(runs)} runs, whose stages took {sum(seconds.values()) / 3600:.1f} hours.")
+    said.append(f"{len(runs)} runs, whose stages took {sum(stages_made(runs).values()) / 3600:.1f} hours.")
     if overrides:
         said.append(f"Run with other settings than the finding's: {' '.join(overrides)}.")
     return " ".join(said)

@@ -14,8 +14,8 @@ from itertools import combinations
 from typing import Literal
 
 import numpy as np
-from scipy import special  # type: ignore[import-untyped]
 
+from lockstep.reporting.compare.decisions import half_width
 from lockstep.reporting.compare.records import Run
 from lockstep.reporting.findings.finding import ClaimConfig, Finding, Term
 
@@ -34,10 +34,7 @@ class Mean:
 
     @property
     def half(self) -> float:
-        n = len(self.seeds)
-        if n < 2:
-            return float("inf")
-        return float(special.stdtrit(n - 1, 0.975) * np.std(list(self.seeds.values()), ddof=1) / n**0.5)
+        return half_width(list(self.seeds.values()))
 
     @property
     def low(self) -> float:
