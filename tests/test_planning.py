@@ -39,6 +39,7 @@ from lockstep.planning.rehearsal import Rehearsal, ShapePolicy
 from lockstep.registry import registry
 from lockstep.runs.assembly import Assembly
 from lockstep.runs.experiment import Experiment
+from lockstep.text.sequences import rows_per_prompt
 from lockstep_jax import generation, model
 from lockstep_jax.collectives import collective, collectives, group
 from lockstep_jax.device import JaxDevice
@@ -74,7 +75,8 @@ def test_a_rehearsal_makes_the_calls_of_the_run(tmp_path, monkeypatch, changes):
 
         def noted(self, *given, **named):
             if kind == "generate":
-                calls.append((kind, Shape(len(given[0]), given[0].shape[1], given[2].shape[1])))
+                each = rows_per_prompt(*given[:2])
+                calls.append((kind, Shape(len(given[0]), given[0].shape[1], given[2].shape[1], rows_per_prompt=each)))
             elif kind == "update":
                 calls.append((kind, [(Shape.of(term.sequences), term.forward is not None) for term in given[0]]))
             else:
@@ -371,6 +373,7 @@ def test_what_cannot_be_planned_says_why():
 # ---------------------------------------------------------------------------------------------------------------- torch
 
 HALF = Shape(8, 64, 64)
+GROUPS = Shape(8, 64, 64, rows_per_prompt=4)
 EVALUATION = Call("evaluate", {"policy": Blueprint(WIDE)}, HALF, {"policy": ("logprobs", "entropy")})
 DRAWING = Call("generate", {"policy": Blueprint(WIDE)}, HALF)
 
@@ -393,17 +396,17 @@ def test_tensors_are_followed_to_their_end():
     "call",
     [
         update(HALF, Blueprint(WIDE)), update(HALF, Blueprint(WIDE), terms=2), update(HALF, Blueprint(WIDE), passed=True),
-        EVALUATION, DRAWING,
+        EVALUATION, DRAWING, update(GROUPS, Blueprint(WIDE)), replace(DRAWING, shape=GROUPS),
     ],
-    ids=["update", "two terms", "passed", "evaluation", "drawing"],
+    ids=["update", "two terms", "passed", "evaluation", "drawing", "groups", "drawing groups"],
 )  # fmt: skip
 def test_a_plan_is_what_torchs_allocator_counts(tmp_path, call, settings):
     """On the CPU, what kernels take for themselves included; within 1%."""
     here = torch_planner(**settings)
     model = Decoder(DecoderNetwork(WIDE), None, here.backend)
     learner = here.learner(call, {"policy": model})
-    rows, length = (HALF.rows, HALF.prompt), (HALF.rows, HALF.response)
-    given = np.zeros(rows, np.int32), np.ones(rows, bool), np.zeros(length, np.uint32)
+    rows = sequences(call.shape)
+    given = rows.tokens[:, : HALF.prompt], rows.prompt_mask, np.zeros(rows.mask.shape, np.uint32)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         if call.kind == "update":
             learner._backward([here.term(learner, part) for part in call.terms])

@@ -180,3 +180,24 @@ def test_token_weights_are_one_over_the_tokens_of_the_whole_minibatch():
     micro_batch = np.array([[T, T, F]])  # of a minibatch with 4 tokens
     assert encoding.token_weights(micro_batch, 4).tolist() == [[0.25, 0.25, 0]]
     assert encoding.token_weights(np.zeros((1, 2), bool), 0).tolist() == [[0, 0]]
+
+
+def test_rows_with_the_same_prompt_are_counted_where_they_are_neighbours():
+    found = lambda prompts, columns=2: pack([[p] * 2 for p in prompts], [[5]] * len(prompts), PAD, prompt_columns=columns)  # noqa: E731
+    cases = {"aabb": 2, "aaaabb": 2, "aaabbb": 3, "aaaaaa": 6, "abab": 1, "aab": 1, "a": 1, "aabbccdd": 2}
+    for letters, expected in cases.items():
+        assert found([ord(letter) for letter in letters]).rows_per_prompt == expected, letters
+    assert found([1, 1], 7).rows_per_prompt == 2
+
+
+def test_a_short_prompt_is_not_worth_computing_once():
+    """Half of 8 + 24 columns' prompts is an eighth of the columns; of 7 + 25, less."""
+    for prompt, expected in ((8, 2), (7, 1)):
+        assert pack([[1]] * 2, [[2]] * 2, PAD, prompt_columns=prompt, response_columns=32 - prompt).rows_per_prompt == expected
+
+
+def test_prompts_of_equal_ids_and_other_padding_are_not_the_same():
+    block = pack([[7, 7], [7, 7]], [[1], [2]], 7, prompt_columns=4)
+    assert block.rows_per_prompt == 2
+    block.prompt_mask[1, 1] = True  # a third 7, which was padding
+    assert block.rows_per_prompt == 1

@@ -195,36 +195,51 @@ class DecoderNetwork(nnx.Module):
         self.lm_head = spec.linear("lm_head", a.hidden_size, a.vocab_size, False) if separate else None
         self.score = ScalarHead(a.hidden_size) if spec.scalar_head else None
 
-    def hidden(self, tokens: Array, mask: Array, dropout: DropoutMask | None = None, first: int = 0) -> Array:
+    def hidden(
+        self, tokens: Array, mask: Array, dropout: DropoutMask | None = None, first: int = 0, rows_per_prompt: int = 1
+    ) -> Array:
         """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
-        under a False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int.
+        under a False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int. So many
+        neighbouring rows as ``rows_per_prompt`` are equal up to column ``first``. Without dropout, which differs from row to row,
+        and without a mesh, they are computed once: first the prompts, then the responses, which see their prompt's keys.
 
         For the gradient, inputs and results of the layers' matmuls are kept, and everything between them is recomputed. With
         ``gradient_checkpointing``, everything but each layer's input is recomputed (Chen et al. 2016)."""
         position = positions(mask)
-        x, rotations, views = self.embed(tokens, mask, position), self.rotations(position), self.views(causal(mask))
+        each = rows_per_prompt if dropout is None and self.mesh is None else 1
+        known = first + 1 if each > 1 else 0
+        parts = [(slice(None, None, each), slice(known)), (slice(None), slice(known, None))] if known else [(slice(None),)]
+        xs = [self.embed(tokens[part], mask[part], position[part]) for part in parts]
+        rotations = [self.rotations(position[part]) for part in parts]
+        views = [self.views(causal(mask[parts[0]])), self.views(causal(mask, known), known)][: len(parts)]
         graph, stacked = nnx.split(self.layers)
         kinds, count = kinds_of(self.architecture), self.architecture.layers
         again = count > SHALLOW if self.gradient_checkpointing is None else self.gradient_checkpointing
         kept = None if again else PRODUCTS
 
-        def through(x: Array, layer: Any, first: int = 0) -> Array:
-            def run(x: Array, weights: Any) -> Array:
+        def through(xs: list[Array], layer: Any, first: int = 0) -> list[Array]:
+            def run(xs: list[Array], weights: Any) -> list[Array]:
                 drop = dropout and (lambda y, part: dropout(y, 2 * number + part, position[:, -y.shape[1] :]))
-                chosen = pick(rotations, rope), pick(views, window)
-                return rows(self.mesh, nnx.merge(graph, weights)(x, *chosen, drop=drop, first=first)[0])
+                module, out, earlier = nnx.merge(graph, weights), [], None
+                for x, rotation, view in zip(xs, rotations, views, strict=True):
+                    start = first if earlier is None else 0
+                    x, earlier = module(x, pick(rotation, rope), pick(view, window), earlier=earlier, drop=drop, first=start)
+                    earlier = repeated(earlier, each)
+                    out.append(rows(self.mesh, x))
+                return out
 
             number, rope, window, weights = layer
-            return jax.checkpoint(run, prevent_cse=False, policy=kept)(x, weights)
+            return jax.checkpoint(run, prevent_cse=False, policy=kept)(xs, weights)
 
         layers = np.arange(count, dtype=np.int32), kinds.rope_of_layer, kinds.window_of_layer, stacked
         if again or count > SHALLOW:  # a loop, so that XLA merges no recomputation with the first pass
-            x = jax.lax.scan(lambda x, layer: (through(x, layer), None), x, layers)[0][:, first:]
+            xs = jax.lax.scan(lambda xs, layer: (through(xs, layer), None), xs, layers)[0]
+            xs[0] = xs[0][:, first:]
         else:
             for number in range(count):
                 start = first if number == count - 1 else 0  # in the last layer, earlier columns give only keys and values
-                x = through(x, at(number, layers), start)
-        return self.norm(x)
+                xs = through(xs, at(number, layers), start)
+        return self.norm(xs[0] if not known else jnp.concatenate([repeated(xs[0], each), xs[1]], axis=1))
 
     def apart(self) -> list[Layer]:
         """The layers one by one, for `start` and `advance`. A loop over tokens takes them from outside: inside, it would copy all
@@ -307,11 +322,18 @@ class Layer(nnx.Module):
         self.mlp_out_norm = norm(a, rngs) if a.out_norms else None
 
     def __call__(
-        self, x: Array, rotation: Any, visible: Visible, cache: Any = None, drop: Any = None, first: int = 0
+        self,
+        x: Array,
+        rotation: Any,
+        visible: Visible,
+        cache: Any = None,
+        earlier: Any = None,
+        drop: Any = None,
+        first: int = 0,
     ) -> tuple[Array, Any]:
-        """[B, L, d] -> [B, L - first, d], and the cache."""
+        """[B, L, d] -> [B, L - first, d], and keys and values: the cache's, or those seen."""
         drop = drop or (lambda y, part: y)
-        attended, cache = self.self_attn(self.input_layernorm(x), rotation, visible, cache, first)
+        attended, cache = self.self_attn(self.input_layernorm(x), rotation, visible, cache, earlier, first)
         x = x[:, first:]
         if self.attention_out_norm is not None:
             attended = self.attention_out_norm(attended)
@@ -333,9 +355,12 @@ class Attention(nnx.Module):
         self.q_norm = rms_norm(a, a.head_dim, rngs) if a.qk_norm else None
         self.k_norm = rms_norm(a, a.head_dim, rngs) if a.qk_norm else None
 
-    def __call__(self, x: Array, rotation: Any, visible: Visible, cache: Any, first: int) -> tuple[Array, Any]:
-        """x [B, L, d]; ``visible`` to its L queries; cache (keys, values, first free column) or None.
-        Queries are the columns from ``first`` on: [B, L - first, d]. Also returns the cache's new keys and values."""
+    def __call__(
+        self, x: Array, rotation: Any, visible: Visible, cache: Any, earlier: Any, first: int
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """x [B, L, d]; ``visible`` to its L queries; cache (keys, values, first free column) or None; or keys and values of
+        earlier columns. Queries are the columns from ``first`` on: [B, L - first, d]. Also returns the cache's new keys and
+        values, or those seen."""
         a = self.architecture
         q, k = split_heads(self.q_proj(x[:, first:]), a.heads), split_heads(self.k_proj(x, self.q_proj), a.kv_heads)
         if self.q_norm is not None:
@@ -348,7 +373,9 @@ class Attention(nnx.Module):
             *cache, column = cache
             cache = [jax.lax.dynamic_update_slice(old, new, (0, 0, column, 0)) for old, new in zip(cache, (k, v), strict=True)]
             k, v = (filled[:, :, : visible.columns] for filled in cache)
-        return self.o_proj(attend(a, q, k, v, visible)), cache
+        elif earlier is not None:
+            k, v = (jnp.concatenate(columns, axis=2) for columns in zip(earlier, (k, v), strict=True))
+        return self.o_proj(attend(a, q, k, v, visible)), (k, v) if cache is None else cache
 
 
 class Linear(nnx.Module):
@@ -421,6 +448,11 @@ def at(number: int, stacked: Tree) -> Tree:
 
 def pick(kinds: tuple[Any, ...], kind: Array | None) -> Any:
     return kinds[0] if kind is None else jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *kinds)
+
+
+def repeated(tree: Tree, times: int) -> Tree:
+    """Arrays [B, ...] with each row so many times, one after the other."""
+    return tree if times == 1 else jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
 
 
 def split_heads(x: Array, heads: int) -> Array:

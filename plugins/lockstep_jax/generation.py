@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from lockstep.learning import randomness
-from lockstep_jax.decoder import Cache, Layers, NetworkSpec, Tree
+from lockstep_jax.decoder import Cache, Layers, NetworkSpec, Tree, repeated
 from lockstep_jax.mesh import gathered, whole
 
 
@@ -49,7 +49,8 @@ def generate(
     params: Tree, frozen: Tree, prompt_tokens: Array, prompt_mask: Array, drawing: Drawing, past: Layers | None = None,
     *, spec: NetworkSpec, greedy: bool,
 ) -> tuple[tuple[Array, Array, Array], Layers]:  # fmt: skip
-    """See `lockstep.interfaces.Policy.generate`. Tokens, mask and logprobs, each [B, T]; and the keys and values."""
+    """See `lockstep.interfaces.Policy.generate`. Tokens, mask and logprobs, each [B, T]; and the keys and values. A prompt may
+    have several neighbouring rows of seeds."""
     decoding = Decoding(params, frozen, drawing, spec, greedy)
     last = decoding.until(drawing.seeds.shape[1], decoding.start(prompt_tokens, prompt_mask, past))
     return whole(spec.mesh, (last.tokens, last.mask, last.logprobs)), last.cache.layers
@@ -87,6 +88,8 @@ class Decoding:
     def start(self, prompt_tokens: Array, prompt_mask: Array, past: Layers | None = None) -> DecodeState:
         rows, steps = self.drawing.seeds.shape
         hidden, cache = self.decoder.start(self.layers, prompt_tokens, prompt_mask, steps, past)
+        layers, mask, count, length = cache
+        hidden, layers, mask, count = repeated((hidden, layers, mask, count), rows // len(prompt_tokens))
         nothing = DecodeState(
             step=jnp.int32(0),
             tokens=jnp.full((rows, steps), self.drawing.pad_id, jnp.int32),
@@ -94,7 +97,7 @@ class Decoding:
             logprobs=jnp.zeros((rows, steps)),
             alive=jnp.ones(rows, bool),
             token=jnp.zeros(rows, jnp.int32),
-            cache=cache,
+            cache=Cache(layers, mask, count, length),
         )
         return self.draw(hidden, nothing)
 

@@ -21,7 +21,7 @@ from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture,
 from lockstep.processes import asked
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_weights
-from lockstep.text.sequences import Sequences
+from lockstep.text.sequences import Sequences, rows_per_prompt
 from lockstep_jax.decoder import TEACHER, DecoderNetwork, DropoutMask, NetworkSpec, Tree, recalled
 from lockstep_jax.device import JaxDevice
 from lockstep_jax.generation import Drawing, generate, proceed, start
@@ -33,18 +33,28 @@ LOGITS_AT_ONCE = 2**26
 HEAD = (SCALAR_HEAD, SCALAR_BIAS)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A number that programs are compiled for."""
+
+    value: int
+
+
 class Block(NamedTuple):
     """`lockstep.text.sequences.Sequences` as input of a compiled program: tokens [B, P + T], masks [B, P] and [B, T], segments
-    [B, P + T] or None."""
+    [B, P + T] or None. So many neighbouring rows as ``rows_per_prompt`` have each prompt."""
 
     tokens: Array
     prompt_mask: Array
     response_mask: Array
     segments: Array | None
+    rows_per_prompt: Static
 
     @classmethod
     def put(cls, sequences: Sequences) -> Block:
-        return cls(sequences.tokens, sequences.prompt_mask, sequences.response_mask, sequences.segments)
+        s = sequences
+        return cls(s.tokens, s.prompt_mask, s.response_mask, s.segments, Static(s.rows_per_prompt))
 
 
 def forward(
@@ -61,7 +71,8 @@ def forward(
     prompt_length = block.prompt_mask.shape[1]
     first = prompt_length - 1
     mask = jnp.concatenate([block.prompt_mask, block.response_mask], axis=1) if block.segments is None else block.segments
-    hidden = decoder.hidden(block.tokens, mask, dropout, first)  # [B, T + 1, d]
+    shared = block.rows_per_prompt.value
+    hidden = decoder.hidden(block.tokens, mask, dropout, first, shared)  # [B, T + 1, d]
     states = hidden[:, :-1]  # [B, T, d]: the state that predicts each response token
     out = {}
     if "logprobs" in outputs or "entropy" in outputs:
@@ -70,7 +81,7 @@ def forward(
         out |= of_distribution(decoder, states, tokens, temperature, entropy="entropy" in outputs)
     if "divergence" in outputs and spec.teacher is not None:
         teacher = spec.teacher.bind(*jax.lax.stop_gradient(frozen[TEACHER]))
-        theirs = teacher.hidden(block.tokens, mask, None, first)[:, :-1]
+        theirs = teacher.hidden(block.tokens, mask, None, first, shared)[:, :-1]
         out["divergence"] = from_teacher(decoder, teacher, states, theirs, temperature, spec.beta)
     if "values" in outputs:
         out["values"] = decoder.score(states)
@@ -225,7 +236,9 @@ class LanguageModel(JaxModel, Policy):
         drawing = Drawing.of(seeds, temperature, stop_ids, pad_id)
         known = past and recalled(past.cache, past.rows, past.shift, known=past.known)
         how: dict[str, Any] = {"spec": self.spec, "greedy": temperature == 0}
-        drawn, cache = generate(self.params, self.frozen, prompt_tokens, prompt_mask, drawing, known, **how)
+        each = rows_per_prompt(prompt_tokens, prompt_mask) if past is None and self.spec.mesh is None else 1
+        prompts = prompt_tokens[::each], prompt_mask[::each]
+        drawn, cache = generate(self.params, self.frozen, *prompts, drawing, known, **how)
         tokens, mask, logprobs = map(np.asarray, jax.device_get(drawn))
         return Generated(tokens, mask, logprobs, cache)
 

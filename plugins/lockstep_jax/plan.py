@@ -24,7 +24,7 @@ from lockstep_jax.decoder import TEACHER, DecoderNetwork, DropoutMask, NetworkSp
 from lockstep_jax.device import JaxDevice, devices_of, matmuls
 from lockstep_jax.generation import Drawing
 from lockstep_jax.learner import Rates, State
-from lockstep_jax.model import Block
+from lockstep_jax.model import Block, Static
 
 TPU = {
     "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -73,7 +73,8 @@ class JaxPlanner:
     def _generate(self, call: Call) -> Need:
         (blueprint,) = call.models.values()
         shape, spec = call.shape, self.spec(blueprint)
-        prompt, response = (shape.rows, shape.prompt), (shape.rows, shape.response)
+        prompts = shape.rows // (shape.rows_per_prompt if self.mesh is None else 1)
+        prompt, response = (prompts, shape.prompt), (shape.rows, shape.response)
         drawing = Drawing(host(response, "uint32"), NUMBER, host((1,), "int32"), host((), "int32"))
         given = (*self.placed(blueprint), host(prompt, "int32"), host(prompt, "bool"), drawing)
         return need(self.compiled(generation.generate, *given, None, spec=spec, greedy=False), loop=shape.response)
@@ -184,7 +185,7 @@ def host(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
 def block(shape: Shape) -> Block:
     tokens, rows = host((shape.rows, shape.columns), "int32"), shape.rows
     masks = host((rows, shape.prompt), "bool"), host((rows, shape.response), "bool")
-    return Block(tokens, *masks, tokens if shape.packed else None)
+    return Block(tokens, *masks, tokens if shape.packed else None, Static(shape.rows_per_prompt))
 
 
 def batch(part: Part) -> dict[str, jax.ShapeDtypeStruct]:

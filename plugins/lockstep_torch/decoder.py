@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,13 +40,20 @@ class Network(nn.Module):
     replays: bool = False
     """Whether `advance` runs the same kernels on the same memory for every token, so that they can be replayed."""
 
-    def hidden(self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0, rows_per_prompt: int = 1
+    ) -> Tensor:
         """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
-        under a False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int."""
+        under a False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int. So many
+        neighbouring rows as ``rows_per_prompt`` are equal up to column ``first``: a network may compute these columns once."""
         raise NotImplementedError
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int, past: Past | None = None) -> tuple[Tensor, Any]:
         """Hidden state [B, d] of the last column, and a cache with room for ``new_tokens`` more."""
+        raise NotImplementedError
+
+    def repeated(self, cache: Any, times: int) -> Any:
+        """The cache of `start` with each row so many times, one after the other."""
         raise NotImplementedError
 
     def kept(self, cache: Any) -> Any:
@@ -154,6 +161,40 @@ class Cache:
     read: int
 
 
+@dataclass(frozen=True)
+class Filled:
+    """A layer's cache, whose ``columns`` [L] are to be filled, and of which so many columns are read."""
+
+    keys: Tensor
+    values: Tensor
+    columns: Tensor
+    read: int
+
+    def with_own(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys.index_copy_(2, self.columns, k), self.values.index_copy_(2, self.columns, v)
+        return keys[:, :, : self.read], values[:, :, : self.read]
+
+
+@dataclass
+class Earlier:
+    """A layer's keys and values of prompts, for so many responses to ``each``: called once for the prompts, once for these."""
+
+    each: int
+    kept: tuple[Tensor, Tensor] | None = None
+
+    def with_own(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kept is None:
+            self.kept = k, v
+            return self.kept
+        keys, values = (repeated(x, self.each) for x in self.kept)
+        return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+
+
+def repeated(x: Tensor, times: int) -> Tensor:
+    """[B, ...] with each row so many times, one after the other."""
+    return x.repeat_interleave(times, dim=0)
+
+
 def recalled(past: Past, kept: Sequence[Tensor]) -> list[Tensor]:
     """The known columns of keys or values: [B, H_kv, known, hd] of each ``kept`` [rows, H_kv, columns, hd]."""
     device, last = kept[0].device, kept[0].shape[2] - 1
@@ -179,7 +220,11 @@ class DecoderNetwork(Network):
         )
         self.lm_head = None if a.tied else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
 
-    def hidden(self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0, rows_per_prompt: int = 1
+    ) -> Tensor:
+        if rows_per_prompt > 1 and dropout is None:  # which differs from row to row
+            return self.of_shared_prompts(tokens, mask, first + 1, rows_per_prompt)
         layers, again = self.layers(), self.gradient_checkpointing and torch.is_grad_enabled()
         as_given = self.view(mask, causal(mask, attention_dtype(mask.device)))
         real_first = RealFirst.of(mask) if len(layers) > 1 else None
@@ -199,6 +244,25 @@ class DecoderNetwork(Network):
             call = functools.partial(layer, drop=drop, first=start)
             x = checkpoint(call, x, rotation, visible, use_reentrant=False) if again else call(x, rotation, visible)
         return self.model["norm"](x)
+
+    def of_shared_prompts(self, tokens: Tensor, mask: Tensor, columns: int, each: int) -> Tensor:
+        """`hidden` from the last column of the prompts on, where ``each`` rows have the same: first the prompts, then the
+        responses, which see their prompt's keys."""
+        dtype, position, again = attention_dtype(mask.device), positions(mask), self.gradient_checkpointing
+        prompts = self.rotation(position[::each, :columns]), causal(mask[::each, :columns], dtype)
+        responses = self.rotation(position[:, columns:]), causal(mask, dtype, columns)
+        x = self.embed(tokens[::each, :columns], mask[::each, :columns])
+        y = self.embed(tokens[:, columns:], mask[:, columns:])
+
+        def through(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            earlier = Earlier(each)
+            first = columns - 1 if layer is self.layers()[-1] else 0
+            return layer(x, *prompts, earlier, first=first), layer(y, *responses, earlier)
+
+        for layer in self.layers():
+            run = functools.partial(checkpoint, through, use_reentrant=False) if again and torch.is_grad_enabled() else through
+            x, y = run(layer, x, y)
+        return self.model["norm"](torch.cat([repeated(x, each), y], dim=1))
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int, past: Past | None = None) -> tuple[Tensor, Cache]:
         rows, length = tokens.shape
@@ -223,7 +287,7 @@ class DecoderNetwork(Network):
         rotation = self.rotation(positions(mask)[:, known:])
         for number, layer in enumerate(self.model["layers"]):
             first = length - known - 1 if number == a.layers - 1 else 0
-            x = layer(x, rotation, visible, (cache.keys[number], cache.values[number], fed, length), first=first)
+            x = layer(x, rotation, visible, Filled(cache.keys[number], cache.values[number], fed, length), first=first)
         return self.model["norm"](x[:, -1]), cache
 
     def advance(self, token: Tensor, cache: Cache) -> Tensor:
@@ -233,10 +297,15 @@ class DecoderNetwork(Network):
         rotation = self.rotation(cache.count[:, None])
         visible = Dense(cache.mask[:, None, None, : cache.read])
         for layer, keys, values in zip(self.model["layers"], cache.keys, cache.values, strict=True):
-            x = layer(x, rotation, visible, (keys, values, cache.column, cache.read))
+            x = layer(x, rotation, visible, Filled(keys, values, cache.column, cache.read))
         cache.column += 1
         cache.count += 1
         return self.model["norm"](x[:, 0])
+
+    def repeated(self, cache: Cache, times: int) -> Cache:
+        keys, values = ([repeated(each, times) for each in layers] for layers in (cache.keys, cache.values))
+        mask, count = repeated(cache.mask, times), repeated(cache.count, times)
+        return replace(cache, keys=keys, values=values, mask=mask, count=count)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight)
@@ -295,8 +364,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(a.heads * a.head_dim, a.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Any = None, first: int = 0) -> Tensor:
-        """x [B, L, d]; ``visible`` to its L queries; cache (keys, values, the columns [L] of x, number of columns
-        read) or None. Queries are the columns from ``first`` on: [B, L - first, d]."""
+        """x [B, L, d]; ``visible`` to its L queries; the cache is `Filled`, `Earlier` or None. Queries are the columns from
+        ``first`` on: [B, L - first, d]."""
         a = self.architecture
         cos, sin = rotation
         visible, x = visible.since(first), cast(x)
@@ -306,8 +375,7 @@ class Attention(nn.Module):
         dtype = attention_dtype(x.device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if cache is not None:
-            keys, values, columns, read = cache
-            k, v = (kept.index_copy_(2, columns, new)[:, :, :read] for kept, new in ((keys, k), (values, v)))
+            k, v = cache.with_own(k, v)
         with torch.autocast(x.device.type, enabled=False):
             out = visible.attend(q, k, v)
         return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lockstep.interfaces import Generated, Past
 from lockstep.learning import randomness
-from lockstep_torch.decoder import Network, hash32, high_bits
+from lockstep_torch.decoder import Network, hash32, high_bits, repeated
 
 
 def generate(
@@ -25,8 +25,8 @@ def generate(
     pad_id: int,
     past: Past | None,
 ) -> Generated:
-    """See `lockstep.interfaces.Policy.generate`. Tensors: [B, P] ids, [B, P] mask, [B, T] seeds as int32. The caller must disable
-    gradients."""
+    """See `lockstep.interfaces.Policy.generate`. Tensors: [B, P] ids, [B, P] mask, [B, T] seeds as int32; or fewer prompts, each
+    for several neighbouring rows of seeds. The caller must disable gradients."""
     decoding = Decoding(network, prompt_tokens, prompt_mask, seeds, temperature, stop_ids, pad_id, past)
     advance = decoding.advance
     for t in range(1, seeds.shape[1]):
@@ -64,6 +64,8 @@ class Decoding:
         self.last = torch.zeros(rows, dtype=torch.int64, device=device)
         self.stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
         hidden, self.cache = network.start(prompt_tokens, prompt_mask, steps, past)
+        if (each := rows // len(prompt_tokens)) > 1:
+            hidden, self.cache = repeated(hidden, each), network.repeated(self.cache, each)
         self.draw(hidden)
 
     def advance(self) -> None:

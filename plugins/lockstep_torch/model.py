@@ -22,7 +22,7 @@ from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, causal_class,
 from lockstep.processes import asked
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_weights
-from lockstep.text.sequences import Sequences
+from lockstep.text.sequences import Sequences, rows_per_prompt
 from lockstep_torch.decoder import DecoderNetwork, DropoutMask, Network, ScalarHead, copy_network
 from lockstep_torch.device import TorchDevice
 from lockstep_torch.generation import Decoding, generate
@@ -36,15 +36,18 @@ HEAD = (SCALAR_HEAD, SCALAR_BIAS)
 @dataclass(frozen=True)
 class Block:
     """`lockstep.text.sequences.Sequences` on the device: tokens [B, P + T]; mask [B, P + T], bool, or int if there are
-    segments; last [B]."""
+    segments; last [B]. So many neighbouring rows as ``rows_per_prompt`` have each prompt."""
 
     tokens: Tensor
     mask: Tensor
     last: Tensor
     prompt_length: int
+    rows_per_prompt: int
 
     def take(self, rows: Tensor) -> Block:
-        return Block(self.tokens[rows], self.mask[rows], self.last[rows], self.prompt_length)
+        """On a mesh, where each row has a prompt of its own: FSDP would ask for a layer's weights twice, for prompts and for
+        responses."""
+        return Block(self.tokens[rows], self.mask[rows], self.last[rows], self.prompt_length, 1)
 
     @classmethod
     def put(cls, sequences: Sequences, backend: TorchDevice) -> Block:
@@ -53,6 +56,7 @@ class Block:
             backend.put(sequences.attention),
             backend.put(sequences.last),
             sequences.prompt_length,
+            sequences.rows_per_prompt,
         )
 
 
@@ -104,7 +108,7 @@ class TorchModel:
         """Those of these rows. Logits exist only at the T columns that predict a response token."""
         with self.backend.autocast():
             first = block.prompt_length - 1
-            hidden = self.network.hidden(block.tokens, block.mask, dropout, first)  # [B, T + 1, d]
+            hidden = self.network.hidden(block.tokens, block.mask, dropout, first, block.rows_per_prompt)  # [B, T + 1, d]
             states = hidden[:, :-1]  # [B, T, d]: the state that predicts each response token
             out = {}
             if "logprobs" in outputs or "entropy" in outputs:
@@ -136,7 +140,7 @@ class TorchModel:
         """The divergence [B, T], from the states [B, T, d] that predict each response token."""
         network, call = teacher.network, teacher.call
         with torch.no_grad():
-            theirs = call(network.hidden, block.tokens, block.mask, None, block.prompt_length - 1)[:, :-1]
+            theirs = call(network.hidden, block.tokens, block.mask, None, block.prompt_length - 1, block.rows_per_prompt)[:, :-1]
 
         def some(states: Tensor, theirs: Tensor) -> tuple[Tensor, ...]:
             own = (self.network.logits(states).float() / temperature).log_softmax(-1)
@@ -239,7 +243,9 @@ class LanguageModel(TorchModel, Policy):
     ) -> Generated:
         self.backend.processes.agree("prompts", prompt_tokens, prompt_mask, seeds, asked((), temperature))
         rows = slice(None) if self.mesh is None else self.mesh.own(len(seeds))
-        given = [self.backend.put(array[rows]) for array in (prompt_tokens, prompt_mask, seeds)]
+        prompts = prompt_tokens[rows], prompt_mask[rows]
+        each = rows_per_prompt(*prompts) if past is None else 1
+        given = [self.backend.put(array) for array in (prompts[0][::each], prompts[1][::each], seeds[rows])]
         how: dict[str, Any] = {"temperature": temperature, "stop_ids": stop_ids, "pad_id": pad_id, "past": past}
         draw = functools.partial(generate, self.network, *given, **how)
         with self._sampling():

@@ -8,6 +8,7 @@ step, which takes less than the gradients' end. FSDP's weights and gradients are
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -69,9 +70,10 @@ class TorchPlanner:
         (model,) = models.values()
         rows = -(-call.shape.rows // self.rows)
         columns, length = call.shape.prompt, call.shape.response
+        prompts = rows // math.gcd(rows, call.shape.rows_per_prompt)
         with model._sampling(), Following() as found:
             put = self.backend.put
-            tokens, mask = put(np.zeros((rows, columns), np.int32)), put(np.ones((rows, columns), bool))
+            tokens, mask = put(np.zeros((prompts, columns), np.int32)), put(np.ones((prompts, columns), bool))
             seeds = put(np.zeros((rows, length), np.uint32))
             decoding = Decoding(model.network, tokens, mask, seeds, temperature=1.0, stop_ids=(0,), pad_id=0)
             if length > 1:
@@ -300,7 +302,8 @@ def fill(cache: Any, columns: int) -> None:
 
 
 def sequences(shape: Shape) -> Sequences:
-    tokens, counts = np.zeros((shape.rows, shape.columns), np.int32), np.ones((shape.rows, shape.response), bool)
+    prompts = np.arange(shape.rows)[:, None] // shape.rows_per_prompt % 2  # neighbours differ
+    tokens, counts = np.repeat(prompts.astype(np.int32), shape.columns, axis=1), np.ones((shape.rows, shape.response), bool)
     segments = np.ones_like(tokens) if shape.packed else None
     return Sequences(tokens, np.ones((shape.rows, shape.prompt), bool), counts, counts, segments)
 

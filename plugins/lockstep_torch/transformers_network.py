@@ -18,7 +18,7 @@ from lockstep.interfaces import Past
 from lockstep.models.architecture import usual_name
 from lockstep.storage.hub import hub
 from lockstep_torch.attention import RealFirst
-from lockstep_torch.decoder import DropoutMask, Network, positions, recalled
+from lockstep_torch.decoder import DropoutMask, Network, positions, recalled, repeated
 
 
 def config_of(hf: Any) -> dict[str, Any]:
@@ -105,7 +105,9 @@ class TransformersNetwork(Network):
     def checkpoint_name(self, name: str) -> str:
         return usual_name(self.config["model_type"], name.replace("hf.", self.prefix, 1))
 
-    def hidden(self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0, rows_per_prompt: int = 1
+    ) -> Tensor:
         if dropout is not None:
             raise ConfigError("Networks of transformers run without dropout. Set dropout=0, or use policy=decoder.")
         if mask.dtype != torch.bool and not self.can_pack:
@@ -131,6 +133,10 @@ class TransformersNetwork(Network):
                 before.update(kept[number], kept[len(layers) + number], number)
         out = self._trunk(tokens[:, known:], mask, positions(mask)[:, known:], past_key_values=before, use_cache=True)
         return out.last_hidden_state[:, -1], {"past": out.past_key_values, "mask": mask, "count": mask.sum(-1)}
+
+    def repeated(self, cache: dict[str, Any], times: int) -> dict[str, Any]:
+        cache["past"].batch_repeat_interleave(times)
+        return {"past": cache["past"], "mask": repeated(cache["mask"], times), "count": repeated(cache["count"], times)}
 
     def kept(self, cache: dict[str, Any]) -> Any:
         """Not with layers that keep a window or a state instead of all keys."""

@@ -139,6 +139,20 @@ class MicroBatchMeans(Relearned):
             return term if weights is None else dataclasses.replace(term, batch=term.batch | {"weights": weights / weights.sum()})
 
 
+@defect("backend", caught_by="gradients_of_rows_with_the_same_prompt")
+class FirstTokensOnce(Relearned):
+    """Of the rows with the same prompt, the first token of one row alone is learned from."""
+
+    class Learner(Changed):
+        def term(self, term):
+            weights, each = term.batch.get("weights"), term.sequences.rows_per_prompt
+            if weights is None or each == 1:
+                return term
+            weights = weights.copy()
+            weights[np.arange(len(weights)) % each > 0, 0] = 0
+            return dataclasses.replace(term, batch=term.batch | {"weights": weights})
+
+
 @defect("backend", caught_by="terms_add_up")
 class MeanOfTerms(Relearned):
     """Terms are averaged."""

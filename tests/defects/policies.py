@@ -166,6 +166,28 @@ class NoiseByRow(Decoder):
         return super().generate(prompt_tokens, prompt_mask, seeds + np.arange(len(seeds), dtype=np.uint32)[:, None], **how)
 
 
+@defect("policy", caught_by="rows_may_have_the_same_prompt")
+class PromptsInTurn(Rewired):
+    """A prompt's keys are repeated as a, b, a, b where its rows are neighbours."""
+
+    class Network(DecoderNetwork):
+        def of_shared_prompts(self, tokens, mask, columns, each):
+            turns = torch.arange(len(tokens)).view(each, -1).T.reshape(-1)
+            prompts = torch.cat([tokens[turns, :columns], tokens[:, columns:]], dim=1)
+            return self.hidden(prompts, torch.cat([mask[turns, :columns], mask[:, columns:]], dim=1), None, columns - 1)
+
+
+@defect("policy", caught_by="rows_may_have_the_same_prompt")
+class CachesInTurn(Rewired):
+    """The same in the sampler's cache."""
+
+    class Network(DecoderNetwork):
+        def repeated(self, cache, times):
+            repeated = super().repeated(cache, times)
+            turns = torch.arange(len(repeated.mask)).view(-1, times).T.reshape(-1)
+            return dataclasses.replace(repeated, keys=[keys[turns] for keys in repeated.keys])
+
+
 # ----------------------------------------------------------------------------------------------------------- sampling
 
 

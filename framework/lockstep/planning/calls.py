@@ -13,16 +13,19 @@ from lockstep.text.sequences import Sequences
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a batch: rows, columns of prompts and of responses, whether examples share rows."""
+    """Of a batch: rows, columns of prompts and of responses, whether examples share rows, and how many rows share a prompt, which
+    is computed once on one device."""
 
     rows: int
     prompt: int
     response: int
     packed: bool = False
+    rows_per_prompt: int = 1
 
     @classmethod
     def of(cls, sequences: Sequences) -> Shape:
-        return cls(sequences.rows, sequences.prompt_length, sequences.mask.shape[1], sequences.segments is not None)
+        s = sequences
+        return cls(s.rows, s.prompt_length, s.mask.shape[1], s.segments is not None, s.rows_per_prompt)
 
     @property
     def columns(self) -> int:

@@ -7,6 +7,7 @@ forward pass (Kaplan et al. 2020, section 2.1). Attention is counted in full, as
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from lockstep.models.blueprint import Blueprint
 from lockstep.planning.calls import Call, Shape
@@ -40,8 +41,11 @@ def lasting(rehearsal: Rehearsal) -> dict[str, int]:
     return {part: size for part, size in found.items() if size}
 
 
-def flops(call: Call) -> float:
-    """Of all devices together."""
+def flops(call: Call, *, on_a_mesh: bool = False) -> float:
+    """Of all devices together. On a mesh every row computes its prompt."""
+    if on_a_mesh:
+        alone = lambda each: replace(each, shape=replace(each.shape, rows_per_prompt=1))  # noqa: E731
+        call = replace(alone(call), terms=tuple(map(alone, call.terms)))
     if call.kind == "update":
         return sum(_of_update(call.models, part.shape, part.outputs, part.passed) for part in call.terms)
     if call.kind == "generate":
@@ -51,10 +55,13 @@ def flops(call: Call) -> float:
 
 def forward(blueprint: Blueprint, shape: Shape, outputs: Iterable[str]) -> float:
     b, a = blueprint, blueprint.architecture
-    tokens, needed = shape.rows * shape.columns, shape.rows * (shape.response + 1)
+    prompts, responses = shape.rows // shape.rows_per_prompt, shape.rows * shape.response
+    tokens, needed = prompts * shape.prompt + responses, prompts + responses
+    seen = shape.columns if prompts == shape.rows else shape.prompt  # by a prompt's tokens
+    pairs = seen * (prompts * shape.prompt * (a.layers - 1) + prompts) + shape.columns * responses * a.layers
     keys_and_values = 2 * a.hidden_size * a.kv_heads * a.head_dim
     spared = (b.multiplied / a.layers - keys_and_values) * (tokens - needed)  # in the last layer, prompts give only these
-    attention = 4 * a.heads * a.head_dim * shape.columns * ((a.layers - 1) * tokens + needed)
+    attention = 4 * a.heads * a.head_dim * pairs
     of_logits = bool({"logprobs", "entropy", "divergence"} & set(outputs))
     head = 2 * a.vocab_size * a.hidden_size * shape.rows * shape.response * of_logits
     taught = forward(b.teacher, shape, ("logprobs",)) if b.teacher and "divergence" in outputs else 0.0
@@ -67,7 +74,7 @@ def _of_update(models: Mapping[str, Blueprint], shape: Shape, outputs: Mapping[s
 
 def _generated(b: Blueprint, shape: Shape) -> float:
     a = b.architecture
-    prompt = Shape(shape.rows, shape.prompt, 0)
+    prompt = Shape(shape.rows // shape.rows_per_prompt, shape.prompt, 0)
     head = 2 * a.vocab_size * a.hidden_size * shape.rows * shape.response
     seen = shape.response * (shape.prompt + shape.response / 2)
     attention = 4 * a.layers * a.heads * a.head_dim * shape.rows * seen

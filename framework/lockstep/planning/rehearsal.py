@@ -35,7 +35,7 @@ from lockstep.interfaces import (
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.models.blueprint import Blueprint
 from lockstep.planning.calls import Call, Part, Shape
-from lockstep.text.sequences import Sequences
+from lockstep.text.sequences import Sequences, rows_per_prompt
 from lockstep.text.tokenizer import Tokenizer
 
 
@@ -111,8 +111,9 @@ class ShapePolicy(ShapeOnly, Policy):
         self, prompt_tokens: np.ndarray, prompt_mask: np.ndarray, seeds: np.ndarray, *, temperature: float,
         stop_ids: Sequence[int], pad_id: int, past: Past | None = None,
     ) -> Generated:  # fmt: skip
-        rows, length = seeds.shape
-        self.backend.calls.append(Call("generate", {self.name: self.network}, Shape(rows, prompt_tokens.shape[1], length)))
+        (rows, length), each = seeds.shape, rows_per_prompt(prompt_tokens, prompt_mask)
+        shape = Shape(rows, prompt_tokens.shape[1], length, rows_per_prompt=each)
+        self.backend.calls.append(Call("generate", {self.name: self.network}, shape))
         words = np.setdiff1d(np.arange(self.vocab_size, dtype=np.int32), [*stop_ids, pad_id])
         return Generated(words[seeds % len(words)], np.ones(seeds.shape, bool), np.zeros(seeds.shape, np.float32))
 

@@ -70,6 +70,15 @@ class Sequences:
         return int(np.bincount((numbers + rows)[numbers > 0]).max(initial=0))
 
     @property
+    def rows_per_prompt(self) -> int:
+        """So many neighbouring rows have each prompt, where it is worth computing a prompt once for all of them; else 1."""
+        if self.segments is not None:
+            return 1
+        found = rows_per_prompt(self.tokens[:, : self.prompt_length], self.prompt_mask)
+        spared = self.prompt_length * (found - 1) / found
+        return found if spared >= WORTHWHILE * self.tokens.shape[1] else 1
+
+    @property
     def responses(self) -> np.ndarray:
         """int32 [B, T]: the response columns."""
         return self.tokens[:, self.prompt_length :]
@@ -99,6 +108,16 @@ class Sequences:
         padded = self.take(np.concatenate([np.arange(self.rows), np.zeros(missing, np.int64)]))
         padded.mask[self.rows :] = False
         return padded
+
+
+WORTHWHILE = 1 / 8
+"""The share of columns that must be spared."""
+
+
+def rows_per_prompt(tokens: np.ndarray, mask: np.ndarray) -> int:
+    """How many neighbouring rows of prompts [B, P] are equal: the largest number that divides the length of every run."""
+    changes = np.any((tokens[1:] != tokens[:-1]) | (mask[1:] != mask[:-1]), axis=1)
+    return int(np.gcd.reduce([len(tokens), *np.flatnonzero(changes) + 1]))
 
 
 def round_up(length: int, multiple: int) -> int:

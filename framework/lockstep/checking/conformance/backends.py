@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lockstep.checking.conformance.kit import Inapplicable, Violation, check, near, near_arrays, require, same, same_arrays
-from lockstep.checking.conformance.world import World
+from lockstep.checking.conformance.world import World, with_prompts
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Dropout, Learner, Metrics, Model, ScalarModel, Term
 from lockstep.learning import randomness
@@ -280,6 +280,16 @@ def micro_batches_add_up(world: World) -> None:
         near_arrays(f"gradients from micro-batches of {size},", learner.gradients(parts), expected, tolerance)
     found = learning(world, pair(world)).update(parts)
     near_metrics(f"metrics from micro-batches of {size}", found, metrics, world.tolerance(2e-5, 5e-2))
+
+
+@check("backend", usually="what a prompt's tokens give to the loss of several rows is lost, or counts once")
+def gradients_of_rows_with_the_same_prompt(world: World) -> None:
+    """Four neighbouring rows with the same prompt have the gradients that they have one by one."""
+    rows = with_prompts(world.rollout(4), np.full(4, 3))
+    learner, names = learning(world, {"policy": world.policy()}), ("logprobs", "entropy")
+    alone = [term(world, names, sequences=rows, rows=slice(i, i + 1)) for i in range(4)]
+    found, expected = learner.gradients([term(world, names, sequences=rows)]), learner.gradients(alone)
+    near_arrays("of rows with the same prompt, gradients", found, expected, world.tolerance(1e-5, 2e-2))
 
 
 @check("backend", usually="only the last term counts, or all terms use the first one's settings")

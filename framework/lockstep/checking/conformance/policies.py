@@ -14,7 +14,7 @@ import numpy as np
 
 from lockstep.checking.conformance.backends import OUTPUTS, term
 from lockstep.checking.conformance.kit import Inapplicable, check, near, require, same, same_arrays
-from lockstep.checking.conformance.world import PAD, World, head, saved_weights
+from lockstep.checking.conformance.world import PAD, World, head, saved_weights, with_prompts
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Generated, Model, Past, Policy
 from lockstep.learning import losses, randomness
@@ -280,6 +280,23 @@ def rows_are_independent(world: World) -> None:
     few = slice(3, 6)
     alone = draw(policy, world, prompts=(tokens[few], mask[few]), seeds=seeds[few])
     mostly_same_tokens(world, "drawn in a batch of 3", alone, rows_of(few))
+
+
+@check("policy", usually="a prompt that several rows have is computed once, and its keys go to other rows")
+def rows_may_have_the_same_prompt(world: World) -> None:
+    """Neighbouring rows with the same prompt have the outputs and the samples that they have apart."""
+    policy = world.policy()
+    rows = with_prompts(world.rollout(), np.repeat([4, 1], ROWS // 2))  # of 5 tokens and of 2: four neighbours each
+    apart = np.arange(ROWS).reshape(2, -1).T.reshape(-1)
+    for model in (policy, policy.scalar_model(head(policy.hidden_size))):
+        together, found = evaluate(model, rows), evaluate(model, rows.take(apart))
+        for name in together:
+            near(f"{name} of rows with the same prompt", together[name][apart], found[name], world.tolerance(1e-5, 2e-2))
+    given, seeds = (rows.tokens[:, : rows.prompt_length], rows.prompt_mask), world.seeds(ROWS, COLUMNS)
+    drawn = draw(policy, world, prompts=given, seeds=seeds)
+    expected = draw(policy, world, prompts=(given[0][apart], given[1][apart]), seeds=seeds[apart])
+    in_order = Generated(drawn.tokens[apart], drawn.mask[apart], drawn.logprobs[apart])
+    mostly_same_tokens(world, "drawn for rows with the same prompt", in_order, expected)
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling

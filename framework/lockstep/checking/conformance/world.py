@@ -223,6 +223,12 @@ def without_launcher() -> Iterator[None]:
         os.environ.update(held)
 
 
+def with_prompts(rows: Sequences, which: np.ndarray) -> Sequences:
+    """The same responses, to the prompts of the rows ``which``."""
+    tokens = np.concatenate([rows.tokens[which, : rows.prompt_length], rows.responses], axis=1)
+    return dataclasses.replace(rows, tokens=tokens, prompt_mask=rows.prompt_mask[which])
+
+
 class World:
     """One backend, a policy on it, and what a check needs around them.
 
