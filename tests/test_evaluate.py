@@ -120,7 +120,7 @@ def test_compare_shows_each_policys_value_with_its_standard_error(tmp_path):
     # by hand: the variance between seeds, 0.02, is above the mean squared error, 0.0025; sqrt(0.02 / 2) = 0.1
     assert table.rows[1] == ["sft", "0.6000 ± 0.1000"]
     assert "0.6000 ± 0.1000" in page.render(both, "", "", [], {"tasks": table}, {})
-    assert [r[-3] for r in tidy.rows(both) if r[7] == "tasks/arc acc"] == [0.5, 0.25, 0.7, 0.25]
+    assert [r[-3][0] for r in tidy.series(both) if r[7] == "tasks/arc acc"] == [0.5, 0.25, 0.7, 0.25]
 
 
 def test_every_policy_of_a_run_is_evaluated(tmp_path):

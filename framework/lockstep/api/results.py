@@ -13,7 +13,7 @@ from lockstep.reporting.compare.groups import group
 from lockstep.reporting.compare.reading import read
 from lockstep.reporting.compare.records import Estimate
 from lockstep.reporting.compare.records import Run as Record
-from lockstep.reporting.compare.tidy import COLUMNS, rows
+from lockstep.reporting.compare.tidy import table
 from lockstep.reporting.console import Console
 from lockstep.storage.records import RUN, outputs, read_configuration, read_record
 
@@ -116,9 +116,8 @@ def results(*paths: str | Path) -> pandas.DataFrame:
     Raises:
       DataError: a path holds no run.
     """
-    import pandas
-
     reading = read(paths or ["runs"])
     for problem in reading.problems:
         Console().say(problem)
-    return pandas.DataFrame(list(rows(group(reading, None))), columns=list(COLUMNS))
+    found: pandas.DataFrame = table(group(reading, None)).to_pandas()
+    return found

@@ -170,6 +170,11 @@ def _last(path: str) -> str:
 
 def _known() -> re.Pattern[str] | None:
     """The values that are secret in this process, the longest first; as they are, in URLs, and in JSON as PHP writes it."""
-    found = {value for name, value in os.environ.items() if len(value) >= SHORTEST and is_secret(name, value)} | _remembered
+    return _pattern(frozenset(os.environ.items()), frozenset(_remembered))
+
+
+@functools.lru_cache(maxsize=1)
+def _pattern(variables: frozenset[tuple[str, str]], remembered: frozenset[str]) -> re.Pattern[str] | None:
+    found = {value for name, value in variables if len(value) >= SHORTEST and is_secret(name, value)} | remembered
     found |= {urllib.parse.quote(value, safe="") for value in found} | {value.replace("/", r"\/") for value in found}
     return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True)))) if found else None

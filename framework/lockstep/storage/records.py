@@ -199,8 +199,8 @@ def read_rows(file: Path, shape: Shape = dict, warn: Callable[[str], None] = log
 def mismatch(value: Any, shape: Shape, where: str = "") -> str | None:
     """'stages.sft.folder is missing': how ``value`` differs from ``shape``; None if it does not."""
     if isinstance(shape, tuple):
-        found = [mismatch(value, each, where) for each in shape]
-        return None if None in found else found[0]
+        first = mismatch(value, shape[0], where)
+        return None if first is None or any(mismatch(value, each, where) is None for each in shape[1:]) else first
     if isinstance(shape, list):
         if not isinstance(value, list):
             return _other(value, list, where)
@@ -218,6 +218,8 @@ def _mismatch_of_keys(value: Any, shape: Mapping[Any, Shape], where: str) -> str
     for key, inner in shape.items():
         place = f"{where}." if where else ""
         if key is EACH:
+            if {type(each) for name, each in value.items() if name not in shape} <= _sufficient(inner):
+                continue  # of a metrics file, most rows
             names = [name for name in value if name not in shape]
         elif (name := key.removesuffix("?")) in value:
             names = [name]
@@ -229,6 +231,12 @@ def _mismatch_of_keys(value: Any, shape: Mapping[Any, Shape], where: str) -> str
             if problem := mismatch(value[name], inner, f"{place}{_named(name)}"):
                 return problem
     return None
+
+
+def _sufficient(shape: Shape) -> set[type]:
+    """Types whose every value has this shape."""
+    kinds = shape if isinstance(shape, tuple) else (shape,)
+    return {type(None) if kind is None else kind for kind in kinds if kind is None or isinstance(kind, type)}
 
 
 def _is(value: Any, kind: Any) -> bool:

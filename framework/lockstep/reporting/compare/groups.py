@@ -114,6 +114,17 @@ class RunGroup:
     def curve(self, stage: str, metric: str, points: int = 60) -> Curve | None:
         """Over the steps that all runs have, neighbouring steps averaged down to at most ``points``. Unfinished stages are
         left out if others finished."""
+        asked = stage, metric, points
+        if asked not in self._curves:
+            self._curves[asked] = self._curve(*asked)
+        return self._curves[asked]
+
+    @cached_property
+    def _curves(self) -> dict[tuple[str, str, int], Curve | None]:
+        """Those asked for so far: several figures draw the same."""
+        return {}
+
+    def _curve(self, stage: str, metric: str, points: int) -> Curve | None:
         stages = [s for s in self.stages(stage) if metric in s.metrics]
         stages = [s for s in stages if s.status == "done"] or stages
         series = [s.metrics[metric] for s in stages]
@@ -123,20 +134,18 @@ class RunGroup:
         if not steps:
             return None
         values = np.array([s.values[np.isin(s.steps, steps)] for s in series], float)
-        width = -(-len(steps) // points)
-        bins = [slice(start, start + width) for start in range(0, len(steps), width)]
-        values = np.array([[_mean(row[b]) for b in bins] for row in values])
-        return Curve(np.array([np.mean(steps[b]) for b in bins]), *statistics.band(values))
+        starts = np.arange(0, len(steps), -(-len(steps) // points))
+        finite = np.isfinite(values)
+        counts = np.add.reduceat(finite, starts, axis=1, dtype=int)
+        sums = np.add.reduceat(np.where(finite, values, 0), starts, axis=1)
+        means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+        places = np.add.reduceat(np.array(steps, float), starts) / np.diff([*starts, len(steps)])
+        return Curve(places, *statistics.band(means))
 
 
 def _made_by(run: Run, stage: str) -> str:
     found = run.stages.get(stage)
     return (found and found.identity) or run.name
-
-
-def _mean(x: np.ndarray) -> float:
-    finite = x[np.isfinite(x)]
-    return float(finite.mean()) if len(finite) else float("nan")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,9 +95,13 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     """Rows as one series per metric. A resumed stage repeats the steps since its checkpoint: the later row counts."""
-    values: dict[str, dict[int, float]] = {}
+    values: dict[str, dict[int, float]] = defaultdict(dict)
     for row in rows:
+        step = row["step"]
         for metric, value in row.items():
-            if metric not in ("step", "seconds") and isinstance(value, (int, float)):
-                values.setdefault(metric, {})[row["step"]] = float(value)
-    return {metric: Series(*map(np.array, zip(*sorted(v.items()), strict=True))) for metric, v in values.items()}
+            if isinstance(value, (float, int)):
+                values[metric][step] = value
+    for no_metric in ("step", "seconds"):
+        values.pop(no_metric, None)
+    ordered = ((metric, found, sorted(found)) for metric, found in values.items())
+    return {metric: Series(np.array(steps), np.array([found[s] for s in steps], float)) for metric, found, steps in ordered}

@@ -34,24 +34,43 @@ def iqm_estimate(tasks: Tasks) -> Estimate:
     return _estimate(float(iqm(np.concatenate(tasks))), iqm(draws), tasks)
 
 
-def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """P(X > Y): the share of all pairs of a run of ``x`` and a run of ``y`` (last axes) where x is higher; ties count a
-    half. The Mann-Whitney statistic over n·m; Agarwal et al., section 4.3."""
-    x, y = x[..., :, None], y[..., None, :]
-    return ((x > y) + 0.5 * (x == y)).mean(axis=(-2, -1))
+def improvement(x: np.ndarray, y: np.ndarray) -> float:
+    """P(X > Y): the share of all pairs of a run of ``x`` and a run of ``y`` where x is higher; ties count a half. The
+    Mann-Whitney statistic over n·m; Agarwal et al., section 4.3."""
+    return float(_wins(x, y).mean())
+
+
+def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """[runs of x, runs of y]: 1 where x is higher, a half at a tie."""
+    x, y = np.asarray(x)[:, None], np.asarray(y)
+    return (x > y) + 0.5 * (x == y)
 
 
 def improvement_estimate(x: Tasks, y: Tasks) -> Estimate:
     """P(X > Y) averaged over tasks, both sides resampled, each in its own task. Task t of ``x`` is task t of ``y``."""
-    mean = np.mean([improvement(a, b) for a, b in zip(x, y, strict=True)])
     rng = _rng()
-    pairs = zip(resample(x, rng), resample(y, rng), strict=True)
-    return _estimate(float(mean), np.mean([improvement(a, b) for a, b in pairs], axis=0), [*x, *y])
+    times = zip([_times_drawn(task, rng) for task in x], [_times_drawn(task, rng) for task in y], strict=True)
+    wins = [_wins(a, b) for a, b in zip(x, y, strict=True)]
+    # Of a draw: each pair as often as its runs are drawn. Sums of halves are exact, whatever their order.
+    drawn = [((a @ won) * b).sum(axis=1) / won.size for (a, b), won in zip(times, wins, strict=True)]
+    return _estimate(float(np.mean([won.mean() for won in wins])), np.mean(drawn, axis=0), [*x, *y])
 
 
 def resample(tasks: Tasks, rng: np.random.Generator, draws: int = DRAWS) -> list[np.ndarray]:
     """The stratified bootstrap: per task [draws, runs], its runs drawn with replacement, independently of other tasks."""
-    return [task[rng.integers(len(task), size=(draws, len(task)))] for task in map(np.asarray, tasks)]
+    return [task[_drawn(len(task), rng, draws)] for task in map(np.asarray, tasks)]
+
+
+def _times_drawn(task: np.ndarray, rng: np.random.Generator, draws: int = DRAWS) -> np.ndarray:
+    """float64 [draws, runs]: how often a draw of `resample` has each run."""
+    runs = len(task)
+    places = _drawn(runs, rng, draws) + runs * np.arange(draws)[:, None]
+    return np.bincount(places.reshape(-1), minlength=draws * runs).reshape(draws, runs).astype(np.float64)
+
+
+def _drawn(runs: int, rng: np.random.Generator, draws: int) -> np.ndarray:
+    """int64 [draws, runs]: indices."""
+    return rng.integers(runs, size=(draws, runs))
 
 
 def band(curves: np.ndarray, draws: int = 1000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

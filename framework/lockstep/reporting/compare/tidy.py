@@ -6,12 +6,17 @@ The stage of a public benchmark is the policy's; its metric is 'tasks/arc_easy a
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lockstep.reporting.compare.groups import RunComparison
 from lockstep.reporting.compare.records import Estimate, Run
+
+if TYPE_CHECKING:
+    import pyarrow
 
 # name -> its type in Parquet
 COLUMNS = {
@@ -21,41 +26,57 @@ COLUMNS = {
 
 
 def write(c: RunComparison, output: Path) -> list[Path]:
-    import pyarrow  # comes with datasets; half a second
+    import pyarrow.csv
     import pyarrow.parquet
 
-    found = list(rows(c))
-    table, text = output / "metrics.parquet", output / "metrics.csv"
-    with open(text, "w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(COLUMNS)
-        writer.writerows(found)
-    columns = zip(*found, strict=True) if found else [[] for _ in COLUMNS]
-    arrays = [pyarrow.array(list(column), kind) for column, kind in zip(columns, COLUMNS.values(), strict=True)]
-    pyarrow.parquet.write_table(pyarrow.table(arrays, names=list(COLUMNS)), table)
-    return [text, table]
+    found, text, parquet = table(c), output / "metrics.csv", output / "metrics.parquet"
+    pyarrow.csv.write_csv(found, text)
+    pyarrow.parquet.write_table(found, parquet)
+    return [text, parquet]
 
 
-def rows(c: RunComparison) -> Iterator[list[object]]:
+def table(c: RunComparison) -> pyarrow.Table:
+    import pyarrow  # comes with datasets; half a second
+
+    found = list(series(c))
+    columns = dict(zip(COLUMNS, zip(*found, strict=True), strict=True)) if found else dict.fromkeys(COLUMNS, ())
+    lengths = [len(values) for values in columns["value"]]
+    arrays = []
+    for name, kind in COLUMNS.items():
+        if name in PER_ROW:
+            parts = [pyarrow.array(each, kind) for each in columns[name]]
+            arrays.append(pyarrow.chunked_array(parts, kind))
+        else:
+            places = np.repeat(np.arange(len(lengths)), lengths)
+            arrays.append(pyarrow.array(list(columns[name]), kind).take(pyarrow.array(places)))
+    return pyarrow.table(arrays, names=list(COLUMNS)).combine_chunks()
+
+
+PER_ROW = ("step", "value", "low", "high")
+
+
+def series(c: RunComparison) -> Iterator[list[Any]]:
+    """Rows that differ in `PER_ROW` only: of these columns, all values."""
     for g in c.groups:
         for task, run in zip(g.tasks, g.runs, strict=True):
             who = [g.label, task, run.name, run.backend.get("name"), run.seed]
             for stage in run.stages.values():
-                for metric, series in stage.metrics.items():
-                    for step, value in zip(series.steps.tolist(), series.values.tolist(), strict=True):
-                        yield [*who, stage.name, step, metric, value, None, None]
-            for metric, e in _evaluated(run):
+                for metric, found in stage.metrics.items():
+                    nothing = [None] * len(found.steps)
+                    yield [*who, stage.name, found.steps, metric, found.values, nothing, nothing]
+            for stage_name, metric, e in _evaluated(run):
                 low, high = (e.low, e.high) if e.low < e.high else (None, None)
-                yield [*who, "evaluate", None, metric, e.mean, low, high]
-            for policy, found in run.tasks.items():
-                for name, e in found.items():
-                    yield [*who, policy, None, f"tasks/{name}", e.mean, *((e.low, e.high) if e.low < e.high else (None, None))]
+                yield [*who, stage_name, [None], metric, [e.mean], [low], [high]]
 
 
-def _evaluated(run: Run) -> Iterator[tuple[str, Estimate]]:
+def _evaluated(run: Run) -> Iterator[tuple[str, str, Estimate]]:
+    """(stage, metric, value)."""
     for split, policies in run.evaluation.splits.items():
         for policy, estimates in policies.items():
             for metric, estimate in estimates.items():
-                yield f"{split}/{policy}/{metric}", estimate
+                yield "evaluate", f"{split}/{policy}/{metric}", estimate
     for metric, estimate in run.evaluation.reward_model.items():
-        yield f"reward_model/{metric}", estimate
+        yield "evaluate", f"reward_model/{metric}", estimate
+    for policy, found in run.tasks.items():
+        for name, estimate in found.items():
+            yield policy, f"tasks/{name}", estimate
