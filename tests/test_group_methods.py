@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from conftest import Scored, configure, same, spy
-from lockstep.config.compose import CORE, conf_folders, group
+from lockstep.config.compose import group
+from lockstep.config.folders import CORE, conf_folders
 from lockstep.config.root import component_config
 from lockstep.errors import ConfigError
 from lockstep.learning import losses, numerics

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from lockstep.config.compose import HERE, conf_folders
+    from lockstep.config.folders import HERE, conf_folders
     from lockstep.registry import registry
 
     table = Table(box=None, pad_edge=False)

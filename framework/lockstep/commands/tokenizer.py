@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.errors import ConfigError, DataError, MissingData
+from lockstep.errors import ConfigError, DataError, MissingData, listing
 from lockstep.reporting.console import Console
-from lockstep.text.templates import TEMPLATES, render
 from lockstep.types import Message
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ BYTES = 256
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="a new folder, for policy.tokenizer.path=FOLDER")
     parser.add_argument("--vocab", type=int, default=4096, metavar="N", help="tokens, bytes and special ones included (4096)")
-    parser.add_argument("--template", default="dialogue", choices=sorted(TEMPLATES), help="the chat template (dialogue)")
+    parser.add_argument("--template", default="dialogue", help="the chat template: dialogue or plain (dialogue)")
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -39,12 +38,15 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from lockstep.config.root import component_config
     from lockstep.registry import registry
     from lockstep.storage.files import expanded
+    from lockstep.text.templates import TEMPLATES
 
     folder, console = expanded(arguments.folder), Console()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not empty. Give a new folder.")
     if arguments.vocab < BYTES + 2:
         raise ConfigError(f"--vocab {arguments.vocab} is below {BYTES + 2}: {BYTES} bytes, EOS and pad come first.")
+    if arguments.template not in TEMPLATES:
+        raise ConfigError(f"--template {arguments.template} is none of {listing(TEMPLATES)}.")
     data = compose(overrides)["data"]
     source = registry().resolve("data", data["name"])
     with console.waiting("reading the data"):
@@ -65,6 +67,8 @@ def texts_of(data: DataSource, template: str) -> Iterator[str]:
     Raises:
       DataError: it has nothing.
     """
+
+    from lockstep.text.templates import TEMPLATES, render
 
     def written(messages: Sequence[Message], *answers: str) -> Iterator[str]:
         for answer in answers:
@@ -97,6 +101,7 @@ def trained(texts: Sequence[str], vocab: int, template: str) -> Tokenizer:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
+    from lockstep.text.templates import TEMPLATES
     from lockstep.text.tokenizer import PAD, Tokenizer
 
     core = tokenizers.Tokenizer(models.BPE())

@@ -7,7 +7,6 @@ file in the current folder with a package's name is refused when it is asked for
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
@@ -24,14 +23,11 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from lockstep.config.folders import CORE, HERE, conf_folders
 from lockstep.config.overrides import override, read, shell
 from lockstep.config.root import GROUPS, KEYS, completed
-from lockstep.errors import ConfigError, LockstepError, RegistryError, did_you_mean, listing, short
+from lockstep.errors import ConfigError, LockstepError, did_you_mean, listing, short
 from lockstep.registry import KINDS, registry
-
-CORE = "lockstep-rlhf (core)"
-HERE = "./conf"
-"""The current folder's configuration, in place of a distribution's name."""
 
 
 class LockstepSearchPath(SearchPathPlugin):
@@ -41,24 +37,6 @@ class LockstepSearchPath(SearchPathPlugin):
                 search_path.append("schema", "structured://")
             if distribution != CORE:  # the core's is the primary folder already
                 search_path.append(distribution, f"file://{folder}")
-
-
-def conf_folders() -> dict[str, Path]:
-    """{distribution: folder}, the core's first and the current folder's last.
-
-    Raises:
-      RegistryError: two distributions have a file of the same name.
-    """
-    owners: dict[Path, list[str]] = collections.defaultdict(list)
-    for distribution, folder in registry().conf.items():
-        for file in folder.rglob("*.yaml"):
-            owners[file.relative_to(folder)].append(distribution)
-    for file, distributions in owners.items():
-        if len(distributions) > 1:
-            raise RegistryError(f"The configuration {file} comes from {' and from '.join(distributions)}. Rename one.")
-    here = Path("conf")
-    own = here.is_dir() and not any(folder.is_dir() and here.samefile(folder) for folder in registry().conf.values())
-    return dict(registry().conf) | ({HERE: here.absolute()} if own else {})
 
 
 Plugins.instance().register(LockstepSearchPath)

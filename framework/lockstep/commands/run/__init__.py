@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from lockstep.commands.run.sweeps import sweep
-    from lockstep.config.compose import compose, conf_folders
+    from lockstep.config.compose import compose
+    from lockstep.config.folders import conf_folders
     from lockstep.config.secrets import without_secrets
 
     given, many = set(overrides), {"-m", "--multirun"} & set(overrides)
@@ -57,6 +57,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             raise ConfigError("A dry run checks one run, not a sweep. Leave out -m.")
         dry_run(Experiment(compose([o for o in overrides if o != "--dry-run"])), Console())
     elif many:
+        from lockstep.commands.run.sweeps import sweep  # and with it numpy
+
         if place().count > 1:
             raise ConfigError("A sweep starts the processes of its jobs itself. Leave the launcher out: lockstep run -m ...")
         Console().say(sweep(overrides))

@@ -35,7 +35,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Glob, Override
 from omegaconf import DictConfig
 
-from lockstep.config.compose import CORE, compose, conf_folders, resolved
+from lockstep.config.compose import compose, resolved
+from lockstep.config.folders import CORE, conf_folders
 from lockstep.config.overrides import hydra_value, read, shell
 from lockstep.config.secrets import redact, without_secrets
 from lockstep.errors import ConfigError, LockstepError, did_you_mean, listing

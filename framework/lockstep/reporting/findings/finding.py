@@ -24,7 +24,7 @@ from pathlib import Path
 
 import yaml
 
-from lockstep.config.compose import conf_folders
+from lockstep.config.folders import conf_folders
 from lockstep.config.schema import REQUIRED, parse, setting
 from lockstep.errors import ConfigError, did_you_mean, listing, short
 
