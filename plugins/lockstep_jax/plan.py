@@ -63,6 +63,7 @@ class JaxPlanner:
         self.kind = topology.partition(":")[0] if topology else self.device.device_kind
         self.parts = 1 if self.mesh is None else self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
         self.rows = mesh.row_parts(self.mesh)
+        self.shares_prompts = self.mesh is None
         self.process = PROCESS if self.device.platform == "cpu" else 0
         jax.config.update("jax_default_matmul_precision", matmuls(config.precision, self.device.platform))
 
@@ -73,7 +74,7 @@ class JaxPlanner:
     def _generate(self, call: Call) -> Need:
         (blueprint,) = call.models.values()
         shape, spec = call.shape, self.spec(blueprint)
-        prompts = shape.rows // (shape.rows_per_prompt if self.mesh is None else 1)
+        prompts = shape.rows // (shape.rows_per_prompt if self.shares_prompts else 1)
         prompt, response = (prompts, shape.prompt), (shape.rows, shape.response)
         drawing = Drawing(host(response, "uint32"), NUMBER, host((1,), "int32"), host((), "int32"))
         given = (*self.placed(blueprint), host(prompt, "int32"), host(prompt, "bool"), drawing)

@@ -1,10 +1,11 @@
 """Attention, and what its queries see: `Dense`, a mask in memory, where there are few columns; where there are many, `InOrder`
-for rows with real tokens first, and `Blocks`, which makes the mask piece by piece, for all others.
+for rows with real tokens first, and `Blocks`, which makes the mask piece by piece, for all others; and `Shared`, where several
+rows have the same prompt.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,7 +75,77 @@ class Blocks:
         return fused(q, k, v, _additive((same & (column <= own) | (column == own))[:, None], q.dtype))
 
 
-Visible = Dense | InOrder | Blocks
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens are if a prompt of several rows is computed once. The rows [B, P + T] become one stream of tokens [1, N]:
+    the columns of the prompts, each of all G prompts, then the B responses.
+
+        prompts [G, P]    a b | d e                                  stream    a d | b e | x x x | y y y | z z z | w w w
+        responses [B, T]  x x x, y y y to the first; z z z, w w w    N = P G + B T; the prompts' last column begins at (P - 1) G
+
+    All but attention works on single tokens, and needs no other form.
+
+    Args:
+      prompts, columns: G and P.
+      rows, length: B and T.
+    """
+
+    prompts: int
+    columns: int
+    rows: int
+    length: int
+
+    @property
+    def each(self) -> int:
+        """Rows of a prompt."""
+        return self.rows // self.prompts
+
+    def stream(self, x: Tensor) -> Tensor:
+        """[B, P + T] -> [1, N]."""
+        prompts = x[:: self.each, : self.columns].T
+        return torch.cat([prompts.reshape(1, -1), x[:, self.columns :].reshape(1, -1)], dim=1)
+
+    def restored(self, x: Tensor) -> Tensor:
+        """[1, G + B T, d], the stream from the prompts' last column on -> [B, 1 + T, d]."""
+        last, responses = x[0].split([self.prompts, self.rows * self.length])
+        last = last.repeat_interleave(self.each, dim=0)[:, None]
+        return torch.cat([last, responses.reshape(self.rows, self.length, -1)], dim=1)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[1, H, n, hd], the end of a stream with all responses -> [G, H, columns, hd] and [B, H, T, hd]."""
+        heads, count, width = x.shape[1:]
+        prompts, responses = x[0].split([count - self.rows * self.length, self.rows * self.length], dim=1)
+        of_prompts = prompts.unflatten(1, (-1, self.prompts)).permute(2, 0, 1, 3)
+        return of_prompts, responses.unflatten(1, (self.rows, self.length)).transpose(0, 1)
+
+    def seen_by_responses(self, prompts: Tensor, responses: Tensor) -> Tensor:
+        """Keys or values [G, H, P, hd] and [B, H, T, hd] -> [B, H, P + T, hd]."""
+        return torch.cat([prompts.repeat_interleave(self.each, dim=0), responses], dim=2)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the tokens of a stream see: prompts themselves, responses their prompt and themselves. ``prompts``: of [G, P];
+    ``responses``: of queries [B, T] and keys [B, P + T]."""
+
+    layout: Layout
+    prompts: Dense | Blocks
+    responses: Dense | Blocks
+
+    def since(self, first: int) -> Shared:
+        """Without the first queries: whole columns of prompts."""
+        return replace(self, prompts=self.prompts.since(first // self.layout.prompts))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (q, q_own), (k, k_own), (v, v_own) = map(self.layout.parts, (q, k, v))
+        keys, values = self.layout.seen_by_responses(k, k_own), self.layout.seen_by_responses(v, v_own)
+        prompts, responses = self.prompts.attend(q, k, v), self.responses.attend(q_own, keys, values)
+        heads, width = q.shape[1], q.shape[3]
+        of_prompts = prompts.permute(1, 2, 0, 3).reshape(heads, -1, width)
+        return torch.cat([of_prompts, responses.transpose(0, 1).reshape(heads, -1, width)], dim=1)[None]
+
+
+Visible = Dense | InOrder | Blocks | Shared
 
 
 def causal(mask: Tensor, dtype: torch.dtype, known: int = 0) -> Dense | Blocks:

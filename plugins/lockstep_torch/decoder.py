@@ -22,7 +22,7 @@ from lockstep.interfaces import Past
 from lockstep.learning import randomness
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf
-from lockstep_torch.attention import Dense, InOrder, RealFirst, Visible, attention_dtype, causal
+from lockstep_torch.attention import Dense, InOrder, Layout, RealFirst, Shared, Visible, attention_dtype, causal
 
 
 class Network(nn.Module):
@@ -175,26 +175,6 @@ class Filled:
         return keys[:, :, : self.read], values[:, :, : self.read]
 
 
-@dataclass
-class Earlier:
-    """A layer's keys and values of prompts, for so many responses to ``each``: called once for the prompts, once for these."""
-
-    each: int
-    kept: tuple[Tensor, Tensor] | None = None
-
-    def with_own(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.kept is None:
-            self.kept = k, v
-            return self.kept
-        keys, values = (repeated(x, self.each) for x in self.kept)
-        return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
-
-
-def repeated(x: Tensor, times: int) -> Tensor:
-    """[B, ...] with each row so many times, one after the other."""
-    return x.repeat_interleave(times, dim=0)
-
-
 def recalled(past: Past, kept: Sequence[Tensor]) -> list[Tensor]:
     """The known columns of keys or values: [B, H_kv, known, hd] of each ``kept`` [rows, H_kv, columns, hd]."""
     device, last = kept[0].device, kept[0].shape[2] - 1
@@ -246,23 +226,17 @@ class DecoderNetwork(Network):
         return self.model["norm"](x)
 
     def of_shared_prompts(self, tokens: Tensor, mask: Tensor, columns: int, each: int) -> Tensor:
-        """`hidden` from the last column of the prompts on, where ``each`` rows have the same: first the prompts, then the
-        responses, which see their prompt's keys."""
-        dtype, position, again = attention_dtype(mask.device), positions(mask), self.gradient_checkpointing
-        prompts = self.rotation(position[::each, :columns]), causal(mask[::each, :columns], dtype)
-        responses = self.rotation(position[:, columns:]), causal(mask, dtype, columns)
-        x = self.embed(tokens[::each, :columns], mask[::each, :columns])
-        y = self.embed(tokens[:, columns:], mask[:, columns:])
-
-        def through(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            earlier = Earlier(each)
-            first = columns - 1 if layer is self.layers()[-1] else 0
-            return layer(x, *prompts, earlier, first=first), layer(y, *responses, earlier)
-
+        """`hidden` from the last column of the prompts on, where ``each`` rows have the same."""
+        rows, dtype = len(tokens), attention_dtype(mask.device)
+        layout = Layout(rows // each, columns, rows, tokens.shape[1] - columns)
+        visible = Shared(layout, causal(mask[::each, :columns], dtype), causal(mask, dtype, columns))
+        x, rotation = self.embed(layout.stream(tokens), layout.stream(mask)), self.rotation(layout.stream(positions(mask)))
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers():
-            run = functools.partial(checkpoint, through, use_reentrant=False) if again and torch.is_grad_enabled() else through
-            x, y = run(layer, x, y)
-        return self.model["norm"](torch.cat([repeated(x, each), y], dim=1))
+            first = (columns - 1) * layout.prompts if layer is self.layers()[-1] else 0
+            call = functools.partial(layer, first=first)
+            x = checkpoint(call, x, rotation, visible, use_reentrant=False) if again else call(x, rotation, visible)
+        return layout.restored(self.model["norm"](x))
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int, past: Past | None = None) -> tuple[Tensor, Cache]:
         rows, length = tokens.shape
@@ -303,8 +277,8 @@ class DecoderNetwork(Network):
         return self.model["norm"](x[:, 0])
 
     def repeated(self, cache: Cache, times: int) -> Cache:
-        keys, values = ([repeated(each, times) for each in layers] for layers in (cache.keys, cache.values))
-        mask, count = repeated(cache.mask, times), repeated(cache.count, times)
+        keys, values = ([each.repeat_interleave(times, 0) for each in layers] for layers in (cache.keys, cache.values))
+        mask, count = (each.repeat_interleave(times, 0) for each in (cache.mask, cache.count))
         return replace(cache, keys=keys, values=values, mask=mask, count=count)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -364,8 +338,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(a.heads * a.head_dim, a.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Any = None, first: int = 0) -> Tensor:
-        """x [B, L, d]; ``visible`` to its L queries; the cache is `Filled`, `Earlier` or None. Queries are the columns from
-        ``first`` on: [B, L - first, d]."""
+        """x [B, L, d]; ``visible`` to its L queries; the cache is `Filled` or None. Queries are the columns from ``first`` on:
+        [B, L - first, d]."""
         a = self.architecture
         cos, sin = rotation
         visible, x = visible.since(first), cast(x)

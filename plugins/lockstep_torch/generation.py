@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lockstep.interfaces import Generated, Past
 from lockstep.learning import randomness
-from lockstep_torch.decoder import Network, hash32, high_bits, repeated
+from lockstep_torch.decoder import Network, hash32, high_bits
 
 
 def generate(
@@ -65,7 +65,7 @@ class Decoding:
         self.stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
         hidden, self.cache = network.start(prompt_tokens, prompt_mask, steps, past)
         if (each := rows // len(prompt_tokens)) > 1:
-            hidden, self.cache = repeated(hidden, each), network.repeated(self.cache, each)
+            hidden, self.cache = hidden.repeat_interleave(each, 0), network.repeated(self.cache, each)
         self.draw(hidden)
 
     def advance(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +46,9 @@ class Block:
     rows_per_prompt: int
 
     def take(self, rows: Tensor) -> Block:
-        """On a mesh, where each row has a prompt of its own: FSDP would ask for a layer's weights twice, for prompts and for
-        responses."""
-        return Block(self.tokens[rows], self.mask[rows], self.last[rows], self.prompt_length, 1)
+        """A process's rows: neighbours from a multiple of their number on, or copies of row 0."""
+        common = math.gcd(self.rows_per_prompt, len(rows))
+        return Block(self.tokens[rows], self.mask[rows], self.last[rows], self.prompt_length, common)
 
     @classmethod
     def put(cls, sequences: Sequences, backend: TorchDevice) -> Block:

@@ -52,6 +52,7 @@ class TorchPlanner:
         on_cuda = here.type == "cuda"
         self.data, self.parts = device._divided(mesh, torch.cuda.device_count() if on_cuda else None)
         self.devices = self.rows = self.data * self.parts
+        self.shares_prompts = True
         self.kind = torch.cuda.get_device_name(here) if on_cuda else here.type
         self.process = 0 if on_cuda else PROCESS
         if self.devices > 1:

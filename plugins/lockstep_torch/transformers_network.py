@@ -18,7 +18,7 @@ from lockstep.interfaces import Past
 from lockstep.models.architecture import usual_name
 from lockstep.storage.hub import hub
 from lockstep_torch.attention import RealFirst
-from lockstep_torch.decoder import DropoutMask, Network, positions, recalled, repeated
+from lockstep_torch.decoder import DropoutMask, Network, positions, recalled
 
 
 def config_of(hf: Any) -> dict[str, Any]:
@@ -136,7 +136,8 @@ class TransformersNetwork(Network):
 
     def repeated(self, cache: dict[str, Any], times: int) -> dict[str, Any]:
         cache["past"].batch_repeat_interleave(times)
-        return {"past": cache["past"], "mask": repeated(cache["mask"], times), "count": repeated(cache["count"], times)}
+        mask, count = (cache[name].repeat_interleave(times, 0) for name in ("mask", "count"))
+        return {"past": cache["past"], "mask": mask, "count": count}
 
     def kept(self, cache: dict[str, Any]) -> Any:
         """Not with layers that keep a window or a state instead of all keys."""

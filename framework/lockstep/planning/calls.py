@@ -13,8 +13,7 @@ from lockstep.text.sequences import Sequences
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a batch: rows, columns of prompts and of responses, whether examples share rows, and how many rows share a prompt, which
-    is computed once on one device."""
+    """Of a batch: rows, columns of prompts and of responses, whether examples share rows, and how many rows share a prompt."""
 
     rows: int
     prompt: int
@@ -117,6 +116,7 @@ class Planner(Protocol):
     devices, kind: how many there are, and what each is: 'cpu', 'v5e', or the name its maker gives it.
     parts: that parameters are divided into.
     rows: parts that rows are divided into.
+    shares_prompts: whether a prompt of several rows is computed once.
     process: bytes of the same memory that a process takes without any model, for libraries, data and compiler. 0 where models
       have memory of their own.
     whole: the parts of `lockstep.planning.parts.lasting` that every device has whole.
@@ -126,6 +126,7 @@ class Planner(Protocol):
     kind: str
     parts: int
     rows: int
+    shares_prompts: bool
     process: int
     whole: frozenset[str]
 

@@ -41,9 +41,9 @@ def lasting(rehearsal: Rehearsal) -> dict[str, int]:
     return {part: size for part, size in found.items() if size}
 
 
-def flops(call: Call, *, on_a_mesh: bool = False) -> float:
-    """Of all devices together. On a mesh every row computes its prompt."""
-    if on_a_mesh:
+def flops(call: Call, *, shares_prompts: bool = True) -> float:
+    """Of all devices together. ``shares_prompts``: whether a prompt of several rows is computed once."""
+    if not shares_prompts:
         alone = lambda each: replace(each, shape=replace(each.shape, rows_per_prompt=1))  # noqa: E731
         call = replace(alone(call), terms=tuple(map(alone, call.terms)))
     if call.kind == "update":

@@ -137,7 +137,7 @@ def duration(call: Call, planner: Planner, machine: Machine, bfloat16: bool) -> 
     """Seconds of a call without its collectives, at best and at worst: its arithmetic; drawing tokens also reads all weights for
     each."""
     rate = planner.devices * (machine.bfloat16 if bfloat16 else machine.float32)
-    arithmetic = parts.flops(call, on_a_mesh=planner.devices > 1) / rate
+    arithmetic = parts.flops(call, shares_prompts=planner.shares_prompts) / rate
     reading = 0.0
     if call.kind == "generate":
         (blueprint,) = call.models.values()
