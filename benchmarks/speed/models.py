@@ -17,9 +17,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from worker import SIZES, WORDS
 
+OF_CPUS = ["tiny", "miniature", "width64", "width256", "width512", "smollm2"]
 
-def main(folder: Path, smollm2: Path | None) -> None:
-    for name, size in SIZES.items():
+
+def write(folder: Path, names: list[str], *, dtype: str = "float32", smollm2: Path | None = None) -> None:
+    for name in names:
+        size = SIZES[name]
         if name == "smollm2":
             if smollm2 is None:
                 continue
@@ -33,16 +36,16 @@ def main(folder: Path, smollm2: Path | None) -> None:
                 num_hidden_layers=size.layers,
                 num_attention_heads=size.heads,
                 num_key_value_heads=size.kv_heads,
-                max_position_embeddings=512,
+                max_position_embeddings=2048,
                 tie_word_embeddings=True,
             )
             torch.manual_seed(0)
-            policy = LlamaForCausalLM(config)
+            policy = LlamaForCausalLM(config).to(getattr(torch, dtype))
         vocab_size = config.vocab_size
         config.num_labels, config.pad_token_id, config.eos_token_id = 1, None, None
         policy.config.pad_token_id = policy.config.eos_token_id = None
         policy.generation_config.eos_token_id = policy.generation_config.pad_token_id = None
-        reward = LlamaForSequenceClassification(config)
+        reward = LlamaForSequenceClassification(config).to(getattr(torch, dtype))
         reward.model.load_state_dict(policy.model.state_dict())
         for kind, model in (("policy", policy), ("reward", reward)):
             shutil.rmtree(folder / name / kind, ignore_errors=True)
@@ -66,4 +69,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--smollm2", type=Path)
-    main(**vars(parser.parse_args()))
+    arguments = parser.parse_args()
+    write(arguments.folder, OF_CPUS, smollm2=arguments.smollm2)

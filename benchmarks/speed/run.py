@@ -19,6 +19,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -83,17 +84,39 @@ def groups(name: str, device: str, chosen: list[str] | None) -> list[list[Entry]
     return [[CEILING, entry, *peers] for entry in own]
 
 
+def interpreter(entry: Entry, peers: Path) -> tuple[Path, dict[str, str]]:
+    """The Python that runs it, and the environment variables that find its packages: of a virtual environment, or of a folder of
+    packages beside those that are here."""
+    if entry.environment is None:
+        return SELF, {}
+    folder = peers / entry.environment
+    python = folder / "bin" / "python"
+    if python.exists():
+        return python, {"PYTHONPATH": ""}
+    return SELF, {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))}
+
+
 class Process:
     """A contestant at work. Its standard error goes to a file beside the results."""
 
-    def __init__(self, entry: Entry, work: Work, models: Path, peers: Path, device: str, threads: int, log: Path):
-        python = SELF if entry.environment is None else peers / entry.environment / "bin" / "python"
+    def __init__(
+        self,
+        entry: Entry,
+        work: Work,
+        models: Path,
+        peers: Path,
+        device: str,
+        threads: int,
+        log: Path,
+        until: float | None = None,
+    ):
+        python, packages = interpreter(entry, peers)
         options = {"threads": threads, **entry.options}
         spec = {"work": dataclasses.asdict(work), "options": options, "device": device, "models": str(models)}
         # Of several cards TRL would use all. JAX takes most of one's memory at once, and would leave the others none.
         card = {"CUDA_VISIBLE_DEVICES": "" if device == "cpu" else "0", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **card, **os.environ}
-        self.entry, self.log = entry, log
+        environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **card, **os.environ, **packages}
+        self.entry, self.log, self.until = entry, log, until
         log.parent.mkdir(parents=True, exist_ok=True)
         self.process = subprocess.Popen(
             [python, HERE / entry.script, json.dumps(spec)],
@@ -109,7 +132,13 @@ class Process:
         self.turns: list[dict[str, float]] = []
 
     def read(self) -> dict[str, Any]:
+        """Its next answer; it ends if there is none by ``until``, a time of `time.monotonic`."""
+        patience = None if self.until is None else threading.Timer(max(0.0, self.until - time.monotonic()), self.process.kill)
+        if patience:
+            patience.start()
         line = self.process.stdout.readline()
+        if patience:
+            patience.cancel()
         if not line:
             raise SystemExit(f"{self.entry.name} ended: {self.log.read_text(encoding='utf-8')[-2000:]}")
         return json.loads(line)

@@ -52,6 +52,9 @@ SIZES = {
     "miniature": Size(4, 128, 4, 4, 384, 211),
     **{f"width{d}": Size(4, d, d // 32, d // 32, 4 * d, 512) for d in (64, 256, 512)},  # for growth.py; tiny is 128 wide
     "smollm2": Size(30, 576, 9, 3, 1536, 49152),
+    "0.1b": Size(30, 576, 9, 3, 1536, 49152),  # of random weights, for gpu.py
+    "0.6b": Size(28, 1024, 16, 8, 3072, 151936),
+    "1.5b": Size(28, 1536, 12, 2, 8960, 151936),
 }
 
 
