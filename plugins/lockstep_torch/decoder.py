@@ -22,7 +22,7 @@ from lockstep.interfaces import Past
 from lockstep.learning import randomness
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf
-from lockstep_torch.attention import Dense, InOrder, Layout, RealFirst, Shared, Visible, attention_dtype, causal
+from lockstep_torch.attention import Dense, InOrder, Layout, RealFirst, Stream, Visible, attention_dtype, causal
 
 
 class Network(nn.Module):
@@ -41,11 +41,11 @@ class Network(nn.Module):
     """Whether `advance` runs the same kernels on the same memory for every token, so that they can be replayed."""
 
     def hidden(
-        self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0, rows_per_prompt: int = 1
+        self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0, layout: Layout | None = None
     ) -> Tensor:
         """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
-        under a False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int. So many
-        neighbouring rows as ``rows_per_prompt`` are equal up to column ``first``: a network may compute these columns once."""
+        under a False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int. With a layout,
+        whose prompts end in column ``first``, a network may compute its tokens alone."""
         raise NotImplementedError
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int, past: Past | None = None) -> tuple[Tensor, Any]:
@@ -201,10 +201,10 @@ class DecoderNetwork(Network):
         self.lm_head = None if a.tied else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
 
     def hidden(
-        self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0, rows_per_prompt: int = 1
+        self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0, layout: Layout | None = None
     ) -> Tensor:
-        if rows_per_prompt > 1 and dropout is None:  # which differs from row to row
-            return self.of_shared_prompts(tokens, mask, first + 1, rows_per_prompt)
+        if layout is not None and dropout is None:  # which differs from row to row
+            return self.of_stream(tokens, mask, layout)
         layers, again = self.layers(), self.gradient_checkpointing and torch.is_grad_enabled()
         as_given = self.view(mask, causal(mask, attention_dtype(mask.device)))
         real_first = RealFirst.of(mask) if len(layers) > 1 else None
@@ -225,16 +225,14 @@ class DecoderNetwork(Network):
             x = checkpoint(call, x, rotation, visible, use_reentrant=False) if again else call(x, rotation, visible)
         return self.model["norm"](x)
 
-    def of_shared_prompts(self, tokens: Tensor, mask: Tensor, columns: int, each: int) -> Tensor:
-        """`hidden` from the last column of the prompts on, where ``each`` rows have the same."""
-        rows, dtype = len(tokens), attention_dtype(mask.device)
-        layout = Layout(rows // each, columns, rows, tokens.shape[1] - columns)
-        visible = Shared(layout, causal(mask[::each, :columns], dtype), causal(mask, dtype, columns))
+    def of_stream(self, tokens: Tensor, mask: Tensor, layout: Layout) -> Tensor:
+        """`hidden` from the last column of the prompts on."""
+        dtype, columns = attention_dtype(mask.device), layout.columns
+        visible = Stream(layout, causal(mask[:: layout.each, :columns], dtype), causal(mask, dtype, columns))
         x, rotation = self.embed(layout.stream(tokens), layout.stream(mask)), self.rotation(layout.stream(positions(mask)))
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
-        for layer in self.layers():
-            first = (columns - 1) * layout.prompts if layer is self.layers()[-1] else 0
-            call = functools.partial(layer, first=first)
+        layers, again = self.layers(), self.gradient_checkpointing and torch.is_grad_enabled()
+        for number, layer in enumerate(layers):
+            call = functools.partial(layer, first=layout.before if number == len(layers) - 1 else 0)
             x = checkpoint(call, x, rotation, visible, use_reentrant=False) if again else call(x, rotation, visible)
         return layout.restored(self.model["norm"](x))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from lockstep.processes import asked
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_weights
 from lockstep.text.sequences import Sequences, rows_per_prompt
+from lockstep_torch.attention import Layout
 from lockstep_torch.decoder import DecoderNetwork, DropoutMask, Network, ScalarHead, copy_network
 from lockstep_torch.device import TorchDevice
 from lockstep_torch.generation import Decoding, generate
@@ -36,29 +36,23 @@ HEAD = (SCALAR_HEAD, SCALAR_BIAS)
 
 @dataclass(frozen=True)
 class Block:
-    """`lockstep.text.sequences.Sequences` on the device: tokens [B, P + T]; mask [B, P + T], bool, or int if there are
-    segments; last [B]. So many neighbouring rows as ``rows_per_prompt`` have each prompt."""
+    """``sequences`` on the device: tokens [B, P + T]; mask [B, P + T], bool, or int if there are segments; last [B]; and the
+    layout of tokens that a network may follow."""
 
+    sequences: Sequences
     tokens: Tensor
     mask: Tensor
     last: Tensor
     prompt_length: int
-    rows_per_prompt: int
-
-    def take(self, rows: Tensor) -> Block:
-        """A process's rows: neighbours from a multiple of their number on, or copies of row 0."""
-        common = math.gcd(self.rows_per_prompt, len(rows))
-        return Block(self.tokens[rows], self.mask[rows], self.last[rows], self.prompt_length, common)
+    layout: Layout | None
 
     @classmethod
     def put(cls, sequences: Sequences, backend: TorchDevice) -> Block:
-        return cls(
-            backend.put(sequences.tokens),
-            backend.put(sequences.attention),
-            backend.put(sequences.last),
-            sequences.prompt_length,
-            sequences.rows_per_prompt,
-        )
+        s, layout = sequences, None
+        if s.segments is None:
+            layout = Layout.of(s.attention_mask, s.prompt_length, s.rows_per_prompt, backend.device)
+        tokens, mask, last = (backend.put(array) for array in (s.tokens, s.attention, s.last))
+        return cls(s, tokens, mask, last, s.prompt_length, layout)
 
 
 class TorchModel:
@@ -97,9 +91,10 @@ class TorchModel:
         if self.mesh is None:
             return self.run(block, outputs, temperature, dropout)
         rows = len(block.tokens)
-        own = torch.as_tensor(self.mesh.own(rows), device=block.tokens.device)
-        dropout = dropout and DropoutMask(dropout.rate, dropout.seeds[own])
-        found = self.root(self.run, block.take(own), outputs, temperature, dropout)
+        own = self.mesh.own(rows)
+        dropout = dropout and DropoutMask(dropout.rate, dropout.seeds[torch.as_tensor(own, device=block.tokens.device)])
+        part = Block.put(block.sequences.take(own), self.backend)
+        found = self.root(self.run, part, outputs, temperature, dropout)
         # Sorted: a set has an order of its own in each process.
         return {name: self.mesh.gather(found[name], rows) for name in sorted(outputs)}
 
@@ -109,7 +104,7 @@ class TorchModel:
         """Those of these rows. Logits exist only at the T columns that predict a response token."""
         with self.backend.autocast():
             first = block.prompt_length - 1
-            hidden = self.network.hidden(block.tokens, block.mask, dropout, first, block.rows_per_prompt)  # [B, T + 1, d]
+            hidden = self.network.hidden(block.tokens, block.mask, dropout, first, block.layout)  # [B, T + 1, d]
             states = hidden[:, :-1]  # [B, T, d]: the state that predicts each response token
             out = {}
             if "logprobs" in outputs or "entropy" in outputs:
@@ -141,7 +136,7 @@ class TorchModel:
         """The divergence [B, T], from the states [B, T, d] that predict each response token."""
         network, call = teacher.network, teacher.call
         with torch.no_grad():
-            theirs = call(network.hidden, block.tokens, block.mask, None, block.prompt_length - 1, block.rows_per_prompt)[:, :-1]
+            theirs = call(network.hidden, block.tokens, block.mask, None, block.prompt_length - 1, block.layout)[:, :-1]
 
         def some(states: Tensor, theirs: Tensor) -> tuple[Tensor, ...]:
             own = (self.network.logits(states).float() / temperature).log_softmax(-1)

@@ -17,7 +17,7 @@ from lockstep.errors import CheckpointError, ConfigError
 from lockstep.interfaces import Past
 from lockstep.models.architecture import usual_name
 from lockstep.storage.hub import hub
-from lockstep_torch.attention import RealFirst
+from lockstep_torch.attention import Layout, RealFirst
 from lockstep_torch.decoder import DropoutMask, Network, positions, recalled
 
 
@@ -106,7 +106,7 @@ class TransformersNetwork(Network):
         return usual_name(self.config["model_type"], name.replace("hf.", self.prefix, 1))
 
     def hidden(
-        self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0, rows_per_prompt: int = 1
+        self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0, layout: Layout | None = None
     ) -> Tensor:
         if dropout is not None:
             raise ConfigError("Networks of transformers run without dropout. Set dropout=0, or use policy=decoder.")
