@@ -175,6 +175,7 @@ def _known() -> re.Pattern[str] | None:
 
 @functools.lru_cache(maxsize=1)
 def _pattern(variables: frozenset[tuple[str, str]], remembered: frozenset[str]) -> re.Pattern[str] | None:
-    found = {value for name, value in variables if len(value) >= SHORTEST and is_secret(name, value)} | remembered
+    named = {name: value for name, value in variables if name != "PWD" and len(value) >= SHORTEST}  # a shell's working directory
+    found = {value for name, value in named.items() if is_secret(name, value)} | remembered
     found |= {urllib.parse.quote(value, safe="") for value in found} | {value.replace("/", r"\/") for value in found}
     return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True)))) if found else None
