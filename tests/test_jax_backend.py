@@ -466,7 +466,7 @@ def test_cpus_multiply_matrices_in_bfloat16_where_they_are_told_to(family):
     """A product of operands in a form for which XLA has none becomes one of float32 without a word, three times as slow."""
     half = HuggingFace.load(family[1], JaxBackend(dataclasses.replace(CPU, precision="bfloat16")))
     trained, t = learn(half.backend, {"policy": half}), term(sequences())
-    given = trained._parameters(), trained._frozen(), *learner._arguments(t)
+    given = trained._parameters(), trained._frozen(), *trained._arguments(t)
     hlo = learner._gradients.lower(*given, **trained._static(t)).compile().as_text()
     types = dict(re.findall(r"%(\S+) = (\w+)\[", hlo))
     products = re.findall(r" dot\(%(\S+), %(\S+?)\), lhs_contracting", hlo)  # those of attention begin with lhs_batch

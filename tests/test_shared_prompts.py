@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lockstep.config.schema import parse
 from lockstep.interfaces import Term
@@ -19,9 +20,11 @@ from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss
 from lockstep_torch import attention
 from lockstep_torch import decoder as torch_decoder
 from lockstep_torch.backend import TorchBackend
+from lockstep_torch.generation import generate
 from lockstep_torch.model import Block
 from lockstep_torch.policies import Decoder as TorchDecoder
 from lockstep_torch.policies import _decoder
+from lockstep_torch.transformers_network import TransformersNetwork
 
 PAD, WORDS = 99, 40
 SHAPE = small_decoder(
@@ -56,7 +59,8 @@ CASES = {
     "much padding": rows_of([(2, 1), (9, 1), (3, 1), (1, 1)], [1, 8, 2, 3], 12, 10),
     "prompts of one token": rows_of([(1, 1), (1, 1), (1, 1)], [2, 1, 6], 8, 8),
     "groups of one-token prompts": rows_of([(1, 2), (1, 2)], [2, 1, 6, 3], 8, 8),
-    "long rows": rows_of([(150, 2), (20, 2)], [140, 3, 70, 90], 160, 150),
+    "long rows": rows_of([(250, 2), (20, 2)], [10, 3, 7, 9], 260, 12),
+    "long rows, a stream would be slower": rows_of([(150, 2), (20, 2)], [140, 3, 70, 90], 160, 150),
 }
 
 
@@ -107,7 +111,7 @@ def test_the_cases_are_what_they_say():
         "torch": {"pairs, no padding", "groups of 3", "one prompt for all", "an empty response", "much padding",
                   "prompts of one token", "groups of one-token prompts", "long rows"},
         "jax": {"pairs, no padding", "groups of 3", "one prompt for all", "an empty response", "groups of one-token prompts",
-                "long rows"},
+                "long rows", "long rows, a stream would be slower"},
     }  # fmt: skip
     assert {b: {case for case in CASES if once(case, b)} for b in expected} == expected
 
@@ -145,3 +149,32 @@ def test_what_is_spread_and_picked_has_torchs_gradients():
     wide = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: attention._Picked.apply(x, places), wide)
     assert torch.equal(attention._Picked.apply(attention._Spread.apply(x, places, 6), places), x)
+
+
+SMALL = dict(
+    vocab_size=WORDS, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=8, max_position_embeddings=64,
+)  # fmt: skip
+OF_TRANSFORMERS = {
+    "llama": {},
+    "mistral": {"sliding_window": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+def test_networks_of_transformers_draw_the_same_from_prompts_read_once(name):
+    """Whatever their caches keep: keys, those of a window, or states, which transformers does not repeat."""
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SMALL, **OF_TRANSFORMERS[name])).eval()
+    network, rng = TransformersNetwork(hf), np.random.default_rng(0)
+    prompts, mask = torch.tensor(rng.integers(0, WORDS, (2, 7))), torch.ones(2, 7, dtype=torch.bool)
+    seeds = torch.tensor(rng.integers(-(2**31), 2**31 - 1, (6, 5)), dtype=torch.int32)
+    how = {"temperature": 1.0, "stop_ids": (), "pad_id": 0, "past": None}
+    with torch.no_grad():
+        once = generate(network, prompts, mask, seeds, **how)
+        apart = generate(network, prompts.repeat_interleave(3, 0), mask.repeat_interleave(3, 0), seeds, **how)
+    assert (once.tokens == apart.tokens).all()
+    np.testing.assert_allclose(once.logprobs, apart.logprobs, atol=1e-5)

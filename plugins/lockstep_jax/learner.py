@@ -87,7 +87,7 @@ class JaxLearner(Learner):
 
     def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
         self.backend.processes.agree("batch", sequences.tokens, sequences.attention, asked(outputs, temperature))
-        given = self._parameters(), self._frozen(), Block.put(sequences), temperature
+        given = self._parameters(), self._frozen(), Block.put(sequences, share=self.backend.mesh is None), temperature
         graph = Graph(*_pass(*given, roles=self._roles(outputs)))
         host = {name: np.asarray(value) for name, value in jax.device_get(graph.outputs).items()}
         made = ForwardPass(sequences, temperature, host)
@@ -99,7 +99,7 @@ class JaxLearner(Learner):
         rates = {name: Rates.at(config, self.steps + 1, lr_scale) for name, config in self.optimizers.items()}
         configs = tuple(self.optimizers.items())
         if len(terms) == 1 and terms[0].forward is None:
-            given = (self._states(), self._frozen(), *_arguments(terms[0]), rates)
+            given = (self._states(), self._frozen(), *self._arguments(terms[0]), rates)
             states, metrics = _learn(*given, configs=configs, **self._static(terms[0]))
         else:
             gradients, metrics = self._backward(terms)
@@ -137,7 +137,12 @@ class JaxLearner(Learner):
         if term.forward is not None:
             graph = take_pass(self.kept, term.forward)
             return _pulled_back(params, frozen, graph.pullback, graph.outputs, dict(term.batch), loss=term.loss)
-        return _gradients(params, frozen, *_arguments(term), **self._static(term))
+        return _gradients(params, frozen, *self._arguments(term), **self._static(term))
+
+    def _arguments(self, term: Term) -> tuple[Block, dict[str, np.ndarray], float, DropoutMask | None]:
+        dropout = term.dropout and DropoutMask(term.dropout.rate, term.dropout.seeds)
+        block = Block.put(term.sequences, share=dropout is None and self.backend.mesh is None)
+        return block, dict(term.batch), term.temperature, dropout
 
     def _static(self, term: Term) -> dict[str, Any]:
         return {"roles": self._roles(term.loss.outputs), "loss": term.loss}
@@ -212,11 +217,6 @@ def _initial(params: Tree, config: OptimizerConfig) -> State:
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
     average = None if config.ema_decay is None else jax.tree.map(jnp.copy, params)
     return State(parameters=None, mean=zeros(params), square=zeros(params), average=average)
-
-
-def _arguments(term: Term) -> tuple[Block, dict[str, np.ndarray], float, DropoutMask | None]:
-    dropout = term.dropout and DropoutMask(term.dropout.rate, term.dropout.seeds)
-    return Block.put(term.sequences), dict(term.batch), term.temperature, dropout
 
 
 # ------------------------------------------------------------------- programs: compiled once per loss, roles and shapes

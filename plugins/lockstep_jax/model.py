@@ -52,9 +52,10 @@ class Block(NamedTuple):
     rows_per_prompt: Static
 
     @classmethod
-    def put(cls, sequences: Sequences) -> Block:
+    def put(cls, sequences: Sequences, *, share: bool) -> Block:
+        """``share``: whether prompts may be computed once. With dropout and on a mesh they are not, and need no other program."""
         s = sequences
-        return cls(s.tokens, s.prompt_mask, s.response_mask, s.segments, Static(s.rows_per_prompt))
+        return cls(s.tokens, s.prompt_mask, s.response_mask, s.segments, Static(s.rows_per_prompt if share else 1))
 
 
 def forward(
@@ -174,7 +175,7 @@ class JaxModel:
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
         self.check_length(sequences.longest)
         self.backend.processes.agree("batch", sequences.tokens, sequences.attention, asked(outputs, temperature))
-        block = Block.put(sequences)
+        block = Block.put(sequences, share=self.spec.mesh is None)
         out = _evaluate(self.params, self.frozen, block, temperature, spec=self.spec, outputs=tuple(outputs))
         return {name: np.asarray(value) for name, value in jax.device_get(out).items()}
 

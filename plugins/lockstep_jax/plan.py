@@ -83,11 +83,11 @@ class JaxPlanner:
     def _evaluate(self, call: Call) -> Need:
         ((name, outputs),) = call.outputs.items()
         blueprint = call.models[name]
-        given = (*self.placed(blueprint), block(call.shape), NUMBER)
+        given = (*self.placed(blueprint), block(call.shape, share=self.shares_prompts), NUMBER)
         return need(self.compiled(model._evaluate, *given, spec=self.spec(blueprint), outputs=outputs))
 
     def _forward(self, call: Call) -> Need:
-        given = (*self.trees(call), block(call.shape), NUMBER)
+        given = (*self.trees(call), block(call.shape, share=self.shares_prompts), NUMBER)
         return need(self.compiled(learner._pass, *given, roles=self.roles(call, call.outputs)))
 
     def _update(self, call: Call) -> Need:
@@ -100,7 +100,7 @@ class JaxPlanner:
         if len(call.terms) == 1 and not call.terms[0].passed:
             (part,) = call.terms
             how |= {"roles": self.roles(call, part.outputs), "loss": part.loss}
-            return need(self.compiled(learner._learn, states, frozen, *arguments(part), rates, **how))
+            return need(self.compiled(learner._learn, states, frozen, *arguments(part, self.shares_prompts), rates, **how))
         gradients = sum(map(local_bytes, params.values()))
         distinct = [part for i, part in enumerate(call.terms) if part not in call.terms[:i]]
         needs = [self._gradients(call, part, params, frozen) for part in distinct]
@@ -114,8 +114,12 @@ class JaxPlanner:
         """Of one term, with its gradients; if its pass was kept, with what that keeps."""
         roles = self.roles(call, part.outputs)
         if not part.passed:
-            return need(self.compiled(learner._gradients, params, frozen, *arguments(part), roles=roles, loss=part.loss))
-        passed = self.lowered(learner._pass, params, frozen, block(part.shape), NUMBER, roles=roles)
+            return need(
+                self.compiled(
+                    learner._gradients, params, frozen, *arguments(part, self.shares_prompts), roles=roles, loss=part.loss
+                )
+            )
+        passed = self.lowered(learner._pass, params, frozen, block(part.shape, share=self.shares_prompts), NUMBER, roles=roles)
         outputs, pullback = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), passed.out_info)
         kept = passed.compile().memory_analysis().output_size_in_bytes
         back = need(self.compiled(learner._pulled_back, params, frozen, pullback, outputs, batch(part), loss=part.loss))
@@ -183,20 +187,20 @@ def host(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
 
-def block(shape: Shape) -> Block:
+def block(shape: Shape, *, share: bool = True) -> Block:
     tokens, rows = host((shape.rows, shape.columns), "int32"), shape.rows
     masks = host((rows, shape.prompt), "bool"), host((rows, shape.response), "bool")
-    return Block(tokens, *masks, tokens if shape.packed else None, Static(shape.rows_per_prompt))
+    return Block(tokens, *masks, tokens if shape.packed else None, Static(shape.rows_per_prompt if share else 1))
 
 
 def batch(part: Part) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: host(shape, dtype) for name, (shape, dtype) in part.batch.items()}
 
 
-def arguments(part: Part) -> tuple[Any, ...]:
+def arguments(part: Part, share: bool) -> tuple[Any, ...]:
     """As `lockstep_jax.learner` orders them."""
     dropout = DropoutMask(NUMBER, host((part.shape.rows,), "uint32")) if part.dropout else None
-    return block(part.shape), batch(part), NUMBER, dropout
+    return block(part.shape, share=share and not part.dropout), batch(part), NUMBER, dropout
 
 
 def local_bytes(tree: Tree) -> int:

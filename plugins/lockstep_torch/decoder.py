@@ -53,7 +53,7 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def repeated(self, cache: Any, times: int) -> Any:
-        """The cache of `start` with each row so many times, one after the other."""
+        """The cache of `start` with each row so many times, one after the other; None if this network's cannot be repeated."""
         raise NotImplementedError
 
     def kept(self, cache: Any) -> Any:

@@ -66,6 +66,9 @@ class Decoding:
         hidden, self.cache = network.start(prompt_tokens, prompt_mask, steps, past)
         if (each := rows // len(prompt_tokens)) > 1:
             hidden, self.cache = hidden.repeat_interleave(each, 0), network.repeated(self.cache, each)
+            if self.cache is None:
+                every = prompt_tokens.repeat_interleave(each, 0), prompt_mask.repeat_interleave(each, 0)
+                hidden, self.cache = network.start(*every, steps)
         self.draw(hidden)
 
     def advance(self) -> None:

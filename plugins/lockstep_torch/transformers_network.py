@@ -134,7 +134,12 @@ class TransformersNetwork(Network):
         out = self._trunk(tokens[:, known:], mask, positions(mask)[:, known:], past_key_values=before, use_cache=True)
         return out.last_hidden_state[:, -1], {"past": out.past_key_values, "mask": mask, "count": mask.sum(-1)}
 
-    def repeated(self, cache: dict[str, Any], times: int) -> dict[str, Any]:
+    def repeated(self, cache: dict[str, Any], times: int) -> dict[str, Any] | None:
+        """Not with layers that keep a state beside keys or instead of them: transformers repeats keys only."""
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+        if any(type(each) not in (DynamicLayer, DynamicSlidingWindowLayer) for each in getattr(cache["past"], "layers", [None])):
+            return None
         cache["past"].batch_repeat_interleave(times)
         mask, count = (cache[name].repeat_interleave(times, 0) for name in ("mask", "count"))
         return {"past": cache["past"], "mask": mask, "count": count}

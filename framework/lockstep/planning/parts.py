@@ -42,10 +42,11 @@ def lasting(rehearsal: Rehearsal) -> dict[str, int]:
 
 
 def flops(call: Call, *, shares_prompts: bool = True) -> float:
-    """Of all devices together. ``shares_prompts``: whether a prompt of several rows is computed once."""
+    """Of all devices together. ``shares_prompts``: whether a prompt of several rows is computed once, without dropout."""
+    alone = lambda each: replace(each, shape=replace(each.shape, rows_per_prompt=1))  # noqa: E731
+    call = replace(call, terms=tuple(alone(term) if term.dropout or not shares_prompts else term for term in call.terms))
     if not shares_prompts:
-        alone = lambda each: replace(each, shape=replace(each.shape, rows_per_prompt=1))  # noqa: E731
-        call = replace(alone(call), terms=tuple(map(alone, call.terms)))
+        call = alone(call)
     if call.kind == "update":
         return sum(_of_update(call.models, part.shape, part.outputs, part.passed) for part in call.terms)
     if call.kind == "generate":

@@ -117,7 +117,7 @@ WORTHWHILE = 1 / 8
 def rows_per_prompt(tokens: np.ndarray, mask: np.ndarray) -> int:
     """How many neighbouring rows of prompts [B, P] are equal: the largest number that divides the length of every run."""
     changes = np.any((tokens[1:] != tokens[:-1]) | (mask[1:] != mask[:-1]), axis=1)
-    return int(np.gcd.reduce([len(tokens), *np.flatnonzero(changes) + 1]))
+    return max(1, int(np.gcd.reduce([len(tokens), *np.flatnonzero(changes) + 1])))
 
 
 def round_up(length: int, multiple: int) -> int:
