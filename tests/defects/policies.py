@@ -171,8 +171,8 @@ class PromptsInTurn(Rewired):
     """A prompt's keys are repeated as a, b, a, b where its rows are neighbours."""
 
     class Network(DecoderNetwork):
-        def of_shared_prompts(self, tokens, mask, columns, each):
-            turns = torch.arange(len(tokens)).view(each, -1).T.reshape(-1)
+        def of_stream(self, tokens, mask, layout):
+            columns, turns = layout.columns, torch.arange(len(tokens)).view(layout.each, -1).T.reshape(-1)
             prompts = torch.cat([tokens[turns, :columns], tokens[:, columns:]], dim=1)
             return self.hidden(prompts, torch.cat([mask[turns, :columns], mask[:, columns:]], dim=1), None, columns - 1)
 

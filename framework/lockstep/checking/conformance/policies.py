@@ -199,9 +199,9 @@ def future_is_unseen(world: World) -> None:
             )
 
 
-def _full(world: World) -> Sequences:
+def _full(world: World, **columns: int) -> Sequences:
     """The rows of `World.rollout` with every response column filled."""
-    rows = world.rollout()
+    rows = world.rollout(**columns)
     tokens = np.where(rows.attention_mask, rows.tokens, np.random.default_rng(5).integers(0, 34, rows.tokens.shape))
     real = np.ones_like(rows.response_mask)
     return Sequences(tokens.astype(np.int32), rows.prompt_mask, real, real.copy())
@@ -211,9 +211,11 @@ def _full(world: World) -> Sequences:
 def padding_is_inert(world: World) -> None:
     """Padding on either side, and whatever ids it has, changes no log-probability, entropy, value or score (invariant 4)."""
     policy, rows, wide = world.policy(), world.rollout(), world.rollout(prompt_columns=11)
+    little = _full(world, prompt_columns=5)  # less than a quarter: a network may leave more out
     for ids in (policy.vocab_size + 1000, -100):
-        garbage = dataclasses.replace(rows, tokens=np.where(rows.attention_mask, rows.tokens, ids).astype(np.int32))
-        _agree(world, policy, f"with {ids} as padding", rows, garbage)
+        for what, some in (("", rows), (" of little", little)):
+            garbage = dataclasses.replace(some, tokens=np.where(some.attention_mask, some.tokens, ids).astype(np.int32))
+            _agree(world, policy, f"with {ids} as padding{what}", some, garbage)
     blank = np.zeros((rows.rows, 3), bool)
     longer = Sequences(
         np.where(np.c_[wide.attention_mask, blank], np.c_[wide.tokens, blank], 7).astype(np.int32),
