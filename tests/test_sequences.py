@@ -183,7 +183,9 @@ def test_token_weights_are_one_over_the_tokens_of_the_whole_minibatch():
 
 
 def test_rows_with_the_same_prompt_are_counted_where_they_are_neighbours():
-    found = lambda prompts, columns=2: pack([[p] * 2 for p in prompts], [[5]] * len(prompts), PAD, prompt_columns=columns)  # noqa: E731
+    def found(prompts, columns=2):
+        return pack([[p] * 2 for p in prompts], [[5]] * len(prompts), PAD, prompt_columns=columns)
+
     cases = {"aabb": 2, "aaaabb": 2, "aaabbb": 3, "aaaaaa": 6, "abab": 1, "aab": 1, "a": 1, "aabbccdd": 2}
     for letters, expected in cases.items():
         assert found([ord(letter) for letter in letters]).rows_per_prompt == expected, letters

@@ -40,13 +40,13 @@ class Contest:
 
 def contests(sizes: list[str], device: str) -> list[Contest]:
     """The most telling first: the largest model's training and decoding, PPO and GRPO beside TRL, then smaller ones."""
-    precision = "bfloat16" if device == "cuda" else "float32"
-    large = device == "cuda"
+    on_card = device == "cuda"
+    precision, rows, prompt, response, text = ("bfloat16", 64, 128, 128, 1023) if on_card else ("float32", 8, 8, 8, 31)
     works = {
-        "sft": lambda size: Work("sft", size, 8 if large else 4, 1, 1023 if large else 31),
-        "generate": lambda size: Work("generate", size, 64 if large else 8, 128 if large else 8, 256 if large else 8),
-        "ppo": lambda size: Work("ppo", size, 64 if large else 8, 128 if large else 8, 128 if large else 8, epochs=2),
-        "grpo": lambda size: Work("grpo", size, 64 if large else 8, 128 if large else 8, 128 if large else 8, completions=8),
+        "sft": lambda size: Work("sft", size, 8 if on_card else 4, 1, text),
+        "generate": lambda size: Work("generate", size, rows, prompt, 2 * response if on_card else response),
+        "ppo": lambda size: Work("ppo", size, rows, prompt, response, epochs=2),
+        "grpo": lambda size: Work("grpo", size, rows, prompt, response, completions=8),
     }
     own = [lockstep(f"lockstep {name}", name, precision, value_network="shared") for name in ("torch", "jax")]
     peers = {"sft": [trl("1.16", precision)], "generate": [], "ppo": [trl("1.12", precision)], "grpo": [trl("1.16", precision)]}

@@ -9,6 +9,7 @@ measured against that. On torch, tokens drawn by CUDA graphs are those drawn wit
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ def main(name: str, device: str, folder: Path) -> None:
     def policy(device: str, precision: str = "float32", **more: Any) -> Policy:
         backend = backend_named(name, {"backend": name, "precision": precision, "threads": None}, device)
         if more:
-            backend.config = type(backend.config)(**{**vars(backend.config), **more})
+            backend.config = dataclasses.replace(backend.config, **more)
         return registry().resolve("policy", "decoder", name).load(folder, backend)
 
     def say(what: str, **numbers: Any) -> None:
@@ -40,7 +41,7 @@ def main(name: str, device: str, folder: Path) -> None:
 
     reference = policy("cpu")
     drawn = draw(reference)
-    rows = join(*prompts(), drawn.tokens, drawn.mask)
+    rows = drawn_rows(drawn)
     expected, slopes = logprobs(reference, rows), gradients(reference, rows)
 
     def compare(what: str, other: Policy) -> None:

@@ -200,18 +200,19 @@ class DecoderNetwork(nnx.Module):
     ) -> Array:
         """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
         under a False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int. So many
-        neighbouring rows as ``rows_per_prompt`` are equal up to column ``first``. Without dropout, which differs from row to row,
-        and without a mesh, they are computed once: first the prompts, then the responses, which see their prompt's keys.
+        neighbouring rows as ``rows_per_prompt`` are equal up to column ``first``, which is computed once for them: first the
+        prompts, then the responses, which see their prompt's keys. Then there is no dropout and no mesh.
 
         For the gradient, inputs and results of the layers' matmuls are kept, and everything between them is recomputed. With
         ``gradient_checkpointing``, everything but each layer's input is recomputed (Chen et al. 2016)."""
-        position = positions(mask)
-        each = rows_per_prompt if dropout is None and self.mesh is None else 1
-        known = first + 1 if each > 1 else 0
-        parts = [(slice(None, None, each), slice(known)), (slice(None), slice(known, None))] if known else [(slice(None),)]
+        position, each, known = positions(mask), rows_per_prompt, first + 1
+        parts: list[tuple[slice, ...]] = [(slice(None),)]
+        views = [self.views(causal(mask))]
+        if each > 1:
+            parts = [(slice(None, None, each), slice(known)), (slice(None), slice(known, None))]
+            views = [self.views(causal(mask[parts[0]])), self.views(causal(mask, known), known)]
         xs = [self.embed(tokens[part], mask[part], position[part]) for part in parts]
         rotations = [self.rotations(position[part]) for part in parts]
-        views = [self.views(causal(mask[parts[0]])), self.views(causal(mask, known), known)][: len(parts)]
         graph, stacked = nnx.split(self.layers)
         kinds, count = kinds_of(self.architecture), self.architecture.layers
         again = count > SHALLOW if self.gradient_checkpointing is None else self.gradient_checkpointing
@@ -239,7 +240,7 @@ class DecoderNetwork(nnx.Module):
             for number in range(count):
                 start = first if number == count - 1 else 0  # in the last layer, earlier columns give only keys and values
                 xs = through(xs, at(number, layers), start)
-        return self.norm(xs[0] if not known else jnp.concatenate([repeated(xs[0], each), xs[1]], axis=1))
+        return self.norm(xs[0] if each == 1 else jnp.concatenate([repeated(xs[0], each), xs[1]], axis=1))
 
     def apart(self) -> list[Layer]:
         """The layers one by one, for `start` and `advance`. A loop over tokens takes them from outside: inside, it would copy all

@@ -43,15 +43,17 @@ def lasting(rehearsal: Rehearsal) -> dict[str, int]:
 
 def flops(call: Call, *, shares_prompts: bool = True) -> float:
     """Of all devices together. ``shares_prompts``: whether a prompt of several rows is computed once, without dropout."""
-    alone = lambda each: replace(each, shape=replace(each.shape, rows_per_prompt=1))  # noqa: E731
-    call = replace(call, terms=tuple(alone(term) if term.dropout or not shares_prompts else term for term in call.terms))
-    if not shares_prompts:
-        call = alone(call)
+
+    def computed(shape: Shape, shares: bool) -> Shape:
+        return shape if shares else replace(shape, rows_per_prompt=1)
+
     if call.kind == "update":
-        return sum(_of_update(call.models, part.shape, part.outputs, part.passed) for part in call.terms)
+        shapes = [computed(part.shape, shares_prompts and not part.dropout) for part in call.terms]
+        return sum(_of_update(call.models, s, part.outputs, part.passed) for s, part in zip(shapes, call.terms, strict=True))
+    shape = computed(call.shape, shares_prompts)
     if call.kind == "generate":
-        return sum(_generated(b, call.shape) for b in call.models.values())
-    return sum(forward(call.models[name], call.shape, outputs) for name, outputs in call.outputs.items())
+        return sum(_generated(b, shape) for b in call.models.values())
+    return sum(forward(call.models[name], shape, outputs) for name, outputs in call.outputs.items())
 
 
 def forward(blueprint: Blueprint, shape: Shape, outputs: Iterable[str]) -> float:

@@ -48,12 +48,13 @@ def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def improvement_estimate(x: Tasks, y: Tasks) -> Estimate:
     """P(X > Y) averaged over tasks, both sides resampled, each in its own task. Task t of ``x`` is task t of ``y``."""
+    mean = np.mean([improvement(a, b) for a, b in zip(x, y, strict=True)])
     rng = _rng()
     times = zip([_times_drawn(task, rng) for task in x], [_times_drawn(task, rng) for task in y], strict=True)
     wins = [_wins(a, b) for a, b in zip(x, y, strict=True)]
     # Of a draw: each pair as often as its runs are drawn. Sums of halves are exact, whatever their order.
     drawn = [((a @ won) * b).sum(axis=1) / won.size for (a, b), won in zip(times, wins, strict=True)]
-    return _estimate(float(np.mean([won.mean() for won in wins])), np.mean(drawn, axis=0), [*x, *y])
+    return _estimate(float(mean), np.mean(drawn, axis=0), [*x, *y])
 
 
 def resample(tasks: Tasks, rng: np.random.Generator, draws: int = DRAWS) -> list[np.ndarray]:

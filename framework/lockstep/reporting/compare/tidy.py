@@ -36,6 +36,7 @@ def write(c: RunComparison, output: Path) -> list[Path]:
 
 
 def table(c: RunComparison) -> pyarrow.Table:
+    """With `COLUMNS`."""
     import pyarrow  # comes with datasets; half a second
 
     found = list(series(c))
