@@ -171,7 +171,7 @@ def comparison(root: Path) -> None:
         Console().out.print(tables.to_rich(table))
         tables.to_markdown(table)
     print(claims.headline(found), *found.problems)
-    list(tidy.rows(found))
+    tidy.table(found)
 
 
 def sweep(root: Path) -> None:
