@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lockstep.checking.conformance import backends as kit
+from lockstep.checking.conformance.backends import terms as kit
 from lockstep.checking.conformance.world import PAD, STOP, World
 from lockstep.errors import OutOfStep
 from lockstep.launchers import place

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lockstep.checking.conformance import backends as kit
+from lockstep.checking.conformance.backends import terms as kit
 from lockstep.checking.conformance.kit import conform
 from lockstep.checking.conformance.subjects import subject
 from lockstep.checking.conformance.world import World

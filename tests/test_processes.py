@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lockstep.checking.conformance import backends as kit
+from lockstep.checking.conformance.backends import terms as kit
 from lockstep.checking.conformance.world import ARCHITECTURE, World
 from lockstep.commands.run import workers
 from lockstep.config.compose import compose

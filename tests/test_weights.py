@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lockstep.checking.conformance import backends as kit
+from lockstep.checking.conformance.backends import terms as kit
 from lockstep.errors import CheckpointError
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.models.architecture import initial_parameters, small_decoder, to_hf

@@ -14,14 +14,14 @@ or, in a package's own tests,
 kit.py            what a check is, and how they are run
 world.py          a world small enough to check by hand, on any backend
 subjects.py       what is checked, set up in that world
-backends.py       gradients, Adam, micro-batches, restoring
+backends/         gradients, Adam, micro-batches, restoring
 meshes.py         what several devices or processes compute is what one computes
-policies.py       probabilities, sampling, padding, heads, checkpoints
+policies/         probabilities, sampling, padding, heads, checkpoints
 reward_models.py  one finite score per response, whatever the batch; failures are never hidden
 environments.py   any turn gets a reply, the same each time, each episode by itself
 labelers.py       ranks of all completions, whoever wrote them, whatever else is labelled
 attackers.py      dialogues that end with the user's turn, from goal, place and seed alone
-algorithms.py     from what crosses the waist: rewards, masks, steps, seeds, resuming
+algorithms/       from what crosses the waist: rewards, masks, steps, seeds, resuming
 """
 
 from lockstep.checking.conformance.kit import CHECKS, Check, Inapplicable, Outcome, Violation, checks, conform

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.checking.conformance import backends
-from lockstep.checking.conformance.backends import learning, pair, parameters
+from lockstep.checking.conformance.backends import terms
+from lockstep.checking.conformance.backends.terms import learning, near_metrics, outputs_of, pair, parameters, repeated
 from lockstep.checking.conformance.kit import Inapplicable, Violation, check, near_arrays, require, same, same_arrays
 from lockstep.checking.conformance.world import PAD, STOP, World
 from lockstep.errors import ConfigError, OutOfStep
@@ -35,7 +35,7 @@ ROWS = 7
 
 
 def term(world: World, rows: int = ROWS, **given: Any) -> Term:
-    return backends.term(world, rows=slice(0, rows), **given)
+    return terms.term(world, rows=slice(0, rows), **given)
 
 
 def drawn(world: World, policy: Policy, rows: int, temperature: float) -> Generated:
@@ -65,7 +65,7 @@ def a_mesh_computes_what_one_device_computes(world: World) -> None:
     tolerance = world.tolerance(2e-6, 2e-2)
     for rows in (ROWS, 1):
         one = term(world, rows)
-        near_arrays(f"of {rows} rows, outputs", backends.outputs_of(mine, one), backends.outputs_of(others, one), tolerance)
+        near_arrays(f"of {rows} rows, outputs", outputs_of(mine, one), outputs_of(others, one), tolerance)
         near_arrays(f"of {rows} rows, gradients", learner.gradients([one]), alone.gradients([one]), tolerance)
     with contextlib.suppress(ConfigError):  # a policy without dropout
         found, expected = (each.gradients([term(world, dropout=0.3)]) for each in (learner, alone))
@@ -80,9 +80,9 @@ def a_mesh_learns_what_one_device_learns(world: World) -> None:
     and metrics of one device."""
     (mine, learner), (others, alone) = _learners(world), _learners(world.alone)
     for number in range(3):
-        terms = [term(world, seed=number), term(world, 1, seed=number + 5)]
-        found, expected = learner.update(terms), alone.update(terms)
-        backends.near_metrics(f"update {number + 1}", found, expected, world.tolerance(1e-5, 5e-2))
+        both = [term(world, seed=number), term(world, 1, seed=number + 5)]
+        found, expected = learner.update(both), alone.update(both)
+        near_metrics(f"update {number + 1}", found, expected, world.tolerance(1e-5, 5e-2))
     tolerance = world.tolerance(2e-6, 2e-2)
     near_arrays("after three updates, parameter", parameters(mine), parameters(others), tolerance)
     average, other = (each.averaged("policy").parameters() for each in (learner, alone))
@@ -107,8 +107,8 @@ def state_passes_between_a_mesh_and_one_device(world: World) -> None:
     same_arrays("saved and restored there and back, state", _saved(restored, world.folder / "again"), saved)
     one = [term(world, seed=3)]
     found, expected = restored.update(one), learner.update(one)
-    backends.near_metrics("the next update", found, expected, world.tolerance(1e-6, 1e-2))
-    backends.repeated(world, "after the next update, parameter", parameters(again), parameters(mine))
+    near_metrics("the next update", found, expected, world.tolerance(1e-6, 1e-2))
+    repeated(world, "after the next update, parameter", parameters(again), parameters(mine))
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
@@ -121,7 +121,7 @@ def all_processes_have_the_same_bits(world: World) -> None:
     models, learner = _learners(world)
     sample, one = drawn(world, models["policy"], ROWS, 1.0), term(world)
     _agree(world, "tokens", {"tokens": sample.tokens, "mask": sample.mask, "logprobs": sample.logprobs})
-    _agree(world, "outputs", backends.outputs_of(models, one))
+    _agree(world, "outputs", outputs_of(models, one))
     _agree(world, "gradients", learner.gradients([one]))
     metrics = learner.update([one, term(world, 1)])
     _agree(world, "metrics", {name: np.asarray(value) for name, value in metrics.items()})
