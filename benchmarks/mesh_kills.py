@@ -2,16 +2,17 @@
 with a run that nobody killed.
 
     python benchmarks/mesh_kills.py --kills 20
+    python benchmarks/mesh_kills.py --kills 20 --backend jax
 
-The reference is an uninterrupted run of the miniature's pipeline (pretraining, SFT, reward model, PPO), tiny, on two processes
-of torch. In the series "one", one worker is killed with SIGKILL, rank 0 and rank 1 in turn: the launcher has to notice, end the
-other and say which one died. In the series "all", the launcher and its workers are killed. A run is killed again and again, each
-time after up to `STEPS` more steps and up to `SECONDS` more, until it is done before its kill and is compared; then the next run
-begins. After the last kill of a series its run goes to the end undisturbed.
+The reference is an uninterrupted run of the miniature's pipeline (pretraining, SFT, reward model, PPO), tiny, on two processes:
+torch starts them by `lockstep run`, JAX by torchrun. In the series "one", one worker is killed with SIGKILL, rank 0 and rank 1
+in turn: the launcher has to notice, end the other and say which one died. In the series "all", the launcher and its workers are
+killed. A run is killed again and again, each time after up to `STEPS` more steps and up to `SECONDS` more, until it is done
+before its kill and is compared; then the next run begins. After the last kill of a series its run goes to the end undisturbed.
 
 What must be equal, for every stage: the bytes of each output file, weights among them, the rows of metrics.jsonl (all but
 timings), the bytes of samples.jsonl and health.jsonl, the results in done.json. Linux only: it finds workers in /proc. Writes
-``benchmarks/mesh_kills.json`` and ``benchmarks/mesh_kills.md``.
+``benchmarks/mesh_kills.json`` and ``benchmarks/mesh_kills.md``, for JAX ``mesh_kills_jax``.
 """
 
 from __future__ import annotations
@@ -42,21 +43,43 @@ RUN = [
     *(override for override in TINY if not override.startswith("algorithm.")), *DECODER, *PPO_ONLY, "samples_every=2",
     "sft.optimizer.ema_decay=0.9", "algorithm.optimizer.ema_decay=0.9", "algorithm.iterations=6", "algorithm.batch_size=7",
     "algorithm.epochs=2", "algorithm.minibatches=1", "algorithm.ptx_coef=1.0", "algorithm.ptx_ratio=1",
-    "algorithm.kl_target=0.5", "algorithm.kl_horizon=100", "backend=torch", "backend.device=cpu", "backend.threads=1",
-    f"backend.mesh.fsdp={PROCESSES}", "checkpoint_every=1",
+    "algorithm.kl_target=0.5", "algorithm.kl_horizon=100", "backend.device=cpu", f"backend.mesh.fsdp={PROCESSES}",
+    "checkpoint_every=1",
 ]  # fmt: skip
 """A batch of 7 rows: the processes have four each, one of them twice."""
+BACKENDS = {
+    "torch": (
+        ["-m", "lockstep", "run", "backend=torch", "backend.threads=1"],
+        "Process {rank} of {count} was killed by SIGKILL first",
+    ),
+    "jax": (
+        [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(PROCESSES),
+            "-m",
+            "lockstep",
+            "run",
+            "backend=jax",
+        ],
+        "rank      : {rank} (local_rank: {rank})",
+    ),
+}
+"""How its processes are started, and what then says which of them died first."""
 STEPS, SECONDS = 5, 1.5
 LIMIT = 300.0
 """For a run to the end, and for a launcher to notice that a worker is gone."""
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
+def start(backend: str, folder: Path) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "framework", ROOT / "plugins"))),
         "OMP_NUM_THREADS": "1",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1",  # the last one counts
     }
-    command = [sys.executable, "-m", "lockstep", "run", *RUN, f"folder={folder}"]
+    command = [sys.executable, *BACKENDS[backend][0], *RUN, f"folder={folder}"]
     with open(log(folder), "wb") as file:
         return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
@@ -88,10 +111,17 @@ def progress(folder: Path) -> int:
 
 
 def kill(
-    process: subprocess.Popen[bytes], folder: Path, ranks: list[int], steps: int, seconds: float, totals: dict[str, int]
+    process: subprocess.Popen[bytes],
+    folder: Path,
+    ranks: list[int],
+    steps: int,
+    seconds: float,
+    totals: dict[str, int],
+    says: str,
 ) -> dict[str, Any] | None:
     """Kill these ranks, or everything if that is all of them, once the run has said what it will do, has done as many steps more,
-    and ``seconds`` have passed. ``totals`` are the steps of each stage. A row of the record; None if the run was done before."""
+    and ``seconds`` have passed. ``totals`` are the steps of each stage; ``says`` is the launcher's word of who died. A row of the
+    record; None if the run was done before."""
     goal = progress(folder) + steps
     while process.poll() is None and not (b"to do" in log(folder).read_bytes() and len(workers(process.pid)) == PROCESSES):
         time.sleep(0.01)
@@ -125,7 +155,7 @@ def kill(
         if time.monotonic() > killed + LIMIT:
             raise SystemExit(f"workers of {folder} outlive their launcher")
         time.sleep(0.01)
-    if len(ranks) == 1 and f"Process {ranks[0]} of {PROCESSES} was killed by SIGKILL first" not in said:
+    if len(ranks) == 1 and says.format(rank=ranks[0], count=PROCESSES) not in said:
         problems.append(f"it does not say that process {ranks[0]} was killed: {said[-500:]}")
     where = after_kill(folder, totals)
     return {"ranks": ranks, "seconds": round(waited, 2), **where, "problems": problems}
@@ -138,7 +168,9 @@ def alive(pid: int) -> bool:
         return False
 
 
-def series(name: str, kills: int, whole: Path, dice: random.Random) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def series(
+    name: str, backend: str, kills: int, whole: Path, dice: random.Random
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of kills, and of runs with the problems found at their ends."""
     found: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
@@ -146,13 +178,13 @@ def series(name: str, kills: int, whole: Path, dice: random.Random) -> tuple[lis
     while len(found) < kills:
         folder, before = whole.with_name(f"{name}-{len(runs)}"), len(found)
         while True:
-            process = start(folder)
+            process = start(backend, folder)
             if len(found) == kills:
                 finish(process, folder)
                 break
             ranks = list(range(PROCESSES)) if name == "all" else [len(found) % PROCESSES]
             moment = dice.randint(0, STEPS), dice.uniform(0, SECONDS)
-            if (row := kill(process, folder, ranks, *moment, totals)) is None:
+            if (row := kill(process, folder, ranks, *moment, totals, BACKENDS[backend][1])) is None:
                 break
             found.append({"series": name, "run": len(runs), "kill": len(found) + 1, **row})
             print(json.dumps(found[-1]), flush=True)
@@ -164,8 +196,8 @@ def series(name: str, kills: int, whole: Path, dice: random.Random) -> tuple[lis
     return found, runs
 
 
-def report(kills: list[dict[str, Any]], runs: list[dict[str, Any]], seconds: float) -> str:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "safetensors"))
+def report(backend: str, kills: list[dict[str, Any]], runs: list[dict[str, Any]], seconds: float) -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in (backend, "numpy", "safetensors"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     lines = [
         "# One process of two killed, and all",
@@ -175,8 +207,8 @@ def report(kills: list[dict[str, Any]], runs: list[dict[str, Any]], seconds: flo
         "",
         f"    python benchmarks/mesh_kills.py {shlex.join(sys.argv[1:])}",
         "",
-        "`mesh_kills.py` says what was run, how the moments were chosen and what was compared; `mesh_kills.json` has a row per "
-        "kill and per run.",
+        "`mesh_kills.py` says what was run, how the moments were chosen and what was compared; the JSON file beside this has a "
+        "row per kill and per run.",
         "",
         f"| killed | kills | {' | '.join(f'in {stage}' for stage in STAGES)} | most steps repeated | seconds until the launcher "
         "ended: median, most | runs equal in every bit |",
@@ -198,21 +230,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20, help="in each series")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "mesh_kills", help="of the record: .json and .md")
+    parser.add_argument("--backend", choices=BACKENDS, default="torch")
+    parser.add_argument("--output", type=Path, help="of the record: .json and .md")
     arguments = parser.parse_args()
+    backend = arguments.backend
+    output: Path = arguments.output or ROOT / "benchmarks" / ("mesh_kills" if backend == "torch" else f"mesh_kills_{backend}")
+    output.parent.mkdir(parents=True, exist_ok=True)
     began, folder = time.perf_counter(), Path(tempfile.mkdtemp(prefix="mesh-kills-"))
     whole = folder / "whole"
-    finish(start(whole), whole)
+    finish(start(backend, whole), whole)
     kills: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
     for name in ("one", "all"):
-        more, ends = series(name, arguments.kills, whole, random.Random(f"{arguments.seed} {name}"))
+        more, ends = series(name, backend, arguments.kills, whole, random.Random(f"{arguments.seed} {name}"))
         kills += more
         runs += ends
         lines = ",\n".join(json.dumps(row) for row in (*kills, *runs))
-        arguments.output.with_suffix(".json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    text = report(kills, runs, time.perf_counter() - began)
-    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
+        output.with_suffix(".json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    text = report(backend, kills, runs, time.perf_counter() - began)
+    output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
     if any(row["problems"] for row in (*kills, *runs)):
         raise SystemExit(f"kept: {folder}")
