@@ -6,6 +6,7 @@ import ast
 import codecs
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,6 +121,17 @@ def test_the_core_imports_neither_a_plugin_nor_torch_nor_jax():
         if module.split(".")[0] == "lockstep" and other.split(".")[0] in plugins
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("plugin", ["lockstep_torch", "lockstep_jax"])
+def test_a_backends_page_lists_its_files_in_an_order_in_which_each_imports_from_earlier_ones(plugin):
+    known, folder = modules(), ROOT / "plugins" / plugin
+    page = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    listed = re.findall(r"^ *([a-z_]+)\.py ", page, re.MULTILINE)
+    assert sorted(listed) == sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
+    for number, name in enumerate(listed):
+        ours = [other.removeprefix(f"{plugin}.") for other in imports(folder / f"{name}.py", known) if other.startswith(plugin)]
+        assert set(ours) <= set(listed[:number]), name
 
 
 def test_a_circle_is_found():

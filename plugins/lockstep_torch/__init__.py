@@ -3,6 +3,7 @@ from earlier ones only.
 
     mesh.py                 several processes: messages, and weights and rows divided
     device.py               precision, what runs where
+    attention.py            attention, what its queries see, and rows without their padding
     decoder.py              the network of policies that start from scratch, in Llama's shape
     transformers_network.py networks of transformers behind the same interface                                      (*)
     lora.py                 peft's adapter layers in either network                                            (*)

@@ -16,7 +16,6 @@ from lockstep.interfaces import Policy
 from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import Sampler
 from lockstep.text.encoding import Lengths
-from lockstep.text.sequences import left_pad
 from lockstep.text.stopping import Stops
 from lockstep.text.tokenizer import Tokenizer
 
@@ -42,7 +41,7 @@ def respond(policy: Policy, tokenizer: Tokenizer, prompts: Sequence[Sequence[int
     stops = Stops(tokenizer, how.stop)
     seeds = token_seeds(how.seed, "chat", how.turn, len(prompts), how.max_tokens)
     sampler = Sampler(stops, _lengths(prompts, policy, how), how.temperature, ROWS)
-    drawn = sampler.generate(policy, *_padded(prompts, sampler), seeds)
+    drawn = sampler.generate(policy, *sampler.context(prompts), seeds)
     return stops.end(drawn.tokens, drawn.mask).texts
 
 
@@ -51,7 +50,7 @@ def stream(policy: Policy, tokenizer: Tokenizer, prompt: Sequence[int], how: Sam
     that may turn out to begin a stop string. Only text that turns out to be invalid UTF-8 may have been shown differently."""
     stops, ids, shown = Stops(tokenizer, how.stop), list[int](), 0
     seeds = token_seeds(how.seed, "chat", how.turn, 1, how.max_tokens)
-    context, text = _padded([prompt], Sampler(stops, _lengths([prompt], policy, how), how.temperature)), ""
+    context, text = Sampler(stops, _lengths([prompt], policy, how), how.temperature).context([prompt]), ""
     for (token,) in policy.stream(*context, seeds, temperature=how.temperature, stop_ids=stops.ids, pad_id=tokenizer.pad_id):
         ids.append(int(token))
         ended = stops.end(np.array([ids], np.int32), np.ones((1, len(ids)), bool))
@@ -75,8 +74,3 @@ def _uncertain(text: str, stop: Sequence[str]) -> int:
 
 def _lengths(prompts: Sequence[Sequence[int]], policy: Policy, how: Sampling) -> Lengths:
     return Lengths(max(policy.context_length - how.max_tokens, *map(len, prompts)), how.max_tokens, COLUMNS)
-
-
-def _padded(prompts: Sequence[Sequence[int]], sampler: Sampler) -> tuple[np.ndarray, np.ndarray]:
-    columns = sampler.lengths.columns(max(map(len, prompts)), sampler.lengths.prompt)
-    return left_pad(prompts, sampler.stops.tokenizer.pad_id, columns)

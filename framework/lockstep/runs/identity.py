@@ -1,7 +1,7 @@
 """Stage identities: hashes of content, code and folders, and the differences between two of them.
 
 Equal hashes mean equal results, so a stored stage can be reused. Of the core's code, only what decides a result counts: the
-folders in `NOT_RESULTS` show results, check them or start them.
+folders in `NOT_RESULTS` show results, check them, start them or predict what they cost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lockstep.registry import use_current_folder
 from lockstep.storage.files import checksum
 
 CORE = "lockstep"
-NOT_RESULTS = frozenset({"reporting", "checking", "commands", "api"})
+NOT_RESULTS = frozenset({"reporting", "planning", "checking", "commands", "api"})
 
 
 def digest(content: Mapping[str, Any]) -> str:
