@@ -185,7 +185,6 @@ def test_the_experiment_of_the_page_can_be_run(tmp_path, monkeypatch):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "lake.yaml").write_text(text)
     monkeypatch.setitem(registry().conf, "mine", tmp_path)
-    stage = Experiment(compose(["experiment=lake", "policy.path=a/b"])).stages["rl"]
-    cls, config = stage.surroundings
-    cls.check(config)
-    assert config.actions == WORDS and config.invalid_reward < 0
+    environment = Experiment(compose(["experiment=lake", "policy.path=a/b"])).stages["rl"].environment
+    environment.component.check(environment.config)
+    assert environment.config.actions == WORDS and environment.config.invalid_reward < 0

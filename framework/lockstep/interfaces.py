@@ -443,12 +443,16 @@ class Learner(ABC):
     def save(self, folder: Path) -> None:
         """Write all that `restore` needs to resume: bit for bit on this backend, up to rounding on another.
         ``learner.safetensors`` has ``<model>.parameters|mean|square|average.<name>``, the last with ``ema_decay`` only;
-        ``learner.json`` has ``{"steps": n}``. `lockstep.storage.weights.write_weights` divides the first among several files and
-        processes, if it is large."""
+        ``learner.json`` has ``{"steps": n}``. `lockstep.storage.weights.write_learner` writes both, and divides the first among
+        several files and processes, if it is large."""
 
     @abstractmethod
     def restore(self, folder: Path) -> None:
-        """Load the state that `save` wrote; the models must have been built from the same configuration."""
+        """Load the state that `save` wrote; the models must have been built from the same configuration.
+
+        Raises:
+          CheckpointError: the state is of other models or optimizers. Nothing has changed then.
+        """
 
 
 def suppliers(models: Mapping[str, Model], outputs: Iterable[str]) -> dict[str, tuple[str, ...]]:

@@ -15,12 +15,10 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from lockstep.errors import CheckpointError
 from lockstep.interfaces import ForwardPass, Learner, Loss, Metrics, Term, suppliers, take_pass
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.processes import asked
-from lockstep.storage.files import read_json, write_json
-from lockstep.storage.weights import LEARNER, OnDisk, stored_weights, write_weights
+from lockstep.storage.weights import OnDisk, stored_learner, write_learner
 from lockstep.text.sequences import Sequences
 from lockstep_jax.decoder import DropoutMask, NetworkSpec, Tree
 from lockstep_jax.device import JaxDevice, keep_freed_memory, scheduling
@@ -157,7 +155,7 @@ class JaxLearner(Learner):
         return averaged
 
     def save(self, folder: Path) -> None:
-        trees, processes = self._gathered(), self.backend.processes
+        trees = self._gathered()
         places = {f"{prefix}{name}": (tree, name) for prefix, tree in trees.items() for name in tree}
         shapes = {full: tree.shapes[name] for full, (tree, name) in places.items()}
 
@@ -165,18 +163,12 @@ class JaxLearner(Learner):
             tree, name = places[full]
             return tree[name]
 
-        write_weights(folder, shapes, gather, processes, LEARNER)
-        if processes.leads:
-            write_json(folder / "learner.json", {"steps": self.steps})
+        write_learner(folder, shapes, gather, self.steps, self.backend.processes)
 
     def restore(self, folder: Path) -> None:
-        stored = stored_weights(folder, LEARNER)
-        steps = read_json(folder / "learner.json")["steps"]
         trees = self._gathered()
-        expected = {f"{prefix}{name}": shape for prefix, tree in trees.items() for name, shape in tree.shapes.items()}
-        found = {name: each.shape for name, each in stored.items()}
-        if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
-            raise CheckpointError(f"{folder} is of another architecture: {', '.join(wrong[:3])} do not fit.")
+        shapes = {f"{prefix}{name}": shape for prefix, tree in trees.items() for name, shape in tree.shapes.items()}
+        stored, steps = stored_learner(folder, shapes)
         while trees:  # one after the other, so that what it replaces is freed
             prefix, tree = trees.popitem()
             name, part = prefix[:-1].rsplit(".", 1)

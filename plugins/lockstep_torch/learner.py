@@ -11,12 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.errors import CheckpointError
 from lockstep.interfaces import ForwardPass, Learner, Metrics, Term, suppliers, take_pass
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.processes import asked
-from lockstep.storage.files import read_json, write_json
-from lockstep.storage.weights import LEARNER, OnDisk, stored_weights, write_weights
+from lockstep.storage.weights import OnDisk, stored_learner, write_learner
 from lockstep.text.sequences import Sequences
 from lockstep_torch.decoder import DropoutMask
 from lockstep_torch.device import TorchDevice
@@ -119,19 +117,13 @@ class TorchLearner(Learner):
         return averaged
 
     def save(self, folder: Path) -> None:
-        state, processes = self._state(), self.backend.processes
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        write_weights(folder, shapes, lambda name: on_host(state[name]), processes, LEARNER)
-        if processes.leads:
-            write_json(folder / "learner.json", {"steps": self.steps})
+        state = self._state()
+        write_learner(folder, _shapes(state), lambda name: on_host(state[name]), self.steps, self.backend.processes)
 
     def restore(self, folder: Path) -> None:
-        self.kept.clear()
-        stored = stored_weights(folder, LEARNER)
-        self.steps = read_json(folder / "learner.json")["steps"]
         own = self._state()
-        if wrong := [n for n in own if n not in stored or stored[n].shape != tuple(own[n].shape)]:
-            raise CheckpointError(f"{folder} is of another architecture: {', '.join(wrong[:3])} do not fit.")
+        stored, self.steps = stored_learner(folder, _shapes(own))
+        self.kept.clear()
         fill(own, OnDisk(stored))
         for adam in self.adams.values():
             for parameter in _trained(adam):
@@ -170,3 +162,7 @@ def _adam(model: TorchModel, config: OptimizerConfig) -> torch.optim.AdamW:
 
 def _trained(adam: torch.optim.AdamW) -> list[torch.nn.Parameter]:
     return [parameter for group in adam.param_groups for parameter in group["params"]]
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -9,7 +9,8 @@ import torch
 
 from defects import defect
 from lockstep.interfaces import Dropout
-from lockstep.storage.files import write_json
+from lockstep.storage.files import read_json, write_json
+from lockstep.storage.weights import read_tensors, write_tensors
 from lockstep_torch.backend import TorchBackend
 from lockstep_torch.learner import TorchLearner, _trained
 from lockstep_torch.policies import Decoder
@@ -477,6 +478,28 @@ class LosesTheAverage(Relearned):
     class Learner(TorchLearner):
         def _state(self):
             return {name: tensor for name, tensor in super()._state().items() if ".average." not in name}
+
+
+@defect("backend", caught_by="restoring_refuses_another_state")
+class TakesTheStepsOfAnotherState(Relearned):
+    """A state that does not fit is refused, but its step count is kept."""
+
+    class Learner(TorchLearner):
+        def restore(self, folder):
+            self.steps = read_json(folder / "learner.json")["steps"]
+            super().restore(folder)
+
+
+@defect("backend", caught_by="restoring_refuses_another_state")
+class PassesOverWhatItLacks(Relearned):
+    """Averages that the files have, and the learner does not, are passed over."""
+
+    class Learner(TorchLearner):
+        def restore(self, folder):
+            stored = read_tensors(folder / "learner.safetensors")
+            own = self._state()
+            write_tensors(folder / "learner.safetensors", {name: array for name, array in stored.items() if name in own})
+            super().restore(folder)
 
 
 @defect("backend", caught_by="restoring_goes_on_bit_for_bit")

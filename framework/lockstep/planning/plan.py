@@ -17,9 +17,8 @@ from lockstep.planning import parts
 from lockstep.planning.calls import Call, Need, Planner
 from lockstep.planning.machines import Machine
 from lockstep.planning.rehearsal import Noise, Rehearsal, ShapePolicy
-from lockstep.registry import registry
 from lockstep.runs.assembly import Assembly, load_own_tokenizer
-from lockstep.runs.experiment import Experiment, component_config
+from lockstep.runs.experiment import Experiment
 from lockstep.runs.stages import NEW, Stage
 from lockstep.storage.records import MADE_BY
 from lockstep.text.tokenizer import Tokenizer
@@ -185,8 +184,8 @@ class Planned(Assembly):
     def reward_model(self, stage: Stage, group: Mapping[str, Any] | None = None) -> RewardModel | None:
         if (group := group or stage.reward_model) is None:
             return None
-        cls = registry().resolve("reward_model", group["name"], self.experiment.backend_name)
-        inputs = cls.inputs(component_config(cls, dict(group), "reward_model"))
+        scorer = stage.scorer(group)
+        inputs = scorer.component.inputs(scorer.config)
         return super().reward_model(stage, group) if inputs.outputs or inputs.members else Noise()
 
     def environment(self, stage: Stage) -> Environment | None:

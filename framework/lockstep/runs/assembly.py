@@ -32,8 +32,8 @@ from lockstep.models.architecture import SCALAR_HEAD
 from lockstep.processes import ALONE, Processes
 from lockstep.registry import registry
 from lockstep.runs.asked_once import SharedLabeler, SharedRewardModel
-from lockstep.runs.experiment import Experiment, component_config
-from lockstep.runs.stages import NEW, Stage
+from lockstep.runs.experiment import Experiment
+from lockstep.runs.stages import NEW, Chosen, Stage
 from lockstep.storage.files import read_object, write_json
 from lockstep.storage.records import MADE_BY, OUTPUT, read_record
 from lockstep.storage.sources import fetch_folder
@@ -129,35 +129,33 @@ class Assembly:
         """The stage's, or that of one of its members' groups."""
         if (group := group or stage.reward_model) is None:
             return None
-        cls = registry().resolve("reward_model", group["name"], self.experiment.backend_name)
-        config = component_config(cls, dict(group), "reward_model")
-        inputs = cls.inputs(config)
-        made = cls(config, DeclaredResources(self, f"reward model '{group['name']}'", inputs, stage))
-        return SharedRewardModel(made, self.processes) if self._asked_once(inputs) else made
+        scorer = stage.scorer(group)
+        made = scorer.component(scorer.config, self._resources("reward model", scorer, stage))
+        return SharedRewardModel(made, self.processes) if self._asked_once(scorer) else made
 
-    def _asked_once(self, inputs: Inputs) -> bool:
-        """Whether process 0 asks such a component for all. One that has models runs on all of them, as models do."""
+    def _asked_once(self, chosen: Chosen) -> bool:
+        """Whether process 0 asks it for all. One that has models runs on all of them, as models do."""
+        inputs = chosen.component.inputs(chosen.config)
         return self.processes.count > 1 and not inputs.outputs and not inputs.members
 
     def resources(self, stage: Stage) -> Resources:
         """What the stage's algorithm may open."""
-        cls = stage.component
-        inputs = cls.inputs(stage.config) if cls else Inputs()
-        return DeclaredResources(self, f"algorithm '{stage.group['name']}'", inputs, stage)
+        assert stage.component is not None
+        return self._resources("algorithm", Chosen(stage.component, stage.config, stage.group), stage)
+
+    def _resources(self, kind: str, chosen: Chosen, stage: Stage) -> Resources:
+        return DeclaredResources(self, f"{kind} '{chosen.group['name']}'", chosen.component.inputs(chosen.config), stage)
 
     def labeler(self, stage: Stage) -> Labeler:
         """Of a collection."""
-        assert stage.labels is not None and stage.labeler is not None
-        cls, config = stage.labels
-        inputs = cls.inputs(config)
-        made = cls(config, self.data, DeclaredResources(self, f"labeler '{stage.labeler['name']}'", inputs, stage))
-        return SharedLabeler(made, self.processes) if self._asked_once(inputs) else made
+        assert stage.labeler is not None
+        made = stage.labeler.component(stage.labeler.config, self.data, self._resources("labeler", stage.labeler, stage))
+        return SharedLabeler(made, self.processes) if self._asked_once(stage.labeler) else made
 
     def attacker(self, stage: Stage) -> Attacker:
         """Of attacks."""
-        assert stage.attacks is not None and stage.attacker is not None
-        cls, config = stage.attacks
-        return cls(config, self.data, DeclaredResources(self, f"attacker '{stage.attacker['name']}'", cls.inputs(config), stage))
+        assert stage.attacker is not None
+        return stage.attacker.component(stage.attacker.config, self.data, self._resources("attacker", stage.attacker, stage))
 
     def attacks(self, source: str) -> list[Prompt]:
         return prompts_in(self._folder(source), twins=False)
@@ -170,19 +168,17 @@ class Assembly:
         return Mixture(self.data, folders, stage.mixes, {source: self._folder(source) for source in stage.attacked})
 
     def environment(self, stage: Stage) -> Environment | None:
-        if stage.surroundings is None:
+        if stage.environment is None:
             return None
-        cls, config = stage.surroundings
-        made = cls(config)
+        made = stage.environment.component(stage.environment.config)
         made.processes = self.processes
         return made
 
     def engine(self, stage: Stage) -> Served | None:
         """What draws in the stage; the same at each call."""
-        if stage.served is not None and stage.name not in self.engines:
-            cls, config = stage.served
+        if (chosen := stage.engine) is not None and stage.name not in self.engines:
             folder = self.outputs[stage.name].with_name(".weights.part")
-            self.engines[stage.name] = Served(cls(config), folder, self.processes)
+            self.engines[stage.name] = Served(chosen.component(chosen.config), folder, self.processes)
         return self.engines.get(stage.name)
 
     def algorithm(self, stage: Stage) -> Algorithm:

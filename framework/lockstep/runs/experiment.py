@@ -30,7 +30,7 @@ from lockstep.runs.attacks import AttackConfig
 from lockstep.runs.collection import CollectionConfig
 from lockstep.runs.evaluation import EvaluationConfig
 from lockstep.runs.rounds import SEEDS_APART, Scope, in_rounds
-from lockstep.runs.stages import MIXED, NEW, Scorer, Stage, StageConfig
+from lockstep.runs.stages import MIXED, NEW, Chosen, Stage, StageConfig
 from lockstep.runs.store import RunFolder, StageFolder, decisive
 from lockstep.storage.names import NOT_RUNS, checked_name, in_a_name, root_folder
 from lockstep.storage.records import RUN, STAGES, read_record
@@ -63,7 +63,7 @@ class Experiment:
         self.data = self._component("data", config["data"])
         self.policy = self._component("policy", config["policy"])
         self.tracker = self._component("tracker", config["tracker"])
-        self.engine = None if config["engine"] is None else self._component("engine", config["engine"])
+        self.engine = self._chosen("engine", config["engine"])
         self.stages: dict[str, Stage] = {}
         for name, group, scope, number in _in_order(config["stages"]):
             if name in self.stages:
@@ -112,10 +112,10 @@ class Experiment:
             found[stage.name] = {
                 "stage": without_secrets(stage.group),
                 "reward_model": without_secrets(stage.reward_model),
-                "environment": without_secrets(stage.environment),
-                "engine": without_secrets(identity.without_server(stage.engine)),
-                "labeler": without_secrets(stage.labeler),
-                "attacker": without_secrets(stage.attacker),
+                "environment": without_secrets(_group(stage.environment)),
+                "engine": without_secrets(identity.without_server(_group(stage.engine))),
+                "labeler": without_secrets(_group(stage.labeler)),
+                "attacker": without_secrets(_group(stage.attacker)),
                 "mixes": {noun: list(sources.items()) for noun, sources in stage.mixes.items()},
                 "round": stage.round if stage.kind in ("collect", "attack") else None,
                 "follows": dict(stage.follows),
@@ -163,8 +163,8 @@ class Experiment:
     def _made(self, stage: str, content: ConfigGroup) -> str:
         """The result of a stage, for the identity of those that read it: its folder's name, and a digest of labels that came into
         it from outside."""
-        folder, labels = self._folder(stage, content), self.stages[stage].labels
-        received = folder.result().get("received") if folder.done else labels[0].received(folder.path) if labels else None
+        folder, labeler = self._folder(stage, content), self.stages[stage].labeler
+        received = folder.result().get("received") if folder.done else labeler and labeler.component.received(folder.path)
         return f"{folder.path.name} {received}" if received else folder.path.name
 
     def _folder(self, stage: str, content: ConfigGroup) -> StageFolder:
@@ -181,6 +181,9 @@ class Experiment:
         cls = registry().resolve(kind, name, self.backend_name if kind != "backend" else name)
         return cls, component_config(cls, group, kind)
 
+    def _chosen(self, kind: str, group: ConfigGroup | None) -> Chosen | None:
+        return None if group is None else Chosen(*self._component(kind, group), group)
+
     def _check_objective(self, objective: str) -> None:
         stage, _, metric = objective.partition("/")
         if stage not in self.stages or not metric:
@@ -191,13 +194,16 @@ class Experiment:
                 f"evaluate/heldout/ppo/gold. Stages: {listing(self.stages)}."
             )
 
-    def _scorers(self, group: Mapping[str, Any] | None) -> Iterator[Scorer]:
-        """A reward model's group, and those of its members."""
-        if group is not None:
-            cls, config = self._component("reward_model", dict(group))
-            yield Scorer(cls, config, dict(group))
-            for member in cls.inputs(config).members:
-                yield from self._scorers(member)
+    def _scorers(self, group: Mapping[str, Any] | None) -> Iterator[Chosen]:
+        """A reward model, and its members."""
+        if group is not None and (scorer := self._chosen("reward_model", dict(group))):
+            yield scorer
+            yield from self._members(scorer)
+
+    def _members(self, chosen: Chosen) -> Iterator[Chosen]:
+        """The reward models that it combines, and their members."""
+        for member in chosen.component.inputs(chosen.config).members:
+            yield from self._scorers(member)
 
     def _stage(self, name: str, group: ConfigGroup, scope: Scope, number: int) -> Stage | None:
         """None for a stage that is left out."""
@@ -220,11 +226,9 @@ class Experiment:
                 f"stages.{name}: reward_model={needy.group['name']} scores episodes with an environment, and the stage has none. "
                 "Choose one: environment=NAME."
             )
-        surroundings = None if stage.environment is None else self._component("environment", stage.environment)
         common: dict[str, Any] = {
-            "reward_model": stage.reward_model, "scorers": scorers, "seed": seed, "environment": stage.environment,
-            "surroundings": surroundings, "scope": scope, "round": number,
-            "engine": self.config["engine"], "served": self.engine,
+            "reward_model": stage.reward_model, "scorers": scorers, "seed": seed, "scope": scope, "round": number,
+            "environment": self._chosen("environment", stage.environment), "engine": self.engine,
         }  # fmt: skip
         mixed = {noun: names for noun in MIXED if (names := getattr(stage, noun))}
         if stage.shares is not None and [len(names) for names in mixed.values()] != [len(stage.shares)]:
@@ -278,7 +282,7 @@ class Experiment:
             raise ConfigError(f"{where} ({merged['name']}) takes no environment. Remove {where}.environment.")
         policy = scope.one(stage.policy, where)
         if cls.traits(config).data != "prompts":
-            common = {**common, "engine": None, "served": None}  # it samples nothing
+            common = {**common, "engine": None}  # it samples nothing
         return Stage(name, "train", cls, config, merged, policy, **common, mixes=mixes)
 
     def _evaluation(self, name: str, group: ConfigGroup, common: Mapping[str, Any]) -> Stage:
@@ -324,10 +328,9 @@ class Experiment:
             raise ConfigError(f"{where} collects single responses, without an environment. Remove {where}.environment.")
         if stage.labeler is None:
             raise ConfigError(f"{where} has no labeler. Choose who ranks: labeler=people, or labeler=scores for a reward model.")
-        labels, common = self._with_members("labeler", stage.labeler, common)
         group = {"collection": stage.collection, "policies": list(policies)}
-        own: dict[str, Any] = {"policies": policies, "labeler": stage.labeler, "labels": labels, "mixes": mixes}
-        return Stage(name, "collect", None, config, group, None, **common, **own)
+        own = self._with_members("labeler", stage.labeler, common)
+        return Stage(name, "collect", None, config, group, None, **own, policies=policies, mixes=mixes)
 
     def _attack(self, name: str, stage: StageConfig, common: Mapping[str, Any]) -> Stage:
         where, scope = f"stages.{name}", common["scope"]
@@ -343,19 +346,18 @@ class Experiment:
             raise ConfigError(f"{where} attacks without an environment. Remove {where}.environment.")
         if stage.attacker is None:
             raise ConfigError(f"{where} has no attacker. Choose who writes the attacks: attacker=templates or attacker=policy.")
-        attacks, common = self._with_members("attacker", stage.attacker, common)
         group = {"attack": stage.attack, "policies": list(policies)}
-        own: dict[str, Any] = {"policies": policies, "attacker": stage.attacker, "attacks": attacks}
-        return Stage(name, "attack", None, config, group, None, **common, **own)
+        own = self._with_members("attacker", stage.attacker, common)
+        return Stage(name, "attack", None, config, group, None, **own, policies=policies)
 
-    def _with_members(
-        self, kind: str, group: ConfigGroup, common: Mapping[str, Any]
-    ) -> tuple[tuple[type[Any], Any], Mapping[str, Any]]:
-        """A component and its configuration, and ``common`` with the reward models that it combines."""
-        cls: type[Any]
-        cls, config = self._component(kind, group)
-        members = [scorer for member in cls.inputs(config).members for scorer in self._scorers(member)]
-        return (cls, config), {**common, "scorers": (*common["scorers"], *members)}
+    def _with_members(self, kind: str, group: ConfigGroup, common: Mapping[str, Any]) -> dict[str, Any]:
+        """``common`` with a component and the reward models that it combines."""
+        chosen = Chosen(*self._component(kind, group), group)
+        return {**common, kind: chosen, "scorers": (*common["scorers"], *self._members(chosen))}
+
+
+def _group(chosen: Chosen | None) -> ConfigGroup | None:
+    return chosen and chosen.group
 
 
 def _meant(names: Sequence[str], scope: Scope) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lockstep.config.root import ConfigGroup
 from lockstep.config.schema import differences
 from lockstep.config.secrets import without_secrets
 from lockstep.data.labels import (
@@ -39,7 +40,7 @@ from lockstep.runs.attacks import AttackConfig, RedTeam, demonstrations
 from lockstep.runs.attacks import kept as kept_attacks
 from lockstep.runs.collection import CollectionConfig, Collector, kept, labelled, measures
 from lockstep.runs.evaluation import EvaluationConfig, Evaluator, flatten, prompts_of
-from lockstep.runs.experiment import ConfigGroup, Experiment
+from lockstep.runs.experiment import Experiment
 from lockstep.runs.interrupts import GracefulStop, terminable
 from lockstep.runs.stages import Stage
 from lockstep.runs.store import NoRecords, Records, RunFolder, StageFolder, held

@@ -11,7 +11,7 @@ from typing import Any
 from lockstep.config.root import ConfigGroup
 from lockstep.config.schema import setting
 from lockstep.data.mixture import DATA, GOALS
-from lockstep.interfaces import Algorithm, Attacker, DataSource, Engine, Environment, Labeler, RewardModel
+from lockstep.interfaces import Algorithm, DataSource
 from lockstep.runs.evaluation import EvaluationConfig
 from lockstep.runs.rounds import Scope
 
@@ -53,10 +53,10 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """A reward model of a stage, or a member of one."""
+class Chosen:
+    """A component that a stage uses, with its configuration, which was parsed from ``group``."""
 
-    component: type[RewardModel]
+    component: type[Any]
     config: Any
     group: ConfigGroup
 
@@ -68,13 +68,11 @@ class Stage:
     component, config: the algorithm and its ``Config``; None and an `EvaluationConfig` for an evaluation.
     group: what ``config`` was parsed from.
     scorers: its reward model, then that one's members; then those of its labeler or the judges of an evaluation.
-    surroundings: the class of its environment and the configuration, parsed from the group ``environment``.
-    served: the same of what draws its responses, parsed from the group ``engine``.
+    engine: what draws its responses.
     scope: what the names of other stages mean in it, and ``round`` which round it is part of, from 1.
     mixes: {noun: {source: its share, or None}}, if it trains on something else than the data's.
     policies: of a collection or of attacks; ``follows`` is, for an evaluation, {policy: the one of the round before}.
-    labels: for a collection, the class of its labeler and the configuration, parsed from the group ``labeler``.
-    attacks: for attacks, the same of their attacker; ``attacked`` is, for an evaluation, the stages whose attacks are its splits.
+    attacked: of an evaluation, the stages whose attacks are its splits.
     """
 
     name: str
@@ -84,21 +82,17 @@ class Stage:
     group: ConfigGroup
     policy: str | None
     reward_model: ConfigGroup | None
-    scorers: tuple[Scorer, ...]
+    scorers: tuple[Chosen, ...]
     seed: int
-    environment: ConfigGroup | None = None
-    surroundings: tuple[type[Environment], Any] | None = None
-    engine: ConfigGroup | None = None
-    served: tuple[type[Engine], Any] | None = None
+    environment: Chosen | None = None
+    engine: Chosen | None = None
     scope: Scope = Scope()
     round: int = 1
     mixes: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     policies: tuple[str, ...] = ()
     follows: Mapping[str, str] = field(default_factory=dict)
-    labeler: ConfigGroup | None = None
-    labels: tuple[type[Labeler], Any] | None = None
-    attacker: ConfigGroup | None = None
-    attacks: tuple[type[Attacker], Any] | None = None
+    labeler: Chosen | None = None
+    attacker: Chosen | None = None
     attacked: tuple[str, ...] = ()
 
     @property
@@ -126,8 +120,8 @@ class Stage:
         Raises:
           LockstepError: a component does not work here.
         """
-        for component, config in self._surrounding:
-            component.check(config)
+        for each in self._surrounding:
+            each.component.check(each.config)
 
     def rehearse(self, data: DataSource) -> None:
         """
@@ -137,13 +131,15 @@ class Stage:
         for scorer in self.scorers:
             scorer.component.rehearse(scorer.config, data)
 
+    def scorer(self, group: Mapping[str, Any]) -> Chosen:
+        """One of ``scorers``, by its group."""
+        return next(each for each in self.scorers if each.group == group)
+
     @property
     def modules(self) -> list[str]:
         """Modules whose code decides its result: of its classes, their base classes, and functions named module:function."""
-        classes = [base for cls, _ in self._components for base in cls.__mro__]
-        own = (self.environment, self.labeler, self.attacker)
-        groups = [*(scorer.group for scorer in self.scorers), *filter(None, own)]
-        values = [value for group in groups for value in group.values()]
+        classes = [base for each in self._components for base in each.component.__mro__]
+        values = [value for each in self._surrounding for value in each.group.values()]
         named = [v.partition(":")[0] for v in values if isinstance(v, str) and re.fullmatch(r"[\w.]+:\w+", v)]
         return [*(cls.__module__ for cls in classes), *named]
 
@@ -170,7 +166,7 @@ class Stage:
     def declared(self) -> list[tuple[str, str]]:
         """Those of ``inputs`` that its components open themselves."""
         where = f"stages.{self.name}"
-        named = [source for cls, config in self._components for source in cls.inputs(config).outputs.items()]
+        named = [source for each in self._components for source in each.component.inputs(each.config).outputs.items()]
         return [
             (source, kind) for name, kind in named
             for source in (self.scope.all(name) if kind == "prompts" else (self.scope.one(name, where),))
@@ -179,17 +175,16 @@ class Stage:
     @property
     def files(self) -> list[str]:
         """Local files and folders that it reads."""
-        return [file for cls, config in self._components for file in cls.inputs(config).files]
+        return [file for each in self._components for file in each.component.inputs(each.config).files]
 
     @property
-    def _components(self) -> list[tuple[Any, Any]]:
-        return [*([(self.component, self.config)] if self.component else []), *self._surrounding]
+    def _components(self) -> list[Chosen]:
+        return [*([Chosen(self.component, self.config, self.group)] if self.component else []), *self._surrounding]
 
     @property
-    def _surrounding(self) -> list[tuple[Any, Any]]:
-        """Its reward models, its environment, its engine, its labeler and its attacker."""
-        found: list[tuple[Any, Any]] = [(scorer.component, scorer.config) for scorer in self.scorers]
-        return [*found, *filter(None, (self.surroundings, self.served, self.labels, self.attacks))]
+    def _surrounding(self) -> list[Chosen]:
+        """All but its algorithm."""
+        return [*self.scorers, *filter(None, (self.environment, self.engine, self.labeler, self.attacker))]
 
 
 PRODUCES = {"evaluate": "evaluation", "collect": "comparisons", "attack": "attacks"}

@@ -20,7 +20,7 @@ import numpy as np
 
 from lockstep.errors import CheckpointError, listing
 from lockstep.processes import ALONE, Processes
-from lockstep.storage.files import read_object, replace, write_json
+from lockstep.storage.files import read_json, read_object, replace, write_json
 
 DTYPES = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "U32": "<u4",
@@ -224,6 +224,32 @@ def stored_weights(folder: Path, file: str = WEIGHTS) -> dict[str, Stored]:
     if absent := sorted(places.keys() - found.keys()):
         raise CheckpointError(f"{index} is damaged: the files that it names do not hold {listing(absent[:3])}.")
     return found
+
+
+def write_learner(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    gather: Callable[[str], np.ndarray],
+    steps: int,
+    processes: Processes = ALONE,
+) -> None:
+    """What `stored_learner` reads: tensors as of `write_weights`, and ``learner.json``."""
+    write_weights(folder, shapes, gather, processes, LEARNER)
+    if processes.leads:
+        write_json(folder / "learner.json", {"steps": steps})
+
+
+def stored_learner(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Stored], int]:
+    """The tensors of a learner's state, of exactly these shapes, and the steps that it had taken.
+
+    Raises:
+      CheckpointError: other tensors than these, more or fewer; or as `stored_weights`.
+    """
+    stored = stored_weights(folder, LEARNER)
+    found = {name: each.shape for name, each in stored.items()}
+    if wrong := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
+        raise CheckpointError(f"{folder} is of another architecture: {', '.join(wrong[:3])} do not fit.")
+    return stored, read_json(folder / "learner.json")["steps"]
 
 
 def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:

@@ -10,11 +10,9 @@ import numpy as np
 from autograd import grad
 from autograd.tracer import getval
 
-from lockstep.errors import CheckpointError
 from lockstep.interfaces import Learner, Metrics, Term, suppliers
 from lockstep.learning.optimisation import OptimizerConfig
-from lockstep.storage.files import read_json, write_json
-from lockstep.storage.weights import read_tensors, write_tensors
+from lockstep.storage.weights import LEARNER, read_tensors, stored_learner, write_learner
 from lockstep_numpy import array_api
 from lockstep_numpy.decoder import Weights
 from lockstep_numpy.model import NumpyModel, forward
@@ -103,15 +101,12 @@ class NumpyLearner(Learner):
         return averaged
 
     def save(self, folder: Path) -> None:
-        write_tensors(folder / "learner.safetensors", self._state())
-        write_json(folder / "learner.json", {"steps": self.steps})
+        state = self._state()
+        write_learner(folder, {name: array.shape for name, array in state.items()}, state.__getitem__, self.steps)
 
     def restore(self, folder: Path) -> None:
-        stored = read_tensors(folder / "learner.safetensors")
-        steps = read_json(folder / "learner.json")["steps"]
-        shapes, own = ({name: array.shape for name, array in side.items()} for side in (stored, self._state()))
-        if wrong := sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name)):
-            raise CheckpointError(f"{folder} is of another architecture: {', '.join(wrong[:3])} do not fit.")
+        _, steps = stored_learner(folder, {name: array.shape for name, array in self._state().items()})
+        stored = read_tensors(folder / LEARNER)
         self.moments = {name: stored[name] for name in self.moments}
         for name, model in self.models.items():
             model.weights = {key: stored[f"{name}.parameters.{key}"] for key in model.weights}

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lockstep.config.root import ConfigGroup
 from lockstep.errors import CheckpointError, ConfigError
 from lockstep.runs import store
-from lockstep.runs.experiment import ConfigGroup, Experiment
+from lockstep.runs.experiment import Experiment
 from lockstep.runs.identity import what_changed
 from lockstep.runs.store import StageFolder
 from lockstep.storage.records import RUN, STAGE, STAGES, read_record

@@ -22,8 +22,9 @@ from lockstep.checking.conformance.backends.terms import (
     repeated,
     term,
 )
-from lockstep.checking.conformance.kit import check, near, near_arrays, require, same_arrays
+from lockstep.checking.conformance.kit import Violation, check, near, near_arrays, require, same_arrays
 from lockstep.checking.conformance.world import World
+from lockstep.errors import CheckpointError
 from lockstep.interfaces import Learner, Metrics, Term
 from lockstep.learning.optimisation import OptimizerConfig
 
@@ -226,3 +227,33 @@ def restoring_goes_on_bit_for_bit(world: World) -> None:
         repeated(world, f"after restoring and update {number + 1}, parameter", parameters(again), parameters(models))
         average, other = (one.averaged("policy").parameters() for one in (restored, learner))
         repeated(world, f"after restoring and update {number + 1}, the average of", average, other)
+
+
+@check("backend", usually="tensors that the files have and the learner lacks are passed over, or steps are read first")
+def restoring_refuses_another_state(world: World) -> None:
+    """A state with averages does not fit a learner without `ema_decay`, nor the other way round: `CheckpointError`, and the
+    learner goes on as if nothing had been tried."""
+    averaging = dataclasses.replace(OTHER, ema_decay=0.75)
+    for saved, restored in ((averaging, OTHER), (OTHER, averaging)):
+        models, again, untouched = ({"policy": world.policy()} for _ in range(3))
+        learner, other, expected = (
+            world.backend.learner(each, {"policy": optimizer})
+            for each, optimizer in ((models, saved), (again, restored), (untouched, restored))
+        )
+        folder = world.folder / f"state of {saved.ema_decay}"
+        one = term(world, ("logprobs",))
+        for _ in range(2):
+            learner.update([one])
+        learner.save(folder)
+        for each in (other, expected):
+            each.update([one])
+        what = f"a state with ema_decay={saved.ema_decay} in a learner with {restored.ema_decay}"
+        try:
+            other.restore(folder)
+        except CheckpointError:
+            pass
+        else:
+            raise Violation(f"{what} was restored")
+        for each in (other, expected):
+            each.update([one])
+        repeated(world, f"after {what} was refused, parameter", parameters(again), parameters(untouched))
