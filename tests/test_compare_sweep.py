@@ -205,6 +205,10 @@ def test_cost_has_time_speed_episodes_and_memory(whole):
     assert cost.speed(torch, "ppo") == pytest.approx(5200, rel=0.01)
     assert cost.memory(torch, "ppo") == pytest.approx((900 + 60) / 1024)
     assert cost.episodes(torch, "sft") is None
+    three_steps = {"ppo": SimpleNamespace(metrics={"objective/score": SimpleNamespace(steps=[0, 1, 2])})}
+    sizes = {"stages.ppo.algorithm.batch_size": 8, "stages.ppo.algorithm.samples": 4}
+    runs = [SimpleNamespace(stages=three_steps, config=sizes | changes) for changes in ({}, {"stages.ppo.changes.samples": 2})]
+    assert [cost.episodes(SimpleNamespace(runs=[run]), "ppo") for run in runs] == [3 * 8 * 4, 3 * 8 * 2]
 
 
 def test_warnings_while_training_are_listed_with_seed_and_first_step(tmp_path):

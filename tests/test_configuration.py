@@ -118,10 +118,10 @@ def test_a_value_left_open_asks_for_it(key):
         ({"rate": None}, "algorithm.rate=None should be float, not NoneType."),
         ({"limit": 1.5}, "algorithm.limit=1.5 should be int, not float."),
         ({"limit": True}, "algorithm.limit=True should be int, not bool."),
-        ({"betas": [0.9]}, "algorithm.betas=[0.9] should be tuple[float, float], not list."),
+        ({"betas": [0.9]}, "algorithm.betas=[0.9] should be [float, float], not list."),
         ({"betas": [0.9, "x"]}, "algorithm.betas[1]='x' should be float, not str."),
         ({"names": ["a", 2]}, "algorithm.names[1]=2 should be str, not int."),
-        ({"names": "a"}, "algorithm.names='a' should be tuple[str, ...], not str."),
+        ({"names": "a"}, "algorithm.names='a' should be a list of str, not str. For a list of one, type: algorithm.names='[a]'"),
         ({"table": {"x": "1"}}, "algorithm.table.x='1' should be int, not str."),
         ({"inner": 3}, "algorithm.inner must be a group of keys, not 3."),
         ({"inner": None}, "algorithm.inner must be a group of keys, not None."),
@@ -540,6 +540,11 @@ ROOT = {
         "function: to choose a file and set its key, type: reward_model=function reward_model.function=...",
     "policy.path=x": "No key 'policy.path' in the chosen policy. It is a key of huggingface, lora: to choose a file and set "
         "its key, type: policy=huggingface policy.path=...",
+    "algorithm.learning_rate=1": "No key 'algorithm.learning_rate'. It is a key of optimizer, value_optimizer: type "
+    "algorithm.optimizer.learning_rate=...",
+    "precision=bfloat16": "No key 'precision'. It is a key of backend: type backend.precision=...",
+    "exeriment=demo": "No key 'exeriment'. Did you mean 'experiment'? ",
+    "algorithm=GRPO": "No algorithm named 'GRPO'. Did you mean 'grpo'? ",
     "~stages.rewrad": "No key 'stages.rewrad'. Did you mean 'reward'? Keys of stages: evaluate, ppo, ppo_ptx, pretrain, ",
     "stages={a: 3}": "No key 'stages.a'. Keys of stages: evaluate, ppo, ppo_ptx, pretrain, reward, sft.",
 }  # fmt: skip

@@ -121,7 +121,7 @@ def policy(tmp_path):
         heads=1,
         kv_heads=1,
         intermediate_size=4,
-        context_length=8,
+        context_length=2048,
         rope_theta=1e4,
         tied=True,
     )

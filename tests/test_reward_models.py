@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -302,12 +303,12 @@ def rehearse(monkeypatch, f, data=None):
     Function.rehearse(parse(Function.Config, {"function": "my_rewards:score", "retries": 0}, "reward_model"), data or OnePrompt())
 
 
-def test_a_rehearsal_calls_the_function_once_on_the_first_prompt(monkeypatch):
+def test_a_rehearsal_calls_the_function_once_on_two_responses_to_the_first_prompt(monkeypatch):
     seen = []
-    rehearse(monkeypatch, lambda p, r, answer: seen.append((p, r, answer)) or [None])
+    rehearse(monkeypatch, lambda p, r, answer: seen.append((p, r, answer)) or [None, 1.0])
     ((prompts, texts, answer),) = seen
-    assert prompts == [[{"role": "user", "content": "w1"}]] and answer == ["a"]
-    assert texts == [OnePrompt().demonstrations("train")[0].response]
+    assert prompts == [[{"role": "user", "content": "w1"}]] * 2 and answer == ["a", "a"]
+    assert texts[0] == OnePrompt().demonstrations("train")[0].response != texts[1]
     rehearse(monkeypatch, lambda p, r: 1 / 0, NoPrompts())  # nothing to try it on
 
 
@@ -316,9 +317,14 @@ def test_a_rehearsal_calls_the_function_once_on_the_first_prompt(monkeypatch):
     [
         (lambda p, r, anwser: [1.0], "parameter 'anwser' has no default"),
         (lambda p, r: 1 / 0, r"reward function my_rewards:score, tried on the first prompt: it raised ZeroDivisionError"),
-        (lambda p, r: [True], "tried on the first prompt: it gave the score True, which is not a number"),
+        (lambda p, r: [True, False], "tried on the first prompt: it gave the score True, which is not a number"),
+        (lambda p, r: [1.0], "tried on the first prompt: it gave 1 scores for 2 responses"),
+        (
+            lambda p, r: [math.nan, math.inf],
+            "on the first prompt, scored nan and inf for two responses. Return finite numbers, or",
+        ),
     ],
-    ids=["misspelt", "crash", "no number"],
+    ids=["misspelt", "crash", "no number", "too few", "not finite"],
 )
 def test_a_rehearsal_finds_what_would_fail_after_hours(monkeypatch, f, message):
     with pytest.raises(RewardError, match=message):

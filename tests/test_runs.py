@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+import lockstep
 from lockstep.commands.run import run_config
 from lockstep.config.compose import compose
 from lockstep.errors import CheckpointError, ConfigError
@@ -287,9 +288,27 @@ def test_a_mistake_gives_one_clear_error_before_anything_is_written(tmp_path, me
     assert not list(tmp_path.iterdir())
 
 
-def test_lengths_beyond_the_context_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"lengths.prompt \+ lengths.response = 28 \+ 20 exceeds the policy's context of 40"):
-        tiny(tmp_path, "policy.context_length=40", "pretrain.lengths.response=32")
+@pytest.mark.parametrize(
+    ("changes", "stage"),
+    [(["policy.context_length=40", "pretrain.lengths.response=32"], "sft"), (["algorithm.lengths.prompt=300"], "ppo"),
+     (["evaluation.lengths.prompt=300"], "evaluate")],
+)  # fmt: skip
+def test_lengths_beyond_the_context_are_refused_before_anything_is_trained(tmp_path, changes, stage):
+    with pytest.raises(
+        ConfigError, match=rf"stages.{stage}: lengths.prompt \+ lengths.response = .* exceeds the policy's context of"
+    ):
+        Experiment(compose([*TINY, f"folder={tmp_path}", *changes]))
+
+
+@pytest.mark.parametrize("policy", ["new", "folder"])
+def test_lengths_beyond_the_context_of_a_folder_are_refused_too(tmp_path, policy):
+    """The folder is the configured policy's, or the one that a stage starts from."""
+    folder = tmp_path / "small"
+    lockstep.new_policy("torch", layers=1, hidden_size=32, intermediate_size=32, context_length=64).save(str(folder))
+    changes = ["policy=huggingface", f"policy.path={folder}", "~stages.pretrain", "stages.sft.policy=new"]
+    changes = changes if policy == "new" else ["~stages.pretrain", f"stages.sft.policy={folder}"]
+    with pytest.raises(ConfigError, match=r"stages.sft: lengths.prompt \+ lengths.response = 60 \+ 20 exceeds .* context of 64"):
+        Experiment(compose(["tracker=none", f"folder={tmp_path}", "sft.lengths.prompt=60", *changes]))
 
 
 def test_the_command_line_prints_errors_without_a_traceback(tmp_path):

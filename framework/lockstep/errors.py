@@ -69,9 +69,10 @@ class EngineFailed(LockstepError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' Did you mean 'ppo'?' for the nearest known name, or an empty string."""
-    nearest = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean '{short(nearest[0])}'?" if nearest else ""
+    """' Did you mean 'ppo'?' for the nearest known name, whatever its case, or an empty string."""
+    lower = {each.lower(): each for each in known}
+    nearest = difflib.get_close_matches(name.lower(), list(lower), n=1)
+    return f" Did you mean '{short(lower[nearest[0]])}'?" if nearest else ""
 
 
 def told(value: object) -> str:

@@ -187,6 +187,12 @@ class Policy(Model, Component):
         return None
 
     @classmethod
+    def context(cls, config: Any) -> int | None:
+        """The tokens that it will hold, prompt and response together, if the configuration or local files tell: limits beyond are
+        refused before anything is trained."""
+        return None
+
+    @classmethod
     def blueprint(cls, config: Any, vocab_size: int) -> Blueprint:
         """For `lockstep plan`: the network that `create` would make, without weights.
 

@@ -48,6 +48,10 @@ class Decoder(Checkpoint):
     Config = SmallDecoderConfig
 
     @classmethod
+    def context(cls, config: SmallDecoderConfig) -> int:
+        return config.context_length
+
+    @classmethod
     def blueprint(cls, config: SmallDecoderConfig, vocab_size: int) -> Blueprint:
         return Blueprint(config.architecture(vocab_size))
 

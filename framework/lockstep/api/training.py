@@ -12,9 +12,9 @@ from lockstep.api import items
 from lockstep.api.policies import ChatPolicy, load
 from lockstep.api.scorers import Reward, Scorer, reward_model
 from lockstep.api.sources import laid_over
-from lockstep.config.compose import group
+from lockstep.config.compose import group, no_file
 from lockstep.config.root import component_config
-from lockstep.errors import ConfigError, Diverged, MissingData, listing
+from lockstep.errors import ConfigError, Diverged, MissingData, RegistryError, listing
 from lockstep.interfaces import Algorithm, Backend, Context, DataSource, Environment, Policy, RewardModel
 from lockstep.learning.episodes import EnvironmentReward
 from lockstep.registry import registry
@@ -60,7 +60,10 @@ def train(
       Diverged: a loss or a gradient is not finite.
     """
     keys = {"name": algorithm} | group("algorithm", algorithm)  # grpo.yaml, say, is a configuration of policy_gradient
-    cls: type[Algorithm] = registry().resolve("algorithm", keys["name"], policy.backend.name)
+    try:
+        cls: type[Algorithm] = registry().resolve("algorithm", keys["name"], policy.backend.name)
+    except RegistryError as error:
+        raise ConfigError(f"{no_file('algorithm', algorithm)} {error}") if len(keys) == 1 else error from None
     config = component_config(cls, laid_over(keys, settings), algorithm)
     if environment is not None and not cls.takes_environment:
         raise ConfigError(f"{algorithm} takes no environment. Leave out environment=.")

@@ -154,11 +154,9 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         with contextlib.suppress(HydraException, OmegaConfBaseException):
             found_group = OmegaConf.select(_compose(rest), ".".join(path)) if path else _compose(rest)
             if isinstance(found_group, DictConfig):
-                return _no_key(path, key, [str(each) for each in found_group])
+                return _no_key(path, key, found_group)
     if found := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
-        return (
-            f"No {short(found[1])} named '{short(found[2])}'.{did_you_mean(found[2], _choices(found[1]))} {_there_are(found[1])}"
-        )
+        return no_file(found[1], found[2])
     for each in given:
         is_text = isinstance(each.value(), (str, QuotedString))
         if message.startswith("Config group override must be a string") and not is_text and _choices(each.key_or_group):
@@ -216,14 +214,18 @@ def _choices(group: str) -> set[str]:
     return {file.stem for folder in conf_folders().values() for file in (folder / group).glob("*.yaml")}
 
 
-def _no_key(path: Sequence[str], key: str, keys: Sequence[str]) -> str:
-    """What to type instead of a key that a group does not have, perhaps because another file of the group has it."""
-    name, near = short(".".join([*path, key])), did_you_mean(key, keys)
+def _no_key(path: Sequence[str], key: str, values: DictConfig) -> str:
+    """What to type instead of a key that a group does not have, perhaps because a group in it or another file of it has."""
+    keys = [str(each) for each in values]
+    name, near = short(".".join([*path, key])), did_you_mean(key, keys if path else [*keys, "experiment"])
     if len(path) == 1 and not near and (files := _with_key(path[0], key)):
         return (
             f"No key '{name}' in the chosen {path[0]}. It is a key of {listing(files)}: to choose a file and set its key, type: "
             f"{path[0]}={files[0]} {name}=..."
         )
+    inside = [each for each in keys if OmegaConf.is_dict(inner := values._get_node(each)) and key in inner]
+    if inside and not near:
+        return f"No key '{name}'. It is a key of {listing(inside)}: type {'.'.join([*path, inside[0], key])}=..."
     return f"No key '{name}'.{near} Keys of {short('.'.join(path)) or 'the configuration'}: {listing(keys)}."
 
 
@@ -232,6 +234,11 @@ def _with_key(kind: str, key: str) -> list[str]:
     folders = registry().conf.values() if kind in KINDS else ()
     names = {file.stem for folder in folders for file in (folder / kind).glob("*.yaml")}
     return sorted(name for name in names if key in group(kind, name))
+
+
+def no_file(group: str, name: str) -> str:
+    """What to choose instead of a file that there is not."""
+    return f"No {short(group)} named '{short(name)}'.{did_you_mean(name, _choices(group))} {_there_are(group)}"
 
 
 def _there_are(group: str) -> str:

@@ -180,7 +180,9 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
 
 
 def _quoted(where: str, value: Any, *hints: Any) -> str:
-    """What to type if a text was read as something else: a number, a truth value or a list."""
+    """What to type if a text was read as something else (a number, a truth value or a list), or stands for a list of one."""
+    if isinstance(value, str) and where and "[" not in where and tuple[str, ...] in hints:
+        return f" For a list of one, type: {override(where, [value])}"
     if str not in hints or not isinstance(value, (bool, int, float, list)) or not where or "[" in where:
         return ""
     text = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
@@ -217,6 +219,9 @@ def _name(hint: Any) -> str:
         return "a group of keys"
     if typing.get_origin(hint) in (Union, types.UnionType):
         return " or ".join(map(_name, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        first, *rest = map(_name, (each for each in typing.get_args(hint) if each is not Ellipsis))
+        return f"[{', '.join([first, *rest])}]" if rest else f"a list of {first}"
     return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
 
 

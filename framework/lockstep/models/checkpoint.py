@@ -79,6 +79,10 @@ class FromCheckpoint:
         return survey(config.path, any_family=cls.any_family)
 
     @classmethod
+    def context(cls, config: Any) -> int | None:
+        return context_of(config.path)
+
+    @classmethod
     def blueprint(cls, config: Any, vocab_size: int) -> Blueprint:
         made: Blueprint = config.blueprint()
         return made
@@ -199,6 +203,16 @@ def is_known(config: dict[str, Any]) -> bool:
 def is_adapter(folder: Path) -> bool:
     """Whether it holds an adapter, not a whole checkpoint."""
     return (folder / ADAPTER_CONFIG).exists()
+
+
+def context_of(path: str) -> int | None:
+    """The context of a checkpoint in a local folder; None elsewhere, or if its family has no record."""
+    if not (Path(path) / CONFIG).is_file():
+        return None
+    try:
+        return from_hf(read_config(Path(path))).context_length
+    except CheckpointError:
+        return None  # opening it says what is wrong
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from lockstep.config.schema import parse
 from lockstep.config.secrets import without_secrets
 from lockstep.data.mixture import TWINS
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing, short
+from lockstep.models.checkpoint import context_of
 from lockstep.registry import registry
 from lockstep.runs import identity
 from lockstep.runs.attacks import AttackConfig
@@ -34,6 +35,7 @@ from lockstep.runs.stages import MIXED, NEW, Chosen, Stage, StageConfig
 from lockstep.runs.store import RunFolder, StageFolder, decisive
 from lockstep.storage.names import NOT_RUNS, checked_name, in_a_name, root_folder
 from lockstep.storage.records import RUN, STAGES, read_record
+from lockstep.text.encoding import Lengths
 from lockstep.text.templates import template_text
 from lockstep.text.tokenizer import TokenizerConfig
 
@@ -69,6 +71,7 @@ class Experiment:
             if name in self.stages:
                 raise ConfigError(f"Two stages are called '{short(name)}', one of them in rounds. Rename either.")
             if stage := self._stage(name, group, scope, number):
+                self._check_context(stage)
                 self.stages[name] = stage
         if config["environment"] is not None and not any(stage.environment for stage in self.stages.values()):
             raise ConfigError(
@@ -183,6 +186,26 @@ class Experiment:
 
     def _chosen(self, kind: str, group: ConfigGroup | None) -> Chosen | None:
         return None if group is None else Chosen(*self._component(kind, group), group)
+
+    def _check_context(self, stage: Stage) -> None:
+        """
+        Raises:
+          ConfigError: its limits exceed the context of the policy that it trains or evaluates, if that is known.
+        """
+        lengths = getattr(stage.config, "lengths", None)
+        contexts = [self._context(policy) for policy in stage.policies_read]
+        if isinstance(lengths, Lengths) and (known := [context for context in contexts if context is not None]):
+            try:
+                lengths.check(min(known))
+            except ConfigError as error:
+                raise ConfigError(f"stages.{stage.name}: {error}") from None
+
+    def _context(self, policy: str) -> int | None:
+        """Of 'new', a stage before or a folder."""
+        while policy in self.stages and (before := self.stages[policy].policy) is not None:
+            policy = before
+        cls, config = self.policy
+        return cls.context(config) if policy == NEW else context_of(policy)
 
     def _check_objective(self, objective: str) -> None:
         stage, _, metric = objective.partition("/")

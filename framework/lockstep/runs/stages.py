@@ -154,13 +154,16 @@ class Stage:
         return (NEW, "policy") in self._sources
 
     @property
+    def policies_read(self) -> list[str]:
+        """Those that it trains, evaluates, asks or attacks."""
+        evaluated = [*(self.config.policies or ()), self.config.baseline] if isinstance(self.config, EvaluationConfig) else []
+        return [policy for policy in (self.policy, *self.policies, *evaluated) if policy is not None]
+
+    @property
     def _sources(self) -> list[tuple[str, str]]:
-        policies = [policy for policy in (self.policy, *self.policies) if policy is not None]
-        if isinstance(self.config, EvaluationConfig):
-            policies += [*(self.config.policies or ()), self.config.baseline]
         mixed = [(source, noun) for noun, sources in self.mixes.items() for source in sources if source not in (DATA, GOALS)]
         read = [(source, "prompts") for source in self.attacked]
-        return [*((name, "policy") for name in policies), *self.declared, *mixed, *read]
+        return [*((name, "policy") for name in self.policies_read), *self.declared, *mixed, *read]
 
     @property
     def declared(self) -> list[tuple[str, str]]:

@@ -47,7 +47,8 @@ class Lengths:
         if self.prompt + self.response > context_length:
             raise ConfigError(
                 f"lengths.prompt + lengths.response = {self.prompt} + {self.response} exceeds the policy's context of "
-                f"{context_length} tokens. Lower them, or set policy.context_length."
+                f"{context_length} tokens. Lower them, or take a policy with a longer context (of policy=decoder: "
+                "policy.context_length)."
             )
 
 
@@ -77,7 +78,7 @@ def report(fit: Fit, lengths: Lengths) -> None:
         alike = f"; {fit.alike} have completions that are the same tokens, cut to {lengths.response}" if fit.alike else ""
         raise DataError(
             f"All {fit.total} {fit.what} were dropped: their last prompts alone are longer than {lengths.prompt} tokens{alike}. "
-            "Raise the limit in the algorithm's `lengths`."
+            "Raise lengths.prompt: the algorithm's, or evaluation.lengths.prompt if it is an evaluation that reads them."
         )
     parts = {
         f"{fit.dropped} dropped because their last prompt alone is longer than {lengths.prompt} tokens": fit.dropped,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,10 +11,12 @@ import numpy as np
 from lockstep.config.schema import REQUIRED, setting
 from lockstep.errors import RewardError, told
 from lockstep.interfaces import DataSource, Resources
-from lockstep.learning.rows import Columns, Dialogue, arguments, columns_of, dialogues, first_row
+from lockstep.learning.rows import STAND_IN, Columns, Dialogue, arguments, columns_of, dialogues, first_row
 from lockstep.learning.scores import scores_of
 from lockstep.registry import function_at
 from lockstep_rlhf.reward_models.outside import LONGEST_TIMEOUT, MOST_RETRIES, NoScores, OneAtATime, Outside
+
+log = logging.getLogger("lockstep")
 
 
 class Function(Outside):
@@ -47,14 +50,20 @@ class Function(Outside):
 
     @classmethod
     def rehearse(cls, config: Config, data: DataSource) -> None:
-        """One call, on the first prompt; it may say that it cannot score the response."""
+        """One call, on two responses to the first prompt; it may say that it cannot score one of them."""
         if (row := first_row(data)) is None:
             return
         model, (prompt, response) = cls(config, None), row
+        prompts, texts = [prompt, prompt], [response, STAND_IN]
         try:
-            model.attempt(dialogues([prompt]), [response], columns_of([prompt]))
+            scores = model.attempt(dialogues(prompts), texts, columns_of(prompts))
         except NoScores as failure:
             raise RewardError(f"{model.source}, tried on the first prompt: {failure}") from failure
+        if not np.isfinite(scores).any():
+            nothing = f"{model.source}, tried on the first prompt, scored {scores[0]} and {scores[1]} for two responses."
+            if config.on_failure == "raise":
+                raise RewardError(f"{nothing} Return finite numbers, or set reward_model.on_failure=drop to leave them out.")
+            log.warning("%s Episodes without a finite score are left out.", nothing)
 
     def ask(self, prompts: list[Dialogue], texts: list[str], columns: Columns) -> np.ndarray:
         given = [[dict(message) for message in dialogue] for dialogue in prompts], list(texts)

@@ -36,7 +36,7 @@ def parts(c: RunComparison) -> list[str]:
 
 
 def episodes(g: RunGroup, stage: str) -> float | None:
-    """Prompts answered in training: iterations done times the batch size. None for other stages."""
+    """Responses drawn in training: iterations done, times prompts, times samples of each. None for other stages."""
     return _mean([_episodes(run, stage) for run in g.runs])
 
 
@@ -79,9 +79,9 @@ def duration(seconds: float) -> str:
 def _episodes(run: Run, stage: str) -> float | None:
     found = run.stages.get(stage)
     series = found and found.metrics.get("objective/score")
-    key = f"stages.{stage}.algorithm.batch_size"
-    size = run.config.get(f"stages.{stage}.changes.batch_size", run.config.get(key))
-    return len(series.steps) * size if series and size else None
+    keys = {each: f"stages.{stage}.algorithm.{each}" for each in ("batch_size", "samples")}
+    size, samples = (run.config.get(f"stages.{stage}.changes.{each}", run.config.get(key)) for each, key in keys.items())
+    return len(series.steps) * size * (samples or 1) if series and size else None
 
 
 def _median(stage: StageRecord, metric: str) -> float | None:
