@@ -396,6 +396,12 @@ def test_the_markdown_report_has_the_same_numbers(report):
     assert widths == {0}
 
 
+def test_the_interval_of_a_share_ends_at_0_and_100_percent():
+    assert claims.show(Estimate(0.875, 0.728, 1.022), claims.PERCENT) == "87.5% [72.8%, 100.0%]"
+    assert claims.show(Estimate(0.02, -0.02, 0.06), claims.PERCENT) == "2.0% [0.0%, 6.0%]"
+    assert claims.show(Estimate(0.02, -0.02, 0.06), "+.1%") == "+2.0% [-2.0%, +6.0%]"  # a difference may be below
+
+
 def test_the_metrics_file_is_tidy(report):
     with open(next(f for f in report.files if f.name == "metrics.csv"), newline="") as stream:
         rows = list(csv.DictReader(stream))

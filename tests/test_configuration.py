@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from lockstep.builtin import CONF
 from lockstep.commands import plugins
 from lockstep.config.compose import compose, group
-from lockstep.config.root import GROUPS, Root
+from lockstep.config.root import GROUPS, Root, component_config
 from lockstep.config.schema import REQUIRED, differences, parse, setting
 from lockstep.data.reading import Source
 from lockstep.errors import ConfigError, LockstepError, RegistryError
@@ -726,8 +726,8 @@ def test_every_algorithm_takes_the_place_of_ppo_in_every_experiment(number):
         if experiment in ("shop", "library") and component == "preference_optimisation":
             continue  # it takes no environment, and says so
         checked = Experiment(compose([f"experiment={experiment}", chosen, *needed(experiment)]))
-        stage = {"shop": "rl", "library": "rl", "sums": "grpo", "rounds": "ppo_1", "feedback": "ppo_1", "red_team": "defender_1"}
-        stage = stage.get(experiment, "ppo")
+        stages = {"sums": "grpo", "rounds": "ppo_1", "feedback": "ppo_1", "red_team": "defender_1"}
+        stage = stages.get(experiment, "rl" if experiment in ("rl", "shop", "library") else "ppo")
         assert checked.stages[stage].group["name"] == component and "ppo_ptx" not in checked.stages
 
 
@@ -792,3 +792,11 @@ def test_a_file_of_the_current_folder_with_a_packages_name_is_refused_only_when_
     )
     own("experiment/demo", (CONF / "experiment" / "demo.yaml").read_text())
     assert compose(["experiment=demo"])["experiment_name"] == "demo"
+
+
+def test_a_component_without_a_config_is_told_to_have_one():
+    class Sure:
+        """Somebody's environment, whose author did not read on."""
+
+    with pytest.raises(ConfigError, match=r"Sure has no Config. Give it one: a frozen dataclass with its keys, or a ready one"):
+        component_config(Sure, {"name": "sure:Sure"}, "environment")

@@ -14,7 +14,7 @@ from lockstep.checking.conformance import checks, conform, subject
 from lockstep.checking.conformance.kit import KINDS as MODULES
 from lockstep.checking.conformance.world import WORDS, tokenizer
 from lockstep.config.schema import setting
-from lockstep.learning.online import Clock, Online, OnlineConfig
+from lockstep.learning.online import Clock, Corrected, CorrectedConfig
 from lockstep.storage.files import read_json
 from lockstep_rlhf.algorithms.policy_gradient import PolicyGradientLoss
 from test_processes import several
@@ -144,7 +144,7 @@ def test_no_false_alarm_with_other_values(case):
 
 
 @dataclass(frozen=True)
-class OtherNames(OnlineConfig):
+class OtherNames(CorrectedConfig):
     """GRPO's, under names that nobody else has."""
 
     group: int = setting(4, "Responses per prompt.", least=2)
@@ -155,7 +155,7 @@ class OtherNames(OnlineConfig):
         super().__post_init__()
 
 
-class Renamed(Online):
+class Renamed(Corrected):
     """GRPO without whatever is not checked here."""
 
     Config = OtherNames

@@ -16,7 +16,7 @@ from lockstep.registry import registry
 def sft(backend, policy, tokenizer):
     cls, config = configure("sft", batch_size=12, dropout=0.1 if type(policy).__name__ == "Decoder" else 0.0)
     algorithm = cls(config, Context(0, backend, tokenizer, Data(), policy, None))
-    return algorithm.learner, algorithm.terms(0)
+    return algorithm.learner, algorithm.next_terms(0)
 
 
 def variants(backend):

@@ -410,3 +410,10 @@ def test_rejection_sampling_takes_no_step_where_nothing_is_good_enough(make):
     before = algorithm.policy.parameters()
     assert algorithm.step(0)["best/kept"] == 0
     same(algorithm.policy.parameters(), before)
+
+
+def test_advantages_of_another_shape_are_refused(make, monkeypatch):
+    algorithm = make("policy_gradient", reward_model=Scored(), iterations=1, batch_size=2, samples=4)
+    monkeypatch.setattr(algorithm, "advantages", lambda rewards, counted: rewards.reshape(2, 4))
+    with pytest.raises(ValueError, match=r"PolicyGradient.advantages gave an array \(2, 4\) for rewards \(8,\)"):
+        algorithm.step(0)

@@ -43,7 +43,7 @@ def test_with_prompt_loss_all_tokens_but_the_first_count(sft, load):
 def test_the_held_out_loss_is_the_mean_over_all_held_out_tokens(sft, load):
     algorithm = sft(micro_batch_size=5)
     total, count = summed_loss(load(), [(e.prompt, e.response) for e in algorithm.heldout])
-    assert algorithm.heldout_loss(algorithm.policy) == pytest.approx(total / count, rel=1e-5)
+    assert algorithm.measure(algorithm.policy)["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_gradients_of_sft_do_not_depend_on_the_micro_batch(sft, monkeypatch):
@@ -65,7 +65,7 @@ def raw(algorithm, batch):
 def test_the_pretraining_mix_is_its_fraction_of_every_batch(sft):
     algorithm = sft(batch_size=8, pretrain_mix=0.25)
     for step in range(3):
-        demonstrations, texts = algorithm.blocks(step)
+        demonstrations, texts = (term.sequences for term in algorithm.next_terms(step))
         assert (demonstrations.rows, texts.rows) == (6, 2)
     with pytest.raises(ConfigError, match="pretrain_mix=0.95 of batch_size=6 leaves no demonstration"):
         sft(pretrain_mix=0.95)

@@ -97,5 +97,5 @@ def test_a_round_of_iterated_dpo_starts_from_the_stored_result_of_the_last(tmp_p
 
 
 def test_a_correction_is_refused():
-    with pytest.raises(ConfigError, match="algorithm.correction has no effect on online preferences"):
+    with pytest.raises(ConfigError, match="Unknown key algorithm.correction"):
         configure("online_preferences", correction={"kind": "truncate"})

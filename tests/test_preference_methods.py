@@ -152,9 +152,9 @@ def test_each_name_is_a_loss_of_its_own(library):
 def test_the_reference_reads_only_what_is_trained_on(make):
     whole = make("preference_optimisation", epochs=1.0, batch_size=2, heldout_examples=0)
     part = make("preference_optimisation", epochs=0.5, batch_size=2, heldout_examples=0)
-    read = [number for number, ranking in enumerate(part.rankings) if not np.isnan(ranking.ref).any()]
-    assert len(read) == 2 * part.total_steps < len(part.rankings) == len(whole.rankings)
+    read = [number for number, ranking in enumerate(part.examples) if not np.isnan(ranking.ref).any()]
+    assert len(read) == 2 * part.total_steps < len(part.examples) == len(whole.examples)
     for number in read:
-        np.testing.assert_allclose(part.rankings[number].ref, whole.rankings[number].ref, atol=1e-5)
+        np.testing.assert_allclose(part.examples[number].ref, whole.examples[number].ref, atol=1e-5)
     losses = [[algorithm.step(step)["preference/loss"] for step in range(part.total_steps)] for algorithm in (whole, part)]
     assert np.isfinite(losses[1]).all() and losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -14,7 +14,7 @@ from lockstep.commands import run as run_command
 from lockstep.commands.run.dry_run import FIRST, _check_lengths
 from lockstep.config.compose import compose
 from lockstep.data import files
-from lockstep.errors import CheckpointError, ConfigError, DataError, LockstepError
+from lockstep.errors import CheckpointError, ConfigError, DataError, LockstepError, RewardError
 from lockstep.models.architecture import from_hf, initial_parameters, small_decoder, to_hf
 from lockstep.runs.experiment import Experiment
 from lockstep.runs.store import RunFolder
@@ -155,6 +155,16 @@ def test_hh(dry, write):
     out = dry("experiment=hh", f"data.comparisons={source(write(hh))}", "data.heldout_fraction=0.25")
     assert "40 comparisons in" in out and "2.0 completions and 1.0 pairs per prompt" in out
     assert "200 iterations x 64 episodes = 12800 episodes" in out and "Everything a dry run can check is correct." in out
+
+
+def test_rl(dry, tmp_path):
+    rows = [{"prompt": f"w{n} + 1", "answer": n + 1} for n in range(40)]
+    (tmp_path / "sums.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    prompts = f"data.prompts={source(tmp_path / 'sums.jsonl', columns='[answer]')}"
+    out = dry("experiment=rl", prompts)
+    assert "200 iterations x 16 prompts x 8 responses" in out and "Everything a dry run can check is correct." in out
+    with pytest.raises(RewardError, match="needs the column 'answer'"):
+        dry("experiment=rl", prompts.replace("answer", ""))
 
 
 def test_tldr(dry, write):

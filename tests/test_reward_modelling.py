@@ -34,7 +34,7 @@ def completion_scores(algorithm, ranked):
 
 def test_the_loss_is_the_mean_over_prompts_of_the_mean_over_pairs(rm):
     algorithm = rm()
-    batch = algorithm.comparisons[:4]
+    batch = algorithm.examples[:4]
     assert [ranks for _, ranks in batch] == [(1, 0), (0, 1, 2), (2, 0, 1, 0), (0, 1)]
     expected = 0.0
     for ranked in batch:
@@ -55,7 +55,7 @@ class NoTies(Data):
 def test_a_zero_head_knows_nothing_and_loses_ln_2(rm):
     algorithm = rm(data=NoTies())
     algorithm.model.rescale(0.0, 0.0)
-    assert algorithm.learner.update(algorithm.terms(algorithm.comparisons))["loss"] == pytest.approx(LN2, abs=1e-6)
+    assert algorithm.learner.update(algorithm.terms(algorithm.examples))["loss"] == pytest.approx(LN2, abs=1e-6)
 
 
 def test_a_shift_of_all_scores_changes_neither_loss_nor_accuracy(rm):
@@ -63,7 +63,7 @@ def test_a_shift_of_all_scores_changes_neither_loss_nor_accuracy(rm):
     for bias in (0.0, 3.0):
         algorithm = rm()
         algorithm.model.rescale(1.0, bias)
-        results.append(algorithm.learner.update(algorithm.terms(algorithm.comparisons)))
+        results.append(algorithm.learner.update(algorithm.terms(algorithm.examples)))
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], abs=1e-6)
     assert results[0]["accuracy"] == results[1]["accuracy"]
 
@@ -79,14 +79,14 @@ def test_gradients_of_the_reward_model_do_not_depend_on_the_micro_batch(rm):
     found = {}
     for size in (None, 1, 2, 3, 6):
         algorithm = rm(micro_batch_size=size, batch_size=6)
-        found[size] = algorithm.learner.gradients(algorithm.terms(algorithm.comparisons[:6]))
+        found[size] = algorithm.learner.gradients(algorithm.terms(algorithm.examples[:6]))
     for size in (1, 2, 3, 6):
         assert relative(found[None], found[size]) < 1e-5, size
 
 
 def test_one_forward_per_completion_and_a_comparison_is_never_cut(rm):
     algorithm = rm(micro_batch_size=2, batch_size=4)
-    terms = algorithm.terms(algorithm.comparisons[:4])
+    terms = algorithm.terms(algorithm.examples[:4])
     assert [int(term.sequences.mask.any(axis=1).sum()) for term in terms] == [5, 6]
 
 
@@ -130,7 +130,7 @@ class NoDemonstrations(Data):
 def test_without_demonstrations_the_best_completions_score_zero_on_average(rm):
     algorithm = rm(data=NoDemonstrations())
     algorithm.finish()
-    best = [completion_scores(algorithm, c)[c[1].index(0)] for c in algorithm.comparisons]
+    best = [completion_scores(algorithm, c)[c[1].index(0)] for c in algorithm.examples]
     assert sum(best) / len(best) == pytest.approx(0, abs=1e-4)
 
 

@@ -62,6 +62,8 @@ def test_all_plugins_are_listed_and_usable(site):
     done = lockstep(site, "plugins")
     for name, kind in (GENERATED | EDITED).items():
         assert re.search(rf"{kind} +{name} .*lockstep-{name.replace('_', '-')} .*yes", done.stdout), done.stdout + done.stderr
+    choices = " ".join(done.stdout.split())
+    assert "algorithm=grpo" in choices and "experiment=demo" in choices and "algorithm=ppo," not in choices
 
 
 @pytest.mark.parametrize("kind", ["algorithm", "reward_model", "environment", "labeler", "attacker", "policy", "backend"])

@@ -91,7 +91,7 @@ def ppo() -> Any:
         stop_token_id=TOKENIZER.eos_token_id,
     )
     TOKENIZER.padding_side = "left"
-    tokens = TOKENIZER(rows("prompts")["prompt"], add_special_tokens=False)["input_ids"]
+    tokens = TOKENIZER(list(rows("prompts")["prompt"]), add_special_tokens=False)["input_ids"]
     data = datasets.Dataset.from_dict({"input_ids": [ids for ids in tokens if len(ids) <= SETTINGS["prompt"]]})
     models = policy(INTO / "sft"), policy(INTO / "sft"), scalar(INTO / "reward")
     return PPOTrainer(config, TOKENIZER, *models, data, scalar(INTO / "reward"), eval_dataset=data.select(range(8)))

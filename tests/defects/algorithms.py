@@ -90,7 +90,7 @@ class ExtraStep(SFT):
     def step(self, step):
         metrics = super().step(step)
         if step % 2 == 1:
-            self.learner.update(self.terms(step))
+            self.learner.update(self.next_terms(step))
         return metrics
 
 
@@ -302,17 +302,17 @@ class MultiplyingLoss(NextTokenLoss):
 class Multiplies(SFT):
     """Masked columns are multiplied by 0."""
 
-    def terms(self, step):
-        return [replace(term, loss=MultiplyingLoss()) for term in super().terms(step)]
+    def next_terms(self, step):
+        return [replace(term, loss=MultiplyingLoss()) for term in super().next_terms(step)]
 
 
 @defect("algorithm", caught_by="every_token_weighs_the_same")
 class MeanOfRows(SFT):
     """Each row is averaged over its own tokens first."""
 
-    def terms(self, step):
+    def next_terms(self, step):
         terms = []
-        for term in super().terms(step):
+        for term in super().next_terms(step):
             mask = term.sequences.mask
             weights = mask / mask.sum(axis=1, keepdims=True) / len(mask)
             terms.append(replace(term, batch={"weights": weights.astype(np.float32)}))
@@ -902,7 +902,7 @@ class MismatchedElsewhere(KTO):
     """The mismatched completions are those of another batch (TRL#2153)."""
 
     def mismatch(self, rankings):
-        return super().mismatch(self.rankings[: len(rankings)])
+        return super().mismatch(self.examples[: len(rankings)])
 
 
 @defect("algorithm", caught_by="references_are_the_first_policys")

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from lockstep.config.folders import HERE, conf_folders
-    from lockstep.registry import registry
+    from lockstep.registry import KINDS, registry
 
     table = Table(box=None, pad_edge=False)
     for column in ("kind", "name", "backend", "from", "usable"):
@@ -30,9 +30,13 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         table.add_row(component.kind, component.name, component.backend or "any", component.distribution, usable)
     console = Console()
     console.out.print(table)
+    components = {(component.kind, component.name) for component in registry()}
     for source, folder in conf_folders().items():
-        files = folder.glob("*/*.yaml" if source == HERE else "experiment/*.yaml")
-        if choices := sorted(f"{file.parent.name}={file.stem}" for file in files):
+        files = [(file.parent.name, file.stem) for file in folder.glob("*/*.yaml")]
+        presets = [
+            file for file in files if source == HERE or file[0] == "experiment" or file[0] in KINDS and file not in components
+        ]
+        if choices := sorted(f"{kind}={name}" for kind, name in presets):
             console.say(f"{source}: {', '.join(choices)}")
     for name, reason in registry().broken.items():
         console.say(f"{name} cannot be loaded: {reason}")

@@ -121,5 +121,14 @@ def _check_group(kind: str, group: ConfigGroup, where: str, backend: str | None)
 
 
 def component_config(cls: type[Any], group: ConfigGroup, where: str) -> Any:
-    """A component's group as its ``Config``: every key but ``name``, which chose the component."""
+    """A component's group as its ``Config``: every key but ``name``, which chose the component.
+
+    Raises:
+      ConfigError: an unknown key, a value that does not fit, or a class without ``Config``.
+    """
+    if not hasattr(cls, "Config"):
+        raise ConfigError(
+            f"{cls.__module__}:{cls.__qualname__} has no Config. Give it one: a frozen dataclass with its keys, or a ready one, "
+            "as in Config = EnvironmentConfig."
+        )
     return parse(cls.Config, {key: value for key, value in group.items() if key != "name"}, where)

@@ -52,21 +52,6 @@ Scored = tuple[Samples, np.ndarray, Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class CorrectionConfig:
-    """Importance weights for a sampler that differs from the trained policy (another precision, another engine):
-    w = π_old / π_sampler, a number per token or, over all tokens of a response, their product or geometric mean.
-
-    'truncate': min(w, high), truncated importance sampling (Ionides 2008). 'mask': w where low <= w <= high; elsewhere 0, and
-    the token or response leaves the mean (IcePop, arXiv 2510.18855, with ``level: token``).
-    """
-
-    kind: Literal["none", "truncate", "mask"] = setting("none", "What happens out of bounds; none: all weights are 1.")
-    level: Literal["token", "sequence", "mean"] = setting("token", "A weight per token; or per response, the product or mean.")
-    low: float = setting(0.5, "Lower bound of 'mask'.", least=0)
-    high: float = setting(2.0, "Upper bound.", above=0)
-
-
-@dataclass(frozen=True)
 class OnlineConfig:
     """The keys that these algorithms share. LHP is lm-human-preferences."""
 
@@ -89,7 +74,6 @@ class OnlineConfig:
     unfinished_score: float | None = setting(
         -1.0, "Replaces the score of a response without EOS (LHP); null: keep it.", least=-math.inf
     )
-    correction: CorrectionConfig = setting(CorrectionConfig(), "Importance weights for a sampler that differs from the policy.")
     optimizer: OptimizerConfig = setting(OptimizerConfig(eps=1e-5), "Adam of the policy; ε is LHP's.")
     schedule: ScheduleConfig = setting(ScheduleConfig("constant", 10, 0.1, 1.0), "InstructGPT's.")
 
@@ -196,11 +180,6 @@ class Online(Algorithm):
                 "engine.ahead needs to know the next step's prompts, which extra_rounds decides. Set engine.ahead=false, or "
                 "algorithm.extra_rounds=0."
             )
-        if self.config.correction.kind == "none":
-            log.warning(
-                "engine.ahead: responses are drawn by the policy of one step before, and no correction weighs them. "
-                "algorithm.correction.kind=truncate does, in algorithms with a ratio."
-            )
 
     # ---------------------------------------------------------------------------------------------------- one batch
 
@@ -239,7 +218,7 @@ class Online(Algorithm):
 
         One step ahead (``engine.ahead``), the responses are drawn by the policy as it was one step before, while the old
         log-probabilities, values and KL are those of the policy as it is now. So PPO's ratio and clip refer to the latter, the
-        proximal policy, and `correction` weighs by its ratio to the former, the behaviour policy: the decoupled objective of
+        proximal policy, and `Corrected` weighs by its ratio to the former, the behaviour policy: the decoupled objective of
         Hilton et al. 2021 (arXiv 2110.00641) and of AReaL (Fu et al. 2025, arXiv 2505.24298)."""
         c = self.config
         samples, scores, details = self.sample(step, clock)
@@ -275,14 +254,6 @@ class Online(Algorithm):
         """float32 [B]: the scores after the rule for unfinished responses."""
         return numerics.replace_unfinished(rollout.scores, rollout.finished, self.config.unfinished_score)
 
-    def correction(self, rollout: Rollout) -> np.ndarray:
-        """float32 [B, T]: importance weights for a sampler that differs from the policy; 1 where none are asked for."""
-        c, mask = self.config.correction, rollout.sequences.mask
-        if c.kind == "none":
-            return np.ones(mask.shape, np.float32)
-        low = c.low if c.kind == "mask" else None
-        return numerics.importance(rollout.old_logprobs, rollout.sampler_logprobs, mask, level=c.level, low=low, high=c.high)
-
     # ------------------------------------------------------------------------------------------------------- updates
 
     def train(
@@ -317,27 +288,25 @@ class Online(Algorithm):
         self, sequences: Sequences, batch: Mapping[str, np.ndarray], rows: np.ndarray, forward: ForwardPass | None = None
     ) -> list[Term]:
         """One minibatch as micro-batches. ``forward``: the pass over all rows, if they are one term."""
-        batch = {name: array[rows] for name, array in batch.items()}
-        batch |= self.weights(batch)
+        read = self.arrays({name: array[rows] for name, array in batch.items()})
         return [
             Term(
                 self.loss,
                 sequences.take(rows[part]),
-                {name: array[part] for name, array in batch.items() if name != "correction"},
+                {name: array[part] for name, array in read.items()},
                 self.config.temperature,
                 forward=forward,
             )
             for part in chunks(len(rows), self.config.micro_batch_size)
         ]
 
+    def arrays(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the loss reads of a minibatch: its arrays, and `weights`."""
+        return {**batch, **self.weights(batch)}
+
     def weights(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """[B, T] weights of a minibatch: ``weights``, with which each token counts alike, and ``policy_weights``, corrected.
-        Rejected tokens leave the mean."""
-        used = batch["mask"] & (batch["correction"] > 0)
-        return {
-            "weights": numerics.mean_weights(batch["mask"], "token_mean"),
-            "policy_weights": numerics.mean_weights(used, "token_mean") * batch["correction"],
-        }
+        """[B, T] weights of a minibatch: ``weights``, with which each token counts alike."""
+        return {"weights": numerics.mean_weights(batch["mask"], "token_mean")}
 
     # ------------------------------------------------------------------------------------------------------- records
 
@@ -362,14 +331,6 @@ class Online(Algorithm):
             k3 = numerics.k3(rollout.old_logprobs, rollout.ref_logprobs, mask)
             metrics["objective/kl"] = float(rollout.kl[counted].sum(axis=1).mean())
             metrics["objective/k3"] = float(k3[counted].sum(axis=1).mean())
-        if self.config.correction.kind != "none":
-            w = self.correction(rollout)[mask]
-            metrics |= {
-                "sampler/weight_mean": float(w.mean()),
-                "sampler/weight_max": float(w.max()),
-                "sampler/rejected": float((w == 0).mean()),
-                "sampler/effective_share": numerics.effective_share(w),
-            }
         if (rewards := rollout.responses.rewards) is not None:
             metrics["environment/reward"] = float(rewards[counted].mean())
             metrics["environment/turns"] = float(numerics.turns(mask)[counted].mean())
@@ -430,6 +391,72 @@ class Online(Algorithm):
     def result(self) -> Policy:
         trained: Policy = self.learner.averaged("policy")  # type: ignore[assignment]  # the model of this name is one
         return trained
+
+
+# ------------------------------------------------------------------------------------------- a sampler that differs
+
+
+@dataclass(frozen=True)
+class CorrectionConfig:
+    """Importance weights for a sampler that differs from the trained policy (another precision, another engine):
+    w = π_old / π_sampler, a number per token or, over all tokens of a response, their product or geometric mean.
+
+    'truncate': min(w, high), truncated importance sampling (Ionides 2008). 'mask': w where low <= w <= high; elsewhere 0, and
+    the token or response leaves the mean (IcePop, arXiv 2510.18855, with ``level: token``).
+    """
+
+    kind: Literal["none", "truncate", "mask"] = setting("none", "What happens out of bounds; none: all weights are 1.")
+    level: Literal["token", "sequence", "mean"] = setting("token", "A weight per token; or per response, the product or mean.")
+    low: float = setting(0.5, "Lower bound of 'mask'.", least=0)
+    high: float = setting(2.0, "Upper bound.", above=0)
+
+
+@dataclass(frozen=True)
+class CorrectedConfig(OnlineConfig):
+    correction: CorrectionConfig = setting(CorrectionConfig(), "Importance weights for a sampler that differs from the policy.")
+
+
+class Corrected(Online):
+    """For losses of single tokens, which importance weights can correct for what drew them. `prepare` adds a ``correction``
+    to the arrays of the loss, which reads ``policy_weights`` in its place."""
+
+    def check_ahead(self) -> None:
+        super().check_ahead()
+        if self.config.correction.kind == "none":
+            log.warning(
+                "engine.ahead: responses are drawn by the policy of one step before, and no correction weighs them. "
+                "algorithm.correction.kind=truncate does."
+            )
+
+    def correction(self, rollout: Rollout) -> np.ndarray:
+        """float32 [B, T]: importance weights for a sampler that differs from the policy; 1 where none are asked for."""
+        c, mask = self.config.correction, rollout.sequences.mask
+        if c.kind == "none":
+            return np.ones(mask.shape, np.float32)
+        low = c.low if c.kind == "mask" else None
+        return numerics.importance(rollout.old_logprobs, rollout.sampler_logprobs, mask, level=c.level, low=low, high=c.high)
+
+    def arrays(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = super().arrays(batch)
+        del found["correction"]
+        return found
+
+    def weights(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """``policy_weights``, too: corrected. Rejected tokens leave the mean."""
+        used = batch["mask"] & (batch["correction"] > 0)
+        return super().weights(batch) | {"policy_weights": numerics.mean_weights(used, "token_mean") * batch["correction"]}
+
+    def objective(self, rollout: Rollout) -> Metrics:
+        found = super().objective(rollout)
+        if self.config.correction.kind == "none":
+            return found
+        w = self.correction(rollout)[rollout.sequences.mask]
+        return found | {
+            "sampler/weight_mean": float(w.mean()),
+            "sampler/weight_max": float(w.max()),
+            "sampler/rejected": float((w == 0).mean()),
+            "sampler/effective_share": numerics.effective_share(w),
+        }
 
 
 def means(updates: Sequence[Metrics]) -> Metrics:

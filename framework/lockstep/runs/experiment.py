@@ -160,7 +160,8 @@ class Experiment:
             raise ConfigError(
                 f"The run '{self.name}' already exists, with another configuration{begun}:\n{lines}\n"
                 f"To start a separate run, choose another name=... To continue '{self.name}', use its earlier values, on the "
-                f"left; all of them are in {run.config_file}."
+                f"left; all of them are in {run.config_file}. To replace it, remove {run.path}: stages are kept beside it, and "
+                "reused where nothing has changed."
             )
 
     def _made(self, stage: str, content: ConfigGroup) -> str:

@@ -30,7 +30,7 @@ from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Array, Context, Inputs, Metrics, Policy, Traits
 from lockstep.learning import losses
-from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout
+from lockstep.learning.online import Clock, Corrected, CorrectedConfig, Rollout
 from lockstep_rlhf.algorithms.policy_gradient import PolicyGradientLoss
 
 
@@ -46,11 +46,11 @@ class DivergenceLoss:
         return self.coef * mean, {"teacher/divergence": mean}
 
 
-class Distillation(Online):
+class Distillation(Corrected):
     needs_reward_model = False
 
     @dataclass(frozen=True)
-    class Config(OnlineConfig):
+    class Config(CorrectedConfig):
         teacher: str = setting("teacher", "The policy to learn from: a stage, or a folder or hub id.")
         loss: Literal["policy_gradient", "divergence"] = setting(
             "policy_gradient", "Reverse KL of the sampled tokens; or a divergence over the whole vocabulary."

@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lockstep.interfaces import Algorithm, Array, Context, DataSource, Metrics, Policy, Term
+from lockstep.interfaces import Array, Context, DataSource, Metrics, Policy, Term
 from lockstep.learning import losses
-from lockstep.learning.optimisation import lr_scale
-from lockstep.learning.randomness import example_indices
+from lockstep.learning.offline import Offline
 from lockstep.text import encoding
 from lockstep.text.encoding import Example
 from lockstep.text.sequences import Sequences, chunks, in_chunks
@@ -32,20 +31,17 @@ class NextTokenLoss:
         return self.coef * loss, {self.metric: loss} if self.metric else {}
 
 
-class LanguageModelling(Algorithm):
+class LanguageModelling(Offline):
     """The shared part; `Pretraining` and `SFT` choose the examples."""
 
     produces = "policy"
 
     def __init__(self, config: Any, context: Context):
-        self.config, self.context = config, context
-        self.tokenizer = context.tokenizer
+        super().__init__(config, context)
         self.policy: Policy = context.policy
         self.examples = self.load("train")
         self.heldout = self.load("heldout", config.heldout_examples)
         self.learner = context.backend.learner({"policy": self.policy}, {"policy": config.optimizer})
-        self.total_steps = self.steps(config, len(self.examples))
-        config.lengths.check(self.policy.context_length)
 
     def load(self, split: str, limit: int | None = None) -> list[Example]:
         raise NotImplementedError
@@ -62,52 +58,37 @@ class LanguageModelling(Algorithm):
             examples, self.tokenizer, c.lengths, prompt_loss=prompt_loss, rows_multiple=c.micro_batch_size
         )
 
-    def batch(self, step: int) -> list[Example]:
-        size = self.per_step(self.config)
-        indices = example_indices(self.context.seed, "order", len(self.examples), step * size, size)
-        return [self.examples[i] for i in indices]
+    def rows(self, examples: Sequence[Example]) -> Sequences:
+        """As they are trained on."""
+        return (self.packed if self.config.packing else self.block)(examples)
 
-    def blocks(self, step: int) -> list[Sequences]:
-        """The rows of one optimizer step."""
-        return [(self.packed if self.config.packing else self.block)(self.batch(step))]
+    def terms(self, batch: Sequence[Example]) -> list[Term]:
+        return self.of_rows([self.rows(batch)])
 
-    def step(self, step: int) -> Metrics:
-        before = {"heldout/loss": self.heldout_loss(self.policy)} if step == 0 else {}
-        scale = lr_scale(self.config.schedule, step, self.total_steps)
-        terms = self.terms(step)
-        metrics = self.learner.update(terms, scale)
-        if self.config.packing:
-            metrics["rows"] = float(sum(term.sequences.rows for term in terms))
-        return before | metrics | {"perplexity": math.exp(min(metrics["loss"], 50)), "lr_scale": scale}
+    def of_rows(self, blocks: Sequence[Sequences]) -> list[Term]:
+        return next_token_terms(blocks, self.config.micro_batch_size, NextTokenLoss())
 
-    def terms(self, step: int) -> list[Term]:
-        return next_token_terms(self.blocks(step), self.config.micro_batch_size, NextTokenLoss())
+    def logged(self, metrics: Metrics, terms: Sequence[Term]) -> Metrics:
+        rows = {"rows": float(sum(term.sequences.rows for term in terms))} if self.config.packing else {}
+        return metrics | rows | {"perplexity": math.exp(min(metrics["loss"], 50))}
 
-    def finish(self) -> Metrics:
-        return {"heldout/loss": self.heldout_loss(self.result())}
+    @property
+    def trained(self) -> Policy:
+        return self.policy
 
-    def heldout_loss(self, policy: Policy) -> float:
-        """Mean negative log-likelihood per counted token, in nats, over the held-out examples."""
+    def measure(self, policy: Policy) -> Metrics:
+        """Mean negative log-likelihood per counted token, in nats."""
         if not self.heldout:
-            return float("nan")
+            return {"loss": float("nan")}
         rows = self.block(self.heldout)
         size = self.config.micro_batch_size or self.config.batch_size
         out = in_chunks(lambda part: policy.evaluate(part, ["logprobs"]), rows, size)
-        return float(-np.mean(out["logprobs"][rows.mask], dtype=np.float64))
+        return {"loss": float(-np.mean(out["logprobs"][rows.mask], dtype=np.float64))}
 
     @classmethod
     def count(cls, data: DataSource) -> int:
         """The number of training examples."""
         raise NotImplementedError
-
-    @classmethod
-    def per_step(cls, config: Any) -> int:
-        """The number of examples that one step consumes."""
-        return config.batch_size
-
-    @classmethod
-    def steps(cls, config: Any, examples: int) -> int:
-        return steps(config.epochs, examples, cls.per_step(config))
 
     @classmethod
     def arithmetic(cls, config: Any, data: DataSource) -> str:
@@ -132,8 +113,3 @@ def next_token_terms(blocks: Sequence[Sequences], micro_batch_size: int | None, 
         for rows in blocks
         for part in chunks(rows.rows, micro_batch_size)
     ]
-
-
-def steps(epochs: float, examples: int, per_step: int) -> int:
-    """Optimizer steps for ``epochs`` passes, at least one; the last batch runs into the next pass."""
-    return max(1, math.ceil(epochs * examples / per_step))

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import numpy as np
 
 from lockstep.config.schema import setting
-from lockstep.errors import ConfigError
 from lockstep.interfaces import Context, ForwardPass, Metrics, Term, Traits
 from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout
 from lockstep.learning.optimisation import lr_scale
@@ -50,11 +49,6 @@ class OnlinePreferences(Online):
         def compared(self) -> int:
             """Responses of a prompt that are trained on."""
             return 2 if self.pairs == "best_worst" else self.samples
-
-        def __post_init__(self):
-            super().__post_init__()
-            if self.correction.kind != "none":
-                raise ConfigError("algorithm.correction has no effect on online preferences: there is no ratio. Leave it out.")
 
     def __init__(self, config: Config, context: Context):
         super().__init__(config, context)

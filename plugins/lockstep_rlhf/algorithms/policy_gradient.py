@@ -27,7 +27,7 @@ from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Array, Context, Metrics, Traits
 from lockstep.learning import losses, numerics
-from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout, Scored
+from lockstep.learning.online import Clock, Corrected, CorrectedConfig, Rollout, Scored
 from lockstep.learning.rollout import concatenate
 
 
@@ -71,9 +71,9 @@ class PolicyGradientLoss:
         return loss + self.kl_coef * penalty, metrics | {"policy/kl_loss": penalty}
 
 
-class PolicyGradient(Online):
+class PolicyGradient(Corrected):
     @dataclass(frozen=True)
-    class Config(OnlineConfig):
+    class Config(CorrectedConfig):
         """The defaults are GRPO's (Shao et al. 2024), but for the miniature's sizes and without a reference."""
 
         batch_size: int = setting(8, "Prompts per iteration.", least=1)
@@ -167,7 +167,13 @@ class PolicyGradient(Online):
         beta = c.kl_coef or 0.0
         if c.kl_in == "reward":
             rewards = rewards - beta * kl.sum(axis=1)
-        advantages = np.where(mask, self.advantages(rewards, counted)[:, None], 0).astype(np.float32)
+        advantages = self.advantages(rewards, counted)
+        if advantages.shape != rewards.shape:
+            raise ValueError(
+                f"{type(self).__name__}.advantages gave an array {advantages.shape} for rewards {rewards.shape}: it needs one "
+                "number for each response"
+            )
+        advantages = np.where(mask, advantages[:, None], 0).astype(np.float32)
         if c.kl_in == "return":
             advantages = advantages - beta * numerics.to_go(kl, mask)
         if c.scale == "batch" and mask.any():
@@ -191,7 +197,7 @@ class PolicyGradient(Online):
 
     def advantages(self, rewards: np.ndarray, counted: np.ndarray) -> np.ndarray:
         """float32 [B] of rewards [B]. A prompt's ``samples`` responses are neighbours; those that do not count are no part of
-        their group. A method of your own overrides this."""
+        their group, and their rewards may be NaN. A method of your own overrides this."""
         return numerics.group_advantages(
             rewards, counted, self.config.samples, baseline=self.config.baseline, scale=self.config.scale
         )

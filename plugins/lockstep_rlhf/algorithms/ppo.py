@@ -26,7 +26,7 @@ from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Array, Context, DataSource, Learner, Metrics, Policy, ScalarModel, Term, Traits
 from lockstep.learning import losses, numerics
-from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout
+from lockstep.learning.online import Clock, Corrected, CorrectedConfig, Rollout
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.learning.randomness import example_indices
 from lockstep.text import encoding
@@ -64,11 +64,11 @@ class PPOLoss:
         }
 
 
-class PPO(Online):
+class PPO(Corrected):
     outputs = ("logprobs", "entropy", "values")
 
     @dataclass(frozen=True)
-    class Config(OnlineConfig):
+    class Config(CorrectedConfig):
         """LHP is lm-human-preferences; docs/ppo.md compares what each paper did, detail by detail."""
 
         epochs: int = setting(4, "Inner passes over an iteration's episodes (LHP: 4, InstructGPT: 1).", least=1)

@@ -1,6 +1,6 @@
 """A policy from rankings, without a reward model: DPO and its relatives, one algorithm whose loss has a name.
 
-One step (`PreferenceOptimisation.step`):
+One step (`Offline.step` in `lockstep.learning.offline`):
 
     h(y) = log π(y | x) - log π_ref(y | x), the sum (or mean) over the tokens of a completion
     one optimizer step on the mean over pairs y_w > y_l of loss(h(y_w), h(y_l)) (+ nll_coef · next-token loss of the best)
@@ -22,14 +22,14 @@ import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, DataError
-from lockstep.interfaces import Algorithm, Array, Context, DataSource, Learner, Metrics, Model, Policy, Term, Traits
+from lockstep.interfaces import Array, Context, DataSource, Learner, Metrics, Model, Policy, Term, Traits
 from lockstep.learning import losses, numerics
-from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
+from lockstep.learning.offline import Offline
+from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig
 from lockstep.learning.randomness import example_indices
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import chunks
-from lockstep_rlhf.algorithms.language_modelling import steps
 from lockstep_rlhf.algorithms.reward_modelling import encoded_comparisons, untied
 
 WITHOUT_REFERENCE = ("simpo", "orpo")
@@ -120,7 +120,7 @@ class PreferenceLoss:
         return losses.select(xp, real, xp.reshape(u, real.shape)) + xp.where(real, 0.0, NOTHING)
 
 
-class PreferenceOptimisation(Algorithm):
+class PreferenceOptimisation(Offline):
     produces = "policy"
 
     @dataclass(frozen=True)
@@ -165,16 +165,14 @@ class PreferenceOptimisation(Algorithm):
             return PreferenceLoss(self.loss, self.beta, self.label_smoothing, self.margin, mean, ranked, self.nll_coef)
 
     def __init__(self, config: Config, context: Context):
-        self.config, self.context, self.tokenizer = config, context, context.tokenizer
-        config.lengths.check(context.policy.context_length)
+        super().__init__(config, context)
         keep = config.loss == "kto"  # its z is the reference's view of pairs that change with every batch
         self.reference = context.policy
         self.policy: Policy = context.policy.copy() if keep else context.policy
-        self.rankings, self.heldout = self.load("train"), self.load("heldout", config.heldout_examples)
-        self.most = max(len(ranking.rows) for ranking in self.rankings)
+        self.examples, self.heldout = self.load("train"), self.load("heldout", config.heldout_examples)
+        self.most = max(len(ranking.rows) for ranking in self.examples)
         self.learner: Learner = context.backend.learner({"policy": self.policy}, {"policy": config.optimizer})
         self.loss = config.make_loss()
-        self.total_steps = steps(config.epochs, len(self.rankings), config.batch_size)
 
     def load(self, split: str, limit: int | None = None) -> list[Ranking]:
         """Comparisons with at least two completions that are not tied, and the reference's log-probabilities of those that are
@@ -202,20 +200,12 @@ class PreferenceOptimisation(Algorithm):
 
     def read(self, comparisons: int) -> np.ndarray:
         """bool [comparisons]: which of them are trained on."""
-        size, found = self.config.batch_size, np.zeros(comparisons, bool)
-        drawn = steps(self.config.epochs, comparisons, size) * size
+        found = np.zeros(comparisons, bool)
+        drawn = self.steps(self.config, comparisons) * self.config.batch_size
         found[example_indices(self.context.seed, "order", comparisons, 0, drawn)] = True
         return found
 
-    # ------------------------------------------------------------------------------------------- the algorithm box
-
-    def step(self, step: int) -> Metrics:
-        before = {f"heldout/{k}": v for k, v in self.measure(self.policy).items()} if step == 0 else {}
-        size = self.config.batch_size
-        indices = example_indices(self.context.seed, "order", len(self.rankings), step * size, size)
-        scale = lr_scale(self.config.schedule, step, self.total_steps)
-        metrics = self.learner.update(self.terms([self.rankings[i] for i in indices]), scale)
-        return before | metrics | {"lr_scale": scale}
+    # ------------------------------------------------------------------------------------------- the loss of a batch
 
     def terms(self, rankings: Sequence[Ranking]) -> list[Term]:
         """Micro-batches of whole rankings. Each prompt has ``most`` rows, so that one shape is compiled."""
@@ -293,8 +283,9 @@ class PreferenceOptimisation(Algorithm):
         margins = numerics.pair_margins(self.config.beta * h, preferred)
         return {"accuracy": numerics.ranking_accuracy(margins), "margin": float(margins.mean())}
 
-    def finish(self) -> Metrics:
-        return {f"heldout/{name}": value for name, value in self.measure(self.result()).items()}
+    @property
+    def trained(self) -> Policy:
+        return self.policy
 
     @classmethod
     def traits(cls, config: Config) -> Traits:
@@ -306,7 +297,7 @@ class PreferenceOptimisation(Algorithm):
         completions = np.array([len(c.ranks) for c in comparisons])
         return (
             f"{len(comparisons)} prompts x {config.epochs:g} epochs / {size} per step = "
-            f"{steps(config.epochs, len(comparisons), size)} steps; {completions.mean():.1f} completions per prompt; "
+            f"{cls.steps(config, len(comparisons))} steps; {completions.mean():.1f} completions per prompt; "
             f"{math.ceil(size / (config.micro_batch_size or size))} micro-batches"
         )
 

@@ -12,15 +12,12 @@ Responses are sampled anew in every iteration, from the present policy.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from lockstep.config.schema import setting
-from lockstep.errors import ConfigError
 from lockstep.interfaces import Context, Metrics
-from lockstep.learning import numerics
 from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout
 from lockstep.learning.optimisation import lr_scale
 from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss
@@ -42,11 +39,6 @@ class RejectionSampling(Online):
         def trained(self) -> int:
             """One row per prompt."""
             return self.batch_size
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            if self.correction.kind != "none":
-                raise ConfigError("algorithm.correction has no effect on rejection sampling, which has no ratio. Leave it out.")
 
     def __init__(self, config: Config, context: Context):
         super().__init__(config, context)
@@ -81,6 +73,3 @@ class RejectionSampling(Online):
         if self.config.kl_coef is not None:
             metrics |= {"objective/reward": float(rewards[rollout.counted].mean()), "kl_coef": beta}
         return rows, kept, metrics
-
-    def weights(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"weights": numerics.mean_weights(batch["mask"], "token_mean")}

@@ -17,16 +17,15 @@ import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.errors import DataError, MissingData
-from lockstep.interfaces import Algorithm, Array, Context, DataSource, Metrics, ScalarModel, Term, Traits
+from lockstep.interfaces import Array, Context, DataSource, Metrics, ScalarModel, Term, Traits
 from lockstep.learning import losses, numerics
-from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
-from lockstep.learning.randomness import example_indices
+from lockstep.learning.offline import Offline
+from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig
 from lockstep.models.architecture import scalar_head
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import Sequences, chunks, in_chunks, round_up
 from lockstep.types import Comparison
-from lockstep_rlhf.algorithms.language_modelling import steps
 
 NORMALISED_ON = 512  # demonstrations
 
@@ -47,7 +46,7 @@ class RankingLoss:
         return loss, {"accuracy": losses.weighted_sum(xp, right, weights)}
 
 
-class RewardModelling(Algorithm):
+class RewardModelling(Offline):
     produces = "reward_model"
 
     @dataclass(frozen=True)
@@ -64,26 +63,12 @@ class RewardModelling(Algorithm):
         schedule: ScheduleConfig = setting(ScheduleConfig("cosine", 0, 1.0, 0.1), "InstructGPT's.")
 
     def __init__(self, config: Config, context: Context):
-        self.config, self.context = config, context
-        self.tokenizer = context.tokenizer
-        self.comparisons = encoded_comparisons(context, "train", config.lengths)
+        super().__init__(config, context)
+        self.examples = encoded_comparisons(context, "train", config.lengths)
         self.heldout = encoded_comparisons(context, "heldout", config.lengths, config.heldout_examples)
-        self.most = max(len(ranks) for _, ranks in self.comparisons)
-        config.lengths.check(context.policy.context_length)
+        self.most = max(len(ranks) for _, ranks in self.examples)
         self.model: ScalarModel = context.policy.scalar_model(scalar_head(context.policy.hidden_size, context.seed))
         self.learner = context.backend.learner({"reward_model": self.model}, {"reward_model": config.optimizer})
-        self.total_steps = steps(config.epochs, len(self.comparisons), config.batch_size)
-
-    def step(self, step: int) -> Metrics:
-        before = {f"heldout/{k}": v for k, v in self.measure(self.heldout).items()} if step == 0 else {}
-        size = self.config.batch_size
-        indices = example_indices(self.context.seed, "order", len(self.comparisons), step * size, size)
-        scale = lr_scale(self.config.schedule, step, self.total_steps)
-        terms = self.terms([self.comparisons[i] for i in indices])
-        metrics = self.learner.update(terms, scale)
-        weight = float(sum(term.batch["preferences"].sum() for term in terms))  # below 1 if there are ties
-        metrics |= {"loss": metrics["loss"] / weight, "accuracy": metrics["accuracy"] / weight}
-        return before | metrics | {"lr_scale": scale}
 
     def terms(self, batch: Sequence[Ranked]) -> list[Term]:
         """Micro-batches of whole comparisons, so that every pair is inside one. Rows are padded to few counts."""
@@ -101,25 +86,31 @@ class RewardModelling(Algorithm):
     def block(self, examples: Sequence[Example]) -> Sequences:
         return encoding.block(examples, self.tokenizer, self.config.lengths)
 
+    def logged(self, metrics: Metrics, terms: Sequence[Term]) -> Metrics:
+        weight = float(sum(term.batch["preferences"].sum() for term in terms))  # below 1 if there are ties
+        return metrics | {"loss": metrics["loss"] / weight, "accuracy": metrics["accuracy"] / weight}
+
+    @property
+    def trained(self) -> ScalarModel:
+        return self.model
+
     def finish(self) -> Metrics:
         """Held-out accuracy and calibration of the raw score, then normalisation on the demonstrations."""
         self.model = self.learner.averaged("reward_model")
-        metrics = {f"heldout/{name}": value for name, value in self.measure(self.heldout).items()}
-        if self.config.normalise != "none":
-            metrics |= self.normalise()
-        return metrics
+        metrics = super().finish()
+        return metrics if self.config.normalise == "none" else metrics | self.normalise()
 
-    def scores(self, examples: Sequence[Example]) -> np.ndarray:
+    def scores(self, model: ScalarModel, examples: Sequence[Example]) -> np.ndarray:
         size = (self.config.micro_batch_size or self.config.batch_size) * self.most
-        evaluate = lambda part: self.model.evaluate(part, ["scores"])  # noqa: E731
+        evaluate = lambda part: model.evaluate(part, ["scores"])  # noqa: E731
         return in_chunks(evaluate, self.block(examples), size)["scores"]
 
-    def measure(self, comparisons: Sequence[Ranked]) -> Metrics:
-        """Loss, pairwise accuracy, Brier score and expected calibration error on comparisons."""
-        if not comparisons:
+    def measure(self, model: ScalarModel) -> Metrics:
+        """Loss, pairwise accuracy, Brier score and expected calibration error."""
+        if not self.heldout:
             return {}
-        scores = self.scores([row for rows, _ in comparisons for row in rows])
-        preferred = numerics.preferences([ranks for _, ranks in comparisons], len(scores))
+        scores = self.scores(model, [row for rows, _ in self.heldout for row in rows])
+        preferred = numerics.preferences([ranks for _, ranks in self.heldout], len(scores))
         margins = numerics.pair_margins(scores, preferred)
         return {
             "loss": float(np.average(np.logaddexp(0, -margins), weights=preferred[np.nonzero(preferred)])),
@@ -136,8 +127,8 @@ class RewardModelling(Algorithm):
             fit = self.context.fit("train demonstrations")
             examples = encoding.encode_demonstrations(self.tokenizer, demonstrations, self.config.lengths, fit)
         except MissingData:
-            examples = [rows[int(np.argmin(ranks))] for rows, ranks in self.comparisons[:NORMALISED_ON]]
-        scores = self.scores(examples).astype(np.float64)
+            examples = [rows[int(np.argmin(ranks))] for rows, ranks in self.examples[:NORMALISED_ON]]
+        scores = self.scores(self.model, examples).astype(np.float64)
         if self.config.normalise == "gain_and_bias" and scores.std() == 0:
             raise DataError(f"All {len(scores)} demonstrations score {scores[0]:g}: no gain gives them variance 1.")
         gain = 1 / scores.std() if self.config.normalise == "gain_and_bias" else 1.0
@@ -155,7 +146,7 @@ class RewardModelling(Algorithm):
         pairs = completions * (completions - 1) / 2
         return (
             f"{len(comparisons)} prompts x {config.epochs:g} epochs / {size} per step = "
-            f"{steps(config.epochs, len(comparisons), size)} steps; {completions.mean():.1f} completions and "
+            f"{cls.steps(config, len(comparisons))} steps; {completions.mean():.1f} completions and "
             f"{pairs.mean():.1f} pairs per prompt; {math.ceil(size / (config.micro_batch_size or size))} micro-batches"
         )
 

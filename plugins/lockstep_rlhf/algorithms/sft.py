@@ -84,17 +84,14 @@ class SFT(LanguageModelling):
     def block(self, examples: Sequence[Example]) -> Sequences:
         return encoding.block(examples, self.tokenizer, self.config.lengths, prompt_loss=self.config.prompt_loss)
 
-    def blocks(self, step: int) -> list[Sequences]:
-        if not self.raw:
-            return super().blocks(step)
-        indices = example_indices(self.context.seed, "mix", len(self.texts), step * self.raw, self.raw)
-        texts = [self.texts[i] for i in indices]
-        if self.config.packing:
-            return [self.packed([*self.batch(step), *texts])]
-        return [*super().blocks(step), encoding.text_block(texts, self.tokenizer, self.config.lengths)]
-
-    def terms(self, step: int) -> list[Term]:
-        terms = super().terms(step)
+    def next_terms(self, step: int) -> list[Term]:
+        """With raw texts of their own order, and with dropout."""
+        indices = example_indices(self.context.seed, "mix", len(self.texts), step * self.raw, self.raw) if self.raw else ()
+        texts, batch = [self.texts[i] for i in indices], self.batch(step)
+        if self.config.packing or not texts:
+            terms = self.terms([*batch, *texts])
+        else:
+            terms = self.of_rows([self.rows(batch), encoding.text_block(texts, self.tokenizer, self.config.lengths)])
         if not self.config.dropout:
             return terms
         seeds = token_seeds(self.context.seed, "dropout", step, sum(term.sequences.rows for term in terms), 1)[:, 0]

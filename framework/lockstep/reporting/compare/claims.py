@@ -155,10 +155,12 @@ def agreement(text: str, where: str, a: Estimate, b: Estimate) -> Claim:
 
 
 def show(e: Estimate | None, form: str = SCORE) -> str:
-    """'1.41 [1.30, 1.52]', without the interval if it has no width; '' for None."""
+    """'1.41 [1.30, 1.52]', without the interval if it has no width; '' for None. The interval of a share, over seeds a normal
+    approximation, ends at 0 and 100%."""
     if e is None:
         return ""
-    return f"{e.mean:{form}}" if e.low == e.high else f"{e.mean:{form}} [{e.low:{form}}, {e.high:{form}}]"
+    low, high = (max(0.0, e.low), min(1.0, e.high)) if form == PERCENT else (e.low, e.high)
+    return f"{e.mean:{form}}" if e.low == e.high else f"{e.mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
 # ------------------------------------------------------------------------------------------------------------ headline
