@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 import numpy as np
 
 from lockstep.errors import CheckpointError, ConfigError, MissingData, Unreachable, listing
-from lockstep.processes import ALONE, Processes, asked
+from lockstep.processes import ALONE, Processes, call_text
 from lockstep.types import Candidates, Choice, Comparison, Demonstration, Fit, Goal, Message, Prompt
 
 if TYPE_CHECKING:
@@ -388,7 +388,7 @@ class Term:
     def content(self) -> list[np.ndarray | str]:
         """What it computes with: the same on every process (`lockstep.processes.Processes.agree`)."""
         seeds = [] if self.dropout is None else [self.dropout.seeds]
-        how = asked(self.loss.outputs, self.temperature)
+        how = call_text(self.loss.outputs, self.temperature)
         return [self.sequences.tokens, self.sequences.attention, *self.batch.values(), *seeds, how]
 
     def __post_init__(self) -> None:

@@ -117,7 +117,7 @@ class Processes:
 ALONE = Processes()
 
 
-def asked(outputs: Iterable[str], temperature: float) -> str:
+def call_text(outputs: Iterable[str], temperature: float) -> str:
     """For `Processes.agree`: what is no array in a call of a model. Other outputs have other collectives."""
     return f"{sorted(outputs)} at {temperature}"
 

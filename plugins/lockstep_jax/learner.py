@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from lockstep.interfaces import ForwardPass, Learner, Loss, Metrics, Term, suppliers, take_pass
 from lockstep.learning.optimisation import OptimizerConfig
-from lockstep.processes import asked
+from lockstep.processes import call_text
 from lockstep.storage.weights import OnDisk, stored_learner, write_learner
 from lockstep.text.sequences import Sequences
 from lockstep_jax.decoder import DropoutMask, NetworkSpec, Tree
@@ -84,7 +84,7 @@ class JaxLearner(Learner):
         self.moments = {name: _initial(model.params, self.optimizers[name]) for name, model in self.models.items()}
 
     def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
-        self.backend.processes.agree("batch", sequences.tokens, sequences.attention, asked(outputs, temperature))
+        self.backend.processes.agree("batch", sequences.tokens, sequences.attention, call_text(outputs, temperature))
         given = self._parameters(), self._frozen(), Block.put(sequences, share=self.backend.mesh is None), temperature
         graph = Graph(*_pass(*given, roles=self._roles(outputs)))
         host = {name: np.asarray(value) for name, value in jax.device_get(graph.outputs).items()}

@@ -18,7 +18,7 @@ from lockstep.interfaces import Generated, Past, Policy, ScalarModel, check_voca
 from lockstep.learning import losses
 from lockstep.models import adapters
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, family_of, to_hf
-from lockstep.processes import asked
+from lockstep.processes import call_text
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_weights
 from lockstep.text.sequences import Sequences, rows_per_prompt
@@ -174,7 +174,7 @@ class JaxModel:
 
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
         self.check_length(sequences.longest)
-        self.backend.processes.agree("batch", sequences.tokens, sequences.attention, asked(outputs, temperature))
+        self.backend.processes.agree("batch", sequences.tokens, sequences.attention, call_text(outputs, temperature))
         block = Block.put(sequences, share=self.spec.mesh is None)
         out = _evaluate(self.params, self.frozen, block, temperature, spec=self.spec, outputs=tuple(outputs))
         return {name: np.asarray(value) for name, value in jax.device_get(out).items()}
@@ -233,7 +233,7 @@ class LanguageModel(JaxModel, Policy):
         past: Past | None = None,
     ) -> Generated:
         self.check_length(int(prompt_mask.sum(axis=1).max()) + seeds.shape[1])
-        self.backend.processes.agree("prompts", prompt_tokens, prompt_mask, seeds, asked((), temperature))
+        self.backend.processes.agree("prompts", prompt_tokens, prompt_mask, seeds, call_text((), temperature))
         drawing = Drawing.of(seeds, temperature, stop_ids, pad_id)
         known = past and recalled(past.cache, past.rows, past.shift, known=past.known)
         how: dict[str, Any] = {"spec": self.spec, "greedy": temperature == 0}

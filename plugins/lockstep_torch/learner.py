@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lockstep.interfaces import ForwardPass, Learner, Metrics, Term, suppliers, take_pass
 from lockstep.learning.optimisation import OptimizerConfig
-from lockstep.processes import asked
+from lockstep.processes import call_text
 from lockstep.storage.weights import OnDisk, stored_learner, write_learner
 from lockstep.text.sequences import Sequences
 from lockstep_torch.decoder import DropoutMask
@@ -37,7 +37,7 @@ class TorchLearner(Learner):
         }
 
     def forward(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> ForwardPass:
-        self.backend.processes.agree("batch", sequences.tokens, sequences.attention, asked(outputs, temperature))
+        self.backend.processes.agree("batch", sequences.tokens, sequences.attention, call_text(outputs, temperature))
         found = self._forward(sequences, outputs, temperature)
         host = {name: value.detach().float().cpu().numpy() for name, value in found.items()}
         made = ForwardPass(sequences, temperature, host)

@@ -19,7 +19,7 @@ from lockstep.interfaces import Generated, Past, Policy, ScalarModel, check_voca
 from lockstep.learning import losses
 from lockstep.models import adapters
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, causal_class, classifier_class
-from lockstep.processes import asked
+from lockstep.processes import call_text
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_weights
 from lockstep.text.sequences import Sequences, rows_per_prompt
@@ -162,7 +162,7 @@ class TorchModel:
 
     @torch.no_grad()
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
-        self.backend.processes.agree("batch", sequences.tokens, sequences.attention, asked(outputs, temperature))
+        self.backend.processes.agree("batch", sequences.tokens, sequences.attention, call_text(outputs, temperature))
         out = self.forward(Block.put(sequences, self.backend), outputs, temperature)
         return {name: value.float().cpu().numpy() for name, value in out.items()}
 
@@ -237,7 +237,7 @@ class LanguageModel(TorchModel, Policy):
         pad_id: int,
         past: Past | None = None,
     ) -> Generated:
-        self.backend.processes.agree("prompts", prompt_tokens, prompt_mask, seeds, asked((), temperature))
+        self.backend.processes.agree("prompts", prompt_tokens, prompt_mask, seeds, call_text((), temperature))
         rows = slice(None) if self.mesh is None else self.mesh.own(len(seeds))
         prompts = prompt_tokens[rows], prompt_mask[rows]
         each = rows_per_prompt(*prompts) if past is None else 1

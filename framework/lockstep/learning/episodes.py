@@ -181,19 +181,19 @@ def _cut(text: str, tokenizer: Any, most: int) -> str:
 
 
 def replies(environment: Environment, episodes: Sequence[Episode]) -> list[Reply | None]:
-    """`asked`, on process 0 for all."""
+    """`in_threads`, on process 0 for all."""
     if environment.processes.count == 1:
-        return asked(environment, episodes)
+        return in_threads(environment, episodes)
     found = environment.processes.share(
         lambda: [
             each and ([(m.role, m.content) for m in each.messages], float(each.reward), bool(each.done))
-            for each in asked(environment, episodes)
+            for each in in_threads(environment, episodes)
         ]
     )
     return [each and Reply(tuple(Message(*said) for said in each[0]), *each[1:]) for each in found]
 
 
-def asked(environment: Environment, episodes: Sequence[Episode]) -> list[Reply | None]:
+def in_threads(environment: Environment, episodes: Sequence[Episode]) -> list[Reply | None]:
     """A reply to each episode, ``at_once`` at a time; None for one that failed and is left out. Python cannot stop a call that is
     out of time: it runs on in its thread, and another thread takes over.
 
