@@ -97,7 +97,7 @@ class AllTied(Data):
 
 
 def test_comparisons_in_which_all_completions_tie_are_left_out(rm):
-    assert len(rm(data=AllTied()).comparisons) == 2
+    assert len(rm(data=AllTied()).examples) == 2
 
 
 def demonstration_scores(algorithm):

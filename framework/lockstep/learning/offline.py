@@ -13,16 +13,17 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from lockstep.interfaces import Algorithm, Context, Learner, Metrics, Model, Term
+from lockstep.interfaces import Algorithm, Context, Metrics, Model, Term
 from lockstep.learning.optimisation import lr_scale
 from lockstep.learning.randomness import example_indices
 
 
 class Offline(Algorithm):
-    """Its ``Config`` has at least ``epochs``, ``batch_size``, ``lengths`` and ``schedule``."""
+    """Its ``Config`` has at least ``epochs``, ``batch_size``, ``lengths`` and ``schedule``. ``learner`` is a
+    `lockstep.interfaces.Learner`, and ``total_steps`` what `steps` says of the examples."""
 
     examples: Sequence[Any]
-    learner: Learner
+    learner: Any
 
     def __init__(self, config: Any, context: Context):
         self.config, self.context, self.tokenizer = config, context, context.tokenizer
@@ -58,7 +59,7 @@ class Offline(Algorithm):
         """The model that is trained."""
 
     @abstractmethod
-    def measure(self, model: Model) -> Metrics:
+    def measure(self, model: Any) -> Metrics:
         """What to know of a model on held-out examples; empty without any."""
 
     def logged(self, metrics: Metrics, terms: Sequence[Term]) -> Metrics:
@@ -70,10 +71,6 @@ class Offline(Algorithm):
 
     def finish(self) -> Metrics:
         return self.measured(self.result())
-
-    @property
-    def total_steps(self) -> int:
-        return self.steps(self.config, len(self.examples))
 
     @classmethod
     def per_step(cls, config: Any) -> int:

@@ -205,6 +205,7 @@ class Experiment:
         """Of 'new', a stage before or a folder."""
         while policy in self.stages and (before := self.stages[policy].policy) is not None:
             policy = before
+        cls: Any
         cls, config = self.policy
         return cls.context(config) if policy == NEW else context_of(policy)
 
@@ -381,7 +382,7 @@ class Experiment:
 
 
 def _group(chosen: Chosen | None) -> ConfigGroup | None:
-    return chosen and chosen.group
+    return None if chosen is None else chosen.group
 
 
 def _meant(names: Sequence[str], scope: Scope) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ class LanguageModelling(Offline):
         self.examples = self.load("train")
         self.heldout = self.load("heldout", config.heldout_examples)
         self.learner = context.backend.learner({"policy": self.policy}, {"policy": config.optimizer})
+        self.total_steps = self.steps(config, len(self.examples))
 
     def load(self, split: str, limit: int | None = None) -> list[Example]:
         raise NotImplementedError

@@ -173,6 +173,7 @@ class PreferenceOptimisation(Offline):
         self.most = max(len(ranking.rows) for ranking in self.examples)
         self.learner: Learner = context.backend.learner({"policy": self.policy}, {"policy": config.optimizer})
         self.loss = config.make_loss()
+        self.total_steps = self.steps(config, len(self.examples))
 
     def load(self, split: str, limit: int | None = None) -> list[Ranking]:
         """Comparisons with at least two completions that are not tied, and the reference's log-probabilities of those that are

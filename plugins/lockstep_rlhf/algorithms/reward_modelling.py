@@ -69,6 +69,7 @@ class RewardModelling(Offline):
         self.most = max(len(ranks) for _, ranks in self.examples)
         self.model: ScalarModel = context.policy.scalar_model(scalar_head(context.policy.hidden_size, context.seed))
         self.learner = context.backend.learner({"reward_model": self.model}, {"reward_model": config.optimizer})
+        self.total_steps = self.steps(config, len(self.examples))
 
     def terms(self, batch: Sequence[Ranked]) -> list[Term]:
         """Micro-batches of whole comparisons, so that every pair is inside one. Rows are padded to few counts."""
