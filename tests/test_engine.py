@@ -23,6 +23,7 @@ from conftest import Scored, configure
 from lockstep.config.compose import compose
 from lockstep.errors import ConfigError, EngineFailed, Stopped
 from lockstep.interfaces import Engine, Generated
+from lockstep.learning.online import Online
 from lockstep.learning.randomness import token_seeds
 from lockstep.learning.served import AHEAD, EngineConfig, Served, digest
 from lockstep.registry import registry
@@ -538,10 +539,10 @@ def test_an_engine_that_no_stage_uses_is_refused():
 
 
 def test_an_environment_is_not_drawn_ahead():
-    cls, config = configure("ppo", **PPO)
+    _, config = configure("ppo", **PPO)
     algorithm = SimpleNamespace(context=SimpleNamespace(environment=object()), config=config)
     with pytest.raises(ConfigError, match="without an environment. Set engine.ahead=false"):
-        cls.check_ahead(algorithm)
+        Online.check_ahead(algorithm)
 
 
 # ---------------------------------------------------------------------------------------------------- inside of the server

@@ -38,7 +38,7 @@ def tokenizer() -> Tokenizer:
 
 
 ARCHITECTURE = small_decoder(
-    vocab_size=258, hidden_size=8, layers=2, heads=2, kv_heads=1, intermediate_size=12, context_length=64, rope_theta=100.0,
+    vocab_size=258, hidden_size=8, layers=2, heads=2, kv_heads=1, intermediate_size=12, context_length=4096, rope_theta=100.0,
     tied=False,
 )  # fmt: skip
 

@@ -63,7 +63,9 @@ def train(
     try:
         cls: type[Algorithm] = registry().resolve("algorithm", keys["name"], policy.backend.name)
     except RegistryError as error:
-        raise ConfigError(f"{no_file('algorithm', algorithm)} {error}") if len(keys) == 1 else error from None
+        raise (
+            RegistryError(f"{no_file('algorithm', algorithm)} Or name a class: module:Class.") if len(keys) == 1 else error
+        ) from None
     config = component_config(cls, laid_over(keys, settings), algorithm)
     if environment is not None and not cls.takes_environment:
         raise ConfigError(f"{algorithm} takes no environment. Leave out environment=.")
