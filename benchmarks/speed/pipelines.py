@@ -22,11 +22,10 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from run import machine
+from run import Entry, interpreter, machine
 
 HERE = Path(__file__).parent
 STAGES = ("sft", "reward", "ppo", "grpo", "dpo")
@@ -49,6 +48,7 @@ def prepare(folder: Path) -> None:
     if (folder / "prompts.jsonl").exists():
         return
     import lockstep
+    from lockstep.learning.rows import dialogues
     from lockstep_miniature.source import Config, Miniature
 
     without = [f"~stages.{stage}" for stage in ("sft", "reward", "ppo", "ppo_ptx", "evaluate")]
@@ -57,7 +57,7 @@ def prepare(folder: Path) -> None:
     source = Miniature(Config(demonstrations=SETTINGS["demonstrations"], comparisons=SETTINGS["pairs"]))
 
     def asked(prompt: Any) -> list[dict[str, str]]:
-        return [{"role": message.role, "content": message.content} for message in prompt.messages]
+        return dialogues([prompt])[0]
 
     def said(text: str) -> list[dict[str, str]]:
         return [{"role": "assistant", "content": text}]
@@ -77,14 +77,14 @@ def prepare(folder: Path) -> None:
 
 
 CONTESTANTS = {
-    "lockstep torch": [("pipelines_lockstep.py", None, {"backend": "torch", "stages": STAGES})],
-    "lockstep jax": [("pipelines_lockstep.py", None, {"backend": "jax", "stages": STAGES})],
-    "TRL": [  # of its last line with PPO, and of the newest
-        ("pipelines_trl.py", "trl1.16", {"stages": ("sft", "reward", "grpo", "dpo")}),
-        ("pipelines_trl.py", "trl1.12", {"stages": ("ppo",)}),
+    "lockstep torch": [Entry("torch", "pipelines_lockstep.py", None, {"backend": "torch", "stages": STAGES})],
+    "lockstep jax": [Entry("jax", "pipelines_lockstep.py", None, {"backend": "jax", "stages": STAGES})],
+    "TRL": [  # the newest, and the last line with PPO
+        Entry("TRL 1.16", "pipelines_trl.py", "trl1.16", {"stages": ("sft", "reward", "grpo", "dpo")}),
+        Entry("TRL 1.12", "pipelines_trl.py", "trl1.12", {"stages": ("ppo",)}),
     ],
 }
-"""name: its scripts, each with its environment of the peers and its options."""
+"""name: its scripts, one after the other."""
 
 
 def pipeline(name: str, into: Path, args: argparse.Namespace) -> dict[str, float]:
@@ -92,14 +92,13 @@ def pipeline(name: str, into: Path, args: argparse.Namespace) -> dict[str, float
     shutil.rmtree(into, ignore_errors=True)
     into.mkdir(parents=True)
     seconds: dict[str, float] = {}
-    for script, environment, options in CONTESTANTS[name]:
-        python = args.peers / environment / "bin" / "python" if environment else Path(sys.executable)
-        spec = {"data": str(args.folder), "into": str(into), "settings": SETTINGS, "threads": args.threads, **options}
-        variables = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        if environment:
-            variables["PYTHONPATH"] = ""
+    for entry in CONTESTANTS[name]:
+        python, packages = interpreter(entry, args.peers)
+        spec = {"data": str(args.folder), "into": str(into), "settings": SETTINGS, "threads": args.threads, **entry.options}
+        own = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [python, HERE / entry.script, json.dumps(spec)]
         with (into / "log.txt").open("a", encoding="utf-8") as log:
-            subprocess.run([python, HERE / script, json.dumps(spec)], check=True, env=variables, stdout=log, stderr=log)
+            subprocess.run(command, check=True, env={**os.environ, **own, **packages}, stdout=log, stderr=log)
         seconds |= json.loads((into / "seconds.json").read_text(encoding="utf-8"))
     return seconds
 
@@ -107,13 +106,13 @@ def pipeline(name: str, into: Path, args: argparse.Namespace) -> dict[str, float
 def gold(folder: Path, prompts: int = 300) -> float:
     """The mean of a policy's responses to held-out prompts."""
     import lockstep
+    from lockstep.learning.rows import dialogues
     from lockstep_miniature.source import Config, Miniature
 
     source = Miniature(Config())
     asked = list(source.prompts("heldout"))[:prompts]
     policy = lockstep.load(str(folder), "torch")
-    texts = [[{"role": m.role, "content": m.content} for m in prompt.messages] for prompt in asked]
-    answers = policy.respond(texts, max_tokens=SETTINGS["response"], seed=1)
+    answers = policy.respond(dialogues(asked), max_tokens=SETTINGS["response"], seed=1)
     scores = [source.gold(prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
     return statistics.mean(score["gold"] for score in scores if score is not None)
 

@@ -22,11 +22,10 @@ TOKENIZER = AutoTokenizer.from_pretrained(DATA / "policy")
 
 def rows(name: str) -> datasets.Dataset:
     """As texts: trainers end the completions of texts with EOS, and those of dialogues only if the chat template does."""
-    text = lambda messages: messages[0]["content"]  # noqa: E731
 
     def rendered(row: dict[str, Any]) -> dict[str, str]:
         prompt = TOKENIZER.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-        return {"prompt": prompt} | {key: text(row[key]) for key in ("completion", "chosen", "rejected") if key in row}
+        return {"prompt": prompt} | {key: row[key][0]["content"] for key in ("completion", "chosen", "rejected") if key in row}
 
     return datasets.Dataset.from_list([rendered(json.loads(line)) for line in (DATA / f"{name}.jsonl").open(encoding="utf-8")])
 

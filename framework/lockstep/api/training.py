@@ -59,13 +59,14 @@ def train(
       MissingData: the algorithm needs data that was not given.
       Diverged: a loss or a gradient is not finite.
     """
-    keys = {"name": algorithm} | group("algorithm", algorithm)  # grpo.yaml, say, is a configuration of policy_gradient
+    preset = group("algorithm", algorithm)  # grpo.yaml, say, is a configuration of policy_gradient
+    keys = {"name": algorithm} | preset
     try:
         cls: type[Algorithm] = registry().resolve("algorithm", keys["name"], policy.backend.name)
-    except RegistryError as error:
-        raise (
-            RegistryError(f"{no_file('algorithm', algorithm)} Or name a class: module:Class.") if len(keys) == 1 else error
-        ) from None
+    except RegistryError:
+        if preset:
+            raise
+        raise RegistryError(f"{no_file('algorithm', algorithm)} Or name a class: module:Class.") from None
     config = component_config(cls, laid_over(keys, settings), algorithm)
     if environment is not None and not cls.takes_environment:
         raise ConfigError(f"{algorithm} takes no environment. Leave out environment=.")

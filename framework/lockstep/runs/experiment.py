@@ -65,7 +65,7 @@ class Experiment:
         self.data = self._component("data", config["data"])
         self.policy = self._component("policy", config["policy"])
         self.tracker = self._component("tracker", config["tracker"])
-        self.engine = self._chosen("engine", config["engine"])
+        self.engine = self._chosen_if_any("engine", config["engine"])
         self.stages: dict[str, Stage] = {}
         for name, group, scope, number in _in_order(config["stages"]):
             if name in self.stages:
@@ -185,8 +185,11 @@ class Experiment:
         cls = registry().resolve(kind, name, self.backend_name if kind != "backend" else name)
         return cls, component_config(cls, group, kind)
 
-    def _chosen(self, kind: str, group: ConfigGroup | None) -> Chosen | None:
-        return None if group is None else Chosen(*self._component(kind, group), group)
+    def _chosen(self, kind: str, group: ConfigGroup) -> Chosen:
+        return Chosen(*self._component(kind, group), group)
+
+    def _chosen_if_any(self, kind: str, group: ConfigGroup | None) -> Chosen | None:
+        return None if group is None else self._chosen(kind, group)
 
     def _check_context(self, stage: Stage) -> None:
         """
@@ -221,7 +224,8 @@ class Experiment:
 
     def _scorers(self, group: Mapping[str, Any] | None) -> Iterator[Chosen]:
         """A reward model, and its members."""
-        if group is not None and (scorer := self._chosen("reward_model", dict(group))):
+        if group is not None:
+            scorer = self._chosen("reward_model", dict(group))
             yield scorer
             yield from self._members(scorer)
 
@@ -253,7 +257,7 @@ class Experiment:
             )
         common: dict[str, Any] = {
             "reward_model": stage.reward_model, "scorers": scorers, "seed": seed, "scope": scope, "round": number,
-            "environment": self._chosen("environment", stage.environment), "engine": self.engine,
+            "environment": self._chosen_if_any("environment", stage.environment), "engine": self.engine,
         }  # fmt: skip
         mixed = {noun: names for noun in MIXED if (names := getattr(stage, noun))}
         if stage.shares is not None and [len(names) for names in mixed.values()] != [len(stage.shares)]:
@@ -377,7 +381,7 @@ class Experiment:
 
     def _with_members(self, kind: str, group: ConfigGroup, common: Mapping[str, Any]) -> dict[str, Any]:
         """``common`` with a component and the reward models that it combines."""
-        chosen = Chosen(*self._component(kind, group), group)
+        chosen = self._chosen(kind, group)
         return {**common, kind: chosen, "scorers": (*common["scorers"], *self._members(chosen))}
 
 

@@ -79,8 +79,10 @@ def duration(seconds: float) -> str:
 def _episodes(run: Run, stage: str) -> float | None:
     found = run.stages.get(stage)
     series = found and found.metrics.get("objective/score")
-    keys = {each: f"stages.{stage}.algorithm.{each}" for each in ("batch_size", "samples")}
-    size, samples = (run.config.get(f"stages.{stage}.changes.{each}", run.config.get(key)) for each, key in keys.items())
+    size, samples = (
+        run.config.get(f"stages.{stage}.changes.{key}", run.config.get(f"stages.{stage}.algorithm.{key}"))
+        for key in ("batch_size", "samples")
+    )
     return len(series.steps) * size * (samples or 1) if series and size else None
 
 
