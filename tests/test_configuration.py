@@ -148,6 +148,20 @@ def test_a_union_takes_each_of_its_types_and_names_all_of_them():
         parse(Either, {"value": []}, "x")
 
 
+@dataclass(frozen=True)
+class Files:
+    prompts: tuple[dict[str, Any], ...]
+    options: dict[str, Any]
+
+
+@pytest.mark.parametrize("given", ["x.jsonl", ["x.jsonl"]])
+def test_a_file_where_a_list_of_files_with_settings_belongs_is_shown_as_one(given):
+    with pytest.raises(ConfigError, match=r"group.? of keys, not str. For a file, type: data.prompts='\[{path: x.jsonl}\]'$"):
+        parse(Files, {"prompts": given, "options": {}}, "data")
+    with pytest.raises(ConfigError, match=r"data.options='x' should be a group of keys, not str.$"):
+        parse(Files, {"prompts": [], "options": "x"}, "data")
+
+
 def test_differences_are_listed_leaf_by_leaf():
     old = {"sft": {"epochs": 1, "lr": 0.1}, "seed": 0, "gone": 1}
     new = {"sft": {"epochs": 2, "lr": 0.1}, "seed": 0, "come": {"x": 1}}

@@ -113,6 +113,10 @@ def test_other_slips_of_the_keyboard_are_told_apart(monkeypatch):
         "algorithm.kl_coef=0.1,0.2 gives several values, and only a sweep takes them: add -m. For a list, type: "
         "'algorithm.kl_coef=[0.1,0.2]'. For the text, type: algorithm.kl_coef=\"'0.1,0.2'\""
     )
+    assert say("experiment=demo seed=1 ~stages.ppo") == (
+        "experiment=demo seed=1 ~stages.ppo is several overrides in one. In a shell leave out the quotes around them; in Python "
+        "write 'experiment=demo', 'seed=1', '~stages.ppo'."
+    )
     for odd in ("polic", "", "=5", "+x", "a b=1"):
         assert say(odd) == f"{odd!r} is not an override. Write key=value, +key=value to add a key, or ~key to remove one."
     assert say(f"seed={'1' * 5000}").startswith(f"Hydra cannot read seed={'1' * 195}...: Exceeds the limit (4300 digits)")

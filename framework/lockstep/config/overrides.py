@@ -84,6 +84,10 @@ def _advice(text: str, following: Sequence[str], reason: str) -> str:
     for end in range(1, len(following) + 1):
         if _readable(whole := " ".join([text, *following[:end]])):
             return f"The shell cut {short(whole)} apart at its spaces. Type: {shell(short(whole))}"
+    words = text.split()
+    if len(words) > 1 and all(re.match(r"[+~]*[\w$@/.-]+=|~\w", word) and _readable(word) for word in words):
+        apart = short(", ".join(map(repr, words)))
+        return f"{short(text)} is several overrides in one. In a shell leave out the quotes around them; in Python write {apart}."
     start, reason = f"Hydra cannot read {short(text)}", short(reason)
     if re.fullmatch(r"[+-]?[\d_]+", value):
         return f"{start}: {reason}"

@@ -183,10 +183,20 @@ def _quoted(where: str, value: Any, *hints: Any) -> str:
     """What to type if a text was read as something else (a number, a truth value or a list), or stands for a list of one."""
     if isinstance(value, str) and where and "[" not in where and tuple[str, ...] in hints:
         return f" For a list of one, type: {override(where, [value])}"
+    if isinstance(value, str) and any(_is_group_of(where, hint) for hint in hints):
+        return f" For a file, type: {override(where.partition('[')[0], [{'path': short(value)}])}"
     if str not in hints or not isinstance(value, (bool, int, float, list)) or not where or "[" in where:
         return ""
     text = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
     return f" For the text, type: {override(where, short(text))}"
+
+
+def _is_group_of(where: str, hint: Any) -> bool:
+    """Whether a list of groups with free keys is meant, or one of its items."""
+    groups = dict, collections.abc.Mapping
+    if typing.get_origin(hint) is tuple:
+        return bool(where) and typing.get_origin(typing.get_args(hint)[0]) in groups
+    return "[" in where and typing.get_origin(hint) in groups
 
 
 def _convert_union(options: tuple[Any, ...], value: Any, where: str, default: Any) -> Any:
@@ -221,7 +231,7 @@ def _name(hint: Any) -> str:
         return " or ".join(map(_name, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
         first, *rest = map(_name, (each for each in typing.get_args(hint) if each is not Ellipsis))
-        return f"[{', '.join([first, *rest])}]" if rest else f"a list of {first}"
+        return f"[{', '.join([first, *rest])}]" if rest else f"a list of {first.replace('a group', 'groups')}"
     return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
 
 
