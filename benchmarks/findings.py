@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lockstep.reporting.findings.finding import Finding, finding, findings
-from lockstep.reporting.findings.outcomes import Difference, Mean, Outcome, between_backends, verdict
+from lockstep.reporting.findings.finding import ClaimConfig, Finding, finding, findings
+from lockstep.reporting.findings.outcomes import Difference, Mean, Outcome, as_claimed, between_backends, verdict
 
 MARKS = {"held": "**held**", "not held": "not held", "not decided": "undecided"}
 
@@ -66,10 +66,10 @@ def table(records: Sequence[Record]) -> str:
     lines = [
         "# What was found",
         "",
-        "Written by `python benchmarks/findings.py benchmarks/findings`; [docs/findings.md](../../docs/findings.md) says how a",
-        "claim is judged. Means over seeds with Student's 95% interval; each seed in a world of its own.",
-        f"Of {claims} claims {sum(record.held() for record in records)} held on {' and on '.join(backends)}.",
-        "Nothing is corrected for their number.",
+        "Written by `python benchmarks/findings.py benchmarks/findings`. [docs/findings.md](../../docs/findings.md) says how a",
+        "claim is judged. Means over seeds with Student's 95% interval, and how many seeds are as claimed; each is in a world of",
+        f"its own. {sum(record.held() for record in records)} of {claims} claims held on {' and on '.join(backends)}; nothing is",
+        "corrected for their number.",
     ]
     for record in records:
         f, differences = record.finding, between_backends(record.outcomes)
@@ -83,14 +83,18 @@ def table(records: Sequence[Record]) -> str:
             "|---|---|---|" + "---|" * (len(backends) + 1),
         ]
         for name, claim in f.claims.items():
-            cells = [cell(record.outcomes, name, backend) for backend in backends]
+            cells = [cell(claim, record.outcomes, name, backend) for backend in backends]
             apart = next((said(each) for each in differences if each.name == name), "")
             lines.append(f"| {claim.claim} | {claim.published} | {claim.criterion} | {' | '.join(cells)} | {apart} |")
     return "\n".join(lines) + "\n"
 
 
-def cell(outcomes: Sequence[Outcome], name: str, backend: str) -> str:
-    return next((f"{each.found}: {MARKS[each.verdict]}" for each in outcomes if (each.name, each.backend) == (name, backend)), "")
+def cell(claim: ClaimConfig, outcomes: Sequence[Outcome], name: str, backend: str) -> str:
+    for each in outcomes:
+        if (each.name, each.backend) == (name, backend):
+            mean = str(each.found).rpartition(",")[0]
+            return f"{mean}, {as_claimed(claim, each.found)}: {MARKS[each.verdict]}"
+    return ""
 
 
 def said(difference: Difference) -> str:

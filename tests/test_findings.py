@@ -16,7 +16,7 @@ from lockstep.errors import ConfigError, DataError
 from lockstep.reporting.compare.reading import read as read_runs
 from lockstep.reporting.findings import criteria
 from lockstep.reporting.findings.finding import finding, findings, parsed
-from lockstep.reporting.findings.outcomes import Mean, Outcome, between_backends, outcomes, verdict
+from lockstep.reporting.findings.outcomes import Mean, Outcome, as_claimed, between_backends, outcomes, verdict
 from run_folders import GOLD, write_run
 from runs import DECODER, PPO_ONLY, TINY
 
@@ -52,6 +52,14 @@ def test_intervals_are_students():
 def test_a_claim_holds_by_its_whole_interval(seeds, bound, expected):
     claim = claiming("heldout/ppo/gold", bound).claims["c"]
     assert verdict(claim, Mean(dict(enumerate(seeds)))) == expected
+
+
+def test_seeds_are_counted_by_the_claims_own_criterion():
+    """Four of five may be as claimed and their mean be undecided."""
+    found = Mean(dict(enumerate([0.3, 0.2, 0.4, -9.0, 0.1])))
+    assert as_claimed(claiming("a/b").claims["c"], found) == "4 of 5"
+    assert as_claimed(claiming("a/b", "above: 0.25").claims["c"], found) == "2 of 5"
+    assert as_claimed(claiming("a/b", "below: 0").claims["c"], found) == "1 of 5"
 
 
 def test_metrics_are_found_by_their_places_and_subtracted_seed_by_seed(tmp_path):

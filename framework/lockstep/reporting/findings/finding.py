@@ -61,6 +61,10 @@ class ClaimConfig:
         parts = _SIGNS.split(f" + {self.value.strip()}")[1:]
         return tuple(_term(sign, text.strip(), self.value) for sign, text in zip(parts[::2], parts[1::2], strict=True))
 
+    def is_met_by(self, value: float) -> bool:
+        """Whether a number is where the claim says."""
+        return self.above is not None and value > self.above or self.below is not None and value < self.below
+
     @property
     def criterion(self) -> str:
         return f"above {self.above:g}" if self.above is not None else f"below {self.below:g}"

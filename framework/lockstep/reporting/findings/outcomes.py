@@ -108,6 +108,11 @@ def verdict(claim: ClaimConfig, found: Mean) -> Verdict:
     return "not decided"
 
 
+def as_claimed(claim: ClaimConfig, found: Mean) -> str:
+    """'4 of 5': the seeds that meet the criterion, each for itself. One seed far from the others makes an interval wide."""
+    return f"{sum(map(claim.is_met_by, found.seeds.values()))} of {len(found.seeds)}"
+
+
 def between_backends(found: Sequence[Outcome]) -> list[Difference]:
     """Over the seeds that both have."""
     differences = []

@@ -18,7 +18,7 @@ from lockstep.reporting.compare.page import template
 from lockstep.reporting.compare.plots import COLOURS, ON_PAGE, ON_WHITE, STYLE, to_svg
 from lockstep.reporting.console import shown
 from lockstep.reporting.findings.finding import ClaimConfig, Finding
-from lockstep.reporting.findings.outcomes import Difference, Outcome
+from lockstep.reporting.findings.outcomes import Difference, Outcome, as_claimed
 from lockstep.reporting.markdown import escaped
 from lockstep.storage.files import write_text
 from lockstep.version import __version__
@@ -89,6 +89,7 @@ def html(report: Report) -> str:
         reading=report.reading,
         problems=report.problems,
         claims=report.claims(),
+        as_claimed=as_claimed,
         differences=[(report.finding.claims[each.name], each) for each in report.differences],
         figure=Markup(picture),
         command=report.command,
@@ -100,10 +101,13 @@ def html(report: Report) -> str:
 def markdown(report: Report) -> str:
     f = report.finding
     lines = [f"# {escaped(f.title)}", f"{escaped(f.source)}.", escaped(report.summary), escaped(report.how)]
-    rows = ["| claim | published | holds if | backend | here | verdict |", "|---|---|---|---|---|---|"]
+    rows = ["| claim | published | holds if | backend | here | seeds as claimed | verdict |", "|---|---|---|---|---|---|---|"]
     for claim, found in report.claims():
         texts = [escaped(text) for text in (claim.claim, claim.published, claim.criterion)]
-        rows += [f"| {' | '.join(texts)} | {each.backend} | {each.found} | {each.verdict} |" for each in found]
+        rows += [
+            f"| {' | '.join(texts)} | {each.backend} | {each.found} | {as_claimed(claim, each.found)} | {each.verdict} |"
+            for each in found
+        ]
     lines += ["\n".join(rows), escaped(report.reading)]
     if report.differences:
         rows = ["| claim | seed by seed | here | | verdicts |", "|---|---|---|---|---|"]
