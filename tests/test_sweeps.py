@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hydra_plugins.lockstep_launcher import varied
 from lockstep.commands.run import run_config, sweeps
 from lockstep.commands.run.sweeps import SweepFolder, last_words, objective
 from lockstep.config.compose import compose
@@ -76,6 +77,12 @@ def grid(tmp_path_factory):
     first = sweep(folder, *options)
     before = times(folder)
     return folder, first, sweep(folder, *options), before
+
+
+def test_a_jobs_lines_begin_with_what_varies_between_jobs():
+    job = ["experiment=demo", "seed=1", r"data.seed=$\{seed\}", "algorithm=rloo", "~stages.ppo=null"]
+    assert varied(job, ["experiment=demo", "data.seed=${seed}", "~stages.ppo"]) == ["seed=1", "algorithm=rloo"]
+    assert varied([r"name=$\{seed\}"], []) == ["name=${seed}"]
 
 
 def test_a_failing_job_stops_no_other_and_is_shown_with_its_error(grid):

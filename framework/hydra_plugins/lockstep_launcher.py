@@ -37,15 +37,21 @@ class ProcessLauncher(Launcher):
         def run(config: DictConfig) -> JobReturn:
             cores = free.get()
             overrides = list(config.hydra.overrides.task)
-            varied = [o for o in overrides if o not in shared and o.removesuffix("=null") not in shared]
+            label = f"{' '.join(varied(overrides, shared))} | "
             try:
-                value = run_job(overrides, config, Path(config.hydra.sweep.dir), cores, f"{' '.join(varied)} | ")
+                value = run_job(overrides, config, Path(config.hydra.sweep.dir), cores, label)
                 return JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=value)
             finally:
                 free.put(cores)
 
         with ThreadPoolExecutor(self.parallel) as pool:
             return list(pool.map(run, configs))
+
+
+def varied(overrides: Sequence[str], shared: Sequence[str]) -> list[str]:
+    """A job's overrides that not all jobs share. Hydra escapes the braces of ${seed} and writes out null."""
+    plain = [each.replace(r"\{", "{").replace(r"\}", "}") for each in overrides]
+    return [each for each in plain if each not in shared and each.removesuffix("=null") not in shared]
 
 
 def core_shares(parallel: int) -> list[set[int]]:
