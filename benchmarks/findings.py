@@ -12,30 +12,22 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lockstep.reporting.findings.finding import ClaimConfig, Finding, finding, findings
-from lockstep.reporting.findings.outcomes import Difference, Mean, Outcome, as_claimed, between_backends, verdict
-
-MARKS = {"held": "**held**", "not held": "not held", "not decided": "undecided"}
+from lockstep.reporting.findings.outcomes import Outcome, as_claimed, between_backends, judged
+from lockstep.reporting.markdown import escaped
 
 
 @dataclass(frozen=True)
 class Record:
+    """``outcomes`` by claim and backend."""
+
     name: str
     finding: Finding
-    outcomes: Sequence[Outcome]
-
-    @property
-    def backends(self) -> list[str]:
-        return list(dict.fromkeys(each.backend for each in self.outcomes))
-
-    def held(self) -> int:
-        """Claims that held on every backend."""
-        verdicts = {claim: [each.verdict for each in self.outcomes if each.name == claim] for claim in self.finding.claims}
-        return sum(set(each) == {"held"} and len(each) == len(self.backends) for each in verdicts.values())
+    outcomes: Mapping[tuple[str, str], Outcome]
 
 
 def recorded(folder: Path) -> Iterator[Record]:
@@ -48,57 +40,50 @@ def recorded(folder: Path) -> Iterator[Record]:
                 for row in csv.DictReader(rows):
                     values.setdefault((row["claim"], row["backend"]), {})[int(row["seed"])] = float(row["value"])
             most = max(map(len, values.values()))
-            outcomes = [
-                Outcome(
-                    claim,
-                    backend,
-                    Mean(seeds),
-                    verdict(found.claims[claim], Mean(seeds)) if len(seeds) == most else "not decided",
-                )
-                for (claim, backend), seeds in values.items()
-            ]
+            outcomes = {key: judged(key[0], found.claims[key[0]], key[1], seeds, most) for key, seeds in values.items()}
             yield Record(name, found, outcomes)
 
 
 def table(records: Sequence[Record]) -> str:
-    backends = list(dict.fromkeys(backend for record in records for backend in record.backends))
-    claims = sum(len(record.finding.claims) for record in records)
+    backends = list(dict.fromkeys(backend for record in records for _, backend in record.outcomes))
+    claims = [(record, claim) for record in records for claim in record.finding.claims]
+    held = sum(
+        all((claim, backend) in record.outcomes and record.outcomes[claim, backend].verdict == "held" for backend in backends)
+        for record, claim in claims
+    )
     lines = [
         "# What was found",
         "",
         "Written by `python benchmarks/findings.py benchmarks/findings`. [docs/findings.md](../../docs/findings.md) says how a",
         "claim is judged. Means over seeds with Student's 95% interval, and how many seeds are as claimed; each is in a world of",
-        f"its own. {sum(record.held() for record in records)} of {claims} claims held on {' and on '.join(backends)}; nothing is",
-        "corrected for their number.",
+        f"its own. {held} of {len(claims)} claims held on {' and on '.join(backends)}; nothing is corrected for their number.",
     ]
     for record in records:
-        f, differences = record.finding, between_backends(record.outcomes)
+        f = record.finding
+        apart = {
+            each.name: each.found.interval + ", **apart**" * each.apart for each in between_backends([*record.outcomes.values()])
+        }
         lines += [
             "",
-            f"## {f.title}",
+            f"## {escaped(f.title)}",
             "",
-            f"{f.source}. [The page]({record.name}/page.md); `lockstep reproduce {record.name}`.",
+            f"{escaped(f.source)}. [The page]({record.name}/page.md); `lockstep reproduce {record.name}`.",
             "",
             f"| claim | published | criterion | {' | '.join(backends)} | {' − '.join(backends)} |",
             "|---|---|---|" + "---|" * (len(backends) + 1),
         ]
         for name, claim in f.claims.items():
-            cells = [cell(claim, record.outcomes, name, backend) for backend in backends]
-            apart = next((said(each) for each in differences if each.name == name), "")
-            lines.append(f"| {claim.claim} | {claim.published} | {claim.criterion} | {' | '.join(cells)} | {apart} |")
+            texts = [escaped(text) for text in (claim.claim, claim.published, claim.criterion)]
+            cells = [cell(claim, record.outcomes.get((name, backend))) for backend in backends]
+            lines.append(f"| {' | '.join([*texts, *cells, apart.get(name, '')])} |")
     return "\n".join(lines) + "\n"
 
 
-def cell(claim: ClaimConfig, outcomes: Sequence[Outcome], name: str, backend: str) -> str:
-    for each in outcomes:
-        if (each.name, each.backend) == (name, backend):
-            mean = str(each.found).rpartition(",")[0]
-            return f"{mean}, {as_claimed(claim, each.found)}: {MARKS[each.verdict]}"
-    return ""
-
-
-def said(difference: Difference) -> str:
-    return f"{difference.found}".rpartition(",")[0] + (", **apart**" if difference.apart else "")
+def cell(claim: ClaimConfig, outcome: Outcome | None) -> str:
+    if outcome is None:
+        return ""
+    verdict = "**held**" if outcome.verdict == "held" else outcome.verdict
+    return f"{outcome.found.interval}, {as_claimed(claim, outcome.found)}: {verdict}"
 
 
 def main() -> None:

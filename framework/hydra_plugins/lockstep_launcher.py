@@ -49,9 +49,11 @@ class ProcessLauncher(Launcher):
 
 
 def varied(overrides: Sequence[str], shared: Sequence[str]) -> list[str]:
-    """A job's overrides that not all jobs share. Hydra escapes the braces of ${seed} and writes out null."""
-    plain = [each.replace(r"\{", "{").replace(r"\}", "}") for each in overrides]
-    return [each for each in plain if each not in shared and each.removesuffix("=null") not in shared]
+    """A job's overrides that not all jobs share. Hydra has written the job's anew, and escaped the braces of ${seed}."""
+    from lockstep.config.overrides import read
+
+    common = [f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in read(shared) if not o.is_sweep_override()]
+    return [each.replace(r"\{", "{").replace(r"\}", "}") for each in overrides if each not in common]
 
 
 def core_shares(parallel: int) -> list[set[int]]:

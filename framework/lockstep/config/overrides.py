@@ -85,7 +85,7 @@ def _advice(text: str, following: Sequence[str], reason: str) -> str:
         if _readable(whole := " ".join([text, *following[:end]])):
             return f"The shell cut {short(whole)} apart at its spaces. Type: {shell(short(whole))}"
     words = text.split()
-    if len(words) > 1 and all(re.match(r"[+~]*[\w$@/.-]+=|~\w", word) and _readable(word) for word in words):
+    if len(words) > 1 and all(map(_readable, words)):
         apart = short(", ".join(map(repr, words)))
         return f"{short(text)} is several overrides in one. In a shell leave out the quotes around them; in Python write {apart}."
     start, reason = f"Hydra cannot read {short(text)}", short(reason)
@@ -102,6 +102,6 @@ def _advice(text: str, following: Sequence[str], reason: str) -> str:
 
 def _readable(text: str) -> bool:
     try:
-        return bool(_parsed(text))
+        return bool(_parsed(text).key_or_group)
     except Exception:
         return False

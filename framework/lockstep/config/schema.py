@@ -15,10 +15,12 @@ import copy
 import dataclasses
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from lockstep.config.overrides import override
@@ -183,20 +185,23 @@ def _quoted(where: str, value: Any, *hints: Any) -> str:
     """What to type if a text was read as something else (a number, a truth value or a list), or stands for a list of one."""
     if isinstance(value, str) and where and "[" not in where and tuple[str, ...] in hints:
         return f" For a list of one, type: {override(where, [value])}"
-    if isinstance(value, str) and any(_is_group_of(where, hint) for hint in hints):
-        return f" For a file, type: {override(where.partition('[')[0], [{'path': short(value)}])}"
+    item = re.fullmatch(r"([^\[]+)\[\d+\]", where)
+    key, fits = (item[1], _is_group) if item else (where, _is_list_of_groups)
+    if isinstance(value, str) and Path(value).suffix and key and "[" not in key and any(map(fits, hints)):
+        return f" For a file, type: {override(key, [{'path': short(value)}])}"
     if str not in hints or not isinstance(value, (bool, int, float, list)) or not where or "[" in where:
         return ""
     text = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
     return f" For the text, type: {override(where, short(text))}"
 
 
-def _is_group_of(where: str, hint: Any) -> bool:
-    """Whether a list of groups with free keys is meant, or one of its items."""
-    groups = dict, collections.abc.Mapping
-    if typing.get_origin(hint) is tuple:
-        return bool(where) and typing.get_origin(typing.get_args(hint)[0]) in groups
-    return "[" in where and typing.get_origin(hint) in groups
+def _is_group(hint: Any) -> bool:
+    """Of free keys."""
+    return typing.get_origin(hint) in (dict, collections.abc.Mapping)
+
+
+def _is_list_of_groups(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple and _is_group(typing.get_args(hint)[0])
 
 
 def _convert_union(options: tuple[Any, ...], value: Any, where: str, default: Any) -> Any:
@@ -225,13 +230,15 @@ def _shown(value: Any) -> str:
 def _name(hint: Any) -> str:
     if hint is type(None):
         return "null"
-    if typing.get_origin(hint) in (dict, collections.abc.Mapping):
+    if _is_group(hint):
         return "a group of keys"
+    if _is_list_of_groups(hint):
+        return "a list of groups of keys"
     if typing.get_origin(hint) in (Union, types.UnionType):
         return " or ".join(map(_name, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
         first, *rest = map(_name, (each for each in typing.get_args(hint) if each is not Ellipsis))
-        return f"[{', '.join([first, *rest])}]" if rest else f"a list of {first.replace('a group', 'groups')}"
+        return f"[{', '.join([first, *rest])}]" if rest else f"a list of {first}"
     return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
 
 

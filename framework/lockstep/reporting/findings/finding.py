@@ -61,13 +61,19 @@ class ClaimConfig:
         parts = _SIGNS.split(f" + {self.value.strip()}")[1:]
         return tuple(_term(sign, text.strip(), self.value) for sign, text in zip(parts[::2], parts[1::2], strict=True))
 
+    @property
+    def bound(self) -> float:
+        bound = self.above if self.above is not None else self.below
+        assert bound is not None
+        return bound
+
     def is_met_by(self, value: float) -> bool:
         """Whether a number is where the claim says."""
-        return self.above is not None and value > self.above or self.below is not None and value < self.below
+        return value > self.bound if self.above is not None else value < self.bound
 
     @property
     def criterion(self) -> str:
-        return f"above {self.above:g}" if self.above is not None else f"below {self.below:g}"
+        return f"{'above' if self.above is not None else 'below'} {self.bound:g}"
 
 
 def _term(sign: str, text: str, whole: str) -> Term:

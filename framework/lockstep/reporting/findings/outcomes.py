@@ -44,11 +44,16 @@ class Mean:
     def high(self) -> float:
         return self.mean + self.half
 
-    def __str__(self) -> str:
+    @property
+    def interval(self) -> str:
+        """'2.5 ± 2.1'; of one seed, its number."""
         if len(self.seeds) < 2:
-            return f"{self.mean:.3g}, one seed"
+            return f"{self.mean:.3g}"
         digits = max(0, 1 - math.floor(math.log10(self.half))) if self.half else 3  # two of the interval's, as many of the mean's
-        return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}, {len(self.seeds)} seeds"
+        return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
+
+    def __str__(self) -> str:
+        return f"{self.interval}, {'one seed' if len(self.seeds) < 2 else f'{len(self.seeds)} seeds'}"
 
 
 @dataclass(frozen=True)
@@ -95,16 +100,19 @@ def outcomes(finding: Finding, runs: Sequence[Run], seeds: Collection[int] = ())
                 except Absent as absent:
                     problems.append(f"{name}, {backend}, seed {seed}: {absent}")
             if values:
-                mean = Mean(values)
-                found.append(Outcome(name, backend, mean, verdict(claim, mean) if len(values) == len(wanted) else "not decided"))
+                found.append(judged(name, claim, backend, values, len(wanted)))
     return found, problems
 
 
+def judged(name: str, claim: ClaimConfig, backend: str, values: Mapping[int, float], seeds: int) -> Outcome:
+    """Of a claim's value by seed, where there should be so many ``seeds``."""
+    mean = Mean(values)
+    return Outcome(name, backend, mean, verdict(claim, mean) if len(values) == seeds else "not decided")
+
+
 def verdict(claim: ClaimConfig, found: Mean) -> Verdict:
-    above, bound = claim.above is not None, claim.above if claim.above is not None else claim.below
-    assert bound is not None
-    if found.low > bound or found.high < bound:
-        return "held" if (found.low > bound) == above else "not held"
+    if found.low > claim.bound or found.high < claim.bound:
+        return "held" if claim.is_met_by(found.mean) else "not held"
     return "not decided"
 
 

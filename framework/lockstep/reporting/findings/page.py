@@ -148,8 +148,7 @@ def figure(report: Report, ink: dict[str, str]) -> Figure:
             ax.plot(
                 seeds, [row] * len(seeds), "o", color=colour, markersize=3.5, fillstyle="none", markeredgewidth=0.7, alpha=0.7
             )
-        bound = claim.above if claim.above is not None else claim.below
-        ax.axvline(bound, color=ink["text"], linewidth=0.9, linestyle=(0, (3, 2)))
+        ax.axvline(claim.bound, color=ink["text"], linewidth=0.9, linestyle=(0, (3, 2)))
         verdicts = ", ".join(f"{each.backend} {each.verdict}" for each in found)
         ax.set_title(shown(f"{claim.claim}: {verdicts}"), fontsize=9, fontweight="normal", color=ink["text"], parse_math=False)
         ax.set_yticks([])
