@@ -29,5 +29,6 @@ lines = [f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in point
 PYTHON
 export PYTHONPATH="$root/framework:$root/plugins:$site/packages:$site/entry_points${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1
+export XLA_FLAGS="${XLA_FLAGS:---xla_gpu_enable_triton_gemm=false}" # else XLA tries many kernels for each matmul, for minutes
 peers=${PEERS:-$site/peers}
 python3 "$here/speed/gpu.py" --peers "$peers" "$@"

@@ -13,7 +13,7 @@ from conftest import relative
 from lockstep.interfaces import Dropout
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.registry import registry
-from lockstep.text.sequences import pack, share_rows
+from lockstep.text.sequences import Sequences, pack, share_rows
 from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss, next_token_terms
 
 PADDED = [[0] * 9 + [1] * 291, [0] * 130 + [1] * 150 + [0] * 20, [0] * 300]
@@ -89,6 +89,83 @@ def test_jax_agrees_with_the_definition(case):
     found = out * (d_out != 0), *pullback(d_out)
     for array, expected in zip(found, by_definition(q, k, v, numbers, d_out, window=window, cap=cap, known=known), strict=True):
         np.testing.assert_allclose(array, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Stands in for cuDNN's kernel, which takes and gives bfloat16 alone: the numbers of keys that it was called with."""
+    jax = pytest.importorskip("jax")
+    formula, calls = jax.nn.dot_product_attention, []
+
+    def kernel(q, k, v, mask, *, scale, implementation):
+        assert implementation == "cudnn" and {x.dtype for x in (q, k, v)} == {jax.numpy.bfloat16.dtype}
+        assert q.shape[1] % 2 == k.shape[1] % 2 == 0
+        calls.append(k.shape[1])
+
+        @jax.custom_vjp
+        def attend(q, k, v):
+            return formula(q, k, v, mask=mask, scale=scale)
+
+        def backward(kept, gradient):
+            assert gradient.dtype == jax.numpy.bfloat16
+            return jax.vjp(lambda *x: formula(*x, mask=mask, scale=scale), *kept)[1](gradient)
+
+        attend.defvjp(lambda *x: (attend(*x), x), backward)
+        return attend(q, k, v)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    return calls
+
+
+@pytest.mark.parametrize("case", [name for name, (_, _, options) in CASES.items() if "cap" not in options])
+def test_the_form_for_gpus_agrees_with_the_definition(case, cudnn):
+    jax = pytest.importorskip("jax")
+    from lockstep_jax import attention
+
+    numbers, kind, options = CASES[case]
+    window, known = options.get("window"), options.get("known", 0)
+    arrays = inputs(numbers, **options)
+    visible = attention.causal(jax.numpy.array(numbers, kind), known, fused=True).near(window, known)
+    assert isinstance(visible, attention.Fused)
+
+    def attend(q, k, v):
+        q, k, v = (x.astype(jax.numpy.bfloat16) for x in (q, k, v))
+        out = visible.attend(SIZE**-0.5, None, q.reshape(len(q), k.shape[1], -1, *q.shape[2:]), k, v)
+        return out.reshape(len(q), q.shape[2], HEADS, SIZE).swapaxes(1, 2).astype(jax.numpy.float32)
+
+    *given, d_out = (np.asarray(jax.numpy.asarray(array, jax.numpy.bfloat16), np.float32) for array in arrays)
+    out, pullback = jax.vjp(jax.jit(attend), *given)
+    found = out * (d_out != 0), *pullback(d_out)
+    assert bool(cudnn) == (given[0].shape[2] % 2 == 0 == given[1].shape[2] % 2)
+    for array, expected in zip(found, by_definition(*given, numbers, d_out, window=window, known=known), strict=True):
+        np.testing.assert_allclose(array, expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_a_network_on_a_gpu_trains_through_that_form(folders, cudnn, monkeypatch):
+    """Its gradients are those of the other form, and come to the kernel in bfloat16."""
+    jax = pytest.importorskip("jax")
+    from lockstep_jax import attention, decoder
+
+    monkeypatch.setattr(decoder, "attention_dtype", lambda dtype, platform: dtype)
+    backend = registry().resolve("backend", "jax", "jax")
+    backend = backend(backend.Config(device="cpu", precision="bfloat16", compilation_cache=None))
+    rng = np.random.default_rng(0)
+    tokens, real = rng.integers(0, 37, (3, 32)).astype(np.int32), np.ones((3, 16), bool)
+    rows = Sequences(tokens, np.arange(16) >= np.array([0, 5, 9])[:, None], real, real)
+    (term,) = next_token_terms([rows], None, NextTokenLoss())
+
+    def gradients():
+        jax.clear_caches()
+        policy = registry().resolve("policy", "decoder", "jax").load(folders[0], backend)
+        return backend.learner({"policy": policy}, {"policy": OptimizerConfig()}).gradients([term])
+
+    dense = gradients()
+    assert not cudnn
+    monkeypatch.setattr(attention.Fused, "takes", staticmethod(lambda a, dtype, platform: dtype == jax.numpy.bfloat16))
+    fused = gradients()
+    jax.clear_caches()
+    assert set(cudnn) == {32}
+    assert relative(fused, dense) < 0.02
 
 
 @pytest.mark.parametrize("case", [name for name, (_, _, options) in CASES.items() if not {"window", "cap"} & options.keys()])

@@ -26,7 +26,8 @@ from lockstep.registry import registry
 from lockstep.text.sequences import Sequences, join
 from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss
 
-ROWS, PROMPT, RESPONSE = 16, 24, 40
+ROWS, PROMPT, RESPONSE = 16, 24, 276
+"""More columns than a mask in memory is for."""
 
 
 def main(name: str, device: str, folder: Path) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
-from worker import SIZES, WORDS
+from worker import SIZES
 
 OF_CPUS = ["tiny", "miniature", "width64", "width256", "width512", "smollm2"]
 
 
-def write(folder: Path, names: list[str], *, dtype: str = "float32", smollm2: Path | None = None) -> None:
+def write(folder: Path, names: list[str], *, dtype: str = "float32", smollm2: Path | None = None, device: str = "cpu") -> None:
     for name in names:
         size = SIZES[name]
         if name == "smollm2":
@@ -40,12 +40,14 @@ def write(folder: Path, names: list[str], *, dtype: str = "float32", smollm2: Pa
                 tie_word_embeddings=True,
             )
             torch.manual_seed(0)
-            policy = LlamaForCausalLM(config).to(getattr(torch, dtype))
+            with torch.device(device):
+                policy = LlamaForCausalLM(config).to(getattr(torch, dtype))
         vocab_size = config.vocab_size
         config.num_labels, config.pad_token_id, config.eos_token_id = 1, None, None
         policy.config.pad_token_id = policy.config.eos_token_id = None
         policy.generation_config.eos_token_id = policy.generation_config.pad_token_id = None
-        reward = LlamaForSequenceClassification(config).to(getattr(torch, dtype))
+        with torch.device(device):
+            reward = LlamaForSequenceClassification(config).to(getattr(torch, dtype))
         reward.model.load_state_dict(policy.model.state_dict())
         for kind, model in (("policy", policy), ("reward", reward)):
             shutil.rmtree(folder / name / kind, ignore_errors=True)
@@ -56,7 +58,7 @@ def write(folder: Path, names: list[str], *, dtype: str = "float32", smollm2: Pa
 
 def tokenizer(folder: Path, vocab_size: int) -> None:
     """One token per word. EOS and padding have ids that no model can draw, so every response has its full length."""
-    vocabulary = {f"w{i}": i for i in range(WORDS)} | {"<eos>": vocab_size, "<pad>": vocab_size + 1}
+    vocabulary = {f"w{i}": i for i in range(vocab_size)} | {"<eos>": vocab_size, "<pad>": vocab_size + 1}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.save(str(folder / "tokenizer.json"))

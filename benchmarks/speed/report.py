@@ -34,7 +34,8 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     work = Work(**result["work"])
     out: dict[str, dict[str, Any]] = {}
     for ceiling, *others in result["groups"]:
-        peer = next((c for c in others if not c["name"].startswith("lockstep") and c["precision"] == "float32"), None)
+        peers = [c for c in others if not c["name"].startswith("lockstep")]
+        peer = next((c for c in peers if c["precision"] == "float32"), next(iter(peers), None))
         for c in others:
             seconds = c["seconds"]
             median = statistics.median(seconds)
@@ -48,8 +49,8 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
                 "of_arithmetic": work.flops / median / limit,
                 "peak_mib": max(c["peak_mib"]),
             }
-            if work.task == "generate" and c["precision"] == "float32":
-                row["of_memory"] = work.bytes / median / statistics.median(ceiling["read_bytes"])
+            if work.task == "generate":
+                row["of_memory"] = work.bytes(c["precision"]) / median / statistics.median(ceiling["read_bytes"])
             if peer is not None and c is not peer:
                 row["ratio"] = statistics.median(p / s for p, s in zip(peer["seconds"], seconds, strict=True))
                 row["peer"] = peer["name"]

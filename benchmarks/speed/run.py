@@ -144,9 +144,12 @@ class Process:
         return json.loads(line)
 
     def turn(self) -> None:
-        self.process.stdin.write("go\n")
+        self.turns.append(self.ask("go"))
+
+    def ask(self, what: str) -> dict[str, Any]:
+        self.process.stdin.write(f"{what}\n")
         self.process.stdin.flush()
-        self.turns.append(self.read())
+        return self.read()
 
     def close(self) -> dict[str, Any]:
         self.process.stdin.close()

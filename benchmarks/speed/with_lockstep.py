@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from profiles import PROFILES
 from worker import Contestant, Work, rule, texts
 
 from lockstep.config.schema import parse
@@ -53,7 +54,7 @@ def main() -> None:
     steps = iter(range(STEPS))
     step = (lambda: generate(algorithm, work)) if work.task == "generate" else (lambda: algorithm.step(next(steps)))
     described = backend.describe()
-    contestant.serve(step, **{options["backend"]: described[options["backend"]]})
+    contestant.serve(step, PROFILES[options["backend"]], **{options["backend"]: described[options["backend"]]})
 
 
 def algorithm_of(folder: Path, work: Work, options: dict[str, Any], backend: Backend) -> Algorithm:
@@ -128,9 +129,11 @@ def backend_named(name: str, options: dict[str, Any], device: str) -> Backend:
     cls = registry().resolve("backend", name, name)
     values = {"precision": options["precision"]}
     own = {
-        "torch": {"device": device, "threads": options["threads"], "cuda_graphs": device == "cuda"},
-        "jax": {"device": {"cpu": "cpu", "cuda": "gpu"}[device], "compilation_cache": None},
+        "torch": {"device": device, "threads": options["threads"], "compile": options.get("compile", False)},
+        "jax": {"device": {"cpu": "cpu", "cuda": "gpu"}[device], "compilation_cache": options.get("compilation_cache")},
     }[name]
+    if name == "jax" and device == "cuda":  # as torch and TRL
+        own["gradient_checkpointing"] = False
     return cls(parse(cls.Config, values | own, "backend"))
 
 

@@ -51,6 +51,7 @@ SIZES = {
     "tiny": Size(4, 128, 4, 4, 512, 512),
     "miniature": Size(4, 128, 4, 4, 384, 211),
     **{f"width{d}": Size(4, d, d // 32, d // 32, 4 * d, 512) for d in (64, 256, 512)},  # for growth.py; tiny is 128 wide
+    "grouped": Size(4, 256, 8, 2, 512, 512),  # for gpu_checks.py: heads share keys
     "smollm2": Size(30, 576, 9, 3, 1536, 49152),
     "0.1b": Size(30, 576, 9, 3, 1536, 49152),  # of random weights, for gpu.py
     "0.6b": Size(28, 1024, 16, 8, 3072, 151936),
@@ -96,13 +97,12 @@ class Work:
             "grpo": policy + policy + 3 * self.epochs * policy,
         }[self.task]
 
-    @property
-    def bytes(self) -> float:
-        """Least traffic of decoding in float32: all weights once per token step, and the KV cache as it grows."""
-        size = SIZES[self.size]
-        weights = 4 * (size.layer_weights + size.head_weights) * self.response
+    def bytes(self, precision: str) -> float:
+        """Least traffic of decoding: all weights once per token step, and the KV cache as it grows."""
+        size, each = SIZES[self.size], 4 if precision == "float32" else 2
+        weights = each * (size.layer_weights + size.head_weights) * self.response
         head = size.hidden_size // size.heads
-        per_column = 4 * 2 * size.layers * size.kv_heads * head * self.rows
+        per_column = each * 2 * size.layers * size.kv_heads * head * self.rows
         return weights + per_column * sum(range(self.prompt, self.prompt + self.response))
 
 
@@ -154,13 +154,15 @@ class Contestant:
         self.peak_bytes: Callable[[], int | None] = lambda: None
         """Of the device's memory, since the process began; None on the CPU."""
 
-    def await_turn(self) -> None:
-        """Blocks until the driver asks for the next unit of work."""
-        if not sys.stdin.readline():
+    def await_turn(self) -> str:
+        """Blocks until the driver asks for the next unit of work; what it said."""
+        line = sys.stdin.readline()
+        if not line:
             os._exit(0)
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
         self.started = time.perf_counter()
+        return line.strip()
 
     def finished(self, **facts: Any) -> None:
         """One unit of work is done."""
@@ -173,12 +175,15 @@ class Contestant:
     def ready(self, **versions: str) -> None:
         self.wire.write(json.dumps({"ready": versions}) + "\n")
 
-    def serve(self, step: Callable[[], Any], warm_up: int = 2, **versions: str) -> None:
-        for _ in range(warm_up):
+    def serve(self, step: Callable[[], Any], profile: Callable[[Callable[[], Any]], str] | None = None, **versions: str) -> None:
+        """``profile`` is asked for by 'profile': a text about one step."""
+        for _ in range(2):
             step()
         self.ready(**versions)
         while True:
-            self.await_turn()
+            if self.await_turn() == "profile":
+                self.wire.write(json.dumps({"profile": profile(step) if profile else ""}) + "\n")
+                continue
             step()
             self.finished()
 

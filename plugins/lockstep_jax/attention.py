@@ -1,5 +1,5 @@
-"""Attention, and what its queries see: `Dense`, a mask in memory, where there are few columns, and `Blocks`, which computes the
-mask piece by piece, where there are many.
+"""Attention, and what its queries see: `Dense`, a mask in memory, where there are few columns; `Blocks`, which computes the mask
+piece by piece, where there are many; and `Fused`, cuDNN's kernel, on GPUs in bfloat16.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from lockstep.models.architecture import Architecture
 PAIRS = 256 * 256
 """Up to so many pairs of a query and a key in a row, `Dense`: it compiles a second sooner for each layer. On a CPU with AVX-512
 and gradients, `Blocks` took 0.85 to 0.95 of its time at 256 columns, 0.65 at 384, 0.55 at 640 and 0.33 at 2,048."""
+
+MASK = 2**28
+"""Elements of a `Fused` mask, of which the kernel is given three bytes each."""
 
 BLOCK = 128
 """Queries and keys of a block. Its scores should stay in a core's cache: 256 took 1.0 to 1.5 times as long."""
@@ -38,14 +41,14 @@ class Dense(NamedTuple):
 
     def since(self, first: int) -> Dense:
         """Without the first queries."""
-        return Dense(self.mask[:, :, first:])
+        return self._replace(mask=self.mask[:, :, first:])
 
     def near(self, window: int | None, column: Any) -> Dense:
         """Of these keys, the last ``window`` up to and including the query's own. ``column`` is that of the first query."""
         if window is None:
             return self
         queries, columns = self.mask.shape[-2:]
-        return Dense(self.mask & (jnp.arange(columns) > column + jnp.arange(queries)[:, None] - window))
+        return self._replace(mask=self.mask & (jnp.arange(columns) > column + jnp.arange(queries)[:, None] - window))
 
     def attend(self, scale: float, cap: float | None, q: Array, k: Array, v: Array) -> Array:
         """A row that sees nothing gives the mean of all values."""
@@ -55,6 +58,25 @@ class Dense(NamedTuple):
         out = jnp.einsum("bhglk,bhkd->bhgld", weights, v)
         rows, heads, groups, length, size = out.shape
         return out.reshape(rows, heads * groups, length, size).swapaxes(1, 2).reshape(rows, length, -1)
+
+
+class Fused(Dense):
+    """`Dense`, with scores that never leave the kernel."""
+
+    @staticmethod
+    def takes(a: Architecture, dtype: Any, platform: str) -> bool:
+        """Whether the kernel does."""
+        known = a.attention_softcap is None and a.head_dim % 8 == 0 and a.head_dim <= 128
+        return platform == "gpu" and dtype == jnp.bfloat16 and known
+
+    def attend(self, scale: float, cap: float | None, q: Array, k: Array, v: Array) -> Array:
+        rows, _, _, length, size = q.shape
+        if length % 2 or k.shape[2] % 2:  # for which the kernel has no gradient
+            return super().attend(scale, cap, q, k, v)
+        q, k, v = (x.reshape(rows, -1, x.shape[-2], size).swapaxes(1, 2) for x in (q, k, v))
+        out = jax.nn.dot_product_attention(q, k, v, mask=self.mask, scale=scale, implementation="cudnn")
+        # The kernel takes no gradient in float32, which comes from a product: the conversion's own gradient is in bfloat16.
+        return out.reshape(rows, length, -1).astype(jnp.float32)
 
 
 class Blocks(NamedTuple):
@@ -84,18 +106,20 @@ class Blocks(NamedTuple):
 Visible = Dense | Blocks
 
 
-def causal(mask: Array, known: int = 0) -> Visible:
+def causal(mask: Array, known: int = 0, *, fused: bool = False) -> Visible:
     """[B, columns] attention mask or segments -> what the queries from column ``known`` on see: keys that are not after them, are
-    real, and are of the same segment."""
-    length = mask.shape[1]
-    if (length - known) * length > PAIRS:
+    real, and are of the same segment. ``fused``: whether `Fused.takes` it."""
+    rows, length = mask.shape
+    pairs = (length - known) * length
+    form = Fused if fused and rows * pairs <= MASK else Dense
+    if form is Dense and pairs > PAIRS:
         keys = jnp.where(mask != 0, mask.astype(jnp.int32), -1)
         queries = jnp.ones_like(keys) if mask.dtype == bool else mask.astype(jnp.int32)
         return Blocks(queries, keys, jnp.int32(0), jnp.int32(length)).since(known)
     earlier = jnp.tril(jnp.ones((length, length), bool))
     if mask.dtype != bool:
         earlier = earlier & (mask[:, None, :, None] == mask[:, None, None, :])
-    return Dense(earlier & (mask != 0)[:, None, None, :]).since(known)
+    return form(earlier & (mask != 0)[:, None, None, :]).since(known)
 
 
 def attend(a: Architecture, q: Array, k: Array, v: Array, visible: Visible) -> Array:

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from lockstep.learning.randomness import hash32
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import Architecture, Rope, family_of
-from lockstep_jax.attention import Dense, Visible, attend, attention_dtype, causal, softcap
+from lockstep_jax.attention import Dense, Fused, Visible, attend, attention_dtype, causal, softcap
 from lockstep_jax.device import JaxDevice
 from lockstep_jax.mesh import heads, rows
 from lockstep_jax.products import PRODUCTS, product, transposed
@@ -158,6 +158,10 @@ def recalled(layers: Layers, rows: Array, shift: Array, *, known: int) -> Layers
     return jax.tree.map(of, layers)
 
 
+Views = tuple[Visible, ...]
+"""What queries see in each kind of layer."""
+
+
 class Kinds(NamedTuple):
     """The kinds of rotation and window among the layers, and the kind of each layer: int32 [layers], or None if there is only
     one kind."""
@@ -207,10 +211,10 @@ class DecoderNetwork(nnx.Module):
         ``gradient_checkpointing``, everything but each layer's input is recomputed (Chen et al. 2016)."""
         position, each, known = positions(mask), rows_per_prompt, first + 1
         parts: list[tuple[slice, ...]] = [(slice(None),)]
-        views = [self.views(causal(mask))]
+        views = [self.causal(mask)]
         if each > 1:
             parts = [(slice(None, None, each), slice(known)), (slice(None), slice(known, None))]
-            views = [self.views(causal(mask[parts[0]])), self.views(causal(mask, known), known)]
+            views = [self.causal(mask[parts[0]]), self.causal(mask, known)]
         xs = [self.embed(tokens[part], mask[part], position[part]) for part in parts]
         rotations = [self.rotations(position[part]) for part in parts]
         graph, stacked = nnx.split(self.layers)
@@ -260,7 +264,7 @@ class DecoderNetwork(nnx.Module):
         kept = jax.tree.map(lambda part: jnp.concatenate([part, room], axis=2), past) if past else [(room, room)] * a.layers
         position = positions(mask)[:, known:]
         x = self.embed(tokens[:, known:], mask[:, known:], position)
-        x, kept = self.feed(layers, x, position, causal(mask, known), kept, known, length - known - 1)
+        x, kept = self.feed(layers, x, position, self.causal(mask, known), kept, known, length - known - 1)
         return x, Cache(kept, jnp.pad(mask, ((0, 0), (0, new_tokens))), mask.sum(-1), jnp.int32(length))
 
     def advance(self, layers: Sequence[Layer], token: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -269,15 +273,15 @@ class DecoderNetwork(nnx.Module):
         mask = mask.at[:, length].set(True)
         position = count[:, None]
         x = self.embed(token[:, None], True, position)
-        x, kept = self.feed(layers, x, position, Dense(mask[:, None, None, :]), kept, length)
+        x, kept = self.feed(layers, x, position, self.views(Dense(mask[:, None, None, :]), length), kept, length)
         return x, Cache(kept, mask, count + 1, length + 1)
 
     def feed(
-        self, layers: Sequence[Layer], x: Array, position: Array, visible: Visible, kept: Any, column: Any, first: int = 0
+        self, layers: Sequence[Layer], x: Array, position: Array, views: Views, kept: Any, column: Any, first: int = 0
     ) -> tuple[Array, Any]:
         """x [B, L, d] through all layers, whose keys and values go into the columns from ``column`` on. Returns the hidden state
         [B, d] of the last column, and the cache. In the last layer, columns before ``first`` give only keys and values."""
-        rotations, views, kinds = self.rotations(position), self.views(visible, column), kinds_of(self.architecture)
+        rotations, kinds = self.rotations(position), kinds_of(self.architecture)
         filled = []
         for number, (layer, cache) in enumerate(zip(layers, kept, strict=True)):
             rope, window = at(number, (kinds.rope_of_layer, kinds.window_of_layer))
@@ -307,7 +311,12 @@ class DecoderNetwork(nnx.Module):
         ropes = kinds_of(self.architecture).ropes
         return ropes if ropes == (None,) else tuple(angles(rope, ropes, position) for rope in ropes)
 
-    def views(self, visible: Visible, column: Any = 0) -> tuple[Visible, ...]:
+    def causal(self, mask: Array, known: int = 0) -> Views:
+        """`lockstep_jax.attention.causal`, for layers to choose from."""
+        fused = self.mesh is None and Fused.takes(self.architecture, self.dtype, self.platform)
+        return self.views(causal(mask, known, fused=fused), known)
+
+    def views(self, visible: Visible, column: Any) -> Views:
         """What layers choose from. ``column`` is that of the first query."""
         return tuple(visible.near(window, column) for window in kinds_of(self.architecture).windows)
 

@@ -16,6 +16,7 @@ from jax import Array
 
 from lockstep.learning import randomness
 from lockstep_jax.decoder import Cache, Layers, NetworkSpec, Tree, repeated
+from lockstep_jax.device import decoding
 from lockstep_jax.mesh import gathered, whole
 
 
@@ -44,7 +45,7 @@ class Drawing(NamedTuple):
         return cls(seeds, float(temperature), np.asarray(stop_ids, np.int32), np.int32(pad_id))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "greedy"))
+@functools.partial(jax.jit, static_argnames=("spec", "greedy"), compiler_options=decoding())
 def generate(
     params: Tree, frozen: Tree, prompt_tokens: Array, prompt_mask: Array, drawing: Drawing, past: Layers | None = None,
     *, spec: NetworkSpec, greedy: bool,
@@ -56,7 +57,7 @@ def generate(
     return whole(spec.mesh, (last.tokens, last.mask, last.logprobs)), last.cache.layers
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "greedy"))
+@functools.partial(jax.jit, static_argnames=("spec", "greedy"), compiler_options=decoding())
 def start(
     params: Tree, frozen: Tree, prompt_tokens: Array, prompt_mask: Array, drawing: Drawing, *, spec: NetworkSpec, greedy: bool
 ) -> DecodeState:
@@ -65,7 +66,7 @@ def start(
     return decoding.start(prompt_tokens, prompt_mask)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "greedy"), donate_argnames="now")
+@functools.partial(jax.jit, static_argnames=("spec", "greedy"), donate_argnames="now", compiler_options=decoding())
 def proceed(params: Tree, frozen: Tree, now: DecodeState, drawing: Drawing, *, spec: NetworkSpec, greedy: bool) -> DecodeState:
     """Continue `generate` by `AT_ONCE` more tokens."""
     decoding = Decoding(params, frozen, drawing, spec, greedy)

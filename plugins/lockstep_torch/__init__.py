@@ -2,6 +2,7 @@
 from earlier ones only.
 
     mesh.py                 several processes: messages, and weights and rows divided
+    pieces.py               what lies between matmuls, for torch.compile to join                                    (*)
     device.py               precision, what runs where
     attention.py            attention, what its queries see, and rows without their padding
     decoder.py              the network of policies that start from scratch, in Llama's shape
@@ -15,7 +16,8 @@ from earlier ones only.
     plan.py                 what the calls of a run need
     backend.py              makes learners
 
-(*) Only here: transformers and peft run on PyTorch. JAX runs the families it knows, and their adapters, in its own decoder.
+(*) Only here: XLA joins such pieces by itself, and transformers and peft run on PyTorch. JAX runs the families it knows, and their
+adapters, in its own decoder.
 """
 
 from lockstep.registry import Plugin

@@ -33,7 +33,10 @@ class Dense:
         return Dense(self.mask[:, :, first:])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=k.shape[1] != q.shape[1])
+        if q.shape[2] > 1:
+            return fused(q, k, v, self.mask)
+        # One query, in decoding: the heads that share keys see the same, and are queries of one head, whose keys are read once.
+        return fused(q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]), k, v, self.mask).reshape(q.shape)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Blocks:
         own = self.first + start + torch.arange(q.shape[2], device=q.device)[:, None]
         column = torch.arange(k.shape[2], device=q.device)
         same = self.queries[:, start : start + q.shape[2], None] == self.keys[:, None, : k.shape[2]]
-        return fused(q, k, v, _additive((same & (column <= own) | (column == own))[:, None], q.dtype))
+        return fused(q, k, v, additive((same & (column <= own) | (column == own))[:, None], q.dtype))
 
 
 @dataclass(frozen=True)
@@ -243,10 +246,10 @@ def causal(mask: Tensor, dtype: torch.dtype, known: int = 0) -> Dense | Blocks:
     earlier = column <= query
     if mask.dtype != torch.bool:
         earlier = earlier & (mask[:, None, known:, None] == mask[:, None, None, :])
-    return Dense(_additive(earlier & (mask != 0)[:, None, None, :] | (column == query), dtype))
+    return Dense(additive(earlier & (mask != 0)[:, None, None, :] | (column == query), dtype))
 
 
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """The form that kernels add to scores. They would make it of a bool mask themselves, and keep one for each layer."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
@@ -254,7 +257,7 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention under this mask, or without one in order. On CUDA devices, heads that share keys get their
     own copies where otherwise no fused kernel would do: FlashAttention takes neither float32 nor a mask, and the
-    memory-efficient kernel takes no shared keys."""
+    memory-efficient kernel takes no shared keys; what is left would write out all scores."""
     shared = q.shape[1] // k.shape[1]
     if q.device.type == "cuda" and shared > 1 and (mask is not None or q.dtype == torch.float32):
         k, v, shared = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1), 1
@@ -266,8 +269,10 @@ class RealFirst:
 
     @classmethod
     def of(cls, mask: Tensor) -> RealFirst | None:
-        """[B, L] attention mask or segments; None for those and for rows of few columns, which need a mask or may have one."""
-        return cls(mask) if mask.dtype == torch.bool and mask.shape[1] ** 2 > PAIRS else None
+        """[B, L] attention mask or segments; None for those and for rows of few columns, which need a mask or may as well have
+        one."""
+        many = mask.device.type == "cuda" or mask.shape[1] ** 2 > PAIRS  # CUDA's FlashAttention takes no mask
+        return cls(mask) if mask.dtype == torch.bool and many else None
 
     def __init__(self, mask: Tensor):
         self.order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)

@@ -22,7 +22,8 @@ from lockstep.interfaces import Past
 from lockstep.learning import randomness
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf
-from lockstep_torch.attention import Dense, InOrder, Layout, RealFirst, Stream, Visible, attention_dtype, causal
+from lockstep_torch.attention import Dense, InOrder, Layout, RealFirst, Stream, Visible, additive, attention_dtype, causal
+from lockstep_torch.pieces import gated, normed, rotated
 
 
 class Network(nn.Module):
@@ -267,7 +268,7 @@ class DecoderNetwork(Network):
         cache.read = min(cache.read + 1, cache.mask.shape[1])
         x = self.model["embed_tokens"](token)[:, None]
         rotation = self.rotation(cache.count[:, None])
-        visible = Dense(cache.mask[:, None, None, : cache.read])
+        visible = Dense(additive(cache.mask[:, None, None, : cache.read], attention_dtype(token.device)))
         for layer, keys, values in zip(self.model["layers"], cache.keys, cache.values, strict=True):
             x = layer(x, rotation, visible, Filled(keys, values, cache.column, cache.read))
         cache.column += 1
@@ -322,8 +323,12 @@ class Layer(nn.Module):
     ) -> Tensor:
         """[B, L, d] -> [B, L - first, d]."""
         drop = drop or (lambda y, part: y)
-        x = x[:, first:] + drop(self.self_attn(self.input_layernorm(x), rotation, visible, cache, first), 0)
-        return x + drop(self.mlp(self.post_attention_layernorm(x)), 1)
+        x = x[:, first:] + drop(self.self_attn(self.before(self.input_layernorm, x), rotation, visible, cache, first), 0)
+        return x + drop(self.mlp(self.before(self.post_attention_layernorm, x)), 1)
+
+    def before(self, norm: nn.RMSNorm, x: Tensor) -> Tensor:
+        """In the precision of matmuls, once for all its readers: autocast would cast it again for each of them."""
+        return normed(x, norm.weight, norm.eps, matmul_dtype(x.device))
 
 
 class Attention(nn.Module):
@@ -340,12 +345,10 @@ class Attention(nn.Module):
         [B, L - first, d]."""
         a = self.architecture
         cos, sin = rotation
-        visible, x = visible.since(first), cast(x)
-        q = rotate(split_heads(self.q_proj(x[:, first:]), a.heads).float(), (cos[:, :, first:], sin[:, :, first:]))
-        k = rotate(split_heads(self.k_proj(x), a.kv_heads).float(), rotation)
-        v = split_heads(self.v_proj(x), a.kv_heads)
-        dtype = attention_dtype(x.device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        visible, dtype = visible.since(first), attention_dtype(x.device)
+        q = rotated(split_heads(self.q_proj(x[:, first:]), a.heads), cos[:, :, first:], sin[:, :, first:], dtype)
+        k = rotated(split_heads(self.k_proj(x), a.kv_heads), cos, sin, dtype)
+        v = split_heads(self.v_proj(x), a.kv_heads).to(dtype)
         if cache is not None:
             k, v = cache.with_own(k, v)
         with torch.autocast(x.device.type, enabled=False):
@@ -362,23 +365,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(f, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = cast(x)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
-def cast(x: Tensor) -> Tensor:
-    """``x`` in the precision of matmuls, once for all its readers: autocast would cast it again for each of them."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+def matmul_dtype(device: torch.device) -> torch.dtype:
+    """The precision of matmuls."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, L, H hd] -> [B, H, L, hd]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """x [B, H, L, hd] rotated by the angles of `DecoderNetwork.rotation`."""
-    cos, sin = rotation
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

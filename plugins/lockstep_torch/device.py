@@ -17,6 +17,7 @@ from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Backend
 from lockstep.launchers import place
+from lockstep_torch import pieces
 from lockstep_torch.mesh import Group, Mesh
 
 log = logging.getLogger(__name__)
@@ -33,9 +34,15 @@ class TorchDevice(Backend):
             False, "Recompute a layer's inner activations for the gradient (Chen et al. 2016): memory for a second forward pass."
         )
         cuda_graphs: bool = setting(
-            False,
+            True,
             "On CUDA devices, decode with one launch per token instead of one per kernel, for networks that run in this "
-            "project's own decoder. Tested only as much as a CPU allows, never run on a GPU: hence off.",
+            "project's own decoder.",
+        )
+        compile: bool = setting(
+            False,
+            "Join the operations between matmuls (norms, rotations, gates, log-probabilities) by torch.compile, in networks that "
+            "run in this project's own decoder. It takes a C++ compiler, or Triton on CUDA devices, and a minute the first time. "
+            "Not yet run on a GPU.",
         )
         threads: int | None = setting(None, "CPU threads; null: one per core.", least=1, most=4096)
         mesh: MeshConfig = setting(MeshConfig(), "Several devices.")
@@ -54,6 +61,8 @@ class TorchDevice(Backend):
             log.warning("backend.mesh=%s: this is one process, and runs as one", config.mesh)
         self.trunks: dict[str, Any] = {}
         """Frozen networks that adapters share, by checkpoint path."""
+        if config.compile:
+            pieces.DEVICES.add(self.device.type)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         if config.precision == "bfloat16" and self.device.type == "cpu" and (factor := _bfloat16_takes()) > 2:

@@ -29,8 +29,9 @@ def generate(
     for several neighbouring rows of seeds. The caller must disable gradients."""
     decoding = Decoding(network, prompt_tokens, prompt_mask, seeds, temperature, stop_ids, pad_id, past)
     advance = decoding.advance
+    every = 1 if seeds.device.type == "cpu" else LOOK_EVERY
     for t in range(1, seeds.shape[1]):
-        if not decoding.alive.any():
+        if t % every == 0 and not decoding.alive.any():
             break
         if t == WARM_UP and network.replays:
             advance = recorded(advance, seeds.device)
@@ -86,6 +87,10 @@ class Decoding:
         self.step.add_(1)
 
 
+LOOK_EVERY = 8
+"""Tokens drawn before the host looks whether all rows have stopped, which an accelerator that runs behind it has to wait for.
+Tokens after a row's end are padding."""
+
 WARM_UP = 3
 """Tokens drawn before a step is recorded: what libraries set up on a first call cannot be recorded."""
 
@@ -94,11 +99,32 @@ def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     """``step`` as one CUDA graph on ``device``, its kernels launched together: otherwise a small network's decoding waits for
     each launch. The step does not run here. It must not read a number on the host, must change memory in place, and must read
     only memory that lives as long as the graph. The weights cast by autocast do, until generation ends."""
-    graph = torch.cuda.CUDAGraph()
-    # A separate stream, since the default stream of recordings is on the first device that recorded.
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
-        step()
-    return graph.replay
+    return _recorder(device).record(step)
+
+
+class Recorder:
+    """Records one step after another on a device. A graph's memory outlives it, for the next: `torch.cuda.graph` would return all
+    free memory to the device instead, which the rest of training has to ask for again."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.last: torch.cuda.CUDAGraph | None = None
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            graph.capture_begin(*([] if self.last is None else [self.last.pool()]))
+            try:
+                step()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self.stream)
+        self.last = graph  # only now: the memory must have an owner
+        return graph.replay
+
+
+_recorder = functools.cache(Recorder)
 
 
 def sample(logits: Tensor, seeds: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from lockstep_torch.decoder import DecoderNetwork, DropoutMask, Network, ScalarH
 from lockstep_torch.device import TorchDevice
 from lockstep_torch.generation import Decoding, generate
 from lockstep_torch.mesh import fill, on_host, shell
+from lockstep_torch.pieces import chosen
 
 LOGITS_AT_ONCE = 2**26
 """Elements: a quarter of a gibibyte in float32, and several times that while gradients are computed."""
@@ -122,12 +123,7 @@ class TorchModel:
         """Outputs of the logits, [B, T] each."""
 
         def some(states: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-            logits = self.network.logits(states).float() / temperature
-            normaliser = logits.logsumexp(-1)
-            logprobs = _take(logits, tokens) - normaliser
-            if not entropy:
-                return (logprobs,)
-            return logprobs, normaliser - ((logits - normaliser[..., None]).exp() * logits).sum(-1)
+            return chosen(self.network.logits(states), tokens, temperature, entropy)
 
         names = ("logprobs", "entropy")[: 1 + entropy]
         return dict(zip(names, self.in_pieces(some, states, tokens), strict=True))
@@ -315,8 +311,3 @@ def _before(backend: TorchDevice) -> torch.device:
 def same_head(head: ScalarHead) -> ScalarHead:
     weight, bias = (on_host(tensor) for tensor in (head.weight, head.bias))
     return ScalarHead(weight, float(bias[0]))
-
-
-def _take(logits: Tensor, tokens: Tensor) -> Tensor:
-    """logits [B, T, V] at the token of each column: [B, T]. Ids outside the vocabulary are padding; any value will do."""
-    return logits.gather(-1, tokens.clamp(0, logits.shape[-1] - 1)[..., None])[..., 0]
