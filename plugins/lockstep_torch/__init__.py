@@ -16,8 +16,8 @@ from earlier ones only.
     plan.py                 what the calls of a run need
     backend.py              makes learners
 
-(*) Only here: XLA joins such pieces by itself, and transformers and peft run on PyTorch. JAX runs the families it knows, and their
-adapters, in its own decoder.
+(*) Only here: XLA joins such pieces by itself, and transformers and peft run on PyTorch. JAX runs the families that it knows, and
+their adapters, in its own decoder.
 """
 
 from lockstep.registry import Plugin
