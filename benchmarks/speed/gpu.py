@@ -151,7 +151,7 @@ def race(args: argparse.Namespace, end: float) -> tuple[int, list[str]]:
 
 
 def turns(args: argparse.Namespace, group: Group, end: float) -> list[dict[str, Any]]:
-    """The records of those that did not fail and were done in time. On a card each also says where the time of a step goes."""
+    """The records of those that did not fail and were done in time."""
     until = min(end, time.monotonic() + PATIENCE)
 
     def guarded(entry: Entry, call: Callable[[], Any]) -> Any:
@@ -169,13 +169,12 @@ def turns(args: argparse.Namespace, group: Group, end: float) -> list[dict[str, 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         processes = [process for process in pool.map(started, group.entries) if process]
     for _ in range(ROUNDS):
-        processes = [each for each in processes if guarded(each.entry, lambda each=each: (each.turn(), each)[1])]
+        processes = [each for each in processes if guarded(each.entry, each.turn)]
     for each in processes:
         if args.profiles and each.entry.script == "with_lockstep.py":
-            text = guarded(each.entry, lambda each=each: each.ask("profile")["profile"])
-            title = f"# {group.name} {each.entry.name}"
+            said_of = guarded(each.entry, functools.partial(each.ask, "profile")) or {"profile": "none\n"}
             with (args.output / "profiles.txt").open("a", encoding="utf-8") as file:
-                file.write(f"{title}\n\n{text}\n")
+                file.write(f"# {group.name} {each.entry.name}\n\n{said_of['profile']}\n")
     return [record for each in processes if (record := guarded(each.entry, each.close))]
 
 

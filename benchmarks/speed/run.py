@@ -64,10 +64,11 @@ def entries(name: str, device: str) -> list[Entry]:
         return [lockstep(f"lockstep {name}{suffix}", name, precision, **options) for name in ("torch", "jax")]
 
     task = WORK[name].task
+    same = [*own("", "float32"), lockstep("lockstep torch compiled", "torch", compile=True)]
     if task == "ppo":
         recommended = own(" recommended", precisions[-1], value_network="shared")
-        return [*own("", "float32"), *recommended, trl("1.12"), *([TUNIX] if name == "ppo/tiny" else [])]
-    all_own = own("", "float32") + (own(" bfloat16", "bfloat16") if "bfloat16" in precisions else [])
+        return [*same, *recommended, trl("1.12"), *([TUNIX] if name == "ppo/tiny" else [])]
+    all_own = same + (own(" bfloat16", "bfloat16") if "bfloat16" in precisions else [])
     both = [trl("1.16", precision) for precision in precisions]
     peers = {"generate": [TRANSFORMERS], "sft": both, "reward": [trl("1.16")], "grpo": both}
     return all_own + peers[task]
@@ -129,7 +130,7 @@ class Process:
         started = time.perf_counter()
         self.versions = self.read()["ready"]
         self.warm_up = time.perf_counter() - started
-        self.turns: list[dict[str, float]] = []
+        self.turns: list[dict[str, Any]] = []
 
     def read(self) -> dict[str, Any]:
         """Its next answer; it ends if there is none by ``until``, a time of `time.monotonic`."""
@@ -143,8 +144,9 @@ class Process:
             raise SystemExit(f"{self.entry.name} ended: {self.log.read_text(encoding='utf-8')[-2000:]}")
         return json.loads(line)
 
-    def turn(self) -> None:
+    def turn(self) -> dict[str, Any]:
         self.turns.append(self.ask("go"))
+        return self.turns[-1]
 
     def ask(self, what: str) -> dict[str, Any]:
         self.process.stdin.write(f"{what}\n")

@@ -36,7 +36,7 @@ class TorchDevice(Backend):
         cuda_graphs: bool = setting(
             True,
             "On CUDA devices, decode with one launch per token instead of one per kernel, for networks that run in this "
-            "project's own decoder.",
+            "project's own decoder, without a mesh.",
         )
         compile: bool = setting(
             False,

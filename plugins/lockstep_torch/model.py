@@ -67,7 +67,7 @@ class TorchModel:
         # FSDP takes each layer to the device before it divides it.
         self.network = network if backend.mesh is not None else network.to(backend.device)
         self.network.gradient_checkpointing = backend.config.gradient_checkpointing
-        graphs = backend.config.cuda_graphs and backend.device.type == "cuda"
+        graphs = backend.config.cuda_graphs and backend.device.type == "cuda" and backend.mesh is None
         self.network.replays = graphs and isinstance(self.network, DecoderNetwork)
         self.head = None if head is None else head.to(backend.device)
         self.backend, self.mesh = backend, backend.mesh
