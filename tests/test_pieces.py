@@ -83,3 +83,43 @@ def test_chosen_is_the_logarithm_of_softmax_and_its_entropy():
     logprobs, entropy = pieces.chosen(torch.tensor(logits), torch.tensor(tokens), 0.7, True)
     np.testing.assert_allclose(logprobs[:3], np.log(p[np.arange(3), tokens[:3]]), rtol=1e-5)
     np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 8), (4, 8), (2, 1, 3, 8)])
+def test_rms_norm_and_its_gradients_are_those_of_the_definition(shape):
+    rng = np.random.default_rng(0)
+    x, weight, slope = (torch.tensor(rng.normal(size=size), requires_grad=True) for size in (shape, shape[-1:], shape))
+
+    def by_definition(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+
+    expected, found = by_definition(x, weight), pieces.rms_norm(x, weight, 1e-3)
+    torch.testing.assert_close(found, expected)
+    slopes = [torch.autograd.grad(y, (x, weight), slope) for y in (found, expected)]
+    torch.testing.assert_close(*slopes)
+    with torch.no_grad():
+        torch.testing.assert_close(pieces.rms_norm(x, weight, 1e-3), expected)
+    part = x.float()[..., 1:, :] if len(shape) == 3 else x.float()
+    low = pieces.normed(part, weight.float(), 1e-3, torch.bfloat16)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.double(), by_definition(part.double(), weight), atol=0, rtol=2**-7)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8), (2, 1, 1, 4)])
+def test_a_rotation_is_that_of_complex_numbers_and_its_gradient_the_one_back(shape):
+    rng = np.random.default_rng(0)
+    rows, heads, length, size = shape
+    x, slope = (rng.normal(size=(rows, length, heads, size)).astype(np.float32).swapaxes(1, 2) for _ in range(2))
+    angle = rng.normal(size=(rows, 1, length, size // 2)).astype(np.float32)
+
+    def turned(x, angle):
+        found = (x[..., : size // 2] + 1j * x[..., size // 2 :]) * np.exp(1j * angle)
+        return np.concatenate([found.real, found.imag], axis=-1)
+
+    tensor, cos, sin = torch.tensor(x, requires_grad=True), torch.tensor(np.cos(angle)), torch.tensor(np.sin(angle))
+    found = pieces.rotated(tensor, cos, sin, torch.float32)
+    (back,) = torch.autograd.grad(found, tensor, torch.tensor(slope))
+    np.testing.assert_allclose(found.detach(), turned(x, angle), atol=1e-6)
+    np.testing.assert_allclose(back, turned(slope, -angle), atol=1e-6)
+    with torch.no_grad():
+        np.testing.assert_allclose(pieces.rotated(tensor, cos, sin, torch.float32), turned(x, angle), atol=1e-6)

@@ -23,7 +23,7 @@ from lockstep.learning import randomness
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf
 from lockstep_torch.attention import Dense, InOrder, Layout, RealFirst, Stream, Visible, additive, attention_dtype, causal
-from lockstep_torch.pieces import gated, normed, rotated
+from lockstep_torch.pieces import gated, normed, rms_norm, rotated
 
 
 class Network(nn.Module):
@@ -224,7 +224,7 @@ class DecoderNetwork(Network):
             drop = dropout and (lambda y, part, site=2 * number, columns=columns: dropout(y, site + part, columns))
             call = functools.partial(layer, drop=drop, first=start)
             x = checkpoint(call, x, rotation, visible, use_reentrant=False) if again else call(x, rotation, visible)
-        return self.model["norm"](x)
+        return self.norm(x)
 
     def of_stream(self, tokens: Tensor, mask: Tensor, layout: Layout) -> Tensor:
         """`hidden` from the last column of the prompts on."""
@@ -235,7 +235,7 @@ class DecoderNetwork(Network):
         for number, layer in enumerate(layers):
             call = functools.partial(layer, first=layout.before if number == len(layers) - 1 else 0)
             x = checkpoint(call, x, rotation, visible, use_reentrant=False) if again else call(x, rotation, visible)
-        return layout.restored(self.model["norm"](x))
+        return layout.restored(self.norm(x))
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int, past: Past | None = None) -> tuple[Tensor, Cache]:
         rows, length = tokens.shape
@@ -261,7 +261,7 @@ class DecoderNetwork(Network):
         for number, layer in enumerate(self.model["layers"]):
             first = length - known - 1 if number == a.layers - 1 else 0
             x = layer(x, rotation, visible, Filled(cache.keys[number], cache.values[number], fed, length), first=first)
-        return self.model["norm"](x[:, -1]), cache
+        return self.norm(x[:, -1]), cache
 
     def advance(self, token: Tensor, cache: Cache) -> Tensor:
         cache.mask.index_fill_(1, cache.column, True)
@@ -273,7 +273,7 @@ class DecoderNetwork(Network):
             x = layer(x, rotation, visible, Filled(keys, values, cache.column, cache.read))
         cache.column += 1
         cache.count += 1
-        return self.model["norm"](x[:, 0])
+        return self.norm(x[:, 0])
 
     def repeated(self, cache: Cache, times: int) -> Cache:
         keys, values = ([each.repeat_interleave(times, 0) for each in layers] for layers in (cache.keys, cache.values))
@@ -292,6 +292,10 @@ class DecoderNetwork(Network):
     def without_language_head(self) -> DecoderNetwork:
         self.lm_head = None
         return self
+
+    def norm(self, x: Tensor) -> Tensor:
+        norm = self.model["norm"]
+        return rms_norm(x, norm.weight, norm.eps)
 
     def embed(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return self.model["embed_tokens"](torch.where(mask != 0, tokens, 0))
@@ -323,7 +327,7 @@ class Layer(nn.Module):
     ) -> Tensor:
         """[B, L, d] -> [B, L - first, d]."""
         drop = drop or (lambda y, part: y)
-        x = x[:, first:] + drop(self.self_attn(self.before(self.input_layernorm, x), rotation, visible, cache, first), 0)
+        x = since(x, first) + drop(self.self_attn(self.before(self.input_layernorm, x), rotation, visible, cache, first), 0)
         return x + drop(self.mlp(self.before(self.post_attention_layernorm, x)), 1)
 
     def before(self, norm: nn.RMSNorm, x: Tensor) -> Tensor:
@@ -346,7 +350,7 @@ class Attention(nn.Module):
         a = self.architecture
         cos, sin = rotation
         visible, dtype = visible.since(first), attention_dtype(x.device)
-        q = rotated(split_heads(self.q_proj(x[:, first:]), a.heads), cos[:, :, first:], sin[:, :, first:], dtype)
+        q = rotated(split_heads(self.q_proj(since(x, first)), a.heads), cos[:, :, first:], sin[:, :, first:], dtype)
         k = rotated(split_heads(self.k_proj(x), a.kv_heads), cos, sin, dtype)
         v = split_heads(self.v_proj(x), a.kv_heads).to(dtype)
         if cache is not None:
@@ -371,6 +375,11 @@ class MLP(nn.Module):
 def matmul_dtype(device: torch.device) -> torch.dtype:
     """The precision of matmuls."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def since(x: Tensor, first: int) -> Tensor:
+    """x[:, first:]. A slice of everything would have a gradient to copy."""
+    return x[:, first:] if first else x
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
