@@ -132,5 +132,5 @@ def chosen(logits: Tensor, tokens: Tensor, temperature: float, entropy: bool) ->
     """
     scaled = logits.float() if temperature == 1 else logits.float() / temperature
     logprobs = scaled.log_softmax(-1)
-    taken = logprobs.gather(-1, tokens.clamp(0, logits.shape[-1] - 1)[..., None])[..., 0]
+    taken = logprobs.gather(-1, tokens.clamp(0, logits.shape[-1] - 1)[..., None])[..., 0].clone()  # FSDP warns of views
     return (taken, -(logprobs.exp() * logprobs).sum(-1)) if entropy else (taken,)
