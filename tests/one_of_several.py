@@ -30,8 +30,8 @@ def sent() -> Iterator[list[int]]:
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "c10d":
                 tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-                own, whole = sorted(leaf.nbytes for leaf in tensors)
-                if tensors[0].dtype == torch.float32:
+                if len(tensors) == 2 and tensors[0].dtype == torch.float32:  # all-reduces, of matmuls that are divided, have one
+                    own, whole = sorted(leaf.nbytes for leaf in tensors)
                     found.append(whole - own)
             return func(*args, **kwargs or {})
 

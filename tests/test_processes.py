@@ -323,7 +323,6 @@ def test_a_mesh_has_the_devices_that_there_are(mesh, devices, expected):
         ({"fsdp": 0}, "a number from 1"),
         ({"fsdp": 3}, r"mesh=\{fsdp: 3\} is of 3 processes, and 4 were started. Type: backend.mesh.fsdp=-1"),
         ({"fsdp": 3, "data": -1}, "does not fit the 4 devices"),
-        ({"tensor": 4}, "backend=torch divides no matmuls"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_an_error(mesh, message, monkeypatch):
@@ -332,6 +331,27 @@ def test_a_mesh_that_cannot_be_is_an_error(mesh, message, monkeypatch):
     monkeypatch.setattr(device, "place", lambda: Place(0, 4, 0))
     with pytest.raises(ConfigError, match=message):
         device._divided(parse(MeshConfig, mesh, "backend.mesh"), 4)
+
+
+def test_matmuls_that_cannot_be_divided_are_an_error(folders):
+    from lockstep_torch.decoder import DecoderNetwork, Network
+    from lockstep_torch.mesh import Mesh
+    from lockstep_torch.policies import Decoder
+
+    class Axis:
+        size = 4
+
+    network = Decoder.load(folders[0], TorchBackend(TorchBackend.Config("cpu", threads=1))).network
+    assert isinstance(network, DecoderNetwork) and network.architecture.kv_heads == 2
+    with pytest.raises(ConfigError, match=r"backend.mesh.tensor=4 does not divide 2 heads of keys evenly"):
+        network.divide_matmuls(Axis())
+    with pytest.raises(ConfigError, match="Llama's shape only"):
+        Network.divide_matmuls(network, Axis())
+    mesh = Mesh.__new__(Mesh)
+    mesh.tensor = Axis()
+    next(network.parameters()).requires_grad_(False)
+    with pytest.raises(ConfigError, match="divides no adapters"):
+        mesh.divide(network, None)
 
 
 def experiment(folder, *overrides):
@@ -396,7 +416,8 @@ def trained(request, tmp_path_factory):
     several(1, folder, request.param, "")
     if request.param == "torch":  # JAX has devices of one process in test_mesh.py
         several(3, folder, request.param, "backend.mesh.fsdp=-1")
-    return {(c, r): dict(np.load(folder / f"{c}.{r}.npz")) for c, r in [(1, 0), (2, 0), (2, 1)]}, folder
+        several(4, folder, request.param, "backend.mesh.fsdp=2 backend.mesh.tensor=2")
+    return {tuple(map(int, path.stem.split("."))): dict(np.load(path)) for path in folder.glob("?.?.npz")}, folder
 
 
 def part(numbers, kind):
@@ -422,10 +443,20 @@ def test_two_processes_compute_what_one_computes(trained, kind):
     assert apart(part(numbers[1, 0], kind), part(numbers[2, 0], kind)) < 2e-6
 
 
+@pytest.mark.parametrize("kind", ["gradient", "output", "parameter", "logprobs", "losses"])
+def test_four_that_divide_rows_and_matmuls_compute_what_one_computes(trained, kind):
+    numbers, folder = trained
+    if folder.name.startswith("torch"):  # of JAX, in test_mesh.py
+        assert apart(part(numbers[1, 0], kind), part(numbers[4, 0], kind)) < 3e-6
+        assert (numbers[4, 0]["tokens"] == numbers[1, 0]["tokens"]).all()
+
+
 def test_all_processes_have_the_same_bits(trained):
     numbers, _ = trained
-    assert numbers[2, 0].keys() == numbers[2, 1].keys()
-    assert [name for name in numbers[2, 0] if numbers[2, 0][name].tobytes() != numbers[2, 1][name].tobytes()] == []
+    for (count, rank), own in numbers.items():
+        first = numbers[count, 0]
+        assert own.keys() == first.keys()
+        assert [name for name in own if own[name].tobytes() != first[name].tobytes()] == [], (count, rank)
 
 
 def state(folder):

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lockstep.errors import ConfigError
 from lockstep.interfaces import Past
 from lockstep.learning import randomness
 from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import SCALAR_BIAS, SCALAR_HEAD, Architecture, to_hf
 from lockstep_torch.attention import Dense, InOrder, Layout, RealFirst, Stream, Visible, additive, attention_dtype, causal
+from lockstep_torch.mesh import TensorAxis, local
 from lockstep_torch.pieces import gated, normed, rms_norm, rotated
 
 
@@ -80,6 +82,17 @@ class Network(nn.Module):
     def without_language_head(self) -> Network:
         """This network, or another with the same weights, as the trunk that a scalar model keeps."""
         raise NotImplementedError
+
+    def divide_matmuls(self, axis: TensorAxis) -> None:
+        """Keep this process's part of the layers' matmuls; their weights have yet to be filled.
+
+        Raises:
+          ConfigError: they cannot be divided so.
+        """
+        raise ConfigError(
+            "backend.mesh.tensor on backend=torch divides Llama's shape only, in this project's own decoder. Raise "
+            "backend.mesh.fsdp instead, or set backend=jax."
+        )
 
     def checkpoint_name(self, name: str) -> str:
         """The checkpoint's name of this module's parameter ``name``."""
@@ -200,6 +213,8 @@ class DecoderNetwork(Network):
             }
         )
         self.lm_head = None if a.tied else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
+        self.parts = 1
+        """Processes among which the heads are divided."""
 
     def hidden(
         self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0, layout: Layout | None = None
@@ -241,7 +256,7 @@ class DecoderNetwork(Network):
         rows, length = tokens.shape
         known = past.known if past else 0
         a = self.architecture
-        shape = (rows, a.kv_heads, length + new_tokens, a.head_dim)
+        shape = (rows, a.kv_heads // self.parts, length + new_tokens, a.head_dim)
         dtype = attention_dtype(tokens.device)
         cache = Cache(
             keys=[torch.zeros(shape, dtype=dtype, device=tokens.device) for _ in range(a.layers)],
@@ -285,6 +300,15 @@ class DecoderNetwork(Network):
 
     def layers(self) -> list[nn.Module]:
         return list(self.model["layers"])
+
+    def divide_matmuls(self, axis: TensorAxis) -> None:
+        if self.architecture.kv_heads % axis.size:
+            heads = self.architecture.kv_heads
+            raise ConfigError(f"backend.mesh.tensor={axis.size} does not divide {heads} heads of keys evenly.")
+        self.parts = axis.size
+        for layer in self.model["layers"]:
+            layer.self_attn.divide(axis)
+            layer.mlp.divide(axis)
 
     def language_head(self) -> nn.Module | None:
         return self.lm_head
@@ -335,14 +359,42 @@ class Layer(nn.Module):
         return normed(x, norm.weight, norm.eps, matmul_dtype(x.device))
 
 
-class Attention(nn.Module):
+class Linear(nn.Linear):
+    """Whose weight may be a part of another's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, local(self.weight))
+
+
+class Divisible(nn.Module):
+    """Matmuls that may be divided among processes: the ``ends`` by their inputs, the others by their outputs."""
+
+    ends: tuple[str, ...]
+    axis: TensorAxis | None = None
+
+    def divide(self, axis: TensorAxis) -> None:
+        self.axis = axis
+        for name, layer in self.named_children():
+            axis.divide(layer, 1 if name in self.ends else 0)
+
+    def copied(self, x: Tensor) -> Tensor:
+        return x if self.axis is None else self.axis.copied(x)
+
+    def summed(self, layer: Linear, x: Tensor) -> Tensor:
+        """``layer`` of x: one of the ends."""
+        return layer(x) if self.axis is None else self.axis.summed(x, local(layer.weight), matmul_dtype(x.device))
+
+
+class Attention(Divisible):
+    ends = ("o_proj",)
+
     def __init__(self, architecture: Architecture):
         super().__init__()
         a = self.architecture = architecture
-        self.q_proj = nn.Linear(a.hidden_size, a.heads * a.head_dim, bias=False)
-        self.k_proj = nn.Linear(a.hidden_size, a.kv_heads * a.head_dim, bias=False)
-        self.v_proj = nn.Linear(a.hidden_size, a.kv_heads * a.head_dim, bias=False)
-        self.o_proj = nn.Linear(a.heads * a.head_dim, a.hidden_size, bias=False)
+        self.q_proj = Linear(a.hidden_size, a.heads * a.head_dim, bias=False)
+        self.k_proj = Linear(a.hidden_size, a.kv_heads * a.head_dim, bias=False)
+        self.v_proj = Linear(a.hidden_size, a.kv_heads * a.head_dim, bias=False)
+        self.o_proj = Linear(a.heads * a.head_dim, a.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Any = None, first: int = 0) -> Tensor:
         """x [B, L, d]; ``visible`` to its L queries; the cache is `Filled` or None. Queries are the columns from ``first`` on:
@@ -350,26 +402,30 @@ class Attention(nn.Module):
         a = self.architecture
         cos, sin = rotation
         visible, dtype = visible.since(first), attention_dtype(x.device)
-        q = rotated(split_heads(self.q_proj(since(x, first)), a.heads), cos[:, :, first:], sin[:, :, first:], dtype)
-        k = rotated(split_heads(self.k_proj(x), a.kv_heads), cos, sin, dtype)
-        v = split_heads(self.v_proj(x), a.kv_heads).to(dtype)
+        x = self.copied(x)
+        q = rotated(split_heads(self.q_proj(since(x, first)), a.head_dim), cos[:, :, first:], sin[:, :, first:], dtype)
+        k = rotated(split_heads(self.k_proj(x), a.head_dim), cos, sin, dtype)
+        v = split_heads(self.v_proj(x), a.head_dim).to(dtype)
         if cache is not None:
             k, v = cache.with_own(k, v)
         with torch.autocast(x.device.type, enabled=False):
             out = visible.attend(q, k, v)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.summed(self.o_proj, out.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
+class MLP(Divisible):
+    ends = ("down_proj",)
+
     def __init__(self, architecture: Architecture):
         super().__init__()
         d, f = architecture.hidden_size, architecture.intermediate_size
-        self.gate_proj = nn.Linear(d, f, bias=False)
-        self.up_proj = nn.Linear(d, f, bias=False)
-        self.down_proj = nn.Linear(f, d, bias=False)
+        self.gate_proj = Linear(d, f, bias=False)
+        self.up_proj = Linear(d, f, bias=False)
+        self.down_proj = Linear(f, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        x = self.copied(x)
+        return self.summed(self.down_proj, gated(self.gate_proj(x), self.up_proj(x)))
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
@@ -382,6 +438,6 @@ def since(x: Tensor, first: int) -> Tensor:
     return x[:, first:] if first else x
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, size: int) -> Tensor:
     """[B, L, H hd] -> [B, H, L, hd]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.unflatten(-1, (-1, size)).transpose(1, 2)

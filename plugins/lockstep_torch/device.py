@@ -100,20 +100,18 @@ class TorchDevice(Backend):
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
-def _divided(config: MeshConfig, devices: int | None) -> tuple[int, int]:
-    """The sizes of the axes data and fsdp.
+def _divided(config: MeshConfig, devices: int | None) -> tuple[int, int, int]:
+    """The sizes of the axes data, fsdp and tensor.
 
     Raises:
       ConfigError: there is no such mesh, or none of as many processes as were started.
     """
     sizes = config.sizes(devices)
-    if sizes["tensor"] > 1:
-        raise ConfigError("backend.mesh.tensor: backend=torch divides no matmuls. Raise backend.mesh.fsdp, or set backend=jax.")
     started = place().count
     if started > 1 and math.prod(sizes.values()) != started:
         has = math.prod(sizes.values())
         raise ConfigError(f"backend.mesh={config} is of {has} processes, and {started} were started. Type: backend.mesh.fsdp=-1")
-    return sizes["data"], sizes["fsdp"]
+    return sizes["data"], sizes["fsdp"], sizes["tensor"]
 
 
 def _device(name: str, number: int | None) -> torch.device:

@@ -5,25 +5,28 @@ A process runs the networks on its own rows. Their outputs, [B] or [B, T], are g
 all rows. Its gradient with respect to the gathered outputs is the same everywhere; each process takes its own rows of it, and
 FSDP sums what the networks make of them. So a loss sees the whole minibatch, whatever it is.
 
-    data x fsdp     what is trained is divided among the processes of a row of the mesh, and equal in its columns (HSDP)
+    data x fsdp             what is trained is divided among the processes of a row of the mesh, and equal in its columns (HSDP)
+    data x fsdp x tensor    so are the layers' matmuls, among the processes of the last axis, which have the same rows
 
-Left out: tensor parallelism, and anything that divides a row. FSDP is imported where it is used: it takes 0.7 s, which a process
-alone need not spend.
+Left out: anything that divides a row of tokens. FSDP is imported where it is used: it takes 0.7 s, which a process alone need not
+spend.
 """
 
 from __future__ import annotations
 
 import copy
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lockstep.errors import ConfigError
 from lockstep.launchers import Place, meeting_place
 from lockstep.processes import Processes
 from lockstep.storage.weights import as_float32
@@ -57,28 +60,51 @@ class Group(Processes):
 class Mesh:
     """How models and rows are divided among the processes."""
 
-    def __init__(self, group: Group, device: torch.device, data: int, fsdp: int):
+    def __init__(self, group: Group, device: torch.device, data: int, fsdp: int, tensor: int):
         self.group = group
-        shape, names = ((fsdp,), ("fsdp",)) if data == 1 else ((data, fsdp), ("data", "fsdp"))
-        self.names, self.devices = names, init_device_mesh(device.type, shape, mesh_dim_names=names)
+        sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+        self.sizes = {name: size for name, size in sizes.items() if name == "fsdp" or size > 1}
+        devices = init_device_mesh(device.type, tuple(self.sizes.values()), mesh_dim_names=tuple(self.sizes))
+        self.tensor = TensorAxis(devices["tensor"]) if tensor > 1 else None
+        names = tuple(name for name in self.sizes if name != "tensor")
+        self.devices = devices if self.tensor is None else devices[names]
+        self.each, self.parts, self.part = tensor, group.count // tensor, group.rank // tensor
 
     def __str__(self) -> str:
-        return " x ".join(f"{name}={size}" for name, size in zip(self.names, self.devices.shape, strict=True))
+        return " x ".join(f"{name}={size}" for name, size in self.sizes.items())
 
     def own(self, rows: int) -> np.ndarray:
         """The indices of this process's rows: as many for each, the last ones copies of row 0 where that does not divide."""
-        each = -(-rows // self.group.count)
-        index = np.arange(self.group.rank * each, (self.group.rank + 1) * each)
+        each = -(-rows // self.parts)
+        index = np.arange(self.part * each, (self.part + 1) * each)
         return np.where(index < rows, index, 0)
 
     def gather(self, own: Tensor, rows: int) -> Tensor:
         """All ``rows`` of what is [own rows, ...] here. Differentiable."""
-        return _Gather.apply(own, self.group)[:rows]
+        return _Gather.apply(own, self)[:rows]
 
-    def divide(self, network: nn.Module, head: nn.Module | None, layers: Sequence[nn.Module]) -> Root:
-        """Divide what is trained: a layer at a time, and the rest. Frozen weights stay whole, since models may share them."""
+    def gather_on_host(self, own: np.ndarray, rows: int) -> np.ndarray:
+        """The same of host arrays."""
+        return self.once(self.group.gather(own))[:rows]
+
+    def once(self, gathered: Any) -> Any:
+        """Of what all processes had, those of one for each part of the rows."""
+        each = gathered.reshape(self.parts, self.each, -1, *gathered.shape[1:])[:, 0]
+        return each.reshape(-1, *gathered.shape[1:])
+
+    def divide(self, network: Any, head: nn.Module | None) -> Root:
+        """Divide what is trained: a layer at a time, and the rest. Frozen weights stay whole, since models may share them.
+
+        Raises:
+          ConfigError: its matmuls cannot be divided as the mesh says.
+        """
         from torch.distributed.fsdp import fully_shard
 
+        if self.tensor is not None:
+            if not all(p.requires_grad for p in network.parameters()):
+                raise ConfigError("backend.mesh.tensor divides no adapters on backend=torch. Raise backend.mesh.fsdp instead.")
+            network.divide_matmuls(self.tensor)
+        layers = network.layers()
         root = Root(network, head)
         frozen = {p for p in network.parameters() if not p.requires_grad}
         for part in [*([] if frozen else layers), root]:
@@ -124,15 +150,95 @@ class _Gather(torch.autograd.Function):
     """[own rows, ...] -> [all rows, ...]. The gradient is the same on every process, so its own rows are a part of it."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, group: Group) -> Tensor:
-        ctx.start, ctx.rows = group.rank * len(own), len(own)
-        found = own.new_empty(group.count * len(own), *own.shape[1:])
+    def forward(ctx: Any, own: Tensor, mesh: Mesh) -> Tensor:
+        ctx.start, ctx.rows = mesh.part * len(own), len(own)
+        found = own.new_empty(mesh.group.count * len(own), *own.shape[1:])
         dist.all_gather_single(found, own.contiguous())
-        return found
+        return mesh.once(found)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
         return slopes[0][ctx.start : ctx.start + ctx.rows].contiguous(), None
+
+
+class TensorAxis:
+    """Processes among which a layer's matmuls are divided (Shoeybi et al. 2019, section 3): those at its start by their outputs,
+    those at its end by their inputs. ``copied`` goes before the former, and ``summed`` does the latter."""
+
+    def __init__(self, devices: DeviceMesh):
+        self.devices, self.size, self.group = devices, devices.size(), devices.get_group()
+        # It would say how a tensor that is divided twice is gathered, and that there are faster ways.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+    def copied(self, x: Tensor) -> Tensor:
+        """x, whose gradient is the sum over the processes."""
+        return _Copied.apply(x, self.group)
+
+    def summed(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """x weightᵀ, summed over the processes, in float32; ``dtype``: of the matmul's inputs."""
+        x, weight = x.to(dtype), weight.to(dtype)
+        return _Summed.apply(_Product.apply(x, weight) if dtype != torch.float32 else x @ weight.T, self.group)
+
+    def divide(self, layer: nn.Linear, axis: int) -> None:
+        """Keep this process's part of a layer without bias: its outputs (0) or its inputs (1). Its weight has yet to be filled.
+
+        Raises:
+          ConfigError: there is no such part.
+        """
+        from torch.distributed.tensor import DTensor, Shard
+
+        if layer.weight.shape[axis] % self.size:
+            size = layer.weight.shape[axis]
+            raise ConfigError(f"backend.mesh.tensor={self.size} does not divide a matmul of {size} columns evenly.")
+        part = layer.weight.detach().chunk(self.size, axis)[0].contiguous()
+        layer.weight = nn.Parameter(DTensor.from_local(part, self.devices, [Shard(axis)], run_check=False))
+
+
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        slope = slopes[0].float().clone()
+        dist.all_reduce(slope, group=ctx.group)
+        return slope.to(slopes[0].dtype), None
+
+
+class _Product(torch.autograd.Function):
+    """x weightᵀ of [..., inputs] and [outputs, inputs], in float32: parts of a sum, each rounded to bfloat16, are off by more
+    than the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        rows = x.flatten(0, -2)
+        with torch.autocast(x.device.type, enabled=False):
+            if x.device.type == "cuda":
+                found = torch.mm(rows, weight.T, out_dtype=torch.float32)
+            else:  # which has no such kernel
+                found = rows.float() @ weight.float().T
+        return found.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        slope = slopes[0].to(x.dtype)
+        return slope @ weight, slope.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        found = x.clone()
+        dist.all_reduce(found, group=group)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        return slopes[0], None
 
 
 def shell(network: N, device: torch.device | str) -> N:
@@ -148,9 +254,22 @@ def divided(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def local(tensor: Any) -> Tensor:
+    """This process's part of a tensor that may be divided. Differentiable."""
+    return tensor.to_local() if divided(tensor) else tensor
+
+
 def full(tensor: Any) -> Tensor:
     """All of a tensor that may be divided: collective."""
     return tensor.full_tensor() if divided(tensor) else tensor
+
+
+def divided_alike(tensors: Iterable[Any]) -> list[list[Any]]:
+    """The tensors by the mesh among which they are divided: torch's operations on lists take one."""
+    found: dict[Any, list[Any]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device_mesh if divided(tensor) else None, []).append(tensor)
+    return list(found.values())
 
 
 def on_host(tensor: Any) -> np.ndarray:
@@ -162,13 +281,19 @@ def fill(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Copy host arrays of the same names, or this process's parts of them, into tensors that may be divided."""
     with torch.no_grad():
         for name, tensor in tensors.items():
-            target, rows = (tensor.to_local(), _own_rows(tensor)) if divided(tensor) else (tensor, ...)
-            target.copy_(torch.from_numpy(as_float32(arrays[name][rows])))
+            part = _own_part(tensor) if divided(tensor) else ...
+            local(tensor).copy_(torch.from_numpy(as_float32(np.ascontiguousarray(arrays[name][part]))))
 
 
-def _own_rows(tensor: Any) -> slice:
-    """Those of a divided tensor that are here, as FSDP deals them out."""
-    dimension = next(i for i, placement in enumerate(tensor.placements) if placement.is_shard())
-    each = -(-len(tensor) // tensor.device_mesh.size(dimension))
-    first = tensor.device_mesh.get_local_rank(dimension) * each
-    return slice(first, first + each)
+def _own_part(tensor: Any) -> tuple[slice, ...]:
+    """Where what is here of a divided tensor lies in it: FSDP deals out the rows of what the axis of matmuls has left."""
+    found, mesh = [slice(0, size) for size in tensor.shape], tensor.device_mesh
+    for name in ("tensor", "fsdp"):
+        if name in mesh.mesh_dim_names:
+            number = mesh.mesh_dim_names.index(name)
+            axis = tensor.placements[number].dim
+            begin, end = found[axis].start, found[axis].stop
+            each = -(-(end - begin) // mesh.size(number))
+            first = min(begin + mesh.get_local_rank(number) * each, end)
+            found[axis] = slice(first, min(first + each, end))
+    return tuple(found)

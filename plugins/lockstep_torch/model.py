@@ -73,7 +73,7 @@ class TorchModel:
         self.backend, self.mesh = backend, backend.mesh
         if self.mesh is not None:
             self.shell = shell(self.network, "meta")
-            self.root = self.mesh.divide(self.network, self.head, self.network.layers())
+            self.root = self.mesh.divide(self.network, self.head)
         self.vocab_size, self.hidden_size = network.vocab_size, network.hidden_size
         self.context_length = network.context_length
 
@@ -245,7 +245,7 @@ class LanguageModel(TorchModel, Policy):
                 return draw()
             own = self.root.whole(draw)
         # Without the cache, in which each process has its own rows only.
-        return Generated(*(self.mesh.group.gather(each)[: len(seeds)] for each in (own.tokens, own.mask, own.logprobs)))
+        return Generated(*(self.mesh.gather_on_host(each, len(seeds)) for each in (own.tokens, own.mask, own.logprobs)))
 
     def stream(
         self,

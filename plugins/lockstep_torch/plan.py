@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lockstep.config.mesh import MeshConfig
+from lockstep.errors import ConfigError
 from lockstep.interfaces import Dropout, ForwardPass, Term
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.models.architecture import is_small_decoder, to_hf
@@ -50,7 +51,9 @@ class TorchPlanner:
         """``backend``: of one process."""
         self.backend, here = backend, backend.device
         on_cuda = here.type == "cuda"
-        self.data, self.parts = device._divided(mesh, torch.cuda.device_count() if on_cuda else None)
+        self.data, self.parts, tensor = device._divided(mesh, torch.cuda.device_count() if on_cuda else None)
+        if tensor > 1:
+            raise ConfigError("backend.mesh.tensor: no plan counts it on backend=torch yet. Set backend.mesh.fsdp, or run it.")
         self.devices = self.rows = self.data * self.parts
         self.shares_prompts = True
         self.kind = torch.cuda.get_device_name(here) if on_cuda else here.type
@@ -204,7 +207,7 @@ class Share:
     def gather(self, own: Tensor, rows: int) -> Tensor:
         return torch.cat([own] * self.count)[:rows]
 
-    def divide(self, network: nn.Module, head: nn.Module | None, layers: Sequence[nn.Module]) -> Root:
+    def divide(self, network: nn.Module, head: nn.Module | None) -> Root:
         return Root(network, head)
 
 

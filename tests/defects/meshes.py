@@ -13,7 +13,7 @@ import torch.distributed as dist
 from defects import defect
 from lockstep_jax.backend import JaxBackend
 from lockstep_torch.backend import TorchBackend
-from lockstep_torch.mesh import Group, Mesh, _Gather
+from lockstep_torch.mesh import Group, Mesh, TensorAxis, _Gather
 
 
 class Divided(TorchBackend):
@@ -45,8 +45,8 @@ class Averages(Divided):
     """Gradients of processes are averaged, as data parallelism does, though the loss has divided by what it counts."""
 
     class Mesh(Mesh):
-        def divide(self, network, head, layers):
-            root = super().divide(network, head, layers)
+        def divide(self, network, head):
+            root = super().divide(network, head)
             for module in root.modules():
                 if hasattr(module, "set_gradient_divide_factor"):
                     module.set_gradient_divide_factor(float(self.group.count))
@@ -59,7 +59,7 @@ class SlopesOfTheFirst(Divided):
 
     class Mesh(Mesh):
         def gather(self, own, rows):
-            return _First.apply(own, self.group)[:rows]
+            return _First.apply(own, self)[:rows]
 
 
 class _First(_Gather):
@@ -75,9 +75,9 @@ class MissingAllReduce(Divided):
     overrides = ("backend.mesh.data=2",)
 
     class Mesh(Mesh):
-        def divide(self, network, head, layers):
+        def divide(self, network, head):
             whole, self.devices = self.devices, self.devices["fsdp"]
-            root = super().divide(network, head, layers)
+            root = super().divide(network, head)
             self.devices = whole
             return root
 
@@ -112,6 +112,41 @@ class OtherOrder(Divided):
             if not self.group.rank:
                 dist.all_reduce(torch.ones(1))
             return found
+
+
+class OtherAxis(Divided):
+    """With matmuls that are divided in another way."""
+
+    overrides = ("backend.mesh.tensor=2",)
+    Axis = TensorAxis
+
+    class Mesh(Mesh):
+        def divide(self, network, head):
+            self.tensor.__class__ = self.tensor_axis
+            return super().divide(network, head)
+
+    def __init__(self, config):
+        super().__init__(config)
+        if self.mesh is not None:
+            self.mesh.tensor_axis = self.Axis
+
+
+@defect("backend", caught_by="a_mesh_computes_what_one_device_computes")
+class SlopesOfOnePart(OtherAxis):
+    """What goes into matmuls that are divided gets the gradient of this process's part alone."""
+
+    class Axis(TensorAxis):
+        def copied(self, x):
+            return x
+
+
+@defect("backend", caught_by="a_mesh_draws_the_tokens_of_one_device")
+class PartOfASum(OtherAxis):
+    """What comes out of them is this process's part of the sum."""
+
+    class Axis(TensorAxis):
+        def summed(self, x, weight, dtype):
+            return x @ weight.T
 
 
 @defect("backend", caught_by="a_process_out_of_step_is_named")

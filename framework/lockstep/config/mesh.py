@@ -18,7 +18,7 @@ class MeshConfig:
 
     data: int = setting(1, "Copies of the parameters. Rows are divided among them.", least=-1, most=MOST)
     fsdp: int = setting(1, "Parts of parameters, gradients and moments. Rows are divided among them, too.", least=-1, most=MOST)
-    tensor: int = setting(1, "Parts of each matmul (Shoeybi et al. 2019), on JAX.", least=-1, most=MOST)
+    tensor: int = setting(1, "Parts of each layer's matmuls (Shoeybi et al. 2019).", least=-1, most=MOST)
 
     def __post_init__(self) -> None:
         if 0 in self._given or self._given.count(-1) > 1:
