@@ -105,7 +105,10 @@ def test_the_pipeline_logs_the_metrics_of_torch(runs, stage):
         names = {name for name in other if not name.startswith(("perf/", "seconds", "sampler/"))}
         assert names <= row.keys()
         for name in names:
-            assert row[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), (name, row["step"])
+            # The exact gradient of a reward model's bias is 0, and of its rounding Adam makes steps of a learning rate, here 5e-4, in
+            # either backend: docs/parity.md.
+            most = row["step"] * 1e-3 if name == "demonstrations/score_mean" else 1e-5
+            assert row[name] == pytest.approx(other[name], rel=1e-3, abs=most), (name, row["step"])
 
 
 def test_the_pipeline_ends_with_the_evaluation_of_torch(runs):
