@@ -105,8 +105,8 @@ def test_the_pipeline_logs_the_metrics_of_torch(runs, stage):
         names = {name for name in other if not name.startswith(("perf/", "seconds", "sampler/"))}
         assert names <= row.keys()
         for name in names:
-            # The exact gradient of a reward model's bias is 0, and of its rounding Adam makes steps of a learning rate, here 5e-4, in
-            # either backend: docs/parity.md.
+            # The exact gradient of a reward model's bias is 0, and of its rounding Adam makes steps of a learning rate (5e-4)
+            # in either backend: docs/parity.md.
             most = row["step"] * 1e-3 if name == "demonstrations/score_mean" else 1e-5
             assert row[name] == pytest.approx(other[name], rel=1e-3, abs=most), (name, row["step"])
 
