@@ -481,7 +481,7 @@ def test_operands_are_turned_in_memory_on_cpus_only(platform):
     assert ("optimization_barrier" in str(turned)) == (platform == "cpu")
 
 
-@pytest.mark.parametrize(("platform", "attention"), [("cpu", "float32"), ("gpu", "bfloat16")])
+@pytest.mark.parametrize(("platform", "attention"), [("cpu", "float32"), ("tpu", "bfloat16")])
 def test_a_network_computes_as_its_own_device_wants_and_not_as_the_default_one(platform, attention):
     config = dataclasses.replace(CPU, precision="bfloat16")
     half = SimpleNamespace(config=config, device=SimpleNamespace(platform=platform), mesh=None)
