@@ -120,15 +120,10 @@ class OtherAxis(Divided):
     overrides = ("backend.mesh.tensor=2",)
     Axis = TensorAxis
 
-    class Mesh(Mesh):
-        def divide(self, network, head):
-            self.tensor.__class__ = self.tensor_axis
-            return super().divide(network, head)
-
     def __init__(self, config):
         super().__init__(config)
         if self.mesh is not None:
-            self.mesh.tensor_axis = self.Axis
+            self.mesh.tensor.__class__ = self.Axis
 
 
 @defect("backend", caught_by="a_mesh_computes_what_one_device_computes")
