@@ -97,17 +97,29 @@ def drawn(policy, steps=12, stop_ids=(), temperature=1.0):
     return policy.generate(tokens, mask, seeds.reshape(3, steps), temperature=temperature, stop_ids=list(stop_ids), pad_id=0)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_replayed_step_draws_what_the_loop_draws(folders, precision, temperature, tapes):
-    model = policy(folders[0], precision)
-    expected = drawn(model, temperature=temperature)
-    model.network.replays = True
-    found = drawn(model, temperature=temperature)
+def assert_same(found, expected):
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_array_equal(found.mask, expected.mask)
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_replayed_step_draws_what_the_step_draws(folders, precision, temperature, tapes, monkeypatch):
+    model = policy(folders[0], precision)
+    model.network.replays = True
+    found = drawn(model, temperature=temperature)
     assert [tape.replays for tape in tapes] == [12 - generation.WARM_UP]
+    monkeypatch.setattr(generation, "recorded", lambda step, device: step)
+    assert_same(found, drawn(model, temperature=temperature))
+
+
+def test_a_step_over_all_columns_draws_what_a_step_over_the_filled_ones_draws(folders, tapes):
+    """In float32: in bfloat16 a kernel may round sums of more columns otherwise."""
+    model = policy(folders[0])
+    expected = drawn(model)
+    model.network.replays = True
+    assert_same(drawn(model), expected)
 
 
 def test_replays_end_when_all_rows_have_stopped(folders, tapes):
