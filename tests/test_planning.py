@@ -17,7 +17,7 @@ import pytest
 import torch
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from lockstep.checking.conformance.world import ARCHITECTURE
@@ -113,7 +113,7 @@ def test_what_lasts_is_counted_by_hand():
     learner = backend.learner({"policy": policy}, {"policy": adam})
     numbers = 37 * 32 * 2 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32
     assert Blueprint(ARCHITECTURE).size == numbers
-    assert parts.lasting(backend) == {
+    assert held(backend) == {
         "weights, trained": 4 * numbers,
         "weights, other": 4 * numbers,
         "moments": 8 * numbers,
@@ -124,6 +124,11 @@ def test_what_lasts_is_counted_by_hand():
     del learner
 
 
+def held(backend: Rehearsal) -> dict[str, int]:
+    """By one device."""
+    return {part: parts.held(part, models, torch_planner()) for part, models in parts.lasting(backend).items()}
+
+
 def test_adapters_share_their_trunk():
     adapted = Blueprint(ARCHITECTURE, Adapter("somewhere", 4, 8.0, ("q_proj",)))
     backend = Rehearsal("torch")
@@ -132,7 +137,7 @@ def test_adapters_share_their_trunk():
     learner = backend.learner({"policy": policy, "value": value}, dict.fromkeys(("policy", "value"), OptimizerConfig()))
     one, head = 2 * 4 * (32 + 32), 32 + 1
     assert adapted.trained == one
-    assert parts.lasting(backend) == {
+    assert held(backend) == {
         "weights, trained": 4 * (2 * one + head),
         "weights, frozen": 4 * adapted.size,
         "moments": 8 * (2 * one + head),
@@ -176,11 +181,10 @@ def test_four_devices_need_a_fraction_of_the_memory_of_one():
     """A ceiling: without rows kept apart, XLA gives every device all of them, and each needs as much as one would."""
     shape, blueprint = Shape(8, 64, 64), Blueprint(WIDE)
     one, four = planner(), planner(fsdp=4)
-    assert (four.devices, four.parts, four.rows) == (4, 4, 4)
+    assert (four.devices, four.rows) == (4, 4)
     alone, shared = (each.measure(update(shape, blueprint)).temporary for each in (one, four))
     assert shared < 0.45 * alone
-    numbers = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(four.placed(blueprint)))
-    assert numbers == pytest.approx(blueprint.size / 4, rel=0.01)
+    assert four.held(blueprint) == (pytest.approx(blueprint.size / 4, rel=0.01), 0)
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}])
@@ -437,21 +441,57 @@ def test_an_update_on_torch_needs_less_with_recomputation_micro_batches_and_kept
 
 def test_fsdp_divides_gradients_and_rows_and_gathers_what_is_drawn_with():
     alone, four = torch_planner(), torch_planner(mesh=MeshConfig(fsdp=4))
-    assert (four.devices, four.parts, four.rows) == (4, 4, 4)
+    assert (four.devices, four.rows) == (4, 4)
     long, blueprint = Shape(32, 64, 64), Blueprint(WIDE)
     one, shared = (each.measure(update(long, blueprint)).temporary for each in (alone, four))
     assert shared < 0.4 * one
     weights = parts.FLOAT32 * blueprint.size
     own = alone.measure(Call("generate", {"policy": blueprint}, Shape(2, 64, 64))).temporary
     assert four.measure(DRAWING).temporary == own + weights
+    passed = lambda planner, rows: planner.measure(Call("forward", EVALUATION.models, Shape(rows, 64, 64), EVALUATION.outputs))  # noqa: E731
+    layer = blueprint.multiplied // 3 + 2 * 256
+    gathered = parts.FLOAT32 * (blueprint.size - 3 * layer + 2 * layer)
+    assert passed(four, 32).temporary == pytest.approx(passed(alone, 8).temporary + gathered, rel=0.01)  # rows of other prompts
 
 
 def test_a_frozen_trunk_is_whole_on_every_device_on_torch():
-    stage = Rehearsed("sft", {"weights, trained": 400, "weights, frozen": 400}, [(EVALUATION, 1)], 1)
+    adapted = Blueprint(WIDE, Adapter("somewhere", 4, 8.0, ("q_proj", "v_proj")))
+    stage = Rehearsed("sft", {"weights, trained": [adapted], "weights, frozen": [adapted]}, [(EVALUATION, 1)], 1)
     mesh = MeshConfig(fsdp=4)
-    for each, frozen in ((torch_planner(mesh=mesh), 400), (planner(fsdp=4), 100)):
+    for each, frozen in ((torch_planner(mesh=mesh), adapted.size), (planner(fsdp=4), adapted.size / 4)):
         found = planned(stage, each, MACHINES["h100"], bfloat16=False).lasting
-        assert (found["weights, trained"], found["weights, frozen"]) == (100, frozen)
+        assert found["weights, trained"] == 4 * each.held(adapted)[0]
+        assert found["weights, frozen"] == pytest.approx(4 * frozen, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["update", "update again", "evaluate", "generate"])
+def test_what_the_axis_of_matmuls_sums_is_what_is_planned(monkeypatch, kind):
+    """Counted where a run's network hands it over. Drawing: of prompts alone, as a plan draws the first and the last token."""
+    four = torch_planner(mesh=MeshConfig(fsdp=2, tensor=2), gradient_checkpointing=kind == "update again")
+    sent = []
+    monkeypatch.setattr("lockstep_torch.plan.OnePart.add", lambda axis, x: sent.append(x.nbytes))
+    shape, blueprint = Shape(8, 64, 64, rows_per_prompt=2), Blueprint(WIDE)
+    calls = {
+        "evaluate": Call("evaluate", {"policy": blueprint}, shape, outputs={"policy": ("logprobs",)}),
+        "generate": Call("generate", {"policy": blueprint}, replace(shape, response=1)),
+    }
+    found = four.measure(calls.get(kind, update(shape, blueprint))).collectives
+    along = sum(each.sent for each in found if (each.kind, each.members, each.stride) == ("all-reduce", 2, 1))
+    assert along == sum(sent) > 0  # in a ring of two, each sends as much as there is
+
+
+def test_the_axis_of_matmuls_divides_them_and_their_activations_but_no_embedding():
+    alone, two = torch_planner(), torch_planner(mesh=MeshConfig(tensor=2))
+    assert (two.devices, two.rows) == (2, 1)
+    blueprint = Blueprint(WIDE)
+    assert two.held(blueprint) == (blueprint.size - blueprint.multiplied / 2, 0)
+    with FakeTensorMode():
+        assert sum(p.numel() for p in two.model(blueprint).network.parameters()) == two.held(blueprint)[0]
+    gradients = [parts.FLOAT32 * each.held(blueprint)[0] for each in (alone, two)]
+    whole, half = (each.measure(update(HALF, blueprint)).temporary for each in (alone, two))
+    assert 0.5 * (whole - gradients[0]) < half - gradients[1] < 0.95 * (whole - gradients[0])
+    with pytest.raises(ConfigError, match="adapters"):
+        two.measure(update(HALF, Blueprint(WIDE, Adapter("somewhere", 4, 8.0, ("q_proj",)))))
 
 
 def test_adapters_heads_teachers_and_other_families_are_planned_on_torch():

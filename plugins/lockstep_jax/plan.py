@@ -53,19 +53,23 @@ def topology_devices(topology: str) -> list[Any]:
 
 
 class JaxPlanner:
-    whole = frozenset[str]()
-
     def __init__(self, config: JaxDevice.Config, topology: str | None):
         devices = topology_devices(topology) if topology else devices_of(config)
         self.config, self.device = config, devices[0]
         self.mesh = mesh.made(config.mesh, devices)
         self.devices = 1 if self.mesh is None else self.mesh.size
         self.kind = topology.partition(":")[0] if topology else self.device.device_kind
-        self.parts = 1 if self.mesh is None else self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
         self.rows = mesh.row_parts(self.mesh)
         self.shares_prompts = self.mesh is None
         self.process = PROCESS if self.device.platform == "cpu" else 0
         jax.config.update("jax_default_matmul_precision", matmuls(config.precision, self.device.platform))
+
+    def held(self, blueprint: Blueprint) -> tuple[int, int]:
+        trained, frozen = (
+            sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+            for tree in self.placed(blueprint)
+        )
+        return trained, frozen
 
     def measure(self, call: Call) -> Need:
         kinds = {"generate": self._generate, "evaluate": self._evaluate, "forward": self._forward, "update": self._update}

@@ -100,10 +100,7 @@ class Mesh:
         """
         from torch.distributed.fsdp import fully_shard
 
-        if self.tensor is not None:
-            if not all(p.requires_grad for p in network.parameters()):
-                raise ConfigError("backend.mesh.tensor divides no adapters on backend=torch. Raise backend.mesh.fsdp instead.")
-            network.divide_matmuls(self.tensor)
+        divide_matmuls(network, self.tensor)
         layers = network.layers()
         root = Root(network, head)
         frozen = {p for p in network.parameters() if not p.requires_grad}
@@ -161,6 +158,18 @@ class _Gather(torch.autograd.Function):
         return slopes[0][ctx.start : ctx.start + ctx.rows].contiguous(), None
 
 
+def divide_matmuls(network: Any, axis: TensorAxis | None) -> None:
+    """Those of the layers, if the mesh has such an axis.
+
+    Raises:
+      ConfigError: the network's cannot be divided so.
+    """
+    if axis is not None:
+        if not all(p.requires_grad for p in network.parameters()):
+            raise ConfigError("backend.mesh.tensor divides no adapters on backend=torch. Raise backend.mesh.fsdp instead.")
+        network.divide_matmuls(axis)
+
+
 class TensorAxis:
     """Processes among which a layer's matmuls are divided (Shoeybi et al. 2019, section 3): those at its start by their outputs,
     those at its end by their inputs. ``copied`` goes before the former, and ``summed`` does the latter."""
@@ -172,12 +181,16 @@ class TensorAxis:
 
     def copied(self, x: Tensor) -> Tensor:
         """x, whose gradient is the sum over the processes."""
-        return _Copied.apply(x, self.group)
+        return _Copied.apply(x, self)
 
     def summed(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """x weightᵀ, summed over the processes, in float32; ``dtype``: of the matmul's inputs."""
         x, weight = x.to(dtype), weight.to(dtype)
-        return _Summed.apply(_Product.apply(x, weight) if dtype != torch.float32 else x @ weight.T, self.group)
+        return _Summed.apply(_Product.apply(x, weight) if dtype != torch.float32 else x @ weight.T, self)
+
+    def add(self, x: Tensor) -> None:
+        """What the others have."""
+        dist.all_reduce(x, group=self.group)
 
     def divide(self, layer: nn.Linear, axis: int) -> None:
         """Keep this process's part of a layer without bias: its outputs (0) or its inputs (1). Its weight has yet to be filled.
@@ -185,25 +198,29 @@ class TensorAxis:
         Raises:
           ConfigError: there is no such part.
         """
-        from torch.distributed.tensor import DTensor, Shard
-
         if layer.weight.shape[axis] % self.size:
             size = layer.weight.shape[axis]
             raise ConfigError(f"backend.mesh.tensor={self.size} does not divide a matmul of {size} columns evenly.")
         part = layer.weight.detach().chunk(self.size, axis)[0].contiguous()
-        layer.weight = nn.Parameter(DTensor.from_local(part, self.devices, [Shard(axis)], run_check=False))
+        layer.weight = nn.Parameter(self.placed(part, axis))
+
+    def placed(self, part: Tensor, axis: int) -> Tensor:
+        """This process's part of a weight, as a part."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        return DTensor.from_local(part, self.devices, [Shard(axis)], run_check=False)
 
 
 class _Copied(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, axis: TensorAxis) -> Tensor:
+        ctx.axis = axis
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
         slope = slopes[0].float().clone()
-        dist.all_reduce(slope, group=ctx.group)
+        ctx.axis.add(slope)
         return slope.to(slopes[0].dtype), None
 
 
@@ -231,9 +248,9 @@ class _Product(torch.autograd.Function):
 
 class _Summed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: TensorAxis) -> Tensor:
         found = x.clone()
-        dist.all_reduce(found, group=group)
+        axis.add(found)
         return found
 
     @staticmethod

@@ -11,6 +11,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lockstep.config.mesh import MeshConfig
-from lockstep.errors import ConfigError
 from lockstep.interfaces import Dropout, ForwardPass, Term
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.models.architecture import is_small_decoder, to_hf
 from lockstep.models.blueprint import Blueprint
 from lockstep.planning.calls import Call, Need, Part, Shape, Traffic, traffic
-from lockstep.planning.parts import FLOAT32, FROZEN
+from lockstep.planning.parts import FLOAT32
 from lockstep.text.sequences import Sequences
 from lockstep_torch import device, generation
 from lockstep_torch.decoder import Cache, DecoderNetwork, Network, ScalarHead
@@ -35,7 +35,7 @@ from lockstep_torch.device import TorchDevice
 from lockstep_torch.generation import Decoding
 from lockstep_torch.learner import TorchLearner
 from lockstep_torch.lora import adapted
-from lockstep_torch.mesh import Root
+from lockstep_torch.mesh import Root, TensorAxis, divide_matmuls
 from lockstep_torch.model import Block, Scalar, TorchModel
 from lockstep_torch.policies import Decoder
 from lockstep_torch.transformers_network import TransformersNetwork
@@ -45,21 +45,22 @@ PROCESS = 365_000_000
 
 
 class TorchPlanner:
-    whole = frozenset({FROZEN})
-
     def __init__(self, backend: TorchDevice, mesh: MeshConfig):
         """``backend``: of one process."""
         self.backend, here = backend, backend.device
         on_cuda = here.type == "cuda"
-        self.data, self.parts, tensor = device._divided(mesh, torch.cuda.device_count() if on_cuda else None)
-        if tensor > 1:
-            raise ConfigError("backend.mesh.tensor: no plan counts it on backend=torch yet. Set backend.mesh.fsdp, or run it.")
-        self.devices = self.rows = self.data * self.parts
+        self.data, self.fsdp, self.tensor = device._divided(mesh, torch.cuda.device_count() if on_cuda else None)
+        self.rows = self.data * self.fsdp
+        self.devices = self.rows * self.tensor
         self.shares_prompts = True
         self.kind = torch.cuda.get_device_name(here) if on_cuda else here.type
         self.process = 0 if on_cuda else PROCESS
         if self.devices > 1:
-            self.backend.mesh = Share(self.devices)  # type: ignore[assignment]  # in place of a mesh of processes
+            self.backend.mesh = Share(self.rows, self.tensor)  # type: ignore[assignment]  # in place of a mesh of processes
+
+    def held(self, blueprint: Blueprint) -> tuple[int, int]:
+        matmuls = blueprint.multiplied if blueprint.adapter is None else 0
+        return (blueprint.trained - matmuls + matmuls // self.tensor) // self.fsdp, blueprint.frozen
 
     def measure(self, call: Call) -> Need:
         kinds = {"generate": self._generate, "evaluate": self._evaluate, "forward": self._forward, "update": self._update}
@@ -136,7 +137,7 @@ class TorchPlanner:
     def gathered(self, kind: str, models: Iterable[TorchModel]) -> int:
         """Bytes of whole weights: all, while tokens are drawn; else what is outside of layers, one layer and the next. Of an
         update, also the copy of a layer's gradients that is sent."""
-        if self.parts == 1:
+        if self.fsdp == 1:
             return 0
         inside, outside = [0], 0
         for model in models:
@@ -151,6 +152,8 @@ class TorchPlanner:
             return
         if call.kind == "generate":
             yield from self.all_gathered(models.values())
+            fed = replace(call.shape, response=call.shape.response - 1)  # the last token is not
+            yield from self.summed(fed, models.values())
         elif call.kind != "update":
             yield from self.of_pass(call.outputs, call.shape, models)
         for part in call.terms:
@@ -158,24 +161,41 @@ class TorchPlanner:
             if not part.passed:
                 yield from self.of_pass(part.outputs, part.shape, models)
             yield from self.all_gathered(learning)
+            yield from self.summed(part.shape, learning, again=True)
             for groups, size in map(self.groups, learning):
-                if self.parts > 1:
-                    yield traffic("reduce-scatter", groups, size / groups, self.parts)
+                if self.fsdp > 1:
+                    yield traffic("reduce-scatter", groups, size / groups, self.fsdp, self.tensor)
                 if self.data > 1:
-                    yield traffic("all-reduce", groups, size / groups / self.parts, self.data, self.parts)
+                    yield traffic("all-reduce", groups, size / groups / self.fsdp, self.data, self.fsdp * self.tensor)
 
     def of_pass(
         self, outputs: Mapping[str, tuple[str, ...]], shape: Shape, models: Mapping[str, TorchModel]
     ) -> Iterator[Traffic]:
-        yield from self.all_gathered(models[name] for name in outputs)
+        reading = [models[name] for name in outputs]
+        yield from self.all_gathered(reading)
+        yield from self.summed(shape, reading)
         for name in everything(outputs):
             numbers = shape.rows if name == "scores" else shape.rows * shape.response
-            yield traffic("all-gather", 1, FLOAT32 * numbers, self.devices)
+            yield traffic("all-gather", 1, FLOAT32 * numbers * self.tensor, self.devices)  # all processes give what they have
 
     def all_gathered(self, models: Iterable[TorchModel]) -> Iterator[Traffic]:
-        if self.parts > 1:
+        if self.fsdp > 1:
             for groups, size in map(self.groups, models):
-                yield traffic("all-gather", groups, size / groups, self.parts)
+                yield traffic("all-gather", groups, size / groups, self.fsdp, self.tensor)
+
+    def summed(self, shape: Shape, models: Iterable[TorchModel], again: bool = False) -> Iterator[Traffic]:
+        """What a layer's two pairs of matmuls sum along ``tensor``, in float32: of a pass; or ``again``, of its gradient and of
+        the recomputation for it, which ends before the second pair's sum."""
+        if self.tensor > 1:
+            prompts, responses = shape.rows // shape.rows_per_prompt, shape.rows * shape.response
+            tokens, needed = -(-(prompts * shape.prompt + responses) // self.rows), -(-(prompts + responses) // self.rows)
+            for model in models:
+                layers, width = len(model.network.layers()), model.network.hidden_size
+                inner, last = 2 * (layers - 1) * tokens, 2 * needed
+                if again:  # in the last layer, prompts give keys and values
+                    recomputed = (inner + last) // 2 * self.backend.config.gradient_checkpointing
+                    last += tokens - needed + recomputed
+                yield traffic("all-reduce", 2 * layers, FLOAT32 * width * (inner + last) / (2 * layers), self.tensor)
 
     def groups(self, model: TorchModel) -> tuple[int, int]:
         """How many groups of weights FSDP gathers one after the other, and the bytes of all."""
@@ -185,7 +205,7 @@ class TorchPlanner:
     def scattered(self, models: Iterable[TorchModel], found: Following) -> Iterator[None]:
         """Gradients of layers are divided as soon as they are made; what is outside of layers waits for the end."""
         hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda p: found.divide(p.grad, self.parts))
+            parameter.register_post_accumulate_grad_hook(lambda p: found.divide(p.grad, self.fsdp))
             for model in models
             for layer in divided(model)
             for parameter in layer.parameters()
@@ -196,19 +216,33 @@ class TorchPlanner:
 
 
 class Share:
-    """In place of `lockstep_torch.mesh.Mesh`: the first of ``count`` processes, with weights that are whole."""
+    """In place of `lockstep_torch.mesh.Mesh`: the first process of a mesh that divides rows into ``parts``. Its weights are
+    whole, but for its part along the axis ``tensor``."""
 
-    def __init__(self, count: int):
-        self.count = count
+    def __init__(self, parts: int, tensor: int):
+        self.parts, self.tensor = parts, OnePart(tensor) if tensor > 1 else None
 
     def own(self, rows: int) -> np.ndarray:
-        return np.zeros(-(-rows // self.count), np.int64)
+        return np.arange(-(-rows // self.parts))
 
     def gather(self, own: Tensor, rows: int) -> Tensor:
-        return torch.cat([own] * self.count)[:rows]
+        return torch.cat([own] * self.parts)[:rows]
 
     def divide(self, network: nn.Module, head: nn.Module | None) -> Root:
+        divide_matmuls(network, self.tensor)
         return Root(network, head)
+
+
+class OnePart(TensorAxis):
+    """The axis without the other processes."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def add(self, x: Tensor) -> None: ...
+
+    def placed(self, part: Tensor, axis: int) -> Tensor:
+        return part
 
 
 def divided(model: TorchModel) -> list[nn.Module]:

@@ -114,20 +114,19 @@ class Need:
 class Planner(Protocol):
     """
     devices, kind: how many there are, and what each is: 'cpu', 'v5e', or the name its maker gives it.
-    parts: that parameters are divided into.
     rows: parts that rows are divided into.
     shares_prompts: whether a prompt of several rows is computed once.
     process: bytes of the same memory that a process takes without any model, for libraries, data and compiler. 0 where models
       have memory of their own.
-    whole: the parts of `lockstep.planning.parts.lasting` that every device has whole.
     """
 
     devices: int
     kind: str
-    parts: int
     rows: int
     shares_prompts: bool
     process: int
-    whole: frozenset[str]
+
+    def held(self, blueprint: Blueprint) -> tuple[int, int]:
+        """How many of the trained and of the frozen parameters of a network a device holds while nothing is computed."""
 
     def measure(self, call: Call) -> Need: ...

@@ -6,19 +6,20 @@ forward pass (Kaplan et al. 2020, section 2.1). Attention is counted in full, as
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from lockstep.models.blueprint import Blueprint
-from lockstep.planning.calls import Call, Shape
+from lockstep.planning.calls import Call, Planner, Shape
 from lockstep.planning.rehearsal import Rehearsal
 
 FLOAT32 = 4
-FROZEN = "weights, frozen"
+FROZEN, MOMENTS = "weights, frozen", "moments"
 
 
-def lasting(rehearsal: Rehearsal) -> dict[str, int]:
-    """Bytes that last from step to step, of all devices together: {part: bytes}."""
+def lasting(rehearsal: Rehearsal) -> dict[str, list[Blueprint]]:
+    """What lasts from step to step: {part: the models that have it}."""
     trained = [model.network for learner in rehearsal.learners for model in learner.models.values()]
     averaged = [
         model.network
@@ -27,18 +28,24 @@ def lasting(rehearsal: Rehearsal) -> dict[str, int]:
         if learner.optimizers[name].ema_decay is not None
     ]
     alive = [model.network for model in rehearsal.alive()]
-    trunks: dict[str, int] = {}
-    for b in alive:
+    trunks: dict[str, Blueprint] = {}
+    for b in sorted(alive, key=lambda b: b.frozen):
         if b.adapter is not None:
-            trunks[b.adapter.base] = max(b.frozen, trunks.get(b.adapter.base, 0))
+            trunks[b.adapter.base] = b
     found = {
-        "weights, trained": FLOAT32 * sum(b.trained for b in trained),
-        "weights, other": FLOAT32 * (sum(b.trained for b in alive) - sum(b.trained for b in trained)),
-        FROZEN: FLOAT32 * sum(trunks.values()),
-        "moments": 2 * FLOAT32 * sum(b.trained for b in trained),
-        "average": FLOAT32 * sum(b.trained for b in averaged),
+        "weights, trained": trained,
+        "weights, other": list((Counter(alive) - Counter(trained)).elements()),
+        FROZEN: list(trunks.values()),
+        MOMENTS: trained,
+        "average": averaged,
     }
-    return {part: size for part, size in found.items() if size}
+    return {part: models for part, models in found.items() if models}
+
+
+def held(part: str, models: Iterable[Blueprint], planner: Planner) -> int:
+    """Bytes of such a part on each device."""
+    numbers = sum(planner.held(b)[part == FROZEN] for b in models)
+    return FLOAT32 * numbers * (2 if part == MOMENTS else 1)
 
 
 def flops(call: Call, *, shares_prompts: bool = True) -> float:

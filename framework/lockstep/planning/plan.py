@@ -32,13 +32,13 @@ ours."""
 class Rehearsed:
     """
     Args:
-      lasting: {part: bytes}, of all devices together.
+      lasting: {part: the models that have it}, as `lockstep.planning.parts.lasting` says.
       calls: the distinct calls of two steps, the first of which measures held-out data too, and how often the second makes each.
       steps: of the stage.
     """
 
     name: str
-    lasting: Mapping[str, int]
+    lasting: Mapping[str, Sequence[Blueprint]]
     calls: Sequence[tuple[Call, int]]
     steps: int
 
@@ -108,7 +108,7 @@ def planned(stage: Rehearsed, planner: Planner, machine: Machine, bfloat16: bool
         name = call.name if names[call.name] == 1 else f"{call.name} ({names[call.name]})"
         needs[name] = times, planner.measure(call)
     lasting = {"the process itself": planner.process} if planner.process else {}
-    lasting |= {part: size // (1 if part in planner.whole else planner.parts) for part, size in stage.lasting.items()}
+    lasting |= {part: parts.held(part, models, planner) for part, models in stage.lasting.items()}
     least = most = sending = 0.0
     slow, fast = BANDWIDTH
     for (call, times), (_, need) in zip(stage.calls, needs.values(), strict=True):
