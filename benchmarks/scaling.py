@@ -3,8 +3,8 @@
     python benchmarks/scaling.py --output benchmarks/plan/scaling.md
 
 As `lockstep plan` on torch, with four models of 8B in bfloat16, 512 episodes a step of 1,024 + 1,024 tokens, on 1 to 8 hosts that
-are one group (fsdp) or one group each (data). Nothing here has been run on such hosts: a datasheet's figures and the shares in
-`lockstep.planning.plan` make the times. Takes some minutes.
+are one group (fsdp) or one group each (data), or divide matmuls among the cards of a host (tensor). Nothing here has been run on
+such hosts: a datasheet's figures and the shares in `lockstep.planning.plan` make the times. Takes half an hour.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ TITLE = f"""# PPO of 8 billion parameters on one to eight hosts, by arithmetic
 `python benchmarks/scaling.py --output benchmarks/plan/scaling.md`, on torch: four models of Llama 3.1's 8B in bfloat16,
 {EPISODES} episodes a step of 1,024 + 1,024 tokens, gradient checkpointing, hosts of eight H100s with a 400 Gbit/s card each.
 Datasheets' figures and the shares in `lockstep.planning.plan` make the times: nothing here was run on such hosts. The mesh is
-data x fsdp; `sending` is at best; a step is from all sending hidden behind arithmetic to none.
+data x fsdp x tensor; rows are those of a micro-batch on a card, or on the cards that divide its matmuls; `sending` is at best; a
+step is from all sending hidden behind arithmetic to none.
 """
-HEADER = "| hosts | mesh | rows a card | memory, GiB | sent by a card, GiB | sending | a step | episodes a card and second |"
+HEADER = "| hosts | mesh | rows | memory, GiB | sent by a card, GiB | sending | a step | episodes a card and second |"
 
 
 def meshes(hosts: int) -> Iterator[dict[str, int]]:
-    yield {"data": 1, "fsdp": hosts * CARDS}
+    yield {"data": 1, "fsdp": hosts * CARDS, "tensor": 1}
     if hosts > 1:
-        yield {"data": hosts, "fsdp": CARDS}
+        yield {"data": hosts, "fsdp": CARDS, "tensor": 1}
+    yield {"data": 1, "fsdp": hosts, "tensor": CARDS}
 
 
 def ppo(place: str, mesh: dict[str, int], rows: int) -> StagePlan:
@@ -58,12 +60,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for hosts in HOSTS:
             for mesh in meshes(hosts):
-                for rows in (1, 4):
+                for rows in (1, 4) if mesh["tensor"] == 1 else (4,):
                     found = ppo(place, mesh, rows)
                     best, worst = found.seconds
                     speed = EPISODES / hosts / CARDS
                     memory, sent = found.memory / GIB, found.sent / GIB
-                    sizes = f"{hosts} | {mesh['data']} x {mesh['fsdp']} | {rows} | {memory:.0f} | {sent:.0f}"
+                    sizes = f"{hosts} | {' x '.join(map(str, mesh.values()))} | {rows} | {memory:.0f} | {sent:.0f}"
                     times = f"{short(found.sending)} | {short(best)} to {short(worst)}"
                     lines.append(f"| {sizes} | {times} | {speed / worst:.3f} to {speed / best:.3f} |")
                     print(lines[-1], flush=True)

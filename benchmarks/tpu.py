@@ -59,8 +59,10 @@ def written(folder: Path, name: str) -> Path:
     architecture = small_decoder(vocab_size=128256, context_length=2 * TOKENS, rope_theta=5e5, **SIZES[name])
     (model / "config.json").write_text(json.dumps(to_hf(architecture)))
     Assembly(Experiment(compose(["backend=jax"])), {}).tokenizer.save(model)
-    prompt = json.dumps({"prompt": " ".join(["paint", "a", "lamp"] * (TOKENS // 3))})
-    (folder / "prompts.jsonl").write_text("\n".join([prompt] * 64))
+    # Different ones: equal neighbours would be computed once.
+    prompts = [["a" if number >> bit & 1 else "lamp" for bit in range(6)] for number in range(64)]
+    lines = [json.dumps({"prompt": " ".join(words * (TOKENS // 6))}) for words in prompts]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
     return model
 
 

@@ -48,6 +48,11 @@ def comparison_of(*folders: Path) -> groups.RunComparison:
 def test_a_path_without_runs_says_what_to_type(tmp_path):
     with pytest.raises(LockstepError, match=r"No runs in .*lockstep compare runs/NAME"):
         compare([tmp_path], tmp_path / "report")
+    deeper = tmp_path / "demo" / "first"
+    deeper.mkdir(parents=True)
+    (deeper / "run.json").write_text("{}")
+    with pytest.raises(LockstepError, match=r"There are runs in \S+demo. Give the folder"):
+        compare([tmp_path], tmp_path / "report")
 
 
 def test_a_mistyped_path_suggests_the_nearest_folder(tmp_path):
@@ -399,7 +404,8 @@ def test_the_markdown_report_has_the_same_numbers(report):
 def test_the_interval_of_a_share_ends_at_0_and_100_percent():
     assert claims.show(Estimate(0.875, 0.728, 1.022), claims.PERCENT) == "87.5% [72.8%, 100.0%]"
     assert claims.show(Estimate(0.02, -0.02, 0.06), claims.PERCENT) == "2.0% [0.0%, 6.0%]"
-    assert claims.show(Estimate(0.02, -0.02, 0.06), "+.1%") == "+2.0% [-2.0%, +6.0%]"  # a difference may be below
+    assert claims.show(Estimate(-0.17, -0.26, -0.08), claims.GAIN) == "-17.0% [-26.0%, -8.0%]"  # a difference may be below
+    assert tables.REWARD_MODEL_METRICS["accuracy_over_labeler/gold"][1] == claims.GAIN
 
 
 def test_the_metrics_file_is_tidy(report):

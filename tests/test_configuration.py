@@ -26,7 +26,7 @@ from lockstep.data.reading import Source
 from lockstep.errors import ConfigError, LockstepError, RegistryError
 from lockstep.learning.episodes import EnvironmentConfig
 from lockstep.learning.optimisation import OptimizerConfig
-from lockstep.registry import KINDS, Plugin, imported, registry
+from lockstep.registry import KINDS, Component, Plugin, imported, registry
 from lockstep.runs.attacks import AttackConfig
 from lockstep.runs.collection import CollectionConfig
 from lockstep.runs.evaluation import EvaluationConfig
@@ -814,3 +814,25 @@ def test_a_component_without_a_config_is_told_to_have_one():
 
     with pytest.raises(ConfigError, match=r"Sure has no Config. Give it one: a frozen dataclass with its keys, or a ready one"):
         component_config(Sure, {"name": "sure:Sure"}, "environment")
+
+
+def test_a_file_with_the_name_of_a_component_must_name_it(own, monkeypatch):
+    """Else the component of its defaults would be used."""
+    found = Component("algorithm", "mine", None, "lockstep_rlhf.algorithms.ppo:PPO", "mine (plug)", None)
+    monkeypatch.setitem(registry().components, ("algorithm", "mine", None), found)
+    own("algorithm/mine", "defaults: [ppo, _self_]\nkl_coef: 0.5\n")
+    assert refused("experiment=demo", "algorithm=mine") == (
+        "algorithm=mine: the file algorithm/mine.yaml names algorithm 'ppo', and mine (plug) registers 'mine'. Write in the "
+        "file, after its defaults: name: mine"
+    )
+    own("algorithm/mine", "defaults: [ppo, _self_]\nname: mine\n")
+    assert compose(["experiment=demo", "algorithm=mine"])["algorithm"]["name"] == "mine"
+    assert compose(["experiment=demo", "algorithm=mine", "algorithm.name=a:B"])["algorithm"]["name"] == "a:B"
+
+
+def test_a_key_of_what_is_read_from_elsewhere_is_said_there():
+    assert refused("experiment=rl", "policy.path=x", "algorithm.lengths.prompt=32") == (
+        "algorithm.lengths is ${lengths}, for all that read it: type lengths.prompt=..."
+    )
+    told = refused("policy.layers=1", "policy.hidden_size=32", "policy=huggingface", "policy.path=x")
+    assert told.startswith("No key 'policy.layers' in the chosen policy. It is a key of decoder")

@@ -325,3 +325,14 @@ def test_ppo_runs_against_a_public_reward_model_and_says_where_its_value_network
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     assert np.isfinite(row["objective/score"]) and row["objective/dropped"] == 0
     assert "the value network starts from the policy with a zero head; algorithm.value_network=shared" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "DebertaV2"])
+def test_the_longest_text_that_is_scored_has_a_position_for_each_token(name, tmp_path, torch_backend):
+    """RoBERTa's begin behind that of padding, so it has fewer than its configuration says."""
+    write_model(tmp_path, name)
+    write_tokenizer(tmp_path, None, pair=True)
+    longest = 47 if name == "Roberta" else 48
+    fits, too_long = (" ".join([WORDS[5]] * (count - 2)) for count in (longest, longest + 1))
+    found = TextClassifier.load(tmp_path, torch_backend).score([fits, too_long])
+    assert np.isfinite(found).tolist() == [True, False]

@@ -1,6 +1,8 @@
 """Who supplies what: how components are found, and what is said when they are not."""
 
+import abc
 import importlib.metadata
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -187,3 +189,50 @@ def test_importing_lockstep_and_every_manifest_imports_neither_torch_nor_jax():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+class Base(abc.ABC):
+    @abc.abstractmethod
+    def score(self): ...
+
+    def advantages(self): ...
+
+
+class Misspelt(Base):
+    def score(self): ...
+
+    def advantage(self): ...
+
+    def helper(self): ...
+
+
+class Lacking(Base):
+    def scores(self): ...
+
+
+def test_a_method_that_nothing_calls_is_warned_of_if_it_is_nearly_a_hook(caplog):
+    with caplog.at_level(logging.WARNING):
+        Registry().resolve("algorithm", f"{__name__}:Misspelt")
+    assert "has a method 'advantage', which nothing calls. Did you mean 'advantages'?" in caplog.text
+    assert "helper" not in caplog.text
+
+
+def test_a_class_without_a_method_of_its_kind_is_refused_before_it_is_used():
+    assert message(Registry().resolve, "reward_model", f"{__name__}:Lacking").endswith(
+        "lacks score, which its kind must have. It has scores."
+    )
+
+
+def test_no_component_here_has_a_method_that_is_nearly_a_hook(caplog):
+    with caplog.at_level(logging.WARNING):
+        for component in registry():
+            component.load()
+    assert "which nothing calls" not in caplog.text
+
+
+def test_a_component_whose_module_is_not_there_is_not_usable():
+    found = Registry()
+    found.add(plugin(mine="no_such_module:Thing", other="collections.none:Thing", here="collections:OrderedDict"), "mine (plug)")
+    lacking = {component.name: component.lacking() for component in found}
+    no = "no: there is no module"
+    assert lacking == {"mine": f"{no} no_such_module", "other": f"{no} collections.none", "here": ""}

@@ -322,6 +322,11 @@ PROGRAMS = {
     "opens too many files": "a = [open(__file__) for _ in range(100)]",
     "raises its limits": "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2**40, 2**40))",
     "sees the environment": "import os\nassert 'HOME' in os.environ or 'PATH' in os.environ",
+    "looks for how its end is told": "import os, re\n"
+    "for file in [__file__, *os.listdir('.'), '/proc/self/cmdline', '/proc/self/environ']:\n"
+    "    for name in re.findall(r'done-\\w+', open(file, errors='replace').read()):\n"
+    "        open(name, 'w').close()\n"
+    "os._exit(0)",
     "sees the folder of the run": "import os\nassert os.listdir('.') != ['program.py']",
 }
 
@@ -337,7 +342,7 @@ def test_a_program_that_does_not_end_is_killed_with_all_that_it_started(tmp_path
     left = f"import os, time\nif os.fork() == 0:\n    while True:\n        {beat}\n        time.sleep(0.02)\n"
     assert code.score(responses(("pass", left + "while True: pass"), column="tests")).tolist() == [0]
     assert code.details()["out_of_time"].tolist() == [1]
-    assert code.passes(left, "pass") == 1.0  # a program may end before what it started
+    assert model(Code, allow=True, timeout_seconds=30.0).passes(left, "pass") == 1.0  # it may end before what it started
     size = (tmp_path / "beat").stat().st_size
     time.sleep(0.2)
     assert (tmp_path / "beat").stat().st_size == size > 0

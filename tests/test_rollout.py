@@ -138,3 +138,14 @@ def test_an_environment_continues_a_context_and_leaves_gaps_in_the_mask(sampler)
     assert policy.calls[1][0].tolist() == [[PAD, 1, 0, 1, 2, 3, 33], [2, 3, 4, 5, 6, 7, 33]]
     samples = sampler().finish(PROMPTS, context, seen, second)
     assert samples.sequences.prompt_length == 7 and samples.sequences.responses.tolist() == second.tokens.tolist()
+
+
+@pytest.mark.parametrize("given", [np.zeros((2, 1)), np.zeros(1), ["1", "2"], None, 0.5], ids=str)
+def test_scores_that_are_not_one_number_for_each_response_name_the_reward_model(sampler, given):
+    class Careless(Scored):
+        def score(self, responses):
+            return given
+
+    samples = sampler().sample(Writes(), PROMPTS, IDS, np.zeros((2, 4), np.uint32))
+    with pytest.raises(RewardError, match="Careless.score gave .* for 2 responses: it must give an array of 2 numbers"):
+        score(Careless(), samples)

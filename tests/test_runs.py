@@ -1,5 +1,6 @@
 """Whole runs, through the same entry as the command line."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -185,7 +186,6 @@ def test_a_stage_is_made_anew_when_a_folder_it_reads_has_changed(tmp_path):
     start = [f"stages.sft.policy={source}", "~stages.pretrain", "evaluation.policies=[sft]"]
     before = folders(tmp_path / "runs", *start)
     assert folders(tmp_path / "runs", *start) == before
-    identity.folder_digest.cache_clear()
     (source / "model.safetensors").write_bytes(b"two")
     after = folders(tmp_path / "runs", *start)
     assert before["sft"] != after["sft"] and before["ppo"] != after["ppo"]
@@ -361,3 +361,18 @@ def test_comparing_two_runs_writes_the_report(pipeline, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {"report.html", "report.md", "report.png", "metrics.csv"} <= {p.name for p in (tmp_path / "report").iterdir()}
+
+
+def test_code_that_has_changed_since_it_was_imported_is_an_error(tmp_path, monkeypatch):
+    """Else what the process still runs would be stored as made by the new code."""
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "changing_code.py"
+    file.write_text("x = 1\n")
+    before = identity.code_digests(["changing_code"])
+    file.write_text("x = 2\n")
+    assert identity.code_digests(["changing_code"]) != before  # not imported: what is on the disk will be
+    importlib.import_module("changing_code")
+    identity.code_digests(["changing_code"])
+    file.write_text("x = 3\n")
+    with pytest.raises(ConfigError, match="The code of 'changing_code' has changed since this process began"):
+        identity.code_digests(["changing_code"])

@@ -13,10 +13,12 @@ and there last (`use_current_folder`): nothing else runs from it, and no file th
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import operator
 import os
 import sys
@@ -26,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import ConfigError, RegistryError, did_you_mean, listing, short, told
+
+log = logging.getLogger(__name__)
 
 GROUP = "lockstep.plugins"
 KINDS = ("backend", "policy", "reward_model", "environment", "engine", "labeler", "attacker", "algorithm", "data", "tracker")
@@ -78,6 +82,15 @@ class Component:
         """Required modules that are not installed; checked without importing any."""
         return self.plugin.missing() if self.plugin else []
 
+    def lacking(self) -> str:
+        """'no: ...' if its module is not there; checked without importing it."""
+        module = self.target.partition(":")[0]
+        try:
+            there = importlib.util.find_spec(module) is not None
+        except ImportError:  # of a package around it
+            there = False
+        return "" if there else f"no: there is no module {module}"
+
     def load(self) -> type[Any]:
         """The class itself.
 
@@ -90,11 +103,30 @@ class Component:
         try:
             if self.plugin is None:
                 use_current_folder()
-            return imported(self.target)
+            found = imported(self.target)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # it may even call sys.exit
             raise RegistryError(f"The {where} ({self.target}) cannot be imported: {error!r}{in_the_way(self.target)}") from error
+        if isinstance(found, type):
+            _check_names(found, f"The {where} ({self.target})")
+        return found
+
+
+@functools.cache
+def _check_names(cls: type[Any], who: str) -> None:
+    """
+    Raises:
+      RegistryError: it lacks a method that its kind must have.
+    """
+    public = lambda of: {name for name, value in vars(of).items() if callable(value) and not name.startswith("_")}  # noqa: E731
+    own, theirs = public(cls), set().union(*map(public, cls.__mro__[1:-1]))
+    near = {name: found[0] for name in own - theirs if (found := difflib.get_close_matches(name, theirs - own, 1, 0.85))}
+    if lacking := sorted(getattr(cls, "__abstractmethods__", ())):
+        meant = f" It has {listing(near)}." if near else ""
+        raise RegistryError(f"{who} lacks {listing(lacking)}, which its kind must have.{meant}")
+    for name, meant in near.items():
+        log.warning("%s has a method '%s', which nothing calls. Did you mean '%s'?", who, name, meant)
 
 
 def imported(target: str) -> Any:

@@ -5,6 +5,7 @@ piece by piece, where there are many; and `Fused`, cuDNN's kernel, on GPUs in bf
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from lockstep.errors import short
 from lockstep.models.architecture import Architecture
+
+log = logging.getLogger(__name__)
 
 PAIRS = 256 * 256
 """Up to so many pairs of a query and a key in a row, `Dense`: it compiles a second sooner for each layer. On a CPU with AVX-512
@@ -67,16 +71,30 @@ class Fused(Dense):
     def takes(a: Architecture, dtype: Any, platform: str) -> bool:
         """Whether the kernel does."""
         known = a.attention_softcap is None and a.head_dim % 8 == 0 and a.head_dim <= 128
-        return platform == "gpu" and dtype == jnp.bfloat16 and known
+        return platform == "gpu" and dtype == jnp.bfloat16 and known and _cudnn()
 
     def attend(self, scale: float, cap: float | None, q: Array, k: Array, v: Array) -> Array:
         rows, _, _, length, size = q.shape
-        if length % 2 or k.shape[2] % 2:  # for which the kernel has no gradient
-            return super().attend(scale, cap, q, k, v)
+        more = length % 2, k.shape[2] % 2  # for odd numbers the kernel has no gradient: one is added, and not seen
         q, k, v = (x.reshape(rows, -1, x.shape[-2], size).swapaxes(1, 2) for x in (q, k, v))
-        out = jax.nn.dot_product_attention(q, k, v, mask=self.mask, scale=scale, implementation="cudnn")
+        q, k, v = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x, extra in ((q, more[0]), (k, more[1]), (v, more[1])))
+        mask = jnp.pad(self.mask, ((0, 0), (0, 0), (0, more[0]), (0, more[1])))
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")[:, :length]
         # The kernel takes no gradient in float32, which comes from a product: the conversion's own gradient is in bfloat16.
         return out.reshape(rows, length, -1).astype(jnp.float32)
+
+
+@functools.cache
+def _cudnn() -> bool:
+    """Whether the kernel runs here: older cards and other makers' have none."""
+    try:
+        with jax.ensure_compile_time_eval():  # also while a program is traced
+            x = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
+            jax.nn.dot_product_attention(x, x, x, implementation="cudnn").block_until_ready()
+    except Exception as error:  # of many kinds
+        log.warning("cuDNN's attention does not run on this GPU, and takes no part: %s", short(str(error)))
+        return False
+    return True
 
 
 class Blocks(NamedTuple):

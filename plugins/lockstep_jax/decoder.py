@@ -122,7 +122,7 @@ class ScalarHead(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(1))
 
     def __call__(self, hidden: Array) -> Array:
-        return hidden @ self.weight[0] + self.bias[0]
+        return jnp.matmul(hidden, self.weight[0], precision="highest") + self.bias[0]  # whatever the precision of other matmuls
 
 
 # -------------------------------------------------------------------------------------------------------- the decoder

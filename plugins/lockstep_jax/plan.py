@@ -61,6 +61,7 @@ class JaxPlanner:
         self.kind = topology.partition(":")[0] if topology else self.device.device_kind
         self.rows = mesh.row_parts(self.mesh)
         self.shares_prompts = self.mesh is None
+        self.memory = None if topology else (self.device.memory_stats() or {}).get("bytes_limit")
         self.process = PROCESS if self.device.platform == "cpu" else 0
         jax.config.update("jax_default_matmul_precision", matmuls(config.precision, self.device.platform))
 

@@ -25,13 +25,20 @@ from lockstep_torch.device import TorchDevice
 from lockstep_torch.transformers_network import load
 
 
+def positions(model: Any) -> int | None:
+    """How many there are. RoBERTa begins to count after that of padding."""
+    most: int | None = getattr(model.config, "max_position_embeddings", None)
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = getattr(next(tables, None), "padding_idx", None)
+    return most if most is None or padding is None else most - padding - 1
+
+
 class TextClassifier(Classifier):
     """An ``AutoModelForSequenceClassification`` with one label, from a folder or the hub."""
 
     def __init__(self, model: Any, tokenizer: Any, backend: TorchDevice):
         self.model, self.tokenizer, self.backend = model.eval().to(backend.device), tokenizer, backend
-        positions = getattr(model.config, "max_position_embeddings", None)
-        self.longest = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+        self.longest = min(tokenizer.model_max_length, positions(model) or tokenizer.model_max_length)
 
     @classmethod
     def load(cls, source: Path | str, backend: TorchDevice) -> TextClassifier:

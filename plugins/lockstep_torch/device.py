@@ -120,7 +120,7 @@ def _device(name: str, number: int | None) -> torch.device:
         torch.cuda.set_device(number)
         return torch.device("cuda", number)
     if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:

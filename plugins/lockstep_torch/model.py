@@ -274,11 +274,18 @@ class LanguageModel(TorchModel, Policy):
     @contextlib.contextmanager
     def _sampling(self) -> Iterator[None]:
         # Inference mode is the fastest, but there autocast does not keep cast weights, and casts them again for each token. Nor
-        # does FSDP take what is made in it.
-        fastest = self.backend.config.precision == "float32" and self.mesh is None
-        unrecorded = torch.inference_mode if fastest else torch.no_grad
-        with self.backend.autocast(), unrecorded():
-            yield
+        # does FSDP take what is made in it. Autocast keeps only what could be trained.
+        exact = self.backend.config.precision == "float32"
+        unrecorded = torch.inference_mode if exact and self.mesh is None else torch.no_grad
+        frozen = [] if exact else [p for p in self.network.parameters() if not p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        try:
+            with self.backend.autocast(), unrecorded():
+                yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
     def with_value_head(self) -> LanguageModel:
         return self.rebuilt(type(self), ScalarHead(np.zeros(self.hidden_size, np.float32)))

@@ -54,6 +54,7 @@ class TorchPlanner:
         self.devices = self.rows * self.tensor
         self.shares_prompts = True
         self.kind = torch.cuda.get_device_name(here) if on_cuda else here.type
+        self.memory = torch.cuda.get_device_properties(here).total_memory if on_cuda else None
         self.process = 0 if on_cuda else PROCESS
         if self.devices > 1:
             self.backend.mesh = Share(self.rows, self.tensor)  # type: ignore[assignment]  # in place of a mesh of processes

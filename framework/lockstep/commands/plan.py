@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -40,6 +41,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     planner, bfloat16 = backend.planner(config, arguments.topology), getattr(config, "precision", None) == "bfloat16"
     kind = arguments.machine or planner.kind
     has = machine(kind)
+    if planner.memory is not None and arguments.machine is None:
+        has = dataclasses.replace(has, memory=planner.memory)
     many = f"{planner.devices} x {kind}" if planner.devices > 1 else kind
     console.say(f"{experiment.backend_name} on {many}, {has.memory / GIB:.0f} GiB each. Compiling or tracing takes a while.")
     for stage in stages:

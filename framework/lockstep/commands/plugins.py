@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         table.add_column(column)
     for component in registry():
         missing = component.missing()
-        usable = f"no: needs {', '.join(missing)}; type: {component.plugin.install}" if missing else "yes"
+        usable = f"no: needs {', '.join(missing)}; type: {component.plugin.install}" if missing else component.lacking() or "yes"
         table.add_row(component.kind, component.name, component.backend or "any", component.distribution, usable)
     console = Console()
     console.out.print(table)
@@ -38,5 +38,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         ]
         if choices := sorted(f"{kind}={name}" for kind, name in presets):
             console.say(f"{source}: {', '.join(choices)}")
+    for source, conf in registry().conf.items():
+        if not conf.is_dir():
+            console.say(f"{source}: its conf is no folder: {conf}")
     for name, reason in registry().broken.items():
         console.say(f"{name} cannot be loaded: {reason}")

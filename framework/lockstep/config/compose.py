@@ -60,7 +60,9 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
         raise
     except Exception as error:  # Hydra's and OmegaConf's own, and a few of Python's
         raise ConfigError(_explain(error, overrides)) from error
-    return resolved(composed) | {"choices": _chosen(composed.hydra.runtime.choices)}
+    choices = _chosen(composed.hydra.runtime.choices)
+    _refuse_unnamed(composed, choices)
+    return resolved(composed) | {"choices": choices}
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
@@ -117,6 +119,20 @@ def _refuse_doubtful(given: Sequence[Override]) -> None:
                 raise ConfigError(f"{short(each.input_line)} is {HERE}/{file} and a file of {distribution}. Rename yours.")
 
 
+def _refuse_unnamed(config: DictConfig, choices: Mapping[str, str]) -> None:
+    """Raises ConfigError for a file with a component's name that names another one, as its ``defaults`` do if it does not."""
+    registered = {(component.kind, component.name): component for component in registry()}
+    for key, file in choices.items():
+        kind = GROUPS[key]
+        if (kind, file) not in registered or OmegaConf.select(config, f"{key}.name") == file:
+            continue
+        if (name := group(kind, file).get("name")) != file:
+            raise ConfigError(
+                f"{kind}={file}: the file {kind}/{file}.yaml names {kind} '{name}', and {registered[kind, file].distribution} "
+                f"registers '{file}'. Write in the file, after its defaults: name: {file}"
+            )
+
+
 def _refuse_unread(config: DictConfig) -> None:
     """Raises ConfigError for a root key that is not one of Lockstep's and that no other key reads."""
     if "experiment" in config:
@@ -151,10 +167,15 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         missing = re.search(r"full_key: (\S+)", str(error.__cause__))
         *path, key = (missing[1] if missing else found[1]).split(".")
         rest = [o.input_line for o in given if o.key_or_group != found[1]]
-        with contextlib.suppress(HydraException, OmegaConfBaseException):
-            found_group = OmegaConf.select(_compose(rest), ".".join(path)) if path else _compose(rest)
-            if isinstance(found_group, DictConfig):
-                return _no_key(path, key, found_group)
+        chosen = [o.input_line for o in given if "." not in o.key_or_group]  # if other keys are wrong, too
+        for others in (rest, chosen):
+            with contextlib.suppress(HydraException, OmegaConfBaseException):
+                config = _compose(others)
+                if another := _read_from(config, path, key):
+                    return another
+                found_group = OmegaConf.select(config, ".".join(path)) if path else config
+                if isinstance(found_group, DictConfig):
+                    return _no_key(path, key, found_group)
     if found := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
         return no_file(found[1], found[2])
     for each in given:
@@ -212,6 +233,17 @@ def _is_utf8(file: Path) -> bool:
 
 def _choices(group: str) -> set[str]:
     return {file.stem for folder in conf_folders().values() for file in (folder / group).glob("*.yaml")}
+
+
+def _read_from(config: DictConfig, path: Sequence[str], key: str) -> str | None:
+    """What to type instead of a key of a group that is another's, ``${lengths}``."""
+    for end in range(1, len(path) + 1):
+        node = OmegaConf.select(config, ".".join(path[: end - 1])) if end > 1 else config
+        inner = node._get_node(path[end - 1]) if isinstance(node, DictConfig) else None
+        if inner is not None and inner._is_interpolation() and (of := re.fullmatch(r"\$\{([\w.]+)\}", str(inner._value()))):
+            there = ".".join([of[1], *path[end:], key])
+            return f"{short('.'.join(path[:end]))} is ${{{of[1]}}}, for all that read it: type {short(there)}=..."
+    return None
 
 
 def _no_key(path: Sequence[str], key: str, values: DictConfig) -> str:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lockstep.errors import RewardError
+from lockstep.errors import RewardError, told
 from lockstep.interfaces import Environment, Generated, Past, Policy, Responses, RewardModel
 from lockstep.learning.episodes import Row, converse
 from lockstep.learning.served import Served, ServedPolicy
@@ -196,8 +196,19 @@ def neighbours(items: Sequence[T], samples: int) -> list[T]:
 
 
 def score(reward_model: RewardModel, samples: Samples) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
-    """float32 [B] scores, NaN where there is none, or where the environment failed; and the reward model's details."""
-    scores, rewards = reward_model.score(samples.responses), samples.responses.rewards
+    """float32 [B] scores, NaN where there is none, or where the environment failed; and the reward model's details.
+
+    Raises:
+      RewardError: the reward model gave something else.
+    """
+    given, rewards, count = reward_model.score(samples.responses), samples.responses.rewards, len(samples.responses.texts)
+    scores = np.asarray(given)
+    if scores.shape != (count,) or scores.dtype.kind not in "fiub":
+        what = f"an array {given.shape} of {given.dtype}" if isinstance(given, np.ndarray) else told(given)
+        raise RewardError(
+            f"{type(reward_model).__name__}.score gave {what} for {count} responses: it must give an array of {count} numbers, "
+            "NaN where there is none."
+        )
     return (scores if rewards is None else np.where(np.isnan(rewards), rewards, scores)), reward_model.details()
 
 

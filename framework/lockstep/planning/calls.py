@@ -116,6 +116,7 @@ class Planner(Protocol):
     devices, kind: how many there are, and what each is: 'cpu', 'v5e', or the name its maker gives it.
     rows: parts that rows are divided into.
     shares_prompts: whether a prompt of several rows is computed once.
+    memory: bytes of each; None if no such device is at hand.
     process: bytes of the same memory that a process takes without any model, for libraries, data and compiler. 0 where models
       have memory of their own.
     """
@@ -124,6 +125,7 @@ class Planner(Protocol):
     kind: str
     rows: int
     shares_prompts: bool
+    memory: int | None
     process: int
 
     def held(self, blueprint: Blueprint) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 from lockstep.reporting.console import numbers
+from lockstep.storage.files import finite
 from lockstep.storage.records import DONE, RUN, read_record, stage_folders
 
 COLUMNS = ("gold", "helpful", "truthful", "harmless", "score", "win_rate", "kl", "length", "ability", "text_loss")
@@ -50,7 +51,7 @@ def evaluation_tables(evaluation: dict) -> list[Table]:
 
 
 def cell(measure: dict | None) -> str:
-    if measure is None:
+    if measure is None or finite(measure["mean"]) is None:
         return ""
     half = f" ± {(measure['high'] - measure['low']) / 2:.2f}" if "low" in measure else ""
     return f"{measure['mean']:.2f}{half}"

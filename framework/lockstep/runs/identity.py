@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.config.schema import differences
+from lockstep.errors import ConfigError
 from lockstep.registry import use_current_folder
 from lockstep.storage.files import checksum
 
@@ -40,13 +41,26 @@ def without_server(engine: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def code_digests(modules: Iterable[str]) -> dict[str, str]:
-    """{package: SHA-256 of its source} of the core and of the top-level packages of these modules. Nothing is imported."""
+    """{package: SHA-256 of its source} of the core and of the top-level packages of these modules. Nothing is imported.
+
+    Raises:
+      ConfigError: the source of a package is no longer what this process has imported.
+    """
     digests = {}
     for package in sorted({CORE} | {module.partition(".")[0] for module in modules}):
         if (spec := _found(package)) is not None:
             roots = [Path(root) for root in spec.submodule_search_locations or []] or [Path(spec.origin)]
             digests[package] = _source_digest(package, roots)
+            if package in sys.modules and _imported.setdefault(package, digests[package]) != digests[package]:
+                raise ConfigError(
+                    f"The code of '{package}' has changed since this process began: what it still runs would be kept as the work "
+                    "of the new code. Start Python again (in a notebook: restart the kernel) and run this again."
+                )
     return digests
+
+
+_imported: dict[str, str] = {}
+"""Of packages that this process has imported: the digest when it was first asked for."""
 
 
 def _found(package: str) -> ModuleSpec | None:
@@ -69,11 +83,18 @@ def _source_digest(package: str, roots: Iterable[Path]) -> str:
     return source.hexdigest()
 
 
-@functools.cache
 def folder_digest(path: str) -> str:
-    """SHA-256 of the names and contents of a folder's files, or of one file."""
+    """SHA-256 of the names and contents of a folder's files, or of one file. Read again if a file is another, by its size, time
+    or place on the disk."""
+    files = sorted(p for p in [Path(path), *Path(path).rglob("*")] if p.is_file())
+    stats = [file.stat() for file in files]
+    return _content_digest(path, tuple(files), tuple((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in stats))
+
+
+@functools.lru_cache(maxsize=256)
+def _content_digest(path: str, files: tuple[Path, ...], stats: tuple[tuple[int, ...], ...]) -> str:
     content = hashlib.sha256()
-    for file in sorted(p for p in [Path(path), *Path(path).rglob("*")] if p.is_file()):
+    for file in files:
         content.update(f"{file.relative_to(path)}\0{checksum(file)}".encode())
     return content.hexdigest()
 

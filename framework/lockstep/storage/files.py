@@ -22,7 +22,16 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def dump(content: Any) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    """JSON, in which NaN and infinity are null."""
+    return json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return finite(content) if isinstance(content, float) else content
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from lockstep.config.schema import setting
-from lockstep.errors import ConfigError
+from lockstep.errors import ConfigError, told
 from lockstep.interfaces import Array, Context, Metrics, Traits
 from lockstep.learning import losses, numerics
 from lockstep.learning.online import Clock, Corrected, CorrectedConfig, Rollout, Scored
@@ -168,10 +168,10 @@ class PolicyGradient(Corrected):
         if c.kl_in == "reward":
             rewards = rewards - beta * kl.sum(axis=1)
         advantages = self.advantages(rewards, counted)
-        if advantages.shape != rewards.shape:
+        if np.shape(advantages) != rewards.shape:
+            what = f"an array {advantages.shape}" if isinstance(advantages, np.ndarray) else told(advantages)
             raise ValueError(
-                f"{type(self).__name__}.advantages gave an array {advantages.shape} for rewards {rewards.shape}: it needs one "
-                "number for each response"
+                f"{type(self).__name__}.advantages gave {what} for rewards {rewards.shape}: it needs one number for each response"
             )
         advantages = np.where(mask, advantages[:, None], 0).astype(np.float32)
         if c.kl_in == "return":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -21,6 +22,8 @@ from lockstep.errors import ConfigError, RewardError, short
 from lockstep.interfaces import DataSource, Resources, Responses, RewardModel
 from lockstep.learning.rows import column, columns_of, first_row
 
+log = logging.getLogger(__name__)
+
 ALLOW = (
     "reward_model=code runs programs that a language model wrote, on this machine and as you. It limits time, memory, files "
     "and processes, but they can read what you can. Where that is acceptable, say in a container, set reward_model.allow=true."
@@ -31,7 +34,7 @@ class Code(RewardModel):
     """1.0 if the program in the response, followed by the row's ``column``, ends with status 0 and reached its end; else 0.0. The
     program is the last fenced block of the response, or all of it without one.
 
-    Each program runs in a process, session and empty folder of its own, with an empty environment and without a network where the
+    Each program runs in a process, session and empty folder of its own, without your environment, and without a network where the
     system allows that (``running.py``); all of it is killed after ``timeout_seconds``. This is no security boundary: see ALLOW. A
     row without tests has no score (NaN). `details` has ``out_of_time``.
     """
@@ -63,6 +66,11 @@ class Code(RewardModel):
                 f"Not even an empty program passes its tests within reward_model.timeout_seconds={config.timeout_seconds:g} and "
                 f"reward_model.memory_mb={config.memory_mb}. Raise them."
             )
+        if self.passes("", "import os\nassert os.getpid() == 1") != 1.0:
+            log.warning(
+                "reward_model=code: this system gives programs no namespaces of their own, so they have your network, and "
+                "count among your processes. See docs/rewards.md"
+            )
 
     def score(self, responses: Responses) -> np.ndarray:
         tests = column(columns_of(responses.prompts), self.config.column, "reward_model=code")
@@ -74,9 +82,9 @@ class Code(RewardModel):
 
     def passes(self, code: str, tests: str) -> float:
         """1.0, 0.0, or `OUT_OF_TIME`."""
-        c, done = self.config, f"done-{secrets.token_hex(16)}"  # a program that exits before its tests does not know the name
+        c, done = self.config, f"done-{secrets.token_hex(16)}"  # which stands in no file that a program can read
         with tempfile.TemporaryDirectory(prefix="lockstep-code-", ignore_cleanup_errors=True) as folder:
-            text = f"{code}\n\n{tests}\n\nopen({done!r}, 'x').close()\n"
+            text = f"{done}\n{code}\n\n{tests}\n"
             command = [
                 sys.executable,
                 "-I",

@@ -1,5 +1,5 @@
-"""Run by `lockstep_rlhf.reward_models.code` as ``python -I running.py <memory in MB> <seconds>``: takes a program from stdin and
-becomes it, under limits that nothing in it can raise.
+"""Run by `lockstep_rlhf.reward_models.code` as ``python -I running.py <memory in MB> <seconds>``: takes a name and a program from
+stdin and becomes the program, under limits that nothing in it can raise. A file of that name says that its end was reached.
 
 Where the system lets an ordinary user do so, the program also gets a network without interfaces and a process tree that ends with
 it. It imports nothing of ours: the file is run by its path.
@@ -19,6 +19,18 @@ FILE = 16 * 2**20
 """Bytes of one file."""
 FILES, PROCESSES = 64, 32
 """Open at a time; of the user where there is no process tree of its own, so that there none may start if more run."""
+
+
+END = 3
+"""The file descriptor that tells the name, read once the program has come to its end."""
+RUN = f"""
+import os
+__file__ = "program.py"
+exec(compile(open(__file__, "rb").read(), __file__, "exec"))
+open(__import__("os").read({END}, 100), "x").close()
+"""
+ENVIRONMENT = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+"""Else numpy starts a thread for each core, more than may run."""
 
 
 def isolate() -> bool:
@@ -41,15 +53,20 @@ def limit(memory: int, seconds: float) -> None:
 
 def main() -> None:
     memory, seconds = int(sys.argv[1]), float(sys.argv[2])
+    name, _, program = sys.stdin.buffer.read().partition(b"\n")
     with open("program.py", "wb") as file:
-        file.write(sys.stdin.buffer.read())
+        file.write(program)
     if isolate() and (child := os.fork()):  # the child is the first process of the new tree: all others end with it
         _, status = os.waitpid(child, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 255)
     limit(memory, seconds)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
-    os.execve(sys.executable, [sys.executable, "-I", "-B", "program.py"], {})
+    told, tell = os.pipe()
+    os.write(tell, name)
+    os.close(tell)
+    os.dup2(told, END)
+    os.execve(sys.executable, [sys.executable, "-I", "-B", "-c", RUN], ENVIRONMENT)
 
 
 if __name__ == "__main__":

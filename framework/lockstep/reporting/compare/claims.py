@@ -17,7 +17,7 @@ from lockstep.reporting.compare.groups import BACKEND, RunComparison, RunGroup
 from lockstep.reporting.compare.records import Estimate
 
 Verdict = Literal["yes", "unclear", "no"]
-SCORE, PERCENT = ".2f", ".1%"  # how numbers are written
+SCORE, PERCENT, GAIN = ".2f", ".1%", "+.1%"  # how numbers, shares and differences of shares are written
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _reward_model(g: RunGroup) -> Iterator[Claim]:
     labeler, model = g.reward_model("labeler_agreement/gold"), g.reward_model("accuracy/gold")
     text = "gold truth: a single labeler < reward model"
     if (gain := g.reward_model("accuracy_over_labeler/gold")) and labeler and model:
-        because = f"{show(labeler, PERCENT)} and {show(model, PERCENT)}; pair by pair {show(gain, '+.1%')}"
+        because = f"{show(labeler, PERCENT)} and {show(model, PERCENT)}; pair by pair {show(gain, GAIN)}"
         verdict: Verdict = "yes" if gain.low > 0 else "unclear" if gain.mean > 0 else "no"
         yield Claim(text, g.label, verdict, because)
     elif labeler and model:

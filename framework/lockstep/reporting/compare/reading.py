@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lockstep.errors import CheckpointError, DataError, did_you_mean
+from lockstep.errors import CheckpointError, DataError, did_you_mean, listing
 from lockstep.reporting.compare import wandb_runs
 from lockstep.reporting.compare.records import (
     Estimate,
@@ -83,7 +83,9 @@ def run_folders(path: Path, problems: list[str]) -> list[Path]:
             except CheckpointError as error:
                 problems.append(str(error))
     if not found:
-        raise DataError(f"No runs in '{path}': neither it nor a folder in it has a run.json. {_ADVICE}")
+        deeper = listing(sorted({str(file.parents[1]) for file in path.glob("*/*/run.json")}))
+        there = f" There are runs in {deeper}." if deeper else ""
+        raise DataError(f"No runs in '{path}': neither it nor a folder in it has a run.json.{there} {_ADVICE}")
     return found
 
 

@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 
 from lockstep.learning import numerics
 from lockstep.reporting.compare import cost, decisions, versus
-from lockstep.reporting.compare.claims import PERCENT, SCORE, Claim, by_text, headline_metric, show
+from lockstep.reporting.compare.claims import GAIN, PERCENT, SCORE, Claim, by_text, headline_metric, show
 from lockstep.reporting.compare.decisions import Correction
 from lockstep.reporting.compare.groups import RunComparison, RunGroup
 from lockstep.reporting.compare.records import Estimate
@@ -36,7 +36,7 @@ POLICY_METRICS = {
 REWARD_MODEL_METRICS = {
     "labeler_agreement/gold": ("a single labeler vs gold", PERCENT),
     "accuracy/gold": ("reward model vs gold", PERCENT),
-    "accuracy_over_labeler/gold": ("  above the labelers, pair by pair", PERCENT),
+    "accuracy_over_labeler/gold": ("  above the labelers, pair by pair", GAIN),
     "accuracy/training_labelers": ("reward model vs training labelers", PERCENT),
     "accuracy/heldout_labelers": ("reward model vs held-out labelers", PERCENT),
     "ece": ("calibration error", ".3f"),
