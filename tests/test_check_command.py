@@ -122,6 +122,8 @@ def test_an_error_in_a_check_has_its_traceback_if_asked_for():
     assert found.status == "failed" and found.detail == "it raised KeyError: 'nothing'"
     assert "Traceback" not in line(found)
     assert 'return subject["nothing"]' in line(found, verbose=True)
+    assert "a bug" not in line(found)  # the check knows what its numbers mean, not what went wrong elsewhere
+    assert line(found, again=True) == "  ✗ raises: the same error"
 
 
 def test_the_property_of_a_failure_is_one_line():

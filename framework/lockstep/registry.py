@@ -119,8 +119,11 @@ def _check_names(cls: type[Any], who: str) -> None:
     Raises:
       RegistryError: it lacks a method that its kind must have.
     """
-    public = lambda of: {name for name, value in vars(of).items() if callable(value) and not name.startswith("_")}  # noqa: E731
-    own, theirs = public(cls), set().union(*map(public, cls.__mro__[1:-1]))
+
+    def public(of: type[Any]) -> set[str]:
+        return {name for name, value in vars(of).items() if callable(value) and not name.startswith("_")}
+
+    own, theirs = public(cls), {name for base in cls.__mro__[1:-1] for name in public(base)}
     near = {name: found[0] for name in own - theirs if (found := difflib.get_close_matches(name, theirs - own, 1, 0.85))}
     if lacking := sorted(getattr(cls, "__abstractmethods__", ())):
         meant = f" It has {listing(near)}." if near else ""

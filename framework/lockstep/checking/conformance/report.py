@@ -54,8 +54,10 @@ def report(
         console.say(f"{kind} {name} on {place}")
         made_here = made(kind, name, place, overrides, like)
         console.say(f"  with {' '.join(made_here.settings())}")
+        raised: set[str] = set()
         for outcome in conform(kind, made_here):
-            console.say(line(outcome, verbose))
+            console.say(line(outcome, verbose, again=bool(outcome.traceback) and outcome.detail in raised))
+            raised.add(outcome.detail)
             found.append(outcome)
     console.say(summary(name, where, found))
     return all(outcome.status != "failed" for outcome in found)
@@ -216,9 +218,11 @@ def check_overrides(overrides: Iterable[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------- in words
 
 
-def line(outcome: Outcome, verbose: bool = False) -> str:
-    """'  ✓ name', followed by the reason or the failure."""
+def line(outcome: Outcome, verbose: bool = False, again: bool = False) -> str:
+    """'  ✓ name', followed by the reason or the failure; ``again``: by what an earlier check raised, too."""
     head = f"  {MARKS[outcome.status]} {outcome.check.name}"
+    if again:
+        return f"{head}: the same error"
     if outcome.status == "inapplicable":
         return f"{head}: {outcome.detail}"
     if outcome.status == "failed":
@@ -227,9 +231,11 @@ def line(outcome: Outcome, verbose: bool = False) -> str:
 
 
 def explain(outcome: Outcome, verbose: bool = False) -> list[str]:
-    """A failure: the property, the numbers, and what it usually means; if ``verbose``, the traceback of what it raised."""
-    told = [outcome.check.property, f"found: {outcome.detail}", f"usually: {outcome.check.usually}"]
-    return told + (outcome.traceback.splitlines() if verbose else [])
+    """A failure: the property, the numbers, and what these usually mean; if ``verbose``, the traceback of what it raised."""
+    told = [outcome.check.property, f"found: {outcome.detail}"]
+    if outcome.traceback:  # of which the check knows nothing
+        return told + (outcome.traceback.splitlines() if verbose else [])
+    return [*told, f"usually: {outcome.check.usually}"]
 
 
 def summary(name: str, where: Sequence[Place], found: Sequence[Outcome]) -> str:
