@@ -4,7 +4,8 @@
     cp runs/findings/pages/NAME-.../{page.md,page.png,outcomes.csv} benchmarks/findings/NAME/
     python benchmarks/findings.py benchmarks/findings
 
-It writes README.md into the folder. A finding's claims and criteria are those of `conf/finding/NAME.yaml` as it is now; the page
+It writes README.md into the folder. A folder in a finding's, such as instructgpt/bfloat16, has the outcomes of the same seeds under
+another setting. A finding's claims and criteria are those of `conf/finding/NAME.yaml` as it is now; the page
 of each says when they were written down.
 """
 
@@ -20,28 +21,35 @@ from lockstep.reporting.findings.finding import ClaimConfig, Finding, finding, f
 from lockstep.reporting.findings.outcomes import Outcome, as_claimed, between_backends, judged
 from lockstep.reporting.markdown import escaped
 
+Outcomes = Mapping[tuple[str, str], Outcome]
+"""By claim and backend."""
+
 
 @dataclass(frozen=True)
 class Record:
-    """``outcomes`` by claim and backend."""
+    """``treated``: outcomes under other settings, by the name of their folder."""
 
     name: str
     finding: Finding
-    outcomes: Mapping[tuple[str, str], Outcome]
+    outcomes: Outcomes
+    treated: Mapping[str, Outcomes]
 
 
 def recorded(folder: Path) -> Iterator[Record]:
     for name in findings():
-        file = folder / name / "outcomes.csv"
-        if file.exists():
+        if (file := folder / name / "outcomes.csv").exists():
             found, _ = finding(name)
-            values: dict[tuple[str, str], dict[int, float]] = {}
-            with file.open(encoding="utf-8", newline="") as rows:
-                for row in csv.DictReader(rows):
-                    values.setdefault((row["claim"], row["backend"]), {})[int(row["seed"])] = float(row["value"])
-            most = max(map(len, values.values()))
-            outcomes = {key: judged(key[0], found.claims[key[0]], key[1], seeds, most) for key, seeds in values.items()}
-            yield Record(name, found, outcomes)
+            treated = {other.parent.name: outcomes_of(other, found) for other in sorted(file.parent.glob("*/outcomes.csv"))}
+            yield Record(name, found, outcomes_of(file, found), treated)
+
+
+def outcomes_of(file: Path, found: Finding) -> Outcomes:
+    values: dict[tuple[str, str], dict[int, float]] = {}
+    with file.open(encoding="utf-8", newline="") as rows:
+        for row in csv.DictReader(rows):
+            values.setdefault((row["claim"], row["backend"]), {})[int(row["seed"])] = float(row["value"])
+    most = max(map(len, values.values()))
+    return {key: judged(key[0], found.claims[key[0]], key[1], seeds, most) for key, seeds in values.items()}
 
 
 def table(records: Sequence[Record]) -> str:
@@ -76,7 +84,29 @@ def table(records: Sequence[Record]) -> str:
             texts = [escaped(text) for text in (claim.claim, claim.published, claim.criterion)]
             cells = [cell(claim, record.outcomes.get((name, backend))) for backend in backends]
             lines.append(f"| {' | '.join([*texts, *cells, apart.get(name, '')])} |")
+        for treatment, outcomes in record.treated.items():
+            lines += differences(record, treatment, outcomes, backends)
     return "\n".join(lines) + "\n"
+
+
+def differences(record: Record, treatment: str, outcomes: Outcomes, backends: Sequence[str]) -> list[str]:
+    """A table of what the setting changes, seed by seed."""
+    lines = [
+        "",
+        f"The same seeds with {treatment}: its value minus the one above, and its verdict where that is another.",
+        "",
+        f"| claim | {' | '.join(backends)} |",
+        "|---|" + "---|" * len(backends),
+    ]
+    for name, claim in record.finding.claims.items():
+        cells = []
+        for backend in backends:
+            a, b = outcomes.get((name, backend)), record.outcomes.get((name, backend))
+            (each,) = between_backends([a, b]) if a and b else (None,)
+            verdict = f": {a.verdict}" if a and b and a.verdict != b.verdict else ""
+            cells.append("" if each is None else each.found.interval + ", **apart**" * each.apart + verdict)
+        lines.append(f"| {' | '.join([escaped(claim.claim), *cells])} |")
+    return lines
 
 
 def cell(claim: ClaimConfig, outcome: Outcome | None) -> str:
