@@ -4,8 +4,8 @@
     cp runs/findings/pages/NAME-.../{page.md,page.png,outcomes.csv} benchmarks/findings/NAME/
     python benchmarks/findings.py benchmarks/findings
 
-It writes README.md into the folder. A folder in a finding's, such as instructgpt/bfloat16, has the outcomes of the same seeds under
-another setting. A finding's claims and criteria are those of `conf/finding/NAME.yaml` as it is now; the page
+It writes README.md into the folder. A folder in a finding's, such as instructgpt/bfloat16, has the outcomes of the same seeds
+under another setting. A finding's claims and criteria are those of `conf/finding/NAME.yaml` as it is now; the page
 of each says when they were written down.
 """
 

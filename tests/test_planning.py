@@ -46,7 +46,7 @@ from lockstep_jax.device import JaxDevice
 from lockstep_jax.plan import NUMBER, JaxPlanner, block, host
 from lockstep_torch.backend import TorchBackend
 from lockstep_torch.decoder import DecoderNetwork
-from lockstep_torch.generation import _words
+from lockstep_torch.generation import word_hashes
 from lockstep_torch.learner import TorchLearner
 from lockstep_torch.model import LanguageModel, TorchModel
 from lockstep_torch.plan import Following, TorchPlanner, sequences
@@ -520,4 +520,4 @@ def test_adapters_heads_teachers_and_other_families_are_planned_on_torch():
     assert taught > need(Call("evaluate", {"policy": llama}, rows, {"policy": ("logprobs",)}))
     valued = replace(llama, scalar_head=True, language_head=False)
     assert need(Call("evaluate", {"value": valued}, rows, {"value": ("values",)})) > 0
-    assert not isinstance(_words(WIDE.vocab_size, here.backend.device), FakeTensor)
+    assert not isinstance(word_hashes(WIDE.vocab_size, here.backend.device), FakeTensor)

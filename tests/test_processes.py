@@ -330,7 +330,7 @@ def test_a_mesh_that_cannot_be_is_an_error(mesh, message, monkeypatch):
 
     monkeypatch.setattr(device, "place", lambda: Place(0, 4, 0))
     with pytest.raises(ConfigError, match=message):
-        device._divided(parse(MeshConfig, mesh, "backend.mesh"), 4)
+        device.axes(parse(MeshConfig, mesh, "backend.mesh"), 4)
 
 
 def test_matmuls_that_cannot_be_divided_are_an_error(folders):

@@ -213,7 +213,7 @@ class DecoderNetwork(Network):
             }
         )
         self.lm_head = None if a.tied else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
-        self.parts = 1
+        self.head_parts = 1
         """Processes among which the heads are divided."""
 
     def hidden(
@@ -256,7 +256,7 @@ class DecoderNetwork(Network):
         rows, length = tokens.shape
         known = past.known if past else 0
         a = self.architecture
-        shape = (rows, a.kv_heads // self.parts, length + new_tokens, a.head_dim)
+        shape = (rows, a.kv_heads // self.head_parts, length + new_tokens, a.head_dim)
         dtype = attention_dtype(tokens.device)
         cache = Cache(
             keys=[torch.zeros(shape, dtype=dtype, device=tokens.device) for _ in range(a.layers)],
@@ -305,7 +305,7 @@ class DecoderNetwork(Network):
         if self.architecture.kv_heads % axis.size:
             heads = self.architecture.kv_heads
             raise ConfigError(f"backend.mesh.tensor={axis.size} does not divide {heads} heads of keys evenly.")
-        self.parts = axis.size
+        self.head_parts = axis.size
         for layer in self.model["layers"]:
             layer.self_attn.divide(axis)
             layer.mlp.divide(axis)

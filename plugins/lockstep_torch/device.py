@@ -56,7 +56,7 @@ class TorchDevice(Backend):
         self.mesh: Mesh | None = None
         if here.count > 1:
             self.processes = group = Group(here, self.device)
-            self.mesh = Mesh(group, self.device, *_divided(config.mesh, here.count))
+            self.mesh = Mesh(group, self.device, *axes(config.mesh, here.count))
         elif config.mesh != MeshConfig():
             log.warning("backend.mesh=%s: this is one process, and runs as one", config.mesh)
         self.trunks: dict[str, Any] = {}
@@ -79,7 +79,7 @@ class TorchDevice(Backend):
         if config.mesh == MeshConfig():
             return 1
         devices = torch.cuda.device_count() if _device(config.device, None).type == "cuda" else None
-        return math.prod(_divided(config.mesh, devices))
+        return math.prod(axes(config.mesh, devices))
 
     def peak_memory_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
@@ -100,7 +100,7 @@ class TorchDevice(Backend):
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
-def _divided(config: MeshConfig, devices: int | None) -> tuple[int, int, int]:
+def axes(config: MeshConfig, devices: int | None) -> tuple[int, int, int]:
     """The sizes of the axes data, fsdp and tensor.
 
     Raises:

@@ -141,12 +141,12 @@ def sample(logits: Tensor, seeds: Tensor, temperature: float) -> tuple[Tensor, T
 
 def hash_gumbel(seeds: Tensor, vocab_size: int) -> Tensor:
     """`lockstep.learning.randomness.hash_gumbel` for int32 seeds [B]: float32 [B, V]."""
-    bits = hash32(_words(vocab_size, seeds.device) ^ seeds[:, None])
+    bits = hash32(word_hashes(vocab_size, seeds.device) ^ seeds[:, None])
     u = high_bits(bits, 23).float().add_(0.5).mul_(2**-23)
     return u.neg_().log1p_().neg_().log_().neg_()  # -log(-log1p(-u)): in place, for large vocabularies
 
 
 @functools.lru_cache(maxsize=8)
-def _words(vocab_size: int, device: torch.device) -> Tensor:
+def word_hashes(vocab_size: int, device: torch.device) -> Tensor:
     words = randomness.hash32(np.arange(vocab_size, dtype=np.uint32)).view(np.int32)
     return torch.as_tensor(words, device=device)

@@ -68,15 +68,17 @@ class Mesh:
         self.tensor = TensorAxis(devices["tensor"]) if tensor > 1 else None
         names = tuple(name for name in self.sizes if name != "tensor")
         self.devices = devices if self.tensor is None else devices[names]
-        self.each, self.parts, self.part = tensor, group.count // tensor, group.rank // tensor
+        self.copies = tensor
+        """Processes with the same rows."""
+        self.row_parts, self.row_part = group.count // tensor, group.rank // tensor
 
     def __str__(self) -> str:
         return " x ".join(f"{name}={size}" for name, size in self.sizes.items())
 
     def own(self, rows: int) -> np.ndarray:
         """The indices of this process's rows: as many for each, the last ones copies of row 0 where that does not divide."""
-        each = -(-rows // self.parts)
-        index = np.arange(self.part * each, (self.part + 1) * each)
+        each = -(-rows // self.row_parts)
+        index = np.arange(self.row_part * each, (self.row_part + 1) * each)
         return np.where(index < rows, index, 0)
 
     def gather(self, own: Tensor, rows: int) -> Tensor:
@@ -89,7 +91,7 @@ class Mesh:
 
     def once(self, gathered: Any) -> Any:
         """Of what all processes had, those of one for each part of the rows."""
-        each = gathered.reshape(self.parts, self.each, -1, *gathered.shape[1:])[:, 0]
+        each = gathered.reshape(self.row_parts, self.copies, -1, *gathered.shape[1:])[:, 0]
         return each.reshape(-1, *gathered.shape[1:])
 
     def divide(self, network: Any, head: nn.Module | None) -> Root:
@@ -148,7 +150,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, mesh: Mesh) -> Tensor:
-        ctx.start, ctx.rows = mesh.part * len(own), len(own)
+        ctx.start, ctx.rows = mesh.row_part * len(own), len(own)
         found = own.new_empty(mesh.group.count * len(own), *own.shape[1:])
         dist.all_gather_single(found, own.contiguous())
         return mesh.once(found)

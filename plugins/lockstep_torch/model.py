@@ -240,7 +240,7 @@ class LanguageModel(TorchModel, Policy):
         given = [self.backend.put(array) for array in (prompts[0][::each], prompts[1][::each], seeds[rows])]
         how: dict[str, Any] = {"temperature": temperature, "stop_ids": stop_ids, "pad_id": pad_id, "past": past}
         draw = functools.partial(generate, self.network, *given, **how)
-        with self._sampling():
+        with self.sampling():
             if self.mesh is None:
                 return draw()
             own = self.root.whole(draw)
@@ -262,17 +262,17 @@ class LanguageModel(TorchModel, Policy):
             yield from super().stream(prompt_tokens, prompt_mask, seeds, **how)
             return
         put = self.backend.put
-        with self._sampling():  # not while the caller handles the token
+        with self.sampling():  # not while the caller handles the token
             decoding = Decoding(self.network, put(prompt_tokens), put(prompt_mask), put(seeds), temperature, stop_ids, pad_id)
         for t in range(seeds.shape[1]):
             yield decoding.tokens[:, t].cpu().numpy().astype(np.int32)
             if t + 1 == seeds.shape[1] or not decoding.alive.any():
                 return
-            with self._sampling():
+            with self.sampling():
                 decoding.advance()
 
     @contextlib.contextmanager
-    def _sampling(self) -> Iterator[None]:
+    def sampling(self) -> Iterator[None]:
         # Inference mode is the fastest, but there autocast does not keep cast weights, and casts them again for each token. Nor
         # does FSDP take what is made in it. Autocast keeps only what could be trained.
         exact = self.backend.config.precision == "float32"

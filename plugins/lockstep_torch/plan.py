@@ -49,7 +49,7 @@ class TorchPlanner:
         """``backend``: of one process."""
         self.backend, here = backend, backend.device
         on_cuda = here.type == "cuda"
-        self.data, self.fsdp, self.tensor = device._divided(mesh, torch.cuda.device_count() if on_cuda else None)
+        self.data, self.fsdp, self.tensor = device.axes(mesh, torch.cuda.device_count() if on_cuda else None)
         self.rows = self.data * self.fsdp
         self.devices = self.rows * self.tensor
         self.shares_prompts = True
@@ -66,7 +66,7 @@ class TorchPlanner:
     def measure(self, call: Call) -> Need:
         kinds = {"generate": self._generate, "evaluate": self._evaluate, "forward": self._forward, "update": self._update}
         for blueprint in call.models.values():
-            generation._words(blueprint.architecture.vocab_size, self.backend.device)  # is kept, so no fake
+            generation.word_hashes(blueprint.architecture.vocab_size, self.backend.device)  # is kept, so no fake
         with FakeTensorMode(allow_non_fake_inputs=True):
             models = {name: self.model(blueprint) for name, blueprint in call.models.items()}
             temporary = kinds[call.kind](call, models) + self.gathered(call.kind, models.values())
@@ -77,7 +77,7 @@ class TorchPlanner:
         rows = -(-call.shape.rows // self.rows)
         columns, length = call.shape.prompt, call.shape.response
         prompts = rows // math.gcd(rows, call.shape.rows_per_prompt)
-        with model._sampling(), Following() as found:
+        with model.sampling(), Following() as found:
             put = self.backend.put
             tokens, mask = put(np.zeros((prompts, columns), np.int32)), put(np.ones((prompts, columns), bool))
             seeds = put(np.zeros((rows, length), np.uint32))
@@ -217,17 +217,17 @@ class TorchPlanner:
 
 
 class Share:
-    """In place of `lockstep_torch.mesh.Mesh`: the first process of a mesh that divides rows into ``parts``. Its weights are
+    """In place of `lockstep_torch.mesh.Mesh`: the first process of a mesh that divides rows into ``row_parts``. Its weights are
     whole, but for its part along the axis ``tensor``."""
 
-    def __init__(self, parts: int, tensor: int):
-        self.parts, self.tensor = parts, OnePart(tensor) if tensor > 1 else None
+    def __init__(self, row_parts: int, tensor: int):
+        self.row_parts, self.tensor = row_parts, OnePart(tensor) if tensor > 1 else None
 
     def own(self, rows: int) -> np.ndarray:
-        return np.arange(-(-rows // self.parts))
+        return np.arange(-(-rows // self.row_parts))
 
     def gather(self, own: Tensor, rows: int) -> Tensor:
-        return torch.cat([own] * self.parts)[:rows]
+        return torch.cat([own] * self.row_parts)[:rows]
 
     def divide(self, network: nn.Module, head: nn.Module | None) -> Root:
         divide_matmuls(network, self.tensor)

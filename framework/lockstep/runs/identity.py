@@ -51,7 +51,9 @@ def code_digests(modules: Iterable[str]) -> dict[str, str]:
         if (spec := _found(package)) is not None:
             roots = [Path(root) for root in spec.submodule_search_locations or []] or [Path(spec.origin)]
             digests[package] = _source_digest(package, roots)
-            if package in sys.modules and _imported.setdefault(package, digests[package]) != digests[package]:
+            here = getattr(sys.modules.get(package), "__file__", None)
+            runs = here is not None and any(Path(here).is_relative_to(root) for root in roots)
+            if runs and _imported.setdefault(package, digests[package]) != digests[package]:
                 raise ConfigError(
                     f"The code of '{package}' has changed since this process began: what it still runs would be kept as the work "
                     "of the new code. Start Python again (in a notebook: restart the kernel) and run this again."
