@@ -220,6 +220,28 @@ def test_a_plan_for_torch_says_what_each_of_two_devices_needs(capsys, monkeypatc
     assert "torch on 2 x h100" in shown and "temporary: update policy, value" in shown and shown.count("It fits") == 4
 
 
+@pytest.mark.parametrize(
+    ("kind", "memory", "said"),
+    [
+        ("cpu", None, "torch on 2 x cpu, 4 GiB each"),  # which share one
+        ("NVIDIA A100-SXM4-40GB", 40 * 2**30, "torch on 2 x NVIDIA A100-SXM4-40GB, 40 GiB each"),
+    ],
+)
+def test_the_memory_of_a_plan_is_that_of_the_devices_at_hand(capsys, monkeypatch, tmp_path, kind, memory, said):
+    made = TorchPlanner.__init__
+
+    def init(planner, *given):
+        made(planner, *given)
+        planner.kind, planner.memory = kind, memory
+
+    monkeypatch.setattr(TorchPlanner, "__init__", init)
+    monkeypatch.setattr("lockstep.planning.machines.this_cpu", lambda: replace(MACHINES["h100"], memory=8 * 2**30))
+    overrides = [*TINY, *DECODER, *PPO_ONLY, "backend=torch", "backend.device=cpu", "backend.mesh.fsdp=2", f"folder={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["lockstep", "plan", *overrides])
+    main()
+    assert said in capsys.readouterr().out
+
+
 def test_time_is_that_of_the_arithmetic_and_of_reading_weights():
     """An update of one row is arithmetic; drawing one row's tokens reads all weights for each."""
     one, h100 = planner(), MACHINES["h100"]

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from lockstep.config.compose import compose
     from lockstep.interfaces import Backend
-    from lockstep.planning.machines import machine
+    from lockstep.planning.machines import machine, share
     from lockstep.planning.plan import Rehearsed, planned, rehearsed
     from lockstep.reporting.console import Console
     from lockstep.runs.experiment import Experiment
@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     has = machine(kind)
     if planner.memory is not None and arguments.machine is None:
         has = dataclasses.replace(has, memory=planner.memory)
+    if kind == "cpu":
+        has = share(has, planner.devices)
     many = f"{planner.devices} x {kind}" if planner.devices > 1 else kind
     console.say(f"{experiment.backend_name} on {many}, {has.memory / GIB:.0f} GiB each. Compiling or tracing takes a while.")
     for stage in stages:

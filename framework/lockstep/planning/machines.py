@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -57,6 +58,17 @@ def machine(kind: str) -> Machine:
         if name in kind.lower().replace("lite", "e").replace(" ", ""):
             return known
     raise ConfigError(f"What a '{kind}' has is not known. Name a device with --machine: {listing(['cpu', *MACHINES])}.")
+
+
+def share(one: Machine, devices: int) -> Machine:
+    """Of one machine, what each of the ``devices`` has that it stands in for."""
+    return dataclasses.replace(
+        one,
+        memory=one.memory / devices,
+        bfloat16=one.bfloat16 / devices,
+        float32=one.float32 / devices,
+        bandwidth=one.bandwidth / devices,
+    )
 
 
 def this_cpu() -> Machine:
