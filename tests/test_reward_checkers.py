@@ -331,6 +331,23 @@ PROGRAMS = {
 }
 
 
+MAIN = """
+import dataclasses, pickle, sys
+def open(account): return f"{account} is open"
+@dataclasses.dataclass
+class Point:
+    x: "int"
+if __name__ == "__main__":
+    found = pickle.loads(pickle.dumps(Point(1)))
+"""
+
+
+def test_a_program_is_the_main_module_and_may_have_any_names(code):
+    assert code.passes(MAIN, "assert found == Point(1) and open('it') == 'it is open'") == 1.0
+    assert code.passes("x = 1", "assert 'os' not in globals()") == 1.0
+    assert code.passes("def f(x):\n    return x", "import inspect\nassert 'return x' in inspect.getsource(f)") == 1.0
+
+
 @pytest.mark.parametrize("what", PROGRAMS)
 def test_a_program_does_not_pass_that(code, what):
     assert code.passes(PROGRAMS[what], "assert True") == 0.0

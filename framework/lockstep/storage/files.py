@@ -121,9 +121,7 @@ def write_text(path: Path, content: str) -> None:
 
 def dump_line(row: Any) -> str:
     """One line of JSONL; JSON has no NaN or infinity, so they become null."""
-    if isinstance(row, dict):
-        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def expanded(path: str | Path) -> Path:

@@ -24,11 +24,11 @@ FILES, PROCESSES = 64, 32
 END = 3
 """The file descriptor that tells the name, read once the program has come to its end."""
 RUN = f"""
-import os
 __file__ = "program.py"
 exec(compile(open(__file__, "rb").read(), __file__, "exec"))
-open(__import__("os").read({END}, 100), "x").close()
+__import__("builtins").open(__import__("os").read({END}, 100), "x").close()
 """
+"""The program is the main module, and may have names of its own, such as ``open``."""
 ENVIRONMENT = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 """Else numpy starts a thread for each core, more than may run."""
 
