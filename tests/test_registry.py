@@ -226,7 +226,8 @@ def test_a_class_without_a_method_of_its_kind_is_refused_before_it_is_used():
 def test_no_component_here_has_a_method_that_is_nearly_a_hook(caplog):
     with caplog.at_level(logging.WARNING):
         for component in registry():
-            component.load()
+            if not component.missing():
+                component.load()
     assert "which nothing calls" not in caplog.text
 
 
