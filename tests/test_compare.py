@@ -404,6 +404,7 @@ def test_the_markdown_report_has_the_same_numbers(report):
 def test_the_interval_of_a_share_ends_at_0_and_100_percent():
     assert claims.show(Estimate(0.875, 0.728, 1.022), claims.PERCENT) == "87.5% [72.8%, 100.0%]"
     assert claims.show(Estimate(0.02, -0.02, 0.06), claims.PERCENT) == "2.0% [0.0%, 6.0%]"
+    assert claims.show(Estimate(0.02, -0.02, 0.06), claims.GAIN) == "+2.0% [-2.0%, +6.0%]"
     assert claims.show(Estimate(-0.17, -0.26, -0.08), claims.GAIN) == "-17.0% [-26.0%, -8.0%]"  # a difference may be below
     assert tables.REWARD_MODEL_METRICS["accuracy_over_labeler/gold"][1] == claims.GAIN
 

@@ -206,6 +206,6 @@ def test_killed_again_and_again_no_vote_is_lost_or_doubled_and_no_task_given_twi
     stored = [row["token"] for row in database.execute("SELECT token FROM labels JOIN leases ON leases.id = lease")]
     given = Counter(row["task"] for row in database.execute("SELECT task FROM leases WHERE outcome IS NOT 'expired'"))
     assert [voter.error for voter in voters if voter.error] == []
-    assert len(told) >= len(voters) and set(told) <= set(stored)
+    assert len(told) > 30 and set(told) <= set(stored)
     assert len(stored) == len(set(stored)) and len(stored) - len(told) <= len(voters)
     assert max(given.values()) == 1

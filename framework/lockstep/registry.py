@@ -58,7 +58,7 @@ class Plugin:
 
     def missing(self) -> list[str]:
         """Required modules that are not installed; checked without importing any."""
-        return [module for module in self.requires if importlib.util.find_spec(module) is None]
+        return [module for module in self.requires if not is_there(module)]
 
     def check_installed(self, who: str) -> None:
         """
@@ -85,11 +85,7 @@ class Component:
     def lacking(self) -> str:
         """'no: ...' if its module is not there; checked without importing it."""
         module = self.target.partition(":")[0]
-        try:
-            there = importlib.util.find_spec(module) is not None
-        except ImportError:  # of a package around it
-            there = False
-        return "" if there else f"no: there is no module {module}"
+        return "" if is_there(module) else f"no: there is no module {module}"
 
     def load(self) -> type[Any]:
         """The class itself.
@@ -111,6 +107,14 @@ class Component:
         if isinstance(found, type):
             _check_names(found, f"The {where} ({self.target})")
         return found
+
+
+def is_there(module: str) -> bool:
+    """Whether it could be imported. Only the packages around it are."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # of a package around it
+        return False
 
 
 @functools.cache

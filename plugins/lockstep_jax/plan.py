@@ -79,7 +79,7 @@ class JaxPlanner:
     def _generate(self, call: Call) -> Need:
         (blueprint,) = call.models.values()
         shape, spec = call.shape, self.spec(blueprint)
-        prompts = shape.rows // (shape.rows_per_prompt if self.shares_prompts else 1)
+        prompts = shape.prompts if self.shares_prompts else shape.rows
         prompt, response = (prompts, shape.prompt), (shape.rows, shape.response)
         drawing = Drawing(host(response, "uint32"), NUMBER, host((1,), "int32"), host((), "int32"))
         given = (*self.placed(blueprint), host(prompt, "int32"), host(prompt, "bool"), drawing)

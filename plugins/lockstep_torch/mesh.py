@@ -221,7 +221,7 @@ class _Copied(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
-        slope = slopes[0].float().clone()
+        slope = slopes[0].to(torch.float32, copy=True)
         ctx.axis.add(slope)
         return slope.to(slopes[0].dtype), None
 

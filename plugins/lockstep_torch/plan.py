@@ -188,8 +188,7 @@ class TorchPlanner:
         """What a layer's two pairs of matmuls sum along ``tensor``, in float32: of a pass; or ``again``, of its gradient and of
         the recomputation for it, which ends before the second pair's sum."""
         if self.tensor > 1:
-            prompts, responses = shape.rows // shape.rows_per_prompt, shape.rows * shape.response
-            tokens, needed = -(-(prompts * shape.prompt + responses) // self.rows), -(-(prompts + responses) // self.rows)
+            tokens, needed = -(-shape.tokens // self.rows), -(-shape.needed // self.rows)
             for model in models:
                 layers, width = len(model.network.layers()), model.network.hidden_size
                 inner, last = 2 * (layers - 1) * tokens, 2 * needed

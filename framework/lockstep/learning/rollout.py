@@ -196,12 +196,18 @@ def neighbours(items: Sequence[T], samples: int) -> list[T]:
 
 
 def score(reward_model: RewardModel, samples: Samples) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
-    """float32 [B] scores, NaN where there is none, or where the environment failed; and the reward model's details.
+    """float32 [B] scores, NaN where there is none, or where the environment failed; and the reward model's details."""
+    scores, rewards = scores_of(reward_model, samples.responses), samples.responses.rewards
+    return (scores if rewards is None else np.where(np.isnan(rewards), rewards, scores)), reward_model.details()
+
+
+def scores_of(reward_model: RewardModel, responses: Responses) -> np.ndarray:
+    """[B], NaN where there is none.
 
     Raises:
       RewardError: the reward model gave something else.
     """
-    given, rewards, count = reward_model.score(samples.responses), samples.responses.rewards, len(samples.responses.texts)
+    given, count = reward_model.score(responses), len(responses.texts)
     scores = np.asarray(given)
     if scores.shape != (count,) or scores.dtype.kind not in "fiub":
         what = f"an array {given.shape} of {given.dtype}" if isinstance(given, np.ndarray) else told(given)
@@ -209,7 +215,7 @@ def score(reward_model: RewardModel, samples: Samples) -> tuple[np.ndarray, Mapp
             f"{type(reward_model).__name__}.score gave {what} for {count} responses: it must give an array of {count} numbers, "
             "NaN where there is none."
         )
-    return (scores if rewards is None else np.where(np.isnan(rewards), rewards, scores)), reward_model.details()
+    return scores
 
 
 def scored_only(sequences: Sequences, scores: np.ndarray) -> Sequences:

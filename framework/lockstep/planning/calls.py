@@ -30,6 +30,20 @@ class Shape:
     def columns(self) -> int:
         return self.prompt + self.response
 
+    @property
+    def prompts(self) -> int:
+        return self.rows // self.rows_per_prompt
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows, a shared prompt once."""
+        return self.prompts * self.prompt + self.rows * self.response
+
+    @property
+    def needed(self) -> int:
+        """Of these, the ones whose last hidden state is read: the last of each prompt, and the responses."""
+        return self.prompts + self.rows * self.response
+
 
 @dataclass(frozen=True)
 class Part:

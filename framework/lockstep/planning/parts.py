@@ -65,17 +65,17 @@ def flops(call: Call, *, shares_prompts: bool = True) -> float:
 
 def forward(blueprint: Blueprint, shape: Shape, outputs: Iterable[str]) -> float:
     b, a = blueprint, blueprint.architecture
-    prompts, responses = shape.rows // shape.rows_per_prompt, shape.rows * shape.response
-    tokens, needed = prompts * shape.prompt + responses, prompts + responses
+    prompts, responses = shape.prompts, shape.rows * shape.response
     seen = shape.columns if prompts == shape.rows else shape.prompt  # by a prompt's tokens
     pairs = seen * (prompts * shape.prompt * (a.layers - 1) + prompts) + shape.columns * responses * a.layers
     keys_and_values = 2 * a.hidden_size * a.kv_heads * a.head_dim
-    spared = (b.multiplied / a.layers - keys_and_values) * (tokens - needed)  # in the last layer, prompts give only these
+    # In the last layer, prompts give only these.
+    spared = (b.multiplied / a.layers - keys_and_values) * (shape.tokens - shape.needed)
     attention = 4 * a.heads * a.head_dim * pairs
     of_logits = bool({"logprobs", "entropy", "divergence"} & set(outputs))
     head = 2 * a.vocab_size * a.hidden_size * shape.rows * shape.response * of_logits
     taught = forward(b.teacher, shape, ("logprobs",)) if b.teacher and "divergence" in outputs else 0.0
-    return 2 * (b.multiplied * tokens - spared) + attention + head + taught
+    return 2 * (b.multiplied * shape.tokens - spared) + attention + head + taught
 
 
 def _of_update(models: Mapping[str, Blueprint], shape: Shape, outputs: Mapping[str, Iterable[str]], passed: bool) -> float:
@@ -84,7 +84,7 @@ def _of_update(models: Mapping[str, Blueprint], shape: Shape, outputs: Mapping[s
 
 def _generated(b: Blueprint, shape: Shape) -> float:
     a = b.architecture
-    prompt = Shape(shape.rows // shape.rows_per_prompt, shape.prompt, 0)
+    prompt = Shape(shape.prompts, shape.prompt, 0)
     head = 2 * a.vocab_size * a.hidden_size * shape.rows * shape.response
     seen = shape.response * (shape.prompt + shape.response / 2)
     attention = 4 * a.layers * a.heads * a.head_dim * shape.rows * seen

@@ -20,7 +20,7 @@ from lockstep.interfaces import DataSource, Environment, Model, Policy, RewardMo
 from lockstep.learning import numerics
 from lockstep.learning.episodes import offered
 from lockstep.learning.randomness import token_seeds
-from lockstep.learning.rollout import Sampler, Samples, responses_of, score
+from lockstep.learning.rollout import Sampler, Samples, responses_of, score, scores_of
 from lockstep.learning.served import Served
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
@@ -346,7 +346,7 @@ class Evaluator:
         """The reward model's scores of each comparison's completions."""
         prompts = [c.prompt for c in comparisons for _ in c.completions]
         texts = [text for c in comparisons for text in c.completions]
-        scores = self.reward_model.score(responses_of(prompts, texts, self.tokenizer, self.config.lengths))
+        scores = scores_of(self.reward_model, responses_of(prompts, texts, self.tokenizer, self.config.lengths))
         return np.split(scores, np.cumsum([len(c.completions) for c in comparisons])[:-1])
 
     def completion_gold(self, comparison: Comparison) -> np.ndarray | None:

@@ -14,7 +14,7 @@ from lockstep.config.schema import REQUIRED, setting
 from lockstep.errors import DataError
 from lockstep.interfaces import DataSource, Inputs, Label, Labeler, Resources
 from lockstep.learning import numerics
-from lockstep.learning.rollout import responses_of
+from lockstep.learning.rollout import responses_of, scores_of
 from lockstep.text.encoding import Lengths
 from lockstep.types import Candidates
 
@@ -43,7 +43,7 @@ class Scores(Labeler):
         """
         prompts = [each.prompt for each in candidates for _ in each.completions]
         texts = [text for each in candidates for text in each.completions]
-        scores = self.reward_model.score(responses_of(prompts, texts, self.tokenizer, self.config.lengths))
+        scores = scores_of(self.reward_model, responses_of(prompts, texts, self.tokenizer, self.config.lengths))
         parts = np.split(scores, np.cumsum([len(each.completions) for each in candidates])[:-1])
         name = str(self.config.reward_model["name"])
         labels = [
