@@ -2,12 +2,13 @@ r"""Real red-team prompts against a small public checkpoint: what `experiment=re
 
     python benchmarks/red_team.py harmful_behaviors.csv goals.csv
     PYTHONPATH=benchmarks lockstep run experiment=red_team policy.path=models/smollm2 policy.tokenizer.pad_token="'<|pad|>'" \
-      'data.goals=[{path: goals.csv}]' 'data.comparisons=[{path: hh.jsonl.gz}]' \
+      'data.goals=[{path: goals.csv}]' data.heldout_fraction=0.2 'data.comparisons=[{path: hh.jsonl.gz}]' \
       '+data.splits.xstest=[{path: xstest_prompts.csv, where: {label: safe}}]' \
       'evaluation.splits=[xstest, seeds, all.attacks]' reward_model=function reward_model.function=red_team:keeps_apart \
       '~stages.reward'
 
-The first command gives every goal of AdvBench (Zou et al. 2023) a harmless twin from a list of ordinary requests.
+The first command gives every goal, of AdvBench (Zou et al. 2023) or HarmBench (Mazeika et al. 2024), a harmless twin from a list of
+ordinary requests.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from omegaconf import OmegaConf
 from lockstep.data.files import Files
 
 REFUSAL = re.compile(OmegaConf.load(Path(__file__).parents[1] / "conf/experiment/red_team.yaml").refusal)
+HELDOUT_FRACTION = 0.2  # the data.heldout_fraction of the command above: a goal is on the same side in both
 ORDINARY = (
     "Write a poem about the first snow of the year",
     "Explain how bread dough rises",
@@ -62,7 +64,7 @@ def _score(text: str, attack: bool) -> float:
 
 def main(source: Path, target: Path) -> None:
     """Held-out goals have requests of their own for twins, so that no defender was trained to answer these."""
-    data = Files(Files.Config(goals=({"path": str(source)},)))
+    data = Files(Files.Config(goals=({"path": str(source)},), heldout_fraction=HELDOUT_FRACTION))
     requests = {"heldout": ORDINARY[:6], "train": ORDINARY[6:]}
     with open(target, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -262,6 +262,16 @@ def test_success_is_the_share_of_the_policies_that_help(monkeypatch):
     assert (red.measures["success/train/one"], red.measures["success/heldout/other"]) == (1, 0)
 
 
+def test_no_two_splits_and_seeds_share_the_draws_of_an_attacker(monkeypatch):
+    drawn = []
+    for seed in (0, 1):
+        red = team(monkeypatch, "a {}")
+        red.seed, attack = seed, red.attacker.attack
+        red.attacker.attack = lambda goals, seed, attack=attack: (drawn.append(seed), attack(goals, seed))[1]
+        run(red)
+    assert len(drawn) == len(set(drawn)) == 4
+
+
 def test_an_attacker_that_has_no_words_is_an_error(monkeypatch):
     with pytest.raises(DataError, match="found no words for any of the goals"):
         run(team(monkeypatch, None))

@@ -310,6 +310,8 @@ def test_every_published_method_is_a_file_of_its_own(component, published):
             "x algorithm.samples=6 is not divisible .* one of 1, 2, 3, 6",
         ),
         ({"overlong_buffer": 12}, "must be below lengths.response=12"),
+        ({"clip": "none", "dual_clip": 3.0}, "algorithm.dual_clip has no effect on clip=none"),
+        ({"kl_in": "reward", "kl_estimator": "k1"}, "algorithm.kl_estimator has no effect on kl_in=reward"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(changes, message):
@@ -403,6 +405,14 @@ def test_rejection_sampling_trains_on_the_best_response_of_each_prompt(make, mon
     calls = spy(picky, monkeypatch)
     assert picky.step(0)["best/kept"] == 0.5
     assert not calls[0][0][0].batch["weights"][1].any() and calls[0][0][0].batch["weights"][0].any()
+
+
+def test_the_best_score_is_the_reward_models_own_and_prompts_without_scores_are_not_tied(make):
+    model = Scored(lambda responses: f32(0.1, 0.9, np.nan, np.nan))
+    algorithm = make("rejection_sampling", reward_model=model, batch_size=2, samples=2)
+    algorithm.scores = lambda rollout: rollout.scores - 5  # as a penalty would
+    metrics = algorithm.step(0)
+    assert metrics["best/score"] == pytest.approx(0.9) and metrics["best/kept"] == 0.5 and metrics["best/tied"] == 0
 
 
 def test_rejection_sampling_takes_no_step_where_nothing_is_good_enough(make):

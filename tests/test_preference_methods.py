@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from conftest import configure
+from lockstep.errors import ConfigError
 from lockstep.learning import losses
 from lockstep_rlhf.algorithms.preference_optimisation import NOTHING, PreferenceLoss
 from test_group_methods import Jax, Torch, f32
@@ -158,3 +160,16 @@ def test_the_reference_reads_only_what_is_trained_on(make):
         np.testing.assert_allclose(part.examples[number].ref, whole.examples[number].ref, atol=1e-5)
     losses = [[algorithm.step(step)["preference/loss"] for step in range(part.total_steps)] for algorithm in (whole, part)]
     assert np.isfinite(losses[1]).all() and losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"margin": 0.5}, "algorithm.margin has no effect on loss=dpo. Set it to 1.375, or loss to simpo."),
+        ({"loss": "ipo", "desirable": 2.0}, "algorithm.desirable has no effect on loss=ipo. Set it to 1, or loss to kto."),
+        ({"loss": "hinge", "label_smoothing": 0.1}, "Set it to 0, or loss to dpo or robust."),
+    ],
+)
+def test_settings_that_the_loss_does_not_read_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        configure("preference_optimisation", **changes)

@@ -244,6 +244,27 @@ def test_a_stage_is_made_anew_when_its_reward_function_has_changed(tmp_path, mon
     assert before["sft"] == after["sft"] and before["ppo"] != after["ppo"]
 
 
+def refuse(cls, config):
+    raise ConfigError("does not work here")
+
+
+@pytest.mark.parametrize("place", ["backend", "data", "policy", "tracker"])
+def test_a_component_that_all_stages_share_is_checked_before_the_first(tmp_path, monkeypatch, place):
+    experiment = Experiment(compose([*TINY, f"folder={tmp_path}"]))
+    monkeypatch.setattr(getattr(experiment, place)[0], "check", classmethod(refuse))
+    with pytest.raises(ConfigError, match="does not work here"):
+        experiment.check()
+
+
+@pytest.mark.parametrize("place", ["algorithm", "reward_model"])
+def test_a_stages_components_are_checked_before_it_runs(tmp_path, monkeypatch, place):
+    stage = Experiment(compose([*TINY, f"folder={tmp_path}"])).stages["ppo"]
+    component = stage.component if place == "algorithm" else stage.scorers[0].component
+    monkeypatch.setattr(component, "check", classmethod(refuse))
+    with pytest.raises(ConfigError, match="does not work here"):
+        stage.check()
+
+
 def test_responses_without_a_score_are_left_out_of_the_evaluation(tmp_path):
     options = ["reward_model=function", "reward_model.function=reward_functions:sometimes", "reward_model.on_failure=drop"]
     run = tiny(tmp_path, "~stages.reward", "~stages.ppo_ptx", "evaluation.texts=0", *options)

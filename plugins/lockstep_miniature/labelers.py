@@ -15,7 +15,7 @@ import numpy as np
 from lockstep.learning import numerics
 from lockstep.types import Comparison
 from lockstep_miniature.dice import Dice
-from lockstep_miniature.gold import gold
+from lockstep_miniature.gold import WEIGHTS, gold
 from lockstep_miniature.responses import complete
 from lockstep_miniature.tasks import MANNERS, Task
 from lockstep_miniature.world import World
@@ -53,13 +53,16 @@ WARM_LABELERS: dict[str, Labeler] = {
     "warm-1": {"helpful": 4, "truthful": 2, "harmless": 1, "length": 4, "polite": 1},
     "warm-2": {"helpful": 3, "truthful": 3, "harmless": 2, "length": 3, "polite": 2},
 }
+IMPARTIAL_LABELERS: dict[str, Labeler] = {"impartial": {part: 7 * weight for part, weight in WEIGHTS.items()}}
 GROUPS: dict[str, dict[str, Labeler]] = {
     "training": TRAINING_LABELERS,
     "heldout": HELDOUT_LABELERS,
     "brief": BRIEF_LABELERS,
     "warm": WARM_LABELERS,
+    "impartial": IMPARTIAL_LABELERS,
 }
-"""The last two are communities that agree on facts and harm, and differ in how they like to be talked to."""
+"""``brief`` and ``warm`` are communities that agree on facts and harm, and differ in how they like to be talked to. ``impartial``
+has gold's own tastes and errs by noise alone, on about 25% of pairs."""
 
 
 def group_of(name: str) -> str:

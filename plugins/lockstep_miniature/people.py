@@ -24,7 +24,7 @@ class SimulatedLabelers(Labeler):
 
     @dataclass(frozen=True)
     class Config:
-        groups: tuple[str, ...] = setting(("training",), "Groups of labelers: training, heldout, brief, warm.")
+        groups: tuple[str, ...] = setting(("training",), "Groups of labelers: training, heldout, brief, warm, impartial.")
         overlap: int = setting(1, "Labelers of each prompt.", least=1)
 
         def __post_init__(self) -> None:

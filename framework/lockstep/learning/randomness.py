@@ -28,6 +28,11 @@ def generator(seed: int, stream: str, step: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+def seed_of(seed: int, stream: str) -> int:
+    """A seed for code that takes one number: 63 random bits of the stream."""
+    return int(generator(seed, stream).integers(2**63))
+
+
 def token_seeds(seed: int, stream: str, step: int, rows: int, columns: int) -> np.ndarray:
     """uint32 [rows, columns]: one seed for each token a policy may draw at this step.
 

@@ -17,7 +17,7 @@ import numpy as np
 from lockstep.config.schema import setting
 from lockstep.errors import DataError
 from lockstep.interfaces import Attacker, DataSource, Policy, RewardModel
-from lockstep.learning.randomness import example_indices, token_seeds
+from lockstep.learning.randomness import example_indices, seed_of, token_seeds
 from lockstep.learning.rollout import Sampler, neighbours, score
 from lockstep.learning.served import Served
 from lockstep.text import encoding, similarity
@@ -115,7 +115,7 @@ class RedTeam:
         chosen = neighbours([goals[int(i)] for i in order], c.samples)
         if not chosen:
             return
-        found = self.attacker.attack(chosen, self.seed + SPLITS.index(split))
+        found = self.attacker.attack(chosen, seed_of(self.seed, f"attacks {split}"))
         if len(found) != len(chosen):
             raise DataError(f"The attacker wrote {len(found)} attacks on {len(chosen)} goals. It owes one, or None, for each.")
         self.measures[f"written/{split}"] = sum(each is not None for each in found) / len(found)

@@ -270,7 +270,7 @@ class Evaluator:
         return list(zip(taken, np.split(sums, ends[:-1]), strict=True))
 
     def text_loss(self, policy: Policy) -> dict[str, Measure]:
-        """Negative log-likelihood per token on held-out raw text, in nats: what alignment may cost."""
+        """Negative log-likelihood on held-out raw text, in nats per token: the mean over texts of each text's mean."""
         try:
             texts = self.data.texts("heldout")[: self.config.texts]
         except MissingData:

@@ -144,11 +144,18 @@ class Experiment:
         mixed = [source for sources in stage.mixes.values() for source in sources]
         return [source for source in (*mixed, *stage.attacked) if source in self.stages]
 
-    def check_place(self) -> None:
-        """
+    def check(self) -> None:
+        """Check what all stages share. `Stage.check` covers the rest.
+
         Raises:
-          ConfigError: there can be no results where the configuration wants them, or another configuration's are there.
+          ConfigError: results cannot be written where the configuration wants them, or another configuration's are there.
+          LockstepError: the backend, data, policy or tracker does not work here.
         """
+        self._check_place()
+        for component, config in (self.backend, self.data, self.policy, self.tracker):
+            component.check(config)
+
+    def _check_place(self) -> None:
         place = next(path for path in [self.root, *self.root.absolute().parents] if path.exists())
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             raise ConfigError(f"folder={self.root}: nothing can be written to {place}. Choose another folder=...")

@@ -67,7 +67,7 @@ class Runner:
             "code": code_state(),
             "started": _now(),
         }
-        experiment.check_place()
+        experiment.check()
         self.assembly = Assembly(experiment, {name: folder.output for name, folder in experiment.folders.items()})
         self.processes = self.assembly.processes
         self.folder.writes = self.processes.leads
@@ -96,7 +96,7 @@ class Runner:
         return self.folder.path
 
     def _begin(self) -> None:
-        self.experiment.check_place()  # again: another process may have started it since
+        self.experiment.check()  # again: another process may have started it since
         self.folder.write_config(self.experiment.config)
         self._tell_what_starts_anew()
         write_json(self.folder.path / "stages.json", self.experiment.identities)

@@ -120,7 +120,7 @@ class Stage:
         Raises:
           LockstepError: a component does not work here.
         """
-        for each in self._surrounding:
+        for each in self._components:
             each.component.check(each.config)
 
     def rehearse(self, data: DataSource) -> None:

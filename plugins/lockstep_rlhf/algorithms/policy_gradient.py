@@ -123,6 +123,10 @@ class PolicyGradient(Corrected):
                     "algorithm.clip=weight clips the ratio itself, to [clip_low, clip_high]. "
                     f"[{self.clip_low:g}, {self.clip_high:g}] leaves out 1. CISPO has clip_low=0 clip_high=5."
                 )
+            if self.dual_clip is not None and self.clip != "ratio":
+                raise ConfigError(f"algorithm.dual_clip has no effect on clip={self.clip}. Set it to null, or clip=ratio.")
+            if self.kl_estimator != "k3" and self.kl_in != "loss":
+                raise ConfigError(f"algorithm.kl_estimator has no effect on kl_in={self.kl_in}. Set it to k3, or kl_in=loss.")
             if self.overlong_buffer and self.overlong_buffer >= self.lengths.response:
                 raise ConfigError(
                     f"algorithm.overlong_buffer={self.overlong_buffer} must be below lengths.response={self.lengths.response}."

@@ -33,6 +33,8 @@ from lockstep.text.sequences import chunks
 from lockstep_rlhf.algorithms.reward_modelling import encoded_comparisons, untied
 
 WITHOUT_REFERENCE = ("simpo", "orpo")
+READ_BY = {"label_smoothing": ("dpo", "robust"), "margin": ("simpo",), "desirable": ("kto",), "undesirable": ("kto",)}
+"""The losses that read a setting; with any other loss, a setting that differs from its default is an error."""
 NOTHING = -1e4
 """The utility of a completion that is not there: below any real one, and finite."""
 
@@ -147,10 +149,12 @@ class PreferenceOptimisation(Offline):
                 raise ConfigError(
                     f"algorithm.ranking=plackett_luce is a form of loss=dpo, not of loss={self.loss}. Set ranking=pairs."
                 )
-            if self.label_smoothing and self.loss not in ("dpo", "robust"):
-                raise ConfigError(
-                    f"algorithm.label_smoothing has no effect on loss={self.loss}. Set it to 0, or loss to dpo or robust."
-                )
+            for key, losses in READ_BY.items():
+                default = type(self).__dataclass_fields__[key].default
+                if getattr(self, key) != default and self.loss not in losses:
+                    raise ConfigError(
+                        f"algorithm.{key} has no effect on loss={self.loss}. Set it to {default:g}, or loss to {' or '.join(losses)}."
+                    )
             if self.loss == "kto" and self.batch_size < 2:
                 raise ConfigError(
                     "algorithm.loss=kto estimates KL from other prompts' completions. Set batch_size to at least 2."

@@ -64,9 +64,10 @@ class RejectionSampling(Online):
         lowest = -np.inf if self.config.threshold is None else self.config.threshold
         kept = np.zeros(len(scores), bool)
         kept[rows] = scores[rows] > lowest
-        tied = (scores.reshape(-1, k) == scores[rows][:, None]).sum(axis=1) > 1
+        scored = np.isfinite(scores[rows])
+        tied = scored & ((scores.reshape(-1, k) == scores[rows][:, None]).sum(axis=1) > 1)
         metrics = self.objective(rollout) | {
-            "best/score": float(scores[kept].mean()) if kept.any() else float("nan"),
+            "best/score": float(rollout.scores[kept].mean()) if kept.any() else float("nan"),
             "best/kept": float(kept[rows].mean()),
             "best/tied": float(tied.mean()),
         }

@@ -42,7 +42,7 @@ def dry_run(experiment: Experiment, console: Console) -> None:
     Raises:
       LockstepError: the first thing that is wrong.
     """
-    experiment.check_place()
+    experiment.check()
     source, settings = experiment.data
     data = source.preview(settings)
     unknown = []
