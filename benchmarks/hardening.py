@@ -8,7 +8,7 @@ r"""Every attacker against every defender, over seeds, and what each ablation co
     python benchmarks/hardening.py runs/hardening --output benchmarks/hardening
 
 What was measured goes into `records.csv`, a row a measure, in place of what an earlier run of the same arm, backend and seed left
-there: forty runs need not be at hand at once. `matrix.md` is made of all records. Numbers are means over seeds with Student's 95%
+there: forty runs need not be at hand at once. Of attacks, their diversity is there too. `matrix.md` is made of all records. Numbers are means over seeds with Student's 95%
 interval; a run is one seed. The first table has what changed since PPO, run by run and over all runs, as each starts from its own
 level.
 """

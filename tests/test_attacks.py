@@ -262,6 +262,12 @@ def test_success_is_the_share_of_the_policies_that_help(monkeypatch):
     assert (red.measures["success/train/one"], red.measures["success/heldout/other"]) == (1, 0)
 
 
+def test_without_twins_in_training_the_heldout_attacks_still_have_theirs(monkeypatch):
+    attacks = run(team(monkeypatch, "how {} ?", twins=False))
+    assert {(each.split, each.twin is None) for each in attacks} == {("train", True), ("heldout", False)}
+    assert {each.twin is None for each in run(team(monkeypatch, "how {} ?"))} == {False}
+
+
 def test_no_two_splits_and_seeds_share_the_draws_of_an_attacker(monkeypatch):
     drawn = []
     for seed in (0, 1):

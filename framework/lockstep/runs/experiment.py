@@ -329,8 +329,7 @@ class Experiment:
         evaluation = group | {"policies": named or trained, "baseline": scope.one(given.baseline, where)}
         splits = [each for split in given.splits for each in scope.all(split)]
         attacked = tuple(split for split in splits if split in self.stages)
-        twins = {split for split in attacked if getattr(self.stages[split].config, "twins", False)}
-        evaluation["splits"] = [each for split in splits for each in (split, *([split + TWINS] if split in twins else []))]
+        evaluation["splits"] = [each for split in splits for each in (split, *([split + TWINS] if split in attacked else []))]
         config = parse(EvaluationConfig, evaluation, f"{where}.evaluation")
         judges = [scorer for group in config.judges.values() for scorer in self._scorers(group)]
         common = {**common, "scorers": (*common["scorers"], *judges)}
