@@ -31,8 +31,11 @@ ABLATIONS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "without replay": lambda config: "seeds" not in config.get("replay.prompts", ()),
     "without novelty": lambda config: config.get("novelty") == 0,
 }
+ATTACKER = "attacker"
+"""In place of a policy, in what is known of the attacks of a stage."""
 SHOWN = (("helped", "attacks"), ("refused", "twins"), ("gold", "all"))
 """Of a judge or gold, the splits that it is shown on."""
+DIVERSITY = ("goals", "strategies", "words")
 COLUMNS = ("arm", "backend", "seed", "split", "policy", "metric", "mean")
 
 
@@ -60,6 +63,9 @@ def measured(folders: Sequence[Path]) -> Iterator[Record]:
                 split: {policy: {metric: found[metric].mean for metric in metrics} for policy, found in policies.items()}
                 for split, policies in run.evaluation.splits.items()
             }
+            for name in (name for name in splits if name in run.stages):
+                found = run.stages[name].metrics
+                splits[name][ATTACKER] = {kind: float(found[f"diversity/{kind}"].values[-1]) for kind in DIVERSITY}
             yield Record(left_out, run.backend["name"], run.seed, splits)
 
 
@@ -115,6 +121,21 @@ def changes(records: Sequence[Record]) -> Iterator[str]:
     yield ""
 
 
+def attacks(records: Sequence[Record]) -> Iterator[str]:
+    """For each run whose attacks' diversity is known: goals that fell, different strategies, and the distance of a strategy to the
+    nearest other one, as shares, for each round."""
+    known = [each for each in records if any(ATTACKER in found for found in each.splits.values())]
+    if not known:
+        return
+    rounds = [name for name, found in known[0].splits.items() if ATTACKER in found]
+    yield "| run | " + " | ".join(f"{kind}: {' → '.join(rounds)}" for kind in DIVERSITY) + " |"
+    yield "|" + "---|" * (len(DIVERSITY) + 1)
+    for record in known:
+        cells = [" → ".join(f"{record.splits[name][ATTACKER][kind]:.2f}" for name in rounds) for kind in DIVERSITY]
+        yield f"| {record.backend}, seed {record.seed} | " + " | ".join(cells) + " |"
+    yield ""
+
+
 def of(split: str, metric: str) -> Callable[[Record, str], float]:
     return lambda record, policy: record.splits[split][policy][metric]
 
@@ -145,7 +166,8 @@ def main() -> None:
     lines = [
         line
         for arm in dict.fromkeys(each.arm for each in records)
-        for line in (f"## {arm}, since PPO", "", *changes([each for each in records if each.arm == arm]))
+        for same in [[each for each in records if each.arm == arm]]
+        for line in (f"## {arm}, since PPO", "", *changes(same), *attacks(same))
     ]
     for arm, backend in dict.fromkeys((each.arm, each.backend) for each in records):
         same = [each for each in records if (each.arm, each.backend) == (arm, backend)]

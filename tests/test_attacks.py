@@ -13,6 +13,7 @@ from lockstep.data.labels import PROMPTS, demonstrations_in, prompts_in
 from lockstep.errors import ConfigError, DataError, MissingData
 from lockstep.interfaces import Attacker, Responses, RewardModel
 from lockstep.reporting.console import Console
+from lockstep.reporting.compare.reading import read
 from lockstep.runs.attacks import Attack, AttackConfig, RedTeam, demonstrations, diversity, kept
 from lockstep.runs.experiment import Experiment
 from lockstep.storage.files import read_json
@@ -412,6 +413,14 @@ def test_the_whole_experiment_runs_and_measures_every_attack_on_every_policy(har
     for split in splits.values():
         assert set(split) == {"sft", "ppo", "defender_1", "defender_2"}
         assert all({"helped", "refused", "gold"} <= set(measures) for measures in split.values())
+
+
+def test_what_a_stage_without_steps_measured_can_be_compared(hardened):
+    [run] = read([hardened("torch")]).runs
+    found = read_json(output(hardened("torch"), "attacks_1").parent / "done.json")["metrics"]
+    assert found and {name: each.values.tolist() for name, each in run.stages["attacks_1"].metrics.items()} == {
+        name: [value] for name, value in found.items()
+    }
 
 
 def test_what_is_trained_on_never_contains_a_heldout_goal(hardened):

@@ -139,6 +139,8 @@ SHOWN = {"policy": str, "split?": (str, None), "prompt": str, "response": str}
 
 
 def _read_stage(name: str, record: Mapping[str, Any], folder: Path, problems: list[str]) -> StageRecord:
+    done = _read_done(folder, problems)
+    rows = list(read_rows(folder / "metrics.jsonl", METRICS, problems.append))
     return StageRecord(
         name=name,
         kind=record.get("kind", "train"),
@@ -146,10 +148,10 @@ def _read_stage(name: str, record: Mapping[str, Any], folder: Path, problems: li
         produces=record.get("produces", ""),
         status=record.get("status", "running"),
         seconds=record.get("seconds"),
-        metrics=series(list(read_rows(folder / "metrics.jsonl", METRICS, problems.append))),
+        metrics=series(rows or [{"step": 0, **done.get("metrics", {})}]),  # collections and attacks have no steps
         identity=folder.name,
         health=record.get("health") or (),
-        memory=_read_done(folder, problems).get("memory"),
+        memory=done.get("memory"),
     )
 
 
