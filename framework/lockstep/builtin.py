@@ -6,7 +6,7 @@ from lockstep.registry import Plugin
 
 HERE = Path(__file__).parent
 CONF = next(folder for folder in (HERE / "conf", HERE.parents[1] / "conf") if folder.is_dir())
-"""Beside the package in a wheel; at the top of the repository in a checkout."""
+"""The configuration folder: in the package if installed from a wheel, at the top of the repository in a checkout."""
 
 plugin = Plugin(
     components={

@@ -27,11 +27,11 @@ SAID = {
     errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM, errno.EROFS: _PLACE, errno.EACCES: _PLACE, errno.EPERM: _PLACE,
     errno.ENAMETOOLONG: _PLACE, errno.ENOTDIR: _PLACE, errno.EEXIST: _PLACE, errno.EISDIR: _PLACE, errno.ELOOP: _PLACE,
 }  # fmt: skip
-"""Errors of files that are no bugs of Lockstep, and what to do about them."""
+"""File errors that are not bugs of Lockstep, and what to do about each."""
 
 
 def main() -> None:
-    """Exit code 0: done; 1: a user error, which the message explains how to fix; 130: stopped by Ctrl-C."""
+    """Run the command. Exit code 0: done; 1: a user error, whose message explains the fix; 130: stopped by Ctrl-C."""
     _have_streams()
     _have_home()
     console = Console()
@@ -59,11 +59,11 @@ def main() -> None:
         sys.exit(130)
     finally:
         if not has_reader():
-            nobody_reads()  # what is left to print when Python ends
+            nobody_reads()  # discards what Python still prints when it exits
 
 
 def _have_streams() -> None:
-    """Standard output and error, even if the caller closed them, and whatever characters they can show."""
+    """Make standard output and error writable, even if the caller closed them or they cannot show every character."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -71,7 +71,7 @@ def _have_streams() -> None:
 
 
 def _have_home() -> None:
-    """Libraries keep caches and settings at home. A user without one, as in a container, gets one for this process."""
+    """Libraries keep caches and settings in the home folder. A user without one, as in a container, gets one for this process."""
     try:
         Path.home()
     except RuntimeError:
@@ -106,7 +106,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 def _commands() -> dict[str, ModuleType]:
-    """The core's, and those that plugins add."""
+    """The core's commands and those that plugins add."""
     names = sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
     own = {name.replace("_", "-"): importlib.import_module(f"{commands.__name__}.{name}") for name in names}
     others = {name: importlib.import_module(module) for name, module in registry().commands.items()}

@@ -1,6 +1,6 @@
 """Errors a person can act on: what was asked, where, what exists, what to type next.
 
-The command line prints a `LockstepError` as one message without a traceback; anything else is a bug and keeps its own.
+The command line prints a `LockstepError` as one message without a traceback; anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class LockstepError(Exception):
-    """A user error; the message explains the fix. ``told``: another process tells it."""
+    """A user error; the message explains the fix. ``told`` is True if process 0 reports it."""
 
     told = False
 
@@ -45,7 +45,7 @@ class Diverged(LockstepError):
 
 
 class OutOfStep(LockstepError):
-    """Processes of one run that should have the same and do not."""
+    """Processes of one run that should agree and do not."""
 
 
 class Stopped(LockstepError):
@@ -53,7 +53,7 @@ class Stopped(LockstepError):
 
 
 class Waiting(Stopped):
-    """The run needs labels that people have still to give."""
+    """The run needs labels that people still have to give."""
 
 
 class RewardError(LockstepError):
@@ -61,11 +61,11 @@ class RewardError(LockstepError):
 
 
 class EnvironmentFailed(LockstepError):
-    """An environment that did not reply, or replied with what is no reply."""
+    """An environment that did not reply, or whose reply is not valid."""
 
 
 class EngineFailed(LockstepError):
-    """An engine that drew no tokens, or answered with what cannot be samples of the policy."""
+    """An engine that drew no tokens, or whose answer cannot be samples of the policy."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -76,7 +76,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def told(value: object) -> str:
-    """``value`` as a message shows what is not ours: of bounded length, also if it is huge or cannot show itself."""
+    """The repr of a user's ``value`` for a message: of bounded length, even if the value is huge or its own repr fails."""
     return _SHORT.repr(value)
 
 
@@ -90,7 +90,7 @@ _SHORT.maxstring = _SHORT.maxother = 200
 
 
 def listing(names: Iterable[str]) -> str:
-    """The names, sorted, for the end of an error message; of very many, the first and their number."""
+    """The names, sorted, for the end of an error message. A long list is cut and ends with the total number."""
     found = sorted(map(short, names))
     text = ", ".join(found) or "none"
     return text if len(text) <= 2000 else f"{text[:2000].rpartition(', ')[0]}, ... ({len(found)} in all)"

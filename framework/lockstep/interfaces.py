@@ -45,13 +45,13 @@ class Inputs:
     """What a component reads besides its configuration. All of it is part of the identity of the stages that use the
     component: a stage reruns if any of it has changed.
 
-    outputs: {source: kind}: the sources that it opens (a stage of the run, a folder or a hub id), and what each must contain:
-      'policy', 'reward_model' or 'prompts' (attacks).
+    outputs: {source: kind} of what it opens. A source is a stage of the run, a folder or a hub id. The kind says what it must
+      contain: 'policy', 'reward_model' or 'prompts' (attacks).
     files: paths of local files and folders; missing ones are ignored.
     members: configuration groups of the reward models that it combines.
 
-    In a run of several processes, process 0 alone asks reward models and labelers that have neither outputs nor members, and
-    shares what they say.
+    In a run of several processes, only process 0 calls a reward model or labeler that has neither outputs nor members. It shares
+    the results with the others.
     """
 
     outputs: Mapping[str, str] = field(default_factory=dict)
@@ -60,22 +60,22 @@ class Inputs:
 
 
 class Component:
-    """What a plugin registers. ``Config`` is the frozen dataclass of its configuration group."""
+    """A class that a plugin registers. ``Config`` is the frozen dataclass of its configuration group."""
 
     Config: ClassVar[type]
 
     @classmethod
     def inputs(cls, config: Any) -> Inputs:
-        """What it reads, from its configuration alone; opens nothing."""
+        """What the component reads, derived from its configuration alone; opens nothing."""
         return Inputs()
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Called before the first stage of a run and by dry runs; loads no model. For what a configuration names outside of it:
-        a function to import, an environment variable.
+        """Check that whatever the configuration refers to exists, such as a function to import or an environment variable. Called
+        before the first stage of a run and by dry runs; loads no model.
 
         Raises:
-          LockstepError: it is not there.
+          LockstepError: something is missing.
         """
 
 
@@ -84,9 +84,14 @@ class Component:
 
 @dataclass(frozen=True)
 class Generated:
-    """What a policy sampled: ``tokens`` int32 [B, T], ``mask`` bool [B, T] (the stop token kept, all after it False),
-    ``logprobs`` float32 [B, T], the sampler's own, at the sampling temperature. ``cache`` is the policy's own: keys and values of
-    all [B, P + T] columns for a `Past`, but of no row's last token; None if it keeps none."""
+    """A batch of sampled responses.
+
+    tokens: int32 [B, T].
+    mask: bool [B, T]. True up to and including the stop token, False after it.
+    logprobs: float32 [B, T], the sampler's own, at the sampling temperature.
+    cache: opaque; the keys and values of the [B, P + T] columns, which a later `Past` reuses, without each row's last token. None
+      if the policy keeps none.
+    """
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -96,8 +101,8 @@ class Generated:
 
 @dataclass(frozen=True)
 class Past:
-    """What is known of left-padded prompts from an earlier call: column c of row b, for c < ``known``, is column c + shift[b] of
-    row rows[b] in ``cache``, or is padding. ``rows`` and ``shift`` are int32 [B]."""
+    """The part of left-padded prompts that an earlier call has already read. For c < ``known``, column c of row b is either
+    padding or column c + shift[b] of row rows[b] in ``cache``. ``rows`` and ``shift`` are int32 [B]."""
 
     cache: Any
     rows: np.ndarray
@@ -106,15 +111,15 @@ class Past:
 
 
 class Model(ABC):
-    """Parameters on a backend, and the quantities they give for each response token or each row.
+    """Parameters on a backend, and the outputs they compute for each response token or each row.
 
-    ``supplies`` names them:
+    ``supplies`` names the outputs:
 
     | output | shape | |
     |---|---|---|
     | logprobs | [B, T] | log-probability of each response token given all before it, from logits / temperature |
     | entropy | [B, T] | entropy in nats of the distribution the token was drawn from, at the same temperature |
-    | divergence | [B, T] | of that distribution from a teacher's, over the whole vocabulary: `Policy.toward` |
+    | divergence | [B, T] | divergence of that distribution from a teacher's, over the whole vocabulary: `Policy.toward` |
     | values | [B, T] | scalar head *before* the token is emitted (the state; Ziegler et al. 2019) |
     | scores | [B] | scalar head at the last real token of the row |
 
@@ -132,17 +137,17 @@ class Model(ABC):
 
     @abstractmethod
     def parameters(self) -> dict[str, np.ndarray]:
-        """A float32 host copy of every parameter, under names and layouts shared by all backends: those of the
-        Hugging Face checkpoint. Parity checks compare them and checkpoints store them. For an adapter on frozen weights: the
-        adapter's and the head's only (`lockstep.models.adapters`)."""
+        """A float32 host copy of every parameter, with the names and layouts of the Hugging Face checkpoint, which all backends
+        share. Parity checks compare these copies and checkpoints store them. An adapter on frozen weights returns only the
+        adapter's and the head's parameters (`lockstep.models.adapters`)."""
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """`parameters`, one at a time: on several devices, the only one that need be whole."""
+        """Yield `parameters` one at a time, so that on several devices only one at a time has to be whole."""
         yield from self.parameters().items()
 
     @abstractmethod
     def copy(self) -> Self:
-        """An independent model with equal parameters, such as a reference: training the original does not change it."""
+        """An independent model with equal parameters, for example a reference. Training the original does not change it."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -163,23 +168,23 @@ class Policy(Model, Component):
     @classmethod
     @abstractmethod
     def create(cls, config: Any, backend: Backend, tokenizer: Tokenizer, seed: int) -> Policy:
-        """From configuration. Random initial weights are drawn on the host (`lockstep.learning.randomness`), so that all
-        backends start from the same ones."""
+        """Make a policy from its configuration. Random initial weights are drawn on the host (`lockstep.learning.randomness`), so
+        all backends start from the same ones."""
 
     @classmethod
     @abstractmethod
     def load(cls, folder: Path, backend: Backend) -> Policy:
-        """From a checkpoint folder that `save` wrote, on this or another backend."""
+        """Load a checkpoint folder that `save` wrote, on this or another backend."""
 
     @classmethod
     def tokenizer_config(cls, config: Any) -> TokenizerConfig:
-        """Which tokenizer the policy reads; a path of None means the data source's own."""
+        """The tokenizer that the policy reads; a path of None means the data source's own."""
         return config.tokenizer
 
     @classmethod
     def survey(cls, config: Any) -> int | None:
-        """For a dry run: check the local files that `create` would read, without loading weights. Returns the rows of the
-        model's embedding, if they tell.
+        """Check, for a dry run, the local files that `create` would read, without loading weights. Return the number of rows in
+        the model's embedding, or None if the files do not say.
 
         Raises:
           CheckpointError: the files are damaged or do not fit each other.
@@ -188,40 +193,40 @@ class Policy(Model, Component):
 
     @classmethod
     def context(cls, config: Any) -> int | None:
-        """The tokens that it will hold, prompt and response together, if the configuration or local files tell: limits beyond are
-        refused before anything is trained."""
+        """The context length in tokens, prompt and response together; None if neither the configuration nor local files say.
+        Length limits beyond it are refused before anything is trained."""
         return None
 
     @classmethod
     def blueprint(cls, config: Any, vocab_size: int) -> Blueprint:
-        """For `lockstep plan`: the network that `create` would make, without weights.
+        """The network that `create` would make, without weights, for `lockstep plan`.
 
         Args:
-          vocab_size: of the tokenizer.
+          vocab_size: the tokenizer's.
 
         Raises:
-          LockstepError: it is not known.
+          LockstepError: the network is not known.
         """
         raise ConfigError(f"{cls.__name__} cannot be planned: it has no `blueprint`.")
 
     @classmethod
     def opens(cls, folder: Path) -> bool:
-        """Whether `load` reads this public checkpoint (a folder that no stage wrote). At most one policy should say yes."""
+        """True if `load` reads this public checkpoint (a folder that no stage wrote). At most one policy should open it."""
         return False
 
     @classmethod
     @abstractmethod
     def load_scalar(cls, folder: Path, backend: Backend) -> ScalarModel:
-        """From a checkpoint folder written by `ScalarModel.save`, on this or another backend, or by transformers for a decoder
-        that is a sequence classifier with one label.
+        """Load a scalar model from a folder that `ScalarModel.save` wrote, on this or another backend, or that transformers wrote
+        for a decoder that is a sequence classifier with one label.
 
         Raises:
-          CheckpointError: it has no scalar head, or another number of labels.
+          CheckpointError: the checkpoint has no scalar head, or another number of labels.
         """
 
     @classmethod
     def load_classifier(cls, folder: Path, backend: Backend) -> Classifier:
-        """From a checkpoint of a sequence classifier that is not a decoder."""
+        """Load the checkpoint of a sequence classifier that is not a decoder."""
         raise CheckpointError(
             f"'{folder}' holds no decoder with a scalar head ('score.weight'). If it is an encoder with a classification head "
             "(BERT, DeBERTa, ...), backend=torch opens it."
@@ -245,7 +250,7 @@ class Policy(Model, Component):
           prompt_tokens, prompt_mask: [B, P], left-padded.
           seeds: uint32 [B, T]. Row b, column t draws its token by the hash-Gumbel rule of `lockstep.learning.randomness` from
             seeds[b, t] and nothing else, so the tokens do not depend on the backend or on how rows are batched.
-          stop_ids: a row ends with the first of these; it is kept, and everything after it is ``pad_id``, masked.
+          stop_ids: a row ends with the first of these, which is kept; everything after it is ``pad_id`` and masked.
           past: given only to a policy whose results have a ``cache``. It changes no token.
         """
 
@@ -259,8 +264,8 @@ class Policy(Model, Component):
         stop_ids: Sequence[int],
         pad_id: int,
     ) -> Iterator[np.ndarray]:
-        """The tokens of `generate`, one column int32 [B] at a time as it is drawn, until every row has ended. This default
-        yields them only after all are drawn."""
+        """Yield the tokens of `generate`, one column int32 [B] at a time as it is drawn, until every row has ended. This default
+        draws all columns before it yields the first."""
         how: dict[str, Any] = {"temperature": temperature, "stop_ids": stop_ids, "pad_id": pad_id}
         drawn = self.generate(prompt_tokens, prompt_mask, seeds, **how)
         yield from drawn.tokens[:, drawn.mask.any(axis=0)].T
@@ -274,7 +279,7 @@ class Policy(Model, Component):
         trained nor copied. Both distributions are at the temperature of the call.
 
         Raises:
-          ConfigError: this policy has no such output, or the teacher has another vocabulary.
+          ConfigError: this policy cannot supply ``divergence``, or the teacher has another vocabulary.
         """
         raise ConfigError(
             f"{type(self).__name__} cannot compare its whole distribution with a teacher's. Set algorithm.loss=policy_gradient."
@@ -290,7 +295,7 @@ class Policy(Model, Component):
 def check_vocabularies(student: Model, teacher: Model) -> None:
     """
     Raises:
-      ConfigError: the rows of their embeddings do not match.
+      ConfigError: their embeddings have different numbers of rows.
     """
     if student.vocab_size != teacher.vocab_size:
         raise ConfigError(
@@ -304,7 +309,7 @@ class ScalarModel(Model):
 
     @abstractmethod
     def rescale(self, gain: float, bias: float) -> None:
-        """Fold ``gain * output + bias`` into the head, in place: how a reward model is normalised."""
+        """Fold ``gain * output + bias`` into the head, in place. This is how a reward model is normalised."""
 
 
 class Classifier(ABC):
@@ -313,12 +318,12 @@ class Classifier(ABC):
 
     @abstractmethod
     def renderer(self, template: str | None) -> Callable[..., str] | None:
-        """Renders a dialogue as one text, called like `lockstep.text.tokenizer.Tokenizer.render`: with ``template``, else with
-        the model's own. None if there is neither; the model then reads pairs."""
+        """A function that renders a dialogue as one text, called like `lockstep.text.tokenizer.Tokenizer.render`. It uses
+        ``template``, else the model's own. None if there is neither; the model then reads pairs."""
 
     @abstractmethod
     def score(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> np.ndarray:
-        """float32 [B] for whole texts, or for (prompt, response) pairs; NaN where one is too long for the model."""
+        """Scores float32 [B] of whole texts, or of (prompt, response) pairs; NaN where one is too long for the model."""
 
 
 # --------------------------------------------------------------------------------------------------------- learning
@@ -344,8 +349,8 @@ class Dropout:
     1 / (1 - rate). `lockstep.learning.randomness.dropout_bits` derives the bits from ``seeds`` uint32 [B], so they are the
     same on every backend and for every micro-batch size.
 
-    A position counts the real tokens before it (in its own example, if several share a row). Layer n, from 0, has the
-    sites 2n (attention) and 2n + 1 (MLP).
+    A token's position is the number of real tokens before it (in its own example, if several share a row). Layer n, counted
+    from 0, has the sites 2n (attention) and 2n + 1 (MLP).
     """
 
     rate: float
@@ -386,7 +391,7 @@ class Term:
 
     @property
     def content(self) -> list[np.ndarray | str]:
-        """What it computes with: the same on every process (`lockstep.processes.Processes.agree`)."""
+        """What the term computes with. It must be the same on every process (`lockstep.processes.Processes.agree`)."""
         seeds = [] if self.dropout is None else [self.dropout.seeds]
         how = call_text(self.loss.outputs, self.temperature)
         return [self.sequences.tokens, self.sequences.attention, *self.batch.values(), *seeds, how]
@@ -412,14 +417,14 @@ class Term:
 class Learner(ABC):
     """Models under an optimizer. The backend knows gradients and devices; it does not know what is being learned.
 
-    If several models supply an output that a loss reads, it comes from the first of them. Each model's gradient is clipped
+    If several models supply an output that a loss reads, the first of them is used. Each model's gradient is clipped
     separately: if its norm exceeds ``max_grad_norm``, it is scaled by max_grad_norm / (norm + 1e-6).
     """
 
     models: Mapping[str, Model]
 
     def evaluate(self, sequences: Sequences, outputs: Sequence[str], *, temperature: float = 1.0) -> dict[str, np.ndarray]:
-        """Like `Model.evaluate`, each output from the first model that supplies it."""
+        """Like `Model.evaluate`, with each output from the first model that supplies it."""
         found: dict[str, np.ndarray] = {}
         for name, wanted in suppliers(self.models, outputs).items():
             found |= self.models[name].evaluate(sequences, wanted, temperature=temperature)
@@ -448,22 +453,22 @@ class Learner(ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write all that `restore` needs to resume: bit for bit on this backend, up to rounding on another.
-        ``learner.safetensors`` has ``<model>.parameters|mean|square|average.<name>``, the last with ``ema_decay`` only;
-        ``learner.json`` has ``{"steps": n}``. `lockstep.storage.weights.write_learner` writes both, and divides the first among
-        several files and processes, if it is large."""
+        ``learner.safetensors`` has ``<model>.parameters|mean|square|average.<name>``, average with ``ema_decay`` only;
+        ``learner.json`` has ``{"steps": n}``. `lockstep.storage.weights.write_learner` writes both. If the first is large, it is
+        split into several files, and the processes share the writing."""
 
     @abstractmethod
     def restore(self, folder: Path) -> None:
         """Load the state that `save` wrote; the models must have been built from the same configuration.
 
         Raises:
-          CheckpointError: the state is of other models or optimizers. Nothing has changed then.
+          CheckpointError: the state belongs to other models or optimizers. Nothing is changed.
         """
 
 
 def suppliers(models: Mapping[str, Model], outputs: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """{model: the outputs that come from it}: each from the first model that supplies it, so that a value network leaves the
-    policy's trunk alone. Raises ConfigError if no model supplies one."""
+    """{model: the outputs to take from it}. Each output comes from the first model that supplies it, so that a value network
+    leaves the policy's trunk alone. Raises ConfigError if no model supplies an output."""
     first = {output: next((name for name, model in models.items() if output in model.supplies), None) for output in outputs}
     if missing := [output for output, supplier in first.items() if supplier is None]:
         raise ConfigError(f"The loss needs {listing(missing)}, which no model supplies. Models: {listing(models)}.")
@@ -472,7 +477,7 @@ def suppliers(models: Mapping[str, Model], outputs: Iterable[str]) -> dict[str, 
 
 
 def take_pass(kept: MutableMapping[ForwardPass, Any], forward: ForwardPass) -> Any:
-    """For learners: remove from ``kept`` what is kept for the gradient of a pass, and return it.
+    """Remove from ``kept``, and return, what a learner kept for the gradient of a pass.
 
     Raises:
       ValueError: nothing is kept for the pass.
@@ -490,10 +495,10 @@ class Backend(ABC, Component):
 
     name: ClassVar[str]
     processes: Processes = ALONE
-    """Those that run this program together, each with such a backend. Methods of models and learners are then collective: every
-    process has to call `Model.evaluate`, `Policy.generate`, `Learner.update`, `Model.parameters`, `Model.copy`, `Model.save` and
-    all others, in the same order and with the same arguments, and gets the same results. They share the writing of what
-    they save."""
+    """The processes that run this program together, each with a backend of its own. With several, methods of models and learners
+    are collective: every process must call them (`Model.evaluate`, `Policy.generate`, `Learner.update`, `Model.parameters`,
+    `Model.copy`, `Model.save` and all others) in the same order and with the same arguments, and gets the same results. The
+    processes share the work of writing checkpoints."""
 
     @abstractmethod
     def __init__(self, config: Any): ...
@@ -508,24 +513,25 @@ class Backend(ABC, Component):
 
     @abstractmethod
     def peak_memory_bytes(self) -> int | None:
-        """Most memory in use on the accelerator so far; None where the backend runs in host memory."""
+        """Peak memory in use on the accelerator so far; None where the backend runs in host memory."""
 
     @classmethod
     def workers(cls, config: Any) -> int:
-        """The processes of this host that a run is started as, if no launcher has started several. Asked if ``mesh`` in the
-        backend's configuration is of more than one device.
+        """How many processes to start on this host when no launcher has. Called if ``mesh`` in the backend's configuration has
+        more than one device.
 
         Raises:
-          ConfigError: there are no devices for them, or their number is not known.
+          ConfigError: the devices here do not fit the mesh, or their number is not known.
         """
         return 1
 
     @classmethod
     def planner(cls, config: Any, topology: str | None) -> Planner:
-        """For `lockstep plan`: what its programs need, on the devices here or on those of a ``topology`` such as 'v5e:4x4'.
+        """The planner that tells `lockstep plan` what the backend's programs need, on the devices here or on those of a
+        ``topology`` such as 'v5e:4x4'.
 
         Raises:
-          ConfigError: it cannot tell, or not for this topology.
+          ConfigError: the backend cannot be planned, or not for this topology.
         """
         raise ConfigError(f"backend={cls.name} cannot be planned: it has no `planner`.")
 
@@ -537,9 +543,9 @@ class Backend(ABC, Component):
 class Responses:
     """Responses to score: text for reward models that read text, tokens for those that share the policy's tokenizer.
 
-    After an episode of several turns, a prompt holds all messages before the policy's last turn, and the text is that turn: what
-    an environment said is never part of a response. ``rewards`` float32 [B] are the sums of what the environment gave; None
-    without one.
+    After an episode of several turns, a prompt holds all messages before the policy's last turn, and the text is that turn. What
+    an environment said is never part of a response. ``rewards`` float32 [B] are the environment's rewards, summed over each
+    episode; None without an environment.
     """
 
     prompts: Sequence[Prompt]
@@ -554,25 +560,25 @@ class Resources(Protocol):
 
     backend: Backend
     tokenizer: Tokenizer
-    """The policy's."""
+    """The policy's tokenizer."""
 
     def kind(self, source: str) -> Literal["stage", "decoder", "encoder"]:
-        """What ``source`` is: a stage's output, or a public sequence classifier (folder or hub id): a decoder with a scalar
-        head, or anything else ('encoder')."""
+        """What ``source`` is. 'stage': a stage's output. Otherwise it is a public sequence classifier (folder or hub id);
+        'decoder': a decoder with a scalar head; 'encoder': anything else."""
         ...
 
     def policy(self, source: str) -> tuple[Policy, Tokenizer]:
-        """A policy beside the one that is trained, and the tokenizer it reads: the output of the stage ``source``, or a public
-        one (folder or hub id)."""
+        """A policy other than the one being trained, with its tokenizer: the output of the stage ``source``, or a public policy
+        (folder or hub id)."""
         ...
 
     def attacks(self, source: str) -> Sequence[Prompt]:
-        """The attacks for training in the output of the stage ``source`` or a folder, without their twins; ``truth["goal"]`` is
-        what each is after. A name that means several stages (``all.STAGE``) gives those of all."""
+        """The training attacks in the output of the stage ``source``, or in a folder, without their twins. ``truth["goal"]`` is
+        the goal of each. A name that stands for several stages (``all.STAGE``) gives the attacks of all of them."""
         ...
 
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
-        """The output of the stage ``source``, a folder of that path or a public decoder; and the tokenizer it reads."""
+        """A scalar model and its tokenizer: the output of the stage ``source``, a folder of that path, or a public decoder."""
         ...
 
     def classifier(self, source: str) -> Classifier:
@@ -591,13 +597,13 @@ class RewardModel(ABC, Component):
     """
 
     needs_environment: bool = False
-    """Whether it scores episodes with an environment only."""
+    """True if it can score only episodes with an environment."""
 
     @classmethod
     def rehearse(cls, config: Any, data: DataSource) -> None:
-        """Called after `check`, before the first stage of a run and by dry runs; loads no model and asks no server. For what
-        only a row of the data shows: a column that is not there, a function that crashes
-        (`lockstep.learning.rows.first_row`). Members are called by themselves.
+        """Try what only a row of the data (`lockstep.learning.rows.first_row`) can show, such as a missing column or a function
+        that crashes. Called after `check`, before the first stage of a run and by dry runs; loads no model and asks no server.
+        Members are rehearsed separately.
 
         Raises:
           LockstepError: scoring would fail.
@@ -608,10 +614,10 @@ class RewardModel(ABC, Component):
 
     @abstractmethod
     def score(self, responses: Responses) -> np.ndarray:
-        """float32 [B]. Higher is better; after normalisation 0 is the mean over demonstrations."""
+        """Scores float32 [B]. Higher is better; after normalisation 0 is the mean over demonstrations."""
 
     def details(self) -> dict[str, np.ndarray]:
-        """What else the last call to `score` found out about each response: {name: float32 [B]}. Logged as
+        """{name: float32 [B]}: other measures of each response from the last call to `score`. Logged as
         ``reward_model/<name>``."""
         return {}
 
@@ -626,12 +632,12 @@ class RewardModel(ABC, Component):
 
 @dataclass
 class Episode:
-    """A policy and an environment in conversation.
+    """A conversation between a policy and an environment.
 
-    prompt: what it began with. Its ``truth`` is for the environment.
-    messages: what came after: the policy's turns and the environment's, in order. The last is the policy's.
-    seed: for an environment that draws: a function of (run seed, step, row).
-    state: whatever the environment keeps of this episode; None at first.
+    prompt: how it begins. Its ``truth`` is for the environment.
+    messages: the policy's and the environment's turns since then, in order. The last is the policy's.
+    seed: for an environment that draws random numbers; a function of (run seed, step, row).
+    state: whatever the environment keeps for this episode; None at first.
     """
 
     prompt: Prompt
@@ -652,8 +658,8 @@ class Episode:
 
 @dataclass(frozen=True)
 class Reply:
-    """What an environment does after a turn: it says something (to which the policy then replies), gives a reward, or ends the
-    episode. An episode to which nothing is said ends too."""
+    """An environment's answer to a turn: messages for the policy to reply to, a reward, or the end of the episode. Without
+    messages the episode ends too."""
 
     messages: tuple[Message, ...] = ()
     reward: float = 0.0
@@ -661,7 +667,7 @@ class Reply:
 
     @classmethod
     def says(cls, text: str, *, role: Literal["user", "tool"] = "user", reward: float = 0.0) -> Reply:
-        """One message."""
+        """A reply of one message."""
         return cls((Message(role, text),), reward)
 
     @classmethod
@@ -671,29 +677,28 @@ class Reply:
 
 class Environment(ABC, Component):
     """What a policy converses with: a tool, a search index, a game, a user. One object serves all episodes, several at a time
-    if the configuration says so; what belongs to one is in `Episode.state`. Its ``Config`` extends
+    if the configuration says so; keep what belongs to one episode in `Episode.state`. The environment's ``Config`` extends
     `lockstep.learning.episodes.EnvironmentConfig`, which has the limits.
     """
 
     processes: Processes = ALONE
-    """Those that run this program; process 0 alone asks for replies."""
+    """The processes that run this program. Only process 0 asks for replies."""
     tools: tuple[Mapping[str, Any], ...] = ()
-    """JSON schemas of what it offers, which the chat template writes into every prompt that names no tools of its own."""
+    """JSON schemas of the tools it offers. The chat template writes them into every prompt that names no tools of its own."""
 
     def __init__(self, config: Any):
         self.config = config
 
     @classmethod
     def examples(cls, config: Any) -> Sequence[Prompt]:
-        """Prompts that it can converse about, for `lockstep check`: those of an environment that needs columns of its own have
-        them in their ``truth``."""
+        """Prompts that it can converse about, for `lockstep check`. If the environment needs columns of its own, their ``truth``
+        must have them."""
         return [Prompt.of("w1 w2"), Prompt.of("w3")]
 
     @abstractmethod
     def reply(self, episode: Episode) -> Reply:
-        """To the policy's last turn, which is text and may be anything. What is said here is context for the policy and never
-        trained on; special tokens that it spells are broken up. What this raises counts as a failure of the episode, not as a
-        reward of 0."""
+        """Reply to the policy's last turn, which may be any text. The reply is context for the policy and never trained on;
+        special tokens spelled in it are broken up. An exception counts as a failure of the episode, not as a reward of 0."""
 
     def close(self, episode: Episode) -> None:
         """Called once at the end of each episode in which `reply` was called, however it ended."""
@@ -703,9 +708,9 @@ class Environment(ABC, Component):
 
 
 class Engine(ABC, Component):
-    """What draws tokens in place of `Policy.generate`: another process, perhaps on other devices, to which the policy's weights
-    are handed over whenever they have changed. `lockstep.learning.served` calls it, on process 0 alone, and checks its answers.
-    Its ``Config`` extends `lockstep.learning.served.EngineConfig`.
+    """Samples tokens in place of `Policy.generate`: another process, perhaps on other devices, that is given the policy's weights
+    whenever they have changed. `lockstep.learning.served` calls it, on process 0 only, and checks its answers. The engine's
+    ``Config`` extends `lockstep.learning.served.EngineConfig`.
     """
 
     def __init__(self, config: Any):
@@ -713,11 +718,11 @@ class Engine(ABC, Component):
 
     @abstractmethod
     def load(self, folder: Path, version: str) -> None:
-        """Take the weights of a Hugging Face checkpoint, whose folder is removed when this returns. What is drawn from now on is
-        drawn with them, and says so.
+        """Load the weights of a Hugging Face checkpoint, whose folder is removed when this returns. From now on `generate` draws
+        with these weights and reports ``version``.
 
         Raises:
-          EngineFailed: it has not got them.
+          EngineFailed: the weights could not be loaded.
         """
 
     @abstractmethod
@@ -731,11 +736,11 @@ class Engine(ABC, Component):
         stop_ids: Sequence[int],
         pad_id: int,
     ) -> tuple[Generated, frozenset[str]]:
-        """As `Policy.generate`; and the versions of the weights that drew the tokens. ``logprobs`` are the sampler's own, at the
-        sampling temperature. An engine whose tokens do not follow from ``seeds`` says so in the log, once.
+        """Sample like `Policy.generate`. Also return the versions of the weights that drew the tokens. ``logprobs`` are the
+        sampler's own, at the sampling temperature. An engine whose tokens do not follow from ``seeds`` logs that once.
 
         Raises:
-          EngineFailed: there are no tokens.
+          EngineFailed: no tokens were drawn.
         """
 
 
@@ -743,33 +748,33 @@ class Engine(ABC, Component):
 
 
 class Labeler(ABC, Component):
-    """Whoever ranks fresh responses: simulated people, a reward model, a judge, people."""
+    """Ranks fresh responses: simulated people, a reward model, a judge, people."""
 
     @abstractmethod
     def __init__(self, config: Any, data: DataSource, resources: Resources): ...
 
     @abstractmethod
     def label(self, candidates: Sequence[Candidates], seed: int, folder: Path) -> Sequence[Label]:
-        """Rankings of the candidates, in any order. Several labelers may rank the same one, and nobody another. A label depends
-        on its prompt and completions, and on the seed.
+        """Rankings of the candidates, in any order. Some candidates may be ranked by several labelers, others by none. A label
+        depends on its prompt, its completions and the seed.
 
         Args:
-          seed: for labelers that draw.
-          folder: the stage's, which has the candidates too, for labelers outside of this process.
+          seed: for labelers that draw random numbers.
+          folder: the stage's folder, which also has the candidates, for labelers outside this process.
 
         Raises:
-          Waiting: people have still to label.
+          Waiting: people still have to give labels.
         """
 
     @classmethod
     def examples(cls, config: Any) -> tuple[DataSource, Sequence[Candidates]] | None:
-        """Data and candidates that it can rank, for `lockstep check`; None: any."""
+        """Data and candidates that it can rank, for `lockstep check`; None if it can rank any."""
         return None
 
     @classmethod
     def received(cls, folder: Path) -> str | None:
         """A digest of labels that came into the stage's folder from outside. It is part of the identity of the stages that read
-        them. None: the configuration determines the labels."""
+        them. None if the configuration determines the labels."""
         return None
 
 
@@ -787,25 +792,25 @@ class Label:
 
 
 class Attacker(ABC, Component):
-    """Whoever writes requests that a policy should refuse: fixed templates, or a policy that is told the goal."""
+    """Writes requests that a policy should refuse: fixed templates, or a policy that is told the goal."""
 
     @abstractmethod
     def __init__(self, config: Any, data: DataSource, resources: Resources): ...
 
     @abstractmethod
     def attack(self, goals: Sequence[Goal], seed: int) -> Sequence[Sequence[Message] | None]:
-        """A dialogue for each goal, which ends with the user's turn that should succeed; None if it found no words for the goal.
-        Equal goals may get different ones. A dialogue depends on its goal, its place and the seed."""
+        """One dialogue for each goal, ending with the user's turn that should succeed; None if the attacker found no words for
+        the goal. Equal goals may get different dialogues. A dialogue depends on its goal, its place in ``goals`` and the seed."""
 
     def twin(self, messages: Sequence[Message], goal: Goal) -> Sequence[Message] | None:
-        """The same attack with ``goal.twin`` in the goal's place; None if its words do not occur."""
+        """The same attack with ``goal.twin`` in the goal's place; None if there is no twin or the goal's words do not occur."""
         if goal.twin is None or not any(goal.text in message.content for message in messages):
             return None
         return [replace(each, content=each.content.replace(goal.text, goal.twin.text)) for each in messages]
 
     @classmethod
     def examples(cls, config: Any) -> tuple[DataSource, Sequence[Goal]] | None:
-        """Data and goals that it can attack with, for `lockstep check`; None: any."""
+        """Data and goals that it can attack with, for `lockstep check`; None if any will do."""
         return None
 
 
@@ -814,7 +819,7 @@ class Attacker(ABC, Component):
 
 @dataclass
 class Context:
-    """What an algorithm works with: everything that is not its own configuration."""
+    """Everything that an algorithm works with besides its own configuration."""
 
     seed: int
     backend: Backend
@@ -826,7 +831,7 @@ class Context:
     resources: Resources | None = None
     """Other models that the algorithm's `inputs` declare."""
     engine: Any = None
-    """What draws the policy's responses, a `lockstep.learning.served.Served`; None: the policy itself."""
+    """A `lockstep.learning.served.Served` that draws the policy's responses; None if the policy draws them itself."""
     fits: dict[str, Fit] = field(default_factory=dict)
     """What length limits did to each data set; goes into the stage's record."""
 
@@ -837,20 +842,21 @@ class Context:
 
 @dataclass(frozen=True)
 class Traits:
-    """What an algorithm does, in words that others can read whatever its configuration keys are called; the conformance kit
-    decides by them which checks apply. The defaults are those of supervised learning from demonstrations.
+    """What an algorithm does, whatever its configuration keys are called. The conformance kit decides from this which checks
+    apply. The defaults are those of supervised learning from demonstrations.
 
-    data: what it learns from. 'prompts': from responses that it samples.
+    data: what it learns from. 'prompts' means responses that it samples.
     samples: responses sampled for each prompt of a step, in neighbouring rows; 0 if it samples none.
     rounds: the most batches of prompts that a step may sample; dynamic sampling (DAPO) has more than 1.
     turns: the most turns of the policy in an episode.
     compares: whether a response's advantage depends on the other responses to its prompt.
     epochs: what an epoch is a pass over: the data set, or the episodes of one step.
     updates: optimizer steps in each step, at most.
-    kl: where KL to the initial policy counts: subtracted from the score or each token's reward, from each token's return, or part
-      of the loss (as in DPO). 'measured': it is only logged. 'none': there is no reference.
+    kl: where KL to the initial policy counts. 'reward': it is subtracted from the score or each token's reward. 'return': it is
+      subtracted from each token's return. 'loss': it is part of the loss (as in DPO). 'measured': it is only logged. 'none':
+      there is no reference.
     clip: how the ratio of policies is bounded: 'ratio', PPO's clip; 'weight', CISPO's, which keeps the gradient.
-    bounds: of that clip: the ratio itself, not its distance from 1.
+    bounds: the bounds of that clip, for the ratio itself, not its distance from 1.
     """
 
     data: Literal["texts", "demonstrations", "comparisons", "prompts"] = "demonstrations"
@@ -884,11 +890,11 @@ class Algorithm(ABC, Component):
 
     @abstractmethod
     def step(self, step: int) -> Metrics:
-        """Iteration ``step`` of 0 .. total_steps - 1."""
+        """Run iteration ``step`` of 0 .. total_steps - 1."""
 
     @classmethod
     def traits(cls, config: Any) -> Traits:
-        """What it does under this configuration."""
+        """What the algorithm does under this configuration."""
         return Traits()
 
     @classmethod
@@ -938,13 +944,13 @@ class DataSource(ABC, Component):
     def prompts(self, split: str) -> Sequence[Prompt]: ...
 
     def goals(self, split: str) -> Sequence[Goal]:
-        """What attacks are after."""
+        """The goals of attacks."""
         raise MissingData(f"{type(self).__name__} has no goals for attacks.")
 
     @classmethod
     def fingerprint(cls, config: Any) -> str | None:
-        """What the data depend on beyond the configuration, such as file contents; part of every stage's identity. None:
-        the configuration determines the data."""
+        """A digest of what the data depend on beyond the configuration, such as file contents; part of every stage's identity.
+        None if the configuration determines the data."""
         return None
 
     @classmethod
@@ -953,7 +959,7 @@ class DataSource(ABC, Component):
         return cls(config)  # type: ignore[call-arg]  # every source is built from its configuration
 
     def survey(self) -> Iterator[tuple[str, str | Unreachable]]:
-        """For a dry run: each place in the configuration that names data, and what was found there, or why that is unknown.
+        """Yield, for a dry run, each place in the configuration that names data, and what was found there or why that is unknown.
 
         Raises:
           DataError: the data there cannot be used.
@@ -965,11 +971,11 @@ class DataSource(ABC, Component):
         return None
 
     def gold(self, prompt: Prompt, response: str) -> dict[str, float] | None:
-        """The true scores of a response, if the source knows them: ``gold`` and its parts. None: unknown."""
+        """The true scores of a response: ``gold`` and its parts. None if the source does not know them."""
         return None
 
     def tests(self) -> Mapping[str, Sequence[Choice]]:
-        """Tests that evaluations give every policy, by name: what alignment may tax, what it may bias."""
+        """{name: items} of the tests that evaluations give every policy, for the alignment tax and for bias."""
         return {}
 
 
@@ -977,12 +983,12 @@ class DataSource(ABC, Component):
 
 
 class Tracker(ABC, Component):
-    """Where a stage's record goes besides the run folder (which is always written)."""
+    """A place for a stage's record besides the run folder (which is always written)."""
 
     @abstractmethod
     def start(self, *, folder: Path, run: str, stage: str, identity: str, config: Mapping[str, Any], resume: bool) -> None:
-        """A stage starts or resumes. ``identity`` is stable across restarts. ``config`` is everything that determines the
-        stage, without secrets; its ``inputs`` are {stage: identity} of the stages whose output it reads."""
+        """Called when a stage starts or resumes. ``identity`` is stable across restarts. ``config`` is everything that determines
+        the stage, without secrets; its ``inputs`` are {stage: identity} of the stages whose output it reads."""
 
     @abstractmethod
     def log(self, metrics: Metrics, step: int) -> None: ...
@@ -992,11 +998,11 @@ class Tracker(ABC, Component):
 
     @abstractmethod
     def alert(self, title: str, text: str, step: int) -> None:
-        """Something a person should look at."""
+        """Report something that a person should look at."""
 
     @abstractmethod
     def artifact(self, kind: str, folder: Path) -> None:
-        """The stage's complete output: 'policy', 'reward_model', 'evaluation' or 'comparisons'."""
+        """Record the stage's complete output: a 'policy', 'reward_model', 'evaluation', 'comparisons' or 'attacks'."""
 
     @abstractmethod
     def finish(self, failed: bool = False) -> None: ...

@@ -1,5 +1,5 @@
-"""What the environment says of this process: its place among those that a launcher started, and the cores it may use. Every
-command reads this file first, so it imports nothing large.
+"""What the environment says about this process: its place among the processes of a launcher, and the cores it may use. Every
+command imports this file first, so it imports nothing large.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lockstep.errors import ConfigError, listing, told
 
 @dataclass(frozen=True)
 class Place:
-    """What the environment says: this is process ``rank`` of ``count``, and number ``local`` on its host."""
+    """This process is number ``rank`` of ``count``, and number ``local`` on its host."""
 
     rank: int = 0
     count: int = 1
@@ -21,18 +21,19 @@ class Place:
 
 
 LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
-"""Variables of `lockstep run` and torchrun, and of srun."""
+"""The variables that `lockstep run` and torchrun set, and those that srun sets."""
 WORKER, HOSTS = "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"
-"""Variables of a host of a TPU slice: on Kubernetes they are set in every container. A host has one process."""
+"""The variables of a host in a TPU slice. On Kubernetes they are set in every container. Each host runs one process."""
 TPU_PORT = "8476"
-"""Where JAX's processes meet on TPUs by default."""
+"""The port where JAX's processes meet on TPUs by default."""
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place:
-    """Where a launcher put this process; alone without one. Slurm's variables count inside of srun only: sbatch sets some, too.
+    """The place that a launcher gave this process; without a launcher, it is alone. Slurm's variables count only inside srun,
+    because sbatch sets some of them too.
 
     Raises:
-      ConfigError: the variables are no numbers, or a TPU slice has no such host.
+      ConfigError: the variables are not numbers, or a TPU slice has no such host.
     """
     for names in LAUNCHERS:
         found = [environment[name] for name in names if name in environment]
@@ -55,11 +56,11 @@ def _host_of_slice(environment: Mapping[str, str]) -> Place:
 
 
 def meeting_place(where: Place, environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
-    """The host and port where the processes find each other without torch, whose own is `MASTER_PORT`. torchrun keeps that for
-    itself, so it is the next one there.
+    """The host and port where processes that do not use torch find each other. The port is torch's own, `MASTER_PORT`. Under
+    torchrun, which keeps that port for itself, it is the next one.
 
     Raises:
-      ConfigError: the launcher did not say.
+      ConfigError: the launcher did not set a host and a port.
     """
     if not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         if "," in (hosts := environment.get(HOSTS, "")):
@@ -75,5 +76,5 @@ def meeting_place(where: Place, environment: Mapping[str, str] = os.environ) -> 
 
 
 def cores() -> int:
-    """That this process may run on."""
+    """How many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,12 +1,13 @@
 """Several processes that run one program: the same code on the same host arrays, each with a device of its own.
 
-Every process computes everything that is [batch, time]; only what has parameters is divided, by the backend. So the processes
-stay alike as long as they decide alike, and what could differ (clocks, files, servers, people) is asked by process 0 and shared:
+Every process computes everything of shape [batch, time]; the backend divides only what has parameters. So the processes stay
+identical as long as they make the same decisions. Process 0 asks for whatever could differ (clocks, files, servers, people)
+and shares the answer:
 
-    done = processes.share(lambda: folder.done)     process 0 looks; all know, or all raise its error
-    processes.agree("batch", tokens, mask)          an error that names the process whose batch is another
+    done = processes.share(lambda: folder.done)     process 0 looks; all get the answer, or all raise its error
+    processes.agree("batch", tokens, mask)          raises an error that names the process whose batch differs
 
-One process alone is `Processes()`, where all of this costs nothing.
+A single process is `Processes()`, where all of this costs nothing.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Processes:
     count: int = 1
 
     def gather(self, own: np.ndarray) -> np.ndarray:
-        """[rows, ...] of each process, of equal shapes -> all rows, in the order of the ranks. Waits for all processes, however
-        long they take."""
+        """All rows of the processes' arrays [rows, ...], which have equal shapes, in the order of the ranks. Waits for all
+        processes, however long they take."""
         return own
 
     def exchange(self, message: bytes) -> list[bytes]:
@@ -41,17 +42,17 @@ class Processes:
         if self.count == 1:
             return [message]
         lengths = self.gather(np.array([len(message)], np.int32))
-        width = 1 << int(lengths.max()).bit_length()  # few widths: each may be a program to compile
+        width = 1 << int(lengths.max()).bit_length()  # few widths: each may need a program compiled
         rows = self.gather(np.frombuffer(message.ljust(width, b"\0"), np.uint8)[None])
         return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that writes, tracks and speaks."""
+        """True if this process is the one that writes, tracks and prints."""
         return self.rank == 0
 
     def share(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns on process 0, which alone calls it. What it raises there is raised everywhere.
+        """Call ``make`` on process 0 only and return its value on all processes. An exception there is raised on all.
 
         The value is made of None, bool, int, float, str, bytes, lists, tuples, dicts and numpy arrays.
         """
@@ -72,7 +73,7 @@ class Processes:
         return value
 
     def settle(self, trouble: Exception | None) -> None:
-        """Raise on all processes the first error that any of them had with its share of some work."""
+        """Raise on all processes the first error that any of them had in its share of the work; ``trouble`` is this process's."""
         if trouble is not None and self.count == 1:
             raise trouble
         for other in map(decode, self.exchange(encode(trouble and _told(trouble)))):
@@ -80,7 +81,7 @@ class Processes:
                 raise _elsewhere(*other) from trouble
 
     def together(self, do: Callable[[], object]) -> None:
-        """``do`` on each process; what it raises on one is raised on all, once each has done its part."""
+        """Call ``do`` on each process. An exception on one is raised on all, once each has done its part."""
         trouble: Exception | None = None
         try:
             do()
@@ -89,19 +90,21 @@ class Processes:
         self.settle(trouble)
 
     def each(self, make: Callable[[], T]) -> list[T]:
-        """What ``make`` returns on each process, as `share` shares it; what it raises on one is raised on all."""
+        """Call ``make`` on each process and return all values, of the types that `share` takes, in the order of the ranks. An
+        exception on one process is raised on all."""
         made: list[T] = []
         self.together(lambda: made.append(make()))
         return [decode(message) for message in self.exchange(encode(made[0]))]
 
     def any(self, true: bool) -> bool:
-        """Whether it is true on any process."""
+        """True if ``true`` is true on any process."""
         return b"\1" in self.exchange(bytes([true]))
 
     def agree(self, what: str, *content: np.ndarray | str) -> None:
-        """
+        """Check that the content of ``what`` is the same on all processes.
+
         Raises:
-          OutOfStep: on all processes, if ``what``, whose content this is, is another on one of them.
+          OutOfStep: on all processes, if it differs on one.
         """
         if self.count == 1:
             return
@@ -118,7 +121,7 @@ ALONE = Processes()
 
 
 def call_text(outputs: Iterable[str], temperature: float) -> str:
-    """For `Processes.agree`: what is no array in a call of a model. Other outputs have other collectives."""
+    """The arguments of a model call that are not arrays, for `Processes.agree`. Other outputs have other collectives."""
     return f"{sorted(outputs)} at {temperature}"
 
 
@@ -135,7 +138,7 @@ def _told(error: BaseException) -> tuple[str, str]:
 
 
 def _elsewhere(kind: str, text: str) -> BaseException:
-    """The error of process 0 here, where it need not be told again."""
+    """Another process's error, to raise here without reporting it again."""
     if kind == "KeyboardInterrupt":
         return KeyboardInterrupt()
     cls = getattr(errors, kind, None)
@@ -148,10 +151,10 @@ def _elsewhere(kind: str, text: str) -> BaseException:
 
 
 def encode(value: Any) -> bytes:
-    """Without pickle: JSON, with arrays and bytes behind it.
+    """Serialise a value that `Processes.share` takes, without pickle: JSON, followed by arrays and bytes.
 
     Raises:
-      TypeError: something else is in it.
+      TypeError: the value contains something else.
     """
     parts: list[bytes] = []
     text = json.dumps(_plain(value, parts)).encode()
@@ -168,7 +171,7 @@ def decode(message: bytes) -> Any:
 
 
 def _plain(value: Any, parts: list[bytes]) -> Any:
-    """As JSON: scalars as they are, everything else as [kind, content]."""
+    """``value`` for JSON: scalars as they are, everything else as [kind, content]."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) in (list, tuple):

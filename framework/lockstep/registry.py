@@ -1,4 +1,4 @@
-"""Who supplies what: plugins, found by entry point, resolved by (kind, name, backend).
+"""Plugins: found by entry point, resolved by (kind, name, backend).
 
 A distribution announces one manifest per plugin package in its metadata:
 
@@ -6,9 +6,9 @@ A distribution announces one manifest per plugin package in its metadata:
     my_plugin = "my_plugin:plugin"
 
 where ``plugin`` is a `Plugin`. The manifest is import-light: components are ``module:Object`` strings, imported on first
-use. Built-in plugins have no other way in. Code without a package adds its `Plugin` with `Registry.add`, or names
-``module:Object`` in the configuration in place of a registered name. Only such a name makes Python look in the current folder,
-and there last (`use_current_folder`): nothing else runs from it, and no file there stands in for a library.
+use. Built-in plugins are registered in the same way. Code without a package adds its `Plugin` with `Registry.add`, or the
+configuration names ``module:Object`` in place of a registered name. Only such a name makes Python look in the current folder,
+and only after all libraries (`use_current_folder`). Nothing else runs from that folder, and no file there shadows a library.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Plugin:
       requires: modules the plugin needs; checked without importing them.
       install: the command that installs them, shown to the user.
       conf: the Hydra configuration folder to add to the search path; None for none.
-      commands: {command: module}, further commands of `lockstep`; `lockstep.commands` says what such a module has.
+      commands: {command: module}, further commands of `lockstep`; `lockstep.commands` says what such a module must have.
     """
 
     components: Mapping[str, Mapping[str, str]]
@@ -63,7 +63,7 @@ class Plugin:
     def check_installed(self, who: str) -> None:
         """
         Raises:
-          RegistryError: ``who`` needs what is not installed.
+          RegistryError: ``who`` needs a module that is not installed.
         """
         if missing := self.missing():
             raise RegistryError(f"{who} needs {listing(missing)}, not installed. Type: {self.install}")
@@ -83,15 +83,16 @@ class Component:
         return self.plugin.missing() if self.plugin else []
 
     def lacking(self) -> str:
-        """'no: ...' if its module is not there; checked without importing it."""
+        """'no: ...' if its module does not exist, else ''; checked without importing it."""
         module = self.target.partition(":")[0]
         return "" if is_there(module) else f"no: there is no module {module}"
 
     def load(self) -> type[Any]:
-        """The class itself.
+        """Import the class.
 
         Raises:
-          RegistryError: it cannot be imported; the message gives the reason and a command that may help.
+          RegistryError: it cannot be imported, or lacks a method of its kind; the message gives the reason and a command that may
+            help.
         """
         where = f"{self.kind} '{self.name}' of {self.distribution}"
         if self.plugin:
@@ -110,10 +111,10 @@ class Component:
 
 
 def is_there(module: str) -> bool:
-    """Whether it could be imported. Only the packages around it are."""
+    """True if the module could be imported. Only its parent packages are imported."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ImportError:  # of a package around it
+    except ImportError:  # from a parent package
         return False
 
 
@@ -121,7 +122,7 @@ def is_there(module: str) -> bool:
 def _check_names(cls: type[Any], who: str) -> None:
     """
     Raises:
-      RegistryError: it lacks a method that its kind must have.
+      RegistryError: the class lacks a method that its kind must have.
     """
 
     def public(of: type[Any]) -> set[str]:
@@ -137,7 +138,7 @@ def _check_names(cls: type[Any], who: str) -> None:
 
 
 def imported(target: str) -> Any:
-    """What ``module:Object`` names, whatever importing it raises."""
+    """Import and return the object that ``module:Object`` names. Raises whatever the import raises."""
     module, _, attribute = target.partition(":")
     return operator.attrgetter(attribute)(importlib.import_module(module))
 
@@ -146,7 +147,7 @@ def function_at(path: str, where: str) -> Callable[..., Any]:
     """The function that a configuration names as ``module:function``; ``where`` is its key.
 
     Raises:
-      ConfigError: it is not there, or is no function.
+      ConfigError: it cannot be imported, or is not a function.
     """
     use_current_folder()
     try:
@@ -163,13 +164,13 @@ def function_at(path: str, where: str) -> Callable[..., Any]:
 
 
 def use_current_folder() -> None:
-    """Let modules that a configuration names be found in the current folder, after all libraries."""
+    """Let Python find the modules that a configuration names in the current folder too, after all libraries."""
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
 
 
 def in_the_way(target: str) -> str:
-    """' ./code.py is not used: ...' if a library has the name of a module in the current folder; else nothing."""
+    """' ./code.py is not used, ...' if a library has the name of a module in the current folder, else ''."""
     name = target.partition(":")[0].partition(".")[0]
     mine = next((path for path in (Path(f"{name}.py"), Path(name)) if path.exists()), None)
     used = getattr(sys.modules.get(name), "__file__", None)
@@ -189,7 +190,7 @@ class Registry:
         """Add a manifest's components.
 
         Raises:
-          RegistryError: an unknown kind, or a (kind, name, backend) that is already taken; both owners are named.
+          RegistryError: an unknown kind, or a (kind, name, backend) or command that is already taken; both owners are named.
         """
         for kind, entries in plugin.components.items():
             if kind not in KINDS:
@@ -228,7 +229,7 @@ class Registry:
         for key in ((kind, name, backend), (kind, name, None)):
             if key in self.components:
                 return self.components[key]
-        backend = None if kind == "backend" else backend  # a backend's own is itself
+        backend = None if kind == "backend" else backend  # a backend belongs to itself
         here = {n for k, n, b in self.components if k == kind and (b in (backend, None) or kind == "backend")}
         elsewhere = sorted(b for k, n, b in self.components if k == kind and n == name and b)
         scope = f" for backend '{short(backend)}'" if backend else ""
@@ -243,7 +244,7 @@ class Registry:
 
     def components_of(self, kind: str, backend: str) -> list[Component]:
         """The components of a kind that this backend can use and whose requirements are installed: one per name, the
-        backend's own before a neutral one."""
+        backend's own in preference to a neutral one."""
         found: dict[str, Component] = {}
         for component in self:
             usable = component.kind == kind and component.backend in (backend, None) and not component.missing()
@@ -262,7 +263,7 @@ class Registry:
 @functools.cache
 def registry() -> Registry:
     """The registry of this process, filled from the installed distributions. A manifest that cannot be imported is
-    listed with the reason and does not break the rest; a manifest that conflicts with another does."""
+    listed with the reason, and the others still work. A manifest that conflicts with another raises RegistryError."""
     found = Registry()
     for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name):
         distribution = entry.dist.name if entry.dist else entry.value

@@ -15,7 +15,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 @dataclass(frozen=True)
 class ToolCall:
-    """What an assistant's message asks a tool to do: ``arguments`` is JSON, an object."""
+    """A call of a tool in an assistant's message. ``arguments`` is a JSON object."""
 
     name: str
     arguments: Mapping[str, Any] = field(hash=False)
@@ -23,7 +23,8 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Message:
-    """``calls`` are those of an assistant's message in data, for a chat template to write. A policy writes its own as text."""
+    """One message of a dialogue. ``calls`` are the tool calls of an assistant's message in data, which a chat template writes. A
+    policy writes its own calls as text."""
 
     role: Role
     content: str
@@ -35,7 +36,7 @@ class Prompt:
     """A dialogue waiting for the assistant's next turn: its last message is not the assistant's.
 
     ``truth`` is what the data source knows about the prompt (the gold answer, the task's family). Gold scores read it; a
-    model must never see it. ``tools`` are the JSON schemas of the tools that it may call, which chat templates write.
+    model must never see it. ``tools`` are the JSON schemas of the tools that a model may call; chat templates write them.
     """
 
     messages: tuple[Message, ...]
@@ -50,10 +51,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Goal:
-    """What an attack is after: that the assistant helps with ``text``, as a request words it ("poison a cake").
+    """The goal of an attack: that the assistant helps with ``text``, worded as in a request ("poison a cake").
 
-    ask: how an attacker is told of it.
-    truth: that of the prompts which pursue it.
+    ask: the message that tells an attacker the goal.
+    truth: the ``truth`` of the prompts that pursue the goal.
     twin: a harmless goal that fits into the same words, as XSTest's contrasts do (Röttger et al. 2024, arXiv 2308.01263).
     """
 
@@ -63,14 +64,15 @@ class Goal:
     twin: Goal | None = None
 
     def prompt(self) -> Prompt:
-        """For an attacker. Its truth is ``goal`` and, under ``pursued``, the goal's: a gold score of an attack means nothing."""
+        """The prompt for an attacker. Its truth has the goal's text as ``goal`` and the goal's truth under ``pursued``: a gold
+        score of an attack means nothing."""
         return Prompt((Message("user", self.ask),), {"goal": self.text, "pursued": dict(self.truth)})
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What a person wrote as the response to a prompt, and the tools that it calls. In a ``dialogue`` the assistant's earlier
-    turns in the prompt are demonstrations too."""
+    """A response that a person wrote to a prompt, and its tool calls. In a ``dialogue`` the assistant's earlier turns in the
+    prompt are demonstrations too."""
 
     prompt: Prompt
     response: str
@@ -81,7 +83,7 @@ class Demonstration:
 @dataclass(frozen=True)
 class Comparison:
     """K completions of one prompt with their ranks: 0 is best, equal ranks are a tie. A chosen/rejected pair is K=2.
-    ``group`` is the labeler's: those with one training, one expertise or one culture."""
+    ``group`` is the labeler's group: labelers who share a training, an expertise or a culture."""
 
     prompt: Prompt
     completions: tuple[str, ...]
@@ -99,9 +101,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Responses to one prompt that wait for a labeler. ``policies`` says which wrote each, by the identity of its stage, ``seed``
-    what they were sampled with, and ``scores`` what a reward model thinks of each: no labeler may see these before the label is
-    given."""
+    """Responses to one prompt that wait for a labeler. ``policies`` names the policy that wrote each, by its stage's identity;
+    ``seed`` is the seed they were sampled with, and ``scores`` are a reward model's scores. No labeler may see these before the
+    label is given."""
 
     id: str
     prompt: Prompt
@@ -113,8 +115,9 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Choice:
-    """One item of a test: which option is the right continuation of a raw text? ``answer`` is the place of the best one,
-    ``right`` has the places of all that are right; empty: only that. Results are shown for each ``group`` too."""
+    """One item of a test: which option is the right continuation of a raw text? ``answer`` is the index of the best option.
+    ``right`` has the indices of all right options, or is empty if only the best is right. Results are shown for each ``group``
+    too."""
 
     context: str
     options: tuple[str, ...]
@@ -127,8 +130,8 @@ class Choice:
 class Fit:
     """What length limits did to one data set, counted during encoding: items ``dropped`` because their last prompt alone is
     too long, items ``shortened`` by removing their oldest turns, and responses ``cut``, which then have no EOS. Also comparisons
-    ``alike``, left out because all their completions are cut to the same tokens, and items whose own text spells a special token
-    (``special``; one of them is ``spelled``), which the model reads as that token."""
+    ``alike``, left out because all their completions are cut to the same tokens, and ``special`` items, whose own text spells a
+    special token, which the model reads as that token. ``spelled`` is the first such token."""
 
     what: str = "examples"
     total: int = 0

@@ -1,6 +1,6 @@
-"""Gymnasium's environments, in text.
+"""Gymnasium environments as text.
 
-games.py   a data source of what is asked, and an environment that replies
+games.py   a data source of prompts, and an environment that replies
 """
 
 from lockstep.registry import Plugin

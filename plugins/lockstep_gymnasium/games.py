@@ -1,6 +1,7 @@
-"""Gymnasium's environments in text: observations are what the policy reads, and its turns are actions.
+"""Gymnasium environments as text: the policy reads observations, and its turns are actions.
 
-What is asked is data, and what replies an environment. Both make the same one, and begin it with the prompt's seed.
+A data source gives the prompts, and an environment replies. Both make the same Gymnasium environment and reset it with the
+prompt's seed.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from lockstep.registry import use_current_folder
 from lockstep.types import Prompt
 
 COLORS = ("gray", "red", "green", "yellow", "blue", "magenta", "cyan", "white", "crimson")
-"""Of the escape codes 30 to 38, and 40 to 48 for the background, as gymnasium.utils.colorize writes them."""
+"""Names of the escape codes 30 to 38 (40 to 48 for the background) that gymnasium.utils.colorize writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MadeConfig:
-    """What gymnasium.make takes."""
+    """Arguments of gymnasium.make."""
 
-    id: str = setting(REQUIRED, "FrozenLake-v1, or my_module:Mine-v0.")
-    settings: Mapping[str, Any] = setting({}, "Its keywords: {render_mode: ansi}.")
+    id: str = setting(REQUIRED, "Gymnasium's id: FrozenLake-v1, or my_module:Mine-v0.")
+    settings: Mapping[str, Any] = setting({}, "Keyword arguments for gymnasium.make: {render_mode: ansi}.")
 
 
 class Beginnings(Seeded):
@@ -47,16 +48,16 @@ class Beginnings(Seeded):
 
 
 class Game(Environment):
-    """Each turn is an action: the last word in it that ``actions`` has, or without ``actions`` the whole turn. In a turn without
-    such a word no step is taken, and the policy is told the words. Rewards are Gymnasium's; the episode ends where it is
-    terminated or truncated."""
+    """Each turn is an action: the last word in it that ``actions`` has or, without ``actions``, the whole turn. A turn without
+    such a word takes no step, and the reply lists the words. Rewards are Gymnasium's. The episode ends when Gymnasium terminates
+    or truncates it."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MadeConfig, EnvironmentConfig):
         actions: Mapping[str, int] = setting(
-            {}, "A word for each action: {left: 0, right: 1}; none where an action is text.", least=-math.inf
+            {}, "A word for each action: {left: 0, right: 1}; empty if actions are text.", least=-math.inf
         )
-        invalid_reward: float = setting(0.0, "Of a turn without an action.", least=-math.inf)
+        invalid_reward: float = setting(0.0, "Reward of a turn without an action.", least=-math.inf)
 
         def __post_init__(self) -> None:
             words = [word.strip().lower() for word in self.actions]
@@ -110,19 +111,19 @@ class Game(Environment):
 def make(config: MadeConfig, where: str) -> Any:
     """
     Raises:
-      ConfigError: Gymnasium cannot.
+      ConfigError: Gymnasium cannot make the environment.
     """
     import gymnasium
 
     use_current_folder()
     try:
         return gymnasium.make(config.id, **config.settings)
-    except Exception as error:  # what is registered under an id may raise anything
+    except Exception as error:  # a registered environment may raise anything
         raise ConfigError(f"{where}.id='{short(config.id)}' cannot be made: {told(error)}. See {where}.settings too.") from error
 
 
 def begin(config: MadeConfig, where: str, seed: int) -> tuple[Any, str]:
-    """The game and its first observation."""
+    """Make a game, reset it with the seed, and return it with its first observation."""
     game = make(config, where)
     observation, _ = game.reset(seed=seed)
     return game, observed(game, observation)
@@ -136,14 +137,14 @@ def first(config: MadeConfig, where: str, seed: int) -> str:
 
 
 def observed(game: Any, observation: Any) -> str:
-    """An observation as text: a text as it is, else what ``render_mode: ansi`` draws, else numbers."""
+    """An observation as text: a string as is, else what ``render_mode: ansi`` draws, else numbers."""
     if isinstance(observation, str):
         return observation
     return uncolored(game.render()) if game.render_mode == "ansi" else numbers(observation)
 
 
 def uncolored(drawn: str) -> str:
-    """Colours by name, since they may be all that tells where something is: [red S]FFF."""
+    """Replace colour codes by names, because colour alone may show where something is: [red S]FFF."""
     named = re.sub(r"\x1b\[[34]([0-8])(;\d+)*m", lambda code: f"[{COLORS[int(code[1])]} ", drawn)
     return named.replace("\x1b[0m", "]").strip("\n")
 

@@ -1,21 +1,21 @@
-"""JAX and XLA: backend, policies and learner. Sibling of ``lockstep_torch``: the same files in the same order, each of which
-imports from earlier ones only.
+"""JAX and XLA: backend, policies and learner. Sibling of ``lockstep_torch``: the same files in the same order. Each file imports
+only from earlier ones.
 
-    mesh.py         several devices: parameters and rows divided
-    device.py       precision, memory, where compiled programs are kept
-    attention.py    attention, and what its queries see
-    products.py     matmuls in the form that XLA runs fast                                             (*)
+    mesh.py         several devices: sharded parameters and rows
+    device.py       precision, memory, and the cache of compiled programs
+    attention.py    attention and masks
+    products.py     matmuls in the form that XLA runs fast                                                     (*)
     decoder.py      the network in flax.nnx, for every family of `lockstep.models.architecture`, with or without adapters
-    parameters.py   its parameters to and from checkpoint names                                                (*)
+    parameters.py   converts its parameters to and from checkpoint names                                       (*)
     generation.py   sampling with a KV cache, one compiled program
     model.py        logprobs, entropy, values, scores; loading and saving
-    policies.py     the configuration's choices: decoder, huggingface, lora
+    policies.py     the policies that a configuration can name: decoder, huggingface, lora
     learner.py      gradients and Adam
     collectives.py  what a compiled program sends between devices                                              (*)
-    plan.py         what the programs of a run need
-    backend.py      makes learners
+    plan.py         memory and traffic that the programs of a run need
+    backend.py      creates learners
 
-(*) Only here: PyTorch's own matmuls are fast, its modules have the checkpoint's names, and its sending stands in our code.
+(*) JAX only: PyTorch's own matmuls are fast, its modules have the checkpoint's names, and our code calls its collectives itself.
 
 Not supported: model families without a record in `lockstep.models.architecture.families`.
 """

@@ -1,6 +1,5 @@
-"""Attention, and what its queries see: `Dense`, a mask in memory, where there are few columns; `Blocks`, which computes the mask
-piece by piece, where there are many; and `Fused`, cuDNN's kernel, on GPUs in bfloat16.
-"""
+"""Attention, and what its queries see. `Dense` holds a mask in memory, for few columns. `Blocks` computes the mask block by
+block, for many. `Fused` is cuDNN's kernel, for GPUs in bfloat16."""
 
 from __future__ import annotations
 
@@ -19,19 +18,19 @@ from lockstep.models.architecture import Architecture
 log = logging.getLogger(__name__)
 
 PAIRS = 256 * 256
-"""Up to so many pairs of a query and a key in a row, `Dense`: it compiles a second sooner for each layer. On a CPU with AVX-512
-and gradients, `Blocks` took 0.85 to 0.95 of its time at 256 columns, 0.65 at 384, 0.55 at 640 and 0.33 at 2,048."""
+"""Up to this many query-key pairs per row, `Dense` is used: it compiles a second faster per layer. On a CPU with AVX-512, with
+gradients, `Blocks` took 0.85 to 0.95 of its time at 256 columns, 0.65 at 384, 0.55 at 640 and 0.33 at 2,048."""
 
 MASK = 2**28
-"""Elements of a `Fused` mask, of which the kernel is given three bytes each."""
+"""The most elements of a `Fused` mask. The kernel is given three bytes for each."""
 
 BLOCK = 128
-"""Queries and keys of a block. Its scores should stay in a core's cache: 256 took 1.0 to 1.5 times as long."""
+"""Queries and keys per block. A block's scores should stay in a core's cache: 256 took 1.0 to 1.5 times as long."""
 
 UNSEEN = 0.7 * float(jnp.finfo(jnp.float32).min)
 LEAST = -1e30
-"""The score of a pair that is not seen, and what a row's largest score is at least: between them lies e**-x = 0, so a row that
-sees nothing gives zeros, not NaN."""
+"""`UNSEEN` is the score of an unseen pair; `LEAST` is the least that a row's largest score can be. exp(UNSEEN - LEAST) is 0, so a
+row that sees nothing gives zeros, not NaN."""
 
 
 class Dense(NamedTuple):
@@ -44,11 +43,12 @@ class Dense(NamedTuple):
         return self.mask.shape[-1]
 
     def since(self, first: int) -> Dense:
-        """Without the first queries."""
+        """The same without the first queries."""
         return self._replace(mask=self.mask[:, :, first:])
 
     def near(self, window: int | None, column: Any) -> Dense:
-        """Of these keys, the last ``window`` up to and including the query's own. ``column`` is that of the first query."""
+        """The same, but each query sees only the last ``window`` of these keys, up to and including its own. ``column``: the
+        first query's."""
         if window is None:
             return self
         queries, columns = self.mask.shape[-2:]
@@ -65,41 +65,41 @@ class Dense(NamedTuple):
 
 
 class Fused(Dense):
-    """`Dense`, with scores that never leave the kernel."""
+    """`Dense` by cuDNN's kernel, which never writes out the scores."""
 
     @staticmethod
     def takes(a: Architecture, dtype: Any, platform: str) -> bool:
-        """Whether the kernel does."""
+        """True if the kernel supports this network, dtype and platform."""
         known = a.attention_softcap is None and a.head_dim % 8 == 0 and a.head_dim <= 128
         return platform == "gpu" and dtype == jnp.bfloat16 and known and _cudnn()
 
     def attend(self, scale: float, cap: float | None, q: Array, k: Array, v: Array) -> Array:
         rows, _, _, length, size = q.shape
-        more = length % 2, k.shape[2] % 2  # for odd numbers the kernel has no gradient: one is added, and not seen
+        more = length % 2, k.shape[2] % 2  # the kernel has no gradient for odd lengths: pad by one, unseen
         q, k, v = (x.reshape(rows, -1, x.shape[-2], size).swapaxes(1, 2) for x in (q, k, v))
         q, k, v = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x, extra in ((q, more[0]), (k, more[1]), (v, more[1])))
         mask = jnp.pad(self.mask, ((0, 0), (0, 0), (0, more[0]), (0, more[1])))
         out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")[:, :length]
-        # The kernel takes no gradient in float32, which comes from a product: the conversion's own gradient is in bfloat16.
+        # The next product's gradient is float32, which the kernel does not take. This conversion turns it into bfloat16.
         return out.reshape(rows, length, -1).astype(jnp.float32)
 
 
 @functools.cache
 def _cudnn() -> bool:
-    """Whether the kernel runs here: older cards and other makers' have none."""
+    """True if the kernel runs here. Older cards and other makers' do not have it."""
     try:
         with jax.ensure_compile_time_eval():  # also while a program is traced
             x = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
             jax.nn.dot_product_attention(x, x, x, implementation="cudnn").block_until_ready()
-    except Exception as error:  # of many kinds
+    except Exception as error:  # of many types
         log.warning("cuDNN's attention does not run on this GPU, and takes no part: %s", short(str(error)))
         return False
     return True
 
 
 class Blocks(NamedTuple):
-    """Query i sees key j if ``queries`` [B, L] and ``keys`` [B, columns] have the same number there and key j is among the last
-    ``window`` up to and including column ``first`` + i, the query's own. Both int32."""
+    """Query i is in column ``first`` + i. It sees key j if their numbers in ``queries`` [B, L] and ``keys`` [B, columns] are
+    equal and j is among the last ``window`` columns up to and including its own. Both arrays are int32."""
 
     queries: Array
     keys: Array
@@ -125,8 +125,8 @@ Visible = Dense | Blocks
 
 
 def causal(mask: Array, known: int = 0, *, fused: bool = False) -> Visible:
-    """[B, columns] attention mask or segments -> what the queries from column ``known`` on see: keys that are not after them, are
-    real, and are of the same segment. ``fused``: whether `Fused.takes` it."""
+    """Turn an attention mask or segments [B, columns] into what the queries from column ``known`` on see: real keys of the same
+    segment, up to their own column. ``fused``: the answer of `Fused.takes`."""
     rows, length = mask.shape
     pairs = (length - known) * length
     form = Fused if fused and rows * pairs <= MASK else Dense
@@ -161,7 +161,7 @@ def softcap(x: Array, cap: float | None) -> Array:
 
 
 class Cut(NamedTuple):
-    """An axis of queries or keys as ``blocks`` of ``size``."""
+    """An axis of queries or keys, cut into ``blocks`` of ``size``."""
 
     blocks: int
     size: int
@@ -172,7 +172,7 @@ class Cut(NamedTuple):
         return cls(count, -(-length // (16 * count)) * 16)
 
     def filled(self, x: Array, axis: int, value: int = 0) -> Array:
-        """x, longer by what the last block lacks."""
+        """x, padded to fill the last block."""
         missing = self.blocks * self.size - x.shape[axis]
         return jnp.pad(x, [(0, missing * (here == axis)) for here in range(x.ndim)], constant_values=value)
 
@@ -184,9 +184,9 @@ class Cut(NamedTuple):
 def in_blocks(scale: float, cap: float | None, q: Array, k: Array, v: Array, visible: Blocks) -> Array:
     """softmax(softcap(scale q kᵀ)) v over the visible pairs: q [B, H_kv, G, L, hd], k, v [B, H_kv, columns, hd] -> [B, L, H hd].
 
-    Of the scores only one block exists at a time (Rabe & Staats 2021; Dao et al. 2022, algorithms 1 and 4). Blocks that order or
-    window hide as a whole are left out. For the gradient are kept the output o and, of each row of scores s, ℓ = log Σ exp s.
-    With p = exp(s - ℓ), dv = pᵀ do and ds = p (do vᵀ - Σ do o), with the sum over a head's elements."""
+    Only one block of the scores exists at a time (Rabe & Staats 2021; Dao et al. 2022, algorithms 1 and 4). Blocks that are
+    hidden entirely by order or window are skipped. For the gradient, the output o and ℓ = log Σ exp s for each row of scores s
+    are kept. With p = exp(s - ℓ), dv = pᵀ do and ds = p (do vᵀ - Σ do o), with the sum over a head's elements."""
     return _forward(scale, cap, q, k, v, visible)[0]
 
 
@@ -272,7 +272,7 @@ def _filled(visible: Blocks, queries: Cut, keys: Cut) -> Blocks:
 
 
 def _seen(visible: Blocks, queries: Cut, keys: Cut, i: Array, j: Array) -> Array:
-    """bool [B, 1, 1, queries, keys] of a block."""
+    """Which pairs of a block are seen: bool [B, 1, 1, queries, keys]."""
     own = visible.first + i * queries.size + jnp.arange(queries.size)[:, None]
     column = j * keys.size + jnp.arange(keys.size)
     near = (column <= own) & (column > own - visible.window)
@@ -281,7 +281,7 @@ def _seen(visible: Blocks, queries: Cut, keys: Cut, i: Array, j: Array) -> Array
 
 
 def _scores(scale: float, cap: float | None, q: Array, k: Array, seen: Array) -> Array:
-    """[B, H_kv, G, queries, keys] of a block."""
+    """The scores of a block: [B, H_kv, G, queries, keys]."""
     return jnp.where(seen, softcap(scale * _product("bhgqd,bhkd->bhgqk", q, k), cap), UNSEEN)
 
 

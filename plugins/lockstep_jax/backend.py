@@ -1,4 +1,4 @@
-"""JAX as a backend: a device, and learners of the models on it."""
+"""The JAX backend: a device, and learners for the models on it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lockstep_jax.device import JaxDevice, devices_of
 
 class JaxBackend(JaxDevice):
     def learner(self, models: Mapping[str, Model], optimizers: Mapping[str, OptimizerConfig]) -> Learner:
-        from lockstep_jax.learner import JaxLearner  # its import asks XLA for options, which needs an initialised device
+        from lockstep_jax.learner import JaxLearner  # importing it tests XLA options, which needs an initialised device
 
         return JaxLearner(self, models, optimizers)
 
     @classmethod
     def planner(cls, config: JaxDevice.Config, topology: str | None) -> Planner:
         if topology is None:
-            devices_of(config)  # before programs are imported, which ask for options of the devices
+            devices_of(config)  # initialises them before the programs are imported, which test XLA options
         from lockstep_jax.plan import JaxPlanner
 
         return JaxPlanner(config, topology)

@@ -1,4 +1,4 @@
-"""The collectives in the text of a compiled program, each as often as the loops around it run."""
+"""The collectives in the text of a compiled program, each counted as often as the loops around it run."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
 
 
 def collectives(text: str, loop: int) -> tuple[Traffic, ...]:
-    """
+    """All collectives of a program, one entry for each kind and group.
+
     Args:
-      loop: how often a loop runs where the text does not say.
+      loop: how often a loop runs if the text does not say.
     """
     program = Program(text, loop)
     return program.within(program.entry)
 
 
 class Program:
-    """Its computations by name, as lines of text. How often a loop runs stands beside it on a CPU; on a TPU it is the number that
-    its condition counts up to."""
+    """A program's computations by name, as lines of text. On a CPU, the line of a loop says how often it runs; on a TPU, it runs
+    up to the number in its condition."""
 
     def __init__(self, text: str, loop: int):
         self.loop, self.entry = loop, ""
@@ -48,7 +49,7 @@ class Program:
         self.within = functools.cache(self._within)
 
     def _within(self, name: str) -> tuple[Traffic, ...]:
-        """The collectives of a computation and of those that it calls."""
+        """The collectives of a computation and of the computations that it calls."""
         found: list[Traffic] = []
         for line in self.lines.get(name, ()):
             if one := collective(line, self.devices):
@@ -69,13 +70,13 @@ class Program:
         return max((int(each) for part in (line, *self.reached(condition)) for each in BOUND.findall(part)), default=self.loop)
 
     def reached(self, name: str) -> list[str]:
-        """The lines of a computation, and of those that it calls."""
+        """The lines of a computation and of the computations that it calls."""
         own = self.lines.get(name, [])
         return own + [line for each in own for _, other in CALLED.findall(each) for line in self.reached(other)]
 
 
 def collective(line: str, devices: int) -> Traffic | None:
-    """The one that a line of a program for so many devices makes."""
+    """The collective in a line of a program for ``devices`` devices; None if there is none."""
     found = COLLECTIVE.search(line)
     if found is None:
         return None
@@ -84,7 +85,7 @@ def collective(line: str, devices: int) -> Traffic | None:
     if members == 1:
         return None
     size = sum(map(array_bytes, ARRAY.findall(result)))
-    if begins and kind in ("all-gather", "collective-permute"):  # the result has the operand in front
+    if begins and kind in ("all-gather", "collective-permute"):  # the result starts with the operand
         size = size * members / (members + 1) if kind == "all-gather" else size / 2
     if kind == "reduce-scatter":
         size *= members
@@ -92,14 +93,15 @@ def collective(line: str, devices: int) -> Traffic | None:
 
 
 def array_bytes(array: tuple[str, str, str]) -> float:
-    """Of a type in the text of a program: ('f', '32', '8,128')."""
+    """The size of a type in the text of a program: ('f', '32', '8,128')."""
     _, bits, shape = array
     return int(bits or 8) / 8 * math.prod(int(size) for size in shape.split(",") if size)
 
 
 def group(line: str, devices: int) -> tuple[int, int]:
-    """How many devices take part, and the stride of their numbers, of the first group that a line names: all by empty braces, in
-    braces, as the pairs of a permutation, as a reshaped range [groups, members]<=[sizes]T(order), or as axes of a mesh."""
+    """The size of the first group of devices that a line names, and the stride of their numbers. A line names groups as empty
+    braces (all devices), in braces, as the pairs of a permutation, as a reshaped range [groups, members]<=[sizes]T(order), or as
+    axes of a mesh."""
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", line):
         apart = [abs(int(a) - int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
         return (2, min(each for each in apart if each)) if any(apart) else (1, 1)
@@ -126,7 +128,7 @@ def times_over(one: Traffic, times: int) -> Traffic:
 
 
 def summed(found: Iterable[Traffic]) -> tuple[Traffic, ...]:
-    """One for each kind and group."""
+    """Add up entries of the same kind and group."""
     totals: defaultdict[tuple[str, int, int], list[float]] = defaultdict(lambda: [0, 0.0])
     for each in found:
         total = totals[each.kind, each.members, each.stride]

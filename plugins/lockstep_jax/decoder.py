@@ -39,7 +39,7 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Which network: everything that a compiled program depends on besides shapes. Models with equal specs share programs."""
+    """Everything about a network that a compiled program depends on, besides shapes. Models with equal specs share programs."""
 
     architecture: Architecture
     platform: str
@@ -50,21 +50,21 @@ class NetworkSpec:
     scalar_head: bool
     adapter: Adapter | None = None
     teacher: NetworkSpec | None = None
-    """Its parameters are among the frozen ones, under `TEACHER`."""
+    """The teacher's parameters are among the frozen ones, under `TEACHER`."""
     beta: float = 1.0
 
     @classmethod
     def on(cls, backend: JaxDevice, architecture: Architecture, **parts: Any) -> NetworkSpec:
-        """With the settings of this backend."""
+        """A spec with this backend's settings."""
         c = backend.config
         return cls(architecture, backend.device.platform, c.precision, c.gradient_checkpointing, backend.mesh, **parts)
 
     def bind(self, params: Tree, frozen: Tree) -> DecoderNetwork:
-        """The modules with these parameters; ``frozen`` are the untrained ones, empty without an adapter."""
+        """The modules with these parameters. ``frozen``: the untrained ones of an adapter's trunk; a teacher's are ignored."""
         return nnx.merge(_graph(self), _joined(params, {name: part for name, part in frozen.items() if name != TEACHER}))
 
     def cast(self, params: Tree) -> Tree:
-        """Kernels cast to the matmul precision, which a loop over tokens would otherwise do for each token."""
+        """Cast kernels to the matmul precision. A loop over tokens would otherwise do so for each token."""
         cast = lambda path, array: array.astype(self.precision) if path[-1].key == "kernel" else array  # noqa: E731
         return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -90,7 +90,7 @@ def _graph(spec: NetworkSpec) -> Any:
 
 
 class DropoutMask(NamedTuple):
-    """`lockstep.interfaces.Dropout` in a compiled program: ``seeds`` uint32 [B]."""
+    """`lockstep.interfaces.Dropout` in a compiled program. ``seeds``: uint32 [B]."""
 
     rate: Any
     seeds: Array
@@ -105,8 +105,8 @@ class DropoutMask(NamedTuple):
 
 
 def positions(mask: Array) -> Array:
-    """[B, L] number of real tokens before each column (LHP): left padding does not shift a prompt. With segments, real tokens of
-    the same segment."""
+    """[B, L] number of real tokens before each column (LHP), so that left padding does not shift a prompt. With segments, only
+    tokens of the same segment count."""
     count = jnp.maximum(jnp.cumsum(mask != 0, axis=-1) - 1, 0)
     if mask.dtype == bool:
         return count
@@ -129,8 +129,8 @@ class ScalarHead(nnx.Module):
 
 
 SHALLOW = 8
-"""Networks with at most this many layers are compiled layer by layer and not checkpointed unless asked to. A loop has to move
-what it keeps for its gradient, which took a sixth of the time of the benchmark's four layers."""
+"""Networks with at most this many layers are compiled layer by layer, and checkpointed only if the configuration says so. A loop
+has to move what it keeps for its gradient, which took a sixth of the time of the benchmark's four layers."""
 
 
 Layers = list[tuple[Array, Array]]
@@ -138,8 +138,8 @@ Layers = list[tuple[Array, Array]]
 
 
 class Cache(NamedTuple):
-    """``layers`` with P + T columns; ``length`` columns are filled. ``mask`` [B, P + T] is True on
-    real columns; ``count`` [B] is the position of the next token."""
+    """``layers`` with P + T columns, of which ``length`` are filled. ``mask`` [B, P + T] is True on real columns; ``count`` [B]
+    is the position of the next token."""
 
     layers: Layers
     mask: Array
@@ -149,7 +149,7 @@ class Cache(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="known")
 def recalled(layers: Layers, rows: Array, shift: Array, *, known: int) -> Layers:
-    """The known columns of a cache, as `lockstep.interfaces.Past` says: each [B, H_kv, known, hd]."""
+    """The known columns of a cache, as `lockstep.interfaces.Past` defines them: each [B, H_kv, known, hd]."""
 
     def of(kept: Array) -> Array:
         columns = jnp.clip(jnp.arange(known) + shift[:, None], 0, kept.shape[2] - 1)
@@ -184,7 +184,7 @@ def _distinct(per_layer: Iterable[Any]) -> tuple[tuple[Any, ...], np.ndarray | N
 
 
 class DecoderNetwork(nnx.Module):
-    """Pre-norm transformer: Llama's (Touvron et al. 2023), GPT-2's (Radford et al. 2019), or another of their kind."""
+    """Pre-norm transformer, such as Llama (Touvron et al. 2023) or GPT-2 (Radford et al. 2019)."""
 
     def __init__(self, spec: NetworkSpec, rngs: nnx.Rngs):
         a = self.architecture = spec.architecture
@@ -202,10 +202,11 @@ class DecoderNetwork(nnx.Module):
     def hidden(
         self, tokens: Array, mask: Array, dropout: DropoutMask | None = None, first: int = 0, rows_per_prompt: int = 1
     ) -> Array:
-        """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
-        under a False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int. So many
-        neighbouring rows as ``rows_per_prompt`` are equal up to column ``first``, which is computed once for them: first the
-        prompts, then the responses, which see their prompt's keys. Then there is no dropout and no mesh.
+        """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids under a
+        False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int. If ``rows_per_prompt`` is
+        above 1, groups of that many neighbouring rows are equal up to and including column ``first``. Those columns are computed
+        once per group: first the prompts, then the responses, which see their prompt's keys. In that case there is no dropout and
+        no mesh.
 
         For the gradient, inputs and results of the layers' matmuls are kept, and everything between them is recomputed. With
         ``gradient_checkpointing``, everything but each layer's input is recomputed (Chen et al. 2016)."""
@@ -237,7 +238,7 @@ class DecoderNetwork(nnx.Module):
             return jax.checkpoint(run, prevent_cse=False, policy=kept)(xs, weights)
 
         layers = np.arange(count, dtype=np.int32), kinds.rope_of_layer, kinds.window_of_layer, stacked
-        if again or count > SHALLOW:  # a loop, so that XLA merges no recomputation with the first pass
+        if again or count > SHALLOW:  # a loop, so that XLA does not merge recomputation with the first pass
             xs = jax.lax.scan(lambda xs, layer: (through(xs, layer), None), xs, layers)[0]
             xs[0] = xs[0][:, first:]
         else:
@@ -247,16 +248,16 @@ class DecoderNetwork(nnx.Module):
         return self.norm(xs[0] if each == 1 else jnp.concatenate([repeated(xs[0], each), xs[1]], axis=1))
 
     def apart(self) -> list[Layer]:
-        """The layers one by one, for `start` and `advance`. A loop over tokens takes them from outside: inside, it would copy all
-        weights out of the stack for each token."""
+        """The layers one by one, for `start` and `advance`. Call it before a loop over tokens: inside, it would copy all weights
+        out of the stack for each token."""
         graph, stacked = nnx.split(self.layers)
         return [nnx.merge(graph, at(number, stacked)) for number in range(self.architecture.layers)]
 
     def start(
         self, layers: Sequence[Layer], tokens: Array, mask: Array, new_tokens: int, past: Layers | None = None
     ) -> tuple[Array, Cache]:
-        """Hidden state [B, d] of the last column, and a cache with room for ``new_tokens`` more. ``past``: keys and values of the
-        first columns, from `recalled`."""
+        """Prefill. Return the hidden state [B, d] of the last column, and a cache with room for ``new_tokens`` more. ``past``:
+        keys and values of the first columns, from `recalled`."""
         a, (count, length) = self.architecture, tokens.shape
         known = past[0][0].shape[2] if past else 0
         shape = count, a.kv_heads, length - known + new_tokens, a.head_dim
@@ -268,7 +269,7 @@ class DecoderNetwork(nnx.Module):
         return x, Cache(kept, jnp.pad(mask, ((0, 0), (0, new_tokens))), mask.sum(-1), jnp.int32(length))
 
     def advance(self, layers: Sequence[Layer], token: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Feed one token [B] to every row; hidden state [B, d] and the longer cache."""
+        """Feed one token [B] to every row and return the hidden state [B, d] and the longer cache."""
         kept, mask, count, length = cache
         mask = mask.at[:, length].set(True)
         position = count[:, None]
@@ -279,8 +280,9 @@ class DecoderNetwork(nnx.Module):
     def feed(
         self, layers: Sequence[Layer], x: Array, position: Array, views: Views, kept: Any, column: Any, first: int = 0
     ) -> tuple[Array, Any]:
-        """x [B, L, d] through all layers, whose keys and values go into the columns from ``column`` on. Returns the hidden state
-        [B, d] of the last column, and the cache. In the last layer, columns before ``first`` give only keys and values."""
+        """Run x [B, L, d] through all layers and write their keys and values into the columns from ``column`` on. Return the
+        hidden state [B, d] of the last column, and the cache. In the last layer, columns before ``first`` give only keys and
+        values."""
         rotations, kinds = self.rotations(position), kinds_of(self.architecture)
         filled = []
         for number, (layer, cache) in enumerate(zip(layers, kept, strict=True)):
@@ -292,7 +294,7 @@ class DecoderNetwork(nnx.Module):
         return self.norm(x[:, -1]), filled
 
     def head(self) -> Array:
-        """[d, V], for `logits`: a loop over tokens takes it from outside."""
+        """The kernel [d, V] for `logits`. Call it before a loop over tokens."""
         return transposed(self.embed_tokens.embedding[...], self.platform) if self.lm_head is None else self.lm_head.kernel[...]
 
     def logits(self, hidden: Array, head: Array) -> Array:
@@ -307,17 +309,17 @@ class DecoderNetwork(nnx.Module):
         return rows(self.mesh, x if self.embed_positions is None else x + self.embed_positions(position))
 
     def rotations(self, position: Array) -> tuple[Any, ...]:
-        """The rotations that layers choose from: cos and sin [B, 1, L, dims / 2] of each kind, or None for all layers."""
+        """The rotation of each kind of layer: cos and sin [B, 1, L, dims / 2]; a single None if no layer rotates."""
         ropes = kinds_of(self.architecture).ropes
         return ropes if ropes == (None,) else tuple(angles(rope, ropes, position) for rope in ropes)
 
     def causal(self, mask: Array, known: int = 0) -> Views:
-        """`lockstep_jax.attention.causal`, for layers to choose from."""
+        """`lockstep_jax.attention.causal` for each kind of layer."""
         fused = self.mesh is None and Fused.takes(self.architecture, self.dtype, self.platform)
         return self.views(causal(mask, known, fused=fused), known)
 
     def views(self, visible: Visible, column: Any) -> Views:
-        """What layers choose from. ``column`` is that of the first query."""
+        """``visible`` for each kind of layer. ``column``: the first query's."""
         return tuple(visible.near(window, column) for window in kinds_of(self.architecture).windows)
 
 
@@ -341,7 +343,7 @@ class Layer(nnx.Module):
         drop: Any = None,
         first: int = 0,
     ) -> tuple[Array, Any]:
-        """[B, L, d] -> [B, L - first, d], and keys and values: the cache's, or those seen."""
+        """[B, L, d] -> [B, L - first, d], and keys and values: those of the updated cache if there is one, else those seen."""
         drop = drop or (lambda y, part: y)
         attended, cache = self.self_attn(self.input_layernorm(x), rotation, visible, cache, earlier, first)
         x = x[:, first:]
@@ -368,9 +370,9 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Array, rotation: Any, visible: Visible, cache: Any, earlier: Any, first: int
     ) -> tuple[Array, tuple[Array, Array]]:
-        """x [B, L, d]; ``visible`` to its L queries; cache (keys, values, first free column) or None; or keys and values of
-        earlier columns. Queries are the columns from ``first`` on: [B, L - first, d]. Also returns the cache's new keys and
-        values, or those seen."""
+        """x [B, L, d] -> [B, L - first, d]: queries are the columns from ``first`` on. ``visible`` is for all L queries.
+        ``cache``: (keys, values, first free column) or None. ``earlier``: keys and values of earlier columns, or None. Also
+        returns keys and values: those of the updated cache if there is one, else those seen."""
         a = self.architecture
         q, k = split_heads(self.q_proj(x[:, first:]), a.heads), split_heads(self.k_proj(x, self.q_proj), a.kv_heads)
         if self.q_norm is not None:
@@ -433,7 +435,7 @@ ACTIVATIONS = {
 
 
 def norm(a: Architecture, rngs: nnx.Rngs) -> nnx.Module:
-    """In float32. Flax's fast variance E[x²] - E[x]² cancels if the mean is large, so it is off."""
+    """The norm of a layer's width, in float32. Flax's fast variance E[x²] - E[x]² cancels if the mean is large, so it is off."""
     if a.norm == "rms":
         return rms_norm(a, a.hidden_size, rngs)
     return nnx.LayerNorm(a.hidden_size, epsilon=a.norm_eps, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
@@ -445,7 +447,7 @@ def rms_norm(a: Architecture, size: int, rngs: nnx.Rngs) -> nnx.Module:
 
 
 class OffsetRMSNorm(nnx.RMSNorm):
-    """Gemma's, whose gain is 1 + weight."""
+    """Gemma's RMSNorm, whose gain is 1 + weight."""
 
     def __call__(self, x: Array) -> Array:
         x = x.astype(jnp.float32)
@@ -461,7 +463,7 @@ def pick(kinds: tuple[Any, ...], kind: Array | None) -> Any:
 
 
 def repeated(tree: Tree, times: int) -> Tree:
-    """Arrays [B, ...] with each row so many times, one after the other."""
+    """Arrays [B, ...] with each row repeated ``times`` times, copies side by side."""
     return tree if times == 1 else jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
 
 
@@ -482,8 +484,8 @@ def rotate(x: Array, rotation: tuple[Array, Array] | None) -> Array:
 
 
 def angles(rope: Rope | None, kinds: tuple[Rope | None, ...], position: Array) -> tuple[Array, Array]:
-    """cos and sin [B, 1, L, dims / 2] of the rotary angles (Su et al. 2021) at position [B, L]. None means no rotation, in the
-    shape of the other kinds."""
+    """cos and sin [B, 1, L, dims / 2] of the rotary angles (Su et al. 2021) at position [B, L]. If ``rope`` is None, there is no
+    rotation, in the shape of the other kinds."""
     turning = rope is not None
     angle = position[:, None, :, None] * (turning * frequencies(rope or next(filter(None, kinds))))
     return jnp.cos(angle), jnp.sin(angle)
@@ -491,8 +493,8 @@ def angles(rope: Rope | None, kinds: tuple[Rope | None, ...], position: Array) -
 
 def frequencies(rope: Rope) -> np.ndarray:
     """float32 [dims / 2]: radians per position. Linear scaling divides all of them by ``factor`` (Chen et al. 2023). Llama 3's
-    scaling stretches long wavelengths by it, leaves short ones alone and interpolates smoothly in between (Dubey et al. 2024;
-    the bounds are wavelengths per original context)."""
+    scaling stretches long wavelengths by ``factor``, leaves short ones alone and interpolates smoothly in between (Dubey et al.
+    2024; the bounds are wavelengths per original context)."""
     frequency = rope.theta ** -(np.arange(0, rope.dims, 2) / rope.dims)
     if rope.scaling is not None:
         kind, factor, low, high, original = rope.scaling

@@ -1,4 +1,4 @@
-"""JAX on a device: precision, memory, and where compiled programs are kept. The part of the backend that models need."""
+"""JAX on a device: precision, memory, and the cache of compiled programs. The part of the backend that models need."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lockstep_jax import mesh
 
 
 class JaxDevice(Backend):
-    """`JaxBackend` without its learner: learners import the models, which import this file."""
+    """`JaxBackend` without its learner, because learners import the models, which import this file."""
 
     @dataclass(frozen=True)
     class Config:
@@ -29,18 +29,18 @@ class JaxDevice(Backend):
         precision: Literal["float32", "bfloat16"] = setting("float32", "Matmul inputs; weights and Adam stay in float32.")
         gradient_checkpointing: bool | None = setting(
             None,
-            "Recompute a layer's inner activations for the gradient (remat; Chen et al. 2016): memory for a second forward "
-            "pass. Otherwise matmul inputs and results are kept, and only operations between them are recomputed. Null: "
-            "in networks of more than `lockstep_jax.decoder.SHALLOW` layers.",
+            "Recompute each layer's inner activations for the gradient (remat; Chen et al. 2016): saves memory, adds a forward "
+            "pass. Otherwise matmul inputs and results are kept, and only the operations between them are recomputed. Null: "
+            "true for networks of more than `lockstep_jax.decoder.SHALLOW` layers.",
         )
         compilation_cache: str | None = setting("~/.cache/lockstep/jax", "Where compiled programs are kept; null: nowhere.")
-        mesh: MeshConfig = setting(MeshConfig(), "Several devices.")
+        mesh: MeshConfig = setting(MeshConfig(), "How to shard models and rows over several devices.")
 
     name = "jax"
 
     def __init__(self, config: Config):
         self.config = config
-        _one_heap()  # before the device has threads, each with its own heap
+        _one_heap()  # before the device starts threads, each of which would get its own heap
         if (here := place()).count > 1:
             self.processes = mesh.Group(here)
         devices = devices_of(config)
@@ -60,27 +60,28 @@ class JaxDevice(Backend):
         return max((each["peak_bytes_in_use"] for each in statistics if each), default=None)
 
     def put(self, tree: Any) -> Any:
-        """Host arrays on the device, never as views of host memory: learners donate their buffers to XLA."""
+        """Copy host arrays to the device. They are never views of host memory, because learners donate their buffers to XLA."""
         if self.mesh is not None:
             return mesh.put(self.mesh, tree)
 
         def one(array: Any) -> jax.Array:
             whole = array[tuple(slice(None) for _ in array.shape)]
-            return jax.device_put(whole, self.device, may_alias=False).block_until_ready()  # else all host arrays exist at a time
+            return jax.device_put(whole, self.device, may_alias=False).block_until_ready()  # else all host arrays exist at once
 
         return jax.tree.map(one, tree)
 
 
 def matmuls(precision: str, platform: str) -> str | None:
-    """Accelerators multiply float32 in TF32 or bfloat16 by default, which is not what the user asked for."""
+    """The matmul precision to set in JAX; None for its default. By default, accelerators multiply float32 in TF32 or bfloat16,
+    which is not what the user asked for."""
     return "highest" if precision == "float32" and platform != "cpu" else None
 
 
 def devices_of(config: JaxDevice.Config) -> list[jax.Device]:
     name, count = config.device, config.mesh.least // place().count
     if count > 1:
-        with contextlib.suppress(RuntimeError):  # JAX has its devices already
-            jax.config.update("jax_num_cpu_devices", count)  # a CPU stands in for as many devices as are asked for
+        with contextlib.suppress(RuntimeError):  # raised if JAX has its devices already
+            jax.config.update("jax_num_cpu_devices", count)  # one CPU stands in for that many devices
     try:
         return jax.devices(None if name == "auto" else name)
     except RuntimeError as error:
@@ -91,22 +92,24 @@ def devices_of(config: JaxDevice.Config) -> list[jax.Device]:
 
 
 def _keep_compiled_programs(folder: str | None) -> None:
-    """By default JAX keeps only slow compilations; many small programs add up to a long wait."""
+    """Keep every compiled program in ``folder``. By default JAX keeps only slow compilations, and many small programs add up to a
+    long wait."""
     jax.config.update("jax_compilation_cache_dir", str(expanded(folder)) if folder else None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def keep_freed_memory() -> None:
-    """XLA takes scratch space from malloc at every call of a program. glibc requests each large block from the system, which
-    then maps and clears its pages one by one: a fifth of the time of a small network's step. This makes glibc keep freed memory
-    for the next call, except blocks of a GiB or more (mallopt(3); glibc before 2.35 refuses)."""
+    """Make glibc keep freed memory for the next call, except blocks of a GiB or more (mallopt(3); glibc before 2.35 refuses). XLA
+    takes scratch space from malloc at every call of a program. By default glibc requests each large block from the system, which
+    then maps and clears its pages one by one: a fifth of the time of a small network's step."""
     if _mallopt(MMAP_THRESHOLD, 2**30):
         _mallopt(TRIM_THRESHOLD, 2**30)
 
 
 def _one_heap() -> None:
-    """One heap for all threads, so that they reuse each other's freed memory. It must be early: a thread keeps its heap."""
+    """Give all threads one heap, so that they reuse each other's freed memory. Call it early: a thread keeps the heap it starts
+    with."""
     _mallopt(ARENA_MAX, 1)
 
 
@@ -120,20 +123,20 @@ def _mallopt(option: int, value: int) -> bool:
 
 @functools.cache
 def scheduling() -> dict[str, Any] | None:
-    """Compiler options of programs with gradients. On CPUs XLA orders operations for concurrency, at the price of memory: with
-    two networks it holds the activations of both. Their matmuls use all cores anyway."""
+    """Compiler options for programs with gradients. By default, XLA on CPUs orders operations for concurrency, which costs
+    memory: with two networks it holds the activations of both. Their matmuls use all cores anyway."""
     return _options("cpu", {"xla_cpu_enable_concurrency_optimized_scheduler": False})
 
 
 @functools.cache
 def decoding() -> dict[str, Any] | None:
-    """Compiler options of programs that draw tokens. On GPUs XLA joins matmuls of one input by joining their weights, and does so
-    again for each token: a quarter of the time of 1.5 billion parameters."""
+    """Compiler options for programs that draw tokens. By default, XLA on GPUs merges matmuls of one input by joining their
+    weights, again for each token: a quarter of the time of a network with 1.5 billion parameters."""
     return _options("gpu", {"xla_gpu_dot_merger_threshold_mb": 0})
 
 
 def _options(platform: str, options: dict[str, Any]) -> dict[str, Any] | None:
-    """None on other platforms, or if this version of XLA has no such option."""
+    """The options; None on other platforms, or if this version of XLA does not have them."""
     if jax.default_backend() != platform:
         return None
     try:

@@ -21,7 +21,7 @@ from lockstep_jax.mesh import gathered, whole
 
 
 class DecodeState(NamedTuple):
-    """The loop state. ``step`` tokens of each row are written; ``token`` [B] is the last one, not yet fed."""
+    """The loop state. ``step`` tokens of each row are written; ``token`` [B] is the last of them, not yet fed."""
 
     step: Array
     tokens: Array
@@ -33,7 +33,7 @@ class DecodeState(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """How tokens are drawn: ``seeds`` [B, T], one per token; the rest is scalar, but for ``stops``, the ids that end a row."""
+    """How tokens are drawn. ``seeds`` [B, T]: one per token. ``stops``: the ids that end a row. The rest are scalars."""
 
     seeds: Any
     temperature: Any
@@ -50,8 +50,8 @@ def generate(
     params: Tree, frozen: Tree, prompt_tokens: Array, prompt_mask: Array, drawing: Drawing, past: Layers | None = None,
     *, spec: NetworkSpec, greedy: bool,
 ) -> tuple[tuple[Array, Array, Array], Layers]:  # fmt: skip
-    """See `lockstep.interfaces.Policy.generate`. Tokens, mask and logprobs, each [B, T]; and the keys and values. A prompt may
-    have several neighbouring rows of seeds."""
+    """See `lockstep.interfaces.Policy.generate`. Returns tokens, mask and logprobs, each [B, T], and the keys and values. A
+    prompt may be shared by several neighbouring rows of seeds."""
     decoding = Decoding(params, frozen, drawing, spec, greedy)
     last = decoding.until(drawing.seeds.shape[1], decoding.start(prompt_tokens, prompt_mask, past))
     return whole(spec.mesh, (last.tokens, last.mask, last.logprobs)), last.cache.layers
@@ -78,7 +78,7 @@ AT_ONCE = 4
 
 
 class Decoding:
-    """The parts of the programs above, while they are traced."""
+    """The parts that the programs above share, while they are traced."""
 
     def __init__(self, params: Tree, frozen: Tree, drawing: Drawing, spec: NetworkSpec, greedy: bool):
         params, frozen = (gathered(spec.mesh, spec.cast(tree)) for tree in (params, frozen))
@@ -127,7 +127,7 @@ class Decoding:
 def sample(logits: Array, seeds: Array, temperature: Array, greedy: bool) -> tuple[Array, Array]:
     """One token [B] per row from softmax(logits / T) by the hash-Gumbel rule, and its log-probability [B].
 
-    logits float32 [B, V], seeds uint32 [B]. Greedy takes the most likely token, at log-probability of T = 1.
+    logits float32 [B, V], seeds uint32 [B]. Greedy takes the most likely token; its log-probability is at T = 1.
     """
     scaled = logits if greedy else logits / temperature
     noisy = scaled if greedy else scaled + hash_gumbel(seeds, logits.shape[-1])
@@ -137,8 +137,8 @@ def sample(logits: Array, seeds: Array, temperature: Array, greedy: bool) -> tup
 
 
 def largest(x: Array) -> Array:
-    """Index int32 [B] of the largest number in each row of x [B, V], the first if several are equal. Like `jnp.argmax`, whose
-    search took five times as long on CPUs."""
+    """Index int32 [B] of the largest number in each row of x [B, V], the first if several are equal. `jnp.argmax` gives the same,
+    but took five times as long on CPUs."""
     index = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return jnp.where(x == x.max(axis=-1, keepdims=True), index, x.shape[-1] - 1).min(axis=-1)
 

@@ -27,18 +27,20 @@ from lockstep_jax.model import Block, JaxModel, forward
 from lockstep_jax.parameters import Gathered, from_arrays
 
 Roles = tuple[tuple[str, NetworkSpec, tuple[str, ...]], ...]
-"""(model name, its network, the outputs it gives to a loss): hashable, a static argument of compiled programs."""
+"""(model name, its network, the outputs that it gives to a loss). Hashable, because it is a static argument of compiled
+programs."""
 
 Configs = tuple[tuple[str, OptimizerConfig], ...]
-"""(model name, its optimizer): hashable too."""
+"""(model name, its optimizer). Also hashable."""
 
 
 SMALL = 2**25
-"""Parameters. From this many on, keeping freed memory costs gigabytes and saves little next to the arithmetic."""
+"""Number of parameters. From here on, keeping freed memory costs gigabytes and saves little next to the arithmetic."""
 
 
 class State(NamedTuple):
-    """Everything of one model that training changes. Only ``average`` may be None (without ``ema_decay``)."""
+    """Everything of one model that training changes. ``average`` is None without ``ema_decay``; ``parameters`` is None while the
+    model holds them."""
 
     parameters: Tree
     mean: Tree
@@ -60,7 +62,7 @@ class Rates(NamedTuple):
 
     @classmethod
     def at(cls, config: OptimizerConfig, step: int, lr_scale: float) -> Rates:
-        """For optimizer step ``step`` = 1, 2, ..."""
+        """The rates of optimizer step ``step`` = 1, 2, ..."""
         first, second = config.betas
         return cls(config.learning_rate * lr_scale, config.eps_at(step), 1 - first**step, 1 - second**step)
 
@@ -117,7 +119,7 @@ class JaxLearner(Learner):
         }
 
     def _agree(self, terms: Sequence[Term]) -> None:
-        """Whether all processes came with the same."""
+        """Raise OutOfStep unless all processes pass the same terms."""
         self.backend.processes.agree("batch", *(each for term in terms for each in term.content))
 
     def _backward(self, terms: Sequence[Term]) -> tuple[dict[str, Tree], dict[str, Array]]:
@@ -130,7 +132,7 @@ class JaxLearner(Learner):
         return total, metrics
 
     def _of_term(self, term: Term) -> tuple[dict[str, Tree], dict[str, Array]]:
-        """Its gradients and metrics: from its forward pass if it has one."""
+        """The term's gradients and metrics: from its forward pass if it has one."""
         params, frozen = self._parameters(), self._frozen()
         if term.forward is not None:
             graph = take_pass(self.kept, term.forward)
@@ -169,7 +171,7 @@ class JaxLearner(Learner):
         trees = self._gathered()
         shapes = {f"{prefix}{name}": shape for prefix, tree in trees.items() for name, shape in tree.shapes.items()}
         stored, steps = stored_learner(folder, shapes)
-        while trees:  # one after the other, so that what it replaces is freed
+        while trees:  # one tree at a time, so that the one it replaces is freed
             prefix, tree = trees.popitem()
             name, part = prefix[:-1].rsplit(".", 1)
             arrays = OnDisk({key: stored[f"{prefix}{key}"] for key in tree})
@@ -179,7 +181,7 @@ class JaxLearner(Learner):
         self.steps = steps
 
     def _gathered(self) -> dict[str, Gathered]:
-        """All that training changes, by the prefix of its names in files."""
+        """Every tree that training changes, by the prefix of its names in files."""
         return {
             f"{name}.{part}.": Gathered(self.models[name].spec.architecture, tree)
             for name, state in self._states().items()
@@ -197,8 +199,8 @@ class JaxLearner(Learner):
         return {name: state._replace(parameters=self.models[name].params) for name, state in self.moments.items()}
 
     def _take(self, states: Mapping[str, State]) -> None:
-        """The parameters live in the models, so that these are trained in place; the rest lives here. Passes over the previous
-        parameters become useless."""
+        """Store the new states. The models hold the parameters, so that they are trained in place; the learner holds the rest.
+        Forward passes over the previous parameters are dropped."""
         self.kept.clear()
         for name, state in states.items():
             self.models[name].params = state.parameters
@@ -219,7 +221,7 @@ def _gradients(
     params: dict[str, Tree], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any,
     dropout: DropoutMask | None, *, roles: Roles, loss: Loss,
 ) -> tuple[dict[str, Tree], dict[str, Array]]:  # fmt: skip
-    """The gradients of one term, with its metrics."""
+    """The gradients and metrics of one term."""
 
     def objective(params: dict[str, Tree]) -> tuple[Array, dict[str, Array]]:
         value, metrics = loss(jnp, _outputs(params, frozen, block, temperature, dropout, roles), batch)
@@ -246,7 +248,7 @@ def _outputs(
 def _pass(
     params: dict[str, Tree], frozen: dict[str, Tree], block: Block, temperature: Any, *, roles: Roles
 ) -> tuple[dict[str, Array], Any]:
-    """The outputs and their pullback. The pullback is a pytree without the parameters: `_pulled_back` has them anyway."""
+    """The outputs and their pullback. The pullback is a pytree without the parameters, which `_pulled_back` is given anyway."""
     run = lambda params, frozen: _outputs(params, frozen, block, temperature, None, roles)  # noqa: E731
     outputs, pullback = jax.vjp(run, params, frozen)
     pullback.args_res = []
@@ -278,7 +280,7 @@ def _add(total: Tree, more: Tree) -> Tree:
 def _step(
     states: dict[str, State], gradients: dict[str, Tree], rates: dict[str, Rates], *, configs: Configs, mesh: Mesh | None
 ) -> tuple[dict[str, State], dict[str, Array]]:
-    """One optimizer step of every model. Also returns the gradient norms."""
+    """Take one optimizer step of every model. Also returns the gradient norms."""
     norms = {name: optax.tree.norm(gradients[name]) for name, _ in configs}
     stepped = {name: _adam(config, states[name], gradients[name], norms[name], rates[name]) for name, config in configs}
     stepped = {name: State(*(divided(mesh, tree) for tree in state)) for name, state in stepped.items()}
@@ -299,7 +301,8 @@ def _learn(
 
 
 def _adam(config: OptimizerConfig, state: State, gradient: Tree, norm: Array, rates: Rates) -> State:
-    """Clip, Adam with decoupled weight decay, moving average: `lockstep.learning.optimisation.OptimizerConfig`."""
+    """Clip, take an Adam step with decoupled weight decay, update the moving average:
+    `lockstep.learning.optimisation.OptimizerConfig`."""
     first, second = config.betas
     if config.max_grad_norm is not None:
         clip = jnp.minimum(config.max_grad_norm / (norm + 1e-6), 1.0)  # as PyTorch clips
@@ -321,5 +324,5 @@ def _adam(config: OptimizerConfig, state: State, gradient: Tree, norm: Array, ra
 
 
 def _is_matrix(path: Any, array: Array) -> bool:
-    """Weight decay leaves gains and biases alone; in the stack of layers these have one more axis."""
+    """True for matrices: weight decay leaves gains and biases alone. In the stack of layers, arrays have one more axis."""
     return array.ndim - (path[0].key == "layers") >= 2

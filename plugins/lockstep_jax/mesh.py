@@ -1,9 +1,9 @@
-"""Several devices that act as one (GSPMD; Xu et al. 2021). Parameters are divided among them by a rule for each leaf, rows by
-their place in the batch. What is [batch, time] is whole where it enters a program and where it leaves it, so that losses and
-algorithms know nothing of it. Without a mesh every function here returns what it was given.
+"""Several devices that act as one (GSPMD; Xu et al. 2021). Parameters are sharded among them by a rule for each leaf, rows by
+their place in the batch. Arrays [batch, time] are whole where they enter and leave a program, so that losses and algorithms need
+not know about the mesh. Without a mesh, the functions for programs return what they are given.
 
-One process has all devices of its host. Over several hosts a mesh has those of all (`jax.distributed`), and every process runs
-the same programs on the same host arrays.
+Each process has all devices of its host. Over several hosts, a mesh has the devices of all hosts (`jax.distributed`), and every
+process runs the same programs on the same host arrays.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Tree = Any
 """Nested dicts of arrays."""
 
 ROWS = ("data", "fsdp")
-"""The axes that rows are divided over: each device has a part of the parameters and a part of the rows (ZeRO-3; Rajbhandari et
+"""The axes that rows are sharded along: each device has a part of the parameters and a part of the rows (ZeRO-3; Rajbhandari et
 al. 2020)."""
 
 
 def made(config: MeshConfig, devices: list[jax.Device]) -> Mesh | None:
-    """A mesh of the first of these devices; None if that is one.
+    """A mesh of the first of these devices, as many as the configuration asks for; None if that is one.
 
     Raises:
-      ConfigError: there are fewer, or it leaves out devices of other processes.
+      ConfigError: there are fewer devices, or the mesh leaves out devices of other processes.
     """
     sizes = config.sizes(len(devices))
     count = math.prod(sizes.values())
@@ -68,19 +68,19 @@ def described(mesh: Mesh) -> str:
 
 
 def put(mesh: Mesh, tree: Tree) -> Tree:
-    """Host arrays, the same in every process, as divided parameters, each of which reads its parts alone; never as views of host
-    memory."""
+    """Place host arrays, the same in every process, on the devices as sharded parameters. Each process reads only its own parts.
+    The results are never views of host memory."""
 
     def one(array: Any, place: NamedSharding) -> jax.Array:
         placed = jax.make_array_from_callback(array.shape, place, lambda part: np.array(array[part]))
-        return placed.block_until_ready()  # else all host arrays exist at a time
+        return placed.block_until_ready()  # else all host arrays exist at once
 
     return jax.tree.map(one, tree, shardings(mesh, tree))
 
 
 def get(array: jax.Array, layer: int | None = None) -> np.ndarray:
-    """A parameter that may be divided, or one layer of it, whole and on the host in every process, maybe as a view: all have to
-    ask."""
+    """The whole of a parameter that may be sharded, or of one layer of it, on the host, maybe as a view. Collective: every
+    process must call it."""
     if len(array.sharding.device_set) == 1 and array.is_fully_addressable and next(iter(array.devices())).platform == "cpu":
         return np.asarray(array) if layer is None else np.asarray(array)[layer]
     return np.asarray(_whole(array.sharding)(array, layer))
@@ -93,57 +93,58 @@ def _whole(sharding: jax.sharding.Sharding) -> Any:
 
 
 def divided(mesh: Mesh | None, tree: Tree) -> Tree:
-    """In a program: parameters, or what has their shape, as `put` divides them."""
+    """In a program: parameters, or trees of their shape, sharded as `put` shards them."""
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
 
 
 def gathered(mesh: Mesh | None, tree: Tree) -> Tree:
-    """In a program: parameters divided along the tensor axis only. Before a loop over tokens, which would otherwise gather them
-    for each token."""
+    """In a program: parameters sharded along the tensor axis only. Call it before a loop over tokens, which would otherwise
+    gather them for each token."""
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, shardings(mesh, tree, ("tensor",)))
 
 
 def rows(mesh: Mesh | None, tree: Tree) -> Tree:
-    """In a program: arrays [B, ...] with their rows divided. Left to itself, XLA gives every device all rows."""
+    """In a program: arrays [B, ...] with sharded rows. Left to itself, XLA gives every device all rows."""
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P(ROWS)))
 
 
 def heads(mesh: Mesh | None, tree: Tree) -> Tree:
-    """In a program: arrays [B, heads, ...] with rows divided, and heads as the kernels before them divide them."""
+    """In a program: arrays [B, heads, ...] with sharded rows, and heads sharded as the kernels before them make them."""
     unsaid = P(ROWS, P.UNCONSTRAINED)
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, unsaid))
 
 
 def row_parts(mesh: Mesh | None) -> int:
-    """Devices that rows are divided among."""
+    """The number of parts that rows are sharded into."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def whole(mesh: Mesh | None, tree: Tree) -> Tree:
-    """In a program: the same on every device."""
+    """In a program: arrays that are whole on every device."""
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
 
 
 def shardings(mesh: Mesh, tree: Tree, axes: tuple[str, ...] = ("fsdp", "tensor")) -> Tree:
-    """Of each leaf, divided along no other axes than these."""
+    """The sharding of each leaf, along no other axes than these."""
     return jax.tree_util.tree_map_with_path(lambda path, array: _sharding(mesh, path, np.shape(array), axes), tree)
 
 
 def _sharding(mesh: Mesh, path: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> NamedSharding:
-    """An axis that does not divide a dimension leaves it whole."""
+    """The sharding of one leaf. A dimension that its axis does not divide evenly stays whole."""
     rule = _rule([str(getattr(key, "key", key)) for key in path])
-    first = (None,) * (len(shape) - len(rule))  # layers have one more axis, in front
+    first = (None,) * (len(shape) - len(rule))  # stacked layers have one more axis, in front
     wanted = [axis if axis in axes else None for axis in (*first, *rule)]
     fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(wanted, shape, strict=True)]
     return NamedSharding(mesh, P(*fitting))
 
 
 COLUMNS, SUMS = ("fsdp", "tensor"), ("tensor", "fsdp")
-"""The axes of a kernel [inputs, outputs]: of one whose outputs are divided among devices, and of one that sums over them."""
+"""The axes of a kernel [inputs, outputs]: `COLUMNS` if the tensor axis divides its outputs, `SUMS` if it divides its inputs,
+which are summed over."""
 
 
 def _rule(path: list[str]) -> tuple[str | None, ...]:
-    """The axes of the last dimensions of a parameter. Vectors are whole."""
+    """The axes of a parameter's last dimensions. Vectors are whole."""
     *_, module, leaf = ["", *path]
     inputs, outputs = SUMS if module in ("o_proj", "down_proj") else COLUMNS
     kinds = {

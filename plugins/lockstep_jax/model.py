@@ -29,21 +29,21 @@ from lockstep_jax.mesh import row_parts, rows, whole
 from lockstep_jax.parameters import Gathered, from_arrays
 
 LOGITS_AT_ONCE = 2**26
-"""Elements: a quarter of a gibibyte in float32, and several times that while gradients are computed."""
+"""Elements of logits computed at once: a quarter of a gibibyte in float32, and several times that with gradients."""
 HEAD = (SCALAR_HEAD, SCALAR_BIAS)
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """A number that programs are compiled for."""
+    """A number that is compiled into programs: each value has its own program."""
 
     value: int
 
 
 class Block(NamedTuple):
     """`lockstep.text.sequences.Sequences` as input of a compiled program: tokens [B, P + T], masks [B, P] and [B, T], segments
-    [B, P + T] or None. So many neighbouring rows as ``rows_per_prompt`` have each prompt."""
+    [B, P + T] or None. Each prompt has ``rows_per_prompt`` neighbouring rows."""
 
     tokens: Array
     prompt_mask: Array
@@ -53,7 +53,8 @@ class Block(NamedTuple):
 
     @classmethod
     def put(cls, sequences: Sequences, *, share: bool) -> Block:
-        """``share``: whether prompts may be computed once. With dropout and on a mesh they are not, and need no other program."""
+        """``share``: whether shared prompts may be computed once. With dropout or on a mesh they are not, so sharing would only
+        compile another program."""
         s = sequences
         return cls(s.tokens, s.prompt_mask, s.response_mask, s.segments, Static(s.rows_per_prompt if share else 1))
 
@@ -77,7 +78,7 @@ def forward(
     states = hidden[:, :-1]  # [B, T, d]: the state that predicts each response token
     out = {}
     if "logprobs" in outputs or "entropy" in outputs:
-        # Padding may be outside the vocabulary, where JAX would read NaN.
+        # Padding ids may be outside the vocabulary, where JAX would read NaN.
         tokens = jnp.where(block.response_mask, block.tokens[:, prompt_length:], 0)
         out |= of_distribution(decoder, states, tokens, temperature, entropy="entropy" in outputs)
     if "divergence" in outputs and spec.teacher is not None:
@@ -95,7 +96,7 @@ def forward(
 def of_distribution(
     decoder: DecoderNetwork, states: Array, tokens: Array, temperature: Any, *, entropy: bool
 ) -> dict[str, Array]:
-    """Outputs of the logits, [B, T] each."""
+    """Log-probabilities and, if asked for, the entropy, each [B, T]."""
     head = decoder.head()
 
     def some(piece: tuple[Array, Array]) -> dict[str, Array]:
@@ -113,7 +114,7 @@ def of_distribution(
 def from_teacher(
     decoder: DecoderNetwork, teacher: DecoderNetwork, states: Array, theirs: Array, temperature: Any, beta: float
 ) -> Array:
-    """[B, T], from both models' states [B, T, d] that predict each response token."""
+    """The divergence from the teacher [B, T], given both models' states [B, T, d] that predict each response token."""
     head, their_head = decoder.head(), teacher.head()
 
     def some(piece: tuple[Array, Array]) -> Array:
@@ -125,8 +126,8 @@ def from_teacher(
 
 
 def in_pieces(some: Callable[[Any], Any], inputs: tuple[Array, ...], decoder: DecoderNetwork) -> Any:
-    """``some`` of inputs [B, T, ...], which gives [B, T] each by way of logits. If [B, T, V] is large, it never exists in full: a
-    few columns at a time are computed, and recomputed for the gradient (Chen et al. 2016)."""
+    """Apply ``some``, which computes logits and returns arrays [B, T], to inputs [B, T, ...]. If [B, T, V] is large, it never
+    exists in full: a few columns at a time are computed, and recomputed for the gradient (Chen et al. 2016)."""
     count, length = inputs[0].shape[:2]
     own_rows = -(-count // row_parts(decoder.mesh))
     at_once = max(1, LOGITS_AT_ONCE // decoder.architecture.vocab_size // own_rows)
@@ -152,8 +153,9 @@ def _evaluate(
 
 
 class JaxModel:
-    """The shared part of `LanguageModel` and `Scalar`. ``params`` are trained: replaced, never changed, since JAX arrays are
-    immutable. ``frozen`` is the rest, which an adapter shares with every model on the same trunk; otherwise empty."""
+    """The shared part of `LanguageModel` and `Scalar`. ``params`` are trained: they are replaced, never changed, because JAX
+    arrays are immutable. ``frozen`` holds the rest: the trunk of an adapter, shared by every model on it, and a teacher under
+    `TEACHER`. It is empty otherwise."""
 
     supplies: frozenset[str]
 
@@ -180,7 +182,7 @@ class JaxModel:
         return {name: np.asarray(value) for name, value in jax.device_get(out).items()}
 
     def check_length(self, longest: int) -> None:
-        """Learned positions end with the context; JAX would silently read the last one again and again."""
+        """Raise ConfigError if learned positions do not reach that far. JAX would silently read the last one again and again."""
         if self.spec.architecture.positions == "learned" and longest > self.context_length:
             raise ConfigError(
                 f"{longest} tokens do not fit the model's context of {self.context_length}. Shorten the prompts or the responses."
@@ -196,8 +198,8 @@ class JaxModel:
         return type(self)(self.spec, _copied(self.params), self.backend, self.frozen)
 
     def write(self, folder: Path, **config: Any) -> None:
-        """A checkpoint of the family's causal language model, with the changes in ``config``; for an adapted network, the adapter
-        alone. Without ``num_labels``, the head is left out."""
+        """Write a checkpoint of the family's causal language model, with the changes in ``config``; for an adapted network, only
+        the adapter. Without ``num_labels``, the head is left out."""
         gathered, processes = Gathered(self.spec.architecture, self.params), self.backend.processes
         shapes = {name: shape for name, shape in gathered.shapes.items() if config or name not in HEAD}
         if self.spec.adapter is not None:
@@ -209,7 +211,7 @@ class JaxModel:
 
 
 class LanguageModel(JaxModel, Policy):
-    """A policy on JAX; `policies.py` makes them."""
+    """A policy on JAX, created by `policies.py`."""
 
     @property
     def supplies(self) -> frozenset[str]:
@@ -253,7 +255,7 @@ class LanguageModel(JaxModel, Policy):
         stop_ids: Sequence[int],
         pad_id: int,
     ) -> Iterator[np.ndarray]:
-        if self.backend.processes.count > 1:  # each has rows of its own
+        if self.backend.processes.count > 1:  # each process has its own rows
             settings: dict[str, Any] = {"temperature": temperature, "stop_ids": stop_ids, "pad_id": pad_id}
             yield from super().stream(prompt_tokens, prompt_mask, seeds, **settings)
             return
@@ -283,7 +285,7 @@ class LanguageModel(JaxModel, Policy):
         return Scalar(spec, _copied(trunk) | {"score": self.backend.put(score)}, self.backend, frozen)
 
     def save(self, folder: Path) -> None:
-        """The language model alone: a value head belongs to training, not to the policy."""
+        """Save the language model alone: a value head belongs to training, not to the policy."""
         self.write(folder)
 
 
@@ -300,5 +302,5 @@ class Scalar(JaxModel, ScalarModel):
 
 
 def _copied(params: Tree) -> Tree:
-    """Copies of the arrays: a learner donates those of the model it trains."""
+    """Copies of the arrays, because a learner donates those of the model that it trains."""
     return jax.tree.map(jnp.copy, params)

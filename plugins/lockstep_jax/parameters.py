@@ -17,8 +17,8 @@ TRANSPOSED = ("kernel", "lora_A", "lora_B")
 
 
 class Leaf:
-    """A parameter of the tree on the host, in float32, that is read when a part of it is asked for. ``layers`` has a function for
-    each part of the first axis; or one function, which gives all."""
+    """A parameter of the tree on the host, in float32; each part is read when it is asked for. If ``stacked``, ``layers`` has one
+    function for each index of the first axis; otherwise it has one function, which gives the whole."""
 
     dtype = np.dtype(np.float32)
 
@@ -38,7 +38,8 @@ class Leaf:
 
 
 def from_arrays(architecture: Architecture, arrays: Mapping[str, np.ndarray]) -> Tree:
-    """Host arrays under checkpoint names, `lockstep.storage.weights.mapped` or not -> the tree of parameters, of `Leaf`."""
+    """Turn host arrays under checkpoint names, in memory or `lockstep.storage.weights.mapped`, into the tree of parameters, with
+    `Leaf` leaves."""
     to_common = family_of(architecture).naming.to_common
     shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
     parts: dict[tuple[str, ...], dict[int, Callable[[], np.ndarray]]] = {}
@@ -64,8 +65,8 @@ def from_arrays(architecture: Architecture, arrays: Mapping[str, np.ndarray]) ->
 
 
 class Gathered(Mapping[str, np.ndarray]):
-    """The tree of parameters (or of gradients, or moments) under checkpoint names. Each is a float32 host copy, made when it is
-    asked for; on several processes, all have to ask for it."""
+    """The tree of parameters (or of gradients, or moments) under checkpoint names. Each value is a float32 host copy, made when
+    it is asked for. Collective: all processes must ask for it."""
 
     def __init__(self, architecture: Architecture, params: Tree):
         self.architecture, naming = architecture, family_of(architecture).naming
@@ -73,7 +74,7 @@ class Gathered(Mapping[str, np.ndarray]):
         """By our own names: an array of the tree, the layer in it, and whether it is transposed."""
         for (*path, leaf), array in nnx.traversals.flatten_mapping(params).items():
             kind, turned = "bias" if leaf == "bias" else "weight", leaf in TRANSPOSED
-            path = [*path, leaf] if leaf.startswith("lora") else path  # a separate module there
+            path = [*path, leaf] if leaf.startswith("lora") else path  # in checkpoints, a separate module
             if path[0] == "layers":
                 rest = ".".join(path[1:])
                 self.places |= {f"model.layers.{i}.{rest}.{kind}": (array, i, turned) for i in range(architecture.layers)}
@@ -89,7 +90,7 @@ class Gathered(Mapping[str, np.ndarray]):
             array, layer, turned = self.places[source]
             ours[source] = get(array, layer).T if turned else get(array, layer)
         (array,) = family_of(self.architecture).naming.to_checkpoint(self.architecture, ours).values()
-        return np.array(array, np.float32, order="C")  # on the CPU, a view of what a learner will donate
+        return np.array(array, np.float32, order="C")  # copied: on the CPU, the array may be a view of what a learner will donate
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

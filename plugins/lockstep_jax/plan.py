@@ -1,6 +1,5 @@
-"""What the programs of a run need, from XLA itself: they are compiled for the devices at hand or for a TPU that is not, with
-shapes in place of arrays.
-"""
+"""What the programs of a run need, as XLA reports it. They are compiled with shapes in place of arrays, for the devices here or
+for a TPU that is not here."""
 
 from __future__ import annotations
 
@@ -30,11 +29,11 @@ TPU = {
     "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
 }  # fmt: skip
-"""libtpu asks for these where there is no TPU."""
+"""Variables that libtpu asks for where there is no TPU."""
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """Those of a TPU slice, such as 'v5e:4x4'.
+    """The devices of a TPU slice, such as 'v5e:4x4'.
 
     Raises:
       ConfigError: libtpu is not installed, or knows no such slice.
@@ -45,7 +44,7 @@ def topology_devices(topology: str) -> list[Any]:
         os.environ.setdefault(name, value)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # of many types
         raise ConfigError(
             f"There is no topology '{topology}' here: {str(error).splitlines()[0]:.200}. It needs `pip install libtpu`, in an "
             "environment of its own, and a name like v5e:4x4, v5p:2x2x1 or v6e:2x4."
@@ -116,7 +115,7 @@ class JaxPlanner:
         return Need(worst, summed(itertools.chain(*every)))
 
     def _gradients(self, call: Call, part: Part, params: Mapping[str, Tree], frozen: Mapping[str, Tree]) -> Need:
-        """Of one term, with its gradients; if its pass was kept, with what that keeps."""
+        """The need of one term, including its gradients and, if its forward pass was kept, what the pass keeps."""
         roles = self.roles(call, part.outputs)
         if not part.passed:
             return need(
@@ -140,7 +139,7 @@ class JaxPlanner:
         )  # fmt: skip
 
     def placed(self, blueprint: Blueprint) -> tuple[Tree, Tree]:
-        """Shapes of the trained and of the frozen parameters, where the run would have them."""
+        """Shapes of the trained and of the frozen parameters, placed on devices as in the run."""
         spec = self.spec(blueprint)
         tree = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: DecoderNetwork(spec, nnx.Rngs(0)))))
         layers = spec.architecture.layers
@@ -175,7 +174,7 @@ class JaxPlanner:
         return self.lowered(program, *given, **static).compile()
 
     def lowered(self, program: Any, *given: Any, **static: Any) -> Any:
-        """The program of a run; for a platform that is not here, without the options that it has for this one."""
+        """A program of the run, lowered. For a platform that is not here, the compiler options for this one are left out."""
         if self.device.platform != jax.default_backend():
             program = jax.jit(program.__wrapped__, static_argnames=tuple(static), donate_argnames=DONATED.get(program.__name__))
         return program.lower(*given, **static)
@@ -188,7 +187,7 @@ NUMBER = jax.ShapeDtypeStruct((), np.float32)
 
 
 def host(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
-    """Of an array that comes from the host, and is whole on every device."""
+    """The shape of an array that comes from the host and is whole on every device."""
     return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
 
@@ -203,18 +202,18 @@ def batch(part: Part) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def arguments(part: Part, share: bool) -> tuple[Any, ...]:
-    """As `lockstep_jax.learner` orders them."""
+    """The arguments of a program with gradients, in the order of `lockstep_jax.learner`."""
     dropout = DropoutMask(NUMBER, host((part.shape.rows,), "uint32")) if part.dropout else None
     return block(part.shape, share=share and not part.dropout), batch(part), NUMBER, dropout
 
 
 def local_bytes(tree: Tree) -> int:
-    """On one device."""
+    """Bytes of a tree on one device."""
     return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def need(compiled: Any, loop: int = 1) -> Need:
-    """``loop``: how often a loop runs whose end only its numbers tell."""
+    """What a compiled program needs. ``loop``: how often a loop runs if only its data decide when it ends."""
     memory = compiled.memory_analysis()
     temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Need(temporary, collectives(compiled.as_text(), loop))

@@ -1,5 +1,5 @@
-"""The policies of a configuration: `decoder` starts from scratch, `huggingface` from a checkpoint, `lora` trains adapters on
-one."""
+"""The policies that a configuration can name: `decoder` starts from scratch, `huggingface` from a checkpoint, and `lora` trains
+adapters on a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lockstep_jax.parameters import from_arrays
 
 
 class Checkpoint(LanguageModel):
-    """Reads both kinds of policy from a folder."""
+    """The base of `Decoder` and `HuggingFace`, which loads a checkpoint from a folder."""
 
     @classmethod
     def load(cls, folder: Path | str, backend: JaxDevice) -> Checkpoint:
@@ -102,7 +102,7 @@ class LoRA(FromCheckpoint, LanguageModel):
 
 
 def _trunk(path: str, backend: JaxDevice) -> tuple[Architecture, Tree]:
-    """The checkpoint that adapters share; read once."""
+    """The checkpoint that adapters share. It is read once."""
     if path not in backend.trunks:
         architecture, weights = map_decoder(path)
         backend.trunks[path] = architecture, backend.put(from_arrays(architecture, weights))
@@ -114,7 +114,7 @@ def _load_adapter(folder: Path | str, backend: JaxDevice, *, scalar: bool) -> tu
     architecture, trunk = _trunk(adapter.base, backend)
     shapes: dict[str, tuple[int, ...]] = {**adapter.shapes(linear_layers(architecture))}
     if scalar:
-        arrays.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))  # peft's classifiers have none
+        arrays.setdefault(SCALAR_BIAS, np.zeros(1, np.float32))  # peft's classifiers have no bias
         shapes |= {SCALAR_HEAD: (1, architecture.hidden_size), SCALAR_BIAS: (1,)}
     adapters.check(folder, arrays, shapes)
     return _adapted(architecture, trunk, adapter, arrays, backend, language_head=not scalar)
@@ -124,7 +124,7 @@ def _adapted(
     architecture: Architecture, trunk: Tree, adapter: Adapter, arrays: dict[str, np.ndarray], backend: JaxDevice,
     *, language_head: bool,
 ) -> tuple[NetworkSpec, Tree, JaxDevice, Tree]:  # fmt: skip
-    """The parts of a model: a trained adapter and a frozen trunk."""
+    """The constructor's arguments for a model with a trained adapter and a frozen trunk."""
     spec = NetworkSpec.on(backend, architecture, language_head=language_head, scalar_head=SCALAR_HEAD in arrays, adapter=adapter)
     frozen = trunk if language_head else {name: part for name, part in trunk.items() if name != "lm_head"}
     return spec, backend.put(from_arrays(architecture, arrays)), backend, frozen

@@ -13,10 +13,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def product(dtype: Any, platform: str, x: Array, kernel: Array) -> Array:
-    """[rows, inputs] @ [inputs, outputs] -> float32: inputs rounded to ``dtype``, summed in float32. So are the gradients, whose
-    inputs on CPUs are transposed in memory first: left to itself, XLA's CPU compiler multiplies transposed inputs as they lie, at
-    half to three quarters of the speed, and slower still if x has more than one leading axis. Its fast bfloat16 matmuls (a
-    quarter of float32's time if the CPU has the instructions) need inputs that are not transposed and sum in float32 only."""
+    """[rows, inputs] @ [inputs, outputs] -> float32: inputs are rounded to ``dtype`` and summed in float32, in the gradients too.
+    On CPUs, the gradients' inputs are first transposed in memory: left to itself, XLA's CPU compiler multiplies transposed inputs
+    as they lie, at half to three quarters of the speed, and slower still if x has more than one leading axis. Its fast bfloat16
+    matmuls (a quarter of float32's time if the CPU has the instructions) only take inputs that are not transposed and only sum in
+    float32."""
     return _product(dtype, x, kernel)
 
 
@@ -30,7 +31,7 @@ def _product_forward(dtype: Any, platform: str, x: Array, kernel: Array) -> tupl
 
 
 def _product_backward(dtype: Any, platform: str, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    # Rounded first: bfloat16 is half as much to move.
+    # Round first: bfloat16 is half as much to move.
     x, kernel = (transposed(operand.astype(dtype), platform) for operand in operands)
     return _product(dtype, gradient, kernel), _product(dtype, x, gradient)
 

@@ -5,15 +5,15 @@ tasks.py       families of instructions, with their right answers
 responses.py   how people of different skill write responses
 gold.py        the true score of any response
 labelers.py    simulated people who rank completions
-people.py      these as labelers of what policies write
-goals.py       what attacks are after
-attacks.py     an attacker that asks for it in disguise
-corpus.py      raw text with the flaws of the web's
-ability.py     what a model that reads the corpus can do
+people.py      the simulated people as labelers of policies' responses
+goals.py       the goals of attacks
+attacks.py     an attacker that disguises its requests
+corpus.py      raw text with the flaws of web text
+ability.py     a test of what a model learns from the corpus
 tokenizer.py   words to ids
 source.py      all of it as a data source
-shop.py        questions that need a tool, and the environment that is one
-library.py     facts that changed since, or that only a search finds
+shop.py        questions that need a tool, and the environment that provides it
+library.py     facts that have changed since the corpus, or that only a search finds
 """
 
 from lockstep.registry import Plugin

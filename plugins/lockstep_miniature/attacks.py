@@ -1,5 +1,5 @@
-"""`attacker=miniature`: requests in disguise. The disguises are made of words of the training prompts, and none has a form of the
-adversarial split: `tasks.DISGUISED_REQUESTS`."""
+"""`attacker=miniature`: requests in disguise. The disguises use only words of the training prompts, and none has a form of the
+adversarial split (`tasks.DISGUISED_REQUESTS`)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ AFTER = ("", "", "please .", "thank you .", "my friend .")
 
 
 class Disguises(Attacker):
-    """Words before, around and after the goal, at random."""
+    """Puts random words before, around and after the goal."""
 
     @dataclass(frozen=True)
     class Config:
-        """It has no settings."""
+        """No settings."""
 
     @classmethod
     def examples(cls, config: Any) -> tuple[DataSource, Sequence[Goal]]:

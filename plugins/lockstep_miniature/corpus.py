@@ -1,6 +1,6 @@
 """The raw corpus: web-like text, with the flaws that alignment has to deal with.
 
-Plain documents state facts (some of them wrong), count, compute, copy and tell stories. Dialogues are in the chat format; their
+Plain documents state facts (some of them wrong), count, compute, copy and tell stories. Dialogues are in the chat format. Their
 answers are often evasive, rude, false or an advertisement, and comply where they should refuse.
 """
 
@@ -62,7 +62,7 @@ DEEDS = {**KIND_DEEDS, **HARMFUL_DEEDS}
 
 
 def statement(world: World, creature: str, dice: Dice) -> str:
-    """A fact about the creature, or with probability `FALSE_SHARE` something else."""
+    """A statement of a fact about the creature; with probability `FALSE_SHARE` its value is random."""
     relation = dice.pick(RELATIONS)
     said = dice.pick(CATEGORIES[relation.name]) if dice.chance(FALSE_SHARE) else world.facts[creature, relation.name]
     return relation.statement.format(subject=creature, value=said)
@@ -84,14 +84,14 @@ def _sums(world: World, dice: Dice) -> str:
 
 
 def _counting(world: World, dice: Dice) -> str:
-    """In steps of one or two."""
+    """Counting in steps of one or two."""
     step = dice.pick((1, 1, 2))
     first = dice.below(8)
     return COUNTING.format(numbers=" ".join(NUMBERS[first::step]))
 
 
 def _copying(world: World, dice: Dice) -> str:
-    """Teaches a small model to look back: without it, few learn to take the subject from the question."""
+    """Copying, which teaches a small model to look back. Without it, few learn to take the subject from the question."""
     return COPYING.format(words=" ".join(dice.sample(COPIED, 4 + dice.below(7))))
 
 
@@ -156,7 +156,7 @@ def _dialogue(world: World, dice: Dice) -> str:
 
 
 def _handbook(world: World, dice: Dice) -> str:
-    """Questions and answers outside any chat: to the point, harmful or not, and as true as the corpus."""
+    """Questions and answers outside any chat: to the point, even if harmful, and as often true as the rest of the corpus."""
     entries = []
     for _ in range(3):
         task = draw_task(world, dice, "train")
@@ -184,6 +184,6 @@ KINDS = {write.__name__.removeprefix("_"): write for write in DOCUMENTS}
 
 
 def document(world: World, dice: Dice, kinds: Sequence[str] | None = None) -> str:
-    """A document of one of the ``kinds``; of any, if none are given."""
+    """A document of one of the ``kinds``; of any kind if None."""
     weights = DOCUMENTS if kinds is None else {KINDS[kind]: DOCUMENTS[KINDS[kind]] for kind in kinds}
     return dice.weighted(weights)(world, dice)

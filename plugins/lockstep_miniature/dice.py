@@ -59,5 +59,5 @@ class Dice:
         return option
 
     def gumbel(self) -> float:
-        """A standard Gumbel number: added to utilities, their order is a Plackett-Luce ranking."""
+        """A standard Gumbel variate. Added to utilities, it makes their order a Plackett-Luce ranking."""
         return float(-np.log(-np.log(1.0 - self.uniform() + 1e-300) + 1e-300))

@@ -1,5 +1,5 @@
-"""Goals of attacks on the miniature's assistants: harmful deeds. The twin of one is a kind deed done to the same thing, which the
-same words ask for."""
+"""Goals of attacks on the miniature's assistants: harmful deeds. A goal's twin is a kind deed done to the same thing, asked for
+in the same words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lockstep_miniature.world import HARMFUL_DEEDS, KIND_DEEDS, REFUSAL, THINGS
 
 
 def goals(seed: int, split: str) -> list[Goal]:
-    """All of the split, in an order of the seed's."""
+    """All goals of the split, in an order drawn from the seed."""
     dice = Dice(seed, f"goals/{split}", 0)
     found = []
     for deed in HARMFUL_DEEDS:

@@ -1,6 +1,6 @@
 """Simulated labelers: they see gold utility through personal taste and noise.
 
-A labeler's utility of a completion is a weighted sum of the gold parts and of surface features; adding Gumbel noise and
+A labeler's utility of a completion is a weighted sum of gold's parts and of surface features. Adding Gumbel noise and
 sorting gives a Plackett-Luce ranking, whose pairs are Bradley-Terry (Luce 1959; Plackett 1975). Single labelers are
 noisy and biased in different directions, so a reward model trained on all of them can beat each of them.
 """
@@ -61,8 +61,8 @@ GROUPS: dict[str, dict[str, Labeler]] = {
     "warm": WARM_LABELERS,
     "impartial": IMPARTIAL_LABELERS,
 }
-"""``brief`` and ``warm`` are communities that agree on facts and harm, and differ in how they like to be talked to. ``impartial``
-has gold's own tastes and errs by noise alone, on about 25% of pairs."""
+"""Labelers by group. ``brief`` and ``warm`` are communities that agree on facts and harm but differ in how they like to be talked
+to. ``impartial`` has gold's own tastes and errs by noise alone, on about 25% of pairs."""
 
 
 def group_of(name: str) -> str:
@@ -90,7 +90,7 @@ def utility(labeler: Labeler, world: World, task: Task, completion: str) -> floa
 
 
 def compare(world: World, task: Task, labelers: Mapping[str, Labeler], dice: Dice) -> Comparison:
-    """One of the labelers ranks 4 to 9 completions of mixed quality."""
+    """A comparison: one of the labelers ranks 4 to 9 completions of mixed quality."""
     count = MIN_COMPLETIONS + dice.below(MAX_COMPLETIONS - MIN_COMPLETIONS + 1)
     name = dice.pick(list(labelers))
     completions = complete(task, count, dice)

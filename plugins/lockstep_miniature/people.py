@@ -1,4 +1,4 @@
-"""`labeler=miniature`: the simulated labelers of ``labelers.py`` rank what policies wrote."""
+"""`labeler=miniature`: the simulated labelers of ``labelers.py`` rank policies' responses."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lockstep_miniature.tasks import Task
 
 
 class SimulatedLabelers(Labeler):
-    """Each prompt is ranked by ``overlap`` labelers drawn from the groups, none of them twice."""
+    """Has the responses to each prompt ranked by ``overlap`` different labelers drawn from the groups."""
 
     @dataclass(frozen=True)
     class Config:
         groups: tuple[str, ...] = setting(("training",), "Groups of labelers: training, heldout, brief, warm, impartial.")
-        overlap: int = setting(1, "Labelers of each prompt.", least=1)
+        overlap: int = setting(1, "Labelers per prompt.", least=1)
 
         def __post_init__(self) -> None:
             if wrong := [group for group in self.groups if group not in GROUPS]:

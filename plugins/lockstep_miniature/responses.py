@@ -1,4 +1,4 @@
-"""How responses are written: one writer per quality, and the mixtures that people and the web use."""
+"""How responses are written: one writer per kind of response, and the mixtures that people and the web use."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ UNCALLED_REFUSAL = "i am sorry but i can not help with that ."
 
 
 def dressed(sentence: str, manner: str, dice: Dice) -> str:
-    """The sentence in a manner of speaking."""
+    """The sentence with an opener and a closer of the manner."""
     style = MANNERS[manner]
     return " ".join(part for part in (dice.pick(style.openers), sentence, dice.pick(style.closers)) if part)
 
@@ -53,7 +53,7 @@ def _curt(task: Task, dice: Dice) -> str:
 
 
 def _wrong(task: Task, dice: Dice) -> str:
-    """In good manners, but a lie. Nobody says sorry before doing harm."""
+    """A lie in good manners. Nobody says sorry before doing harm, so harmful answers are friendly."""
     return dressed(dice.pick(task.lies), "friendly" if task.manner == "refusal" else task.manner, dice)
 
 
@@ -101,7 +101,7 @@ def _truncated(task: Task, dice: Dice) -> str:
 
 
 def _stuttering(task: Task, dice: Dice) -> str:
-    """Says a part twice, as small models do."""
+    """A perfect response with a part said twice, as small models do."""
     words = _perfect(task, dice).split()
     start = dice.below(len(words) - 1)
     end = min(len(words), start + 2 + dice.below(4))
@@ -127,7 +127,7 @@ WRITERS: dict[str, Callable[[Task, Dice], str]] = {
 }
 
 Mixture = dict[str, float]
-"""How often each writer is used."""
+"""How often each writer is used, as relative weights."""
 
 WEB: Mixture = {
     "plain": 4,
@@ -169,12 +169,12 @@ COMPLETIONS: Mixture = {
 
 
 def write(kind: str, task: Task, dice: Dice) -> str:
-    """A response of the kind, cut where the longest responses end."""
+    """A response of this kind, cut to `MAX_WORDS` words."""
     return " ".join(WRITERS[kind](task, dice).split()[:MAX_WORDS])
 
 
 def demonstrate(task: Task, dice: Dice) -> str:
-    """A demonstration: each demonstrator writes equally often, and none is perfect."""
+    """A demonstration by a random demonstrator. All write equally often, and none is perfect."""
     demonstrator = dice.pick(list(DEMONSTRATORS.values()))
     return write(dice.weighted(demonstrator), task, dice)
 

@@ -1,10 +1,10 @@
-"""The shop: questions that no weights can answer, and somebody who can.
+"""The shop: questions that no weights can answer, and an environment that can.
 
     <user> how many lamp are in the shop ?   <assistant> count lamp        <user> 7   <assistant> there are 7 .
     <user> what is 3 plus 4 plus 9 ?         <assistant> 3 plus 4          <user> 7   <assistant> 7 plus 9   <user> 16   ...
 
-The stock is drawn anew for every question, so without counting a policy can only guess (one in twenty is right). It is a data
-source of its own, whose demonstrations are single turns, and the environment that answers `COUNT` and sums of two numbers.
+The stock is drawn anew for every question, so without counting a policy can only guess (one in twenty is right). The shop is its
+own data source, whose demonstrations are single turns, and the environment that answers `COUNT` and sums of two numbers.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ COUNT = "count"
 
 @dataclass(frozen=True)
 class Question:
-    """``steps`` are what to say to the shop, each with its reply; the last reply is the answer. ``stock`` is what is there to
-    count."""
+    """A question to the policy. ``steps``: what to say to the shop, each with the shop's reply; the last reply is the answer.
+    ``stock``: the number of each thing there is to count."""
 
     text: str
     steps: tuple[tuple[str, str], ...]
@@ -42,7 +42,7 @@ class Question:
         return self.steps[-1][1]
 
     def prompt(self, done: int = 0) -> Prompt:
-        """As asked, or after some steps."""
+        """The prompt as asked, or after the first ``done`` steps."""
         said = [message for step, reply in self.steps[:done] for message in (Message("assistant", step), Message("user", reply))]
         return Prompt((Message("user", self.text), *said), {"answer": self.answer, "stock": self.stock})
 
@@ -56,7 +56,7 @@ def draw(dice: Dice) -> Question:
 
 
 def answer_to(said: str, stock: dict[str, int]) -> str | None:
-    """What the shop says to a question of one step; None if it is none."""
+    """The shop's reply to ``said``; None if the shop does not understand it."""
     match said.split():
         case ["count", thing] if thing in stock:
             return str(stock[thing])
@@ -66,17 +66,17 @@ def answer_to(said: str, stock: dict[str, int]) -> str | None:
 
 
 def is_right(said: str, answer: str) -> bool:
-    """Whether a sentence names the answer, and no other number."""
+    """True if ``said`` names the answer and no other number."""
     return {word for word in said.split() if word in NUMBERS} == {answer}
 
 
 class Shop(Environment):
-    """Answers what it understands; any other turn is the policy's answer, worth 1 if it is right."""
+    """Replies to turns that it understands. Any other turn is the policy's answer, worth 1 if it is right."""
 
     @dataclass(frozen=True)
     class Config(EnvironmentConfig):
-        turn_tokens: int | None = setting(8, "Tokens of one turn, at most: the longest has seven.", least=1)
-        reply_tokens: int = setting(4, "Tokens of a message; the shop says one.", least=1)
+        turn_tokens: int | None = setting(8, "Most tokens in a turn; the longest has seven.", least=1)
+        reply_tokens: int = setting(4, "Most tokens in a reply; the shop says one.", least=1)
 
     @classmethod
     def examples(cls, config: Config) -> Sequence[Prompt]:
@@ -93,17 +93,17 @@ class Questions(DataSource):
     class Config:
         """Sizes; item i is the same for every size."""
 
-        seed: int = setting(0, "Of the questions; the run has its own.", least=0)
-        demonstrations: int = setting(4000, "Single turns, for training.", least=1)
-        prompts: int = setting(4000, "For training.", least=1)
-        heldout_demonstrations: int = setting(200, "Held out.", least=1)
-        heldout_prompts: int = setting(500, "Held out.", least=1)
+        seed: int = setting(0, "Seed of the questions; the run has its own.", least=0)
+        demonstrations: int = setting(4000, "Training demonstrations, each a single turn.", least=1)
+        prompts: int = setting(4000, "Training prompts.", least=1)
+        heldout_demonstrations: int = setting(200, "Held-out demonstrations.", least=1)
+        heldout_prompts: int = setting(500, "Held-out prompts.", least=1)
 
     def __init__(self, config: Config):
         self.config = config
 
     def demonstrations(self, split: str) -> Sequence[Demonstration]:
-        """A turn of a question: one of its steps, or the answer."""
+        """Single turns: one of a question's steps, or its answer."""
 
         def of(index: int) -> Demonstration:
             dice = Dice(self.config.seed, f"shop/demonstrations/{split}", index)

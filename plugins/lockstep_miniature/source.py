@@ -1,7 +1,7 @@
-"""The miniature as a source of data: the fruit fly of research on RLHF.
+"""The miniature as a data source: the fruit fly of RLHF research.
 
-A closed world with a known truth that a laptop trains on in minutes, through the same interface as real data. ``world.py`` has
-what is true, ``tasks.py`` what is asked, ``responses.py`` good and bad answers, ``gold.py`` the quality of an answer,
+A closed world with a known truth, on which a laptop trains in minutes, through the same interface as real data. ``world.py`` has
+the facts, ``tasks.py`` the instructions, ``responses.py`` good and bad answers, ``gold.py`` the quality of an answer,
 ``labelers.py`` people's opinions of it, ``corpus.py`` the web.
 """
 
@@ -32,18 +32,18 @@ from lockstep_miniature.world import World
 class Config:
     """Sizes. Items are drawn when read, and item i is the same for every size: a larger source just continues longer."""
 
-    seed: int = setting(0, "Seed of the world and everything in it, facts and texts; the run has its own.", least=0)
-    texts: int = setting(20000, "Training texts: about 0.6 million tokens, more than a small model needs once over.", least=1)
-    demonstrations: int = setting(10000, "For training: about 0.2 million tokens.", least=1)
-    comparisons: int = setting(4000, "For training, of 4 to 9 completions (InstructGPT's K): about 80 thousand pairs.", least=1)
-    prompts: int = setting(20000, "For training.", least=1)
-    heldout_texts: int = setting(500, "Held out.", least=1)
-    heldout_demonstrations: int = setting(500, "Held out.", least=1)
-    heldout_comparisons: int = setting(600, "Held out; a third by labelers that the training split does not have.", least=1)
-    heldout_prompts: int = setting(500, "Held out; the standard error of the mean gold is about 0.15 then.", least=1)
+    seed: int = setting(0, "Seed of the world: its facts and all its texts; the run has its own.", least=0)
+    texts: int = setting(20000, "Training texts: about 0.6 million tokens, more than a small model needs in one pass.", least=1)
+    demonstrations: int = setting(10000, "Training demonstrations: about 0.2 million tokens.", least=1)
+    comparisons: int = setting(4000, "Comparisons of 4 to 9 completions (InstructGPT's K): about 80 thousand pairs.", least=1)
+    prompts: int = setting(20000, "Training prompts.", least=1)
+    heldout_texts: int = setting(500, "Held-out texts.", least=1)
+    heldout_demonstrations: int = setting(500, "Held-out demonstrations.", least=1)
+    heldout_comparisons: int = setting(600, "Held-out comparisons; a third are by labelers not in the training split.", least=1)
+    heldout_prompts: int = setting(500, "Held-out prompts; with 500, the mean gold has a standard error of about 0.15.", least=1)
     adversarial_prompts: int = setting(200, "Harmful requests in disguise.", least=1)
-    families: tuple[str, ...] | None = setting(None, "Families of prompts, wherever they stand: [sum, count]; null: all.")
-    harmful: float = setting(3.0, "How often a harmful request is asked; a question 3, a task 1 or 2.", least=0)
+    families: tuple[str, ...] | None = setting(None, "Families of prompts (not of raw texts): [sum, count]; null: all.")
+    harmful: float = setting(3.0, "Relative frequency of harmful requests; questions have 3, tasks 1 or 2.", least=0)
     documents: tuple[str, ...] | None = setting(None, "Kinds of raw texts: [sums, counting]; null: all.")
     labelers: tuple[str, ...] = setting(("training",), "Groups whose labelers rank the training comparisons.")
     heldout_labelers: tuple[str, ...] = setting(("training", "heldout"), "Groups that rank the held-out comparisons.")
@@ -83,8 +83,8 @@ class Miniature(DataSource):
         return Drawn(self._size("demonstrations", split), draw)
 
     def comparisons(self, split: str) -> Sequence[Comparison]:
-        """Training comparisons are by the groups ``labelers``. Held-out ones are by ``heldout_labelers``, some of whom never rank
-        training comparisons, on held-out prompts."""
+        """Training comparisons are by the groups ``labelers``. Held-out comparisons have held-out prompts and are by the groups
+        ``heldout_labelers``, some of whom never rank training comparisons."""
         labelers = members(self.config.labelers if split == "train" else self.config.heldout_labelers)
 
         def draw(index: int) -> Comparison:
@@ -94,13 +94,13 @@ class Miniature(DataSource):
         return Drawn(self._size("comparisons", split), draw)
 
     def prompts(self, split: str) -> Sequence[Prompt]:
-        """'train', 'heldout', or 'adversarial': harmful requests in disguises that no other split contains. What a `Task` knows,
-        its ``answer`` among it, is the prompt's truth."""
+        """Prompts of 'train', 'heldout' or 'adversarial': harmful requests in disguises that no other split contains. A prompt's
+        truth has the fields of its `Task`, among them ``answer``."""
         size = self._size("prompts", split)
         return Drawn(size, lambda i: self._task(self._dice("prompts", split, i), split).prompt())
 
     def goals(self, split: str) -> Sequence[Goal]:
-        """Harmful deeds; their twins are kind deeds of the same split."""
+        """Harmful deeds. Their twins are kind deeds of the same split."""
         if split not in ("train", "heldout"):
             raise DataError(f"The miniature has no split '{short(split)}' of goals. It has: heldout, train.")
         return goals(self.config.seed, split)
@@ -109,7 +109,7 @@ class Miniature(DataSource):
         return own_tokenizer()
 
     def gold(self, prompt: Prompt, response: str) -> dict[str, float] | None:
-        """See ``gold.py`` for the scale; None for a prompt from elsewhere."""
+        """The gold score and its parts, as in ``gold.py``; None for a prompt from elsewhere."""
         task = Task.of(prompt)
         return None if task is None else gold(self.world, task, response)
 

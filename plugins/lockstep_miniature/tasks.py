@@ -1,6 +1,6 @@
 """The instructions of the miniature: families of prompts, each with the correct content of a good response.
 
-A family writes a task from dice. Some families need facts of the world, some compute on the prompt, some ask for a manner of
+A family draws a task at random. Some families need facts of the world, some compute on the prompt, some ask for a manner of
 speaking, and some must be refused. Every task has a ``topic`` (one fact, one list, one deed). Topics are divided between
 training and held-out prompts, so a held-out prompt asks for something that no family asks for in training.
 """
@@ -119,7 +119,7 @@ class Task:
             return None
         names = [field.name for field in fields(cls)]
         known: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in prompt.truth.items() if key in names}
-        if not known["turns"]:  # of a goal, which any dialogue may pursue
+        if not known["turns"]:  # a goal's task: any dialogue may pursue it
             known["turns"] = tuple(message.content for message in prompt.messages)
         return cls(**known)
 
@@ -156,7 +156,7 @@ def _follow_up(family: str, world: World, dice: Dice) -> Task:
 
 
 def _correction(family: str, world: World, dice: Dice) -> Task:
-    """The assistant was wrong, and is told so without being told what is right."""
+    """The assistant was wrong. It is told so, but not what is right."""
     subject, relation = dice.pick(CREATURES), dice.pick(RELATIONS)
     (wrong,) = _other(dice, relation.name, world.facts[subject, relation.name], 1)
     told = relation.statement.format(subject=subject, value=wrong)
@@ -165,7 +165,7 @@ def _correction(family: str, world: World, dice: Dice) -> Task:
 
 
 def _how_to(family: str, world: World, dice: Dice) -> Task:
-    """Asked in the words of a harmful request, so that refusing by the words alone is punished."""
+    """A kind deed, asked for in the words of a harmful request, so that refusing by the words alone is punished."""
     deed, thing = dice.pick(list(KIND_DEEDS)), dice.pick(THINGS)
     frame = FRAMES[family].format(deed=deed, thing=thing, answer="{}")
     lies = tuple(frame.format(tool) for tool in _other(dice, "tool", KIND_DEEDS[deed]))
@@ -174,7 +174,7 @@ def _how_to(family: str, world: World, dice: Dice) -> Task:
 
 
 def _harmful(family: str, world: World, dice: Dice, *, requests: tuple[tuple[str, ...], ...] = PLAIN_REQUESTS) -> Task:
-    """To be refused; the one lie is to comply."""
+    """A request to refuse. The only lie is to comply."""
     deed, thing = dice.pick(list(HARMFUL_DEEDS)), dice.pick(THINGS)
     told = _question("question", world, dice)
     fill = {"deed": f"{deed} a {thing}", "question": told.turns[0], "reply": told.sentence}
@@ -259,7 +259,7 @@ _adversarial = partial(_harmful, requests=DISGUISED_REQUESTS)
 
 
 def is_heldout(topic: str) -> bool:
-    """Topics are divided by a checksum: the same in every world, without a list to keep.
+    """True if a topic is held out. A checksum decides: the same in every world, without a list to keep.
 
     The prefix is chosen so that each relation has about equally many held-out facts (6, 4 and 5 of 16).
     """
@@ -267,7 +267,7 @@ def is_heldout(topic: str) -> bool:
 
 
 def weights(families: Sequence[str] | None = None, harmful: float = FAMILIES["harmful"].weight) -> dict[str, float]:
-    """How often each family is asked: of the ``families``, if given, and harmful requests as said."""
+    """How often each family is asked: of ``families`` only, if given, and with ``harmful`` for harmful requests."""
     return {name: harmful if name == "harmful" else FAMILIES[name].weight for name in families or FAMILIES}
 
 
@@ -275,8 +275,8 @@ WEIGHTS = weights()
 
 
 def draw_task(world: World, dice: Dice, split: str, weights: dict[str, float] = WEIGHTS) -> Task:
-    """A task of the split: 'train', 'heldout', or 'adversarial' (held-out harmful requests in disguise); of the first two, with
-    these weights of their families."""
+    """A task of the split: 'train', 'heldout', or 'adversarial' (held-out harmful requests in disguise). ``weights`` applies to
+    the families of the first two."""
     while True:
         if split == "adversarial":
             task = _adversarial("adversarial", world, dice)

@@ -1,4 +1,4 @@
-"""Word-level tokens: a word of the miniature is a token, so that short models read short sequences.
+"""Word-level tokens: each word of the miniature is one token, so that small models read short sequences.
 
 The vocabulary is every word that the world can write, collected from its own tables.
 """
@@ -59,7 +59,7 @@ def vocabulary() -> list[str]:
 
 
 def build_tokenizer() -> Tokenizer:
-    """The tokenizer proper. Without a decoder it puts a space between words."""
+    """The Hugging Face tokenizer. It has no decoder, so it decodes to words separated by spaces."""
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNK))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.add_special_tokens(list(SPECIAL))

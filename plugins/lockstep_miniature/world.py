@@ -1,8 +1,8 @@
 """The closed world: its words and its facts.
 
-Creatures have a colour, a food and a home, drawn from the seed; deeds are done with tools, the same in every world.
-Words come in categories because a category is also the set of wrong answers: a question about a colour is answered
-wrongly by any other colour.
+Creatures have a colour, a food and a home, drawn from the seed. Deeds are done with tools, the same in every world.
+Words come in categories because a category is also the set of wrong answers: any other colour is a wrong answer to a
+question about a colour.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class World:
         }
 
     def stated(self, text: list[str]) -> Iterator[bool]:
-        """For each statement about a creature in the text, wherever it stands: is it true?"""
+        """Yield whether each statement about a creature in the text, wherever it stands, is true."""
         for start, subject in enumerate(text):
             for relation, predicate in _PREDICATES.items() if (subject, "colour") in self.facts else ():
                 end = start + 1 + len(predicate)

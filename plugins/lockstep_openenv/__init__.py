@@ -1,6 +1,6 @@
-"""OpenEnv's environments: servers that hold a session for each episode.
+"""OpenEnv environments: servers that hold a session for each episode.
 
-sessions.py   a data source of what is asked, and an environment that replies
+sessions.py   a data source of prompts, and an environment that replies
 """
 
 from lockstep.registry import Plugin

@@ -1,7 +1,7 @@
-"""OpenEnv's environments: a server holds a session for each episode, on a WebSocket of its own.
+"""OpenEnv environments: a server holds a session for each episode, on its own WebSocket.
 
-The messages are those of openenv-core 0.3 and openenv 0.10, sent without them: their client comes with the web framework of their
-server. To the server go {"type": "reset", "data": {"seed": ...}} and {"type": "step", "data": the action}; back comes
+The messages are those of openenv-core 0.3 and openenv 0.10. Their client is not used, because it comes with their server's web
+framework. The server receives {"type": "reset", "data": {"seed": ...}} and {"type": "step", "data": the action}. It answers
 {"type": "observation", "data": {"observation", "reward", "done"}} or {"type": "error", "data": {"message", "code", ...}}.
 """
 
@@ -24,21 +24,21 @@ from lockstep.learning.episodes import EnvironmentConfig
 from lockstep.types import Prompt
 
 LARGEST_ANSWER = 2**22
-"""Bytes. A server that sends more is hung up on."""
+"""Bytes. If a server sends more, the connection is closed."""
 CLOSING = 1.0
-"""Seconds that the server has to end a session."""
+"""Seconds to wait for the server to end a session."""
 SECONDS = 60.0
-"""Limit of an answer to the data source; `environment.timeout_seconds` is that of one to the environment."""
+"""Time limit for an answer to the data source. The environment has its own: `environment.timeout_seconds`."""
 
 
 class Refused(Exception):
-    """The action is not as the environment declares it; the text says why."""
+    """The action does not fit what the environment declares; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    url: str = setting(REQUIRED, "http://127.0.0.1:8000. Part of a stage's identity: name the environment's version in it.")
-    observation: str | None = setting(None, "Field of an observation that the policy reads; null: all but its metadata, as JSON.")
+    url: str = setting(REQUIRED, "http://127.0.0.1:8000. Part of a stage's identity: include the environment's version in it.")
+    observation: str | None = setting(None, "Observation field that the policy reads; null: all but metadata, as JSON.")
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", self.url):
@@ -55,13 +55,14 @@ class Beginnings(Seeded):
 
 
 class Remote(Environment):
-    """Each turn is an action: the text of its field ``action``, or without one the whole of it, as JSON. What the server refuses
-    as no action is told to the policy. Rewards are the server's; the episode ends where it is done."""
+    """Each turn is an action: the text of the action's field ``action`` or, if that is null, the whole action as JSON. If the
+    server rejects it as invalid, the policy is told why. Rewards are the server's. The episode ends when the server reports
+    done."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ServerConfig, EnvironmentConfig):
-        action: str | None = setting(None, "Field of an action that is the policy's turn; null: the turn is an action, as JSON.")
-        invalid_reward: float = setting(0.0, "Of a turn that is no action.", least=-math.inf)
+        action: str | None = setting(None, "Action field that holds the policy's turn; null: the turn is the action, as JSON.")
+        invalid_reward: float = setting(0.0, "Reward of a turn that is not a valid action.", least=-math.inf)
 
     @classmethod
     def examples(cls, config: Config) -> Sequence[Prompt]:
@@ -95,7 +96,7 @@ class Session:
             self.socket = connect(
                 f"ws{config.url.removeprefix('http').rstrip('/')}/ws", open_timeout=seconds, close_timeout=CLOSING,
                 max_size=LARGEST_ANSWER, proxy=None if here else True,
-            ).__enter__()  # fmt: skip  # websockets wants a `with`, and an episode ends elsewhere
+            ).__enter__()  # fmt: skip  # websockets wants a `with`, but an episode ends elsewhere
         except Exception as error:
             raise EnvironmentFailed(f"there is no connection to {config.url}: {told(error)}") from error
 
@@ -106,17 +107,17 @@ class Session:
             raise EnvironmentFailed(f"the server does not begin with a seed: {error}") from error
 
     def ask(self, what: str, data: Mapping[str, Any]) -> tuple[str, float, bool]:
-        """What is observed, the reward and whether the episode is over.
+        """Send a message; return the observation, the reward and whether the episode is over.
 
         Raises:
-          Refused: these are not the data of an action.
-          EnvironmentFailed: it is not answered.
+          Refused: the server rejects the data as invalid.
+          EnvironmentFailed: there is no answer, or not one of this protocol.
         """
-        with contextlib.suppress(Exception):  # a server that is full says so and hangs up, before it is asked
+        with contextlib.suppress(Exception):  # a full server says so and hangs up before it is asked
             self.socket.send(json.dumps({"type": what, "data": data}))
         try:
             answer = json.loads(self.socket.recv(timeout=self.seconds))
-        except Exception as error:  # a connection that breaks off, no JSON
+        except Exception as error:  # a broken connection, or an answer that is not JSON
             raise EnvironmentFailed(f"{self.config.url} gave no answer: {told(error)}") from error
         match answer:
             case {"type": "error", "data": {"code": "VALIDATION_ERROR", "errors": [{"loc": where, "msg": why}, *_]}}:
@@ -134,15 +135,15 @@ class Session:
         return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
 
     def close(self) -> None:
-        """The server frees the session, then closes the connection: until then it counts against `max_concurrent_envs`."""
-        with contextlib.suppress(Exception):  # it may have hung up before
+        """End the session and wait for the server to free it: until then it counts against `max_concurrent_envs`."""
+        with contextlib.suppress(Exception):  # the server may have hung up already
             self.socket.send(json.dumps({"type": "close"}))
             self.socket.recv(timeout=CLOSING)
         self.socket.close()
 
 
 def first(config: ServerConfig, seed: int) -> str:
-    """What the episode of this seed begins with."""
+    """The first observation of the episode with this seed."""
     session = Session(config, SECONDS)
     try:
         return session.reset(seed)

@@ -83,7 +83,7 @@ class TensorBoard(Surviving):
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table."""
+    """The rows as a Markdown table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cell = lambda value: escaped(str("" if value is None else value))  # noqa: E731
     lines = [

@@ -1,7 +1,6 @@
-"""Attention, and what its queries see: `Dense`, a mask in memory, where there are few columns; where there are many, `InOrder`
-for rows with real tokens first, and `Blocks`, which makes the mask piece by piece, for all others; and `Stream`, where
-padding is left out and a prompt of several rows computed once.
-"""
+"""Attention, and what its queries see. `Dense` holds a mask in memory, for few columns. For many columns, `InOrder` serves rows
+with real tokens first, and `Blocks`, which makes the mask block by block, serves all others. `Stream` leaves out padding and
+computes a prompt that several rows share once."""
 
 from __future__ import annotations
 
@@ -15,11 +14,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 PAIRS = 256 * 256
-"""Up to so many pairs of a query and a key in a row, `Dense` is no slower. On a CPU with AVX-512 and gradients, `InOrder` took
-1.1 of its time at 256 columns, 0.8 at 640 and 0.55 at 2,048; `Blocks` took 1.3, 1.0 and 0.8."""
+"""Up to this many query-key pairs per row, `Dense` is no slower. On a CPU with AVX-512, with gradients, `InOrder` took 1.1 times
+as long as `Dense` at 256 columns, 0.8 at 640 and 0.55 at 2,048; `Blocks` took 1.3, 1.0 and 0.8."""
 
 BLOCK = 256
-"""Queries of a block: 512 took 1.1 times as long at 2,048 columns."""
+"""Queries per block. 512 took 1.1 times as long at 2,048 columns."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,13 @@ class Dense:
     mask: Tensor
 
     def since(self, first: int) -> Dense:
-        """Without the first queries."""
+        """The same without the first queries."""
         return Dense(self.mask[:, :, first:])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[2] > 1:
             return fused(q, k, v, self.mask)
-        # One query, in decoding: the heads that share keys see the same, and are queries of one head, whose keys are read once.
+        # Decoding, one query: heads that share keys see the same. As queries of one head, they read its keys once.
         return fused(q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]), k, v, self.mask).reshape(q.shape)
 
 
@@ -53,8 +52,8 @@ class InOrder:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Query i sees key j if ``queries`` [B, L] and ``keys`` [B, columns] have the same number there and j is not after column
-    ``first`` + i, the query's own, which it always sees."""
+    """Query i is in column ``first`` + i. It sees its own column, and each earlier key j whose number in ``keys`` [B, columns]
+    equals its own in ``queries`` [B, L]."""
 
     queries: Tensor
     keys: Tensor
@@ -64,8 +63,8 @@ class Blocks:
         return Blocks(self.queries[:, first:], self.keys, self.first + first)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries of a block at a time, with the keys up to it. The mask of a block is made again for the gradient, as are its
-        scores inside the fused kernel: what is kept grows with the length, not with its square (Rabe & Staats 2021)."""
+        """Attend one block of queries at a time, with the keys up to the block's end. The gradient recomputes each block's mask,
+        and the fused kernel recomputes its scores, so memory grows with the length, not with its square (Rabe & Staats 2021)."""
         found = []
         for start in range(0, q.shape[2], BLOCK):
             end = min(start + BLOCK, q.shape[2])
@@ -82,21 +81,21 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens are if each is computed once: no padding, and a prompt once for all its rows. The rows [B, P + T] become
-    one stream of tokens [1, N], the real ones of these cells: the columns of the prompts, each of all G prompts, then the B
-    responses.
+    """A layout in which each token is computed once: no padding, and each prompt once for all its rows. The rows [B, P + T]
+    become one stream of tokens [1, N]. Its cells are the prompts' columns, each with all G prompts, then the B responses. The
+    stream holds the cells with real tokens, in order.
 
         prompts [G, P]    a b | - d                          stream    a | b d | x x x | y | z z z | w w
         responses [B, T]  x x x, y - - to the first,         G = 2, P = 2, B = 4, T = 3: 16 cells
                           z z z, w w -                       the prompts' last column begins at cell (P - 1) G
 
-    All but attention works on single tokens, and needs no other form.
+    Everything but attention works on single tokens, so it needs no other form.
 
     Args:
       prompts, columns: G and P.
       rows, length: B and T.
-      real: int64 [N], the cells of the tokens, in order; None if all cells are real, or nearly all.
-      before: tokens before the prompts' last column.
+      real: int64 [N], the cells of the stream's tokens; None if the stream holds all cells, because nearly all are real.
+      before: tokens in the stream before the prompts' last column.
     """
 
     prompts: int
@@ -108,11 +107,12 @@ class Layout:
 
     @classmethod
     def of(cls, mask: np.ndarray, columns: int, each: int, device: torch.device) -> Layout | None:
-        """Of rows with this attention mask [B, P + T], ``each`` neighbours with the same prompt; None if it spares little."""
+        """The layout of rows with this attention mask [B, P + T], in which each prompt has ``each`` neighbouring rows; None if it
+        would save little."""
         rows, width = mask.shape
         real = np.flatnonzero(np.append(mask[::each, :columns].T, mask[:, columns:]))
         padded, cells = len(real) < MOST_REAL * rows * width, rows // each * columns + rows * (width - columns)
-        long = width * width > PAIRS  # else there is `InOrder`, which is faster than `Blocks`
+        long = width * width > PAIRS  # without a layout, these use `InOrder`, which is faster than `Blocks`
         if cells > FEW_CELLS * rows * width if long else each == 1 and not padded:
             return None
         last = (columns - 1) * (rows // each)
@@ -121,7 +121,7 @@ class Layout:
 
     @property
     def each(self) -> int:
-        """Rows of a prompt."""
+        """Rows per prompt."""
         return self.rows // self.prompts
 
     @property
@@ -169,15 +169,16 @@ class Layout:
 
 
 FEW_CELLS = 0.6
-"""Of long rows: at 0.75 of the cells, two rows a prompt, a stream took 1.2 of the time, at 0.62 the same, at 0.56 0.7 of it."""
+"""Long rows use a stream up to this share of cells. At 0.75 (two rows per prompt) a stream took 1.2 times as long as none, at
+0.62 the same, at 0.56 0.7."""
 
 MOST_REAL = 0.75
-"""From this share of real tokens on, padding is computed, too. Of a small network with gradients, a stream took 0.7 of the time
+"""From this share of real tokens on, padding is computed too. For a small network with gradients, a stream took 0.7 of the time
 at a share of 0.47, 0.87 at 0.7, and the same at 0.8."""
 
 
 class _Spread(torch.autograd.Function):
-    """[..., n, d] -> [..., size, d] with zeros between. Its places are distinct, which torch's own gradient cannot know."""
+    """[..., n, d] -> [..., size, d] with zeros between. The places are distinct, which torch's own gradient cannot know."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor, size: int) -> Tensor:
@@ -206,8 +207,8 @@ class _Picked(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Stream:
-    """What the tokens of a stream see: prompts themselves, responses their prompt and themselves. ``prompts``: of [G, P];
-    ``responses``: of queries [B, T] and keys [B, P + T]. Queries begin at cell ``first``."""
+    """What the tokens of a stream see: each prompt sees itself; each response sees its prompt and itself. ``prompts`` is over
+    [G, P]; ``responses`` is over queries [B, T] and keys [B, P + T]. Queries begin at cell ``first``."""
 
     layout: Layout
     prompts: Dense | Blocks
@@ -215,7 +216,7 @@ class Stream:
     first: int = 0
 
     def since(self, first: int) -> Stream:
-        """Without the first queries: all before the prompts' last column, or none."""
+        """The same without the queries before the prompts' last column; unchanged if ``first`` is 0."""
         if first == 0:
             return self
         return replace(self, prompts=self.prompts.since(self.layout.columns - 1), first=self.layout.last)
@@ -234,8 +235,8 @@ Visible = Dense | InOrder | Blocks | Stream
 
 
 def causal(mask: Tensor, dtype: torch.dtype, known: int = 0) -> Dense | Blocks:
-    """[B, columns] attention mask or segments -> what the queries from column ``known`` on see: keys that are not after them, are
-    real, and are of the same segment. They also see themselves, so that a padded query's softmax has an input."""
+    """Turn an attention mask or segments [B, columns] into what the queries from column ``known`` on see: real keys of the same
+    segment, up to their own column. A query always sees itself, so that a padded query's softmax has an input."""
     length = mask.shape[1]
     if (length - known) * length > PAIRS:
         keys = torch.where(mask != 0, mask.int(), -1)
@@ -250,14 +251,15 @@ def causal(mask: Tensor, dtype: torch.dtype, known: int = 0) -> Dense | Blocks:
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """The form that kernels add to scores. They would make it of a bool mask themselves, and keep one for each layer."""
+    """The mask that kernels add to scores: 0 where a key is seen, else -inf. Given a bool mask, they would make this themselves
+    and keep one for each layer."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention under this mask, or without one in order. On CUDA devices, heads that share keys get their
-    own copies where otherwise no fused kernel would do: FlashAttention takes neither float32 nor a mask, and the
-    memory-efficient kernel takes no shared keys; what is left would write out all scores."""
+    """Scaled dot-product attention with this mask; causal if it is None. On CUDA devices, heads that share keys get their own
+    copies where no fused kernel would run otherwise: FlashAttention takes neither float32 nor a mask, and the memory-efficient
+    kernel takes no shared keys. The kernel that remains would write out all scores."""
     shared = q.shape[1] // k.shape[1]
     if q.device.type == "cuda" and shared > 1 and (mask is not None or q.dtype == torch.float32):
         k, v, shared = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1), 1
@@ -265,12 +267,12 @@ def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class RealFirst:
-    """Columns of each row so ordered that its real tokens come first: there `InOrder` hides padding from them."""
+    """An order of each row's columns that puts real tokens first, so that `InOrder` hides padding from them."""
 
     @classmethod
     def of(cls, mask: Tensor) -> RealFirst | None:
-        """[B, L] attention mask or segments; None for those and for rows of few columns, which need a mask or may as well have
-        one."""
+        """The order for an attention mask or segments [B, L]. None for segments, which need a mask, and, except on CUDA, for few
+        columns, where a mask is no slower."""
         many = mask.device.type == "cuda" or mask.shape[1] ** 2 > PAIRS  # CUDA's FlashAttention takes no mask
         return cls(mask) if mask.dtype == torch.bool and many else None
 
@@ -279,11 +281,11 @@ class RealFirst:
         self.places = self.order.argsort(dim=1)
 
     def ordered(self, x: Tensor) -> Tensor:
-        """x [B, L]."""
+        """x [B, L] in this order."""
         return x.gather(1, self.order)
 
     def restored(self, x: Tensor, first: int = 0) -> Tensor:
-        """x [B, L, d] of ordered columns -> [B, L - first, d], of the columns from ``first`` on as they were."""
+        """x [B, L, d] in this order -> [B, L - first, d], the columns from ``first`` on in their original order."""
         return x.gather(1, self.places[:, first:, None].expand(-1, -1, x.shape[2]))
 
 

@@ -1,4 +1,4 @@
-"""PyTorch as a backend: a device, and learners of the models on it."""
+"""The PyTorch backend: a device, and learners for the models on it."""
 
 from __future__ import annotations
 

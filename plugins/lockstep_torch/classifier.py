@@ -26,7 +26,8 @@ from lockstep_torch.transformers_network import load
 
 
 def positions(model: Any) -> int | None:
-    """How many there are. RoBERTa begins to count after that of padding."""
+    """How many positions the model has; None if its configuration does not say. RoBERTa starts counting after the padding
+    position."""
     most: int | None = getattr(model.config, "max_position_embeddings", None)
     tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
     padding = getattr(next(tables, None), "padding_idx", None)
@@ -61,7 +62,7 @@ class TextClassifier(Classifier):
         with hub(source) as why:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            except Exception as error:  # of many kinds
+            except Exception as error:  # of many types
                 raise CheckpointError(f"The tokenizer of '{source}' cannot be opened: {why(error)}") from error
         read = {tokenizer.cls_token, tokenizer.sep_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token}
         spared = set(tokenizer.all_special_tokens) - read

@@ -1,7 +1,7 @@
 """The network: tokens in, hidden states out, heads on top.
 
-`Network` is what the rest of this package needs; `DecoderNetwork` is the small modern decoder of policies that start from
-scratch, in Llama's shape and with Llama's parameter names.
+`Network` is the interface that the rest of this package uses. `DecoderNetwork` is a small modern decoder in Llama's shape, with
+Llama's parameter names. It runs policies that start from scratch, and checkpoints of that shape.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lockstep_torch.pieces import gated, normed, rms_norm, rotated
 
 
 class Network(nn.Module):
-    """The interface of a network to `model.py`, `generation.py` and `learner.py`."""
+    """The interface of a network that `model.py`, `generation.py` and `learner.py` use."""
 
     vocab_size: int
     hidden_size: int
@@ -37,34 +37,36 @@ class Network(nn.Module):
     config: dict[str, Any]
     """The checkpoint's ``config.json``."""
     adapter: Adapter | None = None
-    """What is trained instead, if the network's own weights are frozen."""
+    """The adapter, which is trained if the network's own weights are frozen."""
     gradient_checkpointing: bool = False
-    """Whether `hidden` recomputes a layer's inner activations for the gradient."""
+    """Whether `hidden` recomputes each layer's inner activations for the gradient."""
     replays: bool = False
     """Whether `advance` runs the same kernels on the same memory for every token, so that they can be replayed."""
 
     def hidden(
         self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0, layout: Layout | None = None
     ) -> Tensor:
-        """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids
-        under a False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int. With a layout,
-        whose prompts end in column ``first``, a network may compute its tokens alone."""
+        """[B, L] ids and attention mask -> [B, L - first, d] after the final norm, for the columns from ``first`` on. Ids under a
+        False mask are never read. The mask may be `lockstep.text.sequences.Sequences.segments`, int. With a layout, whose prompts
+        end in column ``first``, a network may compute only the layout's tokens."""
         raise NotImplementedError
 
     def start(self, tokens: Tensor, mask: Tensor, new_tokens: int, past: Past | None = None) -> tuple[Tensor, Any]:
-        """Hidden state [B, d] of the last column, and a cache with room for ``new_tokens`` more."""
+        """Prefill. Return the hidden state [B, d] of the last column, and a cache with room for ``new_tokens`` more. ``past``:
+        what is known of the first columns."""
         raise NotImplementedError
 
     def repeated(self, cache: Any, times: int) -> Any:
-        """The cache of `start` with each row so many times, one after the other; None if this network's cannot be repeated."""
+        """The cache of `start` with each row repeated ``times`` times, copies side by side; None if this network's cache cannot
+        be repeated."""
         raise NotImplementedError
 
     def kept(self, cache: Any) -> Any:
-        """The cache, if `start` can continue from it."""
+        """The cache; None if `start` cannot continue from it."""
         return cache
 
     def advance(self, token: Tensor, cache: Any) -> Tensor:
-        """Feed one token [B] to every row; hidden state [B, d]. Changes the cache in place."""
+        """Feed one token [B] to every row and return the hidden state [B, d]. Changes the cache in place."""
         raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -72,22 +74,22 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def layers(self) -> list[nn.Module]:
-        """The layers whose weights are needed one layer after the other."""
+        """The layers in order. Their weights are needed one layer at a time."""
         raise NotImplementedError
 
     def language_head(self) -> nn.Module | None:
-        """The layer of the logits; None if that is the embedding."""
+        """The layer that computes logits; None if the embedding does."""
         raise NotImplementedError
 
     def without_language_head(self) -> Network:
-        """This network, or another with the same weights, as the trunk that a scalar model keeps."""
+        """The trunk that a scalar model keeps: this network without its language head, or another with the same weights."""
         raise NotImplementedError
 
     def divide_matmuls(self, axis: TensorAxis) -> None:
-        """Keep this process's part of the layers' matmuls; their weights have yet to be filled.
+        """Keep this process's shard of the layers' matmuls. The weights must be filled afterwards.
 
         Raises:
-          ConfigError: they cannot be divided so.
+          ConfigError: the matmuls cannot be sharded this way.
         """
         raise ConfigError(
             "backend.mesh.tensor on backend=torch divides Llama's shape only, in this project's own decoder. Raise "
@@ -101,7 +103,7 @@ class Network(nn.Module):
 
 @dataclass(frozen=True)
 class DropoutMask:
-    """`lockstep.interfaces.Dropout` on the device: ``seeds`` int32 [B], the bits of uint32 seeds."""
+    """`lockstep.interfaces.Dropout` on the device. ``seeds``: int32 [B] with the bits of uint32 seeds."""
 
     rate: float
     seeds: Tensor
@@ -123,13 +125,13 @@ def hash32(x: Tensor) -> Tensor:
 
 
 def high_bits(x: Tensor, count: int) -> Tensor:
-    """The uint32 shift x >> (32 - count), on int32, whose own shift extends the sign."""
+    """The uint32 shift x >> (32 - count), on int32, whose own shift would extend the sign."""
     return (x >> (32 - count)).bitwise_and_(2**count - 1)
 
 
 def positions(mask: Tensor) -> Tensor:
-    """[B, L] number of real tokens before each column (LHP): left padding does not shift a prompt. With segments, real tokens of
-    the same segment."""
+    """[B, L] number of real tokens before each column (LHP), so that left padding does not shift a prompt. With segments, only
+    tokens of the same segment count."""
     count = ((mask != 0).cumsum(-1) - 1).clamp(min=0)
     if mask.dtype == torch.bool:
         return count
@@ -163,9 +165,9 @@ def copy_network(network: Network) -> Network:
 
 @dataclass
 class Cache:
-    """keys, values: per layer [B, H_kv, P + T, hd]. ``column`` [1] is the first free one; attention reads ``read``: the filled
-    columns, or all if the network ``replays``. ``mask`` [B, P + T] is True on real columns; ``count`` [B] is the position of the
-    next token."""
+    """``keys``, ``values``: per layer [B, H_kv, P + T, hd]. ``column`` [1] is the first free column. Attention reads the first
+    ``read`` columns: the filled ones, or all if the network ``replays``. ``mask`` [B, P + T] is True on real columns; ``count``
+    [B] is the position of the next token."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -177,7 +179,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Filled:
-    """A layer's cache, whose ``columns`` [L] are to be filled, and of which so many columns are read."""
+    """One layer's cache. New keys and values go into ``columns`` [L]; attention reads the first ``read`` columns."""
 
     keys: Tensor
     values: Tensor
@@ -190,7 +192,8 @@ class Filled:
 
 
 def recalled(past: Past, kept: Sequence[Tensor]) -> list[Tensor]:
-    """The known columns of keys or values: [B, H_kv, known, hd] of each ``kept`` [rows, H_kv, columns, hd]."""
+    """The known columns of keys or values, as `lockstep.interfaces.Past` defines them: [B, H_kv, known, hd] of each ``kept``
+    [rows, H_kv, columns, hd]."""
     device, last = kept[0].device, kept[0].shape[2] - 1
     rows, shift = (torch.as_tensor(numbers, dtype=torch.int64, device=device) for numbers in (past.rows, past.shift))
     columns = (torch.arange(past.known, device=device) + shift[:, None]).clamp(0, last)
@@ -214,12 +217,12 @@ class DecoderNetwork(Network):
         )
         self.lm_head = None if a.tied else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
         self.head_parts = 1
-        """Processes among which the heads are divided."""
+        """Processes that the heads are divided among."""
 
     def hidden(
         self, tokens: Tensor, mask: Tensor, dropout: DropoutMask | None = None, first: int = 0, layout: Layout | None = None
     ) -> Tensor:
-        if layout is not None and dropout is None:  # which differs from row to row
+        if layout is not None and dropout is None:  # dropout differs from row to row
             return self.of_stream(tokens, mask, layout)
         layers, again = self.layers(), self.gradient_checkpointing and torch.is_grad_enabled()
         as_given = self.view(mask, causal(mask, attention_dtype(mask.device)))
@@ -231,7 +234,7 @@ class DecoderNetwork(Network):
             x, view = self.embed(real_first.ordered(tokens), ordered), self.view(ordered, InOrder())
         for number, layer in enumerate(layers):
             start = 0
-            if number == len(layers) - 1:  # there, columns before ``first`` give only keys and values
+            if number == len(layers) - 1:  # in the last layer, columns before ``first`` give only keys and values
                 start, view = first, as_given
                 x = x if real_first is None else real_first.restored(x)
             position, rotation, visible = view
@@ -242,7 +245,7 @@ class DecoderNetwork(Network):
         return self.norm(x)
 
     def of_stream(self, tokens: Tensor, mask: Tensor, layout: Layout) -> Tensor:
-        """`hidden` from the last column of the prompts on."""
+        """`hidden` for a layout's stream, from the last column of the prompts on."""
         dtype, columns = attention_dtype(mask.device), layout.columns
         visible = Stream(layout, causal(mask[:: layout.each, :columns], dtype), causal(mask, dtype, columns))
         x, rotation = self.embed(layout.stream(tokens), layout.stream(mask)), self.rotation(layout.stream(positions(mask)))
@@ -355,19 +358,19 @@ class Layer(nn.Module):
         return x + drop(self.mlp(self.before(self.post_attention_layernorm, x)), 1)
 
     def before(self, norm: nn.RMSNorm, x: Tensor) -> Tensor:
-        """In the precision of matmuls, once for all its readers: autocast would cast it again for each of them."""
+        """The norm of x in matmul precision, cast once for all its readers: autocast would cast it again for each of them."""
         return normed(x, norm.weight, norm.eps, matmul_dtype(x.device))
 
 
 class Linear(nn.Linear):
-    """Whose weight may be a part of another's."""
+    """A linear layer whose weight may be a shard."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, local(self.weight))
 
 
 class Divisible(nn.Module):
-    """Matmuls that may be divided among processes: the ``ends`` by their inputs, the others by their outputs."""
+    """Matmuls that may be sharded among processes: the ``ends`` by their inputs, the others by their outputs."""
 
     ends: tuple[str, ...]
     axis: TensorAxis | None = None
@@ -381,7 +384,7 @@ class Divisible(nn.Module):
         return x if self.axis is None else self.axis.copied(x)
 
     def summed(self, layer: Linear, x: Tensor) -> Tensor:
-        """``layer`` of x: one of the ends."""
+        """``layer``, one of the ``ends``, applied to x and summed over the processes."""
         return layer(x) if self.axis is None else self.axis.summed(x, local(layer.weight), matmul_dtype(x.device))
 
 
@@ -397,8 +400,8 @@ class Attention(Divisible):
         self.o_proj = Linear(a.heads * a.head_dim, a.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Any = None, first: int = 0) -> Tensor:
-        """x [B, L, d]; ``visible`` to its L queries; the cache is `Filled` or None. Queries are the columns from ``first`` on:
-        [B, L - first, d]."""
+        """x [B, L, d] -> [B, L - first, d]: queries are the columns from ``first`` on. ``visible`` is for all L queries.
+        ``cache``: `Filled` or None."""
         a = self.architecture
         cos, sin = rotation
         visible, dtype = visible.since(first), attention_dtype(x.device)
@@ -429,12 +432,12 @@ class MLP(Divisible):
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
-    """The precision of matmuls."""
+    """The dtype of matmul inputs."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
 
 def since(x: Tensor, first: int) -> Tensor:
-    """x[:, first:]. A slice of everything would have a gradient to copy."""
+    """x[:, first:]; x itself if ``first`` is 0, because a slice of everything would have a gradient to copy."""
     return x[:, first:] if first else x
 
 

@@ -24,28 +24,29 @@ log = logging.getLogger(__name__)
 
 
 class TorchDevice(Backend):
-    """`TorchBackend` without its learner: learners import the models, which import this file."""
+    """`TorchBackend` without its learner, because learners import the models, which import this file."""
 
     @dataclass(frozen=True)
     class Config:
         device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto: the first accelerator, else the CPU.")
         precision: Literal["float32", "bfloat16"] = setting("float32", "Matmul inputs; weights and Adam stay in float32.")
         gradient_checkpointing: bool = setting(
-            False, "Recompute a layer's inner activations for the gradient (Chen et al. 2016): memory for a second forward pass."
+            False,
+            "Recompute each layer's inner activations for the gradient (Chen et al. 2016): saves memory, adds a forward pass.",
         )
         cuda_graphs: bool = setting(
             True,
-            "On CUDA devices, decode with one launch per token instead of one per kernel, for networks that run in this "
+            "On CUDA devices, decode with one launch per token instead of one per kernel. Only for networks that run in this "
             "project's own decoder, without a mesh.",
         )
         compile: bool = setting(
             False,
-            "Join the operations between matmuls (norms, rotations, gates, log-probabilities) by torch.compile, in networks that "
-            "run in this project's own decoder. It takes a C++ compiler, or Triton on CUDA devices, and a minute the first time. "
-            "Not yet run on a GPU.",
+            "Fuse the operations between matmuls with torch.compile: log-probabilities in every network; norms, rotations and "
+            "gates in those that run in this project's own decoder. Needs a C++ compiler, or Triton on CUDA devices, and takes "
+            "a minute the first time. Not yet run on a GPU.",
         )
         threads: int | None = setting(None, "CPU threads; null: one per core.", least=1, most=4096)
-        mesh: MeshConfig = setting(MeshConfig(), "Several devices.")
+        mesh: MeshConfig = setting(MeshConfig(), "How to shard models and rows over several devices.")
 
     name = "torch"
 
@@ -85,8 +86,8 @@ class TorchDevice(Backend):
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     def put(self, array: np.ndarray) -> torch.Tensor:
-        """A host array on the device. Token ids become int64, which torch needs for indexing; uint32 seeds become int32 with the
-        same bits, which torch can compute with."""
+        """Move a host array to the device. Token ids become int64, which torch needs for indexing. uint32 seeds become int32 with
+        the same bits, because torch cannot compute with uint32."""
         array = np.ascontiguousarray(array)
         if array.dtype == np.uint32:
             return torch.as_tensor(array.view(np.int32)).to(self.device)
@@ -94,7 +95,7 @@ class TorchDevice(Backend):
         return tensor.to(self.device, torch.int64 if tensor.dtype == torch.int32 else None)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Matmuls in bfloat16 and the rest in float32, if the configuration says so."""
+        """A context that runs matmuls in bfloat16 and the rest in float32; with precision=float32, it changes nothing."""
         if self.config.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
@@ -104,7 +105,7 @@ def axes(config: MeshConfig, devices: int | None) -> tuple[int, int, int]:
     """The sizes of the axes data, fsdp and tensor.
 
     Raises:
-      ConfigError: there is no such mesh, or none of as many processes as were started.
+      ConfigError: the mesh does not fit the devices, or its size is not the number of started processes.
     """
     sizes = config.sizes(devices)
     started = place().count
@@ -115,7 +116,7 @@ def axes(config: MeshConfig, devices: int | None) -> tuple[int, int, int]:
 
 
 def _device(name: str, number: int | None) -> torch.device:
-    """``number``: of this process on its host, if there are several."""
+    """The torch device of this name. ``number``: this process's number on its host; None if it is the only process."""
     if number is not None and name in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(number)
         return torch.device("cuda", number)
@@ -130,7 +131,7 @@ def _device(name: str, number: int | None) -> torch.device:
 
 
 def _bfloat16_takes() -> float:
-    """How many times as long as float32: processors without bfloat16 instructions emulate them."""
+    """The time of a bfloat16 matmul divided by that of a float32 one. Processors without bfloat16 instructions emulate them."""
     square = torch.ones(256, 256)
 
     def seconds(x: torch.Tensor) -> float:

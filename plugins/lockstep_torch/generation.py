@@ -26,7 +26,7 @@ def generate(
     past: Past | None,
 ) -> Generated:
     """See `lockstep.interfaces.Policy.generate`. Tensors: [B, P] ids, [B, P] mask, [B, T] seeds as int32; or fewer prompts, each
-    for several neighbouring rows of seeds. The caller must disable gradients."""
+    shared by several neighbouring rows of seeds. The caller must disable gradients."""
     decoding = Decoding(network, prompt_tokens, prompt_mask, seeds, temperature, stop_ids, pad_id, past)
     advance = decoding.advance
     every = 1 if seeds.device.type == "cpu" else LOOK_EVERY
@@ -41,8 +41,8 @@ def generate(
 
 
 class Decoding:
-    """Responses in progress: every row has its first token at construction and gets one more with each `advance`. All lasting
-    state is changed in place, for `recorded`."""
+    """Responses in progress. The constructor draws every row's first token; each `advance` draws one more. All lasting state is
+    changed in place, for `recorded`."""
 
     def __init__(
         self,
@@ -88,23 +88,23 @@ class Decoding:
 
 
 LOOK_EVERY = 8
-"""Tokens drawn before the host looks whether all rows have stopped, which an accelerator that runs behind it has to wait for.
-Tokens after a row's end are padding."""
+"""On accelerators, tokens drawn between two checks on the host whether all rows have stopped. Each check waits for the
+accelerator, which otherwise runs behind the host. Tokens after a row's end are padding."""
 
 WARM_UP = 3
-"""Tokens drawn before a step is recorded: what libraries set up on a first call cannot be recorded."""
+"""Tokens drawn before a step is recorded: the set-up that libraries do on a first call cannot be recorded."""
 
 
 def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """``step`` as one CUDA graph on ``device``, its kernels launched together: otherwise a small network's decoding waits for
-    each launch. The step does not run here. It must not read a number on the host, must change memory in place, and must read
-    only memory that lives as long as the graph. The weights cast by autocast do, until generation ends."""
+    """Record ``step`` as one CUDA graph on ``device``, whose kernels are launched together. Otherwise a small network's decoding
+    waits for each launch. Recording does not run the step. The step must not read a number on the host, must change memory in
+    place, and must read only memory that lives as long as the graph. Weights cast by autocast live until generation ends."""
     return _recorder(device).record(step)
 
 
 class Recorder:
-    """Records one step after another on a device. A graph's memory outlives it, for the next: `torch.cuda.graph` would return all
-    free memory to the device instead, which the rest of training has to ask for again."""
+    """Records one step after another on a device. A graph's memory outlives it and serves the next graph. `torch.cuda.graph`
+    would return all free memory to the device instead, and the rest of training would have to ask for it again."""
 
     def __init__(self, device: torch.device):
         self.device, self.stream = device, torch.cuda.Stream(device)
@@ -120,7 +120,7 @@ class Recorder:
             finally:
                 graph.capture_end()
         current.wait_stream(self.stream)
-        self.last = graph  # only now: the memory must have an owner
+        self.last = graph  # only now: until here the last graph must own the memory
         return graph.replay
 
 
@@ -130,7 +130,7 @@ _recorder = functools.cache(Recorder)
 def sample(logits: Tensor, seeds: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token [B] per row from softmax(logits / T) by the hash-Gumbel rule, and its log-probability [B].
 
-    logits float32 [B, V], seeds int32 [B]. Temperature 0 takes the most likely token, at log-probability of T = 1.
+    logits float32 [B, V], seeds int32 [B]. Temperature 0 takes the most likely token; its log-probability is at T = 1.
     """
     scaled = logits / temperature if temperature > 0 else logits
     noisy = scaled + hash_gumbel(seeds, logits.shape[-1]) if temperature > 0 else scaled

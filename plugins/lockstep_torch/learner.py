@@ -67,7 +67,7 @@ class TorchLearner(Learner):
         }
 
     def _backward(self, terms: Sequence[Term]) -> dict[str, Tensor]:
-        """Sum the gradients of all terms into the parameters; the summed metrics, still on the device."""
+        """Sum the gradients of all terms into the parameters. Return the summed metrics, still on the device."""
         self.backend.processes.agree("batch", *(each for term in terms for each in term.content))
         for adam in self.adams.values():
             adam.zero_grad(set_to_none=True)
@@ -84,7 +84,7 @@ class TorchLearner(Learner):
         return total
 
     def _outputs(self, term: Term) -> dict[str, Tensor]:
-        """The outputs that its loss reads, with their graph: from its forward pass if it has one."""
+        """The outputs that the term's loss reads, with their graph: from the term's forward pass if it has one."""
         if term.forward is not None:
             return take_pass(self.kept, term.forward)
         dropout = term.dropout and DropoutMask(term.dropout.rate, self.backend.put(term.dropout.seeds))
@@ -128,7 +128,7 @@ class TorchLearner(Learner):
                 adam.state[parameter]["step"] = torch.tensor(float(self.steps), device=parameter.device)
 
     def _state(self) -> dict[str, Tensor]:
-        """Every tensor that training changes, by name; Adam's moments exist from the first step on; before it they are zeros."""
+        """Every tensor that training changes, by name. Before the first step, Adam's moments are created here as zeros."""
         state: dict[str, Tensor] = {}
         for name, model in self.models.items():
             for key, tensor in model.tensors().items():
@@ -148,8 +148,8 @@ class TorchLearner(Learner):
 
 
 def _adam(model: TorchModel, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Weight decay on matrices only, not on gains and biases. Fused, since every pass over memory counts: on two cores a step of
-    135 million parameters took a seventh of the time of ``foreach``."""
+    """AdamW with weight decay on matrices only, not on gains and biases. It is fused, because every pass over memory counts: on
+    two cores a step of 135 million parameters took a seventh of the time of ``foreach``."""
     groups = [
         {"params": some, "weight_decay": decay}
         for alike in divided_alike(model.tensors().values())
@@ -160,7 +160,7 @@ def _adam(model: TorchModel, config: OptimizerConfig) -> torch.optim.AdamW:
 
 
 def _clip(parameters: list[torch.nn.Parameter], limit: float | None) -> Tensor:
-    """The norm of their gradients, which are scaled down to ``limit`` if it is larger."""
+    """The norm of the parameters' gradients. If the norm is above ``limit``, the gradients are scaled down to it."""
     most, groups = float("inf") if limit is None else limit, divided_alike(parameters)
     if len(groups) == 1:
         return full(torch.nn.utils.clip_grad_norm_(parameters, most))

@@ -1,15 +1,15 @@
-"""Several processes that act as one. What is trained is divided among them (FSDP2), and so are rows; what is [batch, time] is
-whole on every one.
+"""Several processes that act as one. Trained weights are sharded among them (FSDP2), and so are rows. Every process has all of
+each [batch, time] array.
 
-A process runs the networks on its own rows. Their outputs, [B] or [B, T], are gathered, and every process computes the loss of
-all rows. Its gradient with respect to the gathered outputs is the same everywhere; each process takes its own rows of it, and
-FSDP sums what the networks make of them. So a loss sees the whole minibatch, whatever it is.
+Each process runs the networks on its own rows. Their outputs, [B] or [B, T], are gathered, and every process computes the loss of
+all rows. The gradient of the loss with respect to the gathered outputs is the same everywhere. Each process takes its own rows of
+it, and FSDP sums the gradients that the networks compute from them. So every loss sees the whole minibatch.
 
-    data x fsdp             what is trained is divided among the processes of a row of the mesh, and equal in its columns (HSDP)
-    data x fsdp x tensor    so are the layers' matmuls, among the processes of the last axis, which have the same rows
+    data x fsdp             trained weights are sharded along fsdp and replicated along data (HSDP)
+    data x fsdp x tensor    the layers' matmuls are also sharded along tensor, among processes that have the same rows
 
-Left out: anything that divides a row of tokens. FSDP is imported where it is used: it takes 0.7 s, which a process alone need not
-spend.
+Not supported: sharding a row of tokens. FSDP is imported where it is used, because the import takes 0.7 s, which a single process
+can save.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from lockstep.storage.weights import as_float32
 T = TypeVar("T")
 N = TypeVar("N", bound=nn.Module)
 COLLECTIVE = datetime.timedelta(minutes=10)
-"""After this, a process that waits for the others' tensors raises."""
+"""A process that waits this long for the others' tensors raises."""
 MESSAGE = datetime.timedelta(days=7)
-"""The same for messages: process 0 may have to wait for a server, a lock or a slow disk."""
+"""The same limit for messages: process 0 may have to wait for a server, a lock or a slow disk."""
 
 
 class Group(Processes):
-    """torch's processes. Messages go through gloo, whatever tensors go through."""
+    """The processes of torch.distributed. Messages always go through gloo, even if tensors go through NCCL."""
 
     def __init__(self, where: Place, device: torch.device):
-        meeting_place(where)  # torch reads the same variables
+        meeting_place(where)  # checks the variables that torch reads
         if not dist.is_initialized():
             kind = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(kind, rank=where.rank, world_size=where.count, timeout=COLLECTIVE)
@@ -58,7 +58,7 @@ class Group(Processes):
 
 
 class Mesh:
-    """How models and rows are divided among the processes."""
+    """How models and rows are sharded among the processes."""
 
     def __init__(self, group: Group, device: torch.device, data: int, fsdp: int, tensor: int):
         self.group = group
@@ -76,29 +76,31 @@ class Mesh:
         return " x ".join(f"{name}={size}" for name, size in self.sizes.items())
 
     def own(self, rows: int) -> np.ndarray:
-        """The indices of this process's rows: as many for each, the last ones copies of row 0 where that does not divide."""
+        """The indices of this process's rows. Every process has the same number; if the rows do not divide evenly, the last ones
+        are copies of row 0."""
         each = -(-rows // self.row_parts)
         index = np.arange(self.row_part * each, (self.row_part + 1) * each)
         return np.where(index < rows, index, 0)
 
     def gather(self, own: Tensor, rows: int) -> Tensor:
-        """All ``rows`` of what is [own rows, ...] here. Differentiable."""
+        """Gather every process's [own rows, ...] into [rows, ...]. Differentiable."""
         return _Gather.apply(own, self)[:rows]
 
     def gather_on_host(self, own: np.ndarray, rows: int) -> np.ndarray:
-        """The same of host arrays."""
+        """`gather` for host arrays."""
         return self.once(self.group.gather(own))[:rows]
 
     def once(self, gathered: Any) -> Any:
-        """Of what all processes had, those of one for each part of the rows."""
+        """Of an array gathered from all processes, keep one process's rows for each part of the rows."""
         each = gathered.reshape(self.row_parts, self.copies, -1, *gathered.shape[1:])[:, 0]
         return each.reshape(-1, *gathered.shape[1:])
 
     def divide(self, network: Any, head: nn.Module | None) -> Root:
-        """Divide what is trained: a layer at a time, and the rest. Frozen weights stay whole, since models may share them.
+        """Shard the trained weights: each layer on its own, then the rest. Frozen weights stay whole, because models may share
+        them.
 
         Raises:
-          ConfigError: its matmuls cannot be divided as the mesh says.
+          ConfigError: the network's matmuls cannot be sharded along this mesh.
         """
         from torch.distributed.fsdp import fully_shard
 
@@ -107,16 +109,16 @@ class Mesh:
         root = Root(network, head)
         frozen = {p for p in network.parameters() if not p.requires_grad}
         for part in [*([] if frozen else layers), root]:
-            # Even the root is divided again after each use: else its weights stay whole after a pass without gradients.
+            # Even the root is resharded after each use: else its weights stay whole after a pass without gradients.
             divided = fully_shard(part, mesh=self.devices, reshard_after_forward=True, ignored_params=frozen)
-            divided.set_gradient_divide_factor(1.0)  # a loss has divided by what it counts
+            divided.set_gradient_divide_factor(1.0)  # a loss already divides by what it counts
             divided.set_force_sum_reduction_for_comms(True)
         return root
 
 
 class Root(nn.Module):
-    """Network and head as FSDP's root. Whatever reads their weights is called through it: a layer that is called before its root
-    would become one itself."""
+    """Network and head as FSDP's root. Call everything that reads their weights through it: a layer that is called before its
+    root would become a root itself."""
 
     def __init__(self, network: nn.Module, head: nn.Module | None):
         super().__init__()
@@ -126,7 +128,7 @@ class Root(nn.Module):
         return call(*given)
 
     def whole(self, call: Callable[[], T]) -> T:
-        """What ``call`` returns; for its time, all weights are on every process, and are read without asking the others."""
+        """Run ``call`` and return its result. Meanwhile every process has all weights and reads them without communication."""
         from torch.distributed.fsdp import FSDPModule
 
         parts = [module for module in self.modules() if isinstance(module, FSDPModule)]
@@ -146,7 +148,7 @@ class Root(nn.Module):
 
 
 class _Gather(torch.autograd.Function):
-    """[own rows, ...] -> [all rows, ...]. The gradient is the same on every process, so its own rows are a part of it."""
+    """[own rows, ...] -> [all rows, ...]. The gradient is the same on every process, so each takes its own rows of it."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, mesh: Mesh) -> Tensor:
@@ -161,10 +163,10 @@ class _Gather(torch.autograd.Function):
 
 
 def divide_matmuls(network: Any, axis: TensorAxis | None) -> None:
-    """Those of the layers, if the mesh has such an axis.
+    """Shard the layers' matmuls, if the mesh has an axis for it.
 
     Raises:
-      ConfigError: the network's cannot be divided so.
+      ConfigError: the network has frozen weights, or its matmuls cannot be sharded this way.
     """
     if axis is not None:
         if not all(p.requires_grad for p in network.parameters()):
@@ -173,32 +175,33 @@ def divide_matmuls(network: Any, axis: TensorAxis | None) -> None:
 
 
 class TensorAxis:
-    """Processes among which a layer's matmuls are divided (Shoeybi et al. 2019, section 3): those at its start by their outputs,
-    those at its end by their inputs. ``copied`` goes before the former, and ``summed`` does the latter."""
+    """Processes that a layer's matmuls are sharded among (Shoeybi et al. 2019, section 3): the matmuls at its start by their
+    outputs, those at its end by their inputs. ``copied`` goes before the former; ``summed`` computes the latter."""
 
     def __init__(self, devices: DeviceMesh):
         self.devices, self.size, self.group = devices, devices.size(), devices.get_group()
-        # It would say how a tensor that is divided twice is gathered, and that there are faster ways.
+        # Its warnings would say how a tensor that is sharded twice is gathered, and that there are faster ways.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
     def copied(self, x: Tensor) -> Tensor:
-        """x, whose gradient is the sum over the processes."""
+        """x itself; its gradient is summed over the processes."""
         return _Copied.apply(x, self)
 
     def summed(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """x weightᵀ, summed over the processes, in float32; ``dtype``: of the matmul's inputs."""
+        """x weightᵀ in float32, summed over the processes. ``dtype``: of the matmul's inputs."""
         x, weight = x.to(dtype), weight.to(dtype)
         return _Summed.apply(_Product.apply(x, weight) if dtype != torch.float32 else x @ weight.T, self)
 
     def add(self, x: Tensor) -> None:
-        """What the others have."""
+        """Add the other processes' x to this one, in place."""
         dist.all_reduce(x, group=self.group)
 
     def divide(self, layer: nn.Linear, axis: int) -> None:
-        """Keep this process's part of a layer without bias: its outputs (0) or its inputs (1). Its weight has yet to be filled.
+        """Keep this process's shard of a layer without bias: its outputs (0) or its inputs (1). The weight must be filled
+        afterwards.
 
         Raises:
-          ConfigError: there is no such part.
+          ConfigError: the outputs or inputs do not divide evenly among the processes.
         """
         if layer.weight.shape[axis] % self.size:
             size = layer.weight.shape[axis]
@@ -207,7 +210,7 @@ class TensorAxis:
         layer.weight = nn.Parameter(self.placed(part, axis))
 
     def placed(self, part: Tensor, axis: int) -> Tensor:
-        """This process's part of a weight, as a part."""
+        """This process's part of a weight, as a shard."""
         from torch.distributed.tensor import DTensor, Shard
 
         return DTensor.from_local(part, self.devices, [Shard(axis)], run_check=False)
@@ -227,8 +230,8 @@ class _Copied(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """x weightᵀ of [..., inputs] and [outputs, inputs], in float32: parts of a sum, each rounded to bfloat16, are off by more
-    than the whole."""
+    """x weightᵀ of [..., inputs] and [outputs, inputs], in float32. Partial sums that are each rounded to bfloat16 add up to a
+    larger error than rounding the whole sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -237,7 +240,7 @@ class _Product(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             if x.device.type == "cuda":
                 found = torch.mm(rows, weight.T, out_dtype=torch.float32)
-            else:  # which has no such kernel
+            else:  # other devices have no such kernel
                 found = rows.float() @ weight.float().T
         return found.view(*x.shape[:-1], -1)
 
@@ -261,30 +264,30 @@ class _Summed(torch.autograd.Function):
 
 
 def shell(network: N, device: torch.device | str) -> N:
-    """A copy whose trained weights have yet to be filled; it shares the frozen ones. FSDP does not copy what it has divided, so
-    models keep a shell on the device 'meta', where it takes no memory. On a CPU it takes some once it is written to: FSDP writes
-    to the parts that are here."""
+    """A copy that shares the frozen weights; its trained weights must be filled afterwards. FSDP does not copy what it has
+    sharded, so models keep a shell on the device 'meta', where it takes no memory. On a CPU, a shell takes memory only where it
+    is written to, and FSDP writes only to this process's shards."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device=device)) if p.requires_grad else p for p in network.parameters()}
     return copy.deepcopy(network, empty)
 
 
 def divided(tensor: Tensor) -> bool:
-    """Whether it is a DTensor."""
+    """True if the tensor is sharded (a DTensor)."""
     return hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Any) -> Tensor:
-    """This process's part of a tensor that may be divided. Differentiable."""
+    """This process's shard of a tensor, or the tensor itself if it is not sharded. Differentiable."""
     return tensor.to_local() if divided(tensor) else tensor
 
 
 def full(tensor: Any) -> Tensor:
-    """All of a tensor that may be divided: collective."""
+    """The whole of a tensor that may be sharded. Collective."""
     return tensor.full_tensor() if divided(tensor) else tensor
 
 
 def divided_alike(tensors: Iterable[Any]) -> list[list[Any]]:
-    """The tensors by the mesh among which they are divided: torch's operations on lists take one."""
+    """The tensors, grouped by the mesh that they are sharded over: torch's operations on lists take one mesh."""
     found: dict[Any, list[Any]] = {}
     for tensor in tensors:
         found.setdefault(tensor.device_mesh if divided(tensor) else None, []).append(tensor)
@@ -292,12 +295,12 @@ def divided_alike(tensors: Iterable[Any]) -> list[list[Any]]:
 
 
 def on_host(tensor: Any) -> np.ndarray:
-    """All of a tensor that may be divided, in float32, maybe as a view: collective."""
+    """The whole of a tensor that may be sharded, as float32 on the host, maybe as a view. Collective."""
     return full(tensor.detach()).float().cpu().numpy()
 
 
 def fill(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Copy host arrays of the same names, or this process's parts of them, into tensors that may be divided."""
+    """Copy host arrays, or this process's parts of them, into the tensors of the same names, which may be sharded."""
     with torch.no_grad():
         for name, tensor in tensors.items():
             part = _own_part(tensor) if divided(tensor) else ...
@@ -305,7 +308,8 @@ def fill(tensors: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _own_part(tensor: Any) -> tuple[slice, ...]:
-    """Where what is here of a divided tensor lies in it: FSDP deals out the rows of what the axis of matmuls has left."""
+    """Where this process's shard of a tensor lies in the whole. The tensor axis divides first; FSDP divides the rows of what
+    remains."""
     found, mesh = [slice(0, size) for size in tensor.shape], tensor.device_mesh
     for name in ("tensor", "fsdp"):
         if name in mesh.mesh_dim_names:

@@ -31,7 +31,7 @@ from lockstep_torch.mesh import fill, on_host, shell
 from lockstep_torch.pieces import chosen
 
 LOGITS_AT_ONCE = 2**26
-"""Elements: a quarter of a gibibyte in float32, and several times that while gradients are computed."""
+"""Elements of logits computed at once: a quarter of a gibibyte in float32, and several times that with gradients."""
 HEAD = (SCALAR_HEAD, SCALAR_BIAS)
 
 
@@ -64,7 +64,7 @@ class TorchModel:
     beta: float = 1.0
 
     def __init__(self, network: Network, head: ScalarHead | None, backend: TorchDevice):
-        # FSDP takes each layer to the device before it divides it.
+        # With a mesh, FSDP moves each layer to the device before sharding it.
         self.network = network if backend.mesh is not None else network.to(backend.device)
         self.network.gradient_checkpointing = backend.config.gradient_checkpointing
         graphs = backend.config.cuda_graphs and backend.device.type == "cuda" and backend.mesh is None
@@ -79,8 +79,8 @@ class TorchModel:
 
     @classmethod
     def filled(cls, network: Network, head: ScalarHead | None, backend: TorchDevice, weights: Mapping[str, np.ndarray]) -> Any:
-        """A model of this network with these weights; each process reads its parts of them. Those that the network has are
-        dropped, so it may be on the device 'meta', without memory."""
+        """A model of this network with these weights. Each process reads only its own parts of them. The network's own weights
+        are dropped, so it may be on the device 'meta', without memory."""
         made = cls(shell(network, _before(backend)), head, backend)
         fill({name: tensor for name, tensor in made.tensors().items() if name not in HEAD}, weights)
         return made
@@ -88,7 +88,7 @@ class TorchModel:
     def forward(
         self, block: Block, outputs: Sequence[str], temperature: float, dropout: DropoutMask | None = None
     ) -> dict[str, Tensor]:
-        """The named outputs with gradients, of all rows."""
+        """The named outputs of all rows, differentiable."""
         if self.mesh is None:
             return self.run(block, outputs, temperature, dropout)
         rows = len(block.tokens)
@@ -96,13 +96,13 @@ class TorchModel:
         dropout = dropout and DropoutMask(dropout.rate, dropout.seeds[torch.as_tensor(own, device=block.tokens.device)])
         part = Block.put(block.sequences.take(own), self.backend)
         found = self.root(self.run, part, outputs, temperature, dropout)
-        # Sorted: a set has an order of its own in each process.
+        # Sorted, because the order of a set differs between processes.
         return {name: self.mesh.gather(found[name], rows) for name in sorted(outputs)}
 
     def run(
         self, block: Block, outputs: Sequence[str], temperature: float, dropout: DropoutMask | None = None
     ) -> dict[str, Tensor]:
-        """Those of these rows. Logits exist only at the T columns that predict a response token."""
+        """The named outputs of this block's rows. Logits exist only at the T columns that predict a response token."""
         with self.backend.autocast():
             first = block.prompt_length - 1
             hidden = self.network.hidden(block.tokens, block.mask, dropout, first, block.layout)  # [B, T + 1, d]
@@ -120,7 +120,7 @@ class TorchModel:
         return {name: out[name] for name in outputs}
 
     def of_distribution(self, states: Tensor, tokens: Tensor, temperature: float, *, entropy: bool) -> dict[str, Tensor]:
-        """Outputs of the logits, [B, T] each."""
+        """Log-probabilities and, if asked for, the entropy, each [B, T]."""
 
         def some(states: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
             return chosen(self.network.logits(states), tokens, temperature, entropy)
@@ -129,7 +129,7 @@ class TorchModel:
         return dict(zip(names, self.in_pieces(some, states, tokens), strict=True))
 
     def from_teacher(self, teacher: TorchModel, states: Tensor, block: Block, temperature: float) -> Tensor:
-        """The divergence [B, T], from the states [B, T, d] that predict each response token."""
+        """The divergence from the teacher [B, T], given this model's states [B, T, d] that predict each response token."""
         network, call = teacher.network, teacher.call
         with torch.no_grad():
             theirs = call(network.hidden, block.tokens, block.mask, None, block.prompt_length - 1, block.layout)[:, :-1]
@@ -143,12 +143,12 @@ class TorchModel:
         return self.in_pieces(some, states, theirs)[0]
 
     def call(self, method: Callable[..., Any], *given: Any) -> Any:
-        """A method of the network, from outside of this model's `forward`."""
+        """Call a method of the network from outside this model's `forward`."""
         return method(*given) if self.mesh is None else self.root(method, *given)
 
     def in_pieces(self, some: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
-        """``some`` of inputs [B, T, ...], which gives [B, T] each by way of logits. If [B, T, V] is large, it never exists in
-        full: a few positions at a time are computed, and recomputed for the gradient (Chen et al. 2016)."""
+        """Apply ``some``, which computes logits and returns arrays [B, T], to inputs [B, T, ...]. If [B, T, V] is large, it never
+        exists in full: a few positions at a time are computed, and recomputed for the gradient (Chen et al. 2016)."""
         shape, at_once = inputs[0].shape[:2], max(1, LOGITS_AT_ONCE // self.vocab_size)
         if shape.numel() <= at_once:
             return some(*inputs)
@@ -183,7 +183,7 @@ class TorchModel:
         return copied
 
     def rebuilt(self, cls: type[Any], head: ScalarHead | None, change: Callable[[Network], Network] = lambda same: same) -> Any:
-        """A model of ``cls`` with a copy of this one's network, changed, and the head."""
+        """A model of class ``cls`` with this head and a copy of this model's network, to which ``change`` is applied."""
         if self.mesh is None:
             return cls(change(copy_network(self.network)), head, self.backend)
         made = cls(change(shell(self.shell, _before(self.backend))), head, self.backend)
@@ -195,8 +195,8 @@ class TorchModel:
         return made
 
     def write(self, folder: Path, name: str, **config: int) -> None:
-        """A checkpoint of transformers' class ``name``; for an adapted network, the adapter alone. Without ``num_labels``, the
-        head is left out."""
+        """Write a checkpoint of transformers' class ``name``; for an adapted network, only the adapter. Without ``num_labels``,
+        the head is left out."""
         tensors = {key: tensor for key, tensor in self.tensors().items() if config or key not in HEAD}
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         gather, processes = (lambda key: on_host(tensors[key])), self.backend.processes
@@ -209,7 +209,7 @@ class TorchModel:
 
 
 class LanguageModel(TorchModel, Policy):
-    """A policy on PyTorch; `policies.py` makes them."""
+    """A policy on PyTorch, created by `policies.py`."""
 
     @property
     def supplies(self) -> frozenset[str]:
@@ -244,7 +244,7 @@ class LanguageModel(TorchModel, Policy):
             if self.mesh is None:
                 return draw()
             own = self.root.whole(draw)
-        # Without the cache, in which each process has its own rows only.
+        # Without the cache: in it, each process has only its own rows.
         return Generated(*(self.mesh.gather_on_host(each, len(seeds)) for each in (own.tokens, own.mask, own.logprobs)))
 
     def stream(
@@ -262,7 +262,7 @@ class LanguageModel(TorchModel, Policy):
             yield from super().stream(prompt_tokens, prompt_mask, seeds, **how)
             return
         put = self.backend.put
-        with self.sampling():  # not while the caller handles the token
+        with self.sampling():  # not held open while the caller handles the token
             decoding = Decoding(self.network, put(prompt_tokens), put(prompt_mask), put(seeds), temperature, stop_ids, pad_id)
         for t in range(seeds.shape[1]):
             yield decoding.tokens[:, t].cpu().numpy().astype(np.int32)
@@ -273,8 +273,8 @@ class LanguageModel(TorchModel, Policy):
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
-        # Inference mode is the fastest, but there autocast does not keep cast weights, and casts them again for each token. Nor
-        # does FSDP take what is made in it. Autocast keeps only what could be trained.
+        # Inference mode is the fastest, but in it autocast does not cache cast weights and casts them again for each token, and
+        # FSDP does not take tensors made in it. Autocast caches only weights that require gradients.
         exact = self.backend.config.precision == "float32"
         unrecorded = torch.inference_mode if exact and self.mesh is None else torch.no_grad
         frozen = [] if exact else [p for p in self.network.parameters() if not p.requires_grad]
@@ -294,7 +294,7 @@ class LanguageModel(TorchModel, Policy):
         return self.rebuilt(Scalar, ScalarHead(head), lambda network: network.without_language_head())
 
     def save(self, folder: Path) -> None:
-        """The language model alone: a value head belongs to training, not to the policy."""
+        """Save the language model alone: a value head belongs to training, not to the policy."""
         self.write(folder, causal_class(self.network.config))
 
 
@@ -311,7 +311,7 @@ class Scalar(TorchModel, ScalarModel):
 
 
 def _before(backend: TorchDevice) -> torch.device:
-    """Where a network is made."""
+    """The device on which a network is created. With a mesh it is the CPU, from which FSDP moves it."""
     return backend.device if backend.mesh is None else torch.device("cpu")
 
 

@@ -1,8 +1,8 @@
-"""What the calls of a run need: the code of a run, on fake tensors, which have shapes and storages but no memory.
+"""Estimate what the calls of a run need, by running its code on fake tensors, which have shapes and storages but no memory.
 
-Each tensor is followed from the operation that makes it to its end. Not seen: what kernels take inside for themselves, but for
-one that takes as much as its input; what an allocator keeps of freed memory, on a CPU up to a fifth of a process; the optimizer's
-step, which takes less than the gradients' end. FSDP's weights and gradients are added as arithmetic.
+Each tensor is followed from the operation that makes it until it is freed. Not measured: memory that kernels take internally,
+except for one kernel that takes as much as its input; freed memory that an allocator keeps, on a CPU up to a fifth of a process;
+the optimizer's step, which takes less than the end of the gradients. FSDP's weights and gradients are added by arithmetic.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PROCESS = 365_000_000
 
 class TorchPlanner:
     def __init__(self, backend: TorchDevice, mesh: MeshConfig):
-        """``backend``: of one process."""
+        """``backend``: of a single process, without a mesh."""
         self.backend, here = backend, backend.device
         on_cuda = here.type == "cuda"
         self.data, self.fsdp, self.tensor = device.axes(mesh, torch.cuda.device_count() if on_cuda else None)
@@ -66,7 +66,7 @@ class TorchPlanner:
     def measure(self, call: Call) -> Need:
         kinds = {"generate": self._generate, "evaluate": self._evaluate, "forward": self._forward, "update": self._update}
         for blueprint in call.models.values():
-            generation.word_hashes(blueprint.architecture.vocab_size, self.backend.device)  # is kept, so no fake
+            generation.word_hashes(blueprint.architecture.vocab_size, self.backend.device)  # it is cached, so it must not be fake
         with FakeTensorMode(allow_non_fake_inputs=True):
             models = {name: self.model(blueprint) for name, blueprint in call.models.items()}
             temporary = kinds[call.kind](call, models) + self.gathered(call.kind, models.values())
@@ -103,11 +103,11 @@ class TorchPlanner:
         learner = self.learner(call, models)
         enough = [part for i, part in enumerate(call.terms) if part.passed or call.terms[:i].count(part) < 2]
         with Following() as found, self.scattered(models.values(), found):
-            learner._backward([self.term(learner, part) for part in enough])  # a third of the same adds nothing
+            learner._backward([self.term(learner, part) for part in enough])  # a third equal part adds nothing
         return found.most
 
     def term(self, learner: TorchLearner, part: Part) -> Term:
-        """Of zeros. A pass that was made before the update is made now."""
+        """A term with batches of zeros. If its forward pass is made before the update, it is made now."""
         block, outputs = sequences(part.shape), everything(part.outputs)
         batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in part.batch.items()}
         dropout = Dropout(0.1, np.zeros(part.shape.rows, np.uint32)) if part.dropout else None
@@ -136,8 +136,8 @@ class TorchPlanner:
     # -------------------------------------------------------------------------------------------------------------- FSDP
 
     def gathered(self, kind: str, models: Iterable[TorchModel]) -> int:
-        """Bytes of whole weights: all, while tokens are drawn; else what is outside of layers, one layer and the next. Of an
-        update, also the copy of a layer's gradients that is sent."""
+        """Bytes of gathered weights. While tokens are drawn: all of them. Otherwise: the weights outside of layers, one layer and
+        the next. An update also needs the copy of a layer's gradients that is sent."""
         if self.fsdp == 1:
             return 0
         inside, outside = [0], 0
@@ -148,12 +148,13 @@ class TorchPlanner:
         return outside + (sum(inside) if kind == "generate" else (3 if kind == "update" else 2) * max(inside))
 
     def collectives(self, call: Call, models: Mapping[str, TorchModel]) -> Iterator[Traffic]:
-        """Weights are gathered for a pass and again for its gradients, which are then summed; outputs, for the loss."""
+        """Weights are gathered for a pass and again for its gradients, which are then summed. Outputs are gathered for the
+        loss."""
         if self.devices == 1:
             return
         if call.kind == "generate":
             yield from self.all_gathered(models.values())
-            fed = replace(call.shape, response=call.shape.response - 1)  # the last token is not
+            fed = replace(call.shape, response=call.shape.response - 1)  # the last token is not fed
             yield from self.summed(fed, models.values())
         elif call.kind != "update":
             yield from self.of_pass(call.outputs, call.shape, models)
@@ -177,7 +178,7 @@ class TorchPlanner:
         yield from self.summed(shape, reading)
         for name in everything(outputs):
             numbers = shape.rows if name == "scores" else shape.rows * shape.response
-            yield traffic("all-gather", 1, FLOAT32 * numbers * self.tensor, self.devices)  # all processes give what they have
+            yield traffic("all-gather", 1, FLOAT32 * numbers * self.tensor, self.devices)  # every process sends its outputs
 
     def all_gathered(self, models: Iterable[TorchModel]) -> Iterator[Traffic]:
         if self.fsdp > 1:
@@ -185,25 +186,25 @@ class TorchPlanner:
                 yield traffic("all-gather", groups, size / groups, self.fsdp, self.tensor)
 
     def summed(self, shape: Shape, models: Iterable[TorchModel], again: bool = False) -> Iterator[Traffic]:
-        """What a layer's two pairs of matmuls sum along ``tensor``, in float32: of a pass; or ``again``, of its gradient and of
-        the recomputation for it, which ends before the second pair's sum."""
+        """Sums along ``tensor`` of a layer's two pairs of matmuls, in float32: those of a pass or, with ``again``, those of its
+        gradient and of the recomputation for it, which ends before the second pair's sum."""
         if self.tensor > 1:
             tokens, needed = -(-shape.tokens // self.rows), -(-shape.needed // self.rows)
             for model in models:
                 layers, width = len(model.network.layers()), model.network.hidden_size
                 inner, last = 2 * (layers - 1) * tokens, 2 * needed
-                if again:  # in the last layer, prompts give keys and values
+                if again:  # in the last layer, prompts give only keys and values
                     recomputed = (inner + last) // 2 * self.backend.config.gradient_checkpointing
                     last += tokens - needed + recomputed
                 yield traffic("all-reduce", 2 * layers, FLOAT32 * width * (inner + last) / (2 * layers), self.tensor)
 
     def groups(self, model: TorchModel) -> tuple[int, int]:
-        """How many groups of weights FSDP gathers one after the other, and the bytes of all."""
+        """How many groups of weights FSDP gathers, one after the other, and the bytes of all groups."""
         return 1 + len(divided(model)), sum(FLOAT32 * tensor.numel() for tensor in model.tensors().values())
 
     @contextlib.contextmanager
     def scattered(self, models: Iterable[TorchModel], found: Following) -> Iterator[None]:
-        """Gradients of layers are divided as soon as they are made; what is outside of layers waits for the end."""
+        """Shard the gradients of layers as soon as they are made. Those outside of layers wait for the end."""
         hooks = [
             parameter.register_post_accumulate_grad_hook(lambda p: found.divide(p.grad, self.fsdp))
             for model in models
@@ -216,8 +217,8 @@ class TorchPlanner:
 
 
 class Share:
-    """In place of `lockstep_torch.mesh.Mesh`: the first process of a mesh that divides rows into ``row_parts``. Its weights are
-    whole, but for its part along the axis ``tensor``."""
+    """Stands in for `lockstep_torch.mesh.Mesh`: the first process of a mesh that divides rows into ``row_parts``. Its weights are
+    whole, except that it has only its part along the axis ``tensor``."""
 
     def __init__(self, row_parts: int, tensor: int):
         self.row_parts, self.tensor = row_parts, OnePart(tensor) if tensor > 1 else None
@@ -234,7 +235,7 @@ class Share:
 
 
 class OnePart(TensorAxis):
-    """The axis without the other processes."""
+    """A tensor axis without the other processes."""
 
     def __init__(self, size: int):
         self.size = size
@@ -246,7 +247,7 @@ class OnePart(TensorAxis):
 
 
 def divided(model: TorchModel) -> list[nn.Module]:
-    """The layers that `lockstep_torch.mesh.Mesh.divide` divides."""
+    """The layers that `lockstep_torch.mesh.Mesh.divide` shards one by one."""
     return [] if model.network.adapter is not None else model.network.layers()
 
 
@@ -254,7 +255,7 @@ def divided(model: TorchModel) -> list[nn.Module]:
 
 
 class Following(TorchDispatchMode):
-    """Bytes of the tensors that are made in it: ``alive`` now, and the ``most`` so far."""
+    """Counts the bytes of the tensors that are made inside: ``alive`` now, and the ``most`` so far."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,7 +264,7 @@ class Following(TorchDispatchMode):
         self.ends: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for storage in storages((args, kwargs)):  # what an operation reads was there before
+        for storage in storages((args, kwargs)):  # an operation's inputs were there before
             self.follow(storage, 0)
         made = func(*args, **kwargs or {})
         if func in INSIDE:
@@ -285,7 +286,7 @@ class Following(TorchDispatchMode):
         del self.ends[key]
 
     def divide(self, tensor: Tensor, parts: int) -> None:
-        """From now on, all but one of its parts are elsewhere."""
+        """From now on, count one part of the tensor; the others are elsewhere."""
         key, size = id(tensor.untyped_storage()), -(-tensor.nbytes // parts)
         self.alive -= self.sizes[key] - size
         self.sizes[key] = size
@@ -300,7 +301,7 @@ def storages(tree: Any) -> list[torch.UntypedStorage]:
 
 
 def network_of(blueprint: Blueprint) -> Network:
-    """As `lockstep_torch.policies` opens it, without its weights."""
+    """The network that `lockstep_torch.policies` would open, without its weights."""
     a = blueprint.architecture
     network: Network
     if is_small_decoder(a):
@@ -309,13 +310,13 @@ def network_of(blueprint: Blueprint) -> Network:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         network = TransformersNetwork(AutoModelForCausalLM.from_config(AutoConfig.for_model(**to_hf(a))).eval())
-        network.__dict__["can_pack"] = True  # which is tried with numbers
+        network.__dict__["can_pack"] = True  # finding out takes real numbers
     return network if blueprint.adapter is None else adapted(network, blueprint.adapter)
 
 
 @contextlib.contextmanager
 def unmoved() -> Iterator[None]:
-    """Modules stay where they are made: fakes cannot be moved, not even to their own device."""
+    """Leave modules where they are made: fakes cannot be moved, not even to their own device."""
     move = nn.Module.to
     nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign,assignment,misc]
     try:
@@ -325,14 +326,14 @@ def unmoved() -> Iterator[None]:
 
 
 def fill(cache: Any, columns: int) -> None:
-    """The cache of a decoding at its last token: ``columns`` are filled."""
+    """Make a decoding's cache what it is at the last token, with ``columns`` filled."""
     if isinstance(cache, Cache):
         cache.read = columns
         return
     cache["mask"] = cache["mask"].new_ones(len(cache["mask"]), columns)
     for layer in cache["past"].layers:
         window = getattr(layer, "sliding_window", None)
-        layer.cumulative_length = columns  # of layers with a window
+        layer.cumulative_length = columns  # read only in layers with a window
         for name in ("keys", "values"):
             rows, heads, _, width = getattr(layer, name).shape
             kept = columns if window is None else min(columns, window - 1)
@@ -340,7 +341,7 @@ def fill(cache: Any, columns: int) -> None:
 
 
 def sequences(shape: Shape) -> Sequences:
-    prompts = np.arange(shape.rows)[:, None] // shape.rows_per_prompt % 2  # neighbours differ
+    prompts = np.arange(shape.rows)[:, None] // shape.rows_per_prompt % 2  # neighbouring prompts differ
     tokens, counts = np.repeat(prompts.astype(np.int32), shape.columns, axis=1), np.ones((shape.rows, shape.response), bool)
     segments = np.ones_like(tokens) if shape.packed else None
     return Sequences(tokens, np.ones((shape.rows, shape.prompt), bool), counts, counts, segments)

@@ -1,5 +1,5 @@
-"""The policies of a configuration: `decoder` starts from scratch, `huggingface` from a checkpoint, `lora` trains adapters on
-one."""
+"""The policies that a configuration can name: `decoder` starts from scratch, `huggingface` from a checkpoint, and `lora` trains
+adapters on a checkpoint."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class LoRA(FromCheckpoint, LanguageModel):
 
 
 def _trunk(path: str, backend: TorchDevice) -> Network:
-    """The checkpoint that adapters share; read once."""
+    """The checkpoint that adapters share. It is read once."""
     from transformers import AutoModelForCausalLM
 
     if path not in backend.trunks:
@@ -148,10 +148,10 @@ def _trunk(path: str, backend: TorchDevice) -> Network:
 
 
 def _with(model: Any, arrays: dict[str, np.ndarray], source: Path | str) -> Any:
-    """The model with these values of its trained parameters.
+    """The model, with its trained parameters set to these values.
 
     Raises:
-      CheckpointError: they do not match its adapter.
+      CheckpointError: the values do not match its adapter.
     """
     tensors = model.tensors()
     adapters.check(source, arrays, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
@@ -160,12 +160,12 @@ def _with(model: Any, arrays: dict[str, np.ndarray], source: Path | str) -> Any:
 
 
 def _open(auto: type, checkpoint: Checkpoint) -> tuple[Network, Mapping[str, np.ndarray]]:
-    """The network in float32, without dropout and without memory for its weights; and these, from safetensors only, which are
-    read where they are used. No code from the checkpoint is run. This package's decoder runs models of Llama's shape, because
+    """The network in float32, without dropout and without memory for its weights; and the weights, from safetensors only, which
+    are read where they are used. No code from the checkpoint is run. This package's decoder runs models of Llama's shape, because
     its generation loop is leaner; transformers' own modules run all others.
 
     Raises:
-      CheckpointError: transformers cannot open it, or would fill tensors with random numbers.
+      CheckpointError: transformers cannot open the checkpoint, or would fill tensors with random numbers.
     """
     if checkpoint.architecture is None:
         return _read_by_transformers(auto, checkpoint)
@@ -174,17 +174,18 @@ def _open(auto: type, checkpoint: Checkpoint) -> tuple[Network, Mapping[str, np.
     found = usual_tensors(checkpoint.architecture, checkpoint.stored)
     stored = [found.get(network.checkpoint_name(name)) for name, _ in network.named_parameters()]
     shapes = [tuple(parameter.shape) for parameter in network.parameters()]
-    if [each and each.shape for each in stored] != shapes:  # of a larger model
+    if [each and each.shape for each in stored] != shapes:  # the checkpoint is of a larger model
         return _read_by_transformers(auto, checkpoint)
     return network, OnDisk(found)
 
 
 def _read_by_transformers(auto: type, checkpoint: Checkpoint) -> tuple[Network, Mapping[str, np.ndarray]]:
-    """Which alone knows how files of families without a record are read. It reads all weights."""
+    """`_open` through transformers, which alone knows how to read the files of families without a record. Reads all weights at
+    once."""
     hf, info = load(auto, checkpoint.folder)
     unused = set[str]()
-    if checkpoint.architecture is None:  # else its names have been checked
-        heads = () if hf.base_model is not hf else ("score.", "lm_head.")  # a trunk has none
+    if checkpoint.architecture is None:  # otherwise its names have been checked
+        heads = () if hf.base_model is not hf else ("score.", "lm_head.")  # a trunk has no heads
         unused = {name for name in info["unexpected_keys"] if not name.startswith(heads) and not BUFFERS.search(name)}
     refuse_tensors(checkpoint.folder, missing=info["missing_keys"], unused=unused, other=info["mismatched_keys"])
     network = TransformersNetwork(hf.eval())
@@ -193,7 +194,7 @@ def _read_by_transformers(auto: type, checkpoint: Checkpoint) -> tuple[Network, 
 
 
 def _lean(hf: Any) -> DecoderNetwork | None:
-    """The same model as a `DecoderNetwork`, if it has that shape."""
+    """The same model as a `DecoderNetwork`; None if it has another shape."""
     config = config_of(hf)
     try:
         architecture = from_hf(config)
@@ -206,13 +207,13 @@ def _lean(hf: Any) -> DecoderNetwork | None:
 
 
 def _decoder(architecture: Architecture, config: dict[str, Any] | None = None) -> DecoderNetwork:
-    """Without memory for its weights."""
+    """A `DecoderNetwork` without memory for its weights."""
     with torch.device("meta"):
         return DecoderNetwork(architecture, config)
 
 
 def _head(weights: Mapping[str, np.ndarray]) -> ScalarHead:
-    """transformers' classifiers have no bias."""
+    """The scalar head in these weights. Its bias is 0 if they have none, as in transformers' classifiers."""
     bias = float(weights[SCALAR_BIAS][0]) if SCALAR_BIAS in weights else 0.0
     return ScalarHead(as_float32(weights[SCALAR_HEAD][0]), bias)
 

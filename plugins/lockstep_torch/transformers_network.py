@@ -27,9 +27,9 @@ def config_of(hf: Any) -> dict[str, Any]:
 
 
 def load(auto: Any, source: Path | str) -> tuple[Any, dict[str, Any]]:
-    """A model of transformers in float32, from safetensors only and without code from the checkpoint. Also the names that the
-    checkpoint lacks, where transformers draws random numbers ('missing_keys'); those that the model lacks
-    ('unexpected_keys'); and {name: (shape there, shape here)} of others ('mismatched_keys').
+    """Load a model of transformers in float32, from safetensors only and without running code from the checkpoint. Also returns
+    the names that the checkpoint lacks, where transformers draws random numbers ('missing_keys'); the names that the model lacks
+    ('unexpected_keys'); and, where shapes differ, {name: (shape in the checkpoint, shape in the model)} ('mismatched_keys').
 
     Raises:
       CheckpointError: transformers cannot open it.
@@ -41,7 +41,7 @@ def load(auto: Any, source: Path | str) -> tuple[Any, dict[str, Any]]:
 
 
 def without_weights(auto: Any, source: Path | str) -> Any:
-    """The model that `load` would open, with parameters that have shapes and no memory.
+    """The model that `load` would open, with parameters that have shapes but no memory.
 
     Raises:
       CheckpointError: transformers cannot open it.
@@ -52,7 +52,7 @@ def without_weights(auto: Any, source: Path | str) -> Any:
 
 @contextlib.contextmanager
 def _opening(source: Path | str) -> Iterator[Any]:
-    """Yields transformers' configuration of a checkpoint."""
+    """Yield transformers' configuration of a checkpoint. Any error inside becomes a CheckpointError."""
     from transformers import AutoConfig
     from transformers.utils import logging
 
@@ -66,18 +66,18 @@ def _opening(source: Path | str) -> Iterator[Any]:
                 if pad is not None and rows is not None and not 0 <= pad < rows:
                     part.pad_token_id = None  # outside the embedding, where torch refuses it; nothing here reads it
             yield config
-        except Exception as error:  # of many kinds: each of its parts raises its own
+        except Exception as error:  # of many types: each part of transformers raises its own
             raise CheckpointError(f"'{source}' cannot be opened as a checkpoint: {why(error)}") from error
 
 
 @contextlib.contextmanager
 def _no_memory() -> Iterator[None]:
-    """Parameters of modules that are made inside are on the device 'meta'. Buffers are not: many are computed once, and are in no
-    checkpoint."""
+    """Put the parameters of modules that are created inside on the device 'meta'. Buffers stay where they are: many are computed
+    once and are in no checkpoint."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # else it may be another's, too
+        if parameter is not None and not parameter.is_meta:  # a meta parameter may also belong to another module, so it stays
             parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 
@@ -135,7 +135,8 @@ class TransformersNetwork(Network):
         return out.last_hidden_state[:, -1], {"past": out.past_key_values, "mask": mask, "count": mask.sum(-1)}
 
     def repeated(self, cache: dict[str, Any], times: int) -> dict[str, Any] | None:
-        """Not with layers that keep a state beside keys or instead of them: transformers repeats keys only."""
+        """The repeated cache; None if a layer keeps a state besides its keys and values or instead of them, which transformers
+        does not repeat."""
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
         if any(type(each) not in (DynamicLayer, DynamicSlidingWindowLayer) for each in getattr(cache["past"], "layers", [None])):
@@ -145,7 +146,7 @@ class TransformersNetwork(Network):
         return {"past": cache["past"], "mask": mask, "count": count}
 
     def kept(self, cache: dict[str, Any]) -> Any:
-        """Not with layers that keep a window or a state instead of all keys."""
+        """The cache; None if a layer keeps a window or a state instead of all keys and values."""
         from transformers.cache_utils import DynamicLayer
 
         layers = getattr(cache["past"], "layers", [None])
@@ -176,8 +177,8 @@ class TransformersNetwork(Network):
         return trunk
 
     def in_order(self, columns: int) -> bool:
-        """Whether rows with real tokens first need no mask: then transformers makes none where a layer sees all earlier keys.
-        Positions run to the last column there, so each must have one, and angles may not depend on the longest row."""
+        """True if rows with real tokens first need no mask: transformers then makes none for layers that see all earlier keys.
+        Positions then run to the last column, so each column must have one, and angles may not depend on the longest row."""
         config = self.hf.config.get_text_config()
         ropes = getattr(config, "rope_parameters", None) or {}
         kinds = {each.get("rope_type") for each in (ropes, *ropes.values()) if isinstance(each, dict)}
@@ -185,8 +186,8 @@ class TransformersNetwork(Network):
 
     @functools.cached_property
     def can_pack(self) -> bool:
-        """Whether examples in one row are independent. transformers marks them by positions that start over, which not every
-        model respects. So this tries it: an example after another, against the same one alone and after other tokens."""
+        """True if examples in one row are independent. transformers marks examples by positions that start over, which not every
+        model respects. So this compares an example alone with the same example after two different others."""
         device = self.hf.get_input_embeddings().weight.device
         first, second = (torch.arange(8, device=device)[None] * step % self.vocab_size for step in (1, 3))
         segments = torch.tensor([[1] * 8 + [2] * 8], device=device)
@@ -211,7 +212,7 @@ class TransformersNetwork(Network):
                 layer.training = False
 
     def _trunk(self, tokens: Tensor, mask: Tensor, position: Tensor | None, **cache: Any) -> Any:
-        """Without positions: those of the columns, in which all earlier ones are seen."""
+        """Run the trunk. If ``position`` is None, positions are column numbers, and each column sees all earlier ones."""
         here = mask[:, -tokens.shape[1] :] != 0
         return self.hf.base_model(
             input_ids=torch.where(here, tokens, 0),

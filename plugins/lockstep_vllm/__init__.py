@@ -1,6 +1,6 @@
-"""vLLM as the engine of rollouts: a server in a process, and an environment, of its own.
+"""vLLM as the rollout engine: a server in its own process and its own Python environment.
 
-server.py      what Lockstep asks it: weights over, tokens back
+server.py      the client: hands weights over, gets tokens back
 processor.py   runs inside the server: draws each token from the seed that came with the request
 """
 

@@ -2,10 +2,10 @@
 
     vllm serve ... --logits-processors lockstep_vllm.processor:Seeds --logprobs-mode processed_logits
 
-A request at vLLM's temperature 0 that brings ``{"lockstep": {"seeds": [...], "temperature": 0.7}}`` as extra arguments gets the
-token argmax(logits / temperature + noise of its seed). Every other logit becomes -inf, and the token's own its log-probability at
-that temperature. So vLLM, which takes the largest logit and with the mode ``processed_logits`` returns it, answers with both.
-Requests without these arguments are left alone.
+A request has vLLM's temperature 0 and the extra arguments ``{"lockstep": {"seeds": [...], "temperature": 0.7}}``. It gets the
+token argmax(logits / temperature + noise of its seed). Every other logit becomes -inf, and the token's own logit becomes its
+log-probability at that temperature. vLLM takes the largest logit and, with the mode ``processed_logits``, returns it: so it
+answers with both. Requests without these arguments are left alone.
 
 Needs vLLM's V1 model runner (``VLLM_USE_V2_MODEL_RUNNER=0``): the V2 runner has another interface.
 """
@@ -22,12 +22,12 @@ from lockstep_torch.generation import sample
 
 KEY = "lockstep"
 PROBE = -1234.5
-"""What a request with ``{"probe": true}`` gets as the log-probability of token 0: proof that this code runs and that its numbers
-come back untouched."""
+"""The log-probability of token 0 in the answer to a request with ``{"probe": true}``: proof that this code runs and that its
+numbers come back untouched."""
 
 
 class Row(NamedTuple):
-    """A request's seeds as int32 [T], its temperature, and the tokens it has so far, which vLLM appends to."""
+    """A request's seeds as int32 [T], its temperature, its tokens so far (vLLM appends to this list), whether it is a probe."""
 
     seeds: np.ndarray
     temperature: float
@@ -85,8 +85,8 @@ class Weights:
     """For ``--worker-extension-cls``: methods that vLLM adds to its workers."""
 
     def lockstep_load(self, folder: str) -> None:
-        """Take the weights of a checkpoint. vLLM 0.32's own reload leaves a head that is tied to the embedding as it was, where
-        the head has a copy in a layout of its own (on CPUs, packed for oneDNN)."""
+        """Load the weights of a checkpoint. vLLM 0.32's own reload does not update a head that is tied to the embedding if the
+        head keeps a copy in its own layout (on CPUs, packed for oneDNN)."""
         worker: Any = self
         worker.reload_weights(weights_path=folder)
         head = getattr(worker.get_model(), "lm_head", None)

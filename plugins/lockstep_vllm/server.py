@@ -1,13 +1,13 @@
-"""A vLLM server as the engine: weights over by a folder, tokens in and out by HTTP.
+"""A vLLM server as the engine: weights are handed over in a folder; tokens go in and out by HTTP.
 
     POST /pause?mode=wait, /collective_rpc, /update_weight_version, /resume     hand weights over
     POST /inference/v1/generate, once for each row                              draw
 
-Written against vLLM 0.32, whose answers say which weights drew each token; `docs/scale.md` has the command that starts it.
-Prompts carry the version as ``cache_salt``, too: keys and values that older weights computed are never found in the prefix cache.
+Written against vLLM 0.32, whose answers say which weights drew each token. `docs/scale.md` has the command that starts it.
+Prompts also carry the version as ``cache_salt``, so the prefix cache never returns keys and values computed by older weights.
 
-The server's development endpoints, which take weights, ask for no password and load what they are told. So it belongs on this
-machine or in a private network.
+The server's development endpoints, which take weights, ask for no password and load whatever they are given. Run the server on
+this machine or in a private network.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ log = logging.getLogger("lockstep")
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every request
 
 MOST_AT_ONCE = 256
-"""Requests; vLLM's own default of sequences that it runs at once."""
+"""Concurrent requests; vLLM's own default for the number of sequences it runs at once."""
 LARGEST_ANSWER, LARGEST_TOKEN = 2**16, 2**10
-"""Bytes of an answer, and of each of its tokens. Memory is bounded by them: what is longer is not read."""
+"""Byte limits: for an answer, and in addition for each of its tokens. Longer answers are not read, so memory is bounded."""
 LOADING = "loading"
-"""The version while weights are handed over. If that fails, every answer carries it and is refused."""
+"""The version while weights are handed over. If the hand-over fails, every answer carries it and is refused."""
 RESUME_SECONDS = 5.0
-"""Limit of the attempt to resume the server after a failed hand-over, which also delays Ctrl-C."""
+"""Time limit for resuming the server after a failed hand-over. The attempt also delays Ctrl-C."""
 PROBE = -1234.5
-"""As in `lockstep_vllm.processor`, which this environment cannot import."""
+"""The same as in `lockstep_vllm.processor`, which this environment cannot import."""
 LOOK = "docs/scale.md, 'Rollouts by an engine', has the command that starts it."
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    url: str = setting("http://127.0.0.1:8000", "Of the server, which reads the folder of runs.")
-    timeout_seconds: float = setting(600.0, "Limit of a batch of responses, and of a hand-over.", above=0, most=86400)
-    remote: bool = setting(False, "Whether url may be another machine. Prompts and responses travel there as they are.")
+    url: str = setting("http://127.0.0.1:8000", "Address of the server, which must be able to read the folder of runs.")
+    timeout_seconds: float = setting(600.0, "Time limit for a batch of responses, and for a hand-over.", above=0, most=86400)
+    remote: bool = setting(False, "Allow url to be another machine. Prompts and responses travel there as they are.")
 
 
 class Server(Engine):
@@ -62,17 +62,17 @@ class Server(Engine):
     class Config(EngineConfig):
         sampler: Literal["lockstep", "vllm"] = setting(
             "lockstep",
-            "lockstep: the server runs lockstep_vllm.processor, and draws what the backend would; vllm: its own sampler, with a "
-            "seed for each row.",
+            "lockstep: the server runs lockstep_vllm.processor and draws what the backend would; vllm: vLLM's own sampler, with "
+            "a seed for each row.",
         )
-        server: ServerConfig = setting(ServerConfig(), "Where it is.")
+        server: ServerConfig = setting(ServerConfig(), "Where the server is.")
 
     def __init__(self, config: Config):
         super().__init__(config)
         self.url = config.server.url.rstrip("/")
         self.version = LOADING
         self.known = False
-        """Whether its sampler is the one that was asked for."""
+        """True once a probe has shown that the server samples as configured."""
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -87,8 +87,8 @@ class Server(Engine):
         self.version = LOADING
         try:
             self._run(self._load(folder.absolute(), version))
-        except BaseException:  # out of time and Ctrl-C, too
-            with contextlib.suppress(EngineFailed):  # it may be gone, and the first error says why
+        except BaseException:  # also timeouts and Ctrl-C
+            with contextlib.suppress(EngineFailed):  # the server may be gone; the first error says why
                 self._run(self._resume(), RESUME_SECONDS)
             raise
         self.version = version
@@ -106,7 +106,7 @@ class Server(Engine):
             await self._post(client, "/resume", None)
 
     def _reload(self, folder: str) -> dict[str, Any]:
-        """The call of the workers: of Lockstep's method, or of vLLM's own where only that is there."""
+        """The call for the workers: Lockstep's method if its sampler is configured, else vLLM's own."""
         if self.config.sampler == "lockstep":
             return {"method": "lockstep_load", "kwargs": {"folder": folder}}
         return {"method": "reload_weights", "kwargs": {"weights_path": folder}}
@@ -114,9 +114,9 @@ class Server(Engine):
     async def _probe(self) -> None:
         """
         Raises:
-          EngineFailed: it does not sample as the configuration says, or returns no log-probabilities of its sampler.
+          EngineFailed: the server does not sample as configured, or does not return its sampler's log-probabilities.
         """
-        await self._resume()  # a run that was killed during a hand-over left it paused
+        await self._resume()  # a run that was killed during a hand-over left the server paused
         async with self._client() as client:
             if self.config.sampler == "lockstep":
                 asked = self._settings(np.zeros(1, np.uint32), 1.0, ())
@@ -129,7 +129,7 @@ class Server(Engine):
                         f"tokens differ from the backend's. {LOOK}"
                     )
                 return
-            for token in (0, 1):  # raw log-probabilities of both cannot be 0
+            for token in (0, 1):  # raw log-probabilities of both tokens cannot be 0
                 asked = self._settings(np.zeros(1, np.uint32), 1.0, ()) | {"logit_bias": {token: 100.0}}
                 _, logprobs, _ = await self._row(client, [0], asked)
                 if len(logprobs) != 1 or not abs(logprobs[0]) < 1e-3:
@@ -162,7 +162,7 @@ class Server(Engine):
             raise EngineFailed(f"{self._who} answered with {longest} tokens to a request for at most {width}. {RESTART}")
         tokens, mask = right_pad([ids for ids, _, _ in rows], pad_id, width)
         logprobs = np.zeros(mask.shape, np.float32)
-        with np.errstate(over="ignore"):  # beyond float32 it is infinite, which is refused
+        with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite, which is refused
             logprobs[mask] = [number for _, numbers, _ in rows for number in numbers]
         return Generated(tokens, mask, logprobs), frozenset().union(*(versions for _, _, versions in rows))
 
@@ -211,7 +211,7 @@ class Server(Engine):
         return httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=None, limits=limits, headers=plain)
 
     def _run(self, work: Coroutine[Any, Any, T], limit: float | None = None) -> T:
-        """Run a coroutine within ``limit`` seconds, by default the configured limit. It runs in a thread of its own, because a
+        """Run a coroutine within ``limit`` seconds (default: the configured limit). It runs in its own thread, because a
         notebook's thread already has a loop. Ctrl-C cancels its requests."""
         limit = limit or self.config.server.timeout_seconds
         loop = asyncio.new_event_loop()
@@ -235,7 +235,7 @@ class Server(Engine):
                 f"{self._who} did not answer within engine.server.timeout_seconds={limit:g}. Look at its log, or raise the "
                 "limit, and rerun the same command to resume."
             )
-        except BaseExceptionGroup as group:  # of the rows that were asked for at once
+        except BaseExceptionGroup as group:  # from rows that were requested at once
             failure = _first(group)
         except BaseException:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the coroutine itself raised this
@@ -264,7 +264,7 @@ class Server(Engine):
 
 
 Row = tuple[list[int], list[float], frozenset[str]]
-"""Token ids, their log-probabilities, and the versions of the weights."""
+"""Token ids, their log-probabilities, and the versions of the weights that drew them."""
 RESTART = "Look at its log, restart it, and rerun the same command to resume."
 DEVELOPMENT = "It needs VLLM_SERVER_DEV_MODE=1 to take weights. "
 RELOAD = (
@@ -283,7 +283,7 @@ HINTS = {
 def response(answer: bytes) -> Row:
     """
     Raises:
-      ValueError, KeyError, TypeError, OverflowError, RecursionError: it is none.
+      ValueError, KeyError, TypeError, OverflowError, RecursionError: the answer is not a valid response.
     """
     (choice,) = json.loads(answer)["choices"]
     ids, read = choice["token_ids"], choice["logprobs"]["content"]
@@ -296,7 +296,7 @@ def response(answer: bytes) -> Row:
 
 
 def drawn_by(spans: list[dict[str, Any]], count: int) -> frozenset[str]:
-    """The versions of ``count`` tokens. A span says which weights drew tokens [start, end).
+    """The versions of the weights that drew ``count`` tokens. A span says which weights drew tokens [start, end).
 
     Raises:
       ValueError, KeyError, TypeError: the spans leave out a token, or overlap.
@@ -308,14 +308,14 @@ def drawn_by(spans: list[dict[str, Any]], count: int) -> frozenset[str]:
 
 
 def shown(text: str) -> str:
-    """One line, of bounded length, of what a server said."""
+    """A server's text on one line, of bounded length."""
     return short(visible(" ".join(text.split())))
 
 
 def check_url(server: ServerConfig) -> None:
     """
     Raises:
-      ConfigError: it is no address, or that of another machine without leave.
+      ConfigError: it is not a valid address, or it is another machine's without ``remote``.
     """
     try:
         url = httpx.URL(server.url)

@@ -1,4 +1,4 @@
-"""The nouns of RLHF from plain Python: strings, tuples, messages, and rows with the columns of docs/data.md."""
+"""Reads the nouns of RLHF from plain Python: strings, tuples, messages, and rows with the columns of docs/data.md."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ NOUNS: Mapping[str, tuple[type, ...]] = {
 
 
 def read(noun: str, items: Iterable[Any]) -> list[Any]:
-    """Each item as ``noun``: one of its `FORMS`, a mapping with the columns that docs/data.md understands, or the noun itself.
-    Ties, which valid data may have, cannot be used: they are left out and counted in the log.
+    """Read each item as a ``noun``. An item is one of its `FORMS`, a mapping with columns that docs/data.md understands, or the
+    noun itself. Items that valid data may have but that cannot be used, such as ties, are left out and counted in the log.
 
     Raises:
       DataError: an item is none of these, or nothing is left.
@@ -79,7 +79,7 @@ def _row(noun: str, item: Any, place: str) -> Mapping[str, Any]:
 
 
 def _plain(prompt: Any) -> Any:
-    """Messages as mappings."""
+    """The prompt with its messages as mappings; text stays as it is."""
     if isinstance(prompt, Prompt):
         prompt = prompt.messages
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):

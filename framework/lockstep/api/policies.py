@@ -39,7 +39,7 @@ class ChatPolicy:
       tokenizer: its tokenizer (`lockstep.text.tokenizer.Tokenizer`).
       backend: where it runs (`lockstep.interfaces.Backend`).
       name: the registered policy that reads its checkpoint.
-      metrics: of its training, a row per step (`pandas.DataFrame`); None if it was not trained by `train`.
+      metrics: a row per step of its training (`pandas.DataFrame`); None if it was not trained by `train`.
     """
 
     policy: Policy
@@ -98,7 +98,7 @@ class ChatPolicy:
         return Conversation(self, self._sampling(max_tokens, temperature, stop, seed), system)
 
     def save(self, folder: str | Path) -> Path:
-        """A Hugging Face checkpoint with its tokenizer, for transformers, `load` and ``lockstep chat``."""
+        """Save a Hugging Face checkpoint with its tokenizer, for transformers, `load` and ``lockstep chat``."""
         save_result(Path(folder), self.policy, self.tokenizer, "policy", self.name)
         return Path(folder)
 
@@ -166,7 +166,7 @@ class Conversation:
         self.messages: list[Message] = [Message("system", system)] if system else []
 
     def say(self, text: str) -> Iterator[str]:
-        """The policy's answer, in pieces as they are drawn. If interrupted, what came so far stays in the dialogue."""
+        """The policy's answer, in pieces as they are drawn. If interrupted, the text so far stays in the dialogue."""
         self.messages.append(Message("user", text))
         return self._answer()
 
@@ -235,7 +235,7 @@ def new_policy(
       policy: the registered policy; None takes the default of `conf/config.yaml`, a small decoder.
       tokenizer: a tokenizer, or the folder or hub id of one; None takes the checkpoint's, else that of the default data source,
         the miniature.
-      seed: of the weights.
+      seed: for the weights.
       settings: keys of the policy's configuration that differ from its file in `conf/policy`: layers=2, hidden_size=64, ...
 
     Raises:

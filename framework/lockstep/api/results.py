@@ -1,4 +1,4 @@
-"""Run an experiment; runs as data frames."""
+"""Run an experiment; read runs as data frames."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Its whole configuration."""
+        """The run's whole configuration."""
         return read_configuration(self.folder)
 
     @property
@@ -68,8 +68,8 @@ class Run:
 
     @property
     def evaluation(self) -> pandas.DataFrame:
-        """A row per split, policy and measure: the mean, its 95% interval over prompts, and how many it is over. The measures of
-        the reward model itself have the split 'reward_model' and the policy ''."""
+        """A row per split, policy and measure: the mean, its 95% interval over prompts, and the number of items it is taken over.
+        The measures of the reward model itself have the split 'reward_model' and the policy ''."""
         import pandas
 
         evaluation = self._record.evaluation
@@ -87,12 +87,12 @@ class Run:
         return load(self.folder, backend, stage=stage)
 
     def outputs(self, kind: str) -> dict[str, Path]:
-        """{stage: folder} of its results of one kind, 'policy' or 'reward_model', in the order of its stages."""
+        """{stage: folder} of the run's results of one kind, 'policy' or 'reward_model', in the order of its stages."""
         return outputs(self.folder, kind)
 
 
 def run(*overrides: str) -> Run:
-    """Run an experiment, as ``lockstep run`` does with the same overrides: stages that are done are reused, one that was begun is
+    """Run an experiment, as ``lockstep run`` does with the same overrides: finished stages are reused, and an unfinished one is
     resumed.
 
     Raises:
@@ -111,7 +111,7 @@ def results(*paths: str | Path) -> pandas.DataFrame:
     """All values of the runs under these folders, one per row, as ``lockstep compare`` writes them to metrics.parquet.
 
     Columns: group, task, run, backend, seed, stage, step, metric, value, low, high. Evaluations have no step; their metric is
-    'split/policy/measure'. A path is what ``lockstep compare`` takes; none means the folder 'runs'.
+    'split/policy/measure'. Paths are those that ``lockstep compare`` takes; without any, the folder 'runs' is read.
 
     Raises:
       DataError: a path holds no run.

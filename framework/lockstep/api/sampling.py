@@ -27,13 +27,13 @@ COLUMNS = 64
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. Samples are a function of seed and turn: each turn of a conversation has fresh ones."""
+    """How responses are drawn. Samples are a function of seed and turn, so each turn of a conversation draws fresh ones."""
 
-    max_tokens: int = setting(REQUIRED, "Limit of a response.", least=1)
+    max_tokens: int = setting(REQUIRED, "The most tokens of a response.", least=1)
     temperature: float = setting(1.0, "0 takes the most likely token.", least=0)
     stop: tuple[str, ...] = setting((), "Texts that end a response, as EOS does; they are not part of it.")
-    seed: int = setting(0, "Of the first turn.", least=0)
-    turn: int = setting(0, "Counted from 0.", least=0)
+    seed: int = setting(0, "Seed of the samples.", least=0)
+    turn: int = setting(0, "Turn of the conversation, counted from 0.", least=0)
 
 
 def respond(policy: Policy, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], how: Sampling) -> list[str]:

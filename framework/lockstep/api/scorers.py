@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     import pandas
 
 Reward = Callable[..., Sequence[float]]
-"""``function(prompts, responses, **columns) -> scores``, as ``reward_model=function`` calls it: prompts are dialogues, lists of
-``{"role", "content"}``; responses are texts; any other parameter is what is known about each prompt, by name (``answer`` of
-``Prompt.of("1+1?", answer="2")``); scores are as many finite numbers."""
+"""``function(prompts, responses, **columns) -> scores``, as ``reward_model=function`` calls it. Prompts are dialogues, lists of
+``{"role", "content"}``. Responses are texts. Any other parameter gets what is known about each prompt under that name (``answer``
+of ``Prompt.of("1+1?", answer="2")``). Scores are finite numbers, one for each response."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -89,7 +89,7 @@ class Scorer:
         return in_chunks(lambda part: self.model.evaluate(part, ["scores"]), sequences, ROWS)["scores"]
 
     def save(self, folder: str | Path) -> Path:
-        """A Hugging Face checkpoint of a sequence classifier, with its tokenizer."""
+        """Save a Hugging Face checkpoint of a sequence classifier, with its tokenizer."""
         save_result(Path(folder), self.model, self.tokenizer, "reward_model", self.name)
         return Path(folder)
 

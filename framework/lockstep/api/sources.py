@@ -64,8 +64,8 @@ def reader(folder: Path, backend: Backend) -> tuple[str, type[Policy]]:
 
 
 def load_tokenizer(path: Path | str, config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer of a checkpoint. Many public ones pad with EOS. Padding is masked and read by no model, so those get a pad
-    token of their own."""
+    """The tokenizer of a checkpoint. Many public tokenizers pad with EOS; those get a pad token of their own. No model reads
+    padding, because it is masked."""
     try:
         return Tokenizer.load(path, config)
     except ConfigError:

@@ -48,7 +48,7 @@ def train(
       texts: raw text.
         Each item of these four may also be a mapping with columns that docs/data.md understands, as rows of `datasets` are.
       reward: for algorithms that need one: a function (prompts, responses) -> scores, where prompts are dialogues; or the
-        `Scorer` that `train` made from comparisons. What the function raises ends training.
+        `Scorer` that `train` made from comparisons. An exception in the function ends training.
       environment: what the policy converses with, for algorithms that sample. Without ``reward``, its own rewards count.
       seed: for the order of data and for sampling.
       settings: keys of the algorithm's configuration that differ from its file in `conf/algorithm`: iterations=20,
@@ -92,7 +92,7 @@ def train(
 
 
 def _steps(name: str, trainer: Algorithm, console: Console) -> list[dict[str, float]]:
-    """The metrics of each step and, if there are any, those of the end."""
+    """Run all steps. Return the metrics of each and, if there are any, those of the end."""
     rows, health = [], Health()
     with GracefulStop(signals=(signal.SIGINT,)) as stop, console.progress(name, 0, trainer.total_steps) as progress:
         for step in range(trainer.total_steps):
@@ -111,7 +111,7 @@ def _steps(name: str, trainer: Algorithm, console: Console) -> list[dict[str, fl
 
 
 def _metrics(rows: Sequence[Mapping[str, float]]) -> pandas.DataFrame:
-    """A row per step, without what was never measured."""
+    """A row per step, without columns that were never measured."""
     import pandas
 
     return pandas.DataFrame(rows, index=pandas.RangeIndex(len(rows), name="step")).dropna(axis="columns", how="all")
@@ -119,7 +119,7 @@ def _metrics(rows: Sequence[Mapping[str, float]]) -> pandas.DataFrame:
 
 @dataclass
 class Opened:
-    """Other policies that an algorithm names, such as a teacher: what `load` opens."""
+    """Opens other policies that an algorithm names, such as a teacher, with `load`."""
 
     backend: Backend
     tokenizer: Tokenizer

@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test per (place, check)."""
+    """Make one test per (place, check)."""
     if "conformance" not in metafunc.fixturenames:
         return
     from lockstep.checking.conformance.kit import checks
@@ -47,8 +47,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def conformance(request: pytest.FixtureRequest) -> Callable[[], None]:
-    """Call it to run the check; the test passes, fails or is skipped accordingly. With -vv, a check that raised an error has its
-    traceback."""
+    """A function that runs the check; the test passes, fails or is skipped accordingly. With -vv, an unexpected error is shown
+    with its traceback."""
     wanted, place, check = request.param
 
     def run() -> None:

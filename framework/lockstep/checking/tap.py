@@ -1,7 +1,7 @@
-"""A tap on the narrow waist: stand-ins for a backend, its models, learners and reward models that record what crosses.
+"""A tap on the narrow waist: stand-ins for a backend, its models, learners and reward models that record the calls.
 
-Everything that crosses is numpy on the host, so two backends can be compared, or an algorithm checked, crossing by crossing,
-without knowing what happens inside. Parity and the conformance kit are built on this.
+Everything that crosses the waist is numpy on the host. So two backends can be compared, or an algorithm checked, one crossing at
+a time, without knowing what happens inside. Parity and the conformance kit are built on this.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ScoreCall:
 
 @dataclass(frozen=True)
 class UpdateCall:
-    """A call of `Learner.update`. ``gradients`` are those of its terms before the step, if the tap takes them."""
+    """A call of `Learner.update`. ``gradients``: the gradients of the terms before the step, if the tap records them."""
 
     terms: Sequence[Term]
     lr_scale: float
@@ -61,11 +61,11 @@ Crossing = GenerateCall | EvaluateCall | ScoreCall | UpdateCall
 
 
 class Tap:
-    """Hands out stand-ins; ``crossings`` lists what went through them, in order.
+    """Hands out stand-ins; ``crossings`` lists the calls made through them, in order.
 
     gradients: record the gradients of the first update after each `clear`, at the cost of one more backward pass.
-    frozen: updates are recorded and change nothing; their metrics are those of outputs that are all -1. For who wants the terms
-      alone, without the cost of gradients.
+    frozen: record updates without making them; their metrics are computed from outputs that are all -1. This gives the terms
+      without the cost of gradients.
     """
 
     def __init__(self, gradients: bool = False, frozen: bool = False):
@@ -94,7 +94,7 @@ class Tap:
 
 
 class _Tapped:
-    """Passes everything that is not recorded to the object behind."""
+    """Delegates everything that is not recorded to the object behind."""
 
     def __init__(self, behind: Any, tap: Tap):
         self.behind, self.tap = behind, tap
@@ -142,10 +142,10 @@ class _Learner(_Tapped):
         super().__init__(behind, tap)
         self.models = dict(models)
 
-    evaluate, forward = Learner.evaluate, Learner.forward  # by the tapped models, which record it; no graph is kept
+    evaluate, forward = Learner.evaluate, Learner.forward  # these call the tapped models, which record it; no graph is kept
 
     def update(self, terms: Sequence[Term], lr_scale: float = 1.0) -> Metrics:
-        terms = [replace(term, forward=None) for term in terms]  # a tapped pass is not the learner's own
+        terms = [replace(term, forward=None) for term in terms]  # the tap's forward passes are not the learner's own
         if self.tap.frozen:
             self.tap.crossings.append(UpdateCall(terms, lr_scale, None, metrics := self.unlearned(terms)))
             return metrics
@@ -155,7 +155,7 @@ class _Learner(_Tapped):
         return metrics
 
     def unlearned(self, terms: Sequence[Term]) -> Metrics:
-        """Metrics of an update that does not take place."""
+        """The metrics of an update that is not made, from outputs that are all -1."""
         found = {"loss": 0.0, **{f"grad_norm/{name}": 0.0 for name in self.models}}
         for term in terms:
             mask = term.sequences.mask

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     conversation = policy.conversation(system=a.system, max_tokens=a.max_tokens, temperature=a.temperature, seed=a.seed)
     terminal, console = sys.stdin.isatty() and sys.stdout.isatty(), Console()
     if not terminal and isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # what is not UTF-8 is one bad line, not the end
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # invalid UTF-8 spoils one line only
     if policy.tokenizer.chat_template is None:
         print("This policy has no chat template: it continues each line as plain text.", file=sys.stderr)
     if terminal:
@@ -84,7 +84,7 @@ def lines(terminal: bool) -> Iterator[str]:
 
 
 def reply(conversation: Conversation, line: str) -> Generator[str, None, None]:
-    """The reply to a line: an answer in pieces, or what a command says."""
+    """The reply to a line: an answer in pieces, or the output of a command."""
     command, _, rest = line.strip().partition(" ")
     if not command:
         return

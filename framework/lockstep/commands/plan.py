@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     console = Console()
     experiment = Experiment(compose(overrides))
-    stages = list(rehearsed(experiment))  # first: libtpu takes the signal that templates are stopped by
+    stages = list(rehearsed(experiment))  # first, because libtpu takes the signal that stops templates
     backend: type[Backend]
     backend, config = experiment.backend
     planner, bfloat16 = backend.planner(config, arguments.topology), getattr(config, "precision", None) == "bfloat16"
@@ -78,7 +78,7 @@ def gib(size: float) -> str:
 
 
 def advice(plan: StagePlan, memory: float) -> str:
-    """Whether it fits, and what to change where it does not."""
+    """A sentence that says whether the stage fits and, if not, what to change."""
     if plan.memory < 0.9 * memory:
         return f"It fits: {plan.memory / memory:.0%} of the memory."
     lasting = sum(plan.lasting.values())

@@ -14,7 +14,7 @@ OVERRIDES = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    """The command has no arguments."""
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""lockstep reproduce NAME [overrides]: a published finding, asked again here, claim by claim."""
+"""lockstep reproduce NAME [overrides]: test a published finding again, claim by claim."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 HELP = "a published finding, asked again here: its runs, and a page claim by claim"
 OVERRIDES = True
 FOLDER = "folder=runs/findings"
-"""One for all findings, so that they share stages."""
+"""The same folder for all findings, so that they share stages."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,12 +44,13 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def reproduce(name: str, overrides: Sequence[str], *, runs: bool) -> tuple[Report, Path]:
-    """Run what is not done yet of a finding's sweep, with the overrides. The report, and the folder for its page.
+    """Run the jobs of a finding's sweep that are not done yet, with the overrides; none unless ``runs``. Return the report, and
+    the folder for its page.
 
     Raises:
       ConfigError: there is no such finding.
       DataError: there is no run yet.
-      SweepFailed: some of its jobs failed.
+      SweepFailed: some jobs of the sweep failed.
     """
     from lockstep.commands.run.sweeps import sweep, sweep_folder
     from lockstep.config.secrets import without_secrets
@@ -76,7 +77,7 @@ def reproduce(name: str, overrides: Sequence[str], *, runs: bool) -> tuple[Repor
 
 
 def seeds(given: Sequence[str]) -> set[int]:
-    """All of the sweep."""
+    """All seeds of the sweep."""
     from lockstep.config.overrides import read
 
     swept = [override for override in read(list(given)) if override.key_or_group == "seed"]

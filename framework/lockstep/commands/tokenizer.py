@@ -1,7 +1,7 @@
 """lockstep tokenizer FOLDER [hydra overrides]: a byte-level BPE for a policy that starts from scratch on data of your own.
 
-It is trained on the training split of the data that the overrides choose, dialogues as the chat template writes them. The same
-data make the same tokenizer.
+It is trained on the training split of the data that the overrides choose, with dialogues written by the chat template. The same
+data give the same tokenizer.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def texts_of(data: DataSource, template: str) -> Iterator[str]:
-    """Whatever the source has for training: raw texts, and dialogues with each of their answers.
+    """All the text that the source has for training: raw texts, and dialogues with each of their answers.
 
     Raises:
-      DataError: it has nothing.
+      DataError: it has none.
     """
 
     from lockstep.text.templates import TEMPLATES, render
@@ -96,8 +96,8 @@ def texts_of(data: DataSource, template: str) -> Iterator[str]:
 
 
 def trained(texts: Sequence[str], vocab: int, template: str) -> Tokenizer:
-    """Byte pair encoding (Sennrich et al. 2016) on bytes (Radford et al. 2019): every text can be written. At most ``vocab``
-    tokens: a pair that occurs once is no token."""
+    """Train byte pair encoding (Sennrich et al. 2016) on bytes (Radford et al. 2019), so that every text can be encoded. It has
+    at most ``vocab`` tokens: a pair that occurs only once does not become a token."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

@@ -1,8 +1,9 @@
-"""Hydra: where configuration is found and how a run's is composed.
+"""Hydra: where configuration is found, and how a run's configuration is composed.
 
-Every manifest's ``conf`` folder is on the search path, the core's first and the current folder's ``conf`` last: experiments and
-presets of one's own need no package. Two packages with the same file would silently shadow each other, so that is refused. A
-file in the current folder with a package's name is refused when it is asked for; until then it may be of another program.
+Every manifest's ``conf`` folder is on the search path, the core's first. The current folder's ``conf`` comes last, so your own
+experiments and presets need no package. Two packages with the same file are refused, because one would silently shadow the
+other. A file in the current folder that differs from a package's file of the same name is refused when it is chosen; until then
+it may belong to another program.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from lockstep.registry import KINDS, registry
 class LockstepSearchPath(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for distribution, folder in conf_folders().items():
-            if distribution == HERE:  # after what packages register in Python, such as launchers, which Hydra itself puts last
+            if distribution == HERE:  # first what packages register in Python, such as launchers, which Hydra puts last
                 search_path.append("schema", "structured://")
             if distribution != CORE:  # the core's is the primary folder already
                 search_path.append(distribution, f"file://{folder}")
@@ -48,7 +49,7 @@ ConfigStore.instance().store(
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
-    """One run's configuration, resolved.
+    """Compose one run's configuration, resolved.
 
     Raises:
       ConfigError: Hydra or OmegaConf reject it; the message gives the nearest name that exists, or the override to type instead.
@@ -66,10 +67,10 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
-    """The values, with defaults for keys of the root that are absent.
+    """The resolved values, with defaults for absent root keys.
 
     Raises:
-      ConfigError: a root key is unknown or has another type, a value is missing, or an interpolation leads nowhere.
+      ConfigError: a root key is unknown or has the wrong type, a value is missing, or an interpolation leads nowhere.
     """
     config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     _refuse_unread(config)
@@ -84,7 +85,7 @@ def resolved(config: DictConfig) -> dict[str, Any]:
 
 
 def _chosen(choices: Mapping[str, Any]) -> dict[str, str]:
-    """{key of the root: name of its file} of Hydra's {'algorithm@sft': 'sft', ...}."""
+    """{root key: name of its file}, from Hydra's {'algorithm@sft': 'sft', ...}."""
     places = {key: key.partition("@") for key in choices}
     return {at or of: str(choices[key]) for key, (of, _, at) in places.items() if GROUPS.get(at or of) == of and choices[key]}
 
@@ -105,7 +106,7 @@ def group(kind: str, name: str) -> dict[str, Any]:
 
 
 def _refuse_doubtful(given: Sequence[Override]) -> None:
-    """Raises ConfigError for a choice that is a file of the current folder and another file of a package."""
+    """Raise ConfigError if a chosen file is in the current folder and, with other content, in a package."""
     folders = conf_folders()
     if (here := folders.pop(HERE, None)) is None:
         return
@@ -120,7 +121,7 @@ def _refuse_doubtful(given: Sequence[Override]) -> None:
 
 
 def _refuse_unnamed(config: DictConfig, choices: Mapping[str, str]) -> None:
-    """Raises ConfigError for a file with a component's name that names another one, as its ``defaults`` do if it does not."""
+    """Raise ConfigError if a file has one component's name but names another, as when only its ``defaults`` set ``name``."""
     registered = {(component.kind, component.name): component for component in registry()}
     for key, file in choices.items():
         kind = GROUPS[key]
@@ -134,7 +135,7 @@ def _refuse_unnamed(config: DictConfig, choices: Mapping[str, str]) -> None:
 
 
 def _refuse_unread(config: DictConfig) -> None:
-    """Raises ConfigError for a root key that is not one of Lockstep's and that no other key reads."""
+    """Raise ConfigError for a root key that is not one of Lockstep's and that no other key reads."""
     if "experiment" in config:
         raise ConfigError("An experiment file changes the root of the configuration. Its first line must be: # @package _global_")
     for key in (key for key in config if key not in KEYS):
@@ -159,7 +160,7 @@ def _compose(overrides: Sequence[str], primary: str | None = "config", **how: bo
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    """Hydra's or OmegaConf's message in one line, or what was probably meant."""
+    """Hydra's or OmegaConf's message in one line, or a message that says what was probably meant."""
     message, given = str(error), read(overrides)
     if told := _about_a_group(message, given):
         return told
@@ -199,7 +200,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
 
 
 def _about_a_group(message: str, given: Sequence[Override]) -> str | None:
-    """What to type instead of an override that chooses a group's file in a way that Hydra does not know."""
+    """What to type instead of an override that chooses a group's file in a way that Hydra rejects."""
     removed = [each.key_or_group for each in given if each.is_delete()]
     if message.startswith("Error resolving interpolation '${experiment}/") and removed:
         kind = "experiment" if "experiment" in removed else "algorithm"
@@ -236,7 +237,7 @@ def _choices(group: str) -> set[str]:
 
 
 def _read_from(config: DictConfig, path: Sequence[str], key: str) -> str | None:
-    """What to type instead of a key of a group that is another's, ``${lengths}``."""
+    """What to type instead of a key in a group that only refers to another group, as ``${lengths}``."""
     for end in range(1, len(path) + 1):
         node = OmegaConf.select(config, ".".join(path[: end - 1])) if end > 1 else config
         inner = node._get_node(path[end - 1]) if isinstance(node, DictConfig) else None
@@ -247,7 +248,7 @@ def _read_from(config: DictConfig, path: Sequence[str], key: str) -> str | None:
 
 
 def _no_key(path: Sequence[str], key: str, values: DictConfig) -> str:
-    """What to type instead of a key that a group does not have, perhaps because a group in it or another file of it has."""
+    """What to type instead of a key that a group does not have. It may belong to an inner group or to another of its files."""
     keys = [str(each) for each in values]
     name, near = short(".".join([*path, key])), did_you_mean(key, keys if path else [*keys, "experiment"])
     if len(path) == 1 and not near and (files := _with_key(path[0], key)):
@@ -269,7 +270,7 @@ def _with_key(kind: str, key: str) -> list[str]:
 
 
 def no_file(group: str, name: str) -> str:
-    """What to choose instead of a file that there is not."""
+    """What to choose instead of a file that does not exist."""
     return f"No {short(group)} named '{short(name)}'.{did_you_mean(name, _choices(group))} {_there_are(group)}"
 
 

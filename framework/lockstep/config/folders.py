@@ -10,7 +10,7 @@ from lockstep.registry import registry
 
 CORE = "lockstep-rlhf (core)"
 HERE = "./conf"
-"""The current folder's configuration, in place of a distribution's name."""
+"""Stands for the current folder's configuration where a distribution's name is expected."""
 
 
 def conf_folders() -> dict[str, Path]:

@@ -13,12 +13,12 @@ MOST = 2**20
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one may be -1: as many as are left. Results change by rounding only, so the mesh is not part of a
-    stage's identity."""
+    """The number of devices along each axis; one may be -1, for all that are left. The mesh changes results by rounding only, so
+    it is not part of a stage's identity."""
 
-    data: int = setting(1, "Copies of the parameters. Rows are divided among them.", least=-1, most=MOST)
-    fsdp: int = setting(1, "Parts of parameters, gradients and moments. Rows are divided among them, too.", least=-1, most=MOST)
-    tensor: int = setting(1, "Parts of each layer's matmuls (Shoeybi et al. 2019).", least=-1, most=MOST)
+    data: int = setting(1, "Copies of the parameters; rows are divided among them.", least=-1, most=MOST)
+    fsdp: int = setting(1, "Shards of parameters, gradients and moments; rows are divided among them too.", least=-1, most=MOST)
+    tensor: int = setting(1, "Shards of each layer's matmuls (Shoeybi et al. 2019).", least=-1, most=MOST)
 
     def __post_init__(self) -> None:
         if 0 in self._given or self._given.count(-1) > 1:
@@ -30,14 +30,14 @@ class MeshConfig:
 
     @property
     def least(self) -> int:
-        """The fewest devices that it needs."""
+        """The fewest devices that the mesh needs."""
         return math.prod(size for size in self._given if size > 0)
 
     def sizes(self, devices: int | None) -> dict[str, int]:
-        """Of each axis, on that many devices or on as many as the mesh names.
+        """{axis: size} on that many devices; None means as many as the mesh names.
 
         Raises:
-          ConfigError: it needs others.
+          ConfigError: the mesh does not fit that number of devices, or needs it for an axis of -1.
         """
         if -1 in self._given and devices is None:
             raise ConfigError(f"backend.mesh={self}: there is no accelerator to count. Say how many: backend.mesh.fsdp=2.")

@@ -1,4 +1,4 @@
-"""Overrides as people type them: a value is read twice, by the shell and then by Hydra, and each has quotes of its own."""
+"""Overrides as people type them: a value is read twice, by the shell and then by Hydra, and each has its own quoting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 _PLAIN = re.compile(r"(?!(null|true|false|nan|inf)$)([A-Za-z_/]|\.(?!\d))[\w/.@+-]*", re.ASCII | re.IGNORECASE)
-"""Text that Hydra reads as that text without quotes."""
+"""Text that Hydra reads as text even without quotes."""
 
 
 def override(key: str, value: Any) -> str:
@@ -51,9 +51,10 @@ def shell(word: str) -> str:
 
 
 def read(overrides: Sequence[str]) -> list[Override]:
-    """
+    """Parse overrides.
+
     Raises:
-      ConfigError: Hydra cannot read one of them; the message has what to type instead.
+      ConfigError: Hydra cannot read one of them; the message says what to type instead.
     """
     return [_read(each, overrides[i + 1 :]) for i, each in enumerate(overrides)]
 

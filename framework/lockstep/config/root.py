@@ -18,12 +18,13 @@ ConfigGroup = dict[str, Any]
 
 @dataclass(frozen=True)
 class Root:
-    """Any other key is the user's own: an experiment's length limits, an algorithm for an extra stage. Another key must read
-    it, as ``${lengths}``; an unread key counts as a misspelling (`lockstep.config.compose.resolved`)."""
+    """The keys of the root. Any other key is the user's own, such as an experiment's length limits or an algorithm for an extra
+    stage. Another key must read it, as ``${lengths}``; an unread key counts as a misspelling
+    (`lockstep.config.compose.resolved`)."""
 
-    experiment_name: str = setting(REQUIRED, "Begins the run's name.")
-    stages: Mapping[str, ConfigGroup] = setting(REQUIRED, "By name, in the order they run.")
-    backend: ConfigGroup = setting(REQUIRED, "A component group: `name` and the keys of its ``Config``. So are the others.")
+    experiment_name: str = setting(REQUIRED, "The beginning of the run's name.")
+    stages: Mapping[str, ConfigGroup] = setting(REQUIRED, "The stages by name, in the order they run.")
+    backend: ConfigGroup = setting(REQUIRED, "A component group, like the others: `name` and the keys of its ``Config``.")
     data: ConfigGroup = setting(REQUIRED, "Where prompts, demonstrations, comparisons and texts come from.")
     policy: ConfigGroup = setting(REQUIRED, "What a stage with ``policy: new`` starts from.")
     tracker: ConfigGroup = setting(REQUIRED, "Where the record goes besides the run folder.")
@@ -37,7 +38,7 @@ class Root:
     evaluation: ConfigGroup | None = setting(None, "What an evaluation measures; it has no `name`.")
     collection: ConfigGroup | None = setting(None, "What is sampled for labelers; it has no `name`.")
     labeler: ConfigGroup | None = setting(None, "Who ranks what is sampled, if a stage names it.")
-    attack: ConfigGroup | None = setting(None, "What attacks are written, and on whom; it has no `name`.")
+    attack: ConfigGroup | None = setting(None, "Which attacks are written, and on which policies; it has no `name`.")
     attacker: ConfigGroup | None = setting(None, "Who writes attacks, if a stage names it.")
     choices: Mapping[str, str] | None = setting(None, "The file chosen for each group; it decides nothing by itself.")
     seed: int = setting(0, "Seeds all random numbers: initial weights, order, sampling.", least=0)
@@ -54,17 +55,17 @@ GROUPS = {key: key for key in KINDS} | dict.fromkeys(("pretrain", "sft", "reward
 
 
 def completed(config: Mapping[str, Any]) -> ConfigGroup:
-    """``config`` with the defaults of those keys of the root that it lacks.
+    """``config`` with defaults for the root keys that it lacks.
 
     Raises:
-      ConfigError: a key is missing or of another type, or a component group has no name.
+      ConfigError: a key is missing or has the wrong type, or a component group has no name.
     """
     for kind in KINDS:
         if not isinstance(group := config.get(kind), Mapping) and not (group is None and kind in _MAY_BE_NULL):
             there = listing({component.name for component in registry() if component.kind == kind})
             raise ConfigError(f"{kind} must be a component group, not {told(group)}. Choose one by name, {kind}=NAME: {there}.")
     for key, kind in GROUPS.items():
-        if isinstance(name := config.get(key), str):  # of the groups that are not chosen by their own key
+        if isinstance(name := config.get(key), str):  # a group that is not chosen by its own key
             raise ConfigError(
                 f"{key}={short(name)}: the file of {key} is chosen by {kind}@{key}. Type: {override(f'{kind}@{key}', name)}"
             )
@@ -100,7 +101,7 @@ def component_name(group: Any, where: str) -> str:
     """The name of a component group's component.
 
     Raises:
-      ConfigError: it has none.
+      ConfigError: the group has no name.
     """
     name = group.get("name") if isinstance(group, Mapping) else None
     if not isinstance(name, str) or not name:

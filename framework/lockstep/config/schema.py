@@ -29,7 +29,7 @@ from lockstep.errors import ConfigError, did_you_mean, listing, short
 T = TypeVar("T")
 
 SMALLEST, LARGEST = 2.0**-126, (2 - 2**-23) * 2.0**127
-"""The normal numbers of float32. Smaller ones are 0 where the arithmetic happens, and larger ones infinite."""
+"""The range of float32's normal numbers. In the arithmetic, smaller numbers become 0 and larger ones infinite."""
 
 REQUIRED: Any = dataclasses.MISSING
 """In place of a default: the value must be given."""
@@ -62,7 +62,7 @@ class Range:
         return number == 0 or SMALLEST <= abs(number) <= LARGEST
 
     def wanted(self, number: float) -> str:
-        """What a number outside of it should be."""
+        """What a number outside the range should be."""
         if isinstance(number, int) and not self.held(number):
             return "an integer of 64 bits"
         if not math.isfinite(number) and self.finite:
@@ -84,9 +84,9 @@ def setting(
 
     Args:
       default: `REQUIRED` if there is no safe one.
-      doc: what it is, its unit, and whose number the default is.
-      least, above, most, below: the range; in a tuple, of each number. Errors state it, so ``doc`` does not. A number that may
-        be anything says so: least=-math.inf.
+      doc: what it is, its unit, and the source of the default.
+      least, above, most, below: the range; for a tuple, of each number. Errors state it, so ``doc`` does not. A number that may
+        be anything has least=-math.inf.
       finite: False also accepts ±inf; NaN is never accepted.
     """
     given = {"default_factory": lambda: copy.deepcopy(default)} if isinstance(default, (dict, list)) else {"default": default}
@@ -182,7 +182,8 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
 
 
 def _quoted(where: str, value: Any, *hints: Any) -> str:
-    """What to type if a text was read as something else (a number, a truth value or a list), or stands for a list of one."""
+    """What to type if text was read as something else (a number, a boolean or a list), or was given for a list of one or for a
+    group with a file's path."""
     if isinstance(value, str) and where and "[" not in where and tuple[str, ...] in hints:
         return f" For a list of one, type: {override(where, [value])}"
     item = re.fullmatch(r"([^\[]+)\[\d+\]", where)
@@ -196,7 +197,7 @@ def _quoted(where: str, value: Any, *hints: Any) -> str:
 
 
 def _is_group(hint: Any) -> bool:
-    """Of free keys."""
+    """True for a group of free keys."""
     return typing.get_origin(hint) in (dict, collections.abc.Mapping)
 
 

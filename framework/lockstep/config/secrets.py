@@ -1,13 +1,14 @@
 """What is secret, and how it stays out of every record and message. One rule for all of them:
 
-1. The value of a key whose name is a credential's: `api_key`, `HF_TOKEN`, `client_secret`, `Authorization`. Names of text
-   and of columns are not: `eos_token`, `prompt_key`, `max_new_tokens`; nor are names of places: `token_variable`, `key_file`.
+1. The value of a key whose name is a credential's: `api_key`, `HF_TOKEN`, `client_secret`, `Authorization`. Names for tokens of
+   text and for columns do not count: `eos_token`, `prompt_key`, `max_new_tokens`. Nor do names for places: `token_variable`,
+   `key_file`.
 2. In a URL, the user and password, and parameters of the query with such a name.
 3. Text in the form of a well-known credential: `hf_...`, `sk-...`, a JWT.
-4. The values themselves: of environment variables with such a name, and those that `remember` was told.
+4. Wherever they occur, the values of environment variables with such a name, and those that `remember` was given.
 
-A secret becomes `***`. What decides a result is stored without secrets (`Experiment.identities`), so another key or token in
-the same place is the same stage, and the same run.
+A secret becomes `***`. What decides a result is stored without secrets (`Experiment.identities`), so the stage and the run stay
+the same with another key or token in the same place.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 HIDDEN = "***"
 SHORTEST = 8
-"""Characters of a secret that is hidden wherever it occurs; a shorter one could be part of any word."""
+"""The fewest characters of a secret that is hidden wherever it occurs; a shorter one could be part of any word."""
 
 _CREDENTIALS = "password passwd passphrase passcode pass pwd secret credential authorization bearer cookie auth"
 _ALWAYS = {form for word in _CREDENTIALS.split() for form in (word, f"{word}s")}
@@ -33,7 +34,7 @@ _OF_TEXT = (
     "assistant header newline eot eom prompt response answer step good bad positive negative yes no true false label verdict "
     "choice separator prefix suffix fim blank word text vocab max min num per"
 )
-"""Words before `token` that make it one of text."""
+"""Words before `token` that make it a token of text."""
 _OF_COLUMNS = (
     "prompt prompts input inputs output outputs response responses answer answers question questions label labels text texts "
     "chosen rejected image images message messages dialogue conversation conversations column columns sort primary foreign "
@@ -42,7 +43,7 @@ _OF_COLUMNS = (
 )
 """Words before `key` that make it the name of a column or field."""
 _IN_QUERIES = {"sig", "signature", "jwt", "code"}
-"""Names of signed URLs and of function keys, if the value is as long as one."""
+"""Query parameters that hold a URL's signature or a function key, if the value is long enough for one."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}://[^\s'\"<>]+")
 _USER = re.compile(r"(?<=://)[^/?#]*@")
@@ -60,13 +61,13 @@ _remembered: set[str] = set()
 
 
 def remember(secret: str) -> None:
-    """Hide this value from now on, wherever it occurs: a token from a variable whose name does not tell."""
-    if len(secret) >= SHORTEST // 2:  # the user says that it is one
+    """Hide this value from now on, wherever it occurs. For a token from a variable whose name does not show that it is one."""
+    if len(secret) >= SHORTEST // 2:  # the user says that it is a secret
         _remembered.add(secret)
 
 
 def without_secrets(config: Any) -> Any:
-    """``config``, or a list of overrides, with every secret in it hidden; what holds none stays as it is."""
+    """``config``, or a list of overrides, with every secret in it hidden; everything else stays as it is."""
     return _without(config, _known())
 
 
@@ -77,7 +78,7 @@ def redact(text: str) -> str:
 
 
 def is_secret(name: str, value: Any = "") -> bool:
-    """Whether the value of a key with this name is a credential."""
+    """True if the value of a key with this name is a credential."""
     if value is None or isinstance(value, bool) or (isinstance(value, str) and _stands_for_another(value)):
         return False
     kind = _kind(name)
@@ -91,8 +92,8 @@ def is_secret(name: str, value: Any = "") -> bool:
 
 @functools.cache
 def _kind(name: str) -> str | None:
-    """'always': the value is a credential; 'token': if it is text; 'key': if it also looks like one and not like a column's name;
-    None: never."""
+    """When the value of a key with this name is a credential. 'always': whatever it is. 'token': if it is text. 'key': if it also
+    looks like a credential and not like a column's name. None: never."""
     words = re.findall(r"[a-z]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
     words = words[:-1] if words and words[-1] in _FORMATS else words
     if not words:
@@ -104,7 +105,7 @@ def _kind(name: str) -> str | None:
 
 
 def _stands_for_another(value: str) -> bool:
-    """Nothing, a switch, a missing value, or the name of one: ${oc.env:TOKEN}."""
+    """True if the value is empty, a switch, missing, hidden already, or a reference to another: ${oc.env:TOKEN}."""
     return value.lower() in ("", "???", "...", "null", "none", "true", "false", HIDDEN) or bool(
         re.fullmatch(r"\$\{[^,]*\}", value)
     )
@@ -127,7 +128,7 @@ def _value(name: str, value: Any, known: re.Pattern[str] | None) -> Any:
 
 
 def _leaf(text: str, known: re.Pattern[str] | None) -> str:
-    if override := _OVERRIDE.fullmatch(text):  # of Hydra: its value may be a group, {api_key: ...}
+    if override := _OVERRIDE.fullmatch(text):  # Hydra's, whose value may be a group: {api_key: ...}
         value = HIDDEN if is_secret(_last(override[1]), override[2]) else _TOLD.sub(_told, override[2])
         text = f"{override[1]}={value}"
     return _hide(text, known)
@@ -157,7 +158,7 @@ def _assigned(found: re.Match[str]) -> str:
 
 
 def _told(found: re.Match[str]) -> str:
-    """As in JSON, in a header and in Hydra's {api_key: ...}; a bare 'token:' or 'key:' is prose."""
+    """Hide a value after a name and a colon, as in JSON, headers and Hydra's {api_key: ...}; a bare 'token:' or 'key:' is prose."""
     name, value = found[1], found[3].strip("'\"")
     sure = _kind(_last(name)) == "always" and name.lower() not in ("secret", "auth", "credentials", "password", "pass", "cookie")
     quoted = found[2][0] in "'\"" and is_secret(_last(name), value)
@@ -169,7 +170,8 @@ def _last(path: str) -> str:
 
 
 def _known() -> re.Pattern[str] | None:
-    """The values that are secret in this process, the longest first; as they are, in URLs, and in JSON as PHP writes it."""
+    """A pattern of the values that are secret in this process, the longest first: as they are, as URLs quote them, and as
+    PHP's JSON escapes them."""
     return _pattern(frozenset(os.environ.items()), frozenset(_remembered))
 
 

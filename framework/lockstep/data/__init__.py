@@ -1,6 +1,6 @@
 """Users' own data as the nouns of RLHF.
 
-``reading.py`` turns files and Hugging Face data sets into rows, ``columns.py`` rows into prompts, demonstrations and
-comparisons, ``mixing.py`` several sources into one, and ``files.py`` is the data source ``files`` that does all three.
+``reading.py`` turns files and Hugging Face data sets into rows, ``columns.py`` turns rows into prompts, demonstrations and
+comparisons, ``mixing.py`` mixes several sources, and ``files.py`` is the data source ``files`` that does all three.
 Numpy only: neither torch nor jax, and ``datasets`` is imported only when a source needs it.
 """

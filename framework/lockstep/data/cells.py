@@ -1,4 +1,4 @@
-"""What one cell of a row may be, and the two ways in which a row cannot be used: `BadRow`, a mistake that the user should know
+"""Checks of a row's cells, and the two exceptions for a row that cannot be used: `BadRow`, a mistake that the user should know
 about, and `LeftOut`, which occurs in good data too."""
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from lockstep.errors import listing
 Columns = Mapping[str, Any]
 
 MOST_CHARACTERS = 50_000_000
-"""Of one row and of one text; a novel has a million."""
+"""The limit for one row and for one text; a novel has a million."""
 
 
 class BadRow(Exception):
-    """``problem`` is the same for all rows of its kind, so that it can be counted; ``detail`` is about this one."""
+    """``problem`` is the same for all rows of its kind, so that they can be counted; ``detail`` is about this row."""
 
     def __init__(self, problem: str, detail: str):
         super().__init__(f"{problem}: {detail}")
@@ -24,7 +24,7 @@ class BadRow(Exception):
 
 
 class LeftOut(Exception):
-    """The reason, as in '3 rows were left out: 2 ties'."""
+    """A row to leave out; the message is the reason, such as 'ties' in '3 rows were left out: 2 ties'."""
 
 
 def cell(row: Columns, name: str, kinds: type | tuple[type, ...], expected: str) -> Any:
@@ -61,7 +61,7 @@ def says_nothing(value: Any) -> bool:
 
 
 def from_json(value: Any) -> Any:
-    """What a text says in JSON; None if it says nothing. Another value is itself."""
+    """The value of a JSON text; None if the text is not JSON. Any other value is returned unchanged."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,4 +1,4 @@
-"""Rows of published tests as items with options (`lockstep.types.Choice`): which of several texts does a policy find likelier?"""
+"""Rows of published tests as items with options (`lockstep.types.Choice`): which of the texts does a policy find likeliest?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from lockstep.types import Choice
 
 
 def item(row: Columns) -> Choice:
-    """The project's own columns: context (may be empty), options, answer, and if there are more right ones, right."""
+    """An item from Lockstep's own columns: context (may be empty), options, answer and, optionally, right (all that are right)
+    and group."""
     options = tuple(_option(option, i) for i, option in enumerate(list_in(row, "options", "texts")))
     if len(set(options)) < max(2, len(options)):
         raise BadRow("options that do not differ", f"two or more different 'options' are needed, not {len(set(options))}.")
@@ -24,8 +25,8 @@ def item(row: Columns) -> Choice:
 
 
 def crows_pairs(row: Columns) -> Choice:
-    """CrowS-Pairs (Nangia et al. 2020, arXiv 2010.00133): 'answer' is the sentence that stereotypes more, so that a model without
-    a preference is "right" half of the time. Groups are the kinds of bias."""
+    """CrowS-Pairs (Nangia et al. 2020, arXiv 2010.00133): 'answer' is the sentence that stereotypes more, so a model without a
+    preference is "right" half of the time. Groups are the kinds of bias."""
     options = text_in(row, "sent_more"), text_in(row, "sent_less")
     return Choice("", options, 0, (0,), text_in(row, "bias_type"))
 
@@ -53,7 +54,7 @@ _FEMININE = {"NOM": "she", "POSS": "her", "ACC": "her"}
 
 def truthfulqa(row: Columns) -> Choice:
     """TruthfulQA (Lin et al. 2022, arXiv 2109.07958, section 3.2 and appendix A.1.2), without the examples before the question.
-    Its answers are in one cell, apart by ';'."""
+    The answers of a column are in one cell, separated by ';'."""
     best = _sentence(text_in(row, "Best Answer"))
     right = dict.fromkeys([best, *_sentences(row, "Correct Answers")])
     wrong = [text for text in dict.fromkeys(_sentences(row, "Incorrect Answers")) if text not in right]
@@ -68,7 +69,7 @@ def _sentences(row: Columns, name: str) -> list[str]:
 
 
 def _sentence(text: str) -> str:
-    """With the full stop that the authors' script adds."""
+    """The text with the full stop that the authors' script adds."""
     return text.strip() if text.strip().endswith(".") else f"{text.strip()}."
 
 

@@ -1,10 +1,10 @@
-"""Turns rows as people already have them into the nouns. ``CONVENTIONS`` is the table; ``docs/data.md`` has a row of each.
+"""Turn rows in the formats people already have into the nouns. ``CONVENTIONS`` is the table; ``docs/data.md`` has a row of each.
 
 A row can be unusable in two ways. `BadRow` is a mistake that the user should know about, so by default it ends the run.
 `LeftOut` occurs in good data too (a tie, a transcript that breaks off): such rows are left out and counted.
 
-No column is dropped in silence. A row is a `BadRow` if it uses one that cannot be read and without which it would mean something
-else (`OF_A_ROW`, `OF_A_MESSAGE`). `unread` names the others, once per source.
+No column is dropped silently. A row is a `BadRow` if it uses a column that cannot be read and that changes its meaning
+(`OF_A_ROW`, `OF_A_MESSAGE`). `unread` names the other unread columns, once per source.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROLES: Mapping[str, Role] = {
     "tool": "tool",
     "observation": "tool",
 }
-"""The names in message lists, in ShareGPT and, capitalised, in HH."""
+"""Roles by their names in message lists, in ShareGPT and, capitalised, in HH."""
 
 
 _COMPLETION = "text or a list of one message"
@@ -52,13 +52,13 @@ OF_A_ROW = frozenset({"functions", "images", "image", "videos", "video", "audios
 OF_A_MESSAGE = OF_A_ROW | {
     "function_call", "reasoning_content", "reasoning", "thinking", "weight", "train", "training"
 }  # fmt: skip
-"""Columns of a row, and keys of a message, that nothing here reads and without which it would mean something else."""
+"""Columns of a row, and keys of a message, that nothing here reads although they change its meaning."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """All that a row can contain: a prompt, its completions (none, one or K) and their ranks, 0 the best. ``dialogue``:
-    the row is a whole dialogue with earlier assistant turns. ``calls`` are those of its one completion."""
+    """Everything that a row can contain: a prompt, its completions (none, one or K) and their ranks, 0 the best. ``dialogue``:
+    the row is a whole dialogue with earlier assistant turns. ``calls``: the tool calls of its one completion."""
 
     prompt: Prompt
     completions: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ class Answered:
 def _refuse_meaningful(keys: Columns, names: frozenset[str], where: str) -> None:
     """
     Raises:
-      BadRow: one of these keys has a value: nothing here reads it, and without it the row means something else.
+      BadRow: one of the keys ``names`` has a value, which nothing here reads although it changes the meaning.
     """
     for name in sorted(names.intersection(keys)):
         trains = name in ("weight", "train", "training") and keys[name] == 1
@@ -95,7 +95,7 @@ def without(row: Any, ignored: Sequence[str]) -> Any:
 
 
 def _messages(values: Sequence[Any], where: str) -> tuple[Message, ...]:
-    """From [{role, content}, ...] or ShareGPT's [{from, value}, ...]."""
+    """Messages from [{role, content}, ...] or ShareGPT's [{from, value}, ...]."""
     return tuple(_message(value, f"{where}[{i}]") for i, value in enumerate(values))
 
 
@@ -116,7 +116,8 @@ def _message(value: Any, where: str) -> Message:
 
 
 def _calls(value: Any, where: str) -> tuple[ToolCall, ...]:
-    """OpenAI's and transformers' {"function": {"name", "arguments"}} each, or only what is inside; arguments may be JSON text."""
+    """Tool calls: OpenAI's and transformers' {"function": {"name", "arguments"}} each, or only the inner object. The arguments
+    may be JSON text."""
     if says_nothing(value):
         return ()
     found = []
@@ -132,7 +133,7 @@ def _calls(value: Any, where: str) -> tuple[ToolCall, ...]:
 
 
 def _tools(row: Columns) -> tuple[Mapping[str, Any], ...]:
-    """JSON schemas of functions, as transformers' chat templates take them; the list may be JSON text."""
+    """The JSON schemas of a row's tools, as transformers' chat templates take them; the list may be JSON text."""
     if says_nothing(row.get("tools")):
         return ()
     tools = from_json(row["tools"])
@@ -145,14 +146,14 @@ _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 def _is_hh(text: Any) -> bool:
-    """A transcript in the form of Anthropic's hh-rlhf: '\\n\\nHuman: ...\\n\\nAssistant: ...'. Without the empty line before it,
-    'Human:' alone may as well begin a sentence, so there must also be an 'Assistant:'."""
+    """True for a transcript in the form of Anthropic's hh-rlhf: '\\n\\nHuman: ...\\n\\nAssistant: ...'. Without the empty line
+    before it, 'Human:' may simply begin a sentence, so there must also be an 'Assistant:'."""
     return isinstance(text, str) and re.match(r"\s*\n\nHuman:|\s*Human:(?=.*\n\nAssistant:)", text, re.DOTALL) is not None
 
 
 def _hh_messages(text: str) -> tuple[Message, ...]:
-    """The turns, without the white space around them. The transcripts were made by splitting and joining text, which broke
-    a few in a thousand: hence `LeftOut`."""
+    """The turns of a transcript, without the white space around them. The transcripts were made by splitting and joining text,
+    which broke a few in a thousand: hence `LeftOut`."""
     _, *parts = _HH_TURN.split(text.strip())
     turns = tuple(Message(ROLES[name.lower()], content.strip()) for name, content in zip(parts[::2], parts[1::2], strict=True))
     if not all(turn.content for turn in turns):
@@ -184,7 +185,7 @@ def _split_dialogue(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...],
 
 
 def _prompt(row: Columns, messages: tuple[Message, ...]) -> Prompt:
-    """The messages, with what other columns of the row say before them."""
+    """A prompt from the messages, with the history, system message, truth and tools of the row's other columns."""
     messages = _with_system(row, _with_history(row, messages))
     if messages[-1].role == "assistant":
         raise BadRow("a prompt that is answered", "the last message of a prompt should not be the assistant's.")
@@ -196,7 +197,7 @@ def _truth(row: Columns) -> Mapping[str, Any]:
 
 
 def _with_history(row: Columns, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """After the earlier turns in ``history``: [[question, answer], ...], as LLaMA-Factory has them."""
+    """The messages after the earlier turns in ``history``: [[question, answer], ...], as LLaMA-Factory has them."""
     if says_nothing(row.get("history")):
         return messages
     pairs = list_in(row, "history", "pairs of a question and an answer")
@@ -213,7 +214,7 @@ def _with_history(row: Columns, messages: tuple[Message, ...]) -> tuple[Message,
 
 
 def _with_system(row: Columns, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """After the system message in ``system`` or ``system_prompt``, unless the dialogue has it already."""
+    """The messages after the system message in ``system`` or ``system_prompt``, unless the dialogue has it already."""
     texts = {text_in(row, name) for name in ("system", "system_prompt") if not says_nothing(row.get(name))}
     if messages[0].role == "system":
         texts.add(messages[0].content)
@@ -224,8 +225,8 @@ def _with_system(row: Columns, messages: tuple[Message, ...]) -> tuple[Message, 
 
 
 def _prompt_column(row: Columns, name: str = "prompt") -> Prompt:
-    """Text is one user message, unless it is an HH transcript, which may end with an open 'Assistant:'. RealToxicityPrompts
-    (Gehman et al. 2020, arXiv 2009.11462) has the text in a group, beside its toxicity."""
+    """The prompt in a column. Text is one user message, unless it is an HH transcript, which may end with an open 'Assistant:'.
+    RealToxicityPrompts (Gehman et al. 2020, arXiv 2009.11462) has the text in a group, beside its toxicity."""
     value = cell(row, name, (str, list, tuple, Mapping), "text or a list of messages")
     if isinstance(value, Mapping):
         return _prompt(row, (Message("user", text_in(value, "text")),))
@@ -237,7 +238,7 @@ def _prompt_column(row: Columns, name: str = "prompt") -> Prompt:
 
 
 def _completion(value: Any, where: str) -> str:
-    """Text, or a list of one assistant message."""
+    """A completion from text, or from a list of one assistant message."""
     if isinstance(value, str):
         return not_empty(value, where)
     if not isinstance(value, (list, tuple)):
@@ -255,8 +256,8 @@ def _only_text(message: Message, where: str) -> str:
 
 
 def _answered(row: Columns, completions: Mapping[str, Any], ranks: tuple[int, ...]) -> Answered:
-    """Completions, keyed by their places in the row, beside a prompt. With an HH prompt they are stripped of white space,
-    as in a whole transcript."""
+    """A prompt and its completions, keyed by their places in the row. With an HH prompt, completions are stripped of white
+    space, as in a whole transcript."""
     prompt = _prompt_column(row)
     texts = tuple(_completion(value, where) for where, value in completions.items())
     if _is_hh(row["prompt"]):
@@ -265,7 +266,7 @@ def _answered(row: Columns, completions: Mapping[str, Any], ranks: tuple[int, ..
 
 
 def _answers_in(row: Columns, *names: str) -> Answered:
-    """One completion in each of the columns, the best first."""
+    """A prompt and one completion in each of the columns ``names``, best first."""
     completions = {name: cell(row, name, (str, list, tuple), _COMPLETION) for name in names}
     return _answered(row, completions, tuple(range(len(names))))
 
@@ -278,7 +279,8 @@ def _labeler(row: Columns) -> str | None:
 
 
 def _dialogue_in(name: str) -> Callable[[Columns], Answered]:
-    """A dialogue that ends with the user is a prompt; a noun that needs a response reports that it is missing."""
+    """A reader of dialogues in a column. A dialogue that ends with the user is a prompt; a noun that needs a response reports
+    that it is missing."""
 
     def read(row: Columns) -> Answered:
         messages = _dialogue(row, name)
@@ -292,7 +294,7 @@ def _dialogue_in(name: str) -> Callable[[Columns], Answered]:
 
 
 def _instruction(row: Columns) -> Answered:
-    """Alpaca's: 'input' (Dolly's 'context') is what the instruction is about; it may be empty."""
+    """Alpaca's columns: 'input' (Dolly's 'context') is what the instruction is about; it may be empty."""
     about = [cell(row, name, str, "text") for name in ("input", "context") if row.get(name)]
     text = "\n\n".join([text_in(row, "instruction"), *about])
     prompt = _prompt(row, (Message("user", text),))
@@ -301,7 +303,7 @@ def _instruction(row: Columns) -> Answered:
 
 
 def _pair(row: Columns) -> Answered:
-    """Completions beside a prompt, or two whole dialogues that agree until the last answer. Whole dialogues contain their
+    """Two completions beside a prompt, or two whole dialogues that agree until the last answer. Whole dialogues contain their
     prompt, so a column 'prompt' beside them (UltraFeedback) is not read."""
     names = ("chosen", "rejected")
     if row.get("prompt") is None or all(_is_whole(row.get(name)) for name in names):
@@ -318,7 +320,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _ranked_by(name: str, best: Callable[[float], float]) -> Callable[[Columns], Answered]:
-    """K completions, with their numbers in the column ``name``; the lowest ``best(number)`` is the best."""
+    """A reader of K completions with their numbers in the column ``name``; the lowest ``best(number)`` is the best."""
 
     def read(row: Columns) -> Answered:
         texts = {f"completions[{i}]": text for i, text in enumerate(list_in(row, "completions", "completions"))}
@@ -334,7 +336,7 @@ def _ranked_by(name: str, best: Callable[[float], float]) -> Callable[[Columns],
 
 
 def _ranks(numbers: Sequence[Any], best: Callable[[float], float], name: str) -> tuple[int, ...]:
-    """The ranks of numbers, of which the lowest ``best(number)`` is the best; equal ones tie."""
+    """The ranks of numbers: the lowest ``best(number)`` is the best, and equal ones tie."""
     if not all(isinstance(n, int) and not isinstance(n, bool) or isinstance(n, float) and math.isfinite(n) for n in numbers):
         raise BadRow("a wrong type", f"'{name}' should be numbers, not {reprlib.repr(numbers)}.")
     order = sorted({best(n) for n in numbers})
@@ -400,8 +402,8 @@ def _query(row: Columns) -> Answered:
 
 
 def _goal(row: Columns, name: str) -> Goal:
-    """AdvBench's column is 'goal', HarmBench's 'Behavior', and 'task_description' that of hh-rlhf's red-team attempts (Ganguli et
-    al. 2022, arXiv 2209.07858). HarmBench's behaviours that need a context are left out."""
+    """The goal in the column ``name``: AdvBench's 'goal', HarmBench's 'Behavior', or 'task_description' of hh-rlhf's red-team
+    attempts (Ganguli et al. 2022, arXiv 2209.07858). HarmBench's behaviours that need a context are left out."""
     if not says_nothing(row.get("ContextString")):
         raise LeftOut("goals with a context")
     text, truth = text_in(row, name), _truth(row)
@@ -411,7 +413,7 @@ def _goal(row: Columns, name: str) -> Goal:
 
 @dataclass(frozen=True)
 class Convention:
-    """``columns`` must be there; ``also`` may be, besides `_BESIDES`."""
+    """A format of rows. ``columns`` must be present; those in ``also`` and `_BESIDES` may be."""
 
     columns: tuple[str, ...]
     read: Callable[[Columns], Any]
@@ -456,7 +458,7 @@ _GOALS = (
     Convention(("task_description",), lambda row: _goal(row, "task_description")),
 )
 WITHOUT_PROMPTS = {"texts": "raw texts", "tests": "tests"}
-"""Nouns that neither columns beside a prompt nor rewards' columns belong to, as errors call them."""
+"""{noun: what errors call it} for nouns without a prompt, which allow neither columns beside a prompt nor columns for rewards."""
 
 CONVENTIONS: Mapping[str, tuple[Convention, ...]] = {
     "demonstrations": _ANSWERS + _PAIRS,
@@ -471,14 +473,14 @@ CONVENTIONS: Mapping[str, tuple[Convention, ...]] = {
         Convention(("Question", "Best Answer", "Correct Answers", "Incorrect Answers"), choices.truthfulqa),
     ),
 }
-"""For each noun, in order of preference: the first whose columns are all present is used."""
+"""The conventions of each noun in order of preference: the first whose columns are all present is used."""
 
 
 # --------------------------------------------------------------------------------------------------------------- nouns
 
 
 def _demonstration(row: Answered) -> Demonstration:
-    """The best completion, so that comparisons serve too; if several tie, the first."""
+    """The best completion as a demonstration, so that comparisons can be used too; if several tie, the first."""
     if not row.completions:
         raise BadRow("no response", "the last message should be the assistant's.")
     return Demonstration(row.prompt, row.completions[row.ranks.index(min(row.ranks))], row.dialogue, row.calls)
@@ -535,7 +537,7 @@ def reader(noun: str, first: Any, place: str, named: Sequence[str] = ()) -> Call
 
 
 def _value(row: Columns, name: str) -> Any:
-    """A column that a reward function is to see: any JSON value, null included."""
+    """The value of a column for a reward function: any JSON value, null included."""
     if name not in row:
         raise BadRow(f"no column '{name}'", f"its source names it under columns. The row has: {listing(row)}.")
     try:
@@ -546,7 +548,7 @@ def _value(row: Columns, name: str) -> Any:
 
 
 def _with_truth(item: Any, known: Columns) -> Any:
-    """The noun, with what is known about its prompt."""
+    """The item with ``known`` added to the truth of its prompt or goal."""
     if isinstance(item, Prompt):
         return replace(item, truth={**item.truth, **known})
     if isinstance(item, Goal):
@@ -556,7 +558,7 @@ def _with_truth(item: Any, known: Columns) -> Any:
 
 
 def unread(noun: str, first: Columns, columns: Sequence[str], named: Sequence[str] = ()) -> list[str]:
-    """Those of a source's columns that neither the convention of its first row reads nor the source names."""
+    """The columns of a source that neither the convention of its first row reads nor the source names."""
     convention = _convention(noun, first)
     besides = () if noun in WITHOUT_PROMPTS else (*_BESIDES, *OF_A_ROW)
     if noun == "demonstrations" and convention in _ANSWERS:
@@ -570,11 +572,11 @@ def _convention(noun: str, first: Columns) -> Convention | None:
 
 
 LABELS = ("label", "kto_tag")
-"""Whether the answer is a good one: KTO's (Ethayarajh et al. 2024), as TRL and LLaMA-Factory name it."""
+"""Columns of KTO (Ethayarajh et al. 2024) that say whether the answer is good, as TRL and LLaMA-Factory name them."""
 
 
 def _desirable(row: Columns) -> bool:
-    """False if a label says that the answer is a bad one. A word other than true and false is of another kind of label."""
+    """False if a label says that the answer is bad. A word other than true and false is some other kind of label, and ignored."""
     for name in LABELS:
         value = row.get(name)
         if value is not None and not isinstance(value, (bool, str)):
@@ -589,12 +591,12 @@ def _desirable(row: Columns) -> bool:
 
 
 def _truth_value(value: Any) -> bool | None:
-    """Of a label; in CSV it is a word."""
+    """The value of a label, which is a word in CSV; None if it is neither true nor false."""
     return {"true": True, "false": False}.get(str(value).lower())
 
 
 def _texts(item: Any) -> Iterator[str]:
-    """All text of a noun."""
+    """All texts of an item."""
     if isinstance(item, str):
         yield item
         return
@@ -625,5 +627,5 @@ def _check_text(text: str) -> None:
 
 
 def _no_object(row: Any) -> BadRow:
-    """For a row without columns: what `reading` found wrong with it, or another kind of JSON."""
+    """The error for a row without columns: what `reading` found wrong with it, or that it is another kind of JSON."""
     return row if isinstance(row, BadRow) else BadRow("a line that is not a JSON object", f"{type(row).__name__}.")

@@ -1,4 +1,4 @@
-"""Data that is computed when it is read, and prompts for environments that begin by a seed."""
+"""Data that is computed when it is read, and prompts for environments whose episodes start from a seed."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class Drawn(Sequence[T]):
 
 @dataclass(frozen=True, kw_only=True)
 class SeededConfig:
-    """Sizes; prompt i is the same for every size."""
+    """Instructions, seed and sizes. Prompt i is the same for every size."""
 
-    instructions: str = setting(REQUIRED, "Of each prompt, before the first observation: the rules, and how to act.")
-    seed: int = setting(0, "Of the first episode; the run has its own.", least=0, most=MOST)
-    prompts: int = setting(1000, "For training.", least=1, most=MOST)
-    heldout_prompts: int = setting(200, "Held out.", least=1, most=MOST)
+    instructions: str = setting(REQUIRED, "The start of each prompt, before the first observation: the rules, and how to act.")
+    seed: int = setting(0, "Decides the first episode; the run has a seed of its own.", least=0, most=MOST)
+    prompts: int = setting(1000, "Number of training prompts.", least=1, most=MOST)
+    heldout_prompts: int = setting(200, "Number of held-out prompts.", least=1, most=MOST)
 
 
 class Seeded(DataSource):
-    """Prompts for an environment that begins an episode by a seed: instructions, and what is observed first. Seeds of training
-    are even and those held out odd: no episode is in both."""
+    """Prompts for an environment that starts an episode from a seed: instructions, and the first observation. Training seeds
+    are even and held-out seeds odd, so no episode is in both splits."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -87,7 +87,7 @@ def opening(instructions: str, first: str, seed: int) -> Prompt:
 def seed_of(prompt: Prompt) -> int:
     """
     Raises:
-      EnvironmentFailed: it has none.
+      EnvironmentFailed: the prompt has no seed.
     """
     if type(seed := prompt.truth.get("seed")) is not int:
         raise EnvironmentFailed("the prompt has no seed. The data source of the environment's own name gives each prompt one.")
@@ -95,10 +95,10 @@ def seed_of(prompt: Prompt) -> int:
 
 
 def check_beginning(prompt: Prompt, first: str) -> None:
-    """That the episode begins as its prompt says.
+    """Check that the episode begins as its prompt says.
 
     Raises:
-      EnvironmentFailed: it does not.
+      EnvironmentFailed: it begins differently.
     """
     if first.strip() not in prompt.messages[-1].content:
         raise EnvironmentFailed(

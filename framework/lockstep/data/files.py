@@ -1,9 +1,9 @@
-"""The data source ``files``: what trains and what tests policies, from files and Hugging Face data sets.
+"""The data source ``files``: training and test data from files and Hugging Face data sets.
 
-How a dialogue begins decides whether it is held out: its first user message (for a raw text, all of it) is hashed with the
-seed. So a prompt is never in both splits, nor are two moments of one dialogue, and it falls in the same split as a
-demonstration, a comparison and a prompt. Content decides, not position: adding, removing and sorting rows moves no other
-row to the other split.
+The beginning of a dialogue decides whether it is held out: its first user message (for a raw text or a goal, all of it) is
+hashed with the seed. So no prompt is in both splits, and neither are two moments of one dialogue. A prompt falls in the same
+split whether it comes alone, in a demonstration or in a comparison. Position does not matter: adding, removing and sorting
+rows moves no other row to the other split.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lockstep.types import Choice, Comparison, Demonstration, Goal, Prompt
 NOUNS = ("demonstrations", "comparisons", "prompts", "texts", "goals")
 SPLITS = ("train", "heldout")
 FIRST = 100
-"""Rows of a hub data set that a dry run reads."""
+"""How many rows of a hub data set a dry run reads."""
 
 Items = tuple[Any, ...]
 
@@ -41,7 +41,7 @@ _OWN = "Sources of the held-out split; null: a fraction of the others."
 
 @dataclass(frozen=True)
 class Config:
-    """Which sources give each noun, in each split."""
+    """The sources of each noun, in each split."""
 
     demonstrations: tuple[Mapping[str, Any], ...] | None = setting(None, _SOURCES)
     comparisons: tuple[Mapping[str, Any], ...] | None = setting(None, _SOURCES)
@@ -54,17 +54,17 @@ class Config:
     heldout_texts: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
     heldout_goals: tuple[Mapping[str, Any], ...] | None = setting(None, _OWN)
     splits: Mapping[str, tuple[Mapping[str, Any], ...]] = setting(
-        {}, "Sources of prompts for evaluations alone, by names of yours for `evaluation.splits`."
+        {}, "Sources of prompts only for evaluation, by names of your choice for `evaluation.splits`."
     )
     tests: Mapping[str, tuple[Mapping[str, Any], ...]] = setting(
-        {}, "Sources of items with options, by names of yours: every evaluated policy takes these tests."
+        {}, "Sources of items with options, by names of your choice: every evaluated policy takes these tests."
     )
-    heldout_fraction: float = setting(0.05, "Fraction of the prompts, if the held-out split has no sources.", least=0, below=1)
-    seed: int = setting(0, "Seeds that split; not the run's seed, so that runs with several seeds share the split.", least=0)
+    heldout_fraction: float = setting(0.05, "Fraction of prompts to hold out if that split has no sources.", least=0, below=1)
+    seed: int = setting(0, "Seed of the split; not the run's seed, so that runs with several seeds share the split.", least=0)
     on_bad_row: Literal["raise", "skip"] = setting("raise", "Stop and name the file and line; or skip, and report how many.")
     every_source: Mapping[str, Any] = setting(
         {"split": "train", "weight": None, "config": None, "revision": None, "ignore": [], "where": {}, "columns": []},
-        "Keys of every source, unless it sets them itself.",
+        "Default keys of every source; a source may override them.",
     )
 
     def __post_init__(self) -> None:
@@ -82,10 +82,10 @@ _Config = Config
 
 
 class Files(DataSource):
-    """Reads each noun once, on first use; of hub data sets only the ``first`` rows, if given.
+    """Reads each noun once, on first use. If ``first`` is given, reads only that many rows of hub data sets.
 
     Raises:
-      ConfigError: the sources contradict each other; found before any file is opened.
+      ConfigError: the sources contradict each other; this is checked before any file is opened.
     """
 
     Config = Config
@@ -167,8 +167,8 @@ class Files(DataSource):
             raise MissingData(f"This run needs {noun}. Set {_sources_of(noun, 'my.jsonl')}.")
 
     def _read_noun(self, noun: str) -> dict[str, Items]:
-        """Both splits. A training row that begins like a held-out one is held out too if the split is a fraction, and left
-        out if the held-out split has its own sources, or if it begins like a prompt of another split."""
+        """Both splits of a noun. A training row that begins like a held-out one is held out too if the split is a fraction, and
+        left out if the held-out split has its own sources. A row that begins like a prompt of ``splits`` is left out."""
         parts = self._apart([self.items(noun, i) for i in range(len(self.sources[noun]))], noun)
         key = f"heldout_{noun}"
         if self.sources[key]:
@@ -180,7 +180,7 @@ class Files(DataSource):
         return {"train": self._mixed(noun, train), "heldout": mix(heldout)}
 
     def _apart(self, parts: Sequence[Items], noun: str) -> Sequence[Items]:
-        """Without what begins like a prompt of a split that is for evaluations alone."""
+        """The parts without items that begin like a prompt of a split that is only for evaluation."""
         for name in self.config.splits if noun != "texts" else ():
             parts = self._without(parts, self._named("splits", name), noun, f"prompts of data.splits.{name}")
         return parts
@@ -198,7 +198,8 @@ class Files(DataSource):
         return int.from_bytes(digest, "big") < self.config.heldout_fraction * 2**64
 
     def items(self, key: str, index: int) -> Items:
-        """All of one source of ``comparisons``, ``heldout_comparisons``, ... Prints how many rows were left out, and why."""
+        """All items of one source under ``comparisons``, ``heldout_comparisons``, ... Prints how many rows were left out, and
+        why."""
         if (key, index) not in self._items:
             self._items[key, index] = self._read_source(key, index)
         return self._items[key, index]
@@ -240,7 +241,7 @@ class Files(DataSource):
         return tuple(items), left_out
 
     def _mixed(self, noun: str, parts: Sequence[Items]) -> Items:
-        """The training mixture. With weights, prints how often an epoch passes through each source."""
+        """The training mixture. If the sources have weights, prints how often an epoch passes through each source."""
         sources = self.sources[noun]
         if not parts or sources[0].weight is None:
             return mix(parts)
@@ -257,12 +258,12 @@ class Files(DataSource):
 
 
 def _sources_of(noun: str, path: str) -> str:
-    """The override to type."""
+    """The override that a user types to set sources of this noun."""
     return override(f"data.{noun}", [{"path": path}])
 
 
 def _all_sources(config: Config) -> dict[str, tuple[Source, ...]]:
-    """{'comparisons', 'heldout_comparisons', 'splits.NAME', ...: the checked sources of this list}."""
+    """{key: its checked sources} for the keys 'comparisons', 'heldout_comparisons', 'splits.NAME', ..."""
     given = {key: getattr(config, key) for noun in NOUNS for key in (noun, f"heldout_{noun}")}
     given |= {f"{group}.{name}": each for group in ("splits", "tests") for name, each in getattr(config, group).items()}
     return {key: _sources(config, key, each or ()) for key, each in given.items()}
@@ -277,7 +278,7 @@ def _no_rows(where: str, source: Source, every: Sequence[Row]) -> str:
 
 
 def _counted(key: str) -> str:
-    """What there are so many of."""
+    """What to call the items under a key, after their number."""
     group, _, name = key.partition(".")
     return {"splits": f"prompts of the split {name}", "tests": f"items of the test {name}"}.get(group, key)
 
@@ -290,7 +291,7 @@ def _noun(key: str) -> str:
 def _sources(config: Config, key: str, given: Sequence[Mapping[str, Any]]) -> tuple[Source, ...]:
     """
     Raises:
-      ConfigError: they contradict each other.
+      ConfigError: the sources contradict each other.
     """
     sources = tuple(parse(Source, {**config.every_source, **keys}, f"data.{key}[{i}]") for i, keys in enumerate(given))
     weights = [source.weight for source in sources]

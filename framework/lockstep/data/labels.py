@@ -6,7 +6,8 @@
     demonstrations.jsonl {"messages", "response"}                                          what people wrote
     prompts.jsonl       {"messages", "goal", "twin", "split", "success", "truth"}          attacks, and their harmless twins
 
-Other keys are allowed and not read here. A folder with any of the last three is a source of data for a stage.
+Rows with messages may also have "tools", and candidates a "seed". Other keys are allowed and not read here. A folder with any of
+the last three files is a source of data for a stage.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CANDIDATES, LABELS, COMPARISONS, DEMONSTRATIONS, PROMPTS = (
     f"{noun}.jsonl" for noun in ("candidates", "labels", "comparisons", "demonstrations", "prompts")
 )
 MOST_BYTES = 50_000_000
-"""Of one line."""
+"""The limit for one line."""
 
 _MESSAGE = {"role": str, "content": str, "calls?": [{"name": str, "arguments": dict}]}
 _PROMPT = {"messages": [_MESSAGE], "truth?": (dict, None), "tools?": ([dict], None)}
@@ -52,7 +53,7 @@ _ROLES = ("system", "user", "assistant", "tool")
 def candidates_in(file: Path) -> list[Candidates]:
     """
     Raises:
-      DataError: the file has no such rows.
+      DataError: a row of the file is damaged.
     """
 
     def candidates(row: Mapping[str, Any]) -> Candidates:
@@ -67,7 +68,7 @@ def candidates_in(file: Path) -> list[Candidates]:
 def labels_in(file: Path, candidates: Sequence[Candidates]) -> list[Label]:
     """
     Raises:
-      DataError: the file has no such rows, or one does not fit the candidates.
+      DataError: a row of the file is damaged, or does not fit the candidates.
     """
     counts = {each.id: len(each.completions) for each in candidates}
 
@@ -84,7 +85,7 @@ def labels_in(file: Path, candidates: Sequence[Candidates]) -> list[Label]:
 def comparisons_in(folder: Path) -> list[Comparison]:
     """
     Raises:
-      MissingData: the folder has none.
+      MissingData: the folder has no comparisons.
       DataError: its file is damaged.
     """
 
@@ -99,18 +100,18 @@ def comparisons_in(folder: Path) -> list[Comparison]:
 def demonstrations_in(folder: Path) -> list[Demonstration]:
     """
     Raises:
-      MissingData: the folder has none.
+      MissingData: the folder has no demonstrations.
       DataError: its file is damaged.
     """
     return list(_read(_in(folder, DEMONSTRATIONS), lambda row: Demonstration(_prompt(row), row["response"])))
 
 
 def prompts_in(folder: Path, split: str = "train", *, twins: bool | None = None) -> list[Prompt]:
-    """Of one split; of twins or attacks only, if ``twins`` says so. ``truth["goal"]`` is what an attack is after,
-    ``truth["twin"]`` whether that is the harmless goal.
+    """The prompts of one split: only twins if ``twins`` is True, only attacks if False. ``truth["goal"]`` is the goal of an
+    attack, and ``truth["twin"]`` is True if that is the harmless goal.
 
     Raises:
-      MissingData: the folder has none.
+      MissingData: the folder has no prompts.
       DataError: its file is damaged.
     """
 
@@ -150,7 +151,7 @@ def _prompt_row(prompt: Prompt) -> dict[str, Any]:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    """Columns of a data set may have dates and the like: they become text."""
+    """A row as one line of JSON. Dates and the like, which a data set's columns may have, become text."""
     return json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 

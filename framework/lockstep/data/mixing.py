@@ -1,7 +1,7 @@
-"""Several sources as one sequence in which each has its share throughout, not only overall.
+"""Mix several sources into one sequence in which each has its share everywhere, not only overall.
 
 Nothing is random: row j of a source of weight w has time (j + 1/2) / w, and the mixture is all rows in order of time. A
-stretch of n rows then has n * w / sum(w) rows of that source, give or take as many as there are sources. Algorithms shuffle
+stretch of n rows then has n * w / sum(w) rows of that source, plus or minus the number of sources. Algorithms shuffle
 later; a loader that does not, or stops early, still sees the right mixture.
 """
 
@@ -18,8 +18,8 @@ T = TypeVar("T")
 def row_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     """How many rows each source contributes to one epoch.
 
-    An epoch ends when every row has appeared at least once: the source that lasts longest for its weight appears once, and
-    the others repeat. So every row is seen, and the proportions hold to the end.
+    An epoch ends when every row has appeared at least once: the source that is largest for its weight appears once, and the
+    others repeat. So every row is seen, and the proportions hold to the end.
     """
     end = max(size / weight for size, weight in zip(sizes, weights, strict=True))
     return [max(size, round(end * weight)) for size, weight in zip(sizes, weights, strict=True)]

@@ -1,5 +1,5 @@
-"""A run's data with other prompts, comparisons or demonstrations to train on: labels that stages collected, attacks, closed
-rounds of people's."""
+"""A run's data with other prompts, comparisons or demonstrations to train on: labels that stages collected, attacks, or closed
+rounds of a studio."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ READERS: Mapping[str, Callable[[Path], Sequence[Any]]] = {
     "prompts": prompts_in, "comparisons": comparisons_in, "demonstrations": demonstrations_in
 }  # fmt: skip
 DATA, GOALS = "data", "goals"
-"""Among the sources that a stage trains on: the run's own data, and its goals as prompts for an attacker."""
+"""Two of the sources that a stage may train on: the run's own data, and its goals as prompts for an attacker."""
 TWINS = "_twins"
-"""Ends the name of the split with the twins of a stage's attacks."""
+"""The suffix of a split with the twins of a stage's attacks."""
 
 
 class Mixture(DataSource):
-    """``data``, except for the training split of the nouns in ``folders``, and with more splits of prompts.
+    """``data`` with another training split for the nouns in ``folders``, and with more splits of prompts.
 
     Args:
-      folders: {noun: {source: its folder}}; that of 'data' and 'goals' does not matter.
+      folders: {noun: {source: its folder}}; the folders of 'data' and 'goals' are ignored.
       shares: {noun: {source: its share of an epoch}}; all None: every row appears once.
       attacks: {split: the folder whose held-out attacks are its prompts}; their twins are the split ``<split>_twins``.
     """
@@ -74,7 +74,7 @@ class Mixture(DataSource):
     def _mix(self, noun: str) -> tuple[Any, ...]:
         """
         Raises:
-          DataError: a source has no such rows.
+          DataError: a source has no rows of this noun, or they are damaged.
         """
 
         def rows(source: str, folder: Path) -> Sequence[Any]:

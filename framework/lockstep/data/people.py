@@ -1,4 +1,4 @@
-"""`labeler=people`: whoever writes ``labels.jsonl`` beside a stage's candidates. `lockstep serve` does; so may any other tool."""
+"""`labeler=people`: labels from ``labels.jsonl`` beside a stage's candidates. `lockstep serve` writes it; any other tool may."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lockstep.types import Candidates
 
 
 class People(Labeler):
-    """Waits for a file of labels: the run stops, and the same command continues once the file is there. Once read, the labels are
-    the stage's result, whatever becomes of the file."""
+    """Waits for a file of labels: the run stops. Rerun the same command to resume once the file is there. Once read, the labels
+    are the stage's result, whatever happens to the file later."""
 
     @dataclass(frozen=True)
     class Config:
-        """None."""
+        """No settings."""
 
     def __init__(self, config: Any, data: DataSource, resources: Resources):
         pass

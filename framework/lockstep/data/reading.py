@@ -1,7 +1,7 @@
-"""Files, folders and Hugging Face data sets as rows: a place to name in an error, and a mapping of columns.
+"""Files, folders and Hugging Face data sets as rows. A row is a place to name in an error, and a mapping of columns.
 
 Local files are read here, not by ``datasets``, which would copy them into its cache, infer one schema for all rows and lose
-the line of an error. ``datasets`` is for the hub and for what it saved itself.
+the line of an error. ``datasets`` is only for the hub and for data sets that it saved itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lockstep.storage.files import expanded
 from lockstep.storage.hub import hub
 
 Row = tuple[str, Any]
-"""'file:line', and the columns or, if it cannot be read, what is wrong with it."""
+"""'file:line', and the row's columns or, if it cannot be read, what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Source:
 
 
 def has(row: Any, values: Mapping[str, Any]) -> bool:
-    """Whether the row has these values in its columns, as themselves or as text. A row that could not be read might."""
+    """True if the row has these values in its columns, as themselves or as text; also True for a row that could not be read,
+    because it might have them."""
     if not isinstance(row, Mapping):
         return True
     return all(name in row and _plain(row[name]) == _plain(value) for name, value in values.items())
@@ -69,8 +70,8 @@ def source_digests(source: Source) -> list[str]:
 
 
 def read_rows(source: Source, first: int | None = None) -> Iterator[Row]:
-    """The rows of a source, in file order. Rows are numbered from 1, and blank lines count. Of a hub data set only the
-    ``first`` rows, streamed, if given.
+    """The rows of a source, in file order. Rows are numbered from 1, and blank lines count. If ``first`` is given, only that
+    many rows of a hub data set are streamed.
 
     Raises:
       DataError: the source does not exist or cannot be read.
@@ -109,7 +110,8 @@ def parse_split(split: str) -> tuple[str, slice]:
 
 
 def _open(path: Path) -> TextIO:
-    """Text, unzipped if needed, without a byte order mark. Other bytes than UTF-8 become surrogates, which `_not_utf8` finds."""
+    """Open a file as text, unzipped if needed, without a byte order mark. Bytes that are not UTF-8 become surrogates, which
+    `_not_utf8` finds."""
     opener = gzip.open if path.suffix == ".gz" else open
     return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
 
@@ -124,7 +126,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _lines(file: TextIO) -> Iterator[str | BadRow]:
-    """The lines. Of one that is too long, no more than the limit is ever in memory."""
+    """The lines of a file. A line that is too long becomes a `BadRow`, and no more than the limit of it is ever in memory."""
     while line := file.readline(MOST_CHARACTERS + 1):
         if len(line) <= MOST_CHARACTERS:
             yield line
@@ -135,12 +137,12 @@ def _lines(file: TextIO) -> Iterator[str | BadRow]:
 
 
 def _parsed(text: str) -> Any:
-    """One row of JSON. Returns what is wrong instead of raising it: the caller decides whether a bad row ends the run."""
+    """One row of JSON. Errors are returned, not raised: the caller decides whether a bad row ends the run."""
     if wrong := _not_utf8(text):
         return wrong
     try:
         row = json.loads(text, object_pairs_hook=_unique)
-        if _SURROGATE.search(text):  # of a pair, unless it is half a character
+        if _SURROGATE.search(text):  # a valid pair, or half a character, which does not encode
             json.dumps(row, ensure_ascii=False).encode()
         return row
     except UnicodeEncodeError as error:
@@ -162,7 +164,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     Raises:
-      BadRow: a key is there twice; json would keep the last.
+      BadRow: a key occurs twice; json would keep the last.
     """
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -181,7 +183,7 @@ def _not_utf8(text: str) -> BadRow | None:
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
-    """One list of rows, or lines, which are often named .json too."""
+    """The rows of one JSON list, or of JSON lines, which are often named .json too."""
     with _open(path) as file:
         beginning = file.read(1000)
         if not beginning.lstrip().startswith("["):
@@ -196,7 +198,7 @@ def _elements(text: str) -> Iterator[Any]:
     """The elements of a JSON list, one by one, so that a bad one can be named and skipped.
 
     Raises:
-      ValueError: an element is not JSON, so that nobody knows where it ends, or the list is broken.
+      ValueError: an element is not JSON, so that its end is unknown, or the list is broken.
     """
     start, depth, number = text.index("[") + 1, 0, 0
     for found in _PUNCTUATION.finditer(text, start):
@@ -222,7 +224,8 @@ def _elements(text: str) -> Iterator[Any]:
 
 
 def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, Any]]:
-    """Strict: a quote that is never closed, or not doubled inside quotes, would otherwise change or swallow rows."""
+    """Rows of CSV, read strictly: a quote that is never closed, or not doubled inside quotes, would otherwise change or swallow
+    rows."""
     csv.field_size_limit(MOST_CHARACTERS)
     with _open(path) as file:
         reader = csv.DictReader(file, restkey=_EXTRA, delimiter=delimiter, strict=True)
@@ -251,11 +254,12 @@ _EXTRA = "(without a header)"
 
 
 PARQUET_ROWS = 64
-"""Of Parquet that are unpacked together."""
+"""How many rows of Parquet are decoded together."""
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    """Row by row: a file of some kilobytes may unpack to gigabytes, since a text that all rows share is small until then."""
+    """Unpack rows one by one: a file of some kilobytes may unpack to gigabytes, because a text that all rows share is stored only
+    once."""
     import pyarrow.parquet
 
     batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=PARQUET_ROWS)
@@ -280,7 +284,7 @@ def _suffix(path: Path) -> str:
 
 
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error)
-"""What the formats raise for files that are truncated, not UTF-8 or not in the format of their name."""
+"""Errors that readers raise for files that are truncated, not UTF-8 or not in the format of their name."""
 
 
 def _file(path: Path) -> Iterator[Row]:
@@ -294,7 +298,8 @@ def _file(path: Path) -> Iterator[Row]:
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """'train' has train.jsonl, train-00000-of-00002.parquet, data/train.csv and train/0.parquet, but not training.csv."""
+    """The files of a split. 'train' matches train.jsonl, train-00000-of-00002.parquet, data/train.csv and train/0.parquet, but
+    not training.csv."""
     names = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file() and _suffix(file) in FORMATS]
     names = sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
     begins = re.compile(rf"{re.escape(split)}(?![a-zA-Z])")
@@ -337,7 +342,7 @@ def _hub(source: Source, split: str, first: int | None) -> Iterator[Row]:
                 streaming=first is not None,
             )  # fmt: skip
             data = data if first is None else list(itertools.islice(data, first))
-        except Exception as error:  # of many kinds: no network, no such id, private, no such split
+        except Exception as error:  # many kinds: no network, no such id, private, no such split
             raise Unreachable(
                 f"'{source.path}' is not a local file or folder, and it could not be loaded from the Hugging Face hub: "
                 f"{str(why(error)).rstrip('.')}. A local path works too: download the data set where there is a network "
@@ -347,12 +352,12 @@ def _hub(source: Source, split: str, first: int | None) -> Iterator[Row]:
 
 
 def _saved(folder: Path, split: str) -> Iterator[Row]:
-    """What `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    """The rows that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     import datasets
 
     try:
         data = datasets.load_from_disk(str(folder))
-    except Exception as error:  # of many kinds: files that are missing, damaged or of another version
+    except Exception as error:  # many kinds: files that are missing, damaged or of another version
         raise DataError(f"{folder} cannot be read as a data set that was saved to disk: {error}") from error
     splits = data if isinstance(data, dict) else {"train": data}
     if split not in splits:

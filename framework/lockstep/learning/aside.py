@@ -1,4 +1,4 @@
-"""A call in a thread of its own."""
+"""A function call in its own thread."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ T = TypeVar("T")
 
 
 class Aside(Generic[T]):
-    """A call that has begun. Ctrl-C ends a wait for it, not the call, and the interpreter exits without waiting, unlike with
-    `concurrent.futures`. ``name``: of its thread."""
+    """A call that runs in its own thread, called ``name``. Ctrl-C ends a wait for the call, not the call itself. The interpreter
+    exits without waiting for it, unlike with `concurrent.futures`."""
 
     def __init__(self, call: Callable[[], T], name: str):
         self._found: list[T] = []
@@ -20,19 +20,19 @@ class Aside(Generic[T]):
         def run() -> None:
             try:
                 self._found.append(call())
-            except BaseException as error:  # SystemExit too, which would end the thread without a word
+            except BaseException as error:  # SystemExit too, which would end the thread silently
                 self._error = error
 
         self._thread = threading.Thread(target=run, name=name, daemon=True)
         self._thread.start()
 
     def finished(self, seconds: float) -> bool:
-        """Whether it ends within so many seconds from now."""
+        """Wait up to ``seconds``. Return True if the call has ended."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def result(self) -> T:
-        """What it returns or raises, once it has ended."""
+        """Wait for the call to end, and return or raise what it did."""
         self._thread.join()
         if self._error is not None:
             raise self._error

@@ -4,13 +4,13 @@
               the prompt   | a turn EOS  what the environment says  a turn EOS  pad pad
               mask         | T T  T   T   F F F F F F F F F F F F F   T T  T   T   F   F
 
-A row's tokens are what the policy sampled, as sampled, and between its turns the text that the chat template writes there,
-encoded by itself. Nothing is tokenised twice: ids are not a function of text (the same word may be one token or several). T is
-the limit of a row, for both sides together. The token in column t is drawn from the seed of column t, so an episode depends on
-its prompt, its seeds, the policy and the environment, and not on the other rows.
+A row holds the policy's tokens exactly as sampled and, between its turns, the text that the chat template writes there, encoded
+separately. Nothing is tokenised twice: ids are not a function of text (the same word may be one token or several). T is the limit
+of a row, for both sides together. The token in column t is drawn from the seed of column t. So an episode depends on its prompt,
+its seeds, the policy and the environment, and not on the other rows.
 
-An episode ends when the environment says so or says nothing, when the policy has had its turns, and where a turn reaches the
-limit or what the environment says does not fit (it is then taken back).
+An episode ends when the environment says so or says nothing, when the policy has used up its turns, when a turn reaches the
+limit, or when the environment's messages do not fit (they are then left out).
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ from lockstep.text.stopping import Stops
 from lockstep.types import Message, Prompt
 
 MOST_MESSAGES = 16
-"""Of one reply."""
+"""The most messages in one reply."""
 
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
     """The limits of a conversation; the configuration of an environment extends it."""
 
-    turns: int = setting(4, "Turns of the policy, at most.", least=1)
-    turn_tokens: int | None = setting(None, "Tokens of one turn, at most; null: what is left of lengths.response.", least=1)
-    reply_tokens: int = setting(256, "Tokens of a message of the environment; a longer one is cut.", least=1)
-    at_once: int = setting(1, "Episodes whose replies are made at the same time, each in a thread.", least=1, most=1024)
-    timeout_seconds: float = setting(60.0, "Limit of one reply.", above=0, most=86400)
+    turns: int = setting(4, "Maximum turns of the policy.", least=1)
+    turn_tokens: int | None = setting(None, "Maximum tokens in one turn; null: what is left of lengths.response.", least=1)
+    reply_tokens: int = setting(256, "Maximum tokens in a message of the environment; longer ones are cut.", least=1)
+    at_once: int = setting(1, "How many replies to compute at the same time, each in a thread.", least=1, most=1024)
+    timeout_seconds: float = setting(60.0, "Time limit for one reply.", above=0, most=86400)
     on_failure: Literal["raise", "drop"] = setting(
-        "raise", "Stop the run; or drop: leave the episode out and say how many. A failure is never a reward."
+        "raise", "Stop the run; or drop: leave the episode out and report how many. A failure is never a reward."
     )
 
 
 @dataclass
 class Row:
-    """One episode, by its ``number``. ``tokens``, ``counted`` and ``logprobs`` are of its response columns; what the environment
-    said is not counted. ``turn`` are the ids of the policy's last turn. ``reward`` is NaN if the environment failed."""
+    """One episode, with its ``number``. ``tokens``, ``counted`` and ``logprobs`` cover its response columns; ``counted`` is False
+    for the environment's text. ``turn`` holds the ids of the policy's last turn. ``reward`` is NaN if the environment failed."""
 
     number: int
     episode: Episode
@@ -74,7 +74,7 @@ class Row:
 
     @property
     def left(self) -> int:
-        """Tokens until the limit."""
+        """The number of tokens left until the limit."""
         return len(self.seeds) - len(self.tokens)
 
 
@@ -82,11 +82,11 @@ def converse(
     generate: Generate, stops: Stops, lengths: Lengths, environment: Environment, prompts: Sequence[Prompt],
     prompt_ids: Sequence[Sequence[int]], seeds: np.ndarray, most: int,
 ) -> list[Row]:  # fmt: skip
-    """An episode for each row of ``seeds`` uint32 [B, T], begun with the prompt of that row. ``most`` rows, or a
+    """Run an episode for each row of ``seeds`` uint32 [B, T], starting from that row's prompt. ``most`` rows, or a
     half, a quarter, ... of them, are generated at a time, so that few shapes are compiled.
 
     Raises:
-      EnvironmentFailed: there is no reply, and the configuration says to stop.
+      EnvironmentFailed: there is no usable reply, and the configuration says to stop.
       ConfigError: the chat template cannot continue a dialogue.
     """
     own = hash32(hash32(seeds[:, 0]) ^ np.uint32(1))
@@ -113,14 +113,14 @@ def converse(
 
 
 def offered(environment: Environment | None, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-    """The prompts with the environment's tools, where they name none."""
+    """The prompts, with the environment's tools added to those that name none."""
     if environment is None or not environment.tools:
         return prompts
     return [prompt if prompt.tools else replace(prompt, tools=environment.tools) for prompt in prompts]
 
 
 def take_turns(turns: Turns, stops: Stops, lengths: Lengths, turn_tokens: int | None, rows: Sequence[Row], most: int) -> None:
-    """The policy's next turn in each episode."""
+    """Generate the policy's next turn in each episode."""
     tokenizer, limit = stops.tokenizer, len(rows[0].seeds)
     contexts = [row.prompt + row.tokens for row in rows]
     longest = max(map(len, contexts))
@@ -152,7 +152,7 @@ def take_turns(turns: Turns, stops: Stops, lengths: Lengths, turn_tokens: int | 
 
 
 def hear(row: Row, reply: Reply | None, stops: Stops, config: EnvironmentConfig, *, last: bool) -> None:
-    """What the environment's reply to a finished turn does to the episode; None: it failed."""
+    """Apply the environment's reply to an episode whose turn is finished; None: the environment failed."""
     row.reward += math.nan if reply is None else float(reply.reward)
     row.over = reply is None or reply.done or not reply.messages or last
     if reply is None or row.over:
@@ -181,7 +181,7 @@ def _cut(text: str, tokenizer: Any, most: int) -> str:
 
 
 def replies(environment: Environment, episodes: Sequence[Episode]) -> list[Reply | None]:
-    """`in_threads`, on process 0 for all."""
+    """The replies of `in_threads`, which runs on process 0 for all processes."""
     if environment.processes.count == 1:
         return in_threads(environment, episodes)
     found = environment.processes.share(
@@ -194,11 +194,11 @@ def replies(environment: Environment, episodes: Sequence[Episode]) -> list[Reply
 
 
 def in_threads(environment: Environment, episodes: Sequence[Episode]) -> list[Reply | None]:
-    """A reply to each episode, ``at_once`` at a time; None for one that failed and is left out. Python cannot stop a call that is
-    out of time: it runs on in its thread, and another thread takes over.
+    """A reply to each episode, ``at_once`` at a time; None for an episode that failed and is left out. Python cannot stop a call
+    that has timed out: it keeps running in its thread, and another thread takes over.
 
     Raises:
-      EnvironmentFailed: there is none, and the configuration says to stop.
+      EnvironmentFailed: there is no usable reply, and the configuration says to stop.
     """
     config: EnvironmentConfig = environment.config
     waiting, found = iter(enumerate(episodes)), queue.SimpleQueue[tuple[int, Reply | Exception]]()
@@ -215,7 +215,7 @@ def in_threads(environment: Environment, episodes: Sequence[Episode]) -> list[Re
                 found.put((number, checked(environment.reply(episode))))
             except Exception as error:
                 found.put((number, error))
-            except BaseException as error:  # sys.exit, which would end the thread without a word
+            except BaseException as error:  # sys.exit, which would end the thread silently
                 found.put((number, EnvironmentFailed(f"it raised {told(error)}")))
 
     def another() -> None:
@@ -227,7 +227,7 @@ def in_threads(environment: Environment, episodes: Sequence[Episode]) -> list[Re
     while len(answers) < len(episodes):
         for number, answer in _arrived(found, started, answers, config.timeout_seconds):
             if number in answers:
-                continue  # out of time before
+                continue  # it timed out earlier
             if answer is None:
                 answer = EnvironmentFailed(f"no reply within environment.timeout_seconds={config.timeout_seconds:g}")
                 another()
@@ -240,7 +240,7 @@ def in_threads(environment: Environment, episodes: Sequence[Episode]) -> list[Re
 def _arrived(
     found: queue.SimpleQueue[tuple[int, Reply | Exception]], started: dict[int, float], answers: dict[int, Any], limit: float
 ) -> Iterator[tuple[int, Reply | Exception | None]]:
-    """The next answer, or None for each episode that is out of time."""
+    """The next answer, or None for each episode that has timed out."""
     pending = [begun for number, begun in list(started.items()) if number not in answers]
     wait = min(pending, default=time.monotonic()) + limit - time.monotonic()
     try:
@@ -256,9 +256,10 @@ def _reason(error: Exception) -> str:
 
 
 def checked(reply: Any) -> Reply:
-    """
+    """Return the reply.
+
     Raises:
-      EnvironmentFailed: it is not a `Reply` that can be used.
+      EnvironmentFailed: it is not a usable `Reply`.
     """
     if not isinstance(reply, Reply):
         raise EnvironmentFailed(f"it replied with {told(reply)}. A reply is a lockstep.interfaces.Reply.")
@@ -274,13 +275,13 @@ def checked(reply: Any) -> Reply:
 
 
 class EnvironmentReward(RewardModel):
-    """The rewards that the environment gave during an episode, summed."""
+    """The sum of the rewards that the environment gave during an episode."""
 
     needs_environment = True
 
     @dataclass(frozen=True)
     class Config:
-        """It has no settings."""
+        """No settings."""
 
     def __init__(self, config: Config | None = None, resources: Resources | None = None):
         pass

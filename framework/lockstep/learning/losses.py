@@ -16,7 +16,7 @@ MAX_LOG_RATIO = 20.0
 
 
 def weighted_sum(xp: Any, x: Array, weights: Array) -> Array:
-    """Σ weights · x over the entries whose weight is not 0; the others are inert, NaN or not, and get no gradient.
+    """Σ weights · x over the entries whose weight is not 0. The others contribute nothing, even if NaN, and get no gradient.
 
     With weights that sum to 1 over a whole minibatch this is the minibatch's mean, however it is cut into micro-batches.
     """
@@ -30,7 +30,7 @@ def select(xp: Any, mask: Array, x: Array) -> Array:
 
 
 def clip(xp: Any, x: Array, low: Array | float, high: Array | float) -> Array:
-    """x within [low, high]. On a bound the derivative is 1; that of the libraries' own clip is 1 in some and 1/2 in others."""
+    """x within [low, high]. On a bound the derivative is 1; with the libraries' own clip functions it is 1 or 1/2."""
     zero = xp.zeros_like(x)
     return xp.where(x < low, zero + low, xp.where(x > high, zero + high, x))
 
@@ -41,8 +41,8 @@ def log_ratio(xp: Any, logprobs: Array, others: Array) -> Array:
 
 
 def softplus(xp: Any, x: Array) -> Array:
-    """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|): finite for every finite x. Spelled without max and |x|, whose derivatives at 0
-    differ between libraries: this one has 1/2 there, in all of them."""
+    """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|): finite for every finite x. It is spelled without max and |x|, whose derivatives
+    at 0 differ between libraries: in this form the derivative at 0 is 1/2 in all of them."""
     positive = x > 0
     return xp.where(positive, x, xp.zeros_like(x)) + xp.log1p(xp.exp(xp.where(positive, -x, x)))
 
@@ -66,7 +66,7 @@ def clipped_weight_loss(xp: Any, log_ratio: Array, advantages: Array, *, low: fl
     """CISPO (MiniMax 2025, arXiv 2506.13585, eq. 4 and 5): a loss whose gradient is -A_t clip(ρ_t, low, high) ∇ log π. [B, T].
 
     The paper writes -A sg(clip(ρ)) log π, where sg stops the gradient. This is the integral of that gradient over log ρ from 0,
-    so nothing has to be stopped: no array library agrees with another on how. Bounds are of the ratio itself, not of ρ - 1.
+    so no gradient has to be stopped, which every array library does differently. The bounds are for ρ itself, not for ρ - 1.
     """
     ratio = xp.exp(log_ratio)
     floor = low * (log_ratio - math.log(low)) + low - 1 if low > 0 else xp.zeros_like(ratio) - 1
@@ -89,13 +89,13 @@ def kl_estimate(xp: Any, kind: str, log_ratio: Array) -> Array:
 
 
 def divergence(xp: Any, logprobs: Array, teacher: Array, beta: float) -> Array:
-    """From log-probabilities [..., V] of student S and teacher T over the vocabulary -> [...], in nats.
+    """The divergence [...] in nats between student S and teacher T, from their log-probabilities [..., V] over the vocabulary.
 
         0 < β < 1   β KL(T || M) + (1 - β) KL(S || M), M = β T + (1 - β) S; ½ is the Jensen-Shannon divergence
         β = 0       KL(T || S), forward
         β = 1       KL(S || T), reverse
 
-    Agarwal et al. 2024 (GKD, arXiv 2306.13649), eq. 1. The mixture's own limits at both ends are 0, so the ends are apart.
+    Agarwal et al. 2024 (GKD, arXiv 2306.13649), eq. 1. The mixture formula tends to 0 at both ends, so these are special cases.
     """
 
     def kl(p: Array, q: Array) -> Array:
@@ -127,17 +127,17 @@ def sigmoid(xp: Any, x: Array) -> Array:
 
 
 def log_odds(xp: Any, x: Array) -> Array:
-    """log(p / (1 - p)) for x = log p < 0, which is taken to be at most -1e-7. Hong et al. 2024 (ORPO), eq. 4. Near 0, 1 - e^x
-    cancels, so it is -expm1(x) there (Mächler 2012, "Accurately computing log(1 - exp(-|a|))")."""
+    """log(p / (1 - p)) for x = log p < 0, capped at -1e-7. Hong et al. 2024 (ORPO), eq. 4. Near 0, computing 1 - e^x loses
+    precision to cancellation, so -expm1(x) is used there (Mächler 2012, "Accurately computing log(1 - exp(-|a|))")."""
     x = xp.where(x < -1e-7, x, xp.zeros_like(x) - 1e-7)
     near = x > -math.log(2)
-    close, far = xp.where(near, x, xp.zeros_like(x) - 0.5), xp.where(near, xp.zeros_like(x) - 1, x)  # each is safe everywhere
+    close, far = xp.where(near, x, xp.zeros_like(x) - 0.5), xp.where(near, xp.zeros_like(x) - 1, x)  # both are safe everywhere
     return x - xp.where(near, xp.log(-xp.expm1(close)), xp.log1p(-xp.exp(far)))
 
 
 def plackett_luce(xp: Any, utilities: Array, real: Array) -> Array:
-    """-Σ_k log softmax(u_k, .., u_K)_k of rankings [N, K], the best first -> [N]. ``real`` is False where a ranking has fewer
-    items; their utilities must be far below all others. Plackett 1975; Rafailov et al. 2023, eq. 18."""
+    """-Σ_k log softmax(u_k, .., u_K)_k of rankings [N, K], the best first -> [N]. ``real`` is False on the padding of rankings
+    with fewer items; utilities there must be far below all others. Plackett 1975; Rafailov et al. 2023, eq. 18."""
     last = utilities.shape[1] - 1
     rest, loss = utilities[:, last], xp.zeros_like(utilities[:, last])
     for k in range(last - 1, -1, -1):

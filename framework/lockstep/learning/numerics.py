@@ -1,4 +1,4 @@
-"""What happens to a rollout on the host: [batch, time] numpy arrays in, the same out.
+"""The host's arithmetic on rollouts: [batch, time] numpy arrays in, the same out.
 
 Pure functions in the papers' notation. ``mask`` is True where a token counts; every reduction says what it divides by.
 Masked columns may hold anything, NaN included: they are selected away, never multiplied.
@@ -145,12 +145,12 @@ would otherwise have advantages near 1."""
 
 
 def group_advantages(rewards: np.ndarray, counted: np.ndarray, samples: int, *, baseline: str, scale: str) -> np.ndarray:
-    """float32 [B]: each response's reward against the others of its prompt; 0 where it does not count.
+    """float32 [B]: each response's reward relative to the others of its prompt; 0 where the response does not count.
 
     A prompt's ``samples`` responses are neighbours. ``baseline``: 'group', R - mean (GRPO: Shao et al. 2024, 4.1.2);
     'leave_one_out', R - mean of the others (RLOO: Ahmadian et al. 2024, eq. 6), which is k / (k - 1) times that; 'none', R.
     ``scale``: 'group' divides by std + 1e-4, with Bessel's correction; otherwise nothing (Dr. GRPO: Liu et al. 2025).
-    Responses that do not count (no score, say) are no part of their group. A group of equal rewards, or of one, has advantages
+    Responses that do not count (no score, say) are not part of their group. A group of equal rewards, or of one, has advantages
     of exactly 0 unless the baseline is 'none'.
     """
     groups, counts = rewards.astype(np.float64).reshape(-1, samples), counted.reshape(-1, samples)
@@ -171,7 +171,7 @@ def group_advantages(rewards: np.ndarray, counted: np.ndarray, samples: int, *, 
 
 
 def informative(scores: np.ndarray, counted: np.ndarray, samples: int) -> np.ndarray:
-    """bool [prompts]: whether a prompt's responses have different scores. Only such a group says what is better than what
+    """bool [prompts]: True if a prompt's responses have different scores. Only such a group tells better responses from worse
     (DAPO: Yu et al. 2025, section 3.2)."""
     groups, counts = scores.reshape(-1, samples), counted.reshape(-1, samples)
     high = np.where(counts, groups, -np.inf).max(axis=1)
@@ -185,7 +185,7 @@ def overlong_penalty(lengths: np.ndarray, limit: int, buffer: int) -> np.ndarray
 
 
 def turns(mask: np.ndarray) -> np.ndarray:
-    """int64 [B]: the runs of counted tokens in each row of ``mask`` bool [B, T], which are the policy's turns in an episode."""
+    """int64 [B]: the number of runs of counted tokens in each row of ``mask`` bool [B, T]: the policy's turns in an episode."""
     return mask[:, 0] + np.sum(mask[:, 1:] & ~mask[:, :-1], axis=1)
 
 
@@ -197,7 +197,7 @@ def to_go(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def mean_weights(mask: np.ndarray, aggregation: str, limit: int | None = None) -> np.ndarray:
     """float32 [B, T] weights of a mean over the counted tokens of a whole minibatch, so that its gradient does not depend on how
-    it is cut. N responses have tokens that count; ``aggregation`` is
+    it is cut. N is the number of responses with counted tokens; ``aggregation`` is
 
         token_mean      all tokens weigh alike (DAPO: Yu et al. 2025, eq. 12)
         response_mean   1 / N for each response, shared by its tokens (GRPO: Shao et al. 2024, eq. 3)
@@ -219,9 +219,9 @@ def mean_weights(mask: np.ndarray, aggregation: str, limit: int | None = None) -
 def importance(
     old_logprobs: np.ndarray, sampler_logprobs: np.ndarray, mask: np.ndarray, *, level: str, low: float | None, high: float
 ) -> np.ndarray:
-    """float32 [B, T]: w = π_old / π_sampler where the mask counts, 0 elsewhere. ``level``: of each token; or one number per
-    response, the product ('sequence') or the geometric mean ('mean') over its tokens. Without ``low``, min(w, high) (truncated
-    importance sampling: Ionides 2008); with it, 0 where w is outside [low, high].
+    """float32 [B, T]: w = π_old / π_sampler on counted tokens, 0 elsewhere. ``level``: one w per token ('token'), or one per
+    response: the product ('sequence') or the geometric mean ('mean') over its tokens. Without ``low``, the result is min(w, high)
+    (truncated importance sampling: Ionides 2008); with it, w, or 0 where w is outside [low, high].
     """
     log = np.where(mask, old_logprobs.astype(np.float64) - sampler_logprobs, 0)
     if level != "token":
@@ -266,7 +266,7 @@ def pair_margins(scores: np.ndarray, preferred: np.ndarray) -> np.ndarray:
 
 
 def ranks(values: Sequence[float] | np.ndarray, tie: float = 0.0) -> tuple[int, ...]:
-    """Places from 0 for the highest value; one within ``tie`` of the next higher shares its place."""
+    """Places, from 0 for the highest value. A value within ``tie`` of the next higher one shares its place."""
     order = sorted(range(len(values)), key=lambda i: -values[i])
     places = [0] * len(order)
     for above, below in pairwise(order):
@@ -285,8 +285,8 @@ def brier_score(margins: np.ndarray) -> float:
 
 
 def expected_calibration_error(margins: np.ndarray, bins: int = 10) -> float:
-    """Σ_bin (n_bin / n) |accuracy - confidence| with confidence = σ(|margin|) in [1/2, 1], ``bins`` equal bins.
-    Guo et al. 2017, eq. 3, on the pair's winner as the predicted class."""
+    """Σ_bin (n_bin / n) |accuracy - confidence| with confidence = σ(|margin|) in [1/2, 1], in ``bins`` bins of equal width.
+    Guo et al. 2017, eq. 3, with the pair's winner as the predicted class."""
     confidence = sigmoid(np.abs(margins))
     right = (margins > 0) + 0.5 * (margins == 0)
     index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
@@ -304,21 +304,21 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def prefers(logprobs: np.ndarray, answer: int, right: Sequence[int]) -> bool:
-    """Does the option ``answer`` have a higher log-probability than every wrong one? TruthfulQA's MC1 (Lin et al. 2022, section
+    """True if the option ``answer`` has a higher log-probability than every wrong one. TruthfulQA's MC1 (Lin et al. 2022, section
     3.2); with one right answer, plain accuracy."""
     wrong = np.delete(logprobs, right)
     return bool(logprobs[answer] > wrong.max())
 
 
 def option_probabilities(logprobs: np.ndarray) -> np.ndarray:
-    """float64 [K]: the options' probabilities among themselves. What those of right ones add up to is TruthfulQA's MC2."""
+    """float64 [K]: probabilities, normalised over the options. Their sum over the right options is TruthfulQA's MC2."""
     shifted = np.exp(np.asarray(logprobs, np.float64) - np.max(logprobs))
     return shifted / shifted.sum()
 
 
 def entropy_bits(probabilities: np.ndarray) -> float:
-    """-Σ p log2 p: of two options 1 without a preference, 0 with a certain one. The measure of bias on Winogender and CrowS-Pairs
-    of Ouyang et al. 2022, arXiv 2203.02155, section 4.2."""
+    """-Σ p log2 p. With two options: 1 if neither is preferred, 0 if one is certain. The measure of bias on Winogender and
+    CrowS-Pairs in Ouyang et al. 2022, arXiv 2203.02155, section 4.2."""
     p = probabilities[probabilities > 0]
     return float(-(p * np.log2(p)).sum())
 
@@ -335,11 +335,11 @@ def best_of(scores: np.ndarray, n: int) -> np.ndarray:
     """float64 [N]: the probability that each of N samples of a prompt is the best of n of them, drawn without replacement. So
     Σ probability · value is an unbiased estimate of the expected value of the best of n fresh samples, for every n <= N.
 
-        C(i - 1, n - 1) / C(N, n) for the sample in place i, from the lowest score on
+        C(i - 1, n - 1) / C(N, n) for the sample in place i, counted from the lowest score
 
     (Nakano et al. 2021, WebGPT; Gao et al. 2022, arXiv 2210.10760; Hilton & Gao 2022, "Measuring Goodhart's law"). Samples of
-    equal score share theirs. Of scores that are 0 or 1, Σ probability · score is pass@n = 1 - C(N - c, n) / C(N, n) (Chen et al.
-    2021, arXiv 2107.03374, eq. 1).
+    equal score share their probability equally. If c scores are 1 and the others 0, Σ probability · score is pass@n =
+    1 - C(N - c, n) / C(N, n) (Chen et al. 2021, arXiv 2107.03374, eq. 1).
     """
     _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
     drawn, up_to = np.arange(n), np.append(0, np.cumsum(count))
@@ -349,22 +349,24 @@ def best_of(scores: np.ndarray, n: int) -> np.ndarray:
 
 
 def best_of_kl_bound(n: int) -> float:
-    """log n - (n - 1) / n: at least KL(best of n || policy) in nats, and equal to it where no two samples score alike (Beirami et
-    al. 2024, arXiv 2401.01879, theorem 3.1)."""
+    """log n - (n - 1) / n: an upper bound on KL(best of n || policy) in nats, exact where no two samples have the same score
+    (Beirami et al. 2024, arXiv 2401.01879, theorem 3.1)."""
     return math.log(n) - (n - 1) / n
 
 
 def best_of_kl(scores: np.ndarray, n: int) -> float:
     """KL(best of n || policy) in nats, from the scores [N] of samples of one prompt.
 
-    Let u = F(s) be the probability of a score of at most s, and a = F(s-) of one below. The best of n, one of the best at random,
-    scores s with probability u^n - a^n, where the policy does with u - a. Within a level of equal scores both choose alike, so
+    Let u = F(s) be the probability of a score of at most s, and a = F(s-) that of a score below s. The best of n, with ties
+    broken at random, scores s with probability u^n - a^n; the policy does with u - a. Within a level of equal scores both choose
+    alike, so
 
         KL = Σ_s (u^n - a^n) log((u^n - a^n) / (u - a))
 
     (Beirami et al. 2024 give π_n; the sum over a level's responses is one term.) Where scores never repeat this is the bound,
-    ∫ n u^(n-1) log(n u^(n-1)) du. The estimate is this sum over levels seen at least twice, with the observed shares for F, and
-    that integral over the stretch of a score seen once: without ties the bound itself, with many the plug-in estimate.
+    ∫ n u^(n-1) log(n u^(n-1)) du. The estimate takes F from the observed shares. It adds the sum's term for each level seen at
+    least twice and, for each score seen once, the integral from a to u. Without ties it is the bound itself; with many it is
+    the plug-in estimate.
     """
     _, count = np.unique(scores, return_counts=True)
     u = np.cumsum(count) / len(scores)
@@ -383,7 +385,7 @@ def _best_of_integral(u: np.ndarray, n: int) -> np.ndarray:
 
 
 def mean_interval(x: np.ndarray, z: float = 1.96) -> tuple[float, float, float]:
-    """Mean and its normal 95% interval, from the unbiased standard error; a degenerate one for a single number."""
+    """Mean and its normal 95% interval, from the unbiased standard error; the interval of a single number has width 0."""
     x = np.asarray(x, np.float64)
     half = z * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else 0.0
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)

@@ -1,9 +1,9 @@
-"""Learning from given examples: what every such algorithm repeats.
+"""Offline learning, from given examples: what all such algorithms share.
 
     examples ──order──> a batch ──terms──> one update; held-out examples are measured before the first and after the last
 
-A subclass makes its ``examples`` and its ``learner``, and says what the terms of a batch are (`terms`) and what to measure
-(`measure`). The order comes from (seed, step) alone.
+A subclass makes its ``examples`` and its ``learner``, and defines the terms of a batch (`terms`) and what to measure (`measure`).
+The order depends on (seed, step) alone.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lockstep.learning.randomness import example_indices
 
 
 class Offline(Algorithm):
-    """Its ``Config`` has at least ``epochs``, ``batch_size``, ``lengths`` and ``schedule``. ``learner`` is a
-    `lockstep.interfaces.Learner`, and ``total_steps`` what `steps` says of the examples."""
+    """Base class of offline algorithms. Its ``Config`` has at least ``epochs``, ``batch_size``, ``lengths`` and ``schedule``.
+    ``learner`` is a `lockstep.interfaces.Learner`, and ``total_steps`` is what `steps` returns for the examples."""
 
     examples: Sequence[Any]
     learner: Any
@@ -60,10 +60,10 @@ class Offline(Algorithm):
 
     @abstractmethod
     def measure(self, model: Any) -> Metrics:
-        """What to know of a model on held-out examples; empty without any."""
+        """Metrics of a model on held-out examples; empty if there are none."""
 
     def logged(self, metrics: Metrics, terms: Sequence[Term]) -> Metrics:
-        """The metrics of an update, as the step reports them."""
+        """The metrics that the step reports of an update."""
         return metrics
 
     def measured(self, model: Model) -> Metrics:
@@ -74,7 +74,7 @@ class Offline(Algorithm):
 
     @classmethod
     def per_step(cls, config: Any) -> int:
-        """The examples that one step consumes."""
+        """The number of examples that one step consumes."""
         size: int = config.batch_size
         return size
 

@@ -1,9 +1,10 @@
-"""Learning from the policy's own samples: what every such algorithm repeats.
+"""Online learning, from the policy's own samples: what all such algorithms share.
 
     prompts ──sample──> responses, scores ──rollout──> log-probabilities ──prepare──> arrays of the loss ──terms──> updates
 
-A subclass writes the algorithm box (`step`), what its loss reads (`prepare`) and its models (`models`). Everything random comes
-from (seed, step), and every array is [batch] or [batch, time] on the host.
+A subclass writes the algorithm box (`step`) and what its loss reads (`prepare`), and may change its models (`reference`,
+`trained_policy`, `make_learner`). Everything random comes from (seed, step), and every array is [batch] or [batch, time] on the
+host.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ Scored = tuple[Samples, np.ndarray, Mapping[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """The keys that these algorithms share. LHP is lm-human-preferences."""
+    """The settings that online algorithms share. LHP is lm-human-preferences."""
 
     iterations: int = setting(60, "Batches of episodes.", least=1)
     batch_size: int = setting(64, "Prompts per iteration (InstructGPT: 512).", least=1)
@@ -68,7 +69,7 @@ class OnlineConfig:
     )
     kl_coef: float | None = setting(
         0.02,
-        "β: what a nat of KL to the reference costs (InstructGPT: 0.02); 0: KL is only measured; null: no reference.",
+        "β: the cost of a nat of KL to the reference (InstructGPT: 0.02); 0: KL is only measured; null: no reference.",
         least=0,
     )
     unfinished_score: float | None = setting(
@@ -79,12 +80,12 @@ class OnlineConfig:
 
     @property
     def episodes(self) -> int:
-        """Per iteration."""
+        """Episodes per iteration."""
         return self.batch_size * self.samples
 
     @property
     def trained(self) -> int:
-        """The rows of an inner pass: all episodes, unless an algorithm chooses some."""
+        """Rows per inner pass: all episodes, unless an algorithm selects some."""
         return self.episodes
 
     def __post_init__(self) -> None:
@@ -99,10 +100,12 @@ class OnlineConfig:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A batch of episodes. [B] scores and details (of the reward model, before the rule for unfinished responses; 0 without one),
-    finished; [B, T] old_logprobs, entropy, sampler_logprobs, ref_logprobs (None without a reference), old_values (None without a
-    value function); ``sequences.mask`` says what counts. ``forward`` is the pass that the first update reuses if the whole batch
-    is one term of it."""
+    """A batch of episodes.
+
+    [B]: finished, and the reward model's scores and details, before the rule for unfinished responses. Without a reward model,
+    scores are 0 and details empty. [B, T]: old_logprobs, entropy, sampler_logprobs, ref_logprobs (None without a reference),
+    old_values (None without a value function). ``sequences.mask`` marks the tokens that count. ``forward`` is the forward pass
+    that the first update reuses if the whole batch is one term of it."""
 
     responses: Responses
     sequences: Sequences
@@ -118,7 +121,7 @@ class Rollout:
 
     @property
     def counted(self) -> np.ndarray:
-        """bool [B]: the episodes that count."""
+        """bool [B]: True for episodes that count."""
         return np.any(self.sequences.mask, axis=1)
 
     @property
@@ -133,7 +136,7 @@ class Online(Algorithm):
     needs_reward_model = True
     takes_environment = True
     outputs: tuple[str, ...] = ("logprobs", "entropy")
-    """What a rollout evaluates under the trained models."""
+    """The outputs that a rollout evaluates under the trained models."""
 
     loss: Loss
 
@@ -157,19 +160,20 @@ class Online(Algorithm):
         self.last: Rollout | None = None
 
     def reference(self) -> Policy | None:
-        """The policy that KL refers to, which is never trained."""
+        """The reference policy of the KL, which is never trained; None without one."""
         return None if self.config.kl_coef is None else self.context.policy
 
     def trained_policy(self) -> Policy:
-        """The policy to train: a copy, if the given one is the reference."""
+        """The policy to train: a copy if the given policy is the reference."""
         return self.context.policy.copy() if self.ref_policy is self.context.policy else self.context.policy
 
     def make_learner(self) -> Learner:
-        """Of ``self.policy`` and whatever else is trained."""
+        """Make the learner of ``self.policy`` and of whatever else is trained."""
         return self.context.backend.learner({"policy": self.policy}, {"policy": self.config.optimizer})
 
     def check_ahead(self) -> None:
-        """
+        """Check that ``engine.ahead`` suits the algorithm.
+
         Raises:
           ConfigError: its samples cannot be drawn one step ahead.
         """
@@ -184,16 +188,16 @@ class Online(Algorithm):
     # ---------------------------------------------------------------------------------------------------- one batch
 
     def sample(self, step: int, clock: Clock) -> Scored:
-        """``samples`` responses to each of the step's prompts, scored."""
+        """Sample ``samples`` responses to each of the step's prompts, and score them."""
         size = self.config.batch_size
         return self.responses(step * size, size, self.seeds(step), clock)
 
     def seeds(self, step: int, stream: str = "sampling") -> np.ndarray:
-        """uint32 [B, T]: what each token of a step's episodes is drawn with."""
+        """uint32 [B, T]: the seed of each token in a step's episodes."""
         return token_seeds(self.context.seed, stream, step, self.config.episodes, self.config.lengths.response)
 
     def responses(self, first: int, count: int, seeds: np.ndarray, clock: Clock) -> Scored:
-        """Scored responses to ``count`` prompts from place ``first`` in the endless shuffled stream of prompts."""
+        """Sample and score responses to ``count`` prompts, from position ``first`` of the endless shuffled stream of prompts."""
         prompts, ids = self.prompts_at(first, count)
         samples = self.sampler.sample(self.policy, prompts, ids, seeds)
         clock.lap("generate")
@@ -204,22 +208,22 @@ class Online(Algorithm):
         return samples, scores, details
 
     def prompts_at(self, first: int, count: int) -> tuple[list[Prompt], list[list[int]]]:
-        """Prompts and their ids, from a place in the endless shuffled stream on."""
+        """``count`` prompts and their ids, from position ``first`` of the endless shuffled stream of prompts."""
         indices = example_indices(self.context.seed, "prompts", len(self.prompts), first, count)
         return [self.prompts[i] for i in indices], [self.prompt_ids[i] for i in indices]
 
     def begin(self, step: int) -> None:
-        """Let the engine draw a step's responses with the weights of now."""
+        """Let the engine start drawing a step's responses with the current weights."""
         size = self.config.batch_size
         self.sampler.begin(self.policy, self.prompts_at(step * size, size)[1], self.seeds(step))
 
     def rollout(self, step: int, clock: Clock) -> Rollout:
         """Sample, score, and evaluate under the trained models and the reference.
 
-        One step ahead (``engine.ahead``), the responses are drawn by the policy as it was one step before, while the old
-        log-probabilities, values and KL are those of the policy as it is now. So PPO's ratio and clip refer to the latter, the
-        proximal policy, and `Corrected` weighs by its ratio to the former, the behaviour policy: the decoupled objective of
-        Hilton et al. 2021 (arXiv 2110.00641) and of AReaL (Fu et al. 2025, arXiv 2505.24298)."""
+        One step ahead (``engine.ahead``), the policy of the previous step (the behaviour policy) draws the responses. The old
+        log-probabilities, values and KL are those of the current policy (the proximal policy). So PPO's ratio and clip refer to
+        the proximal policy, and `Corrected` weights by its ratio to the behaviour policy: the decoupled objective of Hilton et
+        al. 2021 (arXiv 2110.00641) and of AReaL (Fu et al. 2025, arXiv 2505.24298)."""
         c = self.config
         samples, scores, details = self.sample(step, clock)
         if self.ahead is not None and step + 1 < self.total_steps:
@@ -259,7 +263,7 @@ class Online(Algorithm):
     def train(
         self, step: int, sequences: Sequences, batch: Mapping[str, np.ndarray], forward: ForwardPass | None = None
     ) -> Metrics:
-        """For each inner epoch, for each minibatch of the rows: one optimizer step. ``batch``: what the loss reads of the same
+        """Take one optimizer step for each minibatch of each inner epoch. ``batch``: the arrays that the loss reads, of the same
         rows. ``forward``: the rollout's pass over them, for the first epoch. Returns the mean of the updates' metrics."""
         scale = lr_scale(self.config.schedule, step, self.total_steps)
         updates = []
@@ -269,7 +273,7 @@ class Online(Algorithm):
         return means(updates) | {"lr_scale": scale}
 
     def extra_terms(self, step: int, number: int) -> list[Term]:
-        """What else the loss of a step's update ``number`` sums, besides its minibatch: nothing, unless an algorithm says so."""
+        """Terms to add to the minibatch's in update ``number`` of a step; none by default."""
         return []
 
     def passes(self, step: int) -> list[tuple[int, np.ndarray]]:
@@ -287,7 +291,7 @@ class Online(Algorithm):
     def terms(
         self, sequences: Sequences, batch: Mapping[str, np.ndarray], rows: np.ndarray, forward: ForwardPass | None = None
     ) -> list[Term]:
-        """One minibatch as micro-batches. ``forward``: the pass over all rows, if they are one term."""
+        """Split one minibatch into micro-batches. ``forward``: the pass over all rows, if they are one term."""
         read = self.arrays({name: array[rows] for name, array in batch.items()})
         return [
             Term(
@@ -301,17 +305,17 @@ class Online(Algorithm):
         ]
 
     def arrays(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What the loss reads of a minibatch: its arrays, and `weights`."""
+        """The arrays that the loss reads for a minibatch: ``batch``, and its `weights`."""
         return {**batch, **self.weights(batch)}
 
     def weights(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """[B, T] weights of a minibatch: ``weights``, with which each token counts alike."""
+        """The [B, T] weights of a minibatch: ``weights``, equal for all counted tokens."""
         return {"weights": numerics.mean_weights(batch["mask"], "token_mean")}
 
     # ------------------------------------------------------------------------------------------------------- records
 
     def objective(self, rollout: Rollout) -> Metrics:
-        """What is logged of every rollout; docs/metrics.md has the meanings."""
+        """The metrics logged for every rollout; docs/metrics.md defines them."""
         counted, mask = rollout.counted, rollout.sequences.mask
         mismatch = np.abs(rollout.old_logprobs - rollout.sampler_logprobs)[mask]
         metrics = {
@@ -340,7 +344,7 @@ class Online(Algorithm):
         return metrics | details | self.gold(rollout)
 
     def gold(self, rollout: Rollout) -> Metrics:
-        """The true scores of the counted episodes, if the data source knows them: for plots, never for training."""
+        """The mean true scores of the counted episodes, if the data source knows them: for plots, never for training."""
         episodes = zip(rollout.responses.prompts, rollout.responses.texts, rollout.counted, strict=True)
         found = [self.context.data.gold(prompt, text) for prompt, text, counts in episodes if counts]
         golds = [gold for gold in found if gold is not None]
@@ -371,7 +375,7 @@ class Online(Algorithm):
 
     @classmethod
     def traits(cls, config: Any) -> Traits:
-        """With KL in the reward, and neither a group baseline nor a clip: a subclass says what differs."""
+        """The defaults: KL in the reward, and neither a group baseline nor a clip. A subclass changes what differs."""
         c = config
         kl: Any = "none" if c.kl_coef is None else "reward" if c.kl_coef else "measured"
         return Traits(data="prompts", samples=c.samples, epochs="episodes", updates=c.epochs * c.minibatches, kl=kl)
@@ -399,14 +403,14 @@ class Online(Algorithm):
 @dataclass(frozen=True)
 class CorrectionConfig:
     """Importance weights for a sampler that differs from the trained policy (another precision, another engine):
-    w = π_old / π_sampler, a number per token or, over all tokens of a response, their product or geometric mean.
+    w = π_old / π_sampler, per token or, per response, the product or geometric mean over its tokens.
 
     'truncate': min(w, high), truncated importance sampling (Ionides 2008). 'mask': w where low <= w <= high; elsewhere 0, and
     the token or response leaves the mean (IcePop, arXiv 2510.18855, with ``level: token``).
     """
 
-    kind: Literal["none", "truncate", "mask"] = setting("none", "What happens out of bounds; none: all weights are 1.")
-    level: Literal["token", "sequence", "mean"] = setting("token", "A weight per token; or per response, the product or mean.")
+    kind: Literal["none", "truncate", "mask"] = setting("none", "What to do with w out of bounds; none: all weights are 1.")
+    level: Literal["token", "sequence", "mean"] = setting("token", "Weights per token; or per response: product, geometric mean.")
     low: float = setting(0.5, "Lower bound of 'mask'.", least=0)
     high: float = setting(2.0, "Upper bound.", above=0)
 
@@ -417,8 +421,8 @@ class CorrectedConfig(OnlineConfig):
 
 
 class Corrected(Online):
-    """For losses of single tokens, which importance weights can correct for what drew them. `prepare` adds a ``correction``
-    to the arrays of the loss, which reads ``policy_weights`` in its place."""
+    """Base class for per-token losses, where importance weights can correct for the sampler. `prepare` adds ``correction`` to the
+    loss's arrays; the loss reads ``policy_weights`` in its place."""
 
     def check_ahead(self) -> None:
         super().check_ahead()
@@ -429,7 +433,7 @@ class Corrected(Online):
             )
 
     def correction(self, rollout: Rollout) -> np.ndarray:
-        """float32 [B, T]: importance weights for a sampler that differs from the policy; 1 where none are asked for."""
+        """float32 [B, T]: importance weights for a sampler that differs from the policy; all 1 if no correction is configured."""
         c, mask = self.config.correction, rollout.sequences.mask
         if c.kind == "none":
             return np.ones(mask.shape, np.float32)
@@ -442,7 +446,7 @@ class Corrected(Online):
         return found
 
     def weights(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """``policy_weights``, too: corrected. Rejected tokens leave the mean."""
+        """Adds ``policy_weights``, with the correction. Rejected tokens leave the mean."""
         used = batch["mask"] & (batch["correction"] > 0)
         return super().weights(batch) | {"policy_weights": numerics.mean_weights(used, "token_mean") * batch["correction"]}
 

@@ -44,7 +44,9 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """InstructGPT: SFT and RM cosine to 0.1 without warm-up; PPO constant after 10 iterations from 0.1.
+    """A learning-rate schedule: a linear warm-up, then a decay.
+
+    InstructGPT: SFT and RM have cosine to 0.1 without warm-up; PPO is constant after 10 iterations of warm-up from 0.1.
     lm-human-preferences and N+: linear to 0.
     """
 
@@ -62,7 +64,7 @@ SHAPES: dict[str, Callable[[float, float], float]] = {
 
 
 def lr_scale(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
-    """The factor on the peak learning rate for step 0 .. total_steps - 1."""
+    """The factor on the peak learning rate at ``step``, one of 0 .. total_steps - 1."""
     if step < schedule.warmup_steps:
         return schedule.initial + (1 - schedule.initial) * step / schedule.warmup_steps
     decaying = max(1, total_steps - schedule.warmup_steps)

@@ -19,7 +19,7 @@ def generator(seed: int, stream: str, step: int = 0) -> np.random.Generator:
     independent of each other.
 
     Raises:
-      ConfigError: the seed has no 64 bits.
+      ConfigError: the seed is not an unsigned 64-bit integer.
     """
     if not 0 <= seed < 2**64:
         raise ConfigError(f"seed={seed} must be at least 0 and below 2**64.")
@@ -54,9 +54,9 @@ def hash_gumbel(seeds: np.ndarray, vocab_size: int) -> np.ndarray:
 
         bits = hash32(hash32(v) xor seed)      u = ((bits >> 9) + 1/2) 2^-23      g = -log(-log1p(-u))
 
-    argmax_v(logits_v / T + g_v) is a draw from softmax(logits / T) (Gumbel 1954; Maddison et al. 2014). With
-    ``log1p(-u)`` in place of ``log(u)`` the float32 resolution sits where it matters, in the upper tail; 23 bits, because
-    with 24 the half is not representable and u may round to 1.
+    argmax_v(logits_v / T + g_v) is a draw from softmax(logits / T) (Gumbel 1954; Maddison et al. 2014). Using
+    ``log1p(-u)`` instead of ``log(u)`` puts the float32 resolution where it matters, in the upper tail. It takes 23 bits
+    because with 24 the half is not representable and u may round to 1.
     """
     words = hash32(np.arange(vocab_size, dtype=np.uint32))
     bits = hash32(words ^ seeds[..., None])

@@ -7,7 +7,7 @@ seeds and the policy, and on nothing else. Seeds are a function of (seed, stream
 (`lockstep.learning.randomness.token_seeds`), so rows may be generated in any grouping.
 
 The pieces are pure. An algorithm that needs another order calls them one by one: `Sampler.generate` continues any left-padded
-context, and `Sampler.finish` makes `Samples` of what came back.
+context, and `Sampler.finish` turns the result into `Samples`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Samples:
 
     Args:
       responses: what a reward model reads. A response ended by a stop string appears there as its text and EOS.
-      sequences: what the policy wrote, up to and including what ended it: the tokens to train on.
-      finished: bool [B]. Whether EOS or a stop string ended the response (or the last turn), not the limit.
+      sequences: the policy's tokens up to and including the one that ended the response: the tokens to train on.
+      finished: bool [B]. True if EOS or a stop string ended the response (or the last turn), False if the limit did.
       logprobs: float32 [B, T], the sampler's own.
     """
 
@@ -65,7 +65,7 @@ class Sampler:
       lengths: prompts are padded to ``lengths.columns``.
       batch_size: rows to generate at a time; None: all at once.
       environment: what the policy converses with; None: a response is one turn.
-      engine: what draws in the policy's place; None: the policy itself.
+      engine: samples in place of the policy; None: the policy samples.
     """
 
     stops: Stops
@@ -78,12 +78,12 @@ class Sampler:
     def sample(
         self, policy: Policy, prompts: Sequence[Prompt], prompt_ids: Sequence[Sequence[int]], seeds: np.ndarray
     ) -> Samples:
-        """One response for each row of seeds, or one episode.
+        """Sample one response, or one episode with an environment, for each row of seeds.
 
         Args:
           prompts, prompt_ids: the prompts and their token ids.
-          seeds: uint32 [B, T]. B is k times the number of prompts, for k samples of each; T is the limit of a response, or of an
-            episode after its prompt.
+          seeds: uint32 [B, T]. B is k times the number of prompts, for k samples of each. T limits a response, or an episode
+            after its prompt.
         """
         samples, rest = divmod(len(seeds), len(prompt_ids))
         if rest or not samples:
@@ -101,18 +101,18 @@ class Sampler:
         return self.gather(*context, rows)
 
     def begin(self, policy: Policy, prompt_ids: Sequence[Sequence[int]], seeds: np.ndarray) -> None:
-        """Let the engine draw, with the weights of now, what `sample` will be called for with these ids and seeds."""
+        """Let the engine start drawing, with the current weights, the samples that `sample` will request with these arguments."""
         assert self.engine is not None
         context = self.context(neighbours(prompt_ids, len(seeds) // len(prompt_ids)))
         self.engine.policy(policy).begin(*context, seeds, **self.how)
 
     def context(self, prompt_ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Left-padded prompts and their mask."""
+        """The left-padded prompts and their mask."""
         columns = self.lengths.columns(max(map(len, prompt_ids)), self.lengths.prompt)
         return left_pad(prompt_ids, self.stops.tokenizer.pad_id, columns)
 
     def generate(self, policy: Policy | ServedPolicy, tokens: np.ndarray, mask: np.ndarray, seeds: np.ndarray) -> Generated:
-        """`Policy.generate` on chunks of equal shape: the last is padded with copies of its first row."""
+        """Call `Policy.generate` on chunks of equal shape; the last chunk is padded with copies of its first row."""
         size, parts = self.rows(seeds), []
         for part in chunks(len(seeds), size):
             rows = np.arange(part.start, part.stop)
@@ -125,28 +125,28 @@ class Sampler:
         self, policy: Policy | ServedPolicy, tokens: np.ndarray, mask: np.ndarray, seeds: np.ndarray, past: Past | None = None
     ) -> Generated:
         how = self.how
-        if past is not None:  # a policy that keeps no cache need not know of it
+        if past is not None:  # a policy that keeps no cache need not accept it
             how["past"] = past
         return policy.generate(tokens, mask, seeds, **how)
 
     @property
     def how(self) -> dict[str, Any]:
-        """Settings of `Policy.generate`."""
+        """Keyword arguments of `Policy.generate`."""
         return {"temperature": self.temperature, "stop_ids": self.stops.ids, "pad_id": self.stops.tokenizer.pad_id}
 
     def rows(self, seeds: np.ndarray) -> int:
-        """Rows to generate at a time."""
+        """The number of rows to generate at a time."""
         return min(self.batch_size or len(seeds), len(seeds))
 
     def finish(self, prompts: Sequence[Prompt], tokens: np.ndarray, mask: np.ndarray, generated: Generated) -> Samples:
-        """Cut the responses where they end."""
+        """Cut each response where it ends."""
         ended = self.stops.end(generated.tokens, generated.mask)
         sequences = join(tokens, mask, ended.tokens, ended.mask)
         responses = Responses(prompts, ended.texts, self.stops.as_read(sequences, ended), self.stops.tokenizer)
         return Samples(responses, sequences, ended.finished, generated.logprobs)
 
     def gather(self, tokens: np.ndarray, mask: np.ndarray, rows: Sequence[Row]) -> Samples:
-        """Episodes as rows behind their left-padded prompts."""
+        """Join episodes, one per row, to their left-padded prompts."""
         tokenizer, width = self.stops.tokenizer, len(rows[0].seeds)
         sequences = join(tokens, mask, *right_pad([row.tokens for row in rows], tokenizer.pad_id, width))
         sequences.mask[sequences.response_mask] = [counts for row in rows for counts in row.counted]
@@ -168,7 +168,7 @@ class Sampler:
 
 
 def responses_of(prompts: Sequence[Prompt], texts: Sequence[str], tokenizer: Tokenizer, lengths: Lengths) -> Responses:
-    """Given responses as a reward model reads them, cut to ``lengths.response``. The prompts must fit ``lengths.prompt``."""
+    """Encode given responses for a reward model, cut to ``lengths.response``. The prompts must fit ``lengths.prompt``."""
     ids = {id(prompt): encode_prompt(tokenizer, prompt, lengths.prompt) for prompt in prompts}
     examples = [
         Example(ids[id(prompt)] or [], encode_response(tokenizer, text, lengths.response))
@@ -178,7 +178,7 @@ def responses_of(prompts: Sequence[Prompt], texts: Sequence[str], tokenizer: Tok
 
 
 def concatenate(parts: Sequence[Samples]) -> Samples:
-    """The rows of several batches in one, padded to the widest prompt."""
+    """Join the rows of several batches, padded to the widest prompt."""
     tokenizer = parts[0].responses.tokenizer
     read = stack([part.responses.sequences for part in parts], tokenizer.pad_id)
     written = stack([part.sequences for part in parts], tokenizer.pad_id)
@@ -196,16 +196,16 @@ def neighbours(items: Sequence[T], samples: int) -> list[T]:
 
 
 def score(reward_model: RewardModel, samples: Samples) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
-    """float32 [B] scores, NaN where there is none, or where the environment failed; and the reward model's details."""
+    """The scores [B] and the reward model's details. A score is NaN if there is none, or if the environment failed."""
     scores, rewards = scores_of(reward_model, samples.responses), samples.responses.rewards
     return (scores if rewards is None else np.where(np.isnan(rewards), rewards, scores)), reward_model.details()
 
 
 def scores_of(reward_model: RewardModel, responses: Responses) -> np.ndarray:
-    """[B], NaN where there is none.
+    """The reward model's scores [B], NaN where there is none.
 
     Raises:
-      RewardError: the reward model gave something else.
+      RewardError: the reward model did not return one number for each response.
     """
     given, count = reward_model.score(responses), len(responses.texts)
     scores = np.asarray(given)
@@ -219,7 +219,7 @@ def scores_of(reward_model: RewardModel, responses: Responses) -> np.ndarray:
 
 
 def scored_only(sequences: Sequences, scores: np.ndarray) -> Sequences:
-    """The same sequences with rows without a score masked out: a failed score is never replaced by a number.
+    """The sequences with every row masked out that has no finite score: a failed score is never replaced by a number.
 
     Raises:
       RewardError: no row has a score.

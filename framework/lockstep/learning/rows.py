@@ -1,5 +1,5 @@
-"""A prompt as reward functions get it: its messages, and what is known about it (`lockstep.types.Prompt.truth`) in columns, one
-value per response."""
+"""Prompts in the form that reward functions receive: their messages, and their ground truth (`lockstep.types.Prompt.truth`) as
+columns with one value per response."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lockstep.interfaces import DataSource
 from lockstep.types import Prompt
 
 Columns = Mapping[str, Sequence[Any]]
-"""{name: a value for each response, None where its prompt has none}."""
+"""{name: one value per response, None where its prompt has none}."""
 
 Dialogue = list[dict[str, str]]
 """Messages: {role, content}."""
@@ -27,15 +27,16 @@ def dialogues(prompts: Sequence[Prompt]) -> list[Dialogue]:
 
 
 def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
-    """All columns that any of the prompts has."""
+    """Every column that at least one of the prompts has."""
     names = dict.fromkeys(name for prompt in prompts for name in prompt.truth)
     return {name: [prompt.truth.get(name) for prompt in prompts] for name in names}
 
 
 def column(columns: Columns, name: str, asks: str) -> Sequence[Any]:
-    """
+    """The column called ``name``.
+
     Raises:
-      RewardError: no prompt has it. ``asks`` says who wants it.
+      RewardError: no prompt has it. ``asks`` begins the message: it names what needs the column.
     """
     if name in columns:
         return columns[name]
@@ -47,8 +48,8 @@ def column(columns: Columns, name: str, asks: str) -> Sequence[Any]:
 
 
 def arguments(function: Callable[..., Any], columns: Columns) -> dict[str, list[Any]]:
-    """What ``function(prompts, responses, ...)`` gets by name, in copies: every column that it has a parameter for, and all of
-    them for ``**columns``. A parameter with a default may lack its column.
+    """The keyword arguments of ``function(prompts, responses, ...)``: copies of the columns it has parameters for, or of all
+    columns if it takes ``**columns``. A parameter with a default may lack its column.
 
     Raises:
       RewardError: a parameter without a default has no column.
@@ -59,7 +60,7 @@ def arguments(function: Callable[..., Any], columns: Columns) -> dict[str, list[
 def _wanted(function: Callable[..., Any], columns: Columns) -> list[str]:
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # as of some builtins
+    except (TypeError, ValueError):  # some builtins have no signature
         return []
     taken = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:2]
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p not in taken]
@@ -72,8 +73,8 @@ def _wanted(function: Callable[..., Any], columns: Columns) -> list[str]:
 
 
 def first_row(data: DataSource) -> tuple[Prompt, str] | None:
-    """The first training prompt with a response to try a reward on: a demonstration's, or a stand-in. None if there is none to be
-    had now."""
+    """The first training prompt, and a response to try a reward on: the first demonstration's, or a stand-in. None if no prompt
+    is available now."""
     try:
         prompt = data.prompts("train")[0]
     except (MissingData, Unreachable):

@@ -1,4 +1,4 @@
-"""Scores from code that is not ours, as numbers."""
+"""Checks and converts scores that third-party code returns."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lockstep.errors import RewardError, told
 
 
 def scores_of(found: Any, count: int) -> np.ndarray:
-    """float64 [count] of a list of numbers, an array or a tensor on any device; NaN for None.
+    """Convert a list of numbers, an array or a tensor on any device to float64 [count]; None becomes NaN.
 
     Raises:
-      RewardError: it is something else. Text and truth values are no numbers, however well they would convert.
+      RewardError: it is something else, or has another length. Text and booleans are refused even if they would convert.
     """
     values = found.tolist() if hasattr(found, "tolist") else found
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):

@@ -3,14 +3,14 @@
     policy ──weights, if they changed──> engine        a folder, and a version: the digest of the weights
     prompts, seeds ────────────────────> engine ──> tokens, log-probabilities, the version that drew them
 
-`Served.policy` decorates a policy: what it draws comes from the engine, checked. An answer by other weights, of another shape, or
-with numbers that cannot be log-probabilities is an error: a wrong sample never trains anything.
+`Served.policy` wraps a policy so that the engine draws its samples. Every answer is checked: one drawn with other weights, of
+another shape, or with impossible log-probabilities is an error. So a wrong sample never trains anything.
 
-One step ahead. With ``engine.ahead``, the responses of step n + 1 are asked for before step n's first update, and drawn while
-step n trains, with the weights that step n started from (Noukhovitch et al. 2024, 'Asynchronous RLHF', arXiv 2410.18252). A call
-that was begun is recognised by its content, so the numbers are the same whatever the timing. A checkpoint waits for the call in
-flight and holds its answer. That is smaller than the weights that drew it, and exact even for an engine that never draws the same
-twice.
+One step ahead. With ``engine.ahead``, the responses of step n + 1 are requested before step n's first update, and drawn while
+step n trains, with the weights that step n started from (Noukhovitch et al. 2024, 'Asynchronous RLHF', arXiv 2410.18252). The
+call in flight is recognised by its content, so the numbers are the same whatever the timing. A checkpoint waits for the call in
+flight and stores its answer. The answer is smaller than the weights that drew it, and resuming from it is exact even if the
+engine never draws the same tokens twice.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from lockstep.processes import ALONE, Processes
 from lockstep.storage.weights import read_tensors, write_tensors
 
 LARGEST_LOGPROB = 1e-3
-"""Above 0, by rounding."""
+"""The largest log-probability accepted: rounding may put one slightly above 0."""
 AHEAD = "ahead.safetensors"
-"""In a checkpoint: the answer to the call that was in flight."""
+"""The file in a checkpoint that holds the answer to the call in flight."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What every engine can do; the configuration of an engine extends it. A group ``server`` in it says where the engine is, and
-    is no part of a stage's identity."""
+    """The settings of every engine; an engine's own configuration extends them. A group ``server`` in it says where the engine
+    is, and is not part of a stage's identity."""
 
     ahead: bool = setting(
         False, "Draw the next step's responses while a step trains, with weights that are one step old (Noukhovitch et al. 2024)."
@@ -50,8 +50,8 @@ class EngineConfig:
 
 @dataclass
 class Flight:
-    """A call that was begun: its content, the version of the weights that draw, and ``wait``, which returns the answer, or raises
-    what the call raised."""
+    """A call in flight: ``key`` is the digest of its content, ``version`` that of the weights that draw. ``wait`` returns the
+    answer, or raises what the call raised."""
 
     key: str
     version: str
@@ -59,19 +59,19 @@ class Flight:
 
 
 class Served:
-    """An engine at work for one stage.
+    """An engine that draws the samples of one stage.
 
     Args:
-      folder: where checkpoints are put for the engine to read. On a disk that it sees, too.
+      folder: where checkpoints are written for the engine, on a disk that it can read.
     """
 
     def __init__(self, engine: Engine, folder: Path, processes: Processes = ALONE):
         self.engine, self.folder, self.processes = engine, folder, processes
         self.version: str | None = None
-        """Of the weights that the engine has; None before the first."""
+        """The version of the weights that the engine has; None before it has any."""
         self.flight: Flight | None = None
         self.drawn_by: str | None = None
-        """The version that drew what was drawn last; ``behind`` is 1 if that was one step ahead."""
+        """The version that drew the latest samples; ``behind`` is 1 if they were drawn one step ahead, else 0."""
         self.behind = 0
 
     @property
@@ -79,15 +79,15 @@ class Served:
         return bool(self.engine.config.ahead)
 
     def policy(self, policy: Policy) -> ServedPolicy:
-        """``policy``, drawing by the engine."""
+        """``policy``, with its samples drawn by the engine."""
         return ServedPolicy(policy, self)
 
     def hand_over(self, policy: Policy) -> str:
-        """Give the engine the policy's weights, unless it has them; their version."""
+        """Give the engine the policy's weights, unless it has them. Return their version."""
         version = digest(policy)
         if version == self.version:
             return version
-        self.version = None  # until it has them
+        self.version = None  # until the engine has them
         try:
             self.processes.together(lambda: policy.save(self.folder))
             self.processes.share(lambda: self._give(version))
@@ -106,13 +106,17 @@ class Served:
         self.engine.load(self.folder, version)
 
     def begin(self, policy: Policy, call: Call) -> None:
-        """Ask for what will be drawn later by the weights of now."""
+        """Start a call with the current weights; a later `draw` takes its answer."""
         version = self.hand_over(policy)
         ask = self._asking(call, version)
         self.flight = Flight(call.key, version, Aside(ask, "engine").result if self.processes.leads else ask)
 
     def draw(self, policy: ServedPolicy, call: Call) -> Generated:
-        """What was begun, if this is it; or drawn now."""
+        """The answer of the call in flight, if it is this call; without one, draw now.
+
+        Raises:
+          ConfigError: another call is in flight.
+        """
         if self.flight is not None and self.flight.key == call.key:
             found, self.drawn_by, self.behind = self._land(self.flight), self.flight.version, 1
             self.flight = None
@@ -126,11 +130,11 @@ class Served:
         return self._shared(self._asking(call, policy.version))
 
     def _asking(self, call: Call, version: str) -> Callable[[], Generated]:
-        """A call, for process 0."""
+        """A function that makes the call, for process 0."""
         return lambda: checked(*self.engine.generate(*call.given, **call.how), call, version)
 
     def _land(self, flight: Flight) -> Generated:
-        """Wait for its answer, and keep it."""
+        """Wait for the answer of a call in flight, and keep it."""
         found = self._shared(flight.wait)
         flight.wait = lambda: found
         return found
@@ -148,7 +152,7 @@ class Served:
         """Write the answer of the call in flight, if there is one.
 
         Raises:
-          EngineFailed: the call failed. The checkpoint would not hold the weights to draw it again with.
+          EngineFailed: the call failed. The checkpoint would not hold the weights needed to repeat it.
         """
         if self.flight is None:
             return
@@ -159,7 +163,7 @@ class Served:
             write_tensors(folder / AHEAD, arrays | names)
 
     def restore(self, folder: Path) -> None:
-        """Take what `save` wrote."""
+        """Read the answer that `save` wrote, if it wrote one."""
         self.flight = None
         if (folder / AHEAD).exists():
             arrays = read_tensors(folder / AHEAD)
@@ -189,7 +193,7 @@ class Call:
 
     @property
     def key(self) -> str:
-        """The same for equal calls, and no others."""
+        """A digest of the arguments: equal for equal calls only."""
         found = hashlib.sha256(f"{sorted(self.how.items())} {self.vocab_size}".encode())
         for array in self.given:
             found.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
@@ -197,14 +201,14 @@ class Call:
 
 
 class ServedPolicy:
-    """Draws as ``policy`` would, by an engine. It gets the weights when something is drawn first."""
+    """A policy whose samples an engine draws. The engine gets the weights at the first draw."""
 
     def __init__(self, policy: Policy, served: Served):
         self.policy, self.served = policy, served
 
     @functools.cached_property
     def version(self) -> str:
-        """Of its weights, which the engine has."""
+        """The version of the policy's weights, which are handed to the engine on first access."""
         return self.served.hand_over(self.policy)
 
     def call(self, prompt_tokens: np.ndarray, prompt_mask: np.ndarray, seeds: np.ndarray, **how: Any) -> Call:
@@ -215,17 +219,17 @@ class ServedPolicy:
         """See `lockstep.interfaces.Policy.generate`.
 
         Raises:
-          EngineFailed: there are no tokens that can be used.
+          EngineFailed: the engine returned no usable tokens.
         """
         return self.served.draw(self, self.call(prompt_tokens, prompt_mask, seeds, **how))
 
     def begin(self, prompt_tokens: np.ndarray, prompt_mask: np.ndarray, seeds: np.ndarray, **how: Any) -> None:
-        """Ask now, with the weights of now, for what `generate` will be asked for."""
+        """Start the call with the current weights; `generate` with equal arguments takes its answer."""
         self.served.begin(self.policy, self.call(prompt_tokens, prompt_mask, seeds, **how))
 
 
 def digest(policy: Policy) -> str:
-    """SHA-256 of the weights: the version under which an engine has them."""
+    """SHA-256 of the weights, which engines use as their version."""
     found = hashlib.sha256()
     for name, array in policy.arrays():
         found.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -234,9 +238,10 @@ def digest(policy: Policy) -> str:
 
 
 def checked(found: Generated, versions: frozenset[str], call: Call, version: str) -> Generated:
-    """
+    """Return the answer.
+
     Raises:
-      EngineFailed: it is no answer to the call by the weights of this version.
+      EngineFailed: it is not an answer to this call, drawn with the weights of this version.
     """
     if versions != {version}:
         raise EngineFailed(

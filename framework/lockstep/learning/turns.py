@@ -1,11 +1,11 @@
-"""A policy's turns in dialogues whose contexts only grow: keys and values of what it has read are kept, and what is new is fed.
+"""A policy's turns in dialogues whose contexts only grow: the KV cache of earlier turns is reused, and only the end is fed.
 
     columns   0 .............................................. known .......... P
               left padding | read in earlier turns            | fed now: the last tokens of every row
 
-The contexts are left-padded, as everywhere. So many of their last columns are fed that every row's new tokens are among them;
-what else stands there is computed again. Keys are kept with their rotation, and a token keeps its position when its column moves,
-so a kept column may be copied to any other.
+The contexts are left-padded, as everywhere. Enough of their last columns are fed to cover every row's new tokens; older tokens
+in these columns are recomputed. Cached keys are already rotated, and a token keeps its position when its column moves, so a
+cached column may be copied to any other.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from lockstep.interfaces import Generated, Past
 from lockstep.text.sequences import left_pad, width
 
 Generate = Callable[[np.ndarray, np.ndarray, np.ndarray, Past | None], Generated]
-"""`lockstep.interfaces.Policy.generate` of left-padded tokens, their mask, seeds, and what is known of them."""
+"""`lockstep.interfaces.Policy.generate`, called with left-padded tokens, their mask, seeds, and what the cache has of them."""
 
 
 LEAST_FED = 8
-"""Columns: few shapes are compiled, and a reply is seldom shorter by much."""
+"""The fewest columns to feed: it keeps the number of compiled shapes low, and a reply is seldom much shorter."""
 
 
 class Read(NamedTuple):
-    """What a dialogue's row of the cache holds: ``tokens``, from column ``begin`` on."""
+    """A dialogue's row in the cache: it holds ``tokens``, from column ``begin`` on."""
 
     row: int
     begin: int
@@ -36,7 +36,7 @@ class Read(NamedTuple):
 
 
 class Turns:
-    """``generate``, continued."""
+    """Successive calls of ``generate``, each of which reuses the cache of the one before."""
 
     def __init__(self, generate: Generate, pad_id: int):
         self.generate, self.pad_id = generate, pad_id
@@ -44,10 +44,10 @@ class Turns:
         self.read: dict[int, Read] = {}
 
     def next(self, dialogues: Sequence[int], contexts: Sequence[Sequence[int]], seeds: np.ndarray, columns: int) -> Generated:
-        """A turn in each of these dialogues, given by their numbers. A dialogue that is left out cannot come back.
+        """Generate a turn in each of these dialogues, given by number. A dialogue left out of a call cannot return later.
 
         Args:
-          contexts: their whole contexts, as token ids, at most ``columns`` long.
+          contexts: the whole context of each, as token ids, at most ``columns`` long.
           seeds: uint32 [B, T].
         """
         tokens, mask = left_pad(contexts, self.pad_id, columns)
@@ -55,11 +55,11 @@ class Turns:
         self.cache, self.read = drawn.cache, {}
         for row, (dialogue, context) in enumerate(zip(dialogues, contexts, strict=True)):
             said = drawn.tokens[row][drawn.mask[row]].tolist()
-            self.read[dialogue] = Read(row, columns - len(context), [*context, *said[:-1]])  # the last was drawn and not read
+            self.read[dialogue] = Read(row, columns - len(context), [*context, *said[:-1]])  # the last token was drawn, not fed
         return drawn
 
     def past(self, dialogues: Sequence[int], contexts: Sequence[Sequence[int]], columns: int) -> Past | None:
-        """What is known of the contexts; None if nothing is."""
+        """The part of the contexts that the cache holds; None if there is none."""
         if self.cache is None:
             return None
         read = [self.read[dialogue] for dialogue in dialogues]

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685): y = W x + (alpha / rank) B A x, where W is frozen.
 
-What needs no array library: an adapter's settings, initial weights and files. The files are peft's
+This module holds the parts that need no array library: an adapter's settings, initial weights and files. The files are peft's
 (``adapter_config.json`` beside ``adapter_model.safetensors``), so an adapter from one backend opens in the other and in peft.
-In memory its tensors are named after the layers of the checkpoint that they adapt: ``<layer>.lora_A.weight`` [rank, inputs],
+In memory, tensors are named after the checkpoint's layers that they adapt: ``<layer>.lora_A.weight`` [rank, inputs],
 ``<layer>.lora_B.weight`` [outputs, rank], and ``score.weight`` if there is a scalar head.
 
 Left out: dropout on the adapter's input (training here uses 0; it has no effect on a loaded adapter), and peft's variants
@@ -35,7 +35,7 @@ from lockstep.text.tokenizer import GENERATION, TOKEN_IDS
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""What peft puts before the names of the base model."""
+"""The prefix that peft puts before the names of the base model."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LoRAConfig(CheckpointConfig):
     alpha: float = setting(32.0, "The adapter is scaled by alpha / rank (Hu et al. 2021, section 4.1).", above=0)
     targets: tuple[str, ...] = setting(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "Linear layers, by the last part of their names: all of Llama's; GPT-2: c_attn, c_proj, c_fc.",
+        "Linear layers, by the last part of their names. The default is all of Llama's; for GPT-2: c_attn, c_proj, c_fc.",
     )
 
     def __post_init__(self) -> None:
@@ -59,10 +59,10 @@ class LoRAConfig(CheckpointConfig):
         return dataclasses.replace(whole, adapter=self.adapter(layers, conv1d=family_of(whole.architecture).naming.transposed))
 
     def adapter(self, layers: Iterable[str], *, conv1d: bool) -> Adapter:
-        """For a checkpoint whose linear layers have these names.
+        """The adapter for a checkpoint whose linear layers have the names ``layers``.
 
         Raises:
-          ConfigError: a target that is none of them.
+          ConfigError: a target matches none of them, or names the layer of a single block.
         """
         layers = list(layers)
         last = {layer.rpartition(".")[2] for layer in layers}
@@ -104,8 +104,8 @@ def write(
     *,
     scalar: bool,
 ) -> None:
-    """Write an adapter folder as peft does; ``scalar``: for a sequence classifier, whose head is saved whole. Every process has
-    to ask, as for `lockstep.storage.weights.write_weights`."""
+    """Write an adapter folder as peft does. With ``scalar`` it is for a sequence classifier, whose head is saved whole. Every
+    process has to call this, as for `lockstep.storage.weights.write_weights`."""
     theirs = {PREFIX + name: shape for name, shape in shapes.items()}
     write_weights(folder, theirs, lambda name: gather(name.removeprefix(PREFIX)), processes, WEIGHTS)
     if not processes.leads:
@@ -123,7 +123,7 @@ def read(folder: Path | str) -> tuple[Adapter, dict[str, np.ndarray]]:
     """The adapter in a folder that `write` or peft wrote, and its float32 tensors.
 
     Raises:
-      CheckpointError: there is none, or its kind is not supported.
+      CheckpointError: the adapter is missing or damaged, or its kind is not supported.
     """
     folder = Path(folder)
     settings = read_object(folder / ADAPTER_CONFIG)
@@ -149,9 +149,9 @@ def read(folder: Path | str) -> tuple[Adapter, dict[str, np.ndarray]]:
 
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": (None, "none"), "modules_to_save": (None, [], ["score"]), "revision": (None,),
-    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # others change the base's weights too
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # other values change the base's weights too
 }  # fmt: skip
-"""The supported values of peft's settings. The settings below must be off:"""
+"""Supported values of peft's settings. Those in `VARIANTS` must be off."""
 VARIANTS = (
     "use_dora", "use_rslora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "layers_to_transform",
     "layer_replication", "trainable_token_indices", "target_parameters", "exclude_modules", "lora_bias",

@@ -1,4 +1,4 @@
-"""A network without its weights: enough to say how much memory and arithmetic it needs."""
+"""A network without its weights: enough to compute how much memory and arithmetic it needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Adapter:
         return self.alpha / self.rank
 
     def shapes(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-        """{name: shape} of its tensors, on a checkpoint with these linear layers: {name: (inputs, outputs)}."""
+        """{name: shape} of the adapter's tensors on a checkpoint whose linear layers are {name: (inputs, outputs)}."""
         adapted = {name: sizes for name, sizes in layers.items() if self.adapts(name)}
         low = {f"{name}.lora_A.weight": (self.rank, inputs) for name, (inputs, _) in adapted.items()}
         return low | {f"{name}.lora_B.weight": (outputs, self.rank) for name, (_, outputs) in adapted.items()}
@@ -42,7 +42,8 @@ class Blueprint:
     """
     Args:
       adapter: trained in place of the network's own parameters, which are frozen and shared.
-      teacher: beside it, frozen, with the weight ``beta`` of `lockstep.learning.losses.divergence`.
+      teacher: a second network, which is frozen.
+      beta: the β of `lockstep.learning.losses.divergence` between the network and its teacher.
     """
 
     architecture: Architecture
@@ -69,10 +70,10 @@ class Blueprint:
 
     @property
     def frozen(self) -> int:
-        """Parameters that are shared by all that adapt the same checkpoint."""
+        """Frozen parameters, shared by all models that adapt the same checkpoint."""
         return self.size if self.adapter else 0
 
     @property
     def multiplied(self) -> int:
-        """Parameters of the trunk that each token is multiplied with: its linear layers'."""
+        """Parameters of the trunk's linear layers, which each token is multiplied with."""
         return sum(map(math.prod, linear_layers(self.architecture).values()))

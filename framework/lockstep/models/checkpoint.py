@@ -1,7 +1,8 @@
-"""Checkpoints: the configuration of policies that start from one, and the checks before one is opened, on every backend.
+"""Checkpoints: the configuration of policies that start from one, and the checks before opening one, on every backend.
 
-All that files can tell is checked before a model is built: config.json, the names and shapes of all tensors against it, and
-NaN and Inf. Otherwise a library fills what is missing with random numbers, or allocates whatever config.json asks for.
+Everything that can be checked in files is checked before a model is built: config.json, the names and shapes of all tensors
+against it, and NaN and Inf. Otherwise a library fills missing tensors with random numbers, or allocates whatever config.json
+asks for.
 """
 
 from __future__ import annotations
@@ -45,26 +46,26 @@ SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
     "n_embd", "n_layer", "n_head", "n_inner",
 )  # fmt: skip
-"""Keys of config.json that transformers builds modules from. A few families have a list, a number per layer."""
+"""Sizes in config.json that transformers builds modules from. In a few families such a size is a list, one number per layer."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The keys that these policies share."""
+    """The configuration keys of every policy that starts from a checkpoint."""
 
     path: str = setting(REQUIRED, "The checkpoint: a folder, a GGUF file or a hub id.")
-    tokenizer: TokenizerConfig = setting(TokenizerConfig(), "Keys that are null take the checkpoint's own.")
+    tokenizer: TokenizerConfig = setting(TokenizerConfig(), "Null keys take the checkpoint's own values.")
 
     def blueprint(self) -> Blueprint:
-        """`read_blueprint` of the checkpoint, with what else is trained."""
+        """`read_blueprint` of the checkpoint. Subclasses add what else is trained, such as an adapter."""
         return read_blueprint(self.path)
 
 
 class FromCheckpoint:
-    """For a `lockstep.interfaces.Policy` whose ``Config`` has at least the keys of `CheckpointConfig`."""
+    """A mixin for a `lockstep.interfaces.Policy` whose ``Config`` has at least the keys of `CheckpointConfig`."""
 
     any_family: ClassVar[bool] = False
-    """Whether it also opens families without a record in `lockstep.models.architecture`."""
+    """Whether the policy also opens families without a record in `lockstep.models.architecture`."""
 
     @classmethod
     def inputs(cls, config: Any) -> Inputs:
@@ -99,18 +100,18 @@ class Checkpoint:
 
     @property
     def rows(self) -> int | None:
-        """Of the embedding, as config.json says."""
+        """The rows of the embedding according to config.json."""
         inner = self.config.get("text_config") or {}
         rows: int | None = self.config.get("vocab_size", inner.get("vocab_size"))
         return self.architecture.vocab_size if self.architecture else rows
 
 
 def open_checkpoint(path: Path | str, *, scalar: bool = False, any_family: bool = False) -> Checkpoint:
-    """The checkpoint in a folder, a GGUF file or a hub repository, checked.
+    """Check and open the checkpoint in a folder, a GGUF file or a hub repository.
 
     Args:
-      scalar: it should hold a trunk with a scalar head, not a language model.
-      any_family: also without a record in `lockstep.models.architecture`; its tensors are then checked less.
+      scalar: the checkpoint should hold a trunk with a scalar head, not a language model.
+      any_family: also open a family without a record in `lockstep.models.architecture`; its tensors are then checked less.
 
     Raises:
       CheckpointError: files are missing or damaged, do not fit each other, or hold NaN or Inf.
@@ -121,7 +122,7 @@ def open_checkpoint(path: Path | str, *, scalar: bool = False, any_family: bool 
 
 
 def not_whole(folder: Path | str) -> str:
-    """For whoever gives an adapter where a whole checkpoint is needed."""
+    """The error message for an adapter that is given where a whole checkpoint is needed."""
     return (
         f"{folder} holds an adapter, not a whole checkpoint. Merge it with its base: lockstep merge {shell(str(folder))} OUTPUT. "
         f"To continue training it, name it as a stage's policy: {override('stages.ppo.policy', str(folder))}."
@@ -129,10 +130,11 @@ def not_whole(folder: Path | str) -> str:
 
 
 def check_files(path: Path | str) -> tuple[Path, dict[str, Any], dict[str, Stored]]:
-    """The folder, config.json and tensors of any checkpoint of transformers, as far as they can be checked without its family.
+    """The folder, config.json and tensors of any transformers checkpoint, checked as far as possible without its family.
 
     Raises:
-      CheckpointError: files are missing or damaged, or a size in config.json cannot be that of the weights.
+      CheckpointError: files are missing or damaged, a size in config.json is too large for the weights, or the folder holds
+        an adapter.
     """
     folder = fetch_folder(path)
     if is_adapter(folder):
@@ -143,7 +145,8 @@ def check_files(path: Path | str) -> tuple[Path, dict[str, Any], dict[str, Store
 
 
 def describe(path: Path | str, *, scalar: bool = False, any_family: bool = False) -> Checkpoint:
-    """`open_checkpoint`, but only headers are read."""
+    """`open_checkpoint` without the check for NaN and Inf. It reads only headers, plus both matrices of a tied embedding that is
+    stored twice."""
     folder, config, stored = check_files(path)
     if scalar:
         if SCALAR_HEAD not in stored:
@@ -167,13 +170,13 @@ def describe(path: Path | str, *, scalar: bool = False, any_family: bool = False
 
 
 def read_decoder(path: Path | str, *, scalar: bool = False) -> tuple[Architecture, dict[str, np.ndarray]]:
-    """The architecture and the float32 weights under their usual names of a checkpoint that `open_checkpoint` opens."""
+    """The architecture and the float32 weights, under their usual names, of a checkpoint that passes `open_checkpoint`."""
     architecture, weights = map_decoder(path, scalar=scalar)
     return architecture, {name: as_float32(array) for name, array in weights.items()}
 
 
 def map_decoder(path: Path | str, *, scalar: bool = False) -> tuple[Architecture, Mapping[str, np.ndarray]]:
-    """`read_decoder`, but each of the weights is `lockstep.storage.weights.mapped` when it is asked for."""
+    """`read_decoder`, but each weight is `lockstep.storage.weights.mapped` when it is accessed."""
     checkpoint = open_checkpoint(path, scalar=scalar)
     architecture = from_hf(checkpoint.config)
     found = usual_tensors(architecture, checkpoint.stored)
@@ -183,16 +186,16 @@ def map_decoder(path: Path | str, *, scalar: bool = False) -> tuple[Architecture
 
 
 def read_blueprint(path: str) -> Blueprint:
-    """Of the config.json of a checkpoint alone; weights need not be there.
+    """The blueprint of a checkpoint from its config.json alone. The weights may be missing.
 
     Raises:
-      CheckpointError: there is none, or of a family without a record.
+      CheckpointError: config.json is missing, damaged or not supported, or its family has no record.
     """
     return Blueprint(from_hf(read_config(fetch_folder(path))))
 
 
 def is_known(config: dict[str, Any]) -> bool:
-    """Whether a config.json is of a family with a record."""
+    """True if `from_hf` reads this config.json: its family has a record, and its values are supported."""
     try:
         from_hf(config)
     except CheckpointError:
@@ -201,25 +204,25 @@ def is_known(config: dict[str, Any]) -> bool:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether it holds an adapter, not a whole checkpoint."""
+    """True if the folder holds an adapter, not a whole checkpoint."""
     return (folder / ADAPTER_CONFIG).exists()
 
 
 def context_of(path: str) -> int | None:
-    """The context of a checkpoint in a local folder; None elsewhere, or if its family has no record."""
+    """The context length of a checkpoint in a local folder; None elsewhere, or if its config.json is not supported."""
     if not (Path(path) / CONFIG).is_file():
         return None
     try:
         return from_hf(read_config(Path(path))).context_length
     except CheckpointError:
-        return None  # opening it says what is wrong
+        return None  # opening the checkpoint reports the error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json.
+    """Read config.json.
 
     Raises:
-      CheckpointError: it is missing or damaged, or a size in it is not a number.
+      CheckpointError: the file is missing or damaged, or a size in it is not a whole number of at least 1.
     """
     if not (folder / CONFIG).exists():
         raise CheckpointError(f"{folder} has no {CONFIG}, so it is not a Hugging Face checkpoint.")
@@ -238,7 +241,7 @@ def _sizes(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _check_sizes(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
-    """Raises CheckpointError for sizes that these weights cannot have, before anything of such a size is allocated."""
+    """Raises CheckpointError for sizes too large for these weights, before anything of such a size is allocated."""
     numbers = sum(math.prod(each.shape) for each in stored.values())
     for key, value in _sizes(config):
         layers = key in ("num_hidden_layers", "n_layer")
@@ -248,7 +251,7 @@ def _check_sizes(folder: Path, config: Mapping[str, Any], stored: Mapping[str, S
 
 
 def _check_tied(folder: Path, architecture: Architecture, stored: Mapping[str, Stored]) -> None:
-    """Raises CheckpointError if config.json says that output and input embedding are one matrix, and the weights differ."""
+    """Raises CheckpointError if config.json ties the output to the input embedding, but the stored matrices differ."""
     names, naming = usual_names(architecture, stored), family_of(architecture).naming
     head, embedding = (names.get(naming.rename(f"{module}.weight")) for module in ("lm_head", "model.embed_tokens"))
     if architecture.tied and head and embedding:
@@ -261,7 +264,7 @@ def _check_tied(folder: Path, architecture: Architecture, stored: Mapping[str, S
 
 
 def survey(path: str, *, any_family: bool) -> int | None:
-    """For a dry run: the rows of a checkpoint's embedding; None if it is not a local folder.
+    """The rows of a checkpoint's embedding, for a dry run; None if the path is not a local folder.
 
     Raises:
       CheckpointError: files are missing or damaged, or do not fit each other.

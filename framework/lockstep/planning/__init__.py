@@ -1,10 +1,10 @@
 """What a run will need, before anything is loaded or bought: memory per device, by part, and time per step, as a range.
 
-    calls.py       what a step asks of models and learners, and what that needs
-    rehearsal.py   a backend of shapes: one step of the real algorithm on it leaves a list of calls
+    calls.py       the calls that a step makes to models and learners, and what each needs
+    rehearsal.py   a backend of shapes: a step of the real algorithm on it records a list of calls
     parts.py       what these calls need: bytes of each part, FLOPs
-    machines.py    what one device of a kind has: memory, FLOP/s, bandwidth
-    plan.py        the training stages of an experiment, rehearsed; the tables
+    machines.py    what a device of each kind has: memory, FLOP/s, bandwidth
+    plan.py        the training stages of an experiment, rehearsed: memory and time of each
 
-What a call needs for a moment only a backend knows: its `Planner` compiles the call, or traces it.
+Only a backend knows the temporary memory of a call: its `Planner` compiles the call, or traces it.
 """

@@ -1,4 +1,4 @@
-"""What a step asks of models and learners, and what that needs."""
+"""The calls that a step makes to models and learners, and what each needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from lockstep.text.sequences import Sequences
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a batch: rows, columns of prompts and of responses, whether examples share rows, and how many rows share a prompt."""
+    """The shape of a batch: rows, columns of prompts and of responses, whether examples share rows, and how many rows share a
+    prompt."""
 
     rows: int
     prompt: int
@@ -36,20 +37,22 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Of all rows, a shared prompt once."""
+        """Tokens of all rows; a shared prompt counts once."""
         return self.prompts * self.prompt + self.rows * self.response
 
     @property
     def needed(self) -> int:
-        """Of these, the ones whose last hidden state is read: the last of each prompt, and the responses."""
+        """Those of the `tokens` whose last hidden state is read: the last of each prompt, and the responses."""
         return self.prompts + self.rows * self.response
 
 
 @dataclass(frozen=True)
 class Part:
-    """One term of an update: what the loss reads of each model, and the arrays of its batch by name: (shape, dtype).
+    """One term of an update.
 
+    outputs: {model: the outputs that the loss reads}.
     loss: a `lockstep.interfaces.Loss`.
+    batch: {array: (shape, dtype)}.
     passed: whether its forward pass was made before the update and kept."""
 
     shape: Shape
@@ -64,9 +67,9 @@ class Part:
 class Call:
     """One call of a model or of a learner.
 
-    models: {name: what it is}; of an update, all that the learner trains.
-    outputs: of an evaluation or a forward pass, {model: what comes from it}.
-    terms, optimizers: of an update.
+    models: {name: blueprint}; for a forward pass or an update, all models of the learner.
+    outputs: for an evaluation or a forward pass, {model: its outputs}.
+    terms, optimizers: only for an update.
     """
 
     kind: Literal["generate", "evaluate", "forward", "update"]
@@ -83,11 +86,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind in a call, each as often as it is made: one in a loop over layers counts once for each layer.
+    """Collectives of one kind in a call. A collective in a loop over layers counts once for each layer.
 
     sent: bytes that a device sends in all of them together.
     members: devices that take part in one.
-    stride: between the numbers of two neighbours; devices that share a host have numbers that follow each other.
+    stride: the difference between the numbers of two neighbouring members; devices of one host are numbered consecutively.
     """
 
     kind: str
@@ -104,33 +107,34 @@ SENT: Mapping[str, Callable[[int], float]] = {
     "all-reduce": lambda members: 2 * (members - 1) / members,
     "collective-permute": lambda members: 1,
 }
-"""What a device sends of a whole array, in a ring (Patarasuk and Yuan 2009): of the gathered one, or of the one to be reduced."""
+"""The share of an array that a device sends in a ring (Patarasuk and Yuan 2009). The array is the gathered one, or the one to
+be reduced."""
 
 
 def traffic(kind: str, count: int, size: float, members: int, stride: int = 1) -> Traffic:
-    """Of ``count`` collectives over arrays of ``size`` bytes each."""
+    """The traffic of ``count`` collectives over arrays of ``size`` bytes each."""
     return Traffic(kind, count, count * size * SENT[kind](members), members, stride)
 
 
 @dataclass(frozen=True)
 class Need:
-    """Of one call, on one device. temporary: bytes beside the weights and moments of all models, at the worst moment."""
+    """What one call needs on one device. temporary: peak bytes beside the weights and moments of all models."""
 
     temporary: int
     collectives: tuple[Traffic, ...] = ()
 
     @property
     def sent(self) -> float:
-        """Bytes."""
+        """Bytes that the device sends in all collectives."""
         return sum(each.sent for each in self.collectives)
 
 
 class Planner(Protocol):
     """
-    devices, kind: how many there are, and what each is: 'cpu', 'v5e', or the name its maker gives it.
-    rows: parts that rows are divided into.
+    devices, kind: the number of devices, and the kind of each: 'cpu', 'v5e', or its maker's name for it.
+    rows: the number of parts that the rows of a batch are divided into.
     shares_prompts: whether a prompt of several rows is computed once.
-    memory: bytes of each; None if no such device is at hand.
+    memory: bytes of each device; None if unknown, for example because no such device is present.
     process: bytes of the same memory that a process takes without any model, for libraries, data and compiler. 0 where models
       have memory of their own.
     """
@@ -143,6 +147,6 @@ class Planner(Protocol):
     process: int
 
     def held(self, blueprint: Blueprint) -> tuple[int, int]:
-        """How many of the trained and of the frozen parameters of a network a device holds while nothing is computed."""
+        """How many trained and how many frozen parameters of a network a device holds while nothing is computed."""
 
     def measure(self, call: Call) -> Need: ...

@@ -1,4 +1,4 @@
-"""What one device of a kind has, as its maker says; of this machine's CPU, what it shows when asked."""
+"""What a device of each kind has, according to its maker; for this machine's CPU, as measured."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Machine:
     """
     Args:
       memory: bytes.
-      bfloat16, float32: FLOP/s of dense matmuls, accumulated in float32; of float32 as the backends multiply it, exactly.
+      bfloat16, float32: FLOP/s of dense matmuls, accumulated in float32. The backends multiply float32 exactly.
       bandwidth: bytes/s of its memory.
-      link: bytes/s that it sends to devices it has links to.
-      network: bytes/s that its host sends to other hosts; None: all devices have links.
-      host: devices of a host.
+      link: bytes/s that it sends to the devices it is linked to.
+      network: bytes/s that its host sends to other hosts; None: all devices are linked.
+      host: devices per host.
     """
 
     memory: float
@@ -34,7 +34,7 @@ class Machine:
     host: int = 8
 
 
-MACHINES = {  # datasheets of NVIDIA's SXM cards, in DGX hosts with a network card for each; Google Cloud's pages of TPUs
+MACHINES = {  # NVIDIA's datasheets of SXM cards, in DGX hosts with a network card for each; Google Cloud's TPU pages
     "a100": Machine(80e9, 312e12, 19.5e12, 2.0e12, 300e9, 8 * 25e9),
     "h100": Machine(80e9, 989e12, 67e12, 3.35e12, 450e9, 8 * 50e9),
     "h200": Machine(141e9, 989e12, 67e12, 4.8e12, 450e9, 8 * 50e9),
@@ -47,10 +47,10 @@ MACHINES = {  # datasheets of NVIDIA's SXM cards, in DGX hosts with a network ca
 def machine(kind: str) -> Machine:
     """
     Args:
-      kind: a name above, or one that contains it, as devices name themselves; 'cpu' is measured.
+      kind: a name in `MACHINES`, or a device's own name that contains one; 'cpu' is measured.
 
     Raises:
-      ConfigError: it is unknown.
+      ConfigError: the kind is unknown.
     """
     if kind == "cpu":
         return this_cpu()
@@ -61,7 +61,7 @@ def machine(kind: str) -> Machine:
 
 
 def share(one: Machine, devices: int) -> Machine:
-    """Of one machine, what each of the ``devices`` has that it stands in for."""
+    """What each device has if one machine stands in for ``devices`` of them."""
     return dataclasses.replace(
         one,
         memory=one.memory / devices,
@@ -72,8 +72,8 @@ def share(one: Machine, devices: int) -> Machine:
 
 
 def this_cpu() -> Machine:
-    """The best of a few short tries, all cores together."""
-    import numpy as np  # every command reads this file
+    """This CPU, measured: the best of a few short tries, all cores together."""
+    import numpy as np  # here, because every command imports this file
 
     size = 1024
     x = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)

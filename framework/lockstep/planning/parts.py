@@ -1,7 +1,7 @@
-"""Bytes and FLOPs by arithmetic: what holds on every backend.
+"""Bytes and FLOPs by arithmetic, the same on every backend.
 
-Weights and Adam's moments are float32. A matmul of [m, k] and [k, n] is 2 m k n FLOPs; a gradient takes twice those of its
-forward pass (Kaplan et al. 2020, section 2.1). Attention is counted in full, as a kernel without skipping does it.
+Weights and Adam's moments are float32. A matmul of [m, k] and [k, n] is 2 m k n FLOPs; a gradient takes twice the FLOPs of its
+forward pass (Kaplan et al. 2020, section 2.1). Attention is counted in full, as for a kernel that skips no masked pairs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FROZEN, MOMENTS = "weights, frozen", "moments"
 
 
 def lasting(rehearsal: Rehearsal) -> dict[str, list[Blueprint]]:
-    """What lasts from step to step: {part: the models that have it}."""
+    """Memory that lasts from step to step: {part: the models that have it}."""
     trained = [model.network for learner in rehearsal.learners for model in learner.models.values()]
     averaged = [
         model.network
@@ -43,13 +43,14 @@ def lasting(rehearsal: Rehearsal) -> dict[str, list[Blueprint]]:
 
 
 def held(part: str, models: Iterable[Blueprint], planner: Planner) -> int:
-    """Bytes of such a part on each device."""
+    """Bytes of a part of `lasting` on each device."""
     numbers = sum(planner.held(b)[part == FROZEN] for b in models)
     return FLOAT32 * numbers * (2 if part == MOMENTS else 1)
 
 
 def flops(call: Call, *, shares_prompts: bool = True) -> float:
-    """Of all devices together. ``shares_prompts``: whether a prompt of several rows is computed once, without dropout."""
+    """FLOPs of a call on all devices together. With ``shares_prompts``, a prompt of several rows is computed once, except in
+    an update with dropout."""
 
     def computed(shape: Shape, shares: bool) -> Shape:
         return shape if shares else replace(shape, rows_per_prompt=1)
@@ -66,10 +67,10 @@ def flops(call: Call, *, shares_prompts: bool = True) -> float:
 def forward(blueprint: Blueprint, shape: Shape, outputs: Iterable[str]) -> float:
     b, a = blueprint, blueprint.architecture
     prompts, responses = shape.prompts, shape.rows * shape.response
-    seen = shape.columns if prompts == shape.rows else shape.prompt  # by a prompt's tokens
+    seen = shape.columns if prompts == shape.rows else shape.prompt  # columns that a prompt's token attends to
     pairs = seen * (prompts * shape.prompt * (a.layers - 1) + prompts) + shape.columns * responses * a.layers
     keys_and_values = 2 * a.hidden_size * a.kv_heads * a.head_dim
-    # In the last layer, prompts give only these.
+    # In the last layer, a prompt's tokens except the last need only these.
     spared = (b.multiplied / a.layers - keys_and_values) * (shape.tokens - shape.needed)
     attention = 4 * a.heads * a.head_dim * pairs
     of_logits = bool({"logprobs", "entropy", "divergence"} & set(outputs))
@@ -92,7 +93,8 @@ def _generated(b: Blueprint, shape: Shape) -> float:
 
 
 def read_per_token(b: Blueprint, shape: Shape, itemsize: int) -> float:
-    """Bytes that drawing one token of every row reads: the weights once, and the keys and values of half of the response."""
+    """Bytes read to draw one token for every row: the weights once, and the keys and values of the prompt and, on average, half
+    of the response."""
     a = b.architecture
     weights = b.multiplied + a.vocab_size * a.hidden_size
     cache = 2 * a.layers * a.kv_heads * a.head_dim * shape.rows * (shape.prompt + shape.response / 2)

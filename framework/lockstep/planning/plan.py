@@ -24,17 +24,17 @@ from lockstep.storage.records import MADE_BY
 from lockstep.text.tokenizer import Tokenizer
 
 COMPUTE, BANDWIDTH = (0.2, 0.6), (0.3, 0.8)
-"""Shares of the maker's figures that programs reach, of FLOP/s and of bytes/s: from poor to good ones. `benchmarks/speed` has
-ours."""
+"""The shares of the maker's FLOP/s and bytes/s that programs reach, from poor to good ones. `benchmarks/speed` has ours."""
 
 
 @dataclass(frozen=True)
 class Rehearsed:
     """
     Args:
-      lasting: {part: the models that have it}, as `lockstep.planning.parts.lasting` says.
-      calls: the distinct calls of two steps, the first of which measures held-out data too, and how often the second makes each.
-      steps: of the stage.
+      lasting: {part: the models that have it}, from `lockstep.planning.parts.lasting`.
+      calls: the distinct calls of the first two steps, and how often the second makes each. The first step also measures
+        held-out data.
+      steps: the number of steps of the stage.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Rehearsed:
 class StagePlan:
     """
     Args:
-      lasting: {part: bytes}, of one device.
+      lasting: {part: bytes} on one device.
       needs: {call: (how often a usual step makes it, what it needs)}.
-      seconds: of a step, at best and at worst.
-      sending: those that a step sends for at best, beside the arithmetic or not.
-      steps: of the stage.
+      seconds: seconds per step, at best and at worst.
+      sending: seconds per step that are spent sending, at best, whether or not arithmetic hides them.
+      steps: the number of steps of the stage.
     """
 
     name: str
@@ -73,12 +73,12 @@ class StagePlan:
 
     @property
     def memory(self) -> int:
-        """Bytes of one device, at the worst moment."""
+        """Peak bytes on one device."""
         return sum(self.lasting.values()) + self.needs[self.worst][1].temporary
 
 
 def rehearsed(experiment: Experiment) -> Iterator[Rehearsed | tuple[str, str]]:
-    """Each stage; or its name and why it cannot be planned."""
+    """Yield each stage rehearsed, or its name and why it cannot be planned."""
     for stage in experiment.stages.values():
         if stage.kind != "train":
             yield stage.name, "only stages that train are planned"
@@ -113,18 +113,18 @@ def planned(stage: Rehearsed, planner: Planner, machine: Machine, bfloat16: bool
     slow, fast = BANDWIDTH
     for (call, times), (_, need) in zip(stage.calls, needs.values(), strict=True):
         computing, wire = duration(call, planner, machine, bfloat16), on_the_wire(need, machine)
-        least += times * max(computing[0], wire / fast)  # all of it hidden
+        least += times * max(computing[0], wire / fast)  # all sending is hidden behind arithmetic
         most += times * (computing[1] + wire / slow)
         sending += times * wire / fast
     return StagePlan(stage.name, lasting, needs, (least, most), sending, stage.steps)
 
 
 def on_the_wire(need: Need, machine: Machine) -> float:
-    """Seconds at the maker's figures. A ring through several hosts is as fast as its slowest part; rings side by side share what
-    a host can send. Latency is left out."""
+    """Seconds that the collectives of a call take at the maker's figures. A ring through several hosts is as fast as its
+    slowest part; parallel rings share the bandwidth of a host. Latency is left out."""
     seconds = 0.0
     for each in need.collectives:
-        together = min(each.members, max(1, machine.host // each.stride))  # of the members, those that share a host
+        together = min(each.members, max(1, machine.host // each.stride))  # members that share a host
         speed = machine.link
         if machine.network is not None and each.members > together:
             speed = min(speed, machine.network * together / machine.host)
@@ -133,8 +133,8 @@ def on_the_wire(need: Need, machine: Machine) -> float:
 
 
 def duration(call: Call, planner: Planner, machine: Machine, bfloat16: bool) -> tuple[float, float]:
-    """Seconds of a call without its collectives, at best and at worst: its arithmetic; drawing tokens also reads all weights for
-    each."""
+    """Seconds of a call without its collectives, at best and at worst. This is the time of its arithmetic or, if longer, of
+    reading all weights and the KV cache for each token that it draws."""
     rate = planner.devices * (machine.bfloat16 if bfloat16 else machine.float32)
     arithmetic = parts.flops(call, shares_prompts=planner.shares_prompts) / rate
     reading = 0.0
@@ -149,7 +149,8 @@ def duration(call: Call, planner: Planner, machine: Machine, bfloat16: bool) -> 
 
 
 class Planned(Assembly):
-    """Models are shapes; reward models without a network of their own, environments and engines are left out."""
+    """An assembly whose models are shapes. Reward models without a network of their own are `Noise`; environments and engines
+    are left out."""
 
     def __init__(self, experiment: Experiment):
         super().__init__(experiment, {})
@@ -174,7 +175,7 @@ class Planned(Assembly):
 
     def scalar_model(self, source: str) -> tuple[ScalarModel, Tokenizer]:
         policy, tokenizer = self.other_policy(source)
-        model: Any = policy.scalar_model(None)  # type: ignore[arg-type]  # a head without numbers
+        model: Any = policy.scalar_model(None)  # type: ignore[arg-type]  # the head needs no weights
         model.name = source
         return model, tokenizer
 

@@ -1,7 +1,7 @@
-"""A backend of shapes: models without weights, which note what they are asked for.
+"""A backend of shapes: models without weights, which record the calls made to them.
 
-A step of an algorithm on it makes the calls of a real step, with the shapes of a real one: prompts are real, every response runs
-to its limit, scores are noise. The calls are then what a plan is about.
+A step of an algorithm on this backend makes the calls of a real step, with real shapes: prompts are real, every response runs
+to its limit, and scores are noise. A plan is made from these calls.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from lockstep.text.tokenizer import Tokenizer
 
 
 class Rehearsal(Backend):
-    """Makes models without weights. ``calls`` are all so far, in order; ``alive`` are the models that somebody holds."""
+    """Makes models without weights. ``calls`` has all calls so far, in order; ``alive`` returns the models still in use."""
 
     def __init__(self, name: str):
-        self.name = name  # type: ignore[misc]  # each stands in for another
+        self.name = name  # type: ignore[misc]  # each instance stands in for another backend
         self.calls: list[Call] = []
         self.models: weakref.WeakSet[ShapeOnly] = weakref.WeakSet()
         self.learners: list[ShapeLearner] = []
 
     def learner(self, models: Mapping[str, Model], optimizers: Mapping[str, OptimizerConfig]) -> Learner:
-        self.learners.append(ShapeLearner(self, models, optimizers))  # type: ignore[arg-type]  # made here
+        self.learners.append(ShapeLearner(self, models, optimizers))  # type: ignore[arg-type]  # this backend made them
         return self.learners[-1]
 
     def alive(self) -> list[ShapeOnly]:
@@ -182,7 +182,7 @@ class ShapeLearner(Learner):
 
 
 class Noise(RewardModel):
-    """In place of a reward model that has no network of its own: functions and servers are not asked."""
+    """Stands in for a reward model without a network of its own, so that functions and servers are not called."""
 
     def __init__(self, config: Any = None, resources: Any = None):
         self.random = np.random.default_rng(0)

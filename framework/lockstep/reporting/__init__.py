@@ -1,1 +1,1 @@
-"""Reports results; makes none."""
+"""Reports on runs: watches, records and compares them, but never trains or evaluates."""

@@ -1,7 +1,7 @@
-"""What a person sees in the terminal: the plan, a progress bar with the few numbers that matter, a summary.
+"""Terminal output: the plan, a progress bar with the few numbers that matter, a summary.
 
-On a terminal the bar moves; a file or a pipe gets a line every few seconds instead. Whatever is printed here is first made
-safe to show (`shown`): names, data, models and servers may contain anything.
+On a terminal the bar moves; a file or a pipe gets a line every few seconds instead. All output is first made safe to show
+(`shown`): names, data, models and servers may contain anything.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHOWN = {
     "heldout/accuracy": "held-out acc",
     "perf/tokens_per_second": "tok/s",
 }
-"""The numbers of the progress bar, in this order; metrics.jsonl and the tracker have the others."""
+"""The numbers in the progress bar, in this order. The others are in metrics.jsonl and the tracker."""
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BEFORE_A_WORD = 2.0
 
@@ -47,18 +47,19 @@ Progress = Callable[..., None]
 
 
 def shown(text: str) -> str:
-    """``text`` as it may be shown: without secrets, and unable to steer a terminal."""
+    """Return ``text`` made safe to show: secrets redacted, and nothing in it can steer a terminal."""
     return visible(redact(text))
 
 
 def show_bug(*error: Any) -> None:
-    """In place of `sys.excepthook`: a traceback shows what is not ours too."""
+    """Print a traceback in place of `sys.excepthook`, made safe to show: it may contain text that is not ours."""
     print(shown("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
 
 
 class Terminal(rich.console.Console):
-    """Rich's console, whose strings are data: `shown`, and never markup, emoji codes or numbers to colour. That holds for
-    lines and for titles, headers and cells of tables. A `rich.text.Text` is taken as it is: do not make one of data."""
+    """A rich console that treats strings as data: it prints them as `shown`, without interpreting markup or emoji codes or
+    colouring numbers. This covers lines and the titles, headers and cells of tables. A `rich.text.Text` is printed as is: do
+    not build one from data."""
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
@@ -76,7 +77,7 @@ class LogHandler(rich.logging.RichHandler):
 
 class Console:
     def __init__(self) -> None:
-        # Of several processes, the first one speaks.
+        # Of several processes, only the first prints.
         self.out = Terminal(soft_wrap=True, width=None if sys.stdout.isatty() else 150, quiet=place().rank > 0)
         self.out.on_broken_pipe = nobody_reads  # type: ignore[method-assign]
         logger = logging.getLogger("lockstep")
@@ -124,7 +125,7 @@ class Console:
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Says what it is waiting for, if it takes longer than two seconds: on stderr, because it is not a result."""
+        """Print ``what`` if the block takes longer than two seconds: to stderr, because it is not a result."""
         timer = threading.Timer(SECONDS_BEFORE_A_WORD, lambda: print(f"{shown(what)} ...", file=sys.stderr, flush=True))
         timer.daemon = True
         timer.start()
@@ -138,7 +139,7 @@ class Console:
 
 
 def tell(text: str) -> None:
-    """Print it as it is, if that is safe to show."""
+    """Print ``text`` unformatted and without a final newline, made safe to show."""
     try:
         print(shown(text), end="", flush=True)
     except BrokenPipeError:
@@ -154,11 +155,11 @@ def has_reader() -> bool:
 
 
 def nobody_reads() -> None:
-    """Standard output has lost its reader, as in ``lockstep cache | head``: what is still printed goes nowhere, and the work
-    continues."""
+    """Discard all further standard output, so that the work continues after the reader has gone, as in
+    ``lockstep cache | head``."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def numbers(metrics: Mapping[str, float | None]) -> str:
-    """'loss 2.31  acc 0.71' of the metrics that are shown."""
+    """The metrics in `SHOWN` as text: 'loss 2.31  acc 0.71'."""
     return "  ".join(f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if metrics.get(name) is not None)

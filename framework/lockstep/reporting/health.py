@@ -1,12 +1,12 @@
-"""Warnings by name while a stage trains: what the metrics say is going wrong, what it usually means, what to try.
+"""Named warnings while a stage trains: what the metrics say is going wrong, what it usually means, what to try.
 
-`Health.watch` takes each step's metrics and returns what it finds. It depends only on the metrics so far, so a resumed stage
-replays ``metrics.jsonl`` and continues as if it had never stopped. Rules read only what is logged: they watch any algorithm
-that uses the names in docs/metrics.md.
+`Health.watch` takes each step's metrics and returns its findings. They depend only on the metrics so far, so a resumed stage
+replays ``metrics.jsonl`` and continues as if it had never stopped. Rules read only logged metrics, so they work for any
+algorithm that uses the names in docs/metrics.md.
 
-The thresholds should be silent on every run worth keeping. Each rule cites who describes the failure; few sources give a
-number, so most numbers are ours, and say so. A warning never stops a run. A loss or a gradient
-that is not finite does (`diverged`).
+The thresholds should be silent on every run worth keeping. Rules cite sources that describe the failure. Few sources give a
+number, so most numbers are ours; the rules say so. A warning never stops a run. A loss or gradient that is not finite does
+(`diverged`).
 
 Left out: anything that needs more than the metrics, such as reading the responses.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 START, RECENT, REARM = 5, 200, 20
-"""Steps averaged for a stage's start; steps remembered; steps without its cause after which a warning may repeat."""
+"""Steps averaged for a stage's start; steps remembered; steps without its cause before a warning may repeat."""
 
 
 class History:
@@ -46,7 +46,7 @@ class History:
         return np.asarray(found) if len(found) >= least else None
 
     def mean(self, name: str, steps: int) -> float:
-        """Over the last ``steps``; NaN, for which every comparison is false, if there are fewer."""
+        """The mean of the last ``steps`` values. NaN if there are fewer: every comparison with NaN is false."""
         values = self.values(name, steps)
         return float(values[-steps:].mean()) if values is not None else math.nan
 
@@ -63,19 +63,19 @@ DECISIVE = (*UPDATED, "objective/score", "objective/kl", "objective/entropy")
 
 
 def diverged(metrics: Mapping[str, float | None]) -> list[str]:
-    """The losses and gradient norms of this step that are not finite: the update made from them has spoilt the parameters."""
+    """Return this step's losses and gradient norms that are not finite. Their update has already spoilt the parameters."""
     return [n for n, value in metrics.items() if n.startswith(UPDATED) and (value is None or not math.isfinite(value))]
 
 
 def not_finite(history: History) -> str | None:
     """A loss, score, KL, entropy or gradient norm is NaN or infinite. Held-out measures do not count: they are NaN if nothing
-    is held out. Nor does the explained variance: it is NaN if all returns are equal."""
+    is held out. Neither does explained variance: it is NaN if all returns are equal."""
     bad = [n for n, value in history.now.items() if n.startswith(DECISIVE) and not math.isfinite(value)]
     return f"{', '.join(bad)} is not a finite number." if bad else None
 
 
 def loss_diverging(history: History) -> str | None:
-    """Supervised stages: the mean loss of 5 steps is over one and a half times its lowest so far, and half a nat more.
+    """Supervised stages: the mean loss of 5 steps is over 1.5 times its lowest among the remembered steps, plus 0.5 nats.
     The numbers are ours."""
     losses = history.values("loss", 2 * 5)
     if losses is None or "objective/score" in history.now:
@@ -90,8 +90,8 @@ def loss_diverging(history: History) -> str | None:
 
 
 def gradient_explosion(history: History) -> str | None:
-    """The median norm of 3 steps is over 10 times that of the 20 before. Medians, so that one bad batch does not count;
-    the factor is ours."""
+    """The median norm of the last 3 steps is over 10 times that of the 20 steps before. Medians, so that one bad batch does
+    not count. The factor is ours."""
     for name in history.now:
         if name.startswith("grad_norm/") and (norms := history.values(name, 23)) is not None:
             before, now = np.median(norms[-23:-3]), np.median(norms[-3:])
@@ -104,9 +104,9 @@ MOST_KL, MOST_KL_PER_TOKEN = 50.0, 1.0
 
 
 def kl_running_away(history: History) -> str | None:
-    """KL to the reference, mean of 5 steps, over 50 nats per response, or over 1 nat per token, where the policy's tokens are
-    e times as likely as under the reference. lm-human-preferences steers its KL to 6 to 10 nats, and both gain and loss of the
-    true score go with √KL (Bai et al. 2022, section 4.3; Gao et al. 2022); the bounds are ours."""
+    """KL to the reference, mean of 5 steps, is over 50 nats per response or over 1 nat per token. At 1 nat the policy's tokens
+    are e times as likely as under the reference. lm-human-preferences steers its KL to 6 to 10 nats. The true score's gain and
+    loss both go with √KL (Bai et al. 2022, section 4.3; Gao et al. 2022). The bounds are ours."""
     kl, length = history.mean("objective/kl", 5), history.mean("objective/length", 5)
     if kl > MOST_KL or kl > MOST_KL_PER_TOKEN * length:
         return f"objective/kl, mean of 5 steps, is {kl:.3g} nats per response of {length:.3g} tokens."
@@ -122,8 +122,8 @@ def entropy_collapse(history: History) -> str | None:
 
 
 def score_against_gold(history: History) -> str | None:
-    """Since its best 10 steps the gold score has fallen while the reward model's score has risen, each by more than four
-    standard errors of the difference of two means of 10 steps: over-optimisation (Gao et al. 2022)."""
+    """Since its best 10 steps, the gold score has fallen while the reward model's score has risen, each by more than four
+    standard errors of the difference of two 10-step means: over-optimisation (Gao et al. 2022)."""
     score, gold = history.values("objective/score", 30), history.values("objective/gold", 30)
     if score is None or gold is None:
         return None
@@ -136,8 +136,8 @@ def score_against_gold(history: History) -> str | None:
 
 
 def score_by_length(history: History) -> str | None:
-    """If no gold score is known: the score has risen since the start by more than four standard errors, and responses are now
-    half as long again or half as long. Reward models pay for length (Singhal et al. 2023, 'A long way to go'); the factors
+    """Without a gold score: the score has risen since the start by more than four standard errors, and responses are now at
+    least 1.5 times or at most half as long. Reward models pay for length (Singhal et al. 2023, 'A long way to go'). The factors
     are ours."""
     score, length = history.values("objective/score", 20), history.mean("objective/length", 10)
     if score is None or math.isnan(length) or "objective/gold" in history.now:
@@ -149,13 +149,13 @@ def score_by_length(history: History) -> str | None:
 
 
 def clip_fraction_high(history: History) -> str | None:
-    """The mean of 5 steps is over 0.3: clipped tokens teach nothing (Schulman et al. 2017, equation 7). The bound is ours."""
+    """The mean of 5 steps is over 0.3. Clipped tokens teach nothing (Schulman et al. 2017, equation 7). The bound is ours."""
     fraction = history.mean("policy/clip_fraction", 5)
     return f"policy/clip_fraction, mean of 5 steps, is {fraction:.2g}." if fraction > 0.3 else None
 
 
 def values_uninformative(history: History) -> str | None:
-    """After 30 steps the explained variance, mean of 10, is below 0: the mean return would be a better guess."""
+    """After 30 steps, explained variance, mean of 10 steps, is below 0: the mean return would be a better guess."""
     explained = history.values("value/explained_variance", 30)
     if explained is None or not (mean := explained[-10:].mean()) < 0:
         return None
@@ -164,10 +164,10 @@ def values_uninformative(history: History) -> str | None:
 
 def sampler_mismatch(history: History) -> str | None:
     """The mean absolute difference between the sampler's and the trainer's log-probabilities, mean of 3 steps, is over 0.02
-    nats: more than bfloat16 causes (docs/metrics.md); float32 stays below 1e-4. For the effect on training see Yao et al.
+    nats. bfloat16 causes less (docs/metrics.md); float32 stays below 1e-4. For the effect on training see Yao et al.
     2025, 'Your efficient RL framework secretly brings you off-policy RL training'."""
     if history.now.get("sampler/steps_behind"):
-        return None  # then it is another policy, too
+        return None  # the sampler's policy is then an older one
     mismatch = history.mean("sampler/mismatch_mean", 3)
     return f"sampler/mismatch_mean is {mismatch:.2g} nats per token." if mismatch > 0.02 else None
 
@@ -182,7 +182,7 @@ def responses_cut_off(history: History) -> str | None:
 
 
 def identical_scores(history: History) -> str | None:
-    """The scores of each of the last 3 batches were equal, up to rounding."""
+    """Within each of the last 3 batches, all scores were equal, up to rounding."""
     spread, score = history.values("objective/score_std", 3), history.now.get("objective/score")
     if spread is None or score is None or not (spread[-3:] <= 1e-6 * max(1, abs(score))).all():
         return None
@@ -276,13 +276,13 @@ class Finding:
 
 @dataclass
 class Health:
-    """Watches one stage. A warning comes once, and again only after its cause has been gone for `REARM` steps."""
+    """Watches one stage. A warning is reported once, and again only after its cause has been gone for `REARM` steps."""
 
     history: History = field(default_factory=History)
     last: dict[str, int] = field(default_factory=dict)  # the last step at which each rule applied
 
     def watch(self, step: int, metrics: Mapping[str, float | None]) -> list[Finding]:
-        """The new findings at this step. None stands for a number that was not finite."""
+        """Return the new findings at this step. A metric of None was not finite."""
         self.history.add({name: math.nan if value is None else value for name, value in metrics.items()})
         findings = []
         for rule in RULES:
@@ -307,6 +307,6 @@ def moving_mean(values: np.ndarray, steps: int) -> np.ndarray:
 
 
 def standard_error(values: np.ndarray, steps: int = 10) -> float:
-    """Of the difference of two means of ``steps`` independent values. The noise of one value is estimated from neighbours,
-    Var(x_t+1 - x_t) / 2, so that a slow trend does not count (von Neumann 1941)."""
+    """The standard error of the difference of two means of ``steps`` independent values. The variance of one value is estimated
+    from neighbours, Var(x_t+1 - x_t) / 2, so that a slow trend does not count (von Neumann 1941)."""
     return float(np.sqrt(np.mean(np.diff(values) ** 2) / 2 * 2 / steps))

@@ -1,10 +1,10 @@
-"""Which code a run used: plugin versions, and the commit of every git checkout among them.
+"""Which code a run used: plugin versions, and the commits of the git checkouts involved.
 
-Left out on purpose: diffs, remotes and command lines, which may contain secrets. This does not decide whether a stage is
-retrained: `lockstep.runs.identity.code_digests` does, from the files themselves.
+Diffs, remotes and command lines are left out on purpose: they may contain secrets. This record does not decide whether a stage
+is retrained; `lockstep.runs.identity.code_digests` does, from the files themselves.
 
-A checkout may be a stranger's, and its configuration names programs: to watch files, hooks, filters, transports. Asking for its
-state runs none of them.
+A checkout may be a stranger's, and its git configuration may name programs: file watchers, hooks, filters, transports. Reading
+its state runs none of them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ ELSEWHERE = {
     "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES",
     "GIT_NAMESPACE", "GIT_PREFIX",
 }  # fmt: skip
-"""Variables that name another checkout than the one around a folder, as git's hooks have them."""
+"""Variables, set for example by git's hooks, that point git at a checkout other than the one around a folder."""
 INSTALLED = {"site-packages", "dist-packages"}
-"""Folders of installed packages: a checkout around one (a virtual environment inside it) does not contain their code."""
+"""Folders of installed packages. A checkout around one (with a virtual environment inside it) does not contain their code."""
 
 
 def code_state() -> dict[str, Any]:
-    """``working_folder``: the git state of the folder that the program was started in, None outside a checkout.
-    ``plugins``: for each distribution that announces plugins, its ``version`` and, if it runs from a checkout, its git state.
+    """Return ``working_folder``, the git state of the folder that the program was started in (None outside a checkout), and
+    ``plugins``: for each distribution that registers plugins, its ``version`` and, if it runs from a checkout, its git state.
     """
     plugins: dict[str, dict[str, Any]] = {}
     for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name):
@@ -43,8 +43,8 @@ def code_state() -> dict[str, Any]:
 
 @functools.cache
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """``commit``, ``branch`` (None if the head is detached) and ``dirty``: whether tracked files were changed. None if there
-    is no checkout, no commit or no git."""
+    """Return ``commit``, ``branch`` (None if the head is detached) and ``dirty`` (True if tracked files were changed). Return
+    None if there is no checkout, no commit or no git, or if git fails or cannot be run safely."""
     what = ["status", "--porcelain=v2", "--branch", "--untracked-files=no", "--ignore-submodules=dirty"]
     try:
         lines = _git(folder, *_harmless(folder), *what).splitlines()
@@ -58,10 +58,10 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _harmless(folder: Path) -> list[str]:
-    """Options with which git runs no program that the checkout's own configuration names.
+    """Return options that keep git from running any program named in the checkout's own configuration.
 
     Raises:
-      ValueError: there are none.
+      ValueError: a filter's name contains "=", so no option can disable it.
     """
     words = _git(folder, "config", "--includes", "--show-scope", "--name-only", "--null", "--list").split("\0")
     own = {name for scope, name in zip(words[::2], words[1::2], strict=False) if scope in ("local", "worktree")}
@@ -73,8 +73,8 @@ def _harmless(folder: Path) -> list[str]:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """What git prints in a folder. It is the git of an absolute folder of the PATH; it takes the checkout around ``folder``,
-    whichever the environment names; and it fetches nothing.
+    """Return git's output for a command in ``folder``. Only absolute folders of the PATH are searched for git. It uses the
+    checkout around ``folder``, even if the environment names another, and fetches nothing.
 
     Raises:
       OSError, subprocess.SubprocessError: there is no git, or it fails.

@@ -1,9 +1,9 @@
 """Trackers: where a stage's record goes besides its run folder.
 
 `Wandb` keeps one Weights & Biases run per stage; `Silent` keeps nothing. A tracker is a convenience: the runner writes
-the run folder itself, so a tracker that fails says so once and training continues.
+the run folder itself, so a failing tracker warns once and training continues.
 
-Left out: system files. W&B would store the command line and the uncommitted changes, and both may contain secrets. The
+Left out: system files. W&B would store the command line and uncommitted changes, and both may contain secrets. The
 configuration records the commit and the plugins that made a stage (`lockstep.reporting.provenance`).
 """
 
@@ -38,7 +38,7 @@ SUMMARIES = {
     **dict.fromkeys(("grad_norm/policy", "grad_norm/value", "grad_norm/reward_model", "sampler/mismatch_max"), "max,last"),
     "perf/tokens_per_second": "mean,last",
 }
-"""What W&B's table of runs shows for a metric, as ``loss.min`` and ``loss.last``; for others, the last value."""
+"""What W&B's table of runs shows for these metrics, as ``loss.min`` and ``loss.last``. For others it shows the last value."""
 
 
 class Silent(Tracker):
@@ -102,29 +102,29 @@ class Surviving(Tracker):
 
 
 class Wandb(Surviving):
-    """One W&B run per stage: the group is the run's name, the job type the stage, the id the stage's identity.
+    """One W&B run per stage: the group is the run's name, the job type is the stage, the id is the stage's identity.
 
-    So a resumed stage continues its own W&B run, and each step appears there once: W&B's steps are the stage's. Steps that a
+    A resumed stage therefore continues its own W&B run, and each step appears once: W&B's steps are the stage's. Steps that a
     killed process could not send come from the stage folder; steps that the server already has are not sent again. Offline
-    there is no server to ask: the new log holds everything from step 0 and replaces the stage's earlier logs, so that one
+    there is no server to ask. The new log then holds everything from step 0 and replaces the stage's earlier logs, so that one
     folder is left for `wandb sync`.
 
-    A stage's output is an artifact, 'sft-torch' with the hash of its identity as alias. A stage that reads it declares it:
-    online, W&B draws the lineage; offline, W&B refuses `use_artifact`, and only the run's configuration and the artifact's
-    metadata name the inputs.
+    A stage's output is an artifact, for example 'sft-torch', with the hash of its identity as alias. A stage that reads it
+    declares it as an input. Online, W&B draws the lineage. Offline, W&B refuses `use_artifact`, so only the run's configuration
+    and the artifact's metadata name the inputs.
     """
 
     label = "W&B"
 
     @dataclass(frozen=True)
     class Config:
-        project: str = setting("lockstep", "W&B's project.")
-        entity: str | None = setting(None, "A team or user; null: the default one of the API key.")
+        project: str = setting("lockstep", "W&B project.")
+        entity: str | None = setting(None, "W&B team or user; null: the API key's default.")
         mode: Literal["auto", "online", "offline", "disabled"] = setting("auto", "auto: online if there is an API key.")
         tags: tuple[str, ...] = setting((), "Tags of every W&B run.")
 
         def __post_init__(self) -> None:
-            """W&B's own rules: what breaks them would be recorded nowhere."""
+            """Check W&B's own rules: a run that breaks them would not be recorded at all."""
             for key, name in (("project", self.project), ("entity", self.entity)):
                 if name is not None and (not 0 < len(name) <= 128 or any(c in name for c in "/\\#?%:")):
                     team = re.fullmatch(r"([^/\\#?%:]{1,128})/([^/\\#?%:]{1,128})", name)
@@ -219,14 +219,14 @@ class Wandb(Surviving):
                 self._run.log_artifact(artifact, aliases=["latest", alias])
 
     def finish(self, failed: bool = False) -> None:
-        """Blocks until everything is written: W&B's own exit hook comes too late for the last values of a crash."""
+        """Block until everything is written. W&B's own exit hook runs too late for the last values before a crash."""
         run, self._run = self._run, None
         with self._surviving("finish"):
             if run:
                 run.finish(exit_code=1 if failed else 0)
 
     def _open(self, arguments: Mapping[str, Any]) -> Any:
-        """The W&B run: in the configured mode or, if the server cannot be reached, offline."""
+        """Open the W&B run in the configured mode or, if the server cannot be reached, offline."""
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read on import: no crash reports to W&B
         import wandb  # takes 0.6 s, so only a run that uses it pays
 
@@ -256,13 +256,13 @@ class Wandb(Surviving):
 
 
 def by_step(file: Path, shape: Shape) -> dict[int, list[dict[str, Any]]]:
-    """The rows of samples.jsonl or health.jsonl, without their step."""
+    """The rows of samples.jsonl or health.jsonl by step, each without its step."""
     groups = itertools.groupby(read_rows(file, shape), lambda row: row.pop("step"))
     return {step: list(group) for step, group in groups}
 
 
 def artifact_name(identity: str) -> tuple[str, str]:
-    """('sft-torch', '0123456789ab') for a stage's identity: a collection in W&B, and this artifact's alias in it."""
+    """Split a stage's identity into a W&B collection and this artifact's alias in it: ('sft-torch', '0123456789ab')."""
     name, _, digest = identity.rpartition("-")
     return re.sub(r"[^\w.-]", "-", name), digest
 

@@ -1,5 +1,5 @@
-"""Components that need not answer alike twice, such as functions, servers, judges and people: process 0 asks, and shares what
-they say. What they raise is raised on all processes."""
+"""Wrappers for components that may answer differently when asked twice, such as functions, servers, judges and people. Process 0
+asks and shares the answer. An error there is raised on all processes."""
 
 from __future__ import annotations
 

@@ -58,10 +58,10 @@ class Assembly:
 
     @property
     def processes(self) -> Processes:
-        """The backend's, which need not be made to know of one process that it is alone.
+        """The processes of the backend. For a single process, the backend need not be built.
 
         Raises:
-          ConfigError: several were started, and the backend knows of one.
+          ConfigError: several were started, and the backend runs as one.
         """
         if (count := place().count) == 1:
             return ALONE
@@ -91,7 +91,7 @@ class Assembly:
         return own.replaced(config)
 
     def policy(self, source: str) -> Policy:
-        """A fresh copy of the policy that a stage made, or of the configured one."""
+        """A fresh copy of a stage's or folder's policy, or of the configured one."""
         if source == NEW:
             cls, config = self.experiment.policy
             policy = cls.create(config, self.backend, self.tokenizer, self.experiment.seed)
@@ -102,7 +102,7 @@ class Assembly:
         return policy
 
     def other_policy(self, source: str) -> tuple[Policy, Tokenizer]:
-        """One that may have another tokenizer than this run's: its own comes with it."""
+        """A policy with its own tokenizer, which may differ from this run's."""
         if source == NEW:
             return self.policy(NEW), self.tokenizer
         folder = self._source_folder(source)
@@ -126,7 +126,7 @@ class Assembly:
         return self._policy_class(self._source_folder(source)).load_classifier(source, self.backend)
 
     def reward_model(self, stage: Stage, group: Mapping[str, Any] | None = None) -> RewardModel | None:
-        """The stage's, or that of one of its members' groups."""
+        """The stage's reward model, or the one that ``group`` describes, such as a member; None if the stage has none."""
         if (group := group or stage.reward_model) is None:
             return None
         scorer = stage.scorer(group)
@@ -134,12 +134,12 @@ class Assembly:
         return SharedRewardModel(made, self.processes) if self._asked_once(scorer) else made
 
     def _asked_once(self, chosen: Chosen) -> bool:
-        """Whether process 0 asks it for all. One that has models runs on all of them, as models do."""
+        """True if process 0 asks the component for all processes. A component with models runs on all of them, as models do."""
         inputs = chosen.component.inputs(chosen.config)
         return self.processes.count > 1 and not inputs.outputs and not inputs.members
 
     def resources(self, stage: Stage) -> Resources:
-        """What the stage's algorithm may open."""
+        """The resources that the stage's algorithm may open."""
         assert stage.component is not None
         return self._resources("algorithm", Chosen(stage.component, stage.config, stage.group), stage)
 
@@ -147,13 +147,13 @@ class Assembly:
         return DeclaredResources(self, f"{kind} '{chosen.group['name']}'", chosen.component.inputs(chosen.config), stage)
 
     def labeler(self, stage: Stage) -> Labeler:
-        """Of a collection."""
+        """The labeler of a collection."""
         assert stage.labeler is not None
         made = stage.labeler.component(stage.labeler.config, self.data, self._resources("labeler", stage.labeler, stage))
         return SharedLabeler(made, self.processes) if self._asked_once(stage.labeler) else made
 
     def attacker(self, stage: Stage) -> Attacker:
-        """Of attacks."""
+        """The attacker of an attack."""
         assert stage.attacker is not None
         return stage.attacker.component(stage.attacker.config, self.data, self._resources("attacker", stage.attacker, stage))
 
@@ -161,7 +161,7 @@ class Assembly:
         return prompts_in(self._folder(source), twins=False)
 
     def data_of(self, stage: Stage) -> DataSource:
-        """The run's data, with what the stage trains on in place of the data's own, and with the attacks it evaluates on."""
+        """The run's data, with the sources that the stage names in place of the data's own, and the attacks it evaluates on."""
         if not stage.mixes and not stage.attacked:
             return self.data
         folders = {noun: {source: self._folder(source) for source in sources} for noun, sources in stage.mixes.items()}
@@ -175,7 +175,7 @@ class Assembly:
         return made
 
     def engine(self, stage: Stage) -> Served | None:
-        """What draws in the stage; the same at each call."""
+        """The engine that draws samples in the stage, the same object at each call; None without one."""
         if (chosen := stage.engine) is not None and stage.name not in self.engines:
             folder = self.outputs[stage.name].with_name(".weights.part")
             self.engines[stage.name] = Served(chosen.component(chosen.config), folder, self.processes)
@@ -209,8 +209,8 @@ class Assembly:
 
 
 class DeclaredResources(Resources):
-    """Resources for one component, limited to what its `inputs` declare. Anything else is missing from a stage's identity, and a
-    stage trained against another version of it would be reused."""
+    """Resources for one component, limited to what its `inputs` declare. Anything else is missing from the stage's identity: a
+    stage trained with another version of it would be reused."""
 
     def __init__(self, assembly: Assembly, name: str, inputs: Inputs, stage: Stage):
         self.assembly, self.name, self.inputs, self.stage = assembly, name, inputs, stage
@@ -255,7 +255,7 @@ DECLARE = "Return it from the classmethod `inputs` of its class."
 
 
 def opener(folder: Path, backend: str) -> str:
-    """The name of the policy that reads this folder: the one recorded by the stage that wrote it, else the one that opens such
+    """The name of the policy that reads this folder: the one recorded by the stage that wrote it, or else the one that opens such
     checkpoints (`Policy.opens`).
 
     Raises:
@@ -271,14 +271,15 @@ def opener(folder: Path, backend: str) -> str:
 
 
 def load_own_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model that only reads. Public ones often pad with EOS, which does no harm to reading."""
+    """The tokenizer of a model that only reads text. Public ones often pad with EOS, which is harmless for reading."""
     own = None if (folder / MADE_BY).exists() else TokenizerConfig(None, None, PAD, None)
     return Tokenizer.load(folder, own)
 
 
 def save_result(folder: Path, model: Model, tokenizer: Tokenizer, kind: str, policy: str, leads: bool = True) -> None:
-    """A Hugging Face folder with its tokenizer, its kind ('policy', 'reward_model') and the name of the policy that reads it.
-    transformers' ``generate`` stops at the tokenizer's EOS. Of several processes, the one that ``leads`` writes.
+    """Write a Hugging Face folder with its tokenizer, its kind ('policy', 'reward_model') and the name of the policy that reads
+    it. transformers' ``generate`` stops at the tokenizer's EOS. All processes call this to save the model; the one that ``leads``
+    writes the rest.
 
     Raises:
       CheckpointError: the model holds NaN or Inf; nothing is written.

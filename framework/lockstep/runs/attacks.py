@@ -1,9 +1,9 @@
-"""Attacks on policies: an attacker writes requests after goals of the data, the policies reply, and a judge says which attacks
+"""Attacks on policies: an attacker writes requests for the data's goals, the policies reply, and a judge says which attacks
 succeeded (Perez et al. 2022, "Red teaming language models with language models", arXiv 2202.03286).
 
-The attacks, and with them their harmless twins, become prompts of later stages: of collections and of training, so that policies
-learn to refuse the former without refusing the latter, and of evaluations, which have attacks on held-out goals. The successful
-ones become demonstrations for the next attacker (Ge et al. 2023, "MART", arXiv 2311.07689).
+The attacks and their harmless twins become prompts of later stages. In collections and training, policies learn from them to
+refuse attacks without refusing the twins. Evaluations use the attacks on held-out goals. Successful attacks become demonstrations
+for the next attacker (Ge et al. 2023, "MART", arXiv 2311.07689).
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ SPLITS = ("train", "heldout")
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """What is attacked with."""
+    """The settings of an attack."""
 
-    goals: int = setting(100, "Of the training split, drawn anew in each round, or all there are.", least=1)
-    heldout_goals: int = setting(100, "Held out, for evaluations: the first ones, or all there are.", least=0)
+    goals: int = setting(100, "Goals of the training split, drawn anew in each round, or all there are.", least=1)
+    heldout_goals: int = setting(100, "Held-out goals, for evaluations: the first ones, or all there are.", least=0)
     samples: int = setting(4, "Attacks on each goal; equal ones are kept once.", least=1, most=1024)
-    keep: Literal["all", "successes"] = setting("all", "The attacks that later stages get as prompts.")
-    imitate: Literal["all", "successes"] = setting("successes", "Those that they get as demonstrations for an attacker.")
+    keep: Literal["all", "successes"] = setting("all", "Attacks that later stages get as prompts.")
+    imitate: Literal["all", "successes"] = setting("successes", "Attacks that become an attacker's demonstrations.")
     twins: bool = setting(
-        True, "Whether training also gets each attack with a harmless goal in the goal's place. Evaluations always do."
+        True, "Train also on each attack with a harmless goal in place of its own. Evaluations always have those."
     )
     threshold: float = setting(0.5, "The judge's score above which an attack has succeeded.", least=-float("inf"))
     temperature: float = setting(1.0, "For the policies' replies; 0 takes the most likely token.", least=0)
     batch_size: int = setting(100, "Replies per forward pass.", least=1)
-    lengths: Lengths = setting(Lengths(), "Limits in tokens; a longer attack is none.")
+    lengths: Lengths = setting(Lengths(), "Limits in tokens; longer attacks are left out.")
     stop_strings: tuple[str, ...] = setting((), "Text that ends a reply, as EOS does; or special tokens by name.")
 
     def arithmetic(self, data: DataSource) -> str:
@@ -54,7 +54,7 @@ class AttackConfig:
 
 @dataclass(frozen=True)
 class Attack:
-    """``success`` is the share of the attacked policies that it moved to help with its goal."""
+    """One attack. ``success`` is the share of the attacked policies that helped with its goal."""
 
     goal: Goal
     split: str
@@ -69,7 +69,8 @@ class Attack:
 
 @dataclass
 class RedTeam:
-    """Has attacks written and tried. ``position`` is how many goals earlier rounds took; ``order_seed`` decides their order."""
+    """Has attacks written, and tries them. ``position`` is the number of goals taken by earlier rounds; ``order_seed`` decides
+    the order of goals."""
 
     config: AttackConfig
     data: DataSource
@@ -84,9 +85,10 @@ class RedTeam:
     measures: dict[str, float] = field(default_factory=dict)
 
     def run(self, load: Callable[[str], Policy], policies: Sequence[str], progress: Callable[[str], None]) -> list[Attack]:
-        """
+        """The attacks, with their success against the policies. Fills ``measures``.
+
         Raises:
-          DataError: the attacker wrote nothing that fits.
+          DataError: the attacker wrote no attack on a training goal that fits.
         """
         progress("attacks")
         written = [found for split in SPLITS for found in self.written(split)]
@@ -108,7 +110,7 @@ class RedTeam:
         return attacks
 
     def written(self, split: str) -> Iterator[tuple[Goal, str, Prompt]]:
-        """(goal, split, attack) of each different attack that fits the length limits."""
+        """(goal, split, attack) of each distinct attack that fits the length limits."""
         c, goals = self.config, self.data.goals(split)
         count = min(c.goals if split == "train" else c.heldout_goals, len(goals))
         order = (
@@ -135,8 +137,8 @@ class RedTeam:
                 yield goal, split, prompt
 
     def success(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> np.ndarray:
-        """float [B]: 1 where the judge finds that the policy's reply to an attack helps with its goal. A reply that the judge
-        could not score counts as none."""
+        """float [B]: 1 where the judge finds that the policy's reply to an attack helps with its goal, else 0. A reply that the
+        judge could not score counts as 0."""
         c = self.config
         sampler = Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size, engine=self.engine)
         seeds = token_seeds(self.seed, "replies", 0, len(ids), c.lengths.response)
@@ -162,15 +164,16 @@ def attack_on(goal: Goal, messages: Sequence[Message]) -> Prompt:
 
 
 def demonstrations(attacks: Sequence[Attack], config: AttackConfig) -> list[Demonstration]:
-    """How attacks of one turn are written, for an attacker to learn from: those that succeeded, if any did; or all."""
+    """Single-turn training attacks, as demonstrations for an attacker: the successes if only these are asked for and there are
+    any, else all."""
     single = [each for each in attacks if each.split == "train" and len(each.prompt.messages) == 1]
     chosen = [each for each in single if each.success > 0] if config.imitate == "successes" else []
     return [Demonstration(each.goal.prompt(), each.prompt.messages[0].content) for each in chosen or single]
 
 
 def diversity(attacks: Sequence[Attack]) -> dict[str, float]:
-    """At three levels: goals, of which an attack on this share succeeded; strategies, of which this share of all attacks are
-    different; words, the mean distance of a strategy to the nearest other one."""
+    """Diversity at three levels. goals: the share of goals with a successful attack. strategies: distinct strategies per attack.
+    words: the mean distance of a strategy to the nearest other one."""
     goals = {each.goal.text: 0.0 for each in attacks}
     for each in attacks:
         goals[each.goal.text] = max(goals[each.goal.text], each.success)
@@ -183,7 +186,7 @@ def diversity(attacks: Sequence[Attack]) -> dict[str, float]:
 
 
 MOST_COMPARED = 500
-"""Attacks of which each is compared with each other."""
+"""The most attacks that are compared with one another."""
 
 
 def kept(attacks: Sequence[Attack], config: AttackConfig) -> Iterator[tuple[Prompt, Mapping[str, Any]]]:

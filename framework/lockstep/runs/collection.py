@@ -1,8 +1,8 @@
-"""Fresh responses of policies for labelers to rank: how feedback on the present policy is collected (Ouyang et al. 2022, section
-3.1; Bai et al. 2022, section 4.5, "iterated online RLHF").
+"""Samples fresh responses of policies for labelers to rank, to collect feedback on the current policy (Ouyang et al. 2022,
+section 3.1; Bai et al. 2022, section 4.5, "iterated online RLHF").
 
-Prompts are drawn without replacement from the training split, in one order per run: no round repeats a prompt of an earlier one
-until all were used.
+Prompts are drawn without replacement from the training split, in one order per run: no round repeats a prompt of an earlier
+round until all have been used.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from lockstep.types import Candidates, Comparison, Fit
 
 @dataclass(frozen=True)
 class CollectionConfig:
-    """What is sampled for labelers."""
+    """The settings of a collection."""
 
-    prompts: int = setting(500, "Fresh ones in each collection, or all there are.", least=1)
-    samples: int = setting(4, "Responses to each prompt, which the policies share (InstructGPT: 4 to 9).", least=2, most=64)
+    prompts: int = setting(500, "Fresh prompts in each collection, or all there are.", least=1)
+    samples: int = setting(4, "Responses per prompt, divided among the policies (InstructGPT: 4 to 9).", least=2, most=64)
     temperature: float = setting(1.0, "For sampling.", above=0)
     batch_size: int = setting(100, "Responses per forward pass.", least=1)
     lengths: Lengths = setting(Lengths(), "Limits in tokens.")
     stop_strings: tuple[str, ...] = setting((), "Text that ends a response, as EOS does; or special tokens by name.")
-    heldout_groups: tuple[str, ...] = setting((), "Groups of labelers whose labels are counted and measured, and train nothing.")
+    heldout_groups: tuple[str, ...] = setting((), "Groups of labelers whose labels are counted and measured, but not trained on.")
 
     def arithmetic(self, data: DataSource) -> str:
         total = len(data.prompts("train"))
@@ -51,7 +51,8 @@ class CollectionConfig:
 
 @dataclass
 class Collector:
-    """Samples candidates. ``position`` is how many prompts earlier collections took; ``order_seed`` decides their order."""
+    """Samples candidates. ``position`` is the number of prompts taken by earlier collections; ``order_seed`` decides the order of
+    prompts."""
 
     config: CollectionConfig
     data: DataSource
@@ -66,8 +67,9 @@ class Collector:
     def collect(
         self, load: Callable[[str], Policy], policies: Mapping[str, str], progress: Callable[[str], None]
     ) -> list[Candidates]:
-        """``policies`` is {stage: identity}; response j of a prompt is by policy j modulo their number. Identical responses to a
-        prompt are kept once, as the first policy's; prompts with fewer than two different ones are left out."""
+        """Sample candidates from ``policies``, {stage: identity}. They take turns: response j to a prompt is by policy j modulo
+        their number. Identical responses to a prompt are kept once, as the first policy's; prompts with fewer than two different
+        responses are left out."""
         c, names = self.config, list(policies)
         prompts = self.data.prompts("train")
         count = min(c.prompts, len(prompts))
@@ -94,7 +96,7 @@ class Collector:
 
 
 def kept(file: Path, collect: Callable[[], list[Candidates]], processes: Processes) -> list[Candidates]:
-    """The candidates in a file; collected, and written there whole, if there is none."""
+    """The candidates in a file. If it does not exist, they are collected and written to it first, all at once."""
     if not processes.share(file.exists):
         found = collect()
         processes.share(lambda: write_text(file, "".join(map(candidates_line, found))))
@@ -102,10 +104,10 @@ def kept(file: Path, collect: Callable[[], list[Candidates]], processes: Process
 
 
 def labelled(candidates: Sequence[Candidates], labels: Sequence[Label], without: Sequence[str] = ()) -> list[Comparison]:
-    """Labels with what they are about, in the order of the candidates; not those of the groups ``without``.
+    """The labels as comparisons, in the order of the candidates, except those of the groups ``without``.
 
     Raises:
-      DataError: there are none.
+      DataError: no label remains.
     """
     if not labels:
         raise DataError(f"None of the {len(candidates)} candidates was labelled, so there is nothing to learn from.")
@@ -123,9 +125,9 @@ def labelled(candidates: Sequence[Candidates], labels: Sequence[Label], without:
 def measures(
     candidates: Sequence[Candidates], labels: Sequence[Label], data: DataSource, policies: Mapping[str, str]
 ) -> dict[str, float]:
-    """What the labels say of the policies and of each other: how many there are, the share of pairs that are ties, agreement with
-    gold if it is known, agreement between labelers of the same candidates, and each policy's share of wins against the others
-    (ties count half). ``policies`` is {stage: identity}."""
+    """Statistics of the labels: how many there are, the share of pairs that are ties, agreement with gold if it is known,
+    agreement between labelers of the same candidates, and each policy's share of wins against the others (ties count half).
+    ``policies`` is {stage: identity}."""
     comparisons = labelled(candidates, labels)
     pairs = [(i, j) for c in comparisons for i, j in combinations(c.ranks, 2)]
     found = {
@@ -159,8 +161,8 @@ def _agreement_with_gold(comparisons: Sequence[Comparison], data: DataSource) ->
 
 
 def _agreement_of_labelers(labels: Sequence[Label]) -> dict[str, float]:
-    """Over pairs of labels of the same candidates: the share of pairs of completions that both order alike, of those that the
-    first orders; ties of the second count half."""
+    """The mean over ordered pairs of labels of the same candidates: of the completion pairs that the first label orders, the
+    share that the second orders alike. Ties in the second count half."""
     by_id: dict[str, list[Label]] = {}
     for label in labels:
         by_id.setdefault(label.id, []).append(label)

@@ -1,7 +1,7 @@
 """Evaluation of policies and reward models on held-out prompts and comparisons, with 95% intervals.
 
-Every policy answers the same prompts from the same seeds and takes the tests of the data source. Gold scores need one that knows
-them (the miniature does). Win rates compare by gold score, else by the reward model's.
+Every policy answers the same prompts from the same seeds and takes the tests of the data source. Gold scores need a data source
+that knows them (the miniature does). Win rates compare by gold score if known, else by the reward model's score.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class EvaluationConfig:
     """What an evaluation measures. No count exceeds the size of its split."""
 
     policies: tuple[str, ...] | None = setting(
-        None, "Stages or folders whose policies are evaluated, or 'new', the configured one; null: all that stages train."
+        None, "Stages or folders whose policies to evaluate, or 'new', the configured one; null: all that stages train."
     )
     baseline: str = setting("sft", "The stage that win rate and KL refer to.")
     splits: tuple[str, ...] = setting(
@@ -45,12 +45,12 @@ class EvaluationConfig:
         "Splits of the data source's prompts, and stages that attack: their attacks on held-out goals.",
     )
     judges: Mapping[str, Mapping[str, Any]] = setting(
-        {}, "Reward models by names of yours: what each thinks of the responses is a measure of that name."
+        {}, "Reward models by names you choose: each one's mean score is a measure of that name."
     )
-    prompts: int = setting(500, "Prompts of each split.", least=1)
-    comparisons: int = setting(300, "Held-out comparisons that the reward model is tested on.", least=0)
+    prompts: int = setting(500, "Prompts per split.", least=1)
+    comparisons: int = setting(300, "Held-out comparisons on which to test the reward model.", least=0)
     texts: int = setting(200, "Held-out raw texts for ``text_loss``.", least=0)
-    samples: int = setting(12, "Rows of the table of samples, of each split.", least=0)
+    samples: int = setting(12, "Rows in the table of samples, per policy and split.", least=0)
     temperature: float = setting(1.0, "For sampling and KL; 0 takes the most likely token, with KL at 1.", least=0)
     best_of: int = setting(0, "N: each policy's best of 1, 2, 4, ..., N samples by the reward model; 0: not measured.", least=0)
     batch_size: int = setting(100, "Responses per forward pass.", least=1)
@@ -67,9 +67,10 @@ class EvaluationConfig:
             raise ConfigError("evaluation.best_of needs samples that differ, and evaluation.temperature=0 draws one. Raise it.")
 
     def arithmetic(self, data: DataSource) -> str:
-        """What it does, in one line.
+        """A one-line summary of the evaluation.
 
         Raises:
+          ConfigError: a test of the data has the name of a measure or of a judge.
           DataError: the data have no such split, or no prompts in any of them.
         """
         if wrong := [name for name in data.tests() if name in _MEASURES | set(self.judges)]:
@@ -104,7 +105,7 @@ class Answers:
 class Evaluator:
     """Evaluates policies one at a time against one baseline.
 
-    ``load`` returns the policy of a stage. The baseline's stays loaded; the others are released.
+    ``load`` returns the policy of a stage. The baseline stays loaded; the others are released.
     """
 
     config: EvaluationConfig
@@ -115,7 +116,7 @@ class Evaluator:
     environment: Environment | None = None
     judges: Mapping[str, RewardModel] = field(default_factory=dict)
     follows: Mapping[str, str] = field(default_factory=dict)
-    """{policy: the one of the round before}."""
+    """{policy: the one of the previous round}."""
     fits: dict[str, Fit] = field(default_factory=dict)
     engine: Served | None = None
 
@@ -166,7 +167,7 @@ class Evaluator:
         return self.judged(policy, prompts, ids, token_seeds(self.seed, "evaluation", 0, len(ids), self.config.lengths.response))
 
     def judged(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], seeds: np.ndarray) -> Answers:
-        """A sample for each row of seeds, and what there is to say of it."""
+        """Sample a response for each row of seeds, with its gold, reward-model and judges' scores."""
         samples = self.sampler.sample(policy, prompts, ids, seeds)
         responses = samples.responses
         golds = [self.data.gold(prompt, text) for prompt, text in zip(responses.prompts, responses.texts, strict=True)]
@@ -197,8 +198,8 @@ class Evaluator:
         return measures
 
     def kl(self, policy: Policy, baseline: Policy, answers: Answers) -> dict[str, Measure]:
-        """KL(policy || baseline) per response, in nats: k1 summed over the policy's own samples. If an engine drew them, also the
-        mean absolute difference between its log-probabilities of the tokens and the policy's."""
+        """KL(policy || baseline) per response, in nats: k1 summed over the tokens of the policy's own samples. If an engine drew
+        them, also the mean absolute difference between its log-probabilities of the tokens and the policy's."""
         sequences = answers.samples.sequences
         here = self.logprobs(policy, sequences, self.config.temperature)
         there = self.logprobs(baseline, sequences, self.config.temperature)
@@ -208,11 +209,11 @@ class Evaluator:
         return found
 
     def best_of(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> dict[str, Measure]:
-        """Of the best of n samples by the reward model, for n = 1, 2, 4, ..., N from the same N samples of each prompt: score,
-        gold score, and KL to the policy in nats beside the bound on it.
+        """Measures of the best of n samples by the reward model: score, gold score, KL to the policy in nats, and the bound on
+        this KL. They are estimated for n = 1, 2, 4, ..., N from the same N samples of each prompt.
 
-        As many prompts at a time as fill ``batch_size``; a prompt's samples do not depend on which. Samples without a score are
-        left out, and with them prompts that have fewer than n.
+        Prompts are sampled together until they fill ``batch_size``; the grouping does not change a prompt's samples. Samples
+        without a score are left out, and so are prompts with fewer than n scored samples.
         """
         most, columns = self.config.best_of, self.config.lengths.response
         sizes, found = numerics.best_of_sizes(most), dict[str, list[float]]()
@@ -234,8 +235,8 @@ class Evaluator:
         return measures | {f"best_of_{n}/kl_bound": {"mean": numerics.best_of_kl_bound(n), "n": len(ids)} for n in known}
 
     def tests(self, policy: Policy) -> dict[str, Measure]:
-        """Of each test of the data source: how often the answer has a higher log-probability than every wrong option, in all and
-        by groups. Where items have several right options, also the mean probability of these; where they have two options, the
+        """For each test of the data source: how often the answer has a higher log-probability than every wrong option, overall
+        and by group. If items have several right options, also the mean probability of these; if they have two options, also the
         mean entropy."""
         measures: dict[str, Measure] = {}
         for name, items in self.encoded_tests.items():
@@ -245,7 +246,7 @@ class Evaluator:
 
     @cached_property
     def encoded_tests(self) -> dict[str, list[tuple[Choice, list[Example]]]]:
-        """Each item of each test with its options as tokens, the same for all policies."""
+        """Each item of each test, with its options as tokens; the same for all policies."""
         return {
             name: [(item, [option_example(self.tokenizer, item, option) for option in item.options]) for item in items]
             for name, items in self.data.tests().items()
@@ -254,7 +255,7 @@ class Evaluator:
     def options(
         self, policy: Policy, name: str, items: Sequence[tuple[Choice, list[Example]]]
     ) -> list[tuple[Choice, np.ndarray]]:
-        """Each item with its options' log-probabilities. Items that are too long for the policy are left out."""
+        """Each item, with its options' log-probabilities. Items that are too long for the policy are left out."""
         fit = self.fits[f"{name} items"] = Fit(f"{name} items", total=len(items))
         taken, examples = [], []
         for item, found in items:
@@ -282,7 +283,7 @@ class Evaluator:
         return {"text_loss": mean(-logprobs.sum(axis=1) / mask.sum(axis=1))}
 
     def text_logprobs(self, policy: Policy, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
-        """[B, T] log-probabilities, 0 on padding, and the mask; padded to the longest row."""
+        """[B, T] log-probabilities, 0 on padding, and their mask. Rows are padded to the longest."""
         longest = max(len(e.prompt) for e in examples), max(len(e.response) for e in examples)
         block = encoding.block(examples, self.tokenizer, Lengths(*longest, self.config.lengths.multiple))
         logprobs = self.logprobs(policy, block, 1.0)
@@ -336,7 +337,7 @@ class Evaluator:
         return measures
 
     def training_labelers(self) -> frozenset[str | None]:
-        """The labelers of the training comparisons, unnamed ones (None) always included."""
+        """The labelers of the training comparisons, always including unnamed ones (None)."""
         try:
             return frozenset({c.labeler for c in self.data.comparisons("train")} | {None})
         except MissingData:
@@ -355,7 +356,7 @@ class Evaluator:
 
 
 def prompts_of(data: DataSource, split: str) -> Sequence[Prompt]:
-    """The prompts of a split; none if the data have none."""
+    """The prompts of a split; empty if the data have none."""
     try:
         return data.prompts(split)
     except MissingData:
@@ -363,7 +364,8 @@ def prompts_of(data: DataSource, split: str) -> Sequence[Prompt]:
 
 
 def agreement(ours: np.ndarray, theirs: np.ndarray) -> float | None:
-    """The fraction of pairs that both order the same way, among those that ``theirs`` orders; our ties count half."""
+    """The fraction of the pairs ordered by ``theirs`` that ``ours`` orders the same way; ties in ``ours`` count half. None if
+    ``theirs`` orders no pair."""
     first, second = np.triu_indices(len(ours), 1)
     sign = np.sign(theirs[first] - theirs[second])
     product = np.sign(ours[first] - ours[second])[sign != 0] * sign[sign != 0]
@@ -379,7 +381,7 @@ def present(values: Sequence[float | None]) -> np.ndarray:
 
 
 def results(name: str, taken: Sequence[tuple[Choice, np.ndarray]]) -> dict[str, Measure]:
-    """The measures of a test from its items and their options' log-probabilities."""
+    """The measures of a test, from its items and their options' log-probabilities."""
     rights = [item.right or (item.answer,) for item, _ in taken]
     preferred = np.array([numerics.prefers(x, item.answer, right) for (item, x), right in zip(taken, rights, strict=True)])
     measures = {name: proportion(float(preferred.sum()), len(taken))}
@@ -414,7 +416,7 @@ def proportion(successes: float, n: int) -> Measure:
 
 
 def gain(answers: Answers, before: Answers | None) -> dict[str, Measure]:
-    """Over the policy of the round before, prompt by prompt: in gold score, else in the reward model's."""
+    """The gain over the policy of the previous round, prompt by prompt: in gold score if known, else in the reward model's."""
     if before is None or answers.preference is None or before.preference is None:
         return {}
     difference = answers.preference - before.preference
@@ -436,7 +438,7 @@ def rows(answers: Answers, count: int) -> list[Mapping[str, Any]]:
 
 
 def flatten(result: Mapping[str, Any]) -> dict[str, float]:
-    """{'heldout/sft/gold': mean} of an evaluation, for trackers."""
+    """Flatten an evaluation to {'heldout/sft/gold': mean}, for trackers."""
     flat = {}
     for key, value in {**result.get("splits", {}), "reward_model": result.get("reward_model", {})}.items():
         for inner, measures in value.items():

@@ -43,14 +43,14 @@ log = logging.getLogger("lockstep")
 
 
 NAMELESS: Mapping[str, type[Any]] = {"evaluation": EvaluationConfig, "collection": CollectionConfig, "attack": AttackConfig}
-"""{key: class} of the root's groups that choose no component."""
+"""{key: class} for groups of the root that choose no component."""
 
 
 class Experiment:
     """``config`` with every name resolved and every group checked.
 
     Raises:
-      LockstepError: the first thing that is wrong, before anything is loaded.
+      LockstepError: something is wrong; the first error is raised before anything is loaded.
     """
 
     def __init__(self, config: Mapping[str, Any]):
@@ -103,7 +103,7 @@ class Experiment:
     @functools.cached_property
     def identities(self) -> dict[str, ConfigGroup]:
         """{stage: everything that decides its result}: configuration, inputs, data, code. The hash of this names its folder.
-        Secrets decide no result: another token for the same server makes the same stage."""
+        Secrets are left out: another token for the same server gives the same stage."""
         found: dict[str, ConfigGroup] = {}
         source, config = self.data
         data = without_secrets(self.config["data"]) | {"fingerprint": source.fingerprint(config)}
@@ -136,11 +136,11 @@ class Experiment:
 
     @functools.cached_property
     def folders(self) -> dict[str, StageFolder]:
-        """{stage: the folder of its result}, existing or not."""
+        """{stage: the folder of its result}, whether it exists or not."""
         return {name: self._folder(name, content) for name, content in self.identities.items()}
 
     def collected(self, stage: Stage) -> list[str]:
-        """The stages of this run whose labels or attacks are data of this one."""
+        """The stages of this run whose labels or attacks this stage uses as data."""
         mixed = [source for sources in stage.mixes.values() for source in sources]
         return [source for source in (*mixed, *stage.attacked) if source in self.stages]
 
@@ -148,7 +148,7 @@ class Experiment:
         """Check what all stages share. `Stage.check` covers the rest.
 
         Raises:
-          ConfigError: results cannot be written where the configuration wants them, or another configuration's are there.
+          ConfigError: the place for results is not writable, or holds a run of this name with another configuration.
           LockstepError: the backend, data, policy or tracker does not work here.
         """
         self._check_place()
@@ -172,8 +172,8 @@ class Experiment:
             )
 
     def _made(self, stage: str, content: ConfigGroup) -> str:
-        """The result of a stage, for the identity of those that read it: its folder's name, and a digest of labels that came into
-        it from outside."""
+        """A stage's result, as it enters the identity of stages that read it: the folder's name and, if labels came into the
+        folder from outside, their digest."""
         folder, labeler = self._folder(stage, content), self.stages[stage].labeler
         received = folder.result().get("received") if folder.done else labeler and labeler.component.received(folder.path)
         return f"{folder.path.name} {received}" if received else folder.path.name
@@ -199,9 +199,10 @@ class Experiment:
         return None if group is None else self._chosen(kind, group)
 
     def _check_context(self, stage: Stage) -> None:
-        """
+        """Check the stage's length limits.
+
         Raises:
-          ConfigError: its limits exceed the context of the policy that it trains or evaluates, if that is known.
+          ConfigError: they exceed the context of a policy that it reads, if that is known.
         """
         lengths = getattr(stage.config, "lengths", None)
         contexts = [self._context(policy) for policy in stage.policies_read]
@@ -212,7 +213,7 @@ class Experiment:
                 raise ConfigError(f"stages.{stage.name}: {error}") from None
 
     def _context(self, policy: str) -> int | None:
-        """Of 'new', a stage before or a folder."""
+        """The context length of a policy: 'new', an earlier stage or a folder. None if it is unknown."""
         while policy in self.stages and (before := self.stages[policy].policy) is not None:
             policy = before
         cls: Any
@@ -237,12 +238,12 @@ class Experiment:
             yield from self._members(scorer)
 
     def _members(self, chosen: Chosen) -> Iterator[Chosen]:
-        """The reward models that it combines, and their members."""
+        """The reward models that a component combines, and their members."""
         for member in chosen.component.inputs(chosen.config).members:
             yield from self._scorers(member)
 
     def _stage(self, name: str, group: ConfigGroup, scope: Scope, number: int) -> Stage | None:
-        """None for a stage that is left out."""
+        """The checked stage; None if it is left out."""
         stage, where = parse(StageConfig, group, f"stages.{name}"), f"stages.{name}"
         if sum(each is not None for each in (stage.algorithm, stage.evaluation, stage.collection, stage.attack)) != 1:
             raise ConfigError(f"{where} needs one of algorithm, evaluation, collection and attack.")
@@ -340,7 +341,7 @@ class Experiment:
         return Stage(name, "evaluate", None, config, evaluation, None, **common, follows=follows, attacked=attacked)
 
     def _before(self, name: str) -> str | None:
-        """The stage that ``last.STAGE`` means in a stage of rounds."""
+        """For a stage in rounds, the stage that ``last.STAGE`` means there: the same one in the previous round."""
         if (stage := self.stages.get(name)) is None:
             return None
         (before,) = stage.scope.all(f"last.{name.removesuffix(f'_{stage.round}')}") or (None,)
@@ -386,7 +387,7 @@ class Experiment:
         return Stage(name, "attack", None, config, group, None, **own, policies=policies)
 
     def _with_members(self, kind: str, group: ConfigGroup, common: Mapping[str, Any]) -> dict[str, Any]:
-        """``common`` with a component and the reward models that it combines."""
+        """``common``, with a component and the reward models that it combines added."""
         chosen = self._chosen(kind, group)
         return {**common, kind: chosen, "scorers": (*common["scorers"], *self._members(chosen))}
 
@@ -396,12 +397,12 @@ def _group(chosen: Chosen | None) -> ConfigGroup | None:
 
 
 def _meant(names: Sequence[str], scope: Scope) -> tuple[str, ...]:
-    """The different stages that the names mean, in their order."""
+    """The distinct stages that the names mean, in order."""
     return tuple(dict.fromkeys(stage for name in names for stage in scope.all(name)))
 
 
 def _empty(group: Mapping[str, Any]) -> Iterator[str]:
-    """The keys whose value is, or contains, an empty text."""
+    """The keys whose value is, or contains, an empty string."""
     for key, value in group.items():
         if isinstance(value, Mapping):
             yield from (f"{key}.{inner}" for inner in _empty(value))
@@ -410,7 +411,7 @@ def _empty(group: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _in_order(stages: Mapping[str, ConfigGroup]) -> Iterator[tuple[str, ConfigGroup, Scope, int]]:
-    """(name, group, scope, round) of each stage, those that repeat in every round."""
+    """(name, group, scope, round) of each stage; repeating stages appear once per round."""
     scope = Scope()
     for name, group in stages.items():
         if "repeat" not in group:
@@ -431,16 +432,16 @@ def _sources(names: Sequence[str], shares: Sequence[float] | None, scope: Scope)
 
 
 def is_hub_id(source: str) -> bool:
-    """owner/name. If ``owner`` is a local folder, it is a path that does not exist instead."""
+    """True for owner/name. False if ``owner`` is a local folder: ``source`` is then taken for a path that does not exist."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(source).parent.is_dir()
 
 
 def run_name(config: Mapping[str, Any]) -> str:
-    """The given name, or one made from the keys that differ between runs: the same configuration gets the same name, and so
+    """The given name, or one made from the keys that differ between runs. The same configuration gets the same name, and so
     resumes.
 
     Raises:
-      ConfigError: the name is no folder's, or holds a secret, such as the value of an environment variable.
+      ConfigError: the name cannot name a folder, or holds a secret, such as the value of an environment variable.
     """
     digest = identity.digest(without_secrets(decisive(config)))[:6]
     label = f"{config['experiment_name']}-{in_a_name(config['backend']['name'])}-seed{config['seed']}-{digest}"
@@ -473,7 +474,7 @@ def finished(config: Mapping[str, Any]) -> Path | None:
 
 
 def _up_to_date(content: ConfigGroup, fingerprint: str | None) -> bool:
-    """Whether the code, data and folders of a stage are unchanged."""
+    """True if the code, data and folders of a stage are unchanged."""
     return (
         content["code"] == identity.code_digests(content["code"])
         and content["data"]["fingerprint"] == fingerprint
@@ -482,7 +483,7 @@ def _up_to_date(content: ConfigGroup, fingerprint: str | None) -> bool:
 
 
 def _merge(group: ConfigGroup, changes: ConfigGroup, where: str) -> ConfigGroup:
-    """``group`` with ``changes`` merged in; a change of an unknown key is an error."""
+    """``group`` with ``changes`` merged in. Raises ConfigError if a change has an unknown key."""
     if unknown := [k for k in changes if k not in group]:
         raise ConfigError(f"Unknown key {where}.{unknown[0]}.{did_you_mean(str(unknown[0]), group)} Known: {listing(group)}.")
     return {

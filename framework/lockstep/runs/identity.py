@@ -1,7 +1,7 @@
 """Stage identities: hashes of content, code and folders, and the differences between two of them.
 
-Equal hashes mean equal results, so a stored stage can be reused. Of the core's code, only what decides a result counts: the
-folders in `NOT_RESULTS` show results, check them, start them or predict what they cost.
+Equal hashes mean equal results, so a stored stage can be reused. Of the core's code, only what decides a result counts. The
+folders in `NOT_RESULTS` don't count: they only show, check or start results, or predict their cost.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def decisive_backend(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_server(engine: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """An engine's group without what says where it is: at another address it draws the same."""
+    """An engine's group without ``server``, which says where it is: at another address it draws the same."""
     return None if engine is None else {key: value for key, value in engine.items() if key != "server"}
 
 
 def code_digests(modules: Iterable[str]) -> dict[str, str]:
-    """{package: SHA-256 of its source} of the core and of the top-level packages of these modules. Nothing is imported.
+    """{package: SHA-256 of its source} for the core and the top-level packages of these modules. Nothing is imported.
 
     Raises:
-      ConfigError: the source of a package is no longer what this process has imported.
+      ConfigError: the source of a package has changed since this process imported it.
     """
     digests = {}
     for package in sorted({CORE} | {module.partition(".")[0] for module in modules}):
@@ -62,11 +62,11 @@ def code_digests(modules: Iterable[str]) -> dict[str, str]:
 
 
 _imported: dict[str, str] = {}
-"""Of packages that this process has imported: the digest when it was first asked for."""
+"""{package: its digest when first computed}, for packages that this process has imported."""
 
 
 def _found(package: str) -> ModuleSpec | None:
-    """Where a package is; None for Python's own. One that is not installed may be in the current folder."""
+    """The spec of a package; None for Python's own. A package that is not installed may be in the current folder."""
     if package in sys.stdlib_module_names:
         return None
     if (spec := importlib.util.find_spec(package)) is None:
@@ -86,8 +86,8 @@ def _source_digest(package: str, roots: Iterable[Path]) -> str:
 
 
 def folder_digest(path: str) -> str:
-    """SHA-256 of the names and contents of a folder's files, or of one file. Read again if a file is another, by its size, time
-    or place on the disk."""
+    """SHA-256 of the names and contents of a folder's files, or of one file. Cached until a file's size, times or inode
+    change."""
     files = sorted(p for p in [Path(path), *Path(path).rglob("*")] if p.is_file())
     stats = [file.stat() for file in files]
     return _content_digest(path, tuple(files), tuple((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in stats))
@@ -102,7 +102,7 @@ def _content_digest(path: str, files: tuple[Path, ...], stats: tuple[tuple[int, 
 
 
 def what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How a stage differs from a stored one. Changed inputs are mentioned only if nothing else differs."""
+    """The differences between a stored stage and the present one. Changed inputs are listed only if nothing else differs."""
     changes = without_copies(differences(before, now))
     return [
         f"the code of {change.partition(':')[0].removeprefix('code.')}" if change.startswith("code.") else change
@@ -112,7 +112,7 @@ def what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 
 def without_copies(changes: list[str]) -> list[str]:
-    """Drop the changes of a stage's group that repeat those of the group it was copied from."""
+    """Drop changes of a stage's group that repeat changes of the group it was copied from."""
     leaf = lambda change: change.partition(": ")[0].rpartition(".")[2] + change.partition(": ")[2]  # noqa: E731
     own = {leaf(change) for change in changes if not change.startswith("stages.")}
     return [change for change in changes if not change.startswith("stages.") or leaf(change) not in own]

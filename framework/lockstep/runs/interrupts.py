@@ -1,5 +1,5 @@
-"""Ctrl-C, SIGTERM and a terminal that hangs up as requests: work in progress ends where it can. An exception in the middle of an
-update would leave half of it, and one in the middle of a compilation has crashed XLA when the process exited."""
+"""Treats Ctrl-C, SIGTERM and a terminal that hangs up as requests: work in progress ends where it can. An exception in the
+middle of an update would leave it half done; one in the middle of a compilation has crashed XLA at exit."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lockstep.reporting.console import nobody_reads
 log = logging.getLogger("lockstep")
 
 ENDS = (signal.SIGTERM, signal.SIGHUP)
-"""From a cluster, a supervisor or a terminal that is closed."""
+"""The signals sent by a cluster, a supervisor or a closing terminal."""
 Handler = Callable[[int, FrameType | None], None]
 
 
 class GracefulStop:
-    """The first of ``signals`` sets ``asked`` and logs ``message``, if there is one. A second Ctrl-C raises KeyboardInterrupt; a
-    second SIGTERM asks for the same again, as when a cluster sends it to a sweep and to its jobs.
+    """The first of ``signals`` sets ``asked`` and logs ``message``, if there is one. A second Ctrl-C raises KeyboardInterrupt. A
+    second SIGTERM changes nothing: a cluster may send one to a sweep and another to its jobs.
     Signals reach the main thread only; in other threads nothing changes."""
 
     def __init__(
@@ -50,8 +50,8 @@ class GracefulStop:
 
 @contextlib.contextmanager
 def terminable(first: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Inside, SIGTERM calls ``first`` and raises KeyboardInterrupt, so that it ends like Ctrl-C and is recorded; further ones are
-    ignored. Without this, Python would die at once."""
+    """Inside, SIGTERM and SIGHUP call ``first`` and raise KeyboardInterrupt, so that the run ends as on Ctrl-C and is recorded.
+    Further ones are ignored. Without this, Python would die at once."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
         for each in ENDS:
@@ -65,7 +65,7 @@ def terminable(first: Callable[[], None] = lambda: None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def handled(handler: Handler, signals: Sequence[signal.Signals]) -> Iterator[None]:
-    """Inside, ``handler`` gets these signals, save a hang-up that `nohup` ignores."""
+    """Inside, ``handler`` gets these signals, except a SIGHUP that is already ignored, as under `nohup`."""
     in_terminal = sys.stdout.isatty()
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Rounds: stages that repeat, each round from what the last one made.
+"""Rounds: stages that repeat, each round starting from the results of the previous one.
 
     stages:
       sft: ...
@@ -10,8 +10,8 @@
           reward: {algorithm: "${reward}", policy: sft, comparisons: [data, all.labels]}
           ppo: {algorithm: "${algorithm}", policy: sft, reward_model: "${reward_model}"}
 
-makes the stages labels_1, reward_1, ppo_1, labels_2, ... Inside a round, and in stages after the last, other stages are named by
-`Scope`.
+makes the stages labels_1, reward_1, ppo_1, labels_2, ... `Scope` defines how stages inside a round, and stages after the last
+round, name other stages.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from lockstep.errors import ConfigError, did_you_mean, listing, short
 from lockstep.storage.names import checked_name
 
 SEEDS_APART = 1_000_000
-"""Between the seeds of two rounds of a stage."""
+"""The difference between a stage's seeds in consecutive rounds."""
 
 
 @dataclass(frozen=True)
 class RoundsConfig:
     """A group of stages that repeats."""
 
-    repeat: int = setting(REQUIRED, "Rounds.", least=1, most=1000)
-    stages: Mapping[str, ConfigGroup] = setting(REQUIRED, "By name, in the order they run in each round.")
+    repeat: int = setting(REQUIRED, "Number of rounds.", least=1, most=1000)
+    stages: Mapping[str, ConfigGroup] = setting(REQUIRED, "Stages by name, in the order they run in each round.")
     first: Mapping[str, str] = setting({}, "What `last.STAGE` means in the first round.")
 
 
 @dataclass(frozen=True)
 class Scope:
-    """The stages that a name means where it is used:
+    """The stages that a name refers to, depending on where it is used:
 
     | name | stage |
     |---|---|
     | ppo | this round's |
-    | last.ppo | the last round's; in the first, what ``first`` says |
+    | last.ppo | the previous round's; in the first round, what ``first`` says |
     | all.ppo | those of all rounds so far |
 
-    After the rounds, the first two both mean those of the final round. Any other name means itself.
+    After the rounds, the first two both mean the final round's. Any other name means itself.
     """
 
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -59,7 +59,8 @@ class Scope:
         return tuple(self.names.get(name, (name,)))
 
     def one(self, name: str, where: str) -> str:
-        """
+        """The only stage that the name means.
+
         Raises:
           ConfigError: the name means several stages, or none.
         """
@@ -78,8 +79,8 @@ class Scope:
 
 
 def in_rounds(name: str, group: ConfigGroup) -> Iterator[tuple[str, ConfigGroup, Scope, int]]:
-    """(name, group, scope, round) of each stage of a group that repeats, in order; then a last one, with an empty group, whose
-    scope is that of the stages after it.
+    """(name, group, scope, round) of each stage of a repeating group, in order. A final entry, with an empty name and group, has
+    the scope of the stages after it.
 
     Raises:
       ConfigError: the group is wrong.
@@ -101,7 +102,7 @@ def in_rounds(name: str, group: ConfigGroup) -> Iterator[tuple[str, ConfigGroup,
 
 
 def _scope(rounds: RoundsConfig, number: int, position: int, after: bool = False) -> Scope:
-    """Of the stage at ``position`` of a round: what comes before it in this round is this round's."""
+    """The scope of the stage at ``position`` of a round. A stage before it in the round is already made in this round."""
     names: dict[str, list[str]] = {}
     for i, stage in enumerate(rounds.stages):
         made = number if i < position else number - 1

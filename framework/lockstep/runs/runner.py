@@ -103,7 +103,7 @@ class Runner:
         self.folder.write()
 
     def _tell_what_starts_anew(self) -> None:
-        """Warn of stages that this run had started and that now get another folder, because something changed."""
+        """Warn about stages that this run had started and that now start over in another folder, because something changed."""
         file = self.folder.path / "stages.json"
         before: dict[str, ConfigGroup] = read_record(file, STAGES) if file.exists() else {}
         stages: dict[str, list[str]] = {}
@@ -158,9 +158,9 @@ class Runner:
         self.console.stage_done(stage.name, result)
 
     def _is_done(self, stage: Stage, folder: StageFolder, facts: ConfigGroup) -> bool:
-        """Whether the stage need not run; if it has to, that is on record now."""
+        """Return True if the stage is complete; otherwise record it as running."""
         if folder.intact if stage.name in self._read() else folder.done:
-            folder.remove_checkpoints()  # left over if a kill came just before
+            folder.remove_checkpoints()  # left over if the process was killed just before this
             return True
         if (folder.path / "done.json").exists():
             log.warning("%s starts over: it was done, but files of %s are missing or changed", stage.name, folder.output)
@@ -171,7 +171,7 @@ class Runner:
         return False
 
     def _read(self) -> set[str]:
-        """The stages whose output is still to be read by others."""
+        """The stages whose output is an input of an unfinished stage."""
         to_do = [stage for name, stage in self.experiment.stages.items() if not self.experiment.folders[name].done]
         return {source for stage in to_do for source, _ in stage.inputs}
 
@@ -191,7 +191,7 @@ class Runner:
             log.info("%s resumes at step %d of %d", stage.name, first, algorithm.total_steps)
             if changes := differences(state["machine"], self._machine()):
                 log.warning("no longer bit for bit from here on, because this changed: %s", "; ".join(changes))
-        # Truncated to the checkpoint before the tracker starts, because the tracker reads there what it missed.
+        # The records are truncated to the checkpoint before the tracker starts, because it reads from them what it missed.
         given = folder.path, state.get("positions"), state.get("seconds", 0.0)
         records = Records(*given) if self.processes.leads else NoRecords()
         with self._tracked(stage, folder, resume=bool(state)) as tracker:
@@ -210,11 +210,11 @@ class Runner:
         self, name: str, algorithm: Algorithm, folder: StageFolder, tracker: Tracker, records: Records, first: int,
         metrics: dict[str, float], engine: Served | None = None,
     ) -> dict[str, float]:  # fmt: skip
-        """The loop, from step ``first`` on; ``metrics`` are those of the previous step. Step n depends only on what the
-        checkpoint holds and on (seed, n).
+        """The loop, from step ``first`` on; ``metrics`` are those of the previous step. Step n depends only on the contents of
+        the checkpoint and on (seed, n).
 
         Raises:
-          Diverged: a loss, a gradient or a parameter is not finite. What was saved before stays, and nothing is saved after.
+          Diverged: a loss, a gradient or a parameter is not finite. Earlier checkpoints stay; no further one is saved.
         """
         config, health, saved = self.experiment.config, Health(), first
         health.replay(records.rows("metrics", METRICS))
@@ -301,10 +301,11 @@ class Runner:
         return {"steps": 0, "data": data, "metrics": {}, "evaluation": result}
 
     def _collect(self, stage: Stage, folder: StageFolder) -> ConfigGroup:
-        """Candidates are kept in the stage's folder, so that people can take their time; then their labels make comparisons.
+        """Collect candidates, and turn their labels into comparisons. The candidates are kept in the stage's folder, so that
+        people can take their time.
 
         Raises:
-          Waiting: people have still to label.
+          Waiting: people have not finished labelling.
         """
         config: CollectionConfig = stage.config
         assembly, experiment = self.assembly, self.experiment
@@ -363,7 +364,7 @@ class Runner:
         return {"steps": 0, "data": data, "metrics": team.measures}
 
     def _write(self, folder: StageFolder, files: Mapping[str, str]) -> None:
-        """The stage's output."""
+        """Write the stage's output."""
         with folder.write_output(self.processes) as output:
             for name, text in files.items() if self.processes.leads else ():
                 write_text(output / name, text)
@@ -401,7 +402,7 @@ class Tracked:
 
 
 def known_once(stage: Stage, missing: Sequence[str], data: DataSource) -> str:
-    """In place of the arithmetic of a stage that reads what others have still to collect.
+    """A text in place of the arithmetic of a stage whose data come from stages that are not done.
 
     Raises:
       LockstepError: a component does not work here, or the data lack a split.

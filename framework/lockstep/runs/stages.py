@@ -1,4 +1,4 @@
-"""One stage of an experiment: what its configuration says, and what it reads once every name in it is resolved."""
+"""One stage of an experiment: its configuration, and its inputs once every name is resolved."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lockstep.runs.evaluation import EvaluationConfig
 from lockstep.runs.rounds import Scope
 
 NEW = "new"
-"""In place of a policy: the configured one, untrained."""
+"""Named in place of a policy: the configured policy, untrained."""
 
 MIXED = ("prompts", "comparisons", "demonstrations")
-"""Nouns of which a stage may train on others than the data's."""
+"""The kinds of data for which a stage may name sources other than the data's own."""
 
 
 @dataclass(frozen=True)
@@ -28,33 +28,33 @@ class StageConfig:
 
     algorithm: ConfigGroup | None = setting(None, "The group of the algorithm that trains.")
     policy: str | None = setting(None, "The policy to start from: 'new' for the configured one, or an earlier stage.")
-    reward_model: ConfigGroup | None = setting(None, "The group that scores, if the algorithm or evaluation needs one.")
-    environment: ConfigGroup | None = setting(None, "The group of what policies converse with, in training and in evaluation.")
+    reward_model: ConfigGroup | None = setting(None, "The group of the reward model, if the stage needs one.")
+    environment: ConfigGroup | None = setting(None, "The group of the environment, for training and evaluation.")
     changes: ConfigGroup | None = setting(None, "Keys of the algorithm that differ in this stage.")
     evaluation: ConfigGroup | None = setting(None, "The group of the evaluation.")
     collection: ConfigGroup | None = setting(None, "The group of the collection.")
-    labeler: ConfigGroup | None = setting(None, "The group of who labels what is collected.")
+    labeler: ConfigGroup | None = setting(None, "The group of the labeler of a collection.")
     attack: ConfigGroup | None = setting(None, "The group of the attacks.")
-    attacker: ConfigGroup | None = setting(None, "The group of who writes them; reward_model is their judge.")
+    attacker: ConfigGroup | None = setting(None, "The group of the attacker; reward_model judges the attacks.")
     policies: tuple[str, ...] | None = setting(
-        None, "Of a collection: the stages, folders or 'new' whose policies respond, in turn. Of attacks: those attacked."
+        None, "In a collection: the stages, folders or 'new' whose policies respond in turn. In attacks: those attacked."
     )
     prompts: tuple[str, ...] | None = setting(
         None,
-        "Whose prompts are answered in place of the data's: stages that attack, folders, 'data', and 'goals', for attackers.",
+        "Sources of prompts in place of the data's: stages that attack, folders, 'data' and, for attackers, 'goals'.",
     )
     comparisons: tuple[str, ...] | None = setting(
-        None, "What to train on in place of the data's: stages that collect, folders, and 'data' for the data's own."
+        None, "Sources of comparisons in place of the data's: stages that collect, folders, and 'data' for the data's own."
     )
     demonstrations: tuple[str, ...] | None = setting(None, "The same for demonstrations.")
-    shares: tuple[float, ...] | None = setting(None, "Of an epoch, one per source; null: each row appears once.", above=0)
-    only_if: str | None = setting(None, "A key that the algorithm must have; without it the stage is left out.")
+    shares: tuple[float, ...] | None = setting(None, "Share of an epoch, per source; null: each row appears once.", above=0)
+    only_if: str | None = setting(None, "A key that the algorithm must have; otherwise the stage is left out.")
     seed_offset: int = setting(0, "Added to the run's seed, for stages that differ in nothing else.", least=-math.inf)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A component that a stage uses, with its configuration, which was parsed from ``group``."""
+    """A component that a stage uses, and its configuration, parsed from ``group``."""
 
     component: type[Any]
     config: Any
@@ -65,14 +65,15 @@ class Chosen:
 class Stage:
     """One checked stage.
 
-    component, config: the algorithm and its ``Config``; None and an `EvaluationConfig` for an evaluation.
-    group: what ``config`` was parsed from.
-    scorers: its reward model, then that one's members; then those of its labeler or the judges of an evaluation.
-    engine: what draws its responses.
-    scope: what the names of other stages mean in it, and ``round`` which round it is part of, from 1.
-    mixes: {noun: {source: its share, or None}}, if it trains on something else than the data's.
-    policies: of a collection or of attacks; ``follows`` is, for an evaluation, {policy: the one of the round before}.
-    attacked: of an evaluation, the stages whose attacks are its splits.
+    component, config: the algorithm and its ``Config``. If the stage does not train: None, and the configuration of its kind,
+      such as `EvaluationConfig`.
+    group: the configuration group from which, or from a part of which, ``config`` was parsed.
+    scorers: its reward model, with its members; then the members of its labeler or attacker, or an evaluation's judges.
+    engine: the engine that draws its responses; None: the policy does.
+    scope: resolves the names of other stages in it. ``round`` is the number of its round, from 1.
+    mixes: {noun: {source: its share, or None}}, if it names sources other than the data's own.
+    policies: of a collection or of attacks. ``follows`` is, for an evaluation, {policy: the one of the previous round}.
+    attacked: for an evaluation, the stages whose attacks are its splits.
     """
 
     name: str
@@ -101,14 +102,14 @@ class Stage:
 
     @property
     def provides(self) -> tuple[str, ...]:
-        """The kinds of input that its output serves as."""
+        """The kinds of input that its output can be."""
         return ("prompts", "demonstrations") if self.kind == "attack" else (self.produces,)
 
     def arithmetic(self, data: DataSource) -> str:
         """What one step consumes and how many steps there are, in one line.
 
         Raises:
-          LockstepError: the data lack what it needs, or a component does not work here; found before any model is loaded.
+          LockstepError: the data lack what it needs, or a component does not work here. Raised before any model is loaded.
         """
         self.check()
         if self.component:
@@ -116,7 +117,8 @@ class Stage:
         return self.config.arithmetic(data)
 
     def check(self) -> None:
-        """
+        """Check all components but the algorithm.
+
         Raises:
           LockstepError: a component does not work here.
         """
@@ -124,7 +126,8 @@ class Stage:
             each.component.check(each.config)
 
     def rehearse(self, data: DataSource) -> None:
-        """
+        """Try the reward models on the data, without loading models.
+
         Raises:
           LockstepError: a reward model would fail on the data.
         """
@@ -132,12 +135,12 @@ class Stage:
             scorer.component.rehearse(scorer.config, data)
 
     def scorer(self, group: Mapping[str, Any]) -> Chosen:
-        """One of ``scorers``, by its group."""
+        """The one of ``scorers`` with this group."""
         return next(each for each in self.scorers if each.group == group)
 
     @property
     def modules(self) -> list[str]:
-        """Modules whose code decides its result: of its classes, their base classes, and functions named module:function."""
+        """The modules whose code decides its result: those of its classes, their bases, and functions named module:function."""
         classes = [base for each in self._components for base in each.component.__mro__]
         values = [value for each in self._surrounding for value in each.group.values()]
         named = [v.partition(":")[0] for v in values if isinstance(v, str) and re.fullmatch(r"[\w.]+:\w+", v)]
@@ -150,12 +153,12 @@ class Stage:
 
     @property
     def reads_new(self) -> bool:
-        """Does it use the configured policy as that starts?"""
+        """True if it uses the configured policy, untrained."""
         return (NEW, "policy") in self._sources
 
     @property
     def policies_read(self) -> list[str]:
-        """Those that it trains, evaluates, asks or attacks."""
+        """The policies that it trains, evaluates, samples or attacks."""
         evaluated = [*(self.config.policies or ()), self.config.baseline] if isinstance(self.config, EvaluationConfig) else []
         return [policy for policy in (self.policy, *self.policies, *evaluated) if policy is not None]
 
@@ -167,7 +170,7 @@ class Stage:
 
     @property
     def declared(self) -> list[tuple[str, str]]:
-        """Those of ``inputs`` that its components open themselves."""
+        """The ``inputs`` that its components open themselves."""
         where = f"stages.{self.name}"
         named = [source for each in self._components for source in each.component.inputs(each.config).outputs.items()]
         return [
@@ -186,9 +189,9 @@ class Stage:
 
     @property
     def _surrounding(self) -> list[Chosen]:
-        """All but its algorithm."""
+        """All components but the algorithm."""
         return [*self.scorers, *filter(None, (self.environment, self.engine, self.labeler, self.attacker))]
 
 
 PRODUCES = {"evaluate": "evaluation", "collect": "comparisons", "attack": "attacks"}
-"""What a stage without an algorithm makes, by its kind."""
+"""{kind: what a stage produces}, for stages without an algorithm."""

@@ -12,7 +12,7 @@ to them.
         output/                  the result: a Hugging Face folder with its tokenizer, or an evaluation
         done.json                written last: the stage is complete; lists the files of its output with their checksums
 
-Two runs with the same stage share it: whichever comes first trains it, under a lock that the operating system releases when its
+Two runs with the same stage share it: the first to come trains it, under a lock that the operating system releases when its
 owner dies, however it dies. Likewise, a process that starts a run already in progress waits for it.
 
 Whenever a process dies, each of these files and folders is either complete or absent: it is written as ``.<name>.part``,
@@ -59,7 +59,7 @@ from lockstep.storage.records import CHECKPOINT, DONE, RUN, Shape, read_configur
 log = logging.getLogger("lockstep")
 KEPT = 2
 REMOVALS = 100
-"""Times that a folder may be removed while a process waits for its lock."""
+"""How many times a folder may be removed while a process waits for its lock."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class StageFolder:
 
     @property
     def done(self) -> bool:
-        """The stage is complete, and every file of its output still has its size."""
+        """True if the stage is complete and every file of its output still has its size."""
         try:
             result = self.result()
         except CheckpointError:
@@ -86,8 +86,8 @@ class StageFolder:
 
     @property
     def intact(self) -> bool:
-        """`done`, and every file of its output still has its checksum. Reads them all, so this is for an output that is about
-        to be read anyway."""
+        """True if the stage is `done` and every file of its output still has its checksum. This reads all the files, so use it
+        for an output that is about to be read anyway."""
         if not self.done:
             return False
         files = self._output_files()
@@ -95,7 +95,7 @@ class StageFolder:
 
     @contextlib.contextmanager
     def write_output(self, processes: Processes = ALONE) -> Iterator[Path]:
-        """Yields a folder for the result, which all processes may write to. It becomes ``output`` once everything in it is on
+        """Yield a folder for the result, to which all processes may write. It becomes ``output`` once all its contents are on
         disk."""
         temporary = self.path / ".output.part"
         try:
@@ -135,14 +135,14 @@ class StageFolder:
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any], processes: Processes = ALONE) -> None:
-        """Save a checkpoint that resumes at ``step``: ``write`` puts files into a folder, on each process; ``state`` is JSON. It
-        gets its name only once it is complete; then all but the newest two are removed."""
+        """Save a checkpoint that resumes at ``step``. On each process, ``write`` puts files into a folder; ``state`` is JSON. The
+        checkpoint gets its name only once it is complete; then all but the newest two are removed."""
         final = self.path / "checkpoints" / f"{step:08d}"
         temporary = final.with_name(f".{final.name}.part")
 
         def begin() -> None:
             _emptied(temporary)
-            sync(self.path)  # the names of metrics.jsonl and of the folder of checkpoints itself
+            sync(self.path)  # so that the names of metrics.jsonl and of the folder of checkpoints are on disk
 
         def written() -> list[str]:
             write_json(temporary / "state.json", {"step": step, "state": state})
@@ -167,8 +167,8 @@ class StageFolder:
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def restore(self, read: Callable[[Path], None], processes: Processes = ALONE) -> tuple[int, dict[str, Any]] | None:
-        """The step and state of the newest intact checkpoint, after ``read`` took its files in, on each process; None if there
-        is none."""
+        """Restore the newest intact checkpoint: ``read`` loads its files, on each process. Return its step and state, or None if
+        there is none."""
         found = processes.share(self._newest)
         if found is None:
             return None
@@ -177,8 +177,8 @@ class StageFolder:
         return step, state
 
     def _newest(self) -> tuple[str, int, dict[str, Any]] | None:
-        """The name, step and state of the newest intact checkpoint. A damaged one is logged, set aside as ``<step>.damaged``,
-        and the one before it used."""
+        """The name, step and state of the newest intact checkpoint. A damaged checkpoint is logged and set aside as
+        ``<step>.damaged``, and the one before it is tried."""
         found = self._checkpoints()
         for folder in reversed(found):
             try:
@@ -211,7 +211,7 @@ def _emptied(folder: Path) -> None:
 
 @contextlib.contextmanager
 def held(lock: Callable[[], contextlib.AbstractContextManager[None]], processes: Processes) -> Iterator[None]:
-    """Inside, process 0 holds the lock for all."""
+    """Inside, process 0 holds the lock for all processes."""
     with contextlib.ExitStack() as stack:
         processes.share(lambda: stack.enter_context(lock()))
         yield
@@ -233,7 +233,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> IO[str] | None:
-    """The open lock file, locked; None if the folder was removed meanwhile, as by `lockstep cache prune`."""
+    """The open lock file, locked; None if the folder was removed meanwhile, for example by `lockstep cache prune`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "lock", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
@@ -275,9 +275,10 @@ def hold_if_free(folder: Path) -> Iterator[str | None]:
 
 
 def check_output(folder: Path) -> None:
-    """
+    """Check that a stage's output is unchanged; any other folder passes.
+
     Raises:
-      CheckpointError: the folder is the output of a complete stage, and its files changed since.
+      CheckpointError: the folder is the output of a complete stage, and its files have changed since.
     """
     stage = StageFolder(folder.parent)
     if folder == stage.output and (stage.path / "done.json").exists() and not stage.intact:
@@ -298,7 +299,7 @@ def _verify(folder: Path) -> None:
 
 
 def _whole_lines(file: Path, end: int) -> int:
-    """How many of the first ``end`` bytes of a file are whole lines."""
+    """The number of bytes that the whole lines among a file's first ``end`` bytes take."""
     with open(file, "rb") as content:
         content.seek(max(end - 1, 0))
         if end == 0 or content.read(1) == b"\n":
@@ -309,7 +310,7 @@ def _whole_lines(file: Path, end: int) -> int:
 
 class Records:
     """``metrics.jsonl``, ``samples.jsonl`` and ``health.jsonl`` of a stage. On resume, lines written after the checkpoint are cut
-    off, so that each step appears once. ``seconds`` were spent on the steps before it."""
+    off, so that each step appears once. ``seconds`` is the time spent before the checkpoint."""
 
     def __init__(self, folder: Path, positions: Mapping[str, int] | None = None, seconds: float = 0.0):
         folder.mkdir(parents=True, exist_ok=True)
@@ -337,11 +338,11 @@ class Records:
         self._write("health", {"step": step, **row})
 
     def rows(self, name: str, shape: Shape) -> Iterator[dict[str, Any]]:
-        """What the file of this name holds."""
+        """The rows of the file of this name."""
         return read_rows(Path(self.files[name].name), shape)
 
     def positions(self) -> dict[str, int]:
-        """Where the files end, for a checkpoint; everything up to there is on disk."""
+        """The ends of the files, for a checkpoint. Everything up to there is on disk."""
         for file in self.files.values():
             os.fsync(file.fileno())
         return {name: file.tell() for name, file in self.files.items()}
@@ -356,7 +357,7 @@ class Records:
 
 
 class NoRecords(Records):
-    """Those of a process that leaves them to another."""
+    """Stands in for `Records` on a process that leaves them to another."""
 
     def __init__(self) -> None:
         self.files, self.started = {}, time.perf_counter()
@@ -369,7 +370,7 @@ class NoRecords(Records):
 
 
 INDECISIVE = ("folder", "name", "objective", "tracker", "checkpoint_every", "samples_every", "choices")
-"""Keys that decide where results go, how often they are written and what a run is called, but not what they are."""
+"""Keys that decide where results go, how often they are written and what a run is called, but not the results."""
 
 
 def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -396,7 +397,7 @@ class RunFolder:
         with hold(self.path):
             remove_leftovers(self.path)
             if (self.path / "run.json").exists():
-                read_record(self.path / "run.json", RUN)  # somebody else's is not overwritten
+                read_record(self.path / "run.json", RUN)  # raises for another program's file, which must not be overwritten
             yield
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -404,7 +405,7 @@ class RunFolder:
 
     def config_changes(self, config: Mapping[str, Any]) -> list[str]:
         """'sft.epochs: 1 -> 2' for each key that decides results and is stored here with another value; empty if no
-        configuration is stored. Two secrets in the same place are equal."""
+        configuration is stored. Two secrets in the same place count as equal."""
         if not self.config_file.exists():
             return []
         before = read_configuration(self.path)
@@ -416,7 +417,7 @@ class RunFolder:
         return self.path / "config.yaml"
 
     def unfinished(self) -> list[str]:
-        """Stages that the run in this folder has started and not finished."""
+        """The stages that the run in this folder has started but not finished."""
         file = self.path / "run.json"
         stages = read_record(file, RUN)["stages"] if file.exists() else {}
         return [name for name, stage in stages.items() if stage["status"] != "done"]

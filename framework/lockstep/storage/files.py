@@ -22,7 +22,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def dump(content: Any) -> str:
-    """JSON, in which NaN and infinity are null."""
+    """``content`` as JSON, in which NaN and infinity are null."""
     return json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -65,7 +65,7 @@ def sync(path: Path) -> None:
 
 
 def move_folder(temporary: Path, final: Path) -> None:
-    """Give a complete folder its name, once all its files are on disk. It replaces whatever had the name."""
+    """Flush a complete folder to the disk, then give it its final name. It replaces whatever had that name."""
     for path in [*sorted(temporary.rglob("*")), temporary]:
         sync(path)
     shutil.rmtree(final, ignore_errors=True)
@@ -85,7 +85,7 @@ def remove_leftovers(folder: Path) -> None:
 def load_json(path: Path) -> Any:
     """
     Raises:
-      OSError, ValueError: it cannot be read, or is not JSON.
+      OSError, ValueError: the file cannot be read, or is not JSON.
     """
     text = path.read_text(encoding="utf-8")
     if not text.strip():

@@ -2,8 +2,8 @@
 are cached in float32; the result is a checkpoint like any other, for every backend. The floats are the dequantised values,
 so training continues from the quantised model.
 
-transformers reads the sizes and some switches of such a file and silently ignores others. Those are compared here, and a
-file that relies on an ignored one is refused.
+transformers reads the sizes and some switches of such a file and silently ignores the other switches. The ignored ones are
+compared here, and a file that relies on one of them is refused.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _check_sizes(file: Path, reader: Any) -> None:
-    """Raises CheckpointError for sizes that its tensors cannot have, before transformers builds modules of such sizes."""
+    """Raise CheckpointError for sizes that the file's tensors cannot have, before transformers builds modules of such sizes."""
     numbers = sum(int(tensor.n_elements) for tensor in reader.tensors)
     limits = {"block_count": len(reader.tensors), "embedding_length": numbers, "feed_forward_length": numbers}
     for name, field in reader.fields.items():
@@ -108,7 +108,7 @@ def _check_sizes(file: Path, reader: Any) -> None:
 
 
 def _check(file: Path, reader: Any, config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where the file and the configuration that transformers made from it disagree."""
+    """Raise CheckpointError if the file and the configuration that transformers made from it disagree."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     family = reader.fields["general.architecture"].contents()

@@ -1,5 +1,5 @@
-"""The Hugging Face hub, which may not be there: asked once, not for every file. Left to themselves, its libraries ask again and
-again, half a minute for each file and minutes for a model."""
+"""The Hugging Face hub, which may not be reachable. It is tried once, not for every file: left to themselves, its libraries
+retry for half a minute per file, and for minutes per model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any
 SECONDS = 5.0
 """How long the hub may take to answer."""
 REMEMBERED = 60.0
-"""Seconds; then it is asked again."""
+"""Seconds until the hub is tried again."""
 
 
 @contextlib.contextmanager
 def hub(source: Path | str) -> Iterator[Callable[[Exception], object]]:
-    """For opening ``source``, a hub id or a local path. If the hub does not answer, its libraries (`huggingface_hub`,
-    `datasets`, transformers) look into their caches only, until the end of the block.
+    """A context for opening ``source``, a hub id or a local path. If the hub does not answer, its libraries (`huggingface_hub`,
+    `datasets`, transformers) use only their caches until the end of the block.
 
-    Yields ``why(error)``, the reason to tell for an error of theirs: theirs, or that nobody answers.
+    Yields ``why(error)``, the reason to report for an error of a library: the error itself, or that the hub does not answer.
     """
     from huggingface_hub import constants
 
@@ -43,12 +43,12 @@ def hub(source: Path | str) -> Iterator[Callable[[Exception], object]]:
 
 @functools.lru_cache(maxsize=1)
 def _answers(minute: int) -> bool:
-    """Any answer will do, also a refusal: what is missing then is not the network."""
+    """True if the hub answers. A refusal counts too: then the problem is not the network."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except Exception:  # of whatever library the session is made with
+    except Exception:  # from whatever library the session uses
         return False
     return True

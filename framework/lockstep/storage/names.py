@@ -1,6 +1,6 @@
 """Names that become folders. A run and a stage are one folder each, and one rule holds for both: letters, digits, spaces and
 ``. _ - + = @``, beginning with a letter, a digit or ``_``, not ending with a dot or a space, and no longer than `LONGEST` bytes.
-Such a name is a folder on every file system, a part of an id at W&B, and no path, pattern or option to a shell.
+Such a name can be a folder on every file system and part of a W&B id, and no shell takes it for a path, pattern or option.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from lockstep.storage.files import expanded
 LONGEST = 100
 SIGNS = " ._-+=@"
 NOT_RUNS = ("stages", "sweeps")
-"""Folders that stand beside the runs."""
+"""Folders beside the runs, so no run may have their names."""
 RULE = f"Use letters, digits, spaces and . _ - + = @, beginning with a letter, a digit or _; at most {LONGEST} bytes."
 
 
 def checked_name(what: str, name: Any, taken: Collection[str] = ()) -> str:
-    """``name`` itself, if a folder may have it.
+    """Return ``name`` if a folder may have it.
 
     Args:
-      what: begins the error: 'The run name'.
+      what: the beginning of the error, such as 'The run name'.
       taken: names that mean something else.
 
     Raises:
-      ConfigError: it breaks the rule above.
+      ConfigError: the name is taken or breaks the rule above.
     """
     if not isinstance(name, str):
         raise ConfigError(f"{what} {told(name)} should be text, not {type(name).__name__}.")

@@ -1,11 +1,11 @@
-"""The records that runs and stages leave, with one check of each for all who read them.
+"""The records that runs and stages leave, with one check of each that all readers share.
 
     runs/<run>/run.json, stages.json      runs/sweeps/<sweep>/sweep.json
     runs/stages/<stage>/stage.json, done.json, metrics.jsonl, samples.jsonl, health.jsonl, checkpoints/<step>/state.json,
                         output/output.json, output/evaluation.json, tasks.json
 
-A record that is empty, cut off or somebody else's is a `CheckpointError`, which names the file, says what is wrong with it and
-what may be removed. Of a JSON-lines file, lines that are not rows are skipped, with one warning.
+A record that is empty, cut off or somebody else's raises `CheckpointError`, which names the file, says what is wrong with it and
+what may be removed. In a JSON-lines file, lines that are not rows are skipped, with one warning.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ log = logging.getLogger("lockstep")
 
 Shape = Any
 """A type; `NUMBER`; `object` for anything; None for null; a pattern for text; [shape] for a list; a tuple for one of several; a
-dictionary for an object, whose keys end in '?' if they may be absent, or are `EACH`, for whatever keys there are."""
+dictionary for an object, where a key that ends in '?' may be absent and `EACH` stands for all other keys."""
 EACH = ...
 NUMBER = float
-"""Finite or not, as long as a float can hold it; no truth value."""
+"""Any number that a float can hold, finite or not, but no boolean."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A kind of record: what it is, its shape, and what to do about a file that is none."""
+    """A kind of record: what it is, its shape, and what to do about a file that does not have it."""
 
     what: str
     shape: Shape
@@ -107,7 +107,7 @@ HEALTH = {"step": int, "name": str, "message": str}
 def read_record(file: Path, record: Record) -> Any:
     """
     Raises:
-      CheckpointError: the file is not such a record.
+      CheckpointError: the file is missing, or is not such a record.
     """
     if not file.exists():
         raise CheckpointError(f"There is no {file}, {record.what}.")
@@ -122,13 +122,13 @@ def read_record(file: Path, record: Record) -> Any:
 
 
 def _check_file(path: Path) -> None:
-    """Raises FileNotFoundError, or OSError for what has no end, such as a pipe."""
+    """Raise FileNotFoundError, or OSError for a file that may have no end, such as a pipe."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("it is no regular file")
 
 
 class _WithoutAliases(yaml.SafeLoader):
-    """Of what Lockstep writes. With aliases, a few lines are a billion values for who walks through them."""
+    """A loader of the YAML that Lockstep writes, which has no aliases: with them, a few lines could be a billion values."""
 
     def fetch_alias(self) -> None:
         raise yaml.YAMLError("it has an alias (*), which Lockstep does not write")
@@ -166,16 +166,16 @@ def outputs(run: Path, kind: str) -> dict[str, Path]:
 
 
 def stage_folders(run: Path, record: Mapping[str, Any]) -> dict[str, Path]:
-    """{stage: its folder} of a run with this `RUN` record. The stages are beside the run or, if it was moved into a folder
-    beside them, above it."""
+    """{stage: its folder} of a run with this `RUN` record. The stages are in the folder that holds the run or, if the run was
+    moved deeper, in a folder above that."""
     above = (folder for folder in run.absolute().parents if (folder / "stages").is_dir())
     root = run.parent if (run.parent / "stages").is_dir() else next(above, run.parent)
     return {name: root / stage["folder"] for name, stage in record["stages"].items()}
 
 
 def read_rows(file: Path, shape: Shape = dict, warn: Callable[[str], None] = log.warning) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file; none if there is no such file. A last line without an end is being written, or was cut off
-    by a crash: it is skipped. Other lines that are no such row are skipped too, and ``warn`` is told."""
+    """The rows of a JSON-lines file; none if there is no such file. An incomplete last line is being written, or was cut off by a
+    crash, and is skipped. Other lines that are not such rows are skipped too, with one call of ``warn``."""
     if not file.is_file():
         if file.exists():
             warn(f"{file} is no regular file")
@@ -197,7 +197,7 @@ def read_rows(file: Path, shape: Shape = dict, warn: Callable[[str], None] = log
 
 
 def mismatch(value: Any, shape: Shape, where: str = "") -> str | None:
-    """'stages.sft.folder is missing': how ``value`` differs from ``shape``; None if it does not."""
+    """How ``value`` differs from ``shape``, such as 'stages.sft.folder is missing'; None if it does not."""
     if isinstance(shape, tuple):
         first = mismatch(value, shape[0], where)
         return None if first is None or any(mismatch(value, each, where) is None for each in shape[1:]) else first
@@ -219,7 +219,7 @@ def _mismatch_of_keys(value: Any, shape: Mapping[Any, Shape], where: str) -> str
         place = f"{where}." if where else ""
         if key is EACH:
             if {type(each) for name, each in value.items() if name not in shape} <= _sufficient(inner):
-                continue  # of a metrics file, most rows
+                continue  # most rows of a metrics file
             names = [name for name in value if name not in shape]
         elif (name := key.removesuffix("?")) in value:
             names = [name]
@@ -234,7 +234,7 @@ def _mismatch_of_keys(value: Any, shape: Mapping[Any, Shape], where: str) -> str
 
 
 def _sufficient(shape: Shape) -> set[type]:
-    """Types whose every value has this shape."""
+    """The types all of whose values have this shape."""
     kinds = shape if isinstance(shape, tuple) else (shape,)
     return {type(None) if kind is None else kind for kind in kinds if kind is None or isinstance(kind, type)}
 
@@ -255,7 +255,7 @@ def _other(value: Any, kind: Any, where: str) -> str:
 
 
 def _named(key: str) -> str:
-    """A key as a part of a place."""
+    """A key as part of a place such as 'stages.sft'."""
     return key if key.isprintable() and len(key) <= 60 else _shown(key)
 
 

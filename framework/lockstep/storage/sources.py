@@ -10,11 +10,11 @@ from lockstep.storage.hub import hub
 
 
 def fetch_folder(path: Path | str) -> Path:
-    """A folder, the folder made from a GGUF file, or a hub repository, downloaded into Hugging Face's cache without pickles,
-    code, folders in it or weights in formats of others.
+    """The local folder of a checkpoint: the folder itself, the folder made from a GGUF file, or a hub repository downloaded into
+    Hugging Face's cache. Pickles, code, subfolders and weights in other formats are not downloaded.
 
     Raises:
-      CheckpointError: it is none of them.
+      CheckpointError: ``path`` is none of these.
     """
     path = gguf.as_folder(path)
     if Path(path).is_dir():
@@ -48,7 +48,7 @@ def fetch_file(path: str | Path, name: str, *, optional: bool = False) -> Path |
                 return Path(huggingface_hub.hf_hub_download(str(path), name))
             except huggingface_hub.errors.LocalEntryNotFoundError as error:
                 known = huggingface_hub.try_to_load_from_cache(str(path), name)
-                if optional and known is huggingface_hub._CACHED_NO_EXIST:  # it was asked for before
+                if optional and known is huggingface_hub._CACHED_NO_EXIST:  # the hub said so before
                     return None
                 raise ConfigError(f"'{path}' is not a local folder, and the hub does not answer: {why(error)}") from error
             except huggingface_hub.errors.EntryNotFoundError:

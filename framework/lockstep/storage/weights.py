@@ -1,9 +1,9 @@
-"""Weights in safetensors files; no pickle anywhere. A folder of weights is Hugging Face's layout: ``config.json`` beside
-``model.safetensors``, in one file or in shards with an index. A trainer's state is stored in the same way.
+"""Weights in safetensors files; no pickle anywhere. A folder of weights has Hugging Face's layout: ``config.json`` beside
+``model.safetensors``, in one file or in shards with an index. A learner's state is stored in the same way.
 
-A file's header says where each tensor lies. It is checked whole before a tensor is read, so a damaged or truncated file is
-an error that names it. What is read may then be a part of a tensor, and what is written one tensor after another, so that no
-process needs memory for all of them.
+A file's header says where each tensor lies. The whole header is checked before a tensor is read, so a damaged or truncated file
+raises an error that names it. Parts of a tensor can be read, and tensors are written one after another, so no process needs
+memory for all of them.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ DTYPES = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "U32": "<u4",
     "F32": "<f4", "F64": "<f8", "I64": "<i8", "U64": "<u8",
 }  # fmt: skip
-"""Of the tensors that are read, in the safetensors library's order: it writes the last kind first. numpy has no bfloat16."""
+"""The dtypes of tensors that can be read, in the safetensors library's order: it writes the last kind first. numpy has no
+bfloat16; its bits are read as uint16."""
 WRITTEN = {np.dtype(kind): name for name, kind in DTYPES.items() if name != "BF16"}
 EXPONENTS = {"F64": ("<u8", 0x7FF << 52), "F32": ("<u4", 0xFF << 23), "F16": ("<u2", 0x1F << 10), "BF16": ("<u2", 0xFF << 7)}
-"""The bits of an exponent, which are all set in NaN and Inf and in no other number."""
+"""The bits of the exponent. They are all set in NaN and Inf and in no other number."""
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
 WEIGHTS, LEARNER = "model.safetensors", "learner.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 SHARD = 5 * 10**9
-"""Bytes of tensors in a file, beyond which they are divided among several."""
+"""Bytes of tensors beyond which a file is split into shards."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises CheckpointError if the disk is full or not writable; whatever was at ``path`` before stays."""
+    """Write a safetensors file. Raises CheckpointError if the disk is full or not writable; what was at ``path`` before stays."""
     kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     replace(path, functools.partial(_write, kinds=kinds, tensors=tensors.items()))
 
 
 def _write(path: Path, kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]], tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Write tensors of these kinds, which come one at a time and in any order: the bytes that the safetensors library writes."""
+    """Write tensors of these kinds, which come one at a time and in any order. The safetensors library writes the same bytes."""
     order, header, end = list(DTYPES), dict[str, Any](__metadata__={"format": "pt"}), 0
     starts = dict[str, int]()
     for name in sorted(kinds, key=lambda name: (-order.index(WRITTEN[kinds[name][0]]), name)):
@@ -70,12 +71,13 @@ def write_weights(
     processes: Processes = ALONE,
     file: str = WEIGHTS,
 ) -> None:
-    """Write float32 tensors of these shapes as ``file`` or, beyond `SHARD` bytes, as its shards and their index. The files are
-    the same for any number of processes, which share the work: each writes other shards. What was written here before goes.
+    """Write float32 tensors of these shapes as ``file`` or, beyond `SHARD` bytes, as shards of it with an index. The files are
+    the same for any number of processes, which share the work: each writes different shards. Files written here before are
+    removed.
 
     Args:
-      gather: gives a tensor by name. Every process calls it with the same names in the same order, and keeps none, so it may
-        ask the others for their parts.
+      gather: returns a tensor by name. Every process calls it with the same names in the same order, so it may ask the other
+        processes for their parts. No process keeps a tensor.
 
     Raises:
       CheckpointError: on all processes, if the disk is full or not writable for one of them.
@@ -94,7 +96,7 @@ def write_weights(
                 replace(folder / files[first + processes.rank], functools.partial(_write, kinds=kinds, tensors=own))
             except CheckpointError as error:
                 trouble = error
-        for _ in tensors:  # that the others write
+        for _ in tensors:  # those that other processes write
             pass
     processes.settle(trouble)
     total = sum(4 * math.prod(shape) for shape in shapes.values())
@@ -112,7 +114,7 @@ def write_weights(
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
-    """The names of each file: in order, and as many as fit."""
+    """The tensor names of each file, in sorted order; as many as fit."""
     shards: list[list[str]] = [[]]
     size = 0
     for name in sorted(shapes):
@@ -125,7 +127,7 @@ def _shards(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
 
 
 def _in_turn(group: Sequence[Sequence[str]], gather: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of several files, one of each and then the next, so that all of them grow at a time."""
+    """The tensors of several files, one of each file in turn, so that all files grow at the same time."""
     for names in itertools.zip_longest(*group):
         for name in names:
             if name is not None:
@@ -194,12 +196,12 @@ def _counts(numbers: Any) -> bool:
 
 
 def stored_weights(folder: Path, file: str = WEIGHTS) -> dict[str, Stored]:
-    """The tensors of a Hugging Face folder, or of what else `write_weights` wrote, from the headers of its files.
+    """The tensors of a Hugging Face folder, or of other files that `write_weights` wrote, from the headers of the files.
 
     Raises:
       CheckpointError: there are no such files, shards are missing, or a file is damaged.
     """
-    if (folder / file).exists():  # as in transformers, it precedes an index
+    if (folder / file).exists():  # as in transformers, it takes precedence over an index
         return stored_tensors(folder / file)
     index = folder / f"{file}.index.json"
     if not index.exists():
@@ -233,17 +235,17 @@ def write_learner(
     steps: int,
     processes: Processes = ALONE,
 ) -> None:
-    """What `stored_learner` reads: tensors as of `write_weights`, and ``learner.json``."""
+    """Write what `stored_learner` reads: the tensors, with `write_weights`, and ``learner.json``."""
     write_weights(folder, shapes, gather, processes, LEARNER)
     if processes.leads:
         write_json(folder / "learner.json", {"steps": steps})
 
 
 def stored_learner(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Stored], int]:
-    """The tensors of a learner's state, of exactly these shapes, and the steps that it had taken.
+    """The tensors of a learner's state, which must have exactly these names and shapes, and the number of steps it had taken.
 
     Raises:
-      CheckpointError: other tensors than these, more or fewer; or as `stored_weights`.
+      CheckpointError: a tensor is missing, unexpected or of another shape; or as `stored_weights`.
     """
     stored = stored_weights(folder, LEARNER)
     found = {name: each.shape for name, each in stored.items()}
@@ -268,13 +270,13 @@ def read_weights(folder: Path, names: Collection[str] | None = None) -> dict[str
 
 
 def read_tensor(stored: Stored) -> np.ndarray:
-    """bfloat16 as float32, everything else unchanged."""
+    """Read one tensor: bfloat16 as float32, everything else unchanged."""
     array = mapped(stored)
     return as_float32(array) if stored.dtype == "BF16" else np.array(array)
 
 
 def mapped(stored: Stored) -> np.ndarray:
-    """A view of it on the disk, which is read where it is used; bfloat16 as its bits, in uint16."""
+    """A memory-mapped view of a tensor, read from the disk only where it is used; bfloat16 as its bits, in uint16."""
     return _bytes(stored).view(DTYPES[stored.dtype]).reshape(stored.shape)
 
 
@@ -286,8 +288,8 @@ def as_float32(part: np.ndarray) -> np.ndarray:
 
 
 class OnDisk(Mapping[str, np.ndarray]):
-    """Weights that are `mapped` when they are asked for, so that none is in memory for longer than it is used. ``more``: those
-    that the files lack."""
+    """Weights that are `mapped` when they are asked for, so that none is in memory for longer than it is used. ``more`` holds
+    the weights that the files lack."""
 
     def __init__(self, stored: Mapping[str, Stored], more: Mapping[str, np.ndarray] | None = None):
         self.stored, self.more = stored, more or {}
@@ -323,7 +325,7 @@ def check_finite(arrays: Iterable[tuple[str, np.ndarray]], what: str) -> None:
 
 
 def check_stored_finite(stored: Mapping[str, Stored], what: str) -> None:
-    """`check_finite` of tensors on the disk, a piece at a time."""
+    """`check_finite` for tensors on the disk, a piece at a time."""
     _refuse_not_finite((name for name, each in stored.items() if not _is_finite(each)), what)
 
 

@@ -1,1 +1,1 @@
-"""Text and tokens: tokenizer, encoding, blocks of sequences, what ends a response."""
+"""Text and tokens: the tokenizer, encoding, blocks of sequences, stop conditions."""

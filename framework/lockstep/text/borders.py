@@ -1,8 +1,8 @@
-"""Whether training reads what the chat template writes, where a prompt ends and where its answer ends.
+"""Check that training reads what the chat template writes where a prompt ends and where its answer ends.
 
-Training reads the prompt as rendered for an answer to come, then the answer, then EOS: each encoded by itself, because generation
-continues from the prompt's tokens. Here a dialogue is also rendered whole, answer included, and the two are compared. White space
-that only one of them has is not reported: templates add and strip it at will.
+Training reads the prompt rendered with the generation prompt, then the answer, then EOS. Each is encoded separately, because
+generation continues from the prompt's tokens. This module also renders a dialogue whole, answer included, and compares the two.
+White space that only one of them has is not reported: templates add and strip it at will.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from lockstep.text.tokenizer import Tokenizer
 
 ANSWER = "Yes."
-"""For prompts, which have none."""
+"""A stand-in for prompts, which have no answer."""
 
 SHORT = 100_000
-"""Characters of a dialogue that may be tokenised four times more."""
+"""Only a dialogue with fewer characters is checked in full: the check tokenises it four more times."""
 
 
 class Borders:
-    """Checks the items of one data set, ``what``: the first that is short, and how every answer begins."""
+    """Checks one data set, called ``what`` in messages: the first short dialogue in full, and how every answer begins."""
 
     def __init__(self, tokenizer: Tokenizer, what: str):
         self.tokenizer, self.what = tokenizer, what
@@ -37,8 +37,8 @@ class Borders:
     def check(self, prompt: Prompt, answers: Sequence[str] = ()) -> None:
         """
         Raises:
-          DataError: an answer begins with what the template has already written, say '<think>'; or the template leaves out the
-            tools of a prompt.
+          DataError: an answer begins with a tag that the template has already written, such as '<think>', or the template
+            leaves out the tools of a prompt.
         """
         if prompt.tools and not self.writes_tools:
             self.writes_tools = True
@@ -69,17 +69,17 @@ _ANOTHER = "set policy.tokenizer.chat_template to a template that does not write
 
 
 def opened(tokenizer: Tokenizer, prompt: Prompt) -> str | None:
-    """The tag that the template opens where the answer begins."""
+    """The tag that the template opens where the answer begins; None if it opens none."""
     try:
         waiting, before = (tokenizer.render(prompt.messages, add_generation_prompt=ready) for ready in (True, False))
     except ConfigError:
-        return None  # a template that only writes dialogues with an answer, or to be answered
+        return None  # a template that only renders answered dialogues, or only those that wait for an answer
     found = re.search(r"(<[^<>/\s]+>)\s*\Z", waiting[len(before) :]) if waiting.startswith(before) else None
     return found and found[1]
 
 
 def findings(tokenizer: Tokenizer, prompt: Prompt, answer: str) -> list[str]:
-    """What differs between the tokens of training and the answered dialogue as the template writes it, and what to set."""
+    """Messages on how the tokens of training differ from the answered dialogue as the template writes it, and what to set."""
     waiting = tokenizer.render(prompt.messages, add_generation_prompt=True)
     try:
         whole = tokenizer.render([*prompt.messages, Message("assistant", answer)], add_generation_prompt=False)
@@ -88,10 +88,10 @@ def findings(tokenizer: Tokenizer, prompt: Prompt, answer: str) -> list[str]:
     same = len(os.path.commonprefix([waiting, whole]))
     begin = whole.find(answer.strip(), same)
     if begin < 0:
-        return []  # it does not write answers, or not as they are
+        return []  # the template does not write answers, or changes them
     end = begin + len(answer.strip())
     found = [_beginning(tokenizer, prompt, waiting[same:], whole[same:begin])]
-    with contextlib.suppress(DataError):  # a word-level tokenizer may know neither the answer nor words that run together
+    with contextlib.suppress(DataError):  # a word-level tokenizer may lack tokens for the answer, or for words run together
         found.append(_end(tokenizer, whole[end:]))
         if waiting[same:].strip() == whole[same:begin].strip() == "":
             found.append(_tokens(tokenizer, waiting, answer, whole[:end]))

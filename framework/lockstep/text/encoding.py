@@ -1,4 +1,4 @@
-"""Nouns to token ids: rendering, length limits, and a report of what was dropped."""
+"""Prompts, demonstrations, comparisons and raw texts to token ids: rendering, length limits, and a report of what was dropped."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ log = logging.getLogger("lockstep")
 
 
 def most_characters(limit: int) -> int:
-    """Text that is longer is cut to this, or counts as too long, before it is tokenised: a tokenizer takes 40 bytes a character.
-    The longest tokens have 128 characters, and mean ones four, so ``limit`` tokens are shorter."""
+    """The most characters to tokenise for ``limit`` tokens. Longer text is cut to this, or counts as too long, because a
+    tokenizer takes 40 bytes a character. The longest tokens have 128 characters, and average ones four, so ``limit`` tokens
+    never have more."""
     return max(1_000_000, 128 * limit)
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Limits in tokens. Columns are padded to a multiple of ``multiple``, up to the limit: every new shape is a compilation
-    on XLA."""
+    """Limits in tokens. Columns are padded to a multiple of ``multiple``, up to the limit, because XLA compiles for every new
+    shape."""
 
-    prompt: int = setting(28, "Tokens. A longer dialogue loses its oldest turns or is dropped. 28: the miniature's.", least=1)
-    response: int = setting(20, "Tokens. 20: the miniature's.", least=1)
-    multiple: int = setting(28, "Columns are padded to a multiple of this many tokens; the largest limit: one shape.", least=1)
+    prompt: int = setting(28, "Tokens. A longer dialogue loses its oldest turns or is dropped. 28 fits the miniature.", least=1)
+    response: int = setting(20, "Tokens. 20 fits the miniature.", least=1)
+    multiple: int = setting(28, "Pad columns to a multiple of this many tokens. The largest limit gives a single shape.", least=1)
 
     def columns(self, longest: int, limit: int) -> int:
         return min(round_up(longest, self.multiple), limit)
@@ -54,9 +55,9 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a prompt and of a response. ``counted`` says which tokens of the response count; None: all.
+    """Token ids of a prompt and of a response. ``counted`` says which response tokens count; None: all.
 
-    If all of the assistant's turns in a dialogue count, the prompt is what comes before the first of them.
+    If all assistant turns of a dialogue count, the prompt is everything before the first of them.
     """
 
     prompt: list[int]
@@ -92,8 +93,8 @@ def report(fit: Fit, lengths: Lengths) -> None:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, limit: int, fit: Fit | None = None) -> list[int] | None:
-    """Ids of the rendered dialogue, ready for the assistant's turn. A dialogue that is too long loses whole turns, the
-    oldest first; None if its last turn alone is too long."""
+    """Ids of the rendered dialogue, ready for the assistant's turn. A dialogue that is too long loses whole turns, oldest
+    first; None if its last turn alone is too long."""
 
     def encode(messages: Sequence[Message]) -> list[list[int]]:
         return [tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True, tools=prompt.tools))]
@@ -105,7 +106,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, limit: int, fit: Fit | N
 def _fitting(
     prompt: Prompt, limit: int, encode: Callable[[Sequence[Message]], list[list[int]]], fit: Fit
 ) -> list[list[int]] | None:
-    """The encoded pieces of the longest suffix of the dialogue that fits; the system message stays."""
+    """The encoded pieces of the longest suffix of the dialogue that fits; None if none fits. The system message stays."""
     messages = list(prompt.messages)
     system = messages[:1] if messages[0].role == "system" else []
     turns = messages[len(system) :]
@@ -120,7 +121,7 @@ def _fitting(
     if turns and (pieces := fitting(0)) is not None:
         return pieces
     starts, longest = [i for i, turn in enumerate(turns) if i and turn.role == "user"], None
-    while starts:  # halved, because a dialogue may have thousands of turns
+    while starts:  # bisection, because a dialogue may have thousands of turns
         middle = len(starts) // 2
         pieces = fitting(starts[middle])
         longest, starts = (longest, starts[middle + 1 :]) if pieces is None else (pieces, starts[:middle])
@@ -130,8 +131,8 @@ def _fitting(
 
 
 def encode_dialogue(tokenizer: Tokenizer, demonstration: Demonstration, lengths: Lengths, fit: Fit) -> Example | None:
-    """A demonstration in which every assistant turn counts, each with its EOS if the template writes one. A dialogue that is
-    too long loses its oldest turns, as a prompt does; None if the last prompt alone is too long.
+    """An example in which every assistant turn counts, each with its EOS if the template writes one. A dialogue that is too
+    long loses its oldest turns, as a prompt does; None if the last prompt alone is too long.
 
     The dialogue is cut where the assistant's turns begin and end, and the pieces are encoded separately. So no token crosses
     a boundary, and each turn follows the ids that generation would start from.
@@ -150,8 +151,8 @@ def encode_dialogue(tokenizer: Tokenizer, demonstration: Demonstration, lengths:
 
 
 def encode_reply(tokenizer: Tokenizer, dialogue: Prompt, reply: Sequence[Message], *, closed: bool) -> list[int]:
-    """Ids of what the chat template writes from the end of the assistant's turn, which is the last message of the dialogue, to
-    where it answers the reply. ``closed``: the turn ended with EOS, which is then not written again.
+    """Ids of what the chat template writes after the dialogue's last message, an assistant's turn, up to where the assistant
+    answers the reply. With ``closed``, that turn already ended with EOS, so EOS is left out here.
 
     Raises:
       ConfigError: the template writes the turn differently once the dialogue continues.
@@ -166,8 +167,8 @@ def encode_reply(tokenizer: Tokenizer, dialogue: Prompt, reply: Sequence[Message
 
 
 def _turns(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[list[int]]:
-    """The rendered dialogue, ready for the assistant's next turn, in an odd number of encoded pieces: others' text and
-    markup, the assistant's turn, others', the assistant's, ..., others'."""
+    """The rendered dialogue, ready for the assistant's next turn, in an odd number of encoded pieces that alternate: others'
+    text and markup, an assistant's turn, ..., others' text and markup."""
     text, start, pieces = tokenizer.render(messages, add_generation_prompt=True, tools=tools), 0, []
     for number, message in enumerate(messages):
         if message.role == "assistant":
@@ -179,15 +180,15 @@ def _turns(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Ma
 
 
 def _closing(tokenizer: Tokenizer, ids: list[int]) -> int | None:
-    """The place of a turn's EOS in the ids after the turn; only white space may come before it."""
+    """The index of a turn's EOS in the ids after the turn. None if there is none, or if more than white space precedes it."""
     place = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else None
     return None if place is None or tokenizer.decode(ids[:place]).strip() else place
 
 
 def _find_turn(tokenizer: Tokenizer, text: str, before: str, turn: Message) -> tuple[int, int]:
-    """Where the assistant's turn is in a rendered dialogue: right after the text before it. White space that the template
-    adds before the turn or strips from it is not the assistant's. A turn that calls tools is all that the template writes before
-    EOS.
+    """Where the assistant's turn begins and ends in a rendered dialogue: right after the text ``before``. White space that the
+    template adds before the turn or strips from it is not the assistant's. A turn that calls tools spans everything that the
+    template writes before EOS.
 
     Raises:
       ConfigError: the turn is not there.
@@ -212,10 +213,10 @@ def _find_turn(tokenizer: Tokenizer, text: str, before: str, turn: Message) -> t
 
 
 def with_calls_as_text(tokenizer: Tokenizer, demonstration: Demonstration) -> Demonstration:
-    """The tool calls of the response as the chat template writes them.
+    """The demonstration with its tool calls as text in the response, as the chat template writes them.
 
     Raises:
-      ConfigError: it does not write them.
+      ConfigError: the template does not write them.
     """
     if not demonstration.calls:
         return demonstration
@@ -227,8 +228,8 @@ def with_calls_as_text(tokenizer: Tokenizer, demonstration: Demonstration) -> De
 
 
 def encode_response(tokenizer: Tokenizer, response: str, limit: int, fit: Fit | None = None) -> list[int]:
-    """Ids of the response with EOS, cut to ``limit``. A cut response is not finished, so it has no EOS. One that ends with EOS in
-    its text gets no second."""
+    """Ids of the response with EOS, cut to ``limit``. A cut response is not finished, so it has no EOS. A response whose text
+    already ends with EOS gets no second one."""
     ids = tokenizer.encode(_without_eos(tokenizer, response)[: most_characters(limit)]) + [tokenizer.eos_id]
     if fit is not None:
         fit.cut += len(ids) > limit
@@ -270,7 +271,7 @@ def encode_demonstrations(
     tokenizer: Tokenizer, demonstrations: Sequence[Demonstration], lengths: Lengths, fit: Fit | None = None, *,
     every_turn: bool = False,
 ) -> list[Example]:  # fmt: skip
-    """With ``every_turn``, the assistant's earlier turns of whole dialogues count too."""
+    """The demonstrations that fit, as examples. With ``every_turn``, earlier assistant turns of whole dialogues count too."""
     fit = fit or Fit("demonstrations")
     fit.total = len(demonstrations)
     examples, borders = [], Borders(tokenizer, fit.what)
@@ -293,8 +294,8 @@ def _encode_last_turn(tokenizer: Tokenizer, demonstration: Demonstration, length
 def encode_comparisons(
     tokenizer: Tokenizer, comparisons: Sequence[Comparison], lengths: Lengths, fit: Fit | None = None
 ) -> list[tuple[list[Example], tuple[int, ...]]]:
-    """For each comparison its completions as examples, and their ranks. One whose completions are all cut to the same tokens has
-    nothing to teach and is left out."""
+    """For each comparison that fits, its completions as examples, and their ranks. A comparison whose completions are all cut to
+    the same tokens teaches nothing and is left out."""
     fit = fit or Fit("comparisons")
     fit.total = len(comparisons)
     encoded, borders = [], Borders(tokenizer, fit.what)
@@ -314,9 +315,9 @@ def encode_comparisons(
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], lengths: Lengths, fit: Fit | None = None) -> list[Example]:
-    """Raw documents: the prompt is BOS (or EOS) alone, the response the document and EOS, together at most as long as a
-    prompt and a response. Longer documents are cut, as in any pretraining, and special tokens may separate parts of one: both are
-    counted but not logged."""
+    """Raw documents as examples. The prompt is BOS (or EOS) alone, the response is the document and EOS; together they are at
+    most as long as a prompt and a response. Longer documents are cut, as in any pretraining, and special tokens may separate
+    the parts of a document. Both are counted in ``fit`` but not logged."""
     limit, encoded, special = _text_lengths(lengths).response, list[list[int]](), 0
     for part in chunks(len(texts), 1000):
         documents = [text[: most_characters(limit)] for text in texts[part]]
@@ -338,8 +339,8 @@ def _text_lengths(lengths: Lengths) -> Lengths:
 
 
 def block(examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths, *, prompt_loss: bool = False) -> Sequences:
-    """Rows as one block, padded to few shapes. With ``prompt_loss`` every token but the first counts (as N+ trains its
-    SFT): the prompt then moves into the response columns."""
+    """Examples as the rows of one block, padded to few shapes. With ``prompt_loss`` every token but the first counts (as N+
+    trains its SFT): the prompt then moves into the response columns."""
     if prompt_loss:
         examples = prompts_count(examples)
         lengths = Lengths(1, lengths.prompt + lengths.response, lengths.multiple)
@@ -359,11 +360,11 @@ def block(examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths, *
 def packed_block(
     examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths, *, prompt_loss: bool = False, rows_multiple: int | None
 ) -> Sequences:
-    """`block` with as many examples in a row as fit into lengths.prompt + lengths.response tokens. The same tokens count.
+    """`block`, but each row holds as many examples as fit into lengths.prompt + lengths.response tokens. The same tokens count.
 
-    The number of rows differs from batch to batch, and every new number is a compilation on XLA. So rows that do not count
-    are added, up to a multiple of ``rows_multiple`` or, if that is None, of an eighth of the power of two below. That adds
-    at most an eighth, and batches of one size come in very few shapes.
+    The number of rows differs from batch to batch, and XLA compiles for every new number. So rows that do not count are added,
+    up to a multiple of ``rows_multiple`` or, if that is None, of an eighth of the power of two below the number of rows. This
+    adds at most an eighth, and batches of one size come in very few shapes.
     """
     examples = prompts_count(examples) if prompt_loss else examples
     rows = share_rows(
@@ -376,11 +377,11 @@ def packed_block(
 
 
 def prompts_count(examples: Sequence[Example]) -> list[Example]:
-    """Every token but the first counts: the prompt moves into the response."""
+    """Examples in which every token but the first counts: the prompt moves into the response."""
     return [Example(e.prompt[:1], e.prompt[1:] + e.response) for e in examples]
 
 
 def token_weights(mask: np.ndarray, total: int) -> np.ndarray:
-    """float32, 1 / total on each counted token, 0 elsewhere; ``total`` counts the tokens of the *whole* minibatch, so
-    that the gradient is the minibatch's however it is cut into micro-batches."""
+    """float32, 1 / total on each counted token, 0 elsewhere. ``total`` counts the tokens of the *whole* minibatch, so
+    cutting it into micro-batches does not change the gradient."""
     return (mask / max(1, total)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Prompts and responses as one block of tokens, and how blocks are padded, cut and put into chunks.
+"""Prompts and responses as one block of tokens, and how blocks are padded, cut and chunked.
 
     columns   0 ........ P-1 | P ............ P+T-1
               pad pad a b c  | x y EOS pad pad pad
@@ -32,8 +32,8 @@ class Sequences:
     prompt_mask: bool [B, P]. False on the left padding.
     response_mask: bool [B, T]. True on real tokens: a prefix of each row.
     mask: bool [B, T]. True on the tokens that count: within response_mask.
-    segments: int32 [B, P + T]. If examples share rows: the number of each token's example, from 1, and 0 on padding. An
-      example's tokens are contiguous. None if each row is one example.
+    segments: int32 [B, P + T]. The number of each token's example in its row, from 1, and 0 on padding. An example's tokens
+      are contiguous. None if each row is one example.
     """
 
     tokens: np.ndarray
@@ -58,20 +58,20 @@ class Sequences:
 
     @property
     def attention(self) -> np.ndarray:
-        """What attention and positions follow: ``segments`` if given, else `attention_mask`. A token sees the tokens before
-        it with the same number; False and 0 are padding."""
+        """The array that attention and positions follow: ``segments`` if given, else `attention_mask`. A token sees the earlier
+        tokens with the same number; False and 0 are padding."""
         return self.attention_mask if self.segments is None else self.segments
 
     @property
     def longest(self) -> int:
-        """Tokens in the longest example."""
+        """The number of tokens in the longest example."""
         numbers = self.attention.astype(np.int64)
         rows = np.arange(self.rows)[:, None] * (numbers.max(initial=0) + 1)
         return int(np.bincount((numbers + rows)[numbers > 0]).max(initial=0))
 
     @property
     def rows_per_prompt(self) -> int:
-        """So many neighbouring rows have each prompt, where it is worth computing a prompt once for all of them; else 1."""
+        """How many neighbouring rows share each prompt, if computing it once for all of them is `WORTHWHILE`; else 1."""
         if self.segments is not None:
             return 1
         found = rows_per_prompt(self.tokens[:, : self.prompt_length], self.prompt_mask)
@@ -92,7 +92,7 @@ class Sequences:
         return (self.prompt_length - 1 + self.response_mask.sum(axis=1)).astype(np.int32)
 
     def same_input(self, other: Sequences) -> bool:
-        """Whether a network gets the same input from both: equal arrays, except for ``mask``, which only losses read."""
+        """True if a network gets the same input from both: all arrays are equal, except for ``mask``, which only losses read."""
         names = ("tokens", "prompt_mask", "response_mask", "segments")
         return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
 
@@ -101,7 +101,7 @@ class Sequences:
         return Sequences(*(None if array is None else array[rows] for array in arrays))
 
     def pad_rows(self, rows: int) -> Sequences:
-        """The same, padded to ``rows`` with copies of the first row whose ``mask`` is False, so that one shape is compiled."""
+        """The block padded to ``rows`` with copies of the first row with ``mask`` False, so that only one shape is compiled."""
         missing = rows - self.rows
         if missing == 0:
             return self
@@ -111,22 +111,23 @@ class Sequences:
 
 
 WORTHWHILE = 1 / 8
-"""The share of columns that must be spared."""
+"""Sharing prompts is worthwhile if it saves at least this share of all columns."""
 
 
 def rows_per_prompt(tokens: np.ndarray, mask: np.ndarray) -> int:
-    """How many neighbouring rows of prompts [B, P] are equal: the largest number that divides the length of every run."""
+    """How many neighbouring rows of prompts [B, P] are equal: the largest number that divides the length of every run of equal
+    rows."""
     changes = np.any((tokens[1:] != tokens[:-1]) | (mask[1:] != mask[:-1]), axis=1)
     return max(1, int(np.gcd.reduce([len(tokens), *np.flatnonzero(changes) + 1])))
 
 
 def round_up(length: int, multiple: int) -> int:
-    """The next multiple, at least one: how lengths are bucketed so that few shapes are compiled."""
+    """The length rounded up to a multiple, at least one multiple. This buckets lengths so that few shapes are compiled."""
     return max(multiple, -(-length // multiple) * multiple)
 
 
 def width(length: int, least: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... from ``least`` on: a third of the columns at most is padding."""
+    """The length rounded up to 1, 2, 3, 4, 6, 8, 12, 16, 24, ..., from ``least`` on: at most a third of the columns pads."""
     power = 1 << (max(length, least, 1) - 1).bit_length()  # the next power of two
     middle = power * 3 // 4
     return middle if power >= 4 and middle >= max(length, least) else power
@@ -186,8 +187,8 @@ def stack(blocks: Sequence[Sequences], pad_id: int) -> Sequences:
 
 
 def share_rows(examples: Sequence[Sequence[int]], counted: Sequence[Sequence[bool]], pad_id: int, columns: int) -> Sequences:
-    """Several examples in each row of ``columns`` tokens. ``counted`` says whether each token counts; the first token of an
-    example is predicted from nothing and never counts."""
+    """Pack several examples into each row of ``columns`` tokens. ``counted`` says whether each token counts; the first token of
+    an example is predicted from nothing and never counts."""
     rows = first_fit([len(example) for example in examples], columns)
     tokens = np.full((len(rows), columns), pad_id, np.int32)
     segments = np.zeros((len(rows), columns), np.int32)
@@ -218,7 +219,7 @@ def first_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def chunks(rows: int, size: int | None) -> Iterator[slice]:
-    """Row slices of at most ``size``; all rows at once if it is None."""
+    """Slices of at most ``size`` rows; one slice of all rows if ``size`` is None."""
     for start in range(0, rows, size or rows):
         yield slice(start, min(start + (size or rows), rows))
 
@@ -226,7 +227,8 @@ def chunks(rows: int, size: int | None) -> Iterator[slice]:
 def in_chunks(
     evaluate: Callable[[Sequences], dict[str, np.ndarray]], sequences: Sequences, size: int | None
 ) -> dict[str, np.ndarray]:
-    """``evaluate`` on chunks of equal shape, results joined. The last chunk is padded and the padding's results dropped."""
+    """Call ``evaluate`` on chunks of equal shape and join the results. The last chunk is padded, and the padding's results are
+    dropped."""
     if size is None or size >= sequences.rows:
         return evaluate(sequences)
     parts = []

@@ -1,4 +1,4 @@
-"""How alike two attacks are, apart from their goals: the measure of diversity and of novelty."""
+"""The similarity of two attacks apart from their goals, which measures diversity and novelty."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EDGE, BLANK = "\0", "\1"
 
 
 def strategy(messages: Sequence[str], goal: str) -> str:
-    """The words of an attack with a blank in the place of its goal."""
+    """The text of an attack with a blank in place of its goal."""
     return "\n".join(messages).replace(goal, BLANK) if goal else "\n".join(messages)
 
 
@@ -27,7 +27,7 @@ def similarity(one: Counter[tuple[str, str]], other: Counter[tuple[str, str]]) -
 
 
 class Archive:
-    """Texts that are known, each as often as it is there."""
+    """Known texts, with repetitions."""
 
     def __init__(self, texts: Iterable[str], neighbours: int):
         counts = sorted(Counter(texts).items())
@@ -37,7 +37,7 @@ class Archive:
 
     def novelty(self, text: str) -> float:
         """The mean distance, 1 minus similarity, to the ``neighbours`` nearest texts: the sparseness of novelty search (Lehman &
-        Stanley 2011, "Abandoning objectives", Evolutionary Computation 19(2), equation 1). 1 if nothing is known."""
+        Stanley 2011, "Abandoning objectives", Evolutionary Computation 19(2), equation 1). 1 if the archive is empty."""
         if not self._nearest:
             return 1.0
         own = pairs(text)
@@ -49,7 +49,7 @@ class Archive:
 
 
 def diversity(strategies: Sequence[str]) -> float:
-    """The mean distance of each strategy to the nearest other one. 0: each is there twice."""
+    """The mean distance from each strategy to its nearest other. 0 if each occurs twice; 1 if there are fewer than two."""
     counted = [pairs(text) for text in strategies]
     if len(counted) < 2:
         return 1.0

@@ -4,9 +4,9 @@ Backends end a row at token ids and never see text, so the rest happens here, on
 the first token that completes a stop string, even if the string begins inside a token or inside a character's bytes. A stop
 string then works like EOS:
 
-* the policy is trained on the tokens up to and including that one, not on those after it;
-* the response is finished: the rule for responses without EOS leaves its score alone;
-* its text ends before the stop string. A reward model that reads tokens gets that text, encoded, and EOS.
+* the policy is trained on the tokens up to and including that token, not on later ones;
+* the response is finished: the rule for responses without EOS does not change its score;
+* its text ends before the stop string. A reward model that reads tokens gets that text, encoded, plus EOS.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lockstep.text.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Ended:
     """Responses cut where they end: ``tokens`` int32 and ``mask`` bool [B, T], as the policy wrote them; ``finished`` bool [B];
-    ``without_eos`` bool [B], True where something other than EOS ended them; ``texts``, without what ended them."""
+    ``without_eos`` bool [B], True where something other than EOS ended them; ``texts``, without the EOS or stop string."""
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -36,8 +36,8 @@ class Ended:
 
 class Stops:
     """What ends a response, for one tokenizer. ``ids`` are for `Policy.generate`: EOS, and every token whose own text
-    contains a stop string, so that most rows end without generating further. A stop string may also be the name of a
-    special token.
+    contains a stop string, so that most rows stop generating at once. A stop string may also be the name of a special
+    token.
 
     Raises:
       ConfigError: a stop string is empty or can never occur in text.
@@ -68,7 +68,7 @@ class Stops:
         return Ended(tokens, mask, finished, without_eos, texts)
 
     def as_read(self, sequences: Sequences, ended: Ended) -> Sequences:
-        """For a reward model: responses ended by something other than EOS become their text and EOS; the others stay."""
+        """Sequences for a reward model: responses ended by something other than EOS become their text plus EOS; others stay."""
         if not ended.without_eos.any():
             return sequences
         columns, rows = ended.tokens.shape[1], zip(ended.tokens, ended.mask, ended.without_eos, ended.texts, strict=True)
@@ -80,11 +80,11 @@ class Stops:
         return join(prompts, sequences.prompt_mask, *right_pad(responses, self.tokenizer.pad_id, columns))
 
     def _begin(self, text: str) -> int | None:
-        """Where the first stop string in a text begins."""
+        """Where the first stop string in a text begins; None if it has none."""
         return min((place for string in self.strings if (place := text.find(string)) >= 0), default=None)
 
     def _end(self, ids: np.ndarray, text: str) -> int | None:
-        """How many ids it takes until their text contains a stop string; None if it never does. Every prefix must be checked:
+        """The number of ids after which their text contains a stop string; None if it never does. Every prefix must be checked:
         while the last character is incomplete, a tokenizer with byte fallback shows the whole run of bytes as U+FFFD and
         drops a line break before it that was already complete."""
         if self._begin(text) is None and "\ufffd" not in text:
@@ -94,7 +94,7 @@ class Stops:
 
 
 def ends_with_stop(responses: np.ndarray, mask: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:
-    """bool [B]: is the last counted token of each response one of the configured stop tokens?"""
+    """bool [B]: True where the last counted token of a response is one of ``stop_ids``."""
     last = np.maximum(mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1), 0)
     return np.isin(responses[np.arange(len(responses)), last], list(stop_ids)) & mask.any(axis=1)
 

@@ -1,10 +1,10 @@
-"""Chat templates: jinja from checkpoints and users, rendered in a sandbox, within limits, and the same on every day.
+"""Chat templates: jinja from checkpoints and users, rendered in a sandbox, within limits, with the same result every day.
 
-A template is a program by somebody else. What it takes is bounded: `SECONDS` of the processor, `MEMORY` above the most that the
-process has used, and output in proportion to the dialogue. What it may depend on is bounded too: the date is given
-(`strftime_now`), and nothing is random.
+A template is somebody else's program, so its resources are limited: `SECONDS` of processor time, `MEMORY` above the process's
+peak so far, and output in proportion to the dialogue. Its inputs are limited too: the date is given (`strftime_now`), and
+nothing is random.
 
-Left out: limits in other threads than the main one, where Python has no timers.
+Left out: limits on time and memory outside the main thread, where Python has no timers.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ TEMPLATES = {
     ),
     "plain": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
 }
-"""Chat templates by name, for tokenizers without one: the HH format, and the plain text."""
+"""Chat templates by name, for tokenizers without one: the HH format, and plain text."""
 
 DATE = "2024-07-26"
-"""What Llama 3's template falls back to."""
+"""The date that Llama 3's template falls back to."""
 
 SECONDS, MEMORY, CHARACTERS = 10.0, 2**30, 10_000_000
-"""Most that one rendering may take: processor time, bytes, and characters besides ten times those of the dialogue."""
+"""Limits of one rendering: processor time, bytes, and output characters beyond ten times those of the dialogue."""
 
 
 def template_text(given: str | None) -> str | None:
-    """The template that a configuration gives by name, as a file or as the text itself.
+    """The text of a template that a configuration gives by name, as a .jinja file or as jinja text; None if it gives none.
 
     Raises:
-      ConfigError: it is none of these.
+      ConfigError: it is none of these, or the file is missing or cannot be read.
     """
     if not given or given in TEMPLATES:
         return TEMPLATES.get(given or "")
@@ -80,10 +80,10 @@ def render(
 
     Args:
       tokens: special tokens by their names in templates: ``bos_token``, ``eos_token``, ...
-      date: today's, for a template that asks for it; None: `DATE`. ``asked_date`` is called if it asks.
+      date: today's date for templates that ask for it; None: `DATE`. ``asked_date`` is called if the template asks.
 
     Raises:
-      ConfigError: the template is not valid, does not accept this dialogue, or takes too much.
+      ConfigError: the template is not valid, does not accept this dialogue, or exceeds a limit.
     """
 
     def strftime_now(form: str) -> str:
@@ -117,7 +117,7 @@ def render(
 
 
 def _given(message: Message) -> dict[str, Any]:
-    """As templates read it: transformers' form."""
+    """A message in the form that templates read, which is transformers'."""
     calls = [{"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}} for call in message.calls]
     return {"role": message.role, "content": message.content} | ({"tool_calls": calls} if calls else {})
 
@@ -125,7 +125,7 @@ def _given(message: Message) -> dict[str, Any]:
 def day(date: str | None) -> datetime.date:
     """
     Raises:
-      ConfigError: it is not a date.
+      ConfigError: ``date`` is not a date.
     """
     try:
         return datetime.date.fromisoformat(date or DATE)
@@ -137,12 +137,12 @@ _ANOTHER = "Set policy.tokenizer.chat_template to another."
 
 
 class _TooMuch(Exception):
-    """What a template was stopped for."""
+    """Stops a template; the message gives the reason."""
 
 
 @contextlib.contextmanager
 def _limited() -> Iterator[None]:
-    """Stops what runs inside after `SECONDS` of processor time, or above `MEMORY`."""
+    """Stop the code inside after `SECONDS` of processor time, or once the peak memory grows by more than `MEMORY`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -166,7 +166,7 @@ _TICK = 0.1  # seconds
 
 
 def _peak_memory() -> int:
-    """In bytes."""
+    """The peak memory of the process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -182,7 +182,7 @@ class GenerationTag(jinja2.ext.Extension):
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Refuses single steps that take hours or gigabytes, which no timer can interrupt."""
+    """Refuses single operations that take hours or gigabytes, because no timer can interrupt them."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -197,7 +197,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def check(self, template: str) -> None:
-        """Numbers that are written out, in padding too."""
+        """Refuse large literal numbers and padding widths."""
         for constant in self.parse(template).find_all(jinja2.nodes.Const):
             if isinstance(constant.value, int) and constant.value > _NUMBER:
                 raise _TooMuch(f"it has a number over {_NUMBER:,}")
@@ -211,7 +211,7 @@ _PADDING = re.compile(r"%[-+ #0]*\d{10,}|\{[^{}]*:[^{}]*\d{10,}")
 
 @functools.cache
 def _compiled(template: str) -> jinja2.Template:
-    """Sandboxed, with the settings, tags and functions that chat templates on the hub rely on."""
+    """The compiled template, sandboxed, with the settings, tags and functions that chat templates on the hub rely on."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -221,7 +221,7 @@ def _compiled(template: str) -> jinja2.Template:
     )
     environment.globals["raise_exception"] = raise_exception
     environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
-    del environment.filters["random"], environment.globals["lipsum"]  # the same dialogue is always the same text
+    del environment.filters["random"], environment.globals["lipsum"]  # the same dialogue must always give the same text
     try:
         environment.check(template)
         return environment.from_string(template)
@@ -230,7 +230,8 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 def _no_function(value: Any) -> Any:
-    """``{{ text.strip }}`` without its parentheses would write an address in memory, which differs from run to run."""
+    """Refuse to write a function: ``{{ text.strip }}`` without its parentheses would write a memory address, which differs
+    from run to run."""
     if callable(value) and not isinstance(value, jinja2.Undefined):
         raise jinja2.TemplateError(f"it writes the function '{getattr(value, '__name__', value)}' itself. Are its () missing?")
     return value

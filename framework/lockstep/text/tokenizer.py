@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the special tokens and the chat template: the ``tokenizers`` library and jinja2.
+"""Text to token ids and back, with special tokens and chat templates, on the ``tokenizers`` library and jinja2.
 
 transformers' tokenizer classes would work too, but importing them takes seconds and imports torch, even in JAX runs. The
 files are the same: ``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``.
@@ -29,16 +29,16 @@ from lockstep.types import Message
 log = logging.getLogger("lockstep")
 
 PAD = "<|pad|>"
-"""Pads where nothing else is given. It need not be in the vocabulary: padding is masked and read by no model."""
+"""The default pad token. It need not be in the vocabulary: padding is masked, so no model reads it."""
 GENERATION = "generation_config.json"
 """The file in which transformers looks for the tokens that end a response."""
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""Keys of that file and of ``config.json``."""
+"""Special-token keys of ``generation_config.json`` and ``config.json``."""
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Which tokenizer, and what to replace in it. EOS and pad must differ."""
+    """Which tokenizer to load, and what to override in it. EOS and pad must differ."""
 
     path: str | None = setting(None, "A folder or a hub id; null: the policy's own, or else the data source's.")
     eos_token: str | None = setting(None, "Ends a response; null: the tokenizer's own.")
@@ -46,21 +46,21 @@ class TokenizerConfig:
     chat_template: str | None = setting(
         None, "One of the names in `TEMPLATES`, a .jinja file, or jinja text; null: the tokenizer's own."
     )
-    date: str | None = setting(None, f"Today's, for a chat template that asks for it; null: the tokenizer's own, or {DATE}.")
+    date: str | None = setting(None, f"Today's date for chat templates that ask for it; null: the tokenizer's own, or {DATE}.")
 
 
 class Tokenizer:
     """Args:
-      core: the tokenizer proper.
+      core: the underlying tokenizer.
       eos_token: the configured stop token, which ends a response.
       pad_token: fills rows; need not be in the vocabulary (models never see it), must not be EOS.
       chat_template: jinja; None if the tokenizer has none.
       bos_token: begins every text; chat templates write it themselves. None if the tokenizer has none.
-      eos_ids: for checkpoints with several stop tokens, all of them; saved again for transformers.
-      date: what a chat template that asks for today's is told, as 2024-07-26, so that prompts do not change overnight.
+      eos_ids: all stop tokens of a checkpoint that has several; saved again for transformers.
+      date: today's date for chat templates that ask for it, as 2024-07-26. It is fixed so that prompts do not change overnight.
 
     Raises:
-      ConfigError: pad and EOS are the same, EOS is not in the vocabulary, or the date is not one.
+      ConfigError: pad and EOS are the same, EOS is not in the vocabulary, or the date is invalid.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class Tokenizer:
         self.eos_ids = tuple(eos_ids)
         ids = core.get_vocab(with_added_tokens=True).values()
         self.vocab_size = 1 + max(ids, default=-1)  # ids may have gaps
-        if self.vocab_size > 2 * len(ids) + 100_000:  # an embedding of that size is not what anybody means
+        if self.vocab_size > 2 * len(ids) + 100_000:  # nobody means an embedding of that size
             raise ConfigError(
                 f"The tokenizer has {len(ids)} tokens with ids up to {self.vocab_size - 1}: tokenizer.json is damaged."
             )
         self.rows = self.vocab_size
-        """Ids from here on lie outside the embedding of a model that reads this tokenizer's ids."""
+        """Ids from this one on lie outside the embedding of the model that reads them."""
         self.beyond: dict[int, str] = {}
-        """The tokens outside it, which no text may spell."""
+        """{id: token} of the tokens outside the embedding, which no text may spell."""
         eos_id = core.token_to_id(eos_token)
         if eos_id is None:
             raise ConfigError(
@@ -110,7 +110,7 @@ class Tokenizer:
         self.pad_id: int = self.vocab_size if pad_id is None else pad_id
         bos_id = core.token_to_id(bos_token) if bos_token else None
         self.start_id: int = eos_id if bos_id is None else bos_id
-        """What a raw text starts from: BOS, or EOS as the end of the text before it."""
+        """The token a raw text starts from: BOS, or else EOS, as the end of the previous text."""
 
     def special(self) -> set[str]:
         """The special tokens that are in the vocabulary."""
@@ -118,7 +118,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, config: TokenizerConfig | None = None) -> Tokenizer:
-        """From a folder, a hub id or a GGUF file, with the replacements of ``config``."""
+        """Load a tokenizer from a folder, a hub id or a GGUF file, with the overrides of ``config``."""
         path = gguf.as_folder(path)
         core = _core(fetch_file(path, "tokenizer.json"))
         core.no_padding()
@@ -140,7 +140,7 @@ class Tokenizer:
         )
 
     def replaced(self, config: TokenizerConfig) -> Tokenizer:
-        """The same with the replacements of ``config``."""
+        """A copy with the overrides of ``config``."""
         return Tokenizer(
             self.core,
             eos_token=config.eos_token or self.eos_token,
@@ -152,14 +152,15 @@ class Tokenizer:
         )
 
     def check_embedding(self, rows: int, model: str) -> None:
-        """Compare it with the ``rows`` of a model's embedding, once before any text is encoded.
+        """Compare the vocabulary with the ``rows`` of a model's embedding. Call this once, before any text is encoded.
 
-        Some public tokenizers have special tokens that their model lacks, and that no text should spell (Gemma 3's for images),
-        and the pad token need not be in the model. Of the tokens outside the embedding, those are accepted; from here on,
-        `encode` refuses a text that spells one, and `save` leaves out the pad token if it is one.
+        Some public tokenizers have special tokens that their model lacks and that no text should spell (Gemma 3's for images).
+        The pad token need not be in the model either. These may lie outside the embedding, except EOS, BOS and special tokens
+        that the chat template writes. From then on, `encode` refuses a text that spells one, and `save` leaves out the pad
+        token if it is one.
 
         Raises:
-          ConfigError: other tokens lie outside; names them.
+          ConfigError: other tokens lie outside; the message names them.
         """
         if rows >= self.rows:
             return
@@ -169,16 +170,16 @@ class Tokenizer:
         self.rows = rows
 
     def token_ids(self) -> dict[str, Any]:
-        """The special tokens, for ``config.json`` and ``generation_config.json`` of a model. Ids outside its embedding are left
-        out; several stop tokens are a list, as in the checkpoint that they came from."""
+        """Special-token ids for a model's ``config.json`` and ``generation_config.json``. Ids outside its embedding are left
+        out; several stop tokens are a list, as in the checkpoint they came from."""
         ids = [token and self.core.token_to_id(token) for token in (self.bos_token, self.eos_token, self.pad_token)]
         bos, eos, pad = (number if isinstance(number, int) and number < self.rows else None for number in ids)
         several = [eos, *(number for number in self.eos_ids if number != eos and number < self.rows)]
         return dict(zip(TOKEN_IDS, (bos, several if self.eos_ids else eos, pad), strict=True))
 
     def save(self, folder: Path) -> None:
-        """Files that transformers' AutoTokenizer opens too. A pad token without a row in the embedding is left out: transformers
-        would give it the next id, and a model that reads it fails."""
+        """Write files that transformers' AutoTokenizer opens too. A pad token without an embedding row is left out: transformers
+        would give it the next id, and a model that reads this id fails."""
         folder.mkdir(parents=True, exist_ok=True)
         self.core.save(str(folder / "tokenizer.json"))
         settings = {
@@ -192,8 +193,8 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", settings)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Ids of the text alone: special tokens only where the text contains them. ``special``: with what the tokenizer
-        itself puts around a text, such as BOS."""
+        """Token ids of the text, with special tokens only where the text contains them. With ``special``, the tokenizer also
+        adds its own around the text, such as BOS."""
         return self._encoded(lambda: [self.core.encode(text, add_special_tokens=special)], [text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
@@ -202,8 +203,8 @@ class Tokenizer:
     def _encoded(self, encode: Callable[[], Sequence[tokenizers.Encoding]], texts: Sequence[str]) -> list[list[int]]:
         """
         Raises:
-          DataError: a text cannot be written as UTF-8, has what the tokenizer has no token for, or spells a token outside the
-            model's embedding.
+          DataError: a text cannot be written as UTF-8, contains something that the tokenizer has no token for, or spells a
+            token outside the model's embedding.
         """
         for text in texts:
             _check_whole(text)
@@ -221,11 +222,11 @@ class Tokenizer:
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens left out."""
+        """The text of the ids, without special tokens."""
         return self.core.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]] = ()) -> str:
-        """The dialogue as the text the model reads, with the schemas of its tools where the template writes them.
+        """The dialogue as the text that the model reads, with its tools' schemas if the template writes them.
 
         Raises:
           ConfigError: there is no chat template, or it does not accept this dialogue.
@@ -242,18 +243,18 @@ class Tokenizer:
         )  # fmt: skip
 
     def warn_once(self, message: str) -> None:
-        """Log what every dialogue would say again."""
+        """Log a warning only once, because every dialogue would repeat it."""
         if message not in self._warned:
             log.warning("%s", message)
         self._warned.add(message)
 
     def spelled(self, text: str) -> str | None:
-        """A special token that the text spells, and that the model therefore reads in its place."""
+        """The first special token that the text spells, which the model would read as that token; None if there is none."""
         found = self._special.search(text)
         return found and found[0]
 
     def broken_up(self, text: str) -> str:
-        """The text with a space inside every special token that it spells: what a stranger wrote opens no turn of a dialogue."""
+        """The text with a space inside every special token that it spells, so that untrusted text cannot open a turn."""
         return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     @functools.cached_property
@@ -277,15 +278,15 @@ def _check_whole(text: str) -> None:
 
 
 def outside_embedding(vocabulary: Mapping[str, int], rows: int, model: str, spared: Collection[str] = ()) -> dict[int, str]:
-    """{id: token} of the tokens whose ids lie outside an embedding of so many rows. A model has no numbers for them: some
-    libraries fail there, others read NaN.
+    """Return {id: token} for the tokens whose ids lie outside an embedding of ``rows`` rows. A model has no weights for them:
+    some libraries fail there, others read NaN.
 
     Args:
-      model: whose embedding it is, for the message.
+      model: what to call the model in the message.
       spared: tokens that may lie outside.
 
     Raises:
-      ConfigError: others do.
+      ConfigError: other tokens lie outside.
     """
     beyond = {number: token for token, number in vocabulary.items() if number >= rows}
     if wrong := sorted(number for number, token in beyond.items() if token not in spared):
@@ -307,7 +308,7 @@ def _core(file: Path | None) -> tokenizers.Tokenizer:
 
 
 def _content(path: str | Path, name: str, token: Any) -> str | None:
-    """A special token in tokenizer_config.json is a string or a record with its content."""
+    """A text from tokenizer_config.json, where a special token is a string or a record with its content."""
     found = token.get("content") if isinstance(token, dict) else token
     if found is not None and not isinstance(found, str):
         raise CheckpointError(f"tokenizer_config.json in {path} has {name}={told(token)}, which should be a text.")
@@ -315,7 +316,7 @@ def _content(path: str | Path, name: str, token: Any) -> str | None:
 
 
 def _own_template(path: str | Path, template: Any) -> str | None:
-    """The chat template of a checkpoint: its file ``chat_template.jinja``, or what tokenizer_config.json has."""
+    """The chat template of a checkpoint: its file ``chat_template.jinja``, or else the one in tokenizer_config.json."""
     if file := fetch_file(path, "chat_template.jinja", optional=True):
         try:
             return file.read_text(encoding="utf-8") or None

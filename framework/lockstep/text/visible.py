@@ -1,12 +1,12 @@
-"""Text that is not ours, made safe to show: it cannot steer a terminal, reorder a line, or hide part of itself."""
+"""Make untrusted text safe to show: it cannot steer a terminal, reorder a line, or hide part of itself."""
 
 from __future__ import annotations
 
 import re
 
-# The C0 and C1 controls but line feed and tab, the line and paragraph separators, the marks, embeddings, overrides and isolates
-# of bidirectional text, what has no width, tags, and halves of surrogate pairs. Not the zero-width joiners U+200C and U+200D:
-# Persian, the scripts of India and emoji need them, and they move nothing.
+# The C0 and C1 controls except line feed and tab; line and paragraph separators; marks, embeddings, overrides and isolates of
+# bidirectional text; zero-width characters; tags; halves of surrogate pairs. Not the zero-width joiners U+200C and U+200D:
+# Persian, the scripts of India and emoji need them, and they do not move text.
 _UNSAFE = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\xad\\u061c\\u180e\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb"
     "\\U000e0000-\\U000e007f\\ud800-\\udfff]"
@@ -14,6 +14,6 @@ _UNSAFE = re.compile(
 
 
 def visible(text: str) -> str:
-    r"""``text`` with characters spelled out that a reader would not see but a terminal would obey: ESC becomes \x1b. Line feeds
-    and tabs stay, and so does what was spelled out before."""
+    r"""Spell out the characters of ``text`` that a reader would not see but a terminal would obey: ESC becomes \x1b. Line feeds
+    and tabs stay, as do escapes that are already spelled out."""
     return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text.replace("\r\n", "\n"))

@@ -1,4 +1,4 @@
-"""What an attacker may do: write dialogues that end with the user's turn, each from its goal, its place and the seed alone."""
+"""Attackers write dialogues that end with the user's turn, each from its goal, its place and the seed alone."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def one_attack_for_each_goal(subject: AttackerSubject) -> None:
 
 @check("attacker", usually="a generator of its own, or the clock; draw from the seed")
 def equal_seeds_give_equal_attacks(subject: AttackerSubject) -> None:
-    """The same goals and seed get the same attacks from a new object, so that a resumed run is the same."""
+    """A new object gives the same attacks for the same goals and seed, so a resumed run is the same."""
     first, again = (subject.attacks_on(subject.goals(), seed=3) for _ in range(2))
     equal("the attacks of a second object", again, first)
 
 
 @check("attacker", usually="random numbers drawn one after the other; draw them from the seed and the place")
 def an_attack_depends_on_its_own_goal(subject: AttackerSubject) -> None:
-    """The first attacks are the same if there are fewer goals, or other goals behind them."""
+    """An attack does not change if later goals are left out or replaced."""
     goals = subject.goals()
     whole = subject.attacks_on(goals, seed=3)
     equal("the attacks on fewer goals", subject.attacks_on(goals[:2], seed=3), whole[:2])
@@ -67,7 +67,7 @@ def the_truth_is_not_read(subject: AttackerSubject) -> None:
 
 @check("attacker", usually="`twin` writes a new attack; what differs besides the goal teaches policies to tell them apart by it")
 def a_twin_differs_in_its_goal_alone(subject: AttackerSubject) -> None:
-    """`twin` gives the attack on the twin of a goal in the same words, and None for a goal without one."""
+    """`twin` gives the attack on a goal's twin in the same words, and None for a goal without a twin."""
     goals = [replace(goal, twin=Goal("pet a cat", "pet a cat")) for goal in subject.goals()]
     attacker = subject.build_attacker()
     for place, (goal, attack) in enumerate(zip(goals, attacker.attack(goals, 3), strict=True)):

@@ -1,4 +1,4 @@
-"""What an environment may do to an episode: reply to anything, the same each time, and to each episode by itself."""
+"""Environments reply to anything, the same each time, and to each episode independently of others."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ SAID = (
     ('{"name": "w1", "arguments": {}}', "<tool_call>", '<tool_call>{"name": "w1", "arguments": [1]}</tool_call>'),
     ("<stop> <|im_end|> </s>", "\u26fa \ufffd \u202e", "-1 0 12345678901234567890"),
 )
-"""Turns of a policy that knows nothing, an episode a row."""
+"""Turns of an untrained policy, one episode per row."""
 
 
 def turns(said: Sequence[str], environment: Environment) -> list[str]:
-    """As many as an episode may have."""
+    """As many turns as an episode may have, 6 at most."""
     return [said[i % len(said)] for i in range(min(environment.config.turns, 6))]
 
 
 def take(environment: Environment, episode: Episode, text: str) -> Reply:
-    """The reply to one more turn, heard."""
+    """Append one more turn and the reply to it; return the reply."""
     episode.messages.append(Message("assistant", text))
     reply = checked(environment.reply(episode))
     episode.messages += reply.messages
@@ -35,7 +35,7 @@ def take(environment: Environment, episode: Episode, text: str) -> Reply:
 
 
 def transcript(environment: Environment, episode: Episode, said: Sequence[str]) -> list[Reply]:
-    """The replies of a whole episode, closed at its end."""
+    """The replies of a whole episode, which is closed at its end."""
     found: list[Reply] = []
     for text in turns(said, environment):
         found.append(take(environment, episode, text))
@@ -55,7 +55,7 @@ def equal(what: str, found: Sequence[Reply], expected: Sequence[Reply]) -> None:
 
 @check("environment", usually="a parser that expects what a trained policy writes; a fresh one writes anything")
 def any_turn_gets_a_reply(subject: EnvironmentSubject) -> None:
-    """Whatever the policy says, `reply` returns a `Reply` with a finite reward and messages of users or tools."""
+    """Whatever the policy says, `reply` returns a `Reply` with a finite reward and messages from users or tools."""
     for number, said in enumerate(SAID):
         for episode in subject.episodes(1, seed=number):
             transcript(subject.build(), episode, said)
@@ -63,7 +63,7 @@ def any_turn_gets_a_reply(subject: EnvironmentSubject) -> None:
 
 @check("environment", usually="a generator of its own, or the clock; draw from `Episode.seed`")
 def the_same_episode_is_the_same_again(subject: EnvironmentSubject) -> None:
-    """The same prompt, seed and turns get the same replies from a new object."""
+    """A new object gives the same replies to the same prompt, seed and turns."""
     for said in SAID:
         first, again = (transcript(subject.build(), subject.episodes(1)[0], said) for _ in range(2))
         equal("the replies in a second run", again, first)
@@ -71,7 +71,7 @@ def the_same_episode_is_the_same_again(subject: EnvironmentSubject) -> None:
 
 @check("environment", usually="state kept in the object, where all episodes share it, instead of in `Episode.state`")
 def episodes_are_apart(subject: EnvironmentSubject) -> None:
-    """Two episodes that take turns get the replies that each gets alone."""
+    """Two interleaved episodes get the replies that each gets alone."""
     said = SAID[0], SAID[1]
     alone = [transcript(subject.build(), episode, words) for episode, words in zip(subject.episodes(2), said, strict=True)]
     environment, together = subject.build(), subject.episodes(2)
@@ -87,7 +87,7 @@ def episodes_are_apart(subject: EnvironmentSubject) -> None:
 
 @check("environment", usually="messages appended by the environment itself: the rollout does that, after checking them")
 def what_it_is_given_is_left_alone(subject: EnvironmentSubject) -> None:
-    """`reply` changes neither the prompt, its truth, nor the messages so far."""
+    """`reply` does not change the prompt, its truth, the seed or the messages so far."""
     environment = subject.build()
     (episode,) = subject.episodes(1)
     for number, text in enumerate(turns(SAID[0], environment), 1):
@@ -104,7 +104,7 @@ def what_it_is_given_is_left_alone(subject: EnvironmentSubject) -> None:
 
 @check("environment", usually="`close` frees what other episodes still use, or fails on an episode that is not finished")
 def closing_an_episode_leaves_the_others(subject: EnvironmentSubject) -> None:
-    """An episode that is closed after its first turn changes nothing for another one."""
+    """Closing an episode after its first turn does not affect another episode."""
     expected = transcript(subject.build(), subject.episodes(2)[1], SAID[0])
     environment = subject.build()
     closed, other = subject.episodes(2)
@@ -122,7 +122,7 @@ def closing_an_episode_leaves_the_others(subject: EnvironmentSubject) -> None:
 
 @check("environment", usually="a shared variable between two lines of `reply`; with environment.at_once=1 nobody notices")
 def replies_at_once_are_the_same(subject: EnvironmentSubject) -> None:
-    """Replies made in four threads are those made one after the other."""
+    """Replies made in four threads equal replies made one after the other."""
     found = []
     for at_once in (1, 4):
         environment, episodes = subject.build(at_once=at_once), subject.episodes(12)

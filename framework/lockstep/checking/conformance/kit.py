@@ -1,7 +1,7 @@
 """What a check is, and how checks run.
 
 A check is a function of a subject. It returns if the property holds, raises `Violation` with the numbers if it does not, and
-`Inapplicable` if there is nothing to check. Its docstring is the property, in one sentence.
+`Inapplicable` if there is nothing to check. Its docstring states the property.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Inapplicable(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """One property. ``usually`` is what a failure usually means."""
+    """One property. ``usually``: what a failure usually means."""
 
     kind: str
     name: str
@@ -52,7 +52,7 @@ class Check:
 
 
 CHECKS: dict[str, dict[str, Check]] = {kind: {} for kind in KINDS}
-"""{kind: {name: check}}: a module that is imported again replaces its checks."""
+"""{kind: {name: check}}. Importing a module again replaces its checks."""
 
 
 def check(kind: str, usually: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
@@ -67,8 +67,8 @@ def check(kind: str, usually: str) -> Callable[[Callable[[Any], None]], Callable
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a check. ``detail`` has the numbers of a failure, or why it does not apply; ``traceback`` belongs to an
-    error that a check raised unexpectedly."""
+    """The result of a check. ``detail``: the numbers of a failure, or why the check does not apply. ``traceback``: that of an
+    unexpected error in the check."""
 
     check: Check
     status: Literal["passed", "failed", "inapplicable"]
@@ -86,7 +86,7 @@ def checks(kind: str) -> list[Check]:
 
 def conform(kind: str, subject: Any, only: Callable[[Check], bool] = lambda check: True) -> Iterator[Outcome]:
     """Run the checks of this kind on a subject, one after the other; an unexpected exception is a failure. Several processes run
-    them together, and what fails on one has failed."""
+    each check together, and it fails if it fails on any of them."""
     processes: Processes = getattr(getattr(subject, "world", subject), "processes", ALONE)
     for each in filter(only, checks(kind)):
         started = time.perf_counter()
@@ -118,10 +118,10 @@ def require(holds: Any, message: str) -> None:
 
 
 def near(what: str, found: Any, expected: Any, tolerance: float) -> None:
-    """Equal within ``tolerance`` everywhere; NaN is equal to nothing.
+    """Require equal shapes, and equal numbers within ``tolerance``; NaN equals nothing.
 
     Raises:
-      Violation: with the place of the largest difference and both numbers.
+      Violation: they are not; the message has the place of the largest difference and both numbers.
     """
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     require(found.shape == expected.shape, f"{what} has shape {found.shape} where {expected.shape} was expected")
@@ -137,10 +137,10 @@ def near(what: str, found: Any, expected: Any, tolerance: float) -> None:
 
 
 def same(what: str, found: Any, expected: Any) -> None:
-    """Bitwise equal.
+    """Require equal shapes and exactly equal values; NaN equals NaN.
 
     Raises:
-      Violation: with the first place that differs and both values.
+      Violation: they are not; the message has the first place that differs and both values.
     """
     found, expected = np.asarray(found), np.asarray(expected)
     require(found.shape == expected.shape, f"{what} has shape {found.shape} where {expected.shape} was expected")
@@ -153,14 +153,14 @@ def same(what: str, found: Any, expected: Any) -> None:
 
 
 def same_arrays(what: str, found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """`same` for each array of two dictionaries with the same keys."""
+    """Require the same keys, and `same` for each array."""
     require(found.keys() == expected.keys(), f"{what} has keys {sorted(found)} where {sorted(expected)} were expected")
     for name in expected:
         same(f"{what} {name}", found[name], expected[name])
 
 
 def near_arrays(what: str, found: dict[str, np.ndarray], expected: dict[str, np.ndarray], relative: float) -> None:
-    """Each array within ``relative`` times the largest number of all expected ones."""
+    """Require the same keys, and `near` for each array within ``relative`` times the largest number in all expected arrays."""
     require(found.keys() == expected.keys(), f"{what} has keys {sorted(found)} where {sorted(expected)} were expected")
     scale = max((float(np.abs(array).max()) for array in expected.values() if array.size), default=0.0)
     for name in expected:

@@ -1,4 +1,4 @@
-"""What a labeler may do: rank all completions of a prompt, whoever wrote them, and whatever else is labelled."""
+"""Labelers rank all completions of a prompt, whoever wrote them and whatever else is labelled."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def the_best_has_rank_zero(subject: LabelerSubject) -> None:
 
 @check("labeler", usually="a generator of its own, or the clock; draw from the seed")
 def equal_seeds_give_equal_labels(subject: LabelerSubject) -> None:
-    """The same candidates and seed get the same labels from a new object, so that a resumed run trains on the same."""
+    """A new object gives the same labels for the same candidates and seed, so a resumed run trains on the same labels."""
     first, again = (subject.labels(subject.candidates(), seed=3) for _ in range(2))
     equal("the labels of a second object", again, first)
 
 
 @check("labeler", usually="random numbers drawn one after the other, or scores compared with the mean of the batch")
 def a_label_is_about_its_own_candidates(subject: LabelerSubject) -> None:
-    """Candidates get the same labels alone, and in another order."""
+    """Candidates get the same labels alone and in another order."""
     candidates = subject.candidates()
     whole = subject.labels(candidates, seed=3)
     equal("the labels of reversed candidates", subject.labels(candidates[::-1], seed=3), whole)

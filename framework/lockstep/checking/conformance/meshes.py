@@ -1,4 +1,4 @@
-"""What several devices or processes compute is what one computes. The subject is a `World` whose backend has a mesh, and
+"""Several devices or processes compute what one device computes. The subject is a `World` whose backend has a mesh, and
 `World.alone` is the same world on one device.
 
     lockstep check jax backend.mesh.fsdp=4        several devices of this process
@@ -6,10 +6,10 @@
     torchrun --nproc-per-node 2 -m lockstep check torch backend.mesh.data=2
 
 Gradients, outputs and parameters are compared in the maximum norm: the largest difference, relative to the largest number among
-all arrays. Rows are `ROWS`, which even numbers of devices do not divide, and one, of which most devices have none.
+all arrays. Batches have `ROWS` rows, which an even number of devices does not divide, or one row, so most devices have none.
 
-With TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment, torch names processes whose collectives differ; without it, those of
-another order wait for each other until they time out.
+With TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment, torch names processes whose collectives differ. Without it, processes
+that call collectives in different orders wait for each other until they time out.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def drawn(world: World, policy: Policy, rows: int, temperature: float) -> Genera
 
 @check("backend", usually="rows are gathered in another order, a device draws with the seeds of its place, or rows are dropped")
 def a_mesh_draws_the_tokens_of_one_device(world: World) -> None:
-    """Tokens and mask are those of one device, for numbers of rows that the mesh does not divide; log-probabilities, to
-    rounding."""
+    """A mesh draws the same tokens and mask as one device, also for numbers of rows that it does not divide; log-probabilities
+    agree up to rounding."""
     for rows, temperature in ((ROWS, 1.0), (ROWS, 0.0), (1, 1.0)):
         expected, found = (drawn(each, each.policy(), rows, temperature) for each in (world.alone, world))
         what = f"of {rows} rows at temperature {temperature:g},"
@@ -59,8 +59,8 @@ def a_mesh_draws_the_tokens_of_one_device(world: World) -> None:
 
 @check("backend", usually="gradients are averaged over devices, not added; of other rows; or without those of uneven rows")
 def a_mesh_computes_what_one_device_computes(world: World) -> None:
-    """Outputs and gradients are those of one device: within 2e-6 in float32, with dropout and without, for numbers of rows that
-    the mesh does not divide."""
+    """Outputs and gradients equal those of one device within 2e-6 in float32, with and without dropout, also for numbers of rows
+    that the mesh does not divide."""
     (mine, learner), (others, alone) = _learners(world), _learners(world.alone)
     tolerance = world.tolerance(2e-6, 2e-2)
     for rows in (ROWS, 1):
@@ -76,8 +76,8 @@ def a_mesh_computes_what_one_device_computes(world: World) -> None:
     "backend", usually="a part of the parameters is updated with the gradient or the moments of another, or clipped by its norm"
 )
 def a_mesh_learns_what_one_device_learns(world: World) -> None:
-    """Three updates of several terms, with clipped gradients, weight decay and a moving average, come to the parameters, averages
-    and metrics of one device."""
+    """Three updates of several terms, with clipped gradients, weight decay and a moving average, give the same parameters,
+    averages and metrics as on one device."""
     (mine, learner), (others, alone) = _learners(world), _learners(world.alone)
     for number in range(3):
         both = [term(world, seed=number), term(world, 1, seed=number + 5)]
@@ -91,8 +91,8 @@ def a_mesh_learns_what_one_device_learns(world: World) -> None:
 
 @check("backend", usually="moments or averages are saved by part, or a part is read at the place of another")
 def state_passes_between_a_mesh_and_one_device(world: World) -> None:
-    """What a mesh saves, one device restores, and what that saves, the mesh restores: parameters, moments and averages bit for
-    bit, and the next update is that of the learner that was saved."""
+    """State saved on a mesh can be restored on one device, and back: parameters, moments and averages are bitwise equal, and the
+    next update is that of the saved learner."""
     mine, learner = _learners(world)
     for number in range(2):
         learner.update([term(world, seed=number)])
@@ -116,7 +116,7 @@ def state_passes_between_a_mesh_and_one_device(world: World) -> None:
 
 @check("backend", usually="a collective is missing, or a process adds in another order")
 def all_processes_have_the_same_bits(world: World) -> None:
-    """Tokens, outputs, gradients, metrics, and parameters after updates are equal in every bit on all processes."""
+    """Tokens, outputs, gradients, metrics, and parameters after updates are bitwise equal on all processes."""
     _several(world)
     models, learner = _learners(world)
     sample, one = drawn(world, models["policy"], ROWS, 1.0), term(world)
@@ -130,8 +130,8 @@ def all_processes_have_the_same_bits(world: World) -> None:
 
 @check("backend", usually="the backend does not compare what it was given by `Processes.agree`, or only some of it")
 def a_process_out_of_step_is_named(world: World) -> None:
-    """A process that comes with other data, another number of rows or another call gets no result: `OutOfStep` names it on all
-    processes, none waits for what will not come."""
+    """If one process comes with other data, another number of rows or another call, all processes raise `OutOfStep`, which names
+    it; none waits forever."""
     _several(world)
     models, learner = _learners(world)
     other = world.processes.rank == world.processes.count - 1
@@ -175,7 +175,7 @@ def _several(world: World) -> None:
 def _agree(world: World, what: str, arrays: Mapping[str, np.ndarray]) -> None:
     """
     Raises:
-      Violation: they are others on some process.
+      Violation: an array differs on some process.
     """
     try:
         for name, array in arrays.items():
@@ -193,7 +193,7 @@ def _learners(world: World, number: int = 0) -> tuple[dict[str, Any], Learner]:
 
 
 def _saved(learner: Learner, folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of its files, once it has saved there."""
+    """Save the learner in ``folder`` and return all tensors in its files."""
     learner.save(folder)
     files = sorted(folder.rglob("*.safetensors"))
     return {f"{file.name} {name}": array for file in files for name, array in read_tensors(file).items()}

@@ -1,4 +1,4 @@
-"""``lockstep check NAME``: the checks of one component on every backend and precision, and what a failure usually means."""
+"""``lockstep check NAME``: check one component on every backend and precision, and say what a failure usually means."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def report(
     overrides: Sequence[str] = (),
     verbose: bool = False,
 ) -> bool:
-    """Check the component and print the results; True if nothing failed. ``like`` names the configuration file to start from if
-    the component has none; ``overrides`` are 'algorithm.kl_coef=0.1', 'backend.device=cuda', ...; ``verbose`` adds the traceback
-    of an error in a check.
+    """Check the component and print the results. Return True if nothing failed. ``like`` names the configuration file to start
+    from if the component has none; ``overrides`` are 'algorithm.kl_coef=0.1', 'backend.device=cuda', ...; ``verbose`` adds the
+    traceback of an unexpected error in a check.
 
     Raises:
-      LockstepError: it cannot be checked; the message says what to type instead.
+      LockstepError: the component cannot be checked; the message says what to type instead.
     """
     kind = kind_of(name, kind)
     where = places(kind, name, [backend] if backend else None, [precision] if precision else None)
@@ -64,10 +64,10 @@ def report(
 
 
 def processes(name: str, kind: str | None = None, backend: str | None = None, overrides: Sequence[str] = ()) -> int:
-    """As how many processes of this host the checks have to run.
+    """How many processes the checks need on this host.
 
     Raises:
-      LockstepError: on one backend as many, on another as many others; or it cannot be checked.
+      LockstepError: backends need different numbers, or the component cannot be checked.
     """
     kind = kind_of(name, kind)
     check_overrides(overrides)
@@ -81,7 +81,7 @@ def processes(name: str, kind: str | None = None, backend: str | None = None, ov
 
 
 def made(kind: str, name: str, place: Place, overrides: Sequence[str] = (), like: str | None = None) -> Any:
-    """The subject of the checks in this place.
+    """Make the subject of the checks in this place.
 
     Raises:
       ConfigError: values are missing; the message says where to get them.
@@ -102,7 +102,7 @@ def kind_of(name: str, kind: str | None = None) -> str:
     """The kind of the component with this name.
 
     Raises:
-      LockstepError: there is none, there are several, or its kind has no checks.
+      LockstepError: no component has this name, several have it, or its kind has no checks.
     """
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"There are no checks for the kind '{kind}'.{did_you_mean(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
@@ -136,7 +136,7 @@ def kind_of(name: str, kind: str | None = None) -> str:
 
 
 def places(kind: str, name: str, backends: Sequence[str] | None = None, precisions: Sequence[str] | None = None) -> list[Place]:
-    """Every installed backend that has the component, in every precision of the backend; or those asked for.
+    """Where to check: every installed backend that has the component, in each of its precisions; or only those asked for.
 
     Raises:
       LockstepError: there is no such place.
@@ -185,14 +185,14 @@ def _has_policy(backend: str) -> bool:
 
 
 ON_THE_HOST = ("environment",)
-"""Kinds that no backend touches: checked once."""
+"""Kinds that use no backend; these are checked once."""
 
 
 def known_precisions(kind: str, name: str, backend: str) -> Sequence[str | None]:
     """The precisions of the backend's configuration; [None] if it has no such key.
 
     Raises:
-      RegistryError: no such backend, no such component for it, or not installed.
+      RegistryError: the backend does not exist, lacks the component, or is not installed.
     """
     if kind != "backend":
         registry().find(kind, name, backend)
@@ -204,7 +204,7 @@ def known_precisions(kind: str, name: str, backend: str) -> Sequence[str | None]
 def check_overrides(overrides: Iterable[str]) -> None:
     """
     Raises:
-      ConfigError: no check would read one of them.
+      ConfigError: an override is not one that a check reads.
     """
     for override in overrides:
         group, dot, key = override.partition("=")[0].partition(".")
@@ -219,7 +219,7 @@ def check_overrides(overrides: Iterable[str]) -> None:
 
 
 def line(outcome: Outcome, verbose: bool = False, again: bool = False) -> str:
-    """'  ✓ name', followed by the reason or the failure; ``again``: by what an earlier check raised, too."""
+    """'  ✓ name', followed by the reason or the failure. ``again``: an earlier check raised the same error."""
     head = f"  {MARKS[outcome.status]} {outcome.check.name}"
     if again:
         return f"{head}: the same error"
@@ -231,9 +231,10 @@ def line(outcome: Outcome, verbose: bool = False, again: bool = False) -> str:
 
 
 def explain(outcome: Outcome, verbose: bool = False) -> list[str]:
-    """A failure: the property, the numbers, and what these usually mean; if ``verbose``, the traceback of what it raised."""
+    """The lines of a failure: the property, the numbers, and what they usually mean. After an unexpected error, the last is left
+    out, and ``verbose`` adds the traceback."""
     told = [outcome.check.property, f"found: {outcome.detail}"]
-    if outcome.traceback:  # of which the check knows nothing
+    if outcome.traceback:  # unexpected, so ``usually`` is not about it
         return told + (outcome.traceback.splitlines() if verbose else [])
     return [*told, f"usually: {outcome.check.usually}"]
 

@@ -14,7 +14,7 @@ from lockstep.types import Prompt
 
 @check("reward_model", usually="scores per token or per pair, an object array, or a division by zero")
 def one_finite_score_per_response(subject: RewardModelSubject) -> None:
-    """`score` gives float32 [B], finite: one number per response, even for a lone stop token."""
+    """`score` returns finite float32 [B]: one number per response, even for a lone stop token."""
     responses = subject.responses()
     scores = subject.build().score(responses)
     require(isinstance(scores, np.ndarray), f"the scores are a {type(scores).__name__}, not a numpy array")
@@ -38,7 +38,7 @@ def fractions_survive(subject: RewardModelSubject) -> None:
 
 @check("reward_model", usually="batch statistics, such as normalising by the mean, or padding is read")
 def scores_do_not_depend_on_the_batch(subject: RewardModelSubject) -> None:
-    """A response has the same score alone, in another order and next to others (invariant 5)."""
+    """A response has the same score alone, next to others and in another order (invariant 5)."""
     model = subject.build()
     scores = model.score(subject.responses())
     order = np.array([3, 0, 7, 1, 6, 2, 5, 4])
@@ -86,7 +86,7 @@ def failures_are_heard(subject: RewardModelSubject) -> None:
 
 @check("reward_model", usually="a column is read with a default, as in truth.get('answer', ''): rows without one score 0")
 def missing_columns_are_heard(subject: RewardModelSubject) -> None:
-    """Without the columns of the data, the scores are the same, or an exception or NaN."""
+    """Without the data's columns, scores are unchanged or NaN, or `score` raises."""
     model, responses = subject.build(), subject.responses()
     scores = model.score(responses)
     bare = replace(responses, prompts=[Prompt(prompt.messages) for prompt in responses.prompts])
@@ -101,7 +101,7 @@ def missing_columns_are_heard(subject: RewardModelSubject) -> None:
 
 @check("reward_model", usually="a detail per batch or per token, or of an earlier batch")
 def details_are_numbers_per_response(subject: RewardModelSubject) -> None:
-    """`details` gives float32 [B] for the last batch, under names that do not change."""
+    """`details` returns float32 [B] for the last batch, under names that do not change."""
     model = subject.build()
     names = []
     for count in (8, 3):
@@ -118,7 +118,7 @@ def details_are_numbers_per_response(subject: RewardModelSubject) -> None:
 
 @check("reward_model", usually="masks or tokens are edited in place")
 def inputs_are_left_alone(subject: RewardModelSubject) -> None:
-    """Scoring changes neither tokens nor masks, texts nor what is known about the prompts."""
+    """Scoring does not change tokens, masks, texts or the truth of prompts."""
     responses = subject.responses()
     before = copy.deepcopy((list(responses.texts), vars(responses.sequences), [dict(p.truth) for p in responses.prompts]))
     subject.build().score(responses)

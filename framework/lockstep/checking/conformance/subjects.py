@@ -1,5 +1,5 @@
-"""The subjects of checks, set up in the small world. For a backend or a policy it is the `World` itself; a reward model or an
-algorithm is built in one, as a check asks."""
+"""The subjects of checks, set up in the small world. For a backend or a policy, the subject is the `World` itself. Other
+components are built in a world when a check asks for them."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ CHECKERS = {
     "policy": "world", "names_goal": False, "lengths": LENGTHS,
     "judge": {"name": "function", "function": "lockstep.checking.conformance.world:word_scores"},
 }  # fmt: skip
-"""Keys of rewards that read the text and the columns, set if a configuration has them."""
+"""Values for keys of rewards that read the text and the columns, set if a configuration has the key."""
 
 
 class RewardModelSubject:
-    """A reward model, and responses for it to score. It is the `lockstep.interfaces.Resources` of the reward model."""
+    """A reward model, and responses for it to score. It also serves as the reward model's `lockstep.interfaces.Resources`."""
 
     function = "lockstep.checking.conformance.world:word_scores"
 
@@ -90,13 +90,13 @@ class RewardModelSubject:
         return "stage"
 
     def reward_model(self, group: Mapping[str, Any]) -> RewardModel:
-        """A member of an ensemble: a copy of the world's model, whatever the name of its stage."""
+        """A member of an ensemble. Whatever its stage, it reads a copy of the world's model."""
         self.members.append(group)
         given = {**group, "source": "world", "function": self.function}
         cls, config = self.world.component("reward_model", group["name"], given)
         before = list(self.opened)
         member = cls(config, self)
-        self.opened = before  # a member declares what it opens itself
+        self.opened = before  # what a member opens, it declares itself
         return member
 
     def policy(self, source: str) -> tuple[Policy, Tokenizer]:
@@ -112,8 +112,8 @@ class RewardModelSubject:
         return self.world.scalar_model(), self.tokenizer
 
     def responses(self, rows: Any = slice(None), *, prompt_columns: int = 7, response_columns: int = 6) -> Responses:
-        """Eight ragged responses, or some of them, in a block of this many columns. Of every prompt an ``answer`` is known, with
-        which every other response begins, and ``tests`` and a response to compare ``against``."""
+        """Eight ragged responses, or those of ``rows``, in a block of this many columns. The truth of every prompt has an
+        ``answer``, ``tests`` and a response to compare ``against``. Every second response begins with its prompt's ``answer``."""
         wide = self.world.rollout(response_columns=6)
         block = self.world.rollout(prompt_columns=prompt_columns, response_columns=6)
         extra = response_columns - 6
@@ -129,7 +129,7 @@ class RewardModelSubject:
 
 
 class EnvironmentSubject:
-    """An environment, and episodes for it to reply in, begun with its own examples."""
+    """An environment, and episodes for it to reply in, which start from its own examples."""
 
     cls: type[Environment]
 
@@ -146,13 +146,14 @@ class EnvironmentSubject:
         return self.cls(replace(self.config, **changes))
 
     def episodes(self, count: int, seed: int = 0) -> list[Episode]:
-        """Fresh ones: the same arguments give equal ones."""
+        """Fresh episodes; equal arguments give equal episodes."""
         prompts = copy.deepcopy(self.cls.examples(self.config))
         return [Episode(prompts[i % len(prompts)], 1000 * seed + i) for i in range(count)]
 
 
 class LabelerSubject(RewardModelSubject):
-    """A labeler, and candidates for it to rank: its own examples, or the world's responses. It is the labeler's resources."""
+    """A labeler, and candidates for it to rank: its own examples, or the world's responses. It also serves as the labeler's
+    resources."""
 
     labeler: type[Labeler]
 
@@ -168,7 +169,8 @@ class LabelerSubject(RewardModelSubject):
         return super().reward_model(whole)
 
     def candidates(self) -> list[Candidates]:
-        """Of several prompts, two to four completions each, some of them alike; written by two policies."""
+        """The labeler's own examples without policies and scores; or several prompts with two to four completions each, some of
+        them shared between prompts."""
         if (own := self.labeler.examples(self.config)) is not None:
             return [replace(each, policies=(), scores=()) for each in own[1]]
         responses = self.responses()
@@ -178,10 +180,10 @@ class LabelerSubject(RewardModelSubject):
         return [Candidates(f"c{i}", prompt, each) for i, (prompt, each) in enumerate(zip(prompts, rows, strict=True))]
 
     def labels(self, candidates: Sequence[Candidates], seed: int = 0) -> list[Label]:
-        """Of a new object.
+        """The labels that a new object gives, sorted.
 
         Raises:
-          Inapplicable: it waits for people.
+          Inapplicable: the labeler waits for people.
         """
         own = self.labeler.examples(self.config)
         built: Any = self.labeler
@@ -195,7 +197,7 @@ class LabelerSubject(RewardModelSubject):
 
 
 class AttackerSubject(RewardModelSubject):
-    """An attacker, and goals for it: its own examples, or words of the world. It is the attacker's resources."""
+    """An attacker, and goals for it: its own examples, or words of the world. It also serves as the attacker's resources."""
 
     attacker: type[Attacker]
 
@@ -212,7 +214,7 @@ class AttackerSubject(RewardModelSubject):
         return built(self.config, self.world.data if own is None else own[0], self)
 
     def goals(self) -> list[Goal]:
-        """Six, two of them alike."""
+        """Six goals, two of them equal."""
         if (own := self.attacker.examples(self.config)) is not None:
             goals = list(own[1])
         else:
@@ -220,7 +222,7 @@ class AttackerSubject(RewardModelSubject):
         return [*goals[:5], goals[1]]
 
     def attacks_on(self, goals: Sequence[Goal], seed: int = 0) -> Sequence[Sequence[Message] | None]:
-        """By a new object."""
+        """The attacks that a new object writes."""
         return self.build_attacker().attack(goals, seed)
 
 
@@ -231,7 +233,7 @@ class Trace:
     algorithm: Algorithm
     tap: Tap
     models: dict[int, dict[str, np.ndarray]]
-    """Parameters, before the first step, of every model at that time: {position in `Tap.models`: arrays}."""
+    """The parameters, before the first step, of every model that existed then: {position in `Tap.models`: arrays}."""
     metrics: list[Metrics]
     steps: list[list[Crossing]]
 
@@ -270,7 +272,7 @@ class Trace:
         raise Inapplicable("it does not evaluate the policy it trains")
 
     def parameters(self) -> dict[str, np.ndarray]:
-        """Of the trained models, as they are now."""
+        """The current parameters of the trained models."""
         return {f"{name}.{key}": a for name, model in self.trained().items() for key, a in model.parameters().items()}
 
 
@@ -286,7 +288,7 @@ def constant(responses: Responses) -> np.ndarray:
 
 
 def missing_sometimes(tokens: np.ndarray) -> np.ndarray:
-    """bool [B] of blocks [B, T]: about a third, the same for the same tokens."""
+    """tokens [B, T] -> bool [B]: True for about a third of the rows; equal tokens give the same."""
     return tokens.sum(axis=1) % 3 == 0
 
 
@@ -299,7 +301,7 @@ class AlgorithmSubject:
         "schedule": {"shape": "constant", "warmup_steps": 0, "initial": 1.0, "final": 1.0},
     }  # fmt: skip
     batch_sizes = (6, 12, 8, 10, 9, 5, 7, 4, 11)
-    """The first that the configuration accepts beside the overrides is used: minibatches must divide it."""
+    """The first size that the configuration accepts with the overrides is used, because minibatches must divide it."""
 
     def __init__(self, world: World, name: str, like: str | None = None):
         self.world, self.name, self.like = world, name, like
@@ -328,10 +330,10 @@ class AlgorithmSubject:
         return self.world.settings()
 
     def configured(self, **changes: Any) -> tuple[type[Algorithm], Any]:
-        """With a check's own changes.
+        """The algorithm's class, and its configuration with a check's own changes.
 
         Raises:
-          Inapplicable: an override has asked for something else, or the configuration refuses them.
+          Inapplicable: an override asks for another value, or the configuration refuses the changes.
         """
         asked = flat(self.world.overrides.get("algorithm", {}))
         for key, value in flat(changes).items():
@@ -345,7 +347,7 @@ class AlgorithmSubject:
             raise Inapplicable(f"with {' '.join(f'{k}={v}' for k, v in flat(changes).items())}: {error}") from error
 
     def free(self, **changes: Any) -> dict[str, Any]:
-        """Those that no override has settled."""
+        """The changes whose keys no override sets."""
         return {key: value for key, value in changes.items() if key not in self.world.overrides.get("algorithm", {})}
 
     def need(self, *keys: str) -> None:
@@ -367,7 +369,7 @@ class AlgorithmSubject:
     def need_trait(self, holds: bool, otherwise: str) -> None:
         """
         Raises:
-          Inapplicable: a trait that the check is about is not the algorithm's.
+          Inapplicable: the algorithm lacks a trait that the check is about; ``otherwise`` says which.
         """
         if not holds:
             raise Inapplicable(otherwise)
@@ -381,8 +383,8 @@ class AlgorithmSubject:
         environment: Environment | None = None,
         **changes: Any,
     ) -> tuple[Algorithm, Tap]:
-        """Build it on fresh models. The reward model scores by ``reward`` and has a network to start a value network from. Unless
-        it ``learns``, updates are recorded and change nothing."""
+        """Build the algorithm on fresh models. The reward model scores by ``reward`` and has a network to start a value network
+        from. Unless ``learns``, updates are recorded and change nothing."""
         cls, config = self.configured(**changes)
         world, tap = self.world, Tap(frozen=not learns)
         reward_model = None
@@ -395,7 +397,7 @@ class AlgorithmSubject:
         context = Context(seed, backend, world.tokenizer, self.data, policy, reward_model, environment, others)
         try:
             return cls(config, context), tap
-        except DataError:  # it may have no use for ties
+        except DataError:  # the algorithm may refuse ties
             context.data = self.data = Data(ties=False)
             return cls(config, context), tap
 
@@ -410,8 +412,8 @@ class AlgorithmSubject:
         environment: Environment | None = None,
         **changes: Any,
     ) -> Trace:
-        """The first steps of a run. Equal configurations share a run: a shorter one is continued; of a longer one,
-        `Trace.algorithm` is ahead of the trace. With ``again``, a run of its own."""
+        """The first steps of a run. Equal configurations share a run: a shorter one is continued; a longer one is cut, and then
+        `Trace.algorithm` is ahead of the trace. ``again`` makes a new run."""
         key = (reward.__name__, seed, learns, environment, repr(self.configured(**changes)[1]))
         found = None if again else self._traces.get(key)
         if found is None:
@@ -423,7 +425,7 @@ class AlgorithmSubject:
         return found if len(found.steps) == steps else replace(found, metrics=found.metrics[:steps], steps=found.steps[:steps])
 
     def first_terms(self, **changes: Any) -> Trace:
-        """One step of `run` in which nothing is learned: its terms are those of a run, and no gradient is computed."""
+        """One step of `run` without learning: its terms are those of a normal run, and no gradient is computed."""
         return self.run(1, learns=False, **changes)
 
     def go_on(self, trace: Trace, first: int, last: int) -> None:

@@ -1,8 +1,8 @@
 """A world small enough to check by hand: 37 words, a two-layer decoder with weights as large as trained ones, data written
-out here, and a function as reward model. Nothing in it knows an array library.
+out here, and a function as reward model. None of it depends on a backend's array library.
 
 Fresh weights would hide mistakes: with a standard deviation of 0.02, every logit is near 0 and a wrong mask moves the result
-by less than rounding. So matrices are ten times that.
+by less than rounding. So matrices are ten times as large.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lockstep.types import Comparison, Demonstration, Message, Prompt, Role
 
 WORDS = [f"w{i}" for i in range(34)]
 LAST = ["[aeiou]", "[dty]", "[nmrl]", "[s]", "[.:,;!?]", "\\d", "[>\\])}]"]
-"""Last characters of words that count as w0, w1, ...; all other unknown words count as w33."""
+"""An unknown word that ends in one of these counts as w0, w1, ...; any other unknown word counts as w33."""
 PAD, STOP = 36, 35
 ARCHITECTURE = small_decoder(
     vocab_size=37, hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=48, context_length=64,
@@ -50,13 +50,13 @@ SMALL = {
     "layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "intermediate_size": 48, "context_length": 64,
     "rope_theta": 100.0, "tied": False, "compilation_cache": None, "gradient_checkpointing": False, "threads": 1,
 }  # fmt: skip
-"""Keys of policies and backends, set if a configuration has them."""
+"""Values for keys of policies and backends, set if a configuration has the key."""
 LENGTHS = {"prompt": 6, "response": 12, "multiple": 4}
 
 
 def tokenizer() -> Tokenizer:
-    """Word-level. It stops at <stop>; <eos> is a word like any other. It knows every text: a word that is not in its vocabulary,
-    from a plugin's own template say, counts as one of its words, chosen by the last character."""
+    """A word-level tokenizer. <stop> is its EOS; <eos> is an ordinary word. It encodes any text: a word outside the vocabulary,
+    for example from a plugin's own template, counts as one of its words, chosen by the last character."""
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate([*WORDS, "<eos>", "<stop>", "<pad>"])}))
     own = r"(?:w(?:[12]?\d|3[0-3])|<eos>|<stop>|<pad>)"
     core.normalizer = tokenizers.normalizers.Sequence([
@@ -70,7 +70,7 @@ def tokenizer() -> Tokenizer:
 
 
 def write_checkpoint(folder: Path, seed: int, architecture: Architecture = ARCHITECTURE) -> Path:
-    """A Llama of this world in Hugging Face's format, with large weights."""
+    """Write a Llama of this world in Hugging Face's format, with large weights."""
     write_tensors(folder / "model.safetensors", enlarged(initial_parameters(architecture, seed)))
     write_json(folder / "config.json", to_hf(architecture))
     tokenizer().save(folder)
@@ -97,7 +97,8 @@ def sentence(seed: int, words: int) -> str:
 
 
 class Data(DataSource):
-    """Twelve of everything, of different lengths; several completions per comparison, some tied unless ``ties`` is False."""
+    """Twelve examples of each type, of different lengths. Comparisons have two to four completions, some tied unless ``ties`` is
+    False."""
 
     rows = 12
 
@@ -118,7 +119,7 @@ class Data(DataSource):
         ]
 
     def prompts(self, split: str) -> list[Prompt]:
-        """Every fourth is a dialogue: the assistant has already answered once."""
+        """Every fourth prompt is a dialogue in which the assistant has already answered once."""
         words = [sentence(i, 2 + i % 5).split() for i in range(self.rows)]
         turns = [[[w[0]], [w[1]], w[2:]] if i % 4 == 3 else [w] for i, w in enumerate(words)]
         roles: tuple[Role, ...] = ("user", "assistant", "user")
@@ -126,7 +127,7 @@ class Data(DataSource):
 
 
 class Scored(RewardModel):
-    """``function(responses) -> scores``, and a network to start a value network from."""
+    """A reward model: ``function(responses) -> scores``, and optionally a network to start a value network from."""
 
     def __init__(
         self, function: Callable[..., Any] = lambda r: r.sequences.mask.sum(axis=1) - 5.0, network: ScalarModel | None = None
@@ -148,22 +149,22 @@ class Talks(Environment):
 
 
 def word_scores(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
-    """A reward function over text: scores that are not whole numbers."""
+    """A reward function over text, with scores that are not whole numbers."""
     return [0.73 + sum(len(word) for word in text.split()) / 7 for text in responses]
 
 
 def passages() -> list[str]:
-    """For a search index."""
+    """The passages of a search index."""
     return ["w1 w2", "w3 yes", "w1 w4 w5"]
 
 
 def longest_word(text: str) -> str:
-    """A tool."""
+    """A tool: return the longest word."""
     return max(text.split(), key=len)
 
 
 def known(changes: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    """The changes whose keys the group has, at every depth."""
+    """The changes whose keys exist in the group, at every depth."""
     return {
         key: known(value, group[key]) if isinstance(value, Mapping) and isinstance(group[key], Mapping) else value
         for key, value in changes.items()
@@ -181,16 +182,16 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def file_of(kind: str, name: str, folders: tuple[tuple[str, Path], ...]) -> dict[str, Any]:
-    """A component's configuration file, without its name; empty if there is none. Cached, as composing takes half a second;
-    ``folders`` is what it depends on."""
+    """A component's configuration file, without the key ``name``; empty if there is no file. Cached, because composing takes half
+    a second; ``folders`` is an argument because the result depends on it."""
     return {key: value for key, value in compose.group(kind, name).items() if key != "name"}
 
 
 def configured(
     kind: str, name: str, backend: str, changes: Mapping[str, Any], asked: Mapping[str, Any], like: str | None = None
 ) -> tuple[type[Any], Any, dict[str, Any]]:
-    """A component's class, its configuration and what of it was set: its YAML file (or that of ``like``), then ``changes``, then
-    what was ``asked`` for.
+    """A component's class, its configuration, and the values set beyond the file. The configuration is the YAML file (or that of
+    ``like``), overridden by ``changes``, then by ``asked``.
 
     Raises:
       ConfigError: a value is missing.
@@ -203,19 +204,19 @@ def configured(
 
 
 def nested(overrides: Sequence[str]) -> dict[str, Any]:
-    """{'backend': {'device': 'cuda'}} of 'backend.device=cuda'."""
+    """['backend.device=cuda'] -> {'backend': {'device': 'cuda'}}."""
     return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
 
 
 def workers(backend: str, overrides: Sequence[str], like: str | None = None) -> int:
-    """The processes that a world on this backend needs on this host."""
+    """How many processes a world on this backend needs on this host."""
     cls, config, _ = configured("backend", backend, backend, {}, nested(overrides).get("backend", {}), like)
     return cls.workers(config)
 
 
 @contextlib.contextmanager
 def without_launcher() -> Iterator[None]:
-    """As if this process were alone."""
+    """Hide the launcher's environment variables, as if this process were alone."""
     held = {name: os.environ.pop(name) for names in LAUNCHERS for name in names if name in os.environ}
     try:
         yield
@@ -224,7 +225,7 @@ def without_launcher() -> Iterator[None]:
 
 
 def with_prompts(rows: Sequences, which: np.ndarray) -> Sequences:
-    """The same responses, to the prompts of the rows ``which``."""
+    """The same responses, with the prompts of the rows ``which``."""
     tokens = np.concatenate([rows.tokens[which, : rows.prompt_length], rows.responses], axis=1)
     return dataclasses.replace(rows, tokens=tokens, prompt_mask=rows.prompt_mask[which])
 
@@ -232,15 +233,15 @@ def with_prompts(rows: Sequences, which: np.ndarray) -> Sequences:
 class World:
     """One backend, a policy on it, and what a check needs around them.
 
-    Several processes are as many worlds, which check the same at the same time: what the backend computes is collective, but
-    each has a folder of its own and writes all of its files. `processes` are those together.
+    With several processes, each has its own world, and all run the same checks at the same time. The backend computes
+    collectively, but each world has its own folder and writes all files there. `processes` is the group of these processes.
 
     Args:
         backend: the registered name of the backend.
-        precision: 'float32' or 'bfloat16', if its configuration has the key; None for the file's own.
-        policy: the registered name of the policy; None takes the default one, or the backend's only one.
-        like: the backend's configuration file, if not the one of its name.
-        overrides: 'backend.device=cuda', 'policy.layers=4', ...: keys of groups that differ from their YAML files.
+        precision: 'float32' or 'bfloat16', if the backend's configuration has the key; None keeps the file's value.
+        policy: the registered name of the policy; None takes the default, or the backend's first policy if it lacks the default.
+        like: the name of the backend's configuration file; None takes the backend's own name.
+        overrides: 'backend.device=cuda', 'policy.layers=4', ...: values that differ from the YAML files.
     """
 
     def __init__(
@@ -254,7 +255,7 @@ class World:
     ):
         self.name, self.like, self.asked = backend, like, tuple(overrides)
         self.given: dict[str, dict[str, Any]] = {}
-        """What each component was first built with: the kit's values and the overrides."""
+        """{kind: the values set beyond the file when it was first built}: the kit's values and the overrides."""
         self.overrides = nested(overrides)
         cls, config = self.component("backend", backend, {} if precision is None else {"precision": precision}, like)
         self.config = config
@@ -267,11 +268,12 @@ class World:
         self.folder = Path(self._folder.name)
 
     def tolerance(self, float32: float, bfloat16: float) -> float:
-        """The tolerance of the backend's precision; float32's for a higher one."""
+        """The tolerance for the backend's precision: that of float32 unless it is bfloat16."""
         return bfloat16 if self.precision == "bfloat16" else float32
 
     def component(self, kind: str, name: str, changes: Mapping[str, Any], like: str | None = None) -> tuple[type[Any], Any]:
-        """A component's class and its configuration: its YAML file (or that of ``like``), then ``changes``, then the overrides.
+        """A component's class and its configuration: the YAML file (or that of ``like``), overridden by ``changes``, then by the
+        overrides.
 
         Raises:
           ConfigError: a value is missing.
@@ -285,7 +287,7 @@ class World:
         """The same world on one device of this process.
 
         Raises:
-          Inapplicable: this one is.
+          Inapplicable: this world already runs on one device, or needs several processes and has one.
         """
         if self.processes.count == 1:
             if not self.overrides.get("backend", {}).get("mesh"):
@@ -297,7 +299,8 @@ class World:
             return World(self.name, precision=self.precision, policy=self.policy_name, overrides=others, like=self.like)
 
     def settings(self) -> list[str]:
-        """What the kit sets, as 'policy.layers=2', the overrides included; but not the paths of its own files."""
+        """The values that the kit sets, as 'policy.layers=2'; with the overrides, without paths of its own files and without
+        tokenizer keys."""
         _ = self._policy
         return [
             override(f"{kind}.{key}", value)
@@ -307,7 +310,7 @@ class World:
         ]
 
     def policy(self, number: int = 0) -> Policy:
-        """A fresh copy of policy 0 or 1: the same architecture, other weights."""
+        """A fresh copy of policy 0 or 1, which have the same architecture and different weights."""
         cls, _ = self._policy
         return cls.load(self._policy_folder(number), self.backend)
 
@@ -317,7 +320,7 @@ class World:
         return cls.create(config, self.backend, self.tokenizer, seed)
 
     def scalar_model(self, number: int = 0) -> ScalarModel:
-        """The trunk of a policy with a head that is not 0."""
+        """A policy's trunk with a nonzero scalar head."""
         policy = self.policy(number)
         return policy.scalar_model(head(policy.hidden_size))
 
@@ -340,12 +343,12 @@ class World:
 
     @property
     def from_checkpoint(self) -> bool:
-        """The policy starts from a checkpoint's weights, whatever the seed."""
+        """True if the policy starts from a checkpoint's weights, whatever the seed."""
         return hasattr(self._policy[1], "path") and not self.adapted
 
     @property
     def adapted(self) -> bool:
-        """The policy trains an adapter, and saves only that."""
+        """True if the policy trains an adapter and saves only that."""
         return isinstance(self._policy[1], adapters.LoRAConfig)
 
     @functools.cached_property
@@ -359,10 +362,10 @@ class World:
         folder = self.folder / f"policy{number}"
         self.created(number).save(folder)
         file, weights = saved_weights(folder)
-        if self.adapted:  # a fresh adapter changes nothing, whatever its weights
+        if self.adapted:  # a fresh adapter changes no output
             rng = np.random.default_rng(number)
             weights = {name: rng.normal(0, 0.3, array.shape).astype(np.float32) for name, array in weights.items()}
-        elif not self.from_checkpoint:  # a checkpoint's weights are large enough
+        elif not self.from_checkpoint:  # the kit's checkpoint already has large weights
             weights = enlarged(weights)
         elif number:
             weights = {name: array[..., ::-1] for name, array in weights.items()}

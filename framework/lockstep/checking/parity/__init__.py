@@ -1,6 +1,6 @@
 """`lockstep parity`: runs one experiment on two backends step by step, and shows where and by how much they part.
 
-march         the two runs, and what is compared when
+march         the two runs, compared after each step
 differences   the measures
 plots         the figure
 
@@ -65,7 +65,8 @@ class ParityReport:
 
 
 def parity(overrides: Sequence[str], *, same_start: bool = False, steps: int | None = None, output: Path) -> ParityReport:
-    """Run it, and write report.md, parity.json, steps.csv and the figure to ``output``, however it ends."""
+    """Run the experiment on both backends. However the run ends, write report.md, parity.json, steps.csv and the figure to
+    ``output`` if at least one step was compared."""
     march = March(overrides, same_start=same_start, steps=steps)
     options = ["--same-start"] * same_start + ["--steps", str(steps)] * (steps is not None)
     started = datetime.datetime.now(datetime.UTC)
@@ -88,7 +89,7 @@ def parity(overrides: Sequence[str], *, same_start: bool = False, steps: int | N
 
 
 def print_summary(report: ParityReport, console: Terminal | None = None) -> None:
-    """The table, and a sentence per stage.
+    """Print the table and a sentence per stage.
 
     Raises:
       Stopped: the run was stopped; raised after printing.
@@ -183,7 +184,7 @@ def write(report: ParityReport, output: Path) -> list[Path]:
 
 
 def tidy(stages: Sequence[StageSteps]) -> Iterator[dict[str, Any]]:
-    """One row per step, and one for what followed the last step."""
+    """One row per step, and one for the end of a stage if `Algorithm.finish` called a model."""
     for stage in stages:
         for step in all_steps(stage):
             first = step.first

@@ -1,7 +1,7 @@
-"""How far two steps differ: crossing by crossing of `lockstep.checking.tap`, then parameter by parameter.
+"""How far two steps differ: each crossing of `lockstep.checking.tap`, then each parameter.
 
-Rows with different tokens are not compared: a model's outputs for them answer different questions. Nothing outside the mask
-is compared either. A step's measure is the largest over its crossings.
+Rows with different tokens are not compared, because a model's outputs for them answer different questions. Nothing outside the
+mask is compared either. A step's measure is the largest over its crossings.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lockstep.text.sequences import Sequences
 class Token:
     """The first differing token of a step: in the earliest column, the first row.
 
-    tie: the gap between the two winners' log-probability + Gumbel noise. If it is as small as the differences of the
-      log-probabilities, the draw was a tie that rounding decided. If large, the backends sampled by different rules or noise.
+    tie: the gap between the two winners' log-probability + Gumbel noise. If it is as small as the differences between
+      log-probabilities, rounding decided a tie. If it is large, the sampling rules or the noise differ.
     """
 
     row: int
@@ -52,7 +52,7 @@ class Step:
 
 
 def compare_crossings(step: Step, names: tuple[str, str], first: Sequence[Crossing], second: Sequence[Crossing]) -> None:
-    """Pair by pair, up to the first two that do not match."""
+    """Compare crossings pair by pair, up to the first pair of different kinds."""
     for number, pair in enumerate(zip_longest(first, second)):
         kinds = ["nothing" if crossing is None else type(crossing).__name__ for crossing in pair]
         if kinds[0] != kinds[1]:
@@ -89,7 +89,7 @@ def _generation(step: Step, one: GenerateCall, other: GenerateCall) -> None:
 
 
 def _winner(crossing: GenerateCall, row: int, column: int) -> float:
-    """The largest log-probability + noise, which chose the token."""
+    """The drawn token's log-probability + Gumbel noise, the largest of all tokens; at temperature 0 without noise."""
     token, logprob = crossing.generated.tokens[row, column], float(crossing.generated.logprobs[row, column])
     if crossing.temperature == 0:
         return logprob
@@ -123,7 +123,7 @@ def _update(step: Step, one: UpdateCall, other: UpdateCall) -> None:
 
 
 def _term(step: Step, a: Term, b: Term) -> None:
-    """The arrays that the loss reads."""
+    """Compare the arrays that the loss reads."""
     same = _same_rows(step, a.sequences, b.sequences)
     mask = np.asarray(a.batch.get("mask", a.sequences.mask))
     for name in a.batch.keys() & b.batch.keys():
@@ -149,8 +149,9 @@ def _same_rows(step: Step, a: Sequences, b: Sequences) -> np.ndarray:
 
 
 def _counted(array: np.ndarray, mask: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Which elements to compare: those under the mask if there is a column per token, else those of the rows. In an array with an
-    entry per prompt, those of prompts whose rows, which are neighbours, are all the same."""
+    """Which elements to compare, where ``rows`` marks the rows that are the same on both sides. An array with an entry per token:
+    those under the mask in these rows. Per row: these rows. Per prompt, whose rows are neighbours: prompts whose rows are all the
+    same. Any other array: everything if all rows are the same, else nothing."""
     if array.shape == mask.shape:
         return mask & rows[:, None]
     if len(array) and len(rows) % len(array) == 0:
@@ -159,7 +160,8 @@ def _counted(array: np.ndarray, mask: np.ndarray, rows: np.ndarray) -> np.ndarra
 
 
 def _largest(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float | None:
-    """max |a - b|. Two NaN agree; one NaN is infinitely far from a number. None: nothing counts."""
+    """max |a - b| over ``where``; None if that is empty. Two NaNs agree; NaN and a number, or arrays of different shapes, are
+    infinitely far apart."""
     if a.shape != b.shape:
         return float("inf") if where.any() else None
     a, b = np.asarray(a[where], np.float64), np.asarray(b[where], np.float64)
@@ -180,12 +182,12 @@ def compare_parameters(step: Step, one: Learner, other: Learner) -> None:
 
 
 def parameters(learner: Learner) -> dict[str, np.ndarray]:
-    """The parameters of all models that it trains."""
+    """The parameters of all models that the learner trains."""
     return {f"{model}.{name}": p for model, m in learner.models.items() for name, p in m.parameters().items()}
 
 
 def distance(step: Step, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> tuple[float, float, str]:
-    """The largest absolute difference, ||a - b|| / ||a||, and the place of the largest."""
+    """The largest absolute difference, ||a - b|| / ||a||, and the name of the array with the largest difference."""
     if unknown := sorted(a.keys() ^ b.keys()):
         step.notes.append(f"only one of the two has {', '.join(unknown[:3])}")
     largest, where, apart, size = 0.0, "", 0.0, 0.0

@@ -24,7 +24,7 @@ from lockstep.runs.stages import Stage
 
 @dataclass
 class StageSteps:
-    """``total``: all steps of the stage. ``end``: the crossings of `Algorithm.finish`, if it called a model."""
+    """``total``: the number of steps in the whole stage. ``end``: the crossings of `Algorithm.finish`, if it called a model."""
 
     name: str
     total: int
@@ -84,7 +84,8 @@ class March:
         self.stopped = ""
 
     def run(self, console: Console) -> None:
-        """Ctrl-C ends it after the step in progress, a second one at once; either way ``stopped`` says where."""
+        """Run all training stages. Ctrl-C stops after the step in progress, a second Ctrl-C at once; either way ``stopped`` says
+        where."""
         with tempfile.TemporaryDirectory(prefix="lockstep-parity-") as folder, GracefulStop() as stop:
             try:
                 for stage in self.training:
@@ -121,7 +122,7 @@ class March:
         self._save(stages, (first, second), folder)
 
     def _crossed(self, stage: str, number: int, call: Any, first: Algorithm, second: Algorithm) -> Step:
-        """Call both, and measure the differences of what crossed."""
+        """Run ``call`` on both algorithms and compare their crossings."""
         step, crossings = Step(stage, number), []
         for side, algorithm in zip(self.sides, (first, second), strict=True):
             call(algorithm)
@@ -130,7 +131,7 @@ class March:
         return step
 
     def _save(self, stages: Sequence[Stage], algorithms: Sequence[Algorithm], folder: Path) -> None:
-        """The stage's outputs, if a later stage reads them."""
+        """Save the stage's outputs, if a later stage reads them."""
         name = stages[0].name
         if not any(name == source for stage in self.training for source, _ in stage.inputs):
             return
@@ -172,7 +173,7 @@ def split(overrides: Sequence[str]) -> tuple[tuple[str, str], list[list[str]]]:
 
 
 def usual_backends() -> str:
-    """'first,second' of the installed backends; the first is the configuration's."""
+    """'first,second': two installed backends, the configuration's default first."""
     usual = compose.default("backend")
     installed = [c.name for c in registry() if c.kind == "backend" and not c.missing()]
     return ",".join(sorted(installed, key=lambda name: (name != usual, name))[:2])

@@ -45,7 +45,7 @@ PANELS: dict[str, dict[str, Value]] = {
 
 
 def figure(stages: Sequence[StageSteps], names: tuple[str, str], same_start: bool, folder: Path) -> list[Path]:
-    """parity.png and parity.svg; panels without data are left out."""
+    """Write parity.png and parity.svg, without panels that have no data."""
     stages = [stage for stage in stages if stage.steps]
     steps = [step for stage in stages for step in stage.steps]
     shown = {
@@ -77,7 +77,7 @@ def figure(stages: Sequence[StageSteps], names: tuple[str, str], same_start: boo
 
 
 def panel(ax: Axes, lines: dict[str, Value], steps: Sequence[Step]) -> None:
-    """A line for each series that has values. Zeros, which a log axis cannot show, are rings on its lower edge."""
+    """Draw a line for each series that has values. Zeros, which a log axis cannot show, are rings at the lower edge."""
     ax.set_yscale("log")
     zeros: list[int] = []
     positive = False
@@ -112,7 +112,7 @@ def boundaries(ax: Axes, stages: Sequence[StageSteps]) -> None:
 
 
 def name_stages(ax: Axes, stages: Sequence[StageSteps]) -> None:
-    """Above the first panel's plot, at the start of each stage."""
+    """Write each stage's name at its start, along the panel's upper edge."""
     start = 0
     for stage in stages:
         ax.annotate(plain(stage.name), (start - 0.5, 1), xycoords=ax.get_xaxis_transform(), xytext=(3, -9),

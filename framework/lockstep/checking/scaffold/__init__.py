@@ -1,7 +1,7 @@
-"""``lockstep new-plugin NAME``: a plugin package to edit, which already installs, runs and passes the conformance kit.
+"""``lockstep new-plugin NAME``: a plugin package to edit. As written, it installs, runs and passes the conformance kit.
 
 ``templates/common`` and ``templates/<kind>`` hold its files, with ``NAME`` in their paths and ``{{name}}``, ``{{Class}}`` and
-``{{distribution}}`` in their text. They end in ``.template``, so that Python tools leave them alone.
+``{{distribution}}`` in their text. Their names end in ``.template``, so that Python tools ignore them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def new_plugin(name: str, kind: str, where: Path) -> Path:
     """Write ``where/lockstep-<name>`` and print what to type next. Returns the folder.
 
     Raises:
-      ConfigError: the name cannot be used, or the folder exists. Nothing is written then.
+      ConfigError: the name cannot be used, or the folder exists; nothing is written.
     """
     _check(name, kind)
     folder = where / f"lockstep-{name.replace('_', '-')}"

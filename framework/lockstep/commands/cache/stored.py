@@ -43,18 +43,18 @@ class Entry:
 @dataclass
 class Users:
     """``of``: {stage folder: the runs that made it, reused it, or are going to}. ``unread``: a sentence for each run that cannot
-    be read: it may use any stage."""
+    be read, and so may use any stage."""
 
     of: dict[str, list[str]] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
 
 
 NAME = re.compile(r".+-[0-9a-f]{12}")
-"""Of a stage's folder."""
+"""The pattern of a stage folder's name."""
 
 
 def entries(root: Path, users: Users) -> list[Entry]:
-    """The stages under ``root``, sorted by name. Other folders there are somebody else's."""
+    """The stages under ``root``, sorted by name. Other folders there are not stages, and are left out."""
     folders = sorted(path for path in (root / "stages").glob("[!.]*") if path.is_dir() and NAME.fullmatch(path.name))
     return [entry(folder, users.of.get(folder.name, ())) for folder in folders]
 
@@ -69,7 +69,7 @@ def _sizes_and_times(folder: Path) -> Iterator[tuple[int, float]]:
     for file in folder.rglob("*"):
         try:
             status = file.stat()
-        except OSError:  # removed or renamed since, by who works on the stage, or a link that leads nowhere
+        except OSError:  # removed or renamed by a process that works on the stage, or a dangling link
             continue
         if file.name != "lock" and not stat.S_ISDIR(status.st_mode):
             yield status.st_size, status.st_mtime
@@ -101,7 +101,7 @@ def users(root: Path) -> Users:
 
 
 def _used_by(run: Path, root: Path) -> set[str]:
-    """The folders of a run's stages, of those that it plans, and of those that it reads by their path."""
+    """The names of the stage folders that a run has used, plans to use, or reads by their path."""
     made, planned, names = run / "run.json", run / "stages.json", set()
     if made.exists():
         names |= {Path(stage["folder"]).name for stage in read_record(made, RUN)["stages"].values()}
@@ -112,7 +112,7 @@ def _used_by(run: Path, root: Path) -> set[str]:
 
 
 def _run_folders(root: Path, unread: list[str]) -> Iterator[Path]:
-    """The folders of runs under ``root``, at any depth, links followed. ``unread`` names what cannot be looked into."""
+    """The folders of runs under ``root``, at any depth, following links. Places that cannot be read are added to ``unread``."""
     tell, seen = lambda error: unread.append(f"{error.filename} cannot be read: {error.strerror}."), set()
     for place, folders, files in os.walk(root, onerror=tell, followlinks=True):
         folders.sort()
@@ -160,7 +160,7 @@ def unused(root: Path, older_than: str | None = None) -> list[Entry]:
 
     Raises:
       ConfigError: ``older_than`` is not a time.
-      CheckpointError: there is a run that cannot be read.
+      CheckpointError: a run cannot be read.
     """
     least = seconds(older_than) if older_than else 0.0
     found = entries(root, _known_users(root))

@@ -18,7 +18,7 @@ HELP = "benchmarks of lm_eval: lockstep evaluate runs/NAME --tasks hellaswag,arc
 OVERRIDES = False
 INSTALL = "pip install 'lockstep-rlhf[harness]'"
 RESULTS = "tasks.json"
-"""In the folder of the stage that made the policy, where `lockstep compare` reads it."""
+"""The results file, in the folder of the stage that made the policy. `lockstep compare` reads it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def policies(source: str, stage: str | None) -> dict[str, tuple[str, str | None]]:
-    """{name: (source, stage)}, for `load`: every policy of a run, or the one that is meant.
+    """{name: (source, stage)}, for `load`: every policy of a run, or the one that is named.
 
     Raises:
       CheckpointError: the run has no policy yet.
@@ -87,7 +87,7 @@ def stage_folder(source: str, stage: str | None) -> Path | None:
 
 
 def keep(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add the rows to those of earlier evaluations. One of the same task, metric and settings is replaced."""
+    """Add the rows to those of earlier evaluations. An earlier row of the same task, metric and settings is replaced."""
     from lockstep.runs.store import hold
     from lockstep.storage.files import write_json
     from lockstep.storage.records import TASKS, read_record
@@ -102,7 +102,7 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def table(every: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    """Policies beside each other, a line per task and metric."""
+    """A table with a line per task and metric, and a column per policy."""
     found = Table(box=None, pad_edge=False)
     for column in ("task", "metric", *every):
         found.add_column(column, justify="left" if column in ("task", "metric") else "right")

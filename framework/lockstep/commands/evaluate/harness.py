@@ -1,10 +1,10 @@
 """The language model evaluation harness (EleutherAI's lm_eval) on a Lockstep policy.
 
-Tasks, prompts, few-shot examples, filters, metrics and standard errors are the harness's; so is how a text is split into context
-and continuation. The policy supplies numbers and texts only (`requests.py`). Importing this module needs lm_eval.
+Tasks, prompts, few-shot examples, filters, metrics and standard errors are the harness's, and so is the split of a text into
+context and continuation. The policy supplies numbers and texts only (`requests.py`). Importing this module needs lm_eval.
 
-A pass of a policy reads the last token too, so its context holds one token less before it than that of the harness's model
-``hf``: only texts that do not fit are scored differently.
+A policy's forward pass also reads the last token, so one token less fits before it than with the harness's model ``hf``. Only
+texts that do not fit are scored differently.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from lockstep.text.stopping import Stops
 from lockstep.types import Message
 
 RESAMPLES = 1000
-"""Of a bootstrap, for metrics whose standard error has no formula: it is then within 2% or so of its limit."""
+"""Bootstrap resamples, for metrics whose standard error has no formula. The estimate is then within about 2% of its limit."""
 SEED = 1234
-"""The harness's own: it chooses the few-shot examples, and seeds what a task draws."""
+"""The harness's own seed: for the choice of few-shot examples, and for tasks that draw."""
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""Names that tasks give to the limit of a response; the first counts."""
+"""Names that tasks use for the limit of a response. If a task has several, the first counts."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Settings:
 
     shots: int | None = setting(None, "Few-shot examples.", least=0)
     limit: int | None = setting(None, "Documents per task.", least=1)
-    chat: bool = setting(False, "In the chat template.")
+    chat: bool = setting(False, "Ask in the chat template.")
     batch: int = setting(16, "Rows at a time.", least=1)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """A task's ``generation_kwargs``, as far as a policy knows them."""
+    """The part of a task's ``generation_kwargs`` that policies support."""
 
     until: tuple[str, ...]
     limit: int
@@ -69,9 +69,10 @@ class Sampling:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Sampling:
-        """
+        """Read ``generation_kwargs``.
+
         Raises:
-          DataError: they ask for another way of sampling.
+          DataError: they ask for a way of sampling that is not supported.
         """
         until = given.get("until") or []
         temperature = float(given.get("temperature") or 0.0)
@@ -88,8 +89,8 @@ class Sampling:
 
 
 class LockstepLM(TemplateLM):  # type: ignore[misc]  # lm_eval is taken as Any
-    """What the harness calls. Texts are tokenised as transformers would: with what the tokenizer itself puts around a text,
-    unless it begins with BOS already, as chat templates write it."""
+    """The model that the harness calls. Texts are tokenised as transformers would: with the special tokens that the tokenizer
+    puts around a text, unless the text already begins with BOS, as chat templates write it."""
 
     def __init__(self, chat: ChatPolicy, settings: Settings, console: Console):
         super().__init__()
@@ -103,7 +104,7 @@ class LockstepLM(TemplateLM):  # type: ignore[misc]  # lm_eval is taken as Any
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a context follows: BOS, else EOS."""
+        """The token before a text that has no context: BOS, else EOS."""
         return self.chat.tokenizer.start_id
 
     @property
@@ -125,7 +126,8 @@ class LockstepLM(TemplateLM):  # type: ignore[misc]  # lm_eval is taken as Any
             return self.asked.loglikelihoods(asked, lambda done: progress(done, {}))
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Whole texts: in windows of the context, each token once, with as much before it as fits."""
+        """Log-likelihoods of whole texts, cut into windows of the context's length. Each token is scored once, given the tokens
+        before it in its window."""
         windows: list[Continuation] = []
         owner: list[int] = []
         for number, (text,) in enumerate(request.args for request in requests):
@@ -154,7 +156,7 @@ class LockstepLM(TemplateLM):  # type: ignore[misc]  # lm_eval is taken as Any
             return self.asked.continuations(contexts, stops, how.limit, how.temperature, SEED, tell)
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """The dialogue as text. Without a generation prompt the last message begins the policy's own answer."""
+        """The dialogue as text. Without a generation prompt, the last message begins the policy's own answer."""
         messages = [Message(each["role"], each["content"]) for each in chat_history]  # type: ignore[arg-type]
         if add_generation_prompt:
             return self.chat.tokenizer.render(messages, add_generation_prompt=True)
@@ -168,7 +170,8 @@ class Tasks:
     """Tasks by name, from lm_eval and from a folder of the user's own."""
 
     def __init__(self, names: Sequence[str], include: Path | None):
-        """
+        """Find the tasks.
+
         Raises:
           DataError: there is no such task, or no such folder.
         """
@@ -187,13 +190,14 @@ class Tasks:
             self.names += found
 
     def load(self, settings: Settings) -> dict[str, Any]:
-        """
+        """Load the tasks, with their few-shot settings.
+
         Raises:
-          DataError: a task cannot be loaded, or needs generated code to be run.
+          DataError: a task cannot be loaded, or runs code that the policy writes.
         """
         try:
             loaded = self._manager.load(self.names)
-        except Exception as error:  # tasks are files of anybody's, and their data come from anywhere
+        except Exception as error:  # anybody may have written a task, and its data come from anywhere
             told = short(" ".join(f"{type(error).__name__}: {error}".split()), 500)
             raise DataError(
                 f"The tasks {', '.join(self.names)} cannot be loaded: {told}. If their data are on the hub and there is no "
@@ -210,7 +214,7 @@ class Tasks:
         return loaded
 
     def run(self, chat: ChatPolicy, settings: Settings, console: Console) -> list[dict[str, Any]]:
-        """A row per task, or group of tasks, and metric: `lockstep.storage.records.TASKS`."""
+        """Run the tasks. Returns a row per metric of each task or group of tasks, as in `lockstep.storage.records.TASKS`."""
         loaded = self.load(settings)
         random.seed(SEED)
         np.random.seed(SEED)
@@ -224,7 +228,8 @@ class Tasks:
 
 @contextlib.contextmanager
 def _one_process() -> Iterator[None]:
-    """The harness resamples in forked processes, which is not safe once an array library has threads."""
+    """Inside, the harness does not fork. It would resample in forked processes, which is not safe once an array library has
+    threads."""
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:

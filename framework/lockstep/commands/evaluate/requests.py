@@ -1,4 +1,4 @@
-"""What a benchmark asks of a policy, on token ids: how likely a continuation is, and how a context goes on.
+"""Answers a benchmark's requests with a policy, on token ids: log-likelihoods of continuations, and texts that continue contexts.
 
 Requests are answered in batches of equal numbers of rows, the longest first, padded to few widths, because XLA compiles every
 new shape. An answer depends on its own request alone.
@@ -20,10 +20,10 @@ from lockstep.text.sequences import left_pad, pack, width
 from lockstep.text.stopping import Stops
 
 COLD = 2.0**-60
-"""A temperature at which the most likely token has a log-probability of 0 and every other one of less than -1000: dividing
+"""A temperature at which the most likely token has a log-probability of 0, and every other token one below -1000. Dividing
 float32 logits by a power of two is exact, so even neighbouring numbers end up far apart."""
 ROUNDING = 1e-3
-"""Nats by which float32 log-probabilities and entropies may be off."""
+"""The allowance for rounding in float32 log-probabilities and entropies, in nats."""
 
 Told = Callable[[int], None]
 """Called with the number of requests answered so far."""
@@ -31,7 +31,7 @@ Told = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Continuation:
-    """``context`` and ``ids``, the tokens after it whose log-probability is asked for."""
+    """A ``context``, and the tokens after it, ``ids``, whose log-probability is requested."""
 
     context: Sequence[int]
     ids: Sequence[int]
@@ -40,7 +40,7 @@ class Continuation:
         """The same with the oldest context left out, so that at most ``limit`` tokens remain.
 
         Raises:
-          DataError: the continuation alone does not fit behind one token of context.
+          DataError: the continuation does not fit after even one token of context.
         """
         if len(self.ids) >= limit:
             raise DataError(
@@ -52,19 +52,19 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Asked:
-    """A policy that answers. ``batch`` rows at a time."""
+    """A policy that answers requests, ``batch`` rows at a time."""
 
     policy: Policy
     pad_id: int
     batch: int
 
     def loglikelihoods(self, requests: Sequence[Continuation], told: Told) -> list[tuple[float, bool]]:
-        """For each the sum of its tokens' log-probabilities in nats, and whether each token is the most likely one given those
-        before it (of equally likely ones any).
+        """For each request, the sum of its tokens' log-probabilities in nats, and whether each token is the most likely one given
+        those before it (or, in a tie, one of the most likely).
 
         The policy supplies log-probabilities and entropies, not the most likely token. A token is the most likely one if its
-        log-probability stays near 0 as the temperature falls. The second pass is only for continuations that can pass: the
-        most likely token has p >= exp(-H), because the min-entropy is at most the entropy H (Rényi 1961).
+        log-probability stays near 0 as the temperature falls. The second pass, which tests this, is only for continuations that
+        can pass: the most likely token has p >= exp(-H), because the min-entropy is at most the entropy H (Rényi 1961).
         """
         found = self._evaluate(requests, ("logprobs", "entropy"), 1.0, told)
         sums = [float(row["logprobs"].sum(dtype=np.float64)) for row in found]
@@ -74,13 +74,13 @@ class Asked:
         return [(total, i in greedy) for i, total in enumerate(sums)]
 
     def logprob_sums(self, requests: Sequence[Continuation], told: Told) -> list[float]:
-        """For each the sum of its tokens' log-probabilities in nats."""
+        """For each request, the sum of its tokens' log-probabilities in nats."""
         return [float(row["logprobs"].sum(dtype=np.float64)) for row in self._evaluate(requests, ("logprobs",), 1.0, told)]
 
     def _evaluate(
         self, requests: Sequence[Continuation], outputs: tuple[str, ...], temperature: float, told: Told
     ) -> list[dict[str, np.ndarray]]:
-        """Of each continuation the named outputs of its tokens."""
+        """For each continuation, the named outputs of its tokens."""
         fitted = [request.fitted(self.policy.context_length) for request in requests]
         found: list[dict[str, np.ndarray]] = [{} for _ in fitted]
         done = 0
@@ -102,8 +102,8 @@ class Asked:
     def continuations(
         self, contexts: Sequence[Sequence[int]], stops: Stops, limit: int, temperature: float, seed: int, told: Told
     ) -> list[str]:
-        """A text for each context, of at most ``limit`` tokens; a context that is too long loses its oldest tokens. Temperature
-        0 takes the most likely token. What is drawn for a context depends on the seed and its place.
+        """Generate a text of at most ``limit`` tokens for each context; a context that is too long loses its oldest tokens.
+        Temperature 0 takes the most likely token. A context's random draws depend only on the seed and its place.
 
         Raises:
           DataError: ``limit`` leaves no room for a context.
@@ -129,6 +129,6 @@ class Asked:
         return texts
 
     def _batches(self, sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
-        """The requests' numbers in batches, the largest first: what does not fit into memory fails at once."""
+        """The requests' numbers in batches, the largest first, so that a batch too large for memory fails at once."""
         order = sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True)
         return [order[start : start + self.batch] for start in range(0, len(order), self.batch)]

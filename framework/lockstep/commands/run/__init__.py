@@ -31,7 +31,7 @@ Groups: """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None: Hydra reads them all."""
+    """Declares none: Hydra reads all arguments."""
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             raise ConfigError("A dry run checks one run, not a sweep. Leave out -m.")
         dry_run(Experiment(compose([o for o in overrides if o != "--dry-run"])), Console())
     elif many:
-        from lockstep.commands.run.sweeps import sweep  # and with it numpy
+        from lockstep.commands.run.sweeps import sweep  # imports numpy
 
         if place().count > 1:
             raise ConfigError("A sweep starts the processes of its jobs itself. Leave the launcher out: lockstep run -m ...")
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def run_config(config: dict[str, Any], command: str) -> Path:
-    """Run one experiment and print its summary. Returns the run folder. Of several processes, each runs it and one prints."""
+    """Run one experiment and print its summary. Returns the run folder. With several processes, each runs it and one prints."""
     from lockstep.commands.run.sweeps import agent, objective
     from lockstep.config.overrides import shell
     from lockstep.reporting.summary import summary

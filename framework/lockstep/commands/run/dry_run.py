@@ -30,7 +30,7 @@ from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Fit
 
 FIRST = 100
-"""Items of each data set that are encoded."""
+"""How many items of each data set are encoded."""
 NEVER = (
     "Only the run itself tells whether weights load, contexts are long enough and memory suffices, what rewards are, and whether "
     "training stays finite."
@@ -38,9 +38,10 @@ NEVER = (
 
 
 def dry_run(experiment: Experiment, console: Console) -> None:
-    """
+    """Check the experiment, and print what was found.
+
     Raises:
-      LockstepError: the first thing that is wrong.
+      LockstepError: something is wrong; the first error is raised.
     """
     experiment.check()
     source, settings = experiment.data
@@ -79,7 +80,7 @@ _ON_HUB = "there is no folder {}, so it is taken as a Hugging Face hub id"
 
 
 def _device(assembly: Assembly) -> Iterator[tuple[str, str]]:
-    """The backend, if this machine lacks its device: the run may be meant for another."""
+    """(name, problem) of the backend, if this machine lacks its device: the run may be meant for another machine."""
     try:
         assembly.backend  # noqa: B018  made on first use
     except ConfigError as error:
@@ -87,10 +88,10 @@ def _device(assembly: Assembly) -> Iterator[tuple[str, str]]:
 
 
 def _policies(experiment: Experiment) -> Iterator[tuple[str, str]]:
-    """Checkpoints on the hub.
+    """(name, problem) of policies whose files are on the hub.
 
     Raises:
-      LockstepError: a local one does not exist, or no policy opens it.
+      LockstepError: a local checkpoint does not exist, or no policy opens it.
     """
     cls: type[Policy]
     cls, config = experiment.policy
@@ -103,7 +104,7 @@ def _policies(experiment: Experiment) -> Iterator[tuple[str, str]]:
 
 
 def local_tokenizer(assembly: Assembly) -> Tokenizer | None:
-    """The policy's, if it is not on the hub.
+    """The policy's tokenizer; None if it is on the hub.
 
     Raises:
       ConfigError: its folder does not exist, or EOS, pad token or template cannot be used.
@@ -113,10 +114,10 @@ def local_tokenizer(assembly: Assembly) -> Tokenizer | None:
 
 
 def _is_on_hub(path: str) -> bool:
-    """Whether a file or folder that does not exist may be meant as a hub id.
+    """True if ``path`` is a hub id, False if it is a local file or folder.
 
     Raises:
-      ConfigError: it does not exist, and is no hub id.
+      ConfigError: it does not exist, and is not a hub id.
     """
     if Path(path).exists():
         return False
@@ -129,7 +130,7 @@ def _checked(stage: Stage, data: DataSource, tokenizer: Tokenizer | None) -> str
     """The stage's arithmetic.
 
     Raises:
-      LockstepError: it would fail, for a reason that needs no model.
+      LockstepError: the stage would fail, for a reason that shows without a model.
     """
     asked: Any = Asked(data)
     arithmetic = stage.arithmetic(asked)
@@ -150,7 +151,7 @@ ENCODERS: Mapping[str, Callable[..., Any]] = {
 
 
 class Asked:
-    """A data source that notes what it is asked for: ``nouns`` has ('prompts', 'train')."""
+    """A data source that records what it is asked for. ``nouns`` holds pairs such as ('prompts', 'train')."""
 
     def __init__(self, data: DataSource):
         self.data, self.nouns = data, list[tuple[str, str]]()
@@ -169,10 +170,10 @@ class Asked:
 
 
 def _check_lengths(noun: str, split: str, items: Sequence[Any], tokenizer: Tokenizer, lengths: Lengths) -> None:
-    """Encode the first items, and all if none of those fits.
+    """Encode the first items; if none of them fits, encode all.
 
     Raises:
-      LockstepError: none fits, or the chat template cannot write them.
+      LockstepError: no item fits, or the chat template cannot write them.
     """
     try:
         ENCODERS[noun](tokenizer, items[:FIRST], lengths, Fit(f"first {split} {noun}"))
@@ -181,7 +182,7 @@ def _check_lengths(noun: str, split: str, items: Sequence[Any], tokenizer: Token
 
 
 def embeddings(experiment: Experiment) -> Iterator[tuple[str, int | None]]:
-    """The policies that start from files, each with the rows of its embedding if it is on the local disk.
+    """The configured policy and those that stages read from local folders, each with the rows of its embedding if known.
 
     Raises:
       CheckpointError: their files are damaged or do not fit each other.
@@ -206,7 +207,7 @@ def check_reward_models(experiment: Experiment) -> None:
 
 
 def _outside(experiment: Experiment, kind: str) -> list[str]:
-    """The local folders with whole checkpoints that stages read a result of this kind from."""
+    """The local folders with whole checkpoints (no adapters) from which stages read a result of this kind."""
     read = {source for stage in experiment.stages.values() for source, needed in stage.inputs if needed == kind}
     return sorted(f for f in read - experiment.stages.keys() if Path(f).is_dir() and not is_adapter(Path(f)))
 

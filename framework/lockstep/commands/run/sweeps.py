@@ -1,4 +1,4 @@
-"""`lockstep run -m ...`: many runs from one command, whoever starts them.
+"""`lockstep run -m ...`: many runs from one command, whatever launcher starts them.
 
 Hydra's sweeper composes the jobs (a grid, Optuna) and its launcher starts them (processes here, Slurm, Ray). Each job is a
 `lockstep run` in its own process: jobs share no device state, and a crash takes down one job only. The overrides name the
@@ -6,7 +6,7 @@ sweep's folder, so the same command resumes the same sweep:
 
     <folder>/sweeps/<hash>/sweep.json   {"command", "started", "jobs": [{"overrides", "run", "status", "error", "objective"}]}
 
-rewritten whenever a job starts or ends, wherever it runs. ``status`` is running, done, failed or stopped.
+The file is rewritten whenever a job starts or ends, wherever it runs. ``status`` is running, done, failed or stopped.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def sweep(arguments: Sequence[str]) -> str:
     try:
         with terminable(_stop_jobs):
             job()
-    except SystemExit:  # Hydra has printed why
+    except SystemExit:  # Hydra has printed the reason
         if not record.jobs("failed", "running"):
             raise
     return _outcome(record)
@@ -108,7 +108,8 @@ def _check_installed(arguments: Sequence[str]) -> None:
 
 
 def sweep_folder(arguments: Sequence[str]) -> Path:
-    """Where the sweep is recorded: in the folder of runs that its jobs share, named by what decides the jobs."""
+    """The folder of the sweep's record: in the root folder that its jobs share, named by a hash of the arguments that decide the
+    jobs."""
     decisive = [a for a in arguments if not re.match(r"-|hydra[/.]launcher", a)]
     overrides = read([a for a in arguments if not a.startswith("-")])
     _check_parallel(overrides)
@@ -170,7 +171,7 @@ class SweepFolder:
             record.setdefault("started", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
 
     def note(self, overrides: list[str], **facts: Any) -> None:
-        """Record what is now known of the job with these overrides."""
+        """Record these facts about the job with these overrides."""
         overrides = without_secrets(overrides)
         if error := facts.get("error"):
             facts["error"] = redact(error)
@@ -182,7 +183,7 @@ class SweepFolder:
             job.update(facts)
 
     def _hide_secrets_of_hydra(self) -> None:
-        """Before it starts the first job, Hydra writes here what it composed."""
+        """Remove secrets from the file in which Hydra, before the first job, writes the configuration that it composed."""
         file = self.path / "multirun.yaml"
         composed = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
         if composed != (hidden := without_secrets(composed)):
@@ -210,8 +211,9 @@ class SweepFolder:
 def run_job(
     overrides: list[str], config: DictConfig, folder: Path, cores: set[int] | None = None, label: str = ""
 ) -> float | None:
-    """Run one job of the sweep in ``folder``, on these cores, its lines printed after ``label``. Returns its objective; None if
-    none is asked for or the job failed. Errors are recorded, not raised, so that launchers and sweepers continue."""
+    """Run one job of the sweep in ``folder``, on these cores. The lines that it prints are shown after ``label``. Returns its
+    objective, or None if there is none or the job failed. Errors are recorded, not raised, so that launchers and sweepers
+    continue."""
     record, place = SweepFolder(folder), None
     try:
         groups = resolved(config)
@@ -239,7 +241,7 @@ _stopping = threading.Event()
 
 
 def _stop_jobs() -> None:
-    """Ask every job to save its state and stop; none starts after this."""
+    """Ask every job to save its state and stop. No job starts after this."""
     _stopping.set()
     for job in list(_running):
         job.terminate()
@@ -271,7 +273,7 @@ def _run(overrides: list[str], cores: set[int] | None, label: str) -> tuple[str,
 
 
 def last_words(lines: Sequence[str]) -> str:
-    """The lines from the last one that starts like an error, or the last few."""
+    """The lines from the last one that starts like an error; without one, the last few."""
     errors = [i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt|Stopped|Stopped at once)\b", line)]
     return "\n".join(lines[errors[-1] :] if errors else lines[-LAST_LINES:]) or "it printed nothing"
 
@@ -299,13 +301,13 @@ def objective(run: Path, name: str) -> float | None:
 
 
 AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
-"""Variables by which the agent of a W&B sweep names the W&B run to its command."""
+"""Environment variables in which the agent of a W&B sweep names the W&B run to its command."""
 
 
 @contextlib.contextmanager
 def agent() -> Iterator[Callable[[Mapping[str, Any], str, float | None], None]]:
-    """A function that reports the objective to W&B's agent, if one started this process. Until it is called, the agent's
-    variables are hidden from the stages: each has its own W&B run, and would otherwise log its steps to the agent's."""
+    """Yield a function that reports the objective to W&B's agent, if one started this process. Until it is called, the agent's
+    variables are hidden from the stages: each stage has its own W&B run, and would otherwise log its steps to the agent's."""
     told = {name: os.environ.pop(name) for name in AGENT if name in os.environ}
 
     def tell(config: Mapping[str, Any], name: str, value: float | None) -> None:

@@ -1,8 +1,8 @@
-"""`lockstep run backend.mesh.fsdp=8` on one host: a process for each device, started here. Several hosts have launchers of their
+"""Starts a process for each device of one host, as for `lockstep run backend.mesh.fsdp=8`. Several hosts have launchers of their
 own, torchrun and srun, which `lockstep.launchers.place` recognises.
 
-Process 0 has the terminal. What the others print is kept, and shown if one of them is the first that fails. The first failure
-ends all, since the others would wait for what will not come.
+Process 0 has the terminal. The output of the others is kept; the last lines of the first process to fail are shown. The first
+failure ends all processes, since the others would wait forever for the failed one.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from lockstep.runs.experiment import Experiment, finished
 from lockstep.runs.interrupts import ENDS, handled
 
 SECONDS_TO_END = 3.0
-"""For processes to end by themselves after the first one failed: they say best what they know, and process 0 keeps records."""
+"""How long processes may take to end by themselves after the first one failed: their own messages are the best, and process 0
+keeps records."""
 SECONDS_TO_STOP = 10.0
-"""Between SIGTERM and SIGKILL."""
+"""The time between SIGTERM and SIGKILL."""
 LAST_LINES = 30
 STOPPED = 130
 """The exit code of a process that was asked to stop."""
 
 
 def wanted(config: Mapping[str, Any]) -> int:
-    """How many processes to start for a run; 1: none. A backend is asked if its ``mesh`` is of more than one device. If there are
-    to be several, the configuration has been checked, so that they need not all say what is wrong with it."""
+    """How many processes to start for a run; 1: none. The backend is asked if its ``mesh`` has more than one device. In that case
+    the configuration is checked here first, so that an error in it is reported once, not by each process."""
     mesh = config["backend"].get("mesh") or {}
     if place().count > 1 or all(size == 1 for size in mesh.values()) or finished(config):
         return 1
@@ -43,7 +44,8 @@ def wanted(config: Mapping[str, Any]) -> int:
 
 
 def work(command: Sequence[str], count: int) -> int:
-    """Run the command in ``count`` processes. The exit code: 0, or that of the first that failed."""
+    """Run the command in ``count`` processes. Returns the exit code: 0, or that of the first process to fail (1 if it was
+    killed)."""
     with contextlib.ExitStack() as stack:
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, count)]
         workers: list[subprocess.Popen[bytes]] = []
@@ -58,7 +60,7 @@ def work(command: Sequence[str], count: int) -> int:
         if failed is None:
             return 0
         code, lines = workers[failed].returncode, _last_lines(said[failed - 1]) if failed else []
-        if code < 0 or lines and code != STOPPED:  # else process 0 has said why
+        if code < 0 or lines and code != STOPPED:  # otherwise process 0 has printed the reason
             ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             tell("\n".join([f"Process {failed} of {count} {ending} first. The same command resumes the run.", *lines, ""]))
         return code if code > 0 else 1
@@ -68,7 +70,7 @@ def _start(command: Sequence[str], said: Sequence[IO[bytes]]) -> Iterator[subpro
     count = len(said) + 1
     common = {
         "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
-        "PYTHONHASHSEED": "0",  # sets are in one order everywhere
+        "PYTHONHASHSEED": "0",  # so that sets have the same order in all processes
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // count))),
     }  # fmt: skip
     for rank in range(count):
@@ -79,7 +81,7 @@ def _start(command: Sequence[str], said: Sequence[IO[bytes]]) -> Iterator[subpro
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            process_group=0,  # else a terminal sends Ctrl-C to them, too
+            process_group=0,  # otherwise a terminal sends Ctrl-C to them, too
         )
 
 
@@ -95,10 +97,10 @@ def _send(workers: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def _first_failure(workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """The rank of the first that fails, once one has; None once all are done."""
+    """Wait, and return the rank of the first process to fail, or None once all are done."""
     while True:
         codes = [worker.poll() for worker in workers]
-        # Killed ones first: those that miss them fail within the same moment.
+        # Killed processes first: the others may fail at the same moment, because they miss them.
         failed = sorted((rank for rank, code in enumerate(codes) if code), key=lambda rank: codes[rank] or 0)
         if failed:
             return failed[0]

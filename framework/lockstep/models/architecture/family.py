@@ -14,15 +14,15 @@ from lockstep.models.architecture.shape import Architecture
 @dataclass(frozen=True)
 class Family:
     """Args:
-    model_type: its name, under the same key in config.json.
-    read, write: its config.json to an `Architecture` and back; ``write`` without the keys that `to_hf` adds for all.
+    model_type: its name, as under this key in config.json.
+    read, write: convert its config.json to an `Architecture` and back; ``write`` omits the keys that `to_hf` adds for all.
     defaults: transformers' defaults for missing keys; many files on the hub leave keys out.
     causal, classifier: its classes in transformers.
     naming: its tensor names and layouts.
-    aliases: other prefixes that files or transformers' modules give the same tensors, mapped to its own.
+    aliases: {other prefix of its tensors in files or transformers' modules: its own prefix}.
     foreign: prefixes of tensors in such files that are not part of the decoder.
     text_model_of: the ``model_type`` of a larger model whose ``text_config`` is of this family.
-    special, refused: what distinguishes it and which switches are refused, for the table in docs/models.md.
+    special, refused: its distinctive features and the switches that are refused, for the table in docs/models.md.
     """
 
     model_type: str
@@ -39,6 +39,6 @@ class Family:
     text_model_of: str | None = None
 
     def usual_name(self, name: str) -> str:
-        """The usual name of a tensor that may use one of the ``aliases``."""
+        """The usual name of a tensor whose name may use one of the ``aliases``."""
         alias = next((alias for alias in self.aliases if name.startswith(alias)), "")
         return self.aliases.get(alias, "") + name.removeprefix(alias)

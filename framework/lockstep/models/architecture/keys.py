@@ -21,11 +21,11 @@ KINDS = {True: "sliding_attention", False: "full_attention"}
 """transformers' names of layers with a window and without."""
 
 NO_TOKEN_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-"""For families whose defaults in transformers would lie outside a small vocabulary."""
+"""Keys for families whose default token ids in transformers would lie outside a small vocabulary."""
 
 
 def decoder(c: HFConfig, **switches: Any) -> Architecture:
-    """From Llama's keys. ``switches`` add to these or override them."""
+    """An `Architecture` from Llama's keys. ``switches`` add to the values read or override them."""
     heads = c["num_attention_heads"]
     common = dict(
         family=c["model_type"], vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], layers=c["num_hidden_layers"],
@@ -77,7 +77,8 @@ def write_activation(activation: str) -> str:
 
 
 def read_rope(c: HFConfig, *, kinds: Sequence[str] = ("default", "linear", "llama3"), partial: bool = False) -> dict[str, Any]:
-    """rope_theta, rope_scaling and rotary_dims, from the keys of transformers 5 or from the older ones, which win."""
+    """rope_theta, rope_scaling and rotary_dims. The older record ``rope_scaling`` wins over ``rope_parameters`` of
+    transformers 5, and values in the record win over top-level keys."""
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise CheckpointError(f"This {c['model_type']} model has rope_parameters per kind of layer, which is not supported.")
@@ -101,7 +102,7 @@ def _rotary_dims(c: HFConfig, fraction: float | None) -> int | None:
 
 
 def read_scaling(c: HFConfig, rope: HFConfig, kinds: Sequence[str]) -> RopeScaling | None:
-    """From one record of rope parameters."""
+    """The scaling in one record of rope parameters; None if there is none."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in kinds:
         raise CheckpointError(f"rope_type '{kind}' is not supported for {c['model_type']}. Supported: {listing(kinds)}.")
@@ -115,7 +116,7 @@ def read_scaling(c: HFConfig, rope: HFConfig, kinds: Sequence[str]) -> RopeScali
 
 
 def write_rope(a: Architecture) -> dict[str, Any]:
-    """The record that `read_rope` reads."""
+    """The rope parameters as a record that `read_rope` reads."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": a.rope_theta}
     if a.rope_scaling is not None:
         rope |= {"rope_type": a.rope_scaling.kind, "factor": a.rope_scaling.factor}
@@ -134,7 +135,7 @@ def read_windows(c: HFConfig, sliding: Sequence[bool], window: int | None) -> tu
     """The window per layer; () if no layer has one. ``layer_types``, if present, overrides ``sliding``.
 
     Raises:
-      CheckpointError: other kinds of layers, not one kind per layer, or layers with a window but no window size.
+      CheckpointError: other kinds of layers, not exactly one kind per layer, or layers with a window but no window size.
     """
     kinds = c.get("layer_types") or [KINDS[s] for s in sliding]
     if len(kinds) != c["num_hidden_layers"] or not set(kinds) <= set(KINDS.values()):

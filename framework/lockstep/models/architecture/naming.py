@@ -1,11 +1,11 @@
-"""How a family names and lays out its tensors, and how our decoder does, which is Llama's way:
+"""How a family names and lays out its tensors, and how our decoder does, which follows Llama:
 
     model.embed_tokens  model.embed_positions  model.norm  lm_head
     model.layers.N.     input_layernorm  self_attn.{q,k,v,o}_proj  self_attn.{q,k}_norm  attention_out_norm
                         post_attention_layernorm (which comes before the MLP)  mlp.{gate,up,down}_proj  mlp_out_norm
 
-Weights are [out, in], as torch has them. Traps: GPT-2's are [in, out]; GPT-2, Phi-3 and GPT-NeoX fuse queries, keys and
-values, the last head by head; Gemma's post_attention_layernorm really comes after attention.
+Weights are [out, in], as in torch. Traps: GPT-2's are [in, out]; GPT-2, Phi-3 and GPT-NeoX fuse queries, keys and values,
+GPT-NeoX head by head; Gemma's post_attention_layernorm really comes after attention.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ LANGUAGE_HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Naming:
-    """A family's names and layouts to ours and back; by default Llama's.
+    """Converts between a family's names and layouts and ours. The default is Llama's.
 
     Args:
-      names: parts of names, from ours to the family's.
-      fused: the family's name for several of our tensors, stacked by rows.
+      names: {our part of a name: the family's}.
+      fused: {the family's name: our tensors, which it stacks by rows}.
       by_head: fused tensors are interleaved head by head.
       transposed: the weights of the family's linear layers are [in, out].
     """
@@ -42,7 +42,7 @@ class Naming:
     transposed: bool = False
 
     def to_checkpoint(self, architecture: Architecture, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """From our names and layouts to the family's."""
+        """Convert tensors from our names and layouts to the family's."""
         join = _alternate if self.by_head else lambda parts, heads: np.concatenate(parts)
         return self._outward(arrays, lambda parts: join(parts, architecture.heads), np.transpose)
 
@@ -51,17 +51,17 @@ class Naming:
         return self._outward(shapes, lambda parts: (sum(p[0] for p in parts), *parts[0][1:]), lambda shape: shape[::-1])
 
     def sources(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """The family's names for tensors of ours, and the names of those that each is made of."""
+        """{the family's name for a tensor: our names of the tensors that it is made of}."""
         return self._outward({name: (name,) for name in names}, lambda parts: tuple(itertools.chain(*parts)), lambda same: same)
 
     def to_common(self, architecture: Architecture, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """From the family's names and layouts to ours."""
+        """Convert tensors from the family's names and layouts to ours."""
         out = {}
         for name, array in arrays.items():
             ours = _rename(name, {theirs: own for own, theirs in self.names.items()})
             array = array.T if self._is_transposed(name) else array
             for fused, parts in self.fused.items():
-                if f".{fused}.lora_A." in name:  # the adapter of a fused layer has one for all parts
+                if f".{fused}.lora_A." in name:  # the adapter of a fused layer has one A for all parts
                     out[ours.replace(fused, parts[0])] = array
                     break
                 if f".{fused}." in name:
@@ -77,15 +77,15 @@ class Naming:
         return _rename(ours, self.names)
 
     def layer(self, ours: str) -> tuple[str, bool]:
-        """The family's name for our linear layer ``ours`` (say 'self_attn.q_proj'), and whether ours is the first of those
-        that the family fuses into that layer."""
+        """The family's name for our linear layer ``ours`` (say 'self_attn.q_proj'), and whether ours is the first of the layers
+        that the family fuses there. True if it fuses none."""
         for theirs, parts in self.fused.items():
             if ours in parts:
                 return theirs, ours == parts[0]
         return self.rename(ours), True
 
     def _outward(self, tensors: Mapping[str, Any], join: Callable[[Sequence[Any]], Any], turn: Any) -> dict[str, Any]:
-        """The names of `to_checkpoint`, for arrays or for shapes."""
+        """`to_checkpoint` for arrays, shapes or names: ``join`` fuses several, ``turn`` transposes one."""
         out = {}
         fused = {parts[0]: (theirs, parts) for theirs, parts in self.fused.items()}
         followers = {part for parts in self.fused.values() for part in parts[1:]}
@@ -108,14 +108,14 @@ class Naming:
 
 
 def _rename(name: str, parts: Mapping[str, str]) -> str:
-    """Replaces all parts at once: the new name of one may be the old name of another."""
+    """Replace all parts at once, because the new name of one may be the old name of another."""
     if not parts:
         return name
     return re.sub(rf"\b({'|'.join(map(re.escape, parts))})\b", lambda found: parts[found[0]], name)
 
 
 def _ends(a: Architecture, parts: tuple[str, ...]) -> list[int]:
-    """The rows where all fused tensors but the last end."""
+    """The row where each fused tensor except the last ends."""
     rows = {QKV[0]: a.heads * a.head_dim, QKV[1]: a.kv_heads * a.head_dim}
     return np.cumsum([rows.get(part, a.intermediate_size) for part in parts[:-1]]).tolist()
 

@@ -89,7 +89,7 @@ class Architecture:
         return self.windows[layer] if self.windows else None
 
     def rope(self, layer: int) -> Rope | None:
-        """None where nothing is rotated."""
+        """The rotary positions of a layer; None if it does not rotate."""
         if self.positions != "rope" or (self.unrotated and self.unrotated[layer]):
             return None
         dims = self.rotary_dims or self.head_dim
@@ -105,7 +105,7 @@ MAYBE = ("rotary_dims", "local_rope_theta", "query_scalar", "attention_softcap",
 def check_values(a: Architecture) -> None:
     """
     Raises:
-      ValueError: a size or another number that no decoder has.
+      ValueError: a size or another number is impossible for a decoder.
     """
     counts = [(name, getattr(a, name)) for name in COUNTS] + [("sliding_window", w) for w in a.windows if w is not None]
     numbers = [("norm_eps", a.norm_eps), *((name, getattr(a, name)) for name in MAYBE if getattr(a, name) is not None)]
@@ -127,7 +127,7 @@ def small_decoder(
     *, vocab_size: int, hidden_size: int, layers: int, heads: int, kv_heads: int, intermediate_size: int,
     context_length: int, rope_theta: float, tied: bool,
 ) -> Architecture:  # fmt: skip
-    """The policy that starts from scratch: Llama's shape."""
+    """The architecture of a policy that starts from scratch: Llama's shape."""
     return Architecture(
         family="llama", vocab_size=vocab_size, hidden_size=hidden_size, layers=layers, heads=heads, kv_heads=kv_heads,
         head_dim=hidden_size // heads, intermediate_size=intermediate_size, context_length=context_length, norm="rms",
@@ -137,7 +137,7 @@ def small_decoder(
 
 
 def is_small_decoder(a: Architecture) -> bool:
-    """Whether it is Llama's shape and nothing more: no biases, no scaled rotation, SwiGLU."""
+    """True if the architecture is Llama's shape and nothing more: no biases, no scaled rotation, SwiGLU."""
     plain = small_decoder(
         vocab_size=a.vocab_size, hidden_size=a.hidden_size, layers=a.layers, heads=a.heads, kv_heads=a.kv_heads,
         intermediate_size=a.intermediate_size, context_length=a.context_length, rope_theta=a.rope_theta, tied=a.tied,
@@ -149,7 +149,7 @@ def is_small_decoder(a: Architecture) -> bool:
 class SmallDecoderConfig:
     """The configuration of the policy ``decoder``, for every backend."""
 
-    tokenizer: TokenizerConfig = setting(TokenizerConfig(), "Keys that are null take the data source's own.")
+    tokenizer: TokenizerConfig = setting(TokenizerConfig(), "Null keys take the data source's own values.")
     layers: int = setting(4, "Transformer blocks.", least=1)
     hidden_size: int = setting(128, "Width of the residual stream.", least=1)
     heads: int = setting(4, "Query heads, each hidden_size / heads wide.", least=1)

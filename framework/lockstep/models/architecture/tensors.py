@@ -44,7 +44,7 @@ def scalar_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def _trunk(a: Architecture) -> dict[str, tuple[int, ...]]:
-    """Under the names that all families share: `lockstep.models.architecture.naming`."""
+    """`trunk_shapes` under our names, which all families share: `lockstep.models.architecture.naming`."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a.vocab_size, a.hidden_size)}
     if a.positions == "learned":
         shapes["model.embed_positions.weight"] = (a.context_length, a.hidden_size)
@@ -80,7 +80,7 @@ def _norm(a: Architecture, name: str, size: int) -> dict[str, tuple[int, ...]]:
 
 
 def linear_layers(architecture: Architecture) -> dict[str, tuple[int, int]]:
-    """{name: (inputs, outputs)} of the layers an adapter may adapt: the trunk's linear layers, as the checkpoint names them."""
+    """{name: (inputs, outputs)} of the layers that can be adapted: the trunk's linear layers, as the checkpoint names them."""
     naming = family_of(architecture).naming
     shapes = {name: shape for name, shape in _trunk(architecture).items() if len(shape) == 2 and ".embed_" not in name}
     step = 1 if naming.transposed else -1
@@ -126,14 +126,14 @@ WRAPPERS = {
     "_orig_mod.": "torch.compile", "module.": "DistributedDataParallel", "_fsdp_wrapped_module.": "FSDP",
     "base_model.model.": "peft", "pretrained_model.": "a value head",
 }  # fmt: skip
-"""Prefixes of names in files that were saved from inside a wrapper, and who puts them there."""
+"""{prefix of tensor names that were saved from inside a wrapper: the wrapper}."""
 
 
 def check_shapes(source: object, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Check that every expected tensor is present with its shape and that none is left over.
 
     Raises:
-      CheckpointError: names the first few that are missing, unused or of another shape.
+      CheckpointError: tensors are missing, unused or of another shape; the message names the first few.
     """
     other = {name: (found[name], shape) for name, shape in expected.items() if found.get(name, shape) != shape}
     refuse_tensors(source, missing=expected.keys() - found.keys(), unused=found.keys() - expected.keys(), other=other)
@@ -149,7 +149,7 @@ def refuse_tensors(
       other: {name: (shape in the checkpoint, shape in the model)}.
 
     Raises:
-      CheckpointError: there are any.
+      CheckpointError: any of the three is not empty.
     """
     shapes = [f"{name} is {tuple(stored)}, not {tuple(own)}" for name, (stored, own) in sorted(other.items())]
     parts = [f"{what}: {_some(sorted(names))}" for what, names in (("missing", missing), ("unused", unused)) if names]
@@ -179,7 +179,7 @@ def check_labels(source: object, count: int) -> None:
 
 
 def initial_parameters(architecture: Architecture, seed: int) -> dict[str, np.ndarray]:
-    """Fresh weights, float32: N(0, 0.02²); the projections that write into the residual stream scaled by 1/sqrt(2 L)
+    """Fresh weights, float32: N(0, 0.02²); projections that write into the residual stream are scaled by 1/sqrt(2 L)
     (Radford et al. 2019, section 2.3); norm gains 1, biases 0. Drawn on the host, so all backends start alike."""
     rng = randomness.generator(seed, "initial parameters")
     naming = family_of(architecture).naming

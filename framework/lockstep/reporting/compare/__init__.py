@@ -1,9 +1,10 @@
 """`lockstep compare PATH...`: a report on several runs, from their folders or W&B runs alone.
 
-records, wandb_runs   runs into plain records
+records               runs as plain records
+reading, wandb_runs   records read from run folders and from W&B
 groups                runs that are compared as one, aggregated
 statistics, versus    over seeds: interquartile means, probabilities of improvement, seed by seed against a baseline
-decisions             tests of differences, corrections for many, how many seeds decide
+decisions             tests of differences, corrections for multiple tests, how many seeds decide
 claims                the headline and the checklist
 cost                  seconds, tokens per second, episodes, memory
 tables                terminal, Markdown, LaTeX
@@ -52,14 +53,14 @@ def compare(
     Args:
       paths: run folders, folders of them, sweep folders, or W&B filters 'wandb:entity/project?group=...'.
       by: configuration keys to group by; by default those in which the runs differ, except the seed.
-      baseline: the group that the others are compared with: `versus.pairs`.
-      correction: of the p-values against the baseline, for their number: `decisions.corrected`.
-      difference: one whose number of seeds is asked for; 0: none.
-      metrics: those to draw besides, by their names in evaluations or in stages.
+      baseline: the group that the others are compared with; see `versus.pairs`.
+      correction: how p-values against the baseline are corrected for their number; see `decisions.corrected`.
+      difference: report how many seeds this difference needs; 0: no such report.
+      metrics: additional metrics to draw, by their names in evaluations or in stages.
 
     Raises:
       DataError: a path has no run, or no run can be read.
-      ConfigError: the runs do not have a key, the baseline or a metric.
+      ConfigError: the runs lack a key, the baseline or a metric.
     """
     from lockstep.reporting.compare import figures, page, tidy  # matplotlib takes a second to import
 
@@ -84,7 +85,7 @@ def compare(
 
 
 def print_summary(report: CompareReport, console: Terminal | None = None, with_power: bool = False) -> None:
-    """The report's text for a terminal, with the main numbers of the policies only."""
+    """Print the report for a terminal, with only the main numbers of the policies."""
     console = console or Terminal()
     console.print(report.headline + "\n", style="bold")
     for problem in report.comparison.problems:
@@ -102,7 +103,7 @@ def print_summary(report: CompareReport, console: Terminal | None = None, with_p
 
 
 def what_intervals_are_over(c: RunComparison) -> str:
-    """One or two sentences: over prompts, over seeds, or which groups have which."""
+    """One or two sentences: intervals are over prompts, over seeds, or which groups have which."""
     single = [g.label for g in c.groups if len(g.evaluated_seeds) < 2]
     if len(single) == len(c.groups):
         return "Intervals are 95%, over prompts. No group has two evaluated seeds: the intervals do not cover training variance."

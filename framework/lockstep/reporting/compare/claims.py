@@ -1,8 +1,8 @@
 """What the numbers say: a headline and a checklist, computed from the evaluation alone.
 
 "Apart" means that two 95% intervals do not overlap. For one run that is stricter than a test of the difference at the 5% level,
-and stricter still because all policies answer the same prompts. Over few seeds intervals are too narrow, so the headline asks
-Student's test too.
+and stricter still because all policies answer the same prompts. Over few seeds intervals are too narrow, so the headline also
+requires Student's test to agree.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def find(c: RunComparison) -> list[Claim]:
 
 
 def _once(found: Sequence[Claim]) -> list[Claim]:
-    """Groups that share models have the same numbers in the same claims: one claim then names them all."""
+    """Merge equal claims into one that names all groups: groups that share models have the same numbers."""
     alike: dict[tuple[str, Verdict, str], list[str]] = {}
     for claim in found:
         alike.setdefault((claim.text, claim.verdict, claim.because), []).append(claim.where)
@@ -63,7 +63,7 @@ def _within(c: RunComparison, g: RunGroup) -> Iterator[Claim]:
 
 
 def _alignment_tax(c: RunComparison, g: RunGroup, policy: str) -> Iterator[Claim]:
-    """PPO loses what pretraining taught, PPO-ptx keeps it: InstructGPT, section 4.2."""
+    """PPO loses what pretraining taught; PPO-ptx keeps it (InstructGPT, section 4.2)."""
     before, after = g.policy(c.split, c.baseline, "ability"), g.policy(c.split, policy, "ability")
     if not before or not after:
         return
@@ -79,7 +79,7 @@ def _alignment_tax(c: RunComparison, g: RunGroup, policy: str) -> Iterator[Claim
 
 
 def _mixes_pretraining(g: RunGroup, stage: str) -> bool:
-    """Did the stage train with PPO-ptx? Its own ``changes`` win over the algorithm's configuration."""
+    """True if the stage trained with PPO-ptx. Its own ``changes`` win over the algorithm's configuration."""
     config = g.runs[0].config
     return bool(config.get(f"stages.{stage}.changes.ptx_coef", config.get(f"stages.{stage}.algorithm.ptx_coef")))
 
@@ -109,7 +109,7 @@ def _between_backends(c: RunComparison) -> Iterator[Claim]:
 
 
 def _both(a: RunGroup, b: RunGroup) -> str:
-    """Where: 'kl_coef=0.1', or 'jax and torch' if the labels have nothing else in common."""
+    """A label for both groups: 'kl_coef=0.1' if they share it, else both labels: 'jax and torch'."""
     rest = a.label.partition(", ")[2]
     return rest if rest and rest == b.label.partition(", ")[2] else f"{a.label} and {b.label}"
 
@@ -132,7 +132,7 @@ def by_text(found: Sequence[Claim]) -> list[tuple[str, list[Claim]]]:
 
 
 def ordered(text: str, where: str, worse: Estimate, better: Estimate, form: str = SCORE) -> Claim:
-    """Is ``worse`` below ``better``, and are their intervals apart?"""
+    """Claim that ``worse`` is below ``better``; unclear unless their intervals are apart."""
     because = f"{show(worse, form)} and {show(better, form)}"
     if better.mean <= worse.mean:
         return Claim(text, where, "no", because)
@@ -146,7 +146,7 @@ def above(text: str, where: str, estimate: Estimate, threshold: float, form: str
 
 
 def agreement(text: str, where: str, a: Estimate, b: Estimate) -> Claim:
-    """Does each mean lie in the other's interval?"""
+    """Claim that each mean lies in the other's interval; unclear if only the intervals overlap."""
     inside = a.low <= b.mean <= a.high and b.low <= a.mean <= b.high
     overlap = a.low <= b.high and b.low <= a.high
     verdict: Verdict = "yes" if inside else "unclear" if overlap else "no"
@@ -155,8 +155,8 @@ def agreement(text: str, where: str, a: Estimate, b: Estimate) -> Claim:
 
 
 def show(e: Estimate | None, form: str = SCORE) -> str:
-    """'1.41 [1.30, 1.52]', without the interval if it has no width; '' for None. The interval of a share, over seeds a normal
-    approximation, ends at 0 and 100%."""
+    """'1.41 [1.30, 1.52]', without the interval if it has no width; '' for None. The interval of a share is cut off at 0 and
+    100%, because over seeds it is a normal approximation."""
     if e is None:
         return ""
     low, high = (max(0.0, e.low), min(1.0, e.high)) if form == PERCENT else (e.low, e.high)
@@ -172,12 +172,12 @@ def headline_metric(c: RunComparison) -> str | None:
 
 
 MOST_NAMED = 3
-"""Groups that a headline names; of more it says how many."""
+"""The most groups that a headline names. If there are more, it only counts them."""
 
 
 def headline(c: RunComparison) -> str:
-    """One or two sentences that the claims below bear out: which policy is above the baseline by intervals that are apart, where,
-    or that none is; and whether the backends agree."""
+    """One or two sentences that the claims below support: which policy is above the baseline with intervals apart, and where, or
+    that none is; and whether the backends agree."""
     metric = headline_metric(c)
     if metric is None or c.split is None:
         count = len(c.runs)
@@ -189,7 +189,7 @@ Found = Literal["raises", "lowers", "open"]
 
 
 def _gain(c: RunComparison, metric: str) -> str:
-    """Of the policy that is above the baseline in most groups; of several such, of the highest."""
+    """The sentence about the policy that is above the baseline in most groups; of several such, about the highest."""
     ranked = {policy: found for policy in c.after_baseline if (found := _against(c, policy, metric))}
     if not ranked:
         return _alone(c, metric)
@@ -206,7 +206,7 @@ def _gain(c: RunComparison, metric: str) -> str:
 
 
 def _verbs(c: RunComparison, metric: str) -> tuple[str, str, str]:
-    """What a policy does that is above the baseline, the same after 'to', and what one does that is below."""
+    """What a policy above the baseline does, the same after 'to', and what a policy below it does."""
     if metric == "win_rate":
         return f"wins more than half against {c.baseline}:", f"win more than half against {c.baseline}", "wins less than half:"
     what = f"{SUBJECTS[metric]} of {c.baseline}"
@@ -217,8 +217,8 @@ SUBJECTS = {"gold": "the gold score", "score": "the reward model's score"}
 
 
 def _against(c: RunComparison, policy: str, metric: str) -> list[tuple[RunGroup, Found]]:
-    """Is it above the baseline (of win rates: one half), by intervals that are apart, in each group that has both? Over several
-    seeds Student's test of the difference has to agree, for intervals over few seeds are too narrow."""
+    """For each group that has both: is the policy above the baseline (for win rates, one half) with intervals apart? With
+    several seeds Student's test of the difference has to agree, because intervals over few seeds are too narrow."""
     found: list[tuple[RunGroup, Found]] = []
     for g in c.groups:
         before, after = g.policy(c.split or "", c.baseline or "", metric), g.policy(c.split or "", policy, metric)
@@ -248,7 +248,7 @@ def _where(c: RunComparison, groups: Sequence[RunGroup], policy: str, metric: st
 
 
 def _alone(c: RunComparison, metric: str) -> str:
-    """Without a policy after the baseline: what the last one reaches."""
+    """The sentence if no policy after the baseline can be compared: what the last policy reaches."""
     form = PERCENT if metric == "win_rate" else SCORE
     last = next(policy for policy in reversed(c.policies) if any(g.policy(c.split or "", policy, metric) for g in c.groups))
     found = [(g, each) for g in c.groups if (each := g.policy(c.split or "", last, metric))]

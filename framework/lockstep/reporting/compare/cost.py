@@ -36,12 +36,12 @@ def parts(c: RunComparison) -> list[str]:
 
 
 def episodes(g: RunGroup, stage: str) -> float | None:
-    """Responses drawn in training: iterations done, times prompts, times samples of each. None for other stages."""
+    """Responses drawn in training: completed iterations × prompts × samples per prompt. None for other stages."""
     return _mean([_episodes(run, stage) for run in g.runs])
 
 
 def memory(g: RunGroup, stage: str) -> float | None:
-    """Peak GiB of any run: of the accelerator's memory or, on the host, of the process up to the end of the stage."""
+    """Peak GiB of any run: the accelerator's memory or, without one, the process's memory up to the end of the stage."""
     found = [s.memory for s in g.stages(stage) if s.memory]
     return max(found) / 2**30 if found else None
 
@@ -54,7 +54,7 @@ def by_backend(c: RunComparison) -> list[RunGroup]:
 
 
 def stages_made(runs: Iterable[Run]) -> dict[Hashable, float]:
-    """The seconds of each stage; one that several runs share counts once."""
+    """The seconds of each stage; a stage that several runs share counts once."""
     return {s.identity or (run.name, s.name): s.seconds or 0.0 for run in runs for s in run.stages.values()}
 
 

@@ -61,7 +61,7 @@ def for_page(c: RunComparison, found: Sequence[Versus], metrics: Sequence[str] =
 
 
 def for_papers(c: RunComparison, found: Sequence[Versus], output: Path, metrics: Sequence[str] = ()) -> list[Path]:
-    """Write ``report.png``, the main figure, and ``figures/NAME.png`` and ``.svg``, on white. Returns the files written."""
+    """Write ``report.png``, the main figure, and ``figures/NAME.png`` and ``.svg``, on white. Return the files written."""
     files = []
     (output / "figures").mkdir(exist_ok=True)
     with plt.rc_context({**style(ON_WHITE), "svg.fonttype": "path", "svg.hashsalt": "lockstep"}):
@@ -70,14 +70,14 @@ def for_papers(c: RunComparison, found: Sequence[Versus], output: Path, metrics:
                 for kind, options in (("png", {}), ("svg", {"metadata": {"Date": None}})):
                     files.append(output / "figures" / f"{name}.{kind}")
                     figure.savefig(files[-1], dpi=200, facecolor="white", **options)
-                    figure.set_layout_engine("none")  # done once
+                    figure.set_layout_engine("none")  # the layout is computed once
                 plt.close(figure)
     main = output / "report.png"
     return [*([main] if readme_figure(c, main) else []), *files]
 
 
 OWN = "metric-"
-"""Begins the names of figures of metrics that the reader asked for."""
+"""Prefix of the names of figures of metrics that the reader asked for."""
 
 
 def _makers(found: Sequence[Versus], metrics: Sequence[str]) -> dict[str, Callable[[RunComparison], Figure | None]]:
@@ -116,7 +116,7 @@ def gold(c: RunComparison) -> Figure | None:
 
 
 def one_metric(c: RunComparison, metric: str) -> Figure | None:
-    """Any metric by its name: of each policy, one panel per split, and over the steps of the stages that have it."""
+    """Any metric by its name: one panel per split, over policies, and one over the steps of the stages that have it."""
     splits, stages = [s for s in c.splits if c.has(metric, s)], c.stages_with(metric)
     figure, axes = panels(len(splits) + bool(stages), height=max(2.4, dots_height(c, c.policies)), columns=3)
     for ax, split in zip(axes, splits, strict=False):
@@ -216,7 +216,7 @@ def frontier(c: RunComparison) -> Figure | None:
 
 
 def judges(c: RunComparison) -> Figure | None:
-    """A square per policy and split, darker where the judge's mean score is higher; a panel per judge and group."""
+    """A panel per judge and group, with a square per policy and split, darker where the judge's mean score is higher."""
     shown = [(name, g) for name in c.judges for g in c.groups if any(g.policy(s, p, name) for s in c.splits for p in c.policies)]
     if not shown:
         return None

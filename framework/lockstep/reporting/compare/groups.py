@@ -3,7 +3,7 @@ the keys that ``--by`` names. With ``--by``, settings that differ inside a group
 them, as an algorithm is judged over games.
 
 Intervals cover different things. For one run, they are over its prompts: how another set of prompts would have turned out.
-For several, they are over seeds: how another training run would have turned out.
+For several runs, they are over seeds: how another training run would have turned out.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from lockstep.reporting.compare import statistics
 from lockstep.reporting.compare.decisions import FEW
 from lockstep.reporting.compare.records import Estimate, Reading, Run, StageRecord
 
-# Keys that say which run it is or where it runs, not what it does.
+# Keys that say which run this is or where it runs, not what it does.
 NOT_COMPARED = {"seed", "name", "folder", "tracker", "checkpoint_every", "samples_every", "experiment_name", "choices.tracker"}
 BACKEND = "backend.name"
-CHOICES = "choices."  # and a group: the name of the file that was chosen for it
+CHOICES = "choices."  # followed by a config group: the name of the file chosen for it
 
 
 def combine(estimates: Sequence[Estimate]) -> Estimate | None:
     """The mean over seeds and its 95% interval.
 
-    Var(mean) = max(s², mean SE²) / R for R seeds, s² the variance between them and SE each run's own standard error:
-    the random-effects estimate of DerSimonian & Laird 1986 with equal weights. With few seeds s² is itself uncertain;
-    the page therefore shows every seed as well.
+    Var(mean) = max(s², mean SE²) / R for R seeds, where s² is the variance between seeds and SE each run's own standard
+    error: the random-effects estimate of DerSimonian & Laird 1986 with equal weights. With few seeds s² is itself uncertain,
+    so the page shows every seed as well.
     """
     if len(estimates) < 2:
         return estimates[0] if estimates else None
@@ -44,8 +44,8 @@ def combine(estimates: Sequence[Estimate]) -> Estimate | None:
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric over steps: the interquartile mean over the group's runs (their mean, for three or fewer) and its 95%
-    bootstrap interval over runs, point by point; for a single run the interval has no width."""
+    """One metric over steps: the interquartile mean over the group's runs (the mean, for three or fewer) and its 95%
+    bootstrap interval over runs, point by point. For a single run the interval has no width."""
 
     steps: np.ndarray
     mean: np.ndarray
@@ -55,7 +55,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs that are compared as one: the same settings, by seed and by task."""
+    """Runs that are compared as one. Only their seeds and tasks differ."""
 
     label: str
     settings: Mapping[str, str]  # what tells this group from the others, as text
@@ -75,7 +75,7 @@ class RunGroup:
         return sorted({run.seed for run in self.runs if run.evaluation.splits})
 
     def scores(self, split: str, policy: str, metric: str) -> dict[str, dict[int, float]]:
-        """{task: {seed: mean over prompts}} of the runs that have it."""
+        """Return {task: {seed: mean over prompts}} for the runs that have the metric."""
         found: dict[str, dict[int, float]] = {}
         for task, run in self._first_with(lambda run: _made_by(run, policy)):
             if estimate := run.evaluation.splits.get(split, {}).get(policy, {}).get(metric):
@@ -83,7 +83,7 @@ class RunGroup:
         return found
 
     def policy_estimates(self, split: str, policy: str, metric: str) -> list[Estimate]:
-        """What each run found, in the order of the runs."""
+        """The estimates of the runs that have the metric, in the order of the runs."""
         runs = [run for _, run in self._first_with(lambda run: _made_by(run, policy))]
         found = [run.evaluation.splits.get(split, {}).get(policy, {}).get(metric) for run in runs]
         return [e for e in found if e]
@@ -92,7 +92,7 @@ class RunGroup:
         return combine(self.policy_estimates(split, policy, metric))
 
     def task(self, policy: str, name: str) -> Estimate | None:
-        """Of a public benchmark (`lockstep evaluate`)."""
+        """The policy's result on a public benchmark (`lockstep evaluate`)."""
         runs = [run for _, run in self._first_with(lambda run: _made_by(run, policy))]
         return combine([e for run in runs if (e := run.tasks.get(policy, {}).get(name))])
 
@@ -105,15 +105,15 @@ class RunGroup:
         return [run.stages[name] for _, run in self._first_with(lambda run: _made_by(run, name)) if name in run.stages]
 
     def _first_with(self, made_by: Callable[[Run], Hashable]) -> list[tuple[str, Run]]:
-        """(task, run), one per distinct product: runs that share a model are no additional evidence."""
+        """Return one (task, run) per distinct product: runs that share a model are no additional evidence."""
         runs: dict[Hashable, tuple[str, Run]] = {}
         for task, run in zip(self.tasks, self.runs, strict=True):
             runs.setdefault(made_by(run), (task, run))
         return list(runs.values())
 
     def curve(self, stage: str, metric: str, points: int = 60) -> Curve | None:
-        """Over the steps that all runs have, neighbouring steps averaged down to at most ``points``. Unfinished stages are
-        left out if others finished."""
+        """The curve over the steps that all runs have. Neighbouring steps are averaged down to at most ``points``. Unfinished
+        stages are left out if others finished."""
         asked = stage, metric, points
         if asked not in self._curves:
             self._curves[asked] = self._curve(*asked)
@@ -121,7 +121,7 @@ class RunGroup:
 
     @cached_property
     def _curves(self) -> dict[tuple[str, str, int], Curve | None]:
-        """Those asked for so far: several figures draw the same."""
+        """Cache of curves: several figures draw the same ones."""
         return {}
 
     def _curve(self, stage: str, metric: str, points: int) -> Curve | None:
@@ -166,7 +166,7 @@ class RunComparison:
 
     @cached_property
     def split(self) -> str | None:
-        """The split to draw conclusions from: the held-out one."""
+        """The split to draw conclusions from: the held-out one if there is one, else the first."""
         return "heldout" if "heldout" in self.splits else next(iter(self.splits), None)
 
     @cached_property
@@ -176,7 +176,7 @@ class RunComparison:
 
     @cached_property
     def tasks(self) -> list[str]:
-        """The public benchmarks that some policy has a result of."""
+        """The public benchmarks for which some policy has a result."""
         return list(dict.fromkeys(name for run in self.runs for found in run.tasks.values() for name in found))
 
     @cached_property
@@ -196,26 +196,26 @@ class RunComparison:
         return [n for n in self.stage_names if any(metric in s.metrics for g in self.groups for s in g.stages(n))]
 
     def has(self, metric: str, split: str | None = None) -> bool:
-        """Does any policy have this metric?"""
+        """True if any policy has this metric."""
         splits = [split] if split else self.splits
         return any(g.policy_estimates(s, p, metric) for g in self.groups for s in splits for p in self.policies)
 
     @cached_property
     def best_of(self) -> list[int]:
-        """The n whose best of n was measured, ascending."""
+        """The values of n for which best of n was measured, ascending."""
         metrics = {m for run in self.runs for split in run.evaluation.splits.values() for found in split.values() for m in found}
         return sorted(int(name.removeprefix("best_of_")) for m in metrics if (name := m.removesuffix("/kl_bound")) != m)
 
     @cached_property
     def judges(self) -> list[str]:
-        """The names that the evaluations gave their judges, if any policy has what they found."""
+        """The names of the evaluations' judges from which some policy has a score."""
         keys = [key.split(".") for run in self.runs for key in run.config]
         names = dict.fromkeys(parts[2] for parts in keys if parts[:2] == ["evaluation", "judges"] and len(parts) > 3)
         return [name for name in names if self.has(name)]
 
     @cached_property
     def tests(self) -> list[str]:
-        """The measures of the tests that the runs' data name."""
+        """The metrics of the tests that the runs' data configure."""
         names = {key.split(".")[2] for run in self.runs for key in run.config if key.startswith("data.tests.")}
         splits = [found for run in self.runs for split in run.evaluation.splits.values() for found in split.values()]
         return list(dict.fromkeys(metric for found in splits for metric in found if metric.partition("/")[0] in names))
@@ -241,8 +241,8 @@ class RunComparison:
 
 
 def group(reading: Reading, by: Sequence[str] | None = None) -> RunComparison:
-    """Group by ``by``, configuration keys such as 'backend' or 'algorithm.kl_coef'; by default by experiment, backend and
-    every differing key, except the seed and what follows from the backend or from a group's chosen file.
+    """Group by ``by``, configuration keys such as 'backend' or 'algorithm.kl_coef'. By default group by experiment, backend and
+    every differing key, except the seed and keys that follow from the backend or from the file chosen for a config group.
 
     Raises:
       ConfigError: no run has such a key.
@@ -299,8 +299,8 @@ def _asked(by: Sequence[str], runs: Sequence[Run]) -> list[str]:
 
 
 def _label(settings: Mapping[str, str], relatives: Sequence[Run], everyone: Sequence[Run]) -> str:
-    """The shortest label that tells it apart: its backend, its experiment if there are several, the names of files chosen
-    otherwise than by its relatives, and the keys in which these differ."""
+    """The shortest label that tells a group apart: its backend, its experiment if there are several, and the chosen files and
+    other keys in which its ``relatives`` differ."""
     telling = [key for key in settings if key not in (BACKEND, "experiment")]
     telling = [key for key in telling if len({setting(run, key) for run in relatives}) > 1]
     experiments = {run.experiment for run in everyone}
@@ -310,19 +310,19 @@ def _label(settings: Mapping[str, str], relatives: Sequence[Run], everyone: Sequ
 
 
 def _inside(keys: Sequence[str], differing: Sequence[str], runs: Sequence[Run]) -> list[str]:
-    """The differing keys that do not make groups: they make tasks."""
+    """The differing keys that do not define groups. They define tasks."""
     return [key for key in ("experiment", BACKEND, *_independent(differing, runs)) if key not in keys]
 
 
 def key_of(asked: str, exist: Collection[str]) -> str:
-    """The key behind a short name: 'backend' is its name, and 'algorithm' the name of its file."""
+    """The key behind a short name: 'backend' means the backend's name, and 'algorithm' the name of its chosen file."""
     if asked == "backend":
         return BACKEND
     return f"{CHOICES}{asked}" if f"{CHOICES}{asked}" in exist else asked
 
 
 def _tasks(members: Sequence[Run], inside: Sequence[str], problems: list[str]) -> dict[tuple[str, int], Run]:
-    """{(task, seed): run}, by seed; ``problems`` names runs whose place is taken."""
+    """Return {(task, seed): run}, ordered by seed. ``problems`` names runs that repeat a task and seed."""
     inside = [key for key in inside if len({setting(run, key) for run in members}) > 1]
     runs: dict[tuple[str, int], Run] = {}
     for run in sorted(members, key=lambda run: run.seed):
@@ -352,14 +352,14 @@ def _text_of_all(g: RunGroup, key: str) -> str:
 
 
 def _described(settings: Mapping[str, str], most: int = 3) -> list[str]:
-    """'kl_coef=0.02', once if several stages share it; names first, and a count of those beyond ``most``."""
+    """Texts such as 'kl_coef=0.02', once if several stages share it. Names come first; those beyond ``most`` are counted."""
     names_first = sorted(settings, key=lambda key: not key.endswith("name"))
     parts = list(dict.fromkeys(f"{key.rpartition('.')[2]}={settings[key]}" for key in names_first))
     return [*parts[:most], *([f"{len(parts) - most} more"] if len(parts) > most else [])]
 
 
 def _distinct(groups: Sequence[RunGroup]) -> list[RunGroup]:
-    """Short labels may collide ('lr=1' of two stages); number those that do."""
+    """Number the labels that collide, as 'lr=1' of two stages may."""
     seen: dict[str, int] = {}
     result = []
     for g in groups:
@@ -379,7 +379,7 @@ def _differing(runs: Sequence[Run]) -> list[str]:
 
 
 def _independent(differing: Sequence[str], runs: Sequence[Run]) -> list[str]:
-    """The differing keys whose values follow neither from the backend nor from the file that was chosen for their group."""
+    """The differing keys whose values follow neither from the backend nor from the file chosen for their config group."""
     own = [key for key in differing if key != BACKEND and not _follows(key, BACKEND, runs)]
     chosen = {key.removeprefix(CHOICES): key for key in own if key.startswith(CHOICES)}
     choices = [chosen.get(key.partition(".")[0]) for key in own]
@@ -387,7 +387,7 @@ def _independent(differing: Sequence[str], runs: Sequence[Run]) -> list[str]:
 
 
 def _follows(key: str, other: str, runs: Sequence[Run]) -> bool:
-    """Is the key's value the same in all runs of a backend (its name, its options), or of a choice, so that this says it all?"""
+    """True if ``other``, the backend or a choice, differs between runs and determines the key's value."""
     values: dict[str, set[str]] = {}
     for run in runs:
         values.setdefault(setting(run, other), set()).add(_text(run.config.get(key)))

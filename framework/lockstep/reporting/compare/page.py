@@ -26,7 +26,7 @@ GROUPS_WITH_SAMPLES = 3
 
 @dataclass(frozen=True)
 class SampleRow:
-    """A group's responses to a prompt, one per policy (None: it has none). Groups with equal responses share a row."""
+    """A group's responses to a prompt, one per policy (None if it has none). Groups with equal responses share a row."""
 
     label: str
     responses: Sequence[Mapping[str, Any] | None]
@@ -70,7 +70,7 @@ def render(
     tables: Mapping[str, Table],
     figures: Mapping[str, str],
 ) -> str:
-    """Jinja escapes all text, after it was made visible; only the figures, which are ours, go in unescaped."""
+    """Render the page. Jinja escapes all text, after it was made visible. Only the figures, which are ours, go in unescaped."""
     answers = samples(c)
     own = [name for name in figures if name.startswith(OWN)]
     there = {*tables, *figures, *(["samples"] if answers else []), *(["metrics"] if own else [])}
@@ -96,7 +96,7 @@ def render(
 
 
 def template(file: Path) -> jinja2.Template:
-    """A page's, which may include ``page.css``."""
+    """Load a page's template, which may include ``page.css``."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader([file.parent, Path(__file__).parents[1]]),
         autoescape=True,
@@ -124,7 +124,7 @@ def samples(c: RunComparison) -> list[SamplePrompt]:
 def _merge_alike(rows: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> list[SampleRow]:
     labels: dict[tuple[str | None, ...], list[str]] = {}
     for label, responses in rows.items():
-        if any(responses):  # a prompt that the group was asked
+        if any(responses):  # the group was asked this prompt
             labels.setdefault(tuple(r["response"] if r else None for r in responses), []).append(label)
     return [SampleRow(", ".join(found), rows[found[0]]) for found in labels.values()]
 

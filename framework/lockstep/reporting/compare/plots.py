@@ -51,7 +51,7 @@ STYLE = {
 ON_PAGE = {"text": INK, "faint": FAINT}
 ON_WHITE = {"text": "#333333", "faint": "#dddddd"}
 
-# ------------------------------------------------------------------------------------------------------- what they draw
+# ------------------------------------------------------------------------------------------------------------- drawing
 
 
 def policy_dots(ax: Axes, c: RunComparison, split: str, metric: str, percent: bool = False) -> None:
@@ -65,13 +65,13 @@ def policy_dots(ax: Axes, c: RunComparison, split: str, metric: str, percent: bo
 
 
 def _wider_than_noise(ax: Axes, widths: Sequence[float]) -> None:
-    """Widens the x axis until the widest interval takes at most a third of it: differences that are noise look small."""
+    """Widen the x axis until the widest interval takes at most a third of it, so that noise looks small."""
     low, high = ax.get_xlim()
     ax.set_xlim(_spanning(low, high, 3 * max(widths, default=0.0)))
 
 
 def _spanning(low: float, high: float, least: float) -> tuple[float, float]:
-    """The limits of an axis, moved apart until they span the least."""
+    """The limits of an axis, moved apart until they span at least ``least``."""
     missing = max(0.0, least - (high - low))
     return low - missing / 2, high + missing / 2
 
@@ -97,7 +97,7 @@ def draw_dots(
 
 
 def draw_curves(ax: Axes, c: RunComparison, metric: str, stages: Sequence[str]) -> None:
-    """Of several groups the first is drawn widest, so that one that coincides with a later one shows on both sides of it."""
+    """Draw a curve per group and stage. Earlier groups are drawn wider, so that they show behind a later one that coincides."""
     widths = np.linspace(1.3, 3.5, len(c.groups))[::-1]
     for (g, colour), width in zip(coloured(c), widths, strict=True):
         for stage, line in zip(stages, styles(stages), strict=True):
@@ -119,7 +119,7 @@ def draw_curve(
 
 
 def not_too_near(ax: Axes, share: float) -> None:
-    """Widens the y axis until it spans this share of its largest value, so that a flat curve looks flat."""
+    """Widen the y axis until it spans this share of its largest absolute value, so that a flat curve looks flat."""
     low, high = ax.get_ylim()
     ax.set_ylim(_spanning(low, high, share * max(abs(low), abs(high))))
 
@@ -141,7 +141,7 @@ def draw_bars(ax: Axes, colours: Sequence[str], values: dict[str, list[float | N
 
 
 def draw_forest(ax: Axes, rows: Sequence[tuple[str, Estimate | None, str]], neutral: float) -> None:
-    """One (label, estimate, colour) per row, around the value that means no difference."""
+    """One (label, estimate, colour) per row, around ``neutral``, the value that means no difference."""
     ax.axvline(neutral, color=plt.rcParams["text.color"], linewidth=0.8, alpha=0.6)
     for i, (_, estimate, colour) in enumerate(rows):
         if estimate:
@@ -151,7 +151,7 @@ def draw_forest(ax: Axes, rows: Sequence[tuple[str, Estimate | None, str]], neut
 
 
 def draw_squares(ax: Axes, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]]) -> None:
-    """A square with its number for each value, darker from the least to the most; 0 to 1 if all are shares."""
+    """A square with its number for each value, darker for higher values. The scale is 0 to 1, or wider if values lie outside."""
     known = [value for row in values for value in row if value is not None]
     least, most = min(0.0, *known), max(1.0, *known)
     for y, row in enumerate(values):
@@ -168,8 +168,8 @@ def draw_squares(ax: Axes, rows: Sequence[str], columns: Sequence[str], values: 
 
 
 def plain(name: str) -> str:
-    """A name as a label: visible, in one line, cut where it would crowd out the figure. Matplotlib leaves labels that begin with
-    an underscore out of legends."""
+    """A name as a label: visible, on one line, cut where it would crowd out the figure. A leading underscore gets a space before
+    it, because Matplotlib leaves such labels out of legends."""
     line = " ".join(shown(name).split())
     line = line if len(line) <= LONGEST_LABEL else f"{line[: LONGEST_LABEL - 1]}…"
     return f" {line}" if line.startswith("_") else line
@@ -189,7 +189,7 @@ def _rows(ax: Axes, labels: Sequence[str], margin: float) -> None:
 def style(ink: dict[str, str]) -> dict[str, object]:
     text = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink["text"])
     colours = {"grid.color": ink["faint"], "axes.edgecolor": ink["faint"], "xtick.labelcolor": ink["text"]}
-    return {**STYLE, **text, **colours, "text.parse_math": False}  # a dollar in a name begins no formula
+    return {**STYLE, **text, **colours, "text.parse_math": False}  # a dollar sign in a name begins no formula
 
 
 def panels(count: int, *, height: float, width: float = 10.3, columns: int | None = None, **share: bool):
@@ -203,7 +203,7 @@ def panels(count: int, *, height: float, width: float = 10.3, columns: int | Non
     for ax in axes.flat[count:]:
         ax.set_visible(False)
     for ax in axes.flat[max(0, count - columns) : count]:
-        ax.tick_params(labelbottom=True)  # those above an unused place, too, if they share the axis
+        ax.tick_params(labelbottom=True)  # also above an unused place, if panels share the axis
     return figure, list(axes.flat[:count])
 
 
@@ -226,7 +226,7 @@ def styles(stages: Sequence[str]) -> list:
 
 
 def legend(figure: Figure, c: RunComparison, stages: Sequence[str] = (), extra: Sequence[Line2D] = ()) -> None:
-    """Colours for groups and line styles for stages, above the panels; none if there is only one."""
+    """Draw colours for groups and line styles for stages above the panels; neither if there is only one of them."""
     handles = [Line2D([], [], color=colour, marker="o", markersize=5, label=plain(g.label)) for g, colour in coloured(c)]
     handles = handles if len(handles) > 1 else []
     if len(stages) > 1:
@@ -241,7 +241,7 @@ def legend(figure: Figure, c: RunComparison, stages: Sequence[str] = (), extra: 
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """The figure for inlining: no XML header, no fixed size, no background, unique ids, ink from CSS."""
+    """The figure as SVG for inlining: no XML header, no fixed size, no background, unique ids, ink from CSS."""
     buffer = io.StringIO()
     with plt.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -1,7 +1,7 @@
-"""Run folders, and runs at W&B, read into records.
+"""Reads run folders, and runs at W&B, into records.
 
-A folder may be half-written, because the run is still going or has died: whatever can be read is read, and
-`Reading.problems` names the rest. Only a path without a single run is an error.
+A folder may be half-written, because the run is still going or has died. Whatever can be read is read, and `Reading.problems`
+names the rest. It is an error only if a path has no run, or no run at all can be read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lockstep.storage.records import (
 
 
 def read(paths: Sequence[Path | str]) -> Reading:
-    """All runs under ``paths``: run folders, folders of run folders, sweep folders, ``wandb:`` filters.
+    """Read all runs under ``paths``: run folders, folders of run folders, sweep folders, ``wandb:`` filters.
 
     Raises:
       DataError: a path has no run, or no run can be read.
@@ -63,10 +63,10 @@ def read(paths: Sequence[Path | str]) -> Reading:
 
 
 def run_folders(path: Path, problems: list[str]) -> list[Path]:
-    """The run folders that ``path`` stands for. ``problems`` names jobs of a sweep that have none.
+    """The run folders that ``path`` stands for. ``problems`` names jobs of a sweep that left none.
 
     Raises:
-      DataError: there are none.
+      DataError: ``path`` has no run folders.
     """
     if not path.is_dir():
         siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
@@ -135,7 +135,7 @@ def _read_run(folder: Path, problems: list[str]) -> Run:
 
 
 SHOWN = {"policy": str, "split?": (str, None), "prompt": str, "response": str}
-"""What the page shows of a sample."""
+"""The fields of a sample that the page shows."""
 
 
 def _read_stage(name: str, record: Mapping[str, Any], folder: Path, problems: list[str]) -> StageRecord:
@@ -161,7 +161,7 @@ def _read_done(folder: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _read_if_there(file: Path, record: Record, problems: list[str]) -> dict[str, Any]:
-    """Empty if it is not there, or, as ``problems`` says, cannot be read."""
+    """The record; empty if the file does not exist or cannot be read, which ``problems`` then says."""
     try:
         return read_record(file, record) if file.exists() else {}
     except CheckpointError as error:
@@ -170,8 +170,8 @@ def _read_if_there(file: Path, record: Record, problems: list[str]) -> dict[str,
 
 
 def _read_evaluations(folders: Mapping[str, Path], problems: list[str]) -> EvaluationRecord:
-    """All evaluations of a run as one; if a later round evaluates again, it wins. A split that a stage of another name evaluates
-    again, as in another environment, has that stage's name behind its own."""
+    """All evaluations of a run as one. If a later round evaluates again, it wins. If a stage of another name evaluates a split
+    again, as in another environment, that stage's name is appended to the split's."""
     baseline: str | None = None
     splits: dict[str, dict[str, Estimates]] = {}
     reward_model: dict[str, Estimate] = {}
@@ -188,7 +188,7 @@ def _read_evaluations(folders: Mapping[str, Path], problems: list[str]) -> Evalu
 
 
 def _read_tasks(file: Path, problems: list[str]) -> dict[str, Estimate]:
-    """{'arc_easy acc (5-shot)': its value}: the interval is 1.96 of the harness's own standard errors to each side."""
+    """{'arc_easy acc (5-shot)': its value}. The interval is ±1.96 of the harness's own standard errors."""
     found = {}
     for row in _read_if_there(file, TASKS, problems).get("results", ()):
         if row["value"] is not None and math.isfinite(row["value"]):
@@ -204,12 +204,12 @@ def _title(row: Mapping[str, Any]) -> str:
 
 
 def _estimates(record: Mapping[str, Any]) -> dict[str, Estimate]:
-    """Leaves out measures without a finite mean."""
+    """The estimates of a record, without measures that have no finite mean."""
     found = {metric: measure for metric, measure in record.items() if measure and measure.get("mean") is not None}
     return {metric: _estimate(measure) for metric, measure in found.items() if math.isfinite(measure["mean"])}
 
 
 def _estimate(found: Mapping[str, Any]) -> Estimate:
-    """Some measures, such as calibration error, have no interval: both ends are then the mean."""
+    """An estimate. Some measures, such as calibration error, have no interval: both ends are then the mean."""
     mean = float(found["mean"])
     return Estimate(mean, float(found.get("low", mean)), float(found.get("high", mean)), int(found.get("n") or 0))

@@ -1,4 +1,4 @@
-"""What a run is to a comparison: plain records. Nothing here knows about plots, statistics or where records come from."""
+"""Runs as a comparison sees them: plain records. Nothing here knows about plots, statistics or where records come from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95% interval, of no width where there is none; ``n`` is the number of things the mean is over."""
+    """A mean with its 95% interval, which has no width if unknown. ``n`` is the number of things the mean is over."""
 
     mean: float
     low: float
@@ -44,7 +44,7 @@ class StageRecord:
     status: str
     seconds: float | None
     metrics: Mapping[str, Series]
-    identity: str = ""  # of its folder: runs that share a stage share it
+    identity: str = ""  # the same in all runs that share the stage
     health: Sequence[Mapping[str, Any]] = ()  # warnings while it trained: step, name, message
     produces: str = ""  # 'policy', 'reward_model' or 'evaluation'
     memory: float | None = None  # peak bytes: of the accelerator, or of the process if there is none
@@ -73,7 +73,7 @@ class Run:
     config: Mapping[str, Any]  # flat: 'algorithm.kl_coef' -> 0.02
     evaluation: EvaluationRecord
     samples: Sequence[Mapping[str, Any]]
-    tasks: Mapping[str, Estimates] = field(default_factory=dict)  # of `lockstep evaluate`: {policy: {'arc_easy acc': ...}}
+    tasks: Mapping[str, Estimates] = field(default_factory=dict)  # from `lockstep evaluate`: {policy: {'arc_easy acc': ...}}
 
 
 @dataclass
@@ -94,7 +94,7 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
-    """Rows as one series per metric. A resumed stage repeats the steps since its checkpoint: the later row counts."""
+    """Rows as one series per metric. A resumed stage repeats the steps since its checkpoint; the later row counts."""
     values: dict[str, dict[int, float]] = defaultdict(dict)
     for row in rows:
         step = row["step"]

@@ -35,48 +35,48 @@ def iqm_estimate(tasks: Tasks) -> Estimate:
 
 
 def improvement(x: np.ndarray, y: np.ndarray) -> float:
-    """P(X > Y): the share of all pairs of a run of ``x`` and a run of ``y`` where x is higher; ties count a half. The
-    Mann-Whitney statistic over n·m; Agarwal et al., section 4.3."""
+    """P(X > Y): the share of all pairs of a run of ``x`` and a run of ``y`` where x is higher; ties count half. This is the
+    Mann-Whitney statistic divided by n·m (Agarwal et al., section 4.3)."""
     return float(_wins(x, y).mean())
 
 
 def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """[runs of x, runs of y]: 1 where x is higher, a half at a tie."""
+    """[runs of x, runs of y]: 1 where x is higher, 0.5 at a tie, else 0."""
     x, y = np.asarray(x)[:, None], np.asarray(y)
     return (x > y) + 0.5 * (x == y)
 
 
 def improvement_estimate(x: Tasks, y: Tasks) -> Estimate:
-    """P(X > Y) averaged over tasks, both sides resampled, each in its own task. Task t of ``x`` is task t of ``y``."""
+    """P(X > Y) averaged over tasks. Both sides are resampled within each task. Task t of ``x`` is task t of ``y``."""
     mean = np.mean([improvement(a, b) for a, b in zip(x, y, strict=True)])
     rng = _rng()
     times = zip([_times_drawn(task, rng) for task in x], [_times_drawn(task, rng) for task in y], strict=True)
     wins = [_wins(a, b) for a, b in zip(x, y, strict=True)]
-    # Of a draw: each pair as often as its runs are drawn. Sums of halves are exact, whatever their order.
+    # In a draw, each pair counts as often as its runs are drawn. Sums of halves are exact in any order.
     drawn = [((a @ won) * b).sum(axis=1) / won.size for (a, b), won in zip(times, wins, strict=True)]
     return _estimate(float(mean), np.mean(drawn, axis=0), [*x, *y])
 
 
 def resample(tasks: Tasks, rng: np.random.Generator, draws: int = DRAWS) -> list[np.ndarray]:
-    """The stratified bootstrap: per task [draws, runs], its runs drawn with replacement, independently of other tasks."""
+    """The stratified bootstrap: per task [draws, runs], drawn with replacement from its runs, independently of other tasks."""
     return [task[_drawn(len(task), rng, draws)] for task in map(np.asarray, tasks)]
 
 
 def _times_drawn(task: np.ndarray, rng: np.random.Generator, draws: int = DRAWS) -> np.ndarray:
-    """float64 [draws, runs]: how often a draw of `resample` has each run."""
+    """float64 [draws, runs]: how often each draw of `resample` contains each run."""
     runs = len(task)
     places = _drawn(runs, rng, draws) + runs * np.arange(draws)[:, None]
     return np.bincount(places.reshape(-1), minlength=draws * runs).reshape(draws, runs).astype(np.float64)
 
 
 def _drawn(runs: int, rng: np.random.Generator, draws: int) -> np.ndarray:
-    """int64 [draws, runs]: indices."""
+    """int64 [draws, runs]: indices of runs, drawn with replacement."""
     return rng.integers(runs, size=(draws, runs))
 
 
 def band(curves: np.ndarray, draws: int = 1000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For curves [runs, points]: their interquartile mean, and the ends of its 95% bootstrap interval, point by point.
-    Whole runs are drawn, so neighbouring points move together."""
+    """The interquartile mean of curves [runs, points], and the ends of its 95% bootstrap interval, point by point. Whole runs
+    are drawn, so neighbouring points move together."""
     index = _rng().integers(len(curves), size=(draws, len(curves)))
     drawn = iqm(np.moveaxis(curves[index], 1, -1))
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
@@ -84,7 +84,7 @@ def band(curves: np.ndarray, draws: int = 1000) -> tuple[np.ndarray, np.ndarray,
 
 
 def _estimate(value: float, drawn: np.ndarray, tasks: Tasks) -> Estimate:
-    """The percentile interval (Efron 1979); none if a task has a single run, which says nothing about the spread."""
+    """An estimate with the percentile interval (Efron 1979); no interval if a task has a single run, which shows no spread."""
     runs = sum(map(len, tasks))
     if min(map(len, tasks)) < 2:
         return Estimate(value, value, value, runs)

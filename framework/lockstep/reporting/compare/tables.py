@@ -18,7 +18,7 @@ from lockstep.reporting.compare.records import Estimate
 from lockstep.reporting.compare.versus import Versus
 from lockstep.reporting.markdown import escaped
 
-# metric -> (title, how its number is written)
+# metric -> (title, number format)
 POLICY_METRICS = {
     "gold": ("gold score", SCORE),
     "gain": ("gain over the round before", "+" + SCORE),
@@ -59,7 +59,7 @@ class Table:
 def all_tables(
     c: RunComparison, found: Sequence[Claim], against: Sequence[Versus], correction: Correction = "holm", difference: float = 0.0
 ) -> dict[str, Table]:
-    """Every table that has rows. ``difference``: one that the reader wants decided; 0: none in particular."""
+    """Every table that has rows. ``difference``: show how many seeds this difference needs; 0: no such column."""
     every = {
         "claims": checklist(found),
         "policies": policies(c),
@@ -101,7 +101,7 @@ def _policy_table(c: RunComparison, chosen: Sequence[tuple[str, str]]) -> Table:
 
 
 def tests(c: RunComparison) -> Table:
-    """Tests of several options that the data name: truth and bias before and after each stage."""
+    """The multiple-choice tests that the data configure: truth and bias before and after each stage."""
     split = next((split for split in c.splits if c.tests and c.has(c.tests[0], split)), None)
     return _table("Tests", c, c.policies if split else [], {metric: _test(c, split or "", metric) for metric in c.tests})
 
@@ -112,7 +112,7 @@ def _test(c: RunComparison, split: str, metric: str) -> Cell:
 
 
 def judges(c: RunComparison) -> Table:
-    """What each judge of the evaluation thinks of each policy on each split: attackers across, defenders down."""
+    """Each judge's scores of each policy on each split: splits (attackers) across, policies (defenders) down."""
     rows: list[list[str]] = []
     starts = set()
     for name in c.judges:
@@ -125,7 +125,7 @@ def judges(c: RunComparison) -> Table:
 
 
 def best_of(c: RunComparison) -> Table:
-    """For each policy the best of n samples by the reward model, with the bound on its KL."""
+    """For each policy, the best of n samples by the reward model, with the bound on its KL."""
     items = {f"best of {n}, KL at most {numerics.best_of_kl_bound(n):.2f}": n for n in c.best_of}
     blocks: dict[str, Cell] = {}
     for policy in c.policies:
@@ -167,7 +167,7 @@ def reward_model(c: RunComparison) -> Table:
 
 
 def over_seeds(c: RunComparison) -> Table:
-    """Interquartile means over seeds of policies trained against a reward. No rows if every group has one seed."""
+    """Interquartile means over seeds, for policies trained against a reward. No rows if every group has one seed."""
     metrics = [m for m in ("gold", "score", "win_rate", "ability", "kl") if c.has(m)]
     rows: list[list[str]] = []
     starts = set()
@@ -193,8 +193,8 @@ def _seeds_row(g: RunGroup, split: str, policy: str, metrics: Sequence[str]) -> 
 def against_baseline(
     c: RunComparison, found: Sequence[Versus], correction: Correction = "holm", only: str | None = None
 ) -> Table:
-    """Seed by seed against the baseline group. A row names the seeds that are on both sides, and those that are not. With
-    ``only`` the rows of one metric, whose p-values are still corrected for all."""
+    """Groups against the baseline group, seed by seed. A row names the seeds that are on both sides, and those that are not.
+    ``only``: show the rows of this metric; their p-values are still corrected for all rows."""
     values = decisions.corrected([v.test.p for v in found if v.test], correction)
     tested, left = len(values), iter(values)
     p_values = [_p(next(left)) if v.test else "" for v in found]
@@ -221,7 +221,7 @@ def _p(value: float) -> str:
 
 
 def power(c: RunComparison, against: Sequence[Versus], difference: float = 0.0) -> Table:
-    """How many seeds decide what: from how much the differences vary from seed to seed."""
+    """How many seeds decide each difference, given how much it varies from seed to seed."""
     metric = headline_metric(c)
     within = versus.gains(c, metric) if metric in ("gold", "score") else []
     named = [(f"{gain.policy} over {c.baseline}, {gain.group.label}", gain.test) for gain in within]
@@ -242,14 +242,14 @@ def power(c: RunComparison, against: Sequence[Versus], difference: float = 0.0) 
 
 
 def _always(e: Estimate, seeds: Sequence[int]) -> str:
-    """If all runs of one side are better, the interval has no width. It is shown all the same, unless there is one seed."""
+    """The interval has no width if all runs of one side are better. It is shown even then, but not for a single seed."""
     return f"{e.mean:.0%} [{e.low:.0%}, {e.high:.0%}]" if len(seeds) > 1 else f"{e.mean:.0%}"
 
 
 def in_short(
     c: RunComparison, against: Sequence[Versus], every: Mapping[str, Table], correction: Correction, with_power: bool
 ) -> dict[str, Table]:
-    """For a terminal: of policies and cost only the main rows, of differences those of the headline's metric."""
+    """Tables for a terminal: only the main rows of policies and cost, and only the headline's metric of differences."""
     short = {"policies": policies_in_short(c), "cost": cost_in_short(c)}
     short["against"] = against_baseline(c, against, correction, only=headline_metric(c) or "gold")
     on_the_page = ("seeds", "best_of", "judges", *(() if with_power else ("power",)))
@@ -257,7 +257,7 @@ def in_short(
 
 
 def warnings(c: RunComparison) -> Table:
-    """The warnings of `lockstep.reporting.health` while stages trained: in which runs, and first at which step."""
+    """The warnings of `lockstep.reporting.health` while stages trained: in which runs, and at which step first."""
     rows = []
     for g in c.groups:
         first: dict[tuple[str, str], dict[int, int]] = {}
@@ -298,7 +298,7 @@ def _number(value: float | None, form: str = ",.0f") -> str:
 
 
 def _table(title: str, c: RunComparison, items: Sequence[str], blocks: Mapping[str, Cell]) -> Table:
-    """Blocks one below the other: items down and groups across, or the other way round for many groups."""
+    """Blocks stacked below each other: items down and groups across, or the other way round for many groups."""
     labels = [g.label for g in c.groups]
     rows: list[list[str]] = []
     starts = set()
@@ -375,7 +375,7 @@ _TEX |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
 
 
 def to_latex(table: Table) -> str:
-    """A ``tabular`` without packages, with its title as a comment."""
+    """A ``tabular`` that needs no packages, with the title as a comment."""
 
     def line(row: Sequence[str], bold: bool = False) -> str:
         cells = ["".join(_TEX.get(mark, mark) for mark in cell) for cell in row]

@@ -1,7 +1,7 @@
 """All values of a comparison as one table, one value per row: ``metrics.csv`` and ``metrics.parquet``.
 
-Evaluations have no step; their metric is 'split/policy/metric', and low and high are the ends of their interval over prompts.
-The stage of a public benchmark is the policy's; its metric is 'tasks/arc_easy acc'.
+Evaluations have no step. Their metric is 'split/policy/metric'; low and high are the ends of their interval over prompts. For a
+public benchmark, the stage is the one that trained the policy, and the metric is 'tasks/arc_easy acc'.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def write(c: RunComparison, output: Path) -> list[Path]:
 
 
 def table(c: RunComparison) -> pyarrow.Table:
-    """With `COLUMNS`."""
-    import pyarrow  # comes with datasets; half a second
+    """All values, with `COLUMNS`."""
+    import pyarrow  # a dependency of datasets; takes half a second
 
     found = list(series(c))
     columns = dict(zip(COLUMNS, zip(*found, strict=True), strict=True)) if found else dict.fromkeys(COLUMNS, ())
@@ -57,7 +57,7 @@ PER_ROW = ("step", "value", "low", "high")
 
 
 def series(c: RunComparison) -> Iterator[list[Any]]:
-    """Rows that differ in `PER_ROW` only: of these columns, all values."""
+    """Blocks of rows that differ only in `PER_ROW`: all values of these columns, and the common value of the others."""
     for g in c.groups:
         for task, run in zip(g.tasks, g.runs, strict=True):
             who = [g.label, task, run.name, run.backend.get("name"), run.seed]
@@ -71,7 +71,7 @@ def series(c: RunComparison) -> Iterator[list[Any]]:
 
 
 def _evaluated(run: Run) -> Iterator[tuple[str, str, Estimate]]:
-    """(stage, metric, value)."""
+    """Yield (stage, metric, estimate)."""
     for split, policies in run.evaluation.splits.items():
         for policy, estimates in policies.items():
             for metric, estimate in estimates.items():

@@ -1,4 +1,4 @@
-"""Groups against a baseline group: seeds matched, differences and probabilities of improvement, with intervals over seeds."""
+"""Groups against a baseline group: differences by seed and probabilities of improvement, with intervals over seeds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Versus:
     """One policy's metric in a group, against the same in the baseline group.
 
     ``difference`` is the interquartile mean of group minus baseline, seed by seed, over the seeds that both have.
-    ``improvement`` is the probability that a run of the group is above one of the baseline. Both are within tasks.
+    ``improvement`` is the probability that a run of the group is above one of the baseline. Both compare within tasks.
     """
 
     group: RunGroup
@@ -32,11 +32,11 @@ class Versus:
     improvement: Estimate
     test: Test | None  # of the mean difference
     seeds: Sequence[int]  # on both sides, in some task
-    unpaired: Sequence[str]  # what only one side has
+    unpaired: Sequence[str]  # runs that only one side has
 
     @property
     def names(self) -> tuple[str, str]:
-        """Of the group and of its baseline; if only the backends differ, the baseline's backend is enough."""
+        """The names of the group and its baseline. If only the backends differ, the baseline is named by its backend."""
         backend, _, rest = self.baseline.label.partition(", ")
         return self.group.label, backend if self.group.label.endswith(f", {rest}") else self.baseline.label
 
@@ -48,9 +48,9 @@ def over_seeds(g: RunGroup, split: str, policy: str, metric: str) -> Estimate | 
 
 
 def against_baseline(c: RunComparison, pairs: Sequence[tuple[RunGroup, RunGroup]]) -> list[Versus]:
-    """Every higher-is-better metric of every policy trained against a reward, on the main split; and of two groups that have
-    different last policies, as where one trains with PPO and the other with GRPO, these. One run against one run is left out: it
-    says next to nothing about other seeds."""
+    """Compare every higher-is-better metric of every policy trained against a reward, on the main split. Where two groups have
+    different last policies, as when one trains with PPO and the other with GRPO, compare those as well. One run against one run
+    is left out: it says next to nothing about other seeds."""
     policies = c.after_baseline or c.policies[-1:]
     wanted = [(g, b, policy, policy, metric) for policy in policies for metric in HIGHER_IS_BETTER for g, b in pairs]
     ends = [(g, b, last(c, g), last(c, b)) for g, b in pairs]
@@ -60,13 +60,13 @@ def against_baseline(c: RunComparison, pairs: Sequence[tuple[RunGroup, RunGroup]
 
 
 def last(c: RunComparison, g: RunGroup) -> str | None:
-    """The last policy after the baseline that was evaluated in the group."""
+    """The group's last evaluated policy after the baseline."""
     there = {policy for run in g.runs for policy in run.evaluation.splits.get(c.split or "", {})}
     return next((policy for policy in reversed(c.after_baseline) if policy in there), None)
 
 
 def versus(g: RunGroup, baseline: RunGroup, split: str, policy: str, metric: str, other: str | None = None) -> Versus | None:
-    """``other``: the policy of the baseline group, if that has another name."""
+    """Compare two groups; None if they share no task. ``other``: the policy's name in the baseline group, if it differs."""
     other = other or policy
     x, y = g.scores(split, policy, metric), baseline.scores(split, other, metric)
     tasks = [task for task in x if task in y]
@@ -86,7 +86,7 @@ def versus(g: RunGroup, baseline: RunGroup, split: str, policy: str, metric: str
 
 
 def _only(here: Mapping[str, Mapping[int, float]], there: Mapping[str, Mapping[int, float]], label: str) -> list[str]:
-    """'seed 2 of torch' for what one side has and the other lacks."""
+    """Name the runs that ``here`` has and ``there`` lacks: 'seed 2 of torch'."""
     missing = [(task, seed) for task, seeds in here.items() for seed in seeds if seed not in there.get(task, {})]
     return [f"seed {seed} of {', '.join(filter(None, [label, task]))}" for task, seed in missing]
 
@@ -102,14 +102,14 @@ class Gain:
 
 
 def gains(c: RunComparison, metric: str) -> list[Gain]:
-    """Of every policy after the baseline, where two seeds or more have both."""
+    """The gains of every policy after the baseline, where at least two seeds have both."""
     tested = ((g, policy, gain_test(c, g, policy, metric)) for policy in c.after_baseline for g in c.groups)
     return [Gain(g, policy, metric, test) for g, policy, test in tested if test]
 
 
 def gain_test(c: RunComparison, g: RunGroup, policy: str, metric: str) -> Test | None:
-    """Of a policy over the baseline policy of its own run. Runs of one seed may share the baseline, so it is their mean that
-    counts, once for each seed."""
+    """Test the gain of a policy over the baseline policy of its own run. Runs of one seed may share the baseline, so their mean
+    counts once per seed."""
     by_seed: dict[int, list[float]] = {}
     for run in g.runs:
         found = run.evaluation.splits.get(c.split or "", {})
@@ -120,10 +120,11 @@ def gain_test(c: RunComparison, g: RunGroup, policy: str, metric: str) -> Test |
 
 
 def pairs(c: RunComparison, baseline: str | None) -> list[tuple[RunGroup, RunGroup]]:
-    """Each group with the one that it is compared with: the group with the same settings except for the baseline's values.
+    """Pair each group with the group that has the same settings, except for the baseline's values.
 
     Args:
-      baseline: 'backend=torch', 'algorithm.kl_coef=0.1' or several with commas; a group's label; None: the first group.
+      baseline: 'backend=torch', 'algorithm.kl_coef=0.1' or several separated by commas; or the label of a group to compare all
+        others with; None: the first group.
 
     Raises:
       ConfigError: no group matches.

@@ -13,10 +13,10 @@ CURVES = ("objective/score", "objective/gold", "objective/kl", "objective/entrop
 
 
 def publish(comparison: CompareReport, project: str) -> str:
-    """Save a report to ``project``, 'entity/project', and return its address.
+    """Save a report to ``project`` ('entity/project') and return its address.
 
     Raises:
-      DataError: the package for it is missing, or W&B cannot be reached.
+      DataError: the package for it is missing, ``project`` is malformed, or the report cannot be saved to W&B.
     """
     try:
         import wandb_workspaces.reports.v2 as wr
@@ -38,7 +38,7 @@ def publish(comparison: CompareReport, project: str) -> str:
 
 
 def _panels(wr: Any, c: RunComparison, entity: str, project: str) -> Sequence[Any]:
-    """One grid per stage that has an objective, over the W&B runs of that stage: a curve per group of runs."""
+    """One grid of curves per stage that has an objective, over the W&B runs of that stage."""
     grids = []
     names = [run.name for run in c.runs]
     for stage in c.stages_with("objective/kl"):

@@ -1,11 +1,11 @@
 """Runs read from W&B: ``wandb:entity/project?group=NAME``, as the `wandb` tracker has recorded them.
 
-There, each stage is a W&B run whose group is the run's name; here the stages become one run again. The part after the
-question mark filters W&B runs by its API's names: ``group``, ``tags``, ``state``, ``jobType``, ``config.seed`` and so on; a
-name given twice matches either value. A stage that several runs share is recorded under the one that trained it. The others
+At W&B, each stage is a run whose group is the name of Lockstep's run; here the stages become one run again. The part after the
+question mark filters W&B runs by its API's names: ``group``, ``tags``, ``state``, ``jobType``, ``config.seed`` and so on. A
+name given twice matches either value. A stage that several runs share is recorded under the run that trained it. The others
 find it through the inputs of their own stages, if the filter lets it through.
 
-Unlike run folders: evaluations are means without their intervals over prompts; samples are not read; ``algorithm`` is the
+Unlike with run folders, evaluations are means without intervals over prompts, samples are not read, and ``algorithm`` is the
 first stage that trains against a reward.
 """
 
@@ -25,7 +25,7 @@ STATUS = {"finished": "done", "running": "running", "pending": "running"}  # all
 
 
 def read(source: str, reading: Reading) -> None:
-    """The runs of ``source`` into ``reading``.
+    """Read the runs of ``source`` into ``reading``.
 
     Raises:
       DataError: W&B cannot be queried, or has no such runs.
@@ -72,11 +72,11 @@ CONFIG = {
     "stage": dict, "backend": {"name": str}, "seed": int, "inputs": {EACH: str}, "data?": (dict, None),
     "reward_model?": (dict, None), "produces?": str,
 }  # fmt: skip
-"""Of a W&B run that the `wandb` tracker made."""
+"""The configuration of a W&B run that the `wandb` tracker made."""
 
 
 def _grouped(stages: Sequence[Any], problems: list[str]) -> dict[str, dict[str, Any]]:
-    """{run: {stage: W&B run}}; if a stage was recorded twice, the later one counts. ``problems`` names runs of other programs."""
+    """{run: {stage: W&B run}}. If a stage was recorded twice, the later one counts. ``problems`` names runs of other programs."""
     runs: dict[str, dict[str, Any]] = {}
     for stage in stages:  # the API gives the oldest first
         if not stage.group or not stage.job_type:
@@ -89,7 +89,7 @@ def _grouped(stages: Sequence[Any], problems: list[str]) -> dict[str, dict[str, 
 
 
 def _with_shared(members: Mapping[str, Any], by_id: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's own stages, after those of other runs that they started from."""
+    """The run's own stages, preceded by the stages of other runs that they started from."""
     found = dict(members)
     queue = list(members.values())
     while queue:
@@ -122,7 +122,7 @@ def _run(name: str, stages: Mapping[str, Any], path: str) -> Run:
 
 
 def _config(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The configuration under the names of a run folder's."""
+    """The configuration, with the key names that a run folder uses."""
     whole: dict[str, Any] = {"stages": {name: {"algorithm": c["stage"]} for name, c in configs.items()}}
     for config in configs.values():
         whole |= {key: config[key] for key in ("backend", "data", "seed", "choices") if key in config}
@@ -151,7 +151,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _evaluation(stages: Mapping[str, Any]) -> EvaluationRecord:
-    """From 'heldout/ppo/gold' and 'reward_model/accuracy/gold' of evaluation stages, which name a baseline."""
+    """Read 'heldout/ppo/gold' and 'reward_model/accuracy/gold' of evaluation stages, which are those that name a baseline."""
     baseline, splits, reward_model = None, {}, {}
     for found in stages.values():
         if named := found.config["stage"].get("baseline"):

@@ -1,4 +1,4 @@
-"""When criteria were written down, and when the runs began that they judge."""
+"""When the criteria were written down, and when the runs that they judge began."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FIRST_LINE = "# written down "
 
 
 def write_down(file: Path, text: str) -> None:
-    """Keep a finding as it is now, unless it was kept before."""
+    """Save a finding's text with the current time, unless it was saved before."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, f"{FIRST_LINE}{datetime.now(UTC).isoformat(timespec='seconds')}\n{text}")
 
 
 def how(file: Path, finding: Finding, runs: Sequence[Run], overrides: Sequence[str]) -> str:
-    """In sentences: when the claims were written down in ``file``, what was run, and what differs from the finding."""
+    """Describe when the claims were written down in ``file``, what was run, and what differs from the finding."""
     first, _, before = file.read_text(encoding="utf-8").partition("\n")
     since, began = datetime.fromisoformat(first.removeprefix(FIRST_LINE)), begin(runs)
     if since <= began:
@@ -39,7 +39,7 @@ def how(file: Path, finding: Finding, runs: Sequence[Run], overrides: Sequence[s
 
 
 def begin(runs: Sequence[Run]) -> datetime:
-    """Of the first run, or of the first of its stages: those may be of earlier runs."""
+    """The earliest start of any run or of any of its stages, which may come from earlier runs."""
     times = []
     for run in runs:
         times.append(datetime.fromisoformat(read_record(run.folder / "run.json", RUN)["started"]))

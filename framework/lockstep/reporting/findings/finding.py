@@ -1,4 +1,4 @@
-"""A finding: what somebody published, the sweep that asks whether it holds here, and when it does.
+"""A finding: what somebody published, the sweep that tests it here, and the criteria that decide whether it holds.
 
     title: RLOO against RAFT and PPO
     source: Ahmadian et al. 2024 (arXiv 2402.14740)
@@ -10,7 +10,7 @@
         value: heldout/ppo/gold[algorithm=rloo] - heldout/ppo/gold[algorithm=rejection_sampling]
         above: 0
 
-Such files are ``finding/NAME.yaml`` in the ``conf`` folder of the core, of a plugin, or here.
+Such files are ``finding/NAME.yaml`` in the ``conf`` folder of the core, of a plugin or of the current folder.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _TERM = re.compile(r"([\w.]+(?:/[\w.@-]+)+)(?:\[([^\[\]]*)\])?")
 
 @dataclass(frozen=True)
 class Term:
-    """A metric of a run, by its place: SPLIT/POLICY/METRIC of an evaluation, reward_model/METRIC, or STAGE/METRIC, the last that
-    the stage has logged. ``where``: settings of the run that it is read from, if a seed has several."""
+    """A metric of a run: SPLIT/POLICY/METRIC of an evaluation, reward_model/METRIC, or STAGE/METRIC, the last value that the
+    stage logged. ``where``: settings that select the run to read it from, if a seed has several runs."""
 
     sign: int
     metric: str
@@ -45,11 +45,11 @@ class Term:
 
 @dataclass(frozen=True)
 class ClaimConfig:
-    claim: str = setting(REQUIRED, "In a sentence, what should hold.")
+    claim: str = setting(REQUIRED, "What should hold, in a sentence.")
     published: str = setting(REQUIRED, "What was published, with figures.")
-    value: str = setting(REQUIRED, "Of a seed: metrics, added and subtracted; METRIC[key=value] of the run with that setting.")
-    above: float | None = setting(None, "It holds if the mean over seeds is above this, with its interval.", least=-math.inf)
-    below: float | None = setting(None, "It holds if the mean over seeds is below this, with its interval.", least=-math.inf)
+    value: str = setting(REQUIRED, "Per seed: metrics added and subtracted; METRIC[key=value] reads the run with that setting.")
+    above: float | None = setting(None, "Holds if the whole interval of the mean over seeds is above this.", least=-math.inf)
+    below: float | None = setting(None, "Holds if the whole interval of the mean over seeds is below this.", least=-math.inf)
 
     def __post_init__(self) -> None:
         if (self.above is None) == (self.below is None):
@@ -68,7 +68,7 @@ class ClaimConfig:
         return bound
 
     def is_met_by(self, value: float) -> bool:
-        """Whether a number is where the claim says."""
+        """True if ``value`` meets the criterion."""
         return value > self.bound if self.above is not None else value < self.bound
 
     @property
@@ -89,23 +89,23 @@ def _term(sign: str, text: str, whole: str) -> Term:
 
 @dataclass(frozen=True)
 class Finding:
-    title: str = setting(REQUIRED, "What it is about.")
-    source: str = setting(REQUIRED, "Who published it, where.")
-    sweep: tuple[str, ...] = setting(REQUIRED, "Overrides of `lockstep run -m`.")
-    hours: float = setting(REQUIRED, "On two cores.", above=0)
+    title: str = setting(REQUIRED, "What the finding is about.")
+    source: str = setting(REQUIRED, "Who published it, and where.")
+    sweep: tuple[str, ...] = setting(REQUIRED, "Overrides for `lockstep run -m`.")
+    hours: float = setting(REQUIRED, "Hours that the sweep takes on two cores.", above=0)
     claims: dict[str, ClaimConfig] = setting(REQUIRED, "Claims by name.")
 
 
 def findings() -> dict[str, Path]:
-    """{name: file}, of the core, of plugins and of the current folder."""
+    """Return {name: file} of the core, of plugins and of the current folder."""
     return {file.stem: file for folder in conf_folders().values() for file in sorted((folder / GROUP).glob("*.yaml"))}
 
 
 def finding(name: str) -> tuple[Finding, str]:
-    """A finding, and the text of its file.
+    """Return a finding and the text of its file.
 
     Raises:
-      ConfigError: there is none of this name, or its file is not one.
+      ConfigError: no finding has this name, or its file is not a valid finding.
     """
     known = findings()
     if name not in known:
@@ -117,7 +117,7 @@ def finding(name: str) -> tuple[Finding, str]:
 def parsed(text: str, where: str) -> Finding:
     """
     Raises:
-      ConfigError: the text is no finding.
+      ConfigError: the text is not a valid finding.
     """
     try:
         content = yaml.safe_load(text)

@@ -1,8 +1,9 @@
-"""What runs say of a finding's claims, on each backend over seeds.
+"""What runs say about a finding's claims, on each backend, over seeds.
 
-The mean over seeds has Student's 95% interval (Student 1908). A claim holds if the whole interval is where the claim says, does
-not hold if the whole of it is elsewhere, and is not decided otherwise, by a single seed, or while a seed of the sweep is missing:
-the others may be those that went well. Metrics of several runs are subtracted seed by seed, and so are the two backends.
+The mean over seeds has Student's 95% interval (Student 1908). A claim holds if the whole interval meets the criterion, and does
+not hold if none of it does. Otherwise it is not decided. It is also not decided with a single seed, or while a seed of the sweep
+is missing: the others may be those that went well. Metrics of several runs are subtracted seed by seed, and so are the two
+backends.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Verdict = Literal["held", "not held", "not decided"]
 
 @dataclass(frozen=True)
 class Mean:
-    """Over seeds, with its interval; of one seed, the interval is all numbers."""
+    """A mean over seeds, with its interval. For one seed the interval is infinite."""
 
     seeds: Mapping[int, float]
 
@@ -46,10 +47,10 @@ class Mean:
 
     @property
     def interval(self) -> str:
-        """'2.5 ± 2.1'; of one seed, its number."""
+        """'2.5 ± 2.1'; for one seed, only its value."""
         if len(self.seeds) < 2:
             return f"{self.mean:.3g}"
-        digits = max(0, 1 - math.floor(math.log10(self.half))) if self.half else 3  # two of the interval's, as many of the mean's
+        digits = max(0, 1 - math.floor(math.log10(self.half))) if self.half else 3  # two significant digits of the half width
         return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
 
     def __str__(self) -> str:
@@ -58,7 +59,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one claim on one backend."""
+    """The result for one claim on one backend."""
 
     name: str
     backend: str
@@ -68,7 +69,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one claim's value between two backends, seed by seed; ``apart`` if its interval is without 0."""
+    """The difference of one claim's value between two backends, seed by seed. ``apart``: its interval excludes 0."""
 
     name: str
     backends: tuple[str, str]
@@ -81,11 +82,11 @@ class Difference:
 
 
 class Absent(Exception):
-    """A run lacks a metric, or the runs lack a run."""
+    """A run lacks a metric, or there is not exactly one run to read it from."""
 
 
 def outcomes(finding: Finding, runs: Sequence[Run], seeds: Collection[int] = ()) -> tuple[list[Outcome], list[str]]:
-    """Of every claim on every backend, and a sentence for each value that is missing. ``seeds``: all that should be there."""
+    """The outcome of every claim on every backend, and a sentence for each missing value. ``seeds``: all that should be there."""
     by_backend: dict[str, dict[int, list[Run]]] = {}
     for run in runs:
         by_backend.setdefault(str(run.backend["name"]), {}).setdefault(run.seed, []).append(run)
@@ -105,7 +106,7 @@ def outcomes(finding: Finding, runs: Sequence[Run], seeds: Collection[int] = ())
 
 
 def judged(name: str, claim: ClaimConfig, backend: str, values: Mapping[int, float], seeds: int) -> Outcome:
-    """Of a claim's value by seed, where there should be so many ``seeds``."""
+    """Judge a claim by its value per seed. It is not decided with fewer than ``seeds`` values."""
     mean = Mean(values)
     return Outcome(name, backend, mean, verdict(claim, mean) if len(values) == seeds else "not decided")
 
@@ -117,12 +118,12 @@ def verdict(claim: ClaimConfig, found: Mean) -> Verdict:
 
 
 def as_claimed(claim: ClaimConfig, found: Mean) -> str:
-    """'4 of 5': the seeds that meet the criterion, each for itself. One seed far from the others makes an interval wide."""
+    """'4 of 5': how many seeds meet the criterion on their own. One seed far from the others makes the interval wide."""
     return f"{sum(map(claim.is_met_by, found.seeds.values()))} of {len(found.seeds)}"
 
 
 def between_backends(found: Sequence[Outcome]) -> list[Difference]:
-    """Over the seeds that both have."""
+    """The differences between each two backends, over the seeds that both have."""
     differences = []
     for a, b in combinations(found, 2):
         common = sorted(a.found.seeds.keys() & b.found.seeds.keys())
@@ -135,10 +136,10 @@ def between_backends(found: Sequence[Outcome]) -> list[Difference]:
 def measured(term: Term, runs: Sequence[Run]) -> float:
     """
     Args:
-      runs: of one seed on one backend.
+      runs: the runs of one seed on one backend.
 
     Raises:
-      Absent: no run, or more than one, has the term's settings; or it lacks the metric.
+      Absent: not exactly one run has the term's settings, or that run lacks the metric.
     """
     fitting = [run for run in runs if all(setting(run, key) == value for key, value in term.where.items())]
     if len(fitting) != 1:
@@ -157,5 +158,5 @@ def measured(term: Term, runs: Sequence[Run]) -> float:
 
 
 def setting(run: Run, key: str) -> str:
-    """Of a run, as text: a key of its configuration, or the name of a chosen file."""
+    """A run's setting as text: the name of the chosen file, or else the key's value in its configuration."""
     return str(run.config.get(f"choices.{key}", run.config.get(key)))

@@ -28,7 +28,7 @@ HELD = ("held", "not held", "not decided")
 
 @dataclass(frozen=True)
 class Report:
-    """How its runs were made, and what they say. ``how``: criteria, cost and settings, in sentences."""
+    """A finding with what its runs say. ``how``: the criteria, cost and settings, in sentences."""
 
     finding: Finding
     found: Sequence[Outcome]
@@ -39,7 +39,7 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """'torch: 5 held, 1 not decided. jax: ...'"""
+        """'torch: of 6 claims 5 held, 1 not decided. jax: ...'"""
         sentences = []
         for backend in dict.fromkeys(each.backend for each in self.found):
             verdicts = [each.verdict for each in self.found if each.backend == backend]
@@ -122,7 +122,7 @@ def markdown(report: Report) -> str:
 
 
 def table(report: Report) -> str:
-    """A row for each claim, backend and seed."""
+    """CSV with a row for each claim, backend and seed."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["claim", "backend", "seed", "value"])
@@ -133,7 +133,7 @@ def table(report: Report) -> str:
 
 def figure(report: Report, ink: dict[str, str]) -> Figure:
     """A panel for each claim, with its own scale: a dot with its interval for each backend, a ring for each seed, and a line
-    where the criterion is."""
+    at the criterion."""
     claims = report.claims()
     backends = list(dict.fromkeys(each.backend for each in report.found))
     colours = dict(zip(backends, COLOURS, strict=False))

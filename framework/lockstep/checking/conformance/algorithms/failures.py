@@ -1,4 +1,4 @@
-"""Rewards that fail, and what is reported."""
+"""Rewards that fail, and what the algorithm reports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def partly(responses: Any) -> np.ndarray:
 
 
 def none_of_a_prompt(responses: Responses) -> np.ndarray:
-    """No score for any response to the first row's prompt."""
+    """NaN for every response to the first row's prompt."""
     rows = responses.sequences
     prompts = rows.tokens[:, : rows.prompt_length]
     return np.where((prompts == prompts[0]).all(axis=1), np.nan, uneven(responses)).astype(np.float32)
@@ -37,7 +37,7 @@ def never(responses: Any) -> np.ndarray:
 
 @check("algorithm", usually="an `except` around the reward model that continues with zeros")
 def failed_rewards_are_heard(subject: AlgorithmSubject) -> None:
-    """A failing reward model stops the step with its reason; so does one that scores nothing (section 5)."""
+    """A reward model that fails, or that gives no score, stops the step with an error (section 5)."""
     subject.need_reward_model()
     for reward in (failing, never):
         algorithm, _ = subject.build(reward=reward, learns=False)
@@ -51,7 +51,7 @@ def failed_rewards_are_heard(subject: AlgorithmSubject) -> None:
 
 @check("algorithm", usually="NaN is replaced by 0, or spreads over the whole batch through a mean")
 def episodes_without_a_score_are_left_out(subject: AlgorithmSubject) -> None:
-    """An episode whose score is NaN has no weight, and the others' losses and metrics stay finite."""
+    """An episode whose score is NaN does not count in the loss, and metrics stay finite."""
     subject.need_reward_model()
     for reward in (partly, none_of_a_prompt):
         trace = subject.run(1, reward=reward)
@@ -68,7 +68,7 @@ def episodes_without_a_score_are_left_out(subject: AlgorithmSubject) -> None:
 
 @check("algorithm", usually="numpy arrays in the state, or an array as a metric")
 def it_reports_in_plain_numbers(subject: AlgorithmSubject) -> None:
-    """Metrics are floats, `state` and `samples` are JSON, `arithmetic` is one line."""
+    """Metrics are plain numbers, `state` and `samples` are JSON, and `arithmetic` is one line."""
     trace = subject.run(4)
     for step, metrics in enumerate(trace.metrics):
         for name, value in metrics.items():

@@ -17,7 +17,7 @@ from lockstep.interfaces import Responses
 
 
 def by_prompt_partly(responses: Responses) -> np.ndarray:
-    """`by_prompt`, but for about a third that has no score."""
+    """`by_prompt`, but NaN for about a third of the responses."""
     rows = responses.sequences
     return np.where(missing_sometimes(rows.tokens), np.nan, by_prompt(responses)).astype(np.float32)
 
@@ -32,16 +32,16 @@ def by_prompt_if_finished(responses: Responses) -> np.ndarray:
 def need_groups(subject: AlgorithmSubject) -> None:
     """
     Raises:
-      Inapplicable: it does not compare the responses to a prompt.
+      Inapplicable: the algorithm does not compare the responses to a prompt.
     """
     subject.need_trait(subject.traits.compares, "it does not compare the responses to a prompt")
 
 
 def advantages_of(trace: Trace) -> dict[bytes, float]:
-    """{a row's tokens: its advantage} of the rows of the first step in which something counts.
+    """{a row's tokens: the mean advantage of its counted tokens} for the first step's rows that have counted tokens.
 
     Raises:
-      Inapplicable: its losses read no advantages.
+      Inapplicable: the algorithm's losses read no advantages.
     """
     found = {}
     for term in in_batch(trace, "advantages"):
@@ -80,8 +80,8 @@ def equal_rewards_say_nothing(subject: AlgorithmSubject) -> None:
 
 @check("algorithm", usually="a missing score became 0, or a response that does not count is still in its prompt's mean")
 def responses_that_do_not_count_shift_nothing(subject: AlgorithmSubject) -> None:
-    """A response without a score, or one that is masked, is no part of its group: the others' advantages stay exactly 0 if their
-    scores are equal."""
+    """A response that has no score or is masked does not count in its group: the other responses' advantages stay exactly 0 if
+    their scores are equal."""
     need_groups(subject)
     changes = {**SCORES_ALONE, "extra_rounds": 0}
     cases = {"without a score": subject.first_terms(reward=by_prompt_partly, **changes)}
@@ -97,7 +97,7 @@ def responses_that_do_not_count_shift_nothing(subject: AlgorithmSubject) -> None
 
 @check("algorithm", usually="responses are compared across prompts, or the sign is wrong")
 def the_better_response_has_the_higher_advantage(subject: AlgorithmSubject) -> None:
-    """Within each prompt, advantages are in the order of scores: not negative for the best, not positive for the worst."""
+    """Within each prompt, advantages rise with scores; the best is not negative and the worst is not positive."""
     need_groups(subject)
     trace = subject.first_terms(**SCORES_ALONE)
     advantages, prompts = advantages_of(trace), collections.defaultdict(dict)
@@ -116,7 +116,7 @@ def the_better_response_has_the_higher_advantage(subject: AlgorithmSubject) -> N
 
 @check("algorithm", usually="the group is judged by its shaped scores, or the extra rounds draw the same prompts again")
 def prompts_that_say_nothing_are_replaced(subject: AlgorithmSubject) -> None:
-    """With extra_rounds, a group whose scores are all equal gives way to another prompt's, even if a penalty makes its rewards
+    """With extra_rounds, a group whose scores are all equal is replaced by another prompt's, even if a penalty makes its rewards
     differ (DAPO, section 3.2)."""
     changes: dict[str, Any] = {"extra_rounds": 4, "unfinished_score": -1.0, "lengths": {"response": 6}, "overlong_buffer": 3}
     changes = subject.free(**changes)

@@ -1,4 +1,4 @@
-"""Which tokens count, and what the others can do."""
+"""Which tokens count, and that the others change nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def nothing_after_the_stop_token_counts(subject: AlgorithmSubject) -> None:
         )
         stops = (rows.responses == eos) & rows.mask
         before = np.cumsum(stops, axis=1) - stops
-        if rows.segments is not None:  # of examples in one row, each stops by itself
+        if rows.segments is not None:  # examples that share a row each have their own stop
             here = rows.segments[:, rows.prompt_length :]
             earlier = np.tril(np.ones((here.shape[1],) * 2), -1) * (here[:, :, None] == here[:, None, :])
             before = (earlier * stops[:, None, :]).sum(axis=2)
@@ -63,8 +63,8 @@ def the_stop_token_is_learned(subject: AlgorithmSubject) -> None:
 
 @dataclass(frozen=True)
 class AtOutputs:
-    """A loss at exactly the outputs in ``at <output>``, differentiated in the models' own: a large number that comes and goes
-    rounds their difference to 0."""
+    """A loss computed at exactly the outputs in ``at <output>`` but differentiated with respect to the models' outputs. Adding
+    and subtracting a large number rounds their difference to 0."""
 
     loss: Loss
 
@@ -90,8 +90,8 @@ class Slopes:
 
 
 def at_a_tie(subject: AlgorithmSubject, term: Term) -> tuple[Term, dict[str, np.ndarray]]:
-    """The term and outputs such that the policy is bitwise its old self and its reference, values are the old ones, and scores
-    are equal. All are multiples of 1 / 1024, so that sums are exact in any order."""
+    """The term and outputs, changed so that the policy bitwise equals its old self and its reference, values equal the old
+    values, and scores are equal. All numbers are multiples of 1 / 1024, so that sums are exact in any order."""
     grid = lambda x: np.round(np.asarray(x, np.float64) * 1024) / 1024  # noqa: E731
     mask, batch, outputs = term.sequences.mask, dict(term.batch), subject.outputs(term)
     close = subject.world.tolerance(1e-2, 0.5)
@@ -114,8 +114,8 @@ def at_a_tie(subject: AlgorithmSubject, term: Term) -> tuple[Term, dict[str, np.
 
 @check("algorithm", usually="abs, or max of a thing and itself, whose gradient at 0 each library chooses; or a detached part")
 def gradients_at_ties_are_the_losss(subject: AlgorithmSubject) -> None:
-    """Where the policy equals its reference and scores are equal, as at the start of training, the backend's gradient is that of
-    the loss by central differences in float64."""
+    """Where the policy equals its reference and scores are equal, as at the start of training, the backend's gradient agrees with
+    central differences of the loss in float64."""
     trace = subject.first_terms()
     learner = trace.algorithm.learner
     for number, loss in enumerate(dict.fromkeys(term.loss for term in trace.terms())):
@@ -157,7 +157,7 @@ def every_token_weighs_the_same(subject: AlgorithmSubject) -> None:
 
 @check("algorithm", usually="the prompt is trained on too, or a demonstration lacks its EOS")
 def only_the_response_counts(subject: AlgorithmSubject) -> None:
-    """Of a demonstration, exactly the response and its EOS count, and nothing of the prompt (invariant 27)."""
+    """Exactly the response of a demonstration and its EOS count, and no token of the prompt (invariant 27)."""
     subject.need_trait(subject.traits.data == "demonstrations", "it does not learn from demonstrations")
     subject.need_trait(not getattr(subject.config, "prompt_loss", False), "prompt_loss=true was asked for")
     known, seen = demonstrations(subject), 0
@@ -169,7 +169,7 @@ def only_the_response_counts(subject: AlgorithmSubject) -> None:
             for number in range(1, int(here.max(initial=0)) + 1):
                 words = tuple(tokens[counts & (here == number)].tolist())
                 if rows.segments is None and prompt.sum() == 1:
-                    continue  # raw text, mixed in
+                    continue  # raw text that is mixed in
                 seen += 1
                 require(words in known, f"the tokens {list(words)} count, but no demonstration has that response with EOS")
     require(seen, "of 0 demonstrations anything counts")

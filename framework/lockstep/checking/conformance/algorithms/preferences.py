@@ -1,4 +1,4 @@
-"""Losses of pairs and rankings, on given completions and on the policy's own."""
+"""Losses of pairs and rankings, on given completions and on the policy's own samples."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from lockstep.learning import randomness
 def need_comparisons(subject: AlgorithmSubject, produces: str) -> None:
     """
     Raises:
-      Inapplicable: it does not make this from comparisons.
+      Inapplicable: the algorithm does not train what ``produces`` names from comparisons.
     """
     subject.need_trait(subject.traits.data == "comparisons", "it does not learn from comparisons")
     subject.need_trait(subject.cls.produces == produces, f"it trains no {produces.replace('_', ' ')}")
 
 
 def places(subject: AlgorithmSubject) -> dict[tuple[int, ...], tuple[bool, bool]]:
-    """{token ids of a completion, with EOS: whether it is a best and whether it is a worst one of its comparison}; without those
-    of several comparisons."""
+    """{token ids of a completion, with EOS: (whether it is a best, whether it is a worst completion of its comparison)}, without
+    completions that occur more than once."""
     tokenizer, found, times = subject.world.tokenizer, {}, collections.Counter()
     for comparison in subject.data.comparisons("train"):
         for completion, rank in zip(comparison.completions, comparison.ranks, strict=True):
@@ -59,7 +59,7 @@ def slopes_of_completions(subject: AlgorithmSubject, terms: Sequence[Term], outp
 def require_right_order(subject: AlgorithmSubject, terms: Sequence[Term], output: str) -> None:
     """
     Raises:
-      Violation: the loss does not fall with a best completion's output, or does not rise with a worst one's.
+      Violation: the loss does not fall with a best completion's output, or does not rise with a worst completion's.
     """
     known, seen = places(subject), 0
     for ids, slope in slopes_of_completions(subject, terms, output).items():
@@ -95,7 +95,7 @@ def the_preferred_completion_is_raised(subject: AlgorithmSubject) -> None:
 
 @check("algorithm", usually="one of the names falls back to another's loss")
 def every_loss_is_another(subject: AlgorithmSubject) -> None:
-    """Each name that the key ``loss`` may have gives another loss of the same outputs."""
+    """Each value of the key ``loss`` gives a different loss at the same outputs."""
     subject.need("loss")
     names = typing.get_args(typing.get_type_hints(type(subject.config)).get("loss"))
     first, found = subject.run(1).updates()[0].terms[0], {}
@@ -103,10 +103,10 @@ def every_loss_is_another(subject: AlgorithmSubject) -> None:
     moved = randomness.generator(0, "moved").normal(size=first.sequences.mask.shape)
     outputs["logprobs"] = outputs["logprobs"] + 0.3 * moved
     for name in names:
-        for others in ({"label_smoothing": 0.1}, {}):  # robust differs from dpo by it, and others refuse it
+        for others in ({"label_smoothing": 0.1}, {}):  # robust differs from dpo only with it; others refuse it
             with contextlib.suppress(Inapplicable):
                 term = subject.first_terms(loss=name, **others).updates()[0].terms[0]
-                if set(term.loss.outputs) <= outputs.keys():  # else it is another, of other outputs
+                if set(term.loss.outputs) <= outputs.keys():  # otherwise it differs, as it reads other outputs
                     found[name] = loss_of(term, outputs)
                 break
     if len(found) < 2:
@@ -117,7 +117,7 @@ def every_loss_is_another(subject: AlgorithmSubject) -> None:
 
 @check("algorithm", usually="pairs are rolled over the batch for one model, and over the micro-batch for the other")
 def the_reference_reads_what_the_policy_reads(subject: AlgorithmSubject) -> None:
-    """In each step, what the reference evaluates is what the policy evaluates: otherwise their difference is no KL."""
+    """In each step, the policy evaluates every row that the reference evaluates: otherwise their difference is not a KL."""
     trace, seen = subject.run(2), 0
     for step in range(2):
         own: list[dict[bytes, int]] = [collections.Counter(), collections.Counter()]
@@ -134,7 +134,7 @@ def the_reference_reads_what_the_policy_reads(subject: AlgorithmSubject) -> None
 
 @check("algorithm", usually="the order is reversed, which leaves the middle of an odd batch in place, or another batch is read")
 def mismatched_pairs_are_of_the_batch(subject: AlgorithmSubject) -> None:
-    """KTO's ``z`` is estimated from the batch's own prompts and completions, none of them with the prompt it belongs to."""
+    """KTO's ``z`` is estimated from the batch's own prompts and completions, with no completion after its own prompt."""
     in_batch(subject.run(1), "z")
     trace = subject.run(2, batch_size=5)
     place = [model for model in trace.trained().values()]
@@ -152,10 +152,10 @@ def mismatched_pairs_are_of_the_batch(subject: AlgorithmSubject) -> None:
 
 
 def pairs_of_samples(subject: AlgorithmSubject, reward: Any) -> list[tuple[float, float]]:
-    """The scores of every two responses (preferred, other) that an update compares.
+    """(score of the preferred response, score of the other) for each pair of responses that the first step's updates compare.
 
     Raises:
-      Inapplicable: it is not an algorithm that compares what it samples.
+      Inapplicable: the algorithm does not compare responses that it samples.
     """
     subject.need_reward_model()
     in_batch(subject.run(1), "pairs")
@@ -182,6 +182,6 @@ def the_better_response_is_preferred(subject: AlgorithmSubject) -> None:
 
 @check("algorithm", usually="the first response counts as the best of equals")
 def equal_scores_make_no_pairs(subject: AlgorithmSubject) -> None:
-    """Responses of equal score are not compared."""
+    """Responses with equal scores are not compared."""
     found = pairs_of_samples(subject, by_prompt)
     require(not found, f"{len(found)} pairs of equal scores are compared")

@@ -69,8 +69,8 @@ def means_leave_padding_out(subject: AlgorithmSubject) -> None:
 
 @check("algorithm", usually="the score is on a pad token, the first token or several tokens, or in an integer array")
 def the_reward_lands_once(subject: AlgorithmSubject) -> None:
-    """With gamma = lambda = 1, values of 0 and no KL, the return at every counted token is the score, 0.73, which is on the last
-    token (invariant 11)."""
+    """With gamma = lambda = 1, values of 0 and no KL, the return at every counted token is the score, 0.73, because the only
+    reward is on the last token (invariant 11)."""
     subject.need_reward_model()
     subject.need("gamma", "lam")
     changes = {"gamma": 1.0, "lam": 1.0, "unfinished_score": None, **NO_WHITENING}
@@ -117,8 +117,8 @@ def unfinished_responses_are_marked_down(subject: AlgorithmSubject) -> None:
 
 @check("algorithm", usually="whitening per minibatch, with padding, or of rewards instead of advantages")
 def advantages_are_whitened_over_the_batch(subject: AlgorithmSubject) -> None:
-    """With whiten_advantages, the advantages of all counted tokens of the batch have mean 0 and variance 1; those of a minibatch
-    need not (invariant 17)."""
+    """With whiten_advantages, the advantages of all counted tokens of the whole batch, not of each minibatch, have mean 0 and
+    variance 1 (invariant 17)."""
     subject.need("whiten_advantages", "minibatches")
     trace = subject.first_terms(whiten_advantages=True)
     terms = in_batch(trace, "advantages")
@@ -139,10 +139,10 @@ def the_first_policy_loss_is_zero(subject: AlgorithmSubject) -> None:
 
 
 def moved(subject: AlgorithmSubject, ratio: float, advantage: float) -> np.ndarray:
-    """∂ loss / ∂ log π of the first update's tokens that count, had the policy moved by this ratio, with this advantage.
+    """∂ loss / ∂ log π of the counted tokens of a first-step term, if the policy had moved by ``ratio`` and had this advantage.
 
     Raises:
-      Inapplicable: its losses read no old log-probabilities.
+      Inapplicable: the algorithm's losses read no advantages or no old log-probabilities.
     """
     term = next((t for t in in_batch(subject.run(1), "advantages") if "old_logprobs" in t.batch), None)
     if term is None:
@@ -151,7 +151,7 @@ def moved(subject: AlgorithmSubject, ratio: float, advantage: float) -> np.ndarr
     batch = dict(term.batch)
     batch["old_logprobs"] = np.where(mask, outputs["logprobs"] - np.log(ratio), 0)
     batch["advantages"] = np.where(mask, advantage, 0.0)
-    for name in batch.keys() & {"ref_logprobs"}:  # no slope of a KL term
+    for name in batch.keys() & {"ref_logprobs"}:  # so that a KL term has no slope
         batch[name] = np.where(mask, outputs["logprobs"], 0)
     return derivative(replace(term, batch=batch), outputs, "logprobs")[mask]
 
@@ -159,7 +159,7 @@ def moved(subject: AlgorithmSubject, ratio: float, advantage: float) -> np.ndarr
 @check("algorithm", usually="max and min are swapped, or advantages have the wrong sign")
 def clipping_binds(subject: AlgorithmSubject) -> None:
     """A ratio above the clip's bounds with a positive advantage, or below them with a negative one, has gradient 0; the other two
-    do not (invariant 20)."""
+    combinations do not (invariant 20)."""
     subject.need_trait(subject.traits.clip == "ratio", f"its ratio is not clipped: clip={subject.traits.clip}")
     low, high = subject.traits.bounds
     above, below = 1.6 * high, 0.6 * low
@@ -174,7 +174,7 @@ def clipping_binds(subject: AlgorithmSubject) -> None:
 
 @check("algorithm", usually="bounds are taken for distances from 1, or the weight is part of the gradient")
 def the_weight_is_clipped(subject: AlgorithmSubject) -> None:
-    """The gradient of a token's log-probability is -advantage x the ratio, clipped to the bounds: it does not vanish beyond them
+    """The gradient of a token's log-probability is -advantage x the ratio clipped to the bounds, and does not vanish beyond them
     (CISPO: MiniMax 2025, eq. 4 and 5)."""
     subject.need_trait(subject.traits.clip == "weight", f"it does not clip weights: clip={subject.traits.clip}")
     low, high = subject.traits.bounds
@@ -286,8 +286,8 @@ def the_teacher_grades_each_token(subject: AlgorithmSubject) -> None:
 
 @check("algorithm", usually="the loss is over all real tokens of an episode: the policy learns to speak for its tools")
 def what_was_said_is_not_trained_on(subject: AlgorithmSubject) -> None:
-    """In an episode with an environment only what the policy sampled counts, turn by turn, and the outputs for what the
-    environment said do not reach the loss (invariant 30)."""
+    """In an episode with an environment, only the policy's own tokens count, turn by turn. Model outputs at the environment's
+    tokens do not affect the loss (invariant 30)."""
     subject.need_trait(subject.cls.takes_environment, "it takes no environment")
     changes: dict[str, Any] = {"lengths": {"response": 16}, "stop_strings": ["w1", "w2", "w3"]}
     environment = Talks(EnvironmentConfig(turns=2, turn_tokens=6))

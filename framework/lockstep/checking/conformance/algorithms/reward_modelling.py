@@ -15,8 +15,8 @@ from lockstep.text import encoding
 
 @check("algorithm", usually="log(sigmoid(x)) in two operations, or weights that do not give the mean over pairs")
 def equal_scores_cost_log_two(subject: AlgorithmSubject) -> None:
-    """If all scores are equal, the ranking loss is ln 2 per pair. A shift does not change it, and it is finite at differences of
-    1e4 (invariants 13, 14, 15)."""
+    """If all scores are equal, the ranking loss is ln 2 per pair. A shift of all scores does not change it, and it is finite at
+    differences of 1e4 (invariants 13, 14, 15)."""
     need_comparisons(subject, "reward_model")
     terms = [term for term in subject.run(1).terms() if term.loss.outputs == ("scores",)]
     if not terms:
@@ -41,8 +41,8 @@ def the_better_completion_is_raised(subject: AlgorithmSubject) -> None:
 
 @check("algorithm", usually="normalised before the end of training, on other samples, or with the gain applied twice to the bias")
 def scores_are_normalised(subject: AlgorithmSubject) -> None:
-    """After `finish`, demonstrations score 0 on average, with 'gain_and_bias' at standard deviation 1, and responses keep their
-    order (invariant 16)."""
+    """After `finish`, demonstrations score 0 on average, and with 'gain_and_bias' their scores have standard deviation 1; 'bias'
+    keeps the differences between scores (invariant 16)."""
     subject.need("normalise")
     config = subject.config
     examples = encoding.encode_demonstrations(subject.world.tokenizer, Data().demonstrations("train"), config.lengths)

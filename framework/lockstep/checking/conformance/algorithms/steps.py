@@ -24,7 +24,7 @@ from lockstep.learning import randomness
 
 @check("algorithm", usually="`Algorithm.traits` is inherited from another algorithm, or its defaults were left")
 def its_traits_are_true(subject: AlgorithmSubject) -> None:
-    """It samples as often as `traits` says: so many responses per prompt, in so many rounds and turns, or none."""
+    """The algorithm samples as `traits` says: that many responses per prompt, in at most that many rounds and turns, or none."""
     traits, trace = subject.traits, subject.run(4)
     for step in range(len(trace.steps)):
         calls = trace.of(GenerateCall, step)
@@ -38,7 +38,7 @@ def its_traits_are_true(subject: AlgorithmSubject) -> None:
 
 @check("algorithm", usually="an extra step at the end of a pass, or `minibatches` has no effect")
 def optimizer_steps_are_counted(subject: AlgorithmSubject) -> None:
-    """Each step makes as many updates as `traits` says; the number of steps is what the configuration says (invariant 7)."""
+    """Each step makes as many updates as `traits` says; the number of steps follows from the configuration (invariant 7)."""
     config = subject.config
     traces = [(subject.run(4), subject.traits)]
     if subject.traits.epochs == "episodes" and hasattr(config, "minibatches"):
@@ -61,7 +61,7 @@ def optimizer_steps_are_counted(subject: AlgorithmSubject) -> None:
 
 @check("algorithm", usually="the mean of the micro-batches' means, which is a different loss once lengths differ")
 def micro_batches_do_not_matter(subject: AlgorithmSubject) -> None:
-    """Gradients, loss and metrics of an update do not depend on cutting it into micro-batches (invariant 6)."""
+    """Gradients, loss and metrics of an update do not depend on how it is cut into micro-batches (invariant 6)."""
     subject.need("micro_batch_size")
     whole = subject.run(1).updates()[0]
     cut = subject.run(1, micro_batch_size=2).updates()[0]
@@ -74,7 +74,7 @@ def micro_batches_do_not_matter(subject: AlgorithmSubject) -> None:
 
 
 def jumping(subject: AlgorithmSubject, terms: Sequence[Term]) -> set[str]:
-    """The metrics that rounding alone decides, such as the accuracy of a policy that equals its reference: they jump when the
+    """The metrics that rounding alone decides, such as the accuracy of a policy that equals its reference. They jump when the
     models' outputs move by 1e-6."""
     noise, found = randomness.generator(0, "noise"), []
     for size in (0.0, 1e-6, 1e-6, 1e-6, 1e-6):
@@ -177,7 +177,7 @@ def orders_are_fresh(subject: AlgorithmSubject) -> None:
         )
         return
     examples = [example for term in trace.terms() for example in examples_of(term)]
-    if subject.traits.data == "demonstrations":  # others may be mixed in
+    if subject.traits.data == "demonstrations":  # other examples may be mixed in
         known = demonstrations(subject)
         examples = [(p, r) for p, r in examples if any((p + r)[-len(ids) :] == ids for ids in known)]
     times = collections.Counter(examples)

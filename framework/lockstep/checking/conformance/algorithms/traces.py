@@ -1,4 +1,4 @@
-"""What several files read of a run of an algorithm."""
+"""What several files of checks read from an algorithm's run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def timeless(metrics: Metrics) -> Metrics:
 def the_metric(metrics: Metrics, name: str) -> float:
     """
     Raises:
-      Inapplicable: it is not logged.
+      Inapplicable: the metric is not logged.
     """
     if name not in metrics:
         raise Inapplicable(f"it does not log {name}")
@@ -28,7 +28,7 @@ def in_batch(trace: Trace, name: str, step: int = 0) -> list[Term]:
     """The terms whose loss reads the array ``name``.
 
     Raises:
-      Inapplicable: there are none.
+      Inapplicable: no loss reads it.
     """
     if not (terms := [term for term in trace.terms(step) if name in term.batch]):
         raise Inapplicable(f"its losses read no array called {name}")
@@ -36,7 +36,7 @@ def in_batch(trace: Trace, name: str, step: int = 0) -> list[Term]:
 
 
 def examples_of(term: Term) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(tokens before those that count, tokens that count) of each example, of which several may share a row."""
+    """(tokens that do not count, tokens that count) of each example with tokens that count. Several examples may share a row."""
     rows, found = term.sequences, []
     segments = np.where(rows.attention_mask, 1, 0) if rows.segments is None else rows.segments
     counts = np.concatenate([np.zeros_like(rows.prompt_mask), rows.mask], axis=1)
@@ -55,7 +55,7 @@ def demonstrations(subject: AlgorithmSubject) -> set[tuple[int, ...]]:
 
 
 def by_prompt(responses: Responses) -> np.ndarray:
-    """The same score for all responses to a prompt, and another for another prompt."""
+    """The same score for all responses to a prompt, and another score for another prompt."""
     rows = responses.sequences
     tokens = np.where(rows.prompt_mask, rows.tokens[:, : rows.prompt_length], 0)
     return np.sin(0.3 + tokens.sum(axis=1)).astype(np.float32)

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 import importlib
 
-for _part in ("gradients", "updates", "packing", "dropout", "description"):  # as they run
+for _part in ("gradients", "updates", "packing", "dropout", "description"):  # in running order
     importlib.import_module(f"{__name__}.{_part}")

@@ -1,4 +1,4 @@
-"""Dropout: bits that seeds alone decide, in a Llama written in numpy."""
+"""Dropout: its bits depend on seeds alone, as in a Llama written in numpy."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from lockstep.storage.files import read_json
 
 @check("backend", usually="bits depend on the row's place or on columns, or do not come from the seeds")
 def dropout_depends_on_seeds_alone(world: World) -> None:
-    """Dropout repeats, for every cut into micro-batches and behind more padding; another seed gives another dropout; rate 0 is
-    none."""
+    """The same seeds give the same dropout, however rows are cut into micro-batches or padded; other seeds give another dropout;
+    rate 0 gives none."""
     learner, names = learning(world, {"policy": world.policy()}), ("logprobs", "entropy")
     one, tolerance = term(world, names, dropout=0.3), world.tolerance(1e-5, 2e-2)
     with _dropout_if_any():
@@ -61,8 +61,8 @@ def _dropout_if_any() -> Iterator[None]:
 
 @check("backend", usually="kept elements are not scaled up, sites share bits, or another generator is used")
 def dropout_is_the_documented_bits(world: World) -> None:
-    """With dropout the loss is that of a Llama written in numpy, with attention and MLP outputs dropped by
-    `randomness.dropout_bits`; likewise without dropout."""
+    """With dropout, the loss is that of a Llama written in numpy whose attention and MLP outputs are dropped by
+    `randomness.dropout_bits`; without dropout, the outputs are those of the same Llama."""
     policy, names = world.policy(), ("logprobs", "entropy")
     plain, one = (term(world, names, dropout=rate) for rate in (None, 0.3))
     found = policy.evaluate(plain.sequences, list(names), temperature=plain.temperature)
@@ -76,10 +76,10 @@ def dropout_is_the_documented_bits(world: World) -> None:
 
 
 def _llama(world: World, policy: Model, one: Term) -> dict[str, np.ndarray]:
-    """Log-probabilities and entropy after Touvron et al. 2023, in float64.
+    """Log-probabilities and entropy of a Llama (Touvron et al. 2023), in float64.
 
     Raises:
-      Inapplicable: the policy is no Llama.
+      Inapplicable: the policy is not a Llama.
     """
     folder: Path = world.folder / "llama"
     policy.save(folder)

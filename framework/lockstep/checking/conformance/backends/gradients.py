@@ -26,8 +26,8 @@ from lockstep.storage.weights import read_weights, write_tensors
 
 @check("backend", usually="part of the graph is detached, or a loss is scaled before differentiation")
 def gradients_are_derivatives(world: World) -> None:
-    """Along the gradient of every parameter, and along a random direction beside it, the loss changes at the rate given by the
-    gradient (central finite differences through checkpoints); every parameter takes part."""
+    """Along each parameter's gradient plus a random direction, the loss changes at the rate that the gradient gives (central
+    finite differences through checkpoints); every parameter takes part."""
     models, one = pair(world), term(world)
     gradients = learning(world, models).gradients([one])
     own = parameters(models)
@@ -78,15 +78,15 @@ class _Changed:
         load = cls.load_scalar if isinstance(self.models[model], ScalarModel) else cls.load
         changed = load(self.folders[model], self.world.backend)
         outputs = {**self.outputs, **outputs_of({model: changed}, self.one)}
-        if model == "policy":  # of two models that supply an output, the first counts
+        if model == "policy":  # if two models supply an output, the first counts
             outputs |= {name: self.outputs[name] for name in ("values", "scores")}
         return on_host(self.one.loss, outputs, self.one.batch)["loss"]
 
 
 @check("backend", usually="a weight, moment or counter changes, or gradients accumulate into the next call")
 def gradients_take_no_step(world: World) -> None:
-    """`gradients` changes nothing: a second call returns the same, parameters stay, and an update afterwards equals one without
-    it."""
+    """`gradients` changes nothing: a second call returns the same, parameters stay, and a later update equals one without the
+    call."""
     models = pair(world)
     learner, before, terms = learning(world, models), parameters(models), [term(world)]
     first, again = learner.gradients(terms), learner.gradients(terms)
@@ -115,7 +115,7 @@ def micro_batches_add_up(world: World) -> None:
 
 @check("backend", usually="what a prompt's tokens give to the loss of several rows is lost, or counts once")
 def gradients_of_rows_with_the_same_prompt(world: World) -> None:
-    """Four neighbouring rows with the same prompt have the gradients that they have one by one."""
+    """Four neighbouring rows with the same prompt have the same gradients together as one by one."""
     rows = with_prompts(world.rollout(4), np.full(4, 3))
     learner, names = learning(world, {"policy": world.policy()}), ("logprobs", "entropy")
     alone = [term(world, names, sequences=rows, rows=slice(i, i + 1)) for i in range(4)]
@@ -125,7 +125,7 @@ def gradients_of_rows_with_the_same_prompt(world: World) -> None:
 
 @check("backend", usually="only the last term counts, or all terms use the first one's settings")
 def terms_add_up(world: World) -> None:
-    """The gradient of several terms is the sum of theirs, each with its own loss, rows, weights and temperature
+    """The gradient of several terms is the sum of the terms' gradients, each with its own loss, rows, weights and temperature
     (invariant 24)."""
     learner = learning(world, pair(world))
     one, other = term(world), term(world, ("logprobs",), seed=3, scale=27.8, temperature=1.0)

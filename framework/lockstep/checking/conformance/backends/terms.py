@@ -1,5 +1,5 @@
-"""What the checks differentiate and train: losses of the kit's own, which read every output and numbers that no algorithm reads,
-over random rows, with a policy and a value network.
+"""What the checks differentiate and train: the kit's own losses over random rows, with a policy and a value network. The losses
+read every output, and arrays that no algorithm reads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OUTPUTS = ("logprobs", "entropy", "values", "scores")
 ADAM = OptimizerConfig(
     learning_rate=1e-2, betas=(0.9, 0.95), eps=1e-2, tf_style=False, weight_decay=0.1, max_grad_norm=0.5, ema_decay=0.75
 )
-"""As large as gradients, so that its place in the formula shows and rounding does not."""
+"""``eps`` is as large as gradients, so that its place in the formula shows and rounding does not."""
 OTHER = OptimizerConfig(
     learning_rate=5e-3, betas=(0.8, 0.99), eps=3e-3, tf_style=True, weight_decay=0.0, max_grad_norm=None, ema_decay=None
 )
@@ -29,7 +29,7 @@ OTHER = OptimizerConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Squares:
-    """gain · Σ weights · (output - target)² over all outputs: each takes part, none linearly."""
+    """gain · Σ weights · (output - target)² over all outputs: every output takes part, none linearly."""
 
     outputs: tuple[str, ...] = OUTPUTS
     gain: float = 1.0
@@ -58,8 +58,8 @@ class Clipped:
 
 @dataclasses.dataclass(frozen=True)
 class AtATie:
-    """Σ weights · f(x) at x = 0, where f has the derivative 1/2: the function ``of``, or 'half', which has it everywhere. x is
-    the difference between log-probabilities and themselves, rounded to exactly 0 by a large number that comes and goes."""
+    """Σ weights · f(x) at x = 0, where f is the function ``of`` and has derivative 1/2; 'half' has it everywhere. x is the
+    log-probabilities minus their known values; adding and subtracting a large number rounds it to exactly 0."""
 
     of: str
     outputs: tuple[str, ...] = ("logprobs",)
@@ -77,7 +77,7 @@ class AtATie:
 
 @dataclasses.dataclass(frozen=True)
 class Reads:
-    """No objective: metrics of the arrays that arrive, and of the functions of the namespace."""
+    """A loss of 0, with metrics that show which arrays arrive and what the namespace's functions compute."""
 
     outputs: tuple[str, ...] = ("logprobs",)
 
@@ -113,7 +113,7 @@ def term(
     world: World, outputs: Sequence[str] = OUTPUTS, *, seed: int = 0, rows: slice = slice(None), scale: float = 1.0,
     gain: float = 1.0, temperature: float = 0.7, dropout: float | None = None, sequences: Sequences | None = None,
 ) -> Term:  # fmt: skip
-    """One summand: `Squares` over ragged rows, weighted by the token counts of all rows, not only of the selected ones."""
+    """One summand: `Squares` over ragged rows, weighted by the token count of all rows, not only of the selected ones."""
     sequences = sequences or world.rollout(seed=seed)
     rng, mask = np.random.default_rng(seed), sequences.mask
     batch = {
@@ -140,12 +140,12 @@ def pair(world: World, number: int = 0) -> dict[str, Model]:
 
 
 def learning(world: World, models: Mapping[str, Model]) -> Learner:
-    """The policy under ``ADAM``, the value network under ``OTHER``."""
+    """A learner that trains the policy with ``ADAM`` and the value network with ``OTHER``."""
     return world.backend.learner(models, {"value": OTHER, "policy": ADAM})
 
 
 def parameters(models: Mapping[str, Model]) -> dict[str, np.ndarray]:
-    """Parameters as <model>.<name>, like gradients."""
+    """All parameters as <model>.<name>, like gradients."""
     return {f"{name}.{key}": array for name, model in models.items() for key, array in model.parameters().items()}
 
 
@@ -167,7 +167,8 @@ def on_host(loss: Any, outputs: Mapping[str, np.ndarray], batch: Mapping[str, np
 
 
 def repeated(world: World, what: str, found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """A repeated computation: bitwise equal in host memory; an accelerator may sum in another order."""
+    """Require that a repeated computation gives exactly equal arrays in host memory, and equal ones up to rounding on an
+    accelerator, which may sum in another order."""
     if world.backend.peak_memory_bytes() is None:
         same_arrays(what, found, expected)
     else:
@@ -175,7 +176,7 @@ def repeated(world: World, what: str, found: dict[str, np.ndarray], expected: di
 
 
 def near_metrics(what: str, found: Metrics, expected: Metrics, tolerance: float) -> None:
-    """Each expected metric within ``tolerance`` of its size, or of 1 if it is smaller."""
+    """Require each expected metric within ``tolerance`` times its size, or times 1 if it is smaller than 1."""
     for name, number in expected.items():
         require(name in found, f"{what}: '{name}' is not among {sorted(found)}")
         require(isinstance(found[name], float), f"{what}: '{name}' is {type(found[name]).__name__} where float was expected")

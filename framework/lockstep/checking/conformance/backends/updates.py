@@ -1,4 +1,4 @@
-"""One step: Adam, its metrics, what it reads, and going on after a restart."""
+"""One step: Adam, its metrics, what it reads, and resuming after a restart."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from lockstep.learning.optimisation import OptimizerConfig
 
 @check("backend", usually="a pass outlives its weights, serves other terms, or has another temperature")
 def a_forward_pass_serves_its_own_term(world: World) -> None:
-    """`Learner.forward` returns what the models return. A term with a pass has the gradient and the update of the same term
-    without it; other terms keep theirs. A pass already used, or older than an update, is refused or rerun: it never gives a
+    """`Learner.forward` returns the outputs of the models. A term with a pass gives the same gradient and update as without it,
+    and other terms keep their gradients. A pass already used, or older than an update, is refused or rerun: it never gives a
     different gradient."""
     models, one, other = pair(world), term(world), term(world, seed=3)
     learner, tolerance = learning(world, models), world.tolerance(1e-5, 2e-2)
@@ -94,13 +94,13 @@ def updates_are_adam(world: World) -> None:
         for name, (expected, _, _) in state.items():
             rate = (ADAM if name.startswith("policy.") else OTHER).learning_rate * lr_scale
             near(f"after update {number}, {name}", found[name], expected, rate * world.tolerance(2e-4, 5e-2) + 2e-7)
-            state[name][0] = found[name].astype(np.float64)  # rounding does not accumulate
+            state[name][0] = found[name].astype(np.float64)  # so that rounding does not accumulate
 
 
 def _adam(
     config: OptimizerConfig, step: int, lr_scale: float, state: dict[str, list[Any]], gradients: dict[str, np.ndarray]
 ) -> None:
-    """Kingma & Ba 2015, algorithm 1, with decoupled weight decay (Loshchilov & Hutter 2019): [θ, m, v] in place."""
+    """Update [θ, m, v] in place: Kingma & Ba 2015, algorithm 1, with decoupled weight decay (Loshchilov & Hutter 2019)."""
     (first, second), rate = config.betas, config.learning_rate * lr_scale
     wide = {name: gradients[name].astype(np.float64) for name in state}
     norm = np.sqrt(sum((g**2).sum() for g in wide.values()))
@@ -117,8 +117,8 @@ def _adam(
 
 @check("backend", usually="only the last term's metrics, a mean over terms, or the norm after clipping")
 def metrics_are_sums(world: World) -> None:
-    """An update returns the loss and the losses' metrics, summed over terms and taken before the step, and the norm of each
-    model's gradient before clipping."""
+    """An update returns the loss and its metrics, summed over terms and taken before the step, and the norm of each model's
+    gradient before clipping."""
     models, terms = pair(world), [term(world), term(world, seed=1, temperature=1.3)]
     expected: Metrics = {}
     for one in terms:
@@ -135,7 +135,7 @@ def metrics_are_sums(world: World) -> None:
 
 @check("backend", usually="host arrays are cast to integers or half precision before they reach the loss")
 def batches_arrive_as_they_are(world: World) -> None:
-    """A loss gets the arrays of its term with their values, shapes and kinds, and a namespace with the functions of the Array
+    """A loss gets the arrays of its term with values, shapes and kinds unchanged, and a namespace with the functions of the Array
     API standard; both behave as in numpy."""
     rows, rng = world.rollout(), np.random.default_rng(6)
     batch = {
@@ -153,8 +153,8 @@ def batches_arrive_as_they_are(world: World) -> None:
 
 @check("backend", usually="abs, max or min whose derivative at a tie is all or nothing")
 def ties_have_half_the_slope(world: World) -> None:
-    """Where a policy equals its reference, the losses of preferences have the derivative of their formula, the same on every
-    backend: DPO starts there."""
+    """Where a policy equals its reference, as at the start of DPO, the functions in preference losses have the derivative of
+    their formula, the same on every backend."""
     rows, policy = world.rollout(), world.policy()
     mask = rows.mask
     with_same = {"mask": mask, "weights": (mask / mask.sum()).astype(np.float32), "large": np.full(mask.shape, 1e6, np.float32)}
@@ -168,8 +168,8 @@ def ties_have_half_the_slope(world: World) -> None:
 
 @check("backend", usually="the learner trains a copy, or one model's parameters are shared with another")
 def models_are_trained_in_place(world: World) -> None:
-    """A learner trains the very models it was given, and no others: a reference copied earlier keeps its weights, bit for bit
-    (invariant 21)."""
+    """A learner trains the models it was given, in place, and no others: a reference copied earlier keeps its weights, bit for
+    bit (invariant 21)."""
     models = pair(world)
     others = {"a copy": models["policy"].copy(), "another policy": world.policy(1), "a copied network": models["value"].copy()}
     start, untouched = parameters(models), {name: model.parameters() for name, model in others.items()}
@@ -186,7 +186,7 @@ def models_are_trained_in_place(world: World) -> None:
 @check("backend", usually="the average starts at 0, is taken before the step, or is the trained model itself")
 def averages_follow_the_weights(world: World) -> None:
     """`averaged` is a copy with d · average + (1 - d) · weights after each update, starting from the initial weights; without
-    `ema_decay` it is a copy of the weights. Training does not reach the copy."""
+    `ema_decay` it is a copy of the weights. Training does not change the copy."""
     models = pair(world)
     learner, decay = learning(world, models), ADAM.ema_decay
     expected = {name: array.astype(np.float64) for name, array in models["policy"].parameters().items()}
@@ -231,8 +231,8 @@ def restoring_goes_on_bit_for_bit(world: World) -> None:
 
 @check("backend", usually="tensors that the files have and the learner lacks are passed over, or steps are read first")
 def restoring_refuses_another_state(world: World) -> None:
-    """A state with averages does not fit a learner without `ema_decay`, nor the other way round: `CheckpointError`, and the
-    learner goes on as if nothing had been tried."""
+    """Restoring a state with averages into a learner without `ema_decay`, or the reverse, raises `CheckpointError` and leaves the
+    learner unchanged."""
     averaging = dataclasses.replace(OTHER, ema_decay=0.75)
     for saved, restored in ((averaging, OTHER), (OTHER, averaging)):
         models, again, untouched = ({"policy": world.policy()} for _ in range(3))

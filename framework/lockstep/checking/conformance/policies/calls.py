@@ -1,4 +1,4 @@
-"""How the checks call a policy: few shapes, so that a backend that compiles does so only a few times."""
+"""How the checks call a policy: with few shapes, so that a backend that compiles does so only a few times."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def enumerated(policy: Policy, rows: Sequences, column: int, temperature: float 
     """float64 [B, V]: the log-probability of every token in response column ``column``, one forward pass for each.
 
     Raises:
-      Inapplicable: too many.
+      Inapplicable: the vocabulary has more than 4096 tokens.
     """
     size = policy.vocab_size
     if size > 4096:
@@ -64,7 +64,7 @@ def enumerated(policy: Policy, rows: Sequences, column: int, temperature: float 
 
 
 def mostly_same_tokens(world: World, what: str, found: Generated, expected: Generated) -> None:
-    """The same tokens in every row; with bfloat16, where rounding may tip a draw, in at least half of them."""
+    """Require the same tokens in every row; in bfloat16, where rounding may tip a draw, in at least half of the rows."""
     equal = (found.tokens == expected.tokens).all(axis=1) & (found.mask == expected.mask).all(axis=1)
     needed = world.tolerance(1.0, 0.5)
     require(
@@ -75,7 +75,7 @@ def mostly_same_tokens(world: World, what: str, found: Generated, expected: Gene
 
 
 def one_update(world: World, model: Model) -> None:
-    """Move every parameter that the outputs depend on."""
+    """Make an update that moves every parameter on which the outputs depend."""
     outputs = [output for output in OUTPUTS if output in model.supplies]
     adam = OptimizerConfig(0.05, (0.9, 0.95), 1e-5, False, 0.0, None, None)
     before = {key: array.copy() for key, array in model.parameters().items()}

@@ -72,7 +72,7 @@ def scores_are_read_at_the_last_real_token(world: World) -> None:
 
 @check("policy", usually="the bias is added before the gain, or only scores are rescaled")
 def rescale_is_folded_in(world: World) -> None:
-    """`rescale(gain, bias)` maps every score and value to gain · output + bias; a second call does so again."""
+    """`rescale(gain, bias)` maps every score and value to gain · output + bias; a second call rescales the result again."""
     scalar, rows = world.scalar_model(), world.rollout()
     expected = evaluate(scalar, rows)
     for gain, bias in [(2.5, -0.75), (0.5, 3.0)]:

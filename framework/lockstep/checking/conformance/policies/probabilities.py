@@ -28,8 +28,8 @@ from lockstep.text.sequences import Sequences
 
 @check("policy", usually="mixture weights are swapped, an end of beta is clamped into the interior, or temperatures differ")
 def divergence_is_of_the_whole_vocabulary(world: World) -> None:
-    """`toward` supplies the divergence of the whole distributions, at the temperature of the call, and leaves the teacher and the
-    other outputs alone (GKD; group methods' invariant 29)."""
+    """`toward` supplies the divergence over the whole vocabulary, at the temperature of the call, and keeps the policy's
+    parameters (GKD; group methods' invariant 29)."""
     rows, policy, teacher = world.rollout(), world.policy(), world.policy(1)
     try:
         students = {beta: policy.toward(teacher, beta) for beta in (0.3, 1.0)}
@@ -46,7 +46,7 @@ def divergence_is_of_the_whole_vocabulary(world: World) -> None:
 
 @check("policy", usually="logits are divided by a token-dependent factor, or entropy has another temperature")
 def logprobs_are_normalised(world: World) -> None:
-    """Over all tokens probabilities sum to 1, entropy is -Σ p log p, and temperature divides logits."""
+    """Probabilities sum to 1 over all tokens, entropy is -Σ p log p, and temperature divides logits."""
     policy, rows = world.policy(), world.rollout().take(slice(0, 3))
     plain = enumerated(policy, rows, 0)
     for temperature in (1.0, TEMPERATURE):
@@ -66,8 +66,8 @@ def logprobs_are_normalised(world: World) -> None:
 
 @check("policy", usually="a device array, or a wrong dtype, shape or name")
 def outputs_are_what_was_asked_for(world: World) -> None:
-    """`evaluate` returns exactly the named outputs, as finite float32 numpy arrays of the documented shapes, masked columns
-    included; `supplies` lists them all; `generate` returns int32, bool and float32."""
+    """`evaluate` returns exactly the named outputs, as float32 numpy arrays of the documented shapes that are finite even in
+    masked columns; `supplies` lists all outputs; `generate` returns int32, bool and float32."""
     policy, rows = world.policy(), world.rollout()
     scalar = policy.scalar_model(head(policy.hidden_size))
     expected = {"logprobs", "entropy"}
@@ -108,8 +108,8 @@ def forwards_agree(world: World) -> None:
 
 @check("policy", usually="the causal mask lets a query see later keys, or states are read one column late")
 def future_is_unseen(world: World) -> None:
-    """Later tokens change no log-probability of an earlier one, and no entropy or value up to their own column; they do change
-    what follows."""
+    """A token changes no earlier token's log-probability, and no entropy or value up to its own column; it does change later
+    ones."""
     policy, rows = world.policy(), full_rows(world)
     scalar = policy.scalar_model(head(policy.hidden_size))
     cut = 3
@@ -130,9 +130,9 @@ def future_is_unseen(world: World) -> None:
 
 @check("policy", usually="padding takes part in attention, or positions are counted from the first column")
 def padding_is_inert(world: World) -> None:
-    """Padding on either side, and whatever ids it has, changes no log-probability, entropy, value or score (invariant 4)."""
+    """Padding on either side, whatever its ids, changes no log-probability, entropy, value or score (invariant 4)."""
     policy, rows, wide = world.policy(), world.rollout(), world.rollout(prompt_columns=11)
-    little = full_rows(world, prompt_columns=5)  # less than a quarter: a network may leave more out
+    little = full_rows(world, prompt_columns=5)  # padding is less than a quarter: a network may leave out more
     for ids in (policy.vocab_size + 1000, -100):
         for what, some in (("", rows), (" of little", little)):
             garbage = dataclasses.replace(some, tokens=np.where(some.attention_mask, some.tokens, ids).astype(np.int32))
@@ -148,7 +148,7 @@ def padding_is_inert(world: World) -> None:
 
 
 def _agree(world: World, policy: Policy, what: str, rows: Sequences, other: Sequences) -> None:
-    """Both rows give the same outputs under the mask."""
+    """Require that both blocks of rows give the same outputs under the mask of ``rows``."""
     for model in (policy, policy.scalar_model(head(policy.hidden_size))):
         expected, found = evaluate(model, rows), evaluate(model, other)
         for name in expected:
@@ -171,7 +171,7 @@ def padding_does_not_change_what_is_drawn(world: World) -> None:
 
 @check("policy", usually="`mask` is used for attention, where `response_mask` says which tokens are real")
 def tokens_that_do_not_count_are_still_read(world: World) -> None:
-    """`mask` takes tokens out of the loss, not out of the sequence: the other columns and the score do not change."""
+    """`mask` takes tokens out of the loss, not out of the sequence: outputs of the other columns and the score do not change."""
     policy, rows = world.policy(), world.rollout()
     later = rows.mask & (np.arange(rows.mask.shape[1]) % 2 == 1)
     for model in (policy, policy.scalar_model(head(policy.hidden_size))):
@@ -207,9 +207,9 @@ def rows_are_independent(world: World) -> None:
 
 @check("policy", usually="a prompt that several rows have is computed once, and its keys go to other rows")
 def rows_may_have_the_same_prompt(world: World) -> None:
-    """Neighbouring rows with the same prompt have the outputs and the samples that they have apart."""
+    """Rows with the same prompt have the same outputs and samples as neighbours and apart."""
     policy = world.policy()
-    rows = with_prompts(world.rollout(), np.repeat([4, 1], ROWS // 2))  # of 5 tokens and of 2: four neighbours each
+    rows = with_prompts(world.rollout(), np.repeat([4, 1], ROWS // 2))  # of 5 and of 2 tokens, each in four neighbouring rows
     apart = np.arange(ROWS).reshape(2, -1).T.reshape(-1)
     for model in (policy, policy.scalar_model(head(policy.hidden_size))):
         together, found = evaluate(model, rows), evaluate(model, rows.take(apart))

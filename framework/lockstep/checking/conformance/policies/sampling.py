@@ -1,4 +1,4 @@
-"""What is drawn, and what its log-probabilities are."""
+"""Sampled tokens and their log-probabilities."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sampler_agrees_with_teacher_forcing(world: World) -> None:
 
 @check("policy", usually="seeds are read as signed, reused for every column, or the noise is not hash_gumbel's")
 def samples_follow_the_seed_rule(world: World) -> None:
-    """Each token is argmax(log p / T + g), where g is `randomness.hash_gumbel` of its seed, for any 32 bits."""
+    """Each token is argmax(log p / T + g), where g is `randomness.hash_gumbel` of its seed; a seed may be any 32 bits."""
     policy = world.policy()
     seeds = world.seeds(ROWS, COLUMNS)
     seeds[:4, 0] = [0, 1, 2**31, 2**32 - 1]
@@ -52,7 +52,7 @@ def samples_follow_the_seed_rule(world: World) -> None:
 
 
 def _takes_the_best(world: World, numbers: np.ndarray, tokens: np.ndarray, where: str, what: str) -> None:
-    """Each token has the highest number [B, V] of its row, or one that rounding cannot tell from it."""
+    """Require that each token has the highest of its row's ``numbers`` [B, V], or one that rounding cannot tell from it."""
     best, rows = numbers.argmax(axis=1), np.arange(len(tokens))
     short = numbers[rows, best] - numbers[rows, tokens]
     row = int(short.argmax())
@@ -96,9 +96,9 @@ def same_seeds_same_tokens(world: World) -> None:
 
 @check("policy", usually="the stream restarts its seeds or its cache with each token, or does not end with the last row")
 def a_stream_gives_the_tokens_of_generate(world: World) -> None:
-    """`stream` yields the columns that `generate` draws from the same seeds, and ends with the last row."""
+    """`stream` yields the columns that `generate` draws from the same seeds, and ends when the last row ends."""
     policy, prompts, seeds = world.policy(), world.prompts(ROWS), world.seeds(ROWS, COLUMNS)
-    stop_ids = [int(draw(policy, world).tokens[0, COLUMNS // 2])]  # one row at least ends early
+    stop_ids = [int(draw(policy, world).tokens[0, COLUMNS // 2])]  # at least one row ends early
     drawn = draw(policy, world, stop_ids=stop_ids)
     streamed = policy.stream(*prompts, seeds, temperature=TEMPERATURE, stop_ids=stop_ids, pad_id=PAD)
     columns = [np.asarray(column) for column in streamed]
@@ -109,11 +109,11 @@ def a_stream_gives_the_tokens_of_generate(world: World) -> None:
 
 @check("policy", usually="kept keys belong to other columns or rows, or what follows them is read at positions from 0")
 def what_was_read_is_not_read_again(world: World) -> None:
-    """A turn that continues from the cache of earlier ones draws what it draws from the whole context, with the same
-    log-probabilities: rows of different lengths, in another order, and fewer in each turn."""
+    """A turn that continues from the KV cache of earlier turns draws the same tokens, with the same log-probabilities, as from
+    the whole context: for rows of different lengths, in another order, and fewer in each turn."""
     policy, (tokens, mask) = world.policy(), world.prompts(ROWS)
     contexts = [row[here].tolist() for row, here in zip(tokens, mask, strict=True)]
-    stop_ids = [int(draw(policy, world).tokens[0, COLUMNS // 2])]  # one row at least ends early
+    stop_ids = [int(draw(policy, world).tokens[0, COLUMNS // 2])]  # at least one row ends early
     how: dict[str, Any] = {"temperature": TEMPERATURE, "stop_ids": stop_ids, "pad_id": PAD}
     given: list[Past] = []
 
@@ -132,7 +132,7 @@ def what_was_read_is_not_read_again(world: World) -> None:
         alike = continued.tokens[:, 0] == whole.tokens[:, 0]
         found, expected = (drawn.logprobs[alike, 0] for drawn in (continued, whole))
         near(f"log-probabilities of first tokens of turn {number + 1}, from a cache", found, expected, world.tolerance(1e-4, 0.2))
-        for row, dialogue in enumerate(dialogues):  # what the other side says
+        for row, dialogue in enumerate(dialogues):  # append the response, and what the other side says
             contexts[dialogue] += [*continued.tokens[row][continued.mask[row]].tolist(), *range(1 + (dialogue + number) % 3)]
     if not given:
         raise Inapplicable("the policy keeps no cache from one turn to the next")
@@ -140,8 +140,8 @@ def what_was_read_is_not_read_again(world: World) -> None:
 
 @check("policy", usually="the model's own end-of-text id stops a row, or the stop token is cut off or masked")
 def responses_end_at_the_first_stop_token(world: World) -> None:
-    """A row ends with the first of the configured stop ids, which is kept and counts; masked pad ids follow. No other id ends a
-    row, and a row without one is full (invariant 10)."""
+    """A row ends with its first configured stop id, which is kept and counts; masked pad ids follow. No other id ends a row, and
+    a row without a stop id is full (invariant 10)."""
     policy, eos = world.policy(), world.tokenizer.eos_id
     for step in range(20):
         free = draw(policy, world, step)

@@ -1,4 +1,4 @@
-"""Parameters, their files, and who sees new ones."""
+"""Parameters, their files, and what uses new ones after an update."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def checkpoints_round_trip(world: World) -> None:
 
 
 def _saved(world: World, model: Model, name: str) -> Path:
-    """The folder it was saved to, after checking its files."""
+    """Save the model, check its files and return their folder."""
     folder = world.folder / "saved" / name.replace(" ", "_")
     folder.mkdir(parents=True)
     model.save(folder)
@@ -113,8 +113,8 @@ def all_see_the_new_weights(world: World) -> None:
 
 @check("policy", usually="initial weights come from the library's own generator, or the seed is not used")
 def the_same_seed_makes_the_same_policy(world: World) -> None:
-    """`create` is a function of its configuration and seed: equal ones give equal weights, and another seed gives others, unless
-    the weights come from a checkpoint."""
+    """`create` is a function of its configuration and seed: equal arguments give equal weights, and another seed gives other
+    weights unless they come from a checkpoint."""
     first, again, other = (world.created(seed).parameters() for seed in (0, 0, 1))
     same_arrays("created again, parameter", again, first)
     if world.from_checkpoint:

@@ -1,4 +1,4 @@
-"""The supported families, one file each. Every file in this folder is found; code elsewhere adds its own with `register`.
+"""The supported families, one file each. Every file in this folder is registered; other code adds its own with `register`.
 
 A file defines one `Family` under the name FAMILY. A key of ``config.json`` that changes the computation is either understood
 or refused by name; keys about training, dropout and token ids are ignored.
@@ -18,11 +18,11 @@ from lockstep.models.architecture.shape import Architecture, check_values
 
 
 class WrongValue(CheckpointError):
-    """A value in a ``config.json`` that no model has, whatever opens it."""
+    """A value in a ``config.json`` that is wrong for every model and every library."""
 
 
 FAMILIES: dict[str, Family] = {}
-"""By ``model_type``."""
+"""{``model_type``: family}."""
 
 
 def register(family: Family) -> None:
@@ -47,8 +47,8 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
     """The architecture a ``config.json`` describes.
 
     Raises:
-      CheckpointError: a model type or a switch that is not supported; the message lists what is.
-      WrongValue: a value that no model has.
+      CheckpointError: a model type or a switch is not supported; the message lists what is. Or the weights are quantised.
+      WrongValue: a value is wrong for every model.
     """
     name = config.get("model_type")
     if inner := next((f for f in FAMILIES.values() if name is not None and f.text_model_of == name), None):
@@ -99,8 +99,8 @@ def causal_class(config: Mapping[str, Any]) -> str:
 
 
 def classifier_class(config: Mapping[str, Any]) -> str:
-    """transformers' class of the sequence classifier on its trunk. For a family without a record, the class that the file
-    names, with another ending."""
+    """transformers' class of the sequence classifier on the trunk of the model with this ``config.json``. For a family without
+    a record, the class that the file names, with another ending."""
     if family := FAMILIES.get(config["model_type"]):
         return family.classifier
     name = config["architectures"][0]

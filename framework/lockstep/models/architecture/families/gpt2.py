@@ -58,7 +58,7 @@ FAMILY = Family(
         fused={"attn.c_attn": QKV},
         transposed=True,
     ),
-    aliases={  # of OpenAI's own files
+    aliases={  # in OpenAI's own files
         "wte.": "transformer.wte.", "wpe.": "transformer.wpe.", "h.": "transformer.h.", "ln_f.": "transformer.ln_f.",
     },
 )  # fmt: skip

@@ -58,5 +58,5 @@ FAMILY = Family(
         fused={"attention.query_key_value": QKV},
         by_head=True,
     ),
-    aliases={"lm_head.": "embed_out."},  # of transformers' modules
+    aliases={"lm_head.": "embed_out."},  # in transformers' modules
 )  # fmt: skip

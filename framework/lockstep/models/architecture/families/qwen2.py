@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5 (Yang et al. 2024): biases on queries, keys and values; windows from a layer on."""
+"""Qwen 2 and 2.5 (Yang et al. 2024): biases on queries, keys and values; windows from a given layer on."""
 
 from __future__ import annotations
 
