@@ -7,10 +7,9 @@ r"""Every attacker against every defender, over seeds, and what each ablation co
     lockstep run -m experiment=hardening seed=0,1,2,3,4 backend=torch,jax novelty=0 hydra.launcher.parallel=2
     python benchmarks/hardening.py runs/hardening --output benchmarks/hardening
 
-What was measured goes into `records.csv`, a row a measure, in place of what an earlier run of the same arm, backend and seed left
-there: forty runs need not be at hand at once. Of attacks, their diversity is there too. `matrix.md` is made of all records. Numbers are means over seeds with Student's 95%
-interval; a run is one seed. The first table has what changed since PPO, run by run and over all runs, as each starts from its own
-level.
+`records.csv` has a row per measure, the diversity of attacks included. A run replaces the rows of an earlier run of its arm, backend
+and seed, so the forty runs need not exist at once. `matrix.md` is made of all records: means over seeds with Student's 95% interval.
+Each run starts from its own level, so the first table shows what changed since PPO in each of them, and the mean change.
 """
 
 from __future__ import annotations
@@ -122,8 +121,8 @@ def changes(records: Sequence[Record]) -> Iterator[str]:
 
 
 def attacks(records: Sequence[Record]) -> Iterator[str]:
-    """For each run whose attacks' diversity is known: goals that fell, different strategies, and the distance of a strategy to the
-    nearest other one, as shares, for each round."""
+    """The diversity of each round's attacks, where it is on record: the shares of goals that fell and of strategies that differ, and
+    the mean distance of a strategy to the nearest other one."""
     known = [each for each in records if any(ATTACKER in found for found in each.splits.values())]
     if not known:
         return

@@ -12,8 +12,8 @@ from lockstep.config.compose import compose
 from lockstep.data.labels import PROMPTS, demonstrations_in, prompts_in
 from lockstep.errors import ConfigError, DataError, MissingData
 from lockstep.interfaces import Attacker, Responses, RewardModel
-from lockstep.reporting.console import Console
 from lockstep.reporting.compare.reading import read
+from lockstep.reporting.console import Console
 from lockstep.runs.attacks import Attack, AttackConfig, RedTeam, demonstrations, diversity, kept
 from lockstep.runs.experiment import Experiment
 from lockstep.storage.files import read_json

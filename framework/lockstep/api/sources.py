@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def load_tokenizer(path: Path | str, config: TokenizerConfig) -> Tokenizer:
     except ConfigError:
         if config.pad_token is not None:
             raise
-        return Tokenizer.load(path, TokenizerConfig(config.path, config.eos_token, PAD, config.chat_template))
+        return Tokenizer.load(path, replace(config, pad_token=PAD))
 
 
 def laid_over(keys: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

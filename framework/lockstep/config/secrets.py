@@ -158,7 +158,7 @@ def _assigned(found: re.Match[str]) -> str:
 
 
 def _told(found: re.Match[str]) -> str:
-    """Hide a value after a name and a colon, as in JSON, headers and Hydra's {api_key: ...}; a bare 'token:' or 'key:' is prose."""
+    """Hide a value after a name and a colon, as in JSON, headers and {api_key: ...}. A bare 'token:' or 'key:' is prose."""
     name, value = found[1], found[3].strip("'\"")
     sure = _kind(_last(name)) == "always" and name.lower() not in ("secret", "auth", "credentials", "password", "pass", "cookie")
     quoted = found[2][0] in "'\"" and is_secret(_last(name), value)

@@ -83,7 +83,7 @@ class EvaluationConfig:
         return f"{', '.join(self.policies or ())} on {where}{best}"
 
 
-_MEASURES = frozenset(("gold", "score", "turns", "win_rate", "length", "finished", "kl", "text_loss", "gain"))
+_MEASURES = frozenset(("gold", "score", "turns", "win_rate", "length", "finished", "kl", "sampler_mismatch", "text_loss", "gain"))
 
 
 @dataclass(frozen=True)

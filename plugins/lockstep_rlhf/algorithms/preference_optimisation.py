@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -149,11 +149,12 @@ class PreferenceOptimisation(Offline):
                 raise ConfigError(
                     f"algorithm.ranking=plackett_luce is a form of loss=dpo, not of loss={self.loss}. Set ranking=pairs."
                 )
-            for key, losses in READ_BY.items():
-                default = type(self).__dataclass_fields__[key].default
-                if getattr(self, key) != default and self.loss not in losses:
+            for field in fields(self):
+                readers = READ_BY.get(field.name, (self.loss,))
+                if self.loss not in readers and getattr(self, field.name) != field.default:
                     raise ConfigError(
-                        f"algorithm.{key} has no effect on loss={self.loss}. Set it to {default:g}, or loss to {' or '.join(losses)}."
+                        f"algorithm.{field.name} has no effect on loss={self.loss}. Set it to {field.default:g}, or loss to "
+                        f"{' or '.join(readers)}."
                     )
             if self.loss == "kto" and self.batch_size < 2:
                 raise ConfigError(
