@@ -7,9 +7,9 @@ r"""Every attacker against every defender, over seeds, and what each ablation co
     lockstep run -m experiment=hardening seed=0,1,2,3,4 backend=torch,jax novelty=0 hydra.launcher.parallel=2
     python benchmarks/hardening.py runs/hardening --output benchmarks/hardening
 
-`records.csv` has a row per measure, the diversity of attacks included. A run replaces the rows of an earlier run of its arm, backend
-and seed, so the forty runs need not exist at once. `matrix.md` is made of all records: means over seeds with Student's 95% interval.
-Each run starts from its own level, so the first table shows what changed since PPO in each of them, and the mean change.
+`records.csv` has a row per measure, the diversity of attacks included. A run replaces the rows of an earlier run of its arm,
+backend and seed, so the forty runs need not exist at once. `matrix.md` is made of all records: means over seeds with Student's 95%
+interval. Each run starts from its own level, so the first table shows what changed since PPO in each of them, and the mean change.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def changes(records: Sequence[Record]) -> Iterator[str]:
 
 
 def attacks(records: Sequence[Record]) -> Iterator[str]:
-    """The diversity of each round's attacks, where it is on record: the shares of goals that fell and of strategies that differ, and
-    the mean distance of a strategy to the nearest other one."""
+    """The diversity of each round's attacks, where it is on record: the shares of goals that fell and of strategies that differ,
+    and the mean distance of a strategy to the nearest other one."""
     known = [each for each in records if any(ATTACKER in found for found in each.splits.values())]
     if not known:
         return

@@ -7,8 +7,8 @@ r"""Real red-team prompts against a small public checkpoint: what `experiment=re
       'evaluation.splits=[xstest, seeds, all.attacks]' reward_model=function reward_model.function=red_team:keeps_apart \
       '~stages.reward'
 
-The first command gives every goal a harmless twin from a list of ordinary requests. Goals are those of AdvBench (Zou et al. 2023) or
-HarmBench (Mazeika et al. 2024).
+The first command gives every goal a harmless twin from a list of ordinary requests. Goals are those of AdvBench (Zou et al. 2023)
+or HarmBench (Mazeika et al. 2024).
 """
 
 from __future__ import annotations
