@@ -8,8 +8,8 @@ r"""Every attacker against every defender, over seeds, and what each ablation co
     python benchmarks/hardening.py runs/hardening --output benchmarks/hardening
 
 `records.csv` has a row per measure, the diversity of attacks included. A run replaces the rows of an earlier run of its arm,
-backend and seed, so the forty runs need not exist at once. `matrix.md` is made of all records: means over seeds with Student's 95%
-interval. Each run starts from its own level, so the first table shows what changed since PPO in each of them, and the mean change.
+backend and seed, so the forty runs need not exist at once. `matrix.md` is made of all records: means over seeds with Student's
+95% interval. Each run starts from its own level, so the first table shows what changed since PPO in each, and the mean change.
 """
 
 from __future__ import annotations
