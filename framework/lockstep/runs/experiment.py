@@ -187,7 +187,7 @@ class Experiment:
         named = [*(name for name, _ in stage.inputs), *stage.files, *policy.inputs(config).files]
         return sorted({name for name in named if name not in self.stages and Path(name).exists()})
 
-    def _component(self, kind: str, group: ConfigGroup) -> tuple[type, Any]:
+    def _component(self, kind: str, group: ConfigGroup) -> tuple[type[Any], Any]:
         name = component_name(group, kind)
         cls = registry().resolve(kind, name, self.backend_name if kind != "backend" else name)
         return cls, component_config(cls, group, kind)
