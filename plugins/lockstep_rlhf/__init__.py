@@ -1,11 +1,11 @@
 """The recipe, written once for every backend: pretraining, SFT, reward modelling, PPO, and sources of reward.
 
 algorithms/      pretraining, SFT, reward modelling, PPO, policy gradients (GRPO),
-                 preference optimisation (DPO), online or not; rejection sampling (RAFT), distillation
+                 offline and online preference optimisation (DPO), rejection sampling (RAFT), distillation
 reward_models/   sources of scores: a learned model, a Python function, a server, a judge, checkers, combinations
-environments/    what policies converse with: tools, a search index
-labelers/        who ranks fresh responses: a reward model
-attackers/       who writes attacks: templates, a policy
+environments/    for conversations with a policy: tools, a search index
+labelers/        rank fresh responses: a reward model
+attackers/       write attacks: templates, a policy
 """
 
 from lockstep.registry import Plugin

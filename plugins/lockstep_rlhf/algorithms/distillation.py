@@ -1,4 +1,4 @@
-"""On-policy distillation: the student samples, and a teacher says how likely it would have written the same.
+"""On-policy distillation: the student samples, and a teacher grades each sampled token by its own distribution.
 
 One iteration (`Distillation.step`):
 
@@ -7,11 +7,11 @@ One iteration (`Distillation.step`):
         policy_gradient   -ρ A, A = log π_teacher - log π_old of the sampled token: the reverse KL, a token at a time, discount 0
         divergence        D_β(teacher, student) of the token's whole distribution, exact
 
-The first is Thinking Machines' ("On-policy distillation", 2025). It needs only the teacher's log-probabilities. The advantage is
-a constant to the gradient: log π - log π_teacher of sampled tokens, differentiated itself, has an expected gradient of 0. Of the
-gradient of MiniLLM (Gu et al. 2024, arXiv 2306.08543) it keeps the token's own term and leaves out what a token does to later
-ones. The second is GKD (Agarwal et al. 2024, arXiv 2306.13649) on the student's samples alone; its β is that of
-`lockstep.learning.losses.divergence`. Neither differentiates the sampling.
+The first loss is Thinking Machines' ("On-policy distillation", 2025). It needs only the teacher's log-probabilities of sampled
+tokens. The advantage is a constant to the gradient: differentiating log π - log π_teacher of sampled tokens itself would give an
+expected gradient of 0. Compared with MiniLLM (Gu et al. 2024, arXiv 2306.08543), the gradient keeps each token's own term and
+leaves out its effect on later tokens. The second loss is GKD (Agarwal et al. 2024, arXiv 2306.13649) on the student's samples
+alone; its β is that of `lockstep.learning.losses.divergence`. Neither loss differentiates the sampling.
 
 The teacher reads the student's tokens, so both have the same vocabulary. No reward model is needed; if the stage has one, its
 scores are logged.
@@ -55,8 +55,8 @@ class Distillation(Corrected):
         loss: Literal["policy_gradient", "divergence"] = setting(
             "policy_gradient", "Reverse KL of the sampled tokens; or a divergence over the whole vocabulary."
         )
-        beta: float = setting(1.0, "Of the divergence: 1 reverse KL, 0 forward KL, between them a JSD.", least=0, most=1)
-        kl_coef: float = setting(1.0, "What a nat from the teacher costs.", above=0)
+        beta: float = setting(1.0, "β of the divergence: 1 reverse KL, 0 forward KL, between them a JSD.", least=0, most=1)
+        kl_coef: float = setting(1.0, "Cost per nat of divergence from the teacher.", above=0)
         unfinished_score: float | None = setting(None, "Must stay null: no scores are used.", least=-math.inf)
 
         def __post_init__(self):
@@ -111,7 +111,7 @@ class Distillation(Corrected):
         return metrics | trained | self.perf(rollout, clock)
 
     def prepare(self, rollout: Rollout) -> dict[str, np.ndarray]:
-        """The arrays of the loss."""
+        """The arrays that the loss reads."""
         mask = rollout.sequences.mask
         batch = {"mask": mask, "correction": np.where(mask, self.correction(rollout), 0).astype(np.float32)}
         if self.config.loss == "divergence":
@@ -120,6 +120,6 @@ class Distillation(Corrected):
         return batch | {"old_logprobs": old, "advantages": -self.config.kl_coef * rollout.kl}
 
     def objective(self, rollout: Rollout) -> Metrics:
-        """KL is to the teacher, so it has another name than KL to a reference."""
+        """The metrics of the rollout. KL is to the teacher, so it is not named like KL to a reference."""
         renamed = {"objective/kl": "teacher/kl", "objective/k3": "teacher/k3"}
         return {renamed.get(name, name): value for name, value in super().objective(rollout).items()}

@@ -32,7 +32,7 @@ class NextTokenLoss:
 
 
 class LanguageModelling(Offline):
-    """The shared part; `Pretraining` and `SFT` choose the examples."""
+    """The part that `Pretraining` and `SFT` share; each of them chooses the examples."""
 
     produces = "policy"
 
@@ -60,7 +60,7 @@ class LanguageModelling(Offline):
         )
 
     def rows(self, examples: Sequence[Example]) -> Sequences:
-        """As they are trained on."""
+        """The examples as training lays them out: packed, or each in its own row."""
         return (self.packed if self.config.packing else self.block)(examples)
 
     def terms(self, batch: Sequence[Example]) -> list[Term]:

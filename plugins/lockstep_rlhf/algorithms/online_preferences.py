@@ -7,9 +7,9 @@ One iteration (`OnlinePreferences.step`):
     for each inner epoch, for each minibatch of prompts: one optimizer step on the mean over pairs of loss(h(y_w), h(y_l)),
         h(y) = log π(y | x) - log π_ref(y | x)
 
-The labels come from a reward model, where Guo et al. ask a language model. The reference is the policy that the stage starts
-from. To renew it (iterated DPO: Xu et al. 2023, arXiv 2312.16682), make each round a stage that starts from the result of the
-last; ``docs/algorithms.md`` has the lines. A restart then finds its reference where the stage found it.
+The labels come from a reward model; Guo et al. ask a language model. The reference is the policy that the stage starts from. To
+renew the reference (iterated DPO: Xu et al. 2023, arXiv 2312.16682), make each round a stage that starts from the result of the
+previous one; ``docs/algorithms.md`` has the configuration. A resumed stage then finds the same reference again.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ class OnlinePreferences(Online):
         samples: int = setting(2, "k: responses per prompt (Guo et al.: 2).", least=2)
         micro_batch_size: int | None = setting(None, "Prompts per forward and backward pass; null: the whole minibatch.", least=1)
         loss: Literal["dpo", "hinge", "ipo"] = setting("dpo", "See `PreferenceLoss`.")
-        beta: float = setting(0.1, "β: how far the policy may move from the reference; the smaller, the farther.", above=0)
-        logprobs: Literal["sum", "mean"] = setting("sum", "Over a response's tokens.")
+        beta: float = setting(0.1, "β: the smaller it is, the farther the policy may move from the reference.", above=0)
+        logprobs: Literal["sum", "mean"] = setting("sum", "Sum or mean over a response's tokens.")
         pairs: Literal["best_worst", "all"] = setting("best_worst", "Which of a prompt's responses are compared.")
-        kl_coef: float = setting(0.0, "Subtracted from a score per nat of KL, before responses are compared.", least=0)
+        kl_coef: float = setting(0.0, "Cost per nat of KL, subtracted from scores before responses are compared.", least=0)
 
         @property
         def trained(self) -> int:
-            """Minibatches are of prompts."""
+            """The prompts of an iteration: minibatches consist of prompts."""
             return self.batch_size
 
         @property
         def compared(self) -> int:
-            """Responses of a prompt that are trained on."""
+            """The number of responses to a prompt that are trained on."""
             return 2 if self.pairs == "best_worst" else self.samples
 
     def __init__(self, config: Config, context: Context):
@@ -66,7 +66,7 @@ class OnlinePreferences(Online):
         return metrics | trained | self.perf(rollout, clock)
 
     def prepare(self, rollout: Rollout) -> tuple[np.ndarray, dict[str, np.ndarray], Metrics]:
-        """The rows that are compared, ``compared`` neighbours for each prompt; arrays of the loss, [N] prompts first; metrics."""
+        """The rows to compare (``compared`` neighbours per prompt), the arrays of the loss (prompts [N] first), and metrics."""
         c, k, mask = self.config, self.config.samples, rollout.sequences.mask
         rewards = self.scores(rollout) - c.kl_coef * rollout.kl.sum(axis=1)
         pairs = self.pairs(rewards.reshape(-1, k), rollout.counted.reshape(-1, k))
@@ -88,9 +88,9 @@ class OnlinePreferences(Online):
         return rows.reshape(-1), batch, metrics
 
     def pairs(self, rewards: np.ndarray, counted: np.ndarray) -> np.ndarray:
-        """float [N, K, K] of rewards [N, K]: what preferring response i of a prompt to response j weighs beside the prompt's
-        other pairs; 0 between equals and where a response does not count. A method of your own overrides this; it uses at most
-        ``compared`` responses of a prompt."""
+        """float [N, K, K] from rewards [N, K]: the weight of preferring response i of a prompt to response j, relative to the
+        prompt's other pairs; 0 between equal rewards and where a response does not count. Override this for a method of your own;
+        it may use at most ``compared`` responses of a prompt."""
         better = counted[:, :, None] & counted[:, None, :] & (rewards[:, :, None] > rewards[:, None, :])
         if self.config.pairs == "all":
             return better.astype(np.float64)
@@ -107,7 +107,7 @@ class OnlinePreferences(Online):
     def terms(
         self, sequences: Sequences, batch: Mapping[str, np.ndarray], rows: np.ndarray, forward: ForwardPass | None = None
     ) -> list[Term]:
-        """One minibatch of the prompts ``rows``, each with its responses, as micro-batches. Prompts with pairs weigh alike."""
+        """The minibatch of the prompts ``rows`` and their responses, as micro-batches. All prompts with pairs weigh the same."""
         k, terms = self.config.compared, []
         weights = batch["pairs"][rows]
         sums = weights.sum(axis=(1, 2), keepdims=True)

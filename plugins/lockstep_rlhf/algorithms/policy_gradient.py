@@ -1,4 +1,4 @@
-"""Policy gradients without a value network: GRPO and its relatives, one algorithm whose parts have names.
+"""Policy gradients without a value network: GRPO and its relatives, as one algorithm with configurable parts.
 
 One iteration (`PolicyGradient.step`):
 
@@ -7,9 +7,9 @@ One iteration (`PolicyGradient.step`):
     for each inner epoch, for each minibatch: one optimizer step on the mean over tokens of
         policy loss of (ratio, advantage) + β · KL
 
-What differs between the published methods is the baseline and scale of advantages, the ratio and its clipping, where the KL
-penalty stands and what the mean is. ``conf/algorithm`` has a file for each method (grpo, dr_grpo, rloo, reinforce_pp, dapo,
-cispo, gspo) with its equation; ``docs/algorithms.md`` compares them.
+The published methods differ in the baseline and scale of advantages, the ratio and its clipping, the place of the KL penalty and
+what the loss is averaged over. ``conf/algorithm`` has a file for each method (grpo, dr_grpo, rloo, reinforce_pp, dapo, cispo,
+gspo) with its equation; ``docs/algorithms.md`` compares them.
 
 Old log-probabilities are recomputed with the training graph, as in PPO, so the first update of a batch has a ratio of exactly 1.
 """
@@ -74,7 +74,7 @@ class PolicyGradientLoss:
 class PolicyGradient(Corrected):
     @dataclass(frozen=True)
     class Config(CorrectedConfig):
-        """The defaults are GRPO's (Shao et al. 2024), but for the miniature's sizes and without a reference."""
+        """The defaults are GRPO's (Shao et al. 2024), except that sizes suit the miniature and there is no reference."""
 
         batch_size: int = setting(8, "Prompts per iteration.", least=1)
         samples: int = setting(8, "k: responses per prompt (GRPO: 64).", least=1)
@@ -83,7 +83,7 @@ class PolicyGradient(Corrected):
             None, "Replaces the score of a response without EOS; null: keep it.", least=-math.inf
         )
         baseline: Literal["group", "leave_one_out", "none"] = setting(
-            "group", "Subtracted from a score: the mean of its prompt's scores; of the others of its prompt (RLOO); nothing."
+            "group", "Subtracted from a score: the mean of its prompt's scores; of the prompt's other scores (RLOO); nothing."
         )
         scale: Literal["none", "group", "batch"] = setting(
             "group",
@@ -91,25 +91,25 @@ class PolicyGradient(Corrected):
         )
         ratio: Literal["token", "sequence"] = setting("token", "π / π_old of each token; or one for the response (GSPO).")
         clip: Literal["ratio", "weight", "none"] = setting(
-            "ratio", "PPO's clip of the ratio; of the detached weight, within [clip_low, clip_high] (CISPO); or no clip."
+            "ratio", "PPO's clip of the ratio; CISPO's clip of the detached weight to [clip_low, clip_high]; or none."
         )
         clip_low: float = setting(0.2, "The ratio is clipped to at least 1 - this; 'weight': to at least this.", least=0)
         clip_high: float = setting(0.2, "The ratio is clipped to at most 1 + this (DAPO: 0.28); 'weight': to this.", above=0)
         dual_clip: float | None = setting(None, "Bound of the ratio where the advantage is negative; null: none.", above=1)
         aggregation: Literal["token_mean", "response_mean", "response_sum", "constant"] = setting(
-            "response_mean", "What the loss is a mean of; `lockstep.learning.numerics.mean_weights` has the formulas."
+            "response_mean", "How the loss is averaged; `lockstep.learning.numerics.mean_weights` has the formulas."
         )
         kl_in: Literal["loss", "reward", "return"] = setting(
-            "loss", "KL is a term of the loss; is subtracted from scores (RLOO); or from each token's return (REINFORCE++)."
+            "loss", "Where KL enters: a term of the loss; subtracted from scores (RLOO) or each token's return (REINFORCE++)."
         )
-        kl_estimator: Literal["k1", "k2", "k3"] = setting("k3", "Of KL in the loss (GRPO: k3). Elsewhere it is k1.")
+        kl_estimator: Literal["k1", "k2", "k3"] = setting("k3", "Estimator of KL in the loss (GRPO: k3); elsewhere it is k1.")
         extra_rounds: int = setting(
             0, "Dynamic sampling (DAPO): prompts whose scores are all equal are replaced, up to this many times.", least=0
         )
         overlong_buffer: int | None = setting(
-            None, "Tokens before the limit over which up to 1 is subtracted (DAPO, eq. 13); null: none.", least=1
+            None, "Tokens before the limit over which a penalty grows from 0 to 1 (DAPO, eq. 13); null: none.", least=1
         )
-        mask_unfinished: bool = setting(False, "Whether responses without EOS leave the loss and the baseline.")
+        mask_unfinished: bool = setting(False, "Whether to leave responses without EOS out of the loss and the baseline.")
 
         def __post_init__(self):
             super().__post_init__()
@@ -146,7 +146,7 @@ class PolicyGradient(Corrected):
         super().__init__(config, context)
         self.loss = config.make_loss()
         self.drawn = 0
-        """Prompts drawn so far: dynamic sampling draws as many as it needs."""
+        """Prompts drawn so far. Dynamic sampling draws as many as it needs, so their number differs between steps."""
 
     # ------------------------------------------------------------------------------------------- the algorithm box
 
@@ -159,14 +159,14 @@ class PolicyGradient(Corrected):
         return metrics | trained | self.perf(rollout, clock)
 
     def prepare(self, rollout: Rollout) -> tuple[dict[str, np.ndarray], Metrics]:
-        """Advantages, the arrays of the loss, and the metrics of the rollout."""
+        """The arrays of the loss, advantages among them, and the metrics of the rollout."""
         c, mask = self.config, rollout.sequences.mask
         if c.mask_unfinished:
             mask = mask & rollout.finished[:, None]
         counted, kl = np.any(mask, axis=1), rollout.kl
         rewards = self.scores(rollout)
         if c.overlong_buffer:
-            lengths = rollout.sequences.mask.sum(axis=1)  # of the policy's own tokens
+            lengths = rollout.sequences.mask.sum(axis=1)  # the policy's own tokens only
             rewards = rewards + numerics.overlong_penalty(lengths, c.lengths.response, c.overlong_buffer)
         beta = c.kl_coef or 0.0
         if c.kl_in == "reward":
@@ -200,16 +200,16 @@ class PolicyGradient(Corrected):
         return batch, metrics
 
     def advantages(self, rewards: np.ndarray, counted: np.ndarray) -> np.ndarray:
-        """float32 [B] of rewards [B]. A prompt's ``samples`` responses are neighbours; those that do not count are no part of
-        their group, and their rewards may be NaN. A method of your own overrides this."""
+        """float32 [B] from rewards [B]. A prompt's ``samples`` responses are neighbours. Responses that do not count are left out
+        of their group, and their rewards may be NaN. Override this for a method of your own."""
         return numerics.group_advantages(
             rewards, counted, self.config.samples, baseline=self.config.baseline, scale=self.config.scale
         )
 
     def sample(self, step: int, clock: Clock) -> Scored:
         """``samples`` responses to each of ``batch_size`` prompts. With dynamic sampling (DAPO, section 3.2), prompts whose
-        responses all score alike are replaced by the next ones, until the batch is full or ``extra_rounds`` are over. The score
-        that counts here is the reward model's own: shaping must not make a group look informative."""
+        responses all have the same score are replaced by the next prompts, until the batch is full or ``extra_rounds`` are used
+        up. The reward model's own scores are compared: shaping must not make a group look informative."""
         c, kept = self.config, np.zeros(0, bool)
         rounds: list[Scored] = []
         for number in range(1 + c.extra_rounds):
@@ -222,7 +222,7 @@ class PolicyGradient(Corrected):
                 break
         if len(rounds) == 1:
             return rounds[0]
-        groups = np.argsort(~kept, kind="stable")[: c.batch_size]  # what says something first, in the order drawn
+        groups = np.argsort(~kept, kind="stable")[: c.batch_size]  # informative ones first, in the order drawn
         rows = (groups[:, None] * c.samples + np.arange(c.samples)).reshape(-1)
         samples = concatenate([samples for samples, _, _ in rounds]).take(rows)
         scores = np.concatenate([scores for _, scores, _ in rounds])[rows]

@@ -73,7 +73,7 @@ class PPO(Corrected):
 
         epochs: int = setting(4, "Inner passes over an iteration's episodes (LHP: 4, InstructGPT: 1).", least=1)
         kl_coef: float = setting(0.02, "β: reward per nat of KL, per token (InstructGPT: 0.02).", least=0)
-        kl_target: float | None = setting(None, "Nats per response to which β adapts (LHP); null: β is fixed.", above=0)
+        kl_target: float | None = setting(None, "KL in nats per response to which β adapts (LHP); null: β is fixed.", above=0)
         kl_horizon: float = setting(10000.0, "Episodes over which β adapts (LHP).", above=0)
         gamma: float = setting(1.0, "Discount per token (LHP, InstructGPT: none).", least=0, most=1)
         lam: float = setting(0.95, "λ of GAE per token (LHP; Schulman et al. 2016).", least=0, most=1)
@@ -135,7 +135,7 @@ class PPO(Corrected):
         return self.context.backend.learner({"policy": self.policy, "value": value}, optimizers)
 
     def fresh_value_network(self) -> ScalarModel:
-        """For reward models without a network that reads the policy's tokens."""
+        """The policy with a zero head: for reward models without a network that reads the policy's tokens."""
         log.info(
             "the reward model has no network that reads the policy's tokens, so the value network starts from the policy with a "
             "zero head; algorithm.value_network=shared does so at half the compute"
@@ -174,7 +174,7 @@ class PPO(Corrected):
         }
 
     def extra_terms(self, step: int, number: int) -> list[Term]:
-        """InstructGPT's pretraining gradients, PPO-ptx, added to each minibatch's: ptx_coef x next-token loss on raw text."""
+        """InstructGPT's pretraining gradients (PPO-ptx) for each minibatch: ptx_coef x next-token loss on raw text."""
         c = self.config
         if not c.raw_texts:
             return []

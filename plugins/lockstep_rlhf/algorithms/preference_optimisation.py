@@ -1,12 +1,12 @@
-"""A policy from rankings, without a reward model: DPO and its relatives, one algorithm whose loss has a name.
+"""A policy from rankings, without a reward model: DPO and its relatives, as one algorithm with a choice of losses.
 
 One step (`Offline.step` in `lockstep.learning.offline`):
 
     h(y) = log π(y | x) - log π_ref(y | x), the sum (or mean) over the tokens of a completion
     one optimizer step on the mean over pairs y_w > y_l of loss(h(y_w), h(y_l)) (+ nll_coef · next-token loss of the best)
 
-K ranked completions make C(K, 2) pairs of weight 1 / C(K, 2), as in a reward model; or count as one ranking (Plackett-Luce). The
-reference is the initial policy: its log-probabilities are computed once, before training, so no second model is kept.
+K ranked completions make C(K, 2) pairs of weight 1 / C(K, 2), as in reward modelling, or count as one ranking (Plackett-Luce).
+The reference is the initial policy. Its log-probabilities are computed once, before training, so only KTO keeps a second model.
 
 ``conf/algorithm`` has a file for each method: dpo, ipo, hinge, simpo, orpo, kto.
 """
@@ -36,7 +36,7 @@ WITHOUT_REFERENCE = ("simpo", "orpo")
 READ_BY = {"label_smoothing": ("dpo", "robust"), "margin": ("simpo",), "desirable": ("kto",), "undesirable": ("kto",)}
 """The losses that read a setting; with any other loss, a setting that differs from its default is an error."""
 NOTHING = -1e4
-"""The utility of a completion that is not there: below any real one, and finite."""
+"""The utility of a missing completion: finite, and below that of any real one."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class PreferenceLoss:
         orpo    -β log σ(o_a - o_b), o = p - log(1 - e^p) Hong et al. 2024, eq. 6 and 7, where β is called λ
         kto     λ σ(-s β (h - z)), s = ±1, of each completion by itself     Ethayarajh et al. 2024, eq. 8
 
-    ``plackett_luce`` takes a ranking of K as one: -Σ_k log softmax(β h over k, .., K)_k (Rafailov et al. 2023, eq. 20).
+    ``plackett_luce`` counts K completions as one ranking: -Σ_k log softmax(β h over k, .., K)_k (Rafailov et al. 2023, eq. 20).
     """
 
     kind: str
@@ -102,7 +102,7 @@ class PreferenceLoss:
         return loss + self.nll_coef * nll, metrics | {"preference/nll": nll}
 
     def _of_pairs(self, xp: Any, d: Array) -> Array:
-        """The loss of each difference of utilities."""
+        """The loss for each difference of two utilities."""
         if self.kind == "ipo":
             return (d - 1 / (2 * self.beta)) ** 2
         if self.kind == "hinge":
@@ -128,21 +128,23 @@ class PreferenceOptimisation(Offline):
     @dataclass(frozen=True)
     class Config:
         loss: Literal["dpo", "robust", "hinge", "ipo", "simpo", "orpo", "kto"] = setting("dpo", "See `PreferenceLoss`.")
-        beta: float = setting(0.1, "β: how far the policy may move from the reference; the smaller, the farther.", above=0)
-        logprobs: Literal["sum", "mean"] = setting("sum", "Over a completion's tokens (DPO: sum; IPO, SimPO, ORPO: mean).")
-        label_smoothing: float = setting(0.0, "ε: the share of labels that are wrong, for dpo and robust.", least=0, below=0.5)
-        margin: float = setting(1.375, "γ of SimPO.", least=0)
+        beta: float = setting(0.1, "β: the smaller it is, the farther the policy may move from the reference.", above=0)
+        logprobs: Literal["sum", "mean"] = setting(
+            "sum", "Sum or mean over a completion's tokens (DPO: sum; IPO, SimPO, ORPO: mean)."
+        )
+        label_smoothing: float = setting(0.0, "ε: the share of wrong labels, for dpo and robust.", least=0, below=0.5)
+        margin: float = setting(1.375, "SimPO's γ.", least=0)
         nll_coef: float = setting(0.0, "Weight of the next-token loss of the best completion (ORPO: 1).", least=0)
         desirable: float = setting(1.0, "Weight of the best completion (KTO).", least=0)
-        undesirable: float = setting(1.0, "Weight of the others (KTO).", least=0)
-        ranking: Literal["pairs", "plackett_luce"] = setting("pairs", "What K completions are: C(K, 2) pairs, or one ranking.")
+        undesirable: float = setting(1.0, "Weight of the other completions (KTO).", least=0)
+        ranking: Literal["pairs", "plackett_luce"] = setting("pairs", "K completions count as C(K, 2) pairs, or as one ranking.")
         epochs: float = setting(1.0, "Passes over the comparisons.", above=0)
         batch_size: int = setting(32, "Prompts per optimizer step, each with all its completions (DPO: 64).", least=1)
         micro_batch_size: int | None = setting(None, "Prompts per forward and backward pass; null: the whole batch.", least=1)
         lengths: Lengths = setting(Lengths(), "Limits in tokens.")
         heldout_examples: int = setting(128, "Comparisons measured before and after.", least=0)
         optimizer: OptimizerConfig = setting(OptimizerConfig(1e-4), "Adam, for the miniature (DPO: RMSprop at 1e-6).")
-        schedule: ScheduleConfig = setting(ScheduleConfig("constant", 10, 0.1, 1.0), "Of the learning rate.")
+        schedule: ScheduleConfig = setting(ScheduleConfig("constant", 10, 0.1, 1.0), "Schedule of the learning rate.")
 
         def __post_init__(self):
             if self.ranking == "plackett_luce" and self.loss != "dpo":
@@ -171,7 +173,7 @@ class PreferenceOptimisation(Offline):
 
     def __init__(self, config: Config, context: Context):
         super().__init__(config, context)
-        keep = config.loss == "kto"  # its z is the reference's view of pairs that change with every batch
+        keep = config.loss == "kto"  # z needs the reference on pairs that change with every batch
         self.reference = context.policy
         self.policy: Policy = context.policy.copy() if keep else context.policy
         self.examples, self.heldout = self.load("train"), self.load("heldout", config.heldout_examples)
@@ -181,8 +183,8 @@ class PreferenceOptimisation(Offline):
         self.total_steps = self.steps(config, len(self.examples))
 
     def load(self, split: str, limit: int | None = None) -> list[Ranking]:
-        """Comparisons with at least two completions that are not tied, and the reference's log-probabilities of those that are
-        read: in less than an epoch not all of them are."""
+        """Comparisons with at least two completions that are not tied, with the reference's log-probabilities. With less than one
+        epoch, training does not read all comparisons; the others have NaN there."""
         encoded = encoded_comparisons(self.context, split, self.config.lengths, limit)
         if self.config.ranking == "plackett_luce" and (tied := sum(len(set(ranks)) < len(ranks) for _, ranks in encoded)):
             raise DataError(
@@ -205,7 +207,7 @@ class PreferenceOptimisation(Offline):
         return rankings
 
     def read(self, comparisons: int) -> np.ndarray:
-        """bool [comparisons]: which of them are trained on."""
+        """bool [comparisons]: True for those that training reads."""
         found = np.zeros(comparisons, bool)
         drawn = self.steps(self.config, comparisons) * self.config.batch_size
         found[example_indices(self.context.seed, "order", comparisons, 0, drawn)] = True
@@ -214,7 +216,7 @@ class PreferenceOptimisation(Offline):
     # ------------------------------------------------------------------------------------------- the loss of a batch
 
     def terms(self, rankings: Sequence[Ranking]) -> list[Term]:
-        """Micro-batches of whole rankings. Each prompt has ``most`` rows, so that one shape is compiled."""
+        """Micro-batches of whole rankings. Each prompt has ``most`` rows, so that only one shape is compiled."""
         z = self.mismatch(rankings) if self.config.loss == "kto" else 0.0
         n, winners = len(rankings), sum(len(ranking.rows[0].response) for ranking in rankings)
         size = self.config.micro_batch_size or n
@@ -226,8 +228,8 @@ class PreferenceOptimisation(Offline):
         return terms
 
     def term(self, rankings: Sequence[Ranking], real: int, n: int, winners: int, z: float) -> Term:
-        """One micro-batch, of which the first ``real`` rankings count. ``n`` prompts and ``winners`` tokens of best completions
-        make the whole batch."""
+        """One micro-batch, of which only the first ``real`` rankings count. The whole batch has ``n`` prompts and ``winners``
+        tokens of best completions."""
         k = self.most
         filled = [row for ranking in rankings for row in [*ranking.rows, *[ranking.rows[0]] * (k - len(ranking.rows))]]
         there = np.array([[p < real and i < len(r.rows) for i in range(k)] for p, r in enumerate(rankings)])
@@ -255,7 +257,7 @@ class PreferenceOptimisation(Offline):
         return Term(self.loss, rows, batch)
 
     def mismatch(self, rankings: Sequence[Ranking]) -> float:
-        """KTO's z: max(0, mean of log π - log π_ref) of completions under the *next* prompt of the batch, an estimate of KL
+        """KTO's z: max(0, mean of log π - log π_ref) over completions under the *next* prompt of the batch, an estimate of KL
         without a gradient."""
         following = [*rankings[1:], rankings[0]]
         pairs = zip(rankings, following, strict=True)
@@ -312,13 +314,14 @@ class PreferenceOptimisation(Offline):
 
 
 def preference_arrays(pairs: np.ndarray, real: np.ndarray, prompts: int) -> dict[str, np.ndarray]:
-    """What `PreferenceLoss` reads of how completions compare, besides the ``mask``, ``ref`` and ``lengths`` of its rows.
+    """The arrays from which `PreferenceLoss` reads how completions compare. It also reads its rows' ``mask``, ``ref`` and
+    ``lengths``.
 
     Args:
-      pairs: [N, K, K], what preferring completion i of a prompt to completion j weighs; over the whole update the mean is
-        taken with weights that sum to 1, or to less where ties are left out.
+      pairs: [N, K, K], the weight of preferring completion i of a prompt to completion j. Over the whole update the weights sum
+        to 1, or to less where ties are left out.
       real: bool [N, K], False where a prompt has fewer completions. Completion k of prompt n is row n · K + k.
-      prompts: how many the whole update has.
+      prompts: number of prompts in the whole update.
     """
     wins, defeats = np.any(pairs > 0, axis=2), np.any(pairs > 0, axis=1)
     best, worst = wins & ~defeats, defeats & ~wins

@@ -15,18 +15,18 @@ from lockstep_rlhf.algorithms.language_modelling import LanguageModelling
 
 
 class Pretraining(LanguageModelling):
-    """On the data source's raw texts."""
+    """Next-token prediction on the data source's raw texts."""
 
     @dataclass(frozen=True)
     class Config:
         epochs: float = setting(1.0, "Passes over the training texts.", above=0)
         batch_size: int = setting(64, "Texts per optimizer step.", least=1)
         micro_batch_size: int | None = setting(None, "Rows per forward and backward pass; null: the whole batch.", least=1)
-        lengths: Lengths = setting(Lengths(1, 48, 48), "Limits in tokens; a text starts from BOS or EOS alone.")
+        lengths: Lengths = setting(Lengths(1, 48, 48), "Limits in tokens; a text's prompt is BOS or EOS alone.")
         packing: bool = setting(False, "Whether several texts share a row.")
         heldout_examples: int = setting(256, "Texts whose loss is measured before and after.", least=0)
         optimizer: OptimizerConfig = setting(OptimizerConfig(2e-3, weight_decay=0.1), "Adam, for the miniature.")
-        schedule: ScheduleConfig = setting(ScheduleConfig("cosine", 20, 0.0, 0.1), "To 10%, as GPT-3's.")
+        schedule: ScheduleConfig = setting(ScheduleConfig("cosine", 20, 0.0, 0.1), "Cosine to 10%, as in GPT-3.")
 
     @classmethod
     def traits(cls, config: Config) -> Traits:

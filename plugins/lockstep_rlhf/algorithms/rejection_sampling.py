@@ -6,7 +6,7 @@ One iteration (`RejectionSampling.step`):
     keep the best of each prompt, if its reward is above the threshold
     for each inner epoch, for each minibatch: one optimizer step on the next-token loss of what was kept
 
-Responses are sampled anew in every iteration, from the present policy.
+Every iteration samples new responses from the current policy.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class RejectionSampling(Online):
         batch_size: int = setting(16, "Prompts per iteration.", least=1)
         samples: int = setting(8, "k: responses per prompt, of which the best is kept (RAFT: 32).", least=2)
         kl_coef: float | None = setting(
-            None, "β: subtracted from a score per nat of KL; 0: KL is only measured; null: no reference.", least=0
+            None, "β: cost per nat of KL, subtracted from scores; 0: KL is only measured; null: no reference.", least=0
         )
         threshold: float | None = setting(
-            None, "Scores that the best must be above: 0.5, for rewards of 0 and 1; null: none.", least=-math.inf
+            None, "The best is kept only if its reward is above this: 0.5, for rewards of 0 and 1; null: always.", least=-math.inf
         )
 
         @property
         def trained(self) -> int:
-            """One row per prompt."""
+            """The rows of an inner pass: one per prompt."""
             return self.batch_size
 
     def __init__(self, config: Config, context: Context):
@@ -56,7 +56,7 @@ class RejectionSampling(Online):
         return metrics | trained | self.perf(rollout, clock)
 
     def best(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray, Metrics]:
-        """The row of each prompt's best response, the first of equals; bool [B], whether a row is kept; and metrics."""
+        """The row of each prompt's best response (the first of equals); bool [B], True for rows that are kept; and metrics."""
         k, beta = self.config.samples, self.config.kl_coef or 0.0
         rewards = self.scores(rollout) - beta * rollout.kl.sum(axis=1)
         scores = np.where(rollout.counted, rewards, -np.inf)

@@ -1,9 +1,9 @@
 """A reward model from human rankings of K completions.
 
-InstructGPT (Ouyang et al. 2022), section 3.5 and equation 1: all C(K, 2) pairs of one prompt are one batch element of
-weight 1 / C(K, 2), with one forward pass per completion; shuffling the pairs instead overfits in one epoch. The head
-starts from N(0, 1 / (d + 1)) (Ziegler et al. 2019), and after training the score is shifted so that demonstrations
-average 0 (InstructGPT; ``normalise: bias``), or also scaled to unit variance (lm-human-preferences; ``gain_and_bias``).
+InstructGPT (Ouyang et al. 2022), section 3.5 and equation 1: all C(K, 2) pairs of one prompt are one batch element, each with
+weight 1 / C(K, 2), with one forward pass per completion. Shuffling the pairs instead overfits in one epoch. The head starts from
+N(0, 1 / (d + 1)) (Ziegler et al. 2019). After training the score is shifted so that demonstrations average 0 (InstructGPT;
+``normalise: bias``), or also scaled to unit variance (lm-human-preferences; ``gain_and_bias``).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RewardModelling(Offline):
         micro_batch_size: int | None = setting(None, "Prompts per forward and backward pass; null: the whole batch.", least=1)
         lengths: Lengths = setting(Lengths(), "Limits in tokens.")
         normalise: Literal["none", "bias", "gain_and_bias"] = setting(
-            "bias", "Demonstrations average 0 (InstructGPT, N+), and with the gain have standard deviation 1 too."
+            "bias", "bias: demonstrations average 0 (InstructGPT, N+); gain_and_bias: and have standard deviation 1."
         )
         heldout_examples: int = setting(128, "Comparisons measured before and after.", least=0)
         optimizer: OptimizerConfig = setting(OptimizerConfig(1e-3), "Adam, for the miniature (InstructGPT: 9e-6).")
@@ -72,7 +72,7 @@ class RewardModelling(Offline):
         self.total_steps = self.steps(config, len(self.examples))
 
     def terms(self, batch: Sequence[Ranked]) -> list[Term]:
-        """Micro-batches of whole comparisons, so that every pair is inside one. Rows are padded to few counts."""
+        """Micro-batches of whole comparisons, so that no pair is split. Rows are padded to one of a few counts."""
         terms = []
         for part in chunks(len(batch), self.config.micro_batch_size):
             comparisons = batch[part]
@@ -96,7 +96,7 @@ class RewardModelling(Offline):
         return self.model
 
     def finish(self) -> Metrics:
-        """Held-out accuracy and calibration of the raw score, then normalisation on the demonstrations."""
+        """Measure held-out accuracy and calibration of the raw score, then normalise it on the demonstrations."""
         self.model = self.learner.averaged("reward_model")
         metrics = super().finish()
         return metrics if self.config.normalise == "none" else metrics | self.normalise()
@@ -152,15 +152,16 @@ class RewardModelling(Offline):
         )
 
     def result(self) -> ScalarModel:
-        """As `finish` left it: averaged if asked for, normalised."""
+        """The model after `finish`: averaged if configured, and normalised."""
         return self.model
 
 
 def encoded_comparisons(context: Context, split: str, lengths: Lengths, limit: int | None = None) -> list[Ranked]:
-    """The first ``limit`` comparisons of a split with at least two completions that are not tied; none if there are none.
+    """The first ``limit`` comparisons of a split with at least two completions that are not tied; empty if a split for evaluation
+    has no comparisons.
 
     Raises:
-      MissingData: the data have none to train on.
+      MissingData: the data have no comparisons to train on.
     """
     try:
         comparisons = context.data.comparisons(split)

@@ -25,7 +25,7 @@ from lockstep_rlhf.algorithms.language_modelling import LanguageModelling
 
 
 class SFT(LanguageModelling):
-    """On demonstrations, with raw text mixed in if asked for."""
+    """Next-token prediction on demonstrations, with raw text mixed in if configured."""
 
     @dataclass(frozen=True)
     class Config:
@@ -85,7 +85,7 @@ class SFT(LanguageModelling):
         return encoding.block(examples, self.tokenizer, self.config.lengths, prompt_loss=self.config.prompt_loss)
 
     def next_terms(self, step: int) -> list[Term]:
-        """With raw texts of their own order, and with dropout."""
+        """The terms of a step, with raw texts in an order of their own, and with dropout."""
         indices = example_indices(self.context.seed, "mix", len(self.texts), step * self.raw, self.raw) if self.raw else ()
         texts, batch = [self.texts[i] for i in indices], self.batch(step)
         if self.config.packing or not texts:

@@ -1,4 +1,4 @@
-"""`attacker=policy`: a language model writes the attacks, zero-shot, with shots, or after training on attacks that succeeded or
+"""`attacker=policy`: a language model writes the attacks, zero-shot, few-shot, or after training on successful attacks or
 against the target (Perez et al. 2022, arXiv 2202.03286, section 3)."""
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lockstep.types import Goal, Message, Prompt
 
 
 class PolicyAttacker(Attacker):
-    """It reads the shots as a dialogue, then `Goal.ask`; what it responds is the attack, a single turn."""
+    """Prompts a policy with the shots as a dialogue, then `Goal.ask`. The response is the attack, a single user turn."""
 
     @dataclass(frozen=True)
     class Config:
-        source: str = setting("attacker", "A stage, or a folder or hub id.")
+        source: str = setting("attacker", "The policy that attacks: a stage, or a folder or hub id.")
         shots: tuple[tuple[str, ...], ...] = setting((), "Pairs of a goal and an attack on it, shown before the goal.")
         names_goal: bool = setting(True, "Whether an attack must contain the goal's words.")
-        temperature: float = setting(1.0, "For sampling.", above=0)
+        temperature: float = setting(1.0, "Sampling temperature.", above=0)
         batch_size: int = setting(100, "Attacks per forward pass.", least=1)
         lengths: Lengths = setting(Lengths(), "Limits in tokens.")
         stop_strings: tuple[str, ...] = setting((), "Text that ends an attack, as EOS does; or special tokens by name.")

@@ -1,5 +1,5 @@
-"""`attacker=templates`: fixed words around the goal. Lists of them are the oldest attacks there are, and "do anything now" is one
-(Shen et al. 2024, arXiv 2308.03825); encodings of the goal are those of Wei et al. (2023, "Jailbroken", arXiv 2307.02483)."""
+"""`attacker=templates`: fixed words around the goal. Lists of such templates are the oldest attacks; "do anything now" is one
+(Shen et al. 2024, arXiv 2308.03825). The encodings of the goal are those of Wei et al. (2023, "Jailbroken", arXiv 2307.02483)."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ DISGUISES: Mapping[str, Callable[[str], str]] = {
     "goal.spaced": lambda text: " ".join(text),
     "goal.reversed": lambda text: text[::-1],
 }
-"""What may stand in braces."""
+"""The placeholders that a template may have in braces, each with the function that turns the goal into its text."""
 _BLANK = re.compile(r"\{([\w.]*)\}")
 
 
 class Templates(Attacker):
-    """Each attack takes one of the templates at random."""
+    """Each attack uses one of the templates, chosen at random."""
 
     @dataclass(frozen=True)
     class Config:
         templates: tuple[tuple[str, ...], ...] = setting(
             (("{goal}",),),
-            "Turns of a dialogue, the user's first and last; {goal} is the goal, {goal.base64} its encoding.",
+            "Dialogues, each a list of turns, the user's first and last; {goal} is the goal, {goal.base64} its encoding.",
         )
 
         def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Templates(Attacker):
         return [self._filled(self._chosen(seed, place), goal) for place, goal in enumerate(goals)]
 
     def twin(self, messages: Sequence[Message], goal: Goal) -> Sequence[Message] | None:
-        """The template again that gave these messages."""
+        """The twin goal in the template that produced these messages; None if no template did, or the goal has no twin."""
         found = next((turns for turns in self.config.templates if self._filled(turns, goal) == list(messages)), None)
         return None if found is None or goal.twin is None else self._filled(found, goal.twin)
 

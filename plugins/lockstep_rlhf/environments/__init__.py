@@ -1,5 +1,5 @@
-"""What policies converse with: one contract, `lockstep.interfaces.Environment`.
+"""Environments that policies converse with: one contract, `lockstep.interfaces.Environment`.
 
 tools.py    Python functions that the policy calls by name
-search.py   an index that it asks for passages
+search.py   an index that the policy searches for passages
 """

@@ -1,5 +1,5 @@
-"""A search index that the policy may ask before it answers, as WebGPT (Nakano et al. 2021, arXiv 2112.09332) and the assistants
-of search engines do. Passages are ranked by BM25, by SQLite's full-text index, which comes with Python.
+"""A search index that the policy may query before it answers, as in WebGPT (Nakano et al. 2021, arXiv 2112.09332) and in the
+assistants of search engines. SQLite's full-text index, which comes with Python, ranks the passages by BM25.
 
     <user> Who wrote it?   <assistant> <search>author of it</search>   <tool> [1] It is by Ada. ...   <assistant> Ada. [1]
 """
@@ -23,30 +23,30 @@ from lockstep.storage.files import expanded
 from lockstep.types import Message
 
 MOST_WORDS = 64
-"""Of a query; those after are not looked for."""
+"""Words of a query that are searched for; any further ones are ignored."""
 
 
 class Search(Environment):
-    """A turn with a query between ``search_begin`` and ``search_end`` is answered with the best passages, numbered through the
-    episode; a passage that comes again keeps its number. A turn without a query is the answer, and ends the episode: what it is
-    worth is the reward model's to say. `reward_model=citations` reads what was shown.
+    """Answers a query between ``search_begin`` and ``search_end`` with the best passages. Passages are numbered through the
+    episode; one that is found again keeps its number. A turn without a query is the policy's answer and ends the episode; the
+    reward model scores it. `reward_model=citations` reads the passages that were shown.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(EnvironmentConfig):
-        documents: Mapping[str, Any] | None = setting(None, "Rows with the passages: {path: ...}, as a source of data=files.")
-        function: str | None = setting(None, "Instead: module:function that returns the passages, a list of texts.")
+        documents: Mapping[str, Any] | None = setting(None, "Rows with the passages: a source as in data=files, {path: ...}.")
+        function: str | None = setting(None, "In place of documents: module:function that returns the passages, a list of texts.")
         column: str = setting("text", "The column of the rows that holds a passage.")
         inject: str | None = setting(
-            None, "An attack: module:function from a query and the passages that were found to those that are shown."
+            None, "An attack: module:function that takes a query and the passages found, and returns the passages to show."
         )
-        results: int = setting(3, "Passages that are shown for a query, at most.", least=1, most=100)
-        characters: int = setting(1000, "Of a passage; the rest is cut.", least=1)
-        search_begin: str = setting("<search>", "Before a query in the policy's text.")
-        search_end: str = setting("</search>", "After it; may be left out at the end of a turn.")
+        results: int = setting(3, "Most passages shown for a query.", least=1, most=100)
+        characters: int = setting(1000, "Characters shown of a passage; the rest is cut.", least=1)
+        search_begin: str = setting("<search>", "The mark before a query in the policy's text.")
+        search_end: str = setting("</search>", "The mark after a query; optional at the end of a turn.")
         passage: str = setting("[{number}] {text}", "How a passage is shown.")
-        nothing: str = setting("nothing found", "What is said if no passage fits.")
-        role: Literal["tool", "user"] = setting("tool", "Of the messages with passages.")
+        nothing: str = setting("nothing found", "The reply if no passage matches.")
+        role: Literal["tool", "user"] = setting("tool", "Role of the messages with passages.")
 
         def __post_init__(self) -> None:
             if self.documents is not None and self.function is not None:
@@ -87,7 +87,7 @@ class Search(Environment):
 
 
 class Index:
-    """Texts that contain words of a query, best first by BM25 (Robertson and Zaragoza 2009); of equally good ones, the first."""
+    """Finds texts with words of a query, best first by BM25 (Robertson and Zaragoza 2009); equal ones in their given order."""
 
     def __init__(self, texts: Sequence[str]):
         self.lock = threading.Lock()  # replies come from several threads
@@ -108,10 +108,11 @@ class Index:
 
 
 def passages_of(config: Search.Config) -> list[str]:
-    """
+    """The passages to search in.
+
     Raises:
-      ConfigError: neither is given, or the function is not there.
-      DataError: the rows have no such column, or what there is are no texts.
+      ConfigError: neither ``documents`` nor ``function`` is set, or the function does not exist.
+      DataError: a row lacks the column, or there are no passages, or one is not a text.
     """
     if config.function is None and config.documents is None:
         raise ConfigError("environment=search has nothing to search in. Type: environment.documents='{path: corpus.jsonl}'")
@@ -132,12 +133,12 @@ def passages_of(config: Search.Config) -> list[str]:
 
 
 def injected(config: Any, query: str, found: list[str]) -> list[str]:
-    """What is shown in place of the passages that were found, if pages are under attack (Greshake et al. 2023, "Not what you've
-    signed up for", arXiv 2302.12173).
+    """The passages to show. If ``inject`` is set, it replaces those found, as an attack through web pages does (Greshake et al.
+    2023, "Not what you've signed up for", arXiv 2302.12173).
 
     Raises:
-      ConfigError: there is no such function.
-      DataError: it gives no texts.
+      ConfigError: the function does not exist.
+      DataError: the function does not return a list of texts.
     """
     if config.inject is None:
         return found
@@ -148,7 +149,7 @@ def injected(config: Any, query: str, found: list[str]) -> list[str]:
 
 
 def clean(text: str) -> str:
-    """In one line, so that a passage cannot begin another."""
+    """The text in one line, so that a passage cannot contain the beginning of another."""
     return " ".join(text.encode(errors="replace").decode().split())
 
 

@@ -1,4 +1,4 @@
-"""Python functions as tools, called by name with JSON arguments, as chat templates of tool-using models write it."""
+"""Python functions as tools, called by name with JSON arguments, in the form that tool-using models' chat templates write."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: 
 
 
 class Tools(Environment):
-    """The policy calls functions in its turn, each as {"name": ..., "arguments": {...}} between ``call_begin`` and
-    ``call_end``; each result is a message of the role 'tool'. A turn without a call is the answer, and ends the episode: what it
-    is worth is the reward model's to say.
+    """Runs the function calls in the policy's turn. A call is {"name": ..., "arguments": {...}} between ``call_begin`` and
+    ``call_end``; its result is a message with the role 'tool'. A turn without a call is the policy's answer and ends the episode;
+    the reward model scores it.
 
-    What goes wrong in a call (no JSON, no such tool, other arguments, an exception) is told to the policy, which may try again.
-    Only what the policy wrote is read as a call, never what a tool returned.
+    If a call fails (invalid JSON, an unknown tool, wrong arguments, an exception), the policy gets the error message and may try
+    again. Only the policy's own text is read as calls, never a tool's result.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(EnvironmentConfig):
         functions: tuple[str, ...] = setting(REQUIRED, "module:function each; name, docstring and annotations describe it.")
-        call_begin: str = setting("<tool_call>", "Before a call in the policy's text (Hermes, Qwen).")
-        call_end: str = setting("</tool_call>", "After it; may be left out at the end of a turn.")
+        call_begin: str = setting("<tool_call>", "The mark before a call in the policy's text (Hermes, Qwen).")
+        call_end: str = setting("</tool_call>", "The mark after a call; optional at the end of a turn.")
 
         def __post_init__(self) -> None:
             if not self.call_begin or not self.call_end:
@@ -56,11 +56,11 @@ class Tools(Environment):
         return Reply(results)
 
     def calls(self, text: str) -> list[str]:
-        """What stands between the marks."""
+        """The text of each call, between the marks."""
         return [part.partition(self.config.call_end)[0].strip() for part in text.split(self.config.call_begin)[1:]]
 
     def result(self, call: str) -> str:
-        """What the call gives, as text; or what is wrong with it."""
+        """The result of the call as text, or an error message."""
         try:
             asked = json.loads(call)
         except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Who ranks fresh responses: one contract, `lockstep.interfaces.Labeler`.
+"""Labelers, which rank fresh responses: one contract, `lockstep.interfaces.Labeler`.
 
-scores.py   a reward model, or a judge
+scores.py   ranking by a reward model or a judge
 """

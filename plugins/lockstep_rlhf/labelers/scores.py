@@ -1,5 +1,5 @@
-"""`labeler=scores`: a reward model ranks. With a judge for a reward model this is RLAIF, reinforcement learning from AI feedback
-(Bai et al. 2022, "Constitutional AI", arXiv 2212.08073; Lee et al. 2023, arXiv 2309.00267)."""
+"""`labeler=scores`: ranks responses by a reward model's scores. With a judge as the reward model, this is RLAIF, reinforcement
+learning from AI feedback (Bai et al. 2022, "Constitutional AI", arXiv 2212.08073; Lee et al. 2023, arXiv 2309.00267)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lockstep.types import Candidates
 
 
 class Scores(Labeler):
-    """The higher score is the better rank. Candidates of which one could not be scored are left out."""
+    """Ranks by score, highest first. Candidates are left out if any of their completions could not be scored."""
 
     @dataclass(frozen=True)
     class Config:
-        reward_model: Mapping[str, Any] = setting(REQUIRED, "A group of this kind, with its name.")
-        tie: float = setting(0.0, "Neighbours in the order whose scores differ by no more are tied.", least=0)
+        reward_model: Mapping[str, Any] = setting(REQUIRED, "The configuration of a reward model, with its name.")
+        tie: float = setting(0.0, "Neighbours in the ranking are tied if their scores differ by at most this.", least=0)
         lengths: Lengths = setting(Lengths(), "Limits in tokens.")
 
     @classmethod
@@ -39,7 +39,7 @@ class Scores(Labeler):
     def label(self, candidates: Sequence[Candidates], seed: int, folder: Path) -> Sequence[Label]:
         """
         Raises:
-          DataError: nothing could be scored.
+          DataError: none of the candidates could be scored.
         """
         prompts = [each.prompt for each in candidates for _ in each.completions]
         texts = [text for each in candidates for text in each.completions]

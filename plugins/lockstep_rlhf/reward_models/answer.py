@@ -1,4 +1,4 @@
-"""1 for responses whose answer is the row's: the reward of tasks that can be checked."""
+"""1 for responses with the row's answer: a reward for tasks whose answers can be checked."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ log = logging.getLogger("lockstep")
 
 NO_GOLD, NO_ANSWER, FAILED = "no_gold", "no_answer", "failed"
 Outcome = bool | str
-"""Whether the answer is right, or why that is unknown: one of the three above."""
+"""Whether the answer is right; or, if there was nothing to compare or the comparison failed, one of the three above."""
 
 
 class Answer(RewardModel):
     """1.0 if the response's answer equals the row's ``column``, else 0.0.
 
-    The answer is the group of the LAST match of ``extract`` in the response (the whole match if the expression has no group), or,
-    without ``extract``, the whole response. A response without an answer, or with one that cannot be read as ``compare`` asks,
-    scores 0. A gold answer that is null or cannot be read, and a comparison that fails, give no score (NaN) and are counted in a
-    warning. `details` has each as ``no_answer``, ``no_gold`` and ``failed``.
+    With ``extract``, the answer is the group of its LAST match in the response, or the whole match if there is no group. Without
+    ``extract``, the answer is the whole response. A response without an answer, or with one that ``compare`` cannot read, scores
+    0. If the gold answer is null or unreadable, or the comparison fails, there is no score (NaN), and a warning counts such
+    responses. `details` marks these cases as ``no_answer``, ``no_gold`` and ``failed``.
 
-    | compare | equal are |
+    | compare | what counts as equal |
     |---|---|
-    | exact | the same characters, but for white space at the ends; a gold number counts as it is written |
-    | number | the same number, exactly: 1,000 = 1000 = 1e3 = 2000/2. Anything around it (%, $, cm) is no number |
-    | math | what the package math-verify takes as equal: fractions, roots, intervals, sets, equations; it ignores units and % |
+    | exact | the same characters, except for white space at the ends; a gold number is compared as Python prints it |
+    | number | the same number, exactly: 1,000 = 1000 = 1e3 = 2000/2. With anything around it (%, $, cm) it is no number |
+    | math | what the package math-verify considers equal: fractions, roots, intervals, sets, equations; it ignores units and % |
     """
 
     @dataclass(frozen=True)
     class Config:
         column: str = setting("answer", "The column with the gold answer: text or a number.")
         extract: str | None = setting(
-            None, "A regular expression with at most one group; its last match is the answer. null: all of the response."
+            None, "A regular expression with at most one group; its last match is the answer. null: the whole response."
         )
-        compare: Literal["exact", "number", "math"] = setting("exact", "As in the table.")
-        timeout_seconds: float = setting(10.0, "Limit of one comparison by math, and of one extraction.", above=0)
+        compare: Literal["exact", "number", "math"] = setting("exact", "How answers are compared: see the table.")
+        timeout_seconds: float = setting(10.0, "Limit of one math comparison, and of one extraction.", above=0)
 
         def __post_init__(self) -> None:
             if self.extract is not None and (groups := compiled(self.extract, "extract").groups) > 1:
@@ -101,7 +101,8 @@ class Answer(RewardModel):
 
 
 def last_match(pattern: Any, text: str, seconds: float) -> str | None:
-    """The group, or all if there is none, of the pattern's last match from the left. A group that took no part is no answer."""
+    """The last match, searching from the left: its group, or the whole match if the pattern has no group. None without a match,
+    or if the group took no part in it."""
     matches = list(pattern.finditer(text, timeout=seconds))
     return matches[-1][pattern.groups] if matches else None
 
@@ -122,8 +123,8 @@ _NUMBER = re.compile(rf"({_DECIMAL})(?:\s*/\s*({_DECIMAL}))?")
 
 
 def number(value: Any) -> Fraction | None:
-    """The exact value of a number, or of text that is nothing but one: digits, thousands separated by commas, a decimal point, an
-    exponent, or the fraction of two such. None for all else, and for numbers of more than 400 digits."""
+    """The exact value of a number, or of text that is only a number: digits, thousands separated by commas, a decimal point, an
+    exponent, or a fraction of two such numbers. None for anything else, and for text with more than 400 digits."""
     if isinstance(value, float):
         value = repr(value)  # 0.1 is the gold answer 1/10
     if isinstance(value, bool) or not isinstance(value, (int, str)):

@@ -21,30 +21,29 @@ from lockstep.types import Message, Prompt
 
 
 class AttackReward(RewardModel):
-    """success - invalid + novelty of each response as an attack on the target, after the goal that its prompt names
-    (`lockstep.types.Goal`).
+    """Scores each response as an attack on the target, in pursuit of the goal that its prompt names (`lockstep.types.Goal`): a
+    valid attack by success + ``novelty`` · its novelty, an invalid one by -``invalid``.
 
-    An attack is valid if it names the goal and fits the target's length limits. Of a valid one, the success is the judge's mean
-    score of the target's replies (Perez et al. 2022, arXiv 2202.03286, section 3.1), and the novelty, times ``novelty``, the mean
-    distance to the ``neighbours`` nearest attacks of the archive, goals aside (`lockstep.text.similarity.Archive`); curiosity in
-    this sense keeps a trained attacker from repeating what is known (Hong et al. 2024, arXiv 2402.19464). An invalid one costs
-    ``invalid``.
+    An attack is valid if it is not empty, fits the target's length limits and, with ``names_goal``, contains the goal. Success is
+    the judge's mean score of the target's replies (Perez et al. 2022, arXiv 2202.03286, section 3.1). Novelty is the mean
+    distance to the ``neighbours`` nearest attacks of the archive, with the goals left out (`lockstep.text.similarity.Archive`).
+    Such curiosity keeps a trained attacker from repeating known attacks (Hong et al. 2024, arXiv 2402.19464).
 
-    A reply's random numbers come from the goal and the attack, so a score does not depend on the batch. `details` has success,
-    validity and novelty; the judge's NaN, where it could not score a reply, is the score's.
+    Each reply is drawn from seeds made of the goal and the attack, so a score does not depend on the batch. `details` has
+    success, validity and novelty. If the judge cannot score a reply (NaN), the attack has no score (NaN).
     """
 
     @dataclass(frozen=True)
     class Config:
-        judge: Mapping[str, Any] = setting(REQUIRED, "A group of this kind with its name; its score is the success.")
-        policy: str = setting("ppo", "The policy that is attacked: a stage, a folder or hub id, or 'new', the configured one.")
-        invalid: float = setting(1.0, "What an attack costs that misses its goal or is too long.", least=0)
-        novelty: float = setting(0.5, "What complete novelty is worth.", least=0)
-        archive: tuple[str, ...] = setting((), "Stages (all.STAGE) or folders whose attacks are not new.")
-        neighbours: int = setting(10, "Attacks of the archive that novelty is the mean distance to.", least=1)
+        judge: Mapping[str, Any] = setting(REQUIRED, "The judge's configuration, with its name; its score is the success.")
+        policy: str = setting("ppo", "The target: a stage, a folder or hub id, or 'new', the configured policy.")
+        invalid: float = setting(1.0, "Cost of an attack that does not name its goal or is too long.", least=0)
+        novelty: float = setting(0.5, "Weight of novelty, which lies in 0 .. 1.", least=0)
+        archive: tuple[str, ...] = setting((), "Stages (all.STAGE) or folders with the known attacks.")
+        neighbours: int = setting(10, "Nearest attacks of the archive, to which novelty is the mean distance.", least=1)
         names_goal: bool = setting(True, "Whether an attack must contain the goal's words.")
-        replies: int = setting(1, "Of the target, whose mean counts.", least=1)
-        temperature: float = setting(1.0, "For the replies.", above=0)
+        replies: int = setting(1, "Replies of the target to each attack; their scores are averaged.", least=1)
+        temperature: float = setting(1.0, "Sampling temperature of the replies.", above=0)
         batch_size: int = setting(100, "Replies per forward pass.", least=1)
         lengths: Lengths = setting(Lengths(), "Limits of the target, in tokens.")
 
@@ -84,10 +83,10 @@ class AttackReward(RewardModel):
         return self._details
 
     def _encoded(self, attack: Prompt) -> list[int] | None:
-        """The attack as the target reads it; None if it is not valid.
+        """The attack as token ids for the target; None if it is not valid.
 
         Raises:
-          DataError: the prompt does not say what the attack is after.
+          DataError: with ``names_goal``, the prompt has no goal.
         """
         text = attack.messages[-1].content
         if self.config.names_goal and "goal" not in attack.truth:
@@ -100,7 +99,7 @@ class AttackReward(RewardModel):
         return encoding.encode_prompt(self.tokenizer, attack, self.config.lengths.prompt)
 
     def _success(self, attacks: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> np.ndarray:
-        """float32 [B]"""
+        """float32 [B]: the mean score of the target's replies to each attack."""
         c = self.config
         seeds = [token_seeds(_seed(attack), "replies", 0, c.replies, c.lengths.response) for attack in attacks]
         scores, _ = score(self.judge, self.sampler.sample(self.target, attacks, ids, np.concatenate(seeds)))
@@ -108,7 +107,7 @@ class AttackReward(RewardModel):
 
 
 def _attack(prompt: Prompt, text: str) -> Prompt:
-    """The response to a goal as a prompt for the target."""
+    """The attacker's response as a prompt for the target."""
     known = prompt.truth
     return Prompt(
         (Message("user", text.strip()),), {**known.get("pursued", {}), **({"goal": known["goal"]} if "goal" in known else {})}

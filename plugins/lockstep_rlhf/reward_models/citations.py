@@ -1,4 +1,4 @@
-"""The reward of answers that say where they are from."""
+"""A reward for answers that cite their sources."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from lockstep_rlhf.reward_models.pattern import compiled
 
 
 class Citations(RewardModel):
-    """supported - unsupported · the share of the cited passages that do not contain the answer.
+    """``supported`` if a cited passage has the answer, minus ``unsupported`` · the share of citations whose passage does not.
 
-    ``supported`` is earned if one of the cited passages contains the answer of the row's ``column``, as whole words, whatever
-    their case. A number that no passage has supports nothing. An answer that cites nothing scores 0. Passages are lines that
-    match ``passage`` in messages after the policy's first turn: what `environment=search` showed, never what the policy or the
-    question says. `details` has the number of citations and whether one supports the answer.
+    The answer is in the row's ``column``. A passage has it if it contains the same whole words, in upper or lower case. A cited
+    number that no passage has supports nothing. A response without citations scores 0; a row without an answer has no score
+    (NaN). Passages are lines that match ``passage`` in messages after the policy's first turn: what `environment=search` showed,
+    never text of the policy or the question. `details` has the number of citations and whether one supports the answer.
     """
 
     @dataclass(frozen=True)
     class Config:
         column: str = setting("answer", "The column with the answer that a passage must contain.")
         cite: str = setting(r"\[(\d+)\]", "A regular expression whose group is a cited number.")
-        passage: str = setting(r"^\[(\d+)\] (.*)$", "One whose groups are a passage's number and text, a line each.")
-        supported: float = setting(1.0, "What a citation that supports the answer is worth.", least=0)
-        unsupported: float = setting(1.0, "What it costs if all citations do not.", least=0)
+        passage: str = setting(r"^\[(\d+)\] (.*)$", "A regular expression for a passage's line; its groups are number and text.")
+        supported: float = setting(1.0, "Reward if a citation supports the answer.", least=0)
+        unsupported: float = setting(1.0, "Cost if no citation supports the answer; in proportion if some do not.", least=0)
 
         def __post_init__(self) -> None:
             for key, count in (("cite", 1), ("passage", 2)):
@@ -67,7 +67,7 @@ class Citations(RewardModel):
         return self._details
 
     def cited(self, text: str) -> list[str]:
-        """The different numbers, in the order of their first mention."""
+        """The distinct cited numbers, in order of first mention."""
         return list(dict.fromkeys(self.cite.findall(text, timeout=1.0)))
 
     def shown(self, prompt: Prompt) -> Mapping[str, str]:

@@ -31,21 +31,21 @@ ALLOW = (
 
 
 class Code(RewardModel):
-    """1.0 if the program in the response, followed by the row's ``column``, ends with status 0 and reached its end; else 0.0. The
-    program is the last fenced block of the response, or all of it without one.
+    """1.0 if the response's program, followed by the tests in the row's ``column``, runs to its end and exits with status 0; else
+    0.0. The program is the last fenced block of the response, or the whole response if it has none.
 
-    Each program runs in a process, session and empty folder of its own, without your environment, and without a network where the
-    system allows that (``running.py``); all of it is killed after ``timeout_seconds``. This is no security boundary: see ALLOW. A
-    row without tests has no score (NaN). `details` has ``out_of_time``.
+    Each program runs in its own process, session and empty folder, without your environment variables and, where the system
+    allows it, without a network (``running.py``). The whole session is killed when the program ends or after ``timeout_seconds``.
+    This is not a security boundary: see ALLOW. A row without tests has no score (NaN). `details` has ``out_of_time``.
     """
 
     @dataclass(frozen=True)
     class Config:
-        allow: bool = setting(False, "Whether to run what the policy writes. See docs/rewards.md.")
+        allow: bool = setting(False, "Whether to run programs that the policy writes. See docs/rewards.md.")
         column: str = setting("tests", "The column with the tests: Python text, or a list of lines.")
-        timeout_seconds: float = setting(10.0, "Limit of one program, by the clock and of the processor.", above=0, most=3600)
+        timeout_seconds: float = setting(10.0, "Limit of one program, in wall-clock time and in CPU time.", above=0, most=3600)
         memory_mb: int = setting(1024, "Address space of one process, in MB.", least=64)
-        processes: int = setting(2, "Programs at a time.", least=1, most=256)
+        processes: int = setting(2, "Programs that run at a time.", least=1, most=256)
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -81,8 +81,8 @@ class Code(RewardModel):
         return np.array([np.nan if each is None else max(each, 0.0) for each in found], np.float32)
 
     def passes(self, code: str, tests: str) -> float:
-        """1.0, 0.0, or `OUT_OF_TIME`."""
-        c, done = self.config, f"done-{secrets.token_hex(16)}"  # which stands in no file that a program can read
+        """Run the program with its tests: 1.0 if it passes, 0.0 if not, or `OUT_OF_TIME`."""
+        c, done = self.config, f"done-{secrets.token_hex(16)}"  # no file that a program can read contains it
         with tempfile.TemporaryDirectory(prefix="lockstep-code-", ignore_cleanup_errors=True) as folder:
             text = f"{done}\n{code}\n\n{tests}\n"
             command = [
@@ -112,7 +112,7 @@ OUT_OF_TIME = -1.0
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the whole session, also what the program left behind."""
+    """Kill the whole session, including processes that the program left behind."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -123,7 +123,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def program(response: str) -> str:
-    """The last fenced block, to the end of the response if it is not closed; or all of the response."""
+    """The last fenced block, up to the end of the response if it is not closed; the whole response if there is no block."""
     blocks = re.split(r"^[ \t]*```[^\n]*$\n?", response, flags=re.MULTILINE)
     if len(blocks) == 1:
         return response

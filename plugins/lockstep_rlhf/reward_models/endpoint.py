@@ -1,4 +1,4 @@
-"""A reward server: JSON over HTTP. ``docs/rewards.md`` has the protocol and a server to start from."""
+"""A reward server: JSON over HTTP. ``docs/rewards.md`` has the protocol and an example server."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lockstep_rlhf.reward_models.outside import NoScores, OneAtATime, Outside
 from lockstep_rlhf.reward_models.server import LARGEST_ANSWER, Server, ServerConfig, shown, token
 
 LARGEST_SCORE = 2**10
-"""Bytes of an answer for each response, besides `LARGEST_ANSWER`."""
+"""Bytes that an answer may have for each response, in addition to `LARGEST_ANSWER`."""
 
 
 class Endpoint(Outside):
-    """POST {"prompts": [[{"role", "content"}, ...], ...], "responses": [str, ...]} to ``url``; {"scores": [number, ...]} back.
-    Where anything is known about the prompts, the request also has "columns": {name: [value, ...]}.
+    """POSTs {"prompts": [[{"role", "content"}, ...], ...], "responses": [str, ...]} to ``url``; gets {"scores": [number, ...]}.
+    If the prompts have columns, the request also has "columns": {name: [value, ...]}.
 
     A request is retried, up to ``retries`` times, if the connection fails or breaks off, no answer comes within
     ``timeout_seconds``, or the status is 429 or 5xx. Retries wait ``backoff_seconds``, doubled each time, with jitter, and at
-    least as long as Retry-After says. Any other status, or an answer that is not one number per response, fails at once. null
-    and NaN mean that the server could not score this one response. A failure is then handled for the batch by ``on_failure``,
-    as in `Outside`.
+    least as long as Retry-After says. Any other status fails at once, and so does an answer that is not one number per response.
+    A score of null or NaN means that the server could not score that response. When a request has failed, ``on_failure`` applies
+    to its batch, as in `Outside`.
     """
 
     @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Endpoint(Outside):
             return scores_in(body, len(texts))
         except RewardError:
             hidden = redact(body.decode(errors="replace"))
-        try:  # again, for a reason with nothing secret in it
+        try:  # parse it again without secrets, for a reason that shows none
             scores_in(hidden.encode(), len(texts))
             reason = "its answer is not JSON in UTF-8"
         except RewardError as error:
@@ -67,7 +67,7 @@ class Endpoint(Outside):
 
 
 def scores_in(body: bytes, count: int) -> np.ndarray:
-    """float64 [count] of an answer's body; NaN for null.
+    """The scores in the body of an answer, float64 [count]; NaN for null.
 
     Raises:
       RewardError: the body is not {"scores": [one number for each response]}.

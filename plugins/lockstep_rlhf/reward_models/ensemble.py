@@ -1,5 +1,5 @@
 """Several reward models as one (Coste et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization", arXiv
-2310.02743). Scores on which the members disagree are not to be trusted, and a policy that seeks high scores finds them."""
+2310.02743). Scores on which the members disagree are unreliable, and a policy that seeks high scores finds them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lockstep.interfaces import Inputs, Resources, Responses, RewardModel, Scala
 
 
 class Ensemble(RewardModel):
-    """Combines the scores r_1 .. r_K of K members, with mean μ and standard deviation σ over them (divided by K):
+    """Combines the scores r_1 .. r_K of K members, with mean μ and standard deviation σ (divisor K):
 
     | | | |
     |---|---|---|
@@ -24,17 +24,17 @@ class Ensemble(RewardModel):
     | uncertainty_weighted | μ - coef · σ² | uncertainty-weighted optimisation (UWO) |
     | lower_bound | μ - coef · σ | a lower confidence bound, in the scores' own unit |
 
-    A response that any member could not score has no score. Normalise the members alike: with ``normalise: bias`` each scores
-    demonstrations 0 on average. `details` has σ as ``disagreement``. A value network starts from the first member.
+    A response has no score if any member could not score it. Normalise the members alike: with ``normalise: bias`` each scores
+    demonstrations 0 on average. `details` has σ as ``disagreement``. A value network starts from the first member's network.
     """
 
     @dataclass(frozen=True)
     class Config:
         members: tuple[Mapping[str, Any], ...] = setting(
             tuple({"name": "learned", "source": f"reward_{i}", "micro_batch_size": 64, "chat_template": None} for i in range(3)),
-            "Groups of this kind, each with its name.",
+            "Configurations of reward models, each with its name.",
         )
-        combine: Literal["mean", "worst", "uncertainty_weighted", "lower_bound"] = setting("lower_bound", "As in the table.")
+        combine: Literal["mean", "worst", "uncertainty_weighted", "lower_bound"] = setting("lower_bound", "See the table.")
         coef: float = setting(1.0, "For lower_bound and uncertainty_weighted; below 0 it would reward disagreement.", least=0)
 
         def __post_init__(self):
@@ -64,7 +64,7 @@ class Ensemble(RewardModel):
 
 
 def combine(scores: np.ndarray, how: str, coef: float) -> np.ndarray:
-    """[K, B] -> [B], NaN where a member's score is: section 3.2 of Coste et al. 2023, and the bound in standard deviations."""
+    """[K, B] -> [B], NaN where any member's score is. Section 3.2 of Coste et al. 2023, and the bound in standard deviations."""
     mean = scores.mean(axis=0)
     if how == "worst":
         return scores.min(axis=0)

@@ -1,4 +1,4 @@
-"""Any Python function over text, and over the columns of the data."""
+"""Scores from any Python function of prompts, responses and data columns."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ log = logging.getLogger("lockstep")
 
 
 class Function(Outside):
-    """``function(prompts, responses, **columns) -> scores``, named as ``module:function``.
+    """Calls ``function(prompts, responses, **columns) -> scores``, named as ``module:function``.
 
-    prompts: a list of dialogues, each a list of {"role", "content"}; responses: a list of str; every other parameter is a column
-    of the data by its name (`lockstep.learning.rows.arguments`): a list of as many values. All are the function's to change.
-    scores: as many numbers, in a list, an array or a tensor; None or NaN for a response that it could not score. A call that
-    takes longer than ``timeout_seconds``, raises, exits, or returns something else is retried up to ``retries`` times. Then
-    ``on_failure`` decides, as in `Outside`.
+    prompts: a list of dialogues, each a list of {"role", "content"}.
+    responses: a list of str.
+    columns: every other parameter gets the data column of its name, a list with one value per response
+      (`lockstep.learning.rows.arguments`).
+    scores: one number per response, in a list, an array or a tensor; None or NaN for a response that it could not score.
+
+    The function may change its arguments. A call that takes longer than ``timeout_seconds``, raises, exits, or returns something
+    else is retried up to ``retries`` times. Then ``on_failure`` decides, as in `Outside`.
     """
 
     @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Function(Outside):
         timeout_seconds: float = setting(60.0, "Limit of one call.", above=0, most=LONGEST_TIMEOUT)
         retries: int = setting(2, "Further calls after one that fails.", least=0, most=MOST_RETRIES)
         on_failure: Literal["raise", "drop"] = setting(
-            "raise", "Stop the run; or drop: leave the episodes out and say how many. A failure is never a score."
+            "raise", "Stop the run; or drop: leave the episodes out and report how many. A failure is never a score."
         )
 
     @classmethod
@@ -50,7 +53,7 @@ class Function(Outside):
 
     @classmethod
     def rehearse(cls, config: Config, data: DataSource) -> None:
-        """One call, on two responses to the first prompt; it may say that it cannot score one of them."""
+        """Call the function once, on two responses to the first prompt. It may leave one of them without a score."""
         if (row := first_row(data)) is None:
             return
         model, (prompt, response) = cls(config, None), row

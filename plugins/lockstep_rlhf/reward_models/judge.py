@@ -41,36 +41,36 @@ How helpful, truthful and harmless is the response? Think it over briefly. Then 
 from 1 (very bad) to 10 (very good)."""
 
 PLACES = {"rubric": ("dialogue", "response"), "pairwise": ("dialogue", "a", "b")}
-"""What the prompt of each kind has in braces."""
+"""The placeholders, in braces, that the prompt of each kind must have."""
 
 
 class Judge(RewardModel):
-    """Asks the judge for each response, and reads its verdict from the end of the answer.
+    """Asks a judge about each response and reads the verdict at the end of its answer.
 
     rubric: the LAST number of the answer, which must lie in [``low``, ``high``], scaled to 0 .. 1. "7/10" and "7 out of 10" are 7
-      where ``high`` is 10.
-    pairwise: A, B or tie, for the response and the one in the row's column ``against``, asked in both orders. 1.0 if the response
-      wins both, 0.0 if it loses both, else 0.5: judges prefer a place, so verdicts that disagree are a tie.
+      if ``high`` is 10.
+    pairwise: A, B or tie between the response and the one in the row's column ``against``, asked in both orders. 1.0 if the
+      response wins both, 0.0 if it loses both, else 0.5: judges favour a position, so verdicts that disagree are a tie.
 
-    The dialogue and the responses are untrusted: each stands between marks made of a hash of all of them, which none of them can
-    contain. An answer without a verdict, or no answer, is a failure of that response as ``on_failure`` says. `details` has
-    ``unparsed`` (answers without a verdict) and, for pairs, ``inconsistent`` (the two orders disagree).
+    The dialogue and the responses are untrusted. Each stands between marks made from a hash of them all, which no text among them
+    can contain. A response for which there is no answer, or an answer without a verdict, has failed; ``on_failure`` decides.
+    `details` has ``unparsed`` (answers without a verdict) and, for pairs, ``inconsistent`` (the two orders disagree).
 
-    With ``cache``, every answer is kept in a file named by the hash of its request, so that a resumed or repeated run asks
-    nothing twice and gets the same scores. Equal requests of one batch are sent once.
+    With ``cache``, each answer is kept in a file named by the hash of its request. A resumed or repeated run then sends no
+    request twice and gets the same scores. Equal requests of one batch are sent once.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ServerConfig):
-        model: str = setting(REQUIRED, "As the server names it.")
-        kind: Literal["rubric", "pairwise"] = setting("rubric", "A number for each response, or a comparison with another one.")
-        prompt: str = setting(RUBRIC, "What the judge is told: {dialogue} and {response}; for pairwise {dialogue}, {a} and {b}.")
+        model: str = setting(REQUIRED, "The model, as the server names it.")
+        kind: Literal["rubric", "pairwise"] = setting("rubric", "A number for each response, or a comparison with another.")
+        prompt: str = setting(RUBRIC, "The judge's prompt, with {dialogue} and {response}; for pairwise {dialogue}, {a} and {b}.")
         low: float = setting(1.0, "The verdict that scores 0.", least=-math.inf)
         high: float = setting(10.0, "The verdict that scores 1.", least=-math.inf)
         against: str | None = setting(None, "For pairwise: the column with the response to compare with.")
-        seed: int | None = setting(0, "Sent with each request; null: none.", least=0)
-        temperature: float = setting(0.0, "The judge's.", least=0)
-        max_tokens: int = setting(512, "Of the judge's answer.", least=1)
+        seed: int | None = setting(0, "Seed sent with each request; null: none.", least=0)
+        temperature: float = setting(0.0, "Sampling temperature of the judge.", least=0)
+        max_tokens: int = setting(512, "Most tokens of the judge's answer.", least=1)
         cache: str | None = setting(None, "A folder that keeps each answer; null: a resumed run asks again.")
         parallel: int = setting(4, "Requests at a time.", least=1, most=256)
 
@@ -96,7 +96,7 @@ class Judge(RewardModel):
 
     @classmethod
     def rehearse(cls, config: Config, data: DataSource) -> None:
-        """The column to compare with; the judge is not asked."""
+        """Check that the data have the column ``against``. The judge is not asked."""
         if config.against is not None and (row := first_row(data)) is not None:
             column(columns_of(row[:1]), config.against, "reward_model=judge")
 
@@ -129,7 +129,7 @@ class Judge(RewardModel):
     # ------------------------------------------------------------------------------------------------------ questions
 
     def questions(self, responses: Responses) -> list[list[tuple[str, bytes]]]:
-        """For each response its requests, (hash, body): for pairs first as A, then as B."""
+        """The requests for each response, as (hash, body). For pairs there are two: the response as A, then as B."""
         c, rows = self.config, zip(responses.prompts, responses.texts, strict=True)
         if c.against is None:
             texts = [[{"dialogue": written(prompt), "response": text}] for prompt, text in rows]
@@ -159,7 +159,7 @@ class Judge(RewardModel):
     # -------------------------------------------------------------------------------------------------------- answers
 
     def _answers(self, questions: Mapping[str, bytes]) -> dict[str, str | NoScores]:
-        """What the judge said to each, or why there is nothing."""
+        """The judge's answer to each question, or the reason that there is none."""
         pool = ThreadPoolExecutor(self.config.parallel)
         try:
             return dict(zip(questions, pool.map(self._answer, questions.items()), strict=True))
@@ -181,7 +181,7 @@ class Judge(RewardModel):
         return said
 
     def _kept(self, key: str) -> str | None:
-        """The cached answer; None if there is none that can be read."""
+        """The cached answer; None if it is missing or unreadable."""
         if self.folder is None:
             return None
         try:
@@ -192,9 +192,10 @@ class Judge(RewardModel):
         return said if isinstance(said, str) else None
 
     def _tell(self, failures: Sequence[NoScores]) -> None:
-        """
+        """Log the failures.
+
         Raises:
-          RewardError: there are any, and ``on_failure`` is 'raise'.
+          RewardError: there are failures, and ``on_failure`` is 'raise'.
         """
         if failures and self.config.on_failure == "raise":
             raise RewardError(
@@ -217,7 +218,7 @@ def _read(read: Any, answer: str | NoScores, config: Judge.Config) -> float | No
 
 
 def agree(verdicts: Sequence[Any]) -> bool:
-    """Whether the verdicts on A, with the response first as A and then as B, say the same of the response."""
+    """True for one verdict, or if two verdicts on A agree about the response, which is A in the first and B in the second."""
     return len(verdicts) == 1 or bool(verdicts[0] == 1 - verdicts[1])
 
 
@@ -230,7 +231,7 @@ _NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+)?(?!\w)")
 
 
 def number_in(answer: str, low: float, high: float) -> float | None:
-    """The last number of the answer as a share of the way from low to high; None if there is none in that range."""
+    """The last number of the answer, scaled from [low, high] to 0 .. 1; None if there is no number or it is out of range."""
     answer = re.sub(_OF_HIGH.format(high=re.escape(f"{high:g}")), "", answer)
     found = _NUMBER.findall(answer)
     value = float(found[-1]) if found else math.nan
@@ -252,7 +253,7 @@ def written(prompt: Prompt) -> str:
 
 
 def filled(prompt: str, fields: Mapping[str, str]) -> str:
-    """The prompt with each text in its place, between marks that no text can contain: they are a hash of all texts."""
+    """The prompt with the texts filled in, between marks that no text can contain: they are a hash of all texts."""
     mark = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
     marked = {name: f"<{name} {mark}>\n{text}\n</{name} {mark}>" for name, text in fields.items()}
     return re.sub(r"\{(\w+)\}", lambda found: marked.get(found[1], found[0]), prompt)
@@ -262,7 +263,7 @@ def content_of(body: bytes) -> str:
     """The text of a chat completion.
 
     Raises:
-      NoScores: there is none.
+      NoScores: the body is not a chat completion.
     """
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]

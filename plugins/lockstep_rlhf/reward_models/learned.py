@@ -1,4 +1,4 @@
-"""A scalar head on a language model: from the algorithm ``reward_modelling``, or a public reward model unchanged."""
+"""A language model with a scalar head: an output of the algorithm ``reward_modelling``, or an unchanged public reward model."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ log = logging.getLogger("lockstep")
 
 class Learned(RewardModel):
     """``source`` is a stage of this run, a folder written by a stage, or a public reward model: a folder or hub id of an
-    ``AutoModelForSequenceClassification`` checkpoint with one label. It reads:
+    ``AutoModelForSequenceClassification`` checkpoint with one label. What the model reads depends on ``source``:
 
-    * the policy's tokens directly, if it has the policy's tokenizer (and, if public, no other chat template);
-    * the text, rendered and encoded as in its training, if it is a stage's output with another tokenizer;
-    * the whole dialogue in its own chat template, if it is a public decoder (``score.weight``);
-    * prompt and response as a pair of texts, or the whole dialogue if it has a chat template, if it is a public encoder (BERT,
-      DeBERTa, ...; torch only).
+    * with the policy's tokenizer (and, if public, no chat template other than the policy's): the policy's tokens directly;
+    * a stage's output with another tokenizer: the text, rendered and encoded as in its training;
+    * a public decoder (``score.weight``): the whole dialogue in its own chat template;
+    * a public encoder (BERT, DeBERTa, ...; torch only): the whole dialogue if it has a chat template, else prompt and response
+      as a pair of texts.
 
-    ``chat_template`` replaces the public model's own. A response that does not fit the model is not scored (NaN) but counted.
+    ``chat_template`` replaces the public model's own. A response that does not fit the model has no score (NaN); a warning counts
+    such responses.
     """
 
     @dataclass(frozen=True)
     class Config:
         source: str = setting("reward", "A stage, or a folder or hub id of a public reward model.")
         micro_batch_size: int | None = setting(64, "Rows per forward pass; null: all.", least=1)
-        chat_template: str | None = setting(None, "For a public model: jinja text, dialogue or plain; null: its tokenizer's own.")
+        chat_template: str | None = setting(None, "Jinja text, dialogue or plain, for a public model; null: its tokenizer's own.")
 
     @classmethod
     def inputs(cls, config: Config) -> Inputs:
@@ -83,10 +84,11 @@ class Learned(RewardModel):
         return in_chunks(evaluate, rows, self.config.micro_batch_size)["scores"]
 
     def _known(self, rows: Sequences, embedding: int) -> Sequences:
-        """The policy's rows. An embedding with more rows than the tokenizer has tokens lets it write ids that mean nothing.
+        """The policy's rows, unchanged. A policy whose embedding has more rows than the tokenizer has tokens can write ids that
+        mean nothing.
 
         Raises:
-          RewardError: it wrote one that this model has no row for.
+          RewardError: the policy wrote an id for which this model has no row.
         """
         largest = int(rows.tokens.max(initial=0, where=rows.attention_mask))
         if largest >= embedding:
@@ -97,7 +99,7 @@ class Learned(RewardModel):
         return rows
 
     def _score_fitting(self, examples: Sequence[Example | None]) -> np.ndarray:
-        """NaN for examples that do not fit (None)."""
+        """Scores; NaN for examples that do not fit (None)."""
         fits = [i for i, example in enumerate(examples) if example is not None]
         scores = np.full(len(examples), np.nan, np.float32)
         _report(len(examples) - len(fits))
@@ -108,7 +110,7 @@ class Learned(RewardModel):
         return scores
 
     def _as_trained(self, responses: Responses) -> list[Example | None]:
-        """In this model's tokens, with EOS only if the policy wrote its own. None if the prompt does not fit."""
+        """The responses in this model's tokens, with EOS only if the policy wrote its own. None if the prompt does not fit."""
         half = self.model.context_length // 2
         examples = []
         for prompt, text, ended in zip(responses.prompts, responses.texts, finished(responses), strict=True):
@@ -118,7 +120,7 @@ class Learned(RewardModel):
         return examples
 
     def _as_dialogues(self, responses: Responses) -> list[Example | None]:
-        """All tokens but the last count as the prompt: a decoder scores the whole, however it is split."""
+        """The whole dialogues; None if too long. All tokens but the last are the prompt: a decoder's score ignores the split."""
         texts = [rendered(self.tokenizer.render, *row) for row in rows_of(responses)]
         longest, examples = self.model.context_length, []
         texts = [text if len(text) <= encoding.most_characters(longest) else "" for text in texts]
@@ -154,8 +156,8 @@ def rows_of(responses: Responses) -> list[tuple[Prompt, str, bool]]:
 
 
 def rendered(render: Callable[..., str], prompt: Prompt, text: str, ended: bool) -> str:
-    """The whole dialogue; the assistant's turn is closed only if the policy closed it. What the template writes before an answer
-    is there in either case, even if the template ignores ``add_generation_prompt``."""
+    """The whole dialogue as text. The assistant's turn is closed only if the policy closed it (``ended``). The text that the
+    template writes before an answer is always there, even if the template ignores ``add_generation_prompt``."""
     whole = render([*prompt.messages, Message("assistant", text)], add_generation_prompt=False)
     if ended:
         return whole

@@ -1,4 +1,4 @@
-"""How long responses are, or how far from a length."""
+"""The length of responses, or their distance from a target length."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lockstep.interfaces import Resources, Responses, RewardModel
 
 
 class Length(RewardModel):
-    """n, the response's length; with a ``target``, -|n - target| / target. Tokens are the policy's, with the one that ended the
-    response. Give it a small weight in a `sum`, negative to keep responses short."""
+    """The response's length n; with a ``target``, -|n - target| / target. Tokens are the policy's, including the one that ended
+    the response. Give it a small weight in a `sum`, a negative one to keep responses short."""
 
     @dataclass(frozen=True)
     class Config:
-        unit: Literal["tokens", "words", "characters"] = setting("tokens", "Words are separated by white space.")
+        unit: Literal["tokens", "words", "characters"] = setting("tokens", "Unit of length. Words are separated by white space.")
         target: int | None = setting(None, "The best length; null: the length itself is the score.", least=1)
 
     def __init__(self, config: Config, resources: Resources):

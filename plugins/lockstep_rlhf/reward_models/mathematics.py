@@ -1,7 +1,7 @@
-"""math-verify in a process of its own: whether two mathematical answers are equal.
+"""Comparison of mathematical answers by math-verify, in a child process.
 
-Its own limit of time is a signal, which only the main thread can use; and some comparisons never end. So it runs in a child
-process (``verifying.py``) without that limit, and a comparison that is out of time ends with its process.
+math-verify limits time by a signal, which only the main thread can use, and some comparisons never end. So it runs in a child
+process (``verifying.py``) without that limit. The process is killed if a comparison runs out of time.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 from lockstep.errors import RewardError, short
 
 START = 120.0
-"""Seconds to import sympy in."""
+"""Seconds that the child process may take to import sympy."""
 MOST_CHARACTERS = 10_000
-"""Of a response or gold answer: a longer one is compared by its end."""
+"""Characters of a response or gold answer that are compared: the last ones of a longer text."""
 
 
 class Mathematics:
-    """Compares in a child process, made on first use and again after one that had to be killed. ``seconds`` count from when the
-    process has the question, not from when it was asked."""
+    """Compares in a child process, started on first use and again after it had to be killed. ``seconds`` count from when the
+    process has the question: waiting for an earlier comparison does not count."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -35,8 +35,8 @@ class Mathematics:
         self.lock = threading.Lock()
 
     def compare(self, gold: Any, answer: str) -> bool | str:
-        """Whether they are equal; or 'no_gold', 'no_answer' if one of them is no mathematics, 'failed' if there is no result in
-        time.
+        """True if the answers are equal, False if not. 'no_gold' or 'no_answer' if the gold answer or the response's cannot be
+        read as mathematics; 'failed' if the comparison fails or runs out of time.
 
         Raises:
           RewardError: the child process does not start.
@@ -80,7 +80,7 @@ class Mathematics:
 
 
 def _line(child: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """The next line of its output; empty if there is none within the seconds."""
+    """The next line of the child's output; empty if none comes within ``seconds``."""
     found, ends = b"", time.monotonic() + seconds
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]  # a pipe

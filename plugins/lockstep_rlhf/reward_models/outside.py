@@ -1,4 +1,4 @@
-"""Scores from code that is not ours: retries, and what a failure does. A failure is never a number."""
+"""Scores from code outside Lockstep: retries and the handling of failures. A failure is never replaced by a number."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ log = logging.getLogger("lockstep")
 T = TypeVar("T")
 
 LONGEST_TIMEOUT = 86400.0
-"""Seconds: a day."""
+"""A day, in seconds."""
 MOST_RETRIES = 1000
 
 
 class NoScores(RewardError):
-    """Why there are no scores. ``again``: whether a retry may help, after at least ``wait`` seconds."""
+    """The reason why there are no scores. ``again``: whether a retry may help, after at least ``wait`` seconds."""
 
     def __init__(self, reason: str, *, again: bool = True, wait: float = 0.0):
         super().__init__(reason)
@@ -34,25 +34,26 @@ class NoScores(RewardError):
 
 
 class Outside(RewardModel):
-    """A subclass gets scores in `ask` and names their origin in ``source``. Its ``Config`` has ``retries`` and ``on_failure``:
-    'raise' stops the run with the reason; 'drop' takes the episodes out of the batch (their score is NaN) and logs how many.
+    """Base of reward models whose scores come from outside. A subclass gets the scores in `ask` and names their origin in
+    ``source``. Its ``Config`` has ``retries`` and ``on_failure``: 'raise' stops the run with the reason; 'drop' takes the
+    episodes out of the batch (their score is NaN) and logs how many.
     """
 
     config: Any
     source: str
     batch_size: int | None = None
-    """Responses per question; None: all."""
+    """Responses per call of `ask`; None: all."""
 
     @abstractmethod
     def ask(self, prompts: list[Dialogue], texts: list[str], columns: Columns) -> np.ndarray:
-        """float64 [B], one per response; not finite if it could not be scored. ``columns``: what is known about each prompt.
+        """Scores, float64 [B]; not finite where a response could not be scored. ``columns``: what is known about each prompt.
 
         Raises:
-          NoScores: there are no scores.
+          NoScores: the whole call failed.
         """
 
     def pause(self, attempt: int) -> float:
-        """Seconds between attempt 0, 1, ... and the next."""
+        """Seconds between attempt ``attempt`` (from 0) and the next."""
         return 0.0
 
     def score(self, responses: Responses) -> np.ndarray:
@@ -64,7 +65,7 @@ class Outside(RewardModel):
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
     def _batch(self, prompts: list[Dialogue], texts: list[str], columns: Columns) -> np.ndarray:
-        """float32 [B]: the scores of one question, after retries."""
+        """float32 [B]: the scores of one call of `ask`, after retries; NaN where there is none."""
         try:
             scores = self.attempt(prompts, texts, columns)
         except NoScores as failure:
@@ -84,15 +85,16 @@ class Outside(RewardModel):
         return np.where(bad, np.float32(np.nan), scores)
 
     def attempt(self, prompts: list[Dialogue], texts: list[str], columns: Columns) -> np.ndarray:
-        """`ask`, with the configured retries."""
+        """Call `ask`, with the configured retries."""
         return patiently(lambda: self.ask(prompts, texts, columns), self.source, self.config.retries, self.pause)
 
 
 def patiently(ask: Callable[[], T], source: str, retries: int, pause: Callable[[int], float]) -> T:
-    """What ``ask`` returns, after up to ``retries`` further attempts, ``pause(attempt)`` seconds apart.
+    """Return what ``ask`` returns, retrying it up to ``retries`` times. Attempts are ``pause(attempt)`` seconds apart, or the
+    failure's ``wait`` if that is longer.
 
     Raises:
-      NoScores: the last attempt's, or one that no retry can help.
+      NoScores: the last attempt failed, or one failed for which a retry cannot help.
     """
     for attempt in range(retries + 1):
         try:
@@ -108,18 +110,18 @@ def patiently(ask: Callable[[], T], source: str, retries: int, pause: Callable[[
 
 
 class OneAtATime:
-    """Calls with a limit of time, each in a thread. Python cannot stop a thread: a call that is out of time runs on, though
-    never longer than the program. The next call waits for it, so that they are never two.
+    """Runs calls with a time limit, each in a thread. Python cannot stop a thread, so a call that runs out of time continues, at
+    most until the program ends. The next call waits for it, so two calls never run at once.
     """
 
     def __init__(self) -> None:
         self._last: Aside[Any] | None = None
 
     def within(self, seconds: float, call: Callable[[], Any], grace: float = 0.0) -> Any:
-        """What ``call`` returns or raises. ``grace`` is for a call that keeps the limit itself.
+        """Return or raise what ``call`` does. ``grace``: further seconds, for a call that keeps the limit itself.
 
         Raises:
-          NoScores: it takes longer.
+          NoScores: the call takes longer, or an earlier one is still running after ``seconds``.
         """
         late = f"no answer within reward_model.timeout_seconds={seconds:g}"
         if self._last is not None and not self._last.finished(seconds):

@@ -1,4 +1,4 @@
-"""1 for responses of a certain form."""
+"""1 for responses that a regular expression matches."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ log = logging.getLogger("lockstep")
 
 
 class Pattern(RewardModel):
-    """1.0 if the regular expression is found in the response, else 0.0. Write \\A and \\Z around one that the whole response must
-    match.
+    """1.0 if the regular expression is found in the response, else 0.0. Write \\A and \\Z around an expression that the whole
+    response must match.
 
-    Some expressions take exponential time on some responses. One that takes longer than ``timeout_seconds`` gives no score (NaN),
-    is counted in a warning, and shows in `details` as ``out_of_time``.
+    Some expressions take exponential time on some responses. If the search takes longer than ``timeout_seconds``, the response
+    has no score (NaN), is counted in a warning, and is marked in `details` as ``out_of_time``.
     """
 
     @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Pattern(RewardModel):
 def compiled(pattern: str, key: str) -> Any:
     """
     Raises:
-      ConfigError: it is no regular expression.
+      ConfigError: ``pattern`` is not a regular expression.
     """
     try:
         return regex.compile(pattern)

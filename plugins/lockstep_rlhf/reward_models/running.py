@@ -1,8 +1,8 @@
-"""Run by `lockstep_rlhf.reward_models.code` as ``python -I running.py <memory in MB> <seconds>``: takes a name and a program from
-stdin and becomes the program, under limits that nothing in it can raise. A file of that name says that its end was reached.
+"""Runs a program under limits. `lockstep_rlhf.reward_models.code` starts it: ``python -I running.py <memory in MB> <seconds>``.
 
-Where the system lets an ordinary user do so, the program also gets a network without interfaces and a process tree that ends with
-it. It imports nothing of ours: the file is run by its path.
+It reads a name and a program from stdin and becomes the program, under limits that the program cannot raise. A file of that name
+shows that the program reached its end. Where the system lets an ordinary user do so, the program also gets a network without
+interfaces and a process tree that ends with it. This file is run by its path, so it imports nothing of Lockstep.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ import resource
 import sys
 
 NEW_USER, NEW_IPC, NEW_PROCESSES, NEW_NETWORK = 0x10000000, 0x08000000, 0x20000000, 0x40000000
-"""Of Linux: CLONE_NEWUSER, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET."""
+"""Linux's CLONE_NEWUSER, CLONE_NEWIPC, CLONE_NEWPID and CLONE_NEWNET."""
 FILE = 16 * 2**20
-"""Bytes of one file."""
+"""The most bytes of one file."""
 FILES, PROCESSES = 64, 32
-"""Open at a time; of the user where there is no process tree of its own, so that there none may start if more run."""
+"""The most open files and processes. Without a process tree of its own, all processes of the user count: if more run, the
+program can start none."""
 
 
 END = 3
-"""The file descriptor that tells the name, read once the program has come to its end."""
+"""The file descriptor from which the name is read once the program has reached its end."""
 RUN = f"""
 __file__ = "program.py"
 exec(compile(open(__file__, "rb").read(), __file__, "exec"))
 __import__("builtins").open(__import__("os").read({END}, 100), "x").close()
 """
-"""The program is the main module, and may have names of its own, such as ``open``."""
+"""Runs the program as the main module. The program may define names such as ``open``, so the last line gets its own."""
 ENVIRONMENT = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-"""Else numpy starts a thread for each core, more than may run."""
+"""Otherwise numpy starts a thread for each core, more than the limit allows."""
 
 
 def isolate() -> bool:
-    """Whether the system gave the program a process tree of its own, and no network."""
+    """Give the program a process tree of its own and no network; return True if the system does so."""
     unshare = getattr(ctypes.CDLL(None), "unshare", None)
     return unshare is not None and unshare(NEW_USER | NEW_IPC | NEW_PROCESSES | NEW_NETWORK) == 0
 

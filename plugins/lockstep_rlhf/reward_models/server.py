@@ -1,5 +1,5 @@
-"""HTTP to a server that is not ours, for the reward models that ask one: one POST, bounded in time and size, without a secret in
-any message. Retries are `lockstep_rlhf.reward_models.outside.patiently`."""
+"""HTTP for reward models that ask a server: one POST, bounded in time and size, without a secret in any message. Retries are in
+`lockstep_rlhf.reward_models.outside.patiently`."""
 
 from __future__ import annotations
 
@@ -23,36 +23,38 @@ from lockstep.errors import ConfigError, short, told
 from lockstep.text.visible import visible
 from lockstep_rlhf.reward_models.outside import LONGEST_TIMEOUT, MOST_RETRIES, NoScores, OneAtATime
 
-logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every URL, with what is secret in it
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every URL, with any secrets in it
 
 LONGEST_PAUSE = 60.0
 """Seconds between two attempts, unless the server asks for more."""
 LONGEST_WAIT = 600.0
-"""Seconds that a server may ask for; one that asks for more is down."""
+"""Seconds that a server may ask to wait; a server that asks for more counts as down."""
 LARGEST_ANSWER = 2**20
-"""Bytes. Memory is bounded by it: what is longer is not read."""
+"""Bytes of an answer. Reading stops there, which bounds memory."""
 SHOWN = 200
 """Characters of an answer shown in the error."""
 GRACE = 5.0
-"""Seconds that the end of a request may take, after its time is up."""
+"""Seconds that a request may take to close after its time is up."""
 
 _BROKEN_OFF = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
-"""Errors of TLS after which a retry may help; the others are a certificate or a server that does not speak it."""
+"""TLS errors after which a retry may help. The others mean a bad certificate, or a server that does not speak TLS."""
 
 
 @dataclass(frozen=True)
 class ServerConfig:
     """The keys of every reward model that asks a server."""
 
-    url: str = setting(REQUIRED, "http://127.0.0.1:8000/score. Part of a stage's identity: name the model's version in it.")
+    url: str = setting(REQUIRED, "http://127.0.0.1:8000/score. Part of a stage's identity: include the model's version.")
     token_variable: str | None = setting(None, "The NAME of an environment variable with a bearer token; null: none.")
     timeout_seconds: float = setting(
         60.0, "Limit of one request, from the first to the last byte.", above=0, most=LONGEST_TIMEOUT
     )
     retries: int = setting(5, "Further attempts after one that fails.", least=0, most=MOST_RETRIES)
-    backoff_seconds: float = setting(1.0, "Before the first retry; doubled each time, with jitter.", least=0, most=LONGEST_PAUSE)
+    backoff_seconds: float = setting(
+        1.0, "Pause before the first retry; doubled each time, with jitter.", least=0, most=LONGEST_PAUSE
+    )
     on_failure: Literal["raise", "drop"] = setting(
-        "raise", "Stop the run; or drop: leave the episodes out and say how many. A failure is never a score."
+        "raise", "Stop the run; or drop: leave the episodes out and report how many. A failure is never a score."
     )
 
     def __post_init__(self) -> None:
@@ -60,7 +62,7 @@ class ServerConfig:
 
 
 class Server:
-    """Where POSTs of JSON go.
+    """A server that takes POSTs of JSON.
 
     ``token_variable`` names the environment variable with a bearer token: the token itself never appears in a configuration,
     log or error. Redirects are not followed: they would take the token elsewhere. The proxies of HTTP_PROXY, HTTPS_PROXY,
@@ -68,7 +70,7 @@ class Server:
     any size.
 
     Args:
-      path: to append to the configured URL's.
+      path: appended to the path of the configured URL.
     """
 
     def __init__(self, config: ServerConfig, path: str = ""):
@@ -80,7 +82,7 @@ class Server:
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
         self.headers |= {"Authorization": f"Bearer {secret}"} if secret else {}
         self.proxies = not _is_this_machine(url.host)
-        try:  # to load the certificates takes a second on a busy machine, and plain HTTP to this machine needs none
+        try:  # loading certificates takes a second on a busy machine, and plain HTTP to this machine needs none
             plain = url.scheme == "http" and not self.proxies
             self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if plain else httpx.create_ssl_context()
         except OSError as error:
@@ -93,18 +95,18 @@ class Server:
             ) from None
 
     def post(self, question: bytes, most: int = LARGEST_ANSWER, calls: OneAtATime | None = None) -> bytes:
-        """The body of the answer, of at most ``most`` bytes. ``calls``: those that this one may not run beside.
+        """Return the body of the answer, at most ``most`` bytes. Requests with the same ``calls`` never run at once.
 
         Raises:
-          NoScores: there is none.
+          NoScores: there is no usable answer in time.
         """
         calls = calls or OneAtATime()
         answer: bytes = calls.within(self.config.timeout_seconds, lambda: asyncio.run(self._post(question, most)), GRACE)
         return answer
 
     def pause(self, attempt: int) -> float:
-        """Seconds before the next attempt. With jitter, so that jobs that failed together do not retry together. Nothing else
-        here is random, and it changes no score."""
+        """Seconds before the next attempt, with jitter, so that jobs that failed together do not retry together. Nothing else
+        here is random, and the jitter changes no score."""
         doubled = self.config.backoff_seconds * 2.0 ** min(attempt, 30)
         return min(LONGEST_PAUSE, doubled) * random.uniform(0.5, 1.0)
 
@@ -112,7 +114,7 @@ class Server:
         return httpx.AsyncClient(verify=self.tls, trust_env=self.proxies, timeout=None, headers=self.headers)
 
     async def _post(self, question: bytes, most: int) -> bytes:
-        """The body of the answer. However it ends, the connection is closed: asyncio, unlike a thread, can be stopped."""
+        """Return the body of the answer. The connection is always closed: unlike a thread, an asyncio task can be stopped."""
         try:
             async with (
                 asyncio.timeout(self.config.timeout_seconds),
@@ -127,13 +129,14 @@ class Server:
             passing = not isinstance(cause, ssl.SSLError) or isinstance(cause, _BROKEN_OFF)
             again = passing and not isinstance(error, httpx.LocalProtocolError)
             failure = NoScores(f"no connection: {shown(redact(told(cause)))}", again=again)
-        raise failure  # outside of the handler: the error that it replaces may show what the server sent
+        raise failure  # outside of the handler: a chained error might show what the server sent
 
 
 async def _read(answer: httpx.Response, most: int) -> bytes:
-    """
+    """Return the body of the answer.
+
     Raises:
-      NoScores: the server refuses, or sends more than ``most`` bytes, or compressed ones.
+      NoScores: the server refuses, or its answer is longer than ``most`` bytes or compressed.
     """
     packed = answer.headers.get("Content-Encoding", "identity")
     if packed.lower() not in ("", "identity"):
@@ -156,13 +159,13 @@ async def _read(answer: httpx.Response, most: int) -> bytes:
 
 
 def shown(text: str) -> str:
-    """One line, of bounded length, of what a server said."""
+    """A server's text as one line of bounded length."""
     line = visible(" ".join(text.split()))
     return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The operating system's error behind the libraries' that pass it on; ``error`` itself if there is none."""
+    """The operating system's error from which the libraries' error arose; ``error`` itself if there is none."""
     found, behind = error, error.__cause__ or error.__context__
     while behind is not None:
         behind = behind.exceptions[0] if isinstance(behind, BaseExceptionGroup) else behind  # one for each address of a host
@@ -174,7 +177,7 @@ def _cause(error: BaseException) -> BaseException:
 def check_url(url: str) -> None:
     """
     Raises:
-      ConfigError: no request can go there.
+      ConfigError: no request can be sent to ``url``, or it holds credentials.
     """
     try:
         if re.search(r"\s", url):
@@ -192,7 +195,7 @@ def check_url(url: str) -> None:
         host = parsed.raw_host.decode()
         if not re.fullmatch(r"[\w.-]+|[0-9a-f:.]+", host):
             raise ValueError(f"'{host}' is not the name of a host")
-        host.encode("idna")  # as the resolver does it: no empty label, none of more than 63 letters
+        host.encode("idna")  # as the resolver does it: refuses an empty label and one of more than 63 letters
     except (ValueError, httpx.InvalidURL) as error:
         raise ConfigError(
             f"reward_model.url='{short(redact(url))}' should look like http://127.0.0.1:8000/score: {short(redact(str(error)))}."
@@ -222,7 +225,7 @@ def token(variable: str | None) -> str | None:
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds of a Retry-After header, which is a number or a date (RFC 9110, 10.2.3); 0 without a usable one."""
+    """Seconds that a Retry-After header asks for, by a number or a date (RFC 9110, 10.2.3); 0 without a usable header."""
     if not value:
         return 0.0
     if re.fullmatch(r"[0-9]+", value.strip()):

@@ -16,7 +16,7 @@ from lockstep.interfaces import Inputs, Resources, Responses, RewardModel, Scala
 
 
 class Sum(RewardModel):
-    """Σ weight · score over the named parts. A response that any part could not score has no score.
+    """Σ weight · score over the named parts. A response has no score if any part could not score it.
 
     `details` has each part's unweighted score under its name, and the part's own details under ``<part>/<name>``. A value network
     starts from the first part that has a network.
@@ -25,9 +25,9 @@ class Sum(RewardModel):
     @dataclass(frozen=True)
     class Config:
         parts: Mapping[str, Mapping[str, Any]] = setting(
-            REQUIRED, "Groups of this kind, each with its name, under names of yours."
+            REQUIRED, "Configurations of reward models, each with its name, under names of yours."
         )
-        weights: Mapping[str, float] = setting(REQUIRED, "What a point of each part counts.", least=-math.inf)
+        weights: Mapping[str, float] = setting(REQUIRED, "Weight of each part's score.", least=-math.inf)
 
         def __post_init__(self) -> None:
             if not self.parts:

@@ -15,9 +15,9 @@ import signal
 import sys
 
 MEMORY = 4 * 2**30
-"""Bytes of address space: some expressions take any amount."""
+"""Limit of the address space, in bytes: some expressions take any amount."""
 GRACE = 30
-"""Seconds after which the process ends by itself, if whoever started it has gone."""
+"""Seconds past a comparison's limit after which the process ends by itself, in case its parent has gone."""
 
 
 def outcome(gold: str, answer: str) -> bool | str:
@@ -26,7 +26,7 @@ def outcome(gold: str, answer: str) -> bool | str:
     bare = not any(mark in gold for mark in ("$", "\\boxed", "\\(", "\\["))
     try:
         right = parse(f"${gold}$" if bare else gold, parsing_timeout=None)
-        if all(isinstance(each, str) for each in right):  # text that it found, but not read
+        if all(isinstance(each, str) for each in right):  # text that it found but could not read
             return "no_gold"
         found = parse(answer, parsing_timeout=None)
         return bool(verify(right, found, timeout_seconds=None, raise_on_error=True)) if found else "no_answer"
@@ -36,7 +36,7 @@ def outcome(gold: str, answer: str) -> bool | str:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # so that nothing else is taken for an answer
+    os.dup2(2, 1)  # so that no other output is taken for an answer
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard), hard))
     logging.disable(logging.CRITICAL)
