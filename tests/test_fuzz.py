@@ -19,7 +19,7 @@ from hostile.areas import AREAS, Area, alone, attempt
 from hostile.clear import CHARACTERS, MEMORY, SECRET, only_clear_errors
 from hostile.values import at, paths
 from lockstep.config.schema import parse
-from lockstep.data.columns import CONVENTIONS
+from lockstep.data.conventions import CONVENTIONS
 from lockstep.errors import DataError
 from lockstep.registry import registry
 from lockstep.storage.files import read_json

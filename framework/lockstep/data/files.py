@@ -19,7 +19,9 @@ from typing import Any, Literal
 from lockstep.config.overrides import override
 from lockstep.config.schema import parse, setting
 from lockstep.data.cells import BadRow, LeftOut
-from lockstep.data.columns import WITHOUT_PROMPTS, reader, unread, without
+from lockstep.data.columns import reader, unread
+from lockstep.data.conventions import WITHOUT_PROMPTS
+from lockstep.data.messages import without
 from lockstep.data.mixing import mix, row_counts
 from lockstep.data.reading import Row, Source, has, parse_split, read_rows, source_digests
 from lockstep.errors import ConfigError, DataError, MissingData, Unreachable, did_you_mean, listing, short
