@@ -7,12 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from conftest import Data, Scored
+from conftest import Data
 from lockstep.config.schema import parse
 from lockstep.data.files import Config, Files
 from lockstep.errors import ConfigError, DataError
 from lockstep.learning import numerics
-from lockstep.runs.evaluation import EvaluationConfig, Evaluator, results
+from lockstep.runs.evaluation import EvaluationConfig
+from lockstep.runs.likelihood import Likelihood, results
+from lockstep.text.encoding import Lengths
 from lockstep.types import Choice
 
 
@@ -186,7 +188,7 @@ def test_a_policy_takes_the_test_with_whole_options_and_no_padding(tokenizer):
     short, long = "w7", "w1 w1 w1"
     sums = {option: -sum(tokenizer.encode(option)) / 10 for option in (short, long)}
     data = Quizzed([Choice("w2 w3", (short, long), 0), Choice("", (long, short), 0), Choice("w1 " * 9, (short, long), 0)])
-    evaluator = Evaluator(parse(EvaluationConfig, {}, "evaluation"), data, tokenizer, Scored(lambda r: 0), 0)
+    evaluator = Likelihood(data, tokenizer, Lengths(), 100, 0, {})
     ((first, one), (second, two)) = evaluator.options(Unigram(), "mine", evaluator.encoded_tests["mine"])
     assert one == pytest.approx([sums[short], sums[long]]) and two == pytest.approx([sums[long], sums[short]])
     assert evaluator.fits["mine items"].dropped == 1  # the third is longer than the policy's eight tokens

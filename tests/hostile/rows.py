@@ -19,7 +19,7 @@ from hostile.clear import only_clear_errors
 from hostile.values import Damage, Edits, damaged, damages, edited, edits
 from lockstep.config.schema import parse
 from lockstep.data.files import NOUNS, Files
-from lockstep.runs.evaluation import option_example
+from lockstep.runs.likelihood import option_example
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 

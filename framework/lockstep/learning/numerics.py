@@ -279,6 +279,17 @@ def ranking_accuracy(margins: np.ndarray) -> float:
     return float(np.mean((margins > 0) + 0.5 * (margins == 0)))
 
 
+def agreement(ours: np.ndarray, theirs: np.ndarray) -> float | None:
+    """The fraction of the pairs ordered by ``theirs`` [K] that ``ours`` [K] orders the same way; ties in ``ours`` count half.
+    None if ``theirs`` orders no pair. This is the concordance index (Harrell et al. 1982, "Evaluating the yield of medical
+    tests").
+    """
+    first, second = np.triu_indices(len(ours), 1)
+    sign = np.sign(theirs[first] - theirs[second])
+    product = np.sign(ours[first] - ours[second])[sign != 0] * sign[sign != 0]
+    return float(np.mean((product > 0) + 0.5 * (product == 0))) if product.size else None
+
+
 def brier_score(margins: np.ndarray) -> float:
     """Mean (1 - σ(margin))²: the squared error of the predicted preference (Brier 1950). Knowing nothing gives 1/4."""
     return float(np.mean((1 - sigmoid(margins)) ** 2))

@@ -18,11 +18,11 @@ from lockstep.config.schema import setting
 from lockstep.data.labels import candidates_in, candidates_line
 from lockstep.errors import DataError, listing
 from lockstep.interfaces import DataSource, Label, Policy, RewardModel
+from lockstep.learning import numerics
 from lockstep.learning.randomness import example_indices, token_seeds
 from lockstep.learning.rollout import Sampler, score
 from lockstep.learning.served import Served
 from lockstep.processes import Processes
-from lockstep.runs.evaluation import agreement
 from lockstep.storage.files import write_text
 from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
@@ -155,7 +155,7 @@ def _agreement_with_gold(comparisons: Sequence[Comparison], data: DataSource) ->
         golds = [data.gold(comparison.prompt, text) for text in comparison.completions]
         found = [gold["gold"] for gold in golds if gold is not None]
         if len(found) == len(golds):
-            shares.append(agreement(-np.array(comparison.ranks), np.array(found)))
+            shares.append(numerics.agreement(-np.array(comparison.ranks), np.array(found)))
     known = [share for share in shares if share is not None]
     return {"agreement/gold": float(np.mean(known))} if known else {}
 
@@ -167,7 +167,7 @@ def _agreement_of_labelers(labels: Sequence[Label]) -> dict[str, float]:
     for label in labels:
         by_id.setdefault(label.id, []).append(label)
     shares = [
-        agreement(-np.array(b.ranks), -np.array(a.ranks))
+        numerics.agreement(-np.array(b.ranks), -np.array(a.ranks))
         for group in by_id.values() for a in group for b in group if a is not b
     ]  # fmt: skip
     known = [share for share in shares if share is not None]

@@ -16,20 +16,21 @@ import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, MissingData, listing, short
-from lockstep.interfaces import DataSource, Environment, Model, Policy, RewardModel
+from lockstep.interfaces import DataSource, Environment, Policy, RewardModel
 from lockstep.learning import numerics
 from lockstep.learning.episodes import offered
 from lockstep.learning.randomness import token_seeds
-from lockstep.learning.rollout import Sampler, Samples, responses_of, score, scores_of
+from lockstep.learning.rollout import Sampler, Samples, score
 from lockstep.learning.served import Served
+from lockstep.runs.likelihood import Likelihood, logprobs
+from lockstep.runs.measures import Measure, mean, proportion
+from lockstep.runs.reward_model_test import reward_model_test
 from lockstep.text import encoding
-from lockstep.text.encoding import Example, Lengths
-from lockstep.text.sequences import Sequences, chunks, in_chunks
+from lockstep.text.encoding import Lengths
+from lockstep.text.sequences import chunks
 from lockstep.text.stopping import Stops
 from lockstep.text.tokenizer import Tokenizer
-from lockstep.types import Choice, Comparison, Fit, Prompt
-
-Measure = dict[str, float]
+from lockstep.types import Fit, Prompt
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Evaluator:
         for name in policies:
             progress(name)
             policy = baseline if name == c.baseline else load(name)
-            general = self.tests(policy) | self.text_loss(policy)
+            general = self.likelihood.tests(policy) | self.likelihood.text_loss(policy)
             for split, found in prompts.items():
                 answers = reference[split] if name == c.baseline else self.answer(policy, *found)
                 measures = self.measure(answers, reference[split]) | self.kl(policy, baseline, answers)
@@ -144,7 +145,8 @@ class Evaluator:
         result = {"baseline": c.baseline, "splits": splits, "samples": samples}
         if self.reward_model is not None:
             progress("reward model")
-            result["reward_model"] = self.test_reward_model()
+            lengths, comparisons = c.lengths, c.comparisons
+            result["reward_model"] = reward_model_test(self.reward_model, self.data, self.tokenizer, lengths, comparisons)
         return result
 
     # ------------------------------------------------------------------------------------------------------ policies
@@ -162,6 +164,11 @@ class Evaluator:
         return Sampler(
             Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size, self.environment, self.engine
         )
+
+    @cached_property
+    def likelihood(self) -> Likelihood:
+        c = self.config
+        return Likelihood(self.data, self.tokenizer, c.lengths, c.batch_size, c.texts, self.fits)
 
     def answer(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> Answers:
         return self.judged(policy, prompts, ids, token_seeds(self.seed, "evaluation", 0, len(ids), self.config.lengths.response))
@@ -201,8 +208,9 @@ class Evaluator:
         """KL(policy || baseline) per response, in nats: k1 summed over the tokens of the policy's own samples. If an engine drew
         them, also the mean absolute difference between its log-probabilities of the tokens and the policy's."""
         sequences = answers.samples.sequences
-        here = self.logprobs(policy, sequences, self.config.temperature)
-        there = self.logprobs(baseline, sequences, self.config.temperature)
+        here, there = (
+            logprobs(model, sequences, self.config.temperature or 1.0, self.config.batch_size) for model in (policy, baseline)
+        )
         found = {"kl": mean(numerics.k1(here, there, sequences.mask).sum(axis=1))}
         if self.engine is not None:
             found["sampler_mismatch"] = mean(np.abs(here - answers.samples.logprobs)[sequences.mask])
@@ -234,126 +242,6 @@ class Evaluator:
         known = [n for n in sizes if f"best_of_{n}/kl" in measures]
         return measures | {f"best_of_{n}/kl_bound": {"mean": numerics.best_of_kl_bound(n), "n": len(ids)} for n in known}
 
-    def tests(self, policy: Policy) -> dict[str, Measure]:
-        """For each test of the data source: how often the answer has a higher log-probability than every wrong option, overall
-        and by group. If items have several right options, also the mean probability of these; if they have two options, also the
-        mean entropy."""
-        measures: dict[str, Measure] = {}
-        for name, items in self.encoded_tests.items():
-            if taken := self.options(policy, name, items):
-                measures |= results(name, taken)
-        return measures
-
-    @cached_property
-    def encoded_tests(self) -> dict[str, list[tuple[Choice, list[Example]]]]:
-        """Each item of each test, with its options as tokens; the same for all policies."""
-        return {
-            name: [(item, [option_example(self.tokenizer, item, option) for option in item.options]) for item in items]
-            for name, items in self.data.tests().items()
-        }
-
-    def options(
-        self, policy: Policy, name: str, items: Sequence[tuple[Choice, list[Example]]]
-    ) -> list[tuple[Choice, np.ndarray]]:
-        """Each item, with its options' log-probabilities. Items that are too long for the policy are left out."""
-        fit = self.fits[f"{name} items"] = Fit(f"{name} items", total=len(items))
-        taken, examples = [], []
-        for item, found in items:
-            if max(len(each.prompt) + len(each.response) for each in found) > policy.context_length:
-                fit.dropped += 1
-                continue
-            taken.append(item)
-            examples += found
-        if not taken:
-            return []
-        sums = self.text_logprobs(policy, examples)[0].sum(axis=1)
-        ends = np.cumsum([len(item.options) for item in taken])
-        return list(zip(taken, np.split(sums, ends[:-1]), strict=True))
-
-    def text_loss(self, policy: Policy) -> dict[str, Measure]:
-        """Negative log-likelihood on held-out raw text, in nats per token: the mean over texts of each text's mean."""
-        try:
-            texts = self.data.texts("heldout")[: self.config.texts]
-        except MissingData:
-            return {}
-        examples = encoding.encode_texts(self.tokenizer, texts, self.config.lengths)
-        if not examples:
-            return {}
-        logprobs, mask = self.text_logprobs(policy, examples)
-        return {"text_loss": mean(-logprobs.sum(axis=1) / mask.sum(axis=1))}
-
-    def text_logprobs(self, policy: Policy, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
-        """[B, T] log-probabilities, 0 on padding, and their mask. Rows are padded to the longest."""
-        longest = max(len(e.prompt) for e in examples), max(len(e.response) for e in examples)
-        block = encoding.block(examples, self.tokenizer, Lengths(*longest, self.config.lengths.multiple))
-        logprobs = self.logprobs(policy, block, 1.0)
-        return np.where(block.mask, logprobs, 0), block.mask
-
-    def logprobs(self, model: Model, sequences: Sequences, temperature: float) -> np.ndarray:
-        call = lambda part: model.evaluate(part, ["logprobs"], temperature=temperature or 1.0)  # noqa: E731
-        return in_chunks(call, sequences, self.config.batch_size)["logprobs"]
-
-    # -------------------------------------------------------------------------------------------------- reward model
-
-    def test_reward_model(self) -> dict[str, Measure]:
-        """Pairwise agreement with labelers and with the gold truth on held-out comparisons, and calibration."""
-        if self.reward_model is None or self.reward_model.needs_environment:
-            return {}
-        try:
-            found = list(self.data.comparisons("heldout"))[: self.config.comparisons]
-        except MissingData:
-            return {}
-        limit = self.config.lengths.prompt
-        comparisons = [c for c in found if encoding.encode_prompt(self.tokenizer, c.prompt, limit) is not None]
-        if not comparisons:
-            return {}
-        scored = zip(comparisons, self.completion_scores(comparisons), strict=True)
-        scored = [(c, s) for c, s in scored if np.isfinite(s).all()]
-        if not scored:
-            return {}
-        comparisons, scores = [c for c, _ in scored], [s for _, s in scored]
-        training = self.training_labelers()
-        new = [c.labeler not in training for c in comparisons]
-        groups = {"accuracy/training_labelers": [not n for n in new], "accuracy/heldout_labelers": new}
-        for name in dict.fromkeys(c.group for c in comparisons if c.group is not None):
-            if (chosen := [c.group == name for c in comparisons]) not in groups.values():
-                groups[f"accuracy/group/{name}"] = chosen
-        measures = {}
-        for name, chosen in groups.items():
-            found = [
-                agreement(score, -np.asarray(c.ranks)) for c, score, take in zip(comparisons, scores, chosen, strict=True) if take
-            ]
-            measures |= {name: mean(present(found))} if present(found).size else {}
-        margins = np.concatenate([_margins(s, c) for c, s in zip(comparisons, scores, strict=True)])
-        measures["ece"] = {"mean": numerics.expected_calibration_error(margins), "n": len(margins)}
-        measures["brier"] = {"mean": numerics.brier_score(margins), "n": len(margins)}
-        gold = [self.completion_gold(c) for c in comparisons]
-        if all(g is not None for g in gold):
-            ours = present([agreement(s, g) for s, g in zip(scores, gold, strict=True)])
-            labelers = present([agreement(-np.asarray(c.ranks), g) for c, g in zip(comparisons, gold, strict=True)])
-            measures["accuracy/gold"] = mean(ours)
-            measures["labeler_agreement/gold"] = mean(labelers)
-            measures["accuracy_over_labeler/gold"] = mean(ours - labelers)  # over the same pairs, so the interval is narrower
-        return measures
-
-    def training_labelers(self) -> frozenset[str | None]:
-        """The labelers of the training comparisons, always including unnamed ones (None)."""
-        try:
-            return frozenset({c.labeler for c in self.data.comparisons("train")} | {None})
-        except MissingData:
-            return frozenset({None})
-
-    def completion_scores(self, comparisons: Sequence[Comparison]) -> list[np.ndarray]:
-        """The reward model's scores of each comparison's completions."""
-        prompts = [c.prompt for c in comparisons for _ in c.completions]
-        texts = [text for c in comparisons for text in c.completions]
-        scores = scores_of(self.reward_model, responses_of(prompts, texts, self.tokenizer, self.config.lengths))
-        return np.split(scores, np.cumsum([len(c.completions) for c in comparisons])[:-1])
-
-    def completion_gold(self, comparison: Comparison) -> np.ndarray | None:
-        golds = [self.data.gold(comparison.prompt, text) for text in comparison.completions]
-        return None if golds[0] is None else np.array([g["gold"] for g in golds])
-
 
 def prompts_of(data: DataSource, split: str) -> Sequence[Prompt]:
     """The prompts of a split; empty if the data have none."""
@@ -361,58 +249,6 @@ def prompts_of(data: DataSource, split: str) -> Sequence[Prompt]:
         return data.prompts(split)
     except MissingData:
         return ()
-
-
-def agreement(ours: np.ndarray, theirs: np.ndarray) -> float | None:
-    """The fraction of the pairs ordered by ``theirs`` that ``ours`` orders the same way; ties in ``ours`` count half. None if
-    ``theirs`` orders no pair."""
-    first, second = np.triu_indices(len(ours), 1)
-    sign = np.sign(theirs[first] - theirs[second])
-    product = np.sign(ours[first] - ours[second])[sign != 0] * sign[sign != 0]
-    return float(np.mean((product > 0) + 0.5 * (product == 0))) if product.size else None
-
-
-def _margins(scores: np.ndarray, comparison: Comparison) -> np.ndarray:
-    return numerics.pair_margins(scores, numerics.preferences([comparison.ranks], len(scores)))
-
-
-def present(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([v for v in values if v is not None])
-
-
-def results(name: str, taken: Sequence[tuple[Choice, np.ndarray]]) -> dict[str, Measure]:
-    """The measures of a test, from its items and their options' log-probabilities."""
-    rights = [item.right or (item.answer,) for item, _ in taken]
-    preferred = np.array([numerics.prefers(x, item.answer, right) for (item, x), right in zip(taken, rights, strict=True)])
-    measures = {name: proportion(float(preferred.sum()), len(taken))}
-    for group in dict.fromkeys(item.group for item, _ in taken if item.group is not None):
-        chosen = preferred[[item.group == group for item, _ in taken]]
-        measures[f"{name}/{group}"] = proportion(float(chosen.sum()), len(chosen))
-    probabilities = [numerics.option_probabilities(x) for _, x in taken]
-    if max(map(len, rights)) > 1:
-        sums = [p[list(right)].sum() for p, right in zip(probabilities, rights, strict=True)]
-        measures[f"{name}/probability"] = mean(np.array(sums))
-    if max(map(len, probabilities)) == 2:
-        measures[f"{name}/entropy"] = mean(np.array([numerics.entropy_bits(p) for p in probabilities]))
-    return measures
-
-
-def option_example(tokenizer: Tokenizer, item: Choice, option: str) -> Example:
-    return Example([tokenizer.start_id, *tokenizer.encode(item.context)], tokenizer.encode(option))
-
-
-def mean(x: np.ndarray) -> Measure:
-    if not len(x):
-        return {"mean": float("nan"), "n": 0}
-    value, low, high = numerics.mean_interval(x)
-    return {"mean": value, "low": low, "high": high, "n": len(x)}
-
-
-def proportion(successes: float, n: int) -> Measure:
-    if not n:
-        return {"mean": float("nan"), "n": 0}
-    value, low, high = numerics.proportion_interval(successes, n)
-    return {"mean": value, "low": low, "high": high, "n": n}
 
 
 def gain(answers: Answers, before: Answers | None) -> dict[str, Measure]:
@@ -435,15 +271,3 @@ def rows(answers: Answers, count: int) -> list[Mapping[str, Any]]:
         }
         for i in range(min(count, len(responses.texts)))
     ]
-
-
-def flatten(result: Mapping[str, Any]) -> dict[str, float]:
-    """Flatten an evaluation to {'heldout/sft/gold': mean}, for trackers."""
-    flat = {}
-    for key, value in {**result.get("splits", {}), "reward_model": result.get("reward_model", {})}.items():
-        for inner, measures in value.items():
-            if "mean" in measures:
-                flat[f"{key}/{inner}"] = measures["mean"]
-            else:
-                flat |= {f"{key}/{inner}/{name}": m["mean"] for name, m in measures.items()}
-    return flat

@@ -39,9 +39,10 @@ from lockstep.runs.assembly import Assembly
 from lockstep.runs.attacks import AttackConfig, RedTeam, demonstrations
 from lockstep.runs.attacks import kept as kept_attacks
 from lockstep.runs.collection import CollectionConfig, Collector, kept, labelled, measures
-from lockstep.runs.evaluation import EvaluationConfig, Evaluator, flatten, prompts_of
+from lockstep.runs.evaluation import EvaluationConfig, Evaluator, prompts_of
 from lockstep.runs.experiment import Experiment
 from lockstep.runs.interrupts import GracefulStop, terminable
+from lockstep.runs.measures import flatten
 from lockstep.runs.stages import Stage
 from lockstep.runs.store import NoRecords, Records, RunFolder, StageFolder, held
 from lockstep.storage.files import dump, dump_line, finite, write_json, write_text

@@ -42,9 +42,9 @@ from lockstep.config.secrets import redact, without_secrets
 from lockstep.errors import ConfigError, LockstepError, did_you_mean, listing
 from lockstep.reporting.console import tell
 from lockstep.runs import identity
-from lockstep.runs.evaluation import flatten
 from lockstep.runs.experiment import finished, run_name
 from lockstep.runs.interrupts import terminable
+from lockstep.runs.measures import flatten
 from lockstep.storage.files import write_json, write_text
 from lockstep.storage.names import root_folder
 from lockstep.storage.records import DONE, RUN, SWEEP, read_record, stage_folders
