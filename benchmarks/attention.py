@@ -80,11 +80,9 @@ def made(cls, architecture, backend):
     arrays = initial_parameters(architecture, 0)
     if backend.name == "jax":
         return cls.from_arrays(architecture, arrays, backend, language_head=True)
-    from lockstep_torch.decoder import DecoderNetwork, load_arrays
+    from lockstep_torch.decoder import DecoderNetwork
 
-    network = DecoderNetwork(architecture)
-    load_arrays(network, arrays)
-    return cls(network, None, backend)
+    return cls.filled(DecoderNetwork(architecture), None, backend, arrays)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from lockstep.storage.files import read_json, write_json  # noqa: E402
 from lockstep.storage.weights import write_tensors  # noqa: E402
 from lockstep.text.sequences import left_pad, pack  # noqa: E402
 from lockstep_jax.backend import JaxBackend  # noqa: E402
+from lockstep_jax.decoder import bind  # noqa: E402
 from lockstep_jax.policies import HuggingFace  # noqa: E402
 
 VOCAB, TOLERANCE, MATTERS = 61, 1e-4, 1e-3
@@ -177,7 +178,7 @@ def theirs(hf, s) -> np.ndarray:
 def ours(policy, s) -> np.ndarray:
     """The same of the decoder, one operation at a time: nothing to compile for every switch."""
     with jax.disable_jit():
-        decoder = policy.spec.bind(policy.params, policy.frozen)
+        decoder = bind(policy.spec, policy.params, policy.frozen)
         return np.asarray(decoder.logits(decoder.hidden(s.tokens, s.attention_mask), decoder.head()))[s.attention_mask]
 
 
@@ -279,12 +280,13 @@ def test_greedy_continuations_are_those_of_transformers(pair):
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "smollm3"])
 def test_in_bfloat16_sampling_and_scoring_agree(family, tmp_path, monkeypatch):
     """As accelerators compute: the cache is in bfloat16 too, whatever norms and rotations are in."""
-    monkeypatch.setattr("lockstep_jax.decoder.attention_dtype", lambda dtype, platform: dtype)
+    for module in ("decoder", "layers"):
+        monkeypatch.setattr(f"lockstep_jax.{module}.attention_dtype", lambda dtype, platform: dtype)
     half = JaxBackend(dataclasses.replace(CPU, precision="bfloat16"))
     realistic(family).save_pretrained(tmp_path)
     policy, s = HuggingFace.load(tmp_path, half), block()
     with jax.disable_jit():
-        decoder = policy.spec.bind(policy.params, policy.frozen)
+        decoder = bind(policy.spec, policy.params, policy.frozen)
         whole = decoder.hidden(s.tokens[:, :10], s.attention_mask[:, :10])
         layers = decoder.apart()
         _, cache = decoder.start(layers, s.tokens[:, :8], s.prompt_mask, 2)

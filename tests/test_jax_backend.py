@@ -27,6 +27,7 @@ from lockstep.models.architecture import initial_parameters, scalar_head  # noqa
 from lockstep.text.sequences import Sequences, join, pack  # noqa: E402
 from lockstep_jax import decoder, generation, learner, model, products  # noqa: E402
 from lockstep_jax.backend import JaxBackend  # noqa: E402
+from lockstep_jax.network import NetworkSpec  # noqa: E402
 from lockstep_jax.parameters import from_arrays  # noqa: E402
 from lockstep_jax.policies import HuggingFace  # noqa: E402
 
@@ -485,15 +486,15 @@ def test_operands_are_turned_in_memory_on_cpus_only(platform):
 def test_a_network_computes_as_its_own_device_wants_and_not_as_the_default_one(platform, attention):
     config = dataclasses.replace(CPU, precision="bfloat16")
     half = SimpleNamespace(config=config, device=SimpleNamespace(platform=platform), mesh=None)
-    spec = decoder.NetworkSpec.on(half, ARCHITECTURE, language_head=True, scalar_head=False)
+    spec = NetworkSpec.on(half, ARCHITECTURE, language_head=True, scalar_head=False)
     params = from_arrays(ARCHITECTURE, initial_parameters(ARCHITECTURE, 0))
 
     def start(params):
-        network = spec.bind(params, {})
+        network = decoder.bind(spec, params, {})
         return network.start(network.apart(), np.zeros((1, 2), np.int32), np.ones((1, 2), bool), 1)
 
     def loss(params):
-        network = spec.bind(params, {})
+        network = decoder.bind(spec, params, {})
         return network.hidden(np.zeros((1, 2), np.int32), np.ones((1, 2), bool)).sum()
 
     assert jax.eval_shape(start, params)[1].layers[0][0].dtype == attention

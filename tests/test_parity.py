@@ -177,7 +177,7 @@ def test_dropout_drops_its_rate_and_keeps_the_mean():
 
 def test_dropout_is_the_documented_bits(both):
     """The torch module against the numpy reference; JAX agrees with torch above."""
-    from lockstep_torch.decoder import DropoutMask
+    from lockstep_torch.network import DropoutMask
 
     torch = pytest.importorskip("torch")
     seeds, position = np.array([7, 8], np.uint32), np.array([[0, 1, 2], [0, 0, 1]])

@@ -334,8 +334,9 @@ def test_a_mesh_that_cannot_be_is_an_error(mesh, message, monkeypatch):
 
 
 def test_matmuls_that_cannot_be_divided_are_an_error(folders):
-    from lockstep_torch.decoder import DecoderNetwork, Network
+    from lockstep_torch.decoder import DecoderNetwork
     from lockstep_torch.mesh import Mesh
+    from lockstep_torch.network import Network
     from lockstep_torch.policies import Decoder
 
     class Axis:

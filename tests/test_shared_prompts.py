@@ -13,12 +13,12 @@ from lockstep.interfaces import Term
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.models.architecture import initial_parameters, small_decoder
 from lockstep.text.sequences import Sequences, pack
-from lockstep_jax import decoder as jax_decoder
+from lockstep_jax import layers as jax_layers
 from lockstep_jax.backend import JaxBackend
 from lockstep_jax.policies import Decoder as JaxDecoder
 from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss
 from lockstep_torch import attention
-from lockstep_torch import decoder as torch_decoder
+from lockstep_torch import layers as torch_layers
 from lockstep_torch.backend import TorchBackend
 from lockstep_torch.generation import generate
 from lockstep_torch.model import Block
@@ -121,12 +121,12 @@ def test_a_prompt_goes_through_the_layers_once(backend, monkeypatch):
     """Of 2 prompts of 8 columns with 4 rows each, and responses of 4: 48 tokens, where every row for itself would be 96."""
     rows, seen = rows_of([(8, 4), (8, 4)], [4] * 8), []
     if backend == "torch":
-        real = torch_decoder.MLP.forward
-        monkeypatch.setattr(torch_decoder.MLP, "forward", lambda self, x: seen.append(x.shape[:-1].numel()) or real(self, x))
+        real = torch_layers.MLP.forward
+        monkeypatch.setattr(torch_layers.MLP, "forward", lambda self, x: seen.append(x.shape[:-1].numel()) or real(self, x))
         tokens = [48, 48, 34]  # in the last layer, prompts give only keys and values, but for their last column
     else:
-        real = jax_decoder.MLP.__call__
-        monkeypatch.setattr(jax_decoder.MLP, "__call__", lambda self, x: seen.append(x.size // x.shape[-1]) or real(self, x))
+        real = jax_layers.MLP.__call__
+        monkeypatch.setattr(jax_layers.MLP, "__call__", lambda self, x: seen.append(x.size // x.shape[-1]) or real(self, x))
         jax.clear_caches()
         tokens = [16, 32, 16, 32, 2, 32]  # of prompts, of responses
     model(backend).evaluate(rows, ["logprobs"])
@@ -135,8 +135,8 @@ def test_a_prompt_goes_through_the_layers_once(backend, monkeypatch):
 
 def test_padding_goes_through_no_layer(monkeypatch):
     rows, seen = CASES["much padding"], []
-    real = torch_decoder.MLP.forward
-    monkeypatch.setattr(torch_decoder.MLP, "forward", lambda self, x: seen.append(x.shape[:-1].numel()) or real(self, x))
+    real = torch_layers.MLP.forward
+    monkeypatch.setattr(torch_layers.MLP, "forward", lambda self, x: seen.append(x.shape[:-1].numel()) or real(self, x))
     model("torch").evaluate(rows, ["logprobs"])
     tokens = int(rows.attention_mask.sum())
     assert seen == [tokens, tokens, tokens - int(rows.prompt_mask[:, :-1].sum())]

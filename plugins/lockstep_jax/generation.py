@@ -15,9 +15,10 @@ import numpy as np
 from jax import Array
 
 from lockstep.learning import randomness
-from lockstep_jax.decoder import Cache, Layers, NetworkSpec, Tree, repeated
+from lockstep_jax.decoder import Cache, Layers, bind, repeated
 from lockstep_jax.device import decoding
 from lockstep_jax.mesh import gathered, whole
+from lockstep_jax.network import NetworkSpec, Tree
 
 
 class DecodeState(NamedTuple):
@@ -82,7 +83,7 @@ class Decoding:
 
     def __init__(self, params: Tree, frozen: Tree, drawing: Drawing, spec: NetworkSpec, greedy: bool):
         params, frozen = (gathered(spec.mesh, spec.cast(tree)) for tree in (params, frozen))
-        self.decoder = spec.bind(params, frozen)
+        self.decoder = bind(spec, params, frozen)
         self.layers, self.head = self.decoder.apart(), self.decoder.head().astype(self.decoder.dtype)
         self.drawing, self.greedy = drawing, greedy
 

@@ -20,10 +20,10 @@ from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.processes import call_text
 from lockstep.storage.weights import OnDisk, stored_learner, write_learner
 from lockstep.text.sequences import Sequences
-from lockstep_jax.decoder import DropoutMask, NetworkSpec, Tree
 from lockstep_jax.device import JaxDevice, keep_freed_memory, scheduling
 from lockstep_jax.mesh import divided, whole
 from lockstep_jax.model import Block, JaxModel, forward
+from lockstep_jax.network import DropoutMask, NetworkSpec, Tree
 from lockstep_jax.parameters import Gathered, from_arrays
 
 Roles = tuple[tuple[str, NetworkSpec, tuple[str, ...]], ...]

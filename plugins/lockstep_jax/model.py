@@ -22,10 +22,11 @@ from lockstep.processes import call_text
 from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_weights
 from lockstep.text.sequences import Sequences, rows_per_prompt
-from lockstep_jax.decoder import TEACHER, DecoderNetwork, DropoutMask, NetworkSpec, Tree, recalled
+from lockstep_jax.decoder import DecoderNetwork, bind, recalled
 from lockstep_jax.device import JaxDevice
 from lockstep_jax.generation import Drawing, generate, proceed, start
 from lockstep_jax.mesh import row_parts, rows, whole
+from lockstep_jax.network import TEACHER, DropoutMask, NetworkSpec, Tree
 from lockstep_jax.parameters import Gathered, from_arrays
 
 LOGITS_AT_ONCE = 2**26
@@ -69,7 +70,7 @@ def forward(
     dropout: DropoutMask | None = None,
 ) -> dict[str, Array]:
     """The named outputs, differentiable. Logits exist only at the T columns that predict a response token."""
-    decoder = spec.bind(params, frozen)
+    decoder = bind(spec, params, frozen)
     prompt_length = block.prompt_mask.shape[1]
     first = prompt_length - 1
     mask = jnp.concatenate([block.prompt_mask, block.response_mask], axis=1) if block.segments is None else block.segments
@@ -82,7 +83,7 @@ def forward(
         tokens = jnp.where(block.response_mask, block.tokens[:, prompt_length:], 0)
         out |= of_distribution(decoder, states, tokens, temperature, entropy="entropy" in outputs)
     if "divergence" in outputs and spec.teacher is not None:
-        teacher = spec.teacher.bind(*jax.lax.stop_gradient(frozen[TEACHER]))
+        teacher = bind(spec.teacher, *jax.lax.stop_gradient(frozen[TEACHER]))
         theirs = teacher.hidden(block.tokens, mask, None, first, shared)[:, :-1]
         out["divergence"] = from_teacher(decoder, teacher, states, theirs, temperature, spec.beta)
     if "values" in outputs:

@@ -10,8 +10,8 @@ from flax import nnx
 
 from lockstep.models.architecture import Architecture, family_of
 from lockstep.storage.weights import as_float32
-from lockstep_jax.decoder import Tree
 from lockstep_jax.mesh import get
+from lockstep_jax.network import Tree
 
 TRANSPOSED = ("kernel", "lora_A", "lora_B")
 

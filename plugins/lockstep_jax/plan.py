@@ -19,11 +19,12 @@ from lockstep.models.blueprint import Blueprint
 from lockstep.planning.calls import Call, Need, Part, Shape
 from lockstep_jax import generation, learner, mesh, model
 from lockstep_jax.collectives import collectives, summed
-from lockstep_jax.decoder import TEACHER, DecoderNetwork, DropoutMask, NetworkSpec, Tree
+from lockstep_jax.decoder import DecoderNetwork
 from lockstep_jax.device import JaxDevice, devices_of, matmuls
 from lockstep_jax.generation import Drawing
 from lockstep_jax.learner import Rates, State
 from lockstep_jax.model import Block, Static
+from lockstep_jax.network import TEACHER, DropoutMask, NetworkSpec, Tree
 
 TPU = {
     "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",

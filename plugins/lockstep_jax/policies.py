@@ -22,9 +22,9 @@ from lockstep.models.architecture import (
 from lockstep.models.blueprint import Blueprint
 from lockstep.models.checkpoint import CheckpointConfig, FromCheckpoint, is_adapter, map_decoder
 from lockstep.text.tokenizer import Tokenizer
-from lockstep_jax.decoder import NetworkSpec, Tree
 from lockstep_jax.device import JaxDevice
 from lockstep_jax.model import LanguageModel, Scalar
+from lockstep_jax.network import NetworkSpec, Tree
 from lockstep_jax.parameters import from_arrays
 
 

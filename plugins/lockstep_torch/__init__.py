@@ -5,6 +5,8 @@ from earlier ones.
     pieces.py               operations between matmuls, which torch.compile can fuse                           (*)
     device.py               precision, device and threads
     attention.py            attention, masks, and rows without their padding
+    network.py              what every network has: its interface, positions, dropout, the scalar head
+    layers.py               the layers of our own network
     decoder.py              our own network, in Llama's shape
     transformers_network.py networks of transformers behind the same interface                                 (*)
     lora.py                 peft's adapter layers in either network                                            (*)

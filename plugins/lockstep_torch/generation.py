@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lockstep.interfaces import Generated, Past
 from lockstep.learning import randomness
-from lockstep_torch.decoder import Network, hash32, high_bits
+from lockstep_torch.network import Network, hash32, high_bits
 
 
 def generate(

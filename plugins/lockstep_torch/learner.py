@@ -16,10 +16,10 @@ from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.processes import call_text
 from lockstep.storage.weights import OnDisk, stored_learner, write_learner
 from lockstep.text.sequences import Sequences
-from lockstep_torch.decoder import DropoutMask
 from lockstep_torch.device import TorchDevice
 from lockstep_torch.mesh import divided_alike, fill, full, on_host
 from lockstep_torch.model import Block, TorchModel
+from lockstep_torch.network import DropoutMask
 
 
 class TorchLearner(Learner):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lockstep.models.adapters import Adapter
-from lockstep_torch.decoder import Network, copy_network
+from lockstep_torch.network import Network, copy_network
 
 
 def linear_layers(network: Network) -> dict[str, nn.Module]:

@@ -24,10 +24,11 @@ from lockstep.storage.files import write_json
 from lockstep.storage.weights import write_weights
 from lockstep.text.sequences import Sequences, rows_per_prompt
 from lockstep_torch.attention import Layout
-from lockstep_torch.decoder import DecoderNetwork, DropoutMask, Network, ScalarHead, copy_network
+from lockstep_torch.decoder import DecoderNetwork
 from lockstep_torch.device import TorchDevice
 from lockstep_torch.generation import Decoding, generate
 from lockstep_torch.mesh import fill, on_host, shell
+from lockstep_torch.network import DropoutMask, Network, ScalarHead, copy_network
 from lockstep_torch.pieces import chosen
 
 LOGITS_AT_ONCE = 2**26

@@ -30,13 +30,14 @@ from lockstep.planning.calls import Call, Need, Part, Shape, Traffic, traffic
 from lockstep.planning.parts import FLOAT32
 from lockstep.text.sequences import Sequences
 from lockstep_torch import device, generation
-from lockstep_torch.decoder import Cache, DecoderNetwork, Network, ScalarHead
+from lockstep_torch.decoder import Cache, DecoderNetwork
 from lockstep_torch.device import TorchDevice
 from lockstep_torch.generation import Decoding
 from lockstep_torch.learner import TorchLearner
 from lockstep_torch.lora import adapted
 from lockstep_torch.mesh import Root, TensorAxis, divide_matmuls
 from lockstep_torch.model import Block, Scalar, TorchModel
+from lockstep_torch.network import Network, ScalarHead
 from lockstep_torch.policies import Decoder
 from lockstep_torch.transformers_network import TransformersNetwork
 

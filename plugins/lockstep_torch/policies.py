@@ -31,11 +31,12 @@ from lockstep.models.checkpoint import Checkpoint, CheckpointConfig, FromCheckpo
 from lockstep.storage.weights import OnDisk, as_float32
 from lockstep.text.tokenizer import Tokenizer
 from lockstep_torch.classifier import TextClassifier
-from lockstep_torch.decoder import DecoderNetwork, Network, ScalarHead
+from lockstep_torch.decoder import DecoderNetwork
 from lockstep_torch.device import TorchDevice
 from lockstep_torch.lora import adapted, linear_layers
 from lockstep_torch.mesh import fill, shell
 from lockstep_torch.model import LanguageModel, Scalar
+from lockstep_torch.network import Network, ScalarHead
 from lockstep_torch.transformers_network import TransformersNetwork, config_of, load, without_weights
 
 

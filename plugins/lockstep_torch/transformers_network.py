@@ -1,4 +1,4 @@
-"""Any causal language model of transformers behind the interface of `lockstep_torch.decoder.Network`."""
+"""Any causal language model of transformers behind the interface of `lockstep_torch.network.Network`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from lockstep.interfaces import Past
 from lockstep.models.architecture import usual_name
 from lockstep.storage.hub import hub
 from lockstep_torch.attention import Layout, RealFirst
-from lockstep_torch.decoder import DropoutMask, Network, positions, recalled
+from lockstep_torch.decoder import recalled
+from lockstep_torch.network import DropoutMask, Network, positions
 
 
 def config_of(hf: Any) -> dict[str, Any]:

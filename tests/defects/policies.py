@@ -12,8 +12,9 @@ from defects import defect
 from lockstep.interfaces import Generated
 from lockstep.models.architecture import SCALAR_BIAS
 from lockstep.storage.weights import read_weights, write_tensors
-from lockstep_torch.decoder import DecoderNetwork, ScalarHead
+from lockstep_torch.decoder import DecoderNetwork
 from lockstep_torch.model import LanguageModel, Scalar
+from lockstep_torch.network import ScalarHead
 from lockstep_torch.policies import Decoder
 
 

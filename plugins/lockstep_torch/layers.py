@@ -1,0 +1,120 @@
+"""The decoder's layers. Their parameters have Llama's names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lockstep.models.architecture import Architecture
+from lockstep_torch.attention import Visible, attention_dtype
+from lockstep_torch.mesh import TensorAxis, local
+from lockstep_torch.pieces import gated, normed, rotated
+
+
+class Layer(nn.Module):
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        d, eps = architecture.hidden_size, architecture.norm_eps
+        self.input_layernorm = nn.RMSNorm(d, eps=eps)
+        self.self_attn = Attention(architecture)
+        self.post_attention_layernorm = nn.RMSNorm(d, eps=eps)
+        self.mlp = MLP(architecture)
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Any = None, drop: Any = None, first: int = 0
+    ) -> Tensor:
+        """[B, L, d] -> [B, L - first, d]."""
+        drop = drop or (lambda y, part: y)
+        x = since(x, first) + drop(self.self_attn(self.before(self.input_layernorm, x), rotation, visible, cache, first), 0)
+        return x + drop(self.mlp(self.before(self.post_attention_layernorm, x)), 1)
+
+    def before(self, norm: nn.RMSNorm, x: Tensor) -> Tensor:
+        """The norm of x in matmul precision, cast once for all its readers: autocast would cast it again for each of them."""
+        return normed(x, norm.weight, norm.eps, matmul_dtype(x.device))
+
+
+class Linear(nn.Linear):
+    """A linear layer whose weight may be a shard."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, local(self.weight))
+
+
+class Divisible(nn.Module):
+    """Matmuls that may be sharded among processes: the ``ends`` by their inputs, the others by their outputs."""
+
+    ends: tuple[str, ...]
+    axis: TensorAxis | None = None
+
+    def divide(self, axis: TensorAxis) -> None:
+        self.axis = axis
+        for name, layer in self.named_children():
+            axis.divide(layer, 1 if name in self.ends else 0)
+
+    def copied(self, x: Tensor) -> Tensor:
+        return x if self.axis is None else self.axis.copied(x)
+
+    def summed(self, layer: Linear, x: Tensor) -> Tensor:
+        """``layer``, one of the ``ends``, applied to x and summed over the processes."""
+        return layer(x) if self.axis is None else self.axis.summed(x, local(layer.weight), matmul_dtype(x.device))
+
+
+class Attention(Divisible):
+    ends = ("o_proj",)
+
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        a = self.architecture = architecture
+        self.q_proj = Linear(a.hidden_size, a.heads * a.head_dim, bias=False)
+        self.k_proj = Linear(a.hidden_size, a.kv_heads * a.head_dim, bias=False)
+        self.v_proj = Linear(a.hidden_size, a.kv_heads * a.head_dim, bias=False)
+        self.o_proj = Linear(a.heads * a.head_dim, a.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Any = None, first: int = 0) -> Tensor:
+        """x [B, L, d] -> [B, L - first, d]: queries are the columns from ``first`` on. ``visible`` is for all L queries.
+        ``cache``: `Filled` or None."""
+        a = self.architecture
+        cos, sin = rotation
+        visible, dtype = visible.since(first), attention_dtype(x.device)
+        x = self.copied(x)
+        q = rotated(split_heads(self.q_proj(since(x, first)), a.head_dim), cos[:, :, first:], sin[:, :, first:], dtype)
+        k = rotated(split_heads(self.k_proj(x), a.head_dim), cos, sin, dtype)
+        v = split_heads(self.v_proj(x), a.head_dim).to(dtype)
+        if cache is not None:
+            k, v = cache.with_own(k, v)
+        with torch.autocast(x.device.type, enabled=False):
+            out = visible.attend(q, k, v)
+        return self.summed(self.o_proj, out.transpose(1, 2).flatten(2))
+
+
+class MLP(Divisible):
+    ends = ("down_proj",)
+
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        d, f = architecture.hidden_size, architecture.intermediate_size
+        self.gate_proj = Linear(d, f, bias=False)
+        self.up_proj = Linear(d, f, bias=False)
+        self.down_proj = Linear(f, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.copied(x)
+        return self.summed(self.down_proj, gated(self.gate_proj(x), self.up_proj(x)))
+
+
+def matmul_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of matmul inputs."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def since(x: Tensor, first: int) -> Tensor:
+    """x[:, first:]; x itself if ``first`` is 0, because a slice of everything would have a gradient to copy."""
+    return x[:, first:] if first else x
+
+
+def split_heads(x: Tensor, size: int) -> Tensor:
+    """[B, L, H hd] -> [B, H, L, hd]."""
+    return x.unflatten(-1, (-1, size)).transpose(1, 2)
