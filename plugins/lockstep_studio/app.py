@@ -22,7 +22,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def application(studio: Studio, hosts: Sequence[str] = ()) -> Application:
-    """``hosts``: names under which browsers may reach it, besides the loopback's and those of the settings."""
+    """Make the ASGI application. ``hosts``: names under which browsers may reach it, besides loopback and the settings' names."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -44,7 +44,7 @@ def application(studio: Studio, hosts: Sequence[str] = ()) -> Application:
 
 
 class _Static(StaticFiles):
-    """Files that browsers ask for again only with their next version."""
+    """Files that browsers may cache for ten minutes."""
 
     async def get_response(self, path: str, scope: object) -> Response:  # type: ignore[override]
         response = await super().get_response(path, scope)  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ class _Static(StaticFiles):
 
 
 async def health(request: Request) -> Response:
-    """For whoever watches the process: the database answers."""
+    """The health check for monitoring: fails if the database does not answer."""
     request.app.state.studio.database.reader.execute("SELECT 1")
     return JSONResponse({"status": "ok"})
 
@@ -63,5 +63,5 @@ async def _missing(request: Request, error: Exception) -> Response:
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    """The log has the traceback; the visitor learns nothing of the inside."""
+    """The response to an unexpected error. The log has the traceback; the visitor sees no details."""
     return PlainTextResponse("Something went wrong here. Nothing that was saved is lost. Go back and try again.", 500)

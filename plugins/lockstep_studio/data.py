@@ -2,11 +2,12 @@
 
 conf/data/human.yaml has a command to start from.
 
-Prompts are held out by how their dialogue begins, as the source ``files`` does: the first user message is hashed with the seed,
-so no prompt is on both sides, whatever its noun, and further rounds move none. Labelers may be held out too, by a share or by
-their group, as InstructGPT's held-out labelers were (Ouyang et al. 2022, section 3.4): then no labeler is on both sides either.
-Rows that would mix the two, a held-out labeler's on a training prompt and the reverse, are left out and counted. Prompts alone
-know no labeler.
+Prompts are held out by how their dialogue begins, as in the source ``files``: the first user message is hashed with the seed. So
+no prompt is on both sides, whether it is in comparisons, demonstrations or conversations, and further rounds move no prompt.
+
+Labelers may be held out too, by a share or by their group, like InstructGPT's held-out labelers (Ouyang et al. 2022, section
+3.4). Then no labeler is on both sides either: rows by a held-out labeler on a training prompt, or the reverse, are left out and
+counted. `Human.prompts` ignores labelers, since a prompt alone has none.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ SPLITS = ("train", "heldout")
 
 
 class Human(DataSource):
-    """Reads each file once, on first use. ``Comparison.labeler`` is a pseudonym."""
+    """A data source that reads each file once, on first use. ``Comparison.labeler`` is a pseudonym."""
 
     @dataclass(frozen=True)
     class Config:
-        """Which rounds, and what is held out of them."""
+        """The rounds to read, and what to hold out of them."""
 
         folder: str = setting(REQUIRED, "A closed round, or a folder of several: studio/rounds.")
-        heldout_fraction: float = setting(0.05, "Share of the prompts.", least=0, below=1)
+        heldout_fraction: float = setting(0.05, "Share of the prompts to hold out.", least=0, below=1)
         heldout_labelers: float = setting(
-            0.0, "Share of the labelers; 0 and no group: labelers are on both sides.", least=0, below=1
+            0.0, "Share of the labelers to hold out; with 0 and no groups, labelers are on both sides.", least=0, below=1
         )
         heldout_groups: tuple[str, ...] = setting((), "Groups whose labelers are all held out, whatever the share.")
-        seed: int = setting(0, "Seeds that split; not the run's seed, so that runs with several seeds share the split.", least=0)
+        seed: int = setting(0, "Seed of the split; not the run's seed, so that runs with several seeds share the split.", least=0)
 
     def __init__(self, config: Config):
         self.config = config
@@ -64,15 +65,15 @@ class Human(DataSource):
         yield "data.folder", f"{found} in {self.config.folder}, rounds: {len(rounds.rounds_in(self.config.folder))}"
 
     def demonstrations(self, split: str) -> Sequence[Demonstration]:
-        """What people wrote; of a round in which nobody wrote, see `MissingData`'s message."""
+        """The rounds' demonstrations. If there are none, the message of `MissingData` says what to do."""
         return self._items(DEMONSTRATIONS, split, lambda row: Demonstration(_prompt(row), row["response"]))
 
     def comparisons(self, split: str) -> Sequence[Comparison]:
-        """Without those that tell nothing: all tie, or all completions are the same."""
+        """The rounds' comparisons, except uninformative ones, in which all completions tie or are the same."""
         return self._items(COMPARISONS, split, _comparison)
 
     def prompts(self, split: str) -> Sequence[Prompt]:
-        """Those of comparisons and demonstrations, and how conversations begin; each once."""
+        """The prompts of comparisons and demonstrations, and the beginnings of conversations; each once."""
         _check_split(split)
         found = (_prompt(row) for noun in NOUNS for row in self._read(noun) if self._heldout(row) == (split == "heldout"))
         return self._some("prompts", split, tuple(dict.fromkeys(found)))
@@ -100,7 +101,8 @@ class Human(DataSource):
         return self._some(noun, split, self._split[noun, split])
 
     def _some(self, noun: str, split: str, items: Sequence[Any]) -> Sequence[Any]:
-        """
+        """Return the items.
+
         Raises:
           MissingData: there are none.
         """
@@ -119,10 +121,10 @@ class Human(DataSource):
         return listing(f"{len(self._read(noun))} {noun}" for noun in NOUNS if self._read(noun))
 
     def _read(self, noun: str) -> list[Row]:
-        """All rows of a noun; of each labeler's revisions of one task in one round, the last.
+        """All rows of a noun. If a labeler revised a task within a round, only the last revision.
 
         Raises:
-          DataError: a row is damaged, or its messages are no prompt.
+          DataError: a row is damaged, or its messages are not a prompt.
         """
         if noun not in self._rows:
             self._rows[noun] = []
@@ -144,7 +146,8 @@ class Human(DataSource):
         return self.config.heldout_labelers > 0 or bool(self.config.heldout_groups)
 
     def _heldout(self, row: Row) -> bool:
-        """By its prompt; with labelers held out this is also its labeler's side, unless the row is `_mixed`."""
+        """True if the row's prompt is held out. If labelers are held out too, the row's labeler is on the same side, unless the
+        row is `_mixed`."""
         return self._drawn(f"\n{_beginning(row)}", self.config.heldout_fraction)
 
     def _mixed(self, row: Row) -> str | None:
@@ -176,7 +179,7 @@ def _check_split(split: str) -> None:
 
 
 def _prompt(row: Row) -> Prompt:
-    """The messages; of a conversation, those before the first answer."""
+    """The row's prompt: its messages, or of a conversation those before the first answer."""
     messages = [Message(each["role"], each["content"]) for each in row["messages"]]
     if rounds.noun_of(row) == CONVERSATIONS:
         end = next((i for i, message in enumerate(messages) if message.role == "assistant"), len(messages))

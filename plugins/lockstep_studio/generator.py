@@ -1,9 +1,9 @@
-"""Answers of policies for many readers. One thread owns the models. It draws requests that wait for the same policy as one batch.
-Batches take turns a token at a time, so a new reader does not wait for another's long answer. A reader who leaves gives up a row,
-and a batch without readers ends.
+"""Generates policies' answers for many readers. One thread owns the models. It draws waiting requests for the same policy and
+temperature as one batch. Batches take turns, a token at a time, so a new reader does not wait for another's long answer. If a
+reader leaves, their answer stops; a batch without readers ends.
 
-An answer is a function of its messages, seed, temperature and limit: that of ``lockstep.load(...).chat(messages, seed=...)``,
-whoever shares the batch.
+An answer depends only on its messages, seed, temperature and limit, not on the rest of the batch. It is the same as that of
+``lockstep.load(...).chat(messages, seed=...)``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger("lockstep")
 COLUMNS = 64
 """Prompts are padded to a multiple of this: XLA compiles every new shape."""
 STREAMS = 4
-"""Batches that take turns."""
+"""The most batches that take turns."""
 FAILED = "The policy failed; the operator's log says why."
 
 
@@ -46,8 +46,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Piece:
-    """What happened to an answer: more ``text``; or it ended ('done', 'stopped', 'failed'), with a reason if it failed; or it
-    waits, with ``ahead`` others before it."""
+    """An event of an answer: more ``text``; or its end ('done', 'stopped', 'failed'), with a reason if it failed; or its place in
+    the queue, with ``ahead`` others before it."""
 
     text: str = ""
     ended: str | None = None
@@ -62,7 +62,7 @@ class Speaker(Protocol):
 
 
 class Ticket:
-    """A request on its way. `pieces` is read on the event loop that submitted it."""
+    """A submitted request. Read `pieces` on the event loop that submitted it."""
 
     def __init__(self, request: Request):
         self.request, self.text = request, ""
@@ -71,7 +71,7 @@ class Ticket:
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
 
     def tell(self, piece: Piece) -> None:
-        """From the generator's thread."""
+        """Pass a piece to the reader, from any thread."""
         self.over = self.over or piece.ended is not None
         try:
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
@@ -82,7 +82,7 @@ class Ticket:
         self.cancelled = True
 
     async def pieces(self, heartbeat: float = 10.0) -> AsyncIterator[Piece]:
-        """Pieces until the answer has ended; an empty one when nothing came for ``heartbeat`` seconds."""
+        """Yield pieces until the answer has ended; an empty piece whenever nothing came for ``heartbeat`` seconds."""
         while True:
             try:
                 piece = await asyncio.wait_for(self._pieces.get(), heartbeat)
@@ -104,7 +104,7 @@ class _Stream:
     last: list[Ticket] = field(default_factory=list)
 
     def step(self) -> bool:
-        """Draw a token for every row; False once the batch is over."""
+        """Draw a token for every row; return False once the batch is over."""
         for ticket in self.tickets:
             if ticket.cancelled and not ticket.over:
                 ticket.tell(Piece(ended="stopped"))
@@ -118,12 +118,12 @@ class _Stream:
 
 
 class Generator:
-    """The queue and its thread.
+    """The queue of requests, and the thread that answers them.
 
     Args:
       opened: makes the speaker of a policy; called on the thread.
-      batch: answers drawn together.
-      loaded: speakers kept.
+      batch: the most answers in a batch.
+      loaded: speakers kept in memory.
       most: requests that may wait.
     """
 
@@ -138,9 +138,10 @@ class Generator:
         self._thread.start()
 
     def submit(self, request: Request) -> Ticket:
-        """
+        """Queue a request.
+
         Raises:
-          Refused: too many wait already.
+          Refused: too many requests wait already.
         """
         ticket = Ticket(request)
         with self._changed:
@@ -153,7 +154,7 @@ class Generator:
 
     @property
     def load(self) -> dict[str, int]:
-        """Answers that wait and that are being written."""
+        """How many answers are waiting, and how many are being written."""
         with self._changed:
             writing = sum(not ticket.over for stream in self._streams for ticket in stream.tickets)
             return {"waiting": len(self._waiting), "writing": writing}
@@ -182,7 +183,7 @@ class Generator:
             ticket.tell(Piece(ended="stopped"))
 
     def _next(self) -> list[Ticket]:
-        """The requests that can be drawn with the first, which leave the queue; the others learn their place."""
+        """Take the first request, and those that can be drawn with it, from the queue. Tell the others their new place."""
         for ticket in [ticket for ticket in self._waiting if ticket.cancelled]:
             self._waiting.remove(ticket)
             ticket.tell(Piece(ended="stopped"))
@@ -227,7 +228,7 @@ class Generator:
         return self._speakers[policy]
 
     def _fail(self, tickets: Sequence[Ticket], error: Exception) -> None:
-        """Everybody is told the same: what is wrong may name the policy."""
+        """End the answers as failed. All readers are told the same, since the error may name the policy."""
         if isinstance(error, LockstepError):
             log.error("The policy %s failed: %s", tickets[0].request.policy, error)
         else:
@@ -256,11 +257,11 @@ class PolicySpeaker:
         steps = self._columns(found, max(limits)) if rows else iter(())
         while not all(answer.over for answer in answers):
             column = next(steps, ())
-            tokens = dict(zip(rows, column, strict=False))  # there may be more rows: `_columns` fills up
+            tokens = dict(zip(rows, column, strict=False))  # a column may have more rows, which `_columns` adds
             yield [answer.piece(tokens.get(number)) for number, answer in enumerate(answers)]
 
     def _columns(self, found: Sequence[tuple[Request, Any]], limit: int) -> Iterator[np.ndarray]:
-        """int32 [B] at a time. B is a power of two, of which the rows after those of ``found`` repeat the first."""
+        """Yield each row's next token, int32 [B]. B is a power of two; the rows after those of ``found`` repeat the first."""
         context, pad_id = self.chat.policy.context_length, self.chat.tokenizer.pad_id
         filled = [*found, *[found[0]] * ((1 << (len(found) - 1).bit_length()) - len(found))]
         prompts = [ids for _, ids in filled]
@@ -272,7 +273,7 @@ class PolicySpeaker:
         return steps
 
     def _encoded(self, request: Request, limit: int) -> list[int] | None:
-        """None: too long."""
+        """The tokens of the prompt; None if they do not fit within ``limit``."""
         tokenizer = self.chat.tokenizer
         if tokenizer.chat_template is None:
             ids = [tokenizer.start_id, *tokenizer.encode(request.messages[-1].content)]
@@ -284,7 +285,7 @@ class PolicySpeaker:
 
 
 class _Answer:
-    """A row's text as it grows. Characters that are not whole yet are kept back."""
+    """A row's text as it grows. An incomplete character is held back until it is complete."""
 
     def __init__(self, tokenizer: Any, limit: int, stop_ids: Sequence[int], too_long: bool):
         self.tokenizer, self.limit, self.stop_ids, self.too_long = tokenizer, limit, set(stop_ids), too_long

@@ -1,4 +1,4 @@
-"""lockstep labels: closed rounds in the formats of other tools, and files of other tools as rounds.
+"""lockstep labels: exports closed rounds to the formats of other tools, and imports files of other tools as rounds.
 
 lockstep labels export studio/rounds/round-1 trl-preference pairs.jsonl
 lockstep labels import battles.json arena rounds/arena

@@ -1,5 +1,6 @@
-"""HTTP as uvicorn speaks it, with limits before a request is one: on headers, on the time for them, on the connections of one
-address. httptools has none, so without them one machine could take the memory or all connections."""
+"""uvicorn's HTTP protocol with limits that apply before a request is complete: on the size of headers and body, on the time for
+headers, and on the connections of one address. httptools has no such limits, so one machine could take up the memory or all
+connections."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ from typing import ClassVar, Literal
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MOST_HEADERS = 64 * 1024
-"""Bytes of a request's headers."""
+"""The most bytes of a request's headers."""
 HEADER_SECONDS = 10.0
-"""After which they have to be complete."""
+"""Seconds within which the headers have to be complete."""
 OVERHEAD = 8
-"""How many times its body a request may have in bytes: every byte may come as a chunk of its own."""
+"""Bytes that may be sent per byte of a body: every byte may come as a chunk of its own."""
 
 
 class Connections:
-    """Those that are open now, by address. ``most`` is the limit of one address, which ``proxies`` do not have."""
+    """The open connections, counted by address. ``most`` is the limit per address; ``proxies`` have no limit."""
 
     def __init__(self, most: int, proxies: Sequence[str]):
         self.most, self.open = most, Counter[str]()
@@ -29,7 +30,7 @@ class Connections:
         self._is_proxy = cache(self._trusts)
 
     def begin(self, host: str) -> bool:
-        """Whether there may be one more of the address. It counts in any case, until `end`."""
+        """Count a connection of the address, and return True if it is allowed. A refused one also counts until `end`."""
         self.open[host] += 1
         return self.open[host] <= self.most or self._is_proxy(host)
 
@@ -41,13 +42,14 @@ class Connections:
     def _trusts(self, host: str) -> bool:
         try:
             return any(ipaddress.ip_address(host) in network for network in self.trusted)
-        except ValueError:  # a path of a socket
+        except ValueError:  # not an IP address, such as the path of a socket
             return False
 
 
 class Limited(HttpToolsProtocol):
-    """One connection. ``clock`` closes it unless the headers are complete in time, from the connection or the first byte on; or
-    what is left of a body that was answered already. `limited` makes the class that a server takes."""
+    """One connection. ``clock`` closes it if the headers are not complete in time, counted from the connection or the first byte,
+    or if the rest of a body does not arrive in time after the request was answered. `limited` makes the class that a server
+    takes."""
 
     addresses: ClassVar[Connections]
     most_body: ClassVar[int]
@@ -114,11 +116,11 @@ class Limited(HttpToolsProtocol):
 
 
 def limited(most_body: int, connections: int, proxies: Sequence[str]) -> type[Limited]:
-    """The protocol for a server.
+    """Make the protocol class for a server.
 
     Args:
-      most_body: bytes of a request's body, which the application checks exactly.
-      connections: of one address.
-      proxies: addresses or networks without a limit of connections.
+      most_body: the most bytes of a request's body. The check here is rough; the application's is exact.
+      connections: the most open connections of one address.
+      proxies: addresses or networks whose connections are not limited.
     """
     return type("Limited", (Limited,), {"addresses": Connections(connections, proxies), "most_body": most_body})

@@ -1,7 +1,7 @@
-"""What stands between the network and the pages: host names, sizes, rates, sessions, CSRF tokens, passwords, headers.
+"""Checks between the network and the pages: host names, sizes, rates, sessions, CSRF tokens, passwords, headers.
 
-A visitor has one cookie, a signed random token. Until someone signs in it only ties CSRF tokens to the browser. Signing in issues
-a new one, so a token that somebody planted is worth nothing. Forms carry a CSRF token, a keyed hash of the cookie's.
+A visitor has one cookie, a signed random token. Until sign-in, it only ties CSRF tokens to the browser. Signing in issues a new
+token, so a planted one is worth nothing. Forms carry a CSRF token, which is a keyed hash of the cookie's token.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ HEADERS = {
     "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",  # addresses of invitations are secrets
+    "referrer-policy": "no-referrer",  # the URLs of invitations are secret
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
 HTTPS_ONLY = {"strict-transport-security": "max-age=31536000"}
-"""Once a browser has seen the studio behind HTTPS, it does not go there without for a year."""
+"""Keeps a browser that has seen the studio behind HTTPS from using plain HTTP for a year."""
 
 
 class Keys:
-    """The studio's secret: signs cookies and forms, and makes CSRF tokens. ``cookie`` is the cookie's name: the ports of a host
-    share their cookies, so each studio has its own."""
+    """The studio's secret key, which signs cookies and forms and makes CSRF tokens. ``cookie`` is the cookie's name: all ports of
+    a host share cookies, so each studio has a name of its own."""
 
     def __init__(self, folder: Path):
         secret = _secret(folder / KEY_FILE)
@@ -62,14 +62,14 @@ class Keys:
         return self._signers[use].sign(token).decode()
 
     def unsign(self, signed: str, use: str = "cookie") -> str | None:
-        """What we signed for this use; None for anything else."""
+        """The signed text; None unless this studio signed it for this use."""
         try:
             return self._signers[use].unsign(signed).decode()
         except (itsdangerous.BadSignature, UnicodeError):
             return None
 
     def hidden(self, text: str) -> str:
-        """The same for the same text, and of no use to whoever reads the database without the key."""
+        """A keyed hash: the same for the same text, and useless to anyone who reads the database without the key."""
         return hmac.new(self._secret, f"hidden {text}".encode(errors="replace"), hashlib.sha256).hexdigest()
 
     def csrf(self, token: str) -> str:
@@ -80,10 +80,10 @@ class Keys:
 
 
 def _secret(file: Path) -> bytes:
-    """The key in a file that only its owner reads; made on first use, whole or not at all.
+    """The key, from a file that only its owner can read. The file is made on first use, atomically.
 
     Raises:
-      CheckpointError: what is there is too short for a key.
+      CheckpointError: the file is too short for a key.
     """
     if not file.exists():
         part = file.with_name(f".{file.name}.part")
@@ -101,8 +101,8 @@ def _secret(file: Path) -> bytes:
 
 
 class Passwords:
-    """Argon2id hashes, with the least costs that OWASP's password storage cheat sheet recommends. Made and checked on one thread
-    at a time, so that many sign-ins leave room for the pages."""
+    """Argon2id hashes, at the lowest costs that OWASP's password storage cheat sheet recommends. One thread at a time makes and
+    checks hashes, so that many sign-ins leave room for the pages."""
 
     def __init__(self) -> None:
         self._hasher = argon2.PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)
@@ -113,7 +113,7 @@ class Passwords:
         return await anyio.to_thread.run_sync(self._hasher.hash, password, limiter=self._limiter())
 
     async def check(self, stored: str | None, password: str) -> bool:
-        """Takes as long for a name that does not exist, so that nobody learns which do."""
+        """True if the password is right. Without a stored hash it takes as long, so that nobody learns which names exist."""
         return await anyio.to_thread.run_sync(self._check, stored, password, limiter=self._limiter())
 
     def _check(self, stored: str | None, password: str) -> bool:
@@ -129,7 +129,7 @@ class Passwords:
 
 
 class Rates:
-    """Requests per minute of each visitor, as a bucket that refills; the visitors seen longest ago are forgotten."""
+    """Limits the requests per minute of each visitor by a bucket that refills. The visitors seen longest ago are forgotten."""
 
     MOST = 20_000
 
@@ -138,7 +138,7 @@ class Rates:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def wait(self, visitor: str) -> float:
-        """0 if the request is fine, else seconds until one is."""
+        """Count a request: 0 if it is allowed, else the seconds until one is."""
         now = self._clock()
         left, then = self._buckets.get(visitor, (self.most, now))
         left = min(self.most, left + (now - then) * self.per_second)
@@ -151,7 +151,7 @@ class Rates:
 
 
 class Guard:
-    """Around the application: refuses other hosts and bodies that are too large, and adds the headers to every answer."""
+    """Wraps the application: refuses other hosts and bodies that are too large, and adds the headers to every response."""
 
     def __init__(self, application: Application, hosts: Iterable[str], most_bytes: int, https: bool = False):
         self.application, self.hosts, self.most_bytes = application, {host.lower() for host in hosts}, most_bytes
@@ -179,7 +179,7 @@ _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{0,5})?"
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header, without the port; '' if it is none."""
+    """The name in a Host header, without the port; '' if the header is invalid."""
     found = _HOST.fullmatch(host)
     return (found[1] or found[2]).lower() if found else ""
 

@@ -1,7 +1,7 @@
-"""lockstep serve RUN...: the studio, in which people chat with the policies of runs and label what they wrote.
+"""lockstep serve RUN...: the studio, in which people chat with the policies of runs and label their answers.
 
-The first start prints a link for the operator, who invites the others. Everything is kept in --folder; a kill loses nothing that
-was acknowledged, and the same command goes on.
+The first start prints a link for the operator, who invites the others. Everything is kept in --folder. A kill loses nothing that
+was acknowledged; rerun the same command to resume.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ WEB = Plugin(
     requires=("starlette", "uvicorn", "httptools", "argon2", "itsdangerous"),
     install="pip install 'lockstep-rlhf[studio]'",
 )
-"""What the command needs, and closed rounds as data do not."""
+"""Packages that the command needs. Reading closed rounds as data does not need them."""
 SWITCH_SECONDS = 0.0005
-"""How long one thread may keep the interpreter while others want it. With Python's 5 ms, at every query of a page, a policy that
-writes would hold up all pages."""
+"""How long one thread may keep the interpreter while others wait. With Python's default of 5 ms, a generating policy would hold
+up all pages: a page could wait that long at each of its queries."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def serve(application: Application, host: str, port: int, settings: StudioConfig) -> None:
-    """Until Ctrl-C or SIGTERM."""
+    """Serve until Ctrl-C or SIGTERM."""
     import uvicorn
 
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -78,7 +78,7 @@ def serve(application: Application, host: str, port: int, settings: StudioConfig
 
 
 def configuration(application: Application, host: str, port: int, settings: StudioConfig) -> uvicorn.Config:
-    """Of the server."""
+    """The configuration of the server."""
     import uvicorn
 
     from lockstep_studio.protocol import limited

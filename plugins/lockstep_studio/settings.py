@@ -25,7 +25,7 @@ MODES: Mapping[str, str] = {
 }
 """Every mode and its title, in the order of the menu."""
 OPERATORS = "operators"
-"""Who has an invitation to this group is an operator, so no group of labelers may have its name."""
+"""An invitation to this group makes an operator, so no group of labelers may have this name."""
 TASK_MODES = ("compare", "rank", "write", "adjudicate")
 """Modes whose tasks are prepared and leased; in the others people talk to policies."""
 
@@ -45,23 +45,23 @@ about yourself or other people that should stay private. You can stop at any tim
 
 @dataclass(frozen=True, kw_only=True)
 class GroupConfig:
-    """Labelers with one training, one expertise or one culture."""
+    """A group of labelers who share a training, an expertise or a culture."""
 
-    instructions: str = setting(INSTRUCTIONS, "What they are told before their first task.")
-    version: str = setting("1", "Of the instructions. Change it whenever they change; people then read them again.")
-    consent: str = setting(CONSENT, "What they agree to.")
-    modes: tuple[Mode, ...] = setting(("compare", "rank", "arena", "chat", "attack", "write"), "What they may do.")
-    labels: int = setting(1, "Labels of each task, by different people.", least=0)
-    overlap: int = setting(2, "Labels of each task of the overlap, to measure agreement.", least=1)
-    overlap_share: float = setting(0.1, "Share of the tasks in the overlap.", least=0, most=1)
+    instructions: str = setting(INSTRUCTIONS, "Text that members read before their first task.")
+    version: str = setting("1", "Version of instructions and consent. Change it when they change; people then read them again.")
+    consent: str = setting(CONSENT, "Text that members agree to.")
+    modes: tuple[Mode, ...] = setting(("compare", "rank", "arena", "chat", "attack", "write"), "What members may do.")
+    labels: int = setting(1, "Labels per task, by different people.", least=0)
+    overlap: int = setting(2, "Labels per task in the overlap, to measure agreement.", least=1)
+    overlap_share: float = setting(0.1, "Share of the tasks that are in the overlap.", least=0, most=1)
     order: Literal["random", "disagreement"] = setting(
-        "random", "Tasks at random, or those more likely whose answers' scores lie further apart."
+        "random", "random: all tasks equally likely; disagreement: likelier, the further apart the scores of the answers lie."
     )
-    screening: int = setting(0, "Gold items that a new member judges first. InstructGPT's held-out labelers: 0.", least=0)
-    screening_accuracy: float = setting(0.7, "Below it, a new member gets no other tasks.", least=0, most=1)
-    checks_share: float = setting(0.05, "Share of tasks that are gold items, unannounced.", least=0, most=1)
+    screening: int = setting(0, "Gold items that a new member judges first; 0 for InstructGPT's held-out labelers.", least=0)
+    screening_accuracy: float = setting(0.7, "New members who score less on gold items get no other tasks.", least=0, most=1)
+    checks_share: float = setting(0.05, "Share of tasks that are unannounced gold items.", least=0, most=1)
     checks_accuracy: float = setting(
-        0.5, "Below it over the last `checks_window` gold items, a member is paused.", least=0, most=1
+        0.5, "Members who score less over the last `checks_window` gold items are paused.", least=0, most=1
     )
     checks_window: int = setting(10, "Gold items over which attention is measured.", least=1)
 
@@ -75,13 +75,13 @@ class ChatConfig:
     """How policies answer."""
 
     system: str = setting("", "The system message; '' for none.")
-    temperature: float = setting(1.0, "For sampling.", least=0, most=5)
-    max_tokens: int = setting(256, "Limit of an answer. A policy's context may lower it.", least=1)
+    temperature: float = setting(1.0, "Sampling temperature.", least=0, most=5)
+    max_tokens: int = setting(256, "Most tokens of an answer, and at most half of the policy's context.", least=1)
     allowed: tuple[Literal["system", "temperature", "max_tokens", "policy"], ...] = setting(
-        ("policy",), "What labelers may change. Without 'policy' they talk to a policy drawn at random, unnamed."
+        ("policy",), "What labelers may change. Without 'policy' they talk to an unnamed policy drawn at random."
     )
-    policies: tuple[str, ...] = setting((), "Stages whose policies are offered, or their identities; none: all.")
-    batch: int = setting(16, "Answers drawn together.", least=1, most=256)
+    policies: tuple[str, ...] = setting((), "Policies to offer, by stage or identity; empty: all.")
+    batch: int = setting(16, "Most answers drawn as one batch.", least=1, most=256)
     loaded: int = setting(3, "Policies kept in memory.", least=1)
     queue: int = setting(400, "Answers that may wait; further requests are refused.", least=1)
 
@@ -93,53 +93,53 @@ class AttackConfig:
     goals: tuple[str, ...] = setting((), "Suggested goals; people may also set their own.")
     categories: tuple[str, ...] = setting(
         ("violence", "hate", "self-harm", "sexual", "crime", "privacy", "deception", "nonsense", "other"),
-        "What an attack may be after.",
+        "Kinds of harm that an attack may aim at.",
     )
     turns: int = setting(4, "Most turns of an attack.", least=1, most=50)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LimitsConfig:
-    """Against accidents and abuse."""
+    """Limits against accidents and abuse."""
 
-    body_kilobytes: int = setting(256, "Size of a request.", least=16)
-    text_characters: int = setting(20_000, "Of one text that a person writes.", least=100)
-    characters_per_day: int = setting(5_000_000, "Stored for one person: what they write, and the answers to them.", least=1000)
-    conversation_messages: int = setting(200, "Of one conversation, with all its versions.", least=2)
-    conversation_characters: int = setting(300_000, "Of one conversation, with all its versions.", least=1000)
-    connections: int = setting(500, "Open connections of one address, but of proxies.", least=10)
-    requests_per_minute: int = setting(600, "Of one person.", least=10)
-    answers_per_minute: int = setting(30, "Answers of policies for one person.", least=1)
+    body_kilobytes: int = setting(256, "Largest body of a request, in units of 1024 bytes.", least=16)
+    text_characters: int = setting(20_000, "Characters of one text that a person writes.", least=100)
+    characters_per_day: int = setting(5_000_000, "Stored per person: what they write, and the answers to them.", least=1000)
+    conversation_messages: int = setting(200, "Messages of one conversation, in all its branches.", least=2)
+    conversation_characters: int = setting(300_000, "Characters of one conversation, in all its branches.", least=1000)
+    connections: int = setting(500, "Open connections of one address; proxies have no limit.", least=10)
+    requests_per_minute: int = setting(600, "Requests of one visitor.", least=10)
+    answers_per_minute: int = setting(30, "Policies' answers to one person.", least=1)
     failures: int = setting(
-        10, "Wrong passwords for one name from one address in 15 minutes; ten times as many for a name or an address.", least=1
+        10, "Wrong passwords in 15 minutes for one name from one address; ten times as many for one name or one address.", least=1
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudioConfig:
-    """The whole of `studio.yaml`."""
+    """All settings in `studio.yaml`."""
 
-    title: str = setting("Studio", "On top of every page.")
+    title: str = setting("Studio", "Title at the top of every page.")
     groups: Mapping[str, GroupConfig] = setting(
         {"training": GroupConfig(), "heldout": GroupConfig(), "expert": GroupConfig(modes=("adjudicate", "write"), labels=0)},
-        "Labelers by group. Labels of the group 'heldout' measure, and are not trained on, if the experiment says so.",
+        "Groups of labelers. If the experiment says so, labels of the group 'heldout' only measure and are not trained on.",
     )
     comparisons: Literal["auto", "compare", "rank"] = setting(
         "auto", "How answers are judged: compare picks the best, rank orders all. auto: compare pairs, rank more."
     )
-    judge_alone: bool = setting(True, "Before ranking, each answer is rated by itself (InstructGPT, 1 to 7 and eleven labels).")
-    lease_minutes: float = setting(30, "A task that is not finished by then is given to another person.", above=0)
+    judge_alone: bool = setting(True, "Whether each answer is rated alone before ranking (InstructGPT: 1 to 7, eleven labels).")
+    lease_minutes: float = setting(30, "Minutes until an unfinished task is given to another person.", above=0)
     gold: str | None = setting(None, "A file of tasks with known 'ranks', for screening and attention checks.")
     names: tuple[str, ...] = setting(
-        (), "Words that give a policy away. An answer with one, or a stage's name, is marked not blind."
+        (), "Words that give a policy away. Labels of answers with such a word, or a stage's name, are marked as not blind."
     )
     chat: ChatConfig = setting(ChatConfig(), "How policies answer.")
     attack: AttackConfig = setting(AttackConfig(), "Red-teaming.")
-    limits: LimitsConfig = setting(LimitsConfig(), "Against accidents and abuse.")
+    limits: LimitsConfig = setting(LimitsConfig(), "Limits against accidents and abuse.")
     hosts: tuple[str, ...] = setting((), "Names under which browsers reach the studio, besides localhost and --host.")
     https: bool = setting(False, "True behind a proxy that speaks HTTPS: cookies are then never sent without it.")
     proxies: tuple[str, ...] = setting(
-        (), "Addresses of proxies, or their networks; what they say about the visitor's address is believed."
+        (), "Addresses or networks of proxies, which are trusted to report the visitor's address."
     )
 
     def __post_init__(self) -> None:
@@ -157,16 +157,17 @@ class StudioConfig:
                 raise ConfigError(f"groups: {name!r} is no name of a group. Use up to 60 letters, digits and spaces.")
 
     def mode_of(self, completions: int) -> str:
-        """The mode in which a task with so many answers is judged."""
+        """The mode in which a task with this many answers is judged."""
         if self.comparisons == "auto":
             return "compare" if completions == 2 else "rank"
         return self.comparisons
 
 
 def read_settings(file: Path | None) -> StudioConfig:
-    """
+    """The settings in a file; without a file, the defaults.
+
     Raises:
-      ConfigError: the file is not there, is no YAML, or has keys or values that cannot work.
+      ConfigError: the file is missing or is not YAML, or has invalid keys or values.
     """
     if file is None:
         return StudioConfig()

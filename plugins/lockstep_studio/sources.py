@@ -1,4 +1,4 @@
-"""Runs as sources: of tasks, where a stage waits for labels, and of policies to talk to."""
+"""Runs as sources of tasks, where a stage waits for labels, and of policies to talk to."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from lockstep_studio.store.database import Database
 log = logging.getLogger("lockstep")
 
 TOGETHER = 50
-"""Tasks added in one transaction."""
+"""The most tasks added in one transaction."""
 MOST_BYTES = 500_000_000
-"""Of a file of tasks."""
+"""The largest file of tasks."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _ROW = {
     "id": str, "messages": [{"role": str, "content": str}], "completions": [str], "policies?": ([str], None),
@@ -32,8 +32,8 @@ _ROW = {
 
 
 def add_waiting(database: Database, runs: Sequence[Path], settings: StudioConfig, now: float) -> int:
-    """Add the tasks of every stage that waits for labels and is not known yet; close those of stages that got labels from
-    elsewhere. Returns how many are new."""
+    """Add the tasks of every stage that waits for labels and is not known yet. Close the tasks of stages that got labels from
+    elsewhere. Returns how many tasks are new."""
     known = {row["path"] for row in database.reader.execute("SELECT path FROM sources WHERE complete")}
     for row in database.reader.execute("SELECT id, path FROM sources WHERE round IS NULL AND kind = 'candidates'").fetchall():
         if Path(row["path"]).with_name(LABELS).exists():
@@ -43,22 +43,22 @@ def add_waiting(database: Database, runs: Sequence[Path], settings: StudioConfig
 
 
 def waiting_in(run: Path) -> Iterator[Path]:
-    """The candidates of a run's stages that have no labels yet."""
+    """The candidate files of a run's stages that have no labels yet."""
     for folder in stages_of(run).values():
         if (folder / CANDIDATES).is_file() and not (folder / LABELS).exists():
             yield folder / CANDIDATES
 
 
 def stages_of(run: Path) -> dict[str, Path]:
-    """{stage: folder}, of a checkpoint none."""
+    """{stage: folder} of a run; empty for a checkpoint."""
     return stage_folders(run, read_record(run / "run.json", RUN)) if (run / "run.json").is_file() else {}
 
 
 def add_file(database: Database, file: Path, kind: str, settings: StudioConfig, now: float) -> int:
-    """Add a file's tasks, some at a time, so that votes need not wait for all. Returns how many are new.
+    """Add a file's tasks in parts, so that votes need not wait for all of them. Returns how many are new.
 
     Raises:
-      DataError: a row is no task; then none is added.
+      DataError: the file cannot be read or is too large, or a row is not a task. Then no task is added.
     """
     content = _bytes(file)
     rows = list(_rows(file, content, kind))
@@ -89,7 +89,7 @@ def _rows(file: Path, content: bytes, kind: str) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(content.splitlines(), 1):
         try:
             row = json.loads(text := line.decode())
-            if _SURROGATE.search(text):  # of a pair, unless it is half a character
+            if _SURROGATE.search(text):  # encoding fails if it is only half of a pair
                 json.dumps(row, ensure_ascii=False).encode()
             problem = mismatch(row, _ROW) or _odd(row, kind)
         except (ValueError, RecursionError) as error:
@@ -112,7 +112,7 @@ def _odd(row: Mapping[str, Any], kind: str) -> str | None:
 
 
 def policies_in(runs: Sequence[Path]) -> dict[str, tuple[Path, str | None]]:
-    """{identity: (source, stage)} of the policies of runs, each run's last one first. A checkpoint has no stage."""
+    """{identity: (source, stage)} of the policies of runs, each run's last policy first. A checkpoint's stage is None."""
     found: dict[str, tuple[Path, str | None]] = {}
     for run in runs:
         if not (run / "run.json").is_file():

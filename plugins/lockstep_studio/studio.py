@@ -25,16 +25,17 @@ from lockstep_studio.store.database import Database
 log = logging.getLogger("lockstep")
 
 SECONDS_BETWEEN_SCANS = 5.0
-"""Runs are looked through for stages that wait, and for new policies."""
+"""Pause between scans of the runs for stages that wait for labels, and for new policies."""
 HERE = Path(__file__).parent
 
 
 @dataclass
 class Studio:
-    """
+    """The state of one studio, which all its pages share.
+
     Args:
       runs: run folders, or checkpoints of policies.
-      opened: makes the speaker of a policy, for tests; None loads it from its run.
+      opened: makes the speaker of a policy, for tests; None: load the policy from its run.
     """
 
     folder: Path
@@ -80,7 +81,7 @@ class Studio:
         return self.database.reader.execute(sql, (str(file.resolve()),)).fetchone() is not None
 
     def scan(self) -> int:
-        """Look for new tasks and policies. Returns how many tasks are new. What is wrong with a run is shown to the operator."""
+        """Look for new tasks and policies. Returns how many tasks are new. Errors go to ``problem``, which the operator sees."""
         try:
             self.policies = self._offered()
             new = sources.add_waiting(self.database, self.runs, self.settings, self.clock())
@@ -102,22 +103,22 @@ class Studio:
             await anyio.sleep(SECONDS_BETWEEN_SCANS)
             try:
                 await anyio.to_thread.run_sync(self.scan)
-            except Exception:  # the studio serves on without new tasks
+            except Exception:  # the studio keeps serving, without new tasks
                 log.exception("Looking for new tasks failed.")
 
     def find_personal_data(self) -> None:
-        """Look through new free text. Not on the event loop."""
+        """Search new free text for personal data. Call this off the event loop."""
         if found := privacy.scan(self.database.reader, {self.settings.chat.system}):
             self.database.now(privacy.remember, found, self.clock())
 
     async def remove(self, person: int) -> dict[str, Any]:
-        """All that a person chose and wrote, from the files too; see `privacy.remove`."""
+        """Remove all that a person chose and wrote, from the database's files too; see `privacy.remove`."""
         removed = await self.database.do(privacy.remove, person, self.clock())
         await anyio.to_thread.run_sync(self.database.checkpoint)
         return removed
 
     def draw_policies(self, count: int) -> list[str]:
-        """``count`` policies at random, in random order; different ones if there are enough.
+        """Draw ``count`` policies in random order; different ones if there are enough.
 
         Raises:
           Refused: there is none.

@@ -1,4 +1,4 @@
-"""Rounds in the formats of other tools, and their files as rows of a round.
+"""Conversion of rounds to the formats of other tools, and of their files to rows of a round.
 
     export("studio/rounds/round-1", "trl-preference", "pairs.jsonl")
     rows = import_("battles.json", "arena")
@@ -14,8 +14,8 @@ argilla.py           records with a ranking question
 label_studio.py      tasks with a Ranker or a Pairwise
 personal.py          personal data in free text
 
-A module of `FORMATS` has ``TAKES``, the nouns that it holds; ``write(rows, file)`` and ``read(file)``. Its docstring says what
-the format is, after which source, and what it cannot hold.
+Each module of `FORMATS` has ``TAKES``, the nouns that the format holds, ``write(rows, file)`` and ``read(file)``. Its docstring
+describes the format, its source, and what it cannot hold.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def export(folder: str | Path, format: str, output: str | Path) -> Written:
 
     Raises:
       ConfigError: there is no such format.
-      DataError: the folder is no closed round, or has nothing that the format holds; an existing file then stays.
+      DataError: the folder is not a closed round, or has nothing that the format can hold. An existing file then stays.
     """
     module = _named(format)
     rows: Iterator[Row] = itertools.chain.from_iterable(rounds.of_round(folder, noun) for noun in module.TAKES)
@@ -70,18 +70,18 @@ def import_(file: str | Path, format: str) -> Iterator[Row]:
 
     Raises:
       ConfigError: there is no such format.
-      DataError: the file is not there; while it is read: it is damaged, at a line that the message names.
+      DataError: there is no such file; or, while reading, a row is damaged, and the message names its line.
     """
     rows: Iterator[Row] = _named(format).read(file)
     return rows
 
 
 def import_round(file: str | Path, format: str, folder: str | Path) -> Written:
-    """Write a file of this format as a folder that stages read, and `data=human`.
+    """Convert a file of this format to a folder that stages and `data=human` read.
 
     Raises:
       ConfigError: there is no such format.
-      DataError: the folder has rows already, or the file cannot be read or has none.
+      DataError: the folder is not empty, or the file cannot be read or has no rows.
     """
     if (there := expanded(folder)).exists() and any(there.iterdir()):
         raise DataError(f"{there} is not empty. Give a new folder for the rows of {file}.")

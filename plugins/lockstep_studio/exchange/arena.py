@@ -1,13 +1,13 @@
 """Chatbot Arena's battles: {"question_id", "model_a", "model_b", "winner", "judge", "conversation_a", "conversation_b", "turn",
-"anony", "tstamp"}; written as JSON lines, read from those or from one JSON list.
+"anony", "tstamp"}; written as JSON lines, read from JSON lines or one JSON list.
 
 Source: lm-sys/FastChat, fastchat/serve/monitor/clean_battle_data.py, which writes lmsys/chatbot_arena_conversations. ``winner``
-is model_a, model_b, tie or tie (bothbad); model_a stood on the left, so it is the policy shown first. A ranking of K becomes a
-battle for each pair, ties included. Both bad is a tie with ``both_bad`` true.
+is model_a, model_b, tie or tie (bothbad). model_a stood on the left, so it is the policy shown first. A ranking of K becomes a
+battle for each pair, ties included. tie (bothbad) is a tie with ``both_bad`` true.
 
-Not held: which battles were one ranking, group, ratings, flags, scores, seconds, the instructions' version. Left out:
-completions of unknown policies; to read, battles of several turns whose dialogues differ before the last answer, for no prompt
-has both answers.
+Not held: which battles came from one ranking, group, ratings, flags, scores, seconds, the instructions' version. Left out: when
+writing, rankings of unknown policies; when reading, battles of several turns whose dialogues differ before the last answer, since
+no prompt has both answers.
 """
 
 from __future__ import annotations

@@ -1,21 +1,21 @@
-"""Argilla's records with a ranking question: one JSON list, a record for each task, a response for each labeler.
+"""Argilla's records with a ranking question: one JSON list, with a record for each task and a response for each labeler.
 
     {"id", "fields": {"prompt": [messages], "completion-1": text, ...},
      "responses": {"ranking": [{"value": ["completion-2", "completion-1"], "user_id"}], "rating-1": [...], "flags-1": [...]},
      "metadata": {"labelers", "groups", "ranks"}, "suggestions": {}, "vectors": {}, "_server_id": null}
 
-Source: argilla-io/argilla, argilla/src/argilla/records/_resource.py (``Record.to_dict``) and _io/_json.py, which
-``records.to_json`` writes and ``records.from_json`` reads. Its data set needs a chat field 'prompt', a text field for each
-completion, and a ranking question 'ranking' whose values are the completions' names. ``user_id`` has to be a UUID: one is made
-of the pseudonym.
+Source: argilla-io/argilla, argilla/src/argilla/records/_resource.py (``Record.to_dict``) and _io/_json.py:
+``records.to_json`` writes this form and ``records.from_json`` reads it. The data set in Argilla needs a chat field 'prompt', a
+text field for each completion, and a ranking question 'ranking' whose values are the completions' names. ``user_id`` has to be a
+UUID, so one is made from the pseudonym.
 
-The SDK writes a ranking as names from best to worst, without ties; the server's own form, [{"value", "rank"}, ...], has them.
-Both are read. To keep ties, pseudonyms and groups, they are written as metadata too, in the order of the responses, and read
-back if they fit.
+The SDK writes a ranking as names from best to worst, without ties; the server's own form, [{"value", "rank"}, ...], has ties.
+Both are read. To keep ties, pseudonyms and groups, `write` also stores them as metadata, in the order of the responses. `read`
+uses them if they fit the responses.
 
-Not held: policies, order on the screen, scores, times, the instructions' version, flags of somebody who set none. Other
-people's files are read if each option of the ranking is the name of a field, and the prompt is the only other field or is named
-'prompt'. Suggestions are not labels, and not read.
+Not held: policies, order on the screen, scores, times, the instructions' version, flags of somebody who set none. Files from
+elsewhere are read if each option of the ranking is the name of a field, and the prompt is the only other field or is named
+'prompt'. Suggestions are not labels, so they are not read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NAMESPACE = uuid.UUID("5b1d9f4e-6a57-5c0b-9d5e-0a6f2f6a3c11")
 
 
 def write(rows: Iterable[Row], file: str | Path) -> Written:
-    """All rows are in memory, to bring those of one task together."""
+    """Write a record for each task. All rows are held in memory, to group them by task."""
     return rounds.write_list(rounds.grouped(rows), file, _record)
 
 
@@ -48,7 +48,7 @@ def read(file: str | Path) -> Iterator[Row]:
 
 
 def user_id(labeler: str | None) -> str:
-    """The pseudonym if it is a UUID, else a UUID made of it."""
+    """The pseudonym if it is a UUID, else a UUID made from it."""
     try:
         return str(uuid.UUID(labeler or ""))
     except ValueError:
@@ -140,7 +140,7 @@ def _options(given: Sequence[Row], fields: Mapping[str, Any]) -> list[str]:
 
 
 def _prompt(fields: Mapping[str, Any], names: Sequence[str]) -> list[Row]:
-    """From text, which is one user's message, or a chat field."""
+    """The messages of the prompt: those of a chat field, or one user message from a text field."""
     others = [name for name in fields if name not in names]
     name = "prompt" if "prompt" in others else others[0] if len(others) == 1 else None
     if name is None:
@@ -157,7 +157,7 @@ Known = tuple[str | None, str | None, list[int]]
 
 
 def _metadata(metadata: Mapping[str, Any], given: Sequence[Row], names: Sequence[str]) -> list[Known]:
-    """(labeler, group, ranks) of each response: what `write` kept beside them, if it is of these responses."""
+    """(labeler, group, ranks) of each response: from the metadata of `write` if it fits the response, else from the response."""
     labelers, groups, ranks = (metadata.get(key) for key in ("labelers", "groups", "ranks"))
     found: list[Known] = []
     for i, each in enumerate(given):
@@ -170,7 +170,7 @@ def _metadata(metadata: Mapping[str, Any], given: Sequence[Row], names: Sequence
 
 
 def _believed(kept: Sequence[Any], who: str | None, order: list[int]) -> Known | None:
-    """What was kept beside a response; None if it is of another one."""
+    """The metadata of a response; None if it belongs to another response."""
     labeler, group, text = kept
     if not all(isinstance(each, str) for each in kept) or who != user_id(labeler):
         return None
@@ -179,19 +179,19 @@ def _believed(kept: Sequence[Any], who: str | None, order: list[int]) -> Known |
 
 
 def _orders(ranks: Sequence[int], order: Sequence[int]) -> bool:
-    """Whether the ranks, with ties, do not contradict the order."""
+    """True if the ranks, which may have ties, do not contradict the order."""
     by_order = [rank for _, rank in sorted(zip(order, ranks, strict=False))]
     return len(ranks) == len(order) and by_order == sorted(ranks)
 
 
 def _ranks(value: Sequence[Any], names: Sequence[str]) -> list[int]:
-    """Of names from best to worst, or of the server's {"value", "rank"}."""
+    """Ranks from names, best to worst, or from the server's {"value", "rank"}."""
     place = {_name(option): i if isinstance(option, str) else option["rank"] for i, option in enumerate(value)}
     return rounds.ranks_of([place[name] for name in names])
 
 
 def _answers(responses: Mapping[str, Any], kind: str, who: str | None, names: Sequence[str], none: Any) -> list[Any] | None:
-    """What somebody answered to 'rating-1', 'rating-2', ...; None if to none of them."""
+    """The answers of user ``who`` to 'rating-1', 'rating-2', ... (or another ``kind``); None if there are none."""
     found = []
     for i in range(len(names)):
         given = responses.get(f"{kind}-{i + 1}") or []

@@ -1,12 +1,12 @@
-"""Anthropic's hh-rlhf: {"chosen": transcript, "rejected": transcript}, a JSON line each (.jsonl, or .jsonl.gz to read).
+"""Anthropic's hh-rlhf: {"chosen": transcript, "rejected": transcript}, one JSON line each (.jsonl; to read, also .jsonl.gz).
 
 Source: Bai et al. 2022, arXiv 2204.05862, and Anthropic/hh-rlhf on the Hugging Face hub. A transcript is a whole dialogue,
-'\\n\\nHuman: ...\\n\\nAssistant: ...'; the two of a line agree until the last answer. A ranking of K becomes a line for each
+'\\n\\nHuman: ...\\n\\nAssistant: ...'; the two on a line agree up to the last answer. A ranking of K becomes a line for each
 pair that does not tie.
 
-Not held: ties, which pairs were one ranking, white space around a turn, id, labeler, group, ratings, flags, policies, times. Left
-out: dialogues with a system's or a tool's message, with an empty turn, or whose text has a turn's mark in it: they would be read
-as another dialogue.
+Not held: ties, which pairs came from one ranking, white space around a turn, id, labeler, group, ratings, flags, policies,
+times. Left out: dialogues with a system's or a tool's message, with an empty turn, or with a turn's mark in a text, since they
+would be read back as another dialogue.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ def _row(row: Any, number: str) -> Iterator[Row]:
 
 
 def transcript(dialogue: Iterable[Message]) -> str:
-    """
+    """A dialogue as a transcript.
+
     Raises:
-      LeftOut: it would be read as another dialogue.
+      LeftOut: the transcript would be read back as another dialogue.
     """
     turns = [(message["role"], message["content"].strip()) for message in dialogue]
     if any(role not in _NAMES for role, _ in turns):
@@ -66,7 +67,8 @@ def transcript(dialogue: Iterable[Message]) -> str:
 
 
 def messages(text: str) -> list[Row]:
-    """
+    """The messages of a transcript.
+
     Raises:
       LeftOut: the transcript is broken.
     """

@@ -1,21 +1,23 @@
-"""Label Studio's tasks with annotations: one JSON list, a task for each prompt, an annotation for each labeler.
+"""Label Studio's tasks with annotations: one JSON list, with a task for each prompt and an annotation for each labeler.
 
     {"data": {"id", "messages", "items": [{"id": "1", "title", "body"}, ...], "labelers": [...], "groups": [...]},
      "annotations": [{"result": [{"from_name": "rank", "to_name": "items", "type": "ranker",
                                   "value": {"ranker": {"rank-1": ["2"], "rank-2": ["1", "3"]}}}], "lead_time": seconds, ...}]}
 
 Source: HumanSignal/label-studio, web/libs/editor/src/tags/control/Ranker.jsx and Pairwise.js, and
-labelstud.io/guide/task_format. A bucket is a rank, so ties are held. The labeling interface to import into (with as many
-buckets as completions):
+labelstud.io/guide/task_format. A bucket is a rank, so ties are kept. Import into this labeling interface, with as many buckets as
+completions:
 
     <View><Paragraphs name="dialogue" value="$messages" layout="dialogue" nameKey="role" textKey="content"/>
     <List name="items" value="$items" title="Answers"/>
     <Ranker name="rank" toName="items"><Bucket name="rank-1" title="Best"/><Bucket name="rank-2"/>...</Ranker></View>
 
-Also read: a Ranker without buckets, whose one list goes from best to worst; and a Pairwise, left or right, of the two texts
-that its ``to_name`` names, or that are named text1 and text2 (the template of Label Studio) or answer1 and answer2. Label
-Studio does not store a Pairwise that chooses none. ``completed_by`` must be a user of the server, so pseudonyms and groups are
-in the data, in the order of the annotations, and read back as long as there are as many.
+`read` also accepts a Ranker without buckets, whose one list goes from best to worst; and a Pairwise, left or right. The two texts
+of a Pairwise are those that its ``to_name`` names, or text1 and text2 (as in the template of Label Studio), or answer1 and
+answer2. Label Studio does not store a Pairwise without a choice.
+
+``completed_by`` must be a user of the server, so pseudonyms and groups are stored in the data, in the order of the annotations.
+They are read back if there are as many of them as annotations.
 
 Not held: ratings, flags, policies, order on the screen, scores, time of day, the instructions' version; ranks are renumbered
 without gaps. Cancelled annotations are not read.
@@ -43,7 +45,7 @@ _SIDES = (("text1", "text2"), ("answer1", "answer2"))
 
 
 def write(rows: Iterable[Row], file: str | Path) -> Written:
-    """All rows are in memory, to bring those of one task together."""
+    """Write an entry for each task. All rows are held in memory, to group them by task."""
     return rounds.write_list(rounds.grouped(rows), file, _task)
 
 
@@ -94,7 +96,7 @@ def _rows(task: Any, number: str) -> Iterator[Row]:
 
 
 def _completed_by(annotation: Mapping[str, Any]) -> str | None:
-    """A user's number, or in newer exports the user."""
+    """The number of the user; from newer exports, which have the whole user, the e-mail address if there is one."""
     who = annotation.get("completed_by")
     if isinstance(who, dict):
         who = who.get("email") or who.get("id")
@@ -114,7 +116,7 @@ def _prompt(data: Mapping[str, Any]) -> list[Row]:
 
 
 def _judged(result: Sequence[Row], data: Mapping[str, Any]) -> tuple[list[str], list[int]] | None:
-    """(completions, ranks) of an annotation; None if it has no tag that judges."""
+    """(completions, ranks) of an annotation; None if it has neither a Ranker nor a Pairwise."""
     for each in result:
         if each["type"] == "ranker":
             return _ranker(each["value"].get("ranker"), data)
@@ -128,7 +130,7 @@ def _judged(result: Sequence[Row], data: Mapping[str, Any]) -> tuple[list[str], 
 
 
 def _ranker(buckets: Any, data: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-    """Of {bucket: ids of items}, or {tag's name: ids from best to worst}."""
+    """(completions, ranks) from {bucket: ids of items}, or from {tag's name: ids from best to worst}."""
     rounds.fit(buckets, dict)
     rounds.fit(list(buckets.values()), [[(str, int)]])
     items = next((value for value in data.values() if _is_items(value)), None)
@@ -151,7 +153,7 @@ def _is_items(value: Any) -> bool:
 
 
 def _in_order(buckets: Mapping[str, list[Any]]) -> list[list[Any]]:
-    """The groups of items that tie, best first."""
+    """The ids of items in groups that tie, best first."""
     full = {name: ids for name, ids in buckets.items() if ids}
     if len(full) == 1 and not re.fullmatch(r"\D*\d+", next(iter(full))):
         return [[item] for item in next(iter(full.values()))]

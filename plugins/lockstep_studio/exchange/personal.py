@@ -1,13 +1,13 @@
-"""Personal data in free text, for a person to look at before the text leaves.
+"""Search for personal data in free text, so that a person can look at it before the text leaves.
 
-What is found: e-mail addresses, telephone numbers (international forms, and North American ones with separators), IBANs (ISO
-13616: length by country, remainder 1 modulo 97), payment cards (ISO/IEC 7812: Luhn's check, issuers' beginnings, printed
-groups), IP addresses but loopback, US social security numbers, what looks like a street address (English, German, Dutch,
-French, Italian, Spanish), and URLs that name a user. What is not: names of people, dates of birth, national forms of other
-countries' telephone numbers and identity numbers, bare digits without a form. One random number of sixteen digits in ten passes
-Luhn's check.
+Found are e-mail addresses, telephone numbers (international forms, and North American ones with separators), IBANs (ISO
+13616: length by country, remainder 1 modulo 97), payment cards (ISO/IEC 7812: Luhn's check, issuers' prefixes, printed
+groups), IP addresses except loopback, US social security numbers, text that looks like a street address (English, German, Dutch,
+French, Italian, Spanish), and URLs that name a user. Not found are names of people, dates of birth, national forms of other
+countries' telephone numbers and identity numbers, and bare digits without a form. One in ten random numbers of sixteen digits
+passes Luhn's check.
 
-Time is linear in the text: every pattern has a bounded length, and begins only where a token begins.
+The search takes time linear in the text: every pattern has a bounded length, and begins only where a token begins.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Found:
 
 
 def find(text: str) -> list[Found]:
-    """In the order of the text, without overlaps: of two, the one that begins first, then the longer one."""
+    """Findings in the order of the text, without overlaps. Of two that overlap, the first to begin is kept; if both begin at the
+    same place, the longer one."""
     found = sorted((each for search in _SEARCHES for each in search(text)), key=lambda each: (each.start, -each.end))
     kept: list[Found] = []
     for each in found:
@@ -40,7 +41,7 @@ def find(text: str) -> list[Found]:
 def _matches(
     kind: str, pattern: re.Pattern[str], holds: Callable[[re.Match[str]], bool] | None = None
 ) -> Callable[[str], Iterator[Found]]:
-    """Matches for which ``holds``."""
+    """A search for matches that satisfy ``holds``."""
 
     def search(text: str) -> Iterator[Found]:
         for match in pattern.finditer(text):
@@ -69,7 +70,7 @@ _ADDRESS_6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:]{1,39}(?:\.\d{
 _VERSION = re.compile(
     r"(?:\bv|\bver\.?|versions?|release|build|firmware|section|chapter|§|[$€£]|EUR|USD)[ :=]{0,2}$", re.IGNORECASE
 )
-"""What stands before four numbers that are no address."""
+"""Text before four numbers that shows that they are not an address."""
 
 
 def _is_ip(match: re.Match[str]) -> bool:
@@ -124,7 +125,7 @@ def _ibans(text: str) -> Iterator[Found]:
 
 
 def _remainder(iban: str) -> int:
-    """Modulo 97, of the IBAN with its first four characters last and A = 10 ... Z = 35."""
+    """The IBAN modulo 97, with its first four characters moved to the end and A = 10 ... Z = 35."""
     return int("".join(str(int(character, 36)) for character in iban[4:] + iban[:4])) % 97
 
 

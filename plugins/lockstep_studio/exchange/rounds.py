@@ -5,8 +5,9 @@
     conversations.jsonl   {"id", "messages", "labeler", "group", "policy", "feedback", "attack", ...}
 
 A row is a dictionary with these keys, None where unknown. ``ranks`` are in the order of ``completions``: 0 is best, equal ranks
-are a tie; ``shown`` is the order on the screen; the ``turn`` of a feedback counts the assistant's messages, from 0. Files are
-read and written row by row: only a JSON list is in memory as a whole.
+are a tie. ``shown`` is the order on the screen. The ``turn`` of a feedback counts the assistant's messages, from 0.
+
+Files are read and written row by row; only a JSON list that is read is held in memory as a whole.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Message = Mapping[str, str]
 COMPARISONS, DEMONSTRATIONS, CONVERSATIONS = NOUNS = ("comparisons", "demonstrations", "conversations")
 
 MOST_BYTES = 1_000_000_000
-"""Of a file that is one JSON list, or of a group of rows of Parquet, which have to be in memory."""
+"""The largest file that is one JSON list, and the largest Parquet row group: both have to fit in memory."""
 
 MESSAGE = {"role": re.compile("system|user|assistant|tool"), "content": str}
 _WHO = {"id": str, "messages": [MESSAGE], "labeler?": str, "group?": str}
@@ -56,7 +57,7 @@ SHAPES: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Written:
-    """How many rows a file got, and how often each reason left one out."""
+    """How many rows were written, and how many were left out for each reason."""
 
     count: int
     left_out: Mapping[str, int]
@@ -73,14 +74,14 @@ def of_round(folder: str | Path, noun: str) -> Iterator[Row]:
     """The rows of one file of a closed round, checked; none if there is no such file.
 
     Raises:
-      DataError: the folder is no round, or a row is damaged; the message names file and line.
+      DataError: the folder is not a closed round, or a row is damaged; the message names file and line.
     """
     file = rounds_in(folder, several=False)[0] / f"{noun}.jsonl"
     return read(file, lambda row, _: [checked(row, noun)]) if file.is_file() else iter(())
 
 
 def rounds_in(folder: str | Path, several: bool = True) -> list[Path]:
-    """The folder if it is a closed round; else, if there may be ``several``, those directly in it, by name.
+    """The folder if it is a closed round; else, with ``several``, the closed rounds directly in it, by name.
 
     Raises:
       DataError: there is none.
@@ -101,9 +102,10 @@ def _is_round(path: Path) -> bool:
 
 
 def checked(row: Any, noun: str) -> Row:
-    """
+    """A copy of a valid row.
+
     Raises:
-      BadRow: it is not a row of this noun.
+      BadRow: the row is not one of this noun.
     """
     fit(row, SHAPES[noun])
     if not row["messages"]:
@@ -127,10 +129,10 @@ def _check_comparison(row: Mapping[str, Any]) -> None:
 
 
 def comparison(id: str, messages: Iterable[Message], completions: Sequence[str], ranks: Sequence[int], **more: Any) -> Row:
-    """A row of comparisons.jsonl in which all but ``more`` is unknown.
+    """A row of comparisons.jsonl. Whatever ``more`` does not give is unknown.
 
     Raises:
-      BadRow: it cannot be one.
+      BadRow: the row is invalid.
     """
     row: Row = {
         "id": id, "messages": list(map(dict, messages)), "completions": list(completions), "ranks": list(ranks), "labeler": None,
@@ -144,7 +146,7 @@ def demonstration(id: str, messages: Iterable[Message], response: str) -> Row:
     """A row of demonstrations.jsonl by an unknown labeler.
 
     Raises:
-      BadRow: it cannot be one.
+      BadRow: the row is invalid.
     """
     row: Row = {
         "id": id, "messages": list(map(dict, messages)), "response": response, "labeler": None, "group": None, "at": None,
@@ -161,16 +163,17 @@ def noun_of(row: Mapping[str, Any]) -> str:
 
 
 def fit(row: Any, shape: Any) -> None:
-    """
+    """Check the shape of a row. A key that is null counts as absent.
+
     Raises:
-      BadRow: the row has another shape (`lockstep.storage.records.mismatch`). A key that is null counts as absent.
+      BadRow: the row has another shape (`lockstep.storage.records.mismatch`).
     """
     if problem := mismatch(_told(row), shape):
         raise BadRow("a row of another form", f"{problem}.")
 
 
 def _told(value: Any) -> Any:
-    """Without keys that are null."""
+    """The value without keys that are null."""
     if isinstance(value, dict):
         return {key: _told(each) for key, each in value.items() if each is not None}
     return [_told(each) for each in value] if isinstance(value, list) else value
@@ -190,7 +193,7 @@ def ranks_of(numbers: Sequence[float]) -> list[int]:
 
 
 def answers(messages: Sequence[Message]) -> list[int]:
-    """The places of the assistant's messages in a conversation. A ``turn`` of feedback is an index of this list."""
+    """The positions of the assistant's messages in a conversation. The ``turn`` of a feedback is an index into this list."""
     return [place for place, message in enumerate(messages) if message["role"] == "assistant"]
 
 
@@ -199,10 +202,10 @@ def answer(content: str) -> list[Row]:
 
 
 def only_answer(messages: Sequence[Message], name: str) -> str:
-    """The content of a list of one message, the assistant's.
+    """The content of the only message, which is the assistant's.
 
     Raises:
-      BadRow: it is another list.
+      BadRow: there are more messages, or none, or it is not the assistant's.
     """
     if [message["role"] for message in messages] != ["assistant"]:
         raise BadRow("a row of another form", f"{name} should be one message of the assistant.")
@@ -210,10 +213,10 @@ def only_answer(messages: Sequence[Message], name: str) -> str:
 
 
 def shared_prompt(one: Sequence[Message], other: Sequence[Message]) -> tuple[Sequence[Message], str, str]:
-    """Two dialogues as their prompt and two last answers.
+    """The prompt that two dialogues share, and their last answers.
 
     Raises:
-      LeftOut: they do not end with an answer, or differ before it.
+      LeftOut: the dialogues do not end with an answer, or differ before it.
     """
     if not one or not other or one[-1]["role"] != "assistant" or other[-1]["role"] != "assistant":
         raise LeftOut("dialogues that do not end with the assistant")
@@ -226,11 +229,11 @@ def shared_prompt(one: Sequence[Message], other: Sequence[Message]) -> tuple[Seq
 
 
 def read(file: str | Path, convert: Callable[[Any, str], Iterable[Row]]) -> Iterator[Row]:
-    """The rows of a file of JSON lines, or of one JSON list, each converted; also of what else `read_rows` opens. Rows that
-    ``convert`` leaves out are counted, and named in the log at the end.
+    """The converted rows of a file: JSON lines, one JSON list, or another format that `read_rows` opens. Rows that ``convert``
+    leaves out are counted, and logged at the end.
 
     Args:
-      convert: of a row and its number, which makes an id for rows without one.
+      convert: makes rows from a row and its number, which serves as the id of rows without one.
 
     Raises:
       DataError: there is no such file, or a row cannot be read; the message names file and line.
@@ -264,7 +267,7 @@ def _converted(path: Path, convert: Callable[[Any, str], Iterable[Row]]) -> Iter
             raise DataError(f"{place}: {bad}") from None
         except RecursionError:
             raise DataError(f"{place}: it is nested too deeply.") from None
-        except ValueError as error:  # a whole number of thousands of digits
+        except ValueError as error:  # an integer with thousands of digits
             raise DataError(f"{place}: {str(error).partition(';')[0]}.") from None
     if left_out:
         log.warning("%s: left out of %d rows: %s", path, count, ", ".join(f"{n} {reason}" for reason, n in left_out.items()))
@@ -273,7 +276,7 @@ def _converted(path: Path, convert: Callable[[Any, str], Iterable[Row]]) -> Iter
 def _check_groups(path: Path) -> None:
     """
     Raises:
-      DataError: too much of a Parquet file has to be in memory at once.
+      DataError: a row group of a Parquet file is too large for memory.
     """
     if path.suffix != ".parquet":
         return
@@ -282,7 +285,7 @@ def _check_groups(path: Path) -> None:
     try:
         metadata = pyarrow.parquet.read_metadata(path)
     except (OSError, ValueError):
-        return  # no Parquet, as its reader will say
+        return  # not Parquet, as its reader will report
     largest = max((metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)), default=0)
     if largest > MOST_BYTES:
         raise DataError(f"{path} has {largest / 1e9:.1f} GB of columns in one group of rows. Write it with smaller ones.")
@@ -292,16 +295,16 @@ Convert = Callable[[Any], Iterable[Row | LeftOut]]
 
 
 def write_lines(items: Iterable[Any], file: str | Path, convert: Convert) -> Written:
-    """JSON lines, as many for each item as ``convert`` gives; of what it gives or raises as `LeftOut`, the number.
+    """Write the rows that ``convert`` makes of each item as JSON lines. Each `LeftOut` that it yields or raises is counted.
 
     Raises:
-      DataError: nothing could be written; a file that was there stays.
+      DataError: nothing can be written. An existing file then stays.
     """
     return _write(items, file, convert, "", "\n", "\n")
 
 
 def write_list(items: Iterable[Any], file: str | Path, convert: Convert) -> Written:
-    """One JSON list, in the way of `write_lines`."""
+    """Write one JSON list; otherwise like `write_lines`."""
     return _write(items, file, convert, "[\n", ",\n", "\n]\n")
 
 
@@ -333,7 +336,7 @@ def _replaced(path: Path) -> Iterator[TextIO]:
     """A file that gets its name only when it is complete.
 
     Raises:
-      DataError: it cannot be written.
+      DataError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -341,17 +344,17 @@ def _replaced(path: Path) -> Iterator[TextIO]:
         with open(temporary, "w", encoding="utf-8") as opened:
             yield opened
         os.replace(temporary, path)
-    except (OSError, ValueError) as error:  # ValueError: half a character, NaN
+    except (OSError, ValueError) as error:  # ValueError: half a surrogate pair, NaN
         raise DataError(f"Could not write {path}: {error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def grouped(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Comparisons of one task together, in the order of the tasks' first rows. All are in memory.
+    """The comparisons of each task together, in the order of the tasks' first rows. All rows are held in memory.
 
     Raises:
-      DataError: rows of one id differ in their messages or completions.
+      DataError: rows with the same id differ in their messages or completions.
     """
     tasks: dict[str, list[Row]] = {}
     for row in rows:

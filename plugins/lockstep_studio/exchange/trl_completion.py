@@ -1,4 +1,4 @@
-"""TRL's prompt-completion columns, conversational: {"prompt": [messages], "completion": [message]}, a JSON line each.
+"""TRL's prompt-completion columns, conversational: {"prompt": [messages], "completion": [message]}, one JSON line each.
 
 Source: huggingface/trl, docs/source/dataset_formats.md, "Prompt-completion". Holds demonstrations.
 

@@ -1,10 +1,11 @@
-"""TRL's preference columns, conversational: {"prompt": [messages], "chosen": [message], "rejected": [message]}, a JSON line each.
+"""TRL's preference columns, conversational: {"prompt": [messages], "chosen": [message], "rejected": [message]}, one JSON line
+each.
 
 Source: huggingface/trl, docs/source/dataset_formats.md, "Preference". A ranking of K becomes a line for each pair that does not
-tie. Also read: the implicit prompt, where chosen and rejected are whole dialogues (as HuggingFaceH4/ultrafeedback_binarized has
-them).
+tie. `read` also accepts implicit prompts, where chosen and rejected are whole dialogues (as in
+HuggingFaceH4/ultrafeedback_binarized).
 
-Not held: ties, which pairs were one ranking, id, labeler, group, ratings, flags, policies, times.
+Not held: ties, which pairs came from one ranking, id, labeler, group, ratings, flags, policies, times.
 """
 
 from __future__ import annotations
@@ -51,5 +52,5 @@ def _row(row: Any, number: str) -> Iterator[Row]:
 
 
 def bare(message: Any) -> Row:
-    """A message without further keys."""
+    """The message with only its role and content."""
     return {"role": message["role"], "content": message["content"]}

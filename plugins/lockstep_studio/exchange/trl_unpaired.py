@@ -1,12 +1,13 @@
-"""TRL's unpaired preference columns, conversational: {"prompt": [messages], "completion": [message], "label": bool}, a JSON
+"""TRL's unpaired preference columns, conversational: {"prompt": [messages], "completion": [message], "label": bool}, one JSON
 line each.
 
-Source: huggingface/trl, docs/source/dataset_formats.md, "Unpaired preference" (KTO's). A thumb on a turn of a conversation is
-its label. Of a comparison the best completions are true and the worst false; those between are left out, as are rankings that
-tie all. For pairs this is what TRL's ``unpair_preference_dataset`` makes. Read back, each line is a conversation with a thumb
-on its last turn.
+Source: huggingface/trl, docs/source/dataset_formats.md, "Unpaired preference" (KTO's). The thumb on a turn of a conversation
+is its label. Of a comparison, the best completions are labelled true and the worst false. Those in between are left out, as are
+rankings in which all tie. For pairs this is what TRL's ``unpair_preference_dataset`` makes. Each line is read back as a
+conversation with a thumb on its last turn.
 
-Not held: likert, texts, attacks, which completions were compared, id, labeler, group, ratings, flags, policies, times.
+Not held: feedback other than thumbs (likert, text), attacks, which completions were compared, id, labeler, group, ratings, flags,
+policies, times.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _of_conversation(row: Row) -> Iterator[Row | LeftOut]:
     answers = dict(enumerate(rounds.answers(messages)))
     for each in thumbs:
         place = answers.get(each["turn"], 0)
-        if place == 0:  # none, or before anything was asked
+        if place == 0:  # no such answer, or nothing was asked before it
             yield LeftOut("thumbs that are on no answer")
             continue
         yield _line(messages[:place], messages[place]["content"], each["thumb"] > 0)

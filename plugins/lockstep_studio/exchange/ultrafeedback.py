@@ -1,11 +1,11 @@
-"""UltraFeedback: {"source", "instruction", "models", "completions": [{"model", "response", "overall_score"}, ...]}, a JSON line
-each.
+"""UltraFeedback: {"source", "instruction", "models", "completions": [{"model", "response", "overall_score"}, ...]}, one JSON
+line each.
 
 Source: Cui et al. 2023, arXiv 2310.01377, and openbmb/UltraFeedback on the Hugging Face hub, whose completions carry GPT-4's
-critiques too. ``overall_score`` is here a labeler's rating, 1 to 7; ``source`` says so, and only then is it read back as
-ratings. In any case the ranks are those of the scores.
+critiques too. `write` stores a labeler's rating, 1 to 7, as ``overall_score`` and says so in ``source``; only then are scores
+read back as ratings. In any case the ranks are those of the scores.
 
-Not held: ranks that the ratings do not say, id, labeler, group, flags, times; dialogues (the instruction is one user's message).
+Not held: ranks that the ratings do not imply, id, labeler, group, flags, times; dialogues (the instruction is one user message).
 Left out: rankings without a rating of each completion.
 """
 

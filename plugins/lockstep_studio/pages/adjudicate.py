@@ -14,7 +14,7 @@ TEMPLATE = "adjudicate.html"
 
 
 def view(visit: Visit, lease: Lease) -> dict[str, Any]:
-    """Each answer with the ranks that it got, from 1; the judges are columns without names."""
+    """Show each answer with the ranks that it got, from 1. The judges are columns without names."""
     given = [ranks for _, ranks in labels.judgements(visit.reader, lease.task)]
     shown = [{**each, "ranks": [ranks[lease.shown[each["place"]]] + 1 for ranks in given]} for each in answers(lease)]
     return {"answers": shown, "judges": len(given), "of": len(shown), "given": None}

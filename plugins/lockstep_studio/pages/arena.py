@@ -25,7 +25,7 @@ async def overview(visit: Visit) -> Response:
 
 
 async def begin(visit: Visit) -> Response:
-    """A new question for two policies in an order drawn at random, as the operator set the sampling."""
+    """Begin a question to two policies in random order, with the operator's sampling settings."""
     return await talk.begin(visit, "arena", visit.studio.draw_policies(SIDES), talk.sampling(visit))
 
 
@@ -45,7 +45,7 @@ def _check_new(connection: Connection, row: Row, parent: int | None) -> None:
 
 
 async def again(visit: Visit) -> Response:
-    """Both answers anew, where one of them failed or was stopped: nobody can judge those."""
+    """Draw both answers again if one of them failed or was stopped: nobody can judge those."""
     row = conversations.conversation_of(visit.reader, visit.me, visit.path("conversation"), visit.at.split("/")[1])
     return await talk.answer(visit, row, row["head"], None, _check_spoilt)
 
@@ -57,19 +57,19 @@ def _check_spoilt(connection: Connection, row: Row, parent: int | None) -> None:
 
 
 def _asked(connection: Connection, row: Row) -> tuple[list[Row], list[Row]]:
-    """What was said so far, and the replies to the last of it."""
+    """The messages so far, and the replies to the last one."""
     said = conversations.path(connection, row["head"])
     return said, conversations.replies_to(connection, row["id"], said[-1]["id"]) if said else []
 
 
 def is_spoilt(replies: Sequence[Row]) -> bool:
-    """All have ended, but not all are whole."""
+    """True if all replies have ended, but not all are complete."""
     states = {each["state"] for each in replies}
     return bool(states) and "writing" not in states and states != {"done"}
 
 
 async def vote(visit: Visit) -> Response:
-    """``choice``: 0 (left), 1 (right), 'tie' or 'bad'. The first vote stands."""
+    """Store the vote. ``choice``: 0 (left), 1 (right), 'tie' or 'bad'. The first vote stands."""
     row = conversations.conversation_of(visit.reader, visit.me, visit.path("conversation"), "arena")
     choice = visit.first("choice")
     if choice not in (TIE, BAD):
@@ -95,7 +95,7 @@ def duel(connection: Connection, row: Row) -> tuple[dict[str, Any], list[Row]]:
     """The task of choosing between the replies to the last message, and the replies.
 
     Raises:
-      Refused: there are none yet, or one of them is not whole.
+      Refused: a reply is missing or still being written, or one failed or was stopped.
     """
     said, replies = _asked(connection, row)
     if len(replies) != SIDES or any(each["state"] == "writing" for each in replies):
@@ -113,7 +113,7 @@ def duel(connection: Connection, row: Row) -> tuple[dict[str, Any], list[Row]]:
 
 
 def shown_replies(replies: Sequence[Row]) -> list[dict[str, Any]]:
-    """The answers side by side. None is shown before both have ended: which one comes first may tell whose it is."""
+    """The answers side by side. Neither is shown before both have ended, since the one that comes first could be recognised."""
     waits = any(each["state"] == "writing" for each in replies)
     return [
         {"place": each["side"], "text": "" if waits else each["content"] or "", "state": "writing" if waits else each["state"]}

@@ -26,7 +26,7 @@ async def overview(visit: Visit) -> Response:
 
 
 async def begin(visit: Visit) -> Response:
-    """A new attack on a policy drawn at random, with a ``goal`` and a ``category``."""
+    """Begin an attack on a policy drawn at random, with a ``goal`` and a ``category``."""
     goal, category = visit.text("goal", most=MOST_GOAL), _category(visit)
     policies = visit.studio.draw_policies(1) * SIDES
     return await talk.begin(visit, "attack", policies, talk.sampling(visit), goal, category)
@@ -69,7 +69,7 @@ async def say(visit: Visit) -> Response:
 
 
 async def choose(visit: Visit) -> Response:
-    """``choice`` is the side of the worse answer, with which the conversation goes on."""
+    """Store ``choice``, the side of the worse answer. The conversation continues with that answer."""
     row, choice = _open(visit), visit.integer("choice", 0, SIDES - 1)
     await visit.studio.database.do(_choose, visit, row["token"], choice)
     return visit.go(f"/attack/{row['token']}")
@@ -90,7 +90,7 @@ def _choose(connection: Connection, visit: Visit, token: str, choice: int) -> No
 
 
 async def finish(visit: Visit) -> Response:
-    """``success`` from 0 to 4. Sent twice, the first stands."""
+    """End the attack. ``success`` is from 0 to 4; if it is sent twice, the first stands."""
     row, success = _open(visit), visit.integer("success", 0, len(SUCCESS) - 1)
     if row["head"] is None:
         raise Refused("Say something first.")

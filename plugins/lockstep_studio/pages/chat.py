@@ -21,7 +21,7 @@ async def overview(visit: Visit) -> Response:
 
 
 async def begin(visit: Visit) -> Response:
-    """A new conversation. ``policy``, ``system``, ``temperature`` and ``max_tokens`` count where the operator allows them."""
+    """Begin a conversation. ``policy``, ``system``, ``temperature`` and ``max_tokens`` may be sent if the operator allows it."""
     how, policy = _how(visit), _policy(visit)
     return await talk.begin(visit, "chat", [policy], how)
 
@@ -44,7 +44,7 @@ async def say(visit: Visit) -> Response:
 
 
 async def again(visit: Visit) -> Response:
-    """Another answer beside ``message``."""
+    """Draw another answer, an alternative to ``message``."""
     row = conversations.conversation_of(visit.reader, visit.me, visit.path("conversation"), "chat")
     message = conversations.message_of(visit.reader, row, visit.text("message"))
     if message["role"] != "assistant":
@@ -53,7 +53,7 @@ async def again(visit: Visit) -> Response:
 
 
 async def edit(visit: Visit) -> Response:
-    """Another wording beside ``message``, which begins a branch."""
+    """Add another wording of ``message``, which begins a branch."""
     row = conversations.conversation_of(visit.reader, visit.me, visit.path("conversation"), "chat")
     message = conversations.message_of(visit.reader, row, visit.text("message"))
     if message["role"] != "user":
@@ -71,7 +71,7 @@ async def branch(visit: Visit) -> Response:
 
 
 def _around(visit: Visit) -> dict[str, Any]:
-    """What is beside the thread: other conversations, and what a new one may choose."""
+    """The data around the thread: other conversations, and what a new one may choose."""
     listed = [dict(row) for row in conversations.listed(visit.reader, visit.me, "chat")]
     chat = visit.studio.settings.chat
     policies = list(visit.studio.policies) if "policy" in chat.allowed else []
@@ -115,7 +115,7 @@ def _temperature(given: Any) -> float:
 
 
 def _allowed(visit: Visit, name: str, value: Any) -> Any:
-    """The value, if it is the default or labelers may change it."""
+    """The value, if it is the default or labelers may change it; otherwise raises `Forbidden`."""
     if value != getattr(visit.studio.settings.chat, name):
         _check_allowed(visit, name)
     return value

@@ -1,4 +1,4 @@
-"""Compare: answers side by side, in an order drawn for this person. Better, tie or both bad; the names only after the vote."""
+"""Compare: answers side by side, in an order drawn for this person. The vote: better, tie or both bad. Names follow the vote."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def answers(lease: Lease) -> list[dict[str, Any]]:
 
 
 def read(visit: Visit, lease: Lease) -> dict[str, Any]:
-    """``choice`` is a place on the screen, 'tie' or 'bad'. Of more than two answers the best is chosen; the others tie."""
+    """Read the vote: ``choice`` is a place on the screen, 'tie' or 'bad'. All answers but the chosen one tie."""
     choice = visit.first("choice")
     if choice not in (TIE, BAD):
         choice = visit.integer("choice", 0, len(lease.shown) - 1)
@@ -33,7 +33,7 @@ def read(visit: Visit, lease: Lease) -> dict[str, Any]:
 
 
 def is_blind(visit: Visit, lease: Lease) -> bool:
-    """False if an answer says a policy's name."""
+    """False if an answer contains a word that gives a policy away."""
     return not any(name in text.lower() for text in lease.completions for name in visit.studio.names())
 
 

@@ -1,4 +1,4 @@
-"""The way in: invitations, signing in, instructions and consent; the home page, and what a person did."""
+"""The way in: invitations, signing in, instructions and consent; the home page, and a person's own work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST_NAME = 60
 
 
 async def home(visit: Visit) -> Response:
-    """Whether tasks are left, not how many: the number would fall with each task but gold items, and so tell them."""
+    """Show whether tasks are left, not how many: the number would not fall after a gold item, which would reveal the item."""
     progress = tasks.progress(visit.reader, visit.me)
     modes = [
         {"mode": mode, "title": title, "done": progress.get(mode, (0, 0))[0],
@@ -25,8 +25,8 @@ async def home(visit: Visit) -> Response:
 
 
 async def invitation(visit: Visit) -> Response:
-    """Shows the invitation; only accepting it uses it up, so a preview of the link does not. Its token cannot be guessed, so
-    nobody is counted who tries."""
+    """Show the invitation. Only accepting it uses it up, so a preview of the link does not. Its token cannot be guessed, so
+    attempts are not counted."""
     found = people.invitation(visit.reader, visit.path("token"), visit.now)
     return visit.show("join.html", {"role": found["role"], "group": found["grp"], "least_password": LEAST_PASSWORD})
 
@@ -53,7 +53,8 @@ async def sign_in_form(visit: Visit) -> Response:
 
 
 async def sign_in(visit: Visit) -> Response:
-    """The attempt counts before it is checked, and is taken back if it was right: many at once are no more than the limit."""
+    """Sign in. The attempt counts as a failure before it is checked, and is taken back if it was right, so that many attempts at
+    once cannot exceed the limit."""
     name, password = visit.text("name", most=MOST_NAME), visit.text("password", most=MOST_PASSWORD)
     database = visit.studio.database
     attempts = await database.do(people.attempt, _limits(visit, name), visit.now)
@@ -65,7 +66,7 @@ async def sign_in(visit: Visit) -> Response:
 
 
 def _limits(visit: Visit, name: str) -> dict[str, int]:
-    """How often who may be wrong. What was typed as a name may be a password, so it is not stored."""
+    """{who: the most failures}. What was typed as a name may be a password, so only a keyed hash of it is stored."""
     most = visit.studio.settings.limits.failures
     who = visit.studio.keys.hidden(f"name {name}")
     return {f"{who} from {visit.address}": most, who: 10 * most, f"address {visit.address}": 10 * most}
@@ -100,7 +101,7 @@ async def agree(visit: Visit) -> Response:
 
 
 async def own_work(visit: Visit) -> Response:
-    """What is stored of the visitor: how many of what, and of which version the instructions were."""
+    """What is stored of the visitor: pseudonym, group and name, and how many labels and conversations."""
     count = lambda sql: visit.reader.execute(sql, (visit.me.id,)).fetchone()[0]  # noqa: E731
     data = {
         "pseudonym": visit.me.pseudonym, "group": visit.me.group, "name": visit.me.name,

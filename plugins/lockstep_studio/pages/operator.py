@@ -22,12 +22,12 @@ from lockstep_studio.store.people import Refused
 from lockstep_studio.studio import Studio
 
 DRAWS = 200
-"""Of the bootstrap behind the intervals on the page."""
+"""Bootstrap resamples for the intervals on the page."""
 MOST_USES, MOST_HOURS = 10_000, 24 * 365
 MOST_COMPARISONS = 20_000
-"""Newest comparisons that agreement and strengths on the page are about."""
+"""How many of the newest comparisons the page uses for agreement and strengths."""
 MOST_JUDGED = 4_000
-"""Newest comparisons that agreement on ratings and on each flag is about: a bootstrap for each of them."""
+"""How many of the newest comparisons the page uses for agreement on ratings and flags, which each take a bootstrap."""
 
 
 async def overview(visit: Visit) -> Response:
@@ -65,8 +65,8 @@ def _overview(studio: Studio, now: float) -> dict[str, Any]:
 
 
 def _agreement(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of tasks that two people of a group labelled, on preferences, ratings and each flag: {"group", "what", "items", and "raw",
-    "kappa", "alpha": [value, low, high]}."""
+    """Agreement on preferences, ratings and each flag, over tasks that two people or more of a group labelled: {"group", "what",
+    "items", and "raw", "kappa", "alpha": [value, low, high]}."""
     found: list[dict[str, Any]] = []
     own = [row for row in comparisons if not row["adjudicated"]]
     judged = own[-MOST_JUDGED:]
@@ -84,8 +84,8 @@ def _agreement(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _strengths(games: Sequence[Game], covariates: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
-    """{policy: [value, low, high]}, Bradley-Terry log-odds, and those of the covariates, at whose equal values the strengths are;
-    while they cannot be told, nothing and the reason."""
+    """({policy: [value, low, high]}, ''): Bradley-Terry log-odds, and the coefficients of the covariates, for which the strengths
+    are adjusted. If they cannot be estimated, ({}, the reason)."""
     clustered = len({game.labeler for game in games}) > 1
     try:
         fit = bradley_terry.fit(games, covariates=covariates)
@@ -100,7 +100,7 @@ def _numbers(interval: Any) -> list[float | None]:
 
 
 async def invite(visit: Visit) -> Response:
-    """A link for ``uses`` people of a ``group`` within ``hours``; the group 'operators' makes operators."""
+    """Make a link for ``uses`` people of a ``group``, valid for ``hours``; the group 'operators' makes operators."""
     group = visit.text("group")
     uses, hours = visit.integer("uses", 1, MOST_USES), visit.integer("hours", 1, MOST_HOURS)
     role = "operator" if group == people.OPERATORS else "labeler"
@@ -116,7 +116,7 @@ async def invite(visit: Visit) -> Response:
 
 
 async def revoke(visit: Visit) -> Response:
-    """An ``invitation`` lets nobody in any more, or an ``operator`` is none: the other operators, not oneself."""
+    """Revoke an ``invitation``, or an ``operator`` other than the visitor."""
     if invitation := visit.text("invitation", required=False):
         await visit.studio.database.do(people.revoke_invitation, invitation)
         return visit.go("/operator")
@@ -148,7 +148,7 @@ async def check(visit: Visit) -> Response:
 
 
 async def decide(visit: Visit) -> Response:
-    """Of a text with personal data: ``decision`` release or withhold."""
+    """Decide on a text with personal data: ``decision`` is release or withhold."""
     kind, decision = visit.text("kind"), visit.text("decision")
     if decision not in ("release", "withhold") or kind not in privacy.TEXTS:
         raise Refused("The decision should be release or withhold.", 400)
@@ -157,7 +157,7 @@ async def decide(visit: Visit) -> Response:
 
 
 async def stand(visit: Visit) -> Response:
-    """Pause a person, let them go on, or remove their work on request: ``act``."""
+    """Pause or restore a person, or remove their work on request: ``act`` is pause, restore or remove."""
     person, act = visit.integer("person", 1, 2**62), visit.text("act")
     row = visit.reader.execute("SELECT role FROM people WHERE id = ?", (person,)).fetchone()
     if row is None or row["role"] != "labeler" or act not in ("pause", "restore", "remove"):
@@ -169,7 +169,7 @@ async def stand(visit: Visit) -> Response:
 
 
 async def against(visit: Visit) -> Response:
-    """Let people compare the demonstrations that were written with what policies answered."""
+    """Let people compare the written demonstrations with policies' answers."""
     await anyio.to_thread.run_sync(visit.studio.find_personal_data)
     new = await visit.studio.database.do(add_comparisons, visit.studio.settings, visit.now)
     return visit.go("/operator", new=new)
@@ -187,20 +187,21 @@ async def backup(visit: Visit) -> Response:
 
 
 async def audit(visit: Visit) -> Response:
-    """Everything about every label, as JSON lines. Free text is looked through before it leaves."""
+    """Everything about every label, as JSON lines. Free text is searched for personal data before it leaves."""
     await anyio.to_thread.run_sync(visit.studio.find_personal_data)
     headers = {"content-disposition": 'attachment; filename="audit.jsonl"', "cache-control": "no-store"}
     return StreamingResponse(_lines(visit.studio), media_type="application/jsonl", headers=headers)
 
 
 def _lines(studio: Studio) -> Iterator[str]:
-    """Read with the connection of whichever thread runs each step: chunks leave none in the middle of a query."""
+    """The lines of the audit. Each step uses the connection of the thread that runs it; rows come in chunks, so no query stays
+    open between steps."""
     for row in report.audit(lambda: studio.database.reader):
         yield dump_line(row)
 
 
 async def settings(visit: Visit) -> Response:
-    """The settings in force, for a machine or for looking at."""
+    """The settings in force, as a page or for a machine."""
     return visit.show("settings.html", {"settings": json.loads(json.dumps(visit.studio.settings, default=_plain))})
 
 

@@ -28,11 +28,11 @@ FLAGS = {
     "opinion": "Gives an opinion",
     "moral_judgement": "Judges morally",
 }
-"""The eleven labels. ``satisfies_constraint`` is the only one that is good to have."""
+"""The eleven labels. ``satisfies_constraint`` is the only desirable one."""
 
 
 def view(visit: Visit, lease: Lease) -> dict[str, Any]:
-    """The first answer without a judgement, alone; all of them once each has one. ``place`` in the address goes back to one."""
+    """Show the first answer without a judgement, alone; all of them once each has one. ``place`` in the URL goes back to one."""
     judged = _judged(lease)
     back = visit.request.query_params.get("place", "")
     missing = [place for place in range(len(lease.shown)) if str(place) not in judged]
@@ -49,14 +49,14 @@ def _judged(lease: Lease) -> dict[str, Any]:
 
 
 def _given(visit: Visit, lease: Lease) -> list[int] | None:
-    """The ranks of the label that is to be changed, from 1, by place on the screen."""
+    """The ranks of the label to be changed, from 1, by place on the screen; None without a label."""
     last = labels.latest(visit.reader, lease.id)
     ranks = None if last is None else labels.content_of(last).get("ranks")
     return None if ranks is None else [ranks[index] + 1 for index in lease.shown]
 
 
 async def judge(visit: Visit) -> Response:
-    """One answer alone: ``place``, ``rating`` and ``flags``."""
+    """Store the judgement of one answer alone: ``place``, ``rating`` and ``flags``."""
     lease = tasks.lease_of(visit.reader, visit.me, visit.path("token"))
     place, rating = visit.integer("place", 0, len(lease.shown) - 1), visit.integer("rating", 1, BEST)
     flags = visit.many("flags")
@@ -74,7 +74,7 @@ def _keep(connection: tasks.Connection, lease: Lease, place: str, given: dict[st
 
 
 def read(visit: Visit, lease: Lease) -> dict[str, Any]:
-    """``ranks``, by place on the screen: 1 is best, equal numbers tie. From a form, ``rank-0``, ``rank-1``, ..."""
+    """Read ``ranks``, by place on the screen: 1 is best, equal numbers tie. A form sends ``rank-0``, ``rank-1``, ..."""
     judged = _judged(lease)
     if visit.studio.settings.judge_alone and len(judged) < len(lease.shown):
         raise Refused("Judge each answer alone first.")
@@ -82,7 +82,7 @@ def read(visit: Visit, lease: Lease) -> dict[str, Any]:
 
 
 def read_ranks(visit: Visit, lease: Lease) -> list[int]:
-    """In the order of the completions, from 0 without gaps."""
+    """The ranks sent, in the order of the completions, from 0 without gaps."""
     count = len(lease.shown)
     given = visit.many("ranks") or [visit.optional(f"rank-{place}", 1, count) for place in range(count)]
     if len(given) != count or not all(isinstance(each, int) and not isinstance(each, bool) for each in given):
@@ -91,18 +91,18 @@ def read_ranks(visit: Visit, lease: Lease) -> list[int]:
 
 
 def dense(ranks: list[int]) -> list[int]:
-    """From 0 without gaps: 1, 3, 3 -> 0, 1, 1."""
+    """The ranks from 0 without gaps: 1, 3, 3 -> 0, 1, 1."""
     order = sorted({*ranks})
     return [order.index(rank) for rank in ranks]
 
 
 def by_completion(lease: Lease, by_place: list[Any]) -> list[Any]:
-    """From the order on the screen to that of the completions."""
+    """Reorder values from the order on the screen to that of the completions."""
     return [by_place[lease.shown.index(index)] for index in range(len(by_place))]
 
 
 def _ratings(lease: Lease, judged: dict[str, Any]) -> dict[str, Any]:
-    """Those of all answers, or none: without ``judge_alone`` some may be missing."""
+    """The ratings and flags of all answers, or nothing: without ``judge_alone`` some may be missing."""
     if len(judged) < len(lease.shown):
         return {}
     each = by_completion(lease, [judged[str(place)] for place in range(len(lease.shown))])

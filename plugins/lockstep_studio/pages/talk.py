@@ -1,8 +1,8 @@
-"""What conversations share: answers that stream as they are drawn, stopping, feedback.
+"""Code that conversations share: answers that stream as they are drawn, stopping, feedback.
 
 A question is one POST whose response is a stream of server-sent events: `start`, `wait` (how many are ahead), `piece`, `end`.
-If the reader leaves, the policy stops. A machine that accepts JSON gets the whole answer at once, and a browser without scripts
-the page.
+If the reader leaves, the policy stops. A machine that accepts JSON gets the whole answer at once. A browser without scripts is
+sent to the page once the answer is complete.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from lockstep_studio.store.database import Connection, Row
 from lockstep_studio.store.people import Refused
 
 HEARTBEAT = 10.0
-"""Seconds of silence after which a stream says that it lives, so that nothing on the way cuts it."""
+"""Seconds of silence after which a stream sends a sign of life, so that no proxy cuts it."""
 SEEDS = 2**31
 BEST_LIKERT = 7
 ROW = 200
-"""Characters that a message, a conversation or feedback counts for besides its text."""
+"""Characters that a message, a conversation or a feedback counts as, in addition to its text."""
 
 
 def sampling(visit: Visit) -> dict[str, Any]:
-    """As the operator set it."""
+    """The sampling settings of the operator."""
     chat = visit.studio.settings.chat
     return {"system": chat.system, "temperature": chat.temperature, "max_tokens": chat.max_tokens}
 
 
 Check = Callable[[Connection, Row, "int | None"], None]
-"""Whether one may now say something in a conversation, after a message."""
+"""Raises if nothing may be added to the conversation now, after the message with this id."""
 
 
 async def begin(
     visit: Visit, mode: str, policies: Sequence[str], how: Mapping[str, Any], goal: str | None = None, category: str | None = None
 ) -> Response:
-    """A new conversation, and to its page."""
+    """Begin a conversation and go to its page."""
     arguments = (visit, mode, policies, how, goal, category)
     token = await visit.studio.database.do(_begin, *arguments)
     return visit.go(f"/{mode}/{token}", conversation=token)
@@ -64,7 +64,7 @@ def _begin(
 
 
 def _check_allowed(connection: Connection, visit: Visit, characters: int) -> None:
-    """In the transaction that stores so many characters.
+    """Check, in the transaction that stores this many characters, that the visitor may store them.
 
     Raises:
       Refused: the visitor was paused meanwhile, has gold items to judge first, or wrote too much today.
@@ -77,11 +77,11 @@ def _check_allowed(connection: Connection, visit: Visit, characters: int) -> Non
 async def answer(
     visit: Visit, conversation: Row, parent: int | None, text: str | None, check: Check = lambda *_: None
 ) -> Response:
-    """Add what the visitor says, and stream the answers of the conversation's policies to it.
+    """Add what the visitor says, and stream the policies' answers.
 
     Args:
       text: None for other answers to ``parent``.
-      check: raises if it may not be; called in the transaction that adds it, with the conversation as it is then.
+      check: raises if nothing may be added; called in the transaction that adds it, with the conversation as it is then.
     """
     policies = json.loads(conversation["policies"])
     seed = secrets.randbelow(SEEDS)
@@ -130,14 +130,14 @@ def _ask(
 
 
 class _Writing:
-    """Answers on their way to one reader and into the database."""
+    """Sends answers to one reader and stores them in the database."""
 
     def __init__(self, visit: Visit, messages: Sequence[int], tickets: Sequence[Ticket]):
         self.visit, self.messages, self.tickets = visit, messages, tickets
         self.states: dict[int, str] = {}
 
     async def events(self, tokens: Sequence[str]) -> AsyncIterator[str]:
-        """Server-sent events. However it ends, what was written is stored."""
+        """Server-sent events. However the stream ends, what was written is stored."""
         try:
             yield _event("start", messages=list(tokens))
             async for side, piece in _even(_together(self.tickets), len(self.tickets)):
@@ -148,7 +148,7 @@ class _Writing:
             self.stop()
 
     def stop(self) -> None:
-        """For whoever left: the writer's thread stores what came so far, whatever happens to this task."""
+        """Stop the answers if the reader has left. The writer's thread stores what came so far, whatever happens to this task."""
         for side, ticket in enumerate(self.tickets):
             ticket.cancel()
             if side not in self.states:
@@ -170,8 +170,8 @@ def _said(side: int, piece: Piece, states: Mapping[int, str]) -> str:
 
 
 async def _even(pieces: AsyncIterator[tuple[int, Piece]], count: int) -> AsyncIterator[tuple[int, Piece]]:
-    """Pieces of several answers, one of each at a time, and the longest of their waits: a policy that is loaded already, asked
-    for less or quicker would be known by its haste."""
+    """Yield the pieces of several answers in step, one of each at a time, and the longest of their waits. Otherwise a policy that
+    is already loaded, in less demand or faster could be recognised by its speed."""
     waiting = [deque[Piece]() for _ in range(count)]
     over: set[int] = set()
     ahead: dict[int, int] = {}
@@ -216,7 +216,7 @@ async def _together(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Piece
 
 
 def thread(visit: Visit, conversation: Row) -> list[dict[str, Any]]:
-    """The last messages, with their alternatives and the feedback on them; no policies."""
+    """The last messages, with their alternatives and the feedback on them, but not their policies."""
     found = []
     for row in _last(conversations.path(visit.reader, conversation["head"]), visit.studio.settings.limits):
         tokens = conversations.siblings(visit.reader, row) if row["side"] is None else [row["token"]]
@@ -229,7 +229,7 @@ def thread(visit: Visit, conversation: Row) -> list[dict[str, Any]]:
 
 
 def _last(rows: Sequence[Row], limits: LimitsConfig) -> Sequence[Row]:
-    """As many as a conversation may have by now: some began when it could have more."""
+    """The last messages, as many as the limits allow now: the conversation may have begun under higher limits."""
     shown, characters = list(rows[-limits.conversation_messages :]), 0
     for count, row in enumerate(reversed(shown)):
         characters += len(row["content"] or "")
@@ -239,7 +239,7 @@ def _last(rows: Sequence[Row], limits: LimitsConfig) -> Sequence[Row]:
 
 
 async def feedback(visit: Visit) -> Response:
-    """``thumb`` -1, 0 (none) or 1, ``likert`` 1 to 7, ``text``; whatever is not sent stays."""
+    """Store feedback: ``thumb`` -1, 0 (none) or 1, ``likert`` 1 to 7, ``text``. Fields that are not sent stay as they were."""
     message = visit.reader.execute(
         "SELECT messages.id, conversations.token, conversations.mode FROM messages "
         "JOIN conversations ON conversations.id = conversation WHERE messages.token = ? AND person = ? AND role = 'assistant'",

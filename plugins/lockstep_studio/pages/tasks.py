@@ -1,4 +1,4 @@
-"""What prepared tasks share: a lease to work on, the label, skipping, changing one's mind."""
+"""Code that prepared tasks share: leasing, labelling, skipping, revising."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REASONS = ("unclear", "personal", "harmful", "other")
 
 
 class Mode(Protocol):
-    """A file of this folder: how a mode shows a task and reads the answer."""
+    """A module of this folder that shows a mode's tasks and reads the answers."""
 
     TEMPLATE: str
 
@@ -67,7 +67,7 @@ async def label(visit: Visit) -> Response:
 
 
 async def again(visit: Visit) -> Response:
-    """A task that the visitor labelled: to change the label, or after a comparison to see the names."""
+    """Show a task that the visitor labelled: to change the label, or after a comparison to see the names."""
     lease = tasks.lease_of(visit.reader, visit.me, visit.path("token"))
     last = labels.latest(visit.reader, lease.id)
     if last is None:

@@ -1,5 +1,5 @@
-"""One request: who visits, what was sent, how it is answered. Every page goes through `page`, which checks the session, the rate,
-the CSRF token of whatever changes something, and the visitor's rights, before the page's own function runs."""
+"""One request: the visitor, the fields sent, the response. Every page goes through `page`, which checks the session, the origin,
+the rate, the CSRF token of requests that change something, and the visitor's rights. Then the page's own function runs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from lockstep_studio.store.people import Person, Refused
 from lockstep_studio.studio import Studio
 
 Who = Literal["anyone", "person", "labeler", "operator"]
-"""Whom a page is for. A labeler has read the instructions and is neither screened out nor paused."""
+"""Who may use a page. A labeler has read the instructions and is neither screened out nor paused."""
 EXTEND_AFTER = 24 * 3600.0
-"""A session's end is moved at most once in so many seconds: a write with every visit would be one too many."""
+"""A session is extended at most once in this many seconds, to avoid a write with every visit."""
 MOST_FIELDS = 200
 BODY_SECONDS = 30.0
-"""A request that has not arrived by then is refused."""
+"""Seconds within which a request has to arrive; a slower one is refused."""
 
 
 class Forbidden(Refused):
@@ -46,7 +46,7 @@ class ElsewhereFirst(Exception):
 
 @dataclass
 class Visit:
-    """A request. ``token`` is the cookie's; a ``stranger`` came without one of ours. ``fresh``: the answer sets the cookie."""
+    """A request. ``token`` is the cookie's. ``stranger``: there was no valid cookie. ``fresh``: the response sets the cookie."""
 
     request: Request
     studio: Studio
@@ -59,12 +59,12 @@ class Visit:
 
     @property
     def me(self) -> Person:
-        assert self.person is not None  # `page` saw to it
+        assert self.person is not None  # `page` has checked it
         return self.person
 
     @property
     def session(self) -> bytes | None:
-        """The session that a new one takes the place of."""
+        """The session now, which a new one would replace."""
         return None if self.person is None else self.person.session
 
     @property
@@ -73,9 +73,10 @@ class Visit:
 
     @property
     def group(self) -> GroupConfig:
-        """
+        """The visitor's group.
+
         Raises:
-          Forbidden: it was taken out of the settings.
+          Forbidden: the group was removed from the settings.
         """
         found = self.studio.settings.groups.get(self.me.group)
         if found is None:
@@ -88,7 +89,7 @@ class Visit:
 
     @property
     def at(self) -> str:
-        """The path, as the routes read it: a Host header has no say in it."""
+        """The path as the routes read it. A Host header cannot influence it."""
         return str(self.request.scope["path"])
 
     @property
@@ -101,13 +102,14 @@ class Visit:
     # ------------------------------------------------------------------------------------------------- what was sent
 
     def first(self, name: str) -> Any:
-        """What was sent under this name, whatever it is; '' if nothing."""
+        """The first value sent under this name, of any type; '' if there is none."""
         return (self.fields.get(name) or [""])[0]
 
     def text(self, name: str, *, required: bool = True, most: int | None = None) -> str:
-        """
+        """The text sent under this name, stripped.
+
         Raises:
-          Refused: it is missing, no text, or too long.
+          Refused: the text is missing or too long, or is not text.
         """
         value = self.first(name)
         most = most or self.studio.settings.limits.text_characters
@@ -153,13 +155,13 @@ class Visit:
         return self._kept(HTMLResponse(self.studio.templates.get_template(template).render(**around, **everything), status))
 
     def go(self, path: str, **data: Any) -> Response:
-        """After something was done: to another page, or for a machine what was done and where the other page is."""
+        """The response after a change: a redirect to another page, or for a machine the data and the path of that page."""
         if self.by_machine:
             return self._kept(JSONResponse({**data, "next": path, "csrf": self.studio.keys.csrf(self.token)}))
         return self._kept(RedirectResponse(path, 303))
 
     def sign_in(self, session: str) -> None:
-        """From now on the visitor has this session, and a new cookie."""
+        """Give the visitor this session, and a new cookie."""
         self.token, self.fresh = session, True
 
     def _kept(self, response: Response) -> Response:
@@ -196,7 +198,7 @@ def page(handler: Handler, who: Who, changes: bool) -> Callable[[Request], Await
             _check_rate(visit)
             if changes:
                 fields = await _fields(request)
-                visit = _visit(request)  # whoever sends slowly is who they are by now
+                visit = _visit(request)  # a slow body: the session may have changed
                 visit.fields = fields
                 _check_csrf(visit)
             _check_rights(visit, who)
@@ -217,8 +219,8 @@ def page(handler: Handler, who: Who, changes: bool) -> Callable[[Request], Await
 
 
 def _visit(request: Request) -> Visit:
-    """A cookie is set for whoever opens a page. Not in answer to a form: browsers send the forms of other sites without the
-    cookie, and a new one would take the place of the visitor's."""
+    """The visit of a request. Opening a page sets a cookie if there is none. Sending a form does not: browsers send the forms of
+    other sites without the cookie, and a new one would replace the visitor's."""
     studio: Studio = request.app.state.studio
     now = studio.clock()
     token = studio.keys.unsign(request.cookies.get(studio.cookie, ""))
@@ -235,7 +237,7 @@ def _check_rate(visit: Visit) -> None:
 
 
 def _visitor(visit: Visit) -> str:
-    """Whose requests are counted together: a person's, those with one good invitation, all others at one address."""
+    """The name under which requests are counted: that of the person, of the valid invitation, or else of the address."""
     if visit.person is not None:
         return str(visit.person.id)
     token = str(visit.request.path_params.get("token", ""))
@@ -245,7 +247,8 @@ def _visitor(visit: Visit) -> str:
 
 
 def _check_origin(request: Request, changes: bool) -> None:
-    """Browsers say where a form comes from, and what a page is loaded for. Other sites may link here, no more."""
+    """Refuse requests from other sites, which may only link here. Browsers say where a form comes from, and what a page is loaded
+    for."""
     if _is_embedded(request) or changes and _is_foreign(request):
         raise Forbidden("This form came from another site." if changes else "Another site may not load this page into itself.")
 
@@ -268,7 +271,7 @@ def _is_foreign(request: Request) -> bool:
 
 
 async def _fields(request: Request) -> dict[str, list[Any]]:
-    """What was sent, as JSON or as a form: {name: values}."""
+    """The fields sent, as JSON or as a form: {name: values}."""
     try:
         with anyio.fail_after(BODY_SECONDS):
             body = await request.body()

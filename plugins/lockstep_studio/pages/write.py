@@ -1,4 +1,4 @@
-"""Write: how the assistant should have answered, from nothing or by mending an answer; or an own prompt with its answer."""
+"""Write: how the assistant should have answered, from scratch or by editing an answer; or one's own prompt with its answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_ONCE = 200
 
 
 def view(visit: Visit, lease: Lease) -> dict[str, Any]:
-    """``place`` in the address begins with that answer, to be mended. A changed mind begins with what was written."""
+    """Show the task. ``place`` in the URL starts from that answer, to be edited. A revision starts from what was written."""
     shown, chosen = answers(lease), visit.request.query_params.get("place", "")
     place = int(chosen) if re.fullmatch("[0-9]{1,3}", chosen) and int(chosen) < len(shown) else None
     last = labels.latest(visit.reader, lease.id)
@@ -43,8 +43,8 @@ async def own(visit: Visit) -> Response:
 
 
 async def keep_own(visit: Visit) -> Response:
-    """A prompt of one's own with its answer. ``once`` names the form, so that it is stored once, and says when it was opened and
-    for whom; we signed it."""
+    """Store a prompt of one's own with its answer. ``once`` is the signed name of the form, so that the form is stored once; it
+    also says for whom and when the form was opened."""
     prompt, response = visit.text("prompt"), visit.text("response")
     form = visit.studio.keys.unsign(visit.text("once", most=MOST_ONCE), "form") or "own-0-0-"
     _, person, began, _ = form.split("-")

@@ -1,13 +1,13 @@
-"""How far labelers agree, beyond chance: raw agreement, Cohen's and Conger's kappa, Krippendorff's alpha.
+"""Agreement of labelers beyond chance: raw agreement, Cohen's and Conger's kappa, Krippendorff's alpha.
 
-Labels come as an array [labelers, items] of numbers, NaN where a labeler did not label an item (`Labels.of`), or as the same in
-long form (`Labels`). Only items with two labels or more count. What cannot be told is NaN, never 0 or 1:
+Labels come as an array [labelers, items] of numbers, NaN where a labeler did not label an item (`Labels.of`), or in long form
+(`Labels`). Only items with two labels or more count. Undefined values are NaN, never 0 or 1:
 
 * no item has two labels: all measures;
-* all labels that count are equal: kappa and alpha, for chance then explains any agreement;
+* all labels that count are equal: kappa and alpha, since chance then explains any agreement;
 * fewer than two tasks: the ends of intervals.
 
-Intervals are percentile bootstraps (Efron 1979) over tasks: what was judged together is drawn together.
+Intervals are percentile bootstraps (Efron 1979) over tasks: units that were judged together are drawn together.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Level = Literal["nominal", "ordinal", "interval"]
 Weighting = Literal["none", "linear", "quadratic"]
 
 CHUNK = 100
-"""Resamples at a time, which bounds memory."""
+"""Resamples computed at a time, to bound memory."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels of units in long form, n of them: label k is that of ``labeler[k]`` on ``unit[k]``, and says ``values[code[k]]``.
+    """n labels of units in long form: label k is by ``labeler[k]`` on ``unit[k]``, with the value ``values[code[k]]``.
 
     labeler, unit, code: int [n]; a labeler labels a unit at most once.
     values: float [C], ascending.
     task: int [units], from 0 to tasks - 1: units of one task are resampled together.
-    mirrored: whether each unit could as well be read backwards (b against a for a against b), where its label would be minus the
-      value. Chance is then reckoned over both readings, so nothing depends on which was written down.
+    mirrored: whether each unit can also be read backwards (b against a instead of a against b), which negates the value. Chance
+      is then computed over both readings, so nothing depends on which was stored.
     """
 
     labeler: np.ndarray
@@ -59,10 +59,10 @@ class Labels:
 
     @classmethod
     def of(cls, array: np.ndarray) -> Labels:
-        """From [labelers, items], each item a task.
+        """The labels of an array [labelers, items], where each item is a task.
 
         Raises:
-          DataError: it has another number of dimensions, or infinite numbers.
+          DataError: the array is not two-dimensional, or has infinite numbers.
         """
         array = np.asarray(array, np.float64)
         if array.ndim != 2 or np.isinf(array).any():
@@ -73,7 +73,7 @@ class Labels:
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """How often each unit got each value, float [units, C]; units with one label are zeros."""
+        """How often each unit got each value, float [units, C]; zeros for units with one label."""
         cells = self.unit * len(self.values) + self.code
         shape = len(self.task), len(self.values)
         counts = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
@@ -81,7 +81,8 @@ class Labels:
 
     @cached_property
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """All pairs of labels on one unit, as two int [P] of labels; the first is that of the lower labeler."""
+        """All pairs of labels on the same unit, as two int [P] of label numbers; the first label is by the labeler with the lower
+        number."""
         order = np.lexsort((self.labeler, self.unit))
         starts = np.flatnonzero(np.diff(self.unit[order], prepend=-1))
         sizes = np.diff(starts, append=len(order))
@@ -95,7 +96,7 @@ class Labels:
 
     @property
     def items(self) -> int:
-        """Tasks with a unit that has two labels."""
+        """The number of tasks with a unit that has two labels or more."""
         return len(np.unique(self.task[self.counts.any(axis=1)]))
 
 
@@ -103,8 +104,8 @@ class Labels:
 
 
 def raw(labels: np.ndarray) -> float:
-    """The share of pairs of labels on one item that are equal. Each pair counts the same, so an item with more labels counts
-    more: Σ_u Σ_c n_uc (n_uc − 1) / Σ_u m_u (m_u − 1), for n_uc labels c among the m_u of item u.
+    """The share of equal labels among the pairs of labels on the same item. Each pair counts the same, so an item with more
+    labels counts more: Σ_u Σ_c n_uc (n_uc − 1) / Σ_u m_u (m_u − 1), where item u has m_u labels, n_uc of them c.
 
     Args:
       labels: float [labelers, items].
@@ -129,9 +130,9 @@ def cohen(first: np.ndarray, second: np.ndarray, weighting: Weighting = "none") 
 def conger(labels: np.ndarray, weighting: Weighting = "none") -> float:
     """Conger's kappa (Conger 1980; Davies & Fleiss 1982): both sides of Cohen's κ are summed over all pairs of labelers.
 
-    The papers have every labeler label every item. Where some are missing, a pair of labelers counts by the items that both
-    labeled, and a labeler's margin is over all of the labeler's items that somebody else labeled too: over the shared ones alone
-    a pair that shares few items would agree with itself. For two labelers this is Cohen's κ.
+    In the papers every labeler labels every item. If labels are missing, a pair of labelers is weighted by the number of items
+    that both labeled. A labeler's margin is over all of their items that somebody else labeled too: over the pair's shared items
+    alone, chance would explain most of the agreement of a pair that shares few. For two labelers this is Cohen's κ.
 
     Args:
       labels: float [labelers, items].
@@ -188,7 +189,7 @@ def by_pair(labels: Labels, level: Level, weighting: Weighting) -> dict[tuple[in
 
 
 def differences(values: np.ndarray, weighting: Weighting) -> np.ndarray:
-    """v [C, C] of Cohen's weighted kappa: of the values themselves, not of their places among those that occur."""
+    """v [C, C] of Cohen's weighted kappa, from the values themselves, not from their ranks among the values that occur."""
     apart = np.abs(values[:, None] - values[None, :])
     return {"none": (apart > 0).astype(np.float64), "linear": apart, "quadratic": apart**2}[weighting]
 
@@ -206,7 +207,7 @@ class _Measures:
         self.tasks = len(used)
         if not self.tasks:
             return
-        place = np.searchsorted(used, task).clip(max=self.tasks - 1)  # tasks that are not used only add zeros
+        place = np.searchsorted(used, task).clip(max=self.tasks - 1)  # unused tasks only add zeros
         self.same = self._by_task(place, (counts * (counts - 1)).sum(axis=1))
         total = counts.sum(axis=1)
         self.all = self._by_task(place, total * (total - 1))
@@ -216,13 +217,13 @@ class _Measures:
         self._margins(place, total)
 
     def _by_task(self, place: np.ndarray, per_unit: np.ndarray) -> np.ndarray:
-        """[units, ...] summed to [tasks, ...]."""
+        """Sum [units, ...] to [tasks, ...]."""
         flat = per_unit.reshape(len(place), -1)
         summed = np.stack([np.bincount(place, column, self.tasks) for column in flat.T], axis=1)
         return summed.reshape(self.tasks, *per_unit.shape[1:])
 
     def _meetings(self, place: np.ndarray) -> None:
-        """How often each pair of labelers meets in each task, sorted by pair, and the cost of all disagreements of a task."""
+        """Count how often each pair of labelers meets in each task, sorted by pair. Sum the cost of each task's disagreements."""
         labels = self.labels
         first, second = labels.pairs
         size = int(labels.labeler.max(initial=0)) + 1
@@ -235,7 +236,7 @@ class _Measures:
         self.pair_first, self.pair_second = pairs // size, pairs % size
 
     def _margins(self, place: np.ndarray, total: np.ndarray) -> None:
-        """How often each labeler said each value in each task, sorted by labeler."""
+        """Count how often each labeler gave each value in each task, sorted by labeler."""
         labels, count = self.labels, len(self.labels.values)
         kept = total[labels.unit] >= 2
         row = labels.labeler[kept] * self.tasks + place[labels.unit[kept]]
@@ -264,7 +265,7 @@ class _Measures:
         }
 
     def _expected(self, weights: np.ndarray) -> np.ndarray:
-        """The cost of disagreements [draws] if the labelers of each pair had drawn from their margins."""
+        """The expected cost of disagreements [draws] if the labelers of each pair drew from their margins."""
         said = np.add.reduceat(weights[:, self.said_task, None] * self.said, self.said_starts, axis=1)
         margin = _ratio(said, said.sum(axis=2, keepdims=True), missing=0.0)
         met = np.add.reduceat(weights[:, self.meeting_task] * self.times, self.pair_starts, axis=1)
@@ -273,7 +274,7 @@ class _Measures:
 
 
 def _coincidences(counts: np.ndarray) -> np.ndarray:
-    """o of each unit, [units, C, C], from counts [units, C]."""
+    """The coincidences o of each unit, [units, C, C], from counts [units, C]."""
     together = counts[:, :, None] * counts[:, None, :]
     diagonal = np.arange(counts.shape[1])
     together[:, diagonal, diagonal] -= counts
@@ -306,7 +307,7 @@ def _resamples(tasks: int, draws: int, rng: np.random.Generator) -> Iterator[np.
 
 
 def _interval(value: float, drawn: np.ndarray) -> Interval:
-    """Draws that tell nothing, as without variation, are left out."""
+    """The percentile interval. Draws that are NaN, such as those without variation, are left out."""
     told = drawn[~np.isnan(drawn)]
     if not len(told) or math.isnan(value):
         return Interval(value)

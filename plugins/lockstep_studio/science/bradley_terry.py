@@ -1,22 +1,21 @@
-"""Strengths of players (policies) from who was preferred to whom, by maximum likelihood: Bradley & Terry 1952 with Davidson's
-ties.
+"""Strengths of players (policies) from pairwise preferences, by maximum likelihood: Bradley & Terry 1952 with Davidson's ties.
 
-Where d = s_i − s_j + β·x is the advantage of i over j, in log-odds (Davidson 1970, "On Extending the Bradley-Terry Model to
+With d = s_i − s_j + β·x, the advantage of i over j in log-odds (Davidson 1970, "On Extending the Bradley-Terry Model to
 Accommodate Ties in Paired Comparison Experiments"):
 
     P(i wins) : P(tie) : P(j wins)  =  exp(d/2) : ν : exp(−d/2)
 
-So s_i − s_j is the log of the odds that i wins if there is no tie. Ties are an outcome with a parameter of its own, because
-half a win each is no likelihood: its information is that of a coin for every tie, so its intervals are too wide. Without ties ν
-is 0 and this is the model of Bradley and Terry.
+So s_i − s_j is the log-odds that i wins if there is no tie. Ties are an outcome with a parameter of its own. Counting a tie as
+half a win each would not be a likelihood: every tie would carry the information of a coin flip, so intervals would be too wide.
+Without ties ν is 0, and this is the model of Bradley and Terry.
 
-The covariates x, each by its coefficient: ``side`` is +1 if i was shown first, −1 if j was (Davidson & Beaver 1977, with the
-order's effect on the log scale); ``length`` is the log of i's length over j's, so that a policy's strength is that at equal
+The covariates x, each with a coefficient of its own: ``side`` is +1 if i was shown first, −1 if j was (Davidson & Beaver 1977,
+with the effect of the order on the log scale). ``length`` is the log of i's length over j's, so strengths are those at equal
 lengths (as in Dubois et al. 2024, arXiv 2404.04475).
 
-Intervals are value ± 1.96 standard errors, from the observed information H, or clustered by labeler: H⁻¹ (Σ_g u_g u_gᵀ) H⁻¹ ·
-G/(G − 1), u_g being the sum of a labeler's scores (Liang & Zeger 1986; White 1982), which stands whatever the dependence among
-the games of one labeler. With fewer than about 40 labelers it is too narrow.
+Intervals are value ± 1.96 standard errors. The covariance is the inverse of the observed information H, or, clustered by labeler,
+H⁻¹ (Σ_g u_g u_gᵀ) H⁻¹ · G/(G − 1), where u_g is the sum of the scores of labeler g (Liang & Zeger 1986; White 1982). Clustered
+intervals hold for any dependence among the games of one labeler, but with fewer than about 40 labelers they are too narrow.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ COVARIATES = ("side", "length")
 NORMAL = 1.959963984540054
 """The 97.5% point of the standard normal distribution."""
 FARTHEST = 30.0
-"""Log-odds beyond which an estimate runs away: no data of a finite size tell them from infinity."""
+"""Log-odds beyond which an estimate counts as diverging: finite data cannot tell them from infinity."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ class Game:
 
 @dataclass(frozen=True)
 class Fit:
-    """The estimates: strengths of ``players`` except the first, which is the reference at 0; then those of ``covariates``, of
-    which 'tie' is log ν. ``theta`` float [P], ``information`` float [P, P], ``scores`` float [labelers, P]."""
+    """The estimates. ``theta``, float [P], has the strengths of ``players`` except the first, which is the reference at 0; then
+    the coefficients of ``covariates``, where 'tie' is log ν. ``information`` is float [P, P], ``scores`` float [labelers, P]."""
 
     players: tuple[str, ...]
     covariates: tuple[str, ...]
@@ -65,10 +64,10 @@ class Fit:
     games: int
 
     def covariance(self, clustered: bool = False) -> np.ndarray:
-        """float [P, P].
+        """The covariance of the estimates, float [P, P].
 
         Raises:
-          DataError: it is to be clustered, and there are fewer than two labelers.
+          DataError: ``clustered`` with fewer than two labelers.
         """
         inverse = np.linalg.inv(self.information)
         if not clustered:
@@ -78,12 +77,12 @@ class Fit:
         return inverse @ (self.scores.T @ self.scores) @ inverse * groups / (groups - 1)
 
     def strengths(self, clustered: bool = False) -> dict[str, Interval]:
-        """Those of all players relative to the reference's, which has no width."""
+        """The strengths of all players relative to the reference, whose interval has no width."""
         reference, *others = self.players
         return {reference: Interval(0.0, 0.0, 0.0)} | dict(zip(others, self._intervals(clustered), strict=False))
 
     def effects(self, clustered: bool = False) -> dict[str, Interval]:
-        """Those of the covariates."""
+        """The coefficients of the covariates."""
         return dict(zip(self.covariates, self._intervals(clustered)[len(self.players) - 1 :], strict=True))
 
     def _intervals(self, clustered: bool) -> list[Interval]:
@@ -92,8 +91,8 @@ class Fit:
 
 
 def games(comparisons: Iterable[Mapping[str, Any]]) -> Iterator[Game]:
-    """Of rows of a round's ``comparisons.jsonl``: each pair of completions by two policies. The games of one ranking depend on
-    each other: use clustered intervals. Lengths are in characters."""
+    """The games of a round's ``comparisons.jsonl``: one for each pair of completions by two policies. The games of one ranking
+    depend on each other, so use clustered intervals. Lengths are in characters."""
     for row in comparisons:
         policies, ranks = row.get("policies") or (), row["ranks"]
         place = {index: i for i, index in enumerate(row.get("shown") or ())}
@@ -106,14 +105,15 @@ def games(comparisons: Iterable[Mapping[str, Any]]) -> Iterator[Game]:
 
 
 def fit(played: Iterable[Game], reference: str | None = None, covariates: Sequence[str] = ()) -> Fit:
-    """
+    """Estimate the strengths.
+
     Args:
       reference: the player at 0; None: the first by name.
-      covariates: of `COVARIATES`. 'tie' is added if there are ties.
+      covariates: names from `COVARIATES`. 'tie' is added if there are ties.
 
     Raises:
-      DataError: no finite strengths explain the games best: some players never lost to, nor tied with, the others (Ford 1957), or
-        a covariate decides the games.
+      DataError: an argument is invalid, or no finite strengths explain the games best: all games are ties, some players never
+        lost to or tied with the others (Ford 1957), or a covariate decides the games.
     """
     played = list(played)
     players = sorted({name for game in played for name in (game.first, game.second)})
@@ -136,7 +136,7 @@ def fit(played: Iterable[Game], reference: str | None = None, covariates: Sequen
 
 
 def _design(played: Sequence[Game], players: Sequence[str], covariates: Sequence[str]) -> np.ndarray:
-    """d as a linear function of strengths and coefficients: float [games, P without the tie's]."""
+    """The matrix of d as a linear function of strengths and coefficients: float [games, P without 'tie']."""
     place, rows = {name: i for i, name in enumerate(players)}, np.arange(len(played))
     design = np.zeros((len(played), len(players)))
     design[rows, [place[game.first] for game in played]] = 1
@@ -146,10 +146,10 @@ def _design(played: Sequence[Game], players: Sequence[str], covariates: Sequence
 
 
 def _newton(design: np.ndarray, outcome: np.ndarray, ties: bool) -> np.ndarray:
-    """The maximum of the log-likelihood, which is concave: Newton's steps, halved while they overshoot.
+    """The maximum of the log-likelihood, which is concave, by Newton steps that are halved while they overshoot.
 
     Raises:
-      DataError: it lies at infinity.
+      DataError: the maximum lies at infinity.
     """
     theta = np.zeros(design.shape[1] + ties)
     value, gradient, information = _derivatives(theta, design, outcome, ties)
@@ -214,7 +214,7 @@ def _check(played: Sequence[Game], players: Sequence[str], reference: str | None
 
 
 def _unbeaten(played: Sequence[Game], players: Sequence[str]) -> list[str]:
-    """Players that no other beat or tied with, directly or through others; empty if each reaches each (Ford 1957)."""
+    """Players that none of the rest beat or tied with, even through others; empty if each player reaches each (Ford 1957)."""
     place = {name: i for i, name in enumerate(players)}
     reaches: list[set[int]] = [set() for _ in players]  # i reaches those it won against or tied with
     for game in played:

@@ -1,13 +1,13 @@
-"""Agreement of the labelers of a round: on preferences, ratings and flags, per group and per pair of labelers.
+"""Agreement of the labelers of a round on preferences, ratings and flags, per group and per pair of labelers.
 
-Rows are those of a round's ``comparisons.jsonl``. What is compared of two labelers of one task:
+Rows are those of a round's ``comparisons.jsonl``. Labelers of the same task are compared on:
 
-* ``preferences``: each pair of its completions, better, tie or worse, so a ranking of K gives K(K − 1)/2 units. A tie lies
-  between the two others: alpha is ordinal; kappa is unweighted, on the three. Neither depends on the order of the completions.
-* ``ratings``: each completion's 1 to 7: ordinal alpha, quadratic kappa.
-* a flag, by its name: whether each completion got it: nominal alpha, unweighted kappa.
+* ``preferences``: each pair of completions is better, tie or worse, so a ranking of K gives K(K − 1)/2 units. A tie lies between
+  the other two, so alpha is ordinal; kappa is unweighted over the three. Neither depends on the order of the completions.
+* ``ratings``: each completion's rating, 1 to 7, with ordinal alpha and quadratic kappa.
+* a flag, by its name: whether each completion got it, with nominal alpha and unweighted kappa.
 
-Intervals resample tasks, not pairs: those of one ranking are not independent.
+Intervals resample tasks, not pairs, since the pairs of one ranking are not independent.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ PREFERENCES, RATINGS = "preferences", "ratings"
 def by_group(
     comparisons: Iterable[Row], what: str = PREFERENCES, *, draws: int = 1000, seed: int = 0
 ) -> dict[str, dict[str, Interval | int]]:
-    """{group: {"raw", "kappa", "alpha": `Interval`, "items": tasks with two labels or more}}; rows without a group are that of
-    ''.
+    """{group: {"raw", "kappa", "alpha": `Interval`, "items": tasks with two labels or more}}; rows without a group form
+    the group ''.
 
     Args:
       what: 'preferences', 'ratings' or the name of a flag.
-      draws: of the bootstrap; with 0 there are no intervals.
+      draws: resamples of the bootstrap; with 0 there are no intervals.
 
     Raises:
       DataError: no row has such a flag, or rows of one task differ in their number of completions.
@@ -61,7 +61,7 @@ def by_pair(comparisons: Iterable[Row], what: str = PREFERENCES) -> dict[tuple[s
 
 
 def flag_names(comparisons: Iterable[Row]) -> list[str]:
-    """Flags that some completion got."""
+    """The names of the flags that any completion got."""
     return sorted({name for row in comparisons for names in row.get("flags") or () for name in names or ()})
 
 
@@ -109,7 +109,7 @@ def _labels(rows: Sequence[Row], what: str) -> tuple[Labels, list[str]]:
 
 
 def _of_size(rows: Sequence[Row], what: str) -> tuple[Sequence[Row], np.ndarray]:
-    """The rows, of K completions each, and their labels [rows, units of a task], NaN where there is none."""
+    """The rows, with K completions each, and their labels [rows, units of a task], NaN where a label is missing."""
     if what == PREFERENCES:
         ranks = np.array([row["ranks"] for row in rows], np.float64)
         a, b = np.triu_indices(ranks.shape[1], 1)

@@ -1,11 +1,10 @@
-"""Who fails gold items and attention checks, and who always picks a side.
+"""Labelers who fail gold items or attention checks, or who always pick the same side.
 
-All are shares with Wilson's interval (Wilson 1927), which holds for few trials and for shares of 0 and 1:
+Results are shares with Wilson's interval (Wilson 1927), which holds for few trials and for shares of 0 and 1:
 
     (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n)
 
-Rows are those of a round's ``comparisons.jsonl``. Only the labels that somebody gave count: a person without gold items has no
-share.
+Rows are those of a round's ``comparisons.jsonl``. Only labels that were given count: a labeler without gold items has no share.
 """
 
 from __future__ import annotations
@@ -37,7 +36,8 @@ class Share:
 
     @classmethod
     def of(cls, count: int, total: int) -> Share:
-        """
+        """The share with its interval.
+
         Args:
           count: from 0 to total.
           total: at least 1.
@@ -49,7 +49,7 @@ class Share:
 
 
 def gold(comparisons: Iterable[Row], ranks: Mapping[str, Sequence[int]]) -> dict[str, Share]:
-    """{labeler: the share of gold items that are right}.
+    """{labeler: the share of gold items judged right}.
 
     Args:
       ranks: {id of a gold item: the right ranks of its completions}.
@@ -58,14 +58,14 @@ def gold(comparisons: Iterable[Row], ranks: Mapping[str, Sequence[int]]) -> dict
 
 
 def right(ranks: Sequence[int], gold_ranks: Sequence[int]) -> bool:
-    """Whether every completion that is better in truth is ranked better. A tie there is wrong; where truth has a tie, anything is
-    right. So an item is right or wrong as a whole: its pairs are not independent trials."""
+    """True if every completion that is better by the gold ranks is ranked better; ranking it as a tie is wrong. Where the gold
+    ranks tie, anything is right. An item is right or wrong as a whole, since its pairs are not independent trials."""
     pairs = combinations(range(len(gold_ranks)), 2)
     return all((ranks[a] - ranks[b]) * (gold_ranks[a] - gold_ranks[b]) > 0 for a, b in pairs if gold_ranks[a] != gold_ranks[b])
 
 
 def attention(comparisons: Iterable[Row], asked: Mapping[str, int]) -> dict[str, Share]:
-    """{labeler: the share of attention checks that are passed}: the completion that says which to choose is alone the best.
+    """{labeler: the share of attention checks passed}, where the completion that the check names has to be the only best one.
 
     Args:
       asked: {id of a check: the index of that completion}.
@@ -75,14 +75,14 @@ def attention(comparisons: Iterable[Row], asked: Mapping[str, int]) -> dict[str,
 
 
 def sides(comparisons: Iterable[Row]) -> dict[str, Share]:
-    """{labeler: how often the completion shown first is the best of two}, without ties. About a half where sides are random; a
-    share near 0 or 1 is a hand that always presses one key."""
+    """{labeler: how often the completion shown first is the best of two}, without ties. About a half if sides are random; near 0
+    or 1 for a labeler who always presses the same key."""
     rows = [row for row in latest(comparisons) if len(row["ranks"]) == 2 and row.get("shown") and len(_best(row["ranks"])) == 1]
     return _shares((row["labeler"], _best(row["ranks"]) == [row["shown"][0]]) for row in rows)
 
 
 def below(shares: Mapping[str, Share], minimum: float) -> list[str]:
-    """Labelers who are below the minimum for sure: their whole interval is. Who had few items is in doubt, and not listed."""
+    """Labelers whose whole interval lies below the minimum. A labeler with few items is in doubt and not listed."""
     return sorted(labeler for labeler, share in shares.items() if share.high < minimum)
 
 

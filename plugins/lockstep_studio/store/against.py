@@ -1,4 +1,4 @@
-"""Comparisons of what people wrote with what policies answered: blind, like those between policies."""
+"""Comparisons of people's demonstrations with policies' answers: blind, like those between policies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lockstep_studio.store.database import Connection, Row
 from lockstep_studio.store.tasks import add_slot, add_task
 
 PERSON = "person"
-"""In the place of a policy's name."""
+"""Stands in place of a policy's name."""
 _dice = random.SystemRandom()
 
 _WRITTEN = (
@@ -24,8 +24,8 @@ _WRITTEN = (
 
 
 def add_comparisons(connection: Connection, settings: StudioConfig, now: float) -> int:
-    """A task for each demonstration that has none yet and may leave: it against an answer to the same prompt, drawn at random.
-    Returns how many are new. Run `scan` and `remember` of `privacy` before."""
+    """Add a task for each released demonstration that has none yet: the demonstration against a random answer to the same prompt.
+    Returns how many tasks are new. Run `scan` and `remember` of `privacy` first."""
     rows = connection.execute(_WRITTEN).fetchall()
     for row in rows:
         _add(connection, row, settings, now)

@@ -1,4 +1,4 @@
-"""Conversations as trees of messages: editing or regenerating adds a branch, and the conversation's head says which is shown."""
+"""Conversations as trees of messages. Editing or regenerating adds a branch; the conversation's head says which one is shown."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lockstep_studio.store.people import Person, Refused, count_written
 
 MOST_TITLE = 60
 MOST_UNFINISHED = 4
-"""Answers that policies write for one person at once."""
+"""The most answers that policies write for one person at once."""
 
 
 def create(
     connection: Connection, person: Person, mode: str, policies: Sequence[str], how: Mapping[str, Any], version: str, now: float,
     goal: str | None = None, category: str | None = None,
 ) -> str:  # fmt: skip
-    """A new conversation with a policy, or with one on each side. Returns its token."""
+    """Add a conversation with one policy, or with one on each side. Returns its token."""
     token = secrets.token_urlsafe(16)
     connection.execute(
         "INSERT INTO conversations (token, person, grp, mode, policies, how, goal, category, instructions, at) "
@@ -82,7 +82,7 @@ def add_message(
     connection: Connection, conversation: int, parent: int | None, role: str, content: str, now: float, *,
     policy: str | None = None, seed: int | None = None, side: int | None = None, state: str = "done",
 ) -> tuple[int, str]:  # fmt: skip
-    """(id, token) of a new message."""
+    """Add a message. Returns its (id, token)."""
     token = secrets.token_urlsafe(16)
     values = (token, conversation, parent, role, content, policy, seed, side, state, now)
     (number,) = connection.execute(
@@ -101,9 +101,10 @@ def ask(
     replies: Sequence[tuple[str, int]],
     now: float,
 ) -> tuple[int, list[tuple[int, str]]]:
-    """Add what the person says (None: nothing new, as for another answer) and a place for each reply.
+    """Add what the person says and an empty message for each reply.
 
     Args:
+      text: None if the person says nothing new, as for another answer to ``parent``.
       replies: (policy, seed) of each.
 
     Returns:
@@ -127,7 +128,7 @@ def ask(
 
 
 def finish(connection: Connection, message: int, content: str, state: str) -> None:
-    """What a policy wrote, whole or as far as it came."""
+    """Store what a policy wrote, complete or as far as it came."""
     sql = "UPDATE messages SET content = ?, state = ? WHERE id = ? AND state = 'writing' RETURNING conversation, at"
     if (row := connection.execute(sql, (content, state, message)).fetchone()) is not None:
         (person,) = connection.execute("SELECT person FROM conversations WHERE id = ?", (row["conversation"],)).fetchone()
@@ -135,7 +136,7 @@ def finish(connection: Connection, message: int, content: str, state: str) -> No
 
 
 def stop_unfinished(connection: Connection) -> None:
-    """After a crash: nobody writes these any more."""
+    """Mark unfinished messages as stopped after a crash: nothing writes them any more."""
     connection.execute("UPDATE messages SET state = 'stopped' WHERE state = 'writing'")
 
 
@@ -144,7 +145,7 @@ def set_head(connection: Connection, conversation: int, head: int) -> None:
 
 
 def leaf(connection: Connection, message: Row) -> int:
-    """The newest end of the branch that begins with a message."""
+    """The newest end of the branch that begins with this message."""
     last = int(message["id"])
     while True:
         sql = "SELECT id FROM messages WHERE conversation = ? AND parent = ? AND side IS NULL ORDER BY id DESC LIMIT 1"
@@ -155,7 +156,7 @@ def leaf(connection: Connection, message: Row) -> int:
 
 
 def replies_to(connection: Connection, conversation: int, parent: int) -> list[Row]:
-    """The newest replies of all sides to a message."""
+    """The newest reply of each side to a message."""
     rows = connection.execute(
         "SELECT *, max(id) FROM messages WHERE conversation = ? AND parent = ? AND side IS NOT NULL GROUP BY side ORDER BY side",
         (conversation, parent),
@@ -164,7 +165,7 @@ def replies_to(connection: Connection, conversation: int, parent: int) -> list[R
 
 
 def give_feedback(connection: Connection, person: Person, message: int, given: Mapping[str, Any], now: float) -> dict[str, Any]:
-    """Add feedback: what ``given`` does not name stays as it was before. Returns all of it. Sent twice, it is stored once."""
+    """Add feedback. Keys that ``given`` lacks stay as they were. Returns the whole feedback. If sent twice, it is stored once."""
     before = feedback_on(connection, message)
     after = {key: given.get(key, before[key]) for key in before}
     if after != before:
@@ -177,7 +178,7 @@ def give_feedback(connection: Connection, person: Person, message: int, given: M
 
 
 def feedback_on(connection: Connection, message: int, last: int | None = None) -> dict[str, Any]:
-    """The feedback on a message; of what was given up to the feedback ``last``, if that is named."""
+    """The feedback on a message; with ``last``, only what was given up to the feedback with that id."""
     sql = "SELECT thumb, likert, text FROM feedback WHERE message = ? AND id <= ifnull(?, id) ORDER BY revision DESC LIMIT 1"
     row = connection.execute(sql, (message, last)).fetchone()
     return dict(row) if row is not None else {"thumb": None, "likert": None, "text": None}
@@ -186,7 +187,7 @@ def feedback_on(connection: Connection, message: int, last: int | None = None) -
 def check_open(connection: Connection, conversation: int) -> None:
     """
     Raises:
-      Refused: the conversation is in a closed round; what is added would be in none.
+      Refused: the conversation is in a closed round, so anything added would be in no round.
     """
     if is_closed(connection, conversation):
         raise Refused("This conversation is in a closed round, so nothing is added to it. Begin a new one.")
@@ -200,7 +201,7 @@ def is_closed(connection: Connection, conversation: int) -> bool:
 def check_length(connection: Connection, conversation: int, more: int, limits: LimitsConfig) -> None:
     """
     Raises:
-      Refused: with ``more`` messages the conversation would be too long.
+      Refused: with ``more`` messages the conversation would be too long, or it has too many characters already.
     """
     sql = "SELECT count(*), ifnull(sum(length(content)), 0) FROM messages WHERE conversation = ?"
     messages, characters = connection.execute(sql, (conversation,)).fetchone()

@@ -2,7 +2,7 @@
 
 A write is acknowledged after its transaction is on disk (WAL, synchronous=FULL), so a killed process or a power failure loses no
 acknowledged label. Jobs that wait together share a commit, since flushing the disk takes most of the time; each job has a
-savepoint of its own, so a failing one takes nothing with it.
+savepoint of its own, so a failing job takes no other with it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Connection = sqlite3.Connection
 Row = sqlite3.Row
 
 TOGETHER = 64
-"""Writes in one transaction, at most."""
+"""The most writes in one transaction."""
 FILE = "studio.sqlite3"
 
 _Job = tuple[Callable[[Connection], Any], "Future[Any]"]
@@ -51,7 +51,7 @@ class Database:
 
     @property
     def reader(self) -> Connection:
-        """This thread's connection for reading. It sees all that was acknowledged."""
+        """This thread's connection for reading. It sees every acknowledged write."""
         found: Connection | None = getattr(self._local, "connection", None)
         if found is None:
             found = self._local.connection = connect(self.path)
@@ -65,15 +65,15 @@ class Database:
         return future
 
     def now(self, job: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """`submit`, and wait. Not on the event loop."""
+        """`submit`, and wait for the result. Call this off the event loop."""
         return self.submit(job, *arguments, **named).result()
 
     async def do(self, job: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """`submit`, and wait without blocking the event loop. A caller that is cancelled does not undo the write."""
+        """`submit`, and wait without blocking the event loop. If the caller is cancelled, the write still happens."""
         return await asyncio.shield(asyncio.wrap_future(self.submit(job, *arguments, **named)))
 
     def backup(self, path: Path) -> Path:
-        """A consistent copy of the database, while it is in use."""
+        """Write a consistent copy of the database while it is in use. Returns its path."""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         part = path.with_name(f".{path.name}.part")
         part.unlink(missing_ok=True)
@@ -86,12 +86,12 @@ class Database:
         return path
 
     def checkpoint(self) -> None:
-        """Write all into the database and empty the log beside it, which would keep removed text. Not on the event loop."""
+        """Write all into the database file and empty its log, which would keep removed text. Call this off the event loop."""
         with contextlib.closing(connect(self.path)) as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
-        """Finish the writes that were submitted, and let go of the file."""
+        """Finish the submitted writes, and release the database."""
         if self._lock is not None:
             self._jobs.put(None)
             self._writer.join()
@@ -105,7 +105,7 @@ class Database:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _waiting(self) -> list[_Job]:
-        """The jobs that wait, at least one; empty once the database is to be closed."""
+        """Wait for jobs. Returns at least one, or none once the database is to be closed."""
         first = self._jobs.get()
         jobs = [first] if first is not None else []
         while jobs and len(jobs) < TOGETHER:
@@ -121,19 +121,19 @@ class Database:
 
 
 def connect(path: Path) -> Connection:
-    """A connection in autocommit mode; transactions are begun by hand."""
+    """A connection in autocommit mode; transactions begin explicitly."""
     connection = sqlite3.connect(path, isolation_level=None, timeout=10, cached_statements=512, check_same_thread=False)
     connection.row_factory = sqlite3.Row
     connection.executescript(
         "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA temp_store = MEMORY; "
-        "PRAGMA secure_delete = ON;"  # what is removed is overwritten
+        "PRAGMA secure_delete = ON;"  # overwrites removed content
     )
     return connection
 
 
 @contextlib.contextmanager
 def transaction(connection: Connection) -> Iterator[Connection]:
-    """One transaction, taken for writing at once, so that it cannot fail half-way because another writer was faster."""
+    """A transaction that takes the write lock at once, so that it cannot fail halfway because another writer was faster."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield connection
@@ -150,7 +150,7 @@ def _commit(connection: Connection, jobs: list[_Job]) -> None:
         with transaction(connection):
             for job, future in jobs:
                 outcomes.append((future, *_attempt(connection, job)))
-    except BaseException as error:  # the disk is full: none of them is stored
+    except BaseException as error:  # such as a full disk: no job is stored
         outcomes = [(future, None, error) for _, future in jobs]
     for future, result, failure in outcomes:
         if future.set_running_or_notify_cancel():
@@ -162,7 +162,7 @@ def _attempt(connection: Connection, job: Callable[[Connection], Any]) -> tuple[
     try:
         result = job(connection)
     except Exception as error:
-        if not connection.in_transaction:  # SQLite gave up the whole transaction
+        if not connection.in_transaction:  # SQLite rolled back the whole transaction
             raise
         connection.execute("ROLLBACK TO job")
         connection.execute("RELEASE job")
@@ -175,7 +175,7 @@ def _prepare(connection: Connection, path: Path) -> None:
     """Make the tables, or bring those of an older version up to date.
 
     Raises:
-      CheckpointError: they are of a newer version.
+      CheckpointError: the tables are of a newer version.
     """
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if not 0 <= version <= VERSION:
@@ -188,7 +188,8 @@ def _prepare(connection: Connection, path: Path) -> None:
 
 
 def _for_its_owner_only(folder: Path, file: Path) -> None:
-    """Before SQLite opens it: its log gets the rights of the database. A folder that others use too keeps its rights."""
+    """Restrict the database to its owner, before SQLite opens it: SQLite's log gets the permissions of the database. A folder
+    with other files but no database yet keeps its permissions."""
     if file.exists() or not any(folder.iterdir()):
         with contextlib.suppress(PermissionError):  # somebody else's folder, in which we may write
             folder.chmod(0o700)

@@ -1,4 +1,4 @@
-"""Labels: recorded once, revised by adding, never changed. Gold items are marked; disagreement goes to adjudicators."""
+"""Labels. A stored label never changes: revisions add rows. Labels of gold items are marked; disagreements go to adjudicators."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lockstep_studio.store.people import Person, Refused, check_standing, spend
 from lockstep_studio.store.tasks import Lease, add_slot, add_task, end, lease_of, revive
 
 SAME_ORDER = 0.5
-"""Two rankings whose `concordance` is lower go to an adjudicator."""
+"""A task goes to an adjudicator if two of its rankings have a lower `concordance`."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A label as stored; ``again`` if this request only repeated one that was stored before."""
+    """A stored label. ``again``: the request only repeated a label that was stored before."""
 
     id: int
     lease: Lease
@@ -41,12 +41,12 @@ def record(
     """Store a label of the task that the person holds. The same request sent twice stores one label.
 
     Args:
-      revision: 0 for the first; one more for each change of mind.
+      revision: 0 for the first label; one more for each change.
       content: what the mode's page read. ``ranks`` are in the order of the task's completions.
 
     Raises:
-      Refused: the task is somebody else's by now, its names or what others chose were shown, its round is closed, the revision is
-        not the next, or the person was paused meanwhile.
+      Refused: the task was skipped or given to somebody else, the person has seen its names or what others chose, its round is
+        closed, the revision is not the next, or the person was paused meanwhile or wrote too much today.
     """
     check_standing(connection, person)
     found = lease_of(connection, person, token)
@@ -91,14 +91,14 @@ def _repeated(found: Lease, stored: Row, revision: int, content: Mapping[str, An
 
 
 def _seconds(began: float, now: float) -> float:
-    """From then to now; 0 if the clock was set back meanwhile."""
+    """The seconds from ``began`` to ``now``; 0 if the clock was set back meanwhile."""
     return round(max(0.0, now - began), 3)
 
 
 def _check_unadjudicated(connection: Connection, found: Lease) -> None:
     """
     Raises:
-      Refused: whoever was given the task to adjudicate has seen what others chose.
+      Refused: the person was given the task to adjudicate, and so has seen what others chose.
     """
     sql = "SELECT 1 FROM leases WHERE person = ? AND task = ? AND mode = 'adjudicate'"
     if found.mode in ("compare", "rank") and connection.execute(sql, (found.person, found.task)).fetchone():
@@ -106,7 +106,7 @@ def _check_unadjudicated(connection: Connection, found: Lease) -> None:
 
 
 def _take(connection: Connection, found: Lease, now: float) -> None:
-    """Turn a lease into a label's."""
+    """End a lease with a label."""
     if found.outcome in ("skipped", "closed"):
         raise Refused("You skipped this task." if found.outcome == "skipped" else "This round was closed meanwhile.", 410)
     if found.outcome == "expired":
@@ -119,7 +119,7 @@ def _take(connection: Connection, found: Lease, now: float) -> None:
 def check_revisable(connection: Connection, found: Lease) -> None:
     """
     Raises:
-      Refused: whoever knows the names may not vote any more, and a closed round does not change.
+      Refused: the person has seen who wrote what, or the round is closed.
     """
     if found.mode == "compare":
         raise Refused("You have seen who wrote what, so this vote stands.")
@@ -134,8 +134,8 @@ def record_at_once(
     connection: Connection, person: Person, row: Mapping[str, Any], mode: str, shown: Sequence[int], content: Mapping[str, Any],
     settings: StudioConfig, token: str, began: float, now: float,
 ) -> int:  # fmt: skip
-    """A label of a task that the person made: a reply chosen in a conversation, or the answer to an own prompt. One ``token``
-    stores one label, however often it is sent.
+    """Store a label of a task that the person made: a reply chosen in a conversation, or an answer to the person's own prompt. A
+    ``token`` stores one label, however often it is sent. Returns the label's id.
 
     Raises:
       Refused: the person was paused meanwhile, has gold items to judge first, or wrote too much today.
@@ -166,7 +166,7 @@ def record_at_once(
 
 
 def latest(connection: Connection, lease: int) -> Row | None:
-    """The label of a lease, in its last revision."""
+    """The last revision of a lease's label."""
     found: Row | None = connection.execute(
         "SELECT * FROM labels WHERE lease = ? ORDER BY revision DESC LIMIT 1", (lease,)
     ).fetchone()
@@ -189,7 +189,7 @@ def last_lease(connection: Connection, person: int, mode: str) -> str | None:
 
 
 def judgements(connection: Connection, task: int) -> list[tuple[int, list[int]]]:
-    """(person, ranks) of a task: each person's last word, without adjudicators' and without what was removed."""
+    """(person, ranks) of a task: each person's last revision, without adjudicators' labels and removed ones."""
     rows = connection.execute(
         "SELECT person, content, max(revision) FROM labels "
         "WHERE task = ? AND mode IN ('compare', 'rank') AND content IS NOT NULL GROUP BY lease ORDER BY lease",
@@ -199,14 +199,15 @@ def judgements(connection: Connection, task: int) -> list[tuple[int, list[int]]]
 
 
 def concordance(ranks: Sequence[int], others: Sequence[int]) -> float:
-    """Share of the pairs of completions that both rankings order alike, or both tie. Pairs that one of them ties count half."""
+    """The share of pairs of completions on which the rankings agree, ties included. A pair that only one ranking ties counts
+    half."""
     pairs = list(combinations(range(len(others)), 2))
     signs = [[(r[i] > r[j]) - (r[i] < r[j]) for i, j in pairs] for r in (ranks, others)]
     return sum(1 - abs(one - two) / 2 for one, two in zip(*signs, strict=True)) / max(1, len(pairs))
 
 
 def _call_adjudicators(connection: Connection, task: int, settings: StudioConfig) -> None:
-    """A slot for an adjudicator if two judgements of a task disagree."""
+    """Add slots for adjudicators if two judgements of a task disagree."""
     ranks = [each for _, each in judgements(connection, task)]
     if len(ranks) < 2 or min(concordance(one, two) for one, two in combinations(ranks, 2)) >= SAME_ORDER:
         return

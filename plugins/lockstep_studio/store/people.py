@@ -1,4 +1,4 @@
-"""Who takes part: invitations, people and their pseudonyms, sessions, consent. Only hashes of secrets are stored."""
+"""The people who take part: invitations, people and their pseudonyms, sessions, consent. Only hashes of secrets are stored."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lockstep_studio.settings import StudioConfig
 from lockstep_studio.store.database import Connection, Row
 
 SESSION_SECONDS = 14 * 24 * 3600.0
-"""A session ends after so long without a visit."""
+"""A session ends after this long without a visit."""
 MOST_SESSION_SECONDS = 180 * 24 * 3600.0
-"""And after so long in any case."""
+"""A session ends after this long in any case."""
 FAILURE_SECONDS = 900.0
 DAY = 24 * 3600.0
 NO_WORK = {
@@ -23,11 +23,11 @@ NO_WORK = {
     "paused": "Your work is paused: some answers looked inattentive. Ask the operator to go on.",
     "removed": "Your work was removed, and nothing more is stored.",
 }
-"""Why somebody of a standing that is not 'active' gets no work."""
+"""Why a person gets no work, for each standing other than 'active'."""
 
 
 class Refused(LockstepError):
-    """What a person asked for is not possible; the message says why and what is. ``status`` is HTTP's."""
+    """A person's request is not possible; the message says why, and what is possible. ``status`` is the HTTP status."""
 
     def __init__(self, message: str, status: int = 409):
         super().__init__(message)
@@ -36,7 +36,7 @@ class Refused(LockstepError):
 
 @dataclass(frozen=True)
 class Person:
-    """Who visits. ``session`` is the hash by which the session is stored."""
+    """A person who is signed in. ``session`` is the hash under which the session is stored."""
 
     id: int
     pseudonym: str
@@ -49,7 +49,7 @@ class Person:
     began: float
 
     def until(self, now: float) -> float:
-        """When the session ends that is used now."""
+        """When the session ends if it is used at ``now``."""
         return min(now + SESSION_SECONDS, self.began + MOST_SESSION_SECONDS)
 
     @property
@@ -58,7 +58,7 @@ class Person:
 
 
 def digest(token: str) -> bytes:
-    """By which a secret token is stored: tokens have 256 random bits, so a fast hash is enough."""
+    """The hash under which a secret token is stored. Tokens have 256 random bits, so a fast hash is enough."""
     return hashlib.sha256(token.encode()).digest()
 
 
@@ -70,7 +70,7 @@ def publish_instructions(connection: Connection, settings: StudioConfig, now: fl
     """Store each group's instructions under their version.
 
     Raises:
-      Refused: a version that was published has another text now.
+      Refused: the text of a published version has changed.
     """
     for name, group in settings.groups.items():
         row = connection.execute(
@@ -87,7 +87,7 @@ def publish_instructions(connection: Connection, settings: StudioConfig, now: fl
 
 
 def invite(connection: Connection, role: str, group: str, uses: int, hours: float, now: float) -> str:
-    """A token that lets ``uses`` people in within ``hours``."""
+    """Make an invitation for ``uses`` people, valid for ``hours``. Returns its token."""
     token = new_token()
     values = (digest(token), role, group, uses, now + 3600 * hours, now)
     connection.execute("INSERT INTO invitations (token, role, grp, uses, expires, at) VALUES (?, ?, ?, ?, ?, ?)", values)
@@ -95,9 +95,10 @@ def invite(connection: Connection, role: str, group: str, uses: int, hours: floa
 
 
 def invitation(connection: Connection, token: str, now: float) -> Row:
-    """
+    """The invitation with this token.
+
     Raises:
-      Refused: it is unknown, used up or too old; which of these is not said.
+      Refused: the invitation is unknown, used up or too old. The message does not say which.
     """
     found: Row | None = connection.execute(
         "SELECT * FROM invitations WHERE token = ? AND uses > 0 AND expires > ?", (digest(token), now)
@@ -108,7 +109,7 @@ def invitation(connection: Connection, token: str, now: float) -> Row:
 
 
 def is_good(connection: Connection, token: str, now: float) -> bool:
-    """Whether there is such an invitation."""
+    """True if the token's invitation can still be used."""
     try:
         return invitation(connection, token, now) is not None
     except Refused:
@@ -116,24 +117,24 @@ def is_good(connection: Connection, token: str, now: float) -> bool:
 
 
 def invitations(connection: Connection, now: float) -> list[dict[str, object]]:
-    """Those that are still good: {"id", "group", "uses", "expires"}. An id lets nobody in."""
+    """The invitations that can still be used: {"id", "group", "uses", "expires"}. An id lets nobody in."""
     rows = connection.execute("SELECT * FROM invitations WHERE uses > 0 AND expires > ? ORDER BY at DESC LIMIT 200", (now,))
     return [{"id": row["token"].hex(), "group": row["grp"], "uses": row["uses"], "expires": row["expires"]} for row in rows]
 
 
 def revoke_invitation(connection: Connection, number: str) -> None:
-    """``number``: its id in `invitations`."""
+    """Delete an invitation. ``number`` is its id in `invitations`."""
     connection.execute("DELETE FROM invitations WHERE hex(token) = ?", (number.upper(),))
 
 
 def accept(
     connection: Connection, token: str, name: str | None, password: str | None, now: float, before: bytes | None = None
 ) -> tuple[Person, str]:
-    """A new person, and the token of a session.
+    """Add a person. Returns the person and the token of a session.
 
     Args:
       name, password: to sign in again later; ``password`` is a hash. None: the session is the only way in.
-      before: the visitor's session until now, which ends.
+      before: the visitor's previous session, which ends.
 
     Raises:
       Refused: the invitation is no longer good, or the name is taken.
@@ -153,11 +154,11 @@ def accept(
 
 
 def sign_in(connection: Connection, person: int, now: float, before: bytes | None = None, attempts: Sequence[int] = ()) -> str:
-    """The token of a new session: never one that existed before someone signed in.
+    """Start a session. Returns its token, which is always new, never one from before the sign-in.
 
     Args:
-      before: the visitor's session until now, which ends.
-      attempts: those of `attempt` that were no failures.
+      before: the visitor's previous session, which ends.
+      attempts: ids from `attempt` that were not failures after all.
     """
     session = new_token()
     connection.executemany("DELETE FROM failures WHERE id = ?", [(each,) for each in attempts])
@@ -208,13 +209,13 @@ def has_agreed(connection: Connection, person: Person, version: str) -> bool:
 
 
 def attempt(connection: Connection, limits: Mapping[str, int], now: float) -> list[int]:
-    """Count an attempt to sign in as a failure, for each of ``limits``, {who: the most}. `sign_in` takes them back.
+    """Count an attempt to sign in as a failure of each key in ``limits``, {who: the most}. `sign_in` takes the failures back.
 
     Returns:
-      The ids of what was counted.
+      The ids of the failures.
 
     Raises:
-      Refused: somebody failed too often already.
+      Refused: one of the keys has failed too often already.
     """
     connection.execute("DELETE FROM failures WHERE at < ?", (now - FAILURE_SECONDS,))
     if any(failures(connection, who, now) >= most for who, most in limits.items()):
@@ -224,14 +225,15 @@ def attempt(connection: Connection, limits: Mapping[str, int], now: float) -> li
 
 
 def failures(connection: Connection, who: str, now: float) -> int:
-    """Those of the last `FAILURE_SECONDS`; after the clock was set back, not those of the future."""
+    """The number of failures in the last `FAILURE_SECONDS`. Failures in the future, from before the clock was set back, do not
+    count."""
     sql = "SELECT count(*) FROM failures WHERE who = ? AND at > ? AND at <= ?"
     count: int = connection.execute(sql, (who, now - FAILURE_SECONDS, now)).fetchone()[0]
     return count
 
 
 def check_standing(connection: Connection, person: Person) -> None:
-    """As it is in the database now: what a request stores may have waited since the request was checked.
+    """Check the standing as it is in the database now: a write may have waited since its request was checked.
 
     Raises:
       Refused: the person was paused, screened out or removed meanwhile.
@@ -242,7 +244,7 @@ def check_standing(connection: Connection, person: Person) -> None:
 
 
 def spend(connection: Connection, person: int, characters: int, settings: StudioConfig, now: float) -> None:
-    """Before something is stored that a person wrote.
+    """Count characters that a person wrote, before they are stored.
 
     Raises:
       Refused: the person wrote too much today.
@@ -254,7 +256,7 @@ def spend(connection: Connection, person: int, characters: int, settings: Studio
 
 
 def count_written(connection: Connection, person: int, characters: int, now: float) -> int:
-    """Add to what is stored of a person; the sum of the day."""
+    """Add to the characters stored for a person. Returns the total of the day."""
     row = connection.execute(
         "INSERT INTO written VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET characters = characters + excluded.characters "
         "RETURNING characters",
@@ -264,7 +266,7 @@ def count_written(connection: Connection, person: int, characters: int, now: flo
 
 
 def revoke_operator(connection: Connection, person: int) -> None:
-    """An operator is none any more, at once."""
+    """Take an operator's rights away, at once."""
     connection.execute(
         "UPDATE people SET name = NULL, password = NULL, standing = 'removed' WHERE id = ? AND role = 'operator'", (person,)
     )

@@ -1,7 +1,7 @@
 """Personal data in free text, and removal on request.
 
-Free text with personal data stays out of frozen rounds until the operator has looked at it. What a person had removed loses its
-content; the rows stay, and a tombstone says when.
+Free text with personal data stays out of frozen rounds until the operator has released it. If a person asks for removal, their
+rows stay without content, and a tombstone says when.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ TEXTS = {
     "task": "SELECT id, json_extract(messages, '$[0].content') AS content FROM tasks "
     "WHERE author IS NOT NULL AND asked IS NULL AND against IS NULL AND messages != '[]' AND id ",
 }
-"""Where people write freely, by kind. A task is an own prompt; what was asked in a conversation is a message."""
+"""The free text that people write, by kind. A 'task' is a prompt of a person's own; text in a conversation is a 'message'."""
 
 Finding = tuple[str, int, list[str]]
 
 
 def scan(connection: Connection, known: Collection[str] = ()) -> list[Finding]:
-    """(kind, id, kinds of personal data) of all free text that `remember` does not know yet. Only reads.
+    """(kind, id, kinds of personal data) of all free text that `remember` has not stored yet. Only reads the database.
 
     Args:
-      known: texts that are the operator's own.
+      known: the operator's own texts, which are not searched.
     """
     from lockstep_studio.exchange.personal import find
 
@@ -47,13 +47,13 @@ def scan(connection: Connection, known: Collection[str] = ()) -> list[Finding]:
 
 
 def remember(connection: Connection, found: list[Finding], now: float) -> None:
-    """Text without personal data may leave; the rest waits for a decision."""
+    """Store findings. Text without personal data is released; the rest waits for a decision."""
     rows = [(kind, number, json.dumps(kinds), now, None if kinds else "release") for kind, number, kinds in found]
     connection.executemany("INSERT OR IGNORE INTO findings (kind, id, found, at, decision) VALUES (?, ?, ?, ?, ?)", rows)
 
 
 def held_back(connection: Connection) -> Iterator[dict[str, Any]]:
-    """What waits for the operator's decision: {"kind", "id", "found", "text"}."""
+    """Texts that wait for the operator's decision: {"kind", "id", "found", "text"}."""
     for row in connection.execute("SELECT * FROM findings WHERE decision IS NULL ORDER BY at LIMIT 200").fetchall():
         text = connection.execute(TEXTS[row["kind"]] + "= ?", (row["id"],)).fetchone()
         if text is not None:
@@ -67,7 +67,7 @@ def decide(connection: Connection, kind: str, number: int, decision: str, now: f
 
 
 def remove(connection: Connection, number: int, now: float) -> dict[str, Any]:
-    """Remove all that person ``number`` chose and wrote, and the person's name, password and sessions.
+    """Remove everything that person ``number`` chose and wrote, and the person's name, password and sessions.
 
     Returns:
       {"labels", "messages", "rounds"}: how many lost their content, and the names of the closed rounds that hold some of them,

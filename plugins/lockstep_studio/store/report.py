@@ -1,4 +1,4 @@
-"""What the operator sees: progress of the sources, people, throughput; and the audit export."""
+"""Reports for the operator: progress of the sources, people, throughput; and the audit export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HOUR = 3600.0
 
 
 def sources(connection: Connection) -> list[dict[str, Any]]:
-    """{"id", "path", "kind", "rows", "given", "wanted", "round"}: labels given and wanted, over all groups; no demonstrations."""
+    """{"id", "path", "kind", "rows", "given", "wanted", "round"}: labels given and wanted in all groups, not demonstrations."""
     rows = connection.execute(
         "SELECT sources.id, path, kind, rows, rounds.name AS round, "
         "(SELECT count(*) FROM labels JOIN tasks ON tasks.id = labels.task WHERE source = sources.id AND revision = 0 "
@@ -28,7 +28,7 @@ def sources(connection: Connection) -> list[dict[str, Any]]:
 
 
 def people(connection: Connection) -> list[dict[str, Any]]:
-    """Of each labeler: {"id", "pseudonym", "group", "standing", "labels", "seconds" (median), "gold" (mean mark), "last"}."""
+    """{"id", "pseudonym", "group", "standing", "labels", "seconds" (median), "gold" (mean mark), "last"} of each labeler."""
     found = []
     rows = connection.execute(
         "SELECT id, pseudonym, grp AS 'group', standing FROM people WHERE role = 'labeler' ORDER BY id DESC LIMIT 500"
@@ -46,13 +46,13 @@ def people(connection: Connection) -> list[dict[str, Any]]:
 
 
 def operators(connection: Connection) -> list[dict[str, Any]]:
-    """{"id", "pseudonym", "name", "at"} of each who is one now."""
+    """{"id", "pseudonym", "name", "at"} of each current operator."""
     sql = "SELECT id, pseudonym, name, at FROM people WHERE role = 'operator' AND standing != 'removed' ORDER BY id"
     return [dict(row) for row in connection.execute(sql)]
 
 
 def throughput(connection: Connection, now: float) -> dict[str, int]:
-    """Labels, answers of policies and people at work, in the last hour and day."""
+    """How many labels, policies' answers and active people there were in the last hour and day."""
     count = lambda sql, since: int(connection.execute(sql, (since,)).fetchone()[0])  # noqa: E731
     labels, active = "SELECT count(*) FROM labels WHERE at > ?", "SELECT count(DISTINCT person) FROM labels WHERE at > ?"
     answers = "SELECT count(*) FROM messages WHERE role = 'assistant' AND at > ?"
@@ -107,9 +107,9 @@ _AUDIT: Mapping[str, str] = {
 
 
 def audit(reader: Callable[[], Connection]) -> Iterator[dict[str, Any]]:
-    """Every person, label and feedback in all revisions, conversation, message of every branch, lease, tombstone and round, a row
-    each: {"record": kind, ...}. Names, passwords and text that was not released are left out; so are answers that follow such
-    text, as they may repeat it.
+    """A row, {"record": kind, ...}, for every person, label and feedback in all revisions, conversation, message of every branch,
+    lease, tombstone and round. Names, passwords and text that was not released are left out. So are answers that follow such
+    text, since they may repeat it.
 
     Args:
       reader: gives the calling thread's connection; a server may take each row on another thread.

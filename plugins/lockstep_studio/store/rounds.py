@@ -1,10 +1,10 @@
-"""Closing a round: what was labelled since the last one becomes files that never change.
+"""Closing a round: the labels and conversations since the last round become files that never change.
 
     rounds/<name>/comparisons.jsonl demonstrations.jsonl conversations.jsonl round.json
     <stage>/labels.jsonl, beside the candidates.jsonl of each stage that waits for labels
 
-First one transaction decides which rows belong to the round and closes their tasks; then the files are written from those rows
-alone. A process that dies in between closes the round when it is next started, to the same files.
+First, one transaction decides which rows belong to the round and closes their tasks. Then the files are written from those rows
+alone. If the process dies in between, the next start finishes the round, with the same files.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from lockstep_studio.store.database import Connection, Database, Row
 from lockstep_studio.store.people import Refused
 
 FILES = ("comparisons.jsonl", "demonstrations.jsonl", "conversations.jsonl")
-"""Of a round, in the order of the hash over all three."""
+"""The files of a round, in the order in which one hash covers all three."""
 LIKED = 6
-"""Of 7, an answer in a chat that becomes a demonstration."""
+"""The least rating, of 7, with which an answer in a chat becomes a demonstration."""
 JUDGED = ("compare", "rank", "attack", "adjudicate")
 
 _ELIGIBLE = """
@@ -47,7 +47,8 @@ AND NOT EXISTS (SELECT 1 FROM messages AS asked JOIN messages AS said ON said.co
   WHERE asked.id = tasks.asked AND said.id <= asked.id AND said.role = 'user'
   AND NOT EXISTS ({_DECIDED} = 'message' AND findings.id = said.id))
 """
-"""Of all that people wrote in a label or its task, whatever its mode, nothing waits for the operator or is withheld."""
+"""The condition that everything people wrote in a label or its task, in any mode, is released: nothing waits for the operator or
+is withheld."""
 _TALKS = """
 FROM conversations JOIN people ON people.id = conversations.person
 WHERE people.standing = 'active' AND (conversations.mode != 'attack' OR finished IS NOT NULL)
@@ -66,7 +67,7 @@ AND NOT EXISTS (SELECT 1 FROM feedback JOIN messages ON messages.id = feedback.m
 
 
 def waiting(connection: Connection) -> dict[str, int]:
-    """What the next round would hold, and how much of it is held back for personal data that nobody has looked at."""
+    """What the next round would hold, and how many rows are held back because text in them is not released."""
     count = lambda sql: int(connection.execute("SELECT count(*) " + sql).fetchone()[0])  # noqa: E731
     everything = count(_ELIGIBLE) + count(_TALKS)
     free = {
@@ -78,11 +79,11 @@ def waiting(connection: Connection) -> dict[str, int]:
 
 
 def close(database: Database, folder: Path, name: str, now: float) -> dict[str, Any]:
-    """Close a round and write its files. Run `scan` and `remember` of `privacy` before. Returns the round's record.
+    """Close a round and write its files. Run `scan` and `remember` of `privacy` first. Returns the round's record.
 
     Raises:
-      ConfigError: the name cannot be a folder's.
-      Refused: the round exists, or it would be empty.
+      ConfigError: the name cannot be that of a folder.
+      Refused: the round exists already, or would be empty.
     """
     checked_name("The name of the round", name)
     database.now(_begin, name, now)
@@ -90,7 +91,7 @@ def close(database: Database, folder: Path, name: str, now: float) -> dict[str, 
 
 
 def finish_all(database: Database, folder: Path) -> None:
-    """Write the files of rounds whose process died while it closed them."""
+    """Write the files of rounds that the process was closing when it died."""
     for row in database.reader.execute("SELECT name FROM rounds WHERE state = 'closing' ORDER BY id").fetchall():
         finish(database, folder, row["name"])
 
@@ -103,9 +104,10 @@ def finish(database: Database, folder: Path, name: str) -> dict[str, Any]:
 
 
 def verify(folder: Path, name: str) -> None:
-    """
+    """Check the files of a closed round against their hashes.
+
     Raises:
-      DataError: a file of the closed round is not as it was when the round was closed.
+      DataError: a file is missing, or has changed since the round was closed.
     """
     round_folder = folder / "rounds" / name
     record = read_object(round_folder / "round.json")
@@ -141,7 +143,7 @@ def _begin(connection: Connection, name: str, now: float) -> None:
 
 
 def _close_tasks(connection: Connection, number: int, now: float) -> None:
-    """Of the sources that were judged, no task is given out any more."""
+    """Stop handing out tasks of the sources that were judged in the round."""
     connection.execute(
         "UPDATE sources SET round = ? WHERE round IS NULL AND id IN "
         "(SELECT source FROM members JOIN labels ON labels.id = members.id JOIN tasks ON tasks.id = labels.task "
@@ -160,7 +162,7 @@ def _end(connection: Connection, number: int, record: dict[str, Any]) -> None:
 
 
 def _write(connection: Connection, folder: Path, row: Row) -> dict[str, Any]:
-    if (folder / "round.json").is_file():  # it was written, and the process died before the database knew
+    if (folder / "round.json").is_file():  # written, but the process died before the database recorded it
         return read_object(folder / "round.json")
     labels, talks = _labels(connection, row["id"]), list(_conversations(connection, row))
     written = [_demonstration(each) for each in labels if each["mode"] == "write"]
@@ -215,7 +217,7 @@ def _parsed(row: Row) -> dict[str, Any]:
 
 
 def pending(connection: Connection) -> list[dict[str, Any]]:
-    """The comparisons that the next round would hold, for looking at. Ids begin with the source's number."""
+    """The comparisons that the next round would hold, for display. Ids begin with the source's number."""
     rows = connection.execute(_WITH_TASK + _ELIGIBLE + _RELEASED + "AND labels.mode != 'write' ORDER BY labels.id")
     return [{**_comparison(each), "id": f"{each['source']}:{each['key']}"} for each in map(_parsed, rows)]
 
@@ -270,8 +272,8 @@ def _conversations(connection: Connection, round_row: Row) -> Iterator[dict[str,
 
 
 def _liked(talk: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The answers of a chat that somebody liked, as demonstrations: with a thumb up, or with `LIKED` or more and no thumb down;
-    none that was stopped half way."""
+    """The liked answers of a chat, as demonstrations: with a thumb up, or rated `LIKED` or more without a thumb down. Stopped
+    answers are left out."""
     messages = talk["messages"]
     places = answers(messages)
     for each in talk["feedback"] if talk["mode"] == "chat" else ():
@@ -287,21 +289,21 @@ def _liked(talk: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _labelers(labels: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """{group: people}."""
+    """{group: number of people}."""
     return {
         group: len({each["person"] for each in labels if each["grp"] == group}) for group in sorted({e["grp"] for e in labels})
     }
 
 
 def _instructions(connection: Connection, labels: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """The versions that the labelers were given, whole."""
+    """The full instructions and consent of each version that the labelers were given."""
     used = sorted({(each["grp"], each["instructions"]) for each in labels})
     sql = "SELECT grp AS 'group', version, text, consent FROM instructions WHERE grp = ? AND version = ?"
     return [dict(row) for each in used if (row := connection.execute(sql, each).fetchone()) is not None]
 
 
 def _write_labels(connection: Connection, number: int, labels: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """``labels.jsonl`` beside the candidates of each judged source. Where a task was adjudicated, only the adjudicator counts."""
+    """Write ``labels.jsonl`` beside the candidates of each judged source. In adjudicated tasks, only the adjudicator counts."""
     written = []
     for source in connection.execute("SELECT * FROM sources WHERE round = ? ORDER BY id", (number,)).fetchall():
         own = sorted(
@@ -315,7 +317,7 @@ def _write_labels(connection: Connection, number: int, labels: Sequence[dict[str
                 {"id": e["key"], "ranks": e["content"]["ranks"], "labeler": e["pseudonym"], "group": e["grp"]} for e in counted
             ]
         file = Path(source["path"]).with_name(LABELS)
-        if not file.exists():  # what is there is what the stage has read
+        if not file.exists():  # the stage has read the file that is there
             write_text(file, "".join(map(dump_line, rows)))
         written.append({"path": source["path"], "sha256": source["sha256"], "labels": len(rows)})
     return written

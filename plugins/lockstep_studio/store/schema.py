@@ -1,8 +1,8 @@
-"""The tables. Labels, messages and feedback are only ever added; triggers hold that. What a person had removed keeps its row
-without its content, so that counts and references stay true.
+"""The tables. Labels, messages and feedback are append-only, which triggers enforce. If a person has them removed, the rows stay
+without their content, so that counts and references stay valid.
 
-`SCHEMA` is the first version, `UPGRADES` lead from each version to the next. A new database goes the same way as an old one, so
-both have the same tables.
+`SCHEMA` is the first version; `UPGRADES` lead from each version to the next. A new database goes through the same steps as an old
+one, so both have the same tables.
 """
 
 KEEP = """
@@ -118,8 +118,8 @@ CREATE INDEX members_of ON members (round, kind, id);
 )
 
 UPGRADES = (
-    # 1 to 2. tasks.asked: the message whose answers are compared; tasks.against: the demonstration that is compared. Names that
-    # were typed wrong may be passwords: what is known of failures is forgotten.
+    # 1 to 2. tasks.asked: the message whose answers are compared; tasks.against: the demonstration that is compared. A
+    # mistyped name may be a password, so the stored failures are deleted.
     """
 ALTER TABLE tasks ADD COLUMN asked INTEGER REFERENCES messages;
 ALTER TABLE tasks ADD COLUMN against INTEGER REFERENCES labels;

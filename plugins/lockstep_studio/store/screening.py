@@ -1,5 +1,5 @@
-"""Gold items: new members judge some before anything else, all get some unannounced. A skipped one counts as wrong, or whoever
-knows one when they see it could skip it."""
+"""Gold items. New members judge some before anything else, and all members get some unannounced. A skipped item counts as wrong;
+otherwise whoever recognises a gold item could skip it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ DONE = "outcome IN ('labelled', 'skipped')"
 
 
 def marks(connection: Connection, person: int) -> list[float]:
-    """Of each gold item that the person is through with, in their order: 1 right, 0 wrong or skipped."""
+    """The mark of each gold item that the person has labelled or skipped, in order: its concordance with the gold ranks, from 1
+    (right) to 0 (wrong); 0 if skipped."""
     rows = connection.execute(
         "SELECT ifnull(correct, 0) AS mark FROM leases JOIN tasks ON tasks.id = leases.task "
         "LEFT JOIN labels ON labels.lease = leases.id AND revision = 0 "
@@ -23,7 +24,7 @@ def marks(connection: Connection, person: int) -> list[float]:
 
 
 def left(connection: Connection, person: int, group: GroupConfig) -> int:
-    """Gold items that the person has still to judge before anything else."""
+    """The number of gold items that the person still has to judge before anything else."""
     return max(0, group.screening - len(marks(connection, person))) if group.screening else 0
 
 
@@ -42,11 +43,11 @@ def check_passed(connection: Connection, person: Person, group: GroupConfig) -> 
 
 
 NEW_GOLD = f"gold IS NOT NULL AND NOT EXISTS (SELECT 1 FROM leases WHERE leases.task = tasks.id AND person = ? AND {DONE})"
-"""Gold items that are new to a person. One whose time ran out comes again."""
+"""The condition for gold items that are new to a person. An item whose lease expired comes again."""
 
 
 def judge(connection: Connection, person: Person, group: GroupConfig) -> None:
-    """Screen out, or pause, who judges too many gold items wrongly."""
+    """Screen out, or pause, a person who judges too many gold items wrongly."""
     found = marks(connection, person.id)
     if len(found) == group.screening and sum(found) / len(found) < group.screening_accuracy:
         set_standing(connection, person.id, "screened out")

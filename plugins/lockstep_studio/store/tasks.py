@@ -1,7 +1,7 @@
-"""Tasks, and who holds which. The database gives them out: a lease takes a slot of a task in the same transaction that finds it,
-so two people hold one task only where the plan wants several labels of it. A lease that expires frees its slot.
+"""Tasks and their leases. The database hands out tasks: a lease takes a slot of a task in the same transaction that finds the
+task, so two people hold one task only if several labels of it are wanted. A lease that expires frees its slot.
 
-A slot is a task's place in a group and a mode: ``wanted`` labels, of which ``taken`` are given or being given.
+A slot is the entry of a task for one group and mode: ``wanted`` labels, of which ``taken`` are given or being given.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lockstep_studio.store.database import Connection, Row
 from lockstep_studio.store.people import Person, Refused, check_standing
 
 LEAST_WEIGHT = 0.1
-"""Of a task whose scores agree, where 1 is one whose scores differ most: every task may come."""
+"""The weight of a task whose scores agree; the task whose scores differ most has 1. Above 0, so that any task may be drawn."""
 TRIES = 64
 _dice = random.SystemRandom()
 
 
 @dataclass(frozen=True)
 class Lease:
-    """A task in somebody's hands, as shown to them: ``shown`` is the order of the completions on the screen."""
+    """A task that a person holds. ``shown`` is the order of the completions on the screen."""
 
     id: int
     token: str
@@ -66,10 +66,11 @@ def _lease(row: Row) -> Lease:
 
 
 def begin_source(connection: Connection, path: str, kind: str, sha256: str, rows: int, now: float) -> tuple[int, set[str]] | None:
-    """(source, keys that are there): a new source, or one whose process died while it was read; None for one that is complete.
+    """(source, keys of its stored tasks) for a new source, or one that was partly read when the process died; None for a complete
+    source.
 
     Raises:
-      Refused: the file has changed since its first half was read.
+      Refused: the file has changed since it was partly read.
     """
     row = connection.execute("SELECT id, sha256, complete FROM sources WHERE path = ?", (path,)).fetchone()
     if row is None:
@@ -92,10 +93,10 @@ def add_tasks(
     settings: StudioConfig,
     now: float,
 ) -> None:
-    """Tasks with their slots.
+    """Add tasks with their slots. Gold items get no slots.
 
     Args:
-      rows: each with its weight: {"id", "messages", "completions", "policies", "scores", "seed"}, of gold items {"ranks"} too.
+      rows: each with its weight: {"id", "messages", "completions", "policies", "scores", "seed"}; gold items also have "ranks".
     """
     for row, weight in rows:
         mode = settings.mode_of(len(row["completions"]))
@@ -109,7 +110,7 @@ def end_source(connection: Connection, source: int) -> None:
 
 
 def close_source(connection: Connection, source: int, now: float) -> None:
-    """Give out none of its tasks any more, and take back those that people hold."""
+    """Stop handing out the source's tasks, and take back those that people hold."""
     chosen = "task IN (SELECT id FROM tasks WHERE source = ?)"
     connection.execute(f"UPDATE slots SET open = 0 WHERE open AND {chosen}", (source,))
     for row in connection.execute(f"SELECT id FROM leases WHERE outcome IS NULL AND {chosen}", (source,)).fetchall():
@@ -119,8 +120,9 @@ def close_source(connection: Connection, source: int, now: float) -> None:
 def add_task(
     connection: Connection, row: Mapping[str, Any], mode: str, now: float, source: int | None = None, author: int | None = None
 ) -> int:
-    """A task without slots. ``truth`` is not stored: nobody here may see it. ``author``: whose words are in it. Rows that the
-    studio makes also have ``asked``, the message whose answers are compared, or ``against``, a demonstration."""
+    """Add a task without slots. Returns its id. ``truth`` is not stored, since nobody here may see it. ``author`` is the person
+    whose words are in the task. Rows that the studio makes may also have ``asked``, the message whose answers are compared, or
+    ``against``, the demonstration that is compared."""
     written = {key: json.dumps(row[key], ensure_ascii=False) for key in ("messages", "completions")}
     policies, scores, gold = (
         json.dumps(row[key]) if row.get(key) is not None else None for key in ("policies", "scores", "ranks")
@@ -152,12 +154,12 @@ def add_slot(connection: Connection, task: int, group: str, mode: str, wanted: i
 
 
 def fraction(text: str) -> float:
-    """A number in [0, 1) that depends on ``text`` alone: which tasks overlap is planned, not drawn."""
+    """A number in [0, 1) that depends on ``text`` alone, so that the tasks of the overlap are fixed, not random."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
 def disagreement(scores: Sequence[Sequence[float] | None]) -> list[float]:
-    """Weights from `LEAST_WEIGHT` to 1: how far apart the scores of a task's completions lie, compared with the widest of all."""
+    """Weights from `LEAST_WEIGHT` to 1, by the spread of the scores of a task's completions relative to the widest spread."""
     spreads = [max(each) - min(each) if each else 0.0 for each in scores]
     widest = max(spreads, default=0.0) or 1.0
     return [LEAST_WEIGHT + (1 - LEAST_WEIGHT) * spread / widest for spread in spreads]
@@ -167,7 +169,7 @@ def disagreement(scores: Sequence[Sequence[float] | None]) -> list[float]:
 
 
 def held(connection: Connection, person: int, mode: str, now: float) -> Lease | None:
-    """The task of this mode that the person holds."""
+    """The task of this mode that the person holds; None if there is none."""
     row = connection.execute(
         _LEASE + "WHERE person = ? AND leases.mode = ? AND outcome IS NULL AND expires > ?", (person, mode, now)
     ).fetchone()
@@ -175,9 +177,10 @@ def held(connection: Connection, person: int, mode: str, now: float) -> Lease | 
 
 
 def lease_of(connection: Connection, person: Person, token: str) -> Lease:
-    """
+    """The person's lease with this token.
+
     Raises:
-      Refused: this person never held such a lease, or whoever wrote the task had it removed.
+      Refused: the person never held such a lease, or the author of the task had it removed.
     """
     row = connection.execute(_LEASE + "WHERE token = ? AND person = ?", (token, person.id)).fetchone()
     if row is None:
@@ -190,9 +193,8 @@ def lease_of(connection: Connection, person: Person, token: str) -> Lease:
 def lease(
     connection: Connection, person: Person, mode: str, settings: StudioConfig, now: float, dice: random.Random = _dice
 ) -> Lease | None:
-    """The task that the person holds, else a new one; None if none is left. A new one is drawn from those that are open to the
-    group and new to the person, with the probability that the lease records. Gold items come first in screening, then
-    unannounced.
+    """The task that the person holds, else a new one; None if none is left. A new task is drawn from those that are open to the
+    group and new to the person, and the lease records its probability. Gold items come first in screening, later unannounced.
 
     Raises:
       Refused: the person gets no tasks any more, or the gold items of the screening are in another mode or have run out.
@@ -227,7 +229,7 @@ def _next(
             screening.check_passed(connection, person, group)
         return gold, None, False
     task, probability = _draw(connection, person, mode, dice)
-    if task is None or probability is None:  # nor is there a gold item, which would then be known for one
+    if task is None or probability is None:  # no gold item either, which would be recognised as one
         return None, None, False
     share = group.checks_share if mode in ("compare", "rank") else 0.0
     if dice.random() < share and (gold := _gold(connection, person, mode, dice)):
@@ -236,15 +238,15 @@ def _next(
 
 
 def _gold(connection: Connection, person: Person, mode: str, dice: random.Random) -> int | None:
-    """A gold item that is new to the person."""
+    """A gold item that is new to the person; None if there is none."""
     rows = connection.execute(f"SELECT id FROM tasks WHERE mode = ? AND {screening.NEW_GOLD}", (mode, person.id)).fetchall()
     return int(dice.choice(rows)["id"]) if rows else None
 
 
 def _seen(mode: str) -> str:
-    """Leases after which the person gets the task no more in this mode. Whoever judged a task judges it no more. Whoever was
-    given it to judge does not adjudicate it, nor the reverse: they would know what others chose. Writing is apart from both.
-    """
+    """The SQL condition for leases after which the person no longer gets the task in this mode. Whoever judged a task does not
+    judge it again. Whoever was given a task to judge does not adjudicate it, nor the reverse, since adjudicators see what others
+    chose. Writing is independent of both."""
     if mode == "write":
         return "leases.mode = 'write' AND outcome IN ('labelled', 'skipped')"
     given = "!=" if mode == "adjudicate" else "="
@@ -254,8 +256,8 @@ def _seen(mode: str) -> str:
 def _draw(connection: Connection, person: Person, mode: str, dice: random.Random) -> tuple[int | None, float | None]:
     """A task drawn by weight from those open to the group and new to the person, and its probability.
 
-    Places are drawn and accepted with the task's weight, until one is open and new to the person: no walk over all tasks. Where
-    few are open that would take long, and the walk is short.
+    Ids are drawn, and accepted with the task's weight, until a task is open and new to the person. This avoids a scan of all
+    tasks. If few tasks are open, it would take long; then, after `TRIES`, the open tasks are scanned, which are few.
     """
     where = (person.group, mode)
     pool = connection.execute("SELECT tasks, weight FROM pools WHERE grp = ? AND mode = ?", where).fetchone()
@@ -286,13 +288,13 @@ def _has_seen(connection: Connection, person: int, task: int, mode: str) -> bool
 
 
 def expire(connection: Connection, now: float) -> None:
-    """End the leases that are over, and free their slots."""
+    """End the leases whose time is over, and free their slots."""
     for row in connection.execute("SELECT * FROM leases WHERE outcome IS NULL AND expires <= ?", (now,)).fetchall():
         end(connection, row["id"], "expired", now)
 
 
 def end(connection: Connection, lease: int, outcome: str, now: float) -> None:
-    """End a lease; whatever is not a label or a skip gives its slot back. A skipped task is offered to others too."""
+    """End a lease. Unless it ends with a label, its slot is given back, so a skipped task is offered to others."""
     row = connection.execute(
         "UPDATE leases SET outcome = ?, ended = ? WHERE id = ? AND outcome IS NULL RETURNING task, grp, mode, slot",
         (outcome, now, lease),
@@ -303,7 +305,7 @@ def end(connection: Connection, lease: int, outcome: str, now: float) -> None:
 
 
 def skip(connection: Connection, person: Person, token: str, reason: str, settings: StudioConfig, now: float) -> None:
-    """Give a task back for good. Done twice, it is the same."""
+    """Give a task back for good. Skipping it twice is the same as once."""
     found = lease_of(connection, person, token)
     if found.outcome == "labelled":
         raise Refused("This task is labelled already.")
@@ -330,13 +332,13 @@ def revive(connection: Connection, found: Lease, now: float) -> None:
 
 
 def renew(connection: Connection, found: Lease, settings: StudioConfig, now: float) -> None:
-    """Whoever works on a task keeps it."""
+    """Extend a lease while the person works on the task."""
     until = now + 60 * settings.lease_minutes
     connection.execute("UPDATE leases SET expires = max(expires, ?) WHERE id = ? AND outcome IS NULL", (until, found.id))
 
 
 def keep_draft(connection: Connection, found: Lease, part: Mapping[str, Any]) -> None:
-    """Add to what the person has done on the task so far."""
+    """Add to the draft, the person's work on the task so far."""
     written = json.dumps({**found.draft, **part}, ensure_ascii=False)
     connection.execute("UPDATE leases SET draft = ? WHERE id = ?", (written, found.id))
 
