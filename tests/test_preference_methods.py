@@ -10,11 +10,10 @@ import pytest
 from conftest import configure
 from lockstep.errors import ConfigError
 from lockstep.learning import losses
-from lockstep_rlhf.algorithms.preference_optimisation import NOTHING, PreferenceLoss
+from lockstep_rlhf.algorithms.preference_losses import NOTHING, KTOLoss, PairLoss, PlackettLuceLoss
 from test_group_methods import Jax, Torch, f32
 
 LN2 = math.log(2)
-DPO = {"kind": "dpo", "beta": 0.1, "smoothing": 0.0, "margin": 0.0, "mean": False, "plackett_luce": False, "nll_coef": 0.0}
 
 
 @pytest.fixture(params=[Torch, Jax], ids=["torch", "jax"])
@@ -22,7 +21,9 @@ def library(request):
     return request.param()
 
 
-def run(library, logprobs, *, ref=0.0, lengths=None, k=2, real=None, ranks=None, kto=None, z=0.0, **options):
+def run(
+    library, logprobs, *, ref=0.0, lengths=None, k=2, real=None, ranks=None, kto=None, z=0.0, loss=PairLoss, beta=0.1, **options
+):
     """The loss of rankings of K completions, and its derivative in the log-probabilities [R, T], rows in order of rank."""
     logprobs = np.asarray(logprobs, np.float32)
     rows, columns = logprobs.shape
@@ -41,8 +42,8 @@ def run(library, logprobs, *, ref=0.0, lengths=None, k=2, real=None, ranks=None,
     if kto is not None:
         batch |= {"sign": f32(*kto).reshape(-1), "kto": np.full(rows, 1 / rows, np.float32), "z": np.full(rows, z, np.float32)}
     arrays = {name: library.xp.asarray(array) for name, array in batch.items()}
-    loss = PreferenceLoss(**(DPO | options))
-    value, slopes = library.both(lambda x: loss(library.xp, {"logprobs": x}, arrays)[0], logprobs)
+    of = loss(beta=beta, **options)
+    value, slopes = library.both(lambda x: of(library.xp, {"logprobs": x}, arrays)[0], logprobs)
     return float(value), slopes
 
 
@@ -100,37 +101,35 @@ def test_orpo_is_finite_for_a_completion_that_is_certain_or_hopeless(library, ce
 
 
 def test_kto_judges_each_completion_by_itself(library):
-    at_z, _ = run(library, [[0.0], [0.0]], kind="kto", kto=(1, -1))
+    at_z, _ = run(library, [[0.0], [0.0]], loss=KTOLoss, kto=(1, -1))
     assert at_z == pytest.approx(0.5, abs=1e-6)
-    good, _ = run(library, [[2.0], [2.0]], kind="kto", kto=(1, 1))
-    bad, slopes = run(library, [[2.0], [2.0]], kind="kto", kto=(-1, -1))
+    good, _ = run(library, [[2.0], [2.0]], loss=KTOLoss, kto=(1, 1))
+    bad, slopes = run(library, [[2.0], [2.0]], loss=KTOLoss, kto=(-1, -1))
     assert (good, bad) == pytest.approx((0.450166, 0.549834), abs=1e-6)
     assert (slopes > 0).all()
-    assert run(library, [[2.0], [2.0]], kind="kto", kto=(1, -1), z=2.0)[0] == pytest.approx(0.5, abs=1e-6)
+    assert run(library, [[2.0], [2.0]], loss=KTOLoss, kto=(1, -1), z=2.0)[0] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_plackett_luce_is_one_ranking(library):
-    equal, _ = run(library, [[0.0]] * 3, k=3, plackett_luce=True)
+    equal, _ = run(library, [[0.0]] * 3, k=3, loss=PlackettLuceLoss)
     assert equal == pytest.approx(math.log(6), abs=1e-6)
-    apart, _ = run(library, [[20.0], [10.0], [0.0]], k=3, plackett_luce=True)
+    apart, _ = run(library, [[20.0], [10.0], [0.0]], k=3, loss=PlackettLuceLoss)
     assert apart == pytest.approx(0.720868, abs=1e-6)
     two = [[0.3, -1.0], [-2.0, 0.1]]
     pair, slopes = run(library, two)
-    ranking, same = run(library, two, plackett_luce=True)
+    ranking, same = run(library, two, loss=PlackettLuceLoss)
     assert ranking == pytest.approx(pair, abs=1e-6)
     np.testing.assert_allclose(same, slopes, atol=1e-7)
 
 
-@pytest.mark.parametrize("plackett_luce", [False, True])
-def test_completions_that_are_not_there_are_inert(library, plackett_luce):
+@pytest.mark.parametrize("loss", [PairLoss, PlackettLuceLoss])
+def test_completions_that_are_not_there_are_inert(library, loss):
     """Rankings of three and of two in one block: the empty place changes nothing and gets no gradient, whatever is in it."""
     rows = [[-1.0, -2.0], [-1.5, -1.0], [-3.0, -0.5]]
-    three, of_three = run(library, rows, k=3, plackett_luce=plackett_luce)
-    two, of_two = run(library, rows[:2], k=2, plackett_luce=plackett_luce)
+    three, of_three = run(library, rows, k=3, loss=loss)
+    two, of_two = run(library, rows[:2], k=2, loss=loss)
     for garbage in (0.0, math.nan, 1e30):
-        both, slopes = run(
-            library, [*rows, *rows[:2], [garbage] * 2], k=3, real=[[1, 1, 1], [1, 1, 0]], plackett_luce=plackett_luce
-        )
+        both, slopes = run(library, [*rows, *rows[:2], [garbage] * 2], k=3, real=[[1, 1, 1], [1, 1, 0]], loss=loss)
         assert both == pytest.approx((three + two) / 2, rel=1e-6)
         np.testing.assert_allclose(slopes[:5], np.concatenate([of_three, of_two]) / 2, atol=1e-7)
         assert not slopes[5].any()

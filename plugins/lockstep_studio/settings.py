@@ -138,9 +138,7 @@ class StudioConfig:
     limits: LimitsConfig = setting(LimitsConfig(), "Limits against accidents and abuse.")
     hosts: tuple[str, ...] = setting((), "Names under which browsers reach the studio, besides localhost and --host.")
     https: bool = setting(False, "True behind a proxy that speaks HTTPS: cookies are then never sent without it.")
-    proxies: tuple[str, ...] = setting(
-        (), "Addresses or networks of proxies, which are trusted to report the visitor's address."
-    )
+    proxies: tuple[str, ...] = setting((), "Addresses or networks of proxies, which are trusted to report the visitor's address.")
 
     def __post_init__(self) -> None:
         for each in self.proxies:

@@ -24,6 +24,7 @@ from lockstep_rlhf.algorithms import (
 from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss
 from lockstep_rlhf.algorithms.policy_gradient import PolicyGradientLoss
 from lockstep_rlhf.algorithms.ppo import PPOLoss
+from lockstep_rlhf.algorithms.preference_losses import PairLoss
 
 
 class PPO(ppo.PPO):
@@ -833,8 +834,8 @@ class AttachedWeight(CISPO):
 
 
 @dataclass(frozen=True)
-class SoftplusOfAbs(preference_optimisation.PreferenceLoss):
-    def _of_pairs(self, xp, d):
+class SoftplusOfAbs(PairLoss):
+    def of_difference(self, xp, d):
         x = -self.beta * d  # max(x, 0) has the derivative 1/2 at 0, and |x| has 1 on some libraries and 0 on others
         return xp.maximum(x, xp.zeros_like(x)) + xp.log1p(xp.exp(-xp.sqrt(x * x)))
 
@@ -849,8 +850,8 @@ class NoGradientAtTheStart(PreferenceOptimisation):
 
 
 @dataclass(frozen=True)
-class AlwaysSigmoid(preference_optimisation.PreferenceLoss):
-    def _of_pairs(self, xp, d):
+class AlwaysSigmoid(PairLoss):
+    def of_difference(self, xp, d):
         return losses.softplus(xp, -self.beta * d)
 
 

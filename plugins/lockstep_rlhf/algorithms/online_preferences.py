@@ -25,7 +25,7 @@ from lockstep.interfaces import Context, ForwardPass, Metrics, Term, Traits
 from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout
 from lockstep.learning.optimisation import lr_scale
 from lockstep.text.sequences import Sequences, chunks
-from lockstep_rlhf.algorithms.preference_optimisation import PreferenceLoss, preference_arrays
+from lockstep_rlhf.algorithms.preference_losses import PairLoss, preference_arrays
 
 
 class OnlinePreferences(Online):
@@ -34,7 +34,7 @@ class OnlinePreferences(Online):
         batch_size: int = setting(32, "Prompts per iteration.", least=1)
         samples: int = setting(2, "k: responses per prompt (Guo et al.: 2).", least=2)
         micro_batch_size: int | None = setting(None, "Prompts per forward and backward pass; null: the whole minibatch.", least=1)
-        loss: Literal["dpo", "hinge", "ipo"] = setting("dpo", "See `PreferenceLoss`.")
+        loss: Literal["dpo", "hinge", "ipo"] = setting("dpo", "See `PairLoss`.")
         beta: float = setting(0.1, "β: the smaller it is, the farther the policy may move from the reference.", above=0)
         logprobs: Literal["sum", "mean"] = setting("sum", "Sum or mean over a response's tokens.")
         pairs: Literal["best_worst", "all"] = setting("best_worst", "Which of a prompt's responses are compared.")
@@ -52,7 +52,7 @@ class OnlinePreferences(Online):
 
     def __init__(self, config: Config, context: Context):
         super().__init__(config, context)
-        self.loss = PreferenceLoss(config.loss, config.beta, 0.0, 0.0, config.logprobs == "mean", False, 0.0)
+        self.loss = PairLoss(kind=config.loss, beta=config.beta, mean=config.logprobs == "mean")
 
     # ------------------------------------------------------------------------------------------- the algorithm box
 

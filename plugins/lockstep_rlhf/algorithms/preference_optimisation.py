@@ -14,29 +14,28 @@ The reference is the initial policy. Its log-probabilities are computed once, be
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError, DataError
-from lockstep.interfaces import Array, Context, DataSource, Learner, Metrics, Model, Policy, Term, Traits
-from lockstep.learning import losses, numerics
+from lockstep.interfaces import Context, DataSource, Learner, Metrics, Model, Policy, Term, Traits
+from lockstep.learning import numerics
 from lockstep.learning.offline import Offline
 from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig
 from lockstep.learning.randomness import example_indices
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import chunks
+from lockstep_rlhf.algorithms.preference_losses import KTOLoss, PairLoss, PlackettLuceLoss, PreferenceLoss, preference_arrays
 from lockstep_rlhf.algorithms.reward_modelling import encoded_comparisons, untied
 
 WITHOUT_REFERENCE = ("simpo", "orpo")
 READ_BY = {"label_smoothing": ("dpo", "robust"), "margin": ("simpo",), "desirable": ("kto",), "undesirable": ("kto",)}
 """The losses that read a setting; with any other loss, a setting that differs from its default is an error."""
-NOTHING = -1e4
-"""The utility of a missing completion: finite, and below that of any real one."""
 
 
 @dataclass(frozen=True)
@@ -48,86 +47,12 @@ class Ranking:
     ref: np.ndarray
 
 
-@dataclass(frozen=True)
-class PreferenceLoss:
-    """Σ_n Σ_ab w_nab f(u_na - u_nb) over pairs a > b of the completions of prompt n.
-
-        dpo     f = -log σ(m), m = β (h_a - h_b)          Rafailov et al. 2023, eq. 7; with smoothing ε, Mitchell's cDPO:
-                                                          -(1 - ε) log σ(m) - ε log σ(-m)
-        robust  [-(1 - ε) log σ(m) + ε log σ(-m)] / (1 - 2 ε)     Chowdhury et al. 2024, eq. 12
-        hinge   max(0, 1 - m)                             Zhao et al. 2023 (SLiC), Liu et al. 2024 (RSO)
-        ipo     (h_a - h_b - 1 / (2 β))²                  Azar et al. 2023, eq. 17, where β is called τ
-        simpo   -log σ(β (p_a - p_b) - γ)                 Meng et al. 2024, eq. 6; p is the mean log-probability
-        orpo    -β log σ(o_a - o_b), o = p - log(1 - e^p) Hong et al. 2024, eq. 6 and 7, where β is called λ
-        kto     λ σ(-s β (h - z)), s = ±1, of each completion by itself     Ethayarajh et al. 2024, eq. 8
-
-    ``plackett_luce`` counts K completions as one ranking: -Σ_k log softmax(β h over k, .., K)_k (Rafailov et al. 2023, eq. 20).
-    """
-
-    kind: str
-    beta: float
-    smoothing: float
-    margin: float
-    mean: bool
-    plackett_luce: bool
-    nll_coef: float
-    outputs: ClassVar[tuple[str, ...]] = ("logprobs",)
-
-    def __call__(self, xp: Any, outputs: Mapping[str, Array], batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
-        logprobs = losses.select(xp, batch["mask"], outputs["logprobs"])
-        sums = xp.sum(logprobs, axis=1) - batch["ref"]
-        h = sums / batch["lengths"] if self.mean else sums
-        if self.kind == "kto":
-            loss = xp.sum(batch["kto"] * losses.sigmoid(xp, -batch["sign"] * self.beta * (h - batch["z"])))
-        elif self.plackett_luce:
-            loss = losses.weighted_sum(
-                xp, losses.plackett_luce(xp, self._grid(xp, self.beta * h, batch), batch["real"]), batch["rankings"]
-            )
-        else:
-            u = self._grid(xp, losses.log_odds(xp, h) if self.kind == "orpo" else h, batch)
-            loss = losses.weighted_sum(xp, self._of_pairs(xp, u[:, :, None] - u[:, None, :]), batch["pairs"])
-        rewards = self._grid(xp, self.beta * h, batch)
-        margins = rewards[:, :, None] - rewards[:, None, :]
-        right = xp.astype(margins > 0, margins.dtype) + 0.5 * xp.astype(margins == 0, margins.dtype)
-        metrics = {
-            "preference/loss": loss,
-            "preference/accuracy": losses.weighted_sum(xp, right, batch["pairs"]),
-            "preference/margin": losses.weighted_sum(xp, margins, batch["pairs"]),
-            "preference/chosen": xp.sum(self.beta * h * batch["best"]),
-            "preference/rejected": xp.sum(self.beta * h * batch["worst"]),
-        }
-        if not self.nll_coef:
-            return loss, metrics
-        nll = losses.weighted_sum(xp, -logprobs, batch["nll_weights"])
-        return loss + self.nll_coef * nll, metrics | {"preference/nll": nll}
-
-    def _of_pairs(self, xp: Any, d: Array) -> Array:
-        """The loss for each difference of two utilities."""
-        if self.kind == "ipo":
-            return (d - 1 / (2 * self.beta)) ** 2
-        if self.kind == "hinge":
-            return xp.maximum(1 - self.beta * d, xp.zeros_like(d))
-        if self.kind == "orpo":
-            return self.beta * losses.softplus(xp, -d)
-        if self.kind == "simpo":
-            return losses.softplus(xp, self.margin - self.beta * d)
-        right, wrong = losses.softplus(xp, -self.beta * d), losses.softplus(xp, self.beta * d)
-        if self.kind == "robust":
-            return ((1 - self.smoothing) * right - self.smoothing * wrong) / (1 - 2 * self.smoothing)
-        return (1 - self.smoothing) * right + self.smoothing * wrong if self.smoothing else right
-
-    def _grid(self, xp: Any, u: Array, batch: Mapping[str, Array]) -> Array:
-        """[R] utilities -> [N, K], a row per prompt; `NOTHING` where there is no completion."""
-        real = batch["real"]
-        return losses.select(xp, real, xp.reshape(u, real.shape)) + xp.where(real, 0.0, NOTHING)
-
-
 class PreferenceOptimisation(Offline):
     produces = "policy"
 
     @dataclass(frozen=True)
     class Config:
-        loss: Literal["dpo", "robust", "hinge", "ipo", "simpo", "orpo", "kto"] = setting("dpo", "See `PreferenceLoss`.")
+        loss: Literal["dpo", "robust", "hinge", "ipo", "simpo", "orpo", "kto"] = setting("dpo", "See `PairLoss` and `KTOLoss`.")
         beta: float = setting(0.1, "β: the smaller it is, the farther the policy may move from the reference.", above=0)
         logprobs: Literal["sum", "mean"] = setting(
             "sum", "Sum or mean over a completion's tokens (DPO: sum; IPO, SimPO, ORPO: mean)."
@@ -168,8 +93,12 @@ class PreferenceOptimisation(Offline):
             return self.loss not in WITHOUT_REFERENCE
 
         def make_loss(self) -> PreferenceLoss:
-            mean, ranked = self.logprobs == "mean", self.ranking == "plackett_luce"
-            return PreferenceLoss(self.loss, self.beta, self.label_smoothing, self.margin, mean, ranked, self.nll_coef)
+            shared: dict[str, Any] = {"beta": self.beta, "mean": self.logprobs == "mean", "nll_coef": self.nll_coef}
+            if self.loss == "kto":
+                return KTOLoss(desirable=self.desirable, undesirable=self.undesirable, **shared)
+            if self.ranking == "plackett_luce":
+                return PlackettLuceLoss(**shared)
+            return PairLoss(kind=self.loss, smoothing=self.label_smoothing, margin=self.margin, **shared)
 
     def __init__(self, config: Config, context: Context):
         super().__init__(config, context)
@@ -217,7 +146,7 @@ class PreferenceOptimisation(Offline):
 
     def terms(self, rankings: Sequence[Ranking]) -> list[Term]:
         """Micro-batches of whole rankings. Each prompt has ``most`` rows, so that only one shape is compiled."""
-        z = self.mismatch(rankings) if self.config.loss == "kto" else 0.0
+        z = self.mismatch(rankings) if self.config.loss == "kto" else None
         n, winners = len(rankings), sum(len(ranking.rows[0].response) for ranking in rankings)
         size = self.config.micro_batch_size or n
         terms = []
@@ -227,7 +156,7 @@ class PreferenceOptimisation(Offline):
             terms.append(self.term([*here, *[rankings[part.start]] * padding], len(here), n, winners, z))
         return terms
 
-    def term(self, rankings: Sequence[Ranking], real: int, n: int, winners: int, z: float) -> Term:
+    def term(self, rankings: Sequence[Ranking], real: int, n: int, winners: int, z: float | None) -> Term:
         """One micro-batch, of which only the first ``real`` rankings count. The whole batch has ``n`` prompts and ``winners``
         tokens of best completions."""
         k = self.most
@@ -244,15 +173,10 @@ class PreferenceOptimisation(Offline):
             "lengths": np.maximum(rows.response_mask.sum(axis=1), 1).astype(np.float32),
         }
         batch |= preference_arrays(both / np.maximum(counts * (counts - 1) / 2, 1)[:, None, None] / n, there, n)
-        if self.loss.plackett_luce:
-            batch["rankings"] = ((counts > 0) / n).astype(np.float32)
+        batch |= self.loss.arrays(ranks, there, n)
         if self.loss.nll_coef:
             batch["nll_weights"] = encoding.token_weights(rows.mask & (batch["best"] > 0)[:, None], winners)
-        if self.loss.kind == "kto":
-            c, good = self.config, there & (ranks == ranks[:, :1])
-            batch["sign"] = np.where(good, 1, -1).reshape(-1).astype(np.float32)
-            weight = np.where(good, c.desirable, c.undesirable) * there / np.maximum(counts, 1)[:, None] / n
-            batch["kto"] = weight.reshape(-1).astype(np.float32)
+        if z is not None:
             batch["z"] = np.full(len(filled), z, np.float32)
         return Term(self.loss, rows, batch)
 
@@ -311,24 +235,6 @@ class PreferenceOptimisation(Offline):
 
     def result(self) -> Model:
         return self.learner.averaged("policy")
-
-
-def preference_arrays(pairs: np.ndarray, real: np.ndarray, prompts: int) -> dict[str, np.ndarray]:
-    """The arrays from which `PreferenceLoss` reads how completions compare. It also reads its rows' ``mask``, ``ref`` and
-    ``lengths``.
-
-    Args:
-      pairs: [N, K, K], the weight of preferring completion i of a prompt to completion j. Over the whole update the weights sum
-        to 1, or to less where ties are left out.
-      real: bool [N, K], False where a prompt has fewer completions. Completion k of prompt n is row n · K + k.
-      prompts: number of prompts in the whole update.
-    """
-    wins, defeats = np.any(pairs > 0, axis=2), np.any(pairs > 0, axis=1)
-    best, worst = wins & ~defeats, defeats & ~wins
-    first = best & (np.cumsum(best, axis=1) == 1)
-    last = worst & (np.cumsum(worst[:, ::-1], axis=1)[:, ::-1] == 1)
-    flat = {name: (rows / prompts).reshape(-1).astype(np.float32) for name, rows in (("best", first), ("worst", last))}
-    return {"real": real, "pairs": pairs.astype(np.float32), **flat}
 
 
 def _flat(parts: Sequence[np.ndarray], k: int) -> np.ndarray:

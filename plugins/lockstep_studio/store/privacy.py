@@ -62,7 +62,9 @@ def held_back(connection: Connection) -> Iterator[dict[str, Any]]:
 
 def decide(connection: Connection, kind: str, number: int, decision: str, now: float) -> None:
     """'release' lets the text leave with the next round; 'withhold' keeps it back for good."""
-    sql = "UPDATE findings SET decision = ?, decided = ? WHERE kind = ? AND id = ? AND found != '[]'"
+    sql = (
+        "UPDATE findings SET decision = ?, decided = ? WHERE kind = ? AND id = ? AND found != '[]' AND decision IS NOT 'withhold'"
+    )
     connection.execute(sql, (decision, now, kind, number))
 
 
