@@ -35,7 +35,7 @@ from lockstep_torch.device import TorchDevice
 from lockstep_torch.generation import Decoding
 from lockstep_torch.learner import TorchLearner
 from lockstep_torch.lora import adapted
-from lockstep_torch.mesh import Root, TensorAxis, divide_matmuls
+from lockstep_torch.mesh import Mesh, Root, TensorAxis, divide_matmuls
 from lockstep_torch.model import Block, Scalar, TorchModel
 from lockstep_torch.network import Network, ScalarHead
 from lockstep_torch.policies import Decoder
@@ -58,7 +58,7 @@ class TorchPlanner:
         self.memory = torch.cuda.get_device_properties(here).total_memory if on_cuda else None
         self.process = 0 if on_cuda else PROCESS
         if self.devices > 1:
-            self.backend.mesh = Share(self.rows, self.tensor)  # type: ignore[assignment]  # in place of a mesh of processes
+            self.backend.mesh = OneProcess(self.rows, self.tensor)
 
     def held(self, blueprint: Blueprint) -> tuple[int, int]:
         matmuls = blueprint.multiplied if blueprint.adapter is None else 0
@@ -217,9 +217,9 @@ class TorchPlanner:
             hook.remove()
 
 
-class Share:
-    """Stands in for `lockstep_torch.mesh.Mesh`: the first process of a mesh that divides rows into ``row_parts``. Its weights are
-    whole, except that it has only its part along the axis ``tensor``."""
+class OneProcess(Mesh):
+    """The first process of a mesh, without the others: it has its part of the rows, and of the matmuls that the axis ``tensor``
+    divides. All other weights are whole."""
 
     def __init__(self, row_parts: int, tensor: int):
         self.row_parts, self.tensor = row_parts, OnePart(tensor) if tensor > 1 else None
