@@ -32,8 +32,9 @@ from lockstep.models.architecture import SCALAR_HEAD
 from lockstep.processes import ALONE, Processes
 from lockstep.registry import registry
 from lockstep.runs.asked_once import SharedLabeler, SharedRewardModel
+from lockstep.runs.components import Chosen
 from lockstep.runs.experiment import Experiment
-from lockstep.runs.stages import NEW, Chosen, Stage
+from lockstep.runs.stages import NEW, Stage
 from lockstep.storage.files import read_object, write_json
 from lockstep.storage.records import MADE_BY, OUTPUT, read_record
 from lockstep.storage.sources import fetch_folder

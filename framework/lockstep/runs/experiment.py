@@ -11,27 +11,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import logging
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lockstep.config.root import ConfigGroup, check_groups, completed, component_config, component_name
+from lockstep.config.root import ConfigGroup, check_groups, completed, component_config
 from lockstep.config.schema import parse
 from lockstep.config.secrets import without_secrets
-from lockstep.data.mixture import TWINS
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing, short
 from lockstep.models.checkpoint import context_of
 from lockstep.registry import registry
 from lockstep.runs import identity
 from lockstep.runs.attacks import AttackConfig
 from lockstep.runs.collection import CollectionConfig
+from lockstep.runs.components import Chosen, Components
 from lockstep.runs.evaluation import EvaluationConfig
-from lockstep.runs.rounds import SEEDS_APART, Scope, in_rounds
-from lockstep.runs.stages import MIXED, NEW, Chosen, Stage, StageConfig
+from lockstep.runs.kinds import checked
+from lockstep.runs.rounds import Scope, in_rounds
+from lockstep.runs.stages import NEW, Stage
 from lockstep.runs.store import RunFolder, StageFolder, decisive
 from lockstep.storage.names import NOT_RUNS, checked_name, in_a_name, root_folder
 from lockstep.storage.records import RUN, STAGES, read_record
@@ -61,16 +60,19 @@ class Experiment:
             if config[key] is not None:
                 parse(cls, config[key], key)
         self.backend_name: str = config["backend"]["name"]
-        self.backend = self._component("backend", config["backend"])
-        self.data = self._component("data", config["data"])
-        self.policy = self._component("policy", config["policy"])
-        self.tracker = self._component("tracker", config["tracker"])
-        self.engine = self._chosen_if_any("engine", config["engine"])
+        components = Components(self.backend_name)
+        self.backend, self.data, self.policy, self.tracker = (
+            (chosen.component, chosen.config)
+            for chosen in (components.of(kind, config[kind]) for kind in ("backend", "data", "policy", "tracker"))
+        )
+        engine = components.if_any("engine", config["engine"])
         self.stages: dict[str, Stage] = {}
         for name, group, scope, number in _in_order(config["stages"]):
             if name in self.stages:
                 raise ConfigError(f"Two stages are called '{short(name)}', one of them in rounds. Rename either.")
-            if stage := self._stage(name, group, scope, number):
+            if stage := checked(
+                name, group, scope, number, components=components, engine=engine, run_seed=self.seed, before=self.stages
+            ):
                 self._check_context(stage)
                 self.stages[name] = stage
         if config["environment"] is not None and not any(stage.environment for stage in self.stages.values()):
@@ -187,17 +189,6 @@ class Experiment:
         named = [*(name for name, _ in stage.inputs), *stage.files, *policy.inputs(config).files]
         return sorted({name for name in named if name not in self.stages and Path(name).exists()})
 
-    def _component(self, kind: str, group: ConfigGroup) -> tuple[type[Any], Any]:
-        name = component_name(group, kind)
-        cls = registry().resolve(kind, name, self.backend_name if kind != "backend" else name)
-        return cls, component_config(cls, group, kind)
-
-    def _chosen(self, kind: str, group: ConfigGroup) -> Chosen:
-        return Chosen(*self._component(kind, group), group)
-
-    def _chosen_if_any(self, kind: str, group: ConfigGroup | None) -> Chosen | None:
-        return None if group is None else self._chosen(kind, group)
-
     def _check_context(self, stage: Stage) -> None:
         """Check the stage's length limits.
 
@@ -230,184 +221,9 @@ class Experiment:
                 f"evaluate/heldout/ppo/gold. Stages: {listing(self.stages)}."
             )
 
-    def _scorers(self, group: Mapping[str, Any] | None) -> Iterator[Chosen]:
-        """A reward model, and its members."""
-        if group is not None:
-            scorer = self._chosen("reward_model", dict(group))
-            yield scorer
-            yield from self._members(scorer)
-
-    def _members(self, chosen: Chosen) -> Iterator[Chosen]:
-        """The reward models that a component combines, and their members."""
-        for member in chosen.component.inputs(chosen.config).members:
-            yield from self._scorers(member)
-
-    def _stage(self, name: str, group: ConfigGroup, scope: Scope, number: int) -> Stage | None:
-        """The checked stage; None if it is left out."""
-        stage, where = parse(StageConfig, group, f"stages.{name}"), f"stages.{name}"
-        if sum(each is not None for each in (stage.algorithm, stage.evaluation, stage.collection, stage.attack)) != 1:
-            raise ConfigError(f"{where} needs one of algorithm, evaluation, collection and attack.")
-        if stage.algorithm and stage.only_if and stage.only_if not in stage.algorithm:
-            log.info(
-                "no stage %s: %s has no %s", name, component_name(stage.algorithm, f"stages.{name}.algorithm"), stage.only_if
-            )
-            return None
-        seed = self.seed + stage.seed_offset + SEEDS_APART * (number - 1)
-        if not 0 <= seed < 2**63:
-            raise ConfigError(
-                f"stages.{name}.seed_offset={stage.seed_offset} makes the seed {seed}. It must be from 0 to 2**63 - 1."
-            )
-        scorers = tuple(self._scorers(stage.reward_model))
-        if stage.environment is None and (needy := next((s for s in scorers if s.component.needs_environment), None)):
-            raise ConfigError(
-                f"stages.{name}: reward_model={needy.group['name']} scores episodes with an environment, and the stage has none. "
-                "Choose one: environment=NAME."
-            )
-        common: dict[str, Any] = {
-            "reward_model": stage.reward_model, "scorers": scorers, "seed": seed, "scope": scope, "round": number,
-            "environment": self._chosen_if_any("environment", stage.environment), "engine": self.engine,
-        }  # fmt: skip
-        mixed = {noun: names for noun in MIXED if (names := getattr(stage, noun))}
-        if stage.shares is not None and [len(names) for names in mixed.values()] != [len(stage.shares)]:
-            raise ConfigError(f"{where}.shares={list(stage.shares)} needs as many sources, in comparisons or in demonstrations.")
-        if mixed and stage.algorithm is None and not (stage.collection and set(mixed) == {"prompts"}):
-            raise ConfigError(f"{where} trains nothing, so it takes no {listing(mixed)}. Remove the key.")
-        mixes = {noun: _sources(names, stage.shares, scope) for noun, names in mixed.items()}
-        if stage.collection is None and stage.labeler is not None:
-            raise ConfigError(f"{where} has a labeler, which only a collection has. Remove it.")
-        if stage.attack is None and stage.attacker is not None:
-            raise ConfigError(f"{where} has an attacker, and no attack. Write attack: {{}}, or remove it.")
-        if stage.policies is not None and stage.collection is None and stage.attack is None:
-            raise ConfigError(f"{where} has policies, which collections and attacks have. Remove them.")
-        if stage.algorithm is not None:
-            checked = self._training(name, stage.algorithm, stage, mixes, common)
-        elif stage.evaluation is not None:
-            checked = self._evaluation(name, stage.evaluation, common)
-        elif stage.collection is not None:
-            checked = self._collection(name, stage, mixes, common)
-        else:
-            checked = self._attack(name, stage, common)
-        for source, kind in checked.inputs:
-            if not source:
-                empty = listing(f"{where}.{key}" for key in _empty(group))
-                raise ConfigError(f"{where} reads a stage or a folder, and the key that names it is empty: {empty}.")
-            if source in self.stages:
-                if kind not in self.stages[source].provides:
-                    made = self.stages[source].produces
-                    raise ConfigError(f"stages.{name} needs a {kind} from the stage '{source}', which makes a {made}.")
-            elif not Path(source).is_dir() and not ((opened := (source, kind) in checked.declared) and is_hub_id(source)):
-                hub = f" A public {kind.replace('_', ' ')} is a folder or a hub id, owner/name." if opened else ""
-                raise ConfigError(
-                    f"stages.{name} reads the stage '{source}', which does not come before it."
-                    f"{did_you_mean(source, self.stages)} Before it: {listing(self.stages)}.{hub}"
-                )
-        return checked
-
-    def _training(
-        self, name: str, algorithm: ConfigGroup, stage: StageConfig, mixes: Mapping[str, Mapping[str, float | None]],
-        common: Mapping[str, Any],
-    ) -> Stage:  # fmt: skip
-        where, scope = f"stages.{name}", common["scope"]
-        merged = _merge(algorithm, stage.changes or {}, f"{where}.changes")
-        cls = registry().resolve("algorithm", component_name(merged, f"{where}.algorithm"), self.backend_name)
-        config = component_config(cls, merged, f"{where}.algorithm")
-        if cls.needs_reward_model and stage.reward_model is None:
-            raise ConfigError(f"{where} ({merged['name']}) needs a reward_model.")
-        if stage.policy is None:
-            raise ConfigError(f"{where} needs a policy to start from: '{NEW}' or an earlier stage.")
-        if stage.environment is not None and not cls.takes_environment:
-            raise ConfigError(f"{where} ({merged['name']}) takes no environment. Remove {where}.environment.")
-        policy = scope.one(stage.policy, where)
-        if cls.traits(config).data != "prompts":
-            common = {**common, "engine": None}  # it samples nothing
-        return Stage(name, "train", cls, config, merged, policy, **common, mixes=mixes)
-
-    def _evaluation(self, name: str, group: ConfigGroup, common: Mapping[str, Any]) -> Stage:
-        where, scope = f"stages.{name}", common["scope"]
-        given = parse(EvaluationConfig, group, f"{where}.evaluation")
-        named = [policy for each in given.policies or () for policy in scope.all(each)]
-        trained = [stage.name for stage in self.stages.values() if stage.produces == "policy"]
-        evaluation = group | {"policies": named or trained, "baseline": scope.one(given.baseline, where)}
-        splits = [each for split in given.splits for each in scope.all(split)]
-        attacked = tuple(split for split in splits if split in self.stages)
-        evaluation["splits"] = [each for split in splits for each in (split, *([split + TWINS] if split in attacked else []))]
-        config = parse(EvaluationConfig, evaluation, f"{where}.evaluation")
-        judges = [scorer for group in config.judges.values() for scorer in self._scorers(group)]
-        common = {**common, "scorers": (*common["scorers"], *judges)}
-        if config.best_of and common["reward_model"] is None:
-            raise ConfigError(f"{where}: best_of={config.best_of} ranks by a reward_model. Name one, or set it to 0.")
-        before = {policy: self._before(policy) for policy in config.policies or ()}
-        follows = {policy: last for policy, last in before.items() if last is not None and last in before}
-        return Stage(name, "evaluate", None, config, evaluation, None, **common, follows=follows, attacked=attacked)
-
-    def _before(self, name: str) -> str | None:
-        """For a stage in rounds, the stage that ``last.STAGE`` means there: the same one in the previous round."""
-        if (stage := self.stages.get(name)) is None:
-            return None
-        (before,) = stage.scope.all(f"last.{name.removesuffix(f'_{stage.round}')}") or (None,)
-        return before
-
-    def _collection(
-        self, name: str, stage: StageConfig, mixes: Mapping[str, Mapping[str, float | None]], common: Mapping[str, Any]
-    ) -> Stage:
-        where, scope = f"stages.{name}", common["scope"]
-        config = parse(CollectionConfig, stage.collection, f"{where}.collection")
-        policies = _meant(stage.policies or (), scope)
-        if not policies:
-            raise ConfigError(f"{where} collects responses of no policy. Name stages: {where}.policies=[sft].")
-        if len(policies) > config.samples:
-            raise ConfigError(
-                f"{where}: {len(policies)} policies share collection.samples={config.samples} responses to a prompt. Raise it to "
-                f"{len(policies)} or name fewer policies: {', '.join(policies)}."
-            )
-        if stage.environment is not None:
-            raise ConfigError(f"{where} collects single responses, without an environment. Remove {where}.environment.")
-        if stage.labeler is None:
-            raise ConfigError(f"{where} has no labeler. Choose who ranks: labeler=people, or labeler=scores for a reward model.")
-        group = {"collection": stage.collection, "policies": list(policies)}
-        own = self._with_members("labeler", stage.labeler, common)
-        return Stage(name, "collect", None, config, group, None, **own, policies=policies, mixes=mixes)
-
-    def _attack(self, name: str, stage: StageConfig, common: Mapping[str, Any]) -> Stage:
-        where, scope = f"stages.{name}", common["scope"]
-        config = parse(AttackConfig, stage.attack or {}, f"{where}.attack")
-        policies = _meant(stage.policies or (), scope)
-        if not policies:
-            raise ConfigError(f"{where} attacks no policy. Name stages: {where}.policies=[sft].")
-        if stage.reward_model is None:
-            raise ConfigError(
-                f"{where} needs a judge, a reward model that says whether an attack succeeded: {where}.reward_model."
-            )
-        if stage.environment is not None:
-            raise ConfigError(f"{where} attacks without an environment. Remove {where}.environment.")
-        if stage.attacker is None:
-            raise ConfigError(f"{where} has no attacker. Choose who writes the attacks: attacker=templates or attacker=policy.")
-        group = {"attack": stage.attack, "policies": list(policies)}
-        own = self._with_members("attacker", stage.attacker, common)
-        return Stage(name, "attack", None, config, group, None, **own, policies=policies)
-
-    def _with_members(self, kind: str, group: ConfigGroup, common: Mapping[str, Any]) -> dict[str, Any]:
-        """``common``, with a component and the reward models that it combines added."""
-        chosen = self._chosen(kind, group)
-        return {**common, kind: chosen, "scorers": (*common["scorers"], *self._members(chosen))}
-
 
 def _group(chosen: Chosen | None) -> ConfigGroup | None:
     return None if chosen is None else chosen.group
-
-
-def _meant(names: Sequence[str], scope: Scope) -> tuple[str, ...]:
-    """The distinct stages that the names mean, in order."""
-    return tuple(dict.fromkeys(stage for name in names for stage in scope.all(name)))
-
-
-def _empty(group: Mapping[str, Any]) -> Iterator[str]:
-    """The keys whose value is, or contains, an empty string."""
-    for key, value in group.items():
-        if isinstance(value, Mapping):
-            yield from (f"{key}.{inner}" for inner in _empty(value))
-        elif value == "" or (isinstance(value, (list, tuple)) and "" in value):
-            yield key
 
 
 def _in_order(stages: Mapping[str, ConfigGroup]) -> Iterator[tuple[str, ConfigGroup, Scope, int]]:
@@ -420,20 +236,6 @@ def _in_order(stages: Mapping[str, ConfigGroup]) -> Iterator[tuple[str, ConfigGr
         *inside, (_, _, after, _) = in_rounds(name, group)
         yield from ((stage, each, scope | inner, number) for stage, each, inner, number in inside)
         scope |= after
-
-
-def _sources(names: Sequence[str], shares: Sequence[float] | None, scope: Scope) -> dict[str, float | None]:
-    """{source: its share}; a name that means several stages divides its share among them."""
-    found: dict[str, float | None] = {}
-    for name, share in itertools.zip_longest(names, shares or ()):
-        stages = scope.all(name)
-        found |= {stage: None if share is None else share / len(stages) for stage in stages}
-    return found
-
-
-def is_hub_id(source: str) -> bool:
-    """True for owner/name. False if ``owner`` is a local folder: ``source`` is then taken for a path that does not exist."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(source).parent.is_dir()
 
 
 def run_name(config: Mapping[str, Any]) -> str:
@@ -480,14 +282,3 @@ def _up_to_date(content: ConfigGroup, fingerprint: str | None) -> bool:
         and content["data"]["fingerprint"] == fingerprint
         and all(Path(path).exists() and identity.folder_digest(path) == digest for path, digest in content["folders"].items())
     )
-
-
-def _merge(group: ConfigGroup, changes: ConfigGroup, where: str) -> ConfigGroup:
-    """``group`` with ``changes`` merged in. Raises ConfigError if a change has an unknown key."""
-    if unknown := [k for k in changes if k not in group]:
-        raise ConfigError(f"Unknown key {where}.{unknown[0]}.{did_you_mean(str(unknown[0]), group)} Known: {listing(group)}.")
-    return {
-        key: _merge(value, changes[key], f"{where}.{key}") if isinstance(value, dict) and isinstance(changes.get(key), dict)
-        else changes.get(key, value)
-        for key, value in group.items()
-    }  # fmt: skip

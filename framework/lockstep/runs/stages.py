@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lockstep.config.root import ConfigGroup
 from lockstep.config.schema import setting
 from lockstep.data.mixture import DATA, GOALS
 from lockstep.interfaces import Algorithm, DataSource
+from lockstep.runs.components import Chosen
 from lockstep.runs.evaluation import EvaluationConfig
 from lockstep.runs.rounds import Scope
 
@@ -53,15 +54,6 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A component that a stage uses, and its configuration, parsed from ``group``."""
-
-    component: type[Any]
-    config: Any
-    group: ConfigGroup
-
-
-@dataclass(frozen=True)
 class Stage:
     """One checked stage.
 
@@ -77,14 +69,14 @@ class Stage:
     """
 
     name: str
-    kind: str  # 'train', 'evaluate', 'collect' or 'attack'
-    component: type[Algorithm] | None
-    config: Any
-    group: ConfigGroup
-    policy: str | None
     reward_model: ConfigGroup | None
     scorers: tuple[Chosen, ...]
     seed: int
+    kind: Literal["train", "evaluate", "collect", "attack"] = "train"
+    component: type[Algorithm] | None = None
+    config: Any = None
+    group: ConfigGroup = field(default_factory=dict)
+    policy: str | None = None
     environment: Chosen | None = None
     engine: Chosen | None = None
     scope: Scope = Scope()
@@ -95,6 +87,11 @@ class Stage:
     labeler: Chosen | None = None
     attacker: Chosen | None = None
     attacked: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """What errors call it."""
+        return f"stages.{self.name}"
 
     @property
     def produces(self) -> str:
@@ -171,11 +168,10 @@ class Stage:
     @property
     def declared(self) -> list[tuple[str, str]]:
         """The ``inputs`` that its components open themselves."""
-        where = f"stages.{self.name}"
         named = [source for each in self._components for source in each.component.inputs(each.config).outputs.items()]
         return [
             (source, kind) for name, kind in named
-            for source in (self.scope.all(name) if kind == "prompts" else (self.scope.one(name, where),))
+            for source in (self.scope.all(name) if kind == "prompts" else (self.scope.one(name, self.where),))
         ]  # fmt: skip
 
     @property

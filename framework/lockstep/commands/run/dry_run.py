@@ -19,7 +19,8 @@ from lockstep.models.architecture import SCALAR_HEAD
 from lockstep.models.checkpoint import check_files, describe, is_adapter, survey
 from lockstep.reporting.console import Console
 from lockstep.runs.assembly import Assembly, load_own_tokenizer, opener
-from lockstep.runs.experiment import Experiment, is_hub_id
+from lockstep.runs.experiment import Experiment
+from lockstep.runs.kinds import is_hub_id
 from lockstep.runs.runner import known_once
 from lockstep.runs.stages import NEW, Stage
 from lockstep.text import encoding

@@ -1,0 +1,251 @@
+"""The stages of an experiment, checked: one function for what all kinds of stage share, and one for each kind.
+
+A stage trains (``algorithm``), evaluates (``evaluation``), collects labels (``collection``) or attacks (``attack``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lockstep.config.root import ConfigGroup, component_name
+from lockstep.config.schema import parse
+from lockstep.data.mixture import TWINS
+from lockstep.errors import ConfigError, did_you_mean, listing
+from lockstep.runs.attacks import AttackConfig
+from lockstep.runs.collection import CollectionConfig
+from lockstep.runs.components import Chosen, Components
+from lockstep.runs.evaluation import EvaluationConfig
+from lockstep.runs.rounds import SEEDS_APART, Scope
+from lockstep.runs.stages import MIXED, NEW, Stage, StageConfig
+
+log = logging.getLogger("lockstep")
+
+
+def checked(
+    name: str, group: ConfigGroup, scope: Scope, number: int, *, components: Components, engine: Chosen | None, run_seed: int,
+    before: Mapping[str, Stage],
+) -> Stage | None:  # fmt: skip
+    """The stage that a group describes; None if it is left out.
+
+    Args:
+      scope: what the names of stages mean in it.
+      number: its round, from 1.
+      before: the stages before it.
+
+    Raises:
+      LockstepError: something is wrong with it.
+    """
+    given, where = parse(StageConfig, group, f"stages.{name}"), f"stages.{name}"
+    if sum(each is not None for each in (given.algorithm, given.evaluation, given.collection, given.attack)) != 1:
+        raise ConfigError(f"{where} needs one of algorithm, evaluation, collection and attack.")
+    if given.algorithm and given.only_if and given.only_if not in given.algorithm:
+        log.info("no stage %s: %s has no %s", name, component_name(given.algorithm, f"{where}.algorithm"), given.only_if)
+        return None
+    seed = run_seed + given.seed_offset + SEEDS_APART * (number - 1)
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"{where}.seed_offset={given.seed_offset} makes the seed {seed}. It must be from 0 to 2**63 - 1.")
+    scorers = tuple(components.scorers(given.reward_model))
+    if given.environment is None and (needy := next((s for s in scorers if s.component.needs_environment), None)):
+        raise ConfigError(
+            f"{where}: reward_model={needy.group['name']} scores episodes with an environment, and the stage has none. "
+            "Choose one: environment=NAME."
+        )
+    base = Stage(
+        name=name,
+        reward_model=given.reward_model,
+        scorers=scorers,
+        seed=seed,
+        environment=components.if_any("environment", given.environment),
+        engine=engine,
+        scope=scope,
+        round=number,
+        mixes=mixes(given, scope, where),
+    )
+    refuse_others(given, where)
+    if given.algorithm is not None:
+        stage = training(base, given, given.algorithm, components)
+    elif given.evaluation is not None:
+        stage = evaluation(base, given.evaluation, components, before)
+    elif given.collection is not None:
+        stage = collection(base, given, given.collection, components)
+    else:
+        stage = attack(base, given, given.attack or {}, components)
+    check_inputs(stage, group, before)
+    return stage
+
+
+def training(base: Stage, given: StageConfig, algorithm: ConfigGroup, components: Components) -> Stage:
+    where = base.where
+    chosen = components.of("algorithm", _merge(algorithm, given.changes or {}, f"{where}.changes"), f"{where}.algorithm")
+    cls, name = chosen.component, chosen.group["name"]
+    if cls.needs_reward_model and given.reward_model is None:
+        raise ConfigError(f"{where} ({name}) needs a reward_model.")
+    if given.policy is None:
+        raise ConfigError(f"{where} needs a policy to start from: '{NEW}' or an earlier stage.")
+    if given.environment is not None and not cls.takes_environment:
+        raise ConfigError(f"{where} ({name}) takes no environment. Remove {where}.environment.")
+    samples = cls.traits(chosen.config).data == "prompts"
+    policy, engine = base.scope.one(given.policy, where), base.engine if samples else None
+    return replace(base, kind="train", component=cls, config=chosen.config, group=chosen.group, policy=policy, engine=engine)
+
+
+def evaluation(base: Stage, group: ConfigGroup, components: Components, before: Mapping[str, Stage]) -> Stage:
+    where, scope = base.where, base.scope
+    given = parse(EvaluationConfig, group, f"{where}.evaluation")
+    named = [policy for each in given.policies or () for policy in scope.all(each)]
+    trained = [stage.name for stage in before.values() if stage.produces == "policy"]
+    splits = [each for split in given.splits for each in scope.all(split)]
+    attacked = tuple(split for split in splits if split in before)
+    whole = group | {
+        "policies": named or trained,
+        "baseline": scope.one(given.baseline, where),
+        "splits": [each for split in splits for each in (split, *([split + TWINS] if split in attacked else []))],
+    }
+    config = parse(EvaluationConfig, whole, f"{where}.evaluation")
+    judges = [scorer for judge in config.judges.values() for scorer in components.scorers(judge)]
+    if config.best_of and base.reward_model is None:
+        raise ConfigError(f"{where}: best_of={config.best_of} ranks by a reward_model. Name one, or set it to 0.")
+    last = {policy: _of_last_round(policy, before) for policy in config.policies or ()}
+    follows = {policy: other for policy, other in last.items() if other is not None and other in last}
+    scorers = (*base.scorers, *judges)
+    return replace(base, kind="evaluate", config=config, group=whole, scorers=scorers, follows=follows, attacked=attacked)
+
+
+def collection(base: Stage, given: StageConfig, group: ConfigGroup, components: Components) -> Stage:
+    where = base.where
+    config = parse(CollectionConfig, group, f"{where}.collection")
+    policies = _meant(given.policies or (), base.scope)
+    if not policies:
+        raise ConfigError(f"{where} collects responses of no policy. Name stages: {where}.policies=[sft].")
+    if len(policies) > config.samples:
+        raise ConfigError(
+            f"{where}: {len(policies)} policies share collection.samples={config.samples} responses to a prompt. Raise it to "
+            f"{len(policies)} or name fewer policies: {', '.join(policies)}."
+        )
+    if given.environment is not None:
+        raise ConfigError(f"{where} collects single responses, without an environment. Remove {where}.environment.")
+    if given.labeler is None:
+        raise ConfigError(f"{where} has no labeler. Choose who ranks: labeler=people, or labeler=scores for a reward model.")
+    labeler = components.of("labeler", given.labeler)
+    scorers = (*base.scorers, *components.members(labeler))
+    own = {"collection": group, "policies": list(policies)}
+    return replace(base, kind="collect", config=config, group=own, scorers=scorers, policies=policies, labeler=labeler)
+
+
+def attack(base: Stage, given: StageConfig, group: ConfigGroup, components: Components) -> Stage:
+    where = base.where
+    config = parse(AttackConfig, group, f"{where}.attack")
+    policies = _meant(given.policies or (), base.scope)
+    if not policies:
+        raise ConfigError(f"{where} attacks no policy. Name stages: {where}.policies=[sft].")
+    if given.reward_model is None:
+        raise ConfigError(f"{where} needs a judge, a reward model that says whether an attack succeeded: {where}.reward_model.")
+    if given.environment is not None:
+        raise ConfigError(f"{where} attacks without an environment. Remove {where}.environment.")
+    if given.attacker is None:
+        raise ConfigError(f"{where} has no attacker. Choose who writes the attacks: attacker=templates or attacker=policy.")
+    attacker = components.of("attacker", given.attacker)
+    scorers = (*base.scorers, *components.members(attacker))
+    own = {"attack": given.attack, "policies": list(policies)}
+    return replace(base, kind="attack", config=config, group=own, scorers=scorers, policies=policies, attacker=attacker)
+
+
+# -------------------------------------------------------------------------------------------------- what kinds share
+
+
+def mixes(given: StageConfig, scope: Scope, where: str) -> dict[str, dict[str, float | None]]:
+    """{noun: {source: its share, or None}} of what the stage reads in place of the data's."""
+    mixed = {noun: names for noun in MIXED if (names := getattr(given, noun))}
+    if given.shares is not None and [len(names) for names in mixed.values()] != [len(given.shares)]:
+        raise ConfigError(f"{where}.shares={list(given.shares)} needs as many sources, in comparisons or in demonstrations.")
+    if mixed and given.algorithm is None and not (given.collection and set(mixed) == {"prompts"}):
+        raise ConfigError(f"{where} trains nothing, so it takes no {listing(mixed)}. Remove the key.")
+    return {noun: _sources(names, given.shares, scope) for noun, names in mixed.items()}
+
+
+def refuse_others(given: StageConfig, where: str) -> None:
+    """
+    Raises:
+      ConfigError: a key belongs to another kind of stage.
+    """
+    if given.collection is None and given.labeler is not None:
+        raise ConfigError(f"{where} has a labeler, which only a collection has. Remove it.")
+    if given.attack is None and given.attacker is not None:
+        raise ConfigError(f"{where} has an attacker, and no attack. Write attack: {{}}, or remove it.")
+    if given.policies is not None and given.collection is None and given.attack is None:
+        raise ConfigError(f"{where} has policies, which collections and attacks have. Remove them.")
+
+
+def check_inputs(stage: Stage, group: ConfigGroup, before: Mapping[str, Stage]) -> None:
+    """
+    Raises:
+      ConfigError: it reads a stage that does not come before it or makes something else, or a folder that does not exist.
+    """
+    where = stage.where
+    for source, kind in stage.inputs:
+        if not source:
+            empty = listing(f"{where}.{key}" for key in _empty(group))
+            raise ConfigError(f"{where} reads a stage or a folder, and the key that names it is empty: {empty}.")
+        if source in before:
+            if kind not in before[source].provides:
+                made = before[source].produces
+                raise ConfigError(f"{where} needs a {kind} from the stage '{source}', which makes a {made}.")
+        elif not Path(source).is_dir() and not ((opened := (source, kind) in stage.declared) and is_hub_id(source)):
+            hub = f" A public {kind.replace('_', ' ')} is a folder or a hub id, owner/name." if opened else ""
+            raise ConfigError(
+                f"{where} reads the stage '{source}', which does not come before it."
+                f"{did_you_mean(source, before)} Before it: {listing(before)}.{hub}"
+            )
+
+
+def _of_last_round(name: str, before: Mapping[str, Stage]) -> str | None:
+    """The stage that ``last.STAGE`` means in a stage of rounds."""
+    if (stage := before.get(name)) is None:
+        return None
+    (last,) = stage.scope.all(f"last.{name.removesuffix(f'_{stage.round}')}") or (None,)
+    return last
+
+
+def _meant(names: Sequence[str], scope: Scope) -> tuple[str, ...]:
+    """The distinct stages that the names mean, in order."""
+    return tuple(dict.fromkeys(stage for name in names for stage in scope.all(name)))
+
+
+def _empty(group: Mapping[str, Any]) -> Iterator[str]:
+    """The keys whose value is, or contains, an empty string."""
+    for key, value in group.items():
+        if isinstance(value, Mapping):
+            yield from (f"{key}.{inner}" for inner in _empty(value))
+        elif value == "" or (isinstance(value, (list, tuple)) and "" in value):
+            yield key
+
+
+def _sources(names: Sequence[str], shares: Sequence[float] | None, scope: Scope) -> dict[str, float | None]:
+    """{source: its share}; a name that means several stages divides its share among them."""
+    found: dict[str, float | None] = {}
+    for name, share in itertools.zip_longest(names, shares or ()):
+        stages = scope.all(name)
+        found |= {stage: None if share is None else share / len(stages) for stage in stages}
+    return found
+
+
+def is_hub_id(source: str) -> bool:
+    """True for owner/name. False if ``owner`` is a local folder: ``source`` is then taken for a path that does not exist."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(source).parent.is_dir()
+
+
+def _merge(group: ConfigGroup, changes: ConfigGroup, where: str) -> ConfigGroup:
+    """``group`` with ``changes`` merged in. Raises ConfigError if a change has an unknown key."""
+    if unknown := [k for k in changes if k not in group]:
+        raise ConfigError(f"Unknown key {where}.{unknown[0]}.{did_you_mean(str(unknown[0]), group)} Known: {listing(group)}.")
+    return {
+        key: _merge(value, changes[key], f"{where}.{key}") if isinstance(value, dict) and isinstance(changes.get(key), dict)
+        else changes.get(key, value)
+        for key, value in group.items()
+    }  # fmt: skip
