@@ -22,7 +22,7 @@ from lockstep.api.sampling import Sampling
 from lockstep.commands import chat
 from lockstep.config.compose import compose
 from lockstep.config.schema import parse
-from lockstep.errors import CheckpointError, ConfigError, DataError, MissingData, RegistryError, RewardError
+from lockstep.errors import CheckpointError, ConfigError, DataError, Diverged, MissingData, RegistryError, RewardError
 from lockstep.interfaces import Generated, Policy
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Comparison, Demonstration, Message, Prompt
@@ -403,6 +403,22 @@ def test_ctrl_c_returns_what_there_is(policy):
     better = lockstep.train(policy, "ppo", prompts=[QUESTION], reward=reward, iterations=9, **FEW)
     assert len(better.metrics) == len(calls) == 2
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_parameters_that_the_last_step_spoilt_are_an_error(policy, monkeypatch):
+    """The last step's own loss and gradients are those from before its update."""
+    from lockstep_torch.learner import TorchLearner
+
+    update = TorchLearner.update
+
+    def spoil(self, *given, **how):
+        metrics = update(self, *given, **how)
+        next(iter(self.models["policy"].tensors().values())).data.fill_(np.nan)
+        return metrics
+
+    monkeypatch.setattr(TorchLearner, "update", spoil)
+    with pytest.raises(Diverged, match=r"stopped after step 1 of 1: policy\.\S+ is not finite"):
+        lockstep.train(policy, "sft", demonstrations=[(QUESTION, "wug eats plums .")], batch_size=1, epochs=1)
 
 
 def refuses(policy, error, message, algorithm="ppo", **given):

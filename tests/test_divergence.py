@@ -16,7 +16,7 @@ from lockstep.errors import Diverged
 from lockstep.processes import ALONE
 from lockstep.reporting.console import Console
 from lockstep.reporting.health import diverged
-from lockstep.runs.runner import Runner, spoilt
+from lockstep.runs.loop import Loop, spoilt
 from lockstep.runs.store import Records, StageFolder
 from lockstep.storage.files import read_json
 from lockstep.storage.weights import read_tensors, write_tensors
@@ -60,14 +60,11 @@ class Scripted:
 
 
 def train(folder, algorithm, first=0, checkpoint_every=1):
-    """`Runner.train` and nothing around it; the checkpoints that it left."""
-    runner: Any = SimpleNamespace(
-        experiment=SimpleNamespace(config={"samples_every": 9, "checkpoint_every": checkpoint_every}),
-        console=Console(), processes=ALONE, _machine=dict,
-    )  # fmt: skip
+    """The loop and nothing around it; the checkpoints that it left."""
     tracker: Any = SimpleNamespace(log=lambda *_: None, alert=lambda *_: None)
     stage = StageFolder(folder / "sft-torch-0123")
-    Runner.train(runner, "sft", algorithm, stage, tracker, Records(stage.path), first, {})
+    records = Records(stage.path)
+    Loop("sft", algorithm, stage, records, tracker, Console(), ALONE, {}, 9, checkpoint_every).run(first, {})
     return kept(stage)
 
 

@@ -21,6 +21,7 @@ from lockstep.registry import registry
 from lockstep.reporting.console import Console
 from lockstep.reporting.health import NOT_FINITE, Health, diverged
 from lockstep.runs.interrupts import GracefulStop
+from lockstep.runs.loop import spoilt
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Comparison, Demonstration, Prompt
 
@@ -99,9 +100,11 @@ def _steps(name: str, trainer: Algorithm, console: Console) -> list[dict[str, fl
             rows.append(trainer.step(step))
             for finding in health.watch(step, rows[-1]):
                 log.warning("step %d: %s. %s", step, finding.name, finding.message)
-            if wrong := diverged(rows[-1]):
+            ends = stop.asked or step + 1 == trainer.total_steps
+            if wrong := diverged(rows[-1]) or (spoilt(trainer.learner) if ends else []):
                 where = f"{name} stopped after step {step + 1} of {trainer.total_steps}"
-                raise Diverged(f"{where}: {listing(wrong)} not finite. {NOT_FINITE.meaning} Try: {NOT_FINITE.advice}")
+                verb = "is" if len(wrong) == 1 else "are"
+                raise Diverged(f"{where}: {listing(wrong)} {verb} not finite. {NOT_FINITE.meaning} Try: {NOT_FINITE.advice}")
             progress(step + 1, rows[-1])
             if stop.asked:
                 log.warning("stopped after step %d of %d: returning the result so far", step + 1, trainer.total_steps)

@@ -1,5 +1,5 @@
-"""Runs an experiment's stages in order: reuses finished ones, resumes unfinished ones, records everything. `Runner.train` is
-the loop: step, log, checkpoint. Ctrl-C stops it cleanly."""
+"""Runs an experiment's stages in order: reuses finished ones, resumes unfinished ones, records everything. ``loop.py`` has the
+training loop."""
 
 from __future__ import annotations
 
@@ -26,12 +26,10 @@ from lockstep.data.labels import (
     prompt_line,
 )
 from lockstep.data.mixture import TWINS
-from lockstep.errors import Diverged, Stopped, Waiting
-from lockstep.interfaces import Algorithm, Backend, DataSource, Learner, Tracker
+from lockstep.errors import Stopped, Waiting
+from lockstep.interfaces import Backend, DataSource, Tracker
 from lockstep.launchers import cores
-from lockstep.learning.served import Served
 from lockstep.reporting.console import Console
-from lockstep.reporting.health import NOT_FINITE, Health, diverged
 from lockstep.reporting.provenance import code_state
 from lockstep.reporting.tracking import Silent
 from lockstep.runs import identity
@@ -41,13 +39,13 @@ from lockstep.runs.attacks import kept as kept_attacks
 from lockstep.runs.collection import CollectionConfig, Collector, kept, labelled, measures
 from lockstep.runs.evaluation import EvaluationConfig, Evaluator, prompts_of
 from lockstep.runs.experiment import Experiment
-from lockstep.runs.interrupts import GracefulStop, terminable
+from lockstep.runs.interrupts import terminable
+from lockstep.runs.loop import Loop
 from lockstep.runs.measures import flatten
 from lockstep.runs.stages import Stage
 from lockstep.runs.store import NoRecords, Records, RunFolder, StageFolder, held
 from lockstep.storage.files import dump, dump_line, finite, write_json, write_text
-from lockstep.storage.records import HEALTH, METRICS, STAGES, read_record
-from lockstep.storage.weights import not_finite
+from lockstep.storage.records import HEALTH, STAGES, read_record
 from lockstep.version import __version__
 
 log = logging.getLogger("lockstep")
@@ -196,7 +194,11 @@ class Runner:
         given = folder.path, state.get("positions"), state.get("seconds", 0.0)
         records = Records(*given) if self.processes.leads else NoRecords()
         with self._tracked(stage, folder, resume=bool(state)) as tracker:
-            metrics = self.train(stage.name, algorithm, folder, tracker, records, first, state.get("metrics", {}), engine)
+            loop = Loop(
+                stage.name, algorithm, folder, records, tracker, self.console, self.processes, self._machine(),
+                self.experiment.config["samples_every"], self.experiment.config["checkpoint_every"], engine,
+            )  # fmt: skip
+            metrics = loop.run(first, state.get("metrics", {}))
             with folder.write_output(self.processes) as output:
                 self.assembly.save(stage, algorithm, output)
             tracker.artifact(algorithm.produces, folder.output)
@@ -206,73 +208,6 @@ class Runner:
             "metrics": {k: finite(v) for k, v in metrics.items()},
             "health": list(records.rows("health", HEALTH)),
         }
-
-    def train(
-        self, name: str, algorithm: Algorithm, folder: StageFolder, tracker: Tracker, records: Records, first: int,
-        metrics: dict[str, float], engine: Served | None = None,
-    ) -> dict[str, float]:  # fmt: skip
-        """The loop, from step ``first`` on; ``metrics`` are those of the previous step. Step n depends only on the contents of
-        the checkpoint and on (seed, n).
-
-        Raises:
-          Diverged: a loss, a gradient or a parameter is not finite. Earlier checkpoints stay; no further one is saved.
-        """
-        config, health, saved = self.experiment.config, Health(), first
-        health.replay(records.rows("metrics", METRICS))
-
-        def stop_if(wrong: Sequence[str], step: int) -> None:
-            if wrong:
-                records.close()
-                raise Diverged(_diverged(name, step, algorithm.total_steps, wrong, folder, saved))
-
-        def save(step: int) -> None:
-            nonlocal saved
-            state = {
-                "algorithm": algorithm.state(),
-                "positions": records.positions(),
-                "seconds": records.seconds,
-                "metrics": {name: finite(value) for name, value in metrics.items()},
-                "machine": self._machine(),
-            }
-
-            def write(checkpoint: Path) -> None:
-                algorithm.learner.save(checkpoint)
-                if engine is not None:
-                    engine.save(checkpoint)
-
-            folder.save(step, write, state, self.processes)
-            saved = step
-
-        with GracefulStop() as stop, self.console.progress(name, first, algorithm.total_steps) as progress:
-            for step in range(first, algorithm.total_steps):
-                metrics = algorithm.step(step)
-                records.metrics(step, metrics)
-                tracker.log(metrics, step)
-                for finding in health.watch(step, metrics):
-                    log.warning("%s, step %d: %s. %s", name, step, finding.name, finding.message)
-                    records.finding(step, {"name": finding.name, "message": finding.message})
-                    tracker.alert(finding.name, finding.message, step)
-                stop_if(diverged(metrics), step + 1)
-                progress(step + 1, metrics)
-                last = step + 1 == algorithm.total_steps
-                if (last or (step + 1) % config["samples_every"] == 0) and (rows := algorithm.samples()):
-                    records.samples(step, rows)
-                    tracker.table("samples", rows, step)
-                asked = self.processes.any(stop.asked)
-                if asked or last or (step + 1) % config["checkpoint_every"] == 0:
-                    stop_if(spoilt(algorithm.learner), step + 1)
-                    if asked or not last:
-                        save(step + 1)
-                if asked:
-                    records.close()
-                    raise Stopped(
-                        f"Stopped in {name} after step {step + 1} of {algorithm.total_steps}. Rerun the same command to resume."
-                    )
-        if finish := algorithm.finish():
-            records.metrics(algorithm.total_steps, finish)
-            tracker.log(finish, algorithm.total_steps)
-        records.close()
-        return metrics | finish
 
     def _machine(self) -> dict[str, str]:
         """What bit-equality depends on besides configuration and code: library versions, device, number of cores."""
@@ -420,21 +355,6 @@ def _ended_by(error: BaseException) -> str:
     """The status of a run or stage that this error ended."""
     waits, stopped = isinstance(error, Waiting), isinstance(error, (Stopped, KeyboardInterrupt))
     return "waiting" if waits else "stopped" if stopped else "failed"
-
-
-def spoilt(learner: Learner) -> list[str]:
-    """The parameters that hold NaN or infinity."""
-    return [f"{name}.{each}" for name, model in learner.models.items() for each in not_finite(model.arrays())]
-
-
-def _diverged(name: str, step: int, total: int, wrong: Sequence[str], folder: StageFolder, saved: int) -> str:
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    verb = "is" if len(wrong) == 1 else "are"
-    kept = f"The checkpoint after step {saved} is kept in {folder.path}/checkpoints" if saved else "There is no checkpoint yet"
-    return (
-        f"{name} stopped after step {step} of {total}: {', '.join(wrong[:3])}{more} {verb} not finite. {NOT_FINITE.meaning} "
-        f"{kept}; the stage is not done. Try: {NOT_FINITE.advice} The same command ends the same way."
-    )
 
 
 def peak_memory(backend: Backend) -> int:
