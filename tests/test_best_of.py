@@ -11,7 +11,7 @@ import pytest
 from conftest import Data, Scored
 from lockstep.config.schema import parse
 from lockstep.interfaces import Generated
-from lockstep.runs.evaluation import EvaluationConfig, Evaluator
+from lockstep.runs.evaluation import EvaluationConfig, Evaluator, overoptimisation
 
 
 class Draws:
@@ -71,3 +71,19 @@ def test_each_sample_is_scored_once(tokenizer):
     seen = []
     measured(tokenizer, function=lambda r: seen.append(len(r.texts)) or np.arange(len(r.texts)))
     assert sum(seen) == 8 * 12
+
+
+def test_the_form_of_overoptimisation_is_fitted_and_tried_out_of_sample():
+    """Gold that follows the form with α = 2, β = 1: the form, fitted up to n = 4, meets n = 16, and the line overshoots."""
+    d = {n: math.sqrt(math.log(n) - (n - 1) / n) for n in (1, 2, 4, 8, 16)}
+    found = overoptimisation({n: 5 + x * (2 - x) for n, x in d.items()})
+    assert (found["best_of/alpha"], found["best_of/beta"]) == pytest.approx((2, 1), abs=1e-9)
+    assert found["best_of/form_error"] == pytest.approx(0, abs=1e-9)
+    slope = sum(d[n] ** 2 * (2 - d[n]) for n in (2, 4)) / (d[2] ** 2 + d[4] ** 2)
+    assert found["best_of/line_error"] == pytest.approx(d[16] * (slope - (2 - d[16])), abs=1e-9)
+
+
+def test_too_few_samples_and_unknown_gold_fit_nothing(tokenizer):
+    assert overoptimisation({1: 5.0, 2: 5.1, 4: 5.2, 8: 5.3}) == overoptimisation({}) == {}
+    assert "best_of/alpha" in measured(tokenizer, best_of=16, batch_size=64)[0]
+    assert "best_of/alpha" not in measured(tokenizer, best_of=16, batch_size=64, data=Data())[0]

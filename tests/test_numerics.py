@@ -334,3 +334,10 @@ def test_mean_interval_is_the_textbook_one():
 @pytest.mark.parametrize(("successes", "low", "high"), [(0, 0.0, 0.2775), (5, 0.2366, 0.7634), (10, 0.7225, 1.0)])
 def test_proportion_interval_is_wilsons(successes, low, high):
     assert numerics.proportion_interval(successes, 10) == pytest.approx((successes / 10, low, high), abs=1e-4)
+
+
+def test_overoptimisation_recovers_its_two_coefficients():
+    """Gains of 0.5, 0 and -1.5 at d = 1, 2, 3 are d (1 - d / 2); a line through zero has Σ d gain / Σ d² = -4 / 14."""
+    kl, gain = np.array([1.0, 4.0, 9.0]), np.array([0.5, 0.0, -1.5])
+    assert numerics.overoptimisation(kl, gain) == pytest.approx((1, 0.5))
+    assert numerics.line(kl, gain) == pytest.approx(-4 / 14)

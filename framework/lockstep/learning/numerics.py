@@ -387,6 +387,20 @@ def best_of_kl(scores: np.ndarray, n: int) -> float:
     return float(np.where(once, _best_of_integral(u, n) - _best_of_integral(a, n), level).sum())
 
 
+def overoptimisation(kl: np.ndarray, gain: np.ndarray) -> tuple[float, float]:
+    """α and β of gain = d (α - β d) with d = √KL, by least squares over [N] points: how the gold score of the best of n rises and
+    falls as it moves away from the policy (Gao et al. 2022, arXiv 2210.10760, section 3.1, R_bon)."""
+    d = np.sqrt(kl)
+    (alpha, slope), *_ = np.linalg.lstsq(np.stack([d, d**2], axis=1), gain, rcond=None)
+    return float(alpha), -float(slope)
+
+
+def line(kl: np.ndarray, gain: np.ndarray) -> float:
+    """α of gain = α √KL by least squares: `overoptimisation` without a fall."""
+    d = np.sqrt(kl)
+    return float(d @ gain / (d @ d))
+
+
 def _best_of_integral(u: np.ndarray, n: int) -> np.ndarray:
     """∫_0^u n v^(n-1) log(n v^(n-1)) dv = u^n (log n + (n - 1) (log u - 1 / n))."""
     return u**n * (math.log(n) + (n - 1) * (np.log(np.maximum(u, 1e-300)) - 1 / n))

@@ -240,7 +240,33 @@ class Evaluator:
                         found.setdefault(f"best_of_{n}/{name}", []).append(value)
         measures = {name: mean(np.array(each)) for name, each in found.items()}
         known = [n for n in sizes if f"best_of_{n}/kl" in measures]
-        return measures | {f"best_of_{n}/kl_bound": {"mean": numerics.best_of_kl_bound(n), "n": len(ids)} for n in known}
+        measures |= {f"best_of_{n}/kl_bound": {"mean": numerics.best_of_kl_bound(n), "n": len(ids)} for n in known}
+        gold = {n: measures[f"best_of_{n}/gold"]["mean"] for n in known if f"best_of_{n}/gold" in measures}
+        return measures | {name: {"mean": value, "n": len(ids)} for name, value in overoptimisation(gold).items()}
+
+
+def overoptimisation(gold: Mapping[int, float]) -> dict[str, float]:
+    """How gold follows the KL of the best of n: α and β of `lockstep.learning.numerics.overoptimisation` over all n; and, fitted
+    up to a quarter of the largest n, how far that form and a line miss its gain. Empty if there are too few n to fit.
+
+    Args:
+      gold: {n: mean gold score of the best of n}, ascending from n = 1.
+    """
+    sizes = list(gold)[1:]
+    fitted = [n for n in sizes if 4 * n <= sizes[-1]] if sizes else []
+    if len(fitted) < 2:
+        return {}
+    kl, gain = (np.array([f(n) for n in sizes]) for f in (numerics.best_of_kl_bound, lambda n: gold[n] - gold[1]))
+    alpha, beta = numerics.overoptimisation(kl, gain)
+    some = slice(len(fitted))
+    first, fall = numerics.overoptimisation(kl[some], gain[some])
+    d = float(np.sqrt(kl[-1]))
+    return {
+        "best_of/alpha": alpha,
+        "best_of/beta": beta,
+        "best_of/form_error": abs(d * (first - fall * d) - float(gain[-1])),
+        "best_of/line_error": abs(d * numerics.line(kl[some], gain[some]) - float(gain[-1])),
+    }
 
 
 def prompts_of(data: DataSource, split: str) -> Sequence[Prompt]:
