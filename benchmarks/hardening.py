@@ -31,7 +31,7 @@ ABLATIONS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "without novelty": lambda config: config.get("novelty") == 0,
 }
 ATTACKER = "attacker"
-"""In place of a policy, in what is known of the attacks of a stage."""
+"""Stands in place of a policy in the records of an attack stage's own measures."""
 SHOWN = (("helped", "attacks"), ("refused", "twins"), ("gold", "all"))
 """Of a judge or gold, the splits that it is shown on."""
 DIVERSITY = ("goals", "strategies", "words")
@@ -62,7 +62,7 @@ def measured(folders: Sequence[Path]) -> Iterator[Record]:
                 split: {policy: {metric: found[metric].mean for metric in metrics} for policy, found in policies.items()}
                 for split, policies in run.evaluation.splits.items()
             }
-            for name in (name for name in splits if name in run.stages):
+            for name in (name for name in splits if name in run.stages and "diversity/goals" in run.stages[name].metrics):
                 found = run.stages[name].metrics
                 splits[name][ATTACKER] = {kind: float(found[f"diversity/{kind}"].values[-1]) for kind in DIVERSITY}
             yield Record(left_out, run.backend["name"], run.seed, splits)

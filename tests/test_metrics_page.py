@@ -37,7 +37,7 @@ def run(tmp_path_factory):
     return tiny(
         tmp_path_factory.mktemp("runs"),
         "evaluation.comparisons=12",
-        "evaluation.best_of=2",
+        "evaluation.best_of=16",
         "algorithm.iterations=1",
         "backend.threads=1",
         "pretrain.packing=true",

@@ -340,4 +340,4 @@ def test_overoptimisation_recovers_its_two_coefficients():
     """Gains of 0.5, 0 and -1.5 at d = 1, 2, 3 are d (1 - d / 2); a line through zero has Σ d gain / Σ d² = -4 / 14."""
     kl, gain = np.array([1.0, 4.0, 9.0]), np.array([0.5, 0.0, -1.5])
     assert numerics.overoptimisation(kl, gain) == pytest.approx((1, 0.5))
-    assert numerics.line(kl, gain) == pytest.approx(-4 / 14)
+    assert numerics.without_fall(kl, gain) == pytest.approx(-4 / 14)

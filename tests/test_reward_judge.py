@@ -17,7 +17,7 @@ from lockstep.config.schema import parse
 from lockstep.errors import ConfigError, RewardError
 from lockstep.interfaces import Responses
 from lockstep.runs.evaluation import EvaluationConfig
-from lockstep.runs.reward_model_test import reward_model_test
+from lockstep.runs.reward_model_accuracy import measure_reward_model
 from lockstep.types import Message, Prompt
 from lockstep_miniature.source import Config, Miniature
 from lockstep_rlhf.reward_models.judge import Judge, filled, number_in, verdict_in
@@ -286,5 +286,5 @@ def test_how_far_a_judge_agrees_with_the_truth_is_what_evaluations_measure(judge
     for answer, expected in ((knows, 1.0), (said("Score: 5"), 0.5)):
         _, model = judge(answer, low=0.0, parallel=8)
         config = parse(EvaluationConfig, {"comparisons": 6}, "evaluation")
-        measured = reward_model_test(model, source, source.tokenizer(), config.lengths, config.comparisons)
+        measured = measure_reward_model(model, source, source.tokenizer(), config.lengths, config.comparisons)
         assert measured["accuracy/gold"]["mean"] == pytest.approx(expected) and measured["accuracy/gold"]["n"] == 6

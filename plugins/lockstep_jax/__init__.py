@@ -5,7 +5,7 @@ only from earlier ones.
     device.py       precision, memory, and the cache of compiled programs
     attention.py    attention and masks
     products.py     matmuls in the form that XLA runs fast                                                     (*)
-    network.py      what every network has: its specification, positions, dropout, the scalar head
+    network.py      what the network is made from: its specification, positions, dropout, the scalar head
     layers.py       the layers of every family of `lockstep.models.architecture`, with or without adapters
     decoder.py      our own network, in flax.nnx
     parameters.py   converts its parameters to and from checkpoint names                                       (*)

@@ -1,4 +1,4 @@
-"""What every network has: the specification that compiled programs depend on, positions, dropout and the scalar head."""
+"""What the network is made from: the specification that compiled programs depend on, positions, dropout and the scalar head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lockstep.models.architecture import Architecture
 from lockstep_jax.device import JaxDevice
 
 Tree = Any
-"""Parameters: nested dicts of arrays, named as the modules below are."""
+"""Parameters: nested dicts of arrays, named as the modules of ``decoder.py`` and ``layers.py`` are."""
 
 
 TEACHER = "teacher"

@@ -58,7 +58,7 @@ class TorchPlanner:
         self.memory = torch.cuda.get_device_properties(here).total_memory if on_cuda else None
         self.process = 0 if on_cuda else PROCESS
         if self.devices > 1:
-            self.backend.mesh = OneProcess(self.rows, self.tensor)
+            self.backend.mesh = FirstProcess(self.rows, self.tensor)
 
     def held(self, blueprint: Blueprint) -> tuple[int, int]:
         matmuls = blueprint.multiplied if blueprint.adapter is None else 0
@@ -217,12 +217,13 @@ class TorchPlanner:
             hook.remove()
 
 
-class OneProcess(Mesh):
+class FirstProcess(Mesh):
     """The first process of a mesh, without the others: it has its part of the rows, and of the matmuls that the axis ``tensor``
     divides. All other weights are whole."""
 
     def __init__(self, row_parts: int, tensor: int):
         self.row_parts, self.tensor = row_parts, OnePart(tensor) if tensor > 1 else None
+        self.sizes = {"rows": row_parts, "tensor": tensor}
 
     def own(self, rows: int) -> np.ndarray:
         return np.arange(-(-rows // self.row_parts))

@@ -14,12 +14,12 @@ from lockstep.api.scorers import Reward, Scorer, reward_model
 from lockstep.api.sources import laid_over
 from lockstep.config.compose import group, no_file
 from lockstep.config.root import component_config
-from lockstep.errors import ConfigError, Diverged, MissingData, RegistryError, listing
+from lockstep.errors import ConfigError, Diverged, MissingData, RegistryError
 from lockstep.interfaces import Algorithm, Backend, Context, DataSource, Environment, Policy, RewardModel
 from lockstep.learning.episodes import EnvironmentReward
 from lockstep.registry import registry
 from lockstep.reporting.console import Console
-from lockstep.reporting.health import NOT_FINITE, Health, diverged
+from lockstep.reporting.health import NOT_FINITE, Health, are_not_finite, diverged
 from lockstep.runs.interrupts import GracefulStop
 from lockstep.runs.loop import spoilt
 from lockstep.text.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ def train(
     Raises:
       ConfigError: an unknown key, or a value that does not fit.
       MissingData: the algorithm needs data that was not given.
-      Diverged: a loss or a gradient is not finite.
+      Diverged: a loss or a gradient is not finite, or a parameter after the last step.
     """
     preset = group("algorithm", algorithm)  # grpo.yaml, say, is a configuration of policy_gradient
     keys = {"name": algorithm} | preset
@@ -100,13 +100,13 @@ def _steps(name: str, trainer: Algorithm, console: Console) -> list[dict[str, fl
             rows.append(trainer.step(step))
             for finding in health.watch(step, rows[-1]):
                 log.warning("step %d: %s. %s", step, finding.name, finding.message)
-            ends = stop.asked or step + 1 == trainer.total_steps
+            asked = stop.asked
+            ends = asked or step + 1 == trainer.total_steps
             if wrong := diverged(rows[-1]) or (spoilt(trainer.learner) if ends else []):
                 where = f"{name} stopped after step {step + 1} of {trainer.total_steps}"
-                verb = "is" if len(wrong) == 1 else "are"
-                raise Diverged(f"{where}: {listing(wrong)} {verb} not finite. {NOT_FINITE.meaning} Try: {NOT_FINITE.advice}")
+                raise Diverged(f"{where}: {are_not_finite(wrong)} {NOT_FINITE.meaning} Try: {NOT_FINITE.advice}")
             progress(step + 1, rows[-1])
-            if stop.asked:
+            if asked:
                 log.warning("stopped after step %d of %d: returning the result so far", step + 1, trainer.total_steps)
                 break
     last = trainer.finish()

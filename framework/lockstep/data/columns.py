@@ -15,7 +15,7 @@ from typing import Any
 
 from lockstep.data.cells import MOST_CHARACTERS, BadRow, Columns, LeftOut, too_long
 from lockstep.data.conventions import ANSWERS, BESIDES, CONVENTIONS, WITHOUT_PROMPTS, Convention
-from lockstep.data.messages import OF_A_ROW, Answered, refuse_meaningful
+from lockstep.data.messages import OF_A_ROW, Answered, refuse_unreadable
 from lockstep.errors import DataError, listing
 from lockstep.types import Choice, Comparison, Demonstration, Goal, Prompt
 
@@ -64,7 +64,7 @@ def reader(noun: str, first: Any, place: str, named: Sequence[str] = ()) -> Call
         if not isinstance(row, Mapping):
             raise _no_object(row)
         if noun not in WITHOUT_PROMPTS:
-            refuse_meaningful(row, OF_A_ROW, "the row")
+            refuse_unreadable(row, OF_A_ROW, "the row")
         if noun == "demonstrations" and convention in ANSWERS and not _desirable(row):
             raise LeftOut("answers that are labelled as bad")
         item = _MAKE[noun](convention.read(row))

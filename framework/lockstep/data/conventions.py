@@ -12,8 +12,6 @@ from lockstep.data import choices
 from lockstep.data.cells import BadRow, Columns, LeftOut, cell, list_in, not_empty, says_nothing, text_in
 from lockstep.data.messages import (
     Answered,
-    answered,
-    answers_in,
     is_hh,
     labeler_in,
     only_text,
@@ -22,6 +20,8 @@ from lockstep.data.messages import (
     split_dialogue,
     truth_in,
     whole_dialogue,
+    with_completion_columns,
+    with_completions,
 )
 from lockstep.types import Goal, Message, Prompt
 
@@ -60,7 +60,7 @@ def _pair(row: Columns) -> Answered:
             raise LeftOut("pairs that differ before the last answer")
         texts = only_text(chosen, "chosen"), only_text(rejected, "rejected")
         return Answered(prompt_from(row, before), texts, (0, 1), labeler_in(row))
-    return answers_in(row, *names)
+    return with_completion_columns(row, *names)
 
 
 def _is_whole(value: Any) -> bool:
@@ -78,7 +78,7 @@ def _ranked_by(name: str, best: Callable[[float], float]) -> Callable[[Columns],
                 f"{name} that do not fit the completions",
                 f"two or more completions and as many {name} are needed, not {len(texts)} and {len(numbers)}.",
             )
-        return answered(row, texts, _ranks(numbers, best, name))
+        return with_completions(row, texts, _ranks(numbers, best, name))
 
     return read
 
@@ -182,8 +182,8 @@ _PAIRS = (
 ANSWERS = (
     Convention(("subreddit", "title", "post", "summary"), _reddit_summary),
     Convention(("query", "reference_response"), _query),
-    Convention(("prompt", "completion"), lambda row: answers_in(row, "completion")),
-    Convention(("prompt", "response"), lambda row: answers_in(row, "response")),
+    Convention(("prompt", "completion"), lambda row: with_completion_columns(row, "completion")),
+    Convention(("prompt", "response"), lambda row: with_completion_columns(row, "response")),
     Convention(("messages",), _dialogue_in("messages")),
     Convention(("conversations",), _dialogue_in("conversations")),
     Convention(("instruction", "output"), _instruction, _ALPACA),

@@ -50,7 +50,7 @@ class Answered:
     calls: tuple[ToolCall, ...] = ()
 
 
-def refuse_meaningful(keys: Columns, names: frozenset[str], where: str) -> None:
+def refuse_unreadable(keys: Columns, names: frozenset[str], where: str) -> None:
     """
     Raises:
       BadRow: one of the keys ``names`` has a value, which nothing here reads although it changes the meaning.
@@ -86,7 +86,7 @@ def _message(value: Any, where: str) -> Message:
         raise BadRow("a malformed message", f"'{where}' should have 'role' and 'content', or 'from' and 'value'.")
     if value[role] not in list(ROLES):
         raise BadRow("an unknown role", f"'{where}' is by {reprlib.repr(value[role])}. Roles: {listing(ROLES)}.")
-    refuse_meaningful(value, OF_A_MESSAGE, f"'{where}'")
+    refuse_unreadable(value, OF_A_MESSAGE, f"'{where}'")
     calls = _calls(value.get("tool_calls"), where) if ROLES[value[role]] == "assistant" else ()
     text = "" if calls and value[content] is None else value[content]
     if not isinstance(text, str) or not (text.strip() or calls):
@@ -234,7 +234,7 @@ def only_text(message: Message, where: str) -> str:
     return message.content
 
 
-def answered(row: Columns, completions: Mapping[str, Any], ranks: tuple[int, ...]) -> Answered:
+def with_completions(row: Columns, completions: Mapping[str, Any], ranks: tuple[int, ...]) -> Answered:
     """A prompt and its completions, keyed by their places in the row. With an HH prompt, completions are stripped of white
     space, as in a whole transcript."""
     prompt = prompt_column(row)
@@ -244,10 +244,10 @@ def answered(row: Columns, completions: Mapping[str, Any], ranks: tuple[int, ...
     return Answered(prompt, texts, ranks, labeler_in(row))
 
 
-def answers_in(row: Columns, *names: str) -> Answered:
+def with_completion_columns(row: Columns, *names: str) -> Answered:
     """A prompt and one completion in each of the columns ``names``, best first."""
     completions = {name: cell(row, name, (str, list, tuple), _COMPLETION) for name in names}
-    return answered(row, completions, tuple(range(len(names))))
+    return with_completions(row, completions, tuple(range(len(names))))
 
 
 def labeler_in(row: Columns) -> str | None:

@@ -395,7 +395,7 @@ def overoptimisation(kl: np.ndarray, gain: np.ndarray) -> tuple[float, float]:
     return float(alpha), -float(slope)
 
 
-def line(kl: np.ndarray, gain: np.ndarray) -> float:
+def without_fall(kl: np.ndarray, gain: np.ndarray) -> float:
     """α of gain = α √KL by least squares: `overoptimisation` without a fall."""
     d = np.sqrt(kl)
     return float(d @ gain / (d @ d))

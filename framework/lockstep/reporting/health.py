@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,12 @@ DECISIVE = (*UPDATED, "objective/score", "objective/kl", "objective/entropy")
 def diverged(metrics: Mapping[str, float | None]) -> list[str]:
     """Return this step's losses and gradient norms that are not finite. Their update has already spoilt the parameters."""
     return [n for n, value in metrics.items() if n.startswith(UPDATED) and (value is None or not math.isfinite(value))]
+
+
+def are_not_finite(names: Sequence[str]) -> str:
+    """A sentence that names the first three."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'} not finite."
 
 
 def not_finite(history: History) -> str | None:

@@ -7,7 +7,7 @@ identity.py, store.py  what decides a result; the folders that hold it
 experiment.py          a whole configuration, checked, with identities and folders
 assembly.py            backend, tokenizer, data, models and algorithm of a stage, on first use
 loop.py                training: step, log, checkpoint
-evaluation.py          policies on held-out prompts; with likelihood.py, reward_model_test.py and measures.py
+evaluation.py          policies on held-out prompts; with likelihood.py, reward_model_accuracy.py and measures.py
 collection.py          fresh responses for labelers
 attacks.py             attacks on policies
 runner.py              the stages in order: reuse, resume, record

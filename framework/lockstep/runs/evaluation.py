@@ -24,7 +24,7 @@ from lockstep.learning.rollout import Sampler, Samples, score
 from lockstep.learning.served import Served
 from lockstep.runs.likelihood import Likelihood, logprobs
 from lockstep.runs.measures import Measure, mean, proportion
-from lockstep.runs.reward_model_test import reward_model_test
+from lockstep.runs.reward_model_accuracy import measure_reward_model
 from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
 from lockstep.text.sequences import chunks
@@ -146,7 +146,7 @@ class Evaluator:
         if self.reward_model is not None:
             progress("reward model")
             lengths, comparisons = c.lengths, c.comparisons
-            result["reward_model"] = reward_model_test(self.reward_model, self.data, self.tokenizer, lengths, comparisons)
+            result["reward_model"] = measure_reward_model(self.reward_model, self.data, self.tokenizer, lengths, comparisons)
         return result
 
     # ------------------------------------------------------------------------------------------------------ policies
@@ -265,7 +265,7 @@ def overoptimisation(gold: Mapping[int, float]) -> dict[str, float]:
         "best_of/alpha": alpha,
         "best_of/beta": beta,
         "best_of/form_error": abs(d * (first - fall * d) - float(gain[-1])),
-        "best_of/line_error": abs(d * numerics.line(kl[some], gain[some]) - float(gain[-1])),
+        "best_of/line_error": abs(d * numerics.without_fall(kl[some], gain[some]) - float(gain[-1])),
     }
 
 

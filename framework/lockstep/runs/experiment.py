@@ -28,7 +28,7 @@ from lockstep.runs.attacks import AttackConfig
 from lockstep.runs.collection import CollectionConfig
 from lockstep.runs.components import Chosen, Components
 from lockstep.runs.evaluation import EvaluationConfig
-from lockstep.runs.kinds import checked
+from lockstep.runs.kinds import checked_stage
 from lockstep.runs.rounds import Scope, in_rounds
 from lockstep.runs.stages import NEW, Stage
 from lockstep.runs.store import RunFolder, StageFolder, decisive
@@ -70,7 +70,7 @@ class Experiment:
         for name, group, scope, number in _in_order(config["stages"]):
             if name in self.stages:
                 raise ConfigError(f"Two stages are called '{short(name)}', one of them in rounds. Rename either.")
-            if stage := checked(
+            if stage := checked_stage(
                 name, group, scope, number, components=components, engine=engine, run_seed=self.seed, before=self.stages
             ):
                 self._check_context(stage)

@@ -22,12 +22,15 @@ from lockstep.runs.collection import CollectionConfig
 from lockstep.runs.components import Chosen, Components
 from lockstep.runs.evaluation import EvaluationConfig
 from lockstep.runs.rounds import SEEDS_APART, Scope
-from lockstep.runs.stages import MIXED, NEW, Stage, StageConfig
+from lockstep.runs.stages import MIXED, NEW, Kind, Stage, StageConfig
 
 log = logging.getLogger("lockstep")
 
+KINDS: Mapping[Kind, str] = {"train": "algorithm", "evaluate": "evaluation", "collect": "collection", "attack": "attack"}
+"""{kind: the key that makes a stage one of it}."""
 
-def checked(
+
+def checked_stage(
     name: str, group: ConfigGroup, scope: Scope, number: int, *, components: Components, engine: Chosen | None, run_seed: int,
     before: Mapping[str, Stage],
 ) -> Stage | None:  # fmt: skip
@@ -36,13 +39,17 @@ def checked(
     Args:
       scope: what the names of stages mean in it.
       number: its round, from 1.
+      components: resolves its components.
+      engine: that of the run; a stage that samples nothing has none.
+      run_seed: the run's seed, from which the stage's own follows.
       before: the stages before it.
 
     Raises:
       LockstepError: something is wrong with it.
     """
     given, where = parse(StageConfig, group, f"stages.{name}"), f"stages.{name}"
-    if sum(each is not None for each in (given.algorithm, given.evaluation, given.collection, given.attack)) != 1:
+    kinds = [kind for kind, key in KINDS.items() if getattr(given, key) is not None]
+    if len(kinds) != 1:
         raise ConfigError(f"{where} needs one of algorithm, evaluation, collection and attack.")
     if given.algorithm and given.only_if and given.only_if not in given.algorithm:
         log.info("no stage %s: %s has no %s", name, component_name(given.algorithm, f"{where}.algorithm"), given.only_if)
@@ -58,6 +65,7 @@ def checked(
         )
     base = Stage(
         name=name,
+        kind=kinds[0],
         reward_model=given.reward_model,
         scorers=scorers,
         seed=seed,
@@ -67,20 +75,20 @@ def checked(
         round=number,
         mixes=mixes(given, scope, where),
     )
-    refuse_others(given, where)
+    refuse_keys_of_other_kinds(given, where)
     if given.algorithm is not None:
-        stage = training(base, given, given.algorithm, components)
+        stage = training_stage(base, given, given.algorithm, components)
     elif given.evaluation is not None:
-        stage = evaluation(base, given.evaluation, components, before)
+        stage = evaluation_stage(base, given.evaluation, components, before)
     elif given.collection is not None:
-        stage = collection(base, given, given.collection, components)
+        stage = collection_stage(base, given, given.collection, components)
     else:
-        stage = attack(base, given, given.attack or {}, components)
+        stage = attack_stage(base, given, given.attack or {}, components)
     check_inputs(stage, group, before)
     return stage
 
 
-def training(base: Stage, given: StageConfig, algorithm: ConfigGroup, components: Components) -> Stage:
+def training_stage(base: Stage, given: StageConfig, algorithm: ConfigGroup, components: Components) -> Stage:
     where = base.where
     chosen = components.of("algorithm", _merge(algorithm, given.changes or {}, f"{where}.changes"), f"{where}.algorithm")
     cls, name = chosen.component, chosen.group["name"]
@@ -92,10 +100,10 @@ def training(base: Stage, given: StageConfig, algorithm: ConfigGroup, components
         raise ConfigError(f"{where} ({name}) takes no environment. Remove {where}.environment.")
     samples = cls.traits(chosen.config).data == "prompts"
     policy, engine = base.scope.one(given.policy, where), base.engine if samples else None
-    return replace(base, kind="train", component=cls, config=chosen.config, group=chosen.group, policy=policy, engine=engine)
+    return replace(base, component=cls, config=chosen.config, group=chosen.group, policy=policy, engine=engine)
 
 
-def evaluation(base: Stage, group: ConfigGroup, components: Components, before: Mapping[str, Stage]) -> Stage:
+def evaluation_stage(base: Stage, group: ConfigGroup, components: Components, before: Mapping[str, Stage]) -> Stage:
     where, scope = base.where, base.scope
     given = parse(EvaluationConfig, group, f"{where}.evaluation")
     named = [policy for each in given.policies or () for policy in scope.all(each)]
@@ -114,13 +122,13 @@ def evaluation(base: Stage, group: ConfigGroup, components: Components, before: 
     last = {policy: _of_last_round(policy, before) for policy in config.policies or ()}
     follows = {policy: other for policy, other in last.items() if other is not None and other in last}
     scorers = (*base.scorers, *judges)
-    return replace(base, kind="evaluate", config=config, group=whole, scorers=scorers, follows=follows, attacked=attacked)
+    return replace(base, config=config, group=whole, scorers=scorers, follows=follows, attacked=attacked)
 
 
-def collection(base: Stage, given: StageConfig, group: ConfigGroup, components: Components) -> Stage:
+def collection_stage(base: Stage, given: StageConfig, group: ConfigGroup, components: Components) -> Stage:
     where = base.where
     config = parse(CollectionConfig, group, f"{where}.collection")
-    policies = _meant(given.policies or (), base.scope)
+    policies = _stages_named(given.policies or (), base.scope)
     if not policies:
         raise ConfigError(f"{where} collects responses of no policy. Name stages: {where}.policies=[sft].")
     if len(policies) > config.samples:
@@ -135,13 +143,13 @@ def collection(base: Stage, given: StageConfig, group: ConfigGroup, components: 
     labeler = components.of("labeler", given.labeler)
     scorers = (*base.scorers, *components.members(labeler))
     own = {"collection": group, "policies": list(policies)}
-    return replace(base, kind="collect", config=config, group=own, scorers=scorers, policies=policies, labeler=labeler)
+    return replace(base, config=config, group=own, scorers=scorers, policies=policies, labeler=labeler)
 
 
-def attack(base: Stage, given: StageConfig, group: ConfigGroup, components: Components) -> Stage:
+def attack_stage(base: Stage, given: StageConfig, group: ConfigGroup, components: Components) -> Stage:
     where = base.where
     config = parse(AttackConfig, group, f"{where}.attack")
-    policies = _meant(given.policies or (), base.scope)
+    policies = _stages_named(given.policies or (), base.scope)
     if not policies:
         raise ConfigError(f"{where} attacks no policy. Name stages: {where}.policies=[sft].")
     if given.reward_model is None:
@@ -153,7 +161,7 @@ def attack(base: Stage, given: StageConfig, group: ConfigGroup, components: Comp
     attacker = components.of("attacker", given.attacker)
     scorers = (*base.scorers, *components.members(attacker))
     own = {"attack": given.attack, "policies": list(policies)}
-    return replace(base, kind="attack", config=config, group=own, scorers=scorers, policies=policies, attacker=attacker)
+    return replace(base, config=config, group=own, scorers=scorers, policies=policies, attacker=attacker)
 
 
 # -------------------------------------------------------------------------------------------------- what kinds share
@@ -169,7 +177,7 @@ def mixes(given: StageConfig, scope: Scope, where: str) -> dict[str, dict[str, f
     return {noun: _sources(names, given.shares, scope) for noun, names in mixed.items()}
 
 
-def refuse_others(given: StageConfig, where: str) -> None:
+def refuse_keys_of_other_kinds(given: StageConfig, where: str) -> None:
     """
     Raises:
       ConfigError: a key belongs to another kind of stage.
@@ -212,7 +220,7 @@ def _of_last_round(name: str, before: Mapping[str, Stage]) -> str | None:
     return last
 
 
-def _meant(names: Sequence[str], scope: Scope) -> tuple[str, ...]:
+def _stages_named(names: Sequence[str], scope: Scope) -> tuple[str, ...]:
     """The distinct stages that the names mean, in order."""
     return tuple(dict.fromkeys(stage for name in names for stage in scope.all(name)))
 

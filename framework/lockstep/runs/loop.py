@@ -12,7 +12,7 @@ from lockstep.interfaces import Algorithm, Learner, Tracker
 from lockstep.learning.served import Served
 from lockstep.processes import Processes
 from lockstep.reporting.console import Console
-from lockstep.reporting.health import NOT_FINITE, Health, diverged
+from lockstep.reporting.health import NOT_FINITE, Health, are_not_finite, diverged
 from lockstep.runs.interrupts import GracefulStop
 from lockstep.runs.store import Records, StageFolder
 from lockstep.storage.files import finite
@@ -59,15 +59,15 @@ class Loop:
         with GracefulStop() as stop, self.console.progress(self.name, first, total) as progress:
             for step in range(first, total):
                 self.metrics = self.algorithm.step(step)
-                self.log(step)
-                self.stop_if(diverged(self.metrics), step + 1)
+                self.record(step)
+                self.stop_if_not_finite(diverged(self.metrics), step + 1)
                 progress(step + 1, self.metrics)
                 last = step + 1 == total
                 if last or (step + 1) % self.samples_every == 0:
                     self.show_samples(step)
                 asked = self.processes.any(stop.asked)
                 if asked or last or (step + 1) % self.checkpoint_every == 0:
-                    self.stop_if(spoilt(self.algorithm.learner), step + 1)
+                    self.stop_if_not_finite(spoilt(self.algorithm.learner), step + 1)
                     if asked or not last:
                         self.save(step + 1)
                 if asked:
@@ -79,7 +79,7 @@ class Loop:
         self.records.close()
         return self.metrics | finish
 
-    def log(self, step: int) -> None:
+    def record(self, step: int) -> None:
         """Record the step's metrics, and warn of what they say about the run's health."""
         self.records.metrics(step, self.metrics)
         self.tracker.log(self.metrics, step)
@@ -110,7 +110,7 @@ class Loop:
         self.folder.save(step, write, state, self.processes)
         self.saved = step
 
-    def stop_if(self, wrong: Sequence[str], step: int) -> None:
+    def stop_if_not_finite(self, wrong: Sequence[str], step: int) -> None:
         """
         Raises:
           Diverged: something is ``wrong``: not finite after so many steps.
@@ -118,14 +118,11 @@ class Loop:
         if not wrong:
             return
         self.records.close()
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        verb = "is" if len(wrong) == 1 else "are"
         checkpoints = f"{self.folder.path}/checkpoints"
         kept = f"The checkpoint after step {self.saved} is kept in {checkpoints}" if self.saved else "There is no checkpoint yet"
         raise Diverged(
-            f"{self.name} stopped after step {step} of {self.algorithm.total_steps}: {', '.join(wrong[:3])}{more} {verb} not "
-            f"finite. {NOT_FINITE.meaning} {kept}; the stage is not done. Try: {NOT_FINITE.advice} The same command ends "
-            "the same way."
+            f"{self.name} stopped after step {step} of {self.algorithm.total_steps}: {are_not_finite(wrong)} "
+            f"{NOT_FINITE.meaning} {kept}; the stage is not done. Try: {NOT_FINITE.advice} The same command ends the same way."
         )
 
 

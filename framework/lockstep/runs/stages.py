@@ -19,6 +19,8 @@ from lockstep.runs.rounds import Scope
 NEW = "new"
 """Named in place of a policy: the configured policy, untrained."""
 
+Kind = Literal["train", "evaluate", "collect", "attack"]
+
 MIXED = ("prompts", "comparisons", "demonstrations")
 """The kinds of data for which a stage may name sources other than the data's own."""
 
@@ -69,10 +71,10 @@ class Stage:
     """
 
     name: str
+    kind: Kind
     reward_model: ConfigGroup | None
     scorers: tuple[Chosen, ...]
     seed: int
-    kind: Literal["train", "evaluate", "collect", "attack"] = "train"
     component: type[Algorithm] | None = None
     config: Any = None
     group: ConfigGroup = field(default_factory=dict)
@@ -114,7 +116,7 @@ class Stage:
         return self.config.arithmetic(data)
 
     def check(self) -> None:
-        """Check all components but the algorithm.
+        """Check all its components, the algorithm included. `Experiment.check` covers what stages share.
 
         Raises:
           LockstepError: a component does not work here.

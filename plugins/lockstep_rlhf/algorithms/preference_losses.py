@@ -62,7 +62,8 @@ class PreferenceLoss(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class PairLoss(PreferenceLoss):
-    """Σ_n Σ_ab w_nab f(u_na - u_nb) over pairs a > b of the completions of prompt n. With m = β (h_a - h_b):
+    """Σ_n Σ_ab w_nab f(u_na - u_nb) over pairs a > b of the completions of prompt n, where u is h, or o for orpo. With
+    m = β (h_a - h_b):
 
     dpo     f = -log σ(m)                             Rafailov et al. 2023, eq. 7; with smoothing ε, Mitchell's cDPO:
                                                       -(1 - ε) log σ(m) - ε log σ(-m)
@@ -112,7 +113,8 @@ class PlackettLuceLoss(PreferenceLoss):
 @dataclass(frozen=True, kw_only=True)
 class KTOLoss(PreferenceLoss):
     """λ σ(-s β (h - z)) of each completion by itself, s = 1 for the best and -1 for the others (Ethayarajh et al. 2024, eq. 8).
-    It also reads ``z`` [R], the estimate of KL that the algorithm makes."""
+    λ is `desirable` for the best and `undesirable` for the others, divided by the prompt's number of completions. It also reads
+    ``z`` [R], the estimate of KL that the algorithm makes."""
 
     desirable: float = 1.0
     undesirable: float = 1.0

@@ -139,16 +139,16 @@ SHOWN = {"policy": str, "split?": (str, None), "prompt": str, "response": str}
 
 
 def _read_stage(name: str, record: Mapping[str, Any], folder: Path, problems: list[str]) -> StageRecord:
-    done = _read_done(folder, problems)
+    done, kind = _read_done(folder, problems), record.get("kind", "train")
     rows = list(read_rows(folder / "metrics.jsonl", METRICS, problems.append))
     return StageRecord(
         name=name,
-        kind=record.get("kind", "train"),
+        kind=kind,
         algorithm=record.get("algorithm"),
         produces=record.get("produces", ""),
         status=record.get("status", "running"),
         seconds=record.get("seconds"),
-        metrics=series(rows or [{"step": 0, **done.get("metrics", {})}]),  # collections and attacks have no steps
+        metrics=series([{"step": 0, **done.get("metrics", {})}] if kind in ("collect", "attack") else rows),
         identity=folder.name,
         health=record.get("health") or (),
         memory=done.get("memory"),

@@ -17,17 +17,17 @@ from lockstep.text.encoding import Lengths
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Comparison
 
-Scored = tuple[Comparison, np.ndarray]
+ScoredComparison = tuple[Comparison, np.ndarray]
 """A comparison, and the reward model's scores [K] of its completions."""
 
 
-def reward_model_test(
+def measure_reward_model(
     reward_model: RewardModel, data: DataSource, tokenizer: Tokenizer, lengths: Lengths, most: int
 ) -> dict[str, Measure]:
     """Test a reward model on at most ``most`` held-out comparisons. Empty without any, or if it scores episodes only."""
     if reward_model.needs_environment:
         return {}
-    comparisons = heldout(data, tokenizer, lengths, most)
+    comparisons = heldout_comparisons(data, tokenizer, lengths, most)
     scores = completion_scores(reward_model, comparisons, tokenizer, lengths) if comparisons else []
     scored = [(c, s) for c, s in zip(comparisons, scores, strict=True) if np.isfinite(s).all()]
     if not scored:
@@ -35,7 +35,7 @@ def reward_model_test(
     return accuracy(scored, training_labelers(data)) | calibration(scored) | accuracy_by_gold(scored, data)
 
 
-def heldout(data: DataSource, tokenizer: Tokenizer, lengths: Lengths, most: int) -> list[Comparison]:
+def heldout_comparisons(data: DataSource, tokenizer: Tokenizer, lengths: Lengths, most: int) -> list[Comparison]:
     """The first held-out comparisons, without those whose prompt is too long."""
     try:
         found = list(islice(data.comparisons("heldout"), most))
@@ -62,7 +62,7 @@ def training_labelers(data: DataSource) -> frozenset[str | None]:
         return frozenset({None})
 
 
-def accuracy(scored: Sequence[Scored], training: Collection[str | None]) -> dict[str, Measure]:
+def accuracy(scored: Sequence[ScoredComparison], training: Collection[str | None]) -> dict[str, Measure]:
     """Agreement with labelers: those of the training comparisons, the others, and each group of labelers, unless it is one of
     these two."""
     new = [c.labeler not in training for c, _ in scored]
@@ -78,7 +78,7 @@ def accuracy(scored: Sequence[Scored], training: Collection[str | None]) -> dict
     return measures
 
 
-def calibration(scored: Sequence[Scored]) -> dict[str, Measure]:
+def calibration(scored: Sequence[ScoredComparison]) -> dict[str, Measure]:
     """Expected calibration error and Brier score of the preferred completion's margin, over all pairs."""
     pairs = [numerics.pair_margins(s, numerics.preferences([c.ranks], len(s))) for c, s in scored]
     margins = np.concatenate(pairs)
@@ -86,7 +86,7 @@ def calibration(scored: Sequence[Scored]) -> dict[str, Measure]:
     return {name: {"mean": value, "n": len(margins)} for name, value in found.items()}
 
 
-def accuracy_by_gold(scored: Sequence[Scored], data: DataSource) -> dict[str, Measure]:
+def accuracy_by_gold(scored: Sequence[ScoredComparison], data: DataSource) -> dict[str, Measure]:
     """Agreement of the reward model and of labelers with the gold scores; empty if the data do not know these."""
     golds = [[data.gold(c.prompt, text) for text in c.completions] for c, _ in scored]
     if any(found[0] is None for found in golds):
