@@ -161,7 +161,7 @@ def test_a_run_that_diverges_fails_and_the_same_command_fails_again(tmp_path, mo
 
 def test_train_in_python_raises_too():
     policy = lockstep.new_policy({"name": "torch", "threads": 1}, layers=1, hidden_size=8, heads=2, kv_heads=1)
-    with pytest.raises(Diverged, match=r"sft stopped after step \d of 4: \S*(loss|grad_norm/policy) not finite"):
+    with pytest.raises(Diverged, match=r"sft stopped after step \d of 4: \S*(loss|grad_norm/policy) (is|are) not finite"):
         lockstep.train(
             policy, "sft", demonstrations=[("what does wug eat ?", "wug eats plums .")], epochs=4, batch_size=1,
             optimizer={"learning_rate": 1e30, "max_grad_norm": None},
