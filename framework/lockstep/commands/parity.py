@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-HELP = "run one experiment on two backends step by step, and show where they part"
+HELP = "run one experiment on two backends step by step, and show where they diverge"
 OVERRIDES = True
 
 

@@ -13,7 +13,7 @@ from lockstep.reporting.console import Console
 if TYPE_CHECKING:
     from lockstep.reporting.findings.page import Report
 
-HELP = "a published finding, asked again here: its runs, and a page claim by claim"
+HELP = "reproduce a published finding: its runs, and a page claim by claim"
 OVERRIDES = True
 FOLDER = "folder=runs/findings"
 """The same folder for all findings, so that they share stages."""
