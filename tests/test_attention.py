@@ -145,9 +145,10 @@ def test_the_form_for_gpus_agrees_with_the_definition(case, cudnn):
 def test_a_network_on_a_gpu_trains_through_that_form(folders, cudnn, monkeypatch):
     """Its gradients are those of the other form, and come to the kernel in bfloat16."""
     jax = pytest.importorskip("jax")
-    from lockstep_jax import attention, decoder
+    from lockstep_jax import attention, decoder, layers
 
-    monkeypatch.setattr(decoder, "attention_dtype", lambda dtype, platform: dtype)
+    for module in (decoder, layers):
+        monkeypatch.setattr(module, "attention_dtype", lambda dtype, platform: dtype)
     backend = registry().resolve("backend", "jax", "jax")
     backend = backend(backend.Config(device="cpu", precision="bfloat16", compilation_cache=None))
     rng = np.random.default_rng(0)

@@ -30,7 +30,7 @@ def programs(monkeypatch):
     torch.compiler.reset()
     for name in ("normed", "rotated", "gated", "chosen"):
         piece = pieces.joined(getattr(pieces, name).__wrapped__)
-        for module in ("decoder", "model"):
+        for module in ("layers", "decoder", "model"):
             monkeypatch.setattr(f"lockstep_torch.{module}.{name}", piece, raising=False)
     yield counts
     torch.compiler.reset()
