@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,13 +107,8 @@ def changes(records: Sequence[Record]) -> Iterator[str]:
     """Of each run: before hardening and after each round, success on disguises that nobody trained on and on the first round's
     attacks, refusals of harmless twins (the mean over all of them), gold on ordinary prompts."""
     policies = [p for p in records[0].splits["heldout"] if p == BEFORE or p.startswith("defender")]
-    yield (
-        "| run | " + " | ".join(f"{name}: {' → '.join(['PPO', *map(str, range(1, len(policies)))])}" for name in MEASURES) + " |"
-    )
-    yield "|" + "---|" * (len(MEASURES) + 1)
-    for record in records:
-        cells = [" → ".join(f"{measure(record, p):.2f}" for p in policies) for measure in MEASURES.values()]
-        yield f"| {record.backend}, seed {record.seed} | " + " | ".join(cells) + " |"
+    shown = dict(zip(["PPO", *map(str, range(1, len(policies)))], policies, strict=True))
+    yield from by_run(records, MEASURES, shown, lambda record, name, policy: MEASURES[name](record, policy))
     last = policies[-1]
     means = [Mean.of([measure(each, last) - measure(each, BEFORE) for each in records]) for measure in MEASURES.values()]
     yield f"| change of {len(records)} runs | " + " | ".join(map(str, means)) + " |"
@@ -127,12 +122,21 @@ def attacks(records: Sequence[Record]) -> Iterator[str]:
     if not known:
         return
     rounds = [name for name, found in known[0].splits.items() if ATTACKER in found]
-    yield "| run | " + " | ".join(f"{kind}: {' → '.join(rounds)}" for kind in DIVERSITY) + " |"
-    yield "|" + "---|" * (len(DIVERSITY) + 1)
-    for record in known:
-        cells = [" → ".join(f"{record.splits[name][ATTACKER][kind]:.2f}" for name in rounds) for kind in DIVERSITY]
-        yield f"| {record.backend}, seed {record.seed} | " + " | ".join(cells) + " |"
+    shown = {name: name for name in rounds}
+    yield from by_run(known, DIVERSITY, shown, lambda record, kind, name: record.splits[name][ATTACKER][kind])
     yield ""
+
+
+def by_run(
+    records: Sequence[Record], measures: Iterable[str], places: Mapping[str, str], value: Callable[[Record, str, str], float]
+) -> Iterator[str]:
+    """Runs down, measures across, each from place to place. ``places``: {what it is called: what ``value`` knows it by}."""
+    measures = list(measures)
+    yield "| run | " + " | ".join(f"{name}: {' → '.join(places)}" for name in measures) + " |"
+    yield "|" + "---|" * (len(measures) + 1)
+    for record in records:
+        cells = [" → ".join(f"{value(record, name, place):.2f}" for place in places.values()) for name in measures]
+        yield f"| {record.backend}, seed {record.seed} | " + " | ".join(cells) + " |"
 
 
 def of(split: str, metric: str) -> Callable[[Record, str], float]:

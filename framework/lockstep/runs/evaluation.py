@@ -145,8 +145,7 @@ class Evaluator:
         result = {"baseline": c.baseline, "splits": splits, "samples": samples}
         if self.reward_model is not None:
             progress("reward model")
-            lengths, comparisons = c.lengths, c.comparisons
-            result["reward_model"] = measure_reward_model(self.reward_model, self.data, self.tokenizer, lengths, comparisons)
+            result["reward_model"] = measure_reward_model(self.reward_model, self.data, self.tokenizer, c.lengths, c.comparisons)
         return result
 
     # ------------------------------------------------------------------------------------------------------ policies
@@ -256,7 +255,8 @@ def overoptimisation(gold: Mapping[int, float]) -> dict[str, float]:
     fitted = [n for n in sizes if 4 * n <= sizes[-1]] if sizes else []
     if len(fitted) < 2:
         return {}
-    kl, gain = (np.array([f(n) for n in sizes]) for f in (numerics.best_of_kl_bound, lambda n: gold[n] - gold[1]))
+    kl = np.array([numerics.best_of_kl_bound(n) for n in sizes])
+    gain = np.array([gold[n] - gold[1] for n in sizes])
     alpha, beta = numerics.overoptimisation(kl, gain)
     some = slice(len(fitted))
     first, fall = numerics.overoptimisation(kl[some], gain[some])

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lockstep.config.root import ConfigGroup, component_name
 from lockstep.config.schema import parse
@@ -140,10 +140,8 @@ def collection_stage(base: Stage, given: StageConfig, group: ConfigGroup, compon
         raise ConfigError(f"{where} collects single responses, without an environment. Remove {where}.environment.")
     if given.labeler is None:
         raise ConfigError(f"{where} has no labeler. Choose who ranks: labeler=people, or labeler=scores for a reward model.")
-    labeler = components.of("labeler", given.labeler)
-    scorers = (*base.scorers, *components.members(labeler))
     own = {"collection": group, "policies": list(policies)}
-    return replace(base, config=config, group=own, scorers=scorers, policies=policies, labeler=labeler)
+    return replace(_with(base, "labeler", given.labeler, components), config=config, group=own, policies=policies)
 
 
 def attack_stage(base: Stage, given: StageConfig, group: ConfigGroup, components: Components) -> Stage:
@@ -158,10 +156,8 @@ def attack_stage(base: Stage, given: StageConfig, group: ConfigGroup, components
         raise ConfigError(f"{where} attacks without an environment. Remove {where}.environment.")
     if given.attacker is None:
         raise ConfigError(f"{where} has no attacker. Choose who writes the attacks: attacker=templates or attacker=policy.")
-    attacker = components.of("attacker", given.attacker)
-    scorers = (*base.scorers, *components.members(attacker))
     own = {"attack": given.attack, "policies": list(policies)}
-    return replace(base, config=config, group=own, scorers=scorers, policies=policies, attacker=attacker)
+    return replace(_with(base, "attacker", given.attacker, components), config=config, group=own, policies=policies)
 
 
 # -------------------------------------------------------------------------------------------------- what kinds share
@@ -210,6 +206,13 @@ def check_inputs(stage: Stage, group: ConfigGroup, before: Mapping[str, Stage]) 
                 f"{where} reads the stage '{source}', which does not come before it."
                 f"{did_you_mean(source, before)} Before it: {listing(before)}.{hub}"
             )
+
+
+def _with(base: Stage, kind: Literal["labeler", "attacker"], group: ConfigGroup, components: Components) -> Stage:
+    """The stage with a component, and with the reward models that this combines."""
+    chosen = components.of(kind, group)
+    own: dict[str, Any] = {kind: chosen}
+    return replace(base, scorers=(*base.scorers, *components.members(chosen)), **own)
 
 
 def _of_last_round(name: str, before: Mapping[str, Stage]) -> str | None:

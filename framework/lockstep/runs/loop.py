@@ -42,9 +42,9 @@ class Loop:
     samples_every: int
     checkpoint_every: int
     engine: Served | None = None
-    health: Health = field(default_factory=Health)
-    metrics: dict[str, float] = field(default_factory=dict)
-    saved: int = 0
+    health: Health = field(default_factory=Health, init=False)
+    metrics: dict[str, float] = field(default_factory=dict, init=False)
+    saved: int = field(default=0, init=False)
 
     def run(self, first: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Train from step ``first`` on, where ``metrics`` are those of the step before. Returns the last step's, and what the

@@ -196,7 +196,9 @@ class Runner:
         with self._tracked(stage, folder, resume=bool(state)) as tracker:
             loop = Loop(
                 stage.name, algorithm, folder, records, tracker, self.console, self.processes, self._machine(),
-                self.experiment.config["samples_every"], self.experiment.config["checkpoint_every"], engine,
+                samples_every=self.experiment.config["samples_every"],
+                checkpoint_every=self.experiment.config["checkpoint_every"],
+                engine=engine,
             )  # fmt: skip
             metrics = loop.run(first, state.get("metrics", {}))
             with folder.write_output(self.processes) as output:
