@@ -13,6 +13,7 @@ ability.py     a test of what a model learns from the corpus
 tokenizer.py   words to ids
 source.py      all of it as a data source
 shop.py        questions that need a tool, and the environment that provides it
+matching.py    eight prompts and their responses, of which comparisons cover some
 library.py     facts that have changed since the corpus, or that only a search finds
 """
 
@@ -24,6 +25,7 @@ plugin = Plugin(
             "miniature": "lockstep_miniature.source:Miniature",
             "shop": "lockstep_miniature.shop:Questions",
             "library": "lockstep_miniature.library:Questions",
+            "matching": "lockstep_miniature.matching:Matching",
         },
         "environment": {"shop": "lockstep_miniature.shop:Shop"},
         "labeler": {"miniature": "lockstep_miniature.people:SimulatedLabelers"},

@@ -55,6 +55,7 @@ BASES: dict[str, list[str]] = {
     "attacks": [*SMALL, "experiment=hardening"],
     "templates": [*SMALL, "experiment=hardening", "attacker=templates"],
     "library": ["experiment=library", *(f"data.{key}=20" for key in ("prompts", "demonstrations", "heldout_prompts"))],
+    "matching": ["experiment=coverage", "data.demonstrations=20", "data.comparisons=20", "data.heldout=20"],
     "shop": ["experiment=shop", *(f"data.{key}=20" for key in ("prompts", "demonstrations", "heldout_prompts"))],
     "hh": ["experiment=hh", "policy.path=CHECKPOINT", f"data.comparisons={SOURCE}", HALF],
     "ultrafeedback": ["experiment=ultrafeedback", "backend=jax", "policy.path=CHECKPOINT", f"data.comparisons={SOURCE}",
