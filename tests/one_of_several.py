@@ -1,6 +1,6 @@
-"""What one process of test_processes.py does: python one_of_several.py FOLDER BACKEND MESH. Alone or as one of two, it trains,
-samples and saves in the same way, and leaves numbers in FOLDER/<count>.<rank>.npz; as one of three it passes state on. Two save
-theirs in shards."""
+"""What one process of test_processes.py does: python one_of_several.py FOLDER BACKEND MESH POLICY. Alone or as one of two, it
+trains, samples and saves in the same way, and leaves numbers in FOLDER/<count>.<rank>.npz; as one of three it passes state on.
+Two save theirs in shards."""
 
 import contextlib
 import sys
@@ -39,8 +39,8 @@ def sent() -> Iterator[list[int]]:
         yield found
 
 
-def main(folder: Path, backend: str, mesh: str) -> None:
-    here, world = place(), World(backend, overrides=["backend.device=cpu", *mesh.split()])
+def main(folder: Path, backend: str, mesh: str, policy: str) -> None:
+    here, world = place(), World(backend, policy=policy, overrides=["backend.device=cpu", *mesh.split()])
     models = kit.pair(world)
     world.backend.processes = together = world.processes  # from here on, the processes save for each other
     learner = kit.learning(world, models)

@@ -442,6 +442,9 @@ def test_what_cannot_be_trained_is_refused_with_what_to_do(policy):
     refuses(policy, MissingData, "This training needs prompts. Pass prompts=", prompts=None)
     refuses(policy, ConfigError, "Unknown key ppo.bach_size. Did you mean 'batch_size'?", bach_size=4)
     refuses(policy, ConfigError, "Unknown key ppo.optimizer.lr", optimizer={"lr": 0.1})
+    refuses(
+        policy, ConfigError, "train has no argument 'prompt', and ppo no such setting. Did you mean 'prompts'?", prompt=["hi"]
+    )
     refuses(policy, RegistryError, "No algorithm named 'pppo'", algorithm="pppo")
     refuses(
         policy, ConfigError, "sft takes no environment", algorithm="sft", demonstrations=[(QUESTION, "plums")], environment=SHOP

@@ -489,13 +489,17 @@ def test_a_frozen_trunk_is_whole_on_every_device_on_torch():
         assert found["weights, frozen"] == pytest.approx(4 * frozen, rel=0.01)
 
 
+ADAPTERS = Adapter("somewhere", 4, 8.0, ("q_proj", "o_proj", "up_proj", "down_proj"))
+
+
+@pytest.mark.parametrize("adapter", [None, ADAPTERS], ids=["whole", "adapters"])
 @pytest.mark.parametrize("kind", ["update", "update again", "evaluate", "generate"])
-def test_what_the_axis_of_matmuls_sums_is_what_is_planned(monkeypatch, kind):
+def test_what_the_axis_of_matmuls_sums_is_what_is_planned(monkeypatch, kind, adapter):
     """Counted where a run's network hands it over. Drawing: of prompts alone, as a plan draws the first and the last token."""
     four = torch_planner(mesh=MeshConfig(fsdp=2, tensor=2), gradient_checkpointing=kind == "update again")
     sent = []
     monkeypatch.setattr("lockstep_torch.plan.OnePart.add", lambda axis, x: sent.append(x.nbytes))
-    shape, blueprint = Shape(8, 64, 64, rows_per_prompt=2), Blueprint(WIDE)
+    shape, blueprint = Shape(8, 64, 64, rows_per_prompt=2), Blueprint(WIDE, adapter)
     calls = {
         "evaluate": Call("evaluate", {"policy": blueprint}, shape, outputs={"policy": ("logprobs",)}),
         "generate": Call("generate", {"policy": blueprint}, replace(shape, response=1)),
@@ -505,18 +509,19 @@ def test_what_the_axis_of_matmuls_sums_is_what_is_planned(monkeypatch, kind):
     assert along == sum(sent) > 0  # in a ring of two, each sends as much as there is
 
 
-def test_the_axis_of_matmuls_divides_them_and_their_activations_but_no_embedding():
+@pytest.mark.parametrize("adapter", [None, ADAPTERS], ids=["whole", "adapters"])
+def test_the_axis_of_matmuls_divides_them_and_their_activations_but_no_embedding(adapter):
     alone, two = torch_planner(), torch_planner(mesh=MeshConfig(tensor=2))
     assert (two.devices, two.rows) == (2, 1)
-    blueprint = Blueprint(WIDE)
-    assert two.held(blueprint) == (blueprint.size - blueprint.multiplied / 2, 0)
+    blueprint = Blueprint(WIDE, adapter)
     with FakeTensorMode():
-        assert sum(p.numel() for p in two.model(blueprint).network.parameters()) == two.held(blueprint)[0]
+        made = {each: list(each.model(blueprint).network.parameters()) for each in (alone, two)}
+    numbers = {each: sum(p.numel() for p in made[each]) for each in made}
+    assert blueprint.size - blueprint.multiplied / 2 == sum(p.numel() for p in made[two] if p.requires_grad != bool(adapter))
+    assert sum(two.held(blueprint)) == numbers[two] < numbers[alone]
     gradients = [parts.FLOAT32 * each.held(blueprint)[0] for each in (alone, two)]
     whole, half = (each.measure(update(HALF, blueprint)).temporary for each in (alone, two))
     assert 0.5 * (whole - gradients[0]) < half - gradients[1] < 0.95 * (whole - gradients[0])
-    with pytest.raises(ConfigError, match="adapters"):
-        two.measure(update(HALF, Blueprint(WIDE, Adapter("somewhere", 4, 8.0, ("q_proj",)))))
 
 
 def test_adapters_heads_teachers_and_other_families_are_planned_on_torch():

@@ -541,7 +541,7 @@ def test_the_batch_arithmetic_is_one_line():
     cls, config = configure("ppo", **(SMALL | changes))
     assert cls.arithmetic(config, Data()) == (
         "10 iterations x 8 episodes = 80 episodes over 12 prompts; 2 epochs x 2 minibatches of 4 = 4 optimizer steps per "
-        "iteration; 2 micro-batches of 3, + 32 raw texts each, from 12"
+        "iteration; micro-batches of 3, + 32 raw texts each, from 12"
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 from lockstep.checking.conformance.backends import terms as kit
 from lockstep.checking.conformance.world import ARCHITECTURE, World
 from lockstep.commands.run import workers
-from lockstep.config.compose import compose
+from lockstep.config.compose import compose, group
 from lockstep.config.mesh import MeshConfig
 from lockstep.config.schema import parse
 from lockstep.errors import CheckpointError, ConfigError, EnvironmentFailed, LockstepError, OutOfStep, RewardError
@@ -23,14 +23,14 @@ from lockstep.interfaces import Environment, Episode, Label, Labeler, Reply, Rew
 from lockstep.launchers import Place, meeting_place, place
 from lockstep.learning.episodes import EnvironmentConfig, replies
 from lockstep.learning.optimisation import OptimizerConfig
-from lockstep.models.blueprint import Blueprint
+from lockstep.models.blueprint import Adapter, Blueprint
 from lockstep.planning.calls import Call, Part, Shape
 from lockstep.processes import ALONE, Processes, decode, encode
 from lockstep.runs import assembly
 from lockstep.runs.asked_once import SharedLabeler, SharedRewardModel
 from lockstep.runs.experiment import Experiment
 from lockstep.runs.store import StageFolder
-from lockstep.storage.files import read_json
+from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import read_tensor, stored_weights
 from lockstep.types import Prompt
 from lockstep_torch.backend import TorchBackend
@@ -335,7 +335,6 @@ def test_a_mesh_that_cannot_be_is_an_error(mesh, message, monkeypatch):
 
 def test_matmuls_that_cannot_be_divided_are_an_error(folders):
     from lockstep_torch.decoder import DecoderNetwork
-    from lockstep_torch.mesh import Mesh
     from lockstep_torch.network import Network
     from lockstep_torch.policies import Decoder
 
@@ -348,11 +347,6 @@ def test_matmuls_that_cannot_be_divided_are_an_error(folders):
         network.divide_matmuls(Axis())
     with pytest.raises(ConfigError, match="Llama's shape only"):
         Network.divide_matmuls(network, Axis())
-    mesh = Mesh.__new__(Mesh)
-    mesh.tensor = Axis()
-    next(network.parameters()).requires_grad_(False)
-    with pytest.raises(ConfigError, match="divides no adapters"):
-        mesh.divide(network, None)
 
 
 def experiment(folder, *overrides):
@@ -409,15 +403,17 @@ def several(count, *arguments, program="one_of_several.py", **environment):
     assert [process.returncode for process in started] == [0] * count, "\n".join(printed)
 
 
-@pytest.fixture(scope="module", params=["torch", "jax"])
+@pytest.fixture(scope="module", params=["torch decoder", "torch lora", "jax decoder"])
 def trained(request, tmp_path_factory):
     """{(count, rank): numbers}, and the folder of what was saved."""
     folder = tmp_path_factory.mktemp(request.param)
-    several(2, folder, request.param, "backend.mesh.fsdp=-1")
-    several(1, folder, request.param, "")
-    if request.param == "torch":  # JAX has devices of one process in test_mesh.py
-        several(3, folder, request.param, "backend.mesh.fsdp=-1")
-        several(4, folder, request.param, "backend.mesh.fsdp=2 backend.mesh.tensor=2")
+    backend, policy = request.param.split()
+    several(2, folder, backend, "backend.mesh.fsdp=-1", policy)
+    several(1, folder, backend, "", policy)
+    if request.param == "torch decoder":
+        several(3, folder, backend, "backend.mesh.fsdp=-1", policy)
+    if backend == "torch":  # JAX has devices of one process in test_mesh.py
+        several(4, folder, backend, "backend.mesh.fsdp=2 backend.mesh.tensor=2", policy)
     return {tuple(map(int, path.stem.split("."))): dict(np.load(path)) for path in folder.glob("?.?.npz")}, folder
 
 
@@ -448,7 +444,9 @@ def test_two_processes_compute_what_one_computes(trained, kind):
 def test_four_that_divide_rows_and_matmuls_compute_what_one_computes(trained, kind):
     numbers, folder = trained
     if folder.name.startswith("torch"):  # of JAX, in test_mesh.py
-        assert apart(part(numbers[1, 0], kind), part(numbers[4, 0], kind)) < 3e-6
+        # The kit's adapters make attention so sharp that torch's and JAX's gradients of one process are 7e-5 apart.
+        most = 1e-4 if "lora" in folder.name else 3e-6
+        assert apart(part(numbers[1, 0], kind), part(numbers[4, 0], kind)) < most
         assert (numbers[4, 0]["tokens"] == numbers[1, 0]["tokens"]).all()
 
 
@@ -480,12 +478,15 @@ def test_state_saved_in_shards_by_two_is_restored_bit_for_bit_by_others(trained)
 
 def test_the_other_backend_reads_what_two_saved(trained, tmp_path):
     _, folder = trained
-    world = World("jax" if folder.name.startswith("torch") else "torch", overrides=["backend.device=cpu"])
+    other, policy = "jax" if folder.name.startswith("torch") else "torch", "lora" if "lora" in folder.name else "decoder"
+    world = World(other, policy=policy, overrides=["backend.device=cpu"])
     learner = kit.learning(world, kit.pair(world))
     learner.restore(folder / "saved by 2")
     learner.save(tmp_path)
     check_equal(state(tmp_path), state(folder / "saved by 2"))
     policy = learner.models["policy"]
+    if (adapter := folder / "policy of 2" / "adapter_config.json").exists():  # it was on a checkpoint in a folder of its own
+        write_json(adapter, read_json(adapter) | {"base_model_name_or_path": str(world.folder / "checkpoint")})
     again = type(policy).load(folder / "policy of 2", world.backend)
     check_equal(again.parameters(), {name: a for name, a in policy.parameters().items() if not name.startswith("score.")})
 
@@ -497,10 +498,12 @@ def test_a_process_that_draws_other_data_is_named(trained):
 
 def test_torch_sends_what_a_plan_says(trained):
     """For the gradients of a policy and a value network: weights are gathered twice, and gradients summed."""
-    numbers, _ = trained
+    numbers, folder = trained
     if not (sent := numbers[2, 0]["sent"]).size:
         return  # JAX's are read from its programs
-    policy, value = Blueprint(ARCHITECTURE), Blueprint(ARCHITECTURE, language_head=False, scalar_head=True)
+    adapter = Adapter("", 16, 32.0, tuple(group("policy", "lora")["targets"])) if "lora" in folder.name else None
+    policy = Blueprint(ARCHITECTURE, adapter)
+    value = Blueprint(ARCHITECTURE, adapter, language_head=False, scalar_head=True)
     outputs = {"policy": ("logprobs", "entropy"), "value": ("values", "scores")}
     shape, models = Shape(7, 6, 12), {"policy": policy, "value": value}
     part = Part(shape, outputs, None, {}, dropout=True, passed=False)

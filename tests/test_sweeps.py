@@ -89,10 +89,19 @@ def test_a_failing_job_stops_no_other_and_is_shown_with_its_error(grid):
     _, (code, printed, found), _, _ = grid
     assert code == 1
     assert statuses(found) == ["done", "done", "failed", "failed"]
-    end = printed[printed.index("SweepFailed: 2 jobs failed; to rerun one:") :]
+    end = printed[printed.index("SweepFailed: Jobs: 2 failed. To rerun one:") :]
     assert end.count("ConfigError: seed=-1 must be at least 0.") == 2
     assert "seed=-1" in end.splitlines()[1] and end.splitlines()[1].startswith("  lockstep run ")
     assert "2 of 4 jobs are done. The sweep is in " in end and "The same command runs the rest." in end
+
+
+def test_jobs_that_were_stopped_are_not_called_failed(tmp_path):
+    record = SweepFolder(tmp_path)
+    record.begin("lockstep run -m seed=0,1,2")
+    for seed, status in enumerate(("done", "stopped", "failed")):
+        record.note([f"seed={seed}"], status=status, error=None)
+    with pytest.raises(sweeps.SweepFailed, match=r"Jobs: 1 failed, 1 stopped\. To rerun one:\n(.*\n)*1 of 3 jobs are done"):
+        sweeps._outcome(record)
 
 
 def test_the_record_names_runs_overrides_states_and_objectives(grid):

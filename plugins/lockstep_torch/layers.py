@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,23 +44,66 @@ class Linear(nn.Linear):
         return F.linear(x, local(self.weight))
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """What peft adds to a linear layer: x Aᵀ Bᵀ times ``scale``."""
+
+    a: nn.Linear
+    b: nn.Linear
+    scale: float
+
+    @classmethod
+    def of(cls, layer: Any) -> LowRank | None:
+        if not hasattr(layer, "lora_A"):
+            return None
+        return cls(layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"])
+
+    def divide(self, axis: TensorAxis, side: int, adapted: Tensor) -> None:
+        """Make B's outputs (0) or A's inputs (1) those of ``adapted``, this process's shard of the layer's own weight; versions
+        of peft differ in whether they already are. The weight must be filled afterwards."""
+        rank = self.a.weight.shape[0]
+        layer, shape = (self.a, (rank, adapted.shape[1])) if side else (self.b, (adapted.shape[0], rank))
+        layer.weight = nn.Parameter(axis.placed(adapted.new_empty(shape), side))
+
+
 class Divisible(nn.Module):
-    """Matmuls that may be sharded among processes: the ``ends`` by their inputs, the others by their outputs."""
+    """Matmuls that may be sharded among processes: the ``ends`` by their inputs, the others by their outputs. Of an adapted
+    layer's B Aᵀ, the matmul with the sharded side is sharded; the other one, which has the rank, is whole on every process."""
 
     ends: tuple[str, ...]
     axis: TensorAxis | None = None
 
     def divide(self, axis: TensorAxis) -> None:
+        """Shard the matmuls that are trained."""
         self.axis = axis
         for name, layer in self.named_children():
-            axis.divide(layer, 1 if name in self.ends else 0)
+            side = 1 if name in self.ends else 0
+            if change := LowRank.of(layer):
+                change.divide(axis, side, local(layer.weight))
+            elif layer.weight.requires_grad:
+                axis.divide(layer, side)
 
     def copied(self, x: Tensor) -> Tensor:
         return x if self.axis is None else self.axis.copied(x)
 
-    def summed(self, layer: Linear, x: Tensor) -> Tensor:
+    def split(self, layer: Any, x: Tensor) -> Tensor:
+        """This process's outputs of ``layer``, none of the ``ends``, for x from `copied`."""
+        if self.axis is None:
+            return layer(x)
+        out = F.linear(x, local(layer.weight))
+        if change := LowRank.of(layer):  # A is whole, and each process's gradient of it is of its own outputs
+            out = out + F.linear(F.linear(x, self.axis.copied(change.a.weight)), local(change.b.weight)) * change.scale
+        return out
+
+    def summed(self, layer: Any, x: Tensor) -> Tensor:
         """``layer``, one of the ``ends``, applied to x and summed over the processes."""
-        return layer(x) if self.axis is None else self.axis.summed(x, local(layer.weight), matmul_dtype(x.device))
+        if self.axis is None:
+            return layer(x)
+        dtype, more = matmul_dtype(x.device), None
+        if change := LowRank.of(layer):  # first: a recomputation for the gradient ends here, before the layer's own sum
+            more = F.linear(self.axis.summed(x, local(change.a.weight), dtype), change.b.weight) * change.scale
+        out = self.axis.summed(x, local(layer.weight), dtype)
+        return out if more is None else out + more
 
 
 class Attention(Divisible):
@@ -80,9 +124,10 @@ class Attention(Divisible):
         cos, sin = rotation
         visible, dtype = visible.since(first), attention_dtype(x.device)
         x = self.copied(x)
-        q = rotated(split_heads(self.q_proj(since(x, first)), a.head_dim), cos[:, :, first:], sin[:, :, first:], dtype)
-        k = rotated(split_heads(self.k_proj(x), a.head_dim), cos, sin, dtype)
-        v = split_heads(self.v_proj(x), a.head_dim).to(dtype)
+        q = split_heads(self.split(self.q_proj, since(x, first)), a.head_dim)
+        q = rotated(q, cos[:, :, first:], sin[:, :, first:], dtype)
+        k = rotated(split_heads(self.split(self.k_proj, x), a.head_dim), cos, sin, dtype)
+        v = split_heads(self.split(self.v_proj, x), a.head_dim).to(dtype)
         if cache is not None:
             k, v = cache.with_own(k, v)
         with torch.autocast(x.device.type, enabled=False):
@@ -102,7 +147,7 @@ class MLP(Divisible):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.copied(x)
-        return self.summed(self.down_proj, gated(self.gate_proj(x), self.up_proj(x)))
+        return self.summed(self.down_proj, gated(self.split(self.gate_proj, x), self.split(self.up_proj, x)))
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:

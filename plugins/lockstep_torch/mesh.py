@@ -95,16 +95,25 @@ class Mesh:
         each = gathered.reshape(self.row_parts, self.copies, -1, *gathered.shape[1:])[:, 0]
         return each.reshape(-1, *gathered.shape[1:])
 
+    def divide_matmuls(self, network: Any) -> None:
+        """Shard the layers' trained matmuls, if the mesh has an axis for it.
+
+        Raises:
+          ConfigError: they cannot be sharded this way.
+        """
+        if self.tensor is not None:
+            network.divide_matmuls(self.tensor)
+
     def divide(self, network: Any, head: nn.Module | None) -> Root:
-        """Shard the trained weights: each layer on its own, then the rest. Frozen weights stay whole, because models may share
-        them.
+        """Shard the trained weights: each layer on its own, then the rest. Frozen weights stay as they are, because models may
+        share them.
 
         Raises:
           ConfigError: the network's matmuls cannot be sharded along this mesh.
         """
         from torch.distributed.fsdp import fully_shard
 
-        divide_matmuls(network, self.tensor)
+        self.divide_matmuls(network)
         layers = network.layers()
         root = Root(network, head)
         frozen = {p for p in network.parameters() if not p.requires_grad}
@@ -162,18 +171,6 @@ class _Gather(torch.autograd.Function):
         return slopes[0][ctx.start : ctx.start + ctx.rows].contiguous(), None
 
 
-def divide_matmuls(network: Any, axis: TensorAxis | None) -> None:
-    """Shard the layers' matmuls, if the mesh has an axis for it.
-
-    Raises:
-      ConfigError: the network has frozen weights, or its matmuls cannot be sharded this way.
-    """
-    if axis is not None:
-        if not all(p.requires_grad for p in network.parameters()):
-            raise ConfigError("backend.mesh.tensor divides no adapters on backend=torch. Raise backend.mesh.fsdp instead.")
-        network.divide_matmuls(axis)
-
-
 class TensorAxis:
     """Processes that a layer's matmuls are sharded among (Shoeybi et al. 2019, section 3): the matmuls at its start by their
     outputs, those at its end by their inputs. ``copied`` goes before the former; ``summed`` computes the latter."""
@@ -182,6 +179,9 @@ class TensorAxis:
         self.devices, self.size, self.group = devices, devices.size(), devices.get_group()
         # Its warnings would say how a tensor that is sharded twice is gathered, and that there are faster ways.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+    def __deepcopy__(self, memo: Any) -> TensorAxis:
+        return self  # networks are copied, processes are not
 
     def copied(self, x: Tensor) -> Tensor:
         """x itself; its gradient is summed over the processes."""

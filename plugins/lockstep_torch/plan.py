@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from lockstep.config.mesh import MeshConfig
 from lockstep.interfaces import Dropout, ForwardPass, Term
 from lockstep.learning.optimisation import OptimizerConfig
-from lockstep.models.architecture import is_small_decoder, to_hf
+from lockstep.models.architecture import is_small_decoder, linear_layers, to_hf
 from lockstep.models.blueprint import Blueprint
 from lockstep.planning.calls import Call, Need, Part, Shape, Traffic, traffic
 from lockstep.planning.parts import FLOAT32
@@ -35,7 +35,7 @@ from lockstep_torch.device import TorchDevice
 from lockstep_torch.generation import Decoding
 from lockstep_torch.learner import TorchLearner
 from lockstep_torch.lora import adapted
-from lockstep_torch.mesh import Mesh, Root, TensorAxis, divide_matmuls
+from lockstep_torch.mesh import Mesh, Root, TensorAxis
 from lockstep_torch.model import Block, Scalar, TorchModel
 from lockstep_torch.network import Network, ScalarHead
 from lockstep_torch.policies import Decoder
@@ -43,6 +43,10 @@ from lockstep_torch.transformers_network import TransformersNetwork
 
 PROCESS = 365_000_000
 """Measured: a process that trains the miniature with two layers of 16 takes 363 to 369 MB, whatever the stage."""
+
+
+STARTS, ENDS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+"""A decoder layer's matmuls: those sharded by outputs, and those by inputs."""
 
 
 class TorchPlanner:
@@ -61,8 +65,13 @@ class TorchPlanner:
             self.backend.mesh = FirstProcess(self.rows, self.tensor)
 
     def held(self, blueprint: Blueprint) -> tuple[int, int]:
-        matmuls = blueprint.multiplied if blueprint.adapter is None else 0
-        return (blueprint.trained - matmuls + matmuls // self.tensor) // self.fsdp, blueprint.frozen
+        trained, frozen, adapter = blueprint.trained, blueprint.frozen, blueprint.adapter
+        others = blueprint.multiplied - blueprint.multiplied // self.tensor  # of the matmuls, the other processes' shards
+        if adapter is None:
+            return (trained - others) // self.fsdp, frozen
+        low = adapter.shapes(linear_layers(blueprint.architecture))
+        sharded = sum(math.prod(shape) for name, shape in low.items() if _is_sharded(name))
+        return (trained - sharded + sharded // self.tensor) // self.fsdp, frozen - others
 
     def measure(self, call: Call) -> Need:
         kinds = {"generate": self._generate, "evaluate": self._evaluate, "forward": self._forward, "update": self._update}
@@ -125,7 +134,7 @@ class TorchPlanner:
 
     def model(self, blueprint: Blueprint) -> TorchModel:
         with self.backend.device, unmoved():
-            network = network_of(blueprint)
+            network = network_of(blueprint, self.backend.mesh)
             head = ScalarHead(np.zeros(network.hidden_size, np.float32)) if blueprint.scalar_head else None
             if not blueprint.language_head:
                 return Scalar(network.without_language_head(), head, self.backend)
@@ -187,17 +196,23 @@ class TorchPlanner:
                 yield traffic("all-gather", groups, size / groups, self.fsdp, self.tensor)
 
     def summed(self, shape: Shape, models: Iterable[TorchModel], again: bool = False) -> Iterator[Traffic]:
-        """Sums along ``tensor`` of a layer's two pairs of matmuls, in float32: those of a pass or, with ``again``, those of its
-        gradient and of the recomputation for it, which ends before the second pair's sum."""
-        if self.tensor > 1:
-            tokens, needed = -(-shape.tokens // self.rows), -(-shape.needed // self.rows)
-            for model in models:
-                layers, width = len(model.network.layers()), model.network.hidden_size
-                inner, last = 2 * (layers - 1) * tokens, 2 * needed
-                if again:  # in the last layer, prompts give only keys and values
-                    recomputed = (inner + last) // 2 * self.backend.config.gradient_checkpointing
-                    last += tokens - needed + recomputed
-                yield traffic("all-reduce", 2 * layers, FLOAT32 * width * (inner + last) / (2 * layers), self.tensor)
+        """Sums along ``tensor`` of a layer's two pairs of matmuls and of their adapters, in float32: those of a pass or, with
+        ``again``, those of its gradient and of the recomputation for it, which ends before the second pair's sum."""
+        if self.tensor == 1:
+            return
+        tokens, needed = -(-shape.tokens // self.rows), -(-shape.needed // self.rows)
+        for model in models:
+            layers, width, adapter = len(model.network.layers()), model.network.hidden_size, model.network.adapter
+            columns = (layers - 1) * tokens + needed  # of all layers; in the last, prompts give only keys and values
+            ends = 0 if adapter is None else adapter.rank * sum(map(adapter.adapts, ENDS))
+            numbers = columns * (2 * width + ends)
+            if again:
+                numbers = columns * 2 * width + (tokens - needed) * width
+                if adapter is not None:  # whole A's; the first layer's input is frozen
+                    numbers += layers * width * adapter.rank * sum(map(adapter.adapts, STARTS)) - tokens * width
+                if self.backend.config.gradient_checkpointing:
+                    numbers += columns * (width + ends)
+            yield traffic("all-reduce", 2 * layers, FLOAT32 * numbers / (2 * layers), self.tensor)
 
     def groups(self, model: TorchModel) -> tuple[int, int]:
         """How many groups of weights FSDP gathers, one after the other, and the bytes of all groups."""
@@ -232,7 +247,7 @@ class FirstProcess(Mesh):
         return torch.cat([own] * self.row_parts)[:rows]
 
     def divide(self, network: nn.Module, head: nn.Module | None) -> Root:
-        divide_matmuls(network, self.tensor)
+        self.divide_matmuls(network)
         return Root(network, head)
 
 
@@ -302,7 +317,13 @@ def storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def network_of(blueprint: Blueprint) -> Network:
+def _is_sharded(name: str) -> bool:
+    """Whether the axis ``tensor`` shards this tensor of an adapter: A by its inputs, or B by its outputs."""
+    layer, _, matrix = name.rpartition(".lora_")
+    return matrix.startswith("A" if layer.endswith(ENDS) else "B")
+
+
+def network_of(blueprint: Blueprint, mesh: Mesh | None) -> Network:
     """The network that `lockstep_torch.policies` would open, without its weights."""
     a = blueprint.architecture
     network: Network
@@ -313,7 +334,11 @@ def network_of(blueprint: Blueprint) -> Network:
 
         network = TransformersNetwork(AutoModelForCausalLM.from_config(AutoConfig.for_model(**to_hf(a))).eval())
         network.__dict__["can_pack"] = True  # finding out takes real numbers
-    return network if blueprint.adapter is None else adapted(network, blueprint.adapter)
+    if blueprint.adapter is None:
+        return network
+    if mesh is not None:
+        mesh.divide_matmuls(network)
+    return adapted(network, blueprint.adapter)
 
 
 @contextlib.contextmanager

@@ -68,6 +68,10 @@ def train(
         if preset:
             raise
         raise RegistryError(f"{no_file('algorithm', algorithm)} Or name a class: module:Class.") from None
+    given = {"prompts": prompts, "demonstrations": demonstrations, "comparisons": comparisons, "texts": texts}
+    for meant in (*given, "reward", "environment"):
+        if other := next((key for key in settings if key.rstrip("s") == meant.rstrip("s")), None):
+            raise ConfigError(f"train has no argument '{other}', and {algorithm} no such setting. Did you mean '{meant}'?")
     config = component_config(cls, laid_over(keys, settings), algorithm)
     if environment is not None and not cls.takes_environment:
         raise ConfigError(f"{algorithm} takes no environment. Leave out environment=.")
@@ -77,7 +81,6 @@ def train(
         raise ConfigError(f"{algorithm} needs a reward. Pass reward=, a function (prompts, responses) -> scores, or a Scorer.")
     if reward is not None and not cls.needs_reward_model:
         raise ConfigError(f"{algorithm} takes no reward. Leave out reward=.")
-    given = {"prompts": prompts, "demonstrations": demonstrations, "comparisons": comparisons, "texts": texts}
     data = Given({noun: items.read(noun, found) for noun, found in given.items() if found is not None})
     scores = None if reward is None else reward_model(reward, policy)
     console = Console()

@@ -389,7 +389,7 @@ class Online(Algorithm):
         return (
             f"{c.iterations} iterations x {batch} = {c.iterations * c.episodes} episodes over "
             f"{len(data.prompts('train'))} prompts; {c.epochs} epochs x {c.minibatches} minibatches of {minibatch} = "
-            f"{c.epochs * c.minibatches} optimizer steps per iteration; {math.ceil(minibatch / micro)} micro-batches of {micro}"
+            f"{c.epochs * c.minibatches} optimizer steps per iteration; micro-batches of {micro}"
         )
 
     def result(self) -> Policy:

@@ -104,10 +104,10 @@ def write(
     *,
     scalar: bool,
 ) -> None:
-    """Write an adapter folder as peft does. With ``scalar`` it is for a sequence classifier, whose head is saved whole. Every
-    process has to call this, as for `lockstep.storage.weights.write_weights`."""
+    """Write an adapter folder as peft does, which reads no shards. With ``scalar`` it is for a sequence classifier, whose head is
+    saved whole. Every process has to call this, as for `lockstep.storage.weights.write_weights`."""
     theirs = {PREFIX + name: shape for name, shape in shapes.items()}
-    write_weights(folder, theirs, lambda name: gather(name.removeprefix(PREFIX)), processes, WEIGHTS)
+    write_weights(folder, theirs, lambda name: gather(name.removeprefix(PREFIX)), processes, WEIGHTS, sharded=False)
     if not processes.leads:
         return
     settings = {

@@ -70,10 +70,11 @@ def write_weights(
     gather: Callable[[str], np.ndarray],
     processes: Processes = ALONE,
     file: str = WEIGHTS,
+    sharded: bool = True,
 ) -> None:
-    """Write float32 tensors of these shapes as ``file`` or, beyond `SHARD` bytes, as shards of it with an index. The files are
-    the same for any number of processes, which share the work: each writes different shards. Files written here before are
-    removed.
+    """Write float32 tensors of these shapes as ``file`` or, if ``sharded`` and beyond `SHARD` bytes, as shards of it with an
+    index. The files are the same for any number of processes, which share the work: each writes different shards. Files written
+    here before are removed.
 
     Args:
       gather: returns a tensor by name. Every process calls it with the same names in the same order, so it may ask the other
@@ -82,7 +83,7 @@ def write_weights(
     Raises:
       CheckpointError: on all processes, if the disk is full or not writable for one of them.
     """
-    shards = _shards(shapes)
+    shards = _shards(shapes) if sharded else [sorted(shapes)]
     count, stem = len(shards), file.removesuffix(".safetensors")
     files = [file] if count == 1 else [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     trouble: CheckpointError | None = None

@@ -13,7 +13,6 @@ The reference is the initial policy. Its log-probabilities are computed once, be
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -230,7 +229,7 @@ class PreferenceOptimisation(Offline):
         return (
             f"{len(comparisons)} prompts x {config.epochs:g} epochs / {size} per step = "
             f"{cls.steps(config, len(comparisons))} steps; {completions.mean():.1f} completions per prompt; "
-            f"{math.ceil(size / (config.micro_batch_size or size))} micro-batches"
+            f"micro-batches of {min(config.micro_batch_size or size, size)}"
         )
 
     def result(self) -> Model:

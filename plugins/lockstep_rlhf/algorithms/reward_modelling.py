@@ -8,7 +8,6 @@ N(0, 1 / (d + 1)) (Ziegler et al. 2019). After training the score is shifted so 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -148,7 +147,7 @@ class RewardModelling(Offline):
         return (
             f"{len(comparisons)} prompts x {config.epochs:g} epochs / {size} per step = "
             f"{cls.steps(config, len(comparisons))} steps; {completions.mean():.1f} completions and "
-            f"{pairs.mean():.1f} pairs per prompt; {math.ceil(size / (config.micro_batch_size or size))} micro-batches"
+            f"{pairs.mean():.1f} pairs per prompt; micro-batches of {min(config.micro_batch_size or size, size)}"
         )
 
     def result(self) -> ScalarModel:

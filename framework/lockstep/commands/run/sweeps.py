@@ -64,7 +64,7 @@ LAST_LINES = 5
 
 
 class SweepFailed(LockstepError):
-    """Some jobs of a sweep failed; the others are done."""
+    """Some jobs of a sweep failed or were stopped; the others are done."""
 
 
 # ------------------------------------------------------------------------------------------------------- the sweep
@@ -75,7 +75,7 @@ def sweep(arguments: Sequence[str]) -> str:
 
     Raises:
         ConfigError: the sweep cannot work; raised before any job starts.
-        SweepFailed: some jobs failed; raised after all have run.
+        SweepFailed: some jobs failed or were stopped; raised after all have run.
     """
     _check_installed(arguments)
     _stopping.clear()
@@ -144,7 +144,9 @@ def _outcome(record: SweepFolder) -> str:
     done = f"{len(jobs) - len(lost)} of {len(jobs)} jobs are done. The sweep is in {record.path}."
     if lost:
         lines = "\n".join(f"  lockstep run {' '.join(map(shell, job['overrides']))}\n{_indented(_fate(job))}" for job in lost)
-        raise SweepFailed(f"{len(lost)} jobs failed; to rerun one:\n{lines}\n{done} The same command runs the rest.")
+        stopped = sum(job["status"] == "stopped" for job in lost)
+        fates = [f"{n} {fate}" for n, fate in ((len(lost) - stopped, "failed"), (stopped, "stopped")) if n]
+        raise SweepFailed(f"Jobs: {', '.join(fates)}. To rerun one:\n{lines}\n{done} The same command runs the rest.")
     return f"{done} To compare them: lockstep compare {shell(str(record.path))}"
 
 
