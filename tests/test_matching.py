@@ -30,7 +30,8 @@ def test_comparisons_hold_the_right_response_against_each_covered_one():
             gold = source.gold(prompt, f"say{number}")
             assert gold["gold"] == (number == said(prompt))
             assert gold["uncovered"] == (f"say{number}" not in seen[said(prompt)])
-    assert source.gold(prompt, "ask1") == source.gold(prompt, "") == {"gold": 0, "uncovered": 1}
+            assert gold["other"] == 0
+    assert source.gold(prompt, "ask1") == source.gold(prompt, "") == {"gold": 0, "uncovered": 0, "other": 1}
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 1.0])

@@ -490,9 +490,12 @@ def test_a_frozen_trunk_is_whole_on_every_device_on_torch():
 
 
 ADAPTERS = Adapter("somewhere", 4, 8.0, ("q_proj", "o_proj", "up_proj", "down_proj"))
+PARTLY = [
+    replace(ADAPTERS, targets=some) for some in (("down_proj",), ("self_attn.o_proj", "gate_proj"), ("layers.1.mlp.up_proj",))
+]
 
 
-@pytest.mark.parametrize("adapter", [None, ADAPTERS], ids=["whole", "adapters"])
+@pytest.mark.parametrize("adapter", [None, ADAPTERS, *PARTLY], ids=lambda adapter: " ".join(adapter.targets) if adapter else "")
 @pytest.mark.parametrize("kind", ["update", "update again", "evaluate", "generate"])
 def test_what_the_axis_of_matmuls_sums_is_what_is_planned(monkeypatch, kind, adapter):
     """Counted where a run's network hands it over. Drawing: of prompts alone, as a plan draws the first and the last token."""
@@ -505,8 +508,9 @@ def test_what_the_axis_of_matmuls_sums_is_what_is_planned(monkeypatch, kind, ada
         "generate": Call("generate", {"policy": blueprint}, replace(shape, response=1)),
     }
     found = four.measure(calls.get(kind, update(shape, blueprint))).collectives
-    along = sum(each.sent for each in found if (each.kind, each.members, each.stride) == ("all-reduce", 2, 1))
-    assert along == sum(sent) > 0  # in a ring of two, each sends as much as there is
+    along = [each for each in found if (each.kind, each.members, each.stride) == ("all-reduce", 2, 1)]
+    assert sum(each.sent for each in along) == sum(sent) > 0  # in a ring of two, each sends as much as there is
+    assert sum(each.count for each in along) == len(sent)
 
 
 @pytest.mark.parametrize("adapter", [None, ADAPTERS], ids=["whole", "adapters"])

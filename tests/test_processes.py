@@ -445,7 +445,7 @@ def test_four_that_divide_rows_and_matmuls_compute_what_one_computes(trained, ki
     numbers, folder = trained
     if folder.name.startswith("torch"):  # of JAX, in test_mesh.py
         # The kit's adapters make attention so sharp that torch's and JAX's gradients of one process are 7e-5 apart.
-        most = 1e-4 if "lora" in folder.name else 3e-6
+        most = 1e-4 if "lora" in folder.name and kind in ("gradient", "parameter") else 3e-6
         assert apart(part(numbers[1, 0], kind), part(numbers[4, 0], kind)) < most
         assert (numbers[4, 0]["tokens"] == numbers[1, 0]["tokens"]).all()
 

@@ -31,7 +31,7 @@ ASK, SAY = "ask", "say"
 class Matching(DataSource):
     @dataclass(frozen=True)
     class Config:
-        """Sizes; item i is the same for every size. Held-out prompts are those of training: what is unseen here are responses."""
+        """Item i is the same however many are drawn. Held-out prompts are those of training; unseen are some responses."""
 
         seed: int = setting(0, "Seed of what comparisons cover and of all draws; the run has its own.", least=0)
         size: int = setting(8, "Prompts, and responses.", least=3, most=100)
@@ -96,12 +96,18 @@ class Matching(DataSource):
         return Tokenizer(core, eos_token=EOS, pad_token=PAD, chat_template=CHAT_TEMPLATE)
 
     def gold(self, prompt: Prompt, response: str) -> dict[str, float] | None:
-        """``gold``: 1 for the right response, else 0. ``uncovered``: 1 for a response that no comparison of this prompt has."""
+        """``gold``: 1 for the right response, else 0. ``uncovered``: 1 for a response that no comparison of this prompt has;
+        ``other``: 1 for any other text."""
         asked = prompt.truth.get("matching")
         if asked is None:
             return None
-        compared = {f"{SAY}{r}" for r in (asked, *self.covered[asked])}
-        return {"gold": float(response == f"{SAY}{asked}"), "uncovered": float(response not in compared)}
+        responses = [f"{SAY}{r}" for r in range(self.config.size)]
+        compared = [responses[r] for r in (asked, *self.covered[asked])]
+        return {
+            "gold": float(response == responses[asked]),
+            "uncovered": float(response in responses and response not in compared),
+            "other": float(response not in responses),
+        }
 
     def _prompt(self, index: int) -> Prompt:
         return Prompt((Message("user", f"{ASK}{index}"),), {"matching": index})

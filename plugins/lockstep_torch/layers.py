@@ -58,17 +58,17 @@ class LowRank:
             return None
         return cls(layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"])
 
-    def divide(self, axis: TensorAxis, side: int, adapted: Tensor) -> None:
-        """Make B's outputs (0) or A's inputs (1) those of ``adapted``, this process's shard of the layer's own weight; versions
-        of peft differ in whether they already are. The weight must be filled afterwards."""
+    def divide(self, axis: TensorAxis, side: int, base: Tensor) -> None:
+        """Shard B by its outputs (0) or A by its inputs (1), as ``base`` is, this process's shard of the layer's own weight. The
+        weight must be filled afterwards."""
         rank = self.a.weight.shape[0]
-        layer, shape = (self.a, (rank, adapted.shape[1])) if side else (self.b, (adapted.shape[0], rank))
-        layer.weight = nn.Parameter(axis.placed(adapted.new_empty(shape), side))
+        layer, shape = (self.a, (rank, base.shape[1])) if side else (self.b, (base.shape[0], rank))
+        layer.weight = nn.Parameter(axis.placed(base.new_empty(shape), side))
 
 
 class Divisible(nn.Module):
-    """Matmuls that may be sharded among processes: the ``ends`` by their inputs, the others by their outputs. Of an adapted
-    layer's B Aᵀ, the matmul with the sharded side is sharded; the other one, which has the rank, is whole on every process."""
+    """Matmuls that may be sharded among processes: the ``ends`` by their inputs, the others by their outputs. Of an
+    adapter, B is sharded by its outputs, or A by its inputs; the other matrix is whole on every process."""
 
     ends: tuple[str, ...]
     axis: TensorAxis | None = None
@@ -78,8 +78,8 @@ class Divisible(nn.Module):
         self.axis = axis
         for name, layer in self.named_children():
             side = 1 if name in self.ends else 0
-            if change := LowRank.of(layer):
-                change.divide(axis, side, local(layer.weight))
+            if low := LowRank.of(layer):
+                low.divide(axis, side, layer.weight)
             elif layer.weight.requires_grad:
                 axis.divide(layer, side)
 
@@ -91,19 +91,19 @@ class Divisible(nn.Module):
         if self.axis is None:
             return layer(x)
         out = F.linear(x, local(layer.weight))
-        if change := LowRank.of(layer):  # A is whole, and each process's gradient of it is of its own outputs
-            out = out + F.linear(F.linear(x, self.axis.copied(change.a.weight)), local(change.b.weight)) * change.scale
+        if low := LowRank.of(layer):  # A is whole, and each process's gradient of it is of its own outputs
+            out = out + F.linear(F.linear(x, self.axis.copied(low.a.weight)), local(low.b.weight)) * low.scale
         return out
 
     def summed(self, layer: Any, x: Tensor) -> Tensor:
         """``layer``, one of the ``ends``, applied to x and summed over the processes."""
         if self.axis is None:
             return layer(x)
-        dtype, more = matmul_dtype(x.device), None
-        if change := LowRank.of(layer):  # first: a recomputation for the gradient ends here, before the layer's own sum
-            more = F.linear(self.axis.summed(x, local(change.a.weight), dtype), change.b.weight) * change.scale
-        out = self.axis.summed(x, local(layer.weight), dtype)
-        return out if more is None else out + more
+        product, dtype = self.axis.product, matmul_dtype(x.device)
+        part = product(x, local(layer.weight), dtype)
+        if low := LowRank.of(layer):  # B is whole, and each process's gradient of it is of its own inputs
+            part = part + product(product(x, local(low.a.weight), dtype), self.axis.copied(low.b.weight), dtype) * low.scale
+        return self.axis.summed(part)
 
 
 class Attention(Divisible):

@@ -15,10 +15,10 @@ def linear_layers(network: Network) -> dict[str, nn.Module]:
 
 
 def adapted(network: Network, adapter: Adapter) -> Network:
-    """A copy with peft's adapter layers. The frozen weights are shared with ``network``, not copied."""
+    """A copy with peft's adapter layers. The weights of ``network``, which are frozen, are shared, not copied."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    network = copy_network(network.requires_grad_(False))
+    network = copy_network(network)
     settings = LoraConfig(
         r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets), fan_in_fan_out=adapter.conv1d
     )

@@ -173,7 +173,7 @@ class _Gather(torch.autograd.Function):
 
 class TensorAxis:
     """Processes that a layer's matmuls are sharded among (Shoeybi et al. 2019, section 3): the matmuls at its start by their
-    outputs, those at its end by their inputs. ``copied`` goes before the former; ``summed`` computes the latter."""
+    outputs, those at its end by their inputs. ``copied`` goes before the former, ``summed`` after the latter."""
 
     def __init__(self, devices: DeviceMesh):
         self.devices, self.size, self.group = devices, devices.size(), devices.get_group()
@@ -187,10 +187,14 @@ class TensorAxis:
         """x itself; its gradient is summed over the processes."""
         return _Copied.apply(x, self)
 
-    def summed(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """x weightᵀ in float32, summed over the processes. ``dtype``: of the matmul's inputs."""
+    def product(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """x weightᵀ in float32, to be summed over the processes. ``dtype``: of the matmul's inputs."""
         x, weight = x.to(dtype), weight.to(dtype)
-        return _Summed.apply(_Product.apply(x, weight) if dtype != torch.float32 else x @ weight.T, self)
+        return _Product.apply(x, weight) if dtype != torch.float32 else x @ weight.T
+
+    def summed(self, part: Tensor) -> Tensor:
+        """The sum of all processes' parts; each part's gradient is that of the sum."""
+        return _Summed.apply(part, self)
 
     def add(self, x: Tensor) -> None:
         """Add the other processes' x to this one, in place."""
@@ -235,7 +239,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
         rows = x.flatten(0, -2)
         with torch.autocast(x.device.type, enabled=False):
             if x.device.type == "cuda":
@@ -245,10 +249,11 @@ class _Product(torch.autograd.Function):
         return found.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        slope = slopes[0].to(x.dtype)
-        return slope @ weight, slope.flatten(0, -2).T @ x.flatten(0, -2)
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors  # each only if the other one is trained
+        of_x = None if weight is None else slopes[0].to(weight.dtype) @ weight
+        of_weight = None if x is None else slopes[0].to(x.dtype).flatten(0, -2).T @ x.flatten(0, -2)
+        return of_x, of_weight
 
 
 class _Summed(torch.autograd.Function):
@@ -269,6 +274,14 @@ def shell(network: N, device: torch.device | str) -> N:
     is written to, and FSDP writes only to this process's shards."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device=device)) if p.requires_grad else p for p in network.parameters()}
     return copy.deepcopy(network, empty)
+
+
+def keep_own(network: nn.Module) -> None:
+    """Freeze the network's weights, and replace those that are sharded by this process's shards, which nothing will gather."""
+    for module in network.requires_grad_(False).modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if divided(weight):
+                setattr(module, name, nn.Parameter(local(weight.detach()), requires_grad=False))
 
 
 def divided(tensor: Tensor) -> bool:

@@ -82,7 +82,7 @@ class TorchModel:
     def filled(cls, network: Network, head: ScalarHead | None, backend: TorchDevice, weights: Mapping[str, np.ndarray]) -> Any:
         """A model of this network with these weights. Each process reads only its own parts of them. The network's own weights
         are dropped, so it may be on the device 'meta', without memory."""
-        made = cls(shell(network, before_mesh(backend)), head, backend)
+        made = cls(shell(network, _creation_device(backend)), head, backend)
         fill({name: tensor for name, tensor in made.tensors().items() if name not in HEAD}, weights)
         return made
 
@@ -187,7 +187,7 @@ class TorchModel:
         """A model of class ``cls`` with this head and a copy of this model's network, to which ``change`` is applied."""
         if self.mesh is None:
             return cls(change(copy_network(self.network)), head, self.backend)
-        made = cls(change(shell(self.shell, before_mesh(self.backend))), head, self.backend)
+        made = cls(change(shell(self.shell, _creation_device(self.backend))), head, self.backend)
         mine = self.tensors()
         with torch.no_grad():
             for name, tensor in made.tensors().items():
@@ -311,7 +311,7 @@ class Scalar(TorchModel, ScalarModel):
         self.write(folder, classifier_class(self.network.config), num_labels=1)
 
 
-def before_mesh(backend: TorchDevice) -> torch.device:
+def _creation_device(backend: TorchDevice) -> torch.device:
     """The device on which a network is created. With a mesh it is the CPU, from which FSDP moves it."""
     return backend.device if backend.mesh is None else torch.device("cpu")
 

@@ -78,8 +78,8 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def divide_matmuls(self, axis: TensorAxis) -> None:
-        """Keep this process's shard of the layers' trained matmuls. The weights must be filled afterwards. Adapters are divided
-        as the layers are that they adapt, which were divided before they were frozen.
+        """Keep this process's shard of the layers' trained matmuls. The weights must be filled afterwards. Divide a checkpoint
+        that adapters share before it is frozen; the adapters then follow its shards.
 
         Raises:
           ConfigError: the matmuls cannot be sharded this way.

@@ -33,9 +33,10 @@ from lockstep_torch import device, generation
 from lockstep_torch.decoder import Cache, DecoderNetwork
 from lockstep_torch.device import TorchDevice
 from lockstep_torch.generation import Decoding
+from lockstep_torch.layers import MLP, Attention
 from lockstep_torch.learner import TorchLearner
 from lockstep_torch.lora import adapted
-from lockstep_torch.mesh import Mesh, Root, TensorAxis
+from lockstep_torch.mesh import Mesh, Root, TensorAxis, keep_own
 from lockstep_torch.model import Block, Scalar, TorchModel
 from lockstep_torch.network import Network, ScalarHead
 from lockstep_torch.policies import Decoder
@@ -43,10 +44,6 @@ from lockstep_torch.transformers_network import TransformersNetwork
 
 PROCESS = 365_000_000
 """Measured: a process that trains the miniature with two layers of 16 takes 363 to 369 MB, whatever the stage."""
-
-
-STARTS, ENDS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
-"""A decoder layer's matmuls: those sharded by outputs, and those by inputs."""
 
 
 class TorchPlanner:
@@ -70,7 +67,7 @@ class TorchPlanner:
         if adapter is None:
             return (trained - others) // self.fsdp, frozen
         low = adapter.shapes(linear_layers(blueprint.architecture))
-        sharded = sum(math.prod(shape) for name, shape in low.items() if _is_sharded(name))
+        sharded = sum(math.prod(shape) for name, shape in low.items() if not _is_summed(name))
         return (trained - sharded + sharded // self.tensor) // self.fsdp, frozen - others
 
     def measure(self, call: Call) -> Need:
@@ -196,23 +193,25 @@ class TorchPlanner:
                 yield traffic("all-gather", groups, size / groups, self.fsdp, self.tensor)
 
     def summed(self, shape: Shape, models: Iterable[TorchModel], again: bool = False) -> Iterator[Traffic]:
-        """Sums along ``tensor`` of a layer's two pairs of matmuls and of their adapters, in float32: those of a pass or, with
-        ``again``, those of its gradient and of the recomputation for it, which ends before the second pair's sum."""
+        """Sums along ``tensor``, in float32: after each pair of matmuls of a pass or, with ``again``, before each pair for its
+        gradient, of the adapters' whole matrices, and of the recomputation, which ends before a layer's second sum."""
         if self.tensor == 1:
             return
         tokens, needed = -(-shape.tokens // self.rows), -(-shape.needed // self.rows)
         for model in models:
-            layers, width, adapter = len(model.network.layers()), model.network.hidden_size, model.network.adapter
-            columns = (layers - 1) * tokens + needed  # of all layers; in the last, prompts give only keys and values
-            ends = 0 if adapter is None else adapter.rank * sum(map(adapter.adapts, ENDS))
-            numbers = columns * (2 * width + ends)
-            if again:
-                numbers = columns * 2 * width + (tokens - needed) * width
-                if adapter is not None:  # whole A's; the first layer's input is frozen
-                    numbers += layers * width * adapter.rank * sum(map(adapter.adapts, STARTS)) - tokens * width
-                if self.backend.config.gradient_checkpointing:
-                    numbers += columns * (width + ends)
-            yield traffic("all-reduce", 2 * layers, FLOAT32 * numbers / (2 * layers), self.tensor)
+            layers, width = model.network.layers(), model.network.hidden_size
+            computed = [tokens] * (len(layers) - 1) + [needed]  # in the last layer, prompts give only keys and values
+            if not again:
+                sums = [width * columns for columns in computed for _ in range(2)]
+            else:
+                below = model.network.adapter is None  # whether anything trained is below
+                sums = [math.prod(tensor.shape) for name, tensor in model.tensors().items() if _is_summed(name)]
+                for layer, columns in zip(layers, computed, strict=True):
+                    for pair, read in ((layer.self_attn, tokens), (layer.mlp, columns)):
+                        sums += [width * read] * below
+                        below = below or any(p.requires_grad for p in pair.parameters())
+                    sums += [width * columns] * (below and self.backend.config.gradient_checkpointing)
+            yield traffic("all-reduce", len(sums), FLOAT32 * sum(sums) / len(sums), self.tensor)
 
     def groups(self, model: TorchModel) -> tuple[int, int]:
         """How many groups of weights FSDP gathers, one after the other, and the bytes of all groups."""
@@ -317,10 +316,10 @@ def storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _is_sharded(name: str) -> bool:
-    """Whether the axis ``tensor`` shards this tensor of an adapter: A by its inputs, or B by its outputs."""
+def _is_summed(name: str) -> bool:
+    """True for the matrix of an adapter that the axis ``tensor`` leaves whole, so that its gradient has to be summed."""
     layer, _, matrix = name.rpartition(".lora_")
-    return matrix.startswith("A" if layer.endswith(ENDS) else "B")
+    return matrix.startswith("B" if layer.endswith((*Attention.ends, *MLP.ends)) else "A")
 
 
 def network_of(blueprint: Blueprint, mesh: Mesh | None) -> Network:
@@ -338,6 +337,7 @@ def network_of(blueprint: Blueprint, mesh: Mesh | None) -> Network:
         return network
     if mesh is not None:
         mesh.divide_matmuls(network)
+    keep_own(network)
     return adapted(network, blueprint.adapter)
 
 

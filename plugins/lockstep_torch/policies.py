@@ -34,8 +34,8 @@ from lockstep_torch.classifier import TextClassifier
 from lockstep_torch.decoder import DecoderNetwork
 from lockstep_torch.device import TorchDevice
 from lockstep_torch.lora import adapted, linear_layers
-from lockstep_torch.mesh import fill, shell
-from lockstep_torch.model import LanguageModel, Scalar, before_mesh
+from lockstep_torch.mesh import fill, keep_own, shell
+from lockstep_torch.model import LanguageModel, Scalar
 from lockstep_torch.network import Network, ScalarHead
 from lockstep_torch.transformers_network import TransformersNetwork, config_of, load, without_weights
 
@@ -142,11 +142,14 @@ def _trunk(path: str, backend: TorchDevice) -> Network:
 
     if path not in backend.trunks:
         network, weights = _open(AutoModelForCausalLM, open_checkpoint(path, any_family=True))
-        network = shell(network, before_mesh(backend))
-        if backend.mesh is not None:
-            backend.mesh.divide_matmuls(network)
-        network.to(backend.device)
+        if backend.mesh is None or backend.mesh.tensor is None:
+            network = shell(network, backend.device)
+        else:  # divided on the CPU, where weights take no memory before they are written
+            network = shell(network, "cpu")
+            network.divide_matmuls(backend.mesh.tensor)
+            network.to(backend.device)
         fill({network.checkpoint_name(name): parameter for name, parameter in network.named_parameters()}, weights)
+        keep_own(network)
         backend.trunks[path] = network
     return backend.trunks[path]
 

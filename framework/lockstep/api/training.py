@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import signal
 from collections.abc import Iterable, Mapping, Sequence
@@ -69,8 +70,9 @@ def train(
             raise
         raise RegistryError(f"{no_file('algorithm', algorithm)} Or name a class: module:Class.") from None
     given = {"prompts": prompts, "demonstrations": demonstrations, "comparisons": comparisons, "texts": texts}
+    known = {field.name for field in dataclasses.fields(cls.Config)}
     for meant in (*given, "reward", "environment"):
-        if other := next((key for key in settings if key.rstrip("s") == meant.rstrip("s")), None):
+        if other := next((key for key in settings.keys() - known if key.rstrip("s") == meant.rstrip("s")), None):
             raise ConfigError(f"train has no argument '{other}', and {algorithm} no such setting. Did you mean '{meant}'?")
     config = component_config(cls, laid_over(keys, settings), algorithm)
     if environment is not None and not cls.takes_environment:

@@ -352,7 +352,8 @@ VERDICT_STYLE = {"yes": "green", "unclear": "yellow", "no": "red"}
 def to_rich(table: Table) -> RichTable:
     rich = RichTable(header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in table.header:
-        rich.add_column(name, no_wrap=name == table.header[0], overflow="fold")
+        first = name == table.header[0]
+        rich.add_column(name, no_wrap=first, overflow="ellipsis" if first else "fold")
     for i, row in enumerate(table.rows):
         if i in table.headings and i > 0:
             rich.add_section()
