@@ -292,6 +292,22 @@ def test_real_data_without_gold_is_judged_by_the_win_rate(tmp_path):
     assert "gold score" not in (tmp_path / "report" / "report.md").read_text()
 
 
+def test_the_parts_of_a_gold_score_have_the_names_that_the_data_give_them(tmp_path):
+    run = write_run(tmp_path, "torch", 0)
+    file = next(tmp_path.glob("stages/evaluate-*/output/evaluation.json"))
+    content = json.loads(file.read_text())
+    for policies in content["splits"].values():
+        for measures in policies.values():
+            measures["unc{overed} $x^$"] = measures.pop("helpful")
+            measures["turns"] = measures["length"]
+    file.write_text(json.dumps(content))
+    report = compare([run], tmp_path / "report")
+    assert report.comparison.parts == ["truthful", "harmless", "unc{overed} $x^$"]
+    titles = [row[0] for row in report.tables["policies"].rows]
+    assert {"gold score", "truthful", "harmless", "unc{overed} $x^$"} < set(titles) and "turns" not in titles
+    assert (tmp_path / "report" / "figures" / "parts.png").exists()
+
+
 # -------------------------------------------------------------------------------------------------------------- output
 
 

@@ -11,8 +11,6 @@ from lockstep.reporting.console import numbers
 from lockstep.storage.files import finite
 from lockstep.storage.records import DONE, RUN, read_record, stage_folders
 
-COLUMNS = ("gold", "helpful", "truthful", "harmless", "score", "win_rate", "kl", "length", "ability", "text_loss")
-
 
 def summary(run: Path) -> Group:
     """Stages with their seconds and last numbers, then each evaluated policy with its 95% intervals."""
@@ -34,20 +32,24 @@ def summary(run: Path) -> Group:
 def evaluation_tables(evaluation: dict) -> list[Table]:
     tables = []
     for split, policies in evaluation["splits"].items():
-        shown = [c for c in COLUMNS if any(c in measures for measures in policies.values())]
+        shown = list(dict.fromkeys(name for measures in policies.values() for name in measures if is_shown(name)))
         table = Table(title=f"{split} prompts (± 95%)", title_justify="left", box=None, pad_edge=False)
         for column in ("policy", *shown):
-            table.add_column(column)
+            table.add_column(column, overflow="fold")
         for policy, measures in policies.items():
             table.add_row(policy, *(cell(measures.get(name)) for name in shown))
         tables.append(table)
     if reward := evaluation.get("reward_model"):
-        table = Table(title="reward model (± 95%)", title_justify="left", box=None, pad_edge=False)
-        for name in reward:
-            table.add_column(name)
-        table.add_row(*(cell(m) for m in reward.values()))
+        table = Table(title="reward model (± 95%)", title_justify="left", show_header=False, box=None, pad_edge=False)
+        for name, measure in reward.items():
+            table.add_row(name, cell(measure))
         tables.append(table)
     return tables
+
+
+def is_shown(measure: str) -> bool:
+    """False for details, which `lockstep compare` shows."""
+    return "/" not in measure and measure != "finished"
 
 
 def cell(measure: dict | None) -> str:

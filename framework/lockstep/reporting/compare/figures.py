@@ -51,7 +51,6 @@ CURVES = {
     "objective/length": "Length, tokens",
 }
 AGAINST_KL = {"score": "Proxy: the reward model's score", "gold": "Gold score"}
-PARTS = ("helpful", "truthful", "harmless")
 
 
 def for_page(c: RunComparison, found: Sequence[Versus], metrics: Sequence[str] = ()) -> dict[str, str]:
@@ -131,13 +130,13 @@ def one_metric(c: RunComparison, metric: str) -> Figure | None:
 
 
 def parts(c: RunComparison) -> Figure | None:
-    found = [m for m in PARTS if c.split and c.has(m, c.split)]
+    found = [m for m in c.parts if c.split and c.has(m, c.split)]
     if not found:
         return None
-    figure, axes = panels(len(found), height=dots_height(c, c.policies), sharex=True, sharey=True)
+    figure, axes = panels(len(found), height=dots_height(c, c.policies), columns=3, sharex=True, sharey=True)
     for ax, metric in zip(axes, found, strict=True):
         policy_dots(ax, c, c.split, metric)
-        ax.set_title(metric.capitalize())
+        ax.set_title(plain(metric.capitalize()))
     legend(figure, c)
     return figure
 

@@ -23,6 +23,10 @@ from lockstep.reporting.compare.records import Estimate, Reading, Run, StageReco
 # Keys that say which run this is or where it runs, not what it does.
 NOT_COMPARED = {"seed", "name", "folder", "tracker", "checkpoint_every", "samples_every", "experiment_name", "choices.tracker"}
 BACKEND = "backend.name"
+MEASURED = frozenset(
+    {"gold", "gain", "score", "win_rate", "ability", "text_loss", "kl", "length", "finished", "turns", "sampler_mismatch"}
+)
+"""Measures of a policy that have the same meaning for all data."""
 CHOICES = "choices."  # followed by a config group: the name of the file chosen for it
 
 
@@ -201,9 +205,21 @@ class RunComparison:
         return any(g.policy_estimates(s, p, metric) for g in self.groups for s in splits for p in self.policies)
 
     @cached_property
+    def measured(self) -> list[str]:
+        """All measures of policies."""
+        splits = [found for run in self.runs for split in run.evaluation.splits.values() for found in split.values()]
+        return list(dict.fromkeys(metric for found in splits for metric in found))
+
+    @cached_property
+    def parts(self) -> list[str]:
+        """The parts of the gold score, which the runs' data name."""
+        others = {*MEASURED, *self.judges, *self.tests}
+        return [metric for metric in self.measured if "/" not in metric and metric not in others]
+
+    @cached_property
     def best_of(self) -> list[int]:
         """The values of n for which best of n was measured, ascending."""
-        metrics = {m for run in self.runs for split in run.evaluation.splits.values() for found in split.values() for m in found}
+        metrics = self.measured
         return sorted(int(name.removeprefix("best_of_")) for m in metrics if (name := m.removesuffix("/kl_bound")) != m)
 
     @cached_property
@@ -217,18 +233,16 @@ class RunComparison:
     def tests(self) -> list[str]:
         """The metrics of the tests that the runs' data configure."""
         names = {key.split(".")[2] for run in self.runs for key in run.config if key.startswith("data.tests.")}
-        splits = [found for run in self.runs for split in run.evaluation.splits.values() for found in split.values()]
-        return list(dict.fromkeys(metric for found in splits for metric in found if metric.partition("/")[0] in names))
+        return [metric for metric in self.measured if metric.partition("/")[0] in names]
 
     def check_metrics(self, names: Sequence[str]) -> None:
         """
         Raises:
           ConfigError: no policy and no stage has one of these metrics.
         """
-        evaluated = [
-            m for run in self.runs for split in run.evaluation.splits.values() for found in split.values() for m in found
-        ]
-        known = sorted({*evaluated, *(metric for run in self.runs for stage in run.stages.values() for metric in stage.metrics)})
+        known = sorted(
+            {*self.measured, *(metric for run in self.runs for stage in run.stages.values() for metric in stage.metrics)}
+        )
         for name in names:
             if name not in known:
                 raise ConfigError(

@@ -22,9 +22,6 @@ from lockstep.reporting.markdown import escaped
 POLICY_METRICS = {
     "gold": ("gold score", SCORE),
     "gain": ("gain over the round before", "+" + SCORE),
-    "helpful": ("helpful", SCORE),
-    "truthful": ("truthful", SCORE),
-    "harmless": ("harmless", SCORE),
     "score": ("reward model's score", SCORE),
     "win_rate": ("win rate against {baseline}", PERCENT),
     "ability": ("ability", PERCENT),
@@ -79,8 +76,9 @@ def all_tables(
 
 
 def policies(c: RunComparison) -> Table:
-    """Every metric on every split."""
-    return _policy_table(c, [(split, metric) for split in c.splits for metric in POLICY_METRICS])
+    """Every metric on every split, with the parts of the gold score beneath it."""
+    after = [metric for metric in POLICY_METRICS if metric not in ("gold", "gain")]
+    return _policy_table(c, [(split, metric) for split in c.splits for metric in ("gold", "gain", *c.parts, *after)])
 
 
 def policies_in_short(c: RunComparison) -> Table:
@@ -94,8 +92,8 @@ def _policy_table(c: RunComparison, chosen: Sequence[tuple[str, str]]) -> Table:
     blocks: dict[str, Cell] = {}
     for split, metric in chosen:
         if c.has(metric, split):
-            title, form = POLICY_METRICS[metric]
-            name = title.format(baseline=c.baseline) + ("" if split == c.split else f", {split}")
+            title, form = POLICY_METRICS.get(metric, (metric, SCORE))
+            name = title.replace("{baseline}", c.baseline or "") + ("" if split == c.split else f", {split}")
             blocks[name] = lambda g, p, s=split, m=metric, f=form: _cell(c, g.policy(s, p, m), f)
     return _table("Policies", c, c.policies, blocks)
 
