@@ -1,6 +1,6 @@
-"""What one process of test_processes.py does: python one_of_several.py FOLDER BACKEND MESH POLICY. Alone or as one of two, it
-trains, samples and saves in the same way, and leaves numbers in FOLDER/<count>.<rank>.npz; as one of three it passes state on.
-Two save theirs in shards."""
+"""What one process of test_processes.py does: python one_of_several.py FOLDER BACKEND MESH POLICY... Alone or as one of two, it
+trains each policy, samples and saves in the same way, and leaves numbers in FOLDER/POLICY/<count>.<rank>.npz; as one of three it
+passes state on. Two save theirs in shards."""
 
 import contextlib
 import sys
@@ -40,6 +40,7 @@ def sent() -> Iterator[list[int]]:
 
 
 def main(folder: Path, backend: str, mesh: str, policy: str) -> None:
+    folder.mkdir(exist_ok=True)
     here, world = place(), World(backend, policy=policy, overrides=["backend.device=cpu", *mesh.split()])
     models = kit.pair(world)
     world.backend.processes = together = world.processes  # from here on, the processes save for each other
@@ -81,4 +82,5 @@ def main(folder: Path, backend: str, mesh: str, policy: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    for each in sys.argv[4:]:
+        main(Path(sys.argv[1]) / each, sys.argv[2], sys.argv[3], each)

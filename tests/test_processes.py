@@ -1,5 +1,6 @@
 """Several processes that run one program: what they share, what they divide, and how a run of them begins and ends."""
 
+import functools
 import os
 import re
 import signal
@@ -403,17 +404,31 @@ def several(count, *arguments, program="one_of_several.py", **environment):
     assert [process.returncode for process in started] == [0] * count, "\n".join(printed)
 
 
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """ran(backend): where several processes of it have trained policies. Once, since starting them takes most of the time."""
+
+    @functools.cache
+    def run(backend):
+        folder = tmp_path_factory.mktemp(backend)
+        if backend == "jax":  # devices of one process are in test_mesh.py
+            several(2, folder, backend, "backend.mesh.fsdp=-1", "decoder")
+            several(1, folder, backend, "", "decoder")
+            return folder
+        several(2, folder, backend, "backend.mesh.fsdp=-1", "decoder", "lora")
+        several(1, folder, backend, "", "decoder", "lora")
+        several(3, folder, backend, "backend.mesh.fsdp=-1", "decoder")
+        several(4, folder, backend, "backend.mesh.fsdp=2 backend.mesh.tensor=2", "decoder", "lora")
+        return folder
+
+    return run
+
+
 @pytest.fixture(scope="module", params=["torch decoder", "torch lora", "jax decoder"])
-def trained(request, tmp_path_factory):
-    """{(count, rank): numbers}, and the folder of what was saved."""
-    folder = tmp_path_factory.mktemp(request.param)
+def trained(request, ran):
+    """{(count, rank): numbers}, and the folder of what was saved: BACKEND/POLICY."""
     backend, policy = request.param.split()
-    several(2, folder, backend, "backend.mesh.fsdp=-1", policy)
-    several(1, folder, backend, "", policy)
-    if request.param == "torch decoder":
-        several(3, folder, backend, "backend.mesh.fsdp=-1", policy)
-    if backend == "torch":  # JAX has devices of one process in test_mesh.py
-        several(4, folder, backend, "backend.mesh.fsdp=2 backend.mesh.tensor=2", policy)
+    folder = ran(backend) / policy
     return {tuple(map(int, path.stem.split("."))): dict(np.load(path)) for path in folder.glob("?.?.npz")}, folder
 
 
@@ -443,9 +458,9 @@ def test_two_processes_compute_what_one_computes(trained, kind):
 @pytest.mark.parametrize("kind", ["gradient", "output", "parameter", "logprobs", "losses"])
 def test_four_that_divide_rows_and_matmuls_compute_what_one_computes(trained, kind):
     numbers, folder = trained
-    if folder.name.startswith("torch"):  # of JAX, in test_mesh.py
+    if folder.parent.name.startswith("torch"):  # of JAX, in test_mesh.py
         # The kit's adapters make attention so sharp that torch's and JAX's gradients of one process are 7e-5 apart.
-        most = 1e-4 if "lora" in folder.name and kind in ("gradient", "parameter") else 3e-6
+        most = 1e-4 if folder.name == "lora" and kind in ("gradient", "parameter") else 3e-6
         assert apart(part(numbers[1, 0], kind), part(numbers[4, 0], kind)) < most
         assert (numbers[4, 0]["tokens"] == numbers[1, 0]["tokens"]).all()
 
@@ -478,7 +493,7 @@ def test_state_saved_in_shards_by_two_is_restored_bit_for_bit_by_others(trained)
 
 def test_the_other_backend_reads_what_two_saved(trained, tmp_path):
     _, folder = trained
-    other, policy = "jax" if folder.name.startswith("torch") else "torch", "lora" if "lora" in folder.name else "decoder"
+    other, policy = "jax" if folder.parent.name.startswith("torch") else "torch", folder.name
     world = World(other, policy=policy, overrides=["backend.device=cpu"])
     learner = kit.learning(world, kit.pair(world))
     learner.restore(folder / "saved by 2")
@@ -501,7 +516,7 @@ def test_torch_sends_what_a_plan_says(trained):
     numbers, folder = trained
     if not (sent := numbers[2, 0]["sent"]).size:
         return  # JAX's are read from its programs
-    adapter = Adapter("", 16, 32.0, tuple(group("policy", "lora")["targets"])) if "lora" in folder.name else None
+    adapter = Adapter("", 16, 32.0, tuple(group("policy", "lora")["targets"])) if folder.name == "lora" else None
     policy = Blueprint(ARCHITECTURE, adapter)
     value = Blueprint(ARCHITECTURE, adapter, language_head=False, scalar_head=True)
     outputs = {"policy": ("logprobs", "entropy"), "value": ("values", "scores")}
