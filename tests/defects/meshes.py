@@ -140,8 +140,8 @@ class PartOfASum(OtherAxis):
     """What comes out of them is this process's part of the sum."""
 
     class Axis(TensorAxis):
-        def summed(self, x, weight, dtype):
-            return x @ weight.T
+        def summed(self, part):
+            return part
 
 
 @defect("backend", caught_by="a_process_out_of_step_is_named")
