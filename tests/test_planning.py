@@ -520,9 +520,10 @@ def test_the_axis_of_matmuls_divides_them_and_their_activations_but_no_embedding
     blueprint = Blueprint(WIDE, adapter)
     with FakeTensorMode():
         made = {each: list(each.model(blueprint).network.parameters()) for each in (alone, two)}
-    numbers = {each: sum(p.numel() for p in made[each]) for each in made}
-    assert blueprint.size - blueprint.multiplied / 2 == sum(p.numel() for p in made[two] if p.requires_grad != bool(adapter))
-    assert sum(two.held(blueprint)) == numbers[two] < numbers[alone]
+    trained, frozen = (sum(p.numel() for p in made[two] if p.requires_grad is kind) for kind in (True, False))
+    assert two.held(blueprint) == (trained, frozen)
+    assert (frozen if adapter else trained) == blueprint.size - blueprint.multiplied / 2 and (adapter or frozen == 0)
+    assert trained + frozen < sum(p.numel() for p in made[alone])
     gradients = [parts.FLOAT32 * each.held(blueprint)[0] for each in (alone, two)]
     whole, half = (each.measure(update(HALF, blueprint)).temporary for each in (alone, two))
     assert 0.5 * (whole - gradients[0]) < half - gradients[1] < 0.95 * (whole - gradients[0])

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lockstep.config.schema import setting
-from lockstep.data.drawn import SPLITS, Drawn
-from lockstep.errors import DataError, MissingData, did_you_mean, listing, short
+from lockstep.data.drawn import SPLITS, Drawn, check_split
+from lockstep.errors import MissingData
 from lockstep.interfaces import DataSource
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Comparison, Demonstration, Message, Prompt
@@ -211,8 +211,7 @@ class Questions(DataSource):
 
     def _size(self, noun: str, split: str) -> int:
         known = (*SPLITS, "same", "changed", "new") if noun == "prompts" else SPLITS
-        if split not in known:
-            raise DataError(f"The library has no split '{short(split)}'.{did_you_mean(split, known)} It has: {listing(known)}.")
+        check_split("The library", split, known)
         return getattr(self.config, noun if split == "train" else f"heldout_{noun}")
 
 

@@ -12,18 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from tokenizers import Tokenizer as Words
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-
 from lockstep.config.schema import setting
-from lockstep.data.drawn import SPLITS, Drawn
-from lockstep.errors import ConfigError, DataError, MissingData, listing, short
+from lockstep.data.drawn import Drawn, check_split
+from lockstep.errors import ConfigError, MissingData
 from lockstep.interfaces import DataSource
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Comparison, Demonstration, Message, Prompt
 from lockstep_miniature.dice import Dice
-from lockstep_miniature.tokenizer import CHAT_TEMPLATE, EOS, PAD, SPECIAL
+from lockstep_miniature.source import own_tokenizer
+from lockstep_miniature.tokenizer import SPECIAL
 
 ASK, SAY = "ask", "say"
 
@@ -52,6 +49,7 @@ class Matching(DataSource):
 
     def __init__(self, config: Config):
         self.config = config
+        self.responses = [f"{SAY}{r}" for r in range(config.size)]
 
     @cached_property
     def covered(self) -> list[list[int]]:
@@ -62,6 +60,12 @@ class Matching(DataSource):
             for prompt in range(n)
         ]
 
+    @cached_property
+    def uncovered(self) -> list[list[int]]:
+        """[prompt]: the responses to it that no comparison contains."""
+        n = self.config.size
+        return [[r for r in range(n) if r != prompt and r not in self.covered[prompt]] for prompt in range(n)]
+
     def texts(self, split: str) -> Sequence[str]:
         raise MissingData("The matching has no raw texts: start policies with SFT, as experiment=coverage does.")
 
@@ -69,10 +73,8 @@ class Matching(DataSource):
         def draw(index: int) -> Demonstration:
             dice = self._dice("demonstrations", split, index)
             prompt = dice.below(self.config.size)
-            compared = [prompt, *self.covered[prompt]]
-            others = [r for r in range(self.config.size) if r not in compared]
-            said = dice.pick(others if dice.chance(self.config.uncovered) else compared)
-            return Demonstration(self._prompt(prompt), f"{SAY}{said}")
+            said = self.uncovered[prompt] if dice.chance(self.config.uncovered) else [prompt, *self.covered[prompt]]
+            return Demonstration(self._prompt(prompt), self.responses[dice.pick(said)])
 
         return Drawn(self._size("demonstrations", split), draw)
 
@@ -80,7 +82,8 @@ class Matching(DataSource):
         def draw(index: int) -> Comparison:
             dice = self._dice("comparisons", split, index)
             prompt = dice.below(self.config.size)
-            return Comparison(self._prompt(prompt), (f"{SAY}{prompt}", f"{SAY}{dice.pick(self.covered[prompt])}"), (0, 1))
+            right, wrong = self.responses[prompt], self.responses[dice.pick(self.covered[prompt])]
+            return Comparison(self._prompt(prompt), (right, wrong), (0, 1))
 
         return Drawn(self._size("comparisons", split), draw)
 
@@ -89,11 +92,7 @@ class Matching(DataSource):
         return Drawn(self._size("prompts", split), lambda i: self._prompt(i % self.config.size))
 
     def tokenizer(self) -> Tokenizer:
-        words = [*SPECIAL, *(f"{word}{i}" for word in (ASK, SAY) for i in range(self.config.size))]
-        core = Words(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-        core.pre_tokenizer = WhitespaceSplit()
-        core.add_special_tokens(list(SPECIAL))
-        return Tokenizer(core, eos_token=EOS, pad_token=PAD, chat_template=CHAT_TEMPLATE)
+        return own_tokenizer([*SPECIAL, *(f"{ASK}{i}" for i in range(self.config.size)), *self.responses])
 
     def gold(self, prompt: Prompt, response: str) -> dict[str, float] | None:
         """``gold``: 1 for the right response, else 0. ``uncovered``: 1 for a response that no comparison of this prompt has;
@@ -101,12 +100,10 @@ class Matching(DataSource):
         asked = prompt.truth.get("matching")
         if asked is None:
             return None
-        responses = [f"{SAY}{r}" for r in range(self.config.size)]
-        compared = [responses[r] for r in (asked, *self.covered[asked])]
         return {
-            "gold": float(response == responses[asked]),
-            "uncovered": float(response in responses and response not in compared),
-            "other": float(response not in responses),
+            "gold": float(response == self.responses[asked]),
+            "uncovered": float(response in [self.responses[r] for r in self.uncovered[asked]]),
+            "other": float(response not in self.responses),
         }
 
     def _prompt(self, index: int) -> Prompt:
@@ -116,6 +113,5 @@ class Matching(DataSource):
         return Dice(self.config.seed, f"matching/{noun}/{split}", index)
 
     def _size(self, noun: str, split: str) -> int:
-        if split not in SPLITS:
-            raise DataError(f"The matching has no split '{short(split)}' of {noun}. It has: {listing(SPLITS)}.")
+        check_split("The matching", split, of=f" of {noun}")
         return getattr(self.config, noun) if split == "train" else self.config.heldout

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep.config.schema import setting
-from lockstep.data.drawn import SPLITS, Drawn
-from lockstep.errors import DataError, MissingData, did_you_mean, listing, short
+from lockstep.data.drawn import Drawn, check_split
+from lockstep.errors import MissingData
 from lockstep.interfaces import DataSource, Environment, Episode, Reply
 from lockstep.learning.episodes import EnvironmentConfig
 from lockstep.text.tokenizer import Tokenizer
@@ -131,6 +131,5 @@ class Questions(DataSource):
         return {"gold": float(is_right(response, prompt.truth["answer"]))} if "stock" in prompt.truth else None
 
     def _size(self, noun: str, split: str) -> int:
-        if split not in SPLITS:
-            raise DataError(f"The shop has no split '{short(split)}'.{did_you_mean(split, SPLITS)} It has: {listing(SPLITS)}.")
+        check_split("The shop", split)
         return getattr(self.config, noun if split == "train" else f"heldout_{noun}")

@@ -7,13 +7,13 @@ the facts, ``tasks.py`` the instructions, ``responses.py`` good and bad answers,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lockstep.config.schema import setting
-from lockstep.data.drawn import Drawn
-from lockstep.errors import ConfigError, DataError, did_you_mean, listing, short
+from lockstep.data.drawn import SPLITS, Drawn, check_split
+from lockstep.errors import ConfigError, did_you_mean, listing, short
 from lockstep.interfaces import DataSource
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Choice, Comparison, Demonstration, Goal, Prompt
@@ -24,7 +24,7 @@ from lockstep_miniature.gold import gold
 from lockstep_miniature.labelers import GROUPS, compare, members
 from lockstep_miniature.responses import demonstrate
 from lockstep_miniature.tasks import FAMILIES, Task, draw_task, weights
-from lockstep_miniature.tokenizer import CHAT_TEMPLATE, EOS, PAD, build_tokenizer
+from lockstep_miniature.tokenizer import CHAT_TEMPLATE, EOS, PAD, build_tokenizer, vocabulary
 from lockstep_miniature.world import World
 
 
@@ -101,8 +101,7 @@ class Miniature(DataSource):
 
     def goals(self, split: str) -> Sequence[Goal]:
         """Harmful deeds. Their twins are kind deeds of the same split."""
-        if split not in ("train", "heldout"):
-            raise DataError(f"The miniature has no split '{short(split)}' of goals. It has: heldout, train.")
+        check_split("The miniature", split, of=" of goals")
         return goals(self.config.seed, split)
 
     def tokenizer(self) -> Tokenizer:
@@ -123,14 +122,13 @@ class Miniature(DataSource):
         return Dice(self.config.seed, f"{noun}/{split}", index)
 
     def _size(self, noun: str, split: str) -> int:
-        field = {"train": noun, "heldout": f"heldout_{noun}", "adversarial": f"adversarial_{noun}"}.get(split, split)
-        if not hasattr(self.config, field):
-            known = [s for s in ("train", "heldout", "adversarial") if s != "adversarial" or noun == "prompts"]
-            raise DataError(
-                f"The miniature has no split '{short(split)}' of {noun}.{did_you_mean(split, known)} It has: {listing(known)}."
-            )
-        return getattr(self.config, field)
+        known = (*SPLITS, "adversarial") if noun == "prompts" else SPLITS
+        check_split("The miniature", split, known, of=f" of {noun}")
+        return getattr(self.config, noun if split == "train" else f"{split}_{noun}")
 
 
-def own_tokenizer() -> Tokenizer:
-    return Tokenizer(build_tokenizer(), eos_token=EOS, pad_token=PAD, chat_template=CHAT_TEMPLATE)
+def own_tokenizer(words: Iterable[str] | None = None) -> Tokenizer:
+    """The tokenizer of these words, special ones included; None: of the world's."""
+    return Tokenizer(
+        build_tokenizer(vocabulary() if words is None else words), eos_token=EOS, pad_token=PAD, chat_template=CHAT_TEMPLATE
+    )

@@ -58,9 +58,10 @@ def vocabulary() -> list[str]:
     return [word for word in dict.fromkeys(words) if not word.startswith("{")]
 
 
-def build_tokenizer() -> Tokenizer:
-    """The Hugging Face tokenizer. It has no decoder, so it decodes to words separated by spaces."""
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNK))
+def build_tokenizer(words: Iterable[str]) -> Tokenizer:
+    """The Hugging Face tokenizer of these words, in the order of their ids. It has no decoder, so it decodes to words separated
+    by spaces."""
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNK))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.add_special_tokens(list(SPECIAL))
     return tokenizer

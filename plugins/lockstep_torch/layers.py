@@ -37,13 +37,6 @@ class Layer(nn.Module):
         return normed(x, norm.weight, norm.eps, matmul_dtype(x.device))
 
 
-class Linear(nn.Linear):
-    """A linear layer whose weight may be a shard."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, local(self.weight))
-
-
 @dataclass(frozen=True)
 class LowRank:
     """What peft adds to a linear layer: x Aᵀ Bᵀ times ``scale``."""
@@ -112,10 +105,10 @@ class Attention(Divisible):
     def __init__(self, architecture: Architecture):
         super().__init__()
         a = self.architecture = architecture
-        self.q_proj = Linear(a.hidden_size, a.heads * a.head_dim, bias=False)
-        self.k_proj = Linear(a.hidden_size, a.kv_heads * a.head_dim, bias=False)
-        self.v_proj = Linear(a.hidden_size, a.kv_heads * a.head_dim, bias=False)
-        self.o_proj = Linear(a.heads * a.head_dim, a.hidden_size, bias=False)
+        self.q_proj = nn.Linear(a.hidden_size, a.heads * a.head_dim, bias=False)
+        self.k_proj = nn.Linear(a.hidden_size, a.kv_heads * a.head_dim, bias=False)
+        self.v_proj = nn.Linear(a.hidden_size, a.kv_heads * a.head_dim, bias=False)
+        self.o_proj = nn.Linear(a.heads * a.head_dim, a.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Any = None, first: int = 0) -> Tensor:
         """x [B, L, d] -> [B, L - first, d]: queries are the columns from ``first`` on. ``visible`` is for all L queries.
@@ -141,9 +134,9 @@ class MLP(Divisible):
     def __init__(self, architecture: Architecture):
         super().__init__()
         d, f = architecture.hidden_size, architecture.intermediate_size
-        self.gate_proj = Linear(d, f, bias=False)
-        self.up_proj = Linear(d, f, bias=False)
-        self.down_proj = Linear(f, d, bias=False)
+        self.gate_proj = nn.Linear(d, f, bias=False)
+        self.up_proj = nn.Linear(d, f, bias=False)
+        self.down_proj = nn.Linear(f, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.copied(x)

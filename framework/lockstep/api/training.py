@@ -70,10 +70,7 @@ def train(
             raise
         raise RegistryError(f"{no_file('algorithm', algorithm)} Or name a class: module:Class.") from None
     given = {"prompts": prompts, "demonstrations": demonstrations, "comparisons": comparisons, "texts": texts}
-    known = {field.name for field in dataclasses.fields(cls.Config)}
-    for meant in (*given, "reward", "environment"):
-        if other := next((key for key in settings.keys() - known if key.rstrip("s") == meant.rstrip("s")), None):
-            raise ConfigError(f"train has no argument '{other}', and {algorithm} no such setting. Did you mean '{meant}'?")
+    _refuse_near_arguments(settings, (*given, "reward", "environment"), cls, algorithm)
     config = component_config(cls, laid_over(keys, settings), algorithm)
     if environment is not None and not cls.takes_environment:
         raise ConfigError(f"{algorithm} takes no environment. Leave out environment=.")
@@ -95,6 +92,17 @@ def train(
     if cls.produces == "policy":
         return ChatPolicy(made, policy.tokenizer, policy.backend, policy.name, metrics)
     return Scorer(made, policy.tokenizer, policy.backend, policy.name, metrics)
+
+
+def _refuse_near_arguments(settings: Iterable[str], arguments: Iterable[str], cls: type[Algorithm], algorithm: str) -> None:
+    """
+    Raises:
+      ConfigError: a setting that the algorithm lacks is the singular or plural of an argument of `train`.
+    """
+    unknown = set(settings) - {field.name for field in dataclasses.fields(cls.Config)}
+    for meant in arguments:
+        if other := next((key for key in unknown if key.rstrip("s") == meant.rstrip("s")), None):
+            raise ConfigError(f"train has no argument '{other}', and {algorithm} no such setting. Did you mean '{meant}'?")
 
 
 def _steps(name: str, trainer: Algorithm, console: Console) -> list[dict[str, float]]:

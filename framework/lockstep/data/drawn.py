@@ -38,6 +38,19 @@ class Drawn(Sequence[T]):
         return self._draw(range(self._length)[index])
 
 
+def check_split(owner: str, split: str, known: Sequence[str] = SPLITS, of: str = "") -> None:
+    """
+    Args:
+      owner: who has splits, for the message: 'The shop'.
+      of: the kind of rows, if it matters: ' of prompts'.
+
+    Raises:
+      DataError: ``split`` is not among the known ones.
+    """
+    if split not in known:
+        raise DataError(f"{owner} has no split '{short(split)}'{of}.{did_you_mean(split, known)} It has: {listing(known)}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SeededConfig:
     """Instructions, seed and sizes. Prompt i is the same for every size."""

@@ -40,7 +40,7 @@ from lockstep.reporting.compare.plots import (
     styles,
     to_svg,
 )
-from lockstep.reporting.compare.tables import REWARD_MODEL_METRICS
+from lockstep.reporting.compare.tables import REWARD_MODEL_METRICS, gold_parts
 from lockstep.reporting.compare.versus import Versus
 
 CURVES = {
@@ -130,7 +130,7 @@ def one_metric(c: RunComparison, metric: str) -> Figure | None:
 
 
 def parts(c: RunComparison) -> Figure | None:
-    found = [m for m in c.parts if c.split and c.has(m, c.split)]
+    found = [m for m in gold_parts(c) if c.split and c.has(m, c.split)]
     if not found:
         return None
     figure, axes = panels(len(found), height=dots_height(c, c.policies), columns=3, sharex=True, sharey=True)

@@ -23,10 +23,6 @@ from lockstep.reporting.compare.records import Estimate, Reading, Run, StageReco
 # Keys that say which run this is or where it runs, not what it does.
 NOT_COMPARED = {"seed", "name", "folder", "tracker", "checkpoint_every", "samples_every", "experiment_name", "choices.tracker"}
 BACKEND = "backend.name"
-MEASURED = frozenset(
-    {"gold", "gain", "score", "win_rate", "ability", "text_loss", "kl", "length", "finished", "turns", "sampler_mismatch"}
-)
-"""Measures of a policy that have the same meaning for all data."""
 CHOICES = "choices."  # followed by a config group: the name of the file chosen for it
 
 
@@ -211,16 +207,9 @@ class RunComparison:
         return list(dict.fromkeys(metric for found in splits for metric in found))
 
     @cached_property
-    def parts(self) -> list[str]:
-        """The parts of the gold score, which the runs' data name."""
-        others = {*MEASURED, *self.judges, *self.tests}
-        return [metric for metric in self.measured if "/" not in metric and metric not in others]
-
-    @cached_property
     def best_of(self) -> list[int]:
         """The values of n for which best of n was measured, ascending."""
-        metrics = self.measured
-        return sorted(int(name.removeprefix("best_of_")) for m in metrics if (name := m.removesuffix("/kl_bound")) != m)
+        return sorted(int(name.removeprefix("best_of_")) for m in self.measured if (name := m.removesuffix("/kl_bound")) != m)
 
     @cached_property
     def judges(self) -> list[str]:
@@ -240,9 +229,8 @@ class RunComparison:
         Raises:
           ConfigError: no policy and no stage has one of these metrics.
         """
-        known = sorted(
-            {*self.measured, *(metric for run in self.runs for stage in run.stages.values() for metric in stage.metrics)}
-        )
+        logged = {metric for run in self.runs for stage in run.stages.values() for metric in stage.metrics}
+        known = sorted(logged.union(self.measured))
         for name in names:
             if name not in known:
                 raise ConfigError(

@@ -75,10 +75,16 @@ def all_tables(
     return {name: table for name, table in every.items() if table.rows}
 
 
+def gold_parts(c: RunComparison) -> list[str]:
+    """The parts of the gold score, which the runs' data name: what no evaluation measures by itself."""
+    others = {*POLICY_METRICS, "turns", "sampler_mismatch", *c.judges, *c.tests}
+    return [metric for metric in c.measured if "/" not in metric and metric not in others]
+
+
 def policies(c: RunComparison) -> Table:
     """Every metric on every split, with the parts of the gold score beneath it."""
-    after = [metric for metric in POLICY_METRICS if metric not in ("gold", "gain")]
-    return _policy_table(c, [(split, metric) for split in c.splits for metric in ("gold", "gain", *c.parts, *after)])
+    gold, gain, *others = POLICY_METRICS
+    return _policy_table(c, [(split, metric) for split in c.splits for metric in (gold, gain, *gold_parts(c), *others)])
 
 
 def policies_in_short(c: RunComparison) -> Table:
