@@ -211,9 +211,10 @@ def test_an_engine_that_answers_for_other_rows_is_an_error(load, tmp_path):
 
 @on_torch
 def test_a_server_that_does_not_answer_is_an_error(load, served, vllm):
-    engine = served(timeout_seconds=1.0)
-    drawn(engine, load())
+    engine = served()
+    drawn(engine, load())  # hands the weights over, under a limit that a machine under load keeps
     vllm.silent = ("/inference/v1/generate",)
+    engine.engine.config = client(vllm.url, timeout_seconds=1.0).config
     with pytest.raises(EngineFailed, match="did not answer within engine.server.timeout_seconds=1.*rerun the same command"):
         drawn(engine, load())
 
@@ -251,7 +252,7 @@ def test_a_hand_over_that_takes_too_long_does_not_leave_the_server_paused(load, 
 def test_a_server_that_a_killed_run_left_paused_is_used(load, served, vllm):
     vllm.answer("/pause", None)
     vllm.answer("/update_weight_version", {"new_version": "loading"})
-    drawn(served(timeout_seconds=5.0), load())
+    drawn(served(timeout_seconds=60.0), load())
     assert not vllm.paused
 
 

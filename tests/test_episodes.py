@@ -250,7 +250,7 @@ class Slow(Asks):
     def reply(self, episode):
         word = episode.prompt.messages[0].content
         if word == "slow":
-            time.sleep(5)
+            time.sleep(10)
         if word == "wrong":
             raise ValueError("no such word")
         if word == "exit":
@@ -264,7 +264,7 @@ def episodes(*words):
 
 
 def test_replies_keep_their_places_and_come_at_the_same_time():
-    here = threading.Barrier(3, timeout=5)
+    here = threading.Barrier(3, timeout=60)
 
     class Meets(Asks):
         def reply(self, episode):
@@ -278,7 +278,7 @@ def test_replies_keep_their_places_and_come_at_the_same_time():
 @pytest.mark.parametrize(
     "word, says",
     [
-        ("slow", "no reply within environment.timeout_seconds=0.2"),
+        ("slow", "no reply within environment.timeout_seconds=2"),
         ("wrong", r"it raised ValueError\('no such word'\)"),
         ("exit", "it raised SystemExit"),
         ("text", "it replied with 'w1'"),
@@ -289,8 +289,8 @@ def test_replies_keep_their_places_and_come_at_the_same_time():
 )
 def test_a_failure_stops_the_run_or_leaves_the_episode_out(word, says):
     with pytest.raises(EnvironmentFailed, match=f"The environment Slow failed: .*{says}"):
-        replies(Slow(Config(timeout_seconds=0.2)), episodes("a", word, "c"))
-    found = replies(Slow(Config(timeout_seconds=0.2, on_failure="drop")), episodes("a", word, "c"))
+        replies(Slow(Config(timeout_seconds=2.0)), episodes("a", word, "c"))
+    found = replies(Slow(Config(timeout_seconds=2.0, on_failure="drop")), episodes("a", word, "c"))
     assert [reply and reply.reward for reply in found] == [0, None, 2]
 
 

@@ -425,7 +425,7 @@ def test_a_lock_is_waited_for_and_taken_over_from_a_process_that_died(tmp_path, 
         thread.start()
         assert not held.wait(0.3)
         owner.kill()
-        assert held.wait(10)
+        assert held.wait(60)
         thread.join()
     assert f"waiting for process {owner.pid} on {socket.gethostname()}, which is working on {tmp_path.name}" in caplog.text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 from types import SimpleNamespace
@@ -79,10 +80,10 @@ def test_a_function_that_keeps_failing_can_drop_its_episodes_but_never_scores_ze
 
 
 def test_a_function_that_does_not_answer_in_time_has_failed(function):
-    started = time.perf_counter()
+    done = threading.Event()
     with pytest.raises(RewardError, match="no answer within reward_model.timeout_seconds=0.05"):
-        function(lambda p, r: time.sleep(1), timeout_seconds=0.05, retries=1).score(RESPONSES)
-    assert time.perf_counter() - started < 0.9
+        function(lambda p, r: done.wait(), timeout_seconds=0.05, retries=1).score(RESPONSES)
+    done.set()
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_a_function_that_cannot_be_imported_says_how_to_write_it(path):
 
 
 def test_a_function_that_never_returns_does_not_keep_the_process_alive(tmp_path):
-    (tmp_path / "hanging.py").write_text("import time\ndef score(prompts, responses):\n    time.sleep(4)\n")
+    (tmp_path / "hanging.py").write_text("import time\ndef score(prompts, responses):\n    time.sleep(600)\n")
     code = (
         "from lockstep.errors import RewardError\n"
         "from lockstep.interfaces import Responses\n"
@@ -233,8 +234,11 @@ def test_a_function_that_never_returns_does_not_keep_the_process_alive(tmp_path)
         "except RewardError: print('given up')\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "given up\n"
-    process.wait(timeout=2)
+    try:
+        assert process.stdout.readline() == "given up\n"
+        process.wait(timeout=60)
+    finally:
+        process.kill()
 
 
 # ------------------------------------------------------------------------------------------------- columns of the data

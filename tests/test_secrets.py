@@ -141,7 +141,7 @@ def test_short_values_of_variables_hide_no_words(monkeypatch):
 def test_long_text_of_any_kind_is_searched_in_linear_time(text):
     started = time.perf_counter()
     redact(text * (2 * 10**5 // len(text)))
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 20  # in quadratic time it takes minutes
 
 
 def test_hiding_twice_changes_nothing():

@@ -297,7 +297,7 @@ def test_stopped_answers_are_not_judged(studio):
     headers = {"accept": "text/event-stream", "x-csrf-token": client.csrf}
     with client.client.stream("POST", f"/arena/{token}/say", json={"text": "forever"}, headers=headers) as response:
         next(response.iter_lines())
-    until = time.time() + 10
+    until = time.time() + 60
     while client.get(f"/arena/{token}")["answers"][0]["state"] == "writing" and time.time() < until:
         time.sleep(0.05)
     assert client.post(f"/arena/{token}/vote", choice=0)["status"] == 409
@@ -310,10 +310,14 @@ def labeler_page(client, studio, path: str) -> str:
 
 
 class Slow(Echo):
-    """A policy 'sft' that takes a while to load."""
+    """A policy 'sft' that takes a while to load; when the latest was loaded."""
+
+    loaded = 0.0
 
     def __init__(self, policy):
-        time.sleep(0.5 if policy.startswith("sft") else 0)
+        if policy.startswith("sft"):
+            time.sleep(0.5)
+            Slow.loaded = time.perf_counter()
         super().__init__(policy)
 
 
@@ -336,7 +340,7 @@ def test_which_of_two_policies_is_loaded_cannot_be_seen(studio):
                     assert name != "wait" or data["side"] == 0
                     if name in ("piece", "end"):
                         times.setdefault(data["side"], time.perf_counter())
-        assert abs(times[0] - times[1]) < 0.2
+        assert Slow.loaded < min(times.values()) and len(times) == 2
 
 
 def test_answers_come_a_piece_of_each_at_a_time_whoever_is_quicker():

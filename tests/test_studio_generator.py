@@ -227,7 +227,7 @@ def test_when_the_reader_leaves_the_policy_stops_and_what_came_is_kept(studio):
         return True if len(said) == 5 else None
 
     assert say(client, talk, "forever", leave_after_five)
-    until = time.time() + 10
+    until = time.time() + 60
     while studio.generator.load["writing"] and time.time() < until:
         time.sleep(0.05)
     assert studio.generator.load == {"waiting": 0, "writing": 0}

@@ -21,6 +21,7 @@ from starlette.datastructures import URL
 
 from lockstep.config.schema import parse
 from lockstep.errors import CheckpointError, ConfigError
+from lockstep_studio.pages import visit
 from lockstep_studio.security import Keys, Rates, host_name
 from lockstep_studio.settings import StudioConfig
 from lockstep_studio.sources import add_file
@@ -377,15 +378,15 @@ def test_a_slow_sender_does_not_stop_the_others(studio):
     slow = [socket.create_connection((host, int(port))) for _ in range(50)]
     for connection in slow:
         connection.sendall(b"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nx")
-    began = time.perf_counter()
-    assert httpx.get(f"{studio.address}/sign-in").status_code == 200
-    assert time.perf_counter() - began < 2
+    assert httpx.get(f"{studio.address}/sign-in", timeout=visit.BODY_SECONDS / 2).status_code == 200
     for connection in slow:
         connection.close()
 
 
 def test_passwords_are_checked_beside_other_requests(studio):
-    """Twelve checks, each tens of milliseconds; a page takes no longer for it."""
+    """A page comes while twelve checks are under way, each of which takes tens of milliseconds, or here as long as it must."""
+    begun, done, check = threading.Event(), threading.Event(), studio.passwords._check
+    studio.passwords._check = lambda *arguments: begun.set() or (done.wait(60) and check(*arguments))
     client = Machine(studio.address)
     client.get("/sign-in")
     threads = [
@@ -396,14 +397,11 @@ def test_passwords_are_checked_beside_other_requests(studio):
     ]  # fmt: skip
     for thread in threads:
         thread.start()
-    waits = []
-    for _ in range(5):
-        began = time.perf_counter()
-        httpx.get(f"{studio.address}/health")
-        waits.append(time.perf_counter() - began)
+    assert begun.wait(60)
+    assert httpx.get(f"{studio.address}/health", timeout=30).status_code == 200 and all(thread.is_alive() for thread in threads)
+    done.set()
     for thread in threads:
         thread.join()
-    assert sorted(waits)[2] < 0.5
 
 
 # --------------------------------------------------------------------------------------- other sites, addresses, proxies
@@ -576,10 +574,10 @@ def test_what_is_stored_is_checked_with_the_standing_of_that_moment(studio):
 
 
 def test_a_body_that_does_not_arrive_is_refused(studio, monkeypatch):
-    monkeypatch.setattr("lockstep_studio.pages.visit.BODY_SECONDS", 0.3)
     client = labeler(studio, studio.address)
+    monkeypatch.setattr("lockstep_studio.pages.visit.BODY_SECONDS", 0.3)
     finish = held_back(studio, client, "/chat")
-    time.sleep(0.5)
+    time.sleep(2)
     assert finish() == 408
 
 
@@ -605,7 +603,7 @@ def is_closed(connection: socket.socket, seconds: float) -> bool:
 
 def ends(connection: socket.socket) -> bool:
     """Whether the server closes, after whatever it has to say."""
-    connection.settimeout(3)
+    connection.settimeout(60)
     try:
         while connection.recv(65536):
             pass
@@ -639,7 +637,7 @@ def test_headers_and_what_looks_like_them_are_bounded(studio, beginning, more):
 
 
 def test_whoever_sends_no_headers_is_cut_off_and_who_is_answered_slowly_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr("lockstep_studio.protocol.HEADER_SECONDS", 0.4)
+    monkeypatch.setattr("lockstep_studio.protocol.HEADER_SECONDS", 1.0)
     slow = settings(chat={"allowed": ["policy"]})
     with serving(tmp_path / "studio", slow, opened=lambda policy: Echo(policy, 0.3)) as (studio, address):
         studio.address, studio.scan, studio.policies = address, lambda: 0, {"sft": (tmp_path, None)}
@@ -648,8 +646,8 @@ def test_whoever_sends_no_headers_is_cut_off_and_who_is_answered_slowly_is_not(t
         lines = opened(studio, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert lines.recv(65536).startswith(b"HTTP/1.1 200")
         lines.sendall(b"\r\n")
-        assert is_closed(idle, 3) and is_closed(half, 3)
-        assert is_closed(lines, 3)
+        assert is_closed(idle, 60) and is_closed(half, 60)
+        assert is_closed(lines, 60)
         client = labeler(studio, address)
         client.get("/chat")
         talk = client.post("/chat")["conversation"]
@@ -665,6 +663,12 @@ def test_a_large_body_in_one_piece_is_no_large_header(tmp_path):
             assert client.client.post("/write/own", content=large).status_code == 400  # no prompt
 
 
+def healthy(address: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"{address}/health").status_code == 200
+    return False
+
+
 def test_one_address_has_so_many_connections_and_proxies_have_more(tmp_path):
     for proxies, closed in (([], True), (["127.0.0.1"], False)):
         plan = settings(limits={"connections": 10}, proxies=proxies)
@@ -672,11 +676,13 @@ def test_one_address_has_so_many_connections_and_proxies_have_more(tmp_path):
             studio.address = address
             many = [opened(studio, b"") for _ in range(10)]
             with opened(studio, b"") as another:
-                assert is_closed(another, 1) == closed
+                assert is_closed(another, 60 if closed else 1) == closed
             for connection in many:
                 connection.close()
-            time.sleep(0.2)
-            assert httpx.get(f"{address}/health").status_code == 200
+            until = time.monotonic() + 60
+            while not healthy(address) and time.monotonic() < until:
+                time.sleep(0.05)
+            assert healthy(address)
 
 
 # ------------------------------------------------------------------------------------------------------ hosts, names, keys

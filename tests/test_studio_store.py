@@ -608,7 +608,7 @@ def test_killed_at_any_moment_no_acknowledged_vote_is_lost_or_doubled(tmp_path):
     for _ in range(5):
         command = [sys.executable, "-c", VOTER, str(tmp_path / "studio"), str(Path(__file__).parent)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        told.append(process.stdout.readline().strip())
+        told += [process.stdout.readline().strip() for _ in range(5)]
         time.sleep(dice.uniform(0.02, 0.5))
         process.send_signal(signal.SIGKILL)
         told += [line.strip() for line in process.stdout.read().splitlines() if len(line.strip()) == len(told[0])]
