@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from conftest import BACKENDS
-from defects import DEFECTS, KINDS, caught
+from defects import DEFECTS, KINDS, broken, caught
+from defects.engines import Within
 from lockstep.checking.conformance import checks, conform, subject
 from lockstep.checking.conformance.kit import KINDS as MODULES
 from lockstep.checking.conformance.world import WORDS, tokenizer
@@ -20,6 +21,7 @@ from lockstep_rlhf.algorithms.policy_gradient import PolicyGradientLoss
 from test_processes import several
 from test_reward_endpoint import Server, scores
 from test_reward_judge import between, said
+from vllm_server import FakeVLLM
 
 for _module in (module for modules in MODULES.values() for module in modules):
     importlib.import_module(f"defects.{_module}")
@@ -120,6 +122,21 @@ def test_no_false_alarm_on_a_built_in_attacker():
     for name in ("miniature", "templates", "policy"):
         found = list(conform("attacker", subject("attacker", name, "torch", overrides=["backend.threads=1"])))
         assert [(o.check.name, o.detail) for o in found if o.status != "passed"] == []
+
+
+def test_no_false_alarm_on_an_engine():
+    assert [(o.check.name, o.detail) for o in conform("engine", broken("engine", Within)) if o.status != "passed"] == []
+
+
+@pytest.mark.parametrize("sampler", ["lockstep", "vllm"])
+def test_no_false_alarm_on_the_client_of_a_server(sampler):
+    server = FakeVLLM(processor=sampler == "lockstep", mode=f"processed_{'logits' if sampler == 'lockstep' else 'logprobs'}")
+    given = ["backend.threads=1", f"engine.server.url={server.url}", f"engine.sampler={sampler}"]
+    try:
+        found = list(conform("engine", subject("engine", "vllm", "torch", overrides=given)))
+    finally:
+        server.close()
+    assert [(o.check.name, o.detail) for o in found if o.status != "passed"] == []
 
 
 OTHERWISE = {

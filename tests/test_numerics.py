@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import optimize
 
 from lockstep.learning import numerics
 from lockstep.text.stopping import ends_with_stop
@@ -341,3 +342,64 @@ def test_overoptimisation_recovers_its_two_coefficients():
     kl, gain = np.array([1.0, 4.0, 9.0]), np.array([0.5, 0.0, -1.5])
     assert numerics.overoptimisation(kl, gain) == pytest.approx((1, 0.5))
     assert numerics.without_fall(kl, gain) == pytest.approx(-4 / 14)
+
+
+# ----------------------------------------------------------------------------------------- win rates at equal length
+
+
+def wins_of(seed, rows, a, b, longer=0.0):
+    """Wins whose logit is a + b tanh(d / std d), and d."""
+    rng = np.random.default_rng(seed)
+    d = rng.normal(longer, 10, rows).round()
+    return (rng.random(rows) < numerics.sigmoid(a + b * np.tanh(d / d.std()))).astype(float), d
+
+
+def test_the_length_controlled_win_rate_maximises_firths_likelihood():
+    wins, d = wins_of(0, 60, 0.4, 1.2, longer=6)
+    wins[:5] = 0.5
+
+    def loss(fit):
+        total, information = 0.0, np.zeros((2, 2))
+        for win, x in zip(wins, np.tanh(d / d.std()), strict=True):
+            p = 1 / (1 + math.exp(-fit[0] - fit[1] * x))
+            total += win * math.log(p) + (1 - win) * math.log(1 - p)
+            information += p * (1 - p) * np.array([[1, x], [x, x * x]])
+        return -total - 0.5 * math.log(np.linalg.det(information))
+
+    best = optimize.minimize(loss, [0.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13}).x
+    assert numerics.length_controlled_win_rate(wins, d)[0] == pytest.approx(1 / (1 + math.exp(-best[0])), abs=1e-7)
+
+
+def test_who_wins_by_being_longer_does_not_win_at_equal_length():
+    wins, d = wins_of(1, 4000, 0.0, 2.5, longer=8)
+    assert wins.mean() > 0.68
+    rate, low, high = numerics.length_controlled_win_rate(wins, d)
+    assert low < 0.5 < high and abs(rate - 0.5) < 0.03
+
+
+def test_the_interval_of_the_length_controlled_win_rate_covers_the_truth_19_times_in_20():
+    found = [numerics.length_controlled_win_rate(*wins_of(seed, 80, 0.6, 1.0, longer=5)) for seed in range(600)]
+    assert 0.93 < np.mean([low <= numerics.sigmoid(0.6) <= high for _, low, high in found]) < 0.97
+
+
+@pytest.mark.parametrize("wins", [[1, 1, 0, 0.5], [1, 1, 1, 1]])
+def test_without_a_difference_in_length_it_is_the_win_rate_with_half_a_win_and_half_a_loss_more(wins):
+    rate, low, high = numerics.length_controlled_win_rate(np.array(wins, float), np.zeros(4))
+    assert rate == pytest.approx((sum(wins) + 0.5) / 5) and low < rate < high < 1
+
+
+def test_a_length_controlled_win_rate_is_that_of_the_other_side_turned_round():
+    wins, d = wins_of(2, 50, -0.3, 0.7, longer=-4)
+    rate, low, high = numerics.length_controlled_win_rate(wins, d)
+    assert numerics.length_controlled_win_rate(1 - wins, -d) == pytest.approx((1 - rate, 1 - high, 1 - low))
+
+
+def test_always_longer_or_always_shorter_says_nothing_about_equal_length():
+    for d in ([4, 4, 4], [100, 101, 102], [-1, -9, -3]):
+        assert numerics.length_controlled_win_rate(np.array([1.0, 0.0, 1.0]), np.array(d)) is None
+
+
+def test_a_policy_that_always_wins_when_it_is_longer_has_a_finite_interval():
+    d = np.array([-5.0, -3, -2, 4, 6, 9])
+    rate, low, high = numerics.length_controlled_win_rate((d > 0).astype(float), d)
+    assert 0 < low < 0.2 and 0.3 < rate < 0.7 and 0.8 < high < 1

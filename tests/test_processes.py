@@ -350,6 +350,32 @@ def test_matmuls_that_cannot_be_divided_are_an_error(folders):
         Network.divide_matmuls(network, Axis())
 
 
+def test_a_shard_is_cast_once_for_all_tokens():
+    """In bfloat16. Of a layer sharded along the tensor axis, as generation has it."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from lockstep_torch.mesh import TensorAxis, as_own, divided, local
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        layer, x = torch.nn.Linear(8, 4, bias=False), torch.ones(1, 8)
+        TensorAxis(DeviceMesh("cpu", [0], mesh_dim_names=("tensor",))).divide(layer, 0)
+        sharded = layer.weight
+
+        def casts():
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as profile:
+                found = [torch.nn.functional.linear(x.bfloat16(), local(layer.weight)) for _ in range(5)]
+            assert (found[0] == local(sharded).detach().bfloat16().sum(1)).all()
+            return sum(event.name == "aten::_to_copy" for event in profile.events()) - 5  # without x's
+
+        before = casts()
+        with as_own(layer):
+            assert not divided(layer.weight) and casts() == 1
+        assert layer.weight is sharded and before == 5
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def experiment(folder, *overrides):
     return compose([*TINY, *DECODER, "backend=torch", "backend.device=cpu", f"folder={folder}", *overrides])
 

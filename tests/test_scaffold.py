@@ -16,7 +16,7 @@ from test_plugins import edited, install, lockstep, python, run, write
 ROOT = Path(__file__).parents[1]
 GENERATED = {
     "plain_reinforce": "algorithm", "brief": "reward_model", "riddle": "environment", "terse": "labeler",
-    "urgent": "attacker", "unscaled": "policy", "exact": "backend",
+    "urgent": "attacker", "distant": "engine", "unscaled": "policy", "exact": "backend",
 }  # fmt: skip
 EDITED = {"median": "algorithm", "polite": "reward_model", "cut": "policy", "strict": "backend"}
 
@@ -53,7 +53,9 @@ def test_generated_packages_pass_their_own_tests_on_torch(site, packages):
     pytest.importorskip("torch")
     quick = "masked or orders or one_finite or failures or forwards or take_no_step or describes"
     said = own_tests(
-        site, [packages[name] for name in GENERATED], f"not conformance or episodes_are_apart or (torch-float32 and ({quick}))"
+        site,
+        [packages[name] for name in GENERATED],
+        f"not conformance or episodes_are_apart or newest_weights or (torch-float32 and ({quick}))",
     )
     assert re.search(r"\d\d passed", said), said
 
@@ -66,7 +68,7 @@ def test_all_plugins_are_listed_and_usable(site):
     assert "algorithm=grpo" in choices and "experiment=demo" in choices and "algorithm=ppo," not in choices
 
 
-@pytest.mark.parametrize("kind", ["algorithm", "reward_model", "environment", "labeler", "attacker", "policy", "backend"])
+@pytest.mark.parametrize("kind", GENERATED.values())
 def test_generated_files_are_formatted_and_free_of_placeholders(kind, tmp_path):
     pytest.importorskip("ruff")
     folder = new_plugin("a_name", kind, tmp_path)

@@ -14,10 +14,11 @@ can save.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -147,7 +148,8 @@ class Root(nn.Module):
                 part.unshard()
                 part.set_reshard_after_forward(False, recurse=False)
             try:
-                return call()
+                with as_own(self):
+                    return call()
             finally:
                 for part in parts:
                     part.set_reshard_after_forward(True, recurse=False)
@@ -274,6 +276,21 @@ def shell(network: N, device: torch.device | str) -> N:
     is written to, and FSDP writes only to this process's shards."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device=device)) if p.requires_grad else p for p in network.parameters()}
     return copy.deepcopy(network, empty)
+
+
+@contextlib.contextmanager
+def as_own(network: nn.Module) -> Iterator[None]:
+    """Meanwhile the weights that are sharded are parameters of this process's shards alone. Autocast casts a parameter once; the
+    shard of a DTensor it would cast at each read, for each token."""
+    weights = [(module, *found) for module in network.modules() for found in module.named_parameters(recurse=False)]
+    weights = [(module, name, weight) for module, name, weight in weights if divided(weight)]
+    for module, name, weight in weights:
+        module.register_parameter(name, nn.Parameter(local(weight.detach())))
+    try:
+        yield
+    finally:
+        for module, name, weight in weights:
+            module.register_parameter(name, weight)
 
 
 def keep_own(network: nn.Module) -> None:

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind",
         default="algorithm",
-        choices=("algorithm", "policy", "reward_model", "environment", "labeler", "attacker", "backend"),
+        choices=("algorithm", "policy", "reward_model", "environment", "engine", "labeler", "attacker", "backend"),
     )
 
 

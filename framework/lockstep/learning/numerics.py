@@ -422,3 +422,40 @@ def proportion_interval(successes: float, n: int, z: float = 1.96) -> tuple[floa
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return p, float(centre - half), float(centre + half)
+
+
+def length_controlled_win_rate(wins: np.ndarray, difference: np.ndarray, z: float = 1.96) -> tuple[float, float, float] | None:
+    """The win rate there would be at equal length, and its 95% interval: σ(a) of the logistic regression
+
+        P(win) = σ(a + b tanh(d / std(d))) with d = length - length of the other response
+
+    (Dubois et al. 2024, arXiv 2404.04475, section 3; their third term, the difficulty of an instruction, takes many policies to
+    know). The fit maximises log-likelihood + ½ log |information| (Firth 1993), which has a maximum even where one side always
+    wins. The interval is a's, ± z standard errors, under σ; it covers prompts, not the choice of tanh.
+
+    Args:
+      wins: float [N], 1 if won, 0 if lost, ½ for a tie.
+      difference: [N], in any unit.
+
+    Returns:
+      None if the same side is longer everywhere, since nothing then shows how it fares at equal length. If lengths are equal
+      everywhere, the win rate with half a win and half a loss more.
+    """
+    if difference.min() > 0 or difference.max() < 0:
+        return None
+    columns = [np.ones(len(wins))]
+    if np.any(difference):
+        columns.append(np.tanh(difference / np.std(difference)))
+    x, fit = np.stack(columns, axis=1), np.zeros(len(columns))
+    for _ in range(100):  # Newton's method; logits move by at most 2 a step
+        p = sigmoid(x @ fit)
+        variance = p * (1 - p)
+        covariance = np.linalg.inv((x.T * variance) @ x)
+        leverage = variance * np.einsum("ni,ij,nj->n", x, covariance, x)
+        step = covariance @ (x.T @ (wins - p + leverage * (0.5 - p)))
+        fit += step * min(1.0, 2 / max(np.abs(step).max(), 1e-300))
+        if np.abs(step).max() < 1e-10:
+            break
+    middle, half = fit[0], z * np.sqrt(covariance[0, 0])
+    rate, low, high = (float(sigmoid(value)) for value in (middle, middle - half, middle + half))
+    return rate, low, high

@@ -84,7 +84,10 @@ class EvaluationConfig:
         return f"{', '.join(self.policies or ())} on {where}{best}"
 
 
-_MEASURES = frozenset(("gold", "score", "turns", "win_rate", "length", "finished", "kl", "sampler_mismatch", "text_loss", "gain"))
+_MEASURES = frozenset(
+    ("gold", "score", "turns", "win_rate", "length_controlled_win_rate", "length", "finished", "kl", "sampler_mismatch")
+    + ("text_loss", "gain")
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,11 @@ class Answers:
     @property
     def preference(self) -> np.ndarray | None:
         return self.gold["gold"] if self.gold else self.scores
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each response, in episodes of all its turns."""
+        return self.samples.sequences.mask.sum(axis=1)
 
 
 @dataclass
@@ -194,12 +202,9 @@ class Evaluator:
         if answers.samples.responses.rewards is not None:
             measures["turns"] = mean(numerics.turns(answers.samples.sequences.mask))
         if answers.preference is not None:
-            difference = answers.preference - reference.preference
-            difference = difference[np.isfinite(difference)]  # responses without a score are left out
-            wins = float((difference > 0).sum() + 0.5 * (difference == 0).sum())
-            measures["win_rate"] = proportion(wins, len(difference))
+            measures |= win_rates(answers.preference - reference.preference, answers.lengths - reference.lengths)
         finished = answers.samples.finished
-        measures["length"] = mean(answers.samples.sequences.mask.sum(axis=1))
+        measures["length"] = mean(answers.lengths)
         measures["finished"] = proportion(float(finished.sum()), len(finished))
         return measures
 
@@ -275,6 +280,22 @@ def prompts_of(data: DataSource, split: str) -> Sequence[Prompt]:
         return data.prompts(split)
     except MissingData:
         return ()
+
+
+def win_rates(better: np.ndarray, longer: np.ndarray) -> dict[str, Measure]:
+    """The win rate, and that at equal length if it is known.
+
+    Args:
+      better: [N], the response's score less the baseline's. Pairs without a score, which are not finite, are left out.
+      longer: [N], the response's length less the baseline's, in tokens.
+    """
+    known = np.isfinite(better)
+    wins = (better[known] > 0) + 0.5 * (better[known] == 0)
+    found = {"win_rate": proportion(float(wins.sum()), len(wins))}
+    if len(wins) and (controlled := numerics.length_controlled_win_rate(wins, longer[known])):
+        rate, low, high = controlled
+        found["length_controlled_win_rate"] = {"mean": rate, "low": low, "high": high, "n": len(wins)}
+    return found
 
 
 def gain(answers: Answers, before: Answers | None) -> dict[str, Measure]:

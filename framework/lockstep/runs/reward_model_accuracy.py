@@ -1,4 +1,5 @@
-"""A reward model against held-out comparisons: agreement with labelers and with the gold truth, and calibration."""
+"""A reward model against held-out comparisons: agreement with labelers and with the gold truth, calibration, and whether either
+prefers what is longer."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from lockstep.text.encoding import Lengths
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Comparison
 
-ScoredComparison = tuple[Comparison, np.ndarray]
-"""A comparison, and the reward model's scores [K] of its completions."""
+ScoredComparison = tuple[Comparison, np.ndarray, np.ndarray]
+"""A comparison, the reward model's scores [K] of its completions, and their lengths [K] in tokens."""
 
 
 def measure_reward_model(
@@ -28,11 +29,12 @@ def measure_reward_model(
     if reward_model.needs_environment:
         return {}
     comparisons = heldout_comparisons(data, tokenizer, lengths, most)
-    scores = completion_scores(reward_model, comparisons, tokenizer, lengths) if comparisons else []
-    scored = [(c, s) for c, s in zip(comparisons, scores, strict=True) if np.isfinite(s).all()]
+    scored = score_completions(reward_model, comparisons, tokenizer, lengths) if comparisons else []
+    scored = [each for each in scored if np.isfinite(each[1]).all()]
     if not scored:
         return {}
-    return accuracy(scored, training_labelers(data)) | calibration(scored) | accuracy_by_gold(scored, data)
+    found = accuracy(scored, training_labelers(data)) | calibration(scored)
+    return found | accuracy_by_gold(scored, data) | preference_for_length(scored)
 
 
 def heldout_comparisons(data: DataSource, tokenizer: Tokenizer, lengths: Lengths, most: int) -> list[Comparison]:
@@ -44,14 +46,15 @@ def heldout_comparisons(data: DataSource, tokenizer: Tokenizer, lengths: Lengths
     return [c for c in found if encoding.encode_prompt(tokenizer, c.prompt, lengths.prompt) is not None]
 
 
-def completion_scores(
+def score_completions(
     reward_model: RewardModel, comparisons: Sequence[Comparison], tokenizer: Tokenizer, lengths: Lengths
-) -> list[np.ndarray]:
-    """The reward model's scores of each comparison's completions."""
+) -> list[ScoredComparison]:
     prompts = [c.prompt for c in comparisons for _ in c.completions]
     texts = [text for c in comparisons for text in c.completions]
-    scores = scores_of(reward_model, responses_of(prompts, texts, tokenizer, lengths))
-    return np.split(scores, np.cumsum([len(c.completions) for c in comparisons])[:-1])
+    responses = responses_of(prompts, texts, tokenizer, lengths)
+    ends = np.cumsum([len(c.completions) for c in comparisons])[:-1]
+    scores = np.split(scores_of(reward_model, responses), ends)
+    return list(zip(comparisons, scores, np.split(responses.sequences.mask.sum(axis=1), ends), strict=True))
 
 
 def training_labelers(data: DataSource) -> frozenset[str | None]:
@@ -65,14 +68,14 @@ def training_labelers(data: DataSource) -> frozenset[str | None]:
 def accuracy(scored: Sequence[ScoredComparison], training: Collection[str | None]) -> dict[str, Measure]:
     """Agreement with labelers: those of the training comparisons, the others, and each group of labelers, unless it is one of
     these two."""
-    new = [c.labeler not in training for c, _ in scored]
+    new = [c.labeler not in training for c, _, _ in scored]
     splits = {"accuracy/training_labelers": [not n for n in new], "accuracy/heldout_labelers": new}
-    for name in dict.fromkeys(c.group for c, _ in scored if c.group is not None):
-        if (members := [c.group == name for c, _ in scored]) not in splits.values():
+    for name in dict.fromkeys(c.group for c, _, _ in scored if c.group is not None):
+        if (members := [c.group == name for c, _, _ in scored]) not in splits.values():
             splits[f"accuracy/group/{name}"] = members
     measures = {}
     for name, members in splits.items():
-        shares = _present(numerics.agreement(s, _preference(c)) for (c, s), take in zip(scored, members, strict=True) if take)
+        shares = _present(numerics.agreement(s, _preference(c)) for (c, s, _), take in zip(scored, members, strict=True) if take)
         if shares.size:
             measures[name] = mean(shares)
     return measures
@@ -80,7 +83,7 @@ def accuracy(scored: Sequence[ScoredComparison], training: Collection[str | None
 
 def calibration(scored: Sequence[ScoredComparison]) -> dict[str, Measure]:
     """Expected calibration error and Brier score of the preferred completion's margin, over all pairs."""
-    pairs = [numerics.pair_margins(s, numerics.preferences([c.ranks], len(s))) for c, s in scored]
+    pairs = [numerics.pair_margins(s, numerics.preferences([c.ranks], len(s))) for c, s, _ in scored]
     margins = np.concatenate(pairs)
     found = {"ece": numerics.expected_calibration_error(margins), "brier": numerics.brier_score(margins)}
     return {name: {"mean": value, "n": len(margins)} for name, value in found.items()}
@@ -88,17 +91,24 @@ def calibration(scored: Sequence[ScoredComparison]) -> dict[str, Measure]:
 
 def accuracy_by_gold(scored: Sequence[ScoredComparison], data: DataSource) -> dict[str, Measure]:
     """Agreement of the reward model and of labelers with the gold scores; empty if the data do not know these."""
-    golds = [[data.gold(c.prompt, text) for text in c.completions] for c, _ in scored]
+    golds = [[data.gold(c.prompt, text) for text in c.completions] for c, _, _ in scored]
     if any(found[0] is None for found in golds):
         return {}
     known = [np.array([gold["gold"] for gold in found if gold is not None]) for found in golds]
-    ours = _present(numerics.agreement(s, gold) for (_, s), gold in zip(scored, known, strict=True))
-    labelers = _present(numerics.agreement(_preference(c), gold) for (c, _), gold in zip(scored, known, strict=True))
+    ours = _present(numerics.agreement(s, gold) for (_, s, _), gold in zip(scored, known, strict=True))
+    labelers = _present(numerics.agreement(_preference(c), gold) for (c, _, _), gold in zip(scored, known, strict=True))
     return {
         "accuracy/gold": mean(ours),
         "labeler_agreement/gold": mean(labelers),
         "accuracy_over_labeler/gold": mean(ours - labelers),  # over the same pairs, so the interval is narrower
     }
+
+
+def preference_for_length(scored: Sequence[ScoredComparison]) -> dict[str, Measure]:
+    """Of the pairs whose completions differ in length, the share in which labelers, and the reward model, prefer the longer."""
+    found = {"labelers": [(_preference(c), n) for c, _, n in scored], "reward_model": [(s, n) for _, s, n in scored]}
+    shares = {name: _present(numerics.agreement(order, n) for order, n in each) for name, each in found.items()}
+    return {f"prefers_longer/{name}": mean(share) for name, share in shares.items() if share.size}
 
 
 def _preference(comparison: Comparison) -> np.ndarray:

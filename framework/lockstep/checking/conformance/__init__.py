@@ -1,5 +1,5 @@
-"""The conformance kit: checks that every backend, policy, reward model, environment, labeler, attacker and algorithm must pass.
-To run them on your own component:
+"""The conformance kit: checks that every backend, policy, reward model, environment, engine, labeler, attacker and algorithm must
+pass. To run them on your own component:
 
     lockstep check reinforce                       one plugin, on every backend that is installed
     lockstep check decoder --backend jax --precision bfloat16
@@ -19,6 +19,7 @@ meshes.py         several devices or processes compute what one device computes
 policies/         probabilities, sampling, padding, heads, checkpoints
 reward_models.py  one finite score per response, whatever the batch; failures are never hidden
 environments.py   any turn gets a reply, the same each time, independent of other episodes
+engines.py        the policy's own distribution, by the newest weights
 labelers.py       ranks of all completions, whoever wrote them, whatever else is labelled
 attackers.py      dialogues that end with the user's turn, from goal, place and seed alone
 algorithms/       rewards, masks, steps, seeds and resuming, seen from what crosses the waist

@@ -22,6 +22,7 @@ KINDS = {
     "policy": ("policies",),
     "reward_model": ("reward_models",),
     "environment": ("environments",),
+    "engine": ("engines",),
     "labeler": ("labelers",),
     "attacker": ("attackers",),
     "algorithm": ("algorithms",),

@@ -184,8 +184,8 @@ def _has_policy(backend: str) -> bool:
     return any(c.kind == "policy" and c.backend in (backend, None) for c in registry())
 
 
-ON_THE_HOST = ("environment",)
-"""Kinds that use no backend; these are checked once."""
+ON_THE_HOST = ("environment", "engine")
+"""Kinds that have no precision of the backend; these are checked once."""
 
 
 def known_precisions(kind: str, name: str, backend: str) -> Sequence[str | None]:

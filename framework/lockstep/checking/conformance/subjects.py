@@ -4,15 +4,20 @@ components are built in a world when a check asks for them."""
 from __future__ import annotations
 
 import copy
+import logging
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from lockstep.checking.conformance.kit import Inapplicable
-from lockstep.checking.conformance.world import LENGTHS, Data, Scored, World, flat
+from lockstep.checking.conformance.policies.calls import COLUMNS, ROWS, TEMPERATURE
+from lockstep.checking.conformance.world import LENGTHS, PAD, Data, Scored, World, flat
 from lockstep.checking.tap import Crossing, EvaluateCall, GenerateCall, Tap, UpdateCall
 from lockstep.config.compose import group as compose_group
 from lockstep.errors import ConfigError, DataError, Waiting
@@ -20,8 +25,10 @@ from lockstep.interfaces import (
     Algorithm,
     Attacker,
     Context,
+    Engine,
     Environment,
     Episode,
+    Generated,
     Label,
     Labeler,
     Metrics,
@@ -32,6 +39,7 @@ from lockstep.interfaces import (
     Term,
 )  # fmt: skip
 from lockstep.learning import randomness
+from lockstep.learning.served import Call, checked, digest
 from lockstep.text.sequences import Sequences
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Candidates, Goal, Message, Prompt
@@ -50,6 +58,7 @@ def subject(
     subjects: dict[str, Callable[..., Any]] = {
         "reward_model": RewardModelSubject,
         "environment": EnvironmentSubject,
+        "engine": EngineSubject,
         "labeler": LabelerSubject,
         "attacker": AttackerSubject,
         "algorithm": AlgorithmSubject,
@@ -149,6 +158,66 @@ class EnvironmentSubject:
         """Fresh episodes; equal arguments give equal episodes."""
         prompts = copy.deepcopy(self.cls.examples(self.config))
         return [Episode(prompts[i % len(prompts)], 1000 * seed + i) for i in range(count)]
+
+
+class EngineSubject:
+    """An engine, and the weights of two policies for it to draw with."""
+
+    cls: type[Engine]
+
+    def __init__(self, world: World, name: str, like: str | None = None):
+        self.world = world
+        self.cls, self.config = world.component("engine", name, {}, like)
+        self.version: str | None = None
+        """The version of the weights that the engine has."""
+        self.logged: list[str] = []
+        """What has been logged as a warning since the engine was made."""
+
+    def settings(self) -> list[str]:
+        return self.world.settings()
+
+    @cached_property
+    def engine(self) -> Engine:
+        heard = logging.Handler(logging.WARNING)
+        heard.emit = lambda record: self.logged.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("lockstep").addHandler(heard)
+        return self.cls(self.config)
+
+    def policy(self, number: int = 0) -> Policy:
+        return self.world.policy(number)
+
+    def prompts(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.world.prompts(ROWS)
+
+    def hand_over(self, number: int) -> str:
+        """Give the engine the weights of this policy unless it has them, from a folder that is then removed, as a run does."""
+        policy = self.policy(number)
+        if (version := digest(policy)) != self.version:
+            self.version = None
+            with tempfile.TemporaryDirectory(dir=self.world.folder) as folder:
+                policy.save(Path(folder))
+                self.engine.load(Path(folder), version)
+            self.version = version
+        return version
+
+    def draw(
+        self,
+        number: int = 0,
+        *,
+        prompts: tuple[np.ndarray, np.ndarray] | None = None,
+        seeds: np.ndarray | None = None,
+        temperature: float = TEMPERATURE,
+        stop_ids: Sequence[int] = (),
+    ) -> Generated:
+        """Responses drawn with the weights of policy ``number``.
+
+        Raises:
+          EngineFailed: a run would not take them.
+        """
+        version, given = self.hand_over(number), self.prompts() if prompts is None else prompts
+        seeds = self.world.seeds(len(given[0]), COLUMNS) if seeds is None else seeds
+        call = Call(*given, seeds, temperature, tuple(stop_ids), PAD, self.policy(number).vocab_size)
+        return checked(*self.engine.generate(*call.given, **call.how), call, version)
 
 
 class LabelerSubject(RewardModelSubject):

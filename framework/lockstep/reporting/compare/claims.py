@@ -58,6 +58,8 @@ def _within(c: RunComparison, g: RunGroup) -> Iterator[Claim]:
             yield above(f"{policy} is better than the policy of the round before", g.label, gain, 0.0, "+" + SCORE)
         if rate := g.policy(c.split, policy, "win_rate"):
             yield above(f"{policy} wins more than half against {c.baseline}", g.label, rate, 0.5)
+        if rate := g.policy(c.split, policy, "length_controlled_win_rate"):
+            yield above(f"{policy} wins more than half against {c.baseline} at equal length", g.label, rate, 0.5)
         yield from _alignment_tax(c, g, policy)
     yield from _reward_model(g)
 

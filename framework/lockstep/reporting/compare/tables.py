@@ -24,6 +24,7 @@ POLICY_METRICS = {
     "gain": ("gain over the round before", "+" + SCORE),
     "score": ("reward model's score", SCORE),
     "win_rate": ("win rate against {baseline}", PERCENT),
+    "length_controlled_win_rate": ("  at equal length", PERCENT),
     "ability": ("ability", PERCENT),
     "text_loss": ("loss on raw text, nats per token", ".3f"),
     "kl": ("KL to {baseline}, nats", SCORE),
@@ -36,6 +37,8 @@ REWARD_MODEL_METRICS = {
     "accuracy_over_labeler/gold": ("  above the labelers, pair by pair", GAIN),
     "accuracy/training_labelers": ("reward model vs training labelers", PERCENT),
     "accuracy/heldout_labelers": ("reward model vs held-out labelers", PERCENT),
+    "prefers_longer/labelers": ("labelers prefer the longer", PERCENT),
+    "prefers_longer/reward_model": ("  and the reward model does", PERCENT),
     "ece": ("calibration error", ".3f"),
     "brier": ("Brier score", ".3f"),
 }
