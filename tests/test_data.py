@@ -863,6 +863,22 @@ def test_training_rows_that_begin_as_heldout_ones_are_left_out(write, capsys):
     assert "data.demonstrations: 10 training rows were left out because they begin like held-out ones." in capsys.readouterr().out
 
 
+def test_what_one_kind_of_data_holds_out_no_other_kind_trains_on(write, capsys):
+    train, test = many(20), many(10)
+    pairs = [{"prompt": row["prompt"], "chosen": "yes", "rejected": "no"} for row in test]
+    source = files(
+        demonstrations=[write(*train)],
+        prompts=[write(*train)],
+        comparisons=[write(*pairs[5:], name="pairs.jsonl")],
+        heldout_comparisons=[write(*pairs[:5], name="test.jsonl")],
+        heldout_fraction=0.25,
+    )
+    held = beginnings(source.comparisons("heldout"))
+    assert held and not held & beginnings(source.demonstrations("train"))
+    assert not held & {p.messages[0].content for p in source.prompts("train")}
+    assert "rows were left out because they begin like rows of data.heldout_comparisons" in capsys.readouterr().out
+
+
 def test_heldout_sources_do_without_training_ones(write):
     source = files(heldout_texts=[write({"text": "a"})])
     assert source.texts("heldout") == ("a",)

@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from conftest import configure
+from conftest import Data, configure
 from lockstep.errors import ConfigError
 from lockstep.learning import losses
+from lockstep.types import Comparison
 from lockstep_rlhf.algorithms.preference_losses import NOTHING, KTOLoss, PairLoss, PlackettLuceLoss
 from test_group_methods import Jax, Torch, f32
 
@@ -140,6 +141,18 @@ def test_ties_are_no_pairs(library):
     tied, slopes = run(library, [[0.0], [-1.0], [-2.0]], k=3, ranks=[[0, 0, 1]])
     first, second = (run(library, [[a], [-2.0]])[0] for a in (0.0, -1.0))
     assert tied == pytest.approx((first + second) / 3, abs=1e-6)
+
+
+def test_what_is_logged_of_pairs_is_their_mean_though_ties_are_none(make):
+    class Tied(Data):
+        def comparisons(self, split):
+            return [Comparison(p, ("w1", "w2 w3", "w4 w5", "w6"), (0, 1, 1, 2)) for p in self.prompts(split)]
+
+    algorithm = make("preference_optimisation", data=Tied(), batch_size=4, heldout_examples=0, epochs=16.0, beta=1.0)
+    first, *_, last = [algorithm.step(step) for step in range(algorithm.total_steps)]
+    assert first["preference/loss"] == pytest.approx(LN2, rel=1e-5)  # the policy is still the reference
+    assert first["loss"] == pytest.approx(5 / 6 * LN2, rel=1e-5)
+    assert last["preference/accuracy"] == pytest.approx(1, rel=1e-5)
 
 
 def test_each_name_is_a_loss_of_its_own(library):

@@ -39,7 +39,8 @@ class ChatPolicy:
       tokenizer: its tokenizer (`lockstep.text.tokenizer.Tokenizer`).
       backend: where it runs (`lockstep.interfaces.Backend`).
       name: the registered policy that reads its checkpoint.
-      metrics: a row per step of its training (`pandas.DataFrame`); None if it was not trained by `train`.
+      metrics: a row per step of its training, and one of the final measures (`pandas.DataFrame`); None if it was not trained
+        by `train`.
     """
 
     policy: Policy

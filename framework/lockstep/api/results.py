@@ -46,7 +46,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """'running', 'done', 'stopped' or 'failed'."""
+        """'running', 'waiting' (for people), 'done', 'stopped' or 'failed'."""
         return str(read_record(self.folder / "run.json", RUN)["status"])
 
     @property

@@ -38,7 +38,7 @@ def train(
     reward: Reward | Scorer | RewardModel | None = None, environment: Environment | None = None, seed: int = 0, **settings: Any,
 ) -> Any:  # fmt: skip
     """Train a policy with an algorithm. Returns a `ChatPolicy`, or a `Scorer` if the algorithm learns a reward model; its
-    ``metrics`` are a data frame, a row per step. The given policy does not change.
+    ``metrics`` are a data frame, a row per step and one of the final measures. The given policy does not change.
 
     Ctrl-C ends training after the step in progress and returns the result so far. A second one stops at once.
 

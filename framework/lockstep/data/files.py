@@ -31,6 +31,7 @@ from lockstep.text.visible import visible
 from lockstep.types import Choice, Comparison, Demonstration, Goal, Prompt
 
 NOUNS = ("demonstrations", "comparisons", "prompts", "texts", "goals")
+WITH_PROMPTS = ("demonstrations", "comparisons", "prompts")
 SPLITS = ("train", "heldout")
 FIRST = 100
 """How many rows of a hub data set a dry run reads."""
@@ -170,15 +171,21 @@ class Files(DataSource):
 
     def _read_noun(self, noun: str) -> dict[str, Items]:
         """Both splits of a noun. A training row that begins like a held-out one is held out too if the split is a fraction, and
-        left out if the held-out split has its own sources. A row that begins like a prompt of ``splits`` is left out."""
+        left out if the held-out split has its own sources, or another noun's has. A row that begins like a prompt of
+        ``splits`` is left out."""
         parts = self._apart([self.items(noun, i) for i in range(len(self.sources[noun]))], noun)
         key = f"heldout_{noun}"
         if self.sources[key]:
             heldout = [self.items(key, i) for i in range(len(self.sources[key]))]
-            train = self._without(parts, itertools.chain(*heldout), noun, "held-out ones")
+            train: Sequence[Items] = self._without(parts, itertools.chain(*heldout), noun, "held-out ones")
         else:
             heldout = [_only(part, self._in_fraction) for part in parts]
             train = [_only(part, lambda item: not self._in_fraction(item)) for part in parts]
+        for other in WITH_PROMPTS if noun in WITH_PROMPTS else ():
+            key = f"heldout_{other}"
+            if other != noun and self.sources[key]:
+                rows = itertools.chain.from_iterable(self.items(key, i) for i in range(len(self.sources[key])))
+                train = self._without(train, rows, noun, f"rows of data.{key}")
         return {"train": self._mixed(noun, train), "heldout": mix(heldout)}
 
     def _apart(self, parts: Sequence[Items], noun: str) -> Sequence[Items]:

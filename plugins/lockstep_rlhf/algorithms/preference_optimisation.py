@@ -179,6 +179,13 @@ class PreferenceOptimisation(Offline):
             batch["z"] = np.full(len(filled), z, np.float32)
         return Term(self.loss, rows, batch)
 
+    def logged(self, metrics: Metrics, terms: Sequence[Term]) -> Metrics:
+        weight = float(sum(term.batch["pairs"].sum() for term in terms))  # below 1 if there are ties
+        of_pairs = ["preference/accuracy", "preference/margin"]
+        if isinstance(self.loss, PairLoss):
+            of_pairs.append("preference/loss")
+        return metrics | {name: metrics[name] / weight for name in of_pairs}
+
     def mismatch(self, rankings: Sequence[Ranking]) -> float:
         """KTO's z: max(0, mean of log π - log π_ref) over completions under the *next* prompt of the batch, an estimate of KL
         without a gradient."""
