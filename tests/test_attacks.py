@@ -239,7 +239,7 @@ def team(monkeypatch, *texts, reply=lambda prompt: "no", **changes):
     monkeypatch.setattr("lockstep.runs.attacks.Sampler", Echo)
     monkeypatch.setattr("lockstep.runs.attacks.score", lambda judge, samples: (judge.score(samples.responses), {}))
     config = AttackConfig(**{"goals": 4, "heldout_goals": 2, "samples": 2, "lengths": Lengths(12, 20)} | changes)
-    return RedTeam(config, DATA, DATA.tokenizer(), Given(*texts), Ends(), 0, 0, 0)
+    return RedTeam(config, DATA, DATA.tokenizer(), Given(*texts), Ends(), 0, 0, 1)
 
 
 def run(found, policies=("ppo",)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -59,6 +60,16 @@ def test_runs_are_grouped_by_the_keys_that_were_asked_for(whole):
     assert [g.label for g in whole.groups] == [f"{b}, kl_coef={k}" for b in ("jax", "torch") for k in (0.05, 0.15, 0.45)]
     assert all(g.seeds == [0, 1, 2] for g in whole.groups)
     assert told(whole.problems) == []
+
+
+def test_keys_that_end_alike_are_tasks_of_their_own(tmp_path):
+    keys = ("sft.learning_rate", "reward.learning_rate", "algorithm.learning_rate")
+    for values in itertools.product((1, 2), repeat=3):
+        for backend in ("torch", "jax"):
+            write_run(tmp_path, backend, 0, **dict(zip(keys, values, strict=True)))
+    c = groups.group(reading.read([tmp_path]), ["backend"])
+    assert [len(set(g.tasks)) for g in c.groups] == [8, 8] and not [each for each in c.problems if "left out" in each]
+    assert "algorithm.learning_rate=1, reward.learning_rate=2, sft.learning_rate=2" in c.groups[0].tasks
 
 
 def test_what_differs_inside_a_group_makes_its_tasks(runs):

@@ -863,6 +863,10 @@ def test_training_rows_that_begin_as_heldout_ones_are_left_out(write, capsys):
     assert "data.demonstrations: 10 training rows were left out because they begin like held-out ones." in capsys.readouterr().out
 
 
+def test_a_source_without_rows_has_no_share():
+    assert mix([[1, 2], []], [1, 3]) == (1, 2) and mix([[], []], [1, 1]) == () and mix([[1], [], [2]], [2, 1, 1]) == (1, 2, 1)
+
+
 def test_what_one_kind_of_data_holds_out_no_other_kind_trains_on(write, capsys):
     train, test = many(20), many(10)
     pairs = [{"prompt": row["prompt"], "chosen": "yes", "rejected": "no"} for row in test]
@@ -877,6 +881,30 @@ def test_what_one_kind_of_data_holds_out_no_other_kind_trains_on(write, capsys):
     assert held and not held & beginnings(source.demonstrations("train"))
     assert not held & {p.messages[0].content for p in source.prompts("train")}
     assert "rows were left out because they begin like rows of data.heldout_comparisons" in capsys.readouterr().out
+
+
+def test_what_a_fraction_of_prompts_holds_out_a_kind_with_its_own_held_out_rows_does_not_train_on(write, capsys):
+    train = [{"prompt": row["prompt"], "chosen": "yes", "rejected": "no"} for row in many(200)]
+    source = files(
+        prompts=[write(*train)],
+        comparisons=[write(*train)],
+        heldout_comparisons=[write({"prompt": "Another", "chosen": "yes", "rejected": "no"}, name="test.jsonl")],
+        heldout_fraction=0.25,
+    )
+    held = {p.messages[0].content for p in source.prompts("heldout")}
+    assert len(held) > 10 and not held & beginnings(source.comparisons("train"))
+    assert len(source.comparisons("heldout")) == 1
+    assert "because data.heldout_fraction holds them out of data.prompts." in capsys.readouterr().out
+
+
+def test_the_names_of_a_folders_files_are_part_of_what_the_data_are(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("train-1.jsonl", "train-2.jsonl"):
+        (tmp_path / "mine" / name).write_text('{"text": "a"}\n')
+    config = parse(Files.Config, {"texts": [{"path": str(tmp_path / "mine")}]}, "data")
+    before = Files.fingerprint(config)
+    (tmp_path / "mine" / "train-1.jsonl").rename(tmp_path / "mine" / "train-1.jsonl.off")
+    assert Files.fingerprint(config) != before
 
 
 def test_heldout_sources_do_without_training_ones(write):

@@ -93,3 +93,12 @@ def test_completions_of_one_length_say_nothing_about_length(tokenizer):
 
     judged = measure_reward_model(Scored(), Even(), tokenizer, Lengths(**LENGTHS), 12)
     assert "accuracy/training_labelers" in judged and not [name for name in judged if "longer" in name]
+
+
+def test_what_is_of_no_split_stands_with_the_held_out_one_wherever_it_is_named(tokenizer, load):
+    """`lockstep compare` reads it there."""
+    config = parse(
+        EvaluationConfig, {"lengths": LENGTHS, "splits": ["adversarial", "heldout"], "policies": ["sft"]}, "evaluation"
+    )
+    splits = Evaluator(config, Data(), tokenizer, Scored(), 0).run(lambda name: load(), ["sft"], lambda what: None)["splits"]
+    assert "text_loss" in splits["heldout"]["sft"] and "text_loss" not in splits["adversarial"]["sft"]

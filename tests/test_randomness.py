@@ -1,5 +1,6 @@
 """Random numbers are functions of (seed, stream, step, row): reproducible, independent, of the right distribution."""
 
+import collections
 import math
 
 import numpy as np
@@ -83,6 +84,18 @@ def test_every_pass_holds_each_example_once_in_an_order_of_its_own():
     passes = randomness.example_indices(0, "order", 10, 0, 30).reshape(3, 10)
     assert [sorted(p) for p in passes.tolist()] == [list(range(10))] * 3
     assert len({tuple(p) for p in passes.tolist()}) == 3
+
+
+@pytest.mark.parametrize(("size", "count"), [(300, 300), (300, 200), (7, 5), (10, 3), (1, 1)])
+def test_rounds_repeat_nothing_within_a_round_nor_before_all_has_been_used(size, count):
+    rounds = [randomness.indices_of_round(0, "s", size, count, number) for number in range(1, 12)]
+    assert all(len(set(each)) == count for each in rounds)
+    used = collections.Counter()
+    for each in rounds:
+        used.update(each)
+        assert max(used.values()) - min(used[i] for i in range(size)) <= 1
+    first = randomness.example_indices(0, "s", size, 0, count)
+    assert rounds[0] == first.tolist() and randomness.indices_of_round(0, "s", size, 0, 3) == []
 
 
 def test_a_batch_is_the_same_whether_or_not_the_ones_before_it_were_drawn():

@@ -14,7 +14,7 @@ from lockstep.config.compose import compose
 from lockstep.errors import CheckpointError, ConfigError
 from lockstep.runs import identity
 from lockstep.runs.assembly import opener
-from lockstep.runs.experiment import Experiment
+from lockstep.runs.experiment import Experiment, finished
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import read_weights
 from runs import DECODER, PPO_ONLY, TINY, tiny
@@ -242,6 +242,32 @@ def test_a_stage_is_made_anew_when_its_reward_function_has_changed(tmp_path, mon
     (tmp_path / "my_reward.py").write_text("def score(prompts, responses): return [1.0] * len(responses)\n")
     after = folders(tmp_path / "runs", *options)
     assert before["sft"] == after["sft"] and before["ppo"] != after["ppo"]
+
+
+def test_a_stage_is_made_anew_when_a_tool_has_changed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = ["experiment=sums", "environment=tools", "environment.functions=[my_tool:search]"]
+    found = []
+    for answer in ("one", "two"):
+        (tmp_path / "my_tool.py").write_text(f"def search(text: str) -> str:\n    'Search.'\n    return {answer!r}\n")
+        experiment = Experiment(compose([*options, f"folder={tmp_path / 'runs'}", "tracker=none"]))
+        found.append({name: folder.path for name, folder in experiment.folders.items()})
+    changed = {name for name in found[0] if found[0][name] != found[1][name]}
+    assert changed == {name for name, stage in experiment.stages.items() if stage.environment} != set()
+
+
+def test_a_run_whose_chat_template_file_has_changed_is_not_done(tmp_path):
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    options = [
+        f"policy.tokenizer.chat_template={tmp_path}/chat.jinja",
+        f"folder={tmp_path / 'runs'}",
+        *[f"~stages.{stage}" for stage in ("sft", "reward", "ppo", "ppo_ptx", "evaluate")],
+    ]
+    config = compose([*TINY, *DECODER, *options])
+    run = run_config(config, "test")
+    assert finished(config) == run
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert finished(config) is None
 
 
 def refuse(cls, config):

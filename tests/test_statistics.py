@@ -14,8 +14,13 @@ from lockstep.reporting.compare import statistics
 RLIABLE = json.loads((Path(__file__).parent / "fixtures" / "outsiders" / "rliable.json").read_text())["cases"]
 
 
-def tasks(case: dict, side: str) -> list[np.ndarray]:
-    return list(np.array(case[side]).T)
+def tasks(case: dict, side: str) -> list[dict[int, float]]:
+    """With seeds of their own, as the runs of different games have."""
+    return apart(*np.array(case[side]).T)
+
+
+def apart(*tasks):
+    return [{100 * number + run: float(score) for run, score in enumerate(task)} for number, task in enumerate(tasks)]
 
 
 def ends(estimate) -> list[float]:
@@ -58,18 +63,29 @@ def test_the_interval_is_that_of_all_resamples():
     x, y = np.array([0.0, 1.1, 5.3, 2.2]), np.array([2.0, 3.6, 3.7])
     every = [[*a, *b] for a in itertools.product(x, repeat=4) for b in itertools.product(y, repeat=3)]
     exact = np.percentile(statistics.iqm(np.array(every)), [2.5, 97.5])
-    estimate = statistics.iqm_estimate([x, y])
+    estimate = statistics.iqm_estimate(apart(x, y))
     assert (estimate.low, estimate.high) == pytest.approx(tuple(exact), abs=0.02 * (exact[1] - exact[0]))
 
 
 def test_tasks_are_resampled_on_their_own():
     """Strata without any spread give an interval without any, however far apart they are."""
-    estimate = statistics.iqm_estimate([np.zeros(4), np.full(4, 10.0)])
+    estimate = statistics.iqm_estimate(apart(np.zeros(4), np.full(4, 10.0)))
     assert ends(estimate) == [5.0, 5.0, 5.0]
 
 
+def test_tasks_of_the_same_seeds_are_drawn_together():
+    """A seed that is high in all of four tasks, because its runs share a model, is one seed and not four."""
+    of_a_seed = np.random.default_rng(5).normal(size=5)
+    one, four = (statistics.iqm_estimate([dict(enumerate(of_a_seed))] * count) for count in (1, 4))
+    alone = statistics.iqm_estimate(apart(*[of_a_seed] * 4))
+    assert four.high - four.low > 0.9 * (one.high - one.low) > 1.6 * (alone.high - alone.low)
+    shared = statistics.improvement_estimate([dict(enumerate(of_a_seed))] * 4, [dict(enumerate(of_a_seed))] * 4)
+    single = statistics.improvement_estimate([dict(enumerate(of_a_seed))], [dict(enumerate(of_a_seed))])
+    assert (shared.low, shared.high) == (single.low, single.high)
+
+
 def test_one_run_in_a_task_gives_no_interval_but_a_mean():
-    estimate = statistics.iqm_estimate([np.array([1.0, 2.0]), np.array([6.0])])
+    estimate = statistics.iqm_estimate(apart([1.0, 2.0], [6.0]))
     assert ends(estimate) == [3.0, 3.0, 3.0]
 
 
@@ -81,5 +97,5 @@ def test_a_band_holds_the_mean_of_three_curves_and_reaches_from_the_lowest_to_th
 
 
 def test_the_same_runs_give_the_same_interval():
-    runs = [np.random.default_rng(3).normal(size=6)]
+    runs = apart(np.random.default_rng(3).normal(size=6))
     assert statistics.iqm_estimate(runs) == statistics.iqm_estimate(runs)

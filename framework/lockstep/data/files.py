@@ -23,7 +23,7 @@ from lockstep.data.columns import reader, unread
 from lockstep.data.conventions import WITHOUT_PROMPTS
 from lockstep.data.messages import without
 from lockstep.data.mixing import mix, row_counts
-from lockstep.data.reading import Row, Source, has, parse_split, read_rows, source_digests
+from lockstep.data.reading import Row, Source, has, parse_split, read_rows, source_digest
 from lockstep.errors import ConfigError, DataError, MissingData, Unreachable, did_you_mean, listing, short
 from lockstep.interfaces import DataSource
 from lockstep.storage.files import expanded
@@ -116,8 +116,8 @@ class Files(DataSource):
     @classmethod
     def fingerprint(cls, config: _Config) -> str | None:
         """A hash of the local files: a stage is not reused if one of them has changed."""
-        digests = [digest for sources in _all_sources(config).values() for source in sources for digest in source_digests(source)]
-        return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
+        found = [source_digest(source) for sources in _all_sources(config).values() for source in sources]
+        return hashlib.sha256(" ".join(each or "hub" for each in found).encode()).hexdigest() if any(found) else None
 
     def demonstrations(self, split: str) -> Sequence[Demonstration]:
         return self._split("demonstrations", split)
@@ -170,23 +170,34 @@ class Files(DataSource):
             raise MissingData(f"This run needs {noun}. Set {_sources_of(noun, 'my.jsonl')}.")
 
     def _read_noun(self, noun: str) -> dict[str, Items]:
-        """Both splits of a noun. A training row that begins like a held-out one is held out too if the split is a fraction, and
-        left out if the held-out split has its own sources, or another noun's has. A row that begins like a prompt of
-        ``splits`` is left out."""
+        """Both splits of a noun. The held-out split is a fraction of the rows, or has sources of its own. A row that begins like
+        a prompt of ``splits`` is in neither."""
         parts = self._apart([self.items(noun, i) for i in range(len(self.sources[noun]))], noun)
-        key = f"heldout_{noun}"
-        if self.sources[key]:
-            heldout = [self.items(key, i) for i in range(len(self.sources[key]))]
-            train: Sequence[Items] = self._without(parts, itertools.chain(*heldout), noun, "held-out ones")
-        else:
-            heldout = [_only(part, self._in_fraction) for part in parts]
-            train = [_only(part, lambda item: not self._in_fraction(item)) for part in parts]
-        for other in WITH_PROMPTS if noun in WITH_PROMPTS else ():
-            key = f"heldout_{other}"
-            if other != noun and self.sources[key]:
-                rows = itertools.chain.from_iterable(self.items(key, i) for i in range(len(self.sources[key])))
-                train = self._without(train, rows, noun, f"rows of data.{key}")
-        return {"train": self._mixed(noun, train), "heldout": mix(heldout)}
+        heldout = self._parts(f"heldout_{noun}") or [_only(part, self._in_fraction) for part in parts]
+        return {"train": self._mixed(noun, self._trained_on(noun, parts)), "heldout": mix(heldout)}
+
+    def _parts(self, key: str) -> list[Items]:
+        return [self.items(key, i) for i in range(len(self.sources[key]))]
+
+    def _trained_on(self, noun: str, parts: Sequence[Items]) -> Sequence[Items]:
+        """The parts without items that begin like a held-out one of this noun, or of any noun whose items begin with prompts if
+        this one's do: what SFT learned by heart tells nothing of a reward model, nor of PPO."""
+        alike = WITH_PROMPTS if noun in WITH_PROMPTS else (noun,)
+        for each in alike:
+            if held := self._parts(f"heldout_{each}"):
+                what = "held-out ones" if each == noun else f"rows of data.heldout_{each}"
+                parts = self._without(parts, itertools.chain(*held), noun, what)
+        by_fraction = [each for each in alike if self.sources[each] and not self.sources[f"heldout_{each}"]]
+        if not by_fraction:
+            return parts
+        kept = [_only(part, lambda item: not self._in_fraction(item)) for part in parts]
+        left_out = sum(map(len, parts)) - sum(map(len, kept))
+        if left_out and noun not in by_fraction:
+            others = listing(f"data.{each}" for each in by_fraction)
+            print(
+                f"data.{noun}: {left_out} training rows were left out because data.heldout_fraction holds them out of {others}."
+            )
+        return kept
 
     def _apart(self, parts: Sequence[Items], noun: str) -> Sequence[Items]:
         """The parts without items that begin like a prompt of a split that is only for evaluation."""

@@ -19,10 +19,10 @@ def row_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     """How many rows each source contributes to one epoch.
 
     An epoch ends when every row has appeared at least once: the source that is largest for its weight appears once, and the
-    others repeat. So every row is seen, and the proportions hold to the end.
+    others repeat. So every row is seen, and the proportions hold to the end. A source without rows contributes none.
     """
     end = max(size / weight for size, weight in zip(sizes, weights, strict=True))
-    return [max(size, round(end * weight)) for size, weight in zip(sizes, weights, strict=True)]
+    return [max(size, round(end * weight)) if size else 0 for size, weight in zip(sizes, weights, strict=True)]
 
 
 def mix(parts: Sequence[Sequence[T]], weights: Sequence[float] | None = None) -> tuple[T, ...]:

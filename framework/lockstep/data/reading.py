@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from lockstep.config.schema import REQUIRED, setting
 from lockstep.data.cells import MOST_CHARACTERS, BadRow, too_long
 from lockstep.errors import ConfigError, DataError, Unreachable, did_you_mean, listing, short
-from lockstep.storage.files import expanded
+from lockstep.storage.files import checksum, expanded
 from lockstep.storage.hub import hub
 
 Row = tuple[str, Any]
@@ -58,15 +58,16 @@ def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
-def source_digests(source: Source) -> list[str]:
-    """SHA-256 of each local file of the source; none for the hub, where the revision identifies the data."""
+def source_digest(source: Source) -> str | None:
+    """SHA-256 of the contents of a local source and, in a folder, of its files' names, which decide what is read. None for the
+    hub, where the revision identifies the data."""
     path = expanded(source.path)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
-    digests = []
-    for file in files:
-        with open(file, "rb") as opened:
-            digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
-    return digests
+    if path.is_file():
+        return checksum(path)
+    if not path.is_dir():
+        return None
+    names = "".join(f"{p.relative_to(path)}\0{checksum(p)}" for p in sorted(path.rglob("*")) if p.is_file())
+    return hashlib.sha256(names.encode()).hexdigest()
 
 
 def read_rows(source: Source, first: int | None = None) -> Iterator[Row]:

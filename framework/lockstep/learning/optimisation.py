@@ -51,9 +51,7 @@ class ScheduleConfig:
     """
 
     shape: Literal["constant", "linear", "cosine"] = setting("constant", "Shape of the decay after the warm-up.")
-    warmup_steps: int = setting(
-        0, "Steps (PPO: iterations) from `initial` to the peak, linear.", least=0
-    )
+    warmup_steps: int = setting(0, "Steps (PPO: iterations) from `initial` to the peak, linear.", least=0)
     initial: float = setting(1.0, "Where the warm-up begins, as a fraction of the peak.", least=0, most=1)
     final: float = setting(1.0, "Where linear and cosine end, as a fraction of the peak.", least=0, most=1)
 

@@ -82,6 +82,24 @@ def permutation(seed: int, stream: str, epoch: int, size: int) -> np.ndarray:
     return generator(seed, stream, epoch).permutation(size)
 
 
+def indices_of_round(seed: int, stream: str, size: int, count: int, number: int) -> list[int]:
+    """Indices of ``count`` of ``size`` examples for round ``number``, from 1. None comes twice in a round, nor twice before all
+    have come once. The order of pass e is `permutation`'s."""
+    taken: list[int] = []
+    rest: list[int] = []
+    passes = 0
+    for _ in range(number):
+        taken, rest = rest[:count], rest[count:]
+        while len(taken) < count:
+            order, before = permutation(seed, stream, passes, size).tolist(), set(taken)
+            fresh = [i for i in order if i not in before][: count - len(taken)]
+            taken += fresh
+            now = set(fresh)
+            rest = [i for i in order if i not in now]
+            passes += 1
+    return taken
+
+
 def example_indices(seed: int, stream: str, size: int, start: int, count: int) -> np.ndarray:
     """Indices of examples ``start`` .. ``start + count - 1`` of an endless stream of reshuffled passes: int64 [count].
 

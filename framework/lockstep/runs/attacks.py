@@ -17,7 +17,7 @@ import numpy as np
 from lockstep.config.schema import setting
 from lockstep.errors import DataError
 from lockstep.interfaces import Attacker, DataSource, Policy, RewardModel
-from lockstep.learning.randomness import example_indices, seed_of, token_seeds
+from lockstep.learning.randomness import indices_of_round, seed_of, token_seeds
 from lockstep.learning.rollout import Sampler, neighbours, score
 from lockstep.learning.served import Served
 from lockstep.text import encoding, similarity
@@ -69,8 +69,8 @@ class Attack:
 
 @dataclass
 class RedTeam:
-    """Has attacks written, and tries them. ``position`` is the number of goals taken by earlier rounds; ``order_seed`` decides
-    the order of goals."""
+    """Has attacks written, and tries them. ``round`` is the stage's number, from 1; ``order_seed`` decides the order
+    of goals."""
 
     config: AttackConfig
     data: DataSource
@@ -79,7 +79,7 @@ class RedTeam:
     judge: RewardModel
     seed: int
     order_seed: int
-    position: int
+    round: int
     engine: Served | None = None
     fits: dict[str, Fit] = field(default_factory=dict)
     measures: dict[str, float] = field(default_factory=dict)
@@ -113,10 +113,9 @@ class RedTeam:
         """(goal, split, attack) of each distinct attack that fits the length limits."""
         c, goals = self.config, self.data.goals(split)
         count = min(c.goals if split == "train" else c.heldout_goals, len(goals))
-        order = (
-            example_indices(self.order_seed, "attacks", len(goals), self.position, count) if split == "train" else range(count)
-        )
-        chosen = neighbours([goals[int(i)] for i in order], c.samples)
+        drawn = split == "train" and count
+        order = indices_of_round(self.order_seed, "attacks", len(goals), count, self.round) if drawn else range(count)
+        chosen = neighbours([goals[i] for i in order], c.samples)
         if not chosen:
             return
         found = self.attacker.attack(chosen, seed_of(self.seed, f"attacks {split}"))

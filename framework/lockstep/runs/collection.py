@@ -19,7 +19,7 @@ from lockstep.data.labels import candidates_in, candidates_line
 from lockstep.errors import DataError, listing
 from lockstep.interfaces import DataSource, Label, Policy, RewardModel
 from lockstep.learning import numerics
-from lockstep.learning.randomness import example_indices, token_seeds
+from lockstep.learning.randomness import indices_of_round, token_seeds
 from lockstep.learning.rollout import Sampler, score
 from lockstep.learning.served import Served
 from lockstep.processes import Processes
@@ -51,8 +51,7 @@ class CollectionConfig:
 
 @dataclass
 class Collector:
-    """Samples candidates. ``position`` is the number of prompts taken by earlier collections; ``order_seed`` decides the order of
-    prompts."""
+    """Samples candidates. ``round`` is the collection's number, from 1; ``order_seed`` decides the order of prompts."""
 
     config: CollectionConfig
     data: DataSource
@@ -60,7 +59,7 @@ class Collector:
     reward_model: RewardModel | None
     seed: int
     order_seed: int
-    position: int
+    round: int
     engine: Served | None = None
     fits: dict[str, Fit] = field(default_factory=dict)
 
@@ -73,7 +72,7 @@ class Collector:
         c, names = self.config, list(policies)
         prompts = self.data.prompts("train")
         count = min(c.prompts, len(prompts))
-        chosen = [prompts[int(i)] for i in example_indices(self.order_seed, "collection", len(prompts), self.position, count)]
+        chosen = [prompts[i] for i in indices_of_round(self.order_seed, "collection", len(prompts), count, self.round)]
         fit = self.fits["train prompts"] = Fit("train prompts")
         chosen, ids = encoding.encode_prompts(self.tokenizer, chosen, c.lengths, fit)
         sampler = Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size, engine=self.engine)
@@ -88,7 +87,7 @@ class Collector:
                 texts[row // share].setdefault(text, (policies[name], float(scores[row])))
         return [
             Candidates(
-                f"{self.position + i:07d}", prompt, tuple(found), tuple(policy for policy, _ in found.values()),
+                f"{(self.round - 1) * c.prompts + i:07d}", prompt, tuple(found), tuple(policy for policy, _ in found.values()),
                 () if self.reward_model is None else tuple(value for _, value in found.values()), self.seed,
             )
             for i, (prompt, found) in enumerate(zip(chosen, texts, strict=True)) if len(found) > 1

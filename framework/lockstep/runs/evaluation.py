@@ -133,6 +133,7 @@ class Evaluator:
         c = self.config
         prompts = {split: self.prompts(split) for split in c.splits}
         prompts = {split: found for split, found in prompts.items() if found[0]}
+        main = "heldout" if "heldout" in prompts else next(iter(prompts), None)
         progress(c.baseline)
         baseline = load(c.baseline)
         reference = {split: self.answer(baseline, *found) for split, found in prompts.items()}
@@ -148,7 +149,7 @@ class Evaluator:
                 measures = self.measure(answers, reference[split]) | self.kl(policy, baseline, answers)
                 measures |= self.best_of(policy, *found) | gain(answers, found_by.get((self.follows.get(name, ""), split)))
                 found_by[name, split] = answers
-                splits[split][name] = measures | (general if split == next(iter(prompts)) else {})
+                splits[split][name] = measures | (general if split == main else {})
                 samples += [{"policy": name, "split": split, **row} for row in rows(answers, c.samples)]
         result = {"baseline": c.baseline, "splits": splits, "samples": samples}
         if self.reward_model is not None:

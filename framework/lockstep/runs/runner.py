@@ -247,10 +247,9 @@ class Runner:
         """
         config: CollectionConfig = stage.config
         assembly, experiment = self.assembly, self.experiment
-        before = (stage.round - 1) * config.prompts
         scorer = assembly.reward_model(stage)
         collector = Collector(
-            config, assembly.data_of(stage), assembly.tokenizer, scorer, stage.seed, experiment.seed, before,
+            config, assembly.data_of(stage), assembly.tokenizer, scorer, stage.seed, experiment.seed, stage.round,
             engine=assembly.engine(stage),
         )  # fmt: skip
         policies = {name: experiment.folders[name].path.name if name in experiment.folders else name for name in stage.policies}
@@ -283,10 +282,11 @@ class Runner:
     def _attack(self, stage: Stage, folder: StageFolder) -> ConfigGroup:
         config: AttackConfig = stage.config
         assembly = self.assembly
-        before, judge = (stage.round - 1) * config.goals, assembly.reward_model(stage)
+        judge = assembly.reward_model(stage)
         assert judge is not None
         team = RedTeam(
-            config, assembly.data, assembly.tokenizer, assembly.attacker(stage), judge, stage.seed, self.experiment.seed, before,
+            config, assembly.data, assembly.tokenizer, assembly.attacker(stage), judge, stage.seed, self.experiment.seed,
+            stage.round,
             engine=assembly.engine(stage),
         )  # fmt: skip
         with self.console.progress(stage.name, 0, len(stage.policies) + 1) as progress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -141,8 +141,7 @@ class Stage:
     def modules(self) -> list[str]:
         """The modules whose code decides its result: those of its classes, their bases, and functions named module:function."""
         classes = [base for each in self._components for base in each.component.__mro__]
-        values = [value for each in self._surrounding for value in each.group.values()]
-        named = [v.partition(":")[0] for v in values if isinstance(v, str) and re.fullmatch(r"[\w.]+:\w+", v)]
+        named = [text.partition(":")[0] for each in self._components for text in _texts(each.group) if FUNCTION.fullmatch(text)]
         return [*(cls.__module__ for cls in classes), *named]
 
     @property
@@ -189,6 +188,18 @@ class Stage:
     def _surrounding(self) -> list[Chosen]:
         """All components but the algorithm."""
         return [*self.scorers, *filter(None, (self.environment, self.engine, self.labeler, self.attacker))]
+
+
+FUNCTION = re.compile(r"[\w.]+:\w+")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a configuration group, at every depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(each)
 
 
 PRODUCES = {"evaluate": "evaluation", "collect": "comparisons", "attack": "attacks"}

@@ -46,6 +46,11 @@ SECONDS, MEMORY, CHARACTERS = 10.0, 2**30, 10_000_000
 """Limits of one rendering: processor time, bytes, and output characters beyond ten times those of the dialogue."""
 
 
+def template_files(given: str | None) -> tuple[str, ...]:
+    """The .jinja file that a configuration gives as a template, if it gives one."""
+    return (str(expanded(given)),) if given and given.endswith(".jinja") else ()
+
+
 def template_text(given: str | None) -> str | None:
     """The text of a template that a configuration gives by name, as a .jinja file or as jinja text; None if it gives none.
 

@@ -15,7 +15,7 @@ from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import Sequences, chunks, in_chunks
 from lockstep.text.stopping import ends_with_stop
-from lockstep.text.templates import TEMPLATES, template_text
+from lockstep.text.templates import TEMPLATES, template_files, template_text
 from lockstep.types import Message, Prompt
 
 log = logging.getLogger("lockstep")
@@ -43,7 +43,7 @@ class Learned(RewardModel):
 
     @classmethod
     def inputs(cls, config: Config) -> Inputs:
-        return Inputs(outputs={config.source: "reward_model"})
+        return Inputs(outputs={config.source: "reward_model"}, files=template_files(config.chat_template))
 
     def __init__(self, config: Config, resources: Resources):
         self.config = config

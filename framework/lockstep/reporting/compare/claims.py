@@ -224,11 +224,9 @@ def _against(c: RunComparison, policy: str, metric: str) -> list[tuple[RunGroup,
     found: list[tuple[RunGroup, Found]] = []
     for g in c.groups:
         before, after = g.policy(c.split or "", c.baseline or "", metric), g.policy(c.split or "", policy, metric)
-        test = None
+        test = versus.gain_test(c, g, policy, metric)
         if metric == "win_rate":
             before = Estimate(0.5, 0.5, 0.5)
-        else:
-            test = versus.gain_test(c, g, policy, metric)
         if before and after:
             apart: Found = "raises" if after.low > before.high else "lowers" if after.high < before.low else "open"
             found.append((g, apart if test is None or test.p < decisions.LEVEL else "open"))

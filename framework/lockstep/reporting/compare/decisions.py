@@ -1,7 +1,7 @@
 """Is a difference over seeds decided, and how many seeds would decide it?
 
-Differences are taken seed by seed, per task (`statistics`). The tests are Student's: unlike the bootstrap, they account for how
-little a few seeds say.
+Differences are taken seed by seed. A seed's difference is its mean over the tasks (`statistics`), whose runs may share models.
+The tests are Student's: unlike the bootstrap, they account for how little a few seeds say.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ FEW = 5
 
 @dataclass(frozen=True)
 class Test:
-    """A two-sided test of a mean difference against 0. ``deviation`` is the standard deviation of a seed's difference; with
-    several ``tasks``, of its mean over the tasks."""
+    """A two-sided test of a mean difference against 0. ``deviation`` is the standard deviation of a seed's difference."""
 
     mean: float
     deviation: float
     seeds: int
     p: float
-    tasks: int = 1
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -40,25 +38,17 @@ def half_width(values: Sequence[float]) -> float:
     return float(special.stdtrit(n - 1, 1 - LEVEL / 2) * np.std(values, ddof=1) / n**0.5) if n > 1 else float("inf")
 
 
-def paired_test(gains: Sequence[np.ndarray]) -> Test | None:
-    """Student's t-test of the differences (Student 1908). With several tasks it tests the mean of the tasks' means. The variance
-    of that mean is the sum of theirs divided by tasks², with Satterthwaite's degrees of freedom (1946). None if a task has fewer
-    than two seeds.
-
-    Args:
-      gains: per task, the difference of each seed.
-    """
-    tasks = [np.asarray(task, np.float64) for task in gains]
-    if not tasks or min(map(len, tasks)) < 2:
+def paired_test(gains: Sequence[float] | np.ndarray) -> Test | None:
+    """Student's t-test of the differences, one per seed (Student 1908); None for fewer than two. Differences that are all equal,
+    as shares of few prompts may be by chance, are tested by their sign alone."""
+    n = len(gains)
+    if n < 2:
         return None
-    mean = float(np.mean([task.mean() for task in tasks]))
-    counts = np.array([len(task) for task in tasks])
-    own = np.array([task.var(ddof=1) for task in tasks]) / counts
-    error, k, n = float(np.sqrt(own.sum())) / len(tasks), len(tasks), int(counts.min())
-    if error <= NOTHING * abs(mean) or error == 0:  # the differences are equal up to rounding
-        return Test(mean, 0.0, n, float(mean == 0), k)
-    degrees = own.sum() ** 2 / (own**2 / (counts - 1)).sum()
-    return Test(mean, error * n**0.5, n, float(2 * special.stdtr(degrees, -abs(mean) / error)), k)
+    mean, deviation = float(np.mean(gains)), float(np.std(gains, ddof=1))
+    error = deviation / n**0.5
+    if error <= NOTHING * abs(mean) or error == 0:  # equal up to rounding
+        return Test(mean, 0.0, n, 2 * 0.5**n if mean else 1.0)
+    return Test(mean, deviation, n, float(2 * special.stdtr(n - 1, -abs(mean) / error)))
 
 
 def corrected(values: Sequence[float], how: Correction) -> list[float]:
@@ -78,33 +68,33 @@ def corrected(values: Sequence[float], how: Correction) -> list[float]:
     return [float(x) for x in found]
 
 
-def power(difference: float, deviation: float, seeds: int, tasks: int = 1) -> float:
-    """The probability that `paired_test`, with ``seeds`` seeds in each task, decides a difference of this size at the 5% level.
-    Computed by the noncentral t distribution (Cohen 1988, section 2.3)."""
-    degrees = tasks * (seeds - 1)
+def power(difference: float, deviation: float, seeds: int) -> float:
+    """The probability that `paired_test` of so many seeds decides a difference of this size at the 5% level. Computed by the
+    noncentral t distribution (Cohen 1988, section 2.3)."""
+    degrees = seeds - 1
     critical = special.stdtrit(degrees, 1 - LEVEL / 2)
     shift = abs(difference) / deviation * np.sqrt(seeds)
     other_side = special.nctdtr(degrees, shift, -critical)  # underflows to NaN where negligible
     return float(1 - special.nctdtr(degrees, shift, critical) + np.nan_to_num(other_side))
 
 
-def seeds_needed(difference: float, deviation: float, tasks: int = 1) -> int | None:
+def seeds_needed(difference: float, deviation: float) -> int | None:
     """The fewest seeds that decide the difference four times in five; None if it is 0 or needs more than `MOST_SEEDS`."""
     if difference == 0:
         return None
     if deviation == 0:
         return 2
-    return next((n for n in range(2, MOST_SEEDS + 1) if power(difference, deviation, n, tasks) >= POWER), None)
+    return next((n for n in range(2, MOST_SEEDS + 1) if power(difference, deviation, n) >= POWER), None)
 
 
-def least_difference(deviation: float, seeds: int, tasks: int = 1) -> float:
+def least_difference(deviation: float, seeds: int) -> float:
     """The smallest difference that ``seeds`` seeds decide four times in five, by bisection."""
     if deviation == 0:
         return 0.0
     low, high = 0.0, deviation
-    while power(high, deviation, seeds, tasks) < POWER:
+    while power(high, deviation, seeds) < POWER:
         low, high = high, 2 * high
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (low, middle) if power(middle, deviation, seeds, tasks) >= POWER else (middle, high)
+        low, high = (low, middle) if power(middle, deviation, seeds) >= POWER else (middle, high)
     return high

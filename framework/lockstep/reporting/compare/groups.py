@@ -326,13 +326,20 @@ def key_of(asked: str, exist: Collection[str]) -> str:
 def _tasks(members: Sequence[Run], inside: Sequence[str], problems: list[str]) -> dict[tuple[str, int], Run]:
     """Return {(task, seed): run}, ordered by seed. ``problems`` names runs that repeat a task and seed."""
     inside = [key for key in inside if len({setting(run, key) for run in members}) > 1]
+    names = _short_names(inside)
     runs: dict[tuple[str, int], Run] = {}
     for run in sorted(members, key=lambda run: run.seed):
-        place = ", ".join(_described({key: setting(run, key) for key in inside}, most=len(inside))), run.seed
+        place = ", ".join(f"{names[key]}={setting(run, key)}" for key in inside), run.seed
         if place in runs:
             problems.append(f"{run.name} is left out: {runs[place].name} has the same configuration and seed.")
         runs.setdefault(place, run)
     return runs
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """{key: its last part, or all of it if another key ends alike}."""
+    ends = [key.rpartition(".")[2] for key in keys]
+    return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
 
 
 def _missing_seeds(groups: Sequence[RunGroup]) -> list[str]:

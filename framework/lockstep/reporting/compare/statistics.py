@@ -1,8 +1,10 @@
 """Statistics for few seeds: interquartile means, probabilities of improvement, and their bootstrap intervals.
 
 This follows Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (arXiv 2108.13264).
-Scores come as *tasks*: one array per task, one entry per run. A task is a setting (a KL coefficient, a data set) whose runs
-are independent of the other settings' runs, as the paper's games are. Tasks may have unequal numbers of runs.
+Scores come as *tasks*: {seed: score} of the runs of each. A task is a setting, such as a KL coefficient or a data set. The
+paper's tasks are games, whose runs have nothing to do with each other. Here runs of one seed often share their first stages, so a
+draw of seeds is one draw for all tasks that have the same seeds. Tasks with other seeds are drawn on their own, as the paper's
+are. Tasks may have unequal numbers of runs.
 tests/fixtures/outsiders/rliable.json has the results of the authors' library, rliable, on stored scores.
 
 All draws use a fixed seed: the same runs give the same report.
@@ -10,14 +12,14 @@ All draws use a fixed seed: the same runs give the same report.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from lockstep.reporting.compare.records import Estimate
 
 DRAWS = 10_000  # the ends of an interval then vary by about 1% of its width
-Tasks = Sequence[np.ndarray]
+Tasks = Sequence[Mapping[int, float]]
 
 
 def iqm(values: np.ndarray) -> np.ndarray:
@@ -30,8 +32,8 @@ def iqm(values: np.ndarray) -> np.ndarray:
 
 def iqm_estimate(tasks: Tasks) -> Estimate:
     """The interquartile mean over all runs of all tasks, with its stratified bootstrap interval."""
-    draws = np.concatenate(resample(tasks, _rng()), axis=-1)
-    return _estimate(float(iqm(np.concatenate(tasks))), iqm(draws), tasks)
+    draws = [scores(task)[index] for task, index in zip(tasks, resample(tasks, _rng()), strict=True)]
+    return _estimate(float(iqm(np.concatenate([scores(task) for task in tasks]))), iqm(np.concatenate(draws, axis=-1)), tasks)
 
 
 def improvement(x: np.ndarray, y: np.ndarray) -> float:
@@ -48,30 +50,35 @@ def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def improvement_estimate(x: Tasks, y: Tasks) -> Estimate:
     """P(X > Y) averaged over tasks. Both sides are resampled within each task. Task t of ``x`` is task t of ``y``."""
-    mean = np.mean([improvement(a, b) for a, b in zip(x, y, strict=True)])
+    wins = [_wins(scores(a), scores(b)) for a, b in zip(x, y, strict=True)]
+    mean = np.mean([won.mean() for won in wins])
     rng = _rng()
-    times = zip([_times_drawn(task, rng) for task in x], [_times_drawn(task, rng) for task in y], strict=True)
-    wins = [_wins(a, b) for a, b in zip(x, y, strict=True)]
+    times = zip(*([_times_drawn(index) for index in resample(side, rng)] for side in (x, y)), strict=True)
     # In a draw, each pair counts as often as its runs are drawn. Sums of halves are exact in any order.
     drawn = [((a @ won) * b).sum(axis=1) / won.size for (a, b), won in zip(times, wins, strict=True)]
     return _estimate(float(mean), np.mean(drawn, axis=0), [*x, *y])
 
 
+def scores(task: Mapping[int, float]) -> np.ndarray:
+    """[runs], by seed."""
+    return np.array([task[seed] for seed in sorted(task)], np.float64)
+
+
 def resample(tasks: Tasks, rng: np.random.Generator, draws: int = DRAWS) -> list[np.ndarray]:
-    """The stratified bootstrap: per task [draws, runs], drawn with replacement from its runs, independently of other tasks."""
-    return [task[_drawn(len(task), rng, draws)] for task in map(np.asarray, tasks)]
+    """The stratified bootstrap: per task int64 [draws, runs], places in `scores` drawn with replacement; the same ones for tasks
+    that have the same seeds."""
+    of_seeds: dict[tuple[int, ...], np.ndarray] = {}
+    for task in tasks:
+        if (seeds := tuple(sorted(task))) not in of_seeds:
+            of_seeds[seeds] = rng.integers(len(seeds), size=(draws, len(seeds)))
+    return [of_seeds[tuple(sorted(task))] for task in tasks]
 
 
-def _times_drawn(task: np.ndarray, rng: np.random.Generator, draws: int = DRAWS) -> np.ndarray:
+def _times_drawn(index: np.ndarray) -> np.ndarray:
     """float64 [draws, runs]: how often each draw of `resample` contains each run."""
-    runs = len(task)
-    places = _drawn(runs, rng, draws) + runs * np.arange(draws)[:, None]
+    draws, runs = index.shape
+    places = index + runs * np.arange(draws)[:, None]
     return np.bincount(places.reshape(-1), minlength=draws * runs).reshape(draws, runs).astype(np.float64)
-
-
-def _drawn(runs: int, rng: np.random.Generator, draws: int) -> np.ndarray:
-    """int64 [draws, runs]: indices of runs, drawn with replacement."""
-    return rng.integers(runs, size=(draws, runs))
 
 
 def band(curves: np.ndarray, draws: int = 1000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -239,8 +239,8 @@ def power(c: RunComparison, against: Sequence[Versus], difference: float = 0.0) 
     rows = []
     for name, test in named:
         wanted_too = [difference] if difference else []
-        needed = [decisions.seeds_needed(each, test.deviation, test.tasks) for each in (test.mean, *wanted_too)]
-        least = decisions.least_difference(test.deviation, test.seeds, test.tasks)
+        needed = [decisions.seeds_needed(each, test.deviation) for each in (test.mean, *wanted_too)]
+        least = decisions.least_difference(test.deviation, test.seeds)
         cells = [f"{test.mean:+{form}}", f"{test.deviation:{form}}", str(test.seeds), f"{least:{form}}"]
         rows.append([name, *cells, *(f"over {decisions.MOST_SEEDS}" if n is None else str(n) for n in needed)])
     header = ["", f"{metric}: difference", "its deviation over seeds", "seeds", "decided from", "seeds that this one needs"]

@@ -30,7 +30,7 @@ class Versus:
     metric: str
     difference: Estimate | None
     improvement: Estimate
-    test: Test | None  # of the mean difference
+    test: Test | None  # of the mean difference, over the seeds that all tasks have
     seeds: Sequence[int]  # on both sides, in some task
     unpaired: Sequence[str]  # runs that only one side has
 
@@ -43,7 +43,7 @@ class Versus:
 
 def over_seeds(g: RunGroup, split: str, policy: str, metric: str) -> Estimate | None:
     """The interquartile mean over the group's runs, with its interval over seeds."""
-    tasks = [np.array(list(seeds.values())) for seeds in g.scores(split, policy, metric).values()]
+    tasks = list(g.scores(split, policy, metric).values())
     return statistics.iqm_estimate(tasks) if tasks else None
 
 
@@ -72,15 +72,15 @@ def versus(g: RunGroup, baseline: RunGroup, split: str, policy: str, metric: str
     tasks = [task for task in x if task in y]
     if not tasks:
         return None
-    paired = {task: [seed for seed in x[task] if seed in y[task]] for task in tasks}
-    gains = [np.array([x[t][s] - y[t][s] for s in seeds]) for t, seeds in paired.items() if seeds]
-    of = lambda scores: [np.array(list(scores[task].values())) for task in tasks]  # noqa: E731
+    paired = [{seed: x[task][seed] - y[task][seed] for seed in x[task] if seed in y[task]} for task in tasks]
+    gains = [gain for gain in paired if gain]
+    everywhere = [seed for seed in gains[0] if all(seed in gain for gain in gains)] if gains else []
     return Versus(
         g, baseline, policy if policy == other else f"{policy} against {other}", metric,
         difference=statistics.iqm_estimate(gains) if gains else None,
-        improvement=statistics.improvement_estimate(of(x), of(y)),
-        test=decisions.paired_test(gains),
-        seeds=sorted({seed for seeds in paired.values() for seed in seeds}),
+        improvement=statistics.improvement_estimate([x[task] for task in tasks], [y[task] for task in tasks]),
+        test=decisions.paired_test([float(np.mean([gain[seed] for gain in gains])) for seed in everywhere]),
+        seeds=sorted({seed for gain in gains for seed in gain}),
         unpaired=[*_only(x, y, g.label), *_only(y, x, baseline.label)],
     )  # fmt: skip
 
@@ -108,15 +108,16 @@ def gains(c: RunComparison, metric: str) -> list[Gain]:
 
 
 def gain_test(c: RunComparison, g: RunGroup, policy: str, metric: str) -> Test | None:
-    """Test the gain of a policy over the baseline policy of its own run. Runs of one seed may share the baseline, so their mean
-    counts once per seed."""
+    """Test the gain of a policy over the baseline policy of its own run; of a win rate, over one half. Runs of one seed may share
+    the baseline, so their mean counts once per seed."""
     by_seed: dict[int, list[float]] = {}
     for run in g.runs:
         found = run.evaluation.splits.get(c.split or "", {})
         after, before = (found.get(each, {}).get(metric) for each in (policy, c.baseline or ""))
-        if after and before:
-            by_seed.setdefault(run.seed, []).append(after.mean - before.mean)
-    return decisions.paired_test([np.array([np.mean(gains) for gains in by_seed.values()])])
+        if after and (before or metric == "win_rate"):
+            start = before.mean if before and metric != "win_rate" else 0.5
+            by_seed.setdefault(run.seed, []).append(after.mean - start)
+    return decisions.paired_test([float(np.mean(gains)) for gains in by_seed.values()])
 
 
 def pairs(c: RunComparison, baseline: str | None) -> list[tuple[RunGroup, RunGroup]]:
