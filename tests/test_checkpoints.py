@@ -27,6 +27,7 @@ from lockstep.registry import registry
 from lockstep.runs.assembly import Assembly, opener, save_result
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import INDEX, read_tensors, write_tensors
+from lockstep.text.sequences import join
 from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -278,6 +279,57 @@ def test_a_family_without_a_record_is_compared_by_transformers(tmp_path):
     write_json(tmp_path / "config.json", {"model_type": "opt", "hidden_size": 16})
     with pytest.raises(CheckpointError, match="cannot be opened as a checkpoint|do not fit its config.json"):
         load()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Granite", {"logits_scaling": 8.0}),
+        ("Cohere", {"logit_scale": 0.0625}),
+        ("Cohere", {"logit_scale": 2.0}),
+        ("StableLm", {}),
+    ],
+)  # fmt: skip
+def test_logits_are_scaled_as_the_family_scales_them(family, changes, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    backend_class = registry().resolve("backend", "torch", "torch")
+    backend = backend_class(parse(backend_class.Config, BACKENDS["torch"], "backend"))
+    sizes = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings = getattr(transformers, f"{family}Config")(
+        **sizes, num_key_value_heads=2, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, pad_token_id=0, **changes
+    )
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{family}ForCausalLM")(settings).eval()
+    for parameter in theirs.parameters():
+        parameter.data.mul_(10)
+    theirs.save_pretrained(tmp_path)
+    policy = policy_class(backend).load(tmp_path, backend)
+    tokens = np.arange(3, 11, dtype=np.int32)[None]
+    rows = join(tokens[:, :3], np.ones((1, 3), bool), tokens[:, 3:], np.ones((1, 5), bool))
+    ours = policy.evaluate(rows, ["logprobs"])["logprobs"]
+    logprobs = theirs(torch.as_tensor(tokens).long()).logits.log_softmax(-1)[0].detach()
+    expected = [float(logprobs[t - 1, tokens[0, t]]) for t in range(3, 8)]
+    np.testing.assert_allclose(ours[0], expected, atol=1e-4)
+
+
+def test_logits_that_are_computed_in_an_unknown_way_are_refused(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    backend_class = registry().resolve("backend", "torch", "torch")
+    backend = backend_class(parse(backend_class.Config, BACKENDS["torch"], "backend"))
+    sizes = {"vocab_size": 37, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 1}
+    cls = transformers.OPTForCausalLM
+    cls(transformers.OPTConfig(**sizes, num_attention_heads=2, max_position_embeddings=32)).save_pretrained(tmp_path)
+    forward = cls.forward
+
+    def squared(self, *given, **how):
+        found = forward(self, *given, **how)
+        found.logits = found.logits**2
+        return found
+
+    monkeypatch.setattr(cls, "forward", squared)
+    with pytest.raises(CheckpointError, match="logits of this opt are computed in a way that Lockstep does not know"):
+        policy_class(backend).load(tmp_path, backend)
 
 
 def test_headers_alone_say_how_many_rows_the_embedding_has(folder):

@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from lockstep.errors import ConfigError, EnvironmentFailed
 from lockstep.interfaces import Context, Environment, Episode, Generated, Reply, Responses
 from lockstep.learning import numerics
 from lockstep.learning.episodes import EnvironmentConfig, EnvironmentReward, replies
+from lockstep.learning.online import Clock
 from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import Sampler, concatenate, score
 from lockstep.runs.evaluation import EvaluationConfig, Evaluator
@@ -20,6 +22,7 @@ from lockstep.text.sequences import right_pad
 from lockstep.text.stopping import Stops
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Message, Prompt
+from lockstep_rlhf.reward_models.length import Length
 from test_metrics_page import documented
 
 LENGTHS = Lengths(prompt=6, response=12, multiple=1)
@@ -304,6 +307,37 @@ def test_a_failed_episode_has_no_score(turns):
     samples = sampler(turns, Fails(Config(on_failure="drop"))).sample(Says([[4, STOP], [6, STOP]]), PROMPTS, IDS, seeds())
     np.testing.assert_array_equal(score(EnvironmentReward(), samples)[0], [np.nan, 4])
     np.testing.assert_array_equal(score(Scored(lambda r: [1, 1]), samples)[0], [np.nan, 1])
+
+
+def test_without_a_reward_model_too_a_failed_episode_does_not_count(make, turns, load):
+    class Fails(Asks):
+        def reply(self, episode):
+            if episode.prompt.messages[0].content.startswith("w1"):
+                raise ValueError
+            return Reply.ends(4)
+
+    algorithm = make("distillation", teacher="other", batch_size=4)
+    algorithm.sampler = sampler(turns, Fails(Config(on_failure="drop")))
+    samples = algorithm.sampler.sample(Says([[4, STOP], [6, STOP]]), PROMPTS, IDS, seeds())
+    algorithm.sampler = SimpleNamespace(sample=lambda *_: samples)
+    _, scores, _ = algorithm.responses(0, 2, seeds(), Clock())
+    np.testing.assert_array_equal(scores, [np.nan, 0])
+
+
+def test_a_length_is_that_of_the_policys_tokens(turns):
+    """A turn of three and one of two; two of two and three. What was said between them is not the policy's."""
+    policy = Says([[4, 5, STOP], [6, STOP]], [[8, STOP], [9, 10, STOP]])
+    samples = sampler(turns, Asks(Config())).sample(policy, PROMPTS, IDS, seeds())
+    assert Length(Length.Config(), None).score(samples.responses).tolist() == [5, 5]
+    assert Length(Length.Config(unit="words"), None).score(samples.responses).tolist() == [1, 2]
+
+
+def test_a_mark_that_is_a_special_token_is_refused(turns):
+    """The policy's text would not have it."""
+    environment = Asks(Config())
+    environment.marks = ("<stop>",)
+    with pytest.raises(ConfigError, match="looks for '<stop>' in the policy's text, which has no special tokens"):
+        sampler(turns, environment)
 
 
 def test_the_environments_rewards_need_one():

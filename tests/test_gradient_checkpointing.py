@@ -117,7 +117,7 @@ def test_jax_keeps_freed_memory_for_the_next_call():
     assert first > 1000 > second
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "opt"])
 def test_networks_of_transformers_keep_their_dropout_off(family, tokenizer, tmp_path):
     """They checkpoint layers in training mode, in which their configuration's dropout would come to life."""
     pytest.importorskip("torch")
@@ -126,7 +126,9 @@ def test_networks_of_transformers_keep_their_dropout_off(family, tokenizer, tmp_
     dims = {"vocab_size": 37, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "attention_dropout": 0.5}
     gpt2 = {"vocab_size": 37, "n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}
     more = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
-    config = transformers.AutoConfig.for_model(family, **(gpt2 if family == "gpt2" else dims | more))
+    opt = dims | {"word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0.5, "max_position_embeddings": 64}
+    keys = {"gpt2": gpt2, "gemma2": dims | more, "opt": opt}[family]
+    config = transformers.AutoConfig.for_model(family, **keys)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     backend = registry().resolve("backend", "torch", "torch")
     cls = registry().resolve("policy", "huggingface", "torch")

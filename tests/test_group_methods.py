@@ -311,6 +311,9 @@ def test_every_published_method_is_a_file_of_its_own(component, published):
         ),
         ({"overlong_buffer": 12}, "must be below lengths.response=12"),
         ({"clip": "none", "dual_clip": 3.0}, "algorithm.dual_clip has no effect on clip=none"),
+        ({"clip": "none", "clip_high": 0.28}, "algorithm.clip_low and clip_high have no effect on clip=none"),
+        ({"baseline": "none"}, "algorithm.scale=group divides by the deviation .* Set scale=batch"),
+        ({"samples": 1, "baseline": "none", "scale": "batch", "extra_rounds": 2}, "algorithm.extra_rounds replaces prompts"),
         ({"kl_in": "reward", "kl_estimator": "k1"}, "algorithm.kl_estimator has no effect on kl_in=reward"),
     ],
 )

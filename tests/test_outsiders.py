@@ -320,7 +320,7 @@ def test_the_value_clip_fraction_is_n_pluss_on_its_columns(n_plus, run):
 
 def policy_gradient_of(x, advantages, limit, *, old="old", **keys):
     """Loss and gradient in the log-probabilities [B, T], as the algorithm makes them from its keys."""
-    config = PolicyGradient.Config(samples=2, **({"baseline": "none"} | keys))
+    config = PolicyGradient.Config(samples=2, **({"baseline": "none", "scale": "none"} | keys))
     algorithm = PolicyGradient.__new__(PolicyGradient)
     algorithm.config = replace(config, lengths=replace(config.lengths, response=limit))
     mask = x["mask"]

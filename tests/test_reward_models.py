@@ -394,7 +394,33 @@ def test_a_cut_response_looks_cut_to_a_reward_model_with_another_tokenizer(forei
     assert tokenizer.eos_id not in seen[0].tokens[0][seen[0].attention_mask[0]]
 
 
+def test_what_fits_is_scored_whole_and_what_does_not_is_not_scored_in_part(foreign, tokenizer):
+    """Of sixteen tokens, eleven of the prompt and four of the response; and fifteen and two."""
+    model, seen = foreign
+    prompts = ["w1 " * 10 + "w2", "w1 " * 14 + "w2"]
+    scores = model.score(answers(tokenizer, prompts, [[4, 5, 6, tokenizer.eos_id], [7, tokenizer.eos_id]]))
+    assert scores[0] == 0 and np.isnan(scores[1])
+    assert seen[0].tokens[0][seen[0].attention_mask[0]].tolist() == [1] * 10 + [2, 4, 5, 6, tokenizer.eos_id]
+    long = model.score(answers(tokenizer, ["w1"], [[4] * 15 + [tokenizer.eos_id]]))
+    assert np.isnan(long[0])
+
+
+def test_a_reward_model_trained_with_another_chat_template_reads_its_own(tokenizer):
+    other = Tokenizer(tokenizer.core, eos_token="<stop>", pad_token="<pad>", chat_template=OTHER_TEMPLATE)
+    seen = []
+    model = SimpleNamespace(context_length=16, evaluate=lambda rows, names: seen.append(rows) or {"scores": np.zeros(rows.rows)})
+    made_by_a_stage(model, other, tokenizer).score(answers(tokenizer, ["w1 w2"], [[4, 5, tokenizer.eos_id]]))
+    expected = tokenizer.encode("w9 w1 w2 w10 w4 w5")
+    assert seen[0].tokens[0][seen[0].attention_mask[0]].tolist() == [*expected, tokenizer.eos_id]
+
+
+OTHER_TEMPLATE = (
+    "{% for m in messages %}{{ 'w9 ' + m.content + ' ' if m.role == 'user' else m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'w10 ' }}{% endif %}"
+)
+
+
 def test_a_prompt_too_long_for_the_reward_model_is_not_scored_as_an_empty_one(foreign, tokenizer):
     model, seen = foreign
-    scores = model.score(answers(tokenizer, ["w1 " * 9], [[4, 5, tokenizer.eos_id]]))
+    scores = model.score(answers(tokenizer, ["w1 " * 14], [[4, 5, tokenizer.eos_id]]))
     assert np.isnan(scores[0])

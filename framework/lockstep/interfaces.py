@@ -541,7 +541,8 @@ class Backend(ABC, Component):
 
 @dataclass(frozen=True)
 class Responses:
-    """Responses to score: text for reward models that read text, tokens for those that share the policy's tokenizer.
+    """Responses to score: text for reward models that read text, tokens for those that share the policy's tokenizer
+    (``sequences``, whose mask is True on the policy's own).
 
     After an episode of several turns, a prompt holds all messages before the policy's last turn, and the text is that turn. What
     an environment said is never part of a response. ``rewards`` float32 [B] are the environment's rewards, summed over each
@@ -685,6 +686,8 @@ class Environment(ABC, Component):
     """The processes that run this program. Only process 0 asks for replies."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """JSON schemas of the tools it offers. The chat template writes them into every prompt that names no tools of its own."""
+    marks: tuple[str, ...] = ()
+    """What it looks for in the policy's text, which has no special tokens: a mark that is one is refused."""
 
     def __init__(self, config: Any):
         self.config = config

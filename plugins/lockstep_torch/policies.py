@@ -196,6 +196,8 @@ def _read_by_transformers(auto: type, checkpoint: Checkpoint) -> tuple[Network, 
         unused = {name for name in info["unexpected_keys"] if not name.startswith(heads) and not BUFFERS.search(name)}
     refuse_tensors(checkpoint.folder, missing=info["missing_keys"], unused=unused, other=info["mismatched_keys"])
     network = TransformersNetwork(hf.eval())
+    if network.language_head() is not None:
+        network.find_logit_scale()
     weights = {network.checkpoint_name(name): parameter.detach().numpy() for name, parameter in network.named_parameters()}
     return shell(network, "meta"), weights
 

@@ -89,12 +89,24 @@ def _no_memory() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def _without_dropout(hf: Any) -> None:
+    """Take dropout out of modules that apply it by themselves: whether they do follows their ``training``, which
+    `TransformersNetwork._checkpointing_layers` sets."""
+    for module in hf.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
+
+
 class TransformersNetwork(Network):
     """Any causal language model of transformers, or its trunk alone."""
 
     def __init__(self, hf: Any):
         super().__init__()
         self.hf = hf
+        self.logit_scale = 1.0
+        """What transformers multiplies this model's logits by; `find_logit_scale` finds it."""
+        _without_dropout(hf)
         # If config.json has a pad_token_id, often that of EOS, transformers gives that token's embedding no gradient.
         hf.get_input_embeddings().padding_idx = None
         self.config = config_of(hf)
@@ -159,8 +171,31 @@ class TransformersNetwork(Network):
         cache["past"], cache["count"] = out.past_key_values, cache["count"] + 1
         return out.last_hidden_state[:, 0]
 
+    def find_logit_scale(self) -> None:
+        """Find the factor that transformers applies to this model's logits: families give it names of their own, such as
+        logits_scaling. The network must have its weights.
+
+        Raises:
+          CheckpointError: it is no value of config.json nor the inverse of one, so transformers computes logits in another way.
+        """
+        device = self.hf.get_input_embeddings().weight.device
+        tokens = torch.arange(1, 9, device=device)[None] * 5 % self.vocab_size
+        with torch.no_grad():
+            wanted = self.hf(input_ids=tokens, use_cache=False).logits
+            hidden = self._trunk(tokens, torch.ones_like(tokens, dtype=torch.bool), None).last_hidden_state
+            known = [v for v in self.hf.config.get_text_config().to_dict().values() if type(v) in (int, float) and v]
+            for self.logit_scale in (1.0, *known, *(1 / v for v in known)):
+                if torch.allclose(self.logits(hidden), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())):
+                    return
+        raise CheckpointError(
+            f"The logits of this {self.config['model_type']} are computed in a way that Lockstep does not know. It would train "
+            "another model than transformers runs."
+        )
+
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self.hf.get_output_embeddings()(hidden)
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
         cap = getattr(self.hf.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -201,8 +201,9 @@ class Online(Algorithm):
         prompts, ids = self.prompts_at(first, count)
         samples = self.sampler.sample(self.policy, prompts, ids, seeds)
         clock.lap("generate")
-        if self.reward_model is None:
-            return samples, np.zeros(len(seeds), np.float32), {}
+        if self.reward_model is None:  # an episode whose environment failed does not count either way
+            rewards = samples.responses.rewards
+            return samples, np.zeros(len(seeds), np.float32) if rewards is None else np.where(np.isnan(rewards), rewards, 0), {}
         scores, details = score(self.reward_model, samples)
         clock.lap("score")
         return samples, scores, details

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lockstep.errors import RewardError, told
+from lockstep.errors import ConfigError, RewardError, told
 from lockstep.interfaces import Environment, Generated, Past, Policy, Responses, RewardModel
 from lockstep.learning.episodes import Row, converse
 from lockstep.learning.served import Served, ServedPolicy
@@ -74,6 +74,14 @@ class Sampler:
     batch_size: int | None = None
     environment: Environment | None = None
     engine: Served | None = None
+
+    def __post_init__(self) -> None:
+        marks = () if self.environment is None else self.environment.marks
+        if lost := [mark for mark in marks if any(special in mark for special in self.stops.tokenizer.special())]:
+            raise ConfigError(
+                f"The environment looks for '{lost[0]}' in the policy's text, which has no special tokens, and this is one of "
+                "its tokenizer's. Choose another mark."
+            )
 
     def sample(
         self, policy: Policy, prompts: Sequence[Prompt], prompt_ids: Sequence[Sequence[int]], seeds: np.ndarray
@@ -151,20 +159,23 @@ class Sampler:
         sequences = join(tokens, mask, *right_pad([row.tokens for row in rows], tokenizer.pad_id, width))
         sequences.mask[sequences.response_mask] = [counts for row in rows for counts in row.counted]
         logprobs = np.zeros((len(rows), width), np.float32)
-        prompts, read = [], []
+        prompts, read, counted = [], list[list[int]](), list[bool]()
         for number, row in enumerate(rows):
             logprobs[number, : len(row.logprobs)] = row.logprobs
             *before, last = row.episode.messages
             prompts.append(replace(row.episode.prompt, messages=(*row.episode.prompt.messages, *before)))
             start = len(row.tokens) - len(row.turn)
             ended_otherwise = row.finished and not row.with_eos
-            read.append(
-                row.tokens[:start] + encode_response(tokenizer, last.content, width - start) if ended_otherwise else row.tokens
-            )
+            turn = encode_response(tokenizer, last.content, width - start) if ended_otherwise else row.turn
+            read.append(row.tokens[:start] + turn)
+            counted += row.counted[:start] + [True] * len(turn)
         texts = [row.episode.text for row in rows]
         rewards = np.array([row.reward for row in rows], np.float32)
-        responses = Responses(prompts, texts, join(tokens, mask, *right_pad(read, tokenizer.pad_id, width)), tokenizer, rewards)
-        return Samples(responses, sequences, np.array([row.finished for row in rows]), logprobs)
+        block = join(tokens, mask, *right_pad(read, tokenizer.pad_id, width))
+        block.mask[block.response_mask] = counted
+        return Samples(
+            Responses(prompts, texts, block, tokenizer, rewards), sequences, np.array([row.finished for row in rows]), logprobs
+        )
 
 
 def responses_of(prompts: Sequence[Prompt], texts: Sequence[str], tokenizer: Tokenizer, lengths: Lengths) -> Responses:

@@ -116,7 +116,21 @@ class PolicyGradient(Corrected):
             if self.samples == 1 and self.baseline != "none":
                 raise ConfigError(
                     f"algorithm.baseline={self.baseline} compares the responses to a prompt, and algorithm.samples=1 gives one. "
-                    "Set samples=8, or baseline=none."
+                    "Set samples=8, or baseline=none scale=batch."
+                )
+            if self.baseline == "none" and self.scale == "group":
+                raise ConfigError(
+                    "algorithm.scale=group divides by the deviation of a prompt's scores around their mean, which baseline=none "
+                    "does not subtract: equal scores would have advantages in the thousands. Set scale=batch, or scale=none."
+                )
+            if self.samples == 1 and self.extra_rounds:
+                raise ConfigError(
+                    "algorithm.extra_rounds replaces prompts whose responses have equal scores, and samples=1 gives one "
+                    "response. Set extra_rounds=0."
+                )
+            if self.clip == "none" and (self.clip_low, self.clip_high) != (0.2, 0.2):
+                raise ConfigError(
+                    "algorithm.clip_low and clip_high have no effect on clip=none. Set both to 0.2, or clip=ratio or weight."
                 )
             if self.clip == "weight" and not self.clip_low < 1 < self.clip_high:
                 raise ConfigError(

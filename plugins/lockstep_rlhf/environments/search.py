@@ -69,15 +69,16 @@ class Search(Environment):
     def __init__(self, config: Config):
         super().__init__(config)
         self.index = Index(passages_of(config))
+        self.marks = config.search_begin, config.search_end
 
     def reply(self, episode: Episode) -> Reply:
         c: Any = self.config
-        _, asked, query = episode.text.partition(c.search_begin)
-        if not asked:
+        begin = re.search(whole(c.search_begin), episode.text)
+        if begin is None:
             return Reply.ends()
         shown: list[str] = list(episode.state or ())
         lines = []
-        query = query.partition(c.search_end)[0]
+        query = episode.text[begin.end() :].partition(c.search_end)[0]
         for text in injected(c, query, self.index.best(query, c.results)):
             if text not in shown:
                 shown.append(text)
@@ -146,6 +147,12 @@ def injected(config: Any, query: str, found: list[str]) -> list[str]:
     if not isinstance(shown, (list, tuple)) or not all(isinstance(text, str) for text in shown):
         raise DataError(f"environment.inject='{config.inject}' gives no list of texts.")
     return [clean(text) for text in shown]
+
+
+def whole(mark: str) -> str:
+    """A regular expression for the mark; one that is a word is no part of a longer word."""
+    before, after = (r"(?<!\w)" if mark[0].isalnum() else ""), (r"(?!\w)" if mark[-1].isalnum() else "")
+    return f"{before}{re.escape(mark)}{after}"
 
 
 def clean(text: str) -> str:

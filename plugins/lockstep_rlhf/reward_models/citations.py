@@ -79,9 +79,9 @@ class Citations(RewardModel):
 
 
 def supports(passage: str | None, answer: Any) -> bool:
-    """Whether the passage contains the answer as whole words."""
-    if passage is None or answer is None or not str(answer).strip():
+    """Whether the passage contains the answer as whole words, whatever punctuation is around each."""
+    if passage is None or answer is None:
         return False
-    words, wanted = passage.casefold().split(), str(answer).casefold().split()
-    stripped = [word.strip(".,;:!?\"'()") for word in words]
-    return any(stripped[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1))
+    there, wanted = ([word.strip(".,;:!?\"'()") for word in str(text).casefold().split()] for text in (passage, answer))
+    wanted = [word for word in wanted if word]
+    return bool(wanted) and any(there[i : i + len(wanted)] == wanted for i in range(len(there) - len(wanted) + 1))

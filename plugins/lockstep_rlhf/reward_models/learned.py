@@ -26,12 +26,12 @@ class Learned(RewardModel):
     ``AutoModelForSequenceClassification`` checkpoint with one label. What the model reads depends on ``source``:
 
     * with the policy's tokenizer (and, if public, no chat template other than the policy's): the policy's tokens directly;
-    * a stage's output with another tokenizer: the text, rendered and encoded as in its training;
+    * a stage's output with another tokenizer or chat template: the text, rendered and encoded as in its training;
     * a public decoder (``score.weight``): the whole dialogue in its own chat template;
     * a public encoder (BERT, DeBERTa, ...; torch only): the whole dialogue if it has a chat template, else prompt and response
       as a pair of texts.
 
-    ``chat_template`` replaces the public model's own. A response that does not fit the model has no score (NaN); a warning counts
+    ``chat_template`` replaces the model's own. A response that does not fit the model has no score (NaN); a warning counts
     such responses.
     """
 
@@ -39,7 +39,7 @@ class Learned(RewardModel):
     class Config:
         source: str = setting("reward", "A stage, or a folder or hub id of a public reward model.")
         micro_batch_size: int | None = setting(64, "Rows per forward pass; null: all.", least=1)
-        chat_template: str | None = setting(None, "Jinja text, dialogue or plain, for a public model; null: its tokenizer's own.")
+        chat_template: str | None = setting(None, "Jinja text, dialogue or plain, for the model; null: its tokenizer's own.")
 
     @classmethod
     def inputs(cls, config: Config) -> Inputs:
@@ -55,12 +55,13 @@ class Learned(RewardModel):
         self.model, self.tokenizer = model, _ = resources.scalar_model(config.source)
         self.same_vocabulary = self.tokenizer.core.to_str() == resources.tokenizer.core.to_str()
         template = template_text(config.chat_template) or self.tokenizer.chat_template
-        same_text = kind == "stage" or template in (None, resources.tokenizer.chat_template)
+        same_text = template in (None, resources.tokenizer.chat_template)
         self.shares_tokens = self.same_vocabulary and same_text
         if self.shares_tokens:
             resources.tokenizer.check_embedding(model.vocab_size, f"the reward model '{config.source}'")
             self.read = lambda responses: self._score(self._known(responses.sequences, model.vocab_size))
         elif kind == "stage":
+            self.tokenizer.chat_template = template
             self.read = lambda responses: self._score_fitting(self._as_trained(responses))
         else:
             if template is None:
@@ -110,12 +111,13 @@ class Learned(RewardModel):
         return scores
 
     def _as_trained(self, responses: Responses) -> list[Example | None]:
-        """The responses in this model's tokens, with EOS only if the policy wrote its own. None if the prompt does not fit."""
-        half = self.model.context_length // 2
+        """The responses in this model's tokens, with EOS only if the policy wrote its own. Prompts that are too long lose their
+        oldest turns. None if the response and the rest of the prompt do not fit."""
         examples = []
         for prompt, text, ended in zip(responses.prompts, responses.texts, finished(responses), strict=True):
-            ids = encoding.encode_prompt(self.tokenizer, prompt, half)
-            response = (self.tokenizer.encode(text) + [self.tokenizer.eos_id] * bool(ended))[:half]
+            response = self.tokenizer.encode(text) + [self.tokenizer.eos_id] * bool(ended)
+            room = self.model.context_length - len(response)
+            ids = encoding.encode_prompt(self.tokenizer, prompt, room) if room > 0 else None
             examples.append(None if ids is None else Example(ids, response))
         return examples
 

@@ -13,7 +13,8 @@ from lockstep.interfaces import Resources, Responses, RewardModel
 
 class Length(RewardModel):
     """The response's length n; with a ``target``, -|n - target| / target. Tokens are the policy's, including the one that ended
-    the response. Give it a small weight in a `sum`, a negative one to keep responses short."""
+    the response; in an episode, those of all its turns, and none of the environment's. Words and characters are of the last turn.
+    Give it a small weight in a `sum`, a negative one to keep responses short."""
 
     @dataclass(frozen=True)
     class Config:
@@ -30,6 +31,6 @@ class Length(RewardModel):
     def _lengths(self, responses: Responses) -> np.ndarray:
         """float32 [B]"""
         if self.config.unit == "tokens":
-            return responses.sequences.response_mask.sum(axis=1).astype(np.float32)
+            return responses.sequences.mask.sum(axis=1).astype(np.float32)
         split = str.split if self.config.unit == "words" else str
         return np.array([len(split(text)) for text in responses.texts], np.float32)
