@@ -16,8 +16,8 @@ import pytest
 import lockstep
 from conftest import BACKENDS
 from listings import ROOT, python_listings, run_listings
+from lockstep.api import items, sampling
 from lockstep.api import results as results_module
-from lockstep.api import sampling
 from lockstep.api.sampling import Sampling
 from lockstep.commands import chat
 from lockstep.config.compose import compose
@@ -25,7 +25,7 @@ from lockstep.config.schema import parse
 from lockstep.errors import CheckpointError, ConfigError, DataError, Diverged, MissingData, RegistryError, RewardError
 from lockstep.interfaces import Generated, Policy
 from lockstep.text.tokenizer import Tokenizer
-from lockstep.types import Comparison, Demonstration, Message, Prompt
+from lockstep.types import Comparison, Demonstration, Message, Prompt, ToolCall
 from lockstep_miniature.shop import Questions, Shop
 from lockstep_miniature.source import Miniature
 from reward_functions import shortness
@@ -487,10 +487,32 @@ def test_chat_answers_each_line_of_a_pipe(policy, tmp_path):
         tmp_path, f"{QUESTION}\n/reset\n\n{QUESTION}\n/qiut\n/quit\nwhere does dax live ?\n", "--max-tokens", "5", "--seed", "3"
     )
     assert done.returncode == 0, done.stderr
-    first, second, wrong = done.stdout.splitlines()
+    first, reset, empty, second, wrong = done.stdout.splitlines()  # one line for each
+    assert reset == empty == ""
     assert first == policy.chat(QUESTION, max_tokens=5, seed=3)
     assert second != first
     assert wrong.startswith("No command /qiut. Did you mean '/quit'?")
+
+
+def test_what_a_prompt_has_besides_its_text_reaches_the_template():
+    messages = (Message("user", "count"), Message("assistant", "", (ToolCall("count", {"thing": "lamp"}),)), Message("tool", "7"))
+    prompt = Prompt(messages, {"answer": "7"}, ({"type": "function", "function": {"name": "count"}},))
+    (found,) = items.read("demonstrations", [(prompt, "There are 7.")])
+    assert found.prompt.messages == messages and found.prompt.tools == prompt.tools and found.prompt.truth == prompt.truth
+    (pair,) = items.read("comparisons", [(prompt, "There are 7.", "No.")])
+    assert pair.prompt == found.prompt
+    (asked,) = items.read("prompts", [list(messages)])
+    assert asked.messages == messages
+
+
+def test_an_empty_answer_and_one_of_several_lines_are_a_line_each(capsys):
+    for pieces in ([], ["two\n", "lines"], ["\x1b[2J"]):
+        chat.write_line(iter(pieces))
+    assert capsys.readouterr().out == "\ntwo\\nlines\n\\x1b[2J\n"
+
+
+def test_no_prompts_have_no_responses(policy):
+    assert policy.respond([]) == policy.complete([]) == []
 
 
 class Line(chat.argparse.Namespace):
@@ -504,7 +526,8 @@ def test_chat_takes_a_system_message_and_says_where_there_is_no_template(policy,
     policy.save(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"/system you are kind .\n{QUESTION}\n/regenerate\n"))
     chat.run(Line(source=str(tmp_path), max_tokens=5), [])
-    first, second = capsys.readouterr().out.splitlines()
+    system, first, second = capsys.readouterr().out.splitlines()
+    assert system == ""
     dialogue = [{"role": "system", "content": "you are kind ."}, {"role": "user", "content": QUESTION}]
     assert first == policy.chat(dialogue, max_tokens=5) != second
 

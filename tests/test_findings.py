@@ -115,6 +115,16 @@ def test_nothing_is_decided_while_a_seed_of_the_sweep_is_missing(tmp_path):
     assert seeds(["seed=1,2,3", "seed=7"]) == {7} and seeds(["seed=range(1,4)"]) == {1, 2, 3} and seeds([]) == set()
 
 
+def test_the_last_value_of_a_stage_that_goes_on_is_not_its_end(tmp_path):
+    for seed in (1, 2):
+        run = write_run(tmp_path, "torch", seed)
+    record = json.loads((run / "run.json").read_text())
+    record["stages"]["ppo"]["status"] = "running"
+    (run / "run.json").write_text(json.dumps(record))
+    (found,), problems = outcomes(claiming("ppo/objective/kl"), read_runs([tmp_path]).runs, {1, 2})
+    assert found.verdict == "not decided" and problems == [f"c, torch, seed 2: {run.name} has not finished ppo"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

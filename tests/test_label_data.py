@@ -9,10 +9,12 @@ import pytest
 import yaml
 
 from lockstep.config.schema import parse
+from lockstep.data.labels import comparisons_in
 from lockstep.errors import ConfigError, DataError, MissingData
 from lockstep.types import Comparison, Demonstration, Message, Prompt
 from lockstep_studio.data import Human
 from lockstep_studio.exchange import rounds
+from lockstep_studio.science.rankings import by_pair
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = yaml.safe_load((ROOT / "conf/data/human.yaml").read_text())
@@ -82,6 +84,23 @@ def test_a_folder_of_rounds_is_all_of_them_and_the_same_task_in_two_is_two(close
     (tmp_path / "rounds" / "notes").mkdir()
     found = human(tmp_path / "rounds").comparisons("train")
     assert [(each.prompt.messages[0].content, each.ranks) for each in found] == [("A?", (1, 0)), ("B?", (0, 1))]  # revised
+
+
+def test_where_a_task_was_adjudicated_only_the_adjudicator_counts(closed):
+    votes = [comparison("1", "A?", "ada"), comparison("1", "A?", "bo") | {"ranks": [0, 1]}]
+    rows = [*votes, comparison("1", "A?", "cy") | {"adjudicated": True}, comparison("2", "B?", "ada") | {"adjudicated": False}]
+    folder = closed(rows)
+    found = human(folder, heldout_fraction=0.0).comparisons("train")
+    assert [(each.labeler, each.prompt) for each in found] == [("cy", Prompt.of("A?")), ("ada", Prompt.of("B?"))]
+    assert comparisons_in(folder) == list(found)
+    assert by_pair(rows) == by_pair(rows[:2] + rows[3:])
+
+
+def test_tasks_of_one_id_with_other_words_are_two(closed):
+    """As rounds over two runs had them."""
+    rows = [comparison("0", "A?"), comparison("0", "B?"), comparison("0", "A?") | {"ranks": [0, 1]}]
+    found = human(closed(rows), heldout_fraction=0.0).comparisons("train")
+    assert [(each.prompt, each.ranks) for each in found] == [(Prompt.of("A?"), (0, 1)), (Prompt.of("B?"), (1, 0))]
 
 
 def test_rankings_that_tell_nothing_are_left_out_and_told_once(closed, capsys):

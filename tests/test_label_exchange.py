@@ -323,6 +323,15 @@ def test_rankings_come_back_from_label_studio_with_ties_and_labelers(there_and_b
     assert [row["ranks"] for row in found] == [[1, 0, 0], [0, 1, 2], [0, 1]]
 
 
+@pytest.mark.parametrize("name", ["rank", "ranker1", "7"])
+def test_a_ranking_without_buckets_is_from_best_to_worst_whatever_the_tag_is_called(file, name):
+    data = {"prompt": "Name a colour.", "items": [{"id": "1", "body": "Loud."}, {"id": "2", "body": "Green."}]}
+    result = {"from_name": name, "to_name": "items", "type": "ranker", "value": {"ranker": {name: ["2", "1"]}}}
+    path = file([{"id": 1, "data": data, "annotations": [{"id": 1, "result": [result]}]}], name="x.json")
+    (row,) = exchange.FORMATS["label-studio"].read(path)
+    assert row["ranks"] == [1, 0]
+
+
 def test_label_studios_own_exports_are_read(file):
     items = [{"id": "blog", "title": "Ten tips", "body": "Loud."}, {"id": "mdn", "title": "Arrows", "body": "Green."}]
     ranker = {

@@ -21,9 +21,10 @@ from lockstep.data.labels import candidates_in, demonstrations_in, labels_in
 from lockstep.errors import CheckpointError, ConfigError, DataError
 from lockstep.storage.records import read_rows
 from lockstep_studio.data import Human
+from lockstep_studio.exchange import trl_unpaired
 from lockstep_studio.settings import GroupConfig, StudioConfig, read_settings
-from lockstep_studio.sources import add_file, add_waiting
-from lockstep_studio.store import conversations, labels, people, privacy, report, rounds, schema, tasks
+from lockstep_studio.sources import add_file, add_gold, add_waiting
+from lockstep_studio.store import conversations, labels, people, privacy, report, rounds, schema, screening, tasks
 from lockstep_studio.store.database import FILE, Database, connect
 from lockstep_studio.store.people import Refused
 
@@ -171,6 +172,23 @@ def test_at_random_every_task_is_as_likely_as_the_number_left_to_the_person_says
     (person,) = joined(database)
     probabilities = [vote(database, person, plan).probability for _ in range(4)]
     assert probabilities == pytest.approx([1 / 4, 1 / 3, 1 / 2, 1])
+
+
+@pytest.mark.parametrize("items", [0, 2])
+def test_checks_lower_a_probability_only_while_there_are_gold_items_to_give(database, tmp_path, items):
+    plan = settings(group={"checks_share": 0.5})
+    gold(database, tmp_path, items, plan) if items else None
+    filled(database, tmp_path, candidates(3), plan)
+    (person,) = joined(database)
+    found = [vote(database, person, plan) for _ in range(3 + items)]
+    left, given = 3, 0
+    for lease in found:
+        if lease.gold is None:
+            assert lease.probability == pytest.approx((0.5 if given < items else 1) / left)
+            left -= 1
+        else:
+            given += 1
+    assert (left, given) == (0, items) or items  # gold items may be left
 
 
 def test_what_a_person_has_judged_does_not_lower_the_probability_of_the_rest(database, tmp_path):
@@ -414,6 +432,51 @@ def test_where_a_task_was_adjudicated_only_the_adjudicator_is_trained_on(databas
     assert [(row["ranks"], row["adjudicated"]) for row in rows] == [([0, 1], False), ([1, 0], False), ([0, 0], True)]
 
 
+def test_a_round_over_two_runs_names_its_tasks_apart(database, tmp_path):
+    """Every run counts its candidates from 0."""
+    plan = settings()
+    filled(database, tmp_path, candidates(2), plan)
+    other = [row | {"messages": [{"role": "user", "content": f"other {row['id']}"}]} for row in candidates(2)]
+    add_file(database, write(tmp_path / "stages" / "collect_1-torch-def", other), "candidates", plan, NOW)
+    (person,) = joined(database)
+    for _ in range(4):
+        vote(database, person, plan)
+    closed(database, tmp_path)
+    folder = tmp_path / "studio" / "rounds" / "first"
+    rows = list(read_rows(folder / "comparisons.jsonl"))
+    assert {row["id"] for row in rows} == {"1:000000", "1:000001", "2:000000", "2:000001"}
+    assert len(Human(Human.Config(str(folder), heldout_fraction=0.0)).comparisons("train")) == 4
+    for file in tmp_path.glob("stages/*/candidates.jsonl"):
+        assert len(labels_in(file.with_name("labels.jsonl"), candidates_in(file))) == 2
+
+
+def test_a_round_whose_folder_is_there_from_before_the_database_is_refused(database, tmp_path):
+    plan = settings()
+    filled(database, tmp_path, candidates(2), plan)
+    vote(database, joined(database)[0], plan)
+    (tmp_path / "studio" / "rounds" / "first").mkdir(parents=True)
+    with pytest.raises(Refused, match="exists already, from before this database"):
+        closed(database, tmp_path)
+    assert rounds.waiting(database.reader)["comparisons"] == 1
+    assert closed(database, tmp_path, "second")["counts"]["comparisons"] == 1
+
+
+def test_changed_gold_items_take_the_place_of_the_old_ones(database, tmp_path):
+    plan = settings(group={"screening": 1})
+    file = write(tmp_path, [{**row, "ranks": [0, 1]} for row in candidates(2)], "gold.jsonl")
+    add_gold(database, file, plan, NOW)
+    one, other = joined(database, 2)
+    assert database.now(tasks.lease, one, "compare", plan, NOW).gold == [0, 1]
+    write(tmp_path, [{**row, "ranks": [1, 0]} for row in candidates(3)], "gold.jsonl")
+    add_gold(database, file, plan, NOW)
+    for person in (one, other):
+        assert database.now(tasks.lease, person, "compare", plan, NOW).gold == [1, 0]
+    (count,) = database.reader.execute(f"SELECT count(*) FROM tasks WHERE {screening.CURRENT}").fetchone()
+    assert count == 3
+    add_gold(database, file, plan, NOW)
+    assert database.reader.execute("SELECT count(*) FROM sources WHERE kind = 'gold'").fetchone()[0] == 2
+
+
 def test_gold_items_and_the_labels_of_paused_people_stay_out_of_a_round(database, tmp_path):
     plan = settings(group={"screening": 1})
     gold(database, tmp_path, 2, plan)
@@ -494,6 +557,23 @@ def test_only_whole_answers_that_somebody_liked_are_demonstrations(database, tmp
     if counts:
         assert (rows[0]["mode"], rows[0]["seed"], rows[0]["policy"]) == ("chat", 7, "sft-torch-1")
         assert demonstrations_in(tmp_path / "studio" / "rounds" / "first")[0].response == "hi"
+
+
+def test_an_answer_that_failed_is_no_demonstration_whoever_liked_it(database, tmp_path):
+    (person,) = joined(database)
+    token = database.now(conversations.create, person, "chat", ["sft-torch-1"], {"temperature": 1.0}, "1", NOW)
+    answer = None
+    for state in ("done", "failed"):
+        row = conversations.conversation_of(database.reader, person, token, "chat")
+        _, ((answer, _),) = database.now(conversations.ask, row, answer, "hello", [("sft-torch-1", 7)], NOW)
+        database.now(conversations.finish, answer, "hi", state)
+        database.now(conversations.give_feedback, person, answer, {"thumb": 1}, NOW)
+    closed(database, tmp_path)
+    folder = tmp_path / "studio" / "rounds" / "first"
+    assert len(list(read_rows(folder / "demonstrations.jsonl"))) == 1
+    (talk,) = read_rows(folder / "conversations.jsonl")
+    assert talk["stopped"] == [1] and [each["turn"] for each in talk["feedback"]] == [0, 1]
+    assert len(list(trl_unpaired._lines(talk))) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- sources

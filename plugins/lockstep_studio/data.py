@@ -13,6 +13,7 @@ counted. `Human.prompts` ignores labelers, since a prompt alone has none.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,7 +122,8 @@ class Human(DataSource):
         return listing(f"{len(self._read(noun))} {noun}" for noun in NOUNS if self._read(noun))
 
     def _read(self, noun: str) -> list[Row]:
-        """All rows of a noun. If a labeler revised a task within a round, only the last revision.
+        """All rows of a noun. If a labeler revised a task within a round, only the last revision; if a task was adjudicated, only
+        the adjudicator's row.
 
         Raises:
           DataError: a row is damaged, or its messages are not a prompt.
@@ -135,8 +137,9 @@ class Human(DataSource):
                         raise DataError(
                             f"{folder / noun}.jsonl: the messages of '{short(row['id'])}' end with the assistant's turn."
                         )
-                    last[i if row.get("labeler") is None else (row["id"], row["labeler"])] = row
-                self._rows[noun] += last.values()
+                    last[i if row.get("labeler") is None else (row["id"], row["labeler"], _task(row))] = row
+                settled = {_task(row) for row in last.values() if row.get("adjudicated")}
+                self._rows[noun] += [row for row in last.values() if row.get("adjudicated") or _task(row) not in settled]
         return self._rows[noun]
 
     # ----------------------------------------------------------------------------------------------------- the split
@@ -185,6 +188,11 @@ def _prompt(row: Row) -> Prompt:
         end = next((i for i, message in enumerate(messages) if message.role == "assistant"), len(messages))
         messages = messages[:end]
     return Prompt(tuple(messages))
+
+
+def _task(row: Row) -> str:
+    """What was asked, whatever its id: in old rounds over several runs, ids are there twice."""
+    return json.dumps([row["messages"], row.get("completions")])
 
 
 def _beginning(row: Row) -> str:

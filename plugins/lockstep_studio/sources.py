@@ -42,6 +42,14 @@ def add_waiting(database: Database, runs: Sequence[Path], settings: StudioConfig
     return sum(add_file(database, Path(file), "candidates", settings, now) for file in files if file not in known)
 
 
+def add_gold(database: Database, file: Path, settings: StudioConfig, now: float) -> None:
+    """Make these the gold items. Those of another file, or of this one before it was changed, are handed out no more."""
+    if database.reader.execute("SELECT 1 FROM sources WHERE path = ? AND complete", (str(file.resolve()),)).fetchone() is None:
+        list(_rows(file, _bytes(file), "gold"))  # refuses a damaged file before anything is retired
+    database.now(tasks.retire_gold, str(file.resolve()), hashlib.sha256(_bytes(file)).hexdigest(), now)
+    add_file(database, file, "gold", settings, now)
+
+
 def waiting_in(run: Path) -> Iterator[Path]:
     """The candidate files of a run's stages that have no labels yet."""
     for folder in stages_of(run).values():

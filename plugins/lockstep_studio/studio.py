@@ -19,7 +19,7 @@ from lockstep_studio import sources
 from lockstep_studio.generator import Generator, PolicySpeaker, Speaker
 from lockstep_studio.security import Keys, Passwords, Rates
 from lockstep_studio.settings import StudioConfig
-from lockstep_studio.store import conversations, people, privacy, rounds
+from lockstep_studio.store import conversations, people, privacy, rounds, screening
 from lockstep_studio.store.database import Database
 
 log = logging.getLogger("lockstep")
@@ -61,8 +61,8 @@ class Studio:
         self.database.now(people.publish_instructions, self.settings, self.clock())
         self.database.now(conversations.stop_unfinished)
         rounds.finish_all(self.database, self.folder)
-        if self.settings.gold is not None and not self._knows(gold := Path(self.settings.gold)):
-            sources.add_file(self.database, gold, "gold", self.settings, self.clock())
+        if self.settings.gold is not None:
+            sources.add_gold(self.database, Path(self.settings.gold), self.settings, self.clock())
         self._check_gold()
         self.scan()
 
@@ -71,14 +71,10 @@ class Studio:
         Raises:
           ConfigError: a group's screening needs more gold items than there are; its new members would get no tasks.
         """
-        (count,) = self.database.reader.execute("SELECT count(*) FROM tasks WHERE gold IS NOT NULL").fetchone()
+        (count,) = self.database.reader.execute(f"SELECT count(*) FROM tasks WHERE {screening.CURRENT}").fetchone()
         for name, group in self.settings.groups.items():
             if group.screening > count:
                 raise ConfigError(f"groups.{name}.screening is {group.screening}, but 'gold' has {count} items. Add some.")
-
-    def _knows(self, file: Path) -> bool:
-        sql = "SELECT 1 FROM sources WHERE path = ?"
-        return self.database.reader.execute(sql, (str(file.resolve()),)).fetchone() is not None
 
     def scan(self) -> int:
         """Look for new tasks and policies. Returns how many tasks are new. Errors go to ``problem``, which the operator sees."""

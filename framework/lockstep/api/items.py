@@ -68,23 +68,29 @@ def _row(noun: str, item: Any, place: str) -> Mapping[str, Any]:
         case "texts", str():
             return {"text": item}
         case "prompts", str() | [Mapping() | Message(), *_]:
-            return {"prompt": _plain(item)}
+            return _asked(item)
         case "demonstrations", [prompt, str() as response]:
-            return {"prompt": _plain(prompt), "response": response}
+            return _asked(prompt) | {"response": response}
         case "comparisons", [prompt, str() as chosen, str() as rejected]:
-            return {"prompt": _plain(prompt), "chosen": chosen, "rejected": rejected}
+            return _asked(prompt) | {"chosen": chosen, "rejected": rejected}
         case "comparisons", [prompt, completions, ranks]:
-            return {"prompt": _plain(prompt), "completions": completions, "ranks": ranks}
+            return _asked(prompt) | {"completions": completions, "ranks": ranks}
     raise DataError(f"{place} should be {FORMS[noun]}; not {item!r}.")
 
 
-def _plain(prompt: Any) -> Any:
-    """The prompt with its messages as mappings; text stays as it is."""
+def _asked(prompt: Any) -> dict[str, Any]:
+    """The columns of a prompt: text as it is, messages as mappings with their tool calls; and what else a `Prompt` has."""
     if isinstance(prompt, Prompt):
-        prompt = prompt.messages
+        more = {"tools": list(prompt.tools) or None, "truth": dict(prompt.truth) or None}
+        return _asked(prompt.messages) | {name: value for name, value in more.items() if value is not None}
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):
-        return [{"role": m.role, "content": m.content} if isinstance(m, Message) else m for m in prompt]
-    return prompt
+        return {"prompt": [_plain(m) if isinstance(m, Message) else m for m in prompt]}
+    return {"prompt": prompt}
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    calls = [{"name": call.name, "arguments": dict(call.arguments)} for call in message.calls]
+    return {"role": message.role, "content": message.content} | ({"tool_calls": calls} if calls else {})
 
 
 def prompt(item: Any) -> Prompt:

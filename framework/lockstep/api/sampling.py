@@ -38,6 +38,8 @@ class Sampling:
 
 def respond(policy: Policy, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], how: Sampling) -> list[str]:
     """One response to each prompt, given as token ids."""
+    if not prompts:
+        return []
     stops = Stops(tokenizer, how.stop)
     seeds = token_seeds(how.seed, "chat", how.turn, len(prompts), how.max_tokens)
     sampler = Sampler(stops, _lengths(prompts, policy, how), how.temperature, ROWS)

@@ -1,7 +1,7 @@
 """lockstep chat RUN_OR_FOLDER: talk to a policy, a line at a time.
 
-On a terminal the answer streams; Ctrl-C stops it and Ctrl-D quits. Otherwise each line of standard input is answered on
-standard output.
+On a terminal the answer streams; Ctrl-C stops it and Ctrl-D quits. Otherwise each line of standard input is answered by one
+line of standard output.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import io
 import signal
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lockstep.errors import LockstepError, did_you_mean
@@ -61,9 +61,14 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         if line.strip() == "/quit":
             return
         try:
-            write(reply(conversation, line))
+            write(reply(conversation, line)) if terminal else write_line(reply(conversation, line))
         except LockstepError as error:
-            console.say(f"{type(error).__name__}: {error}")
+            said = f"{type(error).__name__}: {error}"
+            if terminal:
+                console.say(said)
+            else:
+                print(flush=True)  # the line of this answer
+                print(said, file=sys.stderr)
 
 
 def lines(terminal: bool) -> Iterator[str]:
@@ -100,6 +105,11 @@ def reply(conversation: Conversation, line: str) -> Generator[str, None, None]:
         yield "\n".join(f"{name:12} {what}" for name, what in COMMANDS.items())
     else:
         yield f"No command {command}.{did_you_mean(command, COMMANDS)} Commands: {', '.join(COMMANDS)}."
+
+
+def write_line(pieces: Iterable[str]) -> None:
+    """Print all pieces as one line, so that line n of the output is the answer to line n of the input."""
+    print(visible("".join(pieces)).replace("\n", "\\n"), flush=True)
 
 
 def write(pieces: Generator[str, None, None]) -> None:

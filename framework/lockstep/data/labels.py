@@ -6,8 +6,8 @@
     demonstrations.jsonl {"messages", "response"}                                          what people wrote
     prompts.jsonl       {"messages", "goal", "twin", "split", "success", "truth"}          attacks, and their harmless twins
 
-Rows with messages may also have "tools", and candidates a "seed". Other keys are allowed and not read here. A folder with any of
-the last three files is a source of data for a stage.
+Rows with messages may also have "tools", candidates a "seed", and comparisons "adjudicated". Other keys are allowed and not read
+here. A folder with any of the last three files is a source of data for a stage.
 """
 
 from __future__ import annotations
@@ -83,18 +83,20 @@ def labels_in(file: Path, candidates: Sequence[Candidates]) -> list[Label]:
 
 
 def comparisons_in(folder: Path) -> list[Comparison]:
-    """
+    """The comparisons of a folder. Where a task was adjudicated, only the adjudicator counts.
+
     Raises:
       MissingData: the folder has no comparisons.
       DataError: its file is damaged.
     """
 
-    def comparison(row: Mapping[str, Any]) -> Comparison:
-        return Comparison(
-            _prompt(row), tuple(row["completions"]), tuple(row["ranks"]), row.get("labeler"), row.get("group")
-        )  # fmt: skip
+    def comparison(row: Mapping[str, Any]) -> tuple[Comparison, bool]:
+        ranked = tuple(row["completions"]), tuple(row["ranks"])
+        return Comparison(_prompt(row), *ranked, row.get("labeler"), row.get("group")), row.get("adjudicated") is True
 
-    return list(_read(_in(folder, COMPARISONS), comparison))
+    found = list(_read(_in(folder, COMPARISONS), comparison))
+    settled = {(each.prompt.messages, each.completions) for each, adjudicated in found if adjudicated}
+    return [each for each, adjudicated in found if adjudicated or (each.prompt.messages, each.completions) not in settled]
 
 
 def demonstrations_in(folder: Path) -> list[Demonstration]:

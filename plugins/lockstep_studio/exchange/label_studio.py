@@ -119,7 +119,7 @@ def _judged(result: Sequence[Row], data: Mapping[str, Any]) -> tuple[list[str], 
     """(completions, ranks) of an annotation; None if it has neither a Ranker nor a Pairwise."""
     for each in result:
         if each["type"] == "ranker":
-            return _ranker(each["value"].get("ranker"), data)
+            return _ranker(each["value"].get("ranker"), data, each.get("from_name"))
         if each["type"] == "pairwise":
             left, right = _sides(each, data)
             chosen = each["value"].get("selected")
@@ -129,14 +129,14 @@ def _judged(result: Sequence[Row], data: Mapping[str, Any]) -> tuple[list[str], 
     return None
 
 
-def _ranker(buckets: Any, data: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+def _ranker(buckets: Any, data: Mapping[str, Any], tag: Any) -> tuple[list[str], list[int]]:
     """(completions, ranks) from {bucket: ids of items}, or from {tag's name: ids from best to worst}."""
     rounds.fit(buckets, dict)
     rounds.fit(list(buckets.values()), [[(str, int)]])
     items = next((value for value in data.values() if _is_items(value)), None)
     if items is None:
         raise BadRow("no list of items", f"none of its data is a list of {{id, body}}. It has: {listing(data)}.")
-    groups = [list(map(str, ids)) for ids in _in_order(buckets)]
+    groups = [list(map(str, ids)) for ids in _in_order(buckets, tag)]
     rank = {item: i for i, ids in enumerate(groups) for item in ids}
     names = [str(item["id"]) for item in items]
     if sorted(names) != sorted(item for ids in groups for item in ids):
@@ -152,10 +152,10 @@ def _is_items(value: Any) -> bool:
     return bool(value)
 
 
-def _in_order(buckets: Mapping[str, list[Any]]) -> list[list[Any]]:
-    """The ids of items in groups that tie, best first."""
+def _in_order(buckets: Mapping[str, list[Any]], tag: Any) -> list[list[Any]]:
+    """The ids of items in groups that tie, best first. ``tag``: the name of the Ranker."""
     full = {name: ids for name, ids in buckets.items() if ids}
-    if len(full) == 1 and not re.fullmatch(r"\D*\d+", next(iter(full))):
+    if len(full) == 1 and ((only := next(iter(full))) == tag or not re.fullmatch(r"\D*\d+", only)):
         return [[item] for item in next(iter(full.values()))]
     places = {name: re.fullmatch(r"\D*(\d{1,4})", name) for name in full}
     if wrong := [name for name, place in places.items() if place is None]:

@@ -48,7 +48,8 @@ def _lines(row: Row) -> Iterator[Row | LeftOut]:
 
 
 def _of_conversation(row: Row) -> Iterator[Row | LeftOut]:
-    thumbs = [each for each in row.get("feedback") or () if each.get("thumb")]
+    unfinished = row.get("stopped") or ()
+    thumbs = [each for each in row.get("feedback") or () if each.get("thumb") and each["turn"] not in unfinished]
     if not thumbs:
         raise LeftOut("conversations without a thumb")
     messages = row["messages"]

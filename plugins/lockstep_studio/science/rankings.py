@@ -39,7 +39,7 @@ def by_group(
     Raises:
       DataError: no row has such a flag, or rows of one task differ in their number of completions.
     """
-    rows = latest(comparisons)
+    rows = independent(comparisons)
     level, weighting = _scale(what, rows)
     found: dict[str, dict[str, Interval | int]] = {}
     for group in sorted({_group(row) for row in rows}):
@@ -54,7 +54,7 @@ def by_pair(comparisons: Iterable[Row], what: str = PREFERENCES) -> dict[tuple[s
     Raises:
       DataError: as `by_group`.
     """
-    rows = latest(comparisons)
+    rows = independent(comparisons)
     level, weighting = _scale(what, rows)
     labels, names = _labels(rows, what)
     return {(names[a], names[b]): found for (a, b), found in agreement.by_pair(labels, level, weighting).items()}
@@ -63,6 +63,11 @@ def by_pair(comparisons: Iterable[Row], what: str = PREFERENCES) -> dict[tuple[s
 def flag_names(comparisons: Iterable[Row]) -> list[str]:
     """The names of the flags that any completion got."""
     return sorted({name for row in comparisons for names in row.get("flags") or () for name in names or ()})
+
+
+def independent(comparisons: Iterable[Row]) -> list[Row]:
+    """`latest` without adjudicators' rows: they saw what the others chose."""
+    return latest(row for row in comparisons if not row.get("adjudicated"))
 
 
 def latest(comparisons: Iterable[Row]) -> list[Row]:

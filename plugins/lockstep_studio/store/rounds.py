@@ -83,9 +83,11 @@ def close(database: Database, folder: Path, name: str, now: float) -> dict[str, 
 
     Raises:
       ConfigError: the name cannot be that of a folder.
-      Refused: the round exists already, or would be empty.
+      Refused: the round or its folder exists already, or the round would be empty.
     """
     checked_name("The name of the round", name)
+    if (there := folder / "rounds" / name).exists():
+        raise Refused(f"{there} exists already, from before this database. A closed round does not change; choose another name.")
     database.now(_begin, name, now)
     return finish(database, folder, name)
 
@@ -165,9 +167,11 @@ def _write(connection: Connection, folder: Path, row: Row) -> dict[str, Any]:
     if (folder / "round.json").is_file():  # written, but the process died before the database recorded it
         return read_object(folder / "round.json")
     labels, talks = _labels(connection, row["id"]), list(_conversations(connection, row))
-    written = [_demonstration(each) for each in labels if each["mode"] == "write"]
+    several = len({each["source"] for each in labels} - {None}) > 1  # and each run counts its candidates from 0
+    named = [each | {"key": _named(each)} for each in labels] if several else labels
+    written = [_demonstration(each) for each in named if each["mode"] == "write"]
     contents = {
-        "comparisons.jsonl": [_comparison(each) for each in labels if each["mode"] in JUDGED],
+        "comparisons.jsonl": [_comparison(each) for each in named if each["mode"] in JUDGED],
         "demonstrations.jsonl": [*written, *(liked for talk in talks for liked in _liked(talk))],
         "conversations.jsonl": talks,
     }
@@ -219,7 +223,12 @@ def _parsed(row: Row) -> dict[str, Any]:
 def pending(connection: Connection) -> list[dict[str, Any]]:
     """The comparisons that the next round would hold, for display. Ids begin with the source's number."""
     rows = connection.execute(_WITH_TASK + _ELIGIBLE + _RELEASED + "AND labels.mode != 'write' ORDER BY labels.id")
-    return [{**_comparison(each), "id": f"{each['source']}:{each['key']}"} for each in map(_parsed, rows)]
+    return [{**_comparison(each), "id": _named(each)} for each in map(_parsed, rows)]
+
+
+def _named(label: dict[str, Any]) -> str:
+    """The task's id among those of all sources."""
+    return f"{label['source']}:{label['key']}"
 
 
 def _comparison(label: dict[str, Any]) -> dict[str, Any]:
@@ -259,7 +268,7 @@ def _conversations(connection: Connection, round_row: Row) -> Iterator[dict[str,
         how, policies = json.loads(row["how"]), json.loads(row["policies"])
         system = [{"role": "system", "content": how["system"]}] if how.get("system") else []
         replies = [each for each in said if each["role"] == "assistant"]
-        stopped = [turn for turn, each in enumerate(replies) if each["state"] == "stopped"]
+        stopped = [turn for turn, each in enumerate(replies) if each["state"] != "done"]  # or they failed
         given = [conversations.feedback_on(connection, each["id"], round_row["last_feedback"]) for each in replies]
         feedback = [{"turn": turn, **each} for turn, each in enumerate(given) if {*each.values()} != {None}]
         attack = {key: row[key] for key in ("goal", "category", "success")} if row["mode"] == "attack" else None

@@ -42,7 +42,9 @@ def check_passed(connection: Connection, person: Person, group: GroupConfig) -> 
     raise Refused(f"Your first {first} {'task is' if first == 1 else 'tasks are'} in {where}. Then comes all else.", 403)
 
 
-NEW_GOLD = f"gold IS NOT NULL AND NOT EXISTS (SELECT 1 FROM leases WHERE leases.task = tasks.id AND person = ? AND {DONE})"
+CURRENT = "gold IS NOT NULL AND source IN (SELECT id FROM sources WHERE kind = 'gold' AND round IS NULL)"
+"""The condition for gold items of the file that is configured now."""
+NEW_GOLD = f"{CURRENT} AND NOT EXISTS (SELECT 1 FROM leases WHERE leases.task = tasks.id AND person = ? AND {DONE})"
 """The condition for gold items that are new to a person. An item whose lease expired comes again."""
 
 

@@ -109,6 +109,16 @@ def end_source(connection: Connection, source: int) -> None:
     connection.execute("UPDATE sources SET complete = 1 WHERE id = ?", (source,))
 
 
+def retire_gold(connection: Connection, path: str, sha256: str, now: float) -> None:
+    """Stop handing out gold items of other files, and of this one as it was before. Their marks stay."""
+    rows = connection.execute("SELECT id, path, sha256 FROM sources WHERE kind = 'gold' AND round IS NULL").fetchall()
+    for row in rows:
+        if (row["path"], row["sha256"]) != (path, sha256):
+            new = f"{row['path']} {row['id']} {row['sha256']}"  # a path is there once
+            connection.execute("UPDATE sources SET round = 0, path = ? WHERE id = ?", (new, row["id"]))
+            close_source(connection, row["id"], now)
+
+
 def close_source(connection: Connection, source: int, now: float) -> None:
     """Stop handing out the source's tasks, and take back those that people hold."""
     chosen = "task IN (SELECT id FROM tasks WHERE source = ?)"
@@ -231,8 +241,9 @@ def _next(
     task, probability = _draw(connection, person, mode, dice)
     if task is None or probability is None:  # no gold item either, which would be recognised as one
         return None, None, False
-    share = group.checks_share if mode in ("compare", "rank") else 0.0
-    if dice.random() < share and (gold := _gold(connection, person, mode, dice)):
+    gold = _gold(connection, person, mode, dice) if mode in ("compare", "rank") else None
+    share = 0.0 if gold is None else group.checks_share
+    if dice.random() < share:
         return gold, None, False
     return task, probability * (1 - share), True
 

@@ -153,6 +153,8 @@ def measured(term: Term, runs: Sequence[Run]) -> float:
     if metric in evaluation.splits.get(first, {}).get(policy, {}):
         return evaluation.splits[first][policy][metric].mean
     if first in run.stages and rest in run.stages[first].metrics:
+        if run.stages[first].status != "done":
+            raise Absent(f"{run.name} has not finished {first}")
         return float(run.stages[first].metrics[rest].values[-1])
     raise Absent(f"{run.name} has no {term.metric}")
 
