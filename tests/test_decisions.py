@@ -30,10 +30,11 @@ def test_the_test_gives_students_own_result():
 def test_one_seed_tells_nothing_and_equal_differences_all():
     assert decisions.paired_test([0.3]) is None and decisions.paired_test([]) is None
     gains = [0.1 + 0.2, 0.3, 0.3]  # equal, but for rounding
-    assert len(set(gains)) > 1 and decisions.seeds_needed(0.3, decisions.paired_test(gains).deviation) == 2
+    assert len(set(gains)) > 1 and decisions.seeds_needed(0.3, decisions.paired_test(gains).deviation) == 6
     assert decisions.seeds_needed(0, 0) is None and decisions.paired_test([0.0] * 3).p == 1
-    for n in (2, 6):  # by their sign alone
+    for n in (2, 5, 6):  # by their sign alone
         assert decisions.paired_test([-0.5] * n).p == stats.binomtest(n, n, 0.5).pvalue
+        assert (decisions.paired_test([-0.5] * n).p < 0.05) == (n >= decisions.seeds_needed(0.5, 0.0))
 
 
 def test_corrections_are_those_of_r():
@@ -63,8 +64,8 @@ def test_the_least_difference_needs_just_the_seeds_at_hand():
     least = decisions.least_difference(0.4, 5)
     assert decisions.power(least, 0.4, 5) == pytest.approx(0.8, abs=1e-6)
     assert stats.nct.sf(stats.t.ppf(0.975, 1), 1, decisions.least_difference(1.0, 2) * 2**0.5) == pytest.approx(0.8)
-    assert decisions.seeds_needed(0, 1.0) is None and decisions.seeds_needed(0.1, 0.0) == 2
-    assert decisions.least_difference(0.0, 5) == 0
+    assert decisions.seeds_needed(0, 1.0) is None and decisions.seeds_needed(0.1, 0.0) == 6
+    assert decisions.least_difference(0.0, 5) == math.inf and decisions.least_difference(0.0, 6) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- in a report

@@ -370,6 +370,29 @@ def test_the_length_controlled_win_rate_maximises_firths_likelihood():
     assert numerics.length_controlled_win_rate(wins, d)[0] == pytest.approx(1 / (1 + math.exp(-best[0])), abs=1e-7)
 
 
+def test_the_length_controlled_win_rate_of_a_few_pairs_is_the_best_fit_there_is():
+    """Where Fisher scoring alone would go to and fro. Against a search over a grid, then downhill."""
+    rng = np.random.default_rng(3)
+    cases = [([1, 1], [1, -1]), ([0, 0, 0, 0], [-2, -2, 0, -3]), ([1, 0, 1, 1, 0.5], [40, -1, 1, 0, -1])]
+    cases += [(rng.choice([0, 0.5, 1], n), rng.integers(-3, 4, n)) for n in rng.integers(3, 13, 25)]
+    for wins, d in cases:
+        wins, d = np.array(wins, float), np.array(d)
+        if (found := numerics.length_controlled_win_rate(wins, d)) is None:
+            assert d.min() > 0 or d.max() < 0
+            continue
+        x = np.stack([np.ones(len(d)), np.tanh(d / (d.std() or 1))], axis=1)[:, : 1 + bool(d.any())]
+
+        def loss(fit, x=x, wins=wins):
+            z = x @ fit
+            p = numerics.sigmoid(z)
+            return -(wins * z - np.logaddexp(0, z)).sum() - 0.5 * np.linalg.slogdet((x.T * (p * (1 - p))) @ x)[1]
+
+        grid = itertools.product(np.linspace(-6, 6, 25), repeat=x.shape[1])
+        start = min((np.array(point) for point in grid), key=loss)
+        best = optimize.minimize(loss, start, method="Nelder-Mead", options={"xatol": 1e-8, "fatol": 1e-12}).x
+        assert found[0] == pytest.approx(numerics.sigmoid(best[0]), abs=1e-5), (wins, d)
+
+
 def test_who_wins_by_being_longer_does_not_win_at_equal_length():
     wins, d = wins_of(1, 4000, 0.0, 2.5, longer=8)
     assert wins.mean() > 0.68

@@ -354,7 +354,7 @@ def test_a_shard_is_cast_once_for_all_tokens():
     """In bfloat16. Of a layer sharded along the tensor axis, as generation has it."""
     from torch.distributed.device_mesh import DeviceMesh
 
-    from lockstep_torch.mesh import TensorAxis, as_own, divided, local
+    from lockstep_torch.mesh import Root, TensorAxis, divided, local
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -369,8 +369,7 @@ def test_a_shard_is_cast_once_for_all_tokens():
             return sum(event.name == "aten::_to_copy" for event in profile.events()) - 5  # without x's
 
         before = casts()
-        with as_own(layer):
-            assert not divided(layer.weight) and casts() == 1
+        assert Root(layer, None).whole(lambda: (divided(layer.weight), casts())) == (False, 1)
         assert layer.weight is sharded and before == 5
     finally:
         torch.distributed.destroy_process_group()

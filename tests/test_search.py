@@ -88,6 +88,8 @@ def test_passages_are_numbered_through_the_episode_and_keep_their_numbers():
 def test_a_mark_that_is_a_word_is_no_part_of_another():
     environment = search(search_begin="read", search_end=".", role="user")
     assert ask(environment, episode(), "he eats bread 1 .").done and ask(environment, episode(), "reader .").done
+    ends = search(search_begin="find", search_end="end", role="user")
+    assert ask(ends, episode(), "find trend fox end").messages[0].content.startswith("[1] A fox")
     assert not ask(environment, episode(), "read fox .").done and not ask(environment, episode(), "now: read fox").done
 
 
@@ -192,6 +194,7 @@ def test_the_answer_is_looked_for_as_whole_words():
     assert supports("He is 12, she said.", 12) and supports("in New  York!", "new york") and not supports("It is 120.", "12")
     assert not supports("anything", "") and not supports(None, "a") and not supports("a . b", ".")
     for answer in ("St. Louis", "Washington, D.C.", "the U.S.", "Martin Luther King Jr."):
+        assert supports(f"It was in {answer.replace(',', ' ,')} .", answer)
         assert supports(f"It was in {answer} (he said).", answer) and supports(f"It was '{answer}'", answer)
 
 

@@ -614,6 +614,13 @@ def ends(connection: socket.socket) -> bool:
     return True
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """The server closes nothing because it takes long."""
+    monkeypatch.setattr("lockstep_studio.protocol.HEADER_SECONDS", 600.0)
+    monkeypatch.setattr("lockstep_studio.pages.visit.BODY_SECONDS", 600.0)
+
+
 @pytest.mark.parametrize(
     ("beginning", "more"),
     [
@@ -623,7 +630,7 @@ def ends(connection: socket.socket) -> bool:
         (b"Transfer-Encoding: chunked\r\n\r\n1;", b"a" * 240_000),
     ],
 )
-def test_headers_and_what_looks_like_them_are_bounded(studio, beginning, more):
+def test_headers_and_what_looks_like_them_are_bounded(studio, beginning, more, patient):
     connection = opened(studio, b"POST /chat HTTP/1.1\r\nHost: localhost\r\n" + beginning)
     with connection:
         with contextlib.suppress(OSError):
@@ -669,7 +676,7 @@ def healthy(address: str) -> bool:
     return False
 
 
-def test_one_address_has_so_many_connections_and_proxies_have_more(tmp_path):
+def test_one_address_has_so_many_connections_and_proxies_have_more(tmp_path, patient):
     for proxies, closed in (([], True), (["127.0.0.1"], False)):
         plan = settings(limits={"connections": 10}, proxies=proxies)
         with serving(tmp_path / f"studio{closed}", plan) as (studio, address):

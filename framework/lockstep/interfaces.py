@@ -687,7 +687,7 @@ class Environment(ABC, Component):
     tools: tuple[Mapping[str, Any], ...] = ()
     """JSON schemas of the tools it offers. The chat template writes them into every prompt that names no tools of its own."""
     marks: tuple[str, ...] = ()
-    """What it looks for in the policy's text, which has no special tokens: a mark that is one is refused."""
+    """What the policy's text must have before a call, say. That text has no special tokens, so a mark that is one is refused."""
 
     def __init__(self, config: Any):
         self.config = config

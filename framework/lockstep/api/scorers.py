@@ -67,22 +67,24 @@ class Scorer:
             return cls(opens.load_scalar(folder, chosen), tokenizer, chosen, name)
 
     def score(self, prompts: Sequence[Any], responses: Sequence[str]) -> np.ndarray:
-        """float32, one score for each response. Prompts are text or dialogues; a prompt and a response may each take half the
-        context.
+        """float32, one score for each response. Prompts are text or dialogues; one that is too long loses its oldest turns.
 
         Raises:
-          DataError: a prompt does not fit, or there are not as many prompts as responses.
+          DataError: a response and the rest of its prompt do not fit the context, or there are not as many prompts as responses.
         """
         if len(prompts) != len(responses):
             raise DataError(f"Got {len(prompts)} prompts for {len(responses)} responses. Pass one prompt per response.")
-        half = self.model.context_length // 2
-        examples = []
+        if not responses:
+            return np.zeros(0, np.float32)
+        context, examples = self.model.context_length, []
         for number, (prompt, response) in enumerate(zip(map(items.prompt, prompts), responses, strict=True)):
-            ids = encoding.encode_prompt(self.tokenizer, prompt, half)
+            given = encoding.encode_response(self.tokenizer, response, context)
+            ids = encoding.encode_prompt(self.tokenizer, prompt, context - len(given)) if len(given) < context else None
             if ids is None:
-                raise DataError(f"prompts[{number}] has more than {half} tokens, which is half the model's context.")
-            examples.append(Example(ids, encoding.encode_response(self.tokenizer, response, half)))
-        return self.read(encoding.block(examples, self.tokenizer, Lengths(half, half, COLUMNS)))
+                raise DataError(f"prompts[{number}] and its response have more than {context} tokens, the model's context.")
+            examples.append(Example(ids, given))
+        prompt, response = max(len(e.prompt) for e in examples), max(len(e.response) for e in examples)
+        return self.read(encoding.block(examples, self.tokenizer, Lengths(prompt, response, COLUMNS)))
 
     def read(self, sequences: Sequences) -> np.ndarray:
         """Scores of rows encoded with this tokenizer."""

@@ -154,8 +154,9 @@ class Files(DataSource):
             if self.first is not None and not all(expanded(s.path).exists() for s in self.sources[noun]):
                 raise Unreachable(f"none of the first {self.first} rows of data.{noun} is in the {split} split")
             raise DataError(
-                f"The {split} split of data.{noun} is empty: all rows are in the other one. Give it more rows, or "
-                f"change data.heldout_fraction={self.config.heldout_fraction} or data.heldout_{noun}."
+                f"The {split} split of data.{noun} is empty: all rows are in the other one, or another kind of data holds them "
+                f"out. Give it more rows, or change data.heldout_fraction={self.config.heldout_fraction}, data.heldout_{noun}, "
+                "or what the others hold out."
             )
         return self._read[noun][split]
 
@@ -171,7 +172,7 @@ class Files(DataSource):
 
     def _read_noun(self, noun: str) -> dict[str, Items]:
         """Both splits of a noun. The held-out split is a fraction of the rows, or has sources of its own. A row that begins like
-        a prompt of ``splits`` is in neither."""
+        a prompt of ``splits`` is not trained on."""
         parts = self._apart([self.items(noun, i) for i in range(len(self.sources[noun]))], noun)
         heldout = self._parts(f"heldout_{noun}") or [_only(part, self._in_fraction) for part in parts]
         return {"train": self._mixed(noun, self._trained_on(noun, parts)), "heldout": mix(heldout)}

@@ -438,24 +438,35 @@ def length_controlled_win_rate(wins: np.ndarray, difference: np.ndarray, z: floa
       difference: [N], in any unit.
 
     Returns:
-      None if the same side is longer everywhere, since nothing then shows how it fares at equal length. If lengths are equal
-      everywhere, the win rate with half a win and half a loss more.
+      None if the same side is longer everywhere, since nothing then shows how it fares at equal length (or if the fit does not
+      converge). If lengths are equal everywhere, the win rate with half a win and half a loss more.
     """
+    from scipy import optimize  # type: ignore[import-untyped]  # most runs do without
+
     if difference.min() > 0 or difference.max() < 0:
         return None
     columns = [np.ones(len(wins))]
     if np.any(difference):
         columns.append(np.tanh(difference / np.std(difference)))
-    x, fit = np.stack(columns, axis=1), np.zeros(len(columns))
-    for _ in range(100):  # Newton's method; logits move by at most 2 a step
+    x = np.stack(columns, axis=1)
+
+    def information(fit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         p = sigmoid(x @ fit)
-        variance = p * (1 - p)
-        covariance = np.linalg.inv((x.T * variance) @ x)
-        leverage = variance * np.einsum("ni,ij,nj->n", x, covariance, x)
-        step = covariance @ (x.T @ (wins - p + leverage * (0.5 - p)))
-        fit += step * min(1.0, 2 / max(np.abs(step).max(), 1e-300))
-        if np.abs(step).max() < 1e-10:
-            break
+        return p, (x.T * (p * (1 - p))) @ x
+
+    def loss(fit: np.ndarray) -> float:
+        logits = x @ fit
+        return float((np.logaddexp(0, logits) - wins * logits).sum() - 0.5 * np.linalg.slogdet(information(fit)[1])[1])
+
+    def slope(fit: np.ndarray) -> np.ndarray:
+        p, known = information(fit)
+        leverage = p * (1 - p) * np.einsum("ni,ij,nj->n", x, np.linalg.inv(known), x)
+        return -(x.T @ (wins - p + leverage * (0.5 - p)))
+
+    fit = optimize.minimize(loss, np.zeros(len(columns)), jac=slope, method="BFGS", options={"gtol": 1e-9}).x
+    if not np.abs(slope(fit)).max() < 1e-5:
+        return None
+    covariance = np.linalg.inv(information(fit)[1])
     middle, half = fit[0], z * np.sqrt(covariance[0, 0])
     rate, low, high = (float(sigmoid(value)) for value in (middle, middle - half, middle + half))
     return rate, low, high

@@ -83,8 +83,8 @@ def permutation(seed: int, stream: str, epoch: int, size: int) -> np.ndarray:
 
 
 def indices_of_round(seed: int, stream: str, size: int, count: int, number: int) -> list[int]:
-    """Indices of ``count`` of ``size`` examples for round ``number``, from 1. None comes twice in a round, nor twice before all
-    have come once. The order of pass e is `permutation`'s."""
+    """Indices of ``count`` (at most ``size``) of ``size`` examples for round ``number``, from 1. None comes twice in a round, nor
+    twice before all have come once. The order of pass e is `permutation`'s."""
     taken: list[int] = []
     rest: list[int] = []
     passes = 0

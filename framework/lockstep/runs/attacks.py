@@ -113,7 +113,7 @@ class RedTeam:
         """(goal, split, attack) of each distinct attack that fits the length limits."""
         c, goals = self.config, self.data.goals(split)
         count = min(c.goals if split == "train" else c.heldout_goals, len(goals))
-        drawn = split == "train" and count
+        drawn = split == "train"  # held-out goals are the same in every round
         order = indices_of_round(self.order_seed, "attacks", len(goals), count, self.round) if drawn else range(count)
         chosen = neighbours([goals[i] for i in order], c.samples)
         if not chosen:

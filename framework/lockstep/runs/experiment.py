@@ -35,7 +35,7 @@ from lockstep.runs.store import RunFolder, StageFolder, decisive
 from lockstep.storage.names import NOT_RUNS, checked_name, in_a_name, root_folder
 from lockstep.storage.records import RUN, STAGES, read_record
 from lockstep.text.encoding import Lengths
-from lockstep.text.templates import template_files, template_text
+from lockstep.text.templates import template_text
 from lockstep.text.tokenizer import TokenizerConfig
 
 log = logging.getLogger("lockstep")
@@ -187,7 +187,6 @@ class Experiment:
         """Local files and folders that the stage reads, except those that stages of this run make."""
         policy, config = self.policy
         named = [*(name for name, _ in stage.inputs), *stage.files, *policy.inputs(config).files]
-        named += template_files(self.tokenizer.chat_template)
         return sorted({name for name in named if name not in self.stages and Path(name).exists()})
 
     def _check_context(self, stage: Stage) -> None:
@@ -267,6 +266,11 @@ def finished(config: Mapping[str, Any]) -> Path | None:
         return None
     if record["status"] != "done" or not run.config_file.exists() or run.config_changes(config):
         return None
+    template = (config["policy"].get("tokenizer") or {}).get("chat_template")
+    if template and template.endswith(".jinja"):
+        text = template_text(template)
+        if any(content["tokenizer"]["chat_template"] != text for content in contents.values()):
+            return None
     source = registry().resolve("data", config["data"]["name"])
     fingerprint = source.fingerprint(component_config(source, config["data"], "data"))
     for stage, content in contents.items():

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -128,10 +128,10 @@ class PolicyGradient(Corrected):
                     "algorithm.extra_rounds replaces prompts whose responses have equal scores, and samples=1 gives one "
                     "response. Set extra_rounds=0."
                 )
-            if self.clip == "none" and (self.clip_low, self.clip_high) != (0.2, 0.2):
-                raise ConfigError(
-                    "algorithm.clip_low and clip_high have no effect on clip=none. Set both to 0.2, or clip=ratio or weight."
-                )
+            bounds = {each.name: each.default for each in fields(self) if each.name in ("clip_low", "clip_high")}
+            if self.clip == "none" and any(getattr(self, name) != usual for name, usual in bounds.items()):
+                said = " ".join(f"{name}={usual:g}" for name, usual in bounds.items())
+                raise ConfigError(f"algorithm.clip_low and clip_high have no effect on clip=none. Set {said}, or clip=ratio.")
             if self.clip == "weight" and not self.clip_low < 1 < self.clip_high:
                 raise ConfigError(
                     "algorithm.clip=weight clips the ratio itself, to [clip_low, clip_high]. "

@@ -69,7 +69,7 @@ class Search(Environment):
     def __init__(self, config: Config):
         super().__init__(config)
         self.index = Index(passages_of(config))
-        self.marks = config.search_begin, config.search_end
+        self.marks = (config.search_begin,)
 
     def reply(self, episode: Episode) -> Reply:
         c: Any = self.config
@@ -78,7 +78,7 @@ class Search(Environment):
             return Reply.ends()
         shown: list[str] = list(episode.state or ())
         lines = []
-        query = episode.text[begin.end() :].partition(c.search_end)[0]
+        query = re.split(whole(c.search_end), episode.text[begin.end() :], maxsplit=1)[0]
         for text in injected(c, query, self.index.best(query, c.results)):
             if text not in shown:
                 shown.append(text)

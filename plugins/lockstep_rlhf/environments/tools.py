@@ -46,7 +46,7 @@ class Tools(Environment):
     def __init__(self, config: Config):
         super().__init__(config)
         self.functions = _functions(config.functions)
-        self.marks = config.call_begin, config.call_end
+        self.marks = (config.call_begin,)
         self.tools = tuple(schema(name, function) for name, function in self.functions.items())
 
     def reply(self, episode: Episode) -> Reply:

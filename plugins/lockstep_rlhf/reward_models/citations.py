@@ -82,6 +82,6 @@ def supports(passage: str | None, answer: Any) -> bool:
     """Whether the passage contains the answer as whole words, whatever punctuation is around each."""
     if passage is None or answer is None:
         return False
-    there, wanted = ([word.strip(".,;:!?\"'()") for word in str(text).casefold().split()] for text in (passage, answer))
-    wanted = [word for word in wanted if word]
+    words = ((word.strip(".,;:!?\"'()") for word in str(text).casefold().split()) for text in (passage, answer))
+    there, wanted = ([word for word in each if word] for each in words)
     return bool(wanted) and any(there[i : i + len(wanted)] == wanted for i in range(len(there) - len(wanted) + 1))

@@ -25,7 +25,7 @@ class Learned(RewardModel):
     """``source`` is a stage of this run, a folder written by a stage, or a public reward model: a folder or hub id of an
     ``AutoModelForSequenceClassification`` checkpoint with one label. What the model reads depends on ``source``:
 
-    * with the policy's tokenizer (and, if public, no chat template other than the policy's): the policy's tokens directly;
+    * with the policy's tokenizer (and no chat template other than the policy's): the policy's tokens directly;
     * a stage's output with another tokenizer or chat template: the text, rendered and encoded as in its training;
     * a public decoder (``score.weight``): the whole dialogue in its own chat template;
     * a public encoder (BERT, DeBERTa, ...; torch only): the whole dialogue if it has a chat template, else prompt and response

@@ -3,10 +3,11 @@ components are built in a world when a check asks for them."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -171,17 +172,28 @@ class EngineSubject:
         self.version: str | None = None
         """The version of the weights that the engine has."""
         self.logged: list[str] = []
-        """What has been logged as a warning since the engine was made."""
+        """The warnings that have been logged while the engine was made, loaded weights and drew."""
 
     def settings(self) -> list[str]:
         return self.world.settings()
 
     @cached_property
     def engine(self) -> Engine:
+        with self._heard():
+            return self.cls(self.config)
+
+    @contextlib.contextmanager
+    def _heard(self) -> Iterator[None]:
         heard = logging.Handler(logging.WARNING)
         heard.emit = lambda record: self.logged.append(record.getMessage())  # type: ignore[method-assign]
-        logging.getLogger("lockstep").addHandler(heard)
-        return self.cls(self.config)
+        loggers = [logging.getLogger(name) for name in (None, "lockstep")]  # the latter passes nothing on
+        for logger in loggers:
+            logger.addHandler(heard)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeHandler(heard)
 
     def policy(self, number: int = 0) -> Policy:
         return self.world.policy(number)
@@ -196,7 +208,8 @@ class EngineSubject:
             self.version = None
             with tempfile.TemporaryDirectory(dir=self.world.folder) as folder:
                 policy.save(Path(folder))
-                self.engine.load(Path(folder), version)
+                with self._heard():
+                    self.engine.load(Path(folder), version)
             self.version = version
         return version
 
@@ -217,7 +230,8 @@ class EngineSubject:
         version, given = self.hand_over(number), self.prompts() if prompts is None else prompts
         seeds = self.world.seeds(len(given[0]), COLUMNS) if seeds is None else seeds
         call = Call(*given, seeds, temperature, tuple(stop_ids), PAD, self.policy(number).vocab_size)
-        return checked(*self.engine.generate(*call.given, **call.how), call, version)
+        with self._heard():
+            return checked(*self.engine.generate(*call.given, **call.how), call, version)
 
 
 class LabelerSubject(RewardModelSubject):

@@ -18,6 +18,8 @@ CORRECTIONS = {"holm": "by Holm", "bh": "by Benjamini and Hochberg", "none": "un
 LEVEL, POWER, MOST_SEEDS = 0.05, 0.8, 1000
 NOTHING = 1e-12
 """A standard error below this share of the difference is rounding alone."""
+BY_SIGN = 6
+"""Seeds whose differences, all equal, are decided by their sign: 2 / 2⁶ is below the level."""
 FEW = 5
 """Fewer seeds than this decide little."""
 
@@ -83,14 +85,14 @@ def seeds_needed(difference: float, deviation: float) -> int | None:
     if difference == 0:
         return None
     if deviation == 0:
-        return 2
+        return BY_SIGN
     return next((n for n in range(2, MOST_SEEDS + 1) if power(difference, deviation, n) >= POWER), None)
 
 
 def least_difference(deviation: float, seeds: int) -> float:
     """The smallest difference that ``seeds`` seeds decide four times in five, by bisection."""
     if deviation == 0:
-        return 0.0
+        return 0.0 if seeds >= BY_SIGN else float("inf")
     low, high = 0.0, deviation
     while power(high, deviation, seeds) < POWER:
         low, high = high, 2 * high

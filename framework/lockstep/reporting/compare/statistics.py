@@ -3,8 +3,8 @@
 This follows Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (arXiv 2108.13264).
 Scores come as *tasks*: {seed: score} of the runs of each. A task is a setting, such as a KL coefficient or a data set. The
 paper's tasks are games, whose runs have nothing to do with each other. Here runs of one seed often share their first stages, so a
-draw of seeds is one draw for all tasks that have the same seeds. Tasks with other seeds are drawn on their own, as the paper's
-are. Tasks may have unequal numbers of runs.
+draw of seeds is one draw for all tasks; `complete` leaves the seeds that all tasks have. Tasks without a common seed are drawn on
+their own, as the paper's are.
 tests/fixtures/outsiders/rliable.json has the results of the authors' library, rliable, on stored scores.
 
 All draws use a fixed seed: the same runs give the same report.
@@ -20,6 +20,12 @@ from lockstep.reporting.compare.records import Estimate
 
 DRAWS = 10_000  # the ends of an interval then vary by about 1% of its width
 Tasks = Sequence[Mapping[int, float]]
+
+
+def complete(tasks: Tasks) -> Tasks:
+    """The tasks with only the seeds that all of them have; unchanged if there is none."""
+    common = set.intersection(*map(set, tasks)) if tasks else set()
+    return [{seed: score for seed, score in task.items() if seed in common} for task in tasks] if common else tasks
 
 
 def iqm(values: np.ndarray) -> np.ndarray:
@@ -49,7 +55,7 @@ def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def improvement_estimate(x: Tasks, y: Tasks) -> Estimate:
-    """P(X > Y) averaged over tasks. Both sides are resampled within each task. Task t of ``x`` is task t of ``y``."""
+    """P(X > Y) averaged over tasks. Task t of ``x`` is task t of ``y``; each side is resampled."""
     wins = [_wins(scores(a), scores(b)) for a, b in zip(x, y, strict=True)]
     mean = np.mean([won.mean() for won in wins])
     rng = _rng()

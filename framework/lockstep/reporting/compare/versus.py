@@ -30,9 +30,9 @@ class Versus:
     metric: str
     difference: Estimate | None
     improvement: Estimate
-    test: Test | None  # of the mean difference, over the seeds that all tasks have
-    seeds: Sequence[int]  # on both sides, in some task
-    unpaired: Sequence[str]  # runs that only one side has
+    test: Test | None  # of the mean difference
+    seeds: Sequence[int]  # on both sides, in all tasks
+    unpaired: Sequence[str]  # runs that only one side has, or that not all tasks have
 
     @property
     def names(self) -> tuple[str, str]:
@@ -43,7 +43,7 @@ class Versus:
 
 def over_seeds(g: RunGroup, split: str, policy: str, metric: str) -> Estimate | None:
     """The interquartile mean over the group's runs, with its interval over seeds."""
-    tasks = list(g.scores(split, policy, metric).values())
+    tasks = statistics.complete(list(g.scores(split, policy, metric).values()))
     return statistics.iqm_estimate(tasks) if tasks else None
 
 
@@ -72,17 +72,24 @@ def versus(g: RunGroup, baseline: RunGroup, split: str, policy: str, metric: str
     tasks = [task for task in x if task in y]
     if not tasks:
         return None
-    paired = [{seed: x[task][seed] - y[task][seed] for seed in x[task] if seed in y[task]} for task in tasks]
-    gains = [gain for gain in paired if gain]
-    everywhere = [seed for seed in gains[0] if all(seed in gain for gain in gains)] if gains else []
+    paired = {task: {seed: x[task][seed] - y[task][seed] for seed in x[task] if seed in y[task]} for task in tasks}
+    gains = statistics.complete([gain for gain in paired.values() if gain])
+    counted = {seed for gain in gains for seed in gain}
+    incomplete = [(task, seed) for task, gain in paired.items() for seed in gain if seed not in counted]
     return Versus(
         g, baseline, policy if policy == other else f"{policy} against {other}", metric,
         difference=statistics.iqm_estimate(gains) if gains else None,
-        improvement=statistics.improvement_estimate([x[task] for task in tasks], [y[task] for task in tasks]),
-        test=decisions.paired_test([float(np.mean([gain[seed] for gain in gains])) for seed in everywhere]),
-        seeds=sorted({seed for gain in gains for seed in gain}),
-        unpaired=[*_only(x, y, g.label), *_only(y, x, baseline.label)],
+        improvement=statistics.improvement_estimate(*(statistics.complete([side[task] for task in tasks]) for side in (x, y))),
+        test=_test(gains),
+        seeds=sorted(counted),
+        unpaired=[*_only(x, y, g.label), *_only(y, x, baseline.label), *(f"seed {s} of {t}, not in all" for t, s in incomplete)],
     )  # fmt: skip
+
+
+def _test(gains: statistics.Tasks) -> Test | None:
+    """Of a seed's mean over the tasks; None if the tasks have no two seeds in common."""
+    seeds = set.intersection(*map(set, gains)) if gains else set()
+    return decisions.paired_test([float(np.mean([gain[seed] for gain in gains])) for seed in sorted(seeds)])
 
 
 def _only(here: Mapping[str, Mapping[int, float]], there: Mapping[str, Mapping[int, float]], label: str) -> list[str]:
@@ -110,14 +117,14 @@ def gains(c: RunComparison, metric: str) -> list[Gain]:
 def gain_test(c: RunComparison, g: RunGroup, policy: str, metric: str) -> Test | None:
     """Test the gain of a policy over the baseline policy of its own run; of a win rate, over one half. Runs of one seed may share
     the baseline, so their mean counts once per seed."""
-    by_seed: dict[int, list[float]] = {}
-    for run in g.runs:
+    tasks: dict[str, dict[int, float]] = {}
+    for task, run in zip(g.tasks, g.runs, strict=True):
         found = run.evaluation.splits.get(c.split or "", {})
         after, before = (found.get(each, {}).get(metric) for each in (policy, c.baseline or ""))
         if after and (before or metric == "win_rate"):
             start = before.mean if before and metric != "win_rate" else 0.5
-            by_seed.setdefault(run.seed, []).append(after.mean - start)
-    return decisions.paired_test([float(np.mean(gains)) for gains in by_seed.values()])
+            tasks.setdefault(task, {})[run.seed] = after.mean - start
+    return _test(list(tasks.values()))
 
 
 def pairs(c: RunComparison, baseline: str | None) -> list[tuple[RunGroup, RunGroup]]:
