@@ -83,8 +83,8 @@ class Scorer:
             if ids is None:
                 raise DataError(f"prompts[{number}] and its response have more than {context} tokens, the model's context.")
             examples.append(Example(ids, given))
-        prompt, response = max(len(e.prompt) for e in examples), max(len(e.response) for e in examples)
-        return self.read(encoding.block(examples, self.tokenizer, Lengths(prompt, response, COLUMNS)))
+        asked, said = max(len(e.prompt) for e in examples), max(len(e.response) for e in examples)
+        return self.read(encoding.block(examples, self.tokenizer, Lengths(asked, said, COLUMNS)))
 
     def read(self, sequences: Sequences) -> np.ndarray:
         """Scores of rows encoded with this tokenizer."""
