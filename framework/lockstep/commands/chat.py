@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         if line.strip() == "/quit":
             return
         try:
-            write(reply(conversation, line)) if terminal else write_line(reply(conversation, line))
+            (write if terminal else write_line)(reply(conversation, line))
         except LockstepError as error:
             said = f"{type(error).__name__}: {error}"
             if terminal:

@@ -190,7 +190,7 @@ class Stage:
         return [*self.scorers, *filter(None, (self.environment, self.engine, self.labeler, self.attacker))]
 
 
-FUNCTION = re.compile(r"[\w.]+:\w+")
+FUNCTION = re.compile(r"[^\W\d][\w.]*:\w+")
 
 
 def _texts(value: Any) -> Iterator[str]:
