@@ -23,7 +23,7 @@ from lockstep.storage.records import read_rows
 from lockstep_studio.data import Human
 from lockstep_studio.exchange import trl_unpaired
 from lockstep_studio.settings import GroupConfig, StudioConfig, read_settings
-from lockstep_studio.sources import add_file, add_gold, add_waiting
+from lockstep_studio.sources import add_file, add_waiting
 from lockstep_studio.store import conversations, labels, people, privacy, report, rounds, schema, screening, tasks
 from lockstep_studio.store.database import FILE, Database, connect
 from lockstep_studio.store.people import Refused
@@ -464,16 +464,16 @@ def test_a_round_whose_folder_is_there_from_before_the_database_is_refused(datab
 def test_changed_gold_items_take_the_place_of_the_old_ones(database, tmp_path):
     plan = settings(group={"screening": 1})
     file = write(tmp_path, [{**row, "ranks": [0, 1]} for row in candidates(2)], "gold.jsonl")
-    add_gold(database, file, plan, NOW)
+    add_file(database, file, "gold", plan, NOW)
     one, other = joined(database, 2)
     assert database.now(tasks.lease, one, "compare", plan, NOW).gold == [0, 1]
     write(tmp_path, [{**row, "ranks": [1, 0]} for row in candidates(3)], "gold.jsonl")
-    add_gold(database, file, plan, NOW)
+    add_file(database, file, "gold", plan, NOW)
     for person in (one, other):
         assert database.now(tasks.lease, person, "compare", plan, NOW).gold == [1, 0]
     (count,) = database.reader.execute(f"SELECT count(*) FROM tasks WHERE {screening.CURRENT}").fetchone()
     assert count == 3
-    add_gold(database, file, plan, NOW)
+    add_file(database, file, "gold", plan, NOW)
     assert database.reader.execute("SELECT count(*) FROM sources WHERE kind = 'gold'").fetchone()[0] == 2
 
 

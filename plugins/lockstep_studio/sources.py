@@ -42,14 +42,6 @@ def add_waiting(database: Database, runs: Sequence[Path], settings: StudioConfig
     return sum(add_file(database, Path(file), "candidates", settings, now) for file in files if file not in known)
 
 
-def add_gold(database: Database, file: Path, settings: StudioConfig, now: float) -> None:
-    """Make these the gold items. Those of another file, or of this one before it was changed, are handed out no more."""
-    if database.reader.execute("SELECT 1 FROM sources WHERE path = ? AND complete", (str(file.resolve()),)).fetchone() is None:
-        list(_rows(file, _bytes(file), "gold"))  # refuses a damaged file before anything is retired
-    database.now(tasks.retire_gold, str(file.resolve()), hashlib.sha256(_bytes(file)).hexdigest(), now)
-    add_file(database, file, "gold", settings, now)
-
-
 def waiting_in(run: Path) -> Iterator[Path]:
     """The candidate files of a run's stages that have no labels yet."""
     for folder in stages_of(run).values():
@@ -63,7 +55,8 @@ def stages_of(run: Path) -> dict[str, Path]:
 
 
 def add_file(database: Database, file: Path, kind: str, settings: StudioConfig, now: float) -> int:
-    """Add a file's tasks in parts, so that votes need not wait for all of them. Returns how many are new.
+    """Add a file's tasks in parts, so that votes need not wait for all of them. Returns how many are new. Gold items take the
+    place of all earlier ones.
 
     Raises:
       DataError: the file cannot be read or is too large, or a row is not a task. Then no task is added.

@@ -62,7 +62,7 @@ class Studio:
         self.database.now(conversations.stop_unfinished)
         rounds.finish_all(self.database, self.folder)
         if self.settings.gold is not None:
-            sources.add_gold(self.database, Path(self.settings.gold), self.settings, self.clock())
+            sources.add_file(self.database, Path(self.settings.gold), "gold", self.settings, self.clock())
         self._check_gold()
         self.scan()
 

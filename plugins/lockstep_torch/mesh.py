@@ -282,8 +282,7 @@ def shell(network: N, device: torch.device | str) -> N:
 def as_own(network: nn.Module) -> Iterator[None]:
     """Meanwhile the weights that are sharded are parameters of this process's shards alone. Autocast casts a parameter once; the
     shard of a DTensor it would cast at each read, for each token."""
-    weights = [(module, *found) for module in network.modules() for found in module.named_parameters(recurse=False)]
-    weights = [(module, name, weight) for module, name, weight in weights if divided(weight)]
+    weights = _divided_weights(network)
     for module, name, weight in weights:
         module.register_parameter(name, nn.Parameter(local(weight.detach())))
     try:
@@ -295,10 +294,14 @@ def as_own(network: nn.Module) -> Iterator[None]:
 
 def keep_own(network: nn.Module) -> None:
     """Freeze the network's weights, and replace those that are sharded by this process's shards, which nothing will gather."""
-    for module in network.requires_grad_(False).modules():
-        for name, weight in module.named_parameters(recurse=False):
-            if divided(weight):
-                setattr(module, name, nn.Parameter(local(weight.detach()), requires_grad=False))
+    for module, name, weight in _divided_weights(network.requires_grad_(False)):
+        module.register_parameter(name, nn.Parameter(local(weight.detach()), requires_grad=False))
+
+
+def _divided_weights(network: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """(module, name, weight) of every weight that is sharded."""
+    found = [(module, *named) for module in network.modules() for named in module.named_parameters(recurse=False)]
+    return [(module, name, weight) for module, name, weight in found if divided(weight)]
 
 
 def divided(tensor: Tensor) -> bool:

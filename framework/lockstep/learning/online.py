@@ -38,7 +38,7 @@ from lockstep.learning import numerics
 from lockstep.learning.episodes import offered
 from lockstep.learning.optimisation import OptimizerConfig, ScheduleConfig, lr_scale
 from lockstep.learning.randomness import example_indices, permutation, token_seeds
-from lockstep.learning.rollout import Sampler, Samples, score, scored_only
+from lockstep.learning.rollout import Sampler, Samples, mark_failed, score, scored_only
 from lockstep.learning.served import Served
 from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
@@ -201,9 +201,8 @@ class Online(Algorithm):
         prompts, ids = self.prompts_at(first, count)
         samples = self.sampler.sample(self.policy, prompts, ids, seeds)
         clock.lap("generate")
-        if self.reward_model is None:  # an episode whose environment failed does not count either way
-            rewards = samples.responses.rewards
-            return samples, np.zeros(len(seeds), np.float32) if rewards is None else np.where(np.isnan(rewards), rewards, 0), {}
+        if self.reward_model is None:
+            return samples, mark_failed(np.zeros(len(seeds), np.float32), samples), {}
         scores, details = score(self.reward_model, samples)
         clock.lap("score")
         return samples, scores, details

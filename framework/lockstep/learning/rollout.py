@@ -208,8 +208,13 @@ def neighbours(items: Sequence[T], samples: int) -> list[T]:
 
 def score(reward_model: RewardModel, samples: Samples) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
     """The scores [B] and the reward model's details. A score is NaN if there is none, or if the environment failed."""
-    scores, rewards = scores_of(reward_model, samples.responses), samples.responses.rewards
-    return (scores if rewards is None else np.where(np.isnan(rewards), rewards, scores)), reward_model.details()
+    return mark_failed(scores_of(reward_model, samples.responses), samples), reward_model.details()
+
+
+def mark_failed(scores: np.ndarray, samples: Samples) -> np.ndarray:
+    """The scores [B], NaN for episodes whose environment failed."""
+    rewards = samples.responses.rewards
+    return scores if rewards is None else np.where(np.isnan(rewards), rewards, scores)
 
 
 def scores_of(reward_model: RewardModel, responses: Responses) -> np.ndarray:

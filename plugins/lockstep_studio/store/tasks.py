@@ -67,11 +67,13 @@ def _lease(row: Row) -> Lease:
 
 def begin_source(connection: Connection, path: str, kind: str, sha256: str, rows: int, now: float) -> tuple[int, set[str]] | None:
     """(source, keys of its stored tasks) for a new source, or one that was partly read when the process died; None for a complete
-    source.
+    source. A source of gold items retires all others.
 
     Raises:
       Refused: the file has changed since it was partly read.
     """
+    if kind == "gold":
+        _retire_gold(connection, path, sha256, now)
     row = connection.execute("SELECT id, sha256, complete FROM sources WHERE path = ?", (path,)).fetchone()
     if row is None:
         values = (path, kind, sha256, rows, now)
@@ -109,7 +111,7 @@ def end_source(connection: Connection, source: int) -> None:
     connection.execute("UPDATE sources SET complete = 1 WHERE id = ?", (source,))
 
 
-def retire_gold(connection: Connection, path: str, sha256: str, now: float) -> None:
+def _retire_gold(connection: Connection, path: str, sha256: str, now: float) -> None:
     """Stop handing out gold items of other files, and of this one as it was before. Their marks stay."""
     rows = connection.execute("SELECT id, path, sha256 FROM sources WHERE kind = 'gold' AND round IS NULL").fetchall()
     for row in rows:

@@ -24,8 +24,13 @@ Tasks = Sequence[Mapping[int, float]]
 
 def complete(tasks: Tasks) -> Tasks:
     """The tasks with only the seeds that all of them have; unchanged if there is none."""
-    common = set.intersection(*map(set, tasks)) if tasks else set()
-    return [{seed: score for seed, score in task.items() if seed in common} for task in tasks] if common else tasks
+    seeds = common(tasks)
+    return [{seed: score for seed, score in task.items() if seed in seeds} for task in tasks] if seeds else tasks
+
+
+def common(tasks: Tasks) -> set[int]:
+    """The seeds that all tasks have."""
+    return set.intersection(*map(set, tasks)) if tasks else set()
 
 
 def iqm(values: np.ndarray) -> np.ndarray:
@@ -42,12 +47,6 @@ def iqm_estimate(tasks: Tasks) -> Estimate:
     return _estimate(float(iqm(np.concatenate([scores(task) for task in tasks]))), iqm(np.concatenate(draws, axis=-1)), tasks)
 
 
-def improvement(x: np.ndarray, y: np.ndarray) -> float:
-    """P(X > Y): the share of all pairs of a run of ``x`` and a run of ``y`` where x is higher; ties count half. This is the
-    Mann-Whitney statistic divided by n·m (Agarwal et al., section 4.3)."""
-    return float(_wins(x, y).mean())
-
-
 def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """[runs of x, runs of y]: 1 where x is higher, 0.5 at a tie, else 0."""
     x, y = np.asarray(x)[:, None], np.asarray(y)
@@ -55,7 +54,9 @@ def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def improvement_estimate(x: Tasks, y: Tasks) -> Estimate:
-    """P(X > Y) averaged over tasks. Task t of ``x`` is task t of ``y``; each side is resampled."""
+    """P(X > Y): the share of all pairs of a run of ``x`` and a run of ``y`` where x is higher, averaged over tasks; ties count
+    half. In a task this is the Mann-Whitney statistic divided by n·m (Agarwal et al., section 4.3). Task t of ``x`` is task t of
+    ``y``; each side is resampled."""
     wins = [_wins(scores(a), scores(b)) for a, b in zip(x, y, strict=True)]
     mean = np.mean([won.mean() for won in wins])
     rng = _rng()

@@ -88,8 +88,8 @@ def versus(g: RunGroup, baseline: RunGroup, split: str, policy: str, metric: str
 
 def _test(gains: statistics.Tasks) -> Test | None:
     """Of a seed's mean over the tasks; None if the tasks have no two seeds in common."""
-    seeds = set.intersection(*map(set, gains)) if gains else set()
-    return decisions.paired_test([float(np.mean([gain[seed] for gain in gains])) for seed in sorted(seeds)])
+    seeds = sorted(statistics.common(gains))
+    return decisions.paired_test([float(np.mean([gain[seed] for gain in gains])) for seed in seeds])
 
 
 def _only(here: Mapping[str, Mapping[int, float]], there: Mapping[str, Mapping[int, float]], label: str) -> list[str]:
