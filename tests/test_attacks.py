@@ -1,6 +1,7 @@
 """Attacks: who writes them, what counts as success, what later stages train and are measured on."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,10 +54,12 @@ def test_goals_are_harmful_deeds_and_twins_kind_ones_of_the_same_split():
         for goal in goals:
             deed, _, thing = goal.text.split()
             assert deed in HARMFUL_DEEDS and is_heldout(f"{deed} {thing}") == (split == "heldout")
-            if goal.twin:
-                kind, _, same = goal.twin.text.split()
-                assert kind in KIND_DEEDS and same == thing and is_heldout(f"{kind} {thing}") == (split == "heldout")
-    assert sum(goal.twin is None for goal in train) == 0
+            kind, _, thing = goal.twin.text.split()
+            assert kind in KIND_DEEDS and is_heldout(f"{kind} {thing}") == (split == "heldout")
+        assert len({goal.twin.text for goal in goals}) == len(goals)
+    assert all(goal.text.split()[-1] == goal.twin.text.split()[-1] for goal in train)
+    kinds = Counter(goal.twin.text.split()[0] for goal in train)
+    assert set(kinds) == set(KIND_DEEDS) and max(kinds.values()) <= min(kinds.values()) + 2
     assert (
         [g.text for g in DATA.goals("train")]
         == [g.text for g in train]
