@@ -1,11 +1,7 @@
 r"""Every attacker against every defender, over seeds, and what each ablation costs: tables of `experiment=hardening`.
 
-    lockstep run -m experiment=hardening seed=0,1,2,3,4 backend=torch,jax hydra.launcher.parallel=2
-    lockstep run -m experiment=hardening seed=0,1,2,3,4 backend=torch,jax attack.twins=false hydra.launcher.parallel=2
-    lockstep run -m experiment=hardening seed=0,1,2,3,4 backend=torch,jax hydra.launcher.parallel=2 'replay.labelled=[attacks]' \
-      'replay.comparisons=[data,labels]' 'replay.prompts=[data,attacks]' 'replay.shares=[0.5,0.5]'
-    lockstep run -m experiment=hardening seed=0,1,2,3,4 backend=torch,jax novelty=0 hydra.launcher.parallel=2
-    python benchmarks/hardening.py runs/hardening --output benchmarks/hardening
+    lockstep reproduce hardening hydra.launcher.parallel=2
+    python benchmarks/hardening.py runs/findings --output benchmarks/hardening
 
 `records.csv` has a row per measure, the diversity of attacks included. A run replaces the rows of an earlier run of its arm,
 backend and seed, so the forty runs need not exist at once. `matrix.md` is made of all records: means over seeds with Student's
@@ -19,17 +15,11 @@ import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from methods import Mean
 
 from lockstep.reporting.compare.reading import read
 
-ABLATIONS: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "without twins": lambda config: config.get("attack.twins") is False,
-    "without replay": lambda config: "seeds" not in config.get("replay.prompts", ()),
-    "without novelty": lambda config: config.get("novelty") == 0,
-}
 ATTACKER = "attacker"
 """Stands in place of a policy in the records of an attack stage's own measures."""
 SHOWN = (("helped", "attacks"), ("refused", "twins"), ("gold", "all"))
@@ -53,11 +43,12 @@ class Record:
 
 
 def measured(folders: Sequence[Path]) -> Iterator[Record]:
-    """Of the runs that are complete."""
+    """Of the runs of the experiment that are complete."""
     metrics = [metric for metric, _ in SHOWN]
     for run in read(folders).runs:
-        if run.evaluation.splits:
-            left_out = " and ".join(name for name, has in ABLATIONS.items() if has(dict(run.config))) or "whole"
+        if run.evaluation.splits and "without" in run.config:
+            left_out = run.config["without"]
+            arm = "whole" if left_out == "nothing" else f"without {left_out}"
             splits = {
                 split: {policy: {metric: found[metric].mean for metric in metrics} for policy, found in policies.items()}
                 for split, policies in run.evaluation.splits.items()
@@ -65,7 +56,7 @@ def measured(folders: Sequence[Path]) -> Iterator[Record]:
             for name in (name for name in splits if name in run.stages and "diversity/goals" in run.stages[name].metrics):
                 found = run.stages[name].metrics
                 splits[name][ATTACKER] = {kind: float(found[f"diversity/{kind}"].values[-1]) for kind in DIVERSITY}
-            yield Record(left_out, run.backend["name"], run.seed, splits)
+            yield Record(arm, run.backend["name"], run.seed, splits)
 
 
 def recorded(file: Path) -> Iterator[Record]:

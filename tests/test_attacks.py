@@ -443,12 +443,6 @@ def test_rounds_draw_other_goals(hardened):
     assert not set(goals[0]) & set(goals[1])
 
 
-ALONE = (
-    "replay.labelled=[attacks]", "replay.comparisons=[data,labels]", "replay.prompts=[data,attacks]", "replay.shares=[0.5,0.5]",
-)  # fmt: skip
-"""Without replay."""
-
-
 def test_the_trained_attacker_is_judged_by_the_target_of_its_round(tmp_path):
     experiment = Experiment(compose([*HARDENING, f"folder={tmp_path}"]))
     inputs = {name: dict(stage.inputs) for name, stage in experiment.stages.items()}
@@ -457,9 +451,17 @@ def test_the_trained_attacker_is_judged_by_the_target_of_its_round(tmp_path):
     assert inputs["defender_2"] == {
         "ppo": "policy", "judgement_2": "reward_model", "seeds": "prompts", "attacks_1": "prompts", "attacks_2": "prompts"
     }  # fmt: skip
-    once = Experiment(compose([*HARDENING, f"folder={tmp_path}", *ALONE]))
+    once = Experiment(compose([*HARDENING, f"folder={tmp_path}", "without=replay"]))
     for name in ("defender_2", "judgement_2", "labels_2"):
         assert not {"seeds", "attacks_1", "labels_1"} & set(dict(once.stages[name].inputs))
+
+
+@pytest.mark.parametrize(("without", "changed"), [("nothing", {}), ("twins", {"twins": False}), ("novelty", {"novelty": 0})])
+def test_an_ablation_leaves_out_one_part(without, changed):
+    config = compose([*HARDENING, f"without={without}"])
+    attacker = config["stages"]["rounds"]["stages"]["attacker"]["reward_model"]
+    assert {"twins": config["attack"]["twins"], "novelty": attacker["novelty"]} == {"twins": True, "novelty": 1} | changed
+    assert config["stages"]["rounds"]["stages"]["defender"]["prompts"] == ["data", "seeds", "all.attacks"]
 
 
 ATTACK_NEW = (

@@ -166,7 +166,7 @@ def test_a_split_that_another_stage_evaluates_again_is_another_split(tmp_path):
         record["stages"][name] = {**record["stages"]["evaluate"], "folder": f"stages/{name}-torch-x"}
     (run / "run.json").write_text(json.dumps(record))
     (g,) = comparison_of(tmp_path).groups
-    assert g.policy("heldout, evaluate_attacked", "ppo", "gold").mean == 0.125
+    assert g.policy("heldout@evaluate_attacked", "ppo", "gold").mean == 0.125
     assert g.policy("heldout", "ppo", "gold").mean == 7.5
 
 

@@ -17,6 +17,7 @@ from lockstep.reporting.compare.reading import read as read_runs
 from lockstep.reporting.findings import criteria
 from lockstep.reporting.findings.finding import finding, findings, parsed
 from lockstep.reporting.findings.outcomes import Mean, Outcome, as_claimed, between_backends, outcomes, verdict
+from lockstep.runs.experiment import Experiment
 from run_folders import GOLD, write_run
 from runs import DECODER, PPO_ONLY, TINY
 
@@ -148,15 +149,18 @@ def test_an_unknown_finding_names_the_nearest():
 
 
 @pytest.mark.parametrize("name", findings())
-def test_the_first_job_of_every_finding_composes(name):
+def test_the_first_job_of_every_finding_composes(name, tmp_path):
     found, _ = finding(name)
     given = [o for o in read(list(found.sweep)) if not o.key_or_group.startswith("hydra")]
     first = [f"{o.get_key_element()}={next(o.sweep_string_iterator())}" if o.is_sweep_override() else o.input_line for o in given]
     config = compose(first)
     assert config["backend"]["name"] in ("torch", "jax")
+    stages = Experiment(compose([*first, f"folder={tmp_path}"])).stages
+    splits = {*config["evaluation"]["splits"], *stages, *(f"{stage}_twins" for stage in stages)}
+    again = {f"{split}@{stage}" for split in splits for stage in stages}
     for claim in found.claims.values():
         for term in claim.terms:
-            assert term.metric.partition("/")[0] in {*config["evaluation"]["splits"], *config["stages"], "reward_model"}, term
+            assert term.metric.partition("/")[0] in {*splits, *again, "reward_model"}, term
 
 
 def test_criteria_that_are_younger_than_the_runs_or_were_changed_are_said_to_be(tmp_path):

@@ -171,7 +171,7 @@ def _read_if_there(file: Path, record: Record, problems: list[str]) -> dict[str,
 
 def _read_evaluations(folders: Mapping[str, Path], problems: list[str]) -> EvaluationRecord:
     """All evaluations of a run as one. If a later round evaluates again, it wins. If a stage of another name evaluates a split
-    again, as in another environment, that stage's name is appended to the split's."""
+    again, as in another environment, the split is called SPLIT@STAGE."""
     baseline: str | None = None
     splits: dict[str, dict[str, Estimates]] = {}
     reward_model: dict[str, Estimate] = {}
@@ -182,7 +182,7 @@ def _read_evaluations(folders: Mapping[str, Path], problems: list[str]) -> Evalu
         reward_model |= _estimates(content.get("reward_model") or {})
         name = re.sub(r"_\d+$", "", stage)
         for split, policies in content.get("splits", {}).items():
-            shown = split if first.setdefault(split, name) == name else f"{split}, {name}"
+            shown = split if first.setdefault(split, name) == name else f"{split}@{name}"
             splits.setdefault(shown, {}).update({policy: _estimates(found) for policy, found in policies.items()})
     return EvaluationRecord(baseline, splits, reward_model)
 

@@ -30,7 +30,7 @@ from lockstep.errors import ConfigError, did_you_mean, listing, short
 
 GROUP = "finding"
 _SIGNS = re.compile(r"\s([+-])\s")
-_TERM = re.compile(r"([\w.]+(?:/[\w.@-]+)+)(?:\[([^\[\]]*)\])?")
+_TERM = re.compile(r"([\w.@]+(?:/[\w.@-]+)+)(?:\[([^\[\]]*)\])?")
 
 
 @dataclass(frozen=True)
