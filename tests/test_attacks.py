@@ -509,7 +509,7 @@ def test_the_configured_policy_is_attacked_and_evaluated(tmp_path):
 
 
 def test_another_archive_or_attacker_makes_another_stage(tmp_path):
-    whole, bland = (Experiment(compose([*HARDENING, f"folder={tmp_path}", f"novelty={n}"])) for n in (1.0, 0))
+    whole, bland = (Experiment(compose([*HARDENING, f"folder={tmp_path}", f"without={part}"])) for part in ("nothing", "novelty"))
     assert whole.folders["attacker_1"].path != bland.folders["attacker_1"].path
     assert whole.folders["seeds"].path == bland.folders["seeds"].path
     other = Experiment(compose([*HARDENING, f"folder={tmp_path}", "attacker=templates"]))

@@ -89,6 +89,18 @@ def test_code_of_ones_own_in_the_current_folder_is_found_when_the_configuration_
     assert registry.function_at("my_own_module:scores", "key")([], []) == []
 
 
+def test_what_such_code_imports_from_beside_it_decides_results_too(here):
+    (here / "my_rewards.py").write_text("import json, numpy\nfrom my_helper import weight\nimport my_parts.first as first\n")
+    (here / "my_parts").mkdir()
+    for file in ("my_helper.py", "my_unread.py", "my_parts/__init__.py", "my_parts/first.py"):
+        (here / file).write_text("weight = 1\n")
+    before = identity.code_digests(["my_rewards"])
+    assert before.keys() == {"lockstep", "my_rewards", "my_helper", "my_parts"}
+    (here / "my_helper.py").write_text("weight = -1\n")
+    after = identity.code_digests(["my_rewards"])
+    assert [name for name in before if before[name] != after[name]] == ["my_helper"]
+
+
 def test_a_module_of_ones_own_with_the_name_of_a_library_says_that_it_is_in_the_way(here):
     (here / "colorsys.py").write_text("def scores(prompts, responses): return []\n")
     for call, error in (

@@ -11,11 +11,13 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import yaml
 
 from lockstep.errors import DataError, LockstepError
+from lockstep.learning import numerics
 from lockstep.reporting.compare import claims, compare, figures, groups, print_summary, reading, tables
 from lockstep.reporting.compare.reading import _estimates
 from lockstep.reporting.compare.records import Estimate
@@ -163,14 +165,48 @@ def test_different_experiments_are_named_by_experiment_alone(tmp_path):
     assert [g.label for g in comparison_of(*runs).groups] == ["torch, instructgpt", "torch, demo"]
 
 
-def test_seeds_that_agree_give_the_interval_of_the_pooled_runs():
-    run = Estimate(2.0, 2.0 - 0.196, 2.0 + 0.196)  # standard error 0.1, so 0.1 / √2 for two
+def test_more_seeds_do_not_narrow_what_their_common_prompts_leave_open():
+    run = Estimate(2.0, 2.0 - 0.196, 2.0 + 0.196)  # standard error 0.1, so 0.1 / √2 for two with prompts of their own
     both = groups.combine([run, run])
+    assert (both.mean, both.high - both.mean) == pytest.approx((2.0, 1.96 * 0.1))
+    both = groups.combine([run, run], own_prompts=True)
     assert (both.mean, both.high - both.mean) == pytest.approx((2.0, 1.96 * 0.1 / 2**0.5))
 
 
+@pytest.mark.parametrize("own_prompts", [False, True])
+def test_intervals_over_seeds_and_prompts_cover_the_truth(own_prompts):
+    """Of 500 prompts (deviation 2.5) answered with noise (1.5) by policies of ten seeds (0.1); the truth is 0."""
+    draw, covered = np.random.default_rng(0), 0
+    for _ in range(300):
+        hard = draw.normal(0, 2.5, (10 if own_prompts else 1, 500))
+        gold = draw.normal(0, 0.1, (10, 1)) + hard + draw.normal(0, 1.5, (10, 500))
+        runs = [Estimate(*numerics.mean_interval(row)) for row in gold]
+        both = groups.combine(runs, own_prompts=own_prompts)
+        covered += both.low <= 0 <= both.high
+    assert 0.92 <= covered / 300 <= 0.995
+
+
+@pytest.mark.parametrize(("worlds", "own"), [((1, 2, 2), False), ((1, 2, 3), True)])
+def test_runs_have_prompts_of_their_own_if_no_two_have_the_same_data(tmp_path, worlds, own):
+    for seed, world in enumerate(worlds):
+        write_run(tmp_path, "torch", seed, **{"data.seed": world})
+    assert groups.RunGroup("torch", {}, reading.read([tmp_path]).runs).own_prompts is own
+
+
+def test_one_policy_evaluated_in_two_ways_has_two_results(tmp_path):
+    """Grouped by backend, temperature is a task; runs of the same policy, evaluated alike, are one."""
+    for i, temperature in enumerate((0.0, 1.0, 1.0)):
+        write_run(tmp_path / str(i), "torch", 0, shared=True, **{"evaluation.temperature": temperature, "name": f"r{i}"})
+    found = [run for i in range(3) for run in reading.read([tmp_path / str(i)]).runs]
+    group = groups.RunGroup("torch", {}, found, [str(run.config["evaluation.temperature"]) for run in found])
+    assert len(group.policy_estimates("heldout", "sft", "gold")) == 2
+    assert set(group.scores("heldout", "sft", "gold")) == {"0.0", "1.0"}
+
+
 def test_seeds_that_disagree_widen_the_interval():
-    both = groups.combine([Estimate(1.0, 0.9, 1.1), Estimate(3.0, 2.9, 3.1)])  # s² = 2, so the mean's variance is 1
+    both = groups.combine([Estimate(1.0, 1.0, 1.0), Estimate(3.0, 3.0, 3.0)])  # s² = 2, so the mean's variance is 1
+    assert (both.mean, both.low, both.high) == pytest.approx((2.0, 0.04, 3.96))
+    both = groups.combine([Estimate(1.0, 0.9, 1.1), Estimate(3.0, 2.9, 3.1)], own_prompts=True)
     assert (both.mean, both.low, both.high) == pytest.approx((2.0, 0.04, 3.96))
 
 

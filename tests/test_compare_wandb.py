@@ -9,7 +9,7 @@ import pytest
 import wandb
 
 from lockstep.errors import DataError
-from lockstep.reporting.compare import compare, groups, reading, wandb_report, wandb_runs
+from lockstep.reporting.compare import claims, compare, groups, reading, wandb_report, wandb_runs, what_intervals_are_over
 from run_folders import write_run
 
 
@@ -74,6 +74,15 @@ def test_stages_at_wandb_become_runs_with_settings_curves_and_evaluations(server
     assert c.groups[0].scores("heldout", "ppo", "gold") == {"": {0: 2.0, 1: 3.0}}
     assert (c.baseline, c.after_baseline) == ("sft", ["ppo"])
     assert c.groups[0].curve("ppo", "objective/kl").mean == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+def test_numbers_without_intervals_decide_nothing(server):
+    """One run, gold 1.0 and 2.0: nothing says how far these may be off."""
+    server.answer = stages("a", 0.1, 0)
+    c = groups.group(reading.read(["wandb:me/rlhf"]))
+    assert {claim.verdict for claim in claims.find(c)} == {"unclear"}
+    assert claims.headline(c).startswith("No policy is known to raise the gold score of sft: ppo is not apart")
+    assert what_intervals_are_over(c) == "These records have no intervals over prompts, and so decide nothing."
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_a_policy_that_is_always_longer_has_no_win_rate_at_equal_length(tokenize
 
 def test_how_often_labelers_and_a_reward_model_prefer_the_longer(tokenizer):
     """Over each comparison's pairs of unequal length, then over comparisons."""
-    judged = measure_reward_model(Scored(), Data(), tokenizer, Lengths(**LENGTHS), 12)
+    judged = measure_reward_model(Scored(), Data(), tokenizer, Lengths(**LENGTHS), 12, None)
     assert judged["prefers_longer/reward_model"]["mean"] == 1 and judged["prefers_longer/reward_model"]["n"] == 12
     shares = []
     for comparison in Data().comparisons("heldout"):
@@ -91,7 +91,7 @@ def test_completions_of_one_length_say_nothing_about_length(tokenizer):
         def comparisons(self, split):
             return [Comparison(prompt, ("w1 w2", "w3 w4"), (0, 1)) for prompt in self.prompts(split)]
 
-    judged = measure_reward_model(Scored(), Even(), tokenizer, Lengths(**LENGTHS), 12)
+    judged = measure_reward_model(Scored(), Even(), tokenizer, Lengths(**LENGTHS), 12, None)
     assert "accuracy/training_labelers" in judged and not [name for name in judged if "longer" in name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +24,18 @@ from transformers import (
 )
 
 from conftest import BACKENDS, relative
+from lockstep.config.compose import compose
 from lockstep.config.schema import parse
 from lockstep.errors import CheckpointError, ConfigError
 from lockstep.interfaces import Term
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.models import adapters
 from lockstep.registry import registry
+from lockstep.runs.experiment import Experiment
 from lockstep.storage.files import read_json, write_json
 from lockstep.text.sequences import pack
 from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss
+from runs import TINY
 
 NO_TOKENIZER = dict.fromkeys(("path", "eos_token", "pad_token", "chat_template"))
 TARGETS = {
@@ -289,3 +293,16 @@ def test_an_adapter_of_another_shape_is_refused(backend, bases, tmp_path):
     write_json(tmp_path / "adapter_config.json", settings | {"target_modules": ["q_proj", "o_proj"]})
     with pytest.raises(CheckpointError, match="does not fit its base: .*lora_A"):
         load(backend, tmp_path)
+
+
+def test_an_adapter_that_a_stage_begins_with_brings_its_base_into_the_stages_identity(bases, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(bases["llama"], base)
+    adapter.mkdir()
+    write_json(adapter / "adapter_config.json", {"base_model_name_or_path": str(base)})
+    named = [*TINY, "experiment=demo", f"folder={tmp_path}", f"stages.ppo.policy={adapter}"]
+    before = Experiment(compose(named)).identities
+    (base / "model.safetensors").write_bytes(b"other weights")
+    after = Experiment(compose(named)).identities
+    assert before["ppo"]["folders"].keys() == {str(adapter), str(base)}
+    assert [name for name in before if before[name]["folders"] != after[name]["folders"]] == ["ppo"]

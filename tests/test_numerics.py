@@ -334,7 +334,28 @@ def test_mean_interval_is_the_textbook_one():
 
 @pytest.mark.parametrize(("successes", "low", "high"), [(0, 0.0, 0.2775), (5, 0.2366, 0.7634), (10, 0.7225, 1.0)])
 def test_proportion_interval_is_wilsons(successes, low, high):
-    assert numerics.proportion_interval(successes, 10) == pytest.approx((successes / 10, low, high), abs=1e-4)
+    x = np.arange(10) < successes
+    assert numerics.proportion_interval(x) == pytest.approx((successes / 10, low, high), abs=1e-4)
+    assert numerics.proportion_interval(x, np.arange(10)) == numerics.proportion_interval(x)
+    twice = numerics.proportion_interval(np.repeat(x, 2), np.repeat(np.arange(10), 2))  # the second of each adds nothing
+    assert twice == pytest.approx(numerics.proportion_interval(x), rel=0.03)
+
+
+def test_rows_of_one_cluster_are_no_more_evidence_than_one_row():
+    """By hand: clusters of 2, 2 and 1 rows around the mean 3 sum to -3, 1 and 2: 3 / 2 (9 + 1 + 4) = 21, / 5². And by drawing."""
+    x, clusters = np.array([1.0, 2, 3, 4, 5]), np.array([7, 7, 0, 0, 3])
+    assert numerics.clustered_error(x, clusters) == pytest.approx(math.sqrt(21) / 5)
+    assert numerics.mean_interval(x, clusters)[2] == pytest.approx(3 + 1.96 * math.sqrt(21) / 5)
+    assert numerics.clustered_error(x, np.zeros(5)) == 0
+    draw = np.random.default_rng(0)
+    sizes = draw.integers(1, 6, 200)
+    own = np.repeat(np.arange(200), sizes)
+    covered = 0
+    for _ in range(400):
+        rows = draw.normal(size=200)[own] + 0.5 * draw.normal(size=len(own))
+        _, low, high = numerics.mean_interval(rows, own)
+        covered += low <= 0 <= high
+    assert 0.91 < covered / 400 < 0.98
 
 
 def test_overoptimisation_recovers_its_two_coefficients():

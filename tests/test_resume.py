@@ -352,6 +352,7 @@ def test_a_run_stopped_in_its_last_step_trains_no_more_and_keeps_its_last_metric
     assert_same(run, whole)
     done = read_json(output(run, "ppo").parent / "done.json")
     assert done["metrics"]["objective/score"] == lines(run, "ppo")[-1]["objective/score"]
+    assert done["seconds"] >= round(lines(run, "ppo")[-1]["seconds"], 1) - 0.1  # the time before it was stopped counts
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, truncate])

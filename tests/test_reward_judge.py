@@ -286,5 +286,5 @@ def test_how_far_a_judge_agrees_with_the_truth_is_what_evaluations_measure(judge
     for answer, expected in ((knows, 1.0), (said("Score: 5"), 0.5)):
         _, model = judge(answer, low=0.0, parallel=8)
         config = parse(EvaluationConfig, {"comparisons": 6}, "evaluation")
-        measured = measure_reward_model(model, source, source.tokenizer(), config.lengths, config.comparisons)
+        measured = measure_reward_model(model, source, source.tokenizer(), config.lengths, config.comparisons, None)
         assert measured["accuracy/gold"]["mean"] == pytest.approx(expected) and measured["accuracy/gold"]["n"] == 6

@@ -7,6 +7,7 @@ import sys
 import types
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from lockstep.config.compose import compose
 from lockstep.data.labels import CANDIDATES, LABELS, candidates_in, comparisons_in, labels_in
 from lockstep.data.mixture import Mixture
 from lockstep.errors import ConfigError, DataError, MissingData, Waiting
-from lockstep.interfaces import Label
+from lockstep.interfaces import DataSource, Label
 from lockstep.reporting.compare import compare
 from lockstep.runs.assembly import Assembly
 from lockstep.runs.collection import labelled, measures
@@ -413,6 +414,19 @@ def test_a_reward_model_is_trained_on_one_group_and_judged_by_each(tmp_path):
     assert "accuracy/training_labelers" in judged and "accuracy/heldout_labelers" in judged
 
 
+def test_labelers_are_unseen_if_no_comparison_of_theirs_was_trained_on(tmp_path, monkeypatch):
+    """Wherever these came from: here each stage reads those of a labeler of its own. A reward model from elsewhere may have seen
+    anybody's."""
+    given = lambda stage: SimpleNamespace(comparisons=lambda split: [SimpleNamespace(labeler=f"{split} of {stage.name}")])  # noqa: E731
+    monkeypatch.setattr(Assembly, "data_of", lambda self, stage: given(stage))
+    assembly = Assembly(Experiment(composed(tmp_path)), {})
+    evaluate = assembly.experiment.stages["evaluate"]
+    (source,) = [name for name, kind in evaluate.inputs if kind == "reward_model"]
+    assert assembly.training_labelers(evaluate) == {None, f"train of {source}"}
+    elsewhere = Assembly(Experiment(composed(tmp_path, f"stages.evaluate.reward_model.source={tmp_path}")), {})
+    assert elsewhere.training_labelers(elsewhere.experiment.stages["evaluate"]) is None
+
+
 def test_the_labeler_in_the_docs_passes_the_kit():
     names = run_listings(python_listings("docs/rounds.md", "A labeler of your own"))
     module = types.ModuleType("tidy")
@@ -428,9 +442,17 @@ def test_the_labeler_in_the_docs_passes_the_kit():
 # ------------------------------------------------------------------------------------------------------------ mixtures
 
 
-class Own:
+class Own(DataSource):
     def comparisons(self, split):
         return [Comparison(Prompt.of(f"{split} {i}"), ("a", "b"), (0, 1)) for i in range(3)]
+
+    def prompts(self, split):
+        return [Prompt.of(f"asked {split}")]
+
+    def demonstrations(self, split):
+        raise MissingData("none")
+
+    texts = demonstrations
 
 
 def labelled_folder(folder, name, count):
@@ -465,6 +487,18 @@ def test_with_shares_each_source_has_its_own_and_none_loses_a_row(tmp_path):
     assert (sum(t.startswith("train") for t in texts), sum(t.startswith("one") for t in texts)) == (12, 4)
 
 
+def test_what_the_data_hold_out_is_not_trained_on_through_a_folder(tmp_path, caplog):
+    """Nor what goes on from it; held-out prompts of every kind count."""
+    said = lambda *texts: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]  # noqa: E731
+    dialogues = [said("new"), said("heldout 1"), said("asked heldout", "yes", "and ?"), said("other", "yes", "heldout 1")]
+    rows = [{"messages": messages, "completions": ["a", "b"], "ranks": [1, 0]} for messages in dialogues]
+    (tmp_path / "from").mkdir()
+    write_text(tmp_path / "from" / "comparisons.jsonl", "".join(map(dump_line, rows)))
+    mixture = Mixture(Own(), {"comparisons": {"from": tmp_path / "from"}}, {"comparisons": {"from": None}})
+    assert sorted(c.prompt.messages[0].content for c in mixture.comparisons("train")) == ["new", "other"]
+    assert "2 comparisons were left out, because the data hold their prompts out" in caplog.text
+
+
 def test_a_folder_without_comparisons_is_no_source_of_them(tmp_path):
     with pytest.raises(MissingData, match="has no comparisons.jsonl, so it is no source of comparisons"):
         comparisons_in(tmp_path)
@@ -475,6 +509,12 @@ def test_a_share_of_several_rounds_is_theirs_together(tmp_path):
     stages = Experiment(composed(tmp_path, *mix)).stages
     assert stages["reward_1"].mixes == {"comparisons": {"data": 1.0, "labels_1": 3.0}}
     assert stages["reward_2"].mixes == {"comparisons": {"data": 1.0, "labels_1": 1.5, "labels_2": 1.5}}
+
+
+def test_a_round_that_is_named_twice_has_both_shares(tmp_path):
+    mix = ["stages.rounds.stages.reward.comparisons=[labels,all.labels]", "+stages.rounds.stages.reward.shares=[9,1]"]
+    stages = Experiment(composed(tmp_path, *mix)).stages
+    assert stages["reward_2"].mixes == {"comparisons": {"labels_2": 9.5, "labels_1": 0.5}}
 
 
 # ------------------------------------------------------------------------------------------------------------ measures

@@ -53,6 +53,15 @@ def test_a_key_that_names_a_credential_keeps_its_name_and_loses_its_value(name):
     assert "hunter2" not in redact(f"lockstep run seed=1 +reward_model.{name}=hunter2")
 
 
+@pytest.mark.parametrize("name", ["pass", "token", "key", "auth"])
+def test_columns_and_parts_of_a_reward_may_be_called_like_credentials(name):
+    """Else a run on other rows, or with other weights, would be taken for the same."""
+    config = {"data": {"prompts": [{"path": "a.jsonl", "where": {name: "alpha"}}]}, "reward_model": {"weights": {name: 1.0}}}
+    assert without_secrets(config) == config
+    hidden = without_secrets({"where": {name: "hf_abcdefghijklmnopqrstuvwxyz"}})
+    assert hidden == {"where": {name: "***"}}
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_key_that_only_sounds_like_a_credential_keeps_its_value(name):
     assert without_secrets({"a": {name: OTHERS[name]}}) == {"a": {name: OTHERS[name]}}

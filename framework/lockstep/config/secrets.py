@@ -7,6 +7,8 @@
 3. Text in the form of a well-known credential: `hf_...`, `sk-...`, a JWT.
 4. Wherever they occur, the values of environment variables with such a name, and those that `remember` was given.
 
+Below `where` and `weights`, keys are names of columns and of parts of a reward, so that only 2 to 4 apply there.
+
 A secret becomes `***`. What decides a result is stored without secrets (`Experiment.identities`), so the stage and the run stay
 the same with another key or token in the same place.
 """
@@ -44,6 +46,7 @@ _OF_COLUMNS = (
 """Words before `key` that make it the name of a column or field."""
 _IN_QUERIES = {"sig", "signature", "jwt", "code"}
 """Query parameters that hold a URL's signature or a function key, if the value is long enough for one."""
+_NAMED_BY_DATA = {"where", "weights"}
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}://[^\s'\"<>]+")
 _USER = re.compile(r"(?<=://)[^/?#]*@")
@@ -120,6 +123,8 @@ def _without(config: Any, known: re.Pattern[str] | None) -> Any:
 
 
 def _value(name: str, value: Any, known: re.Pattern[str] | None) -> Any:
+    if name in _NAMED_BY_DATA and isinstance(value, Mapping):
+        return {key: _without(each, known) for key, each in value.items()}
     if isinstance(value, (list, tuple)) and _kind(name):
         return [_value(name, each, known) for each in value]
     if isinstance(value, (Mapping, list, tuple)) or not is_secret(name, value):

@@ -3,16 +3,21 @@ rounds of a studio."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lockstep.data.labels import comparisons_in, demonstrations_in, prompts_in
 from lockstep.data.mixing import mix
+from lockstep.errors import MissingData
 from lockstep.interfaces import DataSource
 from lockstep.text.tokenizer import Tokenizer
-from lockstep.types import Choice, Comparison, Demonstration, Goal, Prompt
+from lockstep.types import Choice, Comparison, Demonstration, Goal, Message, Prompt
+
+log = logging.getLogger("lockstep")
 
 READERS: Mapping[str, Callable[[Path], Sequence[Any]]] = {
     "prompts": prompts_in, "comparisons": comparisons_in, "demonstrations": demonstrations_in
@@ -68,6 +73,22 @@ class Mixture(DataSource):
     def tests(self) -> Mapping[str, Sequence[Choice]]:
         return self.data.tests()
 
+    def _trainable(self, noun: str, rows: Sequence[Any]) -> Sequence[Any]:
+        """The rows whose prompts neither are held out nor go on from one that is."""
+        kept = [row for row in rows if not any(part in self._heldout for part in _beginnings(row))]
+        if len(kept) < len(rows):
+            log.warning("%d %s were left out, because the data hold their prompts out", len(rows) - len(kept), noun)
+        return kept
+
+    @functools.cached_property
+    def _heldout(self) -> set[tuple[Message, ...]]:
+        """The held-out prompts of the data, of whatever noun."""
+        found: set[tuple[Message, ...]] = set()
+        for noun in READERS:
+            with contextlib.suppress(MissingData):
+                found |= {_prompt(row).messages for row in getattr(self.data, noun)("heldout")}
+        return found
+
     def _of(self, noun: str, split: str) -> Sequence[Any]:
         return self._mixed(noun) if split == "train" and noun in self.folders else getattr(self.data, noun)(split)
 
@@ -83,5 +104,16 @@ class Mixture(DataSource):
             return [goal.prompt() for goal in self.data.goals("train")] if source == GOALS else READERS[noun](folder)
 
         parts = [rows(source, folder) for source, folder in self.folders[noun].items()]
+        own = [source in (DATA, GOALS) for source in self.folders[noun]]
+        parts = [part if is_own else self._trainable(noun, part) for part, is_own in zip(parts, own, strict=True)]
         shares = [share for share in self.shares[noun].values() if share is not None]
         return mix(parts, shares or None)
+
+
+def _prompt(row: Any) -> Prompt:
+    return row if isinstance(row, Prompt) else row.prompt
+
+
+def _beginnings(row: Any) -> Iterator[tuple[Message, ...]]:
+    messages = _prompt(row).messages
+    return (messages[:end] for end in range(1, len(messages) + 1))

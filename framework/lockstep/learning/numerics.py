@@ -409,16 +409,39 @@ def _best_of_integral(u: np.ndarray, n: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------- intervals
 
 
-def mean_interval(x: np.ndarray, z: float = 1.96) -> tuple[float, float, float]:
-    """Mean and its normal 95% interval, from the unbiased standard error; the interval of a single number has width 0."""
+def clustered_error(x: np.ndarray, clusters: np.ndarray | None = None) -> float:
+    """The standard error of a mean over rows of which only the clusters are independent (Liang & Zeger 1986, doi
+    10.1093/biomet/73.1.13): from the sums of deviations of each cluster. With a row in each it is the unbiased one; of one
+    cluster it is 0.
+
+    Args:
+      x: [N].
+      clusters: int [N], the cluster of each row, such as its prompt; None: each is its own.
+    """
+    own = np.arange(len(x)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    sums = np.bincount(own, x - x.mean())
+    return float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / len(x)) if len(sums) > 1 else 0.0
+
+
+def mean_interval(x: np.ndarray, clusters: np.ndarray | None = None, z: float = 1.96) -> tuple[float, float, float]:
+    """Mean and its normal 95% interval, by `clustered_error`; the interval of a single cluster has width 0."""
     x = np.asarray(x, np.float64)
-    half = z * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else 0.0
+    half = z * clustered_error(x, clusters)
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
 
-def proportion_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float, float]:
-    """A proportion and its 95% interval by Wilson 1927, which stays inside [0, 1]. Ties may count a half."""
-    p = successes / n
+def proportion_interval(x: np.ndarray, clusters: np.ndarray | None = None, z: float = 1.96) -> tuple[float, float, float]:
+    """A proportion and its 95% interval by Wilson 1927, which stays inside [0, 1]. If only ``clusters`` are independent, N is the
+    number of independent rows that would have the error of these (Korn & Graubard 1998), and if all are alike, of clusters.
+
+    Args:
+      x: [N], 1 for a success, 0 for a failure, ½ for a tie.
+    """
+    x = np.asarray(x, np.float64)
+    n, p = float(len(x)), float(x.mean())
+    if clusters is not None:
+        alone, together = clustered_error(x), clustered_error(x, clusters)
+        n = n * min(1.0, alone**2 / together**2) if together else float(len(np.unique(clusters)))
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return p, float(centre - half), float(centre + half)

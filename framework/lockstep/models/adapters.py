@@ -147,6 +147,15 @@ def read(folder: Path | str) -> tuple[Adapter, dict[str, np.ndarray]]:
     return adapter, found
 
 
+def base_of(folder: Path | str) -> str | None:
+    """The base that the adapter in a folder names; None if there is no adapter, or its settings are damaged."""
+    try:
+        base = read_object(Path(folder) / ADAPTER_CONFIG).get("base_model_name_or_path")
+    except (CheckpointError, OSError):
+        return None  # opening the adapter reports the error
+    return base if isinstance(base, str) else None
+
+
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": (None, "none"), "modules_to_save": (None, [], ["score"]), "revision": (None,),
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # other values change the base's weights too

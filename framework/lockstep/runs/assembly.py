@@ -34,6 +34,7 @@ from lockstep.registry import registry
 from lockstep.runs.asked_once import SharedLabeler, SharedRewardModel
 from lockstep.runs.components import Chosen
 from lockstep.runs.experiment import Experiment
+from lockstep.runs.reward_model_accuracy import labelers_of
 from lockstep.runs.stages import NEW, Stage
 from lockstep.storage.files import read_object, write_json
 from lockstep.storage.records import MADE_BY, OUTPUT, read_record
@@ -167,6 +168,15 @@ class Assembly:
             return self.data
         folders = {noun: {source: self._folder(source) for source in sources} for noun, sources in stage.mixes.items()}
         return Mixture(self.data, folders, stage.mixes, {source: self._folder(source) for source in stage.attacked})
+
+    def training_labelers(self, stage: Stage) -> frozenset[str | None] | None:
+        """The labelers of the comparisons that the stage's reward models were trained on, None for unnamed ones; of none, those
+        of the data. None if a reward model comes from outside: that may have seen any."""
+        sources = [source for source, kind in stage.inputs if kind == "reward_model"]
+        if not all(source in self.experiment.stages for source in sources):
+            return None
+        read = [self.data_of(self.experiment.stages[source]) for source in sources] or [self.data]
+        return frozenset({None}.union(*(labelers_of(data) for data in read)))
 
     def environment(self, stage: Stage) -> Environment | None:
         if stage.environment is None:

@@ -7,7 +7,7 @@ that knows them (the miniature does). Win rates compare by gold score if known, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,7 @@ from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import Sampler, Samples, score
 from lockstep.learning.served import Served
 from lockstep.runs.likelihood import Likelihood, logprobs
-from lockstep.runs.measures import Measure, mean, proportion
+from lockstep.runs.measures import Measure, clusters_of, mean, proportion
 from lockstep.runs.reward_model_accuracy import measure_reward_model
 from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
@@ -109,6 +109,11 @@ class Answers:
         """Tokens of each response, in episodes of all its turns."""
         return self.samples.sequences.mask.sum(axis=1)
 
+    @cached_property
+    def clusters(self) -> np.ndarray:
+        """int [N]: responses to the same prompt are not independent."""
+        return clusters_of(self.samples.responses.prompts)
+
 
 @dataclass
 class Evaluator:
@@ -126,6 +131,8 @@ class Evaluator:
     judges: Mapping[str, RewardModel] = field(default_factory=dict)
     follows: Mapping[str, str] = field(default_factory=dict)
     """{policy: the one of the previous round}."""
+    labelers: Collection[str | None] | None = None
+    """Those that the reward model was trained on, None for unnamed ones; None: it may be any."""
     fits: dict[str, Fit] = field(default_factory=dict)
     engine: Served | None = None
 
@@ -154,7 +161,9 @@ class Evaluator:
         result = {"baseline": c.baseline, "splits": splits, "samples": samples}
         if self.reward_model is not None:
             progress("reward model")
-            result["reward_model"] = measure_reward_model(self.reward_model, self.data, self.tokenizer, c.lengths, c.comparisons)
+            result["reward_model"] = measure_reward_model(
+                self.reward_model, self.data, self.tokenizer, c.lengths, c.comparisons, self.labelers
+            )
         return result
 
     # ------------------------------------------------------------------------------------------------------ policies
@@ -193,20 +202,19 @@ class Evaluator:
         return Answers(samples, gold, scores, details, judged)
 
     def measure(self, answers: Answers, reference: Answers) -> dict[str, Measure]:
-        measures = {name: mean(x) for name, x in answers.gold.items()}
+        found = dict(answers.gold)
         if answers.scores is not None:
-            counted = np.isfinite(answers.scores)
-            measures["score"] = mean(answers.scores[counted])
-            found = {f"reward_model/{name}": values for name, values in answers.details.items()}
-            measures |= {name: mean(values[np.isfinite(values)]) for name, values in found.items()}
-        measures |= {name: mean(values[np.isfinite(values)]) for name, values in answers.judged.items()}
+            found["score"] = answers.scores
+            found |= {f"reward_model/{name}": values for name, values in answers.details.items()}
+        found |= answers.judged
         if answers.samples.responses.rewards is not None:
-            measures["turns"] = mean(numerics.turns(answers.samples.sequences.mask))
+            found["turns"] = numerics.turns(answers.samples.sequences.mask)
+        measures = {name: mean(values, answers.clusters) for name, values in found.items()}
         if answers.preference is not None:
-            measures |= win_rates(answers.preference - reference.preference, answers.lengths - reference.lengths)
-        finished = answers.samples.finished
-        measures["length"] = mean(answers.lengths)
-        measures["finished"] = proportion(float(finished.sum()), len(finished))
+            longer = answers.lengths - reference.lengths
+            measures |= win_rates(answers.preference - reference.preference, longer, answers.clusters)
+        measures["length"] = mean(answers.lengths, answers.clusters)
+        measures["finished"] = proportion(answers.samples.finished, answers.clusters)
         return measures
 
     def kl(self, policy: Policy, baseline: Policy, answers: Answers) -> dict[str, Measure]:
@@ -216,7 +224,7 @@ class Evaluator:
         here, there = (
             logprobs(model, sequences, self.config.temperature or 1.0, self.config.batch_size) for model in (policy, baseline)
         )
-        found = {"kl": mean(numerics.k1(here, there, sequences.mask).sum(axis=1))}
+        found = {"kl": mean(numerics.k1(here, there, sequences.mask).sum(axis=1), answers.clusters)}
         if self.engine is not None:
             found["sampler_mismatch"] = mean(np.abs(here - answers.samples.logprobs)[sequences.mask])
         return found
@@ -229,7 +237,8 @@ class Evaluator:
         without a score are left out, and so are prompts with fewer than n scored samples.
         """
         most, columns = self.config.best_of, self.config.lengths.response
-        sizes, found = numerics.best_of_sizes(most), dict[str, list[float]]()
+        sizes, found = numerics.best_of_sizes(most), dict[str, list[tuple[float, int]]]()
+        clusters = clusters_of(prompts)
         for part in chunks(len(ids), max(1, self.config.batch_size // most)) if most else ():
             seeds = [token_seeds(self.seed, "best of", i, most, columns) for i in range(part.start, part.stop)]
             answers = self.judged(policy, prompts[part], ids[part], np.concatenate(seeds))
@@ -237,13 +246,14 @@ class Evaluator:
                 return {}
             values = {"score": scores} | ({"gold": answers.gold["gold"]} if answers.gold else {})
             for start in range(0, len(scores), most):
+                prompt = clusters[part.start + start // most]
                 rows = start + np.flatnonzero(np.isfinite(scores[start : start + most]))
                 for n in (n for n in sizes if n <= len(rows)):
                     odds = numerics.best_of(scores[rows], n)
                     best = {name: float(odds @ x[rows]) for name, x in values.items()}
                     for name, value in (best | {"kl": numerics.best_of_kl(scores[rows], n)}).items():
-                        found.setdefault(f"best_of_{n}/{name}", []).append(value)
-        measures = {name: mean(np.array(each)) for name, each in found.items()}
+                        found.setdefault(f"best_of_{n}/{name}", []).append((value, prompt))
+        measures = {name: mean(*np.array(each).T) for name, each in found.items()}
         known = [n for n in sizes if f"best_of_{n}/kl" in measures]
         measures |= {f"best_of_{n}/kl_bound": {"mean": numerics.best_of_kl_bound(n), "n": len(ids)} for n in known}
         gold = {n: measures[f"best_of_{n}/gold"]["mean"] for n in known if f"best_of_{n}/gold" in measures}
@@ -283,16 +293,17 @@ def prompts_of(data: DataSource, split: str) -> Sequence[Prompt]:
         return ()
 
 
-def win_rates(better: np.ndarray, longer: np.ndarray) -> dict[str, Measure]:
+def win_rates(better: np.ndarray, longer: np.ndarray, clusters: np.ndarray) -> dict[str, Measure]:
     """The win rate, and that at equal length if it is known.
 
     Args:
       better: [N], the response's score less the baseline's. Pairs without a score, which are not finite, are left out.
       longer: [N], the response's length less the baseline's, in tokens.
+      clusters: int [N], the prompt of each. The interval at equal length takes all pairs for independent.
     """
     known = np.isfinite(better)
     wins = (better[known] > 0) + 0.5 * (better[known] == 0)
-    found = {"win_rate": proportion(float(wins.sum()), len(wins))}
+    found = {"win_rate": proportion(wins, clusters[known])}
     if len(wins) and (controlled := numerics.length_controlled_win_rate(wins, longer[known])):
         rate, low, high = controlled
         found["length_controlled_win_rate"] = {"mean": rate, "low": low, "high": high, "n": len(wins)}
@@ -304,7 +315,7 @@ def gain(answers: Answers, before: Answers | None) -> dict[str, Measure]:
     if before is None or answers.preference is None or before.preference is None:
         return {}
     difference = answers.preference - before.preference
-    return {"gain": mean(difference[np.isfinite(difference)])}
+    return {"gain": mean(difference, answers.clusters)}
 
 
 def rows(answers: Answers, count: int) -> list[Mapping[str, Any]]:

@@ -21,6 +21,7 @@ from lockstep.config.root import ConfigGroup, check_groups, completed, component
 from lockstep.config.schema import parse
 from lockstep.config.secrets import without_secrets
 from lockstep.errors import CheckpointError, ConfigError, did_you_mean, listing, short
+from lockstep.models.adapters import base_of
 from lockstep.models.checkpoint import context_of
 from lockstep.registry import registry
 from lockstep.runs import identity
@@ -187,7 +188,9 @@ class Experiment:
         """Local files and folders that the stage reads, except those that stages of this run make."""
         policy, config = self.policy
         named = [*(name for name, _ in stage.inputs), *stage.files, *policy.inputs(config).files]
-        return sorted({name for name in named if name not in self.stages and Path(name).exists()})
+        there = {name for name in named if name not in self.stages and Path(name).exists()}
+        bases = {base for name in there if (base := base_of(name)) is not None and Path(base).exists()}
+        return sorted(there | bases)
 
     def _check_context(self, stage: Stage) -> None:
         """Check the stage's length limits.

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.machinery import ModuleSpec
@@ -41,16 +42,20 @@ def without_server(engine: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def code_digests(modules: Iterable[str]) -> dict[str, str]:
-    """{package: SHA-256 of its source} for the core and the top-level packages of these modules. Nothing is imported.
+    """{package: SHA-256 of its source} for the core, the top-level packages of these modules, and what they import from the
+    folder that they are in, if they are not installed. Nothing is imported.
 
     Raises:
       ConfigError: the source of a package has changed since this process imported it.
     """
-    digests = {}
-    for package in sorted({CORE} | {module.partition(".")[0] for module in modules}):
+    digests: dict[str, str] = {}
+    to_do = {CORE} | {module.partition(".")[0] for module in modules}
+    while to_do:
+        package = min(to_do)
         if (spec := _found(package)) is not None:
             roots = [Path(root) for root in spec.submodule_search_locations or []] or [Path(spec.origin)]
-            digests[package] = _source_digest(package, roots)
+            digests[package], imported = _source(package, roots)
+            to_do |= {name for name in imported if any(_is_beside(root, name) for root in roots)} - digests.keys()
             here = getattr(sys.modules.get(package), "__file__", None)
             runs = here is not None and any(Path(here).is_relative_to(root) for root in roots)
             if runs and _imported.setdefault(package, digests[package]) != digests[package]:
@@ -58,7 +63,8 @@ def code_digests(modules: Iterable[str]) -> dict[str, str]:
                     f"The code of '{package}' has changed since this process began: what it still runs would be kept as the work "
                     "of the new code. Start Python again (in a notebook: restart the kernel) and run this again."
                 )
-    return digests
+        to_do.remove(package)
+    return dict(sorted(digests.items()))
 
 
 _imported: dict[str, str] = {}
@@ -75,14 +81,28 @@ def _found(package: str) -> ModuleSpec | None:
     return spec
 
 
-def _source_digest(package: str, roots: Iterable[Path]) -> str:
-    source = hashlib.sha256()
+def _source(package: str, roots: Iterable[Path]) -> tuple[str, set[str]]:
+    """The SHA-256 of a package's source, and the names of the packages that it may import."""
+    source, imported = hashlib.sha256(), set()
     for root in roots:
         for file in [root] if root.is_file() else sorted(root.rglob("*.py")):
             inside = file.relative_to(root).parts if file != root else ()
             if package != CORE or inside[0] not in NOT_RESULTS:
-                source.update(f"{'/'.join(inside)}\0".encode() + file.read_bytes())
-    return source.hexdigest()
+                text = file.read_bytes()
+                source.update(f"{'/'.join(inside)}\0".encode() + text)
+                imported |= {name.decode() for match in _IMPORT.finditer(text) for name in _NAME.findall(match[1] or match[2])}
+    return source.hexdigest(), imported
+
+
+_IMPORT = re.compile(rb"^[ \t]*(?:import[ \t]+([^\n;#]+)|from[ \t]+(\w+))", re.MULTILINE)
+_NAME = re.compile(rb"(?:^|,)[ \t]*(\w+)")
+
+
+def _is_beside(root: Path, name: str) -> bool:
+    """True if the folder of a package has another of this name, and is not where packages are installed."""
+    folder = root.parent
+    beside = any(file.is_file() for file in (folder / f"{name}.py", folder / name / "__init__.py"))
+    return beside and not {"site-packages", "dist-packages"} & set(folder.parts)
 
 
 def folder_digest(path: str) -> str:

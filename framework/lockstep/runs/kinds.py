@@ -238,11 +238,13 @@ def _empty(group: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sources(names: Sequence[str], shares: Sequence[float] | None, scope: Scope) -> dict[str, float | None]:
-    """{source: its share}; a name that means several stages divides its share among them."""
+    """{source: its share}. A name that means several stages divides its share among them; a stage that several names mean has
+    the sum of their shares."""
     found: dict[str, float | None] = {}
     for name, share in itertools.zip_longest(names, shares or ()):
         stages = scope.all(name)
-        found |= {stage: None if share is None else share / len(stages) for stage in stages}
+        for stage in stages:
+            found[stage] = None if share is None else (found.get(stage) or 0) + share / len(stages)
     return found
 
 

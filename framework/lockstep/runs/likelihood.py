@@ -96,10 +96,10 @@ def results(name: str, taken: Sequence[tuple[Choice, np.ndarray]]) -> dict[str, 
     """The measures of a test, from its items and their options' log-probabilities."""
     rights = [item.right or (item.answer,) for item, _ in taken]
     preferred = np.array([numerics.prefers(x, item.answer, right) for (item, x), right in zip(taken, rights, strict=True)])
-    measures = {name: proportion(float(preferred.sum()), len(taken))}
+    measures = {name: proportion(preferred)}
     for group in dict.fromkeys(item.group for item, _ in taken if item.group is not None):
         chosen = preferred[[item.group == group for item, _ in taken]]
-        measures[f"{name}/{group}"] = proportion(float(chosen.sum()), len(chosen))
+        measures[f"{name}/{group}"] = proportion(chosen)
     probabilities = [numerics.option_probabilities(x) for _, x in taken]
     if max(map(len, rights)) > 1:
         sums = [p[list(right)].sum() for p, right in zip(probabilities, rights, strict=True)]

@@ -12,7 +12,7 @@ from lockstep.errors import MissingData
 from lockstep.interfaces import DataSource, RewardModel
 from lockstep.learning import numerics
 from lockstep.learning.rollout import responses_of, scores_of
-from lockstep.runs.measures import Measure, mean
+from lockstep.runs.measures import Measure, clusters_of, mean
 from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
 from lockstep.text.tokenizer import Tokenizer
@@ -23,9 +23,17 @@ ScoredComparison = tuple[Comparison, np.ndarray, np.ndarray]
 
 
 def measure_reward_model(
-    reward_model: RewardModel, data: DataSource, tokenizer: Tokenizer, lengths: Lengths, most: int
+    reward_model: RewardModel,
+    data: DataSource,
+    tokenizer: Tokenizer,
+    lengths: Lengths,
+    most: int,
+    training: Collection[str | None] | None,
 ) -> dict[str, Measure]:
-    """Test a reward model on at most ``most`` held-out comparisons. Empty without any, or if it scores episodes only."""
+    """Test a reward model on at most ``most`` held-out comparisons. Empty without any, or if it scores episodes only.
+
+    ``training``: the labelers that it was trained on, None for unnamed ones; None if that is unknown, so that it may be any.
+    """
     if reward_model.needs_environment:
         return {}
     comparisons = heldout_comparisons(data, tokenizer, lengths, most)
@@ -33,7 +41,7 @@ def measure_reward_model(
     scored = [each for each in scored if np.isfinite(each[1]).all()]
     if not scored:
         return {}
-    found = accuracy(scored, training_labelers(data)) | calibration(scored)
+    found = accuracy(scored, training) | calibration(scored)
     return found | accuracy_by_gold(scored, data) | preference_for_length(scored)
 
 
@@ -57,28 +65,27 @@ def score_completions(
     return list(zip(comparisons, scores, np.split(responses.sequences.mask.sum(axis=1), ends), strict=True))
 
 
-def training_labelers(data: DataSource) -> frozenset[str | None]:
-    """The labelers of the training comparisons, always including unnamed ones (None)."""
+def labelers_of(data: DataSource) -> frozenset[str | None]:
+    """The labelers of the training comparisons."""
     try:
-        return frozenset({c.labeler for c in data.comparisons("train")} | {None})
+        return frozenset(c.labeler for c in data.comparisons("train"))
     except MissingData:
-        return frozenset({None})
+        return frozenset()
 
 
-def accuracy(scored: Sequence[ScoredComparison], training: Collection[str | None]) -> dict[str, Measure]:
-    """Agreement with labelers: those of the training comparisons, the others, and each group of labelers, unless it is one of
-    these two."""
-    new = [c.labeler not in training for c, _, _ in scored]
+def accuracy(scored: Sequence[ScoredComparison], training: Collection[str | None] | None) -> dict[str, Measure]:
+    """Agreement with labelers: those that it may have been trained on, the others, and each group of labelers, unless it is one
+    of these two."""
+    new = [training is not None and c.labeler not in training for c, _, _ in scored]
     splits = {"accuracy/training_labelers": [not n for n in new], "accuracy/heldout_labelers": new}
     for name in dict.fromkeys(c.group for c, _, _ in scored if c.group is not None):
         if (members := [c.group == name for c, _, _ in scored]) not in splits.values():
             splits[f"accuracy/group/{name}"] = members
     measures = {}
     for name, members in splits.items():
-        shares = _present(numerics.agreement(s, _preference(c)) for (c, s, _), take in zip(scored, members, strict=True) if take)
-        if shares.size:
-            measures[name] = mean(shares)
-    return measures
+        chosen = [each for each, take in zip(scored, members, strict=True) if take]
+        measures[name] = _mean((numerics.agreement(s, _preference(c)) for c, s, _ in chosen), chosen)
+    return {name: measure for name, measure in measures.items() if measure["n"]}
 
 
 def calibration(scored: Sequence[ScoredComparison]) -> dict[str, Measure]:
@@ -95,20 +102,20 @@ def accuracy_by_gold(scored: Sequence[ScoredComparison], data: DataSource) -> di
     if any(found[0] is None for found in golds):
         return {}
     known = [np.array([gold["gold"] for gold in found if gold is not None]) for found in golds]
-    ours = _present(numerics.agreement(s, gold) for (_, s, _), gold in zip(scored, known, strict=True))
-    labelers = _present(numerics.agreement(_preference(c), gold) for (c, _, _), gold in zip(scored, known, strict=True))
+    ours = _values(numerics.agreement(s, gold) for (_, s, _), gold in zip(scored, known, strict=True))
+    labelers = _values(numerics.agreement(_preference(c), gold) for (c, _, _), gold in zip(scored, known, strict=True))
     return {
-        "accuracy/gold": mean(ours),
-        "labeler_agreement/gold": mean(labelers),
-        "accuracy_over_labeler/gold": mean(ours - labelers),  # over the same pairs, so the interval is narrower
+        "accuracy/gold": _mean(ours, scored),
+        "labeler_agreement/gold": _mean(labelers, scored),
+        "accuracy_over_labeler/gold": _mean(ours - labelers, scored),  # over the same pairs, so the interval is narrower
     }
 
 
 def preference_for_length(scored: Sequence[ScoredComparison]) -> dict[str, Measure]:
     """Of the pairs whose completions differ in length, the share in which labelers, and the reward model, prefer the longer."""
     found = {"labelers": [(_preference(c), n) for c, _, n in scored], "reward_model": [(s, n) for _, s, n in scored]}
-    shares = {name: _present(numerics.agreement(order, n) for order, n in each) for name, each in found.items()}
-    return {f"prefers_longer/{name}": mean(share) for name, share in shares.items() if share.size}
+    shares = {name: _mean((numerics.agreement(order, n) for order, n in each), scored) for name, each in found.items()}
+    return {f"prefers_longer/{name}": share for name, share in shares.items() if share["n"]}
 
 
 def _preference(comparison: Comparison) -> np.ndarray:
@@ -116,5 +123,11 @@ def _preference(comparison: Comparison) -> np.ndarray:
     return -np.asarray(comparison.ranks)
 
 
-def _present(values: Iterable[float | None]) -> np.ndarray:
-    return np.array([v for v in values if v is not None])
+def _mean(values: Iterable[float | None], scored: Sequence[ScoredComparison]) -> Measure:
+    """The mean of those that are known; comparisons of one prompt are not independent."""
+    return mean(_values(values), clusters_of([c.prompt for c, _, _ in scored]))
+
+
+def _values(values: Iterable[float | None]) -> np.ndarray:
+    """float [N], NaN for None."""
+    return np.array(list(values), float)

@@ -149,7 +149,8 @@ class Runner:
                     self.folder.stage(stage.name, folder, status=_ended_by(error))
                     raise
                 memory = peak_memory(self.assembly.backend)
-                done = {"seconds": round(time.perf_counter() - started, 1), "memory": memory, **result}
+                seconds = time.perf_counter() - started + result.pop("earlier", 0.0)
+                done = {"seconds": round(seconds, 1), "memory": memory, **result}
                 self.processes.share(lambda: folder.finish(done))
             result = self.processes.share(folder.result)
         kept = {"data": result.get("data", {}), "health": result.get("health", [])}
@@ -205,6 +206,7 @@ class Runner:
                 self.assembly.save(stage, algorithm, output)
             tracker.artifact(algorithm.produces, folder.output)
         return {
+            "earlier": state.get("seconds", 0.0),  # spent on the steps up to the checkpoint, if it was interrupted
             "steps": algorithm.total_steps,
             "data": {what: fit.counts() for what, fit in self.assembly.fits[stage.name].items()},
             "metrics": {k: finite(v) for k, v in metrics.items()},
@@ -223,7 +225,7 @@ class Runner:
         judges = {name: judge for name, group in config.judges.items() if (judge := assembly.reward_model(stage, group))}
         evaluator = Evaluator(
             config, assembly.data_of(stage), assembly.tokenizer, reward_model, stage.seed, environment, judges, stage.follows,
-            engine=assembly.engine(stage),
+            labelers=assembly.training_labelers(stage), engine=assembly.engine(stage),
         )  # fmt: skip
         with (
             self._tracked(stage, folder, resume=False) as tracker,

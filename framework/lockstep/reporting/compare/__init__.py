@@ -104,6 +104,9 @@ def print_summary(report: CompareReport, console: Terminal | None = None, with_p
 
 def what_intervals_are_over(c: RunComparison) -> str:
     """One or two sentences: intervals are over prompts, over seeds, or which groups have which."""
+    policies = [found for run in c.runs for split in run.evaluation.splits.values() for found in split.values()]
+    if policies and not any(estimate.has_interval for found in policies for estimate in found.values()):
+        return "These records have no intervals over prompts, and so decide nothing."
     single = [g.label for g in c.groups if len(g.evaluated_seeds) < 2]
     if len(single) == len(c.groups):
         return "Intervals are 95%, over prompts. No group has two evaluated seeds: the intervals do not cover training variance."

@@ -72,11 +72,11 @@ def _alignment_tax(c: RunComparison, g: RunGroup, policy: str) -> Iterator[Claim
     because = f"{show(before, PERCENT)} before, {show(after, PERCENT)} after"
     if _mixes_pretraining(g, policy):
         kept = after.mean >= before.low
-        verdict: Verdict = "yes" if kept else "no" if after.high < before.low else "unclear"
+        verdict = _verdict("yes" if kept else "no" if after.high < before.low else "unclear", before, after)
         yield Claim(f"{policy} keeps the ability of {c.baseline}", g.label, verdict, because)
     else:
         lost = after.mean < before.mean
-        verdict = "yes" if after.high < before.low else "unclear" if lost else "no"
+        verdict = _verdict("yes" if after.high < before.low else "unclear" if lost else "no", before, after)
         yield Claim(f"{policy} loses ability (alignment tax)", g.label, verdict, because)
 
 
@@ -91,7 +91,7 @@ def _reward_model(g: RunGroup) -> Iterator[Claim]:
     text = "gold truth: a single labeler < reward model"
     if (gain := g.reward_model("accuracy_over_labeler/gold")) and labeler and model:
         because = f"{show(labeler, PERCENT)} and {show(model, PERCENT)}; pair by pair {show(gain, GAIN)}"
-        verdict: Verdict = "yes" if gain.low > 0 else "unclear" if gain.mean > 0 else "no"
+        verdict = _verdict("yes" if gain.low > 0 else "unclear" if gain.mean > 0 else "no", gain)
         yield Claim(text, g.label, verdict, because)
     elif labeler and model:
         yield ordered(text, g.label, labeler, model, PERCENT)
@@ -133,9 +133,16 @@ def by_text(found: Sequence[Claim]) -> list[tuple[str, list[Claim]]]:
 # ------------------------------------------------------------------------------------------------------------ verdicts
 
 
+def _verdict(found: Verdict, *estimates: Estimate) -> Verdict:
+    """``found``, or 'unclear' if one of the estimates has no interval."""
+    return found if all(each.has_interval for each in estimates) else "unclear"
+
+
 def ordered(text: str, where: str, worse: Estimate, better: Estimate, form: str = SCORE) -> Claim:
     """Claim that ``worse`` is below ``better``; unclear unless their intervals are apart."""
     because = f"{show(worse, form)} and {show(better, form)}"
+    if not (worse.has_interval and better.has_interval):
+        return Claim(text, where, "unclear", f"{because}, without intervals")
     if better.mean <= worse.mean:
         return Claim(text, where, "no", because)
     apart = worse.high < better.low
@@ -143,12 +150,14 @@ def ordered(text: str, where: str, worse: Estimate, better: Estimate, form: str 
 
 
 def above(text: str, where: str, estimate: Estimate, threshold: float, form: str = PERCENT) -> Claim:
-    verdict: Verdict = "yes" if estimate.low > threshold else "unclear" if estimate.mean > threshold else "no"
-    return Claim(text, where, verdict, show(estimate, form))
+    found: Verdict = "yes" if estimate.low > threshold else "unclear" if estimate.mean > threshold else "no"
+    return Claim(text, where, _verdict(found, estimate), show(estimate, form))
 
 
 def agreement(text: str, where: str, a: Estimate, b: Estimate) -> Claim:
     """Claim that each mean lies in the other's interval; unclear if only the intervals overlap."""
+    if not (a.has_interval and b.has_interval):
+        return Claim(text, where, "unclear", f"{show(a)} and {show(b)}, without intervals")
     inside = a.low <= b.mean <= a.high and b.low <= a.mean <= b.high
     overlap = a.low <= b.high and b.low <= a.high
     verdict: Verdict = "yes" if inside else "unclear" if overlap else "no"
@@ -215,6 +224,7 @@ def _verbs(c: RunComparison, metric: str) -> tuple[str, str, str]:
     return f"raises {what}", f"raise {what}", "lowers it"
 
 
+HALF = Estimate(0.5, 0.5, 0.5)
 SUBJECTS = {"gold": "the gold score", "score": "the reward model's score"}
 
 
@@ -226,10 +236,11 @@ def _against(c: RunComparison, policy: str, metric: str) -> list[tuple[RunGroup,
         before, after = g.policy(c.split or "", c.baseline or "", metric), g.policy(c.split or "", policy, metric)
         test = versus.gain_test(c, g, policy, metric)
         if metric == "win_rate":
-            before = Estimate(0.5, 0.5, 0.5)
+            before = HALF
         if before and after:
             apart: Found = "raises" if after.low > before.high else "lowers" if after.high < before.low else "open"
-            found.append((g, apart if test is None or test.p < decisions.LEVEL else "open"))
+            known = after.has_interval and (before is HALF or before.has_interval)
+            found.append((g, apart if known and (test is None or test.p < decisions.LEVEL) else "open"))
     return found
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,21 +24,23 @@ from lockstep.reporting.compare.records import Estimate, Reading, Run, StageReco
 # Keys that say which run this is or where it runs, not what it does.
 NOT_COMPARED = {"seed", "name", "folder", "tracker", "checkpoint_every", "samples_every", "experiment_name", "choices.tracker"}
 BACKEND = "backend.name"
+WHICH = "evaluation.policies"
 CHOICES = "choices."  # followed by a config group: the name of the file chosen for it
 
 
-def combine(estimates: Sequence[Estimate]) -> Estimate | None:
-    """The mean over seeds and its 95% interval.
+def combine(estimates: Sequence[Estimate], *, own_prompts: bool = False) -> Estimate | None:
+    """The mean over R seeds and its 95% interval, from the variance s² between seeds and each run's own standard error SE.
 
-    Var(mean) = max(s², mean SE²) / R for R seeds, where s² is the variance between seeds and SE each run's own standard
-    error: the random-effects estimate of DerSimonian & Laird 1986 with equal weights. With few seeds s² is itself uncertain,
-    so the page shows every seed as well.
+    All seeds answer the same prompts, and so share the error of having drawn these: Var(mean) = s² / R + mean SE², which counts
+    the noise of single answers twice. With ``own_prompts``, runs are independent: Var(mean) = max(s², mean SE²) / R, the
+    random-effects estimate of DerSimonian & Laird 1986 with equal weights. With few seeds s² is itself uncertain, so the page
+    shows every seed as well.
     """
     if len(estimates) < 2:
         return estimates[0] if estimates else None
     means = np.array([e.mean for e in estimates])
-    own = np.mean([e.standard_error**2 for e in estimates])
-    half = 1.96 * np.sqrt(max(means.var(ddof=1), own) / len(means))
+    between, own = means.var(ddof=1), np.mean([e.standard_error**2 for e in estimates])
+    half = 1.96 * np.sqrt(max(between, own) / len(means) if own_prompts else between / len(means) + own)
     mean = float(means.mean())
     return Estimate(mean, float(mean - half), float(mean + half), sum(e.n for e in estimates))
 
@@ -77,19 +80,19 @@ class RunGroup:
     def scores(self, split: str, policy: str, metric: str) -> dict[str, dict[int, float]]:
         """Return {task: {seed: mean over prompts}} for the runs that have the metric."""
         found: dict[str, dict[int, float]] = {}
-        for task, run in self._first_with(lambda run: _made_by(run, policy)):
+        for task, run in self._evaluated(policy):
             if estimate := run.evaluation.splits.get(split, {}).get(policy, {}).get(metric):
                 found.setdefault(task, {})[run.seed] = estimate.mean
         return found
 
     def policy_estimates(self, split: str, policy: str, metric: str) -> list[Estimate]:
         """The estimates of the runs that have the metric, in the order of the runs."""
-        runs = [run for _, run in self._first_with(lambda run: _made_by(run, policy))]
+        runs = [run for _, run in self._evaluated(policy)]
         found = [run.evaluation.splits.get(split, {}).get(policy, {}).get(metric) for run in runs]
         return [e for e in found if e]
 
     def policy(self, split: str, policy: str, metric: str) -> Estimate | None:
-        return combine(self.policy_estimates(split, policy, metric))
+        return combine(self.policy_estimates(split, policy, metric), own_prompts=self.own_prompts)
 
     def task(self, policy: str, name: str) -> Estimate | None:
         """The policy's result on a public benchmark (`lockstep evaluate`)."""
@@ -99,10 +102,25 @@ class RunGroup:
     def reward_model(self, metric: str) -> Estimate | None:
         rewards = lambda run: tuple(_made_by(run, s.name) for s in run.stages.values() if s.produces == "reward_model")  # noqa: E731
         runs = [run for _, run in self._first_with(lambda run: rewards(run) or run.name)]
-        return combine([e for run in runs if (e := run.evaluation.reward_model.get(metric))])
+        found = [e for run in runs if (e := run.evaluation.reward_model.get(metric))]
+        return combine(found, own_prompts=self.own_prompts)
 
     def stages(self, name: str) -> list[StageRecord]:
         return [run.stages[name] for _, run in self._first_with(lambda run: _made_by(run, name)) if name in run.stages]
+
+    @cached_property
+    def own_prompts(self) -> bool:
+        """True if no two runs have the same data."""
+        return len({_settings(run, "data.", f"{CHOICES}data") for run in self.runs}) == len(self.runs)
+
+    def _evaluated(self, policy: str) -> list[tuple[str, Run]]:
+        """Return one (task, run) per distinct policy and way of evaluating it."""
+        return self._first_with(lambda run: (_made_by(run, policy), self._how[run.folder]))
+
+    @cached_property
+    def _how(self) -> dict[Path, Hashable]:
+        """How each run evaluates its policies, whichever these are."""
+        return {run.folder: _settings(run, "evaluation.") - _settings(run, WHICH) for run in self.runs}
 
     def _first_with(self, made_by: Callable[[Run], Hashable]) -> list[tuple[str, Run]]:
         """Return one (task, run) per distinct product: runs that share a model are no additional evidence."""
@@ -141,6 +159,11 @@ class RunGroup:
         means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
         places = np.add.reduceat(np.array(steps, float), starts) / np.diff([*starts, len(steps)])
         return Curve(places, *statistics.band(means))
+
+
+def _settings(run: Run, *beginnings: str) -> frozenset[tuple[str, str]]:
+    """The keys that begin like one of these, with their values."""
+    return frozenset((key, str(value)) for key, value in run.config.items() if key.startswith(beginnings))
 
 
 def _made_by(run: Run, stage: str) -> str:

@@ -24,6 +24,11 @@ class Estimate:
     def standard_error(self) -> float:
         return (self.high - self.low) / (2 * 1.96)
 
+    @property
+    def has_interval(self) -> bool:
+        """False for a bare number, as W&B's summaries have: nothing says how far it may be off."""
+        return self.low < self.high or self.n > 0
+
 
 Estimates = Mapping[str, Estimate]
 
