@@ -63,6 +63,10 @@ class CISPO(policy_gradient.PolicyGradient):
     like = "cispo"
 
 
+class RLOO(policy_gradient.PolicyGradient):
+    like = "rloo"
+
+
 # --------------------------------------------------------------------------------------------------- steps and batches
 
 
@@ -811,6 +815,21 @@ class OffsetsOfTheWeight(CISPO):
     def __init__(self, config, context):
         super().__init__(config, context)
         self.loss = replace(self.loss, low=1.0 - 1e-9, high=1 + config.clip_high)
+
+
+@dataclass(frozen=True)
+class RisingLoss(PolicyGradientLoss):
+    def __call__(self, xp, outputs, batch):
+        return super().__call__(xp, outputs, {**batch, "advantages": -batch["advantages"]})
+
+
+@defect("algorithm", caught_by="what_has_a_positive_advantage_is_raised")
+class ClimbsInsteadOfDescends(RLOO):
+    """The loss is minimised where the objective is maximised. Nothing is clipped, so no bound shows it."""
+
+    def __init__(self, config, context):
+        super().__init__(config, context)
+        self.loss = RisingLoss(**vars(self.loss))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from lockstep.checking.conformance.kit import Inapplicable, check, near, require
 from lockstep.checking.conformance.subjects import AlgorithmSubject, constant, derivative, loss_of
 from lockstep.checking.conformance.world import Talks
 from lockstep.checking.tap import GenerateCall, ScoreCall
+from lockstep.interfaces import Term
 from lockstep.learning import randomness
 from lockstep.learning.episodes import EnvironmentConfig
 
@@ -147,13 +148,34 @@ def moved(subject: AlgorithmSubject, ratio: float, advantage: float) -> np.ndarr
     term = next((t for t in in_batch(subject.run(1), "advantages") if "old_logprobs" in t.batch), None)
     if term is None:
         raise Inapplicable("its losses read no array called old_logprobs")
+    return slopes_at(subject, term, ratio, advantage)
+
+
+def slopes_at(subject: AlgorithmSubject, term: Term, ratio: float, advantage: float) -> np.ndarray:
+    """`moved`, of this term."""
     outputs, mask = subject.outputs(term), term.sequences.mask & term.batch.get("mask", term.sequences.mask)
     batch = dict(term.batch)
-    batch["old_logprobs"] = np.where(mask, outputs["logprobs"] - np.log(ratio), 0)
     batch["advantages"] = np.where(mask, advantage, 0.0)
-    for name in batch.keys() & {"ref_logprobs"}:  # so that a KL term has no slope
-        batch[name] = np.where(mask, outputs["logprobs"], 0)
+    if "old_logprobs" in batch:
+        batch["old_logprobs"] = np.where(mask, outputs["logprobs"] - np.log(ratio), 0)
+    if "ref_logprobs" in batch:  # so that a KL term has no slope
+        batch["ref_logprobs"] = np.where(mask, outputs["logprobs"], 0)
     return derivative(replace(term, batch=batch), outputs, "logprobs")[mask]
+
+
+@check("algorithm", usually="the loss has the wrong sign, and training makes what is rewarded rarer")
+def what_has_a_positive_advantage_is_raised(subject: AlgorithmSubject) -> None:
+    """On policy, the loss falls with the log-probability of a token of positive advantage, and rises with that of a negative
+    one."""
+    terms = [term for term in in_batch(subject.run(1), "advantages") if "logprobs" in term.loss.outputs]
+    if not terms:
+        raise Inapplicable("its losses read no log-probabilities")
+    for advantage in (1.0, -1.0):
+        slopes = slopes_at(subject, terms[0], 1.0, advantage)
+        wrong = slopes[slopes * advantage > 1e-9]
+        where = f"at advantage {advantage:+g} the derivative in log-probabilities is"
+        require(not len(wrong), f"{where} {wrong[0] if len(wrong) else 0:+.3g} for {len(wrong)} of {len(slopes)} tokens")
+        require((slopes * advantage < -1e-9).any(), f"{where} 0 for all {len(slopes)} tokens")
 
 
 @check("algorithm", usually="max and min are swapped, or advantages have the wrong sign")
