@@ -355,6 +355,32 @@ def test_tools_that_cannot_be_read_are_refused(write, row, says):
         demonstration(write(row))
 
 
+def test_tools_and_calls_have_the_same_keys_from_arrow_as_from_json(write, tmp_path, monkeypatch):
+    """Arrow fills the keys that a group lacks with null. JSON has the nulls that somebody wrote."""
+    datasets = pytest.importorskip("datasets")
+
+    def row(**arguments):
+        kinds = {name: {"type": "string", "enum": [value, None]} for name, value in arguments.items()}
+        tool = {"type": "function", "function": {"name": "count", "parameters": {"type": "object", "properties": kinds}}}
+        call = {"type": "function", "function": {"name": "count", "arguments": arguments}}
+        return {"messages": [message(USER, "Hi"), {**message(ASSISTANT, None), "tool_calls": [call]}], "tools": [tool]}
+
+    rows = [row(thing="lamp"), row(thing="bed", city="Rome")]
+    lamp, bed = expected = files(demonstrations=[write(*rows)]).demonstrations("train")
+    assert (lamp.calls[0].arguments, bed.calls[0].arguments) == ({"thing": "lamp"}, {"thing": "bed", "city": "Rome"})
+    _write_parquet(tmp_path / "a.parquet", rows)
+    data = datasets.Dataset.from_list(rows)
+    data.save_to_disk(tmp_path / "saved")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    for path in (tmp_path / "a.parquet", tmp_path / "saved", "some/where"):
+        assert files(demonstrations=[{"path": str(path)}]).demonstrations("train") == expected
+    assert items.read("demonstrations", data) == list(expected)
+    null = row(thing="lamp", city=None)
+    assert demonstration(write(null)).calls[0].arguments == {"thing": "lamp", "city": None}
+    (given,) = items.read("demonstrations", [null])
+    assert given.calls[0].arguments == {"thing": "lamp", "city": None}
+
+
 def test_other_columns_that_are_not_read_are_named_once(write, capsys):
     source = write({**GOOD, "id": 1}, {**GOOD, "id": 2, "source": "web", "labeler": "Ada", "truth": {}, "system": ""})
     files(demonstrations=[source]).demonstrations("train")

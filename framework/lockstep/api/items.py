@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lockstep.data.cells import BadRow, LeftOut
+from lockstep.data.cells import BadRow, LeftOut, without_fill
 from lockstep.data.columns import reader, unread
 from lockstep.errors import DataError
 from lockstep.types import Comparison, Demonstration, Message, Prompt
@@ -36,6 +36,8 @@ def read(noun: str, items: Iterable[Any]) -> list[Any]:
     """
     if isinstance(items, (str, Mapping)):
         raise DataError(f"{noun} should be a list, each item {FORMS[noun]}; not {type(items).__name__}.")
+    if type(items).__module__.partition(".")[0] == "datasets":
+        items = map(without_fill, items)
     found, left_out, beside = [], dict[str, int](), dict[str, None]()
     for number, item in enumerate(items):
         if isinstance(item, Mapping):

@@ -60,6 +60,22 @@ def says_nothing(value: Any) -> bool:
     return value is None or isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")
 
 
+def without_fill(row: Any, inside: bool = False) -> Any:
+    """A row from Arrow (Parquet, ``datasets``) without the null keys inside its ``tools`` and ``tool_calls``, at any depth. Arrow
+    gives all groups of a column the same keys, so a null there stands for a key that the row does not have. Other nulls stay.
+
+    Args:
+      inside: the row is part of tools or calls.
+    """
+    if isinstance(row, dict):
+        return {
+            name: without_fill(value, inside or name in ("tools", "tool_calls"))
+            for name, value in row.items()
+            if not (inside and value is None)
+        }
+    return [without_fill(each, inside) for each in row] if isinstance(row, list) else row
+
+
 def from_json(value: Any) -> Any:
     """The value of a JSON text; None if the text is not JSON. Any other value is returned unchanged."""
     if not isinstance(value, str):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lockstep.config.schema import REQUIRED, setting
-from lockstep.data.cells import MOST_CHARACTERS, BadRow, too_long
+from lockstep.data.cells import MOST_CHARACTERS, BadRow, too_long, without_fill
 from lockstep.errors import ConfigError, DataError, Unreachable, did_you_mean, listing, short
 from lockstep.storage.files import checksum, expanded
 from lockstep.storage.hub import hub
@@ -264,7 +264,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet
 
     batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=PARQUET_ROWS)
-    return enumerate((batch.slice(i, 1).to_pylist()[0] for batch in batches for i in range(len(batch))), 1)
+    rows = (batch.slice(i, 1).to_pylist()[0] for batch in batches for i in range(len(batch)))
+    return enumerate(map(without_fill, rows), 1)
 
 
 FORMATS: Mapping[str, Callable[[Path], Iterable[tuple[int, Any]]]] = {
@@ -370,6 +371,6 @@ def _numbered(name: str, data: Iterable[Any]) -> Iterator[Row]:
     number = 0
     try:
         for number, row in enumerate(data, 1):
-            yield f"{name}:{number}", row
+            yield f"{name}:{number}", without_fill(row)
     except Exception as error:  # images without a decoder, a damaged file, a network that went away
         raise DataError(f"{name} cannot be read beyond row {number}: {error}") from error
