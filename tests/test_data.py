@@ -282,10 +282,18 @@ def test_answers_that_are_labelled_as_bad_are_no_demonstrations(write, tmp_path,
         assert "left out: 1 answers that are labelled as bad." in capsys.readouterr().out
     (tmp_path / "a.csv").write_text("prompt,completion,label\nName a colour.,Green.,True\nName a colour.,Loud.,False\n")
     assert demonstration({"path": str(tmp_path / "a.csv")}).response == GREEN
+    (tmp_path / "a.csv").write_text("prompt,completion,label\nName a colour.,Green., true\nName a colour.,Loud.,False \n")
+    assert demonstration({"path": str(tmp_path / "a.csv")}).response == GREEN
     assert prompt(write({"prompt": "Name a colour.", "label": False})) == COLOUR
     with pytest.raises(DataError, match=r"a column 'label' that is not true or false: it is 0, .* add ignore: \[label\]"):
         demonstration(write({**GOOD, "label": 0}))
     assert demonstration({**write({**GOOD, "label": 0}), "ignore": ["label"]}).response == GREEN
+    for number in ("0", "1", " 0.0", "-1"):
+        (tmp_path / "a.csv").write_text(f"prompt,completion,label\nName a colour.,Green.,{number}\n")
+        with pytest.raises(DataError, match=rf"a.csv:2: a column 'label' that is not true or false: it is '{number}', "):
+            demonstration({"path": str(tmp_path / "a.csv")})
+    (tmp_path / "a.csv").write_text("prompt,completion,label\nName a colour.,Green.,harmless\nName a colour.,Red.,\n")
+    assert len(files(demonstrations=[{"path": str(tmp_path / "a.csv")}]).demonstrations("train")) == 2
 
 
 NOT_READ = {

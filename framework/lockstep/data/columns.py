@@ -120,7 +120,7 @@ def _desirable(row: Columns) -> bool:
     """False if a label says that the answer is bad. A word other than true and false is some other kind of label, and ignored."""
     for name in LABELS:
         value = row.get(name)
-        if value is not None and not isinstance(value, (bool, str)):
+        if value is not None and not isinstance(value, (bool, str)) or isinstance(value, str) and _is_number(value):
             raise BadRow(
                 f"a column '{name}' that is not true or false",
                 f"it is {reprlib.repr(value)}, which may mean a bad answer. If it does not, remove the column, or add "
@@ -131,9 +131,18 @@ def _desirable(row: Columns) -> bool:
     return True
 
 
+def _is_number(text: str) -> bool:
+    """True for a number in CSV, where every cell is text."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _truth_value(value: Any) -> bool | None:
     """The value of a label, which is a word in CSV; None if it is neither true nor false."""
-    return {"true": True, "false": False}.get(str(value).lower())
+    return {"true": True, "false": False}.get(str(value).strip().lower())
 
 
 def _texts(item: Any) -> Iterator[str]:
