@@ -537,6 +537,7 @@ def test_a_split_can_be_a_slice(write):
     source = write(*({"text": str(i)} for i in range(9)))
     assert files(texts=[{**source, "split": "train[2:4]"}]).texts("train") == ("2", "3")
     assert files(texts=[{**source, "split": "train[:1]"}]).texts("train") == ("0",)
+    assert files(texts=[{**source, "split": f"train[7:{10**18 - 1}]"}]).texts("train") == ("7", "8")
 
 
 def test_the_hub_is_asked_for_what_the_source_says(monkeypatch):
@@ -809,6 +810,11 @@ def test_a_file_has_no_test_split(write):
         ({"texts": [{"split": "train"}]}, "Missing: data.texts[0].path."),
         ({"texts": [{"path": "a", "wieght": 1}]}, "Unknown key data.texts[0].wieght. Did you mean 'weight'?"),
         ({"texts": [{"path": "a", "split": "train[:10%]"}]}, "split 'train[:10%]' should look like train, test[:100]"),
+        (
+            {"texts": [{"path": "a", "split": f"train[:{10**19}]"}]},
+            "test[:100] or train[500:1000]. A bound has at most 18 digits.",
+        ),
+        ({"texts": [{"path": "a", "split": f"train[{'9' * 5000}:]"}]}, "A bound has at most 18 digits."),
         ({"texts": [{"path": "a", "weight": 0}]}, "data.texts[0].weight=0.0 must be above 0, or null."),
         ({"texts": [{"path": "a", "weight": 1}, {"path": "b"}]}, "data.texts: give every source a weight, or none."),
         ({"heldout_texts": [{"path": "a", "weight": 1}]}, "data.heldout_texts has a weight, but every held-out row"),

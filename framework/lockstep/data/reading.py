@@ -100,9 +100,11 @@ def parse_split(split: str) -> tuple[str, slice]:
     Raises:
       ConfigError: the split has another form.
     """
-    match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", split)
+    match = re.fullmatch(r"(\w+)(?:\[(\d{0,18}):(\d{0,18})\])?", split)
     if match is None:
-        raise ConfigError(f"split '{short(split)}' should look like train, test[:100] or train[500:1000].")
+        raise ConfigError(
+            f"split '{short(split)}' should look like train, test[:100] or train[500:1000]. A bound has at most 18 digits."
+        )
     start, stop = (int(bound) if bound else None for bound in match.group(2, 3))
     return match.group(1), slice(start, stop)
 
