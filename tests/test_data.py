@@ -479,11 +479,16 @@ def _write_parquet(path, rows):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
-def _write_csv(path, rows):
+def _write_csv(path, rows, delimiter=","):
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _zip(path, write, rows):
+    write(path, rows)
+    path.write_bytes(gzip.compress(path.read_bytes()))
 
 
 def _lines(rows):
@@ -496,7 +501,13 @@ FORMATS = {
     "a.json": lambda path, rows: path.write_text(json.dumps(rows, indent=1)),
     "lines.json": lambda path, rows: path.write_text("\n".join(map(json.dumps, rows))),
     "a.csv": _write_csv,
+    "a.csv.gz": lambda path, rows: _zip(path, _write_csv, rows),
+    "a.tsv": lambda path, rows: _write_csv(path, rows, "\t"),
+    "a.tsv.gz": lambda path, rows: _zip(path, lambda file, rows: _write_csv(file, rows, "\t"), rows),
     "a.parquet": _write_parquet,
+    "A.JSONL": lambda path, rows: path.write_bytes(_lines(rows)),
+    "A.Jsonl.GZ": lambda path, rows: path.write_bytes(gzip.compress(_lines(rows))),
+    "A.Parquet": _write_parquet,
 }
 
 
@@ -529,8 +540,23 @@ def test_a_folder_has_its_splits_in_its_files(write, tmp_path):
     source = {"path": str(tmp_path)}
     assert files(texts=[source]).texts("train") == ("data/train-00001-of-00002", "train-00000-of-00002")
     assert files(texts=[{**source, "split": "test"}]).texts("train") == ("test",)
-    with pytest.raises(DataError, match=r"has no split 'dev'.* It has: data/train-00001-of-00002.jsonl, test.jsonl, "):
+    with pytest.raises(
+        DataError, match=r"has no split 'dev'.* It has: data/train-00001-of-00002.jsonl, test.jsonl, .*one of them.$"
+    ):
         files(texts=[{**source, "split": "dev"}]).texts("train")
+
+
+def test_a_folder_names_the_files_of_a_split_that_it_does_not_read(write, tmp_path, caplog):
+    for name in ("train-1.JSONL", "train-2.jsonl.zst", "train/notes.md", "train/.hidden.md", "test.docx", "README.md"):
+        write({"text": name}, name=name)
+    (tmp_path / "train-3.csv.gz").write_bytes(gzip.compress(b"text\nzipped\n"))
+    assert files(texts=[{"path": str(tmp_path)}]).texts("train") == ("train-1.JSONL", "zipped")
+    said = "split 'train': Files of the split that are not read: train-2.jsonl.zst, train/notes.md. Formats: .jsonl, "
+    assert len(caplog.records) == 1 and f"{tmp_path}, {said}" in caplog.text
+    with pytest.raises(
+        DataError, match="It has: train-1.JSONL, train-3.csv.gz. .* that are not read: test.docx. Formats: .jsonl, "
+    ):
+        files(texts=[{"path": str(tmp_path), "split": "test"}]).texts("train")
 
 
 def test_a_split_can_be_a_slice(write):

@@ -668,9 +668,10 @@ def test_a_small_parquet_file_that_unpacks_to_gigabytes_is_read_row_by_row(tmp_p
         tracemalloc.stop()
 
 
-def test_parquet_of_which_too_much_has_to_be_in_memory_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["a.parquet", "a.PARQUET"])
+def test_parquet_of_which_too_much_has_to_be_in_memory_is_refused(tmp_path, monkeypatch, name):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.table({"prompt": ["x" * 5000]}), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"prompt": ["x" * 5000]}), tmp_path / name)
     monkeypatch.setattr(rounds, "MOST_BYTES", 100)
     with pytest.raises(DataError, match="in one group of rows"):
-        list(rounds.read(tmp_path / "a.parquet", lambda row, number: [row]))
+        list(rounds.read(tmp_path / name, lambda row, number: [row]))

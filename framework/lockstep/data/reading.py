@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import logging
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +25,8 @@ from lockstep.data.cells import MOST_CHARACTERS, BadRow, too_long, without_fill
 from lockstep.errors import ConfigError, DataError, Unreachable, did_you_mean, listing, short
 from lockstep.storage.files import checksum, expanded
 from lockstep.storage.hub import hub
+
+log = logging.getLogger("lockstep")
 
 Row = tuple[str, Any]
 """'file:line', and the row's columns or, if it cannot be read, what is wrong with it."""
@@ -115,7 +118,7 @@ def parse_split(split: str) -> tuple[str, slice]:
 def _open(path: Path) -> TextIO:
     """Open a file as text, unzipped if needed, without a byte order mark. Bytes that are not UTF-8 become surrogates, which
     `_not_utf8` finds."""
-    opener = gzip.open if path.suffix == ".gz" else open
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
     return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
@@ -276,15 +279,17 @@ FORMATS: Mapping[str, Callable[[Path], Iterable[tuple[int, Any]]]] = {
     ".json": _json,
     ".json.gz": _json,
     ".csv": _csv,
+    ".csv.gz": _csv,
     ".tsv": functools.partial(_csv, delimiter="\t"),
+    ".tsv.gz": functools.partial(_csv, delimiter="\t"),
     ".parquet": _parquet,
 }
 
 
 def _suffix(path: Path) -> str:
-    """'.jsonl.gz' of 'my.data.jsonl.gz'."""
-    kept = 2 if path.suffix == ".gz" else 1
-    return "".join(path.suffixes[-kept:])
+    """'.jsonl.gz' of 'my.data.jsonl.gz' and of 'MY.JSONL.GZ'."""
+    kept = 2 if path.suffix.lower() == ".gz" else 1
+    return "".join(path.suffixes[-kept:]).lower()
 
 
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error)
@@ -303,16 +308,22 @@ def _file(path: Path) -> Iterator[Row]:
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
     """The files of a split. 'train' matches train.jsonl, train-00000-of-00002.parquet, data/train.csv and train/0.parquet, but
-    not training.csv."""
-    names = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file() and _suffix(file) in FORMATS]
-    names = sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
+    not training.csv. Files of the split in other formats are named in a warning or in the error."""
+    names = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     begins = re.compile(rf"{re.escape(split)}(?![a-zA-Z])")
-    chosen = [folder / name for name in names if any(map(begins.match, name.parts))]
+    of_split = [name for name in names if any(map(begins.match, name.parts))]
+    chosen = [folder / name for name in of_split if _suffix(name) in FORMATS]
+    others = [name for name in of_split if _suffix(name) not in FORMATS]
+    unread = f" Files of the split that are not read: {_some(others)}. Formats: {', '.join(FORMATS)}." if others else ""
     if not chosen:
+        readable = _some(name for name in names if _suffix(name) in FORMATS)
         raise DataError(
-            f"{folder} has no split '{short(split)}': no data file or folder in it begins with that. It has: {_some(names)}. "
-            "A path can also name one of them."
+            f"{folder} has no split '{short(split)}': no data file or folder in it begins with that. It has: {readable}. "
+            f"A path can also name one of them.{unread}"
         )
+    if others:
+        log.warning("%s, split '%s':%s", folder, short(split), unread)
     return chosen
 
 

@@ -242,9 +242,9 @@ def read(file: str | Path, convert: Callable[[Any, str], Iterable[Row]]) -> Iter
     if not path.is_file():
         there = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"No file {path}.{did_you_mean(path.name, there)} Files there: {listing(there[:20])}.")
-    if path.name.endswith(".json.gz"):
+    if path.name.lower().endswith(".json.gz"):
         raise DataError(f"{path} is a compressed JSON list, of unknown size. Unpack it: gunzip {path}")
-    if path.suffix == ".json" and path.stat().st_size > MOST_BYTES:
+    if path.suffix.lower() == ".json" and path.stat().st_size > MOST_BYTES:
         raise DataError(
             f"{path} has {path.stat().st_size / 1e9:.1f} GB, and a JSON list is read at once, up to {MOST_BYTES / 1e9:.0f} GB. "
             "Turn it into JSON Lines (a row a line, named .jsonl), which have no limit."
@@ -278,7 +278,7 @@ def _check_groups(path: Path) -> None:
     Raises:
       DataError: a row group of a Parquet file is too large for memory.
     """
-    if path.suffix != ".parquet":
+    if path.suffix.lower() != ".parquet":
         return
     import pyarrow.parquet
 
