@@ -20,6 +20,7 @@ from lockstep.errors import CheckpointError, ConfigError
 from lockstep.runs import identity, store
 from lockstep.runs.experiment import Experiment, finished
 from lockstep.runs.runner import Runner
+from lockstep.storage import locks
 from runs import DECODER, TINY, tiny
 
 SFT = ["~stages.reward", "~stages.ppo", "~stages.ppo_ptx", "~stages.evaluate", "backend.threads=1"]
@@ -105,7 +106,7 @@ def test_a_stage_that_a_process_works_on_or_a_run_is_going_to_use_is_not_removed
     shutil.copytree(folder / first, folder.parent / first)
     shutil.rmtree(folder / first)
     [entry] = cache.unused(folder)
-    with store.hold(entry.path):
+    with locks.hold(entry.path):
         assert cache.unused(folder) == [] and not cache.remove(entry)
         assert f"process {os.getpid()} on " in next(e.state for e in listed(folder) if e.path == entry.path)
     record = folder.parent / first / "run.json"
@@ -187,7 +188,7 @@ def test_a_file_in_the_place_of_a_run_is_named(tmp_path):
     (tmp_path / "runs").write_text("mine")
     with (
         pytest.raises(CheckpointError, match=f"{tmp_path / 'runs'}.* is in the way of {tmp_path / 'runs' / 'x'}. Move it away"),
-        store.hold(tmp_path / "runs" / "x"),
+        locks.hold(tmp_path / "runs" / "x"),
     ):
         pass
     (tmp_path / "held").mkdir()
@@ -196,15 +197,15 @@ def test_a_file_in_the_place_of_a_run_is_named(tmp_path):
         pytest.raises(
             CheckpointError, match="cannot be locked: its file 'lock' is removed again and again, or is a link to nowhere"
         ),
-        store.hold(tmp_path / "held"),
+        locks.hold(tmp_path / "held"),
     ):
         pass
 
 
 def test_a_lock_file_that_is_not_text_still_says_that_somebody_works_there(tmp_path):
-    with store.hold(tmp_path):
+    with locks.hold(tmp_path):
         (tmp_path / "lock").write_bytes(b"\xff\xfe" * 1000)
-        with store.hold_if_free(tmp_path) as owner:
+        with locks.hold_if_free(tmp_path) as owner:
             assert owner == "\ufffd" * 200
 
 
@@ -212,8 +213,8 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(store.fcntl, "flock", flock)
-    with pytest.raises(CheckpointError, match="its file system has no locks .*Choose another folder="), store.hold(tmp_path):
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with pytest.raises(CheckpointError, match="its file system has no locks .*Choose another folder="), locks.hold(tmp_path):
         pass
 
 
@@ -221,10 +222,10 @@ def test_who_waits_for_a_stage_that_is_pruned_makes_its_folder_anew(tmp_path):
     folder, held = tmp_path / "stage", threading.Event()
 
     def work():
-        with store.hold(folder):
+        with locks.hold(folder):
             held.set()
 
-    with store.hold(folder):
+    with locks.hold(folder):
         thread = threading.Thread(target=work)
         thread.start()
         assert not held.wait(0.2)

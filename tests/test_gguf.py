@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -14,7 +17,7 @@ from lockstep.errors import CheckpointError  # noqa: E402
 from lockstep.models.architecture import initial_parameters  # noqa: E402
 from lockstep.registry import registry  # noqa: E402
 from lockstep.runs import identity  # noqa: E402
-from lockstep.storage import gguf  # noqa: E402
+from lockstep.storage import gguf, locks  # noqa: E402
 from lockstep.storage.files import read_json  # noqa: E402
 from lockstep.text.sequences import pack  # noqa: E402
 from lockstep.text.tokenizer import Tokenizer, TokenizerConfig  # noqa: E402
@@ -112,7 +115,7 @@ def test_a_gguf_file_is_a_policy_on_both_backends(file, parameters, cache, tmp_p
         np.testing.assert_allclose(found, expected.setdefault("logprobs", found), atol=2e-5)
         policy.save(tmp_path / name)
         assert "quantization_config" not in read_json(tmp_path / name / "config.json")
-    assert len(list(cache.glob("lockstep/gguf/*"))) == 1  # converted once
+    assert len(list(cache.glob("lockstep/gguf/*/config.json"))) == 1  # converted once
 
 
 def test_a_gguf_file_brings_its_tokenizer(file):
@@ -152,6 +155,35 @@ def test_a_changed_gguf_file_is_another_input(file, parameters):
     write(file, {name: 2 * array for name, array in parameters.items()})
     assert identity.folder_digest(str(file)) != before[0]
     assert gguf.as_folder(file) != before[1]
+
+
+def test_a_gguf_file_that_several_processes_open_is_converted_once(file, monkeypatch):
+    """The second begins while the first converts. It would replace the folder that the first already reads."""
+    begun, second = threading.Event(), threading.Event()  # the second waits, or converts too
+    made = []
+
+    def convert(file, folder):
+        made.append(folder)
+        (second if begun.is_set() else begun).set()
+        assert second.wait(60)
+        folder.mkdir(parents=True)
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    monkeypatch.setattr(locks.log, "info", lambda *_: second.set())  # "waiting for process ..."
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(gguf.as_folder, file)
+        assert begun.wait(60)
+        assert pool.submit(gguf.as_folder, file).result() == first.result()
+    assert made == [first.result()] and gguf.as_folder(file) == made[0]
+
+
+def test_what_a_killed_conversion_left_is_no_part_of_the_next(file):
+    folder = gguf.as_folder(file)
+    names = {path.name for path in folder.iterdir()}
+    left = folder.with_name(f".{folder.name}.part")
+    folder.rename(left)
+    (left / "model-00002-of-00002.safetensors").write_bytes(b"half")
+    assert {path.name for path in gguf.as_folder(file).iterdir()} == names and not left.exists()
 
 
 def test_what_is_not_installed_is_said_with_what_to_type(file, monkeypatch):

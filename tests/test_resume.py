@@ -24,6 +24,7 @@ import pytest
 
 from lockstep.errors import CheckpointError, ConfigError, Stopped
 from lockstep.runs import identity, store
+from lockstep.storage import locks
 from lockstep.storage import weights as storage_weights
 from lockstep.storage.files import read_json
 from lockstep.storage.weights import write_tensors
@@ -412,14 +413,14 @@ def test_going_on_with_other_libraries_warns(begun, monkeypatch, caplog, torch_w
 
 def test_a_lock_is_waited_for_and_taken_over_from_a_process_that_died(tmp_path, caplog):
     caplog.set_level("INFO", "lockstep")
-    code = "import sys, time; from pathlib import Path; from lockstep.runs.store import hold\nwith hold(Path(sys.argv[1])): "
+    code = "import sys, time; from pathlib import Path; from lockstep.storage.locks import hold\nwith hold(Path(sys.argv[1])): "
     code += "print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout.readline() == "held\n"
         held = threading.Event()
 
         def work():
-            with store.hold(tmp_path):
+            with locks.hold(tmp_path):
                 held.set()
 
         thread = threading.Thread(target=work)

@@ -22,18 +22,15 @@ flushed to disk, then renamed. Only the three .jsonl files grow in place; a chec
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import logging
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -53,13 +50,12 @@ from lockstep.storage.files import (
     write_json,
     write_text,
 )
+from lockstep.storage.locks import hold
 from lockstep.storage.names import in_a_name
 from lockstep.storage.records import CHECKPOINT, DONE, RUN, Shape, read_configuration, read_record, read_rows
 
 log = logging.getLogger("lockstep")
 KEPT = 2
-REMOVALS = 100
-"""How many times a folder may be removed while a process waits for its lock."""
 
 
 @dataclass(frozen=True)
@@ -215,63 +211,6 @@ def held(lock: Callable[[], contextlib.AbstractContextManager[None]], processes:
     with contextlib.ExitStack() as stack:
         processes.share(lambda: stack.enter_context(lock()))
         yield
-
-
-@contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Lock ``folder``, waiting while another process holds it. The operating system releases a dead process's lock."""
-    for _ in range(REMOVALS):
-        if (file := _lock(folder)) is not None:
-            break
-    else:
-        raise CheckpointError(f"{folder} cannot be locked: its file 'lock' is removed again and again, or is a link to nowhere.")
-    with file:
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
-def _lock(folder: Path) -> IO[str] | None:
-    """The open lock file, locked; None if the folder was removed meanwhile, for example by `lockstep cache prune`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for process %s, which is working on %s", _owner(file), folder.name)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        return file if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)) else None
-    except FileNotFoundError:
-        return None
-    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise CheckpointError(
-            f"{error.filename} is in the way of {folder}. Move it away, or choose another name=... or folder=..."
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        raise CheckpointError(
-            f"{folder} cannot be locked: its file system has no locks ({error}). Choose another folder=..."
-        ) from error
-
-
-def _owner(file: IO[str]) -> str:
-    file.seek(0)
-    return file.read(200).strip() or "?"
-
-
-@contextlib.contextmanager
-def hold_if_free(folder: Path) -> Iterator[str | None]:
-    """Lock ``folder`` and yield None, or yield the process that holds it. Never waits."""
-    with open(folder / "lock", "a+", encoding="utf-8", errors="replace") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield _owner(file)
-        else:
-            yield None
 
 
 def check_output(folder: Path) -> None:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lockstep.errors import CheckpointError, listing
 from lockstep.storage.files import expanded, move_folder, write_json
+from lockstep.storage.locks import hold
 from lockstep.storage.weights import write_tensors
 
 COMPARED = {
@@ -37,7 +39,8 @@ ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_s
 
 
 def as_folder(path: Path | str) -> Path | str:
-    """The Hugging Face folder made from a GGUF file; any other path unchanged.
+    """The Hugging Face folder made from a GGUF file; any other path unchanged. If several processes ask for the same file, the
+    first makes the folder and the others wait for it.
 
     Raises:
       CheckpointError: the file does not exist, or transformers cannot read it or would read it as a different model.
@@ -49,7 +52,9 @@ def as_folder(path: Path | str) -> Path | str:
         raise CheckpointError(f"There is no file {file}. Download it first: GGUF files are read from the local disk only.")
     folder = _cache() / f"{file.stem}-{_version(file)}"
     if not folder.exists():
-        _convert(file, folder)
+        with hold(folder.with_name(f".{folder.name}")):  # the folder itself exists only when it is complete
+            if not folder.exists():
+                _convert(file, folder)
     return folder
 
 
@@ -87,7 +92,8 @@ def _convert(file: Path, folder: Path) -> None:
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     _check(file, reader, config)
     config["architectures"] = [type(model).__name__]
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     tensors = {name: parameter.detach().float().numpy() for name, parameter in model.named_parameters()}
     write_tensors(temporary / "model.safetensors", tensors)
     write_json(temporary / "config.json", config)

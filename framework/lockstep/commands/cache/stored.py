@@ -17,10 +17,10 @@ from pathlib import Path
 
 from lockstep.config.root import ConfigGroup
 from lockstep.errors import CheckpointError, ConfigError
-from lockstep.runs import store
 from lockstep.runs.experiment import Experiment
 from lockstep.runs.identity import what_changed
 from lockstep.runs.store import StageFolder
+from lockstep.storage import locks
 from lockstep.storage.records import RUN, STAGE, STAGES, read_record
 
 UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
@@ -76,7 +76,7 @@ def _sizes_and_times(folder: Path) -> Iterator[tuple[int, float]]:
 
 
 def _state(folder: Path) -> str:
-    with store.hold_if_free(folder) as owner:
+    with locks.hold_if_free(folder) as owner:
         if owner is not None:
             return f"process {owner} is working on it"
     if StageFolder(folder).done:
@@ -184,7 +184,7 @@ def seconds(text: str) -> float:
 def remove(stage: Entry) -> bool:
     """Remove a stage, unless a process started working on it, or a run started using it, since it was listed."""
     root = stage.path.parents[1]
-    with store.hold_if_free(stage.path) as owner:
+    with locks.hold_if_free(stage.path) as owner:
         if owner is not None or stage.path.name in _known_users(root).of:
             return False
         gone = stage.path.with_name(f".{stage.path.name}.part")

@@ -88,8 +88,8 @@ def stage_folder(source: str, stage: str | None) -> Path | None:
 
 def keep(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add the rows to those of earlier evaluations. An earlier row of the same task, metric and settings is replaced."""
-    from lockstep.runs.store import hold
     from lockstep.storage.files import write_json
+    from lockstep.storage.locks import hold
     from lockstep.storage.records import TASKS, read_record
 
     with hold(file.parent):
