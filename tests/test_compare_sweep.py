@@ -156,6 +156,7 @@ def test_a_baseline_value_holds_each_group_against_its_own_counterpart(whole):
     assert found == [(f"torch, kl_coef={k}", f"jax, kl_coef={k}") for k in (0.05, 0.15, 0.45)]
     found = [(g.label, b.label) for g, b in versus.pairs(whole, "algorithm.kl_coef=0.15")]
     assert found[0] == ("jax, kl_coef=0.05", "jax, kl_coef=0.15") and len(found) == 4
+    assert found == [(g.label, b.label) for g, b in versus.pairs(whole, "algorithm.kl_coef=1.5e-1")]
 
 
 def test_without_a_baseline_the_first_group_is_it_and_a_label_names_one(whole):

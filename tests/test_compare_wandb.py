@@ -81,7 +81,7 @@ def test_numbers_without_intervals_decide_nothing(server):
     server.answer = stages("a", 0.1, 0)
     c = groups.group(reading.read(["wandb:me/rlhf"]))
     assert {claim.verdict for claim in claims.find(c)} == {"unclear"}
-    assert claims.headline(c).startswith("No policy is known to raise the gold score of sft: ppo is not apart")
+    assert claims.headline(c).startswith("No policy is known to raise the gold score of sft: ppo goes from 1.00 to 2.00 on")
     assert what_intervals_are_over(c) == "These records have no intervals over prompts, and so decide nothing."
 
 

@@ -195,10 +195,22 @@ ENDLESS = {
 def test_a_template_that_does_not_end_is_stopped(core, monkeypatch, template):
     monkeypatch.setattr(templates, "SECONDS", 0.2)
     monkeypatch.setattr(templates, "CHARACTERS", 30_000)
-    timers = signal.getsignal(signal.SIGPROF), signal.getitimer(signal.ITIMER_PROF)
+    timers = signal.getsignal(signal.SIGVTALRM), signal.getitimer(signal.ITIMER_VIRTUAL)
     with pytest.raises(ConfigError, match=re.escape(f"The chat template was stopped: {ENDLESS[template]}. Set policy")):
         make(core, chat_template=template).render((Message("user", "Why? Why so?" + "!" * 3),), add_generation_prompt=True)
-    assert timers == (signal.getsignal(signal.SIGPROF), signal.getitimer(signal.ITIMER_PROF))
+    assert timers == (signal.getsignal(signal.SIGVTALRM), signal.getitimer(signal.ITIMER_VIRTUAL))
+
+
+def test_a_profiler_that_ticks_meanwhile_goes_on(core):
+    """libtpu's has a handler in C; `signal.signal` gives None for it, and cannot put it back."""
+    signal.signal(signal.SIGPROF, lambda *_: None)
+    signal.setitimer(signal.ITIMER_PROF, 1000, 1000)
+    try:
+        make(core, chat_template="{{ messages[0].content }}").render((Message("user", "Why?"),), add_generation_prompt=True)
+        assert signal.getitimer(signal.ITIMER_PROF)[1] == 1000
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
 
 def test_a_template_that_takes_too_much_memory_is_stopped(core, monkeypatch):

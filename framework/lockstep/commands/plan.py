@@ -88,8 +88,8 @@ def advice(plan: StagePlan, memory: float) -> str:
             "train adapters: policy=lora."
         )
     return (
-        f"It does not fit: {plan.memory / memory:.0%} of the memory, most of it for '{plan.worst}'. Lower "
-        "algorithm.micro_batch_size, set backend.gradient_checkpointing=true, or raise backend.mesh.fsdp."
+        f"It does not fit: {plan.memory / memory:.0%} of the memory, where 90% are safe; most of it for '{plan.worst}'. Lower "
+        "the stage's micro_batch_size, set backend.gradient_checkpointing=true, or raise backend.mesh.fsdp."
     )
 
 
@@ -100,7 +100,9 @@ def time(plan: StagePlan, devices: int, price: float | None) -> str:
     said = f" A step takes {short(best)} to {short(worst)}; {plan.steps} steps {short(least)} to {short(most)}{cost}."
     if plan.sending > 0.5 * best:
         share = f"{plan.sending / best:.0%}"
-        said += f" At best, {share} of it is sending: raise algorithm.micro_batch_size, as each micro-batch gathers all weights."
+        said += (
+            f" At best, {share} of it is sending: raise the stage's micro_batch_size, as each micro-batch gathers all weights."
+        )
     return said
 
 

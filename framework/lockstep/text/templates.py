@@ -159,12 +159,13 @@ def _limited() -> Iterator[None]:
         if _peak_memory() > memory + MEMORY:
             raise _TooMuch(f"it takes more than {MEMORY // 2**20:,} MB of memory")
 
-    handler, timer = signal.signal(signal.SIGPROF, tick), signal.setitimer(signal.ITIMER_PROF, _TICK, _TICK)
+    # Not SIGPROF: libtpu's profiler has a handler in C, which Python cannot put back.
+    handler, timer = signal.signal(signal.SIGVTALRM, tick), signal.setitimer(signal.ITIMER_VIRTUAL, _TICK, _TICK)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_PROF, *timer)
-        signal.signal(signal.SIGPROF, handler)
+        signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
+        signal.signal(signal.SIGVTALRM, handler)
 
 
 _TICK = 0.1  # seconds

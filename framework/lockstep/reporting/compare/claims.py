@@ -212,7 +212,11 @@ def _gain(c: RunComparison, metric: str) -> str:
     if raises:
         rest = [f"; {down} {where(lowers)}" if lowers else "", f"; not decided {where(open_)}" if open_ else ""]
         return f"{best} {up} {where(raises)}{''.join(rest)}."
-    rest = [f"{best} {down} {where(lowers)}" if lowers else "", f"{best} is not apart {where(open_)}" if open_ else ""]
+    goes = "wins" if metric == "win_rate" else "goes"
+    undecided = ""
+    if open_:
+        undecided = f"{best} {goes} {where(open_)}, not apart" if named else f"{best} is not apart {where(open_)}"
+    rest = [f"{best} {down} {where(lowers)}" if lowers else "", undecided]
     return f"No policy is known to {known}: {'; '.join(filter(None, rest))}."
 
 

@@ -161,10 +161,18 @@ def _values(baseline: str, c: RunComparison) -> dict[str, str]:
             nearest = did_you_mean(key, keys) if equals else did_you_mean(baseline, [g.label for g in c.groups])
             raise ConfigError(f"--baseline {baseline}: '{part}' is not a key=value of the groups.{nearest} {_groups(c)}")
         have = list(dict.fromkeys(g.settings[key] for g in c.groups))
+        value = next((each for each in have if each == value or _number(each) == _number(value) is not None), value)
         if value not in have:
             raise ConfigError(f"--baseline {baseline}: no group has {part}. There are: {listing(have)}.")
         wanted[key] = value
     return wanted
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _groups(c: RunComparison) -> str:
