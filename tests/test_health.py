@@ -62,6 +62,7 @@ WRONG = {
     "values_uninformative": demo(value__explained_variance=np.full(50, -0.1)),
     "sampler_mismatch": demo(sampler__mismatch_mean=np.full(50, 0.03)),
     "responses_cut_off": demo(objective__finished=np.where(STEPS < 30, 1.0, 0.0)),
+    "cutting_off_pays": demo(objective__finished=np.full(50, 0.5), objective__reward=score + np.where(STEPS < 30, -0.1, 0.3)),
     "identical_scores": demo(objective__score_std=np.where(STEPS < 30, 0.5, 1e-8)),
     "not_finite": demo(value__loss=np.where(STEPS < 30, 0.5, math.inf)),
     "gradient_explosion": demo(grad_norm__policy=DEMO["ppo"]["grad_norm/policy"] * np.where(STEPS < 40, 1, 20)),

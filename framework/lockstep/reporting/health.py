@@ -187,6 +187,15 @@ def responses_cut_off(history: History) -> str | None:
     return None
 
 
+def cutting_off_pays(history: History) -> str | None:
+    """Over 5 steps the mean reward is above the mean score, by a twentieth of it or 0.05, and some responses do not end: only
+    what replaces the score of these can raise it, since the KL penalty lowers rewards."""
+    reward, score, finished = (history.mean(f"objective/{name}", 5) for name in ("reward", "score", "finished"))
+    if finished < 1 and reward > score + 0.05 * max(1, abs(score)):
+        return f"objective/reward is {reward:.3g} where objective/score is {score:.3g}, and {1 - finished:.0%} do not end."
+    return None
+
+
 def identical_scores(history: History) -> str | None:
     """Within each of the last 3 batches, all scores were equal, up to rounding."""
     spread, score = history.values("objective/score_std", 3), history.now.get("objective/score")
@@ -252,7 +261,7 @@ RULES = (
     Rule(
         values_uninformative,
         "The value function guesses worse than a constant, so it adds noise to the advantages.",
-        "a larger value_coef or value learning rate, value_network=separate, whiten_rewards where scores are large.",
+        "a larger value_coef or value learning rate, value_network=separate unless it is, whiten_rewards where scores are large.",
     ),
     Rule(
         sampler_mismatch,
@@ -264,6 +273,11 @@ RULES = (
         responses_cut_off,
         "The policy has not learned to stop, or the limit is too short: the scores are for fragments.",
         "a larger lengths.response, an unfinished_score below all others, demonstrations that end with the stop token.",
+    ),
+    Rule(
+        cutting_off_pays,
+        "Responses without a stop token get more than their scores, so the policy learns not to stop.",
+        "an unfinished_score below the scores of finished responses, or null, which keeps each response's own.",
     ),
     Rule(
         identical_scores,
