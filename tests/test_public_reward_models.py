@@ -19,8 +19,10 @@ from lockstep.registry import registry
 from lockstep.runs.assembly import Assembly
 from lockstep.runs.experiment import Experiment
 from lockstep.storage.files import read_json, write_json
+from lockstep.storage.records import MADE_BY
 from lockstep.storage.weights import read_tensors, write_tensors
 from lockstep.text.sequences import pack
+from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Message, Prompt
 from lockstep_rlhf.reward_models.learned import Learned, rendered
 from lockstep_torch.classifier import TextClassifier
@@ -182,19 +184,34 @@ def test_a_public_decoder_without_a_template_says_what_to_set_and_takes_one_from
     assert scores[1] == pytest.approx(public.expected("<user> w3 <end>\n<assistant> w8 <end>\n"), abs=1e-5)
 
 
-def test_a_public_decoder_with_the_policys_vocabulary_and_no_other_template_reads_its_tokens_and_gives_a_value_network(
-    tmp_path, torch_backend, tokenizer
+@pytest.fixture
+def chatml(tokenizer):
+    """The policy's tokenizer with a template that writes w33 after EOS, where ChatML writes a line break."""
+    template = "{% for m in messages %}w31 {{ m.content }} <stop> w33 {% endfor %}{% if add_generation_prompt %}w31 {% endif %}"
+    return Tokenizer(tokenizer.core, eos_token="<stop>", pad_token="<pad>", chat_template=template)
+
+
+def test_a_public_decoder_with_the_policys_tokenizer_reads_what_its_template_writes_after_eos(tmp_path, backend, chatml):
+    public = Public(tmp_path, "Llama", backend, chatml, template=None)
+    chatml.save(tmp_path)
+    public.tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    dialogues = [[{"role": "user", "content": p}, {"role": "assistant", "content": text}] for p, text, _ in ROWS[:2]]
+    expected = [public.expected(public.tokenizer.apply_chat_template(d, tokenize=False)) for d in dialogues]
+    assert public.reward_model().score(responses(chatml, ROWS[:2])) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_public_decoder_with_the_policys_vocabulary_gives_a_value_network_that_reads_its_tokens(
+    tmp_path, torch_backend, chatml
 ):
-    public = Public(tmp_path, "Llama", torch_backend, tokenizer, template=None)
-    tokenizer.save(tmp_path)
-    model = public.reward_model()
-    rows = responses(tokenizer)
-    ids = [tokenizer.encode(p) + tokenizer.encode(text) + [tokenizer.eos_id] * ended for p, text, ended in ROWS]
+    public = Public(tmp_path, "Llama", torch_backend, chatml, template=None)
+    chatml.save(tmp_path)
+    rows = responses(chatml).sequences
+    ids = [chatml.encode(p) + chatml.encode(text) + [chatml.eos_id] * ended for p, text, ended in ROWS]
     with torch.no_grad():
         hidden = [public.model.model(torch.tensor([row])).last_hidden_state[0, -1] for row in ids]
         expected = [public.model.score(h).item() for h in hidden]
-    assert model.score(rows) == pytest.approx(expected, abs=1e-5)
-    assert model.value_network().evaluate(rows.sequences, ["scores"])["scores"] == pytest.approx(expected, abs=1e-5)
+    network = public.reward_model().value_network()
+    assert network.evaluate(rows, ["scores"])["scores"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_dialogue_too_long_for_a_public_decoder_has_no_score(tmp_path, torch_backend, tokenizer, caplog):
@@ -286,12 +303,20 @@ def test_an_encoder_whose_layers_or_tokens_do_not_fit_is_refused(tmp_path, torch
         public.reward_model()
 
 
-def test_a_reward_model_with_fewer_rows_than_the_policy_says_so_when_it_meets_one(tmp_path, torch_backend, tokenizer):
-    public = Public(tmp_path, "Llama", torch_backend, tokenizer, template=None)
-    tokenizer.save(tmp_path)
-    model, rows = public.reward_model(), responses(tokenizer)
+@pytest.mark.parametrize("made_by_a_stage", [False, True])
+def test_a_reward_model_with_fewer_rows_than_the_policy_says_so_when_it_meets_one(
+    tmp_path, torch_backend, chatml, made_by_a_stage
+):
+    public = Public(tmp_path, "Llama", torch_backend, chatml, template=None)
+    chatml.save(tmp_path)
+    if made_by_a_stage:
+        write_json(tmp_path / MADE_BY, {"kind": "reward_model", "policy": "huggingface"})
+    model, rows = public.reward_model(), responses(chatml)
     rows.sequences.tokens[1, -1] = 99  # padding may be anything
     rows.sequences.tokens[1, rows.sequences.prompt_length] = 64
+    if not made_by_a_stage:  # it reads the text, and only the value network reads ids
+        assert np.isfinite(model.score(rows)).all()
+        model.value_network()
     with pytest.raises(RewardError, match="The policy wrote the token id 64, .* its embedding has 64 rows"):
         model.score(rows)
 

@@ -25,7 +25,7 @@ class Learned(RewardModel):
     """``source`` is a stage of this run, a folder written by a stage, or a public reward model: a folder or hub id of an
     ``AutoModelForSequenceClassification`` checkpoint with one label. What the model reads depends on ``source``:
 
-    * with the policy's tokenizer (and no chat template other than the policy's): the policy's tokens directly;
+    * a stage's output with the policy's tokenizer (and no chat template other than the policy's): the policy's tokens directly;
     * a stage's output with another tokenizer or chat template: the text, rendered and encoded as in its training;
     * a public decoder (``score.weight``): the whole dialogue in its own chat template;
     * a public encoder (BERT, DeBERTa, ...; torch only): the whole dialogue if it has a chat template, else prompt and response
@@ -48,6 +48,8 @@ class Learned(RewardModel):
     def __init__(self, config: Config, resources: Resources):
         self.config = config
         self.model: ScalarModel | None = None
+        self.embedding: int | None = None
+        """The rows of the embedding that the policy's ids index: the model's, or its value network's; None if it reads text."""
         kind = resources.kind(config.source)
         if kind == "encoder":
             self.read = self._pairs_read_by(resources.classifier(config.source))
@@ -56,10 +58,11 @@ class Learned(RewardModel):
         self.same_vocabulary = self.tokenizer.core.to_str() == resources.tokenizer.core.to_str()
         template = template_text(config.chat_template) or self.tokenizer.chat_template
         same_text = template in (None, resources.tokenizer.chat_template)
-        self.shares_tokens = self.same_vocabulary and same_text
+        self.shares_tokens = kind == "stage" and self.same_vocabulary and same_text
         if self.shares_tokens:
+            self.embedding = model.vocab_size
             resources.tokenizer.check_embedding(model.vocab_size, f"the reward model '{config.source}'")
-            self.read = lambda responses: self._score(self._known(responses.sequences, model.vocab_size))
+            self.read = lambda responses: self._score(responses.sequences)
         elif kind == "stage":
             self.tokenizer.chat_template = template
             self.read = lambda responses: self._score_fitting(self._as_trained(responses))
@@ -73,10 +76,15 @@ class Learned(RewardModel):
             self.read = lambda responses: self._score_fitting(self._as_dialogues(responses))
 
     def score(self, responses: Responses) -> np.ndarray:
+        if self.embedding is not None:
+            self._check_known(responses.sequences, self.embedding)
         return self.read(responses)
 
     def value_network(self) -> ScalarModel | None:
-        return self.model.copy() if self.model is not None and self.same_vocabulary else None
+        if self.model is None or not self.same_vocabulary:
+            return None
+        self.embedding = self.model.vocab_size
+        return self.model.copy()
 
     # ------------------------------------------------------------------------------------------------------ decoders
 
@@ -84,9 +92,8 @@ class Learned(RewardModel):
         evaluate = lambda part: self.model.evaluate(part, ["scores"])  # noqa: E731
         return in_chunks(evaluate, rows, self.config.micro_batch_size)["scores"]
 
-    def _known(self, rows: Sequences, embedding: int) -> Sequences:
-        """The policy's rows, unchanged. A policy whose embedding has more rows than the tokenizer has tokens can write ids that
-        mean nothing.
+    def _check_known(self, rows: Sequences, embedding: int) -> None:
+        """A policy whose embedding has more rows than the tokenizer has tokens can write ids that mean nothing.
 
         Raises:
           RewardError: the policy wrote an id for which this model has no row.
@@ -97,7 +104,6 @@ class Learned(RewardModel):
                 f"The policy wrote the token id {largest}, for which the reward model '{self.config.source}' has no row: its "
                 f"embedding has {embedding} rows. Resize the embedding of either to that of the other."
             )
-        return rows
 
     def _score_fitting(self, examples: Sequence[Example | None]) -> np.ndarray:
         """Scores; NaN for examples that do not fit (None)."""
