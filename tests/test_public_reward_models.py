@@ -184,6 +184,20 @@ def test_a_public_decoder_without_a_template_says_what_to_set_and_takes_one_from
     assert scores[1] == pytest.approx(public.expected("<user> w3 <end>\n<assistant> w8 <end>\n"), abs=1e-5)
 
 
+@pytest.mark.parametrize("pad_id", [7, 0, None])
+def test_a_public_decoder_reads_its_score_at_the_last_token_that_is_not_its_pad_token(tmp_path, backend, tokenizer, pad_id):
+    """7 is <end>, which closes the dialogue."""
+    public = Public(tmp_path, "Llama", backend, tokenizer, template=CHAT.replace("\n", ""))
+    write_json(tmp_path / "config.json", read_json(tmp_path / "config.json") | {"pad_token_id": pad_id})
+    public.model.config.pad_token_id = pad_id
+    expected = [
+        public.expected("<user> w1 w2 <end><assistant> w5 w6 w7 <end>"),
+        public.expected("<user> w3 <end><assistant> w8 <end>"),
+        public.expected("<user> w1 w4 w9 w2 <end><assistant> w5 w3"),
+    ]
+    assert public.reward_model().score(responses(tokenizer)) == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.fixture
 def chatml(tokenizer):
     """The policy's tokenizer with a template that writes w33 after EOS, where ChatML writes a line break."""

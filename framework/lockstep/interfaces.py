@@ -307,6 +307,10 @@ def check_vocabularies(student: Model, teacher: Model) -> None:
 class ScalarModel(Model):
     """A trunk with a scalar head: a learned reward model (scores) or a value network (values)."""
 
+    pad_id: int | None = None
+    """The ``pad_token_id`` in the config.json that `Policy.load_scalar` read. transformers' classifiers read their score at the
+    last token that is not this one, even if it is EOS."""
+
     @abstractmethod
     def rescale(self, gain: float, bias: float) -> None:
         """Fold ``gain * output + bias`` into the head, in place. This is how a reward model is normalised."""

@@ -20,7 +20,7 @@ from lockstep.models.architecture import (
     linear_layers,
 )
 from lockstep.models.blueprint import Blueprint
-from lockstep.models.checkpoint import CheckpointConfig, FromCheckpoint, is_adapter, map_decoder
+from lockstep.models.checkpoint import CheckpointConfig, FromCheckpoint, is_adapter, map_decoder, pad_id_of
 from lockstep.text.tokenizer import Tokenizer
 from lockstep_jax.device import JaxDevice
 from lockstep_jax.model import LanguageModel, Scalar
@@ -39,7 +39,9 @@ class Checkpoint(LanguageModel):
     @classmethod
     def load_scalar(cls, folder: Path | str, backend: JaxDevice) -> ScalarModel:
         architecture, weights = map_decoder(folder, scalar=True)
-        return Scalar.from_arrays(architecture, weights, backend, language_head=False)
+        model: Scalar = Scalar.from_arrays(architecture, weights, backend, language_head=False)
+        model.pad_id = pad_id_of(folder)
+        return model
 
 
 class Decoder(Checkpoint):

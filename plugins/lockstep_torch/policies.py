@@ -27,7 +27,15 @@ from lockstep.models.architecture import (
     usual_tensors,
 )
 from lockstep.models.blueprint import Blueprint
-from lockstep.models.checkpoint import Checkpoint, CheckpointConfig, FromCheckpoint, is_adapter, map_decoder, open_checkpoint
+from lockstep.models.checkpoint import (
+    Checkpoint,
+    CheckpointConfig,
+    FromCheckpoint,
+    is_adapter,
+    map_decoder,
+    open_checkpoint,
+    pad_id_of,
+)
 from lockstep.storage.weights import OnDisk, as_float32
 from lockstep.text.tokenizer import Tokenizer
 from lockstep_torch.classifier import TextClassifier
@@ -96,7 +104,9 @@ class HuggingFace(FromCheckpoint, LanguageModel):
 
         checkpoint = open_checkpoint(folder, scalar=True, any_family=True)
         network, weights = _open(AutoModel, checkpoint)
-        return Scalar.filled(network, _head(OnDisk(checkpoint.stored)), backend, weights)
+        model: Scalar = Scalar.filled(network, _head(OnDisk(checkpoint.stored)), backend, weights)
+        model.pad_id = pad_id_of(checkpoint.folder)
+        return model
 
     @classmethod
     def load_classifier(cls, folder: Path | str, backend: TorchDevice) -> Classifier:

@@ -218,6 +218,13 @@ def context_of(path: str) -> int | None:
         return None  # opening the checkpoint reports the error
 
 
+def pad_id_of(path: Path | str) -> int | None:
+    """The ``pad_token_id`` in a checkpoint's config.json."""
+    config = read_config(fetch_folder(path))
+    pad_id: int | None = (config.get("text_config") or config).get("pad_token_id")
+    return pad_id
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json.
 

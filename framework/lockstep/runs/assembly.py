@@ -282,7 +282,8 @@ def opener(folder: Path, backend: str) -> str:
 
 
 def load_own_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model that only reads text. Public ones often pad with EOS, which is harmless for reading."""
+    """The tokenizer of a model that only reads text. Public ones often pad with EOS, which is harmless here:
+    `ScalarModel.pad_id` says where such a model reads its score."""
     own = None if (folder / MADE_BY).exists() else TokenizerConfig(None, None, PAD, None)
     return Tokenizer.load(folder, own)
 

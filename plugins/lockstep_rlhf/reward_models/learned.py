@@ -27,7 +27,7 @@ class Learned(RewardModel):
 
     * a stage's output with the policy's tokenizer (and no chat template other than the policy's): the policy's tokens directly;
     * a stage's output with another tokenizer or chat template: the text, rendered and encoded as in its training;
-    * a public decoder (``score.weight``): the whole dialogue in its own chat template;
+    * a public decoder (``score.weight``): the whole dialogue in its own chat template, without pad tokens at its end;
     * a public encoder (BERT, DeBERTa, ...; torch only): the whole dialogue if it has a chat template, else prompt and response
       as a pair of texts.
 
@@ -129,10 +129,13 @@ class Learned(RewardModel):
 
     def _as_dialogues(self, responses: Responses) -> list[Example | None]:
         """The whole dialogues; None if too long. All tokens but the last are the prompt: a decoder's score ignores the split."""
+        assert self.model is not None
         texts = [rendered(self.tokenizer.render, *row) for row in rows_of(responses)]
         longest, examples = self.model.context_length, []
         texts = [text if len(text) <= encoding.most_characters(longest) else "" for text in texts]
         for ids in self.tokenizer.encode_many(texts):
+            while ids and ids[-1] == self.model.pad_id:
+                ids.pop()
             examples.append(Example(ids[:-1], ids[-1:]) if 2 <= len(ids) <= longest else None)
         return examples
 
