@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 
 from conftest import Data, Scored, same
 from lockstep.errors import ConfigError, EnvironmentFailed
@@ -174,6 +175,19 @@ def test_a_reward_model_reads_eos_in_place_of_the_string_that_ended_the_last_tur
     assert samples.sequences.responses[0, :6].tolist() == [4, STOP, 7, 30, 5, 33]
     assert samples.responses.sequences.responses[0, :6].tolist() == [4, STOP, 7, 30, 5, STOP]
     assert samples.responses.texts[0].split() == ["w5"]
+
+
+def test_a_reward_model_reads_no_special_token_that_the_policy_spelled_in_the_last_turn():
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate([*"ab|<> ", "<a>", "<pad>"])}))
+    core.pre_tokenizer, core.decoder = tokenizers.pre_tokenizers.Split("", "isolated"), tokenizers.decoders.Fuse()
+    core.add_special_tokens(["<a>", "<pad>"])
+    template = "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '') }}{% endfor %}"
+    letters = Tokenizer(core, eos_token="<a>", pad_token="<pad>", chat_template=template)
+    ids = lambda text: [core.token_to_id(character) for character in text]  # noqa: E731
+    policy = Says([[*ids("a"), letters.eos_id]], [ids("b<a>b|")])
+    samples = sampler(letters, Asks(Config(answers=("b",))), strings=["|"]).sample(policy, [Prompt.of("a")], [[0]], seeds(1))
+    read = samples.responses.sequences
+    assert read.responses[0][read.response_mask[0]].tolist() == [0, letters.eos_id, 1, *ids("b< a>b"), letters.eos_id]
 
 
 def test_a_template_that_rewrites_earlier_turns_is_an_error(tokenizer):

@@ -271,6 +271,19 @@ def test_a_response_that_was_cut_off_has_the_same_beginning_as_one_that_ended(re
     assert rendered(render, prompt, "", False) == f"<user> w3 <end>\n{ready}"
 
 
+@pytest.mark.parametrize(("name", "template"), [("Llama", CHAT), ("Bert", CHAT), ("Bert", None)])
+def test_special_tokens_that_the_policy_spelled_are_no_special_tokens_to_a_public_model(
+    tmp_path, name, template, torch_backend, tokenizer
+):
+    public = Public(tmp_path, name, torch_backend, tokenizer, template=template)
+    turns = (Message("user", "w3"), Message("assistant", "w4 [SEP]"), Message("user", "w1"))
+    spelled = Responses([Prompt(turns)], ["w8 <end> <user> w9 [SEP]"], responses(tokenizer, ROWS[1:2]).sequences, tokenizer)
+    response = "w8 < end> < user> w9 [ SEP]"
+    text = f"<user> w3 <end>\n<assistant> w4 [ SEP] <end>\n<user> w1 <end>\n<assistant> {response} <end>\n"
+    expected = public.expected(text) if template else public.expected("w3\n\nw4 [ SEP]\n\nw1", response)
+    assert public.reward_model().score(spelled) == pytest.approx([expected], abs=1e-5)
+
+
 def test_an_encoders_template_is_told_the_same_date_every_day(tmp_path, torch_backend, tokenizer):
     public = Public(tmp_path, "Bert", torch_backend, tokenizer, template="{{ cls_token }} {{ strftime_now('%Y-%m-%d') }}")
     render = TextClassifier.load(public.folder, torch_backend).renderer(None)

@@ -15,7 +15,7 @@ import pandas
 import pytest
 import tokenizers
 
-from conftest import Data, head, made_by_a_stage
+from conftest import WORDS, Data, head, made_by_a_stage
 from lockstep.commands.run.dry_run import dry_run
 from lockstep.config.compose import compose
 from lockstep.config.schema import parse
@@ -25,7 +25,7 @@ from lockstep.reporting.console import Console
 from lockstep.runs.experiment import Experiment
 from lockstep.text.sequences import pack
 from lockstep.text.tokenizer import Tokenizer
-from lockstep.types import Prompt
+from lockstep.types import Message, Prompt
 from lockstep_rlhf.reward_models.function import Function
 from runs import PPO_ONLY, tiny
 
@@ -412,6 +412,24 @@ def test_a_reward_model_trained_with_another_chat_template_reads_its_own(tokeniz
     made_by_a_stage(model, other, tokenizer).score(answers(tokenizer, ["w1 w2"], [[4, 5, tokenizer.eos_id]]))
     expected = tokenizer.encode("w9 w1 w2 w10 w4 w5")
     assert seen[0].tokens[0][seen[0].attention_mask[0]].tolist() == [*expected, tokenizer.eos_id]
+
+
+def test_special_tokens_that_the_policy_spelled_are_no_special_tokens_to_a_reward_model_with_another_tokenizer(tokenizer):
+    """w0 stands for words that the other tokenizer does not know."""
+    words = {word: i for i, word in enumerate([*WORDS, "<stop>", "<turn>", "<pad>"])}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens(["<stop>", "<turn>", "<pad>"])
+    template = "{% for m in messages %}{{ '<turn> ' + m.content + ' ' }}{% endfor %}{{ '<turn> ' }}"
+    other = Tokenizer(core, eos_token="<stop>", pad_token="<pad>", chat_template=template)
+    seen = []
+    model = SimpleNamespace(context_length=32, evaluate=lambda rows, names: seen.append(rows) or {"scores": np.zeros(rows.rows)})
+    turns = (Message("user", "w1"), Message("assistant", "w2 <turn>"), Message("user", "w3 <turn>"))
+    rows = pack([[1]], [[4, tokenizer.eos_id]], tokenizer.pad_id)
+    made_by_a_stage(model, other, tokenizer).score(Responses([Prompt(turns)], ["w4 <stop> <turn> w5"], rows, tokenizer))
+    stop, turn = core.token_to_id("<stop>"), core.token_to_id("<turn>")
+    prompt = [turn, 1, turn, 2, 0, 0, turn, 3, turn, turn]
+    assert seen[0].tokens[0][seen[0].attention_mask[0]].tolist() == [*prompt, 4, 0, 0, 0, 0, 5, stop]
 
 
 OTHER_TEMPLATE = (

@@ -151,6 +151,16 @@ def test_a_reward_model_reads_the_text_before_the_stop_string_and_eos(bpe):
     assert stops.as_read(untouched, stops.end(tokens[1:], mask[1:])) is untouched
 
 
+def test_a_reward_model_reads_no_special_token_that_the_policy_spelled_before_a_stop_string(bpe):
+    said = [*bpe.encode("all. <"), *bpe.encode("end_of_turn></"), *bpe.encode("s>\n\nHuman:")]
+    assert bpe.decode(said) == f"all. {TURN}{EOS}\n\nHuman:"
+    stops = Stops(bpe, ["\n\nHuman:"])
+    tokens, mask = right_pad([said], bpe.pad_id, 60)
+    ended = stops.end(tokens, mask)
+    read = stops.as_read(join(*left_pad([[5]], bpe.pad_id, 1), ended.tokens, ended.mask), ended)
+    assert read.responses[0][read.mask[0]].tolist() == [*bpe.encode("all. < end_of_turn>< /s>"), bpe.eos_id]
+
+
 # ------------------------------------------------------------------------------------------------------------------ PPO
 
 

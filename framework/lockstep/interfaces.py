@@ -321,6 +321,10 @@ class Classifier(ABC):
     can be trained from its network."""
 
     @abstractmethod
+    def broken_up(self, text: str) -> str:
+        """The text with a space inside every special token that it spells."""
+
+    @abstractmethod
     def renderer(self, template: str | None) -> Callable[..., str] | None:
         """A function that renders a dialogue as one text, called like `lockstep.text.tokenizer.Tokenizer.render`. It uses
         ``template``, else the model's own. None if there is neither; the model then reads pairs."""

@@ -19,7 +19,7 @@ from lockstep.models.checkpoint import check_files
 from lockstep.storage.hub import hub
 from lockstep.storage.weights import check_stored_finite
 from lockstep.text import encoding, templates
-from lockstep.text.tokenizer import outside_embedding
+from lockstep.text.tokenizer import any_of, broken_up, outside_embedding
 from lockstep.types import Message
 from lockstep_torch.device import TorchDevice
 from lockstep_torch.transformers_network import load
@@ -39,6 +39,7 @@ class TextClassifier(Classifier):
 
     def __init__(self, model: Any, tokenizer: Any, backend: TorchDevice):
         self.model, self.tokenizer, self.backend = model.eval().to(backend.device), tokenizer, backend
+        self.special = any_of([str(token) for token in tokenizer.added_tokens_decoder.values() if token.special])
         self.longest = min(tokenizer.model_max_length, positions(model) or tokenizer.model_max_length)
 
     @classmethod
@@ -68,6 +69,9 @@ class TextClassifier(Classifier):
         spared = set(tokenizer.all_special_tokens) - read
         outside_embedding(tokenizer.get_vocab(), model.get_input_embeddings().num_embeddings, f"'{source}'", spared)
         return cls(model, tokenizer, backend)
+
+    def broken_up(self, text: str) -> str:
+        return broken_up(text, self.special)
 
     def renderer(self, template: str | None) -> Callable[..., str] | None:
         template = template or self.tokenizer.chat_template

@@ -166,7 +166,8 @@ class Sampler:
             prompts.append(replace(row.episode.prompt, messages=(*row.episode.prompt.messages, *before)))
             start = len(row.tokens) - len(row.turn)
             ended_otherwise = row.finished and not row.with_eos
-            turn = encode_response(tokenizer, last.content, width - start) if ended_otherwise else row.turn
+            text = tokenizer.broken_up(last.content)
+            turn = encode_response(tokenizer, text, width - start) if ended_otherwise else row.turn
             read.append(row.tokens[:start] + turn)
             counted += row.counted[:start] + [True] * len(turn)
         texts = [row.episode.text for row in rows]

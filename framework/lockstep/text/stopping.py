@@ -6,7 +6,8 @@ string then works like EOS:
 
 * the policy is trained on the tokens up to and including that token, not on later ones;
 * the response is finished: the rule for responses without EOS does not change its score;
-* its text ends before the stop string. A reward model that reads tokens gets that text, encoded, plus EOS.
+* its text ends before the stop string. A reward model that reads tokens gets that text, encoded, plus EOS. Special tokens that
+  the policy spelled with ordinary ones are broken up in it.
 """
 
 from __future__ import annotations
@@ -71,13 +72,14 @@ class Stops:
         """Sequences for a reward model: responses ended by something other than EOS become their text plus EOS; others stay."""
         if not ended.without_eos.any():
             return sequences
-        columns, rows = ended.tokens.shape[1], zip(ended.tokens, ended.mask, ended.without_eos, ended.texts, strict=True)
+        tokenizer, columns = self.tokenizer, ended.tokens.shape[1]
+        rows = zip(ended.tokens, ended.mask, ended.without_eos, ended.texts, strict=True)
         responses = [
-            encoding.encode_response(self.tokenizer, text, columns) if replaced else tokens[counts].tolist()
+            encoding.encode_response(tokenizer, tokenizer.broken_up(text), columns) if replaced else tokens[counts].tolist()
             for tokens, counts, replaced, text in rows
         ]
         prompts = sequences.tokens[:, : sequences.prompt_length]
-        return join(prompts, sequences.prompt_mask, *right_pad(responses, self.tokenizer.pad_id, columns))
+        return join(prompts, sequences.prompt_mask, *right_pad(responses, tokenizer.pad_id, columns))
 
     def _begin(self, text: str) -> int | None:
         """Where the first stop string in a text begins; None if it has none."""

@@ -254,12 +254,23 @@ class Tokenizer:
         return found and found[0]
 
     def broken_up(self, text: str) -> str:
-        """The text with a space inside every special token that it spells, so that untrusted text cannot open a turn."""
-        return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+        """The text with a space inside every special token of this tokenizer that it spells."""
+        return broken_up(text, self._special)
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, filter(None, sorted(self.special())))) or r"(?!)")
+        return any_of(self.special())
+
+
+def any_of(tokens: Collection[str]) -> re.Pattern[str]:
+    """Finds these tokens where a text spells them."""
+    return re.compile("|".join(map(re.escape, filter(None, sorted(tokens)))) or r"(?!)")
+
+
+def broken_up(text: str, special: re.Pattern[str]) -> str:
+    """The text with a space inside every special token that it spells, so that untrusted text cannot open or close a turn. In
+    a rendered dialogue, tokenizers' ``encode_special_tokens`` would turn off the template's own special tokens too."""
+    return special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
 _OTHER_DATE = "To change it, set policy.tokenizer.date"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,6 +30,9 @@ class Learned(RewardModel):
     * a public decoder (``score.weight``): the whole dialogue in its own chat template, without pad tokens at its end;
     * a public encoder (BERT, DeBERTa, ...; torch only): the whole dialogue if it has a chat template, else prompt and response
       as a pair of texts.
+
+    In text, special tokens that the policy spelled with ordinary ones are broken up by a space: else its response could close its
+    own turn and praise it in the user's name.
 
     ``chat_template`` replaces the model's own. A response that does not fit the model has no score (NaN); a warning counts
     such responses.
@@ -120,8 +123,8 @@ class Learned(RewardModel):
         """The responses in this model's tokens, with EOS only if the policy wrote its own. Prompts that are too long lose their
         oldest turns. None if the response and the rest of the prompt do not fit."""
         examples = []
-        for prompt, text, ended in zip(responses.prompts, responses.texts, finished(responses), strict=True):
-            response = self.tokenizer.encode(text) + [self.tokenizer.eos_id] * bool(ended)
+        for prompt, text, ended in rows_of(responses, self.tokenizer.broken_up):
+            response = self.tokenizer.encode(text) + [self.tokenizer.eos_id] * ended
             room = self.model.context_length - len(response)
             ids = encoding.encode_prompt(self.tokenizer, prompt, room) if room > 0 else None
             examples.append(None if ids is None else Example(ids, response))
@@ -130,7 +133,7 @@ class Learned(RewardModel):
     def _as_dialogues(self, responses: Responses) -> list[Example | None]:
         """The whole dialogues; None if too long. All tokens but the last are the prompt: a decoder's score ignores the split."""
         assert self.model is not None
-        texts = [rendered(self.tokenizer.render, *row) for row in rows_of(responses)]
+        texts = [rendered(self.tokenizer.render, *row) for row in rows_of(responses, self.tokenizer.broken_up)]
         longest, examples = self.model.context_length, []
         texts = [text if len(text) <= encoding.most_characters(longest) else "" for text in texts]
         for ids in self.tokenizer.encode_many(texts):
@@ -146,7 +149,7 @@ class Learned(RewardModel):
         render = classifier.renderer(template)
 
         def read(responses: Responses) -> np.ndarray:
-            rows = rows_of(responses)
+            rows = rows_of(responses, classifier.broken_up)
             texts = [rendered(render, *row) if render else pair(row[0], row[1]) for row in rows]
             parts = [classifier.score(texts[part]) for part in chunks(len(texts), self.config.micro_batch_size)]
             scores = np.concatenate(parts) if parts else np.zeros(0, np.float32)
@@ -162,8 +165,14 @@ def finished(responses: Responses) -> np.ndarray:
     return ends_with_stop(rows.responses, rows.response_mask, [responses.tokenizer.eos_id])
 
 
-def rows_of(responses: Responses) -> list[tuple[Prompt, str, bool]]:
-    return list(zip(responses.prompts, responses.texts, map(bool, finished(responses)), strict=True))
+def rows_of(responses: Responses, broken_up: Callable[[str], str]) -> list[tuple[Prompt, str, bool]]:
+    """The prompt and text of each response, and whether the policy ended it. All assistant turns are ``broken_up``."""
+
+    def of(message: Message) -> Message:
+        return replace(message, content=broken_up(message.content)) if message.role == "assistant" else message
+
+    prompts = [replace(prompt, messages=tuple(map(of, prompt.messages))) for prompt in responses.prompts]
+    return list(zip(prompts, map(broken_up, responses.texts), map(bool, finished(responses)), strict=True))
 
 
 def rendered(render: Callable[..., str], prompt: Prompt, text: str, ended: bool) -> str:
