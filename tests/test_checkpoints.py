@@ -27,7 +27,8 @@ from lockstep.registry import registry
 from lockstep.runs.assembly import Assembly, opener, save_result
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import INDEX, read_tensors, write_tensors
-from lockstep.text.sequences import join
+from lockstep.text.encoding import Lengths
+from lockstep.text.sequences import join, pack
 from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -330,6 +331,45 @@ def test_logits_that_are_computed_in_an_unknown_way_are_refused(tmp_path, monkey
     monkeypatch.setattr(cls, "forward", squared)
     with pytest.raises(CheckpointError, match="logits of this opt are computed in a way that Lockstep does not know"):
         policy_class(backend).load(tmp_path, backend)
+
+
+def saved(model_type, folder, **settings):
+    """Save a small causal language model of transformers with random weights."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        model_type, vocab_size=37, bos_token_id=1, eos_token_id=2, pad_token_id=0, **settings
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(10 if parameter.ndim > 1 else 1)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("phi3", {"max_position_embeddings": 64, "original_max_position_embeddings": 16,
+                  "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}}),
+        ("llama", {"max_position_embeddings": 16, "rope_scaling": {"type": "dynamic", "factor": 4.0}}),
+    ],
+)  # fmt: skip
+def test_within_the_context_a_row_does_not_depend_on_how_long_its_neighbours_are(model_type, settings, tmp_path):
+    backend_class = registry().resolve("backend", "torch", "torch")
+    backend = backend_class(parse(backend_class.Config, BACKENDS["torch"], "backend"))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    saved(model_type, tmp_path, **sizes, num_key_value_heads=2, **settings)
+    policy = policy_class(backend).load(tmp_path, backend)
+    assert policy.context_length == 16
+    found = []
+    for length in (1, policy.context_length - 3, policy.context_length - 2):
+        rows = pack([[3, 4, 5], [6, 7, 8]], [[9, 10, 11], [12] * length], 0)
+        found.append(policy.evaluate(rows, ["logprobs"])["logprobs"][0, :3])
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+    assert np.abs(found[2] - found[0]).max() > 1e-3
+    with pytest.raises(ConfigError, match="12 \\+ 5 exceeds the policy's context of 16 tokens"):
+        Lengths(12, 5).check(policy.context_length)
 
 
 def test_headers_alone_say_how_many_rows_the_embedding_has(folder):

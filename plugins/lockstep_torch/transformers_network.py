@@ -98,6 +98,19 @@ def _without_dropout(hf: Any) -> None:
                 setattr(module, name, 0.0)
 
 
+def ropes(config: Any) -> list[dict[str, Any]]:
+    """The records of rope parameters in transformers' configuration: one, or one for each kind of layer."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return [each for each in (found, *found.values()) if isinstance(each, dict)]
+
+
+def context_of(config: Any) -> int:
+    """The context length in transformers' configuration. With longrope it is the original one: in longer batches, transformers
+    takes other frequencies for all rows. With dynamic rope the same begins at max_position_embeddings."""
+    original = [each["original_max_position_embeddings"] for each in ropes(config) if each.get("rope_type") == "longrope"]
+    return min([config.max_position_embeddings, *original])
+
+
 class TransformersNetwork(Network):
     """Any causal language model of transformers, or its trunk alone."""
 
@@ -113,7 +126,7 @@ class TransformersNetwork(Network):
         self.prefix = "" if hf.base_model is not hf else f"{hf.base_model_prefix}."  # as in the checkpoint
         config = hf.config.get_text_config()
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
-        self.context_length = config.max_position_embeddings
+        self.context_length = context_of(config)
 
     def checkpoint_name(self, name: str) -> str:
         return usual_name(self.config["model_type"], name.replace("hf.", self.prefix, 1))
@@ -215,9 +228,7 @@ class TransformersNetwork(Network):
     def in_order(self, columns: int) -> bool:
         """True if rows with real tokens first need no mask: transformers then makes none for layers that see all earlier keys.
         Positions then run to the last column, so each column must have one, and angles may not depend on the longest row."""
-        config = self.hf.config.get_text_config()
-        ropes = getattr(config, "rope_parameters", None) or {}
-        kinds = {each.get("rope_type") for each in (ropes, *ropes.values()) if isinstance(each, dict)}
+        kinds = {each.get("rope_type") for each in ropes(self.hf.config.get_text_config())}
         return columns <= self.context_length and not kinds & {"dynamic", "longrope"}
 
     @functools.cached_property
