@@ -17,7 +17,11 @@ from lockstep.learning.episodes import EnvironmentConfig, EnvironmentReward, rep
 from lockstep.learning.online import Clock
 from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import Sampler, concatenate, score
+from lockstep.models.architecture import from_hf, initial_parameters, to_hf
+from lockstep.registry import registry
 from lockstep.runs.evaluation import EvaluationConfig, Evaluator
+from lockstep.storage.files import write_json
+from lockstep.storage.weights import write_tensors
 from lockstep.text.encoding import Lengths
 from lockstep.text.sequences import right_pad
 from lockstep.text.stopping import Stops
@@ -43,6 +47,8 @@ def turns(tokenizer) -> Tokenizer:
 
 class Says:
     """Writes the given rows, call by call, with log-probabilities -1, -2, ...; ``calls`` has the contexts and seeds."""
+
+    context_length = 64
 
     def __init__(self, *calls):
         self.script, self.calls = iter(calls), []
@@ -216,6 +222,31 @@ def test_rows_do_not_depend_on_each_other(load, turns):
     rows = np.array([4, 1])
     taken = whole.take(rows)
     assert taken.responses.rewards.tolist() == whole.responses.rewards[rows].tolist()
+
+
+def test_episodes_fill_the_context_of_a_model_with_learned_positions(backend, turns, tmp_path):
+    """Prompt and response together are as long as the context: a row near its end leaves no room for one that has many tokens
+    left, which draws as it does alone."""
+    pytest.importorskip("transformers")
+    sizes = {"vocab_size": 37, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 30}
+    architecture = from_hf({"model_type": "gpt2", **sizes})
+    parameters = initial_parameters(architecture, 0)
+    write_tensors(tmp_path / "model.safetensors", {name: x * (10 if x.ndim > 1 else 1) for name, x in parameters.items()})
+    write_json(tmp_path / "config.json", to_hf(architecture))
+    policy = registry().resolve("policy", "huggingface", backend.name).load(tmp_path, backend)
+    environment, lengths = Asks(Config(answers=("w7 w8", "w9", "w7"))), Lengths(prompt=8, response=22, multiple=8)
+    lengths.check(policy.context_length)
+    prompts, ids, drawn = [Prompt.of("w1"), Prompt.of("w2")], [[1, 2, 3, 4, 5, 6, 7, 8], [9]], token_seeds(0, "s", 0, 16, 22)
+    talk = sampler(turns, environment, ["w1", "w2"], lengths)
+    whole = talk.sample(policy, prompts, ids, drawn)
+    assert whole.sequences.response_mask.all(axis=1).any() and numerics.turns(whole.sequences.mask).max() > 1
+    parts = concatenate(
+        [talk.sample(policy, prompts[:1], ids[:1], drawn[:8]), talk.sample(policy, prompts[1:], ids[1:], drawn[8:])]
+    )
+    assert parts.sequences.responses.tolist() == whole.sequences.responses.tolist()
+    assert parts.sequences.mask.tolist() == whole.sequences.mask.tolist()
+    again = policy.evaluate(whole.sequences, ["logprobs"], temperature=0.7)["logprobs"]
+    np.testing.assert_allclose(again[whole.sequences.mask], whole.logprobs[whole.sequences.mask], atol=2e-5)
 
 
 def test_the_policy_is_evaluated_as_it_sampled(load, turns):

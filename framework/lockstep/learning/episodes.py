@@ -33,11 +33,15 @@ from lockstep.learning.randomness import hash32
 from lockstep.learning.turns import Generate, Turns
 from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
+from lockstep.text.sequences import right_pad, width
 from lockstep.text.stopping import Stops
 from lockstep.types import Message, Prompt
 
 MOST_MESSAGES = 16
 """The most messages in one reply."""
+
+LEAST_DRAWN = 8
+"""The fewest tokens to draw in a call, unless a turn may have fewer: it keeps the number of compiled shapes low."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,17 @@ class Row:
         """The number of tokens left until the limit."""
         return len(self.seeds) - len(self.tokens)
 
+    def more(self, limit: int) -> int:
+        """The number of tokens that may still be drawn for a ``turn`` of at most ``limit``."""
+        return min(self.left, limit) - len(self.turn)
+
 
 def converse(
     generate: Generate, stops: Stops, lengths: Lengths, environment: Environment, prompts: Sequence[Prompt],
-    prompt_ids: Sequence[Sequence[int]], seeds: np.ndarray, most: int,
+    prompt_ids: Sequence[Sequence[int]], seeds: np.ndarray, most: int, context_length: int,
 ) -> list[Row]:  # fmt: skip
     """Run an episode for each row of ``seeds`` uint32 [B, T], starting from that row's prompt. ``most`` rows, or a
-    half, a quarter, ... of them, are generated at a time, so that few shapes are compiled.
+    half, a quarter, ... of them, are generated at a time, so that few shapes are compiled. ``context_length`` is the policy's.
 
     Raises:
       EnvironmentFailed: there is no usable reply, and the configuration says to stop.
@@ -101,7 +109,7 @@ def converse(
             talking = [row for row in rows if not row.over]
             if not talking:
                 break
-            take_turns(turns, stops, lengths, environment.config.turn_tokens, talking, most)
+            take_turns(turns, stops, lengths, environment.config.turn_tokens, talking, most, context_length)
             talking = [row for row in talking if row.finished]
             begun = talking if number == 1 else begun
             for row, reply in zip(talking, replies(environment, [row.episode for row in talking]), strict=True):
@@ -119,36 +127,50 @@ def offered(environment: Environment | None, prompts: Sequence[Prompt]) -> Seque
     return [prompt if prompt.tools else replace(prompt, tools=environment.tools) for prompt in prompts]
 
 
-def take_turns(turns: Turns, stops: Stops, lengths: Lengths, turn_tokens: int | None, rows: Sequence[Row], most: int) -> None:
-    """Generate the policy's next turn in each episode."""
-    tokenizer, limit = stops.tokenizer, len(rows[0].seeds)
-    contexts = [row.prompt + row.tokens for row in rows]
-    longest = max(map(len, contexts))
-    columns = lengths.columns(longest, lengths.prompt if not rows[0].tokens else lengths.prompt + limit)
-    width = min(turn_tokens or limit, limit)
-    seeds = np.zeros((len(rows), width), np.uint32)
+def take_turns(
+    turns: Turns, stops: Stops, lengths: Lengths, turn_tokens: int | None, rows: Sequence[Row], most: int, context_length: int
+) -> None:
+    """Generate the policy's next turn in each episode: in one call, or in several if one row's context leaves no room for the
+    tokens that another may still draw."""
+    limit = min(turn_tokens or len(rows[0].seeds), len(rows[0].seeds))
+    for row in rows:
+        row.turn = []
+    drawing = rows
+    while drawing:
+        draw(turns, lengths, limit, drawing, most, context_length)
+        drawing = [row for row in drawing if row.more(limit) > 0 and row.turn[-1] not in stops.ids]
+    drawn = [row.turn[: min(row.left, limit)] for row in rows]
+    ended = stops.end(*right_pad(drawn, stops.tokenizer.pad_id, max(map(len, drawn))))
     for i, row in enumerate(rows):
-        here = row.seeds[len(row.tokens) :][:width]
+        row.turn = ended.tokens[i][ended.mask[i]].tolist()
+        row.finished = bool(ended.finished[i])
+        row.with_eos = row.finished and not ended.without_eos[i]
+        row.over = not row.finished
+        row.tokens += row.turn
+        row.counted += [True] * len(row.turn)
+        row.logprobs = row.logprobs[: len(row.tokens)]
+        row.episode.messages.append(Message("assistant", ended.texts[i]))
+
+
+def draw(turns: Turns, lengths: Lengths, limit: int, rows: Sequence[Row], most: int, context_length: int) -> None:
+    """Draw more of each row's turn, up to ``limit`` tokens, as far as the policy's context has room after the longest row."""
+    contexts = [row.prompt + row.tokens + row.turn for row in rows]
+    longest, most_columns = max(map(len, contexts)), lengths.prompt + len(rows[0].seeds)
+    columns = lengths.columns(longest, most_columns if rows[0].tokens or rows[0].turn else lengths.prompt)
+    wanted = max(row.more(limit) for row in rows)
+    count = min(width(wanted, LEAST_DRAWN), limit, max(context_length, most_columns) - longest)
+    seeds = np.zeros((len(rows), count), np.uint32)
+    for i, row in enumerate(rows):
+        here = row.seeds[len(row.tokens) + len(row.turn) :][:count]
         seeds[i, : len(here)] = here
     while most % 2 == 0 and most // 2 >= len(rows):
         most //= 2
     filled = [*range(len(rows)), *[0] * (most - len(rows))]
     drawn = turns.next([rows[i].number for i in filled], [contexts[i] for i in filled], seeds[filled], columns)
-    ended = stops.end(drawn.tokens[: len(rows)], drawn.mask[: len(rows)])
     for i, row in enumerate(rows):
-        ids = ended.tokens[i][ended.mask[i]].tolist()
-        text = ended.texts[i]
-        row.finished = bool(ended.finished[i]) and len(ids) <= row.left
-        if len(ids) > row.left:
-            ids = ids[: row.left]
-            text = tokenizer.decode(ids)
-        row.with_eos = row.finished and not ended.without_eos[i]
-        row.over = not row.finished
-        row.turn = ids
-        row.tokens += ids
-        row.counted += [True] * len(ids)
-        row.logprobs += drawn.logprobs[i][: len(ids)].tolist()
-        row.episode.messages.append(Message("assistant", text))
+        here = drawn.mask[i]
+        row.turn += drawn.tokens[i][here].tolist()
+        row.logprobs += drawn.logprobs[i][here].tolist()
 
 
 def hear(row: Row, reply: Reply | None, stops: Stops, config: EnvironmentConfig, *, last: bool) -> None:

@@ -105,7 +105,7 @@ class Sampler:
         rows: list[Row] = []
         for part in chunks(len(seeds), size):
             given = prompts[part], prompt_ids[part], seeds[part]
-            rows += converse(generate, self.stops, self.lengths, self.environment, *given, most=size)
+            rows += converse(generate, self.stops, self.lengths, self.environment, *given, size, policy.context_length)
         return self.gather(*context, rows)
 
     def begin(self, policy: Policy, prompt_ids: Sequence[Sequence[int]], seeds: np.ndarray) -> None:

@@ -44,7 +44,7 @@ class Turns:
         self.read: dict[int, Read] = {}
 
     def next(self, dialogues: Sequence[int], contexts: Sequence[Sequence[int]], seeds: np.ndarray, columns: int) -> Generated:
-        """Generate a turn in each of these dialogues, given by number. A dialogue left out of a call cannot return later.
+        """Generate a turn in each of these dialogues, given by number. A dialogue that was left out of a call is read anew.
 
         Args:
           contexts: the whole context of each, as token ids, at most ``columns`` long.
@@ -62,7 +62,7 @@ class Turns:
         """The part of the contexts that the cache holds; None if there is none."""
         if self.cache is None:
             return None
-        read = [self.read[dialogue] for dialogue in dialogues]
+        read = [self.read.get(dialogue, Read(0, 0, [])) for dialogue in dialogues]
         same = [len(os.path.commonprefix([r.tokens, [*context[:-1]]])) for r, context in zip(read, contexts, strict=True)]
         new = max(len(context) - known for context, known in zip(contexts, same, strict=True))
         if (known := columns - width(new, LEAST_FED)) <= 0:
