@@ -263,14 +263,22 @@ class Online(Algorithm):
     def train(
         self, step: int, sequences: Sequences, batch: Mapping[str, np.ndarray], forward: ForwardPass | None = None
     ) -> Metrics:
-        """Take one optimizer step for each minibatch of each inner epoch. ``batch``: the arrays that the loss reads, of the same
-        rows. ``forward``: the rollout's pass over them, for the first epoch. Returns the mean of the updates' metrics."""
-        scale = lr_scale(self.config.schedule, step, self.total_steps)
+        """Take one optimizer step for each minibatch of each inner epoch that has something to learn from. ``batch``: the arrays
+        that the loss reads, of the same rows. ``forward``: the rollout's pass over them, for the first epoch. Returns the mean of
+        the updates' metrics."""
+        scale, counted = lr_scale(self.config.schedule, step, self.total_steps), self.counted(batch)
         updates = []
         for number, (epoch, rows) in enumerate(self.passes(step)):
-            terms = self.terms(sequences, batch, rows, forward if epoch == 0 else None)
-            updates.append(self.learner.update(terms + self.extra_terms(step, number), scale))
+            extra = self.extra_terms(step, number)
+            if counted[rows].any() or extra:
+                terms = self.terms(sequences, batch, rows, forward if epoch == 0 else None)
+                updates.append(self.learner.update(terms + extra, scale))
         return means(updates) | {"lr_scale": scale}
+
+    def counted(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        """bool [rows]: True for the rows of ``batch`` that the loss learns from."""
+        found: np.ndarray = np.any(batch["mask"], axis=1)
+        return found
 
     def extra_terms(self, step: int, number: int) -> list[Term]:
         """Terms to add to the minibatch's in update ``number`` of a step; none by default."""
@@ -464,8 +472,8 @@ class Corrected(Online):
 
 
 def means(updates: Sequence[Metrics]) -> Metrics:
-    """The mean of each metric over the updates of a step."""
-    return {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
+    """The mean of each metric over the updates of a step; none without updates."""
+    return {name: float(np.mean([update[name] for update in updates])) for name in (updates[0] if updates else ())}
 
 
 class Clock:

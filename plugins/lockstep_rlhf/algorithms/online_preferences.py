@@ -4,8 +4,8 @@ One iteration (`OnlinePreferences.step`):
 
     sample k responses to each prompt; reward of a response: its score - kl_coef KL
     pairs of a prompt: the best response against the worst, or every response against every worse one; no pair of equals
-    for each inner epoch, for each minibatch of prompts: one optimizer step on the mean over pairs of loss(h(y_w), h(y_l)),
-        h(y) = log π(y | x) - log π_ref(y | x)
+    for each inner epoch, for each minibatch of prompts with pairs: one optimizer step on the mean over pairs of
+        loss(h(y_w), h(y_l)), h(y) = log π(y | x) - log π_ref(y | x)
 
 The labels come from a reward model; Guo et al. ask a language model. The reference is the policy that the stage starts from. To
 renew the reference (iterated DPO: Xu et al. 2023, arXiv 2312.16682), make each round a stage that starts from the result of the
@@ -23,7 +23,6 @@ import numpy as np
 from lockstep.config.schema import setting
 from lockstep.interfaces import Context, ForwardPass, Metrics, Term, Traits
 from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout
-from lockstep.learning.optimisation import lr_scale
 from lockstep.text.sequences import Sequences, chunks
 from lockstep_rlhf.algorithms.preference_losses import PairLoss, preference_arrays
 
@@ -60,8 +59,7 @@ class OnlinePreferences(Online):
         clock = Clock()
         rollout = self.last = self.rollout(step, clock)
         rows, batch, metrics = self.prepare(rollout)
-        untrained = {"lr_scale": lr_scale(self.config.schedule, step, self.total_steps)}
-        trained = self.train(step, rollout.sequences.take(rows), batch) if batch["pairs"].any() else untrained
+        trained = self.train(step, rollout.sequences.take(rows), batch)
         clock.lap("train")
         return metrics | trained | self.perf(rollout, clock)
 
@@ -99,6 +97,11 @@ class OnlinePreferences(Online):
         place = np.arange(rewards.shape[1])
         extremes = (place == best[:, None])[:, :, None] & (place == worst[:, None])[:, None, :]
         return (better & extremes).astype(np.float64)
+
+    def counted(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        """bool [N]: True for the prompts with pairs."""
+        found: np.ndarray = np.any(batch["pairs"] > 0, axis=(1, 2))
+        return found
 
     @classmethod
     def traits(cls, config: Config) -> Traits:

@@ -4,7 +4,7 @@ One iteration (`RejectionSampling.step`):
 
     sample k responses to each prompt; reward of a response: its score - β KL
     keep the best of each prompt, if its reward is above the threshold
-    for each inner epoch, for each minibatch: one optimizer step on the next-token loss of what was kept
+    for each inner epoch, for each minibatch of which something was kept: one optimizer step on its next-token loss
 
 Every iteration samples new responses from the current policy.
 """
@@ -19,7 +19,6 @@ import numpy as np
 from lockstep.config.schema import setting
 from lockstep.interfaces import Context, Metrics
 from lockstep.learning.online import Clock, Online, OnlineConfig, Rollout
-from lockstep.learning.optimisation import lr_scale
 from lockstep_rlhf.algorithms.language_modelling import NextTokenLoss
 
 
@@ -50,8 +49,7 @@ class RejectionSampling(Online):
         rows, kept, metrics = self.best(rollout)
         best = rollout.sequences.take(rows)
         batch = {"mask": best.mask & kept[rows][:, None]}
-        untrained = {"lr_scale": lr_scale(self.config.schedule, step, self.total_steps)}
-        trained = self.train(step, best, batch) if kept.any() else untrained
+        trained = self.train(step, best, batch)
         clock.lap("train")
         return metrics | trained | self.perf(rollout, clock)
 
