@@ -459,6 +459,26 @@ def test_what_cannot_be_trained_is_refused_with_what_to_do(policy):
     )
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "data", "message"),
+    [
+        (
+            "dpo",
+            {"comparisons": [(QUESTION, "plums", "bread"), ("what is Rust ?", "A systems programming language", "no")]},
+            "comparisons[1]: the tokenizer does not know 'Rust', 'A', 'systems', ... and would read the unknown token. Pass "
+            "tokenizer= to new_policy, a folder or a hub id: its default is the miniature's",
+        ),
+        ("sft", {"demonstrations": [(QUESTION, "plums Rust")]}, "demonstrations[0]: the tokenizer does not know 'Rust'"),
+        ("sft", {"demonstrations": [("what is Rust ?", "plums")]}, "demonstrations[0]: the tokenizer does not know 'Rust' and"),
+        ("ppo", {"prompts": ["what is Rust ?"], "reward": lambda p, r: [0] * len(r)}, "prompts[0]: the tokenizer does not know"),
+        ("pretrain", {"texts": ["plums", "Rust"]}, "texts[1]: the tokenizer does not know 'Rust' and would read"),
+    ],
+)
+def test_words_that_the_tokenizer_does_not_know_are_no_training_data(policy, algorithm, data, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        lockstep.train(policy, algorithm, **data)
+
+
 def test_nouns_and_rows_are_taken_as_they_are():
     from lockstep.api.items import read
 

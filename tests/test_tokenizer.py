@@ -264,6 +264,23 @@ def test_a_word_that_the_tokenizer_does_not_know_is_an_error_of_the_data():
         tokenizer.encode("b")
 
 
+@pytest.mark.parametrize(
+    ("model", "unknown"),
+    [
+        (models.WordLevel({"a": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"), ["bb", "ä"]),
+        (models.BPE({"a": 0, "<eos>": 1, "<unk>": 2}, [], unk_token="<unk>"), ["b", "b", "ä"]),
+        (models.WordLevel({"a": 0, "<eos>": 1, "bb": 2, "ä": 3, "<unk>": 4}, unk_token="<unk>"), []),
+        (models.Unigram([("a", 0.0), ("<eos>", 0.0), ("<unk>", 0.0)], unk_id=2), []),
+    ],
+)
+def test_unknown_words_are_those_that_become_the_unknown_token(model, unknown):
+    core = tokenizers.Tokenizer(model)
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens(["<eos>", "<unk>"])
+    tokenizer = Tokenizer(core, eos_token="<eos>", pad_token=None, chat_template=None)
+    assert tokenizer.unknown_words("a bb <unk> ä a <eos>") == unknown
+
+
 @pytest.fixture(scope="session")
 def transformers():
     return pytest.importorskip("transformers")

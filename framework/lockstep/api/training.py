@@ -15,7 +15,8 @@ from lockstep.api.scorers import Reward, Scorer, reward_model
 from lockstep.api.sources import laid_over
 from lockstep.config.compose import group, no_file
 from lockstep.config.root import component_config
-from lockstep.errors import ConfigError, Diverged, MissingData, RegistryError
+from lockstep.data.columns import texts_of
+from lockstep.errors import ConfigError, DataError, Diverged, MissingData, RegistryError, short
 from lockstep.interfaces import Algorithm, Backend, Context, DataSource, Environment, Policy, RewardModel
 from lockstep.learning.episodes import EnvironmentReward
 from lockstep.registry import registry
@@ -59,6 +60,7 @@ def train(
     Raises:
       ConfigError: an unknown key, or a value that does not fit.
       MissingData: the algorithm needs data that was not given.
+      DataError: an item has another form, or words that the tokenizer does not know.
       Diverged: a loss or a gradient is not finite, or a parameter after the last step.
     """
     preset = group("algorithm", algorithm)  # grpo.yaml, say, is a configuration of policy_gradient
@@ -81,6 +83,7 @@ def train(
     if reward is not None and not cls.needs_reward_model:
         raise ConfigError(f"{algorithm} takes no reward. Leave out reward=.")
     data = Given({noun: items.read(noun, found) for noun, found in given.items() if found is not None})
+    _refuse_unknown_words(data, policy.tokenizer)
     scores = None if reward is None else reward_model(reward, policy)
     console = Console()
     own: Any = policy.policy.copy()  # some algorithms train it in place
@@ -103,6 +106,21 @@ def _refuse_near_arguments(settings: Iterable[str], arguments: Iterable[str], cl
     for meant in arguments:
         if other := next((key for key in unknown if key.rstrip("s") == meant.rstrip("s")), None):
             raise ConfigError(f"train has no argument '{other}', and {algorithm} no such setting. Did you mean '{meant}'?")
+
+
+def _refuse_unknown_words(data: Given, tokenizer: Tokenizer) -> None:
+    """
+    Raises:
+      DataError: a text has words that would become the tokenizer's unknown token.
+    """
+    for noun, found in data.nouns.items():
+        for number, item in enumerate(found):
+            if words := dict.fromkeys(word for text in texts_of(item) for word in tokenizer.unknown_words(text)):
+                named = ", ".join(f"'{short(word)}'" for word in [*words][:3]) + (", ..." if len(words) > 3 else "")
+                raise DataError(
+                    f"{noun}[{number}]: the tokenizer does not know {named} and would read the unknown token. Pass tokenizer= to "
+                    "new_policy, a folder or a hub id: its default is the miniature's, which knows only the miniature's words."
+                )
 
 
 def _steps(name: str, trainer: Algorithm, console: Console) -> list[dict[str, float]]:

@@ -70,7 +70,7 @@ def reader(noun: str, first: Any, place: str, named: Sequence[str] = ()) -> Call
         item = _MAKE[noun](convention.read(row))
         if named and noun not in WITHOUT_PROMPTS:
             item = _with_truth(item, {name: _value(row, name) for name in named})
-        for text in _texts(item):
+        for text in texts_of(item):
             _check_text(text)
         return item
 
@@ -145,13 +145,13 @@ def _truth_value(value: Any) -> bool | None:
     return {"true": True, "false": False}.get(str(value).strip().lower())
 
 
-def _texts(item: Any) -> Iterator[str]:
+def texts_of(item: Any) -> Iterator[str]:
     """All texts of an item."""
     if isinstance(item, str):
         yield item
         return
     if isinstance(item, Goal):
-        yield from (item.text, item.ask, *(_texts(item.twin) if item.twin else ()))
+        yield from (item.text, item.ask, *(texts_of(item.twin) if item.twin else ()))
         return
     if isinstance(item, Choice):
         yield from (item.context, *item.options)

@@ -221,6 +221,17 @@ class Tokenizer:
                 )
         return found
 
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of the text that become the unknown token. Empty for tokenizers without one, and for those that write any
+        text in bytes. Unigram models are not asked: theirs stands for a rare character."""
+        token = getattr(self.core.model, "unk_token", None)
+        if token is None or getattr(self.core.model, "byte_fallback", False) or (number := self.core.token_to_id(token)) is None:
+            return []
+        _check_whole(text)
+        encoded = self.core.encode(text, add_special_tokens=False)
+        words = (text[start:end] for i, (start, end) in zip(encoded.ids, encoded.offsets, strict=True) if i == number)
+        return [word for word in words if word != token]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, without special tokens."""
         return self.core.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
