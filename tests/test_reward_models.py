@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import threading
 import time
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,12 +67,13 @@ def test_a_function_that_fails_is_tried_again(function, failures, caplog):
         return [1, 2]
 
     assert function(flaky).score(RESPONSES).tolist() == [1, 2]
-    assert len(calls) == failures + 1 and "attempt 1: it raised ConnectionError('busy')" in caplog.text
+    assert len(calls) == failures + 1 and "ConnectionError('busy')" in caplog.text
+    assert re.findall(r"attempt \d", caplog.text) == [f"attempt {i + 1}" for i in range(failures)]
 
 
 def test_a_function_that_keeps_failing_stops_the_run_with_its_reason(function):
     calls = []
-    with pytest.raises(RewardError, match="it raised ZeroDivisionError"):
+    with pytest.raises(RewardError, match=r"test_reward_models.py:\d+: ZeroDivisionError\('division by zero'\)"):
         function(lambda p, r: calls.append(1) or 1 / 0).score(RESPONSES)
     assert len(calls) == 3
 
@@ -160,7 +163,7 @@ def test_a_function_that_exits_or_cannot_say_what_is_wrong_has_failed_at_once(fu
     def fail(prompts, responses):
         raise error
 
-    with pytest.raises(RewardError, match="it raised (SystemExit|GeneratorExit|KeyError|<Quiet instance|ValueError)") as caught:
+    with pytest.raises(RewardError, match="py:[0-9]+: (SystemExit|GeneratorExit|KeyError|<Quiet instance|ValueError)") as caught:
         function(fail).score(RESPONSES)
     assert len(str(caught.value)) < 300
     assert np.isnan(function(fail, on_failure="drop").score(RESPONSES)).all()
@@ -173,7 +176,7 @@ def test_an_answer_that_cannot_be_read_is_a_failure(function):
 
         __len__ = __repr__
 
-    with pytest.raises(RewardError, match="it raised ValueError"):
+    with pytest.raises(RewardError, match=r"test_reward_models.py:\d+: ValueError"):
         function(lambda p, r: Odd()).score(RESPONSES)
 
 
@@ -211,15 +214,24 @@ def test_a_single_score_that_is_not_a_number_stops_the_run_or_drops_its_episode(
 def test_a_function_that_exits_on_import_or_is_none_says_how_to_write_it(tmp_path, monkeypatch):
     (tmp_path / "exits_on_import.py").write_text("import sys\nsys.exit()\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="'exits_on_import:score' cannot be imported: SystemExit"):
+    with pytest.raises(ConfigError, match="'exits_on_import:score' cannot be imported: .*exits_on_import.py:2: SystemExit"):
         Function(parse(Function.Config, {"function": "exits_on_import:score"}, "reward_model"), None)
     with pytest.raises(ConfigError, match="'math:pi' is no function: 3.14"):
         Function(parse(Function.Config, {"function": "math:pi"}, "reward_model"), None)
 
 
-@pytest.mark.parametrize("path", ["no_such_module:score", "math:no_such_function", "math"])
-def test_a_function_that_cannot_be_imported_says_how_to_write_it(path):
-    with pytest.raises(ConfigError, match=f"'{path}' cannot be imported: .* Write it as module:function"):
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_such_module:score", r"ModuleNotFoundError\(.*\)\.$"),
+        ("reward_functions:shortnes", r"reward_functions has no attribute 'shortnes'. Did you mean 'shortness'\? Its functions: "
+         r"constant, misspelt, shortness, sometimes\.$"),
+        ("math", r".*Write it as module:function\.$"),
+        ("math:", r".*Write it as module:function\.$"),
+    ],
+)  # fmt: skip
+def test_a_function_that_cannot_be_imported_says_what_exists_and_how_to_write_it(path, message):
+    with pytest.raises(ConfigError, match=f"'{path}' cannot be imported: {message}"):
         Function(Function.Config(function=path, timeout_seconds=1.0, retries=0, on_failure="raise"), None)
 
 
@@ -320,7 +332,7 @@ def test_a_rehearsal_calls_the_function_once_on_two_responses_to_the_first_promp
     ("f", "message"),
     [
         (lambda p, r, anwser: [1.0], "parameter 'anwser' has no default"),
-        (lambda p, r: 1 / 0, r"reward function my_rewards:score, tried on the first prompt: it raised ZeroDivisionError"),
+        (lambda p, r: 1 / 0, r"reward function my_rewards:score, tried on the first prompt: .*py:\d+: ZeroDivisionError"),
         (lambda p, r: [True, False], "tried on the first prompt: it gave the score True, which is not a number"),
         (lambda p, r: [1.0], "tried on the first prompt: it gave 1 scores for 2 responses"),
         (
@@ -333,6 +345,41 @@ def test_a_rehearsal_calls_the_function_once_on_two_responses_to_the_first_promp
 def test_a_rehearsal_finds_what_would_fail_after_hours(monkeypatch, f, message):
     with pytest.raises(RewardError, match=message):
         rehearse(monkeypatch, f)
+
+
+def test_an_error_names_the_line_of_ones_own_code_that_raised_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("line_by_line.py").write_text("import json\n\n\ndef score(prompts, responses):\n    return json.loads('no JSON')\n")
+    Path("no_syntax.py").write_text("\ndef score(\n")
+    Path("fails_late.py").write_text("import line_by_line\n\nline_by_line.score([], [])\n")
+    failed = r"^reward function line_by_line:score: line_by_line.py:5: JSONDecodeError\('Expecting value"
+    with pytest.raises(RewardError, match=failed):
+        Function(parse(Function.Config, {"function": "line_by_line:score"}, "reward_model"), None).score(RESPONSES)
+    for module, line in (("fails_late", r"line_by_line.py:5: JSONDecodeError"), ("no_syntax", r"no_syntax.py:2: SyntaxError")):
+        with pytest.raises(ConfigError, match=f"'{module}:score' cannot be imported: {line}"):
+            Function(parse(Function.Config, {"function": f"{module}:score"}, "reward_model"), None)
+
+
+def test_a_rehearsal_tries_again_only_what_was_out_of_time(monkeypatch, caplog):
+    calls = []
+    config = {"function": "my_rewards:score", "retries": 2, "timeout_seconds": 0.2}
+
+    def first(error):
+        def score(prompts, responses):
+            calls.append(1)
+            if len(calls) == 1:
+                error()
+            return [1.0, 2.0]
+
+        calls.clear()
+        monkeypatch.setitem(sys.modules, "my_rewards", SimpleNamespace(score=score))
+        Function.rehearse(parse(Function.Config, config, "reward_model"), OnePrompt())
+
+    with pytest.raises(RewardError, match="ZeroDivisionError"):
+        first(lambda: 1 / 0)
+    assert len(calls) == 1 and not caplog.text
+    first(lambda: time.sleep(0.3))
+    assert len(calls) == 2 and "attempt 1: no answer within" in caplog.text
 
 
 @pytest.mark.parametrize("members", [False, True])

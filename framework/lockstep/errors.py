@@ -6,8 +6,12 @@ The command line prints a `LockstepError` as one message without a traceback; an
 from __future__ import annotations
 
 import difflib
+import os
 import reprlib
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from types import FrameType
 
 
 class LockstepError(Exception):
@@ -78,6 +82,26 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def told(value: object) -> str:
     """The repr of a user's ``value`` for a message: of bounded length, even if the value is huge or its own repr fails."""
     return _SHORT.repr(value)
+
+
+def raised(error: BaseException) -> str:
+    """An exception in a user's own code for a message, with its innermost line outside of Lockstep and the standard library,
+    and outside of other libraries if there is one: "my_rewards.py:7: ZeroDivisionError('division by zero')"."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_outside(frame)]
+    if not frames and isinstance(error, SyntaxError) and error.filename:
+        frames = [(error.filename, error.lineno or 1)]
+    own = [(file, line) for file, line in frames if "-packages" not in file]
+    if not frames:
+        return told(error)
+    file, line = (own or frames)[-1]
+    return f"{file.removeprefix(os.path.join(os.getcwd(), ''))}:{line}: {told(error)}"
+
+
+def _is_outside(frame: FrameType) -> bool:
+    """True for code of neither Lockstep nor the standard library."""
+    file, package = frame.f_code.co_filename, str(frame.f_globals.get("__name__")).partition(".")[0]
+    library = file.startswith(("<frozen", sysconfig.get_path("stdlib"))) and "-packages" not in file
+    return not library and package.partition("_")[0] != "lockstep"
 
 
 def short(text: str, most: int = 200) -> str:

@@ -18,6 +18,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
 import operator
 import os
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lockstep.errors import ConfigError, RegistryError, did_you_mean, listing, short, told
+from lockstep.errors import ConfigError, RegistryError, did_you_mean, listing, raised, short, told
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,9 @@ class Component:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # it may even call sys.exit
-            raise RegistryError(f"The {where} ({self.target}) cannot be imported: {error!r}{in_the_way(self.target)}") from error
+            raise RegistryError(
+                f"The {where} ({self.target}) cannot be imported: {raised(error)}{in_the_way(self.target)}"
+            ) from error
         if isinstance(found, type):
             _check_names(found, f"The {where} ({self.target})")
         return found
@@ -155,12 +158,22 @@ def function_at(path: str, where: str) -> Callable[..., Any]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the user's file may raise anything on import, or call sys.exit
-        raise ConfigError(
-            f"{where}='{path}' cannot be imported: {told(error)}.{in_the_way(path)} Write it as module:function."
-        ) from error
+        raise ConfigError(f"{where}='{path}' cannot be imported: {_why_not(path, error)}") from error
     if not callable(function):
         raise ConfigError(f"{where}='{path}' is no function: {told(function)}. Write it as module:function.")
     return function
+
+
+def _why_not(path: str, error: BaseException) -> str:
+    """Why the function at ``path`` cannot be imported, and what exists."""
+    module, _, name = path.partition(":")
+    if not module or not name:
+        return f"{told(error)}.{in_the_way(path)} Write it as module:function."
+    if not isinstance(error, AttributeError) or module not in sys.modules:
+        return f"{raised(error)}.{in_the_way(path)}"
+    there = [each for each, value in vars(sys.modules[module]).items() if inspect.isroutine(value) and not each.startswith("_")]
+    missing = f"{module} has no attribute '{name}'.{did_you_mean(name, there)}"
+    return f"{missing} Its functions: {listing(there)}.{in_the_way(path)}"
 
 
 def use_current_folder() -> None:

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lockstep.config.schema import setting
-from lockstep.errors import ConfigError, EnvironmentFailed, told
+from lockstep.errors import ConfigError, EnvironmentFailed, raised, told
 from lockstep.interfaces import Environment, Episode, Reply, Resources, Responses, RewardModel
 from lockstep.learning.randomness import hash32
 from lockstep.learning.turns import Generate, Turns
@@ -238,7 +238,7 @@ def in_threads(environment: Environment, episodes: Sequence[Episode]) -> list[Re
             except Exception as error:
                 found.put((number, error))
             except BaseException as error:  # sys.exit, which would end the thread silently
-                found.put((number, EnvironmentFailed(f"it raised {told(error)}")))
+                found.put((number, EnvironmentFailed(raised(error))))
 
     def another() -> None:
         threading.Thread(target=work, name="environment", daemon=True).start()
@@ -274,7 +274,7 @@ def _arrived(
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, EnvironmentFailed) else f"it raised {told(error)}"
+    return str(error) if isinstance(error, EnvironmentFailed) else raised(error)
 
 
 def checked(reply: Any) -> Reply:

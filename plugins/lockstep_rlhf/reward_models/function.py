@@ -9,12 +9,12 @@ from typing import Literal
 import numpy as np
 
 from lockstep.config.schema import REQUIRED, setting
-from lockstep.errors import RewardError, told
+from lockstep.errors import RewardError, raised
 from lockstep.interfaces import DataSource, Resources
 from lockstep.learning.rows import STAND_IN, Columns, Dialogue, arguments, columns_of, dialogues, first_row
 from lockstep.learning.scores import scores_of
 from lockstep.registry import function_at
-from lockstep_rlhf.reward_models.outside import LONGEST_TIMEOUT, MOST_RETRIES, NoScores, OneAtATime, Outside
+from lockstep_rlhf.reward_models.outside import LONGEST_TIMEOUT, MOST_RETRIES, NoScores, OneAtATime, Outside, patiently
 
 log = logging.getLogger("lockstep")
 
@@ -53,13 +53,22 @@ class Function(Outside):
 
     @classmethod
     def rehearse(cls, config: Config, data: DataSource) -> None:
-        """Call the function once, on two responses to the first prompt. It may leave one of them without a score."""
+        """Call the function on two responses to the first prompt, once unless it is out of time. It may leave one of them without
+        a score."""
         if (row := first_row(data)) is None:
             return
         model, (prompt, response) = cls(config, None), row
         prompts, texts = [prompt, prompt], [response, STAND_IN]
+
+        def first() -> np.ndarray:
+            try:
+                return model.ask(dialogues(prompts), texts, columns_of(prompts))
+            except NoScores as failure:
+                failure.again = failure.__cause__ is None  # out of time, as when it loads a model; an exception would come again
+                raise
+
         try:
-            scores = model.attempt(dialogues(prompts), texts, columns_of(prompts))
+            scores = patiently(first, model.source, config.retries, model.pause)
         except NoScores as failure:
             raise RewardError(f"{model.source}, tried on the first prompt: {failure}") from failure
         if not np.isfinite(scores).any():
@@ -78,4 +87,4 @@ class Function(Outside):
         except RewardError as error:
             raise NoScores(str(error)) from error
         except BaseException as error:  # sys.exit too
-            raise NoScores(f"it raised {told(error)}") from error
+            raise NoScores(raised(error)) from error

@@ -90,8 +90,8 @@ class Outside(RewardModel):
 
 
 def patiently(ask: Callable[[], T], source: str, retries: int, pause: Callable[[int], float]) -> T:
-    """Return what ``ask`` returns, retrying it up to ``retries`` times. Attempts are ``pause(attempt)`` seconds apart, or the
-    failure's ``wait`` if that is longer.
+    """Return what ``ask`` returns, retrying it up to ``retries`` times and logging why. Attempts are ``pause(attempt)`` seconds
+    apart, or the failure's ``wait`` if that is longer.
 
     Raises:
       NoScores: the last attempt failed, or one failed for which a retry cannot help.
@@ -100,12 +100,11 @@ def patiently(ask: Callable[[], T], source: str, retries: int, pause: Callable[[
         try:
             return ask()
         except NoScores as error:
-            log.warning("%s, attempt %d: %s", source, attempt + 1, error)
             failure = error
-        if not failure.again:
+        if not failure.again or attempt == retries:
             break
-        if attempt < retries:
-            time.sleep(max(failure.wait, pause(attempt)))
+        log.warning("%s, attempt %d: %s", source, attempt + 1, failure)
+        time.sleep(max(failure.wait, pause(attempt)))
     raise failure
 
 
