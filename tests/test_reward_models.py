@@ -25,9 +25,11 @@ from lockstep.errors import ConfigError, MissingData, RewardError
 from lockstep.interfaces import Responses
 from lockstep.reporting.console import Console
 from lockstep.runs.experiment import Experiment
+from lockstep.runs.reward_model_accuracy import measure_reward_model
+from lockstep.text.encoding import Lengths
 from lockstep.text.sequences import pack
 from lockstep.text.tokenizer import Tokenizer
-from lockstep.types import Message, Prompt
+from lockstep.types import Comparison, Message, Prompt
 from lockstep_rlhf.reward_models.function import Function
 from runs import PPO_ONLY, tiny
 
@@ -398,6 +400,49 @@ def test_a_run_rehearses_before_its_first_stage(tmp_path):
     with pytest.raises(RewardError, match="needs the column 'anwser'.* Did you mean 'answer'"):
         tiny(tmp_path, "reward_model=function", "reward_model.function=reward_functions:misspelt", "~stages.reward", *PPO_ONLY)
     assert not list(tmp_path.glob("stages/*"))
+
+
+class Compared(OnePrompt):
+    def __init__(self, *comparisons):
+        self.found = [Comparison(prompt, ("w4", "w5"), (0, 1)) for prompt in comparisons]
+
+    def comparisons(self, split):
+        assert split == "heldout"
+        return self.found
+
+
+def evaluation(monkeypatch, f, *overrides):
+    """An evaluation with the reward function, and a judge that needs a column of prompts."""
+    monkeypatch.setitem(sys.modules, "my_rewards", SimpleNamespace(score=f, judge=lambda p, r, answer: [1.0] * len(r)))
+    judges = "+evaluation.judges={second: {name: function, function: my_rewards:judge}}"
+    given = ["experiment=demo", "~stages.reward", "reward_model=function", "reward_model.function=my_rewards:score", judges]
+    return Experiment(compose([*given, *overrides])).stages["evaluate"]
+
+
+def test_a_rehearsal_tries_the_held_out_comparisons_that_an_evaluation_scores(monkeypatch):
+    lacking, known = Compared(Prompt.of("w2")), Compared(Prompt.of("w2"), Prompt.of("w3", answer="b"))
+    needs = lambda p, r, answer: [1.0] * len(r)  # noqa: E731
+    with pytest.raises(RewardError) as caught:
+        evaluation(monkeypatch, needs).rehearse(lacking)
+    assert str(caught.value) == (
+        "The reward function's parameter 'answer' has no default, so it needs the column 'answer', which no held-out comparison "
+        "has. Columns there: none. Name it in its source: data.comparisons='[{path: my.jsonl, columns: [answer]}]'. Name it in "
+        "data.heldout_comparisons too if that is set. An evaluation scores held-out comparisons too; not with "
+        "evaluation.comparisons=0."
+    )
+    evaluation(monkeypatch, needs, "evaluation.comparisons=0").rehearse(lacking)
+    evaluation(monkeypatch, needs).rehearse(known)
+    evaluation(monkeypatch, lambda p, r: [1.0] * len(r)).rehearse(lacking)
+    with pytest.raises(RewardError, match="On held-out comparisons, reward function my_rewards:score, .* ValueError"):
+        evaluation(monkeypatch, lambda p, r, answer: [float(a == "a" or int(a)) for a in answer]).rehearse(known)
+
+
+def test_an_evaluation_of_comparisons_without_a_column_names_their_source(function, tokenizer):
+    model, data = function(lambda p, r, answer: [1.0] * len(r)), Compared(Prompt.of("w2"))
+    with pytest.raises(
+        RewardError, match=r"no held-out comparison has\..* data.comparisons=.* not with evaluation.comparisons=0"
+    ):
+        measure_reward_model(model, data, tokenizer, Lengths(8, 8, 8), 4, None)
 
 
 # ------------------------------------------------------------------------------------------------------ learned rewards

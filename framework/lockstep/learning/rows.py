@@ -32,19 +32,30 @@ def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     return {name: [prompt.truth.get(name) for prompt in prompts] for name in names}
 
 
+class MissingColumn(RewardError):
+    """None of the prompts has the column ``name``. ``asks`` begins the message: it names what needs the column.
+
+    among, sources: whose prompts these are, and the key that names their sources.
+    """
+
+    def __init__(self, asks: str, name: str, columns: Columns, among: str = "prompt", sources: str = "data.prompts"):
+        source = override(sources, [{"path": "my.jsonl", "columns": [name]}])
+        super().__init__(
+            f"{asks} needs the column '{name}', which no {among} has.{did_you_mean(name, columns)} Columns there: "
+            f"{listing(columns)}. Name it in its source: {source}."
+        )
+        self.asks, self.name, self.columns = asks, name, columns
+
+
 def column(columns: Columns, name: str, asks: str) -> Sequence[Any]:
     """The column called ``name``.
 
     Raises:
-      RewardError: no prompt has it. ``asks`` begins the message: it names what needs the column.
+      MissingColumn: no prompt has it. ``asks`` names what needs the column.
     """
     if name in columns:
         return columns[name]
-    source = override("data.prompts", [{"path": "my.jsonl", "columns": [name]}])
-    raise RewardError(
-        f"{asks} needs the column '{name}', which no prompt has.{did_you_mean(name, columns)} Columns there: {listing(columns)}. "
-        f"Name it in its source: {source}."
-    )
+    raise MissingColumn(asks, name, columns)
 
 
 def arguments(function: Callable[..., Any], columns: Columns) -> dict[str, list[Any]]:
@@ -52,7 +63,7 @@ def arguments(function: Callable[..., Any], columns: Columns) -> dict[str, list[
     columns if it takes ``**columns``. A parameter with a default may lack its column.
 
     Raises:
-      RewardError: a parameter without a default has no column.
+      MissingColumn: a parameter without a default has no column.
     """
     return {name: copy.deepcopy(list(columns[name])) for name in _wanted(function, columns)}
 

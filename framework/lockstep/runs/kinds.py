@@ -122,7 +122,9 @@ def evaluation_stage(base: Stage, group: ConfigGroup, components: Components, be
     last = {policy: _of_last_round(policy, before) for policy in config.policies or ()}
     follows = {policy: other for policy, other in last.items() if other is not None and other in last}
     scorers = (*base.scorers, *judges)
-    return replace(base, config=config, group=whole, scorers=scorers, follows=follows, attacked=attacked)
+    compared = config.comparisons and not any(scorer.component.needs_environment for scorer in base.scorers)
+    compares = base.scorers if compared else ()
+    return replace(base, config=config, group=whole, scorers=scorers, follows=follows, attacked=attacked, compares=compares)
 
 
 def collection_stage(base: Stage, given: StageConfig, group: ConfigGroup, components: Components) -> Stage:

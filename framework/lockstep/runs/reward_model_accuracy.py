@@ -3,20 +3,24 @@ prefers what is longer."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
-from lockstep.errors import MissingData
+from lockstep.errors import MissingData, RewardError, Unreachable
 from lockstep.interfaces import DataSource, RewardModel
 from lockstep.learning import numerics
 from lockstep.learning.rollout import responses_of, scores_of
+from lockstep.learning.rows import MissingColumn
+from lockstep.runs.components import Chosen
 from lockstep.runs.measures import Measure, clusters_of, mean
 from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
 from lockstep.text.tokenizer import Tokenizer
-from lockstep.types import Comparison
+from lockstep.types import Comparison, Demonstration, Goal, Prompt
 
 ScoredComparison = tuple[Comparison, np.ndarray, np.ndarray]
 """A comparison, the reward model's scores [K] of its completions, and their lengths [K] in tokens."""
@@ -37,12 +41,71 @@ def measure_reward_model(
     if reward_model.needs_environment:
         return {}
     comparisons = heldout_comparisons(data, tokenizer, lengths, most)
-    scored = score_completions(reward_model, comparisons, tokenizer, lengths) if comparisons else []
+    with scoring_comparisons():
+        scored = score_completions(reward_model, comparisons, tokenizer, lengths) if comparisons else []
     scored = [each for each in scored if np.isfinite(each[1]).all()]
     if not scored:
         return {}
     found = accuracy(scored, training) | calibration(scored)
     return found | accuracy_by_gold(scored, data) | preference_for_length(scored)
+
+
+def rehearse_on_comparisons(scorer: Chosen, data: DataSource, most: int) -> None:
+    """Rehearse a reward model on one of the first ``most`` held-out comparisons: on the one with the most columns, as others may
+    lack some. Does nothing without any.
+
+    Raises:
+      LockstepError: it would fail on comparisons.
+    """
+    try:
+        found = list(islice(data.comparisons("heldout"), most))
+    except (MissingData, Unreachable):
+        return
+    if not found:
+        return
+    with scoring_comparisons():
+        scorer.component.rehearse(scorer.config, Compared(data, max(found, key=lambda c: len(c.prompt.truth))))
+
+
+@contextmanager
+def scoring_comparisons() -> Iterator[None]:
+    """
+    Raises:
+      RewardError: one that was raised within, with what held-out comparisons lack and how to do without them.
+    """
+    try:
+        yield
+    except MissingColumn as error:
+        where = MissingColumn(error.asks, error.name, error.columns, "held-out comparison", "data.comparisons")
+        raise RewardError(f"{where} Name it in data.heldout_comparisons too if that is set. {_WITHOUT}") from None
+    except RewardError as error:
+        raise RewardError(f"On held-out comparisons, {error} {_WITHOUT}") from error
+
+
+_WITHOUT = "An evaluation scores held-out comparisons too; not with evaluation.comparisons=0."
+
+
+@dataclass
+class Compared(DataSource):
+    """The data, but its only prompt is that of a comparison, answered by its first completion."""
+
+    data: DataSource
+    comparison: Comparison
+
+    def texts(self, split: str) -> Sequence[str]:
+        return self.data.texts(split)
+
+    def goals(self, split: str) -> Sequence[Goal]:
+        return self.data.goals(split)
+
+    def comparisons(self, split: str) -> Sequence[Comparison]:
+        return [self.comparison]
+
+    def prompts(self, split: str) -> Sequence[Prompt]:
+        return [self.comparison.prompt]
+
+    def demonstrations(self, split: str) -> Sequence[Demonstration]:
+        return [Demonstration(self.comparison.prompt, self.comparison.completions[0])]
 
 
 def heldout_comparisons(data: DataSource, tokenizer: Tokenizer, lengths: Lengths, most: int) -> list[Comparison]:

@@ -14,6 +14,7 @@ from lockstep.data.mixture import DATA, GOALS
 from lockstep.interfaces import Algorithm, DataSource
 from lockstep.runs.components import Chosen
 from lockstep.runs.evaluation import EvaluationConfig
+from lockstep.runs.reward_model_accuracy import rehearse_on_comparisons
 from lockstep.runs.rounds import Scope
 
 NEW = "new"
@@ -67,7 +68,8 @@ class Stage:
     scope: resolves the names of other stages in it. ``round`` is the number of its round, from 1.
     mixes: {noun: {source: its share, or None}}, if it names sources other than the data's own.
     policies: of a collection or of attacks. ``follows`` is, for an evaluation, {policy: the one of the previous round}.
-    attacked: for an evaluation, the stages whose attacks are its splits.
+    attacked: for an evaluation, the stages whose attacks are its splits. ``compares`` are those of ``scorers`` that it tests on
+      held-out comparisons.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Stage:
     labeler: Chosen | None = None
     attacker: Chosen | None = None
     attacked: tuple[str, ...] = ()
+    compares: tuple[Chosen, ...] = ()
 
     @property
     def where(self) -> str:
@@ -132,6 +135,8 @@ class Stage:
         """
         for scorer in self.scorers:
             scorer.component.rehearse(scorer.config, data)
+        for scorer in self.compares:
+            rehearse_on_comparisons(scorer, data, self.config.comparisons)
 
     def scorer(self, group: Mapping[str, Any]) -> Chosen:
         """The one of ``scorers`` with this group."""
