@@ -522,7 +522,9 @@ def test_every_format_gives_the_same_rows(tmp_path, name):
 def test_a_csv_row_that_is_too_long_or_too_short_is_named_by_its_line(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('prompt,completion\n"Two\nlines",Yes\nHi\n')
-    with pytest.raises(DataError, match="a.csv:4: a missing column: no 'completion'. The row has: prompt."):
+    with pytest.raises(
+        DataError, match=r"a.csv:4: a null: 'completion' is null \(in CSV: the row ends before it\)\. It should be"
+    ):
         files(demonstrations=[{"path": str(path)}]).demonstrations("train")
     path.write_text("prompt\nHi,Hello\n")
     with pytest.raises(DataError, match="a.csv:2: more fields than the header has: 1 more. Text that has a comma needs quotes."):
@@ -616,6 +618,7 @@ MESSAGES = {"messages": dialogue("Name a colour.", "Green.")}
 @pytest.mark.parametrize(
     "noun, good, bad, says",
     [
+        ("demonstrations", GOOD, {"prompt": "Hi", "completion": None}, "a null: 'completion' is null (in CSV"),
         ("demonstrations", GOOD, {"prompt": "Hi"}, "a missing column: no 'completion'. The row has: prompt."),
         ("demonstrations", GOOD, {**GOOD, "prompt": 3}, "a wrong type: 'prompt' should be text or a list of messages, not int."),
         ("demonstrations", GOOD, {**GOOD, "completion": " "}, "an empty text: 'completion' should not be empty."),
@@ -629,6 +632,7 @@ MESSAGES = {"messages": dialogue("Name a colour.", "Green.")}
         ("demonstrations", MESSAGES, {"messages": []}, "an empty list: 'messages' should hold messages."),
         ("demonstrations", MESSAGES, {"messages": dialogue("Hi")}, "no response: the last message should be the assistant's."),
         ("demonstrations", ALPACA, {**ALPACA, "input": 3}, "a wrong type: 'input' should be text, not int."),
+        ("comparisons", PAIR, {**PAIR, "chosen": None}, "a null: 'chosen' is null"),
         ("comparisons", PAIR, {**PAIR, "rejected": ""}, "an empty text: 'rejected' should not be empty."),
         ("comparisons", PAIR, {**PAIR, "rejected": 1}, "a wrong type: 'rejected' should be text or a list of one message"),
         ("comparisons", PAIR, {**PAIR, "prompt": None}, "text without a prompt: 'chosen' should be a transcript"),
@@ -793,6 +797,50 @@ def test_unknown_columns_are_answered_with_the_known_ones(write):
 def test_a_file_that_is_not_json_at_all_says_so(write):
     with pytest.raises(DataError, match="my.jsonl:1: a line that is not a JSON object: Expecting value"):
         files(texts=[write("hello", "world")]).texts("train")
+
+
+LINES = '{"prompt": "Hi", "completion": "Ho"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.jsonl", "prompt,completion\nHi,Ho\n", "a.jsonl:1: a line that is not a JSON object: its first line is a header, "
+         "as of .csv. Rename it to a.csv."),
+        ("a.json", "prompt\tcompletion\nHi\tHo\n", "its first line is a header, as of .tsv. Rename it to a.tsv."),
+        ("a.jsonl", "prompt;completion\nHi;Ho\n", "its first line is a header with semicolons. Save it as CSV with commas."),
+        ("a.jsonl", f"[{LINES}]", "its first line begins with '[', as a JSON list does. Rename it to a.json."),
+        ("a.JSONL", f"[\n{LINES}]", "its first line begins with '[', as a JSON list does. Rename it to a.json."),
+        ("a.b.csv", LINES, "cannot be read as .csv: its first line begins with '{', as JSON lines do. Rename it to a.b.jsonl"),
+        ("a.csv", '{"prompt":"Hi","completion":"Ho"}', "its first line begins with '{', as JSON lines do. Rename it to a.jsonl"),
+        ("a.tsv", f"[{LINES}]", "its first line begins with '[', as a JSON list does. Rename it to a.json"),
+        ("a.csv", "prompt;completion\nHi;Ho\n", "its first line is a header with semicolons. Save it as CSV with commas"),
+        ("a.csv", '"my prompt"\tcompletion\nHi\tHo\n', "its first line is a header, as of .tsv. Rename it to a.tsv"),
+        ("a.csv.gz", LINES, "its first line begins with '{', as JSON lines do. Rename it to a.jsonl.gz"),
+    ],
+)  # fmt: skip
+def test_a_file_in_another_format_than_its_name_says_is_named_as_that(tmp_path, name, text, says):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    with pytest.raises(DataError, match=re.escape(says)):
+        files(demonstrations=[{"path": str(path)}]).demonstrations("train")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "\ufeffprompt,completion\nHi,Ho\n"),
+        ("a.csv", '"prompt","completion"\n"Hi","Ho"\n'),
+        ("a.csv", "prompt,completion,more;less\nHi,Ho,\n"),
+        ("a.json", LINES),
+        ("a.jsonl", "\n" + LINES),
+    ],
+)
+def test_a_file_that_is_what_its_name_says_is_read(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert files(demonstrations=[{"path": str(tmp_path / name)}]).demonstrations("train") == (
+        Demonstration(Prompt.of("Hi"), "Ho"),
+    )
 
 
 def test_an_empty_file_is_named(write):

@@ -28,8 +28,10 @@ class LeftOut(Exception):
 
 
 def cell(row: Columns, name: str, kinds: type | tuple[type, ...], expected: str) -> Any:
-    if row.get(name) is None:
+    if name not in row:
         raise BadRow("a missing column", f"no '{name}'. The row has: {listing(key for key in row if row[key] is not None)}.")
+    if row[name] is None:
+        raise BadRow("a null", f"'{name}' is null (in CSV: the row ends before it). It should be {expected}.")
     if not isinstance(row[name], kinds) or isinstance(row[name], bool):
         raise BadRow("a wrong type", f"'{name}' should be {expected}, not {type(row[name]).__name__}.")
     return row[name]

@@ -128,7 +128,9 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             if isinstance(line, BadRow):
                 yield number, line
             elif line.strip():
-                yield number, _parsed(line)
+                row = _parsed(line)
+                hint = _misnamed(path, line) if number == 1 and not isinstance(row, Mapping) else None
+                yield number, BadRow(_NO_JSON, f"{hint}.") if hint else row
 
 
 def _lines(file: TextIO) -> Iterator[str | BadRow]:
@@ -234,6 +236,9 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, Any]]:
     rows."""
     csv.field_size_limit(MOST_CHARACTERS)
     with _open(path) as file:
+        if hint := _misnamed(path, file.readline(10_000)):
+            raise ValueError(hint)
+        file.seek(0)
         reader = csv.DictReader(file, restkey=_EXTRA, delimiter=delimiter, strict=True)
         names = list(reader.fieldnames or [])
         if wrong := _not_utf8("".join(names)):
@@ -257,6 +262,26 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, Any]]:
 
 
 _EXTRA = "(without a header)"
+
+
+_NAME = r'(?:"[\w .-]+"|\w[\w .-]*)'
+_HEADERS = {".csv": ",", ".tsv": "\t", "semicolons": ";"}
+"""{format: what separates the columns in its header}."""
+
+
+def _misnamed(path: Path, line: str) -> str | None:
+    """What a file is by its first line, and how to rename it; None if it may be what its name says."""
+    own, line = _suffix(path), line.strip()
+    headers = (name for name, mark in _HEADERS.items() if re.fullmatch(rf"{_NAME}(?:{mark}{_NAME})+", line))
+    found = {"[": ".json", "{": ".jsonl"}.get(line[:1]) or next(headers, None)
+    if found is None or own.removesuffix(".gz") == found or own.startswith(".json") and found == ".jsonl":
+        return None
+    if found == "semicolons":
+        return "its first line is a header with semicolons. Save it as CSV with commas"
+    kinds = {".json": "begins with '[', as a JSON list does", ".jsonl": "begins with '{', as JSON lines do"}
+    what = kinds.get(found, f"is a header, as of {found}")
+    ending = f"{found}.gz" if own.endswith(".gz") else found
+    return f"its first line {what}. Rename it to {path.name[: -len(own)]}{ending}"
 
 
 PARQUET_ROWS = 64
