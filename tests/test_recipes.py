@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tokenizers
 
+from listings import ROOT
 from lockstep.commands import run as run_command
 from lockstep.commands.run.dry_run import FIRST, _check_lengths
 from lockstep.config.compose import compose
@@ -378,3 +382,24 @@ def test_every_recipe_is_checked_without_a_file_being_opened(name):
         assert list(Experiment(config).stages)[-1] == "evaluate"
     except LockstepError as error:
         pytest.fail(str(error))
+
+
+def test_the_experiment_of_the_docs_runs_from_scratch_on_data_of_ones_own(tmp_path):
+    section = (ROOT / "docs/recipes.md").read_text(encoding="utf-8").split("\n## From scratch, on data of your own\n")[1]
+    conf = tmp_path / "conf" / "experiment"
+    conf.mkdir(parents=True)
+    (conf / "colours.yaml").write_text(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])
+    rows = [{"prompt": f"What colour is thing {i}?", "chosen": f"Thing {i} is red.", "rejected": "No idea."} for i in range(40)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = re.search(r"^    (lockstep tokenizer .*)$", section, re.MULTILINE)[1]
+    small = "algorithm.iterations=1 sft.epochs=1 reward.epochs=1 tracker=none backend.threads=1"
+    for command in (tokenizer, f"lockstep run experiment=colours backend=torch {small}"):
+        done = subprocess.run(
+            [sys.executable, "-m", "lockstep", *shlex.split(command)[1:]],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "heldout prompts" in done.stdout
