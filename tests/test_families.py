@@ -140,6 +140,7 @@ REFUSED = [
     ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
     ({"model_type": "gpt2", "reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=True"),
     ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention=True"),
+    ({"model_type": "gpt2", "n_head": 12, "num_attention_heads": 2}, "n_head=12 and num_attention_heads=2 are one size"),
     ({"model_type": "llama", "quantization_config": {"bits": 4}}, "quantised weights"),
 ]  # fmt: skip
 
@@ -409,6 +410,19 @@ def test_the_text_model_of_a_gemma_with_images_is_read(backend, tmp_path, prefix
     write_json(tmp_path / "config.json", {"model_type": "gemma3", "text_config": hf.config.to_dict()})
     policy = HuggingFace.load(tmp_path, backend)
     assert abs(ours(policy, block()) - theirs(hf, block())).max() < TOLERANCE
+
+
+def test_sizes_of_gpt2_have_two_names(backend, tmp_path):
+    """The usual names, as transformers also takes them; each size differs from its default."""
+    names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+             "n_positions": "max_position_embeddings"}  # fmt: skip
+    hf = realistic("gpt2")
+    hf.save_pretrained(tmp_path)
+    config = {names.get(key, key): value for key, value in hf.config.to_dict().items()}
+    write_json(tmp_path / "config.json", config)
+    assert from_hf(config) == from_hf(hf.config.to_dict())
+    reopened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert abs(ours(HuggingFace.load(tmp_path, backend), block()) - theirs(reopened, block())).max() < TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,29 @@ from lockstep.models.architecture.keys import HFConfig, decoder, read_activation
 from lockstep.models.architecture.naming import QKV, Naming
 from lockstep.models.architecture.shape import Architecture
 
+SIZES = {
+    "hidden_size": ("n_embd", 768), "num_hidden_layers": ("n_layer", 12), "num_attention_heads": ("n_head", 12),
+    "max_position_embeddings": ("n_positions", 1024),
+}  # fmt: skip
+"""{usual name: (GPT-2's own name, default)}; transformers takes either name."""
+
 
 def read(c: HFConfig) -> Architecture:
     refuse(c, scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False, add_cross_attention=False)
     refuse(c, scale_attn_weights=True)
-    sizes = {
-        "hidden_size": c["n_embd"], "num_hidden_layers": c["n_layer"], "num_attention_heads": c["n_head"],
-        "intermediate_size": c["n_inner"] or 4 * c["n_embd"], "max_position_embeddings": c["n_positions"],
-    }  # fmt: skip
+    sizes = {usual: _size(c, usual, own, default) for usual, (own, default) in SIZES.items()}
+    sizes["intermediate_size"] = c["n_inner"] or 4 * sizes["hidden_size"]
     return decoder(
         {**c, **sizes}, norm="layer", norm_eps=c["layer_norm_epsilon"], positions="learned", rope_theta=0.0, rope_scaling=None,
         activation=read_activation(c["activation_function"]), gated=False, attention_bias=True, output_bias=True, mlp_bias=True,
     )  # fmt: skip
+
+
+def _size(c: HFConfig, usual: str, own: str, default: int) -> Any:
+    given = {key: c[key] for key in (own, usual) if key in c}
+    if len(set(given.values())) > 1:
+        raise ValueError(f"{own}={c[own]} and {usual}={c[usual]} are one size under two names, and differ")
+    return next(iter(given.values()), default)
 
 
 def write(a: Architecture) -> dict[str, Any]:
@@ -36,8 +47,8 @@ FAMILY = Family(
     read=read,
     write=write,
     defaults={
-        "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None,
-        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+        "vocab_size": 50257, "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
     },
     causal="GPT2LMHeadModel",
     classifier="GPT2ForSequenceClassification",
