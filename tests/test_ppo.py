@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -534,6 +535,14 @@ def test_impossible_settings_say_what_would_be_possible(changes, message):
 def test_a_context_that_is_too_short_is_an_error_before_anything_runs(ppo):
     with pytest.raises(ConfigError, match=r"lengths.prompt \+ lengths.response = 60 \+ 12 exceeds the policy's context of 64"):
         ppo(lengths={"prompt": 60})
+
+
+def test_a_value_network_whose_context_is_too_short_is_an_error_before_anything_runs(ppo):
+    model = Scored()
+    model.value_network = lambda: SimpleNamespace(context_length=17)
+    with pytest.raises(ConfigError, match=r"lengths.response = 6 \+ 12 exceeds the value network's context of 17"):
+        ppo(model)
+    ppo(model, value_network="shared")
 
 
 def test_the_batch_arithmetic_is_one_line():

@@ -473,6 +473,17 @@ def test_a_reward_model_that_shares_the_policys_tokens_reads_them_as_they_are(le
     assert learned.score(responses) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize(("longest", "scored"), [(6, [True, True]), (5, [False, True]), (3, [False, False])])
+def test_a_row_longer_than_the_reward_models_context_has_no_score(load, tokenizer, caplog, longest, scored):
+    model = load(1).scalar_model(head())
+    responses = answers(tokenizer, ["w1 w2 w3", "w1 w2"], [[4, 5, tokenizer.eos_id], [6, tokenizer.eos_id]])
+    expected = np.where(scored, model.evaluate(responses.sequences, ["scores"])["scores"], np.nan)
+    model.context_length = longest
+    scores = made_by_a_stage(model, tokenizer, tokenizer).score(responses)
+    assert scores == pytest.approx(expected, abs=1e-5, nan_ok=True)
+    assert all(scored) or f"{2 - sum(scored)} responses are too long for the reward model and were not scored" in caplog.text
+
+
 def test_a_reward_model_with_another_tokenizer_reads_the_text_and_gives_no_value_network(foreign, tokenizer):
     model, seen = foreign
     model.score(answers(tokenizer, ["w1 w2"], [[4, 5, tokenizer.eos_id]]))

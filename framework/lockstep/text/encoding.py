@@ -40,15 +40,15 @@ class Lengths:
     def columns(self, longest: int, limit: int) -> int:
         return min(round_up(longest, self.multiple), limit)
 
-    def check(self, context_length: int) -> None:
+    def check(self, context_length: int, model: str = "policy") -> None:
         """
         Raises:
-          ConfigError: a prompt and a response do not fit into a policy's context.
+          ConfigError: a prompt and a response do not fit into the context of the ``model``.
         """
         if self.prompt + self.response > context_length:
             raise ConfigError(
-                f"lengths.prompt + lengths.response = {self.prompt} + {self.response} exceeds the policy's context of "
-                f"{context_length} tokens. Lower them, or take a policy with a longer context (of policy=decoder: "
+                f"lengths.prompt + lengths.response = {self.prompt} + {self.response} exceeds the {model}'s context of "
+                f"{context_length} tokens. Lower them, or take a model with a longer context (of policy=decoder: "
                 "policy.context_length)."
             )
 

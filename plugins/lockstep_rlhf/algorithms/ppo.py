@@ -131,6 +131,7 @@ class PPO(Corrected):
         if self.config.value_network == "shared":
             return super().make_learner()
         value = self.reward_model.value_network() or self.fresh_value_network()
+        self.config.lengths.check(value.context_length, "value network")
         optimizers = {"policy": self.config.optimizer, "value": self.config.value_optimizer}
         return self.context.backend.learner({"policy": self.policy, "value": value}, optimizers)
 

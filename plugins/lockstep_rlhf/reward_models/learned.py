@@ -65,7 +65,7 @@ class Learned(RewardModel):
         if self.shares_tokens:
             self.embedding = model.vocab_size
             resources.tokenizer.check_embedding(model.vocab_size, f"the reward model '{config.source}'")
-            self.read = lambda responses: self._score(responses.sequences)
+            self.read = lambda responses: self._score_tokens(responses.sequences, model.context_length)
         elif kind == "stage":
             self.tokenizer.chat_template = template
             self.read = lambda responses: self._score_fitting(self._as_trained(responses))
@@ -107,6 +107,15 @@ class Learned(RewardModel):
                 f"The policy wrote the token id {largest}, for which the reward model '{self.config.source}' has no row: its "
                 f"embedding has {embedding} rows. Resize the embedding of either to that of the other."
             )
+
+    def _score_tokens(self, rows: Sequences, longest: int) -> np.ndarray:
+        """Scores of the policy's rows; NaN for those of more than ``longest`` tokens."""
+        fits = np.flatnonzero(rows.attention_mask.sum(axis=1) <= longest)
+        scores = np.full(rows.rows, np.nan, np.float32)
+        _report(rows.rows - len(fits))
+        if len(fits):
+            scores[fits] = self._score(rows.take(fits))
+        return scores
 
     def _score_fitting(self, examples: Sequence[Example | None]) -> np.ndarray:
         """Scores; NaN for examples that do not fit (None)."""
