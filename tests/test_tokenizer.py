@@ -302,12 +302,14 @@ def test_templates_render_as_in_transformers(core, transformers, template, messa
     assert make(core, chat_template=template).render(messages, add_generation_prompt=add_generation_prompt) == expected
 
 
+TOJSON = "", "ensure_ascii=False", "ensure_ascii=True", "True", "False, 2", "indent=2, sort_keys=True", "separators=(',', ':')"
 EXTRAS = {
     "bos_token": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
     "tools are none": "{% if tools is not none %}TOOLS{% endif %}",
     "break": "{% for m in messages %}{{ m.content }}{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}",
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "strftime_now": "{{ strftime_now('%Y') }}",
+    **{f"tojson({given})": "{{ {'b': '⛺ <', 'a': [1]} | tojson(" + given + ") }}" for given in TOJSON},
 }
 """What transformers gives to templates besides, and templates on the hub rely on."""
 

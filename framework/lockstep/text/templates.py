@@ -222,11 +222,18 @@ def _compiled(template: str) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
+    def tojson(
+        x: Any, ensure_ascii: bool = False, indent: int | str | None = None, separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:  # fmt: skip
+        """transformers' filter; jinja's own escapes HTML."""
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
     environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, GenerationTag], finalize=_no_function
     )
     environment.globals["raise_exception"] = raise_exception
-    environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+    environment.filters["tojson"] = tojson
     del environment.filters["random"], environment.globals["lipsum"]  # the same dialogue must always give the same text
     try:
         environment.check(template)
