@@ -328,6 +328,12 @@ def test_the_optimizer_of_each_algorithm_is_one_file_and_what_differs():
     assert changed["value_optimizer"]["ema_decay"] == 0.9 and changed["optimizer"]["ema_decay"] is None
 
 
+def test_a_recipes_average_of_all_weights_leaves_out_the_value_network():
+    changed = compose(["experiment=tldr", "adam.ema_decay=0.9", "adam.weight_decay=0.5"])["algorithm"]
+    plain = changed["optimizer"] | {"ema_decay": None}
+    assert changed["optimizer"]["ema_decay"] == 0.9 and changed["value_optimizer"] == plain and plain["weight_decay"] == 0.5
+
+
 OUT_OF_RANGE = {
     "algorithm.iterations": 0, "algorithm.epochs": 0, "algorithm.micro_batch_size": 0, "algorithm.lengths.prompt": 0,
     "algorithm.temperature": -1.0, "algorithm.kl_coef": -0.1, "algorithm.kl_target": 0, "algorithm.kl_horizon": 0,

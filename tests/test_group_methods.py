@@ -314,7 +314,8 @@ def test_every_published_method_is_a_file_of_its_own(component, published):
         ({"clip": "none", "clip_high": 0.28}, "algorithm.clip_low and clip_high have no effect on clip=none"),
         ({"baseline": "none"}, "algorithm.scale=group divides by the deviation .* Set scale=batch"),
         ({"samples": 1, "baseline": "none", "scale": "batch", "extra_rounds": 2}, "algorithm.extra_rounds replaces prompts"),
-        ({"kl_in": "reward", "kl_estimator": "k1"}, "algorithm.kl_estimator has no effect on kl_in=reward"),
+        ({"kl_in": "return"}, "algorithm.kl_in=return has no effect on kl_coef=null"),
+        ({"kl_in": "reward", "kl_coef": 0.1, "kl_estimator": "k1"}, "algorithm.kl_estimator has no effect on kl_in=reward"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(changes, message):

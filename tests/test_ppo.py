@@ -524,6 +524,10 @@ def test_a_run_that_resumes_ends_where_an_uninterrupted_one_does_and_keeps_its_r
         ({"minibatches": 3}, r"batch_size=8 is not divisible by algorithm.minibatches=3. Set minibatches to one of 1, 2, 4, 8\."),
         ({"temperature": 0.0}, "algorithm.temperature=0.0 must be above 0."),
         ({"value_network": "both"}, "value_network='both' is not one of separate, shared"),
+        ({"value_optimizer": {"ema_decay": 0.9}}, "algorithm.value_optimizer.ema_decay has no effect: the result is the policy"),
+        ({"correction": {"level": "mean"}}, "algorithm.correction.level has no effect on kind=none. Set it to token, or kind"),
+        ({"correction": {"high": 3.0}}, "high has no effect on kind=none. Set it to 2.0, or kind to truncate or mask."),
+        ({"correction": {"kind": "truncate", "low": 0.1}}, "correction.low has no effect on kind=truncate. Set it to 0.5, or"),
         ({"schedule": {"shape": "cosin"}}, "is not one of constant, linear, cosine"),
     ],
 )  # fmt: skip

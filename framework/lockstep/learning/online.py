@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -408,6 +408,10 @@ class Online(Algorithm):
 # ------------------------------------------------------------------------------------------- a sampler that differs
 
 
+READ_BY = {"level": ("truncate", "mask"), "low": ("mask",), "high": ("truncate", "mask")}
+"""The kinds of correction that read a setting; with any other kind, a setting that differs from its default is an error."""
+
+
 @dataclass(frozen=True)
 class CorrectionConfig:
     """Importance weights for a sampler that differs from the trained policy (another precision, another engine):
@@ -421,6 +425,15 @@ class CorrectionConfig:
     level: Literal["token", "sequence", "mean"] = setting("token", "Weights per token; or per response: product, geometric mean.")
     low: float = setting(0.5, "Lower bound of 'mask'.", least=0)
     high: float = setting(2.0, "Upper bound.", above=0)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            readers = READ_BY.get(field.name, (self.kind,))
+            if self.kind not in readers and getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"algorithm.correction.{field.name} has no effect on kind={self.kind}. Set it to {field.default}, or kind to "
+                    f"{' or '.join(readers)}."
+                )
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,11 @@ class PolicyGradient(Corrected):
                 )
             if self.dual_clip is not None and self.clip != "ratio":
                 raise ConfigError(f"algorithm.dual_clip has no effect on clip={self.clip}. Set it to null, or clip=ratio.")
+            if self.kl_in != "loss" and self.kl_coef is None:
+                raise ConfigError(
+                    f"algorithm.kl_in={self.kl_in} has no effect on kl_coef=null, which measures no KL. Set kl_in=loss, or "
+                    "kl_coef=0.03."
+                )
             if self.kl_estimator != "k3" and self.kl_in != "loss":
                 raise ConfigError(f"algorithm.kl_estimator has no effect on kl_in={self.kl_in}. Set it to k3, or kl_in=loss.")
             if self.overlong_buffer and self.overlong_buffer >= self.lengths.response:

@@ -101,6 +101,11 @@ class PPO(Corrected):
                     f"algorithm.ptx_ratio={self.ptx_ratio:g} gives no raw text to a minibatch of "
                     f"{self.episodes // self.minibatches} episodes. Raise it, or set ptx_coef=0."
                 )
+            if self.value_optimizer.ema_decay is not None:
+                raise ConfigError(
+                    "algorithm.value_optimizer.ema_decay has no effect: the result is the policy, and nothing reads an average "
+                    "of the value network. Set it to null; algorithm.optimizer.ema_decay averages the policy."
+                )
             if self.kl_target is not None and self.kl_coef == 0:
                 raise ConfigError(
                     "algorithm.kl_target adapts the KL coefficient by factors, and algorithm.kl_coef=0 stays 0. Set "
