@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from conftest import Data, configure
+from conftest import CONSTANT, Data, configure
 from lockstep.errors import ConfigError
 from lockstep.learning import losses
 from lockstep.types import Comparison
-from lockstep_rlhf.algorithms.preference_losses import NOTHING, KTOLoss, PairLoss, PlackettLuceLoss
+from lockstep_rlhf.algorithms.preference_losses import NOTHING, KTOLoss, PairLoss, PlackettLuceLoss, preference_arrays
 from test_group_methods import Jax, Torch, f32
 
 LN2 = math.log(2)
@@ -153,6 +153,25 @@ def test_what_is_logged_of_pairs_is_their_mean_though_ties_are_none(make):
     assert first["preference/loss"] == pytest.approx(LN2, rel=1e-5)  # the policy is still the reference
     assert first["loss"] == pytest.approx(5 / 6 * LN2, rel=1e-5)
     assert last["preference/accuracy"] == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_while_the_policy_is_the_reference_every_pair_is_a_tie(make, mean):
+    """Not the sign of a rounding error: training compares two passes over blocks of other shapes."""
+    changes = {"loss": "ipo" if mean else "dpo", "logprobs": "mean" if mean else "sum"}
+    metrics = make("preference_optimisation", batch_size=5, schedule=CONSTANT, **changes).step(0)
+    assert (metrics["heldout/accuracy"], metrics["heldout/margin"]) == (0.5, 0)
+    assert metrics["preference/accuracy"] == pytest.approx(0.5, rel=1e-6)
+
+
+def test_a_small_difference_is_none_of_rounding(library):
+    """1e-4 nats on two tokens."""
+    rows = library.xp.asarray(f32([-1.0, -2.0], [-1.0, -2.0001], [-3.0, -3.0], [-3.0, -3.0]))
+    batch = {"mask": np.ones((4, 2), bool), "ref": np.zeros(4, np.float32), "lengths": f32(2, 2, 2, 2)}
+    batch |= preference_arrays(np.tile([[0, 0.5], [0, 0]], (2, 1, 1)), np.ones((2, 2), bool), 2)
+    arrays = {name: library.xp.asarray(array) for name, array in batch.items()}
+    _, metrics = PairLoss(beta=0.1)(library.xp, {"logprobs": rows}, arrays)
+    assert float(metrics["preference/accuracy"]) == pytest.approx(0.75)
 
 
 def test_each_name_is_a_loss_of_its_own(library):

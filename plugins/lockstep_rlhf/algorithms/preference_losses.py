@@ -19,6 +19,10 @@ from lockstep.learning import losses
 NOTHING = -1e4
 """The utility of a missing completion: finite, and below that of any real one."""
 
+TIE = 1e-5
+"""Two completions tie if their h differ by at most this many nats for each token of both. While the policy is the reference, h is
+the rounding error of two float32 passes, which is smaller."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceLoss(ABC):
@@ -46,7 +50,9 @@ class PreferenceLoss(ABC):
         loss = self.of(xp, h, batch)
         rewards = grid(xp, self.beta * h, batch)
         margins = rewards[:, :, None] - rewards[:, None, :]
-        right = xp.astype(margins > 0, margins.dtype) + 0.5 * xp.astype(margins == 0, margins.dtype)
+        ties = xp.reshape(self.beta * TIE * (xp.ones_like(h) if self.mean else batch["lengths"]), rewards.shape)
+        ties = ties[:, :, None] + ties[:, None, :]
+        right = xp.astype(margins > ties, margins.dtype) + 0.5 * xp.astype(xp.abs(margins) <= ties, margins.dtype)
         metrics = {
             "preference/loss": loss,
             "preference/accuracy": losses.weighted_sum(xp, right, batch["pairs"]),

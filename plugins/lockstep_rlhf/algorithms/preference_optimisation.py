@@ -112,26 +112,27 @@ class PreferenceOptimisation(Offline):
 
     def load(self, split: str, limit: int | None = None) -> list[Ranking]:
         """Comparisons with at least two completions that are not tied, with the reference's log-probabilities. With less than one
-        epoch, training does not read all comparisons; the others have NaN there."""
+        epoch, training does not read all comparisons; the others have NaN there. `measure` takes rows in the same order, so its h
+        is exactly 0 while the policy is the reference."""
         encoded = encoded_comparisons(self.context, split, self.config.lengths, limit)
         if self.config.ranking == "plackett_luce" and (tied := sum(len(set(ranks)) < len(ranks) for _, ranks in encoded)):
             raise DataError(
                 f"{tied} of {len(encoded)} {split} comparisons have ties, which a Plackett-Luce ranking cannot express. Set "
                 "algorithm.ranking=pairs."
             )
-        rows = [row for examples, _ in encoded for row in examples]
+        orders = [np.argsort(ranks, kind="stable") for _, ranks in encoded]
+        rows = [examples[i] for (examples, _), order in zip(encoded, orders, strict=True) for i in order]
         ref = np.zeros(len(rows), np.float32)
         if self.config.needs_reference and rows:
             read = self.read(len(encoded)) if split == "train" else np.ones(len(encoded), bool)
-            of_rows = np.repeat(read, [len(ranks) for _, ranks in encoded])
+            of_rows = np.repeat(read, [len(order) for order in orders])
             ref[~of_rows] = np.nan
             ref[of_rows] = self.logprobs(self.policy, [row for row, needed in zip(rows, of_rows, strict=True) if needed])
         rankings, place = [], 0
-        for examples, ranks in encoded:
-            order = np.argsort(ranks, kind="stable")
-            here = ref[place : place + len(ranks)]
-            rankings.append(Ranking([examples[i] for i in order], np.asarray(ranks)[order], here[order]))
-            place += len(ranks)
+        for (_, ranks), order in zip(encoded, orders, strict=True):
+            here = slice(place, place + len(order))
+            rankings.append(Ranking(rows[here], np.asarray(ranks)[order], ref[here]))
+            place += len(order)
         return rankings
 
     def read(self, comparisons: int) -> np.ndarray:
