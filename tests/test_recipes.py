@@ -388,12 +388,12 @@ def test_the_experiment_of_the_docs_runs_from_scratch_on_data_of_ones_own(tmp_pa
     section = (ROOT / "docs/recipes.md").read_text(encoding="utf-8").split("\n## From scratch, on data of your own\n")[1]
     conf = tmp_path / "conf" / "experiment"
     conf.mkdir(parents=True)
-    (conf / "colours.yaml").write_text(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])
+    (conf / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])
     rows = [{"prompt": f"What colour is thing {i}?", "chosen": f"Thing {i} is red.", "rejected": "No idea."} for i in range(40)]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = re.search(r"^    (lockstep tokenizer .*)$", section, re.MULTILINE)[1]
     small = "algorithm.iterations=1 sft.epochs=1 reward.epochs=1 tracker=none backend.threads=1"
-    for command in (tokenizer, f"lockstep run experiment=colours backend=torch {small}"):
+    for command in (tokenizer, f"lockstep run experiment=mine backend=torch {small}"):
         done = subprocess.run(
             [sys.executable, "-m", "lockstep", *shlex.split(command)[1:]],
             cwd=tmp_path,
