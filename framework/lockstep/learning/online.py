@@ -263,16 +263,19 @@ class Online(Algorithm):
     def train(
         self, step: int, sequences: Sequences, batch: Mapping[str, np.ndarray], forward: ForwardPass | None = None
     ) -> Metrics:
-        """Take one optimizer step for each minibatch of each inner epoch that has something to learn from. ``batch``: the arrays
-        that the loss reads, of the same rows. ``forward``: the rollout's pass over them, for the first epoch. Returns the mean of
-        the updates' metrics."""
+        """Take one optimizer step for each minibatch of each inner epoch, unless the whole batch has nothing to learn from.
+        ``batch``: the arrays that the loss reads, of the same rows. ``forward``: the rollout's pass over them, for the first
+        epoch. Returns the mean of the updates' metrics, without minibatches of which nothing counts."""
         scale, counted = lr_scale(self.config.schedule, step, self.total_steps), self.counted(batch)
         updates = []
         for number, (epoch, rows) in enumerate(self.passes(step)):
             extra = self.extra_terms(step, number)
+            if not (counted.any() or extra):
+                continue
+            terms = self.terms(sequences, batch, rows, forward if epoch == 0 else None)
+            update = self.learner.update(terms + extra, scale)
             if counted[rows].any() or extra:
-                terms = self.terms(sequences, batch, rows, forward if epoch == 0 else None)
-                updates.append(self.learner.update(terms + extra, scale))
+                updates.append(update)
         return means(updates) | {"lr_scale": scale}
 
     def counted(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:

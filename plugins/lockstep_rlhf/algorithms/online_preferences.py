@@ -4,8 +4,8 @@ One iteration (`OnlinePreferences.step`):
 
     sample k responses to each prompt; reward of a response: its score - kl_coef KL
     pairs of a prompt: the best response against the worst, or every response against every worse one; no pair of equals
-    for each inner epoch, for each minibatch of prompts with pairs: one optimizer step on the mean over pairs of
-        loss(h(y_w), h(y_l)), h(y) = log π(y | x) - log π_ref(y | x)
+    for each inner epoch, for each minibatch of prompts: one optimizer step on the mean over pairs of loss(h(y_w), h(y_l)),
+        h(y) = log π(y | x) - log π_ref(y | x); none if the whole batch has no pair
 
 The labels come from a reward model; Guo et al. ask a language model. The reference is the policy that the stage starts from. To
 renew the reference (iterated DPO: Xu et al. 2023, arXiv 2312.16682), make each round a stage that starts from the result of the

@@ -4,7 +4,7 @@ One iteration (`RejectionSampling.step`):
 
     sample k responses to each prompt; reward of a response: its score - β KL
     keep the best of each prompt, if its reward is above the threshold
-    for each inner epoch, for each minibatch of which something was kept: one optimizer step on its next-token loss
+    for each inner epoch, for each minibatch: one optimizer step on the next-token loss of what was kept; none if nothing was
 
 Every iteration samples new responses from the current policy.
 """
