@@ -117,9 +117,9 @@ def test_compare_shows_each_policys_value_with_its_standard_error(tmp_path):
     ]  # fmt: skip
     both = groups.group(reading.read([tmp_path]))
     table = tables.all_tables(both, [], [])["tasks"]
-    # by hand: the variance between seeds, 0.02, is above the mean squared error, 0.0025; sqrt(0.02 / 2) = 0.1
-    assert table.rows[1] == ["sft", "0.6000 ± 0.1000"]
-    assert "0.6000 ± 0.1000" in page.render(both, "", "", [], {"tasks": table}, {})
+    # by hand: the variance between seeds is 0.02, the mean squared error 0.0025; sqrt(0.02 / 2 + 0.0025) = 0.1118
+    assert table.rows[1] == ["sft", "0.6000 ± 0.1118"]
+    assert "0.6000 ± 0.1118" in page.render(both, "", "", [], {"tasks": table}, {})
     assert [r[-3][0] for r in tidy.series(both) if r[7] == "tasks/arc acc"] == [0.5, 0.25, 0.7, 0.25]
 
 
