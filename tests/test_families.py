@@ -435,6 +435,8 @@ def test_sizes_of_gpt2_have_two_names(backend, tmp_path):
         ("gemma3_text", {"layer_types": [S, F, S], "rope_parameters": {S: PLAIN, F: {**LINEAR, "rope_theta": 1000.0}}},
          {"sliding_window_pattern": 2, "rope_theta": 1000.0, "rope_local_base_freq": 100.0,
           "rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+        ("gemma3_text", {"rope_parameters": {S: PLAIN, F: {**PLAIN, "rope_theta": 1000.0}}},  # it reads no "type"
+         {"rope_theta": 1000.0, "rope_local_base_freq": 100.0, "rope_scaling": {"type": "linear", "factor": 3.0}}),
     ],
 )  # fmt: skip
 def test_configurations_of_older_versions_mean_the_same(family, change, older):

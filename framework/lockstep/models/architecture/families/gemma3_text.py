@@ -14,7 +14,7 @@ from lockstep.models.architecture.shape import Architecture
 
 def read(c: HFConfig) -> Architecture:
     refuse(c, attn_logit_softcapping=None)  # transformers has the key but does not read it
-    rope = c.get("rope_parameters") or {}
+    rope = c.get("rope_parameters") or {"full_attention": {"rope_type": "default"}}  # so "type" in rope_scaling does not count
     if not all(isinstance(value, Mapping) for value in rope.values() if value is not None):
         raise CheckpointError("This gemma3_text model has one record of rope_parameters. Supported: one per kind of layer.")
     full = {**(rope.get("full_attention") or {}), **(c.get("rope_scaling") or {})}
