@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from lockstep.api.policies import ChatPolicy
 from lockstep.api.sources import find
 from lockstep.config.schema import parse
 from lockstep.errors import CheckpointError, ConfigError, DataError
+from lockstep.learning.randomness import token_seeds
 from lockstep.models import adapters
 from lockstep.models.architecture import initial_parameters, to_hf
 from lockstep.models.checkpoint import describe, open_checkpoint
@@ -28,7 +30,7 @@ from lockstep.runs.assembly import Assembly, opener, save_result
 from lockstep.storage.files import read_json, write_json
 from lockstep.storage.weights import INDEX, read_tensors, write_tensors
 from lockstep.text.encoding import Lengths
-from lockstep.text.sequences import join, pack
+from lockstep.text.sequences import join, left_pad, pack
 from lockstep.text.tokenizer import Tokenizer, TokenizerConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -370,6 +372,34 @@ def test_within_the_context_a_row_does_not_depend_on_how_long_its_neighbours_are
     assert np.abs(found[2] - found[0]).max() > 1e-3
     with pytest.raises(ConfigError, match="12 \\+ 5 exceeds the policy's context of 16 tokens"):
         Lengths(12, 5).check(policy.context_length)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "context"),
+    [
+        ("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 4}, sys.maxsize),
+        ("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 4, "seq_length": 24}, 24),
+        ("mpt", {"d_model": 32, "n_layers": 1, "n_heads": 4, "max_seq_len": 48}, 48),
+    ],
+)
+def test_a_context_is_read_under_each_of_its_names(model_type, settings, context, tmp_path):
+    backend_class = registry().resolve("backend", "torch", "torch")
+    backend = backend_class(parse(backend_class.Config, BACKENDS["torch"], "backend"))
+    saved(model_type, tmp_path, **settings)
+    policy = policy_class(backend).load(tmp_path, backend)
+    assert policy.context_length == context
+    prompts, how = left_pad([[3, 4, 5], [6]], 0, 3), {"temperature": 1.0, "stop_ids": [], "pad_id": 0}
+    drawn = policy.generate(*prompts, token_seeds(0, "sampling", 0, 2, 4), **how)
+    scored = policy.evaluate(join(*prompts, drawn.tokens, drawn.mask), ["logprobs"])["logprobs"]
+    np.testing.assert_allclose(drawn.logprobs, scored, atol=1e-4)
+
+
+def test_a_model_without_keys_and_values_is_refused(tmp_path):
+    backend_class = registry().resolve("backend", "torch", "torch")
+    backend = backend_class(parse(backend_class.Config, BACKENDS["torch"], "backend"))
+    saved("mamba", tmp_path, hidden_size=32, num_hidden_layers=1)
+    with pytest.raises(CheckpointError, match="cannot sample from this mamba: .* Take a model with attention"):
+        policy_class(backend).load(tmp_path, backend)
 
 
 def test_headers_alone_say_how_many_rows_the_embedding_has(folder):

@@ -207,6 +207,7 @@ def _read_by_transformers(auto: type, checkpoint: Checkpoint) -> tuple[Network, 
     refuse_tensors(checkpoint.folder, missing=info["missing_keys"], unused=unused, other=info["mismatched_keys"])
     network = TransformersNetwork(hf.eval())
     if network.language_head() is not None:
+        network.check_cache()
         network.find_logit_scale()
     weights = {network.checkpoint_name(name): parameter.detach().numpy() for name, parameter in network.named_parameters()}
     return shell(network, "meta"), weights

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from lockstep.storage.hub import hub
 from lockstep_torch.attention import Layout, RealFirst
 from lockstep_torch.decoder import recalled
 from lockstep_torch.network import DropoutMask, Network, positions
+
+CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+"""The names of the context length in transformers' configurations."""
 
 
 def config_of(hf: Any) -> dict[str, Any]:
@@ -105,10 +110,12 @@ def ropes(config: Any) -> list[dict[str, Any]]:
 
 
 def context_of(config: Any) -> int:
-    """The context length in transformers' configuration. With longrope it is the original one: in longer batches, transformers
-    takes other frequencies for all rows. With dynamic rope the same begins at max_position_embeddings."""
+    """The context length in transformers' configuration; without a limit there, as in Bloom's, there is none. With longrope it is
+    the original one: in longer batches, transformers takes other frequencies for all rows. With dynamic rope the same begins at
+    max_position_embeddings."""
+    named = [limit for key in CONTEXTS if (limit := getattr(config, key, None)) is not None]
     original = [each["original_max_position_embeddings"] for each in ropes(config) if each.get("rope_type") == "longrope"]
-    return min([config.max_position_embeddings, *original])
+    return min([*named[:1], *original], default=sys.maxsize)
 
 
 class TransformersNetwork(Network):
@@ -183,6 +190,17 @@ class TransformersNetwork(Network):
         out = self._trunk(token[:, None], cache["mask"], cache["count"][:, None], past_key_values=cache["past"], use_cache=True)
         cache["past"], cache["count"] = out.past_key_values, cache["count"] + 1
         return out.last_hidden_state[:, 0]
+
+    def check_cache(self) -> None:
+        """
+        Raises:
+          CheckpointError: transformers caches something else of this model than keys and values.
+        """
+        if "past_key_values" not in inspect.signature(self.hf.base_model.forward).parameters:
+            raise CheckpointError(
+                f"Lockstep cannot sample from this {self.config['model_type']}: transformers caches a state of it, not keys and "
+                "values. Take a model with attention; hybrids such as bamba and falcon_h1 work."
+            )
 
     def find_logit_scale(self) -> None:
         """Find the factor that transformers applies to this model's logits: families give it names of their own, such as
