@@ -46,7 +46,7 @@ def test_an_item_says_which_options_are_right(write):
         ({"answer": 2}, "'answer' is 2, of 2 options, counted from 0"),
         ({"answer": -1}, "'answer' is -1"),
         ({"answer": True}, "'answer' should be a whole number"),
-        ({"answer": None}, "no 'answer'"),
+        ({"answer": None}, "'answer' is null"),
         ({"right": [0, 1]}, "all 'options' are right"),
         ({"right": [0, 1.0]}, "'right' is 1.0, of 2 options"),
         ({"context": 3}, "'context' should be text"),
