@@ -204,7 +204,7 @@ def test_a_long_dialogue_loses_its_oldest_turns_and_teaches_the_rest(core):
     assert len(counted_texts(core, encode(tokenizer, demonstration(), (long, 40)))) == 3
     fit = Fit()
     shorter = encode(tokenizer, demonstration(), (long - 1, 40), fit=fit)
-    assert fit.counts() == {"total": 1, "dropped": 0, "shortened": 1, "cut": 0, "alike": 0, "special": 0}
+    assert fit.counts() == {"total": 1, "dropped": 0, "shortened": 1, "cut": 0, "alike": 0, "special": 0, "unknown": 0}
     assert counted_texts(core, shorter) == [TURNS[3][1] + "<|im_end|>", LAST + "<|im_end|>"]
     assert encode(tokenizer, demonstration(), (long - 1, 2)).counts[-2:] == [True, True]
     few = encode(tokenizer, demonstration(), (30, 40))

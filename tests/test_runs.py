@@ -44,7 +44,15 @@ def test_pipeline_records_every_stage_in_a_folder_that_explains_itself(pipeline)
     assert list(record["stages"]) == ["pretrain", "sft", "reward", "ppo", "ppo_ptx", "evaluate"]
     assert all(stage["status"] == "done" for stage in record["stages"].values())
     sft = record["stages"]["sft"]["data"]
-    assert sft["train demonstrations"] == {"total": 60, "dropped": 0, "shortened": 0, "cut": 0, "alike": 0, "special": 0}
+    assert sft["train demonstrations"] == {
+        "total": 60,
+        "dropped": 0,
+        "shortened": 0,
+        "cut": 0,
+        "alike": 0,
+        "special": 0,
+        "unknown": 0,
+    }
     assert list(record["stages"]["evaluate"]["data"]) == ["heldout prompts", "adversarial prompts", "ability items"]
     assert (pipeline / "config.yaml").exists()
     assert [row["step"] for row in lines(pipeline, "ppo")] == [0, 1, 2]

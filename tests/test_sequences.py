@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import tokenizers
 
 from lockstep.errors import DataError
 from lockstep.text import encoding
 from lockstep.text.encoding import Example, Lengths
 from lockstep.text.sequences import chunks, in_chunks, join, left_pad, pack, right_pad, round_up
+from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Comparison, Demonstration, Fit, Message, Prompt
 
 PAD = 99
@@ -138,7 +140,7 @@ def test_one_line_says_what_the_limits_did_to_a_data_set_and_counts_are_kept(tok
     demonstrations = [Demonstration(prompt, "w1 w2 w3") for prompt in prompts]
     fit = Fit("train demonstrations")
     assert len(encoding.encode_demonstrations(tokenizer, demonstrations, LENGTHS, fit)) == 2
-    assert fit.counts() == {"total": 3, "dropped": 1, "shortened": 1, "cut": 2, "alike": 0, "special": 0}
+    assert fit.counts() == {"total": 3, "dropped": 1, "shortened": 1, "cut": 2, "alike": 0, "special": 0, "unknown": 0}
     assert [record.getMessage() for record in caplog.records] == [
         "train demonstrations: of 3, 1 dropped because their last prompt alone is longer than 4 tokens; "
         "1 lost their oldest turns; 2 responses cut to the limit, without EOS"
@@ -146,12 +148,34 @@ def test_one_line_says_what_the_limits_did_to_a_data_set_and_counts_are_kept(tok
     whole = Fit()
     encoding.encode_demonstrations(tokenizer, demonstrations[2:], Lengths(9, 9, 1), whole)
     assert (
-        whole.counts() == {"total": 1, "dropped": 0, "shortened": 0, "cut": 0, "alike": 0, "special": 0}
+        whole.counts() == {"total": 1, "dropped": 0, "shortened": 0, "cut": 0, "alike": 0, "special": 0, "unknown": 0}
         and len(caplog.records) == 1
     )
     texts = Fit()
     encoding.encode_texts(tokenizer, ["w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w1", ""], LENGTHS, texts)
-    assert texts.counts() == {"total": 2, "dropped": 0, "shortened": 0, "cut": 1, "alike": 0, "special": 0}
+    assert texts.counts() == {"total": 2, "dropped": 0, "shortened": 0, "cut": 1, "alike": 0, "special": 0, "unknown": 0}
+
+
+def test_words_that_the_tokenizer_does_not_know_are_counted_and_the_first_is_named(caplog):
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "[UNK]": 1, "w1": 2, "w2": 3}, unk_token="[UNK]"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(
+        core, eos_token="<eos>", pad_token=None, chat_template="{% for m in messages %}{{ m.content }} {% endfor %}"
+    )
+    fit = Fit("train prompts")
+    prompts = [Prompt.of(text) for text in ("w1", "w1 violet", "indigo w2", "w1 [UNK]")]
+    encoding.encode_prompts(tokenizer, prompts, LENGTHS, fit)
+    assert fit.unknown == 2
+    assert caplog.records[0].getMessage() == (
+        "train prompts: of 4, 2 have words that the tokenizer does not know, such as 'violet', which the model reads as its unknown token"
+    )
+    demonstrations, comparisons, texts = Fit(), Fit(), Fit()
+    encoding.encode_demonstrations(
+        tokenizer, [Demonstration(prompts[0], "mauve"), Demonstration(prompts[0], "w2")], LENGTHS, demonstrations
+    )
+    encoding.encode_comparisons(tokenizer, [Comparison(prompts[0], ("w1", "mauve"), (0, 1))], LENGTHS, comparisons)
+    encoding.encode_texts(tokenizer, ["w1 w2", "w1 mauve"], LENGTHS, texts)
+    assert (demonstrations.unknown, comparisons.unknown, texts.unknown) == (1, 1, 1)
 
 
 def test_comparisons_keep_completions_and_ranks_together(tokenizer):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lockstep.config.schema import setting
-from lockstep.errors import ConfigError, DataError
+from lockstep.errors import ConfigError, DataError, short
 from lockstep.text.borders import Borders
 from lockstep.text.sequences import Sequences, chunks, pack, round_up, share_rows
 from lockstep.types import Comparison, Demonstration, Fit, Message, Prompt
@@ -87,6 +87,8 @@ def report(fit: Fit, lengths: Lengths) -> None:
         f"{fit.cut} responses cut to the limit, without EOS": fit.cut,
         f"{fit.alike} left out because their completions are the same once cut to {lengths.response} tokens": fit.alike,
         f"{fit.special} spell a special token in their text, such as '{fit.spelled}', which the model reads as that": fit.special,
+        f"{fit.unknown} have words that the tokenizer does not know, such as '{short(fit.word)}', which the model reads as its "
+        "unknown token": fit.unknown,
     }
     if said := [part for part, count in parts.items() if count]:
         log.warning("%s: of %d, %s", fit.what, fit.total, "; ".join(said))
@@ -241,10 +243,14 @@ def _without_eos(tokenizer: Tokenizer, response: str) -> str:
     return text.removesuffix(tokenizer.eos_token) if text.endswith(tokenizer.eos_token) else response
 
 
-def _count_special(tokenizer: Tokenizer, prompt: Prompt, answers: Sequence[str], fit: Fit) -> None:
+def _count_odd(tokenizer: Tokenizer, prompt: Prompt, answers: Sequence[str], rows: Iterable[Sequence[int]], fit: Fit) -> None:
+    """Count the item if its text spells a special token or has words that the tokenizer does not know. ``rows`` are its ids."""
     texts = [*(message.content for message in prompt.messages), *(_without_eos(tokenizer, answer) for answer in answers)]
     if token := next(filter(None, map(tokenizer.spelled, texts)), None):
         fit.special, fit.spelled = fit.special + 1, fit.spelled or token
+    if tokenizer.unknown_id is not None and any(tokenizer.unknown_id in ids for ids in rows):
+        if words := [word for text in texts for word in tokenizer.unknown_words(text)]:
+            fit.unknown, fit.word = fit.unknown + 1, fit.word or words[0]
 
 
 def encode_prompts(
@@ -262,7 +268,7 @@ def encode_prompts(
         if (ids := encode_prompt(tokenizer, prompt, lengths.prompt, fit)) is not None:
             kept.append((prompt, ids))
             borders.check(prompt)
-            _count_special(tokenizer, prompt, (), fit)
+            _count_odd(tokenizer, prompt, (), [ids], fit)
     report(fit, lengths)
     return [p for p, _ in kept], [ids for _, ids in kept]
 
@@ -281,7 +287,8 @@ def encode_demonstrations(
         if example := encode(tokenizer, demonstration, lengths, fit):
             examples.append(example)
             borders.check(demonstration.prompt, [demonstration.response])
-            _count_special(tokenizer, demonstration.prompt, [demonstration.response], fit)
+            rows = [example.prompt, example.response]
+            _count_odd(tokenizer, demonstration.prompt, [demonstration.response], rows, fit)
     report(fit, lengths)
     return examples
 
@@ -309,7 +316,7 @@ def encode_comparisons(
             continue
         encoded.append((rows, comparison.ranks))
         borders.check(comparison.prompt, comparison.completions)
-        _count_special(tokenizer, comparison.prompt, comparison.completions, fit)
+        _count_odd(tokenizer, comparison.prompt, comparison.completions, [ids, *(row.response for row in rows)], fit)
     report(fit, lengths)
     return encoded
 
@@ -317,7 +324,7 @@ def encode_comparisons(
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], lengths: Lengths, fit: Fit | None = None) -> list[Example]:
     """Raw documents as examples. The prompt is BOS (or EOS) alone, the response is the document and EOS; together they are at
     most as long as a prompt and a response. Longer documents are cut, as in any pretraining, and special tokens may separate
-    the parts of a document. Both are counted in ``fit`` but not logged."""
+    the parts of a document. Both are counted in ``fit`` but not logged, as are documents with unknown words."""
     limit, encoded, special = _text_lengths(lengths).response, list[list[int]](), 0
     for part in chunks(len(texts), 1000):
         documents = [text[: most_characters(limit)] for text in texts[part]]
@@ -325,7 +332,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], lengths: Lengths, f
         special += sum(tokenizer.spelled(document) is not None for document in documents)
     if fit is not None:
         fit.total, fit.cut = len(encoded), sum(len(ids) >= limit for ids in encoded)
-        fit.special = special
+        fit.special, fit.unknown = special, sum(tokenizer.unknown_id in ids for ids in encoded)
     return [Example([tokenizer.start_id], (ids + [tokenizer.eos_id])[:limit]) for ids in encoded]
 
 

@@ -221,16 +221,21 @@ class Tokenizer:
                 )
         return found
 
-    def unknown_words(self, text: str) -> list[str]:
-        """The words of the text that become the unknown token. Empty for tokenizers without one, and for those that write any
-        text in bytes. Unigram models are not asked: theirs stands for a rare character."""
+    @functools.cached_property
+    def unknown_id(self) -> int | None:
+        """The unknown token. None for tokenizers without one, for those that write any text in bytes, and for Unigram models,
+        whose own stands for a rare character."""
         token = getattr(self.core.model, "unk_token", None)
-        if token is None or getattr(self.core.model, "byte_fallback", False) or (number := self.core.token_to_id(token)) is None:
+        return None if token is None or getattr(self.core.model, "byte_fallback", False) else self.core.token_to_id(token)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of the text that become the unknown token. A text that spells that token itself is no unknown word."""
+        if self.unknown_id is None:
             return []
         _check_whole(text)
         encoded = self.core.encode(text, add_special_tokens=False)
-        words = (text[start:end] for i, (start, end) in zip(encoded.ids, encoded.offsets, strict=True) if i == number)
-        return [word for word in words if word != token]
+        words = (text[start:end] for i, (start, end) in zip(encoded.ids, encoded.offsets, strict=True) if i == self.unknown_id)
+        return [word for word in words if word != self.core.id_to_token(self.unknown_id)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, without special tokens."""
