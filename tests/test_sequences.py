@@ -167,7 +167,8 @@ def test_words_that_the_tokenizer_does_not_know_are_counted_and_the_first_is_nam
     encoding.encode_prompts(tokenizer, prompts, LENGTHS, fit)
     assert fit.unknown == 2
     assert caplog.records[0].getMessage() == (
-        "train prompts: of 4, 2 have words that the tokenizer does not know, such as 'violet', which the model reads as its unknown token"
+        "train prompts: of 4, 2 have words that the tokenizer does not know, such as 'violet', which the model reads as its "
+        "unknown token"
     )
     demonstrations, comparisons, texts = Fit(), Fit(), Fit()
     encoding.encode_demonstrations(

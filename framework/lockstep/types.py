@@ -131,8 +131,8 @@ class Fit:
     """What length limits did to one data set, counted during encoding: items ``dropped`` because their last prompt alone is
     too long, items ``shortened`` by removing their oldest turns, and responses ``cut``, which then have no EOS. Also comparisons
     ``alike``, left out because all their completions are cut to the same tokens, and ``special`` items, whose own text spells a
-    special token, which the model reads as that token. ``spelled`` is the first such token. And ``unknown`` items, with words that
-    the tokenizer does not know, so that the model reads its unknown token. ``word`` is the first such word."""
+    special token, which the model reads as that token. ``spelled`` is the first such token. And ``unknown`` items, with words
+    that the tokenizer does not know, so that the model reads its unknown token. ``word`` is the first such word."""
 
     what: str = "examples"
     total: int = 0

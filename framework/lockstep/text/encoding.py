@@ -248,9 +248,9 @@ def _count_odd(tokenizer: Tokenizer, prompt: Prompt, answers: Sequence[str], row
     texts = [*(message.content for message in prompt.messages), *(_without_eos(tokenizer, answer) for answer in answers)]
     if token := next(filter(None, map(tokenizer.spelled, texts)), None):
         fit.special, fit.spelled = fit.special + 1, fit.spelled or token
-    if tokenizer.unknown_id is not None and any(tokenizer.unknown_id in ids for ids in rows):
-        if words := [word for text in texts for word in tokenizer.unknown_words(text)]:
-            fit.unknown, fit.word = fit.unknown + 1, fit.word or words[0]
+    found = tokenizer.unknown_id is not None and any(tokenizer.unknown_id in ids for ids in rows)  # or the template wrote it
+    if found and (words := [word for text in texts for word in tokenizer.unknown_words(text)]):
+        fit.unknown, fit.word = fit.unknown + 1, fit.word or words[0]
 
 
 def encode_prompts(
