@@ -14,7 +14,7 @@ from lockstep.types import Message, Prompt
 from lockstep_miniature import library
 from lockstep_miniature.library import Questions, documents, facts
 from lockstep_miniature.world import World
-from lockstep_rlhf.environments.search import Index, Search
+from lockstep_rlhf.environments.search import Embeddings, FullText, Search
 from lockstep_rlhf.reward_models.citations import Citations, supports
 
 TEXTS = ["The fox is red.", "A fox and a fox and a fox.", "Grass is green.", "The cup is red and green."]
@@ -22,6 +22,16 @@ TEXTS = ["The fox is red.", "A fox and a fox and a fox.", "Grass is green.", "Th
 
 def shelf():
     return TEXTS
+
+
+def letters(texts):
+    """As embeddings, how often each letter occurs."""
+    return [[text.lower().count(chr(i)) for i in range(97, 123)] for text in texts]
+
+
+def directions(texts):
+    """A unit vector for each text, at 0, 60 and 90 degrees from that of "east"; the longer text's vector is longer."""
+    return [{"east": (1, 0), "north-east": (5, 5 * 3**0.5), "north": (0, 1)}.get(text, (0, 0)) for text in texts]
 
 
 def search(**changes):
@@ -43,24 +53,59 @@ def episode():
 
 
 def test_the_passage_with_most_of_the_words_comes_first():
-    index = Index(TEXTS)
+    index = FullText(TEXTS)
     assert index.best("fox", 5) == [TEXTS[1], TEXTS[0]]
     assert index.best("RED fox", 5)[0] == TEXTS[0]  # both words
     assert index.best("red", 1) == [TEXTS[0]]  # of equally rare ones, the shorter
     assert index.best("zebra", 5) == index.best("", 5) == index.best("!?", 5) == []
 
 
+def test_the_passage_whose_embedding_points_where_the_querys_does_comes_first():
+    index = Embeddings(["north", "north-east", "east", "nowhere"], "test_search:directions")
+    assert index.best("east", 4) == ["east", "north-east", "north", "nowhere"]
+    assert index.best("north", 2) == ["north", "north-east"]  # 0 and 30 degrees
+    assert index.best("elsewhere", 2) == ["north", "north-east"]  # nothing is known of it: all are equal
+    assert index.best(" ", 2) == []
+
+
+def test_a_search_can_rank_by_embeddings():
+    environment, talk = search(embed="test_search:letters", results=1), episode()
+    assert ask(environment, talk, "<search>ereg, deni, puc, a</search>").messages[0].content == "[1] The cup is red and green."
+
+
+@pytest.mark.parametrize(
+    ("embed", "problem"),
+    [
+        ("test_search:shelf_of", r"no attribute 'shelf_of'"),
+        ("builtins:len", r"environment.embed='builtins:len' gives an array \(\) for 1 texts. It needs a vector"),
+        ("test_search:unequal", r"gives an array \(1, 3\) for 1 texts"),
+        ("test_search:endless", r"It needs a vector of finite numbers"),
+    ],
+)
+def test_embeddings_that_are_none_are_told(embed, problem):
+    with pytest.raises((ConfigError, DataError), match=problem):
+        Search.check(Search.Config(function="test_search:shelf", embed=embed))
+
+
+def unequal(texts):
+    return [[0.0] * (2 + (texts == ["a query"]))] * len(texts)
+
+
+def endless(texts):
+    return [[float("inf")]] * len(texts)
+
+
 @pytest.mark.parametrize(
     "query", ['"', "fox AND NOT red", "text:fox", "fox*", "NEAR(fox red)", "'; DROP TABLE passages; --", "(" * 99]
 )
 def test_a_query_is_words_and_never_the_language_of_the_index(query):
-    index = Index(TEXTS)
+    index = FullText(TEXTS)
     index.best(query, 3)
     assert index.best("green", 5) == [TEXTS[2], TEXTS[3]]
 
 
 def test_the_index_is_asked_from_several_threads():
-    index, found = Index(TEXTS), []
+    index, found = FullText(TEXTS), []
     threads = [threading.Thread(target=lambda: found.append(index.best("fox", 2))) for _ in range(8)]
     for thread in threads:
         thread.start()

@@ -1,5 +1,6 @@
 """A search index that the policy may query before it answers, as in WebGPT (Nakano et al. 2021, arXiv 2112.09332) and in the
-assistants of search engines. SQLite's full-text index, which comes with Python, ranks the passages by BM25.
+assistants of search engines. SQLite's full-text index, which comes with Python, ranks the passages by BM25; or a function of
+your own embeds passages and queries, and the nearest passages come first.
 
     <user> Who wrote it?   <assistant> <search>author of it</search>   <tool> [1] It is by Ada. ...   <assistant> Ada. [1]
 """
@@ -12,6 +13,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from lockstep.config.schema import parse, setting
 from lockstep.data.reading import Source, read_rows
@@ -37,6 +40,9 @@ class Search(Environment):
         documents: Mapping[str, Any] | None = setting(None, "Rows with the passages: a source as in data=files, {path: ...}.")
         function: str | None = setting(None, "In place of documents: module:function that returns the passages, a list of texts.")
         column: str = setting("text", "The column of the rows that holds a passage.")
+        embed: str | None = setting(
+            None, "In place of BM25: module:function that takes a list of texts and returns their embeddings, [texts, size]."
+        )
         inject: str | None = setting(
             None, "An attack: module:function that takes a query and the passages found, and returns the passages to show."
         )
@@ -64,11 +70,14 @@ class Search(Environment):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        injected(config, "a query", passages_of(config)[:1])
+        passages = passages_of(config)[:1]
+        found = passages if config.embed is None else Embeddings(passages, config.embed).best("a query", 1)
+        injected(config, "a query", found)
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.index = Index(passages_of(config))
+        passages = passages_of(config)
+        self.index = FullText(passages) if config.embed is None else Embeddings(passages, config.embed)
         self.marks = (config.search_begin,)
 
     def reply(self, episode: Episode) -> Reply:
@@ -87,7 +96,7 @@ class Search(Environment):
         return Reply((Message(c.role, "\n".join(lines) or c.nothing),))
 
 
-class Index:
+class FullText:
     """Finds texts with words of a query, best first by BM25 (Robertson and Zaragoza 2009); equal ones in their given order."""
 
     def __init__(self, texts: Sequence[str]):
@@ -106,6 +115,39 @@ class Index:
                 "SELECT text FROM passages WHERE passages MATCH ? ORDER BY bm25(passages), rowid LIMIT ?", (asked, count)
             )
             return [text for (text,) in rows]
+
+
+class Embeddings:
+    """Finds the texts whose embeddings have the largest cosine with the query's, as dense retrieval does (Karpukhin et al. 2020,
+    arXiv 2004.04906); equal ones in their given order. All texts are embedded once, at the start, a thousand at a time.
+
+    Raises:
+      ConfigError: the function does not exist.
+      DataError: it does not return one finite vector for each text, all of one size.
+    """
+
+    def __init__(self, texts: Sequence[str], function: str):
+        self.function = function
+        self.embed = function_at(function, "environment.embed")
+        self.texts = list(texts)
+        self.vectors = np.concatenate([self._directions(self.texts[i : i + 1000]) for i in range(0, len(self.texts), 1000)])
+
+    def best(self, query: str, count: int) -> list[str]:
+        if not query.strip():
+            return []
+        cosines = self.vectors @ self._directions([query])[0]
+        return [self.texts[i] for i in np.argsort(-cosines, kind="stable")[:count]]
+
+    def _directions(self, texts: list[str]) -> np.ndarray:
+        """float64 [texts, size]: unit vectors; zero stays zero, as of a text of which the function knows nothing."""
+        found = np.asarray(self.embed(list(texts)), np.float64)
+        size = getattr(self, "vectors", found).shape[-1:]
+        if found.ndim != 2 or found.shape != (len(texts), *size) or not np.isfinite(found).all():
+            raise DataError(
+                f"environment.embed='{self.function}' gives an array {found.shape} for {len(texts)} texts. It needs a vector of "
+                "finite numbers for each, all of one size."
+            )
+        return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-300)
 
 
 def passages_of(config: Search.Config) -> list[str]:
