@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from lockstep.interfaces import Attacker, Responses, RewardModel
 from lockstep.reporting.compare.reading import read
 from lockstep.reporting.console import Console
 from lockstep.runs.attacks import Attack, AttackConfig, RedTeam, demonstrations, diversity, kept
+from lockstep.runs.evaluation import Answers, rows
 from lockstep.runs.experiment import Experiment
 from lockstep.storage.files import read_json
 from lockstep.text import similarity
@@ -462,6 +464,16 @@ def test_an_ablation_leaves_out_one_part(without, changed):
     attacker = config["stages"]["rounds"]["stages"]["attacker"]["reward_model"]
     assert {"twins": config["attack"]["twins"], "novelty": attacker["novelty"]} == {"twins": True, "novelty": 1} | changed
     assert config["stages"]["rounds"]["stages"]["defender"]["prompts"] == ["data", "seeds", "all.attacks"]
+
+
+def test_samples_for_an_audit_are_spread_over_the_attacks_and_have_each_judges_verdict():
+    prompts, texts = [Prompt.of(f"attack {i}") for i in range(10)], [f"reply {i}" for i in range(10)]
+    answered = SimpleNamespace(responses=SimpleNamespace(prompts=prompts, texts=texts))
+    answers = Answers(answered, {}, None, {}, {"helped": np.arange(10) / 10, "refused": np.zeros(10)})
+    found = rows(answers, 4)
+    assert [row["response"] for row in found] == ["reply 0", "reply 2", "reply 5", "reply 7"]
+    assert [(row["helped"], row["refused"]) for row in found] == [(0.0, 0.0), (0.2, 0.0), (0.5, 0.0), (0.7, 0.0)]
+    assert len(rows(answers, 99)) == 10 and rows(answers, 0) == []
 
 
 ATTACK_NEW = (

@@ -96,7 +96,7 @@ def test_the_report_says_how_many_seeds_a_difference_needs(tmp_path):
     c = sweep(tmp_path)
     table = tables.power(c, versus.against_baseline(c, versus.pairs(c, None)), difference=0.05)
     rows = {row[0]: row[1:] for row in table.rows}
-    assert table.header[-1] == "seeds that 0.05 needs"
+    assert table.header[-1] == "0.05 needs"
     mean, deviation, seeds, least, needed, wanted = rows["ppo: torch, kl_coef=0.2 over torch, kl_coef=0.1"]
     assert 0.2 < float(mean) < 0.4 and 0.03 < float(deviation) < 0.25 and seeds == "6"
     assert float(least) < 0.4 and int(needed) < 10 < int(wanted)

@@ -51,7 +51,7 @@ class EvaluationConfig:
     prompts: int = setting(500, "Prompts per split.", least=1)
     comparisons: int = setting(300, "Held-out comparisons on which to test the reward model.", least=0)
     texts: int = setting(200, "Held-out raw texts for ``text_loss``.", least=0)
-    samples: int = setting(12, "Rows in the table of samples, per policy and split.", least=0)
+    samples: int = setting(12, "Rows in the table of samples, per policy and split, spread over its prompts.", least=0)
     temperature: float = setting(1.0, "For sampling and KL; 0 takes the most likely token, with KL at 1.", least=0)
     best_of: int = setting(0, "N: each policy's best of 1, 2, 4, ..., N samples by the reward model; 0: not measured.", least=0)
     batch_size: int = setting(100, "Responses per forward pass.", least=1)
@@ -59,10 +59,10 @@ class EvaluationConfig:
     stop_strings: tuple[str, ...] = setting((), "Text that ends a response, as EOS does; or special tokens by name.")
 
     def __post_init__(self) -> None:
-        if wrong := [name for name in self.judges if not re.fullmatch(r"[a-z]\w*", name) or name in _MEASURES]:
+        if wrong := [name for name in self.judges if not re.fullmatch(r"[a-z]\w*", name) or name in _MEASURES | _COLUMNS]:
             raise ConfigError(
                 f"evaluation.judges has '{short(wrong[0])}'. Name a judge with small letters, digits and _, and not as a measure "
-                f"there is: {listing(_MEASURES)}."
+                f"or column there is: {listing(_MEASURES | _COLUMNS)}."
             )
         if self.best_of and not self.temperature:
             raise ConfigError("evaluation.best_of needs samples that differ, and evaluation.temperature=0 draws one. Raise it.")
@@ -88,6 +88,8 @@ _MEASURES = frozenset(
     ("gold", "score", "turns", "win_rate", "length_controlled_win_rate", "length", "finished", "kl", "sampler_mismatch")
     + ("text_loss", "gain")
 )
+_COLUMNS = frozenset(("policy", "split", "prompt", "response"))
+"""Of the table of samples, beside the scores."""
 
 
 @dataclass(frozen=True)
@@ -319,14 +321,17 @@ def gain(answers: Answers, before: Answers | None) -> dict[str, Measure]:
 
 
 def rows(answers: Answers, count: int) -> list[Mapping[str, Any]]:
-    """The first answers as readable text."""
+    """Answers as readable text, with their scores, spread evenly over the prompts: of all, the same for every policy."""
     responses = answers.samples.responses
+    total = len(responses.texts)
+    shown = min(count, total)
     return [
         {
             "prompt": "\n".join(m.content for m in responses.prompts[i].messages),
             "response": responses.texts[i],
             "gold": float(answers.gold["gold"][i]) if answers.gold else None,
             "score": None if answers.scores is None else float(answers.scores[i]),
+            **{name: float(verdicts[i]) for name, verdicts in answers.judged.items()},
         }
-        for i in range(min(count, len(responses.texts)))
+        for i in (place * total // shown for place in range(shown))
     ]

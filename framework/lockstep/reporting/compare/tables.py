@@ -243,9 +243,9 @@ def power(c: RunComparison, against: Sequence[Versus], difference: float = 0.0) 
         least = decisions.least_difference(test.deviation, test.seeds)
         cells = [f"{test.mean:+{form}}", f"{test.deviation:{form}}", str(test.seeds), f"{least:{form}}"]
         rows.append([name, *cells, *(f"over {decisions.MOST_SEEDS}" if n is None else str(n) for n in needed)])
-    header = ["", f"{metric}: difference", "its deviation over seeds", "seeds", "decided from", "seeds that this one needs"]
-    wanted = [f"seeds that {difference:g} needs"] if difference else []
-    return Table("How many seeds decide it", [*header, *wanted], rows)
+    wanted = [f"{difference:g} needs"] if difference else []  # short, as a terminal has 80 columns
+    header = ["", "difference", "deviation", "seeds", "decided from", "it needs", *wanted]
+    return Table(f"How many seeds decide a difference in {metric}", header, rows)
 
 
 def _always(e: Estimate, seeds: Sequence[int]) -> str:
