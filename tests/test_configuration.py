@@ -789,6 +789,14 @@ def test_experiments_and_presets_may_live_in_the_current_folder(own, capsys):
     assert "./conf: algorithm=gentle, experiment=mine\n" in said and "experiment=demo, experiment=ensemble" in said
 
 
+def test_a_file_that_extends_an_experiment_leaves_out_stages_by_null(own):
+    own("experiment/mine", "# @package _global_\ndefaults: [instructgpt]\nexperiment_name: mine\nstages: {ppo_ptx: null}\n")
+    assert [*compose(["experiment=mine"])["stages"]] == [*compose(["experiment=instructgpt", "~stages.ppo_ptx"])["stages"]]
+    own("experiment/hardened", "# @package _global_\ndefaults: [hardening]\nstages: {rounds: {stages: {labels: null}}}\n")
+    inside, whole = (compose([f"experiment={name}"])["stages"]["rounds"]["stages"] for name in ("hardened", "hardening"))
+    assert [*inside] == [name for name in whole if name != "labels"]
+
+
 def test_a_misspelt_key_of_an_experiment_for_one_algorithm_is_an_error(own):
     own("experiment/mine", "# @package _global_\ndefaults: [instructgpt]\nexperiment_name: mine\n")
     own("experiment/mine/ppo", "kl_coeff: 0.5\n")

@@ -67,7 +67,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
-    """The resolved values, with defaults for absent root keys.
+    """The resolved values, with defaults for absent root keys, and without stages that are null.
 
     Raises:
       ConfigError: a root key is unknown or has the wrong type, a value is missing, or an interpolation leads nowhere.
@@ -81,7 +81,15 @@ def resolved(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"Missing: {key}. Set it on the command line: {key}=...") from error
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, [])) from error
-    return completed(values)
+    return completed(_without_null_stages(values))
+
+
+def _without_null_stages(group: dict[str, Any]) -> dict[str, Any]:
+    """A file that extends an experiment leaves out a stage, or one of its rounds, by null, as ``~stages.NAME`` does."""
+    if not isinstance(stages := group.get("stages"), dict):
+        return group
+    kept = {name: _without_null_stages(each) if isinstance(each, dict) else each for name, each in stages.items()}
+    return group | {"stages": {name: each for name, each in kept.items() if each is not None}}
 
 
 def _chosen(choices: Mapping[str, Any]) -> dict[str, str]:
