@@ -286,7 +286,7 @@ def _programs(backend):
         return 0
     from lockstep_jax import generation
 
-    return generation.generate._cache_size()
+    return generation.generate.jitted._cache_size()
 
 
 # --------------------------------------------------------------------------------------------------------------- replies

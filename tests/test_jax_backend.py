@@ -429,6 +429,7 @@ def test_nothing_is_compiled_twice(policy, backend):
         learning.update([term(s), term(s), term(s)], lr_scale=1 / (1 + step))
 
     programs = (generation.generate, model._evaluate, learner._learn, learner._gradients, learner._step, learner._add)
+    programs = [getattr(program, "jitted", program) for program in programs]
     round_of_work(0)
     compiled = [program._cache_size() for program in programs]
     for step in (1, 2):
@@ -530,6 +531,13 @@ policy.generate(np.ones((1, 2), np.int32), np.ones((1, 2), bool), np.zeros((1, 2
 assert not {{"torch", "transformers"}} & set(sys.modules), "torch was imported"
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_importing_models_and_learners_gives_jax_no_devices():
+    """Processes that have devices cannot join each other, and a CPU cannot be divided. Runs import before they make a backend."""
+    script = "import jax, lockstep_jax.policies, lockstep_jax.learner; jax.config.update('jax_num_cpu_devices', 3)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_largest_word_is_the_first_of_equal_ones():

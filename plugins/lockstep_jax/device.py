@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,6 +46,7 @@ class JaxDevice(Backend):
             self.processes = mesh.Group(here)
         devices = devices_of(config)
         self.device, self.mesh = devices[0], mesh.made(config.mesh, devices)
+        self.processes.any(False)  # on CPUs they have 30 seconds to meet for the first time, and are all here now
         self.trunks: dict[str, Any] = {}
         """Frozen parameters that adapters share, with their architecture, by checkpoint path."""
         _keep_compiled_programs(config.compilation_cache)
@@ -82,8 +84,10 @@ def devices_of(config: JaxDevice.Config) -> list[jax.Device]:
     if count > 1:
         with contextlib.suppress(RuntimeError):  # raised if JAX has its devices already
             jax.config.update("jax_num_cpu_devices", count)  # one CPU stands in for that many devices
+    kind = None if name == "auto" else name
     try:
-        return jax.devices(None if name == "auto" else name)
+        # A process without a launcher is alone, even if it has met others before (`World.alone` of the conformance kit).
+        return jax.devices(kind) if place().count > 1 else jax.local_devices(backend=kind)
     except RuntimeError as error:
         here = {"cpu"} | {device.platform for device in jax.devices()}
         raise ConfigError(
@@ -119,6 +123,30 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
 
 def _mallopt(option: int, value: int) -> bool:
     return platform.libc_ver()[0] == "glibc" and bool(ctypes.CDLL(None).mallopt(option, value))
+
+
+class Program:
+    """`jax.jit` of a function, with compiler options that depend on the platform. They are asked for at the first call: a module
+    that asked for them when it is imported would give JAX its devices before the processes have met."""
+
+    def __init__(self, function: Callable[..., Any], options: Callable[[], dict[str, Any] | None], **how: Any):
+        functools.update_wrapper(self, function)
+        self.function, self.options, self.how = function, options, how
+
+    @functools.cached_property
+    def jitted(self) -> Any:
+        return jax.jit(self.function, compiler_options=self.options(), **self.how)
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return self.jitted(*given, **named)
+
+    def lower(self, *given: Any, **named: Any) -> Any:
+        return self.jitted.lower(*given, **named)
+
+
+def compiled(options: Callable[[], dict[str, Any] | None], **how: Any) -> Callable[[Callable[..., Any]], Program]:
+    """Make a function a `Program` with these options; ``how`` is for `jax.jit`."""
+    return lambda function: Program(function, options, **how)
 
 
 @functools.cache

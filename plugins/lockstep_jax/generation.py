@@ -5,7 +5,6 @@ Prefill and loop are one compiled program: the host waits once per batch, not on
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from jax import Array
 
 from lockstep.learning import randomness
 from lockstep_jax.decoder import Cache, Layers, bind, repeated
-from lockstep_jax.device import decoding
+from lockstep_jax.device import compiled, decoding
 from lockstep_jax.mesh import gathered, whole
 from lockstep_jax.network import NetworkSpec, Tree
 
@@ -46,7 +45,7 @@ class Drawing(NamedTuple):
         return cls(seeds, float(temperature), np.asarray(stop_ids, np.int32), np.int32(pad_id))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "greedy"), compiler_options=decoding())
+@compiled(decoding, static_argnames=("spec", "greedy"))
 def generate(
     params: Tree, frozen: Tree, prompt_tokens: Array, prompt_mask: Array, drawing: Drawing, past: Layers | None = None,
     *, spec: NetworkSpec, greedy: bool,
@@ -58,7 +57,7 @@ def generate(
     return whole(spec.mesh, (last.tokens, last.mask, last.logprobs)), last.cache.layers
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "greedy"), compiler_options=decoding())
+@compiled(decoding, static_argnames=("spec", "greedy"))
 def start(
     params: Tree, frozen: Tree, prompt_tokens: Array, prompt_mask: Array, drawing: Drawing, *, spec: NetworkSpec, greedy: bool
 ) -> DecodeState:
@@ -67,7 +66,7 @@ def start(
     return decoding.start(prompt_tokens, prompt_mask)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "greedy"), donate_argnames="now", compiler_options=decoding())
+@compiled(decoding, static_argnames=("spec", "greedy"), donate_argnames="now")
 def proceed(params: Tree, frozen: Tree, now: DecodeState, drawing: Drawing, *, spec: NetworkSpec, greedy: bool) -> DecodeState:
     """Continue `generate` by `AT_ONCE` more tokens."""
     decoding = Decoding(params, frozen, drawing, spec, greedy)

@@ -20,7 +20,7 @@ from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.processes import call_text
 from lockstep.storage.weights import OnDisk, stored_learner, write_learner
 from lockstep.text.sequences import Sequences
-from lockstep_jax.device import JaxDevice, keep_freed_memory, scheduling
+from lockstep_jax.device import JaxDevice, compiled, keep_freed_memory, scheduling
 from lockstep_jax.mesh import divided, whole
 from lockstep_jax.model import Block, JaxModel, forward
 from lockstep_jax.network import DropoutMask, NetworkSpec, Tree
@@ -216,7 +216,7 @@ def _initial(params: Tree, config: OptimizerConfig) -> State:
 # ------------------------------------------------------------------- programs: compiled once per loss, roles and shapes
 
 
-@functools.partial(jax.jit, static_argnames=("roles", "loss"), compiler_options=scheduling())
+@compiled(scheduling, static_argnames=("roles", "loss"))
 def _gradients(
     params: dict[str, Tree], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any,
     dropout: DropoutMask | None, *, roles: Roles, loss: Loss,
@@ -244,7 +244,7 @@ def _outputs(
     return found
 
 
-@functools.partial(jax.jit, static_argnames="roles", compiler_options=scheduling())
+@compiled(scheduling, static_argnames="roles")
 def _pass(
     params: dict[str, Tree], frozen: dict[str, Tree], block: Block, temperature: Any, *, roles: Roles
 ) -> tuple[dict[str, Array], Any]:
@@ -255,7 +255,7 @@ def _pass(
     return outputs, pullback
 
 
-@functools.partial(jax.jit, static_argnames="loss", compiler_options=scheduling())
+@compiled(scheduling, static_argnames="loss")
 def _pulled_back(
     params: dict[str, Tree], frozen: dict[str, Tree], pullback: Any, outputs: dict[str, Array], batch: dict[str, Array], *,
     loss: Loss,
@@ -287,7 +287,7 @@ def _step(
     return stepped, whole(mesh, {f"grad_norm/{name}": norm for name, norm in norms.items()})
 
 
-@functools.partial(jax.jit, static_argnames=("roles", "loss", "configs"), donate_argnames="states", compiler_options=scheduling())
+@compiled(scheduling, static_argnames=("roles", "loss", "configs"), donate_argnames="states")
 def _learn(
     states: dict[str, State], frozen: dict[str, Tree], block: Block, batch: dict[str, Array], temperature: Any,
     dropout: DropoutMask | None, rates: dict[str, Rates], *, roles: Roles, loss: Loss, configs: Configs,
@@ -295,7 +295,7 @@ def _learn(
     """Gradients and step in one program, for an update of one term: no gradient outlives its use."""
     params = {name: state.parameters for name, state in states.items()}
     # Call the function, not the program: a program inside another takes no compiler options.
-    gradients, metrics = _gradients.__wrapped__(params, frozen, block, batch, temperature, dropout, roles=roles, loss=loss)
+    gradients, metrics = _gradients.function(params, frozen, block, batch, temperature, dropout, roles=roles, loss=loss)
     states, norms = _step(states, gradients, rates, configs=configs, mesh=_mesh(roles))
     return states, metrics | norms
 
