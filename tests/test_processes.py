@@ -40,7 +40,7 @@ from test_runs import lines, weights
 
 torch = pytest.importorskip("torch")
 HERE = Path(__file__).parent
-SECONDS = 250
+SECONDS = 500
 """More than any of these programs takes on a busy machine."""
 
 
@@ -409,24 +409,33 @@ def test_the_mesh_is_no_part_of_what_a_run_or_a_stage_is(tmp_path):
 # ---------------------------------------------------------------------------------------------------- what they divide
 
 
-def several(count, *arguments, program="one_of_several.py", **environment):
-    """Run a program of this folder in as many processes."""
-    command, port = [sys.executable, str(HERE / program), *map(str, arguments)], str(workers._free_port())
+def started(count, *command, **environment):
+    """The processes of a command of Python, as a launcher starts them."""
+    port = str(workers._free_port())
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     common["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"  # the last one counts
-    started = [
-        subprocess.Popen(
-            command, env=os.environ | common | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [
+        subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | common | environment | place, **pipes)
+        for place in places
+    ]
+
+
+def ended(processes):
+    """Their exit codes, and what all of them printed."""
     try:
-        printed = [process.communicate(timeout=SECONDS)[0] for process in started]
+        printed = [process.communicate(timeout=SECONDS)[0] for process in processes]
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
-    assert [process.returncode for process in started] == [0] * count, "\n".join(printed)
+    return [process.returncode for process in processes], "\n".join(printed)
+
+
+def several(count, *arguments, program="one_of_several.py", **environment):
+    """Run a program of this folder in as many processes."""
+    codes, printed = ended(started(count, HERE / program, *arguments, **environment))
+    assert codes == [0] * count, printed
 
 
 @pytest.fixture(scope="module")
@@ -439,6 +448,7 @@ def ran(tmp_path_factory):
         if backend == "jax":  # devices of one process are in test_mesh.py
             several(2, folder, backend, "backend.mesh.fsdp=-1", "decoder")
             several(1, folder, backend, "", "decoder")
+            several(3, folder, backend, "backend.mesh.fsdp=-1", "decoder")
             return folder
         several(2, folder, backend, "backend.mesh.fsdp=-1", "decoder", "lora")
         several(1, folder, backend, "", "decoder", "lora")
@@ -510,7 +520,9 @@ def check_equal(found, expected):
 def test_state_saved_in_shards_by_two_is_restored_bit_for_bit_by_others(trained):
     numbers, folder = trained
     assert len(list((folder / "saved by 2").glob("learner-*.safetensors"))) > 4
-    assert len(again := list(folder.glob("again saved by 2 at ?"))) >= 2
+    again = sorted(folder.glob("again saved by 2 at ?"))
+    counts = [int(each.name[-1]) for each in again]
+    assert counts == ([1, 2] if folder.name == "lora" else [1, 2, 3])
     for found in again:
         check_equal(state(found), state(folder / "saved by 2"))
     assert numbers[1, 0]["after saved by 2"] == pytest.approx(numbers[2, 0]["after saved by 2"], rel=2e-6)
@@ -552,6 +564,34 @@ def test_torch_sends_what_a_plan_says(trained):
     found = list(planner.collectives(call, {name: planner.model(blueprint) for name, blueprint in models.items()}))
     assert sum(each.count for each in found) == len(sent)
     assert sum(each.sent for each in found) == pytest.approx(sent.sum(), rel=0.02)  # FSDP fills weights up to whole parts
+
+
+CHECKED = {"jax": [], "torch": ["ppo", "sft", "reward_modelling"]}
+"""Of JAX the backend's checks of meshes: four devices of one process pass the whole kit in test_mesh.py, and each program takes
+seconds to compile. Of torch what test_check_command.py leaves out."""
+
+
+@pytest.mark.timeout(4 * SECONDS)
+@pytest.mark.parametrize("backend", CHECKED)
+def test_the_kit_passes_on_two_processes_of_a_launcher(backend, tmp_path):
+    several(2, tmp_path / "found.json", backend, *CHECKED[backend], program="checks_of_several.py")
+    found = read_json(tmp_path / "found.json")
+    assert [each for each in found if each[1] == "failed"] == []
+    assert sum(each[1] == "passed" for each in found) >= (60 if CHECKED[backend] else 6)
+
+
+@pytest.mark.parametrize(
+    ("backend", "code", "message"),
+    [("torch", 1, "Process 1 of 2 has not responded for 2 seconds"), ("jax", -signal.SIGABRT, "heartbeat")],
+)
+def test_a_process_that_is_suspended_ends_the_others(backend, code, message):
+    first, suspended = started(2, HERE / "stopped_of_several.py", backend)
+    try:
+        printed = first.communicate(timeout=SECONDS)[0]
+    finally:
+        first.kill()
+        suspended.kill()
+    assert first.returncode == code and "met" in printed and message in printed, printed
 
 
 # ---------------------------------------------------------------------------------------------------------- workers
@@ -598,8 +638,12 @@ RUN = [
 ]  # fmt: skip
 
 
+def command_of(folder, *overrides):
+    return ["-m", "lockstep", "run", *TINY, *DECODER, *RUN, f"folder={folder}", *overrides]
+
+
 def launch(folder, *overrides):
-    command = [sys.executable, "-P", "-m", "lockstep", "run", *TINY, *DECODER, *RUN, f"folder={folder}", *overrides]
+    command = [sys.executable, "-P", *command_of(folder, *overrides)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
 
@@ -617,15 +661,15 @@ def run_of(folder):
     return next(folder.glob("instructgpt-*"))
 
 
-def wait_for_steps(folder, count):
-    """Until ppo has done as many."""
+def wait_for_steps(folder, count, stage="ppo"):
+    """Until the stage has done as many."""
     until = time.monotonic() + SECONDS
     while time.monotonic() < until:
-        found = list(folder.glob("stages/ppo-*/metrics.jsonl"))
+        found = list(folder.glob(f"stages/{stage}-*/metrics.jsonl"))
         if found and found[0].read_text().count("\n") >= count:
             return
         time.sleep(0.02)
-    raise AssertionError("ppo did not begin")
+    raise AssertionError(f"{stage} did not begin")
 
 
 def worker(process, rank):
@@ -689,3 +733,49 @@ def test_a_run_that_is_stopped_and_one_whose_process_is_killed_resume_bit_for_bi
     found = weights(run_of(tmp_path), "ppo")
     assert [name for name in expected if found[name].tobytes() != expected[name].tobytes()] == []
     assert [row["step"] for row in lines(run_of(tmp_path), "ppo")] == list(range(8))
+
+
+def check_near(found, expected):
+    """Weights that rounding alone has parted."""
+    assert found.keys() == expected.keys() and apart(found, expected) < 1e-4
+
+
+@pytest.mark.timeout(4 * SECONDS)
+def test_a_run_may_go_on_with_other_numbers_of_processes(whole, tmp_path):
+    """Stopped on one process, resumed and stopped on two, resumed on one."""
+    for mesh, steps in (("", 1), ("backend.mesh.fsdp=2", 4)):
+        stopped = launch(tmp_path, *mesh.split())
+        wait_for_steps(tmp_path, steps)
+        stopped.send_signal(signal.SIGINT)
+        code, printed = finish(stopped)
+        assert code == 130 and "Stopped in ppo after step" in printed, printed
+    code, printed = finish(launch(tmp_path))
+    assert code == 0 and "no longer bit for bit" in printed, printed
+    assert [row["step"] for row in lines(run_of(tmp_path), "ppo")] == list(range(8))
+    check_near(weights(run_of(tmp_path), "ppo"), weights(whole[0], "ppo"))
+
+
+@pytest.mark.timeout(4 * SECONDS)
+def test_a_run_of_jax_may_go_on_with_other_numbers_of_processes(tmp_path):
+    """The same of SFT alone: each program of JAX is compiled for each number."""
+    cache = f"backend.compilation_cache={os.environ['LOCKSTEP_TESTS_COMPILED']}"
+    only_sft = ["backend=jax", cache, "~stages.reward", "~stages.ppo", "sft.epochs=40", "sft.heldout_examples=8"]
+
+    def run_on(count, folder, steps=None):
+        """On so many processes; ``steps``: until then."""
+        processes = started(count, "-P", *command_of(folder, *only_sft, f"backend.mesh.fsdp={count}"))
+        if steps is not None:
+            wait_for_steps(folder, steps, "sft")
+            processes[-1].send_signal(signal.SIGINT)
+        codes, printed = ended(processes)
+        assert codes == [0 if steps is None else 130] * count, printed
+        return printed
+
+    run_on(1, tmp_path / "whole")
+    expected = weights(run_of(tmp_path / "whole"), "sft")
+    run_on(1, tmp_path / "parted", 5)
+    assert "Stopped in sft after step" in run_on(2, tmp_path / "parted", 40)
+    assert "no longer bit for bit" in run_on(1, tmp_path / "parted")
+    steps = [[row["step"] for row in lines(run_of(tmp_path / name), "sft")] for name in ("whole", "parted")]
+    assert steps[0] == steps[1]
+    check_near(weights(run_of(tmp_path / "parted"), "sft"), expected)

@@ -24,6 +24,9 @@ from lockstep import errors
 from lockstep.errors import LockstepError, OutOfStep, told
 
 T = TypeVar("T")
+SILENCE = 100.0
+"""Seconds. While processes wait for each other, one that does not give a sign of life for this long has stopped, and the others
+end. One that is busy, as process 0 may be for hours with a slow server, gives signs of life from a thread of its own."""
 
 
 class Processes:
@@ -34,7 +37,7 @@ class Processes:
 
     def gather(self, own: np.ndarray) -> np.ndarray:
         """All rows of the processes' arrays [rows, ...], which have equal shapes, in the order of the ranks. Waits for all
-        processes, however long they take."""
+        processes, however long they take, as long as they live (`SILENCE`)."""
         return own
 
     def exchange(self, message: bytes) -> list[bytes]:

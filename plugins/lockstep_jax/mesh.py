@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from lockstep.config.mesh import MeshConfig
 from lockstep.errors import ConfigError
 from lockstep.launchers import Place, meeting_place
-from lockstep.processes import Processes
+from lockstep.processes import SILENCE, Processes
 
 Tree = Any
 """Nested dicts of arrays."""
@@ -38,10 +38,10 @@ def made(config: MeshConfig, devices: list[jax.Device]) -> Mesh | None:
       ConfigError: there are fewer devices, or the mesh leaves out devices of other processes.
     """
     sizes = config.sizes(len(devices))
-    count = math.prod(sizes.values())
-    if jax.process_count() > 1 and count < len(devices):
+    count, processes = math.prod(sizes.values()), len({device.process_index for device in devices})
+    if processes > 1 and count < len(devices):
         raise ConfigError(
-            f"backend.mesh={config} is of {count} devices, and {jax.process_count()} processes have {len(devices)}. "
+            f"backend.mesh={config} is of {count} devices, and {processes} processes have {len(devices)}. "
             "Type: backend.mesh.fsdp=-1"
         )
     if count == 1:
@@ -51,11 +51,12 @@ def made(config: MeshConfig, devices: list[jax.Device]) -> Mesh | None:
 
 
 class Group(Processes):
-    """The processes of `jax.distributed`."""
+    """The processes of `jax.distributed`, which ends all of them once one gives no sign of life."""
 
     def __init__(self, where: Place):
         if not jax.distributed.is_initialized():
-            jax.distributed.initialize(":".join(meeting_place(where)), where.count, where.rank)
+            address = ":".join(meeting_place(where))
+            jax.distributed.initialize(address, where.count, where.rank, heartbeat_timeout_seconds=math.ceil(SILENCE))
         self.rank, self.count = where.rank, where.count
 
     def gather(self, own: np.ndarray) -> np.ndarray:

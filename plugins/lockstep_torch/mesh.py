@@ -17,7 +17,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import functools
+import itertools
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -27,9 +31,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lockstep.errors import ConfigError
+from lockstep.errors import ConfigError, LockstepError
 from lockstep.launchers import Place, meeting_place
-from lockstep.processes import Processes
+from lockstep.processes import SILENCE, Processes
 from lockstep.storage.weights import as_float32
 
 T = TypeVar("T")
@@ -37,7 +41,10 @@ N = TypeVar("N", bound=nn.Module)
 COLLECTIVE = datetime.timedelta(minutes=10)
 """A process that waits this long for the others' tensors raises."""
 MESSAGE = datetime.timedelta(days=7)
-"""The same limit for messages: process 0 may have to wait for a server, a lock or a slow disk."""
+"""The same limit for messages: process 0 may have to wait for a server, a lock or a slow disk. It ends earlier if one stops
+responding (`Pulse`)."""
+BEATS = 10
+"""Signs of life in the time that a process may be silent."""
 
 
 class Group(Processes):
@@ -45,17 +52,67 @@ class Group(Processes):
 
     def __init__(self, where: Place, device: torch.device):
         meeting_place(where)  # checks the variables that torch reads
-        if not dist.is_initialized():
-            kind = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(kind, rank=where.rank, world_size=where.count, timeout=COLLECTIVE)
+        self.pulse = _joined(where, "nccl" if device.type == "cuda" else "gloo")
         self.rank, self.count = where.rank, where.count
         self.messages = dist.new_group(backend="gloo", timeout=MESSAGE)
 
     def gather(self, own: np.ndarray) -> np.ndarray:
         given = torch.from_numpy(np.ascontiguousarray(own).copy())
         found = given.new_empty(self.count * len(given), *given.shape[1:])
-        dist.all_gather_single(found, given, group=self.messages)
+        self.pulse.wait(dist.all_gather_single(found, given, group=self.messages, async_op=True))
         return found.numpy()
+
+
+@functools.cache
+def _joined(where: Place, kind: str) -> Pulse:
+    """Join the other processes, once."""
+    store, *_ = next(dist.rendezvous("env://", where.rank, where.count))
+    dist.init_process_group(kind, store=store, rank=where.rank, world_size=where.count, timeout=COLLECTIVE)
+    pulse = Pulse(dist.PrefixStore("lockstep/pulse", store), where)
+    pulse.start()
+    return pulse
+
+
+class Pulse(threading.Thread):
+    """Says every few seconds that this process lives, and hears it of the others: they all write counts into the store where they
+    met. `jax.distributed` has such a thread; torch has none."""
+
+    def __init__(self, store: dist.Store, where: Place):
+        super().__init__(name="pulse", daemon=True)
+        self.store, self.where, self.every = store, where, SILENCE / BEATS
+        self.heard = {rank: b"" for rank in range(where.count) if rank != where.rank}
+        """{other process: its last count}"""
+
+    def run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # process 0, which keeps the store, is gone
+            for count in itertools.count():
+                self.store.set(str(self.where.rank), str(count))
+                for rank in self.heard:
+                    if self.store.check([str(rank)]):
+                        self.heard[rank] = self.store.get(str(rank))
+                time.sleep(self.every)
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait for a collective for as long as all processes live.
+
+        Raises:
+          LockstepError: one of them has stopped responding.
+        """
+        before, silent = dict(self.heard), dict.fromkeys(self.heard, 0)
+        while True:
+            with contextlib.suppress(RuntimeError):
+                work.wait(datetime.timedelta(seconds=self.every))
+            if work.is_completed():
+                work.wait()  # raises what it came to
+                return
+            # Counted here, not measured: if all processes are suspended together, none of them was silent.
+            silent = {rank: silent[rank] + 1 if count == before[rank] else 0 for rank, count in self.heard.items()}
+            before = dict(self.heard)
+            if stopped := [rank for rank, times in silent.items() if times >= BEATS]:
+                raise LockstepError(
+                    f"Process {stopped[0]} of {self.where.count} has not responded for {SILENCE:.0f} seconds: it was suspended, "
+                    "or its host is gone or has no memory left. The same command resumes the run."
+                )
 
 
 class Mesh:
