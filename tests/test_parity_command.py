@@ -75,6 +75,20 @@ def test_a_lower_precision_is_seen_at_once_and_same_start_keeps_it_from_growing(
     assert "--same-start --steps 2" in report.facts["command"]
 
 
+def test_one_side_may_have_a_mesh_of_this_process(tmp_path):
+    pytest.importorskip("torch"), pytest.importorskip("jax")
+    report = parity([*SFT_ONLY, "jax.device=cpu", "jax.mesh.fsdp=4"], steps=2, output=tmp_path)
+    assert report.facts["backends"]["jax"]["mesh"] == "fsdp=4" and "mesh" not in report.facts["backends"]["torch"]
+    assert report.stages[0].steps[-1].measures["parameters"] < 1e-5
+
+
+def test_a_mesh_of_several_processes_is_refused():
+    """It was left out without a word."""
+    pytest.importorskip("torch"), pytest.importorskip("jax")
+    with pytest.raises(ConfigError, match=r"the mesh of torch needs 2. Leave out torch.mesh; lockstep check torch compares it"):
+        March([*SFT_ONLY, "torch.device=cpu", "torch.mesh.fsdp=2"])
+
+
 def test_another_learning_rate_on_one_side_is_named_as_what_parts_them(tmp_path):
     pytest.importorskip("torch"), pytest.importorskip("jax")
     march = March(SFT_ONLY, steps=1)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from hydra_plugins.lockstep_launcher import varied
+from lockstep.commands.cache import stored
 from lockstep.commands.run import run_config, sweeps
 from lockstep.commands.run.sweeps import SweepFolder, last_words, objective
 from lockstep.config.compose import compose
@@ -64,6 +65,18 @@ def needs(package):
         importlib.util.find_spec(f"hydra_plugins.{package}") is None,
         reason=f"{package} is not installed: pip install '.[sweeps]'",
     )
+
+
+def test_each_job_has_its_own_mesh(tmp_path):
+    """And what it makes is in the cache like anything else."""
+    folder = tmp_path / "runs"
+    code, printed, found = sweep(folder, *PRETRAIN, "backend.device=cpu", "backend.mesh.fsdp=2", "seed=0,1")
+    assert code == 0 and statuses(found) == ["done", "done"], printed
+    records = [read_json(folder / job["run"] / "run.json") for job in found]
+    assert [record["backend"]["mesh"] for record in records] == ["fsdp=2"] * 2
+    entries = stored.entries(folder, stored.users(folder))
+    assert [entry.state for entry in entries] == ["done"] * 2
+    assert sorted(entry.runs for entry in entries) == sorted([Path(job["run"]).name] for job in found)
 
 
 # ------------------------------------------------------------------------------------------------------------ a grid

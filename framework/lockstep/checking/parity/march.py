@@ -72,6 +72,13 @@ class March:
             raise ConfigError(f"--steps {steps} compares nothing. Give at least 1, or leave it out to run all steps.")
         self.names, compositions = split(overrides)
         self.sides = [Side(Experiment(compose.compose(composition)), {}) for composition in compositions]
+        for name, side in zip(self.names, self.sides, strict=True):
+            cls, config = side.experiment.backend
+            if (count := cls.workers(config)) > 1:
+                raise ConfigError(
+                    f"lockstep parity runs both backends in one process, and the mesh of {name} needs {count}. Leave out "
+                    f"{name}.mesh; lockstep check {name} compares it with one device."
+                )
         self.same_start, self.most = same_start, steps
         self.training = [s for s in self.sides[0].experiment.stages.values() if s.kind == "train"]
         for stage in self.training:
