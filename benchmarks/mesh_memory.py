@@ -1,9 +1,12 @@
-"""Memory of one process that loads, trains and saves a decoder of 115 million parameters, alone and among several:
+"""Memory of one process that loads, trains and saves a decoder of 110 million parameters or a given one, alone and among several:
 
     python benchmarks/mesh_memory.py
     python benchmarks/mesh_memory.py --processes 2
     python benchmarks/mesh_memory.py --processes 2 --backend jax
+    python benchmarks/mesh_memory.py --processes 2 --checkpoint SmolLM2-135M
 
+First the bytes of the arrays that the process keeps: weights, Adam's moments, and gradients, which on JAX exist within a program
+only.
 For each phase of process 0: the most memory that the process had in it, and what it has afterwards, in MB, more than before it
 made the model. Weights, gradients and Adam's two moments are 4 x 4 bytes a parameter. The weights come from a checkpoint on the
 disk. glibc keeps freed buffers for later, up to 32 MB each: MALLOC_MMAP_THRESHOLD_=4000000 makes it give them back.
@@ -40,7 +43,6 @@ SHAPE = small_decoder(
     vocab_size=16384, hidden_size=768, layers=12, heads=12, kv_heads=12, intermediate_size=2048, context_length=128,
     rope_theta=10000.0, tied=False,
 )  # fmt: skip
-PARAMETERS = 2 * 16384 * 768 + 12 * (4 * 768 * 768 + 3 * 768 * 2048)
 ROWS, COLUMNS = 4, 16
 
 
@@ -63,7 +65,30 @@ def batch() -> Sequences:
     return pack(*tokens, 0, prompt_columns=COLUMNS, response_columns=COLUMNS)
 
 
-def main(name: str) -> None:
+def kept(name: str, model: Any, learner: Any) -> dict[str, float]:
+    """Of this process's parts of the arrays, in MB. On torch after `Learner.gradients`."""
+    if name == "torch":
+        from lockstep_torch.mesh import local
+
+        weights = list(model.tensors().values())
+        states = [state for adam in learner.adams.values() for state in adam.state.values()]
+        arrays = {
+            "weights": weights,
+            "gradients": [weight.grad for weight in weights],
+            "moments": [state[key] for state in states for key in ("exp_avg", "exp_avg_sq")],
+        }
+        return {what: sum(local(each).nbytes for each in found) / 1e6 for what, found in arrays.items()}
+    import jax
+
+    state = learner.moments["policy"]
+    trees = {"weights": model.params, "moments": (state.mean, state.square)}
+    return {
+        what: sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards) / 1e6
+        for what, tree in trees.items()
+    }
+
+
+def main(name: str, checkpoint: Path | None) -> None:
     made = None
     if place().rank == 0:  # before the backend has threads
         made = tempfile.mkdtemp()
@@ -84,7 +109,7 @@ def main(name: str) -> None:
         lines.append(f"{what} {status('VmHWM') - before:.0f} (then {status('VmRSS') - before:.0f}; {seconds:.1f} s)")
         return found
 
-    model = phase("load", lambda: policy.load(folder / "large", backend))
+    model = phase("load", lambda: policy.load(checkpoint or folder / "large", backend))
     learner = backend.learner({"policy": model}, {"policy": OptimizerConfig(learning_rate=1e-4)})
     terms = next_token_terms([batch()], None, NextTokenLoss())
     phase("three updates", lambda: [learner.update(terms) for _ in range(3)])
@@ -92,7 +117,10 @@ def main(name: str) -> None:
     together.share(lambda: None)
     phase("restore it", lambda: learner.restore(folder / "state"))
     phase("save the policy", lambda: model.save(folder / "policy"))
-    print(f"{name}, process {place().rank} of {place().count}, {PARAMETERS / 1e6:.0f} million: {', '.join(lines)}", flush=True)
+    parameters = sum(array.size for array in learner.gradients(terms).values())
+    arrays = ", ".join(f"{what} {size:.0f}" for what, size in kept(name, model, learner).items())
+    here = f"{name}, process {place().rank} of {place().count}, {parameters / 1e6:.0f} million"
+    print(f"{here}: {arrays}; {', '.join(lines)}", flush=True)
     together.share(lambda: shutil.rmtree(folder))
 
 
@@ -100,6 +128,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--backend", default="torch")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--checkpoint", type=Path, help="a decoder of this folder")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.make:
@@ -107,4 +136,4 @@ if __name__ == "__main__":
     elif given.processes > place().count:
         sys.exit(workers.work([sys.executable, *sys.argv], given.processes))
     else:
-        main(given.backend)
+        main(given.backend, given.checkpoint)
