@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -32,9 +33,9 @@ from lockstep.models.adapters import Adapter
 from lockstep.models.architecture import from_hf, small_decoder
 from lockstep.models.blueprint import Blueprint
 from lockstep.planning import parts
-from lockstep.planning.calls import Call, Need, Part, Shape, Traffic, traffic
+from lockstep.planning.calls import ACTIVATIONS, CACHE, GATHERED, GRADIENTS, Call, Need, Part, Shape, Traffic, traffic
 from lockstep.planning.machines import MACHINES, machine
-from lockstep.planning.plan import Rehearsed, StagePlan, duration, on_the_wire, planned, rehearsed
+from lockstep.planning.plan import Rehearsed, StagePlan, duration, largest_micro_batch, on_the_wire, planned, rehearsed
 from lockstep.planning.rehearsal import Rehearsal, ShapePolicy
 from lockstep.registry import registry
 from lockstep.runs.assembly import Assembly
@@ -214,10 +215,45 @@ def test_a_plan_of_the_demonstration_is_a_table_with_a_verdict(capsys, monkeypat
 
 def test_a_plan_for_torch_says_what_each_of_two_devices_needs(capsys, monkeypatch, tmp_path):
     overrides = [*TINY, *DECODER, *PPO_ONLY, "backend=torch", "backend.device=cpu", "backend.mesh.fsdp=2", f"folder={tmp_path}"]
-    monkeypatch.setattr("sys.argv", ["lockstep", "plan", *overrides, "--machine", "h100"])
+    monkeypatch.setattr("sys.argv", ["lockstep", "plan", *overrides, "algorithm.micro_batch_size=2", "--machine", "h100"])
     main()
     shown = capsys.readouterr().out
     assert "torch on 2 x h100" in shown and "temporary: update policy, value" in shown and shown.count("It fits") == 4
+    assert "TFLOP" in shown and "of which activations" in shown and "of which gathered weights" in shown
+    assert shown.count("The largest micro_batch_size that does is null.") == 1  # the other stages take whole batches
+
+
+class RowsTakeMemory:
+    """A planner for whom weights take nothing, and each row of an update 1 byte."""
+
+    kind, shares_prompts, memory, process = "cpu", True, None, 0
+
+    def __init__(self, devices: int):
+        self.devices = self.rows = devices
+        self.measured = 0
+
+    def held(self, blueprint):
+        return 0, 0
+
+    def measure(self, call):
+        self.measured += call.kind == "update"
+        return Need(sum(part.shape.rows for part in call.terms[:1]) if call.kind == "update" else 1)
+
+
+@pytest.mark.parametrize(
+    ("own", "room", "devices", "largest"),
+    [("2", 64, 1, "null"), ("6", 15, 1, "8"), ("64", 64, 1, None), ("null", 20, 3, "12"), ("null", 2, 3, "")],
+)
+def test_the_largest_micro_batch_that_fits_is_found_by_bisection(tmp_path, own, room, devices, largest):
+    """Of PPO with minibatches of 64 rows, in powers of two."""
+    more = ["algorithm.batch_size=64", "algorithm.minibatches=1", f"algorithm.micro_batch_size={own}", f"folder={tmp_path}"]
+    experiment = Experiment(compose([*TINY, *DECODER, *PPO_ONLY, "backend=torch", *more]))
+    (stage,) = [each for each in rehearsed(experiment) if isinstance(each, Rehearsed) and each.name == "ppo"]
+    here, memory = RowsTakeMemory(devices), room / 0.9
+    plan = planned(stage, here, replace(MACHINES["h100"], memory=memory), bfloat16=False)
+    here.measured = 0
+    assert largest_micro_batch(experiment, stage, plan, here, memory, contextlib.nullcontext) == largest
+    assert here.measured <= 4
 
 
 @pytest.mark.parametrize(
@@ -379,10 +415,15 @@ def test_what_long_rows_need_grows_with_their_length(make):
 
 
 def test_a_plan_that_does_not_fit_says_what_to_change():
-    plan = lambda lasting, temporary: StagePlan("ppo", {"moments": lasting}, {"update": (1, Need(temporary))}, (1, 2), 0, 3)  # noqa: E731
-    assert "It fits: 50%" in advice(plan(30, 20), 100)
-    assert "micro_batch_size" in advice(plan(30, 80), 100) and "'update'" in advice(plan(30, 80), 100)
-    assert "fsdp" in advice(plan(95, 1), 100) and "lora" in advice(plan(95, 1), 100)
+    def said(lasting, temporary, largest=None):
+        needs = {"update": (1, Need(temporary))}
+        return advice(StagePlan("ppo", {"moments": lasting}, needs, {"update": 1e12}, (1, 2), 0, 3), 100, largest)
+
+    assert said(30, 20) == "It fits: 50% of the memory."
+    assert said(30, 20, "64").endswith("of the memory. The largest micro_batch_size that does is 64.")
+    assert "'update'" in said(30, 80, "8") and "micro_batch_size to 8, with which it fits" in said(30, 80, "8")
+    assert "No micro_batch_size helps" in said(30, 80, "") and "gradient_checkpointing" in said(30, 80, "")
+    assert "fsdp" in said(95, 1) and "lora" in said(95, 1)
 
 
 def test_what_cannot_be_planned_says_why():
@@ -459,6 +500,38 @@ def test_an_update_on_torch_needs_less_with_recomputation_micro_batches_and_kept
     kept = here.measure(Call("forward", {"policy": deep}, HALF, outputs={"policy": ("logprobs",)})).temporary
     assert gradients < kept < here.measure(update(HALF, deep, passed=True)).temporary == pytest.approx(half, rel=0.01)
     assert torch_planner(gradient_checkpointing=True).measure(update(Shape(16, 64, 64), deep)).temporary < whole / 2
+
+
+def test_the_parts_of_what_a_call_needs_are_told_apart_on_torch():
+    """By hand: gradients and keys and values; activations are what a kept forward pass leaves."""
+    here, model = torch_planner(), Blueprint(WIDE)
+    weights, halves = parts.FLOAT32 * model.size, Shape(4, 64, 64)
+    one, half = (here.measure(update(shape, model)) for shape in (HALF, halves))
+    two = here.measure(update(HALF, model, terms=2))
+    kept = here.measure(Call("forward", {"policy": model}, HALF, outputs={"policy": ("logprobs",)}))
+    assert two.parts[GRADIENTS] == weights and two.temporary == pytest.approx(one.temporary + weights, rel=1e-6)
+    assert one.parts[ACTIVATIONS] == pytest.approx(two.parts[ACTIVATIONS], rel=1e-3)
+    assert one.parts[ACTIVATIONS] == pytest.approx(2 * half.parts[ACTIVATIONS], rel=1e-3)
+    assert one.parts[ACTIVATIONS] == pytest.approx(kept.parts[ACTIVATIONS], rel=1e-3)
+    less = torch_planner(gradient_checkpointing=True).measure(update(HALF, model))
+    assert less.parts[ACTIVATIONS] < one.parts[ACTIVATIONS] / 10
+    keys_and_values = parts.FLOAT32 * 2 * 3 * 2 * 64 * 8 * (64 + 64)  # of 3 layers with 2 heads of 64
+    assert here.measure(DRAWING).parts == {CACHE: keys_and_values}
+    assert not here.measure(EVALUATION).parts
+    four = torch_planner(mesh=MeshConfig(fsdp=4))
+    assert four.measure(DRAWING).parts == {CACHE: keys_and_values / 4, GATHERED: weights}
+    assert four.measure(update(HALF, model, terms=2)).parts[GRADIENTS] < weights / 2
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_parts_that_xla_tells_apart_are_exact(devices):
+    here, model = planner(fsdp=devices) if devices > 1 else planner(), Blueprint(WIDE)
+    weights, keys_and_values = parts.FLOAT32 * here.held(model)[0], parts.FLOAT32 * 2 * 3 * 2 * 64 * 8 * (64 + 64)
+    assert here.measure(DRAWING).parts == {CACHE: keys_and_values / devices}
+    assert here.measure(update(HALF, model, terms=2)).parts == {GRADIENTS: 2 * weights}  # a term's, and the sum until then
+    assert not here.measure(update(HALF, model)).parts
+    kept = here.measure(update(HALF, model, passed=True))
+    assert kept.parts[GRADIENTS] == weights and weights < kept.parts[ACTIVATIONS] < kept.temporary - weights
 
 
 def test_fsdp_divides_gradients_and_rows_and_gathers_what_is_drawn_with():

@@ -1,5 +1,9 @@
 """What the programs of a run need, as XLA reports it. They are compiled with shapes in place of arrays, for the devices here or
-for a TPU that is not here."""
+for a TPU that is not here.
+
+XLA tells apart what goes into a program, what comes out, and the rest. So gradients are known where a program returns them, which
+it does if an update has several terms; activations where a forward pass is kept; keys and values always.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from lockstep.errors import ConfigError
 from lockstep.models.blueprint import Blueprint
-from lockstep.planning.calls import Call, Need, Part, Shape
+from lockstep.planning.calls import ACTIVATIONS, CACHE, GRADIENTS, Call, Need, Part, Shape
 from lockstep_jax import generation, learner, mesh, model
 from lockstep_jax.collectives import collectives, summed
 from lockstep_jax.decoder import DecoderNetwork
@@ -83,7 +87,10 @@ class JaxPlanner:
         prompt, response = (prompts, shape.prompt), (shape.rows, shape.response)
         drawing = Drawing(host(response, "uint32"), NUMBER, host((1,), "int32"), host((), "int32"))
         given = (*self.placed(blueprint), host(prompt, "int32"), host(prompt, "bool"), drawing)
-        return need(self.compiled(generation.generate, *given, None, spec=spec, greedy=False), loop=shape.response)
+        program = self.lowered(generation.generate, *given, None, spec=spec, greedy=False)
+        compiled = program.compile()
+        _, kept = jax.tree.map(placed_like, program.out_info, compiled.output_shardings)
+        return need(compiled, loop=shape.response, parts={CACHE: local_bytes(kept)})
 
     def _evaluate(self, call: Call) -> Need:
         ((name, outputs),) = call.outputs.items()
@@ -93,7 +100,8 @@ class JaxPlanner:
 
     def _forward(self, call: Call) -> Need:
         given = (*self.trees(call), block(call.shape, share=self.shares_prompts), NUMBER)
-        return need(self.compiled(learner._pass, *given, roles=self.roles(call, call.outputs)))
+        compiled = self.compiled(learner._pass, *given, roles=self.roles(call, call.outputs))
+        return need(compiled, parts={ACTIVATIONS: compiled.memory_analysis().output_size_in_bytes})
 
     def _update(self, call: Call) -> Need:
         assert call.optimizers is not None
@@ -111,9 +119,11 @@ class JaxPlanner:
         needs = [self._gradients(call, part, params, frozen) for part in distinct]
         step = need(self.compiled(learner._step, states, params, rates, mesh=self.mesh, **how))
         sums = gradients * (len(call.terms) > 1)
-        worst = max(gradients + step.temporary, *(sums + each.temporary for each in needs))
+        moments = [Need(gradients + step.temporary, parts={GRADIENTS: gradients})]
+        moments += [Need(sums + each.temporary, parts={GRADIENTS: sums + gradients, **each.parts}) for each in needs]
+        worst = max(moments, key=lambda moment: moment.temporary)
         every = [*(needs[distinct.index(part)].collectives for part in call.terms), step.collectives]
-        return Need(worst, summed(itertools.chain(*every)))
+        return Need(worst.temporary, summed(itertools.chain(*every)), worst.parts)
 
     def _gradients(self, call: Call, part: Part, params: Mapping[str, Tree], frozen: Mapping[str, Tree]) -> Need:
         """The need of one term, including its gradients and, if its forward pass was kept, what the pass keeps."""
@@ -128,7 +138,7 @@ class JaxPlanner:
         outputs, pullback = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), passed.out_info)
         kept = passed.compile().memory_analysis().output_size_in_bytes
         back = need(self.compiled(learner._pulled_back, params, frozen, pullback, outputs, batch(part), loss=part.loss))
-        return Need(kept + back.temporary, back.collectives)
+        return Need(kept + back.temporary, back.collectives, {ACTIVATIONS: kept})
 
     # ------------------------------------------------------------------------------------------------ shapes and places
 
@@ -213,8 +223,12 @@ def local_bytes(tree: Tree) -> int:
     return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-def need(compiled: Any, loop: int = 1) -> Need:
+def placed_like(shape: Any, place: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+
+
+def need(compiled: Any, loop: int = 1, parts: Mapping[str, int] | None = None) -> Need:
     """What a compiled program needs. ``loop``: how often a loop runs if only its data decide when it ends."""
     memory = compiled.memory_analysis()
     temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Need(temporary, collectives(compiled.as_text(), loop))
+    return Need(temporary, collectives(compiled.as_text(), loop), parts or {})

@@ -1,6 +1,7 @@
 """Estimate what the calls of a run need, by running its code on fake tensors, which have shapes and storages but no memory.
 
-Each tensor is followed from the operation that makes it until it is freed. Not measured: memory that kernels take internally,
+Each tensor is followed from the operation that makes it until it is freed, so that it is known what is there at the worst moment:
+gradients, what a forward pass left for them, keys and values. Not measured: memory that kernels take internally,
 except for one kernel that takes as much as its input; freed memory that an allocator keeps, on a CPU up to a fifth of a process;
 the optimizer's step, which takes less than the end of the gradients. FSDP's weights and gradients are added by arithmetic.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lockstep.config.mesh import MeshConfig
-from lockstep.interfaces import Dropout, ForwardPass, Term
+from lockstep.interfaces import Dropout, ForwardPass, Loss, Term
 from lockstep.learning.optimisation import OptimizerConfig
 from lockstep.models.architecture import is_small_decoder, linear_layers, to_hf
 from lockstep.models.blueprint import Blueprint
-from lockstep.planning.calls import Call, Need, Part, Shape, Traffic, traffic
+from lockstep.planning.calls import ACTIVATIONS, CACHE, GATHERED, GRADIENTS, Call, Need, Part, Shape, Traffic, traffic
 from lockstep.planning.parts import FLOAT32
 from lockstep.text.sequences import Sequences
 from lockstep_torch import device, generation
@@ -76,10 +78,12 @@ class TorchPlanner:
             generation.word_hashes(blueprint.architecture.vocab_size, self.backend.device)  # it is cached, so it must not be fake
         with FakeTensorMode(allow_non_fake_inputs=True):
             models = {name: self.model(blueprint) for name, blueprint in call.models.items()}
-            temporary = kinds[call.kind](call, models) + self.gathered(call.kind, models.values())
-            return Need(temporary, tuple(self.collectives(call, models)))
+            found = kinds[call.kind](call, models)
+            gathered = self.gathered(call.kind, models.values())
+            parts = found.parts() | ({GATHERED: gathered} if gathered else {})
+            return Need(found.most + gathered, tuple(self.collectives(call, models)), parts)
 
-    def _generate(self, call: Call, models: Mapping[str, Any]) -> int:
+    def _generate(self, call: Call, models: Mapping[str, Any]) -> Following:
         (model,) = models.values()
         rows = -(-call.shape.rows // self.rows)
         columns, length = call.shape.prompt, call.shape.response
@@ -89,29 +93,37 @@ class TorchPlanner:
             tokens, mask = put(np.zeros((prompts, columns), np.int32)), put(np.ones((prompts, columns), bool))
             seeds = put(np.zeros((rows, length), np.uint32))
             decoding = Decoding(model.network, tokens, mask, seeds, temperature=1.0, stop_ids=(0,), pad_id=0)
+            found.mark(CACHE, keys_and_values(decoding.cache))
             if length > 1:
                 fill(decoding.cache, columns + length - 1)
+                found.mark(CACHE, keys_and_values(decoding.cache))
                 decoding.advance()
-        return found.most
+                found.mark(CACHE, keys_and_values(decoding.cache))
+        return found
 
-    def _evaluate(self, call: Call, models: Mapping[str, TorchModel]) -> int:
+    def _evaluate(self, call: Call, models: Mapping[str, TorchModel]) -> Following:
         (model,) = models.values()
         with torch.no_grad(), Following() as found:
             model.forward(Block.put(sequences(call.shape), self.backend), everything(call.outputs), 1.0)
-        return found.most
+        return found
 
-    def _forward(self, call: Call, models: Mapping[str, TorchModel]) -> int:
+    def _forward(self, call: Call, models: Mapping[str, TorchModel]) -> Following:
         learner = self.learner(call, models)
         with Following() as found:
-            learner._forward(sequences(call.shape), everything(call.outputs), 1.0)
-        return found.most
+            kept = learner._forward(sequences(call.shape), everything(call.outputs), 1.0)
+            found.turn()
+            del kept
+        return found
 
-    def _update(self, call: Call, models: Mapping[str, TorchModel]) -> int:
+    def _update(self, call: Call, models: Mapping[str, TorchModel]) -> Following:
         learner = self.learner(call, models)
         enough = [part for i, part in enumerate(call.terms) if part.passed or call.terms[:i].count(part) < 2]
+        trained = [tensor for model in models.values() for tensor in model.tensors().values()]
         with Following() as found, self.scattered(models.values(), found):
-            learner._backward([self.term(learner, part) for part in enough])  # a third equal part adds nothing
-        return found.most
+            terms = [self.term(learner, part) for part in enough]  # a third equal part adds nothing
+            learner._backward([replace(term, loss=Turning(term.loss, found, trained)) for term in terms])
+            found.mark(GRADIENTS, gradients(trained))
+        return found
 
     def term(self, learner: TorchLearner, part: Part) -> Term:
         """A term with batches of zeros. If its forward pass is made before the update, it is made now."""
@@ -270,13 +282,29 @@ def divided(model: TorchModel) -> list[nn.Module]:
 # ---------------------------------------------------------------------------------------------------------------- fakes
 
 
+@dataclass(eq=False)
+class Life:
+    """Of a storage of ``size`` bytes, from one event until another."""
+
+    size: int
+    begun: int
+    ended: float = math.inf
+    part: str | None = None
+
+    def spans(self, event: int) -> bool:
+        return self.begun <= event < self.ended
+
+
 class Following(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside: ``alive`` now, and the ``most`` so far."""
+    """Counts the bytes of the tensors that are made inside: ``alive`` now, and the ``most`` so far. Events are numbered: a
+    storage's beginning or end, and each `turn` from a forward pass to its gradient."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive = self.most = 0
-        self.sizes: dict[int, int] = {}
+        self.alive = self.most = self.events = self.worst = 0
+        self.turns: list[int] = []
+        self.lives: list[Life] = []
+        self.present: dict[int, Life] = {}
         self.ends: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -284,28 +312,77 @@ class Following(TorchDispatchMode):
             self.follow(storage, 0)
         made = func(*args, **kwargs or {})
         if func in INSIDE:
-            self.most = max(self.most, self.alive + args[0].nbytes)
+            self.reach(self.alive + args[0].nbytes)
         for storage in storages(made):
             self.follow(storage, storage.nbytes())
         return made
 
     def follow(self, storage: torch.UntypedStorage, size: int) -> None:
         key = id(storage)
-        if key not in self.sizes:
-            self.sizes[key] = size
+        if key not in self.present:
             self.ends[key] = weakref.ref(storage, lambda _: self.end(key))
-            self.alive += size
-            self.most = max(self.most, self.alive)
+            self.begin(key, size)
+
+    def begin(self, key: int, size: int) -> None:
+        self.events += 1
+        self.present[key] = Life(size, self.events)
+        self.lives.append(self.present[key])
+        self.alive += size
+        self.reach(self.alive)
 
     def end(self, key: int) -> None:
-        self.alive -= self.sizes.pop(key)
-        del self.ends[key]
+        self.events += 1
+        life = self.present.pop(key)
+        life.ended = self.events
+        self.alive -= life.size
+        self.ends.pop(key)
+
+    def reach(self, total: int) -> None:
+        if total > self.most:
+            self.most, self.worst = total, self.events
 
     def divide(self, tensor: Tensor, parts: int) -> None:
         """From now on, count one part of the tensor; the others are elsewhere."""
-        key, size = id(tensor.untyped_storage()), -(-tensor.nbytes // parts)
-        self.alive -= self.sizes[key] - size
-        self.sizes[key] = size
+        key = id(tensor.untyped_storage())
+        end = self.ends[key]
+        self.end(key)
+        self.ends[key] = end
+        self.begin(key, -(-tensor.nbytes // parts))
+
+    def turn(self) -> None:
+        """What is there now was kept by a forward pass for its gradient."""
+        self.turns.append(self.events)
+
+    def mark(self, part: str, tensors: Iterable[Tensor]) -> None:
+        for storage in storages(list(tensors)):
+            self.present[id(storage)].part = part
+
+    def parts(self) -> dict[str, int]:
+        """{part: its bytes at the worst moment}. The rest is temporary."""
+        found: Counter[str] = Counter()
+        for life in self.lives:
+            kept = ACTIVATIONS if any(map(life.spans, self.turns)) else None
+            if life.spans(self.worst) and (part := life.part or kept):
+                found[part] += life.size
+        return {part: size for part, size in found.items() if size}
+
+
+class Turning:
+    """A loss, after which a pass turns to its gradient. The gradients until then are those of earlier terms: fakes are not added
+    in place."""
+
+    def __init__(self, loss: Loss, found: Following, trained: list[Tensor]):
+        self.loss, self.found, self.trained, self.outputs = loss, found, trained, loss.outputs
+
+    def __call__(self, xp: Any, outputs: Any, batch: Any) -> Any:
+        made = self.loss(xp, outputs, batch)
+        self.found.mark(GRADIENTS, gradients(self.trained))
+        self.found.turn()
+        return made
+
+
+def gradients(trained: list[Tensor]) -> list[Tensor]:
+    return [tensor.grad for tensor in trained if tensor.grad is not None]
 
 
 INSIDE = {torch.ops.aten.logsumexp.default}
@@ -365,6 +442,12 @@ def fill(cache: Any, columns: int) -> None:
             rows, heads, _, width = getattr(layer, name).shape
             kept = columns if window is None else min(columns, window - 1)
             setattr(layer, name, getattr(layer, name).new_zeros(rows, heads, kept, width))
+
+
+def keys_and_values(cache: Any) -> list[Tensor]:
+    if isinstance(cache, Cache):
+        return [*cache.keys, *cache.values]
+    return [tensor for layer in cache["past"].layers for tensor in (layer.keys, layer.values)]
 
 
 def sequences(shape: Shape) -> Sequences:

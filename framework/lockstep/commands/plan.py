@@ -29,13 +29,12 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from lockstep.config.compose import compose
     from lockstep.interfaces import Backend
     from lockstep.planning.machines import machine, share
-    from lockstep.planning.plan import Rehearsed, planned, rehearsed
+    from lockstep.planning.plan import Rehearsed, largest_micro_batch, planned, rehearsed
     from lockstep.reporting.console import Console
     from lockstep.runs.experiment import Experiment
 
     console = Console()
     experiment = Experiment(compose(overrides))
-    stages = list(rehearsed(experiment))  # first, because libtpu takes the signal that stops templates
     backend: type[Backend]
     backend, config = experiment.backend
     planner, bfloat16 = backend.planner(config, arguments.topology), getattr(config, "precision", None) == "bfloat16"
@@ -47,29 +46,33 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         has = share(has, planner.devices)
     many = f"{planner.devices} x {kind}" if planner.devices > 1 else kind
     console.say(f"{experiment.backend_name} on {many}, {has.memory / GIB:.0f} GiB each. Compiling or tracing takes a while.")
-    for stage in stages:
+    for stage in rehearsed(experiment):
         if isinstance(stage, Rehearsed):
             found = planned(stage, planner, has, bfloat16)
             console.out.print(table(found))
-            console.say(advice(found, has.memory) + time(found, planner.devices, arguments.price) + "\n")
+            largest = largest_micro_batch(experiment, stage, found, planner, has.memory, console.waiting)
+            console.say(advice(found, has.memory, largest) + time(found, planner.devices, arguments.price) + "\n")
         else:
             console.say(f"{stage[0]}: {stage[1]}.\n")
 
 
 def table(plan: StagePlan) -> rich.table.Table:
     shown = rich.table.Table(title=f"stage {plan.name}, on each device", title_justify="left", box=None, pad_edge=False)
-    for column, side in (("", "left"), ("GiB", "right"), ("times a step", "right"), ("GiB sent", "right"), ("in", "left")):
-        shown.add_column(column, justify=side)
+    for column in ("", "GiB", "times a step", "TFLOP", "GiB sent", "in"):
+        shown.add_column(column, justify="right" if column not in ("", "in") else "left")
     for part, size in plan.lasting.items():
-        shown.add_row(part, gib(size), "", "", "")
+        shown.add_row(part, gib(size))
     for name, (times, need) in plan.needs.items():
         counts: Counter[str] = Counter()
         for each in need.collectives:
             counts[each.kind] += each.count
         moves = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        shown.add_row(f"temporary: {name}", gib(need.temporary), str(times), gib(need.sent) if need.sent else "", moves)
-    sent = (gib(plan.sent), "a step") if plan.sent else ("", "")
-    shown.add_row("at the worst moment", gib(plan.memory), "", *sent)
+        sent = gib(need.sent) if need.sent else ""
+        shown.add_row(f"temporary: {name}", gib(need.temporary), str(times), f"{plan.flops[name] / 1e12:.3g}", sent, moves)
+        for part, size in need.parts.items():
+            shown.add_row(f"  of which {part}", gib(size))
+    sent = gib(plan.sent) if plan.sent else ""
+    shown.add_row("at the worst moment", gib(plan.memory), "", f"{plan.computed / 1e12:.3g}", sent, "a step")
     return shown
 
 
@@ -77,19 +80,25 @@ def gib(size: float) -> str:
     return f"{size / GIB:.3f}" if size < GIB else f"{size / GIB:.2f}"
 
 
-def advice(plan: StagePlan, memory: float) -> str:
-    """A sentence that says whether the stage fits and, if not, what to change."""
-    if plan.memory < 0.9 * memory:
-        return f"It fits: {plan.memory / memory:.0%} of the memory."
+def advice(plan: StagePlan, memory: float, largest: str | None) -> str:
+    """Whether the stage fits and, if not, what to change. ``largest``: see `largest_micro_batch`."""
+    from lockstep.planning.plan import SAFE
+
+    if plan.memory <= SAFE * memory:
+        said = f"It fits: {plan.memory / memory:.0%} of the memory."
+        return said if largest is None else f"{said} The largest micro_batch_size that does is {largest}."
     lasting = sum(plan.lasting.values())
-    if lasting > 0.9 * memory:
+    if lasting > SAFE * memory:
         return (
             f"It does not fit: weights and moments alone take {lasting / memory:.0%} of the memory. Raise backend.mesh.fsdp, or "
             "train adapters: policy=lora."
         )
+    said = f"It does not fit: {plan.memory / memory:.0%} of the memory, where {SAFE:.0%} are safe; most of it for '{plan.worst}'."
+    if largest:
+        return f"{said} Lower the stage's micro_batch_size to {largest}, with which it fits, or raise backend.mesh.fsdp."
     return (
-        f"It does not fit: {plan.memory / memory:.0%} of the memory, where 90% are safe; most of it for '{plan.worst}'. Lower "
-        "the stage's micro_batch_size, set backend.gradient_checkpointing=true, or raise backend.mesh.fsdp."
+        f"{said} No micro_batch_size helps: set backend.gradient_checkpointing=true, lower the stage's batch_size, or raise "
+        "backend.mesh.fsdp."
     )
 
 

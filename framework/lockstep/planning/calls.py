@@ -116,12 +116,21 @@ def traffic(kind: str, count: int, size: float, members: int, stride: int = 1) -
     return Traffic(kind, count, count * size * SENT[kind](members), members, stride)
 
 
+GRADIENTS, ACTIVATIONS, CACHE, GATHERED = "gradients", "activations", "keys and values", "gathered weights"
+
+
 @dataclass(frozen=True)
 class Need:
-    """What one call needs on one device. temporary: peak bytes beside the weights and moments of all models."""
+    """What one call needs on one device.
+
+    temporary: peak bytes beside the weights and moments of all models.
+    parts: {part: its bytes at that moment}, of the parts of ``temporary`` that the planner can tell apart: `GRADIENTS`,
+      `ACTIVATIONS` that are kept for them, `CACHE` (of the tokens drawn so far), `GATHERED`.
+    """
 
     temporary: int
     collectives: tuple[Traffic, ...] = ()
+    parts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def sent(self) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +26,9 @@ from lockstep.text.tokenizer import Tokenizer
 
 COMPUTE, BANDWIDTH = (0.2, 0.6), (0.3, 0.8)
 """The shares of the maker's FLOP/s and bytes/s that programs reach, from poor to good ones. `benchmarks/speed` has ours."""
+
+SAFE = 0.9
+"""The share of a device's memory that a plan may fill."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class StagePlan:
     Args:
       lasting: {part: bytes} on one device.
       needs: {call: (how often a usual step makes it, what it needs)}.
+      flops: {call: the FLOPs of one device in one such call}.
       seconds: seconds per step, at best and at worst.
       sending: seconds per step that are spent sending, at best, whether or not arithmetic hides them.
       steps: the number of steps of the stage.
@@ -57,6 +62,7 @@ class StagePlan:
     name: str
     lasting: Mapping[str, int]
     needs: Mapping[str, tuple[int, Need]]
+    flops: Mapping[str, float]
     seconds: tuple[float, float]
     sending: float
     steps: int
@@ -70,6 +76,11 @@ class StagePlan:
     def sent(self) -> float:
         """Bytes that a device sends in a usual step."""
         return sum(times * need.sent for times, need in self.needs.values())
+
+    @property
+    def computed(self) -> float:
+        """The FLOPs of a device in a usual step."""
+        return sum(times * self.flops[name] for name, (times, _) in self.needs.items())
 
     @property
     def memory(self) -> int:
@@ -109,6 +120,8 @@ def planned(stage: Rehearsed, planner: Planner, machine: Machine, bfloat16: bool
         needs[name] = times, planner.measure(call)
     lasting = {"the process itself": planner.process} if planner.process else {}
     lasting |= {part: parts.held(part, models, planner) for part, models in stage.lasting.items()}
+    shares = planner.shares_prompts
+    flops = [parts.flops(call, shares_prompts=shares) / planner.devices for call, _ in stage.calls]
     least = most = sending = 0.0
     slow, fast = BANDWIDTH
     for (call, times), (_, need) in zip(stage.calls, needs.values(), strict=True):
@@ -116,7 +129,72 @@ def planned(stage: Rehearsed, planner: Planner, machine: Machine, bfloat16: bool
         least += times * max(computing[0], wire / fast)  # all sending is hidden behind arithmetic
         most += times * (computing[1] + wire / slow)
         sending += times * wire / fast
-    return StagePlan(stage.name, lasting, needs, (least, most), sending, stage.steps)
+    computed = dict(zip(needs, flops, strict=True))
+    return StagePlan(stage.name, lasting, needs, computed, (least, most), sending, stage.steps)
+
+
+def largest_micro_batch(
+    experiment: Experiment, stage: Rehearsed, plan: StagePlan, planner: Planner, memory: float,
+    measuring: Callable[[str], contextlib.AbstractContextManager[None]],
+) -> str | None:  # fmt: skip
+    """The largest ``micro_batch_size`` with which a stage fits: 'null' for whole minibatches, or a power of two of rows for each
+    part that rows are divided into. '' if none fits. None if there is nothing to choose: the stage has no such setting, or
+    already takes whole minibatches and fits, or what lasts takes all the memory.
+
+    Args:
+      plan: of ``stage``, as configured.
+      memory: bytes of a device.
+      measuring: what is entered, with the size, while one is tried: a few, by bisection.
+    """
+    chosen = experiment.stages[stage.name]
+    room, fits_now = SAFE * memory - sum(plan.lasting.values()), plan.memory <= SAFE * memory
+    own = getattr(chosen.config, "micro_batch_size", None)
+    if not hasattr(chosen.config, "micro_batch_size") or room < 0 or (own is None and fits_now):
+        return None
+
+    def tried(size: int | None) -> Rehearsed:
+        return _rehearsed(
+            experiment, dataclasses.replace(chosen, config=dataclasses.replace(chosen.config, micro_batch_size=size))
+        )
+
+    whole = tried(None)
+    if _shapes(whole) == _shapes(stage):
+        own = None
+        if fits_now:
+            return None
+    rows = max(part.shape.rows for call, _ in whole.calls for part in call.terms)
+    sizes = [planner.rows * 2**power for power in range(rows.bit_length()) if planner.rows * 2**power < rows]
+    if own is not None:
+        sizes = [size for size in sizes if (size > own if fits_now else size < own)]
+    candidates: list[int | None] = [*sizes, *([None] if fits_now else [])]
+    known = [(call, need) for (call, _), (_, need) in zip(stage.calls, plan.needs.values(), strict=True)]
+    best = str(own) if fits_now else ""
+    while candidates:
+        middle = len(candidates) // 2
+        size = candidates[middle]
+        text = "null" if size is None else str(size)
+        with measuring(f"trying micro_batch_size={text}"):
+            fits = _fits(whole if size is None else tried(size), planner, room, known)
+        best = text if fits else best
+        candidates = candidates[middle + 1 :] if fits else candidates[:middle]
+    return best
+
+
+def _shapes(stage: Rehearsed) -> list[Any]:
+    return [(call.shape, [part.shape for part in call.terms], times) for call, times in stage.calls]
+
+
+def _fits(stage: Rehearsed, planner: Planner, room: float, known: list[tuple[Call, Need]]) -> bool:
+    """True if no call of a stage needs more than ``room``. ``known``: what was measured before; it grows. Of the others, updates
+    need the most and come first."""
+    found = [(call, next((need for other, need in known if other == call), None)) for call, _ in stage.calls]
+    for call, need in sorted(found, key=lambda each: (each[1] is None, each[0].kind != "update")):
+        if need is None:
+            need = planner.measure(call)
+            known.append((call, need))
+        if need.temporary > room:
+            return False
+    return True
 
 
 def on_the_wire(need: Need, machine: Machine) -> float:
