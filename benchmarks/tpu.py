@@ -15,10 +15,13 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from lockstep.config.compose import compose
 from lockstep.models.architecture import small_decoder, to_hf
+from lockstep.planning.machines import MACHINES
+from lockstep.planning.plan import Rehearsed, StagePlan, planned, rehearsed
 from lockstep.runs.assembly import Assembly
 from lockstep.runs.experiment import Experiment
 
@@ -38,6 +41,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         command = [*overrides(Path(place), arguments.model), "backend=jax", "backend.device=cpu", *more]
         subprocess.run([sys.executable, "-m", "lockstep", "plan", *command, "--topology", arguments.topology], check=True)
+
+
+def ppo(name: str, topology: str, more: Sequence[str]) -> StagePlan:
+    """What `main` prints, without the search for a larger micro-batch."""
+    with tempfile.TemporaryDirectory() as place:
+        experiment = Experiment(compose([*overrides(Path(place), name), "backend=jax", "backend.device=cpu", *more]))
+        cls, config = experiment.backend
+        (stage,) = (stage for stage in rehearsed(experiment) if isinstance(stage, Rehearsed))
+        return planned(stage, cls.planner(config, topology), MACHINES[topology.partition(":")[0]], bfloat16=True)
 
 
 def overrides(place: Path, name: str) -> list[str]:
