@@ -453,6 +453,7 @@ def test_the_trained_attacker_is_judged_by_the_target_of_its_round(tmp_path):
     assert inputs["defender_2"] == {
         "ppo": "policy", "judgement_2": "reward_model", "seeds": "prompts", "attacks_1": "prompts", "attacks_2": "prompts"
     }  # fmt: skip
+    assert inputs["labels_2"] == {"defender_1": "policy", "sft": "policy", "seeds": "prompts", "attacks_2": "prompts"}
     once = Experiment(compose([*HARDENING, f"folder={tmp_path}", "without=replay"]))
     for name in ("defender_2", "judgement_2", "labels_2"):
         assert not {"seeds", "attacks_1", "labels_1"} & set(dict(once.stages[name].inputs))
