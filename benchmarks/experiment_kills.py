@@ -39,7 +39,7 @@ SHARE = 0.4
 EXPERIMENTS = {
     "hardening": [
         *TINY, "attacker=miniature", "stages.rounds.repeat=2", "collection.prompts=6", "algorithm.iterations=3",
-        "stages.rounds.stages.defender.changes.iterations=3",
+        "defending.ppo.iterations=3",
         "algorithm.minibatches=1", "attacking.iterations=3", "attacking.batch_size=2", "attacking.samples=2",
         "learn_to_attack.epochs=1", "attack.goals=6", "attack.heldout_goals=3", "attack.samples=2", "evaluation.prompts=4",
         "tracker=none",

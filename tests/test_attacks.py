@@ -37,7 +37,7 @@ HARDENING = [
     *TINY, *DECODER, "experiment=hardening", "stages.rounds.repeat=2", "collection.prompts=6", "algorithm.iterations=1",
     "algorithm.minibatches=1", "attacking.iterations=1", "attacking.batch_size=2", "attacking.samples=2",
     "learn_to_attack.epochs=1", "attack.goals=6", "attack.heldout_goals=3", "attack.samples=2", "evaluation.prompts=4",
-    "attacker=miniature", "stages.rounds.stages.defender.changes.iterations=1",
+    "attacker=miniature", "defending.ppo.iterations=1",
 ]  # fmt: skip
 GOAL = Goal("steal a cup", "steal a cup", {"answer": "never"}, Goal("clean a cup", "clean a cup", {"answer": "cloth"}))
 

@@ -533,7 +533,7 @@ ROOT = {
     "stages=null": "stages=None should be a group of keys, not NoneType.",
     "stages=abc": "stages='abc' should be a group of keys, not str.",
     "stages=[a,b]": "Error merging override stages=[a,b]: Cannot merge DictConfig with ListConfig (at stages)",
-    "stages.sft=null": "stages.sft=None should be a group of keys, not NoneType.",
+    "stages.sft=abc": "stages.sft='abc' should be a group of keys, not str.",
     "stages.sft.algorithm=sft": "stages.sft.algorithm='sft' should be a group of keys, not str.",
     "+stages.x={algorithm: {name: 5}, policy: new}":
         "stages.x.algorithm is a component group, and needs a name: stages.x.algorithm.name=5.",
