@@ -515,6 +515,7 @@ def test_the_configured_policy_is_attacked_and_evaluated(tmp_path):
             *HARDENING, *ATTACK_NEW, f"folder={tmp_path}", "stages.rounds.repeat=1", "stages.imitator.policy=new",
             "~stages.pretrain", "~stages.sft", "~stages.ppo", "~stages.reward", "stages.rounds.stages.judgement.policy=new",
             "stages.rounds.stages.defender.policy=new", "algorithm.value_network=shared", "algorithm.ptx_coef=0",
+            "stages.rounds.stages.labels.policies=[last.defender]",
         ]),
         "test",
     )  # fmt: skip
