@@ -113,15 +113,14 @@ def _rehearsed(experiment: Experiment, stage: Stage) -> Rehearsed:
 
 def planned(stage: Rehearsed, planner: Planner, machine: Machine, bfloat16: bool) -> StagePlan:
     needs: dict[str, tuple[int, Need]] = {}
+    computed: dict[str, float] = {}
     names: Counter[str] = Counter()
     for call, times in stage.calls:
         names[call.name] += 1
         name = call.name if names[call.name] == 1 else f"{call.name} ({names[call.name]})"
-        needs[name] = times, planner.measure(call)
+        needs[name], computed[name] = (times, planner.measure(call)), flops(call, planner)
     lasting = {"the process itself": planner.process} if planner.process else {}
     lasting |= {part: parts.held(part, models, planner) for part, models in stage.lasting.items()}
-    shares = planner.shares_prompts
-    flops = [parts.flops(call, shares_prompts=shares) / planner.devices for call, _ in stage.calls]
     least = most = sending = 0.0
     slow, fast = BANDWIDTH
     for (call, times), (_, need) in zip(stage.calls, needs.values(), strict=True):
@@ -129,7 +128,6 @@ def planned(stage: Rehearsed, planner: Planner, machine: Machine, bfloat16: bool
         least += times * max(computing[0], wire / fast)  # all sending is hidden behind arithmetic
         most += times * (computing[1] + wire / slow)
         sending += times * wire / fast
-    computed = dict(zip(needs, flops, strict=True))
     return StagePlan(stage.name, lasting, needs, computed, (least, most), sending, stage.steps)
 
 
@@ -210,11 +208,15 @@ def on_the_wire(need: Need, machine: Machine) -> float:
     return seconds
 
 
+def flops(call: Call, planner: Planner) -> float:
+    """The FLOPs of one device in a call."""
+    return parts.flops(call, shares_prompts=planner.shares_prompts) / planner.devices
+
+
 def duration(call: Call, planner: Planner, machine: Machine, bfloat16: bool) -> tuple[float, float]:
     """Seconds of a call without its collectives, at best and at worst. This is the time of its arithmetic or, if longer, of
     reading all weights and the KV cache for each token that it draws."""
-    rate = planner.devices * (machine.bfloat16 if bfloat16 else machine.float32)
-    arithmetic = parts.flops(call, shares_prompts=planner.shares_prompts) / rate
+    arithmetic = flops(call, planner) / (machine.bfloat16 if bfloat16 else machine.float32)
     reading = 0.0
     if call.kind == "generate":
         (blueprint,) = call.models.values()

@@ -321,7 +321,7 @@ def gain(answers: Answers, before: Answers | None) -> dict[str, Measure]:
 
 
 def rows(answers: Answers, count: int) -> list[Mapping[str, Any]]:
-    """Answers as readable text, with their scores, spread evenly over the prompts: of all, the same for every policy."""
+    """Answers as readable text, with their scores: to prompts spread evenly over all, the same ones for every policy."""
     responses = answers.samples.responses
     total = len(responses.texts)
     shown = min(count, total)

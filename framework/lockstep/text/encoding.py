@@ -248,7 +248,7 @@ def _count_odd(tokenizer: Tokenizer, prompt: Prompt, answers: Sequence[str], row
     texts = [*(message.content for message in prompt.messages), *(_without_eos(tokenizer, answer) for answer in answers)]
     if token := next(filter(None, map(tokenizer.spelled, texts)), None):
         fit.special, fit.spelled = fit.special + 1, fit.spelled or token
-    found = tokenizer.unknown_id is not None and any(tokenizer.unknown_id in ids for ids in rows)  # or the template wrote it
+    found = any(tokenizer.unknown_id in ids for ids in rows)  # the template may have written it
     if found and (words := [word for text in texts for word in tokenizer.unknown_words(text)]):
         fit.unknown, fit.word = fit.unknown + 1, fit.word or words[0]
 

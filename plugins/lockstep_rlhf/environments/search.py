@@ -23,6 +23,7 @@ from lockstep.interfaces import Environment, Episode, Inputs, Reply
 from lockstep.learning.episodes import EnvironmentConfig
 from lockstep.registry import function_at
 from lockstep.storage.files import expanded
+from lockstep.text.sequences import chunks
 from lockstep.types import Message
 
 MOST_WORDS = 64
@@ -130,7 +131,8 @@ class Embeddings:
         self.function = function
         self.embed = function_at(function, "environment.embed")
         self.texts = list(texts)
-        self.vectors = np.concatenate([self._directions(self.texts[i : i + 1000]) for i in range(0, len(self.texts), 1000)])
+        self.size: int | None = None
+        self.vectors = np.concatenate([self._directions(self.texts[part]) for part in chunks(len(self.texts), 1000)])
 
     def best(self, query: str, count: int) -> list[str]:
         if not query.strip():
@@ -141,12 +143,12 @@ class Embeddings:
     def _directions(self, texts: list[str]) -> np.ndarray:
         """float64 [texts, size]: unit vectors; zero stays zero, as of a text of which the function knows nothing."""
         found = np.asarray(self.embed(list(texts)), np.float64)
-        size = getattr(self, "vectors", found).shape[-1:]
-        if found.ndim != 2 or found.shape != (len(texts), *size) or not np.isfinite(found).all():
+        if found.ndim != 2 or found.shape != (len(texts), self.size or found.shape[1]) or not np.isfinite(found).all():
             raise DataError(
                 f"environment.embed='{self.function}' gives an array {found.shape} for {len(texts)} texts. It needs a vector of "
                 "finite numbers for each, all of one size."
             )
+        self.size = found.shape[1]
         return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-300)
 
 
