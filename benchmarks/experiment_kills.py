@@ -16,13 +16,8 @@ samples.jsonl and health.jsonl, the results in done.json. Linux. Writes ``benchm
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
 import os
-import platform
 import random
-import shlex
 import shutil
 import signal
 import subprocess
@@ -33,16 +28,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from kills import DECODER, FAST_COMPILATION, ROOT, TINY, different, find
+from kills import DECODER, ROOT, TINY, different, environment, find, head, write_rows
 
 SHARE = 0.4
 EXPERIMENTS = {
     "hardening": [
         *TINY, "attacker=miniature", "stages.rounds.repeat=2", "collection.prompts=6", "algorithm.iterations=3",
-        "defending.ppo.iterations=3",
-        "algorithm.minibatches=1", "attacking.iterations=3", "attacking.batch_size=2", "attacking.samples=2",
-        "learn_to_attack.epochs=1", "attack.goals=6", "attack.heldout_goals=3", "attack.samples=2", "evaluation.prompts=4",
-        "tracker=none",
+        "defending.ppo.iterations=3", "algorithm.minibatches=1", "attacking.iterations=3", "attacking.batch_size=2",
+        "attacking.samples=2", "learn_to_attack.epochs=1", "attack.goals=6", "attack.heldout_goals=3", "attack.samples=2",
+        "evaluation.prompts=4", "tracker=none",
     ],
     "library": [
         "data.prompts=60", "data.demonstrations=60", "data.heldout_prompts=12", "sft.epochs=1", "sft.batch_size=16",
@@ -59,40 +53,46 @@ class Bench:
         chosen = [f"experiment={experiment}", f"backend={backend}", own, "checkpoint_every=1", *DECODER]
         self.command = [sys.executable, "-m", "lockstep", "run", *chosen, *EXPERIMENTS[experiment]]
         self.folder, self.random = folder, random.Random(f"{seed} {experiment} {backend}")
-        self.environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "framework", ROOT / "plugins"))),
-            "XLA_FLAGS": FAST_COMPILATION,
-            "OMP_NUM_THREADS": "1",
-        }
 
     def start(self, runs: Path) -> subprocess.Popen[bytes]:
         with open(runs.with_suffix(".log"), "ab") as log:
             command = [*self.command, f"folder={runs}"]
-            return subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            return subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def finish(self, runs: Path, seconds: float | None = None) -> None:
+        """Start or go on with a run.
+
+        Raises:
+          TimeoutExpired: it took longer than ``seconds`` and was killed.
+        """
+        process = self.start(runs)
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        if code:
+            raise SystemExit(runs.with_suffix(".log").read_text(encoding="utf-8")[-3000:])
 
     def reference(self) -> None:
+        """The run that nobody kills, and how long it takes."""
         for name in ("warm-up", "whole"):  # the first fills the compilation cache
             self.whole, began = self.folder / name, time.perf_counter()
-            if self.start(self.whole).wait():
-                raise SystemExit(self.whole.with_suffix(".log").read_text(encoding="utf-8")[-3000:])
+            self.finish(self.whole)
             self.seconds = time.perf_counter() - began
         self.stages = [done.parent.name.split("-")[0] for done in self.whole.glob("stages/*/done.json")]
 
     def until_done(self, number: int, most: int) -> dict[str, Any]:
         """A run that is killed until it ends, at most ``most`` times, as a row of the record."""
-        runs, killed = self.folder / f"run-{number}", []
-        while True:
-            process, wait = self.start(runs), SHARE * self.seconds * self.random.uniform(0.5, 1.5)
+        runs, killed, done = self.folder / f"run-{number}", [], False
+        while not done:
+            seconds = SHARE * self.seconds * self.random.uniform(0.5, 1.5)
             try:
-                code = process.wait(wait if len(killed) < most else None)
+                self.finish(runs, seconds if len(killed) < most else None)
+                done = True
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
                 killed.append(self.current(runs))
-                continue
-            if code:
-                raise SystemExit(runs.with_suffix(".log").read_text(encoding="utf-8")[-3000:])
-            break
         problems = [p for stage in self.stages for p in different(find(self.whole, stage), find(runs, stage))]
         if problems:
             print(f"kept: {runs}", flush=True)
@@ -107,8 +107,6 @@ class Bench:
 
 
 def report(rows: list[dict[str, Any]], seconds: float) -> str:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "jax", "numpy"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     lines = ["| experiment | backend | runs | kills | stages in which they came | bit-equal |", "|---|---|---|---|---|---|"]
     for experiment, backend in dict.fromkeys((row["experiment"], row["backend"]) for row in rows):
         here = [row for row in rows if (row["experiment"], row["backend"]) == (experiment, backend)]
@@ -118,13 +116,7 @@ def report(rows: list[dict[str, Any]], seconds: float) -> str:
         lines.append(f"| {experiment} | {backend} | {len(here)} | {where.total()} | {stages} | {equal} of {len(here)} |")
     return "\n".join(
         [
-            "# Experiments killed at random moments",
-            "",
-            f"{datetime.date.today()}, commit {commit or 'unknown'}, {seconds / 60:.0f} minutes. {platform.system()}, Python "
-            f"{platform.python_version()}, {versions}.",
-            "",
-            f"    python benchmarks/experiment_kills.py {shlex.join(sys.argv[1:])}",
-            "",
+            *head("Experiments killed at random moments", seconds, ("torch", "jax", "numpy")),
             "Every file that a stage put out, every metric, sample and result of runs that were killed again and again, against "
             "a run that nobody killed. `experiment_kills.py` says what was run and when it was killed; `experiment_kills.json` "
             "has a row per run.",
@@ -154,10 +146,10 @@ def main() -> None:
                 row = bench.until_done(number, left)
                 left -= row["kills"]
                 rows.append({"experiment": experiment, "backend": backend, "run": number, **row})
-                output.with_suffix(".json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+                write_rows(output, rows)
                 said = "equal" if row["equal"] else "; ".join(row["problems"])
                 print(f"{experiment} {backend} run {number}: {row['kills']} kills in {row['in']}: {said}", flush=True)
-            if all(row["equal"] for row in rows):
+            if all(row["equal"] for row in rows if (row["experiment"], row["backend"]) == (experiment, backend)):
                 shutil.rmtree(folder)
     output.with_suffix(".md").write_text(report(rows, time.perf_counter() - began), encoding="utf-8")
     sys.exit(any(row["problems"] for row in rows))

@@ -41,7 +41,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,17 +72,20 @@ ALGORITHMS = {
 }  # fmt: skip
 
 
+def environment() -> dict[str, str]:
+    """Of a run on one core, with this checkout's code."""
+    folders = os.pathsep.join(map(str, (ROOT / "framework", ROOT / "plugins")))
+    return os.environ | {"PYTHONPATH": folders, "XLA_FLAGS": FAST_COMPILATION, "OMP_NUM_THREADS": "1"}
+
+
 class Bench:
     """The kills on one backend."""
 
     def __init__(self, backend: str, folder: Path, core: int | None, seed: int, algorithm: str):
         self.backend, self.folder, self.core, self.algorithm = backend, folder, core, algorithm
         self.random = random.Random(f"{seed} {backend}")
-        self.environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "framework", ROOT / "plugins"))),
+        self.environment = environment() | {
             "WANDB_MODE": "offline",
-            "XLA_FLAGS": FAST_COMPILATION,
-            "OMP_NUM_THREADS": "1",
             **{name: str(folder / "wandb") for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")},
         }
 
@@ -324,21 +327,33 @@ def table(kills: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def report(kills: list[dict[str, Any]], seconds: float, output: str) -> str:
-    packages = ("torch", "jax", "numpy", "safetensors", "wandb")
+def head(title: str, seconds: float, packages: Sequence[str], where: str = "") -> list[str]:
+    """The first lines of a record: what was run, when, of which code, how long and with what."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    failed = [kill for kill in kills if kill["problems"]]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    arguments = shlex.join(a for a in sys.argv[1:])
+    return [
+        f"# {title}",
+        "",
+        f"{datetime.date.today()}, commit {commit or 'unknown'}, {seconds / 60:.0f} minutes{where}. {platform.system()}, Python "
+        f"{platform.python_version()}, {versions}.",
+        "",
+        f"    python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}",
+        "",
+    ]
+
+
+def write_rows(output: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """The record's JSON file, a line for each row."""
+    lines = ",\n".join(map(json.dumps, rows))
+    output.with_suffix(".json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def report(kills: list[dict[str, Any]], seconds: float, output: str) -> str:
+    failed = [kill for kill in kills if kill["problems"]]
+    packages = ("torch", "jax", "numpy", "safetensors", "wandb")
     return "\n".join(
         [
-            "# Killed at random moments",
-            "",
-            f"{datetime.date.today()}, commit {commit or 'unknown'}, {seconds / 60:.0f} minutes on one core per backend. "
-            f"{platform.system()}, Python {platform.python_version()}, {versions}.",
-            "",
-            f"    python benchmarks/kills.py {arguments}",
-            "",
+            *head("Killed at random moments", seconds, packages, " on one core per backend"),
             f"{len(kills)} kills with SIGKILL, {len(kills) - len(failed)} continuations equal to the uninterrupted run in every "
             "bit of every output file, every metric and sample, with one whole W&B log per stage. `kills.py` says what was "
             f"run, how the moments were chosen and what was compared; `{output}.json` has a row per kill.",
@@ -366,11 +381,6 @@ def main() -> None:
     kills: list[dict[str, Any]] = []
     writing = threading.Lock()
 
-    def write(kills: list[dict[str, Any]]) -> None:
-        kills.sort(key=lambda row: (backends.index(row["backend"]), row["kill"]))
-        lines = ",\n".join(json.dumps(kill) for kill in kills)
-        arguments.output.with_suffix(".json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-
     def run(number: int) -> None:
         name = backends[number]
         folder = Path(tempfile.mkdtemp(prefix=f"kills-{name}-"))
@@ -382,7 +392,8 @@ def main() -> None:
             row = bench.kill(kill)
             with writing:
                 kills.append(row)
-                write(kills)  # so far, lest the record of many be lost with one
+                kills.sort(key=lambda row: (backends.index(row["backend"]), row["kill"]))
+                write_rows(arguments.output, kills)  # so far, lest the record of many be lost with one
             where = f"{row['stage']} after step {row['steps']} in {row['during']}, went on at {row['checkpoint']}"
             said = "equal" if not row["problems"] else "; ".join(row["problems"])
             print(f"{name} {kill}/{arguments.kills}  {where}: {said}", flush=True)

@@ -19,13 +19,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import random
-import shlex
 import shutil
 import signal
 import statistics
@@ -36,7 +32,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kills import DECODER, PPO_ONLY, ROOT, STAGES, TINY, after_kill, children, different, find
+from kills import (
+    DECODER,
+    PPO_ONLY,
+    ROOT,
+    STAGES,
+    TINY,
+    after_kill,
+    children,
+    different,
+    environment,
+    find,
+    head,
+    write_rows,
+)  # fmt: skip
 
 PROCESSES = 2
 RUN = [
@@ -74,14 +83,10 @@ LIMIT = 300.0
 
 
 def start(backend: str, folder: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "framework", ROOT / "plugins"))),
-        "OMP_NUM_THREADS": "1",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1",  # the last one counts
-    }
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"  # the last one counts
     command = [sys.executable, *BACKENDS[backend][0], *RUN, f"folder={folder}"]
     with open(log(folder), "wb") as file:
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, env=environment() | {"XLA_FLAGS": flags}, stdout=file, stderr=subprocess.STDOUT)
 
 
 def log(folder: Path) -> Path:
@@ -197,16 +202,8 @@ def series(
 
 
 def report(backend: str, kills: list[dict[str, Any]], runs: list[dict[str, Any]], seconds: float) -> str:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in (backend, "numpy", "safetensors"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     lines = [
-        "# One process of two killed, and all",
-        "",
-        f"{datetime.date.today()}, commit {commit or 'unknown'}, {seconds / 60:.0f} minutes. {platform.system()}, Python "
-        f"{platform.python_version()}, {versions}.",
-        "",
-        f"    python benchmarks/mesh_kills.py {shlex.join(sys.argv[1:])}",
-        "",
+        *head("One process of two killed, and all", seconds, (backend, "numpy", "safetensors")),
         "`mesh_kills.py` says what was run, how the moments were chosen and what was compared; the JSON file beside this has a "
         "row per kill and per run.",
         "",
@@ -245,8 +242,7 @@ def main() -> None:
         more, ends = series(name, backend, arguments.kills, whole, random.Random(f"{arguments.seed} {name}"))
         kills += more
         runs += ends
-        lines = ",\n".join(json.dumps(row) for row in (*kills, *runs))
-        output.with_suffix(".json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        write_rows(output, (*kills, *runs))
     text = report(backend, kills, runs, time.perf_counter() - began)
     output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

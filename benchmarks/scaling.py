@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tpu import overrides
+import tpu
 
 from lockstep.commands.plan import short
-from lockstep.config.compose import compose
-from lockstep.planning.machines import GIB, MACHINES
-from lockstep.planning.plan import Rehearsed, StagePlan, planned, rehearsed
-from lockstep.runs.experiment import Experiment
+from lockstep.planning.machines import GIB
+from lockstep.planning.plan import StagePlan
 
 HOSTS, CARDS, EPISODES = (1, 2, 4, 8), 8, 512
 SLICES = {"2x2x4": 16, "4x4x4": 64, "4x4x8": 128}
@@ -68,15 +65,12 @@ def v5ps() -> Iterator[tuple[str, dict[str, int], int]]:
 TABLES = {"h100": (TITLE, "hosts", h100s), "v5p": (TITLE_V5P, "slice", v5ps)}
 
 
-def ppo(place: str, mesh: dict[str, int], rows: int, machine: str) -> StagePlan:
+def ppo(mesh: dict[str, int], rows: int, machine: str) -> StagePlan:
     """``rows``: of a micro-batch, on each card."""
     axes = [f"backend.mesh.{axis}={size}" for axis, size in mesh.items()]
     together = rows * mesh["data"] * mesh["fsdp"]
     sizes = [f"algorithm.batch_size={EPISODES}", f"algorithm.micro_batch_size={together}", "backend.gradient_checkpointing=true"]
-    experiment = Experiment(compose([*overrides(Path(place), "8b"), "backend=torch", "backend.device=cpu", *axes, *sizes]))
-    cls, config = experiment.backend
-    (stage,) = (stage for stage in rehearsed(experiment) if isinstance(stage, Rehearsed))
-    return planned(stage, cls.planner(config, None), MACHINES[machine], bfloat16=True)
+    return tpu.ppo("8b", machine, ["backend=torch", *axes, *sizes])
 
 
 def main() -> None:
@@ -87,16 +81,15 @@ def main() -> None:
     title, column, sizes = TABLES[arguments.machine]
     header = f"| {column} | {HEADER}"
     lines, output = [title, header, "|" + "---|" * (header.count("|") - 1)], arguments.output
-    with tempfile.TemporaryDirectory() as place:
-        for name, mesh, rows in sizes():
-            found = ppo(place, mesh, rows, arguments.machine)
-            best, worst = found.seconds
-            speed = EPISODES / math.prod(mesh.values())
-            memory, sent = found.memory / GIB, found.sent / GIB
-            needs = f"{name} | {' x '.join(map(str, mesh.values()))} | {rows} | {memory:.0f} | {sent:.0f}"
-            times = f"{short(found.sending)} | {short(best)} to {short(worst)}"
-            lines.append(f"| {needs} | {times} | {speed / worst:.3f} to {speed / best:.3f} |")
-            print(lines[-1], flush=True)
+    for name, mesh, rows in sizes():
+        found = ppo(mesh, rows, arguments.machine)
+        best, worst = found.seconds
+        speed = EPISODES / math.prod(mesh.values())
+        memory, sent = found.memory / GIB, found.sent / GIB
+        needs = f"{name} | {' x '.join(map(str, mesh.values()))} | {rows} | {memory:.0f} | {sent:.0f}"
+        times = f"{short(found.sending)} | {short(best)} to {short(worst)}"
+        lines.append(f"| {needs} | {times} | {speed / worst:.3f} to {speed / best:.3f} |")
+        print(lines[-1], flush=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

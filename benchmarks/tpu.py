@@ -43,13 +43,13 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "lockstep", "plan", *command, "--topology", arguments.topology], check=True)
 
 
-def ppo(name: str, topology: str, more: Sequence[str]) -> StagePlan:
-    """What `main` prints, without the search for a larger micro-batch."""
+def ppo(name: str, machine: str, more: Sequence[str], topology: str | None = None) -> StagePlan:
+    """As `lockstep plan` does, without the search for a larger micro-batch."""
     with tempfile.TemporaryDirectory() as place:
-        experiment = Experiment(compose([*overrides(Path(place), name), "backend=jax", "backend.device=cpu", *more]))
+        experiment = Experiment(compose([*overrides(Path(place), name), "backend.device=cpu", *more]))
         cls, config = experiment.backend
         (stage,) = (stage for stage in rehearsed(experiment) if isinstance(stage, Rehearsed))
-        return planned(stage, cls.planner(config, topology), MACHINES[topology.partition(":")[0]], bfloat16=True)
+        return planned(stage, cls.planner(config, topology), MACHINES[machine], bfloat16=True)
 
 
 def overrides(place: Path, name: str) -> list[str]:

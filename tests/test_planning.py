@@ -443,9 +443,11 @@ def test_ppo_of_a_billion_parameters_fits_a_tpu_slice():
     """A ceiling just above what XLA says (benchmarks/plan/tpu.md): on each chip of v5e:4x4, 7.31 GiB at the worst moment. In a
     process of its own, because XLA_FLAGS are here those of tests."""
     pytest.importorskip("libtpu", reason="TPU programs are compiled by libtpu: benchmarks/README.md says how to install it")
-    program = "import sys; sys.path.insert(0, 'benchmarks'); import tpu; print(tpu.ppo('1b', 'v5e:4x4', sys.argv[1:]).memory)"
+    program = (
+        "import sys; sys.path.insert(0, 'benchmarks'); import tpu; print(tpu.ppo('1b', 'v5e', sys.argv[1:], 'v5e:4x4').memory)"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    sizes = ["backend.mesh.fsdp=16", "algorithm.batch_size=64", "algorithm.micro_batch_size=16"]
+    sizes = ["backend=jax", "backend.mesh.fsdp=16", "algorithm.batch_size=64", "algorithm.micro_batch_size=16"]
     printed = subprocess.check_output([sys.executable, "-c", program, *sizes], env=environment, text=True)
     assert int(printed.split()[-1]) < 8 * 2**30
 
