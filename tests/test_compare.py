@@ -437,7 +437,7 @@ def test_every_figure_is_on_the_page_and_follows_the_colour_scheme(page):
     assert names == ["gold", "parts", "ability", "against", "frontier", "best_of", "curves", "reward_model", "losses", "cost"]
     for svg in drawn:
         ElementTree.fromstring(svg)
-        assert "var(--ink)" in svg and "#123456" not in svg and "#abcdef" not in svg
+        assert "var(--ink)" in svg and "#333333" not in svg and "#dddddd" not in svg
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', page)) <= set(ids)

@@ -249,7 +249,7 @@ def test_every_figure_is_there_for_papers_as_png_and_svg(report):
     figures = {file.name: file.read_bytes() for file in report.files if file.parent.name == "figures"}
     assert {name.partition(".")[0] for name in figures} >= {"gold", "against", "frontier", "curves", "cost"}
     assert all(content.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml") for name, content in figures.items())
-    assert len(figures) % 2 == 0 and b"#123456" not in figures["frontier.svg"]
+    assert len(figures) % 2 == 0 and b"#333333" in figures["frontier.svg"] and b"var(" not in figures["frontier.svg"]
 
 
 def test_the_command_takes_groups_and_a_baseline(tmp_path):

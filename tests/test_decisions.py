@@ -257,4 +257,3 @@ def test_noise_does_not_fill_an_axis_and_coinciding_curves_both_show(tmp_path):
     plots.not_too_near(flat, 0.05)
     low, high = flat.get_ylim()
     assert high - low == pytest.approx(0.05 * 10.01, rel=0.01) and low < 10 < 10.01 < high
-    plots.plt.close(figure)

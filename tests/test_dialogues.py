@@ -200,7 +200,7 @@ def test_a_template_that_rewrites_earlier_turns_is_an_error_that_says_where(core
 
 def test_a_long_dialogue_loses_its_oldest_turns_and_teaches_the_rest(core):
     tokenizer = make(core, *TEMPLATED["chatml"])
-    long = sum(map(len, encoding._turns(tokenizer, demonstration().prompt.messages)))
+    long = sum(map(len, tokenizer.encode_many(encoding._turns(tokenizer, demonstration().prompt.messages))))
     assert len(counted_texts(core, encode(tokenizer, demonstration(), (long, 40)))) == 3
     fit = Fit()
     shorter = encode(tokenizer, demonstration(), (long - 1, 40), fit=fit)

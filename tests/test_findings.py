@@ -48,6 +48,8 @@ def test_intervals_are_students():
         ([1.0, 1.1, 0.9], "below: 0.5", "not held"),
         ([1.0], "above: 0", "not decided"),
         ([1.0, -3.0, 4.0], "above: 0", "not decided"),
+        ([1.0, 1.0], "above: 0", "not decided"),  # two equal shares say nothing about a third
+        ([1.0] * 5, "above: 0", "held"),
     ],
 )
 def test_a_claim_holds_by_its_whole_interval(seeds, bound, expected):

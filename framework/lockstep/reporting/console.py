@@ -120,8 +120,9 @@ class Console:
 
         return line
 
-    def stage_done(self, name: str, result: Mapping[str, Any]) -> None:
-        self.out.print(f"{name:>12} done in {result['seconds']:.0f} s  {numbers(result['metrics'])}")
+    def stage_done(self, name: str, result: Mapping[str, Any], *, reused: bool) -> None:
+        said = "reused, took" if reused else "done in"
+        self.out.print(f"{name:>12} {said} {result['seconds']:.0f} s  {numbers(result['metrics'])}")
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:

@@ -140,7 +140,8 @@ class Runner:
             "produces": stage.produces,
         }
         with held(folder.lock, self.processes):
-            if not self.processes.share(lambda: self._is_done(stage, folder, facts)):
+            reused = self.processes.share(lambda: self._is_done(stage, folder, facts))
+            if not reused:
                 started = time.perf_counter()
                 try:
                     kinds = {"train": self._train, "evaluate": self._evaluate, "collect": self._collect, "attack": self._attack}
@@ -155,7 +156,7 @@ class Runner:
             result = self.processes.share(folder.result)
         kept = {"data": result.get("data", {}), "health": result.get("health", [])}
         self.folder.stage(stage.name, folder, status="done", seconds=result["seconds"], **kept, **facts)
-        self.console.stage_done(stage.name, result)
+        self.console.stage_done(stage.name, result, reused=reused)
 
     def _is_done(self, stage: Stage, folder: StageFolder, facts: ConfigGroup) -> bool:
         """Return True if the stage is complete; otherwise record it as running."""

@@ -127,11 +127,20 @@ def _check_file(path: Path) -> None:
         raise OSError("it is no regular file")
 
 
-class _WithoutAliases(yaml.SafeLoader):
-    """A loader of the YAML that Lockstep writes, which has no aliases: with them, a few lines could be a billion values."""
+def _from_yaml(text: str) -> Any:
+    """The content of YAML that Lockstep wrote, which has no aliases: with them, a few lines could be a billion values. In libyaml
+    deep nesting would end the process."""
+    loader, depth = getattr(yaml, "CSafeLoader", yaml.SafeLoader), 0
+    for event in yaml.parse(text, loader):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*), which Lockstep does not write")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise yaml.YAMLError(f"it is nested more than {_DEEPEST} levels deep")
+    return yaml.load(text, loader)
 
-    def fetch_alias(self) -> None:
-        raise yaml.YAMLError("it has an alias (*), which Lockstep does not write")
+
+_DEEPEST = 100
 
 
 def read_configuration(run: Path) -> dict[str, Any]:
@@ -143,7 +152,7 @@ def read_configuration(run: Path) -> dict[str, Any]:
     file = run / "config.yaml"
     try:
         _check_file(file)
-        content = yaml.load(file.read_text(encoding="utf-8"), _WithoutAliases)
+        content = _from_yaml(file.read_text(encoding="utf-8"))
         problem = mismatch(content, {"backend": {"name": str}})
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no {file}, the configuration of a run.") from error
@@ -218,9 +227,8 @@ def _mismatch_of_keys(value: Any, shape: Mapping[Any, Shape], where: str) -> str
     for key, inner in shape.items():
         place = f"{where}." if where else ""
         if key is EACH:
-            if {type(each) for name, each in value.items() if name not in shape} <= _sufficient(inner):
-                continue  # most rows of a metrics file
-            names = [name for name in value if name not in shape]
+            plain = _sufficient(inner)  # most values of most rows of metrics
+            names = [name for name, each in value.items() if type(each) not in plain and name not in shape]
         elif (name := key.removesuffix("?")) in value:
             names = [name]
         elif key == name:

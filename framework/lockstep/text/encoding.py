@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lockstep.text.tokenizer import Tokenizer
 
 log = logging.getLogger("lockstep")
+T = TypeVar("T")
 
 
 def most_characters(limit: int) -> int:
@@ -97,58 +99,79 @@ def report(fit: Fit, lengths: Lengths) -> None:
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, limit: int, fit: Fit | None = None) -> list[int] | None:
     """Ids of the rendered dialogue, ready for the assistant's turn. A dialogue that is too long loses whole turns, oldest
     first; None if its last turn alone is too long."""
-
-    def encode(messages: Sequence[Message]) -> list[list[int]]:
-        return [tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True, tools=prompt.tools))]
-
-    pieces = _fitting(prompt, limit, encode, fit or Fit())
-    return pieces and pieces[0]
+    return _fitting_prompts(tokenizer, [prompt], limit, fit or Fit())[0]
 
 
-def _fitting(
-    prompt: Prompt, limit: int, encode: Callable[[Sequence[Message]], list[list[int]]], fit: Fit
-) -> list[list[int]] | None:
-    """The encoded pieces of the longest suffix of the dialogue that fits; None if none fits. The system message stays."""
+def _fitting_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt], limit: int, fit: Fit) -> list[list[int] | None]:
+    return [pieces and pieces[0] for pieces in _fitting(tokenizer, [(prompt, _whole) for prompt in prompts], limit, fit)]
+
+
+Pieces = list[list[int]]
+Cut = Callable[["Tokenizer", Sequence[Message], Sequence[Mapping[str, Any]]], list[str]]
+"""A dialogue and its tools as pieces of text that are encoded one by one."""
+
+
+def _whole(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [tokenizer.render(messages, add_generation_prompt=True, tools=tools)]
+
+
+def _fitting(tokenizer: Tokenizer, dialogues: Sequence[tuple[Prompt, Cut]], limit: int, fit: Fit) -> list[Pieces | None]:
+    """The encoded pieces of the longest suffix of each dialogue that fits; None where none fits.
+
+    All searches go on in step, and what they ask for is encoded at once, because a tokenizer then uses every core.
+    """
+    searches = [_longest_suffix(prompt, limit, fit) for prompt, _ in dialogues]
+    found: list[Pieces | None] = [None] * len(dialogues)
+    answers: dict[int, Pieces | None] = dict.fromkeys(range(len(dialogues)))
+    while answers:
+        asked = {}
+        for i, answer in answers.items():
+            prompt, cut = dialogues[i]
+            try:
+                asked[i] = cut(tokenizer, searches[i].send(answer), prompt.tools)
+            except StopIteration as end:
+                found[i] = end.value
+        encoded = iter(tokenizer.encode_many([text for texts in asked.values() for text in texts]))
+        answers = {i: list(itertools.islice(encoded, len(texts))) for i, texts in asked.items()}
+    return found
+
+
+def _longest_suffix(prompt: Prompt, limit: int, fit: Fit) -> Generator[Sequence[Message], Pieces, Pieces | None]:
+    """Yield suffixes of the dialogue and be sent their encoded pieces; return those of the longest that fits, or None. The system
+    message stays."""
     messages = list(prompt.messages)
     system = messages[:1] if messages[0].role == "system" else []
     turns = messages[len(system) :]
 
-    def fitting(start: int) -> list[list[int]] | None:
+    def fitting(start: int) -> Generator[Sequence[Message], Pieces, Pieces | None]:
         kept = system + turns[start:]
         if sum(len(message.content) for message in kept) > most_characters(limit):
             return None
-        pieces = encode(kept)
+        pieces = yield kept
         return pieces if sum(map(len, pieces)) <= limit else None
 
-    if turns and (pieces := fitting(0)) is not None:
+    if turns and (pieces := (yield from fitting(0))) is not None:
         return pieces
     starts, longest = [i for i, turn in enumerate(turns) if i and turn.role == "user"], None
     while starts:  # bisection, because a dialogue may have thousands of turns
         middle = len(starts) // 2
-        pieces = fitting(starts[middle])
+        pieces = yield from fitting(starts[middle])
         longest, starts = (longest, starts[middle + 1 :]) if pieces is None else (pieces, starts[:middle])
     fit.shortened += longest is not None
     fit.dropped += longest is None
     return longest
 
 
-def encode_dialogue(tokenizer: Tokenizer, demonstration: Demonstration, lengths: Lengths, fit: Fit) -> Example | None:
-    """An example in which every assistant turn counts, each with its EOS if the template writes one. A dialogue that is too
-    long loses its oldest turns, as a prompt does; None if the last prompt alone is too long.
-
-    The dialogue is cut where the assistant's turns begin and end, and the pieces are encoded separately. So no token crosses
-    a boundary, and each turn follows the ids that generation would start from.
-    """
-    tools = demonstration.prompt.tools
-    pieces = _fitting(demonstration.prompt, lengths.prompt, lambda messages: _turns(tokenizer, messages, tools), fit)
-    if pieces is None:
-        return None
+def _dialogue(tokenizer: Tokenizer, pieces: Pieces, last: list[int]) -> Example:
+    """An example in which every assistant turn counts, each with its EOS if the template writes one. ``pieces`` are those of
+    `_turns`, or the whole prompt; ``last`` is the response."""
+    if len(pieces) == 1:
+        return Example(pieces[0], last)
     response, counted = [], []
     for turn, others in zip(pieces[1::2], pieces[2::2], strict=True):
         closing = _closing(tokenizer, others)
         response += turn + others
         counted += [True] * len(turn) + [i == closing for i in range(len(others))]
-    last = encode_response(tokenizer, demonstration.response, lengths.response, fit)
     return Example(pieces[0], response + last, counted + [True] * len(last))
 
 
@@ -168,9 +191,10 @@ def encode_reply(tokenizer: Tokenizer, dialogue: Prompt, reply: Sequence[Message
     return ids[place + 1 :] if closed and place is not None else ids
 
 
-def _turns(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[list[int]]:
-    """The rendered dialogue, ready for the assistant's next turn, in an odd number of encoded pieces that alternate: others'
-    text and markup, an assistant's turn, ..., others' text and markup."""
+def _turns(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[str]:
+    """The rendered dialogue, ready for the assistant's next turn, cut where the assistant's turns begin and end: others' text and
+    markup, an assistant's turn, ..., others' text and markup. The pieces are encoded separately, so that no token crosses a
+    boundary, and each turn follows the ids that generation would start from."""
     text, start, pieces = tokenizer.render(messages, add_generation_prompt=True, tools=tools), 0, []
     for number, message in enumerate(messages):
         if message.role == "assistant":
@@ -178,7 +202,7 @@ def _turns(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Ma
             begin, end = _find_turn(tokenizer, text, before, message)
             pieces += [text[start:begin], text[begin:end]]
             start = end
-    return tokenizer.encode_many([*pieces, text[start:]])
+    return [*pieces, text[start:]]
 
 
 def _closing(tokenizer: Tokenizer, ids: list[int]) -> int | None:
@@ -232,10 +256,14 @@ def with_calls_as_text(tokenizer: Tokenizer, demonstration: Demonstration) -> De
 def encode_response(tokenizer: Tokenizer, response: str, limit: int, fit: Fit | None = None) -> list[int]:
     """Ids of the response with EOS, cut to ``limit``. A cut response is not finished, so it has no EOS. A response whose text
     already ends with EOS gets no second one."""
-    ids = tokenizer.encode(_without_eos(tokenizer, response)[: most_characters(limit)]) + [tokenizer.eos_id]
-    if fit is not None:
-        fit.cut += len(ids) > limit
-    return ids[:limit]
+    return _encode_responses(tokenizer, [response], limit, fit or Fit())[0]
+
+
+def _encode_responses(tokenizer: Tokenizer, responses: Sequence[str], limit: int, fit: Fit) -> list[list[int]]:
+    texts = [_without_eos(tokenizer, response)[: most_characters(limit)] for response in responses]
+    rows = [ids + [tokenizer.eos_id] for ids in tokenizer.encode_many(texts)]
+    fit.cut += sum(len(ids) > limit for ids in rows)
+    return [ids[:limit] for ids in rows]
 
 
 def _without_eos(tokenizer: Tokenizer, response: str) -> str:
@@ -264,11 +292,12 @@ def encode_prompts(
     fit = fit or Fit("prompts")
     fit.total = len(prompts)
     kept, borders = [], Borders(tokenizer, fit.what)
-    for prompt in prompts:
-        if (ids := encode_prompt(tokenizer, prompt, lengths.prompt, fit)) is not None:
-            kept.append((prompt, ids))
-            borders.check(prompt)
-            _count_odd(tokenizer, prompt, (), [ids], fit)
+    for part in _parts(prompts):
+        for prompt, ids in zip(part, _fitting_prompts(tokenizer, part, lengths.prompt, fit), strict=True):
+            if ids is not None:
+                kept.append((prompt, ids))
+                borders.check(prompt)
+                _count_odd(tokenizer, prompt, (), [ids], fit)
     report(fit, lengths)
     return [p for p, _ in kept], [ids for _, ids in kept]
 
@@ -281,21 +310,20 @@ def encode_demonstrations(
     fit = fit or Fit("demonstrations")
     fit.total = len(demonstrations)
     examples, borders = [], Borders(tokenizer, fit.what)
-    for given in demonstrations:
-        demonstration = with_calls_as_text(tokenizer, given)
-        encode = encode_dialogue if every_turn and demonstration.dialogue else _encode_last_turn
-        if example := encode(tokenizer, demonstration, lengths, fit):
+    for given in _parts(demonstrations):
+        part = [with_calls_as_text(tokenizer, demonstration) for demonstration in given]
+        dialogues = [(d.prompt, _turns if every_turn and d.dialogue else _whole) for d in part]
+        found = _fitting(tokenizer, dialogues, lengths.prompt, fit)
+        kept = [(d, pieces) for d, pieces in zip(part, found, strict=True) if pieces is not None]
+        responses = _encode_responses(tokenizer, [d.response for d, _ in kept], lengths.response, fit)
+        for (demonstration, pieces), response in zip(kept, responses, strict=True):
+            example = _dialogue(tokenizer, pieces, response)
             examples.append(example)
             borders.check(demonstration.prompt, [demonstration.response])
             rows = [example.prompt, example.response]
             _count_odd(tokenizer, demonstration.prompt, [demonstration.response], rows, fit)
     report(fit, lengths)
     return examples
-
-
-def _encode_last_turn(tokenizer: Tokenizer, demonstration: Demonstration, lengths: Lengths, fit: Fit) -> Example | None:
-    ids = encode_prompt(tokenizer, demonstration.prompt, lengths.prompt, fit)
-    return ids and Example(ids, encode_response(tokenizer, demonstration.response, lengths.response, fit))
 
 
 def encode_comparisons(
@@ -306,17 +334,19 @@ def encode_comparisons(
     fit = fit or Fit("comparisons")
     fit.total = len(comparisons)
     encoded, borders = [], Borders(tokenizer, fit.what)
-    for comparison in comparisons:
-        ids = encode_prompt(tokenizer, comparison.prompt, lengths.prompt, fit)
-        if ids is None:
-            continue
-        rows = [Example(ids, encode_response(tokenizer, c, lengths.response, fit)) for c in comparison.completions]
-        if all(row.response == rows[0].response for row in rows):
-            fit.alike += 1
-            continue
-        encoded.append((rows, comparison.ranks))
-        borders.check(comparison.prompt, comparison.completions)
-        _count_odd(tokenizer, comparison.prompt, comparison.completions, [ids, *(row.response for row in rows)], fit)
+    for part in _parts(comparisons):
+        prompts = _fitting_prompts(tokenizer, [comparison.prompt for comparison in part], lengths.prompt, fit)
+        kept = [(comparison, ids) for comparison, ids in zip(part, prompts, strict=True) if ids is not None]
+        completions = [completion for comparison, _ in kept for completion in comparison.completions]
+        responses = iter(_encode_responses(tokenizer, completions, lengths.response, fit))
+        for comparison, ids in kept:
+            rows = [Example(ids, next(responses)) for _ in comparison.completions]
+            if all(row.response == rows[0].response for row in rows):
+                fit.alike += 1
+                continue
+            encoded.append((rows, comparison.ranks))
+            borders.check(comparison.prompt, comparison.completions)
+            _count_odd(tokenizer, comparison.prompt, comparison.completions, [ids, *(row.response for row in rows)], fit)
     report(fit, lengths)
     return encoded
 
@@ -326,14 +356,19 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], lengths: Lengths, f
     most as long as a prompt and a response. Longer documents are cut, as in any pretraining, and special tokens may separate
     the parts of a document. Both are counted in ``fit`` but not logged, as are documents with unknown words."""
     limit, encoded, special = _text_lengths(lengths).response, list[list[int]](), 0
-    for part in chunks(len(texts), 1000):
-        documents = [text[: most_characters(limit)] for text in texts[part]]
+    for part in _parts(texts):
+        documents = [text[: most_characters(limit)] for text in part]
         encoded += [ids[:limit] for ids in tokenizer.encode_many(documents) if ids]
         special += sum(tokenizer.spelled(document) is not None for document in documents)
     if fit is not None:
         fit.total, fit.cut = len(encoded), sum(len(ids) >= limit for ids in encoded)
         fit.special, fit.unknown = special, sum(tokenizer.unknown_id in ids for ids in encoded)
     return [Example([tokenizer.start_id], (ids + [tokenizer.eos_id])[:limit]) for ids in encoded]
+
+
+def _parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """The items in parts that are encoded at once: enough for every core, few enough for memory."""
+    return (items[part] for part in chunks(len(items), 1000))
 
 
 def text_block(examples: Sequence[Example], tokenizer: Tokenizer, lengths: Lengths) -> Sequences:

@@ -12,11 +12,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lockstep.checking.parity.differences import Step
 from lockstep.checking.parity.march import StageSteps
-from lockstep.reporting.compare.plots import COLOURS, ON_WHITE, STYLE, plain
+from lockstep.reporting.compare.plots import COLOURS, plain, save, style
 
 Value = Callable[[Step], float | None]
 
@@ -53,10 +54,10 @@ def figure(stages: Sequence[StageSteps], names: tuple[str, str], same_start: boo
         for title, lines in PANELS.items()
         if any(value(step) is not None for value in lines.values() for step in steps)
     }
-    text = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ON_WHITE["text"])
-    with plt.rc_context({**STYLE, **text, "axes.edgecolor": ON_WHITE["faint"], "grid.color": ON_WHITE["faint"]}):
+    with plt.rc_context(style()):
         height = 1.7 * len(shown) + 0.8  # inches
-        made, axes = plt.subplots(len(shown), 1, figsize=(10.3, height), sharex=True, squeeze=False)
+        made = Figure(figsize=(10.3, height))
+        axes = made.subplots(len(shown), sharex=True, squeeze=False)
         made.subplots_adjust(left=0.075, right=0.97, top=1 - 0.65 / height, bottom=0.5 / height, hspace=0.34)
         for ax, (title, lines) in zip(axes.flat, shown.items(), strict=True):
             panel(ax, lines, steps)
@@ -70,9 +71,8 @@ def figure(stages: Sequence[StageSteps], names: tuple[str, str], same_start: boo
             f"{names[0]} and {names[1]}, {mode}", x=0.012, y=1 - 0.1 / height, va="top", ha="left", fontsize=11, fontweight="bold"
         )
         files = [folder / "parity.png", folder / "parity.svg"]
-        made.savefig(files[0], dpi=150, facecolor="white")
-        made.savefig(files[1], facecolor="white", metadata={"Date": None})
-        plt.close(made)
+        for file in files:
+            save(made, file)
     return files
 
 

@@ -69,10 +69,11 @@ def compare(
     against = versus.against_baseline(comparison, versus.pairs(comparison, baseline))
     headline, found = claims.headline(comparison), claims.find(comparison)
     built, over = all_tables(comparison, found, against, correction, difference), what_intervals_are_over(comparison)
+    drawn = figures.drawn(comparison, against, metrics)
     output.mkdir(parents=True, exist_ok=True)
 
     written = {
-        "report.html": page.render(comparison, headline, over, found, built, figures.for_page(comparison, against, metrics)),
+        "report.html": page.render(comparison, headline, over, found, built, figures.for_page(drawn)),
         "report.md": _markdown(comparison, headline, built),
         "report.tex": "\n\n".join(map(to_latex, built.values())) + "\n",
     }
@@ -80,7 +81,9 @@ def compare(
         (output / name).write_text(text, encoding="utf-8")
     files = [output / name for name in written]
     files += tidy.write(comparison, output)
-    files += figures.for_papers(comparison, against, output, metrics)
+    main = output / "report.png"
+    files += [main] if figures.readme_figure(comparison, main) else []
+    files += figures.for_papers(drawn, output / "figures")
     return CompareReport(headline, found, built, comparison, against, correction, files)
 
 

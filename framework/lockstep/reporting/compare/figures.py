@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,8 +21,6 @@ from lockstep.reporting.compare.groups import RunComparison, RunGroup
 from lockstep.reporting.compare.plots import (
     COLOURS,
     LINES,
-    ON_PAGE,
-    ON_WHITE,
     coloured,
     dots_height,
     draw_bars,
@@ -36,6 +34,7 @@ from lockstep.reporting.compare.plots import (
     panels,
     plain,
     policy_dots,
+    save,
     style,
     styles,
     to_svg,
@@ -53,26 +52,26 @@ CURVES = {
 AGAINST_KL = {"score": "Proxy: the reward model's score", "gold": "Gold score"}
 
 
-def for_page(c: RunComparison, found: Sequence[Versus], metrics: Sequence[str] = ()) -> dict[str, str]:
-    """SVG by name, in colours that follow the page; figures without data are left out."""
-    with plt.rc_context(style(ON_PAGE)):
-        return {name: to_svg(figure, name) for name, make in _makers(found, metrics).items() if (figure := make(c))}
+def drawn(c: RunComparison, found: Sequence[Versus], metrics: Sequence[str] = ()) -> dict[str, Figure]:
+    """The figures that have data, by name."""
+    with plt.rc_context(style()):
+        return {name: figure for name, make in _makers(found, metrics).items() if (figure := make(c))}
 
 
-def for_papers(c: RunComparison, found: Sequence[Versus], output: Path, metrics: Sequence[str] = ()) -> list[Path]:
-    """Write ``report.png``, the main figure, and ``figures/NAME.png`` and ``.svg``, on white. Return the files written."""
-    files = []
-    (output / "figures").mkdir(exist_ok=True)
-    with plt.rc_context({**style(ON_WHITE), "svg.fonttype": "path", "svg.hashsalt": "lockstep"}):
-        for name, make in _makers(found, metrics).items():
-            if figure := make(c):
-                for kind, options in (("png", {}), ("svg", {"metadata": {"Date": None}})):
-                    files.append(output / "figures" / f"{name}.{kind}")
-                    figure.savefig(files[-1], dpi=200, facecolor="white", **options)
-                    figure.set_layout_engine("none")  # the layout is computed once
-                plt.close(figure)
-    main = output / "report.png"
-    return [*([main] if readme_figure(c, main) else []), *files]
+def for_page(figures: Mapping[str, Figure]) -> dict[str, str]:
+    """SVG in colours that follow the page."""
+    with plt.rc_context(style()):
+        return {name: to_svg(figure, name) for name, figure in figures.items()}
+
+
+def for_papers(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Write ``NAME.png`` and ``.svg``, on white."""
+    folder.mkdir(exist_ok=True)
+    files = {folder / f"{name}.{kind}": figure for name, figure in figures.items() for kind in ("png", "svg")}
+    with plt.rc_context(style()):
+        for file, figure in files.items():
+            save(figure, file)
+    return list(files)
 
 
 OWN = "metric-"
@@ -336,7 +335,7 @@ def readme_figure(c: RunComparison, file: Path) -> bool:
     count = bool(metric) + len(learned) + tax
     if not count:
         return False
-    with plt.rc_context(style(ON_WHITE)):
+    with plt.rc_context(style()):
         figure, axes = panels(count, height=2.9, columns=2)
         rest = iter(axes)
         if metric:
@@ -354,6 +353,5 @@ def readme_figure(c: RunComparison, file: Path) -> bool:
             policy_dots(ax, c, c.split, "ability", percent=True)
             ax.set_title("Ability")
         legend(figure, c, stages)
-        figure.savefig(file, dpi=160, facecolor="white", bbox_inches="tight")
-        plt.close(figure)
+        save(figure, file)
     return True

@@ -1,8 +1,8 @@
 """How figures are drawn, with matplotlib and without a display.
 
 One colour per group, one line style per stage, everywhere. If several backends have several groups each, every backend has
-its own range of colours. The page's figures are SVG with CSS variables as ink, so that they follow the reader's light or
-dark scheme; those for papers are on white.
+its own range of colours. On the page they are SVG with CSS variables as ink, and so follow the reader's light or dark
+scheme; for papers they are on white.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import matplotlib
 
@@ -18,6 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -32,7 +35,8 @@ COLOURS = ["#3b82c4", "#e07b39", "#2a9d78", "#b565a7", "#c9a227", "#5a6acf", "#c
 RANGES = [("#57c4a4", "#3b82c4", "#6d55cc"), ("#e3b23c", "#dd6a2f", "#a8355f"), ("#b5c648", "#45a050", "#23808a")]  # per backend
 LINES = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5))]
 LONGEST_LABEL = 48
-INK, FAINT = "#123456", "#abcdef"  # placeholders: `to_svg` replaces them with CSS variables
+INK, FAINT = "#333333", "#dddddd"
+"""Text and grid on white. On the page, CSS variables are in their place."""
 
 STYLE = {
     "font.size": 9,
@@ -46,10 +50,11 @@ STYLE = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
+    "figure.dpi": 200,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "svg.fonttype": "none",
 }
-ON_PAGE = {"text": INK, "faint": FAINT}
-ON_WHITE = {"text": "#333333", "faint": "#dddddd"}
 
 # ------------------------------------------------------------------------------------------------------------- drawing
 
@@ -186,9 +191,9 @@ def _rows(ax: Axes, labels: Sequence[str], margin: float) -> None:
 # -------------------------------------------------------------------------------------------------------------- layout
 
 
-def style(ink: dict[str, str]) -> dict[str, object]:
-    text = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink["text"])
-    colours = {"grid.color": ink["faint"], "axes.edgecolor": ink["faint"], "xtick.labelcolor": ink["text"]}
+def style() -> dict[str, object]:
+    text = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "xtick.labelcolor"), INK)
+    colours = {"grid.color": FAINT, "axes.edgecolor": FAINT}
     return {**STYLE, **text, **colours, "text.parse_math": False}  # a dollar sign in a name begins no formula
 
 
@@ -196,9 +201,8 @@ def panels(count: int, *, height: float, width: float = 10.3, columns: int | Non
     """A figure of ``count`` panels, each ``height`` inches high; unused places in the last row stay empty."""
     columns = min(columns or count, count)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width, height * rows + 0.35), squeeze=False, **share, layout="constrained"
-    )
+    figure = Figure(figsize=(width, height * rows + 0.35), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **share)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     for ax in axes.flat[count:]:
         ax.set_visible(False)
@@ -240,12 +244,23 @@ def legend(figure: Figure, c: RunComparison, stages: Sequence[str] = (), extra: 
         figure.legend(handles=handles, loc="outside upper left", ncols=-(-len(handles) // rows), handlelength=2.6)
 
 
+def save(figure: Figure, file: Path) -> None:
+    """Write the figure as .png or .svg, on white. `Figure.savefig` draws everything twice."""
+    figure.set_facecolor("white")
+    if file.suffix == ".png":
+        FigureCanvasAgg(figure).print_png(file)
+    else:
+        with plt.rc_context({"svg.fonttype": "path", "svg.hashsalt": "lockstep"}):
+            FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+
+
 def to_svg(figure: Figure, name: str) -> str:
-    """The figure as SVG for inlining: no XML header, no fixed size, no background, unique ids, ink from CSS."""
+    """The figure as SVG for inlining: no XML header, no fixed size, no background, unique ids, ink from CSS. Its layout is then
+    computed and stays."""
     buffer = io.StringIO()
     with plt.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    figure.set_layout_engine("none")
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

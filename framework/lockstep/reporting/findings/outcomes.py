@@ -1,9 +1,9 @@
 """What runs say about a finding's claims, on each backend, over seeds.
 
 The mean over seeds has Student's 95% interval (Student 1908). A claim holds if the whole interval meets the criterion, and does
-not hold if none of it does. Otherwise it is not decided. It is also not decided with a single seed, or while a seed of the sweep
-is missing: the others may be those that went well. Metrics of several runs are subtracted seed by seed, and so are the two
-backends.
+not hold if none of it does. Otherwise it is not decided. It is also not decided with a single seed, if fewer than five seeds all
+have the same value, or while a seed of the sweep is missing: the others may be those that went well. Metrics of several runs are
+subtracted seed by seed, and so are the two backends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from lockstep.reporting.compare.decisions import half_width
+from lockstep.reporting.compare.decisions import FEW, half_width
 from lockstep.reporting.compare.records import Run
 from lockstep.reporting.findings.finding import ClaimConfig, Finding, Term
 
@@ -112,6 +112,8 @@ def judged(name: str, claim: ClaimConfig, backend: str, values: Mapping[int, flo
 
 
 def verdict(claim: ClaimConfig, found: Mean) -> Verdict:
+    if found.half == 0 and len(found.seeds) < FEW:
+        return "not decided"  # shares of few answers may be equal by chance
     if found.low > claim.bound or found.high < claim.bound:
         return "held" if claim.is_met_by(found.mean) else "not held"
     return "not decided"

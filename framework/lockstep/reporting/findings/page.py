@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lockstep.reporting.compare.page import template
-from lockstep.reporting.compare.plots import COLOURS, ON_PAGE, ON_WHITE, STYLE, to_svg
+from lockstep.reporting.compare.plots import COLOURS, FAINT, INK, save, style, to_svg
 from lockstep.reporting.console import shown
 from lockstep.reporting.findings.finding import ClaimConfig, Finding
 from lockstep.reporting.findings.outcomes import Difference, Outcome, as_claimed
@@ -70,18 +70,17 @@ def write(report: Report, output: Path) -> list[Path]:
         write_text(output / name, text)
     files = [output / name for name in written]
     if report.found:
-        with plt.rc_context(STYLE):
-            figure(report, ON_WHITE).savefig(output / "page.png", dpi=150)
+        with plt.rc_context(style()):
+            save(figure(report), output / "page.png")
         files.append(output / "page.png")
-    plt.close("all")
     return files
 
 
 def html(report: Report) -> str:
     picture = ""
     if report.found:
-        with plt.rc_context(STYLE):
-            picture = to_svg(figure(report, ON_PAGE), "claims")
+        with plt.rc_context(style()):
+            picture = to_svg(figure(report), "claims")
     return template(Path(__file__).parent / "page.html.jinja").render(
         finding=report.finding,
         summary=report.summary,
@@ -131,14 +130,15 @@ def table(report: Report) -> str:
     return buffer.getvalue()
 
 
-def figure(report: Report, ink: dict[str, str]) -> Figure:
+def figure(report: Report) -> Figure:
     """A panel for each claim, with its own scale: a dot with its interval for each backend, a ring for each seed, and a line
     at the criterion."""
     claims = report.claims()
     backends = list(dict.fromkeys(each.backend for each in report.found))
     colours = dict(zip(backends, COLOURS, strict=False))
     height = 0.42 + 0.16 * len(backends)
-    drawn, axes = plt.subplots(len(claims), 1, figsize=(8.6, 0.5 + height * len(claims)), layout="constrained", squeeze=False)
+    drawn = Figure(figsize=(8.6, 0.5 + height * len(claims)), layout="constrained")
+    axes = drawn.subplots(len(claims), squeeze=False)
     for ax, (claim, found) in zip(axes[:, 0], claims, strict=True):
         for row, each in enumerate(found):
             colour, seeds = colours[each.backend], list(each.found.seeds.values())
@@ -148,16 +148,16 @@ def figure(report: Report, ink: dict[str, str]) -> Figure:
             ax.plot(
                 seeds, [row] * len(seeds), "o", color=colour, markersize=3.5, fillstyle="none", markeredgewidth=0.7, alpha=0.7
             )
-        ax.axvline(claim.bound, color=ink["text"], linewidth=0.9, linestyle=(0, (3, 2)))
+        ax.axvline(claim.bound, color=INK, linewidth=0.9, linestyle=(0, (3, 2)))
         verdicts = ", ".join(f"{each.backend} {each.verdict}" for each in found)
-        ax.set_title(shown(f"{claim.claim}: {verdicts}"), fontsize=9, fontweight="normal", color=ink["text"], parse_math=False)
+        ax.set_title(shown(f"{claim.claim}: {verdicts}"), fontsize=9, fontweight="normal", color=INK, parse_math=False)
         ax.set_yticks([])
         ax.set_ylim(len(found) - 0.4, -0.6)
-        ax.tick_params(colors=ink["text"], labelsize=8)
-        ax.grid(visible=True, axis="x", color=ink["faint"])
+        ax.tick_params(colors=INK, labelsize=8)
+        ax.grid(visible=True, axis="x", color=FAINT)
         for side in ax.spines.values():
-            side.set_color(ink["faint"])
+            side.set_color(FAINT)
     handles = [Line2D([], [], color=colour, marker="o", markersize=5, label=backend) for backend, colour in colours.items()]
-    handles.append(Line2D([], [], color=ink["text"], linewidth=0.9, linestyle=(0, (3, 2)), label="criterion"))
-    drawn.legend(handles=handles, loc="outside upper right", ncols=len(handles), labelcolor=ink["text"])
+    handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (3, 2)), label="criterion"))
+    drawn.legend(handles=handles, loc="outside upper right", ncols=len(handles), labelcolor=INK)
     return drawn
