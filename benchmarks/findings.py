@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,17 +55,25 @@ def outcomes_of(file: Path, found: Finding) -> Outcomes:
 
 def table(records: Sequence[Record]) -> str:
     backends = list(dict.fromkeys(backend for record in records for _, backend in record.outcomes))
-    claims = [(record, claim) for record in records for claim in record.finding.claims]
-    held = sum(
-        all((claim, backend) in record.outcomes and record.outcomes[claim, backend].verdict == "held" for backend in backends)
-        for record, claim in claims
-    )
+    counts = {record.name: Counter(verdicts(record, claim, backends) for claim in record.finding.claims) for record in records}
+    in_all = Counter[str]()
+    for count in counts.values():
+        in_all.update(count)
+    some = sum(count[ALL] > 0 for count in counts.values())
     lines = [
         "# What was found",
         "",
         "Written by `python benchmarks/findings.py benchmarks/findings`. [docs/findings.md](../../docs/findings.md) says how a",
         "claim is judged. Means over seeds with Student's 95% interval, and how many seeds are as claimed; each is in a world of",
-        f"its own. {held} of {len(claims)} claims held on {' and on '.join(backends)}; nothing is corrected for their number.",
+        f"its own. {in_all[ALL]} of {in_all.total()} claims, of {some} of the {len(records)} findings, held on"
+        f" {' and on '.join(backends)}; nothing is corrected for their number.",
+        "",
+        f"| finding | claims | {' | '.join(VERDICTS)} |",
+        "|---|" + "---|" * (1 + len(VERDICTS)),
+        *(
+            f"| {name} | {count.total()} | {' | '.join(str(count[each]) for each in VERDICTS)} |"
+            for name, count in counts.items()
+        ),
     ]
     for record in records:
         f = record.finding
@@ -87,6 +96,18 @@ def table(records: Sequence[Record]) -> str:
         for treatment, outcomes in record.treated.items():
             lines += differences(record, treatment, outcomes, backends)
     return "\n".join(lines) + "\n"
+
+
+ALL = "held on all backends"
+VERDICTS = (ALL, "held on one", "not held on any", "not decided")
+
+
+def verdicts(record: Record, claim: str, backends: Sequence[str]) -> str:
+    """Which of `VERDICTS` the outcomes of a claim come to."""
+    found = [record.outcomes[claim, backend].verdict if (claim, backend) in record.outcomes else "" for backend in backends]
+    if "held" in found:
+        return ALL if set(found) == {"held"} else VERDICTS[1]
+    return VERDICTS[2] if set(found) == {"not held"} else VERDICTS[3]
 
 
 def differences(record: Record, treatment: str, outcomes: Outcomes, backends: Sequence[str]) -> list[str]:
