@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 from pathlib import Path
@@ -25,7 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogFormatter, NullLocator
 from report import COLOURS
-from run import Process, lockstep, machine
+from run import Process, lockstep, recorded
 from worker import Work
 
 PPO = Work("ppo", "tiny", 32, 32, 32)
@@ -130,11 +129,7 @@ def main() -> None:
     measuring.add_argument("--threads", type=int, default=os.cpu_count())
     measuring.add_argument("--logs", type=Path, default=Path("/tmp/lockstep-speed"))
     args = parser.parse_args()
-    path = args.folder / "growth.json"
-    if args.command == "measure":
-        found = {"machine": machine(args) | {"turns": args.turns}, "points": measure(args)}
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = recorded(args, args.folder / "growth.json", measure, "turns")
     report(found["points"], found["machine"], args.folder)
 
 

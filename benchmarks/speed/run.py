@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,16 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         named = f"{subprocess.check_output(query, text=True).splitlines()[0]} beside {named}"
     return {"cpu": named, "cores": args.threads, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+
+
+def recorded(args: argparse.Namespace, file: Path, measure: Callable[[argparse.Namespace], Any], repeats: str) -> Any:
+    """The content of ``file``, {"machine", "points"}, which the command `measure` writes anew. ``repeats`` is the argument that
+    says how often a point is measured."""
+    if args.command == "measure":
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found = {"machine": machine(args) | {repeats: getattr(args, repeats)}, "points": measure(args)}
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from run import machine
+from run import recorded
 
 LOCKSTEP = str(Path(sys.executable).with_name("lockstep"))
 STARTS = {
@@ -206,12 +206,7 @@ def main() -> None:
     if args.command == "tokenise":
         tokenise(args.checkpoint, args.comparisons, args.count)
         return
-    path = args.folder / "waits.json"
-    if args.command == "measure":
-        args.folder.mkdir(parents=True, exist_ok=True)
-        found = {"machine": machine(args) | {"times": args.times}, "points": measure(args)}
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = recorded(args, args.folder / "waits.json", measure, "times")
     report(found["points"], found["machine"], args.folder)
 
 
