@@ -71,7 +71,7 @@ class Asks(Environment):
 
     Config = Config
 
-    def __init__(self, config):
+    def __init__(self, config, resources=None):
         super().__init__(config)
         self.closed = []
 

@@ -264,6 +264,25 @@ def test_an_environment_is_asked_once_for_all():
     assert all(isinstance(each, EnvironmentFailed) for each in together(lambda processes: ask(processes, [9])))
 
 
+def test_an_environment_that_replies_from_a_model_is_asked_on_every_process():
+    asked = []
+
+    class Draws(Environment):
+        def reply(self, episode):
+            raise AssertionError
+
+        def replies(self, episodes):
+            asked.append(len(episodes))
+            return [Reply.says(f"w{episode.seed}") for episode in episodes]
+
+    def ask(processes):
+        environment = Draws(EnvironmentConfig())
+        environment.processes = processes
+        return replies(environment, [Episode(Prompt.of("w1"), seed) for seed in (3, 4)])
+
+    assert together(ask) == [[Reply.says("w3"), Reply.says("w4")]] * 2 and asked == [2, 2]
+
+
 # ------------------------------------------------------------------------------------------------------ where they are
 
 

@@ -691,13 +691,13 @@ class Environment(ABC, Component):
     """
 
     processes: Processes = ALONE
-    """The processes that run this program. Only process 0 asks for replies."""
+    """The processes that run this program. Only process 0 calls `reply`; all of them call `replies`."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """JSON schemas of the tools it offers. The chat template writes them into every prompt that names no tools of its own."""
     marks: tuple[str, ...] = ()
     """What the policy's text must have before a call, say. That text has no special tokens, so a mark that is one is refused."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, resources: Resources | None = None):
         self.config = config
 
     @classmethod
@@ -710,6 +710,12 @@ class Environment(ABC, Component):
     def reply(self, episode: Episode) -> Reply:
         """Reply to the policy's last turn, which may be any text. The reply is context for the policy and never trained on;
         special tokens spelled in it are broken up. An exception counts as a failure of the episode, not as a reward of 0."""
+
+    def replies(self, episodes: Sequence[Episode]) -> Sequence[Reply] | None:
+        """The reply to each episode, for an environment that draws them from a model in batches: the same as `reply` gives,
+        whichever episodes come together. Every process calls it, as models need, and an exception stops the run. None: `reply`
+        is called for each."""
+        return None
 
     def close(self, episode: Episode) -> None:
         """Called once at the end of each episode in which `reply` was called, however it ended."""

@@ -17,7 +17,7 @@ import numpy as np
 from lockstep.config.schema import REQUIRED, setting
 from lockstep.data.drawn import Seeded, SeededConfig, check_beginning, opening, seed_of
 from lockstep.errors import ConfigError, listing, short, told
-from lockstep.interfaces import Environment, Episode, Reply
+from lockstep.interfaces import Environment, Episode, Reply, Resources
 from lockstep.learning.episodes import EnvironmentConfig
 from lockstep.registry import use_current_folder
 from lockstep.types import Prompt
@@ -83,8 +83,8 @@ class Game(Environment):
         elif wrong := [word for word, action in actions.items() if action not in space]:
             raise ConfigError(f"environment.actions.{wrong[0]}={actions[wrong[0]]} is no action of '{config.id}': {space}.")
 
-    def __init__(self, config: Config):
-        super().__init__(config)
+    def __init__(self, config: Config, resources: Resources | None = None):
+        super().__init__(config, resources)
         self.actions = {word.strip().lower(): action for word, action in config.actions.items()}
         longest_first = sorted(self.actions, key=len, reverse=True)
         self.words = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)")

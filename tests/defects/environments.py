@@ -65,7 +65,7 @@ class TheClock(Counts):
 class SharedState(Counts):
     """Counts turns in the object: all episodes together."""
 
-    def __init__(self, config):
+    def __init__(self, config, resources=None):
         super().__init__(config)
         self.heard = 0
 
@@ -97,7 +97,7 @@ class WritesIntoTheRow(Counts):
 class ClosesAll(Counts):
     """Frees the states of all episodes when one ends."""
 
-    def __init__(self, config):
+    def __init__(self, config, resources=None):
         super().__init__(config)
         self.states = {}
 
@@ -118,3 +118,11 @@ class OneAtATime(Counts):
         self.current = episode
         time.sleep(0.01)
         return super().reply(self.current)
+
+
+@defect("environment", caught_by="replies_at_once_are_the_same")
+class MixesUpTheBatch(Counts):
+    """Replies to a batch by its longest episodes first, and hands the replies out in that order."""
+
+    def replies(self, episodes):
+        return [self.reply(each) for each in sorted(episodes, key=lambda each: -len(each.text))]

@@ -203,7 +203,9 @@ def _cut(text: str, tokenizer: Any, most: int) -> str:
 
 
 def replies(environment: Environment, episodes: Sequence[Episode]) -> list[Reply | None]:
-    """The replies of `in_threads`, which runs on process 0 for all processes."""
+    """The environment's replies in a batch, else those of `in_threads`, which runs on process 0 for all processes."""
+    if (together := environment.replies(episodes)) is not None:
+        return [checked(reply) for reply in together]
     if environment.processes.count == 1:
         return in_threads(environment, episodes)
     found = environment.processes.share(

@@ -45,8 +45,8 @@ from lockstep.types import Fit, Prompt
 
 
 class Assembly:
-    """``outputs`` maps each stage to the folder of its result, which exists once the stage is done. Reward models and algorithms
-    see an assembly as `lockstep.interfaces.Resources`, through `DeclaredResources`."""
+    """``outputs`` maps each stage to the folder of its result, which exists once the stage is done. Components see an assembly as
+    `lockstep.interfaces.Resources`, through `DeclaredResources`."""
 
     def __init__(self, experiment: Experiment, outputs: Mapping[str, Path]):
         self.experiment, self.outputs = experiment, outputs
@@ -179,9 +179,9 @@ class Assembly:
         return frozenset({None}.union(*(labelers_of(data) for data in read)))
 
     def environment(self, stage: Stage) -> Environment | None:
-        if stage.environment is None:
+        if (chosen := stage.environment) is None:
             return None
-        made = stage.environment.component(stage.environment.config)
+        made = chosen.component(chosen.config, self._resources("environment", chosen, stage))
         made.processes = self.processes
         return made
 

@@ -19,7 +19,7 @@ import numpy as np
 from lockstep.config.schema import parse, setting
 from lockstep.data.reading import Source, read_rows
 from lockstep.errors import ConfigError, DataError, listing
-from lockstep.interfaces import Environment, Episode, Inputs, Reply
+from lockstep.interfaces import Environment, Episode, Inputs, Reply, Resources
 from lockstep.learning.episodes import EnvironmentConfig
 from lockstep.registry import function_at
 from lockstep.storage.files import expanded
@@ -75,8 +75,8 @@ class Search(Environment):
         found = passages if config.embed is None else Embeddings(passages, config.embed).best("a query", 1)
         injected(config, "a query", found)
 
-    def __init__(self, config: Config):
-        super().__init__(config)
+    def __init__(self, config: Config, resources: Resources | None = None):
+        super().__init__(config, resources)
         passages = passages_of(config)
         self.index = FullText(passages) if config.embed is None else Embeddings(passages, config.embed)
         self.marks = (config.search_begin,)

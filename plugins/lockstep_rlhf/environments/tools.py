@@ -12,7 +12,7 @@ from typing import Any
 
 from lockstep.config.schema import REQUIRED, setting
 from lockstep.errors import ConfigError, told
-from lockstep.interfaces import Environment, Episode, Reply
+from lockstep.interfaces import Environment, Episode, Reply, Resources
 from lockstep.learning.episodes import MOST_MESSAGES, EnvironmentConfig
 from lockstep.registry import function_at
 from lockstep.types import Message
@@ -43,8 +43,8 @@ class Tools(Environment):
     def check(cls, config: Config) -> None:
         _functions(config.functions)
 
-    def __init__(self, config: Config):
-        super().__init__(config)
+    def __init__(self, config: Config, resources: Resources | None = None):
+        super().__init__(config, resources)
         self.functions = _functions(config.functions)
         self.marks = (config.call_begin,)
         self.tools = tuple(schema(name, function) for name, function in self.functions.items())

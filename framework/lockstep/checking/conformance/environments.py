@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lockstep.checking.conformance.kit import check, require
 from lockstep.checking.conformance.subjects import EnvironmentSubject
@@ -58,14 +58,14 @@ def any_turn_gets_a_reply(subject: EnvironmentSubject) -> None:
     """Whatever the policy says, `reply` returns a `Reply` with a finite reward and messages from users or tools."""
     for number, said in enumerate(SAID):
         for episode in subject.episodes(1, seed=number):
-            transcript(subject.build(), episode, said)
+            transcript(subject.build_environment(), episode, said)
 
 
 @check("environment", usually="a generator of its own, or the clock; draw from `Episode.seed`")
 def the_same_episode_is_the_same_again(subject: EnvironmentSubject) -> None:
     """A new object gives the same replies to the same prompt, seed and turns."""
     for said in SAID:
-        first, again = (transcript(subject.build(), subject.episodes(1)[0], said) for _ in range(2))
+        first, again = (transcript(subject.build_environment(), subject.episodes(1)[0], said) for _ in range(2))
         equal("the replies in a second run", again, first)
 
 
@@ -73,8 +73,9 @@ def the_same_episode_is_the_same_again(subject: EnvironmentSubject) -> None:
 def episodes_are_apart(subject: EnvironmentSubject) -> None:
     """Two interleaved episodes get the replies that each gets alone."""
     said = SAID[0], SAID[1]
-    alone = [transcript(subject.build(), episode, words) for episode, words in zip(subject.episodes(2), said, strict=True)]
-    environment, together = subject.build(), subject.episodes(2)
+    apart = zip(subject.episodes(2), said, strict=True)
+    alone = [transcript(subject.build_environment(), episode, words) for episode, words in apart]
+    environment, together = subject.build_environment(), subject.episodes(2)
     found: list[list[Reply]] = [[], []]
     for i in range(len(turns(said[0], environment))):
         for which, episode in enumerate(together):
@@ -88,7 +89,7 @@ def episodes_are_apart(subject: EnvironmentSubject) -> None:
 @check("environment", usually="messages appended by the environment itself: the rollout does that, after checking them")
 def what_it_is_given_is_left_alone(subject: EnvironmentSubject) -> None:
     """`reply` does not change the prompt, its truth, the seed or the messages so far."""
-    environment = subject.build()
+    environment = subject.build_environment()
     (episode,) = subject.episodes(1)
     for number, text in enumerate(turns(SAID[0], environment), 1):
         episode.messages.append(Message("assistant", text))
@@ -105,8 +106,8 @@ def what_it_is_given_is_left_alone(subject: EnvironmentSubject) -> None:
 @check("environment", usually="`close` frees what other episodes still use, or fails on an episode that is not finished")
 def closing_an_episode_leaves_the_others(subject: EnvironmentSubject) -> None:
     """Closing an episode after its first turn does not affect another episode."""
-    expected = transcript(subject.build(), subject.episodes(2)[1], SAID[0])
-    environment = subject.build()
+    expected = transcript(subject.build_environment(), subject.episodes(2)[1], SAID[0])
+    environment = subject.build_environment()
     closed, other = subject.episodes(2)
     take(environment, closed, SAID[0][0])
     first = take(environment, other, SAID[0][0])
@@ -122,13 +123,16 @@ def closing_an_episode_leaves_the_others(subject: EnvironmentSubject) -> None:
 
 @check("environment", usually="a shared variable between two lines of `reply`; with environment.at_once=1 nobody notices")
 def replies_at_once_are_the_same(subject: EnvironmentSubject) -> None:
-    """Replies made in four threads equal replies made one after the other."""
-    found = []
-    for at_once in (1, 4):
-        environment, episodes = subject.build(at_once=at_once), subject.episodes(12)
+    """Replies made in four threads, or by `replies`, equal replies made one after the other."""
+
+    def first(at_once: int, ask: Callable[[Environment, Sequence[Episode]], Sequence[Reply | None]]) -> list[Reply]:
+        environment, episodes = subject.build_environment(at_once=at_once), subject.episodes(12)
         for number, episode in enumerate(episodes):
             episode.messages.append(Message("assistant", SAID[number % len(SAID)][0]))
-        found.append([reply for reply in replies(environment, episodes) if reply is not None])
+        found = [reply for reply in ask(environment, episodes) if reply is not None]
         for episode in episodes:
             environment.close(episode)
-    equal("the first replies with at_once=4", found[1], found[0])
+        return found
+
+    alone = first(1, lambda environment, episodes: [checked(environment.reply(episode)) for episode in episodes])
+    equal("the first replies with at_once=4", first(4, replies), alone)

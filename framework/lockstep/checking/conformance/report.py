@@ -185,7 +185,7 @@ def _has_policy(backend: str) -> bool:
 
 
 ON_THE_HOST = ("environment", "engine")
-"""Kinds that are checked once, on one backend: an environment uses none, and an engine has a precision of its own."""
+"""Kinds that are checked once, on one backend: most environments use none, and an engine has a precision of its own."""
 
 
 def known_precisions(kind: str, name: str, backend: str) -> Sequence[str | None]:

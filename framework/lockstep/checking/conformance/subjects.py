@@ -138,26 +138,27 @@ class RewardModelSubject:
         return Responses([prompts[i] for i in chosen], [texts[i] for i in chosen], block, self.tokenizer)
 
 
-class EnvironmentSubject:
-    """An environment, and episodes for it to reply in, which start from its own examples."""
+class EnvironmentSubject(RewardModelSubject):
+    """An environment, and episodes for it to reply in, which start from its own examples. It also serves as the environment's
+    resources."""
 
-    cls: type[Environment]
+    environment: type[Environment]
 
     def __init__(self, world: World, name: str, like: str | None = None):
-        self.world, self.name, self.like = world, name, like
+        self.world, self.backend, self.tokenizer = world, world.backend, world.tokenizer
         world_of = "lockstep.checking.conformance.world"
         given = {"timeout_seconds": 10.0, "functions": [f"{world_of}:longest_word"], "function": f"{world_of}:passages"}
-        self.cls, self.config = world.component("environment", name, given, like)
+        self.environment, self.config = world.component("environment", name, {"policy": "world", **given}, like)
+        self.opened: list[str] = []
+        self.members: list[Mapping[str, Any]] = []
 
-    def settings(self) -> list[str]:
-        return self.world.settings()
-
-    def build(self, **changes: Any) -> Environment:
-        return self.cls(replace(self.config, **changes))
+    def build_environment(self, **changes: Any) -> Environment:
+        built: Any = self.environment
+        return built(replace(self.config, **changes), self)
 
     def episodes(self, count: int, seed: int = 0) -> list[Episode]:
         """Fresh episodes; equal arguments give equal episodes."""
-        prompts = copy.deepcopy(self.cls.examples(self.config))
+        prompts = copy.deepcopy(self.environment.examples(self.config))
         return [Episode(prompts[i % len(prompts)], 1000 * seed + i) for i in range(count)]
 
 
