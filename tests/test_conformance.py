@@ -105,7 +105,7 @@ def test_no_false_alarm_on_rewards_from_a_server(name, answer):
 
 
 def test_no_false_alarm_on_a_built_in_environment():
-    for name in ("shop", "tools", "search"):
+    for name in ("shop", "tools", "search", "target"):
         found = list(conform("environment", subject("environment", name, "torch", overrides=["backend.threads=1"])))
         assert [(o.check.name, o.detail) for o in found if o.status != "passed"] == []
 
@@ -119,8 +119,9 @@ def test_no_false_alarm_on_a_built_in_labeler():
 
 
 def test_no_false_alarm_on_a_built_in_attacker():
-    for name in ("miniature", "templates", "policy"):
-        found = list(conform("attacker", subject("attacker", name, "torch", overrides=["backend.threads=1"])))
+    several = ["attacker.target={policy: world, turns: 2}", "attacker.lengths.response=30"]
+    for name, overrides in (("miniature", []), ("templates", []), ("policy", []), ("policy", several)):
+        found = list(conform("attacker", subject("attacker", name, "torch", overrides=["backend.threads=1", *overrides])))
         assert [(o.check.name, o.detail) for o in found if o.status != "passed"] == []
 
 

@@ -3,7 +3,7 @@
 algorithms/      pretraining, SFT, reward modelling, PPO, policy gradients (GRPO),
                  offline and online preference optimisation (DPO), rejection sampling (RAFT), distillation
 reward_models/   sources of scores: a learned model, a Python function, a server, a judge, checkers, combinations
-environments/    for conversations with a policy: tools, a search index
+environments/    for conversations with a policy: tools, a search index, the target of an attacker
 labelers/        rank fresh responses: a reward model
 attackers/       write attacks: templates, a policy
 """
@@ -26,6 +26,7 @@ plugin = Plugin(
         "environment": {
             "tools": "lockstep_rlhf.environments.tools:Tools",
             "search": "lockstep_rlhf.environments.search:Search",
+            "target": "lockstep_rlhf.environments.target:Target",
         },
         "labeler": {"scores": "lockstep_rlhf.labelers.scores:Scores"},
         "attacker": {

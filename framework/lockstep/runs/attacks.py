@@ -64,7 +64,8 @@ class Attack:
 
     @property
     def strategy(self) -> str:
-        return similarity.strategy([message.content for message in self.prompt.messages], self.goal.text)
+        said = [message.content for message in self.prompt.messages if message.role != "assistant"]
+        return similarity.strategy(said, self.goal.text)
 
 
 @dataclass

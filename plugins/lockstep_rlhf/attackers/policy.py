@@ -3,9 +3,11 @@ against the target (Perez et al. 2022, arXiv 2202.03286, section 3)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from lockstep.config.root import component_config
 from lockstep.config.schema import setting
 from lockstep.errors import ConfigError
 from lockstep.interfaces import Attacker, DataSource, Inputs, Resources
@@ -15,10 +17,12 @@ from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
 from lockstep.text.stopping import Stops
 from lockstep.types import Goal, Message, Prompt
+from lockstep_rlhf.environments.target import Target, attack_in, users_turns
 
 
 class PolicyAttacker(Attacker):
-    """Prompts a policy with the shots as a dialogue, then `Goal.ask`. The response is the attack, a single user turn."""
+    """Prompts a policy with the shots as a dialogue, then `Goal.ask`. The response is the attack, a single user turn; with a
+    ``target``, an episode with it is: the user's turns, and the target's replies to all but the last."""
 
     @dataclass(frozen=True)
     class Config:
@@ -29,19 +33,31 @@ class PolicyAttacker(Attacker):
         batch_size: int = setting(100, "Attacks per forward pass.", least=1)
         lengths: Lengths = setting(Lengths(), "Limits in tokens.")
         stop_strings: tuple[str, ...] = setting((), "Text that ends an attack, as EOS does; or special tokens by name.")
+        target: Mapping[str, Any] | None = setting(None, "The group of environment=target, for attacks of several turns.")
 
         def __post_init__(self) -> None:
             if any(len(shot) != 2 for shot in self.shots):
                 raise ConfigError("attacker.shots has an entry that is no pair. Write [[goal, attack], ...].")
+            self.parsed_target()
+
+        def parsed_target(self) -> Target.Config | None:
+            """
+            Raises:
+              ConfigError: a key of ``target`` is wrong or missing.
+            """
+            return None if self.target is None else component_config(Target, dict(self.target), "attacker.target")
 
     @classmethod
     def inputs(cls, config: Config) -> Inputs:
-        return Inputs(outputs={config.source: "policy"})
+        target = config.parsed_target()
+        return Inputs(outputs={config.source: "policy", **({} if target is None else Target.inputs(target).outputs)})
 
     def __init__(self, config: Config, data: DataSource, resources: Resources):
         self.config = config
         self.policy, self.tokenizer = resources.policy(config.source)
         config.lengths.check(self.policy.context_length)
+        target = config.parsed_target()
+        self.target = None if target is None else Target(target, resources)
 
     def attack(self, goals: Sequence[Goal], seed: int) -> Sequence[Sequence[Message] | None]:
         c = self.config
@@ -50,16 +66,18 @@ class PolicyAttacker(Attacker):
         attacks: list[Sequence[Message] | None] = [None] * len(goals)
         if not fitting:
             return attacks
-        sampler = Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size)
+        sampler = Sampler(Stops(self.tokenizer, c.stop_strings), c.lengths, c.temperature, c.batch_size, self.target)
         seeds = token_seeds(seed, "attack", 0, len(goals), c.lengths.response)[fitting]
         prompts, given = [self._asked(goals[place]) for place in fitting], [found for found in ids if found is not None]
         samples = sampler.sample(self.policy, prompts, given, seeds)
-        for place, text, finished in zip(fitting, samples.responses.texts, samples.finished, strict=True):
-            written = text.strip()
-            if finished and written and (not c.names_goal or goals[place].text in written):
-                attacks[place] = [Message("user", written)]
+        written = zip(samples.responses.prompts, samples.responses.texts, strict=True)
+        for place, asked, (prompt, text), finished in zip(fitting, prompts, written, samples.finished, strict=True):
+            attack = attack_in(asked, [*prompt.messages[len(asked.messages) :], Message("assistant", text)])
+            said = users_turns(attack)
+            if finished and all(said) and (not c.names_goal or any(goals[place].text in turn for turn in said)):
+                attacks[place] = list(attack.messages)
         return attacks
 
     def _asked(self, goal: Goal) -> Prompt:
         shown = [each for ask, attack in self.config.shots for each in (Message("user", ask), Message("assistant", attack))]
-        return Prompt((*shown, *goal.prompt().messages))
+        return Prompt((*shown, *goal.prompt().messages), {"goal": goal.text})

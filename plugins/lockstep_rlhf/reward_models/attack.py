@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,12 @@ import numpy as np
 from lockstep.config.schema import REQUIRED, setting
 from lockstep.errors import DataError
 from lockstep.interfaces import DataSource, Inputs, Resources, Responses, RewardModel
-from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import Sampler, score
-from lockstep.text import encoding, similarity
+from lockstep.text import similarity
 from lockstep.text.encoding import Lengths
 from lockstep.text.stopping import Stops
 from lockstep.types import Message, Prompt
+from lockstep_rlhf.environments.target import attack_in, encoded, reply_seeds, users_turns
 
 
 class AttackReward(RewardModel):
@@ -28,6 +28,11 @@ class AttackReward(RewardModel):
     the judge's mean score of the target's replies (Perez et al. 2022, arXiv 2202.03286, section 3.1). Novelty is the mean
     distance to the ``neighbours`` nearest attacks of the archive, with the goals left out (`lockstep.text.similarity.Archive`).
     Such curiosity keeps a trained attacker from repeating known attacks (Hong et al. 2024, arXiv 2402.19464).
+
+    After an episode with environment=target, the attack is the whole dialogue. Success is then of replies to its last turn, where
+    policies answer it in later stages too; what the target said before is context. (Perez et al., section 7, judge the replies to
+    every turn, and report them turn by turn.) No user's turn may be empty, one of them must contain the goal, and the dialogue
+    must fit as a whole. Novelty compares the user's turns.
 
     Each reply is drawn from seeds made of the goal and the attack, so a score does not depend on the batch. `details` has
     success, validity and novelty. If the judge cannot score a reply (NaN), the attack has no score (NaN).
@@ -67,7 +72,7 @@ class AttackReward(RewardModel):
 
     def score(self, responses: Responses) -> np.ndarray:
         c = self.config
-        attacks = [_attack(prompt, text) for prompt, text in zip(responses.prompts, responses.texts, strict=True)]
+        attacks = _attacks(responses)
         ids = [self._encoded(attack) for attack in attacks]
         valid = np.array([found is not None for found in ids])
         rows = np.flatnonzero(valid)
@@ -88,36 +93,32 @@ class AttackReward(RewardModel):
         Raises:
           DataError: with ``names_goal``, the prompt has no goal.
         """
-        text = attack.messages[-1].content
         if self.config.names_goal and "goal" not in attack.truth:
             raise DataError(
                 "reward_model=attack scores attacks on goals, and a prompt has none. Let the attacker's stage answer goals: "
                 "prompts: [goals]."
             )
-        if not text or (self.config.names_goal and str(attack.truth["goal"]) not in text):
+        if self.config.names_goal and not any(str(attack.truth["goal"]) in turn for turn in users_turns(attack)):
             return None
-        return encoding.encode_prompt(self.tokenizer, attack, self.config.lengths.prompt)
+        return encoded(self.tokenizer, attack, self.config.lengths.prompt)
 
     def _success(self, attacks: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> np.ndarray:
         """float32 [B]: the mean score of the target's replies to each attack."""
         c = self.config
-        seeds = [token_seeds(_seed(attack), "replies", 0, c.replies, c.lengths.response) for attack in attacks]
+        seeds = [reply_seeds(attack, c.replies, c.lengths.response) for attack in attacks]
         scores, _ = score(self.judge, self.sampler.sample(self.target, attacks, ids, np.concatenate(seeds)))
         return scores.reshape(len(attacks), c.replies).mean(axis=1)
 
 
-def _attack(prompt: Prompt, text: str) -> Prompt:
-    """The attacker's response as a prompt for the target."""
-    known = prompt.truth
-    return Prompt(
-        (Message("user", text.strip()),), {**known.get("pursued", {}), **({"goal": known["goal"]} if "goal" in known else {})}
-    )
+def _attacks(responses: Responses) -> list[Prompt]:
+    """The responses as prompts for the target: the attacker's last turn; of an episode without tools, all since the goal."""
+    found = []
+    for prompt, text in zip(responses.prompts, responses.texts, strict=True):
+        alone = responses.rewards is None or any(message.role == "tool" for message in prompt.messages)
+        before = () if alone else itertools.dropwhile(lambda message: message.role != "assistant", prompt.messages)
+        found.append(attack_in(prompt, [*before, Message("assistant", text)]))
+    return found
 
 
 def _strategy(attack: Prompt) -> str:
-    return similarity.strategy([message.content for message in attack.messages], str(attack.truth.get("goal", "")))
-
-
-def _seed(attack: Prompt) -> int:
-    text = "\0".join((str(attack.truth.get("goal", "")), attack.messages[-1].content))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+    return similarity.strategy(users_turns(attack), str(attack.truth.get("goal", "")))
