@@ -384,6 +384,32 @@ def test_every_recipe_is_checked_without_a_file_being_opened(name):
         pytest.fail(str(error))
 
 
+def test_a_red_team_of_adapters_runs_to_its_matrix(policy, tmp_path, write, monkeypatch):
+    """Two rounds of attacker and defender, adapters on one trunk, on goals from a file."""
+    monkeypatch.chdir(tmp_path)
+    goals = "".join(f"What {i},Good {i}\n" for i in range(12))
+    (tmp_path / "goals.csv").write_text(f"goal,twin\n{goals}")
+    small = {"prompt": 24, "response": 4, "multiple": 4}
+    run_command.run(
+        None,
+        [
+            "experiment=red_team", "backend=torch", "backend.threads=1", "tracker=none", f"policy.path={policy}",
+            "data.goals=[{path: goals.csv}]", f"data.comparisons={source(write(hh))}", "data.heldout_fraction=0.3",
+            f"lengths={json.dumps(small)}", "reward.epochs=0.1", "attacking.iterations=1", "algorithm.iterations=1",
+            "attack.goals=4", "attack.heldout_goals=2", "attacker.names_goal=false", "evaluation.prompts=4",
+            "evaluation.splits=[heldout, seeds, all.attacks]", "evaluation.samples=1",
+        ],
+    )  # fmt: skip
+    (found,) = (tmp_path / "runs/stages").glob("evaluate-*")
+    splits = read_json(found / "output" / "evaluation.json")["splits"]
+    attacks = [f"{name}{twins}" for name in ("seeds", "attacks_1", "attacks_2") for twins in ("", "_twins")]
+    assert set(splits) == {"heldout", *attacks}
+    assert all(set(policies) == {"new", "defender_1", "defender_2"} for policies in splits.values())
+    assert {"helped", "refused"} <= set(splits["attacks_2_twins"]["defender_2"])
+    (adapters,) = (tmp_path / "runs/stages").glob("defender_2-*/output/adapter_config.json")
+    assert read_json(adapters)["base_model_name_or_path"] == str(policy)
+
+
 def test_the_experiment_of_the_docs_runs_from_scratch_on_data_of_ones_own(tmp_path):
     section = (ROOT / "docs/recipes.md").read_text(encoding="utf-8").split("\n## From scratch, on data of your own\n")[1]
     conf = tmp_path / "conf" / "experiment"
