@@ -46,6 +46,11 @@ def test_the_held_out_loss_is_the_mean_over_all_held_out_tokens(sft, load):
     assert algorithm.measure(algorithm.policy)["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+def test_without_held_out_examples_there_is_no_held_out_loss(sft):
+    algorithm = sft(heldout_examples=0)
+    assert algorithm.finish() == {} and "heldout/loss" not in algorithm.step(0)
+
+
 def test_gradients_of_sft_do_not_depend_on_the_micro_batch(sft, monkeypatch):
     found = {}
     for size in (None, 1, 2, 4):
