@@ -42,7 +42,7 @@ def every_way_to_show(name: str) -> None:
     console = Console()
     console.say(f"say {name}")
     console.plan(name, [(name, name, name)])
-    console.stage_done(name, {"seconds": 1.0, "metrics": {}})
+    console.stage_done(name, {"seconds": 1.0, "metrics": {}}, reused=False)
     logging.getLogger("lockstep").warning("warn %s", name)
     with console.progress(name, 0, 2) as progress:
         progress(1, {}, name)
