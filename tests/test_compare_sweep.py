@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -249,6 +250,8 @@ def test_every_figure_is_there_for_papers_as_png_and_svg(report):
     figures = {file.name: file.read_bytes() for file in report.files if file.parent.name == "figures"}
     assert {name.partition(".")[0] for name in figures} >= {"gold", "against", "frontier", "curves", "cost"}
     assert all(content.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml") for name, content in figures.items())
+    width, _ = struct.unpack(">II", figures["frontier.png"][16:24])  # of the header
+    assert width == 2060  # 10.3 inches at 200 dots
     assert len(figures) % 2 == 0 and b"#333333" in figures["frontier.svg"] and b"var(" not in figures["frontier.svg"]
 
 

@@ -38,6 +38,8 @@ LONGEST_LABEL = 48
 INK, FAINT = "#333333", "#dddddd"
 """Text and grid on white. On the page, CSS variables are in their place."""
 
+DPI = 200
+
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -50,7 +52,6 @@ STYLE = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
-    "figure.dpi": 200,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "svg.fonttype": "none",
@@ -248,6 +249,7 @@ def save(figure: Figure, file: Path) -> None:
     """Write the figure as .png or .svg, on white. `Figure.savefig` draws everything twice."""
     figure.set_facecolor("white")
     if file.suffix == ".png":
+        figure.set_dpi(DPI)  # `print_svg` leaves it at 72
         FigureCanvasAgg(figure).print_png(file)
     else:
         with plt.rc_context({"svg.fonttype": "path", "svg.hashsalt": "lockstep"}):
