@@ -64,8 +64,7 @@ class Attack:
 
     @property
     def strategy(self) -> str:
-        said = [message.content for message in self.prompt.messages if message.role != "assistant"]
-        return similarity.strategy(said, self.goal.text)
+        return similarity.strategy(similarity.users_turns(self.prompt.messages), self.goal.text)
 
 
 @dataclass

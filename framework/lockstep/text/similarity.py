@@ -7,12 +7,19 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from lockstep.types import Message
+
 EDGE, BLANK = "\0", "\1"
 
 
 def strategy(messages: Sequence[str], goal: str) -> str:
     """The text of an attack with a blank in place of its goal."""
     return "\n".join(messages).replace(goal, BLANK) if goal else "\n".join(messages)
+
+
+def users_turns(attack: Sequence[Message]) -> list[str]:
+    """What the attacker wrote of an attack: all but the assistant's turns."""
+    return [message.content for message in attack if message.role != "assistant"]
 
 
 def pairs(text: str) -> Counter[tuple[str, str]]:

@@ -15,9 +15,10 @@ from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import Sampler
 from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
+from lockstep.text.similarity import users_turns
 from lockstep.text.stopping import Stops
 from lockstep.types import Goal, Message, Prompt
-from lockstep_rlhf.environments.target import Target, attack_in, users_turns
+from lockstep_rlhf.environments.target import Target, attack_in
 
 
 class PolicyAttacker(Attacker):
@@ -73,7 +74,7 @@ class PolicyAttacker(Attacker):
         written = zip(samples.responses.prompts, samples.responses.texts, strict=True)
         for place, asked, (prompt, text), finished in zip(fitting, prompts, written, samples.finished, strict=True):
             attack = attack_in(asked, [*prompt.messages[len(asked.messages) :], Message("assistant", text)])
-            said = users_turns(attack)
+            said = users_turns(attack.messages)
             if finished and all(said) and (not c.names_goal or any(goals[place].text in turn for turn in said)):
                 attacks[place] = list(attack.messages)
         return attacks

@@ -21,6 +21,7 @@ from lockstep.learning.randomness import token_seeds
 from lockstep.learning.rollout import Sampler
 from lockstep.text import encoding
 from lockstep.text.encoding import Lengths
+from lockstep.text.similarity import users_turns
 from lockstep.text.stopping import Stops
 from lockstep.text.tokenizer import Tokenizer
 from lockstep.types import Fit, Message, Prompt
@@ -75,15 +76,10 @@ def attack_in(goal: Prompt, turns: Iterable[Message]) -> Prompt:
     return Prompt(tuple(said), {**known.get("pursued", {}), **({"goal": known["goal"]} if "goal" in known else {})})
 
 
-def users_turns(attack: Prompt) -> list[str]:
-    """What the attacker wrote of the attack."""
-    return [message.content for message in attack.messages if message.role != "assistant"]
-
-
 def encoded(tokenizer: Tokenizer, attack: Prompt, limit: int) -> list[int] | None:
     """The attack as token ids for the target; None if a turn is empty or the dialogue has more than ``limit`` tokens."""
     fit = Fit()
-    ids = encoding.encode_prompt(tokenizer, attack, limit, fit) if all(users_turns(attack)) else None
+    ids = encoding.encode_prompt(tokenizer, attack, limit, fit) if all(users_turns(attack.messages)) else None
     return None if fit.shortened else ids
 
 

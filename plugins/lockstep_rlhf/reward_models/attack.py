@@ -17,7 +17,7 @@ from lockstep.text import similarity
 from lockstep.text.encoding import Lengths
 from lockstep.text.stopping import Stops
 from lockstep.types import Message, Prompt
-from lockstep_rlhf.environments.target import attack_in, encoded, reply_seeds, users_turns
+from lockstep_rlhf.environments.target import attack_in, encoded, reply_seeds
 
 
 class AttackReward(RewardModel):
@@ -98,7 +98,9 @@ class AttackReward(RewardModel):
                 "reward_model=attack scores attacks on goals, and a prompt has none. Let the attacker's stage answer goals: "
                 "prompts: [goals]."
             )
-        if self.config.names_goal and not any(str(attack.truth["goal"]) in turn for turn in users_turns(attack)):
+        if self.config.names_goal and not any(
+            str(attack.truth["goal"]) in turn for turn in similarity.users_turns(attack.messages)
+        ):
             return None
         return encoded(self.tokenizer, attack, self.config.lengths.prompt)
 
@@ -121,4 +123,4 @@ def _attacks(responses: Responses) -> list[Prompt]:
 
 
 def _strategy(attack: Prompt) -> str:
-    return similarity.strategy(users_turns(attack), str(attack.truth.get("goal", "")))
+    return similarity.strategy(similarity.users_turns(attack.messages), str(attack.truth.get("goal", "")))

@@ -65,22 +65,20 @@ class Report:
 
 def write(report: Report, output: Path) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
-    written = {"page.html": html(report), "page.md": markdown(report), "outcomes.csv": table(report)}
-    for name, text in written.items():
-        write_text(output / name, text)
-    files = [output / name for name in written]
-    if report.found:
-        with plt.rc_context(style()):
-            save(figure(report), output / "page.png")
-        files.append(output / "page.png")
-    return files
-
-
-def html(report: Report) -> str:
     picture = ""
     if report.found:
         with plt.rc_context(style()):
-            picture = to_svg(figure(report), "claims")
+            drawn = figure(report)
+            picture = to_svg(drawn, "claims")
+            save(drawn, output / "page.png")
+    written = {"page.html": html(report, picture), "page.md": markdown(report), "outcomes.csv": table(report)}
+    for name, text in written.items():
+        write_text(output / name, text)
+    return [output / name for name in (*written, *(["page.png"] if report.found else []))]
+
+
+def html(report: Report, picture: str) -> str:
+    """``picture``: SVG; empty if there is nothing to draw."""
     return template(Path(__file__).parent / "page.html.jinja").render(
         finding=report.finding,
         summary=report.summary,
