@@ -98,9 +98,8 @@ class AttackReward(RewardModel):
                 "reward_model=attack scores attacks on goals, and a prompt has none. Let the attacker's stage answer goals: "
                 "prompts: [goals]."
             )
-        if self.config.names_goal and not any(
-            str(attack.truth["goal"]) in turn for turn in similarity.users_turns(attack.messages)
-        ):
+        said = similarity.users_turns(attack.messages)
+        if self.config.names_goal and not any(str(attack.truth["goal"]) in turn for turn in said):
             return None
         return encoded(self.tokenizer, attack, self.config.lengths.prompt)
 
