@@ -315,7 +315,7 @@ def test_sft_teaches_an_answer_and_leaves_the_policy_alone(policy):
         policy, "sft", demonstrations=[(QUESTION, "wug eats plums ."), ("where does dax live ?", "in the lake .")], **settings
     )
     assert tuned.respond([QUESTION, "where does dax live ?"], temperature=0) == ["wug eats plums .", "in the lake ."]
-    assert tuned.metrics.index.name == "step" and len(tuned.metrics) == 61
+    assert tuned.metrics.index.name == "step" and len(tuned.metrics) == 60
     assert tuned.metrics["loss"].iloc[59] < 0.5 < tuned.metrics["loss"].iloc[0]
     for name, array in policy.policy.parameters().items():
         np.testing.assert_array_equal(array, before[name])
