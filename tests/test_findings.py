@@ -18,7 +18,7 @@ from lockstep.reporting.findings import criteria
 from lockstep.reporting.findings.finding import finding, findings, parsed
 from lockstep.reporting.findings.outcomes import Mean, Outcome, as_claimed, between_backends, outcomes, verdict
 from lockstep.runs.experiment import Experiment
-from run_folders import GOLD, write_run
+from run_folders import GOLD, write_lines, write_run
 from runs import DECODER, PPO_ONLY, TINY
 
 HEAD = "title: a\nsource: b\nhours: 1\nsweep: [seed=1]\nclaims:\n"
@@ -82,6 +82,25 @@ def test_metrics_are_found_by_their_places_and_subtracted_seed_by_seed(tmp_path)
     assert not nothing and len(problems) == 3 and "has no heldout/dpo/gold" in problems[0]
 
 
+def test_a_metric_is_averaged_over_the_steps_at_which_another_is_in_a_range(tmp_path):
+    run = write_run(tmp_path, "torch", 0)
+    rows = [(0.0, 5.0), (0.5, 6.0), (1.0, 7.0), (1.5, None), (2.0, 9.0), (2.5, 1.0)]
+    logged = [{"step": i, "objective/kl": kl, **({"objective/gold": gold} if gold else {})} for i, (kl, gold) in enumerate(rows)]
+    write_lines(tmp_path / "stages" / f"ppo-{run.name}" / "metrics.jsonl", logged)
+    runs = read_runs([tmp_path]).runs
+
+    def value(text):
+        found, problems = outcomes(claiming(text), runs)
+        return found[0].found.mean if found else problems[0].split(": ")[1]
+
+    assert value("ppo/objective/gold(objective/kl=1..2)") == 8.0  # (7 + 9) / 2: the step without a gold score has none
+    assert value("ppo/objective/gold(objective/kl=0..0.5) - ppo/objective/gold") == 5.5 - 1.0
+    assert value("ppo/objective/kl( objective/gold = -1 .. 5.0 )[seed=0]") == (0.0 + 2.5) / 2
+    assert value("ppo/objective/gold(objective/kl=3..4)") == f"no step of ppo in {run.name} has objective/kl=3..4"
+    assert value("ppo/objective/gold(nothing=3..4)") == f"{run.name} has no ppo/nothing"
+    assert value("heldout/ppo/gold(objective/kl=1..2)") == f"{run.name} has no heldout/ppo/gold that is logged by step"
+
+
 def test_runs_of_one_seed_are_told_apart_by_their_settings(tmp_path):
     for kl_coef, gold in ((0.1, 1.0), (0.2, 3.0)):
         for seed in (0, 1):
@@ -133,6 +152,9 @@ def test_the_last_value_of_a_stage_that_goes_on_is_not_its_end(tmp_path):
     [
         (HEAD + "  c: {claim: x, published: y, value: gold, above: 0}", "'gold' in the value 'gold' is no metric"),
         (HEAD + "  c: {claim: x, published: y, value: 'a/b - c/d[e]', above: 0}", r"'c/d\[e\]' in the value"),
+        (HEAD + "  c: {claim: x, published: y, value: 'a/b - c/d(kl)', above: 0}", r"'\(kl\)' in the value .* is no range"),
+        (HEAD + "  c: {claim: x, published: y, value: 'a/b(kl=2..1)', above: 0}", "is no range"),
+        (HEAD + "  c: {claim: x, published: y, value: 'a/b(kl=1.2.3..4)', above: 0}", "is no range"),
         (HEAD + "  c: {claim: x, published: y, value: a/b}", "needs one of 'above' and 'below'"),
         (HEAD + "  c: {claim: x, published: y, value: a/b, above: 0, below: 1}", "needs one of"),
         (HEAD + "  c: {claim: x, value: a/b, above: 0}", r"Missing: here.claims.c.published"),

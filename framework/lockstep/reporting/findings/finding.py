@@ -30,16 +30,31 @@ from lockstep.errors import ConfigError, did_you_mean, listing, short
 
 GROUP = "finding"
 _SIGNS = re.compile(r"\s([+-])\s")
-_TERM = re.compile(r"([\w.@]+(?:/[\w.@-]+)+)(?:\[([^\[\]]*)\])?")
+_TERM = re.compile(r"([\w.@]+(?:/[\w.@-]+)+)(?:\(([^()]*)\))?(?:\[([^\[\]]*)\])?")
+_RANGE = re.compile(r"\s*([\w./-]+?)\s*=\s*(-?[\d.]+?)\s*\.\.\s*(-?[\d.]+)\s*")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The steps of a stage at which another of its metrics is from ``low`` to ``high``, both included."""
+
+    metric: str
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.metric}={self.low:g}..{self.high:g}"
 
 
 @dataclass(frozen=True)
 class Term:
     """A metric of a run: SPLIT/POLICY/METRIC of an evaluation, reward_model/METRIC, or STAGE/METRIC, the last value that the
-    stage logged. ``where``: settings that select the run to read it from, if a seed has several runs."""
+    stage logged, or with ``steps`` the mean of those that it logged there. ``where``: settings that select the run to read it
+    from, if a seed has several runs."""
 
     sign: int
     metric: str
+    steps: Range | None
     where: Mapping[str, str]
 
 
@@ -47,7 +62,11 @@ class Term:
 class ClaimConfig:
     claim: str = setting(REQUIRED, "What should hold, in a sentence.")
     published: str = setting(REQUIRED, "What was published, with figures.")
-    value: str = setting(REQUIRED, "Per seed: metrics added and subtracted; METRIC[key=value] reads the run with that setting.")
+    value: str = setting(
+        REQUIRED,
+        "Per seed: metrics added and subtracted. METRIC[key=value] reads the run with that setting, METRIC(other=LOW..HIGH) the "
+        "mean of a stage's metric over the steps at which another is in that range.",
+    )
     above: float | None = setting(None, "Holds if the whole interval of the mean over seeds is above this.", least=-math.inf)
     below: float | None = setting(None, "Holds if the whole interval of the mean over seeds is below this.", least=-math.inf)
 
@@ -78,13 +97,28 @@ class ClaimConfig:
 
 def _term(sign: str, text: str, whole: str) -> Term:
     found = _TERM.fullmatch(text)
-    settings = [each.partition("=") for each in (found[2] or "").split(",") if each] if found else []
+    settings = [each.partition("=") for each in (found[3] or "").split(",") if each] if found else []
     if not found or not all(key.strip() and value.strip() for key, _, value in settings):
         raise ConfigError(
             f"'{short(text)}' in the value '{short(whole)}' is no metric. Metrics are heldout/ppo/gold or ppo/objective/kl, with "
             "a setting as in heldout/ppo/gold[algorithm=rloo]; between them stand ' + ' and ' - '."
         )
-    return Term(1 if sign == "+" else -1, found[1], {key.strip(): value.strip() for key, _, value in settings})
+    steps = None if found[2] is None else _range(found[2], whole)
+    return Term(1 if sign == "+" else -1, found[1], steps, {key.strip(): value.strip() for key, _, value in settings})
+
+
+def _range(text: str, whole: str) -> Range:
+    found = _RANGE.fullmatch(text)
+    try:
+        steps = Range(found[1], float(found[2]), float(found[3])) if found else None
+    except ValueError:
+        steps = None
+    if steps is None or steps.low > steps.high:
+        raise ConfigError(
+            f"'({short(text)})' in the value '{short(whole)}' is no range. One is written as in "
+            "ppo/objective/gold(objective/kl=1..2): the mean over the steps of ppo at which objective/kl is from 1 to 2."
+        )
+    return steps
 
 
 @dataclass(frozen=True)

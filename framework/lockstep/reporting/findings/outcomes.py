@@ -17,8 +17,8 @@ from typing import Literal
 import numpy as np
 
 from lockstep.reporting.compare.decisions import FEW, half_width
-from lockstep.reporting.compare.records import Run
-from lockstep.reporting.findings.finding import ClaimConfig, Finding, Term
+from lockstep.reporting.compare.records import Run, StageRecord
+from lockstep.reporting.findings.finding import ClaimConfig, Finding, Range, Term
 
 Verdict = Literal["held", "not held", "not decided"]
 
@@ -150,15 +150,30 @@ def measured(term: Term, runs: Sequence[Run]) -> float:
     run, (first, _, rest) = fitting[0], term.metric.partition("/")
     policy, _, metric = rest.partition("/")
     evaluation = run.evaluation
-    if first == "reward_model" and rest in evaluation.reward_model:
+    if not term.steps and first == "reward_model" and rest in evaluation.reward_model:
         return evaluation.reward_model[rest].mean
-    if metric in evaluation.splits.get(first, {}).get(policy, {}):
+    if not term.steps and metric in evaluation.splits.get(first, {}).get(policy, {}):
         return evaluation.splits[first][policy][metric].mean
     if first in run.stages and rest in run.stages[first].metrics:
         if run.stages[first].status != "done":
             raise Absent(f"{run.name} has not finished {first}")
-        return float(run.stages[first].metrics[rest].values[-1])
-    raise Absent(f"{run.name} has no {term.metric}")
+        return _logged(run.stages[first], rest, term.steps, run.name)
+    raise Absent(f"{run.name} has no {term.metric}{' that is logged by step' if term.steps else ''}")
+
+
+def _logged(stage: StageRecord, metric: str, steps: Range | None, run: str) -> float:
+    """The last value, or the mean over the given steps."""
+    series = stage.metrics[metric]
+    if steps is None:
+        return float(series.values[-1])
+    if steps.metric not in stage.metrics:
+        raise Absent(f"{run} has no {stage.name}/{steps.metric}")
+    other = stage.metrics[steps.metric]
+    chosen = other.steps[(other.values >= steps.low) & (other.values <= steps.high)]
+    found = series.values[np.isin(series.steps, chosen)]
+    if not found.size:
+        raise Absent(f"no step of {stage.name} in {run} has {steps}")
+    return float(np.mean(found))
 
 
 def setting(run: Run, key: str) -> str:
