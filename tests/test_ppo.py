@@ -495,9 +495,29 @@ def test_the_coefficient_of_this_iteration_is_in_its_rewards(ppo, load):
     assert batch["returns"][0, 0] == pytest.approx(rollout.scores[0] - 2 * kl, abs=1e-4)
 
 
-def test_a_run_that_resumes_ends_where_an_uninterrupted_one_does_and_keeps_its_reference(ppo, load, tmp_path):
+@pytest.mark.parametrize("value_network", ["shared", "separate"])
+def test_a_reference_that_follows_is_the_average_before_each_step(ppo, value_network):
+    """ema = 0.75 ema + 0.25 policy after each optimizer step, one of which is in an iteration here."""
+    algorithm = ppo(kl_coef=0.5, value_network=value_network, reference="average", optimizer={"ema_decay": 0.75})
+    first = average = {name: array.copy() for name, array in algorithm.policy.parameters().items()}
+    for step in range(3):
+        found = algorithm.step(step)
+        rollout, reference = algorithm.last, algorithm.ref_policy.parameters()
+        for name, array in average.items():
+            np.testing.assert_allclose(reference[name], array, atol=1e-6, err_msg=name)
+        assert (relative(reference, first) > 1e-5) == (step > 0)
+        ref = algorithm.ref_policy.evaluate(rollout.sequences, ["logprobs"], temperature=0.7)["logprobs"]
+        kl = np.where(rollout.sequences.mask, rollout.old_logprobs - ref, 0).sum(axis=1)
+        assert found["objective/kl"] == pytest.approx(kl.mean(), abs=1e-5)
+        assert (abs(found["objective/kl"]) < 1e-5) == (step == 0)
+        now = algorithm.policy.parameters()
+        average = {name: 0.75 * array + 0.25 * now[name] for name, array in average.items()}
+
+
+@pytest.mark.parametrize("reference", ["initial", "average"])
+def test_a_run_that_resumes_ends_where_an_uninterrupted_one_does_and_keeps_its_reference(ppo, load, tmp_path, reference):
     settings = {"kl_coef": 0.15, "kl_target": 1e-3, "epochs": 2, "minibatches": 2, "ptx_coef": 1.0, "value_network": "shared",
-                "optimizer": {"ema_decay": 0.9}}  # fmt: skip
+                "optimizer": {"ema_decay": 0.9}, "reference": reference}  # fmt: skip
     whole, begun = ppo(**settings), ppo(**settings)
     for step in range(3):
         whole.step(step)
@@ -508,8 +528,11 @@ def test_a_run_that_resumes_ends_where_an_uninterrupted_one_does_and_keeps_its_r
     resumed = ppo(**settings)
     resumed.learner.restore(tmp_path)
     resumed.load_state(state)
-    same(resumed.ref_policy.parameters(), load(0).parameters())
+    if reference == "initial":
+        same(resumed.ref_policy.parameters(), load(0).parameters())
     resumed.step(2)
+    same(resumed.ref_policy.parameters(), whole.ref_policy.parameters())
+    np.testing.assert_array_equal(resumed.last.kl, whole.last.kl)
     assert resumed.kl.coef == whole.kl.coef != 0.15
     same(resumed.policy.parameters(), whole.policy.parameters())
     same(resumed.result().parameters(), whole.result().parameters())
@@ -524,6 +547,7 @@ def test_a_run_that_resumes_ends_where_an_uninterrupted_one_does_and_keeps_its_r
         ({"minibatches": 3}, r"batch_size=8 is not divisible by algorithm.minibatches=3. Set minibatches to one of 1, 2, 4, 8\."),
         ({"temperature": 0.0}, "algorithm.temperature=0.0 must be above 0."),
         ({"value_network": "both"}, "value_network='both' is not one of separate, shared"),
+        ({"reference": "average"}, "algorithm.reference=average is the moving average of the policy, and algorithm.optimizer"),
         ({"value_optimizer": {"ema_decay": 0.9}}, "algorithm.value_optimizer.ema_decay has no effect: the result is the policy"),
         ({"correction": {"level": "mean"}}, "algorithm.correction.level has no effect on kind=none. Set it to token, or kind"),
         ({"correction": {"high": 3.0}}, "high has no effect on kind=none. Set it to 2.0, or kind to truncate or mask."),

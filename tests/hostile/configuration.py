@@ -53,7 +53,7 @@ BASES: dict[str, list[str]] = {
     "teacher": [*SMALL, "algorithm=distillation", "algorithm.teacher=sft"],
     "parts": [*SMALL, "reward_model=sum", f"reward_model.parts={PARTS}", "reward_model.weights={a: 1, b: 1, c: 1, d: 1, e: 1}"],
     "attacks": [*SMALL, "experiment=hardening"],
-    "dialogues": [*SMALL, "experiment=hardening", "environment=target", "environment.policy=last.defender", "environment.turns=2"],
+    "dialogues": [*SMALL, "experiment=hardening", "environment=target", "environment.policy=last.defender"],
     "templates": [*SMALL, "experiment=hardening", "attacker=templates"],
     "library": ["experiment=library", *(f"data.{key}=20" for key in ("prompts", "demonstrations", "heldout_prompts"))],
     "matching": ["experiment=coverage", "data.demonstrations=20", "data.comparisons=20", "data.heldout=20"],

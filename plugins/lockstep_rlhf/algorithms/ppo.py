@@ -75,6 +75,9 @@ class PPO(Corrected):
         kl_coef: float = setting(0.02, "β: reward per nat of KL, per token (InstructGPT: 0.02).", least=0)
         kl_target: float | None = setting(None, "KL in nats per response to which β adapts (LHP); null: β is fixed.", above=0)
         kl_horizon: float = setting(10000.0, "Episodes over which β adapts (LHP).", above=0)
+        reference: Literal["initial", "average"] = setting(
+            "initial", "Whose KL: to the initial policy, or to the moving average of optimizer.ema_decay (Xu et al. 2024)."
+        )
         gamma: float = setting(1.0, "Discount per token (LHP, InstructGPT: none).", least=0, most=1)
         lam: float = setting(0.95, "λ of GAE per token (LHP; Schulman et al. 2016).", least=0, most=1)
         clip_range: float = setting(0.2, "ε: the ratio of policies is clipped to 1 ± ε (InstructGPT, LHP).", above=0)
@@ -100,6 +103,11 @@ class PPO(Corrected):
                 raise ConfigError(
                     f"algorithm.ptx_ratio={self.ptx_ratio:g} gives no raw text to a minibatch of "
                     f"{self.episodes // self.minibatches} episodes. Raise it, or set ptx_coef=0."
+                )
+            if self.reference == "average" and self.optimizer.ema_decay is None:
+                raise ConfigError(
+                    "algorithm.reference=average is the moving average of the policy, and algorithm.optimizer.ema_decay=null "
+                    "keeps none. Set ema_decay=0.99, or reference=initial."
                 )
             if self.value_optimizer.ema_decay is not None:
                 raise ConfigError(
@@ -128,6 +136,9 @@ class PPO(Corrected):
         if config.kl_target is not None:
             self.kl = numerics.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
 
+    def reference(self) -> Policy | None:
+        return super().reference() if self.config.reference == "initial" else None  # an average is taken before each step
+
     def trained_policy(self) -> Policy:
         shared = self.config.value_network == "shared"
         return self.context.policy.with_value_head() if shared else super().trained_policy()
@@ -152,6 +163,8 @@ class PPO(Corrected):
 
     def step(self, step: int) -> Metrics:
         clock = Clock()
+        if self.config.reference == "average":
+            self.ref_policy = self.result()  # the average so far
         rollout = self.last = self.rollout(step, clock)
         batch, metrics = self.prepare(rollout)
         trained = self.train(step, rollout.sequences, batch, rollout.forward)
