@@ -76,7 +76,7 @@ class PPO(Corrected):
         kl_target: float | None = setting(None, "KL in nats per response to which β adapts (LHP); null: β is fixed.", above=0)
         kl_horizon: float = setting(10000.0, "Episodes over which β adapts (LHP).", above=0)
         reference: Literal["initial", "average"] = setting(
-            "initial", "Whose KL: to the initial policy, or to the moving average of optimizer.ema_decay (Xu et al. 2024)."
+            "initial", "What the KL is to: the initial policy, or the moving average of optimizer.ema_decay (Xu et al. 2024)."
         )
         gamma: float = setting(1.0, "Discount per token (LHP, InstructGPT: none).", least=0, most=1)
         lam: float = setting(0.95, "λ of GAE per token (LHP; Schulman et al. 2016).", least=0, most=1)
