@@ -1,10 +1,10 @@
 r"""Every attacker against every defender, over seeds, and what each ablation costs: tables of `experiment=hardening`.
 
-    lockstep reproduce hardening hydra.launcher.parallel=2
+    lockstep reproduce hardening_ablations hydra.launcher.parallel=2
     python benchmarks/hardening.py runs/findings --output benchmarks/hardening
 
 `records.csv` has a row per measure, the diversity of attacks included. A run replaces the rows of an earlier run of its arm,
-backend and seed, so the forty runs need not exist at once. `matrix.md` is made of all records: means over seeds with Student's
+backend and seed, so all runs need not exist at once. `matrix.md` is made of all records: means over seeds with Student's
 95% interval. Each run starts from its own level, so the first table shows what changed since PPO in each, and the mean change.
 """
 
