@@ -1,5 +1,6 @@
 """Attacks: who writes them, what counts as success, what later stages train and are measured on."""
 
+import dataclasses
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from lockstep.runs.experiment import Experiment
 from lockstep.storage.files import read_json
 from lockstep.text import similarity
 from lockstep.text.encoding import Lengths
-from lockstep.types import Goal, Message, Prompt
+from lockstep.types import Fit, Goal, Message, Prompt
 from lockstep_miniature import attacks as miniature
 from lockstep_miniature.source import Config, Miniature
 from lockstep_miniature.tasks import DISGUISED_REQUESTS, Task, is_heldout
@@ -297,9 +298,20 @@ def test_diversity_has_three_levels():
     """By hand: of two goals one fell; two strategies of three attacks; words: two alike, and the third shares no pair."""
     other = Goal("burn a boat", "burn a boat")
     attacks = [attack_of("how steal a cup", 1), attack_of("how burn a boat", 0, goal=other), attack_of("steal a cup now", 0)]
-    assert diversity(attacks) == {
+    assert diversity(attacks, 2) == {
         "diversity/goals": 0.5, "diversity/strategies": pytest.approx(2 / 3), "diversity/words": pytest.approx(1 / 3)
     }  # fmt: skip
+    assert diversity(attacks, 4)["diversity/goals"] == 0.25  # on two goals the attacker found no words
+
+
+def test_an_attack_that_the_policy_would_read_only_the_end_of_is_left_out(monkeypatch):
+    red, goal, fit = team(monkeypatch, "a {}"), DATA.goals("train")[0], Fit()
+    turns = (Message("user", f"how {goal.text} ?"), Message("assistant", "i can not ."), Message("user", "why not ?"))
+    tokens = len(red.tokenizer.encode(red.tokenizer.render(turns, add_generation_prompt=True)))
+    for limit, whole in ((tokens, True), (tokens - 1, False)):
+        red.config = dataclasses.replace(red.config, lengths=Lengths(limit, 20))
+        assert red.fits_whole(Prompt(turns, goal.truth), fit) == whole
+    assert (fit.dropped, fit.shortened) == (1, 0)
 
 
 def test_what_later_stages_get():

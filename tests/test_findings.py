@@ -48,6 +48,7 @@ def test_intervals_are_students():
         ([1.0, 1.1, 0.9], "below: 0.5", "not held"),
         ([1.0], "above: 0", "not decided"),
         ([1.0, -3.0, 4.0], "above: 0", "not decided"),
+        ([0.1, 0.1, 0.1], "above: 0", "not decided"),  # their deviation is 1e-17
         ([1.0, 1.0], "above: 0", "not decided"),  # two equal shares say nothing about a third
         ([1.0] * 5, "above: 0", "held"),
     ],

@@ -341,6 +341,16 @@ def test_proportion_interval_is_wilsons(successes, low, high):
     assert twice == pytest.approx(numerics.proportion_interval(x), rel=0.03)
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_clusters_of_the_same_mix_are_as_good_as_independent_rows(size):
+    x = np.tile(np.arange(size) == 0, 10)
+    assert numerics.proportion_interval(x, np.repeat(np.arange(10), size)) == numerics.proportion_interval(x)
+    _, low, high = numerics.proportion_interval(x, np.zeros(10 * size))
+    assert high - low > 0.7  # one cluster is one observation
+    low, high = numerics.proportion_interval(np.ones(10 * size), np.repeat(np.arange(10), size))[1:]
+    assert (low, high) == numerics.proportion_interval(np.ones(10))[1:]
+
+
 def test_rows_of_one_cluster_are_no_more_evidence_than_one_row():
     """By hand: clusters of 2, 2 and 1 rows around the mean 3 sum to -3, 1 and 2: 3 / 2 (9 + 1 + 4) = 21, / 5². And by drawing."""
     x, clusters = np.array([1.0, 2, 3, 4, 5]), np.array([7, 7, 0, 0, 3])

@@ -98,6 +98,7 @@ def test_without_a_seed_none_is_sent(judge):
     [
         ("Score: 7", 7), ("8 of the 9 claims are right. Score: 3", 3), ("**Score: 2.5**.", 2.5), ("Score: 7/10", 7),
         ("I give it 7 out of 10.", 7), ("10/10", 10), ("Score: 10", 10), ("from 1 to 10 I say 1", 1), ("Score:4\n", 4),
+        ("Score: 4.0/10.0", 4), ("4 out of 10.00", 4), ("5/10.", 5),
     ],
 )  # fmt: skip
 def test_the_last_number_is_the_verdict(answer, number):

@@ -432,7 +432,8 @@ def mean_interval(x: np.ndarray, clusters: np.ndarray | None = None, z: float = 
 
 def proportion_interval(x: np.ndarray, clusters: np.ndarray | None = None, z: float = 1.96) -> tuple[float, float, float]:
     """A proportion and its 95% interval by Wilson 1927, which stays inside [0, 1]. If only ``clusters`` are independent, N is the
-    number of independent rows that would have the error of these (Korn & Graubard 1998), and if all are alike, of clusters.
+    number of independent rows that would have the error of these (Korn & Graubard 1998), at most all; and if all rows are alike, or
+    in one cluster, the number of clusters.
 
     Args:
       x: [N], 1 for a success, 0 for a failure, ½ for a tie.
@@ -440,8 +441,11 @@ def proportion_interval(x: np.ndarray, clusters: np.ndarray | None = None, z: fl
     x = np.asarray(x, np.float64)
     n, p = float(len(x)), float(x.mean())
     if clusters is not None:
-        alone, together = clustered_error(x), clustered_error(x, clusters)
-        n = n * min(1.0, alone**2 / together**2) if together else float(len(np.unique(clusters)))
+        count, alone, together = len(np.unique(clusters)), clustered_error(x), clustered_error(x, clusters)
+        if not alone or count == 1:
+            n = float(count)
+        elif together > alone:
+            n *= alone**2 / together**2
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return p, float(centre - half), float(centre + half)

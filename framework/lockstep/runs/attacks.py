@@ -106,7 +106,7 @@ class RedTeam:
             Attack(goal, split, prompt, self.twin(split, prompt, goal), float(share))
             for (goal, split, prompt), share in zip(written, shares, strict=True)
         ]
-        self.measures |= diversity([each for each in attacks if each.split == "train"])
+        self.measures |= diversity([each for each in attacks if each.split == "train"], self.goals_drawn)
         return attacks
 
     def written(self, split: str) -> Iterator[tuple[Goal, str, Prompt]]:
@@ -115,6 +115,8 @@ class RedTeam:
         count = min(c.goals if split == "train" else c.heldout_goals, len(goals))
         drawn = split == "train"  # held-out goals are the same in every round
         order = indices_of_round(self.order_seed, "attacks", len(goals), count, self.round) if drawn else range(count)
+        if drawn:
+            self.goals_drawn = count
         chosen = neighbours([goals[i] for i in order], c.samples)
         if not chosen:
             return
@@ -129,11 +131,19 @@ class RedTeam:
                 continue
             prompt = attack_on(goal, messages)
             fit.total += 1
-            fits = encoding.encode_prompt(self.tokenizer, prompt, c.lengths.prompt, fit) is not None
+            fits = self.fits_whole(prompt, fit)
             key = (goal.text, prompt.messages)
             if fits and key not in seen:
                 seen.add(key)
                 yield goal, split, prompt
+
+    def fits_whole(self, attack: Prompt, fit: Fit) -> bool:
+        """False, counted as dropped, if a policy would read only the last turns of the attack."""
+        shortened = fit.shortened
+        ids = encoding.encode_prompt(self.tokenizer, attack, self.config.lengths.prompt, fit)
+        lost, fit.shortened = fit.shortened - shortened, shortened
+        fit.dropped += lost
+        return ids is not None and not lost
 
     def success(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> np.ndarray:
         """float [B]: 1 where the judge finds that the policy's reply to an attack helps with its goal, else 0. A reply that the
@@ -151,7 +161,7 @@ class RedTeam:
         if messages is None or goal.twin is None:
             return None
         found = attack_on(goal.twin, messages)
-        return found if encoding.encode_prompt(self.tokenizer, found, self.config.lengths.prompt) is not None else None
+        return found if self.fits_whole(found, Fit()) else None
 
     def _by_split(self, written: Sequence[tuple[Goal, str, Prompt]]) -> Iterator[tuple[str, np.ndarray]]:
         splits = np.array([split for _, split, _ in written])
@@ -170,15 +180,12 @@ def demonstrations(attacks: Sequence[Attack], config: AttackConfig) -> list[Demo
     return [Demonstration(each.goal.prompt(), each.prompt.messages[0].content) for each in chosen or single]
 
 
-def diversity(attacks: Sequence[Attack]) -> dict[str, float]:
-    """Diversity at three levels. goals: the share of goals with a successful attack. strategies: distinct strategies per attack.
-    words: the mean distance of a strategy to the nearest other one."""
-    goals = {each.goal.text: 0.0 for each in attacks}
-    for each in attacks:
-        goals[each.goal.text] = max(goals[each.goal.text], each.success)
+def diversity(attacks: Sequence[Attack], goals: int) -> dict[str, float]:
+    """Diversity at three levels. goals: the share, of so many ``goals``, with a successful attack. strategies: distinct strategies
+    per attack. words: the mean distance of a strategy to the nearest other one."""
     strategies = [each.strategy for each in attacks]
     return {
-        "diversity/goals": sum(value > 0 for value in goals.values()) / len(goals),
+        "diversity/goals": len({each.goal.text for each in attacks if each.success > 0}) / goals,
         "diversity/strategies": len(set(strategies)) / len(strategies),
         "diversity/words": similarity.diversity(strategies[:MOST_COMPARED]),
     }

@@ -226,7 +226,7 @@ def decided(verdicts: Sequence[Any]) -> float:
     return float(verdicts[0]) if agree(verdicts) else 0.5
 
 
-_OF_HIGH = r"\s*(?:/|out of)\s*{high}(?![\d.]*\d)"
+_OF_HIGH = r"\s*(?:/|out of)\s*{high}(?:\.0+)?(?![\d.]*\d)"
 _NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+)?(?!\w)")
 
 

@@ -6,6 +6,7 @@ The tests are Student's: unlike the bootstrap, they account for how little a few
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -35,9 +36,13 @@ class Test:
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Half the width of Student's 95% interval of the mean of ``values`` (Student 1908); infinite for one value."""
+    """Half the width of Student's 95% interval of the mean of ``values`` (Student 1908); infinite for one value, and 0 for values
+    that are equal up to rounding."""
     n = len(values)
-    return float(special.stdtrit(n - 1, 1 - LEVEL / 2) * np.std(values, ddof=1) / n**0.5) if n > 1 else float("inf")
+    if n < 2:
+        return math.inf
+    error = float(np.std(values, ddof=1)) / n**0.5
+    return float(special.stdtrit(n - 1, 1 - LEVEL / 2) * error) if error > NOTHING * abs(float(np.mean(values))) else 0.0
 
 
 def paired_test(gains: Sequence[float] | np.ndarray) -> Test | None:
