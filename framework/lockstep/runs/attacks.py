@@ -181,8 +181,8 @@ def demonstrations(attacks: Sequence[Attack], config: AttackConfig) -> list[Demo
 
 
 def diversity(attacks: Sequence[Attack], goals: int) -> dict[str, float]:
-    """Diversity at three levels. goals: the share, of so many ``goals``, with a successful attack. strategies: distinct strategies
-    per attack. words: the mean distance of a strategy to the nearest other one."""
+    """Diversity at three levels. goals: the share, of so many ``goals``, with a successful attack. strategies: distinct
+    strategies per attack. words: the mean distance of a strategy to the nearest other one."""
     strategies = [each.strategy for each in attacks]
     return {
         "diversity/goals": len({each.goal.text for each in attacks if each.success > 0}) / goals,
