@@ -432,8 +432,8 @@ def mean_interval(x: np.ndarray, clusters: np.ndarray | None = None, z: float = 
 
 def proportion_interval(x: np.ndarray, clusters: np.ndarray | None = None, z: float = 1.96) -> tuple[float, float, float]:
     """A proportion and its 95% interval by Wilson 1927, which stays inside [0, 1]. If only ``clusters`` are independent, N is the
-    number of independent rows that would have the error of these (Korn & Graubard 1998), at most all. If all rows are alike, or in
-    one cluster, it is the number of clusters.
+    number of independent rows that would have the error of these (Korn & Graubard 1998), at most all. If all rows are alike, or
+    in one cluster, it is the number of clusters.
 
     Args:
       x: [N], 1 for a success, 0 for a failure, ½ for a tie.
