@@ -482,7 +482,7 @@ def test_an_ablation_leaves_out_one_part(without, changed):
 def test_samples_for_an_audit_are_spread_over_the_attacks_and_have_each_judges_verdict():
     prompts, texts = [Prompt.of(f"attack {i}") for i in range(10)], [f"reply {i}" for i in range(10)]
     answered = SimpleNamespace(responses=SimpleNamespace(prompts=prompts, texts=texts))
-    answers = Answers(answered, {}, None, {}, {"helped": np.arange(10) / 10, "refused": np.zeros(10)})
+    answers = Answers(answered, np.arange(10), {}, None, {}, {"helped": np.arange(10) / 10, "refused": np.zeros(10)})
     found = rows(answers, 4)
     assert [row["response"] for row in found] == ["reply 0", "reply 2", "reply 5", "reply 7"]
     assert [(row["helped"], row["refused"]) for row in found] == [(0.0, 0.0), (0.2, 0.0), (0.5, 0.0), (0.7, 0.0)]

@@ -445,6 +445,12 @@ def test_an_evaluation_converses_too(load, turns):
     answers = evaluator.answer(load(), *evaluator.prompts("heldout"))
     assert measures["score"]["mean"] == pytest.approx(answers.samples.responses.rewards.mean())
     assert measures["length"]["mean"] == answers.samples.sequences.mask.sum(axis=1).mean()
+    prompts, ids = ([each[0], each[0], each[1]] for each in evaluator.prompts("heldout"))
+    answers = evaluator.answer(load(), prompts, ids)
+    first, second = (prompt.messages for prompt in answers.samples.responses.prompts[:2])
+    assert first != second and answers.clusters.tolist() == [0, 0, 1]  # two conversations of one prompt
+    several = evaluator.judged(load(), prompts[1:], ids[1:], token_seeds(0, "evaluation", 0, 4, 16))
+    assert several.clusters.tolist() == [0, 0, 1, 1]
 
 
 @on_torch

@@ -20,7 +20,7 @@ from lockstep.interfaces import DataSource, Environment, Policy, RewardModel
 from lockstep.learning import numerics
 from lockstep.learning.episodes import offered
 from lockstep.learning.randomness import token_seeds
-from lockstep.learning.rollout import Sampler, Samples, score
+from lockstep.learning.rollout import Sampler, Samples, neighbours, score
 from lockstep.learning.served import Served
 from lockstep.runs.likelihood import Likelihood, logprobs
 from lockstep.runs.measures import Measure, clusters_of, mean, proportion
@@ -94,9 +94,11 @@ _COLUMNS = frozenset(("policy", "split", "prompt", "response"))
 
 @dataclass(frozen=True)
 class Answers:
-    """A policy's responses to the prompts of one split."""
+    """A policy's responses to the prompts of one split. ``clusters`` int [N]: responses to the same prompt are not independent,
+    whatever an environment then says to each."""
 
     samples: Samples
+    clusters: np.ndarray
     gold: dict[str, np.ndarray]
     scores: np.ndarray | None
     details: Mapping[str, np.ndarray]
@@ -110,11 +112,6 @@ class Answers:
     def lengths(self) -> np.ndarray:
         """Tokens of each response, in episodes of all its turns."""
         return self.samples.sequences.mask.sum(axis=1)
-
-    @cached_property
-    def clusters(self) -> np.ndarray:
-        """int [N]: responses to the same prompt are not independent."""
-        return clusters_of(self.samples.responses.prompts)
 
 
 @dataclass
@@ -201,7 +198,8 @@ class Evaluator:
         gold = {name: np.array([g[name] for g in golds]) for name in golds[0]} if known else {}
         scores, details = (None, {}) if self.reward_model is None else score(self.reward_model, samples)
         judged = {name: score(judge, samples)[0] for name, judge in self.judges.items()}
-        return Answers(samples, gold, scores, details, judged)
+        clusters = clusters_of(neighbours(prompts, len(seeds) // max(1, len(prompts))))
+        return Answers(samples, clusters, gold, scores, details, judged)
 
     def measure(self, answers: Answers, reference: Answers) -> dict[str, Measure]:
         found = dict(answers.gold)
