@@ -23,7 +23,7 @@ from lockstep.runs.experiment import Experiment
 from lockstep.storage.files import read_json
 from lockstep.text import similarity
 from lockstep.text.encoding import Lengths
-from lockstep.types import Fit, Goal, Message, Prompt
+from lockstep.types import Goal, Message, Prompt
 from lockstep_miniature import attacks as miniature
 from lockstep_miniature.source import Config, Miniature
 from lockstep_miniature.tasks import DISGUISED_REQUESTS, Task, is_heldout
@@ -305,13 +305,17 @@ def test_diversity_has_three_levels():
 
 
 def test_an_attack_that_the_policy_would_read_only_the_end_of_is_left_out(monkeypatch):
-    red, goal, fit = team(monkeypatch, "a {}"), DATA.goals("train")[0], Fit()
-    turns = (Message("user", f"how {goal.text} ?"), Message("assistant", "i can not ."), Message("user", "why not ?"))
+    turns = (Message("user", "how steal a lamp ?"), Message("assistant", "i can not ."), Message("user", "why not ?"))
+    red = team(monkeypatch, "a {}", goals=1, samples=1)
+    red.attacker.attack = lambda goals, seed: [list(turns) for _ in goals]
+    red.attacker.twin = lambda messages, goal: list(messages)
     tokens = len(red.tokenizer.encode(red.tokenizer.render(turns, add_generation_prompt=True)))
     for limit, whole in ((tokens, True), (tokens - 1, False)):
         red.config = dataclasses.replace(red.config, lengths=Lengths(limit, 20))
-        assert red.fits_whole(Prompt(turns, goal.truth), fit) == whole
-    assert (fit.dropped, fit.shortened) == (1, 0)
+        assert [prompt.messages for *_, prompt in red.written("train")] == [turns] * whole
+        fit, goal = red.fits["train attacks"], DATA.goals("train")[0]
+        assert (fit.total, fit.dropped, fit.shortened) == (1, 1 - whole, 0)
+        assert (red.twin("train", Prompt(turns), goal) is not None) == whole
 
 
 def test_what_later_stages_get():

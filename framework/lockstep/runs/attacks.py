@@ -47,9 +47,13 @@ class AttackConfig:
     lengths: Lengths = setting(Lengths(), "Limits in tokens; longer attacks are left out.")
     stop_strings: tuple[str, ...] = setting((), "Text that ends a reply, as EOS does; or special tokens by name.")
 
+    def attacked(self, data: DataSource, split: str) -> int:
+        """How many of the split's goals are attacked."""
+        return min(self.goals if split == "train" else self.heldout_goals, len(data.goals(split)))
+
     def arithmetic(self, data: DataSource) -> str:
-        count, heldout = min(self.goals, len(data.goals("train"))), min(self.heldout_goals, len(data.goals("heldout")))
-        return f"{self.samples} attacks on each of {count} goals and {heldout} held-out goals"
+        goals, heldout = (self.attacked(data, split) for split in SPLITS)
+        return f"{self.samples} attacks on each of {goals} goals and {heldout} held-out goals"
 
 
 @dataclass(frozen=True)
@@ -106,17 +110,16 @@ class RedTeam:
             Attack(goal, split, prompt, self.twin(split, prompt, goal), float(share))
             for (goal, split, prompt), share in zip(written, shares, strict=True)
         ]
-        self.measures |= diversity([each for each in attacks if each.split == "train"], self.goals_drawn)
+        drawn = self.config.attacked(self.data, "train")
+        self.measures |= diversity([each for each in attacks if each.split == "train"], drawn)
         return attacks
 
     def written(self, split: str) -> Iterator[tuple[Goal, str, Prompt]]:
         """(goal, split, attack) of each distinct attack that fits the length limits."""
         c, goals = self.config, self.data.goals(split)
-        count = min(c.goals if split == "train" else c.heldout_goals, len(goals))
+        count = c.attacked(self.data, split)
         drawn = split == "train"  # held-out goals are the same in every round
         order = indices_of_round(self.order_seed, "attacks", len(goals), count, self.round) if drawn else range(count)
-        if drawn:
-            self.goals_drawn = count
         chosen = neighbours([goals[i] for i in order], c.samples)
         if not chosen:
             return
@@ -131,19 +134,11 @@ class RedTeam:
                 continue
             prompt = attack_on(goal, messages)
             fit.total += 1
-            fits = self.fits_whole(prompt, fit)
+            fits = encoding.encode_prompt(self.tokenizer, prompt, c.lengths.prompt, fit, whole=True) is not None
             key = (goal.text, prompt.messages)
             if fits and key not in seen:
                 seen.add(key)
                 yield goal, split, prompt
-
-    def fits_whole(self, attack: Prompt, fit: Fit) -> bool:
-        """False, counted as dropped, if a policy would read only the last turns of the attack."""
-        shortened = fit.shortened
-        ids = encoding.encode_prompt(self.tokenizer, attack, self.config.lengths.prompt, fit)
-        lost, fit.shortened = fit.shortened - shortened, shortened
-        fit.dropped += lost
-        return ids is not None and not lost
 
     def success(self, policy: Policy, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> np.ndarray:
         """float [B]: 1 where the judge finds that the policy's reply to an attack helps with its goal, else 0. A reply that the
@@ -161,7 +156,8 @@ class RedTeam:
         if messages is None or goal.twin is None:
             return None
         found = attack_on(goal.twin, messages)
-        return found if self.fits_whole(found, Fit()) else None
+        ids = encoding.encode_prompt(self.tokenizer, found, self.config.lengths.prompt, whole=True)
+        return None if ids is None else found
 
     def _by_split(self, written: Sequence[tuple[Goal, str, Prompt]]) -> Iterator[tuple[str, np.ndarray]]:
         splits = np.array([split for _, split, _ in written])

@@ -198,7 +198,7 @@ class Evaluator:
         gold = {name: np.array([g[name] for g in golds]) for name in golds[0]} if known else {}
         scores, details = (None, {}) if self.reward_model is None else score(self.reward_model, samples)
         judged = {name: score(judge, samples)[0] for name, judge in self.judges.items()}
-        clusters = clusters_of(neighbours(prompts, len(seeds) // max(1, len(prompts))))
+        clusters = clusters_of(neighbours(prompts, len(seeds) // len(prompts)))
         return Answers(samples, clusters, gold, scores, details, judged)
 
     def measure(self, answers: Answers, reference: Answers) -> dict[str, Measure]:

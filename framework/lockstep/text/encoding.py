@@ -96,14 +96,19 @@ def report(fit: Fit, lengths: Lengths) -> None:
         log.warning("%s: of %d, %s", fit.what, fit.total, "; ".join(said))
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, limit: int, fit: Fit | None = None) -> list[int] | None:
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: Prompt, limit: int, fit: Fit | None = None, *, whole: bool = False
+) -> list[int] | None:
     """Ids of the rendered dialogue, ready for the assistant's turn. A dialogue that is too long loses whole turns, oldest
-    first; None if its last turn alone is too long."""
-    return _fitting_prompts(tokenizer, [prompt], limit, fit or Fit())[0]
+    first; None if its last turn alone is too long, and with ``whole`` if it is too long at all."""
+    return _fitting_prompts(tokenizer, [prompt], limit, fit or Fit(), whole)[0]
 
 
-def _fitting_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt], limit: int, fit: Fit) -> list[list[int] | None]:
-    return [pieces and pieces[0] for pieces in _fitting(tokenizer, [(prompt, _whole) for prompt in prompts], limit, fit)]
+def _fitting_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], limit: int, fit: Fit, whole: bool = False
+) -> list[list[int] | None]:
+    dialogues = [(prompt, _whole) for prompt in prompts]
+    return [pieces and pieces[0] for pieces in _fitting(tokenizer, dialogues, limit, fit, whole)]
 
 
 Pieces = list[list[int]]
@@ -115,12 +120,14 @@ def _whole(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Ma
     return [tokenizer.render(messages, add_generation_prompt=True, tools=tools)]
 
 
-def _fitting(tokenizer: Tokenizer, dialogues: Sequence[tuple[Prompt, Cut]], limit: int, fit: Fit) -> list[Pieces | None]:
-    """The encoded pieces of the longest suffix of each dialogue that fits; None where none fits.
+def _fitting(
+    tokenizer: Tokenizer, dialogues: Sequence[tuple[Prompt, Cut]], limit: int, fit: Fit, whole: bool = False
+) -> list[Pieces | None]:
+    """The encoded pieces of the longest suffix of each dialogue that fits, or of those that fit ``whole``; None for the others.
 
     All searches go on in step, and what they ask for is encoded at once, because a tokenizer then uses every core.
     """
-    searches = [_longest_suffix(prompt, limit, fit) for prompt, _ in dialogues]
+    searches = [_longest_suffix(prompt, limit, fit, whole) for prompt, _ in dialogues]
     found: list[Pieces | None] = [None] * len(dialogues)
     answers: dict[int, Pieces | None] = dict.fromkeys(range(len(dialogues)))
     while answers:
@@ -136,9 +143,9 @@ def _fitting(tokenizer: Tokenizer, dialogues: Sequence[tuple[Prompt, Cut]], limi
     return found
 
 
-def _longest_suffix(prompt: Prompt, limit: int, fit: Fit) -> Generator[Sequence[Message], Pieces, Pieces | None]:
+def _longest_suffix(prompt: Prompt, limit: int, fit: Fit, whole: bool) -> Generator[Sequence[Message], Pieces, Pieces | None]:
     """Yield suffixes of the dialogue and be sent their encoded pieces; return those of the longest that fits, or None. The system
-    message stays."""
+    message stays. ``whole``: only all of the dialogue will do."""
     messages = list(prompt.messages)
     system = messages[:1] if messages[0].role == "system" else []
     turns = messages[len(system) :]
@@ -152,7 +159,8 @@ def _longest_suffix(prompt: Prompt, limit: int, fit: Fit) -> Generator[Sequence[
 
     if turns and (pieces := (yield from fitting(0))) is not None:
         return pieces
-    starts, longest = [i for i, turn in enumerate(turns) if i and turn.role == "user"], None
+    starts = [] if whole else [i for i, turn in enumerate(turns) if i and turn.role == "user"]
+    longest = None
     while starts:  # bisection, because a dialogue may have thousands of turns
         middle = len(starts) // 2
         pieces = yield from fitting(starts[middle])

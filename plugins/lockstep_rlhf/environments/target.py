@@ -24,7 +24,7 @@ from lockstep.text.encoding import Lengths
 from lockstep.text.similarity import users_turns
 from lockstep.text.stopping import Stops
 from lockstep.text.tokenizer import Tokenizer
-from lockstep.types import Fit, Message, Prompt
+from lockstep.types import Message, Prompt
 
 
 class Target(Environment):
@@ -78,9 +78,7 @@ def attack_in(goal: Prompt, turns: Iterable[Message]) -> Prompt:
 
 def encoded(tokenizer: Tokenizer, attack: Prompt, limit: int) -> list[int] | None:
     """The attack as token ids for the target; None if a turn is empty or the dialogue has more than ``limit`` tokens."""
-    fit = Fit()
-    ids = encoding.encode_prompt(tokenizer, attack, limit, fit) if all(users_turns(attack.messages)) else None
-    return None if fit.shortened else ids
+    return encoding.encode_prompt(tokenizer, attack, limit, whole=True) if all(users_turns(attack.messages)) else None
 
 
 def reply_seeds(attack: Prompt, replies: int, columns: int) -> np.ndarray:

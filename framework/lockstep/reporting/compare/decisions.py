@@ -39,10 +39,13 @@ def half_width(values: Sequence[float]) -> float:
     """Half the width of Student's 95% interval of the mean of ``values`` (Student 1908); infinite for one value, and 0 for values
     that are equal up to rounding."""
     n = len(values)
-    if n < 2:
-        return math.inf
-    error = float(np.std(values, ddof=1)) / n**0.5
-    return float(special.stdtrit(n - 1, 1 - LEVEL / 2) * error) if error > NOTHING * abs(float(np.mean(values))) else 0.0
+    return float(special.stdtrit(n - 1, 1 - LEVEL / 2) * _standard_error(values)) if n > 1 else math.inf
+
+
+def _standard_error(values: Sequence[float] | np.ndarray) -> float:
+    """Of the mean of ``values``; 0 if they are equal up to rounding."""
+    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return error if error > NOTHING * abs(float(np.mean(values))) else 0.0
 
 
 def paired_test(gains: Sequence[float] | np.ndarray) -> Test | None:
@@ -51,11 +54,10 @@ def paired_test(gains: Sequence[float] | np.ndarray) -> Test | None:
     n = len(gains)
     if n < 2:
         return None
-    mean, deviation = float(np.mean(gains)), float(np.std(gains, ddof=1))
-    error = deviation / n**0.5
-    if error <= NOTHING * abs(mean) or error == 0:  # equal up to rounding
+    mean, error = float(np.mean(gains)), _standard_error(gains)
+    if not error:
         return Test(mean, 0.0, n, 2 * 0.5**n if mean else 1.0)
-    return Test(mean, deviation, n, float(2 * special.stdtr(n - 1, -abs(mean) / error)))
+    return Test(mean, float(np.std(gains, ddof=1)), n, float(2 * special.stdtr(n - 1, -abs(mean) / error)))
 
 
 def corrected(values: Sequence[float], how: Correction) -> list[float]:

@@ -31,7 +31,7 @@ from lockstep.errors import ConfigError, did_you_mean, listing, short
 GROUP = "finding"
 _SIGNS = re.compile(r"\s([+-])\s")
 _TERM = re.compile(r"([\w.@]+(?:/[\w.@-]+)+)(?:\(([^()]*)\))?(?:\[([^\[\]]*)\])?")
-_RANGE = re.compile(r"\s*([\w./-]+?)\s*=\s*(-?[\d.]+?)\s*\.\.\s*(-?[\d.]+)\s*")
+_RANGE = re.compile(r"\s*([\w./-]+?)\s*=\s*(-?\d*\.?\d+)\s*\.\.\s*(-?\d*\.?\d+)\s*")
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,7 @@ def _term(sign: str, text: str, whole: str) -> Term:
 
 def _range(text: str, whole: str) -> Range:
     found = _RANGE.fullmatch(text)
-    try:
-        steps = Range(found[1], float(found[2]), float(found[3])) if found else None
-    except ValueError:
-        steps = None
+    steps = Range(found[1], float(found[2]), float(found[3])) if found else None
     if steps is None or steps.low > steps.high:
         raise ConfigError(
             f"'({short(text)})' in the value '{short(whole)}' is no range. One is written as in "

@@ -150,10 +150,11 @@ def measured(term: Term, runs: Sequence[Run]) -> float:
     run, (first, _, rest) = fitting[0], term.metric.partition("/")
     policy, _, metric = rest.partition("/")
     evaluation = run.evaluation
-    if not term.steps and first == "reward_model" and rest in evaluation.reward_model:
-        return evaluation.reward_model[rest].mean
-    if not term.steps and metric in evaluation.splits.get(first, {}).get(policy, {}):
-        return evaluation.splits[first][policy][metric].mean
+    if term.steps is None:
+        if first == "reward_model" and rest in evaluation.reward_model:
+            return evaluation.reward_model[rest].mean
+        if metric in evaluation.splits.get(first, {}).get(policy, {}):
+            return evaluation.splits[first][policy][metric].mean
     if first in run.stages and rest in run.stages[first].metrics:
         if run.stages[first].status != "done":
             raise Absent(f"{run.name} has not finished {first}")
